@@ -1,0 +1,140 @@
+"""Settings: one YAML file, three flat tables (variants, replicas, aliases) and the gateway that ties them together.
+
+Every model is frozen and refuses keys that it doesn't know. `load.py` turns a file into `Settings` and every
+problem into a line of the file; nobody else parses configuration.
+"""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+
+SIZE_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
+
+
+def parse_size_bytes(value: object) -> object:
+    """Read `32MiB`, `4GB` or a plain number as bytes; leaves other types to pydantic's own message."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)", value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is no size; write a number with {', '.join(filter(None, SIZE_UNITS))}")
+    return int(float(match[1]) * SIZE_UNITS[match[2]])
+
+
+def check_address(value: str) -> str:
+    """Accept `host:port` only, so that the port never comes from a default nobody sees."""
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
+        raise ValueError(f"{value!r} is no address; write host:port, for example 127.0.0.1:8000")
+    return value
+
+
+def check_url(value: str) -> str:
+    """Accept the root of a replica: scheme, host and port, without a path."""
+    if re.fullmatch(r"https?://[^/\s?#@]+", value.rstrip("/")) is None:
+        raise ValueError(f"{value!r} is no replica address; write http://host:port, without /v1")
+    return value.rstrip("/")
+
+
+SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(ge=0)]
+Address = Annotated[str, AfterValidator(check_address)]
+ReplicaUrl = Annotated[str, AfterValidator(check_url)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", max_length=128)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(ge=0)]
+
+
+class Table(BaseModel):
+    """A part of the file: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LimitSettings(Table):
+    """What one request may ask for."""
+
+    body_bytes: SizeBytes = 32 * 2**20
+    n: Annotated[int, Field(ge=1)] = 8
+    queue_seconds: Seconds = 30.0
+
+
+class GatewaySettings(Table):
+    """The process that clients talk to."""
+
+    listen: Address = "127.0.0.1:8000"
+    admin: Address = "127.0.0.1:8001"
+    state: Annotated[str, Field(pattern=r"^(sqlite|postgresql(\+\w+)?)://")] = "sqlite:///state.db"
+    keys: str | None = None
+    limits: LimitSettings = LimitSettings()
+
+
+class DeclaredQuality(Table):
+    """Quality that somebody vouches for, of a variant whose manifest is out of reach; shown as declared."""
+
+    kl_mean: Annotated[float, Field(ge=0)] | None = None
+    top1_agreement: Share | None = None
+    perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
+
+
+class VariantSettings(Table):
+    """One model directory, or a name for what runs behind a replica's `url`."""
+
+    path: str | None = None
+    precision: Literal["bf16", "fp16", "fp32", "fp8", "int8", "int4"] | None = None
+    quality: DeclaredQuality | None = None
+
+
+class ReplicaSettings(Table):
+    """Running servers of one variant: somebody else's (`url`), or `count` of ours."""
+
+    variant: Name
+    url: ReplicaUrl | None = None
+    api_key: SecretStr | None = None
+    count: Annotated[int, Field(ge=1)] = 1
+    gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    max_model_len: Annotated[int, Field(ge=16)] | None = None
+    max_num_seqs: Annotated[int, Field(ge=1)] | None = None
+    max_queued: Annotated[int, Field(ge=1)] = 256
+    kv_cache_bytes: SizeBytes | None = None
+    cores: Annotated[str, Field(pattern=r"^(nobind|auto|[\d,|-]+)$")] | None = None
+    start_timeout_seconds: Seconds = 900.0
+    drain_seconds: Seconds = 120.0
+    args: tuple[str, ...] = ()
+
+
+class Floor(Table):
+    """The least quality that may answer; a measure that isn't named isn't limited."""
+
+    top1_agreement: Share | None = None
+    kl_mean: Annotated[float, Field(ge=0)] | None = None
+    perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
+
+
+class Spill(Table):
+    """When a lower rung answers because the higher one would keep the caller waiting, and when it stops."""
+
+    after_seconds: Seconds = 2.0
+    return_below_seconds: Seconds = 0.5
+    dwell_seconds: Seconds = 10.0
+
+
+class AliasSettings(Table):
+    """A model name that clients use, and the variants that may answer it, best first."""
+
+    ladder: Annotated[tuple[Name, ...], Field(min_length=1)]
+    floor: Floor = Floor()
+    spill: Spill = Spill()
+    think: Literal["auto", "prefix", "none"] = "auto"
+
+
+class Settings(Table):
+    """The whole file."""
+
+    gateway: GatewaySettings = GatewaySettings()
+    variants: dict[Name, VariantSettings] = {}
+    replicas: tuple[ReplicaSettings, ...] = ()
+    aliases: dict[Name, AliasSettings] = {}

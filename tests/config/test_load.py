@@ -1,0 +1,149 @@
+"""Reading a configuration file: everything wrong with it is told at once, with its line."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config.errors import SettingsError
+from config.load import known_keys, load_settings
+from config.schema import Settings, Table, parse_size_bytes
+
+EXAMPLE = Path(__file__).parents[2] / "config" / "example.yaml"
+SECRETS = {"REPLICA_KEY": "s3cret"}
+
+
+def write(folder: Path, text: str) -> Path:
+    """Put a configuration into a file."""
+    path = folder / "quantgate.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problems(path: Path, environment: dict[str, str] | None = None) -> list[str]:
+    """The problems of a file, as a person reads them, without the folder."""
+    with pytest.raises(SettingsError) as caught:
+        load_settings(path, environment or {})
+    return [str(problem).replace(str(path), "f") for problem in caught.value.problems]
+
+
+def test_example_loads() -> None:
+    """The shipped example is a valid configuration."""
+    settings = load_settings(EXAMPLE, SECRETS)
+    assert settings.replicas[0].api_key is not None
+    assert settings.replicas[0].api_key.get_secret_value() == "s3cret"
+    assert settings.gateway.limits.body_bytes == 32 * 2**20
+
+
+def test_example_names_every_option() -> None:
+    """No option of the schema is missing from the example."""
+    text = EXAMPLE.read_text()
+    tables: list[type[Table]] = [Settings, *Table.__subclasses__()]
+    missing = {name for table in tables for name in table.model_fields if f"{name}:" not in text}
+    assert not missing
+
+
+def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    """An empty file is a gateway without aliases, on loopback."""
+    settings = load_settings(write(tmp_path, ""), {})
+    assert settings == Settings()
+    assert settings.gateway.listen == "127.0.0.1:8000"
+
+
+@pytest.mark.parametrize(
+    "text,expected",
+    [
+        ("gatway: {}\n", ["f:1:1: gatway: unknown key; did you mean 'gateway'?"]),
+        ("gateway:\n  lissten: 1\n", ["f:2:3: gateway.lissten: unknown key; did you mean 'listen'?"]),
+        (
+            "replicas:\n- {variant: a, gpuz: [1]}\nvariants: {a: {path: /m}}\n",
+            ["f:2:16: replicas.0.gpuz: unknown key; did you mean 'gpus'?"],
+        ),
+        (
+            "variants: {a: {path: /m}}\naliases:\n  x:\n    ladder: [a, b]\n",
+            ["f:4:17: aliases.x.ladder.1: there is no variant 'b'; known: a"],
+        ),
+        ("aliases:\n  x: {}\n", ["f:2:3: aliases.x.ladder: is missing"]),
+        ("gateway: {listen: 8000}\n", ["f:1:11: gateway.listen: Input should be a valid string, got 8000"]),
+        (
+            "gateway: {listen: '8000'}\n",
+            ["f:1:11: gateway.listen: '8000' is no address; write host:port, for example 127.0.0.1:8000"],
+        ),
+        (
+            "gateway: {listen: '0.0.0.0:8000'}\n",
+            [
+                "f:1:11: gateway.listen: 0.0.0.0:8000 is reachable from other machines, but there are no keys; "
+                "set gateway.keys, or listen on 127.0.0.1"
+            ],
+        ),
+        (
+            "gateway: {limits: {body_bytes: 3 kg}}\n",
+            ["f:1:20: gateway.limits.body_bytes: '3 kg' is no size; write a number with B, KiB, MiB, GiB, KB, MB, GB"],
+        ),
+        ("gateway: [1\n", ["f:2:1: is not YAML: expected ',' or ']', but got '<stream end>'"]),
+        ("variants: {a: {path: x}, a: {path: y}}\n", ["f:1:26: variants.a: is written twice; keep one"]),
+        (
+            'variants: {a: {path: "${env:NOWHERE}"}}\n',
+            ["f:1:16: variants.a.path: the environment variable NOWHERE is not set; export NOWHERE=..."],
+        ),
+        (
+            "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, gpus: [0, 1], tensor_parallel: 2}\n"
+            "- {variant: a, gpus: [1]}\n",
+            ["f:4:23: replicas.1.gpus.0: GPU 1 is already used by replicas.0"],
+        ),
+        (
+            "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, url: 'http://h:1', count: 2}\n",
+            [
+                "f:3:35: replicas.0.count: says how to start a replica, but this one has a url; remove one",
+            ],
+        ),
+        (
+            "variants: {a: {precision: int4}}\nreplicas:\n- {variant: a}\n",
+            [
+                "f:3:3: replicas.0: variant 'a' has no path, so it can't be started here; "
+                "give the replica a url, or the variant a path"
+            ],
+        ),
+        (
+            "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, url: 'http://h:1/v1'}\n",
+            ["f:3:16: replicas.0.url: 'http://h:1/v1' is no replica address; write http://host:port, without /v1"],
+        ),
+        (
+            "variants: {a: {path: /m}}\naliases: {a: {ladder: [a]}}\n",
+            ["f:2:11: aliases.a: is also the name of a variant, which clients use to pin it; rename one"],
+        ),
+    ],
+)
+def test_problem_is_placed_and_explained(tmp_path: Path, text: str, expected: list[str]) -> None:
+    """A problem names file, line, column, path, what is wrong and what to do."""
+    assert problems(write(tmp_path, text)) == expected
+
+
+def test_all_problems_at_once(tmp_path: Path) -> None:
+    """One run lists everything that is wrong, in the order of the file."""
+    path = write(tmp_path, "gateway:\n  foo: 1\nvariants:\n  a: {path: 3}\naliases:\n  x: {ladder: [], think: maybe}\n")
+    assert [line.split(": ")[0] for line in problems(path)] == ["f:2:3", "f:4:7", "f:6:7", "f:6:19"]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", None])
+def test_unreadable_file(tmp_path: Path, content: bytes | None) -> None:
+    """A file that is missing or no text is one problem, not a stack trace."""
+    path = tmp_path / "quantgate.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    (only,) = problems(path)
+    assert "can't be read" in only
+
+
+@given(st.integers(0, 10**6), st.sampled_from([("", 1), ("B", 1), ("KiB", 2**10), ("MiB", 2**20), ("GB", 10**9)]))
+def test_sizes(number: int, unit: tuple[str, int]) -> None:
+    """A size with a unit is that many bytes."""
+    assert parse_size_bytes(f"{number}{unit[0]}") == number * unit[1]
+
+
+def test_known_keys_walks_the_schema() -> None:
+    """Hints come from the table at hand, not from the whole schema."""
+    assert "ladder" in known_keys(("aliases", "x"))
+    assert "gpus" in known_keys(("replicas", 3))
+    assert known_keys(("variants",)) == []
