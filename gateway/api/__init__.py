@@ -1,0 +1,1 @@
+"""What clients see: endpoints, request parsing, errors, server-sent events."""

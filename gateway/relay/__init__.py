@@ -1,0 +1,1 @@
+"""The data path: connections to replicas, the exchange, its accounting."""

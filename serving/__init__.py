@@ -1,0 +1,1 @@
+"""variant -> running, verified replica. vLLM is a command line and an HTTP address here, never an import."""

@@ -1,0 +1,132 @@
+"""One child process in a session of its own, as a state machine; what it started goes with it.
+
+vLLM is three processes. Killing the first one leaves the others behind for ever (vllm#55510), SIGTERM can hang while
+requests run, and during start-up it may be swallowed. So stopping is: SIGTERM, a deadline, SIGKILL for every process
+that carries the child's token, and a look whether they are gone.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from serving.command import TOKEN_VARIABLE, Command
+from serving.errors import StartFailed
+
+KILL_DEADLINE_SECONDS = 10.0
+LAST_WORDS_BYTES = 64 * 1024
+
+
+@dataclass(slots=True)
+class Child:
+    """A running command that is stopped, whole, when the `async with` block ends.
+
+    ==============  =========================================
+    stop() while    does
+    ==============  =========================================
+    running         SIGTERM, waits `patience_seconds`, SIGKILL
+    exited          SIGKILL for what it left behind
+    ==============  =========================================
+    """
+
+    command: Command
+    log: Path
+    patience_seconds: float = 2.0
+    _process: asyncio.subprocess.Process | None = None
+
+    async def __aenter__(self) -> Self:
+        """Start the command; its output goes to the end of the log file."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as output:
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self.command.argv,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env=self.command.environment,
+                    start_new_session=True,
+                )
+            except OSError as error:
+                raise StartFailed(f"{self.command.argv[0]} can't be started: {error.strerror}") from error
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the command and everything it started."""
+        await self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Number of the first process, which is also its session's."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """How it ended; negative for a signal, None while it runs."""
+        return self._process.returncode if self._process else None
+
+    async def wait(self) -> int:
+        """Wait until the first process has ended, however long that takes."""
+        assert self._process is not None
+        return await self._process.wait()
+
+    async def stop(self) -> None:
+        """End every process of the child; returns when none is left."""
+        if self.exit_code is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGTERM)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.wait(), self.patience_seconds)
+        await kill_marked(self.command.environment[TOKEN_VARIABLE])
+        await asyncio.wait_for(self.wait(), KILL_DEADLINE_SECONDS)
+
+    def last_words(self) -> str:
+        """The line of the log that tells best why it ended."""
+        return root_cause(self.log.read_bytes()[-LAST_WORDS_BYTES:].decode(errors="replace"))
+
+
+def root_cause(log: str) -> str:
+    """Pick the engine's own error out of a vLLM log.
+
+    The API server's last error only says that the engine failed; the cause is the last error before that one.
+    """
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if "Error: " in line and "Engine core initialization failed" not in line]
+    chosen = errors[-1] if errors else (lines[-1] if lines else "it printed nothing")
+    return chosen.rpartition("] ")[2][:400]
+
+
+def marked_processes(token: str) -> Iterator[int]:
+    """Find every live process whose environment carries a token (Linux: /proc)."""
+    mark = f"{TOKEN_VARIABLE}={token}".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdecimal():
+            continue
+        with suppress(OSError):
+            if mark in (entry / "environ").read_bytes().split(b"\0") and not _is_zombie(entry):
+                yield int(entry.name)
+
+
+def _is_zombie(entry: Path) -> bool:
+    return (entry / "stat").read_text().rpartition(") ")[2].startswith("Z")
+
+
+async def kill_marked(token: str) -> int:
+    """SIGKILL every process with a token until none is left; returns how many there were."""
+    killed: set[int] = set()
+    async with asyncio.timeout(KILL_DEADLINE_SECONDS):
+        while left := list(marked_processes(token)):
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            killed.update(left)
+            await asyncio.sleep(0.02)
+    return len(killed)

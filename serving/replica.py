@@ -1,0 +1,100 @@
+"""Values of this room: what a replica is, how it is started, and how it fares."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from config.manifest import Engine
+from config.schema import ReplicaSettings
+from config.variant import Variant
+
+
+class State(StrEnum):
+    """Where a replica is in its life; only READY answers requests."""
+
+    STOPPED = "stopped"
+    STARTING = "starting"
+    WARMING = "warming"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+HOPEFUL = frozenset({State.STARTING, State.WARMING})
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """One server of one variant at one address; `served_name` is the model name that it answers to.
+
+    `max_model_len_tokens` is None until it has been asked.
+    """
+
+    id: str
+    variant: str
+    precision: str
+    url: str
+    served_name: str
+    api_key: str | None = None
+    max_model_len_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """A replica as the registry sees it at one moment; `since_seconds` is on the monotonic clock."""
+
+    replica: Replica
+    state: State
+    reason: str
+    since_seconds: float
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One server that we start ourselves: which variant, on what, and how."""
+
+    replica_id: str
+    variant: Variant
+    engine: Engine
+    settings: ReplicaSettings
+    gpus: tuple[int, ...] = ()
+    port: int | None = None
+
+
+def plan_launches(
+    replicas: tuple[ReplicaSettings, ...], variants: dict[str, Variant], engine: Engine
+) -> tuple[Launch, ...]:
+    """Spread configured replicas into single servers with ids, GPUs and ports; those with a url are not ours."""
+    numbers: dict[str, int] = {}
+    launches = []
+    for settings in replicas:
+        for index in range(0 if settings.url else settings.count):
+            numbers[settings.variant] = numbers.get(settings.variant, 0) + 1
+            width = settings.tensor_parallel
+            launches.append(
+                Launch(
+                    replica_id=f"{settings.variant}-{numbers[settings.variant]}",
+                    variant=variants[settings.variant],
+                    engine=engine,
+                    settings=settings,
+                    gpus=settings.gpus[index * width : (index + 1) * width],
+                    port=settings.port + index if settings.port else None,
+                )
+            )
+    return tuple(launches)
+
+
+def foreign_replicas(replicas: tuple[ReplicaSettings, ...], variants: dict[str, Variant]) -> tuple[Replica, ...]:
+    """List the replicas that somebody else runs; their served name is learnt when they are probed."""
+    numbers: dict[str, int] = {}
+    found = []
+    for settings in replicas:
+        if settings.url is None:
+            continue
+        numbers[settings.variant] = numbers.get(settings.variant, 0) + 1
+        key = settings.api_key.get_secret_value() if settings.api_key else None
+        replica_id = f"{settings.variant}-url-{numbers[settings.variant]}"
+        precision = variants[settings.variant].precision
+        found.append(Replica(replica_id, settings.variant, precision, settings.url, settings.variant, key))
+    return tuple(found)

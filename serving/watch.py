@@ -1,0 +1,65 @@
+"""Follows the replicas that somebody else runs: ready while they are healthy, failed while they aren't."""
+
+import asyncio
+import logging
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self
+
+from serving.errors import ProbeFailed
+from serving.probe import Probe
+from serving.registry import Registry
+from serving.replica import Replica, State
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Watch:
+    """Polls foreign replicas while the `async with` block runs; keeps their entries in the registry true."""
+
+    replicas: tuple[Replica, ...]
+    registry: Registry
+    probe: Probe
+    every_seconds: float = 1.0
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    async def __aenter__(self) -> Self:
+        """Begin to poll every replica; none is ready before it has answered."""
+        for replica in self.replicas:
+            self.registry.put(replica, State.STARTING, "not reached yet")
+            self._tasks.append(asyncio.create_task(self._follow(replica), name=f"watch {replica.id}"))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop polling."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _follow(self, replica: Replica) -> None:
+        while True:
+            await self._look(replica)
+            await asyncio.sleep(self.every_seconds)
+
+    async def _look(self, replica: Replica) -> None:
+        state = self.registry.status(replica.id).state
+        if not await self.probe.healthy(replica.url):
+            if state is not State.FAILED:
+                log.warning("replica %s at %s is not healthy", replica.id, replica.url)
+            self.registry.move(replica.id, State.FAILED, f"{replica.url} is not healthy")
+        elif state is not State.READY:
+            await self._admit(replica)
+
+    async def _admit(self, replica: Replica) -> None:
+        """Learn the name that it answers to; it may have come back as something else."""
+        try:
+            served = await self.probe.served_model(replica)
+        except ProbeFailed as error:
+            self.registry.move(replica.id, State.FAILED, str(error))
+            return
+        seen = replace(replica, served_name=served.name, max_model_len_tokens=served.max_model_len_tokens)
+        self.registry.put(seen, State.READY)
+        log.info("replica %s at %s is ready", replica.id, replica.url)

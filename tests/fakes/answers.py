@@ -1,0 +1,119 @@
+"""From what is asked to what is sent: chunks of a stream, whole answers, and the page of metrics."""
+
+from typing import Any
+
+from tests.fakes.asks import Ask, Kind
+from tests.fakes.options import Options
+
+STREAM_OBJECTS: dict[Kind, str] = {"chat": "chat.completion.chunk", "text": "text_completion"}
+WHOLE_OBJECTS: dict[Kind, str] = {"chat": "chat.completion", "text": "text_completion"}
+
+
+def role_chunks(ask: Ask) -> list[dict[str, Any]]:
+    """What a chat stream begins with: a role and no text, for each choice."""
+    if ask.kind == "text":
+        return []
+    delta = {"role": "assistant", "content": ""}
+    return [
+        _chunk(ask, {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, 0)
+        for index in range(len(ask.choices))
+    ]
+
+
+def step_chunks(ask: Ask, step: int) -> list[dict[str, Any]]:
+    """One token for each choice; the last one says why it is the last."""
+    ending = {"finish_reason": None}
+    if step == ask.steps - 1:
+        ending = {"finish_reason": ask.finish_reason, "stop_reason": None}  # type: ignore[dict-item]
+    return [
+        _chunk(ask, {"index": index, **_piece(ask, step, tokens[step]), "logprobs": None, **ending}, step + 1)
+        for index, tokens in enumerate(ask.choices)
+    ]
+
+
+def usage_chunk(ask: Ask) -> dict[str, Any]:
+    """The chunk without choices that ends a stream for clients who asked for usage."""
+    return {**_envelope(ask, STREAM_OBJECTS[ask.kind]), "choices": [], "usage": usage(ask, ask.steps)}
+
+
+def whole(ask: Ask) -> dict[str, Any]:
+    """The answer to a client who did not ask for a stream."""
+    ending = {"logprobs": None, "finish_reason": ask.finish_reason, "stop_reason": None, "token_ids": None}
+    return {
+        **_envelope(ask, WHOLE_OBJECTS[ask.kind]),
+        "choices": [{"index": index, **_said(ask, tokens), **ending} for index, tokens in enumerate(ask.choices)],
+        "service_tier": None,
+        "system_fingerprint": None,
+        "usage": {**usage(ask, ask.steps), "prompt_tokens_details": None},
+        "prompt_logprobs": None,
+        "kv_transfer_params": None,
+    }
+
+
+def usage(ask: Ask, steps: int) -> dict[str, Any]:
+    """Tokens so far, over all choices."""
+    completion_tokens = steps * len(ask.choices)
+    counted: dict[str, Any] = {
+        "prompt_tokens": ask.prompt_tokens,
+        "total_tokens": ask.prompt_tokens + completion_tokens,
+        "completion_tokens": completion_tokens,
+    }
+    if ask.reasoning_steps:
+        reasoning_tokens = min(steps, ask.reasoning_steps) * len(ask.choices)
+        counted["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
+    return counted
+
+
+def models(options: Options, created: int) -> dict[str, Any]:
+    """All names this replica answers to."""
+    card = {"object": "model", "created": created, "owned_by": "vllm", "root": options.model, "parent": None}
+    return {
+        "object": "list",
+        "data": [{"id": name, **card, "max_model_len": options.max_model_len} for name in options.served],
+    }
+
+
+def metrics(model: str, gauges: dict[str, float], counters: dict[str, float]) -> str:
+    """A Prometheus page; a name may carry labels of its own behind a `|`."""
+    lines: list[str] = []
+    for kind, values in (("gauge", gauges), ("counter", counters)):
+        for full_name, value in values.items():
+            name, _, extra = full_name.partition("|")
+            suffix = "_total" if kind == "counter" else ""
+            type_line = f"# TYPE vllm:{name}{suffix} {kind}"
+            if type_line not in lines:
+                lines += [f"# HELP vllm:{name}{suffix} {name.replace('_', ' ')}.", type_line]
+            labels = ",".join(filter(None, ['engine="0"', extra, f'model_name="{model}"']))
+            lines.append(f"vllm:{name}{suffix}{{{labels}}} {float(value)}")
+    return "\n".join([*lines, ""])
+
+
+def _chunk(ask: Ask, choice: dict[str, Any], steps: int) -> dict[str, Any]:
+    chunk = {**_envelope(ask, STREAM_OBJECTS[ask.kind]), "choices": [choice]}
+    return {**chunk, "usage": usage(ask, steps)} if ask.continuous_usage else chunk
+
+
+def _envelope(ask: Ask, kind: str) -> dict[str, Any]:
+    return {"id": ask.id, "object": kind, "created": ask.created, "model": ask.model}
+
+
+def _piece(ask: Ask, step: int, token: str) -> dict[str, Any]:
+    if ask.kind == "text":
+        return {"text": token}
+    return {"delta": {"reasoning" if step < ask.reasoning_steps else "content": token}}
+
+
+def _said(ask: Ask, tokens: tuple[str, ...]) -> dict[str, Any]:
+    if ask.kind == "text":
+        return {"text": "".join(tokens)}
+    # As with a reasoning parser: empty parts are null, and there is no `tool_calls` without calls.
+    message = {
+        "role": "assistant",
+        "content": "".join(tokens[ask.reasoning_steps :]) or None,
+        "refusal": None,
+        "annotations": None,
+        "audio": None,
+        "function_call": None,
+        "reasoning": "".join(tokens[: ask.reasoning_steps]) or None,
+    }
+    return {"message": message}

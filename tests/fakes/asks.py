@@ -1,0 +1,198 @@
+"""From a request to what is asked: vLLM's checks with vLLM's words, a chat template, and tokens that are characters."""
+
+import json
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain, cycle, islice
+from typing import Any, Literal
+
+from tests.fakes.http_server import Request
+from tests.fakes.options import Options
+
+Kind = Literal["chat", "text"]
+FILLER = (" one", " é", " 汉", " two")
+
+
+class ApiError(Exception):
+    """An answer in vLLM's error shape."""
+
+    def __init__(self, status: int, kind: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": status}}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One generation: what to say, in how many steps, and in which shape."""
+
+    kind: Kind
+    id: str
+    created: int
+    model: str
+    prompt_tokens: int
+    choices: tuple[tuple[str, ...], ...]  # the tokens of each choice, all of the same number
+    steps: int
+    reasoning_steps: int
+    finish_reason: str
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+
+
+def read_json(request: Request) -> dict[str, Any]:
+    """The JSON object in the body, or the 400 that vLLM gives."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        message = "1 validation error:\n  Unsupported Media Type: Only 'application/json' is allowed"
+        raise ApiError(400, "Bad Request", message)
+    try:
+        body = json.loads(request.body)
+    except ValueError as error:
+        at = error.pos if isinstance(error, json.JSONDecodeError) else 0
+        raise _invalid("json_invalid", f"body.{at}", "JSON decode error") from None
+    if not isinstance(body, dict):
+        raise _invalid("model_attributes_type", "body", "Input should be a valid dictionary")
+    return body
+
+
+def check_model(body: Mapping[str, Any], options: Options) -> None:
+    """Any served name will do, and so does none at all."""
+    if (name := body.get("model")) and name not in options.served:
+        message = f"The model `{name}` does not exist. Valid aliases: {', '.join(options.served)}."
+        raise ApiError(404, "NotFoundError", message, "model")
+
+
+def read_ask(kind: Kind, request: Request, options: Options) -> Ask:
+    """Check a generation request in the order vLLM does: its shape, its model, its length."""
+    body = read_json(request)
+    prompts = [chat_prompt(body, options)] if kind == "chat" else _text_prompts(body)
+    heard = [last_words(body)] if kind == "chat" else prompts
+    # The legacy endpoint has OpenAI's old default; chat goes on until the model stops.
+    default_limit = None if kind == "chat" else 16
+    limit = _integer(body, "max_completion_tokens") or _integer(body, "max_tokens") or default_limit
+    width = _integer(body, "n") or 1
+    asked_usage = _stream_options(body)
+    check_model(body, options)
+    prompt_tokens = sum(map(len, prompts))
+    _check_length(max(map(len, prompts)), limit, options)
+    steps, finish_reason = _steps(limit, options, ignore_eos=bool(body.get("ignore_eos")))
+    return Ask(
+        kind=kind,
+        id=f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{request.headers.get('x-request-id') or uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=options.served[0],
+        prompt_tokens=prompt_tokens,
+        choices=tuple(_say(options.served[0], heard[i // width], i, steps) for i in range(len(prompts) * width)),
+        steps=steps,
+        reasoning_steps=min(options.faults.reasoning_tokens, steps) if kind == "chat" else 0,
+        finish_reason=finish_reason,
+        stream=bool(body.get("stream")),
+        include_usage=options.force_usage or bool(asked_usage.get("include_usage")),
+        continuous_usage=options.force_usage or bool(asked_usage.get("continuous_usage_stats")),
+    )
+
+
+def chat_prompt(body: Mapping[str, Any], options: Options) -> str:
+    """Messages in ChatML, with an opened `<think>` if this fake's template injects one."""
+    turns = [f"<|im_start|>{each.get('role')}\n{_content(each)}<|im_end|>\n" for each in _messages(body)]
+    if body.get("add_generation_prompt", True):
+        turns.append("<|im_start|>assistant\n" + ("<think>\n" if options.faults.think_prefix else ""))
+    return "".join(turns)
+
+
+def last_words(body: Mapping[str, Any]) -> str:
+    """The text of the last message."""
+    messages = _messages(body)
+    return _content(messages[-1]) if messages else ""
+
+
+def tokenize(text: str) -> list[int]:
+    """One token per character, so that every fake can read every other's tokens back."""
+    return [ord(character) for character in text]
+
+
+def detokenize(tokens: list[int]) -> str:
+    """The inverse of `tokenize`."""
+    return "".join(map(chr, tokens))
+
+
+def _say(model: str, heard: str, choice: int, steps: int) -> tuple[str, ...]:
+    """Who speaks, what was heard, characters of two and three bytes, and then filler."""
+    name = model if choice == 0 else f"{model}#{choice}"
+    opening = [name, " heard", *(f" {word}" for word in heard.split()[:6]), " café", " 汉字"]
+    return tuple(islice(chain(opening, cycle(FILLER)), steps))
+
+
+def _steps(limit: int | None, options: Options, *, ignore_eos: bool) -> tuple[int, str]:
+    natural = options.faults.tokens
+    if limit is not None and (limit < natural or ignore_eos):
+        return limit, "length"
+    return natural, "stop"
+
+
+def _check_length(prompt_tokens: int, limit: int | None, options: Options) -> None:
+    if limit is not None and limit > options.max_model_len:
+        message = f"max_tokens={limit} cannot be greater than max_model_len={options.max_model_len}."
+        raise ApiError(400, "BadRequestError", message, "max_tokens")
+    if prompt_tokens >= options.max_model_len:
+        message = (
+            f"This model's maximum context length is {options.max_model_len} tokens. However, your prompt contains "
+            f"at least {options.max_model_len} input tokens, which exceeds this limit even without any output tokens. "
+            "Please reduce the length of the input prompt."
+        )
+        raise ApiError(400, "BadRequestError", message, "input_tokens")
+
+
+def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    messages = body.get("messages")
+    if messages is None:
+        raise _invalid("missing", "body.messages", "Field required")
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise _invalid("list_type", "body.messages", "Input should be a valid list")
+    return messages
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    """Text, whether it comes as a string or as parts."""
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(part.get("text", "") for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
+
+
+def _text_prompts(body: Mapping[str, Any]) -> list[str]:
+    """One prompt or several, each as text or as tokens."""
+    match body.get("prompt"):
+        case str(text):
+            return [text]
+        case [int(), *_] as tokens:
+            return [detokenize(tokens)]
+        case [_, *_] as several:
+            return [each if isinstance(each, str) else detokenize(each) for each in several]
+    raise _invalid("missing", "body.prompt", "Field required")
+
+
+def _stream_options(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = body.get("stream_options")
+    if given and not body.get("stream"):
+        message = "Stream options can only be defined when `stream=True`."
+        raise _invalid("value_error", "stream_options", message)
+    return given if isinstance(given, dict) else {}
+
+
+def _integer(body: Mapping[str, Any], key: str) -> int | None:
+    value = body.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _invalid("int_parsing", f"body.{key}", "Input should be a valid integer")
+    if value < 1:
+        raise ApiError(400, "BadRequestError", f"{key} must be at least 1, got {value}.", key)
+    return value
+
+
+def _invalid(kind: str, param: str, message: str) -> ApiError:
+    """A validation error as FastAPI and vLLM print it."""
+    return ApiError(400, "Bad Request", f"1 validation error:\n  {{'type': '{kind}', 'msg': '{message}'}}", param)
