@@ -13,6 +13,8 @@ FLOOR_HEADER = "x-quantgate-floor"
 # Ours, never the engine's: the key that OpenRouter's clients send to choose a precision.
 OWN_KEYS = ("provider",)
 
+NO_FLOOR = Floor()
+
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
@@ -27,7 +29,7 @@ class Inference:
     wants_usage: bool
     fields: dict[str, msgspec.Raw]
     precisions: frozenset[str] | None = None
-    floor: Floor = Floor()
+    floor: Floor = NO_FLOOR
 
     def body_for(self, served_name: str) -> bytes:
         """Write the body that a replica gets: its own model name, usage always asked for, our extras left out."""

@@ -1,5 +1,6 @@
 """From what is asked to what is sent: chunks of a stream, whole answers, and the page of metrics."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from tests.fakes.asks import Ask, Kind
@@ -22,9 +23,9 @@ def role_chunks(ask: Ask) -> list[dict[str, Any]]:
 
 def step_chunks(ask: Ask, step: int) -> list[dict[str, Any]]:
     """One token for each choice; the last one says why it is the last."""
-    ending = {"finish_reason": None}
+    ending: dict[str, str | None] = {"finish_reason": None}
     if step == ask.steps - 1:
-        ending = {"finish_reason": ask.finish_reason, "stop_reason": None}  # type: ignore[dict-item]
+        ending = {"finish_reason": ask.finish_reason, "stop_reason": None}
     return [
         _chunk(ask, {"index": index, **_piece(ask, step, tokens[step]), "logprobs": None, **ending}, step + 1)
         for index, tokens in enumerate(ask.choices)
@@ -73,7 +74,7 @@ def models(options: Options, created: int) -> dict[str, Any]:
     }
 
 
-def metrics(model: str, gauges: dict[str, float], counters: dict[str, float]) -> str:
+def metrics(model: str, gauges: Mapping[str, float], counters: Mapping[str, float]) -> str:
     """A Prometheus page; a name may carry labels of its own behind a `|`."""
     lines: list[str] = []
     for kind, values in (("gauge", gauges), ("counter", counters)):

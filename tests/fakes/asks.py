@@ -84,7 +84,9 @@ def read_ask(kind: Kind, request: Request, options: Options) -> Ask:
         created=int(time.time()),
         model=options.served[0],
         prompt_tokens=prompt_tokens,
-        choices=tuple(_say(options.served[0], heard[i // width], i, steps) for i in range(len(prompts) * width)),
+        choices=tuple(
+            _say(options.served[0], heard[i // width], i % width, steps) for i in range(len(prompts) * width)
+        ),
         steps=steps,
         reasoning_steps=min(options.faults.reasoning_tokens, steps) if kind == "chat" else 0,
         finish_reason=finish_reason,

@@ -27,7 +27,7 @@ class Journal:
         """Append a line; it is in the file when this returns."""
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+                lines.write(json.dumps(record) + "\n")
 
 
 class Generation:
@@ -77,6 +77,7 @@ class Engine:
         self.generation_tokens = 0
         self.rejected = 0
         self.succeeded: Counter[str] = Counter()
+        self._resumed = asyncio.Event()
         self._unfinished: set[Generation] = set()
         self._admitted = 0
         self._failures_left = options.faults.fail_first
@@ -125,13 +126,19 @@ class Engine:
         """The engine core is gone: everybody in it gets the error now."""
         waiting = self.waiting
         self.dead.set()
+        self.resume()
         for _ in range(waiting):
             self._places.release()
 
+    def resume(self) -> None:
+        """Let who stalled, and who would stall from now on, go on."""
+        self._resumed.set()
+
     async def stall(self) -> None:
-        """Never go on, unless the engine dies or the client leaves."""
-        await self.dead.wait()
-        raise engine_dead()
+        """Go on when resumed, or never."""
+        await self._resumed.wait()
+        if self.dead.is_set():
+            raise engine_dead()
 
     async def wait_until(self, due: float | None) -> None:
         """Let time pass until the loop's clock shows `due`; without one, only let others go on."""

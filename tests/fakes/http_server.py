@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 server: keep-alive, pipelining, chunked streams, and a handler that is cancelled when its client leaves."""
+"""A small HTTP/1.1 server: keep-alive, pipelining, chunked streams; who leaves has his answer cancelled."""
 
 import asyncio
 import contextlib
@@ -41,7 +41,9 @@ class Reply:
         headers: Mapping[str, str] | None = None,
     ) -> None:
         """Answer at once, with a length."""
-        described = {"content-length": str(len(body)), "content-type": content_type} if body else {"content-length": "0"}
+        described = (
+            {"content-length": str(len(body)), "content-type": content_type} if body else {"content-length": "0"}
+        )
         await self._connection.write(self._head(status, {**described, **(headers or {})}) + body)
 
     async def send_json(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:

@@ -55,6 +55,10 @@ class FakeReplica:
         """The requests to a path, as soon as there are `count` of them."""
         return await eventually(lambda: found if len(found := self.requests(path)) >= count else None)
 
+    def resume(self) -> None:
+        """Let stalled generations go on; nothing stalls any more."""
+        self.process.send_signal(signal.SIGUSR1)
+
     async def exited(self) -> int:
         """The exit code, when the process is gone."""
         async with asyncio.timeout(DEADLINE_SECONDS):
@@ -63,6 +67,10 @@ class FakeReplica:
     def output(self) -> str:
         """What the fake wrote to stderr so far."""
         return (self.folder / "stderr").read_text(encoding="utf-8")
+
+    def members(self) -> list[int]:
+        """The processes of the fake's group that live, itself included."""
+        return group_members(self.pid)
 
     def _lines(self) -> list[dict[str, Any]]:
         noted = self.folder / "requests"
@@ -75,7 +83,8 @@ class FakeReplica:
 
 def fake_argv(*flags: str, served: str = "m1", port: int = 0) -> list[str]:
     """The command line of a fake, to be run in `ROOT`."""
-    named = ["--model", f"/models/{served.split()[0]}", "--served-model-name", *served.split()]
+    names = served.split()
+    named = ["--model", f"/models/{names[0]}", "--served-model-name", *names]
     return [sys.executable, "-m", "tests.fakes.vllm", *named, "--host", HOST, "--port", str(port), *flags]
 
 
@@ -94,7 +103,7 @@ async def running_fake(
         try:
             replica = FakeReplica(await _port(process, folder), process, folder)
             if wait:
-                await eventually(lambda: _alive(process, folder), _healthy(replica.port))
+                await _until_healthy(replica)
             yield replica
         finally:
             kill_group(process.pid)
@@ -104,6 +113,68 @@ async def running_fake(
 async def eventually(look: Callable[[], T | None]) -> T:
     """Look again and again until there is something, at most `DEADLINE_SECONDS`."""
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while (found := look()) is None:
+        while (found := look()) is None:  # noqa: ASYNC110 - what is looked at is another process
             await asyncio.sleep(POLL_SECONDS)
         return found
+
+
+def kill_group(leader: int) -> None:
+    """SIGKILL to every process of a group, if any is left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def group_members(leader: int) -> list[int]:
+    """The processes of a group, without those that only wait to be reaped."""
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # gone while we looked
+            # "pid (name with any characters) state parent group ...", see proc_pid_stat(5)
+            state, _, group = stat.read_text().rpartition(") ")[2].split()[:3]
+            if int(group) == leader and state != "Z":
+                members.append(int(stat.parent.name))
+    return members
+
+
+async def _start(argv: list[str], stderr: Path, env: Mapping[str, str]) -> Process:
+    with stderr.open("wb") as written:
+        return await asyncio.create_subprocess_exec(
+            *argv, cwd=ROOT, env={**os.environ, **env}, stderr=written, start_new_session=True
+        )
+
+
+async def _port(process: Process, folder: Path) -> int:
+    announced = folder / "port"
+
+    def look() -> int | None:
+        _check_alive(process, folder)
+        return int(announced.read_text()) if announced.exists() else None
+
+    return await eventually(look)
+
+
+async def _until_healthy(replica: FakeReplica) -> None:
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not await _healthy(replica.port):
+            _check_alive(replica.process, replica.folder)
+            await asyncio.sleep(POLL_SECONDS)
+
+
+async def _healthy(port: int) -> bool:
+    """Whether /health answers 200 on a connection of its own."""
+    try:
+        reader, writer = await asyncio.open_connection(HOST, port)
+    except ConnectionRefusedError:
+        return False
+    try:
+        writer.write(b"GET /health HTTP/1.1\r\nhost: fake\r\nconnection: close\r\n\r\n")
+        return (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+def _check_alive(process: Process, folder: Path) -> None:
+    if process.returncode is not None:
+        said = (folder / "stderr").read_text(encoding="utf-8")
+        raise AssertionError(f"the fake exited with {process.returncode} before it was ready:\n{said}")

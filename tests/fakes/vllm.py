@@ -2,6 +2,7 @@
 
 Run it as `python -m tests.fakes.vllm --model DIR --served-model-name m1 --port 8000 --fake-tokens 50`.
 `--fake-crash-after-requests N` lets N generations through; the next one takes the engine down half-way.
+SIGUSR1 lets everything go on that `--fake-stall-...` holds: a test decides how long a stream lasts, no clock does.
 """
 
 import asyncio
@@ -53,6 +54,7 @@ async def _serve(options: Options, bound: socket.socket) -> int:
         keep_alive_seconds=options.keep_alive_seconds,
         piece_bytes=options.life.split_bytes,
     )
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, engine.resume)
     stopping = _stop_signal(ignore_sigterm=options.life.ignore_sigterm)
     await server.listen(bound)
     _log("INFO", f"Started server process [{os.getpid()}]")

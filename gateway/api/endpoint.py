@@ -1,0 +1,104 @@
+"""One inference endpoint as a plain ASGI app: the exchange lives inside it, so a client that leaves ends it."""
+
+import asyncio
+import re
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from config.schema import LimitSettings
+from gateway.api.inference import parse_inference
+from gateway.errors import BodyTooLarge, FloorUnmet, GatewayError, RequestError
+from gateway.keys import Keys
+from gateway.metrics import Metrics
+from gateway.relay.accounting import CLIENT_LEFT, Account
+from gateway.relay.exchange import Relay, Send, refuse
+from gateway.routing.catalog import Catalog
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+
+class ClientLeft(Exception):
+    """The client closed its connection; nobody is there to be told anything."""
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceEndpoint:
+    """Reads a request, finds who may answer, and relays the answer."""
+
+    name: str
+    catalog: Catalog
+    relay: Relay
+    metrics: Metrics
+    limits: LimitSettings
+    keys: Keys
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Answer one HTTP request."""
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        with Account(self.metrics, self.name, request_id(headers.get("x-request-id"))) as account:
+            try:
+                await self._answer(headers, account, receive, send)
+            except ClientLeft:
+                account.code = CLIENT_LEFT
+            except GatewayError as error:
+                if isinstance(error, FloorUnmet):
+                    self.metrics.floor_rejections.labels(account.alias).inc()
+                await refuse(send, account, error)
+
+    async def _answer(self, headers: dict[str, str], account: Account, receive: Receive, send: Send) -> None:
+        self.keys.authenticate(headers)
+        body = await read_body(headers, receive, self.limits.body_bytes)
+        inference = parse_inference(self.name, body, headers, self.limits)
+        target = self.catalog.resolve(inference.model)
+        account.alias = target.name
+        await unless_client_leaves(self.relay.answer(inference, target, account, send), receive)
+
+
+def request_id(given: str | None) -> str:
+    """Keep a client's id if it is a sane one, otherwise make one."""
+    return given if given and REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+
+
+async def read_body(headers: dict[str, str], receive: Receive, limit_bytes: int) -> bytes:
+    """Read a request's body, counting what really comes; RequestError unless it is declared as JSON."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(f"content-type is {kind or 'missing'!r}; send application/json")
+    parts, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientLeft
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > limit_bytes:
+            raise BodyTooLarge(f"the body is longer than {limit_bytes} bytes")
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+async def unless_client_leaves(answer: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Run an answer to its end, or cancel it when the client goes; whatever it raises comes out unwrapped."""
+    exchange = asyncio.create_task(answer, name="exchange")
+    departure = asyncio.create_task(_departure(receive), name="departure")
+    try:
+        await asyncio.wait({exchange, departure}, return_when=asyncio.FIRST_COMPLETED)
+        if not exchange.done():
+            raise ClientLeft
+        await exchange
+    finally:
+        for task in (exchange, departure):
+            task.cancel()
+            with suppress(asyncio.CancelledError, GatewayError):
+                await task
+
+
+async def _departure(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

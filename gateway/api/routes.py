@@ -1,0 +1,80 @@
+"""The allow-list of what clients may call; everything else is a 404 in OpenAI's shape."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from gateway.api.endpoint import InferenceEndpoint, request_id
+from gateway.errors import GatewayError, RequestError
+from gateway.keys import Keys
+from gateway.relay.exchange import PATHS
+from gateway.routing.catalog import Catalog
+from serving.registry import Registry
+
+JSON = "application/json"
+
+
+def client_app(
+    catalog: Catalog, registry: Registry, keys: Keys, endpoint: Callable[[str], InferenceEndpoint]
+) -> FastAPI:
+    """Build the app that clients talk to; `endpoint` makes the app of one inference endpoint."""
+    app = FastAPI(title="quantgate", docs_url=None, redoc_url=None, openapi_url=None)
+    for name, path in PATHS.items():
+        app.router.routes.append(Route(path, endpoint(name), methods=["POST"]))
+    created = int(time.time())
+
+    @app.get("/v1/models")
+    async def list_models(request: Request) -> dict[str, Any]:
+        """Aliases first, then the variants that a client may pin."""
+        keys.authenticate(request.headers)
+        return {"object": "list", "data": [_model(name, catalog, registry, created) for name in catalog.names()]}
+
+    @app.get("/v1/models/{model:path}")
+    async def show_model(model: str, request: Request) -> dict[str, Any]:
+        """One of them."""
+        keys.authenticate(request.headers)
+        return _model(catalog.resolve(model).name, catalog, registry, created)
+
+    app.add_exception_handler(GatewayError, _refused)
+    app.add_exception_handler(HTTPException, _not_routed)
+    return app
+
+
+def _model(name: str, catalog: Catalog, registry: Registry, created: int) -> dict[str, Any]:
+    """Describe a name the way OpenAI does, with what only we know beside it."""
+    target = catalog.resolve(name)
+    rungs = {variant.name for variant in target.rungs}
+    lengths = [
+        status.replica.max_model_len_tokens
+        for status in registry.snapshot()
+        if status.replica.variant in rungs and status.replica.max_model_len_tokens
+    ]
+    model: dict[str, Any] = {"id": name, "object": "model", "created": created, "owned_by": "quantgate"}
+    # Whichever rung answers, a prompt of this length fits.
+    model |= {"max_model_len": min(lengths)} if lengths else {}
+    return model | {"precisions": [variant.precision for variant in target.rungs]}
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, GatewayError)
+    headers = {name.decode(): value.decode() for name, value in error.headers()}
+    headers["x-request-id"] = request_id(request.headers.get("x-request-id"))
+    return Response(error.body(), error.status, headers, media_type=JSON)
+
+
+async def _not_routed(request: Request, error: Exception) -> Response:
+    """Unknown path or wrong method, told in a shape that SDKs can read."""
+    assert isinstance(error, HTTPException)
+    known = ", ".join([*PATHS.values(), "/v1/models"])
+    refusal = RequestError(
+        f"{request.method} {request.url.path[:200]}: {error.detail}; known: {known}", code="not_found"
+    )
+    refusal.status = error.status_code
+    response = await _refused(request, refusal)
+    response.headers.update(error.headers or {})
+    return response

@@ -1,0 +1,105 @@
+"""The composition root: builds every object of the gateway and hands it on. Start reading here."""
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from config.load import load_settings
+from config.schema import Settings
+from config.variant import Variant, read_variants
+from gateway.admin import admin_app
+from gateway.api.endpoint import InferenceEndpoint
+from gateway.api.routes import client_app
+from gateway.keys import Keys, read_keys
+from gateway.listener import address_of, bind, listen
+from gateway.metrics import FleetCollector, Metrics
+from gateway.relay.exchange import Relay
+from gateway.relay.pool import Pool
+from gateway.routing.catalog import Catalog
+from serving.command import Machine
+from serving.leftovers import Notebook
+from serving.machine import installed_engine
+from serving.probe import Probe
+from serving.registry import Registry
+from serving.replica import foreign_replicas, plan_launches
+from serving.supervisor import Supervisor
+from serving.watch import Watch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """A configuration with everything that it refers to, read."""
+
+    settings: Settings
+    variants: Mapping[str, Variant]
+    keys: Keys
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the two listeners really are."""
+
+    client: str
+    admin: str
+
+
+def read_deployment(path: Path) -> Deployment:
+    """Read a configuration file, the manifests and the keys it names; ConfigError if anything is wrong."""
+    settings = load_settings(path)
+    keys = read_keys(path.parent / settings.gateway.keys) if settings.gateway.keys else Keys()
+    return Deployment(settings, read_variants(settings.variants, path.parent), keys)
+
+
+@asynccontextmanager
+async def gateway(deployment: Deployment, registry: Registry) -> AsyncIterator[Addresses]:
+    """Serve clients and operators; when the block ends, running requests finish first."""
+    settings = deployment.settings.gateway
+    catalog = Catalog(deployment.settings.aliases, deployment.variants)
+    metrics = Metrics()
+    metrics.registry.register(FleetCollector(registry, tuple(deployment.variants.values())))
+    client_socket = bind(settings.listen, "gateway.listen")
+    admin_socket = bind(settings.admin, "gateway.admin")
+    async with AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(Pool())
+        relay = Relay(registry, pool, settings.limits.queue_seconds)
+
+        def endpoint(name: str) -> InferenceEndpoint:
+            return InferenceEndpoint(name, catalog, relay, metrics, settings.limits, deployment.keys)
+
+        clients = client_app(catalog, registry, deployment.keys, endpoint)
+        await stack.enter_async_context(listen(admin_app(catalog, registry, metrics), admin_socket))
+        await stack.enter_async_context(listen(clients, client_socket))
+        addresses = Addresses(address_of(client_socket), address_of(admin_socket))
+        log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
+        yield addresses
+
+
+@asynccontextmanager
+async def gateway_alone(deployment: Deployment) -> AsyncIterator[Addresses]:
+    """The gateway in front of replicas that somebody else runs."""
+    registry = Registry()
+    foreign = foreign_replicas(deployment.settings.replicas, dict(deployment.variants))
+    async with Probe() as probe, gateway(deployment, registry) as addresses, Watch(foreign, registry, probe):
+        yield addresses
+
+
+@asynccontextmanager
+async def everything(
+    deployment: Deployment, machine: Machine, registry: Registry, home: Path
+) -> AsyncIterator[Addresses]:
+    """Gateway and replicas on one machine; requests end before their replicas do."""
+    replicas, variants = deployment.settings.replicas, dict(deployment.variants)
+    engine = installed_engine() if any(replica.url is None for replica in replicas) else "cpu"
+    launches = plan_launches(replicas, variants, engine)
+    notebook = Notebook(home / "running")
+    async with (
+        Probe() as probe,
+        Supervisor(launches, registry, machine, probe, notebook, home / "logs"),
+        Watch(foreign_replicas(replicas, variants), registry, probe),
+        gateway(deployment, registry) as addresses,
+    ):
+        yield addresses

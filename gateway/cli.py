@@ -1,0 +1,128 @@
+"""The verbs of this room: gateway, up, config, keys."""
+
+import argparse
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+
+import uvloop
+import yaml
+
+from config.errors import ConfigError
+from config.load import home_directory, load_settings, process_environment
+from config.schema import Settings
+from gateway.app import Addresses, everything, gateway_alone, read_deployment
+from gateway.keys import create_key
+from serving.errors import LaunchRefused
+from serving.machine import this_machine
+from serving.registry import Registry
+
+FAILED, USAGE = 1, 2
+DEFAULT_CONFIG = Path("quantgate.yaml")
+
+
+def gateway_main(arguments: list[str]) -> int:
+    """Run the gateway in front of replicas that somebody else runs."""
+    parser = _parser("gateway", "Serve clients from the replicas that the configuration gives a url.")
+    config = _config_argument(parser, arguments)
+    return run_until_signal(lambda: gateway_alone(read_deployment(config)))
+
+
+def up_main(arguments: list[str]) -> int:
+    """Run replicas and gateway on this machine."""
+    parser = _parser("up", "Start every replica of the configuration on this machine, and the gateway in front.")
+    config = _config_argument(parser, arguments)
+    home, environment = home_directory(), process_environment()
+
+    def start() -> AbstractAsyncContextManager[Addresses]:
+        return everything(read_deployment(config), this_machine(home, environment), Registry(), home)
+
+    return run_until_signal(start)
+
+
+def config_main(arguments: list[str]) -> int:
+    """Check, show or describe configuration files."""
+    parser = _parser("config", "Check a configuration file, show it with its defaults, or print the JSON schema.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="check|show|schema")
+    for verb, text in (
+        ("check", "list every problem of a file"),
+        ("show", "print it with all defaults, secrets masked"),
+    ):
+        verbs.add_parser(verb, help=text).add_argument("file", type=Path, nargs="?", default=DEFAULT_CONFIG)
+    verbs.add_parser("schema", help="print the JSON schema, for editors")
+    chosen = parser.parse_args(arguments)
+    if chosen.verb == "schema":
+        print(json.dumps(Settings.model_json_schema(), indent=2))
+        return 0
+    try:
+        settings = load_settings(chosen.file)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    if chosen.verb == "show":
+        print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+    else:
+        print(f"{chosen.file}: {len(settings.aliases)} aliases, {len(settings.variants)} variants, no problem")
+    return 0
+
+
+def keys_main(arguments: list[str]) -> int:
+    """Hand out keys for clients."""
+    parser = _parser("keys", "Manage the keys that clients authenticate with.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="create")
+    create = verbs.add_parser("create", help="make a key and print it; only its digest is kept")
+    create.add_argument("name", help="who it is for")
+    create.add_argument("--file", type=Path, default=Path("keys.yaml"), help="the configuration's gateway.keys")
+    chosen = parser.parse_args(arguments)
+    try:
+        print(create_key(chosen.file, chosen.name))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    return 0
+
+
+def run_until_signal(start: Callable[[], AbstractAsyncContextManager[object]]) -> int:
+    """Run until SIGINT or SIGTERM, then shut down in order; configuration at fault is exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        uvloop.run(_run(start))
+    except (ConfigError, LaunchRefused) as error:
+        print(f"quantgate: {error}", file=sys.stderr)
+        return USAGE
+    return 0
+
+
+async def _run(start: Callable[[], AbstractAsyncContextManager[object]]) -> None:
+    async with stop_signal() as stop, start():
+        await stop.wait()
+
+
+@asynccontextmanager
+async def stop_signal() -> AsyncIterator[asyncio.Event]:
+    """An event that SIGINT or SIGTERM sets."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"quantgate {verb}", description=description)
+
+
+def _config_argument(parser: argparse.ArgumentParser, arguments: list[str]) -> Path:
+    parser.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG, help="default: %(default)s")
+    chosen: Path = parser.parse_args(arguments).config
+    return chosen
