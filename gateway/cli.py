@@ -90,7 +90,8 @@ def keys_main(arguments: list[str]) -> int:
 def run_until_signal(start: Callable[[], AbstractAsyncContextManager[object]]) -> int:
     """Run until SIGINT or SIGTERM, then shut down in order; configuration at fault is exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for chatty in ("httpx", "uvicorn.error"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         uvloop.run(_run(start))
     except (ConfigError, LaunchRefused) as error:

@@ -75,7 +75,7 @@ class Metrics:
         return Histogram(f"quantgate_{name}_seconds", text, labels, registry=self.registry, buckets=tuple(buckets))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class FleetCollector(Collector):
     """Replicas and variants as they are when scraped; nothing is kept twice."""
 

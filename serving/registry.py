@@ -18,7 +18,7 @@ class _Entry:
     since_seconds: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Registry:
     """Replicas by id. Every change is one synchronous step; `changed()` wakes those who wait for one."""
 

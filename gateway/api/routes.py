@@ -42,6 +42,7 @@ def client_app(
 
     app.add_exception_handler(GatewayError, _refused)
     app.add_exception_handler(HTTPException, _not_routed)
+    app.add_exception_handler(Exception, _crashed)
     return app
 
 
@@ -78,3 +79,8 @@ async def _not_routed(request: Request, error: Exception) -> Response:
     response = await _refused(request, refusal)
     response.headers.update(error.headers or {})
     return response
+
+
+async def _crashed(request: Request, _error: Exception) -> Response:
+    """A defect of ours: the log has it whole (starlette raises it again), the client learns that it is not at fault."""
+    return await _refused(request, GatewayError("the gateway failed; its log tells more under this x-request-id"))
