@@ -13,7 +13,6 @@ from serving.replica import Launch
 
 VLLM_MODULE = ("-m", "vllm.entrypoints.openai.api_server")
 CPU_KV_CACHE_BYTES = 512 * 2**20
-TOKEN_VARIABLE = "QUANTGATE_REPLICA_TOKEN"  # noqa: S105 - marks every process of a replica, so that none gets lost
 QUIET_ENDPOINTS = "/health,/metrics,/load,/v1/models"
 
 
@@ -36,10 +35,10 @@ class Machine:
     program: tuple[str, ...] = VLLM_MODULE
 
 
-def build_command(launch: Launch, port: int, token: str, machine: Machine) -> Command:
-    """Say how to start one replica on `127.0.0.1:port`; `token` marks its processes."""
+def build_command(launch: Launch, port: int, machine: Machine) -> Command:
+    """Say how to start one replica on `127.0.0.1:port`."""
     argv = (machine.python, *machine.program, *_arguments(launch, port), *launch.settings.args)
-    return Command(argv, _environment(launch, token, machine))
+    return Command(argv, _environment(launch, machine))
 
 
 def _arguments(launch: Launch, port: int) -> Sequence[str]:
@@ -67,10 +66,9 @@ def _arguments(launch: Launch, port: int) -> Sequence[str]:
     return [*named, *switches, "--served-model-name", launch.replica_id, launch.variant.name]
 
 
-def _environment(launch: Launch, token: str, machine: Machine) -> dict[str, str]:
+def _environment(launch: Launch, machine: Machine) -> dict[str, str]:
     environment = {
         **machine.environment,
-        TOKEN_VARIABLE: token,
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",

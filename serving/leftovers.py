@@ -1,18 +1,30 @@
 """Replicas that outlived their supervisor: a note on disk per running replica, and a sweep that reads the notes.
 
-Each note names the supervisor by process number and start time, so a sweep never touches a living one's replicas,
-and the replica by the token in its processes' environment, so a reused process number is never mistaken for it.
+A note names the supervisor and the replica's session, each by process number and start time. A number is not given
+out again while a process of its session lives (the kernel keeps it), so with the boot's id beside it a note can't
+mean anybody else's processes.
 """
 
 import json
 import os
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from serving.process import kill_marked
+from serving.process import kill_session, process_facts, session_processes
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Who runs which replica as which session."""
+
+    replica: str
+    boot: str
+    owner: int
+    owner_started_ticks: int
+    session: int
+    session_started_ticks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +34,13 @@ class Notebook:
     folder: Path
 
     @contextmanager
-    def running(self, replica_id: str) -> Iterator[str]:
-        """Note a replica before it starts and strike it out after it ended; yields its token."""
-        token = uuid.uuid4().hex
+    def running(self, replica_id: str, session: int) -> Iterator[None]:
+        """Note a replica while it runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{token}.json"
-        note = {"replica": replica_id, "owner": os.getpid(), "owner_started": started_ticks(os.getpid())}
-        path.write_text(json.dumps(note))
+        path = self.folder / f"{session}.json"
+        path.write_text(json.dumps(asdict(_note(replica_id, session))))
         try:
-            yield token
+            yield
         finally:
             path.unlink(missing_ok=True)
 
@@ -41,26 +51,38 @@ class Notebook:
             note = _read(path)
             if note is not None and _owner_lives(note):
                 continue
-            if await kill_marked(path.stem):
-                swept.append(str(note["replica"]) if note else path.stem)
+            if note is not None and _session_lives(note):
+                await kill_session(note.session)
+                swept.append(note.replica)
             path.unlink(missing_ok=True)
         return swept
 
 
-def _read(path: Path) -> dict[str, object] | None:
-    with suppress(OSError, ValueError):
-        note = json.loads(path.read_text())
-        if isinstance(note, dict) and {"replica", "owner", "owner_started"} <= note.keys():
-            return note
-    return None
+def _note(replica_id: str, session: int) -> Note:
+    owner, leader = process_facts(os.getpid()), process_facts(session)
+    assert owner is not None
+    # A leader that is gone already leaves nothing that could be mistaken for it.
+    started_ticks = leader.started_ticks if leader else -1
+    return Note(replica_id, _boot_id(), owner.pid, owner.started_ticks, session, started_ticks)
 
 
-def _owner_lives(note: dict[str, object]) -> bool:
-    with suppress(OSError):
-        return started_ticks(int(str(note["owner"]))) == note["owner_started"]
-    return False
+def _read(path: Path) -> Note | None:
+    try:
+        return Note(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
-def started_ticks(pid: int) -> int:
-    """When a process started, in clock ticks since boot (proc(5), field 22 of stat)."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[19])
+def _owner_lives(note: Note) -> bool:
+    facts = process_facts(note.owner)
+    return note.boot == _boot_id() and facts is not None and facts.started_ticks == note.owner_started_ticks
+
+
+def _session_lives(note: Note) -> bool:
+    leader = process_facts(note.session)
+    ours = leader is None or leader.started_ticks == note.session_started_ticks
+    return note.boot == _boot_id() and ours and bool(session_processes(note.session))
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

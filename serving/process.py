@@ -2,20 +2,19 @@
 
 vLLM is three processes. Killing the first one leaves the others behind for ever (vllm#55510), SIGTERM can hang while
 requests run, and during start-up it may be swallowed. So stopping is: SIGTERM, a deadline, SIGKILL for every process
-that carries the child's token, and a look whether they are gone.
+of the session, and a look whether they are gone.
 """
 
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from serving.command import TOKEN_VARIABLE, Command
+from serving.command import Command
 from serving.errors import StartFailed
 
 KILL_DEADLINE_SECONDS = 10.0
@@ -85,7 +84,7 @@ class Child:
                 os.kill(self.pid, signal.SIGTERM)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.wait(), self.patience_seconds)
-        await kill_marked(self.command.environment[TOKEN_VARIABLE])
+        await kill_session(self.pid)
         await asyncio.wait_for(self.wait(), KILL_DEADLINE_SECONDS)
 
     def last_words(self) -> str:
@@ -104,26 +103,37 @@ def root_cause(log: str) -> str:
     return chosen.rpartition("] ")[2][:400]
 
 
-def marked_processes(token: str) -> Iterator[int]:
-    """Find every live process whose environment carries a token (Linux: /proc)."""
-    mark = f"{TOKEN_VARIABLE}={token}".encode()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdecimal():
-            continue
-        with suppress(OSError):
-            if mark in (entry / "environ").read_bytes().split(b"\0") and not _is_zombie(entry):
-                yield int(entry.name)
+@dataclass(frozen=True, slots=True)
+class ProcessFacts:
+    """What /proc/PID/stat tells of a process (proc(5)): state, session, and start in clock ticks since boot."""
+
+    pid: int
+    state: str
+    session: int
+    started_ticks: int
 
 
-def _is_zombie(entry: Path) -> bool:
-    return (entry / "stat").read_text().rpartition(") ")[2].startswith("Z")
+def process_facts(pid: int) -> ProcessFacts | None:
+    """Look a process up; None if it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    except OSError:
+        return None
+    return ProcessFacts(pid, fields[0], int(fields[3]), int(fields[19]))
 
 
-async def kill_marked(token: str) -> int:
-    """SIGKILL every process with a token until none is left; returns how many there were."""
+def session_processes(session: int) -> list[int]:
+    """Find every live process of a session."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    facts = filter(None, map(process_facts, pids))
+    return [each.pid for each in facts if each.session == session and each.state not in "ZX"]
+
+
+async def kill_session(session: int) -> int:
+    """SIGKILL every process of a session until none is left; returns how many there were."""
     killed: set[int] = set()
     async with asyncio.timeout(KILL_DEADLINE_SECONDS):
-        while left := list(marked_processes(token)):
+        while left := session_processes(session):
             for pid in left:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -116,23 +116,17 @@ class Supervisor:
     @asynccontextmanager
     async def _running(self, launch: Launch) -> AsyncIterator[tuple[Child, Replica]]:
         """A verified replica; its processes are gone after the block."""
-        with self.notebook.running(launch.replica_id) as token:
-            port = launch.port or free_port()
-            command = build_command(launch, port, token, self.machine)
-            child = Child(command, self.log_folder / f"{launch.replica_id}.log", STARTING_PATIENCE_SECONDS)
-            # Entered by hand: the turn to start ends when the replica is ready, the process lives on.
+        port = launch.port or free_port()
+        child = Child(build_command(launch, port, self.machine), self.log_folder / f"{launch.replica_id}.log")
+        async with AsyncExitStack() as stack:
+            # The turn to start ends when the replica is ready; what was entered on the stack lives on.
             async with self._starts:
-                await child.__aenter__()
-                try:
-                    replica = await self._verified(launch, child, port)
-                except BaseException:
-                    await child.stop()
-                    raise
+                await stack.enter_async_context(child)
+                stack.enter_context(self.notebook.running(launch.replica_id, child.pid))
+                child.patience_seconds = STARTING_PATIENCE_SECONDS
+                replica = await self._verified(launch, child, port)
             child.patience_seconds = READY_PATIENCE_SECONDS
-            try:
-                yield child, replica
-            finally:
-                await child.stop()
+            yield child, replica
 
     async def _verified(self, launch: Launch, child: Child, port: int) -> Replica:
         """Wait until the server listens, then have it prove that it is what was started."""

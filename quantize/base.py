@@ -1,0 +1,154 @@
+"""The base: an unquantized transformers model directory, read without torch."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config.manifest import sha256_of
+from quantize.errors import RecipeError
+
+_MODEL_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt"})
+# Sealed or measured by us beside a model; they say nothing about what the model computes.
+_NOT_THE_MODEL = frozenset({"manifest.json", "capacity.json"})
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_BLOCK = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
+_SIZE_WORDS = {"hidden size": "hidden_size", "intermediate size": "intermediate_size"}
+# What a client-visible model is besides its weights: copied to variants byte for byte, never saved again.
+_KEPT_FILES = (
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base that was found in order: safetensors weights with a config beside them."""
+
+    directory: Path
+    name: str
+    dtype: str
+    digest: str
+    bytes: int
+    config: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, int]]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Well-known dimensions by the word people use for them."""
+        return {word: self.config[key] for word, key in _SIZE_WORDS.items() if isinstance(self.config.get(key), int)}
+
+
+def read_base(directory: Path) -> BaseModel:
+    """Read a base directory and digest its contents; RecipeError says what is missing."""
+    config = _read_config(directory)
+    weights = weight_files(directory)
+    _require_weights(directory, weights)
+    files = model_files(directory)
+    return BaseModel(
+        directory=directory,
+        name=directory.resolve().name,
+        dtype=_dtype_of(config),
+        digest=digest_of({file.name: sha256_of(file) for file in files}),
+        bytes=sum(file.stat().st_size for file in files),
+        config=config,
+        shapes=linear_shapes(directory, weights),
+    )
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """List the safetensors files of a model directory in a stable order."""
+    return sorted(directory.glob("*.safetensors"))
+
+
+def model_files(directory: Path) -> list[Path]:
+    """List the files that decide what a model computes."""
+    return sorted(
+        file
+        for file in directory.iterdir()
+        if file.suffix in _MODEL_SUFFIXES
+        and not file.name.startswith(".")
+        and file.name not in _NOT_THE_MODEL
+        and file.is_file()
+    )
+
+
+def kept_files(directory: Path) -> list[Path]:
+    """List the tokenizer, template and generation files that a variant takes over byte for byte."""
+    return [directory / name for name in _KEPT_FILES if (directory / name).is_file()]
+
+
+def digest_of(digests: Mapping[str, str]) -> str:
+    """Digest a set of files from their names and sha256 sums, independent of where they lie."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Read names and shapes from a safetensors header: 8 bytes of little-endian length, then JSON."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= file.stat().st_size:
+                raise RecipeError(f"{file}: not a safetensors file; copy the model again")
+            header = json.loads(stream.read(length))
+    except ValueError:
+        raise RecipeError(f"{file}: its safetensors header is damaged; copy the model again") from None
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def linear_shapes(directory: Path, weights: list[Path]) -> dict[str, tuple[int, int]]:
+    """Map the linear layers inside a model's blocks to (out_features, in_features)."""
+    index = directory / "model.safetensors.index.json"
+    wanted = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else None
+    shapes: dict[str, tuple[int, int]] = {}
+    for file in weights:
+        if wanted is not None and file.name not in wanted:
+            continue
+        for name, shape in tensor_shapes(file).items():
+            if name.endswith(".weight") and len(shape) == 2 and _BLOCK.search(name):
+                shapes[name.removesuffix(".weight")] = (shape[0], shape[1])
+    return shapes
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    if not directory.is_dir():
+        raise RecipeError(f"{directory}: no such model directory")
+    path = directory / "config.json"
+    if not path.is_file():
+        raise RecipeError(f"{directory}: not a transformers model: it has no config.json")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise RecipeError(f"{path}: not JSON ({error}); copy the model again") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise RecipeError(f"{path}: not a transformers model: it names no model_type")
+    if "quantization_config" in config:
+        raise RecipeError(f"{directory}: is already quantized; quantize its unquantized parent instead")
+    return config
+
+
+def _require_weights(directory: Path, weights: list[Path]) -> None:
+    if weights:
+        return
+    if any(directory.glob("*.bin")):
+        raise RecipeError(f"{directory}: has only .bin weights; save the model as safetensors first")
+    if any(directory.glob("*.gguf")):
+        raise RecipeError(f"{directory}: has only GGUF weights; run `python -m quantize.gguf FILE OUT_DIR` first")
+    raise RecipeError(f"{directory}: not a transformers model: it has no *.safetensors weights")
+
+
+def _dtype_of(config: Mapping[str, Any]) -> str:
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    return _DTYPES.get(name, name)

@@ -1,0 +1,51 @@
+"""What can go wrong between a base and its variant.
+
+QuantizeError                 exit code 1
+├── UsageError                exit code 2: what was asked for can't be done here
+│   ├── RecipeError           scheme, base, engine or an option
+│   ├── CalibrationError      the calibration text: every problem in it, each with its line
+│   └── TargetError           the output directory is taken, or its disk is too small
+├── WorkerError               a child process ended without a result
+├── SolveError                GPTQ fell back or diverged in named modules
+└── VariantError              a variant directory can't be read back, or was altered
+"""
+
+
+class QuantizeError(Exception):
+    """No variant; the message is one line: what happened, where, what to do."""
+
+    exit_code = 1
+
+
+class UsageError(QuantizeError):
+    """What was asked for can't be done; another command line can."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """The recipe doesn't fit the base, the machine or the engine."""
+
+
+class CalibrationError(UsageError):
+    """The calibration text can't be used."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problems))
+
+
+class TargetError(UsageError):
+    """The output directory can't take the variant."""
+
+
+class WorkerError(QuantizeError):
+    """A child process ended without a result."""
+
+
+class SolveError(QuantizeError):
+    """The solver gave up on modules and rounded them to nearest, or its loss is no number."""
+
+
+class VariantError(QuantizeError):
+    """A variant directory can't be read back, or its bytes have changed."""

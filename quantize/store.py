@@ -1,0 +1,147 @@
+"""Variant directories appear whole or not at all: written beside, synced, renamed, swept after a crash."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from config.errors import ManifestError
+from config.manifest import FILE_NAME, Manifest, SealedFile, sha256_of
+from quantize.errors import TargetError
+
+_WORK = ".work"
+_SPACE_FACTOR = 1.1
+
+
+@contextmanager
+def staging(out: Path) -> Iterator[Path]:
+    """Lend a hidden directory beside `out`; rename it to `out` if the body succeeds, remove it if not."""
+    parent = out.resolve().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    sweep(out)
+    staged = parent / f".{out.resolve().name}.{os.getpid()}.partial"
+    staged.mkdir()
+    try:
+        yield staged
+        shutil.rmtree(staged / _WORK, ignore_errors=True)
+        _sync_tree(staged)
+        _publish(staged, out.resolve())
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    _sync(parent)
+
+
+def work_folder(staged: Path) -> Path:
+    """Make the folder in a staging directory for what must not survive it: jobs, logs, raw tensors."""
+    folder = staged / _WORK
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def sweep(out: Path) -> list[Path]:
+    """Remove what dead processes left staged for `out`."""
+    target = out.resolve()
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.partial")
+    if not target.parent.is_dir():
+        return []
+    stale = [
+        path
+        for path in target.parent.iterdir()
+        if (match := pattern.fullmatch(path.name)) and not _is_alive(int(match[1]))
+    ]
+    for path in stale:
+        shutil.rmtree(path, ignore_errors=True)
+    return stale
+
+
+def sealed_files(directory: Path) -> dict[str, SealedFile]:
+    """Digest every file of a staged variant but its manifest."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != FILE_NAME)
+    return {path.name: SealedFile(sha256=sha256_of(path), bytes=path.stat().st_size) for path in files}
+
+
+def seal(directory: Path, manifest: Mapping[str, object]) -> Manifest:
+    """Complete a manifest with the files' checksums and write it: the last file of a variant."""
+    sealed = Manifest.model_validate(
+        {**manifest, "created": datetime.now(UTC).replace(microsecond=0), "files": sealed_files(directory)},
+    )
+    (directory / FILE_NAME).write_text(sealed.to_json())
+    return sealed
+
+
+def reusable(out: Path, variant_id: str) -> Manifest | None:
+    """Return the manifest of `out` if it is this very variant; TargetError if something else is in the way."""
+    if not out.exists() and not out.is_symlink():
+        return None
+    if out.is_dir() and not any(out.iterdir()):
+        return None
+    if not out.is_dir():
+        raise TargetError(f"{out}: is a file; choose another --out")
+    try:
+        manifest = Manifest.read(out)
+    except ManifestError:
+        raise TargetError(f"{out}: exists and is no sealed variant; choose another --out or remove it") from None
+    if manifest.id != variant_id:
+        raise TargetError(
+            f"{out}: holds {manifest.id}, and this recipe makes {variant_id}; choose another --out or remove it",
+        )
+    changed = [name for name, file in manifest.files.items() if not _has_size(out / name, file.bytes)]
+    if changed:
+        raise TargetError(f"{out}: {changed[0]} was altered since it was sealed; remove the directory to make it anew")
+    return manifest
+
+
+def require_space(out: Path, base_bytes: int) -> None:
+    """Raise TargetError unless the target's filesystem has 1.1 times the base's size free."""
+    place = next(folder for folder in out.resolve().parents if folder.exists())
+    needed, free = int(base_bytes * _SPACE_FACTOR), shutil.disk_usage(place).free
+    if free < needed:
+        raise TargetError(
+            f"no disk space for {out}: {_gigabytes(needed)} needed (1.1 times the base), {_gigabytes(free)} free; "
+            "free some or choose another --out",
+        )
+
+
+def _publish(staged: Path, out: Path) -> None:
+    try:
+        staged.rename(out)
+    except OSError as error:
+        raise TargetError(f"{out}: appeared while the variant was made ({error.strerror}); nothing was replaced") from None
+
+
+def _sync_tree(directory: Path) -> None:
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            _sync(Path(folder, name))
+        _sync(Path(folder))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _has_size(path: Path, size_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == size_bytes
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():  # left by a namesake: this process stages a directory once
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _gigabytes(count_bytes: int) -> str:
+    return f"{count_bytes / 1e9:.2f} GB"

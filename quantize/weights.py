@@ -1,0 +1,129 @@
+"""Packed integers <-> dense tensors, and a quantized directory as the dense tensors it stands for.
+
+GPTQ format 1 (AutoGPTQ's): per linear layer with K inputs and N outputs, `qweight` int32 [K*bits/32, N] holds the
+integers of 32/bits consecutive inputs, lowest bits first; `qzeros` int32 [G, N*bits/32] holds the zero points of
+32/bits consecutive outputs, each less one; `scales` fp16 [G, N]; `g_idx` int32 [K] names each input's group.
+Compressed-tensors `int-quantized`: `weight` int8 [N, K] and `weight_scale` [N, 1].
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from config.manifest import Scheme
+from quantize.errors import VariantError
+
+Tensors = dict[str, Any]
+
+_WORD_BITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a quantized directory stores its linear layers."""
+
+    format: str
+    bits: int
+    activation_bits: int
+
+
+def unpack_rows(words: Any, bits: int) -> Any:
+    """[K*bits/32, N] int32 words -> [K, N] int32 values of `bits` bits, packed along the first axis."""
+    import torch  # noqa: PLC0415
+
+    shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32).view(1, -1, 1)
+    return ((words.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).reshape(-1, words.shape[1])
+
+
+def pack_rows(values: Any, bits: int) -> Any:
+    """[K, N] values of `bits` bits -> [K*bits/32, N] int32 words; the inverse of `unpack_rows`."""
+    import torch  # noqa: PLC0415
+
+    per_word = _WORD_BITS // bits
+    shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int64).view(1, -1, 1)
+    grouped = values.to(torch.int64).view(-1, per_word, values.shape[1])
+    return (grouped << shifts).sum(dim=1).to(torch.int32)
+
+
+def unpack_columns(words: Any, bits: int) -> Any:
+    """[G, N*bits/32] int32 words -> [G, N] int32 values of `bits` bits, packed along the second axis."""
+    return unpack_rows(words.t().contiguous(), bits).t()
+
+
+def gptq_integers(layer: Mapping[str, Any], bits: int) -> Any:
+    """One GPTQ layer -> [K, N] int32 signed integers: stored value less its group's zero point."""
+    zeros = (unpack_columns(layer["qzeros"], bits) + 1) & ((1 << bits) - 1)
+    return unpack_rows(layer["qweight"], bits) - zeros[layer["g_idx"].long()]
+
+
+def gptq_dense(layer: Mapping[str, Any], bits: int) -> Any:
+    """One GPTQ layer -> the dense [N, K] fp32 weight it stands for."""
+    scales = layer["scales"].float()[layer["g_idx"].long()]
+    return (gptq_integers(layer, bits).float() * scales).t().contiguous()
+
+
+def gptq_to_int8(layer: Mapping[str, Any]) -> tuple[Any, Any]:
+    """One per-channel 8-bit GPTQ layer -> `weight` int8 [N, K] and `weight_scale` fp32 [N, 1]."""
+    import torch  # noqa: PLC0415
+
+    integers = gptq_integers(layer, bits=8)
+    return integers.t().contiguous().to(torch.int8), layer["scales"].float().t().contiguous()
+
+
+def int8_dense(layer: Mapping[str, Any]) -> Any:
+    """One compressed-tensors layer -> the dense [N, K] fp32 weight it stands for."""
+    return layer["weight"].float() * layer["weight_scale"].float()
+
+
+def read_packing(directory: Path) -> Packing:
+    """Read how a directory is quantized from its config.json; VariantError for what can't be read back."""
+    try:
+        told = json.loads((directory / "config.json").read_bytes())["quantization_config"]
+    except (OSError, ValueError, KeyError):
+        raise VariantError(f"{directory}: has no config.json with a quantization_config; is it a variant?") from None
+    method = told.get("quant_method")
+    if method == "gptq" and told.get("bits") in (4, 8):
+        return Packing("gptq", told["bits"], 16)
+    if method == "compressed-tensors" and told.get("format") == "int-quantized":
+        return Packing("compressed-tensors", 8, 8)
+    raise VariantError(f"{directory}: {method} with {told.get('bits')} bits can't be read back; GPTQ 4/8 and w8a8 can")
+
+
+def read_dense(directory: Path) -> tuple[Tensors, tuple[str, ...]]:
+    """Read a quantized directory as dense tensors by their base's names, and the names of its quantized layers."""
+    packing = read_packing(directory)
+    tensors = dict(read_tensors(directory))
+    marker, parts = _PARTS[packing.format]
+    layers = tuple(sorted(name.removesuffix(f".{marker}") for name in tensors if name.endswith(f".{marker}")))
+    for layer in layers:
+        packed = {part: tensors.pop(f"{layer}.{part}") for part in parts}
+        dense = gptq_dense(packed, packing.bits) if packing.format == "gptq" else int8_dense(packed)
+        tensors[f"{layer}.weight"] = dense
+    return tensors, layers
+
+
+def read_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors of all safetensors files of a directory, one by one."""
+    from safetensors import safe_open  # noqa: PLC0415
+
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stream:
+            for name in sorted(stream.keys()):
+                yield name, stream.get_tensor(name)
+
+
+_PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "gptq": ("qweight", ("qweight", "qzeros", "scales", "g_idx")),
+    "compressed-tensors": ("weight_scale", ("weight", "weight_scale")),
+}
+
+
+def packed_layer(tensors: Mapping[str, Any], layer: str, scheme: Scheme) -> Tensors:
+    """Give a GPTQ layer's tensors by their final names in a variant of `scheme`."""
+    packed = {part: tensors[f"{layer}.{part}"] for part in _PARTS["gptq"][1]}
+    if scheme.format == "gptq":
+        return {f"{layer}.{part}": tensor.contiguous() for part, tensor in packed.items()}
+    weight, scale = gptq_to_int8(packed)
+    return {f"{layer}.weight": weight, f"{layer}.weight_scale": scale}
