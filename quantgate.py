@@ -17,7 +17,7 @@ class Verb:
 
 
 VERBS = {
-    "demo": Verb("gateway.demo", "demo_main", "quantize, serve and ask a small model, all on this machine"),
+    "demo": Verb("gateway.demo.cli", "demo_main", "quantize, serve and ask a small model, all on this machine"),
     "quantize": Verb("quantize.cli", "main", "make a variant of a model and measure it"),
     "evaluate": Verb("quantize.cli", "evaluate_main", "measure a variant against its parent"),
     "variants": Verb("quantize.cli", "variants_main", "list, show and verify variants"),

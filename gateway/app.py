@@ -1,13 +1,14 @@
 """The composition root: builds every object of the gateway and hands it on. Start reading here."""
 
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import socket
 
 from config.load import load_settings
-from config.schema import Settings
+from config.schema import GatewaySettings, Settings
 from config.variant import Variant, read_variants
 from gateway.admin import admin_app
 from gateway.api.endpoint import InferenceEndpoint
@@ -47,6 +48,14 @@ class Addresses:
     admin: str
 
 
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Bound sockets, not listening yet."""
+
+    client: socket
+    admin: socket
+
+
 def read_deployment(path: Path) -> Deployment:
     """Read a configuration file, the manifests and the keys it names; ConfigError if anything is wrong."""
     settings = load_settings(path)
@@ -54,15 +63,20 @@ def read_deployment(path: Path) -> Deployment:
     return Deployment(settings, read_variants(settings.variants, path.parent), keys)
 
 
+@contextmanager
+def ports(settings: GatewaySettings) -> Iterator[Ports]:
+    """Take both ports before anything that costs time is started; ConfigError if one is in use."""
+    with bind(settings.listen, "gateway.listen") as client, bind(settings.admin, "gateway.admin") as admin:
+        yield Ports(client, admin)
+
+
 @asynccontextmanager
-async def gateway(deployment: Deployment, registry: Registry) -> AsyncIterator[Addresses]:
+async def gateway(deployment: Deployment, registry: Registry, taken: Ports) -> AsyncIterator[Addresses]:
     """Serve clients and operators; when the block ends, running requests finish first."""
     settings = deployment.settings.gateway
     catalog = Catalog(deployment.settings.aliases, deployment.variants)
     metrics = Metrics()
     metrics.registry.register(FleetCollector(registry, tuple(deployment.variants.values())))
-    client_socket = bind(settings.listen, "gateway.listen")
-    admin_socket = bind(settings.admin, "gateway.admin")
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(Pool())
         relay = Relay(registry, pool, settings.limits.queue_seconds)
@@ -71,9 +85,9 @@ async def gateway(deployment: Deployment, registry: Registry) -> AsyncIterator[A
             return InferenceEndpoint(name, catalog, relay, metrics, settings.limits, deployment.keys)
 
         clients = client_app(catalog, registry, deployment.keys, endpoint)
-        await stack.enter_async_context(listen(admin_app(catalog, registry, metrics), admin_socket))
-        await stack.enter_async_context(listen(clients, client_socket))
-        addresses = Addresses(address_of(client_socket), address_of(admin_socket))
+        await stack.enter_async_context(listen(admin_app(catalog, registry, metrics), taken.admin))
+        await stack.enter_async_context(listen(clients, taken.client))
+        addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         yield addresses
 
@@ -83,8 +97,13 @@ async def gateway_alone(deployment: Deployment) -> AsyncIterator[Addresses]:
     """The gateway in front of replicas that somebody else runs."""
     registry = Registry()
     foreign = foreign_replicas(deployment.settings.replicas, dict(deployment.variants))
-    async with Probe() as probe, gateway(deployment, registry) as addresses, Watch(foreign, registry, probe):
-        yield addresses
+    with ports(deployment.settings.gateway) as taken:
+        async with (
+            Probe() as probe,
+            Watch(foreign, registry, probe),
+            gateway(deployment, registry, taken) as addresses,
+        ):
+            yield addresses
 
 
 @asynccontextmanager
@@ -96,10 +115,11 @@ async def everything(
     engine = installed_engine() if any(replica.url is None for replica in replicas) else "cpu"
     launches = plan_launches(replicas, variants, engine)
     notebook = Notebook(home / "running")
-    async with (
-        Probe() as probe,
-        Supervisor(launches, registry, machine, probe, notebook, home / "logs"),
-        Watch(foreign_replicas(replicas, variants), registry, probe),
-        gateway(deployment, registry) as addresses,
-    ):
-        yield addresses
+    with ports(deployment.settings.gateway) as taken:
+        async with (
+            Probe() as probe,
+            Supervisor(launches, registry, machine, probe, notebook, home / "logs"),
+            Watch(foreign_replicas(replicas, variants), registry, probe),
+            gateway(deployment, registry, taken) as addresses,
+        ):
+            yield addresses

@@ -18,7 +18,7 @@ def write_checkpoint(base: Path, solved: Path, scheme: Scheme, damp: float, into
     """Write a variant of `base` from a directory of GPTQ tensors; nothing else of that directory is taken over."""
     packed = dict(read_tensors(solved))
     layers = sorted(name.removesuffix(".qweight") for name in packed if name.endswith(".qweight"))
-    _write_shards(_variant_tensors(base, packed, layers, scheme), into)
+    write_shards(_variant_tensors(base, packed, layers, scheme), into)
     _write_configs(base, scheme, damp, into)
     for file in kept_files(base):
         shutil.copyfile(file, into / file.name)
@@ -76,7 +76,8 @@ def _variant_tensors(
         raise SolveError(f"{min(missing)} has no weight of that name in {base}; this architecture is not supported yet")
 
 
-def _write_shards(tensors: Iterator[tuple[str, Any]], into: Path) -> None:
+def write_shards(tensors: Iterator[tuple[str, Any]], into: Path) -> None:
+    """Write tensors as safetensors files of at most 4 GB, with an index if there are several."""
     shards: list[Tensors] = [{}]
     for name, tensor in tensors:
         if shards[-1] and _bytes_of(shards[-1]) + tensor.nbytes > _SHARD_BYTES:
@@ -92,7 +93,7 @@ def _write_shards(tensors: Iterator[tuple[str, Any]], into: Path) -> None:
         "metadata": {"total_size": sum(map(_bytes_of, shards))},
         "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in sorted(shard)},
     }
-    _write_json(into / "model.safetensors.index.json", index)
+    write_json(into / "model.safetensors.index.json", index)
 
 
 def _save(tensors: Tensors, path: Path) -> None:
@@ -104,16 +105,15 @@ def _save(tensors: Tensors, path: Path) -> None:
 def _write_configs(base: Path, scheme: Scheme, damp: float, into: Path) -> None:
     told = quantization_config(scheme, damp)
     config = json.loads((base / "config.json").read_bytes())
-    _write_json(into / "config.json", {**config, "quantization_config": told})
+    write_json(into / "config.json", {**config, "quantization_config": told})
     if scheme.format == "gptq":
-        _write_json(into / "quantize_config.json", told)
+        write_json(into / "quantize_config.json", told)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file the same way every time."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _bytes_of(tensors: Tensors) -> int:
     return sum(int(tensor.nbytes) for tensor in tensors.values())
-
-

@@ -3,16 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from config.manifest import Base, Calibration, Manifest, Quality, Quantizer
 from quantize.backends.gptqmodel import solve
 from quantize.backends.protocol import Solved, Solver
-from quantize.calibration import Draw, Row, contents_digest
+from quantize.base import read_base
+from quantize.calibration import Draw, Row, contents_digest, is_held_out, read_sources
+from quantize.errors import CalibrationError
 from quantize.judgement import judge
 from quantize.progress import Stages
 from quantize.recipe import Recipe
 from quantize.store import require_space, seal, staging, work_folder
+from quantize.weights import read_packing
 from quantize.worker import run_worker
 
 # Held-out tokens that both models read; on two CPU cores 135M parameters take about 5 s per thousand.
@@ -57,9 +61,36 @@ def build_variant(
         return seal(variant, describe(recipe, samples, solved, quality))
 
 
+def evaluate_directory(
+    variant: Path,
+    base: Path,
+    data: Sequence[Path],
+    *,
+    environ: Mapping[str, str],
+    stages: Stages,
+    max_tokens: int,
+    evaluation_tokens: int = EVALUATION_TOKENS,
+    every_row: bool = False,
+) -> Quality:
+    """Measure any readable variant against a base, on the held-out rows of `data` or on all of them."""
+    bits = read_packing(variant).bits
+    read_base(base)
+    _, rows = read_sources(data)
+    held_out = tuple(row for row in rows if every_row or is_held_out(row))
+    if not held_out:
+        raise CalibrationError(["no held-out rows to evaluate on; pass more text with --data, or --every-row"])
+    with TemporaryDirectory(prefix="quantgate-") as folder:
+        shop = Workshop(Path(folder), environ, stages)
+        samples = calibrate(base, Draw((), held_out), max_tokens, shop)
+        return evaluate(variant, base, within(samples.held_out, evaluation_tokens), bits, shop)
+
+
 def calibrate(base: Path, drawn: Draw, max_tokens: int, shop: Workshop) -> Samples:
     """Tokenize both sides of a draw with the base's tokenizer and chat template."""
-    rows = {"calibration": [_plain(row) for row in drawn.calibration], "held_out": [_plain(row) for row in drawn.held_out]}
+    rows = {
+        "calibration": [_plain(row) for row in drawn.calibration],
+        "held_out": [_plain(row) for row in drawn.held_out],
+    }
     job = {"base": str(base.resolve()), "max_tokens": max_tokens, "rows": rows}
     with shop.stages.stage("calibrate", "chats") as advance:
         told = run_worker("quantize.rendering", job, folder=shop.folder, environ=shop.environ, on_progress=advance)
@@ -70,7 +101,12 @@ def quantize(recipe: Recipe, samples: Samples, solver: Solver, into: Path, shop:
     """Solve for the integers and write the variant's files."""
     with shop.stages.stage("quantize", "layers") as advance:
         return solver(
-            recipe, samples.calibration, into=into, work=shop.folder, environ=shop.environ, on_progress=advance,
+            recipe,
+            samples.calibration,
+            into=into,
+            work=shop.folder,
+            environ=shop.environ,
+            on_progress=advance,
         )
 
 
@@ -84,7 +120,8 @@ def evaluate(variant: Path, base: Path, held_out: Sequence[dict[str, Any]], bits
 
 def within(samples: Sequence[dict[str, Any]], most_tokens: int) -> list[dict[str, Any]]:
     """Take samples in order while they fit into `most_tokens`, at least one."""
-    taken, tokens = [], 0
+    taken: list[dict[str, Any]] = []
+    tokens = 0
     for sample in samples:
         tokens += len(sample["ids"])
         if taken and tokens > most_tokens:

@@ -25,9 +25,9 @@ class Tokenizer(Protocol):
 
     eos_token: str | None
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> str: ...  # noqa: D102
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> str: ...
 
-    def __call__(self, text: str, **options: Any) -> dict[str, Any]: ...  # noqa: D102
+    def __call__(self, text: str, **options: Any) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)

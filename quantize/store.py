@@ -109,7 +109,9 @@ def _publish(staged: Path, out: Path) -> None:
     try:
         staged.rename(out)
     except OSError as error:
-        raise TargetError(f"{out}: appeared while the variant was made ({error.strerror}); nothing was replaced") from None
+        raise TargetError(
+            f"{out}: appeared while the variant was made ({error.strerror}); nothing was replaced"
+        ) from None
 
 
 def _sync_tree(directory: Path) -> None:

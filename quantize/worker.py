@@ -162,9 +162,11 @@ def _as_error(told: dict[str, Any] | None, name: str, code: int, log_file: Path)
         if told["kind"] == CalibrationError.__name__:
             return CalibrationError(told["problems"])
         kind = next(kind for kind in _KINDS if kind.__name__ == told["kind"])
-        return kind(told["problems"][0])  # type: ignore[arg-type]
+        return kind(told["problems"][0])
     if code == _MEMORY_SIGNAL:
-        return WorkerError(f"{name} was killed (signal 9), most likely for want of memory; free some or use a larger machine")
+        return WorkerError(
+            f"{name} was killed (signal 9), most likely for want of memory; free some or use a larger machine"
+        )
     return WorkerError(f"{name} ended with code {code}: {_last_line(log_file)}")
 
 

@@ -24,7 +24,7 @@ class Solver(Protocol):
     SolveError with its name; nothing is left to the caller's guess.
     """
 
-    def __call__(  # noqa: D102
+    def __call__(
         self,
         recipe: Recipe,
         samples: list[dict[str, Any]],

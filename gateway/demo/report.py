@@ -1,0 +1,73 @@
+"""What the demo prints: an answer with its headers, and the variants side by side."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from config.variant import Variant
+
+COLUMNS = ("variant", "precision", "size MB", "mean KL", "top-1", "perplexity", "verdict", "tokens/s", "answered")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer, and who says that it gave it; the speed leaves the first token out."""
+
+    text: str
+    headers: dict[str, str]
+    tokens_per_second: float | None
+
+    @property
+    def variant(self) -> str:
+        """The variant that answered."""
+        return self.headers["x-quantgate-variant"]
+
+
+def show_answer(out: Console, title: str, answer: Answer) -> None:
+    """Print one answer and the headers that tell who gave it."""
+    out.print(f"\n[bold]{title}:[/bold] ", end="")
+    out.print(answer.text, markup=False, highlight=False)
+    for name, value in sorted(answer.headers.items()):
+        out.print(f"  {name}: {value}", highlight=False, style="dim")
+
+
+def show_variants(
+    out: Console, variants: Mapping[str, Variant], pinned: Mapping[str, Answer], alias_answered: Collection[str]
+) -> None:
+    """Print size, measured quality and speed of every variant, and which one the alias answered with."""
+    table = Table(title="variants of smol, best first")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("variant", "answered") else "right", no_wrap=True)
+    for name, variant in variants.items():
+        table.add_row(*_row(name, variant, pinned[name], alias=name in alias_answered))
+    out.print()
+    out.print(table)
+
+
+def _row(name: str, variant: Variant, answer: Answer, *, alias: bool) -> list[str]:
+    quality = variant.quality
+    measures = [
+        _number(quality.kl_mean, ".4f"),
+        _number(quality.top1_agreement, ".1%"),
+        _number(quality.perplexity_ratio, "x.3f"),
+    ]
+    verdict = variant.manifest.quality.verdict if variant.manifest else quality.source
+    speed = _number(answer.tokens_per_second, ".1f")
+    answered = ("smol, " if alias else "") + (name if answer.variant == name and answer.text else "no")
+    return [name, variant.precision, f"{_bytes(variant) / 1e6:.0f}", *measures, verdict, speed, answered]
+
+
+def _bytes(variant: Variant) -> int:
+    if variant.manifest is not None:
+        return variant.manifest.bytes
+    files = (variant.path or Path()).glob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _number(value: float | None, form: str) -> str:
+    if value is None:
+        return "-"
+    return f"x{value:{form[1:]}}" if form.startswith("x") else f"{value:{form}}"

@@ -1,0 +1,59 @@
+"""GGUF file -> bf16 safetensors model directory: `python -m quantize.gguf FILE OUT_DIR`."""
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from config.manifest import sha256_of
+from quantize.errors import QuantizeError, RecipeError, TargetError
+from quantize.interrupt import Terminated, terminable
+from quantize.progress import Stages
+from quantize.store import require_space, staging, work_folder
+from quantize.worker import cache_folder, child_environ, run_worker
+
+_MAGIC = b"GGUF"
+# Four bits a weight become sixteen.
+_GROWTH = 4
+
+
+def unpack_gguf(file: Path, out: Path, *, environ: Mapping[str, str], stages: Stages) -> None:
+    """Write the dense model that a GGUF file stands for; `out` appears whole or not at all."""
+    _require_gguf(file)
+    if out.exists() and any(out.iterdir()):
+        raise TargetError(f"{out}: exists; choose another directory or remove it")
+    require_space(out, file.stat().st_size * _GROWTH)
+    with staging(out) as staged, stages.stage(f"unpack {file.name}", "tensors") as advance:
+        job = {"file": str(file.resolve()), "sha256": sha256_of(file), "into": str(staged)}
+        run_worker("quantize.gguf_weights", job, folder=work_folder(staged), environ=environ, on_progress=advance)
+
+
+def _require_gguf(file: Path) -> None:
+    if not file.is_file():
+        raise RecipeError(f"{file}: no such file")
+    with file.open("rb") as stream:
+        if stream.read(len(_MAGIC)) != _MAGIC:
+            raise RecipeError(f"{file}: not a GGUF file")
+
+
+def main(argv: list[str]) -> int:
+    """`python -m quantize.gguf FILE OUT_DIR`."""
+    if len(argv) != 2:
+        sys.stderr.write("usage: python -m quantize.gguf FILE OUT_DIR\n")
+        return 2
+    environ = child_environ(os.environ, cache_folder(os.environ))
+    try:
+        with terminable():
+            unpack_gguf(Path(argv[0]), Path(argv[1]), environ=environ, stages=Stages(sys.stderr))
+    except QuantizeError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except Terminated:
+        return 143
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,85 @@
+"""The child of `quantize.gguf`: transformers reads the GGUF file, we write plain files."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from quantize.checkpoint import write_json, write_shards
+from quantize.errors import RecipeError
+from quantize.worker import Report, run_child
+
+# Keys that tell how transformers loaded the file, not what the model is.
+_LOADING_KEYS = ("_name_or_path", "_model_name_or_path", "_from_model_config", "quantization_config")
+# llama.cpp's pre-tokenizers that split numbers into digits before the byte-level pattern, which transformers omits.
+_DIGIT_SPLITTERS = frozenset({"smollm"})
+
+
+def unpack(job: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Child's work: `{file, sha256, into}` -> weights, config, tokenizer, chat template, generation config."""
+    import torch  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
+
+    file, into = Path(job["file"]), Path(job["into"])
+    report.progress(0, 1)
+    named = {"gguf_file": file.name, "local_files_only": True}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **named
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise RecipeError(f"{file}: transformers can't read it: {str(error).splitlines()[0]}") from error
+    tensors = {name: tensor.contiguous() for name, tensor in sorted(model.state_dict().items())}
+    if model.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    write_shards(iter(tensors.items()), into)
+    _write_configs(model, tokenizer, into)
+    _write_tokenizer(tokenizer, file, model.config, into)
+    write_json(into / "source.json", {"gguf": file.name, "sha256": job["sha256"]})
+    report.progress(len(tensors), len(tensors))
+    return {"tensors": len(tensors)}
+
+
+def _write_configs(model: Any, tokenizer: Any, into: Path) -> None:
+    config = _plain(model.config.to_dict())
+    write_json(into / "config.json", {**config, "architectures": [type(model).__name__]})
+    generation = {"bos_token_id": config.get("bos_token_id"), "eos_token_id": tokenizer.eos_token_id}
+    write_json(into / "generation_config.json", {**generation, "pad_token_id": tokenizer.pad_token_id})
+
+
+def _write_tokenizer(tokenizer: Any, file: Path, config: Any, into: Path) -> None:
+    engine = tokenizer.backend_tokenizer
+    if _pre_tokenizer_of(file) in _DIGIT_SPLITTERS:
+        from tokenizers.pre_tokenizers import Digits, Sequence  # noqa: PLC0415
+
+        engine.pre_tokenizer = Sequence([Digits(individual_digits=True), engine.pre_tokenizer])
+    engine.save(str(into / "tokenizer.json"))
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    write_json(
+        into / "tokenizer_config.json",
+        {
+            **named,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config.max_position_embeddings,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        },
+    )
+    if tokenizer.chat_template:
+        (into / "chat_template.jinja").write_text(tokenizer.chat_template)
+
+
+def _pre_tokenizer_of(file: Path) -> str:
+    from gguf import GGUFReader  # noqa: PLC0415
+
+    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    return str(field.contents()) if field else ""
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in _LOADING_KEYS and value is not None}
+    return dict(json.loads(json.dumps(kept, default=str)))
+
+
+if __name__ == "__main__":
+    sys.exit(run_child(unpack))
