@@ -15,7 +15,7 @@ from quantize.errors import CalibrationError
 FEWEST_SAMPLES = 16
 FEWEST_HELD_OUT = 4
 _PROBLEMS_SHOWN = 10
-_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+_ROLES = ("assistant", "developer", "system", "tool", "user")
 _DATA = Path(__file__).parent / "data"
 
 
@@ -138,7 +138,7 @@ def _message_problem(message: Any) -> str:
         return "is no object"
     role, content = message.get("role"), message.get("content")
     if role not in _ROLES:
-        return f"role {role!r} is none of {', '.join(sorted(_ROLES))}"
+        return f"role {role!r} is none of {', '.join(_ROLES)}"
     if not isinstance(content, str) or not content.strip():
         return '"content" is empty or no text'
     return ""

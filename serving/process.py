@@ -7,6 +7,7 @@ of the session, and a look whether they are gone.
 
 import asyncio
 import os
+import re
 import signal
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from serving.errors import StartFailed
 
 KILL_DEADLINE_SECONDS = 10.0
 LAST_WORDS_BYTES = 64 * 1024
+LOG_PREFIX = re.compile(r"^(\([^)]*\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] )?")
 
 
 @dataclass(slots=True)
@@ -100,7 +102,7 @@ def root_cause(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if "Error: " in line and "Engine core initialization failed" not in line]
     chosen = errors[-1] if errors else (lines[-1] if lines else "it printed nothing")
-    return chosen.rpartition("] ")[2][:400]
+    return LOG_PREFIX.sub("", chosen)[:400]
 
 
 @dataclass(frozen=True, slots=True)

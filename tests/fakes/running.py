@@ -113,7 +113,7 @@ async def running_fake(
 async def eventually(look: Callable[[], T | None]) -> T:
     """Look again and again until there is something, at most `DEADLINE_SECONDS`."""
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while (found := look()) is None:  # noqa: ASYNC110 - what is looked at is another process
+        while not (found := look()):  # noqa: ASYNC110 - what is looked at is another process
             await asyncio.sleep(POLL_SECONDS)
         return found
 

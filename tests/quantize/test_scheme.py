@@ -49,7 +49,7 @@ def test_a_misspelt_scheme_is_told_its_nearest_name(asked: str, meant: str) -> N
 
 def test_a_strange_scheme_gets_the_list() -> None:
     """A name that resembles nothing is answered with all names."""
-    with pytest.raises(RecipeError, match="w4a16-g128, .*w8a8") as caught:
+    with pytest.raises(RecipeError, match=r"w4a16-g128, .*w8a8") as caught:
         preset("zzz")
     assert "did you mean" not in str(caught.value)
 

@@ -1,0 +1,232 @@
+"""The whole way with the real library: a tiny random Llama becomes variants, and every figure can be read back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config.manifest import Manifest
+from quantize.base import kept_files
+from quantize.weights import read_dense
+from tests.quantize.chats import chat, write_chats
+from tests.quantize.models import CHATML, write_tiny_llama
+from tests.quantize.running import ROOT, command, environ, run
+
+torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
+pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")
+
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]
+
+SCHEMES = ("w4a16-g64", "w8a8")
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny base, its calibration text, and a variant of each scheme."""
+    folder = tmp_path_factory.mktemp("real")
+    write_chats(folder / "chats.jsonl", 60)
+    write_tiny_llama(folder / "tiny", [message["content"] for n in range(60) for message in chat(n)["messages"]])
+    for scheme in SCHEMES:
+        made = quantize(folder, scheme, folder / scheme)
+        assert made.returncode == 0, made.stderr
+    return folder
+
+
+def quantize(folder: Path, scheme: str, out: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    """Quantize the tiny base."""
+    return run("main", folder / "tiny", "--scheme", scheme, "--data", folder / "chats.jsonl", "--out", out, *options)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_variant_is_whole(workshop: Path, scheme: str) -> None:
+    """The manifest tells scheme, text and quality, and the seal holds."""
+    manifest = Manifest.read(workshop / scheme)
+    assert manifest.altered_files(workshop / scheme) == []
+    assert manifest.scheme.name == scheme
+    assert manifest.quantizer.modules == 14
+    assert manifest.quantizer.fallback_modules == ()
+    assert manifest.calibration.samples == 16
+    assert 0 < manifest.calibration.reasoning_tokens < manifest.calibration.tokens
+    assert 0 < manifest.quality.kl_mean < 0.1
+    assert manifest.quality.top1_agreement > 0.5
+    assert not (workshop / scheme / ".work").exists()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_words_and_untouched_tensors_are_the_bases_own(workshop: Path, scheme: str) -> None:
+    """Tokenizer, template and generation config are copied byte for byte; embeddings and norms bit for bit."""
+    for file in kept_files(workshop / "tiny"):
+        assert (workshop / scheme / file.name).read_bytes() == file.read_bytes()
+    ours, layers = read_dense(workshop / scheme)
+    theirs = dict(_tensors(workshop / "tiny"))
+    assert ours.keys() == theirs.keys()
+    assert len(layers) == 14
+    for name in theirs.keys() - {f"{layer}.weight" for layer in layers}:
+        assert torch.equal(ours[name], theirs[name]), name
+    for layer in layers:
+        error = (ours[f"{layer}.weight"] - theirs[f"{layer}.weight"].float()).norm()
+        assert error < 0.2 * theirs[f"{layer}.weight"].float().norm(), layer
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nothing_tells_where_it_was_made(workshop: Path, scheme: str) -> None:
+    """No text file of a variant holds a path of this machine."""
+    for file in (workshop / scheme).glob("*.json"):
+        assert str(workshop) not in file.read_text(), file.name
+        assert "/tmp" not in file.read_text(), file.name
+
+
+def test_gptq_configs_agree(workshop: Path) -> None:
+    """Both places where a GPTQ reader may look say the same, in AutoGPTQ's words."""
+    out = workshop / "w4a16-g64"
+    told = json.loads((out / "config.json").read_bytes())["quantization_config"]
+    assert told == json.loads((out / "quantize_config.json").read_bytes())
+    assert (told["quant_method"], told["checkpoint_format"], told["bits"], told["group_size"]) == (
+        "gptq",
+        "gptq",
+        4,
+        64,
+    )
+
+
+def test_int4_reads_like_the_librarys_own_loader(workshop: Path) -> None:
+    """Our reading of the packed words is GPTQModel's: dense weights agree layer by layer."""
+    code = (
+        "import sys, torch; from gptqmodel import GPTQModel, BACKEND\n"
+        "model = GPTQModel.load(sys.argv[1], backend=BACKEND.GPTQ_TORCH, device='cpu').model\n"
+        "layer = model.model.layers[1].mlp.down_proj\n"
+        "torch.save(layer(torch.eye(256, dtype=torch.float16)[None])[0].float().t() - 0, sys.argv[2])\n"
+    )
+    target = workshop / "down.pt"
+    env = {**environ(), "GPTQMODEL_CPU_WORKERS": "2"}
+    subprocess.run(
+        [sys.executable, "-c", code, workshop / "w4a16-g64", target], env=env, check=True, capture_output=True
+    )
+    ours, _ = read_dense(workshop / "w4a16-g64")
+    assert torch.allclose(torch.load(target), ours["model.layers.1.mlp.down_proj.weight"], atol=1e-4)
+
+
+def test_the_same_recipe_gives_the_same_bytes(workshop: Path) -> None:
+    """Two runs of one recipe differ in time and duration only."""
+    again = quantize(workshop, "w4a16-g64", workshop / "again", "--json")
+    assert again.returncode == 0, again.stderr
+    first, second = Manifest.read(workshop / "w4a16-g64"), Manifest.model_validate_json(again.stdout)
+    assert (first.id, first.files, first.quality) == (second.id, second.files, second.quality)
+
+
+def test_a_finished_variant_is_reused(workshop: Path) -> None:
+    """The second command finds the variant of its recipe and makes nothing; another seed is another recipe."""
+    before = (workshop / "w8a8" / "manifest.json").stat().st_mtime_ns
+    reused = quantize(workshop, "w8a8", workshop / "w8a8")
+    assert reused.returncode == 0
+    assert "reused, it already holds tiny-int8-" in reused.stderr
+    assert "calibrate" not in reused.stderr
+    assert (workshop / "w8a8" / "manifest.json").stat().st_mtime_ns == before
+    assert quantize(workshop, "w8a8", workshop / "w8a8", "--seed", 1).returncode == 2
+
+
+def test_the_gate_speaks_through_the_exit_code(workshop: Path) -> None:
+    """A missed limit is no error unless --gate asks; then it is 3."""
+    passed = Manifest.read(workshop / "w4a16-g64").quality.verdict == "pass"
+    assert quantize(workshop, "w4a16-g64", workshop / "w4a16-g64").returncode == 0
+    assert quantize(workshop, "w4a16-g64", workshop / "w4a16-g64", "--gate").returncode == (0 if passed else 3)
+
+
+def test_evaluating_again_gives_the_sealed_figures(workshop: Path) -> None:
+    """`evaluate` on the same text measures what the manifest says."""
+    done = run(
+        "evaluate_main", workshop / "w8a8", "--against", workshop / "tiny", "--data", workshop / "chats.jsonl", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    sealed = Manifest.read(workshop / "w8a8").quality
+    assert json.loads(done.stdout)["kl_mean"] == pytest.approx(sealed.kl_mean)
+    assert json.loads(done.stdout)["perplexity_ratio"] == pytest.approx(sealed.perplexity_ratio)
+
+
+def test_a_weight_that_is_no_number_is_an_error_by_name(workshop: Path, tmp_path: Path) -> None:
+    """A NaN in one matrix makes GPTQModel fall back silently; we name the module and write nothing."""
+    base = _copy_with(workshop / "tiny", tmp_path / "broken")
+    done = run("main", base, "--scheme", "w4a16-g64", "--data", workshop / "chats.jsonl", "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "rounded to nearest instead of solved: layer 0 mlp.down_proj" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+@pytest.mark.parametrize("number,code,word", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+def test_a_signal_in_the_quantize_stage_leaves_nothing(
+    workshop: Path, tmp_path: Path, number: int, code: int, word: str
+) -> None:
+    """Ctrl-C and SIGTERM end the child, remove what was staged, and say so in one line."""
+    with _started(workshop, tmp_path) as process:
+        _read_until(process, "quantize ...")
+        (child,) = children_of(process.pid)
+        process.send_signal(number)
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert told.splitlines()[-1] == f"quantgate quantize: {word}; nothing was left behind"
+    assert not Path(f"/proc/{child}").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_child_dies_with_a_killed_parent(workshop: Path, tmp_path: Path) -> None:
+    """After kill -9 of the parent the worker is gone too, and the final name is still free."""
+    with _started(workshop, tmp_path) as process:
+        _read_until(process, "quantize ...")
+        (child,) = children_of(process.pid)
+        watch = os.pidfd_open(child)
+        process.kill()
+        process.wait(timeout=30)
+    assert _ended(watch)
+    assert not (tmp_path / "out").exists()
+
+
+def children_of(pid: int) -> list[int]:
+    """The direct children of a process."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _ended(watch: int) -> bool:
+    import select  # noqa: PLC0415
+
+    try:
+        return bool(select.select([watch], [], [], 30)[0])
+    finally:
+        os.close(watch)
+
+
+def _started(workshop: Path, folder: Path) -> "subprocess.Popen[str]":
+    told = command(
+        "main", workshop / "tiny", "--scheme", "w8a8", "--data", workshop / "chats.jsonl", "--out", folder / "out"
+    )
+    return subprocess.Popen(told, cwd=ROOT, env=environ(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _read_until(process: "subprocess.Popen[str]", line: str) -> None:
+    assert process.stderr is not None
+    while line not in (read := process.stderr.readline()):
+        assert read, "ended before that stage"
+
+
+def _tensors(directory: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file  # noqa: PLC0415
+
+    loaded: dict[str, Any] = load_file(directory / "model.safetensors")
+    return loaded
+
+
+def _copy_with(base: Path, copy: Path) -> Path:
+    import shutil  # noqa: PLC0415
+
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    shutil.copytree(base, copy)
+    tensors = _tensors(base)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    assert (copy / "chat_template.jinja").read_text() == CHATML
+    return copy

@@ -1,0 +1,91 @@
+"""A recipe's digest: the same contents give the same name, any other setting gives another."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantize.base import BaseModel
+from quantize.calibration import Source
+from quantize.errors import RecipeError
+from quantize.recipe import Backend, Recipe, installed_backend, slug
+from quantize.scheme import PRESETS, preset
+
+BASE = BaseModel(Path("/models/QwQ-32B"), "QwQ-32B", "bf16", "d" * 64, 1, {}, {})
+RECIPE = Recipe(
+    base=BASE,
+    scheme=preset("w4a16-g128"),
+    sources=(Source(Path("a.jsonl"), "a" * 64), Source(Path("b.jsonl"), "b" * 64)),
+    samples=16,
+    max_tokens=2048,
+    seed=0,
+    damp=0.01,
+    backend=Backend("gptqmodel", "7.6.0"),
+)
+recipes = st.builds(
+    replace,
+    st.just(RECIPE),
+    scheme=st.sampled_from(list(PRESETS.values())),
+    samples=st.integers(16, 64),
+    max_tokens=st.integers(64, 4096),
+    seed=st.integers(),
+    damp=st.floats(0.001, 0.5),
+)
+
+
+@given(recipes, recipes)
+def test_digests_are_equal_where_recipes_are(one: Recipe, two: Recipe) -> None:
+    """No two different recipes share a digest."""
+    assert (one.digest() == two.digest()) == (one == two)
+
+
+@given(recipes, st.sampled_from(["/tmp/x", "elsewhere"]))
+def test_paths_and_the_order_of_files_are_not_part_of_it(recipe: Recipe, place: str) -> None:
+    """The same contents in other places, listed in another order, are the same recipe."""
+    moved = replace(
+        recipe,
+        base=replace(recipe.base, directory=Path(place)),
+        sources=tuple(replace(source, path=Path(place)) for source in reversed(recipe.sources)),
+    )
+    assert moved.digest() == recipe.digest()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        replace(RECIPE, base=replace(BASE, digest="e" * 64)),
+        replace(RECIPE, sources=RECIPE.sources[:1]),
+        replace(RECIPE, backend=Backend("gptqmodel", "7.7.0")),
+        replace(RECIPE, backend=Backend("other", "7.6.0")),
+    ],
+)
+def test_everything_that_decides_the_bytes_is_part_of_it(changed: Recipe) -> None:
+    """Another base, text or backend version is another variant."""
+    assert changed.digest() != RECIPE.digest()
+
+
+def test_a_variant_is_named_after_base_precision_and_recipe() -> None:
+    """The id is readable and ends in eight digits of the digest."""
+    assert RECIPE.variant_id == f"qwq-32b-int4-{RECIPE.digest()[:8]}"
+
+
+@pytest.mark.parametrize(
+    "name,expected",
+    [
+        ("SmolLM2-135M-Instruct", "smollm2-135m-instruct"),
+        ("Qwen2.5 72B (tuned)", "qwen2.5-72b-tuned"),
+        ("__a__", "a"),
+        ("模型", "model"),
+    ],
+)
+def test_slug(name: str, expected: str) -> None:
+    """Names become lower-case words with single hyphens."""
+    assert slug(name) == expected
+
+
+def test_a_missing_backend_is_told_with_the_command_that_installs_it() -> None:
+    """Without the program the recipe can't be written."""
+    with pytest.raises(RecipeError, match="not-a-distribution is not installed; pip install"):
+        installed_backend("not-a-distribution")

@@ -1,0 +1,75 @@
+"""A supervisor over fake replicas, for tests: launches, a machine whose vLLM is the fake, and waiting for states."""
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from config.schema import ReplicaSettings
+from config.variant import PARENT_QUALITY, Variant
+from serving.backoff import Backoff
+from serving.command import Machine
+from serving.leftovers import Notebook
+from serving.probe import Probe
+from serving.registry import Registry
+from serving.replica import Launch, ReplicaStatus, State
+from serving.supervisor import Supervisor
+
+DEADLINE_SECONDS = 20.0
+QUICK = Backoff(first_seconds=0.01, longest_seconds=0.05)
+
+
+def model_directory(folder: Path, **config: object) -> Path:
+    """A directory that looks like a model to everything that doesn't load it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Llama"], "dtype": "bfloat16", **config}))
+    return folder
+
+
+def launch(folder: Path, name: str = "int4", *args: str, **settings: object) -> Launch:
+    """One fake replica of a variant."""
+    variant = Variant(name, name, PARENT_QUALITY, model_directory(folder / name))
+    replica = ReplicaSettings.model_validate({"variant": name, "args": args, "drain_seconds": 5, **settings})
+    return Launch(f"{name}-1", variant, "cpu", replica)
+
+
+def fake_machine(folder: Path) -> Machine:
+    """This machine, with the fake in vLLM's place."""
+    return Machine(sys.executable, folder, 2, dict(os.environ), ("-m", "tests.fakes.vllm"))
+
+
+@asynccontextmanager
+async def supervised(folder: Path, *launches: Launch, backoff: Backoff = QUICK) -> AsyncIterator[Registry]:
+    """Run launches under a supervisor."""
+    registry = Registry()
+    async with Probe() as probe:
+        notebook = Notebook(folder / "running")
+        supervisor = Supervisor(
+            launches, registry, fake_machine(folder), probe, notebook, folder / "logs", backoff=backoff
+        )
+        async with supervisor:
+            yield registry
+
+
+async def until(
+    registry: Registry, condition: Callable[[ReplicaStatus], bool], replica: str = "int4-1"
+) -> ReplicaStatus:
+    """Wait until a replica is as it should be."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while not condition(status := registry.status(replica)):
+            await registry.changed()
+    return status
+
+
+async def ready(registry: Registry, replica: str = "int4-1") -> ReplicaStatus:
+    """Wait until a replica is ready."""
+    return await until(registry, lambda status: status.state is State.READY, replica)
+
+
+def noted_session(folder: Path) -> int:
+    """The session of the one replica that runs."""
+    (note,) = (folder / "running").glob("*.json")
+    return int(note.stem)

@@ -1,0 +1,141 @@
+"""Faults of a replica, and the state that follows: all with real processes."""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serving.backoff import Backoff
+from serving.errors import LaunchRefused
+from serving.machine import free_port
+from serving.process import session_processes
+from serving.replica import State
+from tests.fakes.running import eventually, running_fake
+from tests.serving.supervised import launch, model_directory, noted_session, ready, supervised, until
+
+
+async def test_replica_gets_ready_and_leaves_nothing(tmp_path: Path) -> None:
+    """A replica starts, proves itself and answers; after the block no process and no note is left."""
+    async with supervised(tmp_path, launch(tmp_path)) as registry:
+        status = await ready(registry)
+        assert status.replica.max_model_len_tokens == 32768
+        async with httpx.AsyncClient() as client:
+            assert (await client.get(f"{status.replica.url}/health")).status_code == 200
+        session = noted_session(tmp_path)
+    assert session_processes(session) == []
+    assert list((tmp_path / "running").iterdir()) == []
+    assert registry.status("int4-1").state is State.STOPPED
+
+
+async def test_start_failure_is_given_up_with_the_cause(tmp_path: Path) -> None:
+    """A replica that dies while starting is tried as often as configured, then given up with its own last error."""
+    failing = launch(
+        tmp_path, "int4", "--fake-exit-while-starting", "1", "--fake-last-words", "ValueError: no such kernel"
+    )
+    async with supervised(tmp_path, failing, backoff=Backoff(first_seconds=0.01, start_failures=2)) as registry:
+        status = await until(registry, lambda status: status.state is State.FAILED)
+        assert "ValueError: no such kernel" in status.reason
+        assert "exit code 1" in status.reason
+        log = tmp_path / "logs" / "int4-1.log"
+        assert str(log) in status.reason
+        await eventually(lambda: log.read_text().count("no such kernel") == 2)
+
+
+async def test_too_slow_a_start_is_a_failure(tmp_path: Path) -> None:
+    """A replica that isn't ready in time is ended."""
+    slow = launch(tmp_path, "int4", "--fake-start-delay", "60", start_timeout_seconds=0.3)
+    async with supervised(tmp_path, slow, backoff=Backoff(start_failures=1)) as registry:
+        status = await until(registry, lambda status: status.state is State.FAILED)
+        assert "not ready after 0.3 s" in status.reason
+        await eventually(lambda: not list((tmp_path / "running").iterdir()))
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+async def test_crash_restarts(tmp_path: Path, caplog: pytest.LogCaptureFixture, sent: signal.Signals) -> None:
+    """An unrequested exit, with code 0 too, is a crash: out of rotation, cleaned up, started again at once."""
+    async with supervised(tmp_path, launch(tmp_path, "int4", "--fake-spawn-child")) as registry:
+        await ready(registry)
+        first = noted_session(tmp_path)
+        os.kill(first, sent)
+        await eventually(lambda: "crashed with exit code" in caplog.text)
+        await ready(registry)
+        assert noted_session(tmp_path) != first
+        assert session_processes(first) == []
+
+
+async def test_engine_death_with_code_0_is_a_crash(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """vLLM leaves with code 0 when its engine dies; that is no orderly exit."""
+    async with supervised(tmp_path, launch(tmp_path, "int4", "--fake-crash-after-requests", "1")) as registry:
+        replica = (await ready(registry)).replica
+        async with httpx.AsyncClient() as client:
+            body = {"model": replica.served_name, "prompt": "x"}
+            assert (await client.post(f"{replica.url}/v1/completions", json=body)).status_code == 500
+        await eventually(lambda: "crashed with exit code 0" in caplog.text)
+
+
+async def test_stop_is_kept_even_if_sigterm_is_ignored(tmp_path: Path) -> None:
+    """A replica that ignores SIGTERM while it starts is killed, children included."""
+    stubborn = launch(tmp_path, "int4", "--fake-ignore-sigterm", "--fake-start-delay", "60", "--fake-spawn-child")
+    async with supervised(tmp_path, stubborn) as registry:
+        await until(registry, lambda status: "loading" in status.reason)
+        session = noted_session(tmp_path)
+    assert session_processes(session) == []
+
+
+async def test_drain_waits_for_requests(tmp_path: Path) -> None:
+    """Stopping takes a replica out of rotation first and lets what is in flight finish."""
+    async with supervised(tmp_path, launch(tmp_path)) as registry:
+        await ready(registry)
+        lease = registry.lease("int4-1")
+        lease.__enter__()
+        session = noted_session(tmp_path)
+
+        async def finish() -> None:
+            await until(registry, lambda status: status.state is State.DRAINING)
+            assert session_processes(session)
+            lease.__exit__(None, None, None)
+
+        finishing = asyncio.create_task(finish())
+    await finishing
+    assert session_processes(session) == []
+
+
+async def test_one_start_at_a_time(tmp_path: Path) -> None:
+    """The second replica begins to load only when the first is ready."""
+    launches = (launch(tmp_path, "bf16", "--fake-start-delay", "0.2"), launch(tmp_path, "int4"))
+    async with supervised(tmp_path, *launches) as registry:
+        await until(registry, lambda status: "loading" in status.reason, "bf16-1")
+        assert "waiting for its turn" in registry.status("int4-1").reason
+        await ready(registry, "int4-1")
+        assert registry.status("bf16-1").state is State.READY
+
+
+async def test_wrong_server_behind_the_port_is_not_accepted(tmp_path: Path) -> None:
+    """A replica must serve its own directory under its own name; something else on its port is a failure."""
+    wrong = launch(tmp_path, "int4", "--model", str(model_directory(tmp_path / "other")))
+    async with supervised(tmp_path, wrong, backoff=Backoff(start_failures=1)) as registry:
+        status = await until(registry, lambda status: status.state is State.FAILED)
+        assert "not this replica" in status.reason
+
+
+async def test_port_in_use_is_refused(tmp_path: Path) -> None:
+    """A configured port that somebody has is told before anything is started."""
+    async with running_fake() as other:
+        taken = launch(tmp_path, "int4", port=other.port)
+        busy = type(taken)(taken.replica_id, taken.variant, taken.engine, taken.settings, (), other.port)
+        with pytest.raises(LaunchRefused, match=f"port {other.port} is in use"):
+            async with supervised(tmp_path, busy):
+                pass
+    assert not list(tmp_path.glob("running/*"))
+
+
+async def test_configured_port_is_used(tmp_path: Path) -> None:
+    """A replica with a port answers there."""
+    port = free_port()
+    chosen = launch(tmp_path)
+    fixed = type(chosen)(chosen.replica_id, chosen.variant, chosen.engine, chosen.settings, (), port)
+    async with supervised(tmp_path, fixed) as registry:
+        assert (await ready(registry)).replica.url == f"http://127.0.0.1:{port}"
