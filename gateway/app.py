@@ -50,7 +50,7 @@ class Addresses:
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Bound sockets, not listening yet."""
+    """Sockets that listen; connections wait in them until the server is there."""
 
     client: socket
     admin: socket

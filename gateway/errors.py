@@ -15,6 +15,11 @@ GatewayError
 
 import json
 
+import msgspec
+
+# What msgspec raises for bytes that are no JSON: malformed, not UTF-8, nested too deeply.
+NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 
 class GatewayError(Exception):
     """An answer of our own; `param` names the field at fault."""

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import secrets
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def read_keys(path: Path) -> Keys:
     except OSError as error:
         what = f"{path}: keys can't be read: {error.strerror}; make one with `quantgate keys create NAME --file {path}`"
         raise ConfigError(what) from error
-    except (yaml.YAMLError, ValidationError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
         raise ConfigError(f"{path}: is no keys file (name: {{sha256: ...}}): {str(error).splitlines()[0]}") from error
     return Keys({name: key.sha256 for name, key in stored.items()})
 
@@ -70,6 +71,20 @@ def create_key(path: Path, name: str) -> str:
     key = PREFIX + secrets.token_urlsafe(32)
     known[name] = hashlib.sha256(key.encode()).hexdigest()
     text = yaml.safe_dump({each: {"sha256": digest} for each, digest in known.items()}, sort_keys=False)
-    path.touch(mode=0o600)
-    path.write_text(text, encoding="utf-8")
+    try:
+        _write(path, text)
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be written: {error.strerror}") from error
     return key
+
+
+def _write(path: Path, text: str) -> None:
+    """Put a text in a file's place at once: half a keys file would lock its callers out."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp: mode 600
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor, no path
+            file.write(text)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

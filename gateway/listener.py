@@ -41,6 +41,8 @@ def bind(address: str, option: str) -> socket.socket:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, int(port)))
+        # With SO_REUSEADDR two may bind one port; only one of them may listen.
+        listening.listen()
     except OSError as error:
         listening.close()
         raise ConfigError(

@@ -44,7 +44,7 @@ class Metrics:
     def __post_init__(self) -> None:
         served = ("alias", "variant", "precision")
         self.requests = self._counter("requests", "Requests by outcome.", (*served, "endpoint", "code", "reason"))
-        self.tokens = self._counter("tokens", "Tokens by kind: prompt, completion.", (*served, "kind"))
+        self.tokens = self._counter("tokens", "Tokens by kind: prompt, completion, reasoning.", (*served, "kind"))
         self.retries = self._counter("retries", "Attempts beyond a request's first.", ("alias", "code"))
         self.floor_rejections = self._counter(
             "floor_rejections", "Requests that no variant is good enough for.", ("alias",)

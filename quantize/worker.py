@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import CalibrationError, QuantizeError, RecipeError, SolveError, VariantError, WorkerError
+from quantize.interrupt import undisturbed
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PATIENCE_SECONDS = 10.0
@@ -123,24 +124,31 @@ def _child(
     module: str, job_file: Path, log: Any, environ: Mapping[str, str]
 ) -> Iterator[tuple[subprocess.Popen[bytes], TextIOWrapper]]:
     reader, writer = os.pipe()
+    child = None
     with os.fdopen(reader) as lines:
         try:
-            child = subprocess.Popen(
-                [sys.executable, "-m", module, str(job_file.resolve()), str(writer), str(os.getpid())],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(writer,),
-                env=dict(environ),
-                # Ctrl-C at a terminal reaches the parent alone, which then ends the child and cleans up.
-                start_new_session=True,
-            )
-        finally:
-            os.close(writer)
-        try:
+            with undisturbed():
+                child = _start(module, job_file, log, environ, writer)
             yield child, lines
         finally:
-            _end(child)
+            if child is not None:
+                _end(child)
+
+
+def _start(module: str, job_file: Path, log: Any, environ: Mapping[str, str], writer: int) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, str(job_file.resolve()), str(writer), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=(writer,),
+            env=dict(environ),
+            # Ctrl-C at a terminal reaches the parent alone, which then ends the child and cleans up.
+            start_new_session=True,
+        )
+    finally:
+        os.close(writer)
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +40,7 @@ class InferenceEndpoint:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        with Account(self.metrics, self.name, request_id(headers.get("x-request-id"))) as account:
+        with Account(self.metrics, self.name, request_id(scope)) as account:
             try:
                 await self._answer(headers, account, receive, send)
             except ClientLeft:
@@ -54,15 +53,21 @@ class InferenceEndpoint:
     async def _answer(self, headers: dict[str, str], account: Account, receive: Receive, send: Send) -> None:
         self.keys.authenticate(headers)
         body = await read_body(headers, receive, self.limits.body_bytes)
+        account.read()
         inference = parse_inference(self.name, body, headers, self.limits)
         target = self.catalog.resolve(inference.model)
         account.alias = target.name
         await unless_client_leaves(self.relay.answer(inference, target, account, send), receive)
 
 
-def request_id(given: str | None) -> str:
-    """Keep a client's id if it is a sane one, otherwise make one."""
-    return given if given and REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+def request_id(scope: Message) -> str:
+    """The id of a request, the same whoever asks: the client's own if it is a sane one, otherwise one made here."""
+    known: str | None = scope.get("quantgate.request_id")
+    if known is None:
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+        known = given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        scope["quantgate.request_id"] = known
+    return known
 
 
 async def read_body(headers: dict[str, str], receive: Receive, limit_bytes: int) -> bytes:
@@ -95,8 +100,7 @@ async def unless_client_leaves(answer: Coroutine[Any, Any, None], receive: Recei
     finally:
         for task in (exchange, departure):
             task.cancel()
-            with suppress(asyncio.CancelledError, GatewayError):
-                await task
+        await asyncio.gather(exchange, departure, return_exceptions=True)
 
 
 async def _departure(receive: Receive) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from config.schema import Floor, LimitSettings
-from gateway.errors import RequestError
+from gateway.errors import NO_JSON, RequestError
 
 PRECISION_HEADER = "x-quantgate-precision"
 FLOOR_HEADER = "x-quantgate-floor"
@@ -45,7 +45,7 @@ def parse_inference(endpoint: str, body: bytes, headers: dict[str, str], limits:
     """Read a request's body and headers; RequestError names the key at fault."""
     try:
         fields = _FIELDS.decode(body)
-    except msgspec.DecodeError as error:
+    except NO_JSON as error:
         raise RequestError(f"the body is no JSON object: {error}", code="invalid_json") from error
     model = _value(fields, "model", str)
     if not model:
@@ -72,7 +72,7 @@ def _value(fields: dict[str, msgspec.Raw], key: str, kind: Any) -> Any:
         return None
     try:
         return msgspec.json.decode(raw, type=kind)
-    except msgspec.DecodeError as error:
+    except NO_JSON as error:
         raise RequestError(f"{key!r}: {error}", param=key) from error
 
 
@@ -84,7 +84,7 @@ def _precisions(fields: dict[str, msgspec.Raw], headers: dict[str, str]) -> froz
         raise RequestError("'provider.quantizations' is no list of names such as int8", param="provider.quantizations")
     asked = [frozenset(named)] if named else []
     if header := headers.get(PRECISION_HEADER):
-        asked.append(frozenset(part.strip() for part in header.split(",")))
+        asked.append(frozenset(filter(None, (part.strip() for part in header.split(",")))))
     return frozenset.intersection(*asked) if asked else None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
@@ -23,22 +23,23 @@ def client_app(
     catalog: Catalog, registry: Registry, keys: Keys, endpoint: Callable[[str], InferenceEndpoint]
 ) -> FastAPI:
     """Build the app that clients talk to; `endpoint` makes the app of one inference endpoint."""
-    app = FastAPI(title="quantgate", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="quantgate", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     for name, path in PATHS.items():
         app.router.routes.append(Route(path, endpoint(name), methods=["POST"]))
     created = int(time.time())
 
     @app.get("/v1/models")
-    async def list_models(request: Request) -> dict[str, Any]:
+    async def list_models(request: Request) -> Response:
         """Aliases first, then the variants that a client may pin."""
         keys.authenticate(request.headers)
-        return {"object": "list", "data": [_model(name, catalog, registry, created) for name in catalog.names()]}
+        models = [_model(name, catalog, registry, created) for name in catalog.names()]
+        return _answer(request, {"object": "list", "data": models})
 
     @app.get("/v1/models/{model:path}")
-    async def show_model(model: str, request: Request) -> dict[str, Any]:
+    async def show_model(model: str, request: Request) -> Response:
         """One of them."""
         keys.authenticate(request.headers)
-        return _model(catalog.resolve(model).name, catalog, registry, created)
+        return _answer(request, _model(catalog.resolve(model).name, catalog, registry, created))
 
     app.add_exception_handler(GatewayError, _refused)
     app.add_exception_handler(HTTPException, _not_routed)
@@ -61,10 +62,14 @@ def _model(name: str, catalog: Catalog, registry: Registry, created: int) -> dic
     return model | {"precisions": [variant.precision for variant in target.rungs]}
 
 
+def _answer(request: Request, content: dict[str, Any]) -> Response:
+    return JSONResponse(content, headers={"x-request-id": request_id(request.scope)})
+
+
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
     headers = {name.decode(): value.decode() for name, value in error.headers()}
-    headers["x-request-id"] = request_id(request.headers.get("x-request-id"))
+    headers["x-request-id"] = request_id(request.scope)
     return Response(error.body(), error.status, headers, media_type=JSON)
 
 

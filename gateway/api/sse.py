@@ -6,7 +6,7 @@ line, comments start with a colon.
 
 from gateway.errors import UpstreamDisconnected, error_body
 
-DONE = b"data: [DONE]\n\n"
+DONE = b"[DONE]"
 LONGEST_EVENT_BYTES = 16 * 2**20
 
 
@@ -42,5 +42,7 @@ def error_event(message: str, kind: str, code: str) -> bytes:
 
 
 def data_of(event: bytes) -> bytes:
-    """The payload of an event with one data line, b"" for a comment."""
-    return event[5:].strip() if event.startswith(b"data:") else b""
+    """The payload of an event, b"" if it has none: a comment, or fields without data."""
+    if event.startswith(b"data:") and event.find(b"\n") == len(event) - 2:
+        return event[5:].strip()
+    return b"\n".join(line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:"))

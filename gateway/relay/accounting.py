@@ -47,13 +47,13 @@ class Account:
     queued_seconds: float = 0.0
     begun: bool = False
     began_at: float = 0.0
+    read_at: float = 0.0
     sent_at: float | None = None
     first_token_at: float | None = None
     last_event_at: float = 0.0
-    _served: tuple[str, str, str] = (UNKNOWN, "none", "none")
 
     def __enter__(self) -> Self:
-        self.began_at = self.clock()
+        self.began_at = self.read_at = self.clock()
         self.metrics.in_flight.labels(self.endpoint).inc()
         return self
 
@@ -63,17 +63,20 @@ class Account:
         self.metrics.in_flight.labels(self.endpoint).dec()
         self._book(self.clock() - self.began_at)
 
+    def read(self) -> None:
+        """Note that the request is here as a whole."""
+        self.read_at = self.clock()
+
     def chose(self, choice: Choice) -> None:
         """Note which replica is tried now."""
         self.choice = choice
         self.attempts += 1
-        self._served = (self.alias, choice.variant.name, choice.variant.precision)
 
     def sent(self) -> None:
-        """Note that the request goes out; what came before, without waiting, is our own overhead."""
+        """Note that the request goes out; what it took since it was here, without waiting, is our own overhead."""
         now = self.clock()
         if self.sent_at is None:
-            self.metrics.overhead_seconds.observe(now - self.began_at - self.queued_seconds)
+            self.metrics.overhead_seconds.observe(now - self.read_at - self.queued_seconds)
         self.sent_at = now
 
     def retried(self, code: str) -> None:
@@ -90,12 +93,20 @@ class Account:
             self.metrics.inter_token_seconds.labels(*self._served).observe(now - self.last_event_at)
         self.last_event_at = now
 
+    @property
+    def _served(self) -> tuple[str, str, str]:
+        if self.choice is None:
+            return self.alias, "none", "none"
+        return self.alias, self.choice.variant.name, self.choice.variant.precision
+
     def _book(self, seconds: float) -> None:
         reason = self.choice.reason if self.choice else "none"
         self.metrics.requests.labels(*self._served, self.endpoint, self.code, reason).inc()
+        if self.alias != UNKNOWN:
+            # Who gave up waiting, too: the longest waits are theirs.
+            self.metrics.queue_seconds.labels(self.alias).observe(self.queued_seconds)
         if self.choice is not None:
             self.metrics.request_seconds.labels(*self._served).observe(seconds)
-            self.metrics.queue_seconds.labels(self.alias).observe(self.queued_seconds)
         prompt, completion = self._book_tokens()
         log.info(
             "request_id=%s endpoint=%s alias=%s variant=%s replica=%s reason=%s code=%s attempts=%d "

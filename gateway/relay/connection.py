@@ -26,6 +26,11 @@ class Head:
     headers: dict[bytes, bytes] = field(default_factory=dict)
 
     @property
+    def streams(self) -> bool:
+        """Tell whether the body is a stream of server-sent events."""
+        return self.headers.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+
+    @property
     def delimited(self) -> bool:
         """Tell whether the reply says where it ends; otherwise the end of the connection is its end."""
         return (
@@ -128,8 +133,11 @@ class Connection(asyncio.Protocol):
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(UpstreamDisconnected(f"a replica's answer is no HTTP: {error}"))
+        if not self._headers_complete and self.received_bytes > HEADER_LIMIT_BYTES:
+            # One header without an end never reaches `on_header`.
+            self._fail(UpstreamDisconnected("the headers of a replica's answer have no end"))
         if self._body_bytes > HIGH_WATER_BYTES and not self._paused and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
@@ -139,12 +147,18 @@ class Connection(asyncio.Protocol):
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._headers_complete and not self._complete and not self._head.delimited and exc is None:
-            self._complete = True
+        # Where the end of the connection is the end of the reply; one that we cut ourselves is no end.
+        by_closing = self._headers_complete and not self._head.delimited and exc is None and self._failure is None
+        self._complete = self._complete or by_closing
         self._keep_alive = False
         self._fail(None if self._complete else UpstreamDisconnected("a replica closed the connection too early"))
 
     # What the parser does
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            # A second reply behind the first: it must not add to the one that is being read.
+            raise httptools.HttpParserError("more than one reply")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._headers_bytes += len(name) + len(value)
@@ -208,7 +222,7 @@ class Connection(asyncio.Protocol):
     def _bark(self) -> None:
         left = self._heard_at + self._silence_seconds - self._loop.time()
         if left > 0 or self._paused:
-            self._watchdog = self._loop.call_later(max(left, 1.0), self._bark)
+            self._watchdog = self._loop.call_later(left if left > 0 else self._silence_seconds, self._bark)
             return
         self._fail(UpstreamTimeout(f"a replica said nothing for {self._silence_seconds:g} s"))
         self.close()

@@ -1,6 +1,7 @@
 """Choose, lease, ask, pass on: the life of one request between a client and a replica."""
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -20,6 +21,8 @@ from gateway.routing.ladder import Choice, permitted_rungs, rank, worth_waiting
 from serving.errors import NoSuchReplica
 from serving.registry import Registry
 from serving.replica import Replica
+
+log = logging.getLogger(__name__)
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
@@ -53,6 +56,10 @@ class Relay:
             except (UpstreamError, Unavailable, NoSuchReplica) as error:
                 failure = error if isinstance(error, GatewayError) else UpstreamError("a replica left")
                 tried |= {choice.replica.id}
+                log.warning(
+                    "request_id=%s replica=%s attempt=%d failed: %r",
+                    *(account.request_id, choice.replica.id, account.attempts, error.__cause__ or error),
+                )
                 if account.begun or account.attempts >= ATTEMPTS:
                     raise failure from error
                 account.retried(failure.code)
@@ -91,8 +98,11 @@ class Relay:
             head = await upstream.head()
             if head.status != 200:
                 raise refusal(head.status, await upstream.read(ERROR_LIMIT_BYTES))
-            if head.headers.get(b"content-type", b"").startswith(b"text/event-stream"):
-                await _stream(inference, replica, upstream, account, send)
+            if head.streams != inference.stream:
+                # The OpenAI SDK takes a whole answer to a streaming request for an empty stream.
+                raise UpstreamError("a replica's answer is not in the asked form", code="upstream_invalid")
+            if inference.stream:
+                await _stream(inference, upstream, account, send)
             else:
                 await _whole(inference, upstream, account, send)
 
@@ -104,30 +114,34 @@ async def _whole(inference: Inference, upstream: Connection, account: Account, s
     await send({"type": "http.response.body", "body": body})
 
 
-async def _stream(inference: Inference, replica: Replica, upstream: Connection, account: Account, send: Send) -> None:
+async def _stream(inference: Inference, upstream: Connection, account: Account, send: Send) -> None:
     """Pass events on as they arrive, several at once only if they arrived at once."""
-    transcript = Transcript(replica.served_name, inference.model, inference.wants_usage)
+    transcript = Transcript(inference.model, inference.wants_usage)
     cutter = EventCutter()
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
     try:
         async for data in upstream.chunks():
             passed = [_noted(event, transcript, account) for event in cutter.feed(data)]
+            if transcript.failure and not account.begun:
+                # Nothing but an error: the client can still be told with its status, or asked for elsewhere.
+                raise transcript.failure
             if body := b"".join(passed):
                 if not account.begun:
                     await begin(send, account, 200, headers)
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-        if not transcript.finished and not transcript.failed:
+        if not transcript.finished and not transcript.failure:
             raise UpstreamDisconnected("a replica ended its stream in the middle")
     except UpstreamError as error:
         if not account.begun:
             raise
-        account.code = error.code
-        event = error_event(error.message, error.type, error.code)
-        await send({"type": "http.response.body", "body": event})
-        return
+        if not transcript.finished:
+            account.code = error.code
+            event = error_event(error.message, error.type, error.code)
+            await send({"type": "http.response.body", "body": event})
+            return
     finally:
         account.usage = transcript.usage
-    account.code = "upstream_error" if transcript.failed else "200"
+    account.code = UpstreamError.code if transcript.failure else "200"
     await send({"type": "http.response.body", "body": b""})
 
 

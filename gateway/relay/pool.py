@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ class Pool:
 
     patience: Patience = field(default_factory=Patience)
     clock: Callable[[], float] = time.monotonic
-    _idle: dict[str, list[tuple[float, Connection]]] = field(default_factory=dict)
+    _idle: dict[str, deque[tuple[float, Connection]]] = field(default_factory=dict)
 
     async def __aenter__(self) -> Self:
         return self
@@ -55,28 +56,38 @@ class Pool:
             yield connection
         finally:
             if connection.reusable:
-                self._idle.setdefault(url, []).append((self.clock(), connection))
+                self._keep(url, connection)
             else:
                 connection.close()
 
     async def _answering(self, url: str, request: bytes) -> Connection:
-        while (connection := self._fresh(url)) is not None:
+        connection = self._fresh(url)
+        if connection is not None:
             try:
                 return await _sent(connection, request)
             except UpstreamDisconnected:
-                # It closed while it lay idle: without a byte of an answer, asking again is safe.
+                # It closed while it lay idle: without a byte of an answer, asking again is safe. Once: a replica
+                # that hangs up on this very request must not get it from every connection that lies here.
                 if connection.received_bytes:
                     raise
         return await _sent(await self._connect(url), request)
 
     def _fresh(self, url: str) -> Connection | None:
-        idle = self._idle.get(url, [])
+        idle = self._idle.get(url, deque())
         while idle:
             since, connection = idle.pop()
             if connection.reusable and self.clock() - since < self.patience.idle_seconds:
                 return connection
             connection.close()
         return None
+
+    def _keep(self, url: str, connection: Connection) -> None:
+        """Lay a connection aside, and throw away those at the other end that nobody needed in time."""
+        idle = self._idle.setdefault(url, deque())
+        now = self.clock()
+        while idle and now - idle[0][0] >= self.patience.idle_seconds:
+            idle.popleft()[1].close()
+        idle.append((now, connection))
 
     async def _connect(self, url: str) -> Connection:
         parts = urlsplit(url)
@@ -89,7 +100,7 @@ class Pool:
                     lambda: Connection(self.patience.silence_seconds), parts.hostname or "", port, ssl=secure or None
                 )
         except (OSError, TimeoutError) as error:
-            raise UpstreamUnreachable(f"no connection to a replica: {error or 'timed out'}") from error
+            raise UpstreamUnreachable("no connection to a replica") from error
         return connection
 
 

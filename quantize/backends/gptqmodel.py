@@ -19,10 +19,6 @@ _MODULE = "quantize.backends.gptqmodel"
 # GPTQModel writes 999999999 for a module whose loss it never learned.
 _ABSURD_LOSS = 1e6
 _NAMES_SHOWN = 5
-# The scale search minimizes the sum of |error|^2.4 over scales shrunk by steps of 4 % down to 64 %. GPTQModel's own
-# steps of 1 % down to 20 % find the same scales in eight times the time.
-_SEARCH_NORM = 2.4
-_SEARCH_STEPS, _SEARCH_SPAN = 25, 0.4
 
 
 def solve(
@@ -57,8 +53,8 @@ def settings(scheme: Scheme, damp: float) -> dict[str, Any]:
         # Order inside groups costs nothing at run time; it needs groups.
         "act_group_aware": scheme.group_size > 0,
         "true_sequential": True,
-        # Eight bits have levels to spare; at four, clipping outliers halves the divergence.
-        "mse": _SEARCH_NORM if scheme.bits == 4 else 0.0,
+        # No scale search: on SmolLM2 at int4 it took KL from 0.266 to 0.225 but the time from 115 s to 319 s.
+        "mse": 0.0,
         "damp_percent": damp,
         "damp_auto_increment": 0.01,
         "offload_to_disk": False,
@@ -98,15 +94,11 @@ class _Layers:
 
 def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Child's work: solve, judge the log, write the variant's files."""
-    from functools import partialmethod  # noqa: PLC0415
-
     import torch  # noqa: PLC0415
     from gptqmodel import GPTQModel, QuantizeConfig  # noqa: PLC0415
-    from gptqmodel.quantization.quantizer import Quantizer  # noqa: PLC0415
 
     from quantize.checkpoint import write_checkpoint  # noqa: PLC0415
 
-    Quantizer.configure = partialmethod(Quantizer.configure, grid=_SEARCH_STEPS, maxshrink=_SEARCH_SPAN)
     scheme = Scheme.model_validate(job["scheme"])
     # fp32 on CPU: without bf16 instructions it is faster, and everywhere it is more exact.
     device, dtype = ("cuda:0", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)

@@ -100,7 +100,7 @@ def test_int4_reads_like_the_librarys_own_loader(workshop: Path) -> None:
         "import sys, torch; from gptqmodel import GPTQModel, BACKEND\n"
         "model = GPTQModel.load(sys.argv[1], backend=BACKEND.GPTQ_TORCH, device='cpu').model\n"
         "layer = model.model.layers[1].mlp.down_proj\n"
-        "torch.save(layer(torch.eye(256, dtype=torch.float16)[None])[0].float().t() - 0, sys.argv[2])\n"
+        "torch.save(layer(torch.eye(256, dtype=torch.float16)[None])[0].float().t(), sys.argv[2])\n"
     )
     target = workshop / "down.pt"
     env = {**environ(), "GPTQMODEL_CPU_WORKERS": "2"}
@@ -108,7 +108,7 @@ def test_int4_reads_like_the_librarys_own_loader(workshop: Path) -> None:
         [sys.executable, "-c", code, workshop / "w4a16-g64", target], env=env, check=True, capture_output=True
     )
     ours, _ = read_dense(workshop / "w4a16-g64")
-    assert torch.allclose(torch.load(target), ours["model.layers.1.mlp.down_proj.weight"], atol=1e-4)
+    assert torch.allclose(torch.load(target), ours["model.layers.1.mlp.down_proj.weight"], rtol=0.01)  # bf16
 
 
 def test_the_same_recipe_gives_the_same_bytes(workshop: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_signal_in_the_quantize_stage_leaves_nothing(
     """Ctrl-C and SIGTERM end the child, remove what was staged, and say so in one line."""
     with _started(workshop, tmp_path) as process:
         _read_until(process, "quantize ...")
-        (child,) = children_of(process.pid)
+        child = child_of(process.pid)
         process.send_signal(number)
         _, told = process.communicate(timeout=30)
     assert process.returncode == code
@@ -177,7 +177,7 @@ def test_the_child_dies_with_a_killed_parent(workshop: Path, tmp_path: Path) -> 
     """After kill -9 of the parent the worker is gone too, and the final name is still free."""
     with _started(workshop, tmp_path) as process:
         _read_until(process, "quantize ...")
-        (child,) = children_of(process.pid)
+        child = child_of(process.pid)
         watch = os.pidfd_open(child)
         process.kill()
         process.wait(timeout=30)
@@ -185,9 +185,13 @@ def test_the_child_dies_with_a_killed_parent(workshop: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def children_of(pid: int) -> list[int]:
-    """The direct children of a process."""
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def child_of(pid: int) -> int:
+    """The one child of a process, once it has one."""
+    children: list[str] = []
+    while not children:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    (child,) = children
+    return int(child)
 
 
 def _ended(watch: int) -> bool:

@@ -36,7 +36,7 @@ class Characters:
     def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> str:
         """Render a chat."""
         assert options.pop("tokenize") is False
-        return self._template.render(messages=conversation, **options)
+        return str(self._template.render(messages=conversation, **options))
 
     def __call__(self, text: str, **options: Any) -> dict[str, Any]:
         """Encode a text."""

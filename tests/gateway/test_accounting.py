@@ -1,0 +1,126 @@
+"""What is booked for a request, by a clock that a test moves."""
+
+import logging
+
+import pytest
+
+from config.variant import QualityMeasures, Variant
+from gateway.metrics import Metrics
+from gateway.relay.accounting import Account, CompletionDetails, Usage
+from gateway.routing.ladder import Choice, Reason
+from serving.replica import Replica
+
+
+class Clock:
+    """Shows what a test says."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def choice(name: str = "hi", reason: Reason = "preferred") -> Choice:
+    """A replica of a variant."""
+    variant = Variant(name, "bf16", QualityMeasures("unknown"))
+    return Choice(Replica(f"{name}-1", name, "bf16", "http://x", "m1"), variant, reason)
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    """One sample."""
+    return metrics.registry.get_sample_value(f"quantgate_{name}", labels)
+
+
+SERVED = {"alias": "smol", "variant": "hi", "precision": "bf16"}
+
+
+def test_a_stream(caplog: pytest.LogCaptureFixture) -> None:
+    """Times are counted from the request, tokens from what the engine reports, and one line tells it all."""
+    metrics, clock = Metrics(), Clock()
+    with caplog.at_level(logging.INFO), Account(metrics, "chat.completions", "r-1", clock) as account:
+        assert value(metrics, "requests_in_flight", endpoint="chat.completions") == 1
+        clock.now += 5  # the client sends its body slowly, which is none of our doing
+        account.read()
+        account.alias = "smol"
+        clock.now += 2
+        account.queued_seconds = 2
+        account.chose(choice())
+        clock.now += 0.25
+        account.sent()
+        for seconds in (1.0, 0.5, 0.5):
+            clock.now += seconds
+            account.token()
+        account.usage = Usage(10, 3, CompletionDetails(1))
+        account.code = "200"
+        clock.now += 1
+    assert value(metrics, "requests_in_flight", endpoint="chat.completions") == 0
+    outcome = {**SERVED, "endpoint": "chat.completions", "code": "200", "reason": "preferred"}
+    assert value(metrics, "requests_total", **outcome) == 1
+    assert value(metrics, "overhead_seconds_sum") == 0.25
+    assert value(metrics, "queue_seconds_sum", alias="smol") == 2
+    assert value(metrics, "time_to_first_token_seconds_sum", **SERVED) == 8.25
+    assert value(metrics, "inter_token_latency_seconds_sum", **SERVED) == 1.0
+    assert value(metrics, "inter_token_latency_seconds_count", **SERVED) == 2
+    assert value(metrics, "request_seconds_sum", **SERVED) == 10.25
+    tokens = [value(metrics, "tokens_total", **SERVED, kind=kind) for kind in ("prompt", "completion", "reasoning")]
+    assert tokens == [10, 3, 1]
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "gateway.access"]
+    assert line == (
+        "request_id=r-1 endpoint=chat.completions alias=smol variant=hi replica=hi-1 reason=preferred code=200 "
+        "attempts=1 queued_seconds=2.000 seconds=10.250 prompt_tokens=10 completion_tokens=3"
+    )
+
+
+def test_a_retry() -> None:
+    """What is booked goes to who answered last; overhead is counted for the first attempt only."""
+    metrics, clock = Metrics(), Clock()
+    with Account(metrics, "completions", "r-2", clock) as account:
+        account.alias = "smol"
+        account.chose(choice("hi"))
+        account.sent()
+        account.retried("overloaded")
+        account.chose(choice("lo", "fallback"))
+        clock.now += 1
+        account.sent()
+        account.code = "200"
+    assert value(metrics, "retries_total", alias="smol", code="overloaded") == 1
+    served = {"alias": "smol", "variant": "lo", "precision": "bf16"}
+    outcome = {"endpoint": "completions", "code": "200", "reason": "fallback"}
+    assert value(metrics, "requests_total", **served, **outcome) == 1
+    assert value(metrics, "overhead_seconds_count") == 1
+    assert account.attempts == 2
+
+
+def test_nobody_answered() -> None:
+    """A request that found no replica is booked for its alias, with the time it waited."""
+    metrics, clock = Metrics(), Clock()
+    with Account(metrics, "completions", "r-3", clock) as account:
+        account.alias = "smol"
+        account.queued_seconds = 30.0
+        account.code = "503"
+    nobody = {"alias": "smol", "variant": "none", "precision": "none", "reason": "none"}
+    assert value(metrics, "requests_total", **nobody, endpoint="completions", code="503") == 1
+    assert value(metrics, "queue_seconds_sum", alias="smol") == 30.0
+    assert value(metrics, "request_seconds_count", alias="smol", variant="none", precision="none") is None
+
+
+def test_a_defect_is_booked_too() -> None:
+    """Whatever ends the block, the request is counted once and no longer in flight."""
+    metrics = Metrics()
+    with pytest.raises(ZeroDivisionError), Account(metrics, "completions", "r-4"):
+        _ = 1 / 0
+    nobody = {"alias": "_unknown", "variant": "none", "precision": "none", "reason": "none"}
+    assert value(metrics, "requests_total", **nobody, endpoint="completions", code="500") == 1
+    assert value(metrics, "requests_in_flight", endpoint="completions") == 0
+    assert value(metrics, "queue_seconds_count", alias="_unknown") is None
+
+
+def test_usage_that_is_null() -> None:
+    """Counts that the engine leaves open are zero."""
+    metrics = Metrics()
+    with Account(metrics, "completions", "r-5") as account:
+        account.alias = "smol"
+        account.chose(choice())
+        account.usage = Usage(None, None, CompletionDetails(None))
+    assert value(metrics, "tokens_total", **SERVED, kind="completion") == 0

@@ -1,0 +1,182 @@
+"""Which replica answers, and why it is that one."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config.schema import Floor
+from config.variant import QualityMeasures, Variant
+from gateway.errors import FloorUnmet
+from gateway.routing.catalog import Target
+from gateway.routing.ladder import permitted_rungs, rank, worth_waiting
+from serving.replica import Replica, ReplicaStatus, State
+
+HI = Variant("hi", "bf16", QualityMeasures("parent", 0.0, 1.0, 1.0))
+MID = Variant("mid", "int8", QualityMeasures("measured", 0.01, 0.97, 1.01))
+LO = Variant("lo", "int4", QualityMeasures("measured", 0.05, 0.92, 1.05))
+ODD = Variant("odd", "fp8", QualityMeasures("unknown"))
+RUNGS = (HI, MID, LO)
+NO_FLOOR = Floor()
+NOBODY: frozenset[str] = frozenset()
+
+
+def target(*rungs: Variant, floor: Floor = NO_FLOOR, pinned: bool = False) -> Target:
+    """What a name stands for."""
+    return Target("smol", rungs, floor, pinned)
+
+
+def status(name: str, state: State = State.READY, in_flight: int = 0) -> ReplicaStatus:
+    """A replica, named variant-number."""
+    replica = Replica(name, name.partition("-")[0], "any", f"http://{name}", "m1")
+    return ReplicaStatus(replica, state, "", 0.0, in_flight)
+
+
+def ranked(*snapshot: ReplicaStatus, tried: frozenset[str] = NOBODY, turn: int = 0) -> list[str]:
+    """The order in which replicas are tried."""
+    return [choice.replica.id for choice in rank(target(*RUNGS), RUNGS, snapshot, tried, turn)]
+
+
+@pytest.mark.parametrize(
+    "alias_floor, caller_floor, precisions, kept",
+    [
+        ({}, {}, None, "hi mid lo odd"),
+        ({"top1_agreement": 0.95}, {}, None, "hi mid"),
+        ({}, {"top1_agreement": 0.95}, None, "hi mid"),
+        ({"top1_agreement": 0.95}, {"kl_mean": 0.001}, None, "hi"),
+        ({"top1_agreement": 0.99}, {"top1_agreement": 0.5}, None, "hi"),
+        ({"perplexity_ratio": 1.01}, {}, None, "hi mid"),
+        ({}, {}, {"int8", "int4"}, "mid lo"),
+        ({"top1_agreement": 0.95}, {}, {"int8", "int4"}, "mid"),
+        ({}, {}, {"fp8"}, "odd"),
+    ],
+)
+def test_who_may_answer(
+    alias_floor: dict[str, float], caller_floor: dict[str, float], precisions: set[str] | None, kept: str
+) -> None:
+    """A rung stays if it satisfies the alias, the caller's floor and precisions; an unknown quality satisfies none."""
+    asked = target(HI, MID, LO, ODD, floor=Floor(**alias_floor))
+    wanted = None if precisions is None else frozenset(precisions)
+    assert [each.name for each in permitted_rungs(asked, Floor(**caller_floor), wanted)] == kept.split()
+
+
+def test_a_floor_that_nobody_meets_is_told_rung_by_rung() -> None:
+    """The refusal says of each rung what it lacks."""
+    with pytest.raises(FloorUnmet) as caught:
+        permitted_rungs(target(HI, LO, ODD), Floor(top1_agreement=0.95), frozenset({"int4", "fp8"}))
+    assert caught.value.message == (
+        "no variant of 'smol' is good enough (hi: precision bf16 was not asked for; "
+        "lo: top1_agreement 0.92 misses the floor 0.95; odd: top1_agreement is unknown, the floor is 0.95)"
+    )
+
+
+def test_the_strictest_reason_is_told() -> None:
+    """A rung that the caller's precisions rule out is told so, even if its quality falls short as well."""
+    with pytest.raises(FloorUnmet, match=r"lo: precision int4 was not asked for"):
+        permitted_rungs(target(LO), Floor(top1_agreement=0.99), frozenset({"bf16"}))
+
+
+shares = st.none() | st.floats(0, 1)
+floors = st.builds(Floor, top1_agreement=shares, kl_mean=shares, perplexity_ratio=st.none() | st.floats(0.5, 2))
+qualities = st.builds(
+    QualityMeasures, st.just("measured"), shares, shares, perplexity_ratio=st.none() | st.floats(0.5, 2)
+)
+precisions = st.sampled_from(["bf16", "int8", "int4"])
+
+
+@given(
+    st.lists(st.tuples(qualities, precisions), min_size=1, max_size=5), floors, floors, st.none() | st.sets(precisions)
+)
+def test_no_floor_is_ever_breached(
+    made: list[tuple[QualityMeasures, str]], alias: Floor, caller: Floor, wanted: set[str] | None
+) -> None:
+    """Whatever the ladder and the floors, every rung that is kept meets both, and none that meets both is lost."""
+    rungs = [Variant(f"v{number}", precision, quality) for number, (quality, precision) in enumerate(made)]
+
+    def meets(variant: Variant) -> bool:
+        for floor in (alias, caller):
+            top, divergence, ratio = floor.top1_agreement, floor.kl_mean, floor.perplexity_ratio
+            quality = variant.quality
+            if top is not None and not (quality.top1_agreement is not None and quality.top1_agreement >= top):
+                return False
+            if divergence is not None and not (quality.kl_mean is not None and quality.kl_mean <= divergence):
+                return False
+            if ratio is not None and not (quality.perplexity_ratio is not None and quality.perplexity_ratio <= ratio):
+                return False
+        return wanted is None or variant.precision in wanted
+
+    good = [variant for variant in rungs if meets(variant)]
+    asked = target(*rungs, floor=alias)
+    limits = None if wanted is None else frozenset(wanted)
+    if good:
+        assert list(permitted_rungs(asked, caller, limits)) == good
+    else:
+        with pytest.raises(FloorUnmet):
+            permitted_rungs(asked, caller, limits)
+
+
+@pytest.mark.parametrize(
+    "snapshot, tried, order",
+    [
+        ([], NOBODY, []),
+        ([status("lo-1"), status("hi-1"), status("mid-1")], NOBODY, ["hi-1", "mid-1", "lo-1"]),
+        ([status("hi-1", in_flight=9), status("lo-1")], NOBODY, ["hi-1", "lo-1"]),
+        ([status("hi-1", in_flight=2), status("hi-2", in_flight=1)], NOBODY, ["hi-2", "hi-1"]),
+        ([status("hi-1"), status("hi-2"), status("lo-1")], frozenset({"hi-1"}), ["hi-2", "lo-1"]),
+        ([status("odd-1"), status("lo-1")], NOBODY, ["lo-1"]),
+        *(([status("hi-1", state), status("lo-1")], NOBODY, ["lo-1"]) for state in State if state is not State.READY),
+    ],
+)
+def test_the_order_of_replicas(snapshot: list[ReplicaStatus], tried: frozenset[str], order: list[str]) -> None:
+    """The highest rung comes first, there the least loaded replica; only ready ones that have not failed before."""
+    assert ranked(*snapshot, tried=tried) == order
+
+
+def test_equals_take_turns() -> None:
+    """Replicas with the same load get the same share, whatever their number; a less loaded one goes first."""
+    equal = [status(f"hi-{number}") for number in range(3)]
+    assert Counter(ranked(*equal, turn=turn)[0] for turn in range(30)) == {"hi-0": 10, "hi-1": 10, "hi-2": 10}
+    assert {ranked(status("hi-0", in_flight=1), *equal[1:], turn=turn)[-1] for turn in range(9)} == {"hi-0"}
+
+
+replicas = st.builds(status, st.sampled_from(["hi", "mid", "lo", "odd"]), st.sampled_from(State), st.integers(0, 3))
+
+
+@given(st.lists(replicas, max_size=8), st.integers(0, 20))
+def test_a_ranking_is_complete_and_ordered(several: list[ReplicaStatus], turn: int) -> None:
+    """Every ready replica of a rung is ranked once, never a higher rung behind a lower, never more load before less."""
+    order = [rung.name for rung in RUNGS]
+    choices = rank(target(*RUNGS), RUNGS, several, NOBODY, turn)
+    wanted = [each for each in several if each.state is State.READY and each.replica.variant in order]
+    assert Counter(choice.replica.variant for choice in choices) == Counter(each.replica.variant for each in wanted)
+    places = [order.index(choice.variant.name) for choice in choices]
+    assert places == sorted(places)
+    for name in order:
+        loads = sorted(each.in_flight for each in wanted if each.replica.variant == name)
+        assert len(loads) == places.count(order.index(name))
+
+
+@pytest.mark.parametrize(
+    "rungs, kept, pinned, reasons",
+    [
+        (RUNGS, RUNGS, False, ["preferred", "fallback", "fallback"]),
+        (RUNGS, (MID, LO), False, ["floor", "fallback"]),
+        (RUNGS, (HI, LO), False, ["preferred", "fallback"]),
+        ((LO,), (LO,), True, ["pinned"]),
+        ((LO,), (LO,), False, ["preferred"]),
+    ],
+)
+def test_reasons(rungs: tuple[Variant, ...], kept: tuple[Variant, ...], pinned: bool, reasons: list[str]) -> None:
+    """The best rung that may answer is preferred, or due to a floor; lower ones are fallbacks; named ones pinned."""
+    snapshot = [status(f"{variant.name}-1") for variant in RUNGS]
+    choices = rank(target(*rungs, pinned=pinned), kept, snapshot, NOBODY, 0)
+    assert [choice.reason for choice in choices] == reasons
+
+
+@pytest.mark.parametrize("state", State)
+def test_what_is_worth_waiting_for(state: State) -> None:
+    """A replica that is starting or warming up, of a variant that may answer."""
+    hopeful = state in (State.STARTING, State.WARMING)
+    assert worth_waiting(RUNGS, [status("lo-1", state)]) is hopeful
+    assert not worth_waiting((HI,), [status("lo-1", state)])

@@ -1,0 +1,164 @@
+"""Replicas and clients that say exactly what a test writes down, byte by byte, over real sockets."""
+
+import asyncio
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+from tests.fakes.running import DEADLINE_SECONDS, HOST
+
+HEAD_END = b"\r\n\r\n"
+
+
+class Peer:
+    """One connection, seen from the side that a test plays."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def request(self) -> bytes:
+        """Read one whole request, head and body."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            head = await self._reader.readuntil(HEAD_END)
+            return head + await self._reader.readexactly(length_in(head))
+
+    async def say(self, data: bytes) -> None:
+        """Write bytes, and have them leave."""
+        self._writer.write(data)
+        await self._writer.drain()
+
+    async def read_until(self, end: bytes) -> bytes:
+        """Read up to and with some bytes."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            return await self._reader.readuntil(end)
+
+    async def read_some(self) -> bytes:
+        """Read what is there, at least one byte, b"" at the end."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            return await self._reader.read(65536)
+
+    async def read_all(self) -> bytes:
+        """Read until the other side closes."""
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            return await self._reader.read()
+
+    async def left(self) -> bool:
+        """Wait until the other side has gone, orderly or not."""
+        try:
+            return await self.read_all() == b""
+        except ConnectionResetError:
+            return True
+
+    def finish(self) -> None:
+        """Close the connection in an orderly way."""
+        self._writer.close()
+
+    def reset(self) -> None:
+        """Close the connection with a reset."""
+        linger_for_nothing = struct.pack("ii", 1, 0)
+        self._writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_for_nothing)
+        self._writer.transport.abort()
+
+
+Behaviour = Callable[[Peer], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class ScriptedReplica:
+    """A server whose every connection follows the same script, and that keeps what it was asked."""
+
+    url: str
+    peers: list[Peer] = field(default_factory=list)
+
+
+@asynccontextmanager
+async def scripted(behaviour: Behaviour) -> AsyncIterator[ScriptedReplica]:
+    """A replica that plays a behaviour on each connection, which it closes at the end."""
+    failures: list[BaseException] = []
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def play(peer: Peer) -> None:
+        try:
+            await behaviour(peer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # the gateway left, which is its right
+        except Exception as error:  # noqa: BLE001 - told to the test below
+            failures.append(error)
+        finally:
+            peer.finish()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = Peer(reader, writer)
+        replica.peers.append(peer)
+        tasks.add(asyncio.create_task(play(peer)))
+
+    server = await asyncio.start_server(accept, HOST, 0)
+    replica = ScriptedReplica(f"http://{HOST}:{server.sockets[0].getsockname()[1]}")
+    try:
+        yield replica
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for peer in replica.peers:
+            peer.finish()  # a task that was cancelled before it began did not
+    assert not failures, failures
+
+
+def answering(*replies: bytes, close: bool = True) -> Behaviour:
+    """The behaviour that answers one request after the other with these bytes."""
+
+    async def behaviour(peer: Peer) -> None:
+        for reply in replies:
+            await peer.request()
+            await peer.say(reply)
+        if not close:
+            await peer.left()
+
+    return behaviour
+
+
+@asynccontextmanager
+async def connected(url: str) -> AsyncIterator[Peer]:
+    """A client's connection."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        yield Peer(reader, writer)
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+def length_in(head: bytes) -> int:
+    """The content-length of a head, 0 without one."""
+    for line in head.lower().split(b"\r\n"):
+        if line.startswith(b"content-length:"):
+            return int(line.partition(b":")[2])
+    return 0
+
+
+def whole(body: bytes, status: str = "200 OK", kind: str = "application/json", extra: str = "") -> bytes:
+    """A reply with a length."""
+    head = f"HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n{extra}\r\n"
+    return head.encode() + body
+
+
+def stream_head(kind: str = "text/event-stream; charset=utf-8") -> bytes:
+    """The head of a stream in chunks."""
+    return f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ntransfer-encoding: chunked\r\n\r\n".encode()
+
+
+def chunk(data: bytes) -> bytes:
+    """One chunk of a chunked body; of nothing, the end."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def stream(*pieces: bytes) -> bytes:
+    """A whole stream, each piece a chunk of its own."""
+    return stream_head() + b"".join(map(chunk, pieces)) + chunk(b"")
