@@ -76,7 +76,7 @@ def test_chat(serving: Running, name: str) -> None:
     with openai.OpenAI(base_url=address(serving), api_key="EMPTY") as client:
         raw = client.chat.completions.with_raw_response.create(
             model=name,
-            messages=QUESTION,  # type: ignore[arg-type]
+            messages=QUESTION,
             max_tokens=16,
         )
     answer = raw.parse()
@@ -95,7 +95,7 @@ def test_stream(serving: Running) -> None:
         chunks = list(
             client.chat.completions.create(
                 model="smol",
-                messages=QUESTION,  # type: ignore[arg-type]
+                messages=QUESTION,
                 max_tokens=16,
                 stream=True,
             )
@@ -128,7 +128,7 @@ def test_client_that_leaves_stops_the_generation(serving: Running) -> None:
     with openai.OpenAI(base_url=address(serving), api_key="EMPTY") as client:
         stream = client.chat.completions.create(
             model="smol-int8",
-            messages=QUESTION,  # type: ignore[arg-type]
+            messages=QUESTION,
             max_tokens=1500,
             stream=True,
             extra_body={"ignore_eos": True},
