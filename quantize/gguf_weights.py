@@ -42,7 +42,7 @@ def unpack(job: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def _write_configs(model: Any, tokenizer: Any, into: Path) -> None:
-    config = _plain(model.config.to_dict())
+    config = _plain(model.config.to_diff_dict())
     write_json(into / "config.json", {**config, "architectures": [type(model).__name__]})
     generation = {"bos_token_id": config.get("bos_token_id"), "eos_token_id": tokenizer.eos_token_id}
     write_json(into / "generation_config.json", {**generation, "pad_token_id": tokenizer.pad_token_id})
