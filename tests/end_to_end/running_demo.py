@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,3 +85,14 @@ def address(running: Running) -> str:
     match = re.search(r"Serving on (http://\S+)", running.out)
     assert match is not None
     return match[1]
+
+
+def processes_of(home: Path) -> list[int]:
+    """Every process that was given this home, or that names it on its command line."""
+    mark = os.fsencode(home)
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdecimal() and mark in (entry / "environ").read_bytes() + (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found

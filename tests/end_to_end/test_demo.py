@@ -12,7 +12,8 @@ import openai
 import pytest
 
 from config.manifest import Manifest
-from tests.end_to_end.running_demo import Running, address, alive, noted_sessions, start, until
+from tests.end_to_end.conftest import PORTS
+from tests.end_to_end.running_demo import Running, address, alive, noted_sessions, processes_of, start, until
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.timeout(2700)]
 
@@ -167,6 +168,30 @@ def test_next_start_cleans_up_after_kill_9(serving: Running, home: Path, tmp_pat
     new = noted_sessions(home)
     assert again.stop(signal.SIGTERM) == 0
     assert alive({**orphans, **new}) == []
+
+
+@pytest.mark.parametrize("stage", ["base model ...", "layers", "loading, process"])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_leaves_nothing(
+    first_run: Running, home: Path, tmp_path: Path, stage: str, sent: signal.Signals
+) -> None:
+    """Ctrl-C while the base is unpacked, while it is quantized, while replicas start: nothing half-made, no process."""
+    place = tmp_path / "home"
+    (place / "models").mkdir(parents=True)
+    if stage != "base model ...":
+        (place / "models" / "SmolLM2-135M-Instruct").symlink_to(home / "models" / "SmolLM2-135M-Instruct")
+    if stage == "loading, process":
+        (place / "variants").symlink_to(home / "variants")
+    made = set(place.rglob("*"))
+    running = start(tmp_path / "run", place, "demo", *PORTS)
+    until(lambda: stage in running.told, 180, running)
+    assert running.stop(sent) == 130
+    assert processes_of(place) == []
+    left = {path.relative_to(place).parts[0] for path in set(place.rglob("*")) - made}
+    assert left <= {"logs", "running", "bytecode", "pycache", "vllm", "variants", "demo.yaml"}
+    assert list((place / "models").glob(".*")) == []
+    assert [path.name for path in (place / "variants").glob("*") if path.name not in ("smol-int8", "smol-int4")] == []
+    assert stage == "loading, process" or list((place / "variants").glob("*")) == []
 
 
 def replicas(serving: Running) -> list[dict[str, object]]:
