@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import json
 import logging
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -24,6 +25,7 @@ from serving.registry import Registry
 
 FAILED, USAGE = 1, 2
 DEFAULT_CONFIG = Path("quantgate.yaml")
+PASSWORD = re.compile(r"(://[^\s:/@]*:)[^\s@]+(@)")  # inside an address, such as gateway.state
 
 
 def gateway_main(arguments: list[str]) -> int:
@@ -65,7 +67,8 @@ def config_main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return USAGE
     if chosen.verb == "show":
-        print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
+        text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        print(PASSWORD.sub(r"\1**********\2", text), end="")
     else:
         print(f"{chosen.file}: {len(settings.aliases)} aliases, {len(settings.variants)} variants, no problem")
     return 0

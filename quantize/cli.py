@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from config.errors import ManifestError
+from config.load import process_environment
 from config.manifest import Manifest
 from quantize.calibration import shipped_files
 from quantize.errors import CalibrationError, QuantizeError
@@ -19,7 +19,7 @@ from quantize.progress import Stages
 from quantize.report import listing, page, quality_line, summary
 from quantize.scheme import PRESETS
 from quantize.store import reusable
-from quantize.worker import cache_folder, child_environ
+from quantize.worker import child_environ
 
 _DONE, _FAILED, _GATE = 0, 1, 3
 _INTERRUPTED, _TERMINATED = 130, 143
@@ -84,7 +84,7 @@ def _quantize(options: argparse.Namespace) -> int:
             recipe,
             drawn,
             options.out,
-            environ=child_environ(os.environ, cache_folder(os.environ)),
+            environ=child_environ(process_environment()),
             stages=Stages(sys.stderr),
             evaluation_tokens=options.eval_tokens,
         )
@@ -97,7 +97,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.variant,
         options.against,
         options.data or shipped_files(),
-        environ=child_environ(os.environ, cache_folder(os.environ)),
+        environ=child_environ(process_environment()),
         stages=Stages(sys.stderr),
         max_tokens=options.max_tokens,
         evaluation_tokens=options.eval_tokens,
@@ -151,7 +151,7 @@ def _guarded(program: str, run: Callable[[], int]) -> int:
     except QuantizeError as error:
         _tell(f"{program}: {error}")
         return error.exit_code
-    except ManifestError as error:
+    except (ManifestError, OSError) as error:
         _tell(f"{program}: {error}")
         return _FAILED
     except KeyboardInterrupt:

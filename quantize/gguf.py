@@ -1,16 +1,16 @@
 """GGUF file -> bf16 safetensors model directory: `python -m quantize.gguf FILE OUT_DIR`."""
 
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from config.load import process_environment
 from config.manifest import sha256_of
 from quantize.errors import QuantizeError, RecipeError, TargetError
 from quantize.interrupt import Terminated, terminable
 from quantize.progress import Stages
 from quantize.store import require_space, staging, work_folder
-from quantize.worker import cache_folder, child_environ, run_worker
+from quantize.worker import child_environ, run_worker
 
 _MAGIC = b"GGUF"
 # Four bits a weight become sixteen.
@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     if len(argv) != 2:
         sys.stderr.write("usage: python -m quantize.gguf FILE OUT_DIR\n")
         return 2
-    environ = child_environ(os.environ, cache_folder(os.environ))
+    environ = child_environ(process_environment())
     try:
         with terminable():
             unpack_gguf(Path(argv[0]), Path(argv[1]), environ=environ, stages=Stages(sys.stderr))

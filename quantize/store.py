@@ -20,10 +20,13 @@ _SPACE_FACTOR = 1.1
 def staging(out: Path) -> Iterator[Path]:
     """Lend a hidden directory beside `out`; rename it to `out` if the body succeeds, remove it if not."""
     parent = out.resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    sweep(out)
     staged = parent / f".{out.resolve().name}.{os.getpid()}.partial"
-    staged.mkdir()
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        sweep(out)
+        staged.mkdir()
+    except OSError as error:
+        raise TargetError(f"{out}: can't be written: {error.strerror}; choose another --out") from None
     try:
         yield staged
         shutil.rmtree(staged / _WORK, ignore_errors=True)

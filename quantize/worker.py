@@ -17,6 +17,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+from config.load import home_directory
 from quantize.errors import CalibrationError, QuantizeError, RecipeError, SolveError, VariantError, WorkerError
 from quantize.interrupt import undisturbed
 
@@ -94,14 +95,12 @@ def run_worker(
     raise _as_error(outcome.get("error"), name, code, log_file)
 
 
-def child_environ(environ: Mapping[str, str], cache: Path, threads: int | None = None) -> dict[str, str]:
-    """Build a child's environment: byte-code cached (starts in half the time), quiet, offline, on `threads` cores."""
+def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """Build a child's environment: byte-code cached (it starts in half the time), quiet, offline."""
     kept = {key: value for key, value in environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    cores = {"OMP_NUM_THREADS": str(threads)} if threads else {}
     return {
         **kept,
-        **cores,
-        "PYTHONPYCACHEPREFIX": kept.get("PYTHONPYCACHEPREFIX", str(cache / "pycache")),
+        "PYTHONPYCACHEPREFIX": kept.get("PYTHONPYCACHEPREFIX", str(home_directory(environ) / "pycache")),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), kept.get("PYTHONPATH", "")))),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
@@ -110,13 +109,6 @@ def child_environ(environ: Mapping[str, str], cache: Path, threads: int | None =
         # GPTQModel 7.6.0 starts two loader threads and crashes where it allows itself one (2 cores or fewer).
         "GPTQMODEL_CPU_WORKERS": kept.get("GPTQMODEL_CPU_WORKERS", "2"),
     }
-
-
-def cache_folder(environ: Mapping[str, str]) -> Path:
-    """Where byte-code and the like may lie: QUANTGATE_HOME, else the XDG cache."""
-    if environ.get("QUANTGATE_HOME"):
-        return Path(environ["QUANTGATE_HOME"])
-    return Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/tmp")) / ".cache") / "quantgate"  # noqa: S108
 
 
 @contextmanager
@@ -144,6 +136,8 @@ def _start(module: str, job_file: Path, log: Any, environ: Mapping[str, str], wr
             stderr=log,
             pass_fds=(writer,),
             env=dict(environ),
+            # GPTQModel opens logs/ where it starts.
+            cwd=job_file.parent,
             # Ctrl-C at a terminal reaches the parent alone, which then ends the child and cleans up.
             start_new_session=True,
         )

@@ -45,10 +45,12 @@ class Relay:
     async def answer(self, inference: Inference, target: Target, account: Account, send: Send) -> None:
         """Pass one answer on; another replica is tried as long as the client has seen nothing of it."""
         rungs = permitted_rungs(target, inference.floor, inference.precisions)
+        # One turn a request: if retries took turns too, two replicas would never change places.
+        turn = next(self._turns)
         tried: frozenset[str] = frozenset()
         failure: GatewayError | None = None
         while True:
-            choice = await self._choice(target, rungs, tried, failure, account)
+            choice = await self._choice(target, rungs, tried, turn, failure, account)
             account.chose(choice)
             try:
                 with self.registry.lease(choice.replica.id) as replica:
@@ -71,6 +73,7 @@ class Relay:
         target: Target,
         rungs: tuple[Variant, ...],
         tried: frozenset[str],
+        turn: int,
         failure: GatewayError | None,
         account: Account,
     ) -> Choice:
@@ -80,7 +83,7 @@ class Relay:
             async with asyncio.timeout(self.queue_seconds):
                 while True:
                     snapshot = self.registry.snapshot()
-                    ranked = rank(target, rungs, snapshot, tried, next(self._turns))
+                    ranked = rank(target, rungs, snapshot, tried, turn)
                     if ranked:
                         return ranked[0]
                     if failure is not None or not worth_waiting(rungs, snapshot):
@@ -123,7 +126,7 @@ async def _stream(inference: Inference, upstream: Connection, account: Account, 
         async for data in upstream.chunks():
             passed = [_noted(event, transcript, account) for event in cutter.feed(data)]
             if transcript.failure and not account.begun:
-                # Nothing but an error: the client can still be told with its status, or asked for elsewhere.
+                # The client has seen nothing: it can still be told with a status, or answered from elsewhere.
                 raise transcript.failure
             if body := b"".join(passed):
                 if not account.begun:

@@ -28,7 +28,7 @@ class _ErrorEvent(msgspec.Struct):
 
 # `model` stands before `choices`, so its first occurrence is the right one; text can't hold it unescaped.
 _MODEL = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
-_ERROR_BEGIN = re.compile(rb'\{\s*"error"\s*:')
+_ERROR_BEGIN = re.compile(rb'\{\s*"error"\s*:(?!\s*null)')
 _USAGE_BEGIN = re.compile(rb'"usage"\s*:\s*\{')
 
 _CHUNK = msgspec.json.Decoder(_Chunk)

@@ -178,3 +178,10 @@ def test_a_full_disk_is_told_with_figures(tmp_path: Path) -> None:
     require_space(tmp_path / "new" / "v", 1)
     with pytest.raises(TargetError, match=r"no disk space for .*: 1100000000000.00 GB needed .* GB free; free some"):
         require_space(tmp_path / "new" / "v", 10**21)
+
+
+def test_a_place_that_cant_be_written_is_told(tmp_path: Path) -> None:
+    """A file where a folder should be is no traceback."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TargetError, match="can't be written: "), staging(tmp_path / "file" / "v"):
+        pass

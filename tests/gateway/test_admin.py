@@ -1,0 +1,127 @@
+"""The operators' port."""
+
+import asyncio
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway.app import gateway_alone
+from serving.replica import Replica, State
+from tests.fakes.running import DEADLINE_SECONDS, POLL_SECONDS, running_fake
+from tests.gateway.fleet import HELLO, Fleet, clients, deployment, running_gateway
+from tests.gateway.wire import connected
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def test_alive(fleet: Fleet) -> None:
+    """The process runs its loop, whatever its replicas do."""
+    answer = await fleet.admin.get("/livez")
+    assert (answer.status_code, answer.json()) == (200, {"status": "alive"})
+
+
+async def test_ready_as_soon_as_one_alias_can_be_answered(fleet: Fleet) -> None:
+    """503 without a ready replica, 200 with one; told by alias, best rung first."""
+    nothing: dict[str, list[str]] = {"smol": [], "strict": [], "team/small": [], "hopeless": []}
+    answer = await fleet.admin.get("/readyz")
+    assert (answer.status_code, answer.json()) == (503, {"aliases": nothing})
+    with fleet.replicas(("lo", "http://x"), state=State.STARTING):
+        assert (await fleet.admin.get("/readyz")).status_code == 503
+    with fleet.replicas(("lo", "http://x"), ("hi", "http://y")):
+        answer = await fleet.admin.get("/readyz")
+    ready = {"smol": ["hi", "lo"], "strict": ["hi", "lo"], "team/small": ["lo"], "hopeless": ["lo"]}
+    assert (answer.status_code, answer.json()) == (200, {"aliases": ready})
+
+
+async def test_ready_without_aliases() -> None:
+    """Where there are variants only, they count."""
+    async with running_gateway(deployment({"aliases": {}})) as fleet:
+        with fleet.replicas(("hi", "http://x")):
+            answer = await fleet.admin.get("/readyz")
+    assert (answer.status_code, answer.json()["aliases"]["hi"]) == (200, ["hi"])
+
+
+async def test_replicas_are_shown(fleet: Fleet) -> None:
+    """Every replica with state, reason and load, and nothing of its credential."""
+    replica = Replica("hi-0", "hi", "bf16", "http://x", "m1", api_key="secret")
+    fleet.registry.put(replica, State.FAILED, "crashed")
+    try:
+        answer = await fleet.admin.get("/admin/replicas")
+    finally:
+        fleet.registry.remove("hi-0")
+    shown = {"id": "hi-0", "variant": "hi", "precision": "bf16", "url": "http://x"}
+    assert answer.json() == [{**shown, "state": "failed", "reason": "crashed", "in_flight": 0}]
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/docs", "/openapi.json"])
+async def test_clients_have_no_business_here(fleet: Fleet, path: str) -> None:
+    """The two ports share no path."""
+    assert (await fleet.admin.get(path)).status_code == 404
+
+
+async def status_becomes(admin: Any, wanted: int) -> None:
+    """Wait until /readyz answers like this."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while (await admin.get("/readyz")).status_code != wanted:  # noqa: ASYNC110 - another task's progress
+            await asyncio.sleep(POLL_SECONDS)
+
+
+async def test_a_gateway_in_front_of_foreign_replicas() -> None:
+    """Readiness follows the replica: 503 until it is healthy, then 200 and answers, 503 again when it is gone."""
+    async with running_fake("--max-model-len", "4k", served="own alias", wait=False) as fake:
+        replicas = [{"variant": "hi", "url": fake.url}]
+        async with (
+            gateway_alone(deployment({"replicas": replicas})) as addresses,
+            clients(addresses) as (client, admin),
+        ):
+            # It asks before it is told that anybody is there, and is answered once somebody is.
+            answer = await client.post("/v1/chat/completions", json=HELLO)
+            assert (answer.status_code, answer.json()["model"]) == (200, "smol")
+            assert answer.headers["x-quantgate-replica"] == "hi-url-1"
+            await status_becomes(admin, 200)
+            assert (await client.get("/v1/models/smol")).json()["max_model_len"] == 4000
+            fake.process.kill()
+            await status_becomes(admin, 503)
+            (shown,) = (await admin.get("/admin/replicas")).json()
+            assert (shown["state"], shown["reason"]) == ("failed", f"{fake.url} is not healthy")
+            refused = await client.post("/v1/chat/completions", json=HELLO)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_ready_replica")
+
+
+async def test_a_request_that_runs_outlives_the_gateways_end() -> None:
+    """When the gateway is told to stop, what it has begun is finished; nobody new is let in."""
+    async with running_fake("--fake-stall-after-tokens", "1") as stalling:
+        leaving = asyncio.Event()
+        fleets: asyncio.Queue[Fleet] = asyncio.Queue()
+
+        async def serve() -> None:
+            async with running_gateway(deployment()) as fleet:
+                fleet.registry.put(Replica("hi-0", "hi", "bf16", stalling.url, "m1"), State.READY)
+                await fleets.put(fleet)
+                await leaving.wait()
+
+        serving = asyncio.create_task(serve())
+        fleet = await fleets.get()
+        async with (
+            httpx.AsyncClient(base_url=fleet.url, timeout=DEADLINE_SECONDS, trust_env=False) as client,
+            client.stream("POST", "/v1/chat/completions", json={**HELLO, "stream": True}) as answer,
+        ):
+            lines = answer.aiter_lines()
+            await anext(lines)
+            leaving.set()
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while await listens(fleet.url):
+                    pass
+            stalling.resume()
+            assert [line async for line in lines if line][-1] == "data: [DONE]"
+        await serving
+
+
+async def listens(url: str) -> bool:
+    """Whether a server takes connections."""
+    try:
+        async with connected(url):
+            return True
+    except ConnectionError:
+        return False

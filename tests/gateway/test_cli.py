@@ -1,0 +1,222 @@
+"""The verbs of this room, as a shell sees them."""
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from tests.fakes.running import DEADLINE_SECONDS, ROOT, FakeReplica
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+FREE = "gateway: {listen: '127.0.0.1:0', admin: '127.0.0.1:0'}\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+async def start(*arguments: str | Path) -> Process:
+    """Start the command line."""
+    argv = [sys.executable, str(ROOT / "quantgate.py"), *map(str, arguments)]
+    return await asyncio.create_subprocess_exec(
+        *argv, cwd=ROOT, stdin=asyncio.subprocess.DEVNULL, stdout=PIPE, stderr=PIPE
+    )
+
+
+async def run(*arguments: str | Path) -> Outcome:
+    """Run a command to its end."""
+    process = await start(*arguments)
+    try:
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    return Outcome(process.returncode, out.decode(), err.decode())
+
+
+def write(folder: Path, text: str) -> Path:
+    """Put a configuration into a file."""
+    path = folder / "quantgate.yaml"
+    path.write_text(text)
+    return path
+
+
+@asynccontextmanager
+async def running(config: Path) -> AsyncIterator[tuple[Process, str, str]]:
+    """A gateway of its own, its two addresses read from what it says."""
+    process = await start("gateway", config)
+    try:
+        assert process.stderr is not None
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while "listening" not in (line := (await process.stderr.readline()).decode()):
+                assert line, "it ended before it listened"
+        client, admin = re.findall(r"http://(\S+?)(?:,|$)", line.strip())
+        yield process, client, admin
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+BAD = """\
+gateway: {lissten: 1}
+variants: {a: {precision: int4}}
+aliases:
+  x: {ladder: [b]}
+replicas:
+  - {variant: a, url: "ftp://x"}
+"""
+
+
+@pytest.mark.parametrize("verb", [("gateway",), ("config", "check"), ("config", "show"), ("up",)])
+async def test_a_bad_file(tmp_path: Path, verb: tuple[str, ...]) -> None:
+    """Every problem is told with its line, on stderr, and the exit code is 2."""
+    path = write(tmp_path, BAD)
+    outcome = await run(*verb, path)
+    assert (outcome.code, outcome.out) == (2, "")
+    problems = outcome.err.splitlines()
+    assert len(problems) == 2
+    assert f"{path}:1:11: gateway.lissten: unknown key; did you mean 'listen'?" in problems[0]
+    assert f"{path}:6:18: replicas.0.url: 'ftp://x' is no replica address" in problems[1]
+    assert "Traceback" not in outcome.err
+
+
+async def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    """One line, exit code 2."""
+    outcome = await run("gateway", tmp_path / "none.yaml")
+    assert (outcome.code, outcome.err) == (
+        2,
+        f"quantgate: {tmp_path}/none.yaml: can't be read: No such file or directory\n",
+    )
+
+
+@pytest.mark.parametrize("option", ["listen", "admin"])
+async def test_a_port_in_use(tmp_path: Path, option: str) -> None:
+    """One line says which option names the port; exit code 2."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        both = {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", option: address}
+        outcome = await run("gateway", write(tmp_path, yaml.safe_dump({"gateway": both})))
+    assert outcome.code == 2
+    assert outcome.err == (
+        f"quantgate: gateway.{option}: can't listen on {address}: Address already in use; stop its owner or change it\n"
+    )
+
+
+async def test_keys_that_cannot_be_read(tmp_path: Path) -> None:
+    """A keys file that is missing stops the gateway, with the way to make one."""
+    outcome = await run("gateway", write(tmp_path, FREE.replace("}", ", keys: keys.yaml}")))
+    assert outcome.code == 2
+    assert f"quantgate keys create NAME --file {tmp_path}/keys.yaml" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_gateway_from_start_to_end(tmp_path: Path, fake: FakeReplica, number: signal.Signals) -> None:
+    """It listens, answers, logs one line a request, and leaves with 0 when it is told to."""
+    replica = f"replicas: [{{variant: a, url: '{fake.url}'}}]\n"
+    names = "variants: {a: {precision: int4}}\naliases: {x: {ladder: [a]}}\n"
+    async with running(write(tmp_path, FREE + names + replica)) as (process, client, admin):
+        async with httpx.AsyncClient(timeout=DEADLINE_SECONDS, trust_env=False) as http:
+            body = {"model": "x", "messages": [{"role": "user", "content": "hi"}]}
+            answer = await http.post(f"http://{client}/v1/chat/completions", json=body, headers={"x-request-id": "r-1"})
+            assert (answer.status_code, answer.json()["model"]) == (200, "x")
+            assert (await http.get(f"http://{admin}/livez")).status_code == 200
+        process.send_signal(number)
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            out, err = await process.communicate()
+    assert (process.returncode, out) == (0, b"")
+    lines = [line for line in err.decode().splitlines() if "gateway.access" in line]
+    assert len(lines) == 1
+    assert (
+        "request_id=r-1 endpoint=chat.completions alias=x variant=a replica=a-url-1 reason=preferred code=200"
+        in lines[0]
+    )
+
+
+SECRETS = """\
+gateway:
+  state: "postgresql://quantgate:hunter2@db/quantgate"
+variants: {a: {precision: int4}}
+replicas:
+  - {variant: a, url: "http://10.0.0.5:8000", api_key: hunter2}
+aliases: {x: {ladder: [a]}}
+"""
+
+
+async def test_configuration_is_checked_and_shown(tmp_path: Path) -> None:
+    """`check` counts what it read; `show` prints every default and no secret; `schema` is JSON schema."""
+    path = write(tmp_path, SECRETS)
+    checked = await run("config", "check", path)
+    assert (checked.code, checked.out, checked.err) == (0, f"{path}: 1 aliases, 1 variants, no problem\n", "")
+    shown = await run("config", "show", path)
+    assert (shown.code, shown.err) == (0, "")
+    assert "hunter2" not in shown.out
+    values = yaml.safe_load(shown.out)
+    assert values["gateway"]["limits"] == {"body_bytes": 33554432, "n": 8, "queue_seconds": 30.0}
+    assert values["gateway"]["state"] == "postgresql://quantgate:**********@db/quantgate"
+    assert values["replicas"][0]["api_key"] == "**********"
+    schema = await run("config", "schema")
+    assert (schema.code, set(json.loads(schema.out)["properties"])) == (
+        0,
+        {"gateway", "variants", "replicas", "aliases"},
+    )
+
+
+async def test_keys_are_handed_out(tmp_path: Path) -> None:
+    """The key alone is on stdout; a second one of the name is refused."""
+    path = tmp_path / "keys.yaml"
+    made = await run("keys", "create", "alice", "--file", path)
+    assert (made.code, made.err) == (0, "")
+    assert re.fullmatch(r"qg-[\w-]{43}\n", made.out)
+    again = await run("keys", "create", "alice", "--file", path)
+    assert (again.code, again.out) == (2, "")
+    assert again.err == f"{path}: there is already a key named 'alice'; choose another name\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["gatway"], 2, "quantgate: no verb 'gatway'; did you mean 'gateway'?\n"),
+        (["zzz"], 2, "quantgate: no verb 'zzz'; `quantgate --help` lists them\n"),
+        (["config"], 2, "the following arguments are required"),
+        (["config", "chekc"], 2, "invalid choice: 'chekc'"),
+        (["gateway", "--nonsense"], 2, "unrecognized arguments: --nonsense"),
+    ],
+)
+async def test_verbs_that_nobody_knows(arguments: list[str], code: int, words: str) -> None:
+    """A slip is told with the nearest verb, on stderr."""
+    outcome = await run(*arguments)
+    assert (outcome.code, outcome.out) == (code, "")
+    assert words in outcome.err
+
+
+async def test_help_and_version() -> None:
+    """`--help` lists all verbs, `--version` is the installed one's, and nothing at all is a usage error."""
+    version, helped, nothing = await asyncio.gather(run("--version"), run("--help"), run())
+    assert (version.code, version.out) == (0, metadata.version("quantgate") + "\n")
+    assert (helped.code, nothing.code) == (0, 2)
+    for verb in ("gateway", "up", "config", "keys", "quantize", "demo"):
+        assert f"\n  {verb} " in helped.out
+    assert "usage: quantgate gateway [-h] [config]" in (await run("gateway", "--help")).out

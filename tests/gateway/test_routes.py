@@ -1,0 +1,138 @@
+"""The allow-list of what clients may call."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+
+from config.variant import Variant
+from gateway.api.endpoint import InferenceEndpoint
+from gateway.api.routes import client_app
+from gateway.keys import Keys
+from gateway.listener import address_of, bind, listen
+from gateway.routing.catalog import Catalog
+from serving.registry import Registry
+from serving.replica import Replica, State
+from tests.fakes.running import DEADLINE_SECONDS
+from tests.gateway.fleet import CHAT, Fleet, deployment, error_of, running_gateway
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def test_the_list_of_models(fleet: Fleet) -> None:
+    """Aliases come first, then variants to pin; each with its precisions and what its shortest replica can take."""
+    for replica_id, variant, tokens in (("hi-1", "hi", 32768), ("lo-1", "lo", 4096), ("lo-2", "lo", None)):
+        replica = Replica(replica_id, variant, "any", "http://x", "m1", max_model_len_tokens=tokens)
+        fleet.registry.put(replica, State.READY)
+    try:
+        answer = await fleet.client.get("/v1/models")
+    finally:
+        for replica_id in ("hi-1", "lo-1", "lo-2"):
+            fleet.registry.remove(replica_id)
+    models = answer.json()
+    assert models["object"] == "list"
+    listed = {model["id"]: model for model in models["data"]}
+    assert list(listed) == ["smol", "strict", "team/small", "hopeless", "hi", "mid", "lo", "odd"]
+    assert {(model["object"], model["owned_by"], type(model["created"])) for model in models["data"]} == {
+        ("model", "quantgate", int)
+    }
+    assert listed["smol"]["precisions"] == ["bf16", "int8", "int4"]
+    assert [listed[name].get("max_model_len") for name in ("smol", "hi", "mid", "lo")] == [4096, 32768, None, 4096]
+    assert answer.headers["x-request-id"].startswith("req-")
+
+
+@pytest.mark.parametrize("path, name", [("smol", "smol"), ("team/small", "team/small"), ("team%2Fsmall", "team/small")])
+async def test_one_model(fleet: Fleet, path: str, name: str) -> None:
+    """A name is found whether its slash is escaped or not."""
+    answer = await fleet.client.get(f"/v1/models/{path}", headers={"x-request-id": "r-1"})
+    assert (answer.status_code, answer.json()["id"], answer.headers["x-request-id"]) == (200, name, "r-1")
+
+
+@pytest.mark.parametrize(
+    "method, path, status, code",
+    [
+        ("GET", "/v1/models/gpt-4o", 404, "model_not_found"),
+        ("GET", "/v1/models/", 404, "model_not_found"),
+        ("GET", "/", 404, "not_found"),
+        ("GET", "/v1", 404, "not_found"),
+        ("POST", "/v1/chat/completions/", 404, "not_found"),
+        ("POST", "/v1/chat/completions/x", 404, "not_found"),
+        ("POST", "/v1/embeddings", 404, "not_found"),
+        ("POST", "/tokenize", 404, "not_found"),
+        ("GET", "/metrics", 404, "not_found"),
+        ("GET", "/health", 404, "not_found"),
+        ("GET", "/docs", 404, "not_found"),
+        ("GET", "/openapi.json", 404, "not_found"),
+        ("GET", "/" + "x" * 4000, 404, "not_found"),
+        ("GET", CHAT, 405, "not_found"),
+        ("DELETE", CHAT, 405, "not_found"),
+        ("OPTIONS", CHAT, 405, "not_found"),
+        ("POST", "/v1/models", 405, "not_found"),
+        ("DELETE", "/v1/models/smol", 405, "not_found"),
+    ],
+)
+async def test_everything_else_is_refused(fleet: Fleet, method: str, path: str, status: int, code: str) -> None:
+    """Another path or method is told in OpenAI's shape, in a message of bounded length."""
+    answer = await fleet.client.request(method, path, headers={"x-request-id": "r-1"})
+    error = error_of(answer)
+    assert (answer.status_code, error["code"], answer.headers["x-request-id"]) == (status, code, "r-1")
+    assert len(error["message"]) < 400
+    if status == 405:
+        assert answer.headers["allow"] in ("POST", "GET")
+        assert "Method Not Allowed" in error["message"]
+
+
+async def test_head_has_no_body(fleet: Fleet) -> None:
+    """HEAD is refused like any other method."""
+    assert (await fleet.client.head("/v1/models")).status_code == 405
+
+
+KEYS = Keys({"alice": "a" * 64})
+
+
+async def test_models_are_guarded_too() -> None:
+    """With keys in force nobody learns the names without one."""
+    async with running_gateway(deployment(keys=KEYS)) as fleet:
+        for path in ("/v1/models", "/v1/models/smol", "/v1/models/other"):
+            answer = await fleet.client.get(path)
+            assert (answer.status_code, error_of(answer)["code"]) == (401, "invalid_api_key")
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert (await fleet.admin.get("/livez")).status_code == 200
+
+
+class Broken(InferenceEndpoint):
+    """Takes an endpoint's place."""
+
+    def __init__(self) -> None:
+        """Needs nothing."""
+
+    async def __call__(self, scope: object, receive: object, send: object) -> None:
+        """Fail in a way that nobody foresaw."""
+        raise ZeroDivisionError("a secret of ours")
+
+
+@asynccontextmanager
+async def broken_app() -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an app whose endpoints are defective."""
+    variants: dict[str, Variant] = {}
+    app = client_app(Catalog({}, variants), Registry(), Keys(), lambda _: Broken())
+    with bind("127.0.0.1:0", "test") as taken:
+        async with (
+            listen(app, taken),
+            httpx.AsyncClient(
+                base_url=f"http://{address_of(taken)}", timeout=DEADLINE_SECONDS, trust_env=False
+            ) as client,
+        ):
+            yield client
+
+
+async def test_a_defect_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    """A defect is a 500 in OpenAI's shape that tells nothing but where to look; the log has it whole."""
+    async with broken_app() as client:
+        answer = await client.post(CHAT, json={}, headers={"x-request-id": "r-1"})
+    error = error_of(answer)
+    assert (answer.status_code, error["code"], error["type"]) == (500, "internal_error", "server_error")
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"] == "r-1"
+    assert "ZeroDivisionError: a secret of ours" in caplog.text
