@@ -100,7 +100,7 @@ def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
     kept = {key: value for key, value in environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     return {
         **kept,
-        "PYTHONPYCACHEPREFIX": kept.get("PYTHONPYCACHEPREFIX", str(home_directory(environ) / "pycache")),
+        "PYTHONPYCACHEPREFIX": kept.get("PYTHONPYCACHEPREFIX", str(home_directory(environ) / "bytecode")),
         "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), kept.get("PYTHONPATH", "")))),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
