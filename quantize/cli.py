@@ -76,19 +76,20 @@ def _quantize(options: argparse.Namespace) -> int:
         seed=options.seed,
         damp=options.damp,
     )
-    manifest = reusable(options.out, recipe.variant_id)
+    out = Path(str(options.out).replace("{id}", recipe.variant_id))
+    manifest = reusable(out, recipe.variant_id)
     if manifest:
-        _tell(f"{options.out}: reused, it already holds {manifest.id}")
+        _tell(f"{out}: reused, it already holds {manifest.id}")
     else:
         manifest = build_variant(
             recipe,
             drawn,
-            options.out,
+            out,
             environ=child_environ(process_environment()),
             stages=Stages(sys.stderr),
             evaluation_tokens=options.eval_tokens,
         )
-    print(manifest.to_json() if options.json else summary(manifest, options.out))
+    print(manifest.to_json() if options.json else summary(manifest, out))
     return _GATE if options.gate and manifest.quality.verdict == "fail" else _DONE
 
 
@@ -173,7 +174,12 @@ def _quantize_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model", type=Path, help="model directory: config.json, *.safetensors, tokenizer")
     add("--scheme", required=True, help=f"one of {', '.join(PRESETS)}")
-    add("--out", type=Path, required=True, help="directory of the variant; appears whole or not at all")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        help="directory of the variant, {id} in it becomes its id; appears whole or not at all",
+    )
     add(
         "--data", type=Path, action="append", default=[], help="JSONL of chats; may be repeated (default: shipped ones)"
     )

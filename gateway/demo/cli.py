@@ -103,7 +103,7 @@ async def _run(demo: Demo, *, once: bool) -> None:
     check_start(demo)
     await Notebook(demo.home / "running").sweep()
     base = await make_base(demo)
-    variants = {name: await make_variant(demo, base, name, scheme) for name, scheme in SCHEMES.items()}
+    variants = {name: await make_variant(demo, base, scheme) for name, scheme in SCHEMES.items()}
     deployment = read_deployment(write_configuration(demo, base, variants))
     registry = Registry()
     machine = this_machine(demo.home, process_environment())
@@ -139,14 +139,15 @@ async def make_base(demo: Demo) -> Path:
     return base
 
 
-async def make_variant(demo: Demo, base: Path, name: str, scheme: str) -> Path:
+async def make_variant(demo: Demo, base: Path, scheme: str) -> Path:
     """Quantize and evaluate one variant; the same recipe's finished one is reused."""
-    out = demo.home / "variants" / name
+    folder = demo.home / "variants"
     with demo.stage(f"quantize {scheme}"):
         # The demo serves on this machine's CPU whether it has a GPU or not.
-        options = ("--scheme", scheme, "--engine", "cpu", "--out", str(out))
-        await run_errand(f"quantizing to {scheme}", "quantgate", "quantize", str(base), *options)
-    return out
+        options = ("--scheme", scheme, "--engine", "cpu", "--out", str(folder / "{id}"), "--json")
+        told = await run_errand(f"quantizing to {scheme}", "quantgate", "quantize", str(base), *options)
+    variant_id: str = json.loads(told)["id"]
+    return folder / variant_id
 
 
 def write_configuration(demo: Demo, base: Path, variants: dict[str, Path]) -> Path:
