@@ -81,10 +81,6 @@ def create_key(path: Path, name: str) -> str:
 def _write(path: Path, text: str) -> None:
     """Put a text in a file's place at once: half a keys file would lock its callers out."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp: mode 600
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor, no path
-            file.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor, no path
+        file.write(text)
+    Path(name).replace(path)

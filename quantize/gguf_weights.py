@@ -1,6 +1,7 @@
 """The child of `quantize.gguf`: transformers reads the GGUF file, we write plain files."""
 
 import json
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ def unpack(job: dict[str, Any], report: Report) -> dict[str, Any]:
             file.parent, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True), **named
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
-    except (OSError, ValueError, NotImplementedError) as error:
-        raise RecipeError(f"{file}: transformers can't read it: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, IndexError, KeyError, NotImplementedError, struct.error) as error:
+        first_line = str(error).partition("\n")[0]
+        raise RecipeError(f"{file}: transformers can't read it: {first_line}") from error
     tensors = {name: tensor.contiguous() for name, tensor in sorted(model.state_dict().items())}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)

@@ -49,7 +49,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, silence_seconds: float) -> None:
         self._loop = asyncio.get_running_loop()
         self._silence_seconds = silence_seconds
-        self._transport: asyncio.Transport | None = None
+        self._transport: asyncio.Transport  # from `connection_made` on, which comes before anything else
         self._parser = httptools.HttpResponseParser(self)
         self._head = Head()
         self._headers_bytes = 0
@@ -69,7 +69,6 @@ class Connection(asyncio.Protocol):
 
     def send(self, request: bytes) -> None:
         """Write a whole request; the reply starts from nothing."""
-        assert self._transport is not None
         self._parser = httptools.HttpResponseParser(self)
         self._head, self._headers_bytes, self._headers_complete = Head(), 0, False
         self._complete, self._keep_alive, self.received_bytes = False, False, 0
@@ -115,8 +114,7 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         """Close at once; to the replica this is a client that left, so it stops generating."""
         self._disarm_watchdog()
-        if self._transport is not None:
-            self._transport.abort()
+        self._transport.abort()
 
     # What the transport does
 
@@ -138,7 +136,7 @@ class Connection(asyncio.Protocol):
         if not self._headers_complete and self.received_bytes > HEADER_LIMIT_BYTES:
             # One header without an end never reaches `on_header`.
             self._fail(UpstreamDisconnected("the headers of a replica's answer have no end"))
-        if self._body_bytes > HIGH_WATER_BYTES and not self._paused and self._transport is not None:
+        if self._body_bytes > HIGH_WATER_BYTES and not self._paused:
             self._paused = True
             self._transport.pause_reading()
         self._wake()
@@ -204,7 +202,7 @@ class Connection(asyncio.Protocol):
         self._wake()
 
     def _resume(self) -> None:
-        if self._paused and self._transport is not None:
+        if self._paused:
             self._paused = False
             self._heard_at = self._loop.time()
             self._transport.resume_reading()

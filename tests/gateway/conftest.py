@@ -7,7 +7,7 @@ import pytest
 import pytest_asyncio
 import uvloop
 
-from tests.fakes.running import FakeReplica, running_fake
+from tests.fakes.running import DEADLINE_SECONDS, FakeReplica, running_fake
 from tests.gateway.fleet import Fleet, deployment, running_gateway
 
 
@@ -26,7 +26,7 @@ async def shared_gateway() -> AsyncIterator[Fleet]:
 
 
 LISTEN = {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0"}
-LIMITS = {"body_bytes": "64KiB", "n": 4, "queue_seconds": 0.2}
+LIMITS = {"body_bytes": "64KiB", "n": 4, "queue_seconds": DEADLINE_SECONDS}
 
 
 @pytest_asyncio.fixture(loop_scope="session")

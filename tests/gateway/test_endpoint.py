@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from gateway.api.endpoint import read_body, unless_client_leaves
+from gateway.api.endpoint import ClientLeft, read_body, unless_client_leaves
 from gateway.errors import RequestError
 from tests.fakes.running import DEADLINE_SECONDS, FakeReplica, eventually, running_fake
 from tests.gateway.fleet import CHAT, HELLO, JSON, STREAM, TEXT, Fleet, error_of
@@ -181,6 +181,25 @@ async def test_a_body_in_parts() -> None:
     ]
     assert await received(*parts) == b"ab"
     assert await received({"type": "http.request"}) == b""
+
+
+async def test_whatever_a_client_says_beside_its_request() -> None:
+    """Only its leaving ends an answer, which is then cancelled and has ended when that is told."""
+    said = iter([{"type": "http.request"}, {"type": "http.request"}, {"type": "http.disconnect"}])
+    ended: list[str] = []
+
+    async def receive() -> dict[str, Any]:
+        return next(said)
+
+    async def endless() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.append("yes")
+
+    with pytest.raises(ClientLeft):
+        await unless_client_leaves(endless(), receive)
+    assert ended == ["yes"]
 
 
 async def test_an_answer_that_fails_by_a_defect_leaves_no_task() -> None:

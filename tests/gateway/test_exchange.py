@@ -14,7 +14,20 @@ import pytest
 
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS, HOST, FakeReplica, eventually, running_fake
-from tests.gateway.fleet import CHAT, HELLO, JSON, STREAM, TEXT, Fleet, error_of, events_in, text_of
+from tests.gateway.fleet import (
+    CHAT,
+    CONFIG,
+    HELLO,
+    JSON,
+    STREAM,
+    TEXT,
+    Fleet,
+    deployment,
+    error_of,
+    events_in,
+    running_gateway,
+    text_of,
+)
 from tests.gateway.wire import Behaviour, Peer, answering, chunk, connected, scripted, stream, stream_head, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -567,18 +580,19 @@ async def test_a_replica_that_is_starting_is_waited_for(fleet: Fleet, fake: Fake
         assert (answer.status_code, disclosed(answer)[-2:]) == (200, ("1", "preferred"))
 
 
-async def test_waiting_has_an_end(fleet: Fleet) -> None:
-    """After `queue_seconds` the client is told to come back."""
-    before = await fleet.total("quantgate_queue_seconds_count", alias="smol")
-    with fleet.replicas(("hi", refusing()), state=State.STARTING):
-        answer = await fleet.ask()
+async def test_waiting_has_an_end() -> None:
+    """After `queue_seconds` the client is told to come back, and the wait is counted."""
+    impatient = {**CONFIG["gateway"], "limits": {"queue_seconds": 0.05}}
+    async with running_gateway(deployment({"gateway": impatient})) as fleet:
+        with fleet.replicas(("hi", refusing()), state=State.STARTING):
+            answer = await fleet.ask()
+        assert await fleet.total("quantgate_queue_seconds_count", alias="smol") == 1
+        assert await fleet.total("quantgate_requests_total", alias="smol", variant="none", code="503") == 1
     error = error_of(answer)
     assert (answer.status_code, error["code"]) == (503, "no_ready_replica")
-    assert error["message"] == "no replica of 'smol' got ready in 0.2 s"
+    assert error["message"] == "no replica of 'smol' got ready in 0.05 s"
     assert int(answer.headers["retry-after"]) > 0
     assert disclosed(answer) == (None,) * 5
-    assert await fleet.total("quantgate_queue_seconds_count", alias="smol") == before + 1
-    assert await fleet.total("quantgate_requests_total", alias="smol", variant="none", code="503")
 
 
 @pytest.mark.parametrize("state", [State.FAILED, State.DRAINING, State.STOPPED, State.STOPPING])

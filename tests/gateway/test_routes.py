@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from config.variant import Variant
-from gateway.api.endpoint import InferenceEndpoint
+from gateway.api.endpoint import InferenceEndpoint, Message, request_id
 from gateway.api.routes import client_app
 from gateway.keys import Keys
 from gateway.listener import address_of, bind, listen
@@ -101,14 +101,18 @@ async def test_models_are_guarded_too() -> None:
         assert (await fleet.admin.get("/livez")).status_code == 200
 
 
+NOTED: list[str] = []
+
+
 class Broken(InferenceEndpoint):
     """Takes an endpoint's place."""
 
     def __init__(self) -> None:
         """Needs nothing."""
 
-    async def __call__(self, scope: object, receive: object, send: object) -> None:
-        """Fail in a way that nobody foresaw."""
+    async def __call__(self, scope: Message, receive: object, send: object) -> None:
+        """Fail in a way that nobody foresaw, after the request got its id."""
+        NOTED.append(request_id(scope))
         raise ZeroDivisionError("a secret of ours")
 
 
@@ -130,9 +134,9 @@ async def broken_app() -> AsyncIterator[httpx.AsyncClient]:
 async def test_a_defect_of_ours(caplog: pytest.LogCaptureFixture) -> None:
     """A defect is a 500 in OpenAI's shape that tells nothing but where to look; the log has it whole."""
     async with broken_app() as client:
-        answer = await client.post(CHAT, json={}, headers={"x-request-id": "r-1"})
+        answer = await client.post(CHAT, json={})
     error = error_of(answer)
     assert (answer.status_code, error["code"], error["type"]) == (500, "internal_error", "server_error")
     assert "secret" not in answer.text
-    assert answer.headers["x-request-id"] == "r-1"
+    assert answer.headers["x-request-id"] == NOTED[-1], "the id under which the log has it"
     assert "ZeroDivisionError: a secret of ours" in caplog.text

@@ -55,6 +55,6 @@ def test_a_childs_environment_is_quick_quiet_and_offline() -> None:
     )
     assert "PYTHONDONTWRITEBYTECODE" not in environ
     assert (environ["A"], environ["GPTQMODEL_CPU_WORKERS"]) == ("b", "8")
-    assert environ["PYTHONPYCACHEPREFIX"] == "/c/pycache"
+    assert environ["PYTHONPYCACHEPREFIX"] == "/c/bytecode"
     assert environ["HF_HUB_OFFLINE"] == "1"
     assert child_environ({})["GPTQMODEL_CPU_WORKERS"] == "2"

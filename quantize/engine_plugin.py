@@ -1,0 +1,180 @@
+"""Integer kernels of vLLM on older CPUs, mended: vLLM loads this as a plugin, in its own processes only.
+
+Two things go wrong with vLLM 0.32 on x86 CPUs that lack AVX-512, both after a start that looks fine:
+
+* int4: its build for AVX2 has no `cpu_gemm_wna16`, so GPTQ int4 dies at the first token. torch has an int4 product
+  that knows AVX2; `Int4Product` puts it in the gap.
+* int8: without VNNI, oneDNN adds pairs of products in 16 bits, which overflows for large weights: 13 to 19 % error
+  in a layer's output, and nonsense for text. `WideInt8` splits each weight into two halves that can't overflow.
+
+Where vLLM's own kernels are there and right, nothing is touched.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# vllm/csrc/cpu/torch_bindings.cpp: the operator as the AVX-512 builds define it.
+INT4_SCHEMA = (
+    "cpu_gemm_wna16(Tensor input, Tensor q_weight, Tensor(a!) output, Tensor scales, Tensor? zeros, Tensor? bias, "
+    "int pack_factor, str isa_hint) -> ()"
+)
+OUTPUT_BLOCK = 16  # vLLM stores the weights of 16 output channels together
+VALUES_PER_WORD = 8
+GROUP_SIZES = (256, 128, 64, 32)  # what torch's int4 kernel takes
+PROBE_INPUTS, PROBE_OUTPUTS = 64, 32
+PROBE_TOLERANCE = 0.01
+
+
+def register() -> None:
+    """Mend what this CPU gets wrong; vLLM calls it through the entry-point group `vllm.general_plugins`."""
+    import torch  # noqa: PLC0415 - runs inside vLLM, which has it loaded
+
+    # Loads vLLM's own operators, which may come before or after its plugins otherwise.
+    torch.ops.import_module("vllm._custom_ops")
+    operators = torch.ops._C  # noqa: SLF001
+    if not hasattr(operators, "onednn_scaled_mm"):
+        return  # no CPU build of vLLM
+    library = torch.library.Library("_C", "FRAGMENT")
+    if not hasattr(operators, "cpu_gemm_wna16"):
+        library.define(INT4_SCHEMA)
+        library.impl("cpu_gemm_wna16", Int4Product(library), "CPU")
+    if overflows(operators):
+        WideInt8(library).take_over()
+
+
+@dataclass(eq=False)
+class Int4Product:
+    """The operator; repacks every weight once, when it is first used. Holding `library` keeps it defined."""
+
+    library: Any
+    packed: dict[int, tuple[Any, Any, int]] = field(default_factory=dict)
+
+    def __call__(
+        self, given: Any, q_weight: Any, output: Any, scales: Any, zeros: Any, bias: Any, _pack: int, _isa: str
+    ) -> None:
+        """Write `given [M, K] @ dequantized(q_weight)` into `output [M, N]`."""
+        import torch  # noqa: PLC0415
+
+        if zeros is not None:
+            raise ValueError("asymmetric int4 needs a CPU with AVX-512; quantize with sym: true")
+        key = q_weight.data_ptr()
+        if key not in self.packed:
+            self.packed[key] = repacked(q_weight, scales)
+        weight, scales_and_zeros, group_size = self.packed[key]
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(  # noqa: SLF001
+            given.to(torch.bfloat16).contiguous(), weight, group_size, scales_and_zeros
+        )
+        output.copy_(product if bias is None else product + bias)
+
+
+def repacked(q_weight: Any, scales: Any) -> tuple[Any, Any, int]:
+    """Turn vLLM's blocks `[N/16, K*2] int32` with scales `[G, N]` into torch's packed weight, scales and group size."""
+    import torch  # noqa: PLC0415
+
+    values = unblocked(q_weight)
+    group_size, repeats = torch_groups(values.shape[1], scales.shape[0])
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.contiguous(), 1)  # noqa: SLF001
+    spread = scales.to(torch.bfloat16).repeat_interleave(repeats, dim=0)
+    # torch computes (value - 8) * scale + zero, which is GPTQ's symmetric form with zero = 0.
+    return packed, torch.stack([spread, torch.zeros_like(spread)], dim=2).contiguous(), group_size
+
+
+def unblocked(q_weight: Any) -> Any:
+    """Undo vLLM's blocking: `[N/16, K*2] int32`, eight 4-bit values a word -> `[N, K] int32` of 0..15."""
+    import torch  # noqa: PLC0415
+
+    blocks = q_weight.shape[0]
+    words = q_weight.reshape(blocks, -1, OUTPUT_BLOCK // VALUES_PER_WORD)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32)
+    values = (words.unsqueeze(-1) >> shifts) & 0xF
+    return values.reshape(blocks, words.shape[1], OUTPUT_BLOCK).permute(0, 2, 1).reshape(blocks * OUTPUT_BLOCK, -1)
+
+
+def torch_groups(inputs: int, groups: int) -> tuple[int, int]:
+    """Choose the group size for torch's kernel, and how often each scale is repeated for it.
+
+    A group that torch doesn't know (a whole channel, say) is cut into equal ones that it does.
+    """
+    wanted = inputs // groups
+    for size in GROUP_SIZES:
+        if wanted % size == 0:
+            return size, wanted // size
+    raise ValueError(f"int4 with groups of {wanted} needs a CPU with AVX-512; use group size 32, 64 or 128")
+
+
+def overflows(operators: Any) -> bool:
+    """Multiply the largest int8 values there are with vLLM's kernel, and see whether the sum is right."""
+    import torch  # noqa: PLC0415
+
+    weight = torch.full((PROBE_INPUTS, PROBE_OUTPUTS), 127, dtype=torch.int8)
+    given = torch.full((1, PROBE_INPUTS), 127, dtype=torch.int8)
+    one = torch.ones((1, 1))
+    handle = operators.create_onednn_scaled_mm_handler(
+        weight.t().contiguous().t(), torch.ones((PROBE_OUTPUTS, 1)), torch.float32, True, False, 1
+    )
+    output = torch.empty((1, PROBE_OUTPUTS))
+    operators.onednn_scaled_mm(output, given, one, None, None, None, torch.tensor(handle))
+    operators.release_dnnl_matmul_handler(handle)
+    exact = PROBE_INPUTS * 127.0 * 127.0
+    return bool(((output - exact).abs() > PROBE_TOLERANCE * exact).any())
+
+
+@dataclass(eq=False)
+class WideInt8:
+    """Two oneDNN products of half-sized weights for each one that vLLM asks for; symmetric activations only.
+
+    Bound: activations are shifted to 0..255 and added in pairs, 2 * 255 * 64 = 32,640 < 2^15.
+    """
+
+    library: Any
+    halves: dict[int, int] = field(default_factory=dict)
+    kept: list[Any] = field(default_factory=list)
+    create: Any = None
+    multiply: Any = None
+
+    def take_over(self) -> None:
+        """Stand before vLLM's operators, which are called from here."""
+        import torch  # noqa: PLC0415
+
+        self.create = torch.library.get_kernel("_C::create_onednn_scaled_mm_handler", "CPU")
+        self.multiply = torch.library.get_kernel("_C::onednn_scaled_mm", "CPU")
+        self.library.impl("create_onednn_scaled_mm_handler", self.create_both, "CPU", allow_override=True)
+        self.library.impl("onednn_scaled_mm", self.multiply_both, "CPU", allow_override=True)
+
+    def create_both(
+        self, weight: Any, scales: Any, _output_type: Any, dynamic: bool, use_azp: bool, cache_size: int
+    ) -> int:
+        """Make vLLM's handle for one half of `weight [K, N]`, and remember the one of the other half with it."""
+        import torch  # noqa: PLC0415
+
+        if use_azp:
+            raise ValueError("asymmetric int8 activations need a CPU with VNNI")
+        lower = weight >> 1
+        handles = []
+        for half in (lower, weight - lower):
+            # oneDNN wants the layout that vLLM gives: rows of K values, seen as [K, N].
+            laid_out = half.t().contiguous().t()
+            handles.append(self._call(self.create, laid_out, scales, torch.float32, dynamic, False, cache_size))
+            self.kept.append(laid_out)
+        self.halves[handles[0]] = handles[1]
+        return int(handles[0])
+
+    def multiply_both(
+        self, output: Any, given: Any, scale: Any, _azp: Any, _azp_adjustment: Any, bias: Any, handle: Any
+    ) -> None:
+        """Write `given [M, K] int8 @ weight`, scaled, into `output [M, N]`."""
+        import torch  # noqa: PLC0415
+
+        first = handle.item()
+        parts = [torch.empty(output.shape, dtype=torch.float32) for _ in range(2)]
+        for part, half in zip(parts, (first, self.halves[first]), strict=True):
+            self._call(self.multiply, part, given, scale, None, None, None, torch.tensor(half))
+        total = parts[0].add_(parts[1])
+        output.copy_(total if bias is None else total + bias)
+
+    @staticmethod
+    def _call(kernel: Any, *arguments: Any) -> Any:
+        import torch  # noqa: PLC0415
+
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # noqa: SLF001
+        return kernel.call_boxed(keys, *arguments)

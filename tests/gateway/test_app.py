@@ -1,0 +1,55 @@
+"""The whole of it, put together: replicas that are started here and the gateway in front."""
+
+from pathlib import Path
+
+import pytest
+
+from config.schema import Settings
+from config.variant import read_variants
+from gateway.app import Deployment, everything, read_deployment
+from gateway.keys import Keys, create_key
+from serving.registry import Registry
+from tests.fakes.running import group_members
+from tests.gateway.fleet import HELLO, clients
+from tests.serving.supervised import fake_machine, model_directory, noted_session
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def test_everything_on_one_machine(tmp_path: Path) -> None:
+    """A replica is started, waited for, asked, and gone when the block ends; a request before it is ready waits."""
+    own = {"variant": "own", "drain_seconds": 5}
+    settings = Settings.model_validate(
+        {
+            "gateway": {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0"},
+            "variants": {"own": {"path": str(model_directory(tmp_path / "own"))}},
+            "replicas": [own],
+            "aliases": {"smol": {"ladder": ["own"]}},
+        }
+    )
+    deployment = Deployment(settings, read_variants(settings.variants, tmp_path), Keys())
+    registry = Registry()
+    async with (
+        everything(deployment, fake_machine(tmp_path), registry, tmp_path) as addresses,
+        clients(addresses) as (client, admin),
+    ):
+        answer = await client.post("/v1/chat/completions", json=HELLO)
+        assert (answer.status_code, answer.headers["x-quantgate-replica"]) == (200, "own-1")
+        assert answer.json()["model"] == "smol"
+        assert (await admin.get("/readyz")).json() == {"aliases": {"smol": ["own"]}}
+        session = noted_session(tmp_path)
+        assert group_members(session)
+    assert not group_members(session)
+    assert [status.state for status in registry.snapshot()] == ["stopped"]
+
+
+async def test_files_beside_the_configuration(tmp_path: Path) -> None:
+    """Variants and keys are found relative to the configuration that names them."""
+    model_directory(tmp_path / "models" / "own")
+    key = create_key(tmp_path / "keys.yaml", "alice")
+    path = tmp_path / "quantgate.yaml"
+    path.write_text("gateway: {keys: keys.yaml}\nvariants: {own: {path: models/own}}\n")
+    deployment = read_deployment(path)
+    assert deployment.keys.authenticate({"x-api-key": key}) == "alice"
+    assert deployment.variants["own"].path == tmp_path / "models" / "own"
+    assert deployment.variants["own"].precision == "bf16"
