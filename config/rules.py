@@ -69,8 +69,9 @@ def _replicas(settings: Settings) -> Iterator[Violation]:
 
 def _own_or_foreign(where: Location, replica: ReplicaSettings) -> Iterator[Violation]:
     if replica.url is not None:
-        launched = replica.model_fields_set - {"variant", "url", "api_key"}
-        for field in sorted(launched):
+        defaults = ReplicaSettings(variant=replica.variant)
+        own = ReplicaSettings.model_fields.keys() - {"variant", "url", "api_key"}
+        for field in sorted(name for name in own if getattr(replica, name) != getattr(defaults, name)):
             yield Violation((*where, field), "says how to start a replica, but this one has a url", "remove one")
     wanted = replica.count * replica.tensor_parallel
     if replica.gpus and len(replica.gpus) != wanted:

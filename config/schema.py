@@ -33,7 +33,7 @@ def check_address(value: str) -> str:
 
 def check_url(value: str) -> str:
     """Accept the root of a replica: scheme, host and port, without a path."""
-    if re.fullmatch(r"https?://[^/\s?#@]+", value.rstrip("/")) is None:
+    if re.fullmatch(r"https?://([^/\s?#@:]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?", value.rstrip("/")) is None:
         raise ValueError(f"{value!r} is no replica address; write http://host:port, without /v1")
     return value.rstrip("/")
 

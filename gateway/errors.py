@@ -20,6 +20,9 @@ import msgspec
 # What msgspec raises for bytes that are no JSON: malformed, not UTF-8, nested too deeply.
 NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
+# The OpenAI SDK obeys this header for any status.
+NO_RETRY = (b"x-should-retry", b"false")
+
 
 class GatewayError(Exception):
     """An answer of our own; `param` names the field at fault."""
@@ -94,7 +97,10 @@ class FloorUnmet(Unavailable):
     """What could answer is below the quality that was asked for."""
 
     code = "quality_floor_unmet"
-    retry_after_seconds = 30
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Keep the SDK from asking again: the same variants would be too bad again."""
+        return [NO_RETRY]
 
 
 class UpstreamError(GatewayError):
@@ -103,6 +109,10 @@ class UpstreamError(GatewayError):
     status = 502
     type = "upstream_error"
     code = "upstream_error"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Keep the SDK from asking again: every replica that may answer has been tried."""
+        return [NO_RETRY]
 
 
 class UpstreamUnreachable(UpstreamError):

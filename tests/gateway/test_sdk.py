@@ -164,8 +164,8 @@ async def test_keys(fake: FakeReplica) -> None:
                             await client.models.list()
 
 
-async def test_the_sdks_own_retry(fleet: Fleet, fake: FakeReplica) -> None:
-    """A refusal that may pass is tried again by the SDK, which obeys our Retry-After, and then answered."""
+async def test_the_sdk_does_not_retry_what_was_tried_everywhere(fleet: Fleet, fake: FakeReplica) -> None:
+    """When every replica that may answer has failed, the SDK is told not to start all over."""
     async with scripted(answering(BROKEN)) as replica:
         with fleet.replicas(("hi", replica.url)):
             async with AsyncOpenAI(
@@ -173,4 +173,4 @@ async def test_the_sdks_own_retry(fleet: Fleet, fake: FakeReplica) -> None:
             ) as client:
                 with pytest.raises(openai.InternalServerError):
                     await client.chat.completions.create(model="smol", messages=HELLO)
-        assert len(replica.peers) == 2
+        assert len(replica.peers) == 1
