@@ -22,7 +22,7 @@ from config.schema import GatewaySettings
 from gateway.app import Addresses, Deployment, everything, ports, read_deployment
 from gateway.cli import FAILED, USAGE, stop_signal
 from gateway.demo.errands import ErrandFailed, run_errand
-from gateway.demo.report import show_answer, show_variants
+from gateway.demo.report import Answer, show_answer, show_headers, show_variants
 from serving.errors import LaunchRefused, ServingError
 from serving.leftovers import Notebook
 from serving.machine import installed_engine, this_machine
@@ -111,7 +111,9 @@ async def _run(demo: Demo, *, once: bool) -> None:
         with demo.stage("start replicas"):
             await all_ready(demo, registry)
         with demo.stage("ask"):
-            await converse(demo, deployment, addresses)
+            alias_answered, pinned = await converse(demo, deployment, addresses)
+        show_variants(demo.out, deployment.variants, pinned, alias_answered)
+        demo.out.print("stages: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in demo.stages.items()))
         if not once:
             demo.out.print(f"\nServing on http://{addresses.client}/v1 (admin http://{addresses.admin}) until Ctrl-C.")
             await asyncio.Event().wait()
@@ -184,8 +186,8 @@ async def all_ready(demo: Demo, registry: Registry) -> None:
             await registry.changed()
 
 
-async def converse(demo: Demo, deployment: Deployment, addresses: Addresses) -> None:
-    """Ask the alias, streaming and not, then every variant by name, and show the table."""
+async def converse(demo: Demo, deployment: Deployment, addresses: Addresses) -> tuple[set[str], dict[str, Answer]]:
+    """Ask the alias, streaming and not, then every variant by name; tells which variants the alias was answered by."""
     from openai import AsyncOpenAI  # noqa: PLC0415 - the demo's extra, not the gateway's dependency
 
     from gateway.demo.conversation import ask, ask_streaming  # noqa: PLC0415
@@ -196,7 +198,7 @@ async def converse(demo: Demo, deployment: Deployment, addresses: Addresses) -> 
         streamed = await ask_streaming(
             client, "smol", lambda text: demo.out.print(text, end="", markup=False, highlight=False)
         )
-        demo.out.print(json.dumps(streamed.headers, indent=1), highlight=False)
+        demo.out.print()
+        show_headers(demo.out, streamed)
         pinned = {name: await ask_streaming(client, name, lambda _text: None) for name in deployment.variants}
-    show_variants(demo.out, deployment.variants, pinned, {whole.variant, streamed.variant})
-    demo.out.print("stages: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in demo.stages.items()))
+    return {whole.variant, streamed.variant}, pinned

@@ -4,12 +4,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from config.variant import Variant
 
-COLUMNS = ("variant", "precision", "size MB", "mean KL", "top-1", "perplexity", "verdict", "tokens/s", "answered")
+COLUMNS = ("variant", "MB", "KL", "top-1", "ppl", "verdict", "tokens/s", "answered")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,11 @@ def show_answer(out: Console, title: str, answer: Answer) -> None:
     """Print one answer and the headers that tell who gave it."""
     out.print(f"\n[bold]{title}:[/bold] ", end="")
     out.print(answer.text, markup=False, highlight=False)
+    show_headers(out, answer)
+
+
+def show_headers(out: Console, answer: Answer) -> None:
+    """Print who gave an answer."""
     for name, value in sorted(answer.headers.items()):
         out.print(f"  {name}: {value}", highlight=False, style="dim")
 
@@ -38,7 +44,7 @@ def show_variants(
     out: Console, variants: Mapping[str, Variant], pinned: Mapping[str, Answer], alias_answered: Collection[str]
 ) -> None:
     """Print size, measured quality and speed of every variant, and which one the alias answered with."""
-    table = Table(title="variants of smol, best first")
+    table = Table(title="variants of smol, best first", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("variant", "answered") else "right", no_wrap=True)
     for name, variant in variants.items():
@@ -57,7 +63,7 @@ def _row(name: str, variant: Variant, answer: Answer, *, alias: bool) -> list[st
     verdict = variant.manifest.quality.verdict if variant.manifest else quality.source
     speed = _number(answer.tokens_per_second, ".1f")
     answered = ("smol, " if alias else "") + (name if answer.variant == name and answer.text else "no")
-    return [name, variant.precision, f"{_bytes(variant) / 1e6:.0f}", *measures, verdict, speed, answered]
+    return [name, f"{_bytes(variant) / 1e6:.0f}", *measures, verdict, speed, answered]
 
 
 def _bytes(variant: Variant) -> int:

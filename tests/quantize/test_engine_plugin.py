@@ -18,7 +18,7 @@ import torch, vllm._custom_ops as ops
 from quantize.engine_plugin import register
 register()
 torch.manual_seed(0)
-inputs, outputs, tokens = 576, 320, 5
+inputs, outputs, tokens = 576, 320, {tokens}
 given = torch.randn(tokens, inputs, dtype=torch.bfloat16)
 bias = torch.randn(outputs, dtype=torch.bfloat16)
 """
@@ -47,10 +47,12 @@ print(float((told.double() - exact).norm() / exact.norm()))
 
 @needs_vllm
 @pytest.mark.real_model
-@pytest.mark.parametrize("product", [INT8, *(INT4.format(group=group) for group in (32, 64, 576))])
-def test_product_is_right(product: str) -> None:
+@pytest.mark.parametrize(
+    "product,tokens", [(INT8, 1), (INT8, 40), *((INT4.format(group=group), 5) for group in (32, 64, 576))]
+)
+def test_product_is_right(product: str, tokens: int) -> None:
     """What vLLM computes with int8 and int4 weights of full range is what the numbers say, up to bf16's rounding."""
-    command = [sys.executable, "-c", PREPARE + product]
+    command = [sys.executable, "-c", PREPARE.format(tokens=tokens) + product]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout.split()[-1]) < 0.005
