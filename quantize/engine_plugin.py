@@ -110,11 +110,11 @@ def overflows(operators: Any) -> bool:
 
     weight = torch.full((PROBE_INPUTS, PROBE_OUTPUTS), 127, dtype=torch.int8)
     given = torch.full((1, PROBE_INPUTS), 127, dtype=torch.int8)
-    one = torch.ones((1, 1))
+    one = torch.ones((1, 1), dtype=torch.float32)
     handle = operators.create_onednn_scaled_mm_handler(
-        weight.t().contiguous().t(), torch.ones((PROBE_OUTPUTS, 1)), torch.float32, True, False, 1
+        weight.t().contiguous().t(), torch.ones((PROBE_OUTPUTS, 1), dtype=torch.float32), torch.float32, True, False, 1
     )
-    output = torch.empty((1, PROBE_OUTPUTS))
+    output = torch.empty((1, PROBE_OUTPUTS), dtype=torch.float32)
     operators.onednn_scaled_mm(output, given, one, None, None, None, torch.tensor(handle))
     operators.release_dnnl_matmul_handler(handle)
     exact = PROBE_INPUTS * 127.0 * 127.0
@@ -145,7 +145,7 @@ class Int8Product:
             raise ValueError("asymmetric int8 activations need a CPU with VNNI")
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # noqa: SLF001
         stand_in = torch.zeros((PROBE_OUTPUTS, PROBE_INPUTS), dtype=torch.int8).t()
-        unit = torch.ones((PROBE_OUTPUTS, 1))
+        unit = torch.ones((PROBE_OUTPUTS, 1), dtype=torch.float32)  # the default is bf16 while vLLM loads
         handle = int(self.create.call_boxed(keys, stand_in, unit, torch.float32, dynamic, False, cache_size))
         self.layers[handle] = (weight.t().contiguous(), scales.reshape(1, -1).float())
         return handle

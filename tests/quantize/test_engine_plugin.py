@@ -17,6 +17,7 @@ PREPARE = """
 import torch, vllm._custom_ops as ops
 from quantize.engine_plugin import register
 register()
+torch.set_default_dtype(torch.bfloat16)  # as while vLLM loads a model
 torch.manual_seed(0)
 inputs, outputs, tokens = 576, 320, {tokens}
 given = torch.randn(tokens, inputs, dtype=torch.bfloat16)
@@ -24,7 +25,7 @@ bias = torch.randn(outputs, dtype=torch.bfloat16)
 """
 INT8 = """
 weight = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
-scales = torch.rand(outputs, 1) * 0.01
+scales = torch.rand(outputs, 1, dtype=torch.float32) * 0.01
 handle = ops.create_onednn_scaled_mm(weight.t(), scales, torch.bfloat16, True, False)
 rounded, given_scales, _ = ops.onednn_scaled_int8_quant(given, None, None, True)
 told = torch.empty(tokens, outputs, dtype=torch.bfloat16)
