@@ -1,0 +1,90 @@
+"""What serving and gateway know of a variant, wherever it comes from."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config.errors import ManifestError
+from config.schema import DeclaredQuality, Floor, VariantSettings
+from config.variant import PARENT_QUALITY, QualityMeasures, Variant, read_variants
+from tests.config.sealed import seal
+
+
+def read(settings: VariantSettings, relative_to: Path = Path("/")) -> Variant:
+    """Read one variant."""
+    return read_variants({"v": settings}, relative_to)["v"]
+
+
+def test_sealed_variant_is_measured(tmp_path: Path) -> None:
+    """Precision and quality come from the manifest; its id is the variant's identity. Paths count from the file."""
+    (tmp_path / "int4").mkdir()
+    manifest = seal(tmp_path / "int4", bits=4)
+    variant = read(VariantSettings(path="int4"), tmp_path)
+    assert (variant.precision, variant.id, variant.quality.source) == ("int4", manifest.id, "measured")
+    assert variant.quality.top1_agreement == 0.95
+
+
+@pytest.mark.parametrize(
+    "config,precision,source",
+    [
+        ({"dtype": "bfloat16"}, "bf16", "parent"),
+        ({"torch_dtype": "float16"}, "fp16", "parent"),
+        ({}, "fp32", "parent"),
+        ({"quantization_config": {"bits": 4}}, "int4", "unknown"),
+        ({"quantization_config": {}}, "unknown", "unknown"),
+    ],
+)
+def test_unsealed_directory(tmp_path: Path, config: dict[str, Any], precision: str, source: str) -> None:
+    """Without a manifest a directory is a parent, unless somebody quantized it without measuring."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    variant = read(VariantSettings(path=str(tmp_path)))
+    assert (variant.precision, variant.quality.source, variant.id) == (precision, source, "v")
+
+
+def test_declared_variant() -> None:
+    """A variant that is out of reach is as good as somebody says, and marked so."""
+    settings = VariantSettings(precision="fp8", quality=DeclaredQuality(top1_agreement=0.98))
+    assert read(settings).quality == QualityMeasures("declared", None, 0.98, None)
+    assert read(VariantSettings(precision="fp8")).quality.source == "unknown"
+
+
+@pytest.mark.parametrize("content,word", [(None, "has no config.json"), ("{", "not readable JSON"), ("[]", "object")])
+def test_directory_that_is_no_model(tmp_path: Path, content: str | None, word: str) -> None:
+    """A path that holds no model is told, with what is wrong."""
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ManifestError, match=word):
+        read(VariantSettings(path=str(tmp_path)))
+    with pytest.raises(ManifestError, match="no such directory"):
+        read(VariantSettings(path=str(tmp_path / "nowhere")))
+
+
+MEASURED = QualityMeasures("measured", kl_mean=0.02, top1_agreement=0.95, perplexity_ratio=1.01)
+
+
+@pytest.mark.parametrize(
+    "floor,word",
+    [
+        ({}, None),
+        ({"top1_agreement": 0.95}, None),
+        ({"top1_agreement": 0.96}, "top1_agreement 0.95 misses the floor 0.96"),
+        ({"kl_mean": 0.02}, None),
+        ({"kl_mean": 0.01}, "kl_mean 0.02 misses"),
+        ({"perplexity_ratio": 1.0}, "perplexity_ratio 1.01 misses"),
+    ],
+)
+def test_shortfall(floor: dict[str, float], word: str | None) -> None:
+    """A limit is met when the value is on it or on its good side."""
+    told = MEASURED.shortfall(Floor(**floor))
+    assert (told is None) if word is None else (told is not None and word in told)
+
+
+@given(st.builds(Floor, top1_agreement=st.floats(0, 1), kl_mean=st.floats(0, 9), perplexity_ratio=st.floats(1, 9)))
+def test_parent_meets_every_floor_and_the_unknown_none(floor: Floor) -> None:
+    """Nothing is asked that the parent can't give, and nothing is given that nobody measured."""
+    assert PARENT_QUALITY.shortfall(floor) is None
+    assert QualityMeasures("unknown").shortfall(floor) is not None
