@@ -3,6 +3,7 @@
 ServingError
 ├── LaunchRefused     would fail after minutes of loading, so it isn't started (exit code 2)
 ├── StartFailed       the process ended, or wasn't ready in time; carries the engine's own last words
+├── StopFailed        processes of a replica survived SIGKILL
 ├── ProbeFailed       a running replica didn't answer, or isn't what it should be
 └── NoSuchReplica     a lease for a replica that has left the registry
 """
@@ -18,6 +19,10 @@ class LaunchRefused(ServingError):
 
 class StartFailed(ServingError):
     """A replica ended before it was ready, or took too long."""
+
+
+class StopFailed(ServingError):
+    """Processes of a replica are still there, though they were killed."""
 
 
 class ProbeFailed(ServingError):

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from serving.command import Command
-from serving.errors import StartFailed
+from serving.errors import StartFailed, StopFailed
 
 KILL_DEADLINE_SECONDS = 10.0
 LAST_WORDS_BYTES = 64 * 1024
@@ -132,13 +132,17 @@ def session_processes(session: int) -> list[int]:
 
 
 async def kill_session(session: int) -> int:
-    """SIGKILL every process of a session until none is left; returns how many there were."""
+    """SIGKILL every process of a session until none is left; returns how many there were. StopFailed if one stays."""
     killed: set[int] = set()
-    async with asyncio.timeout(KILL_DEADLINE_SECONDS):
-        while left := session_processes(session):
-            for pid in left:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            killed.update(left)
-            await asyncio.sleep(0.02)
+    try:
+        async with asyncio.timeout(KILL_DEADLINE_SECONDS):
+            while left := session_processes(session):
+                for pid in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                killed.update(left)
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        stuck = ", ".join(map(str, session_processes(session)))
+        raise StopFailed(f"processes {stuck} of session {session} don't end, though killed; see dmesg") from None
     return len(killed)

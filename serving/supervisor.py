@@ -13,7 +13,7 @@ from typing import Self
 
 from serving.backoff import Backoff
 from serving.command import Machine, build_command
-from serving.errors import LaunchRefused, ProbeFailed, StartFailed
+from serving.errors import LaunchRefused, ProbeFailed, ServingError, StartFailed
 from serving.leftovers import Notebook
 from serving.machine import free_port, port_is_free
 from serving.preflight import refuse_hopeless
@@ -51,14 +51,14 @@ class Supervisor:
 
     async def __aenter__(self) -> Self:
         """Clear away what a dead supervisor left, then begin to start every launch, in order."""
+        for replica_id in await self.notebook.sweep():
+            log.warning("ended replica %s, which had outlived its supervisor", replica_id)
         for launch in self.launches:
             refuse_hopeless(launch)
             if launch.port is not None and not port_is_free(launch.port):
                 raise LaunchRefused(
                     f"{launch.replica_id}: port {launch.port} is in use; stop its owner or choose another"
                 )
-        for replica_id in await self.notebook.sweep():
-            log.warning("ended replica %s, which had outlived its supervisor", replica_id)
         for launch in self.launches:
             self.registry.put(_replica(launch, launch.port or 0), State.STARTING, "waiting for its turn to start")
             task = asyncio.create_task(self._keep(launch), name=f"replica {launch.replica_id}")
@@ -100,10 +100,14 @@ class Supervisor:
                     pause: float | None = self.backoff.after_crash(crashes)
                     # Out of rotation before the clean-up, which may take a while.
                     self._failed(launch, reason, pause)
-            except (StartFailed, ProbeFailed) as error:
+            except ServingError as error:
                 failures += 1
                 pause = self.backoff.after_start_failure(failures)
                 self._failed(launch, str(error), pause)
+            except Exception as error:
+                # The outermost loop: a defect must not leave a replica "starting" for ever.
+                self._failed(launch, f"the supervisor has a defect: {error!r}", None)
+                raise
             if pause is None:
                 return
             await asyncio.sleep(pause)

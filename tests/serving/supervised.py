@@ -33,7 +33,7 @@ def launch(folder: Path, name: str = "int4", *args: str, **settings: object) -> 
     """One fake replica of a variant."""
     variant = Variant(name, name, PARENT_QUALITY, model_directory(folder / name))
     replica = ReplicaSettings.model_validate({"variant": name, "args": args, "drain_seconds": 5, **settings})
-    return Launch(f"{name}-1", variant, "cpu", replica)
+    return Launch(f"{name}-1", variant, "cpu", replica, port=replica.port)
 
 
 def fake_machine(folder: Path) -> Machine:

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 from serving.leftovers import Notebook
+from serving.machine import free_port
 from serving.process import session_processes
 from tests.fakes.running import ROOT, eventually
+from tests.serving.supervised import launch, ready, supervised
 
 # A supervisor that runs one fake replica and tells when it is ready.
 SUPERVISOR = """
@@ -18,7 +20,8 @@ from tests.serving.supervised import launch, ready, supervised
 
 async def main():
     folder = Path(sys.argv[1])
-    async with supervised(folder, launch(folder, "int4", "--fake-spawn-child")) as registry:
+    port = int(sys.argv[2]) or None
+    async with supervised(folder, launch(folder, "int4", "--fake-spawn-child", port=port)) as registry:
         await ready(registry)
         (folder / "up").touch()
         await asyncio.Event().wait()
@@ -30,7 +33,7 @@ asyncio.run(main())
 async def test_replicas_of_a_killed_supervisor_are_swept(tmp_path: Path) -> None:
     """After kill -9 of a supervisor a sweep ends its replicas, grandchildren too; a living one's are left alone."""
     notebook = Notebook(tmp_path / "running")
-    with subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(tmp_path)], cwd=ROOT) as supervisor:
+    with subprocess.Popen([sys.executable, "-c", SUPERVISOR, str(tmp_path), "0"], cwd=ROOT) as supervisor:
         await eventually((tmp_path / "up").exists)
         (note,) = (tmp_path / "running").glob("*.json")
         session = int(note.stem)
@@ -60,3 +63,14 @@ async def test_notes_that_mean_nobody_are_thrown_away(tmp_path: Path) -> None:
         assert bystander.poll() is None
         assert list(tmp_path.iterdir()) == []
         bystander.communicate(b"\n")
+
+
+async def test_port_that_leftovers_hold_is_free_again(tmp_path: Path) -> None:
+    """The sweep comes before the look at the ports, or no supervisor with fixed ports could ever come back."""
+    port = free_port()
+    command = [sys.executable, "-c", SUPERVISOR, str(tmp_path), str(port)]
+    with subprocess.Popen(command, cwd=ROOT) as supervisor:
+        await eventually((tmp_path / "up").exists)
+        supervisor.kill()
+    async with supervised(tmp_path, launch(tmp_path, "int4", port=port)) as registry:
+        assert (await ready(registry)).replica.url == f"http://127.0.0.1:{port}"

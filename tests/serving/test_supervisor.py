@@ -124,8 +124,7 @@ async def test_wrong_server_behind_the_port_is_not_accepted(tmp_path: Path) -> N
 async def test_port_in_use_is_refused(tmp_path: Path) -> None:
     """A configured port that somebody has is told before anything is started."""
     async with running_fake() as other:
-        taken = launch(tmp_path, "int4", port=other.port)
-        busy = type(taken)(taken.replica_id, taken.variant, taken.engine, taken.settings, (), other.port)
+        busy = launch(tmp_path, "int4", port=other.port)
         with pytest.raises(LaunchRefused, match=f"port {other.port} is in use"):
             async with supervised(tmp_path, busy):
                 pass
@@ -135,7 +134,5 @@ async def test_port_in_use_is_refused(tmp_path: Path) -> None:
 async def test_configured_port_is_used(tmp_path: Path) -> None:
     """A replica with a port answers there."""
     port = free_port()
-    chosen = launch(tmp_path)
-    fixed = type(chosen)(chosen.replica_id, chosen.variant, chosen.engine, chosen.settings, (), port)
-    async with supervised(tmp_path, fixed) as registry:
+    async with supervised(tmp_path, launch(tmp_path, port=port)) as registry:
         assert (await ready(registry)).replica.url == f"http://127.0.0.1:{port}"
