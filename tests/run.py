@@ -5,34 +5,32 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 CHECKS = (
     ("ruff", "format", "--check", "--quiet", "."),
     ("ruff", "check", "--quiet", "."),
     ("mypy",),
-    ("importlinter.cli", "lint"),
+    ("lint-imports", "--no-logo"),
 )
 
 
 def main(arguments: list[str]) -> int:
     """Run all checks, then the tests; non-zero if any failed."""
-    for words in CHECKS:
-        module = [sys.executable, "-m", *words] if words[0] != "importlinter.cli" else [_script("lint-imports")]
-        print(f"+ {' '.join(words)}", file=sys.stderr, flush=True)
-        if subprocess.run(module, check=False).returncode:
-            return 1
+    if any(run(*words) for words in CHECKS):
+        return 1
     if "--check" in arguments:
         return 0
-    tests = subprocess.run(
-        [sys.executable, "-m", "coverage", "run", "-m", "pytest", *arguments], check=False
-    ).returncode
-    for step in (["combine", "--quiet"], ["report", "--skip-covered"]):
-        subprocess.run([sys.executable, "-m", "coverage", *step], check=False)
-    return tests
+    failed = run("coverage", "run", "-m", "pytest", *arguments)
+    run("coverage", "combine", "--quiet")
+    run("coverage", "report", "--skip-covered")
+    return failed
 
 
-def _script(name: str) -> str:
-    return sys.executable.removesuffix("python") + name
+def run(program: str, *arguments: str) -> int:
+    """Run a program of this environment and return its exit code."""
+    print(f"+ {program} {' '.join(arguments)}", file=sys.stderr, flush=True)
+    return subprocess.run([Path(sys.executable).with_name(program), *arguments], check=False).returncode
 
 
 if __name__ == "__main__":

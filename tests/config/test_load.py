@@ -113,6 +113,41 @@ def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
             "variants: {a: {path: /m}}\naliases: {a: {ladder: [a]}}\n",
             ["f:2:11: aliases.a: is also the name of a variant, which clients use to pin it; rename one"],
         ),
+        (
+            "gateway: {admin: '127.0.0.1:8000'}\n",
+            ["f:1:11: gateway.admin: the same address as gateway.listen; choose another port"],
+        ),
+        (
+            "variants: {a: {path: /m, quality: {kl_mean: 0.1}}}\n",
+            ["f:1:26: variants.a.quality: declared beside a path, whose manifest says it; remove it"],
+        ),
+        (
+            "variants: {a: {}}\n",
+            ["f:1:12: variants.a: has neither path nor precision; name its directory, or declare its precision"],
+        ),
+        (
+            "replicas: [{variant: a, url: 'http://h:1'}]\n",
+            ["f:1:13: replicas.0.variant: there is no variant 'a'; there are none"],
+        ),
+        (
+            "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, gpus: [0, 1, 2], tensor_parallel: 2}\n",
+            ["f:3:16: replicas.0.gpus: 3 GPUs for 1 x tensor_parallel 2; name 2 GPUs"],
+        ),
+        (
+            "variants: {a: {path: /m}}\naliases: {x: {ladder: [a, a]}}\n",
+            ["f:2:27: aliases.x.ladder.1: 'a' is on the ladder twice; remove one"],
+        ),
+        (
+            "variants: {a: {path: /m}}\naliases: {x: {ladder: [a], spill: {after_seconds: 0.1}}}\n",
+            [
+                "f:2:28: aliases.x.spill.return_below_seconds: is above after_seconds, so it would return before it "
+                "spills; choose a smaller number"
+            ],
+        ),
+        (
+            "variants: {'a b': {path: /m}}\n",
+            ["f:1:12: variants.a b: 'a b' is no name; use letters, digits and . _ : / -"],
+        ),
     ],
 )
 def test_problem_is_placed_and_explained(tmp_path: Path, text: str, expected: list[str]) -> None:
