@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -69,7 +68,7 @@ def _row(name: str, variant: Variant, answer: Answer, *, alias: bool) -> list[st
 def _bytes(variant: Variant) -> int:
     if variant.manifest is not None:
         return variant.manifest.bytes
-    files = (variant.path or Path()).glob("*")
+    files = variant.path.glob("*") if variant.path else ()
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
