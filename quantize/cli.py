@@ -64,8 +64,6 @@ def variants_main(argv: list[str]) -> int:
 
 
 def _quantize(options: argparse.Namespace) -> int:
-    if not options.data:
-        _tell(f"no --data given: calibrating on the shipped {', '.join(path.name for path in shipped_files())}")
     recipe, drawn = plan_variant(
         options.model,
         options.scheme,
@@ -81,6 +79,8 @@ def _quantize(options: argparse.Namespace) -> int:
     if manifest:
         _tell(f"{out}: reused, it already holds {manifest.id}")
     else:
+        if not options.data:
+            _tell(f"no --data given: calibrating on the shipped {', '.join(path.name for path in shipped_files())}")
         manifest = build_variant(
             recipe,
             drawn,
