@@ -35,11 +35,6 @@ class Row:
     where: str
     sha256: str
 
-    @property
-    def reasons(self) -> bool:
-        """Whether an assistant turn shows its reasoning."""
-        return any(message.role == "assistant" and "</think>" in message.content for message in self.messages)
-
 
 @dataclass(frozen=True, slots=True)
 class Source:

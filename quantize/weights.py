@@ -37,16 +37,6 @@ def unpack_rows(words: Any, bits: int) -> Any:
     return ((words.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).reshape(-1, words.shape[1])
 
 
-def pack_rows(values: Any, bits: int) -> Any:
-    """[K, N] values of `bits` bits -> [K*bits/32, N] int32 words; the inverse of `unpack_rows`."""
-    import torch  # noqa: PLC0415
-
-    per_word = _WORD_BITS // bits
-    shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int64).view(1, -1, 1)
-    grouped = values.to(torch.int64).view(-1, per_word, values.shape[1])
-    return (grouped << shifts).sum(dim=1).to(torch.int32)
-
-
 def unpack_columns(words: Any, bits: int) -> Any:
     """[G, N*bits/32] int32 words -> [G, N] int32 values of `bits` bits, packed along the second axis."""
     return unpack_rows(words.t().contiguous(), bits).t()

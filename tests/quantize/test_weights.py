@@ -10,12 +10,20 @@ from hypothesis import strategies as st
 
 from quantize.errors import VariantError
 from quantize.scheme import preset
-from quantize.weights import gptq_dense, gptq_integers, gptq_to_int8, pack_rows, packed_layer, read_packing
+from quantize.weights import gptq_dense, gptq_integers, gptq_to_int8, packed_layer, read_packing
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
 from quantize.evaluation import compare, fake_quantize_tokens  # noqa: E402
 from quantize.weights import int8_dense, unpack_columns, unpack_rows  # noqa: E402
+
+
+def pack_rows(values: Any, bits: int) -> Any:
+    """[K, N] values of `bits` bits -> [K*bits/32, N] int32 words; the inverse of `unpack_rows`."""
+    per_word = 32 // bits
+    shifts = torch.arange(0, 32, bits, dtype=torch.int64).view(1, -1, 1)
+    grouped = values.to(torch.int64).view(-1, per_word, values.shape[1])
+    return (grouped << shifts).sum(dim=1).to(torch.int32)
 
 
 @st.composite
