@@ -33,8 +33,19 @@ class Base(Record):
     dtype: str
 
 
+class Override(Record):
+    """Modules that differ from their scheme; without bits they stay as the base has them.
+
+    `modules` is a shell pattern (`*.down_proj`) on a module's full name; of several that match, the first counts.
+    """
+
+    modules: str
+    bits: Literal[4, 8] | None = None
+    group_size: int | None = None
+
+
 class Scheme(Record):
-    """What a variant's numbers look like."""
+    """What a variant's numbers look like; `overrides` are exceptions from bits and group size."""
 
     name: str
     bits: int
@@ -43,6 +54,7 @@ class Scheme(Record):
     desc_act: bool
     activation_bits: int
     format: Literal["gptq", "compressed-tensors"]
+    overrides: tuple[Override, ...] = ()
 
     @property
     def precision(self) -> Precision:
@@ -51,7 +63,7 @@ class Scheme(Record):
 
 
 class Calibration(Record):
-    """Which text the quantizer saw."""
+    """Which text the quantizer saw; `generated` of the samples the base wrote itself."""
 
     sha256: str
     samples: int
@@ -59,6 +71,7 @@ class Calibration(Record):
     reasoning_tokens: int
     max_tokens: int
     seed: int
+    generated: int = 0
 
 
 class Quantizer(Record):
@@ -66,10 +79,11 @@ class Quantizer(Record):
 
     backend: str
     version: str
-    seconds: float
-    damp: dict[str, int]
+    seconds: float = 0.0
+    settings: dict[str, str | float | bool] = Field(default_factory=dict)
+    damp: dict[str, int] = Field(default_factory=dict)
     modules: int
-    fallback_modules: tuple[str, ...]
+    fallback_modules: tuple[str, ...] = ()
 
 
 class Check(Record):
@@ -79,6 +93,48 @@ class Check(Record):
     value: float
     limit: float
     passed: bool
+
+
+class Restricted(Record):
+    """The same distance on a part of the tokens: those of reasoning, or those of answers."""
+
+    tokens: int
+    kl_mean: float
+    top1_agreement: float
+    perplexity_ratio: float
+
+
+class Generation(Record):
+    """Paired generations of parent and variant: `prompts` prompts, each with `seeds` seeds, up to `new_tokens` tokens.
+
+    Rates are shares of all generations: `unfinished` never stopped, `repeating` ended in a run of repeated tokens,
+    `unclosed` left a <think> open.
+    """
+
+    prompts: int
+    seeds: int
+    new_tokens: int
+    length_ratio: float
+    unfinished: float
+    parent_unfinished: float
+    repeating: float
+    parent_repeating: float
+    unclosed: float
+    parent_unclosed: float
+
+
+class Tasks(Record):
+    """Questions with known answers, put to parent and variant alike.
+
+    `recovery` is the variant's accuracy over the parent's; `flips` the share of items whose correctness changed.
+    """
+
+    dataset_sha256: str
+    items: int
+    parent_accuracy: float
+    accuracy: float
+    recovery: float
+    flips: float
 
 
 class Quality(Record):
@@ -91,6 +147,10 @@ class Quality(Record):
     top1_agreement: float
     perplexity_ratio: float
     length_ratio: float | None = None
+    reasoning: Restricted | None = None
+    answer: Restricted | None = None
+    generation: Generation | None = None
+    tasks: Tasks | None = None
     checks: tuple[Check, ...] = ()
     verdict: Literal["pass", "fail"]
 
@@ -103,14 +163,14 @@ class SealedFile(Record):
 
 
 class Manifest(Record):
-    """`manifest.json`, format 1."""
+    """`manifest.json`, format 1; a variant that somebody else made, and that was adopted, has no `calibration`."""
 
     format: Literal[1] = 1
     id: str
     created: datetime
     base: Base
     scheme: Scheme
-    calibration: Calibration
+    calibration: Calibration | None = None
     quantizer: Quantizer
     quality: Quality
     files: dict[str, SealedFile] = Field(min_length=1)

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,11 +14,13 @@ from config.manifest import Manifest
 from quantize.calibration import shipped_files
 from quantize.errors import CalibrationError, QuantizeError
 from quantize.interrupt import Terminated, terminable
-from quantize.pipeline import EVALUATION_TOKENS, build_variant, evaluate_directory
+from quantize.measurement import EVALUATION_TOKENS
+from quantize.pipeline import build_variant, evaluate_directory
 from quantize.plan import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLES, plan_variant, present_engine
 from quantize.progress import Stages
 from quantize.report import listing, page, quality_line, summary
 from quantize.scheme import PRESETS
+from quantize.settings import DAMPING_LADDER, SETTINGS
 from quantize.store import reusable
 from quantize.worker import child_environ
 
@@ -72,7 +75,7 @@ def _quantize(options: argparse.Namespace) -> int:
         samples=options.samples,
         max_tokens=options.max_tokens,
         seed=options.seed,
-        damp=options.damp,
+        settings=replace(SETTINGS["best"], damp=tuple(options.damp or DAMPING_LADDER)),
     )
     out = Path(str(options.out).replace("{id}", recipe.variant_id))
     manifest = reusable(out, recipe.variant_id)
@@ -189,8 +192,8 @@ def _quantize_parser() -> argparse.ArgumentParser:
     add(
         "--damp",
         type=float,
-        default=0.01,
-        help="share of the Hessian's mean diagonal added to it (default: %(default)s)",
+        action="append",
+        help="share of the Hessian's mean diagonal added to it; repeat it for a ladder (default: 0.01 0.02 0.05 0.1)",
     )
     add("--engine", choices=("auto", "cpu", "cuda"), default="auto", help="where it must load (default: this machine)")
     _add_judging(parser)

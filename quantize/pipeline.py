@@ -1,43 +1,22 @@
 """Base + recipe -> calibrate -> quantize -> evaluate -> seal."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from config.manifest import Base, Calibration, Manifest, Quality, Quantizer
 from quantize.backends.gptqmodel import solve
 from quantize.backends.protocol import Solved, Solver
 from quantize.base import read_base
-from quantize.calibration import Draw, Row, contents_digest, is_held_out, read_sources
+from quantize.calibration import Draw, contents_digest, is_held_out, read_sources
 from quantize.errors import CalibrationError
-from quantize.judgement import judge
+from quantize.measurement import EVALUATION_TOKENS, evaluate
 from quantize.progress import Stages
 from quantize.recipe import Recipe
+from quantize.samples import Samples, calibrate, within
 from quantize.store import require_space, seal, staging, work_folder
 from quantize.weights import read_packing
-from quantize.worker import run_worker
-
-# Held-out tokens that both models read; on two CPU cores 135M parameters take about 5 s per thousand.
-EVALUATION_TOKENS = 4000
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Token samples as plain data: to calibrate on, and held out."""
-
-    calibration: list[dict[str, Any]]
-    held_out: list[dict[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Workshop:
-    """Where and how the child processes work: scratch folder, environment, progress."""
-
-    folder: Path
-    environ: Mapping[str, str]
-    stages: Stages
+from quantize.workshop import Workshop
 
 
 def build_variant(
@@ -85,18 +64,6 @@ def evaluate_directory(
         return evaluate(variant, base, within(samples.held_out, evaluation_tokens), bits, shop)
 
 
-def calibrate(base: Path, drawn: Draw, max_tokens: int, shop: Workshop) -> Samples:
-    """Tokenize both sides of a draw with the base's tokenizer and chat template."""
-    rows = {
-        "calibration": [_plain(row) for row in drawn.calibration],
-        "held_out": [_plain(row) for row in drawn.held_out],
-    }
-    job = {"base": str(base.resolve()), "max_tokens": max_tokens, "rows": rows}
-    with shop.stages.stage("calibrate", "chats") as advance:
-        told = run_worker("quantize.rendering", job, folder=shop.folder, environ=shop.environ, on_progress=advance)
-    return Samples(told["calibration"], told["held_out"])
-
-
 def quantize(recipe: Recipe, samples: Samples, solver: Solver, into: Path, shop: Workshop) -> Solved:
     """Solve for the integers and write the variant's files."""
     with shop.stages.stage("quantize", "layers") as advance:
@@ -108,26 +75,6 @@ def quantize(recipe: Recipe, samples: Samples, solver: Solver, into: Path, shop:
             environ=shop.environ,
             on_progress=advance,
         )
-
-
-def evaluate(variant: Path, base: Path, held_out: Sequence[dict[str, Any]], bits: int, shop: Workshop) -> Quality:
-    """Measure a variant against its base on token samples and judge it by its bits."""
-    job = {"base": str(base.resolve()), "variant": str(variant.resolve()), "samples": [row["ids"] for row in held_out]}
-    with shop.stages.stage("evaluate", "tokens") as advance:
-        told = run_worker("quantize.evaluation", job, folder=shop.folder, environ=shop.environ, on_progress=advance)
-    return judge(told, bits, contents_digest(row["sha256"] for row in held_out))
-
-
-def within(samples: Sequence[dict[str, Any]], most_tokens: int) -> list[dict[str, Any]]:
-    """Take samples in order while they fit into `most_tokens`, at least one."""
-    taken: list[dict[str, Any]] = []
-    tokens = 0
-    for sample in samples:
-        tokens += len(sample["ids"])
-        if taken and tokens > most_tokens:
-            break
-        taken.append(sample)
-    return taken
 
 
 def describe(recipe: Recipe, samples: Samples, solved: Solved, quality: Quality) -> dict[str, object]:
@@ -156,7 +103,3 @@ def describe(recipe: Recipe, samples: Samples, solved: Solved, quality: Quality)
         "quantizer": quantizer,
         "quality": quality,
     }
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    return {"messages": [asdict(message) for message in row.messages], "where": row.where, "sha256": row.sha256}

@@ -10,6 +10,7 @@ from quantize.calibration import FEWEST_SAMPLES, Draw, draw, read_sources, shipp
 from quantize.errors import RecipeError
 from quantize.recipe import Recipe, installed_backend
 from quantize.scheme import misfit, preset, require_engine
+from quantize.settings import SETTINGS, SolverSettings
 
 # On two CPU cores a 135M model takes one to two minutes with this many of the shipped chats.
 DEFAULT_SAMPLES = 16
@@ -27,17 +28,17 @@ def plan_variant(
     samples: int = DEFAULT_SAMPLES,
     max_tokens: int = DEFAULT_MAX_TOKENS,
     seed: int = 0,
-    damp: float = 0.01,
+    settings: SolverSettings = SETTINGS["best"],
 ) -> tuple[Recipe, Draw]:
     """Check a request and write down its recipe, with the chats it draws; UsageError says what doesn't fit."""
     chosen = preset(scheme)
     require_engine(chosen, engine)
-    _require_ranges(samples, max_tokens, damp)
+    _require_ranges(samples, max_tokens, settings.damp)
     base = read_base(model)
     _require_fit(base, chosen)
     sources, rows = read_sources(list(data) or shipped_files())
     drawn = draw(rows, samples=samples, seed=seed)
-    return Recipe(base, chosen, sources, samples, max_tokens, seed, damp, installed_backend()), drawn
+    return Recipe(base, chosen, sources, samples, max_tokens, seed, settings, installed_backend()), drawn
 
 
 def present_engine() -> Engine:
@@ -45,13 +46,14 @@ def present_engine() -> Engine:
     return "cuda" if _NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi") else "cpu"
 
 
-def _require_ranges(samples: int, max_tokens: int, damp: float) -> None:
+def _require_ranges(samples: int, max_tokens: int, damp: Sequence[float]) -> None:
     if samples < FEWEST_SAMPLES:
         raise RecipeError(f"{samples} samples are too few: GPTQ needs {FEWEST_SAMPLES} or more")
     if max_tokens < _FEWEST_TOKENS:
         raise RecipeError(f"{max_tokens} tokens a sample are too few: pass {_FEWEST_TOKENS} or more")
-    if not 0 < damp < 1:
-        raise RecipeError(f"damp {damp:g} is out of range: pass a number between 0 and 1, like 0.01")
+    for step in damp:
+        if not 0 < step < 1:
+            raise RecipeError(f"damp {step:g} is out of range: pass a number between 0 and 1, like 0.01")
 
 
 def _require_fit(base: BaseModel, scheme: Scheme) -> None:

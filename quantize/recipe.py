@@ -3,16 +3,17 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 
 from config.manifest import Scheme
 from quantize.base import BaseModel
 from quantize.calibration import Source
 from quantize.errors import RecipeError
+from quantize.settings import SolverSettings
 
 # Raise this when the same recipe would give other bytes because this package has changed.
-_REVISION = 1
+_REVISION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,14 @@ class Backend:
 
     name: str
     version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Which GPUs may work, and how much of each one's memory; they decide the time a variant takes, not its bytes."""
+
+    gpus: tuple[int, ...] = ()
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +42,9 @@ class Recipe:
     samples: int
     max_tokens: int
     seed: int
-    damp: float
+    settings: SolverSettings
     backend: Backend
+    devices: Devices = Devices()
 
     def digest(self) -> str:
         """Digest contents, never paths, so that every machine gives a recipe the same name."""
@@ -46,7 +56,7 @@ class Recipe:
             "samples": self.samples,
             "max_tokens": self.max_tokens,
             "seed": self.seed,
-            "damp": self.damp,
+            "settings": asdict(self.settings),
             "backend": [self.backend.name, self.backend.version],
         }
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from config.manifest import Manifest, Quality
+from config.manifest import Calibration, Manifest, Quality
 
 _HEADINGS = ("variant", "scheme", "size", "KL mean", "top-1", "perplexity", "verdict", "directory")
 
@@ -44,13 +44,19 @@ def page(manifest: Manifest, directory: Path) -> str:
         f"size         {_megabytes(manifest.bytes)} in {len(manifest.files)} files",
         f"made         {manifest.created:%Y-%m-%d %H:%M} UTC by {made.backend} {made.version} in {made.seconds:.0f} s",
         f"damping      {damp}",
-        f"calibration  {text.samples} chats, {text.tokens} tokens, {text.reasoning_tokens} of them reasoning",
+        f"calibration  {_calibration(text)}",
         f"evaluation   {quality.tokens} held-out tokens",
         f"kl_p99       {quality.kl_p99:.4f}",
         *(_check_line(check.name, check.value, check.limit, check.passed) for check in quality.checks),
         f"verdict      {quality.verdict}",
     ]
     return "\n".join(lines)
+
+
+def _calibration(text: Calibration | None) -> str:
+    if text is None:
+        return "unknown: made elsewhere, and adopted"
+    return f"{text.samples} chats, {text.tokens} tokens, {text.reasoning_tokens} of them reasoning"
 
 
 def _row(directory: Path, manifest: Manifest) -> tuple[str, ...]:

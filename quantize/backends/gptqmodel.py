@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from config.manifest import Scheme
 from quantize.backends.protocol import Solved
 from quantize.errors import SolveError
 from quantize.recipe import Recipe
+from quantize.settings import SolverSettings
 from quantize.worker import Report, run_child, run_worker
 
 _MODULE = "quantize.backends.gptqmodel"
@@ -34,7 +36,7 @@ def solve(
     job = {
         "base": str(recipe.base.directory.resolve()),
         "scheme": recipe.scheme.model_dump(mode="json"),
-        "damp": recipe.damp,
+        "settings": asdict(recipe.settings),
         "samples": [sample["ids"] for sample in samples],
         "into": str(into),
         "raw": str(work / "raw"),
@@ -43,7 +45,7 @@ def solve(
     return Solved(told["seconds"], told["modules"], told["damp"])
 
 
-def settings(scheme: Scheme, damp: float) -> dict[str, Any]:
+def settings(scheme: Scheme, chosen: SolverSettings) -> dict[str, Any]:
     """Give every setting whose default differs between AutoGPTQ and GPTQModel, or matters."""
     return {
         "bits": scheme.bits,
@@ -51,11 +53,10 @@ def settings(scheme: Scheme, damp: float) -> dict[str, Any]:
         "sym": True,
         "desc_act": False,
         # Order inside groups costs nothing at run time; it needs groups.
-        "act_group_aware": scheme.group_size > 0,
-        "true_sequential": True,
-        # No scale search: on SmolLM2 at int4 it took KL from 0.266 to 0.225 but the time from 115 s to 319 s.
-        "mse": 0.0,
-        "damp_percent": damp,
+        "act_group_aware": chosen.group_order and scheme.group_size > 0,
+        "true_sequential": chosen.true_sequential,
+        "mse": chosen.scale_norm,
+        "damp_percent": chosen.damp[0],
         "damp_auto_increment": 0.01,
         "offload_to_disk": False,
     }
@@ -100,15 +101,16 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     from quantize.checkpoint import write_checkpoint  # noqa: PLC0415
 
     scheme = Scheme.model_validate(job["scheme"])
+    chosen = SolverSettings(**job["settings"])
     # fp32 on CPU: without bf16 instructions it is faster, and everywhere it is more exact.
     device, dtype = ("cuda:0", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     started = time.monotonic()
-    model = GPTQModel.load(job["base"], QuantizeConfig(**settings(scheme, job["damp"])), device=device, dtype=dtype)
+    model = GPTQModel.load(job["base"], QuantizeConfig(**settings(scheme, chosen)), device=device, dtype=dtype)
     model.layer_callback = _Layers(report, model.model.config.num_hidden_layers)
     rows = _solve(model, job["samples"])
     damp = judge(rows)
     model.save(job["raw"])
-    write_checkpoint(Path(job["base"]), Path(job["raw"]), scheme, job["damp"], Path(job["into"]))
+    write_checkpoint(Path(job["base"]), Path(job["raw"]), scheme, chosen.damp[0], Path(job["into"]))
     shutil.rmtree(job["raw"])
     return {"seconds": round(time.monotonic() - started, 1), "modules": len(rows), "damp": dict(damp)}
 

@@ -42,6 +42,7 @@ def test_variant_is_sealed_and_measured(first_run: Running, home: Path, name: st
     manifest = Manifest.read(folder)
     assert manifest.altered_files(folder) == []
     assert (manifest.scheme.bits, manifest.base.dtype) == (bits, "bf16")
+    assert manifest.calibration is not None
     assert manifest.calibration.reasoning_tokens > 1000
     quality = manifest.quality
     assert quality.tokens > 1000

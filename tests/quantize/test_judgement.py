@@ -6,8 +6,9 @@ from quantize.backends.gptqmodel import judge as judge_log
 from quantize.backends.gptqmodel import settings
 from quantize.errors import SolveError
 from quantize.judgement import judge
-from quantize.pipeline import within
+from quantize.samples import within
 from quantize.scheme import PRESETS
+from quantize.settings import SolverSettings
 
 PERFECT = {"tokens": 10, "kl_mean": 0.0, "kl_p99": 0.0, "top1_agreement": 1.0, "perplexity_ratio": 1.0}
 
@@ -63,7 +64,7 @@ def test_many_fallbacks_are_told_in_one_line() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_settings_are_loadable_ones(name: str) -> None:
     """Symmetric, in natural order, and group-aware ordering only where there are groups."""
-    told = settings(PRESETS[name], damp=0.02)
+    told = settings(PRESETS[name], SolverSettings(damp=(0.02, 0.1)))
     assert (told["sym"], told["desc_act"], told["true_sequential"]) == (True, False, True)
     assert told["act_group_aware"] == (PRESETS[name].group_size > 0)
     assert told["damp_percent"] == 0.02

@@ -50,6 +50,7 @@ def test_a_variant_is_whole(workshop: Path, scheme: str) -> None:
     assert manifest.scheme.name == scheme
     assert manifest.quantizer.modules == 14
     assert manifest.quantizer.fallback_modules == ()
+    assert manifest.calibration is not None
     assert manifest.calibration.samples == 16
     assert 0 < manifest.calibration.reasoning_tokens < manifest.calibration.tokens
     assert 0 < manifest.quality.kl_mean < 0.1

@@ -12,6 +12,7 @@ from quantize.calibration import Source
 from quantize.errors import RecipeError
 from quantize.recipe import Backend, Recipe, installed_backend, slug
 from quantize.scheme import PRESETS, preset
+from quantize.settings import SETTINGS, SolverSettings
 
 BASE = BaseModel(Path("/models/QwQ-32B"), "QwQ-32B", "bf16", "d" * 64, 1, {}, {})
 RECIPE = Recipe(
@@ -21,7 +22,7 @@ RECIPE = Recipe(
     samples=16,
     max_tokens=2048,
     seed=0,
-    damp=0.01,
+    settings=SETTINGS["best"],
     backend=Backend("gptqmodel", "7.6.0"),
 )
 recipes = st.builds(
@@ -31,7 +32,7 @@ recipes = st.builds(
     samples=st.integers(16, 64),
     max_tokens=st.integers(64, 4096),
     seed=st.integers(),
-    damp=st.floats(0.001, 0.5),
+    settings=st.builds(SolverSettings, damp=st.tuples(st.floats(0.001, 0.5)), gptaq=st.sampled_from([0.0, 0.25])),
 )
 
 

@@ -1,0 +1,33 @@
+"""How hard the solver tries: what GPTQ does with a module's activations, as two named presets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class SolverSettings:
+    """Settings that change a variant's bytes, beside its scheme and its text.
+
+    `damp` are shares of the Hessian's mean diagonal that are added to it, tried in order until it factors.
+    `group_order` sorts inputs by activation inside groups, free at run time. `scale_norm` is the power of the error
+    that the search for scales minimises, 0 takes the largest weight. `gptaq` weighs the error that earlier layers
+    left (0: off).
+    """
+
+    damp: tuple[float, ...] = DAMPING_LADDER
+    group_order: bool = True
+    scale_norm: float = 2.4
+    gptaq: float = 0.0
+    true_sequential: bool = True
+
+
+SETTINGS: Mapping[str, SolverSettings] = MappingProxyType(
+    {
+        "best": SolverSettings(),
+        # What the usual AutoGPTQ script does.
+        "classic": SolverSettings(damp=(0.01,), group_order=False, scale_norm=0.0),
+    },
+)
