@@ -20,7 +20,7 @@ VERBS = {
     "demo": Verb("gateway.demo.cli", "demo_main", "quantize, serve and ask a small model, all on this machine"),
     "quantize": Verb("quantize.cli", "main", "make a variant of a model and measure it"),
     "evaluate": Verb("quantize.cli", "evaluate_main", "measure a variant against its parent"),
-    "variants": Verb("quantize.cli", "variants_main", "list, show and verify variants"),
+    "variants": Verb("quantize.variants_cli", "variants_main", "list, compare, verify, adopt and report variants"),
     "up": Verb("gateway.cli", "up_main", "run replicas and gateway on one machine"),
     "gateway": Verb("gateway.cli", "gateway_main", "run the gateway in front of running replicas"),
     "config": Verb("gateway.cli", "config_main", "check, show or describe configuration files"),

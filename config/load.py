@@ -5,18 +5,20 @@ The only module that reads configuration files and the process environment.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from config.errors import Problem, SettingsError
-from config.rules import Location, closest, violations
+from config.rules import Location, Violation, closest, violations
 from config.schema import Settings
+
+_Kind = TypeVar("_Kind", bound=BaseModel)
 
 ENVIRONMENT_REFERENCE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -26,16 +28,26 @@ def load_settings(path: Path, environment: Mapping[str, str] | None = None) -> S
 
     `${env:NAME}` inside a string is replaced from `environment` (the process' own if None).
     """
+    return load_file(path, Settings, violations, environment)
+
+
+def load_file(
+    path: Path,
+    kind: type[_Kind],
+    rules: Callable[[_Kind], Iterable[Violation]],
+    environment: Mapping[str, str] | None = None,
+) -> _Kind:
+    """Read one YAML file of any kind and hold it against the rules of its kind; SettingsError lists every problem."""
     document = _read(path, os.environ if environment is None else environment)
     try:
-        settings = Settings.model_validate(document.data)
+        told = kind.model_validate(document.data)
     except ValidationError as error:
-        document.problems += [document.problem(loc, what, hint) for loc, what, hint in _explained(error)]
+        document.problems += [document.problem(loc, what, hint) for loc, what, hint in _explained(error, kind)]
     else:
-        document.problems += [document.problem(v.location, v.what, v.hint) for v in violations(settings)]
+        document.problems += [document.problem(v.location, v.what, v.hint) for v in rules(told)]
     if document.problems:
         raise SettingsError(sorted(document.problems, key=lambda p: (p.line, p.column)))
-    return settings
+    return told
 
 
 def home_directory(environment: Mapping[str, str] | None = None) -> Path:
@@ -121,13 +133,15 @@ def _scalar(node: yaml.Node) -> object:
         loader.dispose()
 
 
-def _explained(error: ValidationError) -> list[tuple[Location, str, str]]:
-    return [_explain(item["type"], item["loc"], item["msg"], item.get("input")) for item in error.errors()]
+def _explained(error: ValidationError, root: type[BaseModel]) -> list[tuple[Location, str, str]]:
+    return [_explain(item["type"], item["loc"], item["msg"], item.get("input"), root) for item in error.errors()]
 
 
-def _explain(kind: str, location: Location, message: str, given: object) -> tuple[Location, str, str]:
+def _explain(
+    kind: str, location: Location, message: str, given: object, root: type[BaseModel]
+) -> tuple[Location, str, str]:
     if kind == "extra_forbidden":
-        return location, "unknown key", closest(str(location[-1]), known_keys(location[:-1]))
+        return location, "unknown key", closest(str(location[-1]), known_keys(location[:-1], root))
     if kind == "missing":
         return location, "is missing", ""
     if location and location[-1] == "[key]":
@@ -136,9 +150,9 @@ def _explain(kind: str, location: Location, message: str, given: object) -> tupl
     return location, message.removeprefix("Value error, ") + ("" if "is no " in message else shown), ""
 
 
-def known_keys(location: Location) -> list[str]:
+def known_keys(location: Location, root: type[BaseModel] = Settings) -> list[str]:
     """The keys that the schema knows at a place of the file; none where it has a table of free names."""
-    kind: Any = Settings
+    kind: Any = root
     for part in location:
         kind = _inside(kind, part)
     model = _model(kind)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _BLOCK = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 _SIZE_WORDS = {"hidden size": "hidden_size", "intermediate size": "intermediate_size"}
 # What a client-visible model is besides its weights: copied to variants byte for byte, never saved again.
-_KEPT_FILES = (
+KEPT_FILES = (
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",
@@ -33,8 +33,19 @@ _KEPT_FILES = (
 
 
 @dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What a safetensors header says of one tensor."""
+
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A base that was found in order: safetensors weights with a config beside them."""
+    """A base that was found in order: safetensors weights with a config beside them.
+
+    `tensors` are all that it stores; `shapes` maps its blocks' linear layers to (out_features, in_features).
+    """
 
     directory: Path
     name: str
@@ -43,6 +54,7 @@ class BaseModel:
     bytes: int
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int]]
+    tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -50,20 +62,25 @@ class BaseModel:
         return {word: self.config[key] for word, key in _SIZE_WORDS.items() if isinstance(self.config.get(key), int)}
 
 
-def read_base(directory: Path) -> BaseModel:
-    """Read a base directory and digest its contents; RecipeError says what is missing."""
+def read_base(directory: Path, *, digested: bool = True) -> BaseModel:
+    """Read a base directory; RecipeError says what is missing.
+
+    The digest takes reading every byte; without `digested` it stays empty, which is enough for a forecast.
+    """
     config = _read_config(directory)
     weights = weight_files(directory)
     _require_weights(directory, weights)
     files = model_files(directory)
+    tensors = stored_tensors(directory, weights)
     return BaseModel(
         directory=directory,
         name=directory.resolve().name,
         dtype=_dtype_of(config),
-        digest=digest_of({file.name: sha256_of(file) for file in files}),
+        digest=digest_of({file.name: sha256_of(file) for file in files}) if digested else "",
         bytes=sum(file.stat().st_size for file in files),
         config=config,
-        shapes=linear_shapes(directory, weights),
+        shapes=linear_shapes(tensors),
+        tensors=tensors,
     )
 
 
@@ -86,7 +103,7 @@ def model_files(directory: Path) -> list[Path]:
 
 def kept_files(directory: Path) -> list[Path]:
     """List the tokenizer, template and generation files that a variant takes over byte for byte."""
-    return [directory / name for name in _KEPT_FILES if (directory / name).is_file()]
+    return [directory / name for name in KEPT_FILES if (directory / name).is_file()]
 
 
 def digest_of(digests: Mapping[str, str]) -> str:
@@ -95,8 +112,19 @@ def digest_of(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Read names and shapes from a safetensors header: 8 bytes of little-endian length, then JSON."""
+def stored_tensors(directory: Path, weights: list[Path]) -> dict[str, StoredTensor]:
+    """Read the headers of a model's weight files, of those that its index names if it has one."""
+    index = directory / "model.safetensors.index.json"
+    wanted = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else None
+    tensors: dict[str, StoredTensor] = {}
+    for file in weights:
+        if wanted is None or file.name in wanted:
+            tensors |= read_header(file)
+    return tensors
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Read a safetensors header: 8 bytes of little-endian length, then JSON."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -105,21 +133,21 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
             header = json.loads(stream.read(length))
     except ValueError:
         raise RecipeError(f"{file}: its safetensors header is damaged; copy the model again") from None
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return {name: _stored(entry) for name, entry in header.items() if name != "__metadata__"}
 
 
-def linear_shapes(directory: Path, weights: list[Path]) -> dict[str, tuple[int, int]]:
+def linear_shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, int]]:
     """Map the linear layers inside a model's blocks to (out_features, in_features)."""
-    index = directory / "model.safetensors.index.json"
-    wanted = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else None
-    shapes: dict[str, tuple[int, int]] = {}
-    for file in weights:
-        if wanted is not None and file.name not in wanted:
-            continue
-        for name, shape in tensor_shapes(file).items():
-            if name.endswith(".weight") and len(shape) == 2 and _BLOCK.search(name):
-                shapes[name.removesuffix(".weight")] = (shape[0], shape[1])
-    return shapes
+    return {
+        name.removesuffix(".weight"): (tensor.shape[0], tensor.shape[1])
+        for name, tensor in tensors.items()
+        if name.endswith(".weight") and len(tensor.shape) == 2 and _BLOCK.search(name)
+    }
+
+
+def _stored(entry: Mapping[str, Any]) -> StoredTensor:
+    start, end = entry["data_offsets"]
+    return StoredTensor(tuple(entry["shape"]), end - start)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from config.manifest import Scheme
-from quantize.base import kept_files
+from quantize.base import kept_files, linear_shapes, stored_tensors, weight_files
 from quantize.errors import SolveError
+from quantize.overrides import dynamic_rules, numbers_of
 from quantize.weights import Tensors, packed_layer, read_tensors
 
 _SHARD_BYTES = 4_000_000_000
@@ -24,10 +25,15 @@ def write_checkpoint(base: Path, solved: Path, scheme: Scheme, damp: float, into
         shutil.copyfile(file, into / file.name)
 
 
-def quantization_config(scheme: Scheme, damp: float) -> dict[str, Any]:
-    """Say in config.json how to read the weights, in the words of AutoGPTQ or of compressed-tensors 0.17."""
+def quantization_config(scheme: Scheme, damp: float, layers: Sequence[str]) -> dict[str, Any]:
+    """Say in config.json how to read the weights, in the words of AutoGPTQ or of compressed-tensors 0.17.
+
+    `layers` are all linear layers of the base that the scheme could be about.
+    """
     if scheme.format == "compressed-tensors":
-        return _compressed_tensors_config()
+        kept = [layer for layer in layers if numbers_of(layer, scheme) is None]
+        return _compressed_tensors_config(kept)
+    dynamic = dynamic_rules(scheme, layers)
     return {
         "quant_method": "gptq",
         "bits": scheme.bits,
@@ -39,16 +45,17 @@ def quantization_config(scheme: Scheme, damp: float) -> dict[str, Any]:
         "lm_head": False,
         "checkpoint_format": "gptq",
         "pack_dtype": "int32",
+        **({"dynamic": dynamic} if dynamic else {}),
     }
 
 
-def _compressed_tensors_config() -> dict[str, Any]:
+def _compressed_tensors_config(kept: Sequence[str]) -> dict[str, Any]:
     number = {"num_bits": 8, "type": "int", "symmetric": True}
     return {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *kept],
         "kv_cache_scheme": None,
         "config_groups": {
             "group_0": {
@@ -104,7 +111,7 @@ def _save(tensors: Tensors, path: Path) -> None:
 
 
 def _write_configs(base: Path, scheme: Scheme, damp: float, into: Path) -> None:
-    told = quantization_config(scheme, damp)
+    told = quantization_config(scheme, damp, sorted(linear_shapes(stored_tensors(base, weight_files(base)))))
     config = json.loads((base / "config.json").read_bytes())
     write_json(into / "config.json", {**config, "quantization_config": told})
     if scheme.format == "gptq":

@@ -3,8 +3,11 @@
 QuantizeError                 exit code 1
 ├── UsageError                exit code 2: what was asked for can't be done here
 │   ├── RecipeError           scheme, base, engine or an option
+│   ├── RecipeFileError       the recipe file: every problem in it, each with its line
 │   ├── CalibrationError      the calibration text: every problem in it, each with its line
+│   ├── MachineError          this machine has too little memory
 │   └── TargetError           the output directory is taken, or its disk is too small
+├── BusyError                 exit code 4: another process makes the same variant
 ├── WorkerError               a child process ended without a result
 ├── SolveError                GPTQ fell back or diverged in named modules
 └── VariantError              a variant directory can't be read back, or was altered
@@ -27,6 +30,14 @@ class RecipeError(UsageError):
     """The recipe doesn't fit the base, the machine or the engine."""
 
 
+class RecipeFileError(UsageError):
+    """The recipe file doesn't say what it must."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problems))
+
+
 class CalibrationError(UsageError):
     """The calibration text can't be used."""
 
@@ -35,8 +46,18 @@ class CalibrationError(UsageError):
         super().__init__("; ".join(problems))
 
 
+class MachineError(UsageError):
+    """The machine has too little memory for the work."""
+
+
 class TargetError(UsageError):
     """The output directory can't take the variant."""
+
+
+class BusyError(QuantizeError):
+    """Another process makes the same variant."""
+
+    exit_code = 4
 
 
 class WorkerError(QuantizeError):

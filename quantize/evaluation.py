@@ -1,111 +1,151 @@
-"""How far a variant is from its parent: both read the same held-out text, teacher-forced, side by side.
+"""How far a variant is from its parent: both read the same held-out text, and write on from the same prompts.
 
 Runs as a child process with transformers alone, so that the figures owe nothing to the program that quantized.
+First the parent runs, if the cache doesn't know what it says, then the variant; never are both in memory.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import VariantError
-from quantize.weights import read_dense, read_packing
+from quantize.dense_models import load_variant
+from quantize.divergence import percentile, restricted
+from quantize.errors import CalibrationError, VariantError
+from quantize.evidence import divergences_told, pairs_told, ratio_told, worst_told
+from quantize.material import Material, as_generated, prepare, text_of
+from quantize.pairing import Pairs, increase_errors, length_ratio, rates
+from quantize.parent_side import Archive, read_parent
+from quantize.reading import Reading, Readouts, read_samples
+from quantize.readout import find_readout
+from quantize.sampling import Reply, write_texts
+from quantize.spans import flags
+from quantize.tasks import dataset_digest, is_right, question_from, tally, tally_errors
+from quantize.tokenizing import load_tokenizer
 from quantize.worker import Report, run_child
 
-# Positions per forward pass (with a cache behind it) and per softmax: logits of a whole sample never exist at once.
-_FORWARD_TOKENS = 512
-_SOFTMAX_TOKENS = 64
-_INT8_MAX = 127
+# Figures by the names of `config.manifest.Quality`, how sure they are (95 % half widths), and what lies behind them.
+_PARTS = ("figures", "errors", "evidence")
 
 
-def fake_quantize_tokens(activations: Any) -> Any:
-    """[..., K] -> the same, rounded to symmetric int8 with one scale a token, as w8a8 kernels do."""
-    scale = (activations.abs().amax(dim=-1, keepdim=True) / _INT8_MAX).clamp(min=1e-10)
-    return (activations / scale).round().clamp(-_INT8_MAX - 1, _INT8_MAX) * scale
+@dataclass(slots=True)
+class Meter:
+    """Counts tokens and tells them on."""
+
+    report: Report
+    total: int
+    done: int = 0
+
+    def announce(self, more: int) -> "Meter":
+        """Add work that was not known of."""
+        self.total += more
+        return self
+
+    def __call__(self, tokens: int) -> None:
+        """Count tokens that are done."""
+        self.done += tokens
+        self.report.progress(self.done, self.total)
 
 
 def measure(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Child's work: `{base, variant, samples: [[token id]]}` -> Quality's figures."""
+    """Child's work: a job of `quantize.measurement` -> `{figures, errors, evidence}`."""
+    tokenizer = load_tokenizer(Path(job["base"]), chats=bool(job["questions"]))
+    material = prepare(job, tokenizer)
+    if not material.tokens:
+        raise CalibrationError(["no held-out sample has two tokens or more; pass more text with --data"])
+    told = list(_measured(job, material, tokenizer, report))
+    return {part: {key: value for one in told for key, value in one[part].items()} for part in _PARTS}
+
+
+def _measured(
+    job: dict[str, Any], material: Material, tokenizer: Any, report: Report
+) -> Iterator[dict[str, dict[str, Any]]]:
     import torch  # noqa: PLC0415
 
-    torch.manual_seed(0)
-    parent, child = load_pair(Path(job["base"]), Path(job["variant"]))
-    total = sum(max(len(ids) - 1, 0) for ids in job["samples"])
-    divergences, nll_parent, nll_child, agreed, done = [], 0.0, 0.0, 0, 0
+    base, prompts, questions = Path(job["base"]), material.prompts, material.questions
+    meter = Meter(report, material.tokens + prompts.most_tokens + questions.most_tokens)
+    archive = Archive(Path(job["cache"]), Path(job["scratch"]), base, job["base_digest"])
+    parent = read_parent(material, archive, meter.announce)
+    model = load_variant(Path(job["variant"]), base)
     with torch.inference_mode():
-        for ids in job["samples"]:
-            for tokens, ours, theirs in _aligned_logits(parent, child, ids):
-                divergence, of_parent, of_child, same = compare(ours, theirs, tokens)
-                divergences.append(divergence)
-                nll_parent, nll_child, agreed = nll_parent + of_parent, nll_child + of_child, agreed + same
-                done += len(tokens)
-                report.progress(done, total)
-    every = torch.cat(divergences).double()
-    if not bool(torch.isfinite(every).all()):
-        raise VariantError(f"{job['variant']}: gives logits that are no numbers; quantize it anew")
+        readouts = Readouts(parent.readout(model, base), find_readout(model, material.samples[0]))
+        reading = read_samples(model, readouts, parent.tensor(), material.samples, meter)
+        require_numbers(reading, job)
+        yield distances_told(reading, material, tokenizer)
+        if prompts.requests:
+            texts = write_texts(model, prompts.requests, prompts.sampling, meter)
+            yield generations_told(parent.texts, texts, material, tokenizer)
+        if questions.requests:
+            answers = write_texts(model, questions.requests, questions.sampling, meter)
+            yield answers_told(parent.answers, answers, job["questions"], tokenizer)
+
+
+def require_numbers(reading: Reading, job: dict[str, Any]) -> None:
+    """Refuse logits that are no numbers, and say whose they are."""
+    import torch  # noqa: PLC0415
+
+    every = reading.every
+    for whose, values in ((job["base"], every.nll_parent), (job["variant"], every.divergence)):
+        if not bool(torch.isfinite(values).all()):
+            what = "it can't be a measure" if whose == job["base"] else "quantize it anew"
+            raise VariantError(f"{whose}: gives logits that are no numbers; {what}")
+
+
+def distances_told(reading: Reading, material: Material, tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """Tell the distance on all tokens, on those of reasoning and on those of answers."""
+    import torch  # noqa: PLC0415
+
+    every = reading.every
+    sizes = [len(ids) for ids in material.samples]
+    thinking = [flag for size, ranges in zip(sizes, material.reasoning, strict=True) for flag in flags(ranges, size)]
+    answering = [flag for size, one in zip(sizes, material.answers, strict=True) for flag in flags([one], size)]
+    figures = {
+        **(restricted(every, torch.ones(len(thinking), dtype=torch.bool)) or {}),
+        "kl_p99": percentile(every.divergence.sort().values, 0.99),
+        "reasoning": restricted(every, torch.tensor(thinking)),
+        "answer": restricted(every, torch.tensor(answering)),
+    }
+    evidence = divergences_told(reading) | {"worst": worst_told(reading, material, tokenizer)}
+    return {"figures": figures, "errors": {}, "evidence": evidence}
+
+
+def generations_told(
+    ours: Sequence[Reply], theirs: Sequence[Reply], material: Material, tokenizer: Any
+) -> dict[str, dict[str, Any]]:
+    """Tell how parent and variant wrote on from the same prompts."""
+    requests, sampling = material.prompts.requests, material.prompts.sampling
+    pairs = Pairs(
+        [as_generated(reply, request, tokenizer) for reply, request in zip(ours, requests, strict=True)],
+        [as_generated(reply, request, tokenizer) for reply, request in zip(theirs, requests, strict=True)],
+    )
+    ratio = length_ratio(pairs)
+    seeds = len({request.seed for request in requests})
+    generation = {
+        "prompts": len(requests) // seeds,
+        "seeds": seeds,
+        "new_tokens": sampling.new_tokens,
+        "length_ratio": ratio.value,
+        **rates(pairs),
+    }
     return {
-        "tokens": total,
-        "kl_mean": float(every.mean()),
-        "kl_p99": float(every.sort().values[int(0.99 * (len(every) - 1))]),
-        "top1_agreement": agreed / total,
-        "perplexity_ratio": float(torch.tensor((nll_child - nll_parent) / total).exp()),
+        "figures": {"length_ratio": ratio.value, "generation": generation},
+        "errors": {"length_ratio": (ratio.high - ratio.low) / 2, **increase_errors(pairs)},
+        "evidence": {"length_ratio": ratio_told(ratio), "generations": pairs_told(pairs, material, tokenizer)},
     }
 
 
-def compare(parent: Any, child: Any, targets: Any) -> tuple[Any, float, float, int]:
-    """Logits [T, V] of both and the next tokens [T] -> KL(parent||child) [T] in nats, both NLLs, equal argmaxes."""
-    of_parent, of_child = parent.float().log_softmax(-1), child.float().log_softmax(-1)
-    divergence = (of_parent.exp() * (of_parent - of_child)).sum(-1).clamp(min=0)
-    index = targets.unsqueeze(-1)
-    nll_parent, nll_child = -of_parent.gather(-1, index).double().sum(), -of_child.gather(-1, index).double().sum()
-    same = (of_parent.argmax(-1) == of_child.argmax(-1)).sum()
-    return divergence, float(nll_parent), float(nll_child), int(same)
-
-
-def load_pair(base: Path, variant: Path) -> tuple[Any, Any]:
-    """Load parent and child as dense transformers models: fp32 on CPU, bf16 on CUDA."""
-    import torch  # noqa: PLC0415
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
-
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    parent = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True).to(device).eval()
-    dense, layers = read_dense(variant)
-    config = AutoConfig.from_pretrained(base, local_files_only=True)
-    child = type(parent).from_pretrained(None, config=config, state_dict=dense, dtype=dtype).to(device).eval()
-    if read_packing(variant).activation_bits == 8:
-        _quantize_inputs(child, set(layers))
-    return parent, child
-
-
-def _quantize_inputs(model: Any, layers: set[str]) -> None:
-    def rounded(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (fake_quantize_tokens(inputs[0]), *inputs[1:])
-
-    for name, module in model.named_modules():
-        if name in layers:
-            module.register_forward_pre_hook(rounded)
-            layers.discard(name)
-    if layers:
-        raise VariantError(f"{min(layers)}: no such module in the base; its activations can't be rounded")
-
-
-def _aligned_logits(parent: Any, child: Any, ids: list[int]) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield (next tokens [T], parent logits [T, V], child logits [T, V]) over one sample."""
-    import torch  # noqa: PLC0415
-
-    tokens = torch.tensor(ids, device=parent.device)
-    caches: tuple[Any, Any] = (None, None)
-    for start in range(0, len(ids) - 1, _FORWARD_TOKENS):
-        stop = min(start + _FORWARD_TOKENS, len(ids) - 1)
-        outputs = [
-            model(tokens[None, start:stop], past_key_values=cache, use_cache=True)
-            for model, cache in zip((parent, child), caches, strict=True)
-        ]
-        caches = (outputs[0].past_key_values, outputs[1].past_key_values)
-        for first in range(0, stop - start, _SOFTMAX_TOKENS):
-            last = min(first + _SOFTMAX_TOKENS, stop - start)
-            ours, theirs = (output.logits[0, first:last] for output in outputs)
-            yield tokens[start + first + 1 : start + last + 1], ours, theirs
+def answers_told(
+    ours: Sequence[Reply], theirs: Sequence[Reply], questions: Sequence[dict[str, Any]], tokenizer: Any
+) -> dict[str, dict[str, Any]]:
+    """Tell how many questions parent and variant answer rightly."""
+    asked = [question_from(told) for told in questions]
+    parent, variant = (
+        [is_right(text_of(reply.ids, tokenizer), question.answer) for reply, question in zip(said, asked, strict=True)]
+        for said in (ours, theirs)
+    )
+    tasks = tally(parent, variant, dataset_digest(asked))
+    return {"figures": {"tasks": tasks.model_dump()}, "errors": tally_errors(parent, variant), "evidence": {}}
 
 
 if __name__ == "__main__":

@@ -1,22 +1,101 @@
 """Hold a variant against its base on held-out samples: run the measuring child, judge what it found."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from config.load import home_directory
 from config.manifest import Quality
 from quantize.calibration import contents_digest
-from quantize.judgement import judge
+from quantize.checkpoint import write_json
+from quantize.judgement import judge, limits_for
+from quantize.module_checks import loss_outliers, module_figures, read_modules
+from quantize.samples import within
+from quantize.tasks import read_questions
 from quantize.worker import run_worker
 from quantize.workshop import Workshop
 
-# Held-out tokens that both models read; on two CPU cores 135M parameters take about 5 s per thousand.
+EVIDENCE_FILE = "evaluation.json"
+# Held-out tokens that both models read; on two CPU cores 135M parameters take about 2 s per thousand and model.
 EVALUATION_TOKENS = 4000
 
 
-def evaluate(variant: Path, base: Path, held_out: Sequence[dict[str, Any]], bits: int, shop: Workshop) -> Quality:
-    """Measure a variant against its base on token samples and judge it by its bits."""
-    job = {"base": str(base.resolve()), "variant": str(variant.resolve()), "samples": [row["ids"] for row in held_out]}
+@dataclass(frozen=True, slots=True)
+class EvaluationPlan:
+    """How much an evaluation measures, and which limits differ from those of the variant's precision.
+
+    `tokens` held-out tokens are read; `prompts` of the held-out chats (0: none) are continued with each of `seeds`
+    seeds for at most `new_tokens`; `tasks` is a JSONL file of questions, answered in at most `task_tokens` each.
+    """
+
+    tokens: int = EVALUATION_TOKENS
+    prompts: int = 8
+    seeds: int = 3
+    new_tokens: int = 128
+    tasks: Path | None = None
+    task_tokens: int = 512
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+
+DEFAULT_PLAN = EvaluationPlan()
+
+
+def evaluate(
+    variant: Path,
+    base: Path,
+    held_out: Sequence[dict[str, Any]],
+    bits: int,
+    shop: Workshop,
+    *,
+    plan: EvaluationPlan = DEFAULT_PLAN,
+    base_digest: str = "",
+    evidence: Path | None = None,
+) -> Quality:
+    """Measure a variant against its base on token samples and judge it by its lowest bits.
+
+    What the parent says is kept under `base_digest` for its other variants; without one it is forgotten. What lies
+    behind the figures is written to the file `evidence`. RecipeError for an unknown limit, CalibrationError for
+    broken questions or no text, VariantError for a variant that can't be measured.
+    """
+    limits_for(bits, plan.limits)
+    samples = within(held_out, plan.tokens)
+    job = _job(variant, base, samples, plan, base_digest, shop)
     with shop.stages.stage("evaluate", "tokens") as advance:
         told = run_worker("quantize.evaluation", job, folder=shop.folder, environ=shop.environ, on_progress=advance)
-    return judge(told, bits, contents_digest(row["sha256"] for row in held_out))
+    modules = read_modules(variant)
+    if evidence:
+        write_json(evidence, told["evidence"] | {"loss_outliers": loss_outliers(modules)})
+    return judge(
+        told["figures"],
+        bits,
+        contents_digest(sample["sha256"] for sample in samples),
+        plan.limits,
+        errors=told["errors"],
+        modules=module_figures(modules),
+    )
+
+
+def _job(
+    variant: Path,
+    base: Path,
+    samples: Sequence[dict[str, Any]],
+    plan: EvaluationPlan,
+    base_digest: str,
+    shop: Workshop,
+) -> dict[str, Any]:
+    kept = ("ids", "sha256", "reasoning", "answer")
+    questions = read_questions(plan.tasks) if plan.tasks else ()
+    return {
+        "base": str(base.resolve()),
+        "variant": str(variant.resolve()),
+        "base_digest": base_digest,
+        "cache": str(home_directory(shop.environ) / "parents"),
+        "scratch": str(shop.folder.resolve() / "parents"),
+        "samples": [{key: sample[key] for key in kept if key in sample} for sample in samples],
+        "prompts": plan.prompts,
+        "seeds": plan.seeds,
+        "new_tokens": plan.new_tokens,
+        "questions": [asdict(question) for question in questions],
+        "task_tokens": plan.task_tokens,
+    }

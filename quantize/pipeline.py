@@ -1,42 +1,62 @@
 """Base + recipe -> calibrate -> quantize -> evaluate -> seal."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from config.manifest import Base, Calibration, Manifest, Quality, Quantizer
+from quantize import preflight
 from quantize.backends.gptqmodel import solve
-from quantize.backends.protocol import Solved, Solver
+from quantize.backends.protocol import Errand, Solved, Solver
 from quantize.base import read_base
-from quantize.calibration import Draw, contents_digest, is_held_out, read_sources
+from quantize.calibration import Draw, contents_digest, is_held_out, read_sources, shipped_files
+from quantize.checkpoint import write_json
+from quantize.conduct import Conduct
 from quantize.errors import CalibrationError
-from quantize.measurement import EVALUATION_TOKENS, evaluate
-from quantize.progress import Stages
+from quantize.lint import require_clean
+from quantize.measurement import EVIDENCE_FILE, evaluate
+from quantize.outline import lowest_bits
 from quantize.recipe import Recipe
-from quantize.samples import Samples, calibrate, within
+from quantize.replica_answers import Sampling
+from quantize.request import Request, TextFile
+from quantize.resume import solving
+from quantize.samples import Samples, calibrate
+from quantize.self_generation import self_generate
 from quantize.store import require_space, seal, staging, work_folder
 from quantize.weights import read_packing
 from quantize.workshop import Workshop
 
+MODULES_FILE = "modules.json"
 
-def build_variant(
-    recipe: Recipe,
-    drawn: Draw,
-    out: Path,
-    *,
-    environ: Mapping[str, str],
-    stages: Stages,
-    evaluation_tokens: int = EVALUATION_TOKENS,
-    solver: Solver = solve,
-) -> Manifest:
+
+def build_variant(recipe: Recipe, drawn: Draw, out: Path, conduct: Conduct, *, solver: Solver = solve) -> Manifest:
     """Turn a base into a sealed variant directory; `out` appears whole or not at all."""
     require_space(out, recipe.base.bytes)
     with staging(out) as variant:
-        shop = Workshop(work_folder(variant), environ, stages)
+        shop = Workshop(work_folder(variant), conduct.environ, conduct.stages)
         samples = calibrate(recipe.base.directory, drawn, recipe.max_tokens, shop)
-        solved = quantize(recipe, samples, solver, variant, shop)
-        held_out = within(samples.held_out, evaluation_tokens)
-        quality = evaluate(variant, recipe.base.directory, held_out, recipe.scheme.bits, shop)
+        # Evaluation looks at the held-out side itself.
+        preflight.check(recipe.base, replace(samples, held_out=[]), shop, gpu=conduct.gpu)
+        with solving(out, identity_of(recipe, samples), resume=conduct.resume) as solutions:
+            errand = Errand(variant, shop.folder, solutions, conduct.environ, conduct.allow_fallback)
+            solved = quantize(recipe, samples, solver, errand, conduct)
+        write_modules(variant, solved)
+        require_clean(variant, recipe.base, recipe.scheme)
+        quality = evaluate(
+            variant,
+            recipe.base.directory,
+            samples.held_out,
+            lowest_bits(recipe.scheme),
+            shop,
+            plan=conduct.evaluation,
+            base_digest=recipe.base.digest,
+            evidence=variant / EVIDENCE_FILE,
+        )
         return seal(variant, describe(recipe, samples, solved, quality))
 
 
@@ -44,56 +64,124 @@ def evaluate_directory(
     variant: Path,
     base: Path,
     data: Sequence[Path],
+    conduct: Conduct,
     *,
-    environ: Mapping[str, str],
-    stages: Stages,
     max_tokens: int,
-    evaluation_tokens: int = EVALUATION_TOKENS,
     every_row: bool = False,
+    evidence: Path | None = None,
 ) -> Quality:
     """Measure any readable variant against a base, on the held-out rows of `data` or on all of them."""
     bits = read_packing(variant).bits
-    read_base(base)
+    parent = read_base(base)
     _, rows = read_sources(data)
     held_out = tuple(row for row in rows if every_row or is_held_out(row))
     if not held_out:
         raise CalibrationError(["no held-out rows to evaluate on; pass more text with --data, or --every-row"])
+    with workshop(conduct) as shop:
+        samples = calibrate(base, Draw((), held_out), max_tokens, shop).held_out
+        return evaluate(
+            variant,
+            base,
+            samples,
+            bits,
+            shop,
+            plan=conduct.evaluation,
+            base_digest=parent.digest,
+            evidence=evidence,
+        )
+
+
+def with_own_answers(request: Request, conduct: Conduct) -> Request:
+    """Let the base answer prompts of the text where that was asked for; its answers join the calibration text.
+
+    Without text of the user's own the shipped prompts are answered, and the shipped answers only evaluate.
+    """
+    if request.self_generate == 0:
+        return request
+    files = request.data or tuple(TextFile(path, weight=0.0) for path in shipped_files())
+    _, rows = read_sources([file.path for file in files])
+    with workshop(conduct) as shop:
+        file = self_generate(
+            read_base(request.base),
+            rows,
+            request.self_generate,
+            sampling=Sampling(request.max_tokens),
+            seed=request.seed,
+            url=request.replica,
+            shop=shop,
+        )
+    return replace(request, data=(*files, TextFile(file)))
+
+
+@contextmanager
+def workshop(conduct: Conduct) -> Iterator[Workshop]:
+    """Lend a scratch folder that is gone afterwards."""
     with TemporaryDirectory(prefix="quantgate-") as folder:
-        shop = Workshop(Path(folder), environ, stages)
-        samples = calibrate(base, Draw((), held_out), max_tokens, shop)
-        return evaluate(variant, base, within(samples.held_out, evaluation_tokens), bits, shop)
+        yield Workshop(Path(folder), conduct.environ, conduct.stages)
 
 
-def quantize(recipe: Recipe, samples: Samples, solver: Solver, into: Path, shop: Workshop) -> Solved:
+def quantize(recipe: Recipe, samples: Samples, solver: Solver, errand: Errand, conduct: Conduct) -> Solved:
     """Solve for the integers and write the variant's files."""
-    with shop.stages.stage("quantize", "layers") as advance:
+    with conduct.stages.stage("quantize", "layers") as advance:
         return solver(
             recipe,
             samples.calibration,
-            into=into,
-            work=shop.folder,
-            environ=shop.environ,
+            errand,
             on_progress=advance,
+            on_event=lambda event: conduct.stages.note(module_line(event)),
         )
+
+
+def identity_of(recipe: Recipe, samples: Samples) -> str:
+    """Digest what decides a run's solved layers: the recipe and the very tokens."""
+    told = json.dumps([recipe.digest(), [sample["ids"] for sample in samples.calibration]])
+    return hashlib.sha256(told.encode()).hexdigest()
+
+
+def module_line(event: Mapping[str, Any]) -> str:
+    """Tell a solved module in one line."""
+    if event["loss"] is None:
+        return f"{event['module']}: rounded to nearest, not solved"
+    beside = f", {event['beside_its_kind']:.1f} times its kind's median" if event["beside_its_kind"] else ""
+    return f"{event['module']}: loss {event['loss']:.4g}{beside}, damping {event['damp']:g}"
+
+
+def write_modules(variant: Path, solved: Solved) -> None:
+    """Write `modules.json`: every quantized module with its numbers, loss and damping."""
+    rows = [
+        {
+            "module": module.module,
+            "bits": module.bits,
+            "group_size": module.group_size,
+            "loss": module.loss,
+            "damp": module.damp,
+            "fallback": module.loss is None,
+        }
+        for module in sorted(solved.modules, key=lambda module: (module.layer, module.module))
+    ]
+    write_json(variant / MODULES_FILE, {"modules": rows})
 
 
 def describe(recipe: Recipe, samples: Samples, solved: Solved, quality: Quality) -> dict[str, object]:
     """Write down where a variant comes from, how it was made and how good it is: a manifest without its seal."""
+    taken = samples.calibration
     calibration = Calibration(
-        sha256=contents_digest(sample["sha256"] for sample in samples.calibration),
-        samples=len(samples.calibration),
-        tokens=sum(len(sample["ids"]) for sample in samples.calibration),
-        reasoning_tokens=sum(sample["reasoning_tokens"] for sample in samples.calibration),
+        sha256=contents_digest(sample["sha256"] for sample in taken),
+        samples=len(taken),
+        tokens=sum(len(sample["ids"]) for sample in taken),
+        reasoning_tokens=sum(sample["reasoning_tokens"] for sample in taken),
         max_tokens=recipe.max_tokens,
         seed=recipe.seed,
+        generated=sum(bool(sample["generated"]) for sample in taken),
     )
     quantizer = Quantizer(
         backend=recipe.backend.name,
         version=recipe.backend.version,
         seconds=solved.seconds,
+        settings=told_settings(recipe),
         damp=dict(solved.damp),
-        modules=solved.modules,
-        fallback_modules=(),
+        modules=len(solved.modules),
+        fallback_modules=solved.fallback_modules,
     )
     return {
         "id": recipe.variant_id,
@@ -103,3 +191,8 @@ def describe(recipe: Recipe, samples: Samples, solved: Solved, quality: Quality)
         "quantizer": quantizer,
         "quality": quality,
     }
+
+
+def told_settings(recipe: Recipe) -> dict[str, str | float | bool]:
+    """Tell the solver's settings as a manifest does: numbers, words and booleans only."""
+    return {**asdict(recipe.settings), "damp": " ".join(f"{step:g}" for step in recipe.settings.damp)}

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TextIO
 
 from rich.console import Console
@@ -17,11 +18,12 @@ _LINE_SECONDS = 10.0
 
 @dataclass(slots=True)
 class Stages:
-    """Tells one reader how a run goes; `seconds` keeps what each finished stage took."""
+    """Tells one reader how a run goes; `journal` gets every line, `seconds` keeps what each finished stage took."""
 
     stream: TextIO
     label: str = ""
     clock: Clock = time.monotonic
+    journal: TextIO | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -38,6 +40,12 @@ class Stages:
     def say(self, text: str) -> None:
         """Print one line."""
         print(text, file=self.stream, flush=True)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """Write one line into the journal only, with the time."""
+        if self.journal is not None:
+            print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}", file=self.journal, flush=True)
 
     @contextmanager
     def _lines(self, title: str, unit: str) -> Iterator[Advance]:

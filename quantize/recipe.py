@@ -6,14 +6,16 @@ import re
 from dataclasses import asdict, dataclass
 from importlib import metadata
 
-from config.manifest import Scheme
+from config.manifest import Override, Scheme
 from quantize.base import BaseModel
 from quantize.calibration import Source
 from quantize.errors import RecipeError
 from quantize.settings import SolverSettings
 
 # Raise this when the same recipe would give other bytes because this package has changed.
-_REVISION = 2
+_REVISION = 3
+# The last release before the project was archived.
+_AUTO_GPTQ_VERSION = "0.7.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +35,25 @@ class Devices:
 
 
 @dataclass(frozen=True, slots=True)
+class Budget:
+    """`scheme: auto`: choose bits and group size per module, within one limit of the two.
+
+    `max_bytes` limits the variant's tensors, `max_kl` its mean divergence; the other one is made as good as it
+    gets. `overrides` are modules whose numbers are not the search's to choose.
+    """
+
+    max_bytes: int | None = None
+    max_kl: float | None = None
+    overrides: tuple[Override, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
-    """Base, scheme, calibration text and settings; equal digests mean equal variants."""
+    """Base, scheme, calibration text and settings; equal digests mean equal variants.
+
+    With a `budget` the scheme is the smallest one that fits, where the search for a better one starts: whoever
+    replaces it by what the search found keeps the recipe's digest, and so the variant's name.
+    """
 
     base: BaseModel
     scheme: Scheme
@@ -45,14 +64,15 @@ class Recipe:
     settings: SolverSettings
     backend: Backend
     devices: Devices = Devices()
+    budget: Budget | None = None
 
     def digest(self) -> str:
         """Digest contents, never paths, so that every machine gives a recipe the same name."""
         told = {
             "revision": _REVISION,
             "base": self.base.digest,
-            "scheme": self.scheme.model_dump(mode="json"),
-            "calibration": sorted(source.sha256 for source in self.sources),
+            "scheme": self.scheme.model_dump(mode="json") if self.budget is None else _told(self.budget),
+            "calibration": sorted((source.sha256, source.weight) for source in self.sources),
             "samples": self.samples,
             "max_tokens": self.max_tokens,
             "seed": self.seed,
@@ -70,6 +90,16 @@ class Recipe:
 def slug(name: str) -> str:
     """Reduce a name to lower-case letters, digits, dots and single hyphens."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "model"
+
+
+def _told(budget: Budget) -> dict[str, object]:
+    kept = [override.model_dump(mode="json") for override in budget.overrides]
+    return {"max_bytes": budget.max_bytes, "max_kl": budget.max_kl, "overrides": kept}
+
+
+def chosen_backend(name: str) -> Backend:
+    """Give the backend of a name its version: AutoGPTQ's last one, which has an environment of its own, or ours."""
+    return Backend(name, _AUTO_GPTQ_VERSION) if name == "auto-gptq" else installed_backend(name)
 
 
 def installed_backend(distribution: str = "gptqmodel") -> Backend:

@@ -1,19 +1,19 @@
-"""Chats -> token ids, once and by us: no double BOS, real truncation, reasoning kept. Runs as a child process."""
+"""Rows -> text by a base's own chat template, with the reasoning that many templates delete."""
 
-import json
 import re
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from quantize.errors import CalibrationError, RecipeError
-from quantize.worker import Report, run_child
+from quantize.rows import Message, Row
 
-_SPAN = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
-_PLAIN_CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
-_HEADLESS = re.compile(r"\A(?:(?!<think>).)*?</think>", re.DOTALL)
+_TAG = re.compile(r"</?think>")
+_OPEN_BEFORE = re.compile(r"<think>\s*\Z")
+_CLOSED_AFTER = re.compile(r"\s*</think>")
+# Stands for an answer where only what a template writes after it matters.
+_MARK = "quantgate-answer"
+
+Span = tuple[int, int]
 
 
 class Tokenizer(Protocol):
@@ -24,6 +24,7 @@ class Tokenizer(Protocol):
     """
 
     eos_token: str | None
+    bos_token_id: int | None
 
     def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> str: ...
 
@@ -31,25 +32,26 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One chat as token ids; `reasoning_tokens` of them lie in think spans."""
+class Rendered:
+    """A row as text; the character ranges of its reasoning, and of its last answer without that."""
 
-    ids: tuple[int, ...]
-    reasoning_tokens: int
-    where: str
-    sha256: str
+    text: str
+    reasoning: tuple[Span, ...]
+    answer: Span
 
 
-def render(messages: Sequence[dict[str, str]], tokenizer: Tokenizer) -> str:
-    """Render a chat as text, putting the last answer's reasoning back where the template deletes it."""
-    chat = list(messages)
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    told = sum(message["content"].count("</think>") for message in chat)
-    last = chat[-1]
-    if text.count("</think>") >= told or last["role"] != "assistant" or "</think>" not in last["content"]:
-        return text
-    prompt = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True)
-    return join_completion(prompt, last["content"]) + (tokenizer.eos_token or "")
+def render(row: Row, tokenizer: Tokenizer) -> Rendered:
+    """Render a row: bare text as it is, a completion after its prompt, a chat with its last reasoning restored."""
+    if row.text:
+        spans = reasoning_spans(row.text)
+        return Rendered(row.text, tuple(spans), (spans[-1][1] if spans else 0, len(row.text)))
+    if row.completion:
+        return _completed(row.messages, row.completion, tokenizer, finished=row.finished)
+    last = row.messages[-1]
+    text = _templated(row.messages, tokenizer)
+    if last.role == "assistant" and any(thought not in text for thought in thoughts(last.content)):
+        return _completed(row.messages[:-1], last.content, tokenizer, finished=True)
+    return _located(text, row.messages)
 
 
 def join_completion(prompt: str, completion: str) -> str:
@@ -59,72 +61,78 @@ def join_completion(prompt: str, completion: str) -> str:
     return prompt + completion
 
 
-def reasoning_spans(text: str) -> list[tuple[int, int]]:
-    """Find the character ranges of reasoning; a prompt may have opened the first one, the last may be cut."""
-    headless = _HEADLESS.match(text)
-    start = headless.end() if headless else 0
-    spans = [(0, start)] if headless else []
-    return spans + [match.span() for match in _SPAN.finditer(text, start)]
+def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> str:
+    """Render what a server would put before the answer."""
+    return _templated(messages, tokenizer, add_generation_prompt=True)
 
 
-def encode(row: dict[str, Any], tokenizer: Tokenizer, max_tokens: int) -> Sample:
-    """Tokenize a chat, cut to `max_tokens` ids; special tokens come from the template alone."""
-    text = render(row["messages"], tokenizer)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"][:max_tokens], encoded["offset_mapping"][:max_tokens]
-    spans = reasoning_spans(text)
-    inside = sum(any(start <= first < end for start, end in spans) for first, _ in offsets)
-    return Sample(tuple(ids), inside, row["where"], row["sha256"])
+def closing(tokenizer: Tokenizer) -> str:
+    """Find what ends an answer, by the template's own word; where it writes nothing, the end-of-text token."""
+    text = _templated([Message("user", "?"), Message("assistant", _MARK)], tokenizer)
+    _, answered, after = text.rpartition(_MARK)
+    return (after.strip() if answered else "") or tokenizer.eos_token or ""
 
 
-def require_reasoning(rows: Sequence[dict[str, Any]], samples: Sequence[Sample]) -> None:
-    """Refuse samples that lost all of their source's reasoning: the Hessian would never see it."""
-    told = [row for row in rows if any("</think>" in message["content"] for message in row["messages"])]
-    if told and not any(sample.reasoning_tokens for sample in samples):
-        raise CalibrationError(
-            [
-                f"{told[0]['where']}: the chat template deletes all <think> reasoning; "
-                "put it in the last assistant turn, or calibrate on text without reasoning",
-            ],
-        )
+def thoughts(content: str) -> list[str]:
+    """Take the pieces of reasoning out of an answer, without their tags."""
+    return [_TAG.sub("", content[start:end]).strip() for start, end in reasoning_spans(content)]
 
 
-def load_tokenizer(base: Path) -> Any:
-    """Load a base's own tokenizer; RecipeError where it can't render a chat."""
-    import transformers  # noqa: PLC0415
+def reasoning_spans(answer: str) -> list[Span]:
+    """Find the character ranges of reasoning in an answer, tags included, but not those of empty thoughts.
 
-    # For a plain tokenizer.json AutoTokenizer gives the same object, but imports torch on its way (10 s).
-    plain = (base / "tokenizer.json").is_file() and _tokenizer_class(base) in _PLAIN_CLASSES
-    loader = transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
-    try:
-        tokenizer = loader.from_pretrained(base, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{base}: its tokenizer can't be loaded: {str(error).splitlines()[0]}") from error
-    if not tokenizer.chat_template:
-        raise RecipeError(f"{base}: has no chat template; put its chat_template.jinja there")
-    return tokenizer
-
-
-def _tokenizer_class(base: Path) -> str:
-    path = base / "tokenizer_config.json"
-    return str(json.loads(path.read_bytes()).get("tokenizer_class", "")) if path.is_file() else ""
+    A first span that only closes began with the answer (the prompt had opened it); one that only opens was cut.
+    """
+    spans: list[Span] = []
+    opened: int | None = None
+    for tag in _TAG.finditer(answer):
+        if tag[0] == "<think>":
+            opened = tag.start() if opened is None else opened
+        elif opened is not None or not spans:
+            spans.append((opened or 0, tag.end()))
+            opened = None
+    if opened is not None:
+        spans.append((opened, len(answer)))
+    return [(start, end) for start, end in spans if _TAG.sub("", answer[start:end]).strip()]
 
 
-def tokenize_draw(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Child's work: `{base, max_tokens, rows: {side: [row]}}` -> `{side: [sample]}`."""
-    tokenizer = load_tokenizer(Path(job["base"]))
-    done, sides = 0, {}
-    total = sum(map(len, job["rows"].values()))
-    for side, rows in job["rows"].items():
-        samples = []
-        for row in rows:
-            samples.append(encode(row, tokenizer, job["max_tokens"]))
-            done += 1
-            report.progress(done, total)
-        require_reasoning(rows, samples)
-        sides[side] = [asdict(sample) for sample in samples]
-    return sides
+def _completed(messages: Sequence[Message], completion: str, tokenizer: Tokenizer, *, finished: bool) -> Rendered:
+    """Render the prompt, append the answer raw; reasoning of earlier turns is what the template makes of it."""
+    prompt = render_prompt(messages, tokenizer)
+    text = join_completion(prompt, completion)
+    before = _located(prompt, messages)
+    # The tag that opens the reasoning may be the prompt's last word.
+    start = opened.start() if (opened := _OPEN_BEFORE.search(prompt)) else len(prompt)
+    spans = [(start + first, start + last) for first, last in reasoning_spans(text[start:])]
+    if finished:
+        text += closing(tokenizer)
+    return Rendered(text, (*before.reasoning, *spans), (spans[-1][1] if spans else len(prompt), len(text)))
 
 
-if __name__ == "__main__":
-    sys.exit(run_child(tokenize_draw))
+def _located(text: str, messages: Sequence[Message]) -> Rendered:
+    """Find the turns of a chat in its rendered text, in order; tags that a user or a system prompt names are none."""
+    spans: list[Span] = []
+    place, answer = 0, (len(text), len(text))
+    for turn in messages:
+        pieces = thoughts(turn.content) if turn.role == "assistant" else []
+        for piece in pieces:
+            at = text.find(piece, place)
+            if at >= 0:
+                spans.append(_with_tags(text, at, at + len(piece)))
+                place = spans[-1][1]
+        said = turn.content[reasoning_spans(turn.content)[-1][1] :].strip() if pieces else turn.content.strip()
+        at = text.find(said, place)
+        if turn is messages[-1] and turn.role == "assistant":
+            answer = (place if pieces else max(at, place), len(text))
+        place = at + len(said) if at >= 0 else place
+    return Rendered(text, tuple(spans), answer)
+
+
+def _with_tags(text: str, start: int, end: int) -> Span:
+    opened, closed = _OPEN_BEFORE.search(text[:start]), _CLOSED_AFTER.match(text, end)
+    return opened.start() if opened else start, closed.end() if closed else end
+
+
+def _templated(messages: Sequence[Message], tokenizer: Tokenizer, **options: Any) -> str:
+    chat = [{"role": turn.role, "content": turn.content} for turn in messages]
+    return tokenizer.apply_chat_template(chat, tokenize=False, **options)

@@ -1,9 +1,10 @@
 """Manifests as text for people: one line, a table, a page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from config.manifest import Calibration, Manifest, Quality
+from quantize.pruning import Disposable
 
 _HEADINGS = ("variant", "scheme", "size", "KL mean", "top-1", "perplexity", "verdict", "directory")
 
@@ -34,29 +35,62 @@ def listing(variants: Sequence[tuple[Path, Manifest]]) -> str:
 
 def page(manifest: Manifest, directory: Path) -> str:
     """Tell everything about a variant, a fact a line."""
-    quality, made, text = manifest.quality, manifest.quantizer, manifest.calibration
-    damp = ", ".join(f"{count} modules at {value}" for value, count in made.damp.items())
-    lines = [
-        f"variant      {manifest.id}",
-        f"directory    {directory}",
-        f"base         {manifest.base.name} ({manifest.base.dtype}, {manifest.base.digest[:12]})",
-        f"scheme       {manifest.scheme.name} ({manifest.scheme.format})",
-        f"size         {_megabytes(manifest.bytes)} in {len(manifest.files)} files",
-        f"made         {manifest.created:%Y-%m-%d %H:%M} UTC by {made.backend} {made.version} in {made.seconds:.0f} s",
-        f"damping      {damp}",
-        f"calibration  {_calibration(text)}",
-        f"evaluation   {quality.tokens} held-out tokens",
-        f"kl_p99       {quality.kl_p99:.4f}",
-        *(_check_line(check.name, check.value, check.limit, check.passed) for check in quality.checks),
-        f"verdict      {quality.verdict}",
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        f"{name:<12} {value}"
+        for name, value in (
+            ("variant", manifest.id),
+            ("directory", directory),
+            ("base", f"{manifest.base.name} ({manifest.base.dtype}, {manifest.base.digest[:12]})"),
+            *_making(manifest),
+            *_measuring(manifest.quality),
+        )
+    )
+
+
+def _making(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    made, scheme = manifest.quantizer, manifest.scheme
+    yield "scheme", f"{scheme.name} ({scheme.format})"
+    for one in scheme.overrides:
+        numbers = f"{one.bits} bits, group size {one.group_size or scheme.group_size}" if one.bits else "as in the base"
+        yield "exception", f"{one.modules}: {numbers}"
+    yield "size", f"{_megabytes(manifest.bytes)} in {len(manifest.files)} files"
+    took = f" in {made.seconds:.0f} s" if made.seconds else ""
+    yield "made", f"{manifest.created:%Y-%m-%d %H:%M} UTC by {made.backend} {made.version}{took}"
+    if made.settings:
+        yield "settings", ", ".join(f"{name} {value}" for name, value in made.settings.items())
+    if made.damp:
+        yield "damping", ", ".join(f"{count} modules at {value}" for value, count in made.damp.items())
+    if made.fallback_modules:
+        yield "rounded", f"to nearest, not solved: {', '.join(made.fallback_modules)}"
+    yield "calibration", _calibration(manifest.calibration)
+
+
+def _measuring(quality: Quality) -> Iterator[tuple[str, str]]:
+    yield "evaluation", f"{quality.tokens} held-out tokens"
+    yield "kl_p99", f"{quality.kl_p99:.4f}"
+    for name, part in (("reasoning", quality.reasoning), ("answer", quality.answer)):
+        if part:
+            figures = f"KL {part.kl_mean:.4f}, top-1 {part.top1_agreement:.1%}, perplexity x{part.perplexity_ratio:.4f}"
+            yield name, f"{part.tokens} tokens: {figures}"
+    for check in quality.checks:
+        verdict = "passed" if check.passed else "failed"
+        yield "check", f"{check.name} {check.value:.4f} against {check.limit:g}: {verdict}"
+    yield "verdict", quality.verdict
+
+
+def disposal_lines(found: Sequence[Disposable]) -> list[str]:
+    """Tell what can be removed, a directory a line, and what that frees."""
+    if not found:
+        return ["nothing to remove"]
+    lines = [f"{_megabytes(one.bytes):>10}  {one.path}  {one.reason}" for one in found]
+    return [*lines, f"{_megabytes(sum(one.bytes for one in found)):>10}  together"]
 
 
 def _calibration(text: Calibration | None) -> str:
     if text is None:
         return "unknown: made elsewhere, and adopted"
-    return f"{text.samples} chats, {text.tokens} tokens, {text.reasoning_tokens} of them reasoning"
+    written = f"; {text.generated} written by the base itself" if text.generated else ""
+    return f"{text.samples} chats, {text.tokens} tokens, {text.reasoning_tokens} of them reasoning{written}"
 
 
 def _row(directory: Path, manifest: Manifest) -> tuple[str, ...]:
@@ -71,10 +105,6 @@ def _row(directory: Path, manifest: Manifest) -> tuple[str, ...]:
         quality.verdict,
         str(directory),
     )
-
-
-def _check_line(name: str, value: float, limit: float, passed: bool) -> str:
-    return f"{name:<16} {value:.4f} against {limit:g}: {'passed' if passed else 'failed'}"
 
 
 def _megabytes(count_bytes: int) -> str:

@@ -1,11 +1,14 @@
 """A draw of calibration text -> token samples, by the base's own tokenizer and chat template."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.calibration import Draw, Row
+from quantize.calibration import Draw
+from quantize.language import language_of, likeness
+from quantize.rows import Row
 from quantize.worker import run_worker
 from quantize.workshop import Workshop
 
@@ -14,23 +17,41 @@ from quantize.workshop import Workshop
 class Samples:
     """Token samples as plain data: to calibrate on, and held out.
 
-    Each is `{"ids": [token id], "reasoning_tokens": int, "where": "file:line", "sha256": of its content}`.
+    Each has the fields of `quantize.tokenizing.Sample`, the `language` it is in, and `likeness`, which near
+    duplicates share. `repeated_rows` of the `read_rows` in the files were left out, for others say the same.
     """
 
     calibration: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
+    read_rows: int = 0
+    repeated_rows: int = 0
 
 
 def calibrate(base: Path, drawn: Draw, max_tokens: int, shop: Workshop) -> Samples:
-    """Tokenize both sides of a draw."""
-    rows = {
-        "calibration": [_plain(row) for row in drawn.calibration],
-        "held_out": [_plain(row) for row in drawn.held_out],
-    }
+    """Tokenize both sides of a draw; says how many samples were cut."""
+    sides = {"calibration": drawn.calibration, "held_out": drawn.held_out}
+    rows = {side: [asdict(row) for row in rows] for side, rows in sides.items()}
     job = {"base": str(base.resolve()), "max_tokens": max_tokens, "rows": rows}
     with shop.stages.stage("calibrate", "chats") as advance:
-        told = run_worker("quantize.rendering", job, folder=shop.folder, environ=shop.environ, on_progress=advance)
-    return Samples(told["calibration"], told["held_out"])
+        told = run_worker("quantize.tokenizing", job, folder=shop.folder, environ=shop.environ, on_progress=advance)
+    described = {
+        side: [_described(*both) for both in zip(told["sides"][side], rows, strict=True)]
+        for side, rows in sides.items()
+    }
+    cut = cut_line([sample for samples in described.values() for sample in samples], told["max_tokens"])
+    if cut:
+        shop.stages.say(cut)
+    return Samples(described["calibration"], described["held_out"], drawn.read_rows, drawn.repeated_rows)
+
+
+def cut_line(samples: Sequence[dict[str, Any]], max_tokens: int) -> str:
+    """Say how many samples the limit cut, or nothing."""
+    cut = [sample for sample in samples if sample["cut_tokens"]]
+    if not cut:
+        return ""
+    longest = max(cut, key=lambda sample: int(sample["cut_tokens"]))
+    tokens = len(longest["ids"]) + longest["cut_tokens"]
+    return f"{len(cut)} of {len(samples)} samples were cut to {max_tokens} tokens; {longest['where']} has {tokens}"
 
 
 def within(samples: Sequence[dict[str, Any]], most_tokens: int) -> list[dict[str, Any]]:
@@ -45,5 +66,6 @@ def within(samples: Sequence[dict[str, Any]], most_tokens: int) -> list[dict[str
     return taken
 
 
-def _plain(row: Row) -> dict[str, Any]:
-    return {"messages": [asdict(message) for message in row.messages], "where": row.where, "sha256": row.sha256}
+def _described(sample: dict[str, Any], row: Row) -> dict[str, Any]:
+    alike = hashlib.sha256(likeness(row.words).encode()).hexdigest()
+    return {**sample, "language": language_of(row.words), "likeness": alike}

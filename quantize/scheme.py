@@ -1,10 +1,10 @@
-"""Schemes are data: named presets, which engines load them, and which models they fit."""
+"""Schemes are data: named presets, exceptions by module, and what vLLM loads of them."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
 from types import MappingProxyType
 
-from config.manifest import Engine, Scheme
+from config.manifest import Override, Scheme
 from quantize.errors import RecipeError
 
 
@@ -44,8 +44,9 @@ PRESETS: Mapping[str, Scheme] = MappingProxyType(
     },
 )
 
-# The kernels that vLLM 0.32 has for these formats want both sides of a matrix in multiples of this.
-KERNEL_TILE = 32
+# What vLLM 0.32's GPTQ loader takes; everything else is a ValueError when the server starts.
+GPTQ_BITS = (4, 8)
+GPTQ_GROUPS = (-1, 32, 64, 128)
 
 
 def preset(name: str) -> Scheme:
@@ -54,45 +55,97 @@ def preset(name: str) -> Scheme:
         return PRESETS[name]
     near = get_close_matches(name, PRESETS, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise RecipeError(f"unknown scheme {name!r}; {hint}(one of: {', '.join(PRESETS)})")
+    raise RecipeError(f"unknown scheme {name!r}; {hint}(one of: {', '.join(PRESETS)}, auto)")
 
 
-def refusals(scheme: Scheme) -> dict[Engine, str]:
-    """Tell which engines can't load a scheme, and why; an engine that is not named loads it."""
-    if scheme.format == "gptq" and scheme.bits == 8:
-        return {"cpu": "vLLM has no CPU kernel for 8-bit GPTQ; use w8a8, or --engine cuda for another machine"}
-    return {}
+def named(scheme: Scheme) -> Scheme:
+    """Give a scheme the name of the preset with the same numbers, or a name made of its numbers."""
+    for known in PRESETS.values():
+        if scheme.model_copy(update={"name": known.name, "overrides": ()}) == known:
+            return scheme.model_copy(update={"name": _suffixed(known.name, scheme)})
+    grouping = "channel" if scheme.group_size == -1 else f"g{scheme.group_size}"
+    return scheme.model_copy(
+        update={"name": _suffixed(f"w{scheme.bits}a{scheme.activation_bits}-{grouping}", scheme)},
+    )
 
 
-def require_engine(scheme: Scheme, engine: Engine) -> None:
-    """Raise RecipeError where `engine` can't load `scheme`."""
-    reason = refusals(scheme).get(engine)
-    if reason:
-        raise RecipeError(f"scheme {scheme.name} doesn't load on engine {engine}: {reason}")
+def _suffixed(name: str, scheme: Scheme) -> str:
+    return f"{name}-mixed" if scheme.overrides else name
 
 
-def misfit(scheme: Scheme, shapes: Mapping[str, tuple[int, int]], sizes: Mapping[str, int]) -> str | None:
-    """Say why a model's linear layers don't fit a scheme, or None.
-
-    `shapes` maps a linear layer's name to (out_features, in_features); `sizes` names well-known dimensions
-    (`hidden size` -> 576) so that the message can use the reader's word for a number.
-    """
-    words = {size: word for word, size in sizes.items()}
-    step = scheme.group_size if scheme.group_size > 0 else KERNEL_TILE
-    for name, (rows, columns) in shapes.items():
-        if columns % step:
-            subject = words.get(columns, f"the input of {name},")
-            return f"{subject} {columns} is not divisible by {step}; {_advice(scheme, shapes)}"
-        if rows % KERNEL_TILE:
-            return f"the output of {name}, {rows}, is not divisible by {KERNEL_TILE}; vLLM has no kernel for it"
-    return None
-
-
-def _advice(scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> str:
-    fitting = [other.name for other in PRESETS.values() if other.bits == scheme.bits and _fits(other, shapes)]
-    return f"use {fitting[0]}" if fitting else "no preset of these bits fits this model"
+def faults(scheme: Scheme) -> list[str]:
+    """Say what no vLLM from 0.32 on loads of a scheme, on any engine."""
+    if scheme.format == "compressed-tensors":
+        return _w8a8_faults(scheme)
+    told = []
+    if scheme.bits not in GPTQ_BITS:
+        told.append(f"vLLM loads GPTQ of 4 or 8 bits, not of {scheme.bits}")
+    if scheme.group_size not in GPTQ_GROUPS:
+        told.append(f"vLLM loads groups of 32, 64, 128 or -1 (all inputs), not of {scheme.group_size}")
+    if not scheme.sym:
+        told.append("vLLM loads symmetric GPTQ only")
+    if scheme.desc_act and scheme.group_size != -1:
+        told.append("vLLM no longer loads GPTQ with desc_act and groups")
+    if scheme.activation_bits != 16:
+        told.append(f"GPTQ's format has 16-bit activations, not {scheme.activation_bits}-bit ones")
+    return told + [fault for one in scheme.overrides if (fault := _override_fault(one))]
 
 
-def _fits(scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> bool:
-    step = scheme.group_size if scheme.group_size > 0 else KERNEL_TILE
-    return all(columns % step == 0 for _, columns in shapes.values())
+def _w8a8_faults(scheme: Scheme) -> list[str]:
+    told = []
+    if scheme.model_copy(update={"name": "w8a8", "overrides": ()}) != _W8A8:
+        told.append("compressed-tensors is written as w8a8: symmetric, 8-bit weights by channel, 8-bit activations")
+    mixed = [one.modules for one in scheme.overrides if one.bits is not None]
+    if mixed:
+        told.append(f"w8a8 has no exceptions but `keep`, and {mixed[0]} asks for other numbers")
+    return told
+
+
+def _override_fault(override: Override) -> str:
+    if override.bits is None or override.group_size is None or override.group_size in GPTQ_GROUPS:
+        return ""
+    return f"vLLM loads groups of 32, 64, 128 or -1, and {override.modules} asks for {override.group_size}"
+
+
+def nearest_loadable(scheme: Scheme) -> Scheme:
+    """Change as little as makes vLLM load a scheme: enough bits, the nearest group, symmetric, no desc_act."""
+    if scheme.format == "compressed-tensors" or (scheme.activation_bits == 8 and scheme.bits > 4):
+        kept = tuple(one for one in scheme.overrides if one.bits is None)
+        return named(_W8A8.model_copy(update={"overrides": kept}))
+    group_size = _nearest_group(scheme.group_size)
+    changes = {
+        "bits": 4 if scheme.bits <= 4 else 8,
+        "group_size": group_size,
+        "sym": True,
+        "desc_act": scheme.desc_act and group_size == -1,
+        "activation_bits": 16,
+        "overrides": tuple(map(_loadable_override, scheme.overrides)),
+    }
+    return named(scheme.model_copy(update=changes))
+
+
+def _loadable_override(override: Override) -> Override:
+    if override.group_size is None:
+        return override
+    return override.model_copy(update={"group_size": _nearest_group(override.group_size)})
+
+
+def _nearest_group(group_size: int) -> int:
+    if group_size <= 0:
+        return -1
+    return min(GPTQ_GROUPS[1:], key=lambda known: (abs(known - group_size), known))
+
+
+def require_loadable(scheme: Scheme) -> None:
+    """Raise RecipeError for a scheme that no vLLM from 0.32 on loads, with the reasons and the nearest that loads."""
+    reasons = faults(scheme)
+    if reasons:
+        raise RecipeError(
+            f"scheme {scheme.name} loads nowhere: {'; '.join(reasons)}; the nearest that loads is "
+            f"{_told(nearest_loadable(scheme))}",
+        )
+
+
+def _told(scheme: Scheme) -> str:
+    numbers = f"{scheme.bits} bits, group_size {scheme.group_size}, sym {str(scheme.sym).lower()}"
+    return scheme.name if scheme.name in PRESETS else f"{scheme.name} ({numbers})"

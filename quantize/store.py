@@ -13,6 +13,7 @@ from config.manifest import FILE_NAME, Manifest, SealedFile, sha256_of
 from quantize.errors import TargetError
 
 _WORK = ".work"
+_UNSEALED = frozenset({FILE_NAME, "capacity.json"})
 _SPACE_FACTOR = 1.1
 
 
@@ -53,7 +54,7 @@ def sweep(out: Path) -> list[Path]:
     stale = [
         path
         for path in target.parent.iterdir()
-        if (match := pattern.fullmatch(path.name)) and not _is_alive(int(match[1]))
+        if (match := pattern.fullmatch(path.name)) and not is_alive(int(match[1]))
     ]
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
@@ -61,8 +62,8 @@ def sweep(out: Path) -> list[Path]:
 
 
 def sealed_files(directory: Path) -> dict[str, SealedFile]:
-    """Digest every file of a staged variant but its manifest."""
-    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != FILE_NAME)
+    """Digest every file of a variant but its manifest, and what is measured on each machine anew."""
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name not in _UNSEALED)
     return {path.name: SealedFile(sha256=sha256_of(path), bytes=path.stat().st_size) for path in files}
 
 
@@ -71,7 +72,12 @@ def seal(directory: Path, manifest: Mapping[str, object]) -> Manifest:
     sealed = Manifest.model_validate(
         {**manifest, "created": datetime.now(UTC).replace(microsecond=0), "files": sealed_files(directory)},
     )
-    (directory / FILE_NAME).write_text(sealed.to_json())
+    draft = directory / f".{FILE_NAME}.{os.getpid()}"
+    try:
+        draft.write_text(sealed.to_json())
+        draft.rename(directory / FILE_NAME)
+    finally:
+        draft.unlink(missing_ok=True)
     return sealed
 
 
@@ -136,7 +142,8 @@ def _has_size(path: Path, size_bytes: int) -> bool:
     return path.is_file() and path.stat().st_size == size_bytes
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Tell whether another process of that number runs."""
     if pid == os.getpid():  # left by a namesake: this process stages a directory once
         return False
     try:

@@ -3,11 +3,13 @@
 GPTQ format 1 (AutoGPTQ's): per linear layer with K inputs and N outputs, `qweight` int32 [K*bits/32, N] holds the
 integers of 32/bits consecutive inputs, lowest bits first; `qzeros` int32 [G, N*bits/32] holds the zero points of
 32/bits consecutive outputs, each less one; `scales` fp16 [G, N]; `g_idx` int32 [K] names each input's group.
-Compressed-tensors `int-quantized`: `weight` int8 [N, K] and `weight_scale` [N, 1].
+Compressed-tensors `int-quantized`: `weight` int8 [N, K] and `weight_scale` [N, 1]; `pack-quantized` (llm-compressor's
+W4A16 and W8A16): `weight_packed` int32 [N, K*bits/32] holds integers plus 2^(bits-1), lowest bits first, `weight_scale`
+is [N, G], `weight_shape` says N and K, and an asymmetric one has `weight_zero_point` int32 [N*bits/32, G].
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,11 @@ def unpack_columns(words: Any, bits: int) -> Any:
     return unpack_rows(words.t().contiguous(), bits).t()
 
 
+def stored_bits(layer: Mapping[str, Any]) -> int:
+    """Tell a GPTQ layer's bits from its own shapes: overrides may give each layer others."""
+    return int(layer["qweight"].shape[0]) * _WORD_BITS // int(layer["g_idx"].shape[0])
+
+
 def gptq_integers(layer: Mapping[str, Any], bits: int) -> Any:
     """One GPTQ layer -> [K, N] int32 signed integers: stored value less its group's zero point."""
     zeros = (unpack_columns(layer["qzeros"], bits) + 1) & ((1 << bits) - 1)
@@ -67,6 +74,21 @@ def int8_dense(layer: Mapping[str, Any]) -> Any:
     return layer["weight"].float() * layer["weight_scale"].float()
 
 
+def pack_quantized_dense(layer: Mapping[str, Any]) -> Any:
+    """One compressed-tensors layer of packed words -> the dense [N, K] fp32 weight it stands for."""
+    import torch  # noqa: PLC0415
+
+    words, scale = layer["weight_packed"], layer["weight_scale"].float()
+    outputs, inputs = layer["weight_shape"].tolist()
+    bits = words.shape[1] * _WORD_BITS // inputs
+    group = torch.arange(inputs) // -(-inputs // scale.shape[1])
+    zeros = torch.full(scale.shape, 1 << (bits - 1), dtype=torch.int32)
+    if "weight_zero_point" in layer:
+        zeros = unpack_rows(layer["weight_zero_point"], bits)[:outputs]
+    stored = unpack_columns(words, bits)[:, :inputs]
+    return (stored - zeros[:, group]).float() * scale[:, group]
+
+
 def read_packing(directory: Path) -> Packing:
     """Read how a directory is quantized from its config.json; VariantError for what can't be read back."""
     try:
@@ -78,7 +100,14 @@ def read_packing(directory: Path) -> Packing:
         return Packing("gptq", told["bits"], 16)
     if method == "compressed-tensors" and told.get("format") == "int-quantized":
         return Packing("compressed-tensors", 8, 8)
-    raise VariantError(f"{directory}: {method} with {told.get('bits')} bits can't be read back; GPTQ 4/8 and w8a8 can")
+    if method == "compressed-tensors" and told.get("format") == "pack-quantized":
+        every = {group["weights"]["num_bits"] for group in told["config_groups"].values()}
+        if every <= {4, 8}:
+            return Packing("pack-quantized", min(every), 16)
+    what = told.get("format") if method == "compressed-tensors" else f"{told.get('bits')} bits"
+    raise VariantError(
+        f"{directory}: {method} with {what} can't be read back; GPTQ and pack-quantized of 4 or 8 bits, and w8a8, can"
+    )
 
 
 def read_dense(directory: Path) -> tuple[Tensors, tuple[str, ...]]:
@@ -86,11 +115,11 @@ def read_dense(directory: Path) -> tuple[Tensors, tuple[str, ...]]:
     packing = read_packing(directory)
     tensors = dict(read_tensors(directory))
     marker, parts = _PARTS[packing.format]
+    dense = _DENSE[packing.format]
     layers = tuple(sorted(name.removesuffix(f".{marker}") for name in tensors if name.endswith(f".{marker}")))
     for layer in layers:
-        packed = {part: tensors.pop(f"{layer}.{part}") for part in parts}
-        dense = gptq_dense(packed, packing.bits) if packing.format == "gptq" else int8_dense(packed)
-        tensors[f"{layer}.weight"] = dense
+        packed = {part: tensors.pop(f"{layer}.{part}") for part in parts if f"{layer}.{part}" in tensors}
+        tensors[f"{layer}.weight"] = dense(packed)
     return tensors, layers
 
 
@@ -107,6 +136,12 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
 _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "gptq": ("qweight", ("qweight", "qzeros", "scales", "g_idx")),
     "compressed-tensors": ("weight_scale", ("weight", "weight_scale")),
+    "pack-quantized": ("weight_packed", ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")),
+}
+_DENSE: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
+    "gptq": lambda layer: gptq_dense(layer, stored_bits(layer)),
+    "compressed-tensors": int8_dense,
+    "pack-quantized": pack_quantized_dense,
 }
 
 

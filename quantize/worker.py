@@ -1,6 +1,7 @@
 """Heavy work in child processes: a job file goes in, JSON lines come out of a pipe, and none outlives its parent.
 
-The lines are `{"progress": [done, total]}`, then one of `{"result": {...}}` and `{"error": {"kind", "message"}}`.
+The lines are `{"progress": [done, total]}` and `{"event": {...}}`, then one of `{"result": {...}}` and
+`{"error": {"kind", "message"}}`.
 What the libraries print goes to a log file.
 """
 
@@ -40,6 +41,10 @@ class Report:
         """Say how far the work is."""
         self._send({"progress": [done, total]})
 
+    def event(self, value: dict[str, Any]) -> None:
+        """Tell something that happened on the way."""
+        self._send({"event": value})
+
     def result(self, value: dict[str, Any]) -> None:
         """Hand the result over; the last thing a child does."""
         self._send({"result": value})
@@ -76,6 +81,7 @@ def run_worker(
     folder: Path,
     environ: Mapping[str, str],
     on_progress: Callable[[int, int], None],
+    on_event: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Run `python -m module` on a job and return its result; its errors are raised here, its noise goes to a log."""
     name = module.rpartition(".")[2]
@@ -87,6 +93,8 @@ def run_worker(
             message = json.loads(line)
             if "progress" in message:
                 on_progress(*message["progress"])
+            elif "event" in message:
+                on_event(message["event"])
             else:
                 outcome = message
         code = child.wait()

@@ -1,5 +1,7 @@
-"""Refuse before launch what would fail after minutes of loading."""
+"""Refuse before launch what would fail after minutes of loading, and what is no longer what was sealed."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from config.errors import ManifestError
@@ -7,6 +9,7 @@ from config.manifest import Engine
 from config.variant import read_model_config
 from serving.errors import LaunchRefused
 from serving.replica import Launch
+from serving.seal import SealCheck, resized_files
 
 GROUP_SIZES = (-1, 32, 64, 128)
 
@@ -22,6 +25,26 @@ def refuse_hopeless(launch: Launch) -> None:
     reason = unloadable(config.get("quantization_config"), launch.engine)
     if reason:
         raise LaunchRefused(f"{launch.replica_id}: {launch.variant.path}: {reason}")
+    if launch.variant.manifest:
+        _refuse(launch, resized_files(launch.variant.path, launch.variant.manifest))
+
+
+def refuse_altered(launch: Launch, memory: Path, stopped: Callable[[], bool]) -> None:
+    """Raise LaunchRefused if a sealed file's bytes have changed; reads those that `memory` doesn't know yet.
+
+    Interrupted: `stopped` said so on the way. A variant without a manifest was never sealed.
+    """
+    variant = launch.variant
+    if variant.path and variant.manifest:
+        _refuse(launch, SealCheck(variant.path, memory, stopped).altered_files(variant.manifest))
+
+
+def _refuse(launch: Launch, altered: list[str]) -> None:
+    if altered:
+        raise LaunchRefused(
+            f"{launch.replica_id}: {launch.variant.path}: altered since it was sealed: {', '.join(altered)}; "
+            "restore the files or make the variant anew"
+        )
 
 
 def unloadable(quantization: dict[str, Any] | None, engine: Engine) -> str | None:

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -16,7 +17,7 @@ from serving.command import Machine, build_command
 from serving.errors import LaunchRefused, ProbeFailed, ServingError, StartFailed
 from serving.leftovers import Notebook
 from serving.machine import free_port, port_is_free
-from serving.preflight import refuse_hopeless
+from serving.preflight import refuse_altered, refuse_hopeless
 from serving.probe import Probe
 from serving.process import Child
 from serving.registry import Registry
@@ -125,12 +126,24 @@ class Supervisor:
         async with AsyncExitStack() as stack:
             # The turn to start ends when the replica is ready; what was entered on the stack lives on.
             async with self._starts:
+                await self._require_seal(launch)
                 await stack.enter_async_context(child)
                 stack.enter_context(self.notebook.running(launch.replica_id, child.pid))
                 child.patience_seconds = STARTING_PATIENCE_SECONDS
                 replica = await self._verified(launch, child, port)
             child.patience_seconds = READY_PATIENCE_SECONDS
             yield child, replica
+
+    async def _require_seal(self, launch: Launch) -> None:
+        """Hold the variant's files against its manifest, in a thread: the first time that is every byte of them."""
+        if launch.variant.manifest is None:
+            return
+        self.registry.put(_replica(launch, launch.port or 0), State.STARTING, "comparing its files with their seal")
+        stopped = threading.Event()
+        try:
+            await asyncio.to_thread(refuse_altered, launch, self.machine.cache_directory / "seals", stopped.is_set)
+        finally:
+            stopped.set()
 
     async def _verified(self, launch: Launch, child: Child, port: int) -> Replica:
         """Wait until the server listens, then have it prove that it is what was started."""

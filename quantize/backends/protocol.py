@@ -5,32 +5,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from quantize.losses import SolvedModule
 from quantize.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
+class Errand:
+    """Where a solver works: `into` becomes the variant, `work` is thrown away, `solutions` outlives a stopped run.
+
+    `allow_fallback` modules may be rounded to nearest where GPTQ finds nothing.
+    """
+
+    into: Path
+    work: Path
+    solutions: Path
+    environ: Mapping[str, str]
+    allow_fallback: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Solved:
-    """How solving went: seconds, quantized modules, and how many modules needed which damping."""
+    """How solving went: seconds, every module, how many needed which damping, and which were only rounded."""
 
     seconds: float
-    modules: int
+    modules: tuple[SolvedModule, ...]
     damp: Mapping[str, int]
+    fallback_modules: tuple[str, ...] = ()
 
 
 class Solver(Protocol):
     """Turns a recipe and token samples into a variant's files.
 
-    On return `into` holds everything vLLM loads. A module that was rounded to nearest instead of solved raises
-    SolveError with its name; nothing is left to the caller's guess.
+    On return `errand.into` holds everything vLLM loads. More modules than allowed that were rounded to nearest
+    instead of solved raise SolveError with their names; nothing is left to the caller's guess.
     """
 
     def __call__(
         self,
         recipe: Recipe,
         samples: list[dict[str, Any]],
+        errand: Errand,
         *,
-        into: Path,
-        work: Path,
-        environ: Mapping[str, str],
         on_progress: Callable[[int, int], None],
+        on_event: Callable[[dict[str, Any]], None],
     ) -> Solved: ...

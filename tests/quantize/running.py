@@ -6,12 +6,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-_CODE = "import sys, quantize.cli as cli; sys.exit(getattr(cli, sys.argv[1])(sys.argv[2:]))"
+_CODE = "import sys, {module} as cli; sys.exit(getattr(cli, sys.argv[1])(sys.argv[2:]))"
 
 
 def command(entry: str, *arguments: object) -> list[str]:
-    """The argv that calls `quantize.cli.<entry>`."""
-    return [sys.executable, "-c", _CODE, entry, *map(str, arguments)]
+    """The argv that calls `<entry>` of `quantize.cli` or `quantize.variants_cli`."""
+    module = "quantize.variants_cli" if entry == "variants_main" else "quantize.cli"
+    return [sys.executable, "-c", _CODE.format(module=module), entry, *map(str, arguments)]
 
 
 def run(entry: str, *arguments: object) -> subprocess.CompletedProcess[str]:

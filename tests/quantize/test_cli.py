@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from quantize.store import seal, staging
 from tests.quantize.chats import write_chats, write_lines
 from tests.quantize.models import write_hollow_model
 from tests.quantize.running import run
-from tests.quantize.test_store import UNSEALED, write_variant
+from tests.quantize.test_store import write_variant
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +21,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_chats(folder / "few.jsonl", 5)
     write_lines(folder / "broken.jsonl", ['{"messages": [{"role": "user", "content": "a"}]}', "{oops"])
     write_variant(folder / "taken")
+    (folder / "bad.yaml").write_text("sceme: w8a8\n")
+    (folder / "good.yaml").write_text("base: base\nscheme: w4a16-g64\ncalibration: {data: [good.jsonl]}\n")
     return folder
 
 
@@ -40,7 +41,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["base", "--scheme", "w8a8", "--max-tokens", "3"], "3 tokens a sample are too few"),
         (["base", "--scheme", "w8a8", "--damp", "2"], "damp 2 is out of range"),
         (["base", "--scheme", "w8a8", "--damp", "x"], "argument --damp: invalid float value: 'x'"),
-        (["base"], "the following arguments are required: --scheme"),
+        (["base"], "no scheme: pass --scheme, or write `scheme:` in the recipe"),
+        (["--scheme", "w8a8"], "no base: pass MODEL, or write `base:` in the recipe"),
+        (["base", "--scheme", "w4a16-g64", "--override", "*.down=4:32"], "'*.down' matches no module of base"),
+        (["base", "--scheme", "w4a16-g64", "--override", "*.down_proj=4:48"], "groups of 32, 64, 128 or -1, and"),
+        (["base", "--scheme", "w4a16-g64", "--tensor-parallel", "9"], "1536 inputs are 24 groups of 64, which 9 GPUs"),
+        (["base", "--max-bytes", "100KB"], "max_bytes 0.1 MB: the smallest variant that loads, w4a16-g64-mixed, has"),
+        (["base", "--recipe", "no-such"], "no-such: no such recipe file, and no shipped recipe; (shipped: "),
+        (["base", "--recipe", "bad.yaml"], "bad.yaml:1:1: sceme: unknown key; did you mean 'scheme'?"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(place: Path, arguments: list[str], problem: str) -> None:
@@ -74,36 +82,43 @@ def test_help_has_an_example() -> None:
     assert "exit codes: 0 done" in done.stdout
 
 
-def test_variants_are_listed_shown_and_verified(tmp_path: Path) -> None:
-    """The three readers agree on a sealed variant, as text and as JSON."""
-    write_variant(tmp_path / "v")
-    assert "smol-int4-01234567" in run("variants_main", "list", tmp_path / "v").stdout
-    (told,) = json.loads(run("variants_main", "list", "--json", tmp_path / "v").stdout)
-    assert told["id"] == "smol-int4-01234567"
-    assert "7 modules at 0.01" in run("variants_main", "show", tmp_path / "v").stdout
-    assert json.loads(run("variants_main", "show", "--json", tmp_path / "v").stdout)["scheme"]["bits"] == 4
-    verified = run("variants_main", "verify", tmp_path / "v")
-    assert (verified.returncode, verified.stdout) == (0, f"{tmp_path / 'v'}: as it was sealed\n")
+def test_every_problem_of_a_recipe_is_a_line(place: Path, tmp_path: Path) -> None:
+    """A file is mended in one go."""
+    (tmp_path / "r.yaml").write_text("scheme: {bits: 3, group_size: 128}\nsolver: {damp: 2}\n")
+    done = run("main", place / "base", "--recipe", tmp_path / "r.yaml", "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert [line.split(": ")[2] for line in done.stderr.splitlines()] == ["scheme", "solver.damp.0"]
 
 
-def test_a_changed_byte_is_found(tmp_path: Path) -> None:
-    """Verifying reads every byte and exits with 1 where one has changed."""
-    write_variant(tmp_path / "v")
-    (tmp_path / "v" / "model.safetensors").write_bytes(b"Weights")
-    verified = run("variants_main", "verify", tmp_path / "v")
-    assert (verified.returncode, verified.stdout) == (1, f"{tmp_path / 'v'}: altered: model.safetensors\n")
-    assert json.loads(run("variants_main", "verify", "--json", tmp_path / "v").stdout) == {
-        str(tmp_path / "v"): ["model.safetensors"]
-    }
+def test_recipes_are_listed() -> None:
+    """Names and purposes of what ships."""
+    done = run("main", "--recipes")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[0].startswith("qwq-32b-int4     QwQ-32B")
 
 
-@pytest.mark.parametrize("verb", ["list", "show", "verify"])
-def test_a_directory_without_manifest_is_told(tmp_path: Path, verb: str) -> None:
-    """Reading what was never sealed fails with one line."""
-    done = run("variants_main", verb, tmp_path)
-    assert done.returncode == 1
-    assert "manifest.json: no such file" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_a_plan_is_told_before_any_work(place: Path) -> None:
+    """Size, engines, shares and limits, from a recipe alone; nothing is written."""
+    before = sorted(place.iterdir())
+    done = run("main", "--recipe", place / "good.yaml", "--plan")
+    assert (done.returncode, done.stderr) == (0, "")
+    told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert told["scheme"] == "w4a16-g64: 4 bits, group 64, gptq"
+    assert told["size"].startswith("0.7 MB (")
+    assert told["cpu"] == "loads: CPUWNA16"
+    assert "kl_mean 0.05" in told["gates"]
+    assert sorted(place.iterdir()) == before
+
+
+def test_a_plan_for_scripts(place: Path) -> None:
+    """The same as JSON, with every tensor's size; flags count."""
+    flags = ("--scheme", "w8a16-channel", "--engine", "cuda", "--limit", "kl_mean=0.25")
+    done = run("main", "--recipe", place / "good.yaml", "--plan", "--json", *flags)
+    told = json.loads(done.stdout)
+    assert told["bytes"] == sum(told["tensor_bytes"].values())
+    assert told["engines"]["cuda"]["loads"]
+    assert not told["engines"]["cpu"]["loads"]
+    assert told["limits"]["kl_mean"] == 0.25
 
 
 def test_evaluating_what_is_no_variant_is_told(place: Path) -> None:
@@ -111,14 +126,3 @@ def test_evaluating_what_is_no_variant_is_told(place: Path) -> None:
     done = run("evaluate_main", place / "base", "--against", place / "base", "--data", place / "good.jsonl")
     assert done.returncode == 1
     assert "has no config.json with a quantization_config" in done.stderr
-
-
-def test_the_manifest_of_the_seal_is_what_is_listed(tmp_path: Path) -> None:
-    """A list tells size and verdict from the manifest alone."""
-    with staging(tmp_path / "v") as staged:
-        (staged / "model.safetensors").write_bytes(bytes(3_000_000))
-        seal(staged, UNSEALED)
-    heading, line = run("variants_main", "list", tmp_path / "v").stdout.splitlines()
-    assert heading.split()[:3] == ["variant", "scheme", "size"]
-    assert "3 MB" in line
-    assert "pass" in line

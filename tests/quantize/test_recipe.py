@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from config.manifest import Override
 from quantize.base import BaseModel
 from quantize.calibration import Source
 from quantize.errors import RecipeError
-from quantize.recipe import Backend, Recipe, installed_backend, slug
+from quantize.recipe import Backend, Budget, Recipe, chosen_backend, installed_backend, slug
 from quantize.scheme import PRESETS, preset
 from quantize.settings import SETTINGS, SolverSettings
 
@@ -58,6 +59,8 @@ def test_paths_and_the_order_of_files_are_not_part_of_it(recipe: Recipe, place: 
     [
         replace(RECIPE, base=replace(BASE, digest="e" * 64)),
         replace(RECIPE, sources=RECIPE.sources[:1]),
+        replace(RECIPE, sources=(replace(RECIPE.sources[0], weight=2.0), RECIPE.sources[1])),
+        replace(RECIPE, budget=Budget(max_bytes=1)),
         replace(RECIPE, backend=Backend("gptqmodel", "7.7.0")),
         replace(RECIPE, backend=Backend("other", "7.6.0")),
     ],
@@ -65,6 +68,15 @@ def test_paths_and_the_order_of_files_are_not_part_of_it(recipe: Recipe, place: 
 def test_everything_that_decides_the_bytes_is_part_of_it(changed: Recipe) -> None:
     """Another base, text or backend version is another variant."""
     assert changed.digest() != RECIPE.digest()
+
+
+@pytest.mark.parametrize("other", [Budget(max_bytes=2), Budget(max_kl=1.0), Budget(1, None, (Override(modules="a"),))])
+def test_a_budget_names_the_variant_whatever_its_search_finds(other: Budget) -> None:
+    """The id is known before the search, so that a finished variant is found again; another budget is another one."""
+    recipe = replace(RECIPE, budget=Budget(max_bytes=1))
+    found = recipe.scheme.model_copy(update={"overrides": (Override(modules="*.down_proj", bits=8),)})
+    assert replace(recipe, scheme=found).variant_id == recipe.variant_id
+    assert replace(recipe, budget=other).digest() != recipe.digest()
 
 
 def test_a_variant_is_named_after_base_precision_and_recipe() -> None:
@@ -84,6 +96,11 @@ def test_a_variant_is_named_after_base_precision_and_recipe() -> None:
 def test_slug(name: str, expected: str) -> None:
     """Names become lower-case words with single hyphens."""
     assert slug(name) == expected
+
+
+def test_auto_gptq_has_a_version_of_its_own() -> None:
+    """It is never installed beside the rest, so its version is the archived one."""
+    assert chosen_backend("auto-gptq") == Backend("auto-gptq", "0.7.1")
 
 
 def test_a_missing_backend_is_told_with_the_command_that_installs_it() -> None:

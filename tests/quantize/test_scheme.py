@@ -1,14 +1,32 @@
-"""Schemes: names, engines, and which models they fit."""
+"""Schemes: names, what vLLM loads of them, and the nearest that it loads."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from config.manifest import Override, Scheme
 from quantize.errors import RecipeError
-from quantize.scheme import PRESETS, misfit, preset, refusals, require_engine
+from quantize.scheme import PRESETS, faults, named, nearest_loadable, preset, require_loadable
 
-SMOL = {
-    "model.layers.0.self_attn.q_proj": (576, 576),
-    "model.layers.0.mlp.down_proj": (576, 1536),
-}
+FREE = st.builds(
+    Scheme,
+    name=st.just("free"),
+    bits=st.integers(1, 16),
+    group_size=st.integers(-1, 1024),
+    sym=st.booleans(),
+    desc_act=st.booleans(),
+    activation_bits=st.sampled_from([8, 16]),
+    format=st.sampled_from(["gptq", "compressed-tensors"]),
+    overrides=st.lists(
+        st.builds(
+            Override,
+            modules=st.sampled_from(["*.q_proj", "*"]),
+            bits=st.sampled_from([None, 4, 8]),
+            group_size=st.none() | st.integers(-1, 512),
+        ),
+        max_size=2,
+    ).map(tuple),
+)
 
 
 @pytest.mark.parametrize(
@@ -49,62 +67,78 @@ def test_a_misspelt_scheme_is_told_its_nearest_name(asked: str, meant: str) -> N
 
 def test_a_strange_scheme_gets_the_list() -> None:
     """A name that resembles nothing is answered with all names."""
-    with pytest.raises(RecipeError, match=r"w4a16-g128, .*w8a8") as caught:
+    with pytest.raises(RecipeError, match=r"w4a16-g128, .*w8a8, auto") as caught:
         preset("zzz")
     assert "did you mean" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_cuda_loads_every_preset(name: str) -> None:
-    """No preset is refused on CUDA."""
-    assert "cuda" not in refusals(preset(name))
-    require_engine(preset(name), "cuda")
+def test_every_preset_loads(name: str) -> None:
+    """No preset is refused, and none has a nearer one."""
+    require_loadable(preset(name))
+    assert nearest_loadable(preset(name)) == preset(name)
 
 
 @pytest.mark.parametrize(
-    "name,loads",
+    "change,reason,nearest",
     [
-        ("w4a16-g128", True),
-        ("w4a16-g64", True),
-        ("w4a16-g32", True),
-        ("w8a8", True),
-        ("w8a16-g128", False),
-        ("w8a16-channel", False),
+        ({"bits": 3}, "vLLM loads GPTQ of 4 or 8 bits, not of 3", "w4a16-g128"),
+        ({"bits": 2, "group_size": 64}, "not of 2", "w4a16-g64"),
+        ({"bits": 6}, "not of 6", "w8a16-g128"),
+        ({"group_size": 16}, "groups of 32, 64, 128 or -1 (all inputs), not of 16", "w4a16-g32"),
+        ({"group_size": 1024}, "not of 1024", "w4a16-g128"),
+        ({"group_size": 96}, "not of 96", "w4a16-g64"),
+        ({"sym": False}, "symmetric GPTQ only", "w4a16-g128"),
+        ({"desc_act": True}, "no longer loads GPTQ with desc_act and groups", "w4a16-g128"),
+        ({"activation_bits": 8}, "16-bit activations, not 8-bit ones", "w4a16-g128"),
+        ({"bits": 8, "activation_bits": 8}, "16-bit activations", "w8a8"),
+        ({"format": "compressed-tensors"}, "is written as w8a8", "w8a8"),
+        ({"overrides": (Override(modules="*.q_proj", bits=4, group_size=48),)}, "*.q_proj asks for 48", "-mixed"),
     ],
 )
-def test_cpu_refuses_8_bit_gptq_and_points_to_w8a8(name: str, loads: bool) -> None:
-    """8-bit GPTQ has no CPU kernel; the reason names the scheme that has."""
-    assert ("cpu" not in refusals(preset(name))) == loads
-    if not loads:
-        with pytest.raises(RecipeError, match="w8a8"):
-            require_engine(preset(name), "cpu")
+def test_what_no_vllm_loads_is_refused_with_the_nearest(change: dict[str, object], reason: str, nearest: str) -> None:
+    """The message has the reason and a scheme that loads."""
+    with pytest.raises(RecipeError) as caught:
+        require_loadable(preset("w4a16-g128").model_copy(update={**change, "name": "asked"}))
+    told = str(caught.value)
+    assert told.startswith("scheme asked loads nowhere: ")
+    assert reason in told
+    assert nearest in told.partition("the nearest that loads is ")[2]
+
+
+def test_desc_act_with_one_group_changes_nothing_and_loads() -> None:
+    """With one group for all inputs, their order is no matter of the file."""
+    assert faults(preset("w8a16-channel").model_copy(update={"desc_act": True})) == []
+
+
+def test_w8a8_keeps_modules_but_has_no_other_numbers() -> None:
+    """Compressed-tensors takes `keep` only."""
+    kept = preset("w8a8").model_copy(update={"overrides": (Override(modules="*.o_proj"),)})
+    assert faults(kept) == []
+    mixed = preset("w8a8").model_copy(update={"overrides": (Override(modules="*.o_proj", bits=4),)})
+    assert faults(mixed) == ["w8a8 has no exceptions but `keep`, and *.o_proj asks for other numbers"]
+
+
+@given(FREE)
+def test_the_nearest_always_loads_and_is_its_own_nearest(scheme: Scheme) -> None:
+    """Whatever is asked for, the proposal is no dead end."""
+    nearest = nearest_loadable(scheme)
+    assert faults(nearest) == []
+    assert nearest_loadable(nearest) == nearest
+    if not faults(scheme):
+        assert nearest == named(scheme)
 
 
 @pytest.mark.parametrize(
-    "name,problem",
+    "change,name",
     [
-        ("w4a16-g64", None),
-        ("w4a16-g32", None),
-        ("w8a8", None),
-        ("w4a16-g128", "hidden size 576 is not divisible by 128; use w4a16-g64"),
-        ("w8a16-g128", "hidden size 576 is not divisible by 128; use w8a16-channel"),
+        ({}, "w4a16-g128"),
+        ({"bits": 8, "group_size": -1}, "w8a16-channel"),
+        ({"bits": 8, "group_size": 32}, "w8a16-g32"),
+        ({"group_size": -1}, "w4a16-channel"),
+        ({"overrides": (Override(modules="*.down_proj", bits=8),)}, "w4a16-g128-mixed"),
     ],
 )
-def test_a_misfit_names_the_dimension_and_the_preset_that_fits(name: str, problem: str | None) -> None:
-    """A group size that doesn't divide a dimension is told with the reader's word for the dimension."""
-    assert misfit(preset(name), SMOL, {"hidden size": 576, "intermediate size": 1536}) == problem
-
-
-def test_a_misfit_in_an_unnamed_dimension_names_the_layer() -> None:
-    """A dimension without a word of its own is told by its layer."""
-    shapes = {"model.layers.0.mlp.down_proj": (64, 80)}
-    assert misfit(preset("w4a16-g64"), shapes, {}) == (
-        "the input of model.layers.0.mlp.down_proj, 80 is not divisible by 64; no preset of these bits fits this model"
-    )
-
-
-def test_odd_outputs_fit_no_kernel() -> None:
-    """An output that is no multiple of the kernels' tile is refused."""
-    reason = misfit(preset("w8a8"), {"model.layers.0.q": (40, 64)}, {})
-    assert reason is not None
-    assert "the output of model.layers.0.q, 40, is not divisible by 32" in reason
+def test_numbers_give_the_name(change: dict[str, object], name: str) -> None:
+    """A preset's numbers have the preset's name, others one of the same kind; exceptions show in it."""
+    assert named(preset("w4a16-g128").model_copy(update={**change, "name": "?"})).name == name

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 
 from quantize.errors import VariantError
 from quantize.scheme import preset
-from quantize.weights import gptq_dense, gptq_integers, gptq_to_int8, packed_layer, read_packing
+from quantize.weights import gptq_dense, gptq_integers, gptq_to_int8, packed_layer, read_dense, read_packing
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
-from quantize.evaluation import compare, fake_quantize_tokens  # noqa: E402
-from quantize.weights import int8_dense, unpack_columns, unpack_rows  # noqa: E402
+from quantize.weights import int8_dense, pack_quantized_dense, unpack_columns, unpack_rows  # noqa: E402
 
 
 def pack_rows(values: Any, bits: int) -> Any:
@@ -88,6 +87,52 @@ def test_int8_keeps_every_integer(stored: Any) -> None:
     assert weight.max() == 127
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+@given(data=st.data())
+@settings(deadline=None)
+def test_packed_words_are_read_as_their_own_library_reads_them(bits: int, sym: bool, data: st.DataObject) -> None:
+    """Our dense weights are those of compressed-tensors, for groups, channels, odd sizes and zero points."""
+    library = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    outputs, inputs = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([32, 36, 64, 96]))
+    groups = data.draw(st.sampled_from([1, 2]))
+    integers = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (outputs, inputs), dtype=torch.int8)
+    zeros = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (outputs, groups), dtype=torch.int8)
+    scale = torch.rand(outputs, groups) + 0.5
+    layer = {
+        "weight_packed": library.pack_to_int32(integers, bits),
+        "weight_scale": scale,
+        "weight_shape": torch.tensor([outputs, inputs]),
+    }
+    if not sym:
+        layer["weight_zero_point"] = library.pack_to_int32(zeros, bits, packed_dim=0)
+    spread = inputs // groups
+    centre = torch.zeros_like(zeros) if sym else zeros
+    expected = (integers.float() - centre.float().repeat_interleave(spread, 1)) * scale.repeat_interleave(spread, 1)
+    assert torch.equal(pack_quantized_dense(layer), expected)
+
+
+def test_a_packed_directory_is_read_whole(tmp_path: Path) -> None:
+    """Layers come back by their base's names, dense, and everything else as it is."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    library = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    integers = torch.arange(-8, 8, dtype=torch.int8).repeat(2, 2)
+    tensors = {
+        "l.weight_packed": library.pack_to_int32(integers, 4),
+        "l.weight_scale": torch.ones(2, 1),
+        "l.weight_shape": torch.tensor([2, 32]),
+        "norm.weight": torch.ones(2),
+    }
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    told = {"format": "pack-quantized", "config_groups": {"a": {"weights": {"num_bits": 4}}}}
+    config = {"quantization_config": {"quant_method": "compressed-tensors", **told}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    dense, layers = read_dense(tmp_path)
+    assert layers == ("l",)
+    assert set(dense) == {"l.weight", "norm.weight"}
+    assert torch.equal(dense["l.weight"], integers.float())
+
+
 def test_a_layers_final_names_follow_the_scheme() -> None:
     """GPTQ layers keep their four tensors; w8a8 layers become weight and scale."""
     stored = torch.zeros((32, 32), dtype=torch.int32)
@@ -103,6 +148,14 @@ def test_a_layers_final_names_follow_the_scheme() -> None:
         ({"quant_method": "gptq", "bits": 4}, ("gptq", 4, 16)),
         ({"quant_method": "gptq", "bits": 8}, ("gptq", 8, 16)),
         ({"quant_method": "compressed-tensors", "format": "int-quantized"}, ("compressed-tensors", 8, 8)),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"a": {"weights": {"num_bits": 8}}, "b": {"weights": {"num_bits": 4}}},
+            },
+            ("pack-quantized", 4, 16),
+        ),
     ],
 )
 def test_packing_is_read_from_the_config(tmp_path: Path, told: dict[str, Any], expected: tuple[str, int, int]) -> None:
@@ -118,6 +171,10 @@ def test_packing_is_read_from_the_config(tmp_path: Path, told: dict[str, Any], e
         (None, "has no config.json with a quantization_config"),
         ("{}", "has no config.json with a quantization_config"),
         ('{"quantization_config": {"quant_method": "awq", "bits": 4}}', "awq with 4 bits can't be read back"),
+        (
+            '{"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"}}',
+            "compressed-tensors with float-quantized can't be read back",
+        ),
     ],
 )
 def test_what_cant_be_read_back_is_told(tmp_path: Path, config: str | None, problem: str) -> None:
@@ -126,23 +183,3 @@ def test_what_cant_be_read_back_is_told(tmp_path: Path, config: str | None, prob
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(VariantError, match=problem):
         read_packing(tmp_path)
-
-
-def test_tokens_are_rounded_one_by_one() -> None:
-    """Each token has its own scale, and its largest value survives."""
-    activations = torch.tensor([[127.0, 1.4, -0.6], [1.27, 0.014, -0.006], [0.0, 0.0, 0.0]])
-    expected = torch.tensor([[127.0, 1.0, -1.0], [1.27, 0.01, -0.01], [0.0, 0.0, 0.0]])
-    assert torch.allclose(fake_quantize_tokens(activations), expected)
-
-
-def test_divergence_is_zero_between_equals_and_known_between_others() -> None:
-    """KL(parent||child) in nats, likelihoods and agreement match a hand calculation."""
-    parent, child = (
-        torch.log(torch.tensor([[0.5, 0.5], [0.9, 0.1]])),
-        torch.log(torch.tensor([[0.25, 0.75], [0.9, 0.1]])),
-    )
-    divergence, nll_parent, nll_child, agreed = compare(parent, child, torch.tensor([1, 0]))
-    assert divergence.tolist() == pytest.approx([0.143841, 0.0], abs=1e-5)
-    assert nll_parent == pytest.approx(0.693147 + 0.105361, abs=1e-5)
-    assert nll_child == pytest.approx(0.287682 + 0.105361, abs=1e-5)
-    assert agreed == 1

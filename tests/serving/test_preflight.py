@@ -8,8 +8,10 @@ import pytest
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from serving.errors import LaunchRefused
-from serving.preflight import refuse_hopeless, unloadable
+from serving.preflight import refuse_altered, refuse_hopeless, unloadable
 from serving.replica import Launch
+from tests.serving.sealed import seal_directory
+from tests.serving.supervised import model_directory
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 
@@ -44,3 +46,21 @@ def test_missing_directory_is_refused(tmp_path: Path) -> None:
     variant = Variant("a", "bf16", PARENT_QUALITY, tmp_path / "nowhere")
     with pytest.raises(LaunchRefused, match="no such directory"):
         refuse_hopeless(Launch("a-1", variant, "cpu", ReplicaSettings(variant="a")))
+
+
+def test_an_altered_variant_is_refused(tmp_path: Path) -> None:
+    """A file of another size is refused at once, one with a changed byte before its engine starts; both by name."""
+    path = model_directory(tmp_path / "v")
+    (path / "model.safetensors").write_bytes(b"weights")
+    launch = Launch(
+        "a-1", Variant("a", "int4", PARENT_QUALITY, path, seal_directory(path)), "cpu", ReplicaSettings(variant="a")
+    )
+    refuse_hopeless(launch)
+    refuse_altered(launch, tmp_path / "memory", lambda: False)
+    (path / "model.safetensors").write_bytes(b"Weights")
+    refuse_hopeless(launch)
+    with pytest.raises(LaunchRefused, match=r"a-1: .*v: altered since it was sealed: model\.safetensors; restore"):
+        refuse_altered(launch, tmp_path / "memory", lambda: False)
+    (path / "model.safetensors").write_bytes(b"more weights")
+    with pytest.raises(LaunchRefused, match=r"altered since it was sealed: model\.safetensors"):
+        refuse_hopeless(launch)

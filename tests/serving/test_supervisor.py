@@ -1,6 +1,7 @@
 """Faults of a replica, and the state that follows: all with real processes."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ from serving.machine import free_port
 from serving.process import session_processes
 from serving.replica import State
 from tests.fakes.running import eventually, running_fake
+from tests.serving.sealed import seal_directory
 from tests.serving.supervised import launch, model_directory, noted_session, ready, supervised, until
 
 
@@ -136,3 +138,21 @@ async def test_configured_port_is_used(tmp_path: Path) -> None:
     port = free_port()
     async with supervised(tmp_path, launch(tmp_path, port=port)) as registry:
         assert (await ready(registry)).replica.url == f"http://127.0.0.1:{port}"
+
+
+async def test_a_variant_with_a_changed_byte_is_never_served(tmp_path: Path) -> None:
+    """Its engine is not even started; the state tells the file. With the sealed bytes back it serves."""
+    planned = launch(tmp_path)
+    assert planned.variant.path
+    weights = planned.variant.path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    sealed = dataclasses.replace(planned.variant, manifest=seal_directory(planned.variant.path))
+    planned = dataclasses.replace(planned, variant=sealed)
+    weights.write_bytes(b"Weights")
+    async with supervised(tmp_path, planned, backoff=Backoff(start_failures=1)) as registry:
+        status = await until(registry, lambda status: status.state is State.FAILED)
+        assert "altered since it was sealed: model.safetensors" in status.reason
+        assert not (tmp_path / "logs").exists()
+    weights.write_bytes(b"weights")
+    async with supervised(tmp_path, planned) as registry:
+        await ready(registry)

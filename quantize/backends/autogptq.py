@@ -1,0 +1,134 @@
+"""AutoGPTQ 0.7.1, the last release: solved in an environment of its own, then written like every other variant."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from config.manifest import Scheme
+from quantize.backends.gptqmodel import visible_devices
+from quantize.backends.isolation import Pins, isolated_python
+from quantize.backends.protocol import Errand, Solved
+from quantize.base import weight_files
+from quantize.checkpoint import write_json
+from quantize.errors import RecipeError
+from quantize.losses import SolvedModule, beside_its_kind, by_damping, require_solved
+from quantize.recipe import Recipe
+from quantize.settings import SolverSettings
+from quantize.worker import run_worker
+
+PINS = Pins("auto-gptq 0.7.1", Path(__file__).with_name("autogptq-requirements.txt"), ("3.11",))
+
+_CHILD = "quantize.backends.autogptq_child"
+_WRITER = "quantize.backends.writing_child"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(slots=True)
+class Telling:
+    """Turns the child's events into solved modules, and passes them on with each loss beside those of its kind."""
+
+    scheme: Scheme
+    on_event: Callable[[dict[str, Any]], None]
+    solved: list[SolvedModule] = field(default_factory=list)
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        """Take one event: `module`, `layer`, `loss` and `damp`."""
+        self.solved.append(SolvedModule(**event, bits=self.scheme.bits, group_size=self.scheme.group_size))
+        self.on_event({**event, "beside_its_kind": beside_its_kind(self.solved)})
+
+
+def solve(
+    recipe: Recipe,
+    samples: list[dict[str, Any]],
+    errand: Errand,
+    *,
+    on_progress: Callable[[int, int], None],
+    on_event: Callable[[dict[str, Any]], None],
+) -> Solved:
+    """Quantize a recipe's base on token samples with AutoGPTQ; the first time its environment is made before."""
+    require_solvable(recipe.scheme, recipe.settings)
+    python = isolated_python(PINS, errand.environ, errand.work / "environment.log")
+    base = write_older_base(recipe.base.directory, errand.work / "base")
+    telling = Telling(recipe.scheme, on_event)
+    told = run_worker(
+        _CHILD,
+        _job(recipe, samples, errand, base, python),
+        folder=errand.work,
+        environ=visible_devices(errand.environ, recipe.devices.gpus),
+        on_progress=on_progress,
+        on_event=telling,
+    )
+    require_solved(telling.solved, errand.allow_fallback)
+    written = _write(recipe, errand)
+    return Solved(told["seconds"] + written, tuple(telling.solved), by_damping(telling.solved))
+
+
+def require_solvable(scheme: Scheme, settings: SolverSettings) -> None:
+    """Raise RecipeError for what AutoGPTQ 0.7.1 has not."""
+    if scheme.overrides:
+        raise RecipeError(
+            "auto-gptq quantizes all modules alike and knows no overrides; drop them, or use --backend gptqmodel"
+        )
+    if settings.group_order or settings.scale_norm or settings.gptaq:
+        raise RecipeError(
+            "auto-gptq has no group order, no search for scales and no gptaq; pass --solver classic, "
+            "or use --backend gptqmodel",
+        )
+
+
+def older_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Say a model's configuration in transformers 4's words, which that version would otherwise read as defaults.
+
+    A base that transformers 5 saved has `dtype` and `rope_parameters`; code of its own is left out, never run.
+    """
+    told = {key: value for key, value in config.items() if key not in ("dtype", "rope_parameters", "auto_map")}
+    if "dtype" in config:
+        told["torch_dtype"] = config["dtype"]
+    rope = config.get("rope_parameters")
+    if rope:
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        told["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+        told["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    return told
+
+
+def write_older_base(base: Path, into: Path) -> Path:
+    """Make a directory that is `base` for transformers 4: links to its weights, and its configuration reworded."""
+    into.mkdir()
+    index = [base / _INDEX] if (base / _INDEX).is_file() else []
+    for file in (*weight_files(base), *index):
+        (into / file.name).symlink_to(file.resolve())
+    write_json(into / "config.json", older_config(json.loads((base / "config.json").read_bytes())))
+    return into
+
+
+def _job(recipe: Recipe, samples: list[dict[str, Any]], errand: Errand, base: Path, python: Path) -> dict[str, Any]:
+    return {
+        "python": str(python),
+        "base": str(base.resolve()),
+        "bits": recipe.scheme.bits,
+        "group_size": recipe.scheme.group_size,
+        "true_sequential": recipe.settings.true_sequential,
+        "damping": list(recipe.settings.damp),
+        "gpus": len(recipe.devices.gpus),
+        "memory_bytes": recipe.devices.memory_bytes,
+        "samples": [sample["ids"] for sample in samples],
+        "where": [sample["where"] for sample in samples],
+        "raw": str((errand.work / "raw").resolve()),
+    }
+
+
+def _write(recipe: Recipe, errand: Errand) -> float:
+    job = {
+        "base": str(recipe.base.directory.resolve()),
+        "raw": str((errand.work / "raw").resolve()),
+        "scheme": recipe.scheme.model_dump(mode="json"),
+        "damp": recipe.settings.damp[0],
+        "into": str(errand.into.resolve()),
+    }
+    told = run_worker(_WRITER, job, folder=errand.work, environ=errand.environ, on_progress=lambda *_: None)
+    shutil.rmtree(errand.work / "raw")
+    return float(told["seconds"])

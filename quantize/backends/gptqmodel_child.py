@@ -1,0 +1,94 @@
+"""The child that solves, `python -m quantize.backends.gptqmodel_child`; the only file that imports GPTQModel."""
+
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from config.manifest import Scheme
+from quantize.backends.watched import Ledger, watched
+from quantize.checkpoint import write_checkpoint
+from quantize.losses import require_solved
+from quantize.memory import available_bytes
+from quantize.solutions import Solutions
+from quantize.worker import Report, run_child
+
+# A model that is solved on the CPU is there twice for a while: as it was, and packed.
+_COPIES_IN_MEMORY = 2.5
+
+
+class Layers:
+    """GPTQModel's layer callback: it comes twice a layer, when it is solved and when it is packed."""
+
+    def __init__(self, ledger: Ledger, total: int) -> None:
+        self._ledger, self._total = ledger, total
+
+    def layer_complete(self, *, layer_idx: int, submodule_finalized: bool) -> None:
+        """Keep a solved layer; count a packed one."""
+        if submodule_finalized:
+            self._ledger.report.progress(layer_idx + 1, self._total)
+        else:
+            self._ledger.complete(layer_idx)
+
+
+def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Child's work: solve layer by layer, then write the variant's files."""
+    started = time.monotonic()
+    device, dtype = choose_device(job["memory_bytes"])
+    solutions = Solutions(Path(job["solutions"]), dtype)
+    ledger = Ledger(solutions, report, job["where"], job["damping"], solutions.whole_layers())
+    model = load(job, device, dtype)
+    model.layer_callback = Layers(ledger, model.model.config.num_hidden_layers)
+    watch(ledger)
+    tokenized = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["samples"]]
+    # In the order they were drawn: a batch's number is its sample's.
+    model.quantize(tokenized, batch_size=1, calibration_data_min_length=1, calibration_sort=None)
+    require_solved(ledger.solved, job["allow_fallback"])
+    model.save(job["raw"])
+    scheme = Scheme.model_validate(job["scheme"])
+    write_checkpoint(Path(job["base"]), Path(job["raw"]), scheme, job["damping"][0], Path(job["into"]))
+    shutil.rmtree(job["raw"])
+    return {"seconds": round(time.monotonic() - started, 1), "modules": [asdict(solved) for solved in ledger.solved]}
+
+
+def choose_device(memory_bytes: int | None) -> tuple[str, Any]:
+    """Choose the first visible GPU in bf16, within `memory_bytes` of it; without one the CPU.
+
+    fp32 on the CPU: without bf16 instructions it is faster, and everywhere it is more exact.
+    """
+    import torch  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        return "cpu", torch.float32
+    if memory_bytes is not None:
+        for gpu in range(torch.cuda.device_count()):
+            total_bytes = torch.cuda.get_device_properties(gpu).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, memory_bytes / total_bytes), gpu)
+    return "cuda:0", torch.bfloat16
+
+
+def load(job: dict[str, Any], device: str, dtype: Any) -> Any:
+    """Load the base for solving; what doesn't fit into memory twice goes to the disk as it is packed."""
+    from gptqmodel import GPTQModel, QuantizeConfig  # noqa: PLC0415
+    from gptqmodel.quantization.config import GPTAQConfig  # noqa: PLC0415
+
+    crowded = job["base_bytes"] * _COPIES_IN_MEMORY > available_bytes()
+    extra = {"gptaq": GPTAQConfig(alpha=job["gptaq"])} if job["gptaq"] else {}
+    if crowded:
+        extra["offload_to_disk_path"] = str(Path(job["raw"]).with_name("offloaded"))
+    config = QuantizeConfig(**job["settings"], **extra, offload_to_disk=crowded)
+    return GPTQModel.load(job["base"], config, device=device, dtype=dtype)
+
+
+def watch(ledger: Ledger) -> None:
+    """Put our watched classes where the library takes its solvers from: the one seam it has for them."""
+    from gptqmodel.looper import gptq_processor  # noqa: PLC0415
+
+    gptq_processor.GPTQ = watched(gptq_processor.GPTQ, ledger)
+    gptq_processor.GPTAQ = watched(gptq_processor.GPTAQ, ledger)
+
+
+if __name__ == "__main__":
+    sys.exit(run_child(quantize))

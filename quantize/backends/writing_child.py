@@ -1,0 +1,25 @@
+"""The child that writes a variant from solved GPTQ tensors, `python -m quantize.backends.writing_child`.
+
+For a solver that can't do it itself, because its own environment has no room for our packages.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from config.manifest import Scheme
+from quantize.checkpoint import write_checkpoint
+from quantize.worker import Report, run_child
+
+
+def write(job: dict[str, Any], _: Report) -> dict[str, Any]:
+    """Child's work: `{base, raw, scheme, damp, into}` -> the variant's files, and how long they took."""
+    started = time.monotonic()
+    scheme = Scheme.model_validate(job["scheme"])
+    write_checkpoint(Path(job["base"]), Path(job["raw"]), scheme, job["damp"], Path(job["into"]))
+    return {"seconds": round(time.monotonic() - started, 1)}
+
+
+if __name__ == "__main__":
+    sys.exit(run_child(write))

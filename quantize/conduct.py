@@ -1,0 +1,23 @@
+"""How a run goes, as far as no recipe decides it: environment, reader, patience, what is measured at the end."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quantize.measurement import DEFAULT_PLAN, EvaluationPlan
+from quantize.progress import Stages
+
+
+@dataclass(frozen=True, slots=True)
+class Conduct:
+    """None of this changes a variant's weights.
+
+    `environ` is that of the children; `allow_fallback` modules may be rounded to nearest; `resume` goes on after the
+    last whole layer of a stopped run; `gpu` says where the work is done.
+    """
+
+    environ: Mapping[str, str]
+    stages: Stages
+    evaluation: EvaluationPlan = DEFAULT_PLAN
+    allow_fallback: int = 0
+    resume: bool = False
+    gpu: bool = False

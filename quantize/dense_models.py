@@ -1,0 +1,100 @@
+"""A base and its variant as dense transformers models: fp32 on a CPU, bf16 on CUDA, with w8a8's rounding of inputs."""
+
+import gc
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import VariantError
+from quantize.weights import read_dense, read_packing
+
+_INT8_MAX = 127
+# Of a GPU's free memory, what weights may take; the rest is for activations, keys and values.
+_SHARE_FOR_WEIGHTS = 0.85
+
+
+def placement(model_bytes: int, free_bytes: Sequence[int]) -> str:
+    """Choose where a model of that size runs, given the free memory of each GPU: one GPU, all of them, or the CPU."""
+    usable = [_SHARE_FOR_WEIGHTS * free for free in free_bytes]
+    if usable and model_bytes <= usable[0]:
+        return "cuda:0"
+    return "auto" if model_bytes <= sum(usable) else "cpu"
+
+
+def load_base(base: Path) -> Any:
+    """Load an unquantized model for evaluation."""
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    return _placed(partial(AutoModelForCausalLM.from_pretrained, base), base, local_files_only=True)
+
+
+def load_variant(variant: Path, base: Path) -> Any:
+    """Load a variant as the dense model that it stands for; VariantError where it doesn't fit its base."""
+    import torch  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+
+    dense, layers = read_dense(variant)
+    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config))
+    try:
+        model = _placed(partial(kind.from_pretrained, None), base, config=config, state_dict=dense)
+    except RuntimeError as error:
+        raise VariantError(f"{variant}: doesn't fit {base}: {_first_line(error)}") from None
+    if read_packing(variant).activation_bits == 8:
+        _quantize_inputs(model, set(layers))
+    return model
+
+
+def fake_quantize_tokens(activations: Any) -> Any:
+    """[..., K] -> the same, rounded to symmetric int8 with one scale a token, as w8a8 kernels do."""
+    scale = (activations.abs().amax(dim=-1, keepdim=True) / _INT8_MAX).clamp(min=1e-10)
+    return (activations / scale).round().clamp(-_INT8_MAX - 1, _INT8_MAX) * scale
+
+
+def engine() -> str:
+    """Name what computes, as far as it shows in the last digits."""
+    import torch  # noqa: PLC0415
+    import transformers  # noqa: PLC0415
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return f"{device} torch {torch.__version__} transformers {transformers.__version__}"
+
+
+def reclaim() -> None:
+    """Give back the memory of models that nobody names any more."""
+    import torch  # noqa: PLC0415
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _placed(load: Callable[..., Any], base: Path, **options: Any) -> Any:
+    import torch  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        return load(dtype=torch.float32, **options).eval()
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    where = placement(size, free)
+    if where == "auto":
+        return load(dtype=torch.bfloat16, device_map=where, **options).eval()
+    return load(dtype=torch.bfloat16, **options).to(where).eval()
+
+
+def _quantize_inputs(model: Any, layers: set[str]) -> None:
+    def rounded(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (fake_quantize_tokens(inputs[0]), *inputs[1:])
+
+    for name, module in model.named_modules():
+        if name in layers:
+            module.register_forward_pre_hook(rounded)
+            layers.discard(name)
+    if layers:
+        raise VariantError(f"{min(layers)}: no such module in the base; its activations can't be rounded")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,71 @@
+"""What solving left, module by module: how large the error is beside its kind's, and what is no solution."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from quantize.errors import SolveError
+
+# GPTQModel writes 999999999 for a module whose loss it never learned.
+_ABSURD_LOSS = 1e8
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedModule:
+    """One linear layer after solving; `loss` is the mean output error a token, or None where it was only rounded."""
+
+    module: str
+    layer: int
+    bits: int
+    group_size: int
+    loss: float | None
+    damp: float
+
+    @property
+    def kind(self) -> str:
+        """Its name inside a layer, like `down_proj`: losses compare within a kind."""
+        return self.module.rpartition(".")[2]
+
+
+def as_loss(told: Any) -> float | None:
+    """Read a loss as GPTQModel tells it: a number, or words where it rounded to nearest instead."""
+    try:
+        value = float(told)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) and value < _ABSURD_LOSS else None
+
+
+def fallbacks(modules: Iterable[SolvedModule]) -> tuple[str, ...]:
+    """Name the modules that were rounded to nearest."""
+    return tuple(solved.module for solved in modules if solved.loss is None)
+
+
+def require_solved(modules: Sequence[SolvedModule], allowed: int) -> None:
+    """Raise SolveError if more than `allowed` modules were rounded to nearest; the message names them."""
+    bad = fallbacks(modules)
+    if len(bad) <= allowed:
+        return
+    more = f" and {len(bad) - _NAMES_SHOWN} more" if len(bad) > _NAMES_SHOWN else ""
+    raise SolveError(
+        f"{len(bad)} of {len(modules)} modules were rounded to nearest instead of solved: "
+        f"{', '.join(bad[:_NAMES_SHOWN])}{more}; add samples, or accept them with --allow-fallback {len(bad)}",
+    )
+
+
+def by_damping(modules: Iterable[SolvedModule]) -> dict[str, int]:
+    """Count modules by the damping they needed."""
+    return dict(Counter(f"{solved.damp:g}" for solved in modules if solved.loss is not None))
+
+
+def beside_its_kind(modules: Sequence[SolvedModule]) -> float | None:
+    """Divide the last module's loss by the median of its kind so far; None where there is nothing to compare."""
+    if not modules or modules[-1].loss is None:
+        return None
+    kind = [solved.loss for solved in modules if solved.kind == modules[-1].kind and solved.loss is not None]
+    usual = median(kind)
+    return modules[-1].loss / usual if usual > 0 else None

@@ -1,0 +1,83 @@
+"""Modules that differ from their scheme: which bits and groups each one gets, and how a GPTQ config says so."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from config.manifest import Scheme
+
+# vLLM fuses these projections of a layer into one, and looks its rules up by the fused name.
+_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+_LAYER = re.compile(r"^(?P<stem>.*\.)(?P<number>\d+)(?P<rest>\..*\.)(?P<leaf>[^.]+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What one module's numbers look like."""
+
+    bits: int
+    group_size: int
+
+
+def numbers_of(module: str, scheme: Scheme) -> Numbers | None:
+    """Tell a module's bits and group size; None where it stays as the base has it."""
+    for override in scheme.overrides:
+        if fnmatchcase(module, override.modules):
+            if override.bits is None:
+                return None
+            return Numbers(override.bits, scheme.group_size if override.group_size is None else override.group_size)
+    return Numbers(scheme.bits, scheme.group_size)
+
+
+def dynamic_rules(scheme: Scheme, layers: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Write overrides as `dynamic` of a GPTQ config: a regular expression -> what differs; `-:` leaves modules alone.
+
+    GPTQModel looks up `q_proj`, vLLM the fused `qkv_proj`; a rule names both.
+    """
+    plain = Numbers(scheme.bits, scheme.group_size)
+    differing: dict[tuple[Numbers | None, str, str, str], list[int]] = {}
+    single: list[tuple[str, Numbers | None]] = []
+    for module in layers:
+        numbers = numbers_of(module, scheme)
+        if numbers == plain:
+            continue
+        match = _LAYER.match(module)
+        if match is None:
+            single.append((module, numbers))
+        else:
+            key = (numbers, match["stem"], match["rest"], match["leaf"])
+            differing.setdefault(key, []).append(int(match["number"]))
+    rules = {_rule(numbers, re.escape(module)): _told(numbers, plain) for module, numbers in single}
+    for (numbers, stem, rest, leaf), found in differing.items():
+        pattern = f"{re.escape(stem)}({'|'.join(map(str, sorted(found)))}){re.escape(rest)}{_leaf_pattern(leaf)}$"
+        rules[_rule(numbers, pattern)] = _told(numbers, plain)
+    return rules
+
+
+def differing_modules(rules: Mapping[str, Mapping[str, Any]], module: str) -> Mapping[str, Any] | None:
+    """Look a module up in `dynamic` as GPTQModel and vLLM do; {} where no rule matches, None where it is left alone."""
+    for rule, told in rules.items():
+        if rule.startswith("-:"):
+            if re.match(rule.removeprefix("-:"), module):
+                return None
+        elif re.match(rule.removeprefix("+:"), module):
+            return told
+    return {}
+
+
+def _rule(numbers: Numbers | None, pattern: str) -> str:
+    return f"{'-' if numbers is None else '+'}:{pattern}"
+
+
+def _told(numbers: Numbers | None, plain: Numbers) -> dict[str, Any]:
+    if numbers is None:
+        return {}
+    told = {"bits": numbers.bits} if numbers.bits != plain.bits else {}
+    return told | ({"group_size": numbers.group_size} if numbers.group_size != plain.group_size else {})
+
+
+def _leaf_pattern(leaf: str) -> str:
+    fused = [name for name, parts in _FUSED.items() if leaf in parts]
+    return f"({leaf}|{fused[0]})" if fused else re.escape(leaf)

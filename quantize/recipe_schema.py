@@ -1,0 +1,149 @@
+"""What a recipe file may say. Every model is frozen and refuses keys that it doesn't know; None is what isn't said."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from config.manifest import Override
+from config.schema import ReplicaUrl, SizeBytes
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Divergence = Annotated[float, Field(gt=0)]
+
+
+def _preset_or_numbers(value: object) -> object:
+    if isinstance(value, str):
+        return {"preset": value}
+    if isinstance(value, dict):
+        return value
+    raise ValueError("is no scheme; write a preset's name, auto, or a table of numbers")
+
+
+def _path_or_table(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _one_or_several(value: object) -> object:
+    return [value] if isinstance(value, int | float) else value
+
+
+class Part(BaseModel):
+    """A part of a recipe: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SchemeTable(Part):
+    """A preset's name, `auto`, or numbers; numbers beside a preset replace the preset's."""
+
+    preset: str | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    sym: bool | None = None
+    desc_act: bool | None = None
+    activation_bits: int | None = None
+    format: Literal["gptq", "compressed-tensors"] | None = None
+
+
+class OverrideTable(Part):
+    """Modules, by shell pattern on their full names, that differ from the scheme or are kept as the base has them."""
+
+    modules: Annotated[str, Field(min_length=1)]
+    bits: int | None = None
+    group_size: int | None = None
+    keep: bool = False
+
+    def override(self, bits: int) -> Override:
+        """Give the exception in the manifest's words; `bits` are the scheme's."""
+        if self.keep:
+            return Override(modules=self.modules)
+        return Override.model_validate(
+            {"modules": self.modules, "bits": self.bits or bits, "group_size": self.group_size},
+        )
+
+
+class TextTable(Part):
+    """A file of calibration text; its weight is relative to those of the others."""
+
+    path: str
+    weight: Annotated[float, Field(ge=0)] = 1.0
+
+
+class CalibrationTable(Part):
+    """Which text the solver sees, and how much of it."""
+
+    data: tuple[Annotated[TextTable, BeforeValidator(_path_or_table)], ...] = ()
+    self_generate: Count | None = None
+    replica: ReplicaUrl | None = None
+    samples: Positive | None = None
+    max_tokens: Positive | None = None
+
+
+class SolverTable(Part):
+    """How hard the solver tries: a preset, and exceptions from it by the names of SolverSettings."""
+
+    preset: Literal["best", "classic"] | None = None
+    damp: Annotated[tuple[float, ...] | None, BeforeValidator(_one_or_several)] = None
+    group_order: bool | None = None
+    scale_norm: Annotated[float, Field(ge=0)] | None = None
+    gptaq: Annotated[float, Field(ge=0)] | None = None
+    true_sequential: bool | None = None
+    # A parameter of AutoGPTQ that goes with desc_act, which no vLLM loads: it may be stated, and is always off.
+    static_groups: Literal[False] | None = None
+
+
+class DevicesTable(Part):
+    """GPUs that may work, and how much of each one's memory."""
+
+    gpus: tuple[Count, ...] = ()
+    memory: SizeBytes | None = None
+
+
+class EvaluationTable(Part):
+    """How much is measured, and the limits that replace the scheme's own."""
+
+    tokens: Positive | None = None
+    prompts: Count | None = None
+    seeds: Positive | None = None
+    new_tokens: Positive | None = None
+    tasks: str | None = None
+    task_tokens: Positive | None = None
+    limits: dict[str, float] = Field(default_factory=dict)
+
+
+class RecipeFile(Part):
+    """The whole file; relative paths count from its folder."""
+
+    base: str | None = None
+    scheme: Annotated[SchemeTable | None, BeforeValidator(_preset_or_numbers)] = None
+    max_bytes: Annotated[SizeBytes, Field(gt=0)] | None = None
+    max_kl: Divergence | None = None
+    overrides: tuple[OverrideTable, ...] = ()
+    calibration: CalibrationTable = CalibrationTable()
+    seed: int | None = None
+    solver: SolverTable = SolverTable()
+    backend: Literal["gptqmodel", "auto-gptq"] | None = None
+    devices: DevicesTable = DevicesTable()
+    engine: Literal["auto", "cpu", "cuda"] | None = None
+    tensor_parallel: Positive | None = None
+    allow_fallback: Count | None = None
+    evaluation: EvaluationTable = EvaluationTable()
+    out: str | None = None
+
+    def rooted(self, folder: Path) -> "RecipeFile":
+        """Count relative paths from `folder`."""
+        data = tuple(one.model_copy(update={"path": _under(folder, one.path)}) for one in self.calibration.data)
+        return self.model_copy(
+            update={
+                "base": _under(folder, self.base),
+                "out": _under(folder, self.out),
+                "calibration": self.calibration.model_copy(update={"data": data}),
+                "evaluation": self.evaluation.model_copy(update={"tasks": _under(folder, self.evaluation.tasks)}),
+            },
+        )
+
+
+def _under(folder: Path, path: str | None) -> str | None:
+    return None if path is None else str(folder / Path(path).expanduser())

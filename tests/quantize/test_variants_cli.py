@@ -1,0 +1,112 @@
+"""Readers of sealed variants, as processes: data on stdout, one line on stderr where it can't be."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quantize.store import seal, staging
+from tests.quantize.manifests import quality, write_manifest
+from tests.quantize.running import run
+from tests.quantize.test_store import UNSEALED, write_variant
+from tests.quantize.variants import write_base, write_quantized
+
+
+def test_variants_are_listed_shown_and_verified(tmp_path: Path) -> None:
+    """The three readers agree on a sealed variant, as text and as JSON."""
+    write_variant(tmp_path / "v")
+    assert "smol-int4-01234567" in run("variants_main", "list", tmp_path / "v").stdout
+    (told,) = json.loads(run("variants_main", "list", "--json", tmp_path / "v").stdout)
+    assert told["id"] == "smol-int4-01234567"
+    assert "7 modules at 0.01" in run("variants_main", "show", tmp_path / "v").stdout
+    assert json.loads(run("variants_main", "show", "--json", tmp_path / "v").stdout)["scheme"]["bits"] == 4
+    verified = run("variants_main", "verify", tmp_path / "v")
+    assert (verified.returncode, verified.stdout) == (0, f"{tmp_path / 'v'}: as it was sealed\n")
+
+
+def test_a_changed_byte_is_found(tmp_path: Path) -> None:
+    """Verifying reads every byte and exits with 1 where one has changed."""
+    write_variant(tmp_path / "v")
+    (tmp_path / "v" / "model.safetensors").write_bytes(b"Weights")
+    verified = run("variants_main", "verify", tmp_path / "v")
+    assert (verified.returncode, verified.stdout) == (1, f"{tmp_path / 'v'}: altered: model.safetensors\n")
+    assert json.loads(run("variants_main", "verify", "--json", tmp_path / "v").stdout) == {
+        str(tmp_path / "v"): ["model.safetensors"]
+    }
+
+
+@pytest.mark.parametrize("verb", ["list", "show", "verify"])
+def test_a_directory_without_manifest_is_told(tmp_path: Path, verb: str) -> None:
+    """Reading what was never sealed fails with one line."""
+    done = run("variants_main", verb, tmp_path)
+    assert done.returncode == 1
+    assert "manifest.json: no such file" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_manifest_of_the_seal_is_what_is_listed(tmp_path: Path) -> None:
+    """A list tells size and verdict from the manifest alone."""
+    with staging(tmp_path / "v") as staged:
+        (staged / "model.safetensors").write_bytes(bytes(3_000_000))
+        seal(staged, UNSEALED)
+    heading, line = run("variants_main", "list", tmp_path / "v").stdout.splitlines()
+    assert heading.split()[:3] == ["variant", "scheme", "size"]
+    assert "3 MB" in line
+    assert "pass" in line
+
+
+def test_two_variants_are_compared(tmp_path: Path) -> None:
+    """As text and as JSON; neither directory needs its weights."""
+    write_manifest(tmp_path / "a")
+    write_manifest(tmp_path / "b", quality=quality(kl_mean=0.02))
+    told = run("variants_main", "diff", tmp_path / "a", tmp_path / "b")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "kl_mean: 0.04 -> 0.02 (-0.02, better)" in told.stdout
+    (row,) = json.loads(run("variants_main", "diff", "--json", tmp_path / "a", tmp_path / "b").stdout)["differences"]
+    assert row["key"] == "kl_mean"
+
+
+def test_pruning_lists_before_it_removes(tmp_path: Path) -> None:
+    """Without --yes nothing goes."""
+    write_manifest(tmp_path / "bad", quality=quality(verdict="fail"))
+    listed = run("variants_main", "prune", tmp_path, "--failed")
+    assert listed.returncode == 0
+    assert f"{tmp_path / 'bad'}  its verdict is fail" in listed.stdout
+    assert "pass --yes to remove" in listed.stderr
+    assert (tmp_path / "bad").exists()
+    done = run("variants_main", "prune", tmp_path, "--failed", "--yes")
+    assert (done.returncode, done.stderr) == (0, f"{tmp_path / 'bad'}: removed\n")
+    assert list(tmp_path.iterdir()) == []
+    assert run("variants_main", "prune", tmp_path).stdout == "nothing to remove\n"
+
+
+def test_linting_tells_findings(tmp_path: Path) -> None:
+    """Exit code 1 and a line each; none is told, too."""
+    pytest.importorskip("numpy", reason="scales are read with numpy: install the quantize extra")
+    base, variant = write_base(tmp_path / "base"), write_quantized(tmp_path / "v")
+    clean = run("variants_main", "lint", variant, "--against", base)
+    assert (clean.returncode, clean.stdout) == (0, f"{variant}: no findings\n")
+    (variant / "quant_log.csv").write_text("layer")
+    spoilt = run("variants_main", "lint", variant)
+    assert (spoilt.returncode, spoilt.stdout) == (1, "stray: quant_log.csv: is no part of a variant\n")
+    (row,) = json.loads(run("variants_main", "lint", "--json", variant).stdout)
+    assert row == {"check": "stray", "where": "quant_log.csv", "problem": "is no part of a variant"}
+
+
+def test_a_report_is_one_file(tmp_path: Path) -> None:
+    """Its path is told."""
+    write_manifest(tmp_path / "v")
+    done = run("variants_main", "report", tmp_path / "v", "--out", tmp_path / "r.html")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'r.html'}\n", "")
+    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+
+
+def test_adopting_what_vllm_cant_load_is_refused(tmp_path: Path) -> None:
+    """One line, exit code 1, and nothing is written."""
+    pytest.importorskip("numpy", reason="scales are read with numpy: install the quantize extra")
+    base, variant = write_base(tmp_path / "base"), write_quantized(tmp_path / "v", desc_act=True)
+    done = run("variants_main", "adopt", variant, "--against", base)
+    assert done.returncode == 1
+    assert "desc_act is true; vLLM 0.32 no longer loads activation order across groups" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (variant / "manifest.json").exists()
