@@ -127,9 +127,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.variant,
         options.against,
         options.data or shipped_files(),
-        Conduct(
-            child_environ(process_environment()), Stages(sys.stderr), chosen_evaluation(options, EvaluationTable())
-        ),
+        conduct,
         max_tokens=options.max_tokens,
         every_row=options.every_row,
     )

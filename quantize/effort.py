@@ -95,7 +95,11 @@ def _block_seconds(block: Shapes, tokens: int, settings: SolverSettings, rates: 
     hessians = sum(2 * tokens * columns**2 + 2 * columns**3 for columns in inputs.values())
     solving = sum(2 * rows * columns**2 for rows, columns in block.values())
     exact = (hessians * (2 if settings.gptaq else 1) + solving) / rates.exact_flops
-    search = weights * _SEARCH_OPERATIONS / rates.simple_operations if settings.scale_norm else 0.0
+    search = (
+        weights * _SEARCH_OPERATIONS / rates.simple_operations
+        if settings.weighted_scales or settings.scale_norm
+        else 0.0
+    )
     visits = sum(columns for _, columns in block.values()) * rates.column_seconds
     return (forward + exact + search) / workers + visits
 

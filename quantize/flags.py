@@ -169,9 +169,17 @@ def _add_solver(parser: argparse.ArgumentParser) -> None:
     add("--solver", choices=tuple(SETTINGS), help="a preset (default: best); replaces the recipe's solver table")
     add("--group-order", action=argparse.BooleanOptionalAction, help="order inputs by activation inside groups")
     add(
-        "--scale-norm", type=float, metavar="P", help="power of the error that the search for scales minimises, 0: none"
+        "--weighted-scales",
+        action=argparse.BooleanOptionalAction,
+        help="search scales for the error that GPTQ is charged for",
     )
-    add("--gptaq", type=float, metavar="ALPHA", help="weigh the error that earlier layers left (0.25 is usual, 0: off)")
+    add(
+        "--scale-norm",
+        type=float,
+        metavar="P",
+        help="without it: power of the error that is minimised, 0: none",
+    )
+    add("--gptaq", type=float, metavar="SHARE", help="make up for this share of the error that earlier layers left")
     add(
         "--damp",
         type=float,

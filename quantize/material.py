@@ -50,7 +50,7 @@ def prepare(job: Mapping[str, Any], tokenizer: Any) -> Material:
     header = answer_header(tokenizer)
     samples = [sample for sample in job["samples"] if len(sample["ids"]) > 1]
     base, asked = Path(job["base"]), read_sampling(Path(job["base"]), job["new_tokens"])
-    prompts = list(islice(_prompts(samples, tokenizer, header), job["prompts"]))
+    prompts = list(islice(_prompts(job["prompted"], tokenizer, header), job["prompts"]))
     return Material(
         samples=tuple(tuple(sample["ids"]) for sample in samples),
         names=tuple(sample["sha256"][:12] for sample in samples),

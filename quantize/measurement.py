@@ -19,6 +19,9 @@ from quantize.workshop import Workshop
 EVIDENCE_FILE = "evaluation.json"
 # Held-out tokens that both models read; on two CPU cores 135M parameters take about 2 s per thousand and model.
 EVALUATION_TOKENS = 4000
+_SAMPLE_KEYS = ("ids", "sha256", "reasoning", "answer")
+# Some held-out rows have no prompt, some the same one: so many are looked at for each that is wanted.
+_TRIES_A_PROMPT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,10 @@ def evaluate(
     """
     limits_for(bits, plan.limits)
     samples = within(held_out, plan.tokens)
-    job = _job(variant, base, samples, plan, base_digest, shop)
+    job = _job(variant, base, plan, base_digest, shop) | {
+        "samples": [_slim(sample) for sample in samples],
+        "prompted": [_slim(sample) for sample in held_out[: _TRIES_A_PROMPT * plan.prompts]],
+    }
     with shop.stages.stage("evaluate", "tokens") as advance:
         told = run_worker("quantize.evaluation", job, folder=shop.folder, environ=shop.environ, on_progress=advance)
     modules = read_modules(variant)
@@ -76,15 +82,7 @@ def evaluate(
     )
 
 
-def _job(
-    variant: Path,
-    base: Path,
-    samples: Sequence[dict[str, Any]],
-    plan: EvaluationPlan,
-    base_digest: str,
-    shop: Workshop,
-) -> dict[str, Any]:
-    kept = ("ids", "sha256", "reasoning", "answer")
+def _job(variant: Path, base: Path, plan: EvaluationPlan, base_digest: str, shop: Workshop) -> dict[str, Any]:
     questions = read_questions(plan.tasks) if plan.tasks else ()
     return {
         "base": str(base.resolve()),
@@ -92,10 +90,13 @@ def _job(
         "base_digest": base_digest,
         "cache": str(home_directory(shop.environ) / "parents"),
         "scratch": str(shop.folder.resolve() / "parents"),
-        "samples": [{key: sample[key] for key in kept if key in sample} for sample in samples],
         "prompts": plan.prompts,
         "seeds": plan.seeds,
         "new_tokens": plan.new_tokens,
         "questions": [asdict(question) for question in questions],
         "task_tokens": plan.task_tokens,
     }
+
+
+def _slim(sample: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: sample[key] for key in _SAMPLE_KEYS if key in sample}

@@ -186,6 +186,8 @@ def _settings_line(settings: SolverSettings) -> str:
     damp = " ".join(f"{step:g}" for step in settings.damp)
     order = "group order" if settings.group_order else "natural order"
     norm = f"scale search (norm {settings.scale_norm:g})" if settings.scale_norm else "no scale search"
+    if settings.weighted_scales:
+        norm = "weighted scale search"
     gptaq = f", GPTAQ {settings.gptaq:g}" if settings.gptaq else ""
     return f"{order}, {norm}{gptaq}, damping {damp}"
 

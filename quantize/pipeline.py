@@ -19,12 +19,12 @@ from quantize.checkpoint import write_json
 from quantize.conduct import Conduct
 from quantize.errors import CalibrationError
 from quantize.lint import require_clean
-from quantize.measurement import EVIDENCE_FILE, evaluate
+from quantize.measurement import EVIDENCE_FILE, EvaluationPlan, evaluate
 from quantize.outline import lowest_bits
 from quantize.recipe import Recipe
 from quantize.replica_answers import Sampling
 from quantize.request import Request, TextFile
-from quantize.resume import solving
+from quantize.resume import resumed_line, solving
 from quantize.samples import Samples, calibrate
 from quantize.self_generation import self_generate
 from quantize.store import require_space, seal, staging, work_folder
@@ -53,7 +53,7 @@ def build_variant(recipe: Recipe, drawn: Draw, out: Path, conduct: Conduct, *, s
             samples.held_out,
             lowest_bits(recipe.scheme),
             shop,
-            plan=conduct.evaluation,
+            plan=accepting(conduct.evaluation, conduct.allow_fallback),
             base_digest=recipe.base.digest,
             evidence=variant / EVIDENCE_FILE,
         )
@@ -122,6 +122,9 @@ def workshop(conduct: Conduct) -> Iterator[Workshop]:
 
 def quantize(recipe: Recipe, samples: Samples, solver: Solver, errand: Errand, conduct: Conduct) -> Solved:
     """Solve for the integers and write the variant's files."""
+    resumed = resumed_line(errand.solutions)
+    if resumed:
+        conduct.stages.say(resumed)
     with conduct.stages.stage("quantize", "layers") as advance:
         return solver(
             recipe,
@@ -160,6 +163,11 @@ def write_modules(variant: Path, solved: Solved) -> None:
         for module in sorted(solved.modules, key=lambda module: (module.layer, module.module))
     ]
     write_json(variant / MODULES_FILE, {"modules": rows})
+
+
+def accepting(plan: EvaluationPlan, fallbacks: int) -> EvaluationPlan:
+    """Let an evaluation pass the rounded modules that were accepted beforehand."""
+    return replace(plan, limits={"fallback_modules": fallbacks, **plan.limits}) if fallbacks else plan
 
 
 def describe(recipe: Recipe, samples: Samples, solved: Solved, quality: Quality) -> dict[str, object]:

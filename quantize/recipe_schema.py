@@ -87,6 +87,7 @@ class SolverTable(Part):
     preset: Literal["best", "classic"] | None = None
     damp: Annotated[tuple[float, ...] | None, BeforeValidator(_one_or_several)] = None
     group_order: bool | None = None
+    weighted_scales: bool | None = None
     scale_norm: Annotated[float, Field(ge=0)] | None = None
     gptaq: Annotated[float, Field(ge=0)] | None = None
     true_sequential: bool | None = None

@@ -43,6 +43,12 @@ def solving(out: Path, identity: str, *, resume: bool) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+def resumed_line(folder: Path) -> str:
+    """Say how many layers a run need not solve again, or nothing."""
+    layers = len(list(folder.glob("layer-*.json")))
+    return f"quantize: goes on after {layers} whole layers" if layers else ""
+
+
 def _prepare(folder: Path, identity: str, *, resume: bool, out: Path) -> None:
     mark = folder / _IDENTITY
     known = mark.read_text() if mark.is_file() else None

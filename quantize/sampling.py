@@ -4,6 +4,7 @@ Two models that get the same prompt and seed draw with the same noise for every 
 where they think differently, and not by chance.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,7 +155,7 @@ def _processors(requests: Sequence[Request], sampling: Sampling) -> Iterator[Cal
         yield TopKLogitsWarper(sampling.top_k)
     if sampling.top_p < 1:
         yield lambda _, scores: nucleus(scores, sampling.top_p)
-    yield _Noise([torch.Generator().manual_seed(_mixed(request)) for request in requests])
+    yield _Noise([torch.Generator().manual_seed(noise_seed(request)) for request in requests])
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +188,9 @@ def _memory_bytes(model: Any) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _mixed(request: Request) -> int:
-    """One number for a seed and a prompt, different for all of them."""
-    return (request.seed << 32) | request.number
+def noise_seed(request: Request) -> int:
+    """One number for a seed and a prompt; of 32 bits, since torch's generator on a CPU sees no more of it."""
+    return int(hashlib.sha256(f"{request.seed}:{request.number}".encode()).hexdigest()[:8], 16)
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -12,15 +12,17 @@ class SolverSettings:
     """Settings that change a variant's bytes, beside its scheme and its text.
 
     `damp` are shares of the Hessian's mean diagonal that are added to it, tried in order until it factors.
-    `group_order` sorts inputs by activation inside groups, free at run time. `scale_norm` is the power of the error
-    that the search for scales minimises, 0 takes the largest weight. `gptaq` weighs the error that earlier layers
-    left (0: off).
+    `group_order` sorts inputs by activation inside groups, free at run time. `weighted_scales` searches each group's
+    scale for the error that GPTQ will be charged for; without it `scale_norm` is the power of the plain error that
+    the library's search minimises, and 0 takes the largest weight. `gptaq` is the share of the error that earlier
+    layers left which the weights make up for (0: none; arXiv 2504.02692).
     """
 
     damp: tuple[float, ...] = DAMPING_LADDER
     group_order: bool = True
-    scale_norm: float = 2.4
-    gptaq: float = 0.0
+    weighted_scales: bool = True
+    scale_norm: float = 0.0
+    gptaq: float = 0.5
     true_sequential: bool = True
 
 
@@ -28,6 +30,6 @@ SETTINGS: Mapping[str, SolverSettings] = MappingProxyType(
     {
         "best": SolverSettings(),
         # What the usual AutoGPTQ script does.
-        "classic": SolverSettings(damp=(0.01,), group_order=False, scale_norm=0.0),
+        "classic": SolverSettings(damp=(0.01,), group_order=False, weighted_scales=False, gptaq=0.0),
     },
 )

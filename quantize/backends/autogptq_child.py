@@ -21,6 +21,8 @@ _FAILED = 1
 _USAGE = 2
 _ROOM = 0.9  # of a GPU, where the recipe doesn't say how much
 
+Job = dict[str, Any]
+
 
 class Refused(Exception):
     """What our side raises as its own error of this kind."""
@@ -33,13 +35,13 @@ class Refused(Exception):
 class Ledger:
     """What is known of the run: names of the modules, losses as the library tells them, packed tensors."""
 
-    def __init__(self, job: dict, stream: Any) -> None:
+    def __init__(self, job: Job, stream: Any) -> None:
         self.job, self.stream = job, stream
         self.names: dict[int, str] = {}
         self.packed: dict[str, Any] = {}
         self.losses = LossLog()
 
-    def send(self, line: dict) -> None:
+    def send(self, line: Job) -> None:
         self.stream.write(json.dumps(line) + "\n")
         self.stream.flush()
 
@@ -58,7 +60,7 @@ class LossLog(logging.Handler):
 def main() -> int:
     if not sys.flags.isolated:
         python = json.loads(Path(sys.argv[1]).read_bytes())["python"]
-        os.execv(python, [python, "-I", str(Path(__file__).resolve()), *sys.argv[1:]])
+        os.execv(python, [python, "-I", str(Path(__file__).resolve()), *sys.argv[1:]])  # noqa: S606
     job_file, descriptor, parent = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     die_with(parent)
     os.set_inheritable(descriptor, False)
@@ -80,8 +82,8 @@ def die_with(parent: int) -> None:
 
 def quantize(ledger: Ledger) -> float:
     """Solve and pack every module; the raw directory then holds `model.safetensors`."""
-    from auto_gptq.modeling import _base
-    from safetensors.torch import save_file
+    from auto_gptq.modeling import _base  # type: ignore[import-not-found]  # noqa: PLC0415
+    from safetensors.torch import save_file  # noqa: PLC0415
 
     started = time.monotonic()
     model = load(ledger.job)
@@ -103,10 +105,10 @@ def quantize(ledger: Ledger) -> float:
     return round(time.monotonic() - started, 1)
 
 
-def load(job: dict) -> Any:
+def load(job: Job) -> Any:
     """Load the base in bf16 (its default, fp16, overflows on models that were trained in bf16)."""
-    import torch
-    from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig
+    import torch  # noqa: PLC0415
+    from auto_gptq import AutoGPTQForCausalLM, BaseQuantizeConfig  # type: ignore[import-not-found]  # noqa: PLC0415
 
     if not torch.cuda.is_available():
         raise Refused(
@@ -130,9 +132,9 @@ def load(job: dict) -> Any:
         raise Refused("RecipeError", f"auto-gptq 0.7.1: {error} use --backend gptqmodel") from error
 
 
-def max_memory(job: dict) -> Any:
+def max_memory(job: Job) -> Any:
     """Share the weights between the chosen GPUs and main memory; without a choice they wait in main memory."""
-    import torch
+    import torch  # noqa: PLC0415
 
     if not job["gpus"]:
         return None
@@ -145,13 +147,15 @@ def max_memory(job: dict) -> Any:
 
 def watched(solver: Any, ledger: Ledger, layers: int) -> Any:
     """Derive from AutoGPTQ's solver one that names what is wrong, climbs the damping ladder, and packs."""
-    import torch
+    import torch  # noqa: PLC0415
 
-    class Watched(solver):
+    class Watched(solver):  # type: ignore[misc]
+        H: Any
+
         def __init__(self, layer: Any) -> None:
             super().__init__(layer)
             self.name = ledger.names[id(layer)]
-            self.peaks: list = []
+            self.peaks: list[Any] = []
             self.tokens = 0
 
         def add_batch(self, inp: Any, out: Any) -> None:
@@ -159,9 +163,10 @@ def watched(solver: Any, ledger: Ledger, layers: int) -> Any:
             self.tokens += inp.numel() // inp.shape[-1]
             super().add_batch(inp, out)
 
-        def fasterquant(self, *places: Any, **options: Any) -> tuple:
+        def fasterquant(self, *places: Any, **options: Any) -> Any:
             require_finite(self.name, self.peaks, ledger.job["where"])
-            hessian, diagonal = self.H, self.H.diagonal().clone()
+            hessian: Any = self.H
+            diagonal = hessian.diagonal().clone()
             for damp in ledger.job["damping"]:
                 self.H = hessian
                 hessian.diagonal().copy_(diagonal)
@@ -178,7 +183,7 @@ def watched(solver: Any, ledger: Ledger, layers: int) -> Any:
     return Watched
 
 
-def require_finite(module: str, peaks: list, where: list) -> None:
+def require_finite(module: str, peaks: list[Any], where: list[str]) -> None:
     """Name the first sample that brought a module something that is no number."""
     for sample, peak in enumerate(peaks):
         if not math.isfinite(float(peak)):
@@ -206,12 +211,12 @@ def told(ledger: Ledger) -> str:
     return ", ".join(f"{damp:g}" for damp in ledger.job["damping"]) + "; add samples, or try a larger --damp"
 
 
-def packed(module: str, weight: Any, found: tuple, bits: int) -> dict:
+def packed(module: str, weight: Any, found: tuple[Any, Any, Any], bits: int) -> dict[str, Any]:
     """Pack one module as AutoGPTQ's format says.
 
     `weight` [N, K] holds what the integers stand for; scale and zero are [N, G], g_idx is [K].
     """
-    import torch
+    import torch  # noqa: PLC0415
 
     scale, zero, g_idx = found
     groups = g_idx.long()
@@ -227,7 +232,7 @@ def packed(module: str, weight: Any, found: tuple, bits: int) -> dict:
 
 def words(values: Any, bits: int) -> Any:
     """[R, C] values -> [R*bits/32, C] int32 words of consecutive rows, lowest bits first."""
-    import torch
+    import torch  # noqa: PLC0415
 
     apart = values.reshape(-1, _WORD_BITS // bits, values.shape[1])
     joined = torch.zeros_like(apart[:, 0])

@@ -46,7 +46,7 @@ def settings(scheme: Scheme, chosen: SolverSettings, layers: Mapping[str, tuple[
         # Order inside groups costs nothing at run time; it needs groups.
         "act_group_aware": chosen.group_order and scheme.group_size > 0,
         "true_sequential": chosen.true_sequential,
-        "mse": chosen.scale_norm,
+        "mse": 0.0 if chosen.weighted_scales else chosen.scale_norm,
         "damp_percent": chosen.damp[0],
         "damp_auto_increment": 0.0,  # the ladder is ours
         "dynamic": dynamic_rules(scheme, layers) or None,
@@ -67,6 +67,7 @@ def _job(recipe: Recipe, samples: list[dict[str, Any]], errand: Errand) -> dict[
         "settings": settings(recipe.scheme, recipe.settings, recipe.base.shapes),
         "damping": list(recipe.settings.damp),
         "gptaq": recipe.settings.gptaq,
+        "weighted_scales": recipe.settings.weighted_scales,
         "memory_bytes": recipe.devices.memory_bytes,
         "samples": [sample["ids"] for sample in samples],
         "where": [sample["where"] for sample in samples],

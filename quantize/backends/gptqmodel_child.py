@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import Scheme
+from quantize.backends.aligned import aligned
 from quantize.backends.watched import Ledger, watched
 from quantize.checkpoint import write_checkpoint
 from quantize.losses import require_solved
@@ -41,7 +42,7 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     ledger = Ledger(solutions, report, job["where"], job["damping"], solutions.whole_layers())
     model = load(job, device, dtype)
     model.layer_callback = Layers(ledger, model.model.config.num_hidden_layers)
-    watch(ledger)
+    watch(ledger, share=job["gptaq"], weighted_scales=job["weighted_scales"])
     tokenized = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["samples"]]
     # In the order they were drawn: a batch's number is its sample's.
     model.quantize(tokenized, batch_size=1, calibration_data_min_length=1, calibration_sort=None)
@@ -82,12 +83,13 @@ def load(job: dict[str, Any], device: str, dtype: Any) -> Any:
     return GPTQModel.load(job["base"], config, device=device, dtype=dtype)
 
 
-def watch(ledger: Ledger) -> None:
+def watch(ledger: Ledger, *, share: float, weighted_scales: bool) -> None:
     """Put our watched classes where the library takes its solvers from: the one seam it has for them."""
-    from gptqmodel.looper import gptq_processor  # noqa: PLC0415
+    from gptqmodel.looper import gptq_processor as library  # noqa: PLC0415
 
-    gptq_processor.GPTQ = watched(gptq_processor.GPTQ, ledger)
-    gptq_processor.GPTAQ = watched(gptq_processor.GPTAQ, ledger)
+    plain, gatherer = library.GPTQ, library.GPTAQ
+    library.GPTQ = watched(plain, ledger, weighted_scales=weighted_scales)
+    library.GPTAQ = watched(aligned(plain, gatherer, share), ledger, weighted_scales=weighted_scales)
 
 
 if __name__ == "__main__":

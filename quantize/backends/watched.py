@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantize.backends.scales import best_scales
 from quantize.errors import SolveError
 from quantize.losses import SolvedModule, as_loss, beside_its_kind
 from quantize.solutions import Solution, Solutions
@@ -80,7 +81,7 @@ def factor(hessian: Any, damping: Sequence[float]) -> tuple[Any, float] | None:
     return None
 
 
-def watched(solver: Any, ledger: Ledger) -> type:
+def watched(solver: Any, ledger: Ledger, *, weighted_scales: bool) -> type:
     """Derive a class from GPTQModel's `GPTQ` or `GPTAQ` that keeps a ledger, and skips layers that are whole."""
 
     class Watched(solver):  # type: ignore[misc]
@@ -97,7 +98,18 @@ def watched(solver: Any, ledger: Ledger) -> type:
 
         def hessian_inverse(self, H: Any) -> tuple[Any, float]:  # noqa: N803
             # Without a factor the library rounds to nearest; the ledger sees that in the loss.
-            return factor(H, ledger.damping) or (None, 1.0)
+            upper, damp = factor(H, ledger.damping) or (None, 1.0)
+            self._charge(upper)
+            return upper, damp
+
+        def _shared_factor_or_local(self, ordering: str, producer: Any) -> Any:
+            found = super()._shared_factor_or_local(ordering, producer)
+            self._charge(found[0])
+            return found
+
+        def _charge(self, upper: Any) -> None:
+            if weighted_scales and upper is not None:
+                self.quantizer.find_params = Search(self.quantizer, upper.diagonal().pow(-2), self.qcfg.bits)
 
         def quantize(self, blocksize: int = 128) -> tuple[Any, ...]:
             module, layer = self._place
@@ -121,6 +133,22 @@ def watched(solver: Any, ledger: Ledger) -> type:
             )
 
     return Watched
+
+
+class Search:
+    """Stands in for the library's search for scales: called once for each group, in the order of the inputs."""
+
+    def __init__(self, quantizer: Any, charges: Any, bits: int) -> None:
+        self._quantizer, self._charges, self._bits, self._next = quantizer, charges, bits, 0
+
+    def __call__(self, weights: Any, **_options: Any) -> None:
+        """Set the quantizer's scale and zero point, both [N, 1], for a group of weights [N, G]."""
+        import torch  # noqa: PLC0415
+
+        first, self._next = self._next, self._next + weights.shape[1]
+        scale = best_scales(weights.float(), self._charges[first : self._next], self._bits)
+        self._quantizer.scale = scale.unsqueeze(1)
+        self._quantizer.zero = torch.full_like(self._quantizer.scale, float(1 << (self._bits - 1)))
 
 
 def _solved(module: str, layer: int, settings: Any, solution: Solution) -> SolvedModule:

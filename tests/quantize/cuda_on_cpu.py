@@ -9,6 +9,6 @@ torch.cuda.is_available = lambda: True
 torch.cuda.synchronize = lambda *_: None
 torch.cuda.empty_cache = lambda: None
 
-from auto_gptq.modeling import _base  # noqa: E402  after the answer above
+from auto_gptq.modeling import _base  # type: ignore[import-not-found]  # noqa: E402  after the answer above
 
 _base.CUDA_0 = torch.device("cpu")

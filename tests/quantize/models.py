@@ -48,8 +48,8 @@ CHATML = (
 )
 
 
-def write_tiny_llama(directory: Path, text: list[str]) -> Path:
-    """Write a random two-layer Llama (hidden size 128) in bf16 with a BPE tokenizer trained on `text`."""
+def write_tiny_llama(directory: Path, text: list[str], *, layers: int = 2) -> Path:
+    """Write a random Llama (hidden size 128) in bf16 with a BPE tokenizer trained on `text`."""
     import torch  # noqa: PLC0415
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
@@ -59,7 +59,7 @@ def write_tiny_llama(directory: Path, text: list[str]) -> Path:
     config = LlamaConfig(
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=vocabulary,

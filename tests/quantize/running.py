@@ -18,7 +18,7 @@ def command(entry: str, *arguments: object) -> list[str]:
 def run(entry: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Run an entry of the command line to its end."""
     return subprocess.run(
-        command(entry, *arguments), cwd=ROOT, capture_output=True, text=True, check=False, env=environ(), timeout=100
+        command(entry, *arguments), cwd=ROOT, capture_output=True, text=True, check=False, env=environ(), timeout=400
     )
 
 

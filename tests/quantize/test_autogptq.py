@@ -128,7 +128,9 @@ def test_an_environment_is_made_once(tmp_path: Path, mine: Pins) -> None:
     assert isolated_python(mine, environment, tmp_path / "log") == python
     assert python.lstat().st_mtime_ns == before
     assert [path.name for path in (tmp_path / "home" / "environments").iterdir()] == [python.parents[1].name]
-    told = subprocess.run([python, "-I", "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [python, "-I", "-c", "import sys; print(sys.prefix)"], capture_output=True, text=True, check=True
+    )
     assert told.stdout.strip() == str(python.parents[1])
     mine.file.write_text("# something\n")
     assert environment_of(mine, tmp_path / "home") != python.parents[1]
@@ -159,13 +161,13 @@ class Run:
     def solve(self, scheme: Scheme, samples: list[dict[str, Any]], settings: SolverSettings = CLASSIC) -> Solved:
         """Quantize the base into `variant`."""
         recipe = Recipe(read_base(self.base), scheme, (), 16, 512, 0, settings, Backend("auto-gptq", "0.7.1"))
-        places = [self.folder / name for name in ("variant", "work", "solutions")]
-        for place in places:
+        variant, work, solutions = (self.folder / name for name in ("variant", "work", "solutions"))
+        for place in (variant, work, solutions):
             place.mkdir(parents=True)
         return solve(
             recipe,
             samples,
-            Errand(*places, self.environ),
+            Errand(variant, work, solutions, self.environ),
             on_progress=lambda *pair: self.progress.append(pair),
             on_event=self.events.append,
         )
@@ -223,7 +225,9 @@ def test_a_tiny_model_through_autogptq(tmp_path: Path, bench: tuple[Path, Path],
     for layer in layers:
         weight = theirs[f"{layer}.weight"].float()
         assert (ours[f"{layer}.weight"] - weight).norm() < limit * weight.norm(), layer
-    assert {name for name in ours if torch.equal(ours[name], theirs[name])} == ours.keys() - {f"{x}.weight" for x in layers}
+    assert {name for name in ours if torch.equal(ours[name], theirs[name])} == ours.keys() - {
+        f"{x}.weight" for x in layers
+    }
 
 
 @pytest.mark.real_model
@@ -255,7 +259,7 @@ def test_without_cuda_it_says_so(tmp_path: Path, bench: tuple[Path, Path]) -> No
     within = stub.read_text()
     stub.write_text(within.replace("import cuda_on_cpu\n", ""))
     try:
-        with pytest.raises(QuantizeError, match="needs CUDA.*use --backend gptqmodel") as refusal:
+        with pytest.raises(QuantizeError, match=r"needs CUDA.*use --backend gptqmodel") as refusal:
             Run(base, tmp_path, home).solve(INT4, token_samples())
     finally:
         stub.write_text(within)

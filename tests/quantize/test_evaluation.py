@@ -167,6 +167,8 @@ def test_generations_are_paired(folder: Path, tmp_path: Path) -> None:
     assert (quality.generation.prompts, quality.generation.seeds, quality.generation.new_tokens) == (3, 2, 12)
     assert quality.length_ratio == quality.generation.length_ratio
     assert len(told["generations"]) == 6
+    assert len({(pair["prompt"], pair["seed"]) for pair in told["generations"]}) == 6
+    assert len({pair["parent"] for pair in told["generations"]}) == 6
     assert all(pair["prompt"].endswith("<|im_start|>assistant\n") for pair in told["generations"])
     assert all(pair["parent_tokens"] <= 12 for pair in told["generations"])
     assert sum(told["kl_histogram"]["counts"]) == told["tokens"] == quality.tokens

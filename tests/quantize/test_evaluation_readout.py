@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 2048,
 }
 IDS = [(7 * place + place * place) % 300 for place in range(700)]
-FAMILIES = {
+FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, {}),
     "llama tied": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
     "qwen2": (transformers.Qwen2Config, {}),

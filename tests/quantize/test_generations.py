@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.pairing import Generated, Pairs, ends_in_run, increase_errors, length_ratio, mean_error, rates
-from quantize.sampling import Reply, cut, read_sampling, rows_at_once
+from quantize.sampling import Reply, Request, cut, noise_seed, read_sampling, rows_at_once
 from quantize.spans import flags, is_open, last_prompt
 
 
@@ -167,3 +167,10 @@ def test_an_open_think_span_shows(said: str, expected: bool) -> None:
 def test_flags_are_of_predicted_tokens(ranges: list[tuple[int, int]], tokens: int, expected: list[bool]) -> None:
     """The first token of a sample is predicted by nobody; ranges may lie beyond a cut sample's end."""
     assert flags(ranges, tokens) == expected
+
+
+def test_every_prompt_and_seed_has_its_own_noise() -> None:
+    """Seeds differ in their lower 32 bits, all that torch looks at on a CPU."""
+    seeds = {noise_seed(Request((1,), seed, number)) for seed in range(10) for number in range(100)}
+    assert len(seeds) == 1000
+    assert max(seeds) < 2**32

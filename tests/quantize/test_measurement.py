@@ -15,8 +15,8 @@ from tests.quantize.chats import write_lines
 def test_an_unknown_limit_is_refused_first(tmp_path: Path) -> None:
     """A misspelt limit costs no evaluation."""
     shop = Workshop(tmp_path, {}, Stages(StringIO()))
-    plan = EvaluationPlan(limits={"top1": 0.9})
-    with pytest.raises(RecipeError, match="limit top1: there is no such limit; did you mean 'top1_agreement'"):
+    plan = EvaluationPlan(limits={"top1_agrement": 0.9})
+    with pytest.raises(RecipeError, match="limit top1_agrement: there is no such limit; did you mean 'top1_agreement'"):
         evaluate(tmp_path, tmp_path, [], 4, shop, plan=plan)
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from config.manifest import Manifest
-from quantize.base import kept_files
+from quantize.base import kept_files, read_base
+from quantize.forecast import predicted_bytes
 from quantize.weights import read_dense
 from tests.quantize.chats import chat, write_chats
 from tests.quantize.models import CHATML, write_tiny_llama
@@ -56,6 +57,11 @@ def test_a_variant_is_whole(workshop: Path, scheme: str) -> None:
     assert 0 < manifest.quality.kl_mean < 0.1
     assert manifest.quality.top1_agreement > 0.5
     assert not (workshop / scheme / ".work").exists()
+    size = (workshop / scheme / "model.safetensors").stat().st_size
+    assert size == pytest.approx(predicted_bytes(read_base(workshop / "tiny"), manifest.scheme), rel=0.05)
+    modules = json.loads((workshop / scheme / "modules.json").read_bytes())["modules"]
+    assert len(modules) == 14
+    assert not any(module["fallback"] for module in modules)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -150,11 +156,12 @@ def test_evaluating_again_gives_the_sealed_figures(workshop: Path) -> None:
 
 
 def test_a_weight_that_is_no_number_is_an_error_by_name(workshop: Path, tmp_path: Path) -> None:
-    """A NaN in one matrix makes GPTQModel fall back silently; we name the module and write nothing."""
+    """A NaN in one matrix makes GPTQModel fall back silently; we name the module before any work, and write nothing."""
     base = _copy_with(workshop / "tiny", tmp_path / "broken")
     done = run("main", base, "--scheme", "w4a16-g64", "--data", workshop / "chats.jsonl", "--out", tmp_path / "out")
-    assert done.returncode == 1
-    assert "rounded to nearest instead of solved: layer 0 mlp.down_proj" in done.stderr
+    assert done.returncode == 2
+    told = "in every sample, first in model.layers.0.mlp.up_proj, whose own weights are no numbers"
+    assert told in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 
 
@@ -169,7 +176,7 @@ def test_a_signal_in_the_quantize_stage_leaves_nothing(
         process.send_signal(number)
         _, told = process.communicate(timeout=30)
     assert process.returncode == code
-    assert told.splitlines()[-1] == f"quantgate quantize: {word}; nothing was left behind"
+    assert told.splitlines()[-1] == f"quantgate quantize: {word}"
     assert not Path(f"/proc/{child}").exists()
     assert list(tmp_path.iterdir()) == []
 

@@ -92,7 +92,7 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
     assert request.data == (TextFile(tmp_path / "a.jsonl"), TextFile(Path("/elsewhere/b.jsonl"), 2.0))
     assert (request.self_generate, request.samples, request.max_tokens, request.seed) == (32, 64, 1024, 7)
     assert request.replica == "http://127.0.0.1:8000"
-    assert request.settings == SolverSettings((0.01, 0.1), group_order=True, scale_norm=0.0, gptaq=0.25)
+    assert request.settings == SolverSettings((0.01, 0.1), weighted_scales=False, gptaq=0.25)
     assert (request.backend, request.devices.gpus, request.devices.memory_bytes) == ("auto-gptq", (2, 5), 80 * 10**9)
     assert (request.engine, request.tensor_parallel, request.allow_fallback) == ("cuda", 4, 2)
     wanted = request.evaluation

@@ -64,10 +64,10 @@ def asked(recipe: RecipeFile, *flags: str) -> Request:
         (
             ["--damp", "0.01", "--damp", "0.3"],
             "settings",
-            SolverSettings((0.01, 0.3), group_order=False, scale_norm=0.0),
+            SolverSettings((0.01, 0.3), group_order=False, weighted_scales=False, gptaq=0.0),
         ),
         (["--solver", "best"], "settings", SETTINGS["best"]),
-        (["--group-order", "--gptaq", "0.25"], "settings", SolverSettings((0.2,), True, 0.0, 0.25)),
+        (["--group-order", "--gptaq", "0.25"], "settings", SolverSettings((0.2,), weighted_scales=False, gptaq=0.25)),
         (["--resume"], "resume", True),
         (["--log", "run.log"], "log", Path("run.log")),
         (

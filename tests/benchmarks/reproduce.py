@@ -1,0 +1,117 @@
+"""Check a manifest's figures without the code that measured them.
+
+`python -m tests.benchmarks.reproduce VARIANT --against BASE [--data FILE ...] [--eval-tokens N]` computes mean KL, top-1
+agreement and perplexity ratio anew and exits with 1 if one differs from the manifest's by more than 1 %.
+
+What is shared with quantize/: which held-out samples are read, and their token ids (quantize.calibration,
+quantize.samples); the manifest's `dataset_sha256` proves that they are the same. What is not: everything after that.
+GPTQ is read by GPTQModel's own loader and run by transformers (in `library_figures.py`); `w8a8` by vLLM's
+prompt log-probabilities (in `vllm_figures.py`), in the precision that vLLM computes in.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from config.load import process_environment
+from config.manifest import Manifest, Quality
+from quantize.calibration import Draw, contents_digest, draw, is_held_out, read_sources, shipped_files
+from quantize.measurement import EVALUATION_TOKENS
+from quantize.progress import Stages
+from quantize.samples import calibrate, within
+from quantize.worker import child_environ
+from quantize.workshop import Workshop
+from tests.benchmarks.figures import Figures
+
+_TOLERANCE = 0.01
+_DEFAULT_MAX_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One figure as the manifest has it and as it was computed anew."""
+
+    name: str
+    sealed: float
+    again: float
+
+    @property
+    def relative(self) -> float:
+        """How far apart they are, as a share of the sealed one."""
+        if self.again == self.sealed:
+            return 0.0
+        return abs(self.again - self.sealed) / abs(self.sealed) if self.sealed else float("inf")
+
+
+def differences(sealed: Quality, again: Figures) -> list[Difference]:
+    """Set the figures side by side."""
+    return [Difference(name, float(getattr(sealed, name)), float(value)) for name, value in asdict(again).items()]
+
+
+def table(found: Sequence[Difference]) -> str:
+    """Write them as Markdown."""
+    rows = [f"| {one.name} | {one.sealed:.6g} | {one.again:.6g} | {one.relative:.3%} |" for one in found]
+    return "\n".join(["| figure | manifest | again | difference |", "| --- | --- | --- | --- |", *rows])
+
+
+def held_out_ids(manifest: Manifest, options: argparse.Namespace) -> list[list[int]]:
+    """Read the samples that the manifest was measured on; exits where the files give others."""
+    sources, rows = read_sources(options.data or shipped_files())
+    seen = manifest.calibration
+    held_out = tuple(row for row in rows if is_held_out(row))
+    if seen is not None:
+        held_out = draw(rows, samples=seen.samples, seed=seen.seed, sources=sources).held_out
+    max_tokens = options.max_tokens or (seen.max_tokens if seen else _DEFAULT_MAX_TOKENS)
+    with TemporaryDirectory(prefix="reproduce-") as folder:
+        shop = Workshop(Path(folder), child_environ(process_environment()), Stages(sys.stderr))
+        samples = calibrate(options.against, Draw((), held_out), max_tokens, shop)
+    chosen = within(samples.held_out, options.eval_tokens)
+    if contents_digest(sample["sha256"] for sample in chosen) != manifest.quality.dataset_sha256:
+        sys.exit(
+            "reproduce: these files and --eval-tokens give other samples than the manifest was measured on; "
+            "pass those of the variant's own making",
+        )
+    return [sample["ids"] for sample in chosen]
+
+
+def measured(manifest: Manifest, options: argparse.Namespace, ids: list[list[int]]) -> Figures:
+    """Compute the figures by the way that fits the format."""
+    if manifest.scheme.format == "gptq":
+        from tests.benchmarks.library_figures import figures_of  # noqa: PLC0415  it loads torch
+
+        return figures_of(options.variant, options.against, ids)
+    from tests.benchmarks.vllm_figures import Engine, figures_through_vllm  # noqa: PLC0415
+
+    engine = Engine(options.dtype, options.top)
+    return figures_through_vllm(options.variant, options.against, ids, engine)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    described = argparse.ArgumentParser(prog="python -m tests.benchmarks.reproduce", description=__doc__.split("\n")[0])
+    add = described.add_argument
+    add("variant", type=Path, metavar="VARIANT")
+    add("--against", type=Path, metavar="BASE", required=True)
+    add("--data", type=Path, nargs="+", metavar="FILE", help="the files of the variant's making (default: the shipped)")
+    add("--eval-tokens", type=int, default=EVALUATION_TOKENS, metavar="N")
+    add("--max-tokens", type=int, metavar="N", help="of a sample (default: the manifest's)")
+    add("--dtype", default="auto", help="what vLLM computes w8a8 in (default: auto, which is the base's own)")
+    add("--top", type=int, default=512, metavar="K", help="log-probabilities a token from vLLM (-1: all; default: 512)")
+    return described
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compare, print, and give the exit code."""
+    options: Any = parser().parse_args(arguments)
+    manifest = Manifest.read(options.variant)
+    found = differences(manifest.quality, measured(manifest, options, held_out_ids(manifest, options)))
+    print(f"{manifest.id} against {options.against.name}\n\n{table(found)}")
+    return 1 if any(one.relative > _TOLERANCE for one in found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

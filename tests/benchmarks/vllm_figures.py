@@ -1,0 +1,157 @@
+"""Figures of any variant through vLLM's prompt log-probabilities: base and variant served one after the other.
+
+vLLM names the K likeliest tokens of each place and the one that came; what one side leaves out is lumped, so the KL is a
+little too small, less so with a larger K. It computes in bf16 unless told otherwise, and that rounding is in it, too.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from urllib.error import URLError
+
+from config.load import process_environment
+from quantize.worker import child_environ
+from serving.command import VLLM_MODULE
+from tests.benchmarks.figures import Figures, LogProbabilities, Sums, lumped_divergence
+
+_START_SECONDS = 600.0
+_POLL_SECONDS = 1.0
+_REQUEST_SECONDS = 600.0
+_KV_CACHE_BYTES = 1_000_000_000
+_MAX_MODEL_LEN = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What vLLM computes in, and how many log-probabilities a place it names (-1: all)."""
+
+    dtype: str = "auto"
+    top: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a model predicts at one place of a prompt: its first choice, and log-probabilities by token."""
+
+    first: int
+    logprobs: LogProbabilities
+
+
+def figures_through_vllm(variant: Path, base: Path, samples: list[list[int]], engine: Engine) -> Figures:
+    """Ask both models about the same token samples and compare their answers."""
+    parents = list(predictions(base, samples, engine))
+    variants = list(predictions(variant, samples, engine))
+    sums = Sums()
+    for ids, parent, child in zip(samples, parents, variants, strict=True):
+        add_sample(sums, ids, parent, child)
+    return sums.figures()
+
+
+def add_sample(sums: Sums, ids: list[int], parent: list[Place], variant: list[Place]) -> None:
+    """Compare two models on one sample, at every token after the first."""
+    for token, p, q in zip(ids[1:], parent, variant, strict=True):
+        divergence = lumped_divergence(p.logprobs, q.logprobs)
+        sums.add(divergence, p.logprobs[token] - q.logprobs[token], tokens=1, agreed=int(p.first == q.first))
+
+
+def read_places(told: list[dict[str, dict[str, Any]] | None]) -> list[Place]:
+    """Read `prompt_logprobs` of an answer; a prompt's first token has none."""
+    named = [place for place in told if place is not None]
+    return [
+        Place(
+            first=next(int(token) for token, entry in place.items() if entry["rank"] == 1),
+            logprobs={int(token): entry["logprob"] for token, entry in place.items()},
+        )
+        for place in named
+    ]
+
+
+def predictions(model: Path, samples: list[list[int]], engine: Engine) -> Iterator[list[Place]]:
+    """Serve a model and ask it about one sample after the other."""
+    with serving(model, engine) as address:
+        for number, ids in enumerate(samples, 1):
+            # No seed: on a CPU, vLLM 0.32 ends on one where it reads a prompt in parts.
+            asked = {"model": "it", "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": engine.top}
+            told = _post(f"{address}/v1/completions", asked)
+            print(f"{model.name}: {number}/{len(samples)} samples", file=sys.stderr, flush=True)
+            yield read_places(told["choices"][0]["prompt_logprobs"])
+
+
+@contextmanager
+def serving(model: Path, engine: Engine) -> Iterator[str]:
+    """Run a vLLM server on a free port of this machine; its log is shown if it doesn't start."""
+    port = _free_port()
+    with TemporaryDirectory(prefix="reproduce-") as folder:
+        log = Path(folder, "vllm.log")
+        with log.open("wb") as stream:
+            server = subprocess.Popen(
+                [sys.executable, *VLLM_MODULE, *_arguments(model, port, engine)],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env=_environment(),
+                start_new_session=True,
+            )
+        try:
+            _wait(server, f"http://127.0.0.1:{port}", log)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def _arguments(model: Path, port: int, engine: Engine) -> list[str]:
+    options: dict[str, object] = {
+        "--model": model.resolve(),
+        "--served-model-name": "it",
+        "--host": "127.0.0.1",
+        "--port": port,
+        "--dtype": engine.dtype,
+        "--max-model-len": _MAX_MODEL_LEN,
+        "--max-logprobs": -1,
+        "--kv-cache-memory-bytes": _KV_CACHE_BYTES,
+        "--generation-config": "vllm",
+    }
+    return [text for flag, value in options.items() for text in (flag, str(value))] + ["--enforce-eager"]
+
+
+def _environment() -> dict[str, str]:
+    last = (os.cpu_count() or 1) - 1
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{last}" if last else "0", "VLLM_NO_USAGE_STATS": "1"}
+    return {**child_environ(process_environment()), **bound}
+
+
+def _wait(server: "subprocess.Popen[bytes]", address: str, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(f"{address}/health", timeout=_POLL_SECONDS):
+                return
+        except (URLError, OSError):
+            time.sleep(_POLL_SECONDS)
+    raise RuntimeError(f"vLLM didn't start: {log.read_text(errors='replace')[-2000:]}")
+
+
+def _post(url: str, body: dict[str, Any]) -> Any:
+    asked = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=_REQUEST_SECONDS) as answer:
+        return json.load(answer)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
