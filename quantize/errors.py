@@ -8,6 +8,7 @@ QuantizeError                 exit code 1
 │   ├── MachineError          this machine has too little memory
 │   └── TargetError           the output directory is taken, or its disk is too small
 ├── BusyError                 exit code 4: another process makes the same variant
+├── SpaceError                the disk filled up on the way
 ├── WorkerError               a child process ended without a result
 ├── SolveError                GPTQ fell back or diverged in named modules
 └── VariantError              a variant directory can't be read back, or was altered
@@ -58,6 +59,10 @@ class BusyError(QuantizeError):
     """Another process makes the same variant."""
 
     exit_code = 4
+
+
+class SpaceError(QuantizeError):
+    """The disk filled up on the way."""
 
 
 class WorkerError(QuantizeError):

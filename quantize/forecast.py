@@ -41,6 +41,16 @@ def packed_bytes(module: str, shape: tuple[int, int], numbers: Numbers, form: st
     }
 
 
+def disk_bytes(base: BaseModel, scheme: Scheme) -> int:
+    """Bytes that must be free beside the target: solved layers (a byte a weight), the library's files, and ours.
+
+    The library stores what isn't quantized as it computes with it: in fp32 on a CPU, twice the size.
+    """
+    variant = predicted_bytes(base, scheme)
+    kept = sum(size for name, size in predicted_tensors(base, scheme).items() if name in base.tensors)
+    return parameters(base.shapes) + 2 * variant + kept
+
+
 def parameters(shapes: Mapping[str, tuple[int, int]]) -> int:
     """Count the weights of linear layers."""
     return sum(prod(shape) for shape in shapes.values())

@@ -11,7 +11,7 @@ from quantize.calibration import Draw
 from quantize.effort import Effort, effort
 from quantize.engines import ENGINES, kernels, refusals
 from quantize.fit import heads_of, tensor_parallel_degrees
-from quantize.forecast import predicted_tensors
+from quantize.forecast import disk_bytes, predicted_tensors
 from quantize.judgement import limits_for
 from quantize.measurement import EvaluationPlan
 from quantize.overrides import numbers_of
@@ -19,8 +19,6 @@ from quantize.recipe import Budget
 from quantize.request import Request
 from quantize.settings import SolverSettings
 
-# What `store.require_space` asks for: the variant, and beside it what the solver leaves before it is packed.
-_SPACE_FACTOR = 1.1
 # Figures that only paired generations, or only questions with answers, can have.
 _OF_GENERATIONS = frozenset({"length_ratio", "unfinished_increase", "repeating_increase", "unclosed_increase"})
 _OF_TASKS = frozenset({"recovery", "flips"})
@@ -88,7 +86,7 @@ def outline(request: Request, base: BaseModel, scheme: Scheme, drawn: Draw, core
         effort=effort(base, tokens, request.settings, solving_engine(request), cores),
         engines=loadings(scheme),
         tensor_parallel=tensor_parallel_degrees(base.shapes, scheme, heads_of(base)),
-        disk_bytes=int(base.bytes * _SPACE_FACTOR),
+        disk_bytes=disk_bytes(base, scheme),
         limits=applied_limits(lowest_bits(scheme), request.evaluation),
     )
 

@@ -18,6 +18,7 @@ from quantize.calibration import Draw, contents_digest, is_held_out, read_source
 from quantize.checkpoint import write_json
 from quantize.conduct import Conduct
 from quantize.errors import CalibrationError
+from quantize.forecast import disk_bytes
 from quantize.lint import require_clean
 from quantize.measurement import EVIDENCE_FILE, EvaluationPlan, evaluate
 from quantize.outline import lowest_bits
@@ -36,7 +37,7 @@ MODULES_FILE = "modules.json"
 
 def build_variant(recipe: Recipe, drawn: Draw, out: Path, conduct: Conduct, *, solver: Solver = solve) -> Manifest:
     """Turn a base into a sealed variant directory; `out` appears whole or not at all."""
-    require_space(out, recipe.base.bytes)
+    require_space(out, disk_bytes(recipe.base, recipe.scheme))
     with staging(out) as variant:
         shop = Workshop(work_folder(variant), conduct.environ, conduct.stages)
         samples = calibrate(recipe.base.directory, drawn, recipe.max_tokens, shop)

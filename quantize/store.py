@@ -14,7 +14,6 @@ from quantize.errors import TargetError
 
 _WORK = ".work"
 _UNSEALED = frozenset({FILE_NAME, "capacity.json"})
-_SPACE_FACTOR = 1.1
 
 
 @contextmanager
@@ -103,13 +102,13 @@ def reusable(out: Path, variant_id: str) -> Manifest | None:
     return manifest
 
 
-def require_space(out: Path, base_bytes: int) -> None:
-    """Raise TargetError unless the target's filesystem has 1.1 times the base's size free."""
+def require_space(out: Path, needed_bytes: int) -> None:
+    """Raise TargetError unless the target's filesystem has so much free."""
     place = next(folder for folder in out.resolve().parents if folder.exists())
-    needed, free = int(base_bytes * _SPACE_FACTOR), shutil.disk_usage(place).free
-    if free < needed:
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes:
         raise TargetError(
-            f"no disk space for {out}: {_gigabytes(needed)} needed (1.1 times the base), {_gigabytes(free)} free; "
+            f"no disk space for {out}: {_gigabytes(needed_bytes)} needed, {_gigabytes(free)} free; "
             "free some or choose another --out",
         )
 

@@ -6,6 +6,7 @@ What the libraries print goes to a log file.
 """
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -19,13 +20,21 @@ from pathlib import Path
 from typing import Any
 
 from config.load import home_directory
-from quantize.errors import CalibrationError, QuantizeError, RecipeError, SolveError, VariantError, WorkerError
+from quantize.errors import (
+    CalibrationError,
+    QuantizeError,
+    RecipeError,
+    SolveError,
+    SpaceError,
+    VariantError,
+    WorkerError,
+)
 from quantize.interrupt import undisturbed
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PATIENCE_SECONDS = 10.0
 _ROOT = Path(__file__).resolve().parent.parent
-_KINDS = (RecipeError, CalibrationError, SolveError, VariantError)
+_KINDS = (RecipeError, CalibrationError, SolveError, VariantError, SpaceError)
 _MEMORY_SIGNAL = -signal.SIGKILL
 
 Work = Callable[[dict[str, Any], "Report"], dict[str, Any]]
@@ -71,7 +80,22 @@ def run_child(work: Work) -> int:
         except _KINDS as error:
             report.error(error)
             return error.exit_code
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            report.error(SpaceError(f"no space left on the disk of {_visible(Path(job_file).parent)}; free some"))
+            return SpaceError.exit_code
     return 0
+
+
+def _visible(folder: Path) -> Path:
+    """Name the folder that a person knows: hidden ones are ours, and gone after an error."""
+    return _visible(folder.parent) if any(part.startswith(".") for part in folder.parts) else folder
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Tell whether a write failed for want of space; safetensors says so in words only."""
+    return getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
 
 
 def run_worker(

@@ -1,5 +1,7 @@
-"""Figures of a GPTQ variant: GPTQModel reads it, transformers runs it and its base in fp32, whole logits are compared."""
+"""Figures of a GPTQ variant: GPTQModel reads it, transformers runs it and its base in fp32; all logits count."""
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ def figures_of(variant: Path, base: Path, samples: list[list[int]]) -> Figures:
     import torch  # noqa: PLC0415
 
     sums = Sums()
-    parent, child = load_dense(base), load_as_library_reads(variant, base)
+    with redirect_stdout(sys.stderr):  # the library prints configurations
+        parent, child = load_dense(base), load_as_library_reads(variant, base)
     with torch.inference_mode():
         for ids in samples:
             tokens = torch.tensor([ids])
@@ -61,4 +64,6 @@ def load_as_library_reads(variant: Path, base: Path) -> Any:
 def _plain_tensors(directory: Path) -> dict[str, Any]:
     from safetensors.torch import load_file  # noqa: PLC0415
 
-    return {name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }

@@ -1,7 +1,7 @@
 """Check a manifest's figures without the code that measured them.
 
-`python -m tests.benchmarks.reproduce VARIANT --against BASE [--data FILE ...] [--eval-tokens N]` computes mean KL, top-1
-agreement and perplexity ratio anew and exits with 1 if one differs from the manifest's by more than 1 %.
+`python -m tests.benchmarks.reproduce VARIANT --against BASE [--data FILE ...] [--eval-tokens N]` computes mean KL,
+top-1 agreement and perplexity ratio anew and exits with 1 if one differs from the manifest's by more than 1 %.
 
 What is shared with quantize/: which held-out samples are read, and their token ids (quantize.calibration,
 quantize.samples); the manifest's `dataset_sha256` proves that they are the same. What is not: everything after that.

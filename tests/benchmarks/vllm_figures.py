@@ -1,24 +1,24 @@
 """Figures of any variant through vLLM's prompt log-probabilities: base and variant served one after the other.
 
-vLLM names the K likeliest tokens of each place and the one that came; what one side leaves out is lumped, so the KL is a
-little too small, less so with a larger K. It computes in bf16 unless told otherwise, and that rounding is in it, too.
+vLLM names the K likeliest tokens of each place and the one that came; what one side leaves out is lumped, so the KL
+is a little too small, less so with a larger K. It computes in bf16 unless told otherwise, and that rounding is in it,
+too.
 """
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.error import URLError
+
+import httpx
 
 from config.load import process_environment
 from quantize.worker import child_environ
@@ -83,7 +83,8 @@ def predictions(model: Path, samples: list[list[int]], engine: Engine) -> Iterat
         for number, ids in enumerate(samples, 1):
             # No seed: on a CPU, vLLM 0.32 ends on one where it reads a prompt in parts.
             asked = {"model": "it", "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": engine.top}
-            told = _post(f"{address}/v1/completions", asked)
+            answer = httpx.post(f"{address}/v1/completions", json=asked, timeout=_REQUEST_SECONDS)
+            told = answer.raise_for_status().json()
             print(f"{model.name}: {number}/{len(samples)} samples", file=sys.stderr, flush=True)
             yield read_places(told["choices"][0]["prompt_logprobs"])
 
@@ -137,18 +138,11 @@ def _wait(server: "subprocess.Popen[bytes]", address: str, log: Path) -> None:
     while time.monotonic() < deadline:
         if server.poll() is not None:
             break
-        try:
-            with urllib.request.urlopen(f"{address}/health", timeout=_POLL_SECONDS):
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{address}/health", timeout=_POLL_SECONDS).is_success:
                 return
-        except (URLError, OSError):
-            time.sleep(_POLL_SECONDS)
+        time.sleep(_POLL_SECONDS)
     raise RuntimeError(f"vLLM didn't start: {log.read_text(errors='replace')[-2000:]}")
-
-
-def _post(url: str, body: dict[str, Any]) -> Any:
-    asked = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(asked, timeout=_REQUEST_SECONDS) as answer:
-        return json.load(answer)
 
 
 def _free_port() -> int:

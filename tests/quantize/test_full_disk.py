@@ -1,0 +1,81 @@
+"""A disk that fills up in the middle of a run: one line says so, and no half-made variant appears."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from quantize.base import read_base
+from quantize.forecast import disk_bytes
+from quantize.scheme import preset
+from quantize.worker import is_disk_full
+from tests.quantize.chats import chat, write_chats
+from tests.quantize.models import write_tiny_llama
+from tests.quantize.running import run
+
+pytest.importorskip("torch", reason="needs torch: install the quantize extra")
+pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")
+
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]
+
+SCHEME = "w4a16-g64"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A tiny base, with its text beside it."""
+    write_chats(tmp_path / "chats.jsonl", 60)
+    text = [message["content"] for n in range(60) for message in chat(n)["messages"]]
+    return write_tiny_llama(tmp_path / "tiny", text)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, base: Path) -> Iterator[Path]:
+    """A filesystem that is just large enough to begin."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    size = disk_bytes(read_base(base), preset(SCHEME)) + 200_000
+    options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+    if subprocess.run(options, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs (run as root)")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_is_told(base: Path, small_disk: Path, tmp_path: Path) -> None:
+    """Somebody else takes the space that was there when the run began."""
+    (small_disk / "others").write_bytes(bytes(150_000))
+    options = ("--scheme", SCHEME, "--data", tmp_path / "chats.jsonl", "--eval-prompts", 0, "--eval-tokens", 500)
+    taken = small_disk / "taken"
+    ballast = subprocess.Popen(
+        [
+            "sh",
+            "-c",
+            f"until ls -d {small_disk}/.v.*.partial/.work/gptqmodel_child.log; do :; done; cat /dev/zero > {taken}",
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with ballast:
+        done = run("main", base, *options, "--out", small_disk / "v")
+    assert done.returncode == 1
+    assert f"no space left on the disk of {small_disk}" in done.stderr.splitlines()[-1]
+    assert not (small_disk / "v").exists()
+    assert list(small_disk.glob(".v.*.partial")) == []
+
+
+@pytest.mark.parametrize(
+    "error,full",
+    [
+        (OSError(28, "No space left on device"), True),
+        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (OSError(13, "Permission denied"), False),
+        (ValueError("28"), False),
+    ],
+)
+def test_a_full_disk_has_more_than_one_face(error: Exception, full: bool) -> None:
+    """Python tells it by number, safetensors in words."""
+    assert is_disk_full(error) is full

@@ -1,0 +1,120 @@
+"""The independent check of a manifest's figures: its own arithmetic, its verdict, and both held against a real variant."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config.manifest import Manifest, Quality
+from tests.benchmarks.figures import Figures, Sums, lumped_divergence
+from tests.benchmarks.machine import Usage
+from tests.benchmarks.quantize import LayerTime, Round, last_layer, order_of, qwq_table, rounds_table
+from tests.benchmarks.reproduce import differences, table
+from tests.benchmarks.vllm_figures import Place, add_sample, read_places
+from tests.quantize.chats import chat, write_chats
+from tests.quantize.models import write_tiny_llama
+from tests.quantize.running import ROOT, environ, run
+
+SEALED = Quality(
+    dataset_sha256="0", tokens=3, kl_mean=0.2, kl_p99=1.0, top1_agreement=0.5, perplexity_ratio=1.1, verdict="pass"
+)
+
+
+def logprobs(weights: list[int]) -> dict[int, float]:
+    """A distribution over tokens from whole weights, as log-probabilities."""
+    return {token: math.log(weight / sum(weights)) for token, weight in enumerate(weights)}
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=3, max_size=30), st.data())
+def test_lumping_never_adds_divergence(weights: list[tuple[int, int]], data: st.DataObject) -> None:
+    """With every token named it is the KL; with some left out it is no larger, and never below 0."""
+    parent, variant = (logprobs([pair[side] for pair in weights]) for side in (0, 1))
+    whole = sum(math.exp(parent[token]) * (parent[token] - variant[token]) for token in parent)
+    assert lumped_divergence(parent, variant) == pytest.approx(whole, abs=1e-9)
+    left_out = data.draw(st.sets(st.integers(0, len(weights) - 1), max_size=len(weights) - 1))
+    named = {token: value for token, value in variant.items() if token not in left_out}
+    assert -1e-9 <= lumped_divergence(parent, named) <= whole + 1e-9
+
+
+def test_a_sample_of_prompt_logprobs() -> None:
+    """vLLM's answer is read by rank and token; the first token of a prompt has no prediction."""
+    told: list[dict[str, Any] | None] = [
+        None,
+        {"5": {"logprob": math.log(0.75), "rank": 1}, "9": {"logprob": math.log(0.25), "rank": 2}},
+    ]
+    (parent,) = read_places(told)
+    assert parent == Place(5, {5: math.log(0.75), 9: math.log(0.25)})
+    variant = Place(9, {5: math.log(0.25), 9: math.log(0.75)})
+    sums = Sums()
+    add_sample(sums, [1, 9], [parent], [variant])
+    figures = sums.figures()
+    assert figures.kl_mean == pytest.approx(0.5 * math.log(3))
+    assert figures.perplexity_ratio == pytest.approx(1 / 3)
+    assert (figures.tokens, figures.top1_agreement) == (1, 0.0)
+
+
+@pytest.mark.parametrize(
+    "again,worst",
+    [
+        (Figures(3, 0.2, 0.5, 1.1), 0.0),
+        (Figures(3, 0.201, 0.5, 1.1), 0.005),
+        (Figures(3, 0.2, 0.45, 1.1), 0.1),
+        (Figures(4, 0.2, 0.5, 1.1), 1 / 3),
+    ],
+)
+def test_differences_are_relative(again: Figures, worst: float) -> None:
+    """Each figure is held against the sealed one, the number of tokens, too."""
+    found = differences(SEALED, again)
+    assert max(one.relative for one in found) == pytest.approx(worst)
+    assert table(found).count("\n") == 5
+
+
+def test_rounds_alternate_and_are_told() -> None:
+    """Each side goes first once in two rounds; the median ratio closes the table."""
+    assert order_of(0) == tuple(reversed(order_of(1)))
+    rounds = [Round(Usage(10.4, 10**9), Usage(10.0, 10**9)), Round(Usage(10.0, 10**9), Usage(10.0, 10**9))]
+    assert "| 1 | 10.4 s | 10.0 s | 1.040 | 1,000 MB | 1,000 MB |" in rounds_table(rounds)
+    assert "Median ratio 1.020" in rounds_table(rounds)
+
+
+def test_a_layers_time_from_marks() -> None:
+    """The last layer begins where the one before it was packed; times 64 is the whole model."""
+    marks = [("solved", 0, 10.0), ("packed", 0, 12.0), ("solved", 1, 14.0), ("solved", 1, 20.0), ("packed", 1, 21.5)]
+    assert last_layer(marks) == LayerTime(solving=8.0, packing=1.5)
+    assert "| solving | 8.0 s | 8.5 min | 110 min |" in qwq_table(last_layer(marks), 30.0, Usage(30.0, 10**9))
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(300)
+def test_the_check_finds_a_true_manifest_and_a_false_one(tmp_path: Path) -> None:
+    """A real int4 variant's figures come out again; a manifest that tells a better KL is caught."""
+    pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")
+    write_chats(tmp_path / "chats.jsonl", 60)
+    code = "import sys; from pathlib import Path; from tests.quantize.test_reproduce import write; write(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "tiny"], cwd=ROOT, env=environ(), check=True)
+    text, variant = ("--data", tmp_path / "chats.jsonl"), tmp_path / "int4"
+    made = run("main", tmp_path / "tiny", "--scheme", "w4a16-g64", *text, "--out", variant)
+    assert made.returncode == 0, made.stderr
+    true = reproduce(variant, "--against", tmp_path / "tiny", *text)
+    assert true.returncode == 0, true.stdout + true.stderr
+    sealed = Manifest.read(variant)
+    better = sealed.quality.model_copy(update={"kl_mean": sealed.quality.kl_mean * 0.9})
+    (variant / "manifest.json").write_text(sealed.model_copy(update={"quality": better}).to_json())
+    assert reproduce(variant, "--against", tmp_path / "tiny", *text).returncode == 1
+
+
+def write(directory: Path) -> None:
+    """Write the tiny base, in a process of its own: a test that only compares figures needs no torch."""
+    write_tiny_llama(directory, [json.dumps(chat(number)) for number in range(60)])
+
+
+def reproduce(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the check."""
+    argv = [sys.executable, "-m", "tests.benchmarks.reproduce", *map(str, arguments)]
+    return subprocess.run(argv, cwd=ROOT, env=environ(), capture_output=True, text=True, check=False)
