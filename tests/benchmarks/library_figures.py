@@ -1,8 +1,9 @@
 """Figures of a GPTQ variant: GPTQModel reads it, transformers runs it and its base in fp32; all logits count."""
 
 import sys
-from contextlib import redirect_stdout
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.benchmarks.figures import Figures, Sums
@@ -13,8 +14,11 @@ def figures_of(variant: Path, base: Path, samples: list[list[int]]) -> Figures:
     import torch  # noqa: PLC0415
 
     sums = Sums()
-    with redirect_stdout(sys.stderr):  # the library prints configurations
-        parent, child = load_dense(base), load_as_library_reads(variant, base)
+    # The library prints configurations, and opens logs/ where it runs.
+    with redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
+        places = variant.resolve(), base.resolve()
+        with chdir(folder):
+            parent, child = load_dense(places[1]), load_as_library_reads(*places)
     with torch.inference_mode():
         for ids in samples:
             tokens = torch.tensor([ids])

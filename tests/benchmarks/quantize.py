@@ -65,7 +65,7 @@ def order_of(number: int) -> tuple[str, str]:
 
 def rounds_table(rounds: Sequence[Round]) -> str:
     """Write the rounds and their median ratio as Markdown."""
-    head = ["| round | ours | library | ratio | ours, peak | library, peak |", "| --- | --- | --- | --- | --- | --- |"]
+    head = ["| round | ours | library | ratio | our peak | library's peak |", "| --- | --- | --- | --- | --- | --- |"]
     rows = [
         f"| {number} | {one.ours.seconds:.1f} s | {one.library.seconds:.1f} s | {one.ratio:.3f} "
         f"| {one.ours.peak_bytes / 1e6:,.0f} MB | {one.library.peak_bytes / 1e6:,.0f} MB |"
@@ -76,7 +76,7 @@ def rounds_table(rounds: Sequence[Round]) -> str:
 
 
 def last_layer(marks: Sequence[tuple[str, int, float]]) -> LayerTime:
-    """Take the last layer's times from marks `(solved | packed, layer, second)`; it starts where the one before ends."""
+    """Take the last layer's times from marks `(solved | packed, layer, second)`; it starts where the other ended."""
     last = max(layer for _, layer, _ in marks)
     started = max(second for what, layer, second in marks if what == "packed" and layer == last - 1)
     solved = max(second for what, layer, second in marks if what == "solved" and layer == last)

@@ -29,15 +29,14 @@ _START_SECONDS = 600.0
 _POLL_SECONDS = 1.0
 _REQUEST_SECONDS = 600.0
 _KV_CACHE_BYTES = 1_000_000_000
-_MAX_MODEL_LEN = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Engine:
     """What vLLM computes in, and how many log-probabilities a place it names (-1: all)."""
 
-    dtype: str = "auto"
-    top: int = 512
+    dtype: str
+    top: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +78,8 @@ def read_places(told: list[dict[str, dict[str, Any]] | None]) -> list[Place]:
 
 def predictions(model: Path, samples: list[list[int]], engine: Engine) -> Iterator[list[Place]]:
     """Serve a model and ask it about one sample after the other."""
-    with serving(model, engine) as address:
+    longest = max(map(len, samples))
+    with serving(model, engine.dtype, longest + 1) as address:
         for number, ids in enumerate(samples, 1):
             # No seed: on a CPU, vLLM 0.32 ends on one where it reads a prompt in parts.
             asked = {"model": "it", "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": engine.top}
@@ -90,14 +90,14 @@ def predictions(model: Path, samples: list[list[int]], engine: Engine) -> Iterat
 
 
 @contextmanager
-def serving(model: Path, engine: Engine) -> Iterator[str]:
+def serving(model: Path, dtype: str, max_tokens: int) -> Iterator[str]:
     """Run a vLLM server on a free port of this machine; its log is shown if it doesn't start."""
     port = _free_port()
     with TemporaryDirectory(prefix="reproduce-") as folder:
         log = Path(folder, "vllm.log")
         with log.open("wb") as stream:
             server = subprocess.Popen(
-                [sys.executable, *VLLM_MODULE, *_arguments(model, port, engine)],
+                [sys.executable, *VLLM_MODULE, *_arguments(model, port, dtype, max_tokens)],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
@@ -108,18 +108,19 @@ def serving(model: Path, engine: Engine) -> Iterator[str]:
             _wait(server, f"http://127.0.0.1:{port}", log)
             yield f"http://127.0.0.1:{port}"
         finally:
-            os.killpg(server.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it ended by itself, and its children with it
+                os.killpg(server.pid, signal.SIGKILL)
             server.wait()
 
 
-def _arguments(model: Path, port: int, engine: Engine) -> list[str]:
+def _arguments(model: Path, port: int, dtype: str, max_tokens: int) -> list[str]:
     options: dict[str, object] = {
         "--model": model.resolve(),
         "--served-model-name": "it",
         "--host": "127.0.0.1",
         "--port": port,
-        "--dtype": engine.dtype,
-        "--max-model-len": _MAX_MODEL_LEN,
+        "--dtype": dtype,
+        "--max-model-len": max_tokens,
         "--max-logprobs": -1,
         "--kv-cache-memory-bytes": _KV_CACHE_BYTES,
         "--generation-config": "vllm",
@@ -129,8 +130,13 @@ def _arguments(model: Path, port: int, engine: Engine) -> list[str]:
 
 def _environment() -> dict[str, str]:
     last = (os.cpu_count() or 1) - 1
-    bound = {"VLLM_CPU_OMP_THREADS_BIND": f"0-{last}" if last else "0", "VLLM_NO_USAGE_STATS": "1"}
-    return {**child_environ(process_environment()), **bound}
+    return {
+        **child_environ(process_environment()),
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{last}" if last else "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        # A sample may fill all positions of a model; the one token that is made after it is never read.
+        "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
+    }
 
 
 def _wait(server: "subprocess.Popen[bytes]", address: str, log: Path) -> None:

@@ -1,4 +1,4 @@
-"""The independent check of a manifest's figures: its own arithmetic, its verdict, and both held against a real variant."""
+"""The independent check of a manifest's figures: its arithmetic, its verdict, and both on a real variant."""
 
 import json
 import math
@@ -96,10 +96,10 @@ def test_the_check_finds_a_true_manifest_and_a_false_one(tmp_path: Path) -> None
     """A real int4 variant's figures come out again; a manifest that tells a better KL is caught."""
     pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")
     write_chats(tmp_path / "chats.jsonl", 60)
-    code = "import sys; from pathlib import Path; from tests.quantize.test_reproduce import write; write(Path(sys.argv[1]))"
+    code = "import pathlib, sys; from tests.quantize import test_reproduce as t; t.write(pathlib.Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, tmp_path / "tiny"], cwd=ROOT, env=environ(), check=True)
-    text, variant = ("--data", tmp_path / "chats.jsonl"), tmp_path / "int4"
-    made = run("main", tmp_path / "tiny", "--scheme", "w4a16-g64", *text, "--out", variant)
+    text, variant = ("--data", tmp_path / "chats.jsonl", "--eval-tokens", 400), tmp_path / "int4"
+    made = run("main", tmp_path / "tiny", "--scheme", "w4a16-g64", *text, "--eval-prompts", 0, "--out", variant)
     assert made.returncode == 0, made.stderr
     true = reproduce(variant, "--against", tmp_path / "tiny", *text)
     assert true.returncode == 0, true.stdout + true.stderr

@@ -38,43 +38,44 @@ def arguments(place: Path, out: str) -> tuple[object, ...]:
     return (place / "tiny", *options, "--out", place / out)
 
 
-def killed_run(place: Path, out: str) -> None:
-    """Start a run and kill it, child and all, once some layers are whole."""
-    told = command("main", *arguments(place, out))
+@pytest.fixture(scope="module")
+def killed(folder: Path) -> Path:
+    """The target of a run that was killed, child and all, once some layers were whole."""
+    out = folder / "resumed"
+    told = command("main", *arguments(folder, out.name))
     with subprocess.Popen(
         told, cwd=ROOT, env=environ(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     ) as process:
-        while whole_layers(place / out) < KILLED_AFTER:
+        while whole_layers(out) < KILLED_AFTER:
             assert process.poll() is None, "the run ended before it could be killed"
             time.sleep(0.01)
         process.kill()
+    return out
 
 
-def test_a_killed_run_goes_on_bit_for_bit(folder: Path) -> None:
+def test_layers_of_another_recipe_are_not_used(folder: Path, killed: Path) -> None:
+    """The same target with another seed: --resume refuses in one line, and keeps what there is."""
+    left = whole_layers(killed)
+    done = run("main", *arguments(folder, killed.name), "--resume", "--seed", 1)
+    assert done.returncode == 2
+    assert "another recipe or text" in done.stderr
+    assert whole_layers(killed) == left
+
+
+def test_a_killed_run_goes_on_bit_for_bit(folder: Path, killed: Path) -> None:
     """After `kill -9` at layer 5 of 30, --resume solves the rest; every file equals the undisturbed run's."""
-    killed_run(folder, "resumed")
-    assert not (folder / "resumed").exists()
-    left = whole_layers(folder / "resumed")
+    assert not killed.exists()
+    left = whole_layers(killed)
     assert KILLED_AFTER <= left < LAYERS
-    log = folder / "log.txt"
-    done = run("main", *arguments(folder, "resumed"), "--resume", "--log", log)
+    done = run("main", *arguments(folder, killed.name), "--resume", "--log", folder / "log.txt")
     assert done.returncode == 0, done.stderr
-    assert Manifest.read(folder / "resumed").files == Manifest.read(folder / "whole").files
-    assert not solving_folder(folder / "resumed").exists()
+    assert Manifest.read(killed).files == Manifest.read(folder / "whole").files
+    assert not solving_folder(killed).exists()
     assert f"goes on after {left} whole layers" in done.stderr
 
 
-def test_the_log_has_every_module_and_no_carriage_returns(folder: Path) -> None:
+def test_the_log_has_every_module_and_no_carriage_returns(folder: Path, killed: Path) -> None:
     """A file can hold what a terminal shows: one line a module, with the time."""
     log = (folder / "log.txt").read_bytes().decode()
     assert "\r" not in log
     assert sum("damping" in line for line in log.splitlines()) == 7 * LAYERS
-
-
-def test_layers_of_another_recipe_are_not_used(folder: Path) -> None:
-    """The same target with another seed: --resume refuses, in one line; a run without it starts anew."""
-    killed_run(folder, "other")
-    done = run("main", *arguments(folder, "other"), "--resume", "--seed", 1)
-    assert done.returncode == 2
-    assert "another recipe or text" in done.stderr
-    assert any(solving_folder(folder / "other").iterdir())
