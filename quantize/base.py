@@ -150,6 +150,11 @@ def _stored(entry: Mapping[str, Any]) -> StoredTensor:
     return StoredTensor(tuple(entry["shape"]), end - start)
 
 
+def slug(name: str) -> str:
+    """Reduce a name to lower-case letters, digits, dots and single hyphens."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "model"
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise RecipeError(f"{directory}: no such model directory")

@@ -12,22 +12,22 @@ from typing import TextIO
 from config.load import process_environment
 from config.manifest import Manifest
 from quantize.base import read_base
-from quantize.calibration import shipped_files
 from quantize.conduct import Conduct
-from quantize.flags import evaluate_parser, quantize_parser
-from quantize.outline import as_json, as_text, outline
+from quantize.pages.report import quality_line, summary
 from quantize.pipeline import build_variant, evaluate_directory, with_own_answers
-from quantize.plan import check_numbers, drawn_text, plan_variant, present_engine, settled_scheme
-from quantize.progress import Stages
-from quantize.recipe_file import load_recipe, purpose_of, shipped_recipes
-from quantize.recipe_schema import EvaluationTable, RecipeFile
-from quantize.report import quality_line, summary
-from quantize.request import Request
-from quantize.resolve import chosen_evaluation, resolve
-from quantize.resume import whole_layers
-from quantize.store import reusable
-from quantize.terminal import DONE, GATE, guarded, tell
-from quantize.worker import child_environ
+from quantize.planning.flags import evaluate_parser, quantize_parser
+from quantize.planning.outline import as_json, as_text, outline
+from quantize.planning.plan import check_numbers, drawn_text, plan_variant, present_engine, settled_scheme
+from quantize.planning.recipe_file import load_recipe, purpose_of, shipped_recipes
+from quantize.planning.recipe_schema import EvaluationTable, RecipeFile
+from quantize.planning.request import Request
+from quantize.planning.resolve import chosen_evaluation, resolve
+from quantize.running.progress import Stages
+from quantize.running.resume import whole_layers
+from quantize.running.terminal import DONE, GATE, guarded, tell
+from quantize.running.worker import child_environ
+from quantize.text.calibration import shipped_files
+from quantize.variants.store import reusable
 
 
 def main(argv: list[str]) -> int:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quantize.measurement import DEFAULT_PLAN, EvaluationPlan
-from quantize.progress import Stages
+from quantize.measuring.measurement import DEFAULT_PLAN, EvaluationPlan
+from quantize.running.progress import Stages
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import VariantError
-from quantize.weights import read_dense, read_packing
+from quantize.variants.weights import read_dense, read_packing
 
 _INT8_MAX = 127
 # Of a GPU's free memory, what weights may take; the rest is for activations, keys and values.

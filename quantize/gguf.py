@@ -7,10 +7,10 @@ from pathlib import Path
 from config.load import process_environment
 from config.manifest import sha256_of
 from quantize.errors import QuantizeError, RecipeError, TargetError
-from quantize.interrupt import Terminated, terminable
-from quantize.progress import Stages
-from quantize.store import require_space, staging, work_folder
-from quantize.worker import child_environ, run_worker
+from quantize.running.interrupt import Terminated, terminable
+from quantize.running.progress import Stages
+from quantize.running.worker import child_environ, run_worker
+from quantize.variants.store import require_space, staging, work_folder
 
 _MAGIC = b"GGUF"
 # Four bits a weight become sixteen.

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantize.checkpoint import write_json, write_shards
 from quantize.errors import RecipeError
-from quantize.worker import Report, run_child
+from quantize.running.worker import Report, run_child
+from quantize.variants.checkpoint import write_json, write_shards
 
 # Keys that tell how transformers loaded the file, not what the model is.
 _LOADING_KEYS = ("_name_or_path", "_model_name_or_path", "_from_model_config", "quantization_config")

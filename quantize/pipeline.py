@@ -10,27 +10,27 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from config.manifest import Base, Calibration, Manifest, Quality, Quantizer
-from quantize import preflight
 from quantize.backends.gptqmodel import solve
 from quantize.backends.protocol import Errand, Solved, Solver
 from quantize.base import read_base
-from quantize.calibration import Draw, contents_digest, is_held_out, read_sources, shipped_files
-from quantize.checkpoint import write_json
 from quantize.conduct import Conduct
 from quantize.errors import CalibrationError
-from quantize.forecast import disk_bytes
-from quantize.lint import require_clean
-from quantize.measurement import EVIDENCE_FILE, EvaluationPlan, evaluate
-from quantize.outline import lowest_bits
-from quantize.recipe import Recipe
-from quantize.replica_answers import Sampling
-from quantize.request import Request, TextFile
-from quantize.resume import resumed_line, solving
-from quantize.samples import Samples, calibrate
-from quantize.self_generation import self_generate
-from quantize.store import require_space, seal, staging, work_folder
-from quantize.weights import read_packing
-from quantize.workshop import Workshop
+from quantize.measuring.measurement import EVIDENCE_FILE, EvaluationPlan, evaluate
+from quantize.planning.outline import lowest_bits
+from quantize.planning.recipe import Recipe
+from quantize.planning.request import Request, TextFile
+from quantize.running.resume import resumed_line, solving
+from quantize.running.workshop import Workshop
+from quantize.schemes.forecast import disk_bytes
+from quantize.text import preflight
+from quantize.text.calibration import Draw, contents_digest, is_held_out, read_sources, shipped_files
+from quantize.text.replica_answers import Sampling
+from quantize.text.samples import Samples, calibrate
+from quantize.text.self_generation import self_generate
+from quantize.variants.checkpoint import write_json
+from quantize.variants.lint import require_clean
+from quantize.variants.store import require_space, seal, staging, work_folder
+from quantize.variants.weights import read_packing
 
 MODULES_FILE = "modules.json"
 

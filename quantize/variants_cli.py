@@ -8,25 +8,25 @@ from pathlib import Path
 
 from config.load import process_environment
 from config.manifest import Manifest, Quality
-from quantize.adoption import adopt, scheme_told
-from quantize.artefact import read_artefact
 from quantize.base import read_base
-from quantize.calibration import shipped_files
-from quantize.comparison import compare, comparison_json, comparison_text
 from quantize.conduct import Conduct
-from quantize.flags import add_evaluation
-from quantize.html_report import write_report
-from quantize.lint import lint
-from quantize.measurement import EVIDENCE_FILE
+from quantize.measuring.measurement import EVIDENCE_FILE
+from quantize.pages.html_report import write_report
+from quantize.pages.report import disposal_lines, listing, page, summary
 from quantize.pipeline import evaluate_directory
-from quantize.progress import Stages
-from quantize.pruning import disposables, remove
-from quantize.recipe_schema import EvaluationTable
-from quantize.report import disposal_lines, listing, page, summary
-from quantize.request import DEFAULT_MAX_TOKENS
-from quantize.resolve import chosen_evaluation
-from quantize.terminal import DONE, FAILED, OneLineParser, guarded, tell
-from quantize.worker import child_environ
+from quantize.planning.flags import add_evaluation
+from quantize.planning.recipe_schema import EvaluationTable
+from quantize.planning.request import DEFAULT_MAX_TOKENS
+from quantize.planning.resolve import chosen_evaluation
+from quantize.running.progress import Stages
+from quantize.running.terminal import DONE, FAILED, OneLineParser, guarded, tell
+from quantize.running.worker import child_environ
+from quantize.text.calibration import shipped_files
+from quantize.variants.adoption import adopt, scheme_told
+from quantize.variants.artefact import read_artefact
+from quantize.variants.comparison import compare, comparison_json, comparison_text
+from quantize.variants.lint import lint
+from quantize.variants.pruning import disposables, remove
 
 _Verb = Callable[[argparse.Namespace], int]
 _PRUNE_AFTER_DAYS = 7.0

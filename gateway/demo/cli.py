@@ -148,8 +148,8 @@ async def make_variant(demo: Demo, base: Path, scheme: str) -> Path:
         # The demo serves on this machine's CPU whether it has a GPU or not.
         options = ("--scheme", scheme, "--engine", "cpu", "--out", str(folder / "{id}"), "--json")
         # A demo that was stopped goes on where it was; paired generations take longer than all the rest here.
-        options += ("--resume", "--eval-prompts", "0")
-        told = await run_errand(f"quantizing to {scheme}", "quantgate", "quantize", str(base), *options)
+        habits = ("--resume", "--eval-prompts", "0")
+        told = await run_errand(f"quantizing to {scheme}", "quantgate", "quantize", str(base), *options, *habits)
     variant_id: str = json.loads(told)["id"]
     return folder / variant_id
 

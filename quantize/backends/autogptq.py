@@ -10,14 +10,14 @@ from typing import Any
 from config.manifest import Scheme
 from quantize.backends.gptqmodel import visible_devices
 from quantize.backends.isolation import Pins, isolated_python
+from quantize.backends.losses import SolvedModule, beside_its_kind, by_damping, require_solved
 from quantize.backends.protocol import Errand, Solved
 from quantize.base import weight_files
-from quantize.checkpoint import write_json
 from quantize.errors import RecipeError
-from quantize.losses import SolvedModule, beside_its_kind, by_damping, require_solved
-from quantize.recipe import Recipe
-from quantize.settings import SolverSettings
-from quantize.worker import run_worker
+from quantize.planning.recipe import Recipe
+from quantize.running.worker import run_worker
+from quantize.schemes.settings import SolverSettings
+from quantize.variants.checkpoint import write_json
 
 PINS = Pins("auto-gptq 0.7.1", Path(__file__).with_name("autogptq-requirements.txt"), ("3.11",))
 
@@ -72,7 +72,7 @@ def require_solvable(scheme: Scheme, settings: SolverSettings) -> None:
         raise RecipeError(
             "auto-gptq quantizes all modules alike and knows no overrides; drop them, or use --backend gptqmodel"
         )
-    if settings.group_order or settings.scale_norm or settings.gptaq:
+    if any((settings.group_order, settings.weighted_scales, settings.scale_norm, settings.gptaq)):
         raise RecipeError(
             "auto-gptq has no group order, no search for scales and no gptaq; pass --solver classic, "
             "or use --backend gptqmodel",

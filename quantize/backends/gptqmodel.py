@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from config.manifest import Scheme
+from quantize.backends.losses import SolvedModule, by_damping, fallbacks, require_solved
 from quantize.backends.protocol import Errand, Solved
-from quantize.losses import SolvedModule, by_damping, fallbacks, require_solved
-from quantize.overrides import dynamic_rules
-from quantize.recipe import Recipe
-from quantize.settings import SolverSettings
-from quantize.worker import run_worker
+from quantize.planning.recipe import Recipe
+from quantize.running.worker import run_worker
+from quantize.schemes.overrides import dynamic_rules
+from quantize.schemes.settings import SolverSettings
 
 _MODULE = "quantize.backends.gptqmodel_child"
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from config.manifest import Scheme
 from quantize.backends.aligned import aligned
+from quantize.backends.losses import require_solved
+from quantize.backends.solutions import Solutions
 from quantize.backends.watched import Ledger, watched
-from quantize.checkpoint import write_checkpoint
-from quantize.losses import require_solved
-from quantize.memory import available_bytes
-from quantize.solutions import Solutions
-from quantize.worker import Report, run_child
+from quantize.running.memory import available_bytes
+from quantize.running.worker import Report, run_child
+from quantize.variants.checkpoint import write_checkpoint
 
 # A model that is solved on the CPU is there twice for a while: as it was, and packed.
 _COPIES_IN_MEMORY = 2.5

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from config.load import home_directory
 from quantize.errors import RecipeError, WorkerError
-from quantize.store import sweep
+from quantize.variants.store import sweep
 
 _SHOWN_CHARACTERS = 300
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from quantize.losses import SolvedModule
-from quantize.recipe import Recipe
+from quantize.backends.losses import SolvedModule
+from quantize.planning.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)

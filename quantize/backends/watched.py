@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantize.backends.losses import SolvedModule, as_loss, beside_its_kind
 from quantize.backends.scales import best_scales
+from quantize.backends.solutions import Solution, Solutions
 from quantize.errors import SolveError
-from quantize.losses import SolvedModule, as_loss, beside_its_kind
-from quantize.solutions import Solution, Solutions
-from quantize.worker import Report
+from quantize.running.worker import Report
 
 
 @dataclass(slots=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import Scheme
-from quantize.checkpoint import write_checkpoint
-from quantize.worker import Report, run_child
+from quantize.running.worker import Report, run_child
+from quantize.variants.checkpoint import write_checkpoint
 
 
 def write(job: dict[str, Any], _: Report) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from config.load import process_environment
 from quantize.backends.gptqmodel import solve
 from quantize.backends.protocol import Errand
 from quantize.base import read_base
-from quantize.recipe import Recipe, installed_backend
-from quantize.scheme import preset
-from quantize.settings import SETTINGS
-from quantize.worker import child_environ
+from quantize.planning.recipe import Recipe, installed_backend
+from quantize.running.worker import child_environ
+from quantize.schemes.scheme import preset
+from quantize.schemes.settings import SETTINGS
 
 
 def main(job_file: str) -> None:

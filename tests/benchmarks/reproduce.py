@@ -3,8 +3,8 @@
 `python -m tests.benchmarks.reproduce VARIANT --against BASE [--data FILE ...] [--eval-tokens N]` computes mean KL,
 top-1 agreement and perplexity ratio anew and exits with 1 if one differs from the manifest's by more than 1 %.
 
-What is shared with quantize/: which held-out samples are read, and their token ids (quantize.calibration,
-quantize.samples); the manifest's `dataset_sha256` proves that they are the same. What is not: everything after that.
+What is shared with quantize/: which held-out samples are read, and their token ids (quantize.text); the manifest's
+`dataset_sha256` proves that they are the same. What is not: everything after that.
 GPTQ is read by GPTQModel's own loader and run by transformers (in `library_figures.py`); `w8a8` by vLLM's
 prompt log-probabilities (in `vllm_figures.py`), in the precision that vLLM computes in.
 """
@@ -19,12 +19,12 @@ from typing import Any
 
 from config.load import process_environment
 from config.manifest import Manifest, Quality
-from quantize.calibration import Draw, contents_digest, draw, is_held_out, read_sources, shipped_files
-from quantize.measurement import EVALUATION_TOKENS
-from quantize.progress import Stages
-from quantize.samples import calibrate, within
-from quantize.worker import child_environ
-from quantize.workshop import Workshop
+from quantize.measuring.measurement import EVALUATION_TOKENS
+from quantize.running.progress import Stages
+from quantize.running.worker import child_environ
+from quantize.running.workshop import Workshop
+from quantize.text.calibration import Draw, contents_digest, draw, is_held_out, read_sources, shipped_files
+from quantize.text.samples import calibrate, within
 from tests.benchmarks.figures import Figures
 
 _TOLERANCE = 0.01

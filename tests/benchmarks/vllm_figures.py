@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 
 from config.load import process_environment
-from quantize.worker import child_environ
+from quantize.running.worker import child_environ
 from serving.command import VLLM_MODULE
 from tests.benchmarks.figures import Figures, LogProbabilities, Sums, lumped_divergence
 

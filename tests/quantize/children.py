@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import CalibrationError, SolveError
-from quantize.worker import Report, run_child
+from quantize.running.worker import Report, run_child
 
 
 def work(job: dict[str, Any], report: Report) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import Base, Calibration, Check, Manifest, Quality, Quantizer, SealedFile
-from quantize.scheme import preset
+from quantize.schemes.scheme import preset
 
 
 def quality(**changes: Any) -> Quality:

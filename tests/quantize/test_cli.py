@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.quantize.chats import write_chats, write_lines
+from tests.quantize.command_line import run
 from tests.quantize.models import write_hollow_model
-from tests.quantize.running import run
-from tests.quantize.test_store import write_variant
+from tests.quantize.variants.test_store import write_variant
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from quantize.base import read_base
-from quantize.forecast import disk_bytes
-from quantize.scheme import preset
-from quantize.worker import is_disk_full
+from quantize.running.worker import is_disk_full
+from quantize.schemes.forecast import disk_bytes
+from quantize.schemes.scheme import preset
 from tests.quantize.chats import chat, write_chats
+from tests.quantize.command_line import run
 from tests.quantize.models import write_tiny_llama
-from tests.quantize.running import run
 
 pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")

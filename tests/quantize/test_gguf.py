@@ -10,8 +10,8 @@ import pytest
 
 from quantize.errors import RecipeError, TargetError
 from quantize.gguf import unpack_gguf
-from quantize.progress import Stages
-from quantize.worker import child_environ
+from quantize.running.progress import Stages
+from quantize.running.worker import child_environ
 
 
 def unpack(file: Path, out: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 
 from config.manifest import Manifest
 from quantize.base import kept_files, read_base
-from quantize.forecast import predicted_bytes
-from quantize.weights import read_dense
+from quantize.schemes.forecast import predicted_bytes
+from quantize.variants.weights import read_dense
 from tests.quantize.chats import chat, write_chats
+from tests.quantize.command_line import ROOT, command, environ, run
 from tests.quantize.models import CHATML, write_tiny_llama
-from tests.quantize.running import ROOT, command, environ, run
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")

@@ -18,8 +18,8 @@ from tests.benchmarks.quantize import LayerTime, Round, last_layer, order_of, qw
 from tests.benchmarks.reproduce import differences, table
 from tests.benchmarks.vllm_figures import Place, add_sample, read_places
 from tests.quantize.chats import chat, write_chats
+from tests.quantize.command_line import ROOT, environ, run
 from tests.quantize.models import write_tiny_llama
-from tests.quantize.running import ROOT, environ, run
 
 SEALED = Quality(
     dataset_sha256="0", tokens=3, kl_mean=0.2, kl_p99=1.0, top1_agreement=0.5, perplexity_ratio=1.1, verdict="pass"

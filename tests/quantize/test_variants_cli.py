@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from quantize.store import seal, staging
+from quantize.variants.store import seal, staging
+from tests.quantize.artefacts import write_base, write_quantized
+from tests.quantize.command_line import run
 from tests.quantize.manifests import quality, write_manifest
-from tests.quantize.running import run
-from tests.quantize.test_store import UNSEALED, write_variant
-from tests.quantize.variants import write_base, write_quantized
+from tests.quantize.variants.test_store import UNSEALED, write_variant
 
 
 def test_variants_are_listed_shown_and_verified(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""`scheme: auto`: bits and group size per module, chosen within a budget."""

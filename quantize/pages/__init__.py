@@ -1,0 +1,1 @@
+"""Manifests for people: lines, tables, and one HTML page."""

@@ -1,0 +1,148 @@
+"""Variants as one self-contained HTML page: no request leaves it, it needs no script, and it is fit to be printed."""
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from config.manifest import Manifest
+from quantize.pages.dossier import Dossier, read_dossier
+from quantize.pages.html_sections import number_cell, table, variant_article, verdict_mark
+from quantize.pages.markup import Markup, element
+from quantize.pages.plots import Point, Series, legend, linear_axis, log_axis, scatter
+
+_STYLE = Path(__file__).with_name("report.css")
+# The divergence that a logarithmic axis shows for none at all.
+_LEAST_KL = 1e-6
+
+
+def write_report(variants: Sequence[tuple[Path, Manifest]], out: Path) -> None:
+    """Write the page about variants; it replaces an older one at once."""
+    dossiers = [read_dossier(directory, manifest) for directory, manifest in variants]
+    draft = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        draft.write_text(html_page(dossiers, _STYLE.read_text()), encoding="utf-8")
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def html_page(dossiers: Sequence[Dossier], style: str) -> str:
+    """Build the page: a section for each base, in it a table, plots, and an article for each variant."""
+    ordered = sorted(dossiers, key=_base_of)
+    groups = [list(group) for _, group in groupby(ordered, key=_base_of)]
+    names = ", ".join(group[0].manifest.base.name for group in groups)
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("title", f"Variants of {names}"),
+        element("style", Markup(style)),
+    )
+    count = f"{len(dossiers)} variant{'s' if len(dossiers) > 1 else ''}, measured against the model they were made from"
+    header = element("header", element("h1", f"Variants of {names}"), element("p", count, class_="quiet"))
+    main = element("main", *(_base_section(number, group) for number, group in enumerate(groups)))
+    return f"<!doctype html>\n{element('html', head, element('body', header, main), lang='en')}\n"
+
+
+def _base_of(dossier: Dossier) -> tuple[str, str]:
+    return dossier.manifest.base.name, dossier.manifest.base.digest
+
+
+def _base_section(number: int, group: Sequence[Dossier]) -> Markup:
+    base = group[0].manifest.base
+    ranked = sorted(group, key=lambda one: one.manifest.quality.kl_mean)
+    anchors = {id(one): f"v{number}-{place}" for place, one in enumerate(ranked)}
+    return element(
+        "section",
+        element("h2", f"Base {base.name}"),
+        element("p", f"{base.dtype}, digest ", element("code", base.digest[:16]), class_="quiet"),
+        _overview([(anchors[id(one)], one) for one in ranked]),
+        *_comparability(ranked),
+        _quality_plot(f"quality{number}", ranked),
+        *_speed_plots(f"speed{number}", ranked),
+        *(variant_article(anchors[id(one)], one) for one in ranked),
+    )
+
+
+def _overview(rows: Sequence[tuple[str, Dossier]]) -> Markup:
+    heads = ["variant", "scheme", "MB", "mean KL", "top-1", "perplexity", "length", "verdict"]
+    cells = [
+        (
+            element("a", one.manifest.id, href=f"#{anchor}"),
+            one.manifest.scheme.name,
+            number_cell(f"{one.manifest.bytes / 1e6:,.1f}"),
+            number_cell(f"{one.manifest.quality.kl_mean:.4f}"),
+            number_cell(f"{one.manifest.quality.top1_agreement:.2%}"),
+            number_cell(f"x{one.manifest.quality.perplexity_ratio:.4f}"),
+            number_cell(_length(one.manifest)),
+            verdict_mark(one.manifest.quality.verdict == "pass"),
+        )
+        for anchor, one in rows
+    ]
+    return table("All variants, the closest to the base first", heads, cells, numbers=range(2, 7))
+
+
+def _length(manifest: Manifest) -> str:
+    ratio = manifest.quality.length_ratio
+    return "not measured" if ratio is None else f"x{ratio:.3f}"
+
+
+def _comparability(group: Sequence[Dossier]) -> Iterator[Markup]:
+    texts = {(one.manifest.quality.dataset_sha256, one.manifest.quality.tokens) for one in group}
+    if len(texts) > 1:
+        told = f"Measured on {len(texts)} different texts: small differences between these variants mean little."
+        yield element("p", element("strong", "Mind: "), told)
+
+
+def _quality_plot(name: str, group: Sequence[Dossier]) -> Markup:
+    sizes = [one.manifest.bytes / 1e6 for one in group]
+    divergences = [max(one.manifest.quality.kl_mean, _LEAST_KL) for one in group]
+    told = f"{len(group)} variants from {min(sizes):,.0f} to {max(sizes):,.0f} MB, mean divergence from "
+    description = f"{told}{min(divergences):.4g} to {max(divergences):.4g} nats a token."
+    series = [
+        Series(words, tuple(_quality_point(one) for one in group if one.manifest.quality.verdict == verdict), hollow)
+        for verdict, words, hollow in (("pass", "passed all limits", False), ("fail", "missed a limit", True))
+    ]
+    plot = scatter(
+        name,
+        "Quality against size",
+        description,
+        linear_axis("size, MB", sizes),
+        log_axis("mean KL from the base, nats a token", divergences),
+        series,
+    )
+    caption = "Lower is closer to the base, left is smaller."
+    return element("figure", plot, legend(series), element("figcaption", caption))
+
+
+def _quality_point(one: Dossier) -> Point:
+    manifest = one.manifest
+    hint = f"{manifest.id}: {manifest.bytes / 1e6:,.1f} MB, KL {manifest.quality.kl_mean:.4g}"
+    return Point(manifest.bytes / 1e6, max(manifest.quality.kl_mean, _LEAST_KL), hint, manifest.scheme.name)
+
+
+def _speed_plots(name: str, group: Sequence[Dossier]) -> Iterator[Markup]:
+    machines = sorted({machine for one in group for machine in one.decode_tokens_per_second})
+    if not machines:
+        yield element(
+            "p", "No speeds: no variant has a capacity.json, which `quantgate measure` writes.", class_="quiet"
+        )
+    for number, machine in enumerate(machines):
+        measured = [one for one in group if machine in one.decode_tokens_per_second]
+        points = tuple(_speed_point(one, machine) for one in measured)
+        plot = scatter(
+            f"{name}-{number}",
+            f"Quality against speed on {machine}",
+            f"{len(points)} variants, measured with one request at a time.",
+            linear_axis("decoding, tokens/s", [point.x for point in points], from_zero=True),
+            log_axis("mean KL from the base, nats a token", [point.y for point in points]),
+            [Series(machine, points)],
+        )
+        caption = f"On {machine}, one request at a time. Lower is closer to the base, right is faster."
+        yield element("figure", plot, element("figcaption", caption))
+
+
+def _speed_point(one: Dossier, machine: str) -> Point:
+    speed, divergence = one.decode_tokens_per_second[machine], max(one.manifest.quality.kl_mean, _LEAST_KL)
+    return Point(speed, divergence, f"{one.manifest.id}: {speed:.1f} tokens/s", one.manifest.scheme.name)

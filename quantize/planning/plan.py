@@ -1,0 +1,135 @@
+"""From what was asked for to a recipe: every check that needs no torch, before any work."""
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from config.manifest import Engine, Override, Scheme
+from quantize.base import BaseModel, read_base
+from quantize.errors import RecipeError
+from quantize.planning.recipe import Budget, Recipe, chosen_backend
+from quantize.planning.request import Request
+from quantize.schemes.engines import choices, refusals, require_engine
+from quantize.schemes.fit import fitted, heads_of, matching, misfit, tensor_parallel_degrees, uneven_share
+from quantize.schemes.forecast import predicted_bytes
+from quantize.schemes.overrides import Numbers
+from quantize.schemes.scheme import PRESETS, require_loadable
+from quantize.text.calibration import FEWEST_SAMPLES, Draw, Source, draw, read_sources, shipped_files
+
+_FEWEST_TOKENS = 32
+_FOUR_BITS = [scheme for scheme in PRESETS.values() if scheme.bits == 4]  # widest groups, and so smallest, first
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def plan_variant(request: Request) -> tuple[Recipe, Draw]:
+    """Check a request and write down its recipe, with the chats it draws; UsageError says what doesn't fit.
+
+    What the base answered itself is a text file like any other: name it in `request.data` before.
+    """
+    check_numbers(request)
+    base = read_base(request.base)
+    scheme = settled_scheme(request, base)
+    sources, drawn = drawn_text(request)
+    recipe = Recipe(
+        base=base,
+        scheme=scheme,
+        sources=sources,
+        samples=request.samples,
+        max_tokens=request.max_tokens,
+        seed=request.seed,
+        settings=request.settings,
+        backend=chosen_backend(request.backend),
+        devices=request.devices,
+        budget=request.scheme if isinstance(request.scheme, Budget) else None,
+    )
+    return recipe, drawn
+
+
+def present_engine() -> Engine:
+    """Tell which engine this machine can run, without importing torch."""
+    return "cuda" if _NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi") else "cpu"
+
+
+def check_numbers(request: Request) -> None:
+    """Refuse what no base could do: a scheme that doesn't load, too few samples, damping out of range."""
+    if isinstance(request.scheme, Scheme):
+        require_loadable(request.scheme)
+        require_engine(request.scheme, request.engine)
+    _require_ranges(request.samples, request.max_tokens, request.settings.damp)
+    if request.backend == "auto-gptq" and present_engine() != "cuda":
+        raise RecipeError("backend auto-gptq needs an NVIDIA GPU, and this machine has none; use --backend gptqmodel")
+
+
+def settled_scheme(request: Request, base: BaseModel) -> Scheme:
+    """Fit the scheme to the base; for a budget, give the smallest scheme that fits, where its search starts."""
+    if not base.shapes:
+        raise RecipeError(f"{base.directory}: has no linear layers in blocks; GPTQ quantizes decoder models")
+    if isinstance(request.scheme, Budget):
+        scheme = fitted(_smallest(base, request.scheme, request.engine), base)
+        _require_within(scheme, base, request.scheme)
+    else:
+        scheme = fitted(request.scheme, base)
+    reason = refusals(scheme).get(request.engine) or misfit(scheme, base.shapes, base.sizes)
+    if reason:
+        raise RecipeError(f"{base.directory}: {scheme.name} doesn't fit: {reason}")
+    _require_shares(base, scheme, request.tensor_parallel)
+    return scheme
+
+
+def drawn_text(request: Request) -> tuple[tuple[Source, ...], Draw]:
+    """Read the calibration text and draw the samples from it; CalibrationError lists what is wrong with it."""
+    paths = [file.path for file in request.data]
+    weights = [file.weight for file in request.data]
+    sources, rows = read_sources(paths or shipped_files(), weights)
+    return sources, draw(rows, samples=request.samples, seed=request.seed, sources=sources)
+
+
+def _smallest(base: BaseModel, budget: Budget, engine: Engine) -> Scheme:
+    fitting = [one for one in _FOUR_BITS if misfit(one, base.shapes, base.sizes) is None]
+    if not fitting:
+        raise RecipeError(f"{base.directory}: no scheme fits: {misfit(_FOUR_BITS[-1], base.shapes, base.sizes)}")
+    plain = fitting[0].model_copy(update={"overrides": budget.overrides})
+    free = {name: shape for name, shape in base.shapes.items() if not matching(plain, name)}
+    wider = _wider({name: choices(engine, shape)[0] for name, shape in free.items()}, plain)
+    return plain.model_copy(update={"overrides": (*budget.overrides, *wider)})
+
+
+def _wider(least: Mapping[str, Numbers], plain: Scheme) -> Iterable[Override]:
+    """Exceptions for modules that allow wider groups than the rest, by kind where a whole kind does."""
+    kinds: dict[str, set[Numbers]] = {}
+    for module, numbers in least.items():
+        kinds.setdefault(module.rpartition(".")[2], set()).add(numbers)
+    told: dict[str, Override] = {}
+    for module, numbers in least.items():
+        kind = module.rpartition(".")[2]
+        pattern = f"*.{kind}" if len(kinds[kind]) == 1 else module
+        if numbers != Numbers(plain.bits, plain.group_size):
+            told[pattern] = Override(modules=pattern, bits=4, group_size=numbers.group_size)
+    return told.values()
+
+
+def _require_within(scheme: Scheme, base: BaseModel, budget: Budget) -> None:
+    least = predicted_bytes(base, scheme)
+    if budget.max_bytes is not None and least > budget.max_bytes:
+        raise RecipeError(
+            f"max_bytes {budget.max_bytes / 1e6:.1f} MB: the smallest variant that loads, {scheme.name}, has "
+            f"{least / 1e6:.1f} MB; raise the budget",
+        )
+
+
+def _require_shares(base: BaseModel, scheme: Scheme, degree: int) -> None:
+    heads = heads_of(base)
+    reason = uneven_share(base.shapes, scheme, degree, heads)
+    if reason:
+        possible = ", ".join(map(str, tensor_parallel_degrees(base.shapes, scheme, heads)))
+        raise RecipeError(f"{base.directory}: tensor_parallel {degree} doesn't fit: {reason}; possible: {possible}")
+
+
+def _require_ranges(samples: int, max_tokens: int, damp: Sequence[float]) -> None:
+    if samples < FEWEST_SAMPLES:
+        raise RecipeError(f"{samples} samples are too few: GPTQ needs {FEWEST_SAMPLES} or more")
+    if max_tokens < _FEWEST_TOKENS:
+        raise RecipeError(f"{max_tokens} tokens a sample are too few: pass {_FEWEST_TOKENS} or more")
+    for step in damp:
+        if not 0 < step < 1:
+            raise RecipeError(f"damp {step:g} is out of range: pass a number between 0 and 1, like 0.01")

@@ -1,0 +1,104 @@
+"""A recipe: everything that decides a variant's bytes, and the digest that names it."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+from config.manifest import Override, Scheme
+from quantize.base import BaseModel, slug
+from quantize.errors import RecipeError
+from quantize.schemes.settings import SolverSettings
+from quantize.text.calibration import Source
+
+# Raise this when the same recipe would give other bytes because this package has changed.
+_REVISION = 3
+# The last release before the project was archived.
+_AUTO_GPTQ_VERSION = "0.7.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """The program that solves for the integers."""
+
+    name: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Which GPUs may work, and how much of each one's memory; they decide the time a variant takes, not its bytes."""
+
+    gpus: tuple[int, ...] = ()
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """`scheme: auto`: choose bits and group size per module, within one limit of the two.
+
+    `max_bytes` limits the variant's tensors, `max_kl` its mean divergence; the other one is made as good as it
+    gets. `overrides` are modules whose numbers are not the search's to choose.
+    """
+
+    max_bytes: int | None = None
+    max_kl: float | None = None
+    overrides: tuple[Override, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Base, scheme, calibration text and settings; equal digests mean equal variants.
+
+    With a `budget` the scheme is the smallest one that fits, where the search for a better one starts: whoever
+    replaces it by what the search found keeps the recipe's digest, and so the variant's name.
+    """
+
+    base: BaseModel
+    scheme: Scheme
+    sources: tuple[Source, ...]
+    samples: int
+    max_tokens: int
+    seed: int
+    settings: SolverSettings
+    backend: Backend
+    devices: Devices = Devices()
+    budget: Budget | None = None
+
+    def digest(self) -> str:
+        """Digest contents, never paths, so that every machine gives a recipe the same name."""
+        told = {
+            "revision": _REVISION,
+            "base": self.base.digest,
+            "scheme": self.scheme.model_dump(mode="json") if self.budget is None else _told(self.budget),
+            "calibration": sorted((source.sha256, source.weight) for source in self.sources),
+            "samples": self.samples,
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+            "settings": asdict(self.settings),
+            "backend": [self.backend.name, self.backend.version],
+        }
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def variant_id(self) -> str:
+        """Name the variant: what it comes from, its precision, and 8 digits of the recipe's digest."""
+        return f"{slug(self.base.name)}-{self.scheme.precision}-{self.digest()[:8]}"
+
+
+def _told(budget: Budget) -> dict[str, object]:
+    kept = [override.model_dump(mode="json") for override in budget.overrides]
+    return {"max_bytes": budget.max_bytes, "max_kl": budget.max_kl, "overrides": kept}
+
+
+def chosen_backend(name: str) -> Backend:
+    """Give the backend of a name its version: AutoGPTQ's last one, which has an environment of its own, or ours."""
+    return Backend(name, _AUTO_GPTQ_VERSION) if name == "auto-gptq" else installed_backend(name)
+
+
+def installed_backend(distribution: str = "gptqmodel") -> Backend:
+    """Find the backend's version without importing it (an import takes 15 s)."""
+    try:
+        return Backend(distribution, metadata.version(distribution))
+    except metadata.PackageNotFoundError:
+        raise RecipeError(f"{distribution} is not installed; pip install 'quantgate[quantize]'") from None

@@ -1,0 +1,68 @@
+"""What a user asks for, every default filled in: the command line and the recipe file in one value."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from config.manifest import Engine, Scheme
+from quantize.measuring.measurement import DEFAULT_PLAN, EvaluationPlan
+from quantize.planning.recipe import Budget, Devices
+from quantize.schemes.settings import SETTINGS, SolverSettings
+
+# On two CPU cores a 135M model takes one to two minutes with this many of the shipped chats.
+DEFAULT_SAMPLES = 16
+DEFAULT_MAX_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class TextFile:
+    """A file of calibration text; `weight` is its share of the samples, relative to the others' weights.
+
+    With weight 0 the file is used for the evaluation alone.
+    """
+
+    path: Path
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One variant that somebody wants.
+
+    base               directory of the unquantized model
+    scheme             its numbers with all overrides, or the budget that the search for them has
+    engine             where the variant must load
+    out                directory of the variant; `{id}` in it becomes the variant's id
+    data               calibration text; empty: the shipped chats
+    self_generate      that many prompts of the text are answered by the base itself (0: none)
+    replica            address of a running server of the base that answers them; None: transformers does
+    samples            chats to calibrate on
+    max_tokens         each is cut to this many tokens
+    seed               decides which chats, in which order
+    settings           how hard the solver tries
+    backend            program that solves: gptqmodel or auto-gptq
+    devices            GPUs that may work, and how much of their memory
+    tensor_parallel    GPUs that must be able to share the variant
+    allow_fallback     so many modules may be rounded to nearest without failing the variant
+    evaluation         what is measured at the end, and the limits that differ from the scheme's own
+    resume             continue an interrupted run of the same recipe after its last whole layer
+    log                file that gets the run's log, None for none
+    """
+
+    base: Path
+    scheme: Scheme | Budget
+    engine: Engine
+    out: Path
+    data: tuple[TextFile, ...] = ()
+    self_generate: int = 0
+    replica: str | None = None
+    samples: int = DEFAULT_SAMPLES
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    seed: int = 0
+    settings: SolverSettings = SETTINGS["best"]
+    backend: str = "gptqmodel"
+    devices: Devices = field(default_factory=Devices)
+    tensor_parallel: int = 1
+    allow_fallback: int = 0
+    evaluation: EvaluationPlan = DEFAULT_PLAN
+    resume: bool = False
+    log: Path | None = None

@@ -1,0 +1,133 @@
+"""Flags and recipe file -> one request: a given flag wins, the file fills the rest, defaults come last. Pure."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from config.manifest import Engine, Override, Scheme
+from quantize.errors import RecipeError
+from quantize.measuring.measurement import DEFAULT_PLAN, EvaluationPlan
+from quantize.planning.recipe import Budget, Devices
+from quantize.planning.recipe_file import AUTO, scheme_of
+from quantize.planning.recipe_schema import EvaluationTable, OverrideTable, RecipeFile, SchemeTable, SolverTable
+from quantize.planning.request import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLES, Request, TextFile
+from quantize.schemes.scheme import named, preset
+from quantize.schemes.settings import SETTINGS, SolverSettings
+
+_Value = TypeVar("_Value")
+# Beside these a recipe's solver table states what a SolverSettings has no word for.
+_NO_SETTINGS = frozenset({"preset", "static_groups"})
+_SETTING_FLAGS = ("group_order", "weighted_scales", "scale_norm", "gptaq")
+
+
+def resolve(options: argparse.Namespace, recipe: RecipeFile, *, present: Engine) -> Request:
+    """Merge parsed flags (None where not given) with a recipe; `present` is what engine `auto` means.
+
+    RecipeError: base, scheme or target is in neither.
+    """
+    text = recipe.calibration
+    engine: Engine | Literal["auto"] = first(options.engine, recipe.engine, "auto")
+    return Request(
+        base=_required(options.model, recipe.base, "base", "pass MODEL, or write `base:` in the recipe"),
+        scheme=chosen_scheme(options, recipe),
+        engine=present if engine == "auto" else engine,
+        out=_target(options, recipe),
+        data=tuple(options.data or (TextFile(Path(file.path), file.weight) for file in text.data)),
+        self_generate=first(options.self_generate, text.self_generate, 0),
+        replica=first(options.replica, text.replica, None),
+        samples=first(options.samples, text.samples, DEFAULT_SAMPLES),
+        max_tokens=first(options.max_tokens, text.max_tokens, DEFAULT_MAX_TOKENS),
+        seed=first(options.seed, recipe.seed, 0),
+        settings=chosen_settings(options, recipe.solver),
+        backend=first(options.backend, recipe.backend, "gptqmodel"),
+        devices=_devices(options, recipe),
+        tensor_parallel=first(options.tensor_parallel, recipe.tensor_parallel, 1),
+        allow_fallback=first(options.allow_fallback, recipe.allow_fallback, 0),
+        evaluation=chosen_evaluation(options, recipe.evaluation),
+        resume=options.resume,
+        log=options.log,
+    )
+
+
+def chosen_scheme(options: argparse.Namespace, recipe: RecipeFile) -> Scheme | Budget:
+    """Take the scheme of the flags or of the recipe, exceptions of both, those of the flags first."""
+    table = SchemeTable(preset=options.scheme) if options.scheme else recipe.scheme
+    given = (options.max_bytes, options.max_kl)
+    max_bytes, max_kl = given if given != (None, None) else (recipe.max_bytes, recipe.max_kl)
+    exceptions = (*(options.override or ()), *recipe.overrides)
+    if table is None and (max_bytes or max_kl):
+        table = SchemeTable(preset=AUTO)
+    if table is None:
+        raise RecipeError("no scheme: pass --scheme, or write `scheme:` in the recipe")
+    if table.preset == AUTO:
+        return _budget(max_bytes, max_kl, exceptions)
+    if given != (None, None):
+        raise RecipeError("--max-bytes and --max-kl are budgets of `--scheme auto`, and this scheme is fixed")
+    scheme = preset(options.scheme) if options.scheme else scheme_of(table)
+    return named(scheme.model_copy(update={"overrides": tuple(one.override(scheme.bits) for one in exceptions)}))
+
+
+def chosen_settings(options: argparse.Namespace, table: SolverTable) -> SolverSettings:
+    """Start from a preset, apply the recipe's exceptions, then those of the flags.
+
+    A preset that a flag names replaces the recipe's whole solver table.
+    """
+    said = {} if options.solver else table.model_dump(exclude_none=True, exclude=set(_NO_SETTINGS))
+    given = {name: getattr(options, name) for name in _SETTING_FLAGS if getattr(options, name) is not None}
+    damp = {"damp": tuple(options.damp)} if options.damp else {}
+    return replace(SETTINGS[first(options.solver, table.preset, "best")], **said | given | damp)
+
+
+def chosen_evaluation(options: argparse.Namespace, table: EvaluationTable) -> EvaluationPlan:
+    """Fill in what neither flags nor table say about the evaluation."""
+    default = DEFAULT_PLAN
+    tasks = first(options.tasks, table.tasks, None)
+    return EvaluationPlan(
+        tokens=first(options.eval_tokens, table.tokens, default.tokens),
+        prompts=first(options.eval_prompts, table.prompts, default.prompts),
+        seeds=first(options.eval_seeds, table.seeds, default.seeds),
+        new_tokens=first(options.eval_new_tokens, table.new_tokens, default.new_tokens),
+        tasks=Path(tasks) if tasks else None,
+        task_tokens=first(options.task_tokens, table.task_tokens, default.task_tokens),
+        limits={**table.limits, **dict(options.limit or ())},
+    )
+
+
+def first(flag: Any, said: Any, default: _Value) -> _Value:
+    """Take the first that is not None."""
+    value: _Value = flag if flag is not None else said if said is not None else default
+    return value
+
+
+def _budget(max_bytes: int | None, max_kl: float | None, exceptions: tuple[OverrideTable, ...]) -> Budget:
+    if (max_bytes is None) == (max_kl is None):
+        raise RecipeError(
+            "scheme auto needs one budget: --max-bytes 19GB or --max-kl 0.05 (in a recipe max_bytes, max_kl)"
+        )
+    return Budget(max_bytes, max_kl, tuple(map(_stated, exceptions)))
+
+
+def _stated(exception: OverrideTable) -> Override:
+    if exception.bits is None and not exception.keep:
+        raise RecipeError(f"override {exception.modules!r}: with scheme auto it needs bits, or keep")
+    return exception.override(0)
+
+
+def _devices(options: argparse.Namespace, recipe: RecipeFile) -> Devices:
+    return Devices(
+        gpus=first(options.gpus, recipe.devices.gpus or None, ()),
+        memory_bytes=first(options.gpu_memory, recipe.devices.memory, None),
+    )
+
+
+def _target(options: argparse.Namespace, recipe: RecipeFile) -> Path:
+    if options.plan and options.out is None and recipe.out is None:
+        return Path("{id}")
+    return _required(options.out, recipe.out, "target", "pass --out, or write `out:` in the recipe")
+
+
+def _required(flag: Path | None, said: str | None, what: str, advice: str) -> Path:
+    if flag is None and said is None:
+        raise RecipeError(f"no {what}: {advice}")
+    return Path(first(flag, said, ""))

@@ -1,0 +1,49 @@
+"""What this room's command lines share: exit codes, errors told in one line, usage errors too."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from config.errors import ManifestError
+from quantize.errors import CalibrationError, QuantizeError, RecipeFileError
+from quantize.running.interrupt import Terminated, terminable
+
+DONE, FAILED, GATE = 0, 1, 3
+_INTERRUPTED, _TERMINATED = 130, 143
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Tells a usage error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def guarded(program: str, run: Callable[[], int]) -> int:
+    """Run a verb and return its exit code; an expected error becomes a line on stderr."""
+    try:
+        with terminable():
+            return run()
+    except (CalibrationError, RecipeFileError) as error:
+        tell("\n".join(f"{program}: {problem}" for problem in error.problems))
+        return error.exit_code
+    except QuantizeError as error:
+        tell(f"{program}: {error}")
+        return error.exit_code
+    except (ManifestError, OSError) as error:
+        tell(f"{program}: {error}")
+        return FAILED
+    except KeyboardInterrupt:
+        tell(f"{program}: interrupted")
+        return _INTERRUPTED
+    except Terminated:
+        tell(f"{program}: terminated")
+        return _TERMINATED
+
+
+def tell(line: str) -> None:
+    """Say something that is not data: on stderr, at once."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()

@@ -1,0 +1,1 @@
+"""What numbers can look like: schemes, exceptions, which engines load them, what they weigh."""

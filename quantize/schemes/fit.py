@@ -1,0 +1,177 @@
+"""Does a scheme fit a model? Shapes against groups, layers that vLLM fuses, tensor-parallel shares. Pure."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from config.manifest import Override, Scheme
+from quantize.base import BaseModel
+from quantize.errors import RecipeError
+from quantize.schemes.overrides import Numbers, numbers_of
+from quantize.schemes.scheme import PRESETS, named
+
+Shapes = Mapping[str, tuple[int, int]]
+
+# The kernels that vLLM 0.32 has for these formats want both sides of a matrix in multiples of this.
+KERNEL_TILE = 32
+# Packed words and int8 kernels need each GPU's share of the outputs in multiples of this.
+_SHARE_TILE = 16
+_MOST_GPUS = 16
+# vLLM loads each of these sets as one matrix, so one kernel must take all of it.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_EXPERTS = re.compile(r"\.experts\.\d+\.\w+$")
+# These take their inputs in shares; every other linear layer of a block takes its outputs in shares.
+_ROW_PARALLEL = frozenset({"o_proj", "down_proj", "out_proj", "c_proj", "fc2", "w2"})
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """Attention heads of a model, which GPUs share as whole heads; 0 means unknown."""
+
+    attention: int = 0
+    key_value: int = 0
+
+
+def heads_of(base: BaseModel) -> Heads:
+    """Read the attention heads from a base's config."""
+    attention = base.config.get("num_attention_heads")
+    if not isinstance(attention, int):
+        return Heads()
+    key_value = base.config.get("num_key_value_heads")
+    return Heads(attention, key_value if isinstance(key_value, int) else attention)
+
+
+def misfit(scheme: Scheme, shapes: Shapes, sizes: Mapping[str, int]) -> str | None:
+    """Say why a model's linear layers don't fit a scheme, or None.
+
+    `shapes` maps a linear layer's name to (out_features, in_features); `sizes` names well-known dimensions
+    (`hidden size` -> 576) so that the message can use the reader's word for a number.
+    """
+    words = {size: word for word, size in sizes.items()}
+    for name, (rows, columns) in shapes.items():
+        numbers = numbers_of(name, scheme)
+        if numbers is None:
+            continue
+        step = numbers.group_size if numbers.group_size > 0 else KERNEL_TILE
+        if columns % step:
+            subject = words.get(columns, f"the input of {name},")
+            return f"{subject} {columns} is not divisible by {step}; {_advice(numbers, shapes)}"
+        if rows % KERNEL_TILE:
+            return f"the output of {name}, {rows}, is not divisible by {KERNEL_TILE}; vLLM has no kernel for it"
+    return unevenly_fused(scheme, shapes)
+
+
+def unevenly_fused(scheme: Scheme, shapes: Shapes) -> str | None:
+    """Say which layers vLLM loads as one matrix although the scheme's exceptions treat them differently, or None."""
+    first: dict[str, str] = {}
+    for name in shapes:
+        other = first.setdefault(fused_name(name), name)
+        ours, theirs = numbers_of(name, scheme), numbers_of(other, scheme)
+        if ours != theirs:
+            return (
+                f"vLLM loads {other} ({_told(theirs)}) and {name.rpartition('.')[2]} ({_told(ours)}) as one matrix; "
+                f"give both the same bits and group size"
+            )
+    return None
+
+
+def fused_name(module: str) -> str:
+    """Give the name under which vLLM knows the matrix that a module becomes part of."""
+    if _EXPERTS.search(module):
+        return _EXPERTS.sub(".experts", module)
+    parent, _, last = module.rpartition(".")
+    for parts, whole in zip(_FUSED, ("qkv_proj", "gate_up_proj"), strict=True):
+        if last in parts:
+            return f"{parent}.{whole}"
+    return module
+
+
+def matching(scheme: Scheme, module: str) -> Override | None:
+    """Find the exception that counts for a module: the first whose pattern matches its full name."""
+    return next((one for one in scheme.overrides if fnmatchcase(module, one.modules)), None)
+
+
+def fitted(scheme: Scheme, base: BaseModel) -> Scheme:
+    """Drop exceptions that change nothing and name the rest; RecipeError for one that matches no module."""
+    used = {matching(scheme, module) for module in base.shapes}
+    for one in scheme.overrides:
+        if one not in used:
+            _require_harmless(one, base, scheme)
+    return named(scheme.model_copy(update={"overrides": tuple(one for one in scheme.overrides if one in used)}))
+
+
+def tensor_parallel_degrees(shapes: Shapes, scheme: Scheme, heads: Heads | None = None) -> tuple[int, ...]:
+    """List the numbers of GPUs, up to 16, that can share every matrix of a model evenly."""
+    return tuple(degree for degree in range(1, _MOST_GPUS + 1) if uneven_share(shapes, scheme, degree, heads) is None)
+
+
+def uneven_share(shapes: Shapes, scheme: Scheme, degree: int, heads: Heads | None = None) -> str | None:
+    """Say what `degree` GPUs can't share evenly, with module and numbers, or None."""
+    if degree == 1:
+        return None
+    heads = heads or Heads()
+    if heads.attention % degree:
+        return f"{heads.attention} attention heads can't be shared by {degree} GPUs"
+    if heads.key_value % degree and degree % heads.key_value:
+        return f"{heads.key_value} key-value heads can't be shared by {degree} GPUs"
+    for name, shape in shapes.items():
+        reason = _uneven(name, shape, numbers_of(name, scheme), degree, heads)
+        if reason:
+            return reason
+    return None
+
+
+def _uneven(name: str, shape: tuple[int, int], numbers: Numbers | None, degree: int, heads: Heads) -> str | None:
+    rows, columns = shape
+    last = name.rpartition(".")[2]
+    if last in _ROW_PARALLEL:
+        if numbers and numbers.group_size > 0 and columns % (degree * numbers.group_size):
+            return (
+                f"{name}: {columns} inputs are {columns / numbers.group_size:g} groups of {numbers.group_size}, "
+                f"which {degree} GPUs can't share evenly"
+            )
+        return f"{name}: {columns} inputs can't be shared by {degree} GPUs" if columns % degree else None
+    if last in ("k_proj", "v_proj") and 0 < heads.key_value < degree:
+        return None  # each GPU has a copy
+    step = degree * (_SHARE_TILE if numbers else 1)
+    return f"{name}: {rows} outputs can't be shared by {degree} GPUs" if rows % step else None
+
+
+def _advice(numbers: Numbers, shapes: Shapes) -> str:
+    fitting = [other.name for other in PRESETS.values() if other.bits == numbers.bits and _fits(other, shapes)]
+    return f"use {fitting[0]}" if fitting else "no preset of these bits fits this model"
+
+
+def _fits(scheme: Scheme, shapes: Shapes) -> bool:
+    step = scheme.group_size if scheme.group_size > 0 else KERNEL_TILE
+    return all(columns % step == 0 for _, columns in shapes.values())
+
+
+def _told(numbers: Numbers | None) -> str:
+    return f"{numbers.bits} bits, group {numbers.group_size}" if numbers else "kept"
+
+
+def _require_harmless(override: Override, base: BaseModel, scheme: Scheme) -> None:
+    if _matches(override, base.shapes):
+        earlier = next(one.modules for one in scheme.overrides if _matches(one, base.shapes) and one != override)
+        raise RecipeError(
+            f"override {override.modules!r} never applies: earlier ones, like {earlier!r}, match its modules; "
+            "put the narrower pattern first",
+        )
+    others = [name.removesuffix(".weight") for name in base.tensors] + ["lm_head"]
+    if not _matches(override, others):
+        kinds = sorted({name.rpartition(".")[2] for name in base.shapes})
+        raise RecipeError(
+            f"override {override.modules!r} matches no module of {base.name}; "
+            f"write a shell pattern on full names, like '*.{kinds[0]}' (there are {', '.join(kinds)})",
+        )
+    if override.bits is not None:
+        raise RecipeError(
+            f"override {override.modules!r}: only linear layers inside the blocks are quantized, the rest is kept; "
+            "remove it, or write keep",
+        )
+
+
+def _matches(override: Override, modules: Iterable[str]) -> bool:
+    return any(fnmatchcase(module, override.modules) for module in modules)

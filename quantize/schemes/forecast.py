@@ -1,0 +1,56 @@
+"""What a variant will weigh, from its base's shapes and its scheme alone: pure arithmetic, no torch."""
+
+from collections.abc import Mapping
+from math import prod
+
+from config.manifest import Scheme
+from quantize.base import BaseModel
+from quantize.schemes.overrides import Numbers, numbers_of
+
+_FP16_BYTES = 2
+_FP32_BYTES = 4
+_INT32_BYTES = 4
+
+
+def predicted_bytes(base: BaseModel, scheme: Scheme) -> int:
+    """Bytes of all tensors of the variant that `scheme` makes of `base`, without file headers (under 0.1 % of it)."""
+    return sum(predicted_tensors(base, scheme).values())
+
+
+def predicted_tensors(base: BaseModel, scheme: Scheme) -> dict[str, int]:
+    """Bytes of each tensor by the name it will have; what isn't quantized is kept as the base stores it."""
+    told: dict[str, int] = {}
+    for name, tensor in base.tensors.items():
+        module = name.removesuffix(".weight")
+        numbers = numbers_of(module, scheme) if module in base.shapes and name != module else None
+        told |= packed_bytes(module, base.shapes[module], numbers, scheme.format) if numbers else {name: tensor.bytes}
+    return told
+
+
+def packed_bytes(module: str, shape: tuple[int, int], numbers: Numbers, form: str) -> dict[str, int]:
+    """Bytes of one quantized layer's tensors; `shape` is (out_features, in_features)."""
+    rows, columns = shape
+    if form == "compressed-tensors":
+        return {f"{module}.weight": rows * columns, f"{module}.weight_scale": rows * _FP32_BYTES}
+    groups = 1 if numbers.group_size < 0 else -(-columns // numbers.group_size)
+    return {
+        f"{module}.qweight": rows * columns * numbers.bits // 8,
+        f"{module}.qzeros": rows * groups * numbers.bits // 8,
+        f"{module}.scales": rows * groups * _FP16_BYTES,
+        f"{module}.g_idx": columns * _INT32_BYTES,
+    }
+
+
+def disk_bytes(base: BaseModel, scheme: Scheme) -> int:
+    """Bytes that must be free beside the target: solved layers (a byte a weight), the library's files, and ours.
+
+    The library stores what isn't quantized as it computes with it: in fp32 on a CPU, twice the size.
+    """
+    variant = predicted_bytes(base, scheme)
+    kept = sum(size for name, size in predicted_tensors(base, scheme).items() if name in base.tensors)
+    return parameters(base.shapes) + 2 * variant + kept
+
+
+def parameters(shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Count the weights of linear layers."""
+    return sum(prod(shape) for shape in shapes.values())

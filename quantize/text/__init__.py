@@ -1,0 +1,1 @@
+"""Calibration text, from lines of JSON to checked token samples."""

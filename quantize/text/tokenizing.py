@@ -1,0 +1,170 @@
+"""Rows -> token samples, once and by us: no double BOS, real truncation, reasoning kept. Runs as a child process."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from quantize.errors import CalibrationError, RecipeError
+from quantize.running.worker import Report, run_child
+from quantize.text.rendering import Span, Tokenizer, render
+from quantize.text.rows import Message, Row
+
+_PLAIN_CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
+_PROBLEMS_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row as token ids, `cut_tokens` fewer than it has.
+
+    `reasoning` are the ranges [first, last) of token positions in think spans, tags included, together
+    `reasoning_tokens`; `answer` is the range of the last answer without its reasoning.
+    """
+
+    ids: tuple[int, ...]
+    reasoning_tokens: int
+    where: str
+    sha256: str
+    reasoning: tuple[Span, ...] = ()
+    answer: Span = (0, 0)
+    cut_tokens: int = 0
+    generated: bool = False
+
+
+def encode(row: Row, tokenizer: Tokenizer, max_tokens: int) -> Sample:
+    """Tokenize a row, cut to `max_tokens` ids; special tokens come from the template, or for bare text one BOS."""
+    rendered = render(row, tokenizer)
+    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
+    if row.text and adds_bos(tokenizer):
+        ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
+    if _starts_twice(ids, tokenizer.bos_token_id):
+        ids, offsets = ids[1:], offsets[1:]
+    kept = offsets[:max_tokens]
+    reasoning = _ranges(_inside(kept, rendered.reasoning))
+    answered = _ranges(_inside(kept, [rendered.answer]))
+    return Sample(
+        ids=tuple(ids[:max_tokens]),
+        reasoning_tokens=sum(last - first for first, last in reasoning),
+        where=row.where,
+        sha256=row.sha256,
+        reasoning=reasoning,
+        answer=(answered[0][0], answered[-1][1]) if answered else (len(kept), len(kept)),
+        cut_tokens=max(len(ids) - max_tokens, 0),
+        generated=row.generated,
+    )
+
+
+def adds_bos(tokenizer: Tokenizer) -> bool:
+    """Tell whether a tokenizer begins a text with its BOS by itself."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
+
+
+def require_reasoning(rows: Sequence[Row], samples: Sequence[Sample]) -> None:
+    """Refuse samples that lost all of their source's reasoning: the Hessian would never see it."""
+    told = [row for row in rows if "</think>" in row.words]
+    if told and not any(sample.reasoning_tokens for sample in samples):
+        raise CalibrationError(
+            [
+                f"{told[0].where}: the chat template deletes all <think> reasoning; "
+                "put it in the last assistant turn, or calibrate on text without reasoning",
+            ],
+        )
+
+
+def load_tokenizer(base: Path, *, chats: bool = True) -> Any:
+    """Load a base's own tokenizer; RecipeError where it can't be, or has no template for `chats`."""
+    import transformers  # noqa: PLC0415
+
+    # For a plain tokenizer.json AutoTokenizer gives the same object, but imports torch on its way (10 s).
+    plain = (base / "tokenizer.json").is_file() and _tokenizer_class(base) in _PLAIN_CLASSES
+    loader = transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
+    try:
+        tokenizer = loader.from_pretrained(base, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{base}: its tokenizer can't be loaded: {str(error).splitlines()[0]}") from error
+    if chats and not tokenizer.chat_template:
+        raise RecipeError(f"{base}: has no chat template; put its chat_template.jinja there")
+    return tokenizer
+
+
+def longest_input(config: dict[str, Any]) -> int | None:
+    """How many positions a model was made for, by its configuration."""
+    limit = config.get("text_config", config).get("max_position_embeddings")
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def row_from(told: dict[str, Any]) -> Row:
+    """Read a row back from a job."""
+    return Row(**{**told, "messages": tuple(Message(**turn) for turn in told["messages"])})
+
+
+def tokenize_draw(job: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Child's work: `{base, max_tokens, rows: {side: [row]}}` -> `{max_tokens, sides: {side: [sample]}}`."""
+    base = Path(job["base"])
+    sides = {side: [row_from(told) for told in rows] for side, rows in job["rows"].items()}
+    every = [row for rows in sides.values() for row in rows]
+    tokenizer = load_tokenizer(base, chats=any(row.messages for row in every))
+    limit = longest_input(json.loads((base / "config.json").read_bytes())) or job["max_tokens"]
+    max_tokens = min(job["max_tokens"], limit)
+    encoded = iter(_encode_all(every, tokenizer, max_tokens, report))
+    samples = {side: [next(encoded) for _ in rows] for side, rows in sides.items()}
+    for side, rows in sides.items():
+        require_reasoning(rows, samples[side])
+    return {
+        "max_tokens": max_tokens,
+        "sides": {side: [asdict(sample) for sample in encoded] for side, encoded in samples.items()},
+    }
+
+
+def _encode_all(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, report: Report) -> list[Sample]:
+    from jinja2 import TemplateError  # noqa: PLC0415
+
+    samples, problems = [], []
+    for done, row in enumerate(rows, 1):
+        try:
+            samples.append(encode(row, tokenizer, max_tokens))
+        except TemplateError as error:
+            problems.append(f"{row.where}: the base's chat template refuses this chat: {error}")
+        report.progress(done, len(rows))
+    if problems:
+        raise CalibrationError(problems[:_PROBLEMS_SHOWN])
+    return samples
+
+
+def _starts_twice(ids: Sequence[int | None], bos: int | None) -> bool:
+    return bos is not None and list(ids[:2]) == [bos, bos]
+
+
+def _inside(offsets: Iterable[Span], spans: Iterable[Span]) -> list[int]:
+    """List the positions of the tokens that begin in a span; BOS and the like come from no character."""
+    ranges = list(spans)
+    return [
+        place
+        for place, (first, last) in enumerate(offsets)
+        if last > first and any(start <= first < end for start, end in ranges)
+    ]
+
+
+def _ranges(places: Sequence[int]) -> tuple[Span, ...]:
+    """Join ascending positions into ranges [first, last)."""
+    if not places:
+        return ()
+    breaks = [(before, after) for before, after in pairwise(places) if after > before + 1]
+    starts = [places[0], *(after for _, after in breaks)]
+    ends = [*(before + 1 for before, _ in breaks), places[-1] + 1]
+    return tuple(zip(starts, ends, strict=True))
+
+
+def _tokenizer_class(base: Path) -> str:
+    path = base / "tokenizer_config.json"
+    return str(json.loads(path.read_bytes()).get("tokenizer_class", "")) if path.is_file() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(run_child(tokenize_draw))

@@ -1,0 +1,1 @@
+"""Variant directories: written, checked, sealed, compared, taken over and cleaned up."""

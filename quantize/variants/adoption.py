@@ -1,0 +1,133 @@
+"""A directory that another tool quantized becomes a variant: linted, measured and sealed where it lies."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from config.manifest import FILE_NAME, Base, Manifest, Override, Quality, Quantizer, Scheme
+from quantize.base import BaseModel, digest_of, slug
+from quantize.errors import TargetError, VariantError
+from quantize.schemes.scheme import named
+from quantize.variants.artefact import Artefact, read_artefact
+from quantize.variants.layers import Form, kind_of, quantized_layers, told_form
+from quantize.variants.lint import lint, summary_of
+from quantize.variants.lint_rules import Finding
+from quantize.variants.store import seal, sealed_files
+
+# What only makes a directory less tidy; every other finding would fail in vLLM, or be served wrongly.
+_HARMLESS = frozenset({"quantize_config", "kept", "machine", "stray", "size"})
+_READABLE_BITS = (4, 8)
+_TOLD_SETTINGS = ("damp_percent", "true_sequential", "static_groups")
+
+
+def adopt(
+    directory: Path,
+    base: BaseModel,
+    measure: Callable[[], Quality],
+    tell: Callable[[str], None],
+) -> Manifest:
+    """Lint, measure and seal a directory that somebody else quantized; only its manifest is added, and evidence.
+
+    Harmless findings are told. VariantError for findings that vLLM would stumble over, TargetError where there is a
+    manifest already.
+    """
+    if (directory / FILE_NAME).exists():
+        raise TargetError(f"{directory}: has a manifest already; nothing was changed")
+    artefact = read_artefact(directory)
+    scheme = scheme_told(artefact, base.shapes)
+    findings = lint(directory, base, scheme)
+    grave = serious(findings)
+    if grave:
+        raise VariantError(f"{directory}: can't be adopted: {summary_of(grave)}")
+    for finding in findings:
+        tell(f"{directory}: {finding}")
+    digest = digest_of({name: file.sha256 for name, file in sealed_files(directory).items()})
+    quality = measure()
+    return seal(
+        directory,
+        {
+            "id": f"{slug(base.name)}-{scheme.precision}-{digest[:8]}",
+            "base": Base(name=base.name, digest=base.digest, dtype=base.dtype),
+            "scheme": scheme,
+            "quantizer": maker(artefact),
+            "quality": quality,
+        },
+    )
+
+
+def serious(findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """Pick the findings that vLLM would refuse, or serve wrongly."""
+    return tuple(finding for finding in findings if finding.check not in _HARMLESS)
+
+
+def scheme_told(artefact: Artefact, linear_layers: Mapping[str, tuple[int, int]]) -> Scheme:
+    """Work out a directory's scheme: its layers' commonest form, and the layers that differ as overrides.
+
+    VariantError for a format that can't be read back.
+    """
+    kind = kind_of(artefact.told)
+    layers = quantized_layers(artefact.entries, kind) if kind else ()
+    forms = {layer: form for layer in layers if (form := told_form(artefact.told, layer))}
+    if kind is None or not forms or any(form.bits not in _READABLE_BITS for form in forms.values()):
+        what = f"{artefact.told.get('quant_method')} {artefact.told.get('format', '')}".strip()
+        raise VariantError(
+            f"{artefact.directory}: its {what} layers can't be read; GPTQ and compressed-tensors of 4 or 8 bits can"
+        )
+    # GPTQ tells what it has in common; compressed-tensors only has groups.
+    ((common, _),) = Counter(forms.values()).most_common(1)
+    common = told_form({**artefact.told, "dynamic": {}}, min(forms)) or common if kind == "gptq" else common
+    every = {layer: forms.get(layer) for layer in sorted({*linear_layers, *forms})}
+    return named(
+        Scheme(
+            name="",
+            bits=common.bits,
+            group_size=common.group_size,
+            sym=common.sym,
+            desc_act=bool(artefact.told.get("desc_act", False)),
+            activation_bits=8 if kind == "int-quantized" else 16,
+            format="gptq" if kind == "gptq" else "compressed-tensors",
+            overrides=exceptions(every, common),
+        ),
+    )
+
+
+def exceptions(forms: Mapping[str, Form | None], common: Form) -> tuple[Override, ...]:
+    """Tell the layers that differ from the common form, by a pattern over all blocks where all blocks agree."""
+    patterns: dict[str, Form | None] = {}
+    for layer, form in forms.items():
+        if form == common or any(fnmatchcase(layer, pattern) for pattern in patterns):
+            continue
+        wide = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer)
+        same = {other_form for other, other_form in forms.items() if fnmatchcase(other, wide)} == {form}
+        patterns[wide if same else layer] = form
+    return tuple(
+        Override.model_validate(
+            {"modules": pattern, "bits": form and form.bits, "group_size": form and form.group_size},
+        )
+        for pattern, form in patterns.items()
+    )
+
+
+def maker(artefact: Artefact) -> Quantizer:
+    """Tell which program made a directory, as far as its configuration says."""
+    kind = kind_of(artefact.told)
+    backend, version = _program(artefact.told)
+    settings = {key: artefact.told[key] for key in _TOLD_SETTINGS if isinstance(artefact.told.get(key), int | float)}
+    layers = quantized_layers(artefact.entries, kind) if kind else ()
+    return Quantizer(backend=backend, version=version, settings=settings, modules=len(layers))
+
+
+def _program(config: Mapping[str, Any]) -> tuple[str, str]:
+    """GPTQModel writes `meta.quantizer: ["gptqmodel:7.6.0"]`, compressed-tensors its own version, AutoGPTQ nothing."""
+    meta = config.get("meta")
+    makers = meta.get("quantizer") if isinstance(meta, dict) else None
+    first = makers[0] if isinstance(makers, list) and makers else makers
+    if isinstance(first, str) and ":" in first:
+        name, _, version = first.partition(":")
+        return name, version
+    if config.get("quant_method") == "compressed-tensors":
+        return "compressed-tensors", str(config.get("version") or "unknown")
+    return "unknown", "unknown"

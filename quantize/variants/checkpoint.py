@@ -1,0 +1,127 @@
+"""Base + solved integers -> the variant's files: the base's own tensors and words, its linear layers replaced."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from config.manifest import Scheme
+from quantize.base import kept_files, linear_shapes, stored_tensors, weight_files
+from quantize.errors import SolveError
+from quantize.schemes.overrides import dynamic_rules, numbers_of
+from quantize.variants.weights import Tensors, packed_layer, read_tensors
+
+_SHARD_BYTES = 4_000_000_000
+
+
+def write_checkpoint(base: Path, solved: Path, scheme: Scheme, damp: float, into: Path) -> None:
+    """Write a variant of `base` from a directory of GPTQ tensors; nothing else of that directory is taken over."""
+    packed = dict(read_tensors(solved))
+    layers = sorted(name.removesuffix(".qweight") for name in packed if name.endswith(".qweight"))
+    write_shards(_variant_tensors(base, packed, layers, scheme), into)
+    _write_configs(base, scheme, damp, into)
+    for file in kept_files(base):
+        shutil.copyfile(file, into / file.name)
+
+
+def quantization_config(scheme: Scheme, damp: float, layers: Sequence[str]) -> dict[str, Any]:
+    """Say in config.json how to read the weights, in the words of AutoGPTQ or of compressed-tensors 0.17.
+
+    `layers` are all linear layers of the base that the scheme could be about.
+    """
+    if scheme.format == "compressed-tensors":
+        kept = [layer for layer in layers if numbers_of(layer, scheme) is None]
+        return _compressed_tensors_config(kept)
+    dynamic = dynamic_rules(scheme, layers)
+    return {
+        "quant_method": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "sym": scheme.sym,
+        "desc_act": scheme.desc_act,
+        "damp_percent": damp,
+        "true_sequential": True,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        **({"dynamic": dynamic} if dynamic else {}),
+    }
+
+
+def _compressed_tensors_config(kept: Sequence[str]) -> dict[str, Any]:
+    number = {"num_bits": 8, "type": "int", "symmetric": True}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head", *kept],
+        "kv_cache_scheme": None,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**number, "strategy": "channel", "dynamic": False},
+                "input_activations": {**number, "strategy": "token", "dynamic": True},
+                "output_activations": None,
+            },
+        },
+    }
+
+
+def _variant_tensors(
+    base: Path, packed: Mapping[str, Any], layers: list[str], scheme: Scheme
+) -> Iterator[tuple[str, Any]]:
+    missing = set(layers)
+    for name, tensor in read_tensors(base):
+        layer = name.removesuffix(".weight")
+        if layer not in missing:
+            yield name, tensor
+            continue
+        missing.discard(layer)
+        yield from packed_layer(packed, layer, scheme).items()
+    if missing:
+        raise SolveError(f"{min(missing)} has no weight of that name in {base}; this architecture is not supported yet")
+
+
+def write_shards(tensors: Iterator[tuple[str, Any]], into: Path) -> None:
+    """Write tensors as safetensors files of at most 4 GB, with an index if there are several."""
+    shards: list[Tensors] = [{}]
+    for name, tensor in tensors:
+        if shards[-1] and _bytes_of(shards[-1]) + tensor.nbytes > _SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = tensor
+    if len(shards) == 1:
+        _save(shards[0], into / "model.safetensors")
+        return
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        _save(shard, into / name)
+    index = {
+        "metadata": {"total_size": sum(map(_bytes_of, shards))},
+        "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in sorted(shard)},
+    }
+    write_json(into / "model.safetensors.index.json", index)
+
+
+def _save(tensors: Tensors, path: Path) -> None:
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes it private; whoever serves may be somebody else
+
+
+def _write_configs(base: Path, scheme: Scheme, damp: float, into: Path) -> None:
+    told = quantization_config(scheme, damp, sorted(linear_shapes(stored_tensors(base, weight_files(base)))))
+    config = json.loads((base / "config.json").read_bytes())
+    write_json(into / "config.json", {**config, "quantization_config": told})
+    if scheme.format == "gptq":
+        write_json(into / "quantize_config.json", told)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file the same way every time."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _bytes_of(tensors: Tensors) -> int:
+    return sum(int(tensor.nbytes) for tensor in tensors.values())

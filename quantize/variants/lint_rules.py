@@ -1,0 +1,121 @@
+"""What must hold of a quantized directory's configuration, index, size and words: decisions over values.
+
+Rules of vLLM 0.32: auto_gptq.py and gptq_utils.py under vllm/model_executor/layers/quantization.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from config.manifest import Scheme
+from quantize.variants.artefact import Artefact
+from quantize.variants.layers import kind_of
+
+SIZE_TOLERANCE = 0.05
+_GROUP_SIZES = (-1, 32, 64, 128)
+_LOCAL_PATH = re.compile(r"(^|[\s\"'=,;(])((/[\w.+@~-]+){2,}|[A-Za-z]:\\\w)")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong with a variant: which check found it, in which file or tensor, and what it is."""
+
+    check: str
+    where: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.check}: {self.where}: {self.problem}"
+
+
+def config_findings(told: Mapping[str, Any], scheme: Scheme) -> Iterator[Finding]:
+    """Hold a quantization_config against what vLLM accepts, and against its scheme."""
+    where, kind = "config.json", kind_of(told)
+    if kind is None:
+        method = f"{told.get('quant_method')} {told.get('format', '')}".strip()
+        yield Finding("config", where, f"{method} is not a format that can be checked; GPTQ and compressed-tensors can")
+        return
+    if kind == "gptq":
+        yield from (Finding("config", where, problem) for problem in _gptq_problems(told))
+        wanted = {key: getattr(scheme, key) for key in ("bits", "group_size", "sym", "desc_act")}
+        for key, value in wanted.items():
+            if told.get(key) != value:
+                yield Finding("config", where, f"{key} is {told.get(key)}, and its scheme says {value}")
+    elif any((group.get("weights") or {}).get("actorder") in ("group", "dynamic") for group in _groups(told)):
+        yield Finding("config", where, "actorder is group; vLLM 0.32 no longer loads activation order across groups")
+    activation_bits = 8 if kind == "int-quantized" else 16
+    if scheme.activation_bits != activation_bits or (kind == "gptq") != (scheme.format == "gptq"):
+        yield Finding("config", where, f"holds {kind} weights, and its scheme is {scheme.name} ({scheme.format})")
+
+
+def _groups(told: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list((told.get("config_groups") or {}).values())
+
+
+def _gptq_problems(told: Mapping[str, Any]) -> Iterator[str]:
+    for key in ("bits", "group_size", "sym", "desc_act"):
+        if key not in told:
+            yield f"has no {key}, which vLLM requires"
+    if told.get("bits") not in (4, 8):
+        yield f"bits is {told.get('bits')}; vLLM loads GPTQ with 4 or 8"
+    if told.get("group_size") not in _GROUP_SIZES:
+        yield f"group_size is {told.get('group_size')}; vLLM loads {', '.join(map(str, _GROUP_SIZES))}"
+    if told.get("sym") is not True:
+        yield "sym is not true; vLLM loads symmetric GPTQ only"
+    rules = [change for pattern, change in (told.get("dynamic") or {}).items() if not pattern.startswith("-:")]
+    for rule in ({}, *rules):
+        merged = {**told, **rule}
+        if merged.get("desc_act") and merged.get("group_size") != -1:
+            yield "desc_act is true; vLLM 0.32 no longer loads activation order across groups"
+            break
+    if told.get("checkpoint_format", "gptq") not in ("gptq", None):
+        yield f"checkpoint_format is {told['checkpoint_format']}; save it as gptq, which every vLLM reads"
+
+
+def index_findings(artefact: Artefact) -> Iterator[Finding]:
+    """Hold the index against the shards: every tensor once, in the file that it names."""
+    where = "model.safetensors.index.json"
+    for name in artefact.doubled:
+        yield Finding("index", name, "is in several files")
+    files = {name: entry.file.name for name, entry in artefact.entries.items()}
+    if artefact.index is None:
+        if len(set(files.values())) > 1:
+            yield Finding("index", where, f"is missing, and there are {len(set(files.values()))} weight files")
+        return
+    for name in sorted(artefact.index.keys() | files.keys()):
+        told, found = artefact.index.get(name), files.get(name)
+        if told != found and name not in artefact.doubled:
+            yield Finding("index", name, f"is in {found or 'no file'}, and the index says {told or 'nothing'}")
+
+
+def size_findings(weight_bytes: int, predicted_bytes: int) -> Iterator[Finding]:
+    """Hold the weights' size against the forecast."""
+    off = weight_bytes / predicted_bytes - 1
+    if abs(weight_bytes - predicted_bytes) > SIZE_TOLERANCE * predicted_bytes:
+        told = f"{weight_bytes / 1e6:.1f} MB of weights, and {predicted_bytes / 1e6:.1f} MB were predicted ({off:+.1%})"
+        yield Finding("size", "*.safetensors", told)
+
+
+def machine_findings(file: str, value: Any, hosts: Iterable[str], known: frozenset[str]) -> Iterator[Finding]:
+    """Find local paths and host names in a JSON file's strings; `known` strings are the parent's own."""
+    names = [host for host in hosts if len(host) > 3 and host != "localhost"]
+    for key, text in strings_of(value):
+        if text in known:
+            continue
+        if _LOCAL_PATH.search(text):
+            yield Finding("machine", file, f"{key} holds a path of the machine that made it: {text[:80]}")
+        elif any(re.search(rf"\b{re.escape(host)}\b", text) for host in names):
+            yield Finding("machine", file, f"{key} holds the name of the machine that made it")
+
+
+def strings_of(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield every string of a JSON value with the path of its key."""
+    if isinstance(value, str):
+        yield key or "top level", value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from strings_of(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from strings_of(inner, key)

@@ -1,0 +1,139 @@
+"""What must hold of a quantized directory's tensors, by their headers: names, shapes, dtypes, and what vLLM fuses."""
+
+import re
+from collections.abc import Iterator, Mapping
+
+from config.manifest import Scheme
+from quantize.variants.artefact import Artefact, Entry
+from quantize.variants.layers import (
+    Form,
+    Kind,
+    fused_layers,
+    kind_of,
+    parts_of,
+    quantized_layers,
+    told_form,
+    wanted_form,
+)
+from quantize.variants.lint_rules import Finding
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_NO_WEIGHTS = ("rotary_emb.inv_freq",)
+# It decides which experts work, is tiny, and everybody leaves it alone.
+_ROUTER = re.compile(r"\.(gate|router|shared_expert_gate)$")
+
+
+def tensor_findings(artefact: Artefact, base: Shapes | None, scheme: Scheme) -> Iterator[Finding]:
+    """Hold names, shapes and dtypes against configuration, scheme and the base's tensors (name -> shape)."""
+    kind = kind_of(artefact.told)
+    if kind is None:
+        return
+    layers = quantized_layers(artefact.entries, kind)
+    if not layers:
+        yield Finding("tensors", "model.safetensors", "holds no quantized layer")
+    owned: set[str] = set()
+    for layer in layers:
+        form = told_form(artefact.told, layer)
+        owned.update(name for name in artefact.entries if name.rpartition(".")[0] == layer and not _is_bias(name))
+        if form is None:
+            yield Finding("tensors", layer, "is quantized, and config.json says that it is not")
+            continue
+        yield from _layer_findings(artefact, layer, form, base)
+        wanted = wanted_form(scheme, layer, kind)
+        if wanted != form:
+            yield Finding("tensors", layer, f"is {form}, and scheme {scheme.name} wants {wanted or 'it left alone'}")
+    if base is not None:
+        yield from _base_findings(artefact, base, set(layers), scheme, kind)
+        yield from _extra_findings(artefact, base, owned)
+
+
+def _layer_findings(artefact: Artefact, layer: str, form: Form, base: Shapes | None) -> Iterator[Finding]:
+    shape = (base or {}).get(f"{layer}.weight") or _own_shape(artefact.entries, layer, form)
+    if shape is None or len(shape) != 2:
+        yield Finding("tensors", layer, "is quantized, and the base has no matrix of that name")
+        return
+    expected = parts_of(form, shape[0], shape[1])
+    for part, (dtypes, wanted) in expected.items():
+        entry = artefact.entries.get(f"{layer}.{part}")
+        if entry is None:
+            yield Finding("tensors", f"{layer}.{part}", "is missing")
+        elif entry.shape != wanted:
+            yield Finding("tensors", f"{layer}.{part}", f"has shape {_x(entry.shape)}, not {_x(wanted)} ({form})")
+        elif entry.dtype not in dtypes:
+            yield Finding("tensors", f"{layer}.{part}", f"is {entry.dtype}, not {' or '.join(dtypes)}")
+
+
+def _base_findings(artefact: Artefact, base: Shapes, layers: set[str], scheme: Scheme, kind: Kind) -> Iterator[Finding]:
+    tied = bool(artefact.config.get("tie_word_embeddings"))
+    for name, shape in base.items():
+        layer = name.removesuffix(".weight")
+        if layer in layers or name.endswith(_NO_WEIGHTS) or (tied and name == "lm_head.weight"):
+            continue
+        entry = artefact.entries.get(name)
+        if entry is None:
+            yield Finding("tensors", name, "is in the base, and missing here")
+        elif entry.shape != shape:
+            yield Finding("tensors", name, f"has shape {_x(entry.shape)}, and {_x(shape)} in the base")
+        elif not entry.dtype.startswith(("F", "BF")):
+            yield Finding("tensors", name, f"is {entry.dtype}, and has no scales")
+        elif _is_block_matrix(name, shape) and wanted_form(scheme, layer, kind) is not None:
+            yield Finding("tensors", layer, f"is not quantized, and scheme {scheme.name} wants it to be")
+
+
+def _extra_findings(artefact: Artefact, base: Shapes, owned: set[str]) -> Iterator[Finding]:
+    tied = bool(artefact.config.get("tie_word_embeddings"))
+    for name in sorted(artefact.entries.keys() - base.keys() - owned):
+        if not (name.endswith(_NO_WEIGHTS) or _is_bias(name) or (tied and name == "lm_head.weight")):
+            yield Finding("tensors", name, "is not in the base")
+
+
+def _own_shape(entries: Mapping[str, Entry], layer: str, form: Form) -> tuple[int, int] | None:
+    """Tell a layer's (outputs, inputs) from its own tensors, where there is no base to ask."""
+    if form.kind == "gptq":
+        scales, g_idx = entries.get(f"{layer}.scales"), entries.get(f"{layer}.g_idx")
+        return (scales.shape[-1], g_idx.shape[0]) if scales and g_idx else None
+    if form.kind == "int-quantized":
+        weight = entries.get(f"{layer}.weight")
+        return (weight.shape[0], weight.shape[-1]) if weight else None
+    packed = entries.get(f"{layer}.weight_packed")
+    return (packed.shape[0], packed.shape[-1] * (32 // form.bits)) if packed else None
+
+
+def fused_findings(artefact: Artefact) -> Iterator[Finding]:
+    """Find layers that vLLM fuses and that differ: from each other, or from what is told about the fused name."""
+    kind = kind_of(artefact.told)
+    if kind is None:
+        return
+    layers = set(quantized_layers(artefact.entries, kind))
+    matrices = {name.removesuffix(".weight") for name in artefact.entries if name.endswith(".weight")}
+    for fused, members in fused_layers(layers | matrices).items():
+        forms = {member: told_form(artefact.told, member) if member in layers else None for member in members}
+        if len(set(forms.values())) > 1:
+            told = ", ".join(
+                f"{member.rpartition('.')[2]} is {form or 'unquantized'}" for member, form in forms.items()
+            )
+            yield Finding("fused", fused, f"vLLM loads these as one, so they must agree: {told}")
+            continue
+        (form,) = set(forms.values())
+        # Where nothing is packed vLLM sees it by the dtype; compressed-tensors asks for each member by its own name.
+        seen = told_form(artefact.told, fused) if kind == "gptq" and form is not None else form
+        if seen != form:
+            problem = (
+                f"vLLM asks for this name, of which config.json says {seen or 'unquantized'}; its parts are {form}"
+            )
+            yield Finding("fused", fused, problem)
+
+
+def _is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    layer = name.removesuffix(".weight")
+    in_block = re.search(r"(^|\.)(layers|h|blocks)\.\d+\.", name)
+    return bool(in_block and layer != name and len(shape) == 2 and not _ROUTER.search(layer))
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith(".bias")
+
+
+def _x(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"

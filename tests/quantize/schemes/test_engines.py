@@ -1,0 +1,76 @@
+"""Engines: which schemes they load, with what, and what a search may choose for them."""
+
+import pytest
+
+from config.manifest import Engine, Override
+from quantize.errors import RecipeError
+from quantize.schemes.engines import choices, kernels, refusals, require_engine
+from quantize.schemes.overrides import Numbers
+from quantize.schemes.scheme import PRESETS, preset
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_cuda_loads_every_preset(name: str) -> None:
+    """No preset is refused on CUDA."""
+    assert "cuda" not in refusals(preset(name))
+    require_engine(preset(name), "cuda")
+
+
+@pytest.mark.parametrize(
+    "name,loads",
+    [
+        ("w4a16-g128", True),
+        ("w4a16-g64", True),
+        ("w4a16-g32", True),
+        ("w8a8", True),
+        ("w8a16-g128", False),
+        ("w8a16-channel", False),
+    ],
+)
+def test_cpu_refuses_8_bit_gptq_and_points_to_w8a8(name: str, loads: bool) -> None:
+    """8-bit GPTQ has no CPU kernel; the reason names the scheme that has."""
+    assert ("cpu" not in refusals(preset(name))) == loads
+    if not loads:
+        with pytest.raises(RecipeError, match="w8a8"):
+            require_engine(preset(name), "cpu")
+
+
+def test_cpu_refuses_single_modules_of_8_bits_too() -> None:
+    """An exception that has no CPU kernel is named."""
+    mixed = preset("w4a16-g64").model_copy(update={"overrides": (Override(modules="*.down_proj", bits=8),)})
+    assert "cuda" not in refusals(mixed)
+    assert "*.down_proj asks for it" in refusals(mixed)["cpu"]
+
+
+def test_what_loads_nowhere_is_refused_by_all() -> None:
+    """A scheme outside the format has the same reason everywhere."""
+    assert set(refusals(preset("w4a16-g64").model_copy(update={"bits": 3}))) == {"cpu", "cuda"}
+
+
+@pytest.mark.parametrize(
+    "name,engine,told",
+    [
+        ("w4a16-g128", "cuda", "Machete on Hopper"),
+        ("w4a16-g32", "cuda", "Marlin"),
+        ("w4a16-g32", "cpu", "CPUWNA16"),
+        ("w8a8", "cpu", "CPUInt8ScaledMM"),
+        ("w8a8", "cuda", "CUTLASS"),
+    ],
+)
+def test_kernels(name: str, engine: Engine, told: str) -> None:
+    """Whoever reads a plan learns what will run."""
+    assert kernels(preset(name), engine).startswith(told)
+
+
+@pytest.mark.parametrize(
+    "engine,columns,expected",
+    [
+        ("cpu", 576, [(4, 64), (4, 32)]),
+        ("cpu", 1536, [(4, 128), (4, 64), (4, 32)]),
+        ("cuda", 576, [(4, 64), (4, 32), (8, 64), (8, 32)]),
+        ("cuda", 40, []),
+    ],
+)
+def test_choices_fit_module_and_engine(engine: Engine, columns: int, expected: list[tuple[int, int]]) -> None:
+    """A search chooses among what loads, smallest first."""
+    assert choices(engine, (64, columns)) == tuple(Numbers(*numbers) for numbers in expected)

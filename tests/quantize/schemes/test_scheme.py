@@ -1,0 +1,144 @@
+"""Schemes: names, what vLLM loads of them, and the nearest that it loads."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config.manifest import Override, Scheme
+from quantize.errors import RecipeError
+from quantize.schemes.scheme import PRESETS, faults, named, nearest_loadable, preset, require_loadable
+
+FREE = st.builds(
+    Scheme,
+    name=st.just("free"),
+    bits=st.integers(1, 16),
+    group_size=st.integers(-1, 1024),
+    sym=st.booleans(),
+    desc_act=st.booleans(),
+    activation_bits=st.sampled_from([8, 16]),
+    format=st.sampled_from(["gptq", "compressed-tensors"]),
+    overrides=st.lists(
+        st.builds(
+            Override,
+            modules=st.sampled_from(["*.q_proj", "*"]),
+            bits=st.sampled_from([None, 4, 8]),
+            group_size=st.none() | st.integers(-1, 512),
+        ),
+        max_size=2,
+    ).map(tuple),
+)
+
+
+@pytest.mark.parametrize(
+    "name,bits,group_size,activation_bits,form",
+    [
+        ("w4a16-g128", 4, 128, 16, "gptq"),
+        ("w4a16-g64", 4, 64, 16, "gptq"),
+        ("w4a16-g32", 4, 32, 16, "gptq"),
+        ("w8a16-g128", 8, 128, 16, "gptq"),
+        ("w8a16-channel", 8, -1, 16, "gptq"),
+        ("w8a8", 8, -1, 8, "compressed-tensors"),
+    ],
+)
+def test_presets_say_what_their_names_say(
+    name: str, bits: int, group_size: int, activation_bits: int, form: str
+) -> None:
+    """A preset's numbers are those of its name, symmetric and without activation order."""
+    scheme = preset(name)
+    assert (scheme.bits, scheme.group_size, scheme.activation_bits, scheme.format) == (
+        bits,
+        group_size,
+        activation_bits,
+        form,
+    )
+    assert scheme.sym
+    assert not scheme.desc_act
+    assert scheme.precision == f"int{bits}"
+
+
+@pytest.mark.parametrize(
+    "asked,meant", [("w4a16-g46", "w4a16-g64"), ("w8a8s", "w8a8"), ("w4a16_g128", "w4a16-g128"), ("W8A8", "w8a8")]
+)
+def test_a_misspelt_scheme_is_told_its_nearest_name(asked: str, meant: str) -> None:
+    """An unknown scheme's error proposes the preset that was most likely meant."""
+    with pytest.raises(RecipeError, match=f"did you mean {meant}\\?"):
+        preset(asked)
+
+
+def test_a_strange_scheme_gets_the_list() -> None:
+    """A name that resembles nothing is answered with all names."""
+    with pytest.raises(RecipeError, match=r"w4a16-g128, .*w8a8, auto") as caught:
+        preset("zzz")
+    assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_loads(name: str) -> None:
+    """No preset is refused, and none has a nearer one."""
+    require_loadable(preset(name))
+    assert nearest_loadable(preset(name)) == preset(name)
+
+
+@pytest.mark.parametrize(
+    "change,reason,nearest",
+    [
+        ({"bits": 3}, "vLLM loads GPTQ of 4 or 8 bits, not of 3", "w4a16-g128"),
+        ({"bits": 2, "group_size": 64}, "not of 2", "w4a16-g64"),
+        ({"bits": 6}, "not of 6", "w8a16-g128"),
+        ({"group_size": 16}, "groups of 32, 64, 128 or -1 (all inputs), not of 16", "w4a16-g32"),
+        ({"group_size": 1024}, "not of 1024", "w4a16-g128"),
+        ({"group_size": 96}, "not of 96", "w4a16-g64"),
+        ({"sym": False}, "symmetric GPTQ only", "w4a16-g128"),
+        ({"desc_act": True}, "no longer loads GPTQ with desc_act and groups", "w4a16-g128"),
+        ({"activation_bits": 8}, "16-bit activations, not 8-bit ones", "w4a16-g128"),
+        ({"bits": 8, "activation_bits": 8}, "16-bit activations", "w8a8"),
+        ({"format": "compressed-tensors"}, "is written as w8a8", "w8a8"),
+        ({"overrides": (Override(modules="*.q_proj", bits=4, group_size=48),)}, "*.q_proj asks for 48", "-mixed"),
+    ],
+)
+def test_what_no_vllm_loads_is_refused_with_the_nearest(change: dict[str, object], reason: str, nearest: str) -> None:
+    """The message has the reason and a scheme that loads."""
+    with pytest.raises(RecipeError) as caught:
+        require_loadable(preset("w4a16-g128").model_copy(update={**change, "name": "asked"}))
+    told = str(caught.value)
+    assert told.startswith("scheme asked loads nowhere: ")
+    assert reason in told
+    assert nearest in told.partition("the nearest that loads is ")[2]
+
+
+def test_desc_act_with_one_group_changes_nothing_and_loads() -> None:
+    """With one group for all inputs, their order is no matter of the file."""
+    assert faults(preset("w8a16-channel").model_copy(update={"desc_act": True})) == []
+
+
+def test_w8a8_keeps_modules_but_has_no_other_numbers() -> None:
+    """Compressed-tensors takes `keep` only."""
+    kept = preset("w8a8").model_copy(update={"overrides": (Override(modules="*.o_proj"),)})
+    assert faults(kept) == []
+    mixed = preset("w8a8").model_copy(update={"overrides": (Override(modules="*.o_proj", bits=4),)})
+    assert faults(mixed) == ["w8a8 has no exceptions but `keep`, and *.o_proj asks for other numbers"]
+
+
+@given(FREE)
+def test_the_nearest_always_loads_and_is_its_own_nearest(scheme: Scheme) -> None:
+    """Whatever is asked for, the proposal is no dead end."""
+    nearest = nearest_loadable(scheme)
+    assert faults(nearest) == []
+    assert nearest_loadable(nearest) == nearest
+    if not faults(scheme):
+        assert nearest == named(scheme)
+
+
+@pytest.mark.parametrize(
+    "change,name",
+    [
+        ({}, "w4a16-g128"),
+        ({"bits": 8, "group_size": -1}, "w8a16-channel"),
+        ({"bits": 8, "group_size": 32}, "w8a16-g32"),
+        ({"group_size": -1}, "w4a16-channel"),
+        ({"overrides": (Override(modules="*.down_proj", bits=8),)}, "w4a16-g128-mixed"),
+    ],
+)
+def test_numbers_give_the_name(change: dict[str, object], name: str) -> None:
+    """A preset's numbers have the preset's name, others one of the same kind; exceptions show in it."""
+    assert named(preset("w4a16-g128").model_copy(update={**change, "name": "?"})).name == name

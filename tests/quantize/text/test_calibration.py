@@ -1,0 +1,315 @@
+"""Calibration text: every broken line is told, files give by weight, and evaluation text is never calibrated on."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quantize.errors import CalibrationError
+from quantize.text.calibration import Draw, contents_digest, draw, is_held_out, read_sources, shares, shipped_files
+from quantize.text.rows import Message, Row, content_sha256, parse_line, prompt_of
+from tests.quantize.chats import chat, write_chats, write_lines
+
+GOOD = json.dumps(chat(1))
+
+
+def problems_of(path: Path) -> list[str]:
+    """The problems of a file, without its folder."""
+    with pytest.raises(CalibrationError) as caught:
+        read_sources([path])
+    return [problem.replace(f"{path}", "f") for problem in caught.value.problems]
+
+
+def rows(count: int) -> list[Row]:
+    """Rows with different contents."""
+    parsed = [parse_line(json.dumps(chat(number)), f"f:{number}") for number in range(count)]
+    return [row for row in parsed if isinstance(row, Row)]
+
+
+@pytest.mark.parametrize(
+    "line,problem",
+    [
+        ("{", "f:2: not JSON: Expecting property name"),
+        ("[]", 'f:2: is no object; a line is {"messages"'),
+        ('{"prompt": "a"}', 'f:2: has no "messages", "completion" or "text"; a line is {"messages"'),
+        ('{"text": ""}', 'f:2: "text" is empty or no text'),
+        ('{"text": ["a"]}', 'f:2: "text" is empty or no text'),
+        ('{"completion": "a"}', 'f:2: "prompt" is empty or no list'),
+        ('{"prompt": " ", "completion": "a"}', 'f:2: message 1: "content" is empty or no text'),
+        ('{"prompt": [{"role": "user"}], "completion": "a"}', 'f:2: message 1: "content" is empty'),
+        ('{"prompt": "a", "completion": null}', 'f:2: "completion" is empty or no text'),
+        ('{"prompt": "a", "completion": "b", "self_generated": true}', 'f:2: "self_generated" is not {"from"'),
+        ('{"text": "\\ud83d"}', "f:2: holds half of a surrogate pair"),
+        ('{"messages": [{"role": "assistant", "reasoning": "a", "content": 5}]}', 'f:2: message 1: "content" is'),
+        ('{"messages": []}', 'f:2: "messages" is empty or no list'),
+        ('{"messages": {}}', 'f:2: "messages" is empty or no list'),
+        ('{"messages": ["a"]}', "f:2: message 1: is no object"),
+        ('{"messages": [{"role": "bot", "content": "a"}]}', "f:2: message 1: role 'bot' is none of assistant"),
+        ('{"messages": [{"role": ["user"], "content": "a"}]}', "f:2: message 1: role ['user'] is none of"),
+        ('{"messages": [{"role": "user"}]}', 'f:2: message 1: "content" is empty or no text'),
+        ('{"messages": [{"role": "user", "content": " "}]}', 'f:2: message 1: "content" is empty'),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": 5}]}',
+            'f:2: message 2: "content" is empty or no text',
+        ),
+    ],
+)
+def test_a_broken_line_is_told_with_its_number(tmp_path: Path, line: str, problem: str) -> None:
+    """Each way in which a line can be broken has its message and its line number."""
+    found = problems_of(write_lines(tmp_path / "a.jsonl", [GOOD, line, GOOD]))
+    assert len(found) == 1
+    assert found[0].startswith(problem)
+
+
+def test_bytes_that_are_no_text_are_told_with_their_line(tmp_path: Path) -> None:
+    """A line that is not UTF-8 is a problem of that line."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n\xff\xfe\n")
+    assert problems_of(path) == ["f:2: not UTF-8: invalid start byte at byte 0"]
+
+
+def test_all_broken_lines_are_told_up_to_ten(tmp_path: Path) -> None:
+    """Twelve broken lines give the first ten problems at once."""
+    found = problems_of(write_lines(tmp_path / "a.jsonl", ["{}"] * 12))
+    assert [problem.split(":")[1] for problem in found] == [str(number) for number in range(1, 11)]
+
+
+def test_missing_files_are_told_together(tmp_path: Path) -> None:
+    """Every file that is not there is named."""
+    with pytest.raises(CalibrationError) as caught:
+        read_sources([tmp_path / "a", tmp_path / "b"])
+    assert len(caught.value.problems) == 2
+
+
+def test_empty_lines_and_duplicates_count_once(tmp_path: Path) -> None:
+    """Blank lines are skipped and equal contents are one row."""
+    _, found = read_sources([write_lines(tmp_path / "a.jsonl", [GOOD, "", GOOD, "  "])])
+    assert len(found) == 1
+
+
+def test_too_few_rows_are_refused_with_the_counts() -> None:
+    """A handful of chats is no calibration; the message tells how many there are and how many it takes."""
+    with pytest.raises(CalibrationError, match=r"too few calibration rows: 9 different chats .* at least 16 and 4"):
+        draw(rows(9), samples=16, seed=0)
+
+
+@given(st.integers(min_value=40, max_value=90), st.integers(), st.integers(min_value=16, max_value=40))
+def test_held_out_text_is_never_calibrated_on(count: int, seed: int, samples: int) -> None:
+    """For every seed and size the two sides share no content, and calibration takes what was asked for at most."""
+    drawn = draw(rows(count), samples=samples, seed=seed)
+    calibration, held_out = ({row.sha256 for row in side} for side in (drawn.calibration, drawn.held_out))
+    assert not calibration & held_out
+    assert len(drawn.calibration) <= samples
+    assert all(map(is_held_out, drawn.held_out))
+
+
+@given(st.permutations(rows(45)), st.integers(min_value=0, max_value=5))
+def test_the_seed_alone_decides_choice_and_order(shuffled: list[Row], seed: int) -> None:
+    """The order of the file's lines changes nothing."""
+    assert draw(shuffled, samples=20, seed=seed) == draw(rows(45), samples=20, seed=seed)
+
+
+def test_another_seed_draws_other_rows() -> None:
+    """Seeds differ in choice, not in what is held out."""
+    one, two = (draw(rows(90), samples=16, seed=seed) for seed in (0, 1))
+    assert one.calibration != two.calibration
+    assert set(one.held_out) == set(two.held_out)
+
+
+def test_about_a_third_is_held_out() -> None:
+    """The split by content keeps a third for evaluation."""
+    share = sum(map(is_held_out, rows(900))) / 900
+    assert 0.28 < share < 0.39
+
+
+def test_a_rows_name_is_its_content() -> None:
+    """The same chat has the same digest wherever it was read; another role or word gives another."""
+    first, elsewhere = parse_line(GOOD, "a:1"), parse_line(json.dumps(chat(1), indent=1).replace("\n", " "), "b:7")
+    other = parse_line(json.dumps(chat(2)), "a:2")
+    assert isinstance(first, Row)
+    assert isinstance(elsewhere, Row)
+    assert isinstance(other, Row)
+    assert first.sha256 == elsewhere.sha256 != other.sha256
+
+
+def test_order_is_part_of_a_draws_digest() -> None:
+    """The digest of what was used tells its order too."""
+    assert contents_digest(["a", "b"]) != contents_digest(["b", "a"])
+
+
+def test_shipped_text_is_in_order_and_reasons(tmp_path: Path) -> None:
+    """The files in the package are valid, large enough, and every chat shows its reasoning."""
+    sources, found = read_sources(shipped_files())
+    assert [source.path.name for source in sources] == ["reasoning-de.jsonl", "reasoning-en.jsonl"]
+    assert len(found) >= 96
+    assert all("</think>" in row.messages[-1].content for row in found)
+    assert len(draw(found, samples=64, seed=0).calibration) == 64
+
+
+@pytest.mark.parametrize("count", [40, 60])
+def test_files_are_digested(tmp_path: Path, count: int) -> None:
+    """A source carries the digest of its bytes."""
+    (source,), found = read_sources([write_chats(tmp_path / "a.jsonl", count)])
+    assert len(source.sha256) == 64
+    assert len(found) == count
+
+
+def row_of(**line: Any) -> Row:
+    """The row of a valid line."""
+    row = parse_line(json.dumps(line), "f:1")
+    assert isinstance(row, Row)
+    return row
+
+
+def test_all_kinds_of_lines_mix_in_one_file(tmp_path: Path) -> None:
+    """Chats, prompts with completions and bare text are read side by side; other keys are nobody's business."""
+    lines: list[dict[str, Any]] = [
+        {**chat(1), "id": 7},
+        {"prompt": "Why?", "completion": "So."},
+        {
+            "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}],
+            "completion": "So.",
+        },
+        {"text": "Once upon a time."},
+    ]
+    _, found = read_sources([write_lines(tmp_path / "a.jsonl", map(json.dumps, lines))])
+    assert [(len(row.messages), row.completion, row.text) for row in found] == [
+        (2, "", ""),
+        (1, "So.", ""),
+        (2, "So.", ""),
+        (0, "", "Once upon a time."),
+    ]
+    assert len({row.sha256 for row in found}) == 4
+
+
+def test_a_prompt_with_its_completion_says_what_the_chat_of_both_says() -> None:
+    """So the two are one content, and on one side of the split."""
+    told = row_of(prompt="Why?", completion="So.")
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    assert told.sha256 == row_of(messages=turns).sha256
+
+
+@pytest.mark.parametrize(
+    "message,content",
+    [
+        ({"content": "4", "reasoning_content": "two twos"}, "<think>\ntwo twos\n</think>\n\n4"),
+        ({"content": "4", "reasoning": "two twos\n"}, "<think>\ntwo twos\n</think>\n\n4"),
+        ({"content": None, "thinking": "two twos"}, "<think>\ntwo twos\n</think>\n\n"),
+        ({"content": "<think>a</think>4", "reasoning": "two twos"}, "<think>a</think>4"),
+        ({"content": "4", "reasoning": ""}, "4"),
+        ({"content": "4", "reasoning": None}, "4"),
+    ],
+)
+def test_reasoning_beside_the_content_is_put_in_front_of_it(message: dict[str, Any], content: str) -> None:
+    """Servers and data sets tell an answer's reasoning apart from it; none of it gets lost."""
+    assert row_of(messages=[{"role": "assistant", **message}]).messages[-1].content == content
+
+
+@pytest.mark.parametrize(
+    "roles,answered",
+    [("su", "su"), ("sua", "su"), ("uaua", "uau"), ("uau", "uau"), ("uta", "u"), ("sa", "")],
+)
+def test_the_prompt_of_a_chat_ends_with_its_last_user_turn(roles: str, answered: str) -> None:
+    """Whatever follows the last question is its answer."""
+    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    turns = [{"role": names[role], "content": "x"} for role in roles]
+    assert [turn.role[0] for turn in prompt_of(row_of(messages=turns))] == list(answered)
+
+
+@pytest.mark.parametrize(
+    "wanted,available,weights,given",
+    [
+        (10, {"a": 20, "b": 20}, {}, {"a": 5, "b": 5}),
+        (10, {"a": 20, "b": 20}, {"a": 3, "b": 1}, {"a": 8, "b": 2}),
+        (11, {"a": 20, "b": 20}, {}, {"a": 6, "b": 5}),
+        (10, {"a": 20, "b": 2}, {}, {"a": 8, "b": 2}),
+        (10, {"a": 20, "b": 2, "c": 9}, {"a": 1, "b": 6, "c": 1}, {"a": 4, "b": 2, "c": 4}),
+        (10, {"a": 20, "b": 20}, {"a": 0, "b": 1}, {"a": 0, "b": 10}),
+        (10, {"a": 3, "b": 4}, {}, {"a": 3, "b": 4}),
+        (10, {}, {}, {}),
+    ],
+)
+def test_shares(wanted: int, available: dict[str, int], weights: dict[str, float], given: dict[str, int]) -> None:
+    """By weight, as far as the rows go; what one file lacks the others give."""
+    assert shares(wanted, available, weights) == given
+
+
+@given(
+    st.integers(0, 200),
+    st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 60), min_size=1),
+    st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 100)),
+)
+def test_shares_add_up(wanted: int, available: dict[str, int], weights: dict[str, float]) -> None:
+    """All that is wanted is given, as long as there is enough; no file gives more than it has or weighs for."""
+    given = shares(wanted, available, weights)
+    weighty = {name: count for name, count in available.items() if weights.get(name, 1.0) > 0}
+    assert sum(given.values()) == min(wanted, sum(weighty.values()))
+    assert all(0 <= given[name] <= weighty.get(name, 0) for name in available)
+
+
+def drawn_from(paths: list[Path], weights: list[float], samples: int = 30, seed: int = 0) -> Draw:
+    """Draw from files."""
+    sources, found = read_sources(paths, weights)
+    return draw(found, samples=samples, seed=seed, sources=sources)
+
+
+def two_files(folder: Path) -> list[Path]:
+    """Two files with different rows, 90 and 60."""
+    first = write_chats(folder / "a.jsonl", 90)
+    return [first, write_lines(folder / "b.jsonl", (json.dumps(chat(number)) for number in range(500, 560)))]
+
+
+@pytest.mark.parametrize(
+    "weights,counts", [([1, 1], [15, 15]), ([2, 1], [20, 10]), ([1, 0], [30]), ([0.1, 0.5], [5, 25])]
+)
+def test_files_give_samples_by_weight(tmp_path: Path, weights: list[float], counts: list[int]) -> None:
+    """Weights are proportions; a file of weight 0 gives text to the evaluation alone."""
+    drawn = drawn_from(two_files(tmp_path), weights)
+    names = Counter(Path(row.where.rpartition(":")[0]).name for row in drawn.calibration)
+    assert [names[name] for name in sorted(names)] == counts
+    assert {Path(row.where.rpartition(":")[0]).name for row in drawn.held_out} == {"a.jsonl", "b.jsonl"}
+
+
+def test_the_order_of_files_changes_nothing(tmp_path: Path) -> None:
+    """Contents and weights decide the draw, also where files share rows."""
+    first, second = two_files(tmp_path)
+    second.write_text(second.read_text() + first.read_text().splitlines()[0] + "\n")
+    one, two = drawn_from([first, second], [1, 2]), drawn_from([second, first], [2, 1])
+    assert one == two
+    assert one.read_rows == 151
+    assert one.repeated_rows == 1
+
+
+@pytest.mark.parametrize(
+    "weights,problem",
+    [
+        ([1, -1], "f/b.jsonl: weight -1 is no number from 0 up"),
+        ([float("nan"), 1], "f/a.jsonl: weight nan is no number from 0 up"),
+        ([float("inf"), 1], "f/a.jsonl: weight inf is no number from 0 up"),
+        ([0, 0], "all calibration files have weight 0; give one of them more"),
+    ],
+)
+def test_weights_that_make_no_sense_are_refused(tmp_path: Path, weights: list[float], problem: str) -> None:
+    """With the file's name."""
+    with pytest.raises(CalibrationError) as caught:
+        read_sources(two_files(tmp_path), weights)
+    assert [told.replace(str(tmp_path), "f") for told in caught.value.problems] == [problem]
+
+
+def test_a_source_knows_how_many_of_its_rows_repeat(tmp_path: Path) -> None:
+    """For the preflight, which tells it."""
+    (source,), _ = read_sources([write_lines(tmp_path / "a.jsonl", [GOOD, GOOD, GOOD, json.dumps(chat(2))])])
+    assert (source.rows, source.repeated_rows) == (4, 2)
+
+
+@given(st.sampled_from(rows(60)), st.text(min_size=1).filter(str.strip))
+def test_what_the_base_answers_stays_on_its_prompts_side(origin: Row, answer: str) -> None:
+    """The answer's own content has no say: a prompt of the evaluation never gets into calibration."""
+    made = replace(origin, sha256=content_sha256([Message("assistant", answer)]), origin=origin.sha256)
+    assert is_held_out(made) == is_held_out(origin)
+    assert made.generated

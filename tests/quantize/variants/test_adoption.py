@@ -1,0 +1,148 @@
+"""A directory that somebody else quantized is linted, measured and sealed where it lies, or refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config.manifest import Manifest, Override, Quality
+from quantize.base import read_base
+from quantize.errors import TargetError, VariantError
+from quantize.schemes.scheme import preset
+from quantize.variants.adoption import adopt, exceptions, maker, scheme_told
+from quantize.variants.artefact import read_artefact
+from quantize.variants.layers import Form
+from tests.quantize.artefacts import BLOCK, MATRICES, write_base, write_quantized
+from tests.quantize.manifests import quality
+
+pytest.importorskip("numpy", reason="scales are read with numpy: install the quantize extra")
+
+FOUR, EIGHT = Form("gptq", 4, 64), Form("gptq", 8, 64)
+
+
+class Bench:
+    """A measurement that counts how often it was asked for."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def __call__(self) -> Quality:
+        self.runs += 1
+        return quality()
+
+
+def adopted(tmp_path: Path, variant: Path, bench: Bench) -> tuple[Manifest, list[str]]:
+    """Adopt a directory, and give what was told."""
+    told: list[str] = []
+    base = tmp_path / "base"
+    return adopt(variant, read_base(base if base.exists() else write_base(base)), bench, told.append), told
+
+
+def test_a_directory_in_order_becomes_a_variant(tmp_path: Path) -> None:
+    """Its manifest names base, scheme, maker and quality, and seals every file; only the manifest is new."""
+    variant = write_quantized(tmp_path / "v", meta={"quantizer": ["gptqmodel:6.0.3"]}, damp_percent=0.05)
+    before = {path.name: path.read_bytes() for path in variant.iterdir()}
+    manifest, told = adopted(tmp_path, variant, Bench())
+    assert told == []
+    assert Manifest.read(variant) == manifest
+    assert manifest.altered_files(variant) == []
+    assert {path.name: path.read_bytes() for path in variant.iterdir() if path.name != "manifest.json"} == before
+    assert manifest.id.startswith("base-int4-")
+    assert manifest.base == manifest.base.model_copy(update={"name": "base", "dtype": "bf16"})
+    assert manifest.scheme == preset("w4a16-g64")
+    assert manifest.calibration is None
+    assert (manifest.quantizer.backend, manifest.quantizer.version) == ("gptqmodel", "6.0.3")
+    assert manifest.quantizer.settings == {"damp_percent": 0.05}
+    assert manifest.quantizer.modules == len(MATRICES)
+
+
+def test_harmless_findings_are_told(tmp_path: Path) -> None:
+    """Other tokenizer bytes, a leaked path and a stray log don't stand in the way."""
+    variant = write_quantized(tmp_path / "v", meta={"offload_to_disk_path": "/tmp/gptqmodel_ab/cd"})
+    (variant / "tokenizer.json").write_text("{}")
+    (variant / "quant_log.csv").write_text("layer")
+    manifest, told = adopted(tmp_path, variant, Bench())
+    assert [line.split(": ")[1] for line in told] == ["kept", "machine", "machine", "stray"]
+    assert "quant_log.csv" in manifest.files
+
+
+@pytest.mark.parametrize(
+    "told,tensors,problem",
+    [
+        ({"desc_act": True}, {}, "desc_act is true; vLLM 0.32 no longer loads activation order"),
+        ({"sym": False}, {}, "sym is not true; vLLM loads symmetric GPTQ only"),
+        ({}, {f"{BLOCK}.mlp.up_proj.scales": None}, "up_proj.scales: is missing"),
+        ({}, {f"{BLOCK}.mlp.up_proj.g_idx": ("I32", (64,), b"\1\0\0\0" * 64)}, "vLLM discards g_idx"),
+        ({"bits": 3}, {}, "its gptq layers can't be read; GPTQ and compressed-tensors of 4 or 8 bits can"),
+        ({"quant_method": "awq"}, {}, "its awq layers can't be read"),
+    ],
+)
+def test_what_vllm_would_stumble_over_is_refused(
+    tmp_path: Path, told: dict[str, Any], tensors: dict[str, Any], problem: str
+) -> None:
+    """It is neither measured nor sealed."""
+    variant, bench = write_quantized(tmp_path / "v", tensors=tensors, **told), Bench()
+    with pytest.raises(VariantError, match=problem):
+        adopted(tmp_path, variant, bench)
+    assert bench.runs == 0
+    assert not (variant / "manifest.json").exists()
+
+
+def test_a_manifest_is_never_replaced(tmp_path: Path) -> None:
+    """Adopting twice is told."""
+    variant, bench = write_quantized(tmp_path / "v"), Bench()
+    adopted(tmp_path, variant, bench)
+    before = (variant / "manifest.json").read_bytes()
+    with pytest.raises(TargetError, match="has a manifest already; nothing was changed"):
+        adopted(tmp_path, variant, bench)
+    assert (variant / "manifest.json").read_bytes() == before
+    assert bench.runs == 1
+
+
+def test_the_same_files_get_the_same_name(tmp_path: Path) -> None:
+    """The name tells contents apart, not places."""
+    first, _ = adopted(tmp_path, write_quantized(tmp_path / "v"), Bench())
+    second, _ = adopted(tmp_path, write_quantized(tmp_path / "w"), Bench())
+    other, _ = adopted(tmp_path, write_quantized(tmp_path / "x", preset("w4a16-g32")), Bench())
+    assert first.id == second.id != other.id
+
+
+@pytest.mark.parametrize("name", ["w4a16-g64", "w4a16-g32", "w8a16-channel", "w8a8"])
+def test_presets_are_recognized(tmp_path: Path, name: str) -> None:
+    """A directory with a preset's numbers gets its name."""
+    assert scheme_told(read_artefact(write_quantized(tmp_path / "v", preset(name))), MATRICES) == preset(name)
+
+
+@pytest.mark.parametrize(
+    "forms,expected",
+    [
+        ({"a.0.up": FOUR, "a.1.up": FOUR}, ()),
+        ({"a.0.up": EIGHT, "a.1.up": EIGHT, "a.0.q": FOUR}, (Override(modules="a.*.up", bits=8, group_size=64),)),
+        ({"a.0.up": EIGHT, "a.1.up": FOUR}, (Override(modules="a.0.up", bits=8, group_size=64),)),
+        ({"a.0.up": None, "a.1.up": None, "a.0.q": FOUR}, (Override(modules="a.*.up"),)),
+    ],
+)
+def test_layers_that_differ_are_exceptions(forms: dict[str, Form | None], expected: tuple[Override, ...]) -> None:
+    """One pattern over all blocks where they agree, single names where they don't."""
+    assert exceptions(forms, FOUR) == expected
+
+
+@pytest.mark.parametrize(
+    "told,program",
+    [
+        ({"quant_method": "gptq", "meta": {"quantizer": ["gptqmodel:7.6.0"]}}, ("gptqmodel", "7.6.0")),
+        ({"quant_method": "gptq", "meta": {"quantizer": "gptqmodel:1.2"}}, ("gptqmodel", "1.2")),
+        ({"quant_method": "gptq", "meta": None}, ("unknown", "unknown")),
+        (
+            {"quant_method": "compressed-tensors", "format": "int-quantized", "version": "0.9"},
+            ("compressed-tensors", "0.9"),
+        ),
+    ],
+)
+def test_the_maker_is_told_where_it_is_known(tmp_path: Path, told: dict[str, Any], program: tuple[str, str]) -> None:
+    """AutoGPTQ left no trace of itself."""
+    variant = write_quantized(tmp_path / "v")
+    (variant / "config.json").write_text(json.dumps({"quantization_config": told}))
+    made = maker(read_artefact(variant))
+    assert (made.backend, made.version) == program
