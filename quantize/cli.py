@@ -95,6 +95,8 @@ def _conduct(request: Request, log: TextIO | None) -> Conduct:
         allow_fallback=request.allow_fallback,
         resume=request.resume,
         gpu=present_engine() == "cuda",
+        engine=request.engine,
+        tensor_parallel=request.tensor_parallel,
     )
 
 

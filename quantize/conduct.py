@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from config.manifest import Engine
 from quantize.measuring.measurement import DEFAULT_PLAN, EvaluationPlan
 from quantize.running.progress import Stages
 
@@ -12,7 +13,8 @@ class Conduct:
     """None of this changes a variant's weights.
 
     `environ` is that of the children; `allow_fallback` modules may be rounded to nearest; `resume` goes on after the
-    last whole layer of a stopped run; `gpu` says where the work is done.
+    last whole layer of a stopped run; `gpu` says where the work is done. `engine` and `tensor_parallel` are those that
+    a search for a scheme must keep to.
     """
 
     environ: Mapping[str, str]
@@ -21,3 +23,5 @@ class Conduct:
     allow_fallback: int = 0
     resume: bool = False
     gpu: bool = False
+    engine: Engine = "cpu"
+    tensor_parallel: int = 1

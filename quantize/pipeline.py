@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 from config.manifest import Base, Calibration, Manifest, Quality, Quantizer
-from quantize.backends.gptqmodel import solve
+from quantize.automatic.auto_scheme import resolve_auto
+from quantize.backends import autogptq, gptqmodel
 from quantize.backends.protocol import Errand, Solved, Solver
 from quantize.base import read_base
 from quantize.conduct import Conduct
-from quantize.errors import CalibrationError
+from quantize.errors import CalibrationError, RecipeError
 from quantize.measuring.measurement import EVIDENCE_FILE, EvaluationPlan, evaluate
 from quantize.planning.outline import lowest_bits
 from quantize.planning.recipe import Recipe
@@ -32,20 +34,24 @@ from quantize.variants.lint import require_clean
 from quantize.variants.store import require_space, seal, staging, work_folder
 from quantize.variants.weights import read_packing
 
-MODULES_FILE = "modules.json"
+# Not modules.json: vLLM takes that name for a file of sentence-transformers, and doesn't start.
+MODULES_FILE = "solved.json"
+SOLVERS: Mapping[str, Solver] = MappingProxyType({"gptqmodel": gptqmodel.solve, "auto-gptq": autogptq.solve})
 
 
-def build_variant(recipe: Recipe, drawn: Draw, out: Path, conduct: Conduct, *, solver: Solver = solve) -> Manifest:
+def build_variant(recipe: Recipe, drawn: Draw, out: Path, conduct: Conduct) -> Manifest:
     """Turn a base into a sealed variant directory; `out` appears whole or not at all."""
+    require_solvable(recipe)
     require_space(out, disk_bytes(recipe.base, recipe.scheme))
     with staging(out) as variant:
         shop = Workshop(work_folder(variant), conduct.environ, conduct.stages)
         samples = calibrate(recipe.base.directory, drawn, recipe.max_tokens, shop)
         # Evaluation looks at the held-out side itself.
         preflight.check(recipe.base, replace(samples, held_out=[]), shop, gpu=conduct.gpu)
+        recipe = settled(recipe, samples, conduct, shop)
         with solving(out, identity_of(recipe, samples), resume=conduct.resume) as solutions:
             errand = Errand(variant, shop.folder, solutions, conduct.environ, conduct.allow_fallback)
-            solved = quantize(recipe, samples, solver, errand, conduct)
+            solved = quantize(recipe, samples, errand, conduct)
         write_modules(variant, solved)
         require_clean(variant, recipe.base, recipe.scheme)
         quality = evaluate(
@@ -54,7 +60,7 @@ def build_variant(recipe: Recipe, drawn: Draw, out: Path, conduct: Conduct, *, s
             samples.held_out,
             lowest_bits(recipe.scheme),
             shop,
-            plan=accepting(conduct.evaluation, conduct.allow_fallback),
+            plan=accepting(conduct.evaluation, recipe, conduct.allow_fallback),
             base_digest=recipe.base.digest,
             evidence=variant / EVIDENCE_FILE,
         )
@@ -121,8 +127,9 @@ def workshop(conduct: Conduct) -> Iterator[Workshop]:
         yield Workshop(Path(folder), conduct.environ, conduct.stages)
 
 
-def quantize(recipe: Recipe, samples: Samples, solver: Solver, errand: Errand, conduct: Conduct) -> Solved:
+def quantize(recipe: Recipe, samples: Samples, errand: Errand, conduct: Conduct) -> Solved:
     """Solve for the integers and write the variant's files."""
+    solver = SOLVERS[recipe.backend.name]
     resumed = resumed_line(errand.solutions)
     if resumed:
         conduct.stages.say(resumed)
@@ -151,7 +158,7 @@ def module_line(event: Mapping[str, Any]) -> str:
 
 
 def write_modules(variant: Path, solved: Solved) -> None:
-    """Write `modules.json`: every quantized module with its numbers, loss and damping."""
+    """Write `solved.json`: every quantized module with its numbers, loss and damping."""
     rows = [
         {
             "module": module.module,
@@ -166,9 +173,36 @@ def write_modules(variant: Path, solved: Solved) -> None:
     write_json(variant / MODULES_FILE, {"modules": rows})
 
 
-def accepting(plan: EvaluationPlan, fallbacks: int) -> EvaluationPlan:
-    """Let an evaluation pass the rounded modules that were accepted beforehand."""
-    return replace(plan, limits={"fallback_modules": fallbacks, **plan.limits}) if fallbacks else plan
+def require_solvable(recipe: Recipe) -> None:
+    """Raise RecipeError, before any work, for what a recipe's backend has not."""
+    if recipe.backend.name != "auto-gptq":
+        return
+    if recipe.budget:
+        raise RecipeError("auto-gptq quantizes all modules alike, and `scheme: auto` doesn't; use --backend gptqmodel")
+    autogptq.require_solvable(recipe.scheme, recipe.settings)
+
+
+def settled(recipe: Recipe, samples: Samples, conduct: Conduct, shop: Workshop) -> Recipe:
+    """Search the numbers of a recipe that has a budget for them; any other recipe has its scheme already."""
+    if recipe.budget is None:
+        return recipe
+    scheme = resolve_auto(
+        recipe.base,
+        samples.calibration,
+        recipe.budget,
+        conduct.engine,
+        shop,
+        tensor_parallel=conduct.tensor_parallel,
+    )
+    return replace(recipe, scheme=scheme)
+
+
+def accepting(plan: EvaluationPlan, recipe: Recipe, fallbacks: int) -> EvaluationPlan:
+    """Limit an evaluation by what was asked for: the divergence of a budget, and rounded modules that are accepted."""
+    asked: dict[str, float] = {"fallback_modules": fallbacks} if fallbacks else {}
+    if recipe.budget and recipe.budget.max_kl is not None:
+        asked["kl_mean"] = recipe.budget.max_kl
+    return replace(plan, limits={**asked, **plan.limits})
 
 
 def describe(recipe: Recipe, samples: Samples, solved: Solved, quality: Quality) -> dict[str, object]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-FILE_NAME = "modules.json"
+FILE_NAME = "solved.json"
 
 # GPTQ's loss grows a thousandfold with depth, so a module is held against those of its kind around it.
 _NEIGHBOURS = 4
@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def read_modules(variant: Path) -> list[dict[str, Any]]:
-    """Read a variant's `modules.json`; nothing if it has none, as when somebody else made it."""
+    """Read a variant's `solved.json`; nothing if it has none, as when somebody else made it."""
     path = variant / FILE_NAME
     return list(json.loads(path.read_bytes())["modules"]) if path.is_file() else []
 

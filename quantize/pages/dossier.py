@@ -26,7 +26,7 @@ def read_dossier(directory: Path, manifest: Manifest) -> Dossier:
     return Dossier(
         directory=directory,
         manifest=manifest,
-        modules=tuple(_object(directory / "modules.json").get("modules", ())),
+        modules=tuple(_object(directory / "solved.json").get("modules", ())),
         evidence=_object(directory / "evaluation.json"),
         decode_tokens_per_second=dict(_speeds(_object(directory / "capacity.json"))),
     )

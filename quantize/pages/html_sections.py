@@ -126,7 +126,7 @@ def _losses(anchor: str, modules: Sequence[Mapping[str, Any]]) -> Markup:
                 Point(int(number[1]), module["loss"], hint)
             )
     if not kinds:
-        return _absent("No losses: modules.json is missing, or has none.")
+        return _absent("No losses: solved.json is missing, or has none.")
     series = [Series(kind, tuple(sorted(points, key=lambda point: point.x))) for kind, points in kinds.items()]
     every = [point for one in series for point in one.points]
     rounded = [module["module"] for module in modules if module.get("fallback")]

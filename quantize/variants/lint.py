@@ -25,7 +25,7 @@ from quantize.variants.lint_rules import (
 from quantize.variants.lint_tensors import fused_findings, tensor_findings
 from quantize.variants.lint_values import value_findings
 
-SIDECARS = ("modules.json", "evaluation.json")
+SIDECARS = ("solved.json", "evaluation.json")
 _NAMES_SHOWN = 3
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _EXPECTED = frozenset({"config.json", "model.safetensors.index.json", FILE_NAME, "capacity.json", *SIDECARS})

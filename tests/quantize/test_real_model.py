@@ -59,7 +59,7 @@ def test_a_variant_is_whole(workshop: Path, scheme: str) -> None:
     assert not (workshop / scheme / ".work").exists()
     size = (workshop / scheme / "model.safetensors").stat().st_size
     assert size == pytest.approx(predicted_bytes(read_base(workshop / "tiny"), manifest.scheme), rel=0.05)
-    modules = json.loads((workshop / scheme / "modules.json").read_bytes())["modules"]
+    modules = json.loads((workshop / scheme / "solved.json").read_bytes())["modules"]
     assert len(modules) == 14
     assert not any(module["fallback"] for module in modules)
 

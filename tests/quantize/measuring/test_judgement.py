@@ -158,5 +158,5 @@ def test_evaluation_takes_whole_samples_within_its_budget() -> None:
 
 
 def row(module: str, loss: float | None, damp: float = 0.01) -> dict[str, Any]:
-    """A row of modules.json."""
+    """A row of solved.json."""
     return {"module": module, "bits": 4, "group_size": 64, "loss": loss, "damp": damp, "fallback": loss is None}

@@ -103,7 +103,7 @@ def written(tmp_path: Path, *directories: Path) -> tuple[str, Outline]:
 def test_everything_that_is_known_is_shown(tmp_path: Path) -> None:
     """Plots, checks, figures and samples, all escaped; no link leaves the page and no script is in it."""
     write_manifest(tmp_path / "rich", quality=RICH)
-    (tmp_path / "rich" / "modules.json").write_text(json.dumps(modules()))
+    (tmp_path / "rich" / "solved.json").write_text(json.dumps(modules()))
     (tmp_path / "rich" / "evaluation.json").write_text(json.dumps(evidence()))
     speeds = {"one": {"decode_tokens_per_second": {"1": 20, "16": 90}}, "two": {"decode_tokens_per_second": 7}}
     (tmp_path / "rich" / "capacity.json").write_text(json.dumps(speeds))
@@ -143,7 +143,7 @@ def test_a_broken_side_file_is_told(tmp_path: Path) -> None:
     """It is named, and no page is written."""
     directory = tmp_path / "v"
     write_manifest(directory)
-    (directory / "modules.json").write_text("{")
+    (directory / "solved.json").write_text("{")
     with pytest.raises(VariantError, match=r"modules\.json: not JSON"):
         write_report([(directory, manifest())], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()

@@ -162,7 +162,7 @@ def write(name: str, text: str) -> Callable[[Path], object]:
             "quantize_config: quantize_config.json: differs from config.json in bits",
         ),
         (lambda variant: (variant / "quantize_config.json").unlink(), "quantize_config: quantize_config.json: "),
-        (write("modules.json", '{"log": "/home/ann/x.log"}'), "machine: modules.json: log holds a path of the machine"),
+        (write("solved.json", '{"log": "/home/ann/x.log"}'), "machine: solved.json: log holds a path of the machine"),
         (lambda variant: (variant / "tokenizer.json").unlink(), "tokenizer: v: has none of tokenizer.json"),
         (write("config.json", "{"), "config: v: "),
         (lambda variant: (variant / "model.safetensors").write_bytes(b"short"), "config: v: "),
