@@ -138,6 +138,9 @@ def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        # GPTQ is many small steps. Beside another busy process, threads that spin while they wait for each other made
+        # them 500 times slower on two cores; threads that sleep cost nothing that could be measured.
+        "OMP_WAIT_POLICY": kept.get("OMP_WAIT_POLICY", "PASSIVE"),
         # GPTQModel 7.6.0 starts two loader threads and crashes where it allows itself one (2 cores or fewer).
         "GPTQMODEL_CPU_WORKERS": kept.get("GPTQMODEL_CPU_WORKERS", "2"),
     }
