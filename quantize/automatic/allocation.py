@@ -137,7 +137,8 @@ def _allocation(options: Options, point: Point, kept_bytes: int) -> Allocation:
 
 
 def _mega(count_bytes: int) -> str:
-    return f"{count_bytes / 1e6:.1f} MB"
+    """Write bytes in tenths of a MB, never fewer than they are: a budget of that number is met."""
+    return f"{-(-count_bytes // 100_000) / 10:.1f} MB"
 
 
 def _raised(kl: float) -> str:

@@ -37,7 +37,7 @@ def units_of(
 ) -> tuple[Unit, ...]:
     """Split linear layers into units; those that an override keeps are in none, those it gives numbers have one choice.
 
-    RecipeError: an override tells the parts of a unit apart, or an engine has nothing that fits a unit.
+    RecipeError: an override tells the parts of a unit apart, an engine has nothing that fits a unit, or all is kept.
     """
     members: dict[str, list[str]] = {}
     for module in shapes:
@@ -55,6 +55,8 @@ def units_of(
             if not may:
                 raise RecipeError(f"{name}: nothing that loads on engine {engine} fits it{_where(override)}")
             found.append(Unit(name, tuple(modules), may))
+    if not found:
+        raise RecipeError("scheme auto has nothing to choose: the overrides keep all linear layers; keep fewer")
     return tuple(found)
 
 
@@ -83,7 +85,7 @@ def written(units: Sequence[Unit], chosen: Mapping[str, Numbers], modules: Seque
     single: list[Override] = []
     general: list[Override] = []
     for kind in _kinds(units, chosen, modules):
-        usual = _commonest([*kind.values()])
+        usual = _commonest([*kind.values()], first=plain)
         pattern = _kind_pattern(kind, modules) if usual != plain else None
         if pattern:
             general.append(_override(pattern, usual))
@@ -170,9 +172,10 @@ def _in_any_layer(name: str) -> str:
     return _NUMBER.sub(".*.", name, count=1)
 
 
-def _commonest(values: Sequence[_Value]) -> _Value:
-    """The commonest value; of several, the first."""
-    return Counter(values).most_common(1)[0][0]
+def _commonest(values: Sequence[_Value], first: _Value | None = None) -> _Value:
+    """The commonest value; of several, `first` if it is one of them, else the one that comes first."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value == first))
 
 
 def _override(pattern: str, numbers: Numbers | None) -> Override:

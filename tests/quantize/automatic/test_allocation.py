@@ -118,14 +118,28 @@ def test_an_option_that_is_larger_and_worse_is_never_taken() -> None:
             Budget(max_bytes=5_000_000),
             "max_bytes 5.0 MB: the smallest variant that loads has 9.0 MB; raise the budget",
         ),
-        (Budget(max_kl=0.0001), r"max_kl 0.0001: the best variant that loads, of 14.0 MB, is expected at 0.00302;"),
+        (Budget(max_kl=0.0001), r"max_kl 0.0001: the best variant that loads, of 14.1 MB, is expected at 0.00301;"),
     ],
 )
 def test_a_budget_that_nothing_meets_is_answered_with_one_that_is(budget: Budget, problem: str) -> None:
     """The error tells the nearest number."""
-    options = {"a": [option(6_000_000, 0.5), option(11_000_000, 0.003)]}
+    options = {"a": [option(6_000_000, 0.5), option(11_000_001, 0.003)]}
     with pytest.raises(RecipeError, match=problem):
         allocate(options, budget, kept_bytes=3_000_000)
+
+
+@given(size=st.integers(1, 10**12), kl=st.floats(1e-9, 10))
+def test_the_budget_that_an_error_names_is_met(size: int, kl: float) -> None:
+    """Both numbers are rounded to the side on which they can be met."""
+    options = {"a": [option(size, kl)]}
+    with pytest.raises(RecipeError) as too_small:
+        allocate(options, Budget(max_bytes=0))
+    megabytes = too_small.value.args[0].split("has ")[1].split(" MB")[0]
+    assert allocate(options, Budget(max_bytes=round(float(megabytes) * 10) * 100_000)).bytes == size
+    with pytest.raises(RecipeError) as too_good:
+        allocate(options, Budget(max_kl=0.0))
+    told = too_good.value.args[0].split("expected at ")[1].split(";")[0]
+    assert allocate(options, Budget(max_kl=float(told))).kl == kl
 
 
 def test_a_large_model_is_allocated_in_little_time() -> None:
