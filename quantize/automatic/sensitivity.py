@@ -5,6 +5,7 @@ the logits is what rounding costs there. It is measured with a unit's smallest n
 output error, for small errors add to the logits linearly and to the divergence quadratically.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 from quantize.backends.scales import best_scales
 from quantize.dense_models import load_base
+from quantize.errors import RecipeError
 from quantize.running.worker import Report, run_child
 from quantize.schemes.overrides import Numbers
 
@@ -34,33 +36,56 @@ def measure(job: dict[str, Any], report: Report) -> dict[str, Any]:
     """Child's work: `{base, samples: [[token id]], units: {name: {modules, choices}}}` -> `{kl: {unit: [choice]}}`."""
     import torch  # noqa: PLC0415
 
-    model = load_base(Path(job["base"]))
+    base, samples = Path(job["base"]), job["samples"]
+    model = load_base(base)
     told: dict[str, list[float]] = {}
     with torch.inference_mode():
-        moments = second_moments(
-            model, job["samples"], {name for unit in job["units"].values() for name in unit["modules"]}
-        )
-        memory = remember(model, job["samples"])
+        layers = linear_layers(model, [name for unit in job["units"].values() for name in unit["modules"]], base)
+        moments = second_moments(model, samples, layers)
+        memory = remember(model, samples)
         for done, (name, unit) in enumerate(job["units"].items(), 1):
-            told[name] = _unit_costs(model, memory, moments, unit, job["samples"])
+            modules = {module: layers[module] for module in unit["modules"]}
+            choices = [Numbers(*numbers) for numbers in unit["choices"]]
+            told[name] = _unit_costs(model, memory, moments, modules, choices, samples)
+            if not all(map(math.isfinite, told[name])):
+                raise RecipeError(f"{base}: with {name} rounded, its logits are no numbers; mend it or copy it again")
             report.progress(done, len(job["units"]))
     return {"kl": told}
 
 
+def linear_layers(model: Any, names: Sequence[str], base: Path) -> dict[str, Any]:
+    """Find modules by name; RecipeError for one that the model has under no such name."""
+    import torch  # noqa: PLC0415
+
+    known = dict(model.named_modules())
+    for name in names:
+        if not isinstance(known.get(name), torch.nn.Linear):
+            raise RecipeError(
+                f"{base}: as transformers loads it, it has no linear layer {name}; scheme auto can't measure this "
+                "architecture, name a scheme and overrides"
+            )
+    return {name: known[name] for name in names}
+
+
 def _unit_costs(
-    model: Any, memory: Memory, moments: Mapping[str, Any], unit: Mapping[str, Any], samples: Sequence[Sequence[int]]
+    model: Any,
+    memory: Memory,
+    moments: Mapping[str, Any],
+    modules: Mapping[str, Any],
+    choices: Sequence[Numbers],
+    samples: Sequence[Sequence[int]],
 ) -> list[float]:
-    choices = [Numbers(*told) for told in unit["choices"]]
-    modules = {name: model.get_submodule(name) for name in unit["modules"]}
-    energies = [
+    smallest = {name: rounded(module.weight, moments[name], choices[0]) for name, module in modules.items()}
+    energies = [sum(_energy(modules[name].weight, one, moments[name]) for name, one in smallest.items())]
+    energies += [
         sum(
             _energy(module.weight, rounded(module.weight, moments[name], one), moments[name])
             for name, module in modules.items()
         )
-        for one in choices
+        for one in choices[1:]
     ]
-    with _rounded(modules, moments, choices[0]):
-        reference = divergence(model, memory, samples, layer_of(model, unit["modules"][0]))
+    with _replaced(modules, smallest):
+        reference = divergence(model, memory, samples, layer_of(model, next(iter(modules))))
     return [reference * energy / energies[0] if energies[0] else 0.0 for energy in energies]
 
 
@@ -83,19 +108,19 @@ def _energy(weight: Any, changed: Any, moment: Any) -> float:
 
 
 @contextmanager
-def _rounded(modules: Mapping[str, Any], moments: Mapping[str, Any], numbers: Numbers) -> Iterator[None]:
+def _replaced(modules: Mapping[str, Any], weights: Mapping[str, Any]) -> Iterator[None]:
     before = {name: module.weight.data for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            module.weight.data = rounded(module.weight.data, moments[name], numbers)
+            module.weight.data = weights[name]
         yield
     finally:
         for name, module in modules.items():
             module.weight.data = before[name]
 
 
-def second_moments(model: Any, samples: Sequence[Sequence[int]], names: set[str]) -> dict[str, Any]:
-    """Let the model read the samples; give the mean square [K] of every input of the named modules."""
+def second_moments(model: Any, samples: Sequence[Sequence[int]], modules: Mapping[str, Any]) -> dict[str, Any]:
+    """Let the model read the samples; give the mean square [K] of every input of its named modules."""
     sums: dict[str, Any] = {}
     tokens = sum(map(len, samples))
 
@@ -104,8 +129,8 @@ def second_moments(model: Any, samples: Sequence[Sequence[int]], names: set[str]
         sums[name] = sums[name] + squares if name in sums else squares
 
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs))
-        for name in names
+        module.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs))
+        for name, module in modules.items()
     ]
     for ids in samples:
         _logits(model, ids)
@@ -139,7 +164,8 @@ def divergence(model: Any, memory: Memory, samples: Sequence[Sequence[int]], lay
             ours = logits[first : first + _SOFTMAX_TOKENS].log_softmax(-1)
             total += float((theirs.exp() * (theirs - ours)).sum())
         tokens += len(ids)
-    return max(total / tokens, 0.0)
+    # Rounding may leave it a hair below zero; what is no number stays none.
+    return 0.0 if total < 0 else total / tokens
 
 
 def layers_of(model: Any) -> Any:
