@@ -193,6 +193,7 @@ def settled(recipe: Recipe, samples: Samples, conduct: Conduct, shop: Workshop) 
         conduct.engine,
         shop,
         tensor_parallel=conduct.tensor_parallel,
+        settings=recipe.settings,
     )
     return replace(recipe, scheme=scheme)
 

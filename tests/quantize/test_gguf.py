@@ -43,6 +43,7 @@ def test_a_directory_in_the_way_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_model
+@pytest.mark.timeout(300)
 def test_smollm2_keeps_its_words_and_its_ties(tmp_path: Path) -> None:
     """The demo's model comes out with single-token chat marks, digits apart, its end token and tied embeddings."""
     transformers = pytest.importorskip("transformers", reason="needs transformers: install the quantize extra")

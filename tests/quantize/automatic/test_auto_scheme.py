@@ -1,0 +1,213 @@
+"""`scheme: auto`: what is measured is spent within the budget, and kept for the next run."""
+
+import io
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config.manifest import Override, Scheme
+from quantize.automatic.allocation import Allocation
+from quantize.automatic.auto_scheme import (
+    allocation_line,
+    gptq_share,
+    kept_bytes,
+    options_of,
+    pieces,
+    resolve_auto,
+    sensitive_line,
+)
+from quantize.automatic.units import Unit, units_of
+from quantize.base import BaseModel, read_base
+from quantize.errors import RecipeError
+from quantize.planning.recipe import Budget
+from quantize.running.progress import Stages
+from quantize.running.worker import child_environ
+from quantize.running.workshop import Workshop
+from quantize.schemes.engines import require_engine
+from quantize.schemes.fit import misfit
+from quantize.schemes.forecast import predicted_bytes
+from quantize.schemes.overrides import Numbers, numbers_of
+from quantize.schemes.settings import SETTINGS
+from tests.quantize.chats import chat
+from tests.quantize.models import write_tiny_llama
+from tests.quantize.shapes import QWQ_32B
+
+SMALL, FINE, LARGE = Numbers(4, 128), Numbers(4, 32), Numbers(8, 128)
+
+
+def sample(length: int) -> dict[str, Any]:
+    """A token sample; its length is all that counts."""
+    return {"ids": list(range(length))}
+
+
+@pytest.mark.parametrize(
+    "lengths,taken",
+    [
+        ([400, 400, 400, 400, 400], [128, 128, 128, 128]),
+        ([100, 20, 400, 400, 400, 400, 400], [100, 20, 128, 128, 128, 8]),
+        ([400, 111, 400, 400, 400, 400], [128, 111, 128, 128, 17]),
+        ([900, 900], [256, 256]),
+        ([900], [512]),
+        ([30, 40], [30, 40]),
+        ([127, 128, 128, 128, 9], [127, 128, 128, 128]),
+    ],
+)
+def test_several_chats_are_read(lengths: Sequence[int], taken: Sequence[int]) -> None:
+    """512 tokens of the beginnings of chats, longer ones where there are few; never a single token."""
+    found = pieces([sample(length) for length in lengths], 512, 128)
+    assert [len(ids) for ids in found] == taken
+    assert all(ids == list(range(len(ids))) for ids in found)
+
+
+def test_no_sample_gives_no_piece() -> None:
+    """There is nothing to cut."""
+    assert pieces([], 512, 128) == []
+
+
+@pytest.mark.parametrize("numbers", [(4, 128), (4, 32), (8, 64)])
+def test_options_and_what_is_kept_are_the_forecast(numbers: tuple[int, int]) -> None:
+    """The same numbers everywhere weigh what the forecast says."""
+    units = units_of(QWQ_32B.shapes, "cuda")
+    chosen = Numbers(*numbers)
+    sizes = [
+        option.bytes
+        for unit in units
+        for option in options_of(unit, QWQ_32B.shapes, [0.0] * 6)
+        if option.numbers == chosen
+    ]
+    scheme = Scheme(
+        name="x",
+        bits=chosen.bits,
+        group_size=chosen.group_size,
+        sym=True,
+        desc_act=False,
+        activation_bits=16,
+        format="gptq",
+    )
+    assert sum(sizes) + kept_bytes(QWQ_32B, units) == predicted_bytes(QWQ_32B, scheme)
+
+
+def test_a_solver_that_tries_harder_is_expected_to_leave_less() -> None:
+    """The usual script leaves about what rounding gives."""
+    assert 0 < gptq_share(SETTINGS["best"]) < gptq_share(SETTINGS["classic"]) == 1
+
+
+def test_what_was_measured_and_chosen_is_told() -> None:
+    """One line each."""
+    units = [Unit(name, (name,), (SMALL, FINE)) for name in "abcdefg"]
+    costs = {unit.name: [number / 100, 0.001] for number, unit in enumerate(units)}
+    assert sensitive_line(units, costs) == (
+        "auto: most sensitive to rounding: g (KL 0.06 at 4 bits), f (KL 0.05 at 4 bits), e (KL 0.04 at 4 bits), "
+        "d (KL 0.03 at 4 bits), c (KL 0.02 at 4 bits)"
+    )
+    assert allocation_line(Allocation({"a": SMALL, "b": LARGE, "c": SMALL}, 12_345_678, 0.04567)) == (
+        "auto: 2 of 4 bits, group 128; 1 of 8 bits, group 128; 12.3 MB, mean KL of about 0.0457 expected"
+    )
+
+
+def workshop(folder: Path, home: Path) -> Workshop:
+    """A workshop with a home of its own; what it says is in its stream."""
+    environ = child_environ({**os.environ, "QUANTGATE_HOME": str(home)})
+    return Workshop(folder, environ, Stages(io.StringIO()))
+
+
+def said(shop: Workshop) -> str:
+    """What a run has told its reader."""
+    stream = shop.stages.stream
+    assert isinstance(stream, io.StringIO)
+    return stream.getvalue()
+
+
+def test_a_size_out_of_reach_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    """The model's files aren't even there."""
+    with pytest.raises(RecipeError, match=r"max_bytes 19000.0 MB: the smallest variant that loads has 193\d\d"):
+        resolve_auto(
+            QWQ_32B, [sample(9)], Budget(max_bytes=19_000_000_000), "cuda", workshop(tmp_path, tmp_path / "home")
+        )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """A tiny Llama."""
+    pytest.importorskip("transformers.models.llama.modeling_llama", reason="needs torch: install the quantize extra")
+    text = [message["content"] for number in range(40) for message in chat(number)["messages"]]
+    return read_base(write_tiny_llama(tmp_path_factory.mktemp("auto") / "tiny", text))
+
+
+@pytest.fixture(scope="module")
+def home(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the measurement of the tiny Llama's units for CUDA is kept."""
+    home = tmp_path_factory.mktemp("home")
+    shop = workshop(tmp_path_factory.mktemp("work"), home)
+    resolve_auto(base, SAMPLES, Budget(max_kl=10.0), "cuda", shop)
+    assert "sensitivity: done" in said(shop)
+    return home
+
+
+SAMPLES = [{"ids": [7 * place % 250 for place in range(start, start + 90)]} for start in range(5)]
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(180)
+def test_budgets_are_met_without_measuring_again(base: BaseModel, home: Path, tmp_path: Path) -> None:
+    """More bytes never give a worse variant; every scheme loads, is named auto, and fits what it may weigh."""
+    smallest, largest = (
+        predicted_bytes(base, Scheme(bits=bits, group_size=size, **REST)) for bits, size in ((4, 128), (8, 32))
+    )
+    kls = []
+    for step in range(5):
+        max_bytes = smallest + step * (largest - smallest) // 4
+        shop = workshop(tmp_path, home)
+        scheme = resolve_auto(base, SAMPLES, Budget(max_bytes=max_bytes), "cuda", shop)
+        assert scheme.name == "auto"
+        assert predicted_bytes(base, scheme) <= max_bytes
+        assert misfit(scheme, base.shapes, base.sizes) is None
+        require_engine(scheme, "cuda")
+        assert "sensitivity" not in said(shop)
+        kls.append(float(said(shop).rsplit("KL of about ", 1)[1].split()[0]))
+    assert kls == sorted(kls, reverse=True)
+    assert kls[-1] < kls[0] / 50
+    # What half of the bytes buy can be asked for by its divergence; the line tells it with three digits.
+    again = resolve_auto(base, SAMPLES, Budget(max_kl=kls[2] * 1.01), "cuda", workshop(tmp_path, home))
+    assert predicted_bytes(base, again) <= smallest + (largest - smallest) // 2
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(180)
+def test_a_damaged_measurement_is_made_again(base: BaseModel, home: Path, tmp_path: Path) -> None:
+    """It gives what the sound one gave, and is whole afterwards."""
+    shutil.copytree(home / "sensitivity", tmp_path / "sensitivity")
+    (kept,) = (tmp_path / "sensitivity").iterdir()
+    sound = kept.read_bytes()
+    kept.write_bytes(sound[:-9])
+    shop = workshop(tmp_path, tmp_path)
+    resolve_auto(base, SAMPLES, Budget(max_kl=1.0), "cuda", shop)
+    assert "sensitivity: done" in said(shop)
+    assert kept.read_bytes() == sound
+
+
+@pytest.mark.real_model
+@pytest.mark.timeout(180)
+def test_a_closed_home_stops_nothing(base: BaseModel, tmp_path: Path) -> None:
+    """It is told, and the modules that the overrides name have their numbers."""
+    (tmp_path / "sensitivity").write_text("not a directory")
+    shop = workshop(tmp_path, tmp_path)
+    overrides = (Override(modules="*.down_proj", bits=4, group_size=32), Override(modules="*.layers.0.self_attn.*"))
+    found = resolve_auto(base, SAMPLES, Budget(max_kl=10.0, overrides=overrides), "cpu", shop)
+    assert "the next run will measure again" in said(shop)
+    assert numbers_of("model.layers.1.mlp.down_proj", found) == FINE
+    assert numbers_of("model.layers.0.self_attn.q_proj", found) is None
+    assert numbers_of("model.layers.1.mlp.up_proj", found) == SMALL
+
+
+REST: dict[str, Any] = {
+    "name": "x",
+    "sym": True,
+    "desc_act": False,
+    "activation_bits": 16,
+    "format": "gptq",
+}
