@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from config.manifest import Override, Scheme
 from quantize.base import BaseModel
 from quantize.errors import RecipeError
-from quantize.schemes.overrides import Numbers, numbers_of
+from quantize.schemes.overrides import FUSED, Numbers, numbers_of
 from quantize.schemes.scheme import PRESETS, named
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -18,8 +18,6 @@ KERNEL_TILE = 32
 # Packed words and int8 kernels need each GPU's share of the outputs in multiples of this.
 _SHARE_TILE = 16
 _MOST_GPUS = 16
-# vLLM loads each of these sets as one matrix, so one kernel must take all of it.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _EXPERTS = re.compile(r"\.experts\.\d+\.\w+$")
 # These take their inputs in shares; every other linear layer of a block takes its outputs in shares.
 _ROW_PARALLEL = frozenset({"o_proj", "down_proj", "out_proj", "c_proj", "fc2", "w2"})
@@ -81,7 +79,7 @@ def fused_name(module: str) -> str:
     if _EXPERTS.search(module):
         return _EXPERTS.sub(".experts", module)
     parent, _, last = module.rpartition(".")
-    for parts, whole in zip(_FUSED, ("qkv_proj", "gate_up_proj"), strict=True):
+    for whole, parts in FUSED.items():
         if last in parts:
             return f"{parent}.{whole}"
     return module

@@ -4,12 +4,16 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from config.manifest import Scheme
 
-# vLLM fuses these projections of a layer into one, and looks its rules up by the fused name.
-_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+# vLLM loads these projections of a layer as one matrix, so one kernel must take all of it, and looks its rules up by
+# the fused name.
+FUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
+)
 _LAYER = re.compile(r"^(?P<stem>.*\.)(?P<number>\d+)(?P<rest>\..*\.)(?P<leaf>[^.]+)$")
 
 
@@ -79,5 +83,5 @@ def _told(numbers: Numbers | None, plain: Numbers) -> dict[str, Any]:
 
 
 def _leaf_pattern(leaf: str) -> str:
-    fused = [name for name, parts in _FUSED.items() if leaf in parts]
+    fused = [name for name, parts in FUSED.items() if leaf in parts]
     return f"({leaf}|{fused[0]})" if fused else re.escape(leaf)

@@ -7,17 +7,13 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from config.manifest import Scheme
-from quantize.schemes.overrides import numbers_of
+from quantize.schemes.overrides import FUSED, numbers_of
 
 Kind = Literal["gptq", "int-quantized", "pack-quantized"]
 Part = tuple[tuple[str, ...], tuple[int, ...]]  # the dtypes it may have, its shape
 
 _WORD_BITS = 32
 _FLOATS = ("F16", "BF16", "F32")
-# vLLM holds these side by side in one matrix, and asks the configuration about the fused name.
-FUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
-)
 MARKERS: Mapping[Kind, str] = MappingProxyType(
     {"gptq": "qweight", "int-quantized": "weight_scale", "pack-quantized": "weight_packed"},
 )

@@ -92,8 +92,8 @@ def test_options_and_what_is_kept_are_the_forecast(numbers: tuple[int, int]) -> 
 
 
 def test_a_solver_that_tries_harder_is_expected_to_leave_less() -> None:
-    """The usual script leaves about what rounding gives."""
-    assert 0 < gptq_share(SETTINGS["best"]) < gptq_share(SETTINGS["classic"]) == 1
+    """The usual script's scales, which nobody searched, cost more than its solver gains on rounding with searched ones."""
+    assert 0 < gptq_share(SETTINGS["best"]) < 1 < gptq_share(SETTINGS["classic"])
 
 
 def test_what_was_measured_and_chosen_is_told() -> None:
