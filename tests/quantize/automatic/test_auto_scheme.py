@@ -92,7 +92,7 @@ def test_options_and_what_is_kept_are_the_forecast(numbers: tuple[int, int]) -> 
 
 
 def test_a_solver_that_tries_harder_is_expected_to_leave_less() -> None:
-    """The usual script's scales, which nobody searched, cost more than its solver gains on rounding with searched ones."""
+    """The usual script, which searches no scales, leaves more than rounding with searched ones gives."""
     assert 0 < gptq_share(SETTINGS["best"]) < 1 < gptq_share(SETTINGS["classic"])
 
 
