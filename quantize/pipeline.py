@@ -145,7 +145,8 @@ def quantize(recipe: Recipe, samples: Samples, errand: Errand, conduct: Conduct)
 
 def identity_of(recipe: Recipe, samples: Samples) -> str:
     """Digest what decides a run's solved layers: the recipe and the very tokens."""
-    told = json.dumps([recipe.digest(), [sample["ids"] for sample in samples.calibration]])
+    scheme = recipe.scheme.model_dump(mode="json")  # what a search found is not in the recipe's digest
+    told = json.dumps([recipe.digest(), scheme, [sample["ids"] for sample in samples.calibration]])
     return hashlib.sha256(told.encode()).hexdigest()
 
 

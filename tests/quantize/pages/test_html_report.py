@@ -144,7 +144,7 @@ def test_a_broken_side_file_is_told(tmp_path: Path) -> None:
     directory = tmp_path / "v"
     write_manifest(directory)
     (directory / "solved.json").write_text("{")
-    with pytest.raises(VariantError, match=r"modules\.json: not JSON"):
+    with pytest.raises(VariantError, match=r"solved\.json: not JSON"):
         write_report([(directory, manifest())], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
 
