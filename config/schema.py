@@ -1,4 +1,4 @@
-"""Settings: one YAML file, three flat tables (variants, replicas, aliases) and the gateway that ties them together.
+"""Settings: one YAML file, three flat tables (variants, replicas, aliases), the gateway and what serves beside it.
 
 Every model is frozen and refuses keys that it doesn't know. `load.py` turns a file into `Settings` and every
 problem into a line of the file; nobody else parses configuration.
@@ -96,13 +96,16 @@ class ReplicaSettings(Table):
     gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
     tensor_parallel: Annotated[int, Field(ge=1)] = 1
     port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: Annotated[int, Field(ge=16)] | None = None
     max_num_seqs: Annotated[int, Field(ge=1)] | None = None
     max_queued: Annotated[int, Field(ge=1)] = 256
     kv_cache_bytes: SizeBytes | None = None
+    prefix_caching: bool = True
     cores: Annotated[str, Field(pattern=r"^(nobind|auto|[\d,|-]+)$")] | None = None
     start_timeout_seconds: Seconds = 900.0
     drain_seconds: Seconds = 120.0
+    hang_seconds: Seconds = 120.0
     args: tuple[str, ...] = ()
 
 
@@ -129,12 +132,30 @@ class AliasSettings(Table):
     floor: Floor = Floor()
     spill: Spill = Spill()
     think: Literal["auto", "prefix", "none"] = "auto"
+    reasoning: Literal["parsed", "restored", "raw"] = "parsed"
+
+
+class LogSettings(Table):
+    """What replicas print, a file for each; a full one is set aside, and the oldest of those thrown away."""
+
+    format: Literal["plain", "json"] = "plain"
+    rotate_bytes: SizeBytes = 64 * 2**20
+    keep: Annotated[int, Field(ge=0, le=100)] = 3
+
+
+class ServingSettings(Table):
+    """How this machine's replicas are kept running."""
+
+    parallel_starts: Annotated[int, Field(ge=1)] | None = None
+    start_attempts: Annotated[int, Field(ge=1)] = 3
+    logs: LogSettings = LogSettings()
 
 
 class Settings(Table):
     """The whole file."""
 
     gateway: GatewaySettings = GatewaySettings()
+    serving: ServingSettings = ServingSettings()
     variants: dict[Name, VariantSettings] = {}
     replicas: tuple[ReplicaSettings, ...] = ()
     aliases: dict[Name, AliasSettings] = {}

@@ -48,7 +48,7 @@ def _arguments(launch: Launch, port: int) -> Sequence[str]:
         ("--model", launch.variant.path),
         ("--host", "127.0.0.1"),
         ("--port", port),
-        ("--dtype", "auto"),
+        ("--dtype", settings.dtype),
         ("--tensor-parallel-size", settings.tensor_parallel),
         ("--max-model-len", settings.max_model_len),
         ("--max-num-seqs", settings.max_num_seqs),
@@ -56,6 +56,8 @@ def _arguments(launch: Launch, port: int) -> Sequence[str]:
         ("--kv-cache-memory-bytes", kv_cache_bytes),
         # Variants of one alias must not differ by what their checkpoints say about sampling.
         ("--generation-config", "vllm"),
+        ("--reasoning-parser", launch.thinking.parser),
+        ("--chat-template", launch.thinking.template),
         ("--shutdown-timeout", round(settings.drain_seconds)),
         ("--fingerprint-mode", "custom"),
         ("--fingerprint-value", launch.variant.id),

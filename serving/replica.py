@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
+from typing import Literal
 
 from config.manifest import Engine
 from config.schema import ReplicaSettings
@@ -22,12 +24,23 @@ class State(StrEnum):
 
 HOPEFUL = frozenset({State.STARTING, State.WARMING})
 
+# Who writes the opening <think>: the chat template, the model itself, or nobody.
+ThinkTag = Literal["injected", "model", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """How a server handles thinking: which of vLLM's parsers, and a chat template other than the model's own."""
+
+    parser: str | None = None
+    template: Path | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One server of one variant at one address; `served_name` is the model name that it answers to.
 
-    `max_model_len_tokens` is None until it has been asked.
+    `max_model_len_tokens` and `think` are None until it has been asked.
     """
 
     id: str
@@ -37,6 +50,7 @@ class Replica:
     served_name: str
     api_key: str | None = None
     max_model_len_tokens: int | None = None
+    think: ThinkTag | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +74,7 @@ class Launch:
     settings: ReplicaSettings
     gpus: tuple[int, ...] = ()
     port: int | None = None
+    thinking: Thinking = Thinking()
 
 
 def plan_launches(
