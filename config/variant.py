@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from config.errors import ManifestError
+from config.golden import Golden, GoldenAnswer
 from config.manifest import FILE_NAME, Manifest
 from config.schema import Floor, VariantSettings
 
@@ -47,6 +48,7 @@ class Variant:
     quality: QualityMeasures
     path: Path | None = None
     manifest: Manifest | None = None
+    golden: GoldenAnswer | None = None
 
     @property
     def id(self) -> str:
@@ -59,7 +61,23 @@ def read_variants(settings: Mapping[str, VariantSettings], relative_to: Path) ->
 
     ManifestError: a directory is missing, or its manifest is broken.
     """
-    return {name: _read_variant(name, variant, relative_to) for name, variant in settings.items()}
+    found = {name: _read_variant(name, variant, relative_to) for name, variant in settings.items()}
+    return {name: _with_golden(variant, found) for name, variant in found.items()}
+
+
+def _with_golden(variant: Variant, variants: Mapping[str, Variant]) -> Variant:
+    """Add what a server of this variant must say; a parent's answer lies with those that were measured against it."""
+    if variant.path is None:
+        return variant
+    if variant.manifest:
+        own = Golden.read(variant.path)
+        return replace(variant, golden=GoldenAnswer(own.ids, own.variant)) if own else variant
+    for other in variants.values():
+        if other.path and other.manifest and other.manifest.base.name == variant.path.name:
+            told = Golden.read(other.path)
+            if told:
+                return replace(variant, golden=GoldenAnswer(told.ids, told.parent))
+    return variant
 
 
 def _read_variant(name: str, settings: VariantSettings, relative_to: Path) -> Variant:

@@ -8,6 +8,7 @@ from pathlib import Path
 from socket import socket
 
 from config.load import load_settings
+from config.manifest import Engine
 from config.schema import GatewaySettings, Settings
 from config.variant import Variant, read_variants
 from gateway.admin import admin_app
@@ -19,9 +20,10 @@ from gateway.metrics import FleetCollector, Metrics
 from gateway.relay.exchange import Relay
 from gateway.relay.pool import Pool
 from gateway.routing.catalog import Catalog
+from serving.backoff import Backoff
 from serving.command import Machine
-from serving.leftovers import Notebook
 from serving.machine import installed_engine
+from serving.notebook import Notebook
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import foreign_replicas, plan_launches
@@ -29,6 +31,9 @@ from serving.supervisor import Supervisor
 from serving.watch import Watch
 
 log = logging.getLogger(__name__)
+
+# Two that load on few cores take longer than one after the other; a GPU's load waits for its disk.
+PARALLEL_STARTS: Mapping[Engine, int] = {"cpu": 1, "cuda": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +119,22 @@ async def everything(
     replicas, variants = deployment.settings.replicas, dict(deployment.variants)
     engine = installed_engine() if any(replica.url is None for replica in replicas) else "cpu"
     launches = plan_launches(replicas, variants, engine)
-    notebook = Notebook(home / "running")
+    serving = deployment.settings.serving
+    supervisor = Supervisor(
+        launches,
+        registry,
+        machine,
+        probe := Probe(),
+        Notebook(home / "running"),
+        home / "logs",
+        parallel_starts=serving.parallel_starts or PARALLEL_STARTS[engine],
+        backoff=Backoff(start_failures=serving.start_attempts),
+        logs=serving.logs,
+    )
     with ports(deployment.settings.gateway) as taken:
         async with (
-            Probe() as probe,
-            Supervisor(launches, registry, machine, probe, notebook, home / "logs"),
+            probe,
+            supervisor,
             Watch(foreign_replicas(replicas, variants), registry, probe),
             gateway(deployment, registry, taken) as addresses,
         ):

@@ -3,6 +3,8 @@
 ServingError
 ├── LaunchRefused     would fail after minutes of loading, so it isn't started (exit code 2)
 ├── StartFailed       the process ended, or wasn't ready in time; carries the engine's own last words
+├── NotAdopted        a replica that a dead supervisor left isn't what is wanted, so it was ended
+├── UpdateFailed      a replacement didn't get ready; what it should have replaced goes on
 ├── StopFailed        processes of a replica survived SIGKILL
 ├── ProbeFailed       a running replica didn't answer, or isn't what it should be
 └── NoSuchReplica     a lease for a replica that has left the registry
@@ -19,6 +21,14 @@ class LaunchRefused(ServingError):
 
 class StartFailed(ServingError):
     """A replica ended before it was ready, or took too long."""
+
+
+class NotAdopted(ServingError):
+    """A replica that outlived its supervisor can't be taken over."""
+
+
+class UpdateFailed(ServingError):
+    """An update stopped half-way; the message says at which replica and why."""
 
 
 class StopFailed(ServingError):

@@ -1,6 +1,6 @@
 """Control requests to a replica: is it up, is it the one we think, does it generate."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,6 +19,32 @@ class ServedModel:
     name: str
     root: str
     max_model_len_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What `/metrics` tells of an engine's work: requests that it has, and tokens that it has read or made."""
+
+    requests: float
+    tokens: float
+
+
+_BURDEN = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+_WORK = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+
+
+def read_activity(page: str) -> Activity:
+    """Add up a page of metrics over its engines; ValueError if one of the four is not there."""
+    sums = dict.fromkeys((*_BURDEN, *_WORK), 0.0)
+    missing = set(sums)
+    for line in page.splitlines():
+        name = line.partition("{")[0]
+        if name in sums:
+            sums[name] += float(line.rpartition(" ")[2])
+            missing.discard(name)
+    if missing:
+        raise ValueError(f"no {', '.join(sorted(missing))} in its metrics")
+    return Activity(sum(sums[name] for name in _BURDEN), sum(sums[name] for name in _WORK))
 
 
 class Probe:
@@ -50,16 +76,39 @@ class Probe:
             first = reply.json()["data"][0]
             return ServedModel(first["id"], first.get("root") or "", first.get("max_model_len"))
 
-    async def generate_one_token(self, replica: Replica, timeout_seconds: float = 60.0) -> None:
-        """Have it produce a single token, which also warms it; ProbeFailed if it can't."""
-        body: dict[str, Any] = {"model": replica.served_name, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+    async def generate_one_token(self, replica: Replica, timeout_seconds: float = 60.0) -> str | None:
+        """Have it produce a single token, which also warms it, and give its fingerprint; ProbeFailed if it can't."""
         with _translated(replica, "/v1/completions"):
-            reply = await self._client.post(
-                f"{replica.url}/v1/completions", json=body, headers=_credential(replica), timeout=timeout_seconds
-            )
-            reply.raise_for_status()
-            if reply.json()["usage"]["completion_tokens"] < 1:
+            told = await self._completed(replica, timeout_seconds, prompt="Hello")
+            if told["usage"]["completion_tokens"] < 1:
                 raise ProbeFailed(f"{replica.id}: generated no token")
+            fingerprint: str | None = told.get("system_fingerprint")
+            return fingerprint
+
+    async def prompt_logprobs(
+        self, replica: Replica, ids: Sequence[int], timeout_seconds: float = 120.0
+    ) -> list[float]:
+        """Ask how likely each token of a prompt is after those before it: log-probabilities of all but the first."""
+        with _translated(replica, "/v1/completions"):
+            told = await self._completed(replica, timeout_seconds, prompt=list(ids), prompt_logprobs=0)
+            places = told["choices"][0]["prompt_logprobs"][1:]
+            return [float(place[str(token)]["logprob"]) for token, place in zip(ids[1:], places, strict=True)]
+
+    async def activity(self, replica: Replica) -> Activity:
+        """Read how much a replica has to do, and how much it has done so far."""
+        with _translated(replica, "/metrics"):
+            reply = await self._client.get(f"{replica.url}/metrics", headers=_credential(replica))
+            reply.raise_for_status()
+            return read_activity(reply.text)
+
+    async def _completed(self, replica: Replica, timeout_seconds: float, **asked: Any) -> dict[str, Any]:
+        body = {"model": replica.served_name, "max_tokens": 1, "temperature": 0, **asked}
+        reply = await self._client.post(
+            f"{replica.url}/v1/completions", json=body, headers=_credential(replica), timeout=timeout_seconds
+        )
+        reply.raise_for_status()
+        told: dict[str, Any] = reply.json()
+        return told
 
 
 def _credential(replica: Replica) -> dict[str, str]:

@@ -10,7 +10,7 @@ import os
 import re
 import signal
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,13 +23,21 @@ LAST_WORDS_BYTES = 64 * 1024
 LOG_PREFIX = re.compile(r"^(\([^)]*\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] )?")
 
 
+# Waits for a line and becomes the command; without the line (its parent is gone) it ends. So no command ever runs
+# that nobody has noted, whenever the parent is killed.
+_GATE = ("/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "gate")
+
+
 @dataclass(slots=True)
 class Child:
-    """A running command that is stopped, whole, when the `async with` block ends.
+    """A command in a session of its own that is stopped, whole, when the `async with` block ends.
+
+    It starts behind a gate: its number is known, but it does nothing until `release()`.
 
     ==============  =========================================
     stop() while    does
     ==============  =========================================
+    gated           SIGTERM
     running         SIGTERM, waits `patience_seconds`, SIGKILL
     exited          SIGKILL for what it left behind
     ==============  =========================================
@@ -41,20 +49,21 @@ class Child:
     _process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Self:
-        """Start the command; its output goes to the end of the log file."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as output:
-            try:
+        """Prepare the command; its output will go to the end of the log file. StartFailed if that can't be."""
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("ab") as output:
                 self._process = await asyncio.create_subprocess_exec(
-                    *self.command.argv,
-                    stdin=asyncio.subprocess.DEVNULL,
+                    *(*_GATE, *self.command.argv),
+                    stdin=asyncio.subprocess.PIPE,
                     stdout=output,
                     stderr=output,
                     env=self.command.environment,
                     start_new_session=True,
                 )
-            except OSError as error:
-                raise StartFailed(f"{self.command.argv[0]} can't be started: {error.strerror}") from error
+        except OSError as error:
+            where = error.filename or self.command.argv[0]
+            raise StartFailed(f"{self.command.argv[0]} can't be started: {where}: {error.strerror}") from error
         return self
 
     async def __aexit__(
@@ -62,6 +71,13 @@ class Child:
     ) -> None:
         """Stop the command and everything it started."""
         await self.stop()
+
+    def release(self) -> None:
+        """Let the command begin."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"go\n")
+        self._process.stdin.close()
 
     @property
     def pid(self) -> int:
@@ -74,24 +90,88 @@ class Child:
         """How it ended; negative for a signal, None while it runs."""
         return self._process.returncode if self._process else None
 
-    async def wait(self) -> int:
-        """Wait until the first process has ended, however long that takes."""
+    async def wait(self) -> str:
+        """Wait until the first process has ended, however long that takes; tells how it did."""
         assert self._process is not None
-        return await self._process.wait()
+        return f"exit code {await self._process.wait()}"
 
     async def stop(self) -> None:
         """End every process of the child; returns when none is left."""
+        assert self._process is not None
         if self.exit_code is None:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.wait(), self.patience_seconds)
         await kill_session(self.pid)
-        await asyncio.wait_for(self.wait(), KILL_DEADLINE_SECONDS)
+        await asyncio.wait_for(self._process.wait(), KILL_DEADLINE_SECONDS)
 
     def last_words(self) -> str:
         """The line of the log that tells best why it ended."""
-        return root_cause(self.log.read_bytes()[-LAST_WORDS_BYTES:].decode(errors="replace"))
+        return last_words(self.log)
+
+
+@dataclass(slots=True)
+class Adopted:
+    """A session that an earlier supervisor started; like a Child, but for its exit code, which only its parent gets."""
+
+    pid: int
+    log: Path
+    patience_seconds: float = 2.0
+    _descriptor: int = -1
+    _ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __aenter__(self) -> Self:
+        """Take hold of its first process (pidfd_open(2)); StartFailed if that is gone already."""
+        try:
+            self._descriptor = os.pidfd_open(self.pid)
+        except OSError as error:
+            raise StartFailed(f"process {self.pid} can't be adopted: {error.strerror}") from error
+        asyncio.get_running_loop().add_reader(self._descriptor, self._ended.set)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop it like a child."""
+        try:
+            await self.stop()
+        finally:
+            asyncio.get_running_loop().remove_reader(self._descriptor)
+            os.close(self._descriptor)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs; -1 afterwards, since nobody tells us."""
+        return -1 if self._ended.is_set() else None
+
+    async def wait(self) -> str:
+        """Wait until its first process has ended, however long that takes."""
+        await self._ended.wait()
+        return "an exit code that its first parent got"
+
+    async def stop(self) -> None:
+        """End every process of the session; returns when none is left."""
+        if not self._ended.is_set():
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, signal.SIGTERM)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), self.patience_seconds)
+        await kill_session(self.pid)
+
+    def last_words(self) -> str:
+        """The line of the log that tells best why it ended."""
+        return last_words(self.log)
+
+
+def last_words(log: Path) -> str:
+    """Read the end of a log for its root cause."""
+    try:
+        with log.open("rb") as lines:
+            lines.seek(max(0, lines.seek(0, os.SEEK_END) - LAST_WORDS_BYTES))
+            return root_cause(lines.read().decode(errors="replace"))
+    except OSError as error:
+        return f"its log can't be read: {error.strerror}"
 
 
 def root_cause(log: str) -> str:

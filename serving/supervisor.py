@@ -1,34 +1,61 @@
-"""Keeps the wanted replicas running: start, warm, verify, watch, restart, drain, stop."""
+"""Keeps the wanted replicas running: start or adopt, verify, watch, restart, replace, drain, stop."""
 
 import asyncio
-import dataclasses
 import logging
-import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Protocol, Self
 
+from config.schema import LogSettings
 from serving.backoff import Backoff
-from serving.command import Machine, build_command
-from serving.errors import LaunchRefused, ProbeFailed, ServingError, StartFailed
-from serving.leftovers import Notebook
-from serving.machine import free_port, port_is_free
-from serving.preflight import refuse_altered, refuse_hopeless
-from serving.probe import Probe
-from serving.process import Child
+from serving.command import Machine
+from serving.errors import LaunchRefused, NotAdopted, ProbeFailed, ServingError, UpdateFailed
+from serving.identity import launch_digest, slot_of, successor_id
+from serving.life import STARTING_PATIENCE_SECONDS, Birthplace, adopted, planned, started
+from serving.log_file import LogFile
+from serving.machine import port_is_free
+from serving.notebook import Note, Notebook
+from serving.preflight import refuse_hopeless
+from serving.probe import Activity, Probe
+from serving.process import Adopted, Child
 from serving.registry import Registry
 from serving.replica import Launch, Replica, State
+from serving.rolling import Current, Replace, Retire, Start, Step, next_step
+from serving.stall import Progress, observe
 
 log = logging.getLogger(__name__)
 
-READY_POLL_SECONDS = 0.2
-STARTING_PATIENCE_SECONDS = 2.0  # SIGTERM during start-up is often swallowed
-READY_PATIENCE_SECONDS = 15.0  # an idle vLLM takes 4-6 s to leave
 STEADY_SECONDS = 120.0  # after so long without a crash, the next one counts as the first
+LONGEST_LOOK_SECONDS = 5.0  # between two looks at how an engine gets on
+IDLE_POLL_SECONDS = 0.2
+LOG_POLL_SECONDS = 10.0
+
+
+class Rotation(Protocol):
+    """Who sends requests to our replicas."""
+
+    async def left(self, replica_id: str) -> None:
+        """Return when nobody chooses a replica any more that the registry calls draining."""
+
+
+class OwnRotation:
+    """Only readers of our registry send requests: they know as soon as it says so."""
+
+    async def left(self, replica_id: str) -> None:
+        """Nothing to wait for."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A replica that is kept running by a task, until it is leaving."""
+
+    launch: Launch
+    task: asyncio.Task[None]
+    leaving: bool = False
 
 
 @dataclass(slots=True)
@@ -43,64 +70,155 @@ class Supervisor:
     log_folder: Path
     parallel_starts: int = 1
     backoff: Backoff = field(default_factory=Backoff)
+    logs: LogSettings = field(default_factory=LogSettings)
+    rotation: Rotation = field(default_factory=OwnRotation)
     clock: Callable[[], float] = time.monotonic
-    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
-    _starts: asyncio.Semaphore = field(init=False)
+    _kept: dict[str, _Kept] = field(default_factory=dict)
+    _place: Birthplace = field(init=False)
+    _updating: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _housekeeping: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
-        self._starts = asyncio.Semaphore(self.parallel_starts)
+        turns = asyncio.Semaphore(self.parallel_starts)
+        self._place = Birthplace(self.registry, self.machine, self.probe, self.notebook, self.log_folder, turns)
 
     async def __aenter__(self) -> Self:
-        """Clear away what a dead supervisor left, then begin to start every launch, in order."""
-        for replica_id in await self.notebook.sweep():
-            log.warning("ended replica %s, which had outlived its supervisor", replica_id)
+        """Take over what a dead supervisor left, end what isn't wanted of it, and begin to start the rest, in order."""
         for launch in self.launches:
             refuse_hopeless(launch)
-            if launch.port is not None and not port_is_free(launch.port):
-                raise LaunchRefused(
-                    f"{launch.replica_id}: port {launch.port} is in use; stop its owner or choose another"
-                )
+        found = await self._take_stock()
         for launch in self.launches:
-            self.registry.put(_replica(launch, launch.port or 0), State.STARTING, "waiting for its turn to start")
-            task = asyncio.create_task(self._keep(launch), name=f"replica {launch.replica_id}")
-            self._tasks[launch.replica_id] = task
+            if launch.replica_id not in found:
+                _refuse_busy_port(launch)
+        for launch in self.launches:
+            note = found.get(launch.replica_id)
+            self._begin(replace(launch, replica_id=note.replica) if note else launch, note)
+        self._housekeeping = asyncio.create_task(self._rotate_logs(), name="log rotation")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Drain and stop every replica; afterwards no process of any is left."""
-        await asyncio.gather(*(self._retire(launch) for launch in self.launches))
+        if self._housekeeping:
+            self._housekeeping.cancel()
+            await asyncio.gather(self._housekeeping, return_exceptions=True)
+        await asyncio.gather(*(self._retire(replica_id) for replica_id in tuple(self._kept)))
 
-    async def _retire(self, launch: Launch) -> None:
-        task = self._tasks.get(launch.replica_id)
-        if task is None:
-            return
-        if self.registry.status(launch.replica_id).state is State.READY:
-            self.registry.move(launch.replica_id, State.DRAINING, "asked to stop")
+    async def update(self, wanted: tuple[Launch, ...]) -> None:
+        """Go over to other launches, one replica at a time, each replaced before it is retired where there is room.
+
+        LaunchRefused: nothing was touched. UpdateFailed: what was not replaced yet goes on as it was.
+        """
+        async with self._updating:
+            for launch in wanted:
+                refuse_hopeless(launch)
+            while step := next_step(self._current(), wanted):
+                await self._take(step)
+            self.launches = wanted
+
+    async def _take_stock(self) -> dict[str, Note]:
+        """Look at what a dead supervisor left: notes to adopt, by slot; whatever isn't wanted as it is, is ended."""
+        wanted = {launch.replica_id: launch_digest(launch) for launch in self.launches}
+        found: dict[str, Note] = {}
+        for note in self.notebook.abandoned():
+            slot = slot_of(note.replica)
+            if wanted.get(slot) == note.launch and slot not in found:
+                found[slot] = note
+                continue
+            await self.notebook.end(note)
+            log.warning("ended replica %s, which had outlived its supervisor and isn't wanted as it was", note.replica)
+        return found
+
+    def _begin(self, launch: Launch, note: Note | None = None) -> None:
+        port = note.port if note else launch.port or 0
+        self.registry.put(planned(launch, port), State.STARTING, "waiting for its turn to start")
+        task = asyncio.create_task(self._keep(launch, note), name=f"replica {launch.replica_id}")
+        self._kept[launch.replica_id] = _Kept(launch, task)
+
+    def _current(self) -> list[Current]:
+        statuses = {each.replica.id: each for each in self.registry.snapshot()}
+        return [
+            Current(kept.launch, statuses[name].state is State.READY, statuses[name].in_flight)
+            for name, kept in self._kept.items()
+        ]
+
+    async def _take(self, step: Step) -> None:
+        match step:
+            case Start(launch):
+                await self._come(launch)
+            case Retire(replica_id):
+                await self._leave(replica_id)
+            case Replace(replica_id, launch, surge=True):
+                log.info("replica %s is replaced: its successor gets ready first", replica_id)
+                await self._come(replace(launch, replica_id=successor_id(replica_id)))
+                await self._leave(replica_id)
+            case Replace(replica_id, launch):
+                log.info("replica %s is replaced: there is no room for two, so it goes first", replica_id)
+                await self._leave(replica_id)
+                await self._come(replace(launch, replica_id=replica_id))
+
+    async def _come(self, launch: Launch) -> None:
+        """Start a replica and wait until it is ready; UpdateFailed, and it is gone again, if it won't be."""
+        self._begin(launch)
+        kept = self._kept[launch.replica_id]
+        while self.registry.status(launch.replica_id).state is not State.READY:
+            if kept.task.done():
+                reason = self.registry.status(launch.replica_id).reason
+                await self._leave(launch.replica_id)
+                raise UpdateFailed(f"the update stops at {launch.replica_id}, which doesn't start: {reason}")
+            changed = asyncio.create_task(self.registry.changed())
+            await asyncio.wait({changed, kept.task}, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+
+    async def _leave(self, replica_id: str) -> None:
+        await self._retire(replica_id)
+        self.registry.remove(replica_id)
+
+    async def _retire(self, replica_id: str) -> None:
+        """Out of rotation, then no request left or the deadline, then the end."""
+        kept = self._kept[replica_id]
+        kept.leaving = True
+        if self.registry.status(replica_id).state is State.READY:
+            self.registry.move(replica_id, State.DRAINING, "asked to stop")
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.registry.idle(launch.replica_id), launch.settings.drain_seconds)
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        self.registry.move(launch.replica_id, State.STOPPED, "asked to stop")
+                await asyncio.wait_for(self._drained(replica_id), kept.launch.settings.drain_seconds)
+        self.registry.move(replica_id, State.STOPPING, "asked to stop")
+        kept.task.cancel()
+        await asyncio.gather(kept.task, return_exceptions=True)
+        del self._kept[replica_id]
+        self.registry.move(replica_id, State.STOPPED, "asked to stop")
 
-    async def _keep(self, launch: Launch) -> None:
+    async def _drained(self, replica_id: str) -> None:
+        """Wait until nobody sends a replica anything, and nothing of what was sent is left in it."""
+        await self.rotation.left(replica_id)
+        await self.registry.idle(replica_id)
+        replica = self.registry.status(replica_id).replica
+        while True:
+            activity = await self._activity(replica)
+            if activity is None or not activity.requests:
+                return
+            await asyncio.sleep(IDLE_POLL_SECONDS)
+
+    async def _keep(self, launch: Launch, note: Note | None) -> None:
         """Run one replica again and again until told to stop, or until it won't start."""
         failures = crashes = 0
         while True:
+            pause: float | None = 0.0
             try:
-                async with self._running(launch) as (child, replica):
+                async with self._life(launch, note) as (child, replica):
                     failures, began = 0, self.clock()
                     self.registry.put(replica, State.READY)
                     log.info("replica %s is ready at %s", replica.id, replica.url)
-                    exit_code = await child.wait()
+                    reason = await self._until_over(launch, child, replica)
+                    if self._kept[launch.replica_id].leaving:
+                        return
                     crashes = 1 if self.clock() - began > STEADY_SECONDS else crashes + 1
-                    # Also with code 0: that is how vLLM leaves when its engine died.
-                    reason = f"crashed with exit code {exit_code}: {child.last_words()} (log: {child.log})"
-                    pause: float | None = self.backoff.after_crash(crashes)
+                    pause = self.backoff.after_crash(crashes)
                     # Out of rotation before the clean-up, which may take a while.
                     self._failed(launch, reason, pause)
+            except NotAdopted as error:
+                log.warning("%s", error)
             except ServingError as error:
                 failures += 1
                 pause = self.backoff.after_start_failure(failures)
@@ -111,68 +229,69 @@ class Supervisor:
                 raise
             if pause is None:
                 return
+            note = None
             await asyncio.sleep(pause)
 
-    def _failed(self, launch: Launch, reason: str, pause_seconds: float | None) -> None:
-        self.registry.move(launch.replica_id, State.FAILED, reason)
-        plan = "given up" if pause_seconds is None else f"next start in {pause_seconds:g} s"
-        log.error("replica %s: %s; %s", launch.replica_id, reason, plan)
-
     @asynccontextmanager
-    async def _running(self, launch: Launch) -> AsyncIterator[tuple[Child, Replica]]:
-        """A verified replica; its processes are gone after the block."""
-        port = launch.port or free_port()
-        child = Child(build_command(launch, port, self.machine), self.log_folder / f"{launch.replica_id}.log")
-        async with AsyncExitStack() as stack:
-            # The turn to start ends when the replica is ready; what was entered on the stack lives on.
-            async with self._starts:
-                await self._require_seal(launch)
-                await stack.enter_async_context(child)
-                stack.enter_context(self.notebook.running(launch.replica_id, child.pid))
-                child.patience_seconds = STARTING_PATIENCE_SECONDS
-                replica = await self._verified(launch, child, port)
-            child.patience_seconds = READY_PATIENCE_SECONDS
+    async def _life(self, launch: Launch, note: Note | None) -> AsyncIterator[tuple[Child | Adopted, Replica]]:
+        life = adopted(launch, note, self._place) if note else started(launch, self._place)
+        async with life as (child, replica):
             yield child, replica
 
-    async def _require_seal(self, launch: Launch) -> None:
-        """Hold the variant's files against its manifest, in a thread: the first time that is every byte of them."""
-        if launch.variant.manifest is None:
-            return
-        self.registry.put(_replica(launch, launch.port or 0), State.STARTING, "comparing its files with their seal")
-        stopped = threading.Event()
+    async def _until_over(self, launch: Launch, child: Child | Adopted, replica: Replica) -> str:
+        """Wait until a replica that was ready ends or hangs, and say which."""
+        ended = await _first(child.wait(), self._hangs(launch, replica))
+        if child.exit_code is None:
+            child.patience_seconds = STARTING_PATIENCE_SECONDS
+            return f"{ended} (log: {child.log})"
+        # Also with code 0: that is how vLLM leaves when its engine died.
+        return f"crashed with {ended}: {child.last_words()} (log: {child.log})"
+
+    async def _hangs(self, launch: Launch, replica: Replica) -> str:
+        """Return when a replica has had requests and nothing came of them for too long."""
+        limit_seconds = launch.settings.hang_seconds
+        if not limit_seconds:
+            await asyncio.Event().wait()
+        progress = Progress(self.clock())
+        while True:
+            await asyncio.sleep(min(LONGEST_LOOK_SECONDS, limit_seconds / 4))
+            progress = observe(progress, self.clock(), await self._activity(replica))
+            if self.clock() - progress.at_seconds > limit_seconds:
+                return f"hangs: it has requests, and no token came for {limit_seconds:g} s"
+
+    async def _activity(self, replica: Replica) -> Activity | None:
         try:
-            await asyncio.to_thread(refuse_altered, launch, self.machine.cache_directory / "seals", stopped.is_set)
-        finally:
-            stopped.set()
+            return await self.probe.activity(replica)
+        except ProbeFailed:
+            return None
 
-    async def _verified(self, launch: Launch, child: Child, port: int) -> Replica:
-        """Wait until the server listens, then have it prove that it is what was started."""
-        replica = _replica(launch, port)
-        self.registry.put(replica, State.STARTING, f"loading, process {child.pid}")
-        await self._listening(launch, child, replica.url)
-        self.registry.put(replica, State.WARMING, "verifying")
-        served = await self.probe.served_model(replica)
-        if served.name != replica.served_name or served.root != str(launch.variant.path):
-            raise ProbeFailed(f"{replica.id}: {replica.url} serves {served.name} from {served.root}, not this replica")
-        await self.probe.generate_one_token(replica)
-        return dataclasses.replace(replica, max_model_len_tokens=served.max_model_len_tokens)
+    def _failed(self, launch: Launch, reason: str, pause_seconds: float | None) -> None:
+        plan = "given up" if pause_seconds is None else f"next start in {pause_seconds:g} s"
+        self.registry.move(launch.replica_id, State.FAILED, f"{reason}; {plan}")
+        log.error("replica %s: %s; %s", launch.replica_id, reason, plan)
 
-    async def _listening(self, launch: Launch, child: Child, url: str) -> None:
-        limit_seconds = launch.settings.start_timeout_seconds
-        try:
-            async with asyncio.timeout(limit_seconds):
-                while not await self.probe.healthy(url):
-                    if child.exit_code is not None:
-                        why = f"ended with exit code {child.exit_code} before it was ready: {child.last_words()}"
-                        raise StartFailed(f"{launch.replica_id}: {why} (log: {child.log})")
-                    await asyncio.sleep(READY_POLL_SECONDS)
-        except TimeoutError:
-            why = f"not ready after {limit_seconds:g} s: {child.last_words()}"
-            raise StartFailed(f"{launch.replica_id}: {why} (log: {child.log})") from None
+    async def _rotate_logs(self) -> None:
+        while True:
+            await asyncio.sleep(LOG_POLL_SECONDS)
+            for replica_id in tuple(self._kept):
+                try:
+                    await asyncio.to_thread(LogFile(self.log_folder / f"{replica_id}.log", self.logs).rotate)
+                except OSError as error:
+                    log.warning("the log of %s can't be set aside: %s", replica_id, error)
 
 
-def _replica(launch: Launch, port: int) -> Replica:
-    key = launch.settings.api_key.get_secret_value() if launch.settings.api_key else None
-    url = f"http://127.0.0.1:{port}"
-    variant = launch.variant
-    return Replica(launch.replica_id, variant.name, variant.precision, url, launch.replica_id, key)
+def _refuse_busy_port(launch: Launch) -> None:
+    if launch.port is not None and not port_is_free(launch.port):
+        raise LaunchRefused(f"{launch.replica_id}: port {launch.port} is in use; stop its owner or choose another")
+
+
+async def _first(*waits: Coroutine[Any, Any, str]) -> str:
+    """The result of whichever is done first; the others are cancelled."""
+    tasks = [asyncio.create_task(each) for each in waits]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return next(task for task in tasks if task in done).result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -24,8 +24,8 @@ from gateway.cli import FAILED, USAGE, stop_signal
 from gateway.demo.errands import ErrandFailed, run_errand
 from gateway.demo.report import Answer, show_answer, show_headers, show_variants
 from serving.errors import LaunchRefused, ServingError
-from serving.leftovers import Notebook
 from serving.machine import installed_engine, this_machine
+from serving.notebook import Notebook
 from serving.registry import Registry
 from serving.replica import State
 
@@ -101,7 +101,9 @@ async def _until_stopped(demo: Demo, *, once: bool) -> int:
 
 async def _run(demo: Demo, *, once: bool) -> None:
     check_start(demo)
-    await Notebook(demo.home / "running").sweep()
+    notebook = Notebook(demo.home / "running")
+    for note in notebook.abandoned():
+        await notebook.end(note)
     base = await make_base(demo)
     variants = {name: await make_variant(demo, base, scheme) for name, scheme in SCHEMES.items()}
     deployment = read_deployment(write_configuration(demo, base, variants))

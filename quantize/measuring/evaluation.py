@@ -13,7 +13,7 @@ from typing import Any
 from quantize.dense_models import load_variant
 from quantize.errors import CalibrationError, VariantError
 from quantize.measuring.divergence import percentile, restricted
-from quantize.measuring.evidence import divergences_told, pairs_told, ratio_told, worst_told
+from quantize.measuring.evidence import divergences_told, golden_told, pairs_told, ratio_told, worst_told
 from quantize.measuring.material import Material, as_generated, prepare, text_of
 from quantize.measuring.pairing import Pairs, increase_errors, length_ratio, rates
 from quantize.measuring.parent_side import Archive, read_parent
@@ -106,7 +106,8 @@ def distances_told(reading: Reading, material: Material, tokenizer: Any) -> dict
         "reasoning": restricted(every, torch.tensor(thinking)),
         "answer": restricted(every, torch.tensor(answering)),
     }
-    evidence = divergences_told(reading) | {"worst": worst_told(reading, material, tokenizer)}
+    worst, golden = worst_told(reading, material, tokenizer), golden_told(reading, material)
+    evidence = divergences_told(reading) | {"worst": worst, "golden": golden}
     return {"figures": figures, "errors": {}, "evidence": evidence}
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from config.golden import LONGEST_TOKENS
 from quantize.measuring.divergence import histogram, percentiles, standard_error
 from quantize.measuring.material import Material, text_of
 from quantize.measuring.pairing import Pairs, Ratio, ends_in_run
@@ -10,6 +11,7 @@ from quantize.measuring.reading import Reading, Worst
 _WORST_SAMPLES = 10
 _SHOWN_PAIRS = 6
 _CONTEXT_TOKENS = 60
+_GOLDEN_DIGITS = 4  # a server's bf16 differs in the second
 
 
 def divergences_told(reading: Reading) -> dict[str, Any]:
@@ -23,6 +25,16 @@ def divergences_told(reading: Reading) -> dict[str, Any]:
         "kl_standard_error": standard_error(sums, counts),
         "kl_percentiles": percentiles(every),
         "kl_histogram": histogram(every),
+    }
+
+
+def golden_told(reading: Reading, material: Material) -> dict[str, Any]:
+    """Tell what both models say of the beginning of the longest sample: `config.golden.Golden`."""
+    index = max(range(len(material.samples)), key=lambda number: len(material.samples[number]))
+    ids, distances = material.samples[index][:LONGEST_TOKENS], reading.samples[index]
+    said = {"variant": distances.nll_variant, "parent": distances.nll_parent}
+    return {"ids": list(ids)} | {
+        who: [round(-value, _GOLDEN_DIGITS) for value in nll[: len(ids) - 1].tolist()] for who, nll in said.items()
     }
 
 

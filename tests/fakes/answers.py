@@ -42,9 +42,13 @@ def whole(ask: Ask) -> dict[str, Any]:
     ending = {"logprobs": None, "finish_reason": ask.finish_reason, "stop_reason": None, "token_ids": None}
     return {
         **_envelope(ask, WHOLE_OBJECTS[ask.kind]),
-        "choices": [{"index": index, **_said(ask, tokens), **ending} for index, tokens in enumerate(ask.choices)],
+        "choices": [
+            # vLLM puts them into the choices of a completion, and beside those of a chat.
+            {"index": index, **_said(ask, tokens), **ending, "prompt_logprobs": ask.prompt_logprobs}
+            for index, tokens in enumerate(ask.choices)
+        ],
         "service_tier": None,
-        "system_fingerprint": None,
+        "system_fingerprint": ask.fingerprint,
         "usage": {**usage(ask, ask.steps), "prompt_tokens_details": None},
         "prompt_logprobs": None,
         "kv_transfer_params": None,

@@ -6,8 +6,10 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
+from pathlib import Path
 from typing import Any, Literal
 
+from config.golden import Golden
 from tests.fakes.http_server import Request
 from tests.fakes.options import Options
 
@@ -40,6 +42,8 @@ class Ask:
     stream: bool
     include_usage: bool
     continuous_usage: bool
+    fingerprint: str | None
+    prompt_logprobs: list[dict[str, Any] | None] | None
 
 
 def read_json(request: Request) -> dict[str, Any]:
@@ -93,6 +97,8 @@ def read_ask(kind: Kind, request: Request, options: Options) -> Ask:
         stream=bool(body.get("stream")),
         include_usage=options.force_usage or bool(asked_usage.get("include_usage")),
         continuous_usage=options.force_usage or bool(asked_usage.get("continuous_usage_stats")),
+        fingerprint=options.fingerprint,
+        prompt_logprobs=_prompt_logprobs(body, options),
     )
 
 
@@ -118,6 +124,23 @@ def tokenize(text: str) -> list[int]:
 def detokenize(tokens: list[int]) -> str:
     """The inverse of `tokenize`."""
     return "".join(map(chr, tokens))
+
+
+def _prompt_logprobs(body: Mapping[str, Any], options: Options) -> list[dict[str, Any] | None] | None:
+    """What this model says of a prompt's tokens: what its directory's golden prompt has, or -1; shifted by a fault."""
+    tokens = body.get("prompt")
+    if body.get("prompt_logprobs") is None or not isinstance(tokens, list):
+        return None
+    golden = Golden.read(Path(options.model))
+    known = golden.variant if golden and list(golden.ids) == tokens else (-1.0,) * (len(tokens) - 1)
+    shift = options.faults.logprob_shift
+    return [
+        None,
+        *(
+            {str(token): {"logprob": logprob + shift, "rank": 1, "decoded_token": chr(token)}}
+            for token, logprob in zip(tokens[1:], known, strict=True)
+        ),
+    ]
 
 
 def _say(model: str, heard: str, choice: int, steps: int) -> tuple[str, ...]:

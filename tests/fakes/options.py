@@ -22,6 +22,7 @@ class Faults:
     stall_before_first_byte: bool
     stall_after_tokens: int | None
     drop_after_tokens: int | None
+    logprob_shift: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Options:
     request_id_headers: bool
     load_tracking: bool
     force_usage: bool
+    fingerprint: str | None
     faults: Faults
     life: Life
 
@@ -79,6 +81,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         request_id_headers=given.enable_request_id_headers,
         load_tracking=given.enable_server_load_tracking,
         force_usage=given.enable_force_include_usage,
+        fingerprint=given.fingerprint_value,
         faults=Faults(**{field.name: named[field.name] for field in fields(Faults)}),
         life=Life(**{field.name: named[field.name] for field in fields(Life)}),
     )
@@ -104,6 +107,7 @@ def _add_vllm_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-queued-reqs", type=int)
     parser.add_argument("--api-key", nargs="*")
     parser.add_argument("--shutdown-timeout", type=float, default=0.0)
+    parser.add_argument("--fingerprint-value")
     parser.add_argument("--enable-request-id-headers", action="store_true")
     parser.add_argument("--enable-server-load-tracking", action="store_true")
     parser.add_argument("--enable-force-include-usage", action="store_true")
@@ -127,6 +131,7 @@ def _add_fault_flags(parser: argparse.ArgumentParser) -> None:
     fake.add_argument("--fake-draining", dest="draining", action="store_true")
     fake.add_argument("--fake-stall-before-first-byte", dest="stall_before_first_byte", action="store_true")
     fake.add_argument("--fake-stall-after-tokens", dest="stall_after_tokens", type=int)
+    fake.add_argument("--fake-logprob-shift", dest="logprob_shift", type=float, default=0.0)
     fake.add_argument("--fake-drop-after-tokens", dest="drop_after_tokens", type=int)
 
 

@@ -12,7 +12,7 @@ from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from serving.backoff import Backoff
 from serving.command import Machine
-from serving.leftovers import Notebook
+from serving.notebook import Notebook
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import Launch, ReplicaStatus, State

@@ -1,0 +1,122 @@
+"""One life of a replica: from its process to a server that has proved itself, and nothing left afterwards."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from serving.command import Machine, build_command
+from serving.errors import NotAdopted, ServingError, StartFailed
+from serving.identity import launch_digest
+from serving.machine import free_port
+from serving.notebook import Note, Notebook
+from serving.preflight import refuse_altered
+from serving.probe import Probe
+from serving.process import Adopted, Child
+from serving.registry import Registry
+from serving.replica import Launch, Replica, State
+from serving.verification import verified
+
+READY_POLL_SECONDS = 0.2
+STARTING_PATIENCE_SECONDS = 2.0  # SIGTERM during start-up is often swallowed
+READY_PATIENCE_SECONDS = 15.0  # an idle vLLM takes 4-6 s to leave
+ADOPTION_SECONDS = 5.0  # a server that runs answers /health at once
+
+
+@dataclass(frozen=True, slots=True)
+class Birthplace:
+    """What every replica of a supervisor is started with and told to."""
+
+    registry: Registry
+    machine: Machine
+    probe: Probe
+    notebook: Notebook
+    log_folder: Path
+    turns: asyncio.Semaphore
+
+
+@asynccontextmanager
+async def started(launch: Launch, place: Birthplace) -> AsyncIterator[tuple[Child, Replica]]:
+    """Start a replica and have it prove itself; its processes are gone after the block."""
+    port = launch.port or free_port()
+    async with AsyncExitStack() as stack:
+        # The turn to start ends when the replica is ready; what was entered on the stack lives on.
+        async with place.turns:
+            await _require_seal(launch, place)
+            child = await stack.enter_async_context(
+                Child(build_command(launch, port, place.machine), _log(launch, place))
+            )
+            note = place.notebook.running(launch.replica_id, launch_digest(launch), port, child.pid)
+            stack.enter_context(note)
+            child.release()
+            child.patience_seconds = STARTING_PATIENCE_SECONDS
+            place.registry.put(planned(launch, port), State.STARTING, f"loading, process {child.pid}")
+            await _listening(launch, child, place, launch.settings.start_timeout_seconds)
+            replica = await _proved(launch, port, place)
+        child.patience_seconds = READY_PATIENCE_SECONDS
+        yield child, replica
+
+
+@asynccontextmanager
+async def adopted(launch: Launch, note: Note, place: Birthplace) -> AsyncIterator[tuple[Adopted, Replica]]:
+    """Go on with a replica of a supervisor that is gone; NotAdopted, and it is ended, if it doesn't prove itself."""
+    async with AsyncExitStack() as stack:
+        try:
+            child = await stack.enter_async_context(
+                Adopted(note.session, _log(launch, place), STARTING_PATIENCE_SECONDS)
+            )
+            stack.enter_context(place.notebook.running(launch.replica_id, note.launch, note.port, note.session))
+            place.registry.put(planned(launch, note.port), State.WARMING, f"found running, process {child.pid}")
+            await _listening(launch, child, place, ADOPTION_SECONDS)
+            replica = await _proved(launch, note.port, place)
+        except ServingError as error:
+            raise NotAdopted(f"{launch.replica_id}: process {note.session} is not adopted: {error}") from error
+        child.patience_seconds = READY_PATIENCE_SECONDS
+        yield child, replica
+
+
+def planned(launch: Launch, port: int) -> Replica:
+    """Describe the replica that a launch becomes."""
+    key = launch.settings.api_key.get_secret_value() if launch.settings.api_key else None
+    url = f"http://127.0.0.1:{port}"
+    variant = launch.variant
+    return Replica(launch.replica_id, variant.name, variant.precision, url, launch.replica_id, key)
+
+
+async def _require_seal(launch: Launch, place: Birthplace) -> None:
+    """Hold the variant's files against its manifest, in a thread: the first time that is every byte of them."""
+    if launch.variant.manifest is None:
+        return
+    place.registry.put(planned(launch, launch.port or 0), State.STARTING, "comparing its files with their seal")
+    stopped = threading.Event()
+    try:
+        await asyncio.to_thread(refuse_altered, launch, place.machine.cache_directory / "seals", stopped.is_set)
+    finally:
+        stopped.set()
+
+
+async def _proved(launch: Launch, port: int, place: Birthplace) -> Replica:
+    replica = planned(launch, port)
+    place.registry.put(replica, State.WARMING, "verifying")
+    return await verified(launch, replica, place.probe)
+
+
+async def _listening(launch: Launch, child: Child | Adopted, place: Birthplace, limit_seconds: float) -> None:
+    """Wait until the server listens; StartFailed with its own last words if it ends or takes too long."""
+    url = place.registry.status(launch.replica_id).replica.url
+    try:
+        async with asyncio.timeout(limit_seconds):
+            while not await place.probe.healthy(url):
+                if child.exit_code is not None:
+                    why = f"ended with {await child.wait()} before it was ready: {child.last_words()}"
+                    raise StartFailed(f"{launch.replica_id}: {why} (log: {child.log})")
+                await asyncio.sleep(READY_POLL_SECONDS)
+    except TimeoutError:
+        why = f"not ready after {limit_seconds:g} s: {child.last_words()}"
+        raise StartFailed(f"{launch.replica_id}: {why} (log: {child.log})") from None
+
+
+def _log(launch: Launch, place: Birthplace) -> Path:
+    return place.log_folder / f"{launch.replica_id}.log"

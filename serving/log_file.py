@@ -1,0 +1,55 @@
+"""A replica's log: it is cut where it is, since the replica holds it open and outlives whoever would pass lines on."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from config.schema import LogSettings
+
+
+@dataclass(frozen=True, slots=True)
+class LogFile:
+    """`path`, and set aside before it `path.1` (the newest), `path.2`, ..."""
+
+    path: Path
+    settings: LogSettings
+
+    def rotate(self) -> bool:
+        """Set a log that has grown too long aside and go on with an empty one; tells whether it did.
+
+        Lines that are written in the moment between copy and cut are lost. OSError where there is no room for the
+        copy: then the log is cut all the same, since a full disk would stop what matters more.
+        """
+        size_bytes = self._size_bytes()
+        if not self.settings.rotate_bytes or size_bytes <= self.settings.rotate_bytes:
+            return False
+        try:
+            self._set_aside()
+        finally:
+            os.truncate(self.path, 0)
+        return True
+
+    def _set_aside(self) -> None:
+        kept = self.settings.keep
+        if not kept:
+            return
+        for number in range(kept - 1, 0, -1):
+            older = self._numbered(number)
+            if older.exists():
+                older.replace(self._numbered(number + 1))
+        draft = self.path.with_name(f"{self.path.name}.draft")
+        try:
+            shutil.copyfile(self.path, draft)
+            draft.replace(self._numbered(1))
+        finally:
+            draft.unlink(missing_ok=True)
+
+    def _numbered(self, number: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.{number}")
+
+    def _size_bytes(self) -> int:
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
