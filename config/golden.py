@@ -37,10 +37,16 @@ class Golden(Record):
 
 @dataclass(frozen=True, slots=True)
 class GoldenAnswer:
-    """What one model must say: token ids [T] and the log-probabilities [T - 1] of all but the first."""
+    """What one model must say: token ids [T] and the log-probabilities [T - 1] of all but the first.
+
+    `parent` is what its parent says, empty if it is the parent; `exact` where only weights are quantized: what
+    activations are rounded to depends on the last digit of an engine's sums, so such a variant says it anew each time.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    parent: tuple[float, ...] = ()
+    exact: bool = True
 
 
 def distance(served: Sequence[float], recorded: Sequence[float]) -> float:

@@ -11,6 +11,7 @@ from config.golden import Golden, GoldenAnswer
 from config.manifest import FILE_NAME, Manifest
 from config.schema import Floor, VariantSettings
 
+_WHOLE_ACTIVATIONS = 16
 DTYPE_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -71,7 +72,10 @@ def _with_golden(variant: Variant, variants: Mapping[str, Variant]) -> Variant:
         return variant
     if variant.manifest:
         own = Golden.read(variant.path)
-        return replace(variant, golden=GoldenAnswer(own.ids, own.variant)) if own else variant
+        if own is None:
+            return variant
+        exact = variant.manifest.scheme.activation_bits >= _WHOLE_ACTIVATIONS
+        return replace(variant, golden=GoldenAnswer(own.ids, own.variant, own.parent, exact))
     for other in variants.values():
         if other.path and other.manifest and other.manifest.base.name == variant.path.name:
             told = Golden.read(other.path)

@@ -35,6 +35,8 @@ class Birthplace:
     notebook: Notebook
     log_folder: Path
     turns: asyncio.Semaphore
+    patience_seconds: float = READY_PATIENCE_SECONDS
+    adoption_seconds: float = ADOPTION_SECONDS
 
 
 @asynccontextmanager
@@ -45,17 +47,14 @@ async def started(launch: Launch, place: Birthplace) -> AsyncIterator[tuple[Chil
         # The turn to start ends when the replica is ready; what was entered on the stack lives on.
         async with place.turns:
             await _require_seal(launch, place)
-            child = await stack.enter_async_context(
-                Child(build_command(launch, port, place.machine), _log(launch, place))
-            )
-            note = place.notebook.running(launch.replica_id, launch_digest(launch), port, child.pid)
-            stack.enter_context(note)
+            command = build_command(launch, port, place.machine)
+            child = Child(command, _log(launch, place), STARTING_PATIENCE_SECONDS)
+            await stack.enter_async_context(_noted(child, launch, launch_digest(launch), port, place))
             child.release()
-            child.patience_seconds = STARTING_PATIENCE_SECONDS
             place.registry.put(planned(launch, port), State.STARTING, f"loading, process {child.pid}")
             await _listening(launch, child, place, launch.settings.start_timeout_seconds)
             replica = await _proved(launch, port, place)
-        child.patience_seconds = READY_PATIENCE_SECONDS
+        child.patience_seconds = place.patience_seconds
         yield child, replica
 
 
@@ -64,17 +63,28 @@ async def adopted(launch: Launch, note: Note, place: Birthplace) -> AsyncIterato
     """Go on with a replica of a supervisor that is gone; NotAdopted, and it is ended, if it doesn't prove itself."""
     async with AsyncExitStack() as stack:
         try:
-            child = await stack.enter_async_context(
-                Adopted(note.session, _log(launch, place), STARTING_PATIENCE_SECONDS)
-            )
-            stack.enter_context(place.notebook.running(launch.replica_id, note.launch, note.port, note.session))
+            child = Adopted(note.session, _log(launch, place), STARTING_PATIENCE_SECONDS)
+            await stack.enter_async_context(_noted(child, launch, note.launch, note.port, place))
             place.registry.put(planned(launch, note.port), State.WARMING, f"found running, process {child.pid}")
-            await _listening(launch, child, place, ADOPTION_SECONDS)
+            await _listening(launch, child, place, place.adoption_seconds)
             replica = await _proved(launch, note.port, place)
         except ServingError as error:
             raise NotAdopted(f"{launch.replica_id}: process {note.session} is not adopted: {error}") from error
-        child.patience_seconds = READY_PATIENCE_SECONDS
+        child.patience_seconds = place.patience_seconds
         yield child, replica
+
+
+@asynccontextmanager
+async def _noted(
+    child: Child | Adopted, launch: Launch, digest: str, port: int, place: Birthplace
+) -> AsyncIterator[None]:
+    """A child that is in the notebook for as long as any process of it is left."""
+    async with child:
+        with place.notebook.running(launch.replica_id, digest, port, child.pid):
+            try:
+                yield
+            finally:
+                await child.stop()
 
 
 def planned(launch: Launch, port: int) -> Replica:

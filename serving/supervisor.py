@@ -15,7 +15,15 @@ from serving.backoff import Backoff
 from serving.command import Machine
 from serving.errors import LaunchRefused, NotAdopted, ProbeFailed, ServingError, UpdateFailed
 from serving.identity import launch_digest, slot_of, successor_id
-from serving.life import STARTING_PATIENCE_SECONDS, Birthplace, adopted, planned, started
+from serving.life import (
+    ADOPTION_SECONDS,
+    READY_PATIENCE_SECONDS,
+    STARTING_PATIENCE_SECONDS,
+    Birthplace,
+    adopted,
+    planned,
+    started,
+)
 from serving.log_file import LogFile
 from serving.machine import port_is_free
 from serving.notebook import Note, Notebook
@@ -72,6 +80,8 @@ class Supervisor:
     backoff: Backoff = field(default_factory=Backoff)
     logs: LogSettings = field(default_factory=LogSettings)
     rotation: Rotation = field(default_factory=OwnRotation)
+    patience_seconds: float = READY_PATIENCE_SECONDS
+    adoption_seconds: float = ADOPTION_SECONDS
     clock: Callable[[], float] = time.monotonic
     _kept: dict[str, _Kept] = field(default_factory=dict)
     _place: Birthplace = field(init=False)
@@ -79,8 +89,9 @@ class Supervisor:
     _housekeeping: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
+        shared = (self.registry, self.machine, self.probe, self.notebook, self.log_folder)
         turns = asyncio.Semaphore(self.parallel_starts)
-        self._place = Birthplace(self.registry, self.machine, self.probe, self.notebook, self.log_folder, turns)
+        self._place = Birthplace(*shared, turns, self.patience_seconds, self.adoption_seconds)
 
     async def __aenter__(self) -> Self:
         """Take over what a dead supervisor left, end what isn't wanted of it, and begin to start the rest, in order."""

@@ -2,13 +2,10 @@
 
 import dataclasses
 
-from config.golden import distance
 from serving.errors import ProbeFailed
+from serving.golden import mismatch
 from serving.probe import Probe
 from serving.replica import Launch, Replica
-
-# Root mean square over the golden prompt, in nats. SmolLM2-135M through vLLM in bf16: TODO
-GOLDEN_TOLERANCE_NATS = 0.15
 
 
 async def verified(launch: Launch, replica: Replica, probe: Probe) -> Replica:
@@ -31,10 +28,9 @@ async def _says_what_it_must(launch: Launch, replica: Replica, probe: Probe) -> 
     golden = launch.variant.golden
     if golden is None:
         return
-    apart = distance(await probe.prompt_logprobs(replica, golden.ids), golden.logprobs)
-    if not apart <= GOLDEN_TOLERANCE_NATS:
+    wrong = mismatch(await probe.prompt_logprobs(replica, golden.ids), golden)
+    if wrong:
         raise ProbeFailed(
-            f"{replica.id}: its log-probabilities of the golden prompt are {apart:.3f} nats from those recorded for "
-            f"{launch.variant.id} (at most {GOLDEN_TOLERANCE_NATS}): it is not this variant, or computes it wrongly; "
+            f"{replica.id}: the golden prompt says that this is not {launch.variant.id}, or computed wrongly: {wrong}; "
             "`quantgate evaluate` measures it anew"
         )

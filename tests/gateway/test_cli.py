@@ -219,7 +219,8 @@ def test_configuration_is_checked_and_shown(tmp_path: Path, capsys: pytest.Captu
     assert values["replicas"][0]["api_key"] == "**********"
     assert values["replicas"][0]["url"] == "http://10.0.0.5:8000"
     assert main(["config", "schema"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["properties"]) == {"gateway", "variants", "replicas", "aliases"}
+    tables = {"gateway", "serving", "variants", "replicas", "aliases"}
+    assert set(json.loads(capsys.readouterr().out)["properties"]) == tables
 
 
 def test_keys_are_handed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
@@ -44,14 +45,19 @@ def fake_machine(folder: Path) -> Machine:
 @asynccontextmanager
 async def supervised(folder: Path, *launches: Launch, backoff: Backoff = QUICK) -> AsyncIterator[Registry]:
     """Run launches under a supervisor."""
-    registry = Registry()
+    async with supervising(folder, *launches, backoff=backoff) as supervisor:
+        yield supervisor.registry
+
+
+@asynccontextmanager
+async def supervising(folder: Path, *launches: Launch, **options: Any) -> AsyncIterator[Supervisor]:
+    """A supervisor at work, with options of its own."""
     async with Probe() as probe:
-        notebook = Notebook(folder / "running")
-        supervisor = Supervisor(
-            launches, registry, fake_machine(folder), probe, notebook, folder / "logs", backoff=backoff
-        )
-        async with supervisor:
-            yield registry
+        notebook, settings = Notebook(folder / "running"), {"backoff": QUICK, **options}
+        async with Supervisor(
+            launches, Registry(), fake_machine(folder), probe, notebook, folder / "logs", **settings
+        ) as supervisor:
+            yield supervisor
 
 
 async def until(
@@ -71,5 +77,10 @@ async def ready(registry: Registry, replica: str = "int4-1") -> ReplicaStatus:
 
 def noted_session(folder: Path) -> int:
     """The session of the one replica that runs."""
-    (note,) = (folder / "running").glob("*.json")
-    return int(note.stem)
+    (session,) = noted_sessions(folder)
+    return session
+
+
+def noted_sessions(folder: Path) -> set[int]:
+    """The sessions of all replicas that run."""
+    return {int(note.stem) for note in (folder / "running").glob("*.json")}
