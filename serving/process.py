@@ -101,10 +101,13 @@ class Child:
         if self.exit_code is None:
             with suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGTERM)
+            # Not wait_for: before Python 3.12 it may lose a cancellation.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.wait(), self.patience_seconds)
+                async with asyncio.timeout(self.patience_seconds):
+                    await self.wait()
         await kill_session(self.pid)
-        await asyncio.wait_for(self._process.wait(), KILL_DEADLINE_SECONDS)
+        async with asyncio.timeout(KILL_DEADLINE_SECONDS):
+            await self._process.wait()
 
     def last_words(self) -> str:
         """The line of the log that tells best why it ended."""
@@ -156,7 +159,8 @@ class Adopted:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._descriptor, signal.SIGTERM)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), self.patience_seconds)
+                async with asyncio.timeout(self.patience_seconds):
+                    await self._ended.wait()
         await kill_session(self.pid)
 
     def last_words(self) -> str:

@@ -193,7 +193,8 @@ class Supervisor:
         if self.registry.status(replica_id).state is State.READY:
             self.registry.move(replica_id, State.DRAINING, "asked to stop")
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._drained(replica_id), kept.launch.settings.drain_seconds)
+                async with asyncio.timeout(kept.launch.settings.drain_seconds):
+                    await self._drained(replica_id)
         self.registry.move(replica_id, State.STOPPING, "asked to stop")
         kept.task.cancel()
         await asyncio.gather(kept.task, return_exceptions=True)
@@ -222,7 +223,7 @@ class Supervisor:
                     self.registry.put(replica, State.READY)
                     log.info("replica %s is ready at %s", replica.id, replica.url)
                     reason = await self._until_over(launch, child, replica)
-                    if self._kept[launch.replica_id].leaving:
+                    if self._leaving(launch):
                         return
                     crashes = 1 if self.clock() - began > STEADY_SECONDS else crashes + 1
                     pause = self.backoff.after_crash(crashes)
@@ -238,10 +239,13 @@ class Supervisor:
                 # The outermost loop: a defect must not leave a replica "starting" for ever.
                 self._failed(launch, f"the supervisor has a defect: {error!r}", None)
                 raise
-            if pause is None:
+            if pause is None or self._leaving(launch):
                 return
             note = None
             await asyncio.sleep(pause)
+
+    def _leaving(self, launch: Launch) -> bool:
+        return self._kept[launch.replica_id].leaving
 
     @asynccontextmanager
     async def _life(self, launch: Launch, note: Note | None) -> AsyncIterator[tuple[Child | Adopted, Replica]]:

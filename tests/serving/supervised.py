@@ -53,10 +53,9 @@ async def supervised(folder: Path, *launches: Launch, backoff: Backoff = QUICK) 
 async def supervising(folder: Path, *launches: Launch, **options: Any) -> AsyncIterator[Supervisor]:
     """A supervisor at work, with options of its own."""
     async with Probe() as probe:
-        notebook, settings = Notebook(folder / "running"), {"backoff": QUICK, **options}
-        async with Supervisor(
-            launches, Registry(), fake_machine(folder), probe, notebook, folder / "logs", **settings
-        ) as supervisor:
+        settings = {"backoff": QUICK, "log_folder": folder / "logs", **options}
+        notebook = Notebook(folder / "running")
+        async with Supervisor(launches, Registry(), fake_machine(folder), probe, notebook, **settings) as supervisor:
             yield supervisor
 
 
