@@ -17,6 +17,7 @@ from typing import Self
 
 from serving.command import Command
 from serving.errors import StartFailed, StopFailed
+from serving.shared_memory import free_segments, segments_of
 
 KILL_DEADLINE_SECONDS = 10.0
 LAST_WORDS_BYTES = 64 * 1024
@@ -218,9 +219,11 @@ def session_processes(session: int) -> list[int]:
 async def kill_session(session: int) -> int:
     """SIGKILL every process of a session until none is left; returns how many there were. StopFailed if one stays."""
     killed: set[int] = set()
+    segments: set[Path] = set()
     try:
         async with asyncio.timeout(KILL_DEADLINE_SECONDS):
             while left := session_processes(session):
+                segments |= segments_of(left)
                 for pid in left:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
@@ -229,4 +232,5 @@ async def kill_session(session: int) -> int:
     except TimeoutError:
         stuck = ", ".join(map(str, session_processes(session)))
         raise StopFailed(f"processes {stuck} of session {session} don't end, though killed; see dmesg") from None
+    free_segments(segments)
     return len(killed)
