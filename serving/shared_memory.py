@@ -1,8 +1,8 @@
 """Shared memory that killed processes leave in /dev/shm, where it counts as used until the machine restarts.
 
-vLLM's processes pass messages through named segments (160 to 250 MB each), which their last owner unlinks when it ends in order. After a
-SIGKILL nobody does. So what a process has mapped is looked up before it is killed, and unlinked when no process has
-it mapped any more.
+vLLM's processes pass messages through named segments (160 to 250 MB each), which their last owner unlinks when it ends
+in order. After a SIGKILL nobody does. So what a process has mapped is looked up before it is killed, and unlinked when
+no process has it mapped any more.
 """
 
 from collections.abc import Iterable
