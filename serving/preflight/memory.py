@@ -8,8 +8,9 @@ from serving.preflight.facts import MachineFacts, ModelFacts
 from serving.replica import Launch
 
 GIB = 2**30
-# Three processes that have imported torch and vLLM, beyond weights and KV cache; measured with vLLM 0.32 on CPU.
-CPU_OVERHEAD_BYTES = int(1.5 * GIB)
+# Three processes that have imported torch and vLLM, beyond weights and KV cache. Measured: 2.0 GiB with vLLM 0.32 on
+# two cores; a little less here, because what is refused must be hopeless.
+CPU_OVERHEAD_BYTES = int(1.75 * GIB)
 # CUDA's context, vLLM's workspace and the smallest batch of activations.
 GPU_OVERHEAD_BYTES = int(1.5 * GIB)
 # vLLM's default --gpu-memory-utilization: a GPU with less than that free is refused before anything is loaded.
@@ -39,8 +40,8 @@ def memory_reasons(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineF
     if on_cpu and needed > machine.free_bytes:
         shares = ", ".join(f"{launch.replica_id} {_size(cpu_bytes(launch, model))}" for launch, model in on_cpu)
         yield (
-            f"{len(on_cpu)} replicas need about {_size(needed)} of memory ({shares}), {_size(machine.free_bytes)} are "
-            "free; run fewer, or lower kv_cache_bytes"
+            f"replicas need about {_size(needed)} of memory ({shares}), {_size(machine.free_bytes)} are free; run "
+            "fewer, or lower kv_cache_bytes"
         )
     yield from _gpu_reasons([(launch, model) for launch, model in pairs if launch.engine == "cuda"], machine.gpus)
 
