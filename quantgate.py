@@ -21,6 +21,9 @@ VERBS = {
     "quantize": Verb("quantize.cli", "main", "make a variant of a model and measure it"),
     "evaluate": Verb("quantize.cli", "evaluate_main", "measure a variant against its parent"),
     "variants": Verb("quantize.variants_cli", "variants_main", "list, compare, verify, adopt and report variants"),
+    "doctor": Verb(
+        "serving.doctor_cli", "doctor_main", "look at this machine, and at what would keep replicas from starting"
+    ),
     "up": Verb("gateway.cli", "up_main", "run replicas and gateway on one machine"),
     "gateway": Verb("gateway.cli", "gateway_main", "run the gateway in front of running replicas"),
     "config": Verb("gateway.cli", "config_main", "check, show or describe configuration files"),

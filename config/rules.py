@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from config.own_flags import OWN_FLAGS, own_flag
 from config.schema import LOOPBACK, ReplicaSettings, Settings
 
 Location = tuple[str | int, ...]
@@ -65,6 +66,7 @@ def _replicas(settings: Settings) -> Iterator[Violation]:
             what = f"variant {replica.variant!r} has no path, so it can't be started here"
             yield Violation(where, what, "give the replica a url, or the variant a path")
         yield from _own_or_foreign(where, replica)
+        yield from _arguments(where, replica)
 
 
 def _own_or_foreign(where: Location, replica: ReplicaSettings) -> Iterator[Violation]:
@@ -80,6 +82,13 @@ def _own_or_foreign(where: Location, replica: ReplicaSettings) -> Iterator[Viola
             f"{len(replica.gpus)} GPUs for {replica.count} x tensor_parallel {replica.tensor_parallel}",
             f"name {wanted} GPUs",
         )
+
+
+def _arguments(where: Location, replica: ReplicaSettings) -> Iterator[Violation]:
+    for place, argument in enumerate(replica.args):
+        flag = own_flag(argument)
+        if flag is not None:
+            yield Violation((*where, "args", place), f"{argument!r} is set by quantgate", OWN_FLAGS[flag])
 
 
 def _gpus(settings: Settings) -> Iterator[Violation]:

@@ -1,5 +1,6 @@
 """The composition root: builds every object of the gateway and hands it on. Start reading here."""
 
+import dataclasses
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -22,6 +23,7 @@ from gateway.relay.pool import Pool
 from gateway.routing.catalog import Catalog
 from serving.backoff import Backoff
 from serving.command import Machine
+from serving.cores import share_cores
 from serving.machine import installed_engine
 from serving.notebook import Notebook
 from serving.probe import Probe
@@ -118,7 +120,8 @@ async def everything(
     """Gateway and replicas on one machine; requests end before their replicas do."""
     replicas, variants = deployment.settings.replicas, dict(deployment.variants)
     engine = installed_engine() if any(replica.url is None for replica in replicas) else "cpu"
-    launches = plan_launches(replicas, variants, engine)
+    machine = dataclasses.replace(machine, log_format=deployment.settings.serving.logs.format)
+    launches = share_cores(plan_launches(replicas, variants, engine), machine.cores)
     serving = deployment.settings.serving
     supervisor = Supervisor(
         launches,

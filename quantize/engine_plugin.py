@@ -1,4 +1,4 @@
-"""Integer kernels of vLLM on older CPUs, mended: vLLM loads this as a plugin, in its own processes only.
+"""What is wrong in vLLM's CPU engine, mended: vLLM loads this as a plugin, in its own processes only.
 
 Two things go wrong with vLLM 0.32 on x86 CPUs that lack AVX-512, both after a start that looks fine:
 
@@ -8,7 +8,10 @@ Two things go wrong with vLLM 0.32 on x86 CPUs that lack AVX-512, both after a s
   in a layer's output, and nonsense for text. `Int8Product` uses torch's product instead, which is right, and ten
   times as fast for a single token.
 
-Where vLLM's own kernels are there and right, nothing is touched.
+And one on every CPU: a request with a `seed` whose prompt is longer than one batch ends the whole engine, because
+vLLM turns its generator back by an offset that only CUDA's generators have; see `rewindable`.
+
+Where vLLM's own code is there and right, nothing is touched.
 """
 
 from dataclasses import dataclass, field
@@ -36,6 +39,7 @@ def register() -> None:
     operators = torch.ops._C  # noqa: SLF001
     if not hasattr(operators, "onednn_scaled_mm"):
         return  # no CPU build of vLLM
+    torch.Generator = rewindable(torch.Generator)
     library = torch.library.Library("_C", "FRAGMENT")
     if not hasattr(operators, "cpu_gemm_wna16"):
         library.define(INT4_SCHEMA)
@@ -167,3 +171,32 @@ def int8_product(given: Any, weight: Any) -> Any:
         return torch.nn.functional.linear(given.float(), weight.float())
     unit = torch.ones(weight.shape[0], dtype=torch.bfloat16)
     return torch.ops.aten._weight_int8pack_mm(given.to(torch.bfloat16), weight, unit).float()  # noqa: SLF001
+
+
+def rewindable(kind: Any) -> Any:
+    """A generator class whose CPU instances can be turned back, as vLLM does for each part of a prompt but the last.
+
+    vLLM draws a number after each part and throws it away (gpu_model_runner.py, `_bookkeeping_sync`), so before the
+    first token that counts, turning back means to start again from the seed: the answer doesn't depend on how the
+    prompt was cut. A request that was preempted in the middle of its answer starts again from the seed, too.
+    """
+
+    class Lookalike(type(kind)):  # type: ignore[misc]
+        """Takes torch's own generators for its instances, so that the class can stand in for theirs."""
+
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, kind)
+
+    class RewindableGenerator(kind, metaclass=Lookalike):  # type: ignore[misc]
+        """torch.Generator with the two methods that it lacks on a CPU."""
+
+        def get_offset(self) -> int:
+            return 0 if self.device.type == "cpu" else int(super().get_offset())
+
+        def set_offset(self, offset: int) -> None:
+            if self.device.type == "cpu":
+                self.manual_seed(self.initial_seed())
+            else:
+                super().set_offset(offset)
+
+    return RewindableGenerator

@@ -2,17 +2,24 @@
 
 Facts of vLLM 0.32 that shape it: the `vllm` command of the CPU wheel does not start, the module does; the first
 served name is the one that answers carry; without limits a CPU replica claims 92 % of memory and core 0; missing
-byte-code doubles the start time.
+byte-code doubles the start time; SIGTERM aborts requests unless a shutdown timeout is given, and may hang over it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from serving.cores import Core, cpu_list
 from serving.replica import Launch
 
 VLLM_MODULE = ("-m", "vllm.entrypoints.openai.api_server")
 CPU_KV_CACHE_BYTES = 512 * 2**20
+# vLLM counts its teardown (4-6 s after the last token) against the timeout, and hangs when that ends with requests
+# running. So the timeout lies beyond our own deadline, at which the whole session is killed.
+SHUTDOWN_MARGIN_SECONDS = 30
+LogFormat = Literal["plain", "json"]
 QUIET_ENDPOINTS = "/health,/metrics,/load,/v1/models"
 
 
@@ -33,19 +40,24 @@ class Machine:
     cpu_count: int
     environment: Mapping[str, str]
     program: tuple[str, ...] = VLLM_MODULE
+    cores: tuple[Core, ...] = ()
+    preload: tuple[Path, ...] = ()
+    log_format: LogFormat = "plain"
 
 
 def build_command(launch: Launch, port: int, machine: Machine) -> Command:
     """Say how to start one replica on `127.0.0.1:port`."""
-    argv = (machine.python, *machine.program, *_arguments(launch, port), *launch.settings.args)
+    # `vllm serve MODEL`, but only its module's parser knows `--model`.
+    model = (str(launch.variant.path),) if machine.program[-1] == "serve" else ("--model", str(launch.variant.path))
+    options = _arguments(launch, port, machine.log_format)
+    argv = (machine.python, *machine.program, *model, *options, *launch.settings.args)
     return Command(argv, _environment(launch, machine))
 
 
-def _arguments(launch: Launch, port: int) -> Sequence[str]:
+def _arguments(launch: Launch, port: int, log_format: str) -> Sequence[str]:
     settings = launch.settings
     kv_cache_bytes = settings.kv_cache_bytes or (CPU_KV_CACHE_BYTES if launch.engine == "cpu" else None)
     options: list[tuple[str, object]] = [
-        ("--model", launch.variant.path),
         ("--host", "127.0.0.1"),
         ("--port", port),
         ("--dtype", settings.dtype),
@@ -58,13 +70,16 @@ def _arguments(launch: Launch, port: int) -> Sequence[str]:
         ("--generation-config", "vllm"),
         ("--reasoning-parser", launch.thinking.parser),
         ("--chat-template", launch.thinking.template),
-        ("--shutdown-timeout", round(settings.drain_seconds)),
+        ("--shutdown-timeout", math.ceil(settings.drain_seconds) + SHUTDOWN_MARGIN_SECONDS),
         ("--fingerprint-mode", "custom"),
         ("--fingerprint-value", launch.variant.id),
         ("--disable-access-log-for-endpoints", QUIET_ENDPOINTS),
+        ("--logging-config.formatter", "json" if log_format == "json" else None),
     ]
     named = [text for flag, value in options if value is not None for text in (flag, str(value))]
     switches = ["--enable-request-id-headers", "--enable-server-load-tracking", "--enable-prompt-tokens-details"]
+    if not settings.prefix_caching:
+        switches.append("--no-enable-prefix-caching")
     return [*named, *switches, "--served-model-name", launch.replica_id, launch.variant.name]
 
 
@@ -85,12 +100,24 @@ def _environment(launch: Launch, machine: Machine) -> dict[str, str]:
     if launch.settings.api_key is not None:
         environment["VLLM_API_KEY"] = launch.settings.api_key.get_secret_value()
     if launch.engine == "cpu":
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = launch.settings.cores or _all_cores(launch, machine.cpu_count)
-    elif launch.gpus:
+        return environment | _cpu_environment(launch, machine)
+    # Numbers as in nvidia-smi; CUDA's own order is "fastest first".
+    environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    if launch.gpus:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, launch.gpus))
     return environment
 
 
-def _all_cores(launch: Launch, cpu_count: int) -> str:
+def _cpu_environment(launch: Launch, machine: Machine) -> dict[str, str]:
+    settings = launch.settings
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": settings.cores or launch.cores or _all_cores(launch, machine)}
+    preload = [*map(str, machine.preload), *filter(None, [machine.environment.get("LD_PRELOAD")])]
+    if preload:
+        environment["LD_PRELOAD"] = ":".join(preload)
+    return environment
+
+
+def _all_cores(launch: Launch, machine: Machine) -> str:
     """Bind to every core, once per rank: vLLM's own choice would put all replicas on core 0."""
-    return "|".join([f"0-{cpu_count - 1}" if cpu_count > 1 else "0"] * launch.settings.tensor_parallel)
+    cpus = [cpu for core in machine.cores for cpu in core.cpus] or range(machine.cpu_count)
+    return "|".join([cpu_list(cpus)] * launch.settings.tensor_parallel)

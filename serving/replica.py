@@ -75,6 +75,7 @@ class Launch:
     gpus: tuple[int, ...] = ()
     port: int | None = None
     thinking: Thinking = Thinking()
+    cores: str | None = None  # CPU only: the machine's share for it, as vLLM reads it; None: all
 
 
 def plan_launches(

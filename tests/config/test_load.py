@@ -93,6 +93,10 @@ def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
             ["f:4:23: replicas.1.gpus.0: GPU 1 is already used by replicas.0"],
         ),
         (
+            "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, args: [--enforce-eager, --port=9]}\n",
+            ["f:3:40: replicas.0.args.1: '--port=9' is set by quantgate; use port"],
+        ),
+        (
             "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, url: 'http://h:1', count: 2}\n",
             [
                 "f:3:35: replicas.0.count: says how to start a replica, but this one has a url; remove one",

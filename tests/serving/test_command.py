@@ -1,23 +1,30 @@
 """The command line of a replica, as a table."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from config.own_flags import own_flag
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from serving.command import Command, Machine, build_command
-from serving.replica import Launch
+from serving.cores import Core
+from serving.replica import Launch, Thinking
 
 VARIANT = Variant("qwq-int4", "int4", PARENT_QUALITY, Path("/models/qwq-int4"))
 
 
-def built(engine: Any = "cpu", cpu_count: int = 2, gpus: tuple[int, ...] = (), **settings: Any) -> Command:
-    """The command for a launch with these settings."""
+MACHINE = Machine("/usr/bin/python3", Path("/cache"), 2, {"PATH": "/bin", "PYTHONDONTWRITEBYTECODE": "1"})
+
+
+def built(
+    engine: Any = "cpu", gpus: tuple[int, ...] = (), machine: dict[str, Any] | None = None, **settings: Any
+) -> Command:
+    """The command for a launch with these settings, on a machine that differs like this from the usual one."""
     launch = Launch("qwq-int4-2", VARIANT, engine, ReplicaSettings(variant="qwq-int4", **settings), gpus)
-    machine = Machine("/usr/bin/python3", Path("/cache"), cpu_count, {"PATH": "/bin", "PYTHONDONTWRITEBYTECODE": "1"})
-    return build_command(launch, 8101, machine)
+    return build_command(launch, 8101, dataclasses.replace(MACHINE, **machine or {}))
 
 
 def option(command: Command, flag: str) -> str | None:
@@ -44,7 +51,10 @@ def option(command: Command, flag: str) -> str | None:
         ({}, "--max-num-queued-reqs", "256"),
         ({"max_queued": 8}, "--max-num-queued-reqs", "8"),
         ({"tensor_parallel": 4}, "--tensor-parallel-size", "4"),
-        ({"drain_seconds": 60}, "--shutdown-timeout", "60"),
+        ({"drain_seconds": 60}, "--shutdown-timeout", "90"),
+        ({"drain_seconds": 0}, "--shutdown-timeout", "30"),
+        ({"dtype": "float16"}, "--dtype", "float16"),
+        ({}, "--logging-config.formatter", None),
     ],
 )
 def test_option(settings: dict[str, Any], flag: str, value: str | None) -> None:
@@ -56,12 +66,22 @@ def test_option(settings: dict[str, Any], flag: str, value: str | None) -> None:
     "settings,variable,value",
     [
         ({}, "VLLM_CPU_OMP_THREADS_BIND", "0-1"),
-        ({"cpu_count": 1}, "VLLM_CPU_OMP_THREADS_BIND", "0"),
+        ({"machine": {"cpu_count": 1}}, "VLLM_CPU_OMP_THREADS_BIND", "0"),
+        ({"machine": {"cores": (Core(0, (4, 6)), Core(0, (5,)))}}, "VLLM_CPU_OMP_THREADS_BIND", "4-6"),
         ({"cores": "1"}, "VLLM_CPU_OMP_THREADS_BIND", "1"),
-        ({"tensor_parallel": 2, "cpu_count": 8}, "VLLM_CPU_OMP_THREADS_BIND", "0-7|0-7"),
+        ({"tensor_parallel": 2, "machine": {"cpu_count": 8}}, "VLLM_CPU_OMP_THREADS_BIND", "0-7|0-7"),
         ({"engine": "cuda"}, "VLLM_CPU_OMP_THREADS_BIND", None),
         ({"engine": "cuda", "gpus": (2, 5)}, "CUDA_VISIBLE_DEVICES", "2,5"),
         ({"engine": "cuda"}, "CUDA_VISIBLE_DEVICES", None),
+        ({"engine": "cuda"}, "CUDA_DEVICE_ORDER", "PCI_BUS_ID"),
+        ({}, "LD_PRELOAD", None),
+        ({"machine": {"preload": (Path("/lib/libtcmalloc.so.4"),)}}, "LD_PRELOAD", "/lib/libtcmalloc.so.4"),
+        (
+            {"machine": {"preload": (Path("/a.so"),), "environment": {"LD_PRELOAD": "/b.so"}}},
+            "LD_PRELOAD",
+            "/a.so:/b.so",
+        ),
+        ({"engine": "cuda", "machine": {"preload": (Path("/a.so"),)}}, "LD_PRELOAD", None),
         ({"api_key": "s3cret"}, "VLLM_API_KEY", "s3cret"),
         ({}, "VLLM_API_KEY", None),
         ({}, "PYTHONDONTWRITEBYTECODE", None),
@@ -81,3 +101,40 @@ def test_free_arguments_come_last_but_for_nothing() -> None:
     command = built(args=("--enforce-eager", "--block-size", "32"))
     assert command.argv[:3] == ("/usr/bin/python3", "-m", "vllm.entrypoints.openai.api_server")
     assert command.argv[-3:] == ("--enforce-eager", "--block-size", "32")
+
+
+def test_the_command_takes_the_model_first_where_it_works() -> None:
+    """`vllm serve MODEL`: only its module knows `--model`."""
+    command = built(machine={"program": ("/venv/bin/vllm", "serve")})
+    assert command.argv[:4] == ("/usr/bin/python3", "/venv/bin/vllm", "serve", "/models/qwq-int4")
+    assert "--model" not in command.argv
+
+
+def test_prefix_caching_and_json_logs_are_chosen() -> None:
+    """What is on in vLLM by itself is switched off by name; logs are JSON where the configuration says so."""
+    assert "--no-enable-prefix-caching" not in built().argv
+    command = built(prefix_caching=False, machine={"log_format": "json"})
+    assert "--no-enable-prefix-caching" in command.argv
+    assert option(command, "--logging-config.formatter") == "json"
+
+
+def test_a_share_of_the_cores_gives_way_to_the_configuration() -> None:
+    """A replica computes on its share of the machine, unless the configuration says where."""
+    launch = Launch("a-1", VARIANT, "cpu", ReplicaSettings(variant="a"), cores="2-3")
+    assert build_command(launch, 1, MACHINE).environment["VLLM_CPU_OMP_THREADS_BIND"] == "2-3"
+    bound = dataclasses.replace(launch, settings=ReplicaSettings(variant="a", cores="nobind"))
+    assert build_command(bound, 1, MACHINE).environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+
+
+def test_every_flag_of_ours_is_kept_from_the_configuration() -> None:
+    """Whatever the builder sets can't be set twice, but for thinking, where the operator has the last word."""
+    launch = Launch(
+        "a-1",
+        VARIANT,
+        "cpu",
+        ReplicaSettings(variant="a", prefix_caching=False, max_model_len=64, max_num_seqs=1),
+        thinking=Thinking("qwen3", Path("/think.jinja")),
+    )
+    argv = build_command(launch, 1, dataclasses.replace(MACHINE, log_format="json")).argv
+    flags = {argument for argument in argv if argument.startswith("--")}
+    assert {flag for flag in flags if own_flag(flag) is None} == {"--reasoning-parser", "--chat-template"}

@@ -8,7 +8,8 @@ import pytest
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from serving.errors import LaunchRefused
-from serving.preflight import refuse_altered, refuse_hopeless, unloadable
+from serving.preflight import refuse_altered, refuse_hopeless
+from serving.preflight.schemes import unloadable
 from serving.replica import Launch
 from tests.serving.sealed import seal_directory
 from tests.serving.supervised import model_directory

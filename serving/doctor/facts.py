@@ -1,0 +1,71 @@
+"""What the doctor looks at, as values."""
+
+from dataclasses import dataclass
+
+from serving.cores import Core
+from serving.hardware import Gpu, Memory
+
+
+@dataclass(frozen=True, slots=True)
+class Software:
+    """What is installed beside us, by metadata alone; None is absent."""
+
+    python: str
+    engine: str | None
+    engine_version: str | None
+    engine_command: str
+    torch: str | None
+    torchvision: str | None
+    plugin: bool  # whether vLLM will load quantgate's mends
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What the machine is made of."""
+
+    cpu: str
+    cpu_flags: frozenset[str]
+    architecture: str
+    cores: tuple[Core, ...]
+    memory: Memory
+    gpus: tuple[Gpu, ...]
+    allocator: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the system allows us."""
+
+    open_files: int
+    open_files_most: int
+    shared_memory_bytes: int
+    home: str
+    home_free_bytes: int
+    home_writable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Configured:
+    """What a configuration file asks of this machine: addresses that are taken, and what keeps replicas from starting.
+
+    `addresses` maps a name to host, port and whether somebody listens there already.
+    """
+
+    file: str
+    replicas: tuple[str, ...]
+    addresses: tuple[tuple[str, str, bool], ...] = ()
+    hopeless: tuple[tuple[str, str], ...] = ()
+    crowded: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Checkup:
+    """All of it; `clock_behind` where the clock is earlier than the files of this installation."""
+
+    software: Software
+    hardware: Hardware
+    limits: Limits
+    no_bytecode: bool
+    clock: str
+    clock_behind: bool
+    configured: Configured | None = None

@@ -1,0 +1,137 @@
+"""Reads the facts that the doctor judges; starts nothing and imports neither torch nor vLLM."""
+
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+
+from config.load import load_settings
+from config.schema import Settings
+from config.variant import read_variants
+from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
+from serving.errors import LaunchRefused
+from serving.hardware import find_allocator, read_cores, read_gpus, read_memory
+from serving.machine import engine_distribution, installed_engine, installed_version, vllm_program
+from serving.preflight import refuse_fleet, refuse_hopeless
+from serving.replica import Launch, plan_launches
+
+_PLUGINS = "vllm.general_plugins"
+
+
+def examine(home: Path, environment: Mapping[str, str], config: Path | None = None) -> Checkup:
+    """Look at everything; ConfigError if the configuration can't be read."""
+    now = time.time()
+    installed = Path(__file__).stat().st_mtime
+    return Checkup(
+        software=_software(environment),
+        hardware=_hardware(),
+        limits=_limits(home),
+        no_bytecode=bool(environment.get("PYTHONDONTWRITEBYTECODE")),
+        clock=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now)),
+        clock_behind=now < installed,
+        configured=_configured(config) if config else None,
+    )
+
+
+def _software(environment: Mapping[str, str]) -> Software:
+    engine = engine_distribution()
+    chosen = environment.get("VLLM_PLUGINS")
+    found = any(point.name == "quantgate" for point in metadata.entry_points(group=_PLUGINS))
+    program = vllm_program()
+    return Software(
+        python=f"{platform.python_version()} at {sys.executable}",
+        engine=engine,
+        engine_version=installed_version(engine) if engine else None,
+        engine_command="vllm serve" if program[-1] == "serve" else f"python {' '.join(program)}",
+        torch=installed_version("torch"),
+        torchvision=installed_version("torchvision"),
+        plugin=found and (chosen is None or "quantgate" in chosen.split(",")),
+    )
+
+
+def _hardware() -> Hardware:
+    told = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"^model name\s*: (.+)$", told, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", told, re.MULTILINE)
+    allocator = find_allocator()
+    return Hardware(
+        cpu=name[1] if name else platform.machine(),
+        cpu_flags=frozenset(flags[1].split() if flags else ()),
+        architecture=platform.machine(),
+        cores=read_cores(),
+        memory=read_memory(),
+        gpus=read_gpus(),
+        allocator=str(allocator) if allocator else None,
+    )
+
+
+def _limits(home: Path) -> Limits:
+    soft, hard = (_most(value) for value in resource.getrlimit(resource.RLIMIT_NOFILE))
+    shared = Path("/dev/shm")  # noqa: S108 - its size is what vLLM's processes have to talk through
+    standing = next(folder for folder in (home, *home.parents) if folder.exists())
+    return Limits(
+        open_files=soft,
+        open_files_most=hard,
+        shared_memory_bytes=shutil.disk_usage(shared).free if shared.exists() else 0,
+        home=str(home),
+        home_free_bytes=shutil.disk_usage(standing).free,
+        home_writable=os.access(standing, os.W_OK),
+    )
+
+
+def _most(limit: int) -> int:
+    return sys.maxsize if limit == resource.RLIM_INFINITY else limit
+
+
+def _configured(path: Path) -> Configured:
+    settings = load_settings(path)
+    try:
+        variants = read_variants(settings.variants, path.absolute().parent)
+        launches = plan_launches(settings.replicas, variants, installed_engine())
+    except LaunchRefused:
+        launches = ()  # no engine, which is a finding of its own
+    hopeless = tuple((launch.replica_id, reason) for launch in launches if (reason := _hopeless(launch)))
+    sound = [launch for launch in launches if launch.replica_id not in dict(hopeless)]
+    replicas = tuple(launch.replica_id for launch in launches)
+    return Configured(str(path), replicas, _addresses(settings), hopeless, _crowded(sound))
+
+
+def _hopeless(launch: Launch) -> str | None:
+    try:
+        refuse_hopeless(launch)
+    except LaunchRefused as refusal:
+        return str(refusal).removeprefix(f"{launch.replica_id}: ")
+    return None
+
+
+def _crowded(launches: list[Launch]) -> tuple[str, ...]:
+    try:
+        refuse_fleet(launches)
+    except LaunchRefused as refusal:
+        return tuple(str(refusal).splitlines())
+    return ()
+
+
+def _addresses(settings: Settings) -> tuple[tuple[str, str, bool], ...]:
+    gateway = settings.gateway
+    wanted = (("gateway.listen", gateway.listen), ("gateway.admin", gateway.admin))
+    return tuple((name, address, _taken(address)) for name, address in wanted)
+
+
+def _taken(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        ((family, kind, _, _, where), *_) = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError:
+        return True
+    return False

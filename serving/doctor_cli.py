@@ -1,0 +1,51 @@
+"""The verb `doctor`: what this machine has, what is wrong with it, and how to mend it."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from config.errors import ConfigError
+from config.load import home_directory, process_environment
+from serving.doctor.findings import Finding, findings, worst
+from serving.doctor.reading import examine
+
+FAILED, USAGE = 1, 2
+STYLES = {"ok": "", "warning": "yellow", "error": "red"}
+
+
+def doctor_main(arguments: list[str]) -> int:
+    """Print every finding with its fix; 0 without errors, 1 with some, 2 if the configuration can't be read."""
+    parser = argparse.ArgumentParser(
+        prog="quantgate doctor",
+        description="Look at this machine as vLLM will: engine, CPU, GPUs, memory, limits. With a configuration, also "
+        "at its addresses, and at whatever would keep its replicas from starting. Exit code 1 if there are errors.",
+    )
+    parser.add_argument("config", type=Path, nargs="?", help="a configuration file")
+    parser.add_argument("--json", action="store_true", help="print findings as JSON")
+    chosen = parser.parse_args(arguments)
+    try:
+        found = findings(examine(home_directory(), process_environment(), chosen.config))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    if chosen.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2))
+    else:
+        _show(found)
+    return FAILED if worst(found) == "error" else 0
+
+
+def _show(found: list[Finding]) -> None:
+    width = max(len(finding.subject) for finding in found)
+    console = Console(highlight=False, soft_wrap=True)
+    for finding in found:
+        line = f"{finding.level:7}  {finding.subject:{width}}  {finding.what}"
+        console.print(line, style=STYLES[finding.level], markup=False)
+        if finding.fix:
+            console.print(f"{'':7}  {'':{width}}  -> {finding.fix}", markup=False)
+    counts = {level: sum(1 for finding in found if finding.level == level) for level in STYLES}
+    print(f"\n{counts['error']} errors, {counts['warning']} warnings")

@@ -1,0 +1,84 @@
+"""What the rules judge: a model directory and a machine, as values."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from serving.hardware import Gpu
+
+# vLLM's names for the length of a model (transformers_utils/model_arch_config_convertor.py).
+_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
+# These kinds of rope have their factor in the length already (vllm/config/model.py, _get_and_verify_max_len).
+_SCALED_ROPES = frozenset({"su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"})
+_DTYPE_BYTES = {"float32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class MachineFacts:
+    """What replicas share; `gpus` is empty where none could be found."""
+
+    free_bytes: int
+    numa_nodes: int = 1
+    gpus: tuple[Gpu, ...] = ()
+    busy_ports: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model directory, unopened but for its JSON files."""
+
+    config: Mapping[str, Any]
+    weight_bytes: int = 0
+    files: frozenset[str] = frozenset()
+    special_tokens: frozenset[str] = frozenset()
+
+    @cached_property
+    def text(self) -> Mapping[str, Any]:
+        """The part of the config that describes the language model."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else self.config
+
+    @property
+    def quantization(self) -> Mapping[str, Any] | None:
+        """The `quantization_config`, or None if nobody quantized it."""
+        told = self.config.get("quantization_config") or self.config.get("compression_config")
+        return told if isinstance(told, dict) else None
+
+    def number(self, *keys: str) -> int | None:
+        """The first of these keys that holds a number."""
+        return next((value for key in keys if isinstance(value := self.text.get(key), int)), None)
+
+    @property
+    def heads(self) -> int | None:
+        return self.number("num_attention_heads", "n_head")
+
+    @property
+    def key_value_heads(self) -> int | None:
+        return self.number("num_key_value_heads") or self.heads
+
+    @property
+    def head_size(self) -> int | None:
+        hidden = self.number("hidden_size", "n_embd")
+        return self.number("head_dim") or (hidden // self.heads if hidden and self.heads else None)
+
+    @property
+    def longest_tokens(self) -> int | None:
+        """The length that vLLM derives from the config; None if it isn't plain."""
+        length = self.number(*_LENGTH_KEYS)
+        rope = self.text.get("rope_scaling") or self.text.get("rope_parameters") or {}
+        if length is None or "gemma3" in str(self.text.get("model_type")) or not isinstance(rope, dict):
+            return length
+        if any(isinstance(value, dict) for value in rope.values()):
+            return None  # one per kind of layer
+        kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
+        return int(length * factor) if factor and kind not in _SCALED_ROPES else length
+
+    def cache_bytes_per_token(self, dtype: str, tensor_parallel: int) -> int | None:
+        """KV cache that one token takes on each rank; None where not every layer keeps all tokens."""
+        layers, heads, size = self.number("num_hidden_layers", "n_layer"), self.key_value_heads, self.head_size
+        kinds = set(self.text.get("layer_types") or ["full_attention"])
+        windowed = self.text.get("sliding_window") and self.text.get("use_sliding_window", True)
+        if not (layers and heads and size) or kinds != {"full_attention"} or windowed or "kv_lora_rank" in self.text:
+            return None
+        return 2 * layers * max(1, heads // tensor_parallel) * size * _DTYPE_BYTES.get(dtype, 2)

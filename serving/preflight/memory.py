@@ -1,0 +1,125 @@
+"""Do weights, KV cache and overhead fit what is free? Pure."""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from serving.command import CPU_KV_CACHE_BYTES
+from serving.hardware import Gpu
+from serving.preflight.facts import MachineFacts, ModelFacts
+from serving.replica import Launch
+
+GIB = 2**30
+# Three processes that have imported torch and vLLM, beyond weights and KV cache. Measured: 2.0 GiB with vLLM 0.32 on
+# two cores; a little less here, because what is refused must be hopeless.
+CPU_OVERHEAD_BYTES = int(1.75 * GIB)
+# CUDA's context, vLLM's workspace and the smallest batch of activations.
+GPU_OVERHEAD_BYTES = int(1.5 * GIB)
+# vLLM's default --gpu-memory-utilization: a GPU with less than that free is refused before anything is loaded.
+GPU_SHARE = 0.92
+_SHARE_FLAG = "--gpu-memory-utilization"
+
+
+def cache_reason(launch: Launch, model: ModelFacts) -> str | None:
+    """Say why the KV cache can't hold one sequence of the longest length, or None; vLLM insists that it can."""
+    cache_bytes = _cache_bytes(launch)
+    tokens = launch.settings.max_model_len or model.longest_tokens
+    per_token = model.cache_bytes_per_token(launch.settings.dtype, launch.settings.tensor_parallel)
+    if cache_bytes is None or tokens is None or per_token is None or tokens * per_token <= cache_bytes:
+        return None
+    fitting = max(cache_bytes // per_token, 0)
+    return (
+        f"one request of max_model_len {tokens} needs {_size(tokens * per_token)} of KV cache, there is "
+        f"{_size(cache_bytes)}; set kv_cache_bytes to {_size(tokens * per_token, up=True)} or more, or max_model_len "
+        f"to {fitting} or less"
+    )
+
+
+def memory_reasons(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineFacts) -> Iterator[str]:
+    """List the launches that don't fit together, on CPU and on each GPU."""
+    on_cpu = [(launch, model) for launch, model in pairs if launch.engine == "cpu"]
+    needed = sum(cpu_bytes(launch, model) for launch, model in on_cpu)
+    if on_cpu and needed > machine.free_bytes:
+        shares = ", ".join(f"{launch.replica_id} {_size(cpu_bytes(launch, model))}" for launch, model in on_cpu)
+        yield (
+            f"replicas need about {_size(needed)} of memory ({shares}), {_size(machine.free_bytes)} are free; run "
+            "fewer, or lower kv_cache_bytes"
+        )
+    yield from _gpu_reasons([(launch, model) for launch, model in pairs if launch.engine == "cuda"], machine.gpus)
+
+
+def cpu_bytes(launch: Launch, model: ModelFacts) -> int:
+    """Main memory that one CPU replica takes."""
+    ranks = launch.settings.tensor_parallel
+    return model.weight_bytes + ranks * (_cache_bytes(launch) or 0) + CPU_OVERHEAD_BYTES
+
+
+def _gpu_reasons(pairs: Iterable[tuple[Launch, ModelFacts]], gpus: Sequence[Gpu]) -> Iterator[str]:
+    known = {gpu.index: gpu for gpu in gpus}
+    for launch, model in pairs:
+        for gpu in (known[index] for index in launch.gpus or tuple(known)[:1] if index in known):
+            reason = _gpu_reason(launch, model, gpu)
+            if reason:
+                yield f"{launch.replica_id}: GPU {gpu.index} ({gpu.name}): {reason}"
+
+
+def _gpu_reason(launch: Launch, model: ModelFacts, gpu: Gpu) -> str | None:
+    settings = launch.settings
+    share = _gpu_share(settings.args)
+    claimed = int(gpu.total_bytes * share)
+    if gpu.free_bytes < claimed:
+        return (
+            f"{_size(gpu.free_bytes)} of {_size(gpu.total_bytes)} are free, vLLM wants {share:.0%}; end what else runs "
+            f"there, or add {_SHARE_FLAG} {_rounded_share(gpu)} to args"
+        )
+    per_token = model.cache_bytes_per_token(settings.dtype, settings.tensor_parallel) or 0
+    tokens = settings.max_model_len or model.longest_tokens or 0
+    cache = settings.kv_cache_bytes or per_token * tokens
+    needed = model.weight_bytes // settings.tensor_parallel + cache + GPU_OVERHEAD_BYTES
+    if needed <= (gpu.free_bytes if settings.kv_cache_bytes else claimed):
+        return None
+    return (
+        f"weights {_size(model.weight_bytes // settings.tensor_parallel)}, KV cache {_size(cache)} and overhead need "
+        f"{_size(needed)}, {_size(claimed)} may be used; use more tensor_parallel, a smaller max_model_len, or a "
+        "variant of fewer bits"
+    )
+
+
+def crowded_gpus(launches: Sequence[Launch], gpus: Sequence[Gpu]) -> Iterator[str]:
+    """List launches that name a GPU that isn't there, or share one because they name none."""
+    known = {gpu.index for gpu in gpus}
+    there = ", ".join(map(str, sorted(known)))
+    for launch in launches:
+        missing = [index for index in launch.gpus if known and index not in known]
+        if missing:
+            yield f"{launch.replica_id}: there is no GPU {', '.join(map(str, missing))} here; there are {there}"
+    unnamed = [launch for launch in launches if launch.engine == "cuda" and not launch.gpus]
+    for launch in unnamed:
+        if known and launch.settings.tensor_parallel > len(known):
+            width = launch.settings.tensor_parallel
+            yield f"{launch.replica_id}: tensor_parallel {width} needs as many GPUs; there are {there}"
+    if len(unnamed) > 1:
+        names = ", ".join(launch.replica_id for launch in unnamed)
+        yield f"{names} would all run on the first GPU; give each replica its gpus"
+
+
+def _cache_bytes(launch: Launch) -> int | None:
+    return launch.settings.kv_cache_bytes or (CPU_KV_CACHE_BYTES if launch.engine == "cpu" else None)
+
+
+def _gpu_share(arguments: Sequence[str]) -> float:
+    for place, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag == _SHARE_FLAG:
+            told = value or (arguments[place + 1] if place + 1 < len(arguments) else "")
+            return float(told) if told.replace(".", "", 1).isdecimal() else GPU_SHARE
+    return GPU_SHARE
+
+
+def _rounded_share(gpu: Gpu) -> str:
+    return f"{max(0, int(100 * gpu.free_bytes / gpu.total_bytes) - 1) / 100:.2f}"
+
+
+def _size(count: int, *, up: bool = False) -> str:
+    """Write bytes as the configuration does; rounded up where the reader copies the number."""
+    if up:
+        return f"{-(-count // 2**20)}MiB"
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,43 @@
+"""What vLLM 0.32 refuses about a model and how it is to be run, apart from its quantization; pure."""
+
+from collections.abc import Iterator
+
+from config.schema import ReplicaSettings
+from serving.preflight.facts import ModelFacts
+
+# vLLM finds these two by their token, and doesn't start without (reasoning/basic_parsers.py).
+THINK_TOKENS = frozenset({"<think>", "</think>"})
+TOKEN_PARSERS = frozenset({"deepseek_r1"})
+_TRUST = "--trust-remote-code"
+
+
+def model_reasons(model: ModelFacts, settings: ReplicaSettings, parser: str | None) -> Iterator[str]:
+    """List what keeps a model from being served as configured."""
+    if "modules.json" in model.files:
+        yield "modules.json makes vLLM take it for a sentence-transformers model; move that file out of the directory"
+    own = model.config.get("auto_map")
+    if own and _TRUST not in settings.args:
+        yield (
+            "its config.json names code of its own (auto_map), which vLLM doesn't run unasked; read that code, then "
+            f"add {_TRUST} to args, or remove auto_map if vLLM knows the architecture"
+        )
+    longest, wanted = model.longest_tokens, settings.max_model_len
+    if longest and wanted and wanted > longest:
+        yield f"max_model_len {wanted} is more than the {longest} tokens of its config.json; choose {longest} at most"
+    if parser in TOKEN_PARSERS and model.special_tokens and not model.special_tokens >= THINK_TOKENS:
+        yield f"its tokenizer has no <think> and </think>, which the reasoning parser {parser} needs; use qwen3"
+
+
+def sharing_reasons(model: ModelFacts, ranks: int) -> Iterator[str]:
+    """List what `ranks` tensor-parallel ranks can't share evenly."""
+    heads, key_value = model.heads, model.key_value_heads
+    fix = "choose another tensor_parallel"
+    if ranks == 1:
+        return
+    if heads and heads % ranks:
+        yield f"{heads} attention heads can't be shared by tensor_parallel {ranks}; {fix}"
+    if key_value and key_value % ranks and ranks % key_value:
+        yield f"{key_value} key-value heads can't be shared by tensor_parallel {ranks}; {fix}"
+    inner = model.number("intermediate_size")
+    if inner and inner % ranks:
+        yield f"intermediate size {inner} can't be shared by tensor_parallel {ranks}; {fix}"

@@ -1,0 +1,108 @@
+"""What keeps a launch, or a fleet of them, from succeeding; raised as LaunchRefused before anything is started."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from config.errors import ManifestError
+from serving.errors import LaunchRefused
+from serving.preflight.facts import MachineFacts, ModelFacts
+from serving.preflight.memory import cache_reason, crowded_gpus, memory_reasons
+from serving.preflight.models import model_reasons, sharing_reasons
+from serving.preflight.reading import read_machine, read_model
+from serving.preflight.schemes import computes_in, unfit_shape, unloadable
+from serving.replica import Launch
+from serving.seal import SealCheck, resized_files
+
+
+def refuse_hopeless(launch: Launch) -> None:
+    """Raise LaunchRefused if no vLLM can serve this variant as configured, on any machine with this engine."""
+    model = _model(launch)
+    reasons = hopeless(launch, model)
+    if reasons:
+        raise LaunchRefused(f"{launch.replica_id}: {launch.variant.path}: {'; also: '.join(reasons)}")
+    if launch.variant.path and launch.variant.manifest:
+        _refuse(launch, resized_files(launch.variant.path, launch.variant.manifest))
+
+
+def refuse_fleet(launches: Sequence[Launch], machine: MachineFacts | None = None) -> None:
+    """Raise LaunchRefused if these launches can't run on this machine together: memory, GPUs, ports, NUMA nodes.
+
+    Only what is about to start counts; what runs already has its memory.
+    """
+    reasons = crowded([(launch, _model(launch)) for launch in launches], machine or read_machine(launches))
+    if reasons:
+        raise LaunchRefused("\n".join(reasons))
+
+
+def refuse_altered(launch: Launch, memory: Path, stopped: Callable[[], bool]) -> None:
+    """Raise LaunchRefused if a sealed file's bytes have changed; reads those that `memory` doesn't know yet.
+
+    Interrupted: `stopped` said so on the way. A variant without a manifest was never sealed.
+    """
+    variant = launch.variant
+    if variant.path and variant.manifest:
+        _refuse(launch, SealCheck(variant.path, memory, stopped).altered_files(variant.manifest))
+
+
+def hopeless(launch: Launch, model: ModelFacts) -> list[str]:
+    """List why vLLM can't serve a model as configured; pure."""
+    settings, engine = launch.settings, launch.engine
+    quantization = model.quantization
+    reasons = [
+        unloadable(quantization, engine),
+        computes_in(quantization, engine, settings.dtype) if quantization else None,
+        *model_reasons(model, settings, launch.thinking.parser),
+        *(sharing := list(sharing_reasons(model, settings.tensor_parallel))),
+        # What can't be shared has no shape per rank.
+        None if sharing else unfit_shape(model, engine, settings.tensor_parallel),
+        cache_reason(launch, model),
+    ]
+    return [reason for reason in reasons if reason]
+
+
+def crowded(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineFacts) -> list[str]:
+    """List why launches can't run together on a machine; pure."""
+    launches = [launch for launch, _ in pairs]
+    return [
+        *_ports(launches, machine),
+        *crowded_gpus(launches, machine.gpus),
+        *_nodes(launches, machine),
+        *memory_reasons(pairs, machine),
+    ]
+
+
+def _ports(launches: Sequence[Launch], machine: MachineFacts) -> Iterator[str]:
+    wanted = Counter(launch.port for launch in launches if launch.port is not None)
+    for launch in launches:
+        if launch.port in machine.busy_ports:
+            yield f"{launch.replica_id}: port {launch.port} is in use; stop its owner or choose another"
+        elif launch.port is not None and wanted[launch.port] > 1:
+            yield f"{launch.replica_id}: port {launch.port} is also another replica's; choose another"
+
+
+def _nodes(launches: Sequence[Launch], machine: MachineFacts) -> Iterator[str]:
+    for launch in launches:
+        ranks = launch.settings.tensor_parallel
+        if launch.engine == "cpu" and ranks > machine.numa_nodes and launch.settings.cores == "auto":
+            yield (
+                f"{launch.replica_id}: with cores: auto each of the {ranks} ranks needs a NUMA node, there are "
+                f"{machine.numa_nodes}; leave cores out, or lower tensor_parallel"
+            )
+
+
+def _model(launch: Launch) -> ModelFacts:
+    if launch.variant.path is None:
+        raise LaunchRefused(f"{launch.replica_id}: variant {launch.variant.name!r} has no path to serve from")
+    try:
+        return read_model(launch.variant.path)
+    except ManifestError as error:
+        raise LaunchRefused(f"{launch.replica_id}: {error}") from error
+
+
+def _refuse(launch: Launch, altered: list[str]) -> None:
+    if altered:
+        raise LaunchRefused(
+            f"{launch.replica_id}: {launch.variant.path}: altered since it was sealed: {', '.join(altered)}; "
+            "restore the files or make the variant anew"
+        )

@@ -1,0 +1,30 @@
+"""Which arguments would override what quantgate sets."""
+
+import pytest
+
+from config.own_flags import own_flag
+
+
+@pytest.mark.parametrize(
+    "argument,flag",
+    [
+        ("--port", "--port"),
+        ("--port=9", "--port"),
+        ("--po", "--port"),
+        ("--max_model_len", "--max-model-len"),
+        ("--max-model-l", "--max-model-len"),
+        ("--no-enable-prefix-caching", "--enable-prefix-caching"),
+        ("--logging-config.formatter", "--logging-config"),
+        ("-tp", "-tp"),
+        ("-q", None),
+        ("9", None),
+        ("--enforce-eager", None),
+        ("--served", "--served-model-name"),
+        ("--max-num-batched-tokens", None),
+        ("--chat-template", None),
+        ("--chat-template-content-format", None),
+    ],
+)
+def test_spellings(argument: str, flag: str | None) -> None:
+    """Every spelling that vLLM would take for a flag of ours is found; other flags are free."""
+    assert own_flag(argument) == flag
