@@ -21,6 +21,7 @@ VERBS = {
     "quantize": Verb("quantize.cli", "main", "make a variant of a model and measure it"),
     "evaluate": Verb("quantize.cli", "evaluate_main", "measure a variant against its parent"),
     "variants": Verb("quantize.variants_cli", "variants_main", "list, compare, verify, adopt and report variants"),
+    "measure": Verb("serving.measuring.cli", "measure_main", "measure how fast variants are on this machine"),
     "up": Verb("gateway.cli", "up_main", "run replicas and gateway on one machine"),
     "gateway": Verb("gateway.cli", "gateway_main", "run the gateway in front of running replicas"),
     "config": Verb("gateway.cli", "config_main", "check, show or describe configuration files"),
