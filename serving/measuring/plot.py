@@ -2,10 +2,14 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from config.capacity import Percentiles
 from config.curves import Curve, Stop
@@ -17,9 +21,9 @@ DOTS_PER_INCH = 130
 MILLISECONDS = 1e3
 
 _Latency = Callable[[Stop], Percentiles]
-PANELS: tuple[tuple[str, _Latency], ...] = (
-    ("time to first token, ms", lambda stop: stop.first_token),
-    ("time between tokens, ms", lambda stop: stop.next_token),
+PANELS: tuple[tuple[str, bool, _Latency], ...] = (
+    ("time to first token, ms (logarithmic)", True, lambda stop: stop.first_token),
+    ("time from token to token, ms", False, lambda stop: stop.next_token),
 )
 
 
@@ -29,12 +33,12 @@ def write_plot(machines: Mapping[str, Sequence[Curve]], out: Path) -> None:
     figure = Figure(figsize=(len(PANELS) * width, len(machines) * height), layout="constrained")
     rows = figure.subfigures(len(machines), 1, squeeze=False)[:, 0]
     for row, (machine, curves) in zip(rows, machines.items(), strict=True):
-        row.suptitle(f"{machine}", fontsize=12)
+        row.suptitle(f"Latency against throughput on {machine}", fontsize=13)
         axes = row.subplots(1, len(PANELS))
-        for panel, (label, latency) in zip(axes, PANELS, strict=True):
-            _draw(panel, curves, label, latency)
-        handles, names = axes[0].get_legend_handles_labels()
-        row.legend(handles, names, loc="outside lower center", ncols=min(len(names), 3), frameon=False)
+        for panel, (label, logarithmic, latency) in zip(axes, PANELS, strict=True):
+            _draw(panel, curves, latency)
+            _label(panel, label, logarithmic=logarithmic)
+        row.legend(handles=_legend(curves), loc="outside lower center", ncols=2, frameon=False)
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         figure.savefig(draft, format="png", dpi=DOTS_PER_INCH)
@@ -43,22 +47,45 @@ def write_plot(machines: Mapping[str, Sequence[Curve]], out: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _draw(panel: Axes, curves: Sequence[Curve], label: str, latency: _Latency) -> None:
+def _draw(panel: Axes, curves: Sequence[Curve], latency: _Latency) -> None:
     for number, curve in enumerate(curves):
         colour, marker = LOOKS[number % len(LOOKS)]
         across = [stop.tokens_per_second for stop in curve.stops]
         medians = [latency(stop).p50 * MILLISECONDS for stop in curve.stops]
         rare = [latency(stop).p95 * MILLISECONDS for stop in curve.stops]
-        panel.plot(across, medians, color=colour, marker=marker, label=f"{curve.name}: median")
-        panel.plot(across, rare, color=colour, linestyle=":", linewidth=1, marker=marker, markersize=3, alpha=0.75)
+        panel.plot(across, medians, color=colour, marker=marker)
+        panel.plot(across, rare, color=colour, linestyle=":", linewidth=1.2, marker=marker, markersize=3.5)
         for stop, x, y in zip(curve.stops, across, medians, strict=True):
-            panel.annotate(
-                str(stop.concurrency), (x, y), (0, 7), textcoords="offset points", ha="center", color=colour, fontsize=9
-            )
-    panel.set_xlabel(
-        "tokens/s, all requests together (numbers: requests at a time; dotted: 95th percentile)", fontsize=9
-    )
+            place: dict[str, Any] = {"xytext": (0, -15), "textcoords": "offset points", "ha": "center"}
+            panel.annotate(str(stop.concurrency), (x, y), color=colour, fontsize=9, **place)
+
+
+def _label(panel: Axes, label: str, *, logarithmic: bool) -> None:
+    panel.set_xlabel("answers of all requests together, tokens/s")
     panel.set_ylabel(label)
-    panel.set_yscale("log")
     panel.set_xlim(left=0)
-    panel.grid(visible=True, which="both", alpha=0.25)
+    if logarithmic:
+        panel.set_yscale("log")
+        low, high = panel.get_ylim()
+        # At least a factor of ten: on a shorter logarithmic axis hardly any tick would be left.
+        panel.set_ylim(min(low / 1.4, high / 10), high)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+        panel.yaxis.set_minor_locator(NullLocator())
+    else:
+        panel.set_ylim(bottom=0)
+    panel.grid(visible=True, which="major", alpha=0.3)
+
+
+def _legend(curves: Sequence[Curve]) -> list[Line2D]:
+    lines = [
+        Line2D([], [], color=colour, marker=marker, label=curve.name)
+        for curve, (colour, marker) in zip(curves, cycle(LOOKS), strict=False)
+    ]
+    grey = "#444c56"
+    told = [
+        Line2D([], [], color=grey, label="median"),
+        Line2D([], [], color=grey, linestyle=":", label="95th percentile"),
+        Line2D([], [], color=grey, linestyle="", marker="$16$", markersize=11, label="requests at a time"),
+    ]
+    return lines + told

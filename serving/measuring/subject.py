@@ -1,7 +1,7 @@
 """What is measured: a model directory, and the server that it answers from; built from flags or a configuration."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Subject:
         )
 
 
-def told_subject(directory: Path, told: dict[str, object], engine: Callable[[], Engine]) -> Subject:
+def told_subject(directory: Path, told: Mapping[str, object], engine: Callable[[], Engine]) -> Subject:
     """A directory with settings from flags; with a url among them it runs already, and no engine is asked for."""
     name = NO_NAME.sub("-", directory.resolve().name).strip("-._") or "model"
     try:
