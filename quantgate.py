@@ -24,6 +24,7 @@ VERBS = {
     "doctor": Verb(
         "serving.doctor_cli", "doctor_main", "look at this machine, and at what would keep replicas from starting"
     ),
+    "measure": Verb("serving.measuring.cli", "measure_main", "measure how fast variants are on this machine"),
     "up": Verb("gateway.cli", "up_main", "run replicas and gateway on one machine"),
     "gateway": Verb("gateway.cli", "gateway_main", "run the gateway in front of running replicas"),
     "config": Verb("gateway.cli", "config_main", "check, show or describe configuration files"),

@@ -2,7 +2,8 @@
 
 ConfigError
 ├── SettingsError     the configuration file: every problem in it, each with its line
-└── ManifestError     a variant's manifest.json: unreadable, of another format, or at odds with the files beside it
+├── ManifestError     a variant's manifest.json: unreadable, of another format, or at odds with the files beside it
+└── CapacityError     a variant's capacity.json: unreadable, of another format, or in a place that can't be written
 """
 
 from dataclasses import dataclass
@@ -41,3 +42,7 @@ class SettingsError(ConfigError):
 
 class ManifestError(ConfigError):
     """A variant directory's manifest can't be used."""
+
+
+class CapacityError(ConfigError):
+    """A file of measured speeds can't be used, or can't be written."""

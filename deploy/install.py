@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "deploy" / "constraints.txt"
 UV = "uv==0.13.9"
 TORCH = "torch==2.13.0+cpu"
-EXTRAS = {"core": [], "demo": ["quantize", "cpu", "demo"], "test": ["quantize", "cpu", "demo", "dev"]}
+EXTRAS = {"core": [], "demo": ["quantize", "cpu", "demo"], "test": ["quantize", "cpu", "demo", "plots", "dev"]}
 
 
 def main(arguments: list[str]) -> int:

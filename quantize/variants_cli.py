@@ -118,7 +118,7 @@ def _adopt(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    write_report(_read_all(options.directories), options.out)
+    write_report(_read_all(options.directories), options.out, options.against)
     print(options.out)
     return DONE
 
@@ -197,3 +197,6 @@ def _add_adopt(parser: argparse.ArgumentParser) -> None:
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directories", type=Path, nargs="+", metavar="DIR")
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--against", type=Path, metavar="BASE", help="their parent, whose measured speed is plotted, too"
+    )

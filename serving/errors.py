@@ -7,6 +7,8 @@ ServingError
 ├── UpdateFailed      a replacement didn't get ready; what it should have replaced goes on
 ├── StopFailed        processes of a replica survived SIGKILL
 ├── ProbeFailed       a running replica didn't answer, or isn't what it should be
+├── MeasuringRefused  what should be measured can't be (exit code 2)
+├── MeasuringFailed   not one request of a level was answered
 └── NoSuchReplica     a lease for a replica that has left the registry
 """
 
@@ -37,6 +39,14 @@ class StopFailed(ServingError):
 
 class ProbeFailed(ServingError):
     """A replica didn't answer a control request as it should."""
+
+
+class MeasuringRefused(ServingError):
+    """What is asked for can't be measured; the message says what to change."""
+
+
+class MeasuringFailed(ServingError):
+    """A server under load answered nothing; the message says at which concurrency and why."""
 
 
 class NoSuchReplica(ServingError):

@@ -1,45 +1,43 @@
 """All that is known of a variant: its manifest, and what lies beside it about modules, evaluation and speed."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from config.capacity import FILE_NAME as CAPACITY_FILE
+from config.capacity import Capacity, read_capacity
 from config.manifest import Manifest
 from quantize.errors import VariantError
 
 
 @dataclass(frozen=True, slots=True)
 class Dossier:
-    """A variant's manifest and side files; `decode_tokens_per_second` is by machine, for one request at a time."""
+    """A variant's manifest and side files; `capacity` is what was measured of its speed."""
 
     directory: Path
     manifest: Manifest
     modules: tuple[Mapping[str, Any], ...]
     evidence: Mapping[str, Any]
-    decode_tokens_per_second: Mapping[str, float]
+    capacity: Capacity
+
+    @property
+    def speeds(self) -> dict[str, float]:
+        """Tokens a second of one request at the least load, by machine."""
+        measured = self.capacity.by_machine()
+        return {machine: one.loads[0].decode_tokens_per_second for machine, one in measured.items()}
 
 
 def read_dossier(directory: Path, manifest: Manifest) -> Dossier:
-    """Read what lies beside a manifest; a side file that isn't there is empty, one that is broken a VariantError."""
+    """Read what lies beside a manifest; a side file that isn't there is empty, one that is broken an error."""
     return Dossier(
         directory=directory,
         manifest=manifest,
         modules=tuple(_object(directory / "solved.json").get("modules", ())),
         evidence=_object(directory / "evaluation.json"),
-        decode_tokens_per_second=dict(_speeds(_object(directory / "capacity.json"))),
+        capacity=read_capacity(directory / CAPACITY_FILE),
     )
-
-
-def _speeds(capacity: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """`{machine: {"decode_tokens_per_second": number, or {concurrency: number}}}` -> the speed of the least load."""
-    for machine, told in capacity.items():
-        speed = told.get("decode_tokens_per_second") if isinstance(told, dict) else None
-        if isinstance(speed, dict) and speed:
-            speed = speed[min(speed, key=lambda load: (len(load), load))]
-        if isinstance(speed, int | float):
-            yield machine, float(speed)
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -1,34 +1,45 @@
 """Variants as one self-contained HTML page: no request leaves it, it needs no script, and it is fit to be printed."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from config.capacity import FILE_NAME as CAPACITY_FILE
+from config.capacity import Capacity, read_capacity
 from config.manifest import Manifest
+from quantize.errors import VariantError
 from quantize.pages.dossier import Dossier, read_dossier
 from quantize.pages.html_sections import number_cell, table, variant_article, verdict_mark
+from quantize.pages.html_speed import LEAST_KL, latency_plots, speed_plots
 from quantize.pages.markup import Markup, element
 from quantize.pages.plots import Point, Series, legend, linear_axis, log_axis, scatter
 
 _STYLE = Path(__file__).with_name("report.css")
-# The divergence that a logarithmic axis shows for none at all.
-_LEAST_KL = 1e-6
 
 
-def write_report(variants: Sequence[tuple[Path, Manifest]], out: Path) -> None:
-    """Write the page about variants; it replaces an older one at once."""
+def write_report(variants: Sequence[tuple[Path, Manifest]], out: Path, base: Path | None = None) -> None:
+    """Write the page about variants, with the speed of their base if its directory is given.
+
+    It replaces an older page at once.
+    """
     dossiers = [read_dossier(directory, manifest) for directory, manifest in variants]
+    parents = {base.resolve().name: read_capacity(base / CAPACITY_FILE)} if base else {}
+    for stranger in parents.keys() - {one.manifest.base.name for one in dossiers}:
+        raise VariantError(f"{base}: none of these variants was made from {stranger}; leave --against out")
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        draft.write_text(html_page(dossiers, _STYLE.read_text()), encoding="utf-8")
+        draft.write_text(html_page(dossiers, _STYLE.read_text(), parents), encoding="utf-8")
         draft.replace(out)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def html_page(dossiers: Sequence[Dossier], style: str) -> str:
-    """Build the page: a section for each base, in it a table, plots, and an article for each variant."""
+def html_page(dossiers: Sequence[Dossier], style: str, parents: Mapping[str, Capacity]) -> str:
+    """Build the page: a section for each base, in it a table, plots, and an article for each variant.
+
+    `parents` holds what was measured of the speed of bases, by name.
+    """
     ordered = sorted(dossiers, key=_base_of)
     groups = [list(group) for _, group in groupby(ordered, key=_base_of)]
     names = ", ".join(group[0].manifest.base.name for group in groups)
@@ -41,7 +52,7 @@ def html_page(dossiers: Sequence[Dossier], style: str) -> str:
     )
     count = f"{len(dossiers)} variant{'s' if len(dossiers) > 1 else ''}, measured against the model they were made from"
     header = element("header", element("h1", f"Variants of {names}"), element("p", count, class_="quiet"))
-    main = element("main", *(_base_section(number, group) for number, group in enumerate(groups)))
+    main = element("main", *(_base_section(number, group, parents) for number, group in enumerate(groups)))
     return f"<!doctype html>\n{element('html', head, element('body', header, main), lang='en')}\n"
 
 
@@ -49,7 +60,7 @@ def _base_of(dossier: Dossier) -> tuple[str, str]:
     return dossier.manifest.base.name, dossier.manifest.base.digest
 
 
-def _base_section(number: int, group: Sequence[Dossier]) -> Markup:
+def _base_section(number: int, group: Sequence[Dossier], parents: Mapping[str, Capacity]) -> Markup:
     base = group[0].manifest.base
     ranked = sorted(group, key=lambda one: one.manifest.quality.kl_mean)
     anchors = {id(one): f"v{number}-{place}" for place, one in enumerate(ranked)}
@@ -60,7 +71,8 @@ def _base_section(number: int, group: Sequence[Dossier]) -> Markup:
         _overview([(anchors[id(one)], one) for one in ranked]),
         *_comparability(ranked),
         _quality_plot(f"quality{number}", ranked),
-        *_speed_plots(f"speed{number}", ranked),
+        *speed_plots(f"speed{number}", ranked),
+        *latency_plots(f"latency{number}", ranked, parents.get(base.name)),
         *(variant_article(anchors[id(one)], one) for one in ranked),
     )
 
@@ -97,7 +109,7 @@ def _comparability(group: Sequence[Dossier]) -> Iterator[Markup]:
 
 def _quality_plot(name: str, group: Sequence[Dossier]) -> Markup:
     sizes = [one.manifest.bytes / 1e6 for one in group]
-    divergences = [max(one.manifest.quality.kl_mean, _LEAST_KL) for one in group]
+    divergences = [max(one.manifest.quality.kl_mean, LEAST_KL) for one in group]
     told = f"{len(group)} variants from {min(sizes):,.0f} to {max(sizes):,.0f} MB, mean divergence from "
     description = f"{told}{min(divergences):.4g} to {max(divergences):.4g} nats a token."
     series = [
@@ -119,30 +131,4 @@ def _quality_plot(name: str, group: Sequence[Dossier]) -> Markup:
 def _quality_point(one: Dossier) -> Point:
     manifest = one.manifest
     hint = f"{manifest.id}: {manifest.bytes / 1e6:,.1f} MB, KL {manifest.quality.kl_mean:.4g}"
-    return Point(manifest.bytes / 1e6, max(manifest.quality.kl_mean, _LEAST_KL), hint, manifest.scheme.name)
-
-
-def _speed_plots(name: str, group: Sequence[Dossier]) -> Iterator[Markup]:
-    machines = sorted({machine for one in group for machine in one.decode_tokens_per_second})
-    if not machines:
-        yield element(
-            "p", "No speeds: no variant has a capacity.json, which `quantgate measure` writes.", class_="quiet"
-        )
-    for number, machine in enumerate(machines):
-        measured = [one for one in group if machine in one.decode_tokens_per_second]
-        points = tuple(_speed_point(one, machine) for one in measured)
-        plot = scatter(
-            f"{name}-{number}",
-            f"Quality against speed on {machine}",
-            f"{len(points)} variants, measured with one request at a time.",
-            linear_axis("decoding, tokens/s", [point.x for point in points], from_zero=True),
-            log_axis("mean KL from the base, nats a token", [point.y for point in points]),
-            [Series(machine, points)],
-        )
-        caption = f"On {machine}, one request at a time. Lower is closer to the base, right is faster."
-        yield element("figure", plot, element("figcaption", caption))
-
-
-def _speed_point(one: Dossier, machine: str) -> Point:
-    speed, divergence = one.decode_tokens_per_second[machine], max(one.manifest.quality.kl_mean, _LEAST_KL)
-    return Point(speed, divergence, f"{one.manifest.id}: {speed:.1f} tokens/s", one.manifest.scheme.name)
+    return Point(manifest.bytes / 1e6, max(manifest.quality.kl_mean, LEAST_KL), hint, manifest.scheme.name)

@@ -99,8 +99,9 @@ def scatter(name: str, title: str, description: str, x: Axis, y: Axis, series: S
 
 
 def lines(name: str, title: str, description: str, x: Axis, y: Axis, series: Sequence[Series]) -> Markup:
-    """Plot one line a series, with a dot at each value."""
+    """Plot one line a series, with a dot at each value, and its label if it has one."""
     drawn = []
+    labels = [(_at(x, y, point), point.label) for one in series for point in one.points if point.label]
     for number, one in enumerate(series):
         places = [_at(x, y, point) for point in one.points]
         path = " ".join(f"{left:.1f},{top:.1f}" for left, top in places)
@@ -110,7 +111,7 @@ def lines(name: str, title: str, description: str, x: Axis, y: Axis, series: Seq
         drawn += [
             _mark(place, _look(number, one), point.hint, 2.5) for place, point in zip(places, one.points, strict=True)
         ]
-    return _frame(name, title, description, x, y, drawn)
+    return _frame(name, title, description, x, y, (*drawn, *_labels(labels)))
 
 
 def columns(

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from config.errors import ManifestError
+from config.errors import CapacityError, ManifestError
 from quantize.errors import CalibrationError, QuantizeError, RecipeFileError
 from quantize.running.interrupt import Terminated, terminable
 
@@ -32,7 +32,7 @@ def guarded(program: str, run: Callable[[], int]) -> int:
     except QuantizeError as error:
         tell(f"{program}: {error}")
         return error.exit_code
-    except (ManifestError, OSError) as error:
+    except (CapacityError, ManifestError, OSError) as error:
         tell(f"{program}: {error}")
         return FAILED
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from tests.fakes.http_server import Reply, Request
 from tests.fakes.options import Options
 
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
+KV_TOKENS = 65536
 GENERATIONS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
 
 
@@ -126,6 +127,7 @@ class Replica:
             "num_requests_waiting": engine.waiting,
             'num_requests_waiting_by_reason|reason="capacity"': engine.waiting,
             'num_requests_waiting_by_reason|reason="deferred"': 0,
+            f'cache_config_info|block_size="16",kv_cache_size_tokens="{KV_TOKENS}"': 1,
             "kv_cache_usage_perc": engine.running / self._options.max_num_seqs,
         }
         succeeded = {

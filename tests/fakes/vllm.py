@@ -95,6 +95,8 @@ async def _first(*waits: Coroutine[Any, Any, Any]) -> None:
 def _bind(host: str, port: int) -> socket.socket:
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # uvloop, which vLLM runs on, sets it for every connection; without it the kernel holds chunks back for 40 ms.
+    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     bound.bind((host, port))
     return bound
 

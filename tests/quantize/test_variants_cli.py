@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from quantize.variants.store import seal, staging
+from config.capacity import Capacity, write_capacity
+from quantize.variants.store import seal, sealed_files, staging
+from tests.config.measurements import measurement
 from tests.quantize.artefacts import write_base, write_quantized
 from tests.quantize.command_line import run
 from tests.quantize.manifests import quality, write_manifest
@@ -91,6 +93,32 @@ def test_linting_tells_findings(tmp_path: Path) -> None:
     assert (spoilt.returncode, spoilt.stdout) == (1, "stray: quant_log.csv: is no part of a variant\n")
     (row,) = json.loads(run("variants_main", "lint", "--json", variant).stdout)
     assert row == {"check": "stray", "where": "quant_log.csv", "problem": "is no part of a variant"}
+
+
+def test_what_was_measured_of_its_speed_is_no_part_of_a_variant(tmp_path: Path) -> None:
+    """With capacity.json beside it lint finds nothing, the seal holds, and variants don't differ by it."""
+    pytest.importorskip("numpy", reason="scales are read with numpy: install the quantize extra")
+    base, variant = write_base(tmp_path / "base"), write_quantized(tmp_path / "v")
+    sealed = write_variant(tmp_path / "w")
+    for directory in (base, variant, tmp_path / "w"):
+        write_capacity(directory / "capacity.json", Capacity(measurements=(measurement(),)))
+    assert run("variants_main", "lint", variant, "--against", base).stdout == f"{variant}: no findings\n"
+    assert run("variants_main", "verify", tmp_path / "w").returncode == 0
+    assert sealed_files(tmp_path / "w") == sealed.files
+    write_variant(tmp_path / "x")
+    same = run("variants_main", "diff", "--json", tmp_path / "w", tmp_path / "x").stdout
+    assert json.loads(same)["differences"] == []
+
+
+def test_a_broken_measurement_is_told(tmp_path: Path) -> None:
+    """A report names the file, in one line, and is not written."""
+    write_manifest(tmp_path / "v")
+    (tmp_path / "v" / "capacity.json").write_text("{")
+    done = run("variants_main", "report", tmp_path / "v", "--out", tmp_path / "r.html")
+    assert done.returncode == 1
+    assert "capacity.json: top level: Invalid JSON" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_a_report_is_one_file(tmp_path: Path) -> None:

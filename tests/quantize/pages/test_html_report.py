@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from config.capacity import Capacity, Hardware, write_capacity
 from config.manifest import Base, Generation, Restricted, Tasks
 from quantize.errors import VariantError
 from quantize.pages.html_report import write_report
 from quantize.pages.markup import Markup, element, joined
 from quantize.schemes.scheme import preset
+from tests.config.measurements import SETUP, load, measurement
 from tests.quantize.manifests import manifest, quality, write_manifest
 
 HOSTILE = "<script>alert(1)</script> & \"quoted\" 'text'"
@@ -85,11 +87,11 @@ def modules() -> dict[str, Any]:
     return {"modules": [*rows, {**rows[0], "loss": None, "fallback": True}]}
 
 
-def written(tmp_path: Path, *directories: Path) -> tuple[str, Outline]:
+def written(tmp_path: Path, *directories: Path, base: Path | None = None) -> tuple[str, Outline]:
     """Write a page about directories, and read it back."""
     from config.manifest import Manifest  # noqa: PLC0415
 
-    write_report([(directory, Manifest.read(directory)) for directory in directories], tmp_path / "report.html")
+    write_report([(directory, Manifest.read(directory)) for directory in directories], tmp_path / "report.html", base)
     page = (tmp_path / "report.html").read_text()
     outline = Outline()
     outline.feed(page)
@@ -105,18 +107,48 @@ def test_everything_that_is_known_is_shown(tmp_path: Path) -> None:
     write_manifest(tmp_path / "rich", quality=RICH)
     (tmp_path / "rich" / "solved.json").write_text(json.dumps(modules()))
     (tmp_path / "rich" / "evaluation.json").write_text(json.dumps(evidence()))
-    speeds = {"one": {"decode_tokens_per_second": {"1": 20, "16": 90}}, "two": {"decode_tokens_per_second": 7}}
-    (tmp_path / "rich" / "capacity.json").write_text(json.dumps(speeds))
+    gpu = Hardware(device=HOSTILE, count=1, unit="GPU")
+    elsewhere = measurement(load(1), setup=SETUP.model_copy(update={"hardware": gpu}))
+    write_capacity(tmp_path / "rich" / "capacity.json", Capacity(measurements=(measurement(), elsewhere)))
     page, outline = written(tmp_path, tmp_path / "rich")
-    assert outline.seen.count("svg") == 5
+    assert outline.seen.count("svg") == 9
     assert "script" not in outline.seen
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
     assert "https://" not in page
     assert "url(" not in page
     assert "@import" not in page
-    assert "".join(outline.words).count(HOSTILE) == 5
+    assert "".join(outline.words).count(HOSTILE) >= 5
     for word in ("never stopped", "recovery", "reasoning", "Rounded to nearest", "20.0 tokens/s", "␣␣ 50.0%", "⏎"):
         assert word in page
+
+
+def test_the_speed_of_the_base_is_shown_beside_its_variants(tmp_path: Path) -> None:
+    """With its directory given, the base has a line of its own; numbers say how many requests ran at a time."""
+    write_manifest(tmp_path / "variant")
+    write_capacity(tmp_path / "variant" / "capacity.json", Capacity(measurements=(measurement(),)))
+    (tmp_path / "smol").mkdir()
+    write_capacity(tmp_path / "smol" / "capacity.json", Capacity(measurements=(measurement(load(3), load(7)),)))
+    page, outline = written(tmp_path, tmp_path / "variant", base=tmp_path / "smol")
+    assert {"1", "4", "3", "7", "base", "smol-int4-01234567"} <= set(outline.words)
+    assert "base, 7 at a time: 126.0 tokens/s, median 100.0 ms, 95th percentile 300.0 ms" in page
+
+
+def test_other_requests_are_no_fair_comparison(tmp_path: Path) -> None:
+    """Variants that were measured with different mixes are warned of."""
+    shape = measurement().mix[0].model_copy(update={"prompt_tokens": 999})
+    for name, mix in (("a", measurement().mix), ("b", (shape,))):
+        write_manifest(tmp_path / name, id=name)
+        write_capacity(tmp_path / name / "capacity.json", Capacity(measurements=(measurement(mix=mix),)))
+    page, _ = written(tmp_path, tmp_path / "a", tmp_path / "b")
+    assert page.count("different mixes of requests") == 1
+
+
+def test_a_base_of_none_of_them_is_told(tmp_path: Path) -> None:
+    """A directory that no variant was made from has no place on the page."""
+    write_manifest(tmp_path / "variant")
+    (tmp_path / "llama").mkdir()
+    with pytest.raises(VariantError, match="none of these variants was made from llama"):
+        written(tmp_path, tmp_path / "variant", base=tmp_path / "llama")
 
 
 def test_what_is_missing_is_one_line(tmp_path: Path) -> None:

