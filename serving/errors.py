@@ -5,6 +5,8 @@ ServingError
 ├── StartFailed       the process ended, or wasn't ready in time; carries the engine's own last words
 ├── StopFailed        processes of a replica survived SIGKILL
 ├── ProbeFailed       a running replica didn't answer, or isn't what it should be
+├── StateAway         the state database can't be used now; whoever meets it goes on with what it knows
+├── LockHeld          another supervisor works in this home directory (exit code 4)
 └── NoSuchReplica     a lease for a replica that has left the registry
 """
 
@@ -27,6 +29,14 @@ class StopFailed(ServingError):
 
 class ProbeFailed(ServingError):
     """A replica didn't answer a control request as it should."""
+
+
+class StateAway(ServingError):
+    """The state database didn't answer, or isn't ours; the message says which and why."""
+
+
+class LockHeld(ServingError):
+    """There is one supervisor per home directory, and it is another process."""
 
 
 class NoSuchReplica(ServingError):

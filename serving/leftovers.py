@@ -44,6 +44,11 @@ class Notebook:
         finally:
             path.unlink(missing_ok=True)
 
+    def sessions(self) -> dict[str, int]:
+        """The process of every replica that is noted, which is also its session."""
+        notes = [_read(path) for path in sorted(self.folder.glob("*.json"))]
+        return {note.replica: note.session for note in notes if note is not None}
+
     async def sweep(self) -> list[str]:
         """End the replicas of supervisors that are gone; names those that still ran."""
         swept = []

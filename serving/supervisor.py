@@ -22,6 +22,7 @@ from serving.probe import Probe
 from serving.process import Child
 from serving.registry import Registry
 from serving.replica import Launch, Replica, State
+from serving.rotation import Rotation, drained
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Supervisor:
     log_folder: Path
     parallel_starts: int = 1
     backoff: Backoff = field(default_factory=Backoff)
+    rotation: Rotation | None = None
     clock: Callable[[], float] = time.monotonic
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _starts: asyncio.Semaphore = field(init=False)
@@ -78,12 +80,20 @@ class Supervisor:
             return
         if self.registry.status(launch.replica_id).state is State.READY:
             self.registry.move(launch.replica_id, State.DRAINING, "asked to stop")
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.registry.idle(launch.replica_id), launch.settings.drain_seconds)
+            await self._drain(launch)
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
         self.registry.move(launch.replica_id, State.STOPPED, "asked to stop")
+
+    async def _drain(self, launch: Launch) -> None:
+        limit_seconds = launch.settings.drain_seconds
+        if self.rotation is not None:
+            replica = self.registry.status(launch.replica_id).replica
+            await drained(replica, self.registry, self.probe, self.rotation, limit_seconds)
+            return
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.registry.idle(launch.replica_id), limit_seconds)
 
     async def _keep(self, launch: Launch) -> None:
         """Run one replica again and again until told to stop, or until it won't start."""

@@ -18,8 +18,8 @@ import httpx
 import pytest
 import yaml
 
-from gateway.cli import run_until_signal
 from quantgate import main
+from serving.foreground import run_until_signal
 from tests.fakes.running import DEADLINE_SECONDS, ROOT, FakeReplica
 
 on_the_loop = pytest.mark.asyncio(loop_scope="session")
@@ -219,7 +219,13 @@ def test_configuration_is_checked_and_shown(tmp_path: Path, capsys: pytest.Captu
     assert values["replicas"][0]["api_key"] == "**********"
     assert values["replicas"][0]["url"] == "http://10.0.0.5:8000"
     assert main(["config", "schema"]) == 0
-    assert set(json.loads(capsys.readouterr().out)["properties"]) == {"gateway", "variants", "replicas", "aliases"}
+    assert set(json.loads(capsys.readouterr().out)["properties"]) == {
+        "gateway",
+        "serving",
+        "variants",
+        "replicas",
+        "aliases",
+    }
 
 
 def test_keys_are_handed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
