@@ -86,3 +86,19 @@ def running_postgresql(programs: Path) -> Iterator[PostgreSQL]:
         server.stop()
     finally:
         shutil.rmtree(folder)
+
+
+@contextmanager
+def away(server: PostgreSQL, how: str) -> Iterator[None]:
+    """Have a server refuse (`stopped`) or hang (`frozen`) while the block runs."""
+    if how == "stopped":
+        server.stop()
+    else:
+        server.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        if how == "stopped":
+            server.start()
+        else:
+            server.signal(signal.SIGCONT)
