@@ -1,6 +1,5 @@
 """The composition root: builds every object of the gateway and hands it on. Start reading here."""
 
-import dataclasses
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -8,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
 
-from config.load import load_settings
-from config.manifest import Engine
 from config.schema import GatewaySettings, Settings
-from config.variant import Variant, read_variants
+from config.variant import Variant
 from gateway.admin import admin_app
 from gateway.api.endpoint import InferenceEndpoint
 from gateway.api.routes import client_app
@@ -21,21 +18,14 @@ from gateway.metrics import FleetCollector, Metrics
 from gateway.relay.exchange import Relay
 from gateway.relay.pool import Pool
 from gateway.routing.catalog import Catalog
-from serving.backoff import Backoff
+from serving.app import Wanted, others_replicas, own_replicas, read_wanted, sole_owner
 from serving.command import Machine
-from serving.cores import share_cores
-from serving.machine import installed_engine
-from serving.notebook import Notebook
 from serving.probe import Probe
 from serving.registry import Registry
-from serving.replica import foreign_replicas, plan_launches
-from serving.supervisor import Supervisor
+from serving.replica import foreign_replicas
 from serving.watch import Watch
 
 log = logging.getLogger(__name__)
-
-# Two that load on few cores take longer than one after the other; a GPU's load waits for its disk.
-PARALLEL_STARTS: Mapping[Engine, int] = {"cpu": 1, "cuda": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +35,12 @@ class Deployment:
     settings: Settings
     variants: Mapping[str, Variant]
     keys: Keys
+    state: str | None = None  # where the state database is; None: neither told nor asked
+
+    @property
+    def wanted(self) -> Wanted:
+        """What serving needs to know of it."""
+        return Wanted(self.settings, self.variants, self.state)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +61,9 @@ class Ports:
 
 def read_deployment(path: Path) -> Deployment:
     """Read a configuration file, the manifests and the keys it names; ConfigError if anything is wrong."""
-    settings = load_settings(path)
-    keys = read_keys(path.parent / settings.gateway.keys) if settings.gateway.keys else Keys()
-    return Deployment(settings, read_variants(settings.variants, path.parent), keys)
+    wanted = read_wanted(path)
+    keys = wanted.settings.gateway.keys
+    return Deployment(wanted.settings, wanted.variants, read_keys(path.parent / keys) if keys else Keys(), wanted.state)
 
 
 @contextmanager
@@ -101,13 +97,14 @@ async def gateway(deployment: Deployment, registry: Registry, taken: Ports) -> A
 
 @asynccontextmanager
 async def gateway_alone(deployment: Deployment) -> AsyncIterator[Addresses]:
-    """The gateway in front of replicas that somebody else runs."""
+    """The gateway in front of replicas that run elsewhere: told by the configuration, or by the state database."""
     registry = Registry()
     foreign = foreign_replicas(deployment.settings.replicas, dict(deployment.variants))
     with ports(deployment.settings.gateway) as taken:
         async with (
             Probe() as probe,
             Watch(foreign, registry, probe),
+            others_replicas(deployment.wanted, registry, probe),
             gateway(deployment, registry, taken) as addresses,
         ):
             yield addresses
@@ -118,27 +115,13 @@ async def everything(
     deployment: Deployment, machine: Machine, registry: Registry, home: Path
 ) -> AsyncIterator[Addresses]:
     """Gateway and replicas on one machine; requests end before their replicas do."""
-    replicas, variants = deployment.settings.replicas, dict(deployment.variants)
-    engine = installed_engine() if any(replica.url is None for replica in replicas) else "cpu"
-    machine = dataclasses.replace(machine, log_format=deployment.settings.serving.logs.format)
-    launches = share_cores(plan_launches(replicas, variants, engine), machine.cores)
-    serving = deployment.settings.serving
-    supervisor = Supervisor(
-        launches,
-        registry,
-        machine,
-        probe := Probe(),
-        Notebook(home / "running"),
-        home / "logs",
-        parallel_starts=serving.parallel_starts or PARALLEL_STARTS[engine],
-        backoff=Backoff(start_failures=serving.start_attempts),
-        logs=serving.logs,
-    )
-    with ports(deployment.settings.gateway) as taken:
+    foreign = foreign_replicas(deployment.settings.replicas, dict(deployment.variants))
+    wanted = deployment.wanted
+    with sole_owner(wanted, home) as owner, ports(deployment.settings.gateway) as taken:
         async with (
-            probe,
-            supervisor,
-            Watch(foreign_replicas(replicas, variants), registry, probe),
+            Probe() as probe,
+            own_replicas(wanted, machine, registry, probe, home, owner),
+            Watch(foreign, registry, probe),
             gateway(deployment, registry, taken) as addresses,
         ):
             yield addresses

@@ -1,17 +1,12 @@
 """The verbs of this room: gateway, up, config, keys."""
 
 import argparse
-import asyncio
 import json
-import logging
 import re
-import signal
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-import uvloop
 import yaml
 
 from config.errors import ConfigError
@@ -19,18 +14,19 @@ from config.load import home_directory, load_settings, process_environment
 from config.schema import Settings
 from gateway.app import Addresses, everything, gateway_alone, read_deployment
 from gateway.keys import create_key
-from serving.errors import LaunchRefused
+from serving.foreground import USAGE, run_until_signal
 from serving.machine import this_machine
 from serving.registry import Registry
 
-FAILED, USAGE = 1, 2
 DEFAULT_CONFIG = Path("quantgate.yaml")
 PASSWORD = re.compile(r"(://[^\s:/@]*:)[^\s@]+(@)")  # inside an address, such as gateway.state
 
 
 def gateway_main(arguments: list[str]) -> int:
     """Run the gateway in front of replicas that somebody else runs."""
-    parser = _parser("gateway", "Serve clients from the replicas that the configuration gives a url.")
+    parser = _parser(
+        "gateway", "Serve clients from replicas that run elsewhere: those with a url, and those of `quantgate serve`."
+    )
     config = _config_argument(parser, arguments)
     return run_until_signal(lambda: gateway_alone(read_deployment(config)))
 
@@ -88,38 +84,6 @@ def keys_main(arguments: list[str]) -> int:
         print(error, file=sys.stderr)
         return USAGE
     return 0
-
-
-def run_until_signal(start: Callable[[], AbstractAsyncContextManager[object]]) -> int:
-    """Run until SIGINT or SIGTERM, then shut down in order; configuration at fault is exit code 2."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "uvicorn.error"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
-        uvloop.run(_run(start))
-    except (ConfigError, LaunchRefused) as error:
-        print(f"quantgate: {error}", file=sys.stderr)
-        return USAGE
-    return 0
-
-
-async def _run(start: Callable[[], AbstractAsyncContextManager[object]]) -> None:
-    async with stop_signal() as stop, start():
-        await stop.wait()
-
-
-@asynccontextmanager
-async def stop_signal() -> AsyncIterator[asyncio.Event]:
-    """An event that SIGINT or SIGTERM sets."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    try:
-        yield stop
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
 
 
 def _parser(verb: str, description: str) -> argparse.ArgumentParser:

@@ -9,6 +9,8 @@ ServingError
 ├── ProbeFailed       a running replica didn't answer, or isn't what it should be
 ├── MeasuringRefused  what should be measured can't be (exit code 2)
 ├── MeasuringFailed   not one request of a level was answered
+├── StateAway         the state database can't be used now; whoever meets it goes on with what it knows
+├── LockHeld          another supervisor works in this home directory (exit code 4)
 └── NoSuchReplica     a lease for a replica that has left the registry
 """
 
@@ -47,6 +49,14 @@ class MeasuringRefused(ServingError):
 
 class MeasuringFailed(ServingError):
     """A server under load answered nothing; the message says at which concurrency and why."""
+
+
+class StateAway(ServingError):
+    """The state database didn't answer, or isn't ours; the message says which and why."""
+
+
+class LockHeld(ServingError):
+    """There is one supervisor per home directory, and it is another process."""
 
 
 class NoSuchReplica(ServingError):

@@ -46,6 +46,11 @@ class Notebook:
         finally:
             path.unlink(missing_ok=True)
 
+    def sessions(self) -> dict[str, int]:
+        """The process of every replica that is noted, which is also its session."""
+        notes = [_read(path) for path in sorted(self.folder.glob("*.json"))]
+        return {note.replica: note.session for note in notes if note is not None}
+
     def abandoned(self) -> list[Note]:
         """Notes of sessions that still run though their supervisor is gone; forgets those that mean nobody."""
         found = []

@@ -1,5 +1,6 @@
 """Control requests to a replica: is it up, is it the one we think, does it generate."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ import httpx
 
 from serving.errors import ProbeFailed
 from serving.replica import Replica
+
+ENGINE_REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([\d.eE+]+)", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,30 @@ class Probe:
         reply.raise_for_status()
         told: dict[str, Any] = reply.json()
         return told
+
+    async def requests_in_engine(self, replica: Replica) -> int | None:
+        """Count what a replica is answering for anybody; None if it doesn't tell."""
+        try:
+            load = await self._client.get(f"{replica.url}/load", headers=_credential(replica))
+            gauges = await self._client.get(f"{replica.url}/metrics", headers=_credential(replica))
+        except httpx.HTTPError:
+            return None
+        if load.is_error and gauges.is_error:
+            return None
+        # The gauges lag a step behind and don't know what is being tokenised; /load doesn't know every endpoint.
+        return max(_server_load(load), engine_requests(gauges.text))
+
+
+def engine_requests(exposition: str) -> int:
+    """Add up what vLLM's /metrics says of running and waiting requests, over all engines of a server."""
+    return round(sum(float(value) for value in ENGINE_REQUESTS.findall(exposition)))
+
+
+def _server_load(reply: httpx.Response) -> int:
+    try:
+        return int(reply.json()["server_load"])
+    except (ValueError, LookupError, TypeError):
+        return 0
 
 
 def _credential(replica: Replica) -> dict[str, str]:

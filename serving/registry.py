@@ -28,12 +28,13 @@ class Registry:
     _in_flight: dict[str, int] = field(default_factory=dict)
     _change: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def put(self, replica: Replica, state: State, reason: str = "") -> None:
-        """Add a replica, or say that it is in another state."""
+    def put(self, replica: Replica, state: State, reason: str = "", since_seconds: float | None = None) -> None:
+        """Add a replica, or say that it is in another state; since now, or since when somebody else says."""
         known = self._entries.get(replica.id)
         if known and (known.replica, known.state, known.reason) == (replica, state, reason):
             return
-        self._entries[replica.id] = _Entry(replica, state, reason, self.clock())
+        since = self.clock() if since_seconds is None else since_seconds
+        self._entries[replica.id] = _Entry(replica, state, reason, since)
         self._announce()
 
     def move(self, replica_id: str, state: State, reason: str = "") -> None:

@@ -114,3 +114,16 @@ def foreign_replicas(replicas: tuple[ReplicaSettings, ...], variants: dict[str, 
         precision = variants[settings.variant].precision
         found.append(Replica(replica_id, settings.variant, precision, settings.url, settings.variant, key))
     return tuple(found)
+
+
+def own_keys(replicas: tuple[ReplicaSettings, ...]) -> dict[str, str]:
+    """The keys of the replicas that we start, by their ids, and by their variants for whoever has another id."""
+    numbers: dict[str, int] = {}
+    keys: dict[str, str] = {}
+    for settings in replicas:
+        for _ in range(0 if settings.url else settings.count):
+            numbers[settings.variant] = numbers.get(settings.variant, 0) + 1
+            if settings.api_key is not None:
+                keys[f"{settings.variant}-{numbers[settings.variant]}"] = settings.api_key.get_secret_value()
+                keys.setdefault(settings.variant, settings.api_key.get_secret_value())
+    return keys

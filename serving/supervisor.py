@@ -4,11 +4,11 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from config.schema import LogSettings
 from serving.backoff import Backoff
@@ -33,28 +33,14 @@ from serving.process import Adopted, Child
 from serving.registry import Registry
 from serving.replica import Launch, Replica, State
 from serving.rolling import Current, Replace, Retire, Start, Step, next_step
+from serving.rotation import Rotation, drained
 from serving.stall import Progress, observe
 
 log = logging.getLogger(__name__)
 
 STEADY_SECONDS = 120.0  # after so long without a crash, the next one counts as the first
 LONGEST_LOOK_SECONDS = 5.0  # between two looks at how an engine gets on
-IDLE_POLL_SECONDS = 0.2
 LOG_POLL_SECONDS = 10.0
-
-
-class Rotation(Protocol):
-    """Who sends requests to our replicas."""
-
-    async def left(self, replica_id: str) -> None:
-        """Return when nobody chooses a replica any more that the registry calls draining."""
-
-
-class OwnRotation:
-    """Only readers of our registry send requests: they know as soon as it says so."""
-
-    async def left(self, replica_id: str) -> None:
-        """Nothing to wait for."""
 
 
 @dataclass(slots=True)
@@ -79,7 +65,7 @@ class Supervisor:
     parallel_starts: int = 1
     backoff: Backoff = field(default_factory=Backoff)
     logs: LogSettings = field(default_factory=LogSettings)
-    rotation: Rotation = field(default_factory=OwnRotation)
+    rotation: Rotation | None = None
     patience_seconds: float = READY_PATIENCE_SECONDS
     adoption_seconds: float = ADOPTION_SECONDS
     clock: Callable[[], float] = time.monotonic
@@ -192,25 +178,17 @@ class Supervisor:
         kept.leaving = True
         if self.registry.status(replica_id).state is State.READY:
             self.registry.move(replica_id, State.DRAINING, "asked to stop")
-            with suppress(TimeoutError):
-                async with asyncio.timeout(kept.launch.settings.drain_seconds):
-                    await self._drained(replica_id)
+            await self._drain(replica_id, kept.launch.settings.drain_seconds)
         self.registry.move(replica_id, State.STOPPING, "asked to stop")
         kept.task.cancel()
         await asyncio.gather(kept.task, return_exceptions=True)
         del self._kept[replica_id]
         self.registry.move(replica_id, State.STOPPED, "asked to stop")
 
-    async def _drained(self, replica_id: str) -> None:
-        """Wait until nobody sends a replica anything, and nothing of what was sent is left in it."""
-        await self.rotation.left(replica_id)
-        await self.registry.idle(replica_id)
+    async def _drain(self, replica_id: str, limit_seconds: float) -> None:
         replica = self.registry.status(replica_id).replica
-        while True:
-            activity = await self._activity(replica)
-            if activity is None or not activity.requests:
-                return
-            await asyncio.sleep(IDLE_POLL_SECONDS)
+        if not await drained(replica, self.registry, self.probe, self.rotation, limit_seconds):
+            log.warning("replica %s still has requests after %g s: they are cut off", replica_id, limit_seconds)
 
     async def _keep(self, launch: Launch, note: Note | None) -> None:
         """Run one replica again and again until told to stop, or until it won't start."""

@@ -20,10 +20,10 @@ from config.errors import ConfigError
 from config.load import home_directory, process_environment
 from config.schema import GatewaySettings
 from gateway.app import Addresses, Deployment, everything, ports, read_deployment
-from gateway.cli import FAILED, USAGE, stop_signal
 from gateway.demo.errands import ErrandFailed, run_errand
 from gateway.demo.report import Answer, show_answer, show_headers, show_variants
-from serving.errors import LaunchRefused, ServingError
+from serving.errors import LaunchRefused, LockHeld, ServingError
+from serving.foreground import LOCKED, USAGE, stop_signal
 from serving.machine import installed_engine, this_machine
 from serving.notebook import Notebook
 from serving.registry import Registry
@@ -78,9 +78,12 @@ def demo_main(arguments: list[str]) -> int:
     except (ConfigError, LaunchRefused) as error:
         print(f"quantgate demo: {error}", file=sys.stderr)
         return USAGE
+    except LockHeld as error:
+        print(f"quantgate demo: {error}", file=sys.stderr)
+        return LOCKED
     except (ErrandFailed, ServingError) as error:
         print(f"quantgate demo: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, ErrandFailed) else FAILED
+        return error.exit_code if isinstance(error, ErrandFailed) else 1
 
 
 async def _until_stopped(demo: Demo, *, once: bool) -> int:

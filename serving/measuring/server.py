@@ -10,9 +10,9 @@ from pathlib import Path
 
 from serving.command import Machine, build_command
 from serving.errors import LaunchRefused, StartFailed
-from serving.leftovers import Notebook
 from serving.machine import free_port, port_is_free
 from serving.measuring.subject import Subject
+from serving.notebook import Notebook
 from serving.preflight import refuse_altered, refuse_hopeless
 from serving.probe import Probe
 from serving.process import Child
@@ -70,8 +70,9 @@ async def _started(launch: Launch, place: Place, probe: Probe, tell: Tell) -> As
     log = place.home / "logs" / f"measure-{launch.replica_id}.log"
     tell(f"starting vLLM (log: {log})")
     async with Child(build_command(launch, port, place.machine), log) as child:
-        # The note lets the next supervisor end this server, should we be killed.
-        with Notebook(place.home / "running").running(launch.replica_id, child.pid):
+        # The note lets the next supervisor end this server, should we be killed: it is no launch that anybody wants.
+        with Notebook(place.home / "running").running(launch.replica_id, "measured", port, child.pid):
+            child.release()
             replica = await _ready(launch, child, f"http://127.0.0.1:{port}", probe)
             child.patience_seconds = PATIENCE_SECONDS
             yield Server(replica, child)

@@ -18,8 +18,8 @@ import httpx
 import pytest
 import yaml
 
-from gateway.cli import run_until_signal
 from quantgate import main
+from serving.foreground import run_until_signal
 from tests.fakes.running import DEADLINE_SECONDS, ROOT, FakeReplica
 
 on_the_loop = pytest.mark.asyncio(loop_scope="session")

@@ -1,0 +1,130 @@
+"""Puts together what runs replicas, and what follows those of other processes."""
+
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from config.load import load_settings
+from config.manifest import Engine
+from config.schema import Settings
+from config.variant import Variant, read_variants
+from serving.backoff import Backoff
+from serving.command import Machine
+from serving.cores import share_cores
+from serving.errors import LaunchRefused
+from serving.follower import Follower
+from serving.link import Link
+from serving.lock import sole_supervisor
+from serving.machine import installed_engine
+from serving.notebook import Notebook
+from serving.probe import Probe
+from serving.publisher import Publisher
+from serving.registry import Registry
+from serving.replica import Launch, foreign_replicas, own_keys, plan_launches
+from serving.state import Owner, StateDatabase, state_url
+from serving.supervisor import Supervisor
+
+# Two that load on few cores take longer than one after the other; a GPU's load waits for its disk.
+PARALLEL_STARTS: Mapping[Engine, int] = {"cpu": 1, "cuda": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a configuration wants to run: `state` is the address of the state database, None: tell nobody."""
+
+    settings: Settings
+    variants: Mapping[str, Variant]
+    state: str | None = None
+
+    @property
+    def has_own_replicas(self) -> bool:
+        """Whether some replica is to be started by us, here or in another process."""
+        return any(replica.url is None for replica in self.settings.replicas)
+
+
+def read_wanted(path: Path) -> Wanted:
+    """Read a configuration file and the manifests it names; ConfigError if anything is wrong."""
+    settings = load_settings(path)
+    variants = read_variants(settings.variants, path.parent)
+    return Wanted(settings, variants, state_url(settings.gateway.state, path.parent))
+
+
+@asynccontextmanager
+async def replicas_alone(wanted: Wanted, machine: Machine, registry: Registry, home: Path) -> AsyncIterator[None]:
+    """Run this machine's replicas for gateways in other processes."""
+    if not wanted.has_own_replicas:
+        raise LaunchRefused("the configuration has no replica to run here; one without url is ours to run")
+    with sole_owner(wanted, home) as owner:
+        async with Probe() as probe, own_replicas(wanted, machine, registry, probe, home, owner):
+            yield
+
+
+@contextmanager
+def sole_owner(wanted: Wanted, home: Path) -> Iterator[Owner]:
+    """Be the one supervisor of a home directory; LockHeld if there is one. Who runs no replicas needs no lock."""
+    with sole_supervisor(home) if wanted.has_own_replicas else nullcontext("") as name:
+        yield Owner(name, socket.gethostname(), os.getpid())
+
+
+@asynccontextmanager
+async def own_replicas(
+    wanted: Wanted, machine: Machine, registry: Registry, probe: Probe, home: Path, owner: Owner
+) -> AsyncIterator[None]:
+    """Start what is to run on this machine and tell the state database; without any, nothing is touched."""
+    if not wanted.has_own_replicas:
+        yield
+        return
+    replicas, variants = wanted.settings.replicas, dict(wanted.variants)
+    engine, serving = installed_engine(), wanted.settings.serving
+    notebook = Notebook(home / "running")
+    foreign = frozenset(replica.id for replica in foreign_replicas(replicas, variants))
+    async with (
+        told(wanted.state, owner, registry, foreign, notebook) as rotation,
+        Supervisor(
+            planned_launches(wanted, machine, engine),
+            registry,
+            replace(machine, log_format=serving.logs.format),
+            probe,
+            notebook,
+            home / "logs",
+            parallel_starts=serving.parallel_starts or PARALLEL_STARTS[engine],
+            backoff=Backoff(start_failures=serving.start_attempts),
+            logs=serving.logs,
+            rotation=rotation,
+        ),
+    ):
+        yield
+
+
+def planned_launches(wanted: Wanted, machine: Machine, engine: Engine) -> tuple[Launch, ...]:
+    """Spread what is wanted into servers of this machine, each with its share of it."""
+    launches = plan_launches(wanted.settings.replicas, dict(wanted.variants), engine)
+    return share_cores(launches, machine.cores)
+
+
+@asynccontextmanager
+async def told(
+    state: str | None, owner: Owner, registry: Registry, foreign: frozenset[str], notebook: Notebook
+) -> AsyncIterator[Publisher | None]:
+    """Mirror a registry into the state database, if there is to be one."""
+    if state is None:
+        yield None
+        return
+    link = Link(StateDatabase.at(state))
+    async with Publisher(owner, registry, link, foreign, notebook.sessions) as publisher:
+        yield publisher
+
+
+@asynccontextmanager
+async def others_replicas(wanted: Wanted, registry: Registry, probe: Probe) -> AsyncIterator[None]:
+    """Follow what other processes run, if the configuration has such replicas, or says where they are told of."""
+    settings = wanted.settings
+    if wanted.state is None or not (wanted.has_own_replicas or "state" in settings.gateway.model_fields_set):
+        yield
+        return
+    link = Link(StateDatabase.at(wanted.state))
+    async with Follower(link, registry, probe, frozenset(wanted.variants), own_keys(settings.replicas)):
+        yield

@@ -1,0 +1,119 @@
+"""The verbs of this room: serve, ps, logs."""
+
+import argparse
+import os
+import sys
+from contextlib import AbstractAsyncContextManager
+from difflib import get_close_matches
+from pathlib import Path
+
+from config.errors import ConfigError
+from config.load import home_directory, load_settings, process_environment
+from serving.app import read_wanted, replicas_alone
+from serving.errors import StateAway
+from serving.foreground import USAGE, run_until_signal
+from serving.logs import follow_log, log_files, read_end
+from serving.machine import this_machine
+from serving.ps import print_once, watch
+from serving.registry import Registry
+from serving.state import StateDatabase, state_url
+
+FAILED = 1
+DEFAULT_CONFIG = Path("quantgate.yaml")
+DEFAULT_LINES = 50
+
+
+def serve_main(arguments: list[str]) -> int:
+    """Run this machine's replicas."""
+    parser = argparse.ArgumentParser(
+        prog="quantgate serve",
+        description="Run the replicas of a configuration on this machine and tell the state database (gateway.state), "
+        "where `quantgate gateway` finds them. One per home directory ($QUANTGATE_HOME): a second ends with code 4.",
+    )
+    _add_config(parser)
+    config: Path = parser.parse_args(arguments).config
+    home, environment = home_directory(), process_environment()
+
+    def start() -> AbstractAsyncContextManager[None]:
+        return replicas_alone(read_wanted(config), this_machine(home, environment), Registry(), home)
+
+    return run_until_signal(start)
+
+
+def ps_main(arguments: list[str]) -> int:
+    """List the replicas that supervisors tell of."""
+    parser = argparse.ArgumentParser(
+        prog="quantgate ps",
+        description="List the replicas that `quantgate serve` and `quantgate up` run, as the state database has them. "
+        "Replicas with a url are not in it: the gateway's /admin/replicas shows those, too.",
+    )
+    _add_config(parser)
+    parser.add_argument("--json", action="store_true", help="print a JSON array")
+    parser.add_argument("-w", "--watch", action="store_true", help="go on until Ctrl-C; with --json a line a change")
+    chosen = parser.parse_args(arguments)
+    try:
+        settings = load_settings(chosen.config)
+        database = StateDatabase.at(state_url(settings.gateway.state, chosen.config.parent), create=False)
+    except ConfigError as error:
+        print(f"quantgate: {error}", file=sys.stderr)
+        return USAGE
+    try:
+        (watch if chosen.watch else print_once)(database, as_json=chosen.json)
+    except StateAway as error:
+        print(f"quantgate: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        database.close()
+    return 0
+
+
+def logs_main(arguments: list[str]) -> int:
+    """Print what a replica printed."""
+    parser = argparse.ArgumentParser(
+        prog="quantgate logs",
+        description="Print the end of a replica's log ($QUANTGATE_HOME/logs/REPLICA.log).",
+    )
+    parser.add_argument("replica", metavar="REPLICA", help="as `quantgate ps` names it")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until Ctrl-C")
+    parser.add_argument("-n", "--lines", type=_count, default=DEFAULT_LINES, help="how many (default: %(default)s)")
+    chosen = parser.parse_args(arguments)
+    files = log_files(home_directory() / "logs")
+    if chosen.replica not in files:
+        print(f"quantgate logs: {_unknown(chosen.replica, list(files))}", file=sys.stderr)
+        return USAGE
+    try:
+        with files[chosen.replica].open("rb") as log:
+            sys.stdout.buffer.write(read_end(log, chosen.lines))
+            sys.stdout.buffer.flush()
+            if chosen.follow:
+                follow_log(log, files[chosen.replica], sys.stdout.buffer)
+    except KeyboardInterrupt:
+        return 0
+    except BrokenPipeError:
+        # Whoever read has enough; what Python still wants to flush at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f"quantgate logs: {files[chosen.replica]}: {error.strerror}", file=sys.stderr)
+        return FAILED
+    return 0
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    if not known:
+        return f"there is no log of {name!r}, nor of any other replica, in {home_directory() / 'logs'}"
+    near = get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"there is no log of {name!r}; {hint}known: {', '.join(known)}"
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 0:
+        raise ValueError
+    return count
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG, help="default: %(default)s")

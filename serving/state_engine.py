@@ -1,0 +1,111 @@
+"""Connections to the state database: SQLite or PostgreSQL, every wait bounded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+from config.errors import ConfigError
+
+WAIT_SECONDS = 2  # for a lock, for a connection, for an answer
+
+
+@dataclass(slots=True)
+class StateEngine:
+    """Transactions on one database; `name` is what messages call it, without the password."""
+
+    engine: Engine
+    name: str
+    file: Path | None
+    _identity: tuple[int, int] | None = field(default=None, init=False)
+
+    @classmethod
+    def at(cls, address: str) -> "StateEngine":
+        """Read the address; ConfigError if it isn't one, or if its driver is missing."""
+        try:
+            url = make_url(address)
+            name = url.render_as_string()
+            url = url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
+            if url.get_backend_name() == "sqlite":
+                return cls(_sqlite(url), name, Path(url.database or ""))
+            engine = create_engine(url, connect_args=_postgresql_options(url), pool_size=1)
+        except (ArgumentError, NoSuchModuleError) as error:
+            raise ConfigError(f"gateway.state: {error}") from error
+        except ModuleNotFoundError as error:
+            what = f"needs the package {error.name}; install quantgate[postgres]"
+            raise ConfigError(f"gateway.state: {name} {what}") from error
+        return cls(engine, name, None)
+
+    def close(self) -> None:
+        """Close idle connections; one that is still in use closes when it is done."""
+        self.engine.dispose()
+
+    def replaced(self) -> bool:
+        """Tell whether a SQLite file is another one than before: a connection would go on with the deleted one."""
+        if self.file is None:
+            return False
+        try:
+            told = self.file.stat()
+        except FileNotFoundError:
+            found = None
+        else:
+            found = (told.st_dev, told.st_ino)
+        if found is not None and found == self._identity:
+            return False
+        self.engine.dispose()
+        self._identity = found
+        return True
+
+    def set_up(self) -> None:
+        """Once per database file: readers are not held up by a writer, nor a writer by them."""
+        if self.file is not None:
+            with self.engine.connect() as connection:
+                connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+            told = self.file.stat()
+            self._identity = (told.st_dev, told.st_ino)
+
+    @contextmanager
+    def transaction(self, *, writing: bool) -> Iterator[Connection]:
+        """One transaction; reading ones see a single moment."""
+        options: dict[str, Any] = {"begin": "BEGIN IMMEDIATE" if writing else "BEGIN"}
+        if self.file is None and not writing:
+            options["isolation_level"] = "REPEATABLE READ"
+        with self.engine.connect().execution_options(**options) as connection, connection.begin():
+            if self.file is None:
+                connection.exec_driver_sql(f"SET LOCAL statement_timeout = '{WAIT_SECONDS}s'")
+            yield connection
+
+
+def _sqlite(url: URL) -> Engine:
+    if url.database in (None, "", ":memory:"):
+        raise ConfigError("gateway.state: a database in memory is nothing to meet in; write sqlite:///state.db")
+    engine = create_engine(url, connect_args={"timeout": WAIT_SECONDS})
+
+    @event.listens_for(engine, "connect")
+    def connected(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # BEGIN is ours, below
+        # A commit that a power failure takes back is written again by the next beat.
+        connection.execute("PRAGMA synchronous=NORMAL")
+
+    @event.listens_for(engine, "begin")
+    def begun(connection: Connection) -> None:
+        """A writer takes its lock at once: to upgrade a read lock may fail however long one waits."""
+        if words := connection.get_execution_options().get("begin"):
+            connection.exec_driver_sql(words)
+
+    return engine
+
+
+def _postgresql_options(url: URL) -> dict[str, Any]:
+    if url.get_driver_name() != "psycopg":
+        return {}
+    return {
+        "connect_timeout": WAIT_SECONDS,
+        "tcp_user_timeout": 2000 * WAIT_SECONDS,  # milliseconds
+        "application_name": "quantgate",
+        "prepare_threshold": None,  # a pooler between us may give every transaction another connection
+    }

@@ -1,0 +1,59 @@
+"""The tables of the state database. A change here is a new SCHEMA_VERSION."""
+
+from sqlalchemy import Column, Float, Integer, MetaData, String, Table, Text
+
+SCHEMA_VERSION = 1
+
+METADATA = MetaData()
+
+# One row. `epoch` is drawn when the tables are made: a database that was deleted counts its revisions from 0 again,
+# and readers must not take its number for one that they have seen.
+STATE = Table(
+    "quantgate_state",
+    METADATA,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("version", Integer, nullable=False),
+    Column("epoch", String(32), nullable=False),
+    Column("revision", Integer, nullable=False),
+)
+
+# Supervisors. `beat` counts up while one lives; `beat_at` is its own wall clock and only shown to people.
+OWNERS = Table(
+    "quantgate_owners",
+    METADATA,
+    Column("id", String(200), primary_key=True),
+    Column("host", String(200), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("joined_at", Float, nullable=False),
+    Column("beat", Integer, nullable=False),
+    Column("beat_at", Float, nullable=False),
+)
+
+# What supervisors say of their replicas. Neither load nor keys are kept here.
+REPLICAS = Table(
+    "quantgate_replicas",
+    METADATA,
+    Column("owner", String(200), primary_key=True),
+    Column("id", String(200), primary_key=True),
+    Column("variant", String(200), nullable=False),
+    Column("precision", String(40), nullable=False),
+    Column("url", String(500), nullable=False),
+    Column("served_name", String(200), nullable=False),
+    Column("max_model_len_tokens", Integer),
+    Column("think", String(20)),
+    Column("state", String(20), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("since", Float, nullable=False),
+    Column("pid", Integer),
+    Column("revision", Integer, nullable=False),
+)
+
+# Gateway workers, and the revision that each of them acts on.
+FOLLOWERS = Table(
+    "quantgate_followers",
+    METADATA,
+    Column("id", String(200), primary_key=True),
+    Column("seen", Integer, nullable=False),
+    Column("beat", Integer, nullable=False),
+    Column("beat_at", Float, nullable=False),
+)
