@@ -26,6 +26,7 @@ from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import foreign_replicas, plan_launches
 from serving.supervisor import Supervisor
+from serving.templates.plan import with_thinking
 from serving.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -33,11 +34,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A configuration with everything that it refers to, read."""
+    """A configuration with everything that it refers to, read; `folder` is where it lies."""
 
     settings: Settings
     variants: Mapping[str, Variant]
     keys: Keys
+    folder: Path = Path()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def read_deployment(path: Path) -> Deployment:
     """Read a configuration file, the manifests and the keys it names; ConfigError if anything is wrong."""
     settings = load_settings(path)
     keys = read_keys(path.parent / settings.gateway.keys) if settings.gateway.keys else Keys()
-    return Deployment(settings, read_variants(settings.variants, path.parent), keys)
+    return Deployment(settings, read_variants(settings.variants, path.parent), keys, path.parent.resolve())
 
 
 @contextmanager
@@ -113,7 +115,9 @@ async def everything(
     """Gateway and replicas on one machine; requests end before their replicas do."""
     replicas, variants = deployment.settings.replicas, dict(deployment.variants)
     engine = installed_engine() if any(replica.url is None for replica in replicas) else "cpu"
-    launches = plan_launches(replicas, variants, engine)
+    launches = with_thinking(
+        plan_launches(replicas, variants, engine), deployment.settings.aliases, deployment.folder / "templates"
+    )
     notebook = Notebook(home / "running")
     with ports(deployment.settings.gateway) as taken:
         async with (

@@ -5,6 +5,7 @@ served name is the one that answers carry; without limits a CPU replica claims 9
 byte-code doubles the start time.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,7 @@ def _arguments(launch: Launch, port: int) -> Sequence[str]:
         ("--generation-config", "vllm"),
         ("--reasoning-parser", launch.thinking.parser),
         ("--chat-template", launch.thinking.template),
+        ("--default-chat-template-kwargs", _template_defaults(launch.thinking.enable_thinking)),
         ("--shutdown-timeout", round(settings.drain_seconds)),
         ("--fingerprint-mode", "custom"),
         ("--fingerprint-value", launch.variant.id),
@@ -66,6 +68,11 @@ def _arguments(launch: Launch, port: int) -> Sequence[str]:
     named = [text for flag, value in options if value is not None for text in (flag, str(value))]
     switches = ["--enable-request-id-headers", "--enable-server-load-tracking", "--enable-prompt-tokens-details"]
     return [*named, *switches, "--served-model-name", launch.replica_id, launch.variant.name]
+
+
+def _template_defaults(enable_thinking: bool | None) -> str | None:
+    """The reasoning parser gets these, too: for a model that doesn't think unless told to, it must know."""
+    return None if enable_thinking is None else json.dumps({"enable_thinking": enable_thinking})
 
 
 def _environment(launch: Launch, machine: Machine) -> dict[str, str]:

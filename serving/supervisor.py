@@ -22,6 +22,7 @@ from serving.probe import Probe
 from serving.process import Child
 from serving.registry import Registry
 from serving.replica import Launch, Replica, State
+from serving.thinking import thinking_verified
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ class Supervisor:
         if served.name != replica.served_name or served.root != str(launch.variant.path):
             raise ProbeFailed(f"{replica.id}: {replica.url} serves {served.name} from {served.root}, not this replica")
         await self.probe.generate_one_token(replica)
+        replica = await thinking_verified(self.probe, replica, launch.thinking)
         return dataclasses.replace(replica, max_model_len_tokens=served.max_model_len_tokens)
 
     async def _listening(self, launch: Launch, child: Child, url: str) -> None:
