@@ -30,17 +30,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A configuration with everything that it refers to, read."""
+    """A configuration with everything that it refers to, read; `folder` is where it lies."""
 
     settings: Settings
     variants: Mapping[str, Variant]
     keys: Keys
     state: str | None = None  # where the state database is; None: neither told nor asked
+    folder: Path = Path()
 
     @property
     def wanted(self) -> Wanted:
         """What serving needs to know of it."""
-        return Wanted(self.settings, self.variants, self.state)
+        return Wanted(self.settings, self.variants, self.state, self.folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,9 @@ class Ports:
 def read_deployment(path: Path) -> Deployment:
     """Read a configuration file, the manifests and the keys it names; ConfigError if anything is wrong."""
     wanted = read_wanted(path)
-    keys = wanted.settings.gateway.keys
-    return Deployment(wanted.settings, wanted.variants, read_keys(path.parent / keys) if keys else Keys(), wanted.state)
+    named = wanted.settings.gateway.keys
+    keys = read_keys(path.parent / named) if named else Keys()
+    return Deployment(wanted.settings, wanted.variants, keys, wanted.state, wanted.folder)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from serving.registry import Registry
 from serving.replica import Launch, foreign_replicas, own_keys, plan_launches
 from serving.state import Owner, StateDatabase, state_url
 from serving.supervisor import Supervisor
+from serving.templates.plan import with_thinking
 
 # Two that load on few cores take longer than one after the other; a GPU's load waits for its disk.
 PARALLEL_STARTS: Mapping[Engine, int] = {"cpu": 1, "cuda": 2}
@@ -33,11 +34,15 @@ PARALLEL_STARTS: Mapping[Engine, int] = {"cpu": 1, "cuda": 2}
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a configuration wants to run: `state` is the address of the state database, None: tell nobody."""
+    """What a configuration wants to run, and the folder it lies in.
+
+    `state` is the address of the state database; None: tell nobody.
+    """
 
     settings: Settings
     variants: Mapping[str, Variant]
     state: str | None = None
+    folder: Path = Path()
 
     @property
     def has_own_replicas(self) -> bool:
@@ -49,7 +54,7 @@ def read_wanted(path: Path) -> Wanted:
     """Read a configuration file and the manifests it names; ConfigError if anything is wrong."""
     settings = load_settings(path)
     variants = read_variants(settings.variants, path.parent)
-    return Wanted(settings, variants, state_url(settings.gateway.state, path.parent))
+    return Wanted(settings, variants, state_url(settings.gateway.state, path.parent), path.parent.resolve())
 
 
 @asynccontextmanager
@@ -102,7 +107,8 @@ async def own_replicas(
 def planned_launches(wanted: Wanted, machine: Machine, engine: Engine) -> tuple[Launch, ...]:
     """Spread what is wanted into servers of this machine, each with its share of it."""
     launches = plan_launches(wanted.settings.replicas, dict(wanted.variants), engine)
-    return share_cores(launches, machine.cores)
+    thinking = with_thinking(launches, wanted.settings.aliases, wanted.folder / "templates")
+    return share_cores(thinking, machine.cores)
 
 
 @asynccontextmanager

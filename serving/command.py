@@ -5,6 +5,7 @@ served name is the one that answers carry; without limits a CPU replica claims 9
 byte-code doubles the start time; SIGTERM aborts requests unless a shutdown timeout is given, and may hang over it.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ def _arguments(launch: Launch, port: int, log_format: str) -> Sequence[str]:
         ("--reasoning-parser", launch.thinking.parser),
         ("--chat-template", launch.thinking.template),
         ("--shutdown-timeout", math.ceil(settings.drain_seconds) + SHUTDOWN_MARGIN_SECONDS),
+        ("--default-chat-template-kwargs", _template_defaults(launch.thinking.enable_thinking)),
         ("--fingerprint-mode", "custom"),
         ("--fingerprint-value", launch.variant.id),
         ("--disable-access-log-for-endpoints", QUIET_ENDPOINTS),
@@ -81,6 +83,11 @@ def _arguments(launch: Launch, port: int, log_format: str) -> Sequence[str]:
     if not settings.prefix_caching:
         switches.append("--no-enable-prefix-caching")
     return [*named, *switches, "--served-model-name", launch.replica_id, launch.variant.name]
+
+
+def _template_defaults(enable_thinking: bool | None) -> str | None:
+    """The reasoning parser gets these, too: for a model that doesn't think unless told to, it must know."""
+    return None if enable_thinking is None else json.dumps({"enable_thinking": enable_thinking})
 
 
 def _environment(launch: Launch, machine: Machine) -> dict[str, str]:

@@ -39,6 +39,7 @@ def launch_digest(launch: Launch) -> str:
         launch.port,
         launch.engine,
         launch.thinking.parser,
+        launch.thinking.enable_thinking,
         str(template) if template else None,
         [launch.variant.name, str(launch.variant.path), manifest.to_json() if manifest else None],
     ]

@@ -13,6 +13,7 @@ from serving.errors import ProbeFailed
 from serving.replica import Replica
 
 ENGINE_REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([\d.eE+]+)", re.MULTILINE)
+PROMPT_END_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,27 @@ class Probe:
             return None
         # The gauges lag a step behind and don't know what is being tokenised; /load doesn't know every endpoint.
         return max(_server_load(load), engine_requests(gauges.text))
+
+    async def prompt_end(self, replica: Replica, template_kwargs: dict[str, Any]) -> str:
+        """Ask what the prompt of a short chat ends in; nothing is generated for it."""
+        chat = {"messages": [{"role": "user", "content": "Hello"}], "chat_template_kwargs": template_kwargs}
+        with _translated(replica, "/tokenize"):
+            tokens = (await self._posted(replica, "/tokenize", chat))["tokens"]
+        with _translated(replica, "/detokenize"):
+            return str((await self._posted(replica, "/detokenize", {"tokens": tokens[-PROMPT_END_TOKENS:]}))["prompt"])
+
+    async def token_ids(self, replica: Replica, text: str) -> tuple[int, ...]:
+        """Ask which tokens a text is to its model."""
+        with _translated(replica, "/tokenize"):
+            told = await self._posted(replica, "/tokenize", {"prompt": text, "add_special_tokens": False})
+            return tuple(int(token) for token in told["tokens"])
+
+    async def _posted(self, replica: Replica, path: str, body: dict[str, Any]) -> Any:
+        reply = await self._client.post(
+            f"{replica.url}{path}", json={"model": replica.served_name, **body}, headers=_credential(replica)
+        )
+        reply.raise_for_status()
+        return reply.json()
 
 
 def engine_requests(exposition: str) -> int:

@@ -30,17 +30,25 @@ ThinkTag = Literal["injected", "model", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """How a server handles thinking: which of vLLM's parsers, and a chat template other than the model's own."""
+    """How a server handles thinking: which of vLLM's parsers, and a chat template other than the model's own.
+
+    `enable_thinking` is what requests get that don't say; None leaves it to the template. `tag` is who must turn out to
+    write the opening tag, and `switch` whether `enable_thinking: false` must keep a thought from being opened.
+    """
 
     parser: str | None = None
     template: Path | None = None
+    enable_thinking: bool | None = None
+    tag: ThinkTag | None = None
+    switch: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One server of one variant at one address; `served_name` is the model name that it answers to.
 
-    `max_model_len_tokens` and `think` are None until it has been asked.
+    `max_model_len_tokens` and `think` are None until it has been asked. `think_token` is `<think>` in its vocabulary,
+    None if that is several tokens.
     """
 
     id: str
@@ -51,6 +59,7 @@ class Replica:
     api_key: str | None = None
     max_model_len_tokens: int | None = None
     think: ThinkTag | None = None
+    think_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -233,6 +233,7 @@ def _row(owner_id: str, told: Told, revision: int) -> dict[str, Any]:
         "served_name": replica.served_name,
         "max_model_len_tokens": replica.max_model_len_tokens,
         "think": replica.think,
+        "think_token": replica.think_token,
         "state": told.state.value,
         "reason": told.reason,
         "since": told.since,
@@ -241,14 +242,18 @@ def _row(owner_id: str, told: Told, revision: int) -> dict[str, Any]:
     }
 
 
+_REPLICA_COLUMNS = (
+    *("id", "variant", "precision", "url", "served_name", "max_model_len_tokens", "think", "think_token"),
+)
+
+
 def _told(connection: Connection, owner_id: str | None = None) -> tuple[tuple[str, Told], ...]:
     question = select(REPLICAS).order_by(REPLICAS.c.owner, REPLICAS.c.id)
     if owner_id is not None:
         question = question.where(REPLICAS.c.owner == owner_id)
     found = []
     for row in connection.execute(question).mappings():
-        names = ("id", "variant", "precision", "url", "served_name", "max_model_len_tokens", "think")
-        replica = Replica(**{name: row[name] for name in names})
+        replica = Replica(**{name: row[name] for name in _REPLICA_COLUMNS})
         told = Told(replica, State(row["state"]), row["reason"], row["since"], row["pid"], row["revision"])
         found.append((row["owner"], told))
     return tuple(found)

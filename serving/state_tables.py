@@ -41,6 +41,7 @@ REPLICAS = Table(
     Column("served_name", String(200), nullable=False),
     Column("max_model_len_tokens", Integer),
     Column("think", String(20)),
+    Column("think_token", Integer),
     Column("state", String(20), nullable=False),
     Column("reason", Text, nullable=False),
     Column("since", Float, nullable=False),

@@ -6,6 +6,7 @@ from serving.errors import ProbeFailed
 from serving.golden import mismatch
 from serving.probe import Probe
 from serving.replica import Launch, Replica
+from serving.thinking import thinking_verified
 
 
 async def verified(launch: Launch, replica: Replica, probe: Probe) -> Replica:
@@ -20,6 +21,7 @@ async def verified(launch: Launch, replica: Replica, probe: Probe) -> Replica:
     if fingerprint != launch.variant.id:
         raise ProbeFailed(f"{replica.id}: {replica.url} calls itself {fingerprint!r}, not {launch.variant.id!r}")
     await _says_what_it_must(launch, replica, probe)
+    replica = await thinking_verified(probe, replica, launch.thinking)
     return dataclasses.replace(replica, max_model_len_tokens=served.max_model_len_tokens)
 
 

@@ -10,6 +10,7 @@ from serving.errors import ProbeFailed
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import Replica, State
+from serving.thinking import thinking_seen
 
 log = logging.getLogger(__name__)
 
@@ -61,5 +62,5 @@ class Watch:
             self.registry.move(replica.id, State.FAILED, str(error))
             return
         seen = replace(replica, served_name=served.name, max_model_len_tokens=served.max_model_len_tokens)
-        self.registry.put(seen, State.READY)
+        self.registry.put(await thinking_seen(self.probe, seen), State.READY)
         log.info("replica %s at %s is ready", replica.id, replica.url)

@@ -1,6 +1,6 @@
 """Parse a request once: read the few keys that we decide on, keep the bytes of all others as they came."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -31,13 +31,29 @@ class Inference:
     precisions: frozenset[str] | None = None
     floor: Floor = NO_FLOOR
 
-    def body_for(self, served_name: str) -> bytes:
+    @property
+    def wants_token_ids(self) -> bool:
+        """Tell whether the client itself asks for token ids."""
+        return bool(_value(self.fields, "return_token_ids", bool | None))
+
+    def without_thinking(self) -> "Inference":
+        """Turn thinking off, unless the client's own `chat_template_kwargs` say otherwise.
+
+        `reasoning_effort` doesn't turn it on again: many clients send one whatever the model, and vLLM takes the kwarg.
+        """
+        given = _value(self.fields, "chat_template_kwargs", dict[str, msgspec.Raw] | None) or {}
+        kwargs = {"enable_thinking": msgspec.Raw(b"false"), **given}
+        return replace(self, fields={**self.fields, "chat_template_kwargs": msgspec.Raw(_ENCODER.encode(kwargs))})
+
+    def body_for(self, served_name: str, *, token_ids: bool = False) -> bytes:
         """Write the body that a replica gets: its own model name, usage always asked for, our extras left out."""
         fields = {key: value for key, value in self.fields.items() if key not in OWN_KEYS}
         fields["model"] = msgspec.Raw(_ENCODER.encode(served_name))
         if self.stream and not self.wants_usage:
             options = _value(self.fields, "stream_options", dict[str, Any] | None) or {}
             fields["stream_options"] = msgspec.Raw(_ENCODER.encode({**options, "include_usage": True}))
+        if token_ids:
+            fields["return_token_ids"] = msgspec.Raw(b"true")
         return _ENCODER.encode(fields)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ from gateway.relay.accounting import Account
 from gateway.relay.connection import Connection
 from gateway.relay.pool import Pool
 from gateway.relay.replies import Transcript, carries_token, refusal, renamed
+from gateway.relay.shapes import Manner, Shaping, shaped
 from gateway.routing.catalog import Target
 from gateway.routing.ladder import Choice, permitted_rungs, rank, worth_waiting
 from serving.errors import NoSuchReplica
@@ -30,7 +32,8 @@ Headers = list[tuple[bytes, bytes]]
 ATTEMPTS = 3
 ANSWER_LIMIT_BYTES = 256 * 2**20
 ERROR_LIMIT_BYTES = 1 * 2**20
-PATHS = {"chat.completions": "/v1/chat/completions", "completions": "/v1/completions"}
+CHAT = "chat.completions"
+PATHS = {CHAT: "/v1/chat/completions", "completions": "/v1/completions"}
 
 
 @dataclass(slots=True)
@@ -44,6 +47,8 @@ class Relay:
 
     async def answer(self, inference: Inference, target: Target, account: Account, send: Send) -> None:
         """Pass one answer on; another replica is tried as long as the client has seen nothing of it."""
+        if target.think == "none" and inference.endpoint == CHAT:
+            inference = inference.without_thinking()
         rungs = permitted_rungs(target, inference.floor, inference.precisions)
         # One turn a request: if retries took turns too, two replicas would never change places.
         turn = next(self._turns)
@@ -54,7 +59,7 @@ class Relay:
             account.chose(choice)
             try:
                 with self.registry.lease(choice.replica.id) as replica:
-                    await self._exchange(inference, replica, account, send)
+                    await self._exchange(inference, target, replica, account, send)
             except (UpstreamError, Unavailable, NoSuchReplica) as error:
                 failure = error if isinstance(error, GatewayError) else UpstreamError("a replica left")
                 tried |= {choice.replica.id}
@@ -94,9 +99,12 @@ class Relay:
         finally:
             account.queued_seconds += account.clock() - began
 
-    async def _exchange(self, inference: Inference, replica: Replica, account: Account, send: Send) -> None:
+    async def _exchange(
+        self, inference: Inference, target: Target, replica: Replica, account: Account, send: Send
+    ) -> None:
         account.sent()
-        request = request_bytes(inference, replica, account.request_id)
+        manner = manner_of(inference, target, replica)
+        request = request_bytes(inference, replica, account.request_id, token_ids=manner.hides_ids)
         async with self.pool.exchange(replica.url, request) as upstream:
             head = await upstream.head()
             if head.status != 200:
@@ -105,26 +113,34 @@ class Relay:
                 # The OpenAI SDK takes a whole answer to a streaming request for an empty stream.
                 raise UpstreamError("a replica's answer is not in the asked form", code="upstream_invalid")
             if inference.stream:
-                await _stream(inference, upstream, account, send)
+                await _stream(inference, manner, upstream, account, send)
             else:
-                await _whole(inference, upstream, account, send)
+                await _whole(inference, manner, upstream, account, send)
 
 
-async def _whole(inference: Inference, upstream: Connection, account: Account, send: Send) -> None:
-    body, account.usage = renamed(await upstream.read(ANSWER_LIMIT_BYTES), inference.model)
+def manner_of(inference: Inference, target: Target, replica: Replica) -> Manner:
+    """Say how thinking is told; token ids are asked for only where they tell whether the model thinks."""
+    token = replica.think_token if inference.endpoint == CHAT and target.think != "none" else None
+    return Manner(target.reasoning, replica.think, token, token is not None and not inference.wants_token_ids)
+
+
+async def _whole(inference: Inference, manner: Manner, upstream: Connection, account: Account, send: Send) -> None:
+    shape = partial(shaped, manner=manner) if inference.endpoint == CHAT else dict
+    body, account.usage = renamed(await upstream.read(ANSWER_LIMIT_BYTES), inference.model, shape)
     account.code = "200"
     await begin(send, account, 200, [(b"content-type", b"application/json"), _length(body)])
     await send({"type": "http.response.body", "body": body})
 
 
-async def _stream(inference: Inference, upstream: Connection, account: Account, send: Send) -> None:
+async def _stream(inference: Inference, manner: Manner, upstream: Connection, account: Account, send: Send) -> None:
     """Pass events on as they arrive, several at once only if they arrived at once."""
     transcript = Transcript(inference.model, inference.wants_usage)
+    shaping = Shaping(manner) if inference.endpoint == CHAT else None
     cutter = EventCutter()
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
     try:
         async for data in upstream.chunks():
-            passed = [_noted(event, transcript, account) for event in cutter.feed(data)]
+            passed = [_noted(event, transcript, shaping, account) for event in cutter.feed(data)]
             if transcript.failure and not account.begun:
                 # The client has seen nothing: it can still be told with a status, or answered from elsewhere.
                 raise transcript.failure
@@ -148,8 +164,10 @@ async def _stream(inference: Inference, upstream: Connection, account: Account, 
     await send({"type": "http.response.body", "body": b""})
 
 
-def _noted(event: bytes, transcript: Transcript, account: Account) -> bytes:
+def _noted(event: bytes, transcript: Transcript, shaping: Shaping | None, account: Account) -> bytes:
     passed = transcript.passed_on(event)
+    if shaping is not None:
+        passed = shaping.passed_on(passed)
     if carries_token(passed):
         account.token()
     return passed
@@ -184,9 +202,9 @@ def _length(body: bytes) -> tuple[bytes, bytes]:
     return b"content-length", str(len(body)).encode()
 
 
-def request_bytes(inference: Inference, replica: Replica, request_id: str) -> bytes:
+def request_bytes(inference: Inference, replica: Replica, request_id: str, *, token_ids: bool = False) -> bytes:
     """Write the request that a replica gets; of the client's headers none goes along."""
-    body = inference.body_for(replica.served_name)
+    body = inference.body_for(replica.served_name, token_ids=token_ids)
     credential = f"authorization: Bearer {replica.api_key}\r\n" if replica.api_key else ""
     head = (
         f"POST {PATHS[inference.endpoint]} HTTP/1.1\r\n"

@@ -1,6 +1,7 @@
 """What a replica's bytes become on their way to the client: the asked model's name, our error shape, nothing else."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +11,13 @@ from gateway.api.sse import DONE, data_of, error_event
 from gateway.errors import NO_JSON, GatewayError, RequestError, Unavailable, UpstreamError
 from gateway.relay.accounting import Usage
 
+Fields = dict[str, msgspec.Raw]
+
 # A replica that refuses our credential or no longer knows its own model is broken, whatever the client sent.
 OUR_FAULT = frozenset({401, 403, 404})
 
 _ENCODER = msgspec.json.Encoder()
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_FIELDS = msgspec.json.Decoder(Fields)
 
 
 class _Chunk(msgspec.Struct):
@@ -36,15 +39,17 @@ _USAGE = msgspec.json.Decoder(Usage | None)
 _ERROR = msgspec.json.Decoder(_ErrorEvent)
 
 
-def renamed(body: bytes, model: str) -> tuple[bytes, Usage | None]:
-    """Put the asked model's name into a whole answer; UpstreamError if it is no JSON object."""
+def renamed(
+    body: bytes, model: str, shape: Callable[[Fields], Fields] = lambda fields: fields
+) -> tuple[bytes, Usage | None]:
+    """Put the asked model's name into a whole answer, and shape the rest; UpstreamError if it is no JSON object."""
     try:
         fields = _FIELDS.decode(body)
         usage = _USAGE.decode(fields["usage"]) if "usage" in fields else None
     except NO_JSON as error:
         raise UpstreamError("a replica's answer is no JSON object", code="upstream_invalid") from error
     fields["model"] = msgspec.Raw(_ENCODER.encode(model))
-    return _ENCODER.encode(fields), usage
+    return _ENCODER.encode(shape(fields)), usage
 
 
 @dataclass(slots=True)

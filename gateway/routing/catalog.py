@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from config.schema import AliasSettings, Floor
 from config.variant import Variant
@@ -16,6 +17,8 @@ class Target:
     rungs: tuple[Variant, ...]
     floor: Floor
     pinned: bool
+    think: Literal["auto", "prefix", "none"] = "auto"
+    reasoning: Literal["parsed", "restored", "raw"] = "parsed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,7 @@ class Catalog:
         alias = self.aliases.get(model)
         if alias is not None:
             rungs = tuple(self.variants[name] for name in alias.ladder)
-            return Target(model, rungs, alias.floor, pinned=False)
+            return Target(model, rungs, alias.floor, False, alias.think, alias.reasoning)
         variant = self.variants.get(model)
         if variant is not None:
             return Target(model, (variant,), Floor(), pinned=True)

@@ -1,6 +1,7 @@
 """From a request to what is asked: vLLM's checks with vLLM's words, a chat template, and tokens that are characters."""
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -9,11 +10,15 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from config.golden import Golden
 from tests.fakes.http_server import Request
 from tests.fakes.options import Options
 
 Kind = Literal["chat", "text"]
+# Behind the last character that there is.
+THINK_TOKENS = {"<think>": 0x110000, "</think>": 0x110001}
 FILLER = (" one", " é", " 汉", " two")
 
 
@@ -103,11 +108,23 @@ def read_ask(kind: Kind, request: Request, options: Options) -> Ask:
 
 
 def chat_prompt(body: Mapping[str, Any], options: Options) -> str:
-    """Messages in ChatML, with an opened `<think>` if this fake's template injects one."""
+    """Messages in ChatML, or in the template on the command line; the built-in one may inject an open `<think>`."""
+    kwargs = {**(body.get("chat_template_kwargs") or {})}
+    asks = body.get("add_generation_prompt", True)
+    if options.chat_template is not None:
+        return rendered(options.chat_template, _messages(body), add_generation_prompt=asks, **kwargs)
     turns = [f"<|im_start|>{each.get('role')}\n{_content(each)}<|im_end|>\n" for each in _messages(body)]
-    if body.get("add_generation_prompt", True):
-        turns.append("<|im_start|>assistant\n" + ("<think>\n" if options.faults.think_prefix else ""))
+    if asks:
+        off = options.faults.think_prefix and kwargs.get("enable_thinking") is False
+        thought = "<think>\n" if options.faults.think_prefix else ""
+        turns.append("<|im_start|>assistant\n" + thought + ("\n</think>\n\n" if off else ""))
     return "".join(turns)
+
+
+def rendered(template: Path, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+    """A chat in a template of its own."""
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template.read_text(encoding="utf-8")).render(messages=messages, **kwargs)
 
 
 def last_words(body: Mapping[str, Any]) -> str:
@@ -116,14 +133,16 @@ def last_words(body: Mapping[str, Any]) -> str:
     return _content(messages[-1]) if messages else ""
 
 
-def tokenize(text: str) -> list[int]:
-    """One token per character, so that every fake can read every other's tokens back."""
-    return [ord(character) for character in text]
+def tokenize(text: str, *, think_tokens: bool = False) -> list[int]:
+    """One token per character, so that every fake can read every other's tokens back; tags may be tokens, too."""
+    words = re.findall("<think>|</think>|.", text, re.DOTALL) if think_tokens else text
+    return [THINK_TOKENS.get(word) or ord(word) for word in words]
 
 
 def detokenize(tokens: list[int]) -> str:
     """The inverse of `tokenize`."""
-    return "".join(map(chr, tokens))
+    words = {token: word for word, token in THINK_TOKENS.items()}
+    return "".join(words.get(token) or chr(token) for token in tokens)
 
 
 def _prompt_logprobs(body: Mapping[str, Any], options: Options) -> list[dict[str, Any] | None] | None:
@@ -137,7 +156,7 @@ def _prompt_logprobs(body: Mapping[str, Any], options: Options) -> list[dict[str
     return [
         None,
         *(
-            {str(token): {"logprob": logprob + shift, "rank": 1, "decoded_token": chr(token)}}
+            {str(token): {"logprob": logprob + shift, "rank": 1, "decoded_token": detokenize([token])}}
             for token, logprob in zip(tokens[1:], known, strict=True)
         ),
     ]

@@ -14,6 +14,7 @@ class Faults:
     tokens_per_second: float
     reasoning_tokens: int
     think_prefix: bool
+    think_tokens: bool
     crash_after_requests: int | None
     fail_first: int
     fail_status: int
@@ -45,6 +46,7 @@ class Options:
     """What vLLM itself was told, with the fake's own flags beside it."""
 
     model: str
+    chat_template: Path | None
     served: tuple[str, ...]
     host: str
     port: int
@@ -70,6 +72,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
     environment_key = environ.get("VLLM_API_KEY")
     return Options(
         model=given.model,
+        chat_template=given.chat_template,
         served=tuple(given.served_model_name or [given.model]),
         host=given.host,
         port=given.port,
@@ -99,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_vllm_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="fake-model")
+    parser.add_argument("--chat-template", type=Path)
     parser.add_argument("--served-model-name", nargs="+")
     parser.add_argument("--host", default="")
     parser.add_argument("--port", type=int, default=8000)
@@ -119,6 +123,7 @@ def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
     fake.add_argument("--fake-tokens-per-second", dest="tokens_per_second", type=float, default=0.0)
     fake.add_argument("--fake-reasoning-tokens", dest="reasoning_tokens", type=int, default=0)
     fake.add_argument("--fake-think-prefix", dest="think_prefix", action="store_true")
+    fake.add_argument("--fake-think-tokens", dest="think_tokens", action="store_true")
     fake.add_argument("--fake-split-bytes", dest="split_bytes", type=int)
 
 

@@ -150,8 +150,9 @@ class Replica:
         body = read_json(request)
         check_model(body, self._options)
         prompt = body.get("prompt")
-        tokens = tokenize(prompt if isinstance(prompt, str) else chat_prompt(body, self._options))
-        strings = list(map(chr, tokens)) if body.get("return_token_strs") else None
+        text = prompt if isinstance(prompt, str) else chat_prompt(body, self._options)
+        tokens = tokenize(text, think_tokens=self._options.faults.think_tokens)
+        strings = [detokenize([token]) for token in tokens] if body.get("return_token_strs") else None
         limit = self._options.max_model_len
         return _json({"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": strings})
 

@@ -180,7 +180,8 @@ async def test_reasoning_passes_and_is_metered(fleet: Fleet) -> None:
             message = (await fleet.ask()).json()["choices"][0]["message"]
             events = events_in((await fleet.ask(STREAM)).content)
         assert (message["reasoning"], message["content"]) == ("m1 heard", " hello there café")
-        assert events[1]["choices"][0]["delta"] == {"reasoning": "m1"}
+        assert message["reasoning_content"] == message["reasoning"]
+        assert events[1]["choices"][0]["delta"] == {"reasoning": "m1", "reasoning_content": "m1"}
         assert await fleet.total("quantgate_tokens_total", kind="reasoning") == before + 4
 
 

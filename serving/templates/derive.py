@@ -1,0 +1,88 @@
+"""A model's own template -> one that opens every thought itself, or that can turn thinking off.
+
+The own template stays as it is, inside a block that keeps what it renders; what is added looks at the end of that.
+So a prefix is never put twice, and a prompt that the own template leaves open elsewhere (after a tool's answer) is
+closed only where it was opened.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from serving.templates.habits import opens_thought
+from serving.templates.render import TemplateUnusable, renderer
+from serving.templates.source import END_THINK, THINK, ChatTemplate
+
+OPEN = f"{THINK}\n"
+CLOSED = f"{THINK}\n\n{END_THINK}\n\n"
+
+# `+%}` and `{%+`: jinja2 must not trim the first and the last line of what is inside.
+_KEPT = "{{% set quantgate_prompt +%}}{own}{{%+ endset %}}{{{{ quantgate_prompt }}}}"
+_OFF = "{% if enable_thinking is defined and enable_thinking is false %}"
+_ENDS_OPEN = f"quantgate_prompt.rstrip().endswith('{THINK}')"
+_ENDS_CLOSED = f"quantgate_prompt.rstrip().endswith('{END_THINK}')"
+_CLOSE = (
+    f"{{% if {_ENDS_OPEN} %}}{{{{ '\\n' if quantgate_prompt.endswith('\\n') else '\\n\\n' }}}}"
+    f"{{{{ '{END_THINK}\\n\\n' }}}}"
+    f"{{% elif not {_ENDS_CLOSED} %}}{{{{ '{THINK}\\n\\n{END_THINK}\\n\\n' }}}}{{% endif %}}"
+)
+_PREFIX = f"{{% if not {_ENDS_OPEN} and not {_ENDS_CLOSED} %}}{{{{ '{THINK}\\n' }}}}{{% endif %}}"
+
+_QUESTION: tuple[Mapping[str, Any], ...] = ({"role": "user", "content": "What is one and one?"},)
+_ANSWER = {"role": "assistant", "content": f"{THINK}\neasy\n{END_THINK}\n\n2"}
+_CHATS = (_QUESTION, (*_QUESTION, _ANSWER, {"role": "user", "content": "And <think> two and two?"}))
+_SWITCHES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"enable_thinking": False})
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a derived template must do: open each thought, turn thinking off when told to."""
+
+    prefix: bool = False
+    off: bool = False
+
+    @property
+    def name(self) -> str:
+        """How files that grant it are called."""
+        return "-".join(word for word, wanted in (("prefix", self.prefix), ("switch", self.off)) if wanted)
+
+
+def derived(template: ChatTemplate, wish: Wish) -> str:
+    """Write the template that does what is wished; TemplateUnusable if it doesn't come out as it must."""
+    if template.text is None:
+        raise TemplateUnusable("the model has none")
+    # Jinja2 leaves out one newline at the end of a template; in the middle it would stay.
+    own = template.text.removesuffix("\n")
+    when_off = _CLOSE if wish.off else ""
+    when_on = _PREFIX if wish.prefix else ""
+    text = (
+        f"{_KEPT.format(own=own)}{{% if add_generation_prompt %}}{_OFF}{when_off}{{% else %}}{when_on}{{% endif %}}"
+        "{% endif %}\n{#- By quantgate, from the model's own template; written anew when that changes. #}\n"
+    )
+    _check(template, text, wish)
+    return text
+
+
+def _check(template: ChatTemplate, text: str, wish: Wish) -> None:
+    """Hold what is rendered before against what is rendered after."""
+    assert template.text is not None
+    before, after = (renderer(each, template.special_tokens) for each in (template.text, text))
+    for chat, switch, asks in product(_CHATS, _SWITCHES, (True, False)):
+        own = before(chat, add_generation_prompt=asks, **switch)
+        now = after(chat, add_generation_prompt=asks, **switch)
+        added = _addition(own, wish, off=switch.get("enable_thinking") is False) if asks else ""
+        if now != own + added:
+            raise TemplateUnusable(f"what is derived from it renders {now[-80:]!r} where the own one has {own[-80:]!r}")
+
+
+def _addition(own: str, wish: Wish, *, off: bool) -> str:
+    """Say what must stand behind the own prompt."""
+    opened, closed = opens_thought(own), own.rstrip().endswith(END_THINK)
+    if not off:
+        return OPEN if wish.prefix and not opened and not closed else ""
+    if not wish.off or closed:
+        return ""
+    if opened:
+        return ("\n" if own.endswith("\n") else "\n\n") + f"{END_THINK}\n\n"
+    return CLOSED

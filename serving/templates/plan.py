@@ -1,0 +1,126 @@
+"""All aliases of a variant -> how its servers handle thinking, and the template file that this may need."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+from config.schema import AliasSettings
+from config.variant import Variant
+from serving.errors import LaunchRefused
+from serving.replica import Launch, Thinking
+from serving.templates.derive import Wish, derived
+from serving.templates.habits import Habits, habits
+from serving.templates.render import TemplateUnusable
+from serving.templates.source import END_THINK, THINK, has_tokens, read_chat_template
+
+# Right for QwQ, R1-distill and Qwen3 alike, with or without an injected tag, and the only one that reads text.
+PARSER = "qwen3"
+# These look for token ids, and the server doesn't start without them (vllm/reasoning/basic_parsers.py of 0.32).
+PARSERS_OF_TOKENS = ("deepseek_r1", "k2_horizon", "poolside_v1")
+
+
+def with_thinking(launches: Iterable[Launch], aliases: Mapping[str, AliasSettings], folder: Path) -> tuple[Launch, ...]:
+    """Say of each launch how its server handles thinking; see `plan_thinking`."""
+    return tuple(
+        replace(each, thinking=plan_thinking(aliases, each.variant, folder, each.settings.args)) for each in launches
+    )
+
+
+def plan_thinking(
+    aliases: Mapping[str, AliasSettings], variant: Variant, folder: Path, args: Sequence[str] = ()
+) -> Thinking:
+    """Say how servers of a variant are started so that each of its aliases gets the thinking that it asks for.
+
+    A derived template is written to `folder`. What `args` name (a parser, a template) is the operator's own choice.
+    LaunchRefused: no template can be derived, or the chosen parser needs tokens that the model lacks.
+    """
+    if variant.path is None:
+        return Thinking()
+    _refuse_missing_tokens(variant.name, variant.path, args)
+    wanted = {alias.think for alias in aliases.values() if variant.name in alias.ladder}
+    chosen, template = _option(args, "--chat-template"), read_chat_template(variant.path)
+    if chosen is not None:
+        template = replace(template, text=_chosen_text(chosen))
+    try:
+        thinking, wish = decide(habits(template), wanted)
+        if wish is not None:
+            _refuse_chosen(variant.name, chosen, wish)
+            thinking = replace(thinking, template=write_template(folder, variant.name, wish, derived(template, wish)))
+    except TemplateUnusable as error:
+        if wanted & {"prefix", "none"}:
+            raise LaunchRefused(
+                f"{variant.name}: {variant.path}: no chat template that thinks as its aliases ask: {error}; "
+                "mend the template, or let the aliases think: auto"
+            ) from error
+        # vLLM may render it nevertheless; what its prompts end in is looked at when it runs.
+        thinking = Thinking(tag=None if template.mentions_thinking else "none")
+    chooses_parser = thinking.tag == "none" or _option(args, "--reasoning-parser") is not None
+    return replace(thinking, parser=None if chooses_parser else PARSER)
+
+
+def decide(own: Habits, wanted: AbstractSet[str]) -> tuple[Thinking, Wish | None]:
+    """Say how to start, without parser and file, and what a derived template must do; None: the own one will do."""
+    prefix = "prefix" in wanted
+    thinks = prefix or own.tag != "none"
+    enable = prefix if own.off_by_default else None
+    wish = Wish(prefix=prefix and own.tag != "injected", off="none" in wanted and thinks and not own.switch)
+    switch = thinks and (own.switch or wish.off)
+    thinking = Thinking(enable_thinking=enable, tag="injected" if prefix else own.tag, switch=switch)
+    return thinking, wish if wish.prefix or wish.off else None
+
+
+def write_template(folder: Path, variant: str, wish: Wish, text: str) -> Path:
+    """Put a derived template under a name that says what it is; one that is there already is left alone."""
+    content = text.encode()
+    digest = hashlib.sha256(content).hexdigest()[:12]
+    path = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', variant)}-{wish.name}-{digest}.jinja"
+    try:
+        if path.exists() and path.read_bytes() == content:
+            return path
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}")
+        draft.write_bytes(content)
+        draft.replace(path)
+    except OSError as error:
+        raise LaunchRefused(f"{variant}: its chat template can't be written to {folder}: {error}") from error
+    return path
+
+
+def _refuse_missing_tokens(name: str, path: Path, args: Sequence[str]) -> None:
+    parser = _option(args, "--reasoning-parser")
+    if parser in PARSERS_OF_TOKENS and not has_tokens(path, THINK, END_THINK):
+        raise LaunchRefused(
+            f"{name}: {path}: parser {parser!r} needs {THINK} and {END_THINK} as single tokens, "
+            f"which this tokenizer lacks; leave --reasoning-parser out, {PARSER!r} reads text"
+        )
+
+
+def _refuse_chosen(name: str, chosen: str | None, wish: Wish) -> None:
+    if chosen is not None:
+        alias_wish = "prefix" if wish.prefix else "none"
+        raise LaunchRefused(
+            f"{name}: an alias has think: {alias_wish}, which needs a chat template derived from the model's own, "
+            "but the replica's args name another --chat-template; remove one of the two"
+        )
+
+
+def _chosen_text(chosen: str) -> str | None:
+    """What `--chat-template` means: text if it looks like a template, otherwise a file; vLLM knows some names, too."""
+    if any(mark in chosen for mark in "{}\n"):
+        return chosen
+    try:
+        return Path(chosen).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _option(args: Sequence[str], flag: str) -> str | None:
+    """The last value of a flag, written with a blank or with `=`."""
+    values = [after for word, after in pairwise(args) if word == flag]
+    values += [word.partition("=")[2] for word in args if word.startswith(f"{flag}=")]
+    return values[-1] if values else None

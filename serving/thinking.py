@@ -1,0 +1,61 @@
+"""Who writes the opening <think> of a running replica: its own prompts tell, once, before it is ready."""
+
+import logging
+from dataclasses import replace
+
+from serving.errors import ProbeFailed
+from serving.probe import Probe
+from serving.replica import Replica, Thinking, ThinkTag
+
+log = logging.getLogger(__name__)
+
+THINK = "<think>"
+# Said aloud, because some templates don't think unless told to; most don't know the word, and it changes nothing.
+ON, OFF = {"enable_thinking": True}, {"enable_thinking": False}
+
+
+async def thinking_verified(probe: Probe, replica: Replica, wanted: Thinking) -> Replica:
+    """See how a replica of ours thinks; ProbeFailed if its template doesn't do what it was started for."""
+    if wanted.tag != "injected" and not wanted.switch:
+        return await thinking_seen(probe, replica, wanted.tag)
+    on = await probe.prompt_end(replica, ON)
+    if wanted.tag == "injected" and not _opens(on):
+        raise _refusal(replica, wanted, f"its prompts must end in {THINK}, but they end in {on[-40:]!r}")
+    if wanted.switch and _opens(off := await probe.prompt_end(replica, OFF)):
+        raise _refusal(replica, wanted, f"enable_thinking: false must turn thinking off, but prompts end in {off!r}")
+    return await _with_tag(probe, replica, "injected" if _opens(on) else "model")
+
+
+async def thinking_seen(probe: Probe, replica: Replica, known: ThinkTag | None = None) -> Replica:
+    """See how a replica thinks of which nothing is demanded: one that doesn't tell answers all the same.
+
+    That may be another engine's, or a model without a chat template. `known` decides where no thought is open.
+    """
+    try:
+        return await _with_tag(probe, replica, await seen_thinking(probe, replica, known))
+    except ProbeFailed as error:
+        log.info("replica %s doesn't tell how its prompts end: %s", replica.id, error)
+        return replace(replica, think=known)
+
+
+async def seen_thinking(probe: Probe, replica: Replica, known: ThinkTag | None = None) -> ThinkTag:
+    """Tell who opens its thoughts: the template if a prompt ends in the tag, else the model if it has a word for it."""
+    if _opens(await probe.prompt_end(replica, ON)):
+        return "injected"
+    if known in {"model", "none"}:
+        return known
+    return "model" if len(await probe.token_ids(replica, THINK)) == 1 else "none"
+
+
+async def _with_tag(probe: Probe, replica: Replica, tag: ThinkTag) -> Replica:
+    """Keep the tag's token where the model writes it: there the first token of an answer says whether it thinks."""
+    tokens = await probe.token_ids(replica, THINK) if tag == "model" else ()
+    return replace(replica, think=tag, think_token=tokens[0] if len(tokens) == 1 else None)
+
+
+def _refusal(replica: Replica, wanted: Thinking, what: str) -> ProbeFailed:
+    return ProbeFailed(f"{replica.id}: {what}; look at its template, {wanted.template or 'the own one of the model'}")
+
+
+def _opens(prompt: str) -> bool:
+    return prompt.rstrip().endswith(THINK)
