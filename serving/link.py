@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from serving.errors import StateAway
@@ -25,6 +25,7 @@ class Link:
 
     database: StateDatabase
     call_seconds: float = CALL_SECONDS
+    _closed: threading.Event = field(default_factory=threading.Event)
     _running: "asyncio.Future[Any] | None" = None
 
     async def call(self, function: Callable[..., T], *arguments: object) -> T:
@@ -33,15 +34,24 @@ class Link:
             async with asyncio.timeout(self.call_seconds):
                 while self._running is not None and not self._running.done():
                     await asyncio.wait({self._running})
-                running = self._running = _in_a_thread(function, *arguments)
+                running = self._running = _in_a_thread(self._call_and_clean_up, function, *arguments)
                 return await asyncio.shield(running)
         except TimeoutError:
             name = self.database.engine.name
             raise StateAway(f"state database {name} is away: no answer within {self.call_seconds:g} s") from None
 
     def close(self) -> None:
-        """Give back the connections that are idle."""
-        self.database.close()
+        """Give back the connections; one that a call still uses, when that ends."""
+        self._closed.set()
+        if self._running is None or self._running.done():
+            self.database.close()
+
+    def _call_and_clean_up(self, function: Callable[..., T], *arguments: object) -> T:
+        try:
+            return function(*arguments)
+        finally:
+            if self._closed.is_set():
+                self.database.close()
 
 
 def _in_a_thread(function: Callable[..., T], *arguments: object) -> "asyncio.Future[T]":

@@ -86,22 +86,21 @@ class Thought:
     manner: Manner
     phase: Literal["undecided", "thinking", "skipped", "answering"] = "undecided"
     sure: bool = False
+    _opened: bool = False  # something of the thought went out
     _blanks: str = ""
     _thought: list[bytes] = field(default_factory=list)  # as it stands in JSON
 
     def told(self, said: Said) -> Said:
         """Turn what the parser says into what the client gets."""
         reasoning = said.reasoning or ""
-        begins = False
         if self.phase == "undecided":
             reasoning = self._blanks + reasoning
             self._decide(said, reasoning)
             if self.phase == "undecided":
                 self._blanks = reasoning
                 return Said(content=said.content, ended=said.ended)
-            begins = self.phase == "thinking"
         if self.phase == "thinking":
-            return self._thinking(said, reasoning, begins=begins)
+            return self._thinking(said, reasoning)
         if self.phase == "skipped" or self.manner.shape != "parsed":
             return Said(content=_joined(reasoning, said.content))
         return Said(reasoning or None, said.content)
@@ -109,7 +108,7 @@ class Thought:
     @property
     def steady(self) -> bool:
         """Tell whether more reasoning changes nothing, so that it can be passed on as bytes."""
-        return self.phase in {"thinking", "skipped"}
+        return self.phase == "skipped" or (self.phase == "thinking" and self._opened)
 
     def goes_on(self, piece: bytes) -> None:
         """Keep a piece of a thought, as it stands in JSON, as long as it may turn out to be the answer."""
@@ -135,12 +134,15 @@ class Thought:
         elif said.content or said.calls_tool:
             self.phase = "answering"
 
-    def _thinking(self, said: Said, reasoning: str, *, begins: bool) -> Said:
+    def _thinking(self, said: Said, reasoning: str) -> Said:
         self.goes_on(_ENCODER.encode(reasoning)[1:-1])
         answers = bool(said.content) or said.calls_tool
         content = said.content
         if said.ended and not answers and self._may_be_answer:
-            return self._is_answer(reasoning, begins=begins)
+            return self._is_answer(reasoning)
+        # The tag's own token has no text: what the thought begins with is known later.
+        begins = not self._opened and bool(reasoning or answers or said.ended)
+        self._opened |= begins
         if answers:
             self.phase = "answering"
             self._thought.clear()
@@ -149,12 +151,12 @@ class Thought:
         opening = self._opening(reasoning) if begins else ""
         return Said(content=_joined(opening + reasoning + (CLOSE if answers else ""), content))
 
-    def _is_answer(self, reasoning: str, *, begins: bool) -> Said:
+    def _is_answer(self, reasoning: str) -> Said:
         """The thought ended by itself, unclosed and without an answer: it was one."""
         answer: str = msgspec.json.decode(b'"%b"' % b"".join(self._thought))
         self._thought.clear()
         self.phase = "answering"
-        if begins:
+        if not self._opened:
             return Said(content=answer)
         if self.manner.shape == "parsed":
             return Said(reasoning or None, answer)

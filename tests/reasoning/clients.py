@@ -10,7 +10,7 @@ from gateway.relay.replies import Transcript, renamed
 from gateway.relay.shapes import Manner, Shaping, shaped
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Read:
     """The texts of one choice; None is: the field was never there, or null."""
 
@@ -46,10 +46,12 @@ def read_stream(stream: bytes, manner: Manner) -> list[Read]:
             continue
         for choice in msgspec.json.decode(event[6:])["choices"]:
             assert not (manner.hides_ids and choice.get("token_ids"))
-            read, delta = choices.setdefault(choice["index"], Read()), choice["delta"]
-            read.reasoning = _longer(read.reasoning, delta.get("reasoning"))
-            read.content = _longer(read.content, delta.get("content"))
-            read.mirrored = _longer(read.mirrored, delta.get("reasoning_content"))
+            read, delta = choices.get(choice["index"], Read()), choice["delta"]
+            choices[choice["index"]] = Read(
+                _longer(read.reasoning, delta.get("reasoning")),
+                _longer(read.content, delta.get("content")),
+                _longer(read.mirrored, delta.get("reasoning_content")),
+            )
     return [choices[index] for index in sorted(choices)]
 
 

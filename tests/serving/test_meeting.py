@@ -1,6 +1,7 @@
 """Supervisors and gateways meet in the state database: each side with connections and a registry of its own."""
 
 import asyncio
+import logging
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -241,6 +242,7 @@ async def test_a_locked_database(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 @pytest.mark.parametrize("how", ["stopped", "frozen"])
 async def test_postgresql_is_away(postgresql: PostgreSQL, caplog: pytest.LogCaptureFixture, how: str) -> None:
     """Refusing or hanging, it changes nothing; what happened meanwhile is known when it is back."""
+    caplog.set_level(logging.INFO)
     state = postgresql.new_database()
     async with running_fake() as living, supervisor(state) as publisher, gateway(state, silent_seconds=1) as registry:
         replica = Replica("int4-1", "int4", "int4", living.url, "m1")
