@@ -6,13 +6,14 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from gateway.in_force import InForce
 from gateway.metrics import Metrics
 from gateway.routing.catalog import Catalog
 from serving.registry import Registry
 from serving.replica import State
 
 
-def admin_app(catalog: Catalog, registry: Registry, metrics: Metrics) -> FastAPI:
+def admin_app(in_force: InForce, registry: Registry, metrics: Metrics) -> FastAPI:
     """Build the app of the admin port."""
     app = FastAPI(title="quantgate admin", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -24,7 +25,7 @@ def admin_app(catalog: Catalog, registry: Registry, metrics: Metrics) -> FastAPI
     @app.get("/readyz")
     async def readyz() -> JSONResponse:
         """200 if any alias can be answered, else 503; tells for each alias which variants are ready."""
-        aliases = ready_variants(catalog, registry)
+        aliases = ready_variants(in_force.catalog, registry)
         return JSONResponse({"aliases": aliases}, 200 if any(aliases.values()) else 503)
 
     @app.get("/admin/replicas")

@@ -1,47 +1,33 @@
 """The composition root: builds every object of the gateway and hands it on. Start reading here."""
 
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
 
-from config.schema import GatewaySettings, Settings
-from config.variant import Variant
+from config.schema import GatewaySettings
 from gateway.admin import admin_app
 from gateway.api.endpoint import InferenceEndpoint
 from gateway.api.routes import client_app
-from gateway.keys import Keys, read_keys
+from gateway.deployment import Deployment, read_deployment
+from gateway.fleet import FollowedFleet, OwnFleet, Take
+from gateway.in_force import InForce
 from gateway.listener import address_of, bind, listen
 from gateway.metrics import FleetCollector, Metrics
 from gateway.relay.exchange import Relay
 from gateway.relay.pool import Pool
 from gateway.routing.catalog import Catalog
-from serving.app import Wanted, others_replicas, own_replicas, read_wanted, sole_owner
+from serving.app import others_replicas, own_replicas, sole_owner
 from serving.command import Machine
 from serving.probe import Probe
 from serving.registry import Registry
+from serving.reload import Reload
 from serving.replica import foreign_replicas
 from serving.watch import Watch
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Deployment:
-    """A configuration with everything that it refers to, read; `folder` is where it lies."""
-
-    settings: Settings
-    variants: Mapping[str, Variant]
-    keys: Keys
-    state: str | None = None  # where the state database is; None: neither told nor asked
-    folder: Path = Path()
-
-    @property
-    def wanted(self) -> Wanted:
-        """What serving needs to know of it."""
-        return Wanted(self.settings, self.variants, self.state, self.folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +39,21 @@ class Addresses:
 
 
 @dataclass(frozen=True, slots=True)
+class Gateway:
+    """A gateway that runs: where it listens, and what a reload changes."""
+
+    addresses: Addresses
+    in_force: InForce
+    relay: Relay
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
 class Ports:
     """Sockets that listen; connections wait in them until the server is there."""
 
     client: socket
     admin: socket
-
-
-def read_deployment(path: Path) -> Deployment:
-    """Read a configuration file, the manifests and the keys it names; ConfigError if anything is wrong."""
-    wanted = read_wanted(path)
-    named = wanted.settings.gateway.keys
-    keys = read_keys(path.parent / named) if named else Keys()
-    return Deployment(wanted.settings, wanted.variants, keys, wanted.state, wanted.folder)
 
 
 @contextmanager
@@ -76,54 +64,94 @@ def ports(settings: GatewaySettings) -> Iterator[Ports]:
 
 
 @asynccontextmanager
-async def gateway(deployment: Deployment, registry: Registry, taken: Ports) -> AsyncIterator[Addresses]:
+async def gateway(deployment: Deployment, registry: Registry, taken: Ports) -> AsyncIterator[Gateway]:
     """Serve clients and operators; when the block ends, running requests finish first."""
-    settings = deployment.settings.gateway
-    catalog = Catalog(deployment.settings.aliases, deployment.variants)
-    metrics = Metrics()
-    metrics.registry.register(FleetCollector(registry, tuple(deployment.variants.values())))
+    in_force, metrics = in_force_for(deployment), Metrics()
+    metrics.registry.register(FleetCollector(registry, in_force.variants))
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(Pool())
-        relay = Relay(registry, pool, settings.limits.queue_seconds)
+        relay = Relay(registry, pool, in_force.limits.queue_seconds)
 
         def endpoint(name: str) -> InferenceEndpoint:
-            return InferenceEndpoint(name, catalog, relay, metrics, settings.limits, deployment.keys)
+            return InferenceEndpoint(name, in_force, relay, metrics)
 
-        clients = client_app(catalog, registry, deployment.keys, endpoint)
-        await stack.enter_async_context(listen(admin_app(catalog, registry, metrics), taken.admin))
+        clients = client_app(in_force, registry, endpoint)
+        await stack.enter_async_context(listen(admin_app(in_force, registry, metrics), taken.admin))
         await stack.enter_async_context(listen(clients, taken.client))
         addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
-        yield addresses
+        yield Gateway(addresses, in_force, relay, metrics)
+
+
+def in_force_for(deployment: Deployment) -> InForce:
+    """What requests go by under a configuration."""
+    catalog = Catalog(deployment.settings.aliases, deployment.variants)
+    return InForce(catalog, deployment.keys, deployment.settings.gateway.limits)
 
 
 @asynccontextmanager
-async def gateway_alone(deployment: Deployment) -> AsyncIterator[Addresses]:
-    """The gateway in front of replicas that run elsewhere: told by the configuration, or by the state database."""
+async def gateway_alone(deployment: Deployment, path: Path | None = None) -> AsyncIterator[Addresses]:
+    """The gateway in front of replicas that run elsewhere: told by the configuration, or by the state database.
+
+    With a path, that file is followed.
+    """
     registry = Registry()
     foreign = foreign_replicas(deployment.settings.replicas, dict(deployment.variants))
     with ports(deployment.settings.gateway) as taken:
         async with (
             Probe() as probe,
-            Watch(foreign, registry, probe),
-            others_replicas(deployment.wanted, registry, probe),
-            gateway(deployment, registry, taken) as addresses,
+            Watch(foreign, registry, probe) as watch,
+            others_replicas(deployment.wanted, registry, probe) as follower,
+            gateway(deployment, registry, taken) as served,
+            following(path, served, FollowedFleet(watch, follower, registry, served.in_force).take),
         ):
-            yield addresses
+            yield served.addresses
 
 
 @asynccontextmanager
 async def everything(
-    deployment: Deployment, machine: Machine, registry: Registry, home: Path
+    deployment: Deployment, machine: Machine, registry: Registry, home: Path, path: Path | None = None
 ) -> AsyncIterator[Addresses]:
-    """Gateway and replicas on one machine; requests end before their replicas do."""
+    """Gateway and replicas on one machine; requests end before their replicas do.
+
+    With a path, that file is followed.
+    """
     foreign = foreign_replicas(deployment.settings.replicas, dict(deployment.variants))
     wanted = deployment.wanted
     with sole_owner(wanted, home) as owner, ports(deployment.settings.gateway) as taken:
         async with (
             Probe() as probe,
-            own_replicas(wanted, machine, registry, probe, home, owner),
-            Watch(foreign, registry, probe),
-            gateway(deployment, registry, taken) as addresses,
+            own_replicas(wanted, machine, registry, probe, home, owner) as own,
+            Watch(foreign, registry, probe) as watch,
+            gateway(deployment, registry, taken) as served,
+            following(path, served, OwnFleet(watch, own).take),
         ):
-            yield addresses
+            yield served.addresses
+
+
+@asynccontextmanager
+async def following(path: Path | None, served: Gateway, take: Take) -> AsyncIterator[None]:
+    """Take a configuration file over whenever it changes; None: it can't."""
+    if path is None:
+        yield
+        return
+    first = read_deployment(path)
+
+    def files() -> list[Path]:
+        keys = first.settings.gateway.keys
+        return [path, path.parent / keys] if keys else [path]
+
+    async def apply() -> None:
+        deployment = read_deployment(path)
+        for option in ("listen", "admin", "state", "keys"):
+            if getattr(deployment.settings.gateway, option) != getattr(first.settings.gateway, option):
+                log.warning("gateway.%s takes effect at the next start", option)
+
+        def swap() -> None:
+            served.in_force.take(in_force_for(deployment))
+            served.relay.queue_seconds = deployment.settings.gateway.limits.queue_seconds
+
+        await take(deployment, swap)
+
+    async with Reload(files, apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()):
+        yield

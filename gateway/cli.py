@@ -12,7 +12,8 @@ import yaml
 from config.errors import ConfigError
 from config.load import home_directory, load_settings, process_environment
 from config.schema import Settings
-from gateway.app import Addresses, everything, gateway_alone, read_deployment
+from gateway.app import Addresses, everything, gateway_alone
+from gateway.deployment import read_deployment
 from gateway.keys import create_key
 from serving.foreground import USAGE, run_until_signal
 from serving.machine import this_machine
@@ -28,7 +29,7 @@ def gateway_main(arguments: list[str]) -> int:
         "gateway", "Serve clients from replicas that run elsewhere: those with a url, and those of `quantgate serve`."
     )
     config = _config_argument(parser, arguments)
-    return run_until_signal(lambda: gateway_alone(read_deployment(config)))
+    return run_until_signal(lambda: gateway_alone(read_deployment(config), config))
 
 
 def up_main(arguments: list[str]) -> int:
@@ -38,7 +39,7 @@ def up_main(arguments: list[str]) -> int:
     home, environment = home_directory(), process_environment()
 
     def start() -> AbstractAsyncContextManager[Addresses]:
-        return everything(read_deployment(config), this_machine(home, environment), Registry(), home)
+        return everything(read_deployment(config), this_machine(home, environment), Registry(), home, config)
 
     return run_until_signal(start)
 

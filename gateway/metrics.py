@@ -1,7 +1,7 @@
 """Every Prometheus instrument of the gateway, over a registry of its own; labels come from the configuration only."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -40,6 +40,7 @@ class Metrics:
     in_flight: Gauge = field(init=False)
     retries: Counter = field(init=False)
     floor_rejections: Counter = field(init=False)
+    reloads: Counter = field(init=False)
 
     def __post_init__(self) -> None:
         served = ("alias", "variant", "precision")
@@ -64,6 +65,8 @@ class Metrics:
             "overhead", "Own time from a request to its being sent on, waiting left out.", (), OVERHEAD_SECONDS
         )
 
+        self.reloads = self._counter("config_reloads", "Configurations taken over, refused or failed.", ("outcome",))
+
     def exposition(self) -> bytes:
         """Everything in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -80,7 +83,7 @@ class FleetCollector(Collector):
     """Replicas and variants as they are when scraped; nothing is kept twice."""
 
     replicas: Registry
-    variants: tuple[Variant, ...]
+    variants: Callable[[], Iterable[Variant]]
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield state and load of every replica, and the quality of every variant."""
@@ -105,7 +108,7 @@ class FleetCollector(Collector):
         quality = GaugeMetricFamily(
             "quantgate_variant_quality", text, labels=["variant", "precision", "measure", "source"]
         )
-        for variant in self.variants:
+        for variant in self.variants():
             for measure in ("kl_mean", "top1_agreement", "perplexity_ratio"):
                 value = getattr(variant.quality, measure)
                 if value is not None:

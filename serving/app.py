@@ -1,8 +1,9 @@
 """Puts together what runs replicas, and what follows those of other processes."""
 
+import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,19 +15,23 @@ from config.variant import Variant, read_variants
 from serving.backoff import Backoff
 from serving.command import Machine
 from serving.cores import share_cores
+from serving.engine_version import version_warning
 from serving.errors import LaunchRefused
 from serving.follower import Follower
 from serving.link import Link
 from serving.lock import sole_supervisor
-from serving.machine import installed_engine
+from serving.machine import engine_distribution, installed_engine, installed_version
 from serving.notebook import Notebook
 from serving.probe import Probe
 from serving.publisher import Publisher
 from serving.registry import Registry
+from serving.reload import Reload
 from serving.replica import Launch, foreign_replicas, own_keys, plan_launches
 from serving.state import Owner, StateDatabase, state_url
 from serving.supervisor import Supervisor
 from serving.templates.plan import with_thinking
+
+log = logging.getLogger(__name__)
 
 # Two that load on few cores take longer than one after the other; a GPU's load waits for its disk.
 PARALLEL_STARTS: Mapping[Engine, int] = {"cpu": 1, "cuda": 2}
@@ -58,13 +63,23 @@ def read_wanted(path: Path) -> Wanted:
 
 
 @asynccontextmanager
-async def replicas_alone(wanted: Wanted, machine: Machine, registry: Registry, home: Path) -> AsyncIterator[None]:
-    """Run this machine's replicas for gateways in other processes."""
+async def replicas_alone(
+    wanted: Wanted, machine: Machine, registry: Registry, home: Path, path: Path | None = None
+) -> AsyncIterator[None]:
+    """Run this machine's replicas for gateways in other processes; with a path, that file is followed."""
     if not wanted.has_own_replicas:
         raise LaunchRefused("the configuration has no replica to run here; one without url is ours to run")
     with sole_owner(wanted, home) as owner:
-        async with Probe() as probe, own_replicas(wanted, machine, registry, probe, home, owner):
-            yield
+        async with Probe() as probe, own_replicas(wanted, machine, registry, probe, home, owner) as own:
+            if path is None:
+                yield
+                return
+
+            async def apply() -> None:
+                await own.update(read_wanted(path))
+
+            async with Reload(lambda: [path], apply):
+                yield
 
 
 @contextmanager
@@ -77,17 +92,18 @@ def sole_owner(wanted: Wanted, home: Path) -> Iterator[Owner]:
 @asynccontextmanager
 async def own_replicas(
     wanted: Wanted, machine: Machine, registry: Registry, probe: Probe, home: Path, owner: Owner
-) -> AsyncIterator[None]:
+) -> AsyncIterator["OwnReplicas"]:
     """Start what is to run on this machine and tell the state database; without any, nothing is touched."""
     if not wanted.has_own_replicas:
-        yield
+        yield OwnReplicas(machine)
         return
-    replicas, variants = wanted.settings.replicas, dict(wanted.variants)
     engine, serving = installed_engine(), wanted.settings.serving
+    warning = version_warning(installed_version(engine_distribution() or "") or "")
+    if warning:
+        log.warning("%s", warning)
     notebook = Notebook(home / "running")
-    foreign = frozenset(replica.id for replica in foreign_replicas(replicas, variants))
     async with (
-        told(wanted.state, owner, registry, foreign, notebook) as rotation,
+        told(wanted.state, owner, registry, foreign_ids(wanted), notebook) as publisher,
         Supervisor(
             planned_launches(wanted, machine, engine),
             registry,
@@ -98,10 +114,36 @@ async def own_replicas(
             parallel_starts=serving.parallel_starts or PARALLEL_STARTS[engine],
             backoff=Backoff(start_failures=serving.start_attempts),
             logs=serving.logs,
-            rotation=rotation,
-        ),
+            rotation=publisher,
+        ) as supervisor,
     ):
-        yield
+        yield OwnReplicas(machine, engine, supervisor, publisher)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnReplicas:
+    """What runs the replicas of this machine, and tells of them; no supervisor where the configuration has none."""
+
+    machine: Machine
+    engine: Engine = "cpu"
+    supervisor: Supervisor | None = None
+    publisher: Publisher | None = None
+
+    async def update(self, wanted: Wanted, ready: Callable[[], None] = lambda: None) -> None:
+        """Go over to what is wanted now; see `Supervisor.update`."""
+        if self.supervisor is None:
+            if wanted.has_own_replicas:
+                raise LaunchRefused("there were no replicas to run here when we started; start again to run some")
+            ready()
+            return
+        if self.publisher is not None:
+            self.publisher.foreign |= foreign_ids(wanted)
+        await self.supervisor.update(planned_launches(wanted, self.machine, self.engine), ready)
+
+
+def foreign_ids(wanted: Wanted) -> frozenset[str]:
+    """The ids of the replicas that somebody else runs."""
+    return frozenset(each.id for each in foreign_replicas(wanted.settings.replicas, dict(wanted.variants)))
 
 
 def planned_launches(wanted: Wanted, machine: Machine, engine: Engine) -> tuple[Launch, ...]:
@@ -125,12 +167,12 @@ async def told(
 
 
 @asynccontextmanager
-async def others_replicas(wanted: Wanted, registry: Registry, probe: Probe) -> AsyncIterator[None]:
+async def others_replicas(wanted: Wanted, registry: Registry, probe: Probe) -> AsyncIterator[Follower | None]:
     """Follow what other processes run, if the configuration has such replicas, or says where they are told of."""
     settings = wanted.settings
     if wanted.state is None or not (wanted.has_own_replicas or "state" in settings.gateway.model_fields_set):
-        yield
+        yield None
         return
     link = Link(StateDatabase.at(wanted.state))
-    async with Follower(link, registry, probe, frozenset(wanted.variants), own_keys(settings.replicas)):
-        yield
+    async with Follower(link, registry, probe, frozenset(wanted.variants), own_keys(settings.replicas)) as follower:
+        yield follower

@@ -35,7 +35,7 @@ def serve_main(arguments: list[str]) -> int:
     home, environment = home_directory(), process_environment()
 
     def start() -> AbstractAsyncContextManager[None]:
-        return replicas_alone(read_wanted(config), this_machine(home, environment), Registry(), home)
+        return replicas_alone(read_wanted(config), this_machine(home, environment), Registry(), home, config)
 
     return run_until_signal(start)
 

@@ -84,6 +84,11 @@ class Follower:
                 log.warning("%s", away)
         self.link.close()
 
+    def admit(self, variants: frozenset[str], keys: Mapping[str, str]) -> None:
+        """Follow replicas of other variants from the next look on, with other keys."""
+        self.variants, self.keys = variants, keys
+        self._pulse = None
+
     async def _follow(self) -> None:
         pause = POLL_SECONDS
         while True:

@@ -6,6 +6,7 @@ of the session, and a look whether they are gone.
 """
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -184,10 +185,21 @@ def root_cause(log: str) -> str:
 
     The API server's last error only says that the engine failed; the cause is the last error before that one.
     """
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lines = [_message(line.strip()) for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if "Error: " in line and "Engine core initialization failed" not in line]
     chosen = errors[-1] if errors else (lines[-1] if lines else "it printed nothing")
     return LOG_PREFIX.sub("", chosen)[:400]
+
+
+def _message(line: str) -> str:
+    """What a line says, also where the log is JSON."""
+    if not line.startswith("{"):
+        return line
+    try:
+        told = json.loads(line)["message"]
+    except (ValueError, LookupError):
+        return line
+    return told if isinstance(told, str) else line
 
 
 @dataclass(frozen=True, slots=True)

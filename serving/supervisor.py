@@ -25,9 +25,8 @@ from serving.life import (
     started,
 )
 from serving.log_file import LogFile
-from serving.machine import port_is_free
 from serving.notebook import Note, Notebook
-from serving.preflight import refuse_hopeless
+from serving.preflight import refuse_fleet, refuse_hopeless
 from serving.probe import Activity, Probe
 from serving.process import Adopted, Child
 from serving.registry import Registry
@@ -84,9 +83,7 @@ class Supervisor:
         for launch in self.launches:
             refuse_hopeless(launch)
         found = await self._take_stock()
-        for launch in self.launches:
-            if launch.replica_id not in found:
-                _refuse_busy_port(launch)
+        refuse_fleet([launch for launch in self.launches if launch.replica_id not in found])
         for launch in self.launches:
             note = found.get(launch.replica_id)
             self._begin(replace(launch, replica_id=note.replica) if note else launch, note)
@@ -102,17 +99,24 @@ class Supervisor:
             await asyncio.gather(self._housekeeping, return_exceptions=True)
         await asyncio.gather(*(self._retire(replica_id) for replica_id in tuple(self._kept)))
 
-    async def update(self, wanted: tuple[Launch, ...]) -> None:
+    async def update(self, wanted: tuple[Launch, ...], ready: Callable[[], None] = lambda: None) -> None:
         """Go over to other launches, one replica at a time, each replaced before it is retired where there is room.
 
-        LaunchRefused: nothing was touched. UpdateFailed: what was not replaced yet goes on as it was.
+        `ready` is called when all that is wanted is there, before what isn't any more goes; earlier only where there is
+        no room. LaunchRefused: nothing was touched. UpdateFailed: what was not replaced yet goes on as it was.
         """
         async with self._updating:
             for launch in wanted:
                 refuse_hopeless(launch)
+            told = False
             while step := next_step(self._current(), wanted):
+                if isinstance(step, Retire) and not told:
+                    ready()
+                    told = True
                 await self._take(step)
             self.launches = wanted
+            if not told:
+                ready()
 
     async def _take_stock(self) -> dict[str, Note]:
         """Look at what a dead supervisor left: notes to adopt, by slot; whatever isn't wanted as it is, is ended."""
@@ -141,17 +145,19 @@ class Supervisor:
         ]
 
     async def _take(self, step: Step) -> None:
+        crowd = _no_room(step.launch) if isinstance(step, Replace) and step.surge else None
         match step:
             case Start(launch):
                 await self._come(launch)
             case Retire(replica_id):
                 await self._leave(replica_id)
-            case Replace(replica_id, launch, surge=True):
+            case Replace(replica_id, launch, surge=True) if crowd is None:
                 log.info("replica %s is replaced: its successor gets ready first", replica_id)
                 await self._come(replace(launch, replica_id=successor_id(replica_id)))
                 await self._leave(replica_id)
             case Replace(replica_id, launch):
-                log.info("replica %s is replaced: there is no room for two, so it goes first", replica_id)
+                why = f": {crowd}" if crowd else ""
+                log.info("replica %s is replaced: there is no room for two, so it goes first%s", replica_id, why)
                 await self._leave(replica_id)
                 await self._come(replace(launch, replica_id=replica_id))
 
@@ -273,9 +279,13 @@ class Supervisor:
                     log.warning("the log of %s can't be set aside: %s", replica_id, error)
 
 
-def _refuse_busy_port(launch: Launch) -> None:
-    if launch.port is not None and not port_is_free(launch.port):
-        raise LaunchRefused(f"{launch.replica_id}: port {launch.port} is in use; stop its owner or choose another")
+def _no_room(launch: Launch) -> str | None:
+    """Say why a launch can't run beside what runs already."""
+    try:
+        refuse_fleet([launch])
+    except LaunchRefused as refused:
+        return str(refused)
+    return None
 
 
 async def _first(*waits: Coroutine[Any, Any, str]) -> str:

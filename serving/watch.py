@@ -23,22 +23,42 @@ class Watch:
     registry: Registry
     probe: Probe
     every_seconds: float = 1.0
-    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
 
     async def __aenter__(self) -> Self:
         """Begin to poll every replica; none is ready before it has answered."""
-        for replica in self.replicas:
-            self.registry.put(replica, State.STARTING, "not reached yet")
-            self._tasks.append(asyncio.create_task(self._follow(replica), name=f"watch {replica.id}"))
+        self.add(self.replicas)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop polling."""
-        for task in self._tasks:
+        for task in self._tasks.values():
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    def add(self, replicas: tuple[Replica, ...]) -> None:
+        """Begin to poll those that are new, or at another address."""
+        known = {replica.id: replica for replica in self.replicas if replica.id in self._tasks}
+        for replica in replicas:
+            if known.get(replica.id) == replica:
+                continue
+            if old := self._tasks.pop(replica.id, None):
+                old.cancel()
+            self.registry.put(replica, State.STARTING, "not reached yet")
+            self._tasks[replica.id] = asyncio.create_task(self._follow(replica), name=f"watch {replica.id}")
+        kept = tuple(each for each in self.replicas if each.id not in {replica.id for replica in replicas})
+        self.replicas = kept + replicas
+
+    def keep_only(self, replicas: tuple[Replica, ...]) -> None:
+        """Forget all others."""
+        wanted = {replica.id for replica in replicas}
+        for replica in self.replicas:
+            if replica.id not in wanted:
+                self._tasks.pop(replica.id).cancel()
+                self.registry.remove(replica.id)
+        self.replicas = replicas
 
     async def _follow(self, replica: Replica) -> None:
         while True:

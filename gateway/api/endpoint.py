@@ -7,14 +7,12 @@ from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from config.schema import LimitSettings
 from gateway.api.inference import parse_inference
 from gateway.errors import BodyTooLarge, FloorUnmet, GatewayError, RequestError
-from gateway.keys import Keys
+from gateway.in_force import InForce
 from gateway.metrics import Metrics
 from gateway.relay.accounting import CLIENT_LEFT, Account
 from gateway.relay.exchange import Relay, Send, refuse
-from gateway.routing.catalog import Catalog
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -31,11 +29,9 @@ class InferenceEndpoint:
     """Reads a request, finds who may answer, and relays the answer."""
 
     name: str
-    catalog: Catalog
+    in_force: InForce
     relay: Relay
     metrics: Metrics
-    limits: LimitSettings
-    keys: Keys
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
@@ -51,11 +47,12 @@ class InferenceEndpoint:
                 await refuse(send, account, error)
 
     async def _answer(self, headers: dict[str, str], account: Account, receive: Receive, send: Send) -> None:
-        self.keys.authenticate(headers)
-        body = await read_body(headers, receive, self.limits.body_bytes)
+        self.in_force.keys.authenticate(headers)
+        limits = self.in_force.limits
+        body = await read_body(headers, receive, limits.body_bytes)
         account.read()
-        inference = parse_inference(self.name, body, headers, self.limits)
-        target = self.catalog.resolve(inference.model)
+        inference = parse_inference(self.name, body, headers, limits)
+        target = self.in_force.catalog.resolve(inference.model)
         account.alias = target.name
         await unless_client_leaves(self.relay.answer(inference, target, account, send), receive)
 

@@ -11,7 +11,7 @@ from starlette.routing import Route
 
 from gateway.api.endpoint import InferenceEndpoint, request_id
 from gateway.errors import GatewayError, RequestError
-from gateway.keys import Keys
+from gateway.in_force import InForce
 from gateway.relay.exchange import PATHS
 from gateway.routing.catalog import Catalog
 from serving.registry import Registry
@@ -19,9 +19,7 @@ from serving.registry import Registry
 JSON = "application/json"
 
 
-def client_app(
-    catalog: Catalog, registry: Registry, keys: Keys, endpoint: Callable[[str], InferenceEndpoint]
-) -> FastAPI:
+def client_app(in_force: InForce, registry: Registry, endpoint: Callable[[str], InferenceEndpoint]) -> FastAPI:
     """Build the app that clients talk to; `endpoint` makes the app of one inference endpoint."""
     app = FastAPI(title="quantgate", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     for name, path in PATHS.items():
@@ -31,14 +29,16 @@ def client_app(
     @app.get("/v1/models")
     async def list_models(request: Request) -> Response:
         """Aliases first, then the variants that a client may pin."""
-        keys.authenticate(request.headers)
+        in_force.keys.authenticate(request.headers)
+        catalog = in_force.catalog
         models = [_model(name, catalog, registry, created) for name in catalog.names()]
         return _answer(request, {"object": "list", "data": models})
 
     @app.get("/v1/models/{model:path}")
     async def show_model(model: str, request: Request) -> Response:
         """One of them."""
-        keys.authenticate(request.headers)
+        in_force.keys.authenticate(request.headers)
+        catalog = in_force.catalog
         return _answer(request, _model(catalog.resolve(model).name, catalog, registry, created))
 
     app.add_exception_handler(GatewayError, _refused)

@@ -19,9 +19,10 @@ from rich.console import Console
 from config.errors import ConfigError
 from config.load import home_directory, process_environment
 from config.schema import GatewaySettings
-from gateway.app import Addresses, Deployment, everything, ports, read_deployment
+from gateway.app import Addresses, everything, ports
 from gateway.demo.errands import ErrandFailed, run_errand
 from gateway.demo.report import Answer, show_answer, show_headers, show_variants
+from gateway.deployment import Deployment, read_deployment
 from serving.errors import LaunchRefused, LockHeld, ServingError
 from serving.foreground import LOCKED, USAGE, stop_signal
 from serving.machine import installed_engine, this_machine

@@ -12,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from config.schema import Settings
 from config.variant import read_variants
-from gateway.app import Addresses, Deployment, gateway, ports
+from gateway.app import Addresses, gateway, ports
+from gateway.deployment import Deployment
 from gateway.keys import Keys
 from serving.registry import Registry
 from serving.replica import Replica, State
@@ -116,8 +117,8 @@ async def running_gateway(deployed: Deployment, registry: Registry | None = None
     """A gateway on ports of its own."""
     registry = registry or Registry()
     with ports(deployed.settings.gateway) as taken:
-        async with gateway(deployed, registry, taken) as addresses, clients(addresses) as (client, admin):
-            yield Fleet(addresses, registry, client, admin)
+        async with gateway(deployed, registry, taken) as served, clients(served.addresses) as (client, admin):
+            yield Fleet(served.addresses, registry, client, admin)
 
 
 @asynccontextmanager

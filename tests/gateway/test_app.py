@@ -6,7 +6,8 @@ import pytest
 
 from config.schema import Settings
 from config.variant import read_variants
-from gateway.app import Deployment, everything, read_deployment
+from gateway.app import everything
+from gateway.deployment import Deployment, read_deployment
 from gateway.keys import Keys, create_key
 from serving.registry import Registry
 from tests.fakes.running import group_members

@@ -27,6 +27,7 @@ FAMILIES = {
     "quantgate_replica_state_seconds": "gauge",
     "quantgate_replica_in_flight": "gauge",
     "quantgate_variant_quality": "gauge",
+    "quantgate_config_reloads": "counter",
 }
 
 
@@ -106,7 +107,7 @@ async def test_the_fleet_as_it_is_now() -> None:
         Variant("hi", "bf16", QualityMeasures("parent", 0.0, 1.0, 1.0)),
         Variant("odd", "fp8", QualityMeasures("declared", kl_mean=0.02)),
     )
-    metrics.registry.register(FleetCollector(registry, variants))
+    metrics.registry.register(FleetCollector(registry, lambda: variants))
     registry.put(Replica("hi-1", "hi", "bf16", "http://x", "m1"), State.WARMING)
 
     def value(name: str, **labels: str) -> float | None:

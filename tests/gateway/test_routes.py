@@ -6,9 +6,11 @@ from contextlib import asynccontextmanager
 import httpx
 import pytest
 
+from config.schema import LimitSettings
 from config.variant import Variant
 from gateway.api.endpoint import InferenceEndpoint, Message, request_id
 from gateway.api.routes import client_app
+from gateway.in_force import InForce
 from gateway.keys import Keys
 from gateway.listener import address_of, bind, listen
 from gateway.routing.catalog import Catalog
@@ -120,7 +122,7 @@ class Broken(InferenceEndpoint):
 async def broken_app() -> AsyncIterator[httpx.AsyncClient]:
     """A client of an app whose endpoints are defective."""
     variants: dict[str, Variant] = {}
-    app = client_app(Catalog({}, variants), Registry(), Keys(), lambda _: Broken())
+    app = client_app(InForce(Catalog({}, variants), Keys(), LimitSettings()), Registry(), lambda _: Broken())
     with bind("127.0.0.1:0", "test") as taken:
         async with (
             listen(app, taken),

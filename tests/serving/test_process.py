@@ -104,6 +104,10 @@ def test_a_process_that_is_gone_has_no_facts() -> None:
             "(APIServer pid=1) RuntimeError: Engine core initialization failed. See root cause above.\n",
             "ValueError: Marlin does not support it",
         ),
+        (
+            '{"level": "ERROR", "message": "ValueError: no kernel"}\n{"level": "INFO", "message": "bye"}\n{"half',
+            "ValueError: no kernel",
+        ),
         ("OSError: [Errno 98] Address already in use\n", "OSError: [Errno 98] Address already in use"),
     ],
 )

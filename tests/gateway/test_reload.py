@@ -1,0 +1,189 @@
+"""A changed configuration is taken over while requests flow."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from config.schema import AliasSettings
+from gateway.app import everything, gateway_alone
+from gateway.deployment import read_deployment
+from gateway.in_force import lost_aliases
+from gateway.routing.catalog import Catalog
+from serving.registry import Registry
+from serving.replica import State
+from tests.fakes.running import eventually, running_fake
+from tests.gateway.fleet import HELLO, clients
+from tests.serving.supervised import fake_machine, model_directory, noted_sessions
+
+REQUESTS = 200
+AT_ONCE = 8
+
+
+def write(folder: Path, replicas: list[dict[str, Any]], ladder: list[str], **gateway: Any) -> Path:
+    """Write a configuration as an editor does: another file in its place."""
+    names = ("old", "new")
+    document = {
+        "gateway": {
+            "listen": "127.0.0.1:0",
+            "admin": "127.0.0.1:0",
+            "state": f"sqlite:///{folder}/state.db",
+            **gateway,
+        },
+        "variants": {name: {"path": str(model_directory(folder / name))} for name in names},
+        "replicas": [{"drain_seconds": 10, **replica} for replica in replicas],
+        "aliases": {"smol": {"ladder": ladder}},
+    }
+    path, draft = folder / "quantgate.yaml", folder / "draft"
+    draft.write_text(yaml.safe_dump(document))
+    draft.replace(path)
+    return path
+
+
+@asynccontextmanager
+async def running(folder: Path, path: Path) -> AsyncIterator[tuple[Registry, httpx.AsyncClient, httpx.AsyncClient]]:
+    """`quantgate up` on fakes."""
+    registry = Registry()
+    async with (
+        everything(read_deployment(path), fake_machine(folder), registry, folder, path) as addresses,
+        clients(addresses) as (client, admin),
+    ):
+        yield registry, client, admin
+
+
+@dataclass(slots=True)
+class Load:
+    """Clients that ask without a pause, streaming and not; what came of it, by replica."""
+
+    client: httpx.AsyncClient
+    answers: dict[str, int] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+    enough: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> None:
+        """Ask until told that it is enough."""
+        await asyncio.gather(*(self._ask(number) for number in range(AT_ONCE)))
+
+    async def _ask(self, number: int) -> None:
+        while not self.enough.is_set():
+            stream = bool(number % 2)
+            answer = await self.client.post("/v1/chat/completions", json={**HELLO, "stream": stream})
+            whole = answer.status_code == 200 and (not stream or answer.text.endswith("data: [DONE]\n\n"))
+            if not whole or '"error"' in answer.text:
+                self.broken.append(answer.text)
+            replica = answer.headers.get("x-quantgate-replica", "none")
+            self.answers[replica] = self.answers.get(replica, 0) + 1
+
+
+def ready(registry: Registry) -> set[str]:
+    """Who answers now."""
+    return {each.replica.id for each in registry.snapshot() if each.state is State.READY}
+
+
+async def test_rolling_replacement_breaks_no_request(tmp_path: Path) -> None:
+    """Two replicas get another setting, one after the other, under steady load: not one request fails."""
+    old = {"variant": "old", "count": 2, "args": ["--fake-tokens-per-second", "200"]}
+    path = write(tmp_path, [old], ["old"])
+    async with running(tmp_path, path) as (registry, client, _):
+        await eventually(lambda: ready(registry) == {"old-1", "old-2"})
+        load = Load(client)
+        asking = asyncio.create_task(load.run())
+        await eventually(lambda: sum(load.answers.values()) > AT_ONCE)
+        write(tmp_path, [{**old, "max_num_seqs": 64}], ["old"])
+        async with asyncio.timeout(60):
+            while not (ready(registry) == {"old-1b", "old-2b"} and sum(load.answers.values()) >= REQUESTS):
+                await registry.changed()
+        load.enough.set()
+        await asking
+        assert load.broken == []
+        assert set(load.answers) == {"old-1", "old-2", "old-1b", "old-2b"}
+        assert len(noted_sessions(tmp_path)) == 2
+    assert noted_sessions(tmp_path) == set()
+
+
+async def test_another_variant_behind_the_alias(tmp_path: Path) -> None:
+    """Requests go by the new ladder when its replica is ready, and by the old one until then; none is lost."""
+    path = write(tmp_path, [{"variant": "old"}], ["old"])
+    async with running(tmp_path, path) as (registry, client, admin):
+        await eventually(lambda: ready(registry) == {"old-1"})
+        load = Load(client)
+        asking = asyncio.create_task(load.run())
+        await eventually(lambda: load.answers)
+        write(tmp_path, [{"variant": "new"}], ["new"])
+        await eventually(lambda: load.answers.get("new-1", 0) > AT_ONCE)
+        load.enough.set()
+        await asking
+        assert load.broken == []
+        await eventually(lambda: ready(registry) == {"new-1"} and len(registry.snapshot()) == 1)
+        assert (await admin.get("/readyz")).json() == {"aliases": {"smol": ["new"]}}
+        assert 'quantgate_config_reloads_total{outcome="applied"} 1.0' in (await admin.get("/metrics")).text
+
+
+async def test_invalid_file_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is refused with its lines, counted, and the one before stays in force; the next good one is taken."""
+    path = write(tmp_path, [{"variant": "old"}], ["old"])
+    async with running(tmp_path, path) as (registry, client, admin):
+        await eventually(lambda: ready(registry) == {"old-1"})
+        path.write_text(path.read_text().replace("ladder", "lader"))
+        await eventually(lambda: "unknown key" in caplog.text)
+        assert (await client.post("/v1/chat/completions", json=HELLO)).status_code == 200
+        assert 'quantgate_config_reloads_total{outcome="refused"} 1.0' in (await admin.get("/metrics")).text
+        write(tmp_path, [{"variant": "old"}], ["old"], limits={"body_bytes": 10})
+        async with asyncio.timeout(10):
+            while (await client.post("/v1/chat/completions", json=HELLO)).status_code != 413:
+                await asyncio.sleep(0.05)
+
+
+async def test_gateway_alone_follows_its_file(tmp_path: Path) -> None:
+    """Foreign replicas come and go with the file; an alias keeps its old ladder until the new one has a replica."""
+    async with running_fake() as first, running_fake() as second:
+        path = write(tmp_path, [{"variant": "old", "url": first.url, "drain_seconds": 120}], ["old"])
+        async with (
+            gateway_alone(read_deployment(path), path) as addresses,
+            clients(addresses) as (client, _),
+        ):
+            await _answered_by(client, "old")
+            load = Load(client)
+            asking = asyncio.create_task(load.run())
+            write(tmp_path, [{"variant": "new", "url": second.url, "drain_seconds": 120}], ["new"])
+            await _answered_by(client, "new")
+            load.enough.set()
+            await asking
+            assert load.broken == []
+
+
+async def _answered_by(client: httpx.AsyncClient, variant: str) -> None:
+    async with asyncio.timeout(10):
+        while True:
+            answer = await client.post("/v1/chat/completions", json=HELLO)
+            if answer.headers.get("x-quantgate-variant") == variant:
+                return
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "before,after,ready_ones,lost",
+    [
+        (["a"], ["b"], {"a"}, ["smol"]),
+        (["a"], ["b"], {"a", "b"}, []),
+        (["a"], ["b", "a"], {"a"}, []),
+        (["a"], ["b"], set(), []),  # there is nothing to lose
+        (["a"], None, {"a"}, []),  # nobody wants it any more
+    ],
+)
+def test_what_a_configuration_would_lose(
+    before: list[str], after: list[str] | None, ready_ones: set[str], lost: list[str]
+) -> None:
+    """An alias that is answered now and would not be afterwards."""
+
+    def catalog(ladder: list[str] | None) -> Catalog:
+        aliases = {} if ladder is None else {"smol": AliasSettings(ladder=tuple(ladder))}
+        return Catalog(aliases, {})
+
+    assert lost_aliases(catalog(before), catalog(after), ready_ones) == lost
