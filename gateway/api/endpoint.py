@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.api.inference import parse_inference
-from gateway.errors import BodyTooLarge, FloorUnmet, GatewayError, RequestError
+from gateway.api.inference import Inference, parse_inference
+from gateway.errors import BodyTooLarge, FloorUnmet, GatewayError, RequestError, Unavailable
 from gateway.in_force import InForce
 from gateway.metrics import Metrics
 from gateway.relay.accounting import CLIENT_LEFT, Account
@@ -52,9 +52,21 @@ class InferenceEndpoint:
         body = await read_body(headers, receive, limits.body_bytes)
         account.read()
         inference = parse_inference(self.name, body, headers, limits)
-        target = self.in_force.catalog.resolve(inference.model)
-        account.alias = target.name
-        await unless_client_leaves(self.relay.answer(inference, target, account, send), receive)
+        await unless_client_leaves(self._relayed(inference, account, send), receive)
+
+    async def _relayed(self, inference: Inference, account: Account, send: Send) -> None:
+        """Relay an answer; once more by another configuration, if the one that it began with lost its replicas."""
+        while True:
+            catalog = self.in_force.catalog
+            target = catalog.resolve(inference.model)
+            account.alias = target.name
+            try:
+                await self.relay.answer(inference, target, account, send)
+            except Unavailable:
+                if account.begun or catalog is self.in_force.catalog:
+                    raise
+            else:
+                return
 
 
 def request_id(scope: Message) -> str:

@@ -154,24 +154,6 @@ def test_stop_leaves_nothing(serving: Running, home: Path) -> None:
     assert noted_sessions(home) == {}
 
 
-def test_next_start_cleans_up_after_kill_9(serving: Running, home: Path, tmp_path: Path) -> None:
-    """A supervisor that was killed leaves vLLM behind; the next start ends it before it starts its own."""
-    assert serving.process.poll() is not None, "the demo must have stopped"
-    config = home / "demo.yaml"
-    killed = start(tmp_path / "killed", home, "up", str(config))
-    until(lambda: len(alive(noted_sessions(home))) >= 3, 120, killed)
-    killed.process.kill()
-    killed.wait(10)
-    orphans = noted_sessions(home)
-    assert alive(orphans)
-    again = start(tmp_path / "again", home, "up", str(config))
-    until(lambda: not alive(orphans), 30, again)
-    until(lambda: noted_sessions(home), 30, again)
-    new = noted_sessions(home)
-    assert again.stop(signal.SIGTERM) == 0
-    assert alive({**orphans, **new}) == []
-
-
 @pytest.mark.parametrize("stage", ["base model ...", "layers", "loading, process"])
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_nothing(
