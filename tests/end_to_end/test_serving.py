@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_every_process_of_a_replica_is_killed_once(up: Up) -> None:
         tracker = b"resource_tracker" in Path(f"/proc/{victim}/cmdline").read_bytes()
         os.kill(victim, signal.SIGKILL)
         if not tracker:  # which only cleans up: nobody misses it while the others live
-            until(lambda gone=session: not session_processes(gone), 60, up.running)
+            until(partial(_gone, session), 60, up.running)
         until(up.all_ready, 120, up.running)
         with openai.OpenAI(base_url=f"{up.addresses[0]}/v1", api_key="EMPTY") as client:
             assert client.completions.create(model="smol-int8", prompt="One, two,", max_tokens=2).choices[0].text
@@ -180,6 +181,10 @@ def test_stopping_drains_and_leaves_nothing(up: Up) -> None:
     assert up.running.wait(90) == 0
     assert alive(sessions) == []
     assert noted_sessions(up.home) == {}
+
+
+def _gone(session: int) -> bool:
+    return not session_processes(session)
 
 
 def _session(up: Up, replica: str) -> int:
