@@ -1,11 +1,18 @@
 """A replica's log: it is cut where it is, since the replica holds it open and outlives whoever would pass lines on."""
 
+import asyncio
+import logging
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from config.schema import LogSettings
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +60,14 @@ class LogFile:
             return self.path.stat().st_size
         except FileNotFoundError:
             return 0
+
+
+async def keep_short(folder: Path, settings: LogSettings, replica_ids: Callable[[], Iterable[str]]) -> None:
+    """Look after the logs of some replicas for ever; copying happens in a thread."""
+    while True:
+        await asyncio.sleep(POLL_SECONDS)
+        for replica_id in replica_ids():
+            try:
+                await asyncio.to_thread(LogFile(folder / f"{replica_id}.log", settings).rotate)
+            except OSError as error:
+                log.warning("the log of %s could not be set aside, it was cut: %s", replica_id, error)

@@ -244,5 +244,5 @@ async def kill_session(session: int) -> int:
     except TimeoutError:
         stuck = ", ".join(map(str, session_processes(session)))
         raise StopFailed(f"processes {stuck} of session {session} don't end, though killed; see dmesg") from None
-    free_segments(segments)
+    await asyncio.to_thread(free_segments, segments)  # it reads of every process of the machine
     return len(killed)

@@ -13,7 +13,8 @@ from typing import Any, Self
 from config.schema import LogSettings
 from serving.backoff import Backoff
 from serving.command import Machine
-from serving.errors import LaunchRefused, NotAdopted, ProbeFailed, ServingError, UpdateFailed
+from serving.errors import LaunchRefused, NotAdopted, ServingError, UpdateFailed
+from serving.hanging import until_it_hangs
 from serving.identity import launch_digest, slot_of, successor_id
 from serving.life import (
     ADOPTION_SECONDS,
@@ -24,22 +25,19 @@ from serving.life import (
     planned,
     started,
 )
-from serving.log_file import LogFile
+from serving.log_file import keep_short
 from serving.notebook import Note, Notebook
 from serving.preflight import refuse_fleet, refuse_hopeless
-from serving.probe import Activity, Probe
+from serving.probe import Probe
 from serving.process import Adopted, Child
 from serving.registry import Registry
 from serving.replica import Launch, Replica, State
 from serving.rolling import Current, Replace, Retire, Start, Step, next_step
 from serving.rotation import Rotation, drained
-from serving.stall import Progress, observe
 
 log = logging.getLogger(__name__)
 
 STEADY_SECONDS = 120.0  # after so long without a crash, the next one counts as the first
-LONGEST_LOOK_SECONDS = 5.0  # between two looks at how an engine gets on
-LOG_POLL_SECONDS = 10.0
 
 
 @dataclass(slots=True)
@@ -87,7 +85,7 @@ class Supervisor:
         for launch in self.launches:
             note = found.get(launch.replica_id)
             self._begin(replace(launch, replica_id=note.replica) if note else launch, note)
-        self._housekeeping = asyncio.create_task(self._rotate_logs(), name="log rotation")
+        self._housekeeping = asyncio.create_task(self._rotation_of_logs(), name="log rotation")
         return self
 
     async def __aexit__(
@@ -107,7 +105,7 @@ class Supervisor:
         """
         async with self._updating:
             for launch in wanted:
-                refuse_hopeless(launch)
+                await asyncio.to_thread(refuse_hopeless, launch)
             told = False
             while step := next_step(self._current(), wanted):
                 if isinstance(step, Retire) and not told:
@@ -145,7 +143,10 @@ class Supervisor:
         ]
 
     async def _take(self, step: Step) -> None:
-        crowd = _no_room(step.launch) if isinstance(step, Replace) and step.surge else None
+        crowd = None
+        if isinstance(step, Replace) and step.surge:
+            # In a thread: the machine is asked, and the gateway may share our loop.
+            crowd = await asyncio.to_thread(_no_room, step.launch)
         match step:
             case Start(launch):
                 await self._come(launch)
@@ -239,44 +240,21 @@ class Supervisor:
 
     async def _until_over(self, launch: Launch, child: Child | Adopted, replica: Replica) -> str:
         """Wait until a replica that was ready ends or hangs, and say which."""
-        ended = await _first(child.wait(), self._hangs(launch, replica))
+        hanging = until_it_hangs(replica, self.probe, launch.settings.hang_seconds, self.clock)
+        ended = await _first(child.wait(), hanging)
         if child.exit_code is None:
             child.patience_seconds = STARTING_PATIENCE_SECONDS
             return f"{ended} (log: {child.log})"
         # Also with code 0: that is how vLLM leaves when its engine died.
         return f"crashed with {ended}: {child.last_words()} (log: {child.log})"
 
-    async def _hangs(self, launch: Launch, replica: Replica) -> str:
-        """Return when a replica has had requests and nothing came of them for too long."""
-        limit_seconds = launch.settings.hang_seconds
-        if not limit_seconds:
-            await asyncio.Event().wait()
-        progress = Progress(self.clock())
-        while True:
-            await asyncio.sleep(min(LONGEST_LOOK_SECONDS, limit_seconds / 4))
-            progress = observe(progress, self.clock(), await self._activity(replica))
-            if self.clock() - progress.at_seconds > limit_seconds:
-                return f"hangs: it has requests, and no token came for {limit_seconds:g} s"
-
-    async def _activity(self, replica: Replica) -> Activity | None:
-        try:
-            return await self.probe.activity(replica)
-        except ProbeFailed:
-            return None
+    async def _rotation_of_logs(self) -> None:
+        await keep_short(self.log_folder, self.logs, lambda: tuple(self._kept))
 
     def _failed(self, launch: Launch, reason: str, pause_seconds: float | None) -> None:
         plan = "given up" if pause_seconds is None else f"next start in {pause_seconds:g} s"
         self.registry.move(launch.replica_id, State.FAILED, f"{reason}; {plan}")
         log.error("replica %s: %s; %s", launch.replica_id, reason, plan)
-
-    async def _rotate_logs(self) -> None:
-        while True:
-            await asyncio.sleep(LOG_POLL_SECONDS)
-            for replica_id in tuple(self._kept):
-                try:
-                    await asyncio.to_thread(LogFile(self.log_folder / f"{replica_id}.log", self.logs).rotate)
-                except OSError as error:
-                    log.warning("the log of %s can't be set aside: %s", replica_id, error)
 
 
 def _no_room(launch: Launch) -> str | None:
