@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.real_vllm, pytest.mark.timeout(1200)]
 ALL_READY_SECONDS = 400
 REQUESTS = 200
 AT_ONCE = 2
+PAUSE_SECONDS = 0.2  # more would only make the successor's start slower, on few cores
 VARIANTS = ("smol-bf16", "smol-int8", "smol-int4")
 
 
@@ -82,7 +83,7 @@ def up(first_run: Running, home: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @dataclass(slots=True)
 class Load:
-    """SDK clients that ask without a pause, in threads of their own."""
+    """SDK clients that ask at a steady pace, in threads of their own."""
 
     address: str
     model: str
@@ -93,7 +94,7 @@ class Load:
     def ask(self) -> None:
         """Ask, streaming and not in turn, until told that it is enough."""
         with openai.OpenAI(base_url=f"{self.address}/v1", api_key="EMPTY", max_retries=0) as client:
-            while not self.enough.is_set():
+            while not self.enough.wait(PAUSE_SECONDS):
                 try:
                     self._once(client, stream=bool(len(self.answered) % 2))
                 except openai.OpenAIError as error:
