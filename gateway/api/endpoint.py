@@ -40,7 +40,7 @@ class InferenceEndpoint:
             try:
                 await self._answer(headers, account, receive, send)
             except ClientLeft:
-                account.code = CLIENT_LEFT
+                account.code = "200" if account.told_all else CLIENT_LEFT
             except GatewayError as error:
                 if isinstance(error, FloorUnmet):
                     self.metrics.floor_rejections.labels(account.alias).inc()

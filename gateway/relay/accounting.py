@@ -46,6 +46,7 @@ class Account:
     usage: Usage | None = None
     queued_seconds: float = 0.0
     begun: bool = False
+    told_all: bool = False
     began_at: float = 0.0
     read_at: float = 0.0
     sent_at: float | None = None

@@ -148,6 +148,9 @@ async def _stream(inference: Inference, manner: Manner, upstream: Connection, ac
                 if not account.begun:
                     await begin(send, account, 200, headers)
                 await send({"type": "http.response.body", "body": body, "more_body": True})
+            if transcript.finished and not transcript.failure:
+                # SDKs hang up as soon as they have read the end.
+                account.told_all = True
         if not transcript.finished and not transcript.failure:
             raise UpstreamDisconnected("a replica ended its stream in the middle")
     except UpstreamError as error:

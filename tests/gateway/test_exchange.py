@@ -512,6 +512,25 @@ async def test_a_client_that_leaves_in_the_middle(fleet: Fleet) -> None:
             await fleet.at_rest()
 
 
+async def test_a_client_that_hangs_up_behind_the_end(fleet: Fleet) -> None:
+    """SDKs leave as soon as they have read [DONE]: that is an answer like any other, and no client that left."""
+
+    async def behaviour(peer: Peer) -> None:
+        await peer.request()
+        await peer.say(stream_head() + chunk(b'data: {"model":"m1","choices":[]}\n\ndata: [DONE]\n\n'))
+        await peer.left()  # the end of the body never comes
+
+    before = await fleet.total("quantgate_requests_total", code="200", variant="hi")
+    async with scripted(behaviour) as replica:
+        with fleet.replicas(("hi", replica.url)):
+            async with fleet.client.stream("POST", CHAT, json=STREAM) as answer:
+                async for line in answer.aiter_lines():
+                    if "[DONE]" in line:
+                        break
+            await fleet.at_rest()
+    assert await fleet.total("quantgate_requests_total", code="200", variant="hi") == before + 1
+
+
 async def test_a_client_that_leaves_while_it_waits(fleet: Fleet) -> None:
     """Who waits for a replica and goes leaves no trace but a count."""
     before = await fleet.total("quantgate_requests_total", code="499", alias="smol", variant="none")
