@@ -9,9 +9,9 @@ from gateway.deployment import Deployment
 from gateway.in_force import InForce, lost_aliases
 from gateway.routing.catalog import Catalog
 from serving.app import OwnReplicas
-from serving.follower import Follower
 from serving.registry import Registry
 from serving.replica import State, foreign_replicas, own_keys
+from serving.state.follower import Follower
 from serving.watch import Watch
 
 log = logging.getLogger(__name__)

@@ -17,17 +17,17 @@ from serving.command import Machine
 from serving.cores import share_cores
 from serving.engine_version import version_warning
 from serving.errors import LaunchRefused
-from serving.follower import Follower
-from serving.link import Link
 from serving.lock import sole_supervisor
 from serving.machine import engine_distribution, installed_engine, installed_version
 from serving.notebook import Notebook
 from serving.probe import Probe
-from serving.publisher import Publisher
 from serving.registry import Registry
 from serving.reload import Reload
 from serving.replica import Launch, foreign_replicas, own_keys, plan_launches
-from serving.state import Owner, StateDatabase, state_url
+from serving.state.database import Owner, StateDatabase, state_url
+from serving.state.follower import Follower
+from serving.state.link import Link
+from serving.state.publisher import Publisher
 from serving.supervisor import Supervisor
 from serving.templates.plan import with_thinking
 

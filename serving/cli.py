@@ -16,7 +16,7 @@ from serving.logs import follow_log, log_files, read_end
 from serving.machine import this_machine
 from serving.ps import print_once, watch
 from serving.registry import Registry
-from serving.state import StateDatabase, state_url
+from serving.state.database import StateDatabase, state_url
 
 FAILED = 1
 DEFAULT_CONFIG = Path("quantgate.yaml")

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from serving.replica import State
-from serving.state import Picture, StateDatabase
+from serving.state.database import Picture, StateDatabase
 
 WATCH_SECONDS = 1.0
 SILENT_SECONDS = 10.0

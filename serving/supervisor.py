@@ -33,7 +33,7 @@ from serving.process import Adopted, Child
 from serving.registry import Registry
 from serving.replica import Launch, Replica, State
 from serving.rolling import Current, Replace, Retire, Start, Step, next_step
-from serving.rotation import Rotation, drained
+from serving.state.rotation import Rotation, drained
 
 log = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from serving.errors import StateAway
-from serving.follower import Follower
-from serving.link import Link
 from serving.probe import Probe
-from serving.publisher import Publisher
 from serving.registry import Registry
 from serving.replica import Replica, ReplicaStatus, State
-from serving.state import Owner, StateDatabase
+from serving.state.database import Owner, StateDatabase
+from serving.state.follower import Follower
+from serving.state.link import Link
+from serving.state.publisher import Publisher
 from tests.fakes.running import eventually, running_fake
-from tests.serving.databases import PostgreSQL, away
+from tests.serving.state.databases import PostgreSQL, away
 from tests.serving.supervised import ready, until
 
 KEY = "the-key"

@@ -12,8 +12,8 @@ from sqlalchemy import update
 from config.errors import ConfigError
 from serving.errors import StateAway
 from serving.replica import Replica, State
-from serving.state import EMPTY, Owner, StateDatabase, Told, differences, state_url
-from serving.state_tables import STATE
+from serving.state.database import EMPTY, Owner, StateDatabase, Told, differences, state_url
+from serving.state.tables import STATE
 from tests.fakes.running import ROOT
 
 NOW = 1_800_000_000.0
@@ -170,7 +170,7 @@ def test_a_locked_file_can_be_read(tmp_path: Path) -> None:
 WRITER = """\
 import sys
 from serving.replica import Replica, State
-from serving.state import Owner, StateDatabase, Told
+from serving.state.database import Owner, StateDatabase, Told
 name, url, changes = sys.argv[1], sys.argv[2], int(sys.argv[3])
 database = StateDatabase.at(url)
 for number in range(changes):

@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Self
 
 from serving.errors import NoSuchReplica, StateAway
-from serving.link import Link
 from serving.registry import Registry
 from serving.replica import State
-from serving.state import Owner, Published, Seen, Told
+from serving.state.database import Owner, Published, Seen, Told
+from serving.state.link import Link
 
 log = logging.getLogger(__name__)
 

@@ -16,12 +16,12 @@ from types import TracebackType
 from typing import Self
 
 from serving.errors import StateAway
-from serving.link import Link
-from serving.picture import MISSES, Followed, Silence, followed, orphans, standing
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import State
-from serving.state import Pulse
+from serving.state.database import Pulse
+from serving.state.link import Link
+from serving.state.picture import MISSES, Followed, Silence, followed, orphans, standing
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from config.schema import LOOPBACK
 from serving.replica import HOPEFUL, State
-from serving.state import Owner, Picture, Told
+from serving.state.database import Owner, Picture, Told
 
 # Who has not been heard for a while: the supervisor though the database answers, or the database itself.
 Silence = Literal["supervisor", "database"]

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from serving.picture import Followed, Silence, followed, orphans, standing
 from serving.replica import Replica, State
-from serving.state import Owner, Picture, Pulse, Told
+from serving.state.database import Owner, Picture, Pulse, Told
+from serving.state.picture import Followed, Silence, followed, orphans, standing
 
 HERE, THERE = Owner("here-1", "here", 1), Owner("there-1", "there", 1)
 

@@ -16,8 +16,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from serving.errors import StateAway
 from serving.replica import Replica, State
-from serving.state_engine import StateEngine
-from serving.state_tables import FOLLOWERS, METADATA, OWNERS, REPLICAS, SCHEMA_VERSION, STATE
+from serving.state.engine import StateEngine
+from serving.state.tables import FOLLOWERS, METADATA, OWNERS, REPLICAS, SCHEMA_VERSION, STATE
 
 FORGET_OWNER_SECONDS = 86400.0
 FORGET_FOLLOWER_SECONDS = 3600.0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.databases import PostgreSQL, postgresql_programs, running_postgresql
+from tests.serving.state.databases import PostgreSQL, postgresql_programs, running_postgresql
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 from serving.errors import StateAway
-from serving.state import StateDatabase
+from serving.state.database import StateDatabase
 
 T = TypeVar("T")
 

@@ -1,0 +1,1 @@
+"""Where supervisors and gateways of different processes meet: a database that says who runs what, never how loaded."""
