@@ -110,9 +110,9 @@ async def running_fake(
             await process.wait()
 
 
-async def eventually(look: Callable[[], T | None]) -> T:
-    """Look again and again until there is something, at most `DEADLINE_SECONDS`."""
-    async with asyncio.timeout(DEADLINE_SECONDS):
+async def eventually(look: Callable[[], T | None], deadline_seconds: float = DEADLINE_SECONDS) -> T:
+    """Look again and again until there is something; an error if it takes too long."""
+    async with asyncio.timeout(deadline_seconds):
         while not (found := look()):  # noqa: ASYNC110 - what is looked at is another process
             await asyncio.sleep(POLL_SECONDS)
         return found

@@ -23,6 +23,8 @@ from tests.serving.supervised import ready, until
 
 KEY = "the-key"
 REPLICA = Replica("int4-1", "int4", "int4", "http://127.0.0.1:9", "int4-1", KEY, 4096, "injected")
+# Each side gives a call that hangs some seconds, one after the other.
+PATIENCE_SECONDS = 60.0
 
 
 @asynccontextmanager
@@ -250,12 +252,12 @@ async def test_postgresql_is_away(postgresql: PostgreSQL, caplog: pytest.LogCapt
         await appeared(registry)
         with away(postgresql, how):
             publisher.registry.put(replica, State.DRAINING)
-            await eventually(lambda: "replicas stay as they were last seen" in caplog.text)
-            await eventually(lambda: "replicas go on, and it is told again" in caplog.text)
+            await eventually(lambda: "replicas stay as they were last seen" in caplog.text, PATIENCE_SECONDS)
+            await eventually(lambda: "replicas go on, and it is told again" in caplog.text, PATIENCE_SECONDS)
             await until(registry, lambda status: "the state database is silent" in status.reason)
             assert registry.status("int4-1").state is State.READY
         await until(registry, lambda status: status.state is State.DRAINING)
-        await eventually(lambda: caplog.text.count("is back") == 2)
+        await eventually(lambda: caplog.text.count("is back") == 2, PATIENCE_SECONDS)
 
 
 async def test_a_database_that_hangs_holds_nobody_up(postgresql: PostgreSQL) -> None:
