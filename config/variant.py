@@ -66,6 +66,11 @@ def read_variants(settings: Mapping[str, VariantSettings], relative_to: Path) ->
     return {name: _with_golden(variant, found) for name, variant in found.items()}
 
 
+def goldens(variants: Mapping[str, Variant]) -> dict[str, GoldenAnswer]:
+    """What servers of variants must say, of those where that is known."""
+    return {name: variant.golden for name, variant in variants.items() if variant.golden}
+
+
 def _with_golden(variant: Variant, variants: Mapping[str, Variant]) -> Variant:
     """Add what a server of this variant must say; a parent's answer lies with those that were measured against it."""
     if variant.path is None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from socket import socket
 
 from config.schema import GatewaySettings
+from config.variant import goldens
 from gateway.admin import admin_app
 from gateway.api.endpoint import InferenceEndpoint
 from gateway.api.routes import client_app
@@ -100,7 +101,7 @@ async def gateway_alone(deployment: Deployment, path: Path | None = None) -> Asy
     with ports(deployment.settings.gateway) as taken:
         async with (
             Probe() as probe,
-            Watch(foreign, registry, probe) as watch,
+            Watch(foreign, registry, probe, goldens(deployment.variants)) as watch,
             others_replicas(deployment.wanted, registry, probe) as follower,
             gateway(deployment, registry, taken) as served,
             following(path, served, FollowedFleet(watch, follower, registry, served.in_force).take),
@@ -122,7 +123,7 @@ async def everything(
         async with (
             Probe() as probe,
             own_replicas(wanted, machine, registry, probe, home, owner) as own,
-            Watch(foreign, registry, probe) as watch,
+            Watch(foreign, registry, probe, goldens(deployment.variants)) as watch,
             gateway(deployment, registry, taken) as served,
             following(path, served, OwnFleet(watch, own).take),
         ):

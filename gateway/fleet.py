@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from config.variant import goldens
 from gateway.deployment import Deployment
 from gateway.in_force import InForce, lost_aliases
 from gateway.routing.catalog import Catalog
@@ -33,6 +34,7 @@ class OwnFleet:
     async def take(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """New replicas get ready, then requests go by the new configuration, then the old replicas go."""
         foreign = foreign_replicas(deployment.settings.replicas, dict(deployment.variants))
+        self.watch.goldens = goldens(deployment.variants)
         self.watch.add(foreign)
         await self.own.update(deployment.wanted, swap)
         self.watch.keep_only(foreign)
@@ -51,6 +53,7 @@ class FollowedFleet:
     async def take(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """Requests go by the new configuration as soon as no alias loses its last replica by it."""
         foreign = foreign_replicas(deployment.settings.replicas, dict(deployment.variants))
+        self.watch.goldens = goldens(deployment.variants)
         self.watch.add(foreign)
         if self.follower is not None:
             keys = {**self.follower.keys, **own_keys(deployment.settings.replicas)}

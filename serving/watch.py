@@ -1,12 +1,18 @@
-"""Follows the replicas that somebody else runs: ready while they are healthy, failed while they aren't."""
+"""Follows the replicas that somebody else runs: ready while they are healthy, failed while they aren't.
+
+A floor is worth what stands behind the address: where the variant's directory is at hand, its golden prompt is asked.
+"""
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
+from config.golden import GoldenAnswer
 from serving.errors import ProbeFailed
+from serving.golden import mismatch
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import Replica, State
@@ -22,7 +28,9 @@ class Watch:
     replicas: tuple[Replica, ...]
     registry: Registry
     probe: Probe
+    goldens: Mapping[str, GoldenAnswer] = field(default_factory=dict)
     every_seconds: float = 1.0
+    _refused: set[str] = field(default_factory=set)
     _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
 
     async def __aenter__(self) -> Self:
@@ -71,7 +79,8 @@ class Watch:
             if state is not State.FAILED:
                 log.warning("replica %s at %s is not healthy", replica.id, replica.url)
             self.registry.move(replica.id, State.FAILED, f"{replica.url} is not healthy")
-        elif state is not State.READY:
+            self._refused.discard(replica.id)
+        elif state is not State.READY and replica.id not in self._refused:
             await self._admit(replica)
 
     async def _admit(self, replica: Replica) -> None:
@@ -82,5 +91,22 @@ class Watch:
             self.registry.move(replica.id, State.FAILED, str(error))
             return
         seen = replace(replica, served_name=served.name, max_model_len_tokens=served.max_model_len_tokens)
+        if wrong := await self._wrong(seen):
+            # Until it has been away: it won't be another one before.
+            self._refused.add(replica.id)
+            log.error("replica %s at %s is not %s: %s", replica.id, replica.url, replica.variant, wrong)
+            self.registry.move(replica.id, State.FAILED, f"is not {replica.variant}: golden prompt {wrong}")
+            return
         self.registry.put(await thinking_seen(self.probe, seen), State.READY)
         log.info("replica %s at %s is ready", replica.id, replica.url)
+
+    async def _wrong(self, replica: Replica) -> str | None:
+        """Say why this can't be its variant; None too where there is no record, or an engine that can't be asked."""
+        golden = self.goldens.get(replica.variant)
+        if golden is None:
+            return None
+        try:
+            return mismatch(await self.probe.prompt_logprobs(replica, golden.ids), golden)
+        except ProbeFailed as error:
+            log.info("replica %s can't be asked the golden prompt: %s", replica.id, error)
+            return None

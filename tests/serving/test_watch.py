@@ -2,6 +2,7 @@
 
 import signal
 
+from config.golden import GoldenAnswer
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import Replica, State
@@ -30,3 +31,27 @@ async def test_wrong_credential_is_told() -> None:
         async with Watch((far,), registry, probe, every_seconds=0.02):
             status = await until(registry, lambda status: status.state is State.FAILED)
             assert "401" in status.reason
+
+
+async def test_another_model_behind_the_address_is_refused() -> None:
+    """Healthy, but it says something else of the golden prompt than what was measured: it is asked once and refused."""
+    registry = Registry()
+    golden = GoldenAnswer((65, 66, 67), (-1.0, -1.0))  # what the fake says of everything
+    async with running_fake("--fake-logprob-shift", "0.3") as wrong, running_fake() as right, Probe() as probe:
+        far = (Replica("a-1", "a", "int4", wrong.url, "a"), Replica("b-1", "b", "int4", right.url, "b"))
+        async with Watch(far, registry, probe, {"a": golden, "b": golden}, every_seconds=0.02):
+            status = await until(registry, lambda status: status.state is State.FAILED, "a-1")
+            assert "is not a: golden prompt 0.300 nats" in status.reason
+            await ready(registry, "b-1")
+            await wrong.requested("/health", 20)
+            assert len(wrong.requests("/v1/completions")) == 1
+
+
+async def test_an_engine_that_cannot_be_asked_is_taken_at_its_word() -> None:
+    """Not every engine tells log-probabilities of a prompt; what it serves is the operator's to know, then."""
+    registry = Registry()
+    golden = GoldenAnswer((65, 66, 67), (-1.0, -1.0))
+    async with running_fake("--fake-fail-first", "1", "--fake-fail-status", "500") as fake, Probe() as probe:
+        far = Replica("int4-1", "int4", "int4", fake.url, "int4")
+        async with Watch((far,), registry, probe, {"int4": golden}, every_seconds=0.02):
+            await ready(registry)
