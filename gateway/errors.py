@@ -3,10 +3,16 @@
 GatewayError
 ├── RequestError              400  the client can mend it
 │   ├── InvalidKey            401
+│   ├── NotAllowed            403  its key doesn't reach so far
 │   ├── UnknownModel          404
-│   └── BodyTooLarge          413
+│   ├── RequestTooSlow        408  it took too long to arrive
+│   ├── BodyTooLarge          413
+│   └── HeadTooLarge          431
 ├── Unavailable               503  worth another try later
+│   ├── Draining              503  this gateway is about to stop
 │   └── FloorUnmet            503  no variant that is good enough can answer
+├── Overloaded                429  more was asked than can be answered in time
+│   └── RateLimited           429  more than the key may ask
 └── UpstreamError             502  a replica failed; another one may be tried while nothing was sent
     ├── UpstreamUnreachable   502  no connection
     ├── UpstreamDisconnected  502  it closed in the middle
@@ -14,11 +20,15 @@ GatewayError
 """
 
 import json
+import math
 
 import msgspec
 
 # What msgspec raises for bytes that are no JSON: malformed, not UTF-8, nested too deeply.
 NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+# The OpenAI SDK obeys no longer delay, and stops trying when it is told one.
+LONGEST_RETRY_SECONDS = 120
 
 # The OpenAI SDK obeys this header for any status.
 NO_RETRY = (b"x-should-retry", b"false")
@@ -66,11 +76,30 @@ class InvalidKey(RequestError):
         return [(b"www-authenticate", b"Bearer")]
 
 
+class NotAllowed(RequestError):
+    """The key is known, and may not do this."""
+
+    status = 403
+    type = "permission_error"
+    code = "model_not_allowed"
+
+
 class UnknownModel(RequestError):
     """Neither an alias nor a variant has this name."""
 
     status = 404
     code = "model_not_found"
+
+
+class RequestTooSlow(RequestError):
+    """The rest of a request didn't arrive in time."""
+
+    status = 408
+    code = "request_timeout"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Keep the SDK, which takes any 408 for worth another try, from sending it at the same pace."""
+        return [NO_RETRY]
 
 
 class BodyTooLarge(RequestError):
@@ -80,23 +109,65 @@ class BodyTooLarge(RequestError):
     code = "request_too_large"
 
 
+class HeadTooLarge(RequestError):
+    """Request line and headers are longer, or more, than any client needs."""
+
+    status = 431
+    code = "headers_too_large"
+
+
 class Unavailable(GatewayError):
     """No replica can answer now."""
 
     status = 503
     type = "service_unavailable"
     code = "no_ready_replica"
-    retry_after_seconds = 5
+
+    def __init__(self, message: str, *, code: str | None = None, retry_after_seconds: float = 5) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_seconds = retry_after_seconds
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Say when another try makes sense."""
-        return [(b"retry-after", str(self.retry_after_seconds).encode())]
+        return retry_after(self.retry_after_seconds)
+
+
+class Draining(Unavailable):
+    """This gateway takes no new requests; another one, or its successor, does."""
+
+    code = "draining"
+
+
+class Overloaded(GatewayError):
+    """More is asked than can be answered in time; `retry_after_seconds` is when it is expected to be otherwise."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_seconds: float, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_seconds = retry_after_seconds
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Say when another try makes sense."""
+        return retry_after(self.retry_after_seconds)
+
+
+class RateLimited(Overloaded):
+    """The key has used up what it may ask for now."""
+
+    code = "rate_limit_exceeded"
 
 
 class FloorUnmet(Unavailable):
     """What could answer is below the quality that was asked for."""
 
     code = "quality_floor_unmet"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Keep the SDK from asking again: the same variants would be too bad again."""
@@ -132,6 +203,12 @@ class UpstreamTimeout(UpstreamError):
 
     status = 504
     code = "upstream_timeout"
+
+
+def retry_after(seconds: float) -> list[tuple[bytes, bytes]]:
+    """Headers that make an SDK try again after so many seconds, at most two minutes: beyond them it gives up at once."""
+    whole = min(max(1, math.ceil(seconds)), LONGEST_RETRY_SECONDS)
+    return [(b"retry-after", str(whole).encode()), (b"x-should-retry", b"true")]
 
 
 def error_body(message: str, kind: str, param: str | None, code: str | None) -> bytes:
