@@ -133,7 +133,7 @@ class Unavailable(GatewayError):
 
 
 class Draining(Unavailable):
-    """This gateway takes no new requests; another one, or its successor, does."""
+    """No new requests here: the gateway is about to stop, and another one or its successor takes them."""
 
     code = "draining"
 
@@ -206,7 +206,7 @@ class UpstreamTimeout(UpstreamError):
 
 
 def retry_after(seconds: float) -> list[tuple[bytes, bytes]]:
-    """Headers that make an SDK try again after so many seconds, at most two minutes: beyond them it gives up at once."""
+    """Headers that make an SDK try again after so many seconds; beyond two minutes it would give up at once."""
     whole = min(max(1, math.ceil(seconds)), LONGEST_RETRY_SECONDS)
     return [(b"retry-after", str(whole).encode()), (b"x-should-retry", b"true")]
 
