@@ -1,6 +1,6 @@
 """From what is asked to what is sent: chunks of a stream, whole answers, and the page of metrics."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tests.fakes.asks import Ask, Kind
@@ -27,7 +27,11 @@ def step_chunks(ask: Ask, step: int) -> list[dict[str, Any]]:
     if step == ask.steps - 1:
         ending = {"finish_reason": ask.finish_reason, "stop_reason": None}
     return [
-        _chunk(ask, {"index": index, **_piece(ask, step, tokens[step]), "logprobs": None, **ending}, step + 1)
+        _chunk(
+            ask,
+            {"index": index, **_piece(ask, step, tokens[step]), **_logprobs(ask, [tokens[step]]), **ending},
+            step + 1,
+        )
         for index, tokens in enumerate(ask.choices)
     ]
 
@@ -39,12 +43,15 @@ def usage_chunk(ask: Ask) -> dict[str, Any]:
 
 def whole(ask: Ask) -> dict[str, Any]:
     """The answer to a client who did not ask for a stream."""
-    ending = {"logprobs": None, "finish_reason": ask.finish_reason, "stop_reason": None, "token_ids": None}
+    ending = {"finish_reason": ask.finish_reason, "stop_reason": None, "token_ids": None}
     return {
         **_envelope(ask, WHOLE_OBJECTS[ask.kind]),
         "choices": [
             # vLLM puts them into the choices of a completion, and beside those of a chat.
-            {"index": index, **_said(ask, tokens), **ending, "prompt_logprobs": ask.prompt_logprobs}
+            {
+                "index": index, **_said(ask, tokens), **_logprobs(ask, tokens), **ending,
+                "prompt_logprobs": ask.prompt_logprobs,
+            }
             for index, tokens in enumerate(ask.choices)
         ],
         "service_tier": None,
@@ -105,6 +112,10 @@ def _envelope(ask: Ask, kind: str) -> dict[str, Any]:
 def _piece(ask: Ask, step: int, token: str) -> dict[str, Any]:
     if ask.kind == "text":
         return {"text": token}
+    if ask.tool:
+        function = {"name": ask.tool, "arguments": token} if step == 0 else {"arguments": token}
+        opening = {"id": call_id(ask), "type": "function"} if step == 0 else {}
+        return {"delta": {"tool_calls": [{**opening, "index": 0, "function": function}]}}
     return {"delta": {"reasoning" if step < ask.reasoning_steps else "content": token}}
 
 
@@ -112,13 +123,36 @@ def _said(ask: Ask, tokens: tuple[str, ...]) -> dict[str, Any]:
     if ask.kind == "text":
         return {"text": "".join(tokens)}
     # As with a reasoning parser: empty parts are null, and there is no `tool_calls` without calls.
-    message = {
+    content = None if ask.tool else "".join(tokens[ask.reasoning_steps :]) or None
+    message: dict[str, Any] = {
         "role": "assistant",
-        "content": "".join(tokens[ask.reasoning_steps :]) or None,
+        "content": content,
         "refusal": None,
         "annotations": None,
         "audio": None,
         "function_call": None,
         "reasoning": "".join(tokens[: ask.reasoning_steps]) or None,
     }
+    if ask.tool:
+        function = {"name": ask.tool, "arguments": "".join(tokens)}
+        message["tool_calls"] = [{"id": call_id(ask), "type": "function", "function": function}]
     return {"message": message}
+
+
+def call_id(ask: Ask) -> str:
+    """Name a tool call as vLLM does."""
+    return f"chatcmpl-tool-{ask.id[-8:]}"
+
+
+def _logprobs(ask: Ask, tokens: Iterable[str]) -> dict[str, Any]:
+    """Every token is as likely as any other; the older endpoint has a shape of its own."""
+    if not ask.logprobs:
+        return {"logprobs": None}
+    if ask.kind == "text":
+        said = list(tokens)
+        offsets = [sum(map(len, said[:number])) for number in range(len(said))]
+        top = [{token: -0.5} for token in said]
+        weights = [-0.5] * len(said)
+        return {"logprobs": {"text_offset": offsets, "token_logprobs": weights, "tokens": said, "top_logprobs": top}}
+    told = [{"token": token, "logprob": -0.5, "bytes": list(token.encode())} for token in tokens]
+    return {"logprobs": {"content": [{**each, "top_logprobs": [each]} for each in told]}}

@@ -16,7 +16,10 @@ from config.golden import Golden
 from tests.fakes.http_server import Request
 from tests.fakes.options import Options
 
-Kind = Literal["chat", "text"]
+Kind = Literal["chat", "text", "messages", "responses"]
+ID_PREFIXES: dict[Kind, str] = {"chat": "chatcmpl", "messages": "chatcmpl", "text": "cmpl"}
+# Arguments of a tool call come in pieces of so many characters.
+PIECE_CHARACTERS = 5
 # Behind the last character that there is.
 THINK_TOKENS = {"<think>": 0x110000, "</think>": 0x110001}
 FILLER = (" one", " é", " 汉", " two")
@@ -49,6 +52,9 @@ class Ask:
     continuous_usage: bool
     fingerprint: str | None
     prompt_logprobs: list[dict[str, Any] | None] | None
+    logprobs: bool
+    tool: str | None  # called instead of saying something; the tokens are pieces of its arguments
+    body: Mapping[str, Any]  # what was asked, for dialects that repeat it
 
 
 def read_json(request: Request) -> dict[str, Any]:
@@ -75,11 +81,12 @@ def check_model(body: Mapping[str, Any], options: Options) -> None:
 
 def read_ask(kind: Kind, request: Request, options: Options) -> Ask:
     """Check a generation request in the order vLLM does: its shape, its model, its length."""
-    body = read_json(request)
-    prompts = [chat_prompt(body, options)] if kind == "chat" else _text_prompts(body)
-    heard = [last_words(body)] if kind == "chat" else prompts
+    asked = read_json(request)
+    body = _as_chat(kind, asked)
+    prompts = _text_prompts(body) if kind == "text" else [chat_prompt(body, options)]
+    heard = prompts if kind == "text" else [last_words(body)]
     # The legacy endpoint has OpenAI's old default; chat goes on until the model stops.
-    default_limit = None if kind == "chat" else 16
+    default_limit = 16 if kind == "text" else None
     limit = _integer(body, "max_completion_tokens") or _integer(body, "max_tokens") or default_limit
     width = _integer(body, "n") or 1
     asked_usage = _stream_options(body)
@@ -87,24 +94,41 @@ def read_ask(kind: Kind, request: Request, options: Options) -> Ask:
     prompt_tokens = sum(map(len, prompts))
     _check_length(max(map(len, prompts)), limit, options)
     steps, finish_reason = _steps(limit, options, ignore_eos=bool(body.get("ignore_eos")))
+    choices = tuple(_say(options.served[0], heard[i // width], i % width, steps) for i in range(len(prompts) * width))
+    tool = forced_tool(asked)
+    if tool:
+        choices = (_arguments(heard[0]),) * len(choices)
+        steps, finish_reason = len(choices[0]), "tool_calls"
     return Ask(
         kind=kind,
-        id=f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{request.headers.get('x-request-id') or uuid.uuid4().hex}",
+        id=_id(kind, request),
         created=int(time.time()),
         model=options.served[0],
         prompt_tokens=prompt_tokens,
-        choices=tuple(
-            _say(options.served[0], heard[i // width], i % width, steps) for i in range(len(prompts) * width)
-        ),
+        choices=choices,
         steps=steps,
-        reasoning_steps=min(options.faults.reasoning_tokens, steps) if kind == "chat" else 0,
+        reasoning_steps=0 if kind == "text" or tool else min(options.faults.reasoning_tokens, steps),
         finish_reason=finish_reason,
         stream=bool(body.get("stream")),
         include_usage=options.force_usage or bool(asked_usage.get("include_usage")),
         continuous_usage=options.force_usage or bool(asked_usage.get("continuous_usage_stats")),
         fingerprint=options.fingerprint,
         prompt_logprobs=_prompt_logprobs(body, options),
+        logprobs=body.get("logprobs") not in (None, False),
+        tool=tool,
+        body=asked,
     )
+
+
+def forced_tool(body: Mapping[str, Any]) -> str | None:
+    """Name the tool that must be called, in any of the three ways of saying so; a fake calls no other."""
+    choice = body.get("tool_choice")
+    tools = body.get("tools") or []
+    names = [tool.get("name") or tool.get("function", {}).get("name") for tool in tools]
+    if isinstance(choice, dict):
+        wanted = choice.get("name") or choice.get("function", {}).get("name")
+        return wanted or (names[0] if names and choice.get("type") == "any" else None)
+    return names[0] if names and choice == "required" else None
 
 
 def chat_prompt(body: Mapping[str, Any], options: Options) -> str:
@@ -160,6 +184,37 @@ def _prompt_logprobs(body: Mapping[str, Any], options: Options) -> list[dict[str
             for token, logprob in zip(tokens[1:], known, strict=True)
         ),
     ]
+
+
+def _as_chat(kind: Kind, body: dict[str, Any]) -> dict[str, Any]:
+    """Say in the words of a chat what another dialect asks for."""
+    if kind == "messages":
+        if not isinstance(body.get("max_tokens"), int):
+            raise _invalid("missing", "body.max_tokens", "Field required")
+        system = [{"role": "system", "content": body["system"]}] if body.get("system") else []
+        said = _messages(body)
+    elif kind == "responses":
+        system = [{"role": "system", "content": body["instructions"]}] if body.get("instructions") else []
+        given = body.get("input")
+        if not isinstance(given, str | list):
+            raise _invalid("missing", "body.input", "Field required")
+        said = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    else:
+        return body
+    limit = body.get("max_output_tokens") if kind == "responses" else body.get("max_tokens")
+    return {**body, "messages": [*system, *said], "max_tokens": limit}
+
+
+def _id(kind: Kind, request: Request) -> str:
+    if kind == "responses":
+        return f"resp_{uuid.uuid4().hex[:16]}"
+    return f"{ID_PREFIXES[kind]}-{request.headers.get('x-request-id') or uuid.uuid4().hex}"
+
+
+def _arguments(heard: str) -> tuple[str, ...]:
+    """What a tool is called with, in pieces."""
+    text = json.dumps({"heard": heard, "café": "汉字"}, ensure_ascii=False)
+    return tuple(text[start : start + PIECE_CHARACTERS] for start in range(0, len(text), PIECE_CHARACTERS))
 
 
 def _say(model: str, heard: str, choice: int, steps: int) -> tuple[str, ...]:
@@ -235,6 +290,18 @@ def _integer(body: Mapping[str, Any], key: str) -> int | None:
     if value < 1:
         raise ApiError(400, "BadRequestError", f"{key} must be at least 1, got {value}.", key)
     return value
+
+
+def embedded_inputs(body: Mapping[str, Any]) -> list[list[int]]:
+    """Read the tokens of each input of an embedding request: text, texts, tokens, or several of those."""
+    match body.get("input"):
+        case str(text):
+            return [tokenize(text)]
+        case [int(), *_] as tokens:
+            return [tokens]
+        case [_, *_] as several:
+            return [tokenize(each) if isinstance(each, str) else each for each in several]
+    raise _invalid("missing", "body.input", "Field required")
 
 
 def _invalid(kind: str, param: str, message: str) -> ApiError:

@@ -7,15 +7,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tests.fakes import answers
-from tests.fakes.asks import ApiError, Ask, Kind, chat_prompt, check_model, detokenize, read_ask, read_json, tokenize
+from tests.fakes import answers, messages
+from tests.fakes.asks import ApiError, Kind, chat_prompt, check_model, detokenize, read_ask, read_json, tokenize
+from tests.fakes.dialects import Dialect, dialect_of
+from tests.fakes.embeddings import embedded
 from tests.fakes.engine import Engine, Generation, HangUpError, Journal
 from tests.fakes.http_server import Reply, Request
 from tests.fakes.options import Options
 
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 KV_TOKENS = 65536
-GENERATIONS: Mapping[str, Kind] = {"/v1/chat/completions": "chat", "/v1/completions": "text"}
+MESSAGES = "/v1/messages"
+GENERATIONS: Mapping[str, Kind] = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "text",
+    MESSAGES: "messages",
+    "/v1/responses": "responses",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +52,8 @@ class Replica:
             "/v1/models": {"GET": lambda _: _json(answers.models(options, self._created))},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
+            "/v1/embeddings": {"POST": lambda request: _json(embedded(read_json(request), options))},
+            f"{MESSAGES}/count_tokens": {"POST": self._count_tokens},
         }
 
     async def handle(self, request: Request, reply: Reply) -> None:
@@ -56,7 +66,8 @@ class Replica:
                 answer = self._answer(request)
                 await reply.send(answer.status, answer.body, answer.content_type, self._headers(request))
         except ApiError as error:
-            await reply.send_json(error.status, error.body, self._headers(request))
+            body = messages.error(error.body) if request.path.startswith(MESSAGES) else error.body
+            await reply.send_json(error.status, body, self._headers(request))
         except HangUpError:
             reply.drop()
 
@@ -90,24 +101,26 @@ class Replica:
         with self._engine.admit(ask) as generation:
             if self._options.faults.stall_before_first_byte:
                 await self._engine.stall()
+            dialect = dialect_of(ask)
             if ask.stream:
                 await reply.start_stream("text/event-stream; charset=utf-8", self._headers(request))
-                await self._stream(ask, generation, reply)
+                await self._stream(dialect, generation, reply)
             else:
                 async for _ in generation.steps():
                     pass
-                await reply.send_json(200, answers.whole(ask), self._headers(request))
+                await reply.send_json(200, dialect.whole(), self._headers(request))
 
-    async def _stream(self, ask: Ask, generation: Generation, reply: Reply) -> None:
+    async def _stream(self, dialect: Dialect, generation: Generation, reply: Reply) -> None:
         try:
+            await _write_each(dialect.greeting(), reply)
             async for step in generation.steps():
-                for chunk in [*(answers.role_chunks(ask) if step == 0 else []), *answers.step_chunks(ask, step)]:
-                    await reply.write(_event(chunk))
-            if ask.include_usage:
-                await reply.write(_event(answers.usage_chunk(ask)))
+                await _write_each(dialect.step(step), reply)
+            await _write_each(dialect.ending(), reply)
         except ApiError as error:  # the status has been sent: the error is an event
-            await reply.write(_event(error.body))
-        await reply.write(b"data: [DONE]\n\n")
+            told = dialect.failed(error.body)
+            if told is None:
+                raise HangUpError from error
+            await reply.write(told)
         await reply.end_stream()
 
     # Everything else.
@@ -156,6 +169,13 @@ class Replica:
         limit = self._options.max_model_len
         return _json({"count": len(tokens), "max_model_len": limit, "tokens": tokens, "token_strs": strings})
 
+    def _count_tokens(self, request: Request) -> Answer:
+        body = read_json(request)
+        check_model(body, self._options)
+        system = [{"role": "system", "content": body["system"]}] if body.get("system") else []
+        count = len(tokenize(chat_prompt({**body, "messages": [*system, *body["messages"]]}, self._options)))
+        return _json({"input_tokens": count, "context_management": {"original_input_tokens": count}})
+
     def _detokenize(self, request: Request) -> Answer:
         body = read_json(request)
         check_model(body, self._options)
@@ -165,12 +185,14 @@ class Replica:
         return _json({"prompt": detokenize(tokens)})
 
 
+async def _write_each(events: bytes, reply: Reply) -> None:
+    """Write each event by itself, as vLLM does."""
+    for event in events.split(b"\n\n")[:-1]:
+        await reply.write(event + b"\n\n")
+
+
 def _json(body: Any, status: int = 200) -> Answer:
     return Answer(status, json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode())
-
-
-def _event(body: Any) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def _noted(request: Request) -> dict[str, Any]:
