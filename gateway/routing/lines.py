@@ -5,7 +5,7 @@ although the newcomer stays within its share, some other key holds more than a s
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -48,6 +48,10 @@ class Lines(Generic[N, T]):
 
     def __contains__(self, ticket: object) -> bool:
         return ticket in self._places
+
+    def __iter__(self) -> Iterator[T]:
+        """Every ticket that waits."""
+        return iter(tuple(self._places))
 
     @property
     def waiting_bytes(self) -> int:
