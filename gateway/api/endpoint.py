@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class InferenceEndpoint:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         with Account(self.metrics, self.name, request_id(scope)) as account:
             try:
+                self.in_force.keys.authenticate(dict(scope["headers"]), time.time())
                 await self._answer(headers, account, receive, send)
             except ClientLeft:
                 account.code = "200" if account.told_all else CLIENT_LEFT
@@ -47,7 +49,6 @@ class InferenceEndpoint:
                 await refuse(send, account, error)
 
     async def _answer(self, headers: dict[str, str], account: Account, receive: Receive, send: Send) -> None:
-        self.in_force.keys.authenticate(headers)
         limits = self.in_force.limits
         body = await read_body(headers, receive, limits.body_bytes)
         account.read()
