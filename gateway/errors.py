@@ -188,7 +188,11 @@ class RateLimited(Overloaded):
 
     def __init__(self, message: str, *, retry_after_seconds: float, limits: Sequence[tuple[bytes, bytes]] = ()) -> None:
         super().__init__(message, retry_after_seconds=retry_after_seconds)
-        self.limits = tuple(limits)
+        self.limits = limits
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Say when another try makes sense, and how much the key may ask."""
+        return [*super().headers(), *self.limits]
 
 
 class FloorUnmet(Unavailable):

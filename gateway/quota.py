@@ -124,7 +124,7 @@ class Quota:
 def check(counts: Counts, caller: Caller, share: float, now_seconds: float) -> None:
     """RateLimited, which tells the limit and when to try again, if a key may not ask once more now."""
     if caller.concurrency is not None and counts.running >= at_once(caller.concurrency, share):
-        what = f"may have {caller.concurrency} requests running at once (concurrency), and has"
+        what = f"may have {caller.concurrency} running at the same time (concurrency), and has"
         raise _refusal(caller, what, BUSY_RETRY_SECONDS, counts, now_seconds)
     if counts.requests is not None and (seconds := counts.requests.holds_in_seconds(1, now_seconds)):
         what = f"may ask {caller.requests_per_minute} times a minute (requests_per_minute), and has"

@@ -3,6 +3,9 @@
 import asyncio
 import os
 import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
 
 from gateway.api.endpoints import Endpoint
@@ -36,9 +39,10 @@ class InferenceEndpoint:
         account = Account(self.metrics, self.endpoint.name, request_id(request))
         with account, Teller(self.endpoint, account, reply) as teller:
             try:
-                if request.refusal is not None:
-                    raise request.refusal
-                await self._answer(request, caller, account, teller)
+                self.in_force.keys.authenticate(dict(scope["headers"]), time.time())
+                await self._answer(headers, account, receive, send)
+            except ClientLeft:
+                account.code = "200" if account.told_all else CLIENT_LEFT
             except GatewayError as error:
                 self._refused(error, caller, account, teller)
             except ClientLeft:
@@ -50,7 +54,7 @@ class InferenceEndpoint:
                     self._refused(Draining("the gateway stops; ask again"), caller, account, teller)
                 raise
 
-    async def _answer(self, request: Request, caller: Caller, account: Account, teller: Teller) -> None:
+    async def _answer(self, headers: dict[str, str], account: Account, receive: Receive, send: Send) -> None:
         limits = self.in_force.limits
         inference = parse_inference(self.endpoint, request.body, request.headers, limits, caller.may, caller.max_tokens)
         account.body_bytes = len(request.body)
