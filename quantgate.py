@@ -31,7 +31,7 @@ VERBS = {
     "logs": Verb("serving.cli", "logs_main", "print what a replica printed"),
     "gateway": Verb("gateway.cli", "gateway_main", "run the gateway in front of running replicas"),
     "config": Verb("gateway.cli", "config_main", "check, show or describe configuration files"),
-    "keys": Verb("gateway.cli", "keys_main", "hand out client keys"),
+    "keys": Verb("gateway.keys_cli", "keys_main", "hand out, list, replace and revoke client keys"),
 }
 
 

@@ -72,7 +72,7 @@ def _replicas(settings: Settings) -> Iterator[Violation]:
 def _own_or_foreign(where: Location, replica: ReplicaSettings) -> Iterator[Violation]:
     if replica.url is not None:
         defaults = ReplicaSettings(variant=replica.variant)
-        own = ReplicaSettings.model_fields.keys() - {"variant", "url", "api_key"}
+        own = ReplicaSettings.model_fields.keys() - {"variant", "url", "api_key", "max_in_flight"}
         for field in sorted(name for name in own if getattr(replica, name) != getattr(defaults, name)):
             yield Violation((*where, field), "says how to start a replica, but this one has a url", "remove one")
     wanted = replica.count * replica.tensor_parallel

@@ -32,9 +32,11 @@ def check_address(value: str) -> str:
 
 
 def check_url(value: str) -> str:
-    """Accept the root of a replica: scheme, host and port, without a path."""
+    """Accept the root of a replica: scheme, host and port, without a path; or the path of a unix socket."""
+    if re.fullmatch(r"unix:///[^\s?#]+", value):
+        return value
     if re.fullmatch(r"https?://([^/\s?#@:]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?", value.rstrip("/")) is None:
-        raise ValueError(f"{value!r} is no replica address; write http://host:port, without /v1")
+        raise ValueError(f"{value!r} is no replica address; write http://host:port, without /v1, or unix:///path")
     return value.rstrip("/")
 
 
@@ -44,6 +46,7 @@ ReplicaUrl = Annotated[str, AfterValidator(check_url)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", max_length=128)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
+Entries = Annotated[int, Field(ge=1, le=65536)]
 
 
 class Table(BaseModel):
@@ -56,8 +59,24 @@ class LimitSettings(Table):
     """What one request may ask for."""
 
     body_bytes: SizeBytes = 32 * 2**20
+    depth: Annotated[int, Field(ge=8, le=512)] = 64
+    messages: Entries = 2048
+    prompts: Entries = 2048
+    tools: Entries = 256
+    stop: Entries = 16
+    stop_bytes: SizeBytes = 4096
     n: Annotated[int, Field(ge=1)] = 8
+    logprobs: Annotated[int, Field(ge=0)] = 20
+    prompt_logprobs: Annotated[int, Field(ge=0)] = 5
     queue_seconds: Seconds = 30.0
+
+
+class QueueSettings(Table):
+    """How many requests may wait for a replica, and what their bodies may take."""
+
+    per_alias: Annotated[int, Field(ge=0)] = 1000
+    in_all: Annotated[int, Field(ge=0)] = 4000
+    body_bytes: SizeBytes = 256 * 2**20
 
 
 class GatewaySettings(Table):
@@ -68,6 +87,9 @@ class GatewaySettings(Table):
     state: Annotated[str, Field(pattern=r"^(sqlite|postgresql(\+\w+)?)://")] = "sqlite:///state.db"
     keys: str | None = None
     limits: LimitSettings = LimitSettings()
+    queue: QueueSettings = QueueSettings()
+    memory_bytes: SizeBytes = 512 * 2**20
+    drain_seconds: Seconds = 30.0
 
 
 class DeclaredQuality(Table):
@@ -100,6 +122,7 @@ class ReplicaSettings(Table):
     max_model_len: Annotated[int, Field(ge=16)] | None = None
     max_num_seqs: Annotated[int, Field(ge=1)] | None = None
     max_queued: Annotated[int, Field(ge=1)] = 256
+    max_in_flight: Annotated[int, Field(ge=1)] = 512
     kv_cache_bytes: SizeBytes | None = None
     prefix_caching: bool = True
     cores: Annotated[str, Field(pattern=r"^(nobind|auto|[\d,|-]+)$")] | None = None
@@ -117,12 +140,26 @@ class Floor(Table):
     perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
 
 
+NO_FLOOR = Floor()
+
+
 class Spill(Table):
     """When a lower rung answers because the higher one would keep the caller waiting, and when it stops."""
 
     after_seconds: Seconds = 2.0
     return_below_seconds: Seconds = 0.5
     dwell_seconds: Seconds = 10.0
+
+
+class TimeoutSettings(Table):
+    """How long an answer may keep us waiting; the first two are of streams, 0 is for ever."""
+
+    connect_seconds: Annotated[float, Field(gt=0)] = 2.0
+    first_byte_seconds: Seconds = 600.0
+    idle_seconds: Seconds = 600.0
+    total_seconds: Seconds = 3600.0
+    heartbeat_seconds: Seconds = 15.0
+    queue_seconds: Seconds | None = None
 
 
 class AliasSettings(Table):
@@ -133,6 +170,7 @@ class AliasSettings(Table):
     spill: Spill = Spill()
     think: Literal["auto", "prefix", "none"] = "auto"
     reasoning: Literal["parsed", "restored", "raw"] = "parsed"
+    timeouts: TimeoutSettings = TimeoutSettings()
 
 
 class LogSettings(Table):

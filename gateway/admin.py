@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from gateway.api.site import Site
 from gateway.in_force import InForce
 from gateway.metrics import Metrics
 from gateway.routing.catalog import Catalog
@@ -13,7 +14,7 @@ from serving.registry import Registry
 from serving.replica import State
 
 
-def admin_app(in_force: InForce, registry: Registry, metrics: Metrics) -> FastAPI:
+def admin_app(in_force: InForce, registry: Registry, metrics: Metrics, site: Site) -> FastAPI:
     """Build the app of the admin port."""
     app = FastAPI(title="quantgate admin", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -26,6 +27,8 @@ def admin_app(in_force: InForce, registry: Registry, metrics: Metrics) -> FastAP
     async def readyz() -> JSONResponse:
         """200 if any alias can be answered, else 503; tells for each alias which variants are ready."""
         aliases = ready_variants(in_force.catalog, registry)
+        if site.draining:
+            return JSONResponse({"aliases": aliases, "draining": True}, 503)
         return JSONResponse({"aliases": aliases}, 200 if any(aliases.values()) else 503)
 
     @app.get("/admin/replicas")

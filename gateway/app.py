@@ -11,12 +11,17 @@ from config.schema import GatewaySettings
 from config.variant import goldens
 from gateway.admin import admin_app
 from gateway.api.endpoint import InferenceEndpoint
+from gateway.api.endpoints import ENDPOINTS
 from gateway.api.routes import client_app
+from gateway.api.site import Site
 from gateway.deployment import Deployment, read_deployment
 from gateway.fleet import FollowedFleet, OwnFleet, Take
+from gateway.front.server import Front, serving_clients
 from gateway.in_force import InForce
 from gateway.listener import address_of, bind, listen
 from gateway.metrics import FleetCollector, Metrics
+from gateway.quota import Quota
+from gateway.relay.dispatch import Dispatch
 from gateway.relay.exchange import Relay
 from gateway.relay.pool import Pool
 from gateway.routing.catalog import Catalog
@@ -45,7 +50,7 @@ class Gateway:
 
     addresses: Addresses
     in_force: InForce
-    relay: Relay
+    quota: Quota
     metrics: Metrics
 
 
@@ -67,21 +72,27 @@ def ports(settings: GatewaySettings) -> Iterator[Ports]:
 @asynccontextmanager
 async def gateway(deployment: Deployment, registry: Registry, taken: Ports) -> AsyncIterator[Gateway]:
     """Serve clients and operators; when the block ends, running requests finish first."""
-    in_force, metrics = in_force_for(deployment), Metrics()
+    in_force, metrics, quota = in_force_for(deployment), Metrics(), Quota()
+    settings = deployment.settings.gateway
     metrics.registry.register(FleetCollector(registry, in_force.variants))
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(Pool())
-        relay = Relay(registry, pool, in_force.limits.queue_seconds)
-
-        def endpoint(name: str) -> InferenceEndpoint:
-            return InferenceEndpoint(name, in_force, relay, metrics)
-
-        clients = client_app(in_force, registry, endpoint)
-        await stack.enter_async_context(listen(admin_app(in_force, registry, metrics), taken.admin))
-        await stack.enter_async_context(listen(clients, taken.client))
+        dispatch = await stack.enter_async_context(Dispatch(registry, settings.queue))
+        relay = Relay(dispatch, pool)
+        endpoints = {
+            endpoint.path.encode(): InferenceEndpoint(endpoint, in_force, relay, quota, metrics)
+            for endpoint in ENDPOINTS.values()
+        }
+        site = Site(endpoints, client_app(in_force, registry), in_force)
+        await stack.enter_async_context(listen(admin_app(in_force, registry, metrics, site), taken.admin))
+        front = Front(site, settings.memory_bytes)
+        await stack.enter_async_context(serving_clients(front, taken.client, settings.drain_seconds))
         addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
-        yield Gateway(addresses, in_force, relay, metrics)
+        try:
+            yield Gateway(addresses, in_force, quota, metrics)
+        finally:
+            site.draining = True
 
 
 def in_force_for(deployment: Deployment) -> InForce:
@@ -150,7 +161,7 @@ async def following(path: Path | None, served: Gateway, take: Take) -> AsyncIter
 
         def swap() -> None:
             served.in_force.take(in_force_for(deployment))
-            served.relay.queue_seconds = deployment.settings.gateway.limits.queue_seconds
+            served.quota.keep(deployment.keys.names())
 
         await take(deployment, swap)
 

@@ -1,4 +1,4 @@
-"""The verbs of this room: gateway, up, config, keys."""
+"""The verbs of this room: gateway, up, config."""
 
 import argparse
 import json
@@ -14,7 +14,6 @@ from config.load import home_directory, load_settings, process_environment
 from config.schema import Settings
 from gateway.app import Addresses, everything, gateway_alone
 from gateway.deployment import read_deployment
-from gateway.keys import create_key
 from serving.foreground import USAGE, run_until_signal
 from serving.machine import this_machine
 from serving.registry import Registry
@@ -68,22 +67,6 @@ def config_main(arguments: list[str]) -> int:
         print(PASSWORD.sub(r"\1**********\2", text), end="")
     else:
         print(f"{chosen.file}: {len(settings.aliases)} aliases, {len(settings.variants)} variants, no problem")
-    return 0
-
-
-def keys_main(arguments: list[str]) -> int:
-    """Hand out keys for clients."""
-    parser = _parser("keys", "Manage the keys that clients authenticate with.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="create")
-    create = verbs.add_parser("create", help="make a key and print it; only its digest is kept")
-    create.add_argument("name", help="who it is for")
-    create.add_argument("--file", type=Path, default=Path("keys.yaml"), help="the configuration's gateway.keys")
-    chosen = parser.parse_args(arguments)
-    try:
-        print(create_key(chosen.file, chosen.name))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return USAGE
     return 0
 
 

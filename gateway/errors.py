@@ -12,6 +12,7 @@ GatewayError
 │   ├── Draining              503  this gateway is about to stop
 │   └── FloorUnmet            503  no variant that is good enough can answer
 ├── Overloaded                429  more was asked than can be answered in time
+│   ├── ReplicaFull           429  a replica has no room; another one may have
 │   └── RateLimited           429  more than the key may ask
 └── UpstreamError             502  a replica failed; another one may be tried while nothing was sent
     ├── UpstreamUnreachable   502  no connection
@@ -21,6 +22,7 @@ GatewayError
 
 import json
 import math
+from collections.abc import Sequence
 
 import msgspec
 
@@ -29,6 +31,17 @@ NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 # The OpenAI SDK obeys no longer delay, and stops trying when it is told one.
 LONGEST_RETRY_SECONDS = 120
+
+# https://docs.anthropic.com/en/api/errors
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 # The OpenAI SDK obeys this header for any status.
 NO_RETRY = (b"x-should-retry", b"false")
@@ -50,6 +63,12 @@ class GatewayError(Exception):
     def body(self) -> bytes:
         """Render in OpenAI's error shape."""
         return error_body(self.message, self.type, self.param, self.code)
+
+    def anthropic_body(self) -> bytes:
+        """Render in Anthropic's error shape, whose SDK goes by the status; the code is beside it for people."""
+        kind = ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        error = {"type": kind, "message": self.message, "code": self.code}
+        return json.dumps({"type": "error", "error": error}, ensure_ascii=False).encode()
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Headers that tell the client whether and when to try again."""
@@ -154,10 +173,26 @@ class Overloaded(GatewayError):
         return retry_after(self.retry_after_seconds)
 
 
+class ReplicaFull(Overloaded):
+    """A replica took a request for one too many; that is no failure of it."""
+
+    def __init__(self, *, held_seconds: float | None = None) -> None:
+        super().__init__("every replica that may answer is busy", retry_after_seconds=held_seconds or 1)
+        self.held_seconds = held_seconds  # what the replica itself asked for
+
+
 class RateLimited(Overloaded):
-    """The key has used up what it may ask for now."""
+    """The key has used up what it may ask for now; `limits` are the headers that say what it has left."""
 
     code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after_seconds: float, limits: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(message, retry_after_seconds=retry_after_seconds)
+        self.limits = limits
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Say when another try makes sense, and how much the key may ask."""
+        return [*super().headers(), *self.limits]
 
 
 class FloorUnmet(Unavailable):

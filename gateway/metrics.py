@@ -41,6 +41,8 @@ class Metrics:
     retries: Counter = field(init=False)
     floor_rejections: Counter = field(init=False)
     reloads: Counter = field(init=False)
+    heartbeats: Counter = field(init=False)
+    retries_refused: Counter = field(init=False)
 
     def __post_init__(self) -> None:
         served = ("alias", "variant", "precision")
@@ -65,6 +67,8 @@ class Metrics:
             "overhead", "Own time from a request to its being sent on, waiting left out.", (), OVERHEAD_SECONDS
         )
 
+        self.heartbeats = self._counter("heartbeats", "Comments.", ())
+        self.retries_refused = self._counter("retries_refused", "Retries not made.", ("alias", "reason"))
         self.reloads = self._counter("config_reloads", "Configurations taken over, refused or failed.", ("outcome",))
 
     def exposition(self) -> bytes:

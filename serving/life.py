@@ -92,7 +92,15 @@ def planned(launch: Launch, port: int) -> Replica:
     key = launch.settings.api_key.get_secret_value() if launch.settings.api_key else None
     url = f"http://127.0.0.1:{port}"
     variant = launch.variant
-    return Replica(launch.replica_id, variant.name, variant.precision, url, launch.replica_id, key)
+    return Replica(
+        launch.replica_id,
+        variant.name,
+        variant.precision,
+        url,
+        launch.replica_id,
+        key,
+        max_in_flight=launch.settings.max_in_flight,
+    )
 
 
 async def _require_seal(launch: Launch, place: Birthplace) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -26,7 +26,10 @@ class Registry:
     _entries: dict[str, _Entry] = field(default_factory=dict)
     # Apart from the entries, so that a replica that leaves and comes back keeps the count of its running requests.
     _in_flight: dict[str, int] = field(default_factory=dict)
+    _ready: dict[str, tuple[Replica, ...]] = field(default_factory=dict)
     _change: asyncio.Event = field(default_factory=asyncio.Event)
+    # Apart from the changes: a quiet replica becomes idle after every request, and nearly nobody wants to know.
+    _idle: asyncio.Event | None = None
 
     def put(self, replica: Replica, state: State, reason: str = "", since_seconds: float | None = None) -> None:
         """Add a replica, or say that it is in another state; since now, or since when somebody else says."""
@@ -56,32 +59,51 @@ class Registry:
         in_flight = self._in_flight.get(replica_id, 0)
         return ReplicaStatus(entry.replica, entry.state, entry.reason, entry.since_seconds, in_flight)
 
+    @property
+    def ready(self) -> Mapping[str, tuple[Replica, ...]]:
+        """The ready replicas of each variant, by id; the same mapping for ever, always true."""
+        return self._ready
+
+    @property
+    def in_flight(self) -> Mapping[str, int]:
+        """How many requests each replica answers for us, of those that answer any; always true, too."""
+        return self._in_flight
+
     @contextmanager
     def lease(self, replica_id: str) -> Iterator[Replica]:
         """Count one request on a replica while the block runs; NoSuchReplica if it left meanwhile."""
-        replica = self._entry(replica_id).replica
-        self._in_flight[replica_id] = self._in_flight.get(replica_id, 0) + 1
+        replica = self.take(replica_id)
         try:
             yield replica
         finally:
-            self._give_back(replica_id)
+            self.give_back(replica_id)
 
-    async def changed(self) -> None:
-        """Wait for the next change: of a state, or of a replica becoming idle."""
-        await self._change.wait()
+    def take(self, replica_id: str) -> Replica:
+        """Count one request on a replica, which whoever takes it gives back; NoSuchReplica if it left meanwhile."""
+        replica = self._entry(replica_id).replica
+        self._in_flight[replica_id] = self._in_flight.get(replica_id, 0) + 1
+        return replica
 
-    async def idle(self, replica_id: str) -> None:
-        """Wait until a replica has no request in flight."""
-        while self._in_flight.get(replica_id):
-            await self.changed()
-
-    def _give_back(self, replica_id: str) -> None:
+    def give_back(self, replica_id: str) -> None:
+        """Count it down again."""
         left = self._in_flight[replica_id] - 1
         if left:
             self._in_flight[replica_id] = left
             return
         del self._in_flight[replica_id]
-        self._announce()
+        if self._idle is not None:
+            waiting, self._idle = self._idle, None
+            waiting.set()
+
+    async def changed(self) -> None:
+        """Wait for the next change of a state."""
+        await self._change.wait()
+
+    async def idle(self, replica_id: str) -> None:
+        """Wait until a replica has no request in flight."""
+        while self._in_flight.get(replica_id):
+            self._idle = self._idle or asyncio.Event()
+            await self._idle.wait()
 
     def _entry(self, replica_id: str) -> _Entry:
         try:
@@ -90,5 +112,12 @@ class Registry:
             raise NoSuchReplica(f"replica {replica_id!r} is not in the registry") from None
 
     def _announce(self) -> None:
+        ready: dict[str, tuple[Replica, ...]] = {}
+        for _, entry in sorted(self._entries.items()):
+            if entry.state is State.READY:
+                variant = entry.replica.variant
+                ready[variant] = (*ready.get(variant, ()), entry.replica)
+        self._ready.clear()
+        self._ready.update(ready)
         waiting, self._change = self._change, asyncio.Event()
         waiting.set()

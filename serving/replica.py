@@ -48,7 +48,7 @@ class Replica:
     """One server of one variant at one address; `served_name` is the model name that it answers to.
 
     `max_model_len_tokens` and `think` are None until it has been asked. `think_token` is `<think>` in its vocabulary,
-    None if that is several tokens.
+    None if that is several tokens. More than `max_in_flight` requests at once are not sent to it.
     """
 
     id: str
@@ -60,6 +60,7 @@ class Replica:
     max_model_len_tokens: int | None = None
     think: ThinkTag | None = None
     think_token: int | None = None
+    max_in_flight: int = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,17 @@ def foreign_replicas(replicas: tuple[ReplicaSettings, ...], variants: dict[str, 
         key = settings.api_key.get_secret_value() if settings.api_key else None
         replica_id = f"{settings.variant}-url-{numbers[settings.variant]}"
         precision = variants[settings.variant].precision
-        found.append(Replica(replica_id, settings.variant, precision, settings.url, settings.variant, key))
+        found.append(
+            Replica(
+                replica_id,
+                settings.variant,
+                precision,
+                settings.url,
+                settings.variant,
+                key,
+                max_in_flight=settings.max_in_flight,
+            )
+        )
     return tuple(found)
 
 

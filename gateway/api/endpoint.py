@@ -1,117 +1,100 @@
-"""One inference endpoint as a plain ASGI app: the exchange lives inside it, so a client that leaves ends it."""
+"""One inference endpoint: reads a request, finds who may answer, relays the answer, and accounts for all of it."""
 
 import asyncio
+import os
 import re
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
-from typing import Any
 
+from gateway.api.endpoints import Endpoint
 from gateway.api.inference import Inference, parse_inference
-from gateway.errors import BodyTooLarge, FloorUnmet, GatewayError, RequestError, Unavailable
+from gateway.errors import Draining, FloorUnmet, GatewayError, Unavailable
+from gateway.front.reply import ClientLeft, Reply
+from gateway.front.request import Request
 from gateway.in_force import InForce
+from gateway.keys import Caller
 from gateway.metrics import Metrics
-from gateway.relay.accounting import CLIENT_LEFT, Account
-from gateway.relay.exchange import Relay, Send, refuse
+from gateway.quota import Quota
+from gateway.relay.accounting import Account
+from gateway.relay.exchange import Relay
+from gateway.relay.teller import Teller
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-
-
-class ClientLeft(Exception):
-    """The client closed its connection; nobody is there to be told anything."""
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
 class InferenceEndpoint:
-    """Reads a request, finds who may answer, and relays the answer."""
+    """Answers the requests of one endpoint, or says why not, in the words of its SDKs."""
 
-    name: str
+    endpoint: Endpoint
     in_force: InForce
     relay: Relay
+    quota: Quota
     metrics: Metrics
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer one HTTP request."""
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        with Account(self.metrics, self.name, request_id(scope)) as account:
+    async def answer(self, request: Request, caller: Caller, reply: Reply) -> None:
+        """Answer one request; when its client leaves, or the gateway stops, this is cancelled."""
+        account = Account(self.metrics, self.endpoint.name, request_id(request))
+        with account, Teller(self.endpoint, account, reply) as teller:
             try:
+                self.in_force.keys.authenticate(dict(scope["headers"]), time.time())
                 await self._answer(headers, account, receive, send)
             except ClientLeft:
                 account.code = "200" if account.told_all else CLIENT_LEFT
             except GatewayError as error:
-                if isinstance(error, FloorUnmet):
-                    self.metrics.floor_rejections.labels(account.alias).inc()
-                await refuse(send, account, error)
+                self._refused(error, caller, account, teller)
+            except ClientLeft:
+                account.left()
+                raise
+            except asyncio.CancelledError:
+                account.left()
+                if not reply.client_left:
+                    self._refused(Draining("the gateway stops; ask again"), caller, account, teller)
+                raise
 
     async def _answer(self, headers: dict[str, str], account: Account, receive: Receive, send: Send) -> None:
-        self.in_force.keys.authenticate(headers)
         limits = self.in_force.limits
-        body = await read_body(headers, receive, limits.body_bytes)
-        account.read()
-        inference = parse_inference(self.name, body, headers, limits)
-        await unless_client_leaves(self._relayed(inference, account, send), receive)
+        inference = parse_inference(self.endpoint, request.body, request.headers, limits, caller.may, caller.max_tokens)
+        account.body_bytes = len(request.body)
+        request.body = b""  # From here on it is the parsed one that is kept.
+        caller.check_model(inference.model)
+        with self.quota.enter(caller, account.read_at) as admission:
+            try:
+                await self._relayed(inference, caller, account, teller)
+            finally:
+                if account.usage is not None:
+                    admission.spent(account.usage.prompt + account.usage.completion, account.clock())
 
-    async def _relayed(self, inference: Inference, account: Account, send: Send) -> None:
+    async def _relayed(self, inference: Inference, caller: Caller, account: Account, teller: Teller) -> None:
         """Relay an answer; once more by another configuration, if the one that it began with lost its replicas."""
         while True:
             catalog = self.in_force.catalog
             target = catalog.resolve(inference.model)
             account.alias = target.name
+            if inference.stream:
+                teller.keep_alive(target.timeouts.heartbeat_seconds)
+            waits = target.timeouts.queue_seconds
+            wait_seconds = self.in_force.limits.queue_seconds if waits is None else waits
             try:
-                await self.relay.answer(inference, target, account, send)
+                await self.relay.answer(inference, target, caller, account, teller, wait_seconds)
             except Unavailable:
                 if account.begun or catalog is self.in_force.catalog:
                     raise
             else:
                 return
 
+    def _refused(self, error: GatewayError, caller: Caller, account: Account, teller: Teller) -> None:
+        if isinstance(error, FloorUnmet):
+            self.metrics.floor_rejections.labels(account.alias).inc()
+        account.code = error.code if account.begun else str(error.status)
+        teller.refuse(error, self.quota.headers(caller, account.clock()))
 
-def request_id(scope: Message) -> str:
+
+def request_id(request: Request) -> str:
     """The id of a request, the same whoever asks: the client's own if it is a sane one, otherwise one made here."""
-    known: str | None = scope.get("quantgate.request_id")
-    if known is None:
-        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
-        known = given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
-        scope["quantgate.request_id"] = known
-    return known
-
-
-async def read_body(headers: dict[str, str], receive: Receive, limit_bytes: int) -> bytes:
-    """Read a request's body, counting what really comes; RequestError unless it is declared as JSON."""
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise RequestError(f"content-type is {kind or 'missing'!r}; send application/json")
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit_bytes:
-            raise BodyTooLarge(f"the body is longer than {limit_bytes} bytes")
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-async def unless_client_leaves(answer: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Run an answer to its end, or cancel it when the client goes; whatever it raises comes out unwrapped."""
-    exchange = asyncio.create_task(answer, name="exchange")
-    departure = asyncio.create_task(_departure(receive), name="departure")
-    try:
-        await asyncio.wait({exchange, departure}, return_when=asyncio.FIRST_COMPLETED)
-        if not exchange.done():
-            raise ClientLeft
-        await exchange
-    finally:
-        for task in (exchange, departure):
-            task.cancel()
-        await asyncio.gather(exchange, departure, return_exceptions=True)
-
-
-async def _departure(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    if not request.request_id:
+        given = request.headers.get(b"x-request-id", b"")
+        request.request_id = given.decode() if REQUEST_ID.fullmatch(given) else f"req-{os.urandom(12).hex()}"
+    return request.request_id

@@ -1,35 +1,33 @@
-"""The allow-list of what clients may call; everything else is a 404 in OpenAI's shape."""
+"""What clients may call besides inference, as a FastAPI app; everything else is a 404 in OpenAI's shape.
+
+Who asks has been looked at before a request comes here: see gateway.api.site.
+"""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.routing import Route
 
-from gateway.api.endpoint import InferenceEndpoint, request_id
+from gateway.api.endpoints import ENDPOINTS
 from gateway.errors import GatewayError, RequestError
 from gateway.in_force import InForce
-from gateway.relay.exchange import PATHS
 from gateway.routing.catalog import Catalog
 from serving.registry import Registry
 
 JSON = "application/json"
 
 
-def client_app(in_force: InForce, registry: Registry, endpoint: Callable[[str], InferenceEndpoint]) -> FastAPI:
-    """Build the app that clients talk to; `endpoint` makes the app of one inference endpoint."""
+def client_app(in_force: InForce, registry: Registry) -> FastAPI:
+    """Build the app that clients talk to about models."""
     app = FastAPI(title="quantgate", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    for name, path in PATHS.items():
-        app.router.routes.append(Route(path, endpoint(name), methods=["POST"]))
     created = int(time.time())
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> Response:
         """Aliases first, then the variants that a client may pin."""
-        in_force.keys.authenticate(request.headers)
+        in_force.keys.authenticate(dict(request.headers.raw), time.time())
         catalog = in_force.catalog
         models = [_model(name, catalog, registry, created) for name in catalog.names()]
         return _answer(request, {"object": "list", "data": models})
@@ -37,13 +35,12 @@ def client_app(in_force: InForce, registry: Registry, endpoint: Callable[[str], 
     @app.get("/v1/models/{model:path}")
     async def show_model(model: str, request: Request) -> Response:
         """One of them."""
-        in_force.keys.authenticate(request.headers)
+        in_force.keys.authenticate(dict(request.headers.raw), time.time())
         catalog = in_force.catalog
         return _answer(request, _model(catalog.resolve(model).name, catalog, registry, created))
 
     app.add_exception_handler(GatewayError, _refused)
     app.add_exception_handler(HTTPException, _not_routed)
-    app.add_exception_handler(Exception, _crashed)
     return app
 
 
@@ -63,20 +60,20 @@ def _model(name: str, catalog: Catalog, registry: Registry, created: int) -> dic
 
 
 def _answer(request: Request, content: dict[str, Any]) -> Response:
-    return JSONResponse(content, headers={"x-request-id": request_id(request.scope)})
+    return JSONResponse(content, headers={"x-request-id": request.headers["x-request-id"]})
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
     headers = {name.decode(): value.decode() for name, value in error.headers()}
-    headers["x-request-id"] = request_id(request.scope)
+    headers["x-request-id"] = request.headers["x-request-id"]
     return Response(error.body(), error.status, headers, media_type=JSON)
 
 
 async def _not_routed(request: Request, error: Exception) -> Response:
     """Unknown path or wrong method, told in a shape that SDKs can read."""
     assert isinstance(error, HTTPException)
-    known = ", ".join([*PATHS.values(), "/v1/models"])
+    known = ", ".join([*(endpoint.path for endpoint in ENDPOINTS.values()), "/v1/models"])
     refusal = RequestError(
         f"{request.method} {request.url.path[:200]}: {error.detail}; known: {known}", code="not_found"
     )
@@ -84,8 +81,3 @@ async def _not_routed(request: Request, error: Exception) -> Response:
     response = await _refused(request, refusal)
     response.headers.update(error.headers or {})
     return response
-
-
-async def _crashed(request: Request, _error: Exception) -> Response:
-    """A defect of ours: the log has it whole (starlette raises it again), the client learns that it is not at fault."""
-    return await _refused(request, GatewayError("the gateway failed; its log tells more under this x-request-id"))

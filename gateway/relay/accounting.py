@@ -24,11 +24,40 @@ class CompletionDetails(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """Token counts as the engine reports them."""
+    """Token counts as the engine reports them, in the words of each API."""
 
     prompt_tokens: int | None = 0
     completion_tokens: int | None = 0
     completion_tokens_details: CompletionDetails | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    output_tokens_details: CompletionDetails | None = None
+
+    @property
+    def prompt(self) -> int:
+        """Tokens that were read."""
+        return self.input_tokens or self.prompt_tokens or 0
+
+    @property
+    def completion(self) -> int:
+        """Tokens that were generated, thinking included."""
+        return self.output_tokens or self.completion_tokens or 0
+
+    @property
+    def reasoning(self) -> int:
+        """Tokens of thinking."""
+        details = self.output_tokens_details or self.completion_tokens_details
+        return (details.reasoning_tokens if details else 0) or 0
+
+    def beside(self, earlier: "Usage | None") -> "Usage":
+        """Add what an earlier event said, and this one doesn't: Anthropic tells input first and output last."""
+        if earlier is None:
+            return self
+        return msgspec.structs.replace(
+            self,
+            input_tokens=self.input_tokens or earlier.input_tokens,
+            output_tokens=self.output_tokens or earlier.output_tokens,
+        )
 
 
 @dataclass(slots=True)
@@ -44,6 +73,9 @@ class Account:
     attempts: int = 0
     code: str = "500"
     usage: Usage | None = None
+    finish: str = ""
+    body_bytes: int = 0
+    trace_headers: str = ""
     queued_seconds: float = 0.0
     begun: bool = False
     told_all: bool = False
@@ -64,9 +96,9 @@ class Account:
         self.metrics.in_flight.labels(self.endpoint).dec()
         self._book(self.clock() - self.began_at)
 
-    def read(self) -> None:
-        """Note that the request is here as a whole."""
-        self.read_at = self.clock()
+    def left(self) -> None:
+        """Note that the client went; one that has read the last event has had its answer."""
+        self.code = "200" if self.told_all else CLIENT_LEFT
 
     def chose(self, choice: Choice) -> None:
         """Note which replica is tried now."""
@@ -120,12 +152,7 @@ class Account:
     def _book_tokens(self) -> tuple[int, int]:
         if self.usage is None:
             return 0, 0
-        details = self.usage.completion_tokens_details
-        kinds = {
-            "prompt": self.usage.prompt_tokens or 0,
-            "completion": self.usage.completion_tokens or 0,
-            "reasoning": (details.reasoning_tokens if details else 0) or 0,
-        }
+        kinds = {"prompt": self.usage.prompt, "completion": self.usage.completion, "reasoning": self.usage.reasoning}
         for kind, count in kinds.items():
             self.metrics.tokens.labels(*self._served, kind).inc(count)
         return kinds["prompt"], kinds["completion"]

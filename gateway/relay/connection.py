@@ -5,7 +5,7 @@ Here and only here does own code stand where a library would do: httpx costs 2,4
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import math
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -14,8 +14,18 @@ import httptools
 from gateway.errors import UpstreamDisconnected, UpstreamTimeout
 
 HIGH_WATER_BYTES = 256 * 1024
+LONGEST_WATCH_SECONDS = 3600.0
 HEADER_LIMIT_BYTES = 64 * 1024
 NOT_MODIFIED_OR_EMPTY = frozenset({204, 304})
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """How long a reply may keep us waiting: for its first byte, for the next one, and as a whole."""
+
+    first_byte_seconds: float = 600.0
+    idle_seconds: float = 600.0
+    total_seconds: float = math.inf
 
 
 @dataclass(slots=True)
@@ -41,14 +51,14 @@ class Head:
 
 
 class Connection(asyncio.Protocol):
-    """One request at a time: `send`, then read `chunks` to the end; `reusable` tells whether another may follow.
+    """One request at a time: `send`, then `more` until it is empty; `reusable` tells whether another may follow.
 
-    Every wait ends: with data, with UpstreamDisconnected, or after `silence_seconds` with UpstreamTimeout.
+    Every wait ends: with data, with UpstreamDisconnected, or with UpstreamTimeout when a deadline has passed.
     """
 
-    def __init__(self, silence_seconds: float) -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._silence_seconds = silence_seconds
+        self._deadlines = Deadlines()
         self._transport: asyncio.Transport  # from `connection_made` on, which comes before anything else
         self._parser = httptools.HttpResponseParser(self)
         self._head = Head()
@@ -62,18 +72,19 @@ class Connection(asyncio.Protocol):
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
         self._watchdog: asyncio.TimerHandle | None = None
+        self._watched_until = 0.0
+        self._asked_at = 0.0
         self._heard_at = 0.0
         self.received_bytes = 0
 
     # What the caller does
 
-    def send(self, request: bytes) -> None:
+    def send(self, request: bytes, deadlines: Deadlines) -> None:
         """Write a whole request; the reply starts from nothing."""
-        self._parser = httptools.HttpResponseParser(self)
         self._head, self._headers_bytes, self._headers_complete = Head(), 0, False
         self._complete, self._keep_alive, self.received_bytes = False, False, 0
-        self._heard_at = self._loop.time()
-        self._arm_watchdog()
+        self._deadlines, self._asked_at, self._heard_at = deadlines, self._loop.time(), 0.0
+        self._watch()
         self._transport.write(request)
 
     async def head(self) -> Head:
@@ -82,24 +93,23 @@ class Connection(asyncio.Protocol):
             await self._wait()
         return self._head
 
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield the body's bytes as they arrive, joined where several arrived at once."""
-        while True:
-            if self._body:
-                data = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-                self._body.clear()
-                self._body_bytes = 0
-                self._resume()
-                yield data
-            elif self._complete:
-                return
-            else:
-                await self._wait()
+    async def more(self) -> bytes:
+        """Wait for more of the body, joined where several pieces arrived at once; b"" at its end."""
+        while not self._body:
+            if self._complete:
+                return b""
+            await self._wait()
+        data = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._body.clear()
+        self._body_bytes = 0
+        if self._paused:
+            self._resume()
+        return data
 
     async def read(self, limit_bytes: int) -> bytes:
         """Read the whole body; UpstreamDisconnected if it is longer than the limit."""
         parts, size = [], 0
-        async for chunk in self.chunks():
+        while chunk := await self.more():
             parts.append(chunk)
             size += len(chunk)
             if size > limit_bytes:
@@ -113,7 +123,7 @@ class Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close at once; to the replica this is a client that left, so it stops generating."""
-        self._disarm_watchdog()
+        self._unwatch()
         self._transport.abort()
 
     # What the transport does
@@ -123,7 +133,6 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        self._heard_at = self._loop.time()
         self.received_bytes += len(data)
         if self._complete:
             # Nobody asked: whatever this is, the connection is no longer in step.
@@ -169,6 +178,7 @@ class Connection(asyncio.Protocol):
         self._headers_complete = self._head.status >= 200
 
     def on_body(self, body: bytes) -> None:
+        self._heard_at = self._loop.time()
         self._body.append(body)
         self._body_bytes += len(body)
 
@@ -179,7 +189,6 @@ class Connection(asyncio.Protocol):
             return
         self._keep_alive = self._parser.should_keep_alive() and self._head.delimited
         self._complete = True
-        self._disarm_watchdog()
 
     # Waiting
 
@@ -198,29 +207,55 @@ class Connection(asyncio.Protocol):
 
     def _fail(self, failure: Exception | None) -> None:
         self._failure = self._failure or failure
-        self._disarm_watchdog()
+        self._unwatch()
         self._wake()
 
     def _resume(self) -> None:
-        if self._paused:
-            self._paused = False
-            self._heard_at = self._loop.time()
-            self._transport.resume_reading()
+        self._paused = False
+        self._heard_at = self._loop.time()
+        self._transport.resume_reading()
 
-    def _arm_watchdog(self) -> None:
-        """One timer per request, looked at when it rings, instead of a timeout around every chunk."""
-        self._disarm_watchdog()
-        self._watchdog = self._loop.call_later(self._silence_seconds, self._bark)
+    def _watch(self) -> None:
+        """One timer, looked at when it rings, for all requests of a connection, instead of one around every wait."""
+        ends_at = self._ends_at()
+        if self._watchdog is not None:
+            if self._watched_until <= ends_at:
+                return
+            self._watchdog.cancel()
+        self._watched_until = ends_at
+        self._watchdog = self._loop.call_at(ends_at, self._bark)
 
-    def _disarm_watchdog(self) -> None:
+    def _unwatch(self) -> None:
         if self._watchdog is not None:
             self._watchdog.cancel()
             self._watchdog = None
 
+    def _ends_at(self) -> float:
+        """When the present wait has lasted too long."""
+        told, asked, heard = self._deadlines, self._asked_at, self._heard_at
+        silent_until = heard + told.idle_seconds if heard else asked + told.first_byte_seconds
+        return min(silent_until, asked + told.total_seconds, self._loop.time() + LONGEST_WATCH_SECONDS)
+
     def _bark(self) -> None:
-        left = self._heard_at + self._silence_seconds - self._loop.time()
-        if left > 0 or self._paused:
-            self._watchdog = self._loop.call_later(left if left > 0 else self._silence_seconds, self._bark)
-            return
-        self._fail(UpstreamTimeout(f"a replica said nothing for {self._silence_seconds:g} s"))
+        self._watchdog = None
+        if self._complete:
+            return  # Nothing is waited for; the next request starts the watch again.
+        now, told = self._loop.time(), self._deadlines
+        if now >= self._asked_at + told.total_seconds:
+            self._time_out(f"an answer was not whole after {told.total_seconds:g} s")
+        elif self._paused or now < self._ends_at():
+            self._watch_on()
+        elif self._heard_at:
+            self._time_out(f"a replica said nothing more for {told.idle_seconds:g} s")
+        else:
+            self._time_out(f"a replica said nothing for {told.first_byte_seconds:g} s")
+
+    def _watch_on(self) -> None:
+        if self._paused:
+            # It is the client that is slow, and others watch it.
+            self._heard_at = self._loop.time()
+        self._watch()
+
+    def _time_out(self, what: str) -> None:
+        self._fail(UpstreamTimeout(what))
         self.close()

@@ -1,35 +1,35 @@
 """Connections to replicas, kept for the next request while they are fresh."""
 
 import asyncio
+import ssl
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
-from urllib.parse import urlsplit
 
 from gateway.errors import UpstreamDisconnected, UpstreamUnreachable
-from gateway.relay.connection import Connection
+from gateway.relay.address import Address, address_of
+from gateway.relay.connection import Connection, Deadlines
 
+# vLLM closes idle connections after 5 s unless told otherwise.
+IDLE_SECONDS = 4.0
+CONNECT_SECONDS = 2.0
+NO_DEADLINES = Deadlines()
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """How long the data path waits; vLLM closes idle connections after 5 s unless told otherwise."""
-
-    connect_seconds: float = 2.0
-    silence_seconds: float = 600.0
-    idle_seconds: float = 4.0
+_Idle = deque[tuple[float, Connection]]
 
 
 @dataclass(slots=True)
 class Pool:
     """Owns every upstream connection; `exchange` hands one out and takes it back."""
 
-    patience: Patience = field(default_factory=Patience)
+    idle_seconds: float = IDLE_SECONDS
+    trust: ssl.SSLContext | None = None  # for https; None: what the machine trusts, read when it is first needed
     clock: Callable[[], float] = time.monotonic
-    _idle: dict[str, deque[tuple[float, Connection]]] = field(default_factory=dict)
+    _idle: dict[str, _Idle] = field(default_factory=dict)
+    _addresses: dict[str, Address] = field(default_factory=dict)
 
     async def __aenter__(self) -> Self:
         return self
@@ -37,78 +37,114 @@ class Pool:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for idle in self._idle.values():
-            for _, connection in idle:
-                connection.close()
-        self._idle.clear()
+        for url in tuple(self._idle):
+            self.forget(url)
 
     def __repr__(self) -> str:
         return f"<Pool [{', '.join(f'{url}: {len(idle)} idle' for url, idle in self._idle.items())}]>"
 
-    @asynccontextmanager
-    async def exchange(self, url: str, request: bytes) -> AsyncIterator[Connection]:
-        """Send a request; yields the connection with the reply's head read.
+    def exchange(
+        self, url: str, request: bytes, deadlines: Deadlines = NO_DEADLINES, connect_seconds: float = CONNECT_SECONDS
+    ) -> "Exchange":
+        """Send a request and wait for the reply's head, for an `async with` block."""
+        return Exchange(self, url, request, deadlines, connect_seconds)
 
-        Closed afterwards unless the reply was read to its end and the replica keeps it open.
-        """
-        connection = await self._answering(url, request)
+    def address(self, url: str) -> Address:
+        """Where a url leads."""
+        known = self._addresses.get(url)
+        if known is None:
+            known = self._addresses[url] = address_of(url)
+        return known
+
+    def fresh(self, url: str) -> Connection | None:
+        """Take the youngest idle connection; None if there is none that is surely open."""
+        idle = self._idle.get(url)
+        while idle:
+            since, connection = idle.pop()
+            if connection.reusable and self.clock() - since < self.idle_seconds:
+                return connection
+            connection.close()
+        return None
+
+    def keep(self, url: str, connection: Connection) -> None:
+        """Lay a connection aside, and throw away those at the other end that nobody needed in time."""
+        idle = self._idle.get(url)
+        if idle is None:
+            idle = self._idle[url] = deque()
+        now = self.clock()
+        while idle and now - idle[0][0] >= self.idle_seconds:
+            idle.popleft()[1].close()
+        idle.append((now, connection))
+
+    def forget(self, url: str) -> None:
+        """Close what is idle of a replica that has gone."""
+        self._addresses.pop(url, None)
+        for _, connection in self._idle.pop(url, ()):
+            connection.close()
+
+    async def connect(self, url: str, seconds: float) -> Connection:
+        """Open a connection; UpstreamUnreachable if there is none in time."""
+        address = self.address(url)
+        loop = asyncio.get_running_loop()
         try:
-            yield connection
-        finally:
-            if connection.reusable:
-                self._keep(url, connection)
-            else:
-                connection.close()
+            async with asyncio.timeout(seconds):
+                if address.path:
+                    _, connection = await loop.create_unix_connection(Connection, address.path)
+                else:
+                    secure = self._trusted() if address.secure else None
+                    _, connection = await loop.create_connection(Connection, address.host, address.port, ssl=secure)
+        except (OSError, TimeoutError) as error:
+            raise UpstreamUnreachable("no connection to a replica") from error
+        return connection
 
-    async def _answering(self, url: str, request: bytes) -> Connection:
-        connection = self._fresh(url)
+    def _trusted(self) -> ssl.SSLContext:
+        """One context for all connections: to read the machine's certificates takes tens of milliseconds."""
+        if self.trust is None:
+            self.trust = ssl.create_default_context()
+        return self.trust
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request on a connection, which is closed afterwards unless the reply was read to its end."""
+
+    pool: Pool
+    url: str
+    request: bytes
+    deadlines: Deadlines
+    connect_seconds: float
+    _connection: Connection | None = None
+
+    async def __aenter__(self) -> Connection:
+        """Give the connection with the reply's head read."""
+        connection = self.pool.fresh(self.url)
         if connection is not None:
             try:
-                return await _sent(connection, request)
+                return await self._sent(connection)
             except UpstreamDisconnected:
                 # It closed while it lay idle: without a byte of an answer, asking again is safe. Once: a replica
                 # that hangs up on this very request must not get it from every connection that lies here.
                 if connection.received_bytes:
                     raise
-        return await _sent(await self._connect(url), request)
+        return await self._sent(await self.pool.connect(self.url, self.connect_seconds))
 
-    def _fresh(self, url: str) -> Connection | None:
-        idle = self._idle.get(url, deque())
-        while idle:
-            since, connection = idle.pop()
-            if connection.reusable and self.clock() - since < self.patience.idle_seconds:
-                return connection
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        if connection.reusable:
+            self.pool.keep(self.url, connection)
+        else:
             connection.close()
-        return None
 
-    def _keep(self, url: str, connection: Connection) -> None:
-        """Lay a connection aside, and throw away those at the other end that nobody needed in time."""
-        idle = self._idle.setdefault(url, deque())
-        now = self.clock()
-        while idle and now - idle[0][0] >= self.patience.idle_seconds:
-            idle.popleft()[1].close()
-        idle.append((now, connection))
-
-    async def _connect(self, url: str) -> Connection:
-        parts = urlsplit(url)
-        secure = parts.scheme == "https"
-        port = parts.port or (443 if secure else 80)
-        loop = asyncio.get_running_loop()
+    async def _sent(self, connection: Connection) -> Connection:
         try:
-            async with asyncio.timeout(self.patience.connect_seconds):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self.patience.silence_seconds), parts.hostname or "", port, ssl=secure or None
-                )
-        except (OSError, TimeoutError) as error:
-            raise UpstreamUnreachable("no connection to a replica") from error
+            connection.send(self.request, self.deadlines)
+            await connection.head()
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
         return connection
-
-
-async def _sent(connection: Connection, request: bytes) -> Connection:
-    try:
-        connection.send(request)
-        await connection.head()
-    except BaseException:
-        connection.close()
-        raise
-    return connection

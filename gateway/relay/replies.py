@@ -1,105 +1,51 @@
 """What a replica's bytes become on their way to the client: the asked model's name, our error shape, nothing else."""
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
-from gateway.api.sse import DONE, data_of, error_event
-from gateway.errors import NO_JSON, GatewayError, RequestError, Unavailable, UpstreamError
+from gateway.errors import NO_JSON, GatewayError, ReplicaFull, RequestError, UpstreamError
 from gateway.relay.accounting import Usage
 
 Fields = dict[str, msgspec.Raw]
 
 # A replica that refuses our credential or no longer knows its own model is broken, whatever the client sent.
-OUR_FAULT = frozenset({401, 403, 404})
+OUR_FAULT = frozenset({401, 403})
+# vLLM says 503 when its queue is full.
+FULL = frozenset({429, 503})
 
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
 
 
-class _Chunk(msgspec.Struct):
-    usage: Usage | None = None
-    choices: list[msgspec.Raw] | None = None
-
-
-class _ErrorEvent(msgspec.Struct):
-    error: Any = None
-
-
-# `model` stands before `choices`, so its first occurrence is the right one; text can't hold it unescaped.
-_MODEL = re.compile(rb'("model"\s*:\s*)"(?:[^"\\]|\\.)*"')
-_ERROR_BEGIN = re.compile(rb'\{\s*"error"\s*:(?!\s*null)')
-_USAGE_BEGIN = re.compile(rb'"usage"\s*:\s*\{')
-
-_CHUNK = msgspec.json.Decoder(_Chunk)
 _USAGE = msgspec.json.Decoder(Usage | None)
-_ERROR = msgspec.json.Decoder(_ErrorEvent)
 
 
-def renamed(
-    body: bytes, model: str, shape: Callable[[Fields], Fields] = lambda fields: fields
-) -> tuple[bytes, Usage | None]:
+# Whole answers of chat and completions, responses, and messages: each in its own words.
+_FINISH = re.compile(rb'"(?:finish_reason|stop_reason|status)"\s*:\s*"([a-z_]{1,32})"')
+
+
+def renamed(body: bytes, model: str, shape: Callable[[Fields], Fields] | None = None) -> tuple[bytes, Usage | None]:
     """Put the asked model's name into a whole answer, and shape the rest; UpstreamError if it is no JSON object."""
     try:
         fields = _FIELDS.decode(body)
         usage = _USAGE.decode(fields["usage"]) if "usage" in fields else None
     except NO_JSON as error:
         raise UpstreamError("a replica's answer is no JSON object", code="upstream_invalid") from error
-    fields["model"] = msgspec.Raw(_ENCODER.encode(model))
-    return _ENCODER.encode(shape(fields)), usage
+    if "model" in fields:
+        fields["model"] = msgspec.Raw(_ENCODER.encode(model))
+    return _ENCODER.encode(shape(fields) if shape else fields), usage
 
 
-@dataclass(slots=True)
-class Transcript:
-    """Follows a stream event by event."""
-
-    model: str
-    wants_usage: bool
-    usage: Usage | None = None
-    finished: bool = False
-    failure: GatewayError | None = None
-    _name: bytes = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._name = _ENCODER.encode(self.model)
-
-    def passed_on(self, event: bytes) -> bytes:
-        """Say what the client gets for an event; b"" for nothing."""
-        data = data_of(event)
-        if not data:
-            # Comments keep readers patient; an event without data crashes the OpenAI SDK.
-            only_comments = all(line.startswith(b":") for line in event.split(b"\n") if line)
-            return event if only_comments else b""
-        if data == DONE:
-            self.finished = True
-            return event
-        if _ERROR_BEGIN.match(data):
-            return self._error(data)
-        if _USAGE_BEGIN.search(data) and self._only_usage(data) and not self.wants_usage:
-            return b""
-        found = _MODEL.search(event)
-        return event[: found.end(1)] + self._name + event[found.end() :] if found else event
-
-    def _only_usage(self, data: bytes) -> bool:
-        try:
-            chunk = _CHUNK.decode(data)
-        except NO_JSON:
-            # Nothing to count, and for the client to judge.
-            return False
-        self.usage = chunk.usage
-        return chunk.choices == []
-
-    def _error(self, data: bytes) -> bytes:
-        self.failure = refusal(_status(data), data)
-        return error_event(self.failure.message, self.failure.type, self.failure.code)
-
-
-def carries_token(event: bytes) -> bool:
-    """Tell an event with something in it from a chat's opening, which has a role and no text."""
-    return event.startswith(b"data: {") and b'"role":"assistant","content":""' not in event
+def finish_of(body: bytes) -> str:
+    """Why a whole answer ended; UpstreamError if the engine gave it up, which looks like an answer and is none."""
+    found = _FINISH.search(body)
+    finish = found[1].decode() if found else ""
+    if finish == "abort":
+        raise UpstreamError("a replica gave the answer up in the middle", code="upstream_aborted")
+    return finish
 
 
 def refusal(status: int, body: bytes) -> GatewayError:
@@ -112,25 +58,28 @@ def refusal(status: int, body: bytes) -> GatewayError:
         message, kind, code, param = "", "", "", None
     if status in OUR_FAULT:
         return UpstreamError(f"a replica answered {status} to the gateway", code="upstream_misconfigured")
-    if status == Unavailable.status:
-        return Unavailable("every replica that may answer is busy", code="overloaded")
+    if status in FULL:
+        return ReplicaFull()
     if not 400 <= status < 500:
         return UpstreamError(f"a replica failed with status {status}")
     named = param.get("param") if isinstance(param, dict) else None
+    if status == 404:
+        # A replica that doesn't know its own model is broken; one without such an endpoint has another kind of model.
+        if named == "model" or (kind == "NotFoundError" and "model" in message):
+            return UpstreamError("a replica doesn't know its model", code="upstream_misconfigured")
+        message, code = "the model's engine has no such endpoint", "endpoint_not_supported"
     error = RequestError(message or f"the engine refused the request with status {status}", param=named, code=code)
     error.status = status
     error.type = kind or error.type
     return error
 
 
-def _status(data: bytes) -> int:
-    """The HTTP status that an error event would have had; vLLM writes it as the code."""
+def held_seconds(headers: Mapping[bytes, bytes]) -> float | None:
+    """How long a replica asks to be spared, if it says; RFC 9110's dates are as good as nothing."""
     try:
-        error = _ERROR.decode(data).error
-    except NO_JSON:
-        return UpstreamError.status
-    code = error.get("code") if isinstance(error, dict) else None
-    return code if isinstance(code, int) else UpstreamError.status
+        return float(headers.get(b"retry-after", b""))
+    except ValueError:
+        return None
 
 
 def _told(error: Any) -> tuple[str, str, str]:

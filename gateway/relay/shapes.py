@@ -41,6 +41,7 @@ _ONLY_REASONING = re.compile(
     rb'"index":(?P<index>\d+),"delta":\{(?P<key>"reasoning"):"(?P<text>(?:[^"\\]|\\.)*)"(?P<end>\}),'
     rb'"logprobs":null,"finish_reason":null'
 )
+_THOUGHT = re.compile(rb'"reasoning(?:_content)?"\s*:\s*(?!null)')
 _TOKEN_IDS = re.compile(rb'"((?:prompt_)?token_ids)":\[[\d,\s]*\]')
 
 
@@ -210,6 +211,11 @@ class Shaping:
         index = msgspec.json.decode(choice.get("index", b"0"), type=int)
         thought = self._thoughts.setdefault(index, Thought(self.manner))
         return _retold(choice, "delta", thought)
+
+
+def tells(answer: bytes, manner: Manner) -> bool:
+    """Say whether there is anything to shape in a whole answer: a thought, or token ids that stay here."""
+    return manner.hides_ids or _THOUGHT.search(answer) is not None
 
 
 def shaped(answer: Fields, manner: Manner) -> Fields:

@@ -1,14 +1,16 @@
-"""Which replica answers: the least loaded ready one of the highest rung that may answer and is there."""
+"""Which replica answers: the least loaded one of the highest rung that may answer and has room."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
-from config.schema import Floor
+from config.schema import NO_FLOOR, Floor
 from config.variant import Variant
 from gateway.errors import FloorUnmet
+from gateway.routing.breaker import Breaker, admissible
 from gateway.routing.catalog import Target
-from serving.replica import HOPEFUL, Replica, ReplicaStatus, State
+from gateway.routing.shedding import ROOMY, Mark
+from serving.replica import HOPEFUL, Replica, ReplicaStatus
 
 Reason = Literal["preferred", "spill", "floor", "pinned", "canary", "fallback"]
 
@@ -22,11 +24,32 @@ class Choice:
     reason: Reason
 
 
-def permitted_rungs(target: Target, floor: Floor, precisions: frozenset[str] | None) -> tuple[Variant, ...]:
-    """Keep the rungs that satisfy alias and caller; FloorUnmet tells for each of the others why not."""
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a decision is made on: who is ready, how busy, and what is held against whom; who fails, who is full."""
+
+    ready: Mapping[str, tuple[Replica, ...]]  # by variant
+    in_flight: Mapping[str, int]
+    breakers: Mapping[str, Breaker] = field(default_factory=dict)
+    marks: Mapping[str, Mark] = field(default_factory=dict)
+
+    def has_room(self, replica: Replica, now: float) -> bool:
+        """Tell whether a replica takes one more request."""
+        if self.in_flight.get(replica.id, 0) >= replica.max_in_flight:
+            return False
+        return not self.marks or not self.marks.get(replica.id, ROOMY).full(now)
+
+
+def permitted_rungs(
+    target: Target, floors: tuple[Floor, ...], precisions: frozenset[str] | None
+) -> tuple[Variant, ...]:
+    """Keep the rungs that satisfy alias, key and request; FloorUnmet tells for each of the others why not."""
+    limits = [floor for floor in (target.floor, *floors) if floor is not NO_FLOOR]
+    if precisions is None and not limits:
+        return target.rungs
     kept, refused = [], []
     for variant in target.rungs:
-        why = variant.quality.shortfall(target.floor) or variant.quality.shortfall(floor)
+        why = next(filter(None, map(variant.quality.shortfall, limits)), None)
         if precisions is not None and variant.precision not in precisions:
             why = f"precision {variant.precision} was not asked for"
         if why is None:
@@ -38,26 +61,62 @@ def permitted_rungs(target: Target, floor: Floor, precisions: frozenset[str] | N
     return tuple(kept)
 
 
-def rank(
-    target: Target, rungs: tuple[Variant, ...], snapshot: Iterable[ReplicaStatus], tried: frozenset[str], turn: int
-) -> list[Choice]:
-    """Order the ready replicas, best first: by rung, then by load; `turn` rotates among equals."""
-    ready = [status for status in snapshot if status.state is State.READY and status.replica.id not in tried]
-    choices = []
+def best(
+    target: Target, rungs: tuple[Variant, ...], scene: Scene, tried: frozenset[str], turn: int, now: float
+) -> Choice | None:
+    """Choose a replica, None if none has room; `turn` rotates among equals.
+
+    Replicas that their breakers bar come last, below every rung: only when all others have failed, or are full.
+    """
+    last_resort: list[tuple[Variant, list[Replica]]] = []
     for variant in rungs:
-        here = [status for status in ready if status.replica.variant == variant.name]
-        shift = turn % len(here) if here else 0
-        rotated = here[shift:] + here[:shift]
-        reason = _reason(target, variant, rungs)
-        ordered = sorted(rotated, key=lambda status: status.in_flight)
-        choices += [Choice(status.replica, variant, reason) for status in ordered]
-    return choices
+        ready = scene.ready.get(variant.name, ())
+        first: Sequence[Replica] = ready
+        if scene.breakers:
+            admitted = admissible([replica.id for replica in ready], scene.breakers, now)
+            first = _named(ready, admitted.first)
+            last_resort.append((variant, _named(ready, admitted.last_resort)))
+        replica = _least_loaded(first, scene, tried, turn, now)
+        if replica is not None:
+            return Choice(replica, variant, _reason(target, variant, rungs))
+    for variant, replicas in last_resort:
+        replica = _least_loaded(replicas, scene, tried, turn, now)
+        if replica is not None:
+            return Choice(replica, variant, _reason(target, variant, rungs))
+    return None
+
+
+def ranked(
+    target: Target, rungs: tuple[Variant, ...], scene: Scene, tried: frozenset[str], turn: int, now: float
+) -> Iterator[Choice]:
+    """Every replica that has room, in the order in which they would be tried."""
+    while (choice := best(target, rungs, scene, tried, turn, now)) is not None:
+        yield choice
+        tried |= {choice.replica.id}
 
 
 def worth_waiting(rungs: tuple[Variant, ...], snapshot: Iterable[ReplicaStatus]) -> bool:
     """Tell whether a replica that may answer is on its way."""
     names = {variant.name for variant in rungs}
     return any(status.state in HOPEFUL and status.replica.variant in names for status in snapshot)
+
+
+def _least_loaded(
+    replicas: Sequence[Replica], scene: Scene, tried: frozenset[str], turn: int, now: float
+) -> Replica | None:
+    chosen, lowest = None, 0
+    in_flight = scene.in_flight
+    count = len(replicas)
+    for place in range(count):
+        replica = replicas[(place + turn) % count]
+        load = in_flight.get(replica.id, 0)
+        if (chosen is None or load < lowest) and replica.id not in tried and scene.has_room(replica, now):
+            chosen, lowest = replica, load
+    return chosen
+
+
+def _named(replicas: Sequence[Replica], ids: Sequence[str]) -> list[Replica]:
+    return [replica for replica in replicas if replica.id in ids]
 
 
 def _reason(target: Target, variant: Variant, rungs: tuple[Variant, ...]) -> Reason:

@@ -223,17 +223,6 @@ def test_configuration_is_checked_and_shown(tmp_path: Path, capsys: pytest.Captu
     assert set(json.loads(capsys.readouterr().out)["properties"]) == tables
 
 
-def test_keys_are_handed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The key alone is on stdout; a second one of the name is refused."""
-    path = tmp_path / "keys.yaml"
-    assert main(["keys", "create", "alice", "--file", str(path)]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    assert re.fullmatch(r"qg-[\w-]{43}\n", out)
-    assert main(["keys", "create", "alice", "--file", str(path)]) == 2
-    assert capsys.readouterr() == ("", f"{path}: there is already a key named 'alice'; choose another name\n")
-
-
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -241,7 +230,7 @@ def test_keys_are_handed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["zzz"], "quantgate: no verb 'zzz'; `quantgate --help` lists them\n"),
         (["config"], "the following arguments are required"),
         (["config", "chekc"], "invalid choice: 'chekc'"),
-        (["keys", "create"], "the following arguments are required: name"),
+        (["keys", "create"], "the following arguments are required: NAME"),
         (["gateway", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["up", "a", "b"], "unrecognized arguments: b"),
     ],

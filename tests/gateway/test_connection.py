@@ -2,12 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
 from gateway.errors import UpstreamDisconnected, UpstreamTimeout
-from gateway.relay.connection import HEADER_LIMIT_BYTES, HIGH_WATER_BYTES, Connection
+from gateway.relay.connection import HEADER_LIMIT_BYTES, HIGH_WATER_BYTES, Connection, Deadlines
 from tests.fakes.running import DEADLINE_SECONDS, POLL_SECONDS
 from tests.gateway.wire import Behaviour, Peer, answering, chunk, scripted, stream, stream_head, whole
 
@@ -15,24 +15,26 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 REQUEST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
 LIMIT = 2**20
+PATIENT = Deadlines(DEADLINE_SECONDS, DEADLINE_SECONDS, 2 * DEADLINE_SECONDS)
+HASTY = Deadlines(0.05, 0.05, DEADLINE_SECONDS)
 
 
 @asynccontextmanager
-async def connection_to(behaviour: Behaviour, silence_seconds: float = DEADLINE_SECONDS) -> AsyncIterator[Connection]:
+async def connection_to(behaviour: Behaviour) -> AsyncIterator[Connection]:
     """A connection to a replica that behaves like this."""
     async with scripted(behaviour) as replica:
         host, _, port = replica.url.removeprefix("http://").rpartition(":")
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(lambda: Connection(silence_seconds), host, int(port))
+        _, connection = await loop.create_connection(Connection, host, int(port))
         try:
             yield connection
         finally:
             connection.close()
 
 
-async def reply(connection: Connection) -> tuple[int, bytes]:
+async def reply(connection: Connection, deadlines: Deadlines = PATIENT) -> tuple[int, bytes]:
     """Ask, and read the whole reply."""
-    connection.send(REQUEST)
+    connection.send(REQUEST, deadlines)
     head = await connection.head()
     return head.status, await connection.read(LIMIT)
 
@@ -129,7 +131,7 @@ async def test_a_reset_is_no_end() -> None:
         peer.reset()
 
     async with connection_to(behaviour) as connection:
-        connection.send(REQUEST)
+        connection.send(REQUEST, PATIENT)
         with pytest.raises(UpstreamDisconnected):
             await connection.head()
             await connection.read(LIMIT)
@@ -151,10 +153,10 @@ async def test_chunks_come_as_they_arrive() -> None:
         await peer.left()
 
     async with connection_to(behaviour) as connection:
-        connection.send(REQUEST)
+        connection.send(REQUEST, PATIENT)
         assert (await connection.head()).streams
         seen = []
-        async for piece in connection.chunks():
+        while piece := await connection.more():
             seen.append(piece)
             go.set()
         assert seen == [b"1", b"2", b"3"]
@@ -190,10 +192,10 @@ async def test_one_request_after_the_other() -> None:
 async def test_a_connection_that_is_not_read_to_its_end_is_not_reusable() -> None:
     """As long as bytes of a reply are left, or still to come, no other request may be sent."""
     async with connection_to(answering(whole(b"one"), close=False)) as connection:
-        connection.send(REQUEST)
+        connection.send(REQUEST, PATIENT)
         await connection.head()
         assert connection.reusable is False
-        async for _ in connection.chunks():
+        while await connection.more():
             assert connection.reusable is True
 
 
@@ -237,9 +239,9 @@ async def test_silence_before_the_head() -> None:
         await peer.request()
         left.append(await peer.left())
 
-    async with connection_to(behaviour, silence_seconds=0.05) as connection:
+    async with connection_to(behaviour) as connection:
         with pytest.raises(UpstreamTimeout, match=r"said nothing for 0\.05 s"):
-            await reply(connection)
+            await reply(connection, HASTY)
         assert not connection.reusable
         async with asyncio.timeout(DEADLINE_SECONDS):
             while not left:  # noqa: ASYNC110 - what is waited for is the other side
@@ -255,13 +257,13 @@ async def test_silence_in_the_middle(head: bytes) -> None:
         await peer.say(head + (chunk(b"one") if head != CLOSING else b"one"))
         await peer.left()
 
-    async with connection_to(behaviour, silence_seconds=0.05) as connection:
-        connection.send(REQUEST)
+    async with connection_to(behaviour) as connection:
+        connection.send(REQUEST, HASTY)
         await connection.head()
         seen = []
         with pytest.raises(UpstreamTimeout):
-            async for piece in connection.chunks():
-                seen.append(piece)  # noqa: PERF401 - what came before an error is wanted
+            while piece := await connection.more():
+                seen.append(piece)
         assert seen == [b"one"]
 
 
@@ -279,8 +281,8 @@ async def test_speaking_again_and_again_is_not_silence() -> None:
         await peer.say(chunk(b""))
         await peer.left()
 
-    async with connection_to(behaviour, silence_seconds) as connection:
-        status, body = await reply(connection)
+    async with connection_to(behaviour) as connection:
+        status, body = await reply(connection, Deadlines(silence_seconds, silence_seconds))
         assert (status, body.strip(b"x")) == (200, b"")
 
 
@@ -299,8 +301,8 @@ async def test_a_slow_reader_holds_the_replica_back() -> None:
         await peer.left()
 
     silence_seconds, loop = 0.3, asyncio.get_running_loop()
-    async with connection_to(behaviour, silence_seconds) as connection:
-        connection.send(REQUEST)
+    async with connection_to(behaviour) as connection:
+        connection.send(REQUEST, Deadlines(silence_seconds, silence_seconds))
         await connection.head()
         # Nobody reads: the connection fills up, and the watchdog does not take that for the replica's silence.
         async with asyncio.timeout(DEADLINE_SECONDS):
@@ -309,16 +311,49 @@ async def test_a_slow_reader_holds_the_replica_back() -> None:
                 before = said
                 await asyncio.sleep(0.1)
         assert said < total / 2, "the rest of it waits in the replica"
-        pieces = [data async for data in connection.chunks()]
+        pieces = []
+        while data := await connection.more():
+            pieces.append(data)
         assert len(pieces[0]) < 4 * HIGH_WATER_BYTES
         assert sum(map(len, pieces)) == total
         assert connection.reusable
 
 
+async def test_an_answer_that_never_ends() -> None:
+    """However much is said, and however quickly, an answer has its time as a whole, and no more."""
+
+    async def behaviour(peer: Peer) -> None:
+        await peer.request()
+        await peer.say(stream_head())
+        with suppress(ConnectionError):
+            while True:
+                await peer.say(chunk(b"x"))
+                await asyncio.sleep(POLL_SECONDS)
+
+    async with connection_to(behaviour) as connection:
+        with pytest.raises(UpstreamTimeout, match=r"not whole after 0\.3 s"):
+            await reply(connection, Deadlines(DEADLINE_SECONDS, DEADLINE_SECONDS, 0.3))
+
+
+async def test_a_shorter_deadline_on_a_connection_that_was_used_before() -> None:
+    """The deadlines are those of the request, not of the one before it."""
+
+    async def behaviour(peer: Peer) -> None:
+        await peer.request()
+        await peer.say(whole(b"one"))
+        await peer.request()
+        await peer.left()
+
+    async with connection_to(behaviour) as connection:
+        assert await reply(connection) == (200, b"one")
+        with pytest.raises(UpstreamTimeout, match=r"said nothing for 0\.05 s"):
+            await reply(connection, HASTY)
+
+
 async def test_an_answer_longer_than_the_limit() -> None:
     """Reading a whole body stops where it gets too long."""
     async with connection_to(answering(whole(b"x" * 101), close=False)) as connection:
-        connection.send(REQUEST)
+        connection.send(REQUEST, PATIENT)
         await connection.head()
         with pytest.raises(UpstreamDisconnected, match="longer than 100 bytes"):
             await connection.read(100)
@@ -335,7 +370,7 @@ async def test_closing_is_leaving() -> None:
             gone.set()
 
     async with connection_to(behaviour) as connection:
-        connection.send(REQUEST)
+        connection.send(REQUEST, PATIENT)
         await connection.head()
         connection.close()
         async with asyncio.timeout(DEADLINE_SECONDS):

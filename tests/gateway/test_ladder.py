@@ -1,6 +1,8 @@
 """Which replica answers, and why it is that one."""
 
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,8 +11,11 @@ from hypothesis import strategies as st
 from config.schema import Floor
 from config.variant import QualityMeasures, Variant
 from gateway.errors import FloorUnmet
+from gateway.routing.breaker import HEALTHY, failed
 from gateway.routing.catalog import Target
-from gateway.routing.ladder import permitted_rungs, rank, worth_waiting
+from gateway.routing.ladder import Scene, permitted_rungs, worth_waiting
+from gateway.routing.ladder import ranked as ranking
+from gateway.routing.shedding import ROOMY, refused
 from serving.replica import Replica, ReplicaStatus, State
 
 HI = Variant("hi", "bf16", QualityMeasures("parent", 0.0, 1.0, 1.0))
@@ -33,9 +38,18 @@ def status(name: str, state: State = State.READY, in_flight: int = 0) -> Replica
     return ReplicaStatus(replica, state, "", 0.0, in_flight)
 
 
+def scene(snapshot: Iterable[ReplicaStatus]) -> Scene:
+    """What a decision is made on when this is what there is."""
+    ready: dict[str, tuple[Replica, ...]] = {}
+    for each in snapshot:
+        if each.state is State.READY:
+            ready[each.replica.variant] = (*ready.get(each.replica.variant, ()), each.replica)
+    return Scene(ready, {each.replica.id: each.in_flight for each in snapshot})
+
+
 def ranked(*snapshot: ReplicaStatus, tried: frozenset[str] = NOBODY, turn: int = 0) -> list[str]:
     """The order in which replicas are tried."""
-    return [choice.replica.id for choice in rank(target(*RUNGS), RUNGS, snapshot, tried, turn)]
+    return [choice.replica.id for choice in ranking(target(*RUNGS), RUNGS, scene(snapshot), tried, turn, 0.0)]
 
 
 @pytest.mark.parametrize(
@@ -58,13 +72,13 @@ def test_who_may_answer(
     """A rung stays if it satisfies the alias, the caller's floor and precisions; an unknown quality satisfies none."""
     asked = target(HI, MID, LO, ODD, floor=Floor(**alias_floor))
     wanted = None if precisions is None else frozenset(precisions)
-    assert [each.name for each in permitted_rungs(asked, Floor(**caller_floor), wanted)] == kept.split()
+    assert [each.name for each in permitted_rungs(asked, (Floor(**caller_floor),), wanted)] == kept.split()
 
 
 def test_a_floor_that_nobody_meets_is_told_rung_by_rung() -> None:
     """The refusal says of each rung what it lacks."""
     with pytest.raises(FloorUnmet) as caught:
-        permitted_rungs(target(HI, LO, ODD), Floor(top1_agreement=0.95), frozenset({"int4", "fp8"}))
+        permitted_rungs(target(HI, LO, ODD), (Floor(top1_agreement=0.95),), frozenset({"int4", "fp8"}))
     assert caught.value.message == (
         "no variant of 'smol' is good enough (hi: precision bf16 was not asked for; "
         "lo: top1_agreement 0.92 misses the floor 0.95; odd: top1_agreement is unknown, the floor is 0.95)"
@@ -74,7 +88,7 @@ def test_a_floor_that_nobody_meets_is_told_rung_by_rung() -> None:
 def test_the_strictest_reason_is_told() -> None:
     """A rung that the caller's precisions rule out is told so, even if its quality falls short as well."""
     with pytest.raises(FloorUnmet, match=r"lo: precision int4 was not asked for"):
-        permitted_rungs(target(LO), Floor(top1_agreement=0.99), frozenset({"bf16"}))
+        permitted_rungs(target(LO), (Floor(top1_agreement=0.99),), frozenset({"bf16"}))
 
 
 shares = st.none() | st.floats(0, 1)
@@ -86,16 +100,20 @@ precisions = st.sampled_from(["bf16", "int8", "int4"])
 
 
 @given(
-    st.lists(st.tuples(qualities, precisions), min_size=1, max_size=5), floors, floors, st.none() | st.sets(precisions)
+    st.lists(st.tuples(qualities, precisions), min_size=1, max_size=5),
+    floors,
+    floors,
+    floors,
+    st.none() | st.sets(precisions),
 )
 def test_no_floor_is_ever_breached(
-    made: list[tuple[QualityMeasures, str]], alias: Floor, caller: Floor, wanted: set[str] | None
+    made: list[tuple[QualityMeasures, str]], alias: Floor, caller: Floor, key: Floor, wanted: set[str] | None
 ) -> None:
-    """Whatever the ladder and the floors, every rung that is kept meets both, and none that meets both is lost."""
+    """Whatever the ladder and the floors, every rung that is kept meets them all, and none that does is lost."""
     rungs = [Variant(f"v{number}", precision, quality) for number, (quality, precision) in enumerate(made)]
 
     def meets(variant: Variant) -> bool:
-        for floor in (alias, caller):
+        for floor in (alias, caller, key):
             top, divergence, ratio = floor.top1_agreement, floor.kl_mean, floor.perplexity_ratio
             quality = variant.quality
             if top is not None and not (quality.top1_agreement is not None and quality.top1_agreement >= top):
@@ -110,10 +128,10 @@ def test_no_floor_is_ever_breached(
     asked = target(*rungs, floor=alias)
     limits = None if wanted is None else frozenset(wanted)
     if good:
-        assert list(permitted_rungs(asked, caller, limits)) == good
+        assert list(permitted_rungs(asked, (caller, key), limits)) == good
     else:
         with pytest.raises(FloorUnmet):
-            permitted_rungs(asked, caller, limits)
+            permitted_rungs(asked, (caller, key), limits)
 
 
 @pytest.mark.parametrize(
@@ -140,14 +158,16 @@ def test_equals_take_turns() -> None:
     assert {ranked(status("hi-0", in_flight=1), *equal[1:], turn=turn)[-1] for turn in range(9)} == {"hi-0"}
 
 
-replicas = st.builds(status, st.sampled_from(["hi", "mid", "lo", "odd"]), st.sampled_from(State), st.integers(0, 3))
+names = st.builds("{}-{}".format, st.sampled_from(["hi", "mid", "lo", "odd"]), st.integers(0, 9))
+replicas = st.builds(status, names, st.sampled_from(State), st.integers(0, 3))
 
 
 @given(st.lists(replicas, max_size=8), st.integers(0, 20))
 def test_a_ranking_is_complete_and_ordered(several: list[ReplicaStatus], turn: int) -> None:
     """Every ready replica of a rung is ranked once, never a higher rung behind a lower, never more load before less."""
     order = [rung.name for rung in RUNGS]
-    choices = rank(target(*RUNGS), RUNGS, several, NOBODY, turn)
+    several = list({each.replica.id: each for each in several}.values())
+    choices = list(ranking(target(*RUNGS), RUNGS, scene(several), NOBODY, turn, 0.0))
     wanted = [each for each in several if each.state is State.READY and each.replica.variant in order]
     assert Counter(choice.replica.variant for choice in choices) == Counter(each.replica.variant for each in wanted)
     places = [order.index(choice.variant.name) for choice in choices]
@@ -170,8 +190,29 @@ def test_a_ranking_is_complete_and_ordered(several: list[ReplicaStatus], turn: i
 def test_reasons(rungs: tuple[Variant, ...], kept: tuple[Variant, ...], pinned: bool, reasons: list[str]) -> None:
     """The best rung that may answer is preferred, or due to a floor; lower ones are fallbacks; named ones pinned."""
     snapshot = [status(f"{variant.name}-1") for variant in RUNGS]
-    choices = rank(target(*rungs, pinned=pinned), kept, snapshot, NOBODY, 0)
+    choices = ranking(target(*rungs, pinned=pinned), kept, scene(snapshot), NOBODY, 0, 0.0)
     assert [choice.reason for choice in choices] == reasons
+
+
+def test_a_failing_replica_is_the_last_resort() -> None:
+    """One that its breaker bars comes behind every rung; a variant of one replica is barred to no request at all."""
+    opened = HEALTHY
+    for _ in range(3):
+        opened = failed(opened, 0.0)
+    snapshot = [status("hi-1"), status("hi-2"), status("lo-1")]
+    held = replace(scene(snapshot), breakers={"hi-1": opened})
+    assert [each.replica.id for each in ranking(target(*RUNGS), RUNGS, held, NOBODY, 0, 0.5)] == ["hi-2", "lo-1"]
+    both = replace(scene(snapshot), breakers={"hi-1": opened, "hi-2": failed(opened, 0.1)})
+    order = [each.replica.id for each in ranking(target(*RUNGS), RUNGS, both, NOBODY, 0, 0.5)]
+    assert order == ["lo-1", "hi-1"]
+
+
+def test_a_replica_without_room_is_not_chosen() -> None:
+    """One that said so, and one with as many requests as it may have."""
+    snapshot = [status("hi-1"), status("hi-2", in_flight=512), status("lo-1")]
+    full = replace(scene(snapshot), marks={"hi-1": refused(ROOMY, 0.0)})
+    assert [each.replica.id for each in ranking(target(*RUNGS), RUNGS, full, NOBODY, 0, 0.1)] == ["lo-1"]
+    assert [each.replica.id for each in ranking(target(*RUNGS), RUNGS, full, NOBODY, 0, 9.0)] == ["hi-1", "lo-1"]
 
 
 @pytest.mark.parametrize("state", State)

@@ -7,7 +7,8 @@ from contextlib import suppress
 import pytest
 
 from gateway.errors import UpstreamDisconnected, UpstreamTimeout, UpstreamUnreachable
-from gateway.relay.pool import Patience, Pool
+from gateway.relay.connection import Deadlines
+from gateway.relay.pool import CONNECT_SECONDS, NO_DEADLINES, Pool
 from tests.fakes.running import DEADLINE_SECONDS, HOST, POLL_SECONDS
 from tests.gateway.wire import Peer, answering, scripted, stream, whole
 
@@ -16,9 +17,11 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 REQUEST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
 
 
-async def ask(pool: Pool, url: str) -> bytes:
+async def ask(
+    pool: Pool, url: str, deadlines: Deadlines = NO_DEADLINES, connect_seconds: float = CONNECT_SECONDS
+) -> bytes:
     """One request, its answer read to the end."""
-    async with pool.exchange(url, REQUEST) as connection:
+    async with pool.exchange(url, REQUEST, deadlines, connect_seconds) as connection:
         assert (await connection.head()).status == 200
         return await connection.read(2**20)
 
@@ -62,7 +65,7 @@ async def test_a_connection_that_may_be_out_of_step_is_closed(said: bytes) -> No
         await peer.say(said)
         await peer.left()
 
-    async with scripted(behaviour) as replica, Pool(Patience(silence_seconds=0.2)) as pool:
+    async with scripted(behaviour) as replica, Pool() as pool:
         for number in (1, 2):
             with suppress(UpstreamTimeout):
                 assert await ask(pool, replica.url) == b"1"
@@ -82,7 +85,7 @@ async def test_idle_connections_grow_old() -> None:
     """A connection is used as long as it is fresh, and those that nobody needed are closed."""
     now = 0.0
     answers = answering(*[whole(b"1")] * 9, close=False)
-    async with scripted(answers) as replica, Pool(Patience(idle_seconds=4), clock=lambda: now) as pool:
+    async with scripted(answers) as replica, Pool(idle_seconds=4, clock=lambda: now) as pool:
         await asyncio.gather(*(ask(pool, replica.url) for _ in range(3)))
         now = 3.9
         await ask(pool, replica.url)
@@ -175,9 +178,9 @@ async def test_nobody_listens() -> None:
             with pytest.raises(UpstreamUnreachable) as caught:
                 await ask(pool, url)
             assert caught.value.message == "no connection to a replica", "addresses are nothing for clients"
-    async with scripted(answering(whole(b"1"))) as replica, Pool(Patience(connect_seconds=0)) as pool:
+    async with scripted(answering(whole(b"1"))) as replica, Pool() as pool:
         with pytest.raises(UpstreamUnreachable) as caught:
-            await ask(pool, replica.url)
+            await ask(pool, replica.url, connect_seconds=0)
         assert isinstance(caught.value.__cause__, TimeoutError)
 
 

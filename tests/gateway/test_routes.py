@@ -11,7 +11,7 @@ from config.variant import Variant
 from gateway.api.endpoint import InferenceEndpoint, Message, request_id
 from gateway.api.routes import client_app
 from gateway.in_force import InForce
-from gateway.keys import Keys
+from gateway.keys import Keys, StoredKey, keys_in_force
 from gateway.listener import address_of, bind, listen
 from gateway.routing.catalog import Catalog
 from serving.registry import Registry
@@ -90,7 +90,7 @@ async def test_head_has_no_body(fleet: Fleet) -> None:
     assert (await fleet.client.head("/v1/models")).status_code == 405
 
 
-KEYS = Keys({"alice": "a" * 64})
+KEYS = keys_in_force({"alice": StoredKey(sha256=("a" * 64,))})
 
 
 async def test_models_are_guarded_too() -> None:

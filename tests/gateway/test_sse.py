@@ -1,13 +1,15 @@
 """Cutting a stream of bytes into events."""
 
+import json
 from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.api.endpoints import CHAT, MESSAGES, RESPONSES
 from gateway.api.sse import LONGEST_EVENT_BYTES, EventCutter, data_of, error_event
-from gateway.errors import UpstreamDisconnected
+from gateway.errors import UpstreamDisconnected, UpstreamError
 
 lines = st.sampled_from(["data: {}", "data: café 汉字", "data:x", ": hello", "event: ping", "id: 7", "data: [DONE]"])
 events = st.lists(st.lists(lines, min_size=1, max_size=3).map("\n".join), max_size=6)
@@ -70,6 +72,17 @@ def test_the_data_of_an_event(event: bytes, data: bytes) -> None:
 
 def test_an_error_event_is_one_event() -> None:
     """An error inside a stream is a single event, whatever its text holds."""
-    event = error_event("a\n\nb é", "server_error", "upstream_error")
-    assert EventCutter().feed(event) == [event]
-    assert b"\\n\\nb" in event
+    for endpoint in (CHAT, RESPONSES, MESSAGES):
+        event = error_event(endpoint, UpstreamError("a\n\nb é"))
+        assert EventCutter().feed(event) == [event]
+        assert b"\\n\\nb" in event
+        assert json.loads(data_of(event))["error"]["message"] == "a\n\nb é"
+        assert event.startswith(b"data: " if endpoint is CHAT else b"event: error\ndata: ")
+
+
+def test_an_event_in_many_small_pieces_costs_no_more_than_its_length() -> None:
+    """What waits is looked through when an event may end, not with every piece."""
+    cutter = EventCutter()
+    for _ in range(200_000):
+        assert cutter.feed(b"data: 0123456789") == []
+    assert len(cutter.feed(b"\n\n")[0]) == 200_000 * 16 + 2

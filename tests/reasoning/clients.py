@@ -5,9 +5,11 @@ from functools import partial
 
 import msgspec
 
+from gateway.api.endpoints import CHAT
 from gateway.api.sse import EventCutter
-from gateway.relay.replies import Transcript, renamed
+from gateway.relay.replies import renamed
 from gateway.relay.shapes import Manner, Shaping, shaped
+from gateway.relay.streams import Chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ def read_whole(answer: bytes, manner: Manner) -> list[Read]:
 
 def passed_on(stream: bytes, manner: Manner) -> bytes:
     """What a client gets of a stream."""
-    transcript, shaping = Transcript("alias", wants_usage=False), Shaping(manner)
+    transcript, shaping = Chunks(CHAT, "alias", wants_usage=False), Shaping(manner)
     return b"".join(shaping.passed_on(transcript.passed_on(event)) for event in EventCutter().feed(stream))
 
 

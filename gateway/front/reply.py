@@ -1,0 +1,135 @@
+"""What goes back to one client: a whole answer at once, or a stream that begins, goes on and ends."""
+
+import asyncio
+import http
+import time
+from collections.abc import Iterable
+from email.utils import formatdate
+from typing import Protocol
+
+Headers = Iterable[tuple[bytes, bytes]]
+
+_STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
+
+
+class ClientLeft(Exception):
+    """The client is gone, or was cut off; nobody is there to be told anything."""
+
+
+class Line(Protocol):
+    """The connection that a reply goes out on."""
+
+    paused: bool
+    lost: bool
+
+    def write(self, data: bytes) -> None:
+        """Hand bytes to the socket."""
+
+    async def drained(self) -> None:
+        """Wait until the client has read enough; ClientLeft if it doesn't in time."""
+
+
+class Clock:
+    """The `date` header, written anew once a second; RFC 9110, 6.6.1, asks for it."""
+
+    __slots__ = ("_line", "_second")
+
+    def __init__(self) -> None:
+        self._second = 0
+        self._line = b""
+
+    def line(self) -> bytes:
+        """The header as it goes out."""
+        second = int(time.time())
+        if second != self._second:
+            self._second = second
+            self._line = b"date: %b\r\n" % formatdate(second, usegmt=True).encode()
+        return self._line
+
+
+class Reply:
+    """One answer. `begun`: status and headers are out; `ended`: all of it is."""
+
+    __slots__ = ("_bodyless", "_chunkable", "_chunked", "_clock", "_line", "begun", "ended", "keep_alive")
+
+    def __init__(self, line: Line, clock: Clock, *, keep_alive: bool, chunkable: bool, bodyless: bool) -> None:
+        self._line = line
+        self._clock = clock
+        self._chunkable = chunkable
+        self._bodyless = bodyless  # it answers a HEAD
+        self._chunked = False
+        self.keep_alive = keep_alive
+        self.begun = False
+        self.ended = False
+
+    @property
+    def client_left(self) -> bool:
+        """Tell whether nobody reads any more."""
+        return self._line.lost
+
+    @property
+    def congested(self) -> bool:
+        """Tell whether the client reads slower than we write; then wait for `drained`."""
+        return self._line.paused
+
+    async def drained(self) -> None:
+        """Wait until the client has read enough; ClientLeft if it doesn't in time."""
+        await self._line.drained()
+
+    def whole(self, status: int, headers: Headers, body: bytes) -> None:
+        """Answer at once."""
+        self.begun = self.ended = True
+        head = self._head(status, headers)
+        head.append(b"content-length: %d\r\n\r\n" % len(body))
+        if not self._bodyless:
+            head.append(body)
+        self._line.write(b"".join(head))
+
+    def begin(self, status: int, headers: Headers, data: bytes = b"") -> None:
+        """Begin a stream, with its first bytes if they are there."""
+        self.begun = True
+        self._chunked = self._chunkable
+        if not self._chunked:
+            # HTTP/1.0 has no chunks: the end of the connection is the end of the answer.
+            self.keep_alive = False
+        head = self._head(status, headers)
+        head.append(b"transfer-encoding: chunked\r\n\r\n" if self._chunked else b"\r\n")
+        if data:
+            head.append(self._framed(data))
+        self._line.write(b"".join(head))
+
+    def write(self, data: bytes) -> None:
+        """Go on with a stream."""
+        self._line.write(self._framed(data))
+
+    def end(self, data: bytes = b"") -> None:
+        """End a stream, with its last bytes."""
+        self.ended = True
+        last = self._framed(data) if data else b""
+        if self._chunked and not self._bodyless:
+            last += b"0\r\n\r\n"
+        if last:
+            self._line.write(last)
+
+    def _head(self, status: int, headers: Headers) -> list[bytes]:
+        head = [_STATUS_LINES[status], self._clock.line()]
+        for name, value in headers:
+            head += (name, b": ", value, b"\r\n")
+        if not self.keep_alive:
+            head.append(b"connection: close\r\n")
+        return head
+
+    def _framed(self, data: bytes) -> bytes:
+        if self._bodyless:
+            return b""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
+
+
+async def within(seconds: float, waiter: "asyncio.Future[None]") -> bool:
+    """Wait for a future, and tell whether it came in time."""
+    try:
+        async with asyncio.timeout(seconds):
+            await waiter
+    except TimeoutError:
+        return False
+    return True

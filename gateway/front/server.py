@@ -1,0 +1,115 @@
+"""The clients' port: who is connected, who is being answered, and how that ends."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Protocol
+
+from gateway.front.connection import ClientConnection, ClientPatience
+from gateway.front.reply import Clock, Reply
+from gateway.front.request import Request
+
+
+class Site(Protocol):
+    """What answers requests."""
+
+    def admit(self, request: Request) -> int:
+        """Look at a head, before the body is read: the longest body that it may have; GatewayError refuses it."""
+
+    async def answer(self, request: Request, reply: Reply) -> None:
+        """Answer, or tell the request's refusal."""
+
+    def failed(self, request: Request, reply: Reply) -> None:
+        """Tell a client that the gateway itself has failed."""
+
+
+class Front:
+    """Owns the connections of one port; counts the memory that bodies take in all of them."""
+
+    def __init__(
+        self,
+        site: Site,
+        memory_bytes: int,
+        patience: ClientPatience | None = None,
+        cut: Callable[[str], None] = lambda _reason: None,
+    ) -> None:
+        self.site = site
+        self.patience = patience or ClientPatience()
+        self.clock = Clock()
+        self.cut = cut
+        self.memory_bytes = memory_bytes
+        self.draining = False
+        self._held_bytes = 0
+        self._connections: set[ClientConnection] = set()
+        self._idle: asyncio.Future[None] | None = None
+
+    @property
+    def busy(self) -> int:
+        """How many requests are being answered."""
+        return sum(connection.busy for connection in self._connections)
+
+    @property
+    def held_bytes(self) -> int:
+        """What bodies take now."""
+        return self._held_bytes
+
+    def admit(self, request: Request) -> int:
+        """Ask the site."""
+        return self.site.admit(request)
+
+    def hold(self, size_bytes: int) -> bool:
+        """Take memory for a piece of a body, if there is some left."""
+        if self._held_bytes + size_bytes > self.memory_bytes:
+            return False
+        self._held_bytes += size_bytes
+        return True
+
+    def let_go(self, size_bytes: int) -> None:
+        """Give it back."""
+        self._held_bytes -= size_bytes
+
+    def joined(self, connection: ClientConnection) -> None:
+        """Count a connection in."""
+        self._connections.add(connection)
+
+    def left(self, connection: ClientConnection) -> None:
+        """Count it out."""
+        self._connections.discard(connection)
+        self.freed()
+
+    def freed(self) -> None:
+        """A request has ended: whoever waits for the last one may look."""
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    async def drain(self, grace_seconds: float) -> None:
+        """Let running requests end; those that don't in time are ended, and every connection is closed."""
+        self.draining = True
+        await self._until_idle(grace_seconds)
+        for connection in tuple(self._connections):
+            connection.cancel()
+        await self._until_idle(1.0)
+        for connection in tuple(self._connections):
+            connection.close()
+
+    async def _until_idle(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                while self.busy:
+                    self._idle = asyncio.get_running_loop().create_future()
+                    await self._idle
+        except TimeoutError:
+            pass
+
+
+@asynccontextmanager
+async def serving_clients(front: Front, listening: socket.socket, grace_seconds: float) -> AsyncIterator[Front]:
+    """Serve clients on a socket; at the end, running requests may finish for a while, and new ones are refused."""
+    server = await asyncio.get_running_loop().create_server(lambda: ClientConnection(front), sock=listening)
+    try:
+        yield front
+    finally:
+        await front.drain(grace_seconds)
+        server.close()
+        await server.wait_closed()

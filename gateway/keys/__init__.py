@@ -1,0 +1,7 @@
+"""Who may call, and how far a key reaches."""
+
+from gateway.keys.authentication import Issued, Keys
+from gateway.keys.caller import ANONYMOUS, Caller
+from gateway.keys.stored import StoredKey, Terms, keys_in_force, read_keys
+
+__all__ = ["ANONYMOUS", "Caller", "Issued", "Keys", "StoredKey", "Terms", "keys_in_force", "read_keys"]

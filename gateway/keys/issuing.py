@@ -1,0 +1,131 @@
+"""Change a keys file: hand keys out, replace them, take them back."""
+
+import fcntl
+import hashlib
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from config.errors import ConfigError
+from config.rules import closest
+from gateway.keys.stored import LIVE_KEYS, KeyName, StoredKey, Terms, read_stored
+
+PREFIX = "qg-"
+RANDOM_BYTES = 32
+NO_TERMS = Terms()
+
+_NAME = TypeAdapter(KeyName)
+
+
+def create_key(path: Path, name: str, terms: Terms = NO_TERMS) -> str:
+    """Add a key to a file (made if it is missing, readable by its owner only) and return it; it is kept nowhere."""
+    try:
+        _NAME.validate_python(name)
+    except ValidationError:
+        raise ConfigError(f"{name!r} is no name; use letters, digits and . _ @ : / + -, 128 at most") from None
+    with _edited(path) as stored:
+        if name in stored:
+            how = f"choose another name, or use `quantgate keys rotate {name}`"
+            raise ConfigError(f"{path}: there is already a key named {name!r}; {how}")
+        key, digest = _new_key()
+        stored[name] = StoredKey.model_validate({**terms.model_dump(), "sha256": digest})
+    return key
+
+
+def rotate_key(path: Path, name: str) -> str:
+    """Give a name a second key with the same terms and return it; the first stays in force until it is revoked."""
+    read_stored(path)  # tells that there is no such file before a lock is laid beside it
+    with _edited(path) as stored:
+        entry = _entry(path, stored, name)
+        if len(entry.sha256) == LIVE_KEYS:
+            how = f"drop the older one with `quantgate keys revoke {name} --old`"
+            raise ConfigError(f"{path}: {name!r} has two keys already; {how}")
+        key, digest = _new_key()
+        stored[name] = entry.model_copy(update={"sha256": (*entry.sha256, digest)})
+    return key
+
+
+def revoke_key(path: Path, name: str) -> None:
+    """Remove a name with all its keys."""
+    read_stored(path)
+    with _edited(path) as stored:
+        _entry(path, stored, name)
+        del stored[name]
+
+
+def revoke_old_key(path: Path, name: str) -> None:
+    """Drop the older one of a name's two keys."""
+    read_stored(path)
+    with _edited(path) as stored:
+        entry = _entry(path, stored, name)
+        if len(entry.sha256) < LIVE_KEYS:
+            how = f"`quantgate keys rotate {name}` makes a second one, `quantgate keys revoke {name}` removes it"
+            raise ConfigError(f"{path}: {name!r} has one key only; {how}")
+        stored[name] = entry.model_copy(update={"sha256": entry.sha256[-1:]})
+
+
+def _entry(path: Path, stored: dict[str, StoredKey], name: str) -> StoredKey:
+    if name not in stored:
+        raise ConfigError(f"{path}: there is no key named {name!r}; {closest(name, stored)}")
+    return stored[name]
+
+
+def _new_key() -> tuple[str, str]:
+    key = PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
+    return key, hashlib.sha256(key.encode()).hexdigest()
+
+
+@contextmanager
+def _edited(path: Path) -> Iterator[dict[str, StoredKey]]:
+    """What a keys file says, to be changed: nobody else changes it meanwhile, and all or nothing of it is kept."""
+    target = path.resolve()  # a link stays one
+    try:
+        with _locked(target):
+            stored = read_stored(path) if path.exists() else {}
+            yield stored
+            _write(target, stored)
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be written: {error.strerror}") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file while the block runs; the kernel gives it back whatever becomes of us.
+
+    The lock has a file of its own, since the other one is replaced; and that stays, since another one may wait for it.
+    """
+    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write(path: Path, stored: dict[str, StoredKey]) -> None:
+    """Put a keys file in place at once: half of one would lock its callers out."""
+    text = yaml.safe_dump({name: _plain(key) for name, key in stored.items()}, sort_keys=False)
+    descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp: mode 600
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor, no path
+            if path.exists() and (owner := path.stat()).st_uid != os.geteuid():
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)  # what root writes, the gateway still reads
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        Path(draft).replace(path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+
+
+def _plain(key: StoredKey) -> dict[str, object]:
+    said = key.model_dump(mode="json", exclude_defaults=True)
+    digests = said.pop("sha256")
+    return {"sha256": digests if len(digests) > 1 else digests[0], **said}

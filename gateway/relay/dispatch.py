@@ -1,0 +1,323 @@
+"""Who gets which replica, and when: leases, a line for those who wait, and what is held against whom.
+
+The only owner of breakers, marks, the retry budget and the waiting lines. Every change is one synchronous step: a slot
+that becomes free goes to whoever's turn it is in the very step in which it does.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import count
+from types import TracebackType
+from typing import Self
+
+from config.schema import QueueSettings
+from config.variant import Variant
+from gateway.errors import GatewayError, Overloaded, Unavailable
+from gateway.routing import breaker, budget, drain, shedding
+from gateway.routing.breaker import HEALTHY, Breaker
+from gateway.routing.catalog import Target
+from gateway.routing.ladder import Choice, Scene, best, worth_waiting
+from gateway.routing.lines import Bounds, Lines
+from gateway.routing.shedding import ROOMY, Mark
+from serving.registry import Registry
+
+NOBODY: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a line waits for: any replica of these rungs. Two demands of one alias and the same rungs are one line."""
+
+    alias: str
+    names: tuple[str, ...]
+    target: Target = field(compare=False)
+    rungs: tuple[Variant, ...] = field(compare=False)
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request that waits; it gets a lease, or an error."""
+
+    demand: Demand
+    key: str
+    turn: int
+    served: "asyncio.Future[Lease]"
+
+    def refuse(self, error: GatewayError) -> None:
+        """Tell it that it waits for nothing."""
+        if not self.served.done():
+            self.served.set_exception(error)
+
+
+@dataclass(slots=True)
+class Lease:
+    """One request on one replica, counted from the choice to the end of the `with` block.
+
+    Say `succeeded`, `failed` or `refused` inside it; an exchange that ends without any was given up by its client.
+    """
+
+    choice: Choice
+    asked_at: float
+    _dispatch: "Dispatch"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._dispatch.release(self)
+
+    def succeeded(self) -> None:
+        """The replica did what it should."""
+        self._dispatch.succeeded(self)
+
+    def failed(self) -> None:
+        """The replica failed; overload is no failure."""
+        self._dispatch.failed(self)
+
+    def refused(self, retry_after_seconds: float | None) -> None:
+        """The replica has no room."""
+        self._dispatch.refused(self, retry_after_seconds)
+
+
+class Dispatch:
+    """Gives out leases; use it as an async context manager."""
+
+    def __init__(
+        self, registry: Registry, queue: QueueSettings | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        queue = queue or QueueSettings()
+        self._registry = registry
+        self._clock = clock
+        self._turns = count()
+        self._breakers: dict[str, Breaker] = {}
+        self._marks: dict[str, Mark] = {}
+        self._scene = Scene(registry.ready, registry.in_flight, self._breakers, self._marks)
+        self._budget = budget.Budget()
+        self._lines: Lines[Demand, Ticket] = Lines(Bounds(queue.per_alias, queue.in_all, queue.body_bytes))
+        self._paces: dict[str, drain.Pace] = {}
+        self._alarm: asyncio.TimerHandle | None = None
+        self._follower: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._follower = asyncio.create_task(self._follow(), name="dispatch")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.gather(self._follower, return_exceptions=True)
+
+    @property
+    def breakers(self) -> Mapping[str, Breaker]:
+        """What is held against replicas that have failed."""
+        return self._breakers
+
+    @property
+    def waiting(self) -> Mapping[str, int]:
+        """How many requests wait, by alias."""
+        return Counter(ticket.demand.alias for ticket in self._lines)
+
+    def arrived(self) -> int:
+        """Count a request that wants an answer; gives it its turn among equals."""
+        self._budget = budget.earned(self._budget)
+        return next(self._turns)
+
+    def why_not_again(self, deaths: int, attempts: int) -> budget.WhyNot | None:
+        """Say why a request is not tried again; None allows it, and takes it from the budget."""
+        why = budget.why_not_again(deaths, attempts, self._budget)
+        if why is None:
+            self._budget = budget.spent(self._budget)
+        return why
+
+    async def lease(
+        self,
+        target: Target,
+        rungs: tuple[Variant, ...],
+        turn: int,
+        *,
+        key: str,
+        body_bytes: int,
+        wait_seconds: float,
+        tried: frozenset[str] = NOBODY,
+        failure: GatewayError | None = None,
+    ) -> Lease:
+        """Find a replica, and wait for one with room if there is none; `failure` is raised rather than waited for.
+
+        Unavailable: none is there, or comes in time. Overloaded: the line is full, or didn't move in time.
+        """
+        demand = Demand(target.name, tuple([rung.name for rung in rungs]), target, rungs)
+        if not len(self._lines) or not self._lines.waiting(demand):
+            lease = self._taken(demand, turn, tried)
+            if lease is not None:
+                return lease
+        if failure is not None:
+            raise failure
+        return await self._in_line(demand, turn, key, body_bytes, wait_seconds)
+
+    def release(self, lease: Lease) -> None:
+        """End a lease, and give its slot to whoever's turn it is."""
+        replica_id = lease.choice.replica.id
+        held = self._breakers.get(replica_id)
+        if held is not None:
+            self._breakers[replica_id] = breaker.abandoned(held)
+        self._registry.give_back(replica_id)
+        if len(self._lines):
+            self._pump()
+
+    def succeeded(self, lease: Lease) -> None:
+        """Hold nothing against a replica that answers."""
+        replica_id = lease.choice.replica.id
+        if self._breakers or self._marks:
+            self._forgive(replica_id, lease.asked_at)
+        if len(self._lines):
+            name = lease.choice.variant.name
+            self._paces[name] = drain.finished(self._paces.get(name), self._clock())
+
+    def failed(self, lease: Lease) -> None:
+        """Hold a failure against a replica."""
+        replica_id = lease.choice.replica.id
+        held = self._breakers.get(replica_id, HEALTHY)
+        self._breakers[replica_id] = breaker.failed(held, self._clock(), asked_at=lease.asked_at)
+
+    def refused(self, lease: Lease, retry_after_seconds: float | None) -> None:
+        """Spare a replica that has no room."""
+        replica_id = lease.choice.replica.id
+        mark = self._marks.get(replica_id, ROOMY)
+        self._marks[replica_id] = shedding.refused(mark, self._clock(), retry_after_seconds)
+
+    def _taken(self, demand: Demand, turn: int, tried: frozenset[str] = NOBODY) -> Lease | None:
+        now = self._clock()
+        choice = best(demand.target, demand.rungs, self._scene, tried, turn, now)
+        if choice is None:
+            return None
+        replica_id = choice.replica.id
+        self._registry.take(replica_id)
+        held = self._breakers.get(replica_id) if self._breakers else None
+        if held is not None:
+            self._breakers[replica_id] = breaker.probing(held, now)
+        return Lease(choice, now, self)
+
+    async def _in_line(self, demand: Demand, turn: int, key: str, body_bytes: int, wait_seconds: float) -> Lease:
+        if not self._hope(demand):
+            raise Unavailable(f"no replica of {demand.alias!r} is ready")
+        ticket = Ticket(demand, key, turn, asyncio.get_running_loop().create_future())
+        if not len(self._lines):
+            self._resume_paces()
+        pushed_out = self._lines.join(demand, key, ticket, self._clock() + wait_seconds, body_bytes)
+        if pushed_out is None:
+            raise self._full(demand, key)
+        for other in pushed_out:
+            other.refuse(self._full(other.demand, other.key))
+        self._set_alarm()
+        try:
+            return await ticket.served
+        except asyncio.CancelledError:
+            with contextlib.suppress(GatewayError, asyncio.CancelledError):
+                if ticket.served.done():
+                    # It was its turn in the very moment in which its client left.
+                    self.release(ticket.served.result())
+            raise
+        finally:
+            self._lines.leave(ticket)
+
+    def _hope(self, demand: Demand) -> bool:
+        """Tell whether a replica that may answer is there, or on its way."""
+        ready = self._registry.ready
+        return any(rung.name in ready for rung in demand.rungs) or worth_waiting(
+            demand.rungs, self._registry.snapshot()
+        )
+
+    def _full(self, demand: Demand, key: str) -> Overloaded:
+        return Overloaded(
+            f"too many requests wait for {demand.alias!r}; try again later",
+            retry_after_seconds=self._retry_after(demand, key),
+            code="queue_full",
+        )
+
+    def _retry_after(self, demand: Demand, key: str) -> float:
+        now = self._clock()
+        ahead = self._lines.ahead(demand, key)
+        return min(drain.retry_after_seconds(ahead, self._paces.get(name), now) for name in demand.names)
+
+    def _pump(self) -> None:
+        """Give free slots to those who wait, in turn, until nothing fits any more."""
+        self._expire()
+        while ticket := self._lines.next(self._serves):
+            lease = None if ticket.served.done() else self._taken(ticket.demand, ticket.turn)
+            if lease is not None:
+                ticket.served.set_result(lease)
+        self._set_alarm()
+
+    def _serves(self, demand: Demand) -> bool:
+        return best(demand.target, demand.rungs, self._scene, NOBODY, 0, self._clock()) is not None
+
+    def _expire(self) -> None:
+        for ticket in self._lines.expired(self._clock()):
+            ticket.refuse(self._too_late(ticket.demand, ticket.key))
+
+    def _set_alarm(self) -> None:
+        """Look again when the next one gives up, or a full replica may have room again."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+            self._alarm = None
+        soonest = self._lines.soonest_deadline()
+        if soonest is None:
+            return
+        now = self._clock()
+        looks = [mark.until for mark in self._marks.values() if mark.until > now]
+        looks += [held.opened_at + held.open_seconds for held in self._breakers.values() if not held.admits(now)]
+        delay_seconds = max(min([soonest, *looks]) - now, 0.001)
+        self._alarm = asyncio.get_running_loop().call_later(delay_seconds, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._pump()
+
+    def _too_late(self, demand: Demand, key: str) -> GatewayError:
+        if any(name in self._registry.ready for name in demand.names):
+            what = f"every replica of {demand.alias!r} is busy, and none had room in time; try again later"
+            return Overloaded(what, retry_after_seconds=self._retry_after(demand, key), code="queue_timeout")
+        return Unavailable(f"no replica of {demand.alias!r} got ready in time")
+
+    def _forgive(self, replica_id: str, asked_at: float) -> None:
+        held = self._breakers.get(replica_id)
+        if held is not None:
+            after = breaker.succeeded(held, self._clock(), asked_at=asked_at)
+            if after is HEALTHY:
+                del self._breakers[replica_id]
+            else:
+                self._breakers[replica_id] = after
+        self._marks.pop(replica_id, None)
+
+    def _resume_paces(self) -> None:
+        now = self._clock()
+        self._paces = {name: drain.resumed(pace, now) for name, pace in self._paces.items()}
+
+    async def _follow(self) -> None:
+        """Look again whenever a replica comes or goes, and forget what was held against those that have gone."""
+        while True:
+            await self._registry.changed()
+            known = {status.replica.id for status in self._registry.snapshot()}
+            for gone in self._breakers.keys() - known:
+                del self._breakers[gone]
+            for gone in self._marks.keys() - known:
+                del self._marks[gone]
+            if len(self._lines):
+                self._give_up_hopeless()
+                self._pump()
+
+    def _give_up_hopeless(self) -> None:
+        """Tell those whose last replica has failed at once, instead of when their time is up."""
+        for ticket in self._lines:
+            if not self._hope(ticket.demand):
+                ticket.refuse(Unavailable(f"no replica of {ticket.demand.alias!r} is ready any more"))

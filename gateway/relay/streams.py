@@ -1,0 +1,211 @@
+"""Follows a stream event by event: what the client gets for each, and how the stream ends.
+
+Two grammars: OpenAI's chunks (chat, completions), which end with a finish reason and `[DONE]`, and named events
+(responses, messages), whose last one says that all is told. A stream that ends otherwise has failed.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import msgspec
+
+from gateway.api.endpoints import Endpoint
+from gateway.api.sse import DONE, data_of, error_event, name_of, only_comments
+from gateway.errors import NO_JSON, GatewayError, UpstreamDisconnected, UpstreamError
+from gateway.relay.accounting import Usage
+from gateway.relay.replies import refusal
+
+Fields = dict[str, msgspec.Raw]
+
+_ENCODER = msgspec.json.Encoder()
+_FIELDS = msgspec.json.Decoder(Fields)
+
+
+class _Chunk(msgspec.Struct):
+    usage: Usage | None = None
+    choices: list[msgspec.Raw] | None = None
+
+
+class _ErrorEvent(msgspec.Struct):
+    error: Any = None
+
+
+# `model` stands before `choices`, so its first occurrence is the right one; text can't hold it unescaped.
+_MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
+_ERROR_BEGIN = re.compile(rb'\{\s*"error"\s*:(?!\s*null)')
+_USAGE_BEGIN = re.compile(rb'"usage"\s*:\s*\{')
+_FINISH = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,32})"')
+_OPENING = b'"role":"assistant","content":""'
+
+_CHUNK = msgspec.json.Decoder(_Chunk)
+_ERROR = msgspec.json.Decoder(_ErrorEvent)
+
+
+class Transcript(Protocol):
+    """A stream so far. `failure` is what went wrong in it, `finished` that it was told to its end."""
+
+    usage: Usage | None
+    finish: str
+    finished: bool
+    failure: GatewayError | None
+    tokens: bool  # the last event carried some
+
+    def passed_on(self, event: bytes) -> bytes:
+        """Say what the client gets for an event; b"" for nothing."""
+
+
+@dataclass(slots=True)
+class Chunks:
+    """OpenAI's chunks. Events are searched, not parsed, but for those with usage."""
+
+    endpoint: Endpoint
+    model: str
+    wants_usage: bool
+    usage: Usage | None = None
+    finish: str = ""
+    finished: bool = False
+    failure: GatewayError | None = None
+    tokens: bool = False
+    _served: bytes = b""  # `"model":"..."` as this replica writes it
+    _asked: bytes = b""
+
+    def passed_on(self, event: bytes) -> bytes:
+        """Say what the client gets for an event; b"" for nothing."""
+        self.tokens = False
+        if not event.startswith(b"data: {"):
+            return self._unusual(event)
+        if b'"usage"' in event or b'"error"' in event:
+            return self._looked_into(event, event[6:])
+        return self._chunk(event)
+
+    def _chunk(self, event: bytes) -> bytes:
+        self.tokens = _OPENING not in event
+        if b'"finish_reason":"' in event:
+            self._finish(event)
+            if self.failure is not None:
+                return error_event(self.endpoint, self.failure)
+        if self._served and self._served in event:
+            return event.replace(self._served, self._asked, 1)
+        found = _MODEL.search(event)
+        if found is None:
+            return event
+        self._served = found[0]
+        self._asked = b"%b%b" % (found[0][: found[0].index(b":") + 1], _ENCODER.encode(self.model))
+        if found[0][found[0].index(b":") + 1 :].startswith(b" "):
+            self._asked = self._asked.replace(b":", b": ", 1)
+        return event[: found.start()] + self._asked + event[found.end() :]
+
+    def _unusual(self, event: bytes) -> bytes:
+        data = data_of(event)
+        if not data:
+            # An event without data crashes the OpenAI SDK.
+            return event if only_comments(event) else b""
+        if data == DONE:
+            return self._done(event)
+        return self._looked_into(event, data)
+
+    def _done(self, event: bytes) -> bytes:
+        if self.failure is None and not self.finish:
+            self.failure = UpstreamDisconnected("a replica ended its stream in the middle")
+            return error_event(self.endpoint, self.failure)
+        self.finished = True
+        return event
+
+    def _looked_into(self, event: bytes, data: bytes) -> bytes:
+        if _ERROR_BEGIN.match(data):
+            self.failure = refusal(_status(data), data)
+            return error_event(self.endpoint, self.failure)
+        if _USAGE_BEGIN.search(data) and self._only_usage(data):
+            self.tokens = False
+            return self._chunk(event) if self.wants_usage else b""
+        return self._chunk(event)
+
+    def _only_usage(self, data: bytes) -> bool:
+        try:
+            chunk = _CHUNK.decode(data)
+        except NO_JSON:
+            # Nothing to count, and for the client to judge.
+            return False
+        self.usage = chunk.usage
+        return chunk.choices == []
+
+    def _finish(self, event: bytes) -> None:
+        found = _FINISH.search(event)
+        self.finish = found[1].decode() if found else self.finish
+        if self.finish == "abort":
+            self.failure = UpstreamError("a replica gave the answer up in the middle", code="upstream_aborted")
+
+
+@dataclass(slots=True)
+class NamedEvents:
+    """Named events: `/v1/responses`, and `/v1/messages` in Anthropic's words. Few of them hold more than text."""
+
+    endpoint: Endpoint
+    model: str
+    usage: Usage | None = None
+    finish: str = ""
+    finished: bool = False
+    failure: GatewayError | None = None
+    tokens: bool = False
+
+    def passed_on(self, event: bytes) -> bytes:
+        """Say what the client gets for an event; b"" for nothing."""
+        name = name_of(event)
+        self.tokens = name.endswith(b"delta") and name != b"message_delta"
+        if self.tokens:
+            return event
+        data = data_of(event)
+        if not data:
+            return event if only_comments(event) else b""
+        if data == DONE:
+            # vLLM ends both with it; neither grammar has it, and the last event has told the end.
+            return event if self.finished else b""
+        return self._told(name, event, data)
+
+    def _told(self, name: bytes, event: bytes, data: bytes) -> bytes:
+        try:
+            fields = _FIELDS.decode(data)
+            if name == b"error" or ("error" in fields and not name):
+                self.failure = refusal(_status(data), data)
+                return error_event(self.endpoint, self.failure)
+            inner = "message" if self.endpoint.errors == "anthropic" else "response"
+            body = _FIELDS.decode(fields[inner]) if inner in fields and fields[inner] != b"null" else None
+            self._follow(name, fields, body or {})
+        except NO_JSON:
+            return event
+        if body is None or "model" not in body:
+            return event
+        body["model"] = msgspec.Raw(_ENCODER.encode(self.model))
+        fields[inner] = msgspec.Raw(_ENCODER.encode(body))
+        return b"event: %b\ndata: %b\n\n" % (name, _ENCODER.encode(fields))
+
+    def _follow(self, name: bytes, fields: Fields, body: Fields) -> None:
+        usage = body.get("usage") or fields.get("usage")
+        if usage is not None and bytes(usage) != b"null":
+            self.usage = msgspec.json.decode(usage, type=Usage).beside(self.usage)
+        if name in {b"message_stop", b"response.completed", b"response.incomplete"}:
+            self.finished = True
+            self.finish = self.finish or ("length" if name == b"response.incomplete" else "stop")
+        elif name == b"message_delta":
+            delta = msgspec.json.decode(fields.get("delta", b"{}"), type=dict[str, Any])
+            self.finish = str(delta.get("stop_reason") or self.finish)
+        elif name == b"response.failed":
+            self.failure = UpstreamError("a replica failed in the middle of the answer")
+
+
+def transcript_of(endpoint: Endpoint, model: str, *, wants_usage: bool) -> Transcript:
+    """Follow a stream of an endpoint."""
+    if endpoint.takes_stream_options:
+        return Chunks(endpoint, model, wants_usage)
+    return NamedEvents(endpoint, model)
+
+
+def _status(data: bytes) -> int:
+    """The HTTP status that an error event would have had; vLLM writes it as the code."""
+    try:
+        error = _ERROR.decode(data).error
+    except NO_JSON:
+        return UpstreamError.status
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) else UpstreamError.status

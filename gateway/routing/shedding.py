@@ -1,0 +1,69 @@
+"""Which replicas are full: one that refused for want of room (429, 503) is spared for a while, and has not failed.
+
+A full replica comes after all others; when every replica of the permitted rungs is full, the request waits in line.
+Times are on the monotonic clock.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+
+
+@dataclass(frozen=True, slots=True)
+class Holds:
+    """For how long a replica is spared after a refusal."""
+
+    first_seconds: float = 0.25
+    longest_seconds: float = 5
+    # However long the replica itself asks for.
+    longest_asked_seconds: float = 10
+
+
+USUAL = Holds()
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Refusals since the last answer, and until when they hold; ROOMY is none."""
+
+    refusals: int = 0
+    until: float = -inf
+
+    def full(self, now: float) -> bool:
+        """Tell whether the replica is to be spared."""
+        return now < self.until
+
+
+# Of a replica that takes what it is sent; nobody needs to keep it.
+ROOMY = Mark()
+
+
+def refused(mark: Mark, now: float, retry_after_seconds: float | None = None, *, holds: Holds = USUAL) -> Mark:
+    """Spare the replica as long as it asked for, or twice as long as the last time.
+
+    Refusals that come while it is spared already were under way: they are the same wave, and double nothing.
+    """
+    refusals = mark.refusals if mark.full(now) else mark.refusals + 1
+    if retry_after_seconds is not None and retry_after_seconds > 0:
+        hold_seconds = min(max(retry_after_seconds, holds.first_seconds), holds.longest_asked_seconds)
+    else:
+        # The exponent is bounded, for 2.0 ** 2000 is an error.
+        hold_seconds = min(holds.first_seconds * 2.0 ** min(refusals - 1, 60), holds.longest_seconds)
+    return Mark(refusals, max(mark.until, now + hold_seconds))
+
+
+def accepted(_mark: Mark) -> Mark:
+    """Forget the refusals: the replica answers."""
+    return ROOMY
+
+
+def with_room(replicas: Sequence[str], marks: Mapping[str, Mark], now: float) -> Sequence[str]:
+    """Leave the full ones out; nothing is left when all are full."""
+    if not marks:
+        return replicas
+    return [replica for replica in replicas if not marks.get(replica, ROOMY).full(now)]
+
+
+def room_at(replicas: Iterable[str], marks: Mapping[str, Mark]) -> float:
+    """Say when the first of these replicas may be asked again: in the past if one may be now, inf if there is none."""
+    return min((marks.get(replica, ROOMY).until for replica in replicas), default=inf)

@@ -1,0 +1,240 @@
+"""What passes of a stream, event by event, and how its end is known."""
+
+import json
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.api.endpoints import CHAT, MESSAGES, RESPONSES, Endpoint
+from gateway.api.sse import EventCutter, data_of
+from gateway.errors import UpstreamDisconnected, UpstreamError
+from gateway.relay.accounting import Usage
+from gateway.relay.streams import Chunks, NamedEvents, transcript_of
+
+
+def event(text: str) -> bytes:
+    """An event as vLLM writes it."""
+    return f"data: {text}\n\n".encode()
+
+
+def chunk(content: str, model: str = "m1") -> bytes:
+    """A chunk of a chat stream, as compact as vLLM's."""
+    said = {"index": 0, "delta": {"content": content}, "finish_reason": None}
+    return event(json.dumps({"id": "c", "model": model, "choices": [said]}, separators=(",", ":"), ensure_ascii=False))
+
+
+USAGE = '"usage":{"prompt_tokens":3,"total_tokens":7,"completion_tokens":4}'
+ONLY_USAGE = event('{"id":"c","model":"m1","choices":[],' + USAGE + "}")
+DONE = event("[DONE]")
+LAST = event('{"id":"c","model":"m1","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}')
+
+
+@pytest.mark.parametrize(
+    "given_event, passed",
+    [
+        (chunk("a"), chunk("a", "smol")),
+        (chunk("a", "a name of its own"), chunk("a", "smol")),
+        (chunk('"model":"m1"'), chunk('"model":"m1"', "smol")),
+        (chunk("é汉\\"), chunk("é汉\\", "smol")),
+        (event('{"id": "c", "model": "m1", "choices": []}'), event('{"id": "c", "model": "smol", "choices": []}')),
+        (event('{"id":"c","choices":[]}'), event('{"id":"c","choices":[]}')),
+        (event('{"id":"c","usage":null,"choices":[]}'), event('{"id":"c","usage":null,"choices":[]}')),
+        (event('{"error":null,"model":"m1"}'), event('{"error":null,"model":"smol"}')),
+        (b": keep-alive\n\n", b": keep-alive\n\n"),
+        (b":\n: two\n\n", b":\n: two\n\n"),
+        (b"event: ping\n\n", b""),
+        (b"id: 7\n\n", b""),
+        (b": hi\nevent: ping\n\n", b""),
+        (b'id: 7\ndata: {"model":"m1"}\n\n', b'id: 7\ndata: {"model":"smol"}\n\n'),
+        (b': hi\ndata: {"model":"m1"}\n\n', b': hi\ndata: {"model":"smol"}\n\n'),
+        (b'\ndata: {"model":"m1"}\n\n', b'\ndata: {"model":"smol"}\n\n'),
+        (event("not json"), event("not json")),
+        (event('{"usage":{"prompt_tokens":'), event('{"usage":{"prompt_tokens":')),
+        (
+            event('{"usage":{"prompt_tokens":"many"},"choices":[]}'),
+            event('{"usage":{"prompt_tokens":"many"},"choices":[]}'),
+        ),
+    ],
+)
+def test_what_passes_of_a_stream(given_event: bytes, passed: bytes) -> None:
+    """The asked name comes back in every chunk, other bytes stay; an event without data, which crashes SDKs, goes."""
+    transcript = Chunks(CHAT, "smol", wants_usage=False)
+    assert transcript.passed_on(given_event) == passed
+    assert (transcript.finished, transcript.failure) == (False, None)
+
+
+@given(st.text(), st.text(min_size=1), st.text(min_size=1))
+def test_any_text_passes(text: str, served: str, asked: str) -> None:
+    """Whatever is said, and whatever names are in force, only the name changes."""
+    assert Chunks(CHAT, asked, wants_usage=True).passed_on(chunk(text, served)) == chunk(text, asked).replace(
+        json.dumps(asked, ensure_ascii=False).encode(), msgspec.json.encode(asked), 1
+    )
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_usage_is_metered_and_shown_only_if_asked_for(wanted: bool) -> None:
+    """The last chunk's tokens are counted either way."""
+    transcript = Chunks(CHAT, "smol", wants_usage=wanted)
+    assert transcript.passed_on(ONLY_USAGE) == (ONLY_USAGE.replace(b"m1", b"smol") if wanted else b"")
+    assert transcript.usage == Usage(3, 4)
+
+
+def test_continuous_usage_passes() -> None:
+    """Usage beside choices belongs to the answer: it is counted and stays."""
+    transcript = Chunks(CHAT, "smol", wants_usage=False)
+    running = event('{"model":"m1","choices":[{"index":0}],' + USAGE + "}")
+    assert transcript.passed_on(running) == running.replace(b"m1", b"smol")
+    assert transcript.usage == Usage(3, 4)
+
+
+@pytest.mark.parametrize("done", [DONE, b"data:[DONE]\n\n", b"event: end\ndata: [DONE]\n\n"])
+def test_the_end_of_a_stream(done: bytes) -> None:
+    """The end is known however it is spaced."""
+    transcript = Chunks(CHAT, "smol", wants_usage=False)
+    transcript.passed_on(LAST)
+    assert transcript.passed_on(done) == done
+    assert (transcript.finished, transcript.finish, transcript.failure) == (True, "stop", None)
+
+
+def test_an_end_without_a_reason_is_none() -> None:
+    """`[DONE]` behind half an answer is told as the failure that it is."""
+    transcript = Chunks(CHAT, "smol", wants_usage=False)
+    transcript.passed_on(chunk("a"))
+    told = json.loads(data_of(transcript.passed_on(DONE)))["error"]
+    assert (told["code"], transcript.finished) == ("upstream_disconnected", False)
+    assert isinstance(transcript.failure, UpstreamDisconnected)
+
+
+def test_an_answer_that_the_engine_gave_up() -> None:
+    """`abort` looks like an end and is none."""
+    transcript = Chunks(CHAT, "smol", wants_usage=False)
+    told = json.loads(data_of(transcript.passed_on(LAST.replace(b"stop", b"abort"))))["error"]
+    assert told["code"] == "upstream_aborted"
+    assert transcript.failure is not None
+
+
+@pytest.mark.parametrize(
+    "error, message, kind, code, status",
+    [
+        (
+            '{"message":"EngineCore died, see /var/log","type":"InternalServerError","param":null,"code":500}',
+            *("a replica failed with status 500", "upstream_error", "upstream_error", 502),
+        ),
+        ('{"message":"secret"}', "a replica failed with status 502", "upstream_error", "upstream_error", 502),
+        ('"secret"', "a replica failed with status 502", "upstream_error", "upstream_error", 502),
+        (
+            '{"message":"too long","type":"BadRequestError","param":"messages","code":400}',
+            *("too long", "BadRequestError", "400", 400),
+        ),
+    ],
+)
+def test_errors_in_a_stream(error: str, message: str, kind: str, code: str, status: int) -> None:
+    """An error event is told in OpenAI's shape with a string code; what a failing engine says stays inside."""
+    for written in (event('{"error":' + error + "}"), b"event: error\n" + event('{ "error" : ' + error + "}")):
+        transcript = Chunks(CHAT, "smol", wants_usage=False)
+        told = json.loads(transcript.passed_on(written).removeprefix(b"data: "))["error"]
+        assert (told["message"], told["type"], told["code"]) == (message, kind, code)
+        assert transcript.failure is not None
+        assert transcript.failure.status == status
+
+
+def test_a_broken_error_in_a_stream_is_an_error() -> None:
+    """An error event that is no JSON is a failure, too."""
+    transcript = Chunks(CHAT, "smol", wants_usage=False)
+    assert b"a replica failed" in transcript.passed_on(event('{"error": oops'))
+    assert transcript.failure is not None
+
+
+@pytest.mark.parametrize(
+    "passed, carries",
+    [
+        (chunk("a"), True),
+        (event('{"choices":[{"delta":{"role":"assistant","content":""}}]}'), False),
+        (ONLY_USAGE, False),
+        (b": keep-alive\n\n", False),
+    ],
+)
+def test_what_counts_as_a_token(passed: bytes, carries: bool) -> None:
+    """The opening of a chat, comments, usage and the end carry nothing."""
+    transcript = Chunks(CHAT, "smol", wants_usage=False)
+    transcript.passed_on(passed)
+    assert transcript.tokens is carries
+
+
+def named(name: str, text: str) -> bytes:
+    """A named event as vLLM writes it."""
+    return f"event: {name}\ndata: {text}\n\n".encode()
+
+
+RESPONSE = (
+    named("response.created", '{"response":{"id":"r","model":"m1","output":[]},"type":"response.created"}'),
+    named("response.output_text.delta", '{"delta":"a \\"model\\":\\"m1\\"","type":"response.output_text.delta"}'),
+    named(
+        "response.completed",
+        '{"response":{"id":"r","model":"m1","usage":{"input_tokens":3,"output_tokens":4,'
+        '"output_tokens_details":{"reasoning_tokens":1},"total_tokens":7}},"type":"response.completed"}',
+    ),
+)
+MESSAGE = (
+    named(
+        "message_start",
+        '{"type":"message_start","message":{"id":"x","content":[],"model":"m1","usage":{"input_tokens":3,"output_tokens":0}}}',
+    ),
+    named("content_block_start", '{"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}'),
+    named("content_block_delta", '{"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"a"}}'),
+    named("content_block_stop", '{"type":"content_block_stop","index":0}'),
+    named("message_delta", '{"type":"message_delta","delta":{"stop_reason":"end_turn"},"usage":{"output_tokens":4}}'),
+    named("message_stop", '{"type":"message_stop"}'),
+)
+
+
+@pytest.mark.parametrize(
+    "endpoint, told, finish, reasoning", [(RESPONSES, RESPONSE, "stop", 1), (MESSAGES, MESSAGE, "end_turn", 0)]
+)
+def test_named_events(endpoint: Endpoint, told: tuple[bytes, ...], finish: str, reasoning: int) -> None:
+    """Only the name changes, only where it is the model's; tokens, usage and the end are known."""
+    transcript = NamedEvents(endpoint, "smol")
+    tokens = []
+    for each in told:
+        assert transcript.passed_on(each) == each.replace(b'"model":"m1"', b'"model":"smol"')
+        tokens.append(transcript.tokens)
+    assert sum(tokens) == 1
+    assert (transcript.finished, transcript.finish, transcript.failure) == (True, finish, None)
+    assert transcript.usage is not None
+    assert (transcript.usage.prompt, transcript.usage.completion, transcript.usage.reasoning) == (3, 4, reasoning)
+
+
+@pytest.mark.parametrize(
+    "endpoint, written",
+    [
+        (RESPONSES, named("error", '{"type":"error","message":"secret","code":"x","param":null}')),
+        (MESSAGES, named("error", '{"type":"error","error":{"type":"internal_error","message":"secret"}}')),
+        (RESPONSES, event('{"error":{"message":"secret","type":"InternalServerError","code":500}}')),
+    ],
+)
+def test_errors_among_named_events(endpoint: Endpoint, written: bytes) -> None:
+    """An error is told so that the SDK of each grammar raises; what a failing engine says stays inside."""
+    transcript = NamedEvents(endpoint, "smol")
+    passed = transcript.passed_on(written)
+    told = json.loads(data_of(passed))
+    assert passed.startswith(b"event: error\n")
+    assert told["type"] == "error"
+    assert "secret" not in told["error"]["message"]
+    assert transcript.failure is not None
+
+
+def test_a_response_that_failed() -> None:
+    """The engine says itself that it failed."""
+    transcript = NamedEvents(RESPONSES, "smol")
+    transcript.passed_on(named("response.failed", '{"response":{"model":"m1"},"type":"response.failed"}'))
+    assert isinstance(transcript.failure, UpstreamError)
+
+
+@given(st.sampled_from([CHAT, RESPONSES, MESSAGES]), st.binary(max_size=200))
+def test_no_garbage_ends_in_a_defect(endpoint: Endpoint, data: bytes) -> None:
+    """Whatever a replica sends, it is passed on, left out, or a failure."""
+    transcript = transcript_of(endpoint, "smol", wants_usage=False)
+    for each in EventCutter().feed(b"data: {" + data + b"\n\nevent: message_delta\ndata: {" + data + b"\n\n"):
+        assert isinstance(transcript.passed_on(each), bytes)
