@@ -49,7 +49,10 @@ def whole(ask: Ask) -> dict[str, Any]:
         "choices": [
             # vLLM puts them into the choices of a completion, and beside those of a chat.
             {
-                "index": index, **_said(ask, tokens), **_logprobs(ask, tokens), **ending,
+                "index": index,
+                **_said(ask, tokens),
+                **_logprobs(ask, tokens),
+                **ending,
                 "prompt_logprobs": ask.prompt_logprobs,
             }
             for index, tokens in enumerate(ask.choices)

@@ -1,11 +1,13 @@
 """Replicas and clients that say exactly what a test writes down, byte by byte, over real sockets."""
 
 import asyncio
+import json
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.fakes.running import DEADLINE_SECONDS, HOST
 
@@ -133,6 +135,13 @@ async def connected(url: str) -> AsyncIterator[Peer]:
         writer.close()
         with suppress(ConnectionError):
             await writer.wait_closed()
+
+
+def posted(body: dict[str, Any], path: str = "/v1/chat/completions", extra: str = "") -> bytes:
+    """A request, as a client writes it."""
+    data = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\n{extra}"
+    return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
 
 
 def length_in(head: bytes) -> int:
