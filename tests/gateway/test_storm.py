@@ -1,0 +1,146 @@
+"""Clients that leave, ten thousand times, at any moment: afterwards nothing is held, here or at the replica."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.fakes.running import DEADLINE_SECONDS, FakeReplica, eventually, running_fake
+from tests.gateway.fleet import HELLO, STREAM, Fleet, deployment, running_gateway
+from tests.gateway.wire import Peer, connected, posted
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+CANCELS = 10_000
+AT_ONCE = 48
+# Slow enough that most are in the middle of something when they leave.
+SLOW = ("--fake-tokens", "30", "--fake-tokens-per-second", "600", "--max-num-seqs", "32")
+ESTABLISHED = "01"
+
+UNARY, STREAMED = posted(HELLO), posted(STREAM)
+
+
+async def leave_in_the_upload(peer: Peer, chance: random.Random) -> None:
+    """Send a part of a request."""
+    await peer.say(STREAMED[: chance.randrange(1, len(STREAMED))])
+
+
+async def leave_before_an_answer(peer: Peer, chance: random.Random) -> None:
+    """Ask for a whole answer, and don't wait for it."""
+    await peer.say(UNARY)
+    await turns(chance)
+
+
+async def leave_before_a_stream(peer: Peer, chance: random.Random) -> None:
+    """Ask for a stream, and don't wait for it."""
+    await peer.say(STREAMED)
+    await turns(chance)
+
+
+async def leave_half_read(peer: Peer, chance: random.Random) -> None:
+    """Read some events, and go."""
+    await peer.say(STREAMED)
+    for _ in range(chance.randrange(1, 12)):
+        await peer.read_until(b"\n\n")
+
+
+async def leave_between_two(peer: Peer, chance: random.Random) -> None:
+    """Read one answer to its end, and leave in the next."""
+    await peer.say(STREAMED)
+    await peer.read_until(b"0\r\n\r\n")
+    await leave_half_read(peer, chance)
+
+
+async def stay(peer: Peer, chance: random.Random) -> None:
+    """Read to the end."""
+    await peer.say(STREAMED)
+    assert (await peer.read_until(b"0\r\n\r\n")).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+WAYS = (leave_in_the_upload, leave_before_an_answer, leave_before_a_stream, leave_half_read, leave_between_two, stay)
+WEIGHTS = (4, 4, 4, 5, 1, 1)
+
+
+async def turns(chance: random.Random) -> None:
+    """Let others go on for a while."""
+    for _ in range(chance.randrange(40)):
+        await asyncio.sleep(0)
+
+
+async def storm(url: str, ways: Iterator[Any], chance: random.Random, came: Counter[str]) -> None:
+    """Come and go, orderly or with a reset, until there are no more ways."""
+    for way in ways:
+        async with connected(url) as peer:
+            await way(peer, chance)
+            if chance.random() < 0.5:
+                peer.reset()
+        came[way.__name__] += 1
+
+
+def connections_to(port: int) -> int:
+    """How many connections of this machine lead to a port, see proc(5)."""
+    lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
+    fields = [line.split() for line in lines]
+    return sum(each[2].endswith(f":{port:04X}") and each[3] == ESTABLISHED for each in fields)
+
+
+async def running_at(replica: FakeReplica) -> float:
+    """How many generations run or wait in the engine."""
+    async with httpx.AsyncClient(base_url=replica.url, trust_env=False, timeout=DEADLINE_SECONDS) as client:
+        page = (await client.get("/metrics")).text
+    gauges = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(gauges))
+
+
+@pytest.mark.timeout(180)
+async def test_ten_thousand_cancels() -> None:
+    """In flight, leases, waiting, bytes held, the engine's generations and connections to it: all zero."""
+    chance = random.Random(5)
+    ways = iter(chance.choices(WAYS, WEIGHTS, k=CANCELS))
+    came: Counter[str] = Counter()
+    # Idle connections end soon, so that only one in use, or a leaked one, could stay.
+    soon = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "1"}
+    async with running_fake(*SLOW, env=soon) as replica, running_gateway(deployment()) as fleet:
+        with fleet.replicas(("hi", replica.url)):
+            async with asyncio.TaskGroup() as group:
+                for _ in range(AT_ONCE):
+                    group.create_task(storm(fleet.url, ways, chance, came))
+            await fleet.at_rest()
+            await all_zero(fleet, replica)
+    assert came.total() == CANCELS
+    assert set(came) == {way.__name__ for way in WAYS}
+
+
+async def all_zero(fleet: Fleet, replica: FakeReplica) -> None:
+    """Wait until the replica has noticed that everybody left, then look at everything that counts."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while await running_at(replica):
+            pass
+    assert await fleet.total("quantgate_requests_in_flight") == 0
+    assert [status.in_flight for status in fleet.registry.snapshot()] == [0]
+    assert fleet.held_bytes() == 0
+    asked = [line["path"] for line in replica.requests()].count("/v1/chat/completions")
+    endings = await eventually(lambda: found if len(found := replica.endings()) >= asked else None)
+    assert len(endings) == asked
+    assert {line["event"] for line in endings} == {"aborted", "finished"}
+    await eventually(lambda: connections_to(replica.port) == 0)
+
+
+@pytest.mark.parametrize("body", [HELLO, STREAM], ids=["unary", "stream"])
+@pytest.mark.parametrize("flags", [("--fake-stall-before-first-byte",), ("--fake-stall-after-tokens", "2")])
+async def test_a_client_that_leaves_stops_the_generation(body: dict[str, Any], flags: tuple[str, ...]) -> None:
+    """The engine hears of it although it has nothing to send: the generation would never end by itself."""
+    async with running_fake(*flags) as replica, running_gateway(deployment()) as fleet:
+        with fleet.replicas(("hi", replica.url)):
+            async with connected(fleet.url) as peer:
+                await peer.say(posted(body))
+                await replica.requested("/v1/chat/completions")
+                if body is STREAM and len(flags) > 1:
+                    await peer.read_until(b'"content":"m1"')
+            assert [line["event"] for line in await replica.ended()] == ["aborted"]
+            await fleet.at_rest()
