@@ -50,6 +50,7 @@ class Gateway:
 
     addresses: Addresses
     in_force: InForce
+    front: Front
     quota: Quota
     metrics: Metrics
 
@@ -90,7 +91,7 @@ async def gateway(deployment: Deployment, registry: Registry, taken: Ports) -> A
         addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
-            yield Gateway(addresses, in_force, quota, metrics)
+            yield Gateway(addresses, in_force, front, quota, metrics)
         finally:
             site.draining = True
 

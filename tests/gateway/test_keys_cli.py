@@ -55,7 +55,10 @@ def test_every_option_reaches_the_caller(path: Path, capsys: pytest.CaptureFixtu
     """What a key may is said when it is made, listed for people and for programs, and held against requests."""
     assert main(["keys", "create", "alice", "--file", str(path), *TERMS]) == 0
     caller = holder(path, capsys.readouterr().out)
-    assert (caller.aliases, caller.may) == ({"smol", "lo"}, {"chat_template", "kv_transfer_params"})
+    assert (caller.aliases, caller.may) == (
+        frozenset({"smol", "lo"}),
+        frozenset({"chat_template", "kv_transfer_params"}),
+    )
     assert (caller.floor.top1_agreement, caller.floor.kl_mean) == (0.97, 0.01)
     limits = (caller.requests_per_minute, caller.tokens_per_minute, caller.concurrency, caller.max_tokens)
     assert limits == (60, 1000, 2, 512)
