@@ -44,6 +44,7 @@ ReplicaUrl = Annotated[str, AfterValidator(check_url)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", max_length=128)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
+Entries = Annotated[int, Field(ge=1, le=65536)]
 
 
 class Table(BaseModel):
@@ -56,7 +57,15 @@ class LimitSettings(Table):
     """What one request may ask for."""
 
     body_bytes: SizeBytes = 32 * 2**20
+    depth: Annotated[int, Field(ge=8, le=512)] = 64
+    messages: Entries = 2048
+    prompts: Entries = 2048
+    tools: Entries = 256
+    stop: Entries = 16
+    stop_bytes: SizeBytes = 4096
     n: Annotated[int, Field(ge=1)] = 8
+    logprobs: Annotated[int, Field(ge=0)] = 20
+    prompt_logprobs: Annotated[int, Field(ge=0)] = 5
     queue_seconds: Seconds = 30.0
 
 

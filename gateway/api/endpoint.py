@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.api.endpoints import ENDPOINTS
 from gateway.api.inference import Inference, parse_inference
-from gateway.errors import BodyTooLarge, FloorUnmet, GatewayError, RequestError, Unavailable
+from gateway.errors import BodyTooLarge, FloorUnmet, GatewayError, Unavailable
 from gateway.in_force import InForce
 from gateway.metrics import Metrics
 from gateway.relay.accounting import CLIENT_LEFT, Account
@@ -35,7 +36,7 @@ class InferenceEndpoint:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = dict(scope["headers"])
         with Account(self.metrics, self.name, request_id(scope)) as account:
             try:
                 await self._answer(headers, account, receive, send)
@@ -46,12 +47,14 @@ class InferenceEndpoint:
                     self.metrics.floor_rejections.labels(account.alias).inc()
                 await refuse(send, account, error)
 
-    async def _answer(self, headers: dict[str, str], account: Account, receive: Receive, send: Send) -> None:
-        self.in_force.keys.authenticate(headers)
+    async def _answer(self, headers: dict[bytes, bytes], account: Account, receive: Receive, send: Send) -> None:
+        self.in_force.keys.authenticate(
+            {name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()}
+        )
         limits = self.in_force.limits
-        body = await read_body(headers, receive, limits.body_bytes)
+        body = await read_body(receive, limits.body_bytes)
         account.read()
-        inference = parse_inference(self.name, body, headers, limits)
+        inference = parse_inference(ENDPOINTS[self.name], body, headers, limits)
         await unless_client_leaves(self._relayed(inference, account, send), receive)
 
     async def _relayed(self, inference: Inference, account: Account, send: Send) -> None:
@@ -79,11 +82,8 @@ def request_id(scope: Message) -> str:
     return known
 
 
-async def read_body(headers: dict[str, str], receive: Receive, limit_bytes: int) -> bytes:
-    """Read a request's body, counting what really comes; RequestError unless it is declared as JSON."""
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise RequestError(f"content-type is {kind or 'missing'!r}; send application/json")
+async def read_body(receive: Receive, limit_bytes: int) -> bytes:
+    """Read a request's body, counting what really comes."""
     parts, size = [], 0
     while True:
         message = await receive()

@@ -1,107 +1,224 @@
 """Parse a request once: read the few keys that we decide on, keep the bytes of all others as they came."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
 from config.schema import Floor, LimitSettings
+from gateway.api.bounds import GUARDED_FIELDS, GUARDED_KWARGS, check_bounds, read, shown_number
+from gateway.api.endpoints import Endpoint
+from gateway.api.json_text import Fields, nests_deeper, repeated_key
 from gateway.errors import NO_JSON, RequestError
 
 PRECISION_HEADER = "x-quantgate-precision"
 FLOOR_HEADER = "x-quantgate-floor"
 # Ours, never the engine's: the key that OpenRouter's clients send to choose a precision.
-OWN_KEYS = ("provider",)
+PROVIDER = "provider"
+# What goes on from an answer that was kept: vLLM keeps it in one process, if at all.
+EARLIER_KEYS = ("previous_response_id", "conversation")
 
 NO_FLOOR = Floor()
+# vLLM's largest request model has about 60 fields.
+MOST_KEYS = 256
+LONGEST_MODEL = 256
+LONGEST_LIST_BYTES = 4096
 
 _ENCODER = msgspec.json.Encoder()
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_FIELDS = msgspec.json.Decoder(Fields)
+_OBJECT = msgspec.json.Decoder(Fields | None)
+_TEXT = msgspec.json.Decoder(str)
+_FLAG = msgspec.json.Decoder(bool | None)
+_INTEGER = msgspec.json.Decoder(int | None)
+_TEXTS = msgspec.json.Decoder(list[str] | None)
+_TRUE, _FALSE = msgspec.Raw(b"true"), msgspec.Raw(b"false")
+_RARE = GUARDED_FIELDS | {PROVIDER, "chat_template_kwargs"}
 
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """What a client asked for; `fields` holds the body's top level, each value as its bytes."""
+    """What a client asked for; `fields` holds what a replica gets of the body's top level, each value as its bytes."""
 
-    endpoint: str
+    endpoint: Endpoint
     model: str
     stream: bool
+    # Whether a stream's usage is the client's to see.
     wants_usage: bool
-    fields: dict[str, msgspec.Raw]
+    fields: Fields
     precisions: frozenset[str] | None = None
     floor: Floor = NO_FLOOR
 
     @property
     def wants_token_ids(self) -> bool:
         """Tell whether the client itself asks for token ids."""
-        return bool(_value(self.fields, "return_token_ids", bool | None))
+        return bool(read(self.fields, "return_token_ids", _FLAG))
 
     def without_thinking(self) -> "Inference":
         """Turn thinking off, unless the client's own `chat_template_kwargs` say otherwise.
 
         `reasoning_effort` doesn't turn it on again: many clients send one whatever the model, and vLLM takes the kwarg.
         """
-        given = _value(self.fields, "chat_template_kwargs", dict[str, msgspec.Raw] | None) or {}
-        kwargs = {"enable_thinking": msgspec.Raw(b"false"), **given}
-        return replace(self, fields={**self.fields, "chat_template_kwargs": msgspec.Raw(_ENCODER.encode(kwargs))})
+        given = _object(self.fields, "chat_template_kwargs") or {}
+        kwargs = {"enable_thinking": _FALSE, **given}
+        return replace(self, fields={**self.fields, "chat_template_kwargs": _raw(kwargs)})
 
     def body_for(self, served_name: str, *, token_ids: bool = False) -> bytes:
-        """Write the body that a replica gets: its own model name, usage always asked for, our extras left out."""
-        fields = {key: value for key, value in self.fields.items() if key not in OWN_KEYS}
-        fields["model"] = msgspec.Raw(_ENCODER.encode(served_name))
+        """Write the body that a replica gets: its own model name, and usage always asked for."""
+        fields = {**self.fields, "model": _raw(served_name)}
         if self.stream and not self.wants_usage:
-            options = _value(self.fields, "stream_options", dict[str, Any] | None) or {}
-            fields["stream_options"] = msgspec.Raw(_ENCODER.encode({**options, "include_usage": True}))
+            options = _object(self.fields, "stream_options") or {}
+            fields["stream_options"] = _raw({**options, "include_usage": _TRUE})
         if token_ids:
-            fields["return_token_ids"] = msgspec.Raw(b"true")
+            fields["return_token_ids"] = _TRUE
         return _ENCODER.encode(fields)
 
 
-def parse_inference(endpoint: str, body: bytes, headers: dict[str, str], limits: LimitSettings) -> Inference:
-    """Read a request's body and headers; RequestError names the key at fault."""
-    try:
-        fields = _FIELDS.decode(body)
-    except NO_JSON as error:
-        raise RequestError(f"the body is no JSON object: {error}", code="invalid_json") from error
-    model = _value(fields, "model", str)
-    if not model:
-        raise RequestError("'model' is missing; GET /v1/models lists the names", param="model")
-    answers = _value(fields, "n", int | None) or 1
-    if answers > limits.n:
-        raise RequestError(f"'n' is {answers}, the limit is {limits.n}", param="n")
-    stream = bool(_value(fields, "stream", bool | None))
-    options = _value(fields, "stream_options", dict[str, Any] | None) or {}
+def parse_inference(
+    endpoint: Endpoint,
+    body: bytes,
+    headers: Mapping[bytes, bytes],
+    limits: LimitSettings,
+    caller_may: frozenset[str] = frozenset(),
+    max_tokens: int | None = None,
+) -> Inference:
+    """Read a request's body and headers; RequestError names the key at fault.
+
+    `caller_may` names guarded fields that the caller may use, `max_tokens` is the longest answer that it may ask for.
+    """
+    _check_content_type(headers)
+    fields = _read_fields(body)
+    model = _model(fields)
+    arrays = check_bounds(endpoint, body, fields, limits)
+    if nests_deeper(body, fields, arrays, limits.depth):
+        raise RequestError(f"the body nests deeper than {limits.depth} levels", code="invalid_json")
+    stream = endpoint.generates and bool(read(fields, "stream", _FLAG))
+    wants_usage = not endpoint.takes_stream_options or _wants_usage(fields)
+    precisions = _precisions(fields, headers.get(PRECISION_HEADER.encode()))
+    fields = _permitted(fields, caller_may)
+    if endpoint.keeps_answers:
+        fields = _stateless(fields)
+    if max_tokens is not None:
+        fields = _bounded_length(endpoint, fields, max_tokens)
+    floor = headers.get(FLOOR_HEADER.encode())
     return Inference(
-        endpoint=endpoint,
-        model=model,
-        stream=stream,
-        wants_usage=bool(options.get("include_usage")),
-        fields=fields,
-        precisions=_precisions(fields, headers),
-        floor=_floor(headers.get(FLOOR_HEADER, "")),
+        endpoint, model, stream, wants_usage, fields, precisions, _floor(floor.decode("latin-1")) if floor else NO_FLOOR
     )
 
 
-def _value(fields: dict[str, msgspec.Raw], key: str, kind: Any) -> Any:
-    raw = fields.get(key)
-    if raw is None:
-        return None
+def _check_content_type(headers: Mapping[bytes, bytes]) -> None:
+    given = headers.get(b"content-type", b"")
+    if given == b"application/json":
+        return
+    kind = given.decode("latin-1").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise RequestError(f"content-type is {kind[:100] or 'missing'!r}; send application/json")
+
+
+def _read_fields(body: bytes) -> Fields:
+    """The body's top level, checked for what could make others read it differently."""
     try:
-        return msgspec.json.decode(raw, type=kind)
+        fields = _FIELDS.decode(body)
+        if not body.isascii():
+            # A value that is kept as bytes has not been decoded yet.
+            body.decode()
     except NO_JSON as error:
-        raise RequestError(f"{key!r}: {error}", param=key) from error
+        raise RequestError(_no_json(body, error), code="invalid_json") from error
+    if len(fields) > MOST_KEYS:
+        raise RequestError(f"the body has {len(fields)} keys, the limit is {MOST_KEYS}")
+    if (name := repeated_key(body, fields)) is not None:
+        raise _twice(name[:100])
+    return fields
 
 
-def _precisions(fields: dict[str, msgspec.Raw], headers: dict[str, str]) -> frozenset[str] | None:
+def _no_json(body: bytes, error: Exception) -> str:
+    if not body.strip():
+        return "the body is empty; send a JSON object"
+    if body.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        return "the body begins with a byte order mark; send plain UTF-8"
+    return f"the body is no JSON object: {error}"
+
+
+def _model(fields: Fields) -> str:
+    model = read(fields, "model", _TEXT)
+    if not model:
+        raise RequestError("'model' is missing; GET /v1/models lists the names", param="model")
+    if len(model) > LONGEST_MODEL or not model.isprintable():
+        raise RequestError(f"'model' is no name: {_shown(model)}; GET /v1/models lists the names", param="model")
+    return model
+
+
+def _wants_usage(fields: Fields) -> bool:
+    options = _object(fields, "stream_options") if "stream_options" in fields else None
+    try:
+        return options is not None and bool(read(options, "include_usage", _FLAG))
+    except RequestError as error:
+        param = "stream_options.include_usage"
+        raise RequestError(f"{param!r}: {error.__cause__}", param=param) from error
+
+
+def _permitted(fields: Fields, caller_may: frozenset[str]) -> Fields:
+    """Leave out what is ours, and what of the engine's the caller may not use."""
+    if fields.keys().isdisjoint(_RARE):
+        return fields
+    kept = {key: raw for key, raw in fields.items() if key not in GUARDED_FIELDS or key in caller_may}
+    kept.pop(PROVIDER, None)
+    kwargs = _object(fields, "chat_template_kwargs")
+    if kwargs is None:
+        return kept
+    left = {key: raw for key, raw in kwargs.items() if key not in GUARDED_KWARGS or key in caller_may}
+    as_given = fields["chat_template_kwargs"]
+    return {**kept, "chat_template_kwargs": as_given if len(left) == len(kwargs) else _raw(left)}
+
+
+def _stateless(fields: Fields) -> Fields:
+    """Have an answer kept nowhere, and refuse to go on from one that was."""
+    for key in EARLIER_KEYS:
+        if key in fields and bytes(fields[key]) not in {b"null", b'""'}:
+            raise _unsupported(key, "no answer is kept; send the whole conversation as 'input'")
+    if read(fields, "background", _FLAG):
+        raise _unsupported("background", "no answer is kept to be fetched later")
+    return {**fields, "store": _FALSE}
+
+
+def _unsupported(key: str, why: str) -> RequestError:
+    return RequestError(f"{key!r} is not supported: {why}", param=key, code="unsupported")
+
+
+def _bounded_length(endpoint: Endpoint, fields: Fields, max_tokens: int) -> Fields:
+    """Refuse a longer answer than the caller may ask for, and ask for that length where none is given."""
+    given = [(key, length) for key in endpoint.length_keys if (length := read(fields, key, _INTEGER)) is not None]
+    for key, length in given:
+        if length > max_tokens:
+            raise RequestError(
+                f"{key!r} is {shown_number(length)}, the limit of this API key is {max_tokens}", param=key
+            )
+    default = endpoint.length_default_tokens
+    if given or not endpoint.length_keys or (default is not None and default <= max_tokens):
+        return fields
+    return {**fields, endpoint.length_keys[0]: _raw(max_tokens)}
+
+
+def _precisions(fields: Fields, header: bytes | None) -> frozenset[str] | None:
     """The precisions that the caller accepts; the header and the body's `provider` must both agree."""
-    provider = _value(fields, "provider", dict[str, Any] | None) or {}
-    named = provider.get("quantizations")
-    if named is not None and not (isinstance(named, list) and all(isinstance(item, str) for item in named)):
-        raise RequestError("'provider.quantizations' is no list of names such as int8", param="provider.quantizations")
-    asked = [frozenset(named)] if named else []
-    if header := headers.get(PRECISION_HEADER):
-        asked.append(frozenset(filter(None, (part.strip() for part in header.split(",")))))
+    asked = []
+    if PROVIDER in fields and (named := _quantizations(fields)):
+        asked.append(frozenset(named))
+    if header:
+        parts = header.decode("latin-1").split(",")
+        asked.append(frozenset(filter(None, (part.strip() for part in parts))))
     return frozenset.intersection(*asked) if asked else None
+
+
+def _quantizations(fields: Fields) -> list[str] | None:
+    param = f"{PROVIDER}.quantizations"
+    provider = _object(fields, PROVIDER) or {}
+    if len(provider.get("quantizations", b"")) > LONGEST_LIST_BYTES:
+        raise RequestError(f"{param!r} is longer than {LONGEST_LIST_BYTES} bytes", param=param)
+    try:
+        return read(provider, "quantizations", _TEXTS)
+    except RequestError as error:
+        raise RequestError(f"{param!r} is no list of names such as int8", param=param) from error
 
 
 def _floor(header: str) -> Floor:
@@ -110,12 +227,34 @@ def _floor(header: str) -> Floor:
         measure, _, value = part.partition("=")
         if measure.strip() not in Floor.model_fields:
             known = ", ".join(Floor.model_fields)
-            raise RequestError(f"{FLOOR_HEADER}: {measure.strip()!r} is no measure; known: {known}", param=FLOOR_HEADER)
+            raise RequestError(
+                f"{FLOOR_HEADER}: {_shown(measure.strip())} is no measure; known: {known}", param=FLOOR_HEADER
+            )
         try:
             limits[measure.strip()] = float(value)
         except ValueError:
-            raise RequestError(f"{FLOOR_HEADER}: {part.strip()!r} has no number", param=FLOOR_HEADER) from None
+            raise RequestError(f"{FLOOR_HEADER}: {_shown(part.strip())} has no number", param=FLOOR_HEADER) from None
     try:
         return Floor.model_validate(limits)
     except ValueError as error:
-        raise RequestError(f"{FLOOR_HEADER}: {header!r} is out of range", param=FLOOR_HEADER) from error
+        raise RequestError(f"{FLOOR_HEADER}: {_shown(header)} is out of range", param=FLOOR_HEADER) from error
+
+
+def _object(fields: Fields, key: str) -> Fields | None:
+    """An object that we read ourselves; the engine must read the same in it."""
+    inner = read(fields, key, _OBJECT)
+    if inner and (name := repeated_key(bytes(fields[key]), inner)) is not None:
+        raise _twice(f"{key}.{name[:100]}")
+    return inner
+
+
+def _twice(key: str) -> RequestError:
+    return RequestError(f"{key!r} comes twice; send it once", param=key, code="duplicate_key")
+
+
+def _raw(value: Any) -> msgspec.Raw:
+    return msgspec.Raw(_ENCODER.encode(value))
+
+
+def _shown(text: str) -> str:
+    return repr(text[:100])

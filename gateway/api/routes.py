@@ -10,9 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from gateway.api.endpoint import InferenceEndpoint, request_id
+from gateway.api.endpoints import ENDPOINTS
 from gateway.errors import GatewayError, RequestError
 from gateway.in_force import InForce
-from gateway.relay.exchange import PATHS
 from gateway.routing.catalog import Catalog
 from serving.registry import Registry
 
@@ -22,8 +22,8 @@ JSON = "application/json"
 def client_app(in_force: InForce, registry: Registry, endpoint: Callable[[str], InferenceEndpoint]) -> FastAPI:
     """Build the app that clients talk to; `endpoint` makes the app of one inference endpoint."""
     app = FastAPI(title="quantgate", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    for name, path in PATHS.items():
-        app.router.routes.append(Route(path, endpoint(name), methods=["POST"]))
+    for name, each in ENDPOINTS.items():
+        app.router.routes.append(Route(each.path, endpoint(name), methods=["POST"]))
     created = int(time.time())
 
     @app.get("/v1/models")
@@ -76,7 +76,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _not_routed(request: Request, error: Exception) -> Response:
     """Unknown path or wrong method, told in a shape that SDKs can read."""
     assert isinstance(error, HTTPException)
-    known = ", ".join([*PATHS.values(), "/v1/models"])
+    known = ", ".join([*(each.path for each in ENDPOINTS.values()), "/v1/models"])
     refusal = RequestError(
         f"{request.method} {request.url.path[:200]}: {error.detail}; known: {known}", code="not_found"
     )

@@ -32,8 +32,6 @@ Headers = list[tuple[bytes, bytes]]
 ATTEMPTS = 3
 ANSWER_LIMIT_BYTES = 256 * 2**20
 ERROR_LIMIT_BYTES = 1 * 2**20
-CHAT = "chat.completions"
-PATHS = {CHAT: "/v1/chat/completions", "completions": "/v1/completions"}
 
 
 @dataclass(slots=True)
@@ -47,7 +45,7 @@ class Relay:
 
     async def answer(self, inference: Inference, target: Target, account: Account, send: Send) -> None:
         """Pass one answer on; another replica is tried as long as the client has seen nothing of it."""
-        if target.think == "none" and inference.endpoint == CHAT:
+        if target.think == "none" and inference.endpoint.shapes_reasoning:
             inference = inference.without_thinking()
         rungs = permitted_rungs(target, inference.floor, inference.precisions)
         # One turn a request: if retries took turns too, two replicas would never change places.
@@ -120,12 +118,12 @@ class Relay:
 
 def manner_of(inference: Inference, target: Target, replica: Replica) -> Manner:
     """Say how thinking is told; token ids are asked for only where they tell whether the model thinks."""
-    token = replica.think_token if inference.endpoint == CHAT and target.think != "none" else None
+    token = replica.think_token if inference.endpoint.shapes_reasoning and target.think != "none" else None
     return Manner(target.reasoning, replica.think, token, token is not None and not inference.wants_token_ids)
 
 
 async def _whole(inference: Inference, manner: Manner, upstream: Connection, account: Account, send: Send) -> None:
-    shape = partial(shaped, manner=manner) if inference.endpoint == CHAT else dict
+    shape = partial(shaped, manner=manner) if inference.endpoint.shapes_reasoning else dict
     body, account.usage = renamed(await upstream.read(ANSWER_LIMIT_BYTES), inference.model, shape)
     account.code = "200"
     await begin(send, account, 200, [(b"content-type", b"application/json"), _length(body)])
@@ -135,7 +133,7 @@ async def _whole(inference: Inference, manner: Manner, upstream: Connection, acc
 async def _stream(inference: Inference, manner: Manner, upstream: Connection, account: Account, send: Send) -> None:
     """Pass events on as they arrive, several at once only if they arrived at once."""
     transcript = Transcript(inference.model, inference.wants_usage)
-    shaping = Shaping(manner) if inference.endpoint == CHAT else None
+    shaping = Shaping(manner) if inference.endpoint.shapes_reasoning else None
     cutter = EventCutter()
     headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
     try:
@@ -210,7 +208,7 @@ def request_bytes(inference: Inference, replica: Replica, request_id: str, *, to
     body = inference.body_for(replica.served_name, token_ids=token_ids)
     credential = f"authorization: Bearer {replica.api_key}\r\n" if replica.api_key else ""
     head = (
-        f"POST {PATHS[inference.endpoint]} HTTP/1.1\r\n"
+        f"POST {inference.endpoint.path} HTTP/1.1\r\n"
         f"host: {urlsplit(replica.url).netloc}\r\n"
         "content-type: application/json\r\n"
         f"content-length: {len(body)}\r\n"

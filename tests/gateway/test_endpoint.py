@@ -170,7 +170,7 @@ async def received(*messages: dict[str, Any]) -> bytes:
     async def receive() -> dict[str, Any]:
         return next(waiting)
 
-    return await read_body({"content-type": "application/json"}, receive, 10)
+    return await read_body(receive, 10)
 
 
 async def test_a_body_in_parts() -> None:

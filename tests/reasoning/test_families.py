@@ -14,8 +14,9 @@ from typing import Any, get_args
 import pytest
 
 from config.schema import Floor, LimitSettings
+from gateway.api.endpoints import CHAT
 from gateway.api.inference import parse_inference
-from gateway.relay.exchange import CHAT, manner_of
+from gateway.relay.exchange import manner_of
 from gateway.relay.shapes import Manner, Shape
 from gateway.routing.catalog import Target
 from serving.replica import Replica, ThinkTag
@@ -131,7 +132,7 @@ def manner_and_body(row: Row, step: int | None, choices: int) -> tuple[Manner, d
     """What the gateway sends for a client's request, and how it will tell the answer."""
     body = {"model": "alias", "messages": [{"role": "user", "content": "1+1?"}], "n": choices, **json.loads(row.asked)}
     raw = json.dumps({**body, "stream": step is not None}).encode()
-    inference = parse_inference(CHAT, raw, {}, LimitSettings())
+    inference = parse_inference(CHAT, raw, {b"content-type": b"application/json"}, LimitSettings())
     manner = manner_of(inference, Target("alias", (), Floor(), pinned=False), FAMILIES[row.family].replica)
     return manner, json.loads(inference.body_for("m1", token_ids=manner.hides_ids))
 

@@ -1,0 +1,71 @@
+"""What clients may ask of a model: an allow-list, and how each of its endpoints differs from the others."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One inference endpoint, the same path here and at a replica.
+
+    `length_keys` limit how long an answer gets, the first that is given counts; without one vLLM takes
+    `length_default_tokens`, None for as long as the context allows. `conversation` holds messages, `batch` prompts.
+    """
+
+    name: str
+    path: str
+    errors: Literal["openai", "anthropic"] = "openai"
+    # Its answer is text out of a model, token by token: it may be streamed, is metered, and may spill to another rung.
+    generates: bool = False
+    takes_stream_options: bool = False
+    shapes_reasoning: bool = False
+    # It can go on from an earlier answer, if that has been kept.
+    keeps_answers: bool = False
+    length_keys: tuple[str, ...] = ()
+    length_default_tokens: int | None = None
+    conversation: str | None = None
+    batch: str | None = None
+
+
+CHAT = Endpoint(
+    "chat.completions",
+    "/v1/chat/completions",
+    generates=True,
+    takes_stream_options=True,
+    shapes_reasoning=True,
+    length_keys=("max_completion_tokens", "max_tokens"),
+    conversation="messages",
+)
+COMPLETIONS = Endpoint(
+    "completions",
+    "/v1/completions",
+    generates=True,
+    takes_stream_options=True,
+    length_keys=("max_tokens",),
+    length_default_tokens=16,
+    batch="prompt",
+)
+EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings", conversation="messages", batch="input")
+RESPONSES = Endpoint(
+    "responses",
+    "/v1/responses",
+    generates=True,
+    keeps_answers=True,
+    length_keys=("max_output_tokens",),
+    conversation="input",
+)
+MESSAGES = Endpoint(
+    "messages", "/v1/messages", "anthropic", generates=True, length_keys=("max_tokens",), conversation="messages"
+)
+COUNT_TOKENS = Endpoint("messages.count_tokens", "/v1/messages/count_tokens", "anthropic", conversation="messages")
+TOKENIZE = Endpoint("tokenize", "/tokenize", conversation="messages")
+DETOKENIZE = Endpoint("detokenize", "/detokenize")
+
+ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
+    {
+        each.name: each
+        for each in (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, COUNT_TOKENS, TOKENIZE, DETOKENIZE)
+    }
+)
