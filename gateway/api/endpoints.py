@@ -21,6 +21,8 @@ class Endpoint:
     generates: bool = False
     takes_stream_options: bool = False
     shapes_reasoning: bool = False
+    # It can go on from an earlier answer, if that has been kept.
+    keeps_answers: bool = False
     length_keys: tuple[str, ...] = ()
     length_default_tokens: int | None = None
     conversation: str | None = None
@@ -47,7 +49,12 @@ COMPLETIONS = Endpoint(
 )
 EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings", conversation="messages", batch="input")
 RESPONSES = Endpoint(
-    "responses", "/v1/responses", generates=True, length_keys=("max_output_tokens",), conversation="input"
+    "responses",
+    "/v1/responses",
+    generates=True,
+    keeps_answers=True,
+    length_keys=("max_output_tokens",),
+    conversation="input",
 )
 MESSAGES = Endpoint(
     "messages", "/v1/messages", "anthropic", generates=True, length_keys=("max_tokens",), conversation="messages"

@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
-from config.schema import NO_FLOOR, Floor, LimitSettings
-from gateway.api.bounds import GUARDED_FIELDS, GUARDED_KWARGS, check_bounds, read
-from gateway.api.endpoints import RESPONSES, Endpoint
+from config.schema import Floor, LimitSettings
+from gateway.api.bounds import GUARDED_FIELDS, GUARDED_KWARGS, check_bounds, read, shown_number
+from gateway.api.endpoints import Endpoint
 from gateway.api.json_text import Fields, nests_deeper, repeated_key
 from gateway.errors import NO_JSON, RequestError
 
@@ -16,12 +16,14 @@ PRECISION_HEADER = "x-quantgate-precision"
 FLOOR_HEADER = "x-quantgate-floor"
 # Ours, never the engine's: the key that OpenRouter's clients send to choose a precision.
 PROVIDER = "provider"
-# OpenAI's names for an answer that a later request finds again; with several replicas it would be at another one.
-STATEFUL_KEYS = ("previous_response_id", "conversation", "background")
+# What goes on from an answer that was kept: vLLM keeps it in one process, if at all.
+EARLIER_KEYS = ("previous_response_id", "conversation")
 
+NO_FLOOR = Floor()
 # vLLM's largest request model has about 60 fields.
 MOST_KEYS = 256
 LONGEST_MODEL = 256
+LONGEST_LIST_BYTES = 4096
 
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
@@ -29,7 +31,7 @@ _OBJECT = msgspec.json.Decoder(Fields | None)
 _TEXT = msgspec.json.Decoder(str)
 _FLAG = msgspec.json.Decoder(bool | None)
 _INTEGER = msgspec.json.Decoder(int | None)
-_ANY = msgspec.json.Decoder()
+_TEXTS = msgspec.json.Decoder(list[str] | None)
 _TRUE, _FALSE = msgspec.Raw(b"true"), msgspec.Raw(b"false")
 _RARE = GUARDED_FIELDS | {PROVIDER, "chat_template_kwargs"}
 
@@ -85,14 +87,16 @@ def parse_inference(
     `caller_may` names guarded fields that the caller may use, `max_tokens` is the longest answer that it may ask for.
     """
     _check_content_type(headers)
-    fields = _read_fields(body, limits)
+    fields = _read_fields(body)
     model = _model(fields)
-    check_bounds(endpoint, fields, body.count(b","), limits)
+    arrays = check_bounds(endpoint, body, fields, limits)
+    if nests_deeper(body, fields, arrays, limits.depth):
+        raise RequestError(f"the body nests deeper than {limits.depth} levels", code="invalid_json")
     stream = endpoint.generates and bool(read(fields, "stream", _FLAG))
-    wants_usage = not (endpoint.takes_stream_options and stream) or _wants_usage(fields)
+    wants_usage = not endpoint.takes_stream_options or _wants_usage(fields)
     precisions = _precisions(fields, headers.get(PRECISION_HEADER.encode()))
     fields = _permitted(fields, caller_may)
-    if endpoint is RESPONSES:
+    if endpoint.keeps_answers:
         fields = _stateless(fields)
     if max_tokens is not None:
         fields = _bounded_length(endpoint, fields, max_tokens)
@@ -111,7 +115,7 @@ def _check_content_type(headers: Mapping[bytes, bytes]) -> None:
         raise RequestError(f"content-type is {kind[:100] or 'missing'!r}; send application/json")
 
 
-def _read_fields(body: bytes, limits: LimitSettings) -> Fields:
+def _read_fields(body: bytes) -> Fields:
     """The body's top level, checked for what could make others read it differently."""
     try:
         fields = _FIELDS.decode(body)
@@ -123,9 +127,7 @@ def _read_fields(body: bytes, limits: LimitSettings) -> Fields:
     if len(fields) > MOST_KEYS:
         raise RequestError(f"the body has {len(fields)} keys, the limit is {MOST_KEYS}")
     if (name := repeated_key(body, fields)) is not None:
-        raise RequestError(f"{_shown(name)} comes twice; send it once", param=_shown(name), code="duplicate_key")
-    if nests_deeper(body, limits.depth):
-        raise RequestError(f"the body nests deeper than {limits.depth} levels", code="invalid_json")
+        raise _twice(name[:100])
     return fields
 
 
@@ -147,16 +149,19 @@ def _model(fields: Fields) -> str:
 
 
 def _wants_usage(fields: Fields) -> bool:
-    options = _object(fields, "stream_options")
-    return bool(options and _inner(options, "stream_options", "include_usage", _FLAG))
+    options = _object(fields, "stream_options") if "stream_options" in fields else None
+    try:
+        return options is not None and bool(read(options, "include_usage", _FLAG))
+    except RequestError as error:
+        param = "stream_options.include_usage"
+        raise RequestError(f"{param!r}: {error.__cause__}", param=param) from error
 
 
 def _permitted(fields: Fields, caller_may: frozenset[str]) -> Fields:
     """Leave out what is ours, and what of the engine's the caller may not use."""
-    rare = fields.keys() & _RARE
-    if not rare:
+    if fields.keys().isdisjoint(_RARE):
         return fields
-    kept = {key: raw for key, raw in fields.items() if key not in rare or key in caller_may}
+    kept = {key: raw for key, raw in fields.items() if key not in GUARDED_FIELDS or key in caller_may}
     kept.pop(PROVIDER, None)
     kwargs = _object(fields, "chat_template_kwargs")
     if kwargs is None:
@@ -168,14 +173,16 @@ def _permitted(fields: Fields, caller_may: frozenset[str]) -> Fields:
 
 def _stateless(fields: Fields) -> Fields:
     """Have an answer kept nowhere, and refuse to go on from one that was."""
-    for key in STATEFUL_KEYS:
-        if read(fields, key, _ANY):
-            raise RequestError(
-                f"{key!r} is not supported: answers are kept nowhere; send the whole conversation as 'input'",
-                param=key,
-                code="unsupported",
-            )
+    for key in EARLIER_KEYS:
+        if key in fields and bytes(fields[key]) not in {b"null", b'""'}:
+            raise _unsupported(key, "no answer is kept; send the whole conversation as 'input'")
+    if read(fields, "background", _FLAG):
+        raise _unsupported("background", "no answer is kept to be fetched later")
     return {**fields, "store": _FALSE}
+
+
+def _unsupported(key: str, why: str) -> RequestError:
+    return RequestError(f"{key!r} is not supported: {why}", param=key, code="unsupported")
 
 
 def _bounded_length(endpoint: Endpoint, fields: Fields, max_tokens: int) -> Fields:
@@ -183,7 +190,9 @@ def _bounded_length(endpoint: Endpoint, fields: Fields, max_tokens: int) -> Fiel
     given = [(key, length) for key in endpoint.length_keys if (length := read(fields, key, _INTEGER)) is not None]
     for key, length in given:
         if length > max_tokens:
-            raise RequestError(f"{key!r} is {length}, the limit of this API key is {max_tokens}", param=key)
+            raise RequestError(
+                f"{key!r} is {shown_number(length)}, the limit of this API key is {max_tokens}", param=key
+            )
     default = endpoint.length_default_tokens
     if given or not endpoint.length_keys or (default is not None and default <= max_tokens):
         return fields
@@ -193,17 +202,23 @@ def _bounded_length(endpoint: Endpoint, fields: Fields, max_tokens: int) -> Fiel
 def _precisions(fields: Fields, header: bytes | None) -> frozenset[str] | None:
     """The precisions that the caller accepts; the header and the body's `provider` must both agree."""
     asked = []
-    provider = _object(fields, PROVIDER) if PROVIDER in fields else None
-    if provider:
-        named = _inner(provider, PROVIDER, "quantizations", _ANY)
-        if named is not None and not (isinstance(named, list) and all(isinstance(item, str) for item in named)):
-            param = "provider.quantizations"
-            raise RequestError(f"{param!r} is no list of names such as int8", param=param)
-        asked += [frozenset(named)] if named else []
+    if PROVIDER in fields and (named := _quantizations(fields)):
+        asked.append(frozenset(named))
     if header:
         parts = header.decode("latin-1").split(",")
         asked.append(frozenset(filter(None, (part.strip() for part in parts))))
     return frozenset.intersection(*asked) if asked else None
+
+
+def _quantizations(fields: Fields) -> list[str] | None:
+    param = f"{PROVIDER}.quantizations"
+    provider = _object(fields, PROVIDER) or {}
+    if len(provider.get("quantizations", b"")) > LONGEST_LIST_BYTES:
+        raise RequestError(f"{param!r} is longer than {LONGEST_LIST_BYTES} bytes", param=param)
+    try:
+        return read(provider, "quantizations", _TEXTS)
+    except RequestError as error:
+        raise RequestError(f"{param!r} is no list of names such as int8", param=param) from error
 
 
 def _floor(header: str) -> Floor:
@@ -229,17 +244,12 @@ def _object(fields: Fields, key: str) -> Fields | None:
     """An object that we read ourselves; the engine must read the same in it."""
     inner = read(fields, key, _OBJECT)
     if inner and (name := repeated_key(bytes(fields[key]), inner)) is not None:
-        param = f"{key}.{name[:100]}"
-        raise RequestError(f"{param!r} comes twice; send it once", param=param, code="duplicate_key")
+        raise _twice(f"{key}.{name[:100]}")
     return inner
 
 
-def _inner(fields: Fields, outer: str, key: str, decoder: "msgspec.json.Decoder[Any]") -> Any:
-    try:
-        return read(fields, key, decoder)
-    except RequestError as error:
-        param = f"{outer}.{key}"
-        raise RequestError(f"{param!r}: {error.__cause__}", param=param) from error
+def _twice(key: str) -> RequestError:
+    return RequestError(f"{key!r} comes twice; send it once", param=key, code="duplicate_key")
 
 
 def _raw(value: Any) -> msgspec.Raw:

@@ -154,3 +154,65 @@ async def test_many_clients_that_leave_at_random(fleet: Fleet) -> None:
             assert started > 100
             await eventually(lambda: len(fake.endings()) == len(fake.requests(CHAT)) or None)
             assert (await fleet.ask()).status_code == 200
+
+
+# Pieces
+
+
+async def received(*messages: dict[str, Any]) -> bytes:
+    """What is read from a client that sends these messages."""
+    waiting = iter(messages)
+
+    async def receive() -> dict[str, Any]:
+        return next(waiting)
+
+    return await read_body(receive, 10)
+
+
+async def test_a_body_in_parts() -> None:
+    """Parts are joined, the last one may be empty, and a message without a body is one."""
+    parts: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b"a", "more_body": True},
+        {"type": "http.request", "body": b"b"},
+    ]
+    assert await received(*parts) == b"ab"
+    assert await received({"type": "http.request"}) == b""
+
+
+async def test_whatever_a_client_says_beside_its_request() -> None:
+    """Only its leaving ends an answer, which is then cancelled and has ended when that is told."""
+    said = iter([{"type": "http.request"}, {"type": "http.request"}, {"type": "http.disconnect"}])
+    ended: list[str] = []
+
+    async def receive() -> dict[str, Any]:
+        return next(said)
+
+    async def endless() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            ended.append("yes")
+
+    with pytest.raises(ClientLeft):
+        await unless_client_leaves(endless(), receive)
+    assert ended == ["yes"]
+
+
+async def test_an_answer_that_fails_by_a_defect_leaves_no_task() -> None:
+    """Whatever an answer raises comes out as it is, and nobody waits for the client any more."""
+
+    async def broken() -> None:
+        raise ZeroDivisionError
+
+    async def refused() -> None:
+        raise RequestError("no")
+
+    async def never() -> dict[str, Any]:
+        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+    before = asyncio.all_tasks()
+    with pytest.raises(ZeroDivisionError):
+        await unless_client_leaves(broken(), never)
+    with pytest.raises(RequestError):
+        await unless_client_leaves(refused(), never)
+    assert asyncio.all_tasks() == before
