@@ -6,9 +6,11 @@ import re
 from dataclasses import dataclass
 from functools import partial
 
-from gateway.api.endpoints import ENDPOINTS
+from gateway.api.endpoints import Endpoint
 from gateway.api.inference import Inference, parse_inference
-from gateway.errors import BodyTooLarge, FloorUnmet, GatewayError, Unavailable
+from gateway.errors import Draining, FloorUnmet, GatewayError, Unavailable
+from gateway.front.reply import ClientLeft, Reply
+from gateway.front.request import Request
 from gateway.in_force import InForce
 from gateway.keys import Caller
 from gateway.metrics import Metrics
@@ -30,10 +32,11 @@ class InferenceEndpoint:
     quota: Quota
     metrics: Metrics
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer one HTTP request."""
-        headers = dict(scope["headers"])
-        with Account(self.metrics, self.name, request_id(scope)) as account:
+    async def answer(self, request: Request, caller: Caller, reply: Reply) -> None:
+        """Answer one request; when its client leaves, or the gateway stops, this is cancelled."""
+        account = Account(self.metrics, self.endpoint.name, request_id(request))
+        limits = partial(self.quota.headers, caller, account.began_at)
+        with account, Teller(self.endpoint, account, reply, limits) as teller:
             try:
                 if request.refusal is not None:
                     raise request.refusal
@@ -49,15 +52,18 @@ class InferenceEndpoint:
                     self._refused(Draining("the gateway stops; ask again"), account, teller)
                 raise
 
-    async def _answer(self, headers: dict[bytes, bytes], account: Account, receive: Receive, send: Send) -> None:
-        self.in_force.keys.authenticate(
-            {name.decode("latin-1"): value.decode("latin-1") for name, value in headers.items()}
-        )
+    async def _answer(self, request: Request, caller: Caller, account: Account, teller: Teller) -> None:
         limits = self.in_force.limits
-        body = await read_body(receive, limits.body_bytes)
-        account.read()
-        inference = parse_inference(ENDPOINTS[self.name], body, headers, limits)
-        await unless_client_leaves(self._relayed(inference, account, send), receive)
+        inference = parse_inference(self.endpoint, request.body, request.headers, limits, caller.may, caller.max_tokens)
+        account.body_bytes = len(request.body)
+        request.body = b""  # From here on it is the parsed one that is kept.
+        caller.check_model(inference.model)
+        with self.quota.enter(caller, account.read_at) as admission:
+            try:
+                await self._relayed(inference, caller, account, teller)
+            finally:
+                if account.usage is not None:
+                    admission.spent(account.usage.prompt + account.usage.completion, account.clock())
 
     async def _relayed(self, inference: Inference, caller: Caller, account: Account, teller: Teller) -> None:
         """Relay an answer; once more by another configuration, if the one that it began with lost its replicas."""
@@ -86,44 +92,7 @@ class InferenceEndpoint:
 
 def request_id(request: Request) -> str:
     """The id of a request, the same whoever asks: the client's own if it is a sane one, otherwise one made here."""
-    known: str | None = scope.get("quantgate.request_id")
-    if known is None:
-        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
-        known = given if REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
-        scope["quantgate.request_id"] = known
-    return known
-
-
-async def read_body(receive: Receive, limit_bytes: int) -> bytes:
-    """Read a request's body, counting what really comes."""
-    parts, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientLeft
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit_bytes:
-            raise BodyTooLarge(f"the body is longer than {limit_bytes} bytes")
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-async def unless_client_leaves(answer: Coroutine[Any, Any, None], receive: Receive) -> None:
-    """Run an answer to its end, or cancel it when the client goes; whatever it raises comes out unwrapped."""
-    exchange = asyncio.create_task(answer, name="exchange")
-    departure = asyncio.create_task(_departure(receive), name="departure")
-    try:
-        await asyncio.wait({exchange, departure}, return_when=asyncio.FIRST_COMPLETED)
-        if not exchange.done():
-            raise ClientLeft
-        await exchange
-    finally:
-        for task in (exchange, departure):
-            task.cancel()
-        await asyncio.gather(exchange, departure, return_exceptions=True)
-
-
-async def _departure(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    if not request.request_id:
+        given = request.headers.get(b"x-request-id", b"")
+        request.request_id = given.decode() if REQUEST_ID.fullmatch(given) else f"req-{os.urandom(12).hex()}"
+    return request.request_id

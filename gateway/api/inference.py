@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from config.schema import Floor, LimitSettings
+from config.schema import NO_FLOOR, Floor, LimitSettings
 from gateway.api.bounds import GUARDED_FIELDS, GUARDED_KWARGS, check_bounds, read, shown_number
 from gateway.api.endpoints import Endpoint
 from gateway.api.json_text import Fields, nests_deeper, repeated_key
@@ -19,7 +19,7 @@ PROVIDER = "provider"
 # What goes on from an answer that was kept: vLLM keeps it in one process, if at all.
 EARLIER_KEYS = ("previous_response_id", "conversation")
 
-NO_FLOOR = Floor()
+
 # vLLM's largest request model has about 60 fields.
 MOST_KEYS = 256
 LONGEST_MODEL = 256

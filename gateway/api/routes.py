@@ -10,7 +10,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from gateway.api.endpoint import InferenceEndpoint, request_id
 from gateway.api.endpoints import ENDPOINTS
 from gateway.errors import GatewayError, RequestError
 from gateway.in_force import InForce
@@ -23,8 +22,6 @@ JSON = "application/json"
 def client_app(in_force: InForce, registry: Registry) -> FastAPI:
     """Build the app that clients talk to about models."""
     app = FastAPI(title="quantgate", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    for name, each in ENDPOINTS.items():
-        app.router.routes.append(Route(each.path, endpoint(name), methods=["POST"]))
     created = int(time.time())
 
     @app.get("/v1/models")
@@ -74,7 +71,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _not_routed(request: Request, error: Exception) -> Response:
     """Unknown path or wrong method, told in a shape that SDKs can read."""
     assert isinstance(error, HTTPException)
-    known = ", ".join([*(each.path for each in ENDPOINTS.values()), "/v1/models"])
+    known = ", ".join([*(endpoint.path for endpoint in ENDPOINTS.values()), "/v1/models"])
     refusal = RequestError(
         f"{request.method} {request.url.path[:200]}: {error.detail}; known: {known}", code="not_found"
     )

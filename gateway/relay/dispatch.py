@@ -14,7 +14,7 @@ from itertools import count
 from types import TracebackType
 from typing import Self
 
-from config.schema import QueueSettings
+from config.schema import QueueSettings, RetrySettings
 from config.variant import Variant
 from gateway.errors import GatewayError, Overloaded, Unavailable
 from gateway.routing import breaker, budget, drain, shedding
@@ -26,6 +26,7 @@ from gateway.routing.shedding import ROOMY, Mark
 from serving.registry import Registry
 
 NOBODY: frozenset[str] = frozenset()
+USUAL_QUEUE, USUAL_RETRIES = QueueSettings(), RetrySettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,16 +90,20 @@ class Dispatch:
     """Gives out leases; use it as an async context manager."""
 
     def __init__(
-        self, registry: Registry, queue: QueueSettings | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        registry: Registry,
+        queue: QueueSettings = USUAL_QUEUE,
+        retries: RetrySettings = USUAL_RETRIES,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        queue = queue or QueueSettings()
         self._registry = registry
         self._clock = clock
         self._turns = count()
         self._breakers: dict[str, Breaker] = {}
         self._marks: dict[str, Mark] = {}
         self._scene = Scene(registry.ready, registry.in_flight, self._breakers, self._marks)
-        self._budget = budget.Budget()
+        self._allowance = budget.Allowance(round(retries.share * 1000), retries.burst * 1000)
+        self._budget = budget.Budget(self._allowance.most_thousandths)
         self._lines: Lines[Demand, Ticket] = Lines(Bounds(queue.per_alias, queue.in_all, queue.body_bytes))
         self._paces: dict[str, drain.Pace] = {}
         self._alarm: asyncio.TimerHandle | None = None
@@ -129,7 +134,7 @@ class Dispatch:
 
     def arrived(self) -> int:
         """Count a request that wants an answer; gives it its turn among equals."""
-        self._budget = budget.earned(self._budget)
+        self._budget = budget.earned(self._budget, self._allowance)
         return next(self._turns)
 
     def why_not_again(self, deaths: int, attempts: int) -> budget.WhyNot | None:

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 ANSWER_LIMIT_BYTES = 256 * 2**20
 ERROR_LIMIT_BYTES = 1 * 2**20
+# A request that finds replica after replica full goes back into the line so often; it has its deadline, too.
+FULL_LIMIT = 16
 
 
 @dataclass(slots=True)
@@ -52,8 +54,11 @@ class Relay:
     dispatch: Dispatch
     pool: Pool
 
-    async def answer(self, inference: Inference, target: Target, account: Account, send: Send) -> None:
-        """Pass one answer on; another replica is tried as long as the client has seen nothing of it."""
+    async def answer(
+        self, asked: Inference, target: Target, caller: Caller, account: Account, teller: Teller, wait_seconds: float
+    ) -> None:
+        """Pass one answer on; GatewayError if there is none."""
+        inference = asked
         if target.think == "none" and inference.endpoint.shapes_reasoning:
             inference = inference.without_thinking()
         rungs = permitted_rungs(target, (caller.floor, inference.floor), inference.precisions)
@@ -143,20 +148,33 @@ def _refused(status: int, body: bytes, headers: dict[bytes, bytes]) -> NoReturn:
 
 def manner_of(inference: Inference, target: Target, replica: Replica) -> Manner:
     """Say how thinking is told; token ids are asked for only where they tell whether the model thinks."""
-    token = replica.think_token if inference.endpoint.shapes_reasoning and target.think != "none" else None
+    shaped_here = inference.endpoint.shapes_reasoning and target.think != "none"
+    token = replica.think_token if shaped_here else None
     return Manner(target.reasoning, replica.think, token, token is not None and not inference.wants_token_ids)
 
 
-async def _whole(inference: Inference, manner: Manner, upstream: Connection, account: Account, send: Send) -> None:
-    shape = partial(shaped, manner=manner) if inference.endpoint.shapes_reasoning else dict
-    body, account.usage = renamed(await upstream.read(ANSWER_LIMIT_BYTES), inference.model, shape)
+def deadlines_of(timeouts: TimeoutSettings, *, stream: bool) -> tuple[Deadlines, float]:
+    """How long a replica may take: a whole answer comes at its end, so only the total says anything about it."""
+    total_seconds = timeouts.total_seconds or math.inf
+    if not stream:
+        return Deadlines(total_seconds, total_seconds, total_seconds), timeouts.connect_seconds
+    first_byte_seconds, idle_seconds = timeouts.first_byte_seconds or math.inf, timeouts.idle_seconds or math.inf
+    return Deadlines(first_byte_seconds, idle_seconds, total_seconds), timeouts.connect_seconds
+
+
+async def _whole(inference: Inference, manner: Manner, upstream: Connection, account: Account, teller: Teller) -> None:
+    answer = await upstream.read(ANSWER_LIMIT_BYTES)
+    shape = partial(shaped, manner=manner) if inference.endpoint.shapes_reasoning and tells(answer, manner) else None
+    if inference.endpoint.generates:
+        account.finish = finish_of(answer)
+    body, account.usage = renamed(answer, inference.model, shape)
     account.code = "200"
     teller.whole(body)
 
 
 async def _stream(inference: Inference, manner: Manner, upstream: Connection, account: Account, teller: Teller) -> None:
     """Pass events on as they arrive, several at once only if they arrived at once."""
-    transcript = Transcript(inference.model, inference.wants_usage)
+    transcript = transcript_of(inference.endpoint, inference.model, wants_usage=inference.wants_usage)
     shaping = Shaping(manner) if inference.endpoint.shapes_reasoning else None
     cutter = EventCutter()
     try:
@@ -203,7 +221,7 @@ def request_bytes(
     credential = f"authorization: Bearer {replica.api_key}\r\n" if replica.api_key else ""
     head = (
         f"POST {inference.endpoint.path} HTTP/1.1\r\n"
-        f"host: {urlsplit(replica.url).netloc}\r\n"
+        f"host: {pool.address(replica.url).authority}\r\n"
         "content-type: application/json\r\n"
         f"content-length: {len(body)}\r\n"
         f"x-request-id: {account.request_id}\r\n"
