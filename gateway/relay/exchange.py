@@ -205,7 +205,7 @@ def _length(body: bytes) -> tuple[bytes, bytes]:
 
 def request_bytes(inference: Inference, replica: Replica, request_id: str, *, token_ids: bool = False) -> bytes:
     """Write the request that a replica gets; of the client's headers none goes along."""
-    body = inference.body_for(replica.served_name, token_ids=token_ids)
+    body = inference.body_for(replica.served_name, token_ids=token_ids, context_tokens=replica.max_model_len_tokens)
     credential = f"authorization: Bearer {replica.api_key}\r\n" if replica.api_key else ""
     head = (
         f"POST {inference.endpoint.path} HTTP/1.1\r\n"
