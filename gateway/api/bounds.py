@@ -1,15 +1,12 @@
 """What one request may ask of an engine: how many, how long; and which of the engine's own fields are out of reach."""
 
-from typing import TypeVar
-
 import msgspec
 
 from config.schema import LimitSettings
 from gateway.api.endpoints import Endpoint
+from gateway.api.fields import read
 from gateway.api.json_text import SHORT_BYTES, Fields, Parts, parts_of
-from gateway.errors import NO_JSON, RequestError
-
-T = TypeVar("T")
+from gateway.errors import RequestError
 
 # Fields of vLLM 0.32's request models (and, last, of older ones) that are the operator's to use. They run a template
 # of the client's (CVE-2025-62426), hand tensors or transfers to the engine, change how media are loaded, take turns
@@ -40,17 +37,6 @@ _COUNTS = frozenset({"n", "best_of", "logprobs", "top_logprobs", "prompt_logprob
 _LISTS = frozenset({"messages", "previous_input_messages", "input", "prompt", "tools"})
 _STOPS = frozenset({"stop", "stop_sequences"})
 _BOUNDED = _COUNTS | _LISTS | _STOPS
-
-
-def read(fields: Fields, key: str, decoder: "msgspec.json.Decoder[T]") -> T | None:
-    """One field's value, None if it isn't there; RequestError names it."""
-    raw = fields.get(key)
-    if raw is None:
-        return None
-    try:
-        return decoder.decode(raw)
-    except NO_JSON as error:
-        raise RequestError(f"{key!r}: {error}", param=key) from error
 
 
 def check_bounds(endpoint: Endpoint, body: bytes, fields: Fields, limits: LimitSettings) -> dict[str, Parts]:

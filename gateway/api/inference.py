@@ -6,32 +6,26 @@ from typing import Any
 
 import msgspec
 
-from config.schema import NO_FLOOR, Floor, LimitSettings
-from gateway.api.bounds import GUARDED_FIELDS, GUARDED_KWARGS, check_bounds, read, shown_number
+from config.schema import Floor, LimitSettings
+from gateway.api.bounds import GUARDED_FIELDS, GUARDED_KWARGS, check_bounds, shown_number
 from gateway.api.endpoints import Endpoint
+from gateway.api.fields import read, read_object, shown, twice
 from gateway.api.json_text import Fields, nests_deeper, repeated_key
+from gateway.api.wishes import NO_FLOOR, PROVIDER, floor_wished, precisions_wished
 from gateway.errors import NO_JSON, RequestError
 
-PRECISION_HEADER = "x-quantgate-precision"
-FLOOR_HEADER = "x-quantgate-floor"
-# Ours, never the engine's: the key that OpenRouter's clients send to choose a precision.
-PROVIDER = "provider"
 # What goes on from an answer that was kept: vLLM keeps it in one process, if at all.
 EARLIER_KEYS = ("previous_response_id", "conversation")
-
 
 # vLLM's largest request model has about 60 fields.
 MOST_KEYS = 256
 LONGEST_MODEL = 256
-LONGEST_LIST_BYTES = 4096
 
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
-_OBJECT = msgspec.json.Decoder(Fields | None)
 _TEXT = msgspec.json.Decoder(str)
 _FLAG = msgspec.json.Decoder(bool | None)
 _INTEGER = msgspec.json.Decoder(int | None)
-_TEXTS = msgspec.json.Decoder(list[str] | None)
 _TRUE, _FALSE = msgspec.Raw(b"true"), msgspec.Raw(b"false")
 _RARE = GUARDED_FIELDS | {PROVIDER, "chat_template_kwargs"}
 
@@ -48,6 +42,8 @@ class Inference:
     fields: Fields
     precisions: frozenset[str] | None = None
     floor: Floor = NO_FLOOR
+    # How long an answer its API key allows, where the client names no length itself.
+    fill_max_tokens: int | None = None
 
     @property
     def wants_token_ids(self) -> bool:
@@ -59,18 +55,24 @@ class Inference:
 
         `reasoning_effort` doesn't turn it on again: many clients send one whatever the model, and vLLM takes the kwarg.
         """
-        given = _object(self.fields, "chat_template_kwargs") or {}
+        given = read_object(self.fields, "chat_template_kwargs") or {}
         kwargs = {"enable_thinking": _FALSE, **given}
         return replace(self, fields={**self.fields, "chat_template_kwargs": _raw(kwargs)})
 
-    def body_for(self, served_name: str, *, token_ids: bool = False) -> bytes:
-        """Write the body that a replica gets: its own model name, and usage always asked for."""
+    def body_for(self, served_name: str, *, token_ids: bool = False, context_tokens: int | None = None) -> bytes:
+        """Write the body that a replica gets: its own model name, and usage always asked for.
+
+        vLLM refuses a length beyond its context, so that the one that we fill in is no longer than `context_tokens`.
+        """
         fields = {**self.fields, "model": _raw(served_name)}
         if self.stream and not self.wants_usage:
-            options = _object(self.fields, "stream_options") or {}
+            options = read_object(self.fields, "stream_options") or {}
             fields["stream_options"] = _raw({**options, "include_usage": _TRUE})
         if token_ids:
             fields["return_token_ids"] = _TRUE
+        if self.fill_max_tokens is not None:
+            length = min(self.fill_max_tokens, context_tokens or self.fill_max_tokens)
+            fields[self.endpoint.length_keys[0]] = _raw(length)
         return _ENCODER.encode(fields)
 
 
@@ -94,15 +96,19 @@ def parse_inference(
         raise RequestError(f"the body nests deeper than {limits.depth} levels", code="invalid_json")
     stream = endpoint.generates and bool(read(fields, "stream", _FLAG))
     wants_usage = not endpoint.takes_stream_options or _wants_usage(fields)
-    precisions = _precisions(fields, headers.get(PRECISION_HEADER.encode()))
+    precisions = precisions_wished(fields, headers)
     fields = _permitted(fields, caller_may)
     if endpoint.keeps_answers:
         fields = _stateless(fields)
-    if max_tokens is not None:
-        fields = _bounded_length(endpoint, fields, max_tokens)
-    floor = headers.get(FLOOR_HEADER.encode())
     return Inference(
-        endpoint, model, stream, wants_usage, fields, precisions, _floor(floor.decode("latin-1")) if floor else NO_FLOOR
+        endpoint=endpoint,
+        model=model,
+        stream=stream,
+        wants_usage=wants_usage,
+        fields=fields,
+        precisions=precisions,
+        floor=floor_wished(headers),
+        fill_max_tokens=None if max_tokens is None else _length_to_fill(endpoint, fields, max_tokens),
     )
 
 
@@ -127,7 +133,7 @@ def _read_fields(body: bytes) -> Fields:
     if len(fields) > MOST_KEYS:
         raise RequestError(f"the body has {len(fields)} keys, the limit is {MOST_KEYS}")
     if (name := repeated_key(body, fields)) is not None:
-        raise _twice(name[:100])
+        raise twice(name[:100])
     return fields
 
 
@@ -144,12 +150,12 @@ def _model(fields: Fields) -> str:
     if not model:
         raise RequestError("'model' is missing; GET /v1/models lists the names", param="model")
     if len(model) > LONGEST_MODEL or not model.isprintable():
-        raise RequestError(f"'model' is no name: {_shown(model)}; GET /v1/models lists the names", param="model")
+        raise RequestError(f"'model' is no name: {shown(model)}; GET /v1/models lists the names", param="model")
     return model
 
 
 def _wants_usage(fields: Fields) -> bool:
-    options = _object(fields, "stream_options") if "stream_options" in fields else None
+    options = read_object(fields, "stream_options") if "stream_options" in fields else None
     try:
         return options is not None and bool(read(options, "include_usage", _FLAG))
     except RequestError as error:
@@ -163,7 +169,7 @@ def _permitted(fields: Fields, caller_may: frozenset[str]) -> Fields:
         return fields
     kept = {key: raw for key, raw in fields.items() if key not in GUARDED_FIELDS or key in caller_may}
     kept.pop(PROVIDER, None)
-    kwargs = _object(fields, "chat_template_kwargs")
+    kwargs = read_object(fields, "chat_template_kwargs")
     if kwargs is None:
         return kept
     left = {key: raw for key, raw in kwargs.items() if key not in GUARDED_KWARGS or key in caller_may}
@@ -185,8 +191,8 @@ def _unsupported(key: str, why: str) -> RequestError:
     return RequestError(f"{key!r} is not supported: {why}", param=key, code="unsupported")
 
 
-def _bounded_length(endpoint: Endpoint, fields: Fields, max_tokens: int) -> Fields:
-    """Refuse a longer answer than the caller may ask for, and ask for that length where none is given."""
+def _length_to_fill(endpoint: Endpoint, fields: Fields, max_tokens: int) -> int | None:
+    """Refuse a longer answer than the caller may ask for; returns the length to ask for where none is given."""
     given = [(key, length) for key in endpoint.length_keys if (length := read(fields, key, _INTEGER)) is not None]
     for key, length in given:
         if length > max_tokens:
@@ -195,66 +201,9 @@ def _bounded_length(endpoint: Endpoint, fields: Fields, max_tokens: int) -> Fiel
             )
     default = endpoint.length_default_tokens
     if given or not endpoint.length_keys or (default is not None and default <= max_tokens):
-        return fields
-    return {**fields, endpoint.length_keys[0]: _raw(max_tokens)}
-
-
-def _precisions(fields: Fields, header: bytes | None) -> frozenset[str] | None:
-    """The precisions that the caller accepts; the header and the body's `provider` must both agree."""
-    asked = []
-    if PROVIDER in fields and (named := _quantizations(fields)):
-        asked.append(frozenset(named))
-    if header:
-        parts = header.decode("latin-1").split(",")
-        asked.append(frozenset(filter(None, (part.strip() for part in parts))))
-    return frozenset.intersection(*asked) if asked else None
-
-
-def _quantizations(fields: Fields) -> list[str] | None:
-    param = f"{PROVIDER}.quantizations"
-    provider = _object(fields, PROVIDER) or {}
-    if len(provider.get("quantizations", b"")) > LONGEST_LIST_BYTES:
-        raise RequestError(f"{param!r} is longer than {LONGEST_LIST_BYTES} bytes", param=param)
-    try:
-        return read(provider, "quantizations", _TEXTS)
-    except RequestError as error:
-        raise RequestError(f"{param!r} is no list of names such as int8", param=param) from error
-
-
-def _floor(header: str) -> Floor:
-    limits: dict[str, float] = {}
-    for part in filter(None, header.split(",")):
-        measure, _, value = part.partition("=")
-        if measure.strip() not in Floor.model_fields:
-            known = ", ".join(Floor.model_fields)
-            raise RequestError(
-                f"{FLOOR_HEADER}: {_shown(measure.strip())} is no measure; known: {known}", param=FLOOR_HEADER
-            )
-        try:
-            limits[measure.strip()] = float(value)
-        except ValueError:
-            raise RequestError(f"{FLOOR_HEADER}: {_shown(part.strip())} has no number", param=FLOOR_HEADER) from None
-    try:
-        return Floor.model_validate(limits)
-    except ValueError as error:
-        raise RequestError(f"{FLOOR_HEADER}: {_shown(header)} is out of range", param=FLOOR_HEADER) from error
-
-
-def _object(fields: Fields, key: str) -> Fields | None:
-    """An object that we read ourselves; the engine must read the same in it."""
-    inner = read(fields, key, _OBJECT)
-    if inner and (name := repeated_key(bytes(fields[key]), inner)) is not None:
-        raise _twice(f"{key}.{name[:100]}")
-    return inner
-
-
-def _twice(key: str) -> RequestError:
-    return RequestError(f"{key!r} comes twice; send it once", param=key, code="duplicate_key")
+        return None
+    return max_tokens
 
 
 def _raw(value: Any) -> msgspec.Raw:
     return msgspec.Raw(_ENCODER.encode(value))
-
-
-def _shown(text: str) -> str:
-    return repr(text[:100])
