@@ -213,38 +213,11 @@ def _noted(event: bytes, transcript: Transcript, shaping: Shaping | None, accoun
     return passed
 
 
-async def begin(send: Send, account: Account, status: int, headers: Headers) -> None:
-    """Send status and headers; from here on no other replica can be tried."""
-    account.begun = True
-    own = [(b"x-request-id", account.request_id.encode()), *_disclosure(account)]
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, *own]})
-
-
-async def refuse(send: Send, account: Account, error: GatewayError) -> None:
-    """Answer with an error of our own."""
-    account.code = str(error.status)
-    body = error.body()
-    await begin(send, account, error.status, [(b"content-type", b"application/json"), _length(body), *error.headers()])
-    await send({"type": "http.response.body", "body": body})
-
-
-def _disclosure(account: Account) -> Headers:
-    """Say who answers and why: nobody is sent to a quantized copy without being told."""
-    choice = account.choice
-    if choice is None:
-        return []
-    values = (choice.variant.name, choice.variant.precision, choice.replica.id, str(account.attempts), choice.reason)
-    names = (b"variant", b"precision", b"replica", b"attempts", b"reason")
-    return [(b"x-quantgate-" + name, value.encode()) for name, value in zip(names, values, strict=True)]
-
-
-def _length(body: bytes) -> tuple[bytes, bytes]:
-    return b"content-length", str(len(body)).encode()
-
-
-def request_bytes(inference: Inference, replica: Replica, request_id: str, *, token_ids: bool = False) -> bytes:
-    """Write the request that a replica gets; of the client's headers none goes along."""
-    body = inference.body_for(replica.served_name, token_ids=token_ids, context_tokens=replica.max_model_len_tokens)
+def request_bytes(
+    inference: Inference, replica: Replica, account: Account, pool: Pool, *, token_ids: bool = False
+) -> bytes:
+    """Write the request that a replica gets; of the client's headers only its trace context goes along."""
+    body = inference.body_for(replica.served_name, token_ids=token_ids)
     credential = f"authorization: Bearer {replica.api_key}\r\n" if replica.api_key else ""
     head = (
         f"POST {inference.endpoint.path} HTTP/1.1\r\n"
