@@ -52,6 +52,6 @@ async def test_files_beside_the_configuration(tmp_path: Path) -> None:
     path = tmp_path / "quantgate.yaml"
     path.write_text("gateway: {keys: keys.yaml}\nvariants: {own: {path: models/own}}\n")
     deployment = read_deployment(path)
-    assert deployment.keys.authenticate({b"x-api-key": key.encode()}, 0.0).name == "alice"
+    assert deployment.keys.authenticate({b"x-api-key": key.encode()}, now_seconds=0).name == "alice"
     assert deployment.variants["own"].path == tmp_path / "models" / "own"
     assert deployment.variants["own"].precision == "bf16"
