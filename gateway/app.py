@@ -78,7 +78,7 @@ async def gateway(deployment: Deployment, registry: Registry, taken: Ports) -> A
     metrics.registry.register(FleetCollector(registry, in_force.variants))
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(Pool())
-        dispatch = await stack.enter_async_context(Dispatch(registry, settings.queue, settings.retries))
+        dispatch = stack.enter_context(Dispatch(registry, settings.queue, settings.retries))
         relay = Relay(dispatch, pool)
         endpoints = {
             endpoint.path.encode(): InferenceEndpoint(endpoint, in_force, relay, quota, metrics)

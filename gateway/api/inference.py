@@ -6,12 +6,12 @@ from typing import Any
 
 import msgspec
 
-from config.schema import Floor, LimitSettings
+from config.schema import NO_FLOOR, Floor, LimitSettings
 from gateway.api.bounds import GUARDED_FIELDS, GUARDED_KWARGS, check_bounds, shown_number
 from gateway.api.endpoints import Endpoint
 from gateway.api.fields import read, read_object, shown, twice
 from gateway.api.json_text import Fields, nests_deeper, repeated_key
-from gateway.api.wishes import NO_FLOOR, PROVIDER, floor_wished, precisions_wished
+from gateway.api.wishes import PROVIDER, floor_wished, precisions_wished
 from gateway.errors import NO_JSON, RequestError
 
 # What goes on from an answer that was kept: vLLM keeps it in one process, if at all.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from config.schema import Floor
+from config.schema import NO_FLOOR, Floor
 from gateway.api.fields import read, read_object, shown
 from gateway.api.json_text import Fields
 from gateway.errors import RequestError
@@ -14,7 +14,6 @@ FLOOR_HEADER = "x-quantgate-floor"
 # Ours, never the engine's: the key that OpenRouter's clients send to choose a precision.
 PROVIDER = "provider"
 
-NO_FLOOR = Floor()
 LONGEST_LIST_BYTES = 4096
 
 _TEXTS = msgspec.json.Decoder(list[str] | None)

@@ -116,7 +116,7 @@ def test_an_accepted_body_reaches_the_replica_as_it_is(body: bytes, endpoint: En
     ours = {"model", "provider", *GUARDED_FIELDS}
     ours |= {"stream_options"} if inference.stream and not inference.wants_usage else set()
     ours |= {"store"} if endpoint is RESPONSES else set()
-    before, after = json.loads(body), json.loads(inference.body_for("m1"))
+    before, after = (json.loads(each, parse_int=str) for each in (body, inference.body_for("m1")))
     if kwargs := before.get("chat_template_kwargs"):
         before["chat_template_kwargs"] = {key: value for key, value in kwargs.items() if key not in GUARDED_KWARGS}
     assert after.keys() & (GUARDED_FIELDS | {"provider"}) == set()
