@@ -104,13 +104,14 @@ async def test_a_request_that_runs_outlives_the_gateways_end() -> None:
         fleet = await fleets.get()
         async with (
             httpx.AsyncClient(base_url=fleet.url, timeout=DEADLINE_SECONDS, trust_env=False) as client,
+            clients(fleet.served.addresses) as (other, admin),
             client.stream("POST", "/v1/chat/completions", json={**HELLO, "stream": True}) as answer,
         ):
             lines = answer.aiter_lines()
             await anext(lines)
             leaving.set()
-            await status_becomes(fleet.admin, 503)
-            refused = await fleet.ask()
+            await status_becomes(admin, 503)
+            refused = await other.post("/v1/chat/completions", json=HELLO)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
             assert (refused.headers["retry-after"], refused.headers["connection"]) == ("1", "close")
             stalling.resume()
