@@ -169,6 +169,8 @@ class ClientConnection(asyncio.Protocol):
             raise RequestError("this is HTTP/1.1; send such requests")
         if request.chunkable and b"host" not in request.headers:
             raise RequestError("the header 'host' is missing")
+        if b"upgrade" in request.headers:
+            raise RequestError("this is HTTP/1.1 without upgrades; send no 'upgrade' header")
         if len(request.target) > HEAD_LIMIT_BYTES:
             raise _long_head()
         self._admit(request)
