@@ -79,6 +79,13 @@ class QueueSettings(Table):
     body_bytes: SizeBytes = 256 * 2**20
 
 
+class RetrySettings(Table):
+    """How many requests may be tried again on another replica: a share of all, and so many saved up."""
+
+    share: Share = 0.2
+    burst: Annotated[int, Field(ge=0)] = 10
+
+
 class GatewaySettings(Table):
     """The process that clients talk to."""
 
@@ -88,6 +95,7 @@ class GatewaySettings(Table):
     keys: str | None = None
     limits: LimitSettings = LimitSettings()
     queue: QueueSettings = QueueSettings()
+    retries: RetrySettings = RetrySettings()
     memory_bytes: SizeBytes = 512 * 2**20
     drain_seconds: Seconds = 30.0
 

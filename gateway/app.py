@@ -25,6 +25,7 @@ from gateway.relay.dispatch import Dispatch
 from gateway.relay.exchange import Relay
 from gateway.relay.pool import Pool
 from gateway.routing.catalog import Catalog
+from gateway.workers import ALONE, Place, placed
 from serving.app import others_replicas, own_replicas, sole_owner
 from serving.command import Machine
 from serving.probe import Probe
@@ -50,6 +51,7 @@ class Gateway:
 
     addresses: Addresses
     in_force: InForce
+    front: Front
     quota: Quota
     metrics: Metrics
 
@@ -63,21 +65,26 @@ class Ports:
 
 
 @contextmanager
-def ports(settings: GatewaySettings) -> Iterator[Ports]:
+def ports(settings: GatewaySettings, place: Place = ALONE) -> Iterator[Ports]:
     """Take both ports before anything that costs time is started; ConfigError if one is in use."""
-    with bind(settings.listen, "gateway.listen") as client, bind(settings.admin, "gateway.admin") as admin:
+    with (
+        bind(settings.listen, "gateway.listen", shared=place.of > 1) as client,
+        bind(settings.admin, "gateway.admin") as admin,
+    ):
         yield Ports(client, admin)
 
 
 @asynccontextmanager
-async def gateway(deployment: Deployment, registry: Registry, taken: Ports) -> AsyncIterator[Gateway]:
+async def gateway(
+    deployment: Deployment, registry: Registry, taken: Ports, place: Place = ALONE
+) -> AsyncIterator[Gateway]:
     """Serve clients and operators; when the block ends, running requests finish first."""
-    in_force, metrics, quota = in_force_for(deployment), Metrics(), Quota()
+    in_force, metrics, quota = in_force_for(deployment), Metrics(), Quota(place.share)
     settings = deployment.settings.gateway
     metrics.registry.register(FleetCollector(registry, in_force.variants))
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(Pool())
-        dispatch = await stack.enter_async_context(Dispatch(registry, settings.queue))
+        dispatch = stack.enter_context(Dispatch(registry, settings.queue, settings.retries))
         relay = Relay(dispatch, pool)
         endpoints = {
             endpoint.path.encode(): InferenceEndpoint(endpoint, in_force, relay, quota, metrics)
@@ -90,7 +97,7 @@ async def gateway(deployment: Deployment, registry: Registry, taken: Ports) -> A
         addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
-            yield Gateway(addresses, in_force, quota, metrics)
+            yield Gateway(addresses, in_force, front, quota, metrics)
         finally:
             site.draining = True
 
@@ -102,19 +109,22 @@ def in_force_for(deployment: Deployment) -> InForce:
 
 
 @asynccontextmanager
-async def gateway_alone(deployment: Deployment, path: Path | None = None) -> AsyncIterator[Addresses]:
+async def gateway_alone(
+    deployment: Deployment, path: Path | None = None, place: Place = ALONE
+) -> AsyncIterator[Addresses]:
     """The gateway in front of replicas that run elsewhere: told by the configuration, or by the state database.
 
     With a path, that file is followed.
     """
     registry = Registry()
+    deployment = placed(deployment, place)
     foreign = foreign_replicas(deployment.settings.replicas, dict(deployment.variants))
-    with ports(deployment.settings.gateway) as taken:
+    with ports(deployment.settings.gateway, place) as taken:
         async with (
             Probe() as probe,
             Watch(foreign, registry, probe, goldens(deployment.variants)) as watch,
             others_replicas(deployment.wanted, registry, probe) as follower,
-            gateway(deployment, registry, taken) as served,
+            gateway(deployment, registry, taken, place) as served,
             following(path, served, FollowedFleet(watch, follower, registry, served.in_force).take),
         ):
             yield served.addresses

@@ -4,7 +4,8 @@ import argparse
 import json
 import re
 import sys
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 import yaml
@@ -14,6 +15,7 @@ from config.load import home_directory, load_settings, process_environment
 from config.schema import Settings
 from gateway.app import Addresses, everything, gateway_alone
 from gateway.deployment import read_deployment
+from gateway.workers import ALONE, Place, check_ports, ending_with_parent, workers
 from serving.foreground import USAGE, run_until_signal
 from serving.machine import this_machine
 from serving.registry import Registry
@@ -27,8 +29,34 @@ def gateway_main(arguments: list[str]) -> int:
     parser = _parser(
         "gateway", "Serve clients from replicas that run elsewhere: those with a url, and those of `quantgate serve`."
     )
-    config = _config_argument(parser, arguments)
-    return run_until_signal(lambda: gateway_alone(read_deployment(config), config))
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the port, one per core at most; the admin port counts up from the first one's",
+    )
+    # How a worker is told who it is; not for people.
+    parser.add_argument("--worker", type=Place.parse, default=ALONE, help=argparse.SUPPRESS)
+    parser.add_argument("--alive", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG, help="default: %(default)s")
+    chosen = parser.parse_args(arguments)
+    if chosen.workers > 1:
+        return run_until_signal(lambda: _workers(chosen.config, chosen.workers))
+    return run_until_signal(lambda: _worker(chosen.config, chosen.worker, chosen.alive))
+
+
+@asynccontextmanager
+async def _workers(config: Path, count: int) -> AsyncIterator[None]:
+    check_ports(read_deployment(config).settings.gateway, count)
+    async with workers(config, count):
+        yield
+
+
+@asynccontextmanager
+async def _worker(config: Path, place: Place, alive: int | None) -> AsyncIterator[None]:
+    async with ending_with_parent(alive), gateway_alone(read_deployment(config), config, place):
+        yield
 
 
 def up_main(arguments: list[str]) -> int:

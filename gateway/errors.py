@@ -22,7 +22,6 @@ GatewayError
 
 import json
 import math
-from collections.abc import Sequence
 
 import msgspec
 
@@ -182,17 +181,9 @@ class ReplicaFull(Overloaded):
 
 
 class RateLimited(Overloaded):
-    """The key has used up what it may ask for now; `limits` are the headers that say what it has left."""
+    """The key has used up what it may ask for now."""
 
     code = "rate_limit_exceeded"
-
-    def __init__(self, message: str, *, retry_after_seconds: float, limits: Sequence[tuple[bytes, bytes]] = ()) -> None:
-        super().__init__(message, retry_after_seconds=retry_after_seconds)
-        self.limits = limits
-
-    def headers(self) -> list[tuple[bytes, bytes]]:
-        """Say when another try makes sense, and how much the key may ask."""
-        return [*super().headers(), *self.limits]
 
 
 class FloorUnmet(Unavailable):

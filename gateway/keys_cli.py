@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import stat
 import sys
@@ -147,13 +148,17 @@ def _list(path: Path, now: datetime, *, as_json: bool) -> None:
     if mode & NOT_THE_OWNERS_ALONE:
         print(f"{path}: others than its owner can read it (mode {mode:o}); chmod 600 {path}", file=sys.stderr)
     rows = [_row(name, key, now) for name, key in stored.items()]
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
-    table = [("NAME", "SHA256", "EXPIRES", "LIMITS"), *map(_cells, rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(3)]
-    for line in table:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]).rstrip())
+    try:
+        print(json.dumps(rows, indent=2) if as_json else _table(rows), flush=True)
+    except BrokenPipeError:
+        # Whoever read has enough; what Python still wants to flush at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [("NAME", "SHA256", "EXPIRES", "LIMITS"), *map(_cells, rows)]
+    name, digests, expires = (max(len(line[column]) for line in lines) for column in range(3))
+    return "\n".join(f"{line[0]:{name}}  {line[1]:{digests}}  {line[2]:{expires}}  {line[3]}" for line in lines)
 
 
 def _row(name: str, key: StoredKey, now: datetime) -> dict[str, Any]:

@@ -32,13 +32,15 @@ class _Server(uvicorn.Server):
         yield
 
 
-def bind(address: str, option: str) -> socket.socket:
-    """Take a port now, so that one in use is told before anything is started."""
+def bind(address: str, option: str, *, shared: bool = False) -> socket.socket:
+    """Take a port now, so that one in use is told before anything is started; `shared` with other workers of ours."""
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listening.bind((host, int(port)))
         # With SO_REUSEADDR two may bind one port; only one of them may listen.

@@ -125,13 +125,13 @@ def check(counts: Counts, caller: Caller, share: float, now_seconds: float) -> N
     """RateLimited, which tells the limit and when to try again, if a key may not ask once more now."""
     if caller.concurrency is not None and counts.running >= at_once(caller.concurrency, share):
         what = f"may have {caller.concurrency} running at the same time (concurrency), and has"
-        raise _refusal(caller, what, BUSY_RETRY_SECONDS, counts, now_seconds)
+        raise _refusal(caller, what, BUSY_RETRY_SECONDS)
     if counts.requests is not None and (seconds := counts.requests.holds_in_seconds(1, now_seconds)):
         what = f"may ask {caller.requests_per_minute} times a minute (requests_per_minute), and has"
-        raise _refusal(caller, what, seconds, counts, now_seconds)
+        raise _refusal(caller, what, seconds)
     if counts.tokens is not None and (seconds := counts.tokens.holds_in_seconds(SOMETHING, now_seconds)):
         what = f"may use {caller.tokens_per_minute} tokens a minute (tokens_per_minute), and has"
-        raise _refusal(caller, what, seconds, counts, now_seconds)
+        raise _refusal(caller, what, seconds)
 
 
 def at_once(concurrency: int, share: float) -> int:
@@ -153,7 +153,7 @@ def limit_headers(counts: Counts, now_seconds: float) -> Headers:
     return headers
 
 
-def _refusal(caller: Caller, what: str, seconds: float, counts: Counts, now_seconds: float) -> RateLimited:
+def _refusal(caller: Caller, what: str, seconds: float) -> RateLimited:
     wait = duration(seconds).decode()
     message = f"the key {caller.name!r} {what}; try again in {wait}, or have the limit raised"
-    return RateLimited(message, retry_after_seconds=seconds, limits=limit_headers(counts, now_seconds))
+    return RateLimited(message, retry_after_seconds=seconds)

@@ -28,6 +28,7 @@ class Registry:
     _in_flight: dict[str, int] = field(default_factory=dict)
     _ready: dict[str, tuple[Replica, ...]] = field(default_factory=dict)
     _change: asyncio.Event = field(default_factory=asyncio.Event)
+    _observers: list[Callable[[], None]] = field(default_factory=list)
     # Apart from the changes: a quiet replica becomes idle after every request, and nearly nobody wants to know.
     _idle: asyncio.Event | None = None
 
@@ -95,6 +96,15 @@ class Registry:
             waiting, self._idle = self._idle, None
             waiting.set()
 
+    @contextmanager
+    def observed(self, observer: Callable[[], None]) -> Iterator[None]:
+        """Call an observer within the step of every change while the block runs."""
+        self._observers.append(observer)
+        try:
+            yield
+        finally:
+            self._observers.remove(observer)
+
     async def changed(self) -> None:
         """Wait for the next change of a state."""
         await self._change.wait()
@@ -119,5 +129,7 @@ class Registry:
                 ready[variant] = (*ready.get(variant, ()), entry.replica)
         self._ready.clear()
         self._ready.update(ready)
+        for observer in self._observers:
+            observer()
         waiting, self._change = self._change, asyncio.Event()
         waiting.set()

@@ -1,16 +1,12 @@
 """What one request may ask of an engine: how many, how long; and which of the engine's own fields are out of reach."""
 
-from functools import cache
-from typing import Any, TypeVar
-
 import msgspec
 
 from config.schema import LimitSettings
 from gateway.api.endpoints import Endpoint
-from gateway.api.json_text import Fields
-from gateway.errors import NO_JSON, RequestError
-
-T = TypeVar("T")
+from gateway.api.fields import read
+from gateway.api.json_text import SHORT_BYTES, Fields, Parts, parts_of
+from gateway.errors import RequestError
 
 # Fields of vLLM 0.32's request models (and, last, of older ones) that are the operator's to use. They run a template
 # of the client's (CVE-2025-62426), hand tensors or transfers to the engine, change how media are loaded, take turns
@@ -32,6 +28,7 @@ GUARDED_KWARGS = frozenset(
     }
 )
 
+_FLAG = msgspec.json.Decoder(bool | None)
 _INTEGER = msgspec.json.Decoder(int | None)
 _INTEGER_OR_FLAG = msgspec.json.Decoder(int | bool | None)
 _TEXT_OR_ARRAY = msgspec.json.Decoder(str | list[msgspec.Raw] | None)
@@ -42,26 +39,21 @@ _STOPS = frozenset({"stop", "stop_sequences"})
 _BOUNDED = _COUNTS | _LISTS | _STOPS
 
 
-def read(fields: Fields, key: str, decoder: "msgspec.json.Decoder[T]") -> T | None:
-    """One field's value, None if it isn't there; RequestError names it."""
-    raw = fields.get(key)
-    if raw is None:
-        return None
-    try:
-        return decoder.decode(raw)
-    except NO_JSON as error:
-        raise RequestError(f"{key!r}: {error}", param=key) from error
-
-
-def check_bounds(endpoint: Endpoint, fields: Fields, commas: int, limits: LimitSettings) -> None:
-    """Refuse a request for too much; `commas` is how many its body has, which proves most lists short."""
+def check_bounds(endpoint: Endpoint, body: bytes, fields: Fields, limits: LimitSettings) -> dict[str, Parts]:
+    """Refuse a request for too much; returns the arrays that had to be taken apart to know."""
+    # As many commas as a list may have entries prove it short; in a long body they are not worth counting.
+    commas = body.count(b",") if len(body) <= SHORT_BYTES else len(body)
+    arrays = {}
     for key in fields.keys() & _BOUNDED:
         if key in _LISTS:
-            _check_list(endpoint, fields, key, commas, limits)
+            most, what = _most_entries(endpoint, key, limits)
+            if commas >= most and (parts := _entries(endpoint, fields, key, most, what)) is not None:
+                arrays[key] = parts
         elif key in _STOPS:
             _check_stops(fields, key, limits)
         else:
             _check_count(fields, key, limits)
+    return arrays
 
 
 def _check_count(fields: Fields, key: str, limits: LimitSettings) -> None:
@@ -71,11 +63,19 @@ def _check_count(fields: Fields, key: str, limits: LimitSettings) -> None:
         return
     most = {"best_of": limits.n, "top_logprobs": limits.logprobs}.get(key)
     most = getattr(limits, key) if most is None else most
+    if key == "logprobs" and read(fields, "echo", _FLAG):
+        # vLLM then tells those of the prompt as well.
+        most = min(most, limits.prompt_logprobs)
     if asked > most:
-        raise RequestError(f"{key!r} is {asked}, the limit is {most}", param=key)
+        raise RequestError(f"{key!r} is {shown_number(asked)}, the limit is {most}", param=key)
     if asked < 0:
         # To vLLM, -1 means the whole vocabulary.
-        raise RequestError(f"{key!r} is {asked}; give a number from 0 to {most}", param=key)
+        raise RequestError(f"{key!r} is {shown_number(asked)}; give a number from 0 to {most}", param=key)
+
+
+def shown_number(number: int) -> str:
+    """Write a client's number for a message, unless that would be long."""
+    return str(number) if abs(number) < 10**18 else "an immense number"
 
 
 def _check_stops(fields: Fields, key: str, limits: LimitSettings) -> None:
@@ -86,33 +86,28 @@ def _check_stops(fields: Fields, key: str, limits: LimitSettings) -> None:
         raise RequestError(f"{key!r} has {len(stops)} entries, the limit is {limits.stop}", param=key)
 
 
-def _check_list(endpoint: Endpoint, fields: Fields, key: str, commas: int, limits: LimitSettings) -> None:
-    most, what = limits.messages, "messages"
+def _most_entries(endpoint: Endpoint, key: str, limits: LimitSettings) -> tuple[int, str]:
     if key == "tools":
-        most, what = limits.tools, "tools"
-    elif key == endpoint.batch:
-        most, what = limits.prompts, "prompts"
-    if commas < most:
-        return
+        return limits.tools, "tools"
+    if key == endpoint.batch:
+        return limits.prompts, "prompts"
+    return limits.messages, "messages"
+
+
+def _entries(endpoint: Endpoint, fields: Fields, key: str, most: int, what: str) -> Parts | None:
+    """The entries of a list; None if it isn't one, or is a single prompt."""
     text = bytes(fields[key])
     if not text.startswith(b"[") or (key == endpoint.batch and _holds_token_ids(text)):
-        return
+        return None
     try:
-        _at_most(most).decode(text)
-    except NO_JSON as error:
-        raise RequestError(f"{key!r} has too many {what}, the limit is {most}", param=key) from error
+        parts = parts_of(text, most)
+    except RecursionError as error:
+        raise RequestError(f"{key!r} nests too deeply", param=key) from error
+    if parts is None:
+        raise RequestError(f"{key!r} has too many {what}, the limit is {most}", param=key)
+    return parts
 
 
 def _holds_token_ids(text: bytes) -> bool:
     """Tell whether an array is one prompt, given as numbers, rather than several."""
     return text[1:65].lstrip()[:1].isdigit()
-
-
-@cache
-def _at_most(most: int) -> "msgspec.json.Decoder[Any]":
-    """Make a decoder of arrays with at most so many entries, which gives up at the first that is too many.
-
-    A limit on the length of a list is checked when all of it has been read, which takes more memory than the request.
-    """
-    entries = [(f"entry_{number}", msgspec.Raw, None) for number in range(most)]
-    return msgspec.json.Decoder(msgspec.defstruct("Entries", entries, array_like=True, forbid_unknown_fields=True))

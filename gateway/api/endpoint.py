@@ -3,10 +3,8 @@
 import asyncio
 import os
 import re
-import time
-import uuid
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 
 from gateway.api.endpoints import Endpoint
 from gateway.api.inference import Inference, parse_inference
@@ -37,24 +35,24 @@ class InferenceEndpoint:
     async def answer(self, request: Request, caller: Caller, reply: Reply) -> None:
         """Answer one request; when its client leaves, or the gateway stops, this is cancelled."""
         account = Account(self.metrics, self.endpoint.name, request_id(request))
-        with account, Teller(self.endpoint, account, reply) as teller:
+        limits = partial(self.quota.headers, caller, account.began_at)
+        with account, Teller(self.endpoint, account, reply, limits) as teller:
             try:
-                self.in_force.keys.authenticate(dict(scope["headers"]), time.time())
-                await self._answer(headers, account, receive, send)
-            except ClientLeft:
-                account.code = "200" if account.told_all else CLIENT_LEFT
+                if request.refusal is not None:
+                    raise request.refusal
+                await self._answer(request, caller, account, teller)
             except GatewayError as error:
-                self._refused(error, caller, account, teller)
+                self._refused(error, account, teller)
             except ClientLeft:
                 account.left()
                 raise
             except asyncio.CancelledError:
                 account.left()
                 if not reply.client_left:
-                    self._refused(Draining("the gateway stops; ask again"), caller, account, teller)
+                    self._refused(Draining("the gateway stops; ask again"), account, teller)
                 raise
 
-    async def _answer(self, headers: dict[str, str], account: Account, receive: Receive, send: Send) -> None:
+    async def _answer(self, request: Request, caller: Caller, account: Account, teller: Teller) -> None:
         limits = self.in_force.limits
         inference = parse_inference(self.endpoint, request.body, request.headers, limits, caller.may, caller.max_tokens)
         account.body_bytes = len(request.body)
@@ -85,11 +83,11 @@ class InferenceEndpoint:
             else:
                 return
 
-    def _refused(self, error: GatewayError, caller: Caller, account: Account, teller: Teller) -> None:
+    def _refused(self, error: GatewayError, account: Account, teller: Teller) -> None:
         if isinstance(error, FloorUnmet):
             self.metrics.floor_rejections.labels(account.alias).inc()
         account.code = error.code if account.begun else str(error.status)
-        teller.refuse(error, self.quota.headers(caller, account.clock()))
+        teller.refuse(error)
 
 
 def request_id(request: Request) -> str:

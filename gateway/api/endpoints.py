@@ -11,7 +11,8 @@ class Endpoint:
     """One inference endpoint, the same path here and at a replica.
 
     `length_keys` limit how long an answer gets, the first that is given counts; without one vLLM takes
-    `length_default_tokens`, None for as long as the context allows. `conversation` holds messages, `batch` prompts.
+    `length_default_tokens`, None for as long as the context allows. `batch` is
+    the key that may hold several prompts.
     """
 
     name: str
@@ -21,9 +22,10 @@ class Endpoint:
     generates: bool = False
     takes_stream_options: bool = False
     shapes_reasoning: bool = False
+    # It can go on from an earlier answer, if that has been kept.
+    keeps_answers: bool = False
     length_keys: tuple[str, ...] = ()
     length_default_tokens: int | None = None
-    conversation: str | None = None
     batch: str | None = None
 
 
@@ -34,7 +36,6 @@ CHAT = Endpoint(
     takes_stream_options=True,
     shapes_reasoning=True,
     length_keys=("max_completion_tokens", "max_tokens"),
-    conversation="messages",
 )
 COMPLETIONS = Endpoint(
     "completions",
@@ -45,15 +46,17 @@ COMPLETIONS = Endpoint(
     length_default_tokens=16,
     batch="prompt",
 )
-EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings", conversation="messages", batch="input")
+EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings", batch="input")
 RESPONSES = Endpoint(
-    "responses", "/v1/responses", generates=True, length_keys=("max_output_tokens",), conversation="input"
+    "responses",
+    "/v1/responses",
+    generates=True,
+    keeps_answers=True,
+    length_keys=("max_output_tokens",),
 )
-MESSAGES = Endpoint(
-    "messages", "/v1/messages", "anthropic", generates=True, length_keys=("max_tokens",), conversation="messages"
-)
-COUNT_TOKENS = Endpoint("messages.count_tokens", "/v1/messages/count_tokens", "anthropic", conversation="messages")
-TOKENIZE = Endpoint("tokenize", "/tokenize", conversation="messages")
+MESSAGES = Endpoint("messages", "/v1/messages", "anthropic", generates=True, length_keys=("max_tokens",))
+COUNT_TOKENS = Endpoint("messages.count_tokens", "/v1/messages/count_tokens", "anthropic")
+TOKENIZE = Endpoint("tokenize", "/tokenize")
 DETOKENIZE = Endpoint("detokenize", "/detokenize")
 
 ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(

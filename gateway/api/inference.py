@@ -7,17 +7,15 @@ from typing import Any
 import msgspec
 
 from config.schema import NO_FLOOR, Floor, LimitSettings
-from gateway.api.bounds import GUARDED_FIELDS, GUARDED_KWARGS, check_bounds, read
-from gateway.api.endpoints import RESPONSES, Endpoint
+from gateway.api.bounds import GUARDED_FIELDS, GUARDED_KWARGS, check_bounds, shown_number
+from gateway.api.endpoints import Endpoint
+from gateway.api.fields import read, read_object, shown, twice
 from gateway.api.json_text import Fields, nests_deeper, repeated_key
+from gateway.api.wishes import PROVIDER, floor_wished, precisions_wished
 from gateway.errors import NO_JSON, RequestError
 
-PRECISION_HEADER = "x-quantgate-precision"
-FLOOR_HEADER = "x-quantgate-floor"
-# Ours, never the engine's: the key that OpenRouter's clients send to choose a precision.
-PROVIDER = "provider"
-# OpenAI's names for an answer that a later request finds again; with several replicas it would be at another one.
-STATEFUL_KEYS = ("previous_response_id", "conversation", "background")
+# What goes on from an answer that was kept: vLLM keeps it in one process, if at all.
+EARLIER_KEYS = ("previous_response_id", "conversation")
 
 # vLLM's largest request model has about 60 fields.
 MOST_KEYS = 256
@@ -25,11 +23,9 @@ LONGEST_MODEL = 256
 
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
-_OBJECT = msgspec.json.Decoder(Fields | None)
 _TEXT = msgspec.json.Decoder(str)
 _FLAG = msgspec.json.Decoder(bool | None)
 _INTEGER = msgspec.json.Decoder(int | None)
-_ANY = msgspec.json.Decoder()
 _TRUE, _FALSE = msgspec.Raw(b"true"), msgspec.Raw(b"false")
 _RARE = GUARDED_FIELDS | {PROVIDER, "chat_template_kwargs"}
 
@@ -46,6 +42,8 @@ class Inference:
     fields: Fields
     precisions: frozenset[str] | None = None
     floor: Floor = NO_FLOOR
+    # How long an answer its API key allows, where the client names no length itself.
+    fill_max_tokens: int | None = None
 
     @property
     def wants_token_ids(self) -> bool:
@@ -57,18 +55,24 @@ class Inference:
 
         `reasoning_effort` doesn't turn it on again: many clients send one whatever the model, and vLLM takes the kwarg.
         """
-        given = _object(self.fields, "chat_template_kwargs") or {}
+        given = read_object(self.fields, "chat_template_kwargs") or {}
         kwargs = {"enable_thinking": _FALSE, **given}
         return replace(self, fields={**self.fields, "chat_template_kwargs": _raw(kwargs)})
 
-    def body_for(self, served_name: str, *, token_ids: bool = False) -> bytes:
-        """Write the body that a replica gets: its own model name, and usage always asked for."""
+    def body_for(self, served_name: str, *, token_ids: bool = False, context_tokens: int | None = None) -> bytes:
+        """Write the body that a replica gets: its own model name, and usage always asked for.
+
+        vLLM refuses a length beyond its context, so that the one that we fill in is no longer than `context_tokens`.
+        """
         fields = {**self.fields, "model": _raw(served_name)}
         if self.stream and not self.wants_usage:
-            options = _object(self.fields, "stream_options") or {}
+            options = read_object(self.fields, "stream_options") or {}
             fields["stream_options"] = _raw({**options, "include_usage": _TRUE})
         if token_ids:
             fields["return_token_ids"] = _TRUE
+        if self.fill_max_tokens is not None:
+            length = min(self.fill_max_tokens, context_tokens or self.fill_max_tokens)
+            fields[self.endpoint.length_keys[0]] = _raw(length)
         return _ENCODER.encode(fields)
 
 
@@ -85,20 +89,26 @@ def parse_inference(
     `caller_may` names guarded fields that the caller may use, `max_tokens` is the longest answer that it may ask for.
     """
     _check_content_type(headers)
-    fields = _read_fields(body, limits)
+    fields = _read_fields(body)
     model = _model(fields)
-    check_bounds(endpoint, fields, body.count(b","), limits)
+    arrays = check_bounds(endpoint, body, fields, limits)
+    if nests_deeper(body, fields, arrays, limits.depth):
+        raise RequestError(f"the body nests deeper than {limits.depth} levels", code="invalid_json")
     stream = endpoint.generates and bool(read(fields, "stream", _FLAG))
-    wants_usage = not (endpoint.takes_stream_options and stream) or _wants_usage(fields)
-    precisions = _precisions(fields, headers.get(PRECISION_HEADER.encode()))
+    wants_usage = not endpoint.takes_stream_options or _wants_usage(fields)
+    precisions = precisions_wished(fields, headers)
     fields = _permitted(fields, caller_may)
-    if endpoint is RESPONSES:
+    if endpoint.keeps_answers:
         fields = _stateless(fields)
-    if max_tokens is not None:
-        fields = _bounded_length(endpoint, fields, max_tokens)
-    floor = headers.get(FLOOR_HEADER.encode())
     return Inference(
-        endpoint, model, stream, wants_usage, fields, precisions, _floor(floor.decode("latin-1")) if floor else NO_FLOOR
+        endpoint=endpoint,
+        model=model,
+        stream=stream,
+        wants_usage=wants_usage,
+        fields=fields,
+        precisions=precisions,
+        floor=floor_wished(headers),
+        fill_max_tokens=None if max_tokens is None else _length_to_fill(endpoint, fields, max_tokens),
     )
 
 
@@ -111,7 +121,7 @@ def _check_content_type(headers: Mapping[bytes, bytes]) -> None:
         raise RequestError(f"content-type is {kind[:100] or 'missing'!r}; send application/json")
 
 
-def _read_fields(body: bytes, limits: LimitSettings) -> Fields:
+def _read_fields(body: bytes) -> Fields:
     """The body's top level, checked for what could make others read it differently."""
     try:
         fields = _FIELDS.decode(body)
@@ -123,9 +133,7 @@ def _read_fields(body: bytes, limits: LimitSettings) -> Fields:
     if len(fields) > MOST_KEYS:
         raise RequestError(f"the body has {len(fields)} keys, the limit is {MOST_KEYS}")
     if (name := repeated_key(body, fields)) is not None:
-        raise RequestError(f"{_shown(name)} comes twice; send it once", param=_shown(name), code="duplicate_key")
-    if nests_deeper(body, limits.depth):
-        raise RequestError(f"the body nests deeper than {limits.depth} levels", code="invalid_json")
+        raise twice(name[:100])
     return fields
 
 
@@ -142,23 +150,26 @@ def _model(fields: Fields) -> str:
     if not model:
         raise RequestError("'model' is missing; GET /v1/models lists the names", param="model")
     if len(model) > LONGEST_MODEL or not model.isprintable():
-        raise RequestError(f"'model' is no name: {_shown(model)}; GET /v1/models lists the names", param="model")
+        raise RequestError(f"'model' is no name: {shown(model)}; GET /v1/models lists the names", param="model")
     return model
 
 
 def _wants_usage(fields: Fields) -> bool:
-    options = _object(fields, "stream_options")
-    return bool(options and _inner(options, "stream_options", "include_usage", _FLAG))
+    options = read_object(fields, "stream_options") if "stream_options" in fields else None
+    try:
+        return options is not None and bool(read(options, "include_usage", _FLAG))
+    except RequestError as error:
+        param = "stream_options.include_usage"
+        raise RequestError(f"{param!r}: {error.__cause__}", param=param) from error
 
 
 def _permitted(fields: Fields, caller_may: frozenset[str]) -> Fields:
     """Leave out what is ours, and what of the engine's the caller may not use."""
-    rare = fields.keys() & _RARE
-    if not rare:
+    if fields.keys().isdisjoint(_RARE):
         return fields
-    kept = {key: raw for key, raw in fields.items() if key not in rare or key in caller_may}
+    kept = {key: raw for key, raw in fields.items() if key not in GUARDED_FIELDS or key in caller_may}
     kept.pop(PROVIDER, None)
-    kwargs = _object(fields, "chat_template_kwargs")
+    kwargs = read_object(fields, "chat_template_kwargs")
     if kwargs is None:
         return kept
     left = {key: raw for key, raw in kwargs.items() if key not in GUARDED_KWARGS or key in caller_may}
@@ -168,83 +179,31 @@ def _permitted(fields: Fields, caller_may: frozenset[str]) -> Fields:
 
 def _stateless(fields: Fields) -> Fields:
     """Have an answer kept nowhere, and refuse to go on from one that was."""
-    for key in STATEFUL_KEYS:
-        if read(fields, key, _ANY):
-            raise RequestError(
-                f"{key!r} is not supported: answers are kept nowhere; send the whole conversation as 'input'",
-                param=key,
-                code="unsupported",
-            )
+    for key in EARLIER_KEYS:
+        if key in fields and bytes(fields[key]) not in {b"null", b'""'}:
+            raise _unsupported(key, "no answer is kept; send the whole conversation as 'input'")
+    if read(fields, "background", _FLAG):
+        raise _unsupported("background", "no answer is kept to be fetched later")
     return {**fields, "store": _FALSE}
 
 
-def _bounded_length(endpoint: Endpoint, fields: Fields, max_tokens: int) -> Fields:
-    """Refuse a longer answer than the caller may ask for, and ask for that length where none is given."""
+def _unsupported(key: str, why: str) -> RequestError:
+    return RequestError(f"{key!r} is not supported: {why}", param=key, code="unsupported")
+
+
+def _length_to_fill(endpoint: Endpoint, fields: Fields, max_tokens: int) -> int | None:
+    """Refuse a longer answer than the caller may ask for; returns the length to ask for where none is given."""
     given = [(key, length) for key in endpoint.length_keys if (length := read(fields, key, _INTEGER)) is not None]
     for key, length in given:
         if length > max_tokens:
-            raise RequestError(f"{key!r} is {length}, the limit of this API key is {max_tokens}", param=key)
+            raise RequestError(
+                f"{key!r} is {shown_number(length)}, the limit of this API key is {max_tokens}", param=key
+            )
     default = endpoint.length_default_tokens
     if given or not endpoint.length_keys or (default is not None and default <= max_tokens):
-        return fields
-    return {**fields, endpoint.length_keys[0]: _raw(max_tokens)}
-
-
-def _precisions(fields: Fields, header: bytes | None) -> frozenset[str] | None:
-    """The precisions that the caller accepts; the header and the body's `provider` must both agree."""
-    asked = []
-    provider = _object(fields, PROVIDER) if PROVIDER in fields else None
-    if provider:
-        named = _inner(provider, PROVIDER, "quantizations", _ANY)
-        if named is not None and not (isinstance(named, list) and all(isinstance(item, str) for item in named)):
-            param = "provider.quantizations"
-            raise RequestError(f"{param!r} is no list of names such as int8", param=param)
-        asked += [frozenset(named)] if named else []
-    if header:
-        parts = header.decode("latin-1").split(",")
-        asked.append(frozenset(filter(None, (part.strip() for part in parts))))
-    return frozenset.intersection(*asked) if asked else None
-
-
-def _floor(header: str) -> Floor:
-    limits: dict[str, float] = {}
-    for part in filter(None, header.split(",")):
-        measure, _, value = part.partition("=")
-        if measure.strip() not in Floor.model_fields:
-            known = ", ".join(Floor.model_fields)
-            raise RequestError(
-                f"{FLOOR_HEADER}: {_shown(measure.strip())} is no measure; known: {known}", param=FLOOR_HEADER
-            )
-        try:
-            limits[measure.strip()] = float(value)
-        except ValueError:
-            raise RequestError(f"{FLOOR_HEADER}: {_shown(part.strip())} has no number", param=FLOOR_HEADER) from None
-    try:
-        return Floor.model_validate(limits)
-    except ValueError as error:
-        raise RequestError(f"{FLOOR_HEADER}: {_shown(header)} is out of range", param=FLOOR_HEADER) from error
-
-
-def _object(fields: Fields, key: str) -> Fields | None:
-    """An object that we read ourselves; the engine must read the same in it."""
-    inner = read(fields, key, _OBJECT)
-    if inner and (name := repeated_key(bytes(fields[key]), inner)) is not None:
-        param = f"{key}.{name[:100]}"
-        raise RequestError(f"{param!r} comes twice; send it once", param=param, code="duplicate_key")
-    return inner
-
-
-def _inner(fields: Fields, outer: str, key: str, decoder: "msgspec.json.Decoder[Any]") -> Any:
-    try:
-        return read(fields, key, decoder)
-    except RequestError as error:
-        param = f"{outer}.{key}"
-        raise RequestError(f"{param!r}: {error.__cause__}", param=param) from error
+        return None
+    return max_tokens
 
 
 def _raw(value: Any) -> msgspec.Raw:
     return msgspec.Raw(_ENCODER.encode(value))
-
-
-def _shown(text: str) -> str:
-    return repr(text[:100])

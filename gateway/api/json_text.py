@@ -5,43 +5,56 @@ and an exact answer for the rest; both take linear time, and neither makes objec
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
+from itertools import accumulate
+from typing import Any
 
 import msgspec
 
 Fields = dict[str, msgspec.Raw]
+Parts = tuple[msgspec.Raw, ...]
 
 _OBJECT = msgspec.json.Decoder(Fields)
-_ARRAY = msgspec.json.Decoder(list[msgspec.Raw])
-_KEY = re.compile(rb'[\s{,]*+"([^"\\]*+(?:\\.[^"\\]*+)*+)"\s*+:\s*+')
+_KEY = re.compile(rb'[\s,]*+"([^"\\]*+(?:\\.[^"\\]*+)*+)"\s*+:\s*+')
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"')
-_TO_SQUARE = bytes.maketrans(b"{}", b"[]")
+# A level down, or up again, as a signed byte.
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 # The least that a second entry adds, `,"":0`, and what an object has anyway: braces and, a key, `"":,`.
 _LEAST_ENTRY_BYTES = 5
 _FRAME_BYTES, _ENTRY_BYTES = 1, 4
 
-# So much is looked at before all of a large value is.
+# What isn't longer is copied, or looked through, without a second thought.
+SHORT_BYTES = 65536
+# So much is looked at before all of a large value is; what is not longer isn't worth taking apart.
 _GLANCE_BYTES = 4096
-# So many layers are taken off by the parser, which passes over strings faster than a pattern does. A message's text
-# is three layers down: the body, its messages, the message.
-_LAYERS = 3
-# What has shorter parts than this isn't taken apart: they would need more memory than the text.
-_PART_BYTES = 64
+# So many layers below the top are taken off by the parser, which passes over strings faster than a pattern does:
+# a message's text is behind `messages`, its place there and its key.
+_LAYERS = 2
+# An array with more parts isn't taken apart: they could need more memory than the text.
+_MOST_PARTS = 4096
 
 
 def repeated_key(text: bytes, fields: Fields) -> str | None:
     """Name the first key that comes again in an object; `fields` is what msgspec made of its text (the last counts)."""
-    unaccounted = len(text) - _FRAME_BYTES - _ENTRY_BYTES * len(fields) - sum(map(len, fields))
-    if unaccounted - sum(map(len, fields.values())) < _LEAST_ENTRY_BYTES:
+    least = _FRAME_BYTES + _ENTRY_BYTES * len(fields) + sum(map(len, fields)) + sum(map(len, fields.values()))
+    if len(text) - least < _LEAST_ENTRY_BYTES:
+        return None
+    spaces = 2 * len(fields) - 1
+    if len(text) - least == spaces and len(text) <= SHORT_BYTES and text == _as_python_writes(fields):
         return None
     return _walked(text, fields)
 
 
+def _as_python_writes(fields: Fields) -> bytes:
+    return b"{%b}" % b", ".join([b'"%b": %b' % (key.encode(), raw) for key, raw in fields.items()])
+
+
 def _walked(text: bytes, fields: Fields) -> str | None:
     """Go through the text with what was read: where they part, a key has come again."""
-    at, name = 0, ""
+    at, name = text.index(b"{") + 1, ""
     for key, raw in fields.items():
         found = _KEY.match(text, at)
         if found is None:
@@ -61,41 +74,68 @@ def _name(written: bytes) -> str:
     return msgspec.json.decode(b'"%b"' % written, type=str) if b"\\" in written else written.decode()
 
 
-def nests_deeper(text: bytes, levels: int) -> bool:
-    """Tell whether arrays and objects nest deeper than so many levels."""
-    return _deeper(text, levels, _LAYERS)
+def parts_of(array: bytes, most: int) -> Parts | None:
+    """Take an array apart; None if it has more parts than that, which is found out at the first that is too many."""
+    try:
+        return tuple(part for part in msgspec.structs.astuple(_at_most(most).decode(array)) if part is not None)
+    except msgspec.ValidationError:
+        return None
+
+
+@cache
+def _at_most(most: int) -> "msgspec.json.Decoder[Any]":
+    """Make a decoder of arrays with at most so many parts.
+
+    The length of a list is checked when all of it has been read, which takes several times the memory of the request.
+    """
+    parts = [(f"part_{number}", msgspec.Raw, None) for number in range(most)]
+    return msgspec.json.Decoder(msgspec.defstruct("Parts", parts, array_like=True, forbid_unknown_fields=True))
+
+
+def nests_deeper(text: bytes, fields: Fields, arrays: Mapping[str, Parts], levels: int) -> bool:
+    """Tell whether an object nests deeper than so many levels; `arrays` are fields that have been taken apart."""
+    if len(text) <= SHORT_BYTES and _opens_at_most(text, levels):
+        return False
+    for key, raw in fields.items():
+        if (parts := arrays.get(key)) is not None:
+            deeper = _any_deeper(parts, levels - 2, _LAYERS - 1)
+        else:
+            deeper = _deeper(bytes(raw), levels - 1, _LAYERS)
+        if deeper:
+            return True
+    return False
+
+
+def _any_deeper(parts: Iterable[msgspec.Raw], levels: int, layers: int) -> bool:
+    return any(_deeper(bytes(part), levels, layers) for part in parts)
 
 
 def _deeper(text: bytes, levels: int, layers: int) -> bool:
-    if text[0] not in b"[{ \t\r\n" or _opens_at_most(text, levels):
+    if text[0] not in b"[{" or _opens_at_most(text, levels):
         return False
-    parts = _parts(text) if layers else None
-    if parts is None:
-        return _scanned_deeper(text, levels)
-    return any(_deeper(bytes(part), levels - 1, layers - 1) for part in parts)
+    parts = _taken_apart(text) if layers and len(text) > _GLANCE_BYTES else None
+    return _scanned_deeper(text, levels) if parts is None else _any_deeper(parts, levels - 1, layers - 1)
 
 
 def _opens_at_most(text: bytes, levels: int) -> bool:
-    if text.count(b"[", 0, _GLANCE_BYTES) + text.count(b"{", 0, _GLANCE_BYTES) > levels:
+    begins = text[:_GLANCE_BYTES]
+    if begins.count(b"[") + begins.count(b"{") > levels:
         return False
-    return text.count(b"[") + text.count(b"{") <= levels
+    return len(text) <= _GLANCE_BYTES or text.count(b"[") + text.count(b"{") <= levels
 
 
-def _parts(text: bytes) -> Iterable[msgspec.Raw] | None:
+def _taken_apart(text: bytes) -> Iterable[msgspec.Raw] | None:
     """Values in an array or object; None if there are too many, or if a key hides one."""
-    if text.count(b",") * _PART_BYTES > len(text):
+    try:
+        if text.startswith(b"["):
+            return parts_of(text, _MOST_PARTS)
+        fields = _OBJECT.decode(text)
+    except RecursionError:
         return None
-    if text.lstrip().startswith(b"["):
-        return _ARRAY.decode(text)
-    fields = _OBJECT.decode(text)
     return fields.values() if repeated_key(text, fields) is None else None
 
 
 def _scanned_deeper(text: bytes, levels: int) -> bool:
-    """Take strings out, then the innermost brackets, level by level."""
-    brackets = _STRING.sub(b"", text).translate(_TO_SQUARE, _NOT_BRACKETS)
-    for _ in range(levels):
-        if not brackets:
-            return False
-        brackets = brackets.replace(b"[]", b"")
-    return bool(brackets)
+    """Leave nothing but the brackets outside of strings, and count."""
+    steps = _STRING.sub(b"", text).translate(_STEPS, _NOT_BRACKETS)
+    return max(accumulate(memoryview(steps).cast("b"))) > levels

@@ -47,7 +47,7 @@ class Site:
         if endpoint is None:
             return SMALL_BODY_BYTES
         if request.method != b"POST":
-            raise MethodNotAllowed(f"{request.path.decode()} takes POST only")
+            raise MethodNotAllowed(f"{request.path.decode()}: Method Not Allowed; send POST")
         return self.in_force.limits.body_bytes
 
     async def answer(self, request: Request, reply: Reply) -> None:

@@ -63,6 +63,7 @@ class ClientConnection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._body_limit_bytes = 0
+        self._short = True
         self._arrived: deque[Request] = deque()  # read, and behind the one that is being answered
         self._task: asyncio.Task[None] | None = None
         self._held_bytes = 0  # of bodies, in the front's own account
@@ -168,6 +169,8 @@ class ClientConnection(asyncio.Protocol):
             raise RequestError("this is HTTP/1.1; send such requests")
         if request.chunkable and b"host" not in request.headers:
             raise RequestError("the header 'host' is missing")
+        if b"upgrade" in request.headers:
+            raise RequestError("this is HTTP/1.1 without upgrades; send no 'upgrade' header")
         if len(request.target) > HEAD_LIMIT_BYTES:
             raise _long_head()
         self._admit(request)
@@ -185,7 +188,7 @@ class ClientConnection(asyncio.Protocol):
             else:
                 self._held_bytes += len(data)
                 self._body.append(data)
-        if request.refusal is not None and self._body_bytes > SHORT_BODY_BYTES:
+        if request.refusal is not None and not self._short:
             self._answer_early(request)
 
     def on_message_complete(self) -> None:
@@ -209,18 +212,18 @@ class ClientConnection(asyncio.Protocol):
         return self._request
 
     def _admit(self, request: Request) -> None:
+        declared = int(request.headers.get(b"content-length", b"0"))
+        self._short = declared <= SHORT_BODY_BYTES and b"transfer-encoding" not in request.headers
         try:
             self._body_limit_bytes = self._front.admit(request)
-            declared = int(request.headers.get(b"content-length", b"0"))
             if declared > self._body_limit_bytes:
                 request.refusal = _long_body(self._body_limit_bytes)
         except GatewayError as refusal:
             request.refusal = refusal
-            declared = int(request.headers.get(b"content-length", b"0"))
         if request.refusal is None:
             if request.headers.get(b"expect", b"").lower() == b"100-continue" and self._task is None:
                 self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        elif declared > SHORT_BODY_BYTES:
+        elif not self._short:
             self._answer_early(request)
 
     def _refuse_body(self, request: Request, refusal: GatewayError) -> None:

@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass
 
-from config.schema import Floor
+from config.schema import NO_FLOOR, Floor
 from gateway.errors import NotAllowed
-
-NO_FLOOR = Floor()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from config.errors import ConfigError
 from config.rules import closest
-from config.schema import Floor, Name, Table
+from config.schema import NO_FLOOR, Floor, Name, Table
 from gateway.keys.authentication import Issued, Keys
-from gateway.keys.caller import NO_FLOOR, Caller
+from gateway.keys.caller import Caller
 
 SHAPE = "name: {sha256: ...}"
 LIVE_KEYS = 2  # per name: the one in use, and the one that takes over

@@ -14,7 +14,7 @@ from itertools import count
 from types import TracebackType
 from typing import Self
 
-from config.schema import QueueSettings
+from config.schema import QueueSettings, RetrySettings
 from config.variant import Variant
 from gateway.errors import GatewayError, Overloaded, Unavailable
 from gateway.routing import breaker, budget, drain, shedding
@@ -25,7 +25,9 @@ from gateway.routing.lines import Bounds, Lines
 from gateway.routing.shedding import ROOMY, Mark
 from serving.registry import Registry
 
+ATTEMPTS = 3
 NOBODY: frozenset[str] = frozenset()
+USUAL_QUEUE, USUAL_RETRIES = QueueSettings(), RetrySettings()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,36 +88,38 @@ class Lease:
 
 
 class Dispatch:
-    """Gives out leases; use it as an async context manager."""
+    """Gives out leases; use it as a context manager."""
 
     def __init__(
-        self, registry: Registry, queue: QueueSettings | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        registry: Registry,
+        queue: QueueSettings = USUAL_QUEUE,
+        retries: RetrySettings = USUAL_RETRIES,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        queue = queue or QueueSettings()
         self._registry = registry
         self._clock = clock
         self._turns = count()
         self._breakers: dict[str, Breaker] = {}
         self._marks: dict[str, Mark] = {}
         self._scene = Scene(registry.ready, registry.in_flight, self._breakers, self._marks)
-        self._budget = budget.Budget()
+        self._allowance = budget.Allowance(round(retries.share * 1000), retries.burst * 1000)
+        self._budget = budget.Budget(self._allowance.most_thousandths)
         self._lines: Lines[Demand, Ticket] = Lines(Bounds(queue.per_alias, queue.in_all, queue.body_bytes))
         self._paces: dict[str, drain.Pace] = {}
         self._alarm: asyncio.TimerHandle | None = None
-        self._follower: asyncio.Task[None] | None = None
+        self._observing = registry.observed(self._look_again)
 
-    async def __aenter__(self) -> Self:
-        self._follower = asyncio.create_task(self._follow(), name="dispatch")
+    def __enter__(self) -> Self:
+        self._observing.__enter__()
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._observing.__exit__(kind, error, trace)
         if self._alarm is not None:
             self._alarm.cancel()
-        if self._follower is not None:
-            self._follower.cancel()
-            await asyncio.gather(self._follower, return_exceptions=True)
 
     @property
     def breakers(self) -> Mapping[str, Breaker]:
@@ -129,12 +133,12 @@ class Dispatch:
 
     def arrived(self) -> int:
         """Count a request that wants an answer; gives it its turn among equals."""
-        self._budget = budget.earned(self._budget)
+        self._budget = budget.earned(self._budget, self._allowance)
         return next(self._turns)
 
     def why_not_again(self, deaths: int, attempts: int) -> budget.WhyNot | None:
         """Say why a request is not tried again; None allows it, and takes it from the budget."""
-        why = budget.why_not_again(deaths, attempts, self._budget)
+        why = budget.why_not_again(deaths, attempts, self._budget, most_attempts=ATTEMPTS)
         if why is None:
             self._budget = budget.spent(self._budget)
         return why
@@ -303,18 +307,17 @@ class Dispatch:
         now = self._clock()
         self._paces = {name: drain.resumed(pace, now) for name, pace in self._paces.items()}
 
-    async def _follow(self) -> None:
-        """Look again whenever a replica comes or goes, and forget what was held against those that have gone."""
-        while True:
-            await self._registry.changed()
-            known = {status.replica.id for status in self._registry.snapshot()}
-            for gone in self._breakers.keys() - known:
+    def _look_again(self) -> None:
+        """A replica came or went: nothing is held against one that isn't ready, it will be another one when it is."""
+        if self._breakers or self._marks:
+            ready = {replica.id for replicas in self._registry.ready.values() for replica in replicas}
+            for gone in self._breakers.keys() - ready:
                 del self._breakers[gone]
-            for gone in self._marks.keys() - known:
+            for gone in self._marks.keys() - ready:
                 del self._marks[gone]
-            if len(self._lines):
-                self._give_up_hopeless()
-                self._pump()
+        if len(self._lines):
+            self._give_up_hopeless()
+            self._pump()
 
     def _give_up_hopeless(self) -> None:
         """Tell those whose last replica has failed at once, instead of when their time is up."""

@@ -106,7 +106,9 @@ class Chunks:
         return self._looked_into(event, data)
 
     def _done(self, event: bytes) -> bytes:
-        if self.failure is None and not self.finish:
+        if self.failure is not None:
+            return b""
+        if not self.finish:
             self.failure = UpstreamDisconnected("a replica ended its stream in the middle")
             return error_event(self.endpoint, self.failure)
         self.finished = True

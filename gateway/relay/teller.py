@@ -1,6 +1,7 @@
 """What one client is told: an answer, whole or as a stream; an error as a status, or inside a stream that has begun."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Self
 
 from gateway.api.endpoints import Endpoint
@@ -19,13 +20,15 @@ class Teller:
     A client that has had comments only has been told nothing yet: another replica may still be tried.
     """
 
-    __slots__ = ("_account", "_beat", "_disclosed", "_endpoint", "_heartbeat_seconds", "_reply")
+    __slots__ = ("_account", "_beat", "_endpoint", "_heartbeat_seconds", "_limits", "_reply")
 
-    def __init__(self, endpoint: Endpoint, account: Account, reply: Reply) -> None:
+    def __init__(
+        self, endpoint: Endpoint, account: Account, reply: Reply, limits: Callable[[], Headers] = lambda: ()
+    ) -> None:
         self._endpoint = endpoint
         self._account = account
         self._reply = reply
-        self._disclosed = False
+        self._limits = limits  # what the client's key has left, as headers
         self._heartbeat_seconds = 0.0
         self._beat: asyncio.TimerHandle | None = None
 
@@ -69,7 +72,7 @@ class Teller:
         if self._reply.congested:
             await self._reply.drained()
 
-    def refuse(self, error: GatewayError, extra: Headers = ()) -> None:
+    def refuse(self, error: GatewayError) -> None:
         """Tell an error, in whatever way is left."""
         self._still()
         if self._reply.ended:
@@ -78,7 +81,7 @@ class Teller:
             self._reply.end(error_event(self._endpoint, error))
             return
         body = error.anthropic_body() if self._endpoint.errors == "anthropic" else error.body()
-        self._reply.whole(error.status, (JSON, *error.headers(), *extra, *self._own_headers()), body)
+        self._reply.whole(error.status, (JSON, *error.headers(), *self._own_headers()), body)
 
     def _heartbeat(self) -> None:
         if not self._reply.begun:
@@ -95,7 +98,7 @@ class Teller:
     def _own_headers(self) -> list[tuple[bytes, bytes]]:
         """The request's id, and who answers and why: nobody is sent to a quantized copy without being told."""
         request_id = self._account.request_id.encode()
-        headers = [(b"x-request-id", request_id)]
+        headers = [(b"x-request-id", request_id), *self._limits()]
         if self._endpoint.errors == "anthropic":
             headers.append((b"request-id", request_id))
         headers += [(b"x-quantgate-" + name, value.encode()) for name, value in self._disclosure()]

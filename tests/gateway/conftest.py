@@ -21,7 +21,9 @@ def pytest_asyncio_loop_factories(
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def shared_gateway() -> AsyncIterator[Fleet]:
     """The gateway itself; tests take `fleet`."""
-    async with running_gateway(deployment({"gateway": {**LISTEN, "limits": LIMITS}})) as fleet:
+    async with running_gateway(
+        deployment({"gateway": {**LISTEN, "limits": LIMITS, "retries": {"share": 1, "burst": 1000}}})
+    ) as fleet:
         yield fleet
 
 

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from config.schema import Settings
 from config.variant import read_variants
-from gateway.app import Addresses, gateway, ports
+from gateway.app import Addresses, Gateway, gateway, ports
 from gateway.deployment import Deployment
 from gateway.keys import Keys
 from serving.registry import Registry
@@ -51,7 +51,7 @@ def deployment(changes: dict[str, Any] | None = None, keys: Keys | None = None) 
 class Fleet:
     """A gateway, its registry, and a client for each of its ports."""
 
-    addresses: Addresses
+    served: Gateway
     registry: Registry
     client: httpx.AsyncClient
     admin: httpx.AsyncClient
@@ -59,7 +59,11 @@ class Fleet:
     @property
     def url(self) -> str:
         """Where clients ask."""
-        return f"http://{self.addresses.client}"
+        return f"http://{self.served.addresses.client}"
+
+    def held_bytes(self) -> int:
+        """What the bodies of requests take now."""
+        return self.served.front.held_bytes
 
     @contextmanager
     def replicas(self, *served: tuple[str, str], state: State = State.READY) -> Iterator[None]:
@@ -118,7 +122,7 @@ async def running_gateway(deployed: Deployment, registry: Registry | None = None
     registry = registry or Registry()
     with ports(deployed.settings.gateway) as taken:
         async with gateway(deployed, registry, taken) as served, clients(served.addresses) as (client, admin):
-            yield Fleet(served.addresses, registry, client, admin)
+            yield Fleet(served, registry, client, admin)
 
 
 @asynccontextmanager

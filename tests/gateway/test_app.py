@@ -8,7 +8,8 @@ from config.schema import Settings
 from config.variant import read_variants
 from gateway.app import everything
 from gateway.deployment import Deployment, read_deployment
-from gateway.keys import Keys, create_key
+from gateway.keys import Keys
+from gateway.keys.issuing import create_key
 from serving.registry import Registry
 from tests.fakes.running import group_members
 from tests.gateway.fleet import HELLO, clients
@@ -51,6 +52,6 @@ async def test_files_beside_the_configuration(tmp_path: Path) -> None:
     path = tmp_path / "quantgate.yaml"
     path.write_text("gateway: {keys: keys.yaml}\nvariants: {own: {path: models/own}}\n")
     deployment = read_deployment(path)
-    assert deployment.keys.authenticate({"x-api-key": key}) == "alice"
+    assert deployment.keys.authenticate({b"x-api-key": key.encode()}, now_seconds=0).name == "alice"
     assert deployment.variants["own"].path == tmp_path / "models" / "own"
     assert deployment.variants["own"].precision == "bf16"

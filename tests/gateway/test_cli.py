@@ -18,6 +18,7 @@ import httpx
 import pytest
 import yaml
 
+from config.schema import LimitSettings
 from quantgate import main
 from serving.foreground import run_until_signal
 from tests.fakes.running import DEADLINE_SECONDS, ROOT, FakeReplica
@@ -214,7 +215,7 @@ def test_configuration_is_checked_and_shown(tmp_path: Path, capsys: pytest.Captu
     assert err == ""
     assert "hunter2" not in shown
     values = yaml.safe_load(shown)
-    assert values["gateway"]["limits"] == {"body_bytes": 33554432, "n": 8, "queue_seconds": 30.0}
+    assert values["gateway"]["limits"] == LimitSettings().model_dump()
     assert values["gateway"]["state"] == "postgresql://quantgate:**********@db/quantgate"
     assert values["replicas"][0]["api_key"] == "**********"
     assert values["replicas"][0]["url"] == "http://10.0.0.5:8000"

@@ -81,7 +81,7 @@ def test_without_keys_everybody_is_let_in() -> None:
     assert (ANONYMOUS.name, ANONYMOUS.may, ANONYMOUS.allows("any")) == (None, frozenset(), True)
     with pytest.raises(InvalidKey):
         Keys({}).authenticate({b"x-api-key": b"qg-alice"}, NOW)
-    assert (Keys().names(), KEYS.names()) == (frozenset(), {"alice", "bob"})
+    assert [keys.names() for keys in (Keys(), KEYS)] == [frozenset(), frozenset({"alice", "bob"})]
 
 
 def test_a_key_ends() -> None:

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import re
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from config.errors import ConfigError
 from gateway.keys import Caller, read_keys
 from gateway.keys_cli import expiry
 from quantgate import main
+from tests.fakes.running import DEADLINE_SECONDS, ROOT
 from tests.gateway.test_cli import run
 
 NOW = datetime(2027, 1, 1, tzinfo=UTC)
@@ -55,7 +58,8 @@ def test_every_option_reaches_the_caller(path: Path, capsys: pytest.CaptureFixtu
     """What a key may is said when it is made, listed for people and for programs, and held against requests."""
     assert main(["keys", "create", "alice", "--file", str(path), *TERMS]) == 0
     caller = holder(path, capsys.readouterr().out)
-    assert (caller.aliases, caller.may) == ({"smol", "lo"}, {"chat_template", "kv_transfer_params"})
+    assert caller.aliases == frozenset({"smol", "lo"})
+    assert caller.may == frozenset({"chat_template", "kv_transfer_params"})
     assert (caller.floor.top1_agreement, caller.floor.kl_mean) == (0.97, 0.01)
     limits = (caller.requests_per_minute, caller.tokens_per_minute, caller.concurrency, caller.max_tokens)
     assert limits == (60, 1000, 2, 512)
@@ -180,6 +184,21 @@ def test_times_that_are_none(text: str) -> None:
     """What is past, or no time, is refused."""
     with pytest.raises(ConfigError, match="quantgate keys create: expires: "):
         expiry(text, NOW)
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_a_reader_that_has_enough(path: Path) -> None:
+    """A pipe that nobody reads is no failure."""
+    path.write_text("")
+    path.chmod(0o600)
+    reading, writing = os.pipe()
+    os.close(reading)
+    argv = [sys.executable, str(ROOT / "quantgate.py"), "keys", "list", "--file", str(path)]
+    process = await asyncio.create_subprocess_exec(*argv, cwd=ROOT, stdout=writing, stderr=asyncio.subprocess.PIPE)
+    os.close(writing)
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        _, err = await process.communicate()
+    assert (process.returncode, err) == (0, b"")
 
 
 @pytest.mark.asyncio(loop_scope="session")

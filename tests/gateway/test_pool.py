@@ -68,7 +68,7 @@ async def test_a_connection_that_may_be_out_of_step_is_closed(said: bytes) -> No
     async with scripted(behaviour) as replica, Pool() as pool:
         for number in (1, 2):
             with suppress(UpstreamTimeout):
-                assert await ask(pool, replica.url) == b"1"
+                assert await ask(pool, replica.url, Deadlines(0.2, 0.2)) == b"1"
             assert len(replica.peers) == number
 
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from config.schema import AliasSettings
+from config.variant import PARENT_QUALITY, Variant
 from gateway.app import everything, gateway_alone
 from gateway.deployment import read_deployment
 from gateway.in_force import lost_aliases
@@ -184,6 +185,6 @@ def test_what_a_configuration_would_lose(
 
     def catalog(ladder: list[str] | None) -> Catalog:
         aliases = {} if ladder is None else {"smol": AliasSettings(ladder=tuple(ladder))}
-        return Catalog(aliases, {})
+        return Catalog(aliases, {name: Variant(name, "bf16", PARENT_QUALITY) for name in ladder or ()})
 
     assert lost_aliases(catalog(before), catalog(after), ready_ones) == lost

@@ -1,20 +1,18 @@
 """The allow-list of what clients may call."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 import httpx
 import pytest
 
 from config.schema import LimitSettings
-from config.variant import Variant
-from gateway.api.endpoint import InferenceEndpoint, Message, request_id
-from gateway.api.routes import client_app
+from gateway.api.endpoint import request_id
+from gateway.api.site import Site
+from gateway.front.reply import Reply
+from gateway.front.request import Request
+from gateway.front.server import Front, serving_clients
 from gateway.in_force import InForce
 from gateway.keys import Keys, StoredKey, keys_in_force
-from gateway.listener import address_of, bind, listen
+from gateway.listener import address_of, bind
 from gateway.routing.catalog import Catalog
-from serving.registry import Registry
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS
 from tests.gateway.fleet import CHAT, Fleet, deployment, error_of, running_gateway
@@ -60,16 +58,16 @@ async def test_one_model(fleet: Fleet, path: str, name: str) -> None:
         ("GET", "/v1", 404, "not_found"),
         ("POST", "/v1/chat/completions/", 404, "not_found"),
         ("POST", "/v1/chat/completions/x", 404, "not_found"),
-        ("POST", "/v1/embeddings", 404, "not_found"),
-        ("POST", "/tokenize", 404, "not_found"),
+        ("POST", "/v1/rerank", 404, "not_found"),
+        ("POST", "/invocations", 404, "not_found"),
         ("GET", "/metrics", 404, "not_found"),
         ("GET", "/health", 404, "not_found"),
         ("GET", "/docs", 404, "not_found"),
         ("GET", "/openapi.json", 404, "not_found"),
         ("GET", "/" + "x" * 4000, 404, "not_found"),
-        ("GET", CHAT, 405, "not_found"),
-        ("DELETE", CHAT, 405, "not_found"),
-        ("OPTIONS", CHAT, 405, "not_found"),
+        ("GET", CHAT, 405, "method_not_allowed"),
+        ("DELETE", CHAT, 405, "method_not_allowed"),
+        ("OPTIONS", CHAT, 405, "method_not_allowed"),
         ("POST", "/v1/models", 405, "not_found"),
         ("DELETE", "/v1/models/smol", 405, "not_found"),
     ],
@@ -103,42 +101,45 @@ async def test_models_are_guarded_too() -> None:
         assert (await fleet.admin.get("/livez")).status_code == 200
 
 
-NOTED: list[str] = []
-
-
-class Broken(InferenceEndpoint):
-    """Takes an endpoint's place."""
+class Broken:
+    """A site whose every answer is a defect of ours."""
 
     def __init__(self) -> None:
-        """Needs nothing."""
+        """Note what was asked."""
+        self.noted: list[str] = []
+        self.site = Site({}, asgi_nothing, InForce(Catalog({}, {}), Keys(), LimitSettings()))
 
-    async def __call__(self, scope: Message, receive: object, send: object) -> None:
+    def admit(self, request: Request) -> int:
+        """Admit everybody."""
+        return self.site.admit(request)
+
+    async def answer(self, request: Request, reply: Reply) -> None:
         """Fail in a way that nobody foresaw, after the request got its id."""
-        NOTED.append(request_id(scope))
+        self.noted.append(request_id(request))
         raise ZeroDivisionError("a secret of ours")
 
+    def failed(self, request: Request, reply: Reply) -> None:
+        """Tell so."""
+        self.site.failed(request, reply)
 
-@asynccontextmanager
-async def broken_app() -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an app whose endpoints are defective."""
-    variants: dict[str, Variant] = {}
-    app = client_app(InForce(Catalog({}, variants), Keys(), LimitSettings()), Registry(), lambda _: Broken())
-    with bind("127.0.0.1:0", "test") as taken:
-        async with (
-            listen(app, taken),
-            httpx.AsyncClient(
-                base_url=f"http://{address_of(taken)}", timeout=DEADLINE_SECONDS, trust_env=False
-            ) as client,
-        ):
-            yield client
+
+async def asgi_nothing(scope: object, receive: object, send: object) -> None:
+    """An app that nobody gets to."""
 
 
 async def test_a_defect_of_ours(caplog: pytest.LogCaptureFixture) -> None:
     """A defect is a 500 in OpenAI's shape that tells nothing but where to look; the log has it whole."""
-    async with broken_app() as client:
-        answer = await client.post(CHAT, json={})
+    broken = Broken()
+    with bind("127.0.0.1:0", "test") as taken:
+        async with (
+            serving_clients(Front(broken, 2**20), taken, 0),
+            httpx.AsyncClient(
+                base_url=f"http://{address_of(taken)}", timeout=DEADLINE_SECONDS, trust_env=False
+            ) as client,
+        ):
+            answer = await client.post(CHAT, json={})
     error = error_of(answer)
     assert (answer.status_code, error["code"], error["type"]) == (500, "internal_error", "server_error")
     assert "secret" not in answer.text
-    assert answer.headers["x-request-id"] == NOTED[-1], "the id under which the log has it"
+    assert answer.headers["x-request-id"] == broken.noted[-1], "the id under which the log has it"
     assert "ZeroDivisionError: a secret of ours" in caplog.text
