@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from gateway.api.site import Site
 from gateway.in_force import InForce
 from gateway.metrics import Metrics
+from gateway.metrics.exposition import exposition
 from gateway.routing.catalog import Catalog
 from serving.registry import Registry
 from serving.replica import State
@@ -48,9 +48,10 @@ def admin_app(in_force: InForce, registry: Registry, metrics: Metrics, site: Sit
         ]
 
     @app.get("/metrics")
-    async def exposition() -> Response:
-        """Prometheus' text format."""
-        return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+    async def scraped(request: Request) -> Response:
+        """Every series, in Prometheus' text format or in OpenMetrics."""
+        told = await exposition(metrics.registry, request.headers.get("accept", ""))
+        return Response(told.body, headers={"content-type": told.content_type})
 
     return app
 

@@ -1,6 +1,7 @@
 """The composition root: builds every object of the gateway and hands it on. Start reading here."""
 
 import logging
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from socket import socket
 
 from config.schema import GatewaySettings
 from config.variant import goldens
+from gateway.access_log import AccessLog
 from gateway.admin import admin_app
-from gateway.api.endpoint import InferenceEndpoint
+from gateway.api.endpoint import InferenceEndpoint, Telling
 from gateway.api.endpoints import ENDPOINTS
 from gateway.api.routes import client_app
 from gateway.api.site import Site
@@ -19,12 +21,13 @@ from gateway.fleet import FollowedFleet, OwnFleet, Take
 from gateway.front.server import Front, serving_clients
 from gateway.in_force import InForce
 from gateway.listener import address_of, bind, listen
-from gateway.metrics import FleetCollector, Metrics
+from gateway.metrics import FleetCollector, LoopLag, Metrics
 from gateway.quota import Quota
 from gateway.relay.dispatch import Dispatch
 from gateway.relay.exchange import Relay
 from gateway.relay.pool import Pool
 from gateway.routing.catalog import Catalog
+from gateway.tracing import tracing
 from gateway.workers import ALONE, Place, placed
 from serving.app import others_replicas, own_replicas, sole_owner
 from serving.command import Machine
@@ -81,18 +84,24 @@ async def gateway(
     """Serve clients and operators; when the block ends, running requests finish first."""
     in_force, metrics, quota = in_force_for(deployment), Metrics(), Quota(place.share)
     settings = deployment.settings.gateway
-    metrics.registry.register(FleetCollector(registry, in_force.variants))
     async with AsyncExitStack() as stack:
+        access_log = stack.enter_context(AccessLog(sys.stderr.buffer, settings.access_log, metrics.log_lines_dropped))
+        traced = await stack.enter_async_context(tracing(settings.tracing))
+        await stack.enter_async_context(LoopLag(metrics.loop_lag_seconds))
         pool = await stack.enter_async_context(Pool())
         dispatch = stack.enter_context(Dispatch(registry, settings.queue, settings.retries))
+        metrics.registry.register(
+            FleetCollector(registry, in_force.variants, dispatch.breaker_states, dispatch.waiting)
+        )
         relay = Relay(dispatch, pool)
+        told = Telling(metrics, access_log.line, traced)
         endpoints = {
-            endpoint.path.encode(): InferenceEndpoint(endpoint, in_force, relay, quota, metrics)
+            endpoint.path.encode(): InferenceEndpoint(endpoint, in_force, relay, quota, told)
             for endpoint in ENDPOINTS.values()
         }
         site = Site(endpoints, client_app(in_force, registry), in_force)
         await stack.enter_async_context(listen(admin_app(in_force, registry, metrics, site), taken.admin))
-        front = Front(site, settings.memory_bytes)
+        front = Front(site, settings.memory_bytes, cut=lambda reason: metrics.clients_cut.labels(reason).inc())
         await stack.enter_async_context(serving_clients(front, taken.client, settings.drain_seconds))
         addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
@@ -165,7 +174,7 @@ async def following(path: Path | None, served: Gateway, take: Take) -> AsyncIter
 
     async def apply() -> None:
         deployment = read_deployment(path)
-        for option in ("listen", "admin", "state", "keys"):
+        for option in ("listen", "admin", "state", "keys", "access_log", "tracing"):
             if getattr(deployment.settings.gateway, option) != getattr(first.settings.gateway, option):
                 log.warning("gateway.%s takes effect at the next start", option)
 

@@ -6,9 +6,23 @@ import re
 from dataclasses import dataclass
 from functools import partial
 
+from gateway.access_log import Tell
 from gateway.api.endpoints import Endpoint
 from gateway.api.inference import Inference, parse_inference
-from gateway.errors import Draining, FloorUnmet, GatewayError, Unavailable
+from gateway.errors import (
+    BodyTooLarge,
+    Draining,
+    FloorUnmet,
+    GatewayError,
+    HeadTooLarge,
+    InvalidKey,
+    NotAllowed,
+    RateLimited,
+    RequestError,
+    RequestTooSlow,
+    Unavailable,
+    UnknownModel,
+)
 from gateway.front.reply import ClientLeft, Reply
 from gateway.front.request import Request
 from gateway.in_force import InForce
@@ -18,8 +32,32 @@ from gateway.quota import Quota
 from gateway.relay.accounting import Account
 from gateway.relay.exchange import Relay
 from gateway.relay.teller import Teller
+from gateway.tracing import Tracing
+
+# The first that fits; others are told by their codes, those of the queue.
+_REJECTIONS = (
+    (RateLimited, "rate_limit"),
+    (Draining, "draining"),
+    (FloorUnmet, "floor"),
+    (Unavailable, "no_replica"),
+    ((BodyTooLarge, HeadTooLarge), "too_large"),
+    (RequestTooSlow, "too_slow"),
+    (NotAllowed, "not_allowed"),
+    (InvalidKey, "invalid_key"),
+    (UnknownModel, "unknown_model"),
+    (RequestError, "invalid_request"),
+)
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Telling:
+    """Where a request's story goes: into metrics, the access log, and a trace."""
+
+    metrics: Metrics
+    tell: Tell
+    tracing: Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +68,14 @@ class InferenceEndpoint:
     in_force: InForce
     relay: Relay
     quota: Quota
-    metrics: Metrics
+    telling: Telling
 
     async def answer(self, request: Request, caller: Caller, reply: Reply) -> None:
         """Answer one request; when its client leaves, or the gateway stops, this is cancelled."""
-        account = Account(self.metrics, self.endpoint.name, request_id(request))
+        told = self.telling
+        trace = told.tracing.begin(self.endpoint.name, request.headers)
+        account = Account(told.metrics, told.tell, self.endpoint.name, request_id(request), trace=trace)
+        account.caller = caller.name or "none"
         limits = partial(self.quota.headers, caller, account.began_at)
         with account, Teller(self.endpoint, account, reply, limits) as teller:
             try:
@@ -85,9 +126,16 @@ class InferenceEndpoint:
 
     def _refused(self, error: GatewayError, account: Account, teller: Teller) -> None:
         if isinstance(error, FloorUnmet):
-            self.metrics.floor_rejections.labels(account.alias).inc()
+            self.telling.metrics.floor_rejections.labels(account.alias).inc()
+        if account.choice is None:
+            self.telling.metrics.rejected(account.alias, rejection(error))
         account.code = error.code if account.begun else str(error.status)
         teller.refuse(error)
+
+
+def rejection(error: GatewayError) -> str:
+    """Why a request was turned away before any replica saw it, as a label."""
+    return next((word for kind, word in _REJECTIONS if isinstance(error, kind)), error.code)
 
 
 def request_id(request: Request) -> str:

@@ -121,12 +121,11 @@ class Dispatch:
         if self._alarm is not None:
             self._alarm.cancel()
 
-    @property
-    def breakers(self) -> Mapping[str, Breaker]:
-        """What is held against replicas that have failed."""
-        return self._breakers
+    def breaker_states(self) -> Mapping[str, breaker.State]:
+        """The breakers of replicas that have failed lately; all others are closed."""
+        now = self._clock()
+        return {replica_id: held.state(now) for replica_id, held in self._breakers.items()}
 
-    @property
     def waiting(self) -> Mapping[str, int]:
         """How many requests wait, by alias."""
         return Counter(ticket.demand.alias for ticket in self._lines)

@@ -197,7 +197,7 @@ async def _stream(inference: Inference, manner: Manner, upstream: Connection, ac
         if not transcript.finished:
             raise
     finally:
-        account.usage, account.finish = transcript.usage, transcript.finish
+        account.usage, account.finish = transcript.usage, transcript.finish or "none"
     if not transcript.finished:
         raise UpstreamDisconnected("a replica ended its stream in the middle")
     account.code = "200"
@@ -225,6 +225,7 @@ def request_bytes(
         "content-type: application/json\r\n"
         f"content-length: {len(body)}\r\n"
         f"x-request-id: {account.request_id}\r\n"
-        f"{account.trace_headers}{credential}\r\n"
+        f"{credential}"
     )
-    return head.encode() + body
+    trace = b"".join([b"%b: %b\r\n" % header for header in account.trace.headers])
+    return b"%b%b\r\n%b" % (head.encode(), trace, body)
