@@ -8,6 +8,7 @@ for CPUs is not on PyPI: it is looked for in what is configured first, then in P
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -17,6 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "deploy" / "constraints.txt"
 UV = "uv==0.13.9"
 TORCH = "torch==2.13.0+cpu"
+# Clients that the tests call with, beside the newest ones: each in a folder of its own, as they exclude each other.
+CLIENTS = {
+    "openai-1.109.1": "openai==1.109.1",
+    "openai-2.54.0": "openai==2.54.0",
+    "anthropic-0.75.0": "anthropic==0.75.0",
+    "langchain": "langchain-openai==1.7.4",
+    "schemathesis": "schemathesis==4.32.5",
+    "llama-index": "llama-index-llms-openai-like==0.8.1",
+}
 EXTRAS = {"core": [], "demo": ["quantize", "cpu", "demo"], "test": ["quantize", "cpu", "demo", "plots", "dev"]}
 
 
@@ -39,6 +49,8 @@ def main(arguments: list[str]) -> int:
     run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", UV])
     if not install(python, EXTRAS[arguments[0]]):
         return 1
+    if arguments[0] == "test":
+        install_clients(python)
     stamp.write_text(wanted)
     return 0
 
@@ -66,6 +78,16 @@ def install(python: Path, extras: list[str]) -> bool:
         file=sys.stderr,
     )
     return False
+
+
+def install_clients(python: Path) -> None:
+    """Put each client into a folder; tests of one that can't be had are skipped, and say so."""
+    for name, requirement in CLIENTS.items():
+        folder = python.parent.parent / "clients" / name
+        command = [python, "-m", "uv", "pip", "install", "--quiet", "--python", python, "--target", folder]
+        if not run([*command, *configured(python), requirement], check=False, quiet=True):
+            print(f"install.py: {requirement} could not be installed, its tests are skipped", file=sys.stderr)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def configured(python: Path) -> list[str]:
