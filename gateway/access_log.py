@@ -87,6 +87,7 @@ class AccessLog:
     stream: BinaryIO
     form: Form
     dropped: Count
+    backlog_bytes: int = BACKLOG_BYTES
     _lines: list[bytes] = field(default_factory=list)
     _bytes: int = 0
     _timer: asyncio.TimerHandle | None = None
@@ -110,7 +111,7 @@ class AccessLog:
         """Tell of a request that ended then, in seconds since 1970."""
         if self.form == "off":
             return
-        if self._bytes >= BACKLOG_BYTES:
+        if self._bytes >= self.backlog_bytes:
             self.dropped.inc()
             return
         line = (plain if self.form == "plain" else as_json)(entry, self._stamped(at_seconds))

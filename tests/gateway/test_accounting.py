@@ -1,5 +1,7 @@
 """What is booked for a request, by a clock that a test moves."""
 
+from dataclasses import dataclass, field
+
 import pytest
 
 from config.variant import QualityMeasures, Variant
@@ -7,6 +9,7 @@ from gateway.access_log import Entry
 from gateway.metrics import Metrics
 from gateway.relay.accounting import Account, CompletionDetails, Usage
 from gateway.routing.ladder import Choice, Reason
+from gateway.tracing import Headers
 from serving.replica import Replica
 
 
@@ -144,6 +147,27 @@ def test_usage_that_is_null() -> None:
         account.chose(choice())
         account.usage = Usage(None, None, CompletionDetails(None))
     assert value(metrics, "tokens_total", **SERVED, kind="completion") == 0
+
+
+@dataclass(slots=True)
+class KeptTrace:
+    """Keeps what it is told."""
+
+    headers: Headers = ()
+    ended: list[Entry] = field(default_factory=list)
+
+    def end(self, entry: Entry) -> None:
+        """Keep it."""
+        self.ended.append(entry)
+
+
+def test_log_and_trace_are_told_the_same() -> None:
+    """Both get the one entry, at the end."""
+    told, trace = list[Entry](), KeptTrace()
+    with Account(Metrics(), lambda entry, _: told.append(entry), "completions", "r-7", trace=trace):
+        assert not trace.ended
+    assert trace.ended == told
+    assert len(told) == 1
 
 
 def test_a_stream_cut_short() -> None:
