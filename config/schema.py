@@ -60,6 +60,13 @@ class LimitSettings(Table):
     queue_seconds: Seconds = 30.0
 
 
+class TracingSettings(Table):
+    """Where spans go, in OTLP over HTTP, and which share of the traces that begin here."""
+
+    endpoint: Annotated[str, Field(pattern=r"^https?://[^\s?#]+[^\s?#/]$")]
+    sample_share: Share = 1.0
+
+
 class GatewaySettings(Table):
     """The process that clients talk to."""
 
@@ -67,6 +74,8 @@ class GatewaySettings(Table):
     admin: Address = "127.0.0.1:8001"
     state: Annotated[str, Field(pattern=r"^(sqlite|postgresql(\+\w+)?)://")] = "sqlite:///state.db"
     keys: str | None = None
+    access_log: Literal["plain", "json", "off"] = "plain"
+    tracing: TracingSettings | None = None
     limits: LimitSettings = LimitSettings()
 
 

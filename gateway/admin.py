@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from gateway.in_force import InForce
 from gateway.metrics import Metrics
+from gateway.metrics.exposition import exposition
 from gateway.routing.catalog import Catalog
 from serving.registry import Registry
 from serving.replica import State
@@ -45,9 +45,10 @@ def admin_app(in_force: InForce, registry: Registry, metrics: Metrics) -> FastAP
         ]
 
     @app.get("/metrics")
-    async def exposition() -> Response:
-        """Prometheus' text format."""
-        return Response(metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+    async def scraped(request: Request) -> Response:
+        """Every series, in Prometheus' text format or in OpenMetrics."""
+        told = await exposition(metrics.registry, request.headers.get("accept", ""))
+        return Response(told.body, headers={"content-type": told.content_type})
 
     return app
 

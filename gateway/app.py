@@ -1,6 +1,7 @@
 """The composition root: builds every object of the gateway and hands it on. Start reading here."""
 
 import logging
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from socket import socket
 
 from config.schema import GatewaySettings
 from config.variant import goldens
+from gateway.access_log import AccessLog
 from gateway.admin import admin_app
 from gateway.api.endpoint import InferenceEndpoint
 from gateway.api.routes import client_app
@@ -16,10 +18,11 @@ from gateway.deployment import Deployment, read_deployment
 from gateway.fleet import FollowedFleet, OwnFleet, Take
 from gateway.in_force import InForce
 from gateway.listener import address_of, bind, listen
-from gateway.metrics import FleetCollector, Metrics
+from gateway.metrics import FleetCollector, LoopLag, Metrics
 from gateway.relay.exchange import Relay
 from gateway.relay.pool import Pool
 from gateway.routing.catalog import Catalog
+from gateway.tracing import tracing
 from serving.app import others_replicas, own_replicas, sole_owner
 from serving.command import Machine
 from serving.probe import Probe
@@ -70,11 +73,15 @@ async def gateway(deployment: Deployment, registry: Registry, taken: Ports) -> A
     in_force, metrics = in_force_for(deployment), Metrics()
     metrics.registry.register(FleetCollector(registry, in_force.variants))
     async with AsyncExitStack() as stack:
+        settings = deployment.settings.gateway
+        access_log = stack.enter_context(AccessLog(sys.stderr.buffer, settings.access_log, metrics.log_lines_dropped))
+        traced = await stack.enter_async_context(tracing(settings.tracing))
+        await stack.enter_async_context(LoopLag(metrics.loop_lag_seconds))
         pool = await stack.enter_async_context(Pool())
         relay = Relay(registry, pool, in_force.limits.queue_seconds)
 
         def endpoint(name: str) -> InferenceEndpoint:
-            return InferenceEndpoint(name, in_force, relay, metrics)
+            return InferenceEndpoint(name, in_force, relay, metrics, access_log.line, traced)
 
         clients = client_app(in_force, registry, endpoint)
         await stack.enter_async_context(listen(admin_app(in_force, registry, metrics), taken.admin))
@@ -144,7 +151,7 @@ async def following(path: Path | None, served: Gateway, take: Take) -> AsyncIter
 
     async def apply() -> None:
         deployment = read_deployment(path)
-        for option in ("listen", "admin", "state", "keys"):
+        for option in ("listen", "admin", "state", "keys", "access_log", "tracing"):
             if getattr(deployment.settings.gateway, option) != getattr(first.settings.gateway, option):
                 log.warning("gateway.%s takes effect at the next start", option)
 

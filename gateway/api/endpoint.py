@@ -7,12 +7,14 @@ from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.access_log import Tell
 from gateway.api.inference import Inference, parse_inference
 from gateway.errors import BodyTooLarge, FloorUnmet, GatewayError, RequestError, Unavailable
 from gateway.in_force import InForce
 from gateway.metrics import Metrics
 from gateway.relay.accounting import CLIENT_LEFT, Account
 from gateway.relay.exchange import Relay, Send, refuse
+from gateway.tracing import Tracing
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -32,11 +34,14 @@ class InferenceEndpoint:
     in_force: InForce
     relay: Relay
     metrics: Metrics
+    tell: Tell
+    tracing: Tracing
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer one HTTP request."""
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        with Account(self.metrics, self.name, request_id(scope)) as account:
+        trace = self.tracing.begin(self.name, dict(scope["headers"]))
+        with Account(self.metrics, self.tell, self.name, request_id(scope), trace=trace) as account:
             try:
                 await self._answer(headers, account, receive, send)
             except ClientLeft:
@@ -47,7 +52,7 @@ class InferenceEndpoint:
                 await refuse(send, account, error)
 
     async def _answer(self, headers: dict[str, str], account: Account, receive: Receive, send: Send) -> None:
-        self.in_force.keys.authenticate(headers)
+        account.caller = self.in_force.keys.authenticate(headers) or "none"
         limits = self.in_force.limits
         body = await read_body(headers, receive, limits.body_bytes)
         account.read()

@@ -1,6 +1,5 @@
 """One request's story: who asked what, who answered, when; settled exactly once, whatever happens."""
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +8,17 @@ from typing import Self
 
 import msgspec
 
-from gateway.metrics import UNKNOWN, Metrics
+from gateway.access_log import Entry, Tell
+from gateway.metrics import UNKNOWN, Metrics, Served
 from gateway.routing.ladder import Choice
-
-log = logging.getLogger("gateway.access")
+from gateway.tracing import NOT_TRACED, Trace
 
 CLIENT_LEFT = "499"  # nginx' number for a client that went away before the answer was whole
+
+# vLLM's and OpenAI's words for why an answer ended, and ours for one that didn't; any other is told as `other`.
+FINISHES = frozenset(
+    {"stop", "length", "tool_calls", "function_call", "content_filter", "repetition", "abort", "error", "none"}
+)
 
 
 class CompletionDetails(msgspec.Struct):
@@ -33,36 +37,50 @@ class Usage(msgspec.Struct):
 
 @dataclass(slots=True)
 class Account:
-    """Counts a request while the `with` block runs and books it at the end."""
+    """Counts a request while the `with` block runs, and books and tells it at the end.
+
+    `caller` is the name of its key, `finish` the engine's word for why the answer ended.
+    """
 
     metrics: Metrics
+    tell: Tell
     endpoint: str
     request_id: str
     clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time
+    trace: Trace = NOT_TRACED
+    caller: str = "none"
     alias: str = UNKNOWN
     choice: Choice | None = None
     attempts: int = 0
     code: str = "500"
     usage: Usage | None = None
+    finish: str = "none"
     queued_seconds: float = 0.0
     begun: bool = False
     told_all: bool = False
     began_at: float = 0.0
     read_at: float = 0.0
     sent_at: float | None = None
-    first_token_at: float | None = None
+    first_token_seconds: float | None = None
+    token_events: int = 0
     last_event_at: float = 0.0
+    _served: Served | None = None
 
     def __enter__(self) -> Self:
         self.began_at = self.read_at = self.clock()
-        self.metrics.in_flight.labels(self.endpoint).inc()
+        self.metrics.in_flight.labels(self.endpoint).value += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.metrics.in_flight.labels(self.endpoint).dec()
-        self._book(self.clock() - self.began_at)
+        self.metrics.in_flight.labels(self.endpoint).value -= 1
+        seconds, at = self.clock() - self.began_at, self.wall_clock()
+        self._book(seconds, at)
+        entry = self._entry(seconds)
+        self.tell(entry, at)
+        self.trace.end(entry)
 
     def read(self) -> None:
         """Note that the request is here as a whole."""
@@ -72,12 +90,14 @@ class Account:
         """Note which replica is tried now."""
         self.choice = choice
         self.attempts += 1
+        self._served = self.metrics.served(self.alias, choice.variant.name, choice.variant.precision)
 
     def sent(self) -> None:
         """Note that the request goes out; what it took since it was here, without waiting, is our own overhead."""
         now = self.clock()
         if self.sent_at is None:
-            self.metrics.overhead_seconds.observe(now - self.read_at - self.queued_seconds)
+            own = now - self.read_at - self.queued_seconds
+            self.metrics.overhead_seconds.observe_with(own, self.request_id, self.wall_clock())
         self.sent_at = now
 
     def retried(self, code: str) -> None:
@@ -85,47 +105,60 @@ class Account:
         self.metrics.retries.labels(self.alias, code).inc()
 
     def token(self) -> None:
-        """Note a streamed event that carries something."""
-        now = self.clock()
-        if self.first_token_at is None:
-            self.first_token_at = now
-            self.metrics.first_token_seconds.labels(*self._served).observe(now - self.began_at)
+        """Note a streamed event that carries something; somebody must have been chosen to say it."""
+        now, served = self.clock(), self._served
+        assert served is not None
+        if self.token_events:
+            served.inter_token.observe(now - self.last_event_at)
         else:
-            self.metrics.inter_token_seconds.labels(*self._served).observe(now - self.last_event_at)
+            self.first_token_seconds = now - self.began_at
+            served.first_token.observe_with(self.first_token_seconds, self.request_id, self.wall_clock())
+        self.token_events += 1
         self.last_event_at = now
 
-    @property
-    def _served(self) -> tuple[str, str, str]:
-        if self.choice is None:
-            return self.alias, "none", "none"
-        return self.alias, self.choice.variant.name, self.choice.variant.precision
-
-    def _book(self, seconds: float) -> None:
-        reason = self.choice.reason if self.choice else "none"
-        self.metrics.requests.labels(*self._served, self.endpoint, self.code, reason).inc()
+    def _book(self, seconds: float, at: float) -> None:
+        choice, served = self.choice, self._served
+        if choice is None or served is None:
+            names, reason = (self.alias, "none", "none"), "none"
+        else:
+            names, reason = (self.alias, choice.variant.name, choice.variant.precision), choice.reason
+            served.request.observe_with(seconds, self.request_id, at)
+            prompt, completion, reasoning = self._tokens()
+            served.prompt_tokens.value += prompt
+            served.completion_tokens.value += completion
+            served.reasoning_tokens.value += reasoning
+        self.metrics.outcome(names, self.endpoint, self.code, reason).value += 1
         if self.alias != UNKNOWN:
             # Who gave up waiting, too: the longest waits are theirs.
-            self.metrics.queue_seconds.labels(self.alias).observe(self.queued_seconds)
-        if self.choice is not None:
-            self.metrics.request_seconds.labels(*self._served).observe(seconds)
-        prompt, completion = self._book_tokens()
-        log.info(
-            "request_id=%s endpoint=%s alias=%s variant=%s replica=%s reason=%s code=%s attempts=%d "
-            "queued_seconds=%.3f seconds=%.3f prompt_tokens=%d completion_tokens=%d",
-            *(self.request_id, self.endpoint, self.alias, self._served[1]),
-            *(self.choice.replica.id if self.choice else "none", reason, self.code, self.attempts),
-            *(self.queued_seconds, seconds, prompt, completion),
-        )
+            self.metrics.queue_seconds.labels(self.alias).observe_with(self.queued_seconds, self.request_id, at)
 
-    def _book_tokens(self) -> tuple[int, int]:
+    def _tokens(self) -> tuple[int, int, int]:
+        """Prompt, completion and reasoning; of a stream cut short what came of it, an event for a token."""
         if self.usage is None:
-            return 0, 0
+            return 0, self.token_events, 0
         details = self.usage.completion_tokens_details
-        kinds = {
-            "prompt": self.usage.prompt_tokens or 0,
-            "completion": self.usage.completion_tokens or 0,
-            "reasoning": (details.reasoning_tokens if details else 0) or 0,
-        }
-        for kind, count in kinds.items():
-            self.metrics.tokens.labels(*self._served, kind).inc(count)
-        return kinds["prompt"], kinds["completion"]
+        reasoning = (details.reasoning_tokens if details else 0) or 0
+        return self.usage.prompt_tokens or 0, self.usage.completion_tokens or 0, reasoning
+
+    def _entry(self, seconds: float) -> Entry:
+        choice, first = self.choice, self.first_token_seconds
+        prompt, completion, _ = self._tokens()
+        return Entry(
+            request_id=self.request_id,
+            key=self.caller,
+            endpoint=self.endpoint,
+            alias=self.alias,
+            variant=choice.variant.name if choice else "none",
+            precision=choice.variant.precision if choice else "none",
+            replica=choice.replica.id if choice else "none",
+            reason=choice.reason if choice else "none",
+            code=self.code,
+            attempts=self.attempts,
+            queued_seconds=round(self.queued_seconds, 6),
+            first_token_seconds=None if first is None else round(first, 6),
+            seconds=round(seconds, 6),
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            estimated=self.usage is None and completion > 0,
+            finish=self.finish if self.finish in FINISHES else "other",
+        )

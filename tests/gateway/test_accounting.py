@@ -1,13 +1,15 @@
 """What is booked for a request, by a clock that a test moves."""
 
-import logging
+from dataclasses import dataclass, field
 
 import pytest
 
 from config.variant import QualityMeasures, Variant
+from gateway.access_log import Entry
 from gateway.metrics import Metrics
 from gateway.relay.accounting import Account, CompletionDetails, Usage
 from gateway.routing.ladder import Choice, Reason
+from gateway.tracing import Headers
 from serving.replica import Replica
 
 
@@ -35,10 +37,16 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 SERVED = {"alias": "smol", "variant": "hi", "precision": "bf16"}
 
 
-def test_a_stream(caplog: pytest.LogCaptureFixture) -> None:
+def unheard(entry: Entry, at_seconds: float) -> None:
+    """Who hears of it is not what a test is about."""
+
+
+def test_a_stream() -> None:
     """Times are counted from the request, tokens from what the engine reports, and one line tells it all."""
     metrics, clock = Metrics(), Clock()
-    with caplog.at_level(logging.INFO), Account(metrics, "chat.completions", "r-1", clock) as account:
+    told: list[tuple[Entry, float]] = []
+    account = Account(metrics, lambda *line: told.append(line), "chat.completions", "r-1", clock, lambda: 1e9)
+    with account:
         assert value(metrics, "requests_in_flight", endpoint="chat.completions") == 1
         clock.now += 5  # the client sends its body slowly, which is none of our doing
         account.read()
@@ -52,6 +60,7 @@ def test_a_stream(caplog: pytest.LogCaptureFixture) -> None:
             clock.now += seconds
             account.token()
         account.usage = Usage(10, 3, CompletionDetails(1))
+        account.caller, account.finish = "team-a", "stop"
         account.code = "200"
         clock.now += 1
     assert value(metrics, "requests_in_flight", endpoint="chat.completions") == 0
@@ -65,17 +74,32 @@ def test_a_stream(caplog: pytest.LogCaptureFixture) -> None:
     assert value(metrics, "request_seconds_sum", **SERVED) == 10.25
     tokens = [value(metrics, "tokens_total", **SERVED, kind=kind) for kind in ("prompt", "completion", "reasoning")]
     assert tokens == [10, 3, 1]
-    (line,) = [record.getMessage() for record in caplog.records if record.name == "gateway.access"]
-    assert line == (
-        "request_id=r-1 endpoint=chat.completions alias=smol variant=hi replica=hi-1 reason=preferred code=200 "
-        "attempts=1 queued_seconds=2.000 seconds=10.250 prompt_tokens=10 completion_tokens=3"
+    entry = Entry(
+        request_id="r-1",
+        key="team-a",
+        endpoint="chat.completions",
+        alias="smol",
+        variant="hi",
+        precision="bf16",
+        replica="hi-1",
+        reason="preferred",
+        code="200",
+        attempts=1,
+        queued_seconds=2.0,
+        first_token_seconds=8.25,
+        seconds=10.25,
+        prompt_tokens=10,
+        completion_tokens=3,
+        estimated=False,
+        finish="stop",
     )
+    assert told == [(entry, 1e9)]
 
 
 def test_a_retry() -> None:
     """What is booked goes to who answered last; overhead is counted for the first attempt only."""
     metrics, clock = Metrics(), Clock()
-    with Account(metrics, "completions", "r-2", clock) as account:
+    with Account(metrics, unheard, "completions", "r-2", clock) as account:
         account.alias = "smol"
         account.chose(choice("hi"))
         account.sent()
@@ -95,7 +119,7 @@ def test_a_retry() -> None:
 def test_nobody_answered() -> None:
     """A request that found no replica is booked for its alias, with the time it waited."""
     metrics, clock = Metrics(), Clock()
-    with Account(metrics, "completions", "r-3", clock) as account:
+    with Account(metrics, unheard, "completions", "r-3", clock) as account:
         account.alias = "smol"
         account.queued_seconds = 30.0
         account.code = "503"
@@ -108,7 +132,7 @@ def test_nobody_answered() -> None:
 def test_a_defect_is_booked_too() -> None:
     """Whatever ends the block, the request is counted once and no longer in flight."""
     metrics = Metrics()
-    with pytest.raises(ZeroDivisionError), Account(metrics, "completions", "r-4"):
+    with pytest.raises(ZeroDivisionError), Account(metrics, unheard, "completions", "r-4"):
         _ = 1 / 0
     nobody = {"alias": "_unknown", "variant": "none", "precision": "none", "reason": "none"}
     assert value(metrics, "requests_total", **nobody, endpoint="completions", code="500") == 1
@@ -119,8 +143,46 @@ def test_a_defect_is_booked_too() -> None:
 def test_usage_that_is_null() -> None:
     """Counts that the engine leaves open are zero."""
     metrics = Metrics()
-    with Account(metrics, "completions", "r-5") as account:
+    with Account(metrics, unheard, "completions", "r-5") as account:
         account.alias = "smol"
         account.chose(choice())
         account.usage = Usage(None, None, CompletionDetails(None))
     assert value(metrics, "tokens_total", **SERVED, kind="completion") == 0
+
+
+@dataclass(slots=True)
+class KeptTrace:
+    """Keeps what it is told."""
+
+    headers: Headers = ()
+    ended: list[Entry] = field(default_factory=list)
+
+    def end(self, entry: Entry) -> None:
+        """Keep it."""
+        self.ended.append(entry)
+
+
+def test_log_and_trace_are_told_the_same() -> None:
+    """Both get the one entry, at the end."""
+    told, trace = list[Entry](), KeptTrace()
+    with Account(Metrics(), lambda entry, _: told.append(entry), "completions", "r-7", trace=trace):
+        assert not trace.ended
+    assert trace.ended == told
+    assert len(told) == 1
+
+
+def test_a_stream_cut_short() -> None:
+    """Without the engine's own count, what came is counted; a word that no engine has for an end goes no further."""
+    metrics, told = Metrics(), list[Entry]()
+    with Account(metrics, lambda entry, _: told.append(entry), "completions", "r-6") as account:
+        account.alias = "smol"
+        account.chose(choice())
+        account.sent()
+        for _ in range(4):
+            account.token()
+        account.code, account.finish = "499", "made\nup"
+    tokens = [value(metrics, "tokens_total", **SERVED, kind=kind) for kind in ("prompt", "completion")]
+    assert tokens == [0, 4]
+    (entry,) = told
+    assert (entry.prompt_tokens, entry.completion_tokens, entry.estimated) == (0, 4, True)
+    assert (entry.code, entry.finish) == ("499", "other")

@@ -168,11 +168,11 @@ async def test_a_gateway_from_start_to_end(tmp_path: Path, fake: FakeReplica, nu
         async with asyncio.timeout(DEADLINE_SECONDS):
             out, err = await process.communicate()
     assert (process.returncode, out) == (0, b"")
-    lines = [line for line in err.decode().splitlines() if "gateway.access" in line]
+    lines = [line for line in err.decode().splitlines() if line.startswith("ts=")]
     assert len(lines) == 1
     assert (
-        "request_id=r-1 endpoint=chat.completions alias=x variant=a replica=a-url-1 reason=preferred code=200"
-        in lines[0]
+        "request_id=r-1 key=none endpoint=chat.completions alias=x variant=a precision=int4 replica=a-url-1 "
+        "reason=preferred code=200 attempts=1 " in lines[0]
     )
 
 
