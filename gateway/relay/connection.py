@@ -70,6 +70,7 @@ class Connection(asyncio.Protocol):
         self._failure: Exception | None = None
         self._body: list[bytes] = []
         self._sink: Callable[[bytes], bool] | None = None
+        self._refusal: Exception | None = None  # what a sink raised
         self._body_bytes = 0
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
@@ -119,6 +120,8 @@ class Connection(asyncio.Protocol):
                 await self._wait()
             finally:
                 full, self._sink = self._sink is None, None
+            if self._refusal is not None:
+                raise self._refusal
             if full:
                 return False
 
@@ -227,8 +230,8 @@ class Connection(asyncio.Protocol):
         try:
             going_on = self._pour(sink)
         except Exception as error:  # noqa: BLE001 - it is raised where it belongs: in the task that waits
-            self._fail(error)
-            return
+            self._refusal = error
+            going_on = False
         if not going_on:
             self._sink = None
         if not going_on or self._complete:

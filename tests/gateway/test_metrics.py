@@ -83,7 +83,8 @@ async def test_labels_come_from_the_configuration(fleet: Fleet, fake: FakeReplic
     assert seen["variant"] <= {*CONFIG["variants"], "none"}
     assert seen["precision"] <= {"bf16", "int8", "int4", "fp8", "none"}
     assert seen["endpoint"] <= {"chat.completions", "completions"}
-    assert seen["reason"] <= {"preferred", "floor", "pinned", "fallback", "none"}
+    answered = {"preferred", "floor", "pinned", "fallback", "none"}
+    assert seen["reason"] <= {*answered, *REJECTIONS, "other", "poison", "attempts", "budget"}
     assert seen["kind"] == {"prompt", "completion", "reasoning"}
 
 
@@ -215,8 +216,6 @@ def everything_happens(metrics: Metrics, alias: str, variants: list[Variant]) ->
     for variant in answering[1:]:
         metrics.spills.labels(alias, variant.name).inc()
     metrics.floor_rejections.labels(alias).inc()
-    with metrics.waiting.labels(alias):
-        pass
 
 
 def reasons(rung: int, *, pinned: bool) -> tuple[Reason, ...]:
