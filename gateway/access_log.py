@@ -1,9 +1,7 @@
 """One line for each request when it ends: no prompt, no answer, nothing that a client made up but its checked id."""
 
 import asyncio
-import json
 import os
-import re
 import select
 import time
 from collections.abc import Callable
@@ -12,6 +10,7 @@ from types import TracebackType
 from typing import BinaryIO, Literal, Self
 
 import msgspec
+from msgspec import structs
 
 from gateway.metrics import Count
 
@@ -25,7 +24,6 @@ BACKLOG_BYTES = 2**20
 WRITE_BYTES = 4096
 LAST_WAIT_SECONDS = 1.0
 
-_BARE = re.compile(r"[\w.:/@+-]{1,128}")
 _JSON = msgspec.json.Encoder()
 
 
@@ -58,7 +56,7 @@ def plain(entry: Entry, stamp: str) -> bytes:
     """Write a line of logfmt."""
     first = entry.first_token_seconds
     return (
-        f"ts={stamp} request_id={entry.request_id} key={_bare(entry.key)} endpoint={entry.endpoint} "
+        f"ts={stamp} request_id={entry.request_id} key={entry.key} endpoint={entry.endpoint} "
         f"alias={entry.alias} variant={entry.variant} precision={entry.precision} replica={entry.replica} "
         f"reason={entry.reason} code={entry.code} attempts={entry.attempts} queued_seconds={entry.queued_seconds:.3f} "
         f"first_token_seconds={'none' if first is None else f'{first:.3f}'} seconds={entry.seconds:.3f} "
@@ -68,13 +66,15 @@ def plain(entry: Entry, stamp: str) -> bytes:
 
 
 def as_json(entry: Entry, stamp: str) -> bytes:
-    """Write a line of JSON."""
-    return b'{"ts":"' + stamp.encode() + b'",' + _JSON.encode(entry)[1:] + b"\n"
-
-
-def _bare(key: str) -> str:
-    # Operators may name keys as they like, with spaces, too.
-    return key if _BARE.fullmatch(key) else json.dumps(key[:128])
+    """Write a line of JSON, times to the microsecond."""
+    first = entry.first_token_seconds
+    rounded = structs.replace(
+        entry,
+        queued_seconds=round(entry.queued_seconds, 6),
+        first_token_seconds=None if first is None else round(first, 6),
+        seconds=round(entry.seconds, 6),
+    )
+    return b'{"ts":"' + stamp.encode() + b'",' + _JSON.encode(rounded)[1:] + b"\n"
 
 
 @dataclass(slots=True, eq=False)
@@ -87,6 +87,7 @@ class AccessLog:
     stream: BinaryIO
     form: Form
     dropped: Count
+    backlog_bytes: int = BACKLOG_BYTES
     _lines: list[bytes] = field(default_factory=list)
     _bytes: int = 0
     _timer: asyncio.TimerHandle | None = None
@@ -110,7 +111,7 @@ class AccessLog:
         """Tell of a request that ended then, in seconds since 1970."""
         if self.form == "off":
             return
-        if self._bytes >= BACKLOG_BYTES:
+        if self._bytes >= self.backlog_bytes:
             self.dropped.inc()
             return
         line = (plain if self.form == "plain" else as_json)(entry, self._stamped(at_seconds))

@@ -1,9 +1,7 @@
 """One inference endpoint: reads a request, finds who may answer, relays the answer, and accounts for all of it."""
 
 import asyncio
-import os
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from gateway.access_log import Tell
@@ -31,7 +29,7 @@ from gateway.metrics import Metrics
 from gateway.quota import Quota
 from gateway.relay.accounting import Account
 from gateway.relay.exchange import Relay
-from gateway.relay.teller import Teller
+from gateway.relay.teller import Disclosures, Teller
 from gateway.tracing import Tracing
 
 # The first that fits; others are told by their codes, those of the queue.
@@ -48,8 +46,6 @@ _REJECTIONS = (
     (RequestError, "invalid_request"),
 )
 
-REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-
 
 @dataclass(frozen=True, slots=True)
 class Telling:
@@ -58,6 +54,7 @@ class Telling:
     metrics: Metrics
     tell: Tell
     tracing: Tracing
+    disclosures: Disclosures = field(default_factory=Disclosures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +71,10 @@ class InferenceEndpoint:
         """Answer one request; when its client leaves, or the gateway stops, this is cancelled."""
         told = self.telling
         trace = told.tracing.begin(self.endpoint.name, request.headers)
-        account = Account(told.metrics, told.tell, self.endpoint.name, request_id(request), trace=trace)
+        account = Account(told.metrics, told.tell, self.endpoint.name, request.request_id, trace=trace)
         account.caller = caller.name or "none"
         limits = partial(self.quota.headers, caller, account.began_at)
-        with account, Teller(self.endpoint, account, reply, limits) as teller:
+        with account, Teller(self.endpoint, account, reply, told.disclosures, limits) as teller:
             try:
                 if request.refusal is not None:
                     raise request.refusal
@@ -99,7 +96,7 @@ class InferenceEndpoint:
         account.body_bytes = len(request.body)
         request.body = b""  # From here on it is the parsed one that is kept.
         caller.check_model(inference.model)
-        with self.quota.enter(caller, account.read_at) as admission:
+        with self.quota.enter(caller, account.began_at) as admission:
             try:
                 await self._relayed(inference, caller, account, teller)
             finally:
@@ -136,11 +133,3 @@ class InferenceEndpoint:
 def rejection(error: GatewayError) -> str:
     """Why a request was turned away before any replica saw it, as a label."""
     return next((word for kind, word in _REJECTIONS if isinstance(error, kind)), error.code)
-
-
-def request_id(request: Request) -> str:
-    """The id of a request, the same whoever asks: the client's own if it is a sane one, otherwise one made here."""
-    if not request.request_id:
-        given = request.headers.get(b"x-request-id", b"")
-        request.request_id = given.decode() if REQUEST_ID.fullmatch(given) else f"req-{os.urandom(12).hex()}"
-    return request.request_id

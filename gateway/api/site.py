@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from gateway.api.endpoint import InferenceEndpoint, request_id
+from gateway.api.endpoint import InferenceEndpoint
+from gateway.api.request_ids import RequestIds
 from gateway.errors import Draining, GatewayError, RequestError
 from gateway.front import asgi
-from gateway.front.reply import Reply
+from gateway.front.reply import Reply, rendered
 from gateway.front.request import Request
 from gateway.in_force import InForce
 from gateway.keys import ANONYMOUS
@@ -36,6 +37,7 @@ class Site:
     app: asgi.App
     in_force: InForce
     clock: Callable[[], float] = time.time
+    ids: RequestIds = field(default_factory=RequestIds)
     draining: bool = False
 
     def admit(self, request: Request) -> int:
@@ -52,13 +54,14 @@ class Site:
 
     async def answer(self, request: Request, reply: Reply) -> None:
         """Answer, or tell the request's refusal."""
+        request.request_id = self.ids.of(request.headers)
         endpoint = self.endpoints.get(request.path)
         if endpoint is not None:
             await endpoint.answer(request, request.caller or ANONYMOUS, reply)
         elif request.refusal is not None:
             self._refuse(request, reply, request.refusal)
         else:
-            request.headers[b"x-request-id"] = request_id(request).encode()
+            request.headers[b"x-request-id"] = request.request_id.encode()
             await asgi.serve(self.app, request, reply)
 
     def failed(self, request: Request, reply: Reply) -> None:
@@ -68,5 +71,5 @@ class Site:
             self._refuse(request, reply, error)
 
     def _refuse(self, request: Request, reply: Reply, error: GatewayError) -> None:
-        own = (b"x-request-id", request_id(request).encode())
-        reply.whole(error.status, (JSON, *error.headers(), own), error.body())
+        headers = (JSON, *error.headers(), (b"x-request-id", request.request_id.encode()))
+        reply.whole(error.status, rendered(headers), error.body())

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import unquote
 
-from gateway.front.reply import Reply
+from gateway.front.reply import Reply, rendered
 from gateway.front.request import Request
 
 Message = MutableMapping[str, Any]
@@ -35,7 +35,7 @@ async def serve(app: App, request: Request, reply: Reply) -> None:
             body.append(message.get("body", b""))
 
     await app(scope_of(request), receive, send)
-    reply.whole(status, headers, b"".join(body))
+    reply.whole(status, rendered(headers), b"".join(body))
 
 
 def scope_of(request: Request) -> Message:

@@ -7,7 +7,11 @@ from collections.abc import Iterable
 from email.utils import formatdate
 from typing import Protocol
 
-Headers = Iterable[tuple[bytes, bytes]]
+
+def rendered(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Write headers as lines."""
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
+
 
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
 
@@ -76,27 +80,23 @@ class Reply:
         """Wait until the client has read enough; ClientLeft if it doesn't in time."""
         await self._line.drained()
 
-    def whole(self, status: int, headers: Headers, body: bytes) -> None:
-        """Answer at once."""
+    def whole(self, status: int, headers: bytes, body: bytes) -> None:
+        """Answer at once; `headers` are lines."""
         self.begun = self.ended = True
+        said = b"" if self._bodyless else body
         head = self._head(status, headers)
-        head.append(b"content-length: %d\r\n\r\n" % len(body))
-        if not self._bodyless:
-            head.append(body)
-        self._line.write(b"".join(head))
+        self._line.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), said))
 
-    def begin(self, status: int, headers: Headers, data: bytes = b"") -> None:
+    def begin(self, status: int, headers: bytes, data: bytes = b"") -> None:
         """Begin a stream, with its first bytes if they are there."""
         self.begun = True
         self._chunked = self._chunkable
         if not self._chunked:
             # HTTP/1.0 has no chunks: the end of the connection is the end of the answer.
             self.keep_alive = False
-        head = self._head(status, headers)
-        head.append(b"transfer-encoding: chunked\r\n\r\n" if self._chunked else b"\r\n")
-        if data:
-            head.append(self._framed(data))
-        self._line.write(b"".join(head))
+        framing = b"transfer-encoding: chunked\r\n" if self._chunked else b""
+        said = self._framed(data) if data else b""
+        self._line.write(b"%b%b\r\n%b" % (self._head(status, headers), framing, said))
 
     def write(self, data: bytes) -> None:
         """Go on with a stream."""
@@ -111,13 +111,9 @@ class Reply:
         if last:
             self._line.write(last)
 
-    def _head(self, status: int, headers: Headers) -> list[bytes]:
-        head = [_STATUS_LINES[status], self._clock.line()]
-        for name, value in headers:
-            head += (name, b": ", value, b"\r\n")
-        if not self.keep_alive:
-            head.append(b"connection: close\r\n")
-        return head
+    def _head(self, status: int, headers: bytes) -> bytes:
+        closing = b"" if self.keep_alive else b"connection: close\r\n"
+        return b"%b%b%b%b" % (_STATUS_LINES[status], self._clock.line(), headers, closing)
 
     def _framed(self, data: bytes) -> bytes:
         if self._bodyless:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -64,20 +63,13 @@ class Usage(msgspec.Struct):
         )
 
 
-@dataclass(slots=True)
 class Account:
     """Counts a request while the `with` block runs, and books and tells it at the end.
 
     `caller` is the name of its key, `finish` the engine's word for why the answer ended.
     """
 
-    metrics: Metrics
-    tell: Tell
-    endpoint: str
-    request_id: str
-    clock: Callable[[], float] = time.monotonic
-    wall_clock: Callable[[], float] = time.time
-    trace: Trace = NOT_TRACED
+    # Defaults of the class, not of each object: to set them all anew costs more than to book a request.
     caller: str = "none"
     alias: str = UNKNOWN
     choice: Choice | None = None
@@ -90,15 +82,32 @@ class Account:
     begun: bool = False
     told_all: bool = False
     began_at: float = 0.0
-    read_at: float = 0.0
     sent_at: float | None = None
     first_token_seconds: float | None = None
     token_events: int = 0
     last_event_at: float = 0.0
     _served: Served | None = None
 
+    def __init__(
+        self,
+        metrics: Metrics,
+        tell: Tell,
+        endpoint: str,
+        request_id: str,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        trace: Trace = NOT_TRACED,
+    ) -> None:
+        self.metrics = metrics
+        self.tell = tell
+        self.endpoint = endpoint
+        self.request_id = request_id
+        self.clock = clock
+        self.wall_clock = wall_clock
+        self.trace = trace
+
     def __enter__(self) -> Self:
-        self.began_at = self.read_at = self.clock()
+        self.began_at = self.clock()
         self.metrics.in_flight.labels(self.endpoint).value += 1
         return self
 
@@ -126,7 +135,7 @@ class Account:
         """Note that the request goes out; what it took since it was here, without waiting, is our own overhead."""
         now = self.clock()
         if self.sent_at is None:
-            own = now - self.read_at - self.queued_seconds
+            own = now - self.began_at - self.queued_seconds
             self.metrics.overhead_seconds.observe_with(own, self.request_id, self.wall_clock())
         self.sent_at = now
 
@@ -169,7 +178,7 @@ class Account:
         return self.usage.prompt, self.usage.completion, self.usage.reasoning
 
     def _entry(self, seconds: float) -> Entry:
-        choice, first = self.choice, self.first_token_seconds
+        choice = self.choice
         prompt, completion, _ = self._tokens()
         return Entry(
             request_id=self.request_id,
@@ -182,9 +191,9 @@ class Account:
             reason=choice.reason if choice else "none",
             code=self.code,
             attempts=self.attempts,
-            queued_seconds=round(self.queued_seconds, 6),
-            first_token_seconds=None if first is None else round(first, 6),
-            seconds=round(seconds, 6),
+            queued_seconds=self.queued_seconds,
+            first_token_seconds=self.first_token_seconds,
+            seconds=seconds,
             prompt_tokens=prompt,
             completion_tokens=completion,
             estimated=self.usage is None and completion > 0,

@@ -6,6 +6,7 @@ Here and only here does own code stand where a library would do: httpx costs 2,4
 
 import asyncio
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -68,6 +69,8 @@ class Connection(asyncio.Protocol):
         self._keep_alive = True
         self._failure: Exception | None = None
         self._body: list[bytes] = []
+        self._sink: Callable[[bytes], bool] | None = None
+        self._refusal: Exception | None = None  # what a sink raised
         self._body_bytes = 0
         self._paused = False
         self._waiter: asyncio.Future[None] | None = None
@@ -99,12 +102,28 @@ class Connection(asyncio.Protocol):
             if self._complete:
                 return b""
             await self._wait()
-        data = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        self._body.clear()
-        self._body_bytes = 0
-        if self._paused:
-            self._resume()
-        return data
+        return self._taken()
+
+    async def flow(self, sink: Callable[[bytes], bool]) -> bool:
+        """Pour the body into a sink, each piece in the very step in which it arrives; True at its end.
+
+        False: the sink said so, for it is full. Then nothing is poured until this is called again. What a sink raises
+        comes out here. To wake a task for every piece instead costs a third more CPU per streamed token.
+        """
+        while True:
+            if self._body and not self._pour(sink):
+                return False
+            if self._complete:
+                return True
+            self._sink = sink
+            try:
+                await self._wait()
+            finally:
+                full, self._sink = self._sink is None, None
+            if self._refusal is not None:
+                raise self._refusal
+            if full:
+                return False
 
     async def read(self, limit_bytes: int) -> bytes:
         """Read the whole body; UpstreamDisconnected if it is longer than the limit."""
@@ -145,6 +164,9 @@ class Connection(asyncio.Protocol):
         if not self._headers_complete and self.received_bytes > HEADER_LIMIT_BYTES:
             # One header without an end never reaches `on_header`.
             self._fail(UpstreamDisconnected("the headers of a replica's answer have no end"))
+        if self._sink is not None and self._body and self._failure is None:
+            self._pour_now(self._sink)
+            return
         if self._body_bytes > HIGH_WATER_BYTES and not self._paused:
             self._paused = True
             self._transport.pause_reading()
@@ -189,6 +211,31 @@ class Connection(asyncio.Protocol):
             return
         self._keep_alive = self._parser.should_keep_alive() and self._head.delimited
         self._complete = True
+
+    # Handing on
+
+    def _taken(self) -> bytes:
+        data = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        self._body.clear()
+        self._body_bytes = 0
+        if self._paused:
+            self._resume()
+        return data
+
+    def _pour(self, sink: Callable[[bytes], bool]) -> bool:
+        return sink(self._taken())
+
+    def _pour_now(self, sink: Callable[[bytes], bool]) -> None:
+        """Pour what has just arrived; whoever waits in `flow` is woken only if that is the end, or the sink's."""
+        try:
+            going_on = self._pour(sink)
+        except Exception as error:  # noqa: BLE001 - it is raised where it belongs: in the task that waits
+            self._refusal = error
+            going_on = False
+        if not going_on:
+            self._sink = None
+        if not going_on or self._complete:
+            self._wake()
 
     # Waiting
 

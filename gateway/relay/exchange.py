@@ -176,25 +176,12 @@ async def _stream(inference: Inference, manner: Manner, upstream: Connection, ac
     """Pass events on as they arrive, several at once only if they arrived at once."""
     transcript = transcript_of(inference.endpoint, inference.model, wants_usage=inference.wants_usage)
     shaping = Shaping(manner) if inference.endpoint.shapes_reasoning else None
-    cutter = EventCutter()
+    passing = Passing(transcript, shaping, account, teller)
     try:
-        while data := await upstream.more():
-            events = cutter.feed(data)
-            if len(events) == 1:
-                passed = _noted(events[0], transcript, shaping, account)
-            else:
-                passed = b"".join([_noted(event, transcript, shaping, account) for event in events])
-            if transcript.failure is not None:
-                # The error itself is told by whoever judges it: with a status, as long as nothing went out.
-                raise transcript.failure
-            if transcript.finished:
-                # SDKs hang up as soon as they have read the end.
-                account.told_all = True
-            if passed:
-                teller.event(passed)
-                await teller.keep_pace()
+        while not await upstream.flow(passing.pour):
+            await teller.keep_pace()
     except UpstreamError:
-        if not transcript.finished:
+        if transcript.failure is not None or not transcript.finished:
             raise
     finally:
         account.usage, account.finish = transcript.usage, transcript.finish or "none"
@@ -204,13 +191,40 @@ async def _stream(inference: Inference, manner: Manner, upstream: Connection, ac
     teller.end()
 
 
-def _noted(event: bytes, transcript: Transcript, shaping: Shaping | None, account: Account) -> bytes:
-    passed = transcript.passed_on(event)
-    if transcript.tokens:
-        account.token()
-    if shaping is not None:
-        passed = shaping.passed_on(passed)
-    return passed
+class Passing:
+    """What becomes of a stream's bytes on their way to the client, in the step in which they arrive."""
+
+    __slots__ = ("_account", "_cutter", "_shaping", "_teller", "_transcript")
+
+    def __init__(self, transcript: Transcript, shaping: Shaping | None, account: Account, teller: Teller) -> None:
+        self._transcript = transcript
+        self._shaping = shaping
+        self._account = account
+        self._teller = teller
+        self._cutter = EventCutter()
+
+    def pour(self, data: bytes) -> bool:
+        """Pass on what is whole by now; False if the client can't take more. Raises what the stream says went wrong."""
+        events = self._cutter.feed(data)
+        passed = self._told(events[0]) if len(events) == 1 else b"".join([self._told(event) for event in events])
+        transcript = self._transcript
+        if transcript.failure is not None:
+            # The error itself is told by whoever judges it: with a status, as long as nothing went out.
+            raise transcript.failure
+        if transcript.finished:
+            # SDKs hang up as soon as they have read the end.
+            self._account.told_all = True
+        if passed:
+            self._teller.event(passed)
+        return not self._teller.congested
+
+    def _told(self, event: bytes) -> bytes:
+        passed = self._transcript.passed_on(event)
+        if self._transcript.tokens:
+            self._account.token()
+        if self._shaping is not None and passed:
+            passed = self._shaping.passed_on(passed)
+        return passed
 
 
 def request_bytes(

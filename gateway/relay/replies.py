@@ -41,7 +41,9 @@ def renamed(body: bytes, model: str, shape: Callable[[Fields], Fields] | None = 
 
 def finish_of(body: bytes) -> str:
     """Why a whole answer ended; UpstreamError if the engine gave it up, which looks like an answer and is none."""
-    found = _FINISH.search(body)
+    # Near the end, as vLLM writes it; text can't hold it unescaped.
+    begin = max(body.rfind(b'"finish_reason":'), 0)
+    found = _FINISH.search(body, begin)
     finish = found[1].decode() if found else ""
     if finish == "abort":
         raise UpstreamError("a replica gave the answer up in the middle", code="upstream_aborted")

@@ -1,17 +1,48 @@
 """What one client is told: an answer, whole or as a stream; an error as a status, or inside a stream that has begun."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from gateway.api.endpoints import Endpoint
 from gateway.api.sse import KEEP_ALIVE, error_event
 from gateway.errors import GatewayError
-from gateway.front.reply import Headers, Reply
+from gateway.front.reply import Reply, rendered
 from gateway.relay.accounting import Account
+from gateway.routing.ladder import Choice
 
-JSON = (b"content-type", b"application/json")
-EVENTS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
+JSON = b"content-type: application/json\r\n"
+EVENTS = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
+MOST_DISCLOSURES = 10_000
+
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+class Disclosures:
+    """Header lines that say who answers and why, made once for each replica and reason."""
+
+    __slots__ = ("_lines",)
+
+    def __init__(self) -> None:
+        self._lines: dict[tuple[str, str, str], bytes] = {}
+
+    def of(self, choice: Choice) -> bytes:
+        """The lines of a choice."""
+        key = (choice.replica.id, choice.variant.name, choice.reason)
+        return self._lines.get(key) or self._made(key, choice)
+
+    def _made(self, key: tuple[str, str, str], choice: Choice) -> bytes:
+        if len(self._lines) >= MOST_DISCLOSURES:
+            self._lines.clear()  # Replicas come and go; those that are there are made again.
+        lines = rendered(
+            (
+                (b"x-quantgate-variant", choice.variant.name.encode()),
+                (b"x-quantgate-precision", choice.variant.precision.encode()),
+                (b"x-quantgate-replica", choice.replica.id.encode()),
+                (b"x-quantgate-reason", choice.reason.encode()),
+            )
+        )
+        return self._lines.setdefault(key, lines)
 
 
 class Teller:
@@ -20,14 +51,20 @@ class Teller:
     A client that has had comments only has been told nothing yet: another replica may still be tried.
     """
 
-    __slots__ = ("_account", "_beat", "_endpoint", "_heartbeat_seconds", "_limits", "_reply")
+    __slots__ = ("_account", "_beat", "_disclosures", "_endpoint", "_heartbeat_seconds", "_limits", "_reply")
 
     def __init__(
-        self, endpoint: Endpoint, account: Account, reply: Reply, limits: Callable[[], Headers] = lambda: ()
+        self,
+        endpoint: Endpoint,
+        account: Account,
+        reply: Reply,
+        disclosures: Disclosures,
+        limits: Callable[[], Headers],
     ) -> None:
         self._endpoint = endpoint
         self._account = account
         self._reply = reply
+        self._disclosures = disclosures
         self._limits = limits  # what the client's key has left, as headers
         self._heartbeat_seconds = 0.0
         self._beat: asyncio.TimerHandle | None = None
@@ -47,7 +84,7 @@ class Teller:
     def whole(self, body: bytes) -> None:
         """Answer at once."""
         self._account.begun = True
-        self._reply.whole(200, (JSON, *self._own_headers()), body)
+        self._reply.whole(200, self._head(JSON), body)
 
     def event(self, data: bytes) -> None:
         """Go on with a stream, which begins with its first event."""
@@ -61,16 +98,20 @@ class Teller:
         else:
             self._account.begun = True
             self._still()
-            self._reply.begin(200, (*EVENTS, *self._own_headers()), data)
+            self._reply.begin(200, self._head(EVENTS), data)
 
     def end(self) -> None:
         """End a stream that has told all."""
         self._reply.end()
 
+    @property
+    def congested(self) -> bool:
+        """Tell whether the client reads slower than it is told."""
+        return self._reply.congested
+
     async def keep_pace(self) -> None:
         """Wait until the client has read enough; ClientLeft if it doesn't in time."""
-        if self._reply.congested:
-            await self._reply.drained()
+        await self._reply.drained()
 
     def refuse(self, error: GatewayError) -> None:
         """Tell an error, in whatever way is left."""
@@ -81,11 +122,11 @@ class Teller:
             self._reply.end(error_event(self._endpoint, error))
             return
         body = error.anthropic_body() if self._endpoint.errors == "anthropic" else error.body()
-        self._reply.whole(error.status, (JSON, *error.headers(), *self._own_headers()), body)
+        self._reply.whole(error.status, self._head(JSON + rendered(error.headers())), body)
 
     def _heartbeat(self) -> None:
         if not self._reply.begun:
-            self._reply.begin(200, (*EVENTS, *self._own_headers()))
+            self._reply.begin(200, self._head(EVENTS))
         self._reply.write(KEEP_ALIVE)
         self._account.metrics.heartbeats.inc()
         self._beat = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._heartbeat)
@@ -95,27 +136,21 @@ class Teller:
             self._beat.cancel()
             self._beat = None
 
-    def _own_headers(self) -> list[tuple[bytes, bytes]]:
+    def _head(self, first: bytes) -> bytes:
         """The request's id, and who answers and why: nobody is sent to a quantized copy without being told."""
-        request_id = self._account.request_id.encode()
-        headers = [(b"x-request-id", request_id), *self._limits()]
+        account = self._account
+        request_id = account.request_id.encode()
+        named = b"x-request-id: %b\r\n" % request_id
         if self._endpoint.errors == "anthropic":
-            headers.append((b"request-id", request_id))
-        headers += [(b"x-quantgate-" + name, value.encode()) for name, value in self._disclosure()]
-        return headers
+            named += b"request-id: %b\r\n" % request_id
+        if limits := self._limits():
+            named += rendered(limits)
+        if account.choice is not None:
+            named += b"%bx-quantgate-attempts: %d\r\n" % (self._disclosures.of(account.choice), account.attempts)
+        return first + named
 
     def _disclosure_comment(self) -> bytes:
-        told = b" ".join(b"%b=%b" % (name, value.encode()) for name, value in self._disclosure())
-        return b": quantgate %b\n\n" % told
-
-    def _disclosure(self) -> list[tuple[bytes, str]]:
         choice = self._account.choice
-        if choice is None:
-            return []
-        return [
-            (b"variant", choice.variant.name),
-            (b"precision", choice.variant.precision),
-            (b"replica", choice.replica.id),
-            (b"attempts", str(self._account.attempts)),
-            (b"reason", choice.reason),
-        ]
+        assert choice is not None
+        told = self._disclosures.of(choice).replace(b"\r\n", b" ").replace(b"x-quantgate-", b"").replace(b": ", b"=")
+        return b": quantgate %battempts=%d\n\n" % (told, self._account.attempts)

@@ -1,5 +1,7 @@
 """What is booked for a request, by a clock that a test moves."""
 
+from dataclasses import dataclass, field
+
 import pytest
 
 from config.variant import QualityMeasures, Variant
@@ -7,6 +9,7 @@ from gateway.access_log import Entry
 from gateway.metrics import Metrics
 from gateway.relay.accounting import Account, CompletionDetails, Usage
 from gateway.routing.ladder import Choice, Reason
+from gateway.tracing import Headers
 from serving.replica import Replica
 
 
@@ -45,7 +48,6 @@ def test_a_stream() -> None:
     account = Account(metrics, lambda *line: told.append(line), "chat.completions", "r-1", clock, lambda: 1e9)
     with account:
         assert value(metrics, "requests_in_flight", endpoint="chat.completions") == 1
-        clock.now += 5  # the client sends its body slowly, which is none of our doing
         account.alias = "smol"
         clock.now += 2
         account.queued_seconds = 2
@@ -64,10 +66,10 @@ def test_a_stream() -> None:
     assert value(metrics, "requests_total", **outcome) == 1
     assert value(metrics, "overhead_seconds_sum") == 0.25
     assert value(metrics, "queue_seconds_sum", alias="smol") == 2
-    assert value(metrics, "time_to_first_token_seconds_sum", **SERVED) == 8.25
+    assert value(metrics, "time_to_first_token_seconds_sum", **SERVED) == 3.25
     assert value(metrics, "inter_token_latency_seconds_sum", **SERVED) == 1.0
     assert value(metrics, "inter_token_latency_seconds_count", **SERVED) == 2
-    assert value(metrics, "request_seconds_sum", **SERVED) == 10.25
+    assert value(metrics, "request_seconds_sum", **SERVED) == 5.25
     tokens = [value(metrics, "tokens_total", **SERVED, kind=kind) for kind in ("prompt", "completion", "reasoning")]
     assert tokens == [10, 3, 1]
     entry = Entry(
@@ -82,8 +84,8 @@ def test_a_stream() -> None:
         code="200",
         attempts=1,
         queued_seconds=2.0,
-        first_token_seconds=8.25,
-        seconds=10.25,
+        first_token_seconds=3.25,
+        seconds=5.25,
         prompt_tokens=10,
         completion_tokens=3,
         estimated=False,
@@ -144,6 +146,27 @@ def test_usage_that_is_null() -> None:
         account.chose(choice())
         account.usage = Usage(None, None, CompletionDetails(None))
     assert value(metrics, "tokens_total", **SERVED, kind="completion") == 0
+
+
+@dataclass(slots=True)
+class KeptTrace:
+    """Keeps what it is told."""
+
+    headers: Headers = ()
+    ended: list[Entry] = field(default_factory=list)
+
+    def end(self, entry: Entry) -> None:
+        """Keep it."""
+        self.ended.append(entry)
+
+
+def test_log_and_trace_are_told_the_same() -> None:
+    """Both get the one entry, at the end."""
+    told, trace = list[Entry](), KeptTrace()
+    with Account(Metrics(), lambda entry, _: told.append(entry), "completions", "r-7", trace=trace):
+        assert not trace.ended
+    assert trace.ended == told
+    assert len(told) == 1
 
 
 def test_a_stream_cut_short() -> None:

@@ -45,7 +45,9 @@ class Echo:
         """Answer, or tell the refusal."""
         self.begun.append(request.path)
         if request.refusal is not None:
-            reply.whole(request.refusal.status, [(b"x-code", request.refusal.code.encode())], request.refusal.body())
+            reply.whole(
+                request.refusal.status, b"x-code: %b\r\n" % request.refusal.code.encode(), request.refusal.body()
+            )
             return
         try:
             await self._answer(request, reply)
@@ -57,21 +59,21 @@ class Echo:
         if request.path == b"/wait":
             await self.go.wait()
         if request.path == b"/stream":
-            reply.begin(200, [], b"one")
+            reply.begin(200, b"", b"one")
             reply.write(b"two")
             reply.end(b"three")
         elif request.path == b"/flood":
-            reply.begin(200, [])
+            reply.begin(200, b"")
             while True:
                 reply.write(b"x" * 65536)
                 await (reply.drained() if reply.congested else asyncio.sleep(0))
         else:
-            reply.whole(200, [], b"%b %b %d" % (request.method, request.target, len(request.body)))
+            reply.whole(200, b"", b"%b %b %d" % (request.method, request.target, len(request.body)))
 
     def failed(self, request: Request, reply: Reply) -> None:
         """Tell that it failed."""
         if not reply.begun:
-            reply.whole(500, [], b"failed")
+            reply.whole(500, b"", b"failed")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
-from prometheus_client.openmetrics.exposition import generate_latest
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from gateway.metrics.instruments import EXEMPLAR_CHARACTERS, OTHER, Instruments
@@ -51,7 +51,8 @@ def test_exemplars() -> None:
     for value, request_id, at in ((0.3, "r-1", 10.0), (0.4, "r-2", 11.5), (99.0, "r" * EXEMPLAR_CHARACTERS, 12.0)):
         own.observe_with(value, request_id, at)
     own.observe_with(0.05, "r" * (EXEMPLAR_CHARACTERS + 1), 13.0)
-    (family,) = text_string_to_metric_families(generate_latest(registry).decode())
+    encode, _ = choose_encoder("application/openmetrics-text; version=1.0.0")
+    (family,) = text_string_to_metric_families(encode(registry).decode())  # type: ignore[no-untyped-call]
     told = {
         sample.labels["le"]: (
             sample.exemplar.labels["request_id"],
@@ -82,7 +83,8 @@ def test_no_more_children_than_that(make: Callable[[Instruments], Any]) -> None:
     assert len(set(map(id, children))) == 4
     assert family.labels("a2", "200") is children[2]
     assert family.labels("one more", "200") is family.labels(OTHER, OTHER) is children[9]
-    seen = {tuple(sample.labels[name] for name in ("alias", "code")) for sample in next(registry.collect()).samples}
+    (metric,) = registry.collect()
+    seen = {tuple(sample.labels[name] for name in ("alias", "code")) for sample in metric.samples}
     assert seen == {("a0", "200"), ("a1", "200"), ("a2", "200"), (OTHER, OTHER)}
 
 

@@ -83,7 +83,8 @@ async def test_labels_come_from_the_configuration(fleet: Fleet, fake: FakeReplic
     assert seen["variant"] <= {*CONFIG["variants"], "none"}
     assert seen["precision"] <= {"bf16", "int8", "int4", "fp8", "none"}
     assert seen["endpoint"] <= {"chat.completions", "completions"}
-    assert seen["reason"] <= {"preferred", "floor", "pinned", "fallback", "none"}
+    answered = {"preferred", "floor", "pinned", "fallback", "none"}
+    assert seen["reason"] <= {*answered, *REJECTIONS, "other", "poison", "attempts", "budget"}
     assert seen["kind"] == {"prompt", "completion", "reasoning"}
 
 
@@ -163,7 +164,7 @@ async def test_exemplars_for_who_can_read_them(fleet: Fleet, fake: FakeReplica) 
     assert answer.headers["content-type"].startswith(OPENMETRICS)
     told = {
         sample.name: sample.exemplar.labels
-        for family in openmetrics_families(answer.text)
+        for family in openmetrics_families(answer.text)  # type: ignore[no-untyped-call]
         for sample in family.samples
         if sample.exemplar and sample.labels.get("alias") == "lo"
     }
@@ -201,23 +202,27 @@ def everything_happens(metrics: Metrics, alias: str, variants: list[Variant]) ->
     answering = [] if alias == UNKNOWN else [each for each in variants if not pinned or each.name == alias]
     endings: list[tuple[Variant, Reason]] = []
     for rung, variant in enumerate(answering):
-        reasons: tuple[Reason, ...] = ("floor", "fallback", "spill", "canary") if rung else ("preferred", "canary")
-        endings += [(variant, reason) for reason in (("pinned",) if pinned else reasons)]
+        endings += [(variant, reason) for reason in reasons(rung, pinned=pinned)]
     for endpoint in ("chat.completions", "completions"):
         for code in UNANSWERED:
             ended(metrics, alias, endpoint, code, None)
         for (variant, reason), code in product(endings, ANSWERED):
             choice = Choice(Replica("r", variant.name, variant.precision, "http://x", "m"), variant, reason)
             ended(metrics, alias, endpoint, code, choice)
-    for reason in REJECTIONS:
-        metrics.rejected(alias, reason)
+    for why in REJECTIONS:
+        metrics.rejected(alias, why)
     for code in ("overloaded", "upstream_error", "upstream_unreachable", "upstream_disconnected", "upstream_timeout"):
         metrics.retries.labels(alias, code).inc()
     for variant in answering[1:]:
         metrics.spills.labels(alias, variant.name).inc()
     metrics.floor_rejections.labels(alias).inc()
-    with metrics.waiting.labels(alias):
-        pass
+
+
+def reasons(rung: int, *, pinned: bool) -> tuple[Reason, ...]:
+    """Why a rung may answer."""
+    if pinned:
+        return ("pinned",)
+    return ("floor", "fallback", "spill", "canary") if rung else ("preferred", "canary")
 
 
 def ended(metrics: Metrics, alias: str, endpoint: str, code: str, choice: Choice | None) -> None:
@@ -243,7 +248,7 @@ async def test_a_reason_that_somebody_made_up() -> None:
 
 async def test_a_loop_that_is_held_up() -> None:
     """The lag is what the loop was late, and nothing is left running."""
-    lag = Distribution((0.02, 1.0))
+    lag, before = Distribution((0.02, 1.0)), asyncio.all_tasks()
     async with LoopLag(lag, every_seconds=0.001):
         await eventually(lambda: sum(lag.counts) > 0)
         until = time.monotonic() + 0.05
@@ -251,4 +256,4 @@ async def test_a_loop_that_is_held_up() -> None:
             pass  # as something does that blocks
         await eventually(lambda: sum(lag.counts[1:]) > 0)
     assert lag.sum > 0.02
-    assert not [task for task in asyncio.all_tasks() if task.get_name() == "loop lag"]
+    assert asyncio.all_tasks() == before

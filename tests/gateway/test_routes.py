@@ -4,7 +4,6 @@ import httpx
 import pytest
 
 from config.schema import LimitSettings
-from gateway.api.endpoint import request_id
 from gateway.api.site import Site
 from gateway.front.reply import Reply
 from gateway.front.request import Request
@@ -115,7 +114,8 @@ class Broken:
 
     async def answer(self, request: Request, reply: Reply) -> None:
         """Fail in a way that nobody foresaw, after the request got its id."""
-        self.noted.append(request_id(request))
+        request.request_id = self.site.ids.of(request.headers)
+        self.noted.append(request.request_id)
         raise ZeroDivisionError("a secret of ours")
 
     def failed(self, request: Request, reply: Reply) -> None:
