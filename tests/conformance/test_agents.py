@@ -1,4 +1,4 @@
-"""What coding agents send, as recorded: their bodies reach the replica whole, and their streams come back."""
+"""Bodies in the form that coding agents send, written by hand: they reach the replica whole, and streams come back."""
 
 import json
 from pathlib import Path
