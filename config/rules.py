@@ -42,6 +42,12 @@ def _gateway(settings: Settings) -> Iterator[Violation]:
             f"{gateway.listen} is reachable from other machines, but there are no keys",
             "set gateway.keys, or listen on 127.0.0.1",
         )
+    if gateway.admin.rpartition(":")[0] not in LOOPBACK and gateway.admin_key is None:
+        yield Violation(
+            ("gateway", "admin"),
+            f"{gateway.admin} is reachable from other machines, but there is no admin_key",
+            "set gateway.admin_key, or use 127.0.0.1",
+        )
     if gateway.listen == gateway.admin and port != "0":
         yield Violation(("gateway", "admin"), "the same address as gateway.listen", "choose another port")
 

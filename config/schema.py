@@ -98,6 +98,7 @@ class GatewaySettings(Table):
 
     listen: Address = "127.0.0.1:8000"
     admin: Address = "127.0.0.1:8001"
+    admin_key: SecretStr | None = None
     state: Annotated[str, Field(pattern=r"^(sqlite|postgresql(\+\w+)?)://")] = "sqlite:///state.db"
     keys: str | None = None
     access_log: Literal["plain", "json", "off"] = "plain"

@@ -11,7 +11,7 @@ from socket import socket
 from config.schema import GatewaySettings
 from config.variant import goldens
 from gateway.access_log import AccessLog
-from gateway.admin import admin_app
+from gateway.admin import Shown, admin_app, guarded
 from gateway.api.endpoint import InferenceEndpoint, Telling
 from gateway.api.endpoints import ENDPOINTS
 from gateway.api.routes import client_app
@@ -100,7 +100,8 @@ async def gateway(
             for endpoint in ENDPOINTS.values()
         }
         site = Site(endpoints, client_app(in_force, registry), in_force)
-        await stack.enter_async_context(listen(admin_app(in_force, registry, metrics, site), taken.admin))
+        shown = Shown(in_force, registry, metrics, site, dispatch.breaker_states, dispatch.waiting)
+        await stack.enter_async_context(listen(guarded(admin_app(shown), settings.admin_key), taken.admin))
         front = Front(site, settings.memory_bytes, cut=lambda reason: metrics.clients_cut.labels(reason).inc())
         await stack.enter_async_context(serving_clients(front, taken.client, settings.drain_seconds))
         addresses = Addresses(address_of(taken.client), address_of(taken.admin))
@@ -174,7 +175,7 @@ async def following(path: Path | None, served: Gateway, take: Take) -> AsyncIter
 
     async def apply() -> None:
         deployment = read_deployment(path)
-        for option in ("listen", "admin", "state", "keys", "access_log", "tracing"):
+        for option in ("listen", "admin", "admin_key", "state", "keys", "access_log", "tracing"):
             if getattr(deployment.settings.gateway, option) != getattr(first.settings.gateway, option):
                 log.warning("gateway.%s takes effect at the next start", option)
 

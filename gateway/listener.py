@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 import uvicorn
-from fastapi import FastAPI
 
 from config.errors import ConfigError
+from gateway.guard import App
 
 GRACE_SECONDS = 30
 KEEP_ALIVE_SECONDS = 75
@@ -60,7 +60,7 @@ def address_of(listening: socket.socket) -> str:
 
 
 @asynccontextmanager
-async def listen(app: FastAPI, listening: socket.socket) -> AsyncIterator[None]:
+async def listen(app: App, listening: socket.socket) -> AsyncIterator[None]:
     """Serve an app; at the end, running requests may finish for a while."""
     config = uvicorn.Config(
         app,

@@ -26,15 +26,16 @@ def client_app(in_force: InForce, registry: Registry) -> FastAPI:
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> Response:
-        """Aliases first, then the variants that a client may pin."""
-        catalog = in_force.catalog
-        models = [_model(name, catalog, registry, created) for name in catalog.names()]
+        """Those that the client's key may use: aliases first, then the variants to pin."""
+        catalog, caller = in_force.catalog, request.state.caller
+        models = [_model(name, catalog, registry, created) for name in catalog.names() if caller.allows(name)]
         return _answer(request, {"object": "list", "data": models})
 
     @app.get("/v1/models/{model:path}")
     async def show_model(model: str, request: Request) -> Response:
         """One of them."""
         catalog = in_force.catalog
+        request.state.caller.check_model(model)
         return _answer(request, _model(catalog.resolve(model).name, catalog, registry, created))
 
     app.add_exception_handler(GatewayError, _refused)

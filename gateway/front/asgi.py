@@ -54,4 +54,5 @@ def scope_of(request: Request) -> Message:
         "headers": list(request.headers.items()),
         "client": None,
         "server": None,
+        "state": {"caller": request.caller},
     }

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from config.errors import ConfigError
 from config.rules import closest
-from config.schema import NO_FLOOR, Floor, Name, Table
+from config.schema import NO_FLOOR, Floor, Name
 from gateway.keys.authentication import Issued, Keys
 from gateway.keys.caller import Caller
 
@@ -44,8 +44,10 @@ Count = Annotated[int, Field(strict=True, ge=1, le=10**12)]
 Moment = Annotated[datetime, BeforeValidator(as_time)]
 
 
-class Terms(Table):
+class Terms(BaseModel):
     """How far a key reaches; what isn't said isn't limited, but for `may`: what isn't named is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     aliases: tuple[Name, ...] | None = None  # or variants
     floor: Floor = NO_FLOOR

@@ -171,6 +171,12 @@ class Account:
             # Who gave up waiting, too: the longest waits are theirs.
             self.metrics.queue_seconds.labels(self.alias).observe_with(self.queued_seconds, self.request_id, at)
 
+    @property
+    def tokens(self) -> int:
+        """All that were read and generated; of a stream cut short what came of it."""
+        prompt, completion, _ = self._tokens()
+        return prompt + completion
+
     def _tokens(self) -> tuple[int, int, int]:
         """Prompt, completion and reasoning; of a stream cut short what came of it, an event for a token."""
         if self.usage is None:

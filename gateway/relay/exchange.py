@@ -231,7 +231,7 @@ def request_bytes(
     inference: Inference, replica: Replica, account: Account, pool: Pool, *, token_ids: bool = False
 ) -> bytes:
     """Write the request that a replica gets; of the client's headers only its trace context goes along."""
-    body = inference.body_for(replica.served_name, token_ids=token_ids)
+    body = inference.body_for(replica.served_name, token_ids=token_ids, context_tokens=replica.max_model_len_tokens)
     credential = f"authorization: Bearer {replica.api_key}\r\n" if replica.api_key else ""
     head = (
         f"POST {inference.endpoint.path} HTTP/1.1\r\n"

@@ -11,7 +11,7 @@ from config.load import known_keys, load_settings
 from config.schema import Settings, Table, parse_size_bytes
 
 EXAMPLE = Path(__file__).parents[2] / "config" / "example.yaml"
-SECRETS = {"REPLICA_KEY": "s3cret"}
+SECRETS = {"REPLICA_KEY": "s3cret", "ADMIN_KEY": "operators"}
 
 
 def write(folder: Path, text: str) -> Path:
@@ -78,6 +78,13 @@ def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
             ],
         ),
         (
+            "gateway: {admin: '0.0.0.0:8001'}\n",
+            [
+                "f:1:11: gateway.admin: 0.0.0.0:8001 is reachable from other machines, but there is no admin_key; "
+                "set gateway.admin_key, or use 127.0.0.1"
+            ],
+        ),
+        (
             "gateway: {limits: {body_bytes: 3 kg}}\n",
             ["f:1:20: gateway.limits.body_bytes: '3 kg' is no size; write a number with B, KiB, MiB, GiB, KB, MB, GB"],
         ),
@@ -111,7 +118,10 @@ def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ),
         (
             "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, url: 'http://h:1/v1'}\n",
-            ["f:3:16: replicas.0.url: 'http://h:1/v1' is no replica address; write http://host:port, without /v1"],
+            [
+                "f:3:16: replicas.0.url: 'http://h:1/v1' is no replica address; write http://host:port, without /v1, "
+                "or unix:///path"
+            ],
         ),
         (
             "variants: {a: {path: /m}}\naliases: {a: {ladder: [a]}}\n",

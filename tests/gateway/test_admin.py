@@ -1,12 +1,14 @@
 """The operators' port."""
 
 import asyncio
+from hashlib import sha256
 from typing import Any
 
 import httpx
 import pytest
 
 from gateway.app import gateway_alone
+from gateway.keys import StoredKey, keys_in_force
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS, POLL_SECONDS, running_fake
 from tests.gateway.fleet import HELLO, Fleet, clients, deployment, running_gateway
@@ -50,7 +52,46 @@ async def test_replicas_are_shown(fleet: Fleet) -> None:
     finally:
         fleet.registry.remove("hi-0")
     shown = {"id": "hi-0", "variant": "hi", "precision": "bf16", "url": "http://x"}
-    assert answer.json() == [{**shown, "state": "failed", "reason": "crashed", "in_flight": 0}]
+    assert answer.json() == [{**shown, "state": "failed", "reason": "crashed", "in_flight": 0, "breaker": "closed"}]
+
+
+async def test_who_waits_is_shown(fleet: Fleet) -> None:
+    """How long the lines are, by alias."""
+    with fleet.replicas(("hi", "http://127.0.0.1:9"), state=State.STARTING):
+        asking = asyncio.create_task(fleet.ask())
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while (await fleet.admin.get("/admin/queue")).json() != {"smol": 1}:  # noqa: ASYNC110
+                await asyncio.sleep(POLL_SECONDS)
+        assert await fleet.total("quantgate_waiting", alias="smol") == 1
+        asking.cancel()
+        await fleet.at_rest()
+    assert (await fleet.admin.get("/admin/queue")).json() == {}
+
+
+PATHS = ("/metrics", "/admin/replicas", "/admin/queue", "/admin/openapi.json", "/nowhere")
+
+
+@pytest.mark.parametrize("headers", [{"origin": "http://evil.example"}, {"sec-fetch-site": "cross-site"}])
+@pytest.mark.parametrize("path", PATHS)
+async def test_no_web_page_reads_it(fleet: Fleet, path: str, headers: dict[str, str]) -> None:
+    """A page that somebody's browser shows can't ask what only its owner may."""
+    answer = await fleet.admin.get(path, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "browser_refused")
+    assert (await fleet.admin.get(path, headers={"sec-fetch-site": "none"})).status_code in {200, 404}
+
+
+async def test_its_key_is_its_own() -> None:
+    """With a key in force nothing but the probes answers without it; a client's key is none."""
+    settings = {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "admin_key": "operators"}
+    keys = keys_in_force({"alice": StoredKey(sha256=(sha256(b"clients").hexdigest(),))})
+    async with running_gateway(deployment({"gateway": settings}, keys)) as fleet:
+        for key, status in ((None, 401), ("clients", 401), ("operators", 200)):
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            for path in ("/metrics", "/admin/replicas", "/admin/openapi.json"):
+                assert (await fleet.admin.get(path, headers=headers)).status_code == status
+            assert (await fleet.admin.get("/livez", headers=headers)).status_code == 200
+            assert (await fleet.admin.get("/readyz", headers=headers)).status_code == 503
+        assert (await fleet.client.get("/v1/models", headers={"x-api-key": "operators"})).status_code == 401
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/docs", "/openapi.json"])

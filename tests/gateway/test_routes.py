@@ -1,5 +1,7 @@
 """The allow-list of what clients may call."""
 
+from hashlib import sha256
+
 import httpx
 import pytest
 
@@ -14,7 +16,7 @@ from gateway.listener import address_of, bind
 from gateway.routing.catalog import Catalog
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS
-from tests.gateway.fleet import CHAT, Fleet, deployment, error_of, running_gateway
+from tests.gateway.fleet import CHAT, HELLO, Fleet, deployment, error_of, running_gateway
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -98,6 +100,22 @@ async def test_models_are_guarded_too() -> None:
             assert (answer.status_code, error_of(answer)["code"]) == (401, "invalid_api_key")
             assert answer.headers["www-authenticate"] == "Bearer"
         assert (await fleet.admin.get("/livez")).status_code == 200
+
+
+async def test_a_key_sees_what_it_may_use() -> None:
+    """The list has only names that the key may use; what it may not is refused before it is looked up."""
+    stored = StoredKey(sha256=(sha256(b"qg-bob").hexdigest(),), aliases=("smol", "lo"))
+    async with running_gateway(deployment(keys=keys_in_force({"bob": stored}))) as fleet:
+        own = {"authorization": "Bearer qg-bob"}
+        listed = (await fleet.client.get("/v1/models", headers=own)).json()["data"]
+        assert [model["id"] for model in listed] == ["smol", "lo"]
+        assert (await fleet.client.get("/v1/models/lo", headers=own)).status_code == 200
+        for name in ("hi", "no-such-model"):
+            for answer in (
+                await fleet.client.get(f"/v1/models/{name}", headers=own),
+                await fleet.ask({**HELLO, "model": name}, own),
+            ):
+                assert (answer.status_code, error_of(answer)["code"]) == (403, "model_not_allowed")
 
 
 class Broken:

@@ -1,0 +1,153 @@
+"""Several gateway processes on one port."""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from gateway.workers import Place
+from tests.fakes.running import DEADLINE_SECONDS, HOST, POLL_SECONDS, ROOT, FakeReplica
+from tests.gateway.fleet import CHAT, HELLO
+
+session_loop = pytest.mark.asyncio(loop_scope="session")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports in a row that nobody listens on now."""
+    while True:
+        with socket.create_server((HOST, 0)) as first:
+            begin = first.getsockname()[1]
+        with ExitStack() as taken, suppress(OSError):
+            for number in range(count):
+                taken.enter_context(socket.create_server((HOST, begin + number)))
+            return [begin + number for number in range(count)]
+
+
+@dataclass(frozen=True)
+class Crew:
+    """A parent with two workers."""
+
+    process: Process
+    client: str
+    admins: tuple[str, str]
+
+    async def pids(self) -> list[int]:
+        """The workers' processes."""
+        return [
+            int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        ]
+
+    async def answers(self, count: int) -> list[bool]:
+        """Whether each of so many workers is alive and ready."""
+        async with httpx.AsyncClient(timeout=DEADLINE_SECONDS, trust_env=False) as client:
+            ready = []
+            for admin in self.admins[:count]:
+                try:
+                    ready.append((await client.get(f"{admin}/readyz")).status_code == 200)
+                except httpx.TransportError:
+                    ready.append(False)
+            return ready
+
+    async def ready(self) -> None:
+        """Wait until both are."""
+        async with asyncio.timeout(2 * DEADLINE_SECONDS):
+            while await self.answers(2) != [True, True]:  # noqa: ASYNC110 - other processes' progress
+                await asyncio.sleep(POLL_SECONDS)
+
+
+@asynccontextmanager
+async def crew(folder: Path, fake: FakeReplica) -> AsyncIterator[Crew]:
+    """Two workers in front of a replica."""
+    client, first, second = free_ports(3)
+    settings = {
+        "gateway": {"listen": f"{HOST}:{client}", "admin": f"{HOST}:{first}", "drain_seconds": 5},
+        "variants": {"hi": {"precision": "bf16"}},
+        "replicas": [{"variant": "hi", "url": fake.url}],
+        "aliases": {"smol": {"ladder": ["hi"]}},
+    }
+    config = folder / "quantgate.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "quantgate", "gateway", str(config), "--workers", "2"),
+        cwd=ROOT,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        yield Crew(process, f"http://{HOST}:{client}", (f"http://{HOST}:{first}", f"http://{HOST}:{second}"))
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        async with asyncio.timeout(2 * DEADLINE_SECONDS):
+            await process.wait()
+
+
+async def gone(pids: list[int]) -> None:
+    """Wait until none of these processes is there."""
+    async with asyncio.timeout(2 * DEADLINE_SECONDS):
+        while any(Path(f"/proc/{pid}").exists() and _lives(pid) for pid in pids):  # noqa: ASYNC110 - other processes' progress
+            await asyncio.sleep(POLL_SECONDS)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@session_loop
+async def test_two_workers(tmp_path: Path, fake: FakeReplica) -> None:
+    """Both answer on the one port, one that dies is started again, and all end in order when the parent is told to."""
+    async with crew(tmp_path, fake) as running:
+        await running.ready()
+        before = await running.pids()
+        assert len(before) == 2
+        for _ in range(30):  # connections of their own, which the kernel spreads
+            async with httpx.AsyncClient(timeout=DEADLINE_SECONDS, trust_env=False) as client:
+                assert (await client.post(f"{running.client}{CHAT}", json=HELLO)).status_code == 200
+        async with httpx.AsyncClient(timeout=DEADLINE_SECONDS, trust_env=False) as client:
+            pages = [(await client.get(f"{admin}/metrics")).text for admin in running.admins]
+        assert all('quantgate_requests_total{alias="smol"' in page for page in pages)
+        os.kill(before[0], signal.SIGKILL)
+        async with asyncio.timeout(2 * DEADLINE_SECONDS):
+            while before[0] in await running.pids():  # noqa: ASYNC110 - other processes' progress
+                await asyncio.sleep(POLL_SECONDS)
+        await running.ready()
+        after = await running.pids()
+    assert running.process.returncode == 0
+    await gone([*before, *after])
+
+
+@session_loop
+async def test_workers_do_not_outlive_their_parent(tmp_path: Path, fake: FakeReplica) -> None:
+    """However the parent ends."""
+    async with crew(tmp_path, fake) as running:
+        await running.ready()
+        pids = await running.pids()
+        running.process.kill()
+        await running.process.wait()
+        await gone(pids)
+
+
+@pytest.mark.parametrize("text", ["1/1", "2/4"])
+def test_places(text: str) -> None:
+    """A place is written as it is read, and has its share."""
+    place = Place.parse(text)
+    assert (str(place), place.share) == (text, 1 / place.of)
+
+
+@pytest.mark.parametrize("text", ["", "0/1", "3/2", "a/b", "1"])
+def test_no_places(text: str) -> None:
+    """What isn't a place is refused."""
+    with pytest.raises(ValueError, match=r"invalid literal|is no place"):
+        Place.parse(text)
