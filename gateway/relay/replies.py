@@ -18,22 +18,29 @@ FULL = frozenset({429, 503})
 
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
+_NULL = msgspec.Raw(b"null")
+
+
+class _Failure(msgspec.Struct):
+    error: Any = None
 
 
 _USAGE = msgspec.json.Decoder(Usage | None)
-
+_FAILURE = msgspec.json.Decoder(_Failure)
 
 # Whole answers of chat and completions, responses, and messages: each in its own words.
 _FINISH = re.compile(rb'"(?:finish_reason|stop_reason|status)"\s*:\s*"([a-z_]{1,32})"')
 
 
 def renamed(body: bytes, model: str, shape: Callable[[Fields], Fields] | None = None) -> tuple[bytes, Usage | None]:
-    """Put the asked model's name into a whole answer, and shape the rest; UpstreamError if it is no JSON object."""
+    """Put the asked model's name into a whole answer, and shape the rest; GatewayError if it is none."""
     try:
         fields = _FIELDS.decode(body)
         usage = _USAGE.decode(fields["usage"]) if "usage" in fields else None
     except NO_JSON as error:
         raise UpstreamError("a replica's answer is no JSON object", code="upstream_invalid") from error
+    if fields.get("error", _NULL) != _NULL:
+        raise failure_told(body)
     if "model" in fields:
         fields["model"] = msgspec.Raw(_ENCODER.encode(model))
     return _ENCODER.encode(shape(fields) if shape else fields), usage
@@ -74,6 +81,16 @@ def refusal(status: int, body: bytes) -> GatewayError:
     error.status = status
     error.type = kind or error.type
     return error
+
+
+def failure_told(data: bytes) -> GatewayError:
+    """Translate an error that a replica tells under status 200; vLLM writes the one that it would have had as code."""
+    try:
+        error = _FAILURE.decode(data).error
+    except NO_JSON:
+        error = None
+    code = error.get("code") if isinstance(error, dict) else None
+    return refusal(code if isinstance(code, int) else UpstreamError.status, data)
 
 
 def held_seconds(headers: Mapping[bytes, bytes]) -> float | None:

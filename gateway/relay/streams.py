@@ -14,7 +14,7 @@ from gateway.api.endpoints import Endpoint
 from gateway.api.sse import DONE, data_of, error_event, name_of, only_comments
 from gateway.errors import NO_JSON, GatewayError, UpstreamDisconnected, UpstreamError
 from gateway.relay.accounting import Usage
-from gateway.relay.replies import refusal
+from gateway.relay.replies import failure_told
 
 Fields = dict[str, msgspec.Raw]
 
@@ -29,10 +29,6 @@ class _Chunk(msgspec.Struct):
     system_fingerprint: msgspec.Raw = _NULL
 
 
-class _ErrorEvent(msgspec.Struct):
-    error: Any = None
-
-
 # `model` stands before `choices`, so its first occurrence is the right one; text can't hold it unescaped.
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 _ERROR_BEGIN = re.compile(rb'\{\s*"error"\s*:(?!\s*null)')
@@ -41,7 +37,6 @@ _FINISH = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,32})"')
 _OPENING = b'"role":"assistant","content":""'
 
 _CHUNK = msgspec.json.Decoder(_Chunk)
-_ERROR = msgspec.json.Decoder(_ErrorEvent)
 
 
 class Transcript(Protocol):
@@ -134,8 +129,8 @@ class Chunks:
         return self._ended(_NULL) + event
 
     def _looked_into(self, event: bytes, data: bytes) -> bytes:
-        if _ERROR_BEGIN.match(data):
-            self.failure = refusal(_status(data), data)
+        if _ERROR_BEGIN.match(data) or name_of(event) == b"error":
+            self.failure = failure_told(data)
             return error_event(self.endpoint, self.failure)
         chunk = _counted(data) if _USAGE_BEGIN.search(data) else None
         if chunk is None:
@@ -182,7 +177,7 @@ class NamedEvents:
         try:
             fields = _FIELDS.decode(data)
             if name == b"error" or ("error" in fields and not name):
-                self.failure = refusal(_status(data), data)
+                self.failure = failure_told(data)
                 return error_event(self.endpoint, self.failure)
             inner = "message" if self.endpoint.errors == "anthropic" else "response"
             body = _FIELDS.decode(fields[inner]) if inner in fields and fields[inner] != b"null" else None
@@ -222,13 +217,3 @@ def _counted(data: bytes) -> _Chunk | None:
     except NO_JSON:
         # Nothing to count, and for the client to judge.
         return None
-
-
-def _status(data: bytes) -> int:
-    """The HTTP status that an error event would have had; vLLM writes it as the code."""
-    try:
-        error = _ERROR.decode(data).error
-    except NO_JSON:
-        return UpstreamError.status
-    code = error.get("code") if isinstance(error, dict) else None
-    return code if isinstance(code, int) else UpstreamError.status
