@@ -8,6 +8,8 @@ from config.schema import Settings
 from config.variant import Variant
 from gateway.keys import Keys, read_keys
 from serving.app import Wanted, read_wanted
+from serving.replica import NO_TLS
+from serving.tls import Tls
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,16 +21,17 @@ class Deployment:
     keys: Keys
     state: str | None = None  # where the state database is; None: neither told nor asked
     folder: Path = Path()
+    tls: Mapping[int, Tls] = NO_TLS  # by the replica's place in the configuration
 
     @property
     def wanted(self) -> Wanted:
         """What serving needs to know of it."""
-        return Wanted(self.settings, self.variants, self.state, self.folder)
+        return Wanted(self.settings, self.variants, self.state, self.folder, self.tls)
 
 
 def read_deployment(path: Path) -> Deployment:
-    """Read a configuration file, the manifests and the keys it names; ConfigError if anything is wrong."""
+    """Read a configuration file, the manifests, keys and certificates it names; ConfigError if anything is wrong."""
     wanted = read_wanted(path)
     named = wanted.settings.gateway.keys
     keys = read_keys(path.parent / named) if named else Keys()
-    return Deployment(wanted.settings, wanted.variants, keys, wanted.state, wanted.folder)
+    return Deployment(wanted.settings, wanted.variants, keys, wanted.state, wanted.folder, wanted.tls)

@@ -161,7 +161,7 @@ async def test_a_dead_idle_connection_is_not_tried() -> None:
     """A connection whose end was noticed is replaced without a try."""
     async with scripted(answering(whole(b"1"))) as replica, Pool() as pool:
         await ask(pool, replica.url)
-        idle = pool._idle[replica.url][0][1]
+        idle = pool._idle[replica.url, None][0][1]
         async with asyncio.timeout(DEADLINE_SECONDS):
             while idle.reusable:  # noqa: ASYNC110 - what is waited for is the other side
                 await asyncio.sleep(POLL_SECONDS)
