@@ -1,14 +1,13 @@
 """A configuration with everything that it refers to, read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from config.schema import Settings
 from config.variant import Variant
 from gateway.keys import Keys, read_keys
 from serving.app import Wanted, read_wanted
-from serving.replica import NO_TLS
 from serving.tls import Tls
 
 
@@ -21,7 +20,7 @@ class Deployment:
     keys: Keys
     state: str | None = None  # where the state database is; None: neither told nor asked
     folder: Path = Path()
-    tls: Mapping[int, Tls] = NO_TLS  # by the replica's place in the configuration
+    tls: Mapping[int, Tls] = field(default_factory=dict)  # by the replica's place in the configuration
 
     @property
     def wanted(self) -> Wanted:

@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from config.load import load_settings
@@ -23,7 +23,7 @@ from serving.notebook import Notebook
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.reload import Reload
-from serving.replica import NO_TLS, Launch, Replica, foreign_replicas, own_keys, plan_launches
+from serving.replica import Launch, Replica, foreign_replicas, own_keys, plan_launches
 from serving.state.database import Owner, StateDatabase, state_url
 from serving.state.follower import Follower
 from serving.state.link import Link
@@ -49,7 +49,7 @@ class Wanted:
     variants: Mapping[str, Variant]
     state: str | None = None
     folder: Path = Path()
-    tls: Mapping[int, Tls] = NO_TLS  # by the replica's place in the configuration
+    tls: Mapping[int, Tls] = field(default_factory=dict)  # by the replica's place in the configuration
 
     @property
     def foreign(self) -> tuple[Replica, ...]:
