@@ -53,6 +53,7 @@ SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(ge=0)]
 Address = Annotated[str, AfterValidator(check_address)]
 ReplicaUrl = Annotated[str, AfterValidator(check_url)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", max_length=128)]
+FileName = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
 Entries = Annotated[int, Field(ge=1, le=65536)]
@@ -141,9 +142,9 @@ class ReplicaSettings(Table):
     variant: Name
     url: ReplicaUrl | None = None
     api_key: SecretStr | None = None
-    ca: str | None = None
-    certificate: str | None = None
-    key_file: str | None = None
+    ca: FileName | None = None
+    certificate: FileName | None = None
+    key_file: FileName | None = None
     count: Annotated[int, Field(ge=1)] = 1
     gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
     tensor_parallel: Annotated[int, Field(ge=1)] = 1

@@ -30,24 +30,26 @@ def read_tls(replicas: Sequence[ReplicaSettings], folder: Path) -> dict[int, Tls
     found = {}
     for index, settings in enumerate(replicas):
         named = (settings.ca, settings.certificate, settings.key_file)
-        if any(named):
-            if named not in known:
-                known[named] = _read(settings, folder, f"replicas.{index}")
-            found[index] = known[named]
+        tls = known.get(named) or tls_of(settings, folder, f"replicas.{index}.")
+        if tls is not None:
+            found[index] = known[named] = tls
     return found
 
 
-def _read(settings: ReplicaSettings, folder: Path, where: str) -> Tls:
+def tls_of(settings: ReplicaSettings, folder: Path, where: str) -> Tls | None:
+    """Read the certificates of one replica; None if it names none. `where` stands before an option in an error."""
+    if not (settings.ca or settings.certificate):
+        return None
     digest = hashlib.sha256()
     for option in ("ca", "certificate", "key_file"):
         named = getattr(settings, option)
-        content = _content(folder / named, f"{where}.{option}") if named else b""
+        content = _content(folder / named, f"{where}{option}") if named else b""
         digest.update(b"%s %s %d " % (option.encode(), str(named).encode(), len(content)) + content)
     # A `ca` takes the place of what the machine trusts; host names are checked either way.
-    context = _trusting(folder / settings.ca, f"{where}.ca") if settings.ca else ssl.create_default_context()
+    context = _trusting(folder / settings.ca, f"{where}ca") if settings.ca else ssl.create_default_context()
     if settings.certificate:
         key = folder / settings.key_file if settings.key_file else None
-        _show(context, folder / settings.certificate, key, f"{where}.certificate")
+        _show(context, folder / settings.certificate, key, f"{where}certificate")
     return Tls(digest.hexdigest(), context)
 
 

@@ -4,7 +4,7 @@ import asyncio
 import datetime as dt
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from gateway.deployment import read_deployment
 from gateway.errors import UpstreamDisconnected, UpstreamError, UpstreamUnreachable
 from gateway.relay.pool import Pool
 from serving.address import Address, address_of
+from serving.clients import Clients
+from serving.measuring.engine_facts import engine_facts
+from serving.measuring.streaming import Ongoing, Target, complete
 from serving.probe import Probe
 from serving.replica import Replica, State, foreign_replicas
 from serving.tls import Tls, read_tls
@@ -319,3 +322,29 @@ async def counted(admin: httpx.AsyncClient, line: str) -> None:
     async with asyncio.timeout(DEADLINE_SECONDS):
         while line not in (await admin.get("/metrics")).text:  # noqa: ASYNC110 - another party's progress
             await asyncio.sleep(POLL_SECONDS)
+
+
+@pytest.mark.parametrize("kind", ["unix", "https"])
+async def test_every_control_request(kind: str, fake: FakeReplica, tmp_path: Path) -> None:
+    """The probe and the measuring get there, too, each over one connection."""
+    secure = certificates.Authority(tmp_path, "ca").issue().server_context()
+    way: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
+    tls = trusting(tmp_path, ca="ca.pem") if kind == "https" else None
+    async with door(fake, **way) as behind:
+        replica = Replica("hi-1", "hi", "bf16", behind.url, "m1", tls=tls)
+        async with Probe() as probe:
+            assert await probe.healthy(replica.url, replica.tls)
+            assert (await probe.served_model(replica)).name == "m1"
+            await probe.generate_one_token(replica)
+            await probe.activity(replica)
+            assert await probe.requests_in_engine(replica) == 0
+            assert await probe.token_ids(replica, "a")
+            assert await probe.prompt_end(replica, {})
+            assert len(behind.peers) == 1
+        async with aclosing(Clients(httpx.Timeout(DEADLINE_SECONDS))) as reaching:
+            client = reaching.reaching(replica.url, replica.tls)
+            assert (await engine_facts(client, replica.url)).version
+            ongoing = Ongoing(0.0, 1)
+            await complete(Target(client, replica.url, "m1"), [65], 3, ongoing, lambda: None)
+            assert (ongoing.failure, len(ongoing.chunks)) == (None, 3)
+            assert len(behind.peers) == 2
