@@ -13,7 +13,7 @@ from gateway.relay.connection import HIGH_WATER_BYTES, Connection
 from gateway.relay.pool import Pool
 from tests.fakes.running import DEADLINE_SECONDS
 from tests.gateway.test_connection import CLOSING, HASTY, LONG, PATIENT, REQUEST, connection_to
-from tests.gateway.wire import Peer, answering, chunk, scripted, stream, stream_head, whole
+from tests.gateway.wire import Peer, Still, answering, chunk, scripted, stream, stream_head, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -91,26 +91,6 @@ async def test_wherever_it_is_cut(pieces: list[bytes], data: st.DataObject) -> N
         await pouring
     connection.close()
     assert glass.body == b"".join(pieces)
-
-
-class Still(asyncio.Transport):
-    """A transport that carries nothing."""
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Lose it."""
-
-    def get_write_buffer_size(self) -> int:
-        """Nothing waits."""
-        return 0
-
-    def pause_reading(self) -> None:
-        """Whoever plays the replica is not held back."""
-
-    def resume_reading(self) -> None:
-        """Nor told to go on."""
-
-    def abort(self) -> None:
-        """Nothing is open."""
 
 
 async def test_each_piece_in_the_step_in_which_it_arrives() -> None:

@@ -182,3 +182,23 @@ def chunk(data: bytes) -> bytes:
 def stream(*pieces: bytes) -> bytes:
     """A whole stream, each piece a chunk of its own."""
     return stream_head() + b"".join(map(chunk, pieces)) + chunk(b"")
+
+
+class Still(asyncio.Transport):
+    """A transport that carries nothing."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Lose it."""
+
+    def get_write_buffer_size(self) -> int:
+        """Nothing waits."""
+        return 0
+
+    def pause_reading(self) -> None:
+        """Whoever plays the replica is not held back."""
+
+    def resume_reading(self) -> None:
+        """Nor told to go on."""
+
+    def abort(self) -> None:
+        """Nothing is open."""
