@@ -214,6 +214,7 @@ class Connection(asyncio.Protocol):
             self._head = Head()
             return
         # A replica that answers before it has read the request may never read the rest, nor what stands behind it.
+        # (With TLS this shows only what is not encrypted yet.)
         written = self._transport.get_write_buffer_size() == 0
         self._keep_alive = written and self._parser.should_keep_alive() and self._head.delimited
         self._complete = True

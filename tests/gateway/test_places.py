@@ -348,3 +348,48 @@ async def test_every_control_request(kind: str, fake: FakeReplica, tmp_path: Pat
             await complete(Target(client, replica.url, "m1"), [65], 3, ongoing, lambda: None)
             assert (ongoing.failure, len(ongoing.chunks)) == (None, 3)
             assert len(behind.peers) == 2
+
+
+@pytest.mark.parametrize("kind", ["unix", "https"])
+async def test_a_slow_reader_holds_the_replica_back(kind: str, tmp_path: Path) -> None:
+    """What is not read yet is bounded there, too, and all of it arrives in the end, on a connection that is kept."""
+    total, piece, said = 40 * 2**20, b"x" * 2**16, 0
+
+    async def behaviour(peer: Peer) -> None:
+        nonlocal said
+        await peer.request()
+        await peer.say(f"HTTP/1.1 200 OK\r\ncontent-length: {total}\r\n\r\n".encode())
+        while said < total:
+            await peer.say(piece)
+            said += len(piece)
+        await peer.left()
+
+    secure = certificates.Authority(tmp_path, "ca").issue().server_context()
+    way: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
+    tls = trusting(tmp_path, ca="ca.pem") if kind == "https" else None
+    async with scripted(behaviour, **way) as replica, Pool() as pool:
+        async with pool.exchange(replica.url, REQUEST, tls=tls) as connection:
+            before = -1
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while before != said:
+                    before = said
+                    await asyncio.sleep(0.1)
+            assert said < total / 2
+            size = 0
+            while data := await connection.more():
+                size += len(data)
+            assert size == total
+        assert repr(pool) == f"<Pool [{replica.url}: 1 idle]>"
+
+
+@pytest.mark.parametrize("kind", ["unix", "https"])
+async def test_replies_without_an_end(kind: str, tmp_path: Path) -> None:
+    """A hung-up reply and a half one are told apart from whole ones, as over plain HTTP."""
+    secure = certificates.Authority(tmp_path, "ca").issue().server_context()
+    way: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
+    tls = trusting(tmp_path, ca="ca.pem") if kind == "https" else None
+    for said in (b"", b"HTTP/1.1 2", whole(b"12")[:-1], stream(b"1")[:-5]):
+        async with scripted(answering(said), **way) as replica, Pool() as pool:
+            with pytest.raises(UpstreamDisconnected):
+                await ask(pool, replica.url, tls)
+        (tmp_path / "socket").unlink(missing_ok=True)
