@@ -126,7 +126,7 @@ class Relay:
         manner = manner_of(inference, target, replica)
         request = request_bytes(inference, replica, account, self.pool, token_ids=manner.hides_ids)
         deadlines, connect_seconds = deadlines_of(target.timeouts, stream=inference.stream)
-        async with self.pool.exchange(replica.url, request, deadlines, connect_seconds) as upstream:
+        async with self.pool.exchange(replica.url, request, deadlines, connect_seconds, replica.tls) as upstream:
             head = await upstream.head()
             if head.status != 200:
                 _refused(head.status, await upstream.read(ERROR_LIMIT_BYTES), head.headers)
