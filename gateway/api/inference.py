@@ -60,13 +60,15 @@ class Inference:
         return replace(self, fields={**self.fields, "chat_template_kwargs": _raw(kwargs)})
 
     def body_for(self, served_name: str, *, token_ids: bool = False, context_tokens: int | None = None) -> bytes:
-        """Write the body that a replica gets: its own model name, and usage always asked for.
+        """Write the body that a replica gets: its own model name, and usage always asked for, once and at the end.
 
         vLLM refuses a length beyond its context, so that the one that we fill in is no longer than `context_tokens`.
         """
         fields = {**self.fields, "model": _raw(served_name)}
         if self.stream and not self.wants_usage:
             options = read_object(self.fields, "stream_options") or {}
+            # vLLM heeds this one only where usage is asked for, and the client didn't.
+            options.pop("continuous_usage_stats", None)
             fields["stream_options"] = _raw({**options, "include_usage": _TRUE})
         if token_ids:
             fields["return_token_ids"] = _TRUE

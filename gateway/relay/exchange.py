@@ -219,11 +219,11 @@ class Passing:
         return not self._teller.congested
 
     def _told(self, event: bytes) -> bytes:
+        if self._shaping is not None and not (event := self._shaping.passed_on(event)):
+            return b""
         passed = self._transcript.passed_on(event)
         if self._transcript.tokens:
             self._account.token()
-        if self._shaping is not None and passed:
-            passed = self._shaping.passed_on(passed)
         return passed
 
 

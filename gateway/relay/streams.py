@@ -20,11 +20,13 @@ Fields = dict[str, msgspec.Raw]
 
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
+_NULL = msgspec.Raw(b"null")
 
 
 class _Chunk(msgspec.Struct):
     usage: Usage | None = None
     choices: list[msgspec.Raw] | None = None
+    system_fingerprint: msgspec.Raw = _NULL
 
 
 class _ErrorEvent(msgspec.Struct):
@@ -57,7 +59,11 @@ class Transcript(Protocol):
 
 @dataclass(slots=True)
 class Chunks:
-    """OpenAI's chunks. Events are searched, not parsed, but for those with usage."""
+    """OpenAI's chunks. Events are searched, not parsed, but for those with usage.
+
+    vLLM writes its fingerprint into the last chunk: the one with usage, or else those that end a choice. Where usage
+    was asked for on our account, these wait for it.
+    """
 
     endpoint: Endpoint
     model: str
@@ -69,6 +75,7 @@ class Chunks:
     tokens: bool = False
     _served: bytes = b""  # `"model":"..."` as this replica writes it
     _asked: bytes = b""
+    _ends: bytes = b""  # what ends choices, and waits
 
     def passed_on(self, event: bytes) -> bytes:
         """Say what the client gets for an event; b"" for nothing."""
@@ -85,6 +92,18 @@ class Chunks:
             self._finish(event)
             if self.failure is not None:
                 return error_event(self.endpoint, self.failure)
+            if not self.wants_usage:
+                self._ends += self._renamed(event)
+                return b""
+        return self._ended(_NULL) + self._renamed(event) if self._ends else self._renamed(event)
+
+    def _ended(self, fingerprint: msgspec.Raw) -> bytes:
+        ends, self._ends = self._ends, b""
+        if fingerprint == _NULL or b'"system_fingerprint"' in ends:
+            return ends
+        return ends.replace(b"}\n\n", b',"system_fingerprint":%b}\n\n' % fingerprint)
+
+    def _renamed(self, event: bytes) -> bytes:
         if self._served and self._served in event:
             return event.replace(self._served, self._asked, 1)
         found = _MODEL.search(event)
@@ -100,7 +119,7 @@ class Chunks:
         data = data_of(event)
         if not data:
             # An event without data crashes the OpenAI SDK.
-            return event if only_comments(event) else b""
+            return self._ended(_NULL) + event if only_comments(event) else b""
         if data == DONE:
             return self._done(event)
         return self._looked_into(event, data)
@@ -112,25 +131,19 @@ class Chunks:
             self.failure = UpstreamDisconnected("a replica ended its stream in the middle")
             return error_event(self.endpoint, self.failure)
         self.finished = True
-        return event
+        return self._ended(_NULL) + event
 
     def _looked_into(self, event: bytes, data: bytes) -> bytes:
         if _ERROR_BEGIN.match(data):
             self.failure = refusal(_status(data), data)
             return error_event(self.endpoint, self.failure)
-        if _USAGE_BEGIN.search(data) and self._only_usage(data):
-            self.tokens = False
-            return self._chunk(event) if self.wants_usage else b""
-        return self._chunk(event)
-
-    def _only_usage(self, data: bytes) -> bool:
-        try:
-            chunk = _CHUNK.decode(data)
-        except NO_JSON:
-            # Nothing to count, and for the client to judge.
-            return False
+        chunk = _counted(data) if _USAGE_BEGIN.search(data) else None
+        if chunk is None:
+            return self._chunk(event)
         self.usage = chunk.usage
-        return chunk.choices == []
+        if chunk.choices != []:
+            return self._chunk(event)
+        return self._renamed(event) if self.wants_usage else self._ended(chunk.system_fingerprint)
 
     def _finish(self, event: bytes) -> None:
         found = _FINISH.search(event)
@@ -201,6 +214,14 @@ def transcript_of(endpoint: Endpoint, model: str, *, wants_usage: bool) -> Trans
     if endpoint.takes_stream_options:
         return Chunks(endpoint, model, wants_usage)
     return NamedEvents(endpoint, model)
+
+
+def _counted(data: bytes) -> _Chunk | None:
+    try:
+        return _CHUNK.decode(data)
+    except NO_JSON:
+        # Nothing to count, and for the client to judge.
+        return None
 
 
 def _status(data: bytes) -> int:

@@ -87,6 +87,13 @@ def address(running: Running) -> str:
     return match[1]
 
 
+def listens(running: Running) -> tuple[str, str]:
+    """Where `quantgate up` can be asked, by clients and by operators."""
+    match = re.search(r"listening on (http://\S+), admin on (http://\S+)", running.told)
+    assert match is not None
+    return match[1], match[2]
+
+
 def processes_of(home: Path) -> list[int]:
     """Every process that was given this home, or that names it on its command line."""
     mark = os.fsencode(home)

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from serving.process import session_processes
-from tests.end_to_end.running_demo import Running, alive, noted_sessions, start, until
+from tests.end_to_end.running_demo import Running, alive, listens, noted_sessions, start, until
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.timeout(1200)]
 
@@ -41,9 +41,7 @@ class Up:
     @property
     def addresses(self) -> tuple[str, str]:
         """Of clients and of operators."""
-        found = re.search(r"listening on (http://\S+), admin on (http://\S+)", self.running.told)
-        assert found is not None
-        return found[1], found[2]
+        return listens(self.running)
 
     def states(self) -> dict[str, str]:
         """Every replica's state, none before the gateway listens."""

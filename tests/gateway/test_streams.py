@@ -81,6 +81,50 @@ def test_usage_is_metered_and_shown_only_if_asked_for(wanted: bool) -> None:
     assert transcript.usage == Usage(3, 4)
 
 
+ENVELOPE = '{"id":"chatcmpl-1","object":"chat.completion.chunk","created":1795661717,"model":"m1","choices":'
+END_OF_CHOICE = (
+    ENVELOPE + '[{"index":%d,"delta":{"content":" colour"},"logprobs":null,"finish_reason":"length",'
+    '"stop_reason":null,"token_ids":null}]%s}'
+)
+FINGERPRINT = ',"system_fingerprint":"smol-bf16"'
+LAST_USAGE = (
+    ENVELOPE + '[],"usage":{"prompt_tokens":34,"total_tokens":42,"completion_tokens":8,'
+    '"prompt_tokens_details":{"cached_tokens":32}}' + FINGERPRINT + "}"
+)
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+def test_the_fingerprint_stays(choices: int) -> None:
+    """vLLM's own bytes: where nobody asks for usage, the fingerprint stands in the chunks that end a choice."""
+    transcript = Chunks(CHAT, "m1", wants_usage=False)
+    asked_for_usage = [event(END_OF_CHOICE % (index, "")) for index in range(choices)] + [event(LAST_USAGE), DONE]
+    without_usage = [event(END_OF_CHOICE % (index, FINGERPRINT)) for index in range(choices)] + [DONE]
+    assert b"".join(map(transcript.passed_on, asked_for_usage)) == b"".join(without_usage)
+    assert transcript.usage == Usage(34, 8)
+
+
+@pytest.mark.parametrize("kept", [b'"system_fingerprint":null', b'"system_fingerprint":"fp"', b'"x":1'])
+def test_a_fingerprint_of_their_own(kept: bytes) -> None:
+    """Engines that write it everywhere, or nowhere, have all chunks passed on as they are."""
+    transcript = Chunks(CHAT, "m1", wants_usage=False)
+    last = LAST.replace(b'"id":"c"', b'"id":"c",' + kept)
+    usage = ONLY_USAGE.replace(b'"id":"c"', b'"id":"c",' + kept)
+    assert transcript.passed_on(last) + transcript.passed_on(usage) == last
+
+
+def test_a_choice_that_ends_before_others() -> None:
+    """It is held up by nobody: what comes behind it lets it go."""
+    transcript = Chunks(CHAT, "m1", wants_usage=False)
+    assert transcript.passed_on(LAST) == b""
+    assert transcript.passed_on(chunk("a")) == LAST + chunk("a")
+    assert transcript.passed_on(LAST) + transcript.passed_on(ONLY_USAGE) == LAST
+
+
+def test_usage_that_was_asked_for_holds_nothing_up() -> None:
+    """Who asked for usage gets every chunk as it comes."""
+    assert Chunks(CHAT, "m1", wants_usage=True).passed_on(LAST) == LAST
+
+
 def test_continuous_usage_passes() -> None:
     """Usage beside choices belongs to the answer: it is counted and stays."""
     transcript = Chunks(CHAT, "smol", wants_usage=False)
@@ -91,10 +135,10 @@ def test_continuous_usage_passes() -> None:
 
 @pytest.mark.parametrize("done", [DONE, b"data:[DONE]\n\n", b"event: end\ndata: [DONE]\n\n"])
 def test_the_end_of_a_stream(done: bytes) -> None:
-    """The end is known however it is spaced."""
+    """The end is known however it is spaced; what ended a choice goes out with it at the latest."""
     transcript = Chunks(CHAT, "smol", wants_usage=False)
-    transcript.passed_on(LAST)
-    assert transcript.passed_on(done) == done
+    assert transcript.passed_on(LAST) == b""
+    assert transcript.passed_on(done) == LAST.replace(b"m1", b"smol") + done
     assert (transcript.finished, transcript.finish, transcript.failure) == (True, "stop", None)
 
 

@@ -37,7 +37,7 @@ def read_whole(answer: bytes, manner: Manner) -> list[Read]:
 def passed_on(stream: bytes, manner: Manner) -> bytes:
     """What a client gets of a stream."""
     transcript, shaping = Chunks(CHAT, "alias", wants_usage=False), Shaping(manner)
-    return b"".join(shaping.passed_on(transcript.passed_on(event)) for event in EventCutter().feed(stream))
+    return b"".join(transcript.passed_on(shaping.passed_on(event)) for event in EventCutter().feed(stream))
 
 
 def read_stream(stream: bytes, manner: Manner) -> list[Read]:
