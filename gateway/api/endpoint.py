@@ -73,7 +73,7 @@ class InferenceEndpoint:
         trace = told.tracing.begin(self.endpoint.name, request.headers)
         account = Account(told.metrics, told.tell, self.endpoint.name, request.request_id, trace=trace)
         account.caller = caller.name or "none"
-        limits = partial(self.quota.headers, caller, account.began_at)
+        limits = partial(self.quota.headers, caller)
         with account, Teller(self.endpoint, account, reply, told.disclosures, limits) as teller:
             try:
                 if request.refusal is not None:

@@ -86,6 +86,7 @@ class Connection(asyncio.Protocol):
         """Write a whole request; the reply starts from nothing."""
         self._head, self._headers_bytes, self._headers_complete = Head(), 0, False
         self._complete, self._keep_alive, self.received_bytes = False, False, 0
+        self._refusal = None
         self._deadlines, self._asked_at, self._heard_at = deadlines, self._loop.time(), 0.0
         self._watch()
         self._transport.write(request)
