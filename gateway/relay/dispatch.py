@@ -219,7 +219,8 @@ class Dispatch:
 
     def _has_gone(self, lease: Lease) -> bool:
         """Tell whether a replica isn't ready any more: when it is again, it is another one."""
-        return lease.choice.replica not in self._registry.ready.get(lease.choice.variant.name, ())
+        ready = self._registry.ready.get(lease.choice.variant.name, ())
+        return all(replica.id != lease.choice.replica.id for replica in ready)
 
     async def _in_line(self, demand: Demand, turn: int, key: str, body_bytes: int, wait_seconds: float) -> Lease:
         if not self._hope(demand):
