@@ -25,7 +25,9 @@ MOVE = st.tuples(
 GO = st.tuples(st.just("go"), st.sampled_from(NAMES))
 PASS = st.tuples(st.just("pass"), st.sampled_from([0.1, 1.0, 40.0]))
 SETTLE = st.tuples(st.just("settle"))
-STORY = st.lists(st.one_of(ASK, ASK, ASK, END, END, LEAVE, MOVE, GO, PASS, SETTLE, SETTLE), max_size=60)
+# Most of a story is about requests; `one_of` would take them all for equally likely.
+WORDS = [ASK] * 8 + [END] * 5 + [LEAVE] * 3 + [SETTLE] * 3 + [MOVE, GO, PASS]
+STORY = st.lists(st.sampled_from(WORDS).flatmap(lambda word: word), min_size=20, max_size=60)
 
 Step = tuple[Any, ...]  # a word, and what belongs to it
 
@@ -89,7 +91,7 @@ class Story:
         assert not self.running
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(STORY)
 def test_any_order(story: list[Step]) -> None:
     """In the end nothing is in flight, and everybody has had exactly one answer."""
