@@ -65,6 +65,7 @@ class Lease:
     choice: Choice
     asked_at: float
     _dispatch: "Dispatch"
+    probe_until: float | None = None  # it finds out whether a replica works again, and is believed lost by then
 
     def __enter__(self) -> Self:
         return self
@@ -136,11 +137,12 @@ class Dispatch:
         return next(self._turns)
 
     def why_not_again(self, deaths: int, attempts: int) -> budget.WhyNot | None:
-        """Say why a request is not tried again; None allows it, and takes it from the budget."""
-        why = budget.why_not_again(deaths, attempts, self._budget, most_attempts=ATTEMPTS)
-        if why is None:
-            self._budget = budget.spent(self._budget)
-        return why
+        """Say why a request is not tried again; None allows it, if there is a replica for it."""
+        return budget.why_not_again(deaths, attempts, self._budget, most_attempts=ATTEMPTS)
+
+    def retried(self) -> None:
+        """Take a retry that was allowed, and found a replica in the same step, from the budget."""
+        self._budget = budget.spent(self._budget)
 
     async def lease(
         self,
@@ -171,7 +173,7 @@ class Dispatch:
         """End a lease, and give its slot to whoever's turn it is."""
         replica_id = lease.choice.replica.id
         held = self._breakers.get(replica_id)
-        if held is not None:
+        if held is not None and held.probe_until == lease.probe_until:
             self._breakers[replica_id] = breaker.abandoned(held)
         self._registry.give_back(replica_id)
         if len(self._lines):
@@ -188,12 +190,16 @@ class Dispatch:
 
     def failed(self, lease: Lease) -> None:
         """Hold a failure against a replica."""
+        if self._has_gone(lease):
+            return
         replica_id = lease.choice.replica.id
         held = self._breakers.get(replica_id, HEALTHY)
         self._breakers[replica_id] = breaker.failed(held, self._clock(), asked_at=lease.asked_at)
 
     def refused(self, lease: Lease, retry_after_seconds: float | None) -> None:
         """Spare a replica that has no room."""
+        if self._has_gone(lease):
+            return
         replica_id = lease.choice.replica.id
         mark = self._marks.get(replica_id, ROOMY)
         self._marks[replica_id] = shedding.refused(mark, self._clock(), retry_after_seconds)
@@ -206,9 +212,15 @@ class Dispatch:
         replica_id = choice.replica.id
         self._registry.take(replica_id)
         held = self._breakers.get(replica_id) if self._breakers else None
-        if held is not None:
-            self._breakers[replica_id] = breaker.probing(held, now)
-        return Lease(choice, now, self)
+        if held is None:
+            return Lease(choice, now, self)
+        after = self._breakers[replica_id] = breaker.probing(held, now)
+        return Lease(choice, now, self, after.probe_until if after is not held else None)
+
+    def _has_gone(self, lease: Lease) -> bool:
+        """Tell whether a replica isn't ready any more: when it is again, it is another one."""
+        ready = self._registry.ready.get(lease.choice.variant.name, ())
+        return all(replica.id != lease.choice.replica.id for replica in ready)
 
     async def _in_line(self, demand: Demand, turn: int, key: str, body_bytes: int, wait_seconds: float) -> Lease:
         if not self._hope(demand):
@@ -278,7 +290,11 @@ class Dispatch:
             return
         now = self._clock()
         looks = [mark.until for mark in self._marks.values() if mark.until > now]
-        looks += [held.opened_at + held.open_seconds for held in self._breakers.values() if not held.admits(now)]
+        looks += [
+            max(held.opened_at + held.open_seconds, held.probe_until)
+            for held in self._breakers.values()
+            if not held.admits(now)
+        ]
         delay_seconds = max(min([soonest, *looks]) - now, 0.001)
         self._alarm = asyncio.get_running_loop().call_later(delay_seconds, self._ring)
 
@@ -320,6 +336,7 @@ class Dispatch:
 
     def _give_up_hopeless(self) -> None:
         """Tell those whose last replica has failed at once, instead of when their time is up."""
+        hopeless = {demand for demand in {ticket.demand for ticket in self._lines} if not self._hope(demand)}
         for ticket in self._lines:
-            if not self._hope(ticket.demand):
+            if ticket.demand in hopeless:
                 ticket.refuse(Unavailable(f"no replica of {ticket.demand.alias!r} is ready any more"))

@@ -59,13 +59,13 @@ class Teller:
         account: Account,
         reply: Reply,
         disclosures: Disclosures,
-        limits: Callable[[], Headers],
+        limits: Callable[[float], Headers],
     ) -> None:
         self._endpoint = endpoint
         self._account = account
         self._reply = reply
         self._disclosures = disclosures
-        self._limits = limits  # what the client's key has left, as headers
+        self._limits = limits  # what the client's key has left at a time, as headers
         self._heartbeat_seconds = 0.0
         self._beat: asyncio.TimerHandle | None = None
 
@@ -76,7 +76,8 @@ class Teller:
         self._still()
 
     def keep_alive(self, every_seconds: float) -> None:
-        """Send a comment so often until the first event comes."""
+        """Send a comment so often until the first event comes; 0 is never."""
+        self._still()
         self._heartbeat_seconds = every_seconds
         if every_seconds:
             self._beat = asyncio.get_running_loop().call_later(every_seconds, self._heartbeat)
@@ -143,7 +144,7 @@ class Teller:
         named = b"x-request-id: %b\r\n" % request_id
         if self._endpoint.errors == "anthropic":
             named += b"request-id: %b\r\n" % request_id
-        if limits := self._limits():
+        if limits := self._limits(account.clock()):
             named += rendered(limits)
         if account.choice is not None:
             named += b"%bx-quantgate-attempts: %d\r\n" % (self._disclosures.of(account.choice), account.attempts)

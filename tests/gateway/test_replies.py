@@ -7,7 +7,7 @@ import pytest
 
 from gateway.errors import ReplicaFull, RequestError, UpstreamError
 from gateway.relay.accounting import CompletionDetails, Usage
-from gateway.relay.replies import finish_of, held_seconds, refusal, renamed
+from gateway.relay.replies import fields_of, finish_of, held_seconds, refusal, renamed
 
 WHOLE = (
     '{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"m1","choices":[{"message":{"content":'
@@ -20,7 +20,7 @@ WHOLE = (
 @pytest.mark.parametrize("model", ["smol", "team/small", 'q"\\uote', "汉字", "a\\1"])
 def test_only_the_name_changes_in_a_whole_answer(model: str) -> None:
     """The asked name comes back; all other bytes of a compact answer stay, and usage is read."""
-    body, usage = renamed(WHOLE.encode(), model)
+    body, usage = renamed(fields_of(WHOLE.encode()), model)
     name = msgspec.json.encode(model).decode()
     assert body.decode() == WHOLE.replace('"model":"m1"', f'"model":{name}', 1)
     assert json.loads(body)["model"] == model
@@ -29,16 +29,16 @@ def test_only_the_name_changes_in_a_whole_answer(model: str) -> None:
 
 def test_usage_may_be_missing() -> None:
     """An answer without usage, or with null for it, is passed on."""
-    assert renamed(b'{"model":"m1"}', "smol") == (b'{"model":"smol"}', None)
-    assert renamed(b'{"model":"m1","usage":null}', "smol") == (b'{"model":"smol","usage":null}', None)
-    assert renamed(b'{"model":"m1","usage":{"prompt_tokens":null}}', "m")[1] == Usage(None, 0)
+    assert renamed(fields_of(b'{"model":"m1"}'), "smol") == (b'{"model":"smol"}', None)
+    assert renamed(fields_of(b'{"model":"m1","usage":null}'), "smol") == (b'{"model":"smol","usage":null}', None)
+    assert renamed(fields_of(b'{"model":"m1","usage":{"prompt_tokens":null}}'), "m")[1] == Usage(None, 0)
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"<html>", b'{"model"', b'{"\xff":1}', b'{"a":' + b"[" * 100_000])
 def test_an_answer_that_is_no_object_is_a_failure(body: bytes) -> None:
     """Another replica may be asked when the answer makes no sense."""
     with pytest.raises(UpstreamError) as caught:
-        renamed(body, "smol")
+        renamed(fields_of(body), "smol")
     assert (caught.value.status, caught.value.code) == (502, "upstream_invalid")
 
 
@@ -132,13 +132,13 @@ def test_how_long_a_replica_wants_to_be_spared(value: bytes, seconds: float | No
 )
 def test_why_an_answer_ended(body: bytes, finish: str) -> None:
     """The reason is found in the words of each API, and never in what was said."""
-    assert finish_of(body) == finish
+    assert finish_of(fields_of(body)) == finish
 
 
 def test_an_answer_that_was_given_up_is_none() -> None:
     """The engine gave up in the middle, and says so in a field that nobody reads."""
     with pytest.raises(UpstreamError, match="gave the answer up"):
-        finish_of(b'{"choices":[{"finish_reason":"abort"}]}')
+        finish_of(fields_of(b'{"choices":[{"finish_reason":"abort"}]}'))
 
 
 def test_a_replica_that_does_not_know_its_model() -> None:
