@@ -10,11 +10,12 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from gateway.app import in_force_for
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS
 from tests.gateway.fleet import CHAT, HELLO, STREAM, Fleet, deployment, running_gateway
 from tests.gateway.recorded import WHOLE, events, expected, recorded
-from tests.gateway.wire import Behaviour, Peer, scripted, stream, whole
+from tests.gateway.wire import Behaviour, Peer, connected, posted, scripted, stream, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -212,3 +213,26 @@ async def said(client: AsyncOpenAI) -> str:
     """Have a model say something, as an application does."""
     answer = await client.chat.completions.create(model="smol", messages=MESSAGES, stream=True)
     return "".join([each.choices[0].delta.content or "" async for each in answer if each.choices])
+
+
+async def test_one_beat_under_two_configurations() -> None:
+    """A stream that goes on waiting under a new configuration doesn't beat twice, nor behind its end."""
+    go = asyncio.Event()
+    other = {"ladder": ["mid"], "timeouts": TIMEOUTS}
+    async with patient() as fleet, scripted(later(go, stream(*EVENTS))) as replica, connected(fleet.url) as peer:
+        with fleet.replicas(("hi", replica.url), state=State.STARTING):
+            await peer.say(posted(STREAM))
+            await beaten(fleet, 1)
+            fleet.served.in_force.take(in_force_for(deployment({"aliases": {"smol": other}})))
+        with fleet.replicas(("mid", replica.url)):
+            go.set()
+            again = asyncio.create_task(peer.read_until(b"\r\n0\r\n\r\n"))
+            assert EVENTS[-1] in await again
+            go.clear()
+            # While another stream beats, nothing comes behind the end of this one.
+            beating = asyncio.create_task(fleet.ask(STREAM))
+            await beaten(fleet, int(await fleet.total("quantgate_heartbeats_total")) + BEATS)
+            go.set()
+            await peer.say(posted({**HELLO, "model": "nobody"}))
+            assert (await peer.read_some()).startswith(b"HTTP/1.1 404 ")
+            assert (await beating).status_code == 200
