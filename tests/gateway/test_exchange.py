@@ -770,3 +770,21 @@ async def test_what_a_key_has_left_is_told(fake: FakeReplica) -> None:
         with fleet.replicas(("hi", fake.url)):
             answers = [await fleet.ask(headers={"authorization": "Bearer qg-k"}) for _ in range(2)]
     assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["4", "3"]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["unary", "stream"])
+async def test_whoever_waits_when_the_gateway_stops(streaming: bool) -> None:
+    """It is told to ask again, by a status, when the time for running requests is up."""
+    async with (
+        httpx.AsyncClient(timeout=DEADLINE_SECONDS, trust_env=False) as client,
+        running_gateway(deployment()) as fleet,
+    ):
+        with fleet.replicas(("hi", refusing()), state=State.STARTING):
+            body = STREAM if streaming else HELLO
+            asking = asyncio.create_task(client.post(f"{fleet.url}{CHAT}", json=body))
+            while not await fleet.total("quantgate_waiting"):
+                pass
+            await fleet.served.front.drain(0.1)
+            answer = await asking
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "draining")
+    assert answer.headers["x-should-retry"] == "true"
