@@ -276,7 +276,8 @@ class Connection(asyncio.Protocol):
 
     def _watch(self) -> None:
         """One timer, looked at when it rings, for all requests of a connection, instead of one around every wait."""
-        ends_at = self._ends_at()
+        # The first byte may be waited for much longer than the next one, and doesn't come through here.
+        ends_at = min(self._ends_at(), self._loop.time() + self._deadlines.idle_seconds)
         if self._watchdog is not None:
             if self._watched_until <= ends_at:
                 return

@@ -127,7 +127,8 @@ class Teller:
 
     def _heartbeat(self) -> None:
         if not self._reply.begun:
-            self._reply.begin(200, self._head(EVENTS))
+            # Whoever is asked now may not be who answers.
+            self._reply.begin(200, self._head(EVENTS, chosen=False))
         self._reply.write(KEEP_ALIVE)
         self._account.metrics.heartbeats.inc()
         self._beat = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._heartbeat)
@@ -137,7 +138,7 @@ class Teller:
             self._beat.cancel()
             self._beat = None
 
-    def _head(self, first: bytes) -> bytes:
+    def _head(self, first: bytes, *, chosen: bool = True) -> bytes:
         """The request's id, and who answers and why: nobody is sent to a quantized copy without being told."""
         account = self._account
         request_id = account.request_id.encode()
@@ -146,7 +147,7 @@ class Teller:
             named += b"request-id: %b\r\n" % request_id
         if limits := self._limits(account.clock()):
             named += rendered(limits)
-        if account.choice is not None:
+        if chosen and account.choice is not None:
             named += b"%bx-quantgate-attempts: %d\r\n" % (self._disclosures.of(account.choice), account.attempts)
         return first + named
 

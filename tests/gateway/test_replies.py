@@ -146,3 +146,51 @@ def test_a_replica_that_does_not_know_its_model() -> None:
     error = refusal(404, VLLM_404)
     assert isinstance(error, UpstreamError)
     assert (error.code, "exist" in error.message) == ("upstream_misconfigured", False)
+
+
+@pytest.mark.parametrize(
+    "body, kind, code",
+    [
+        (b'{"error":{"message":"secret"}}', UpstreamError, "upstream_error"),
+        (b'{"id":"x","error":{"message":"secret","code":500},"choices":[]}', UpstreamError, "upstream_error"),
+        (b'{"error":"secret"}', UpstreamError, "upstream_error"),
+        (b'{"error":{"message":"too long","code":400}}', RequestError, "400"),
+        (b'{"error":{"message":"busy","code":503}}', ReplicaFull, "overloaded"),
+    ],
+)
+def test_an_error_under_a_200(body: bytes, kind: type[Exception], code: str) -> None:
+    """It means what it would mean under the status that it tells, and is a failure without one."""
+    with pytest.raises(kind) as caught:
+        fields_of(body)
+    assert (getattr(caught.value, "code", None), "secret" in str(caught.value)) == (code, False)
+
+
+def test_null_is_no_error() -> None:
+    """/v1/responses has the key in every answer."""
+    assert set(fields_of(b'{"error": null,"output":[]}')) == {"error", "output"}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"object":"response","status":"completed","metadata":{"finish_reason":"abort","status":"failed"}}',
+        b'{"object":"response","tools":[{"finish_reason":"abort"}],"status":"completed"}',
+    ],
+)
+def test_what_a_client_made_up_ends_nothing(body: bytes) -> None:
+    """Responses repeat the request: words in it must not count as the engine's, or a client could fail replicas."""
+    assert finish_of(fields_of(body)) == "completed"
+
+
+def test_any_choice_that_was_given_up_counts() -> None:
+    """Of several choices it needn't be the last; and a response says it in its own word."""
+    with pytest.raises(UpstreamError, match="gave the answer up"):
+        finish_of(fields_of(b'{"choices":[{"finish_reason":"abort"},{"finish_reason":"stop"}]}'))
+    with pytest.raises(UpstreamError, match="failed"):
+        finish_of(fields_of(b'{"object":"response","status":"failed"}'))
+
+
+@pytest.mark.parametrize("value", [b"nan", b"inf", b"-1", b"0"])
+def test_no_time_is_none(value: bytes) -> None:
+    """A number that can't be waited for is nothing."""
+    assert held_seconds({b"retry-after": value}) is None
