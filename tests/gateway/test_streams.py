@@ -151,6 +151,13 @@ def test_an_end_without_a_reason_is_none() -> None:
     assert isinstance(transcript.failure, UpstreamDisconnected)
 
 
+def test_an_error_by_its_name() -> None:
+    """An event that is called an error is one, whatever is in it; what is in it stays inside."""
+    transcript = Chunks(CHAT, "smol", wants_usage=False)
+    told = transcript.passed_on(b'event: error\ndata: {"message":"secret"}\n\n')
+    assert (transcript.failure is None, b"secret" in told) == (False, False)
+
+
 def test_an_answer_that_the_engine_gave_up() -> None:
     """`abort` looks like an end and is none."""
     transcript = Chunks(CHAT, "smol", wants_usage=False)
