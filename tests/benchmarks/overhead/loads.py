@@ -25,7 +25,8 @@ class Load:
             "seed": self.gap_ms,
             "temperature": 0.7,
         }
-        return json.dumps({**asked, "stream": True} if self.chunks else asked).encode()
+        # Without blanks, as SDKs write it.
+        return json.dumps({**asked, "stream": True} if self.chunks else asked, separators=(",", ":")).encode()
 
 
 PLAIN = Load("plain request")
