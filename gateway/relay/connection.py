@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import httptools
+import msgspec
 
 from gateway.errors import UpstreamDisconnected, UpstreamTimeout
 
@@ -20,8 +21,7 @@ HEADER_LIMIT_BYTES = 64 * 1024
 NOT_MODIFIED_OR_EMPTY = frozenset({204, 304})
 
 
-@dataclass(frozen=True, slots=True)
-class Deadlines:
+class Deadlines(msgspec.Struct, frozen=True):
     """How long a reply may keep us waiting: for its first byte, for the next one, and as a whole."""
 
     first_byte_seconds: float = 600.0

@@ -88,6 +88,11 @@ class Lease:
         self._dispatch.refused(self, retry_after_seconds)
 
 
+def demand_for(target: Target, rungs: tuple[Variant, ...]) -> Demand:
+    """Name the line that a request would wait in."""
+    return Demand(target.name, tuple([rung.name for rung in rungs]), target, rungs)
+
+
 class Dispatch:
     """Gives out leases; use it as a context manager."""
 
@@ -160,13 +165,13 @@ class Dispatch:
 
         Unavailable: none is there, or comes in time. Overloaded: the line is full, or didn't move in time.
         """
-        demand = Demand(target.name, tuple([rung.name for rung in rungs]), target, rungs)
-        if not len(self._lines) or not self._lines.waiting(demand):
-            lease = self._taken(demand, turn, tried)
+        if not len(self._lines) or not self._lines.waiting(demand_for(target, rungs)):
+            lease = self._taken(target, rungs, turn, tried)
             if lease is not None:
                 return lease
         if failure is not None:
             raise failure
+        demand = demand_for(target, rungs)
         return await self._in_line(demand, turn, key, body_bytes, wait_seconds)
 
     def release(self, lease: Lease) -> None:
@@ -204,9 +209,11 @@ class Dispatch:
         mark = self._marks.get(replica_id, ROOMY)
         self._marks[replica_id] = shedding.refused(mark, self._clock(), retry_after_seconds)
 
-    def _taken(self, demand: Demand, turn: int, tried: frozenset[str] = NOBODY) -> Lease | None:
+    def _taken(
+        self, target: Target, rungs: tuple[Variant, ...], turn: int, tried: frozenset[str] = NOBODY
+    ) -> Lease | None:
         now = self._clock()
-        choice = best(demand.target, demand.rungs, self._scene, tried, turn, now)
+        choice = best(target, rungs, self._scene, tried, turn, now)
         if choice is None:
             return None
         replica_id = choice.replica.id
@@ -268,7 +275,9 @@ class Dispatch:
         """Give free slots to those who wait, in turn, until nothing fits any more."""
         self._expire()
         while ticket := self._lines.next(self._serves):
-            lease = None if ticket.served.done() else self._taken(ticket.demand, ticket.turn)
+            lease = (
+                None if ticket.served.done() else self._taken(ticket.demand.target, ticket.demand.rungs, ticket.turn)
+            )
             if lease is not None:
                 ticket.served.set_result(lease)
         self._set_alarm()

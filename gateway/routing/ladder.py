@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from config.schema import NO_FLOOR, Floor
 from config.variant import Variant
 from gateway.errors import FloorUnmet
@@ -15,8 +17,7 @@ from serving.replica import HOPEFUL, Replica, ReplicaStatus
 Reason = Literal["preferred", "spill", "floor", "pinned", "canary", "fallback"]
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """One replica that may answer, and why it is its turn."""
 
     replica: Replica
