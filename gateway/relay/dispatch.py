@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf
 from types import TracebackType
 from typing import Self
 
@@ -207,7 +208,9 @@ class Dispatch:
             return
         replica_id = lease.choice.replica.id
         mark = self._marks.get(replica_id, ROOMY)
-        self._marks[replica_id] = shedding.refused(mark, self._clock(), retry_after_seconds)
+        # Refused although nobody of ours was there says nothing about how many it takes.
+        others = self._registry.in_flight[replica_id] - 1 or inf
+        self._marks[replica_id] = shedding.refused(mark, self._clock(), retry_after_seconds, at_once=others)
 
     def _taken(
         self, target: Target, rungs: tuple[Variant, ...], turn: int, tried: frozenset[str] = NOBODY
@@ -325,7 +328,13 @@ class Dispatch:
                 del self._breakers[replica_id]
             else:
                 self._breakers[replica_id] = after
-        self._marks.pop(replica_id, None)
+        mark = self._marks.get(replica_id)
+        if mark is not None:
+            roomier = shedding.accepted(mark, self._clock())
+            if roomier is ROOMY:
+                del self._marks[replica_id]
+            else:
+                self._marks[replica_id] = roomier
 
     def _resume_paces(self) -> None:
         now = self._clock()

@@ -36,9 +36,11 @@ class Scene:
 
     def has_room(self, replica: Replica, now: float) -> bool:
         """Tell whether a replica takes one more request."""
-        if self.in_flight.get(replica.id, 0) >= replica.max_in_flight:
+        in_flight = self.in_flight.get(replica.id, 0)
+        if in_flight >= replica.max_in_flight:
             return False
-        return not self.marks or not self.marks.get(replica.id, ROOMY).full(now)
+        mark = self.marks.get(replica.id, ROOMY) if self.marks else ROOMY
+        return mark is ROOMY or (in_flight < mark.most and not mark.full(now))
 
 
 def permitted_rungs(

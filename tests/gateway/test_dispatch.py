@@ -333,6 +333,30 @@ async def test_for_how_long_it_is_spared(asked_for: float | None, seconds: float
         assert any(chosen[2:])
 
 
+async def test_what_a_replica_takes_is_learned() -> None:
+    """An answer of a replica that refused sends it one more, and not the whole line."""
+    async with house() as here:
+        here.come(max_in_flight=99)
+        leases = [await here.held() for _ in range(6)]
+        for lease in leases[2:]:
+            end(lease, "refused")
+        tasks = await here.asked(9)
+        assert here.load() == {"hi-0": 2}
+        end(leases[0])
+        await settled()
+        assert here.load() == {"hi-0": 2}
+        here.now[0] = 5.0
+        end(leases[1])
+        await settled()
+        assert here.load() == {"hi-0": 3}
+        while tasks:
+            running = [task for task in tasks if task.done()]
+            tasks = [task for task in tasks if not task.done()]
+            for task in running:
+                end(task.result())
+            await settled()
+
+
 async def test_a_mark_that_ends_wakes_who_waits() -> None:
     """Nothing else happens: the time alone."""
     async with house() as here:

@@ -77,3 +77,19 @@ async def test_ten_times_the_load(known: bool) -> None:
         await fleet.at_rest()
         await eventually(lambda: fleet.held_bytes() == 0 or None)
         assert [await fleet.total(gauge) for gauge in GAUGES] == [0, 0, 0]
+
+
+async def test_a_bound_that_is_not_known_loses_nobody() -> None:
+    """Whoever may wait gets an answer in the end, and the replicas aren't asked over and over."""
+    async with (
+        running_fake(*SMALL) as fake,
+        running_gateway(deployment()) as fleet,
+        httpx.AsyncClient(
+            base_url=fleet.url, timeout=DEADLINE_SECONDS * 2, trust_env=False, limits=httpx.Limits(max_connections=None)
+        ) as asking,
+    ):
+        with fleet.replicas(("hi", fake.url)):
+            answers = await asyncio.gather(*(asking.post(CHAT, json=HELLO) for _ in range(5 * ROOM)))
+        assert {answer.status_code for answer in answers} == {200}
+        # The first wave, and what is found out in between.
+        assert len(fake.requests(CHAT)) < 4 * len(answers)
