@@ -19,10 +19,9 @@ from tests.benchmarks.machine import machine_line
 from tests.benchmarks.overhead import parts
 from tests.benchmarks.overhead.contenders import PEERS, Ours, ours, peer, quantgate, upstream
 from tests.benchmarks.overhead.loads import Contender
-from tests.benchmarks.overhead.processes import NotThere
+from tests.benchmarks.overhead.processes import ROOT, NotThere
 from tests.benchmarks.overhead.report import Report
 
-ROOT = Path(__file__).resolve().parents[3]
 PEERS_FOLDER = ROOT / ".venv" / "peers"
 PARTS = ("costs", "latency", "soak", "body", "starts", "workers")
 WHAT_COUNTS = ("quantgate", "uvloop", "httptools", "msgspec")

@@ -100,8 +100,10 @@ def peer(name: str, replicas: Sequence[Contender], folder: Path, peers_folder: P
     log = folder / f"{name}.log"
     urls = [url_of(replica) for replica in replicas]
     argv = PEERS[name].argv(urls, port, metrics_port, folder / f"{name}.yaml")
-    with running([str(program), *argv], log, _QUIET) as pid:
-        contender = Contender(name, HOST, port, PEERS[name].model, "none", pid)
+    key = f"sk-{secrets.token_urlsafe(32)}"
+    # LiteLLM doesn't start without a key; the Rust routers look at none.
+    with running([str(program), *argv], log, {**_QUIET, "LITELLM_MASTER_KEY": key}) as pid:
+        contender = Contender(name, HOST, port, PEERS[name].model, key, pid)
         until(lambda: answers(contender), name, log)
         yield contender
 
@@ -122,8 +124,8 @@ class Ours:
 
     def argv(self, workers: int) -> list[str]:
         """Write its command line."""
-        program = Path(sys.executable).with_name("quantgate")
-        return [sys.executable, str(program), "gateway", "--workers", str(workers), str(self.folder / "gateway.yaml")]
+        command = ["-m", "quantgate", "gateway", "--workers", str(workers)]
+        return [sys.executable, *command, str(self.folder / "gateway.yaml")]
 
 
 def ours(replicas: Sequence[Contender], folder: Path) -> Ours:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from config.load import process_environment
 
+ROOT = Path(__file__).resolve().parents[3]
 START_SECONDS = 90.0
 END_SECONDS = 15.0
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -27,7 +28,13 @@ def running(argv: Sequence[str], log: Path, extra: Mapping[str, str] | None = No
     environment = {**process_environment(), **(extra or {})}
     with log.open("wb") as output:
         process = subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            cwd=ROOT,  # so that the code that runs is the one beside this
+            start_new_session=True,
         )
     try:
         yield process.pid

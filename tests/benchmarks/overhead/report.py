@@ -67,7 +67,8 @@ def _costs(costs: Sequence[Cost]) -> str:
     for load, contender in dict.fromkeys((cost.load, cost.contender) for cost in costs):
         own = [cost for cost in costs if (cost.load, cost.contender) == (load, contender)]
         ratio = against.get((contender, load))
-        measured = any(cost.cpu_seconds for cost in own)
+        # Where not one answer came in time, there is nothing to tell; ask for longer.
+        measured = any(cost.cpu_seconds for cost in own) and all(cost.tally.requests for cost in own)
         rows.append(
             [
                 load,
