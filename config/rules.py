@@ -8,6 +8,7 @@ from config.own_flags import OWN_FLAGS, own_flag
 from config.schema import LOOPBACK, ReplicaSettings, Settings
 
 Location = tuple[str | int, ...]
+CERTIFICATES = ("ca", "certificate", "key_file")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +73,14 @@ def _replicas(settings: Settings) -> Iterator[Violation]:
             what = f"variant {replica.variant!r} has no path, so it can't be started here"
             yield Violation(where, what, "give the replica a url, or the variant a path")
         yield from _own_or_foreign(where, replica)
+        yield from _certificates(where, replica)
         yield from _arguments(where, replica)
 
 
 def _own_or_foreign(where: Location, replica: ReplicaSettings) -> Iterator[Violation]:
     if replica.url is not None:
         defaults = ReplicaSettings(variant=replica.variant)
-        own = ReplicaSettings.model_fields.keys() - {"variant", "url", "api_key", "max_in_flight"}
+        own = ReplicaSettings.model_fields.keys() - {"variant", "url", "api_key", "max_in_flight", *CERTIFICATES}
         for field in sorted(name for name in own if getattr(replica, name) != getattr(defaults, name)):
             yield Violation((*where, field), "says how to start a replica, but this one has a url", "remove one")
     wanted = replica.count * replica.tensor_parallel
@@ -88,6 +90,14 @@ def _own_or_foreign(where: Location, replica: ReplicaSettings) -> Iterator[Viola
             f"{len(replica.gpus)} GPUs for {replica.count} x tensor_parallel {replica.tensor_parallel}",
             f"name {wanted} GPUs",
         )
+
+
+def _certificates(where: Location, replica: ReplicaSettings) -> Iterator[Violation]:
+    for option in CERTIFICATES:
+        if getattr(replica, option) is not None and not (replica.url or "").startswith("https://"):
+            yield Violation((*where, option), "is for a replica whose url begins with https://", "remove it")
+    if replica.key_file is not None and replica.certificate is None:
+        yield Violation((*where, "key_file"), "is the key of no certificate", "name the certificate, too")
 
 
 def _arguments(where: Location, replica: ReplicaSettings) -> Iterator[Violation]:

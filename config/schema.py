@@ -6,10 +6,15 @@ problem into a line of the file; nobody else parses configuration.
 
 import re
 from typing import Annotated, Literal
+from urllib.parse import unquote_to_bytes
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 SIZE_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+# Names that can be looked up; others fail in ways that depend on who looks.
+HOST_NAME = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?"
+LAST_PORT = 65535
+SOCKET_PATH_BYTES = 107  # unix(7): 108 with the zero at the end
 LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
 
 
@@ -26,7 +31,7 @@ def parse_size_bytes(value: object) -> object:
 def check_address(value: str) -> str:
     """Accept `host:port` only, so that the port never comes from a default nobody sees."""
     host, _, port = value.rpartition(":")
-    if not host or not port.isdecimal() or not 0 <= int(port) <= 65535:
+    if not host or not port.isdecimal() or not 0 <= int(port) <= LAST_PORT:
         raise ValueError(f"{value!r} is no address; write host:port, for example 127.0.0.1:8000")
     return value
 
@@ -34,8 +39,12 @@ def check_address(value: str) -> str:
 def check_url(value: str) -> str:
     """Accept the root of a replica: scheme, host and port, without a path; or the path of a unix socket."""
     if re.fullmatch(r"unix:///[^\s?#]+", value):
+        path = unquote_to_bytes(value.removeprefix("unix://"))
+        if len(path) > SOCKET_PATH_BYTES or b"\0" in path:
+            raise ValueError(f"{value!r} is no replica address; a socket's path has at most {SOCKET_PATH_BYTES} bytes")
         return value
-    if re.fullmatch(r"https?://([^/\s?#@:]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?", value.rstrip("/")) is None:
+    told = re.fullmatch(rf"https?://({HOST_NAME}|\[[0-9A-Fa-f:.]+\])(?::(\d{{1,5}}))?", value.rstrip("/"))
+    if told is None or not 0 < int(told[2] or 80) <= LAST_PORT:
         raise ValueError(f"{value!r} is no replica address; write http://host:port, without /v1, or unix:///path")
     return value.rstrip("/")
 
@@ -44,6 +53,7 @@ SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(ge=0)]
 Address = Annotated[str, AfterValidator(check_address)]
 ReplicaUrl = Annotated[str, AfterValidator(check_url)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", max_length=128)]
+FileName = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
 Entries = Annotated[int, Field(ge=1, le=65536)]
@@ -132,6 +142,9 @@ class ReplicaSettings(Table):
     variant: Name
     url: ReplicaUrl | None = None
     api_key: SecretStr | None = None
+    ca: FileName | None = None
+    certificate: FileName | None = None
+    key_file: FileName | None = None
     count: Annotated[int, Field(ge=1)] = 1
     gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
     tensor_parallel: Annotated[int, Field(ge=1)] = 1

@@ -34,7 +34,6 @@ from serving.command import Machine
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.reload import Reload
-from serving.replica import foreign_replicas
 from serving.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -128,12 +127,12 @@ async def gateway_alone(
     """
     registry = Registry()
     deployment = placed(deployment, place)
-    foreign = foreign_replicas(deployment.settings.replicas, dict(deployment.variants))
+    wanted = deployment.wanted
     with ports(deployment.settings.gateway, place) as taken:
         async with (
             Probe() as probe,
-            Watch(foreign, registry, probe, goldens(deployment.variants)) as watch,
-            others_replicas(deployment.wanted, registry, probe) as follower,
+            Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
+            others_replicas(wanted, registry, probe) as follower,
             gateway(deployment, registry, taken, place) as served,
             following(path, served, FollowedFleet(watch, follower, registry, served.in_force).take),
         ):
@@ -148,13 +147,12 @@ async def everything(
 
     With a path, that file is followed.
     """
-    foreign = foreign_replicas(deployment.settings.replicas, dict(deployment.variants))
     wanted = deployment.wanted
     with sole_owner(wanted, home) as owner, ports(deployment.settings.gateway) as taken:
         async with (
             Probe() as probe,
             own_replicas(wanted, machine, registry, probe, home, owner) as own,
-            Watch(foreign, registry, probe, goldens(deployment.variants)) as watch,
+            Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             gateway(deployment, registry, taken) as served,
             following(path, served, OwnFleet(watch, own).take),
         ):

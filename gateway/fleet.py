@@ -11,7 +11,7 @@ from gateway.in_force import InForce, lost_aliases
 from gateway.routing.catalog import Catalog
 from serving.app import OwnReplicas
 from serving.registry import Registry
-from serving.replica import State, foreign_replicas, own_keys
+from serving.replica import State, own_keys
 from serving.state.follower import Follower
 from serving.watch import Watch
 
@@ -33,7 +33,7 @@ class OwnFleet:
 
     async def take(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """New replicas get ready, then requests go by the new configuration, then the old replicas go."""
-        foreign = foreign_replicas(deployment.settings.replicas, dict(deployment.variants))
+        foreign = deployment.wanted.foreign
         self.watch.goldens = goldens(deployment.variants)
         self.watch.add(foreign)
         await self.own.update(deployment.wanted, swap)
@@ -52,7 +52,7 @@ class FollowedFleet:
 
     async def take(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """Requests go by the new configuration as soon as no alias loses its last replica by it."""
-        foreign = foreign_replicas(deployment.settings.replicas, dict(deployment.variants))
+        foreign = deployment.wanted.foreign
         self.watch.goldens = goldens(deployment.variants)
         self.watch.add(foreign)
         if self.follower is not None:

@@ -5,7 +5,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from config.load import load_settings
@@ -23,13 +23,14 @@ from serving.notebook import Notebook
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.reload import Reload
-from serving.replica import Launch, foreign_replicas, own_keys, plan_launches
+from serving.replica import Launch, Replica, foreign_replicas, own_keys, plan_launches
 from serving.state.database import Owner, StateDatabase, state_url
 from serving.state.follower import Follower
 from serving.state.link import Link
 from serving.state.publisher import Publisher
 from serving.supervisor import Supervisor
 from serving.templates.plan import with_thinking
+from serving.tls import Tls, read_tls
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,12 @@ class Wanted:
     variants: Mapping[str, Variant]
     state: str | None = None
     folder: Path = Path()
+    tls: Mapping[int, Tls] = field(default_factory=dict)  # by the replica's place in the configuration
+
+    @property
+    def foreign(self) -> tuple[Replica, ...]:
+        """The replicas that somebody else runs."""
+        return foreign_replicas(self.settings.replicas, self.variants, self.tls)
 
     @property
     def has_own_replicas(self) -> bool:
@@ -56,10 +63,11 @@ class Wanted:
 
 
 def read_wanted(path: Path) -> Wanted:
-    """Read a configuration file and the manifests it names; ConfigError if anything is wrong."""
+    """Read a configuration file, and the manifests and certificates it names; ConfigError if anything is wrong."""
     settings = load_settings(path)
     variants = read_variants(settings.variants, path.parent)
-    return Wanted(settings, variants, state_url(settings.gateway.state, path.parent), path.parent.resolve())
+    tls = read_tls(settings.replicas, path.parent)
+    return Wanted(settings, variants, state_url(settings.gateway.state, path.parent), path.parent.resolve(), tls)
 
 
 @asynccontextmanager
@@ -143,7 +151,7 @@ class OwnReplicas:
 
 def foreign_ids(wanted: Wanted) -> frozenset[str]:
     """The ids of the replicas that somebody else runs."""
-    return frozenset(each.id for each in foreign_replicas(wanted.settings.replicas, dict(wanted.variants)))
+    return frozenset(each.id for each in wanted.foreign)
 
 
 def planned_launches(wanted: Wanted, machine: Machine, engine: Engine) -> tuple[Launch, ...]:

@@ -9,8 +9,10 @@ from typing import Any, Self
 
 import httpx
 
+from serving.clients import Clients, root_of
 from serving.errors import ProbeFailed
 from serving.replica import Replica
+from serving.tls import Tls
 
 ENGINE_REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([\d.eE+]+)", re.MULTILINE)
 PROMPT_END_TOKENS = 32
@@ -55,7 +57,7 @@ class Probe:
     """An HTTP client for control requests; never used for a client's request."""
 
     def __init__(self, timeout_seconds: float = 5.0) -> None:
-        self._client = httpx.AsyncClient(timeout=timeout_seconds, trust_env=False)
+        self._clients = Clients(httpx.Timeout(timeout_seconds))
 
     async def __aenter__(self) -> Self:
         return self
@@ -63,19 +65,20 @@ class Probe:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._client.aclose()
+        await self._clients.aclose()
 
-    async def healthy(self, url: str) -> bool:
+    async def healthy(self, url: str, tls: Tls | None = None) -> bool:
         """Tell whether a server listens and calls itself healthy."""
         try:
-            return (await self._client.get(f"{url}/health")).status_code == httpx.codes.OK
+            reply = await self._clients.reaching(url, tls).get(f"{root_of(url)}/health")
         except httpx.HTTPError:
             return False
+        return reply.status_code == httpx.codes.OK
 
     async def served_model(self, replica: Replica) -> ServedModel:
         """Ask for the model that a replica answers with (the first of its names)."""
         with _translated(replica, "/v1/models"):
-            reply = await self._client.get(f"{replica.url}/v1/models", headers=_credential(replica))
+            reply = await self._got(replica, "/v1/models")
             reply.raise_for_status()
             first = reply.json()["data"][0]
             return ServedModel(first["id"], first.get("root") or "", first.get("max_model_len"))
@@ -101,14 +104,15 @@ class Probe:
     async def activity(self, replica: Replica) -> Activity:
         """Read how much a replica has to do, and how much it has done so far."""
         with _translated(replica, "/metrics"):
-            reply = await self._client.get(f"{replica.url}/metrics", headers=_credential(replica))
+            reply = await self._got(replica, "/metrics")
             reply.raise_for_status()
             return read_activity(reply.text)
 
     async def _completed(self, replica: Replica, timeout_seconds: float, **asked: Any) -> dict[str, Any]:
         body = {"model": replica.served_name, "max_tokens": 1, "temperature": 0, **asked}
-        reply = await self._client.post(
-            f"{replica.url}/v1/completions", json=body, headers=_credential(replica), timeout=timeout_seconds
+        client = self._clients.reaching(replica.url, replica.tls)
+        reply = await client.post(
+            f"{root_of(replica.url)}/v1/completions", json=body, headers=_credential(replica), timeout=timeout_seconds
         )
         reply.raise_for_status()
         told: dict[str, Any] = reply.json()
@@ -117,8 +121,8 @@ class Probe:
     async def requests_in_engine(self, replica: Replica) -> int | None:
         """Count what a replica is answering for anybody; None if it doesn't tell."""
         try:
-            load = await self._client.get(f"{replica.url}/load", headers=_credential(replica))
-            gauges = await self._client.get(f"{replica.url}/metrics", headers=_credential(replica))
+            load = await self._got(replica, "/load")
+            gauges = await self._got(replica, "/metrics")
         except httpx.HTTPError:
             return None
         if load.is_error and gauges.is_error:
@@ -141,11 +145,15 @@ class Probe:
             return tuple(int(token) for token in told["tokens"])
 
     async def _posted(self, replica: Replica, path: str, body: dict[str, Any]) -> Any:
-        reply = await self._client.post(
-            f"{replica.url}{path}", json={"model": replica.served_name, **body}, headers=_credential(replica)
-        )
+        client = self._clients.reaching(replica.url, replica.tls)
+        asked = {"model": replica.served_name, **body}
+        reply = await client.post(f"{root_of(replica.url)}{path}", json=asked, headers=_credential(replica))
         reply.raise_for_status()
         return reply.json()
+
+    async def _got(self, replica: Replica, path: str) -> httpx.Response:
+        client = self._clients.reaching(replica.url, replica.tls)
+        return await client.get(f"{root_of(replica.url)}{path}", headers=_credential(replica))
 
 
 def engine_requests(exposition: str) -> int:

@@ -1,13 +1,16 @@
 """Values of this room: what a replica is, how it is started, and how it fares."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from config.manifest import Engine
 from config.schema import ReplicaSettings
 from config.variant import Variant
+from serving.tls import Tls
 
 
 class State(StrEnum):
@@ -23,6 +26,7 @@ class State(StrEnum):
 
 
 HOPEFUL = frozenset({State.STARTING, State.WARMING})
+NO_TLS: Mapping[int, Tls] = MappingProxyType({})
 
 # Who writes the opening <think>: the chat template, the model itself, or nobody.
 ThinkTag = Literal["injected", "model", "none"]
@@ -48,7 +52,8 @@ class Replica:
     """One server of one variant at one address; `served_name` is the model name that it answers to.
 
     `max_model_len_tokens` and `think` are None until it has been asked. `think_token` is `<think>` in its vocabulary,
-    None if that is several tokens. More than `max_in_flight` requests at once are not sent to it.
+    None if that is several tokens. More than `max_in_flight` requests at once are not sent to it. `tls` is None where
+    the machine's own trust does, or nothing is encrypted.
     """
 
     id: str
@@ -61,6 +66,7 @@ class Replica:
     think: ThinkTag | None = None
     think_token: int | None = None
     max_in_flight: int = 512
+    tls: Tls | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +117,16 @@ def plan_launches(
     return tuple(launches)
 
 
-def foreign_replicas(replicas: tuple[ReplicaSettings, ...], variants: dict[str, Variant]) -> tuple[Replica, ...]:
-    """List the replicas that somebody else runs; their served name is learnt when they are probed."""
+def foreign_replicas(
+    replicas: tuple[ReplicaSettings, ...], variants: Mapping[str, Variant], tls: Mapping[int, Tls] = NO_TLS
+) -> tuple[Replica, ...]:
+    """List the replicas that somebody else runs; their served name is learnt when they are probed.
+
+    `tls` is by a replica's place in the configuration.
+    """
     numbers: dict[str, int] = {}
     found = []
-    for settings in replicas:
+    for place, settings in enumerate(replicas):
         if settings.url is None:
             continue
         numbers[settings.variant] = numbers.get(settings.variant, 0) + 1
@@ -131,6 +142,7 @@ def foreign_replicas(replicas: tuple[ReplicaSettings, ...], variants: dict[str, 
                 settings.variant,
                 key,
                 max_in_flight=settings.max_in_flight,
+                tls=tls.get(place),
             )
         )
     return tuple(found)

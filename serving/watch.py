@@ -75,7 +75,7 @@ class Watch:
 
     async def _look(self, replica: Replica) -> None:
         state = self.registry.status(replica.id).state
-        if not await self.probe.healthy(replica.url):
+        if not await self.probe.healthy(replica.url, replica.tls):
             if state is not State.FAILED:
                 log.warning("replica %s at %s is not healthy", replica.id, replica.url)
             self.registry.move(replica.id, State.FAILED, f"{replica.url} is not healthy")

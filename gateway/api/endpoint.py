@@ -1,8 +1,8 @@
 """One inference endpoint: reads a request, finds who may answer, relays the answer, and accounts for all of it."""
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from gateway.access_log import Tell
 from gateway.api.endpoints import Endpoint
@@ -29,7 +29,7 @@ from gateway.metrics import Metrics
 from gateway.quota import Quota
 from gateway.relay.accounting import Account
 from gateway.relay.exchange import Relay
-from gateway.relay.teller import Disclosures, Headers, Teller
+from gateway.relay.teller import Disclosures, Teller
 from gateway.tracing import Tracing
 
 # The first that fits; others are told by their codes, those of the queue.
@@ -75,7 +75,8 @@ class InferenceEndpoint:
         account.caller = caller.name or "none"
         if request.headers.get(b"x-stainless-retry-count", b"0") != b"0":
             told.metrics.client_retries.inc()
-        with account, Teller(self.endpoint, account, reply, told.disclosures, self._left(caller, account)) as teller:
+        limits = partial(self.quota.headers, caller)
+        with account, Teller(self.endpoint, account, reply, told.disclosures, limits) as teller:
             try:
                 if request.refusal is not None:
                     raise request.refusal
@@ -120,10 +121,6 @@ class InferenceEndpoint:
                     raise
             else:
                 return
-
-    def _left(self, caller: Caller, account: Account) -> Callable[[], Headers]:
-        """What the key has left when the answer begins, as headers."""
-        return lambda: self.quota.headers(caller, account.clock())
 
     def _refused(self, error: GatewayError, account: Account, teller: Teller) -> None:
         if isinstance(error, FloorUnmet):

@@ -1,10 +1,10 @@
 """Parse a request once: read the few keys that we decide on, keep the bytes of all others as they came."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
+from msgspec import structs
 
 from config.schema import NO_FLOOR, Floor, LimitSettings
 from gateway.api.bounds import GUARDED_FIELDS, GUARDED_KWARGS, check_bounds, shown_number
@@ -30,8 +30,7 @@ _TRUE, _FALSE = msgspec.Raw(b"true"), msgspec.Raw(b"false")
 _RARE = GUARDED_FIELDS | {PROVIDER, "chat_template_kwargs"}
 
 
-@dataclass(frozen=True, slots=True)
-class Inference:
+class Inference(msgspec.Struct, frozen=True):
     """What a client asked for; `fields` holds what a replica gets of the body's top level, each value as its bytes."""
 
     endpoint: Endpoint
@@ -57,7 +56,7 @@ class Inference:
         """
         given = read_object(self.fields, "chat_template_kwargs") or {}
         kwargs = {"enable_thinking": _FALSE, **given}
-        return replace(self, fields={**self.fields, "chat_template_kwargs": _raw(kwargs)})
+        return structs.replace(self, fields={**self.fields, "chat_template_kwargs": _raw(kwargs)})
 
     def body_for(self, served_name: str, *, token_ids: bool = False, context_tokens: int | None = None) -> bytes:
         """Write the body that a replica gets: its own model name, and usage always asked for, once and at the end.

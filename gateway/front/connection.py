@@ -28,7 +28,7 @@ HEADER_LIMIT = 128
 PIPELINED_LIMIT = 16
 # A refused body up to this long is read to its end, so that the client, which writes before it reads, hears why.
 SHORT_BODY_BYTES = 256 * 1024
-LINGER_BYTES = 16 * 2**20
+LINGER_BYTES = 256 * 2**20
 # One of these twice could be read in two ways by two parties.
 _SINGLE = frozenset({b"host", b"content-type", b"authorization", b"x-api-key", b"api-key", b"x-request-id"})
 
@@ -41,7 +41,8 @@ class ClientPatience:
     body_silence_seconds: float = 30.0
     keep_alive_seconds: float = 75.0
     slow_reader_seconds: float = 60.0
-    linger_seconds: float = 2.0
+    linger_seconds: float = 2.0  # of silence, after a refusal
+    linger_total_seconds: float = 30.0
 
     @property
     def tick_seconds(self) -> float:
@@ -63,12 +64,13 @@ class ClientConnection(asyncio.Protocol):
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._body_limit_bytes = 0
+        self._declared_bytes: int | None = None  # of a body; None: its end is told when it comes
         self._short = True
         self._arrived: deque[Request] = deque()  # read, and behind the one that is being answered
         self._task: asyncio.Task[None] | None = None
-        self._held_bytes = 0  # of bodies, in the front's own account
         self._drain: asyncio.Future[None] | None = None
-        self._lingering_bytes: int | None = None
+        self._lingering_bytes: int | None = None  # that still may come, and are dropped
+        self._linger_until = 0.0
         self._deadline = self._loop.time() + front.patience.keep_alive_seconds
         self._timer: asyncio.TimerHandle | None = None
         self.paused = False
@@ -92,6 +94,7 @@ class ClientConnection(asyncio.Protocol):
         if self._lingering_bytes is not None:
             self._linger(len(data))
             return
+        body_bytes = self._body_bytes
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -104,7 +107,8 @@ class ClientConnection(asyncio.Protocol):
             )
             self._malformed(refusal)
         else:
-            if self._request is not None and not self._head_read:
+            if self._request is not None and (not self._head_read or self._body_bytes == body_bytes):
+                # A head, or what a chunked body may have beside its data: neither is without an end.
                 self._head_bytes += len(data)
                 if self._head_bytes > HEAD_LIMIT_BYTES:
                     self._malformed(_long_head())
@@ -120,9 +124,11 @@ class ClientConnection(asyncio.Protocol):
             self._task.cancel()
         if self._drain is not None and not self._drain.done():
             self._drain.set_result(None)
+        for request in (self._request, *self._arrived):
+            if request is not None:
+                self._let_go(request)
+        self._request = None
         self._arrived.clear()
-        if self._task is None:
-            self._give_back_memory()
         self._front.left(self)
 
     def pause_writing(self) -> None:
@@ -180,13 +186,17 @@ class ClientConnection(asyncio.Protocol):
         if self._task is None:
             self._deadline = self._loop.time() + self._front.patience.body_silence_seconds
         self._body_bytes += len(data)
+        self._head_bytes = 0
+        if self._lingering_bytes is not None:
+            self._lingering_bytes -= len(data)
+            return
         if request.refusal is None:
             if self._body_bytes > self._body_limit_bytes:
                 self._refuse_body(request, _long_body(self._body_limit_bytes))
             elif not self._front.hold(len(data)):
                 self._refuse_body(request, Overloaded("too many large requests at once", retry_after_seconds=2))
             else:
-                self._held_bytes += len(data)
+                request.held_bytes += len(data)
                 self._body.append(data)
         if request.refusal is not None and not self._short:
             self._answer_early(request)
@@ -194,7 +204,8 @@ class ClientConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         request = self._reading()
         if self._lingering_bytes is not None:
-            return  # It has been answered already.
+            self._let_go(request)
+            return  # It has been answered already, or nobody will.
         request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body.clear()
         self._request = None
@@ -213,7 +224,9 @@ class ClientConnection(asyncio.Protocol):
 
     def _admit(self, request: Request) -> None:
         declared = int(request.headers.get(b"content-length", b"0"))
-        self._short = declared <= SHORT_BODY_BYTES and b"transfer-encoding" not in request.headers
+        self._declared_bytes = None if b"transfer-encoding" in request.headers else declared
+        asks_first = request.chunkable and request.headers.get(b"expect", b"").lower() == b"100-continue"
+        self._short = self._declared_bytes is not None and declared <= SHORT_BODY_BYTES and not asks_first
         try:
             self._body_limit_bytes = self._front.admit(request)
             if declared > self._body_limit_bytes:
@@ -221,7 +234,7 @@ class ClientConnection(asyncio.Protocol):
         except GatewayError as refusal:
             request.refusal = refusal
         if request.refusal is None:
-            if request.headers.get(b"expect", b"").lower() == b"100-continue" and self._task is None:
+            if asks_first and self._task is None:
                 self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         elif not self._short:
             self._answer_early(request)
@@ -229,11 +242,14 @@ class ClientConnection(asyncio.Protocol):
     def _refuse_body(self, request: Request, refusal: GatewayError) -> None:
         request.refusal = refusal
         self._body.clear()
+        self._let_go(request)
 
     def _answer_early(self, request: Request) -> None:
         """Answer a refused request before the rest of it is here; what still comes is read and dropped for a while."""
         if self._lingering_bytes is None:
-            self._lingering_bytes = 0
+            declared = self._declared_bytes
+            left = LINGER_BYTES if declared is None else declared - self._body_bytes
+            self._lingering_bytes = min(left, LINGER_BYTES)
             self._arrived.append(request)
             self._next()
 
@@ -241,24 +257,28 @@ class ClientConnection(asyncio.Protocol):
         """Answer what isn't a request that anybody could answer, and hang up."""
         if self._lingering_bytes is not None:
             return
-        self._lingering_bytes = 0
+        self._lingering_bytes = LINGER_BYTES
         request = self._request or Request()
-        request.refusal = refusal
-        self._body.clear()
+        self._refuse_body(request, refusal)
         self._arrived.append(request)
         self._next()
 
     def _linger(self, size_bytes: int) -> None:
+        """Drop what still comes; a client that has written all that it announced reads next, and needs no more time."""
         assert self._lingering_bytes is not None
-        self._lingering_bytes += size_bytes
-        if self._lingering_bytes > LINGER_BYTES:
+        self._lingering_bytes -= size_bytes
+        if self._lingering_bytes < -SHORT_BODY_BYTES:
             self._transport.abort()
+        elif self._task is None:
+            self._deadline = min(self._loop.time() + self._front.patience.linger_seconds, self._linger_until)
+            if self._lingering_bytes <= 0:
+                self._transport.close()
 
     # Answering
 
     def _next(self) -> None:
-        if self._task is not None or not self._arrived:
-            return
+        if self._task is not None or not self._arrived or self._transport.is_closing():
+            return  # A task that is cancelled before it begins would give nothing back.
         request = self._arrived.popleft()
         reply = Reply(
             self,
@@ -279,11 +299,11 @@ class ClientConnection(asyncio.Protocol):
             log.exception("a request to %s failed", request.path[:200])
             self._front.site.failed(request, reply)
         finally:
-            self._answered(reply)
+            self._answered(request, reply)
 
-    def _answered(self, reply: Reply) -> None:
+    def _answered(self, request: Request, reply: Reply) -> None:
         self._task = None
-        self._give_back_memory()
+        self._let_go(request)
         self._front.freed()
         if self.lost:
             return
@@ -298,15 +318,16 @@ class ClientConnection(asyncio.Protocol):
 
     def _hang_up(self) -> None:
         """Close behind the answer; a client that is still writing must be able to read it before it sees a reset."""
-        if self._lingering_bytes is None or not self._transport.can_write_eof():
+        if self._lingering_bytes is None or self._lingering_bytes <= 0 or not self._transport.can_write_eof():
             self._transport.close()
             return
-        self._deadline = self._loop.time() + self._front.patience.linger_seconds
+        now, patience = self._loop.time(), self._front.patience
+        self._deadline, self._linger_until = now + patience.linger_seconds, now + patience.linger_total_seconds
         self._transport.write_eof()
 
-    def _give_back_memory(self) -> None:
-        self._front.let_go(self._held_bytes)
-        self._held_bytes = 0
+    def _let_go(self, request: Request) -> None:
+        self._front.let_go(request.held_bytes)
+        request.held_bytes = 0
 
     # Writing
 

@@ -82,9 +82,9 @@ class Reply:
 
     def whole(self, status: int, headers: bytes, body: bytes) -> None:
         """Answer at once; `headers` are lines."""
-        self.begun = self.ended = True
         said = b"" if self._bodyless else body
         head = self._head(status, headers)
+        self.begun = self.ended = True
         self._line.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), said))
 
     def begin(self, status: int, headers: bytes, data: bytes = b"") -> None:
@@ -113,7 +113,8 @@ class Reply:
 
     def _head(self, status: int, headers: bytes) -> bytes:
         closing = b"" if self.keep_alive else b"connection: close\r\n"
-        return b"%b%b%b%b" % (_STATUS_LINES[status], self._clock.line(), headers, closing)
+        line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status  # a number without a name, of a replica's
+        return b"%b%b%b%b" % (line, self._clock.line(), headers, closing)
 
     def _framed(self, data: bytes) -> bytes:
         if self._bodyless:

@@ -19,6 +19,7 @@ class Request:
     chunkable: bool = True  # the client reads chunked bodies: HTTP/1.1
     keep_alive: bool = False
     body: bytes = b""
+    held_bytes: int = 0  # that its body takes in the front's account
     refusal: GatewayError | None = None
     request_id: str = ""
     caller: Any = None  # whom the site took the client for

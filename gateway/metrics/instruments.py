@@ -60,7 +60,8 @@ class Distribution:
     bounds: tuple[float, ...]
     counts: list[int] = field(init=False)
     sum: float = 0.0
-    exemplars: dict[int, Exemplar] = field(default_factory=dict)  # by bucket, the last request of each
+    # By bucket, the last request of each: who, how much, when.
+    exemplars: dict[int, tuple[str, float, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.counts = [0] * (len(self.bounds) + 1)
@@ -76,7 +77,7 @@ class Distribution:
         self.counts[place] += 1
         self.sum += value
         if len(exemplar) <= EXEMPLAR_CHARACTERS:
-            self.exemplars[place] = Exemplar({EXEMPLAR_LABEL: exemplar}, value, at_seconds)
+            self.exemplars[place] = (exemplar, value, at_seconds)
 
 
 Child = TypeVar("Child", Count, Level, Distribution)
@@ -152,5 +153,8 @@ def _cumulated(child: Distribution, edges: Iterable[str]) -> Iterator[tuple[str,
     below = 0
     for place, (edge, count) in enumerate(zip(edges, child.counts, strict=True)):
         below += count
-        exemplar = child.exemplars.get(place)
-        yield (edge, below, exemplar) if exemplar else (edge, below)
+        if kept := child.exemplars.get(place):
+            exemplar, value, at_seconds = kept
+            yield edge, below, Exemplar({EXEMPLAR_LABEL: exemplar}, value, at_seconds)
+        else:
+            yield edge, below

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 import httptools
+import msgspec
 
 from gateway.errors import UpstreamDisconnected, UpstreamTimeout
 
@@ -20,8 +21,7 @@ HEADER_LIMIT_BYTES = 64 * 1024
 NOT_MODIFIED_OR_EMPTY = frozenset({204, 304})
 
 
-@dataclass(frozen=True, slots=True)
-class Deadlines:
+class Deadlines(msgspec.Struct, frozen=True):
     """How long a reply may keep us waiting: for its first byte, for the next one, and as a whole."""
 
     first_byte_seconds: float = 600.0
@@ -79,6 +79,7 @@ class Connection(asyncio.Protocol):
         self._asked_at = 0.0
         self._heard_at = 0.0
         self.received_bytes = 0
+        self._body_seen_bytes = 0  # of those received, up to the last one of a body
 
     # What the caller does
 
@@ -86,6 +87,7 @@ class Connection(asyncio.Protocol):
         """Write a whole request; the reply starts from nothing."""
         self._head, self._headers_bytes, self._headers_complete = Head(), 0, False
         self._complete, self._keep_alive, self.received_bytes = False, False, 0
+        self._body_seen_bytes, self._refusal = 0, None
         self._deadlines, self._asked_at, self._heard_at = deadlines, self._loop.time(), 0.0
         self._watch()
         self._transport.write(request)
@@ -121,7 +123,8 @@ class Connection(asyncio.Protocol):
             finally:
                 full, self._sink = self._sink is None, None
             if self._refusal is not None:
-                raise self._refusal
+                refusal, self._refusal = self._refusal, None
+                raise refusal
             if full:
                 return False
 
@@ -155,15 +158,15 @@ class Connection(asyncio.Protocol):
         self.received_bytes += len(data)
         if self._complete:
             # Nobody asked: whatever this is, the connection is no longer in step.
-            self._fail(UpstreamDisconnected("a replica sent bytes that nobody asked for"))
+            self._break_off("a replica sent bytes that nobody asked for")
             return
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            self._fail(UpstreamDisconnected(f"a replica's answer is no HTTP: {error}"))
-        if not self._headers_complete and self.received_bytes > HEADER_LIMIT_BYTES:
-            # One header without an end never reaches `on_header`.
-            self._fail(UpstreamDisconnected("the headers of a replica's answer have no end"))
+            self._break_off(f"a replica's answer is no HTTP: {error}")
+        if self.received_bytes - self._body_seen_bytes > HEADER_LIMIT_BYTES:
+            # One header or trailer without an end never reaches `on_header`.
+            self._break_off("the headers of a replica's answer have no end")
         if self._sink is not None and self._body and self._failure is None:
             self._pour_now(self._sink)
             return
@@ -201,6 +204,7 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         self._heard_at = self._loop.time()
+        self._body_seen_bytes = self.received_bytes
         self._body.append(body)
         self._body_bytes += len(body)
 
@@ -209,7 +213,10 @@ class Connection(asyncio.Protocol):
             # An interim reply (RFC 9110, 15.2): the real one follows.
             self._head = Head()
             return
-        self._keep_alive = self._parser.should_keep_alive() and self._head.delimited
+        # A replica that answers before it has read the request may never read the rest, nor what stands behind it.
+        # (With TLS this shows only what is not encrypted yet.)
+        written = self._transport.get_write_buffer_size() == 0
+        self._keep_alive = written and self._parser.should_keep_alive() and self._head.delimited
         self._complete = True
 
     # Handing on
@@ -257,6 +264,11 @@ class Connection(asyncio.Protocol):
         self._unwatch()
         self._wake()
 
+    def _break_off(self, why: str) -> None:
+        """Hear no more of a replica that is out of step: whoever reads may be slow, and memory is ours."""
+        self._fail(UpstreamDisconnected(why))
+        self.close()
+
     def _resume(self) -> None:
         self._paused = False
         self._heard_at = self._loop.time()
@@ -264,7 +276,8 @@ class Connection(asyncio.Protocol):
 
     def _watch(self) -> None:
         """One timer, looked at when it rings, for all requests of a connection, instead of one around every wait."""
-        ends_at = self._ends_at()
+        # The first byte may be waited for much longer than the next one, and doesn't come through here.
+        ends_at = min(self._ends_at(), self._loop.time() + self._deadlines.idle_seconds)
         if self._watchdog is not None:
             if self._watched_until <= ends_at:
                 return

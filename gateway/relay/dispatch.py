@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
+from math import inf
 from types import TracebackType
 from typing import Self
 
@@ -65,6 +66,7 @@ class Lease:
     choice: Choice
     asked_at: float
     _dispatch: "Dispatch"
+    probe_until: float | None = None  # it finds out whether a replica works again, and is believed lost by then
 
     def __enter__(self) -> Self:
         return self
@@ -85,6 +87,11 @@ class Lease:
     def refused(self, retry_after_seconds: float | None) -> None:
         """The replica has no room."""
         self._dispatch.refused(self, retry_after_seconds)
+
+
+def demand_for(target: Target, rungs: tuple[Variant, ...]) -> Demand:
+    """Name the line that a request would wait in."""
+    return Demand(target.name, tuple([rung.name for rung in rungs]), target, rungs)
 
 
 class Dispatch:
@@ -136,11 +143,12 @@ class Dispatch:
         return next(self._turns)
 
     def why_not_again(self, deaths: int, attempts: int) -> budget.WhyNot | None:
-        """Say why a request is not tried again; None allows it, and takes it from the budget."""
-        why = budget.why_not_again(deaths, attempts, self._budget, most_attempts=ATTEMPTS)
-        if why is None:
-            self._budget = budget.spent(self._budget)
-        return why
+        """Say why a request is not tried again; None allows it, if there is a replica for it."""
+        return budget.why_not_again(deaths, attempts, self._budget, most_attempts=ATTEMPTS)
+
+    def retried(self) -> None:
+        """Take a retry that was allowed, and found a replica in the same step, from the budget."""
+        self._budget = budget.spent(self._budget)
 
     async def lease(
         self,
@@ -158,20 +166,20 @@ class Dispatch:
 
         Unavailable: none is there, or comes in time. Overloaded: the line is full, or didn't move in time.
         """
-        demand = Demand(target.name, tuple([rung.name for rung in rungs]), target, rungs)
-        if not len(self._lines) or not self._lines.waiting(demand):
-            lease = self._taken(demand, turn, tried)
+        if not len(self._lines) or not self._lines.waiting(demand_for(target, rungs)):
+            lease = self._taken(target, rungs, turn, tried)
             if lease is not None:
                 return lease
         if failure is not None:
             raise failure
+        demand = demand_for(target, rungs)
         return await self._in_line(demand, turn, key, body_bytes, wait_seconds)
 
     def release(self, lease: Lease) -> None:
         """End a lease, and give its slot to whoever's turn it is."""
         replica_id = lease.choice.replica.id
         held = self._breakers.get(replica_id)
-        if held is not None:
+        if held is not None and held.probe_until == lease.probe_until:
             self._breakers[replica_id] = breaker.abandoned(held)
         self._registry.give_back(replica_id)
         if len(self._lines):
@@ -188,27 +196,41 @@ class Dispatch:
 
     def failed(self, lease: Lease) -> None:
         """Hold a failure against a replica."""
+        if self._has_gone(lease):
+            return
         replica_id = lease.choice.replica.id
         held = self._breakers.get(replica_id, HEALTHY)
         self._breakers[replica_id] = breaker.failed(held, self._clock(), asked_at=lease.asked_at)
 
     def refused(self, lease: Lease, retry_after_seconds: float | None) -> None:
         """Spare a replica that has no room."""
+        if self._has_gone(lease):
+            return
         replica_id = lease.choice.replica.id
         mark = self._marks.get(replica_id, ROOMY)
-        self._marks[replica_id] = shedding.refused(mark, self._clock(), retry_after_seconds)
+        # Refused although nobody of ours was there says nothing about how many it takes.
+        others = self._registry.in_flight[replica_id] - 1 or inf
+        self._marks[replica_id] = shedding.refused(mark, self._clock(), retry_after_seconds, at_once=others)
 
-    def _taken(self, demand: Demand, turn: int, tried: frozenset[str] = NOBODY) -> Lease | None:
+    def _taken(
+        self, target: Target, rungs: tuple[Variant, ...], turn: int, tried: frozenset[str] = NOBODY
+    ) -> Lease | None:
         now = self._clock()
-        choice = best(demand.target, demand.rungs, self._scene, tried, turn, now)
+        choice = best(target, rungs, self._scene, tried, turn, now)
         if choice is None:
             return None
         replica_id = choice.replica.id
         self._registry.take(replica_id)
         held = self._breakers.get(replica_id) if self._breakers else None
-        if held is not None:
-            self._breakers[replica_id] = breaker.probing(held, now)
-        return Lease(choice, now, self)
+        if held is None:
+            return Lease(choice, now, self)
+        after = self._breakers[replica_id] = breaker.probing(held, now)
+        return Lease(choice, now, self, after.probe_until if after is not held else None)
+
+    def _has_gone(self, lease: Lease) -> bool:
+        """Tell whether a replica isn't ready any more: when it is again, it is another one."""
+        ready = self._registry.ready.get(lease.choice.variant.name, ())
+        return all(replica.id != lease.choice.replica.id for replica in ready)
 
     async def _in_line(self, demand: Demand, turn: int, key: str, body_bytes: int, wait_seconds: float) -> Lease:
         if not self._hope(demand):
@@ -256,7 +278,9 @@ class Dispatch:
         """Give free slots to those who wait, in turn, until nothing fits any more."""
         self._expire()
         while ticket := self._lines.next(self._serves):
-            lease = None if ticket.served.done() else self._taken(ticket.demand, ticket.turn)
+            lease = (
+                None if ticket.served.done() else self._taken(ticket.demand.target, ticket.demand.rungs, ticket.turn)
+            )
             if lease is not None:
                 ticket.served.set_result(lease)
         self._set_alarm()
@@ -278,7 +302,11 @@ class Dispatch:
             return
         now = self._clock()
         looks = [mark.until for mark in self._marks.values() if mark.until > now]
-        looks += [held.opened_at + held.open_seconds for held in self._breakers.values() if not held.admits(now)]
+        looks += [
+            max(held.opened_at + held.open_seconds, held.probe_until)
+            for held in self._breakers.values()
+            if not held.admits(now)
+        ]
         delay_seconds = max(min([soonest, *looks]) - now, 0.001)
         self._alarm = asyncio.get_running_loop().call_later(delay_seconds, self._ring)
 
@@ -300,7 +328,13 @@ class Dispatch:
                 del self._breakers[replica_id]
             else:
                 self._breakers[replica_id] = after
-        self._marks.pop(replica_id, None)
+        mark = self._marks.get(replica_id)
+        if mark is not None:
+            roomier = shedding.accepted(mark, self._clock())
+            if roomier is ROOMY:
+                del self._marks[replica_id]
+            else:
+                self._marks[replica_id] = roomier
 
     def _resume_paces(self) -> None:
         now = self._clock()
@@ -320,6 +354,7 @@ class Dispatch:
 
     def _give_up_hopeless(self) -> None:
         """Tell those whose last replica has failed at once, instead of when their time is up."""
+        hopeless = {demand for demand in {ticket.demand for ticket in self._lines} if not self._hope(demand)}
         for ticket in self._lines:
-            if not self._hope(ticket.demand):
+            if ticket.demand in hopeless:
                 ticket.refuse(Unavailable(f"no replica of {ticket.demand.alias!r} is ready any more"))

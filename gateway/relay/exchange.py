@@ -20,7 +20,7 @@ from gateway.relay.accounting import Account
 from gateway.relay.connection import Connection, Deadlines
 from gateway.relay.dispatch import Dispatch, Lease
 from gateway.relay.pool import Pool
-from gateway.relay.replies import finish_of, held_seconds, refusal, renamed
+from gateway.relay.replies import fields_of, finish_of, held_seconds, refusal, renamed
 from gateway.relay.shapes import Manner, Shaping, shaped, tells
 from gateway.relay.streams import Transcript, transcript_of
 from gateway.relay.teller import Teller
@@ -45,6 +45,7 @@ class Attempts:
     deaths: int = 0
     full: int = 0
     failure: GatewayError | None = None
+    again_after: GatewayError | None = None  # what ended the last attempt, until another one begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,11 @@ class Relay:
                 )
             finally:
                 account.queued_seconds += account.clock() - waiting_since
-            account.chose(lease.choice)
             with lease:
+                account.chose(lease.choice)
+                if attempts.again_after is not None:
+                    self._tried_again(attempts.again_after, account)
+                    attempts.again_after = None
                 try:
                     await self._exchange(inference, target, lease.choice.replica, account, teller)
                 except GatewayError as error:
@@ -96,9 +100,9 @@ class Relay:
         if isinstance(error, ReplicaFull):
             lease.refused(error.held_seconds)
             attempts.full += 1
-            if attempts.full >= FULL_LIMIT:
+            if account.begun or attempts.full >= FULL_LIMIT:
                 raise error
-            account.retried(error.code)
+            attempts.again_after = error
             return
         if not isinstance(error, UpstreamError):
             # The client's own fault: the replica did what it should.
@@ -117,7 +121,12 @@ class Relay:
         if why := self.dispatch.why_not_again(attempts.deaths, attempts.begun):
             account.metrics.retries_refused.labels(account.alias, why).inc()
             raise error
-        account.retried(error.code)
+        attempts.again_after = error
+
+    def _tried_again(self, after: GatewayError, account: Account) -> None:
+        account.retried(after.code)
+        if isinstance(after, UpstreamError):
+            self.dispatch.retried()
 
     async def _exchange(
         self, inference: Inference, target: Target, replica: Replica, account: Account, teller: Teller
@@ -126,7 +135,7 @@ class Relay:
         manner = manner_of(inference, target, replica)
         request = request_bytes(inference, replica, account, self.pool, token_ids=manner.hides_ids)
         deadlines, connect_seconds = deadlines_of(target.timeouts, stream=inference.stream)
-        async with self.pool.exchange(replica.url, request, deadlines, connect_seconds) as upstream:
+        async with self.pool.exchange(replica.url, request, deadlines, connect_seconds, replica.tls) as upstream:
             head = await upstream.head()
             if head.status != 200:
                 _refused(head.status, await upstream.read(ERROR_LIMIT_BYTES), head.headers)
@@ -165,9 +174,10 @@ def deadlines_of(timeouts: TimeoutSettings, *, stream: bool) -> tuple[Deadlines,
 async def _whole(inference: Inference, manner: Manner, upstream: Connection, account: Account, teller: Teller) -> None:
     answer = await upstream.read(ANSWER_LIMIT_BYTES)
     shape = partial(shaped, manner=manner) if inference.endpoint.shapes_reasoning and tells(answer, manner) else None
+    fields = fields_of(answer)
     if inference.endpoint.generates:
-        account.finish = finish_of(answer)
-    body, account.usage = renamed(answer, inference.model, shape)
+        account.finish = finish_of(fields)
+    body, account.usage = renamed(fields, inference.model, shape)
     account.code = "200"
     teller.whole(body)
 

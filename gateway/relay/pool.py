@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import Self
 
 from gateway.errors import UpstreamDisconnected, UpstreamUnreachable
-from gateway.relay.address import Address, address_of
 from gateway.relay.connection import Connection, Deadlines
+from serving.address import Address, address_of
+from serving.tls import Tls
 
 # vLLM closes idle connections after 5 s unless told otherwise.
 IDLE_SECONDS = 4.0
@@ -19,6 +20,7 @@ CONNECT_SECONDS = 2.0
 NO_DEADLINES = Deadlines()
 
 _Idle = deque[tuple[float, Connection]]
+_Place = tuple[str, Tls | None]  # the url of a replica, and what it has to prove
 
 
 @dataclass(slots=True)
@@ -28,7 +30,7 @@ class Pool:
     idle_seconds: float = IDLE_SECONDS
     trust: ssl.SSLContext | None = None  # for https; None: what the machine trusts, read when it is first needed
     clock: Callable[[], float] = time.monotonic
-    _idle: dict[str, _Idle] = field(default_factory=dict)
+    _idle: dict[_Place, _Idle] = field(default_factory=dict)
     _addresses: dict[str, Address] = field(default_factory=dict)
 
     async def __aenter__(self) -> Self:
@@ -37,17 +39,24 @@ class Pool:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for url in tuple(self._idle):
-            self.forget(url)
+        for idle in self._idle.values():
+            for _, connection in idle:
+                connection.close()
+        self._idle.clear()
 
     def __repr__(self) -> str:
-        return f"<Pool [{', '.join(f'{url}: {len(idle)} idle' for url, idle in self._idle.items())}]>"
+        return f"<Pool [{', '.join(f'{url}: {len(idle)} idle' for (url, _), idle in self._idle.items())}]>"
 
     def exchange(
-        self, url: str, request: bytes, deadlines: Deadlines = NO_DEADLINES, connect_seconds: float = CONNECT_SECONDS
+        self,
+        url: str,
+        request: bytes,
+        deadlines: Deadlines = NO_DEADLINES,
+        connect_seconds: float = CONNECT_SECONDS,
+        tls: Tls | None = None,
     ) -> "Exchange":
         """Send a request and wait for the reply's head, for an `async with` block."""
-        return Exchange(self, url, request, deadlines, connect_seconds)
+        return Exchange(self, (url, tls), request, deadlines, connect_seconds)
 
     def address(self, url: str) -> Address:
         """Where a url leads."""
@@ -56,9 +65,9 @@ class Pool:
             known = self._addresses[url] = address_of(url)
         return known
 
-    def fresh(self, url: str) -> Connection | None:
+    def fresh(self, place: _Place) -> Connection | None:
         """Take the youngest idle connection; None if there is none that is surely open."""
-        idle = self._idle.get(url)
+        idle = self._idle.get(place)
         while idle:
             since, connection = idle.pop()
             if connection.reusable and self.clock() - since < self.idle_seconds:
@@ -66,24 +75,19 @@ class Pool:
             connection.close()
         return None
 
-    def keep(self, url: str, connection: Connection) -> None:
+    def keep(self, place: _Place, connection: Connection) -> None:
         """Lay a connection aside, and throw away those at the other end that nobody needed in time."""
-        idle = self._idle.get(url)
+        idle = self._idle.get(place)
         if idle is None:
-            idle = self._idle[url] = deque()
+            idle = self._idle[place] = deque()
         now = self.clock()
         while idle and now - idle[0][0] >= self.idle_seconds:
             idle.popleft()[1].close()
         idle.append((now, connection))
 
-    def forget(self, url: str) -> None:
-        """Close what is idle of a replica that has gone."""
-        self._addresses.pop(url, None)
-        for _, connection in self._idle.pop(url, ()):
-            connection.close()
-
-    async def connect(self, url: str, seconds: float) -> Connection:
+    async def connect(self, place: _Place, seconds: float) -> Connection:
         """Open a connection; UpstreamUnreachable if there is none in time."""
+        url, tls = place
         address = self.address(url)
         loop = asyncio.get_running_loop()
         try:
@@ -91,14 +95,16 @@ class Pool:
                 if address.path:
                     _, connection = await loop.create_unix_connection(Connection, address.path)
                 else:
-                    secure = self._trusted() if address.secure else None
+                    secure = self._trusted(tls) if address.secure else None
                     _, connection = await loop.create_connection(Connection, address.host, address.port, ssl=secure)
         except (OSError, TimeoutError) as error:
             raise UpstreamUnreachable("no connection to a replica") from error
         return connection
 
-    def _trusted(self) -> ssl.SSLContext:
+    def _trusted(self, tls: Tls | None) -> ssl.SSLContext:
         """One context for all connections: to read the machine's certificates takes tens of milliseconds."""
+        if tls is not None:
+            return tls.context
         if self.trust is None:
             self.trust = ssl.create_default_context()
         return self.trust
@@ -109,7 +115,7 @@ class Exchange:
     """One request on a connection, which is closed afterwards unless the reply was read to its end."""
 
     pool: Pool
-    url: str
+    place: _Place
     request: bytes
     deadlines: Deadlines
     connect_seconds: float
@@ -117,7 +123,7 @@ class Exchange:
 
     async def __aenter__(self) -> Connection:
         """Give the connection with the reply's head read."""
-        connection = self.pool.fresh(self.url)
+        connection = self.pool.fresh(self.place)
         if connection is not None:
             try:
                 return await self._sent(connection)
@@ -126,7 +132,7 @@ class Exchange:
                 # that hangs up on this very request must not get it from every connection that lies here.
                 if connection.received_bytes:
                     raise
-        return await self._sent(await self.pool.connect(self.url, self.connect_seconds))
+        return await self._sent(await self.pool.connect(self.place, self.connect_seconds))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -135,7 +141,7 @@ class Exchange:
         if connection is None:
             return
         if connection.reusable:
-            self.pool.keep(self.url, connection)
+            self.pool.keep(self.place, connection)
         else:
             connection.close()
 

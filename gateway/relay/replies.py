@@ -1,5 +1,6 @@
 """What a replica's bytes become on their way to the client: the asked model's name, our error shape, nothing else."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,43 +19,73 @@ FULL = frozenset({429, 503})
 
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
-_NULL = msgspec.Raw(b"null")
-
-
-class _Failure(msgspec.Struct):
-    error: Any = None
 
 
 _USAGE = msgspec.json.Decoder(Usage | None)
-_FAILURE = msgspec.json.Decoder(_Failure)
+_ERROR = msgspec.json.Decoder(dict[str, Any])
+_WORD = msgspec.json.Decoder(str)
+# Text can't hold it unescaped.
+_FINISH = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,32})"')
+_WORDS = ("stop_reason", "status")  # of messages, and of responses
 
-# Whole answers of chat and completions, responses, and messages: each in its own words.
-_FINISH = re.compile(rb'"(?:finish_reason|stop_reason|status)"\s*:\s*"([a-z_]{1,32})"')
 
-
-def renamed(body: bytes, model: str, shape: Callable[[Fields], Fields] | None = None) -> tuple[bytes, Usage | None]:
-    """Put the asked model's name into a whole answer, and shape the rest; GatewayError if it is none."""
+def fields_of(answer: bytes) -> Fields:
+    """Read a whole answer's top level; what it says instead of an answer is raised, as another status would be."""
     try:
-        fields = _FIELDS.decode(body)
+        fields = _FIELDS.decode(answer)
+    except NO_JSON as error:
+        raise _no_object() from error
+    if bytes(fields.get("error", b"null")) != b"null":
+        raise refusal(status_told(answer), answer)
+    return fields
+
+
+def status_told(data: bytes) -> int:
+    """The HTTP status that an error under a 200 would have had; vLLM writes it as the code."""
+    try:
+        error = _ERROR.decode(data).get("error")
+    except NO_JSON:
+        return UpstreamError.status
+    code = error.get("code") if isinstance(error, dict) else None
+    return code if isinstance(code, int) else UpstreamError.status
+
+
+def renamed(fields: Fields, model: str, shape: Callable[[Fields], Fields] | None = None) -> tuple[bytes, Usage | None]:
+    """Put the asked model's name into a whole answer, and shape the rest; UpstreamError if its usage is none."""
+    try:
         usage = _USAGE.decode(fields["usage"]) if "usage" in fields else None
     except NO_JSON as error:
-        raise UpstreamError("a replica's answer is no JSON object", code="upstream_invalid") from error
-    if fields.get("error", _NULL) != _NULL:
-        raise failure_told(body)
+        raise _no_object() from error
     if "model" in fields:
         fields["model"] = msgspec.Raw(_ENCODER.encode(model))
     return _ENCODER.encode(shape(fields) if shape else fields), usage
 
 
-def finish_of(body: bytes) -> str:
-    """Why a whole answer ended; UpstreamError if the engine gave it up, which looks like an answer and is none."""
-    # Near the end, as vLLM writes it; text can't hold it unescaped.
-    begin = max(body.rfind(b'"finish_reason":'), 0)
-    found = _FINISH.search(body, begin)
-    finish = found[1].decode() if found else ""
-    if finish == "abort":
-        raise UpstreamError("a replica gave the answer up in the middle", code="upstream_aborted")
+def finish_of(fields: Fields) -> str:
+    """Why a whole answer ended; UpstreamError if the engine gave it up, which looks like an answer and is none.
+
+    Looked for only where the engine writes: /v1/responses repeats what clients make up, and calls it by any name.
+    """
+    if "choices" in fields:
+        reasons = _FINISH.findall(fields["choices"])
+        if b"abort" in reasons:
+            raise UpstreamError("a replica gave the answer up in the middle", code="upstream_aborted")
+        return reasons[-1].decode() if reasons else ""
+    finish = next((word for key in _WORDS if (word := _word(fields, key))), "")
+    if finish == "failed":
+        raise UpstreamError("a replica failed in the middle of the answer")
     return finish
+
+
+def _word(fields: Fields, key: str) -> str:
+    try:
+        return _WORD.decode(fields.get(key, b'""'))
+    except NO_JSON:
+        return ""
+
+
+def _no_object() -> UpstreamError:
+    return UpstreamError("a replica's answer is no JSON object", code="upstream_invalid")
 
 
 def refusal(status: int, body: bytes) -> GatewayError:
@@ -83,22 +114,13 @@ def refusal(status: int, body: bytes) -> GatewayError:
     return error
 
 
-def failure_told(data: bytes) -> GatewayError:
-    """Translate an error that a replica tells under status 200; vLLM writes the one that it would have had as code."""
-    try:
-        error = _FAILURE.decode(data).error
-    except NO_JSON:
-        error = None
-    code = error.get("code") if isinstance(error, dict) else None
-    return refusal(code if isinstance(code, int) else UpstreamError.status, data)
-
-
 def held_seconds(headers: Mapping[bytes, bytes]) -> float | None:
     """How long a replica asks to be spared, if it says; RFC 9110's dates are as good as nothing."""
     try:
-        return float(headers.get(b"retry-after", b""))
+        seconds = float(headers.get(b"retry-after", b""))
     except ValueError:
         return None
+    return seconds if math.isfinite(seconds) and seconds > 0 else None
 
 
 def _told(error: Any) -> tuple[str, str, str]:

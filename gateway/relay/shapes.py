@@ -45,8 +45,7 @@ _THOUGHT = re.compile(rb'"reasoning(?:_content)?"\s*:\s*(?!null)')
 _TOKEN_IDS = re.compile(rb'"((?:prompt_)?token_ids)":\[[\d,\s]*\]')
 
 
-@dataclass(frozen=True, slots=True)
-class Manner:
+class Manner(msgspec.Struct, frozen=True):
     """How the answers of one request are told: the shape, and who writes the opening tag.
 
     `think_token` is that tag where the answer comes with token ids and the model writes it. `hides_ids`: the ids were

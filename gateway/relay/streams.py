@@ -14,7 +14,7 @@ from gateway.api.endpoints import Endpoint
 from gateway.api.sse import DONE, data_of, error_event, name_of, only_comments
 from gateway.errors import NO_JSON, GatewayError, UpstreamDisconnected, UpstreamError
 from gateway.relay.accounting import Usage
-from gateway.relay.replies import failure_told
+from gateway.relay.replies import refusal, status_told
 
 Fields = dict[str, msgspec.Raw]
 
@@ -29,6 +29,10 @@ class _Chunk(msgspec.Struct):
     system_fingerprint: msgspec.Raw = _NULL
 
 
+class _ErrorEvent(msgspec.Struct):
+    error: Any = None
+
+
 # `model` stands before `choices`, so its first occurrence is the right one; text can't hold it unescaped.
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
 _ERROR_BEGIN = re.compile(rb'\{\s*"error"\s*:(?!\s*null)')
@@ -37,6 +41,7 @@ _FINISH = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,32})"')
 _OPENING = b'"role":"assistant","content":""'
 
 _CHUNK = msgspec.json.Decoder(_Chunk)
+_ERROR = msgspec.json.Decoder(_ErrorEvent)
 
 
 class Transcript(Protocol):
@@ -73,8 +78,10 @@ class Chunks:
     _ends: bytes = b""  # what ends choices, and waits
 
     def passed_on(self, event: bytes) -> bytes:
-        """Say what the client gets for an event; b"" for nothing."""
+        """Say what the client gets for an event; b"" for nothing, as for all that comes behind the end."""
         self.tokens = False
+        if self.finished:
+            return b""
         if not event.startswith(b"data: {"):
             return self._unusual(event)
         if b'"usage"' in event or b'"error"' in event:
@@ -83,7 +90,7 @@ class Chunks:
 
     def _chunk(self, event: bytes) -> bytes:
         self.tokens = _OPENING not in event
-        if b'"finish_reason":"' in event:
+        if b'"finish_reason":"' in event or b'"finish_reason": "' in event:
             self._finish(event)
             if self.failure is not None:
                 return error_event(self.endpoint, self.failure)
@@ -117,6 +124,8 @@ class Chunks:
             return self._ended(_NULL) + event if only_comments(event) else b""
         if data == DONE:
             return self._done(event)
+        if name_of(event) == b"error":
+            return self._failed(data)
         return self._looked_into(event, data)
 
     def _done(self, event: bytes) -> bytes:
@@ -129,9 +138,8 @@ class Chunks:
         return self._ended(_NULL) + event
 
     def _looked_into(self, event: bytes, data: bytes) -> bytes:
-        if _ERROR_BEGIN.match(data) or name_of(event) == b"error":
-            self.failure = failure_told(data)
-            return error_event(self.endpoint, self.failure)
+        if _ERROR_BEGIN.match(data) or (b'"error"' in data and _tells_error(data)):
+            return self._failed(data)
         chunk = _counted(data) if _USAGE_BEGIN.search(data) else None
         if chunk is None:
             return self._chunk(event)
@@ -140,10 +148,14 @@ class Chunks:
             return self._chunk(event)
         return self._renamed(event) if self.wants_usage else self._ended(chunk.system_fingerprint)
 
+    def _failed(self, data: bytes) -> bytes:
+        self.failure = refusal(status_told(data), data)
+        return error_event(self.endpoint, self.failure)
+
     def _finish(self, event: bytes) -> None:
-        found = _FINISH.search(event)
-        self.finish = found[1].decode() if found else self.finish
-        if self.finish == "abort":
+        reasons = _FINISH.findall(event)
+        self.finish = reasons[-1].decode() if reasons else self.finish
+        if b"abort" in reasons:
             self.failure = UpstreamError("a replica gave the answer up in the middle", code="upstream_aborted")
 
 
@@ -162,7 +174,7 @@ class NamedEvents:
     def passed_on(self, event: bytes) -> bytes:
         """Say what the client gets for an event; b"" for nothing."""
         name = name_of(event)
-        self.tokens = name.endswith(b"delta") and name != b"message_delta"
+        self.tokens = name.endswith(b"delta") and name != b"message_delta" and not self.finished
         if self.tokens:
             return event
         data = data_of(event)
@@ -171,14 +183,21 @@ class NamedEvents:
         if data == DONE:
             # vLLM ends both with it; neither grammar has it, and the last event has told the end.
             return event if self.finished else b""
+        if self.finished:
+            return b""
+        if name == b"error":
+            return self._failed(data)
         return self._told(name, event, data)
+
+    def _failed(self, data: bytes) -> bytes:
+        self.failure = refusal(status_told(data), data)
+        return error_event(self.endpoint, self.failure)
 
     def _told(self, name: bytes, event: bytes, data: bytes) -> bytes:
         try:
             fields = _FIELDS.decode(data)
-            if name == b"error" or ("error" in fields and not name):
-                self.failure = failure_told(data)
-                return error_event(self.endpoint, self.failure)
+            if not name and bytes(fields.get("error", b"null")) != b"null":
+                return self._failed(data)
             inner = "message" if self.endpoint.errors == "anthropic" else "response"
             body = _FIELDS.decode(fields[inner]) if inner in fields and fields[inner] != b"null" else None
             self._follow(name, fields, body or {})
@@ -217,3 +236,11 @@ def _counted(data: bytes) -> _Chunk | None:
     except NO_JSON:
         # Nothing to count, and for the client to judge.
         return None
+
+
+def _tells_error(data: bytes) -> bool:
+    """Tell whether a chunk has an error in it, wherever."""
+    try:
+        return _ERROR.decode(data).error is not None
+    except NO_JSON:
+        return False

@@ -59,13 +59,13 @@ class Teller:
         account: Account,
         reply: Reply,
         disclosures: Disclosures,
-        limits: Callable[[], Headers],
+        limits: Callable[[float], Headers],
     ) -> None:
         self._endpoint = endpoint
         self._account = account
         self._reply = reply
         self._disclosures = disclosures
-        self._limits = limits  # what the client's key has left, as headers
+        self._limits = limits  # what the client's key has left at a time, as headers
         self._heartbeat_seconds = 0.0
         self._beat: asyncio.TimerHandle | None = None
 
@@ -76,7 +76,8 @@ class Teller:
         self._still()
 
     def keep_alive(self, every_seconds: float) -> None:
-        """Send a comment so often until the first event comes."""
+        """Send a comment so often until the first event comes; 0 is never."""
+        self._still()
         self._heartbeat_seconds = every_seconds
         if every_seconds:
             self._beat = asyncio.get_running_loop().call_later(every_seconds, self._heartbeat)
@@ -126,7 +127,8 @@ class Teller:
 
     def _heartbeat(self) -> None:
         if not self._reply.begun:
-            self._reply.begin(200, self._head(EVENTS))
+            # Whoever is asked now may not be who answers.
+            self._reply.begin(200, self._head(EVENTS, chosen=False))
         self._reply.write(KEEP_ALIVE)
         self._account.metrics.heartbeats.inc()
         self._beat = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._heartbeat)
@@ -136,16 +138,16 @@ class Teller:
             self._beat.cancel()
             self._beat = None
 
-    def _head(self, first: bytes) -> bytes:
+    def _head(self, first: bytes, *, chosen: bool = True) -> bytes:
         """The request's id, and who answers and why: nobody is sent to a quantized copy without being told."""
         account = self._account
         request_id = account.request_id.encode()
         named = b"x-request-id: %b\r\n" % request_id
         if self._endpoint.errors == "anthropic":
             named += b"request-id: %b\r\n" % request_id
-        if limits := self._limits():
+        if limits := self._limits(account.clock()):
             named += rendered(limits)
-        if account.choice is not None:
+        if chosen and account.choice is not None:
             named += b"%bx-quantgate-attempts: %d\r\n" % (self._disclosures.of(account.choice), account.attempts)
         return first + named
 

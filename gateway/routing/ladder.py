@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import msgspec
+
 from config.schema import NO_FLOOR, Floor
 from config.variant import Variant
 from gateway.errors import FloorUnmet
@@ -15,8 +17,7 @@ from serving.replica import HOPEFUL, Replica, ReplicaStatus
 Reason = Literal["preferred", "spill", "floor", "pinned", "canary", "fallback"]
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """One replica that may answer, and why it is its turn."""
 
     replica: Replica
@@ -35,9 +36,11 @@ class Scene:
 
     def has_room(self, replica: Replica, now: float) -> bool:
         """Tell whether a replica takes one more request."""
-        if self.in_flight.get(replica.id, 0) >= replica.max_in_flight:
+        in_flight = self.in_flight.get(replica.id, 0)
+        if in_flight >= replica.max_in_flight:
             return False
-        return not self.marks or not self.marks.get(replica.id, ROOMY).full(now)
+        mark = self.marks.get(replica.id, ROOMY) if self.marks else ROOMY
+        return mark is ROOMY or (in_flight < mark.most and not mark.full(now))
 
 
 def permitted_rungs(

@@ -17,6 +17,9 @@ class Holds:
     longest_seconds: float = 5
     # However long the replica itself asks for.
     longest_asked_seconds: float = 10
+    # Without a refusal for so long, each answer lets one more request in at once; then all of it is forgotten.
+    quiet_seconds: float = 1
+    memory_seconds: float = 60
 
 
 USUAL = Holds()
@@ -24,10 +27,15 @@ USUAL = Holds()
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """Refusals since the last answer, and until when they hold; ROOMY is none."""
+    """Refusals since the last answer, and until when they hold; ROOMY is none.
+
+    `most` is what it took at once when it refused one more: else the whole line would be sent to it with every answer.
+    """
 
     refusals: int = 0
     until: float = -inf
+    most: float = inf
+    refused_at: float = -inf
 
     def full(self, now: float) -> bool:
         """Tell whether the replica is to be spared."""
@@ -38,8 +46,10 @@ class Mark:
 ROOMY = Mark()
 
 
-def refused(mark: Mark, now: float, retry_after_seconds: float | None = None, *, holds: Holds = USUAL) -> Mark:
-    """Spare the replica as long as it asked for, or twice as long as the last time.
+def refused(
+    mark: Mark, now: float, retry_after_seconds: float | None = None, *, at_once: float = inf, holds: Holds = USUAL
+) -> Mark:
+    """Spare the replica as long as it asked for, or twice as long as the last time; `at_once` others are with it.
 
     Refusals that come while it is spared already were under way: they are the same wave, and double nothing.
     """
@@ -49,12 +59,15 @@ def refused(mark: Mark, now: float, retry_after_seconds: float | None = None, *,
     else:
         # The exponent is bounded, for 2.0 ** 2000 is an error.
         hold_seconds = min(holds.first_seconds * 2.0 ** min(refusals - 1, 60), holds.longest_seconds)
-    return Mark(refusals, max(mark.until, now + hold_seconds))
+    return Mark(refusals, max(mark.until, now + hold_seconds), min(mark.most, at_once), now)
 
 
-def accepted(_mark: Mark) -> Mark:
-    """Forget the refusals: the replica answers."""
-    return ROOMY
+def accepted(mark: Mark, now: float, *, holds: Holds = USUAL) -> Mark:
+    """Forget the refusals: the replica answers. How much it takes at once is remembered for longer."""
+    quiet_seconds = now - mark.refused_at
+    if mark.most == inf or quiet_seconds > holds.memory_seconds:
+        return ROOMY
+    return Mark(0, -inf, mark.most + (quiet_seconds >= holds.quiet_seconds), mark.refused_at)
 
 
 def with_room(replicas: Sequence[str], marks: Mapping[str, Mark], now: float) -> Sequence[str]:

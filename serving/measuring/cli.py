@@ -11,7 +11,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
-from urllib.parse import urlsplit
 
 import uvloop
 
@@ -21,6 +20,7 @@ from config.errors import CapacityError, ConfigError
 from config.load import home_directory, process_environment
 from config.manifest import FILE_NAME as MANIFEST_NAME
 from config.manifest import Manifest
+from serving.address import address_of
 from serving.errors import LaunchRefused, MeasuringRefused, ServingError
 from serving.machine import installed_engine, this_machine
 from serving.measuring.flags import launch_settings, read_flags
@@ -100,7 +100,8 @@ def _hardware(subject: Subject) -> Hardware:
     if subject.launch is not None:
         return launch_hardware(subject.launch)
     assert subject.replica is not None
-    if urlsplit(subject.replica.url).hostname not in LOCAL_HOSTS:
+    address = address_of(subject.replica.url)
+    if not address.path and address.host not in LOCAL_HOSTS:
         raise MeasuringRefused(
             f"{subject.replica.url} is another machine; tell its hardware: --hardware 'NVIDIA H100, 2 GPUs'"
         )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import httpx
 
+from serving.clients import root_of
 from serving.errors import ProbeFailed
 
 CACHE_INFO = re.compile(r"^vllm:cache_config_info\{(.*)\}", re.MULTILINE)
@@ -22,10 +23,10 @@ class EngineFacts:
 async def engine_facts(client: httpx.AsyncClient, url: str) -> EngineFacts:
     """Ask a server; ProbeFailed if it isn't vLLM."""
     try:
-        reply = await client.get(f"{url}/version")
+        reply = await client.get(f"{root_of(url)}/version")
         reply.raise_for_status()
         version = reply.json()["version"]
-        page = await client.get(f"{url}/metrics")
+        page = await client.get(f"{root_of(url)}/metrics")
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         raise ProbeFailed(f"{url}: is not a vLLM server ({error!r}); a replica is measured, not a gateway") from error
     told = page.text if page.status_code == httpx.codes.OK else ""

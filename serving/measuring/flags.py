@@ -40,6 +40,8 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
         parser.error("--out takes the measurement of one VARIANT")
     if given.url and (given.config or len(given.variants) > 1):
         parser.error("--url is the replica of one VARIANT; a configuration names its own")
+    if given.ca and not (given.url or "").startswith("https://"):
+        parser.error("--ca is for --url https://...; a configuration names its own")
     described = [f"--{name.replace('_', '-')}" for name in (*LAUNCH, "gpus", "arg") if getattr(given, name)]
     if given.config and described:
         parser.error(f"{described[0]}: --config says how a variant is run; use one of them")
@@ -49,7 +51,7 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
 def launch_settings(given: argparse.Namespace) -> dict[str, object]:
     """The flags that say how vLLM is started, as a replica of the configuration would have them."""
     told = {name: getattr(given, name) for name in LAUNCH if getattr(given, name) is not None}
-    chosen = {"gpus": given.gpus, "args": tuple(given.arg), "url": given.url}
+    chosen = {"gpus": given.gpus, "args": tuple(given.arg), "url": given.url, "ca": given.ca}
     return {**told, **{name: value for name, value in chosen.items() if value}}
 
 
@@ -79,6 +81,7 @@ def _add_server(group: Any) -> None:
     add = group.add_argument
     add("--config", type=Path, metavar="FILE", help="run each variant like its first replica in this configuration")
     add("--url", help="a running replica; what it was started with is told by the flags below. VLLM_API_KEY is its key")
+    add("--ca", metavar="FILE", help="with --url https://..., the certificates to trust instead of the machine's")
     add("--hardware", type=_typed(Hardware.parse), metavar="TEXT", help="with --url, such as 'NVIDIA H100, 2 GPUs'")
     for name, (metavar, text) in LAUNCH.items():
         add(f"--{name.replace('_', '-')}", metavar=metavar, help=text)

@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import httpx
 
 from config.capacity import Hardware, Load, Measurement, Shape
+from serving.clients import Clients
 from serving.errors import MeasuringFailed, MeasuringRefused
 from serving.measuring.engine_facts import engine_facts
 from serving.measuring.figures import Exchange, load_figures
@@ -51,9 +53,10 @@ async def measure(subject: Subject, hardware: Hardware, wish: Wish, place: Place
     async with (
         Probe() as probe,
         measured_server(subject, place, probe, witness.tell) as server,
-        httpx.AsyncClient(timeout=TIMEOUT, trust_env=False, limits=httpx.Limits(max_connections=None)) as client,
+        aclosing(Clients(TIMEOUT)) as clients,
     ):
         replica = server.replica
+        client = clients.reaching(replica.url, replica.tls)
         facts = await engine_facts(client, replica.url)
         longest = replica.max_model_len_tokens
         mix = _fitting(wish.mix or default_mix(hardware, longest), longest)

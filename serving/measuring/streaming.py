@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from serving.clients import root_of
 from serving.measuring.figures import Chunk, Exchange, arrivals
 
 EVENT = "data: "
@@ -72,7 +73,8 @@ async def complete(
 
 async def _stream(target: Target, body: dict[str, Any], ongoing: Ongoing, on_first_token: Callable[[], None]) -> None:
     headers = {"authorization": f"Bearer {target.api_key}"} if target.api_key else {}
-    async with target.client.stream("POST", f"{target.url}/v1/completions", json=body, headers=headers) as reply:
+    url = f"{root_of(target.url)}/v1/completions"
+    async with target.client.stream("POST", url, json=body, headers=headers) as reply:
         if reply.status_code != httpx.codes.OK:
             raise Failed(f"{reply.status_code}: {_error_text(await reply.aread())}")
         async for line in reply.aiter_lines():

@@ -16,6 +16,7 @@ from config.variant import Variant, read_model_config, read_variants
 from serving.command import CPU_KV_CACHE_BYTES
 from serving.errors import MeasuringRefused
 from serving.replica import Launch, Replica, foreign_replicas, plan_launches
+from serving.tls import Tls, tls_of
 
 NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 # For a model whose config.json doesn't say; every tokenizer has more than that.
@@ -68,7 +69,7 @@ def told_subject(directory: Path, told: Mapping[str, object], engine: Callable[[
         flag = "--" + str(first["loc"][0]).replace("_", "-")
         raise MeasuringRefused(f"{flag}: {first['msg'].removeprefix('Value error, ')}") from error
     variants = read_variants({name: VariantSettings(path=str(directory.resolve()))}, Path())
-    return _subject(variants[name], settings, engine)
+    return _subject(variants[name], settings, engine, tls_of(settings, Path(), "--"))
 
 
 def configured_subjects(file: Path, names: Sequence[str], engine: Callable[[], Engine]) -> list[Subject]:
@@ -81,14 +82,19 @@ def configured_subjects(file: Path, names: Sequence[str], engine: Callable[[], E
             raise MeasuringRefused(f"{file}: variant {name!r} has no path, where its {FILE_NAME} could lie")
     variants = read_variants(settings.variants, file.parent)
     firsts = {replica.variant: replica for replica in reversed(settings.replicas)}
-    return [_subject(variants[name], firsts.get(name, ReplicaSettings(variant=name)), engine) for name in names]
+    subjects = []
+    for name in names:
+        told = firsts.get(name, ReplicaSettings(variant=name))
+        tls = tls_of(told, file.parent, f"{file}: replica of {name}: ")
+        subjects.append(_subject(variants[name], told, engine, tls))
+    return subjects
 
 
-def _subject(variant: Variant, settings: ReplicaSettings, engine: Callable[[], Engine]) -> Subject:
+def _subject(variant: Variant, settings: ReplicaSettings, engine: Callable[[], Engine], tls: Tls | None) -> Subject:
     assert variant.path is not None
     variants = {settings.variant: variant}
     if settings.url is not None:
-        (replica,) = foreign_replicas((settings,), variants)
+        (replica,) = foreign_replicas((settings,), variants, {0: tls} if tls else {})
         return Subject(variant.path, variant, settings, replica=replica)
     launch = plan_launches((settings,), variants, engine())[0]
     return Subject(variant.path, variant, settings, launch=launch)

@@ -201,7 +201,7 @@ class Follower:
                 each for each in self._followed.values() if each.told.state is State.READY and self._silence(each)
             ]
             replicas = [each.told.replica for each in doubtful]
-            answers = await asyncio.gather(*(self.probe.healthy(replica.url) for replica in replicas))
+            answers = await asyncio.gather(*(self.probe.healthy(replica.url, replica.tls) for replica in replicas))
             for replica, healthy in zip(replicas, answers, strict=True):
                 self._misses[replica.id] = 0 if healthy else self._misses.get(replica.id, 0) + 1
             if doubtful:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from config.errors import SettingsError
 from config.load import known_keys, load_settings
-from config.schema import Settings, Table, parse_size_bytes
+from config.schema import Settings, Table, check_url, parse_size_bytes
 
 EXAMPLE = Path(__file__).parents[2] / "config" / "example.yaml"
 SECRETS = {"REPLICA_KEY": "s3cret", "ADMIN_KEY": "operators"}
@@ -124,6 +124,18 @@ def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
             ],
         ),
         (
+            "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, url: 'http://h:1', ca: ca.pem}\n",
+            ["f:3:35: replicas.0.ca: is for a replica whose url begins with https://; remove it"],
+        ),
+        (
+            "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, certificate: c.pem}\n",
+            ["f:3:16: replicas.0.certificate: is for a replica whose url begins with https://; remove it"],
+        ),
+        (
+            "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, url: 'https://h', key_file: key.pem}\n",
+            ["f:3:34: replicas.0.key_file: is the key of no certificate; name the certificate, too"],
+        ),
+        (
             "variants: {a: {path: /m}}\naliases: {a: {ladder: [a]}}\n",
             ["f:2:11: aliases.a: is also the name of a variant, which clients use to pin it; rename one"],
         ),
@@ -196,3 +208,35 @@ def test_known_keys_walks_the_schema() -> None:
     assert "ladder" in known_keys(("aliases", "x"))
     assert "gpus" in known_keys(("replicas", 3))
     assert known_keys(("variants",)) == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://h",
+        "http://h/",
+        "https://a-b.c_d.example.:65535",
+        "http://[::1]:8000",
+        "unix:///run/vllm.sock",
+        "unix:///run/a%20b",
+        f"unix:///{'x' * 106}",
+    ],
+)
+def test_where_a_replica_may_listen(url: str) -> None:
+    """Every form of address that both our clients can reach."""
+    assert check_url(url) == url.rstrip("/")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("h", "h:1", "ftp://h", "http://", "http://h/v1", "http://u:p@h", "http://h?x", "http://h:", "http://h:x"),
+        *("http://h:0", "http://h:65536", "http://a..b", "http://.a", "http://é", f"http://{'x' * 64}", "http://a b"),
+        *("unix:", "unix:///", "unix://h/s", "unix:s", "unix:///a%00b", "unix:///a b", f"unix:///{'x' * 107}"),
+        f"unix:///{'%20' * 107}",
+    ],
+)
+def test_where_no_replica_listens(url: str) -> None:
+    """Whatever one of them would stumble over is told when the file is read."""
+    with pytest.raises(ValueError, match="is no replica address"):
+        check_url(url)

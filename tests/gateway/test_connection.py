@@ -54,6 +54,12 @@ CLOSING = b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n"
         (stream_head() + chunk(b"a") + b"0\r\nx-trailer: 1\r\n\r\n", 200, b"a", True),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2;name=value\r\nab\r\n0\r\n\r\n", 200, b"ab", True),
         (b"HTTP/1.1 204 No Content\r\n\r\n", 204, b"", True),
+        (b"HTTP/1.1 204 No Content\r\ncontent-length: 5\r\n\r\nhello", 204, b"", False),
+        (b"HTTP/1.1 304 Not Modified\r\ncontent-length: 5\r\n\r\n", 304, b"", True),
+        (b"HTTP/1.1 304 Not Modified\r\ntransfer-encoding: chunked\r\n\r\n", 304, b"", True),
+        (b"\r\n" + whole(b"a"), 200, b"a", True),
+        (stream_head() + b"00A\r\n0123456789\r\n000\r\n\r\n", 200, b"0123456789", True),
+        (whole(b"a", extra="".join(f"x-{i}: {'y' * 100}\r\n" for i in range(500))), 200, b"a", True),
         (b"HTTP/1.1 100 Continue\r\n\r\n" + whole(b"a"), 200, b"a", True),
         (b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" * 3 + whole(b"a"), 200, b"a", True),
         (whole(b"a", extra="connection: close\r\n"), 200, b"a", False),
@@ -96,6 +102,17 @@ async def test_a_reply_that_ends_with_its_connection(said: bytes) -> None:
         (whole(b"ab", extra="content-length: 1\r\n"), "is no HTTP"),
         (whole(b"ab", extra="transfer-encoding: chunked\r\n"), "is no HTTP"),
         (b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\nPRI *", "is no HTTP"),
+        (whole(b"ab").replace(b"content-length: 2", b"content-length: 2, 2"), "is no HTTP"),
+        (whole(b"ab").replace(b"content-length: 2", b"content-length: +2"), "is no HTTP"),
+        (whole(b"ab").replace(b"content-length: 2", b"content-length: 0x2"), "is no HTTP"),
+        (whole(b"ab").replace(b"content-length: 2", b"content-length: 99999999999999999999"), "is no HTTP"),
+        (stream_head() + b"fffffffffffffffff\r\nabc", "is no HTTP"),
+        (stream_head() + b"-1\r\nabc", "is no HTTP"),
+        (stream_head() + b"1\r\nabc\r\n", "is no HTTP"),
+        (whole(b"a", extra="x\0: 1\r\n"), "is no HTTP"),
+        (whole(b"a", extra="x y: 1\r\n"), "is no HTTP"),
+        (whole(b"a", extra="no colon\r\n"), "is no HTTP"),
+        (whole(b"a").replace(b"HTTP/1.1", b"HTTP/3.1"), "is no HTTP"),
         (whole(b"a", extra=f"x-long: {'y' * HEADER_LIMIT_BYTES}\r\n"), "is no HTTP"),
         (whole(b"a", extra="".join(f"x-{i}: {'y' * 100}\r\n" for i in range(700))), "is no HTTP"),
     ],
@@ -108,18 +125,81 @@ async def test_replies_without_an_end(said: bytes, words: str) -> None:
         assert not connection.reusable
 
 
-async def test_a_header_without_an_end() -> None:
-    """A replica can't fill the memory with one header."""
+@pytest.mark.parametrize(
+    "begin, more",
+    [
+        (b"HTTP/1.1 200 ", b"O"),
+        (b"HTTP/1.1 200 OK\r\nx-long: ", b"y"),
+        (b"HTTP/1.1 200 OK\r\n", b"y"),
+        (b"", b"HTTP/1.1 103 Early Hints\r\n\r\n"),
+        (stream_head() + chunk(b"a") + b"1;name=", b"y"),
+        (stream_head() + chunk(b"a") + b"0\r\nx-trailer: ", b"y"),
+    ],
+)
+async def test_lines_without_an_end(begin: bytes, more: bytes) -> None:
+    """A replica can't fill the memory with one line, nor with many, and is hung up on."""
+    left = asyncio.Event()
 
     async def behaviour(peer: Peer) -> None:
         await peer.request()
-        await peer.say(b"HTTP/1.1 200 OK\r\nx-long: ")
-        while True:
-            await peer.say(b"y" * 10_000)
+        try:
+            await peer.say(begin)
+            while True:
+                await peer.say(more * (10_000 // len(more)))
+        except ConnectionError:
+            left.set()
 
     async with connection_to(behaviour) as connection:
         with pytest.raises(UpstreamDisconnected, match="have no end"):
             await reply(connection)
+        assert connection.received_bytes < 2**20
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            await left.wait()
+
+
+async def test_trailers_without_number() -> None:
+    """Each is short, and all of them together too long."""
+    said = stream_head() + chunk(b"a") + b"0\r\n" + b"".join(b"x-%d: %b\r\n" % (i, b"y" * 100) for i in range(700))
+    async with connection_to(answering(said)) as connection:
+        with pytest.raises(UpstreamDisconnected, match="is no HTTP"):
+            await reply(connection)
+
+
+async def test_an_answer_before_the_request_was_read() -> None:
+    """It counts, but a connection on which a part of a request is still to be written takes no other one."""
+    answered = asyncio.Event()
+
+    async def behaviour(peer: Peer) -> None:
+        await peer.say(whole(b"too long", "413 Too Large"))
+        await answered.wait()
+
+    async with connection_to(behaviour) as connection:
+        connection.send(REQUEST + b"x" * 2**25, PATIENT)
+        assert (await connection.head()).status == 413
+        assert await connection.read(LIMIT) == b"too long"
+        assert not connection.reusable
+        answered.set()
+
+
+async def test_time_is_up_while_the_connection_is_held_back() -> None:
+    """What arrived before is there to be read; then it is a timeout."""
+
+    async def behaviour(peer: Peer) -> None:
+        await peer.request()
+        await peer.say(b"HTTP/1.1 200 OK\r\ncontent-length: 99999999\r\n\r\n")
+        with suppress(ConnectionError):
+            while True:
+                await peer.say(b"x" * 2**16)
+
+    async with connection_to(behaviour) as connection:
+        connection.send(REQUEST, Deadlines(total_seconds=0.3))
+        await connection.head()
+        async with asyncio.timeout(DEADLINE_SECONDS):
+            while connection._failure is None:  # noqa: ASYNC110 - what is waited for is a clock
+                await asyncio.sleep(POLL_SECONDS)
+        assert len(await connection.more()) > HIGH_WATER_BYTES
+        with pytest.raises(UpstreamTimeout):
+            await connection.more()
 
 
 async def test_a_reset_is_no_end() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.keys import StoredKey, keys_in_force
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS, HOST, FakeReplica, eventually, running_fake
 from tests.gateway.fleet import (
@@ -28,6 +29,7 @@ from tests.gateway.fleet import (
     running_gateway,
     text_of,
 )
+from tests.gateway.test_keys import digest
 from tests.gateway.wire import Behaviour, Peer, answering, chunk, connected, scripted, stream, stream_head, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -675,3 +677,114 @@ async def test_a_stopped_generation_is_seen_by_the_fake(fleet: Fleet) -> None:
                 each.cancel()
             assert len(await eventually(lambda: ends if len(ends := fake.endings()) == 5 else None)) == 5
             await fleet.at_rest()
+
+
+# What must not follow a request to the next one, or to another replica
+
+
+async def test_a_stream_that_has_begun_is_not_begun_again(fleet: Fleet, fake: FakeReplica) -> None:
+    """A replica that says in the middle that it has no room has broken off an answer, like any other error."""
+    go = asyncio.Event()
+
+    async def behaviour(peer: Peer) -> None:
+        await peer.request()
+        await peer.say(stream_head() + chunk(FIRST))
+        await go.wait()
+        await peer.say(chunk(event('{"error":{"message":"secret","code":503}}')) + chunk(b""))
+
+    async with urls(behaviour) as (url,):
+        with fleet.replicas(("hi", url), ("mid", fake.url)):
+            async with fleet.client.stream("POST", CHAT, json=STREAM) as answer:
+                pieces = answer.aiter_raw()
+                assert await anext(pieces) == FIRST.replace(b"m1", b"smol")
+                go.set()
+                (told,) = events_in(b"".join([piece async for piece in pieces]))
+    assert told["error"]["code"] == "overloaded"
+
+
+async def test_an_error_stays_with_its_request(fleet: Fleet) -> None:
+    """One that comes together with the end of its reply leaves a connection that the next request may use."""
+    go = asyncio.Event()
+
+    async def behaviour(peer: Peer) -> None:
+        await peer.request()
+        await peer.say(stream_head() + chunk(FIRST))
+        await go.wait()
+        await peer.say(chunk(event('{"error":{"message":"secret","code":400}}')) + chunk(b""))
+        await peer.request()
+        for piece in (stream_head() + chunk(FIRST), chunk(LAST), chunk(DONE) + chunk(b"")):
+            await peer.say(piece)
+            await asyncio.sleep(0)
+        await peer.left()
+
+    async with urls(behaviour) as (url,):
+        with fleet.replicas(("hi", url)):
+            async with fleet.client.stream("POST", CHAT, json=STREAM) as answer:
+                pieces = answer.aiter_raw()
+                await anext(pieces)
+                go.set()
+                assert b'"error"' in b"".join([piece async for piece in pieces])
+            assert (await fleet.ask(STREAM)).content == (FIRST + LAST).replace(b"m1", b"smol") + DONE
+
+
+async def test_what_is_not_tried_again_is_no_retry() -> None:
+    """A lone replica that fails costs nothing of the budget, and counts as no further attempt."""
+    retries = {"share": 0, "burst": 1}
+    listen = {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0"}
+    async with running_gateway(deployment({"gateway": {**listen, "retries": retries}})) as fleet, urls(None) as (url,):
+        with fleet.replicas(("hi", url)):
+            assert [(await fleet.ask()).status_code for _ in range(3)] == [502] * 3
+        assert await fleet.total("quantgate_retries_total") == 0
+        assert await fleet.total("quantgate_retries_refused_total") == 0
+        async with running_fake() as fake:
+            with fleet.replicas(("hi", url), ("mid", fake.url)):
+                assert [(await fleet.ask()).status_code for _ in range(2)] == [200, 502]
+        assert await fleet.total("quantgate_retries_total", code="upstream_unreachable") == 1
+        assert await fleet.total("quantgate_retries_refused_total", reason="budget") == 1
+
+
+async def test_two_replicas_die_of_it_and_a_third_is_spared(fleet: Fleet, fake: FakeReplica) -> None:
+    """A request that takes its replicas down is not sent to the next."""
+    before = await fleet.total("quantgate_retries_refused_total", reason="poison")
+    async with urls(answering(b""), answering(b"")) as (first, second):
+        with fleet.replicas(("hi", first), ("mid", second), ("lo", fake.url)):
+            asked = len(fake.requests(CHAT))
+            answer = await fleet.ask()
+    assert (answer.status_code, error_of(answer)["code"]) == (502, "upstream_disconnected")
+    assert len(fake.requests(CHAT)) == asked
+    assert await fleet.total("quantgate_retries_refused_total", reason="poison") == before + 1
+
+
+async def test_an_unusual_status_comes_back(fleet: Fleet) -> None:
+    """A 4xx that has no name in the books is the client's to read all the same."""
+    async with urls(answering(whole(b'{"error":{"message":"odd"}}', "499 Odd"))) as (url,):
+        with fleet.replicas(("hi", url)):
+            answer = await fleet.ask()
+    assert (answer.status_code, error_of(answer)["message"]) == (499, "odd")
+
+
+async def test_what_a_key_has_left_is_told(fake: FakeReplica) -> None:
+    """Of its limits a minute, at the time of the answer."""
+    keys = keys_in_force({"k": StoredKey(sha256=(digest("qg-k"),), requests_per_minute=5)})
+    async with running_gateway(deployment(keys=keys)) as fleet:
+        with fleet.replicas(("hi", fake.url)):
+            answers = [await fleet.ask(headers={"authorization": "Bearer qg-k"}) for _ in range(2)]
+    assert [answer.headers["x-ratelimit-remaining-requests"] for answer in answers] == ["4", "3"]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["unary", "stream"])
+async def test_whoever_waits_when_the_gateway_stops(streaming: bool) -> None:
+    """It is told to ask again, by a status, when the time for running requests is up."""
+    async with (
+        httpx.AsyncClient(timeout=DEADLINE_SECONDS, trust_env=False) as client,
+        running_gateway(deployment()) as fleet,
+    ):
+        with fleet.replicas(("hi", refusing()), state=State.STARTING):
+            body = STREAM if streaming else HELLO
+            asking = asyncio.create_task(client.post(f"{fleet.url}{CHAT}", json=body))
+            while not await fleet.total("quantgate_waiting"):
+                pass
+            await fleet.served.front.drain(0.1)
+            answer = await asking
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "draining")
+    assert answer.headers["x-should-retry"] == "true"

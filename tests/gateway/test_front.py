@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import httpx
 import pytest
@@ -62,6 +62,8 @@ class Echo:
             reply.begin(200, b"", b"one")
             reply.write(b"two")
             reply.end(b"three")
+        elif request.path == b"/499":
+            reply.whole(499, b"", b"")
         elif request.path == b"/flood":
             reply.begin(200, b"")
             while True:
@@ -366,3 +368,75 @@ async def test_a_defect_of_the_site_ends_one_request() -> None:
         ):
             for path in ("/x", "/y", "/x"):
                 assert (await client.get(path)).status_code == 500
+
+
+async def test_a_long_upload_is_refused_in_words() -> None:
+    """A client writes all of it before it reads; the connection stays for as long as more comes, and closes then."""
+    async with served() as here, httpx.AsyncClient(timeout=DEADLINE_SECONDS, trust_env=False) as client:
+        answer = await client.post(f"{here.url}/x", content=b"x" * (40 * 2**20))
+        assert (answer.status_code, answer.headers["x-code"]) == (413, "request_too_large")
+
+
+async def test_a_refused_upload_has_an_end() -> None:
+    """Whoever goes on writing, and slowly, is hung up on."""
+    hasty = replace(HASTY, linger_seconds=DEADLINE_SECONDS, linger_total_seconds=0.1)
+    async with served(hasty) as here, connected(here.url) as peer:
+        await peer.say(HEAD + b"content-length: 999999999\r\n\r\n")
+        await peer.read_until(b"request_too_large")
+        with suppress(ConnectionError):
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while True:
+                    await peer.say(b"x")
+                    await asyncio.sleep(0.01)
+
+
+async def test_whoever_asks_before_it_sends_is_refused_before_it_sends() -> None:
+    """Also if its body would be short: it waits for a word before it sends it."""
+    async with served() as here, connected(here.url) as peer:
+        begun = HEAD.replace(b"/x", b"/secret") + b"content-length: 5\r\nexpect: 100-continue\r\n\r\n"
+        assert (await said(peer, begun)).startswith(b"HTTP/1.1 401 ")
+
+
+@pytest.mark.parametrize("begin", [b"0\r\nx: ", b"5;x="], ids=["a trailer", "an extension"])
+async def test_what_a_chunked_body_has_beside_its_data_has_an_end(begin: bytes) -> None:
+    """A head is bounded, and so is what comes in its stead behind it."""
+    async with served() as here, connected(here.url) as peer:
+        await peer.say(HEAD + b"transfer-encoding: chunked\r\n\r\n1\r\na\r\n" + begin)
+        with suppress(ConnectionError):
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while not here.site.begun:
+                    await peer.say(b"x" * 1000)
+        assert (await peer.read_all()).startswith(b"HTTP/1.1 431 ")
+
+
+async def test_a_body_in_many_small_pieces_is_no_long_head() -> None:
+    """What is between the pieces adds up to more than a head may have."""
+    async with served() as here, connected(here.url) as peer:
+        await peer.say(HEAD + b"transfer-encoding: chunked\r\n\r\n")
+        for _ in range(200):
+            await peer.say(b"1;" + b"x" * 300 + b"\r\n")
+            await peer.say(b"a\r\n")
+        await peer.say(b"0\r\n\r\n")
+        await peer.read_until(b"POST /x 200")
+
+
+async def test_bodies_that_wait_behind_another_are_counted() -> None:
+    """Requests in a row hold their own memory until each has been answered."""
+    async with served() as here, connected(here.url) as peer:
+        body = b"content-length: 1000\r\n\r\n" + b"x" * 1000
+        wait = HEAD.replace(b"/x", b"/wait") + body
+        await peer.say(HEAD + body + wait + HEAD + body)
+        await peer.read_until(b"POST /x 1000")
+        await eventually(lambda: here.site.begun[1:] or None)
+        assert here.front.held_bytes == 2000
+        here.site.go.set()
+        await peer.read_until(b"POST /x 1000")
+        await eventually(lambda: here.front.held_bytes == 0 or None)
+
+
+async def test_a_status_without_a_name() -> None:
+    """An engine's proxy may answer with a number of its own; it has a status line all the same."""
+    async with served() as here, connected(here.url) as peer:
+        assert (await said(peer, b"GET /499 HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")).startswith(
+            b"HTTP/1.1 499 \r\n"
+        )

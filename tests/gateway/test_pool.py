@@ -2,9 +2,12 @@
 
 import asyncio
 import socket
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pytest
+import uvicorn
 
 from gateway.errors import UpstreamDisconnected, UpstreamTimeout, UpstreamUnreachable
 from gateway.relay.connection import Deadlines
@@ -161,7 +164,7 @@ async def test_a_dead_idle_connection_is_not_tried() -> None:
     """A connection whose end was noticed is replaced without a try."""
     async with scripted(answering(whole(b"1"))) as replica, Pool() as pool:
         await ask(pool, replica.url)
-        idle = pool._idle[replica.url][0][1]
+        idle = pool._idle[replica.url, None][0][1]
         async with asyncio.timeout(DEADLINE_SECONDS):
             while idle.reusable:  # noqa: ASYNC110 - what is waited for is the other side
                 await asyncio.sleep(POLL_SECONDS)
@@ -210,3 +213,64 @@ async def test_giving_up_closes_the_connection() -> None:
             await left.wait()
         with pytest.raises(asyncio.CancelledError):
             await asking
+
+
+async def test_a_server_that_hangs_up_as_the_next_request_comes() -> None:
+    """Requests that come about when the server closes what is idle, before and behind it: none fails."""
+    async with hasty_server(KEEP_ALIVE_SECONDS) as (url, asked), Pool(idle_seconds=DEADLINE_SECONDS) as pool:
+        chains = 20
+
+        async def chain(number: int) -> None:
+            for turn in range(10):
+                assert await ask(pool, url) == b"ok"
+                # From well before the server hangs up to well behind it.
+                await asyncio.sleep(KEEP_ALIVE_SECONDS * (0.5 + (number + turn) % chains / chains))
+
+        await asyncio.gather(*map(chain, range(chains)))
+        assert len(asked) == 10 * chains
+
+
+KEEP_ALIVE_SECONDS = 0.1
+
+
+@asynccontextmanager
+async def hasty_server(keep_alive_seconds: float) -> AsyncIterator[tuple[str, list[bytes]]]:
+    """uvicorn, as vLLM uses it, on a thread of its own; gives its url and what it was asked."""
+    asked: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        asked.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    with socket.create_server((HOST, 0)) as listening:
+        # vLLM has whole seconds; uvicorn itself does not mind others.
+        told: dict[str, Any] = {"timeout_keep_alive": keep_alive_seconds}
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, **told))
+        running = asyncio.create_task(asyncio.to_thread(server.run, [listening]))
+        try:
+            yield f"http://{HOST}:{listening.getsockname()[1]}", asked
+        finally:
+            server.should_exit = True
+            await running
+
+
+async def test_a_connection_with_a_request_half_written_is_not_used_again() -> None:
+    """The replica answered early and may never read the rest: the next request gets a connection of its own."""
+
+    async def behaviour(peer: Peer) -> None:
+        if len(replica.peers) == 1:
+            await peer.say(whole(b"1"))
+            await together.wait()
+        else:
+            await peer.request()
+            await peer.say(whole(b"2"))
+        await peer.left()
+
+    together = asyncio.Event()
+    async with scripted(behaviour) as replica, Pool() as pool:
+        async with pool.exchange(replica.url, REQUEST + b"x" * 2**25) as connection:
+            assert await connection.read(9) == b"1"
+        assert await ask(pool, replica.url) == b"2"
+        assert len(replica.peers) == 2
+        together.set()

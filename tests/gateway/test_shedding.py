@@ -50,8 +50,18 @@ def test_a_refusal_holds(refusals: list[tuple[float, float | None]], until: floa
 
 def test_an_answer_clears_the_mark() -> None:
     """Next time, it starts from the shortest delay."""
-    assert accepted(ROOMY) is ROOMY
-    assert accepted(after((0, None), (1, None))) is ROOMY
+    assert accepted(ROOMY, 2) is ROOMY
+    assert accepted(after((0, None), (1, None)), 2) is ROOMY
+
+
+def test_how_much_it_takes_is_remembered() -> None:
+    """The least that it refused with; answers let in one more each once it is quiet, and in the end it is forgotten."""
+    mark = refused(refused(ROOMY, 0, at_once=5), 0, at_once=4)
+    assert mark.most == 4
+    assert accepted(mark, 0.5).most == 4
+    assert not accepted(mark, 0.1).full(0.1)
+    assert accepted(accepted(mark, 1), 2).most == 6
+    assert accepted(mark, 61) is ROOMY
 
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.none() | st.floats()), min_size=1, max_size=50))

@@ -289,3 +289,59 @@ def test_no_garbage_ends_in_a_defect(endpoint: Endpoint, data: bytes) -> None:
     transcript = transcript_of(endpoint, "smol", wants_usage=False)
     for each in EventCutter().feed(b"data: {" + data + b"\n\nevent: message_delta\ndata: {" + data + b"\n\n"):
         assert isinstance(transcript.passed_on(each), bytes)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        b'event: error\ndata: {"message":"secret"}\n\n',
+        b"event: error\ndata: secret\n\n",
+        b'event: error\ndata: "secret"\n\n',
+        event('{"id":"x","error":{"message":"secret"},"choices":[]}'),
+    ],
+)
+@pytest.mark.parametrize("endpoint", [CHAT, RESPONSES, MESSAGES])
+def test_an_error_however_it_is_written(endpoint: Endpoint, written: bytes) -> None:
+    """An event that is called an error is one, whatever it says; so is a chunk with an error behind other keys."""
+    transcript = transcript_of(endpoint, "smol", wants_usage=False)
+    assert b"secret" not in transcript.passed_on(written)
+    assert isinstance(transcript.failure, UpstreamError)
+
+
+def test_a_word_is_no_error() -> None:
+    """A token may be the very word, and a key may have nothing in it."""
+    for data in ('{"choices":[{"delta":{"content":"error"}}]}', '{"error":null,"choices":[{"delta":{"content":"a"}}]}'):
+        transcript = Chunks(CHAT, "smol", wants_usage=False)
+        assert transcript.passed_on(event(data)) == event(data)
+        assert transcript.failure is None
+
+
+def test_an_end_with_blanks() -> None:
+    """Other engines write JSON with blanks."""
+    transcript = Chunks(CHAT, "smol", wants_usage=False)
+    transcript.passed_on(event('{"choices": [{"delta": {}, "finish_reason": "stop"}]}'))
+    transcript.passed_on(event("[DONE]"))
+    assert (transcript.finished, transcript.finish) == (True, "stop")
+
+
+def test_one_of_several_that_was_given_up() -> None:
+    """A chunk may end several choices at once."""
+    transcript = Chunks(CHAT, "smol", wants_usage=False)
+    transcript.passed_on(event('{"choices":[{"finish_reason":"abort"},{"finish_reason":"stop"}]}'))
+    assert transcript.failure is not None
+
+
+@pytest.mark.parametrize(
+    "endpoint, end",
+    [(CHAT, (LAST, event("[DONE]"))), (RESPONSES, RESPONSE), (MESSAGES, MESSAGE)],
+    ids=lambda value: value.name if isinstance(value, Endpoint) else "",
+)
+def test_behind_the_end_is_nothing(endpoint: Endpoint, end: tuple[bytes, ...]) -> None:
+    """What a replica says after all has been told is neither passed on nor a failure."""
+    transcript = transcript_of(endpoint, "smol", wants_usage=False)
+    for each in end:
+        transcript.passed_on(each)
+    assert transcript.finished
+    for late in (chunk("a"), event('{"error":{"message":"x"}}'), named("error", "{}")):
+        assert transcript.passed_on(late) == b""
+    assert (transcript.failure, transcript.tokens) == (None, False)

@@ -3,10 +3,12 @@
 import asyncio
 import json
 import socket
+import ssl
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tests.fakes.running import DEADLINE_SECONDS, HOST
@@ -77,8 +79,13 @@ class ScriptedReplica:
 
 
 @asynccontextmanager
-async def scripted(behaviour: Behaviour) -> AsyncIterator[ScriptedReplica]:
-    """A replica that plays a behaviour on each connection, which it closes at the end."""
+async def scripted(
+    behaviour: Behaviour, *, secure: ssl.SSLContext | None = None, path: Path | None = None
+) -> AsyncIterator[ScriptedReplica]:
+    """A replica that plays a behaviour on each connection, which it closes at the end.
+
+    It listens on a port, with TLS if there is a context for it, or on a unix socket if there is a path.
+    """
     failures: list[BaseException] = []
     tasks: set[asyncio.Task[None]] = set()
 
@@ -97,8 +104,12 @@ async def scripted(behaviour: Behaviour) -> AsyncIterator[ScriptedReplica]:
         replica.peers.append(peer)
         tasks.add(asyncio.create_task(play(peer)))
 
-    server = await asyncio.start_server(accept, HOST, 0)
-    replica = ScriptedReplica(f"http://{HOST}:{server.sockets[0].getsockname()[1]}")
+    if path is not None:
+        server: asyncio.Server = await asyncio.start_unix_server(accept, path)
+        replica = ScriptedReplica(f"unix://{path}")
+    else:
+        server = await asyncio.start_server(accept, HOST, 0, ssl=secure)
+        replica = ScriptedReplica(f"http{'s' if secure else ''}://{HOST}:{server.sockets[0].getsockname()[1]}")
     try:
         yield replica
     finally:
@@ -171,3 +182,23 @@ def chunk(data: bytes) -> bytes:
 def stream(*pieces: bytes) -> bytes:
     """A whole stream, each piece a chunk of its own."""
     return stream_head() + b"".join(map(chunk, pieces)) + chunk(b"")
+
+
+class Still(asyncio.Transport):
+    """A transport that carries nothing."""
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Lose it."""
+
+    def get_write_buffer_size(self) -> int:
+        """Nothing waits."""
+        return 0
+
+    def pause_reading(self) -> None:
+        """Whoever plays the replica is not held back."""
+
+    def resume_reading(self) -> None:
+        """Nor told to go on."""
+
+    def abort(self) -> None:
+        """Nothing is open."""

@@ -7,7 +7,7 @@ import msgspec
 
 from gateway.api.endpoints import CHAT
 from gateway.api.sse import EventCutter
-from gateway.relay.replies import renamed
+from gateway.relay.replies import fields_of, renamed
 from gateway.relay.shapes import Manner, Shaping, shaped
 from gateway.relay.streams import Chunks
 
@@ -23,7 +23,7 @@ class Read:
 
 def read_whole(answer: bytes, manner: Manner) -> list[Read]:
     """Read a whole answer."""
-    body, _ = renamed(answer, "alias", partial(shaped, manner=manner))
+    body, _ = renamed(fields_of(answer), "alias", partial(shaped, manner=manner))
     told = msgspec.json.decode(body)
     assert told["model"] == "alias"
     if manner.hides_ids:

@@ -99,6 +99,7 @@ async def test_a_signal_ends_it(tmp_path: Path, number: signal.Signals) -> None:
         (["m", "--hardware", "H100"], "--hardware: 'H100' names no hardware"),
         (["a", "b", "--out", "c"], "--out takes the measurement of one VARIANT"),
         (["a", "b", "--url", "http://h:1"], "--url is the replica of one VARIANT"),
+        (["a", "--url", "http://h:1", "--ca", "ca.pem"], "--ca is for --url https://"),
         (["a", "--config", "f", "--dtype", "auto"], "--dtype: --config says how a variant is run"),
         (["a", "--config", "f", "--arg", "x"], "--arg: --config says how a variant is run"),
     ],
@@ -116,6 +117,7 @@ def test_what_does_not_go_together(words: list[str], told: str, capsys: pytest.C
     "words,told",
     [
         (["{folder}/none"], "no such directory"),
+        (["{folder}/m", "--url", "https://127.0.0.1:9", "--ca", "none.pem"], "--ca: none.pem can't be read"),
         (["{folder}/m", "--url", "http://10.0.0.5:8000"], "tell its hardware: --hardware 'NVIDIA H100, 2 GPUs'"),
         (["{folder}/m", "--url", "http://127.0.0.1:9", "--out", "{folder}/none/c"], "choose another place with --out"),
         (["{folder}/broken", "--url", "http://127.0.0.1:9"], "remove the file and measure anew"),

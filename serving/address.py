@@ -14,6 +14,11 @@ class Address:
     secure: bool = False
     path: str = ""
 
+    @property
+    def root(self) -> str:
+        """What an HTTP client's urls begin with; the socket of a unix address is told to it separately."""
+        return f"{'https' if self.secure else 'http'}://{self.authority}"
+
 
 def address_of(url: str) -> Address:
     """Read `http://host:port`, `https://host:port` or `unix:///path/to/socket`."""

@@ -1,0 +1,76 @@
+"""How an https replica proves who it is, and how we prove it to the replica, where the machine's own trust won't do."""
+
+import hashlib
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from config.errors import ConfigError
+from config.schema import ReplicaSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """What a replica's certificate files said when they were read; equal to another with the same files and contents.
+
+    The context is shared by every connection: to make one takes milliseconds.
+    """
+
+    digest: str
+    context: ssl.SSLContext = field(repr=False, compare=False)
+
+
+def read_tls(replicas: Sequence[ReplicaSettings], folder: Path) -> dict[int, Tls]:
+    """Read the certificates that replicas are reached with, by the replica's place in the configuration.
+
+    Files are relative to the configuration's folder; ConfigError names the option of one that is missing or broken.
+    """
+    known: dict[tuple[str | None, ...], Tls] = {}
+    found = {}
+    for index, settings in enumerate(replicas):
+        named = (settings.ca, settings.certificate, settings.key_file)
+        tls = known.get(named) or tls_of(settings, folder, f"replicas.{index}.")
+        if tls is not None:
+            found[index] = known[named] = tls
+    return found
+
+
+def tls_of(settings: ReplicaSettings, folder: Path, where: str) -> Tls | None:
+    """Read the certificates of one replica; None if it names none. `where` stands before an option in an error."""
+    if not (settings.ca or settings.certificate):
+        return None
+    digest = hashlib.sha256()
+    for option in ("ca", "certificate", "key_file"):
+        named = getattr(settings, option)
+        content = _content(folder / named, f"{where}{option}") if named else b""
+        digest.update(b"%s %s %d " % (option.encode(), str(named).encode(), len(content)) + content)
+    # A `ca` takes the place of what the machine trusts; host names are checked either way.
+    context = _trusting(folder / settings.ca, f"{where}ca") if settings.ca else ssl.create_default_context()
+    if settings.certificate:
+        key = folder / settings.key_file if settings.key_file else None
+        _show(context, folder / settings.certificate, key, f"{where}certificate")
+    return Tls(digest.hexdigest(), context)
+
+
+def _content(file: Path, option: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{option}: {file} can't be read: {error.strerror}; name a PEM file") from error
+
+
+def _trusting(file: Path, option: str) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=file)
+    except OSError as error:
+        raise ConfigError(f"{option}: {file} has no certificate that can be read ({error}); name a PEM file") from error
+
+
+def _show(context: ssl.SSLContext, certificate: Path, key: Path | None, option: str) -> None:
+    """Have a context show a client certificate; a key with a password would be asked for at the terminal."""
+    try:
+        context.load_cert_chain(certificate, key, password="")
+    except OSError as error:
+        what = f"{certificate} and its key can't be used together ({error})"
+        raise ConfigError(f"{option}: {what}; name a PEM certificate and its key, without a password") from error

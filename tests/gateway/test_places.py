@@ -1,0 +1,395 @@
+"""Where replicas listen: behind TLS with a CA of one's own, and on sockets in the file system."""
+
+import asyncio
+import datetime as dt
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from config.errors import ConfigError
+from config.schema import ReplicaSettings
+from config.variant import PARENT_QUALITY, Variant
+from gateway.app import gateway_alone
+from gateway.deployment import read_deployment
+from gateway.errors import UpstreamDisconnected, UpstreamError, UpstreamUnreachable
+from gateway.relay.pool import Pool
+from serving.address import Address, address_of
+from serving.clients import Clients
+from serving.measuring.engine_facts import engine_facts
+from serving.measuring.streaming import Ongoing, Target, complete
+from serving.probe import Probe
+from serving.replica import Replica, State, foreign_replicas
+from serving.tls import Tls, read_tls
+from tests.fakes.running import DEADLINE_SECONDS, HOST, POLL_SECONDS, FakeReplica
+from tests.gateway.fleet import CONFIG, HELLO, STREAM, Fleet, clients, error_of, events_in, text_of
+from tests.gateway.wire import Peer, ScriptedReplica, answering, scripted, stream, whole
+
+pytest.importorskip("cryptography", reason="certificates are made with cryptography, which is not installed")
+certificates = pytest.importorskip("tests.fakes.certificates")
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+REQUEST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
+EXPIRED = -dt.timedelta(hours=1)
+
+
+def trusting(folder: Path, **named: Any) -> Tls:
+    """What a replica with these options has to prove."""
+    settings = ReplicaSettings.model_validate({"variant": "hi", "url": "https://h", **named})
+    return read_tls((settings,), folder)[0]
+
+
+async def ask(pool: Pool, url: str, tls: Tls | None = None) -> bytes:
+    """One request, its answer read to the end."""
+    async with pool.exchange(url, REQUEST, tls=tls) as connection:
+        return await connection.read(2**20)
+
+
+@asynccontextmanager
+async def door(
+    fake: FakeReplica, *, secure: ssl.SSLContext | None = None, path: Path | None = None
+) -> AsyncIterator[ScriptedReplica]:
+    """Another way to a fake: through TLS, or through a socket in the file system."""
+
+    async def behaviour(peer: Peer) -> None:
+        reader, writer = await asyncio.open_connection(HOST, fake.port)
+        inner = Peer(reader, writer)
+        try:
+            async with asyncio.TaskGroup() as both:
+                both.create_task(carried(peer, inner))
+                both.create_task(carried(inner, peer))
+        except* (ConnectionError, TimeoutError):
+            pass
+        finally:
+            inner.finish()
+
+    async def carried(source: Peer, target: Peer) -> None:
+        while data := await source.read_some():
+            await target.say(data)
+        raise ConnectionResetError
+
+    async with scripted(behaviour, secure=secure, path=path) as replica:
+        yield replica
+
+
+@pytest.mark.parametrize(
+    "url, address, root",
+    [
+        ("http://h:1", Address("h:1", "h", 1), "http://h:1"),
+        ("http://h", Address("h", "h", 80), "http://h"),
+        ("https://h", Address("h", "h", 443, secure=True), "https://h"),
+        ("https://[::1]:8", Address("[::1]:8", "::1", 8, secure=True), "https://[::1]:8"),
+        ("unix:///run/a%20b.sock", Address("localhost", path="/run/a b.sock"), "http://localhost"),
+    ],
+)
+async def test_addresses(url: str, address: Address, root: str) -> None:
+    """A url says where to connect to, and what the request's host is."""
+    assert (address_of(url), address_of(url).root) == (address, root)
+
+
+async def test_the_right_authority(tmp_path: Path) -> None:
+    """A certificate of the CA that was named is trusted, and its connection is kept as any other."""
+    authority = certificates.Authority(tmp_path, "ca")
+    answers = answering(whole(b"1"), stream(b"2"), whole(b"3"), close=False)
+    secure = authority.issue().server_context()
+    async with scripted(answers, secure=secure) as replica, Pool() as pool:
+        tls = trusting(tmp_path, ca="ca.pem")
+        assert [await ask(pool, replica.url, tls) for _ in range(3)] == [b"1", b"2", b"3"]
+        assert len(replica.peers) == 1
+        assert repr(pool) == f"<Pool [{replica.url}: 1 idle]>"
+
+
+async def test_certificates_that_prove_nothing(tmp_path: Path) -> None:
+    """Another CA, another host, a time that is over, the machine's own trust: unreachable, for us and for the probe."""
+    authority, other = certificates.Authority(tmp_path, "ca"), certificates.Authority(tmp_path, "other")
+    right = trusting(tmp_path, ca="ca.pem")
+    for issued, tls in (
+        (authority.issue(), trusting(tmp_path, ca="other.pem")),
+        (other.issue(), right),
+        (authority.issue("replica.example"), right),
+        (authority.issue("127.0.0.2"), right),
+        (authority.issue(valid_for=EXPIRED), right),
+        (authority.issue(), None),
+    ):
+        async with scripted(answering(whole(b"1")), secure=issued.server_context()) as replica, Pool() as pool:
+            with pytest.raises(UpstreamUnreachable) as caught:
+                await ask(pool, replica.url, tls)
+            assert isinstance(caught.value.__cause__, ssl.SSLCertVerificationError)
+            async with Probe() as probe:
+                assert not await probe.healthy(replica.url, tls)
+
+
+async def test_plain_http_on_a_port_with_tls(tmp_path: Path) -> None:
+    """An http address where TLS is spoken gives no answer, and no crash."""
+    secure = certificates.Authority(tmp_path, "ca").issue().server_context()
+    async with scripted(answering(whole(b"1")), secure=secure) as replica, Pool() as pool, Probe() as probe:
+        url = replica.url.replace("https:", "http:")
+        with pytest.raises(UpstreamDisconnected):
+            await ask(pool, url)
+        assert not await probe.healthy(url)
+
+
+async def test_a_client_certificate(tmp_path: Path) -> None:
+    """A replica that wants to know who we are is shown it; without, it answers nothing."""
+    authority, ours = certificates.Authority(tmp_path, "ca"), certificates.Authority(tmp_path, "ours")
+    issued = ours.issue()
+    secure = authority.issue().server_context(clients_of=ours)
+    shown = {"ca": "ca.pem", "certificate": issued.certificate.name, "key_file": issued.key.name}
+    async with scripted(answering(whole(b"1")), secure=secure) as replica, Pool() as pool, Probe() as probe:
+        assert await ask(pool, replica.url, trusting(tmp_path, **shown)) == b"1"
+        assert await probe.healthy(replica.url, trusting(tmp_path, **shown))
+        with pytest.raises(UpstreamError):
+            await ask(pool, replica.url, trusting(tmp_path, ca="ca.pem"))
+        assert not await probe.healthy(replica.url, trusting(tmp_path, ca="ca.pem"))
+
+
+async def test_a_connection_is_no_proof_for_others(tmp_path: Path) -> None:
+    """What one CA vouched for is not used by a replica of the same address that trusts another."""
+    authority = certificates.Authority(tmp_path, "ca")
+    certificates.Authority(tmp_path, "other")
+    secure = authority.issue().server_context()
+    async with scripted(answering(whole(b"1"), close=False), secure=secure) as replica, Pool() as pool:
+        await ask(pool, replica.url, trusting(tmp_path, ca="ca.pem"))
+        with pytest.raises(UpstreamUnreachable):
+            await ask(pool, replica.url, trusting(tmp_path, ca="other.pem"))
+
+
+async def test_a_handshake_that_never_ends(tmp_path: Path) -> None:
+    """A port that accepts and says nothing is unreachable after the time for connecting."""
+
+    async def behaviour(peer: Peer) -> None:
+        await peer.left()
+
+    certificates.Authority(tmp_path, "ca")
+    async with scripted(behaviour) as replica, Pool() as pool:
+        url = replica.url.replace("http:", "https:")
+        with pytest.raises(UpstreamUnreachable) as caught:
+            async with pool.exchange(url, REQUEST, connect_seconds=0.05, tls=trusting(tmp_path, ca="ca.pem")):
+                pass
+        assert isinstance(caught.value.__cause__, TimeoutError)
+
+
+async def test_one_context_for_a_file(tmp_path: Path) -> None:
+    """Replicas with the same files share a context; what changes in a file makes another value, and nothing else."""
+    certificates.Authority(tmp_path, "ca")
+    settings = ReplicaSettings(variant="hi", url="https://h", ca="ca.pem")
+    plain = ReplicaSettings(variant="hi", url="http://h")
+    first = read_tls((settings, plain, settings), tmp_path)
+    assert set(first) == {0, 2}
+    assert first[0] is first[2]
+    assert first[0].context.check_hostname
+    assert first[0].context.verify_mode is ssl.CERT_REQUIRED
+    again = read_tls((settings,), tmp_path)
+    assert again[0] == first[0]
+    assert hash(again[0]) == hash(first[0])
+    certificates.Authority(tmp_path, "ca")
+    assert read_tls((settings,), tmp_path)[0] != first[0]
+    variants = {"hi": Variant("hi", "bf16", PARENT_QUALITY)}
+    found = foreign_replicas((settings, plain, settings), variants, first)
+    assert [each.tls for each in found] == [first[0], None, first[0]]
+
+
+async def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+    """A missing or broken file is told at once, with the option that names it."""
+    authority = certificates.Authority(tmp_path, "ca")
+    ours, locked = authority.issue(), authority.issue(password=b"secret")
+    (tmp_path / "empty.pem").touch()
+    (tmp_path / "broken.pem").write_text("-----BEGIN CERTIFICATE-----\nx\n-----END CERTIFICATE-----\n")
+    for named, words in (
+        ({"ca": "none.pem"}, r"replicas\.0\.ca: .*none\.pem can't be read: No such file or directory"),
+        ({"ca": "."}, r"replicas\.0\.ca: .* can't be read: Is a directory"),
+        ({"ca": "empty.pem"}, r"replicas\.0\.ca: .*empty\.pem has no certificate"),
+        ({"ca": "broken.pem"}, r"replicas\.0\.ca: .*broken\.pem has no certificate"),
+        ({"ca": ours.key.name}, r"replicas\.0\.ca: .* has no certificate"),
+        ({"certificate": "none.pem"}, r"replicas\.0\.certificate: .*none\.pem can't be read"),
+        ({"certificate": "ca.pem"}, r"replicas\.0\.certificate: .*ca\.pem and its key can't be used"),
+        ({"certificate": "ca.pem", "key_file": ours.key.name}, r"replicas\.0\.certificate: .* can't be used"),
+        ({"certificate": ours.certificate.name, "key_file": "none"}, r"replicas\.0\.key_file: .* can't be read"),
+        ({"certificate": locked.certificate.name, "key_file": locked.key.name}, "without a password"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            trusting(tmp_path, **named)
+
+
+async def test_failover_from_a_replica_that_proves_nothing(fleet: Fleet, fake: FakeReplica, tmp_path: Path) -> None:
+    """To a client, a wrong certificate is a replica that can't be reached: the next one answers, or 502."""
+    secure = certificates.Authority(tmp_path, "ca").issue().server_context()
+    certificates.Authority(tmp_path, "other")
+    async with scripted(answering(whole(b"{}")), secure=secure) as wrong:
+        replica = Replica("hi-9", "hi", "bf16", wrong.url, "m1", tls=trusting(tmp_path, ca="other.pem"))
+        fleet.registry.put(replica, State.READY)
+        try:
+            answer = await fleet.ask()
+            assert (answer.status_code, error_of(answer)["code"]) == (502, "upstream_unreachable")
+            assert wrong.url not in answer.text
+            with fleet.replicas(("lo", fake.url)):
+                answer = await fleet.ask()
+                assert answer.status_code == 200
+                assert answer.headers["x-quantgate-replica"] == "lo-0"
+        finally:
+            fleet.registry.remove("hi-9")
+
+
+def configured(folder: Path, **replica: Any) -> Path:
+    """Write the configuration of a gateway with one replica."""
+    path = folder / "quantgate.yaml"
+    told = {"variant": "hi", **replica}
+    gateway = {**CONFIG["gateway"], "limits": {"queue_seconds": DEADLINE_SECONDS}}
+    path.write_text(yaml.safe_dump({**CONFIG, "gateway": gateway, "replicas": [told]}))
+    return path
+
+
+async def stands(admin: httpx.AsyncClient, state: str) -> None:
+    """Wait until the only replica stands like this."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while True:
+            (shown,) = (await admin.get("/admin/replicas")).json()
+            if shown["state"] == state:
+                return
+            await asyncio.sleep(POLL_SECONDS)
+
+
+async def answered(client: httpx.AsyncClient) -> None:
+    """Ask for a whole answer and for a stream."""
+    reply = await client.post("/v1/chat/completions", json=HELLO)
+    assert reply.status_code == 200, reply.text
+    said = reply.json()["choices"][0]["message"]["content"]
+    reply = await client.post("/v1/chat/completions", json=STREAM)
+    assert events_in(reply.content)[-1] == "[DONE]"
+    assert text_of(events_in(reply.content)) == said
+
+
+@asynccontextmanager
+async def alone(path: Path) -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClient]]:
+    """A gateway in front of replicas that run elsewhere; gives a client for each of its ports."""
+    async with gateway_alone(read_deployment(path), path) as addresses, clients(addresses) as both:
+        yield both
+
+
+@pytest.mark.parametrize("kind", ["unix", "https"])
+async def test_from_end_to_end(kind: str, fake: FakeReplica, tmp_path: Path) -> None:
+    """A gateway watches it and answers from it, over connections that it keeps."""
+    secure = certificates.Authority(tmp_path, "ca").issue("localhost").server_context()
+    way: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
+    async with door(fake, **way) as replica:
+        url = replica.url.replace(HOST, "localhost")
+        path = configured(tmp_path, url=url, **({"ca": "ca.pem"} if kind == "https" else {}))
+        async with alone(path) as (client, admin):
+            await stands(admin, "ready")
+            await answered(client)
+            before = len(replica.peers)
+            for _ in range(3):
+                await answered(client)
+            assert len(replica.peers) == before
+
+
+async def test_a_socket_that_goes_and_comes_back(fake: FakeReplica, tmp_path: Path) -> None:
+    """Without the file its replica is failed, with it ready again, and requests wait for that."""
+    socket = tmp_path / "socket"
+    async with alone(configured(tmp_path, url=f"unix://{socket}")) as (client, admin):
+        await stands(admin, "failed")
+        for _ in range(2):
+            async with door(fake, path=socket):
+                await stands(admin, "ready")
+                await answered(client)
+            socket.unlink(missing_ok=True)
+            await stands(admin, "failed")
+
+
+async def test_certificates_are_read_at_a_reload(fake: FakeReplica, tmp_path: Path) -> None:
+    """A file that can't be read changes nothing; another authority in its place is another one to trust."""
+    authority, _ = certificates.Authority(tmp_path, "right"), certificates.Authority(tmp_path, "ca")
+    async with door(fake, secure=authority.issue().server_context()) as replica:
+        path = configured(tmp_path, url=replica.url, ca="ca.pem")
+        async with alone(path) as (client, admin):
+            await stands(admin, "failed")
+            configured(tmp_path, url=replica.url, ca="none.pem")
+            await counted(admin, 'quantgate_config_reloads_total{outcome="refused"} 1.0')
+            (tmp_path / "ca.pem").write_bytes(authority.file.read_bytes())
+            configured(tmp_path, url=replica.url, ca="ca.pem")
+            await stands(admin, "ready")
+            await answered(client)
+
+
+async def counted(admin: httpx.AsyncClient, line: str) -> None:
+    """Wait until the metrics say so."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while line not in (await admin.get("/metrics")).text:  # noqa: ASYNC110 - another party's progress
+            await asyncio.sleep(POLL_SECONDS)
+
+
+@pytest.mark.parametrize("kind", ["unix", "https"])
+async def test_every_control_request(kind: str, fake: FakeReplica, tmp_path: Path) -> None:
+    """The probe and the measuring get there, too, each over one connection."""
+    secure = certificates.Authority(tmp_path, "ca").issue().server_context()
+    way: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
+    tls = trusting(tmp_path, ca="ca.pem") if kind == "https" else None
+    async with door(fake, **way) as behind:
+        replica = Replica("hi-1", "hi", "bf16", behind.url, "m1", tls=tls)
+        async with Probe() as probe:
+            assert await probe.healthy(replica.url, replica.tls)
+            assert (await probe.served_model(replica)).name == "m1"
+            await probe.generate_one_token(replica)
+            await probe.activity(replica)
+            assert await probe.requests_in_engine(replica) == 0
+            assert await probe.token_ids(replica, "a")
+            assert await probe.prompt_end(replica, {})
+            assert len(behind.peers) == 1
+        async with aclosing(Clients(httpx.Timeout(DEADLINE_SECONDS))) as reaching:
+            client = reaching.reaching(replica.url, replica.tls)
+            assert (await engine_facts(client, replica.url)).version
+            ongoing = Ongoing(0.0, 1)
+            await complete(Target(client, replica.url, "m1"), [65], 3, ongoing, lambda: None)
+            assert (ongoing.failure, len(ongoing.chunks)) == (None, 3)
+            assert len(behind.peers) == 2
+
+
+@pytest.mark.parametrize("kind", ["unix", "https"])
+async def test_a_slow_reader_holds_the_replica_back(kind: str, tmp_path: Path) -> None:
+    """What is not read yet is bounded there, too, and all of it arrives in the end, on a connection that is kept."""
+    total, piece, said = 40 * 2**20, b"x" * 2**16, 0
+
+    async def behaviour(peer: Peer) -> None:
+        nonlocal said
+        await peer.request()
+        await peer.say(f"HTTP/1.1 200 OK\r\ncontent-length: {total}\r\n\r\n".encode())
+        while said < total:
+            await peer.say(piece)
+            said += len(piece)
+        await peer.left()
+
+    secure = certificates.Authority(tmp_path, "ca").issue().server_context()
+    way: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
+    tls = trusting(tmp_path, ca="ca.pem") if kind == "https" else None
+    async with scripted(behaviour, **way) as replica, Pool() as pool:
+        async with pool.exchange(replica.url, REQUEST, tls=tls) as connection:
+            before = -1
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                while before != said:
+                    before = said
+                    await asyncio.sleep(0.1)
+            assert said < total / 2
+            size = 0
+            while data := await connection.more():
+                size += len(data)
+            assert size == total
+        assert repr(pool) == f"<Pool [{replica.url}: 1 idle]>"
+
+
+@pytest.mark.parametrize("kind", ["unix", "https"])
+async def test_replies_without_an_end(kind: str, tmp_path: Path) -> None:
+    """A hung-up reply and a half one are told apart from whole ones, as over plain HTTP."""
+    secure = certificates.Authority(tmp_path, "ca").issue().server_context()
+    way: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
+    tls = trusting(tmp_path, ca="ca.pem") if kind == "https" else None
+    for said in (b"", b"HTTP/1.1 2", whole(b"12")[:-1], stream(b"1")[:-5]):
+        async with scripted(answering(said), **way) as replica, Pool() as pool:
+            with pytest.raises(UpstreamDisconnected):
+                await ask(pool, replica.url, tls)
+        (tmp_path / "socket").unlink(missing_ok=True)
