@@ -12,6 +12,7 @@ from itertools import product
 from typing import Any, get_args
 
 import pytest
+from msgspec.structs import replace as changed
 
 from config.schema import Floor, LimitSettings
 from gateway.api.endpoints import CHAT
@@ -170,9 +171,9 @@ def test_what_clients_get(answers: Answers, row: Row, shape: Shape) -> None:
     """The same in a whole answer and in a stream, however it is cut, with one choice and with two."""
     for choices in (1, 2):
         answer, manner = answers[row, None, choices]
-        assert read_whole(answer, replace(manner, shape=shape)) == [row.expected(shape, stream=False)] * choices
+        assert read_whole(answer, changed(manner, shape=shape)) == [row.expected(shape, stream=False)] * choices
         for step in STEPS:
             stream, manner = answers[row, step, choices]
-            read = read_stream(stream, replace(manner, shape=shape))
+            read = read_stream(stream, changed(manner, shape=shape))
             at_once = row.streamed is not None and step >= len(row.generated) and shape != "raw"
             assert read == [row.expected(shape, stream=not at_once)] * choices, (step, choices)
