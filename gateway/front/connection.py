@@ -8,52 +8,34 @@ the wire format; the parser is strict, so what can be read in two ways is refuse
 import asyncio
 import logging
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import httptools
 
-from gateway.errors import BodyTooLarge, GatewayError, HeadTooLarge, Overloaded, RequestError, RequestTooSlow
+from gateway.errors import GatewayError, Overloaded, RequestError, RequestTooSlow
+from gateway.front.house import House
+from gateway.front.limits import (
+    HEAD_LIMIT_BYTES,
+    HEADER_LIMIT,
+    LINGER_BYTES,
+    PIPELINED_LIMIT,
+    SHORT_BODY_BYTES,
+    SINGLE_HEADERS,
+    long_body,
+    long_head,
+)
 from gateway.front.reply import ClientLeft, Reply, within
 from gateway.front.request import Request
-
-if TYPE_CHECKING:
-    from gateway.front.server import Front
 
 log = logging.getLogger(__name__)
 
 WRITE_HIGH_WATER_BYTES = 64 * 1024
-HEAD_LIMIT_BYTES = 32 * 1024
-HEADER_LIMIT = 128
-PIPELINED_LIMIT = 16
-# A refused body up to this long is read to its end, so that the client, which writes before it reads, hears why.
-SHORT_BODY_BYTES = 256 * 1024
-LINGER_BYTES = 256 * 2**20
-# One of these twice could be read in two ways by two parties.
-_SINGLE = frozenset({b"host", b"content-type", b"authorization", b"x-api-key", b"api-key", b"x-request-id"})
-
-
-@dataclass(frozen=True, slots=True)
-class ClientPatience:
-    """How long a client may take; looked at every quarter of the shortest."""
-
-    head_seconds: float = 10.0
-    body_silence_seconds: float = 30.0
-    keep_alive_seconds: float = 75.0
-    slow_reader_seconds: float = 60.0
-    linger_seconds: float = 2.0  # of silence, after a refusal
-    linger_total_seconds: float = 30.0
-
-    @property
-    def tick_seconds(self) -> float:
-        """How often a connection looks at its deadline."""
-        return min(self.head_seconds, self.body_silence_seconds, self.keep_alive_seconds, self.linger_seconds) / 4
 
 
 class ClientConnection(asyncio.Protocol):
     """Reads requests, has each answered by a task, and ends that task when the client leaves."""
 
-    def __init__(self, front: "Front") -> None:
+    def __init__(self, front: House) -> None:
         self._front = front
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport  # from `connection_made` on, which comes before anything else
@@ -111,7 +93,7 @@ class ClientConnection(asyncio.Protocol):
                 # A head, or what a chunked body may have beside its data: neither is without an end.
                 self._head_bytes += len(data)
                 if self._head_bytes > HEAD_LIMIT_BYTES:
-                    self._malformed(_long_head())
+                    self._malformed(long_head())
 
     def eof_received(self) -> bool:
         return False
@@ -158,12 +140,12 @@ class ClientConnection(asyncio.Protocol):
         headers = self._reading().headers
         name = name.lower()
         if name in headers:
-            if name in _SINGLE:
+            if name in SINGLE_HEADERS:
                 raise RequestError(f"the header {name.decode('latin-1')!r} came twice; send it once")
             value = headers[name] + b", " + value
         headers[name] = value
         if len(headers) > HEADER_LIMIT:
-            raise _long_head()
+            raise long_head()
 
     def on_headers_complete(self) -> None:
         request = self._reading()
@@ -178,7 +160,7 @@ class ClientConnection(asyncio.Protocol):
         if b"upgrade" in request.headers:
             raise RequestError("this is HTTP/1.1 without upgrades; send no 'upgrade' header")
         if len(request.target) > HEAD_LIMIT_BYTES:
-            raise _long_head()
+            raise long_head()
         self._admit(request)
 
     def on_body(self, data: bytes) -> None:
@@ -192,7 +174,7 @@ class ClientConnection(asyncio.Protocol):
             return
         if request.refusal is None:
             if self._body_bytes > self._body_limit_bytes:
-                self._refuse_body(request, _long_body(self._body_limit_bytes))
+                self._refuse_body(request, long_body(self._body_limit_bytes))
             elif not self._front.hold(len(data)):
                 self._refuse_body(request, Overloaded("too many large requests at once", retry_after_seconds=2))
             else:
@@ -228,9 +210,9 @@ class ClientConnection(asyncio.Protocol):
         asks_first = request.chunkable and request.headers.get(b"expect", b"").lower() == b"100-continue"
         self._short = self._declared_bytes is not None and declared <= SHORT_BODY_BYTES and not asks_first
         try:
-            self._body_limit_bytes = self._front.admit(request)
+            self._body_limit_bytes = self._front.site.admit(request)
             if declared > self._body_limit_bytes:
-                request.refusal = _long_body(self._body_limit_bytes)
+                request.refusal = long_body(self._body_limit_bytes)
         except GatewayError as refusal:
             request.refusal = refusal
         if request.refusal is None:
@@ -369,11 +351,3 @@ class ClientConnection(asyncio.Protocol):
             self._malformed(RequestTooSlow("the request didn't arrive in time; send it in one go"))
         else:
             self.close()
-
-
-def _long_head() -> HeadTooLarge:
-    return HeadTooLarge(f"request line and headers exceed {HEAD_LIMIT_BYTES} bytes or {HEADER_LIMIT} headers")
-
-
-def _long_body(limit_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is longer than {limit_bytes} bytes")

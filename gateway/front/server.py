@@ -4,24 +4,10 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Protocol
 
-from gateway.front.connection import ClientConnection, ClientPatience
-from gateway.front.reply import Clock, Reply
-from gateway.front.request import Request
-
-
-class Site(Protocol):
-    """What answers requests."""
-
-    def admit(self, request: Request) -> int:
-        """Look at a head, before the body is read: the longest body that it may have; GatewayError refuses it."""
-
-    async def answer(self, request: Request, reply: Reply) -> None:
-        """Answer, or tell the request's refusal."""
-
-    def failed(self, request: Request, reply: Reply) -> None:
-        """Tell a client that the gateway itself has failed."""
+from gateway.front.connection import ClientConnection
+from gateway.front.house import ClientPatience, Guest, Site
+from gateway.front.reply import Clock
 
 
 class Front:
@@ -37,11 +23,11 @@ class Front:
         self.site = site
         self.patience = patience or ClientPatience()
         self.clock = Clock()
-        self.cut = cut
+        self._cut = cut
         self.memory_bytes = memory_bytes
         self.draining = False
         self._held_bytes = 0
-        self._connections: set[ClientConnection] = set()
+        self._connections: set[Guest] = set()
         self._idle: asyncio.Future[None] | None = None
 
     @property
@@ -54,9 +40,9 @@ class Front:
         """What bodies take now."""
         return self._held_bytes
 
-    def admit(self, request: Request) -> int:
-        """Ask the site."""
-        return self.site.admit(request)
+    def cut(self, reason: str) -> None:
+        """Tell that a client was cut off."""
+        self._cut(reason)
 
     def hold(self, size_bytes: int) -> bool:
         """Take memory for a piece of a body, if there is some left."""
@@ -69,11 +55,11 @@ class Front:
         """Give it back."""
         self._held_bytes -= size_bytes
 
-    def joined(self, connection: ClientConnection) -> None:
+    def joined(self, connection: Guest) -> None:
         """Count a connection in."""
         self._connections.add(connection)
 
-    def left(self, connection: ClientConnection) -> None:
+    def left(self, connection: Guest) -> None:
         """Count it out."""
         self._connections.discard(connection)
         self.freed()

@@ -1,7 +1,7 @@
 """Who gets which replica, and when: leases, a line for those who wait, and what is held against whom.
 
-The only owner of breakers, marks, the retry budget and the waiting lines. Every change is one synchronous step: a slot
-that becomes free goes to whoever's turn it is in the very step in which it does.
+The only owner of the retry budget and the waiting lines. Every change is one synchronous step: a slot that becomes free
+goes to whoever's turn it is in the very step in which it does.
 """
 
 import asyncio
@@ -9,89 +9,24 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from itertools import count
-from math import inf
 from types import TracebackType
 from typing import Self
 
 from config.schema import QueueSettings, RetrySettings
 from config.variant import Variant
 from gateway.errors import GatewayError, Overloaded, Unavailable
-from gateway.routing import breaker, budget, drain, shedding
-from gateway.routing.breaker import HEALTHY, Breaker
+from gateway.relay.health import Health
+from gateway.relay.leases import Demand, Lease, Ticket, demand_for
+from gateway.routing import breaker, budget, drain
 from gateway.routing.catalog import Target
-from gateway.routing.ladder import Choice, Scene, best, worth_waiting
+from gateway.routing.ladder import Scene, best, worth_waiting
 from gateway.routing.lines import Bounds, Lines
-from gateway.routing.shedding import ROOMY, Mark
 from serving.registry import Registry
 
 ATTEMPTS = 3
 NOBODY: frozenset[str] = frozenset()
 USUAL_QUEUE, USUAL_RETRIES = QueueSettings(), RetrySettings()
-
-
-@dataclass(frozen=True, slots=True)
-class Demand:
-    """What a line waits for: any replica of these rungs. Two demands of one alias and the same rungs are one line."""
-
-    alias: str
-    names: tuple[str, ...]
-    target: Target = field(compare=False)
-    rungs: tuple[Variant, ...] = field(compare=False)
-
-
-@dataclass(slots=True, eq=False)
-class Ticket:
-    """One request that waits; it gets a lease, or an error."""
-
-    demand: Demand
-    key: str
-    turn: int
-    served: "asyncio.Future[Lease]"
-
-    def refuse(self, error: GatewayError) -> None:
-        """Tell it that it waits for nothing."""
-        if not self.served.done():
-            self.served.set_exception(error)
-
-
-@dataclass(slots=True)
-class Lease:
-    """One request on one replica, counted from the choice to the end of the `with` block.
-
-    Say `succeeded`, `failed` or `refused` inside it; an exchange that ends without any was given up by its client.
-    """
-
-    choice: Choice
-    asked_at: float
-    _dispatch: "Dispatch"
-    probe_until: float | None = None  # it finds out whether a replica works again, and is believed lost by then
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._dispatch.release(self)
-
-    def succeeded(self) -> None:
-        """The replica did what it should."""
-        self._dispatch.succeeded(self)
-
-    def failed(self) -> None:
-        """The replica failed; overload is no failure."""
-        self._dispatch.failed(self)
-
-    def refused(self, retry_after_seconds: float | None) -> None:
-        """The replica has no room."""
-        self._dispatch.refused(self, retry_after_seconds)
-
-
-def demand_for(target: Target, rungs: tuple[Variant, ...]) -> Demand:
-    """Name the line that a request would wait in."""
-    return Demand(target.name, tuple([rung.name for rung in rungs]), target, rungs)
 
 
 class Dispatch:
@@ -107,9 +42,8 @@ class Dispatch:
         self._registry = registry
         self._clock = clock
         self._turns = count()
-        self._breakers: dict[str, Breaker] = {}
-        self._marks: dict[str, Mark] = {}
-        self._scene = Scene(registry.ready, registry.in_flight, self._breakers, self._marks)
+        self._health = Health(registry, clock)
+        self._scene = Scene(registry.ready, registry.in_flight, self._health.breakers, self._health.marks)
         self._allowance = budget.Allowance(round(retries.share * 1000), retries.burst * 1000)
         self._budget = budget.Budget(self._allowance.most_thousandths)
         self._lines: Lines[Demand, Ticket] = Lines(Bounds(queue.per_alias, queue.in_all, queue.body_bytes))
@@ -130,8 +64,7 @@ class Dispatch:
 
     def breaker_states(self) -> Mapping[str, breaker.State]:
         """The breakers of replicas that have failed lately; all others are closed."""
-        now = self._clock()
-        return {replica_id: held.state(now) for replica_id, held in self._breakers.items()}
+        return self._health.states()
 
     def waiting(self) -> Mapping[str, int]:
         """How many requests wait, by alias."""
@@ -177,40 +110,25 @@ class Dispatch:
 
     def release(self, lease: Lease) -> None:
         """End a lease, and give its slot to whoever's turn it is."""
-        replica_id = lease.choice.replica.id
-        held = self._breakers.get(replica_id)
-        if held is not None and held.probe_until == lease.probe_until:
-            self._breakers[replica_id] = breaker.abandoned(held)
-        self._registry.give_back(replica_id)
+        self._health.ended(lease)
+        self._registry.give_back(lease.choice.replica.id)
         if len(self._lines):
             self._pump()
 
     def succeeded(self, lease: Lease) -> None:
         """Hold nothing against a replica that answers."""
-        replica_id = lease.choice.replica.id
-        if self._breakers or self._marks:
-            self._forgive(replica_id, lease.asked_at)
+        self._health.succeeded(lease)
         if len(self._lines):
             name = lease.choice.variant.name
             self._paces[name] = drain.finished(self._paces.get(name), self._clock())
 
     def failed(self, lease: Lease) -> None:
         """Hold a failure against a replica."""
-        if self._has_gone(lease):
-            return
-        replica_id = lease.choice.replica.id
-        held = self._breakers.get(replica_id, HEALTHY)
-        self._breakers[replica_id] = breaker.failed(held, self._clock(), asked_at=lease.asked_at)
+        self._health.failed(lease)
 
     def refused(self, lease: Lease, retry_after_seconds: float | None) -> None:
         """Spare a replica that has no room."""
-        if self._has_gone(lease):
-            return
-        replica_id = lease.choice.replica.id
-        mark = self._marks.get(replica_id, ROOMY)
-        # Refused although nobody of ours was there says nothing about how many it takes.
-        others = self._registry.in_flight[replica_id] - 1 or inf
-        self._marks[replica_id] = shedding.refused(mark, self._clock(), retry_after_seconds, at_once=others)
+        self._health.refused(lease, retry_after_seconds)
 
     def _taken(
         self, target: Target, rungs: tuple[Variant, ...], turn: int, tried: frozenset[str] = NOBODY
@@ -221,16 +139,7 @@ class Dispatch:
             return None
         replica_id = choice.replica.id
         self._registry.take(replica_id)
-        held = self._breakers.get(replica_id) if self._breakers else None
-        if held is None:
-            return Lease(choice, now, self)
-        after = self._breakers[replica_id] = breaker.probing(held, now)
-        return Lease(choice, now, self, after.probe_until if after is not held else None)
-
-    def _has_gone(self, lease: Lease) -> bool:
-        """Tell whether a replica isn't ready any more: when it is again, it is another one."""
-        ready = self._registry.ready.get(lease.choice.variant.name, ())
-        return all(replica.id != lease.choice.replica.id for replica in ready)
+        return Lease(choice, now, self, self._health.asked(replica_id, now))
 
     async def _in_line(self, demand: Demand, turn: int, key: str, body_bytes: int, wait_seconds: float) -> Lease:
         if not self._hope(demand):
@@ -301,13 +210,7 @@ class Dispatch:
         if soonest is None:
             return
         now = self._clock()
-        looks = [mark.until for mark in self._marks.values() if mark.until > now]
-        looks += [
-            max(held.opened_at + held.open_seconds, held.probe_until)
-            for held in self._breakers.values()
-            if not held.admits(now)
-        ]
-        delay_seconds = max(min([soonest, *looks]) - now, 0.001)
+        delay_seconds = max(min([soonest, *self._health.changes_at(now)]) - now, 0.001)
         self._alarm = asyncio.get_running_loop().call_later(delay_seconds, self._ring)
 
     def _ring(self) -> None:
@@ -320,34 +223,14 @@ class Dispatch:
             return Overloaded(what, retry_after_seconds=self._retry_after(demand, key), code="queue_timeout")
         return Unavailable(f"no replica of {demand.alias!r} got ready in time")
 
-    def _forgive(self, replica_id: str, asked_at: float) -> None:
-        held = self._breakers.get(replica_id)
-        if held is not None:
-            after = breaker.succeeded(held, self._clock(), asked_at=asked_at)
-            if after is HEALTHY:
-                del self._breakers[replica_id]
-            else:
-                self._breakers[replica_id] = after
-        mark = self._marks.get(replica_id)
-        if mark is not None:
-            roomier = shedding.accepted(mark, self._clock())
-            if roomier is ROOMY:
-                del self._marks[replica_id]
-            else:
-                self._marks[replica_id] = roomier
-
     def _resume_paces(self) -> None:
         now = self._clock()
         self._paces = {name: drain.resumed(pace, now) for name, pace in self._paces.items()}
 
     def _look_again(self) -> None:
         """A replica came or went: nothing is held against one that isn't ready, it will be another one when it is."""
-        if self._breakers or self._marks:
-            ready = {replica.id for replicas in self._registry.ready.values() for replica in replicas}
-            for gone in self._breakers.keys() - ready:
-                del self._breakers[gone]
-            for gone in self._marks.keys() - ready:
-                del self._marks[gone]
+        ready = {replica.id for replicas in self._registry.ready.values() for replica in replicas}
+        self._health.keep_only(ready)
         if len(self._lines):
             self._give_up_hopeless()
             self._pump()

@@ -18,7 +18,8 @@ from gateway.errors import (
 from gateway.keys import Caller
 from gateway.relay.accounting import Account
 from gateway.relay.connection import Connection, Deadlines
-from gateway.relay.dispatch import Dispatch, Lease
+from gateway.relay.dispatch import Dispatch
+from gateway.relay.leases import Lease
 from gateway.relay.pool import Pool
 from gateway.relay.replies import fields_of, finish_of, held_seconds, refusal, renamed
 from gateway.relay.shapes import Manner, Shaping, shaped, tells

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from config.schema import NO_FLOOR, QueueSettings, RetrySettings
 from config.variant import QualityMeasures, Variant
 from gateway.errors import GatewayError
-from gateway.relay.dispatch import NOBODY, Dispatch, Lease
+from gateway.relay.dispatch import NOBODY, Dispatch
+from gateway.relay.leases import Lease
 from gateway.routing.catalog import Target
 from serving.registry import Registry
 from serving.replica import Replica, State

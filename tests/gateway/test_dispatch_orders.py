@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from config.schema import QueueSettings
 from gateway.errors import Overloaded, Unavailable
-from gateway.relay.dispatch import Lease
+from gateway.relay.leases import Lease
 from serving.replica import State
 from tests.gateway.house import HI, LO, House, end, house, settled
 

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from gateway.errors import InvalidKey, RequestError
-from gateway.front.connection import HEADER_LIMIT, ClientPatience
+from gateway.front.house import ClientPatience
+from gateway.front.limits import HEADER_LIMIT
 from gateway.front.reply import Reply
 from gateway.front.request import Request
 from gateway.front.server import Front, serving_clients

@@ -1,0 +1,78 @@
+"""What a client's connection needs of the front that it belongs to."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.front.reply import Clock, Reply
+from gateway.front.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class ClientPatience:
+    """How long a client may take; looked at every quarter of the shortest."""
+
+    head_seconds: float = 10.0
+    body_silence_seconds: float = 30.0
+    keep_alive_seconds: float = 75.0
+    slow_reader_seconds: float = 60.0
+    linger_seconds: float = 2.0  # of silence, after a refusal
+    linger_total_seconds: float = 30.0
+
+    @property
+    def tick_seconds(self) -> float:
+        """How often a connection looks at its deadline."""
+        return min(self.head_seconds, self.body_silence_seconds, self.keep_alive_seconds, self.linger_seconds) / 4
+
+
+class Site(Protocol):
+    """What answers requests."""
+
+    def admit(self, request: Request) -> int:
+        """Look at a head, before the body is read: the longest body that it may have; GatewayError refuses it."""
+
+    async def answer(self, request: Request, reply: Reply) -> None:
+        """Answer, or tell the request's refusal."""
+
+    def failed(self, request: Request, reply: Reply) -> None:
+        """Tell a client that the gateway itself has failed."""
+
+
+class Guest(Protocol):
+    """A connection, as a front sees it."""
+
+    @property
+    def busy(self) -> bool:
+        """Tell whether a request is being answered."""
+
+    def cancel(self) -> None:
+        """End the request that is being answered."""
+
+    def close(self) -> None:
+        """Close, at once if the client doesn't read."""
+
+
+class House(Protocol):
+    """A front, as a connection sees it."""
+
+    patience: ClientPatience
+    clock: Clock
+    site: Site
+    draining: bool
+
+    def cut(self, reason: str) -> None:
+        """A client was cut off."""
+
+    def hold(self, size_bytes: int) -> bool:
+        """Take memory for a piece of a body, if there is some left."""
+
+    def let_go(self, size_bytes: int) -> None:
+        """Give it back."""
+
+    def joined(self, connection: Guest) -> None:
+        """Count a connection in."""
+
+    def left(self, connection: Guest) -> None:
+        """Count it out."""
+
+    def freed(self) -> None:
+        """A request has ended."""

@@ -1,0 +1,90 @@
+"""What a request holds of a replica, and what it holds while it waits for one."""
+
+import asyncio
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Protocol, Self
+
+from config.variant import Variant
+from gateway.errors import GatewayError
+from gateway.routing.catalog import Target
+from gateway.routing.ladder import Choice
+
+
+class Lessor(Protocol):
+    """Whoever gives leases out, and takes them back."""
+
+    def release(self, lease: "Lease") -> None:
+        """End a lease."""
+
+    def succeeded(self, lease: "Lease") -> None:
+        """The replica did what it should."""
+
+    def failed(self, lease: "Lease") -> None:
+        """The replica failed."""
+
+    def refused(self, lease: "Lease", retry_after_seconds: float | None) -> None:
+        """The replica has no room."""
+
+
+@dataclass(slots=True)
+class Lease:
+    """One request on one replica, counted from the choice to the end of the `with` block.
+
+    Say `succeeded`, `failed` or `refused` inside it; an exchange that ends without any was given up by its client.
+    """
+
+    choice: Choice
+    asked_at: float
+    _lessor: Lessor
+    probe_until: float | None = None  # it finds out whether a replica works again, and is believed lost by then
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lessor.release(self)
+
+    def succeeded(self) -> None:
+        """The replica did what it should."""
+        self._lessor.succeeded(self)
+
+    def failed(self) -> None:
+        """The replica failed; overload is no failure."""
+        self._lessor.failed(self)
+
+    def refused(self, retry_after_seconds: float | None) -> None:
+        """The replica has no room."""
+        self._lessor.refused(self, retry_after_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a line waits for: any replica of these rungs. Two demands of one alias and the same rungs are one line."""
+
+    alias: str
+    names: tuple[str, ...]
+    target: Target = field(compare=False)
+    rungs: tuple[Variant, ...] = field(compare=False)
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request that waits; it gets a lease, or an error."""
+
+    demand: Demand
+    key: str
+    turn: int
+    served: "asyncio.Future[Lease]"
+
+    def refuse(self, error: GatewayError) -> None:
+        """Tell it that it waits for nothing."""
+        if not self.served.done():
+            self.served.set_exception(error)
+
+
+def demand_for(target: Target, rungs: tuple[Variant, ...]) -> Demand:
+    """Name the line that a request would wait in."""
+    return Demand(target.name, tuple([rung.name for rung in rungs]), target, rungs)
