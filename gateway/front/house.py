@@ -62,11 +62,11 @@ class House(Protocol):
     def cut(self, reason: str) -> None:
         """A client was cut off."""
 
-    def hold(self, size_bytes: int) -> bool:
-        """Take memory for a piece of a body, if there is some left."""
+    def hold(self, request: Request, size_bytes: int) -> bool:
+        """Take memory for a piece of a request's body, if there is some left."""
 
-    def let_go(self, size_bytes: int) -> None:
-        """Give it back."""
+    def release(self, request: Request) -> None:
+        """Give back what a request holds."""
 
     def joined(self, connection: Guest) -> None:
         """Count a connection in."""

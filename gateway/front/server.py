@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from gateway.front.connection import ClientConnection
 from gateway.front.house import ClientPatience, Guest, Site
 from gateway.front.reply import Clock
+from gateway.front.request import Request
 
 
 class Front:
@@ -44,16 +45,18 @@ class Front:
         """Tell that a client was cut off."""
         self._cut(reason)
 
-    def hold(self, size_bytes: int) -> bool:
-        """Take memory for a piece of a body, if there is some left."""
+    def hold(self, request: Request, size_bytes: int) -> bool:
+        """Take memory for a piece of a request's body, if there is some left."""
         if self._held_bytes + size_bytes > self.memory_bytes:
             return False
         self._held_bytes += size_bytes
+        request.held_bytes += size_bytes
         return True
 
-    def let_go(self, size_bytes: int) -> None:
-        """Give it back."""
-        self._held_bytes -= size_bytes
+    def release(self, request: Request) -> None:
+        """Give back what a request holds."""
+        self._held_bytes -= request.held_bytes
+        request.held_bytes = 0
 
     def joined(self, connection: Guest) -> None:
         """Count a connection in."""
