@@ -17,7 +17,7 @@ from gateway.errors import (
 )
 from gateway.keys import Caller
 from gateway.relay.accounting import Account
-from gateway.relay.connection import Connection, Deadlines
+from gateway.relay.connection import Connection
 from gateway.relay.dispatch import Dispatch
 from gateway.relay.leases import Lease
 from gateway.relay.pool import Pool
@@ -25,6 +25,7 @@ from gateway.relay.replies import fields_of, finish_of, held_seconds, refusal, r
 from gateway.relay.shapes import Manner, Shaping, shaped, tells
 from gateway.relay.streams import Transcript, transcript_of
 from gateway.relay.teller import Teller
+from gateway.relay.watch import Deadlines
 from gateway.routing.catalog import Target
 from gateway.routing.ladder import permitted_rungs
 from serving.replica import Replica

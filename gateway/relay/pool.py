@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Self
 
 from gateway.errors import UpstreamDisconnected, UpstreamUnreachable
-from gateway.relay.connection import Connection, Deadlines
+from gateway.relay.connection import Connection
+from gateway.relay.watch import Deadlines
 from serving.address import Address, address_of
 from serving.tls import Tls
 

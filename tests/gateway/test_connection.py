@@ -7,7 +7,8 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from gateway.errors import UpstreamDisconnected, UpstreamTimeout
-from gateway.relay.connection import HEADER_LIMIT_BYTES, HIGH_WATER_BYTES, Connection, Deadlines
+from gateway.relay.connection import HEADER_LIMIT_BYTES, HIGH_WATER_BYTES, Connection
+from gateway.relay.watch import Deadlines
 from tests.fakes.running import DEADLINE_SECONDS, POLL_SECONDS
 from tests.gateway.wire import Behaviour, Peer, answering, chunk, scripted, stream, stream_head, whole
 

@@ -10,8 +10,8 @@ import pytest
 import uvicorn
 
 from gateway.errors import UpstreamDisconnected, UpstreamTimeout, UpstreamUnreachable
-from gateway.relay.connection import Deadlines
 from gateway.relay.pool import CONNECT_SECONDS, NO_DEADLINES, Pool
+from gateway.relay.watch import Deadlines
 from tests.fakes.running import DEADLINE_SECONDS, HOST, POLL_SECONDS
 from tests.gateway.wire import Peer, answering, scripted, stream, whole
 
