@@ -56,8 +56,9 @@ def settle() -> None:
 
 @asynccontextmanager
 async def _workers(config: Path, count: int) -> AsyncIterator[None]:
-    check_ports(read_deployment(config).settings.gateway, count)
-    async with workers(config, count):
+    settings = read_deployment(config).settings.gateway
+    check_ports(settings, count)
+    async with workers(config, count, settings.drain_seconds):
         yield
 
 

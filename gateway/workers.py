@@ -26,7 +26,7 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 # A worker that ran for so long and then died has not failed to start.
 SETTLED_SECONDS = 60.0
-KILL_AFTER_SECONDS = 15.0
+KILL_AFTER_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,11 @@ def check_ports(gateway: GatewaySettings, workers: int) -> None:
 
 
 @asynccontextmanager
-async def workers(config: Path, count: int) -> AsyncIterator[None]:
-    """Run so many gateways while the block runs; SIGHUP reaches each, and they drain at its end."""
+async def workers(config: Path, count: int, drain_seconds: float) -> AsyncIterator[None]:
+    """Run so many gateways while the block runs; SIGHUP reaches each.
+
+    At its end they drain; one that hasn't ended well after `drain_seconds` is killed.
+    """
     # Each child reads from this pipe: when we are gone, however that came, it reads its end.
     alive, ours = os.pipe()
     running = [Worker(config, Place(number + 1, count), alive) for number in range(count)]
@@ -95,6 +98,11 @@ async def workers(config: Path, count: int) -> AsyncIterator[None]:
         loop.remove_signal_handler(signal.SIGHUP)
         for worker in running:
             worker.stop()
+        _, late = await asyncio.wait(tasks, timeout=drain_seconds + KILL_AFTER_SECONDS)
+        if late:
+            log.error("%d workers don't end by themselves; they are killed", len(late))
+            for worker in running:
+                worker.tell(signal.SIGKILL)
         await asyncio.gather(*tasks)
         os.close(ours)
         os.close(alive)

@@ -1,7 +1,7 @@
 """One client's connection: a task for each request, answers in order, and a deadline for everything.
 
-Own code stands here where uvicorn would do, because uvicorn alone costs as much CPU per request as everything else the
-gateway does (tests/benchmarks/RESULTS.md), and bounds neither a request's head nor the time that it takes.
+Own code stands here where uvicorn would do, because uvicorn alone costs as much CPU per request as a bare protocol that
+asks a replica, too (tests/benchmarks/RESULTS.md), and bounds neither a request's head nor the time that it takes.
 """
 
 import asyncio

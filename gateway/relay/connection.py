@@ -1,7 +1,7 @@
 """One HTTP/1.1 connection to a replica: an asyncio protocol over httptools' parser.
 
-Here and only here does own code stand where a library would do: httpx costs 2,400 us of CPU per request, aiohttp
-200-300 us, this 54-67 us (README, "What it costs"). RFC 9112 is the wire format.
+Here, as in gateway.front, own code stands where a library would do: on one machine a gateway of nothing else took
+2,400 us of CPU per request with httpx, 200-300 us with aiohttp, and 54-67 us like this. RFC 9112 is the wire format.
 """
 
 import asyncio
@@ -94,7 +94,7 @@ class Connection(asyncio.Protocol):
         """Pour the body into a sink, each piece in the very step in which it arrives; True at its end.
 
         False: the sink said so, for it is full. Then nothing is poured until this is called again. What a sink raises
-        comes out here. To wake a task for every piece instead costs an eighth more CPU per streamed token.
+        comes out here. To wake a task for every piece costs more CPU (tests/benchmarks/RESULTS.md, Bare protocols).
         """
         while True:
             if self._body and not self._pour(sink):

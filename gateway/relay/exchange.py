@@ -4,7 +4,6 @@ import logging
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
 
 from config.schema import TimeoutSettings
 from gateway.api.inference import Inference
@@ -21,7 +20,7 @@ from gateway.relay.connection import Connection
 from gateway.relay.dispatch import Dispatch
 from gateway.relay.leases import Lease
 from gateway.relay.pool import Pool
-from gateway.relay.replies import fields_of, finish_of, held_seconds, refusal, renamed
+from gateway.relay.replies import asked_to_hold, fields_of, finish_of, refusal, renamed
 from gateway.relay.shapes import Manner, Shaping, shaped, tells
 from gateway.relay.streams import Transcript, transcript_of
 from gateway.relay.teller import Teller
@@ -140,7 +139,7 @@ class Relay:
         async with self.pool.exchange(replica.url, request, deadlines, connect_seconds, replica.tls) as upstream:
             head = await upstream.head()
             if head.status != 200:
-                _refused(head.status, await upstream.read(ERROR_LIMIT_BYTES), head.headers)
+                raise refusal(head.status, await upstream.read(ERROR_LIMIT_BYTES), asked_to_hold(head.headers))
             if head.streams != inference.stream:
                 # The OpenAI SDK takes a whole answer to a streaming request for an empty stream.
                 raise UpstreamError("a replica's answer is not in the asked form", code="upstream_invalid")
@@ -148,13 +147,6 @@ class Relay:
                 await _stream(inference, manner, upstream, account, teller)
             else:
                 await _whole(inference, manner, upstream, account, teller)
-
-
-def _refused(status: int, body: bytes, headers: dict[bytes, bytes]) -> NoReturn:
-    error = refusal(status, body)
-    if isinstance(error, ReplicaFull):
-        raise ReplicaFull(held_seconds=held_seconds(headers))
-    raise error
 
 
 def manner_of(inference: Inference, target: Target, replica: Replica) -> Manner:

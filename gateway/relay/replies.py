@@ -12,7 +12,7 @@ from gateway.relay.accounting import Usage
 
 Fields = dict[str, msgspec.Raw]
 
-# A replica that refuses our credential or no longer knows its own model is broken, whatever the client sent.
+# A replica that refuses our credential is broken, whatever the client sent.
 OUR_FAULT = frozenset({401, 403})
 # vLLM says 503 when its queue is full.
 FULL = frozenset({429, 503})
@@ -88,8 +88,8 @@ def _no_object() -> UpstreamError:
     return UpstreamError("a replica's answer is no JSON object", code="upstream_invalid")
 
 
-def refusal(status: int, body: bytes) -> GatewayError:
-    """Translate a replica's error reply; the text of a 5xx stays inside."""
+def refusal(status: int, body: bytes, held_seconds: float | None = None) -> GatewayError:
+    """Translate a replica's error reply; the text of a 5xx stays inside. `held_seconds`: to be spared for so long."""
     try:
         fields = _FIELDS.decode(body)
         message, kind, code = _told(msgspec.json.decode(fields.get("error") or fields.get("detail") or b"null"))
@@ -99,7 +99,7 @@ def refusal(status: int, body: bytes) -> GatewayError:
     if status in OUR_FAULT:
         return UpstreamError(f"a replica answered {status} to the gateway", code="upstream_misconfigured")
     if status in FULL:
-        return ReplicaFull()
+        return ReplicaFull(held_seconds=held_seconds)
     if not 400 <= status < 500:
         return UpstreamError(f"a replica failed with status {status}")
     named = param.get("param") if isinstance(param, dict) else None
@@ -114,7 +114,7 @@ def refusal(status: int, body: bytes) -> GatewayError:
     return error
 
 
-def held_seconds(headers: Mapping[bytes, bytes]) -> float | None:
+def asked_to_hold(headers: Mapping[bytes, bytes]) -> float | None:
     """How long a replica asks to be spared, if it says; RFC 9110's dates are as good as nothing."""
     try:
         seconds = float(headers.get(b"retry-after", b""))

@@ -4,7 +4,6 @@ A full replica comes after all others; when every replica of the permitted rungs
 Times are on the monotonic clock.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -68,15 +67,3 @@ def accepted(mark: Mark, now: float, *, holds: Holds = USUAL) -> Mark:
     if mark.most == inf or quiet_seconds > holds.memory_seconds:
         return ROOMY
     return Mark(0, -inf, mark.most + (quiet_seconds >= holds.quiet_seconds), mark.refused_at)
-
-
-def with_room(replicas: Sequence[str], marks: Mapping[str, Mark], now: float) -> Sequence[str]:
-    """Leave the full ones out; nothing is left when all are full."""
-    if not marks:
-        return replicas
-    return [replica for replica in replicas if not marks.get(replica, ROOMY).full(now)]
-
-
-def room_at(replicas: Iterable[str], marks: Mapping[str, Mark]) -> float:
-    """Say when the first of these replicas may be asked again: in the past if one may be now, inf if there is none."""
-    return min((marks.get(replica, ROOMY).until for replica in replicas), default=inf)

@@ -10,7 +10,7 @@ from gateway.errors import UpstreamDisconnected, UpstreamTimeout
 from gateway.relay.connection import HEADER_LIMIT_BYTES, HIGH_WATER_BYTES, Connection
 from gateway.relay.watch import Deadlines
 from tests.fakes.running import DEADLINE_SECONDS, POLL_SECONDS
-from tests.gateway.wire import Behaviour, Peer, answering, chunk, scripted, stream, stream_head, whole
+from tests.gateway.wire import Behaviour, Flood, Peer, answering, chunk, scripted, stream, stream_head, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -369,34 +369,24 @@ async def test_speaking_again_and_again_is_not_silence() -> None:
 
 async def test_a_slow_reader_holds_the_replica_back() -> None:
     """What the client has not taken yet is bounded, and all of it arrives in the end."""
-    total, piece = 40 * 2**20, b"x" * 2**16
-    said = 0
-
-    async def behaviour(peer: Peer) -> None:
-        nonlocal said
-        await peer.request()
-        await peer.say(f"HTTP/1.1 200 OK\r\ncontent-length: {total}\r\n\r\n".encode())
-        while said < total:
-            await peer.say(piece)
-            said += len(piece)
-        await peer.left()
+    flood = Flood(40 * 2**20)
 
     silence_seconds, loop = 0.3, asyncio.get_running_loop()
-    async with connection_to(behaviour) as connection:
+    async with connection_to(flood) as connection:
         connection.send(REQUEST, Deadlines(silence_seconds, silence_seconds))
         await connection.head()
         # Nobody reads: the connection fills up, and the watchdog does not take that for the replica's silence.
         async with asyncio.timeout(DEADLINE_SECONDS):
             before, rings = -1, loop.time() + 2 * silence_seconds
-            while before != said or loop.time() < rings:
-                before = said
+            while before != flood.said or loop.time() < rings:
+                before = flood.said
                 await asyncio.sleep(0.1)
-        assert said < total / 2, "the rest of it waits in the replica"
+        assert flood.said < flood.total / 2, "the rest of it waits in the replica"
         pieces = []
         while data := await connection.more():
             pieces.append(data)
         assert len(pieces[0]) < 4 * HIGH_WATER_BYTES
-        assert sum(map(len, pieces)) == total
+        assert sum(map(len, pieces)) == flood.total
         assert connection.reusable
 
 

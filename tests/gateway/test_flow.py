@@ -13,7 +13,7 @@ from gateway.relay.connection import HIGH_WATER_BYTES, Connection
 from gateway.relay.pool import Pool
 from tests.fakes.running import DEADLINE_SECONDS
 from tests.gateway.test_connection import CLOSING, HASTY, LONG, PATIENT, REQUEST, connection_to
-from tests.gateway.wire import Peer, Still, answering, chunk, scripted, stream, stream_head, whole
+from tests.gateway.wire import Flood, Peer, Still, answering, chunk, scripted, stream, stream_head, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -111,31 +111,22 @@ async def test_each_piece_in_the_step_in_which_it_arrives() -> None:
 
 async def test_a_full_sink_holds_the_replica_back() -> None:
     """What the sink can't take is bounded, and the rest waits in the replica until it can."""
-    total, piece, said = 40 * 2**20, b"x" * 2**16, 0
-
-    async def behaviour(peer: Peer) -> None:
-        nonlocal said
-        await peer.request()
-        await peer.say(f"HTTP/1.1 200 OK\r\ncontent-length: {total}\r\n\r\n".encode())
-        while said < total:
-            await peer.say(piece)
-            said += len(piece)
-        await peer.left()
+    flood = Flood(40 * 2**20)
 
     glass = Glass(lambda count: count == 1)
-    async with connection_to(behaviour) as connection:
+    async with connection_to(flood) as connection:
         connection.send(REQUEST, PATIENT)
         assert not await connection.flow(glass.pour)
         async with asyncio.timeout(DEADLINE_SECONDS):
             before = -1
-            while before != said:
-                before = said
+            while before != flood.said:
+                before = flood.said
                 await asyncio.sleep(0.1)
-        assert said < total / 2
+        assert flood.said < flood.total / 2
         assert len(glass.pieces) == 1, "nothing is poured into a full sink"
         assert await connection.flow(glass.pour)
         assert len(glass.pieces[1]) < 4 * HIGH_WATER_BYTES
-        assert len(glass.body) == total
+        assert len(glass.body) == flood.total
         assert connection.reusable
 
 

@@ -28,7 +28,7 @@ from serving.replica import Replica, State, foreign_replicas
 from serving.tls import Tls, read_tls
 from tests.fakes.running import DEADLINE_SECONDS, HOST, POLL_SECONDS, FakeReplica
 from tests.gateway.fleet import CONFIG, HELLO, STREAM, Fleet, clients, error_of, events_in, text_of
-from tests.gateway.wire import Peer, ScriptedReplica, answering, scripted, stream, whole
+from tests.gateway.wire import Flood, Peer, ScriptedReplica, answering, scripted, stream, whole
 
 pytest.importorskip("cryptography", reason="certificates are made with cryptography, which is not installed")
 certificates = pytest.importorskip("tests.fakes.certificates")
@@ -353,32 +353,23 @@ async def test_every_control_request(kind: str, fake: FakeReplica, tmp_path: Pat
 @pytest.mark.parametrize("kind", ["unix", "https"])
 async def test_a_slow_reader_holds_the_replica_back(kind: str, tmp_path: Path) -> None:
     """What is not read yet is bounded there, too, and all of it arrives in the end, on a connection that is kept."""
-    total, piece, said = 40 * 2**20, b"x" * 2**16, 0
-
-    async def behaviour(peer: Peer) -> None:
-        nonlocal said
-        await peer.request()
-        await peer.say(f"HTTP/1.1 200 OK\r\ncontent-length: {total}\r\n\r\n".encode())
-        while said < total:
-            await peer.say(piece)
-            said += len(piece)
-        await peer.left()
+    flood = Flood(40 * 2**20)
 
     secure = certificates.Authority(tmp_path, "ca").issue().server_context()
     way: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
     tls = trusting(tmp_path, ca="ca.pem") if kind == "https" else None
-    async with scripted(behaviour, **way) as replica, Pool() as pool:
+    async with scripted(flood, **way) as replica, Pool() as pool:
         async with pool.exchange(replica.url, REQUEST, tls=tls) as connection:
             before = -1
             async with asyncio.timeout(DEADLINE_SECONDS):
-                while before != said:
-                    before = said
+                while before != flood.said:
+                    before = flood.said
                     await asyncio.sleep(0.1)
-            assert said < total / 2
+            assert flood.said < flood.total / 2
             size = 0
             while data := await connection.more():
                 size += len(data)
-            assert size == total
+            assert size == flood.total
         assert repr(pool) == f"<Pool [{replica.url}: 1 idle]>"
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from gateway.errors import ReplicaFull, RequestError, UpstreamError
 from gateway.relay.accounting import CompletionDetails, Usage
-from gateway.relay.replies import fields_of, finish_of, held_seconds, refusal, renamed
+from gateway.relay.replies import asked_to_hold, fields_of, finish_of, refusal, renamed
 
 WHOLE = (
     '{"id":"chatcmpl-1","object":"chat.completion","created":1,"model":"m1","choices":[{"message":{"content":'
@@ -115,8 +115,8 @@ def test_an_endpoint_that_the_engine_lacks() -> None:
 @pytest.mark.parametrize("value, seconds", [(b"3", 3.0), (b"0.5", 0.5), (b"soon", None), (b"", None)])
 def test_how_long_a_replica_wants_to_be_spared(value: bytes, seconds: float | None) -> None:
     """What it says in seconds is taken, anything else is nothing."""
-    assert held_seconds({b"retry-after": value}) == seconds
-    assert held_seconds({}) is None
+    assert asked_to_hold({b"retry-after": value}) == seconds
+    assert asked_to_hold({}) is None
 
 
 @pytest.mark.parametrize(
@@ -193,4 +193,4 @@ def test_any_choice_that_was_given_up_counts() -> None:
 @pytest.mark.parametrize("value", [b"nan", b"inf", b"-1", b"0"])
 def test_no_time_is_none(value: bytes) -> None:
     """A number that can't be waited for is nothing."""
-    assert held_seconds({b"retry-after": value}) is None
+    assert asked_to_hold({b"retry-after": value}) is None

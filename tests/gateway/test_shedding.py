@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.shedding import ROOMY, Mark, accepted, refused, room_at, with_room
+from gateway.routing.shedding import ROOMY, Mark, accepted, refused
 
 
 def after(*refusals: tuple[float, float | None]) -> Mark:
@@ -72,20 +72,3 @@ def test_no_replica_is_spared_for_long(story: list[tuple[float, float | None]]) 
         now += pause
         mark = refused(mark, now, asked_seconds)
         assert now < mark.until <= now + 10
-
-
-def test_full_replicas_come_after_all_others() -> None:
-    """Those with room keep their order; when nobody has any, there is a time to wait for."""
-    marks = {"a": after((0, 2)), "c": after((0, 1))}
-    assert list(with_room("abcd", marks, 0.5)) == ["b", "d"]
-    assert list(with_room("abcd", marks, 1)) == ["b", "c", "d"]
-    assert list(with_room("ac", marks, 0.5)) == []
-    assert room_at("ac", marks) == 1
-    assert room_at("abc", marks) == -inf
-    assert room_at("", marks) == inf
-
-
-def test_the_usual_case_costs_nothing() -> None:
-    """Without a mark, the replicas come back as they are."""
-    replicas = ["a", "b"]
-    assert with_room(replicas, {}, 0) is replicas

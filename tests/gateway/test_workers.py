@@ -66,11 +66,11 @@ class Crew:
 
 
 @asynccontextmanager
-async def crew(folder: Path, fake: FakeReplica) -> AsyncIterator[Crew]:
+async def crew(folder: Path, fake: FakeReplica, drain_seconds: float = 5) -> AsyncIterator[Crew]:
     """Two workers in front of a replica."""
     client, first, second = free_ports(3)
     settings = {
-        "gateway": {"listen": f"{HOST}:{client}", "admin": f"{HOST}:{first}", "drain_seconds": 5},
+        "gateway": {"listen": f"{HOST}:{client}", "admin": f"{HOST}:{first}", "drain_seconds": drain_seconds},
         "variants": {"hi": {"precision": "bf16"}},
         "replicas": [{"variant": "hi", "url": fake.url}],
         "aliases": {"smol": {"ladder": ["hi"]}},
@@ -137,6 +137,17 @@ async def test_workers_do_not_outlive_their_parent(tmp_path: Path, fake: FakeRep
         running.process.kill()
         await running.process.wait()
         await gone(pids)
+
+
+@session_loop
+async def test_a_worker_that_does_not_end(tmp_path: Path, fake: FakeReplica) -> None:
+    """One that hangs keeps nobody from stopping: it is killed."""
+    async with crew(tmp_path, fake, drain_seconds=0) as running:
+        await running.ready()
+        pids = await running.pids()
+        os.kill(pids[0], signal.SIGSTOP)
+    assert running.process.returncode == 0
+    await gone(pids)
 
 
 @pytest.mark.parametrize("text", ["1/1", "2/4"])

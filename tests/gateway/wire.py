@@ -71,6 +71,24 @@ Behaviour = Callable[[Peer], Awaitable[None]]
 
 
 @dataclass(slots=True)
+class Flood:
+    """A replica that answers with so many bytes as fast as they are taken; `said` is how many have been."""
+
+    total: int
+    said: int = 0
+
+    async def __call__(self, peer: Peer) -> None:
+        """Answer one request."""
+        piece = b"x" * 2**16
+        await peer.request()
+        await peer.say(f"HTTP/1.1 200 OK\r\ncontent-length: {self.total}\r\n\r\n".encode())
+        while self.said < self.total:
+            await peer.say(piece)
+            self.said += len(piece)
+        await peer.left()
+
+
+@dataclass(slots=True)
 class ScriptedReplica:
     """A server whose every connection follows the same script, and that keeps what it was asked."""
 
