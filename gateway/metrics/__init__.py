@@ -9,6 +9,7 @@ from gateway.metrics.catalogue import (
     Metrics,
     Served,
 )
+from gateway.metrics.engines import EngineCollector
 from gateway.metrics.fleet import FleetCollector
 from gateway.metrics.instruments import Count, Distribution, Level
 from gateway.metrics.loop_lag import LoopLag
@@ -21,6 +22,7 @@ __all__ = [
     "UNKNOWN",
     "Count",
     "Distribution",
+    "EngineCollector",
     "FleetCollector",
     "Level",
     "LoopLag",

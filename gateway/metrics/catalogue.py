@@ -80,6 +80,10 @@ class Metrics:
             "retries_refused", "Failed requests that were not tried again, by why not.", "alias", "reason"
         )
         self.client_retries = made.counter("client_retries", "Requests that a client's SDK sent again.").labels()
+        # Replicas
+        self.polls = made.counter(
+            "replica_polls", "Looks at a replica's own metrics, by what came of them.", "replica", "variant", "outcome"
+        )
         # Clients
         self.heartbeats = made.counter("heartbeats", "Comments sent to keep silent streams open.").labels()
         self.clients_cut = made.counter("clients_cut", "Clients whose connection the gateway closed.", "reason")
