@@ -6,8 +6,8 @@ import msgspec
 class Ask(msgspec.Struct, frozen=True):
     """One request as routing sees it.
 
-    `prompt_tokens` is estimated from bytes; `answer_tokens` is the longest answer that the client wants, None if it doesn't
-    say. `blocks` are chained hashes of what the prompt begins with, the first block first. `session` names the
+    `prompt_tokens` is estimated from bytes; `answer_tokens` is the longest answer that the client wants, None if it
+    doesn't say. `blocks` are chained hashes of what the prompt begins with, the first block first. `session` names the
     conversation that this is a turn of; None where it is none.
     """
 
