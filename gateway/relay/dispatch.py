@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from config.schema import QueueSettings, RetrySettings
+from config.variant import Variant
 from gateway.errors import GatewayError, Overloaded, Unavailable
 from gateway.metrics import Metrics
 from gateway.relay.health import Health
@@ -90,6 +91,11 @@ class Dispatch:
         """Count a request that wants an answer; gives it its turn among equals."""
         self._budget = budget.earned(self._budget, self._allowance)
         return next(self._turns)
+
+    def has_choice(self, rungs: tuple[Variant, ...]) -> bool:
+        """Tell whether more than one replica could answer."""
+        ready = self._registry.ready
+        return sum([len(ready.get(rung.name, ())) for rung in rungs]) > 1
 
     def why_not_again(self, deaths: int, attempts: int) -> budget.WhyNot | None:
         """Say why a request is not tried again; None allows it, if there is a replica for it."""
