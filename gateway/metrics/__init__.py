@@ -12,6 +12,7 @@ from gateway.metrics.catalogue import (
 from gateway.metrics.engines import EngineCollector
 from gateway.metrics.fleet import FleetCollector
 from gateway.metrics.instruments import Count, Distribution, Level
+from gateway.metrics.ladders import LadderCollector
 from gateway.metrics.loop_lag import LoopLag
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Distribution",
     "EngineCollector",
     "FleetCollector",
+    "LadderCollector",
     "Level",
     "LoopLag",
     "Metrics",

@@ -74,6 +74,12 @@ class Metrics:
             "floor_rejections", "Requests that no variant is good enough for.", "alias"
         )
         self.spills = made.counter("spills", "Requests that a lower rung answers, to be quicker.", "alias", "variant")
+        self.ladder_switches = made.counter(
+            "ladder_switches", "Times that a rung began to spill, or stopped.", "alias", "variant", "to"
+        )
+        self.session_moves = made.counter(
+            "session_moves", "Conversations that went on with another rung's variant.", "alias", "direction"
+        )
         # Trying again
         self.retries = made.counter("retries", "Attempts beyond a request's first.", "alias", "code")
         self.retries_refused = made.counter(

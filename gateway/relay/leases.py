@@ -18,8 +18,8 @@ from gateway.routing.ladder import Choice
 class Want(msgspec.Struct, frozen=True, eq=False):
     """One request that wants a replica of these rungs.
 
-    `turn` is its turn among equals; `body_bytes` is what it takes while it waits, `prompt_bytes` how long its prompt is as
-    text, which tells how many bytes make a token once its engine has counted them.
+    `turn` is its turn among equals; `body_bytes` is what it takes while it waits, `prompt_bytes` how long its prompt is
+    as text, which tells how many bytes make a token once its engine has counted them.
     """
 
     target: Target

@@ -13,6 +13,7 @@ from gateway.routing.outlook import Outlook, Standing, outlook
 from gateway.routing.polls import Poll
 from gateway.routing.speed import (
     AS_MEASURED,
+    NOTHING_LEARNT,
     USUAL_ANSWER_TOKENS,
     Learnt,
     Pace,
@@ -64,7 +65,7 @@ class _Book:
     stale: bool = True
     places_seen: float = inf
     pace: Pace = AS_MEASURED
-    learnt: Learnt = Learnt()
+    learnt: Learnt = NOTHING_LEARNT
     endings: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_ENDINGS))
     # Requests of ours times seconds since the poll, to know how many there were on average; and whether ever none.
     area: float = 0.0
@@ -195,7 +196,7 @@ class Loads:
         book, rung, place = kept
         ours = self._in_flight.get(replica_id, 0)
         self._elapse(book, ours, poll.at_seconds)
-        self._learn(book, rung, poll)
+        self._learn(book, poll)
         while book.endings and book.endings[0] < asked_at - GAUGE_LAG_SECONDS:
             book.endings.popleft()
         book.others = max(poll.running + poll.waiting - ours - len(book.endings), 0.0)
@@ -268,7 +269,7 @@ class Loads:
         book.area += requests * (now - book.area_at)
         book.area_at = now
 
-    def _learn(self, book: _Book, rung: _Rung, poll: Poll) -> None:
+    def _learn(self, book: _Book, poll: Poll) -> None:
         """Compare what an engine gave since the last look with what it should have given."""
         before = book.poll
         if before is None or before.generated_tokens is None or poll.generated_tokens is None or book.was_idle:

@@ -15,7 +15,7 @@ from config.schema import Spill
 
 
 class Gate(msgspec.Struct, frozen=True):
-    """One rung of one alias: whether it spills, since when (monotonic), which share of a request it owes the next one."""
+    """One rung of one alias: whether it spills, since when (monotonic), and which share of a request it owes below."""
 
     spilling: bool = False
     since_seconds: float = -inf

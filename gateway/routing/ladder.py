@@ -44,8 +44,8 @@ class Choice(msgspec.Struct, frozen=True):
 class Query(msgspec.Struct, frozen=True):
     """One request that wants a replica, once more perhaps.
 
-    `turn` rotates among equals, `tried` have failed it, `stay` is where its conversation was, and `cached_tokens` is how
-    much of its prompt replicas have probably read already.
+    `turn` rotates among equals, `tried` have failed it, `stay` is where its conversation was, and `cached_tokens` is
+    how much of its prompt replicas have probably read already.
     """
 
     ask: Ask = NOTHING_KNOWN

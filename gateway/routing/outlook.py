@@ -1,8 +1,8 @@
 """What a replica can promise the next request: what is known of its load, turned into seconds.
 
 A request waits until those before it have left a place (`queue`), until prompts before its own have been read
-(`ahead`), and longer as the KV cache fills, for then vLLM puts running requests back into its queue (`kv`). That much is
-the others' doing. Reading its own prompt and answering it come on top, and what the prefix cache holds comes off.
+(`ahead`), and longer as the KV cache fills, for then vLLM puts running requests back into its queue (`kv`). That much
+is the others' doing. Reading its own prompt and answering it come on top, and what the prefix cache holds comes off.
 """
 
 from math import inf

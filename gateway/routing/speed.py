@@ -125,6 +125,9 @@ class Learnt(msgspec.Struct, frozen=True):
         return Speed((self.step_seconds,), (1 / self.step_seconds,), self.reading_seconds, None, answer_tokens)
 
 
+NOTHING_LEARNT = Learnt()
+
+
 def learnt_first_token(learnt: Learnt, observed_seconds: float, prompt_tokens: float) -> Learnt:
     """Note when a first token came."""
     reading_seconds = _blended(learnt.reading_seconds, observed_seconds / max(prompt_tokens, 1), FORGETS_SHARE)

@@ -30,7 +30,7 @@ ODD = ("NaN", "nan", "+Inf", "-Inf", "-1", "1e999", "1.2.3", "", "zero", "1_0", 
 
 
 @pytest.mark.parametrize("others", [True, False])
-def test_a_page(others: bool) -> None:  # noqa: FBT001 - a parameter of a test
+def test_a_page(others: bool) -> None:
     """Found among 740 lines as well as alone, and no other metric whose name begins alike is taken for one."""
     page = page_of(LOAD, others=others)
     assert not others or (page.count(b"\n") > 700 and len(page) > 60_000)
@@ -39,7 +39,7 @@ def test_a_page(others: bool) -> None:  # noqa: FBT001 - a parameter of a test
 
 def test_several_engines() -> None:
     """What engines have is added up; their KV usage is a mean."""
-    samples = {**{name: ("1.0", "2.0") for name in WANTED}, KV_USAGE: ("0.2", "0.6")}
+    samples = {**dict.fromkeys(WANTED, ("1.0", "2.0")), KV_USAGE: ("0.2", "0.6")}
     poll, missing = read_poll(page_of(samples, (CACHE, CACHE)), NOW)
     assert poll == Poll(NOW, 3.0, 3.0, pytest.approx(0.4), 8192, 3.0, 3.0)
     assert not missing
@@ -120,7 +120,7 @@ def test_kv_capacity(caches: Iterable[str], tokens: int | None) -> None:
     st.booleans(),
     st.sampled_from(["{!r}", "{:.17g}", "{:.17e}"]),
 )
-def test_any_load(said: dict[str, list[float]], others: bool, written: str) -> None:  # noqa: FBT001 - drawn
+def test_any_load(said: dict[str, list[float]], others: bool, written: str) -> None:
     """Whatever engines say is what is read, and nothing else is."""
     page = page_of(
         {name: [written.format(number) for number in numbers] for name, numbers in said.items()}, others=others
