@@ -5,9 +5,8 @@ from hashlib import blake2b
 
 import msgspec
 
-from gateway.api.endpoints import MESSAGES, Endpoint
+from gateway.api.endpoints import MESSAGES
 from gateway.api.inference import Inference
-from gateway.api.json_text import Fields
 from gateway.errors import NO_JSON
 from gateway.routing.ask import Ask
 from gateway.routing.blocks import chained
@@ -56,25 +55,24 @@ def asked(
     Pictures and sounds count as the text that they come as. Only what generates has blocks and a session: the others
     neither stay nor spill.
     """
-    fields, endpoint = inference.fields, inference.endpoint
-    generates = endpoint.generates
+    generates = inference.endpoint.generates
     return Ask(
-        prompt_tokens=_prompt_tokens(fields, endpoint, bytes_per_token),
+        prompt_tokens=_token_ids(inference) or _prompt_bytes(inference) / bytes_per_token,
         answer_tokens=_answer_tokens(inference),
-        blocks=_blocks(fields, endpoint) if with_blocks and generates else (),
+        blocks=_blocks(inference) if with_blocks and generates else (),
         session=session_of(inference, headers, key_name) if generates else None,
     )
 
 
 def prompt_parts(inference: Inference) -> list[msgspec.Raw]:
     """The parts of a body that make the prompt, as their bytes, in the order in which a chat template writes them."""
-    return _parts(inference.fields, inference.endpoint)
+    fields = inference.fields
+    return [fields[key] for key in inference.endpoint.prompt_keys if key in fields]
 
 
 def text_bytes(inference: Inference) -> int:
     """How long the prompt is as text; 0 for one that comes as token ids, which says nothing about text."""
-    fields, endpoint = inference.fields, inference.endpoint
-    return 0 if _token_ids(fields, endpoint) else _prompt_bytes(fields, endpoint)
+    return 0 if _token_ids(inference) else _prompt_bytes(inference)
 
 
 def session_of(inference: Inference, headers: Mapping[bytes, bytes], key_name: str | None) -> str | None:
@@ -89,21 +87,14 @@ def session_of(inference: Inference, headers: Mapping[bytes, bytes], key_name: s
     return None if turns is None else _hashed(b"turns", key_name, turns)
 
 
-def _parts(fields: Fields, endpoint: Endpoint) -> list[msgspec.Raw]:
-    return [fields[key] for key in endpoint.prompt_keys if key in fields]
+def _prompt_bytes(inference: Inference) -> int:
+    return sum(map(len, prompt_parts(inference)))
 
 
-def _prompt_bytes(fields: Fields, endpoint: Endpoint) -> int:
-    return sum(map(len, _parts(fields, endpoint)))
-
-
-def _prompt_tokens(fields: Fields, endpoint: Endpoint, bytes_per_token: float) -> float:
-    return _token_ids(fields, endpoint) or _prompt_bytes(fields, endpoint) / bytes_per_token
-
-
-def _token_ids(fields: Fields, endpoint: Endpoint) -> int:
+def _token_ids(inference: Inference) -> int:
     """Count the token ids of all prompts; 0 if they are text."""
-    raw = fields.get(endpoint.batch) if endpoint.batch else None
+    key = inference.endpoint.batch
+    raw = inference.fields.get(key) if key else None
     if raw is None:
         return 0
     begins = bytes(memoryview(raw)[:64])
@@ -113,10 +104,10 @@ def _token_ids(fields: Fields, endpoint: Endpoint) -> int:
     return 0
 
 
-def _blocks(fields: Fields, endpoint: Endpoint) -> tuple[int, ...]:
-    salt = fields.get("cache_salt")
+def _blocks(inference: Inference) -> tuple[int, ...]:
+    salt = inference.fields.get("cache_salt")
     # vLLM shares no block between prompts of different salts.
-    return chained(_parts(fields, endpoint), b"" if salt is None else bytes(salt))
+    return chained(prompt_parts(inference), b"" if salt is None else bytes(salt))
 
 
 def _answer_tokens(inference: Inference) -> int | None:
