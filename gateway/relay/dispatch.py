@@ -27,6 +27,7 @@ from gateway.routing import breaker, budget, drain
 from gateway.routing.gates import Gate
 from gateway.routing.ladder import NOBODY, GateName, Offer, Query, Scene, decide, has_room, worth_waiting
 from gateway.routing.lines import Bounds, Lines
+from gateway.routing.polls import Poll
 from serving.registry import Registry
 
 ATTEMPTS = 3
@@ -86,6 +87,19 @@ class Dispatch:
     def waiting(self) -> Mapping[str, int]:
         """How many requests wait, by alias."""
         return Counter(ticket.demand.alias for ticket in self._lines)
+
+    def busy(self, replica_id: str) -> bool:
+        """Tell whether a replica is worth a closer look."""
+        return self._loads.busy(replica_id)
+
+    def polled(self, replica_id: str, asked_at: float, poll: Poll) -> None:
+        """Take over what an engine says of its load."""
+        self._loads.polled(replica_id, asked_at, poll)
+        self.memory.holds(replica_id, poll.kv_capacity_tokens)
+
+    def lost(self, replica_id: str) -> None:
+        """Note that an engine wasn't to be asked."""
+        self._loads.lost(replica_id)
 
     def arrived(self) -> int:
         """Count a request that wants an answer; gives it its turn among equals."""

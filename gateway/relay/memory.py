@@ -6,7 +6,7 @@ from typing import Literal
 from gateway.relay.leases import Want
 from gateway.routing.blocks import BLOCK_BYTES
 from gateway.routing.ladder import NOBODY, NOTHING_CACHED, Choice, Query
-from gateway.routing.prefixes import Prefixes
+from gateway.routing.prefixes import Prefixes, blocks_that_fit
 from gateway.routing.sessions import Sessions, Stay
 from gateway.routing.tokens import BytesPerToken, learned
 
@@ -22,6 +22,7 @@ class Memory:
         self._sessions = Sessions()
         self._prefixes = Prefixes()
         self._tokens: dict[str, BytesPerToken] = {}
+        self._held_tokens: dict[str, int] = {}
 
     def bytes_per_token(self, name: str) -> float:
         """How many bytes of a prompt make a token of this model, roughly."""
@@ -50,9 +51,16 @@ class Memory:
             name = want.target.name
             self._tokens[name] = learned(self._tokens.get(name, GUESSED), want.prompt_bytes, prompt_tokens)
 
+    def holds(self, replica_id: str, kv_capacity_tokens: int | None) -> None:
+        """Note how much a replica's cache holds, which is how much of prompts it can remember."""
+        if kv_capacity_tokens and self._held_tokens.get(replica_id) != kv_capacity_tokens:
+            self._held_tokens[replica_id] = kv_capacity_tokens
+            self._prefixes.resize(replica_id, blocks_that_fit(kv_capacity_tokens, GUESSED.ratio))
+
     def keep_only(self, replica_ids: Collection[str]) -> None:
         """Forget what replicas had in their caches that are gone."""
         self._prefixes.keep_only(replica_ids)
+        self._held_tokens = {each: tokens for each, tokens in self._held_tokens.items() if each in replica_ids}
 
     def _cached_tokens(self, want: Want) -> Mapping[str, float]:
         matched = self._prefixes.matched(want.ask.blocks)

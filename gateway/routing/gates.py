@@ -6,7 +6,6 @@
 While it spills, the share that goes down grows with the wait: none at `return_below_seconds`, all at `after_seconds`.
 """
 
-from math import inf
 from typing import Literal
 
 import msgspec
@@ -18,7 +17,7 @@ class Gate(msgspec.Struct, frozen=True):
     """One rung of one alias: whether it spills, since when (monotonic), and which share of a request it owes below."""
 
     spilling: bool = False
-    since_seconds: float = -inf
+    since_seconds: float = 0.0
     owed: float = 0.0
 
 

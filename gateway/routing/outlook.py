@@ -21,6 +21,9 @@ KV_FREE = 0.5
 KV_FULL = 0.999
 
 
+UNLIMITED_TOKENS = 2.0**53
+
+
 class Standing(msgspec.Struct, frozen=True):
     """What is known of one replica at a moment.
 
@@ -55,7 +58,7 @@ class Outlook(msgspec.Struct, frozen=True):
     stale: bool
     in_flight: int
     requests: float
-    context_tokens: float = inf
+    context_tokens: float = UNLIMITED_TOKENS
     queue_seconds: float = 0.0
     ahead_seconds: float = 0.0
     kv_seconds: float = 0.0
@@ -71,7 +74,7 @@ def outlook(standing: Standing) -> Outlook:
     """Work out what a replica can promise."""
     replica, in_flight = standing.replica, standing.in_flight
     requests = in_flight + standing.others
-    context_tokens = float(replica.max_model_len_tokens or inf)
+    context_tokens = float(replica.max_model_len_tokens or UNLIMITED_TOKENS)
     has_room = in_flight < replica.max_in_flight
     speed = standing.speed
     if speed is None:
