@@ -108,7 +108,8 @@ class Polling:
     def _follow_registry(self) -> None:
         ready = {replica.id: replica for replicas in self.registry.ready.values() for replica in replicas}
         for replica_id, (replica, _) in list(self._tasks.items()):
-            if ready.get(replica_id) != replica:
+            now = ready.get(replica_id)
+            if now is not replica and now != replica:
                 self._end(replica_id)
         for replica_id in ready.keys() - self._tasks.keys():
             self._begin(ready[replica_id])

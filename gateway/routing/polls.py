@@ -124,6 +124,4 @@ def _samples(lines: bytes, name: bytes) -> Iterator[re.Match[bytes] | None]:
     while at >= 0 and lines.startswith(starts, at):
         sample = _SAMPLE.match(lines, at + 1 + len(name))
         yield sample
-        if sample is None:
-            return
-        at = sample.end()
+        at = sample.end() if sample else -1

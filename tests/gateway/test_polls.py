@@ -39,9 +39,9 @@ def test_a_page(others: bool) -> None:
 
 def test_several_engines() -> None:
     """What engines have is added up; their KV usage is a mean."""
-    samples = {**dict.fromkeys(WANTED, ("1.0", "2.0")), KV_USAGE: ("0.2", "0.6")}
+    samples = {**dict.fromkeys(WANTED, ("1.0", "2.0")), KV_USAGE: ("0.25", "0.75")}
     poll, missing = read_poll(page_of(samples, (CACHE, CACHE)), NOW)
-    assert poll == Poll(NOW, 3.0, 3.0, pytest.approx(0.4), 8192, 3.0, 3.0)
+    assert poll == Poll(NOW, 3.0, 3.0, 0.5, 8192, 3.0, 3.0)
     assert not missing
 
 
@@ -61,7 +61,8 @@ def test_a_metric_that_is_not_there(name: str) -> None:
 def test_no_number(odd: str, engines: tuple[str, ...]) -> None:
     """A value that says nothing makes its metric a missing one, even if other engines' are numbers."""
     poll, missing = read_poll(page_of({**LOAD, RUNNING: [said.format(odd) for said in engines]}), NOW)
-    assert (poll.running, missing) == (None, {RUNNING})
+    assert poll.running is None
+    assert missing == {RUNNING}
     assert (poll.waiting, poll.kv_usage) == (2.0, 0.25)
 
 
@@ -71,7 +72,7 @@ def test_sums_that_are_no_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "running"),
+    "page, running",
     [
         (b"vllm:num_requests_running 4", 4),
         (b"vllm:num_requests_running 4 1700000000000\n", 4),
@@ -93,7 +94,7 @@ def test_lines(page: bytes, running: float | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("caches", "tokens"),
+    "caches, tokens",
     [
         (('block_size="16",num_gpu_blocks="256"',), 4096),
         (('num_gpu_blocks="256",kv_cache_size_tokens="None",block_size="16"',), 4096),
@@ -109,7 +110,7 @@ def test_lines(page: bytes, running: float | None) -> None:
     ],
 )
 def test_kv_capacity(caches: Iterable[str], tokens: int | None) -> None:
-    """The size itself, or blocks times their size; where an engine tells neither it is unknown, and that is no alarm."""
+    """The size itself, or blocks times their size; where an engine tells neither it is unknown, without an alarm."""
     poll, missing = read_poll(page_of(LOAD, caches), NOW)
     assert poll.kv_capacity_tokens == tokens
     assert not missing
