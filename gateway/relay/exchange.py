@@ -26,7 +26,7 @@ from gateway.relay.streams import Transcript, transcript_of
 from gateway.relay.teller import Teller
 from gateway.relay.watch import Deadlines
 from gateway.routing.catalog import Target
-from gateway.routing.ladder import permitted_rungs
+from gateway.routing.floors import permitted_rungs
 from serving.replica import Replica
 
 log = logging.getLogger(__name__)

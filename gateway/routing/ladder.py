@@ -6,9 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from config.schema import NO_FLOOR, Floor
 from config.variant import Variant
-from gateway.errors import FloorUnmet
 from gateway.routing.breaker import Breaker, admissible
 from gateway.routing.catalog import Target
 from gateway.routing.shedding import ROOMY, Mark
@@ -41,27 +39,6 @@ class Scene:
             return False
         mark = self.marks.get(replica.id, ROOMY) if self.marks else ROOMY
         return mark is ROOMY or (in_flight < mark.most and not mark.full(now))
-
-
-def permitted_rungs(
-    target: Target, floors: tuple[Floor, ...], precisions: frozenset[str] | None
-) -> tuple[Variant, ...]:
-    """Keep the rungs that satisfy alias, key and request; FloorUnmet tells for each of the others why not."""
-    limits = [floor for floor in (target.floor, *floors) if floor is not NO_FLOOR]
-    if precisions is None and not limits:
-        return target.rungs
-    kept, refused = [], []
-    for variant in target.rungs:
-        why = next(filter(None, map(variant.quality.shortfall, limits)), None)
-        if precisions is not None and variant.precision not in precisions:
-            why = f"precision {variant.precision} was not asked for"
-        if why is None:
-            kept.append(variant)
-        else:
-            refused.append(f"{variant.name}: {why}")
-    if not kept:
-        raise FloorUnmet(f"no variant of {target.name!r} is good enough ({'; '.join(refused)})", param="model")
-    return tuple(kept)
 
 
 def best(

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from config.schema import Floor
 from config.variant import QualityMeasures, Variant
-from gateway.errors import FloorUnmet
 from gateway.routing.breaker import HEALTHY, failed
 from gateway.routing.catalog import Target
-from gateway.routing.ladder import Scene, permitted_rungs, worth_waiting
+from gateway.routing.ladder import Scene, worth_waiting
 from gateway.routing.ladder import ranked as ranking
 from gateway.routing.shedding import ROOMY, refused
 from serving.replica import Replica, ReplicaStatus, State
@@ -50,88 +49,6 @@ def scene(snapshot: Iterable[ReplicaStatus]) -> Scene:
 def ranked(*snapshot: ReplicaStatus, tried: frozenset[str] = NOBODY, turn: int = 0) -> list[str]:
     """The order in which replicas are tried."""
     return [choice.replica.id for choice in ranking(target(*RUNGS), RUNGS, scene(snapshot), tried, turn, 0.0)]
-
-
-@pytest.mark.parametrize(
-    "alias_floor, caller_floor, precisions, kept",
-    [
-        ({}, {}, None, "hi mid lo odd"),
-        ({"top1_agreement": 0.95}, {}, None, "hi mid"),
-        ({}, {"top1_agreement": 0.95}, None, "hi mid"),
-        ({"top1_agreement": 0.95}, {"kl_mean": 0.001}, None, "hi"),
-        ({"top1_agreement": 0.99}, {"top1_agreement": 0.5}, None, "hi"),
-        ({"perplexity_ratio": 1.01}, {}, None, "hi mid"),
-        ({}, {}, {"int8", "int4"}, "mid lo"),
-        ({"top1_agreement": 0.95}, {}, {"int8", "int4"}, "mid"),
-        ({}, {}, {"fp8"}, "odd"),
-    ],
-)
-def test_who_may_answer(
-    alias_floor: dict[str, float], caller_floor: dict[str, float], precisions: set[str] | None, kept: str
-) -> None:
-    """A rung stays if it satisfies the alias, the caller's floor and precisions; an unknown quality satisfies none."""
-    asked = target(HI, MID, LO, ODD, floor=Floor(**alias_floor))
-    wanted = None if precisions is None else frozenset(precisions)
-    assert [each.name for each in permitted_rungs(asked, (Floor(**caller_floor),), wanted)] == kept.split()
-
-
-def test_a_floor_that_nobody_meets_is_told_rung_by_rung() -> None:
-    """The refusal says of each rung what it lacks."""
-    with pytest.raises(FloorUnmet) as caught:
-        permitted_rungs(target(HI, LO, ODD), (Floor(top1_agreement=0.95),), frozenset({"int4", "fp8"}))
-    assert caught.value.message == (
-        "no variant of 'smol' is good enough (hi: precision bf16 was not asked for; "
-        "lo: top1_agreement 0.92 misses the floor 0.95; odd: top1_agreement is unknown, the floor is 0.95)"
-    )
-
-
-def test_the_strictest_reason_is_told() -> None:
-    """A rung that the caller's precisions rule out is told so, even if its quality falls short as well."""
-    with pytest.raises(FloorUnmet, match=r"lo: precision int4 was not asked for"):
-        permitted_rungs(target(LO), (Floor(top1_agreement=0.99),), frozenset({"bf16"}))
-
-
-shares = st.none() | st.floats(0, 1)
-floors = st.builds(Floor, top1_agreement=shares, kl_mean=shares, perplexity_ratio=st.none() | st.floats(0.5, 2))
-qualities = st.builds(
-    QualityMeasures, st.just("measured"), shares, shares, perplexity_ratio=st.none() | st.floats(0.5, 2)
-)
-precisions = st.sampled_from(["bf16", "int8", "int4"])
-
-
-@given(
-    st.lists(st.tuples(qualities, precisions), min_size=1, max_size=5),
-    floors,
-    floors,
-    floors,
-    st.none() | st.sets(precisions),
-)
-def test_no_floor_is_ever_breached(
-    made: list[tuple[QualityMeasures, str]], alias: Floor, caller: Floor, key: Floor, wanted: set[str] | None
-) -> None:
-    """Whatever the ladder and the floors, every rung that is kept meets them all, and none that does is lost."""
-    rungs = [Variant(f"v{number}", precision, quality) for number, (quality, precision) in enumerate(made)]
-
-    def meets(variant: Variant) -> bool:
-        for floor in (alias, caller, key):
-            top, divergence, ratio = floor.top1_agreement, floor.kl_mean, floor.perplexity_ratio
-            quality = variant.quality
-            if top is not None and not (quality.top1_agreement is not None and quality.top1_agreement >= top):
-                return False
-            if divergence is not None and not (quality.kl_mean is not None and quality.kl_mean <= divergence):
-                return False
-            if ratio is not None and not (quality.perplexity_ratio is not None and quality.perplexity_ratio <= ratio):
-                return False
-        return wanted is None or variant.precision in wanted
-
-    good = [variant for variant in rungs if meets(variant)]
-    asked = target(*rungs, floor=alias)
-    limits = None if wanted is None else frozenset(wanted)
-    if good:
-        assert list(permitted_rungs(asked, (caller, key), limits)) == good
-    else:
-        with pytest.raises(FloorUnmet):
-            permitted_rungs(asked, (caller, key), limits)
 
 
 @pytest.mark.parametrize(
