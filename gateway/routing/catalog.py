@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from config.schema import NO_FLOOR, AliasSettings, Floor, TimeoutSettings
+from config.schema import NO_FLOOR, AliasSettings, Floor, Spill, TimeoutSettings
 from config.variant import Variant
 from gateway.errors import UnknownModel
 from gateway.routing.refusals import Refusal, Sifted, sifted, without_failed
 
 USUAL_TIMEOUTS = TimeoutSettings()
+USUAL_SPILL = Spill()
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Target:
     think: Literal["auto", "prefix", "none"] = "auto"
     reasoning: Literal["parsed", "restored", "raw"] = "parsed"
     timeouts: TimeoutSettings = USUAL_TIMEOUTS
+    spill: Spill = USUAL_SPILL
     trust_declared: bool = False
     shut_out: tuple[Refusal, ...] = ()
     permitted: tuple[Variant, ...] = field(init=False, repr=False, compare=False)
@@ -78,6 +80,7 @@ def _target(name: str, alias: AliasSettings, ladder: tuple[Variant, ...]) -> Tar
         alias.think,
         alias.reasoning,
         alias.timeouts,
+        alias.spill,
         alias.trust_declared,
         admitted.refused,
     )

@@ -49,6 +49,7 @@ FAMILIES = {
     "quantgate_event_loop_lag_seconds": "histogram",
     "quantgate_build_info": "gauge",
     "quantgate_replica_breaker": "gauge",
+    "quantgate_replica_polls": "counter",
 }
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
