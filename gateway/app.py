@@ -29,6 +29,7 @@ from gateway.relay.loads import Loads
 from gateway.relay.polling import Polling
 from gateway.relay.pool import Pool
 from gateway.routing.catalog import Catalog
+from gateway.routing.floors import shut_out, unanswerable
 from gateway.tracing import tracing
 from gateway.workers import ALONE, Place, placed
 from serving.app import others_replicas, own_replicas, sole_owner
@@ -119,8 +120,10 @@ async def gateway(
 
 
 def in_force_for(deployment: Deployment) -> InForce:
-    """What requests go by under a configuration."""
+    """What requests go by under a configuration; rungs and aliases that nothing can be had of are logged."""
     catalog = Catalog(deployment.settings.aliases, deployment.variants)
+    for warning in (*shut_out(catalog), *unanswerable(catalog)):
+        log.warning("%s", warning)
     return InForce(catalog, deployment.keys, deployment.settings.gateway.limits)
 
 
