@@ -119,7 +119,7 @@ def _descent(
         offer = _offer(target, rungs, rung, _cheapest(outlooks, query, needed), passed_over=passed_over)
         if offer is not None and not offer.outlook.known:
             return Decision(offer, gates)
-        if offer is None and all(each.id in query.tried for each in outlooks):
+        if offer is None and not any(_would_do(each, query, needed) for each in outlooks):
             continue
         wait_seconds = inf if offer is None else offer.outlook.wait_seconds
         verdict = judged(spill, wait_seconds)
@@ -139,6 +139,11 @@ def _descent(
         elif verdict == "too slow":
             too_slow.append(offer)
     return Decision(held_back or min(too_slow, key=lambda offer: offer.seconds_of(query), default=None), gates)
+
+
+def _would_do(outlook: Outlook, query: Query, needed: float) -> bool:
+    """Tell whether a replica would be asked if it had room."""
+    return outlook.id not in query.tried and needed <= outlook.context_tokens
 
 
 def _home(stay: Stay | None, rungs: tuple[Variant, ...]) -> int | None:
