@@ -94,7 +94,9 @@ async def gateway(
         pool = await stack.enter_async_context(Pool())
         loads = Loads(registry.in_flight, deployment.speeds)
         dispatch = stack.enter_context(Dispatch(registry, loads, metrics, settings.queue, settings.retries))
-        polling = await stack.enter_async_context(Polling(registry, pool, dispatch, metrics.polls))
+        # On connections of their own: polls and requests don't wait for each other.
+        polls = await stack.enter_async_context(Pool())
+        polling = await stack.enter_async_context(Polling(registry, polls, dispatch, metrics.polls))
         metrics.registry.register(
             FleetCollector(registry, in_force.variants, dispatch.breaker_states, dispatch.waiting)
         )

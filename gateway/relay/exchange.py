@@ -97,7 +97,7 @@ class Relay:
                     lease.succeeded()
                     return
                 finally:
-                    lease.prompt_tokens, lease.answer_tokens = account.engine_tokens
+                    lease.prompt_tokens, lease.answer_tokens = account.lengths(streams=inference.stream)
 
     def _want(
         self,

@@ -57,7 +57,7 @@ class Lease:
     """One request on one replica, counted from the choice to the end of the `with` block.
 
     Say `succeeded`, `failed` or `refused` inside it; an exchange that ends without any was given up by its client.
-    `prompt_tokens` and `answer_tokens` are what the engine counted, 0 as long as it has not.
+    `prompt_tokens` is what the engine counted, 0 as long as it has not; `answer_tokens` is None while nobody knows.
     """
 
     choice: Choice
@@ -66,7 +66,7 @@ class Lease:
     sent: Sent
     _lessor: Lessor
     prompt_tokens: int = 0
-    answer_tokens: int = 0
+    answer_tokens: int | None = None
     probe_until: float | None = None  # it finds out whether a replica works again, and is believed lost by then
 
     def __enter__(self) -> Self:
