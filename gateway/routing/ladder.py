@@ -159,7 +159,7 @@ def step_at(
     outlooks = admitted(scene.outlooks(rung.name), scene, now)
     offer = _offer(target, rungs, rung, cheapest(outlooks, query, needed), passed_over=passed_over)
     if offer is None:
-        if all([each.id in query.tried for each in outlooks]):
+        if not any(would_do(each, query, needed) for each in outlooks):
             return NOBODY_THERE
         wait_seconds = inf
     elif offer.outlook.known:
@@ -172,6 +172,11 @@ def step_at(
     home = home_of(query.stay, rungs)
     gate, verdict = passed(before, target.spill, wait_seconds, now, _manner(home, place))
     return Step(offer, verdict, None if gate is before else gate)
+
+
+def would_do(outlook: Outlook, query: Query, needed: float) -> bool:
+    """Tell whether a replica would be asked if it had room."""
+    return outlook.id not in query.tried and needed <= outlook.context_tokens
 
 
 def home_of(stay: Stay | None, rungs: tuple[Variant, ...]) -> int | None:

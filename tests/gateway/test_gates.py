@@ -1,6 +1,7 @@
 """When a rung spills, how much, and how often that may change."""
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -85,4 +86,4 @@ def test_switches_are_bounded(steps: list[tuple[float, float]]) -> None:
         if gate.spilling and not after.spilling:
             returns.append(now)
         gate = after
-    assert all(later - earlier >= SPILL.dwell_seconds for earlier, later in zip(returns, returns[1:], strict=False))
+    assert all(later - earlier >= SPILL.dwell_seconds for earlier, later in pairwise(returns))

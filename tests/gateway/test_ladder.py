@@ -277,7 +277,8 @@ queries = st.builds(
     st.dictionaries(names, st.floats(0, 1e4), max_size=3),
 )
 gates = st.dictionaries(
-    st.sampled_from([("smol", "hi"), ("smol", "mid")]), st.builds(Gate, st.booleans(), st.floats(0, 100), st.floats(0, 1))
+    st.sampled_from([("smol", "hi"), ("smol", "mid")]),
+    st.builds(Gate, st.booleans(), st.floats(0, 100), st.floats(0, 1)),
 )
 breakers = st.dictionaries(names, st.builds(opened), max_size=4)
 marks = st.dictionaries(names, st.builds(Mark, until=st.sampled_from([0.0, 200.0])), max_size=3)
@@ -313,10 +314,9 @@ def test_a_sooner_answer_is_never_above_the_choice(fleet: list[Outlook], query: 
     offer = decided(*fleet, query=query).offer
     if offer is None:
         return
-    above = RUNGS[: RUNGS.index(offer.choice.variant)]
-    fits = msgspec.structs.replace(query, ask=Ask())
-    for rung in above:
-        better = decided(*(each for each in fleet if each.replica.variant == rung.name), query=fits, rungs=(rung,)).offer
+    short = msgspec.structs.replace(query, ask=Ask())
+    for rung in RUNGS[: RUNGS.index(offer.choice.variant)]:
+        better = decided(*fleet, query=short, rungs=(rung,)).offer
         slow = better is None or better.outlook.wait_seconds > SPILL.after_seconds
         assert slow or query.ask.prompt_tokens or query.ask.answer_tokens
 

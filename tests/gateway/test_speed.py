@@ -47,7 +47,14 @@ def test_what_a_measurement_says() -> None:
 
 @pytest.mark.parametrize(
     "requests, step, together",
-    [(0, 1 / 40, 36), (1, 1 / 40, 36), (4, 1 / 30, 100), (8, 1 / 15, 102), (16, 16 / 102, 102), (1000, 1000 / 102, 102)],
+    [
+        (0, 1 / 40, 36),
+        (1, 1 / 40, 36),
+        (4, 1 / 30, 100),
+        (8, 1 / 15, 102),
+        (16, 16 / 102, 102),
+        (1000, 1000 / 102, 102),
+    ],
 )
 def test_more_than_were_measured_share(requests: float, step: float, together: float) -> None:
     """Beyond the last level all together get no more than there."""
@@ -55,9 +62,7 @@ def test_more_than_were_measured_share(requests: float, step: float, together: f
     assert known().together_at(requests) == pytest.approx(together)
 
 
-@pytest.mark.parametrize(
-    "gap", ["prefill_tokens_per_second", "decode_tokens_per_second", "output_tokens_per_second"]
-)
+@pytest.mark.parametrize("gap", ["prefill_tokens_per_second", "decode_tokens_per_second", "output_tokens_per_second"])
 def test_half_a_measurement_is_none(gap: str) -> None:
     """Without one of its figures, nothing is in seconds."""
     assert Speed.measured(measurement(load(1, **{gap: 0.0}))) is None
