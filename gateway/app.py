@@ -109,7 +109,7 @@ async def gateway(
             for endpoint in ENDPOINTS.values()
         }
         site = Site(endpoints, client_app(in_force, registry), in_force)
-        shown = Shown(in_force, registry, metrics, site, dispatch.breaker_states, dispatch.waiting)
+        shown = Shown(in_force, registry, metrics, site, dispatch)
         await stack.enter_async_context(listen(guarded(admin_app(shown), settings.admin_key), taken.admin))
         front = Front(site, settings.memory_bytes, cut=lambda reason: metrics.clients_cut.labels(reason).inc())
         await stack.enter_async_context(serving_clients(front, taken.client, settings.drain_seconds))

@@ -84,6 +84,10 @@ class Dispatch:
         """What decisions are made on; always true."""
         return self._scene
 
+    def now(self) -> float:
+        """The time that decisions go by."""
+        return self._clock()
+
     def waiting(self) -> Mapping[str, int]:
         """How many requests wait, by alias."""
         return Counter(ticket.demand.alias for ticket in self._lines)
