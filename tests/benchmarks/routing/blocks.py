@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 class Blocks:
     """Blocks of KV; those that are full carry the hash of all that leads up to their end, and can be shared.
 
-    What nobody holds stays until its place is needed: the one that was let go first goes first, of one request its tail.
+    What nobody holds stays until its place is needed: what was let go first goes first, of one request its tail.
     """
 
     def __init__(self, total: int) -> None:

@@ -1,6 +1,7 @@
 """The capacity of an engine, as `quantgate measure` would write it: the model itself under closed loops."""
 
 import random
+import statistics
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
@@ -8,7 +9,7 @@ from config.capacity import Hardware, Load, Measurement, Percentiles, Setup, Sha
 from tests.benchmarks.overhead.figures import percentile
 from tests.benchmarks.routing.engine import Engine, Job
 from tests.benchmarks.routing.profiles import Profile
-from tests.benchmarks.routing.workloads import CHATS, Mix
+from tests.benchmarks.routing.workloads import CHATS, Mix, constant, conversations
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 HARDWARE = Hardware(device="model of an H100", count=1, unit="GPU")
@@ -17,38 +18,43 @@ MEASURED = datetime(2026, 1, 1, tzinfo=UTC)  # no moment of this machine: the sa
 
 def measured(profile: Profile, mix: Mix = CHATS, *, requests: int = 160, seed: int = 1) -> Measurement:
     """Measure an engine that is like its profile; `requests` are timed at each concurrency."""
+    lengths = _lengths(mix, seed)
     setup = Setup(hardware=HARDWARE, engine=f"simulated {profile.precision}", max_num_seqs=profile.max_num_seqs)
     levels = [level for level in CONCURRENCIES if level <= profile.max_num_seqs]
-    shape = Shape(
-        prompt_tokens=round(mix.asked.mean_tokens), answer_tokens=round(mix.answered.mean_tokens), share=1.0
-    )
+    prompt, answer = (round(statistics.fmean(each)) for each in zip(*lengths, strict=True))
     return Measurement(
         setup=setup,
         measured=MEASURED,
-        mix=(shape,),
+        mix=(Shape(prompt_tokens=prompt, answer_tokens=answer, share=1.0),),
         max_model_len_tokens=mix.most_context_tokens,
         kv_capacity_tokens=profile.kv_capacity_tokens,
         memory_bytes=None,
         gpu_memory_bytes=None,
-        loads=tuple(_load(profile, mix, level, max(requests, 2 * level), seed) for level in levels),
+        loads=tuple(_load(profile, lengths, level, max(requests, 2 * level)) for level in levels),
     )
+
+
+def _lengths(mix: Mix, seed: int) -> list[tuple[int, int]]:
+    """Prompts and answers as long as turns of a mix are, in the order of chance."""
+    turns = [turn for each in conversations(constant(1.0), 1.0, 1000.0, mix=mix, seed=seed) for turn in each.turns]
+    random.Random(seed).shuffle(turns)
+    return [(turn.prompt_tokens, turn.answer_tokens) for turn in turns]
 
 
 class _Loop:
     """So many clients, each asking anew when answered; notes when each token came of those that are timed."""
 
-    def __init__(self, profile: Profile, mix: Mix, seed: int) -> None:
+    def __init__(self, profile: Profile, lengths: Sequence[tuple[int, int]]) -> None:
         self.engine, self.now = Engine(profile), 0.0
-        self._mix, self._chance, self._key = mix, random.Random(seed), 0
+        self._lengths = lengths
         self.asked_at: dict[Job, float] = {}
         self.first_at: dict[Job, float] = {}
         self.ended_at: dict[Job, float] = {}
 
     def ask(self) -> None:
         """Send one more request, whose prompt nobody has sent before."""
-        prompt, answer = self._mix.asked.draw(self._chance), self._mix.answered.draw(self._chance)
-        job = Job(self._key, prompt, answer, ())
-        self._key += 1
+        number = len(self.asked_at)
+        job = Job(number, *self._lengths[number % len(self._lengths)], chain=())
         self.asked_at[job] = self.now
         self.engine.submit(job)
 
@@ -69,8 +75,8 @@ class _Loop:
                 self.ask()
 
 
-def _load(profile: Profile, mix: Mix, concurrency: int, requests: int, seed: int) -> Load:
-    loop, gaps = _Loop(profile, mix, seed), list[float]()
+def _load(profile: Profile, lengths: Sequence[tuple[int, int]], concurrency: int, requests: int) -> Load:
+    loop, gaps = _Loop(profile, lengths), list[float]()
     # Every place is taken once before the clock starts.
     for seconds, count in loop.run(concurrency, concurrency + requests):
         if len(loop.ended_at) >= concurrency:

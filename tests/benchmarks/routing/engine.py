@@ -1,8 +1,9 @@
 """A model of one vLLM engine that steps in virtual time: a pure state machine, no clock and no chance.
 
-It follows vLLM's scheduler (vllm/v1/core/sched/scheduler.py): answers that are under way first, a token each, then prompts
-in the order of their arrival, in chunks, as far as the step's tokens go. Who needs a block that isn't there pushes out
-whoever came last, who starts anew from the front of the queue (recompute). Gauges change at the end of a step only.
+It follows vLLM's scheduler (vllm/v1/core/sched/scheduler.py): answers that are under way first, a token each, then
+prompts in the order of their arrival, in chunks, as far as the step's tokens go. Who needs a block that isn't there
+pushes out whoever came last, who starts anew from the front of the queue (recompute). Gauges change at the end of a
+step only.
 
     ends_at = now + engine.begin()      # None: nothing to do
     made = engine.end()                 # at `ends_at`

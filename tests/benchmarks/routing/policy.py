@@ -39,8 +39,8 @@ Decision = str | Refused | Held
 class Policy(Protocol):
     """Decides; times are seconds of the simulated clock.
 
-    `choose` changes nothing that a later choice depends on: it is also asked what it would say. A replica in `tried` has
-    just failed this turn. What a policy may know of a turn is what a gateway sees of a request.
+    `choose` changes nothing that a later choice depends on: it is also asked what it would say. A replica in `tried`
+    has just failed this turn. What a policy may know of a turn is what a gateway sees of a request.
     """
 
     name: str

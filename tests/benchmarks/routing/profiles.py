@@ -2,8 +2,8 @@
 
 The figures are arithmetic, not a measurement. A decode step reads all weights, so its base is their bytes by 3.35 TB/s
 (H100) and 2 ms of overhead; what int8 and int4 gain there is 1.6 and 2.3 times the speed. A prompt is bound by compute:
-2 FLOP for each weight and token at about 600 TFLOP/s, and little changes with the precision. What the weights leave of 76
-GB holds KV, 262 kB a token for 32B and 197 kB for 14B.
+2 FLOP for each weight and token at about 600 TFLOP/s, and little changes with the precision. What the weights leave of
+76 GB holds KV, 262 kB a token for 32B and 197 kB for 14B.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """What clients ask, and when: drawn from a seed, so that every policy meets the very same requests.
 
-Arrivals are open: conversations begin whether or not earlier ones were answered. Within one, the next turn comes when the
-answer is there and has been read.
+Arrivals are open: conversations begin whether or not earlier ones were answered. Within one, the next turn comes when
+the answer is there and has been read.
 """
 
 import math
