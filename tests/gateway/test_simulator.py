@@ -15,8 +15,9 @@ from tests.benchmarks.routing.figures import Objective, figures_of
 from tests.benchmarks.routing.policies import CacheAware, LeastInFlight, RoundRobin, StaticLadder
 from tests.benchmarks.routing.policy import NOBODY, Decision, Refused
 from tests.benchmarks.routing.profiles import MODELS, Fleet, Profile, fleet_of
+from tests.benchmarks.routing.runs import Fault, Scenario
 from tests.benchmarks.routing.scenarios import burst
-from tests.benchmarks.routing.simulation import Fault, Scenario, Simulation, simulate
+from tests.benchmarks.routing.simulation import Simulation, simulate
 from tests.benchmarks.routing.workloads import Rate, Turn, constant, conversations, ramp, square
 
 BLOCK = 4

@@ -19,8 +19,9 @@ from tests.benchmarks.routing.figures import Objective, figures_of
 from tests.benchmarks.routing.policy import Policy
 from tests.benchmarks.routing.profiles import MODELS, QUALITY, Fleet, fleet_of
 from tests.benchmarks.routing.report import Report
+from tests.benchmarks.routing.runs import Scenario
 from tests.benchmarks.routing.scenarios import Ground
-from tests.benchmarks.routing.simulation import Scenario, simulate
+from tests.benchmarks.routing.simulation import simulate
 
 PARTS = ("capacity", "steady", "square", "ramp", "faults", "overload", "burst")
 OVERLOAD = 6.0

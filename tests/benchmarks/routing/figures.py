@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from tests.benchmarks.overhead.figures import percentile
-from tests.benchmarks.routing.simulation import Outcome, Run
+from tests.benchmarks.routing.runs import Outcome, Run
 
 WINDOW_SECONDS = 5.0  # the alias answers with the rung that took most turns in such a window
 NONE = float("nan")

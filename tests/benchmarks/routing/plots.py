@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from tests.benchmarks.overhead.figures import percentile
 from tests.benchmarks.routing.figures import Objective, shares, wait_seconds
-from tests.benchmarks.routing.simulation import Outcome, Run
+from tests.benchmarks.routing.runs import Outcome, Run
 from tests.benchmarks.routing.workloads import Rate
 
 COLOURS = ("#0072b2", "#e69f00", "#d55e00")  # by Okabe and Ito: distinguishable without seeing colours

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from tests.benchmarks.routing.figures import Figures, Objective, figures_of
 from tests.benchmarks.routing.policies import LeastInFlight
 from tests.benchmarks.routing.profiles import Fleet
-from tests.benchmarks.routing.simulation import Fault, Scenario, simulate
+from tests.benchmarks.routing.runs import Fault, Scenario
+from tests.benchmarks.routing.simulation import simulate
 from tests.benchmarks.routing.workloads import (
     CHATS,
     Conversation,
