@@ -132,6 +132,11 @@ class Measurement(Record):
         """How fast the prompt of one of so many requests is read, waiting included."""
         return _rate_at([(load.concurrency, load.prefill_tokens_per_second) for load in self.loads], concurrency)
 
+    def output_tokens_per_second(self, concurrency: float) -> float:
+        """How much so many requests are given together, while prompts are read in between."""
+        shares = [(load.concurrency, load.output_tokens_per_second / load.concurrency) for load in self.loads]
+        return concurrency * _rate_at(shares, concurrency)
+
 
 class Capacity(Record):
     """The whole file, format 1."""

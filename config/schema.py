@@ -126,6 +126,8 @@ class DeclaredQuality(Table):
     kl_mean: Annotated[float, Field(ge=0)] | None = None
     top1_agreement: Share | None = None
     perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
+    kl_p99: Annotated[float, Field(ge=0)] | None = None
+    length_ratio: Annotated[float, Field(gt=0)] | None = None
 
 
 class VariantSettings(Table):
@@ -169,6 +171,8 @@ class Floor(Table):
     top1_agreement: Share | None = None
     kl_mean: Annotated[float, Field(ge=0)] | None = None
     perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
+    kl_p99: Annotated[float, Field(ge=0)] | None = None
+    length_ratio: Annotated[float, Field(gt=0)] | None = None
 
 
 NO_FLOOR = Floor()
@@ -198,6 +202,8 @@ class AliasSettings(Table):
 
     ladder: Annotated[tuple[Name, ...], Field(min_length=1)]
     floor: Floor = Floor()
+    trust_declared: bool = False
+    admit_failed: bool = False
     spill: Spill = Spill()
     think: Literal["auto", "prefix", "none"] = "auto"
     reasoning: Literal["parsed", "restored", "raw"] = "parsed"

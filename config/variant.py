@@ -12,6 +12,9 @@ from config.manifest import FILE_NAME, Manifest
 from config.schema import Floor, VariantSettings
 
 _WHOLE_ACTIVATIONS = 16
+MEASURES = tuple(Floor.model_fields)
+# What is better the higher it is; of all others, the lower.
+AT_LEAST = frozenset({"top1_agreement"})
 DTYPE_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -23,21 +26,28 @@ class QualityMeasures:
     kl_mean: float | None = None
     top1_agreement: float | None = None
     perplexity_ratio: float | None = None
+    kl_p99: float | None = None
+    length_ratio: float | None = None
 
-    def shortfall(self, floor: Floor) -> str | None:
-        """Say which limit of a floor is missed, or None if all are met."""
-        for measure in ("top1_agreement", "kl_mean", "perplexity_ratio"):
-            limit, value = getattr(floor, measure), getattr(self, measure)
+    def shortfall(self, floor: Floor, *, trust_declared: bool = False) -> str | None:
+        """Say which limit of a floor is missed, or None if all are met; declared figures count only where trusted."""
+        for measure in MEASURES:
+            limit = getattr(floor, measure)
             if limit is None:
                 continue
+            value = getattr(self, measure)
             if value is None:
                 return f"{measure} is unknown, the floor is {limit}"
-            if (value < limit) if measure == "top1_agreement" else (value > limit):
+            if (value < limit) if measure in AT_LEAST else (value > limit):
                 return f"{measure} {value:.4g} misses the floor {limit}"
+            if self.source == "declared" and not trust_declared:
+                return f"{measure} {value:.4g} is declared, not measured (an alias can trust it: trust_declared)"
         return None
 
 
-PARENT_QUALITY = QualityMeasures("parent", kl_mean=0.0, top1_agreement=1.0, perplexity_ratio=1.0)
+PARENT_QUALITY = QualityMeasures(
+    "parent", kl_mean=0.0, top1_agreement=1.0, perplexity_ratio=1.0, kl_p99=0.0, length_ratio=1.0
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +65,15 @@ class Variant:
     def id(self) -> str:
         """The sealed identity, or the configured name where there is no manifest."""
         return self.manifest.id if self.manifest else self.name
+
+    @property
+    def failure(self) -> str | None:
+        """Say which limits its evaluation missed, or None if its verdict isn't fail, or nobody judged it."""
+        if self.manifest is None or self.manifest.quality.verdict != "fail":
+            return None
+        missed = [check for check in self.manifest.quality.checks if not check.passed]
+        limits = ", ".join(f"{check.name} {check.value:.4g} misses {check.limit:.4g}" for check in missed)
+        return f"its verdict is fail: {limits}" if limits else "its verdict is fail"
 
 
 def read_variants(settings: Mapping[str, VariantSettings], relative_to: Path) -> dict[str, Variant]:
@@ -97,8 +116,7 @@ def _read_variant(name: str, settings: VariantSettings, relative_to: Path) -> Va
     path = (relative_to / Path(settings.path).expanduser()).resolve()
     if (path / FILE_NAME).exists():
         manifest = Manifest.read(path)
-        measured = manifest.quality
-        quality = QualityMeasures("measured", measured.kl_mean, measured.top1_agreement, measured.perplexity_ratio)
+        quality = QualityMeasures("measured", **{measure: getattr(manifest.quality, measure) for measure in MEASURES})
         return Variant(name, settings.precision or manifest.scheme.precision, quality, path, manifest)
     return _unsealed(name, settings, path)
 

@@ -91,7 +91,9 @@ def _add_probes(app: FastAPI, shown: Shown) -> None:
 
 
 def ready_variants(catalog: Catalog, registry: Registry) -> dict[str, list[str]]:
-    """For each alias, the variants of its ladder that have a ready replica; for lone variants themselves."""
+    """For each alias, the variants that may answer it and have a ready replica; for lone variants themselves."""
     ready = {status.replica.variant for status in registry.snapshot() if status.state is State.READY}
     names = catalog.aliases or catalog.variants
-    return {name: [variant.name for variant in catalog.resolve(name).rungs if variant.name in ready] for name in names}
+    return {
+        name: [variant.name for variant in catalog.resolve(name).permitted if variant.name in ready] for name in names
+    }

@@ -21,12 +21,15 @@ from gateway.fleet import FollowedFleet, OwnFleet, Take
 from gateway.front.server import Front, serving_clients
 from gateway.in_force import InForce
 from gateway.listener import address_of, bind, listen
-from gateway.metrics import FleetCollector, LoopLag, Metrics
+from gateway.metrics import EngineCollector, FleetCollector, LadderCollector, LoopLag, Metrics
 from gateway.quota import Quota
 from gateway.relay.dispatch import Dispatch
 from gateway.relay.exchange import Relay
+from gateway.relay.loads import Loads
+from gateway.relay.polling import Polling
 from gateway.relay.pool import Pool
 from gateway.routing.catalog import Catalog
+from gateway.routing.floors import shut_out, unanswerable
 from gateway.tracing import tracing
 from gateway.workers import ALONE, Place, placed
 from serving.app import others_replicas, own_replicas, sole_owner
@@ -56,6 +59,7 @@ class Gateway:
     front: Front
     quota: Quota
     metrics: Metrics
+    loads: Loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +92,14 @@ async def gateway(
         traced = await stack.enter_async_context(tracing(settings.tracing))
         await stack.enter_async_context(LoopLag(metrics.loop_lag_seconds))
         pool = await stack.enter_async_context(Pool())
-        dispatch = stack.enter_context(Dispatch(registry, settings.queue, settings.retries))
+        loads = Loads(registry.in_flight, deployment.speeds)
+        dispatch = stack.enter_context(Dispatch(registry, loads, metrics, settings.queue, settings.retries))
+        polling = await stack.enter_async_context(Polling(registry, pool, dispatch, metrics.polls))
         metrics.registry.register(
             FleetCollector(registry, in_force.variants, dispatch.breaker_states, dispatch.waiting)
         )
+        metrics.registry.register(EngineCollector(registry, lambda: polling.seen))
+        metrics.registry.register(LadderCollector(dispatch.scene.gates, lambda: iter(registry.ready), loads.outlooks))
         relay = Relay(dispatch, pool)
         told = Telling(metrics, access_log.line, traced)
         endpoints = {
@@ -106,14 +114,16 @@ async def gateway(
         addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
-            yield Gateway(addresses, in_force, front, quota, metrics)
+            yield Gateway(addresses, in_force, front, quota, metrics, loads)
         finally:
             site.draining = True
 
 
 def in_force_for(deployment: Deployment) -> InForce:
-    """What requests go by under a configuration."""
+    """What requests go by under a configuration; rungs and aliases that nothing can be had of are logged."""
     catalog = Catalog(deployment.settings.aliases, deployment.variants)
+    for warning in (*shut_out(catalog), *unanswerable(catalog)):
+        log.warning("%s", warning)
     return InForce(catalog, deployment.keys, deployment.settings.gateway.limits)
 
 
@@ -179,6 +189,7 @@ async def following(path: Path | None, served: Gateway, take: Take) -> AsyncIter
 
         def swap() -> None:
             served.in_force.take(in_force_for(deployment))
+            served.loads.measured(deployment.speeds)
             served.quota.keep(deployment.keys.names())
 
         await take(deployment, swap)

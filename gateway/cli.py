@@ -13,15 +13,19 @@ import yaml
 
 from config.errors import ConfigError
 from config.load import home_directory, load_settings, process_environment
-from config.schema import Settings
+from config.schema import Settings, VariantSettings
+from config.variant import read_variants
 from gateway.app import Addresses, everything, gateway_alone
 from gateway.deployment import read_deployment
+from gateway.routing.catalog import Catalog
+from gateway.routing.floors import shut_out, unanswerable
 from gateway.workers import ALONE, Place, check_ports, ending_with_parent, workers
 from serving.foreground import USAGE, run_until_signal
 from serving.machine import this_machine
 from serving.registry import Registry
 
 DEFAULT_CONFIG = Path("quantgate.yaml")
+GATE = 3
 PASSWORD = re.compile(r"(://[^\s:/@]*:)[^\s@]+(@)")  # inside an address, such as gateway.state
 
 
@@ -97,15 +101,33 @@ def config_main(arguments: list[str]) -> int:
         return 0
     try:
         settings = load_settings(chosen.file)
+        if chosen.verb == "check":
+            return _check(chosen.file, settings)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE
-    if chosen.verb == "show":
-        text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        print(PASSWORD.sub(r"\1**********\2", text), end="")
-    else:
-        print(f"{chosen.file}: {len(settings.aliases)} aliases, {len(settings.variants)} variants, no problem")
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    print(PASSWORD.sub(r"\1**********\2", text), end="")
     return 0
+
+
+def _check(file: Path, settings: Settings) -> int:
+    """Tell what the manifests mean for the aliases, as far as the variants' directories are on this machine."""
+    here = {name: variant for name, variant in settings.variants.items() if _is_here(variant, file.parent)}
+    for name in [name for name in settings.variants if name not in here]:
+        print(f"{file}: variants.{name}: its directory isn't here, so its manifest was not read", file=sys.stderr)
+    aliases = {name: alias for name, alias in settings.aliases.items() if here.keys() >= set(alias.ladder)}
+    catalog = Catalog(aliases, read_variants(here, file.parent))
+    lost = unanswerable(catalog)
+    for line in (*shut_out(catalog), *lost):
+        print(f"{file}: {line}", file=sys.stderr)
+    told = f"{len(lost)} that nothing may answer" if lost else "no problem"
+    print(f"{file}: {len(settings.aliases)} aliases, {len(settings.variants)} variants, {told}")
+    return GATE if lost else 0
+
+
+def _is_here(variant: VariantSettings, folder: Path) -> bool:
+    return variant.path is None or (folder / Path(variant.path).expanduser()).is_dir()
 
 
 def _parser(verb: str, description: str) -> argparse.ArgumentParser:

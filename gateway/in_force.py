@@ -31,8 +31,10 @@ def lost_aliases(before: Catalog, after: Catalog, ready: Iterable[str]) -> list[
     there = frozenset(ready)
     return [
         name
-        for name, alias in before.aliases.items()
-        if name in after.aliases
-        and there.intersection(alias.ladder)
-        and not there.intersection(after.aliases[name].ladder)
+        for name in before.aliases
+        if name in after.aliases and there & _answering(before, name) and not there & _answering(after, name)
     ]
+
+
+def _answering(catalog: Catalog, alias: str) -> frozenset[str]:
+    return frozenset(variant.name for variant in catalog.resolve(alias).permitted)

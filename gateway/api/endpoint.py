@@ -1,6 +1,7 @@
 """One inference endpoint: reads a request, finds who may answer, relays the answer, and accounts for all of it."""
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -100,11 +101,18 @@ class InferenceEndpoint:
         caller.check_model(inference.model)
         with self.quota.enter(caller, account.began_at) as admission:
             try:
-                await self._relayed(inference, caller, account, teller)
+                await self._relayed(inference, request.headers, caller, account, teller)
             finally:
                 admission.spent(account.tokens, account.clock())
 
-    async def _relayed(self, inference: Inference, caller: Caller, account: Account, teller: Teller) -> None:
+    async def _relayed(
+        self,
+        inference: Inference,
+        headers: Mapping[bytes, bytes],
+        caller: Caller,
+        account: Account,
+        teller: Teller,
+    ) -> None:
         """Relay an answer; once more by another configuration, if the one that it began with lost its replicas."""
         while True:
             catalog = self.in_force.catalog
@@ -115,7 +123,7 @@ class InferenceEndpoint:
             waits = target.timeouts.queue_seconds
             wait_seconds = self.in_force.limits.queue_seconds if waits is None else waits
             try:
-                await self.relay.answer(inference, target, caller, account, teller, wait_seconds)
+                await self.relay.answer(inference, headers, target, caller, account, teller, wait_seconds)
             except Unavailable:
                 if account.begun or catalog is self.in_force.catalog:
                     raise

@@ -12,7 +12,8 @@ class Endpoint:
 
     `length_keys` limit how long an answer gets, the first that is given counts; without one vLLM takes
     `length_default_tokens`, None for as long as the context allows. `batch` is
-    the key that may hold several prompts.
+    the key that may hold several prompts. `prompt_keys` hold what the model reads, in the order in which chat templates
+    write it, `turns_key` is the one of them that holds a conversation's turns.
     """
 
     name: str
@@ -27,6 +28,8 @@ class Endpoint:
     length_keys: tuple[str, ...] = ()
     length_default_tokens: int | None = None
     batch: str | None = None
+    prompt_keys: tuple[str, ...] = ()
+    turns_key: str | None = None
 
 
 CHAT = Endpoint(
@@ -36,6 +39,8 @@ CHAT = Endpoint(
     takes_stream_options=True,
     shapes_reasoning=True,
     length_keys=("max_completion_tokens", "max_tokens"),
+    prompt_keys=("tools", "messages"),
+    turns_key="messages",
 )
 COMPLETIONS = Endpoint(
     "completions",
@@ -45,16 +50,27 @@ COMPLETIONS = Endpoint(
     length_keys=("max_tokens",),
     length_default_tokens=16,
     batch="prompt",
+    prompt_keys=("prompt",),
 )
-EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings", batch="input")
+EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings", batch="input", prompt_keys=("input", "messages"))
 RESPONSES = Endpoint(
     "responses",
     "/v1/responses",
     generates=True,
     keeps_answers=True,
     length_keys=("max_output_tokens",),
+    prompt_keys=("tools", "instructions", "input"),
+    turns_key="input",
 )
-MESSAGES = Endpoint("messages", "/v1/messages", "anthropic", generates=True, length_keys=("max_tokens",))
+MESSAGES = Endpoint(
+    "messages",
+    "/v1/messages",
+    "anthropic",
+    generates=True,
+    length_keys=("max_tokens",),
+    prompt_keys=("tools", "system", "messages"),
+    turns_key="messages",
+)
 COUNT_TOKENS = Endpoint("messages.count_tokens", "/v1/messages/count_tokens", "anthropic")
 TOKENIZE = Endpoint("tokenize", "/tokenize")
 DETOKENIZE = Endpoint("detokenize", "/detokenize")

@@ -10,10 +10,12 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from config.variant import Variant
 from gateway.api.endpoints import ENDPOINTS
 from gateway.errors import GatewayError, RequestError
 from gateway.in_force import InForce
-from gateway.routing.catalog import Catalog
+from gateway.routing.catalog import Target
+from gateway.routing.floors import permitted_rungs
 from serving.registry import Registry
 
 JSON = "application/json"
@@ -26,36 +28,38 @@ def client_app(in_force: InForce, registry: Registry) -> FastAPI:
 
     @app.get("/v1/models")
     async def list_models(request: Request) -> Response:
-        """Those that the client's key may use: aliases first, then the variants to pin."""
+        """Those that the client's key may use and something may answer: aliases first, then the variants to pin."""
         catalog, caller = in_force.catalog, request.state.caller
-        models = [_model(name, catalog, registry, created) for name in catalog.names() if caller.allows(name)]
+        targets = map(catalog.resolve, filter(caller.allows, catalog.names()))
+        offered = [(target, rungs) for target in targets if (rungs := target.sifted((caller.floor,), None).kept)]
+        models = [_model(target, rungs, registry, created) for target, rungs in offered]
         return _answer(request, {"object": "list", "data": models})
 
     @app.get("/v1/models/{model:path}")
     async def show_model(model: str, request: Request) -> Response:
-        """One of them."""
-        catalog = in_force.catalog
-        request.state.caller.check_model(model)
-        return _answer(request, _model(catalog.resolve(model).name, catalog, registry, created))
+        """One of them; FloorUnmet, as a request would get, if nothing may answer it."""
+        caller = request.state.caller
+        caller.check_model(model)
+        target = in_force.catalog.resolve(model)
+        return _answer(request, _model(target, permitted_rungs(target, (caller.floor,), None), registry, created))
 
     app.add_exception_handler(GatewayError, _refused)
     app.add_exception_handler(HTTPException, _not_routed)
     return app
 
 
-def _model(name: str, catalog: Catalog, registry: Registry, created: int) -> dict[str, Any]:
-    """Describe a name the way OpenAI does, with what only we know beside it."""
-    target = catalog.resolve(name)
-    rungs = {variant.name for variant in target.rungs}
+def _model(target: Target, rungs: tuple[Variant, ...], registry: Registry, created: int) -> dict[str, Any]:
+    """Describe a name the way OpenAI does, with what only we know beside it: who may answer."""
+    names = {variant.name for variant in rungs}
     lengths = [
         status.replica.max_model_len_tokens
         for status in registry.snapshot()
-        if status.replica.variant in rungs and status.replica.max_model_len_tokens
+        if status.replica.variant in names and status.replica.max_model_len_tokens
     ]
-    model: dict[str, Any] = {"id": name, "object": "model", "created": created, "owned_by": "quantgate"}
+    model: dict[str, Any] = {"id": target.name, "object": "model", "created": created, "owned_by": "quantgate"}
     # Whichever rung answers, a prompt of this length fits.
     model |= {"max_model_len": min(lengths)} if lengths else {}
-    return model | {"precisions": [variant.precision for variant in target.rungs]}
+    return model | {"precisions": [variant.precision for variant in rungs]}
 
 
 def _answer(request: Request, content: dict[str, Any]) -> Response:

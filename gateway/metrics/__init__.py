@@ -9,8 +9,10 @@ from gateway.metrics.catalogue import (
     Metrics,
     Served,
 )
+from gateway.metrics.engines import EngineCollector
 from gateway.metrics.fleet import FleetCollector
 from gateway.metrics.instruments import Count, Distribution, Level
+from gateway.metrics.ladders import LadderCollector
 from gateway.metrics.loop_lag import LoopLag
 
 __all__ = [
@@ -21,7 +23,9 @@ __all__ = [
     "UNKNOWN",
     "Count",
     "Distribution",
+    "EngineCollector",
     "FleetCollector",
+    "LadderCollector",
     "Level",
     "LoopLag",
     "Metrics",

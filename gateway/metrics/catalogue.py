@@ -74,12 +74,22 @@ class Metrics:
             "floor_rejections", "Requests that no variant is good enough for.", "alias"
         )
         self.spills = made.counter("spills", "Requests that a lower rung answers, to be quicker.", "alias", "variant")
+        self.ladder_switches = made.counter(
+            "ladder_switches", "Times that a rung began to spill, or stopped.", "alias", "variant", "to"
+        )
+        self.session_moves = made.counter(
+            "session_moves", "Conversations that went on with another rung's variant.", "alias", "direction"
+        )
         # Trying again
         self.retries = made.counter("retries", "Attempts beyond a request's first.", "alias", "code")
         self.retries_refused = made.counter(
             "retries_refused", "Failed requests that were not tried again, by why not.", "alias", "reason"
         )
         self.client_retries = made.counter("client_retries", "Requests that a client's SDK sent again.").labels()
+        # Replicas
+        self.polls = made.counter(
+            "replica_polls", "Looks at a replica's own metrics, by what came of them.", "replica", "variant", "outcome"
+        )
         # Clients
         self.heartbeats = made.counter("heartbeats", "Comments sent to keep silent streams open.").labels()
         self.clients_cut = made.counter("clients_cut", "Clients whose connection the gateway closed.", "reason")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from config.variant import Variant
+from config.variant import MEASURES, Variant
 from serving.registry import Registry
 from serving.replica import ReplicaStatus, State
 
@@ -80,7 +80,7 @@ class FleetCollector(Collector):
             "quantgate_variant_quality", text, labels=["variant", "precision", "measure", "source"]
         )
         for variant in self.variants():
-            for measure in ("kl_mean", "top1_agreement", "perplexity_ratio"):
+            for measure in MEASURES:
                 value = getattr(variant.quality, measure)
                 if value is not None:
                     quality.add_metric([variant.name, variant.precision, measure, variant.quality.source], value)

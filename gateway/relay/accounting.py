@@ -63,6 +63,10 @@ class Usage(msgspec.Struct):
         )
 
 
+def nobody_waits() -> None:
+    """Nobody wants to know."""
+
+
 class Account:
     """Counts a request while the `with` block runs, and books and tells it at the end.
 
@@ -87,6 +91,7 @@ class Account:
     token_events: int = 0
     last_event_at: float = 0.0
     _served: Served | None = None
+    _on_first_token: Callable[[], None] = staticmethod(nobody_waits)
 
     def __init__(
         self,
@@ -125,9 +130,10 @@ class Account:
         """Note that the client went; one that has read the last event has had its answer."""
         self.code = "200" if self.told_all else CLIENT_LEFT
 
-    def chose(self, choice: Choice) -> None:
-        """Note which replica is tried now."""
+    def chose(self, choice: Choice, on_first_token: Callable[[], None] = nobody_waits) -> None:
+        """Note which replica is tried now; whoever wants to know is told of its first token."""
         self.choice = choice
+        self._on_first_token = on_first_token
         self.attempts += 1
         self._served = self.metrics.served(self.alias, choice.variant.name, choice.variant.precision)
 
@@ -152,6 +158,7 @@ class Account:
         else:
             self.first_token_seconds = now - self.began_at
             served.first_token.observe_with(self.first_token_seconds, self.request_id, self.wall_clock())
+            self._on_first_token()
         self.token_events += 1
         self.last_event_at = now
 
@@ -162,6 +169,8 @@ class Account:
         else:
             names, reason = (self.alias, choice.variant.name, choice.variant.precision), choice.reason
             served.request.observe_with(seconds, self.request_id, at)
+            if reason == "spill":
+                self.metrics.spills.labels(self.alias, choice.variant.name).inc()
             prompt, completion, reasoning = self._tokens()
             served.prompt_tokens.value += prompt
             served.completion_tokens.value += completion
@@ -176,6 +185,11 @@ class Account:
         """All that were read and generated; of a stream cut short what came of it."""
         prompt, completion, _ = self._tokens()
         return prompt + completion
+
+    @property
+    def engine_tokens(self) -> tuple[int, int]:
+        """Prompt and answer as an engine counted them; 0 as long as it has not."""
+        return (self.usage.prompt, self.usage.completion) if self.usage is not None else (0, 0)
 
     def _tokens(self) -> tuple[int, int, int]:
         """Prompt, completion and reasoning; of a stream cut short what came of it, an event for a token."""

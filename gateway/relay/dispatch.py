@@ -1,7 +1,7 @@
-"""Who gets which replica, and when: leases, a line for those who wait, and what is held against whom.
+"""Who gets which replica, and when: leases, a line for those who wait, and which rungs spill.
 
-The only owner of the retry budget and the waiting lines. Every change is one synchronous step: a slot that becomes free
-goes to whoever's turn it is in the very step in which it does.
+The only owner of the gates, the retry budget and the waiting lines. Every change is one synchronous step: a slot that
+becomes free goes to whoever's turn it is in the very step in which it does.
 """
 
 import asyncio
@@ -10,22 +10,27 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import count
+from math import inf
 from types import TracebackType
 from typing import Self
 
 from config.schema import QueueSettings, RetrySettings
 from config.variant import Variant
 from gateway.errors import GatewayError, Overloaded, Unavailable
+from gateway.metrics import Metrics
 from gateway.relay.health import Health
-from gateway.relay.leases import Demand, Lease, Ticket, demand_for
+from gateway.relay.leases import Demand, Lease, Ticket, Want, demand_for
+from gateway.relay.loads import Loads
+from gateway.relay.memory import Memory
+from gateway.relay.record import Decisions
 from gateway.routing import breaker, budget, drain
-from gateway.routing.catalog import Target
-from gateway.routing.ladder import Scene, best, worth_waiting
+from gateway.routing.gates import Gate
+from gateway.routing.ladder import NOBODY, GateName, Offer, Query, Scene, decide, has_room, worth_waiting
 from gateway.routing.lines import Bounds, Lines
+from gateway.routing.polls import Poll
 from serving.registry import Registry
 
 ATTEMPTS = 3
-NOBODY: frozenset[str] = frozenset()
 USUAL_QUEUE, USUAL_RETRIES = QueueSettings(), RetrySettings()
 
 
@@ -35,15 +40,22 @@ class Dispatch:
     def __init__(
         self,
         registry: Registry,
+        loads: Loads,
+        metrics: Metrics,
         queue: QueueSettings = USUAL_QUEUE,
         retries: RetrySettings = USUAL_RETRIES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
+        self._loads = loads
+        self._metrics = metrics
         self._clock = clock
         self._turns = count()
         self._health = Health(registry, clock)
-        self._scene = Scene(registry.ready, registry.in_flight, self._health.breakers, self._health.marks)
+        self._gates: dict[GateName, Gate] = {}
+        self._scene = Scene(loads.outlooks, self._health.breakers, self._health.marks, self._gates)
+        self.memory = Memory()
+        self.decisions = Decisions()
         self._allowance = budget.Allowance(round(retries.share * 1000), retries.burst * 1000)
         self._budget = budget.Budget(self._allowance.most_thousandths)
         self._lines: Lines[Demand, Ticket] = Lines(Bounds(queue.per_alias, queue.in_all, queue.body_bytes))
@@ -53,6 +65,7 @@ class Dispatch:
 
     def __enter__(self) -> Self:
         self._observing.__enter__()
+        self._look_again()
         return self
 
     def __exit__(
@@ -66,14 +79,37 @@ class Dispatch:
         """The breakers of replicas that have failed lately; all others are closed."""
         return self._health.states()
 
+    @property
+    def scene(self) -> Scene:
+        """What decisions are made on; always true."""
+        return self._scene
+
     def waiting(self) -> Mapping[str, int]:
         """How many requests wait, by alias."""
         return Counter(ticket.demand.alias for ticket in self._lines)
+
+    def busy(self, replica_id: str) -> bool:
+        """Tell whether a replica is worth a closer look."""
+        return self._loads.busy(replica_id)
+
+    def polled(self, replica_id: str, asked_at: float, poll: Poll) -> None:
+        """Take over what an engine says of its load."""
+        self._loads.polled(replica_id, asked_at, poll)
+        self.memory.holds(replica_id, poll.kv_capacity_tokens)
+
+    def lost(self, replica_id: str) -> None:
+        """Note that an engine wasn't to be asked."""
+        self._loads.lost(replica_id)
 
     def arrived(self) -> int:
         """Count a request that wants an answer; gives it its turn among equals."""
         self._budget = budget.earned(self._budget, self._allowance)
         return next(self._turns)
+
+    def has_choice(self, rungs: tuple[Variant, ...]) -> bool:
+        """Tell whether more than one replica could answer."""
+        ready = self._registry.ready
+        return sum([len(ready.get(rung.name, ())) for rung in rungs]) > 1
 
     def why_not_again(self, deaths: int, attempts: int) -> budget.WhyNot | None:
         """Say why a request is not tried again; None allows it, if there is a replica for it."""
@@ -85,33 +121,35 @@ class Dispatch:
 
     async def lease(
         self,
-        target: Target,
-        rungs: tuple[Variant, ...],
-        turn: int,
+        want: Want,
         *,
-        key: str,
-        body_bytes: int,
         wait_seconds: float,
         tried: frozenset[str] = NOBODY,
         failure: GatewayError | None = None,
     ) -> Lease:
         """Find a replica, and wait for one with room if there is none; `failure` is raised rather than waited for.
 
-        Unavailable: none is there, or comes in time. Overloaded: the line is full, or didn't move in time.
+        Unavailable: none is there, or comes in time. Overloaded: the line is full, or didn't move in time, or every
+        replica that may answer has so much to do that it wouldn't begin in time.
         """
-        if not len(self._lines) or not self._lines.waiting(demand_for(target, rungs)):
-            lease = self._taken(target, rungs, turn, tried)
+        if not len(self._lines) or not self._lines.waiting(demand_for(want)):
+            lease = self._taken(want, self.memory.query(want, tried), wait_seconds)
             if lease is not None:
                 return lease
         if failure is not None:
             raise failure
-        demand = demand_for(target, rungs)
-        return await self._in_line(demand, turn, key, body_bytes, wait_seconds)
+        return await self._in_line(want, wait_seconds)
+
+    def began(self, lease: Lease) -> None:
+        """Note that a replica has read its prompt."""
+        self._loads.began(lease.sent)
 
     def release(self, lease: Lease) -> None:
         """End a lease, and give its slot to whoever's turn it is."""
         self._health.ended(lease)
         self._registry.give_back(lease.choice.replica.id)
+        self._loads.ended(lease.sent, lease.answer_tokens)
+        self.memory.ended(lease.want, lease.prompt_tokens)
         if len(self._lines):
             self._pump()
 
@@ -130,28 +168,47 @@ class Dispatch:
         """Spare a replica that has no room."""
         self._health.refused(lease, retry_after_seconds)
 
-    def _taken(
-        self, target: Target, rungs: tuple[Variant, ...], turn: int, tried: frozenset[str] = NOBODY
-    ) -> Lease | None:
+    def _taken(self, want: Want, query: Query, patience_seconds: float = inf) -> Lease | None:
         now = self._clock()
-        choice = best(target, rungs, self._scene, tried, turn, now)
-        if choice is None:
+        decision = decide(want.target, want.rungs, query, self._scene, now)
+        self.decisions.made(want, query, self._scene, decision, now)
+        if decision.gates:
+            self._turn(decision.gates)
+        offer = decision.offer
+        if offer is None:
             return None
-        replica_id = choice.replica.id
-        self._registry.take(replica_id)
-        return Lease(choice, now, self, self._health.asked(replica_id, now))
+        if offer.outlook.wait_seconds > patience_seconds:
+            raise _no_hope(want, offer, patience_seconds)
+        return self._leased(want, query, offer, now)
 
-    async def _in_line(self, demand: Demand, turn: int, key: str, body_bytes: int, wait_seconds: float) -> Lease:
+    def _leased(self, want: Want, query: Query, offer: Offer, now: float) -> Lease:
+        replica_id = offer.outlook.id
+        self._registry.take(replica_id)
+        cached_tokens = query.cached_tokens.get(replica_id, 0.0)
+        sent = self._loads.sent(offer.outlook, want.ask.prompt_tokens, cached_tokens, streams=want.streams)
+        if moved := self.memory.went(want, query, offer.choice):
+            self._metrics.session_moves.labels(want.target.name, moved).inc()
+        return Lease(offer.choice, want, now, sent, self, probe_until=self._health.asked(replica_id, now))
+
+    def _turn(self, gates: Mapping[GateName, Gate]) -> None:
+        for name, gate in gates.items():
+            before = self._gates.get(name)
+            self._gates[name] = gate
+            if gate.spilling != (before is not None and before.spilling):
+                self._metrics.ladder_switches.labels(*name, "spill" if gate.spilling else "return").inc()
+
+    async def _in_line(self, want: Want, wait_seconds: float) -> Lease:
+        demand = demand_for(want)
         if not self._hope(demand):
             raise Unavailable(f"no replica of {demand.alias!r} is ready")
-        ticket = Ticket(demand, key, turn, asyncio.get_running_loop().create_future())
+        ticket = Ticket(demand, want, asyncio.get_running_loop().create_future())
         if not len(self._lines):
             self._resume_paces()
-        pushed_out = self._lines.join(demand, key, ticket, self._clock() + wait_seconds, body_bytes)
+        pushed_out = self._lines.join(demand, want.key, ticket, self._clock() + wait_seconds, want.body_bytes)
         if pushed_out is None:
-            raise self._full(demand, key)
+            raise self._full(demand, want.key)
         for other in pushed_out:
-            other.refuse(self._full(other.demand, other.key))
+            other.refuse(self._full(other.demand, other.want.key))
         self._set_alarm()
         try:
             return await ticket.served
@@ -187,19 +244,22 @@ class Dispatch:
         """Give free slots to those who wait, in turn, until nothing fits any more."""
         self._expire()
         while ticket := self._lines.next(self._serves):
-            lease = (
-                None if ticket.served.done() else self._taken(ticket.demand.target, ticket.demand.rungs, ticket.turn)
-            )
-            if lease is not None:
-                ticket.served.set_result(lease)
+            if not ticket.served.done():
+                ticket.served.set_result(self._served(ticket.want))
         self._set_alarm()
 
+    def _served(self, want: Want) -> Lease:
+        """Answer whoever's turn it is; where only a replica with too short a context has room, that one says so."""
+        lease = self._taken(want, self.memory.query(want)) or self._taken(want, Query(turn=want.turn))
+        assert lease is not None, "nobody has room after all"
+        return lease
+
     def _serves(self, demand: Demand) -> bool:
-        return best(demand.target, demand.rungs, self._scene, NOBODY, 0, self._clock()) is not None
+        return has_room(demand.target, demand.rungs, self._scene, self._clock())
 
     def _expire(self) -> None:
         for ticket in self._lines.expired(self._clock()):
-            ticket.refuse(self._too_late(ticket.demand, ticket.key))
+            ticket.refuse(self._too_late(ticket.demand, ticket.want.key))
 
     def _set_alarm(self) -> None:
         """Look again when the next one gives up, or a full replica may have room again."""
@@ -230,7 +290,9 @@ class Dispatch:
     def _look_again(self) -> None:
         """A replica came or went: nothing is held against one that isn't ready, it will be another one when it is."""
         ready = {replica.id for replicas in self._registry.ready.values() for replica in replicas}
+        self._loads.keep(self._registry.ready)
         self._health.keep_only(ready)
+        self.memory.keep_only(ready)
         if len(self._lines):
             self._give_up_hopeless()
             self._pump()
@@ -241,3 +303,14 @@ class Dispatch:
         for ticket in self._lines:
             if ticket.demand in hopeless:
                 ticket.refuse(Unavailable(f"no replica of {ticket.demand.alias!r} is ready any more"))
+
+
+def _no_hope(want: Want, offer: Offer, patience_seconds: float) -> Overloaded:
+    """Say when the fastest replica would be worth asking, if nobody else came."""
+    wait_seconds = offer.outlook.wait_seconds
+    return Overloaded(
+        f"every replica of {want.target.name!r} that may answer has {wait_seconds:.0f} s of work before this request, "
+        f"which may wait for {patience_seconds:.0f} s; try again later",
+        retry_after_seconds=drain.bounded(wait_seconds - patience_seconds),
+        code="overloaded",
+    )

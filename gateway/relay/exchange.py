@@ -2,10 +2,12 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from config.schema import TimeoutSettings
+from gateway.api.asking import asked, text_bytes
 from gateway.api.inference import Inference
 from gateway.api.sse import EventCutter
 from gateway.errors import (
@@ -18,7 +20,7 @@ from gateway.keys import Caller
 from gateway.relay.accounting import Account
 from gateway.relay.connection import Connection
 from gateway.relay.dispatch import Dispatch
-from gateway.relay.leases import Lease
+from gateway.relay.leases import Lease, Want
 from gateway.relay.pool import Pool
 from gateway.relay.replies import asked_to_hold, fields_of, finish_of, refusal, renamed
 from gateway.relay.shapes import Manner, Shaping, shaped, tells
@@ -26,7 +28,7 @@ from gateway.relay.streams import Transcript, transcript_of
 from gateway.relay.teller import Teller
 from gateway.relay.watch import Deadlines
 from gateway.routing.catalog import Target
-from gateway.routing.ladder import permitted_rungs
+from gateway.routing.floors import permitted_rungs
 from serving.replica import Replica
 
 log = logging.getLogger(__name__)
@@ -57,24 +59,25 @@ class Relay:
     pool: Pool
 
     async def answer(
-        self, asked: Inference, target: Target, caller: Caller, account: Account, teller: Teller, wait_seconds: float
+        self,
+        inference: Inference,
+        headers: Mapping[bytes, bytes],
+        target: Target,
+        caller: Caller,
+        account: Account,
+        teller: Teller,
+        wait_seconds: float,
     ) -> None:
         """Pass one answer on; GatewayError if there is none."""
-        inference = asked
+        want = self._want(inference, headers, target, caller, account)
         if target.think == "none" and inference.endpoint.shapes_reasoning:
             inference = inference.without_thinking()
-        rungs = permitted_rungs(target, (caller.floor, inference.floor), inference.precisions)
-        # One turn a request: if retries took turns too, two replicas would never change places.
-        turn, attempts = self.dispatch.arrived(), Attempts()
+        attempts = Attempts()
         while True:
             waiting_since = account.clock()
             try:
                 lease = await self.dispatch.lease(
-                    target,
-                    rungs,
-                    turn,
-                    key=caller.name or "",
-                    body_bytes=account.body_bytes,
+                    want,
                     wait_seconds=max(wait_seconds - account.queued_seconds, 0),
                     tried=attempts.tried,
                     failure=attempts.failure,
@@ -82,7 +85,7 @@ class Relay:
             finally:
                 account.queued_seconds += account.clock() - waiting_since
             with lease:
-                account.chose(lease.choice)
+                account.chose(lease.choice, lease.began)
                 if attempts.again_after is not None:
                     self._tried_again(attempts.again_after, account)
                     attempts.again_after = None
@@ -93,6 +96,33 @@ class Relay:
                 else:
                     lease.succeeded()
                     return
+                finally:
+                    lease.prompt_tokens, lease.answer_tokens = account.engine_tokens
+
+    def _want(
+        self,
+        inference: Inference,
+        headers: Mapping[bytes, bytes],
+        target: Target,
+        caller: Caller,
+        account: Account,
+    ) -> Want:
+        """Sum up what the request is to routing."""
+        rungs = permitted_rungs(target, (caller.floor, inference.floor), inference.precisions)
+        bytes_per_token = self.dispatch.memory.bytes_per_token(target.name)
+        ask = asked(inference, headers, caller.name, bytes_per_token, with_blocks=self.dispatch.has_choice(rungs))
+        return Want(
+            target,
+            rungs,
+            # One turn a request: if retries took turns too, two replicas would never change places.
+            self.dispatch.arrived(),
+            ask,
+            caller.name or "",
+            account.request_id,
+            inference.stream,
+            account.body_bytes,
+            text_bytes(inference),
+        )
 
     def _judge(self, error: GatewayError, lease: Lease, attempts: Attempts, account: Account) -> None:
         """Say what an error means for the replica, and raise it unless the request is tried again."""

@@ -5,14 +5,39 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
+import msgspec
+
 from config.variant import Variant
 from gateway.errors import GatewayError
+from gateway.relay.loads import Sent
+from gateway.routing.ask import NOTHING_KNOWN, Ask
 from gateway.routing.catalog import Target
 from gateway.routing.ladder import Choice
 
 
+class Want(msgspec.Struct, frozen=True, eq=False):
+    """One request that wants a replica of these rungs.
+
+    `turn` is its turn among equals; `body_bytes` is what it takes while it waits, `prompt_bytes` how long its prompt is
+    as text, which tells how many bytes make a token once its engine has counted them.
+    """
+
+    target: Target
+    rungs: tuple[Variant, ...]
+    turn: int
+    ask: Ask = NOTHING_KNOWN
+    key: str = ""
+    request_id: str = ""
+    streams: bool = False
+    body_bytes: int = 0
+    prompt_bytes: int = 0
+
+
 class Lessor(Protocol):
     """Whoever gives leases out, and takes them back."""
+
+    def began(self, lease: "Lease") -> None:
+        """The first token is there."""
 
     def release(self, lease: "Lease") -> None:
         """End a lease."""
@@ -32,11 +57,16 @@ class Lease:
     """One request on one replica, counted from the choice to the end of the `with` block.
 
     Say `succeeded`, `failed` or `refused` inside it; an exchange that ends without any was given up by its client.
+    `prompt_tokens` and `answer_tokens` are what the engine counted, 0 as long as it has not.
     """
 
     choice: Choice
+    want: Want
     asked_at: float
+    sent: Sent
     _lessor: Lessor
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
     probe_until: float | None = None  # it finds out whether a replica works again, and is believed lost by then
 
     def __enter__(self) -> Self:
@@ -46,6 +76,10 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._lessor.release(self)
+
+    def began(self) -> None:
+        """The first token is there."""
+        self._lessor.began(self)
 
     def succeeded(self) -> None:
         """The replica did what it should."""
@@ -75,8 +109,7 @@ class Ticket:
     """One request that waits; it gets a lease, or an error."""
 
     demand: Demand
-    key: str
-    turn: int
+    want: Want
     served: "asyncio.Future[Lease]"
 
     def refuse(self, error: GatewayError) -> None:
@@ -85,6 +118,6 @@ class Ticket:
             self.served.set_exception(error)
 
 
-def demand_for(target: Target, rungs: tuple[Variant, ...]) -> Demand:
+def demand_for(want: Want) -> Demand:
     """Name the line that a request would wait in."""
-    return Demand(target.name, tuple([rung.name for rung in rungs]), target, rungs)
+    return Demand(want.target.name, tuple([rung.name for rung in want.rungs]), want.target, want.rungs)

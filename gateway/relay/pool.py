@@ -86,6 +86,11 @@ class Pool:
             idle.popleft()[1].close()
         idle.append((now, connection))
 
+    def drop(self, url: str, tls: Tls | None = None) -> None:
+        """Close what lies idle for a replica that nobody will ask soon."""
+        for _, connection in self._idle.pop((url, tls), ()):
+            connection.close()
+
     async def connect(self, place: _Place, seconds: float) -> Connection:
         """Open a connection; UpstreamUnreachable if there is none in time."""
         url, tls = place

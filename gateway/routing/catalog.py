@@ -4,16 +4,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from config.schema import NO_FLOOR, AliasSettings, Floor, TimeoutSettings
+from config.schema import NO_FLOOR, AliasSettings, Floor, Spill, TimeoutSettings
 from config.variant import Variant
 from gateway.errors import UnknownModel
+from gateway.routing.refusals import Refusal, Sifted, sifted, without_failed
 
 USUAL_TIMEOUTS = TimeoutSettings()
+USUAL_SPILL = Spill()
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a model name stands for: an alias with its ladder, or one pinned variant."""
+    """What a model name stands for: an alias with its ladder, or one pinned variant.
+
+    `rungs` is the ladder without those that are shut out, `permitted` those of them that meet the alias' own floor.
+    """
 
     name: str
     rungs: tuple[Variant, ...]
@@ -22,6 +27,20 @@ class Target:
     think: Literal["auto", "prefix", "none"] = "auto"
     reasoning: Literal["parsed", "restored", "raw"] = "parsed"
     timeouts: TimeoutSettings = USUAL_TIMEOUTS
+    spill: Spill = USUAL_SPILL
+    trust_declared: bool = False
+    shut_out: tuple[Refusal, ...] = ()
+    permitted: tuple[Variant, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        permitted = self.rungs if self.floor is NO_FLOOR else self.sifted((), None).kept
+        object.__setattr__(self, "permitted", permitted)
+
+    def sifted(self, floors: tuple[Floor, ...], precisions: frozenset[str] | None) -> Sifted:
+        """Tell who may answer a request with such floors and precisions, and of the whole ladder who may not."""
+        limits = [floor for floor in (self.floor, *floors) if floor is not NO_FLOOR]
+        told = sifted(self.rungs, limits, precisions, trust_declared=self.trust_declared)
+        return Sifted(told.kept, (*told.refused, *self.shut_out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +55,7 @@ class Catalog:
         for name, variant in self.variants.items():
             self._targets[name] = Target(name, (variant,), NO_FLOOR, pinned=True)
         for name, alias in self.aliases.items():
-            rungs = tuple(self.variants[rung] for rung in alias.ladder)
-            floor = NO_FLOOR if alias.floor == NO_FLOOR else alias.floor
-            self._targets[name] = Target(name, rungs, floor, False, alias.think, alias.reasoning, alias.timeouts)
+            self._targets[name] = _target(name, alias, tuple([self.variants[rung] for rung in alias.ladder]))
 
     def resolve(self, model: str) -> Target:
         """Look a model name up; UnknownModel if it is neither an alias nor a variant."""
@@ -51,3 +68,19 @@ class Catalog:
     def names(self) -> list[str]:
         """All names, aliases first."""
         return [*self.aliases, *self.variants]
+
+
+def _target(name: str, alias: AliasSettings, ladder: tuple[Variant, ...]) -> Target:
+    admitted = Sifted(ladder, ()) if alias.admit_failed else without_failed(ladder)
+    return Target(
+        name,
+        admitted.kept,
+        NO_FLOOR if alias.floor == NO_FLOOR else alias.floor,
+        False,
+        alias.think,
+        alias.reasoning,
+        alias.timeouts,
+        alias.spill,
+        alias.trust_declared,
+        admitted.refused,
+    )

@@ -55,7 +55,12 @@ def retry_after_seconds(waiting_ahead: int, pace: Pace | None, now: float) -> fl
     per_second = pace.per_second(now)
     if waiting_ahead + 1 >= LONGEST_RETRY_SECONDS * per_second:
         return LONGEST_RETRY_SECONDS
-    return max((waiting_ahead + 1) / per_second, SHORTEST_RETRY_SECONDS)
+    return bounded((waiting_ahead + 1) / per_second)
+
+
+def bounded(seconds: float) -> float:
+    """Keep within what clients obey."""
+    return min(max(seconds, SHORTEST_RETRY_SECONDS), LONGEST_RETRY_SECONDS)
 
 
 def _left(seconds: float) -> float:

@@ -1,20 +1,36 @@
-"""Which replica answers: the least loaded one of the highest rung that may answer and has room."""
+"""The decision: the highest rung of a ladder that answers soon enough, and there the replica that answers soonest.
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+From the best rung down: a rung whose cheapest replica keeps the caller waiting for no longer than `spill.after_seconds`
+answers, unless its gate is open and it is this request's turn to go down, so that the rung recovers. If no rung is soon
+enough, the fastest of all answers. Rungs below the floor are not among those that this is told of.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 import msgspec
 
-from config.schema import NO_FLOOR, Floor
 from config.variant import Variant
-from gateway.errors import FloorUnmet
+from gateway.routing.ask import NOTHING_KNOWN, Ask, needed_tokens
 from gateway.routing.breaker import Breaker, admissible
 from gateway.routing.catalog import Target
+from gateway.routing.gates import CLOSED, Gate, Manner, judged, passed
+from gateway.routing.outlook import Outlook, answer_length, seconds_for
+from gateway.routing.sessions import Stay
 from gateway.routing.shedding import ROOMY, Mark
 from serving.replica import HOPEFUL, Replica, ReplicaStatus
 
 Reason = Literal["preferred", "spill", "floor", "pinned", "canary", "fallback"]
+GateName = tuple[str, str]  # an alias, and the variant of a rung
+
+NOBODY: frozenset[str] = frozenset()
+NOTHING_CACHED: Mapping[str, float] = {}
+
+# A conversation stays on its replica as long as no other one is so much cheaper.
+LOYAL_SHARE = 1.1
+LOYAL_SECONDS = 0.05
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -25,77 +41,204 @@ class Choice(msgspec.Struct, frozen=True):
     reason: Reason
 
 
+class Query(msgspec.Struct, frozen=True):
+    """One request that wants a replica, once more perhaps.
+
+    `turn` rotates among equals, `tried` have failed it, `stay` is where its conversation was, and `cached_tokens` is
+    how much of its prompt replicas have probably read already.
+    """
+
+    ask: Ask = NOTHING_KNOWN
+    turn: int = 0
+    tried: frozenset[str] = NOBODY
+    stay: Stay | None = None
+    cached_tokens: Mapping[str, float] = NOTHING_CACHED
+
+
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a decision is made on: who is ready, how busy, and what is held against whom; who fails, who is full."""
+    """What a decision is made on: how replicas fare, who fails, who is full, which rungs spill."""
 
-    ready: Mapping[str, tuple[Replica, ...]]  # by variant
-    in_flight: Mapping[str, int]
+    outlooks: Callable[[str], Sequence[Outlook]]  # of a variant's ready replicas
     breakers: Mapping[str, Breaker] = field(default_factory=dict)
     marks: Mapping[str, Mark] = field(default_factory=dict)
-
-    def has_room(self, replica: Replica, now: float) -> bool:
-        """Tell whether a replica takes one more request."""
-        in_flight = self.in_flight.get(replica.id, 0)
-        if in_flight >= replica.max_in_flight:
-            return False
-        mark = self.marks.get(replica.id, ROOMY) if self.marks else ROOMY
-        return mark is ROOMY or (in_flight < mark.most and not mark.full(now))
+    gates: Mapping[GateName, Gate] = field(default_factory=dict)
 
 
-def permitted_rungs(
-    target: Target, floors: tuple[Floor, ...], precisions: frozenset[str] | None
-) -> tuple[Variant, ...]:
-    """Keep the rungs that satisfy alias, key and request; FloorUnmet tells for each of the others why not."""
-    limits = [floor for floor in (target.floor, *floors) if floor is not NO_FLOOR]
-    if precisions is None and not limits:
-        return target.rungs
-    kept, refused = [], []
-    for variant in target.rungs:
-        why = next(filter(None, map(variant.quality.shortfall, limits)), None)
-        if precisions is not None and variant.precision not in precisions:
-            why = f"precision {variant.precision} was not asked for"
-        if why is None:
-            kept.append(variant)
-        else:
-            refused.append(f"{variant.name}: {why}")
-    if not kept:
-        raise FloorUnmet(f"no variant of {target.name!r} is good enough ({'; '.join(refused)})", param="model")
-    return tuple(kept)
+class Offer(msgspec.Struct, frozen=True):
+    """The cheapest replica of a rung."""
+
+    choice: Choice
+    outlook: Outlook
+
+    def is_sooner_than(self, other: "Offer") -> bool:
+        """Tell whether a request waits for less long here."""
+        return self.outlook.wait_seconds < other.outlook.wait_seconds
+
+    def seconds_of(self, query: Query) -> float:
+        """What the request would cost here."""
+        ask, outlook = query.ask, self.outlook
+        return seconds_for(outlook, ask, answer_length(outlook, ask), query.cached_tokens.get(outlook.id, 0.0))
 
 
-def best(
-    target: Target, rungs: tuple[Variant, ...], scene: Scene, tried: frozenset[str], turn: int, now: float
-) -> Choice | None:
-    """Choose a replica, None if none has room; `turn` rotates among equals.
+class Decision(msgspec.Struct, frozen=True):
+    """Who answers, None if nobody has room; and the gates that turned, or owe another share than before."""
+
+    offer: Offer | None
+    gates: Mapping[GateName, Gate]
+
+
+def decide(target: Target, rungs: tuple[Variant, ...], query: Query, scene: Scene, now: float) -> Decision:
+    """Choose a replica among those of the rungs that may answer.
 
     Replicas that their breakers bar come last, below every rung: only when all others have failed, or are full.
     """
-    last_resort: list[tuple[Variant, list[Replica]]] = []
-    for variant in rungs:
-        ready = scene.ready.get(variant.name, ())
-        first: Sequence[Replica] = ready
-        if scene.breakers:
-            admitted = admissible([replica.id for replica in ready], scene.breakers, now)
-            first = _named(ready, admitted.first)
-            last_resort.append((variant, _named(ready, admitted.last_resort)))
-        replica = _least_loaded(first, scene, tried, turn, now)
-        if replica is not None:
-            return Choice(replica, variant, _reason(target, variant, rungs))
-    for variant, replicas in last_resort:
-        replica = _least_loaded(replicas, scene, tried, turn, now)
-        if replica is not None:
-            return Choice(replica, variant, _reason(target, variant, rungs))
+    needed = needed_tokens(query.ask)
+    decision = _descent(target, rungs, query, scene, needed, now)
+    if decision.offer is None and needed and not _anybody_fits(rungs, scene, needed):
+        # Its engine says it better than we could.
+        needed = 0.0
+        decision = _descent(target, rungs, query, scene, needed, now)
+    if decision.offer is None and scene.breakers:
+        offer = _last_resort(target, rungs, query, scene, needed, now)
+        return Decision(offer, decision.gates)
+    return decision
+
+
+def _descent(
+    target: Target, rungs: tuple[Variant, ...], query: Query, scene: Scene, needed: float, now: float
+) -> Decision:
+    """Go down the ladder until a rung is soon enough."""
+    spill, home = target.spill, _home(query.stay, rungs)
+    gates: dict[GateName, Gate] = {}
+    held_back: Offer | None = None
+    too_slow: list[Offer] = []
+    passed_over = False
+    for place, rung in enumerate(rungs):
+        outlooks = _admitted(scene.outlooks(rung.name), scene, now)
+        offer = _offer(target, rungs, rung, _cheapest(outlooks, query, needed), passed_over=passed_over)
+        if offer is not None and not offer.outlook.known:
+            return Decision(offer, gates)
+        if offer is None and not any(_would_do(each, query, needed) for each in outlooks):
+            continue
+        wait_seconds = inf if offer is None else offer.outlook.wait_seconds
+        verdict = judged(spill, wait_seconds)
+        if rung is not rungs[-1]:
+            name = (target.name, rung.name)
+            before = scene.gates.get(name, CLOSED)
+            gate, verdict = passed(before, spill, wait_seconds, now, _manner(home, place))
+            if gate is not before:
+                gates[name] = gate
+        passed_over = True
+        if offer is None:
+            continue
+        if verdict == "answers" and (held_back is None or place == home or offer.is_sooner_than(held_back)):
+            return Decision(offer, gates)
+        if verdict == "goes":
+            held_back = held_back or offer
+        elif verdict == "too slow":
+            too_slow.append(offer)
+    return Decision(held_back or min(too_slow, key=lambda offer: offer.seconds_of(query), default=None), gates)
+
+
+def _would_do(outlook: Outlook, query: Query, needed: float) -> bool:
+    """Tell whether a replica would be asked if it had room."""
+    return outlook.id not in query.tried and needed <= outlook.context_tokens
+
+
+def _home(stay: Stay | None, rungs: tuple[Variant, ...]) -> int | None:
+    """The rung on which a conversation was answered last, if it may answer still."""
+    if stay is None:
+        return None
+    return next((place for place, rung in enumerate(rungs) if rung.name == stay.variant), None)
+
+
+def _manner(home: int | None, place: int) -> Manner:
+    if home is None or home < place:
+        return "new"
+    return "at home" if home == place else "lives below"
+
+
+def _admitted(outlooks: Sequence[Outlook], scene: Scene, now: float) -> Sequence[Outlook]:
+    """Leave out whom a breaker bars, and whoever said that it is full."""
+    if scene.breakers:
+        first = admissible([each.id for each in outlooks], scene.breakers, now).first
+        outlooks = [each for each in outlooks if each.id in first]
+    return _with_room(outlooks, scene, now)
+
+
+def _with_room(outlooks: Sequence[Outlook], scene: Scene, now: float) -> Sequence[Outlook]:
+    """Have those that said that they are full show no room."""
+    if not scene.marks:
+        return outlooks
+    marks = scene.marks
+    return [msgspec.structs.replace(each, has_room=False) if is_full(each, marks, now) else each for each in outlooks]
+
+
+def is_full(outlook: Outlook, marks: Mapping[str, Mark], now: float) -> bool:
+    """Tell whether a replica said that it takes no more."""
+    mark = marks.get(outlook.id, ROOMY)
+    return mark is not ROOMY and (mark.full(now) or outlook.in_flight >= mark.most)
+
+
+def _cheapest(outlooks: Sequence[Outlook], query: Query, needed: float) -> Outlook | None:
+    """The replica that would answer soonest; the shortest queue where that isn't known of all of them."""
+    ask, cached, tried = query.ask, query.cached_tokens, query.tried
+    count = len(outlooks)
+    first = query.turn % count if count > 1 else 0
+    answer_tokens = answer_length(outlooks[0], ask) if count else 0.0
+    chosen, lowest, home, home_seconds = None, inf, None, inf
+    sticky = query.stay.replica_id if query.stay is not None and not query.stay.running else None
+    for outlook in (*outlooks[first:], *outlooks[:first]) if first else outlooks:
+        if not outlook.has_room or needed > outlook.context_tokens or outlook.id in tried:
+            continue
+        if not outlook.known:
+            return _shortest(outlooks, query, needed)
+        seconds = seconds_for(outlook, ask, answer_tokens, cached.get(outlook.id, 0.0) if cached else 0.0)
+        if seconds < lowest:
+            chosen, lowest = outlook, seconds
+        if outlook.id == sticky:
+            home, home_seconds = outlook, seconds
+    return home if home is not None and home_seconds <= LOYAL_SHARE * lowest + LOYAL_SECONDS else chosen
+
+
+def _shortest(outlooks: Sequence[Outlook], query: Query, needed: float) -> Outlook | None:
+    """The replica with the fewest requests."""
+    count = len(outlooks)
+    chosen = None
+    for place in range(count):
+        outlook = outlooks[(place + query.turn) % count]
+        if not outlook.has_room or needed > outlook.context_tokens or outlook.id in query.tried:
+            continue
+        if chosen is None or outlook.requests < chosen.requests:
+            chosen = outlook
+    return chosen
+
+
+def _offer(
+    target: Target, rungs: tuple[Variant, ...], rung: Variant, outlook: Outlook | None, *, passed_over: bool
+) -> Offer | None:
+    if outlook is None:
+        return None
+    return Offer(Choice(outlook.replica, rung, _reason(target, rung, rungs, passed_over=passed_over)), outlook)
+
+
+def _anybody_fits(rungs: tuple[Variant, ...], scene: Scene, needed: float) -> bool:
+    return any(needed <= each.context_tokens for rung in rungs for each in scene.outlooks(rung.name))
+
+
+def _last_resort(
+    target: Target, rungs: tuple[Variant, ...], query: Query, scene: Scene, needed: float, now: float
+) -> Offer | None:
+    """The least bad of those that breakers bar, on the highest rung that has one."""
+    for rung in rungs:
+        outlooks = scene.outlooks(rung.name)
+        barred = admissible([each.id for each in outlooks], scene.breakers, now).last_resort
+        allowed = _with_room([each for each in outlooks if each.id in barred], scene, now)
+        offer = _offer(target, rungs, rung, _shortest(allowed, query, needed), passed_over=False)
+        if offer is not None:
+            return offer
     return None
-
-
-def ranked(
-    target: Target, rungs: tuple[Variant, ...], scene: Scene, tried: frozenset[str], turn: int, now: float
-) -> Iterator[Choice]:
-    """Every replica that has room, in the order in which they would be tried."""
-    while (choice := best(target, rungs, scene, tried, turn, now)) is not None:
-        yield choice
-        tried |= {choice.replica.id}
 
 
 def worth_waiting(rungs: tuple[Variant, ...], snapshot: Iterable[ReplicaStatus]) -> bool:
@@ -104,28 +247,18 @@ def worth_waiting(rungs: tuple[Variant, ...], snapshot: Iterable[ReplicaStatus])
     return any(status.state in HOPEFUL and status.replica.variant in names for status in snapshot)
 
 
-def _least_loaded(
-    replicas: Sequence[Replica], scene: Scene, tried: frozenset[str], turn: int, now: float
-) -> Replica | None:
-    chosen, lowest = None, 0
-    in_flight = scene.in_flight
-    count = len(replicas)
-    for place in range(count):
-        replica = replicas[(place + turn) % count]
-        load = in_flight.get(replica.id, 0)
-        if (chosen is None or load < lowest) and replica.id not in tried and scene.has_room(replica, now):
-            chosen, lowest = replica, load
-    return chosen
+def has_room(target: Target, rungs: tuple[Variant, ...], scene: Scene, now: float) -> bool:
+    """Tell whether any replica that may answer takes one more request, however long or short."""
+    query = Query()
+    if any(_shortest(_admitted(scene.outlooks(rung.name), scene, now), query, 0.0) for rung in rungs):
+        return True
+    return bool(scene.breakers) and _last_resort(target, rungs, query, scene, 0.0, now) is not None
 
 
-def _named(replicas: Sequence[Replica], ids: Sequence[str]) -> list[Replica]:
-    return [replica for replica in replicas if replica.id in ids]
-
-
-def _reason(target: Target, variant: Variant, rungs: tuple[Variant, ...]) -> Reason:
+def _reason(target: Target, variant: Variant, rungs: tuple[Variant, ...], *, passed_over: bool) -> Reason:
     if target.pinned:
         return "pinned"
     if variant is rungs[0]:
         # The best that the caller lets answer; `floor` if the caller or the alias ruled a better rung out.
         return "preferred" if rungs[0] is target.rungs[0] else "floor"
-    return "fallback"
+    return "spill" if passed_over else "fallback"

@@ -25,7 +25,8 @@ def test_sealed_variant_is_measured(tmp_path: Path) -> None:
     manifest = seal(tmp_path / "int4", bits=4)
     variant = read(VariantSettings(path="int4"), tmp_path)
     assert (variant.precision, variant.id, variant.quality.source) == ("int4", manifest.id, "measured")
-    assert variant.quality.top1_agreement == 0.95
+    assert variant.quality == QualityMeasures("measured", 0.02, 0.95, 1.01, 0.4)
+    assert variant.failure is None
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_directory_that_is_no_model(tmp_path: Path, content: str | None, word: s
         read(VariantSettings(path=str(tmp_path / "nowhere")))
 
 
-MEASURED = QualityMeasures("measured", kl_mean=0.02, top1_agreement=0.95, perplexity_ratio=1.01)
+MEASURED = QualityMeasures("measured", kl_mean=0.02, top1_agreement=0.95, perplexity_ratio=1.01, kl_p99=0.4)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,9 @@ MEASURED = QualityMeasures("measured", kl_mean=0.02, top1_agreement=0.95, perple
         ({"kl_mean": 0.02}, None),
         ({"kl_mean": 0.01}, "kl_mean 0.02 misses"),
         ({"perplexity_ratio": 1.0}, "perplexity_ratio 1.01 misses"),
+        ({"kl_p99": 0.4}, None),
+        ({"kl_p99": 0.39}, "kl_p99 0.4 misses the floor 0.39"),
+        ({"length_ratio": 2}, "length_ratio is unknown, the floor is 2"),
     ],
 )
 def test_shortfall(floor: dict[str, float], word: str | None) -> None:
@@ -83,7 +87,16 @@ def test_shortfall(floor: dict[str, float], word: str | None) -> None:
     assert (told is None) if word is None else (told is not None and word in told)
 
 
-@given(st.builds(Floor, top1_agreement=st.floats(0, 1), kl_mean=st.floats(0, 9), perplexity_ratio=st.floats(1, 9)))
+@given(
+    st.builds(
+        Floor,
+        top1_agreement=st.floats(0, 1),
+        kl_mean=st.floats(0, 9),
+        perplexity_ratio=st.floats(1, 9),
+        kl_p99=st.floats(0, 9),
+        length_ratio=st.floats(1, 9),
+    )
+)
 def test_parent_meets_every_floor_and_the_unknown_none(floor: Floor) -> None:
     """Nothing is asked that the parent can't give, and nothing is given that nobody measured."""
     assert PARENT_QUALITY.shortfall(floor) is None

@@ -1,10 +1,11 @@
 """The fake's routes: which path answers what, and in which order a request is checked."""
 
+import asyncio
 import json
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tests.fakes import answers, messages
@@ -17,6 +18,7 @@ from tests.fakes.options import Options
 
 GUARDED = ("/v1", "/v2", "/inference", "/cohere")
 KV_TOKENS = 65536
+CACHE = f'block_size="16",cache_dtype="auto",kv_cache_size_tokens="{KV_TOKENS}",num_gpu_blocks="{KV_TOKENS // 16}"'
 MESSAGES = "/v1/messages"
 GENERATIONS: Mapping[str, Kind] = {
     "/v1/chat/completions": "chat",
@@ -35,6 +37,28 @@ class Answer:
     content_type: str = "application/json"
 
 
+@dataclass(slots=True)
+class Page:
+    """How /metrics misbehaves: names that are others now, and an answer that doesn't come."""
+
+    renamed: dict[str, str] = field(default_factory=dict)
+    told: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.told.set()
+
+    def change(self, asked: Mapping[str, Any]) -> None:
+        """Take over what is asked; whatever is not named is as it should be again."""
+        self.renamed = dict(asked.get("rename", {}))
+        (self.told.clear if asked.get("stall") else self.told.set)()
+
+    def changed(self, page: str) -> str:
+        """Write a page with the names as they are now."""
+        for old, new in self.renamed.items():
+            page = page.replace(f"{old}{{", f"{new}{{").replace(f" {old} ", f" {new} ")
+        return page
+
+
 class Replica:
     """Answers each request as vLLM would, with the engine's consent."""
 
@@ -43,12 +67,14 @@ class Replica:
         self._engine = engine
         self._journal = journal
         self._created = int(time.time())
+        self._page = Page()
         self._routes: dict[str, dict[str, Callable[[Request], Answer]]] = {
             "/health": {"GET": self._health},
             "/ping": {"GET": self._health, "POST": self._health},
             "/version": {"GET": lambda _: _json({"version": "0.32.0"})},
             "/load": {"GET": self._load},
             "/metrics": {"GET": self._metrics},
+            "/fake/metrics": {"POST": self._change_page},
             "/v1/models": {"GET": lambda _: _json(answers.models(options, self._created))},
             "/tokenize": {"POST": self._tokenize},
             "/detokenize": {"POST": self._detokenize},
@@ -63,6 +89,8 @@ class Replica:
             if request.path in GENERATIONS and request.method == "POST" and self._admits(request):
                 await self._generate(GENERATIONS[request.path], request, reply)
             else:
+                if request.path == "/metrics":
+                    await self._page.told.wait()
                 answer = self._answer(request)
                 await reply.send(answer.status, answer.body, answer.content_type, self._headers(request))
         except ApiError as error:
@@ -140,7 +168,7 @@ class Replica:
             "num_requests_waiting": engine.waiting,
             'num_requests_waiting_by_reason|reason="capacity"': engine.waiting,
             'num_requests_waiting_by_reason|reason="deferred"': 0,
-            f'cache_config_info|block_size="16",kv_cache_size_tokens="{KV_TOKENS}"': 1,
+            f"cache_config_info|{CACHE}": 1,
             "kv_cache_usage_perc": engine.running / self._options.max_num_seqs,
         }
         succeeded = {
@@ -156,8 +184,13 @@ class Replica:
             "num_preemptions": 0,
             **succeeded,
         }
-        page = answers.metrics(self._options.served[0], gauges, counters)
+        page = self._page.changed(answers.metrics(self._options.served[0], gauges, counters))
         return Answer(body=page.encode(), content_type="text/plain; version=1.0.0; charset=utf-8")
+
+    def _change_page(self, request: Request) -> Answer:
+        """No vLLM has this: `{"rename": {old: new}, "stall": bool}` says how /metrics misbehaves from now on."""
+        self._page.change(read_json(request))
+        return _json({})
 
     def _tokenize(self, request: Request) -> Answer:
         body = read_json(request)

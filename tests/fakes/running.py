@@ -59,6 +59,11 @@ class FakeReplica:
         """Let stalled generations go on; nothing stalls any more."""
         self.process.send_signal(signal.SIGUSR1)
 
+    async def change_metrics(self, *, rename: Mapping[str, str] | None = None, stall: bool = False) -> None:
+        """Give metrics other names, or none an answer, from now on; without arguments all is well again."""
+        body = json.dumps({"rename": dict(rename or {}), "stall": stall})
+        assert await _answers(self.port, "POST /fake/metrics", body), "a fake takes every change"
+
     async def exited(self) -> int:
         """The exit code, when the process is gone."""
         async with asyncio.timeout(DEADLINE_SECONDS):
@@ -162,12 +167,18 @@ async def _until_healthy(replica: FakeReplica) -> None:
 
 async def _healthy(port: int) -> bool:
     """Whether /health answers 200 on a connection of its own."""
+    return await _answers(port, "GET /health")
+
+
+async def _answers(port: int, asked: str, body: str = "") -> bool:
+    """Whether a request is answered with 200 on a connection of its own."""
     try:
         reader, writer = await asyncio.open_connection(HOST, port)
     except ConnectionRefusedError:
         return False
+    described = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
     try:
-        writer.write(b"GET /health HTTP/1.1\r\nhost: fake\r\nconnection: close\r\n\r\n")
+        writer.write(f"{asked} HTTP/1.1\r\nhost: fake\r\n{described}\r\n{body}".encode())
         return (await reader.readline()).startswith(b"HTTP/1.1 200 ")
     finally:
         writer.close()

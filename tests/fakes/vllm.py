@@ -3,6 +3,7 @@
 Run it as `python -m tests.fakes.vllm --model DIR --served-model-name m1 --port 8000 --fake-tokens 50`.
 `--fake-crash-after-requests N` lets N generations through; the next one takes the engine down half-way.
 SIGUSR1 lets everything go on that `--fake-stall-...` holds: a test decides how long a stream lasts, no clock does.
+`POST /fake/metrics {"rename": {"vllm:num_requests_running": "vllm:other"}, "stall": true}` spoils the page of metrics.
 """
 
 import asyncio

@@ -33,10 +33,10 @@ CONFIG: dict[str, Any] = {
         "odd": {"precision": "fp8"},
     },
     "aliases": {
-        "smol": {"ladder": ["hi", "mid", "lo"]},
-        "strict": {"ladder": ["hi", "mid", "lo"], "floor": {"top1_agreement": 0.95}},
+        "smol": {"ladder": ["hi", "mid", "lo"], "trust_declared": True},
+        "strict": {"ladder": ["hi", "mid", "lo"], "floor": {"top1_agreement": 0.95}, "trust_declared": True},
         "team/small": {"ladder": ["lo"]},
-        "hopeless": {"ladder": ["lo", "odd"], "floor": {"top1_agreement": 0.99}},
+        "hopeless": {"ladder": ["lo", "odd"], "floor": {"top1_agreement": 0.99}, "trust_declared": True},
     },
 }
 

@@ -1,16 +1,21 @@
 """A dispatch with replicas that a test puts there, and a clock that it moves."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from config.schema import NO_FLOOR, QueueSettings, RetrySettings
 from config.variant import QualityMeasures, Variant
 from gateway.errors import GatewayError
-from gateway.relay.dispatch import NOBODY, Dispatch
-from gateway.relay.leases import Lease
+from gateway.metrics import Metrics
+from gateway.relay.dispatch import Dispatch
+from gateway.relay.leases import Lease, Want
+from gateway.relay.loads import UNMEASURED, Loads
+from gateway.routing.ask import NOTHING_KNOWN, Ask
 from gateway.routing.catalog import Target
+from gateway.routing.ladder import NOBODY
+from gateway.routing.speed import Speed
 from serving.registry import Registry
 from serving.replica import Replica, State
 
@@ -28,6 +33,8 @@ class House:
     dispatch: Dispatch
     registry: Registry
     now: list[float]
+    loads: Loads
+    metrics: Metrics
     order: list[str] = field(default_factory=list)  # who got a lease, by name
 
     def come(self, name: str = "hi-0", state: State = State.READY, max_in_flight: int = 1, reason: str = "") -> None:
@@ -44,17 +51,15 @@ class House:
         alias: str = "smol",
         tried: frozenset[str] = NOBODY,
         failure: GatewayError | None = None,
+        prompt: Ask = NOTHING_KNOWN,
     ) -> "asyncio.Task[Lease]":
         """Ask for a lease with a key."""
         names = rungs or (HI,)
 
         async def asked() -> Lease:
+            target = Target(alias, names, NO_FLOOR, pinned=False)
             lease = await self.dispatch.lease(
-                Target(alias, names, NO_FLOOR, pinned=False),
-                names,
-                self.dispatch.arrived(),
-                key=key,
-                body_bytes=body_bytes,
+                Want(target, names, self.dispatch.arrived(), prompt, key, body_bytes=body_bytes),
                 wait_seconds=wait_seconds,
                 tried=tried,
                 failure=failure,
@@ -82,12 +87,16 @@ class House:
 
 
 @asynccontextmanager
-async def house(queue: QueueSettings | None = None, retries: RetrySettings | None = None) -> AsyncIterator[House]:
+async def house(
+    queue: QueueSettings | None = None, retries: RetrySettings | None = None, speeds: Mapping[str, Speed] = UNMEASURED
+) -> AsyncIterator[House]:
     """A dispatch; in the end nobody waits, and nothing is in flight."""
     now = [0.0]
-    registry = Registry()
-    with Dispatch(registry, queue or QueueSettings(), retries or RetrySettings(), lambda: now[0]) as dispatch:
-        made = House(dispatch, registry, now)
+    registry, metrics = Registry(), Metrics()
+    loads = Loads(registry.in_flight, speeds, lambda: now[0])
+    settings = queue or QueueSettings(), retries or RetrySettings()
+    with Dispatch(registry, loads, metrics, *settings, lambda: now[0]) as dispatch:
+        made = House(dispatch, registry, now, loads, metrics)
         yield made
         await settled()
         assert (made.load(), dict(dispatch.waiting())) == ({}, {})

@@ -6,11 +6,12 @@ import pytest
 
 from config.schema import Settings
 from config.variant import read_variants
-from gateway.app import everything
+from gateway.app import everything, in_force_for
 from gateway.deployment import Deployment, read_deployment
 from gateway.keys import Keys
 from gateway.keys.issuing import create_key
 from serving.registry import Registry
+from tests.config.sealed import seal
 from tests.fakes.running import group_members
 from tests.gateway.fleet import HELLO, clients
 from tests.serving.supervised import fake_machine, model_directory, noted_session
@@ -55,3 +56,20 @@ async def test_files_beside_the_configuration(tmp_path: Path) -> None:
     assert deployment.keys.authenticate({b"x-api-key": key.encode()}, now_seconds=0).name == "alice"
     assert deployment.variants["own"].path == tmp_path / "models" / "own"
     assert deployment.variants["own"].precision == "bf16"
+
+
+async def test_what_a_verdict_shuts_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever starts a gateway, or changes its configuration, is warned of rungs and aliases that can't answer."""
+    model_directory(tmp_path / "own")
+    (tmp_path / "bad").mkdir()
+    seal(tmp_path / "bad", 4, verdict="fail")
+    path = tmp_path / "quantgate.yaml"
+    variants = "variants: {own: {path: own}, bad: {path: bad}}\n"
+    path.write_text(f"{variants}aliases: {{smol: {{ladder: [own, bad]}}, lone: {{ladder: [bad]}}}}\n")
+    in_force_for(read_deployment(path))
+    why = "bad: its verdict is fail (an alias can take it: admit_failed)"
+    assert caplog.messages == [
+        f"alias 'smol' never chooses {why}",
+        f"alias 'lone' never chooses {why}",
+        f"no variant of 'lone' is good enough ({why})",
+    ]

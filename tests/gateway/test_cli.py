@@ -21,6 +21,7 @@ import yaml
 from config.schema import LimitSettings
 from quantgate import main
 from serving.foreground import run_until_signal
+from tests.config.sealed import seal
 from tests.fakes.running import DEADLINE_SECONDS, ROOT, FakeReplica
 
 on_the_loop = pytest.mark.asyncio(loop_scope="session")
@@ -222,6 +223,38 @@ def test_configuration_is_checked_and_shown(tmp_path: Path, capsys: pytest.Captu
     assert main(["config", "schema"]) == 0
     tables = {"gateway", "serving", "variants", "replicas", "aliases"}
     assert set(json.loads(capsys.readouterr().out)["properties"]) == tables
+
+
+MANIFESTS = """\
+variants: {hi: {precision: bf16}, bad: {path: bad}, far: {path: far}}
+aliases:
+  lone: {ladder: [bad]}
+  both: {ladder: [hi, bad]}
+  away: {ladder: [bad, far], floor: {kl_mean: 0.1}}
+"""
+
+
+def test_manifests_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A variant that failed, and an alias that nothing may answer by it, are told; the latter makes the exit code 3."""
+    (tmp_path / "bad").mkdir()
+    seal(tmp_path / "bad", 4, verdict="fail")
+    path = write(tmp_path, MANIFESTS)
+    assert main(["config", "check", str(path)]) == 3
+    out, err = capsys.readouterr()
+    why = "bad: its verdict is fail (an alias can take it: admit_failed)"
+    assert out == f"{path}: 3 aliases, 3 variants, 1 that nothing may answer\n"
+    assert err.splitlines() == [
+        f"{path}: variants.far: its directory isn't here, so its manifest was not read",
+        f"{path}: alias 'lone' never chooses {why}",
+        f"{path}: alias 'both' never chooses {why}",
+        f"{path}: no variant of 'lone' is good enough ({why})",
+    ]
+    write(tmp_path, MANIFESTS.replace("[bad]", "[hi]"))
+    assert main(["config", "check", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: 3 aliases, 3 variants, no problem\n"
+    (tmp_path / "bad" / "manifest.json").write_text("{")
+    assert main(["config", "check", str(path)]) == 2
+    assert "bad/manifest.json: top level: Invalid JSON" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

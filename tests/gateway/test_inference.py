@@ -371,6 +371,7 @@ def test_precisions(named: list[str] | None, header: str | None, expected: set[s
         ("", Floor()),
         ("top1_agreement=0.98", Floor(top1_agreement=0.98)),
         (" kl_mean = 0.01 , perplexity_ratio=1.02,", Floor(kl_mean=0.01, perplexity_ratio=1.02)),
+        ("kl_p99=0.5,length_ratio=1.1", Floor(kl_p99=0.5, length_ratio=1.1)),
     ],
 )
 def test_floors(header: str, expected: Floor) -> None:
@@ -381,7 +382,7 @@ def test_floors(header: str, expected: Floor) -> None:
 @pytest.mark.parametrize(
     "header, words",
     [
-        ("speed=1", "'speed' is no measure; known: top1_agreement, kl_mean, perplexity_ratio"),
+        ("speed=1", "'speed' is no measure; known: top1_agreement, kl_mean, perplexity_ratio, kl_p99, length_ratio"),
         ("top1_agreement", "'top1_agreement' has no number"),
         ("top1_agreement=high", "'top1_agreement=high' has no number"),
         ("top1_agreement=1.5", "out of range"),

@@ -100,14 +100,15 @@ def test_a_key_reaches_as_far_as_the_file_says(tmp_path: Path) -> None:
     """Everything that can be said of a key arrives at its caller."""
     path = tmp_path / "keys.yaml"
     path.write_text(
-        f"alice:\n  sha256: {digest(KEY)}\n  aliases: [smol, lo]\n  floor: {{top1_agreement: 0.97}}\n"
+        f"alice:\n  sha256: {digest(KEY)}\n  aliases: [smol, lo]\n"
+        "  floor: {top1_agreement: 0.97, length_ratio: 1.1}\n"
         "  requests_per_minute: 60\n  tokens_per_minute: 1000\n  concurrency: 2\n  max_tokens: 512\n"
         "  expires: 2099-01-01\n  may: [chat_template, kv_transfer_params]\n"
     )
     assert read_keys(path).authenticate({b"x-api-key": KEY.encode()}, NOW) == Caller(
         name="alice",
         aliases=frozenset({"smol", "lo"}),
-        floor=Floor(top1_agreement=0.97),
+        floor=Floor(top1_agreement=0.97, length_ratio=1.1),
         max_tokens=512,
         requests_per_minute=60,
         tokens_per_minute=1000,

@@ -22,7 +22,7 @@ NOW = datetime(2027, 1, 1, tzinfo=UTC)
 KEY = re.compile(r"qg-[\w-]{43}\n")
 
 TERMS = [
-    *("--alias", "smol", "lo", "--floor", "top1_agreement=0.97", "kl_mean=0.01", "--requests-per-minute", "60"),
+    *("--alias", "smol", "lo", "--floor", "top1_agreement=0.97", "kl_p99=0.5", "--requests-per-minute", "60"),
     *("--tokens-per-minute", "1000", "--concurrency", "2", "--max-tokens", "512", "--expires", "2099-01-01"),
     *("--may", "chat_template", "--may", "kv_transfer_params"),
 ]
@@ -60,14 +60,14 @@ def test_every_option_reaches_the_caller(path: Path, capsys: pytest.CaptureFixtu
     caller = holder(path, capsys.readouterr().out)
     assert caller.aliases == frozenset({"smol", "lo"})
     assert caller.may == frozenset({"chat_template", "kv_transfer_params"})
-    assert (caller.floor.top1_agreement, caller.floor.kl_mean) == (0.97, 0.01)
+    assert (caller.floor.top1_agreement, caller.floor.kl_p99) == (0.97, 0.5)
     limits = (caller.requests_per_minute, caller.tokens_per_minute, caller.concurrency, caller.max_tokens)
     assert limits == (60, 1000, 2, 512)
     assert main(["keys", "list", "--file", str(path)]) == 0
     digest = yaml.safe_load(path.read_text())["alice"]["sha256"]
     assert capsys.readouterr().out.splitlines() == [
         "NAME   SHA256    EXPIRES               LIMITS",
-        f"alice  {digest[:8]}  2099-01-01T00:00:00Z  aliases=smol,lo floor.top1_agreement=0.97 floor.kl_mean=0.01 "
+        f"alice  {digest[:8]}  2099-01-01T00:00:00Z  aliases=smol,lo floor.top1_agreement=0.97 floor.kl_p99=0.5 "
         "requests_per_minute=60 tokens_per_minute=1000 concurrency=2 max_tokens=512 "
         "may=chat_template,kv_transfer_params",
     ]
@@ -144,7 +144,7 @@ def test_a_key_is_replaced_and_taken_back(path: Path, capsys: pytest.CaptureFixt
         ),
         (
             ["create", "a", "--floor", "top1=1"],
-            "floor.top1: unknown key; known: kl_mean, perplexity_ratio, top1_agreement",
+            "floor.top1: unknown key; known: kl_mean, kl_p99, length_ratio, perplexity_ratio, top1_agreement",
         ),
         (["create", "a", "--floor", "kl_mean=x"], "floor.kl_mean: Input should be a valid number"),
         (["create", "a", "--concurrency", "0", "--may", "X"], "may.0: String should match"),

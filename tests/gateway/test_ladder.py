@@ -1,223 +1,342 @@
 """Which replica answers, and why it is that one."""
 
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.schema import Floor
+from config.schema import NO_FLOOR, Spill
 from config.variant import QualityMeasures, Variant
-from gateway.errors import FloorUnmet
-from gateway.routing.breaker import HEALTHY, failed
+from gateway.routing.ask import Ask
+from gateway.routing.breaker import HEALTHY, Breaker, failed
 from gateway.routing.catalog import Target
-from gateway.routing.ladder import Scene, permitted_rungs, worth_waiting
-from gateway.routing.ladder import ranked as ranking
-from gateway.routing.shedding import ROOMY, refused
+from gateway.routing.gates import Gate
+from gateway.routing.ladder import Decision, Query, Scene, decide, has_room, worth_waiting
+from gateway.routing.outlook import Outlook
+from gateway.routing.sessions import Stay
+from gateway.routing.shedding import ROOMY, Mark, refused
 from serving.replica import Replica, ReplicaStatus, State
 
 HI = Variant("hi", "bf16", QualityMeasures("parent", 0.0, 1.0, 1.0))
 MID = Variant("mid", "int8", QualityMeasures("measured", 0.01, 0.97, 1.01))
 LO = Variant("lo", "int4", QualityMeasures("measured", 0.05, 0.92, 1.05))
-ODD = Variant("odd", "fp8", QualityMeasures("unknown"))
 RUNGS = (HI, MID, LO)
-NO_FLOOR = Floor()
-NOBODY: frozenset[str] = frozenset()
+SPILL = Spill(after_seconds=2.0, return_below_seconds=0.5, dwell_seconds=10)
+TARGET = Target("smol", RUNGS, NO_FLOOR, pinned=False, spill=SPILL)
+SPILLING = {("smol", "hi"): Gate(spilling=True)}
+LONG = Query(Ask(prompt_tokens=100))
 
 
-def target(*rungs: Variant, floor: Floor = NO_FLOOR, pinned: bool = False) -> Target:
-    """What a name stands for."""
-    return Target("smol", rungs, floor, pinned)
-
-
-def status(name: str, state: State = State.READY, in_flight: int = 0) -> ReplicaStatus:
-    """A replica, named variant-number."""
+def promised(name: str, wait: float | None = 0.0, *, requests: float = 0.0, **changes: Any) -> Outlook:
+    """What a replica, named variant-number, can promise; a wait of None: its speed is unknown."""
     replica = Replica(name, name.partition("-")[0], "any", f"http://{name}", "m1")
-    return ReplicaStatus(replica, state, "", 0.0, in_flight)
+    known, wait = wait is not None, wait or 0.0
+    told = Outlook(replica, name, True, known, False, int(requests), requests, queue_seconds=wait, wait_seconds=wait)
+    costs = {"fixed_seconds": wait, "token_seconds": 0.001, "answer_seconds": 0.02}
+    return msgspec.structs.replace(told, **{**costs, **changes})
 
 
-def scene(snapshot: Iterable[ReplicaStatus]) -> Scene:
+def scene(*outlooks: Outlook, **held: Any) -> Scene:
     """What a decision is made on when this is what there is."""
-    ready: dict[str, tuple[Replica, ...]] = {}
-    for each in snapshot:
-        if each.state is State.READY:
-            ready[each.replica.variant] = (*ready.get(each.replica.variant, ()), each.replica)
-    return Scene(ready, {each.replica.id: each.in_flight for each in snapshot})
+    by_variant: dict[str, list[Outlook]] = {}
+    for each in outlooks:
+        by_variant.setdefault(each.replica.variant, []).append(each)
+    return Scene(lambda name: by_variant.get(name, ()), **held)
 
 
-def ranked(*snapshot: ReplicaStatus, tried: frozenset[str] = NOBODY, turn: int = 0) -> list[str]:
-    """The order in which replicas are tried."""
-    return [choice.replica.id for choice in ranking(target(*RUNGS), RUNGS, scene(snapshot), tried, turn, 0.0)]
+def decided(
+    *outlooks: Outlook,
+    query: Query = LONG,
+    rungs: tuple[Variant, ...] = RUNGS,
+    target: Target = TARGET,
+    now: float = 100.0,
+    **held: Any,
+) -> Decision:
+    """What comes of it."""
+    return decide(target, rungs, query, scene(*outlooks, **held), now)
 
 
-@pytest.mark.parametrize(
-    "alias_floor, caller_floor, precisions, kept",
-    [
-        ({}, {}, None, "hi mid lo odd"),
-        ({"top1_agreement": 0.95}, {}, None, "hi mid"),
-        ({}, {"top1_agreement": 0.95}, None, "hi mid"),
-        ({"top1_agreement": 0.95}, {"kl_mean": 0.001}, None, "hi"),
-        ({"top1_agreement": 0.99}, {"top1_agreement": 0.5}, None, "hi"),
-        ({"perplexity_ratio": 1.01}, {}, None, "hi mid"),
-        ({}, {}, {"int8", "int4"}, "mid lo"),
-        ({"top1_agreement": 0.95}, {}, {"int8", "int4"}, "mid"),
-        ({}, {}, {"fp8"}, "odd"),
-    ],
-)
-def test_who_may_answer(
-    alias_floor: dict[str, float], caller_floor: dict[str, float], precisions: set[str] | None, kept: str
-) -> None:
-    """A rung stays if it satisfies the alias, the caller's floor and precisions; an unknown quality satisfies none."""
-    asked = target(HI, MID, LO, ODD, floor=Floor(**alias_floor))
-    wanted = None if precisions is None else frozenset(precisions)
-    assert [each.name for each in permitted_rungs(asked, (Floor(**caller_floor),), wanted)] == kept.split()
-
-
-def test_a_floor_that_nobody_meets_is_told_rung_by_rung() -> None:
-    """The refusal says of each rung what it lacks."""
-    with pytest.raises(FloorUnmet) as caught:
-        permitted_rungs(target(HI, LO, ODD), (Floor(top1_agreement=0.95),), frozenset({"int4", "fp8"}))
-    assert caught.value.message == (
-        "no variant of 'smol' is good enough (hi: precision bf16 was not asked for; "
-        "lo: top1_agreement 0.92 misses the floor 0.95; odd: top1_agreement is unknown, the floor is 0.95)"
-    )
-
-
-def test_the_strictest_reason_is_told() -> None:
-    """A rung that the caller's precisions rule out is told so, even if its quality falls short as well."""
-    with pytest.raises(FloorUnmet, match=r"lo: precision int4 was not asked for"):
-        permitted_rungs(target(LO), (Floor(top1_agreement=0.99),), frozenset({"bf16"}))
-
-
-shares = st.none() | st.floats(0, 1)
-floors = st.builds(Floor, top1_agreement=shares, kl_mean=shares, perplexity_ratio=st.none() | st.floats(0.5, 2))
-qualities = st.builds(
-    QualityMeasures, st.just("measured"), shares, shares, perplexity_ratio=st.none() | st.floats(0.5, 2)
-)
-precisions = st.sampled_from(["bf16", "int8", "int4"])
-
-
-@given(
-    st.lists(st.tuples(qualities, precisions), min_size=1, max_size=5),
-    floors,
-    floors,
-    floors,
-    st.none() | st.sets(precisions),
-)
-def test_no_floor_is_ever_breached(
-    made: list[tuple[QualityMeasures, str]], alias: Floor, caller: Floor, key: Floor, wanted: set[str] | None
-) -> None:
-    """Whatever the ladder and the floors, every rung that is kept meets them all, and none that does is lost."""
-    rungs = [Variant(f"v{number}", precision, quality) for number, (quality, precision) in enumerate(made)]
-
-    def meets(variant: Variant) -> bool:
-        for floor in (alias, caller, key):
-            top, divergence, ratio = floor.top1_agreement, floor.kl_mean, floor.perplexity_ratio
-            quality = variant.quality
-            if top is not None and not (quality.top1_agreement is not None and quality.top1_agreement >= top):
-                return False
-            if divergence is not None and not (quality.kl_mean is not None and quality.kl_mean <= divergence):
-                return False
-            if ratio is not None and not (quality.perplexity_ratio is not None and quality.perplexity_ratio <= ratio):
-                return False
-        return wanted is None or variant.precision in wanted
-
-    good = [variant for variant in rungs if meets(variant)]
-    asked = target(*rungs, floor=alias)
-    limits = None if wanted is None else frozenset(wanted)
-    if good:
-        assert list(permitted_rungs(asked, (caller, key), limits)) == good
-    else:
-        with pytest.raises(FloorUnmet):
-            permitted_rungs(asked, (caller, key), limits)
+def chosen(*outlooks: Outlook, **given: Any) -> str | None:
+    """Who answers, and why: `hi-1 preferred`."""
+    offer = decided(*outlooks, **given).offer
+    return None if offer is None else f"{offer.choice.replica.id} {offer.choice.reason}"
 
 
 @pytest.mark.parametrize(
-    "snapshot, tried, order",
+    "outlooks, expected",
     [
-        ([], NOBODY, []),
-        ([status("lo-1"), status("hi-1"), status("mid-1")], NOBODY, ["hi-1", "mid-1", "lo-1"]),
-        ([status("hi-1", in_flight=9), status("lo-1")], NOBODY, ["hi-1", "lo-1"]),
-        ([status("hi-1", in_flight=2), status("hi-2", in_flight=1)], NOBODY, ["hi-2", "hi-1"]),
-        ([status("hi-1"), status("hi-2"), status("lo-1")], frozenset({"hi-1"}), ["hi-2", "lo-1"]),
-        ([status("odd-1"), status("lo-1")], NOBODY, ["lo-1"]),
-        *(([status("hi-1", state), status("lo-1")], NOBODY, ["lo-1"]) for state in State if state is not State.READY),
+        ([], None),
+        ([promised("lo-1"), promised("hi-1"), promised("mid-1")], "hi-1 preferred"),
+        ([promised("hi-1", 2.0), promised("lo-1")], "hi-1 preferred"),
+        ([promised("hi-1", 2.1), promised("mid-1"), promised("lo-1")], "mid-1 spill"),
+        ([promised("hi-1", 2.1), promised("mid-1", 2.1), promised("lo-1")], "lo-1 spill"),
+        ([promised("hi-1", 9.0), promised("hi-2", 1.9), promised("lo-1")], "hi-2 preferred"),
+        # Nobody is soon enough: the fastest, which may be the best.
+        ([promised("hi-1", 9.0), promised("mid-1", 7.0), promised("lo-1", 8.0)], "mid-1 spill"),
+        ([promised("hi-1", 7.0), promised("mid-1", 9.0), promised("lo-1", 8.0)], "hi-1 preferred"),
+        ([promised("mid-1"), promised("lo-1")], "mid-1 fallback"),
+        ([promised("hi-1", has_room=False), promised("lo-1")], "lo-1 spill"),
+        # Nobody measured it: as long as it has room, it answers.
+        ([promised("hi-1", None, requests=50), promised("lo-1")], "hi-1 preferred"),
+        ([promised("hi-1", 5.0), promised("mid-1", None)], "mid-1 spill"),
     ],
 )
-def test_the_order_of_replicas(snapshot: list[ReplicaStatus], tried: frozenset[str], order: list[str]) -> None:
-    """The highest rung comes first, there the least loaded replica; only ready ones that have not failed before."""
-    assert ranked(*snapshot, tried=tried) == order
+def test_the_ladder(outlooks: Sequence[Outlook], expected: str | None) -> None:
+    """The highest rung that is soon enough; on a lower one because of load it is a spill, else a fallback."""
+    assert chosen(*outlooks) == expected
+
+
+@pytest.mark.parametrize(
+    "rungs, kept, pinned, reason",
+    [
+        (RUNGS, RUNGS, False, "hi-1 preferred"),
+        (RUNGS, (MID, LO), False, "mid-1 floor"),
+        (RUNGS, (HI, LO), False, "hi-1 preferred"),
+        ((LO,), (LO,), True, "lo-1 pinned"),
+        ((LO,), (LO,), False, "lo-1 preferred"),
+    ],
+)
+def test_reasons(rungs: tuple[Variant, ...], kept: tuple[Variant, ...], pinned: bool, reason: str) -> None:
+    """The best rung that may answer is preferred, or due to a floor; named ones are pinned."""
+    everybody = [promised(f"{variant.name}-1") for variant in RUNGS]
+    assert chosen(*everybody, rungs=kept, target=Target("smol", rungs, NO_FLOOR, pinned)) == reason
+
+
+# Within a rung
+
+
+@pytest.mark.parametrize(
+    "query, expected",
+    [
+        (LONG, "hi-2"),
+        # Reading is what differs: a long prompt goes to who reads faster, or has read it already.
+        (Query(Ask(prompt_tokens=2000)), "hi-1"),
+        (Query(Ask(prompt_tokens=2000), cached_tokens={"hi-2": 1900.0}), "hi-2"),
+        (Query(Ask(prompt_tokens=100), tried=frozenset({"hi-2"})), "hi-1"),
+    ],
+)
+def test_the_cheapest_replica(query: Query, expected: str) -> None:
+    """Waiting, reading and what is cached, weighed in seconds."""
+    replicas = promised("hi-1", 0.5, token_seconds=0.001), promised("hi-2", 0.3, token_seconds=0.002)
+    assert chosen(*replicas, query=query) == f"{expected} preferred"
 
 
 def test_equals_take_turns() -> None:
-    """Replicas with the same load get the same share, whatever their number; a less loaded one goes first."""
-    equal = [status(f"hi-{number}") for number in range(3)]
-    assert Counter(ranked(*equal, turn=turn)[0] for turn in range(30)) == {"hi-0": 10, "hi-1": 10, "hi-2": 10}
-    assert {ranked(status("hi-0", in_flight=1), *equal[1:], turn=turn)[-1] for turn in range(9)} == {"hi-0"}
+    """Replicas with the same load get the same share, whatever their number."""
+    equal = [promised(f"hi-{number}") for number in range(3)]
+    turns = Counter(chosen(*equal, query=Query(turn=turn)) for turn in range(30))
+    assert turns == {f"hi-{number} preferred": 10 for number in range(3)}
 
 
-names = st.builds("{}-{}".format, st.sampled_from(["hi", "mid", "lo", "odd"]), st.integers(0, 9))
-replicas = st.builds(status, names, st.sampled_from(State), st.integers(0, 3))
+def test_the_shortest_queue_where_a_speed_is_unknown() -> None:
+    """Of one replica is enough: seconds and requests can't be compared."""
+    replicas = promised("hi-1", 0.1, requests=5), promised("hi-2", None, requests=3), promised("hi-3", 9.0, requests=4)
+    assert chosen(*replicas) == "hi-2 preferred"
+    assert {chosen(*replicas, query=Query(turn=turn)) for turn in range(6)} == {"hi-2 preferred"}
 
 
-@given(st.lists(replicas, max_size=8), st.integers(0, 20))
-def test_a_ranking_is_complete_and_ordered(several: list[ReplicaStatus], turn: int) -> None:
-    """Every ready replica of a rung is ranked once, never a higher rung behind a lower, never more load before less."""
-    order = [rung.name for rung in RUNGS]
-    several = list({each.replica.id: each for each in several}.values())
-    choices = list(ranking(target(*RUNGS), RUNGS, scene(several), NOBODY, turn, 0.0))
-    wanted = [each for each in several if each.state is State.READY and each.replica.variant in order]
-    assert Counter(choice.replica.variant for choice in choices) == Counter(each.replica.variant for each in wanted)
-    places = [order.index(choice.variant.name) for choice in choices]
-    assert places == sorted(places)
-    for name in order:
-        loads = sorted(each.in_flight for each in wanted if each.replica.variant == name)
-        assert len(loads) == places.count(order.index(name))
+def test_a_context_that_is_too_short() -> None:
+    """Whoever surely has too short a one is left out, unless they all have: then an engine says so."""
+    short, long = promised("hi-1", context_tokens=100.0), promised("lo-1", context_tokens=1000.0)
+    asked = Query(Ask(prompt_tokens=200))
+    assert chosen(short, long, query=asked) == "lo-1 fallback"
+    assert chosen(short, query=asked) == "hi-1 preferred"
+    assert chosen(short, msgspec.structs.replace(long, has_room=False), query=asked) is None
+
+
+# Conversations
 
 
 @pytest.mark.parametrize(
-    "rungs, kept, pinned, reasons",
+    "stay, gates, outlooks, expected",
     [
-        (RUNGS, RUNGS, False, ["preferred", "fallback", "fallback"]),
-        (RUNGS, (MID, LO), False, ["floor", "fallback"]),
-        (RUNGS, (HI, LO), False, ["preferred", "fallback"]),
-        ((LO,), (LO,), True, ["pinned"]),
-        ((LO,), (LO,), False, ["preferred"]),
+        # Its replica, as long as that is cheap; a second request at the same time is no turn of a conversation.
+        (Stay("hi", "hi-2"), {}, [promised("hi-1"), promised("hi-2", 0.05)], "hi-2 preferred"),
+        (Stay("hi", "hi-2"), {}, [promised("hi-1"), promised("hi-2", 1.5)], "hi-1 preferred"),
+        (Stay("hi", "hi-2", running=1), {}, [promised("hi-1"), promised("hi-2", 0.05)], "hi-1 preferred"),
+        # Its variant, while a rung spills; it comes back when nothing spills any more.
+        (Stay("mid", "mid-1"), SPILLING, [promised("hi-1", 0.6), promised("mid-1", 1.0)], "mid-1 spill"),
+        (Stay("mid", "mid-1"), {}, [promised("hi-1", 0.6), promised("mid-1", 1.0)], "hi-1 preferred"),
+        (Stay("mid", "mid-1"), SPILLING, [promised("hi-1", 0.6), promised("mid-1", 3.0)], "hi-1 preferred"),
+        (Stay("hi", "hi-1"), SPILLING, [promised("hi-1", 1.99), promised("mid-1")], "hi-1 preferred"),
+        (Stay("hi", "hi-1"), SPILLING, [promised("hi-1", 2.01), promised("mid-1")], "mid-1 spill"),
+        # What it was on is gone, or not good enough any more.
+        (Stay("old", "old-1"), {}, [promised("hi-1"), promised("mid-1")], "hi-1 preferred"),
     ],
 )
-def test_reasons(rungs: tuple[Variant, ...], kept: tuple[Variant, ...], pinned: bool, reasons: list[str]) -> None:
-    """The best rung that may answer is preferred, or due to a floor; lower ones are fallbacks; named ones pinned."""
-    snapshot = [status(f"{variant.name}-1") for variant in RUNGS]
-    choices = ranking(target(*rungs, pinned=pinned), kept, scene(snapshot), NOBODY, 0, 0.0)
-    assert [choice.reason for choice in choices] == reasons
+def test_conversations(
+    stay: Stay, gates: Mapping[tuple[str, str], Gate], outlooks: Sequence[Outlook], expected: str
+) -> None:
+    """A conversation changes replicas when that pays, and variants as rarely as can be."""
+    assert chosen(*outlooks, query=Query(Ask(prompt_tokens=100), stay=stay), gates=gates) == expected
+
+
+# Spilling
+
+
+def test_a_rung_that_spills_lets_down_a_share() -> None:
+    """In proportion to the wait, where the next rung is sooner; all others stay."""
+    gates, went = dict(SPILLING), Counter[str | None]()
+    for _ in range(100):
+        decision = decided(promised("hi-1", 0.875), promised("mid-1"), gates=gates)
+        gates.update(decision.gates)
+        assert decision.offer is not None
+        went[decision.offer.outlook.id] += 1
+    assert went == {"hi-1": 75, "mid-1": 25}
+    down = {("smol", "hi"): Gate(spilling=True, owed=0.99)}
+    assert chosen(promised("hi-1", 0.875), promised("mid-1", 1.0), gates=down) == "hi-1 preferred"
+    assert chosen(promised("hi-1", 0.875), promised("mid-1", 1.0), promised("lo-1"), gates=down) == "lo-1 spill"
+
+
+def test_the_gates_that_turn_are_told() -> None:
+    """Each rung but the last has one; those that stay as they are aren't mentioned."""
+    decision = decided(promised("hi-1", 9.0), promised("mid-1", 5.0), promised("lo-1", 9.0))
+    assert {name: gate.spilling for name, gate in decision.gates.items()} == {
+        ("smol", "hi"): True,
+        ("smol", "mid"): True,
+    }
+    assert decided(promised("hi-1", 0.1), promised("mid-1", 5.0)).gates == {}
+    assert decided(promised("hi-1", has_room=False), promised("lo-1")).gates[("smol", "hi")].spilling
+    pinned = Target("lo", (LO,), NO_FLOOR, pinned=True)
+    assert decided(promised("lo-1", 99.0), rungs=(LO,), target=pinned).gates == {}
+
+
+# What is held against replicas
+
+
+def opened() -> Breaker:
+    """A breaker that bars, opened at 0 for a second."""
+    held = HEALTHY
+    for _ in range(3):
+        held = failed(held, 0.0)
+    return held
 
 
 def test_a_failing_replica_is_the_last_resort() -> None:
     """One that its breaker bars comes behind every rung; a variant of one replica is barred to no request at all."""
-    opened = HEALTHY
-    for _ in range(3):
-        opened = failed(opened, 0.0)
-    snapshot = [status("hi-1"), status("hi-2"), status("lo-1")]
-    held = replace(scene(snapshot), breakers={"hi-1": opened})
-    assert [each.replica.id for each in ranking(target(*RUNGS), RUNGS, held, NOBODY, 0, 0.5)] == ["hi-2", "lo-1"]
-    both = replace(scene(snapshot), breakers={"hi-1": opened, "hi-2": failed(opened, 0.1)})
-    order = [each.replica.id for each in ranking(target(*RUNGS), RUNGS, both, NOBODY, 0, 0.5)]
-    assert order == ["lo-1", "hi-1"]
+    everybody = promised("hi-1"), promised("hi-2"), promised("lo-1")
+    held = {"hi-1": opened()}
+    assert chosen(*everybody, now=0.5, breakers=held) == "hi-2 preferred"
+    both = {"hi-1": opened(), "hi-2": failed(opened(), 0.1)}
+    assert chosen(*everybody, now=0.5, breakers=both) == "lo-1 fallback"
+    assert chosen(*everybody[:2], now=0.5, breakers=both) == "hi-1 preferred"
+    tried = Query(tried=frozenset({"lo-1"}))
+    assert chosen(*everybody, query=tried, now=0.5, breakers=both) == "hi-1 preferred"
 
 
-def test_a_replica_without_room_is_not_chosen() -> None:
-    """One that said so, and one with as many requests as it may have."""
-    snapshot = [status("hi-1"), status("hi-2", in_flight=512), status("lo-1")]
-    full = replace(scene(snapshot), marks={"hi-1": refused(ROOMY, 0.0)})
-    assert [each.replica.id for each in ranking(target(*RUNGS), RUNGS, full, NOBODY, 0, 0.1)] == ["lo-1"]
-    assert [each.replica.id for each in ranking(target(*RUNGS), RUNGS, full, NOBODY, 0, 9.0)] == ["hi-1", "lo-1"]
+@pytest.mark.parametrize(
+    "mark, now, expected",
+    [
+        (refused(ROOMY, 0.0), 0.1, "lo-1 spill"),
+        (refused(ROOMY, 0.0), 9.0, "hi-1 preferred"),
+        (Mark(most=3), 9.0, "lo-1 spill"),
+        (Mark(most=4), 9.0, "hi-1 preferred"),
+    ],
+)
+def test_a_replica_that_said_it_is_full(mark: Mark, now: float, expected: str) -> None:
+    """It is spared for a while, and then gets as many as it took."""
+    assert chosen(promised("hi-1", requests=3), promised("lo-1"), now=now, marks={"hi-1": mark}) == expected
+
+
+def test_who_has_room() -> None:
+    """Somebody who may answer, however bad."""
+    full = promised("hi-1", has_room=False)
+    assert not has_room(TARGET, RUNGS, scene(full), 0.0)
+    assert has_room(TARGET, RUNGS, scene(full, promised("lo-1", 99.0)), 0.0)
+    assert not has_room(TARGET, (HI, MID), scene(full, promised("lo-1")), 0.0)
+    barred = {name: opened() for name in ("hi-1", "hi-2", "hi-3")}
+    three = [promised(name) for name in barred]
+    assert has_room(TARGET, RUNGS, scene(*three, breakers=barred), 0.5)
+
+
+# Properties
+
+names = st.builds("{}-{}".format, st.sampled_from(["hi", "mid", "lo", "odd"]), st.integers(0, 3))
+outlooks = st.builds(
+    promised,
+    names,
+    st.none() | st.floats(0, 10),
+    requests=st.integers(0, 9),
+    has_room=st.booleans(),
+    context_tokens=st.sampled_from([50.0, 1e6]),
+)
+fleets = st.lists(outlooks, max_size=8, unique_by=lambda each: each.id)
+stays = st.none() | st.builds(Stay, st.sampled_from(["hi", "mid", "lo", "odd"]), names, st.integers(0, 1))
+queries = st.builds(
+    Query,
+    st.builds(Ask, st.floats(0, 1e4), st.none() | st.integers(1, 100)),
+    st.integers(0, 9),
+    st.frozensets(names, max_size=3),
+    stays,
+    st.dictionaries(names, st.floats(0, 1e4), max_size=3),
+)
+gates = st.dictionaries(
+    st.sampled_from([("smol", "hi"), ("smol", "mid")]),
+    st.builds(Gate, st.booleans(), st.floats(0, 100), st.floats(0, 1)),
+)
+breakers = st.dictionaries(names, st.builds(opened), max_size=4)
+marks = st.dictionaries(names, st.builds(Mark, until=st.sampled_from([0.0, 200.0])), max_size=3)
+
+
+@given(fleets, queries, gates, breakers, marks, st.sets(st.sampled_from(range(3)), min_size=1), st.floats(0, 200))
+def test_only_rungs_that_may_answer_do(
+    fleet: list[Outlook],
+    query: Query,
+    held: dict[tuple[str, str], Gate],
+    barred: dict[str, Breaker],
+    full: dict[str, Mark],
+    kept: set[int],
+    now: float,
+) -> None:
+    """Under any load and fault; and somebody answers as long as anybody who may has room."""
+    rungs = tuple(RUNGS[place] for place in sorted(kept))
+    here = scene(*fleet, gates=held, breakers=barred, marks=full)
+    offer = decide(TARGET, rungs, query, here, now).offer
+    if offer is not None:
+        assert offer.choice.variant in rungs
+        assert offer.choice.replica.variant == offer.choice.variant.name
+        assert offer.outlook.has_room
+        assert offer.outlook.id not in query.tried
+        assert offer.outlook in fleet
+    elif not query.tried and not query.ask.prompt_tokens and not query.ask.answer_tokens:
+        assert not has_room(TARGET, rungs, here, now)
+
+
+@given(fleets, queries)
+def test_a_sooner_answer_is_never_above_the_choice(fleet: list[Outlook], query: Query) -> None:
+    """While nothing spills, no rung above the one that answers would have been soon enough."""
+    offer = decided(*fleet, query=query).offer
+    if offer is None:
+        return
+    short = msgspec.structs.replace(query, ask=Ask())
+    for rung in RUNGS[: RUNGS.index(offer.choice.variant)]:
+        better = decided(*fleet, query=short, rungs=(rung,)).offer
+        slow = better is None or better.outlook.wait_seconds > SPILL.after_seconds
+        assert slow or query.ask.prompt_tokens or query.ask.answer_tokens
 
 
 @pytest.mark.parametrize("state", State)
 def test_what_is_worth_waiting_for(state: State) -> None:
     """A replica that is starting or warming up, of a variant that may answer."""
     hopeful = state in (State.STARTING, State.WARMING)
-    assert worth_waiting(RUNGS, [status("lo-1", state)]) is hopeful
-    assert not worth_waiting((HI,), [status("lo-1", state)])
+    status = ReplicaStatus(replace(promised("lo-1").replica), state, "", 0.0, 0)
+    assert worth_waiting(RUNGS, [status]) is hopeful
+    assert not worth_waiting((HI,), [status])
+
+
+def test_the_cost_of_a_decision_is_that_of_its_candidates() -> None:
+    """Other aliases' replicas are not even looked at."""
+    looked: list[str] = []
+
+    def outlooks_of(variant: str) -> Sequence[Outlook]:
+        looked.append(variant)
+        return [promised(f"{variant}-{number}") for number in range(3)]
+
+    decide(TARGET, RUNGS, LONG, Scene(outlooks_of), time.monotonic())
+    assert looked == ["hi"]

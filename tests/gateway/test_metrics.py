@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
-from config.variant import QualityMeasures, Variant
+from config.variant import MEASURES, PARENT_QUALITY, QualityMeasures, Variant
 from gateway.metrics import FIRST_TOKEN_SECONDS, UNKNOWN, Distribution, FleetCollector, LoopLag, Metrics
 from gateway.metrics.catalogue import REJECTIONS
 from gateway.metrics.exposition import exposition
@@ -49,6 +49,7 @@ FAMILIES = {
     "quantgate_event_loop_lag_seconds": "histogram",
     "quantgate_build_info": "gauge",
     "quantgate_replica_breaker": "gauge",
+    "quantgate_replica_polls": "counter",
 }
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 
@@ -126,7 +127,7 @@ async def test_the_fleet_as_it_is_now() -> None:
     """State, load and quality are read when scraped: one state per replica is 1, and what is unknown is left out."""
     registry, metrics = Registry(), Metrics()
     variants = (
-        Variant("hi", "bf16", QualityMeasures("parent", 0.0, 1.0, 1.0)),
+        Variant("hi", "bf16", PARENT_QUALITY),
         Variant("odd", "fp8", QualityMeasures("declared", kl_mean=0.02)),
     )
     metrics.registry.register(FleetCollector(registry, lambda: variants, lambda: {"hi-1": "half_open"}))
@@ -151,6 +152,8 @@ async def test_the_fleet_as_it_is_now() -> None:
     quality = {"variant": "odd", "precision": "fp8", "source": "declared"}
     assert value("variant_quality", **quality, measure="kl_mean") == 0.02
     assert value("variant_quality", **quality, measure="top1_agreement") is None
+    perfect = {"variant": "hi", "precision": "bf16", "source": "parent"}
+    assert [value("variant_quality", **perfect, measure=measure) for measure in MEASURES] == [1, 0, 1, 0, 1]
     registry.remove("hi-1")
     assert value("replica_state", **names, state="warming") is None
 

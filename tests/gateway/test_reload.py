@@ -11,8 +11,8 @@ import httpx
 import pytest
 import yaml
 
-from config.schema import AliasSettings
-from config.variant import PARENT_QUALITY, Variant
+from config.schema import AliasSettings, Floor
+from config.variant import PARENT_QUALITY, QualityMeasures, Variant
 from gateway.app import everything, gateway_alone
 from gateway.deployment import read_deployment
 from gateway.in_force import lost_aliases
@@ -188,3 +188,17 @@ def test_what_a_configuration_would_lose(
         return Catalog(aliases, {name: Variant(name, "bf16", PARENT_QUALITY) for name in ladder or ()})
 
     assert lost_aliases(catalog(before), catalog(after), ready_ones) == lost
+
+
+def test_an_alias_that_nothing_may_answer_has_nothing_to_lose() -> None:
+    """Replicas that miss its floor don't count, neither before nor afterwards."""
+    variants = {
+        "a": Variant("a", "bf16", PARENT_QUALITY),
+        "b": Variant("b", "int4", QualityMeasures("unknown")),
+    }
+
+    def catalog(name: str) -> Catalog:
+        return Catalog({"smol": AliasSettings(ladder=(name,), floor=Floor(kl_mean=0.1))}, variants)
+
+    assert lost_aliases(catalog("b"), catalog("a"), {"b"}) == []
+    assert lost_aliases(catalog("a"), catalog("b"), {"a", "b"}) == ["smol"]

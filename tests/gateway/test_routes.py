@@ -5,7 +5,7 @@ from hashlib import sha256
 import httpx
 import pytest
 
-from config.schema import LimitSettings
+from config.schema import Floor, LimitSettings
 from gateway.api.site import Site
 from gateway.front.reply import Reply
 from gateway.front.request import Request
@@ -34,13 +34,27 @@ async def test_the_list_of_models(fleet: Fleet) -> None:
     models = answer.json()
     assert models["object"] == "list"
     listed = {model["id"]: model for model in models["data"]}
-    assert list(listed) == ["smol", "strict", "team/small", "hopeless", "hi", "mid", "lo", "odd"]
+    assert list(listed) == ["smol", "strict", "team/small", "hi", "mid", "lo", "odd"]
     assert {(model["object"], model["owned_by"], type(model["created"])) for model in models["data"]} == {
         ("model", "quantgate", int)
     }
-    assert listed["smol"]["precisions"] == ["bf16", "int8", "int4"]
+    assert [listed[name]["precisions"] for name in ("smol", "strict")] == [["bf16", "int8", "int4"], ["bf16", "int8"]]
     assert [listed[name].get("max_model_len") for name in ("smol", "hi", "mid", "lo")] == [4096, 32768, None, 4096]
     assert answer.headers["x-request-id"].startswith("req-")
+
+
+async def test_the_list_of_a_key_with_a_floor() -> None:
+    """What nothing may answer for the key isn't offered to it, and the rest with the precisions that may."""
+    stored = {"picky": StoredKey(sha256=(sha256(b"qg-picky").hexdigest(),), floor=Floor(kl_mean=0.02))}
+    headers = {"authorization": "Bearer qg-picky"}
+    async with running_gateway(deployment(keys=keys_in_force(stored))) as fleet:
+        models = (await fleet.client.get("/v1/models", headers=headers)).json()["data"]
+        pinned = await fleet.client.get("/v1/models/hi", headers=headers)
+    assert [(model["id"], model["precisions"]) for model in models] == [
+        ("smol", ["bf16", "int8"]),
+        ("strict", ["bf16", "int8"]),
+    ]
+    assert (pinned.status_code, pinned.json()["error"]["code"]) == (503, "quality_floor_unmet")
 
 
 @pytest.mark.parametrize("path, name", [("smol", "smol"), ("team/small", "team/small"), ("team%2Fsmall", "team/small")])
@@ -55,6 +69,7 @@ async def test_one_model(fleet: Fleet, path: str, name: str) -> None:
     [
         ("GET", "/v1/models/gpt-4o", 404, "model_not_found"),
         ("GET", "/v1/models/", 404, "model_not_found"),
+        ("GET", "/v1/models/hopeless", 503, "quality_floor_unmet"),
         ("GET", "/", 404, "not_found"),
         ("GET", "/v1", 404, "not_found"),
         ("POST", "/v1/chat/completions/", 404, "not_found"),

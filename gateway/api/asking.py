@@ -1,0 +1,188 @@
+"""What routing needs to know of a request, read off its bytes: how long its prompt is, and whose turn of what it is."""
+
+from collections.abc import Mapping
+from hashlib import blake2b
+
+import msgspec
+
+from gateway.api.endpoints import MESSAGES
+from gateway.api.inference import Inference
+from gateway.errors import NO_JSON
+from gateway.routing.ask import Ask
+from gateway.routing.blocks import chained
+
+SESSION_HEADER = b"x-session-id"
+# Names of a conversation, or else of whoever leads it; `user` is what OpenAI's older clients send.
+SESSION_KEYS = ("prompt_cache_key", "user", "safety_identifier")
+# A conversation isn't looked for in more: taking so much apart takes as long as reading the request did.
+LONGEST_TURNS_BYTES = 256 * 2**10
+# A longer answer isn't expected of any model; what a client writes may be any number.
+LONGEST_ANSWER_TOKENS = 2**24
+
+# Of a text twice as long, only the two ends and the length are hashed.
+_END_BYTES = 4096
+_EMPTY = (b"null", b'""')
+_LONGEST_EMPTY_BYTES = 4
+
+
+class _Turn(msgspec.Struct):
+    """What tells the model's turns from others: a role, or in the Responses API the kind of an item without one."""
+
+    role: str | None = None
+    type: str | None = None
+
+
+class _Metadata(msgspec.Struct):
+    user_id: str | None = None
+
+
+_INTEGER: "msgspec.json.Decoder[int | None]" = msgspec.json.Decoder(int | None)
+_PARTS = msgspec.json.Decoder(list[msgspec.Raw])
+_TURN = msgspec.json.Decoder(_Turn)
+_METADATA = msgspec.json.Decoder(_Metadata | None)
+
+
+def asked(
+    inference: Inference,
+    headers: Mapping[bytes, bytes],
+    key_name: str | None,
+    bytes_per_token: float,
+    *,
+    with_blocks: bool = True,
+) -> Ask:
+    """Sum a request up; nothing in it is an error here, the replica judges that.
+
+    Pictures and sounds count as the text that they come as. Only what generates has blocks and a session: the others
+    neither stay nor spill.
+    """
+    generates = inference.endpoint.generates
+    return Ask(
+        prompt_tokens=_token_ids(inference) or _prompt_bytes(inference) / bytes_per_token,
+        answer_tokens=_answer_tokens(inference),
+        blocks=_blocks(inference) if with_blocks and generates else (),
+        session=session_of(inference, headers, key_name) if generates else None,
+    )
+
+
+def prompt_parts(inference: Inference) -> list[msgspec.Raw]:
+    """The parts of a body that make the prompt, as their bytes, in the order in which a chat template writes them."""
+    fields = inference.fields
+    return [fields[key] for key in inference.endpoint.prompt_keys if key in fields]
+
+
+def text_bytes(inference: Inference) -> int:
+    """How long the prompt is as text; 0 for one that comes as token ids, which says nothing about text."""
+    return 0 if _token_ids(inference) else _prompt_bytes(inference)
+
+
+def session_of(inference: Inference, headers: Mapping[bytes, bytes], key_name: str | None) -> str | None:
+    """Name the conversation that a request is a turn of, None if it isn't any, by a hash that tells nothing of it.
+
+    No two API keys share one: the key's name is hashed, too. Where the client doesn't name it, it is known by all up to
+    the model's first turn, which later turns leave as it is.
+    """
+    if named := headers.get(SESSION_HEADER) or _named(inference):
+        return _hashed(b"name", key_name, named)
+    turns = _first_turns(inference)
+    return None if turns is None else _hashed(b"turns", key_name, turns)
+
+
+def _prompt_bytes(inference: Inference) -> int:
+    return sum(map(len, prompt_parts(inference)))
+
+
+def _token_ids(inference: Inference) -> int:
+    """Count the token ids of all prompts; 0 if they are text."""
+    key = inference.endpoint.batch
+    raw = inference.fields.get(key) if key else None
+    if raw is None:
+        return 0
+    begins = bytes(memoryview(raw)[:64])
+    if begins.startswith(b"[") and begins.lstrip(b"[ \t\r\n")[:1].isdigit():
+        # As many commas as there are numbers but one, also between lists of them.
+        return bytes(raw).count(b",") + 1
+    return 0
+
+
+def _blocks(inference: Inference) -> tuple[int, ...]:
+    salt = inference.fields.get("cache_salt")
+    # vLLM shares no block between prompts of different salts.
+    return chained(prompt_parts(inference), b"" if salt is None else bytes(salt))
+
+
+def _answer_tokens(inference: Inference) -> int | None:
+    """The length that vLLM will go by: the client's, or else the one filled in, or else vLLM's own."""
+    endpoint, fields = inference.endpoint, inference.fields
+    for key in endpoint.length_keys:
+        if (raw := fields.get(key)) is None:
+            continue
+        try:
+            length = _INTEGER.decode(raw)
+        except NO_JSON:
+            continue
+        if length is not None and length > 0:
+            return min(length, LONGEST_ANSWER_TOKENS)
+    filled = inference.fill_max_tokens
+    return endpoint.length_default_tokens if filled is None else filled
+
+
+def _named(inference: Inference) -> bytes | None:
+    """The name that a body gives its conversation, or whoever leads it."""
+    fields = inference.fields
+    for key in SESSION_KEYS:
+        raw = fields.get(key)
+        if raw is not None and (len(raw) > _LONGEST_EMPTY_BYTES or bytes(raw) not in _EMPTY):
+            return raw
+    if inference.endpoint is MESSAGES and "metadata" in fields:
+        return _user_id(fields["metadata"])
+    return None
+
+
+def _user_id(metadata: msgspec.Raw) -> bytes | None:
+    try:
+        read = _METADATA.decode(metadata)
+    except NO_JSON:
+        return None
+    return read.user_id.encode() if read is not None and read.user_id else None
+
+
+def _first_turns(inference: Inference) -> bytes | None:
+    """A conversation up to the model's first turn, that included; None before there is one."""
+    endpoint, fields = inference.endpoint, inference.fields
+    turns = fields.get(endpoint.turns_key) if endpoint.turns_key else None
+    if turns is None or len(turns) > LONGEST_TURNS_BYTES:
+        return None
+    try:
+        parts = _PARTS.decode(turns)
+        for number, part in enumerate(parts, start=1):
+            if _is_the_models(_TURN.decode(part)):
+                return b"\n".join([*_instructions(inference), *map(_ends, parts[:number])])
+    except NO_JSON:
+        return None  # one string, or what no replica will take
+    return None
+
+
+def _is_the_models(turn: _Turn) -> bool:
+    if turn.role is not None:
+        return turn.role == "assistant"
+    # Thoughts and calls; a call's result is told by the client.
+    return turn.type is not None and not turn.type.endswith("_output")
+
+
+def _instructions(inference: Inference) -> list[bytes]:
+    """What comes before the turns, but for tools: they are long, and may change on the way."""
+    endpoint, fields = inference.endpoint, inference.fields
+    return [_ends(fields[key]) for key in endpoint.prompt_keys[1:-1] if key in fields]
+
+
+def _ends(text: bytes) -> bytes:
+    """What a text is known by: all of it, or its ends and its length."""
+    if len(text) <= 2 * _END_BYTES:
+        return text
+    view = memoryview(text)
+    return b"".join([b"%d " % len(text), view[:_END_BYTES], view[-_END_BYTES:]])
+
+
+def _hashed(kind: bytes, key_name: str | None, text: bytes) -> str:
+    name = (key_name or "").encode()
+    return blake2b(b"%b %d %b %b" % (kind, len(name), name, _ends(text)), digest_size=16).hexdigest()

@@ -1,0 +1,298 @@
+"""What is known of each replica's load: what we sent it, exactly, and what its engine says, of late.
+
+The only owner of that; the formulas are gateway.routing's, and counts of requests in flight the registry's.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from gateway.routing.outlook import Outlook, Standing, outlook
+from gateway.routing.polls import Poll
+from gateway.routing.speed import (
+    AS_MEASURED,
+    NOTHING_LEARNT,
+    USUAL_ANSWER_TOKENS,
+    Learnt,
+    Pace,
+    Speed,
+    answered,
+    first_token,
+    learnt_answering,
+    learnt_first_token,
+)
+from serving.replica import Replica
+
+UNMEASURED: Mapping[str, Speed] = {}
+# A poll is due at least once a second: one that failed is no news yet, three are.
+STALE_SECONDS = 3.0
+# An engine's gauges are as old as its last step.
+GAUGE_LAG_SECONDS = 0.1
+# Of a variant's answer length: each answer is a fiftieth of the mean.
+LENGTH_SHARE = 0.02
+MOST_ENDINGS = 256
+# A first token says how fast a replica reads only if there was hardly a queue.
+CLEAR_SHARE = 0.1
+FRESH_SECONDS = 10.0
+
+
+@dataclass(slots=True, eq=False)
+class Sent:
+    """One request at a replica, as long as it is there."""
+
+    book: "_Book"
+    at: float
+    tokens: float  # of its prompt, without what is probably cached
+    streams: bool
+    clear: bool  # it had not to wait for a place
+    expected_seconds: float  # until its first token; 0: unknown
+    unread: bool = True
+    ended: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Book:
+    """What is known of one replica."""
+
+    replica: Replica
+    unread_tokens: float = 0.0
+    unread: dict[Sent, None] = field(default_factory=dict)
+    sent_tokens: float = 0.0
+    poll: Poll | None = None
+    others: float = 0.0
+    stale: bool = True
+    places_seen: float = inf
+    pace: Pace = AS_MEASURED
+    learnt: Learnt = NOTHING_LEARNT
+    endings: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_ENDINGS))
+    # Requests of ours times seconds since the poll, to know how many there were on average; and whether ever none.
+    area: float = 0.0
+    area_at: float = 0.0
+    was_idle: bool = True
+    outlook: Outlook | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Rung:
+    """The ready replicas of one variant, with their outlooks in the same order."""
+
+    books: list[_Book]
+    outlooks: list[Outlook]
+    answer_tokens: float
+    outdated: dict[_Book, int] = field(default_factory=dict)  # with their places
+
+
+class Loads:
+    """Keeps the books of every ready replica; `in_flight` and `speeds` (by variant) are others' to change."""
+
+    def __init__(
+        self,
+        in_flight: Mapping[str, int],
+        speeds: Mapping[str, Speed] = UNMEASURED,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._in_flight = in_flight
+        self._speeds = speeds
+        self._clock = clock
+        self._books: dict[str, tuple[_Book, _Rung, int]] = {}
+        self._rungs: dict[str, _Rung] = {}
+
+    def outlooks(self, variant: str) -> Sequence[Outlook]:
+        """What a variant's ready replicas can promise, as of now."""
+        rung = self._rungs.get(variant)
+        if rung is None:
+            return ()
+        if rung.outdated:
+            self._renew(rung, variant)
+        return rung.outlooks
+
+    def standings(self, variant: str) -> list[Standing]:
+        """What is known of a variant's ready replicas, for whoever explains a decision."""
+        rung = self._rungs.get(variant)
+        if rung is None:
+            return []
+        mean_others = _mean_others(rung)
+        return [self._standing(book, rung, variant, mean_others) for book in rung.books]
+
+    def keep(self, ready: Mapping[str, tuple[Replica, ...]]) -> None:
+        """Take over which replicas are ready; one that is another than before begins anew."""
+        known = self._books
+        self._books, rungs = {}, {}
+        for variant, replicas in ready.items():
+            before = self._rungs.get(variant)
+            speed = self._speeds.get(variant)
+            usual = speed.answer_tokens if speed else USUAL_ANSWER_TOKENS
+            books = [self._kept(known, replica) for replica in replicas]
+            rung = _Rung(books, [], before.answer_tokens if before else usual)
+            for place, book in enumerate(books):
+                self._books[book.replica.id] = (book, rung, place)
+                rung.outdated[book] = place
+            rungs[variant] = rung
+        self._rungs = rungs
+
+    def measured(self, speeds: Mapping[str, Speed]) -> None:
+        """Go by other measurements."""
+        self._speeds = speeds
+        for rung in self._rungs.values():
+            rung.outdated.update({book: place for place, book in enumerate(rung.books)})
+
+    def sent(self, promised: Outlook, prompt_tokens: float, cached_tokens: float, *, streams: bool) -> Sent:
+        """Note a request in the step in which the registry counts it."""
+        now = self._clock()
+        book, rung, place = self._books[promised.id]
+        tokens = max(prompt_tokens - cached_tokens, 0.0)
+        expected = promised.ahead_seconds + promised.step_seconds + tokens * promised.token_seconds
+        clear = promised.queue_seconds + promised.kv_seconds <= CLEAR_SHARE * expected
+        sent = Sent(book, now, tokens, streams, clear, expected)
+        self._elapse(book, self._in_flight.get(promised.id, 1) - 1, now)
+        book.unread[sent] = None
+        book.unread_tokens += tokens
+        book.sent_tokens += tokens
+        rung.outdated[book] = place
+        return sent
+
+    def began(self, sent: Sent) -> None:
+        """Note a first token: the prompt has been read."""
+        if not sent.unread:
+            return
+        self._read(sent)
+        book, seconds = sent.book, self._clock() - sent.at
+        if not sent.clear:
+            return
+        book.pace = first_token(book.pace, sent.expected_seconds, seconds)
+        book.learnt = learnt_first_token(book.learnt, seconds, sent.tokens)
+
+    def ended(self, sent: Sent, answer_tokens: int) -> None:
+        """Note the end of a request, in the step in which the registry counts it down; 0 tokens say nothing."""
+        if sent.ended:
+            return
+        sent.ended = True
+        book, now = sent.book, self._clock()
+        if sent.unread:
+            self._read(sent)
+        self._elapse(book, self._in_flight.get(book.replica.id, 0) + 1, now)
+        book.endings.append(now)
+        kept = self._books.get(book.replica.id)
+        if kept is None or kept[0] is not book:
+            return
+        _, rung, place = kept
+        rung.outdated[book] = place
+        if not self._in_flight.get(book.replica.id):
+            book.was_idle = True
+        if answer_tokens > 0:
+            rung.answer_tokens += LENGTH_SHARE * (answer_tokens - rung.answer_tokens)
+
+    def busy(self, replica_id: str) -> bool:
+        """Tell whether a replica is worth a closer look."""
+        return self._in_flight.get(replica_id, 0) > 0
+
+    def polled(self, replica_id: str, asked_at: float, poll: Poll) -> None:
+        """Take over what an engine says, which tells nothing of what was sent since it was asked."""
+        kept = self._books.get(replica_id)
+        if kept is None or poll.running is None or poll.waiting is None:
+            return
+        book, rung, place = kept
+        ours = self._in_flight.get(replica_id, 0)
+        self._elapse(book, ours, poll.at_seconds)
+        self._learn(book, poll)
+        while book.endings and book.endings[0] < asked_at - GAUGE_LAG_SECONDS:
+            book.endings.popleft()
+        book.others = max(poll.running + poll.waiting - ours - len(book.endings), 0.0)
+        book.places_seen = _places_seen(book.poll, poll)
+        self._forget_read(book, poll.waiting, asked_at)
+        book.sent_tokens = sum(sent.tokens for sent in book.unread if sent.at >= asked_at)
+        book.area, book.was_idle = 0.0, not ours
+        book.poll, book.stale = poll, False
+        rung.outdated[book] = place
+        rung.outdated.update({each: at for at, each in enumerate(rung.books) if each.stale})
+
+    def lost(self, replica_id: str) -> None:
+        """Note that an engine wasn't to be asked: what it said last holds for a little while."""
+        kept = self._books.get(replica_id)
+        if kept is None:
+            return
+        book, rung, place = kept
+        if book.poll is None or self._clock() - book.poll.at_seconds > STALE_SECONDS:
+            book.stale = True
+            book.places_seen = inf
+            rung.outdated[book] = place
+
+    def _kept(self, known: Mapping[str, tuple[_Book, _Rung, int]], replica: Replica) -> _Book:
+        entry = known.get(replica.id)
+        if entry is not None and entry[0].replica == replica:
+            return entry[0]
+        return _Book(replica)
+
+    def _renew(self, rung: _Rung, variant: str) -> None:
+        mean_others = _mean_others(rung)
+        if not rung.outlooks:
+            rung.outlooks = [outlook(self._standing(book, rung, variant, mean_others)) for book in rung.books]
+        else:
+            for book, place in rung.outdated.items():
+                rung.outlooks[place] = outlook(self._standing(book, rung, variant, mean_others))
+        rung.outdated.clear()
+
+    def _standing(self, book: _Book, rung: _Rung, variant: str, mean_others: float) -> Standing:
+        return Standing(
+            replica=book.replica,
+            in_flight=self._in_flight.get(book.replica.id, 0),
+            # Nobody is thought idle for being silent.
+            others=max(book.others, mean_others) if book.stale else book.others,
+            unread_tokens=max(book.unread_tokens, 0.0),
+            sent_tokens=book.sent_tokens,
+            poll=book.poll,
+            stale=book.stale,
+            places_seen=book.places_seen,
+            pace=book.pace,
+            speed=self._speeds.get(variant) or book.learnt.speed(rung.answer_tokens),
+            answer_tokens=rung.answer_tokens,
+        )
+
+    def _read(self, sent: Sent) -> None:
+        sent.unread = False
+        book = sent.book
+        book.unread.pop(sent, None)
+        book.unread_tokens = book.unread_tokens - sent.tokens if book.unread else 0.0
+        kept = self._books.get(book.replica.id)
+        if kept is not None and kept[0] is book:
+            kept[1].outdated[book] = kept[2]
+
+    def _forget_read(self, book: _Book, waiting: float, asked_at: float) -> None:
+        """Of answers that come whole nobody sees the first token: those that don't wait have been read, soon enough."""
+        silent = [sent for sent in book.unread if not sent.streams and sent.at < asked_at]
+        for sent in silent[: max(len(silent) - int(waiting), 0)]:
+            self._read(sent)
+
+    def _elapse(self, book: _Book, requests: int, now: float) -> None:
+        book.area += requests * (now - book.area_at)
+        book.area_at = now
+
+    def _learn(self, book: _Book, poll: Poll) -> None:
+        """Compare what an engine gave since the last look with what it should have given."""
+        before = book.poll
+        if before is None or before.generated_tokens is None or poll.generated_tokens is None or book.was_idle:
+            return
+        seconds = poll.at_seconds - before.at_seconds
+        tokens = poll.generated_tokens - before.generated_tokens
+        if not 0 < seconds < FRESH_SECONDS or tokens < 0:
+            return
+        requests = book.area / seconds + book.others
+        speed = self._speeds.get(book.replica.variant)
+        if speed is not None:
+            book.pace = answered(book.pace, speed.together_at(requests) * seconds, tokens, seconds)
+        book.learnt = learnt_answering(book.learnt, requests, tokens, seconds)
+
+
+def _mean_others(rung: _Rung) -> float:
+    """How many requests of others the replicas have that we hear of."""
+    heard = [book.others for book in rung.books if not book.stale]
+    return sum(heard) / len(heard) if heard else 0.0
+
+
+def _places_seen(before: Poll | None, poll: Poll) -> float:
+    """How many an engine takes: as many as it runs, if others have been waiting for a while and no more were let in."""
+    if before is None or not poll.waiting or not before.waiting or poll.running is None or before.running is None:
+        return inf
+    return max(poll.running, 1.0) if poll.running <= before.running else inf

@@ -1,0 +1,77 @@
+"""What is remembered of conversations and prompts: who answered which, and what they have in their caches by now."""
+
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+from gateway.relay.leases import Want
+from gateway.routing.blocks import BLOCK_BYTES
+from gateway.routing.ladder import NOBODY, NOTHING_CACHED, Choice, Query
+from gateway.routing.prefixes import Prefixes, blocks_that_fit
+from gateway.routing.sessions import Sessions, Stay
+from gateway.routing.tokens import BytesPerToken, learned
+
+Move = Literal["up", "down"]
+
+GUESSED = BytesPerToken()
+
+
+class Memory:
+    """Owns the sessions, the prefixes, and what a token is in bytes, by model name; all of it is bounded."""
+
+    def __init__(self) -> None:
+        self._sessions = Sessions()
+        self._prefixes = Prefixes()
+        self._tokens: dict[str, BytesPerToken] = {}
+        self._held_tokens: dict[str, int] = {}
+
+    def bytes_per_token(self, name: str) -> float:
+        """How many bytes of a prompt make a token of this model, roughly."""
+        return self._tokens.get(name, GUESSED).ratio
+
+    def query(self, want: Want, tried: frozenset[str] = NOBODY) -> Query:
+        """Add to a request what is known of its conversation and its prompt."""
+        ask = want.ask
+        stay = None if ask.session is None else self._sessions.stay(ask.session)
+        return Query(ask, want.turn, tried, stay, self._cached_tokens(want) if ask.blocks else NOTHING_CACHED)
+
+    def went(self, want: Want, query: Query, choice: Choice) -> Move | None:
+        """Note where a request goes, which `ended` ends; tells if its conversation changes rungs by that."""
+        ask = want.ask
+        if ask.blocks:
+            self._prefixes.remember(choice.replica.id, ask.blocks)
+        if ask.session is None or not self._sessions.went(ask.session, choice.variant.name, choice.replica.id):
+            return None
+        return _direction(want, query.stay, choice)
+
+    def ended(self, want: Want, prompt_tokens: int) -> None:
+        """Note the end of a request, and how many tokens its prompt had; 0 says nothing."""
+        if want.ask.session is not None:
+            self._sessions.ended(want.ask.session)
+        if prompt_tokens and want.prompt_bytes:
+            name = want.target.name
+            self._tokens[name] = learned(self._tokens.get(name, GUESSED), want.prompt_bytes, prompt_tokens)
+
+    def holds(self, replica_id: str, kv_capacity_tokens: int | None) -> None:
+        """Note how much a replica's cache holds, which is how much of prompts it can remember."""
+        if kv_capacity_tokens and self._held_tokens.get(replica_id) != kv_capacity_tokens:
+            self._held_tokens[replica_id] = kv_capacity_tokens
+            self._prefixes.resize(replica_id, blocks_that_fit(kv_capacity_tokens, GUESSED.ratio))
+
+    def keep_only(self, replica_ids: Collection[str]) -> None:
+        """Forget what replicas had in their caches that are gone."""
+        self._prefixes.keep_only(replica_ids)
+        self._held_tokens = {each: tokens for each, tokens in self._held_tokens.items() if each in replica_ids}
+
+    def _cached_tokens(self, want: Want) -> Mapping[str, float]:
+        matched = self._prefixes.matched(want.ask.blocks)
+        if not matched:
+            return NOTHING_CACHED
+        block_tokens = BLOCK_BYTES / self.bytes_per_token(want.target.name)
+        return {replica_id: blocks * block_tokens for replica_id, blocks in matched.items()}
+
+
+def _direction(want: Want, stay: Stay | None, choice: Choice) -> Move | None:
+    names = [rung.name for rung in want.target.rungs]
+    if stay is None or stay.variant not in names or choice.variant.name not in names:
+        return None
+    return "up" if names.index(choice.variant.name) < names.index(stay.variant) else "down"

@@ -1,0 +1,65 @@
+"""The latest decisions, with all that they were made on, for whoever asks why."""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import msgspec
+
+from gateway.relay.leases import Want
+from gateway.routing.breaker import Breaker
+from gateway.routing.gates import Gate
+from gateway.routing.ladder import Decision, GateName, Query, Scene
+from gateway.routing.outlook import Outlook
+from gateway.routing.shedding import Mark
+
+MOST_DECISIONS = 1000
+NO_BREAKERS: Mapping[str, Breaker] = {}
+NO_MARKS: Mapping[str, Mark] = {}
+
+
+class Made(msgspec.Struct, frozen=True, eq=False):
+    """One decision, and the scene as it was then; `at_seconds` is on the monotonic clock."""
+
+    want: Want
+    query: Query
+    at_seconds: float
+    outlooks: Mapping[str, tuple[Outlook, ...]]
+    breakers: Mapping[str, Breaker]
+    marks: Mapping[str, Mark]
+    gates: Mapping[GateName, Gate]
+    decision: Decision
+
+    @property
+    def scene(self) -> Scene:
+        """The scene, for deciding once more."""
+        return Scene(lambda variant: self.outlooks.get(variant, ()), self.breakers, self.marks, self.gates)
+
+
+class Decisions:
+    """Keeps so many decisions, the latest of each request."""
+
+    def __init__(self, most: int = MOST_DECISIONS) -> None:
+        self._most = most
+        self._made: OrderedDict[str, Made] = OrderedDict()
+
+    def made(self, want: Want, query: Query, scene: Scene, decision: Decision, now: float) -> None:
+        """Keep a decision; what it was made on must be as it was."""
+        gates = scene.gates
+        names = [(want.target.name, rung.name) for rung in want.rungs]
+        self._made[want.request_id] = Made(
+            want,
+            query,
+            now,
+            {rung.name: tuple(scene.outlooks(rung.name)) for rung in want.rungs},
+            dict(scene.breakers) if scene.breakers else NO_BREAKERS,
+            dict(scene.marks) if scene.marks else NO_MARKS,
+            {name: gates[name] for name in names if name in gates},
+            decision,
+        )
+        self._made.move_to_end(want.request_id)
+        if len(self._made) > self._most:
+            self._made.popitem(last=False)
+
+    def find(self, request_id: str) -> Made | None:
+        """The latest decision for a request; None if it is too long ago, or never was."""
+        return self._made.get(request_id)

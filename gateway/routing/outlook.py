@@ -1,0 +1,141 @@
+"""What a replica can promise the next request: what is known of its load, turned into seconds.
+
+A request waits until those before it have left a place (`queue`), until prompts before its own have been read
+(`ahead`), and longer as the KV cache fills, for then vLLM puts running requests back into its queue (`kv`). That much
+is the others' doing. Reading its own prompt and answering it come on top, and what the prefix cache holds comes off.
+"""
+
+from math import inf
+
+import msgspec
+
+from gateway.routing.ask import Ask
+from gateway.routing.polls import Poll
+from gateway.routing.speed import AS_MEASURED, USUAL_ANSWER_TOKENS, Pace, Speed
+from serving.replica import Replica
+
+# How much a fuller KV cache weighs: vLLM's own balancer begins at half (v1/engine/core_client.py), SMG's barrier has
+# this scale and form. 0.15 s at 75 %, 0.6 at 90, 1.35 at 95, 7 at 99.
+KV_BARRIER_SECONDS = 0.15
+KV_FREE = 0.5
+KV_FULL = 0.999
+
+
+UNLIMITED_TOKENS = 2.0**53
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """What is known of one replica at a moment.
+
+    `in_flight` requests are ours, exactly; `others` is how many more its engine had when it was last asked, or how many
+    they are believed to be where that is too old. `unread_tokens` are of prompts whose answers haven't begun,
+    `sent_tokens` of those sent since the poll. More than `places_seen` its engine didn't take when it had a queue.
+    """
+
+    replica: Replica
+    in_flight: int = 0
+    others: float = 0.0
+    unread_tokens: float = 0.0
+    sent_tokens: float = 0.0
+    poll: Poll | None = None
+    stale: bool = True
+    places_seen: float = inf
+    pace: Pace = AS_MEASURED
+    speed: Speed | None = None
+    answer_tokens: float = USUAL_ANSWER_TOKENS
+
+
+class Outlook(msgspec.Struct, frozen=True):
+    """Terms of what one more request costs on a replica; `token_seconds` and `answer_seconds` are a token's.
+
+    Without a known speed nothing is in seconds: `known` is False, and `requests` is all there is to go by.
+    """
+
+    replica: Replica
+    id: str
+    has_room: bool
+    known: bool
+    stale: bool
+    in_flight: int
+    requests: float
+    context_tokens: float = UNLIMITED_TOKENS
+    queue_seconds: float = 0.0
+    ahead_seconds: float = 0.0
+    kv_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    fixed_seconds: float = 0.0
+    step_seconds: float = 0.0
+    token_seconds: float = 0.0
+    answer_seconds: float = 0.0
+    answer_tokens: float = USUAL_ANSWER_TOKENS
+
+
+def outlook(standing: Standing) -> Outlook:
+    """Work out what a replica can promise."""
+    replica, in_flight = standing.replica, standing.in_flight
+    requests = in_flight + standing.others
+    context_tokens = float(replica.max_model_len_tokens or UNLIMITED_TOKENS)
+    has_room = in_flight < replica.max_in_flight
+    speed = standing.speed
+    if speed is None:
+        return Outlook(replica, replica.id, has_room, False, standing.stale, in_flight, requests, context_tokens)
+    pace, reading = standing.pace, standing.pace.reading
+    places = min(speed.places or inf, standing.places_seen)
+    queue_seconds = 0.0
+    if requests >= places:
+        finished_per_second = speed.together_at(places) / (standing.answer_tokens * pace.answering)
+        queue_seconds = (requests + 1 - places) / finished_per_second
+    token_seconds = speed.reading_seconds * reading
+    ahead_seconds = standing.unread_tokens * token_seconds
+    kv_seconds = _kv_seconds(standing)
+    wait_seconds = queue_seconds + ahead_seconds + kv_seconds
+    step_seconds = speed.step_at(min(requests + 1, places))
+    return Outlook(
+        replica=replica,
+        id=replica.id,
+        has_room=has_room,
+        known=True,
+        stale=standing.stale,
+        in_flight=in_flight,
+        requests=requests,
+        context_tokens=context_tokens,
+        queue_seconds=queue_seconds,
+        ahead_seconds=ahead_seconds,
+        kv_seconds=kv_seconds,
+        wait_seconds=wait_seconds,
+        fixed_seconds=wait_seconds + step_seconds * reading,
+        step_seconds=step_seconds * reading,
+        token_seconds=token_seconds,
+        answer_seconds=step_seconds * pace.answering,
+        answer_tokens=standing.answer_tokens,
+    )
+
+
+def answer_length(outlook: Outlook, ask: Ask) -> float:
+    """How many tokens an answer is expected to have: the usual ones, or what the client wants at most."""
+    usual = outlook.answer_tokens
+    return usual if ask.answer_tokens is None else min(usual, ask.answer_tokens)
+
+
+def seconds_for(outlook: Outlook, ask: Ask, answer_tokens: float, cached_tokens: float) -> float:
+    """What a request costs on a replica, until it is answered."""
+    read_tokens = ask.prompt_tokens - cached_tokens
+    reading_seconds = read_tokens * outlook.token_seconds if read_tokens > 0 else 0.0
+    return outlook.fixed_seconds + reading_seconds + answer_tokens * outlook.answer_seconds
+
+
+def kv_usage(standing: Standing) -> float | None:
+    """How full the KV cache is by now, of 1: as polled, and what was sent since; None where nothing recent tells."""
+    poll = standing.poll
+    if standing.stale or poll is None or poll.kv_usage is None:
+        return None
+    capacity = poll.kv_capacity_tokens or (standing.speed.kv_capacity_tokens if standing.speed else None)
+    return min(poll.kv_usage + (standing.sent_tokens / capacity if capacity else 0.0), 1.0)
+
+
+def _kv_seconds(standing: Standing) -> float:
+    usage = kv_usage(standing)
+    if usage is None or usage <= KV_FREE:
+        return 0.0
+    usage = min(usage, KV_FULL)
+    return KV_BARRIER_SECONDS * (usage - KV_FREE) / (1 - usage)

@@ -1,0 +1,157 @@
+"""How fast a replica answers: what was measured of its variant, and how far it was from that lately."""
+
+from collections.abc import Sequence
+from math import exp
+from typing import Self
+
+import msgspec
+
+from config.capacity import Measurement, Shape
+
+# Of the most that all requests get together; more at once only share it.
+ENOUGH = 0.97
+# Curves are tables by the number of requests; beyond the last entry all together get no more than there.
+MOST_PLACES = 1024
+USUAL_ANSWER_TOKENS = 256.0
+
+# What was observed lately weighs: each first token a tenth of what is remembered, each look at an engine by its time.
+FORGETS_SHARE = 0.1
+FORGETS_SECONDS = 5.0
+FURTHEST = 50.0
+
+
+class Speed(msgspec.Struct, frozen=True):
+    """How fast replicas of a variant were measured to be; tables begin with one request at a time.
+
+    `step_seconds` pass from token to token of one answer among so many, `together` is tokens a second of all answers.
+    Reading takes a step, and `reading_seconds` for each token of the prompt. More than `places` at once share what so
+    many get; None: nobody measured how many that is.
+    """
+
+    step_seconds: tuple[float, ...]
+    together: tuple[float, ...]
+    reading_seconds: float
+    places: int | None
+    answer_tokens: float = USUAL_ANSWER_TOKENS
+    kv_capacity_tokens: int | None = None
+
+    @classmethod
+    def measured(cls, measurement: Measurement) -> Self | None:
+        """Read a measurement; None if it leaves a speed out."""
+        levels = range(1, min(measurement.loads[-1].concurrency, MOST_PLACES) + 1)
+        answering = [measurement.decode_tokens_per_second(at_once) for at_once in levels]
+        together = tuple([measurement.output_tokens_per_second(at_once) for at_once in levels])
+        prefill_tokens_per_second = measurement.loads[0].prefill_tokens_per_second
+        if min(prefill_tokens_per_second, *answering, *together) <= 0:
+            return None
+        prompt_tokens, answer_tokens = _means(measurement.mix)
+        step_seconds = tuple([1 / rate for rate in answering])
+        first_token_seconds = prompt_tokens / prefill_tokens_per_second
+        # The first token takes a step of its own; what is left is reading.
+        reading_seconds = max(first_token_seconds - step_seconds[0], first_token_seconds / 10) / prompt_tokens
+        enough = ENOUGH * max(together)
+        places = next(at_once for at_once, rate in enumerate(together, 1) if rate >= enough)
+        return cls(step_seconds, together, reading_seconds, places, answer_tokens, measurement.kv_capacity_tokens)
+
+    def step_at(self, requests: float) -> float:
+        """Seconds from token to token of one of so many requests."""
+        known = len(self.step_seconds)
+        if requests <= known:
+            return self.step_seconds[max(int(requests) - 1, 0)]
+        return requests / self.together[-1] if self.places is not None else self.step_seconds[-1]
+
+    def together_at(self, requests: float) -> float:
+        """Tokens a second of all answers of so many requests."""
+        known = len(self.together)
+        if requests <= known:
+            return self.together[max(int(requests) - 1, 0)]
+        return self.together[-1] if self.places is not None else requests / self.step_seconds[-1]
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """How much slower than measured a replica is: 1 is as measured, 5 takes five times as long.
+
+    `expected` and `observed` are seconds until first tokens, of late.
+    """
+
+    answering: float = 1.0
+    expected: float = 0.0
+    observed: float = 0.0
+
+    @property
+    def reading(self) -> float:
+        """How much slower it reads; where no first token was seen, as much slower as it answers."""
+        if not self.expected:
+            return self.answering
+        return _bounded(self.observed / self.expected)
+
+
+AS_MEASURED = Pace()
+
+
+def first_token(pace: Pace, expected_seconds: float, observed_seconds: float) -> Pace:
+    """Note when a first token came, of a request that had not to wait for a place."""
+    if expected_seconds <= 0:
+        return pace
+    if not pace.expected:
+        # As if three had come as expected: one slow answer says little.
+        pace = Pace(pace.answering, 3 * expected_seconds, 3 * expected_seconds)
+    kept = 1 - FORGETS_SHARE
+    expected, observed = kept * pace.expected + expected_seconds, kept * pace.observed + observed_seconds
+    return Pace(pace.answering, expected, observed)
+
+
+def answered(pace: Pace, expected_tokens: float, observed_tokens: float, seconds: float) -> Pace:
+    """Note how many tokens an engine that was never idle gave in so many seconds, beside how many it should have."""
+    if expected_tokens <= 0 or seconds <= 0:
+        return pace
+    slower = _bounded(expected_tokens / max(observed_tokens, expected_tokens / FURTHEST))
+    share = 1 - exp(-seconds / FORGETS_SECONDS)
+    # A mean of logarithms: half as fast and twice as fast are equally far.
+    answering = pace.answering ** (1 - share) * slower**share
+    return Pace(_bounded(answering), pace.expected, pace.observed)
+
+
+class Learnt(msgspec.Struct, frozen=True):
+    """What was observed of a replica of a variant that nobody measured; zero is nothing yet."""
+
+    step_seconds: float = 0.0
+    reading_seconds: float = 0.0
+
+    def speed(self, answer_tokens: float) -> Speed | None:
+        """As a speed without a limit to how many it answers at once; None as long as either is unknown."""
+        if not self.step_seconds or not self.reading_seconds:
+            return None
+        return Speed((self.step_seconds,), (1 / self.step_seconds,), self.reading_seconds, None, answer_tokens)
+
+
+NOTHING_LEARNT = Learnt()
+
+
+def learnt_first_token(learnt: Learnt, observed_seconds: float, prompt_tokens: float) -> Learnt:
+    """Note when a first token came."""
+    reading_seconds = _blended(learnt.reading_seconds, observed_seconds / max(prompt_tokens, 1), FORGETS_SHARE)
+    return Learnt(learnt.step_seconds, reading_seconds)
+
+
+def learnt_answering(learnt: Learnt, requests: float, tokens: float, seconds: float) -> Learnt:
+    """Note how many tokens so many requests were given in so many seconds."""
+    if tokens <= 0 or requests <= 0 or seconds <= 0:
+        return learnt
+    share = 1 - exp(-seconds / FORGETS_SECONDS)
+    return Learnt(_blended(learnt.step_seconds, requests * seconds / tokens, share), learnt.reading_seconds)
+
+
+def _means(mix: Sequence[Shape]) -> tuple[float, float]:
+    """Tokens of a prompt and of an answer, on average."""
+    shares = sum(shape.share for shape in mix)
+    prompt = sum(shape.prompt_tokens * shape.share for shape in mix)
+    return prompt / shares, sum(shape.answer_tokens * shape.share for shape in mix) / shares
+
+
+def _blended(old: float, new: float, share: float) -> float:
+    return (1 - share) * old + share * new if old else new
+
+
+def _bounded(slower: float) -> float:
+    return min(max(slower, 1 / FURTHEST), FURTHEST)

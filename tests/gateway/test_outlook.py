@@ -1,0 +1,133 @@
+"""What a replica can promise, in seconds."""
+
+from dataclasses import replace as replaced
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.routing.ask import Ask, needed_tokens
+from gateway.routing.outlook import Outlook, Standing, answer_length, kv_usage, outlook, seconds_for
+from gateway.routing.polls import Poll
+from gateway.routing.speed import Pace, Speed
+from serving.replica import Replica
+
+REPLICA = Replica("hi-1", "hi", "bf16", "http://hi-1", "m1")
+# 25 ms from token to token up to 4 at once, who get 160 tokens a second together; 1 ms for each token of a prompt.
+SPEED = Speed((0.025,) * 4, (40.0, 80.0, 120.0, 160.0), 0.001, 4, answer_tokens=80.0, kv_capacity_tokens=1000)
+IDLE = Standing(REPLICA, poll=Poll(0.0, 0.0, 0.0, 0.0), stale=False, speed=SPEED, answer_tokens=80.0)
+FIGURES = ("queue_seconds", "ahead_seconds", "kv_seconds", "wait_seconds", "token_seconds", "answer_seconds")
+
+
+def standing(**changes: object) -> Standing:
+    """The idle one with some of it changed."""
+    return msgspec.structs.replace(IDLE, **changes)
+
+
+def test_an_idle_replica() -> None:
+    """Nothing to wait for: reading and answering are all it costs."""
+    idle = outlook(IDLE)
+    assert [getattr(idle, name) for name in FIGURES] == pytest.approx([0, 0, 0, 0, 0.001, 0.025])
+    assert idle.has_room
+    assert seconds_for(idle, Ask(prompt_tokens=100), 80, 0) == pytest.approx(0.025 + 0.1 + 2.0)
+    assert seconds_for(idle, Ask(prompt_tokens=100), 80, 60) == pytest.approx(0.025 + 0.04 + 2.0)
+    assert seconds_for(idle, Ask(prompt_tokens=100), 80, 500) == pytest.approx(0.025 + 2.0)
+
+
+@pytest.mark.parametrize(
+    "changes, queue_seconds",
+    [
+        ({"in_flight": 3}, 0.0),
+        # Two answers of 80 tokens end in a second: one more waits for half of one.
+        ({"in_flight": 4}, 0.5),
+        ({"in_flight": 8}, 2.5),
+        ({"in_flight": 2, "others": 2.0}, 0.5),
+        ({"in_flight": 4, "pace": Pace(answering=5.0)}, 2.5),
+        # It runs no more than two although others wait: all together get what two get.
+        ({"in_flight": 3, "places_seen": 2.0}, 2 * 80 / 80),
+        ({"in_flight": 99, "speed": msgspec.structs.replace(SPEED, places=None)}, 0.0),
+    ],
+)
+def test_the_queue(changes: dict[str, object], queue_seconds: float) -> None:
+    """Whoever finds no place waits until so many answers have ended, at the rate at which they end."""
+    assert outlook(standing(**changes)).queue_seconds == pytest.approx(queue_seconds)
+
+
+def test_prompts_ahead() -> None:
+    """They are read first, as slowly as the replica has been reading."""
+    assert outlook(standing(unread_tokens=500.0)).ahead_seconds == pytest.approx(0.5)
+    slow = Pace(expected=1.0, observed=3.0)
+    assert outlook(standing(unread_tokens=500.0, pace=slow)).ahead_seconds == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    "usage, seconds", [(None, 0.0), (0.0, 0.0), (0.5, 0.0), (0.75, 0.15), (0.9, 0.6), (0.99, 7.35), (1.0, 74.85)]
+)
+def test_the_barrier_of_the_kv_cache(usage: float | None, seconds: float) -> None:
+    """It grows without end as the cache fills; what isn't known is no barrier."""
+    assert outlook(standing(poll=Poll(0.0, 0, 0, usage))).kv_seconds == pytest.approx(seconds)
+
+
+def test_what_was_sent_since_the_poll_fills_the_cache() -> None:
+    """In the tokens that the engine's cache holds, or else in those that were measured; an old poll says nothing."""
+    poll = Poll(0.0, 0, 0, kv_usage=0.5, kv_capacity_tokens=2000)
+    assert kv_usage(standing(poll=poll, sent_tokens=500.0)) == pytest.approx(0.75)
+    assert kv_usage(standing(poll=Poll(0.0, 0, 0, 0.5), sent_tokens=250.0)) == pytest.approx(0.75)
+    assert kv_usage(standing(poll=poll, sent_tokens=9e9)) == 1.0
+    assert kv_usage(standing(poll=poll, stale=True)) is None
+
+
+def test_without_a_speed_nothing_is_in_seconds() -> None:
+    """Only how many requests there are is known."""
+    told = outlook(standing(speed=None, in_flight=3, others=2.0))
+    assert (told.known, told.requests, told.in_flight, told.wait_seconds) == (False, 5.0, 3, 0.0)
+
+
+def test_room_and_context() -> None:
+    """More than it may have at once are not sent to it, nor what surely doesn't fit."""
+    small = replaced(REPLICA, max_in_flight=2, max_model_len_tokens=4096)
+    assert outlook(standing(replica=small, in_flight=1)).has_room
+    assert not outlook(standing(replica=small, in_flight=2)).has_room
+    assert outlook(standing(replica=small)).context_tokens == 4096
+    assert needed_tokens(Ask(prompt_tokens=1000, answer_tokens=500)) == pytest.approx(1200)
+
+
+def test_how_long_an_answer_is_expected_to_be() -> None:
+    """As long as usual, but no longer than the client wants it."""
+    idle = outlook(IDLE)
+    assert [answer_length(idle, Ask(answer_tokens=most)) for most in (None, 16, 4096)] == [80, 16, 80]
+
+
+standings = st.builds(
+    Standing,
+    st.just(REPLICA),
+    in_flight=st.integers(0, 600),
+    others=st.floats(0, 100),
+    unread_tokens=st.floats(0, 1e5),
+    sent_tokens=st.floats(0, 1e5),
+    poll=st.none() | st.builds(Poll, st.just(0.0), kv_usage=st.none() | st.floats(0, 1)),
+    stale=st.booleans(),
+    places_seen=st.floats(1, 100) | st.just(float("inf")),
+    pace=st.builds(Pace, st.floats(0.02, 50), st.just(1.0), st.floats(0.02, 50)),
+    speed=st.none() | st.just(SPEED),
+    answer_tokens=st.floats(1, 1e4),
+)
+
+
+@given(standings)
+def test_more_to_do_is_never_better(given: Standing) -> None:
+    """Every term is a number and not negative, and none shrinks when a request comes."""
+    before = outlook(given)
+    more = msgspec.structs.replace(
+        given, in_flight=given.in_flight + 1, unread_tokens=given.unread_tokens + 10, sent_tokens=given.sent_tokens + 10
+    )
+    after = outlook(more)
+    for name in (*FIGURES, "fixed_seconds", "step_seconds", "requests"):
+        assert 0 <= getattr(before, name) <= getattr(after, name) < float("inf"), name
+
+
+def test_an_outlook_is_plain() -> None:
+    """It can be written down and read again, so that a decision can be explained later."""
+    told = outlook(standing(in_flight=5))
+    assert msgspec.json.decode(msgspec.json.encode(told), type=Outlook) == told
