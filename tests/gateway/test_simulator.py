@@ -13,11 +13,11 @@ from tests.benchmarks.routing.calibration import measured
 from tests.benchmarks.routing.engine import Engine, Job
 from tests.benchmarks.routing.figures import Objective, figures_of
 from tests.benchmarks.routing.policies import CacheAware, LeastInFlight, RoundRobin, StaticLadder
-from tests.benchmarks.routing.policy import NOBODY, Decision, Refused
+from tests.benchmarks.routing.policy import NOBODY, Decision, Policy, Refused
 from tests.benchmarks.routing.profiles import MODELS, Fleet, Profile, fleet_of
-from tests.benchmarks.routing.runs import Fault, Scenario
+from tests.benchmarks.routing.runs import Fault, Run, Scenario
 from tests.benchmarks.routing.scenarios import burst
-from tests.benchmarks.routing.simulation import Simulation, simulate
+from tests.benchmarks.routing.simulation import simulate as simulated
 from tests.benchmarks.routing.workloads import Rate, Turn, constant, conversations, ramp, square
 
 BLOCK = 4
@@ -154,6 +154,11 @@ def scenario(fleet: Fleet = FLEET, rate: float = 6.0, seconds: float = 40.0, *fa
     return Scenario(fleet, asked, seconds, faults, seed=seed)
 
 
+def simulate(of: Scenario, policy: Policy) -> Run:
+    """Run a policy that needs no loop."""
+    return simulated(of, lambda _: policy)
+
+
 def told(policy: RoundRobin, of: Scenario) -> list[tuple[int, str, float | None, float | None]]:
     """What became of every turn."""
     return [(each.turn.key, each.replica, each.first_at, each.ended_at) for each in simulate(of, policy).outcomes]
@@ -221,14 +226,16 @@ def test_faults_befall_one_replica() -> None:
 class Moody(RoundRobin):
     """Refuses everybody between two moments, and says that it takes 7 seconds."""
 
-    def choose(self, turn: Turn, now: float, tried: frozenset[str] = NOBODY) -> Decision:
-        return Refused(7.0) if 10 <= now < 15 else super().choose(turn, now, tried)
+    async def choose(self, turn: Turn, now: float, tried: frozenset[str] = NOBODY) -> Decision:
+        return await super().choose(turn, now, tried) if self.would_take(turn, now) else Refused(7.0)
+
+    def would_take(self, turn: Turn, now: float) -> bool:
+        return not 10 <= now < 15
 
 
 def test_a_retry_after_is_held_against_what_would_have_been() -> None:
     """Who was refused comes back when told; the error is what was told less what was true."""
-    simulation = Simulation(scenario(), Moody(FLEET))
-    found = simulation.run()
+    found = simulate(scenario(), Moody(FLEET))
     refused = [each for each in found.outcomes if each.refusals]
     assert refused
     for each in refused:

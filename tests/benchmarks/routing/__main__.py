@@ -12,14 +12,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from config.capacity import Measurement
+from config.schema import Spill
+from gateway.routing.catalog import USUAL_SPILL
 from tests.benchmarks.machine import machine_line
 from tests.benchmarks.routing import policies, scenarios
 from tests.benchmarks.routing.calibration import measured
 from tests.benchmarks.routing.figures import Objective, figures_of
+from tests.benchmarks.routing.ours import Options, Ours
 from tests.benchmarks.routing.policy import Policy
 from tests.benchmarks.routing.profiles import MODELS, QUALITY, Fleet, fleet_of
 from tests.benchmarks.routing.report import Report
-from tests.benchmarks.routing.runs import Scenario
+from tests.benchmarks.routing.runs import Run, Scenario
 from tests.benchmarks.routing.scenarios import Ground
 from tests.benchmarks.routing.simulation import simulate
 
@@ -45,7 +48,7 @@ def _static_ladder(fleet: Fleet, seed: int, measurements: Measured, objective: O
     return policies.StaticLadder(fleet, seed, places=places)
 
 
-def _makers(objective: Objective) -> dict[str, Maker]:
+def _makers(objective: Objective, options: Options) -> dict[str, Maker]:
     plain = (
         policies.RoundRobin,
         policies.Random,
@@ -54,7 +57,8 @@ def _makers(objective: Objective) -> dict[str, Maker]:
         policies.CacheAware,
         policies.LeastLoad,
     )
-    makers: dict[str, Maker] = {kind.name: partial(_made, kind) for kind in plain}
+    makers: dict[str, Maker] = {Ours.name: lambda fleet, _, measurements: Ours(fleet, measurements, options)}
+    makers |= {kind.name: partial(_made, kind) for kind in plain}
     makers[policies.StaticLadder.name] = partial(_static_ladder, objective=objective)
     return makers
 
@@ -71,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     measurements = {rung: measured(MODELS[options.model][rung]) for rung in fleet.rungs}
     capacity = options.capacity or scenarios.best_rung_capacity(fleet, objective)
     report = Report(machine_line(), f"{options.model}, {fleet}", objective, capacity)
-    makers = {name: maker for name, maker in _makers(objective).items() if name in options.policies}
+    makers = {name: maker for name, maker in _makers(objective, _ours(options)).items() if name in options.policies}
     bench = Bench(Ground(fleet, capacity, options.seconds), objective, makers, measurements, options.seeds)
     if "capacity" in options.parts:
         report.measurements = measurements
@@ -118,7 +122,7 @@ class Bench:
         if "burst" in parts:
             scenario = scenarios.burst(ground.fleet)
             for name in self.makers:
-                run = simulate(scenario, self._policy(name, scenario, 1))
+                run = self._run(name, scenario)
                 report.spreads[name] = figures_of(run, self.objective).spread
 
     def plot(self, folder: Path) -> str:
@@ -127,9 +131,9 @@ class Bench:
             return "No plot: matplotlib is not installed (quantgate[plots])."
         from tests.benchmarks.routing.plots import write_ramp  # noqa: PLC0415 - an extra
 
-        names = [name for name in self.makers if name == "ours" or name in PLOTTED]
+        names = [name for name in self.makers if name == Ours.name or name in PLOTTED]
         scenario = scenarios.hill(self.ground, 1)
-        runs = [simulate(scenario, self._policy(name, scenario, 1)) for name in names]
+        runs = [self._run(name, scenario) for name in names]
         folder.mkdir(parents=True, exist_ok=True)
         out = folder / "routing-ramp.png"
         write_ramp(runs, scenarios.ramp_rate(self.ground), self.ground.capacity, self.objective, out)
@@ -139,34 +143,43 @@ class Bench:
         print(title, file=sys.stderr)
         drawn = [scenario_of(seed + 1) for seed in range(self.seeds)]
         report.tables[title] = [
-            scenarios.mean_of(
-                [
-                    figures_of(simulate(scenario, self._policy(name, scenario, scenario.seed)), self.objective)
-                    for scenario in drawn
-                ]
-            )
+            scenarios.mean_of([figures_of(self._run(name, scenario), self.objective) for scenario in drawn])
             for name in self.makers
         ]
 
-    def _policy(self, name: str, scenario: Scenario, seed: int) -> Policy:
-        return self.makers[name](scenario.fleet, seed, self.measurements)
+    def _run(self, name: str, scenario: Scenario) -> Run:
+        return simulate(scenario, lambda it: self.makers[name](it.fleet, it.seed, self.measurements))
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.routing", description=__doc__)
-    known = tuple(_makers(Objective()))
+    known = tuple(_makers(Objective(), Options()))
     parser.add_argument("--parts", type=_words(PARTS), default=list(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--policies", type=_words(known), default=list(known), help=f"of {','.join(known)}")
     parser.add_argument("--model", choices=list(MODELS), default="32b", help="(default: %(default)s)")
     parser.add_argument("--fleet", type=_counts, default="bf16=2,int8=1,int4=1", help="(default: %(default)s)")
     parser.add_argument("--objective", type=float, default=2.0, help="seconds to the first token (%(default)s)")
     parser.add_argument("--inter-token", type=float, default=0.1, help="seconds from token to token (%(default)s)")
+    parser.add_argument("--spill-after", type=float, default=USUAL_SPILL.after_seconds, help="(%(default)s)")
+    parser.add_argument("--return-below", type=float, default=USUAL_SPILL.return_below_seconds, help="(%(default)s)")
+    parser.add_argument("--dwell", type=float, default=USUAL_SPILL.dwell_seconds, help="(%(default)s)")
+    parser.add_argument("--patience", type=float, default=30.0, help="seconds a request may wait (%(default)s)")
+    parser.add_argument("--unmeasured", action="store_true", help="give our gateway no capacity.json")
     parser.add_argument("--capacity", type=float, help="turns/s of the best rung; not given: searched for")
     parser.add_argument("--seconds", type=float, default=600.0, help="of each scenario (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="workloads of each scenario (default: %(default)s)")
     parser.add_argument("--plots", type=Path, help="write pictures into this folder")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     return parser.parse_args(arguments)
+
+
+def _ours(options: argparse.Namespace) -> Options:
+    spill = Spill(
+        after_seconds=options.spill_after,
+        return_below_seconds=options.return_below,
+        dwell_seconds=options.dwell,
+    )
+    return Options(spill, options.patience, not options.unmeasured)
 
 
 def _words(known: Sequence[str]) -> Callable[[str], list[str]]:

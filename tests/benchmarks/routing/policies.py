@@ -27,10 +27,13 @@ class Counting:
         self._ready = tuple(member.id for member in fleet.members)
         self._chance = random.Random(seed)
 
-    def choose(self, turn: Turn, now: float, tried: frozenset[str] = NOBODY) -> Decision:
+    async def choose(self, turn: Turn, now: float, tried: frozenset[str] = NOBODY) -> Decision:
         """Pick among those that are ready."""
         open_to = [replica for replica in self._ready if replica not in tried]
         return self._pick(turn, open_to, now) if open_to else NOT_READY
+
+    def would_take(self, turn: Turn, now: float) -> bool:
+        return bool(self._ready)
 
     def _pick(self, turn: Turn, open_to: Sequence[str], now: float) -> str:
         raise NotImplementedError
@@ -51,6 +54,9 @@ class Counting:
         self.in_flight[replica] -= 1
 
     def polled(self, replica: str, poll: Poll) -> None:
+        pass
+
+    def unanswered(self, replica: str, now: float) -> None:
         pass
 
     def ready(self, replicas: Sequence[str], now: float) -> None:

@@ -18,13 +18,6 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """The gateway keeps the turn, and decides again when an answer ends, or at a time."""
-
-    until_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
 class Usage:
     """What an answer says at its end."""
 
@@ -33,23 +26,25 @@ class Usage:
     answer_tokens: int
 
 
-Decision = str | Refused | Held
+Decision = str | Refused
 
 
 class Policy(Protocol):
     """Decides; times are seconds of the simulated clock.
 
-    `choose` changes nothing that a later choice depends on: it is also asked what it would say. A replica in `tried`
-    has just failed this turn. What a policy may know of a turn is what a gateway sees of a request.
+    What a policy may know of a turn is what a gateway sees of a request. A replica in `tried` has just failed it.
     """
 
     name: str
 
-    def choose(self, turn: Turn, now: float, tried: frozenset[str] = NOBODY) -> Decision:
-        """Say which replica answers, or what else becomes of a turn."""
+    async def choose(self, turn: Turn, now: float, tried: frozenset[str] = NOBODY) -> Decision:
+        """Say which replica answers, or that none does; may keep the turn waiting."""
+
+    def would_take(self, turn: Turn, now: float) -> bool:
+        """Tell whether a turn that was refused would be sent somewhere now; changes nothing."""
 
     def sent(self, turn: Turn, replica: str, now: float) -> None:
-        """A turn was sent there."""
+        """A turn was sent there, in the very step in which it was chosen."""
 
     def first_token(self, turn: Turn, replica: str, now: float) -> None:
         """Its answer has begun."""
@@ -62,6 +57,9 @@ class Policy(Protocol):
 
     def polled(self, replica: str, poll: Poll) -> None:
         """The replica's metrics were read."""
+
+    def unanswered(self, replica: str, now: float) -> None:
+        """The replica's metrics could not be read."""
 
     def ready(self, replicas: Sequence[str], now: float) -> None:
         """These replicas pass their health checks from now on, and no others."""

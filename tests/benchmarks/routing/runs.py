@@ -29,8 +29,6 @@ class Scenario:
     conversations: Sequence[Conversation]
     seconds: float
     faults: Sequence[Fault] = ()
-    poll_seconds: float = 0.5
-    poll_jitter: float = 0.2
     detection_seconds: float = 1.0  # from a death or a restart until health checks tell
     most_tries: int = 3
     most_asks: int = 3

@@ -53,7 +53,7 @@ def best_rung_capacity(fleet: Fleet, objective: Objective, mix: Mix = CHATS, sec
         waits = []
         for seed in (101, 102):
             asked = conversations(constant(rate), rate, seconds, mix=mix, seed=seed)
-            run = simulate(Scenario(best, asked, seconds, seed=seed), LeastInFlight(best))
+            run = simulate(Scenario(best, asked, seconds, seed=seed), lambda _: LeastInFlight(best))
             waits.append(figures_of(run, objective).first_token_p95)
         return max(waits) <= objective.first_token_seconds
 
@@ -142,7 +142,7 @@ def burst(fleet: Fleet) -> Scenario:
     seconds, chain = 60.0, tuple(range(50))
     turns = [Turn(number, f"b{number}", 0, 800, 100, 800, chain, 1.0) for number in range(BURST_TURNS)]
     asked = [Conversation(5.0 + BURST_SECONDS * turn.key / BURST_TURNS, (turn,)) for turn in turns]
-    return Scenario(fleet.only(fleet.rungs[0]), asked, seconds, poll_jitter=0.0)
+    return Scenario(fleet.only(fleet.rungs[0]), asked, seconds)
 
 
 def mean_of(found: Sequence[Figures]) -> Figures:

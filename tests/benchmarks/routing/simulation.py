@@ -1,16 +1,18 @@
-"""A fleet of simulated engines under a workload, a policy and faults: events in the order of their times."""
+"""A fleet of simulated engines under a workload, a policy and faults, in virtual time: one event after the other."""
 
-import heapq
+import asyncio
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+from gateway.relay.polling import first_poll_seconds, next_poll_seconds
 from gateway.routing.polls import Poll
 from tests.benchmarks.routing.engine import Engine, Gauges, Job
-from tests.benchmarks.routing.policy import NOBODY, Held, Policy, Refused, Usage
+from tests.benchmarks.routing.policy import NOBODY, Policy, Refused, Usage
 from tests.benchmarks.routing.profiles import Member
 from tests.benchmarks.routing.runs import Fault, Metric, Outcome, Refusal, Run, Scenario
+from tests.benchmarks.routing.virtual_time import VirtualLoop, run_in_virtual_time
 from tests.benchmarks.routing.workloads import Conversation, Turn
 
 DRAIN_SECONDS = 180.0  # how long answers may still take once nobody asks any more
@@ -30,31 +32,29 @@ class _Replica:
 
 
 class Simulation:
-    """Owns the clock and the replicas."""
+    """Owns the replicas, on a loop whose time is virtual."""
 
-    def __init__(self, scenario: Scenario, policy: Policy) -> None:
+    def __init__(self, scenario: Scenario, policy: Policy, loop: VirtualLoop) -> None:
         self.scenario, self.policy = scenario, policy
-        self.now = 0.0
         self.outcomes: list[Outcome] = []
         self.replicas = {member.id: _Replica(member, Engine(member.profile)) for member in scenario.fleet.members}
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers = 0
+        self._loop = loop
+        self._over = asyncio.Event()
+        self._tasks = set[asyncio.Task[None]]()
         self._chance = random.Random(scenario.seed)
-        self._held: dict[Outcome, frozenset[str]] = {}  # and who was tried already
         self._probed: list[tuple[Turn, Refusal]] = []
         self._places: dict[Outcome, Conversation] = {}  # of turns that are not over
         self._total = Gauges()
 
-    def run(self) -> Run:
+    @property
+    def now(self) -> float:
+        """Seconds since the start."""
+        return self._loop.time()
+
+    async def run(self) -> Run:
         """Run until all is answered, or nobody waits any longer for it."""
         self._begin()
-        ends_at = self.scenario.seconds + DRAIN_SECONDS
-        while self._events:
-            at, _, happen = heapq.heappop(self._events)
-            if at > ends_at or (at > self.scenario.seconds and not self._busy()):
-                break
-            self.now = at
-            happen()
+        await self._over.wait()
         for replica in self.replicas.values():
             self._count(replica.engine.gauges)
         total = self._total
@@ -63,8 +63,9 @@ class Simulation:
             self.policy.name, self.scenario, self.outcomes, tuple(self.policy.switches()), total.preemptions, hits
         )
 
-    def _busy(self) -> bool:
-        return bool(self._places or self._probed)
+    def _look_for_end(self) -> None:
+        if self.now >= self.scenario.seconds and not self._places and not self._probed:
+            self._over.set()
 
     def _begin(self) -> None:
         self.policy.ready(tuple(self.replicas), 0.0)
@@ -72,14 +73,15 @@ class Simulation:
             self._at(conversation.at_seconds, partial(self._arrive, conversation, 0))
         for fault in self.scenario.faults:
             self._at(fault.at_seconds, partial(self._befall, fault))
-        for replica in self.replicas.values():
-            self._at(self._chance.random() * self.scenario.poll_seconds, partial(self._poll, replica))
+        for number, replica in enumerate(self.replicas.values(), 1):
+            self._at(first_poll_seconds(number, self._chance.random()), partial(self._poll, replica))
+        self._at(self.scenario.seconds, self._look_for_end)
+        self._at(self.scenario.seconds + DRAIN_SECONDS, self._over.set)
 
     def _at(self, seconds: float, happen: Callable[[], None]) -> None:
-        self._numbers += 1
-        heapq.heappush(self._events, (seconds, self._numbers, happen))
+        self._loop.call_at(seconds, happen)
 
-    # Turns: asked, sent or held or refused, and what follows them.
+    # Turns: asked, sent or refused, and what follows them.
 
     def _arrive(self, conversation: Conversation, number: int) -> None:
         if self.now > self.scenario.seconds:
@@ -90,13 +92,20 @@ class Simulation:
         self._ask(outcome)
 
     def _ask(self, outcome: Outcome, tried: frozenset[str] = NOBODY) -> None:
+        task = self._loop.create_task(self._asked(outcome, tried))
+        self._tasks.add(task)
+        task.add_done_callback(self._asking_ended)
+
+    def _asking_ended(self, task: "asyncio.Task[None]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.result()
+
+    async def _asked(self, outcome: Outcome, tried: frozenset[str]) -> None:
         while True:
-            decision = self.policy.choose(outcome.turn, self.now, tried)
+            decision = await self.policy.choose(outcome.turn, self.now, tried)
             if isinstance(decision, Refused):
                 self._refuse(outcome, decision)
-                return
-            if isinstance(decision, Held):
-                self._hold(outcome, tried, decision)
                 return
             if self._send(outcome, decision):
                 return
@@ -138,22 +147,15 @@ class Simulation:
         """Ask for those that were refused whether they would be taken by now; nothing is sent."""
         left = []
         for turn, refusal in self._probed:
-            if not isinstance(self.policy.choose(turn, self.now), Refused):
+            if self.policy.would_take(turn, self.now):
                 refusal.really_seconds = self.now - refusal.at_seconds
             elif self.now - refusal.at_seconds < LONGEST_PROBE_SECONDS:
                 left.append((turn, refusal))
         self._probed = left
         if left:
             self._at(self.now + PROBE_SECONDS, self._probe)
-
-    def _hold(self, outcome: Outcome, tried: frozenset[str], held: Held) -> None:
-        self._held[outcome] = tried
-        self._at(max(held.until_seconds, self.now + 1e-3), partial(self._decide_again, outcome))
-
-    def _decide_again(self, outcome: Outcome) -> None:
-        tried = self._held.pop(outcome, None)
-        if tried is not None:
-            self._ask(outcome, tried)
+        else:
+            self._look_for_end()
 
     def _give_up(self, outcome: Outcome) -> None:
         outcome.failed = True
@@ -164,6 +166,7 @@ class Simulation:
         conversation, number = self._places.pop(outcome), outcome.turn.number + 1
         if number < len(conversation.turns):
             self._at(self.now + outcome.turn.think_seconds, partial(self._arrive, conversation, number))
+        self._look_for_end()
 
     # Engines: steps, polls, faults.
 
@@ -187,17 +190,16 @@ class Simulation:
             usage = Usage(job.prompt_tokens, job.cached_tokens, job.answer_tokens)
             self.policy.finished(outcome.turn, replica.member.id, usage, self.now)
             self._follow(outcome)
-        if made.ended and self._held:
-            for outcome in list(self._held):
-                self._decide_again(outcome)
         self._step(replica)
 
     def _poll(self, replica: _Replica) -> None:
-        apart = self.scenario.poll_seconds * (1 + self.scenario.poll_jitter * (2 * self._chance.random() - 1))
-        if self.now < self.scenario.seconds + DRAIN_SECONDS:
-            self._at(self.now + apart, partial(self._poll, replica))
+        """Read its metrics as often as our gateway does."""
+        apart = next_poll_seconds(busy=bool(replica.jobs), jitter=self._chance.random())
+        self._at(self.now + apart, partial(self._poll, replica))
         if replica.alive and replica.polled:
             self.policy.polled(replica.member.id, _read(replica, self.now))
+        else:
+            self.policy.unanswered(replica.member.id, self.now)
 
     def _befall(self, fault: Fault) -> None:
         replica = self.replicas[fault.replica]
@@ -250,6 +252,11 @@ def _read(replica: _Replica, now: float) -> Poll:
     )
 
 
-def simulate(scenario: Scenario, policy: Policy) -> Run:
-    """Run a policy through a scenario."""
-    return Simulation(scenario, policy).run()
+def simulate(scenario: Scenario, make: Callable[[Scenario], Policy]) -> Run:
+    """Run a policy, which is made on the loop that it runs on, through a scenario."""
+    loop = VirtualLoop()
+
+    async def run() -> Run:
+        return await Simulation(scenario, make(scenario), loop).run()
+
+    return run_in_virtual_time(loop, run())
