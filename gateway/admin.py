@@ -80,7 +80,7 @@ def admin_app(shown: Shown) -> FastAPI:
         made = shown.dispatch.decisions.find(request_id)
         if made is None:
             raise HTTPException(
-                404, f"nothing is kept of {request_id[:100]!r}; the latest {MOST_DECISIONS} requests are"
+                404, f"nothing is kept of {request_id[:100]!r}; the latest {MOST_DECISIONS} requests here are"
             )
         return _recorded(state_then(made, shown.dispatch.now()))
 

@@ -181,7 +181,7 @@ class Dispatch:
         offer = decision.offer
         if offer is None:
             return None
-        if offer.outlook.measured and offer.outlook.wait_seconds > patience_seconds:
+        if offer.comes_too_late(patience_seconds):
             raise _no_hope(want, offer, patience_seconds)
         return self._leased(want, query, offer, now)
 

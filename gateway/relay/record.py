@@ -29,11 +29,6 @@ class Made(msgspec.Struct, frozen=True, eq=False):
     gates: Mapping[GateName, Gate]
     decision: Decision
 
-    @property
-    def scene(self) -> Scene:
-        """The scene, for deciding once more."""
-        return Scene(lambda variant: self.outlooks.get(variant, ()), self.breakers, self.marks, self.gates)
-
 
 class Decisions:
     """Keeps so many decisions, the latest of each request."""

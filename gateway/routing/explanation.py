@@ -77,8 +77,3 @@ class Explanation(msgspec.Struct, frozen=True):
     candidates: tuple[Candidate, ...]
     refused: tuple[Refused, ...]
     absent: tuple[Absent, ...]
-
-    @property
-    def permitted(self) -> bool:
-        """Whether any variant is good enough."""
-        return bool(self.rungs)

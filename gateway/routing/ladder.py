@@ -75,6 +75,10 @@ class Offer(msgspec.Struct, frozen=True):
         """Tell whether a request waits for less long here."""
         return self.outlook.wait_seconds < other.outlook.wait_seconds
 
+    def comes_too_late(self, patience_seconds: float) -> bool:
+        """Tell whether it isn't worth waiting for; where nobody measured, that would be a guess."""
+        return self.outlook.measured and self.outlook.wait_seconds > patience_seconds
+
     def seconds_of(self, query: Query) -> float:
         """What the request would cost here."""
         ask, outlook = query.ask, self.outlook

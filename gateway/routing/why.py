@@ -30,7 +30,7 @@ class Looking(msgspec.Struct, frozen=True):
     @property
     def is_refused(self) -> bool:
         """Whether even the chosen replica would keep the request waiting for longer than it may."""
-        return self.offer is not None and self.offer.outlook.wait_seconds > self.patience_seconds
+        return self.offer is not None and self.offer.comes_too_late(self.patience_seconds)
 
     @property
     def soon_seconds(self) -> float:
@@ -141,7 +141,7 @@ def _outdone(looking: Looking, place: int, outlook: Outlook) -> str:
         return _later(looking, offer.outlook, outlook) if others_too else slow
     if looking.rungs.index(offer.choice.variant) < place:
         return f"{offer.choice.variant.name} is a better rung, and answers"
-    return f"not sooner than {offer.outlook.id}"
+    return "its rung spares nobody time: the one above, which lets this request down, is as soon"
 
 
 def _later(looking: Looking, chosen: Outlook, other: Outlook) -> str:

@@ -146,6 +146,16 @@ DOWN = {("smol", "hi"): Gate(spilling=True, since_seconds=88, owed=0.99)}
             {"hi-1": "", "mid-1": "hi is a better rung, and answers", "lo-1": "hi is a better rung, and answers"},
         ),
         (
+            [promised("hi-1", 0.875), promised("mid-1", 1.0), promised("lo-1")],
+            {"gates": DOWN},
+            "it waits for 0.000 s, spill.after_seconds is 2; hi spills, and lets this one down; mid could answer",
+            {
+                "lo-1": "",
+                "hi-1": "its rung spills, and this request is one of those that go down",
+                "mid-1": "its rung spares nobody time: the one above, which lets this request down, is as soon",
+            },
+        ),
+        (
             [promised("hi-1", 9.0), promised("mid-1", 7.0)],
             {},
             "the soonest of all: it waits for 7.000 s, and no rung answers within spill.after_seconds (2)",
@@ -217,6 +227,12 @@ DOWN = {("smol", "hi"): Gate(spilling=True, since_seconds=88, owed=0.99)}
             {},
             "it waits for 0.000 s, spill.after_seconds is 2",
             {"hi-1": "", "hi-2": "as soon as hi-1, whose turn it is"},
+        ),
+        (
+            [promised("hi-1", 40.0, measured=False)],
+            {"patience": 30},
+            "the soonest of all: it waits for 40.000 s, and no rung answers within spill.after_seconds (2)",
+            {"hi-1": ""},
         ),
         (
             [promised("hi-1", 40.0)],

@@ -193,6 +193,21 @@ async def test_a_gateway_that_cannot_be_asked(shell: Shell) -> None:
     assert (await shell.route("explain", "smol"))[0] == 2
 
 
+async def test_an_answer_of_somebody_else(shell: Shell) -> None:
+    """Whatever it says is shown, as far as it is short."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 500 Oops\r\nconnection: close\r\n\r\n" + b"x" * 1000)
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        code, _, err = await shell.route("state", "--admin", f"{host}:{port}")
+    assert (code, err) == (1, f"quantgate route: the gateway at {host}:{port} answers 500: {'x' * 200}\n")
+
+
 async def test_a_port_that_is_none_of_an_operator(shell: Shell, keyed: Fleet) -> None:
     """The clients' port, say, has no such path."""
     code, _, err = await shell.route("state", "--admin", keyed.served.addresses.client)
