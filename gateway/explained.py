@@ -1,6 +1,7 @@
 """A question as it is put on the command line, answered from a recorded state; pure."""
 
 from collections.abc import Mapping
+from math import inf
 
 import msgspec
 
@@ -53,7 +54,16 @@ def explained_request(state: State, asked: Asked) -> Explanation:
     """Say why a request went where it went."""
     floors = tuple(map(floor_of, asked.floors))
     target, scene = state.target(asked.model), state.scene()
-    return explain(target, floors, asked.precisions, asked.query, scene, state.now_seconds, absent=state.absent)
+    return explain(
+        target,
+        floors,
+        asked.precisions,
+        asked.query,
+        scene,
+        state.now_seconds,
+        absent=state.absent,
+        patience_seconds=inf if asked.patience_seconds is None else asked.patience_seconds,
+    )
 
 
 def _caller(state: State, key: str | None) -> Caller:

@@ -175,7 +175,7 @@ class Dispatch:
     def _taken(self, want: Want, query: Query, patience_seconds: float = inf) -> Lease | None:
         now = self._clock()
         decision = decide(want.target, want.rungs, query, self._scene, now)
-        self.decisions.made(want, query, self._scene, decision, now)
+        self.decisions.made(want, query, self._scene, decision, now, patience_seconds)
         if decision.gates:
             self._turn(decision.gates)
         offer = decision.offer

@@ -28,6 +28,7 @@ class Made(msgspec.Struct, frozen=True, eq=False):
     marks: Mapping[str, Mark]
     gates: Mapping[GateName, Gate]
     decision: Decision
+    patience_seconds: float
 
 
 class Decisions:
@@ -37,7 +38,9 @@ class Decisions:
         self._most = most
         self._made: OrderedDict[str, Made] = OrderedDict()
 
-    def made(self, want: Want, query: Query, scene: Scene, decision: Decision, now: float) -> None:
+    def made(
+        self, want: Want, query: Query, scene: Scene, decision: Decision, now: float, patience_seconds: float
+    ) -> None:
         """Keep a decision; what it was made on must be as it was."""
         gates = scene.gates
         names = [(want.target.name, rung.name) for rung in want.rungs]
@@ -50,6 +53,7 @@ class Decisions:
             dict(scene.marks) if scene.marks else NO_MARKS,
             {name: gates[name] for name in names if name in gates},
             decision,
+            patience_seconds,
         )
         self._made.move_to_end(want.request_id)
         if len(self._made) > self._most:

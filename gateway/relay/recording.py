@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from math import isfinite
 
 import msgspec
 
@@ -50,7 +51,7 @@ def state_now(in_force: InForce, dispatch: Dispatch, registry: Registry) -> Stat
 
 def state_then(made: Made, now: float) -> State:
     """What one decision was made on; `now` is on its clock."""
-    want, offer = made.want, made.decision.offer
+    want, offer, patience_seconds = made.want, made.decision.offer, made.patience_seconds
     query = msgspec.structs.replace(made.query, ask=msgspec.structs.replace(made.query.ask, blocks=()))
     target = want.target
     return State(
@@ -68,7 +69,8 @@ def state_then(made: Made, now: float) -> State:
             query,
             tuple([limits_of(floor) for floor in want.floors if floor is not NO_FLOOR]),
             want.precisions,
-            None if offer is None else offer.choice.replica.id,
+            None if offer is None or offer.comes_too_late(patience_seconds) else offer.choice.replica.id,
+            patience_seconds if isfinite(patience_seconds) else None,
         ),
     )
 

@@ -78,7 +78,10 @@ class Absent(msgspec.Struct, frozen=True):
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """One request that a decision was made for, as it was made, and who was chosen: None if nobody could be."""
+    """One request that a decision was made for, as it was made, and who was chosen: None if nobody was.
+
+    `patience_seconds` is how long it could wait; None: for ever, for it had already waited in line.
+    """
 
     id: str
     model: str
@@ -86,6 +89,7 @@ class Asked(msgspec.Struct, frozen=True):
     floors: tuple[Limits, ...]
     precisions: frozenset[str] | None
     chosen: str | None
+    patience_seconds: float | None
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):

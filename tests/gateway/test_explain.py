@@ -1,7 +1,7 @@
 """Why a request goes where it goes, and what is written down to know it later."""
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from math import inf
 from typing import Any
 
@@ -15,7 +15,10 @@ from config.schema import NO_FLOOR, Floor, Spill, TimeoutSettings
 from config.variant import QualityMeasures, Variant
 from gateway.api.asking import session_named
 from gateway.errors import NotAllowed, RequestError, UnknownModel
-from gateway.explained import Question, explained
+from gateway.explained import Question, explained, explained_request
+from gateway.relay.leases import Want
+from gateway.relay.record import Decisions
+from gateway.relay.recording import state_then
 from gateway.routing.ask import Ask
 from gateway.routing.breaker import Breaker
 from gateway.routing.catalog import Target
@@ -40,8 +43,10 @@ from gateway.routing.refusals import Refusal
 from gateway.routing.sessions import Stay
 from gateway.routing.shedding import ROOMY, Mark, refused
 from tests.gateway.test_ladder import (
+    HI,
     LO,
     LONG,
+    MID,
     RUNGS,
     SPILL,
     TARGET,
@@ -384,6 +389,31 @@ def test_what_is_no_recorded_state(text: bytes, words: str) -> None:
     """It is told where it was, and how one is made."""
     with pytest.raises(ConfigError, match=words):
         read_state(text, "f")
+
+
+@pytest.mark.parametrize("patience, chosen", [(inf, "hi-1"), (50.0, "hi-1"), (30.0, None)])
+@given(blocks=st.lists(st.integers(0), max_size=3).map(tuple))
+def test_a_decision_that_was_made(patience: float, chosen: str | None, blocks: tuple[int, ...]) -> None:
+    """What it was made on is kept, without the prompt's traces; a wait that was too long was no choice."""
+    query = Query(Ask(prompt_tokens=100, blocks=blocks), cached_tokens={"hi-1": 50.0})
+    here = scene(promised("hi-1", 40.0), promised("mid-1", 41.0), breakers={"lo-1": opened()})
+    floors, precisions = (NO_FLOOR, Floor(kl_mean=0.04)), frozenset({"bf16", "int8"})
+    want = Want(TARGET, (HI, MID), 7, query.ask, request_id="r", floors=floors, precisions=precisions)
+    decisions = Decisions()
+    decisions.made(want, query, here, decide(TARGET, want.rungs, query, here, 100.0), 100.0, patience)
+    made = decisions.find("r")
+    assert made is not None
+    state = read_state(state_then(made, 103.0).to_json(), "f")
+    asked = state.asked
+    assert asked is not None
+    assert (asked.chosen, asked.query.ask.blocks, state.now_seconds) == (chosen, (), 100)
+    assert state.recorded <= datetime.now(UTC) - timedelta(seconds=3)
+    explanation = explained_request(state, asked)
+    assert (explanation.chosen and explanation.chosen.replica) == chosen
+    assert [each.variant for each in explanation.refused] == ["lo"]
+    terms = explanation.candidates[0].terms
+    assert terms is not None
+    assert terms.cached == pytest.approx(0.05)
 
 
 def test_nothing_secret_is_written_down() -> None:

@@ -93,7 +93,7 @@ async def test_labels_come_from_the_configuration(fleet: Fleet, fake: FakeReplic
     assert seen["variant"] <= {*CONFIG["variants"], "none"}
     assert seen["precision"] <= {"bf16", "int8", "int4", "fp8", "none"}
     assert seen["endpoint"] <= {"chat.completions", "completions"}
-    answered = {"preferred", "floor", "pinned", "fallback", "none"}
+    answered = {"preferred", "spill", "floor", "pinned", "fallback", "none"}
     assert seen["reason"] <= {*answered, *REJECTIONS, "other", "poison", "attempts", "budget"}
     assert seen["kind"] == {"prompt", "completion", "reasoning"}
 
