@@ -30,6 +30,7 @@ VERBS = {
     "ps": Verb("serving.cli", "ps_main", "list replicas with their states"),
     "logs": Verb("serving.cli", "logs_main", "print what a replica printed"),
     "gateway": Verb("gateway.cli", "gateway_main", "run the gateway in front of running replicas"),
+    "route": Verb("gateway.route_cli", "route_main", "explain which replica answers a request, and why no other"),
     "config": Verb("gateway.cli", "config_main", "check, show or describe configuration files"),
     "keys": Verb("gateway.keys_cli", "keys_main", "hand out, list, replace and revoke client keys"),
 }

@@ -1,11 +1,10 @@
 """What operators and monitoring see, on a port of its own."""
 
 import hashlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import SecretStr
 
@@ -14,11 +13,16 @@ from gateway.guard import Guard
 from gateway.in_force import InForce
 from gateway.metrics import Metrics
 from gateway.metrics.exposition import exposition
+from gateway.relay.dispatch import Dispatch
+from gateway.relay.record import MOST_DECISIONS
+from gateway.relay.recording import state_now, state_then
 from gateway.routing.catalog import Catalog
+from gateway.routing.recorded import State
 from serving.registry import Registry
-from serving.replica import State
+from serving.replica import State as Life
 
 METRICS_TYPES: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
+JSON_TYPE: dict[str, Any] = {"application/json": {}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +33,7 @@ class Shown:
     registry: Registry
     metrics: Metrics
     site: Site
-    breakers: Callable[[], Mapping[str, str]]
-    waiting: Callable[[], Mapping[str, int]]
+    dispatch: Dispatch
 
 
 def guarded(app: FastAPI, key: SecretStr | None) -> Guard:
@@ -46,7 +49,7 @@ def admin_app(shown: Shown) -> FastAPI:
     @app.get("/admin/replicas")
     async def replicas() -> list[dict[str, Any]]:
         """Every replica with its state, reason, load and breaker."""
-        breakers = shown.breakers()
+        breakers = shown.dispatch.breaker_states()
         return [
             {
                 "id": status.replica.id,
@@ -64,7 +67,22 @@ def admin_app(shown: Shown) -> FastAPI:
     @app.get("/admin/queue")
     async def queue() -> dict[str, int]:
         """How many requests wait for a replica, by alias."""
-        return dict(shown.waiting())
+        return dict(shown.dispatch.waiting())
+
+    @app.get("/admin/routing", response_class=Response, responses={200: {"content": JSON_TYPE}})
+    async def routing() -> Response:
+        """Everything that a request would be decided on now, for `quantgate route explain`."""
+        return _recorded(state_now(shown.in_force, shown.dispatch, shown.registry))
+
+    @app.get("/admin/routing/{request_id}", response_class=Response, responses={200: {"content": JSON_TYPE}, 404: {}})
+    async def decision(request_id: str) -> Response:
+        """What one of the latest requests was decided on."""
+        made = shown.dispatch.decisions.find(request_id)
+        if made is None:
+            raise HTTPException(
+                404, f"nothing is kept of {request_id[:100]!r}; the latest {MOST_DECISIONS} requests are"
+            )
+        return _recorded(state_then(made, shown.dispatch.now()))
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": METRICS_TYPES}})
     async def scraped(request: Request) -> Response:
@@ -73,6 +91,10 @@ def admin_app(shown: Shown) -> FastAPI:
         return Response(told.body, headers={"content-type": told.content_type})
 
     return app
+
+
+def _recorded(state: State) -> Response:
+    return Response(state.to_json(), headers={"content-type": "application/json"})
 
 
 def _add_probes(app: FastAPI, shown: Shown) -> None:
@@ -92,7 +114,7 @@ def _add_probes(app: FastAPI, shown: Shown) -> None:
 
 def ready_variants(catalog: Catalog, registry: Registry) -> dict[str, list[str]]:
     """For each alias, the variants that may answer it and have a ready replica; for lone variants themselves."""
-    ready = {status.replica.variant for status in registry.snapshot() if status.state is State.READY}
+    ready = {status.replica.variant for status in registry.snapshot() if status.state is Life.READY}
     names = catalog.aliases or catalog.variants
     return {
         name: [variant.name for variant in catalog.resolve(name).permitted if variant.name in ready] for name in names

@@ -94,7 +94,9 @@ async def gateway(
         pool = await stack.enter_async_context(Pool())
         loads = Loads(registry.in_flight, deployment.speeds)
         dispatch = stack.enter_context(Dispatch(registry, loads, metrics, settings.queue, settings.retries))
-        polling = await stack.enter_async_context(Polling(registry, pool, dispatch, metrics.polls))
+        # On connections of their own: polls and requests don't wait for each other.
+        polls = await stack.enter_async_context(Pool())
+        polling = await stack.enter_async_context(Polling(registry, polls, dispatch, metrics.polls))
         metrics.registry.register(
             FleetCollector(registry, in_force.variants, dispatch.breaker_states, dispatch.waiting)
         )
@@ -107,7 +109,7 @@ async def gateway(
             for endpoint in ENDPOINTS.values()
         }
         site = Site(endpoints, client_app(in_force, registry), in_force)
-        shown = Shown(in_force, registry, metrics, site, dispatch.breaker_states, dispatch.waiting)
+        shown = Shown(in_force, registry, metrics, site, dispatch)
         await stack.enter_async_context(listen(guarded(admin_app(shown), settings.admin_key), taken.admin))
         front = Front(site, settings.memory_bytes, cut=lambda reason: metrics.clients_cut.labels(reason).inc())
         await stack.enter_async_context(serving_clients(front, taken.client, settings.drain_seconds))

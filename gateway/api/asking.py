@@ -82,9 +82,14 @@ def session_of(inference: Inference, headers: Mapping[bytes, bytes], key_name: s
     the model's first turn, which later turns leave as it is.
     """
     if named := headers.get(SESSION_HEADER) or _named(inference):
-        return _hashed(b"name", key_name, named)
+        return session_named(named, key_name)
     turns = _first_turns(inference)
     return None if turns is None else _hashed(b"turns", key_name, turns)
+
+
+def session_named(name: bytes, key_name: str | None) -> str:
+    """Name the conversation that a client gave a name to."""
+    return _hashed(b"name", key_name, name)
 
 
 def _prompt_bytes(inference: Inference) -> int:

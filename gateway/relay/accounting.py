@@ -186,10 +186,11 @@ class Account:
         prompt, completion, _ = self._tokens()
         return prompt + completion
 
-    @property
-    def engine_tokens(self) -> tuple[int, int]:
-        """Prompt and answer as an engine counted them; 0 as long as it has not."""
-        return (self.usage.prompt, self.usage.completion) if self.usage is not None else (0, 0)
+    def lengths(self, *, streams: bool) -> tuple[int, int | None]:
+        """Tokens of the prompt as the engine counted them, 0 if it didn't; and of the answer, None if nobody knows."""
+        if self.usage is not None:
+            return self.usage.prompt, self.usage.completion
+        return 0, self.token_events if streams else None
 
     def _tokens(self) -> tuple[int, int, int]:
         """Prompt, completion and reasoning; of a stream cut short what came of it, an event for a token."""

@@ -84,6 +84,10 @@ class Dispatch:
         """What decisions are made on; always true."""
         return self._scene
 
+    def now(self) -> float:
+        """The time that decisions go by."""
+        return self._clock()
+
     def waiting(self) -> Mapping[str, int]:
         """How many requests wait, by alias."""
         return Counter(ticket.demand.alias for ticket in self._lines)
@@ -177,7 +181,7 @@ class Dispatch:
         offer = decision.offer
         if offer is None:
             return None
-        if offer.outlook.wait_seconds > patience_seconds:
+        if offer.outlook.measured and offer.outlook.wait_seconds > patience_seconds:
             raise _no_hope(want, offer, patience_seconds)
         return self._leased(want, query, offer, now)
 

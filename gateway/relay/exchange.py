@@ -97,7 +97,7 @@ class Relay:
                     lease.succeeded()
                     return
                 finally:
-                    lease.prompt_tokens, lease.answer_tokens = account.engine_tokens
+                    lease.prompt_tokens, lease.answer_tokens = account.lengths(streams=inference.stream)
 
     def _want(
         self,
@@ -108,7 +108,8 @@ class Relay:
         account: Account,
     ) -> Want:
         """Sum up what the request is to routing."""
-        rungs = permitted_rungs(target, (caller.floor, inference.floor), inference.precisions)
+        floors = (caller.floor, inference.floor)
+        rungs = permitted_rungs(target, floors, inference.precisions)
         bytes_per_token = self.dispatch.memory.bytes_per_token(target.name)
         ask = asked(inference, headers, caller.name, bytes_per_token, with_blocks=self.dispatch.has_choice(rungs))
         return Want(
@@ -122,6 +123,8 @@ class Relay:
             inference.stream,
             account.body_bytes,
             text_bytes(inference),
+            floors,
+            inference.precisions,
         )
 
     def _judge(self, error: GatewayError, lease: Lease, attempts: Attempts, account: Account) -> None:

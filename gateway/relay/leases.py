@@ -7,6 +7,7 @@ from typing import Protocol, Self
 
 import msgspec
 
+from config.schema import Floor
 from config.variant import Variant
 from gateway.errors import GatewayError
 from gateway.relay.loads import Sent
@@ -19,7 +20,8 @@ class Want(msgspec.Struct, frozen=True, eq=False):
     """One request that wants a replica of these rungs.
 
     `turn` is its turn among equals; `body_bytes` is what it takes while it waits, `prompt_bytes` how long its prompt is
-    as text, which tells how many bytes make a token once its engine has counted them.
+    as text, which tells how many bytes make a token once its engine has counted them. `floors` and `precisions` are
+    what left no more rungs than these.
     """
 
     target: Target
@@ -31,6 +33,8 @@ class Want(msgspec.Struct, frozen=True, eq=False):
     streams: bool = False
     body_bytes: int = 0
     prompt_bytes: int = 0
+    floors: tuple[Floor, ...] = ()
+    precisions: frozenset[str] | None = None
 
 
 class Lessor(Protocol):
@@ -57,7 +61,7 @@ class Lease:
     """One request on one replica, counted from the choice to the end of the `with` block.
 
     Say `succeeded`, `failed` or `refused` inside it; an exchange that ends without any was given up by its client.
-    `prompt_tokens` and `answer_tokens` are what the engine counted, 0 as long as it has not.
+    `prompt_tokens` is what the engine counted, 0 as long as it has not; `answer_tokens` is None while nobody knows.
     """
 
     choice: Choice
@@ -66,7 +70,7 @@ class Lease:
     sent: Sent
     _lessor: Lessor
     prompt_tokens: int = 0
-    answer_tokens: int = 0
+    answer_tokens: int | None = None
     probe_until: float | None = None  # it finds out whether a replica works again, and is believed lost by then
 
     def __enter__(self) -> Self:

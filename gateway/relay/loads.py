@@ -32,6 +32,7 @@ STALE_SECONDS = 3.0
 GAUGE_LAG_SECONDS = 0.1
 # Of a variant's answer length: each answer is a fiftieth of the mean.
 LENGTH_SHARE = 0.02
+MIX_ANSWERS = 10
 MOST_ENDINGS = 256
 # A first token says how fast a replica reads only if there was hardly a queue.
 CLEAR_SHARE = 0.1
@@ -45,6 +46,7 @@ class Sent:
     book: "_Book"
     at: float
     tokens: float  # of its prompt, without what is probably cached
+    tokens_ahead: float  # of prompts that hadn't been read when it came
     streams: bool
     clear: bool  # it had not to wait for a place
     expected_seconds: float  # until its first token; 0: unknown
@@ -67,10 +69,7 @@ class _Book:
     pace: Pace = AS_MEASURED
     learnt: Learnt = NOTHING_LEARNT
     endings: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_ENDINGS))
-    # Requests of ours times seconds since the poll, to know how many there were on average; and whether ever none.
-    area: float = 0.0
-    area_at: float = 0.0
-    was_idle: bool = True
+    was_idle: bool = True  # at any moment since the poll
     outlook: Outlook | None = None
 
 
@@ -81,6 +80,7 @@ class _Rung:
     books: list[_Book]
     outlooks: list[Outlook]
     answer_tokens: float
+    answers: int  # that this is the mean of
     outdated: dict[_Book, int] = field(default_factory=dict)  # with their places
 
 
@@ -122,10 +122,8 @@ class Loads:
         self._books, rungs = {}, {}
         for variant, replicas in ready.items():
             before = self._rungs.get(variant)
-            speed = self._speeds.get(variant)
-            usual = speed.answer_tokens if speed else USUAL_ANSWER_TOKENS
             books = [self._kept(known, replica) for replica in replicas]
-            rung = _Rung(books, [], before.answer_tokens if before else usual)
+            rung = _Rung(books, [], *_lengths(before, self._speeds.get(variant)))
             for place, book in enumerate(books):
                 self._books[book.replica.id] = (book, rung, place)
                 rung.outdated[book] = place
@@ -145,8 +143,7 @@ class Loads:
         tokens = max(prompt_tokens - cached_tokens, 0.0)
         expected = promised.ahead_seconds + promised.step_seconds + tokens * promised.token_seconds
         clear = promised.queue_seconds + promised.kv_seconds <= CLEAR_SHARE * expected
-        sent = Sent(book, now, tokens, streams, clear, expected)
-        self._elapse(book, self._in_flight.get(promised.id, 1) - 1, now)
+        sent = Sent(book, now, tokens, book.unread_tokens, streams, clear, expected)
         book.unread[sent] = None
         book.unread_tokens += tokens
         book.sent_tokens += tokens
@@ -162,17 +159,16 @@ class Loads:
         if not sent.clear:
             return
         book.pace = first_token(book.pace, sent.expected_seconds, seconds)
-        book.learnt = learnt_first_token(book.learnt, seconds, sent.tokens)
+        book.learnt = learnt_first_token(book.learnt, seconds, sent.tokens_ahead + sent.tokens)
 
-    def ended(self, sent: Sent, answer_tokens: int) -> None:
-        """Note the end of a request, in the step in which the registry counts it down; 0 tokens say nothing."""
+    def ended(self, sent: Sent, answer_tokens: int | None) -> None:
+        """Note the end of a request, in the step in which it is counted down; None: nobody knows its length."""
         if sent.ended:
             return
         sent.ended = True
         book, now = sent.book, self._clock()
         if sent.unread:
             self._read(sent)
-        self._elapse(book, self._in_flight.get(book.replica.id, 0) + 1, now)
         book.endings.append(now)
         kept = self._books.get(book.replica.id)
         if kept is None or kept[0] is not book:
@@ -181,8 +177,9 @@ class Loads:
         rung.outdated[book] = place
         if not self._in_flight.get(book.replica.id):
             book.was_idle = True
-        if answer_tokens > 0:
-            rung.answer_tokens += LENGTH_SHARE * (answer_tokens - rung.answer_tokens)
+        if answer_tokens is not None:
+            rung.answers += 1
+            rung.answer_tokens += max(1 / rung.answers, LENGTH_SHARE) * (answer_tokens - rung.answer_tokens)
 
     def busy(self, replica_id: str) -> bool:
         """Tell whether a replica is worth a closer look."""
@@ -195,7 +192,6 @@ class Loads:
             return
         book, rung, place = kept
         ours = self._in_flight.get(replica_id, 0)
-        self._elapse(book, ours, poll.at_seconds)
         self._learn(book, poll)
         while book.endings and book.endings[0] < asked_at - GAUGE_LAG_SECONDS:
             book.endings.popleft()
@@ -203,7 +199,7 @@ class Loads:
         book.places_seen = _places_seen(book.poll, poll)
         self._forget_read(book, poll.waiting, asked_at)
         book.sent_tokens = sum(sent.tokens for sent in book.unread if sent.at >= asked_at)
-        book.area, book.was_idle = 0.0, not ours
+        book.was_idle = not ours
         book.poll, book.stale = poll, False
         rung.outdated[book] = place
         rung.outdated.update({each: at for at, each in enumerate(rung.books) if each.stale})
@@ -265,24 +261,27 @@ class Loads:
         for sent in silent[: max(len(silent) - int(waiting), 0)]:
             self._read(sent)
 
-    def _elapse(self, book: _Book, requests: int, now: float) -> None:
-        book.area += requests * (now - book.area_at)
-        book.area_at = now
-
     def _learn(self, book: _Book, poll: Poll) -> None:
         """Compare what an engine gave since the last look with what it should have given."""
         before = book.poll
         if before is None or before.generated_tokens is None or poll.generated_tokens is None or book.was_idle:
             return
+        requests = ((before.running or 0.0) + (poll.running or 0.0)) / 2
         seconds = poll.at_seconds - before.at_seconds
         tokens = poll.generated_tokens - before.generated_tokens
-        if not 0 < seconds < FRESH_SECONDS or tokens < 0:
+        if not 0 < seconds < FRESH_SECONDS or tokens < 0 or not requests:
             return
-        requests = book.area / seconds + book.others
         speed = self._speeds.get(book.replica.variant)
         if speed is not None:
             book.pace = answered(book.pace, speed.together_at(requests) * seconds, tokens, seconds)
         book.learnt = learnt_answering(book.learnt, requests, tokens, seconds)
+
+
+def _lengths(before: _Rung | None, speed: Speed | None) -> tuple[float, int]:
+    """How long answers are on average, and how many answers say so: a measurement's mix counts as some."""
+    if before is not None:
+        return before.answer_tokens, before.answers
+    return (speed.answer_tokens, MIX_ANSWERS) if speed else (USUAL_ANSWER_TOKENS, 0)
 
 
 def _mean_others(rung: _Rung) -> float:

@@ -57,6 +57,10 @@ class Memory:
             self._held_tokens[replica_id] = kv_capacity_tokens
             self._prefixes.resize(replica_id, blocks_that_fit(kv_capacity_tokens, GUESSED.ratio))
 
+    def stays(self) -> Mapping[str, Stay]:
+        """Where conversations are."""
+        return self._sessions.stays()
+
     def keep_only(self, replica_ids: Collection[str]) -> None:
         """Forget what replicas had in their caches that are gone."""
         self._prefixes.keep_only(replica_ids)

@@ -16,7 +16,7 @@ from config.variant import Variant
 from gateway.routing.ask import NOTHING_KNOWN, Ask, needed_tokens
 from gateway.routing.breaker import Breaker, admissible
 from gateway.routing.catalog import Target
-from gateway.routing.gates import CLOSED, Gate, Manner, judged, passed
+from gateway.routing.gates import CLOSED, Gate, Manner, Verdict, judged, passed
 from gateway.routing.outlook import Outlook, answer_length, seconds_for
 from gateway.routing.sessions import Stay
 from gateway.routing.shedding import ROOMY, Mark
@@ -81,6 +81,17 @@ class Offer(msgspec.Struct, frozen=True):
         return seconds_for(outlook, ask, answer_length(outlook, ask), query.cached_tokens.get(outlook.id, 0.0))
 
 
+class Step(msgspec.Struct, frozen=True):
+    """What comes of one rung: its cheapest replica, whether that one answers, and its gate if that changed."""
+
+    offer: Offer | None
+    verdict: Verdict | Literal["nobody"]
+    gate: Gate | None = None
+
+
+NOBODY_THERE = Step(None, "nobody")
+
+
 class Decision(msgspec.Struct, frozen=True):
     """Who answers, None if nobody has room; and the gates that turned, or owe another share than before."""
 
@@ -95,7 +106,7 @@ def decide(target: Target, rungs: tuple[Variant, ...], query: Query, scene: Scen
     """
     needed = needed_tokens(query.ask)
     decision = _descent(target, rungs, query, scene, needed, now)
-    if decision.offer is None and needed and not _anybody_fits(rungs, scene, needed):
+    if decision.offer is None and needed and not anybody_fits(rungs, scene, needed):
         # Its engine says it better than we could.
         needed = 0.0
         decision = _descent(target, rungs, query, scene, needed, now)
@@ -109,44 +120,66 @@ def _descent(
     target: Target, rungs: tuple[Variant, ...], query: Query, scene: Scene, needed: float, now: float
 ) -> Decision:
     """Go down the ladder until a rung is soon enough."""
-    spill, home = target.spill, _home(query.stay, rungs)
+    home = home_of(query.stay, rungs)
     gates: dict[GateName, Gate] = {}
     held_back: Offer | None = None
     too_slow: list[Offer] = []
     passed_over = False
     for place, rung in enumerate(rungs):
-        outlooks = _admitted(scene.outlooks(rung.name), scene, now)
-        offer = _offer(target, rungs, rung, _cheapest(outlooks, query, needed), passed_over=passed_over)
-        if offer is not None and not offer.outlook.known:
-            return Decision(offer, gates)
-        if offer is None and not any(_would_do(each, query, needed) for each in outlooks):
-            continue
-        wait_seconds = inf if offer is None else offer.outlook.wait_seconds
-        verdict = judged(spill, wait_seconds)
-        if rung is not rungs[-1]:
-            name = (target.name, rung.name)
-            before = scene.gates.get(name, CLOSED)
-            gate, verdict = passed(before, spill, wait_seconds, now, _manner(home, place))
-            if gate is not before:
-                gates[name] = gate
-        passed_over = True
+        step = step_at(place, target, rungs, query, scene, needed, now, passed_over=passed_over)
+        if step.gate is not None:
+            gates[target.name, rung.name] = step.gate
+        passed_over = passed_over or step.verdict != "nobody"
+        offer = step.offer
         if offer is None:
             continue
-        if verdict == "answers" and (held_back is None or place == home or offer.is_sooner_than(held_back)):
-            return Decision(offer, gates)
-        if verdict == "goes":
+        if step.verdict == "answers":
+            if held_back is None or not offer.outlook.known or place == home or offer.is_sooner_than(held_back):
+                return Decision(offer, gates)
+        elif step.verdict == "goes":
             held_back = held_back or offer
-        elif verdict == "too slow":
+        else:
             too_slow.append(offer)
     return Decision(held_back or min(too_slow, key=lambda offer: offer.seconds_of(query), default=None), gates)
 
 
-def _would_do(outlook: Outlook, query: Query, needed: float) -> bool:
+def step_at(
+    place: int,
+    target: Target,
+    rungs: tuple[Variant, ...],
+    query: Query,
+    scene: Scene,
+    needed: float,
+    now: float,
+    *,
+    passed_over: bool,
+) -> Step:
+    """Look at one rung; `passed_over`: a better one has a replica that could have answered."""
+    rung = rungs[place]
+    outlooks = admitted(scene.outlooks(rung.name), scene, now)
+    offer = _offer(target, rungs, rung, cheapest(outlooks, query, needed), passed_over=passed_over)
+    if offer is None:
+        if not any(would_do(each, query, needed) for each in outlooks):
+            return NOBODY_THERE
+        wait_seconds = inf
+    elif offer.outlook.known:
+        wait_seconds = offer.outlook.wait_seconds
+    else:
+        return Step(offer, "answers")
+    if rung is rungs[-1]:
+        return Step(offer, judged(target.spill, wait_seconds))
+    before = scene.gates.get((target.name, rung.name), CLOSED)
+    home = home_of(query.stay, rungs)
+    gate, verdict = passed(before, target.spill, wait_seconds, now, _manner(home, place))
+    return Step(offer, verdict, None if gate is before else gate)
+
+
+def would_do(outlook: Outlook, query: Query, needed: float) -> bool:
     """Tell whether a replica would be asked if it had room."""
     return outlook.id not in query.tried and needed <= outlook.context_tokens
 
 
-def _home(stay: Stay | None, rungs: tuple[Variant, ...]) -> int | None:
+def home_of(stay: Stay | None, rungs: tuple[Variant, ...]) -> int | None:
     """The rung on which a conversation was answered last, if it may answer still."""
     if stay is None:
         return None
@@ -159,7 +192,7 @@ def _manner(home: int | None, place: int) -> Manner:
     return "at home" if home == place else "lives below"
 
 
-def _admitted(outlooks: Sequence[Outlook], scene: Scene, now: float) -> Sequence[Outlook]:
+def admitted(outlooks: Sequence[Outlook], scene: Scene, now: float) -> Sequence[Outlook]:
     """Leave out whom a breaker bars, and whoever said that it is full."""
     if scene.breakers:
         first = admissible([each.id for each in outlooks], scene.breakers, now).first
@@ -181,7 +214,7 @@ def is_full(outlook: Outlook, marks: Mapping[str, Mark], now: float) -> bool:
     return mark is not ROOMY and (mark.full(now) or outlook.in_flight >= mark.most)
 
 
-def _cheapest(outlooks: Sequence[Outlook], query: Query, needed: float) -> Outlook | None:
+def cheapest(outlooks: Sequence[Outlook], query: Query, needed: float) -> Outlook | None:
     """The replica that would answer soonest; the shortest queue where that isn't known of all of them."""
     ask, cached, tried = query.ask, query.cached_tokens, query.tried
     count = len(outlooks)
@@ -223,7 +256,8 @@ def _offer(
     return Offer(Choice(outlook.replica, rung, _reason(target, rung, rungs, passed_over=passed_over)), outlook)
 
 
-def _anybody_fits(rungs: tuple[Variant, ...], scene: Scene, needed: float) -> bool:
+def anybody_fits(rungs: tuple[Variant, ...], scene: Scene, needed: float) -> bool:
+    """Tell whether any replica's context is long enough."""
     return any(needed <= each.context_tokens for rung in rungs for each in scene.outlooks(rung.name))
 
 
@@ -250,7 +284,7 @@ def worth_waiting(rungs: tuple[Variant, ...], snapshot: Iterable[ReplicaStatus])
 def has_room(target: Target, rungs: tuple[Variant, ...], scene: Scene, now: float) -> bool:
     """Tell whether any replica that may answer takes one more request, however long or short."""
     query = Query()
-    if any(_shortest(_admitted(scene.outlooks(rung.name), scene, now), query, 0.0) for rung in rungs):
+    if any(_shortest(admitted(scene.outlooks(rung.name), scene, now), query, 0.0) for rung in rungs):
         return True
     return bool(scene.breakers) and _last_resort(target, rungs, query, scene, 0.0, now) is not None
 

@@ -48,13 +48,15 @@ class Standing(msgspec.Struct, frozen=True):
 class Outlook(msgspec.Struct, frozen=True):
     """Terms of what one more request costs on a replica; `token_seconds` and `answer_seconds` are a token's.
 
-    Without a known speed nothing is in seconds: `known` is False, and `requests` is all there is to go by.
+    Without a known speed nothing is in seconds: `known` is False, and `requests` is all there is to go by. One that was
+    only learned by watching is known, but not `measured`.
     """
 
     replica: Replica
     id: str
     has_room: bool
     known: bool
+    measured: bool
     stale: bool
     in_flight: int
     requests: float
@@ -78,7 +80,7 @@ def outlook(standing: Standing) -> Outlook:
     has_room = in_flight < replica.max_in_flight
     speed = standing.speed
     if speed is None:
-        return Outlook(replica, replica.id, has_room, False, standing.stale, in_flight, requests, context_tokens)
+        return Outlook(replica, replica.id, has_room, False, False, standing.stale, in_flight, requests, context_tokens)
     pace, reading = standing.pace, standing.pace.reading
     places = min(speed.places or inf, standing.places_seen)
     queue_seconds = 0.0
@@ -95,6 +97,7 @@ def outlook(standing: Standing) -> Outlook:
         id=replica.id,
         has_room=has_room,
         known=True,
+        measured=speed.places is not None,
         stale=standing.stale,
         in_flight=in_flight,
         requests=requests,

@@ -31,6 +31,10 @@ class Sessions:
         """Where it was last; None if it is new, or has been forgotten."""
         return self._running.get(session) or self._idle.get(session)
 
+    def stays(self) -> dict[str, Stay]:
+        """Where all of them are."""
+        return {**self._idle, **self._running}
+
     def went(self, session: str, variant: str, replica_id: str) -> bool:
         """Note a choice for a turn, which `ended` ends; tells whether it left the variant that it was on."""
         before = self._running.pop(session, None) or self._idle.pop(session, None)

@@ -356,7 +356,8 @@ async def test_another_replica_answers(fleet: Fleet, fake: FakeReplica, how: str
         with fleet.replicas(("hi", url), ("lo", fake.url)):
             answer = await fleet.ask(STREAM if streaming else HELLO)
     assert answer.status_code == 200
-    assert disclosed(answer) == ("lo", "int4", "lo-1", "2", "fallback")
+    reason = "spill" if how == "is busy" else "fallback"
+    assert disclosed(answer) == ("lo", "int4", "lo-1", "2", reason)
     assert b"m1 heard" in answer.content if not streaming else text_of(events_in(answer.content))
     assert await fleet.total("quantgate_retries_total", alias="smol") == before + 1
 

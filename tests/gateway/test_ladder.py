@@ -37,7 +37,9 @@ def promised(name: str, wait: float | None = 0.0, *, requests: float = 0.0, **ch
     """What a replica, named variant-number, can promise; a wait of None: its speed is unknown."""
     replica = Replica(name, name.partition("-")[0], "any", f"http://{name}", "m1")
     known, wait = wait is not None, wait or 0.0
-    told = Outlook(replica, name, True, known, False, int(requests), requests, queue_seconds=wait, wait_seconds=wait)
+    told = Outlook(
+        replica, name, True, known, known, False, int(requests), requests, queue_seconds=wait, wait_seconds=wait
+    )
     costs = {"fixed_seconds": wait, "token_seconds": 0.001, "answer_seconds": 0.02}
     return msgspec.structs.replace(told, **{**costs, **changes})
 

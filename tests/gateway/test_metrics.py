@@ -50,6 +50,15 @@ FAMILIES = {
     "quantgate_build_info": "gauge",
     "quantgate_replica_breaker": "gauge",
     "quantgate_replica_polls": "counter",
+    "quantgate_replica_poll_age_seconds": "gauge",
+    "quantgate_replica_metric_missing": "gauge",
+    "quantgate_replica_engine_requests": "gauge",
+    "quantgate_replica_kv_usage_ratio": "gauge",
+    "quantgate_replica_load_unknown": "gauge",
+    "quantgate_replica_wait_seconds": "gauge",
+    "quantgate_ladder_spilling": "gauge",
+    "quantgate_ladder_switches": "counter",
+    "quantgate_session_moves": "counter",
 }
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 

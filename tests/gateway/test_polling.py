@@ -249,7 +249,7 @@ async def test_a_metric_that_nobody_decides_by_alone() -> None:
 )
 async def test_what_is_no_page(behaviour: Any) -> None:
     """Whatever else a server says, of its load nothing is known, and it is asked again."""
-    async with scripted(behaviour) as server, polling(replica(server.url)) as polled:
+    async with scripted(behaviour, polled=True) as server, polling(replica(server.url)) as polled:
         for _ in range(2):
             assert await polled.notes.next(known=False) is None
     assert all(poll is None for _, poll in polled.notes.heard)
@@ -257,7 +257,7 @@ async def test_what_is_no_page(behaviour: Any) -> None:
 
 async def test_nobody_listens_and_then_somebody_does() -> None:
     """A replica that can't be reached is asked as often as any other."""
-    async with scripted(answering()) as gone:
+    async with scripted(answering(), polled=True) as gone:
         pass
     async with polling(replica(gone.url)) as polled:
         for _ in range(2):
@@ -286,8 +286,8 @@ async def test_who_leaves_is_not_asked_any_more() -> None:
 
     asked = asyncio.Event()
     async with (
-        scripted(patient) as one,
-        scripted(silent) as two,
+        scripted(patient, polled=True) as one,
+        scripted(silent, polled=True) as two,
         polling(replica(one.url), replica(two.url, 2), pace=NEVER_AT_REST) as polled,
     ):
         async with asyncio.timeout(DEADLINE_SECONDS):
@@ -305,7 +305,7 @@ async def test_who_leaves_is_not_asked_any_more() -> None:
 
 async def test_a_replica_that_comes_back_as_another(fake: FakeReplica) -> None:
     """Another address under the same name is asked instead."""
-    async with scripted(answering()) as gone:
+    async with scripted(answering(), polled=True) as gone:
         pass
     async with polling(replica(gone.url)) as polled:
         assert await polled.notes.next(known=False) is None
@@ -320,7 +320,7 @@ async def test_over_tls(tmp_path: Path) -> None:
     secure, page = Authority(tmp_path, "ca").issue().server_context(), whole(page_of(LOAD))
     settings = ReplicaSettings.model_validate({"variant": "hi", "url": "https://h", "ca": "ca.pem"})
     tls = read_tls((settings,), tmp_path)[0]
-    async with scripted(answering(*[page] * 3, close=False), secure=secure) as server:
+    async with scripted(answering(*[page] * 3, close=False), secure=secure, polled=True) as server:
         async with polling(replica(server.url, tls=tls)) as polled:
             poll = await polled.notes.next()
             assert poll is not None

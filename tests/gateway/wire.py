@@ -14,6 +14,7 @@ from typing import Any
 from tests.fakes.running import DEADLINE_SECONDS, HOST
 
 HEAD_END = b"\r\n\r\n"
+POLL = b"GET /metrics "
 
 
 class Peer:
@@ -98,16 +99,21 @@ class ScriptedReplica:
 
 @asynccontextmanager
 async def scripted(
-    behaviour: Behaviour, *, secure: ssl.SSLContext | None = None, path: Path | None = None
+    behaviour: Behaviour, *, secure: ssl.SSLContext | None = None, path: Path | None = None, polled: bool = False
 ) -> AsyncIterator[ScriptedReplica]:
     """A replica that plays a behaviour on each connection, which it closes at the end.
 
-    It listens on a port, with TLS if there is a context for it, or on a unix socket if there is a path.
+    It listens on a port, with TLS if there is a context for it, or on a unix socket if there is a path. Polls are part
+    of the script only if it says so; else they are told that there are no metrics.
     """
     failures: list[BaseException] = []
     tasks: set[asyncio.Task[None]] = set()
+    writers: list[asyncio.StreamWriter] = []
 
-    async def play(peer: Peer) -> None:
+    async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        first = b"" if polled else await behind_polls(reader, writer)
+        peer = Peer(reader if polled else ahead_of(reader, first, tasks), writer)
+        replica.peers.append(peer)
         try:
             await behaviour(peer)
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -118,9 +124,8 @@ async def scripted(
             peer.finish()
 
     def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer = Peer(reader, writer)
-        replica.peers.append(peer)
-        tasks.add(asyncio.create_task(play(peer)))
+        writers.append(writer)
+        tasks.add(asyncio.create_task(play(reader, writer)))
 
     if path is not None:
         server: asyncio.Server = await asyncio.start_unix_server(accept, path)
@@ -135,9 +140,42 @@ async def scripted(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for peer in replica.peers:
-            peer.finish()  # a task that was cancelled before it began did not
+        for writer in writers:
+            writer.close()  # a task that was cancelled before it began did not
     assert not failures, failures
+
+
+async def behind_polls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """Tell polls that there are no metrics, and return the first bytes of what isn't one."""
+    with suppress(ConnectionError):
+        try:
+            while (first := await reader.readexactly(len(POLL))) == POLL:
+                await reader.readuntil(HEAD_END)
+                writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
+        except asyncio.IncompleteReadError as error:
+            return error.partial
+        else:
+            return first
+    return b""
+
+
+def ahead_of(reader: asyncio.StreamReader, first: bytes, tasks: "set[asyncio.Task[None]]") -> asyncio.StreamReader:
+    """A reader that begins with what was read already."""
+    again = asyncio.StreamReader(limit=2**24)
+
+    async def pump() -> None:
+        data = first
+        try:
+            while data:
+                again.feed_data(data)
+                data = await reader.read(2**16)
+        except ConnectionError as error:
+            again.set_exception(error)
+        else:
+            again.feed_eof()
+
+    tasks.add(asyncio.create_task(pump()))
+    return again
 
 
 def answering(*replies: bytes, close: bool = True) -> Behaviour:
