@@ -177,7 +177,7 @@ class Loads:
         rung.outdated[book] = place
         if not self._in_flight.get(book.replica.id):
             book.was_idle = True
-        if answer_tokens is not None:
+        if answer_tokens is not None and answer_tokens > 0:
             rung.answers += 1
             rung.answer_tokens += max(1 / rung.answers, LENGTH_SHARE) * (answer_tokens - rung.answer_tokens)
 
