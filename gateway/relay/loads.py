@@ -22,6 +22,8 @@ from gateway.routing.speed import (
     first_token,
     learnt_answering,
     learnt_first_token,
+    learnt_rested,
+    rested,
 )
 from serving.replica import Replica
 
@@ -81,6 +83,7 @@ class _Rung:
     outlooks: list[Outlook]
     answer_tokens: float
     answers: int  # that this is the mean of
+    learnt: Learnt = NOTHING_LEARNT  # of all of them
     outdated: dict[_Book, int] = field(default_factory=dict)  # with their places
 
 
@@ -124,6 +127,7 @@ class Loads:
             before = self._rungs.get(variant)
             books = [self._kept(known, replica) for replica in replicas]
             rung = _Rung(books, [], *_lengths(before, self._speeds.get(variant)))
+            rung.learnt = before.learnt if before else NOTHING_LEARNT
             for place, book in enumerate(books):
                 self._books[book.replica.id] = (book, rung, place)
                 rung.outdated[book] = place
@@ -159,7 +163,10 @@ class Loads:
         if not sent.clear:
             return
         book.pace = first_token(book.pace, sent.expected_seconds, seconds)
-        book.learnt = learnt_first_token(book.learnt, seconds, sent.tokens_ahead + sent.tokens)
+        tokens = sent.tokens_ahead + sent.tokens
+        book.learnt = learnt_first_token(book.learnt, seconds, tokens)
+        if (kept := self._books.get(book.replica.id)) is not None:
+            kept[1].learnt = learnt_first_token(kept[1].learnt, seconds, tokens)
 
     def ended(self, sent: Sent, answer_tokens: int | None) -> None:
         """Note the end of a request, in the step in which it is counted down; None: nobody knows its length."""
@@ -192,7 +199,12 @@ class Loads:
             return
         book, rung, place = kept
         ours = self._in_flight.get(replica_id, 0)
-        self._learn(book, poll)
+        if ours or poll.running or poll.waiting or not book.was_idle:
+            self._learn(book, rung, poll)
+        elif book.poll is not None:
+            seconds = max(poll.at_seconds - book.poll.at_seconds, 0.0)
+            book.pace = rested(book.pace, seconds)
+            book.learnt = learnt_rested(book.learnt, rung.learnt, seconds)
         while book.endings and book.endings[0] < asked_at - GAUGE_LAG_SECONDS:
             book.endings.popleft()
         book.others = max(poll.running + poll.waiting - ours - len(book.endings), 0.0)
@@ -222,7 +234,7 @@ class Loads:
         return _Book(replica)
 
     def _renew(self, rung: _Rung, variant: str) -> None:
-        mean_others = _mean_others(rung)
+        mean_others = _mean_others(rung) if any(book.stale for book in rung.outdated) else 0.0
         if not rung.outlooks:
             rung.outlooks = [outlook(self._standing(book, rung, variant, mean_others)) for book in rung.books]
         else:
@@ -261,7 +273,7 @@ class Loads:
         for sent in silent[: max(len(silent) - int(waiting), 0)]:
             self._read(sent)
 
-    def _learn(self, book: _Book, poll: Poll) -> None:
+    def _learn(self, book: _Book, rung: _Rung, poll: Poll) -> None:
         """Compare what an engine gave since the last look with what it should have given."""
         before = book.poll
         if before is None or before.generated_tokens is None or poll.generated_tokens is None or book.was_idle:
@@ -275,6 +287,7 @@ class Loads:
         if speed is not None:
             book.pace = answered(book.pace, speed.together_at(requests) * seconds, tokens, seconds)
         book.learnt = learnt_answering(book.learnt, requests, tokens, seconds)
+        rung.learnt = learnt_answering(rung.learnt, requests, tokens, seconds)
 
 
 def _lengths(before: _Rung | None, speed: Speed | None) -> tuple[float, int]:
