@@ -31,6 +31,8 @@ NOTHING_CACHED: Mapping[str, float] = {}
 # A conversation stays on its replica as long as no other one is so much cheaper.
 LOYAL_SHARE = 1.1
 LOYAL_SECONDS = 0.05
+# Nobody is refused for less: waits aren't known better, and a request that may not queue at all has this replica.
+SHORTEST_WAIT_SECONDS = 1.0
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -77,7 +79,7 @@ class Offer(msgspec.Struct, frozen=True):
 
     def comes_too_late(self, patience_seconds: float) -> bool:
         """Tell whether it isn't worth waiting for; where nobody measured, that would be a guess."""
-        return self.outlook.measured and self.outlook.wait_seconds > patience_seconds
+        return self.outlook.measured and self.outlook.wait_seconds > max(patience_seconds, SHORTEST_WAIT_SECONDS)
 
     def seconds_of(self, query: Query) -> float:
         """What the request would cost here."""
@@ -265,6 +267,13 @@ def anybody_fits(rungs: tuple[Variant, ...], scene: Scene, needed: float) -> boo
     return any(needed <= each.context_tokens for rung in rungs for each in scene.outlooks(rung.name))
 
 
+def long_enough(rungs: tuple[Variant, ...], scene: Scene, needed: float) -> float:
+    """The shortest context that is there and that a request fits in; 0 if it fits in all of them, or in none."""
+    there = {each.context_tokens for rung in rungs for each in scene.outlooks(rung.name)}
+    fitting = [tokens for tokens in there if tokens >= needed]
+    return min(fitting) if 0 < len(fitting) < len(there) else 0.0
+
+
 def _last_resort(
     target: Target, rungs: tuple[Variant, ...], query: Query, scene: Scene, needed: float, now: float
 ) -> Offer | None:
@@ -285,12 +294,14 @@ def worth_waiting(rungs: tuple[Variant, ...], snapshot: Iterable[ReplicaStatus])
     return any(status.state in HOPEFUL and status.replica.variant in names for status in snapshot)
 
 
-def has_room(target: Target, rungs: tuple[Variant, ...], scene: Scene, now: float) -> bool:
-    """Tell whether any replica that may answer takes one more request, however long or short."""
+def has_room(target: Target, rungs: tuple[Variant, ...], scene: Scene, now: float, needed: float = 0.0) -> bool:
+    """Tell whether any replica that may answer, with a context that is long enough, takes one more request."""
     query = Query()
-    if any(_shortest(admitted(scene.outlooks(rung.name), scene, now), query, 0.0) for rung in rungs):
+    if needed and not anybody_fits(rungs, scene, needed):
+        needed = 0.0
+    if any(_shortest(admitted(scene.outlooks(rung.name), scene, now), query, needed) for rung in rungs):
         return True
-    return bool(scene.breakers) and _last_resort(target, rungs, query, scene, 0.0, now) is not None
+    return bool(scene.breakers) and _last_resort(target, rungs, query, scene, needed, now) is not None
 
 
 def _reason(target: Target, variant: Variant, rungs: tuple[Variant, ...], *, passed_over: bool) -> Reason:
