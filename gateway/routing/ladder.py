@@ -16,7 +16,7 @@ from config.variant import Variant
 from gateway.routing.ask import NOTHING_KNOWN, Ask, needed_tokens
 from gateway.routing.breaker import Breaker, admissible
 from gateway.routing.catalog import Target
-from gateway.routing.gates import CLOSED, Gate, Manner, Verdict, judged, passed
+from gateway.routing.gates import CLOSED, Gate, Manner, Verdict, judged, passed, turned
 from gateway.routing.outlook import Outlook, answer_length, seconds_for
 from gateway.routing.sessions import Stay
 from gateway.routing.shedding import ROOMY, Mark
@@ -31,6 +31,8 @@ NOTHING_CACHED: Mapping[str, float] = {}
 # A conversation stays on its replica as long as no other one is so much cheaper.
 LOYAL_SHARE = 1.1
 LOYAL_SECONDS = 0.05
+# More turns at once have no conversation, but many of them that a client gave one name: `user`, mostly.
+MOST_TURNS = 4
 # Nobody is refused for less: waits aren't known better, and a request that may not queue at all has this replica.
 SHORTEST_WAIT_SECONDS = 1.0
 
@@ -88,11 +90,15 @@ class Offer(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What comes of one rung: its cheapest replica, whether that one answers, and its gate if that changed."""
+    """What comes of one rung: its cheapest replica, whether that one answers, and its gate if that changed.
+
+    `wait_seconds` is how soon any of its replicas would be ready for this request.
+    """
 
     offer: Offer | None
     verdict: Verdict | Literal["nobody"]
     gate: Gate | None = None
+    wait_seconds: float = inf
 
 
 NOBODY_THERE = Step(None, "nobody")
@@ -164,20 +170,31 @@ def step_at(
     rung = rungs[place]
     outlooks = admitted(scene.outlooks(rung.name), scene, now)
     offer = _offer(target, rungs, rung, cheapest(outlooks, query, needed), passed_over=passed_over)
-    if offer is None:
-        if not any(would_do(each, query, needed) for each in outlooks):
-            return NOBODY_THERE
-        wait_seconds = inf
-    elif offer.outlook.known:
-        wait_seconds = offer.outlook.wait_seconds
-    else:
-        return Step(offer, "answers")
+    if offer is None and not any(would_do(each, query, needed) for each in outlooks):
+        return NOBODY_THERE
+    spill, before = target.spill, scene.gates.get((target.name, rung.name), CLOSED)
+    if offer is not None and not offer.outlook.known:
+        gate = turned(before, spill, 0.0, now)
+        return Step(offer, "answers", None if gate is before else gate, 0.0)
+    wait_seconds = inf if offer is None else offer.outlook.wait_seconds
+    rung_seconds = wait_seconds
+    if wait_seconds > spill.after_seconds or before.spilling:
+        # The cheapest needn't be the soonest: it may have read the prompt already.
+        wait_seconds = _soonest([each for each in outlooks if would_do(each, query, needed)])
+        rung_seconds = _soonest(outlooks)
     if rung is rungs[-1]:
-        return Step(offer, judged(target.spill, wait_seconds))
-    before = scene.gates.get((target.name, rung.name), CLOSED)
+        return Step(offer, judged(spill, wait_seconds), None, wait_seconds)
+    if wait_seconds > spill.after_seconds >= rung_seconds:
+        # It has failed on the others, or is too long for them: that is no reason to send others down.
+        return Step(offer, "too slow", None, wait_seconds)
     home = home_of(query.stay, rungs)
-    gate, verdict = passed(before, target.spill, wait_seconds, now, _manner(home, place))
-    return Step(offer, verdict, None if gate is before else gate)
+    gate, verdict = passed(before, spill, rung_seconds, now, _manner(home, place))
+    return Step(offer, verdict, None if gate is before else gate, wait_seconds)
+
+
+def _soonest(outlooks: Iterable[Outlook]) -> float:
+    """How long one more request waits at least."""
+    return min([each.wait_seconds for each in outlooks if each.has_room], default=inf)
 
 
 def would_do(outlook: Outlook, query: Query, needed: float) -> bool:
@@ -186,8 +203,8 @@ def would_do(outlook: Outlook, query: Query, needed: float) -> bool:
 
 
 def home_of(stay: Stay | None, rungs: tuple[Variant, ...]) -> int | None:
-    """The rung on which a conversation was answered last, if it may answer still."""
-    if stay is None:
+    """The rung on which a conversation was answered last, if it may answer still; a crowd is at home nowhere."""
+    if stay is None or stay.running > MOST_TURNS:
         return None
     return next((place for place, rung in enumerate(rungs) if rung.name == stay.variant), None)
 
