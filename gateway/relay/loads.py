@@ -51,7 +51,7 @@ class Sent:
     tokens_ahead: float  # of prompts that hadn't been read when it came
     streams: bool
     clear: bool  # it had not to wait for a place
-    expected_seconds: float  # until its first token; 0: unknown
+    expected_seconds: float  # until its first token, at the measured speed; 0: nobody measured
     unread: bool = True
     ended: bool = False
 
@@ -147,7 +147,9 @@ class Loads:
         tokens = max(prompt_tokens - cached_tokens, 0.0)
         expected = promised.ahead_seconds + promised.step_seconds + tokens * promised.token_seconds
         clear = promised.queue_seconds + promised.kv_seconds <= CLEAR_SHARE * expected
-        sent = Sent(book, now, tokens, book.unread_tokens, streams, clear, expected)
+        # What is promised has the pace in it, which is to be learnt: else it would come to its own square root.
+        as_measured = expected / book.pace.reading if promised.measured else 0.0
+        sent = Sent(book, now, tokens, book.unread_tokens, streams, clear, as_measured)
         book.unread[sent] = None
         book.unread_tokens += tokens
         book.sent_tokens += tokens
@@ -162,7 +164,9 @@ class Loads:
         book, seconds = sent.book, self._clock() - sent.at
         if not sent.clear:
             return
-        book.pace = first_token(book.pace, sent.expected_seconds, seconds)
+        if sent.expected_seconds:
+            book.pace = first_token(book.pace, sent.expected_seconds, seconds)
+            return
         tokens = sent.tokens_ahead + sent.tokens
         book.learnt = learnt_first_token(book.learnt, seconds, tokens)
         if (kept := self._books.get(book.replica.id)) is not None:

@@ -176,6 +176,18 @@ def test_a_replica_that_was_slow_gets_another_chance() -> None:
     assert books.outlook().answer_seconds == pytest.approx(books.outlook("hi-1").answer_seconds, rel=0.01)
 
 
+@pytest.mark.parametrize("slower", [0.2, 1.0, 5.0, 20.0])
+def test_a_replica_is_as_slow_as_it_is(slower: float) -> None:
+    """Not as its square root, which is where a pace goes that is learnt from promises that have it in them."""
+    books = Books(MEASURED)
+    for _ in range(100):
+        sent = books.send(100)
+        books.after(slower * (0.025 + 100 * 0.001))
+        books.loads.began(sent)
+        books.end(sent)
+    assert books.outlook().token_seconds == pytest.approx(slower * 0.001, rel=0.01)
+
+
 def answer(books: Books, name: str, first_token_seconds: float, tokens_a_second: float) -> None:
     """Have a replica answer a request of 100 tokens."""
     books.poll(running=1, name=name)
