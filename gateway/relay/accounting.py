@@ -189,8 +189,9 @@ class Account:
     def lengths(self, *, streams: bool) -> tuple[int, int | None]:
         """Tokens of the prompt as the engine counted them, 0 if it didn't; and of the answer, None if nobody knows."""
         if self.usage is not None:
-            return self.usage.prompt, self.usage.completion
-        return 0, self.token_events if streams else None
+            return self.usage.prompt, self.usage.completion or None
+        # None of a stream that never began, whoever ended it: that is no short answer.
+        return 0, (self.token_events or None) if streams else None
 
     def _tokens(self) -> tuple[int, int, int]:
         """Prompt, completion and reasoning; of a stream cut short what came of it, an event for a token."""

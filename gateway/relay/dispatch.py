@@ -24,8 +24,9 @@ from gateway.relay.loads import Loads
 from gateway.relay.memory import Memory
 from gateway.relay.record import Decisions
 from gateway.routing import breaker, budget, drain
+from gateway.routing.ask import needed_tokens
 from gateway.routing.gates import Gate
-from gateway.routing.ladder import NOBODY, GateName, Offer, Query, Scene, decide, has_room, worth_waiting
+from gateway.routing.ladder import NOBODY, GateName, Offer, Query, Scene, decide, has_room, long_enough, worth_waiting
 from gateway.routing.lines import Bounds, Lines
 from gateway.routing.polls import Poll
 from serving.registry import Registry
@@ -136,7 +137,7 @@ class Dispatch:
         Unavailable: none is there, or comes in time. Overloaded: the line is full, or didn't move in time, or every
         replica that may answer has so much to do that it wouldn't begin in time.
         """
-        if not len(self._lines) or not self._lines.waiting(demand_for(want)):
+        if not len(self._lines) or not self._lines.waiting(self._demand(want)):
             lease = self._taken(want, self.memory.query(want, tried), wait_seconds)
             if lease is not None:
                 return lease
@@ -202,7 +203,7 @@ class Dispatch:
                 self._metrics.ladder_switches.labels(*name, "spill" if gate.spilling else "return").inc()
 
     async def _in_line(self, want: Want, wait_seconds: float) -> Lease:
-        demand = demand_for(want)
+        demand = self._demand(want)
         if not self._hope(demand):
             raise Unavailable(f"no replica of {demand.alias!r} is ready")
         ticket = Ticket(demand, want, asyncio.get_running_loop().create_future())
@@ -224,6 +225,9 @@ class Dispatch:
             raise
         finally:
             self._lines.leave(ticket)
+
+    def _demand(self, want: Want) -> Demand:
+        return demand_for(want, long_enough(want.rungs, self._scene, needed_tokens(want.ask)))
 
     def _hope(self, demand: Demand) -> bool:
         """Tell whether a replica that may answer is there, or on its way."""
@@ -253,13 +257,13 @@ class Dispatch:
         self._set_alarm()
 
     def _served(self, want: Want) -> Lease:
-        """Answer whoever's turn it is; where only a replica with too short a context has room, that one says so."""
+        """Answer whoever's turn it is; where only a replica with too short a context is left, that one says so."""
         lease = self._taken(want, self.memory.query(want)) or self._taken(want, Query(turn=want.turn))
         assert lease is not None, "nobody has room after all"
         return lease
 
     def _serves(self, demand: Demand) -> bool:
-        return has_room(demand.target, demand.rungs, self._scene, self._clock())
+        return has_room(demand.target, demand.rungs, self._scene, self._clock(), demand.context_tokens)
 
     def _expire(self) -> None:
         for ticket in self._lines.expired(self._clock()):

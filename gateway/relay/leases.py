@@ -100,10 +100,14 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a line waits for: any replica of these rungs. Two demands of one alias and the same rungs are one line."""
+    """What a line waits for: any replica of these rungs, with a context of so many tokens at least.
+
+    Two demands of one alias, the same rungs and the same context are one line.
+    """
 
     alias: str
     names: tuple[str, ...]
+    context_tokens: float
     target: Target = field(compare=False)
     rungs: tuple[Variant, ...] = field(compare=False)
 
@@ -122,6 +126,7 @@ class Ticket:
             self.served.set_exception(error)
 
 
-def demand_for(want: Want) -> Demand:
+def demand_for(want: Want, context_tokens: float) -> Demand:
     """Name the line that a request would wait in."""
-    return Demand(want.target.name, tuple([rung.name for rung in want.rungs]), want.target, want.rungs)
+    names = tuple([rung.name for rung in want.rungs])
+    return Demand(want.target.name, names, context_tokens, want.target, want.rungs)

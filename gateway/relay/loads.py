@@ -22,6 +22,8 @@ from gateway.routing.speed import (
     first_token,
     learnt_answering,
     learnt_first_token,
+    learnt_rested,
+    rested,
 )
 from serving.replica import Replica
 
@@ -49,7 +51,7 @@ class Sent:
     tokens_ahead: float  # of prompts that hadn't been read when it came
     streams: bool
     clear: bool  # it had not to wait for a place
-    expected_seconds: float  # until its first token; 0: unknown
+    expected_seconds: float  # until its first token, at the measured speed; 0: nobody measured
     unread: bool = True
     ended: bool = False
 
@@ -81,6 +83,7 @@ class _Rung:
     outlooks: list[Outlook]
     answer_tokens: float
     answers: int  # that this is the mean of
+    learnt: Learnt = NOTHING_LEARNT  # of all of them
     outdated: dict[_Book, int] = field(default_factory=dict)  # with their places
 
 
@@ -124,6 +127,7 @@ class Loads:
             before = self._rungs.get(variant)
             books = [self._kept(known, replica) for replica in replicas]
             rung = _Rung(books, [], *_lengths(before, self._speeds.get(variant)))
+            rung.learnt = before.learnt if before else NOTHING_LEARNT
             for place, book in enumerate(books):
                 self._books[book.replica.id] = (book, rung, place)
                 rung.outdated[book] = place
@@ -143,7 +147,9 @@ class Loads:
         tokens = max(prompt_tokens - cached_tokens, 0.0)
         expected = promised.ahead_seconds + promised.step_seconds + tokens * promised.token_seconds
         clear = promised.queue_seconds + promised.kv_seconds <= CLEAR_SHARE * expected
-        sent = Sent(book, now, tokens, book.unread_tokens, streams, clear, expected)
+        # What is promised has the pace in it, which is to be learnt: else it would come to its own square root.
+        as_measured = expected / book.pace.reading if promised.measured else 0.0
+        sent = Sent(book, now, tokens, book.unread_tokens, streams, clear, as_measured)
         book.unread[sent] = None
         book.unread_tokens += tokens
         book.sent_tokens += tokens
@@ -158,8 +164,13 @@ class Loads:
         book, seconds = sent.book, self._clock() - sent.at
         if not sent.clear:
             return
-        book.pace = first_token(book.pace, sent.expected_seconds, seconds)
-        book.learnt = learnt_first_token(book.learnt, seconds, sent.tokens_ahead + sent.tokens)
+        if sent.expected_seconds:
+            book.pace = first_token(book.pace, sent.expected_seconds, seconds)
+            return
+        tokens = sent.tokens_ahead + sent.tokens
+        book.learnt = learnt_first_token(book.learnt, seconds, tokens)
+        if (kept := self._books.get(book.replica.id)) is not None:
+            kept[1].learnt = learnt_first_token(kept[1].learnt, seconds, tokens)
 
     def ended(self, sent: Sent, answer_tokens: int | None) -> None:
         """Note the end of a request, in the step in which it is counted down; None: nobody knows its length."""
@@ -177,7 +188,7 @@ class Loads:
         rung.outdated[book] = place
         if not self._in_flight.get(book.replica.id):
             book.was_idle = True
-        if answer_tokens is not None:
+        if answer_tokens is not None and answer_tokens > 0:
             rung.answers += 1
             rung.answer_tokens += max(1 / rung.answers, LENGTH_SHARE) * (answer_tokens - rung.answer_tokens)
 
@@ -192,7 +203,12 @@ class Loads:
             return
         book, rung, place = kept
         ours = self._in_flight.get(replica_id, 0)
-        self._learn(book, poll)
+        if ours or poll.running or poll.waiting or not book.was_idle:
+            self._learn(book, rung, poll)
+        elif book.poll is not None:
+            seconds = max(poll.at_seconds - book.poll.at_seconds, 0.0)
+            book.pace = rested(book.pace, seconds)
+            book.learnt = learnt_rested(book.learnt, rung.learnt, seconds)
         while book.endings and book.endings[0] < asked_at - GAUGE_LAG_SECONDS:
             book.endings.popleft()
         book.others = max(poll.running + poll.waiting - ours - len(book.endings), 0.0)
@@ -222,7 +238,7 @@ class Loads:
         return _Book(replica)
 
     def _renew(self, rung: _Rung, variant: str) -> None:
-        mean_others = _mean_others(rung)
+        mean_others = _mean_others(rung) if any(book.stale for book in rung.outdated) else 0.0
         if not rung.outlooks:
             rung.outlooks = [outlook(self._standing(book, rung, variant, mean_others)) for book in rung.books]
         else:
@@ -261,7 +277,7 @@ class Loads:
         for sent in silent[: max(len(silent) - int(waiting), 0)]:
             self._read(sent)
 
-    def _learn(self, book: _Book, poll: Poll) -> None:
+    def _learn(self, book: _Book, rung: _Rung, poll: Poll) -> None:
         """Compare what an engine gave since the last look with what it should have given."""
         before = book.poll
         if before is None or before.generated_tokens is None or poll.generated_tokens is None or book.was_idle:
@@ -275,6 +291,7 @@ class Loads:
         if speed is not None:
             book.pace = answered(book.pace, speed.together_at(requests) * seconds, tokens, seconds)
         book.learnt = learnt_answering(book.learnt, requests, tokens, seconds)
+        rung.learnt = learnt_answering(rung.learnt, requests, tokens, seconds)
 
 
 def _lengths(before: _Rung | None, speed: Speed | None) -> tuple[float, int]:

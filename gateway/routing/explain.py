@@ -70,7 +70,7 @@ def _rung(looking: Looking, place: int) -> RungView:
     rung, step = looking.rungs[place], looking.steps[place]
     gate = step.gate or looking.scene.gates.get((looking.target.name, rung.name), CLOSED)
     known = step.offer is not None and step.offer.outlook.known
-    wait_seconds = step.offer.outlook.wait_seconds if step.offer is not None and known else None
+    wait_seconds = step.wait_seconds if known else None
     return RungView(
         rung.name,
         rung.precision,

@@ -16,7 +16,7 @@ from config.variant import Variant
 from gateway.routing.ask import NOTHING_KNOWN, Ask, needed_tokens
 from gateway.routing.breaker import Breaker, admissible
 from gateway.routing.catalog import Target
-from gateway.routing.gates import CLOSED, Gate, Manner, Verdict, judged, passed
+from gateway.routing.gates import CLOSED, Gate, Manner, Verdict, judged, passed, turned
 from gateway.routing.outlook import Outlook, answer_length, seconds_for
 from gateway.routing.sessions import Stay
 from gateway.routing.shedding import ROOMY, Mark
@@ -31,6 +31,10 @@ NOTHING_CACHED: Mapping[str, float] = {}
 # A conversation stays on its replica as long as no other one is so much cheaper.
 LOYAL_SHARE = 1.1
 LOYAL_SECONDS = 0.05
+# More turns at once have no conversation, but many of them that a client gave one name: `user`, mostly.
+MOST_TURNS = 4
+# Nobody is refused for less: waits aren't known better, and a request that may not queue at all has this replica.
+SHORTEST_WAIT_SECONDS = 1.0
 
 
 class Choice(msgspec.Struct, frozen=True):
@@ -77,7 +81,7 @@ class Offer(msgspec.Struct, frozen=True):
 
     def comes_too_late(self, patience_seconds: float) -> bool:
         """Tell whether it isn't worth waiting for; where nobody measured, that would be a guess."""
-        return self.outlook.measured and self.outlook.wait_seconds > patience_seconds
+        return self.outlook.measured and self.outlook.wait_seconds > max(patience_seconds, SHORTEST_WAIT_SECONDS)
 
     def seconds_of(self, query: Query) -> float:
         """What the request would cost here."""
@@ -86,11 +90,15 @@ class Offer(msgspec.Struct, frozen=True):
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What comes of one rung: its cheapest replica, whether that one answers, and its gate if that changed."""
+    """What comes of one rung: its cheapest replica, whether that one answers, and its gate if that changed.
+
+    `wait_seconds` is how soon any of its replicas would be ready for this request.
+    """
 
     offer: Offer | None
     verdict: Verdict | Literal["nobody"]
     gate: Gate | None = None
+    wait_seconds: float = inf
 
 
 NOBODY_THERE = Step(None, "nobody")
@@ -162,20 +170,31 @@ def step_at(
     rung = rungs[place]
     outlooks = admitted(scene.outlooks(rung.name), scene, now)
     offer = _offer(target, rungs, rung, cheapest(outlooks, query, needed), passed_over=passed_over)
-    if offer is None:
-        if not any(would_do(each, query, needed) for each in outlooks):
-            return NOBODY_THERE
-        wait_seconds = inf
-    elif offer.outlook.known:
-        wait_seconds = offer.outlook.wait_seconds
-    else:
-        return Step(offer, "answers")
+    if offer is None and not any(would_do(each, query, needed) for each in outlooks):
+        return NOBODY_THERE
+    spill, before = target.spill, scene.gates.get((target.name, rung.name), CLOSED)
+    if offer is not None and not offer.outlook.known:
+        gate = turned(before, spill, 0.0, now)
+        return Step(offer, "answers", None if gate is before else gate, 0.0)
+    wait_seconds = inf if offer is None else offer.outlook.wait_seconds
+    rung_seconds = wait_seconds
+    if wait_seconds > spill.after_seconds or before.spilling:
+        # The cheapest needn't be the soonest: it may have read the prompt already.
+        wait_seconds = _soonest([each for each in outlooks if would_do(each, query, needed)])
+        rung_seconds = _soonest(outlooks)
     if rung is rungs[-1]:
-        return Step(offer, judged(target.spill, wait_seconds))
-    before = scene.gates.get((target.name, rung.name), CLOSED)
+        return Step(offer, judged(spill, wait_seconds), None, wait_seconds)
+    if wait_seconds > spill.after_seconds >= rung_seconds:
+        # It has failed on the others, or is too long for them: that is no reason to send others down.
+        return Step(offer, "too slow", None, wait_seconds)
     home = home_of(query.stay, rungs)
-    gate, verdict = passed(before, target.spill, wait_seconds, now, _manner(home, place))
-    return Step(offer, verdict, None if gate is before else gate)
+    gate, verdict = passed(before, spill, rung_seconds, now, _manner(home, place))
+    return Step(offer, verdict, None if gate is before else gate, wait_seconds)
+
+
+def _soonest(outlooks: Iterable[Outlook]) -> float:
+    """How long one more request waits at least."""
+    return min([each.wait_seconds for each in outlooks if each.has_room], default=inf)
 
 
 def would_do(outlook: Outlook, query: Query, needed: float) -> bool:
@@ -184,8 +203,8 @@ def would_do(outlook: Outlook, query: Query, needed: float) -> bool:
 
 
 def home_of(stay: Stay | None, rungs: tuple[Variant, ...]) -> int | None:
-    """The rung on which a conversation was answered last, if it may answer still."""
-    if stay is None:
+    """The rung on which a conversation was answered last, if it may answer still; a crowd is at home nowhere."""
+    if stay is None or stay.running > MOST_TURNS:
         return None
     return next((place for place, rung in enumerate(rungs) if rung.name == stay.variant), None)
 
@@ -265,6 +284,13 @@ def anybody_fits(rungs: tuple[Variant, ...], scene: Scene, needed: float) -> boo
     return any(needed <= each.context_tokens for rung in rungs for each in scene.outlooks(rung.name))
 
 
+def long_enough(rungs: tuple[Variant, ...], scene: Scene, needed: float) -> float:
+    """The shortest context that is there and that a request fits in; 0 if it fits in all of them, or in none."""
+    there = {each.context_tokens for rung in rungs for each in scene.outlooks(rung.name)}
+    fitting = [tokens for tokens in there if tokens >= needed]
+    return min(fitting) if 0 < len(fitting) < len(there) else 0.0
+
+
 def _last_resort(
     target: Target, rungs: tuple[Variant, ...], query: Query, scene: Scene, needed: float, now: float
 ) -> Offer | None:
@@ -285,12 +311,14 @@ def worth_waiting(rungs: tuple[Variant, ...], snapshot: Iterable[ReplicaStatus])
     return any(status.state in HOPEFUL and status.replica.variant in names for status in snapshot)
 
 
-def has_room(target: Target, rungs: tuple[Variant, ...], scene: Scene, now: float) -> bool:
-    """Tell whether any replica that may answer takes one more request, however long or short."""
+def has_room(target: Target, rungs: tuple[Variant, ...], scene: Scene, now: float, needed: float = 0.0) -> bool:
+    """Tell whether any replica that may answer, with a context that is long enough, takes one more request."""
     query = Query()
-    if any(_shortest(admitted(scene.outlooks(rung.name), scene, now), query, 0.0) for rung in rungs):
+    if needed and not anybody_fits(rungs, scene, needed):
+        needed = 0.0
+    if any(_shortest(admitted(scene.outlooks(rung.name), scene, now), query, needed) for rung in rungs):
         return True
-    return bool(scene.breakers) and _last_resort(target, rungs, query, scene, 0.0, now) is not None
+    return bool(scene.breakers) and _last_resort(target, rungs, query, scene, needed, now) is not None
 
 
 def _reason(target: Target, variant: Variant, rungs: tuple[Variant, ...], *, passed_over: bool) -> Reason:

@@ -85,7 +85,7 @@ def outlook(standing: Standing) -> Outlook:
     places = min(speed.places or inf, standing.places_seen)
     queue_seconds = 0.0
     if requests >= places:
-        finished_per_second = speed.together_at(places) / (standing.answer_tokens * pace.answering)
+        finished_per_second = speed.together_at(places) / (max(standing.answer_tokens, 1.0) * pace.answering)
         queue_seconds = (requests + 1 - places) / finished_per_second
     token_seconds = speed.reading_seconds * reading
     ahead_seconds = standing.unread_tokens * token_seconds

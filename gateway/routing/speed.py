@@ -18,6 +18,10 @@ USUAL_ANSWER_TOKENS = 256.0
 FORGETS_SHARE = 0.1
 FORGETS_SECONDS = 5.0
 FURTHEST = 50.0
+# Of a replica that nobody asks, the slowness is half forgotten after some 40 s: only requests can show that it is over.
+RESTS_SECONDS = 60.0
+# A first token costs a step, however short the prompt: shorter ones say nothing of how fast a replica reads.
+SHORTEST_READING_TOKENS = 64.0
 
 
 class Speed(msgspec.Struct, frozen=True):
@@ -112,11 +116,29 @@ def answered(pace: Pace, expected_tokens: float, observed_tokens: float, seconds
     return Pace(_bounded(answering), pace.expected, pace.observed)
 
 
+def rested(pace: Pace, seconds: float) -> Pace:
+    """Believe the measurement again, little by little, of a replica that had nothing to do for so long."""
+    if pace is AS_MEASURED:
+        return pace
+    left = exp(-seconds / RESTS_SECONDS)
+    observed = pace.expected * (pace.observed / pace.expected) ** left if pace.expected else 0.0
+    return Pace(pace.answering**left, pace.expected, observed)
+
+
 class Learnt(msgspec.Struct, frozen=True):
-    """What was observed of a replica of a variant that nobody measured; zero is nothing yet."""
+    """What was observed of a replica of a variant that nobody measured; zero is nothing yet.
+
+    `read_seconds` passed until first tokens, of late, and `read_tokens` were read in them.
+    """
 
     step_seconds: float = 0.0
-    reading_seconds: float = 0.0
+    read_seconds: float = 0.0
+    read_tokens: float = 0.0
+
+    @property
+    def reading_seconds(self) -> float:
+        """Seconds for each token of a prompt: of sums, for which long prompts count for more than short ones."""
+        return self.read_seconds / self.read_tokens if self.read_tokens else 0.0
 
     def speed(self, answer_tokens: float) -> Speed | None:
         """As a speed without a limit to how many it answers at once; None as long as either is unknown."""
@@ -130,8 +152,10 @@ NOTHING_LEARNT = Learnt()
 
 def learnt_first_token(learnt: Learnt, observed_seconds: float, prompt_tokens: float) -> Learnt:
     """Note when a first token came."""
-    reading_seconds = _blended(learnt.reading_seconds, observed_seconds / max(prompt_tokens, 1), FORGETS_SHARE)
-    return Learnt(learnt.step_seconds, reading_seconds)
+    kept, tokens = 1 - FORGETS_SHARE, max(prompt_tokens, SHORTEST_READING_TOKENS)
+    return Learnt(
+        learnt.step_seconds, kept * learnt.read_seconds + observed_seconds, kept * learnt.read_tokens + tokens
+    )
 
 
 def learnt_answering(learnt: Learnt, requests: float, tokens: float, seconds: float) -> Learnt:
@@ -139,7 +163,16 @@ def learnt_answering(learnt: Learnt, requests: float, tokens: float, seconds: fl
     if tokens <= 0 or requests <= 0 or seconds <= 0:
         return learnt
     share = 1 - exp(-seconds / FORGETS_SECONDS)
-    return Learnt(_blended(learnt.step_seconds, requests * seconds / tokens, share), learnt.reading_seconds)
+    step_seconds = _blended(learnt.step_seconds, requests * seconds / tokens, share)
+    return Learnt(step_seconds, learnt.read_seconds, learnt.read_tokens)
+
+
+def learnt_rested(learnt: Learnt, usual: Learnt, seconds: float) -> Learnt:
+    """Believe of a replica that had nothing to do for so long that it is no slower than usual among its like."""
+    share = 1 - exp(-seconds / RESTS_SECONDS)
+    step_seconds = _nearer(learnt.step_seconds, usual.step_seconds, share)
+    reading_seconds = _nearer(learnt.reading_seconds, usual.reading_seconds, share)
+    return Learnt(step_seconds, reading_seconds * learnt.read_tokens, learnt.read_tokens)
 
 
 def _means(mix: Sequence[Shape]) -> tuple[float, float]:
@@ -151,6 +184,10 @@ def _means(mix: Sequence[Shape]) -> tuple[float, float]:
 
 def _blended(old: float, new: float, share: float) -> float:
     return (1 - share) * old + share * new if old else new
+
+
+def _nearer(own: float, usual: float, share: float) -> float:
+    return (1 - share) * own + share * usual if 0 < usual < own else own
 
 
 def _bounded(slower: float) -> float:

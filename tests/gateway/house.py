@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from config.schema import NO_FLOOR, QueueSettings, RetrySettings
 from config.variant import QualityMeasures, Variant
@@ -37,10 +37,13 @@ class House:
     metrics: Metrics
     order: list[str] = field(default_factory=list)  # who got a lease, by name
 
-    def come(self, name: str = "hi-0", state: State = State.READY, max_in_flight: int = 1, reason: str = "") -> None:
+    def come(
+        self, name: str = "hi-0", state: State = State.READY, max_in_flight: int = 1, reason: str = "", **more: int
+    ) -> None:
         """Put a replica, named variant-number, into the registry."""
-        replica = Replica(name, name.partition("-")[0], "any", f"http://{name}", "m1", max_in_flight=max_in_flight)
-        self.registry.put(replica, state, reason)
+        variant = name.partition("-")[0]
+        replica = Replica(name, variant, "any", f"http://{name}", "m1", max_in_flight=max_in_flight)
+        self.registry.put(replace(replica, **more), state, reason)  # type: ignore[arg-type]
 
     def ask(
         self,

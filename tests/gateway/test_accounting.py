@@ -184,3 +184,23 @@ def test_a_stream_cut_short() -> None:
     (entry,) = told
     assert (entry.prompt_tokens, entry.completion_tokens, entry.estimated) == (0, 4, True)
     assert (entry.code, entry.finish) == ("499", "other")
+
+
+@pytest.mark.parametrize(
+    "usage, events, streams, lengths",
+    [
+        (Usage(10, 3), 2, True, (10, 3)),
+        (Usage(10, 0), 0, False, (10, None)),
+        (None, 4, True, (0, 4)),
+        (None, 0, True, (0, None)),  # refused, or never reached
+        (None, 0, False, (0, None)),
+    ],
+)
+def test_lengths(usage: Usage | None, events: int, streams: bool, lengths: tuple[int, int | None]) -> None:
+    """An answer that never began is no short one."""
+    with Account(Metrics(), unheard, "completions", "r-8") as account:
+        account.chose(choice())
+        for _ in range(events):
+            account.token()
+        account.usage = usage
+        assert account.lengths(streams=streams) == lengths

@@ -7,6 +7,8 @@ import pytest
 
 from config.schema import QueueSettings, RetrySettings
 from gateway.errors import GatewayError, Overloaded, Unavailable, UpstreamError
+from gateway.routing.ask import Ask
+from gateway.routing.speed import Speed
 from serving.replica import State
 from tests.fakes.running import DEADLINE_SECONDS
 from tests.gateway.house import HI, LO, House, end, house, settled
@@ -219,6 +221,63 @@ async def test_no_waiting_at_all() -> None:
         (task,) = await here.asked(1)
         assert error_of(task) == (Overloaded, "queue_full")
         end(held)
+
+
+async def test_a_long_prompt_waits_for_a_long_context() -> None:
+    """A replica that would refuse it for its length doesn't get it for having room first; others aren't held up."""
+    async with house() as here:
+        here.come("hi-0", max_model_len_tokens=8000)
+        here.come("lo-0", max_model_len_tokens=1000)
+        high, low = await here.held(HI), await here.held(LO)
+        long = here.ask("long", HI, LO, prompt=Ask(prompt_tokens=5000.0))
+        short = here.ask("short", HI, LO, prompt=Ask(prompt_tokens=50.0))
+        await settled()
+        end(low)
+        await settled()
+        assert (long.done(), short.done()) == (False, True)
+        end(short.result())
+        await settled()
+        assert not long.done()
+        end(high)
+        await settled()
+        assert long.result().choice.replica.id == "hi-0"
+        end(long.result())
+
+
+async def test_a_prompt_that_fits_nowhere_waits_for_anybody() -> None:
+    """Also if the only one that it fits in leaves meanwhile."""
+    async with house() as here:
+        here.come("hi-0", max_model_len_tokens=8000)
+        here.come("lo-0", max_model_len_tokens=1000)
+        high, low = await here.held(HI), await here.held(LO)
+        tasks = [here.ask("long", HI, LO, prompt=Ask(prompt_tokens=tokens)) for tokens in (5000.0, 50_000.0)]
+        await settled()
+        here.registry.remove("hi-0")
+        end(high)
+        for task in tasks:
+            await settled()
+            assert not task.done()
+            end(low)
+            await settled()
+            low = task.result()
+            assert low.choice.replica.id == "lo-0"
+        end(low)
+
+
+@pytest.mark.parametrize("prompt_tokens, refused", [(100.0, False), (5000.0, True)])
+async def test_nobody_is_refused_for_a_moment(prompt_tokens: float, *, refused: bool) -> None:
+    """Who may not wait in line for long may wait for a prompt that is just being read, and not for seconds of work."""
+    speed = Speed((0.025,), (40.0,), 0.001, 64)
+    async with house(speeds={"hi": speed}) as here:
+        here.come(max_in_flight=9)
+        ahead = here.ask("ahead", prompt=Ask(prompt_tokens=prompt_tokens))
+        behind = here.ask("behind", wait_seconds=0.0)
+        await settled()
+        end(ahead.result())
+        if refused:
+            assert error_of(behind) == (Overloaded, "overloaded")
+        else:
+            end(behind.result())
 
 
 async def test_a_replica_that_gets_ready_serves_who_waits() -> None:

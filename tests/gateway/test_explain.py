@@ -489,4 +489,4 @@ def test_patience() -> None:
     own = Target("smol", RUNGS, NO_FLOOR, False, timeouts=short, spill=Spill())
     assert RecordedTarget.of(own, 30.0).patience_seconds == 0.5
     assert RecordedTarget.of(TARGET, 30.0).patience_seconds == 30.0
-    assert explained(state_of(promised("hi-1", 0.6), target=own), Question("smol")).chosen is None
+    assert explained(state_of(promised("hi-1", 1.6), target=own), Question("smol")).chosen is None

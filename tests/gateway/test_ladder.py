@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from config.schema import NO_FLOOR, Spill
 from config.variant import QualityMeasures, Variant
-from gateway.routing.ask import Ask
+from gateway.routing.ask import Ask, needed_tokens
 from gateway.routing.breaker import HEALTHY, Breaker, failed
 from gateway.routing.catalog import Target
 from gateway.routing.gates import Gate
-from gateway.routing.ladder import Decision, Query, Scene, decide, has_room, worth_waiting
+from gateway.routing.ladder import NOBODY, Decision, Query, Scene, decide, has_room, long_enough, worth_waiting
 from gateway.routing.outlook import Outlook
 from gateway.routing.sessions import Stay
 from gateway.routing.shedding import ROOMY, Mark, refused
@@ -308,6 +308,84 @@ def test_only_rungs_that_may_answer_do(
         assert offer.outlook in fleet
     elif not query.tried and not query.ask.prompt_tokens and not query.ask.answer_tokens:
         assert not has_room(TARGET, rungs, here, now)
+
+
+@given(fleets, queries, gates, breakers, marks, st.sets(st.sampled_from(range(3)), min_size=1), st.floats(0, 200))
+def test_whose_turn_it_is_is_served(
+    fleet: list[Outlook],
+    query: Query,
+    held: dict[tuple[str, str], Gate],
+    barred: dict[str, Breaker],
+    full: dict[str, Mark],
+    kept: set[int],
+    now: float,
+) -> None:
+    """Where a line hears that there is room, a request finds it, with a context that is long enough."""
+    rungs, query = tuple(RUNGS[place] for place in sorted(kept)), msgspec.structs.replace(query, tried=NOBODY)
+    here = scene(*fleet, gates=held, breakers=barred, marks=full)
+    needed = needed_tokens(query.ask)
+    context_tokens = long_enough(rungs, here, needed)
+    offer = decide(TARGET, rungs, query, here, now).offer
+    assert (offer is not None) == has_room(TARGET, rungs, here, now, context_tokens)
+    if offer is not None and context_tokens:
+        assert needed <= context_tokens <= offer.outlook.context_tokens
+
+
+LONG_WAITS = [promised("hi-1", 0.0, context_tokens=100.0), promised("hi-2", 3.0), promised("lo-1")]
+
+
+@pytest.mark.parametrize(
+    "outlooks, query, expected, spilling",
+    [
+        # It has the prompt in its cache, so that it is cheapest all the same: the rung isn't slow.
+        (
+            [promised("hi-1", 3.0), promised("hi-2", 0.0), promised("lo-1")],
+            Query(Ask(prompt_tokens=10_000), cached_tokens={"hi-1": 10_000.0}),
+            "hi-1 preferred",
+            None,
+        ),
+        # One that failed on the quick replica, and one that is too long for it, go down alone.
+        (
+            [promised("hi-1"), promised("hi-2", 3.0), promised("lo-1")],
+            Query(tried=frozenset({"hi-1"})),
+            "lo-1 spill",
+            None,
+        ),
+        (LONG_WAITS, Query(Ask(prompt_tokens=1000)), "lo-1 spill", None),
+        (LONG_WAITS, Query(), "hi-1 preferred", None),
+        ([promised("hi-1", 2.5), promised("hi-2", 3.0), promised("lo-1")], Query(), "lo-1 spill", True),
+        # As of now nobody knows how fast it is: whatever it spilled for is over.
+        ([promised("hi-1", None), promised("lo-1")], Query(), "hi-1 preferred", None),
+    ],
+)
+def test_a_gate_goes_by_the_soonest_of_its_rung(
+    outlooks: Sequence[Outlook], query: Query, expected: str, spilling: bool | None
+) -> None:
+    """Not by who is cheapest for one request, nor by who is left for it."""
+    made = decided(*outlooks, query=query)
+    assert made.offer is not None
+    assert f"{made.offer.choice.replica.id} {made.offer.choice.reason}" == expected
+    gate = made.gates.get(("smol", "hi"))
+    assert (None if gate is None else gate.spilling) is spilling
+
+
+def test_a_gate_closes_where_speeds_are_unknown() -> None:
+    """It opened when there was no room."""
+    made = decided(promised("hi-1", None), promised("lo-1"), gates=SPILLING)
+    assert made.gates == {("smol", "hi"): Gate(spilling=False, since_seconds=100.0)}
+
+
+def test_a_crowd_with_one_name_is_no_conversation() -> None:
+    """It spills by its share like any other requests, instead of all of it or nothing."""
+    gates, stay, went = dict(SPILLING), Stay("hi", "hi-1", 50), Counter[str]()
+    for turn in range(99):
+        query = Query(LONG.ask, turn, stay=stay)
+        made = decided(promised("hi-1", 1.0), promised("lo-1"), query=query, gates=gates)
+        gates.update(made.gates)
+        assert made.offer is not None
+        stay = Stay(made.offer.choice.variant.name, made.offer.choice.replica.id, 50)
+        went[stay.variant] += 1
+    assert went == {"hi": 66, "lo": 33}
 
 
 @given(fleets, queries)

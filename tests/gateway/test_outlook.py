@@ -54,6 +54,11 @@ def test_the_queue(changes: dict[str, object], queue_seconds: float) -> None:
     assert outlook(standing(**changes)).queue_seconds == pytest.approx(queue_seconds)
 
 
+def test_answers_of_no_length_end_no_faster_than_they_begin() -> None:
+    """A mean of zero tokens, which learning never comes to, would be no rate at all."""
+    assert outlook(standing(in_flight=8, answer_tokens=0.0)).queue_seconds == pytest.approx(5 / 160)
+
+
 def test_prompts_ahead() -> None:
     """They are read first, as slowly as the replica has been reading."""
     assert outlook(standing(unread_tokens=500.0)).ahead_seconds == pytest.approx(0.5)
