@@ -1,12 +1,13 @@
 """How fast a replica answers: what was measured of its variant, and how far it was from that lately."""
 
 from collections.abc import Sequence
-from math import exp
+from math import exp, inf
 from typing import Self
 
 import msgspec
 
 from config.capacity import Measurement, Shape
+from gateway.routing.polls import Poll
 
 # Of the most that all requests get together; more at once only share it.
 ENOUGH = 0.97
@@ -51,6 +52,8 @@ class Speed(msgspec.Struct, frozen=True):
         reading_seconds = max(first_token_seconds - step_seconds[0], first_token_seconds / 10) / prompt_tokens
         enough = ENOUGH * max(together)
         places = next(at_once for at_once, rate in enumerate(together, 1) if rate >= enough)
+        # Between two levels the line goes on rising where the engine already takes no more.
+        places = min(places, measurement.setup.max_num_seqs or places)
         return cls(step_seconds, together, reading_seconds, places, answer_tokens, measurement.kv_capacity_tokens)
 
     def step_at(self, requests: float) -> float:
@@ -140,6 +143,21 @@ def learnt_answering(learnt: Learnt, requests: float, tokens: float, seconds: fl
         return learnt
     share = 1 - exp(-seconds / FORGETS_SECONDS)
     return Learnt(_blended(learnt.step_seconds, requests * seconds / tokens, share), learnt.reading_seconds)
+
+
+def places_seen(known: float, before: Poll | None, poll: Poll) -> float:
+    """How many requests an engine takes: the most that it ran of late while others had to wait; inf: nobody knows.
+
+    Fewer run for a moment whenever answers end together, so that it comes down slowly. It holds while nobody waits.
+    """
+    if before is None or poll.running is None or before.running is None:
+        return known
+    if not poll.waiting or not before.waiting:
+        return inf if poll.running > known else known
+    most = max(poll.running, before.running, 1.0)
+    if most > known or known == inf:
+        return most
+    return _blended(known, most, 1 - exp(-max(poll.at_seconds - before.at_seconds, 0.0) / FORGETS_SECONDS))
 
 
 def _means(mix: Sequence[Shape]) -> tuple[float, float]:

@@ -15,8 +15,7 @@ from gateway.routing.recorded import read_state
 ANSWER_TOKENS = 24
 DEADLINE_SECONDS = 180.0
 LOOK_SECONDS = 0.1
-NO_HEADERS: Mapping[str, str] = {}
-TOPICS = "rivers tea glass birds chess snow bread maps wool bees iron rain ships salt moss kites".split()
+TOPICS = ("rivers", "tea", "glass", "birds", "chess", "snow", "bread", "maps", "wool", "bees", "iron")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class Users:
     client: httpx.AsyncClient
     alias: str
     name: str
-    headers: Mapping[str, str] = NO_HEADERS
+    headers: Mapping[str, str] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
     wanted: int = 0
     _numbers: int = 0
