@@ -168,7 +168,8 @@ def write_configuration(demo: Demo, base: Path, variants: dict[str, Path]) -> Pa
         "gateway": {"listen": demo.listen, "admin": demo.admin, "limits": {"queue_seconds": 120}},
         "variants": {name: {"path": str(path)} for name, path in paths.items()},
         "replicas": [{"variant": name, **options} for name in paths],
-        "aliases": {"smol": {"ladder": list(paths)}},
+        # A model this small doesn't survive 4 bits whole. Here it is to show how load spills to them all the same.
+        "aliases": {"smol": {"ladder": list(paths), "admit_failed": True}},
     }
     path = demo.home / "demo.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
