@@ -146,14 +146,13 @@ def learnt_answering(learnt: Learnt, requests: float, tokens: float, seconds: fl
 
 
 def places_seen(known: float, before: Poll | None, poll: Poll) -> float:
-    """How many requests an engine takes: the most that it ran of late while others had to wait; inf: nobody knows.
+    """How many requests an engine takes: the most that it ran since it has a queue; inf: it has none.
 
-    Fewer run for a moment whenever answers end together, so that it comes down slowly. It holds while nobody waits.
+    Fewer run for a moment whenever answers end together, so that it comes down slowly. How many found a place earlier
+    says little: that goes by how long they were.
     """
-    if before is None or poll.running is None or before.running is None:
-        return known
-    if not poll.waiting or not before.waiting:
-        return inf if poll.running > known else known
+    if before is None or not before.waiting or not poll.waiting or before.running is None or poll.running is None:
+        return inf
     most = max(poll.running, before.running, 1.0)
     if most > known or known == inf:
         return most
