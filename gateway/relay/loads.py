@@ -23,6 +23,7 @@ from gateway.routing.speed import (
     learnt_answering,
     learnt_first_token,
     learnt_rested,
+    places_seen,
     rested,
 )
 from serving.replica import Replica
@@ -212,7 +213,7 @@ class Loads:
         while book.endings and book.endings[0] < asked_at - GAUGE_LAG_SECONDS:
             book.endings.popleft()
         book.others = max(poll.running + poll.waiting - ours - len(book.endings), 0.0)
-        book.places_seen = _places_seen(book.poll, poll)
+        book.places_seen = places_seen(book.places_seen, book.poll, poll)
         self._forget_read(book, poll.waiting, asked_at)
         book.sent_tokens = sum(sent.tokens for sent in book.unread if sent.at >= asked_at)
         book.was_idle = not ours
@@ -305,10 +306,3 @@ def _mean_others(rung: _Rung) -> float:
     """How many requests of others the replicas have that we hear of."""
     heard = [book.others for book in rung.books if not book.stale]
     return sum(heard) / len(heard) if heard else 0.0
-
-
-def _places_seen(before: Poll | None, poll: Poll) -> float:
-    """How many an engine takes: as many as it runs, if others have been waiting for a while and no more were let in."""
-    if before is None or not poll.waiting or not before.waiting or poll.running is None or before.running is None:
-        return inf
-    return max(poll.running, 1.0) if poll.running <= before.running else inf

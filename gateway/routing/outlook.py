@@ -1,8 +1,9 @@
 """What a replica can promise the next request: what is known of its load, turned into seconds.
 
-A request waits until those before it have left a place (`queue`), until prompts before its own have been read
-(`ahead`), and longer as the KV cache fills, for then vLLM puts running requests back into its queue (`kv`). That much
-is the others' doing. Reading its own prompt and answering it come on top, and what the prefix cache holds comes off.
+A request waits until those before it have left a place (`queue`), until prompts before its own that haven't been read
+by then are (`ahead`; the rate at which answers end holds with prompts read in between), and longer as the KV cache
+fills, for then vLLM puts running requests back into its queue (`kv`). That much is the others' doing. Reading its own
+prompt and answering it come on top, and what the prefix cache holds comes off.
 """
 
 from math import inf
@@ -88,7 +89,7 @@ def outlook(standing: Standing) -> Outlook:
         finished_per_second = speed.together_at(places) / (max(standing.answer_tokens, 1.0) * pace.answering)
         queue_seconds = (requests + 1 - places) / finished_per_second
     token_seconds = speed.reading_seconds * reading
-    ahead_seconds = standing.unread_tokens * token_seconds
+    ahead_seconds = max(standing.unread_tokens * token_seconds - queue_seconds, 0.0)
     kv_seconds = _kv_seconds(standing)
     wait_seconds = queue_seconds + ahead_seconds + kv_seconds
     step_seconds = speed.step_at(min(requests + 1, places))

@@ -1,12 +1,13 @@
 """How fast a replica answers: what was measured of its variant, and how far it was from that lately."""
 
 from collections.abc import Sequence
-from math import exp
+from math import exp, inf
 from typing import Self
 
 import msgspec
 
 from config.capacity import Measurement, Shape
+from gateway.routing.polls import Poll
 
 # Of the most that all requests get together; more at once only share it.
 ENOUGH = 0.97
@@ -55,6 +56,8 @@ class Speed(msgspec.Struct, frozen=True):
         reading_seconds = max(first_token_seconds - step_seconds[0], first_token_seconds / 10) / prompt_tokens
         enough = ENOUGH * max(together)
         places = next(at_once for at_once, rate in enumerate(together, 1) if rate >= enough)
+        # Between two levels the line goes on rising where the engine already takes no more.
+        places = min(places, measurement.setup.max_num_seqs or places)
         return cls(step_seconds, together, reading_seconds, places, answer_tokens, measurement.kv_capacity_tokens)
 
     def step_at(self, requests: float) -> float:
@@ -173,6 +176,20 @@ def learnt_rested(learnt: Learnt, usual: Learnt, seconds: float) -> Learnt:
     step_seconds = _nearer(learnt.step_seconds, usual.step_seconds, share)
     reading_seconds = _nearer(learnt.reading_seconds, usual.reading_seconds, share)
     return Learnt(step_seconds, reading_seconds * learnt.read_tokens, learnt.read_tokens)
+
+
+def places_seen(known: float, before: Poll | None, poll: Poll) -> float:
+    """How many requests an engine takes: the most that it ran since it has a queue; inf: it has none.
+
+    Fewer run for a moment whenever answers end together, so that it comes down slowly. How many found a place earlier
+    says little: that goes by how long they were.
+    """
+    if before is None or not before.waiting or not poll.waiting or before.running is None or poll.running is None:
+        return inf
+    most = max(poll.running, before.running, 1.0)
+    if most > known or known == inf:
+        return most
+    return _blended(known, most, 1 - exp(-max(poll.at_seconds - before.at_seconds, 0.0) / FORGETS_SECONDS))
 
 
 def _means(mix: Sequence[Shape]) -> tuple[float, float]:

@@ -1,10 +1,13 @@
 """How fast a replica is: as measured, and as seen of late."""
 
+from math import inf
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from config.capacity import Shape
+from gateway.routing.polls import Poll
 from gateway.routing.speed import (
     AS_MEASURED,
     FURTHEST,
@@ -14,6 +17,7 @@ from gateway.routing.speed import (
     first_token,
     learnt_answering,
     learnt_first_token,
+    places_seen,
 )
 from tests.config.measurements import load, measurement
 
@@ -66,6 +70,51 @@ def test_more_than_were_measured_share(requests: float, step: float, together: f
 def test_half_a_measurement_is_none(gap: str) -> None:
     """Without one of its figures, nothing is in seconds."""
     assert Speed.measured(measurement(load(1, **{gap: 0.0}))) is None
+
+
+def test_no_more_places_than_the_engine_was_given() -> None:
+    """Between 4 and 8 at once the rates are read off a line, which rises where an engine takes no more than 5."""
+    setup = MEASURED.setup.model_copy(update={"max_num_seqs": 5})
+    loads = (load(1, output_tokens_per_second=36.0), load(4, output_tokens_per_second=100.0), load(8))
+    for most, places in ((None, 8), (5, 5), (64, 8)):
+        found = measurement(*loads).model_copy(update={"setup": setup.model_copy(update={"max_num_seqs": most})})
+        speed = Speed.measured(found)
+        assert speed is not None
+        assert speed.places == places
+
+
+def looks(*found: tuple[float, float]) -> float:
+    """How many places polls have shown that found so many running and waiting, four times a second."""
+    known, before = inf, None
+    for number, (running, waiting) in enumerate(found):
+        poll = Poll(number / 4, running, waiting)
+        known, before = places_seen(known, before, poll), poll
+    return known
+
+
+@pytest.mark.parametrize(
+    "found, places",
+    [
+        ([(8, 0), (8, 0)], inf),
+        # Whoever came a moment ago waits, too.
+        ([(2, 0), (2, 9)], inf),
+        ([(8, 9), (8, 9)], 8),
+        # All answers end together, and for a moment hardly any runs.
+        ([(8, 9), (1, 9)], 8),
+        ([(1, 9), (8, 9)], 8),
+        ([(8, 9), (8, 9), (1, 9), (8, 9)], 8),
+        ([(8, 9), (8, 9), (12, 9)], 12),
+        ([(8, 9), (8, 9), (8, 0)], inf),
+    ],
+)
+def test_how_many_an_engine_takes(found: list[tuple[float, float]], places: float) -> None:
+    """As many as it runs while others wait."""
+    assert looks(*found) == pytest.approx(places)
+
+
+def test_an_engine_that_takes_fewer_than_before() -> None:
+    """Longer requests fill its cache: after some seconds that is believed."""
+    assert looks((8, 9), (8, 9), *[(2, 9)] * 40) == pytest.approx(2, abs=1)
 
 
 @pytest.mark.parametrize("slower", [0.5, 1.0, 5.0])

@@ -1,0 +1,123 @@
+"""A load ramp over HTTP: so many users at a time, each of whom asks again as soon as the last answer has ended."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from gateway.explained import explained_request
+from gateway.routing.explanation import Explanation
+from gateway.routing.recorded import read_state
+
+ANSWER_TOKENS = 24
+DEADLINE_SECONDS = 180.0
+LOOK_SECONDS = 0.1
+TOPICS = ("rivers", "tea", "glass", "birds", "chess", "snow", "bread", "maps", "wool", "bees", "iron")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """So many users for so long."""
+
+    users: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Who gave an answer, and why."""
+
+    variant: str
+    precision: str
+    replica: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request, and what its headers said; times since the ramp began, `first_at` is None if no token came."""
+
+    id: str
+    users: int
+    asked_at: float
+    first_at: float | None
+    ended_at: float
+    status: int
+    told: Told
+
+
+@dataclass(slots=True)
+class Users:
+    """Asks an alias, streaming, for as many users as are wanted at the moment; keeps what came of each request."""
+
+    client: httpx.AsyncClient
+    alias: str
+    name: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    asked: list[Asked] = field(default_factory=list)
+    wanted: int = 0
+    _numbers: int = 0
+    _began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._began
+
+    async def ramp(self, stages: Sequence[Stage], enough: Callable[[Asked], bool] = lambda _: False) -> None:
+        """Go through all stages, or until enough has come; returns when everybody has the last answer."""
+        looked = 0
+        async with asyncio.TaskGroup() as users:
+            for stage in stages:
+                here, self.wanted = self.wanted, stage.users
+                for number in range(here, stage.users):
+                    users.create_task(self._user(number))
+                until = self.seconds + stage.seconds
+                while self.seconds < until and not any(map(enough, self.asked[looked:])):
+                    looked = len(self.asked)
+                    await asyncio.sleep(LOOK_SECONDS)
+            self.wanted = 0
+
+    async def ask(self) -> Asked:
+        """Ask once."""
+        self._numbers += 1
+        request_id, asked_at, users = f"{self.name}-{self._numbers}", self.seconds, self.wanted
+        headers = {**self.headers, "x-request-id": request_id}
+        body = question(self.alias, self._numbers)
+        first_at = None
+        async with self.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
+            async for line in answer.aiter_lines():
+                if first_at is None and line.startswith("data: {"):
+                    first_at = self.seconds
+        told = Told(*(answer.headers.get(f"x-quantgate-{each}", "") for each in Told.__slots__))
+        asked = Asked(request_id, users, asked_at, first_at, self.seconds, answer.status_code, told)
+        self.asked.append(asked)
+        return asked
+
+    async def _user(self, number: int) -> None:
+        while number < self.wanted:
+            await self.ask()
+
+
+def question(alias: str, number: int) -> dict[str, Any]:
+    """A prompt that nobody asked before: about 60 tokens, of which no cache has the end."""
+    words = [TOPICS[(number * step + number // step) % len(TOPICS)] for step in range(1, 13)]
+    content = f"{number}. Tell a story of {', then of '.join(words)}. It should be short and end well."
+    return {
+        "model": alias,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": ANSWER_TOKENS,
+        "ignore_eos": True,
+        "stream": True,
+    }
+
+
+async def explanation_of(admin: httpx.AsyncClient, request_id: str) -> Explanation:
+    """What `quantgate route explain --request` says of a request."""
+    told = await admin.get(f"/admin/routing/{request_id}")
+    state = read_state(told.raise_for_status().content, request_id)
+    assert state.asked is not None
+    return explained_request(state, state.asked)
