@@ -19,6 +19,8 @@ from gateway.routing.speed import (
     Pace,
     Speed,
     answered,
+    doubted,
+    doubted_learnt,
     first_token,
     learnt_answering,
     learnt_first_token,
@@ -51,6 +53,7 @@ class Sent:
     clear: bool  # it had not to wait for a place
     expected_seconds: float  # until its first token; 0: unknown
     unread: bool = True
+    began_at: float | None = None
     ended: bool = False
 
 
@@ -70,6 +73,7 @@ class _Book:
     learnt: Learnt = NOTHING_LEARNT
     endings: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_ENDINGS))
     was_idle: bool = True  # at any moment since the poll
+    idle_since: float | None = None  # nothing of ours is there
     outlook: Outlook | None = None
 
 
@@ -147,6 +151,7 @@ class Loads:
         book.unread[sent] = None
         book.unread_tokens += tokens
         book.sent_tokens += tokens
+        book.idle_since = None
         rung.outdated[book] = place
         return sent
 
@@ -155,7 +160,8 @@ class Loads:
         if not sent.unread:
             return
         self._read(sent)
-        book, seconds = sent.book, self._clock() - sent.at
+        sent.began_at = now = self._clock()
+        book, seconds = sent.book, now - sent.at
         if not sent.clear:
             return
         book.pace = first_token(book.pace, sent.expected_seconds, seconds)
@@ -175,9 +181,12 @@ class Loads:
             return
         _, rung, place = kept
         rung.outdated[book] = place
-        if not self._in_flight.get(book.replica.id):
-            book.was_idle = True
+        in_flight = self._in_flight.get(book.replica.id, 0)
+        if not in_flight:
+            book.was_idle, book.idle_since = True, now
         if answer_tokens is not None:
+            if book.stale and sent.began_at is not None:
+                self._learn_of(book, in_flight + 1, answer_tokens - 1, now - sent.began_at)
             rung.answers += 1
             rung.answer_tokens += max(1 / rung.answers, LENGTH_SHARE) * (answer_tokens - rung.answer_tokens)
 
@@ -231,6 +240,10 @@ class Loads:
         rung.outdated.clear()
 
     def _standing(self, book: _Book, rung: _Rung, variant: str, mean_others: float) -> Standing:
+        pace, learnt = book.pace, book.learnt
+        if book.idle_since is not None:
+            idle_seconds = self._clock() - book.idle_since
+            pace, learnt = doubted(pace, idle_seconds), doubted_learnt(learnt, idle_seconds)
         return Standing(
             replica=book.replica,
             in_flight=self._in_flight.get(book.replica.id, 0),
@@ -241,8 +254,8 @@ class Loads:
             poll=book.poll,
             stale=book.stale,
             places_seen=book.places_seen,
-            pace=book.pace,
-            speed=self._speeds.get(variant) or book.learnt.speed(rung.answer_tokens),
+            pace=pace,
+            speed=self._speeds.get(variant) or learnt.speed(rung.answer_tokens),
             answer_tokens=rung.answer_tokens,
         )
 
@@ -275,6 +288,13 @@ class Loads:
         if speed is not None:
             book.pace = answered(book.pace, speed.together_at(requests) * seconds, tokens, seconds)
         book.learnt = learnt_answering(book.learnt, requests, tokens, seconds)
+
+    def _learn_of(self, book: _Book, requests: float, tokens: int, seconds: float) -> None:
+        """Where no poll tells how fast an engine answers, one answer among so many does."""
+        speed = self._speeds.get(book.replica.variant)
+        if speed is not None:
+            book.pace = answered(book.pace, seconds / speed.step_at(requests), tokens, seconds)
+        book.learnt = learnt_answering(book.learnt, 1.0, tokens, seconds)
 
 
 def _lengths(before: _Rung | None, speed: Speed | None) -> tuple[float, int]:

@@ -18,6 +18,8 @@ USUAL_ANSWER_TOKENS = 256.0
 FORGETS_SHARE = 0.1
 FORGETS_SECONDS = 5.0
 FURTHEST = 50.0
+# Of a replica that nobody asks, half of what was seen of its slowness is believed after so long.
+DOUBTED_SECONDS = 20.0
 
 
 class Speed(msgspec.Struct, frozen=True):
@@ -112,6 +114,13 @@ def answered(pace: Pace, expected_tokens: float, observed_tokens: float, seconds
     return Pace(_bounded(answering), pace.expected, pace.observed)
 
 
+def doubted(pace: Pace, idle_seconds: float) -> Pace:
+    """Believe the less of a replica's slowness the longer it is idle: else nobody would ever try it again."""
+    believed = 0.5 ** (idle_seconds / DOUBTED_SECONDS)
+    answering = pace.answering**believed
+    return Pace(answering, 1.0, pace.reading**believed) if pace.expected else Pace(answering)
+
+
 class Learnt(msgspec.Struct, frozen=True):
     """What was observed of a replica of a variant that nobody measured; zero is nothing yet."""
 
@@ -126,6 +135,12 @@ class Learnt(msgspec.Struct, frozen=True):
 
 
 NOTHING_LEARNT = Learnt()
+
+
+def doubted_learnt(learnt: Learnt, idle_seconds: float) -> Learnt:
+    """Think an idle replica that nobody measured quicker, the longer it is idle."""
+    believed = 0.5 ** (idle_seconds / DOUBTED_SECONDS)
+    return Learnt(learnt.step_seconds * believed, learnt.reading_seconds * believed)
 
 
 def learnt_first_token(learnt: Learnt, observed_seconds: float, prompt_tokens: float) -> Learnt:
