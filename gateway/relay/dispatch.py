@@ -300,7 +300,7 @@ class Dispatch:
         ready = {replica.id for replicas in self._registry.ready.values() for replica in replicas}
         self._loads.keep(self._registry.ready)
         self._health.keep_only(ready)
-        self.memory.keep_only(ready)
+        self.memory.keep_only(self._registry.ready)
         if len(self._lines):
             self._give_up_hopeless()
             self._pump()
@@ -315,7 +315,7 @@ class Dispatch:
 
 def _no_hope(want: Want, offer: Offer, patience_seconds: float) -> Overloaded:
     """Say when the fastest replica would be worth asking, if nobody else came."""
-    wait_seconds = offer.outlook.wait_seconds
+    wait_seconds = offer.outlook.work_seconds
     return Overloaded(
         f"every replica of {want.target.name!r} that may answer has {wait_seconds:.0f} s of work before this request, "
         f"which may wait for {patience_seconds:.0f} s; try again later",

@@ -54,6 +54,7 @@ class Sent:
     clear: bool  # it had not to wait for a place
     expected_seconds: float  # until its first token, at the measured speed; 0: nobody measured
     unread: bool = True
+    began_at: float | None = None
     ended: bool = False
 
 
@@ -73,6 +74,7 @@ class _Book:
     learnt: Learnt = NOTHING_LEARNT
     endings: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_ENDINGS))
     was_idle: bool = True  # at any moment since the poll
+    looked_at: float | None = None
     outlook: Outlook | None = None
 
 
@@ -162,7 +164,8 @@ class Loads:
         if not sent.unread:
             return
         self._read(sent)
-        book, seconds = sent.book, self._clock() - sent.at
+        sent.began_at = now = self._clock()
+        book, seconds = sent.book, now - sent.at
         if not sent.clear:
             return
         if sent.expected_seconds:
@@ -187,9 +190,12 @@ class Loads:
             return
         _, rung, place = kept
         rung.outdated[book] = place
-        if not self._in_flight.get(book.replica.id):
+        in_flight = self._in_flight.get(book.replica.id, 0)
+        if not in_flight:
             book.was_idle = True
         if answer_tokens is not None and answer_tokens > 0:
+            if book.stale and sent.began_at is not None:
+                self._learn_of(book, in_flight + 1, answer_tokens - 1, now - sent.began_at)
             rung.answers += 1
             rung.answer_tokens += max(1 / rung.answers, LENGTH_SHARE) * (answer_tokens - rung.answer_tokens)
 
@@ -206,10 +212,9 @@ class Loads:
         ours = self._in_flight.get(replica_id, 0)
         if ours or poll.running or poll.waiting or not book.was_idle:
             self._learn(book, rung, poll)
-        elif book.poll is not None:
-            seconds = max(poll.at_seconds - book.poll.at_seconds, 0.0)
-            book.pace = rested(book.pace, seconds)
-            book.learnt = learnt_rested(book.learnt, rung.learnt, seconds)
+        else:
+            self._rest(book, rung)
+        book.looked_at = poll.at_seconds
         while book.endings and book.endings[0] < asked_at - GAUGE_LAG_SECONDS:
             book.endings.popleft()
         book.others = max(poll.running + poll.waiting - ours - len(book.endings), 0.0)
@@ -231,6 +236,9 @@ class Loads:
             book.stale = True
             book.places_seen = inf
             rung.outdated[book] = place
+            if not self._in_flight.get(replica_id):
+                self._rest(book, rung)
+                book.looked_at = self._clock()
 
     def _kept(self, known: Mapping[str, tuple[_Book, _Rung, int]], replica: Replica) -> _Book:
         entry = known.get(replica.id)
@@ -293,6 +301,19 @@ class Loads:
             book.pace = answered(book.pace, speed.together_at(requests) * seconds, tokens, seconds)
         book.learnt = learnt_answering(book.learnt, requests, tokens, seconds)
         rung.learnt = learnt_answering(rung.learnt, requests, tokens, seconds)
+
+    def _rest(self, book: _Book, rung: _Rung) -> None:
+        """Doubt the slowness of a replica that has nothing to do: else nobody would try it again."""
+        seconds = 0.0 if book.looked_at is None else max(self._clock() - book.looked_at, 0.0)
+        book.pace = rested(book.pace, seconds)
+        book.learnt = learnt_rested(book.learnt, rung.learnt, seconds)
+
+    def _learn_of(self, book: _Book, requests: float, tokens: int, seconds: float) -> None:
+        """Where no poll tells how fast an engine answers, one answer among so many does."""
+        speed = self._speeds.get(book.replica.variant)
+        if speed is not None:
+            book.pace = answered(book.pace, seconds / speed.step_at(requests), tokens, seconds)
+        book.learnt = learnt_answering(book.learnt, 1.0, tokens, seconds)
 
 
 def _lengths(before: _Rung | None, speed: Speed | None) -> tuple[float, int]:

@@ -9,6 +9,7 @@ from gateway.routing.ladder import NOBODY, NOTHING_CACHED, Choice, Query
 from gateway.routing.prefixes import Prefixes, blocks_that_fit
 from gateway.routing.sessions import Sessions, Stay
 from gateway.routing.tokens import BytesPerToken, learned
+from serving.replica import Replica
 
 Move = Literal["up", "down"]
 
@@ -23,6 +24,7 @@ class Memory:
         self._prefixes = Prefixes()
         self._tokens: dict[str, BytesPerToken] = {}
         self._held_tokens: dict[str, int] = {}
+        self._ready: Mapping[str, frozenset[str]] = {}  # ids of replicas, by variant
 
     def bytes_per_token(self, name: str) -> float:
         """How many bytes of a prompt make a token of this model, roughly."""
@@ -61,13 +63,19 @@ class Memory:
         """Where conversations are."""
         return self._sessions.stays()
 
-    def keep_only(self, replica_ids: Collection[str]) -> None:
+    def keep_only(self, ready: Mapping[str, Collection[Replica]]) -> None:
         """Forget what replicas had in their caches that are gone."""
+        self._ready = {variant: frozenset([each.id for each in replicas]) for variant, replicas in ready.items()}
+        replica_ids = frozenset[str]().union(*self._ready.values())
         self._prefixes.keep_only(replica_ids)
         self._held_tokens = {each: tokens for each, tokens in self._held_tokens.items() if each in replica_ids}
 
     def _cached_tokens(self, want: Want) -> Mapping[str, float]:
-        matched = self._prefixes.matched(want.ask.blocks)
+        rungs, ready = want.rungs, self._ready
+        matched: dict[str, int] = {}
+        for rung in rungs:
+            if among := ready.get(rung.name):
+                matched.update(self._prefixes.matched(want.ask.blocks, among))
         if not matched:
             return NOTHING_CACHED
         block_tokens = BLOCK_BYTES / self.bytes_per_token(want.target.name)

@@ -81,7 +81,7 @@ class Offer(msgspec.Struct, frozen=True):
 
     def comes_too_late(self, patience_seconds: float) -> bool:
         """Tell whether it isn't worth waiting for; where nobody measured, that would be a guess."""
-        return self.outlook.measured and self.outlook.wait_seconds > max(patience_seconds, SHORTEST_WAIT_SECONDS)
+        return self.outlook.measured and self.outlook.work_seconds > max(patience_seconds, SHORTEST_WAIT_SECONDS)
 
     def seconds_of(self, query: Query) -> float:
         """What the request would cost here."""

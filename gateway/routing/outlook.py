@@ -72,6 +72,11 @@ class Outlook(msgspec.Struct, frozen=True):
     answer_seconds: float = 0.0
     answer_tokens: float = USUAL_ANSWER_TOKENS
 
+    @property
+    def work_seconds(self) -> float:
+        """How long a request waits at least: without what a full KV cache may add, of which nobody knows how long."""
+        return self.queue_seconds + self.ahead_seconds
+
 
 def outlook(standing: Standing) -> Outlook:
     """Work out what a replica can promise."""
