@@ -31,8 +31,6 @@ def learned(known: BytesPerToken, prompt_bytes: int, prompt_tokens: int | None) 
     """
     if not prompt_tokens or prompt_tokens < 0 or prompt_bytes <= 0:
         return known
-    ratio = prompt_bytes / prompt_tokens
-    if not LEAST <= ratio <= MOST:
-        ratio = LEAST if ratio < LEAST else MOST
-    tokens = prompt_tokens if prompt_tokens < _HEAVIEST_TOKENS else _HEAVIEST_TOKENS
+    ratio = min(max(prompt_bytes / prompt_tokens, LEAST), MOST)
+    tokens = min(prompt_tokens, _HEAVIEST_TOKENS)
     return BytesPerToken(known.sum_bytes * _KEPT + ratio * tokens, known.sum_tokens * _KEPT + tokens)
