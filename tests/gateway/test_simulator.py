@@ -1,5 +1,7 @@
 """The simulator that routing is judged by: its engines keep vLLM's rules, and the same seed says the same."""
 
+import asyncio
+import socket
 from collections import Counter
 from dataclasses import replace
 
@@ -7,10 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.routing.polls import Poll
+from gateway.routing.polls import Poll, read_poll
+from tests.benchmarks.overhead.loads import Contender
+from tests.benchmarks.routing.asking import ask
 from tests.benchmarks.routing.blocks import Blocks
 from tests.benchmarks.routing.calibration import measured
 from tests.benchmarks.routing.engine import Engine, Job
+from tests.benchmarks.routing.engine_server import MODEL, Replica
 from tests.benchmarks.routing.figures import Objective, figures_of
 from tests.benchmarks.routing.policies import CacheAware, LeastInFlight, RoundRobin, StaticLadder
 from tests.benchmarks.routing.policy import NOBODY, Decision, Policy, Refused
@@ -18,7 +23,9 @@ from tests.benchmarks.routing.profiles import MODELS, Fleet, Profile, fleet_of
 from tests.benchmarks.routing.runs import Fault, Run, Scenario
 from tests.benchmarks.routing.scenarios import burst
 from tests.benchmarks.routing.simulation import simulate as simulated
+from tests.benchmarks.routing.texts import TOKEN_BYTES, messages_of
 from tests.benchmarks.routing.workloads import Rate, Turn, constant, conversations, ramp, square
+from tests.fakes.http_server import Server
 
 BLOCK = 4
 SMALL = Profile("bf16", 1.0, 0.01, 0.001, 0.0001, kv_blocks=12, max_num_seqs=3, max_num_batched_tokens=8)
@@ -279,3 +286,39 @@ def test_a_static_ladder_fills_the_best_rung_first() -> None:
     figures = figures_of(found, Objective())
     assert figures.shares["bf16"] > 0.5 > figures.shares["int8"] > 0 < figures.shares["int4"]
     assert figures.agreement > figures_of(simulate(scenario(), RoundRobin(FLEET)), Objective()).agreement
+
+
+async def test_over_sockets_an_engine_streams_a_chunk_for_each_token_and_knows_what_was_said_before() -> None:
+    """The text is what is counted: the second turn finds the first one, and its answer, in the cache."""
+    member = replace(FLEET.members[0], profile=FLEET.members[0].profile.slowed(0.02))
+    replica, bound = Replica(member, []), socket.create_server(("127.0.0.1", 0))
+    server = Server(replica.handle, keep_alive_seconds=5, piece_bytes=None)
+    await server.listen(bound)
+    there = Contender("engine", "127.0.0.1", bound.getsockname()[1], MODEL, "none")
+    first = Turn(0, "s", 0, 400, 40, 64, (), 1.0)
+    try:
+        asked = messages_of(first, [])
+        answer = await ask(there, first, asked)
+        said = [*asked, {"role": "assistant", "content": answer.text}]
+        second = replace(first, number=1, prompt_tokens=600, answer_tokens=1)
+        again = await ask(there, second, messages_of(second, said))
+        page = await engine_page(there)
+    finally:
+        await server.stop()
+    assert (answer.whole, answer.replica, len(answer.text)) == (True, member.id, 40 * TOKEN_BYTES)
+    assert (again.whole, len(again.text)) == (True, TOKEN_BYTES)
+    poll, missing = read_poll(page, 0.0)
+    assert missing == frozenset()
+    assert (poll.running, poll.waiting, poll.read_tokens, poll.generated_tokens) == (0, 0, 1000, 41)
+    assert poll.kv_capacity_tokens == member.profile.kv_capacity_tokens
+    # All blocks that were full: 439 tokens were kept, the answer's last one never was read.
+    assert replica.engine.gauges.hit_tokens == 432
+
+
+async def engine_page(there: Contender) -> bytes:
+    """Read /metrics."""
+    reader, writer = await asyncio.open_connection(there.host, there.port)
+    writer.write(b"GET /metrics HTTP/1.1\r\nhost: engine\r\nconnection: close\r\n\r\n")
+    page = await reader.read()
+    writer.close()
+    return page

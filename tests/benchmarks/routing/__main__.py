@@ -15,8 +15,10 @@ from config.capacity import Measurement
 from config.schema import Spill
 from gateway.routing.catalog import USUAL_SPILL
 from tests.benchmarks.machine import machine_line
+from tests.benchmarks.overhead.processes import ROOT, NotThere
 from tests.benchmarks.routing import policies, scenarios
 from tests.benchmarks.routing.calibration import measured
+from tests.benchmarks.routing.engine_server import counts_of
 from tests.benchmarks.routing.figures import Objective, figures_of
 from tests.benchmarks.routing.ours import Options, Ours
 from tests.benchmarks.routing.policy import Policy
@@ -25,9 +27,12 @@ from tests.benchmarks.routing.report import Report
 from tests.benchmarks.routing.runs import Run, Scenario
 from tests.benchmarks.routing.scenarios import Ground
 from tests.benchmarks.routing.simulation import simulate
+from tests.benchmarks.routing.sockets import Setting, contenders, run_over_sockets
 
 PARTS = ("capacity", "steady", "square", "ramp", "faults", "overload", "burst")
+SOCKETS = "sockets"
 OVERLOAD = 6.0
+PEERS_FOLDER = ROOT / ".venv" / "peers"
 PLOTTED = ("least in flight", "static ladder")
 
 Measured = Mapping[str, Measurement]
@@ -80,6 +85,9 @@ def main(arguments: Sequence[str]) -> int:
     if "capacity" in options.parts:
         report.measurements = measurements
     bench.fill(report, options.parts)
+    if SOCKETS in options.parts:
+        setting = Setting(options.model, fleet, measurements, _ours(options), options.peers_folder)
+        _compare_over_sockets(report, setting, options, objective)
     if options.plots and "ramp" in options.parts:
         report.notes.append(bench.plot(options.plots))
     print(report.markdown())
@@ -151,10 +159,30 @@ class Bench:
         return simulate(scenario, lambda it: self.makers[name](it.fleet, it.seed, self.measurements))
 
 
+def _compare_over_sockets(report: Report, setting: Setting, options: argparse.Namespace, objective: Objective) -> None:
+    """Run everybody in real time, which takes as long as it says."""
+    ground = Ground(setting.fleet, report.capacity, options.socket_seconds)
+    for times in options.socket_loads:
+        title = f"Over sockets, in real time: {times:g} times the best rung"
+        found, scenario = [], scenarios.steady(ground, times, 1)
+        for name in options.socket_policies:
+            print(f"{title}: {name}", file=sys.stderr)
+            try:
+                run, late = run_over_sockets(name, setting, scenario)
+            except NotThere as why:
+                report.notes.append(f"{name}: skipped, {why}")
+                continue
+            found.append(figures_of(run, objective))
+            report.late[f"{name}, {times:g} times"] = late
+        if found:
+            report.tables[title] = found
+
+
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.routing", description=__doc__)
     known = tuple(_makers(Objective(), Options()))
-    parser.add_argument("--parts", type=_words(PARTS), default=list(PARTS), help=f"of {','.join(PARTS)}")
+    parts = (*PARTS, SOCKETS)
+    parser.add_argument("--parts", type=_words(parts), default=list(PARTS), help=f"of {','.join(parts)}")
     parser.add_argument("--policies", type=_words(known), default=list(known), help=f"of {','.join(known)}")
     parser.add_argument("--model", choices=list(MODELS), default="32b", help="(default: %(default)s)")
     parser.add_argument("--fleet", type=_counts, default="bf16=2,int8=1,int4=1", help="(default: %(default)s)")
@@ -168,6 +196,10 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--capacity", type=float, help="turns/s of the best rung; not given: searched for")
     parser.add_argument("--seconds", type=float, default=600.0, help="of each scenario (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="workloads of each scenario (default: %(default)s)")
+    parser.add_argument("--socket-seconds", type=float, default=120.0, help="of each run (default: %(default)s)")
+    parser.add_argument("--socket-loads", type=_numbers, default=[1.25], help="times the best rung (1.25)")
+    parser.add_argument("--socket-policies", type=_words(contenders()), default=contenders())
+    parser.add_argument("--peers-folder", type=Path, default=PEERS_FOLDER, help="where peers are, or are installed")
     parser.add_argument("--plots", type=Path, help="write pictures into this folder")
     parser.add_argument("--json", type=Path, help="write every figure to this file")
     return parser.parse_args(arguments)
@@ -192,9 +224,13 @@ def _words(known: Sequence[str]) -> Callable[[str], list[str]]:
     return words
 
 
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
 def _counts(text: str) -> dict[str, int]:
     try:
-        counts = {name: int(count) for name, _, count in (part.partition("=") for part in text.split(","))}
+        counts = counts_of(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: write for example bf16=2,int4=1") from error
     if unknown := sorted(set(counts) - set(QUALITY)):

@@ -138,6 +138,10 @@ class Engine:
         """Those that got a token with the last step, but for whom it was the first or the last."""
         return (job for job in self.running if 0 <= job.joined < self._steps)
 
+    def made_of(self, job: Job) -> int:
+        """How many tokens of an answer are there by now."""
+        return job.made + (self._steps - job.joined if job.joined >= 0 else 0)
+
     def _count(self, tokens: int) -> int:
         return -(-tokens // self.profile.block_tokens)
 

@@ -26,12 +26,13 @@ class Figures:
     """One policy in one scenario; `nan` where there was nothing to count.
 
     Waits count from when a turn was first asked, refusals included. `good` are the answers that meet the objective: a
-    share of all turns, and a rate. `agreement` is the mean top1_agreement of the variants that answered, over answers.
-    `session_switches` are changes of variant from a turn to the next, per conversation that had a next one.
-    `window_switches` are a minute's changes of the rung that took most turns in a window; `alias_switches` those that
-    the policy itself told. `spread` is the most turns sent to one replica by the mean, in each rung; the worst rung's.
-    `retry_error_seconds`: of refusals, what Retry-After told less the time until the turn would have been taken had it
-    asked all the time (looked at four times a second), median; `retry_error_p95_seconds` is of its absolute value.
+    share of all turns, and a rate; of those `in_time` the first token does. `agreement` is the mean top1_agreement of
+    the variants that answered, over answers. `session_switches` are changes of variant from a turn to the next, per
+    conversation that had a next one. `window_switches` are a minute's changes of the rung that took most turns in a
+    window; `alias_switches` those that the policy itself told. `spread` is the most turns sent to one replica by the
+    mean, in each rung; the worst rung's. `retry_error_seconds`: of refusals, what Retry-After told less the time until
+    the turn would have been taken had it asked all the time (looked at four times a second), median;
+    `retry_error_p95_seconds` is of its absolute value.
     """
 
     policy: str
@@ -43,6 +44,7 @@ class Figures:
     first_token_p95: float
     first_token_p99: float
     good_share: float
+    in_time_share: float
     good_per_second: float
     agreement: float
     good_agreement: float
@@ -81,6 +83,7 @@ def figures_of(run: Run, objective: Objective) -> Figures:
         first_token_p95=p95,
         first_token_p99=p99,
         good_share=len(good) / max(len(outcomes), 1),
+        in_time_share=sum(wait <= objective.first_token_seconds for wait in waits) / max(len(outcomes), 1),
         good_per_second=len(good) / seconds,
         agreement=_mean(outcome.agreement for outcome in begun),
         good_agreement=_mean(outcome.agreement for outcome in good),

@@ -88,7 +88,9 @@ class Ours:
         """Decide, and leave everything as it is."""
         want = self._want(turn, turn.key)
         offer = decide(self._target, want.rungs, self.dispatch.memory.query(want), self.dispatch.scene, now).offer
-        return offer is not None and offer.outlook.wait_seconds <= self._options.patience_seconds
+        if offer is None:
+            return False
+        return not offer.outlook.measured or offer.outlook.wait_seconds <= self._options.patience_seconds
 
     def sent(self, turn: Turn, replica: str, now: float) -> None:
         """It is counted since it was chosen."""

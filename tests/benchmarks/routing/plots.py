@@ -35,7 +35,7 @@ def write_ramp(runs: Sequence[Run], rate: Rate, capacity: float, objective: Obje
             precisions.set_ylabel("answered by")
             waits.set_ylabel("to first token, s")
             for axes in (load, precisions, waits):
-                axes.legend(frameon=False, fontsize=8, loc="upper left")
+                axes.legend(edgecolor="none", framealpha=0.7, fontsize=8, loc="upper left")
     draft = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         figure.savefig(draft, format="png", dpi=DOTS_PER_INCH)

@@ -8,11 +8,14 @@ from typing import Any
 from config.capacity import Measurement
 from tests.benchmarks.overhead.report import table
 from tests.benchmarks.routing.figures import Figures, Objective
+from tests.benchmarks.routing.sockets import Lateness
 
 METHOD = """\
 Every policy meets the same turns on the same engines. Load is in multiples of what the best rung takes: the highest
 Poisson rate of turns at which 95 % of first tokens come in time. Good: an answer that meets the objective, as a share
-of all turns and a rate. Agreement: mean top1_agreement of the variants that answered. Waits count from first asking.
+of all turns and a rate; in time: its first token came in time. Agreement: mean top1_agreement of the variants that
+answered. Waits count from first asking. Changes: of the rung that takes most turns, in windows of 5 s; gates: opened
+or closed.
 Retry error: what Retry-After told less the time until the turn would have been taken, median / p95 of its size."""
 
 
@@ -28,6 +31,7 @@ class Report:
     measurements: dict[str, Measurement] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     spreads: dict[str, float] = field(default_factory=dict)
+    late: dict[str, Lateness] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Every figure; what there was none of is null."""
@@ -41,6 +45,7 @@ class Report:
             "tables": told,
             "capacity": curves,
             "burst_spread": self.spreads,
+            "late": {name: asdict(late) for name, late in self.late.items()},
         }
 
     def markdown(self) -> str:
@@ -57,6 +62,11 @@ class Report:
         if self.spreads:
             rows = [[name, f"{spread:.2f}"] for name, spread in self.spreads.items()]
             parts.append("### 64 equal turns within 0.25 s\n\n" + table(["policy", "max/mean"], rows))
+        if self.late:
+            late = [
+                [name, f"{1000 * each.clients:.1f}", f"{1000 * each.engines:.1f}"] for name, each in self.late.items()
+            ]
+            parts.append("How late they were, p99 in ms:\n\n" + table(["run", "clients", "engines"], late))
         return "\n\n".join(parts)
 
 
@@ -64,8 +74,8 @@ def _figures(found: Sequence[Figures]) -> str:
     rungs = list(found[0].shares)
     told_refusals = any(each.refused for each in found)
     told_floors = any(each.below_floor for each in found)
-    head = ["policy", "good", "good/s", "agreement", *rungs, "TTFT p50", "p95", "p99", "switches/session"]
-    head += ["a minute", "spread", "prefix hits", "turns", "not answered"]
+    head = ["policy", "good", "in time", "good/s", "agreement", *rungs, "TTFT p50", "p95", "p99", "switches/session"]
+    head += ["changes/min", "gates/min", "spread", "prefix hits", "turns", "not answered"]
     head += ["429", "retry error"] if told_refusals else []
     head += ["below floor"] if told_floors else []
     rows = []
@@ -73,12 +83,14 @@ def _figures(found: Sequence[Figures]) -> str:
         row = [
             each.policy,
             f"{100 * each.good_share:.1f} %",
+            f"{100 * each.in_time_share:.1f} %",
             f"{each.good_per_second:.2f}",
             f"{each.agreement:.4f}",
             *(f"{100 * each.shares[rung]:.0f} %" for rung in rungs),
             *(f"{value:.2f}" for value in (each.first_token_p50, each.first_token_p95, each.first_token_p99)),
             f"{each.session_switches:.2f}",
             f"{each.window_switches:.1f}",
+            f"{each.alias_switches:.1f}",
             f"{each.spread:.2f}",
             f"{100 * each.hit_share:.0f} %",
             str(each.turns),

@@ -3,32 +3,18 @@
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 from gateway.relay.polling import first_poll_seconds, next_poll_seconds
-from gateway.routing.polls import Poll
 from tests.benchmarks.routing.engine import Engine, Gauges, Job
 from tests.benchmarks.routing.policy import NOBODY, Policy, Refused, Usage
-from tests.benchmarks.routing.profiles import Member
-from tests.benchmarks.routing.runs import Fault, Metric, Outcome, Refusal, Run, Scenario
+from tests.benchmarks.routing.replica import Replica
+from tests.benchmarks.routing.runs import Fault, Outcome, Refusal, Run, Scenario
 from tests.benchmarks.routing.virtual_time import VirtualLoop, run_in_virtual_time
 from tests.benchmarks.routing.workloads import Conversation, Turn
 
 DRAIN_SECONDS = 180.0  # how long answers may still take once nobody asks any more
 PROBE_SECONDS, MOST_PROBED, LONGEST_PROBE_SECONDS = 0.25, 32, 60.0
-
-
-@dataclass(slots=True)
-class _Replica:
-    member: Member
-    engine: Engine
-    jobs: dict[Job, Outcome] = field(default_factory=dict)
-    alive: bool = True
-    stepping: bool = False
-    life: int = 0  # a step that a dead engine had planned is nobody's
-    polled: bool = True
-    lost: set[Metric] = field(default_factory=set)
 
 
 class Simulation:
@@ -37,7 +23,7 @@ class Simulation:
     def __init__(self, scenario: Scenario, policy: Policy, loop: VirtualLoop) -> None:
         self.scenario, self.policy = scenario, policy
         self.outcomes: list[Outcome] = []
-        self.replicas = {member.id: _Replica(member, Engine(member.profile)) for member in scenario.fleet.members}
+        self.replicas = {member.id: Replica(member, Engine(member.profile)) for member in scenario.fleet.members}
         self._loop = loop
         self._over = asyncio.Event()
         self._tasks = set[asyncio.Task[None]]()
@@ -170,13 +156,13 @@ class Simulation:
 
     # Engines: steps, polls, faults.
 
-    def _step(self, replica: _Replica) -> None:
+    def _step(self, replica: Replica) -> None:
         seconds = replica.engine.begin()
         replica.stepping = seconds is not None
         if seconds is not None:
             self._at(self.now + seconds, partial(self._end_step, replica, replica.life))
 
-    def _end_step(self, replica: _Replica, life: int) -> None:
+    def _end_step(self, replica: Replica, life: int) -> None:
         if life != replica.life:
             return
         made = replica.engine.end()
@@ -192,12 +178,12 @@ class Simulation:
             self._follow(outcome)
         self._step(replica)
 
-    def _poll(self, replica: _Replica) -> None:
+    def _poll(self, replica: Replica) -> None:
         """Read its metrics as often as our gateway does."""
         apart = next_poll_seconds(busy=bool(replica.jobs), jitter=self._chance.random())
         self._at(self.now + apart, partial(self._poll, replica))
         if replica.alive and replica.polled:
-            self.policy.polled(replica.member.id, _read(replica, self.now))
+            self.policy.polled(replica.member.id, replica.poll(self.now))
         else:
             self.policy.unanswered(replica.member.id, self.now)
 
@@ -215,7 +201,7 @@ class Simulation:
         else:
             replica.polled = fault.kind == "resume polls"
 
-    def _kill(self, replica: _Replica) -> None:
+    def _kill(self, replica: Replica) -> None:
         """What it was answering fails: anew elsewhere where no token was sent yet."""
         lost, replica.jobs = replica.jobs, {}
         self._count(replica.engine.gauges)
@@ -236,20 +222,6 @@ class Simulation:
         self._total.preemptions += gauges.preemptions
         self._total.hit_tokens += gauges.hit_tokens
         self._total.queried_tokens += gauges.queried_tokens
-
-
-def _read(replica: _Replica, now: float) -> Poll:
-    """What the gateway reads off /metrics now."""
-    gauges, lost = replica.engine.gauges, replica.lost
-    return Poll(
-        at_seconds=now,
-        running=None if "running" in lost else float(gauges.running),
-        waiting=None if "waiting" in lost else float(gauges.waiting),
-        kv_usage=None if "kv_usage" in lost else gauges.kv_usage,
-        kv_capacity_tokens=replica.member.profile.kv_capacity_tokens,
-        read_tokens=float(gauges.prompt_tokens),
-        generated_tokens=float(gauges.generated_tokens),
-    )
 
 
 def simulate(scenario: Scenario, make: Callable[[Scenario], Policy]) -> Run:
