@@ -182,10 +182,13 @@ class Loads:
             self._read(sent)
         book.endings.append(now)
         kept = self._books.get(book.replica.id)
-        if kept is None or kept[0] is not book:
+        if kept is None:
             return
-        _, rung, place = kept
-        rung.outdated[book] = place
+        present, rung, place = kept
+        # Whichever book it is now: a replica that comes back has the requests that it had.
+        rung.outdated[present] = place
+        if present is not book:
+            return
         if not self._in_flight.get(book.replica.id):
             book.was_idle = True
         if answer_tokens is not None and answer_tokens > 0:

@@ -105,6 +105,11 @@ def test_requests_outlive_their_replicas_book() -> None:
     books.keep("hi-1")
     books.keep("hi-0", "hi-1")
     assert (books.outlook().in_flight, books.outlook().ahead_seconds) == (1, 0)
+    books.end(old)
+    assert books.outlook().in_flight == 0
+    old = books.send(100)
+    books.keep("hi-1")
+    books.keep("hi-0", "hi-1")
     new = books.send(40)
     books.loads.began(old)
     books.end(old)
