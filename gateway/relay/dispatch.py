@@ -25,6 +25,7 @@ from gateway.relay.memory import Memory
 from gateway.relay.record import Decisions
 from gateway.routing import breaker, budget, drain
 from gateway.routing.ask import needed_tokens
+from gateway.routing.catalog import Catalog
 from gateway.routing.gates import Gate
 from gateway.routing.ladder import NOBODY, GateName, Offer, Query, Scene, decide, has_room, long_enough, worth_waiting
 from gateway.routing.lines import Bounds, Lines
@@ -92,6 +93,14 @@ class Dispatch:
     def waiting(self) -> Mapping[str, int]:
         """How many requests wait, by alias."""
         return Counter(ticket.demand.alias for ticket in self._lines)
+
+    def keep_only(self, catalog: Catalog) -> None:
+        """Forget the gates and what was learned of models that are no more: nothing would ever close them."""
+        ladders = {name: {rung.name for rung in catalog.resolve(name).rungs} for name in catalog.names()}
+        for alias, rung in [*self._gates]:
+            if rung not in ladders.get(alias, ()):
+                del self._gates[alias, rung]
+        self.memory.keep_models(ladders)
 
     def busy(self, replica_id: str) -> bool:
         """Tell whether a replica is worth a closer look."""

@@ -36,10 +36,12 @@ GAUGE_LAG_SECONDS = 0.1
 # Of a variant's answer length: each answer is a fiftieth of the mean.
 LENGTH_SHARE = 0.02
 MIX_ANSWERS = 10
-MOST_ENDINGS = 256
+MOST_ENDINGS = 4096
 # A first token says how fast a replica reads only if there was hardly a queue.
 CLEAR_SHARE = 0.1
 FRESH_SECONDS = 10.0
+# So long an engine that gives nothing may be reading a prompt; then it stands still.
+LONGEST_READING_SECONDS = 10.0
 
 
 @dataclass(slots=True, eq=False)
@@ -186,10 +188,13 @@ class Loads:
             self._read(sent)
         book.endings.append(now)
         kept = self._books.get(book.replica.id)
-        if kept is None or kept[0] is not book:
+        if kept is None:
             return
-        _, rung, place = kept
-        rung.outdated[book] = place
+        present, rung, place = kept
+        # Whichever book it is now: a replica that comes back has the requests that it had.
+        rung.outdated[present] = place
+        if present is not book:
+            return
         in_flight = self._in_flight.get(book.replica.id, 0)
         if not in_flight:
             book.was_idle = True
@@ -235,6 +240,8 @@ class Loads:
         if book.poll is None or self._clock() - book.poll.at_seconds > STALE_SECONDS:
             book.stale = True
             book.places_seen = inf
+            # Nobody tells when whole answers' prompts are read.
+            self._forget_read(book, 0, self._clock() - STALE_SECONDS)
             rung.outdated[book] = place
             if not self._in_flight.get(replica_id):
                 self._rest(book, rung)
@@ -295,6 +302,8 @@ class Loads:
         seconds = poll.at_seconds - before.at_seconds
         tokens = poll.generated_tokens - before.generated_tokens
         if not 0 < seconds < FRESH_SECONDS or tokens < 0 or not requests:
+            return
+        if not tokens and book.unread and self._clock() - next(iter(book.unread)).at < LONGEST_READING_SECONDS:
             return
         speed = self._speeds.get(book.replica.variant)
         if speed is not None:

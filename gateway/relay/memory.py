@@ -70,6 +70,10 @@ class Memory:
         self._prefixes.keep_only(replica_ids)
         self._held_tokens = {each: tokens for each, tokens in self._held_tokens.items() if each in replica_ids}
 
+    def keep_models(self, names: Collection[str]) -> None:
+        """Forget how long tokens are of models that are gone."""
+        self._tokens = {each: known for each, known in self._tokens.items() if each in names}
+
     def _cached_tokens(self, want: Want) -> Mapping[str, float]:
         rungs, ready = want.rungs, self._ready
         matched: dict[str, int] = {}

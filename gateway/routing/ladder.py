@@ -225,7 +225,10 @@ def home_of(stay: Stay | None, rungs: tuple[Variant, ...]) -> int | None:
     """The rung on which a conversation was answered last, if it may answer still; a crowd is at home nowhere."""
     if stay is None or stay.running > MOST_TURNS:
         return None
-    return next((place for place, rung in enumerate(rungs) if rung.name == stay.variant), None)
+    for place, rung in enumerate(rungs):
+        if rung.name == stay.variant:
+            return place
+    return None
 
 
 def _manner(home: int | None, place: int) -> Manner:
