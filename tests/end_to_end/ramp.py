@@ -13,7 +13,6 @@ from gateway.routing.explanation import Explanation
 from gateway.routing.recorded import read_state
 
 ANSWER_TOKENS = 24
-DEADLINE_SECONDS = 180.0
 LOOK_SECONDS = 0.1
 TOPICS = ("rivers", "tea", "glass", "birds", "chess", "snow", "bread", "maps", "wool", "bees", "iron")
 
@@ -36,20 +35,25 @@ class Told:
     reason: str
 
 
+UNTOLD = Told("", "", "", "")
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request, and what its headers said; times since the ramp began, `first_at` is None if no token came."""
+    """One request, and what its headers said; times are monotonic, `first_at` is None if no token came.
+
+    Nothing is `told` where the first token took so long that the stream began with a heartbeat.
+    """
 
     id: str
     users: int
     asked_at: float
     first_at: float | None
-    ended_at: float
     status: int
     told: Told
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Users:
     """Asks an alias, streaming, for as many users as are wanted at the moment; keeps what came of each request."""
 
@@ -60,40 +64,32 @@ class Users:
     asked: list[Asked] = field(default_factory=list)
     wanted: int = 0
     _numbers: int = 0
-    _began: float = field(default_factory=time.monotonic)
 
-    @property
-    def seconds(self) -> float:
-        """Since it began."""
-        return time.monotonic() - self._began
-
-    async def ramp(self, stages: Sequence[Stage], enough: Callable[[Asked], bool] = lambda _: False) -> None:
-        """Go through all stages, or until enough has come; returns when everybody has the last answer."""
-        looked = 0
+    async def ramp(self, stages: Sequence[Stage], enough: Callable[[], bool] = lambda: False) -> None:
+        """Go through all stages, or until it is enough; returns when everybody has the last answer."""
         async with asyncio.TaskGroup() as users:
             for stage in stages:
                 here, self.wanted = self.wanted, stage.users
                 for number in range(here, stage.users):
                     users.create_task(self._user(number))
-                until = self.seconds + stage.seconds
-                while self.seconds < until and not any(map(enough, self.asked[looked:])):
-                    looked = len(self.asked)
+                until = time.monotonic() + stage.seconds
+                while time.monotonic() < until and not enough():  # noqa: ASYNC110 - answers are looked at
                     await asyncio.sleep(LOOK_SECONDS)
             self.wanted = 0
 
     async def ask(self) -> Asked:
         """Ask once."""
         self._numbers += 1
-        request_id, asked_at, users = f"{self.name}-{self._numbers}", self.seconds, self.wanted
+        request_id, asked_at, users = f"{self.name}-{self._numbers}", time.monotonic(), self.wanted
         headers = {**self.headers, "x-request-id": request_id}
         body = question(self.alias, self._numbers)
         first_at = None
         async with self.client.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
             async for line in answer.aiter_lines():
                 if first_at is None and line.startswith("data: {"):
-                    first_at = self.seconds
+                    first_at = time.monotonic()
         told = Told(*(answer.headers.get(f"x-quantgate-{each}", "") for each in Told.__slots__))
-        asked = Asked(request_id, users, asked_at, first_at, self.seconds, answer.status_code, told)
+        asked = Asked(request_id, users, asked_at, first_at, answer.status_code, told)
         self.asked.append(asked)
         return asked
 
@@ -103,7 +99,7 @@ class Users:
 
 
 def question(alias: str, number: int) -> dict[str, Any]:
-    """A prompt that nobody asked before: about 60 tokens, of which no cache has the end."""
+    """A prompt of some 90 tokens that begins as no other does, so that no cache has any of it."""
     words = [TOPICS[(number * step + number // step) % len(TOPICS)] for step in range(1, 13)]
     content = f"{number}. Tell a story of {', then of '.join(words)}. It should be short and end well."
     return {
@@ -121,3 +117,9 @@ async def explanation_of(admin: httpx.AsyncClient, request_id: str) -> Explanati
     state = read_state(told.raise_for_status().content, request_id)
     assert state.asked is not None
     return explained_request(state, state.asked)
+
+
+def explained(explanation: Explanation) -> Told:
+    """Who should have answered by that."""
+    chosen = explanation.chosen
+    return Told(chosen.variant, chosen.precision, chosen.replica, chosen.reason) if chosen else UNTOLD

@@ -87,6 +87,13 @@ def address(running: Running) -> str:
     return match[1]
 
 
+def admin_address(running: Running) -> str:
+    """Where the operators of a demo that serves ask."""
+    match = re.search(r"\(admin (http://[^)]+)\)", running.out)
+    assert match is not None
+    return match[1]
+
+
 def listens(running: Running) -> tuple[str, str]:
     """Where `quantgate up` can be asked, by clients and by operators."""
     match = re.search(r"listening on (http://\S+), admin on (http://\S+)", running.told)

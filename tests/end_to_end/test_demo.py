@@ -14,7 +14,16 @@ import yaml
 
 from config.manifest import Manifest
 from tests.end_to_end.conftest import PORTS
-from tests.end_to_end.running_demo import Running, address, alive, noted_sessions, processes_of, start, until
+from tests.end_to_end.running_demo import (
+    Running,
+    address,
+    admin_address,
+    alive,
+    noted_sessions,
+    processes_of,
+    start,
+    until,
+)
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.timeout(2700)]
 
@@ -190,8 +199,7 @@ def directory(home: Path, variant: str) -> Path:
 
 def replicas(serving: Running) -> list[dict[str, object]]:
     """What the admin port tells of every replica."""
-    admin = next(line for line in serving.out.splitlines() if "Serving on" in line).split("(admin ")[1].split(")")[0]
-    told = httpx.get(f"{admin}/admin/replicas").json()
+    told = httpx.get(f"{admin_address(serving)}/admin/replicas").json()
     assert isinstance(told, list)
     return told
 

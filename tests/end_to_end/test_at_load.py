@@ -1,0 +1,187 @@
+"""A load ramp on real vLLM: it spills and returns, and headers, metrics and `route explain` tell the same of all of it.
+
+It asks the demo, and so comes before test_demo.py, which stops that at its end.
+"""
+
+import asyncio
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from gateway.routing.explanation import Explanation
+from tests.end_to_end.ramp import UNTOLD, Asked, Stage, Users, explained, explanation_of
+from tests.end_to_end.running_demo import Running, address, admin_address, start
+
+pytestmark = [pytest.mark.real_vllm, pytest.mark.timeout(2700)]
+
+ALIAS = "smol"
+UP = (Stage(1, 2), Stage(4, 4), Stage(12, 6), Stage(24, 12), Stage(48, 15), Stage(96, 20), Stage(160, 30))
+STRICT = {"x-quantgate-floor": "top1_agreement=0.999"}
+STRICT_USERS = 2
+# Of answers from each side; then the ramp has shown what it is for.
+ENOUGH = 8
+HEARTBEAT_SECONDS = 15.0
+RETURN_SECONDS = 90.0
+DEADLINE_SECONDS = 240.0
+
+_SAMPLE = re.compile(r"quantgate_(\w+)_total\{(.*)\} (\S+)")
+_LABEL = re.compile(r'(\w+)="([^"]*)"')
+
+
+@dataclass(frozen=True, slots=True)
+class Ramped:
+    """All that was asked, and told of it."""
+
+    before: Asked
+    crowd: list[Asked]
+    strict: list[Asked]
+    after: list[Asked]
+    explanations: Mapping[str, Explanation]
+    counted: Counter[tuple[str, ...]]
+
+    @property
+    def all(self) -> list[Asked]:
+        """Every request."""
+        return [self.before, *self.crowd, *self.strict, *self.after]
+
+    def of(self, reason: str) -> list[Asked]:
+        """Requests of the crowd that were answered for a reason."""
+        return [each for each in self.crowd if explained(self.explanations[each.id]).reason == reason]
+
+
+@pytest.fixture(scope="module")
+def ramped(serving: Running) -> Ramped:
+    """Ask once at rest, then more and more at once until answers spill, then again and again until none does."""
+    assert serving.process.poll() is None, "the demo was stopped by test_demo.py, which comes after this"
+    return asyncio.run(_ramped(address(serving).removesuffix("/v1"), admin_address(serving)))
+
+
+async def _ramped(url: str, admin_url: str) -> Ramped:
+    limits = httpx.Limits(max_connections=None)
+    async with (
+        httpx.AsyncClient(base_url=url, limits=limits, timeout=DEADLINE_SECONDS) as client,
+        httpx.AsyncClient(base_url=admin_url, timeout=DEADLINE_SECONDS) as admin,
+    ):
+        start_counts = await counts(admin)
+        crowd, strict, rest = (
+            Users(client, ALIAS, "crowd"),
+            Users(client, ALIAS, "strict", STRICT),
+            Users(client, ALIAS, "rest"),
+        )
+        before = await rest.ask()
+        await _up(crowd, strict)
+        after = await _until_returned(rest)
+        asked = [before, *crowd.asked, *strict.asked, *after]
+        explanations = {each.id: await explanation_of(admin, each.id) for each in asked}
+        counted = await counts(admin)
+    counted.subtract(start_counts)
+    return Ramped(before, crowd.asked, strict.asked, after, explanations, counted)
+
+
+async def _up(crowd: Users, strict: Users) -> None:
+    """Let the crowd grow until enough was answered by each side, beside users with a floor."""
+
+    def enough() -> bool:
+        reasons = Counter(each.told.reason for each in crowd.asked)
+        return reasons["spill"] >= ENOUGH and len(strict.asked) >= ENOUGH
+
+    async with asyncio.TaskGroup() as both:
+        ramp = both.create_task(crowd.ramp(UP, enough))
+        both.create_task(strict.ramp([Stage(STRICT_USERS, DEADLINE_SECONDS)], ramp.done))
+
+
+async def _until_returned(rest: Users) -> list[Asked]:
+    """One user asks until the best variant answers three times in a row."""
+    deadline = time.monotonic() + RETURN_SECONDS
+    after: list[Asked] = []
+    while [each.told.reason for each in after[-3:]] != ["preferred"] * 3:
+        assert time.monotonic() < deadline, [each.told for each in after[-3:]]
+        after.append(await rest.ask())
+        await asyncio.sleep(0.3)
+    return after
+
+
+async def counts(admin: httpx.AsyncClient) -> Counter[tuple[str, ...]]:
+    """What is counted for the alias: answers by variant and reason, spills by variant, switches by variant and way."""
+    found: Counter[tuple[str, ...]] = Counter()
+    for name, labels, value in _SAMPLE.findall((await admin.get("/metrics")).text):
+        told = dict(_LABEL.findall(labels))
+        if told.get("alias") != ALIAS:
+            continue
+        if name == "requests":
+            found[name, told["variant"], told["precision"], told["reason"], told["code"]] += int(float(value))
+        elif name in {"spills", "ladder_switches"}:
+            found[(name, told["variant"], *([told["to"]] if "to" in told else []))] += int(float(value))
+    return found
+
+
+def test_at_rest_the_best_variant_answers(ramped: Ramped) -> None:
+    """Nothing spills where nobody waits."""
+    assert (ramped.before.told.precision, ramped.before.told.reason) == ("bf16", "preferred")
+
+
+def test_load_spills(ramped: Ramped) -> None:
+    """Everybody is answered, some by less precise variants, which the best one can't keep up with alone."""
+    assert {each.status for each in ramped.all} == {200}
+    spilled = ramped.of("spill")
+    assert len(spilled) >= ENOUGH
+    assert {each.told.precision for each in spilled if each.told != UNTOLD} <= {"int8", "int4"}
+    assert {explained(ramped.explanations[each.id]).precision for each in ramped.of("preferred")} == {"bf16"}
+    assert ramped.counted["ladder_switches", "smol-bf16", "spill"] >= 1
+
+
+def test_it_returns(ramped: Ramped) -> None:
+    """When the load is gone, the best variant answers again."""
+    assert [(each.told.precision, each.told.reason) for each in ramped.after[-3:]] == [("bf16", "preferred")] * 3
+    assert ramped.counted["ladder_switches", "smol-bf16", "return"] >= 1
+
+
+def test_a_floor_holds_under_load(ramped: Ramped) -> None:
+    """Whoever asks for what only the best variant has gets it, while others spill."""
+    assert {explained(ramped.explanations[each.id]).variant for each in ramped.strict} == {"smol-bf16"}
+    assert {each.told.variant for each in ramped.strict} <= {"smol-bf16", ""}
+    spilled = [each.asked_at for each in ramped.of("spill")]
+    assert any(min(spilled) <= each.asked_at <= max(spilled) for each in ramped.strict)
+
+
+def test_headers_and_explanations_agree(ramped: Ramped) -> None:
+    """On every request; those that began with a heartbeat have no such headers."""
+    for each in ramped.all:
+        if each.told == UNTOLD:
+            assert each.first_at is not None
+            assert each.first_at - each.asked_at >= HEARTBEAT_SECONDS
+        else:
+            assert each.told == explained(ramped.explanations[each.id]), each.id
+
+
+def test_metrics_agree(ramped: Ramped) -> None:
+    """As many answers of each variant, for each reason, as were explained; and as many spills."""
+    told = [explained(ramped.explanations[each.id]) for each in ramped.all]
+    answers: Counter[tuple[str, ...]] = Counter(
+        ("requests", each.variant, each.precision, each.reason, "200") for each in told
+    )
+    spills: Counter[tuple[str, ...]] = Counter(("spills", each.variant) for each in told if each.reason == "spill")
+    counted = {name: count for name, count in ramped.counted.items() if count and name[0] != "ladder_switches"}
+    assert counted == answers + spills
+
+
+@pytest.mark.parametrize("reason", ["preferred", "spill"])
+def test_the_command_line_explains(ramped: Ramped, serving: Running, home: Path, tmp_path: Path, reason: str) -> None:
+    """`quantgate route explain --request ID` says who answered, and what was compared for it."""
+    asked = ramped.of(reason)[-1]
+    words = ("--request", asked.id, "--config", str(home / "demo.yaml"), "--json")
+    port = ("--admin", admin_address(serving).removeprefix("http://"))
+    running = start(tmp_path, home, "route", "explain", *words, *port)
+    assert running.wait(60) == 0, running.told
+    told: dict[str, Any] = json.loads(running.out)
+    assert told == json.loads(msgspec.json.encode(ramped.explanations[asked.id]))
+    assert told["chosen"]["reason"] == reason
