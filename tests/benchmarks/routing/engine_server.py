@@ -1,8 +1,9 @@
 """Engines in real time: `python -m tests.benchmarks.routing.engine_server MODEL bf16=2,int4=1 PORT...`, a port each.
 
 Each answers OpenAI's streaming chat completions a chunk for every token, when the model of an engine says so, and what
-vLLM says at /metrics, /v1/models and /health. An answer is as long as `seed` says, which routers pass on and nobody
-reads for a length. `system_fingerprint` names the replica. /late tells how late steps ended, in seconds.
+vLLM says at /metrics, /v1/models, /health and /v1/chat/completions/render. An answer is as long as `seed` says, which
+routers pass on and nobody reads for a length. `system_fingerprint` names the replica. /late tells how late steps ended,
+in seconds.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ import uvloop
 from tests.benchmarks.overhead.figures import percentile
 from tests.benchmarks.routing.engine import Engine, Job
 from tests.benchmarks.routing.profiles import Fleet, Member, fleet_of
-from tests.benchmarks.routing.texts import TOKEN_BYTES, chain_of, words
+from tests.benchmarks.routing.texts import TOKEN_BYTES, chain_of, ids_of, prompt_of, words
 from tests.fakes.http_server import Reply, Request, Server
 
 HOST = "127.0.0.1"
@@ -84,6 +85,10 @@ class Replica:
         """Answer one request."""
         if request.path == "/v1/chat/completions":
             await self._chat(json.loads(request.body), reply)
+        elif request.path == "/v1/chat/completions/render":
+            # vLLM's entrypoints/scale_out/render: what vllm-router's cache_aware and kv_aware ask before they choose.
+            prompt = prompt_of(json.loads(request.body)["messages"])
+            await reply.send_json(200, {"request_id": "render", "model": MODEL, "token_ids": ids_of(prompt)})
         elif request.path == "/metrics":
             await reply.send(200, self._metrics().encode(), "text/plain; version=0.0.4")
         elif request.path == "/v1/models":
@@ -108,7 +113,7 @@ class Replica:
     def _asked(self, asked: dict[str, object]) -> _Answer:
         messages = asked["messages"]
         assert isinstance(messages, list)
-        prompt = "".join(message["content"] for message in messages)
+        prompt = prompt_of(messages)
         tokens, number = int(str(asked.get("seed") or 16)), next(self._numbers)
         text = words(f"{self.member.id} {number}", tokens)
         job = Job(number, max(len(prompt) // TOKEN_BYTES, 1), tokens, chain_of((prompt + text).encode()))

@@ -10,6 +10,7 @@ from tests.benchmarks.routing.workloads import Turn
 
 TOKEN_BYTES = 4
 _POOL_TOKENS = 1 << 18
+_TOKEN = Struct("<I")
 _BLOCK = Struct(f"{BLOCK_TOKENS * TOKEN_BYTES}s")
 
 Message = dict[str, str]
@@ -38,6 +39,16 @@ def messages_of(turn: Turn, before: Sequence[Message]) -> list[Message]:
         *(system if turn.shared_tokens else []),
         {"role": "user", "content": words(f"{turn.session}/0", max(asked, 1))},
     ]
+
+
+def prompt_of(messages: Sequence[Message]) -> str:
+    """The prompt that messages make: a chat template that adds nothing."""
+    return "".join(message["content"] for message in messages)
+
+
+def ids_of(text: str) -> list[int]:
+    """The tokens of a text in ASCII as numbers: its bytes."""
+    return [token for (token,) in _TOKEN.iter_unpack(text.encode()[: len(text) // TOKEN_BYTES * TOKEN_BYTES])]
 
 
 def chain_of(text: bytes) -> tuple[int, ...]:
