@@ -20,7 +20,6 @@ from gateway.routing.speed import (
     Speed,
     answered,
     doubted,
-    doubted_learnt,
     first_token,
     learnt_answering,
     learnt_first_token,
@@ -51,7 +50,7 @@ class Sent:
     tokens_ahead: float  # of prompts that hadn't been read when it came
     streams: bool
     clear: bool  # it had not to wait for a place
-    expected_seconds: float  # until its first token; 0: unknown
+    expected_seconds: float  # until its first token, at the usual pace; 0: unknown
     unread: bool = True
     began_at: float | None = None
     ended: bool = False
@@ -146,8 +145,10 @@ class Loads:
         book, rung, place = self._books[promised.id]
         tokens = max(prompt_tokens - cached_tokens, 0.0)
         expected = promised.ahead_seconds + promised.step_seconds + tokens * promised.token_seconds
+        # The pace is learned beside what was measured, not beside itself.
+        usual = expected / promised.reading
         clear = promised.queue_seconds + promised.kv_seconds <= CLEAR_SHARE * expected
-        sent = Sent(book, now, tokens, book.unread_tokens, streams, clear, expected)
+        sent = Sent(book, now, tokens, book.unread_tokens, streams, clear, usual)
         book.unread[sent] = None
         book.unread_tokens += tokens
         book.sent_tokens += tokens
@@ -240,10 +241,9 @@ class Loads:
         rung.outdated.clear()
 
     def _standing(self, book: _Book, rung: _Rung, variant: str, mean_others: float) -> Standing:
-        pace, learnt = book.pace, book.learnt
+        pace, speed = book.pace, self._speeds.get(variant)
         if book.idle_since is not None:
-            idle_seconds = self._clock() - book.idle_since
-            pace, learnt = doubted(pace, idle_seconds), doubted_learnt(learnt, idle_seconds)
+            pace = doubted(pace, self._clock() - book.idle_since, measured=speed is not None)
         return Standing(
             replica=book.replica,
             in_flight=self._in_flight.get(book.replica.id, 0),
@@ -255,7 +255,7 @@ class Loads:
             stale=book.stale,
             places_seen=book.places_seen,
             pace=pace,
-            speed=self._speeds.get(variant) or learnt.speed(rung.answer_tokens),
+            speed=speed or book.learnt.speed(rung.answer_tokens),
             answer_tokens=rung.answer_tokens,
         )
 

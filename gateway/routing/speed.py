@@ -114,11 +114,15 @@ def answered(pace: Pace, expected_tokens: float, observed_tokens: float, seconds
     return Pace(_bounded(answering), pace.expected, pace.observed)
 
 
-def doubted(pace: Pace, idle_seconds: float) -> Pace:
-    """Believe the less of a replica's slowness the longer it is idle: else nobody would ever try it again."""
+def doubted(pace: Pace, idle_seconds: float, *, measured: bool) -> Pace:
+    """Believe the less of a replica's slowness the longer it is idle: else nobody would ever try it again.
+
+    Where nobody measured what is usual, it is thought the quicker for it.
+    """
     believed = 0.5 ** (idle_seconds / DOUBTED_SECONDS)
-    answering = pace.answering**believed
-    return Pace(answering, 1.0, pace.reading**believed) if pace.expected else Pace(answering)
+    if not measured:
+        return Pace(pace.answering * believed, 1.0, pace.reading * believed)
+    return Pace(pace.answering**believed, 1.0, pace.reading**believed)
 
 
 class Learnt(msgspec.Struct, frozen=True):
@@ -137,15 +141,11 @@ class Learnt(msgspec.Struct, frozen=True):
 NOTHING_LEARNT = Learnt()
 
 
-def doubted_learnt(learnt: Learnt, idle_seconds: float) -> Learnt:
-    """Think an idle replica that nobody measured quicker, the longer it is idle."""
-    believed = 0.5 ** (idle_seconds / DOUBTED_SECONDS)
-    return Learnt(learnt.step_seconds * believed, learnt.reading_seconds * believed)
-
-
 def learnt_first_token(learnt: Learnt, observed_seconds: float, prompt_tokens: float) -> Learnt:
     """Note when a first token came."""
-    reading_seconds = _blended(learnt.reading_seconds, observed_seconds / max(prompt_tokens, 1), FORGETS_SHARE)
+    # The first token takes a step of its own.
+    reading = max(observed_seconds - learnt.step_seconds, observed_seconds / 10)
+    reading_seconds = _blended(learnt.reading_seconds, reading / max(prompt_tokens, 1), FORGETS_SHARE)
     return Learnt(learnt.step_seconds, reading_seconds)
 
 

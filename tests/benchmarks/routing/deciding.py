@@ -108,11 +108,15 @@ def _want(dispatch: Dispatch, target: Target, ask: Ask) -> Want:
 def _dispatch(aliases: int, candidates: int) -> Iterator[tuple[Dispatch, list[Target]]]:
     """A dispatch whose replicas have all been polled."""
     registry = Registry()
-    variants = {f"v{each}": Variant(f"v{each}", "bf16", QualityMeasures("measured", 0.0, 1.0, 1.0)) for each in range(aliases)}
+    variants = {
+        f"v{each}": Variant(f"v{each}", "bf16", QualityMeasures("measured", 0.0, 1.0, 1.0)) for each in range(aliases)
+    }
     catalog = Catalog({f"a{each}": AliasSettings(ladder=(f"v{each}",)) for each in range(aliases)}, variants)
     loads = Loads(registry.in_flight, dict.fromkeys(variants, SPEED))
     replicas = [
-        Replica(f"{variant}-{each}", variant, "bf16", "http://nowhere", "m") for variant in variants for each in range(candidates)
+        Replica(f"{variant}-{each}", variant, "bf16", "http://nowhere", "m")
+        for variant in variants
+        for each in range(candidates)
     ]
     for replica in replicas:
         registry.put(replica, State.READY)
