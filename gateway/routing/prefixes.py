@@ -55,7 +55,7 @@ class Prefixes:
         return sum(len(held.blocks) for held in self._held.values())
 
     def matched(self, blocks: Sequence[int], among: AbstractSet[str] | None = None) -> Mapping[str, int]:
-        """How many leading blocks of a prompt each replica holds, of all or of some; those that hold none are left out."""
+        """How many leading blocks of a prompt each replica holds, of some or of all; who holds none is left out."""
         if not blocks or (holders := self._beginners.get(blocks[0])) is None:
             return _NOWHERE
         if among is not None:
