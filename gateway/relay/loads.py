@@ -153,7 +153,7 @@ class Loads:
         expected = promised.ahead_seconds + promised.step_seconds + tokens * promised.token_seconds
         clear = promised.queue_seconds + promised.kv_seconds <= CLEAR_SHARE * expected
         # What is promised has the pace in it, which is to be learnt: else it would come to its own square root.
-        as_measured = expected / book.pace.reading if promised.measured else 0.0
+        as_measured = expected / promised.reading if promised.measured else 0.0
         sent = Sent(book, now, tokens, book.unread_tokens, streams, clear, as_measured)
         book.unread[sent] = None
         book.unread_tokens += tokens
