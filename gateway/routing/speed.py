@@ -18,6 +18,8 @@ USUAL_ANSWER_TOKENS = 256.0
 FORGETS_SHARE = 0.1
 FORGETS_SECONDS = 5.0
 FURTHEST = 50.0
+# Reading fewer tokens takes less time than everything else does.
+TELLING_TOKENS = 100
 # Of a replica that nobody asks, half of what was seen of its slowness is believed after so long.
 DOUBTED_SECONDS = 20.0
 
@@ -142,7 +144,9 @@ NOTHING_LEARNT = Learnt()
 
 
 def learnt_first_token(learnt: Learnt, observed_seconds: float, prompt_tokens: float) -> Learnt:
-    """Note when a first token came."""
+    """Note when a first token came; what is hardly read, being short or cached, only tells if nothing else did."""
+    if learnt.reading_seconds and prompt_tokens < TELLING_TOKENS:
+        return learnt
     # The first token takes a step of its own.
     reading = max(observed_seconds - learnt.step_seconds, observed_seconds / 10)
     reading_seconds = _blended(learnt.reading_seconds, reading / max(prompt_tokens, 1), FORGETS_SHARE)
