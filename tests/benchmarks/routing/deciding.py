@@ -32,7 +32,7 @@ SPEED = Speed(tuple([0.02] * 64), tuple([50.0 * at_once for at_once in range(1, 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Microseconds of a decision and of its end, the least of some rounds: the machine has other things to do; `prompts` are as in PROMPTS."""
+    """Microseconds of a decision and of its end, the least of some rounds, by PROMPTS."""
 
     fleet: str
     prompts: tuple[float, ...]
