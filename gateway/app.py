@@ -60,6 +60,7 @@ class Gateway:
     quota: Quota
     metrics: Metrics
     loads: Loads
+    dispatch: Dispatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ async def gateway(
         addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
-            yield Gateway(addresses, in_force, front, quota, metrics, loads)
+            yield Gateway(addresses, in_force, front, quota, metrics, loads, dispatch)
         finally:
             site.draining = True
 
@@ -192,6 +193,7 @@ async def following(path: Path | None, served: Gateway, take: Take) -> AsyncIter
         def swap() -> None:
             served.in_force.take(in_force_for(deployment))
             served.loads.measured(deployment.speeds)
+            served.dispatch.keep_only(served.in_force.catalog)
             served.quota.keep(deployment.keys.names())
 
         await take(deployment, swap)

@@ -19,6 +19,12 @@ LONGEST_TURNS_BYTES = 256 * 2**10
 # A longer answer isn't expected of any model; what a client writes may be any number.
 LONGEST_ANSWER_TOKENS = 2**24
 
+# Pictures and sounds within a shorter text aren't looked for; nor have they more tokens than so much text, as a rule.
+LONGEST_TEXT_BYTES = 16 * 2**10
+PICTURE_BYTES = 4096
+# Before the data in a URL (RFC 2397), and in OpenAI's `input_audio` and Anthropic's `source`, which have no URL.
+_DATA_BEGINS = (b";base64,", b'"data":"', b'"data": "')
+
 # Of a text twice as long, only the two ends and the length are hashed.
 _END_BYTES = 4096
 _EMPTY = (b"null", b'""')
@@ -52,8 +58,8 @@ def asked(
 ) -> Ask:
     """Sum a request up; nothing in it is an error here, the replica judges that.
 
-    Pictures and sounds count as the text that they come as. Only what generates has blocks and a session: the others
-    neither stay nor spill.
+    A picture or a sound counts as a page of text, however many bytes it has. Only what generates has blocks and a
+    session: the others neither stay nor spill.
     """
     generates = inference.endpoint.generates
     return Ask(
@@ -93,7 +99,28 @@ def session_named(name: bytes, key_name: str | None) -> str:
 
 
 def _prompt_bytes(inference: Inference) -> int:
-    return sum(map(len, prompt_parts(inference)))
+    return sum([_length(part) for part in prompt_parts(inference)])
+
+
+def _length(part: msgspec.Raw) -> int:
+    """How many bytes of text a part of a prompt is worth."""
+    count = len(part)
+    if count <= LONGEST_TEXT_BYTES:
+        return count
+    text = bytes(part)
+    return count - sum([_data_bytes(text, begins) for begins in _DATA_BEGINS])
+
+
+def _data_bytes(text: bytes, begins: bytes) -> int:
+    """By how much data behind such words are longer than what they count as."""
+    too_many, end = 0, 0
+    while (start := text.find(begins, end)) >= 0:
+        start += len(begins)
+        end = text.find(b'"', start)
+        if end < 0:
+            break
+        too_many += max(end - start - PICTURE_BYTES, 0)
+    return too_many
 
 
 def _token_ids(inference: Inference) -> int:

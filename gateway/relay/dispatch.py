@@ -25,6 +25,7 @@ from gateway.relay.memory import Memory
 from gateway.relay.record import Decisions
 from gateway.routing import breaker, budget, drain
 from gateway.routing.ask import needed_tokens
+from gateway.routing.catalog import Catalog
 from gateway.routing.gates import Gate
 from gateway.routing.ladder import NOBODY, GateName, Offer, Query, Scene, decide, has_room, long_enough, worth_waiting
 from gateway.routing.lines import Bounds, Lines
@@ -92,6 +93,14 @@ class Dispatch:
     def waiting(self) -> Mapping[str, int]:
         """How many requests wait, by alias."""
         return Counter(ticket.demand.alias for ticket in self._lines)
+
+    def keep_only(self, catalog: Catalog) -> None:
+        """Forget the gates and what was learned of models that are no more: nothing would ever close them."""
+        ladders = {name: {rung.name for rung in catalog.resolve(name).rungs} for name in catalog.names()}
+        for alias, rung in [*self._gates]:
+            if rung not in ladders.get(alias, ()):
+                del self._gates[alias, rung]
+        self.memory.keep_models(ladders)
 
     def busy(self, replica_id: str) -> bool:
         """Tell whether a replica is worth a closer look."""
@@ -300,7 +309,7 @@ class Dispatch:
         ready = {replica.id for replicas in self._registry.ready.values() for replica in replicas}
         self._loads.keep(self._registry.ready)
         self._health.keep_only(ready)
-        self.memory.keep_only(ready)
+        self.memory.keep_only(self._registry.ready)
         if len(self._lines):
             self._give_up_hopeless()
             self._pump()
@@ -315,7 +324,7 @@ class Dispatch:
 
 def _no_hope(want: Want, offer: Offer, patience_seconds: float) -> Overloaded:
     """Say when the fastest replica would be worth asking, if nobody else came."""
-    wait_seconds = offer.outlook.wait_seconds
+    wait_seconds = offer.outlook.work_seconds
     return Overloaded(
         f"every replica of {want.target.name!r} that may answer has {wait_seconds:.0f} s of work before this request, "
         f"which may wait for {patience_seconds:.0f} s; try again later",

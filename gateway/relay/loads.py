@@ -36,10 +36,12 @@ GAUGE_LAG_SECONDS = 0.1
 # Of a variant's answer length: each answer is a fiftieth of the mean.
 LENGTH_SHARE = 0.02
 MIX_ANSWERS = 10
-MOST_ENDINGS = 256
+MOST_ENDINGS = 4096
 # A first token says how fast a replica reads only if there was hardly a queue.
 CLEAR_SHARE = 0.1
 FRESH_SECONDS = 10.0
+# So long an engine that gives nothing may be reading a prompt; then it stands still.
+LONGEST_READING_SECONDS = 10.0
 
 
 @dataclass(slots=True, eq=False)
@@ -54,6 +56,7 @@ class Sent:
     clear: bool  # it had not to wait for a place
     expected_seconds: float  # until its first token, at the measured speed; 0: nobody measured
     unread: bool = True
+    began_at: float | None = None
     ended: bool = False
 
 
@@ -73,6 +76,7 @@ class _Book:
     learnt: Learnt = NOTHING_LEARNT
     endings: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_ENDINGS))
     was_idle: bool = True  # at any moment since the poll
+    looked_at: float | None = None
     outlook: Outlook | None = None
 
 
@@ -149,7 +153,7 @@ class Loads:
         expected = promised.ahead_seconds + promised.step_seconds + tokens * promised.token_seconds
         clear = promised.queue_seconds + promised.kv_seconds <= CLEAR_SHARE * expected
         # What is promised has the pace in it, which is to be learnt: else it would come to its own square root.
-        as_measured = expected / book.pace.reading if promised.measured else 0.0
+        as_measured = expected / promised.reading if promised.measured else 0.0
         sent = Sent(book, now, tokens, book.unread_tokens, streams, clear, as_measured)
         book.unread[sent] = None
         book.unread_tokens += tokens
@@ -162,7 +166,8 @@ class Loads:
         if not sent.unread:
             return
         self._read(sent)
-        book, seconds = sent.book, self._clock() - sent.at
+        sent.began_at = now = self._clock()
+        book, seconds = sent.book, now - sent.at
         if not sent.clear:
             return
         if sent.expected_seconds:
@@ -183,13 +188,19 @@ class Loads:
             self._read(sent)
         book.endings.append(now)
         kept = self._books.get(book.replica.id)
-        if kept is None or kept[0] is not book:
+        if kept is None:
             return
-        _, rung, place = kept
-        rung.outdated[book] = place
-        if not self._in_flight.get(book.replica.id):
+        present, rung, place = kept
+        # Whichever book it is now: a replica that comes back has the requests that it had.
+        rung.outdated[present] = place
+        if present is not book:
+            return
+        in_flight = self._in_flight.get(book.replica.id, 0)
+        if not in_flight:
             book.was_idle = True
         if answer_tokens is not None and answer_tokens > 0:
+            if book.stale and sent.began_at is not None:
+                self._learn_of(book, in_flight + 1, answer_tokens - 1, now - sent.began_at)
             rung.answers += 1
             rung.answer_tokens += max(1 / rung.answers, LENGTH_SHARE) * (answer_tokens - rung.answer_tokens)
 
@@ -206,10 +217,9 @@ class Loads:
         ours = self._in_flight.get(replica_id, 0)
         if ours or poll.running or poll.waiting or not book.was_idle:
             self._learn(book, rung, poll)
-        elif book.poll is not None:
-            seconds = max(poll.at_seconds - book.poll.at_seconds, 0.0)
-            book.pace = rested(book.pace, seconds)
-            book.learnt = learnt_rested(book.learnt, rung.learnt, seconds)
+        else:
+            self._rest(book, rung)
+        book.looked_at = poll.at_seconds
         while book.endings and book.endings[0] < asked_at - GAUGE_LAG_SECONDS:
             book.endings.popleft()
         book.others = max(poll.running + poll.waiting - ours - len(book.endings), 0.0)
@@ -230,7 +240,12 @@ class Loads:
         if book.poll is None or self._clock() - book.poll.at_seconds > STALE_SECONDS:
             book.stale = True
             book.places_seen = inf
+            # Nobody tells when whole answers' prompts are read.
+            self._forget_read(book, 0, self._clock() - STALE_SECONDS)
             rung.outdated[book] = place
+            if not self._in_flight.get(replica_id):
+                self._rest(book, rung)
+                book.looked_at = self._clock()
 
     def _kept(self, known: Mapping[str, tuple[_Book, _Rung, int]], replica: Replica) -> _Book:
         entry = known.get(replica.id)
@@ -288,11 +303,26 @@ class Loads:
         tokens = poll.generated_tokens - before.generated_tokens
         if not 0 < seconds < FRESH_SECONDS or tokens < 0 or not requests:
             return
+        if not tokens and book.unread and self._clock() - next(iter(book.unread)).at < LONGEST_READING_SECONDS:
+            return
         speed = self._speeds.get(book.replica.variant)
         if speed is not None:
             book.pace = answered(book.pace, speed.together_at(requests) * seconds, tokens, seconds)
         book.learnt = learnt_answering(book.learnt, requests, tokens, seconds)
         rung.learnt = learnt_answering(rung.learnt, requests, tokens, seconds)
+
+    def _rest(self, book: _Book, rung: _Rung) -> None:
+        """Doubt the slowness of a replica that has nothing to do: else nobody would try it again."""
+        seconds = 0.0 if book.looked_at is None else max(self._clock() - book.looked_at, 0.0)
+        book.pace = rested(book.pace, seconds)
+        book.learnt = learnt_rested(book.learnt, rung.learnt, seconds)
+
+    def _learn_of(self, book: _Book, requests: float, tokens: int, seconds: float) -> None:
+        """Where no poll tells how fast an engine answers, one answer among so many does."""
+        speed = self._speeds.get(book.replica.variant)
+        if speed is not None:
+            book.pace = answered(book.pace, seconds / speed.step_at(requests), tokens, seconds)
+        book.learnt = learnt_answering(book.learnt, 1.0, tokens, seconds)
 
 
 def _lengths(before: _Rung | None, speed: Speed | None) -> tuple[float, int]:

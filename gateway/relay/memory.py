@@ -9,6 +9,7 @@ from gateway.routing.ladder import NOBODY, NOTHING_CACHED, Choice, Query
 from gateway.routing.prefixes import Prefixes, blocks_that_fit
 from gateway.routing.sessions import Sessions, Stay
 from gateway.routing.tokens import BytesPerToken, learned
+from serving.replica import Replica
 
 Move = Literal["up", "down"]
 
@@ -23,6 +24,7 @@ class Memory:
         self._prefixes = Prefixes()
         self._tokens: dict[str, BytesPerToken] = {}
         self._held_tokens: dict[str, int] = {}
+        self._ready: Mapping[str, frozenset[str]] = {}  # ids of replicas, by variant
 
     def bytes_per_token(self, name: str) -> float:
         """How many bytes of a prompt make a token of this model, roughly."""
@@ -57,17 +59,32 @@ class Memory:
             self._held_tokens[replica_id] = kv_capacity_tokens
             self._prefixes.resize(replica_id, blocks_that_fit(kv_capacity_tokens, GUESSED.ratio))
 
+    @property
+    def blocks_held(self) -> int:
+        """How many blocks of prompts are remembered."""
+        return len(self._prefixes)
+
     def stays(self) -> Mapping[str, Stay]:
         """Where conversations are."""
         return self._sessions.stays()
 
-    def keep_only(self, replica_ids: Collection[str]) -> None:
+    def keep_only(self, ready: Mapping[str, Collection[Replica]]) -> None:
         """Forget what replicas had in their caches that are gone."""
+        self._ready = {variant: frozenset([each.id for each in replicas]) for variant, replicas in ready.items()}
+        replica_ids = frozenset[str]().union(*self._ready.values())
         self._prefixes.keep_only(replica_ids)
         self._held_tokens = {each: tokens for each, tokens in self._held_tokens.items() if each in replica_ids}
 
+    def keep_models(self, names: Collection[str]) -> None:
+        """Forget how long tokens are of models that are gone."""
+        self._tokens = {each: known for each, known in self._tokens.items() if each in names}
+
     def _cached_tokens(self, want: Want) -> Mapping[str, float]:
-        matched = self._prefixes.matched(want.ask.blocks)
+        rungs, ready = want.rungs, self._ready
+        matched: dict[str, int] = {}
+        for rung in rungs:
+            if among := ready.get(rung.name):
+                matched.update(self._prefixes.matched(want.ask.blocks, among))
         if not matched:
             return NOTHING_CACHED
         block_tokens = BLOCK_BYTES / self.bytes_per_token(want.target.name)

@@ -42,22 +42,19 @@ class Decisions:
         self, want: Want, query: Query, scene: Scene, decision: Decision, now: float, patience_seconds: float
     ) -> None:
         """Keep a decision; what it was made on must be as it was."""
-        gates = scene.gates
-        names = [(want.target.name, rung.name) for rung in want.rungs]
-        self._made[want.request_id] = Made(
-            want,
-            query,
-            now,
-            {rung.name: tuple(scene.outlooks(rung.name)) for rung in want.rungs},
-            dict(scene.breakers) if scene.breakers else NO_BREAKERS,
-            dict(scene.marks) if scene.marks else NO_MARKS,
-            {name: gates[name] for name in names if name in gates},
-            decision,
-            patience_seconds,
-        )
-        self._made.move_to_end(want.request_id)
-        if len(self._made) > self._most:
-            self._made.popitem(last=False)
+        kept, request_id, alias = self._made, want.request_id, want.target.name
+        outlooks: dict[str, tuple[Outlook, ...]] = {}
+        gates: dict[GateName, Gate] = {}
+        for rung in want.rungs:
+            outlooks[rung.name] = tuple(scene.outlooks(rung.name))
+            if scene.gates and (gate := scene.gates.get((alias, rung.name))) is not None:
+                gates[alias, rung.name] = gate
+        breakers = dict(scene.breakers) if scene.breakers else NO_BREAKERS
+        marks = dict(scene.marks) if scene.marks else NO_MARKS
+        kept[request_id] = Made(want, query, now, outlooks, breakers, marks, gates, decision, patience_seconds)
+        kept.move_to_end(request_id)
+        if len(kept) > self._most:
+            kept.popitem(last=False)
 
     def find(self, request_id: str) -> Made | None:
         """The latest decision for a request; None if it is too long ago, or never was."""

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from config.schema import Spill
 from config.variant import Variant
 from gateway.routing.ask import NOTHING_KNOWN, Ask, needed_tokens
 from gateway.routing.breaker import Breaker, admissible
@@ -81,12 +82,7 @@ class Offer(msgspec.Struct, frozen=True):
 
     def comes_too_late(self, patience_seconds: float) -> bool:
         """Tell whether it isn't worth waiting for; where nobody measured, that would be a guess."""
-        return self.outlook.measured and self.outlook.wait_seconds > max(patience_seconds, SHORTEST_WAIT_SECONDS)
-
-    def seconds_of(self, query: Query) -> float:
-        """What the request would cost here."""
-        ask, outlook = query.ask, self.outlook
-        return seconds_for(outlook, ask, answer_length(outlook, ask), query.cached_tokens.get(outlook.id, 0.0))
+        return self.outlook.measured and self.outlook.work_seconds > max(patience_seconds, SHORTEST_WAIT_SECONDS)
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -146,13 +142,22 @@ def _descent(
         if offer is None:
             continue
         if step.verdict == "answers":
-            if held_back is None or not offer.outlook.known or place == home or offer.is_sooner_than(held_back):
+            if _is_worth_it(offer, held_back, too_slow, query) or (place == home and not too_slow):
                 return Decision(offer, gates)
         elif step.verdict == "goes":
             held_back = held_back or offer
         else:
             too_slow.append(offer)
-    return Decision(held_back or min(too_slow, key=lambda offer: offer.seconds_of(query), default=None), gates)
+    return Decision(held_back or min(too_slow, key=lambda offer: cost_of(offer.outlook, query), default=None), gates)
+
+
+def _is_worth_it(offer: Offer, held_back: Offer | None, too_slow: Iterable[Offer], query: Query) -> bool:
+    """Tell whether a lower rung spares the request time that it would lose on those above."""
+    if not offer.outlook.known:
+        return True
+    if held_back is not None and not offer.is_sooner_than(held_back):
+        return False
+    return all(cost_of(offer.outlook, query) < cost_of(above.outlook, query) for above in too_slow)
 
 
 def step_at(
@@ -167,46 +172,63 @@ def step_at(
     passed_over: bool,
 ) -> Step:
     """Look at one rung; `passed_over`: a better one has a replica that could have answered."""
-    rung = rungs[place]
+    rung, spill = rungs[place], target.spill
     outlooks = admitted(scene.outlooks(rung.name), scene, now)
-    offer = _offer(target, rungs, rung, cheapest(outlooks, query, needed), passed_over=passed_over)
-    if offer is None and not any(would_do(each, query, needed) for each in outlooks):
+    able = _able(outlooks, query, needed)
+    if not able:
         return NOBODY_THERE
-    spill, before = target.spill, scene.gates.get((target.name, rung.name), CLOSED)
+    offer = _offer(target, rungs, rung, _best(able, query, spill), passed_over=passed_over)
+    before = scene.gates.get((target.name, rung.name), CLOSED)
     if offer is not None and not offer.outlook.known:
         gate = turned(before, spill, 0.0, now)
         return Step(offer, "answers", None if gate is before else gate, 0.0)
     wait_seconds = inf if offer is None else offer.outlook.wait_seconds
-    rung_seconds = wait_seconds
-    if wait_seconds > spill.after_seconds or before.spilling:
-        # The cheapest needn't be the soonest: it may have read the prompt already.
-        wait_seconds = _soonest([each for each in outlooks if would_do(each, query, needed)])
-        rung_seconds = _soonest(outlooks)
-    if rung is rungs[-1]:
+    if len(able) < len(outlooks) or rung is rungs[-1] or _is_personal(offer, able, query, spill):
+        # What is so for one request alone is no reason to send others down.
         return Step(offer, judged(spill, wait_seconds), None, wait_seconds)
-    if wait_seconds > spill.after_seconds >= rung_seconds:
-        # It has failed on the others, or is too long for them: that is no reason to send others down.
-        return Step(offer, "too slow", None, wait_seconds)
-    home = home_of(query.stay, rungs)
-    gate, verdict = passed(before, spill, rung_seconds, now, _manner(home, place))
+    gate, verdict = passed(before, spill, wait_seconds, now, _manner(home_of(query.stay, rungs), place))
     return Step(offer, verdict, None if gate is before else gate, wait_seconds)
 
 
-def _soonest(outlooks: Iterable[Outlook]) -> float:
-    """How long one more request waits at least."""
-    return min([each.wait_seconds for each in outlooks if each.has_room], default=inf)
+def _best(able: Sequence[Outlook], query: Query, spill: Spill) -> Outlook | None:
+    """The cheapest replica, or one that is soon enough and costs hardly more."""
+    found = cheapest(able, query)
+    if found is None or not found.known or found.wait_seconds <= spill.after_seconds:
+        return found
+    soon = cheapest([each for each in able if each.wait_seconds <= spill.after_seconds], query)
+    if soon is None or cost_of(soon, query) > cost_of(found, query) + spill.after_seconds:
+        return found
+    return soon
 
 
-def would_do(outlook: Outlook, query: Query, needed: float) -> bool:
-    """Tell whether a replica would be asked if it had room."""
-    return outlook.id not in query.tried and needed <= outlook.context_tokens
+def _is_personal(offer: Offer | None, able: Sequence[Outlook], query: Query, spill: Spill) -> bool:
+    """Tell whether a rung is slow for this request alone: it waits where its prompt is cached, and others needn't."""
+    if offer is None or not query.cached_tokens or offer.outlook.wait_seconds <= spill.after_seconds:
+        return False
+    others = _best(able, Query(query.ask, query.turn), spill)
+    return others is not None and others.wait_seconds <= spill.after_seconds
+
+
+def _able(outlooks: Sequence[Outlook], query: Query, needed: float) -> Sequence[Outlook]:
+    """Leave out who failed this request already, and whose context is too short for it."""
+    tried = query.tried
+    return [each for each in outlooks if needed <= each.context_tokens and each.id not in tried]
+
+
+def cost_of(outlook: Outlook, query: Query) -> float:
+    """What a request costs on a replica, in seconds."""
+    ask = query.ask
+    return seconds_for(outlook, ask, answer_length(outlook, ask), query.cached_tokens.get(outlook.id, 0.0))
 
 
 def home_of(stay: Stay | None, rungs: tuple[Variant, ...]) -> int | None:
     """The rung on which a conversation was answered last, if it may answer still; a crowd is at home nowhere."""
     if stay is None or stay.running > MOST_TURNS:
         return None
-    return next((place for place, rung in enumerate(rungs) if rung.name == stay.variant), None)
+    for place, rung in enumerate(rungs):
+        if rung.name == stay.variant:
+            return place
+    return None
 
 
 def _manner(home: int | None, place: int) -> Manner:
@@ -237,19 +259,19 @@ def is_full(outlook: Outlook, marks: Mapping[str, Mark], now: float) -> bool:
     return mark is not ROOMY and (mark.full(now) or outlook.in_flight >= mark.most)
 
 
-def cheapest(outlooks: Sequence[Outlook], query: Query, needed: float) -> Outlook | None:
+def cheapest(able: Sequence[Outlook], query: Query) -> Outlook | None:
     """The replica that would answer soonest; the shortest queue where that isn't known of all of them."""
-    ask, cached, tried = query.ask, query.cached_tokens, query.tried
-    count = len(outlooks)
+    ask, cached = query.ask, query.cached_tokens
+    count = len(able)
     first = query.turn % count if count > 1 else 0
-    answer_tokens = answer_length(outlooks[0], ask) if count else 0.0
+    answer_tokens = answer_length(able[0], ask) if count else 0.0
     chosen, lowest, home, home_seconds = None, inf, None, inf
     sticky = query.stay.replica_id if query.stay is not None and not query.stay.running else None
-    for outlook in (*outlooks[first:], *outlooks[:first]) if first else outlooks:
-        if not outlook.has_room or needed > outlook.context_tokens or outlook.id in tried:
+    for outlook in (*able[first:], *able[:first]) if first else able:
+        if not outlook.has_room:
             continue
         if not outlook.known:
-            return _shortest(outlooks, query, needed)
+            return _shortest(able, query.turn)
         seconds = seconds_for(outlook, ask, answer_tokens, cached.get(outlook.id, 0.0) if cached else 0.0)
         if seconds < lowest:
             chosen, lowest = outlook, seconds
@@ -258,15 +280,13 @@ def cheapest(outlooks: Sequence[Outlook], query: Query, needed: float) -> Outloo
     return home if home is not None and home_seconds <= LOYAL_SHARE * lowest + LOYAL_SECONDS else chosen
 
 
-def _shortest(outlooks: Sequence[Outlook], query: Query, needed: float) -> Outlook | None:
+def _shortest(able: Sequence[Outlook], turn: int) -> Outlook | None:
     """The replica with the fewest requests."""
-    count = len(outlooks)
+    count = len(able)
     chosen = None
     for place in range(count):
-        outlook = outlooks[(place + query.turn) % count]
-        if not outlook.has_room or needed > outlook.context_tokens or outlook.id in query.tried:
-            continue
-        if chosen is None or outlook.requests < chosen.requests:
+        outlook = able[(place + turn) % count]
+        if outlook.has_room and (chosen is None or outlook.requests < chosen.requests):
             chosen = outlook
     return chosen
 
@@ -298,8 +318,8 @@ def _last_resort(
     for rung in rungs:
         outlooks = scene.outlooks(rung.name)
         barred = admissible([each.id for each in outlooks], scene.breakers, now).last_resort
-        allowed = _with_room([each for each in outlooks if each.id in barred], scene, now)
-        offer = _offer(target, rungs, rung, _shortest(allowed, query, needed), passed_over=False)
+        allowed = _able(_with_room([each for each in outlooks if each.id in barred], scene, now), query, needed)
+        offer = _offer(target, rungs, rung, _shortest(allowed, query.turn), passed_over=False)
         if offer is not None:
             return offer
     return None
@@ -316,7 +336,11 @@ def has_room(target: Target, rungs: tuple[Variant, ...], scene: Scene, now: floa
     query = Query()
     if needed and not anybody_fits(rungs, scene, needed):
         needed = 0.0
-    if any(_shortest(admitted(scene.outlooks(rung.name), scene, now), query, needed) for rung in rungs):
+    if any(
+        each.has_room and needed <= each.context_tokens
+        for rung in rungs
+        for each in admitted(scene.outlooks(rung.name), scene, now)
+    ):
         return True
     return bool(scene.breakers) and _last_resort(target, rungs, query, scene, needed, now) is not None
 

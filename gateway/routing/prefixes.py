@@ -7,6 +7,7 @@ prompt is always its beginning. The same is true here, of blocks of `gateway.rou
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 
 from gateway.routing.blocks import BLOCK_BYTES
@@ -53,10 +54,13 @@ class Prefixes:
         """How many blocks are remembered."""
         return sum(len(held.blocks) for held in self._held.values())
 
-    def matched(self, blocks: Sequence[int]) -> Mapping[str, int]:
-        """How many leading blocks of a prompt each replica holds; those that hold none are left out."""
+    def matched(self, blocks: Sequence[int], among: AbstractSet[str] | None = None) -> Mapping[str, int]:
+        """How many leading blocks of a prompt each replica holds, of all or of some; who holds none is left out."""
         if not blocks or (holders := self._beginners.get(blocks[0])) is None:
             return _NOWHERE
+        if among is not None:
+            # Of a prompt that many models are asked, a thousand others may hold the beginning.
+            holders = holders & among
         # Many replicas often hold equally much: the system prompt, say.
         depth = len(blocks)
         matches = {}

@@ -103,6 +103,9 @@ async def house(
         yield made
         await settled()
         assert (made.load(), dict(dispatch.waiting())) == ({}, {})
+        outlooks = [each for variant in registry.ready for each in loads.outlooks(variant)]
+        assert all((each.in_flight, each.ahead_seconds) == (0, 0) for each in outlooks)
+        assert not any(stay.running for stay in dispatch.memory.stays().values())
 
 
 async def settled() -> None:

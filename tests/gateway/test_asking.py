@@ -313,3 +313,24 @@ def test_whatever_is_accepted_can_be_summed_up(endpoint: Endpoint, fields: dict[
     assert 0 <= told.prompt_tokens <= len(body)
     assert told.answer_tokens is None or 0 < told.answer_tokens <= LONGEST_ANSWER_TOKENS
     assert told.session is None or len(told.session) == 32
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 2**20}},
+        {"type": "input_audio", "input_audio": {"data": "A" * 2**20, "format": "wav"}},
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "A" * 2**20}},
+    ],
+)
+@pytest.mark.parametrize("separators", [(", ", ": "), (",", ":")])
+def test_a_picture_is_no_long_text(part: Body, separators: tuple[str, str]) -> None:
+    """As text it would look like minutes of reading, for which all others would be sent elsewhere, or away."""
+    words = "word " * 10_000
+    body = {"model": "m", "messages": [says("user", [part, {"type": "text", "text": words}])]}
+    inference = parsed(CHAT, json.dumps(body, separators=separators).encode())
+    tokens = asked(inference, JSON, None, 4.0).prompt_tokens
+    assert 12_500 < tokens < 12_500 + 1_200
+    assert text_bytes(inference) == tokens * 4
+    # One word that begins like data, and is as long as words are.
+    assert ask({"messages": [says("user", words + ";base64," + words)]}).prompt_tokens > 20_000 / 2

@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import pytest
 
-from config.schema import QueueSettings, RetrySettings
+from config.schema import AliasSettings, QueueSettings, RetrySettings
 from gateway.errors import GatewayError, Overloaded, Unavailable, UpstreamError
 from gateway.routing.ask import Ask
+from gateway.routing.catalog import Catalog
 from gateway.routing.speed import Speed
 from serving.replica import State
 from tests.fakes.running import DEADLINE_SECONDS
@@ -278,6 +279,26 @@ async def test_nobody_is_refused_for_a_moment(prompt_tokens: float, *, refused: 
             assert error_of(behind) == (Overloaded, "overloaded")
         else:
             end(behind.result())
+
+
+async def test_gates_go_with_their_ladders() -> None:
+    """After a reload nothing would ever close them; those that are left stay as they are."""
+    async with house() as here:
+        here.come("hi-0")
+        here.come("lo-0", max_in_flight=9)
+        held = [await here.held(HI)]
+        for alias in ("smol", "gone"):
+            task = here.ask("k", HI, LO, alias=alias)
+            await settled()
+            held.append(task.result())
+        assert set(here.dispatch.scene.gates) == {("smol", "hi"), ("gone", "hi")}
+        variants = {"hi": HI, "lo": LO}
+        here.dispatch.keep_only(Catalog({"smol": AliasSettings(ladder=("hi", "lo"))}, variants))
+        assert set(here.dispatch.scene.gates) == {("smol", "hi")}
+        here.dispatch.keep_only(Catalog({"smol": AliasSettings(ladder=("lo",))}, variants))
+        assert not here.dispatch.scene.gates
+        for lease in held:
+            end(lease)
 
 
 async def test_a_replica_that_gets_ready_serves_who_waits() -> None:

@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from config.schema import QueueSettings
 from gateway.errors import Overloaded, Unavailable
 from gateway.relay.leases import Lease
+from gateway.routing.ask import Ask
+from gateway.routing.speed import Speed
 from serving.replica import State
 from tests.gateway.house import HI, LO, House, end, house, settled
 
 ROOM = 2
+SPEED = Speed((0.025,), (40.0,), 0.001, 8)
 NAMES = ("hi-0", "hi-1", "lo-0")
 RUNGS = ((HI,), (LO,), (HI, LO))
 
@@ -52,7 +55,8 @@ class Story:
         assert all(count <= ROOM for count in self.here.load().values())
 
     async def _ask(self, key: str, rungs: tuple[object, ...], wait_seconds: float) -> None:
-        self.tasks.append(self.here.ask(key, *rungs, wait_seconds=wait_seconds))  # type: ignore[arg-type]
+        prompt = Ask(prompt_tokens=300.0, session=key)
+        self.tasks.append(self.here.ask(key, *rungs, wait_seconds=wait_seconds, prompt=prompt))  # type: ignore[arg-type]
 
     async def _end(self, number: int, how: str) -> None:
         if running := self.running:
@@ -85,6 +89,9 @@ class Story:
         while self.running:
             await self._end(0, "succeeded")
             await self._settle()
+        await self._settle()
+        for variant in self.here.registry.ready:
+            assert not any(each.in_flight or each.ahead_seconds for each in self.here.loads.outlooks(variant))
         for name in NAMES:
             self.here.registry.remove(name)
         await self._settle()
@@ -100,7 +107,7 @@ def test_any_order(story: list[Step]) -> None:
 
 async def told(story: list[Step]) -> None:
     """Go through a story."""
-    async with house(QueueSettings(per_alias=6, in_all=8)) as here:
+    async with house(QueueSettings(per_alias=6, in_all=8), speeds={"hi": SPEED}) as here:
         here.come("hi-0", max_in_flight=ROOM)
         going = Story(here)
         for step in story:

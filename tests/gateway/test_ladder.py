@@ -358,10 +358,10 @@ LONG_WAITS = [promised("hi-1", 0.0, context_tokens=100.0), promised("hi-2", 3.0)
         ([promised("hi-1", None), promised("lo-1")], Query(), "hi-1 preferred", None),
     ],
 )
-def test_a_gate_goes_by_the_soonest_of_its_rung(
+def test_what_is_so_for_one_request_alone_turns_no_gate(
     outlooks: Sequence[Outlook], query: Query, expected: str, spilling: bool | None
 ) -> None:
-    """Not by who is cheapest for one request, nor by who is left for it."""
+    """Where its prompt is cached, whom it has tried, and how long it is."""
     made = decided(*outlooks, query=query)
     assert made.offer is not None
     assert f"{made.offer.choice.replica.id} {made.offer.choice.reason}" == expected

@@ -98,6 +98,40 @@ def test_whole_answers_are_read_when_they_no_longer_wait() -> None:
         books.end(each)
 
 
+def test_whole_answers_are_read_where_nobody_tells() -> None:
+    """Without metrics they would count as unread until they end."""
+    books = Books(MEASURED)
+    sent = [books.send(100, streams=False), books.send(100)]
+    books.after(1).loads.lost("hi-0")
+    assert unread(books) == pytest.approx(200)
+    books.after(3).loads.lost("hi-0")
+    assert unread(books) == pytest.approx(100)
+    for each in sent:
+        books.end(each)
+
+
+def test_many_short_answers_are_nobody_elses() -> None:
+    """However many have ended since the engine counted."""
+    books = Books(MEASURED)
+    for each in [books.send(1) for _ in range(600)]:
+        books.end(each, 1)
+    books.after(0.05).poll(running=600)
+    assert books.outlook().requests == 0
+
+
+def test_reading_is_not_standing_still() -> None:
+    """An engine that reads one long prompt gives nothing for a while; one that gives nothing for longer is stuck."""
+    books = Books(MEASURED)
+    sent = books.send(3000)
+    for _ in range(12):
+        books.after(0.25).poll(running=1)
+    assert books.outlook().answer_seconds == pytest.approx(0.025)
+    for _ in range(60):
+        books.after(0.25).poll(running=1)
+    assert books.outlook().answer_seconds > 0.1
+    books.end(sent, 1)
+
+
 def test_requests_outlive_their_replicas_book() -> None:
     """One that leaves and comes back has the requests that it had, and nothing unread; old ends spoil nothing."""
     books = Books(MEASURED)
@@ -105,6 +139,11 @@ def test_requests_outlive_their_replicas_book() -> None:
     books.keep("hi-1")
     books.keep("hi-0", "hi-1")
     assert (books.outlook().in_flight, books.outlook().ahead_seconds) == (1, 0)
+    books.end(old)
+    assert books.outlook().in_flight == 0
+    old = books.send(100)
+    books.keep("hi-1")
+    books.keep("hi-0", "hi-1")
     new = books.send(40)
     books.loads.began(old)
     books.end(old)
@@ -152,6 +191,7 @@ def test_lengths_are_learned() -> None:
 def stall(books: Books, name: str = "hi-0") -> None:
     """Have a replica give nothing for a while, which makes it look dead."""
     sent = books.send(name=name)
+    books.loads.began(sent)
     for _ in range(40):
         books.after(0.25).poll(running=1, name=name)
     books.end(sent, 1, name)

@@ -90,7 +90,7 @@ class Ours:
         offer = decide(self._target, want.rungs, self.dispatch.memory.query(want), self.dispatch.scene, now).offer
         if offer is None:
             return False
-        return not offer.outlook.measured or offer.outlook.wait_seconds <= self._options.patience_seconds
+        return not offer.comes_too_late(self._options.patience_seconds)
 
     def sent(self, turn: Turn, replica: str, now: float) -> None:
         """It is counted since it was chosen."""
