@@ -59,6 +59,11 @@ class Memory:
             self._held_tokens[replica_id] = kv_capacity_tokens
             self._prefixes.resize(replica_id, blocks_that_fit(kv_capacity_tokens, GUESSED.ratio))
 
+    @property
+    def blocks_held(self) -> int:
+        """How many blocks of prompts are remembered."""
+        return len(self._prefixes)
+
     def stays(self) -> Mapping[str, Stay]:
         """Where conversations are."""
         return self._sessions.stays()

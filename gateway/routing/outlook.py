@@ -50,7 +50,7 @@ class Outlook(msgspec.Struct, frozen=True):
     """Terms of what one more request costs on a replica; `token_seconds` and `answer_seconds` are a token's.
 
     Without a known speed nothing is in seconds: `known` is False, and `requests` is all there is to go by. One that was
-    only learned by watching is known, but not `measured`.
+    only learned by watching is known, but not `measured`. It reads `reading` times as slowly as its speed says.
     """
 
     replica: Replica
@@ -71,6 +71,7 @@ class Outlook(msgspec.Struct, frozen=True):
     token_seconds: float = 0.0
     answer_seconds: float = 0.0
     answer_tokens: float = USUAL_ANSWER_TOKENS
+    reading: float = 1.0
 
     @property
     def work_seconds(self) -> float:
@@ -117,6 +118,7 @@ def outlook(standing: Standing) -> Outlook:
         token_seconds=token_seconds,
         answer_seconds=step_seconds * pace.answering,
         answer_tokens=standing.answer_tokens,
+        reading=reading,
     )
 
 

@@ -18,6 +18,7 @@ from tests.benchmarks.machine import machine_line
 from tests.benchmarks.overhead.processes import ROOT, NotThere
 from tests.benchmarks.routing import policies, scenarios
 from tests.benchmarks.routing.calibration import measured
+from tests.benchmarks.routing.deciding import decision_costs
 from tests.benchmarks.routing.engine_server import counts_of
 from tests.benchmarks.routing.figures import Objective, figures_of
 from tests.benchmarks.routing.ours import Options, Ours
@@ -31,6 +32,7 @@ from tests.benchmarks.routing.sockets import Setting, contenders, run_over_socke
 
 PARTS = ("capacity", "steady", "square", "ramp", "faults", "overload", "burst")
 SOCKETS = "sockets"
+DECISION = "decision"
 OVERLOAD = 6.0
 PEERS_FOLDER = ROOT / ".venv" / "peers"
 PLOTTED = ("least in flight", "static ladder")
@@ -85,6 +87,8 @@ def main(arguments: Sequence[str]) -> int:
     if "capacity" in options.parts:
         report.measurements = measurements
     bench.fill(report, options.parts)
+    if DECISION in options.parts:
+        report.decisions = decision_costs()
     if SOCKETS in options.parts:
         setting = Setting(options.model, fleet, measurements, _ours(options), options.peers_folder)
         _compare_over_sockets(report, setting, options, objective)
@@ -181,7 +185,7 @@ def _compare_over_sockets(report: Report, setting: Setting, options: argparse.Na
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.routing", description=__doc__)
     known = tuple(_makers(Objective(), Options()))
-    parts = (*PARTS, SOCKETS)
+    parts = (*PARTS, DECISION, SOCKETS)
     parser.add_argument("--parts", type=_words(parts), default=list(PARTS), help=f"of {','.join(parts)}")
     parser.add_argument("--policies", type=_words(known), default=list(known), help=f"of {','.join(known)}")
     parser.add_argument("--model", choices=list(MODELS), default="32b", help="(default: %(default)s)")

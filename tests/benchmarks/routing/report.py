@@ -7,6 +7,7 @@ from typing import Any
 
 from config.capacity import Measurement
 from tests.benchmarks.overhead.report import table
+from tests.benchmarks.routing.deciding import PROMPTS, Cost
 from tests.benchmarks.routing.figures import Figures, Objective
 from tests.benchmarks.routing.sockets import Lateness
 
@@ -31,6 +32,7 @@ class Report:
     measurements: dict[str, Measurement] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     spreads: dict[str, float] = field(default_factory=dict)
+    decisions: list[Cost] = field(default_factory=list)
     late: dict[str, Lateness] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -45,6 +47,7 @@ class Report:
             "tables": told,
             "capacity": curves,
             "burst_spread": self.spreads,
+            "decision_microseconds": [asdict(each) for each in self.decisions],
             "late": {name: asdict(late) for name, late in self.late.items()},
         }
 
@@ -62,6 +65,9 @@ class Report:
         if self.spreads:
             rows = [[name, f"{spread:.2f}"] for name, spread in self.spreads.items()]
             parts.append("### 64 equal turns within 0.25 s\n\n" + table(["policy", "max/mean"], rows))
+        if self.decisions:
+            costs = [[each.fleet, *(f"{one:.1f}" for one in each.prompts)] for each in self.decisions]
+            parts.append("### A decision and its end, in microseconds\n\n" + table(["fleet", *PROMPTS], costs))
         if self.late:
             late = [
                 [name, f"{1000 * each.clients:.1f}", f"{1000 * each.engines:.1f}"] for name, each in self.late.items()
