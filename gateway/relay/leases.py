@@ -10,7 +10,7 @@ import msgspec
 from config.schema import Floor
 from config.variant import Variant
 from gateway.errors import GatewayError
-from gateway.relay.loads import Sent
+from gateway.relay.book import Sent
 from gateway.routing.ask import NOTHING_KNOWN, Ask
 from gateway.routing.catalog import Target
 from gateway.routing.ladder import Choice

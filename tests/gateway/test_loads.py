@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from gateway.relay.loads import UNMEASURED, Loads, Sent
+from gateway.relay.book import Sent
+from gateway.relay.loads import UNMEASURED, Loads
 from gateway.routing.outlook import Outlook
 from gateway.routing.polls import Poll
 from gateway.routing.speed import Speed

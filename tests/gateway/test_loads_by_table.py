@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.relay.loads import Loads, Sent
+from gateway.relay.book import Sent
+from gateway.relay.loads import Loads
 from gateway.routing.outlook import Outlook, Standing
 from gateway.routing.polls import Poll
 from gateway.routing.speed import USUAL_ANSWER_TOKENS, Speed

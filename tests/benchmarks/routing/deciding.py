@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ SPEED = Speed(tuple([0.02] * 64), tuple([50.0 * at_once for at_once in range(1, 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Microseconds of a decision and of its end, the median of some rounds; `prompts` are as in PROMPTS."""
+    """Microseconds of a decision and of its end, the least of some rounds, by PROMPTS."""
 
     fleet: str
     prompts: tuple[float, ...]
@@ -67,7 +66,7 @@ async def _cost(aliases: int, candidates: int, prompt: str) -> float:
                 await _lease(dispatch, target, Ask(200.0))
         settle()
         times = max(LEAST_DECISIONS, min(1000, MOST_CANDIDATES // candidates))
-        return statistics.median([await _round(dispatch, targets, prompt, times) for _ in range(ROUNDS)])
+        return min([await _round(dispatch, targets, prompt, times) for _ in range(ROUNDS)])
 
 
 async def _round(dispatch: Dispatch, targets: Sequence[Target], prompt: str, times: int) -> float:
