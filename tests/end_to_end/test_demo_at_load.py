@@ -1,6 +1,6 @@
 """A load ramp on real vLLM: it spills and returns, and headers, metrics and `route explain` tell the same of all of it.
 
-It asks the demo, and so comes before test_demo.py, which stops that at its end.
+It asks the demo that test_demo.py started, and comes before test_demo_stops.py.
 """
 
 import asyncio
@@ -25,9 +25,10 @@ pytestmark = [pytest.mark.real_vllm, pytest.mark.timeout(2700)]
 
 ALIAS = "smol"
 UP = (Stage(1, 2), Stage(4, 4), Stage(12, 6), Stage(24, 12), Stage(48, 15), Stage(96, 20), Stage(160, 30))
+SPILL, RETURN = (("ladder_switches", "smol-bf16", to) for to in ("spill", "return"))
 STRICT = {"x-quantgate-floor": "top1_agreement=0.999"}
 STRICT_USERS = 2
-# Of answers from each side; then the ramp has shown what it is for.
+# Of answers that spilled; then the ramp has shown what it is for.
 ENOUGH = 8
 HEARTBEAT_SECONDS = 15.0
 RETURN_SECONDS = 90.0
@@ -60,8 +61,8 @@ class Ramped:
 
 @pytest.fixture(scope="module")
 def ramped(serving: Running) -> Ramped:
-    """Ask once at rest, then more and more at once until answers spill, then again and again until none does."""
-    assert serving.process.poll() is None, "the demo was stopped by test_demo.py, which comes after this"
+    """Ask once at rest, then more and more at once until answers spill, then on and on until none does."""
+    assert serving.process.poll() is None, "the demo was stopped by test_demo_stops.py, which comes after this"
     return asyncio.run(_ramped(address(serving).removesuffix("/v1"), admin_address(serving)))
 
 
@@ -79,7 +80,7 @@ async def _ramped(url: str, admin_url: str) -> Ramped:
         )
         before = await rest.ask()
         await _up(crowd, strict)
-        after = await _until_returned(rest)
+        after = await _until_returned(rest, admin, start_counts[RETURN])
         asked = [before, *crowd.asked, *strict.asked, *after]
         explanations = {each.id: await explanation_of(admin, each.id) for each in asked}
         counted = await counts(admin)
@@ -91,23 +92,23 @@ async def _up(crowd: Users, strict: Users) -> None:
     """Let the crowd grow until enough was answered by each side, beside users with a floor."""
 
     def enough() -> bool:
-        reasons = Counter(each.told.reason for each in crowd.asked)
-        return reasons["spill"] >= ENOUGH and len(strict.asked) >= ENOUGH
+        spilled = [each.asked_at for each in crowd.asked if each.told.reason == "spill"]
+        return len(spilled) >= ENOUGH and any(each.asked_at > min(spilled) for each in strict.asked)
 
     async with asyncio.TaskGroup() as both:
         ramp = both.create_task(crowd.ramp(UP, enough))
         both.create_task(strict.ramp([Stage(STRICT_USERS, DEADLINE_SECONDS)], ramp.done))
 
 
-async def _until_returned(rest: Users) -> list[Asked]:
-    """One user asks until the best variant answers three times in a row."""
+async def _until_returned(rest: Users, admin: httpx.AsyncClient, returns: int) -> list[Asked]:
+    """One user asks until the best variant has stopped spilling, and three times more."""
     deadline = time.monotonic() + RETURN_SECONDS
     after: list[Asked] = []
-    while [each.told.reason for each in after[-3:]] != ["preferred"] * 3:
+    while (await counts(admin))[RETURN] == returns:
         assert time.monotonic() < deadline, [each.told for each in after[-3:]]
         after.append(await rest.ask())
         await asyncio.sleep(0.3)
-    return after
+    return after + [await rest.ask() for _ in range(3)]
 
 
 async def counts(admin: httpx.AsyncClient) -> Counter[tuple[str, ...]]:
@@ -136,21 +137,21 @@ def test_load_spills(ramped: Ramped) -> None:
     assert len(spilled) >= ENOUGH
     assert {each.told.precision for each in spilled if each.told != UNTOLD} <= {"int8", "int4"}
     assert {explained(ramped.explanations[each.id]).precision for each in ramped.of("preferred")} == {"bf16"}
-    assert ramped.counted["ladder_switches", "smol-bf16", "spill"] >= 1
+    assert ramped.counted[SPILL] >= 1
 
 
 def test_it_returns(ramped: Ramped) -> None:
     """When the load is gone, the best variant answers again."""
     assert [(each.told.precision, each.told.reason) for each in ramped.after[-3:]] == [("bf16", "preferred")] * 3
-    assert ramped.counted["ladder_switches", "smol-bf16", "return"] >= 1
+    assert ramped.counted[RETURN] >= 1
 
 
 def test_a_floor_holds_under_load(ramped: Ramped) -> None:
     """Whoever asks for what only the best variant has gets it, while others spill."""
     assert {explained(ramped.explanations[each.id]).variant for each in ramped.strict} == {"smol-bf16"}
     assert {each.told.variant for each in ramped.strict} <= {"smol-bf16", ""}
-    spilled = [each.asked_at for each in ramped.of("spill")]
-    assert any(min(spilled) <= each.asked_at <= max(spilled) for each in ramped.strict)
+    rungs = [ramped.explanations[each.id].rungs[0] for each in ramped.strict]
+    assert any(rung.spilling_seconds is not None for rung in rungs)
 
 
 def test_headers_and_explanations_agree(ramped: Ramped) -> None:
