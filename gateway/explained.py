@@ -12,8 +12,8 @@ from gateway.keys import Caller
 from gateway.routing.ask import Ask
 from gateway.routing.explain import explain
 from gateway.routing.explanation import Explanation
-from gateway.routing.ladder import Query
 from gateway.routing.recorded import Asked, State, floor_of
+from gateway.routing.scene import Query
 
 
 class Question(msgspec.Struct, frozen=True):

@@ -27,9 +27,10 @@ from gateway.routing import breaker, budget, drain
 from gateway.routing.ask import needed_tokens
 from gateway.routing.catalog import Catalog
 from gateway.routing.gates import Gate
-from gateway.routing.ladder import NOBODY, GateName, Offer, Query, Scene, decide, has_room, long_enough, worth_waiting
+from gateway.routing.ladder import Offer, decide, has_room, long_enough, worth_waiting
 from gateway.routing.lines import Bounds, Lines
 from gateway.routing.polls import Poll
+from gateway.routing.scene import NOBODY, GateName, Query, Scene
 from serving.registry import Registry
 
 ATTEMPTS = 3

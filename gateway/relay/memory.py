@@ -5,8 +5,9 @@ from typing import Literal
 
 from gateway.relay.leases import Want
 from gateway.routing.blocks import BLOCK_BYTES
-from gateway.routing.ladder import NOBODY, NOTHING_CACHED, Choice, Query
+from gateway.routing.ladder import Choice
 from gateway.routing.prefixes import Prefixes, blocks_that_fit
+from gateway.routing.scene import NOBODY, NOTHING_CACHED, Query
 from gateway.routing.sessions import Sessions, Stay
 from gateway.routing.tokens import BytesPerToken, learned
 from serving.replica import Replica

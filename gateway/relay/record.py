@@ -8,8 +8,9 @@ import msgspec
 from gateway.relay.leases import Want
 from gateway.routing.breaker import Breaker
 from gateway.routing.gates import Gate
-from gateway.routing.ladder import Decision, GateName, Query, Scene
+from gateway.routing.ladder import Decision
 from gateway.routing.outlook import Outlook
+from gateway.routing.scene import GateName, Query, Scene
 from gateway.routing.shedding import Mark
 
 MOST_DECISIONS = 1000

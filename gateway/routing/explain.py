@@ -11,9 +11,10 @@ from gateway.routing.ask import needed_tokens
 from gateway.routing.catalog import Target
 from gateway.routing.explanation import Candidate, Chosen, Explanation, Refused, RungView
 from gateway.routing.gates import CLOSED, share_down
-from gateway.routing.ladder import Query, Scene, anybody_fits, decide, step_at
+from gateway.routing.ladder import anybody_fits, decide, step_at
 from gateway.routing.outlook import Outlook
 from gateway.routing.recorded import Absent
+from gateway.routing.scene import Query, Scene
 from gateway.routing.why import Looking, because, terms_of, verdict, why_not
 
 

@@ -5,8 +5,7 @@ answers, unless its gate is open and it is this request's turn to go down, so th
 enough, the fastest of all answers. Rungs below the floor are not among those that this is told of.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from typing import Literal
 
@@ -14,24 +13,18 @@ import msgspec
 
 from config.schema import Spill
 from config.variant import Variant
-from gateway.routing.ask import NOTHING_KNOWN, Ask, needed_tokens
-from gateway.routing.breaker import Breaker, admissible
+from gateway.routing.ask import needed_tokens
+from gateway.routing.breaker import admissible
 from gateway.routing.catalog import Target
+from gateway.routing.cheapest import able_to, best_of, cost_of, shortest
 from gateway.routing.gates import CLOSED, Gate, Manner, Verdict, judged, passed, turned
-from gateway.routing.outlook import Outlook, answer_length, seconds_for
+from gateway.routing.outlook import Outlook
+from gateway.routing.scene import GateName, Query, Scene, admitted, with_room
 from gateway.routing.sessions import Stay
-from gateway.routing.shedding import ROOMY, Mark
 from serving.replica import HOPEFUL, Replica, ReplicaStatus
 
 Reason = Literal["preferred", "spill", "floor", "pinned", "canary", "fallback"]
-GateName = tuple[str, str]  # an alias, and the variant of a rung
 
-NOBODY: frozenset[str] = frozenset()
-NOTHING_CACHED: Mapping[str, float] = {}
-
-# A conversation stays on its replica as long as no other one is so much cheaper.
-LOYAL_SHARE = 1.1
-LOYAL_SECONDS = 0.05
 # More turns at once have no conversation, but many of them that a client gave one name: `user`, mostly.
 MOST_TURNS = 4
 # Nobody is refused for less: waits aren't known better, and a request that may not queue at all has this replica.
@@ -44,30 +37,6 @@ class Choice(msgspec.Struct, frozen=True):
     replica: Replica
     variant: Variant
     reason: Reason
-
-
-class Query(msgspec.Struct, frozen=True):
-    """One request that wants a replica, once more perhaps.
-
-    `turn` rotates among equals, `tried` have failed it, `stay` is where its conversation was, and `cached_tokens` is
-    how much of its prompt replicas have probably read already.
-    """
-
-    ask: Ask = NOTHING_KNOWN
-    turn: int = 0
-    tried: frozenset[str] = NOBODY
-    stay: Stay | None = None
-    cached_tokens: Mapping[str, float] = NOTHING_CACHED
-
-
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """What a decision is made on: how replicas fare, who fails, who is full, which rungs spill."""
-
-    outlooks: Callable[[str], Sequence[Outlook]]  # of a variant's ready replicas
-    breakers: Mapping[str, Breaker] = field(default_factory=dict)
-    marks: Mapping[str, Mark] = field(default_factory=dict)
-    gates: Mapping[GateName, Gate] = field(default_factory=dict)
 
 
 class Offer(msgspec.Struct, frozen=True):
@@ -174,10 +143,10 @@ def step_at(
     """Look at one rung; `passed_over`: a better one has a replica that could have answered."""
     rung, spill = rungs[place], target.spill
     outlooks = admitted(scene.outlooks(rung.name), scene, now)
-    able = _able(outlooks, query, needed)
+    able = able_to(outlooks, query, needed)
     if not able:
         return NOBODY_THERE
-    offer = _offer(target, rungs, rung, _best(able, query, spill), passed_over=passed_over)
+    offer = _offer(target, rungs, rung, best_of(able, query, spill), passed_over=passed_over)
     before = scene.gates.get((target.name, rung.name), CLOSED)
     if offer is not None and not offer.outlook.known:
         gate = turned(before, spill, 0.0, now)
@@ -190,35 +159,12 @@ def step_at(
     return Step(offer, verdict, None if gate is before else gate, wait_seconds)
 
 
-def _best(able: Sequence[Outlook], query: Query, spill: Spill) -> Outlook | None:
-    """The cheapest replica, or one that is soon enough and costs hardly more."""
-    found = cheapest(able, query)
-    if found is None or not found.known or found.wait_seconds <= spill.after_seconds:
-        return found
-    soon = cheapest([each for each in able if each.wait_seconds <= spill.after_seconds], query)
-    if soon is None or cost_of(soon, query) > cost_of(found, query) + spill.after_seconds:
-        return found
-    return soon
-
-
 def _is_personal(offer: Offer | None, able: Sequence[Outlook], query: Query, spill: Spill) -> bool:
     """Tell whether a rung is slow for this request alone: it waits where its prompt is cached, and others needn't."""
     if offer is None or not query.cached_tokens or offer.outlook.wait_seconds <= spill.after_seconds:
         return False
-    others = _best(able, Query(query.ask, query.turn), spill)
+    others = best_of(able, Query(query.ask, query.turn), spill)
     return others is not None and others.wait_seconds <= spill.after_seconds
-
-
-def _able(outlooks: Sequence[Outlook], query: Query, needed: float) -> Sequence[Outlook]:
-    """Leave out who failed this request already, and whose context is too short for it."""
-    tried = query.tried
-    return [each for each in outlooks if needed <= each.context_tokens and each.id not in tried]
-
-
-def cost_of(outlook: Outlook, query: Query) -> float:
-    """What a request costs on a replica, in seconds."""
-    ask = query.ask
-    return seconds_for(outlook, ask, answer_length(outlook, ask), query.cached_tokens.get(outlook.id, 0.0))
 
 
 def home_of(stay: Stay | None, rungs: tuple[Variant, ...]) -> int | None:
@@ -235,60 +181,6 @@ def _manner(home: int | None, place: int) -> Manner:
     if home is None or home < place:
         return "new"
     return "at home" if home == place else "lives below"
-
-
-def admitted(outlooks: Sequence[Outlook], scene: Scene, now: float) -> Sequence[Outlook]:
-    """Leave out whom a breaker bars, and whoever said that it is full."""
-    if scene.breakers:
-        first = admissible([each.id for each in outlooks], scene.breakers, now).first
-        outlooks = [each for each in outlooks if each.id in first]
-    return _with_room(outlooks, scene, now)
-
-
-def _with_room(outlooks: Sequence[Outlook], scene: Scene, now: float) -> Sequence[Outlook]:
-    """Have those that said that they are full show no room."""
-    if not scene.marks:
-        return outlooks
-    marks = scene.marks
-    return [msgspec.structs.replace(each, has_room=False) if is_full(each, marks, now) else each for each in outlooks]
-
-
-def is_full(outlook: Outlook, marks: Mapping[str, Mark], now: float) -> bool:
-    """Tell whether a replica said that it takes no more."""
-    mark = marks.get(outlook.id, ROOMY)
-    return mark is not ROOMY and (mark.full(now) or outlook.in_flight >= mark.most)
-
-
-def cheapest(able: Sequence[Outlook], query: Query) -> Outlook | None:
-    """The replica that would answer soonest; the shortest queue where that isn't known of all of them."""
-    ask, cached = query.ask, query.cached_tokens
-    count = len(able)
-    first = query.turn % count if count > 1 else 0
-    answer_tokens = answer_length(able[0], ask) if count else 0.0
-    chosen, lowest, home, home_seconds = None, inf, None, inf
-    sticky = query.stay.replica_id if query.stay is not None and not query.stay.running else None
-    for outlook in (*able[first:], *able[:first]) if first else able:
-        if not outlook.has_room:
-            continue
-        if not outlook.known:
-            return _shortest(able, query.turn)
-        seconds = seconds_for(outlook, ask, answer_tokens, cached.get(outlook.id, 0.0) if cached else 0.0)
-        if seconds < lowest:
-            chosen, lowest = outlook, seconds
-        if outlook.id == sticky:
-            home, home_seconds = outlook, seconds
-    return home if home is not None and home_seconds <= LOYAL_SHARE * lowest + LOYAL_SECONDS else chosen
-
-
-def _shortest(able: Sequence[Outlook], turn: int) -> Outlook | None:
-    """The replica with the fewest requests."""
-    count = len(able)
-    chosen = None
-    for place in range(count):
-        outlook = able[(place + turn) % count]
-        if outlook.has_room and (chosen is None or outlook.requests < chosen.requests):
-            chosen = outlook
-    return chosen
 
 
 def _offer(
@@ -318,8 +210,8 @@ def _last_resort(
     for rung in rungs:
         outlooks = scene.outlooks(rung.name)
         barred = admissible([each.id for each in outlooks], scene.breakers, now).last_resort
-        allowed = _able(_with_room([each for each in outlooks if each.id in barred], scene, now), query, needed)
-        offer = _offer(target, rungs, rung, _shortest(allowed, query.turn), passed_over=False)
+        allowed = able_to(with_room([each for each in outlooks if each.id in barred], scene, now), query, needed)
+        offer = _offer(target, rungs, rung, shortest(allowed, query.turn), passed_over=False)
         if offer is not None:
             return offer
     return None

@@ -18,9 +18,9 @@ from gateway.errors import UnknownModel
 from gateway.routing.breaker import Breaker
 from gateway.routing.catalog import Target
 from gateway.routing.gates import Gate
-from gateway.routing.ladder import GateName, Query, Scene
 from gateway.routing.outlook import Outlook
 from gateway.routing.refusals import Refusal
+from gateway.routing.scene import GateName, Query, Scene
 from gateway.routing.sessions import Stay
 from gateway.routing.shedding import Mark
 

@@ -6,8 +6,9 @@ from config.variant import Variant
 from gateway.routing.breaker import HEALTHY, admissible
 from gateway.routing.catalog import Target
 from gateway.routing.explanation import Terms
-from gateway.routing.ladder import Offer, Query, Scene, Step, is_full
+from gateway.routing.ladder import Offer, Step
 from gateway.routing.outlook import Outlook, answer_length, seconds_for
+from gateway.routing.scene import Query, Scene, is_full
 from gateway.routing.shedding import ROOMY
 
 

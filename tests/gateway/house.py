@@ -14,7 +14,7 @@ from gateway.relay.leases import Lease, Want
 from gateway.relay.loads import UNMEASURED, Loads
 from gateway.routing.ask import NOTHING_KNOWN, Ask
 from gateway.routing.catalog import Target
-from gateway.routing.ladder import NOBODY
+from gateway.routing.scene import NOBODY
 from gateway.routing.speed import Speed
 from serving.registry import Registry
 from serving.replica import Replica, State

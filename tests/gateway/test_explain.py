@@ -25,7 +25,7 @@ from gateway.routing.catalog import Target
 from gateway.routing.explain import explain
 from gateway.routing.explanation import Explanation
 from gateway.routing.gates import Gate
-from gateway.routing.ladder import Query, decide
+from gateway.routing.ladder import decide
 from gateway.routing.outlook import Outlook
 from gateway.routing.recorded import (
     Absent,
@@ -40,6 +40,7 @@ from gateway.routing.recorded import (
     read_state,
 )
 from gateway.routing.refusals import Refusal
+from gateway.routing.scene import Query
 from gateway.routing.sessions import Stay
 from gateway.routing.shedding import ROOMY, Mark, refused
 from tests.gateway.test_ladder import (

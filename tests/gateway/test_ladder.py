@@ -17,8 +17,9 @@ from gateway.routing.ask import Ask, needed_tokens
 from gateway.routing.breaker import HEALTHY, Breaker, failed
 from gateway.routing.catalog import Target
 from gateway.routing.gates import Gate
-from gateway.routing.ladder import NOBODY, Decision, Query, Scene, decide, has_room, long_enough, worth_waiting
+from gateway.routing.ladder import Decision, decide, has_room, long_enough, worth_waiting
 from gateway.routing.outlook import Outlook
+from gateway.routing.scene import NOBODY, Query, Scene
 from gateway.routing.sessions import Stay
 from gateway.routing.shedding import ROOMY, Mark, refused
 from serving.replica import Replica, ReplicaStatus, State

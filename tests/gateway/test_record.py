@@ -9,8 +9,9 @@ from gateway.relay.record import Decisions
 from gateway.routing.breaker import Breaker
 from gateway.routing.catalog import Target
 from gateway.routing.gates import Gate
-from gateway.routing.ladder import Decision, GateName, Query, Scene
+from gateway.routing.ladder import Decision
 from gateway.routing.outlook import Outlook, Standing, outlook
+from gateway.routing.scene import GateName, Query, Scene
 from gateway.routing.shedding import Mark
 from serving.replica import Replica
 
