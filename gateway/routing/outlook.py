@@ -20,6 +20,8 @@ from serving.replica import Replica
 KV_BARRIER_SECONDS = 0.15
 KV_FREE = 0.5
 KV_FULL = 0.999
+# From here on, who waits in an engine waits for room in its cache.
+KV_CROWDED = 0.85
 
 
 UNLIMITED_TOKENS = 2.0**53
@@ -89,7 +91,7 @@ def outlook(standing: Standing) -> Outlook:
     if speed is None:
         return Outlook(replica, replica.id, has_room, False, False, standing.stale, in_flight, requests, context_tokens)
     pace, reading = standing.pace, standing.pace.reading
-    places = min(speed.places or inf, standing.places_seen)
+    places = min(speed.places or inf, standing.places_seen, _places_in_cache(standing))
     queue_seconds = 0.0
     if requests >= places:
         finished_per_second = speed.together_at(places) / (max(standing.answer_tokens, 1.0) * pace.answering)
@@ -142,6 +144,14 @@ def kv_usage(standing: Standing) -> float | None:
         return None
     capacity = poll.kv_capacity_tokens or (standing.speed.kv_capacity_tokens if standing.speed else None)
     return min(poll.kv_usage + (standing.sent_tokens / capacity if capacity else 0.0), 1.0)
+
+
+def _places_in_cache(standing: Standing) -> float:
+    """How many requests find a place in a cache that is full: as many as run while others wait for room in it."""
+    poll = standing.poll
+    if standing.stale or poll is None or not poll.waiting or (poll.kv_usage or 0.0) < KV_CROWDED:
+        return inf
+    return max(poll.running or 0.0, 1.0)
 
 
 def _kv_seconds(standing: Standing) -> float:

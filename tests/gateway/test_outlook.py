@@ -47,6 +47,10 @@ def test_an_idle_replica() -> None:
         # It runs no more than two although others wait: all together get what two get.
         ({"in_flight": 3, "places_seen": 2.0}, 2 * 80 / 80),
         ({"in_flight": 99, "speed": msgspec.structs.replace(SPEED, places=None)}, 0.0),
+        # Two run in a cache that is full, and one waits for room in it; in one that isn't, it waits to be read.
+        ({"in_flight": 3, "poll": Poll(0.0, running=2, waiting=1, kv_usage=0.9)}, 2 * 80 / 80),
+        ({"in_flight": 3, "poll": Poll(0.0, running=2, waiting=1, kv_usage=0.9), "stale": True}, 0.0),
+        ({"in_flight": 3, "poll": Poll(0.0, running=2, waiting=1, kv_usage=0.5)}, 0.0),
     ],
 )
 def test_the_queue(changes: dict[str, object], queue_seconds: float) -> None:
