@@ -1,6 +1,6 @@
-"""Who gets which replica, and when: leases, a line for those who wait, and which rungs spill.
+"""Who gets which replica, and when: leases, and a line for those who wait.
 
-The only owner of the gates, the retry budget and the waiting lines. Every change is one synchronous step: a slot that
+The only owner of the retry budget and the waiting lines. Every change is one synchronous step: a slot that
 becomes free goes to whoever's turn it is in the very step in which it does.
 """
 
@@ -23,14 +23,14 @@ from gateway.relay.leases import Demand, Lease, Ticket, Want, demand_for
 from gateway.relay.loads import Loads
 from gateway.relay.memory import Memory
 from gateway.relay.record import Decisions
+from gateway.relay.spilling import Spilling
 from gateway.routing import breaker, budget, drain
 from gateway.routing.ask import needed_tokens
 from gateway.routing.catalog import Catalog
-from gateway.routing.gates import Gate
 from gateway.routing.ladder import Offer, decide, has_room, long_enough, worth_waiting
 from gateway.routing.lines import Bounds, Lines
 from gateway.routing.polls import Poll
-from gateway.routing.scene import NOBODY, GateName, Query, Scene
+from gateway.routing.scene import NOBODY, Query, Scene
 from serving.registry import Registry
 
 ATTEMPTS = 3
@@ -55,8 +55,8 @@ class Dispatch:
         self._clock = clock
         self._turns = count()
         self._health = Health(registry, clock)
-        self._gates: dict[GateName, Gate] = {}
-        self._scene = Scene(loads.outlooks, self._health.breakers, self._health.marks, self._gates)
+        self._spilling = Spilling(metrics)
+        self._scene = Scene(loads.outlooks, self._health.breakers, self._health.marks, self._spilling.gates)
         self.memory = Memory()
         self.decisions = Decisions()
         self._allowance = budget.Allowance(round(retries.share * 1000), retries.burst * 1000)
@@ -96,11 +96,9 @@ class Dispatch:
         return Counter(ticket.demand.alias for ticket in self._lines)
 
     def keep_only(self, catalog: Catalog) -> None:
-        """Forget the gates and what was learned of models that are no more: nothing would ever close them."""
+        """Forget the gates of models that are no more, and what was learned of them."""
         ladders = {name: {rung.name for rung in catalog.resolve(name).rungs} for name in catalog.names()}
-        for alias, rung in [*self._gates]:
-            if rung not in ladders.get(alias, ()):
-                del self._gates[alias, rung]
+        self._spilling.keep_only(ladders)
         self.memory.keep_models(ladders)
 
     def busy(self, replica_id: str) -> bool:
@@ -111,6 +109,8 @@ class Dispatch:
         """Take over what an engine says of its load."""
         self._loads.polled(replica_id, asked_at, poll)
         self.memory.holds(replica_id, poll.kv_capacity_tokens)
+        if (variant := self._loads.variant_of(replica_id)) is not None:
+            self._spilling.look(variant, self._loads.outlooks(variant), self._clock())
 
     def lost(self, replica_id: str) -> None:
         """Note that an engine wasn't to be asked."""
@@ -188,7 +188,7 @@ class Dispatch:
         decision = decide(want.target, want.rungs, query, self._scene, now)
         self.decisions.made(want, query, self._scene, decision, now, patience_seconds)
         if decision.gates:
-            self._turn(decision.gates)
+            self._spilling.turn(want.target, decision.gates)
         offer = decision.offer
         if offer is None:
             return None
@@ -204,13 +204,6 @@ class Dispatch:
         if moved := self.memory.went(want, query, offer.choice):
             self._metrics.session_moves.labels(want.target.name, moved).inc()
         return Lease(offer.choice, want, now, sent, self, probe_until=self._health.asked(replica_id, now))
-
-    def _turn(self, gates: Mapping[GateName, Gate]) -> None:
-        for name, gate in gates.items():
-            before = self._gates.get(name)
-            self._gates[name] = gate
-            if gate.spilling != (before is not None and before.spilling):
-                self._metrics.ladder_switches.labels(*name, "spill" if gate.spilling else "return").inc()
 
     async def _in_line(self, want: Want, wait_seconds: float) -> Lease:
         demand = self._demand(want)

@@ -63,6 +63,11 @@ class Loads:
         self._entries: dict[str, _Entry] = {}
         self._rungs: dict[str, _Rung] = {}
 
+    def variant_of(self, replica_id: str) -> str | None:
+        """Whose replica it is; None if it isn't ready."""
+        entry = self._entries.get(replica_id)
+        return None if entry is None else entry.rung.variant
+
     def outlooks(self, variant: str) -> Sequence[Outlook]:
         """What a variant's ready replicas can promise, as of now."""
         rung = self._rungs.get(variant)
