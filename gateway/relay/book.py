@@ -69,6 +69,7 @@ class Book:
     here: dict[Sent, None] = field(default_factory=dict)
     unread_tokens: float = 0.0
     sent_tokens: float = 0.0  # of those that are here, and have come since the poll
+    sent_requests: int = 0
     poll: Poll | None = None
     asked_at: float = -inf
     looked_at: float | None = None
@@ -90,6 +91,7 @@ class Book:
         self.here[sent] = None
         self.unread_tokens += tokens
         self.sent_tokens += tokens
+        self.sent_requests += 1
         return sent
 
     def began(self, sent: Sent, learned: Learned, now: float) -> None:
@@ -118,10 +120,11 @@ class Book:
         del self.here[sent]
         if not self.here:
             # Sums of fractions don't end at nothing by themselves.
-            self.unread_tokens = self.sent_tokens = 0.0
+            self.unread_tokens, self.sent_tokens, self.sent_requests = 0.0, 0.0, 0
             self.was_idle = True
         elif sent.at >= self.asked_at:
             self.sent_tokens -= sent.tokens
+            self.sent_requests -= 1
         self.endings.append(now)
 
     def looked(self, poll: Poll, asked_at: float, ours: int, speed: Speed | None, learned: Learned) -> None:
@@ -137,7 +140,8 @@ class Book:
         self.others = max(running + waiting - ours - len(self.endings), 0.0)
         self.places_seen = places_seen(self.places_seen, self.poll, poll)
         self._forget_read(waiting, asked_at)
-        self.sent_tokens = sum([sent.tokens for sent in self.here if sent.at >= asked_at])
+        since = [sent.tokens for sent in self.here if sent.at >= asked_at]
+        self.sent_tokens, self.sent_requests = sum(since), len(since)
         self.was_idle = not ours
         self.poll, self.asked_at, self.stale = poll, asked_at, False
 

@@ -184,6 +184,7 @@ class Loads:
             max(book.others, mean_others) if book.stale else book.others,
             max(book.unread_tokens, 0.0),
             max(book.sent_tokens, 0.0),
+            book.sent_requests,
             book.poll,
             book.stale,
             book.places_seen,

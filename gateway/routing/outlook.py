@@ -32,7 +32,8 @@ class Standing(msgspec.Struct, frozen=True):
 
     `in_flight` requests are ours, exactly; `others` is how many more its engine had when it was last asked, or how many
     they are believed to be where that is too old. `unread_tokens` are of prompts whose answers haven't begun,
-    `sent_tokens` of those sent since the poll. More than `places_seen` its engine didn't take when it had a queue.
+    `sent_tokens` of the `sent_requests` that are there and came since the poll. More than `places_seen` its engine didn't
+    take when it had a queue.
     """
 
     replica: Replica
@@ -40,6 +41,7 @@ class Standing(msgspec.Struct, frozen=True):
     others: float = 0.0
     unread_tokens: float = 0.0
     sent_tokens: float = 0.0
+    sent_requests: int = 0
     poll: Poll | None = None
     stale: bool = True
     places_seen: float = inf
@@ -138,12 +140,18 @@ def seconds_for(outlook: Outlook, ask: Ask, answer_tokens: float, cached_tokens:
 
 
 def kv_usage(standing: Standing) -> float | None:
-    """How full the KV cache is by now, of 1: as polled, and what was sent since; None where nothing recent tells."""
+    """How full the KV cache is by now, of 1; None where nothing recent tells.
+
+    As polled, without what has ended since, and with what was sent since.
+    """
     poll = standing.poll
     if standing.stale or poll is None or poll.kv_usage is None:
         return None
     capacity = poll.kv_capacity_tokens or (standing.speed.kv_capacity_tokens if standing.speed else None)
-    return min(poll.kv_usage + (standing.sent_tokens / capacity if capacity else 0.0), 1.0)
+    ran = poll.running or 0.0
+    still_there = standing.in_flight + standing.others - standing.sent_requests
+    left = min(max(still_there, 0.0) / ran, 1.0) if ran else 1.0
+    return min(poll.kv_usage * left + (standing.sent_tokens / capacity if capacity else 0.0), 1.0)
 
 
 def _places_in_cache(standing: Standing) -> float:

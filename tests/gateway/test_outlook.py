@@ -96,6 +96,19 @@ def test_what_was_sent_since_the_poll_fills_the_cache() -> None:
     assert kv_usage(standing(poll=poll, stale=True)) is None
 
 
+@pytest.mark.parametrize(
+    "in_flight, others, sent_requests, usage",
+    [(4, 0.0, 0, 0.8), (2, 0.0, 0, 0.4), (0, 0.0, 0, 0.0), (2, 2.0, 0, 0.8), (4, 0.0, 3, 0.2), (9, 0.0, 0, 0.8)],
+)
+def test_what_has_ended_since_the_poll_is_out_of_the_cache(
+    in_flight: int, others: float, sent_requests: int, usage: float
+) -> None:
+    """Four ran when the engine was asked: of what they held, as much is left as of them."""
+    poll = Poll(0.0, running=4, waiting=0, kv_usage=0.8)
+    now = standing(poll=poll, in_flight=in_flight, others=others, sent_requests=sent_requests)
+    assert kv_usage(now) == pytest.approx(usage)
+
+
 def test_without_a_speed_nothing_is_in_seconds() -> None:
     """Only how many requests there are is known."""
     told = outlook(standing(speed=None, in_flight=3, others=2.0))
