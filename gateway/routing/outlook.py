@@ -32,8 +32,8 @@ class Standing(msgspec.Struct, frozen=True):
 
     `in_flight` requests are ours, exactly; `others` is how many more its engine had when it was last asked, or how many
     they are believed to be where that is too old. `unread_tokens` are of prompts whose answers haven't begun,
-    `sent_tokens` of the `sent_requests` that are there and came since the poll. More than `places_seen` its engine didn't
-    take when it had a queue.
+    `sent_tokens` of the `sent_requests` that are there and came since the poll. Its engine didn't take more than
+    `places_seen` when it had a queue.
     """
 
     replica: Replica
