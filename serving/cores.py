@@ -1,9 +1,8 @@
 """Which cores compute for which CPU replica; pure.
 
 Two replicas on the same cores slow each other down by more than half, because threads spin while they wait for one that
-doesn't run. So each gets cores of its own where there are enough, else a single one, which several may share: with one
-thread there is nothing to wait for. Threads of one physical core stay together, and so do cores of one NUMA node.
-Tokens/s of SmolLM2-135M on two cores with vLLM 0.32, for one request (and four) per replica:
+doesn't run. So each gets cores of its own where there are enough. Threads of one physical core stay together, and so
+do cores of one NUMA node. Tokens/s of SmolLM2-135M on two cores with vLLM 0.32, for one request (and four) per replica:
 
     two replicas, a core each        56 (224)
     two replicas, both on both       36 (115)
@@ -31,7 +30,7 @@ class Core:
 
 
 def share_cores(launches: Sequence[Launch], cores: Sequence[Core]) -> tuple[Launch, ...]:
-    """Give each CPU replica its part of the machine's cores, or one of them where there are too few.
+    """Give each CPU replica its part of the machine's cores, or all of them where there are too few.
 
     Replicas that the configuration binds keep that; the others share what those leave.
     """
@@ -60,10 +59,10 @@ def _binding(cores: Sequence[Core], ranks: int) -> str:
 
 
 def _parts(cores: Sequence[Core], count: int) -> list[Sequence[Core]]:
-    """Cut into `count` parts as even as possible, by NUMA node; where there are too few, each is one core, in turn."""
-    ordered = sorted(cores, key=lambda core: (core.node, core.cpus))
+    """Cut into `count` parts as even as possible, by NUMA node; everybody gets everything where there are too few."""
     if len(cores) < count:
-        return [[ordered[number % len(ordered)]] for number in range(count)]
+        return [cores] * count
+    ordered = sorted(cores, key=lambda core: (core.node, core.cpus))
     ends = [len(ordered) * number // count for number in range(count + 1)] if count else []
     return [ordered[start:end] for start, end in pairwise(ends)]
 

@@ -31,7 +31,7 @@ def shares(cores: tuple[Core, ...], *settings: dict[str, Any], engine: Any = "cp
         (EIGHT, [{}, {}], ["0-3", "4-7"]),
         (EIGHT, [{}, {}, {}], ["0-1", "2-4", "5-7"]),
         (SOME, [{}, {}], ["2-3", "5,7"]),
-        (EIGHT[:2], [{}, {}, {}], ["0", "1", "0"]),
+        (EIGHT[:2], [{}, {}, {}], ["0-1", "0-1", "0-1"]),
         (THREADS, [{}, {}], ["0-1,4-5", "2-3,6-7"]),
         (INTERLEAVED, [{}, {}], ["0,2", "1,3"]),
         (EIGHT, [{"tensor_parallel": 2}], ["0-3|4-7"]),
@@ -43,7 +43,7 @@ def shares(cores: tuple[Core, ...], *settings: dict[str, Any], engine: Any = "cp
     ],
 )
 def test_shares(cores: tuple[Core, ...], settings: list[dict[str, Any]], expected: list[str | None]) -> None:
-    """Each replica gets cores of its own, whole ones and of one node if it can be, or one where there are too few."""
+    """Each replica gets cores of its own, whole ones and of one node if it can be, or all where there are too few."""
     assert shares(cores, *settings) == expected
 
 
