@@ -31,7 +31,12 @@ class Peer:
             return head + await self._reader.readexactly(length_in(head))
 
     async def say(self, data: bytes) -> None:
-        """Write bytes, and have them leave."""
+        """Write bytes, and have them leave.
+
+        Raises ConnectionResetError if the other side has gone: uvloop would say RuntimeError.
+        """
+        if self._writer.transport.is_closing():
+            raise ConnectionResetError
         self._writer.write(data)
         await self._writer.drain()
 
@@ -151,6 +156,8 @@ async def behind_polls(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
         try:
             while (first := await reader.readexactly(len(POLL))) == POLL:
                 await reader.readuntil(HEAD_END)
+                if writer.transport.is_closing():
+                    return b""
                 writer.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
         except asyncio.IncompleteReadError as error:
             return error.partial
