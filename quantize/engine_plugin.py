@@ -8,13 +8,21 @@ Two things go wrong with vLLM 0.32 on x86 CPUs that lack AVX-512, both after a s
   in a layer's output, and nonsense for text. `Int8Product` uses torch's product instead, which is right, and ten
   times as fast for a single token.
 
-And one on every CPU: a request with a `seed` whose prompt is longer than one batch ends the whole engine, because
-vLLM turns its generator back by an offset that only CUDA's generators have; see `rewindable`.
+And two on every CPU:
+
+* a request with a `seed` whose prompt is longer than one batch ends the whole engine, because vLLM turns its generator
+  back by an offset that only CUDA's generators have; see `rewindable`.
+* vLLM's processes wait for one another by calling `sched_yield` without a pause, for a second after each message.
+  Linux 6.18 loses count of such a thread's share, and then leaves whatever else wants that core next to nothing: beside
+  one busy replica another process got 0.2 to 1 % of a shared core, and of two busy replicas one made no token in ten
+  seconds. So they take a nap instead; see `nap`.
 
 Where vLLM's own code is there and right, nothing is touched.
 """
 
+import time
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 # vllm/csrc/cpu/torch_bindings.cpp: the operator as the AVX-512 builds define it.
@@ -28,6 +36,9 @@ GROUP_SIZES = (256, 128, 64, 32)  # what torch's int4 kernel takes
 FEW_TOKENS = 32  # up to here torch's int8 kernel beats widening the weights first
 PROBE_INPUTS, PROBE_OUTPUTS = 64, 32
 PROBE_TOLERANCE = 0.01
+# A step of an engine takes milliseconds: alone on two cores a replica of SmolLM2-135M is up to a tenth slower with 50 us.
+NAP_SECONDS = 50e-6
+WAITING_FOR_A_PROCESS = "vllm.distributed.device_communicators.shm_broadcast"
 
 
 def register() -> None:
@@ -40,6 +51,7 @@ def register() -> None:
     if not hasattr(operators, "onednn_scaled_mm"):
         return  # no CPU build of vLLM
     torch.Generator = rewindable(torch.Generator)
+    import_module(WAITING_FOR_A_PROCESS).__dict__["sched_yield"] = nap
     library = torch.library.Library("_C", "FRAGMENT")
     if not hasattr(operators, "cpu_gemm_wna16"):
         library.define(INT4_SCHEMA)
@@ -171,6 +183,11 @@ def int8_product(given: Any, weight: Any) -> Any:
         return torch.nn.functional.linear(given.float(), weight.float())
     unit = torch.ones(weight.shape[0], dtype=torch.bfloat16)
     return torch.ops.aten._weight_int8pack_mm(given.to(torch.bfloat16), weight, unit).float()  # noqa: SLF001
+
+
+def nap() -> None:
+    """Leave the core to others for a moment, while another process of the engine works."""
+    time.sleep(NAP_SECONDS)
 
 
 def rewindable(kind: Any) -> Any:

@@ -74,6 +74,30 @@ def test_group_that_no_kernel_takes() -> None:
         torch_groups(48, 3)
 
 
+WAIT = """
+from vllm.distributed.device_communicators import shm_broadcast as queue
+from vllm.distributed.utils import sched_yield as before
+assert queue.sched_yield is before
+from quantize.engine_plugin import register
+register()
+import zmq
+waiting = queue.SpinCondition(is_reader=True, context=zmq.Context(), notify_address="inproc://x")
+import os
+del os.sched_yield  # whoever would call it fails
+waiting.wait()
+print(queue.sched_yield.__name__)
+"""
+
+
+@needs_vllm
+@pytest.mark.real_model
+def test_processes_of_an_engine_nap_while_they_wait() -> None:
+    """vLLM's wait for another process leaves the core to others."""
+    done = subprocess.run([sys.executable, "-c", WAIT], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == "nap"
+
+
 REWIND = """
 import torch
 from quantize.engine_plugin import rewindable
