@@ -36,7 +36,7 @@ GROUP_SIZES = (256, 128, 64, 32)  # what torch's int4 kernel takes
 FEW_TOKENS = 32  # up to here torch's int8 kernel beats widening the weights first
 PROBE_INPUTS, PROBE_OUTPUTS = 64, 32
 PROBE_TOLERANCE = 0.01
-# A step of an engine takes milliseconds: alone on two cores a replica of SmolLM2-135M is up to a tenth slower with 50 us.
+# An engine's step takes milliseconds: alone on two cores a replica of SmolLM2-135M is up to a tenth slower with 50 us.
 NAP_SECONDS = 50e-6
 WAITING_FOR_A_PROCESS = "vllm.distributed.device_communicators.shm_broadcast"
 
