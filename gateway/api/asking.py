@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from hashlib import blake2b
+from typing import NamedTuple
 
 import msgspec
 
@@ -48,8 +49,32 @@ _TURN = msgspec.json.Decoder(_Turn)
 _METADATA = msgspec.json.Decoder(_Metadata | None)
 
 
+class Prompt(NamedTuple):
+    """What a model is to read: its parts in the order in which chat templates write them, and how long they are.
+
+    A picture or a sound counts as a page of text, however many bytes it has. `token_ids` is 0 if it comes as text.
+    """
+
+    parts: list[msgspec.Raw]
+    bytes: int
+    token_ids: int
+
+    @property
+    def text_bytes(self) -> int:
+        """How long it is as text; 0 for one that comes as token ids, which says nothing about text."""
+        return 0 if self.token_ids else self.bytes
+
+
+def prompt_of(inference: Inference) -> Prompt:
+    """Find the prompt in a body."""
+    fields = inference.fields
+    parts = [fields[key] for key in inference.endpoint.prompt_keys if key in fields]
+    return Prompt(parts, sum([_length(part) for part in parts]), _token_ids(inference))
+
+
 def asked(
     inference: Inference,
+    prompt: Prompt,
     headers: Mapping[bytes, bytes],
     key_name: str | None,
     bytes_per_token: float,
@@ -58,27 +83,15 @@ def asked(
 ) -> Ask:
     """Sum a request up; nothing in it is an error here, the replica judges that.
 
-    A picture or a sound counts as a page of text, however many bytes it has. Only what generates has blocks and a
-    session: the others neither stay nor spill.
+    Only what generates has blocks and a session: the others neither stay nor spill.
     """
     generates = inference.endpoint.generates
     return Ask(
-        prompt_tokens=_token_ids(inference) or _prompt_bytes(inference) / bytes_per_token,
+        prompt_tokens=prompt.token_ids or prompt.bytes / bytes_per_token,
         answer_tokens=_answer_tokens(inference),
-        blocks=_blocks(inference) if with_blocks and generates else (),
+        blocks=_blocks(inference, prompt) if with_blocks and generates else (),
         session=session_of(inference, headers, key_name) if generates else None,
     )
-
-
-def prompt_parts(inference: Inference) -> list[msgspec.Raw]:
-    """The parts of a body that make the prompt, as their bytes, in the order in which a chat template writes them."""
-    fields = inference.fields
-    return [fields[key] for key in inference.endpoint.prompt_keys if key in fields]
-
-
-def text_bytes(inference: Inference) -> int:
-    """How long the prompt is as text; 0 for one that comes as token ids, which says nothing about text."""
-    return 0 if _token_ids(inference) else _prompt_bytes(inference)
 
 
 def session_of(inference: Inference, headers: Mapping[bytes, bytes], key_name: str | None) -> str | None:
@@ -96,10 +109,6 @@ def session_of(inference: Inference, headers: Mapping[bytes, bytes], key_name: s
 def session_named(name: bytes, key_name: str | None) -> str:
     """Name the conversation that a client gave a name to."""
     return _hashed(b"name", key_name, name)
-
-
-def _prompt_bytes(inference: Inference) -> int:
-    return sum([_length(part) for part in prompt_parts(inference)])
 
 
 def _length(part: msgspec.Raw) -> int:
@@ -136,10 +145,10 @@ def _token_ids(inference: Inference) -> int:
     return 0
 
 
-def _blocks(inference: Inference) -> tuple[int, ...]:
+def _blocks(inference: Inference, prompt: Prompt) -> tuple[int, ...]:
     salt = inference.fields.get("cache_salt")
     # vLLM shares no block between prompts of different salts.
-    return chained(prompt_parts(inference), b"" if salt is None else bytes(salt))
+    return chained(prompt.parts, b"" if salt is None else bytes(salt))
 
 
 def _answer_tokens(inference: Inference) -> int | None:
@@ -182,7 +191,7 @@ def _first_turns(inference: Inference) -> bytes | None:
     """A conversation up to the model's first turn, that included; None before there is one."""
     endpoint, fields = inference.endpoint, inference.fields
     turns = fields.get(endpoint.turns_key) if endpoint.turns_key else None
-    if turns is None or len(turns) > LONGEST_TURNS_BYTES:
+    if turns is None or len(turns) > LONGEST_TURNS_BYTES or not _may_be_answered(bytes(turns)):
         return None
     try:
         parts = _PARTS.decode(turns)
@@ -192,6 +201,11 @@ def _first_turns(inference: Inference) -> bytes | None:
     except NO_JSON:
         return None  # one string, or what no replica will take
     return None
+
+
+def _may_be_answered(turns: bytes) -> bool:
+    """Tell whether it is worth while to look for a turn of the model's."""
+    return b"assistant" in turns or b'"type"' in turns
 
 
 def _is_the_models(turn: _Turn) -> bool:

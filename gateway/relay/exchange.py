@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from config.schema import TimeoutSettings
-from gateway.api.asking import asked, text_bytes
+from gateway.api.asking import asked, prompt_of
 from gateway.api.inference import Inference
 from gateway.api.sse import EventCutter
 from gateway.errors import (
@@ -111,7 +111,8 @@ class Relay:
         floors = (caller.floor, inference.floor)
         rungs = permitted_rungs(target, floors, inference.precisions)
         bytes_per_token = self.dispatch.memory.bytes_per_token(target.name)
-        ask = asked(inference, headers, caller.name, bytes_per_token, with_blocks=self.dispatch.has_choice(rungs))
+        prompt, with_blocks = prompt_of(inference), self.dispatch.has_choice(rungs)
+        ask = asked(inference, prompt, headers, caller.name, bytes_per_token, with_blocks=with_blocks)
         return Want(
             target,
             rungs,
@@ -122,7 +123,7 @@ class Relay:
             account.request_id,
             inference.stream,
             account.body_bytes,
-            text_bytes(inference),
+            prompt.text_bytes,
             floors,
             inference.precisions,
         )

@@ -16,7 +16,7 @@ from gateway.routing.catalog import Target
 from gateway.routing.ladder import Choice
 
 
-class Want(msgspec.Struct, frozen=True, eq=False):
+class Want(msgspec.Struct, frozen=True, gc=False, eq=False):
     """One request that wants a replica of these rungs.
 
     `turn` is its turn among equals; `body_bytes` is what it takes while it waits, `prompt_bytes` how long its prompt is

@@ -4,7 +4,7 @@ The only owner of that; the formulas are gateway.routing's, and counts of reques
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class _Rung:
     learned: Learned
     answer_tokens: float
     answers: int  # that this is the mean of
-    outlooks: list[Outlook] = field(default_factory=list)
+    outlooks: tuple[Outlook, ...] = ()
     outdated: dict[Book, int] = field(default_factory=dict)  # with their places
 
     def mean_others(self) -> float:
@@ -68,7 +68,7 @@ class Loads:
         entry = self._entries.get(replica_id)
         return None if entry is None else entry.rung.variant
 
-    def outlooks(self, variant: str) -> Sequence[Outlook]:
+    def outlooks(self, variant: str) -> tuple[Outlook, ...]:
         """What a variant's ready replicas can promise, as of now."""
         rung = self._rungs.get(variant)
         if rung is None:
@@ -170,10 +170,13 @@ class Loads:
     def _renew(self, rung: _Rung) -> None:
         mean_others = rung.mean_others() if any(book.stale for book in rung.outdated) else 0.0
         if rung.outlooks:
+            outlooks = list(rung.outlooks)
             for book, place in rung.outdated.items():
-                rung.outlooks[place] = outlook(self._standing(book, rung, mean_others))
+                outlooks[place] = outlook(self._standing(book, rung, mean_others))
         else:
-            rung.outlooks = [outlook(self._standing(book, rung, mean_others)) for book in rung.books]
+            outlooks = [outlook(self._standing(book, rung, mean_others)) for book in rung.books]
+        # Decisions keep what they were made on.
+        rung.outlooks = tuple(outlooks)
         rung.outdated.clear()
 
     def _standing(self, book: Book, rung: _Rung, mean_others: float) -> Standing:

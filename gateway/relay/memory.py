@@ -81,11 +81,8 @@ class Memory:
         self._tokens = {each: known for each, known in self._tokens.items() if each in names}
 
     def _cached_tokens(self, want: Want) -> Mapping[str, float]:
-        rungs, ready = want.rungs, self._ready
-        matched: dict[str, int] = {}
-        for rung in rungs:
-            if among := ready.get(rung.name):
-                matched.update(self._prefixes.matched(want.ask.blocks, among))
+        among = [self._ready.get(rung.name, NOBODY) for rung in want.rungs]
+        matched = self._prefixes.matched(want.ask.blocks, among)
         if not matched:
             return NOTHING_CACHED
         block_tokens = BLOCK_BYTES / self.bytes_per_token(want.target.name)

@@ -1,6 +1,6 @@
 """The latest decisions, with all that they were made on, for whoever asks why."""
 
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Mapping
 
 import msgspec
@@ -16,47 +16,52 @@ from gateway.routing.shedding import Mark
 MOST_DECISIONS = 1000
 NO_BREAKERS: Mapping[str, Breaker] = {}
 NO_MARKS: Mapping[str, Mark] = {}
+NO_GATES: Mapping[GateName, Gate] = {}
 
 
-class Made(msgspec.Struct, frozen=True, eq=False):
-    """One decision, and the scene as it was then; `at_seconds` is on the monotonic clock."""
+class Made(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """One decision, and the scene as it was then; `at_seconds` is on the monotonic clock.
+
+    `replicas` are of the rungs that the request might be answered on, one after the other.
+    """
 
     want: Want
     query: Query
     at_seconds: float
-    outlooks: Mapping[str, tuple[Outlook, ...]]
+    replicas: tuple[tuple[Outlook, ...], ...]
     breakers: Mapping[str, Breaker]
     marks: Mapping[str, Mark]
     gates: Mapping[GateName, Gate]
     decision: Decision
     patience_seconds: float
 
+    @property
+    def outlooks(self) -> Mapping[str, tuple[Outlook, ...]]:
+        """The replicas, by variant."""
+        return dict(zip([rung.name for rung in self.want.rungs], self.replicas, strict=True))
+
 
 class Decisions:
-    """Keeps so many decisions, the latest of each request."""
+    """Keeps so many decisions; a request may have several."""
 
     def __init__(self, most: int = MOST_DECISIONS) -> None:
-        self._most = most
-        self._made: OrderedDict[str, Made] = OrderedDict()
+        self._made: deque[Made] = deque(maxlen=most)
 
     def made(
         self, want: Want, query: Query, scene: Scene, decision: Decision, now: float, patience_seconds: float
     ) -> None:
         """Keep a decision; what it was made on must be as it was."""
-        kept, request_id, alias = self._made, want.request_id, want.target.name
-        outlooks: dict[str, tuple[Outlook, ...]] = {}
-        gates: dict[GateName, Gate] = {}
-        for rung in want.rungs:
-            outlooks[rung.name] = tuple(scene.outlooks(rung.name))
-            if scene.gates and (gate := scene.gates.get((alias, rung.name))) is not None:
-                gates[alias, rung.name] = gate
+        replicas = tuple([tuple(scene.outlooks(rung.name)) for rung in want.rungs])
         breakers = dict(scene.breakers) if scene.breakers else NO_BREAKERS
         marks = dict(scene.marks) if scene.marks else NO_MARKS
-        kept[request_id] = Made(want, query, now, outlooks, breakers, marks, gates, decision, patience_seconds)
-        kept.move_to_end(request_id)
-        if len(kept) > self._most:
-            kept.popitem(last=False)
+        gates = _gates_of(want, scene) if scene.gates else NO_GATES
+        self._made.append(Made(want, query, now, replicas, breakers, marks, gates, decision, patience_seconds))
 
     def find(self, request_id: str) -> Made | None:
         """The latest decision for a request; None if it is too long ago, or never was."""
-        return self._made.get(request_id)
+        return next((made for made in reversed(self._made) if made.want.request_id == request_id), None)
+
+
+def _gates_of(want: Want, scene: Scene) -> Mapping[GateName, Gate]:
+    names = [(want.target.name, rung.name) for rung in want.rungs]
+    return {name: scene.gates[name] for name in names if name in scene.gates}

@@ -3,7 +3,7 @@
 import msgspec
 
 
-class Ask(msgspec.Struct, frozen=True):
+class Ask(msgspec.Struct, frozen=True, gc=False):
     """One request as routing sees it.
 
     `prompt_tokens` is estimated from bytes; `answer_tokens` is the longest answer that the client wants, None if it

@@ -13,7 +13,7 @@ import msgspec
 from config.schema import Spill
 
 
-class Gate(msgspec.Struct, frozen=True):
+class Gate(msgspec.Struct, frozen=True, gc=False):
     """One rung of one alias: whether it spills, since when (monotonic), and which share of a request it owes below."""
 
     spilling: bool = False

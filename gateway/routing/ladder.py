@@ -31,7 +31,7 @@ MOST_TURNS = 4
 SHORTEST_WAIT_SECONDS = 1.0
 
 
-class Choice(msgspec.Struct, frozen=True):
+class Choice(msgspec.Struct, frozen=True, gc=False):
     """One replica that may answer, and why it is its turn."""
 
     replica: Replica
@@ -39,7 +39,7 @@ class Choice(msgspec.Struct, frozen=True):
     reason: Reason
 
 
-class Offer(msgspec.Struct, frozen=True):
+class Offer(msgspec.Struct, frozen=True, gc=False):
     """The cheapest replica of a rung."""
 
     choice: Choice
@@ -54,7 +54,7 @@ class Offer(msgspec.Struct, frozen=True):
         return self.outlook.measured and self.outlook.work_seconds > max(patience_seconds, SHORTEST_WAIT_SECONDS)
 
 
-class Step(msgspec.Struct, frozen=True):
+class Step(msgspec.Struct, frozen=True, gc=False):
     """What comes of one rung: its cheapest replica, whether that one answers, and its gate if that changed.
 
     `wait_seconds` is how soon any of its replicas would be ready for this request.
@@ -69,7 +69,7 @@ class Step(msgspec.Struct, frozen=True):
 NOBODY_THERE = Step(None, "nobody")
 
 
-class Decision(msgspec.Struct, frozen=True):
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """Who answers, None if nobody has room; and the gates that turned, or owe another share than before."""
 
     offer: Offer | None

@@ -27,7 +27,7 @@ KV_CROWDED = 0.85
 UNLIMITED_TOKENS = 2.0**53
 
 
-class Standing(msgspec.Struct, frozen=True):
+class Standing(msgspec.Struct, frozen=True, gc=False):
     """What is known of one replica at a moment.
 
     `in_flight` requests are ours, exactly; `others` is how many more its engine had when it was last asked, or how many
@@ -50,7 +50,7 @@ class Standing(msgspec.Struct, frozen=True):
     answer_tokens: float = USUAL_ANSWER_TOKENS
 
 
-class Outlook(msgspec.Struct, frozen=True):
+class Outlook(msgspec.Struct, frozen=True, gc=False):
     """Terms of what one more request costs on a replica; `token_seconds` and `answer_seconds` are a token's.
 
     Without a known speed nothing is in seconds: `known` is False, and `requests` is all there is to go by. One that was

@@ -23,7 +23,7 @@ _KV_BLOCKS = re.compile(rb'(?<![^,\s])num_gpu_blocks="(\d{1,9})"')
 _BLOCK_TOKENS = re.compile(rb'(?<![^,\s])block_size="(\d{1,9})"')
 
 
-class Poll(msgspec.Struct, frozen=True):
+class Poll(msgspec.Struct, frozen=True, gc=False):
     """One look at an engine's metrics; what is None wasn't there, which is never the same as zero.
 
     `at_seconds` is on the monotonic clock. The two counters only grow, until the engine starts anew.
@@ -43,7 +43,7 @@ class Poll(msgspec.Struct, frozen=True):
         return self.running is not None and self.waiting is not None
 
 
-class Seen(msgspec.Struct, frozen=True):
+class Seen(msgspec.Struct, frozen=True, gc=False):
     """What polls have shown of a replica so far.
 
     `poll` is the last page; None while nobody answers. `missing` is what that page lacked, and is kept without an

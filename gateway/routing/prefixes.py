@@ -54,18 +54,20 @@ class Prefixes:
         """How many blocks are remembered."""
         return sum(len(held.blocks) for held in self._held.values())
 
-    def matched(self, blocks: Sequence[int], among: AbstractSet[str] | None = None) -> Mapping[str, int]:
+    def matched(self, blocks: Sequence[int], among: Sequence[AbstractSet[str]] = ()) -> Mapping[str, int]:
         """How many leading blocks of a prompt each replica holds, of all or of some; who holds none is left out."""
         if not blocks or (holders := self._beginners.get(blocks[0])) is None:
             return _NOWHERE
-        if among is not None:
+        if among:
             # Of a prompt that many models are asked, a thousand others may hold the beginning.
-            holders = holders & among
-        # Many replicas often hold equally much: the system prompt, say.
-        depth = len(blocks)
+            holders = set().union(*[holders & some for some in among])
+        # Many replicas often hold equally much: the system prompt, say, or all of it.
+        held, depth, last = self._held, len(blocks), blocks[-1]
         matches = {}
         for replica_id in holders:
-            matches[replica_id] = depth = self._held[replica_id].leading(blocks, depth)
+            replica = held[replica_id]
+            depth = len(blocks) if last in replica.blocks else replica.leading(blocks, depth)
+            matches[replica_id] = depth
         return matches
 
     def remember(self, replica_id: str, blocks: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ NOBODY: frozenset[str] = frozenset()
 NOTHING_CACHED: Mapping[str, float] = {}
 
 
-class Query(msgspec.Struct, frozen=True):
+class Query(msgspec.Struct, frozen=True, gc=False):
     """One request that wants a replica, once more perhaps.
 
     `turn` rotates among equals, `tried` have failed it, `stay` is where its conversation was, and `cached_tokens` is

@@ -7,7 +7,7 @@ import msgspec
 MOST_SESSIONS = 10_000
 
 
-class Stay(msgspec.Struct, frozen=True):
+class Stay(msgspec.Struct, frozen=True, gc=False):
     """Where a conversation had its latest turn; `running` counts its turns whose answers haven't ended."""
 
     variant: str

@@ -25,7 +25,7 @@ RESTS_SECONDS = 60.0
 SHORTEST_READING_TOKENS = 64.0
 
 
-class Speed(msgspec.Struct, frozen=True):
+class Speed(msgspec.Struct, frozen=True, gc=False):
     """How fast replicas of a variant were measured to be; tables begin with one request at a time.
 
     `step_seconds` pass from token to token of one answer among so many, `together` is tokens a second of all answers.
@@ -75,7 +75,7 @@ class Speed(msgspec.Struct, frozen=True):
         return self.together[-1] if self.places is not None else requests / self.step_seconds[-1]
 
 
-class Pace(msgspec.Struct, frozen=True):
+class Pace(msgspec.Struct, frozen=True, gc=False):
     """How much slower than measured a replica is: 1 is as measured, 5 takes five times as long.
 
     `expected` and `observed` are seconds until first tokens, of late.
@@ -128,7 +128,7 @@ def rested(pace: Pace, seconds: float) -> Pace:
     return Pace(pace.answering**left, pace.expected, observed)
 
 
-class Learnt(msgspec.Struct, frozen=True):
+class Learnt(msgspec.Struct, frozen=True, gc=False):
     """What was observed of a replica of a variant that nobody measured; zero is nothing yet.
 
     `read_seconds` passed until first tokens, of late, and `read_tokens` were read in them.

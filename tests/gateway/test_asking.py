@@ -1,6 +1,7 @@
 """What routing is told of a request, for every endpoint."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.schema import LimitSettings
-from gateway.api.asking import LONGEST_ANSWER_TOKENS, LONGEST_TURNS_BYTES, asked, prompt_parts, text_bytes
+from gateway.api.asking import LONGEST_ANSWER_TOKENS, LONGEST_TURNS_BYTES, asked, prompt_of
 from gateway.api.endpoints import (
     CHAT,
     COMPLETIONS,
@@ -43,7 +44,14 @@ def parsed(
 def ask(body: Body, endpoint: Endpoint = CHAT, key: str | None = "team-a", **headers: str) -> Ask:
     """What routing is told, at four bytes a token; headers with _ for -."""
     named = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
-    return asked(parsed(endpoint, body), {**JSON, **named}, key, 4.0)
+    return ask_of(parsed(endpoint, body), {**JSON, **named}, key)
+
+
+def ask_of(
+    inference: Inference, headers: Mapping[bytes, bytes] = JSON, key: str | None = None, *, with_blocks: bool = True
+) -> Ask:
+    """What routing is told of a request, of a model whose tokens have four bytes."""
+    return asked(inference, prompt_of(inference), headers, key, 4.0, with_blocks=with_blocks)
 
 
 def session(body: Body, endpoint: Endpoint = CHAT, key: str | None = "team-a", **headers: str) -> str | None:
@@ -88,8 +96,8 @@ TURNS = [
 def test_the_prompt(endpoint: Endpoint, body: Body, prompt: str) -> None:
     """Its parts as they came, in the order of chat templates, and their length."""
     inference = parsed(endpoint, body)
-    assert b"".join(prompt_parts(inference)).decode() == prompt
-    assert text_bytes(inference) == len(prompt)
+    assert b"".join(prompt_of(inference).parts).decode() == prompt
+    assert prompt_of(inference).text_bytes == len(prompt)
     assert ask(body, endpoint).prompt_tokens == len(prompt) / 4
 
 
@@ -99,8 +107,8 @@ def test_token_ids_are_counted(endpoint: Endpoint, key: str, ids: Any, count: in
     """However they are written; as text they are no measure of anything."""
     for indent in (None, 2):
         inference = parsed(endpoint, json.dumps({"model": "m", key: ids}, indent=indent).encode())
-        assert asked(inference, JSON, None, 4.0).prompt_tokens == count
-        assert text_bytes(inference) == 0
+        assert ask_of(inference).prompt_tokens == count
+        assert prompt_of(inference).text_bytes == 0
 
 
 @pytest.mark.parametrize("prompt", ["[7, 8]", ["7, 8"], [], ["[1, 2]"]])
@@ -132,7 +140,7 @@ def test_text_that_looks_like_token_ids(prompt: Any) -> None:
 )
 def test_the_longest_answer(endpoint: Endpoint, body: Body, most: int | None, answer_tokens: int | None) -> None:
     """The client's length, or its key's, or the engine's own; what is no length is for the replica to refuse."""
-    assert asked(parsed(endpoint, body, most=most), JSON, None, 4.0).answer_tokens == answer_tokens
+    assert ask_of(parsed(endpoint, body, most=most)).answer_tokens == answer_tokens
 
 
 def test_blocks_grow_with_the_conversation() -> None:
@@ -141,7 +149,7 @@ def test_blocks_grow_with_the_conversation() -> None:
     before, after = ask({"messages": long}).blocks, ask({"messages": [*long, says("user", "z" * 1000)]}).blocks
     assert len(before) == len(json.dumps(long)) // BLOCK_BYTES
     assert after[: len(before) - 1] == before[:-1]
-    assert asked(parsed(CHAT, {"messages": long}), JSON, None, 4.0, with_blocks=False).blocks == ()
+    assert ask_of(parsed(CHAT, {"messages": long}), with_blocks=False).blocks == ()
 
 
 def test_which_prompts_have_blocks() -> None:
@@ -153,7 +161,7 @@ def test_which_prompts_have_blocks() -> None:
     assert ask({"messages": messages, "tools": tools}).blocks[0] == ask({"messages": [], "tools": tools}).blocks[0]
     may = frozenset({"cache_salt"})
     salted = [parsed(CHAT, {"messages": messages, "cache_salt": salt}, may) for salt in ("a", "b", "b")]
-    one, other, same = (asked(inference, JSON, None, 4.0).blocks for inference in salted)
+    one, other, same = (ask_of(inference).blocks for inference in salted)
     assert set(one).isdisjoint(other)
     assert other == same
 
@@ -309,7 +317,7 @@ def test_whatever_is_accepted_can_be_summed_up(endpoint: Endpoint, fields: dict[
         inference = parsed(endpoint, body.encode(), frozenset({"cache_salt"}))
     except RequestError:
         return
-    told = asked(inference, {**JSON, b"x-session-id": header}, "k", 4.0)
+    told = ask_of(inference, {**JSON, b"x-session-id": header}, "k")
     assert 0 <= told.prompt_tokens <= len(body)
     assert told.answer_tokens is None or 0 < told.answer_tokens <= LONGEST_ANSWER_TOKENS
     assert told.session is None or len(told.session) == 32
@@ -329,8 +337,8 @@ def test_a_picture_is_no_long_text(part: Body, separators: tuple[str, str]) -> N
     words = "word " * 10_000
     body = {"model": "m", "messages": [says("user", [part, {"type": "text", "text": words}])]}
     inference = parsed(CHAT, json.dumps(body, separators=separators).encode())
-    tokens = asked(inference, JSON, None, 4.0).prompt_tokens
+    tokens = ask_of(inference).prompt_tokens
     assert 12_500 < tokens < 12_500 + 1_200
-    assert text_bytes(inference) == tokens * 4
+    assert prompt_of(inference).text_bytes == tokens * 4
     # One word that begins like data, and is as long as words are.
     assert ask({"messages": [says("user", words + ";base64," + words)]}).prompt_tokens > 20_000 / 2
