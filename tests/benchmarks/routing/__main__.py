@@ -192,7 +192,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--fleet", type=_counts, default="bf16=2,int8=1,int4=1", help="(default: %(default)s)")
     parser.add_argument("--objective", type=float, default=2.0, help="seconds to the first token (%(default)s)")
     parser.add_argument("--inter-token", type=float, default=0.1, help="seconds from token to token (%(default)s)")
-    parser.add_argument("--spill-after", type=float, help="seconds; not given: half the objective, as README says")
+    parser.add_argument("--spill-after", type=float, default=USUAL_SPILL.after_seconds, help="(%(default)s)")
     parser.add_argument("--return-below", type=float, default=USUAL_SPILL.return_below_seconds, help="(%(default)s)")
     parser.add_argument("--dwell", type=float, default=USUAL_SPILL.dwell_seconds, help="(%(default)s)")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds a request may wait (%(default)s)")
@@ -210,9 +210,8 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _ours(options: argparse.Namespace) -> Options:
-    after_seconds = options.objective / 2 if options.spill_after is None else options.spill_after
     spill = Spill(
-        after_seconds=after_seconds,
+        after_seconds=options.spill_after,
         return_below_seconds=options.return_below,
         dwell_seconds=options.dwell,
     )
