@@ -13,9 +13,9 @@ And two on every CPU:
 * a request with a `seed` whose prompt is longer than one batch ends the whole engine, because vLLM turns its generator
   back by an offset that only CUDA's generators have; see `rewindable`.
 * vLLM's processes wait for one another by calling `sched_yield` without a pause, for a second after each message.
-  Linux 6.18 loses count of such a thread's share, and then leaves whatever else wants that core next to nothing: beside
-  one busy replica another process got 0.2 to 1 % of a shared core, and of two busy replicas one made no token in ten
-  seconds. So they take a nap instead; see `nap`.
+  Under Linux 6.18, the only one tried, whatever else wants that core gets next to nothing: beside one busy replica
+  another process got 0.2 to 1 % of a shared core, and of two busy replicas one made no token in ten seconds. So they
+  take a nap instead; see `nap`.
 
 Where vLLM's own code is there and right, nothing is touched.
 """

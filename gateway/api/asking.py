@@ -191,7 +191,7 @@ def _first_turns(inference: Inference) -> bytes | None:
     """A conversation up to the model's first turn, that included; None before there is one."""
     endpoint, fields = inference.endpoint, inference.fields
     turns = fields.get(endpoint.turns_key) if endpoint.turns_key else None
-    if turns is None or len(turns) > LONGEST_TURNS_BYTES or not _may_be_answered(bytes(turns)):
+    if turns is None or len(turns) > LONGEST_TURNS_BYTES or not _may_have_answers(bytes(turns)):
         return None
     try:
         parts = _PARTS.decode(turns)
@@ -203,8 +203,8 @@ def _first_turns(inference: Inference) -> bytes | None:
     return None
 
 
-def _may_be_answered(turns: bytes) -> bool:
-    """Tell whether it is worth while to look for a turn of the model's."""
+def _may_have_answers(turns: bytes) -> bool:
+    """Tell whether one of them may be the model's; it spares conversations that begin from being taken apart."""
     return b"assistant" in turns or b'"type"' in turns
 
 

@@ -123,12 +123,8 @@ class Dispatch:
 
     def has_choice(self, rungs: tuple[Variant, ...]) -> bool:
         """Tell whether more than one replica could answer."""
-        ready, count = self._registry.ready, 0
-        for rung in rungs:
-            count += len(ready.get(rung.name, ()))
-            if count > 1:
-                return True
-        return False
+        ready = self._registry.ready
+        return sum([len(ready.get(rung.name, ())) for rung in rungs]) > 1
 
     def why_not_again(self, deaths: int, attempts: int) -> budget.WhyNot | None:
         """Say why a request is not tried again; None allows it, if there is a replica for it."""

@@ -61,13 +61,11 @@ class Prefixes:
         if among:
             # Of a prompt that many models are asked, a thousand others may hold the beginning.
             holders = set().union(*[holders & some for some in among])
-        # Many replicas often hold equally much: the system prompt, say, or all of it.
-        held, depth, last = self._held, len(blocks), blocks[-1]
+        # Many replicas often hold equally much: the system prompt, say.
+        depth = len(blocks)
         matches = {}
         for replica_id in holders:
-            replica = held[replica_id]
-            depth = len(blocks) if last in replica.blocks else replica.leading(blocks, depth)
-            matches[replica_id] = depth
+            matches[replica_id] = depth = self._held[replica_id].leading(blocks, depth)
         return matches
 
     def remember(self, replica_id: str, blocks: Sequence[int]) -> None:

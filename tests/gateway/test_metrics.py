@@ -178,8 +178,9 @@ async def test_exemplars_for_who_can_read_them(fleet: Fleet, fake: FakeReplica) 
         sample.name
         for family in openmetrics_families(answer.text)  # type: ignore[no-untyped-call]
         for sample in family.samples
-        if sample.labels.get("alias") == "lo" and sample.exemplar
-        if sample.exemplar.labels == {"request_id": "slow-one"}
+        if sample.labels.get("alias") == "lo"
+        and sample.exemplar
+        and sample.exemplar.labels == {"request_id": "slow-one"}
     ]
     # Other tests' requests are in other buckets; each figure of this one is in a single bucket, which it came to last.
     names = ("time_to_first_token", "request", "queue")

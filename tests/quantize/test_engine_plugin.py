@@ -81,10 +81,12 @@ assert queue.sched_yield is before
 from quantize.engine_plugin import register
 register()
 import zmq
-waiting = queue.SpinCondition(is_reader=True, context=zmq.Context(), notify_address="inproc://x")
+context = zmq.Context()
+waiting = queue.SpinCondition(is_reader=True, context=context, notify_address="tcp://127.0.0.1:1")  # nobody is there
 import os
 del os.sched_yield  # whoever would call it fails
 waiting.wait()
+context.destroy(linger=0)
 print(queue.sched_yield.__name__)
 """
 
