@@ -25,14 +25,14 @@ VERBS = {
         "serving.doctor_cli", "doctor_main", "look at this machine, and at what would keep replicas from starting"
     ),
     "measure": Verb("serving.measuring.cli", "measure_main", "measure how fast variants are on this machine"),
-    "up": Verb("gateway.cli", "up_main", "run replicas and gateway on one machine"),
+    "up": Verb("gateway.cli.serve", "up_main", "run replicas and gateway on one machine"),
     "serve": Verb("serving.cli", "serve_main", "run this machine's replicas, for gateways in other processes"),
     "ps": Verb("serving.cli", "ps_main", "list replicas with their states"),
     "logs": Verb("serving.cli", "logs_main", "print what a replica printed"),
-    "gateway": Verb("gateway.cli", "gateway_main", "run the gateway in front of running replicas"),
-    "route": Verb("gateway.route_cli", "route_main", "explain which replica answers a request, and why no other"),
-    "config": Verb("gateway.cli", "config_main", "check, show or describe configuration files"),
-    "keys": Verb("gateway.keys_cli", "keys_main", "hand out, list, replace and revoke client keys"),
+    "gateway": Verb("gateway.cli.serve", "gateway_main", "run the gateway in front of running replicas"),
+    "route": Verb("gateway.cli.route", "route_main", "explain which replica answers a request, and why no other"),
+    "config": Verb("gateway.cli.serve", "config_main", "check, show or describe configuration files"),
+    "keys": Verb("gateway.cli.keys", "keys_main", "hand out, list, replace and revoke client keys"),
 }
 
 

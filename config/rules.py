@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from config.own_flags import OWN_FLAGS, own_flag
+from config.reserved_flags import OWN_FLAGS, own_flag
 from config.schema import LOOPBACK, ReplicaSettings, Settings
 
 Location = tuple[str | int, ...]

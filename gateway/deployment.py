@@ -8,7 +8,7 @@ from config.capacity import FILE_NAME, Setup, read_capacity
 from config.schema import ReplicaSettings, Settings
 from config.variant import Variant
 from gateway.keys import Keys, read_keys
-from gateway.routing.speed import Speed
+from gateway.routing.speed import SpeedProfile
 from serving.app import Wanted, read_wanted
 from serving.tls import Tls
 
@@ -23,7 +23,7 @@ class Deployment:
     state: str | None = None  # where the state database is; None: neither told nor asked
     folder: Path = Path()
     tls: Mapping[int, Tls] = field(default_factory=dict)  # by the replica's place in the configuration
-    speeds: Mapping[str, Speed] = field(default_factory=dict)  # by variant, of those that were measured
+    speeds: Mapping[str, SpeedProfile] = field(default_factory=dict)  # by variant, of those that were measured
 
     @property
     def wanted(self) -> Wanted:
@@ -40,7 +40,7 @@ def read_deployment(path: Path) -> Deployment:
     return Deployment(wanted.settings, wanted.variants, keys, wanted.state, wanted.folder, wanted.tls, speeds)
 
 
-def read_speeds(settings: Settings, variants: Mapping[str, Variant]) -> dict[str, Speed]:
+def read_speeds(settings: Settings, variants: Mapping[str, Variant]) -> dict[str, SpeedProfile]:
     """Read how fast variants were measured to be, where `capacity.json` tells; ConfigError if one can't be read.
 
     Of several measurements it is one with the launch settings of the configured replicas, or else the newest; how
@@ -53,7 +53,7 @@ def read_speeds(settings: Settings, variants: Mapping[str, Variant]) -> dict[str
         measurements = read_capacity(variant.path / FILE_NAME).measurements
         launches = [replica for replica in settings.replicas if replica.variant == name]
         found = sorted(measurements, key=lambda each: (_fits(each.setup, launches), each.measured))
-        speed = Speed.measured(found[-1]) if found else None
+        speed = SpeedProfile.measured(found[-1]) if found else None
         if speed is not None:
             speeds[name] = speed
     return speeds

@@ -18,7 +18,7 @@ from typing import Self
 from config.errors import ConfigError
 from config.schema import GatewaySettings
 from gateway.deployment import Deployment
-from gateway.listener import bind
+from gateway.http.listener import bind
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ KILL_AFTER_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class WorkerIndex:
     """Which one of how many workers a process is; written `2/4`, counted from 1."""
 
     number: int = 1
@@ -54,10 +54,10 @@ class Place:
         return 1 / self.of
 
 
-ALONE = Place()
+SINGLE_WORKER = WorkerIndex()
 
 
-def placed(deployment: Deployment, place: Place) -> Deployment:
+def with_worker_ports(deployment: Deployment, place: WorkerIndex) -> Deployment:
     """The deployment of one worker: the first one's admin port is the configured one, the others' follow it."""
     gateway = deployment.settings.gateway
     host, _, port = gateway.admin.rpartition(":")
@@ -83,7 +83,7 @@ async def workers(config: Path, count: int, drain_seconds: float) -> AsyncIterat
     """
     # Each child reads from this pipe: when we are gone, however that came, it reads its end.
     alive, ours = os.pipe()
-    running = [Worker(config, Place(number + 1, count), alive) for number in range(count)]
+    running = [Worker(config, WorkerIndex(number + 1, count), alive) for number in range(count)]
     loop = asyncio.get_running_loop()
     tasks = [asyncio.create_task(worker.keep(), name=f"worker {worker.place}") for worker in running]
 
@@ -111,7 +111,7 @@ async def workers(config: Path, count: int, drain_seconds: float) -> AsyncIterat
 class Worker:
     """One child process, started again when it dies until it is told to stop."""
 
-    def __init__(self, config: Path, place: Place, alive: int) -> None:
+    def __init__(self, config: Path, place: WorkerIndex, alive: int) -> None:
         self.place = place
         self._config = config
         self._alive = alive

@@ -19,9 +19,9 @@ from rich.console import Console
 from config.errors import ConfigError
 from config.load import home_directory, process_environment
 from config.schema import GatewaySettings
-from gateway.app import Addresses, everything, ports
-from gateway.demo.errands import ErrandFailed, run_errand
+from gateway.app import Addresses, everything, listen_sockets
 from gateway.demo.report import Answer, show_answer, show_headers, show_variants
+from gateway.demo.subprocess import SubprocessFailed, run_module
 from gateway.deployment import Deployment, read_deployment
 from serving.errors import LaunchRefused, LockHeld, ServingError
 from serving.foreground import LOCKED, USAGE, stop_signal
@@ -82,9 +82,9 @@ def demo_main(arguments: list[str]) -> int:
     except LockHeld as error:
         print(f"quantgate demo: {error}", file=sys.stderr)
         return LOCKED
-    except (ErrandFailed, ServingError) as error:
+    except (SubprocessFailed, ServingError) as error:
         print(f"quantgate demo: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, ErrandFailed) else 1
+        return error.exit_code if isinstance(error, SubprocessFailed) else 1
 
 
 async def _until_stopped(demo: Demo, *, once: bool) -> int:
@@ -131,7 +131,7 @@ def check_start(demo: Demo) -> None:
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"the package {package} is missing; install quantgate[demo,quantize,cpu], or `make demo`")
     installed_engine()
-    with ports(GatewaySettings(listen=demo.listen, admin=demo.admin)):
+    with listen_sockets(GatewaySettings(listen=demo.listen, admin=demo.admin)):
         pass
 
 
@@ -143,7 +143,7 @@ async def make_base(demo: Demo) -> Path:
             package = importlib.util.find_spec(BASE_PACKAGE)
             assert package is not None
             assert package.origin is not None
-            await run_errand("the base model", "quantize.gguf", str(Path(package.origin).parent / BASE_FILE), str(base))
+            await run_module("the base model", "quantize.gguf", str(Path(package.origin).parent / BASE_FILE), str(base))
     return base
 
 
@@ -155,7 +155,7 @@ async def make_variant(demo: Demo, base: Path, scheme: str) -> Path:
         options = ("--scheme", scheme, "--engine", "cpu", "--out", str(folder / "{id}"), "--json")
         # A demo that was stopped goes on where it was; paired generations take longer than all the rest here.
         habits = ("--resume", "--eval-prompts", "0")
-        told = await run_errand(f"quantizing to {scheme}", "quantgate", "quantize", str(base), *options, *habits)
+        told = await run_module(f"quantizing to {scheme}", "quantgate", "quantize", str(base), *options, *habits)
     variant_id: str = json.loads(told)["id"]
     return folder / variant_id
 

@@ -2,6 +2,6 @@
 
 from gateway.keys.authentication import Issued, Keys
 from gateway.keys.caller import ANONYMOUS, Caller
-from gateway.keys.stored import StoredKey, Terms, keys_in_force, read_keys
+from gateway.keys.stored import KeyLimits, StoredKey, keys_in_force, read_keys
 
-__all__ = ["ANONYMOUS", "Caller", "Issued", "Keys", "StoredKey", "Terms", "keys_in_force", "read_keys"]
+__all__ = ["ANONYMOUS", "Caller", "Issued", "KeyLimits", "Keys", "StoredKey", "keys_in_force", "read_keys"]

@@ -14,16 +14,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from config.errors import ConfigError
 from config.rules import closest
-from gateway.keys.stored import LIVE_KEYS, KeyName, StoredKey, Terms, read_stored
+from gateway.keys.stored import LIVE_KEYS, KeyLimits, KeyName, StoredKey, read_stored
 
 PREFIX = "qg-"
 RANDOM_BYTES = 32
-NO_TERMS = Terms()
+NO_LIMITS = KeyLimits()
 
 _NAME = TypeAdapter(KeyName)
 
 
-def create_key(path: Path, name: str, terms: Terms = NO_TERMS) -> str:
+def create_key(path: Path, name: str, terms: KeyLimits = NO_LIMITS) -> str:
     """Add a key to a file (made if it is missing, readable by its owner only) and return it; it is kept nowhere."""
     try:
         _NAME.validate_python(name)

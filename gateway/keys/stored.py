@@ -44,7 +44,7 @@ Count = Annotated[int, Field(strict=True, ge=1, le=10**12)]
 Moment = Annotated[datetime, BeforeValidator(as_time)]
 
 
-class Terms(BaseModel):
+class KeyLimits(BaseModel):
     """How far a key reaches; what isn't said isn't limited, but for `may`: what isn't named is refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,7 +59,7 @@ class Terms(BaseModel):
     may: tuple[FieldName, ...] = ()
 
 
-class StoredKey(Terms):
+class StoredKey(KeyLimits):
     """What is kept of a key, or of two while one takes over from the other, the older one first."""
 
     sha256: Annotated[tuple[Digest, ...], BeforeValidator(as_digests), Field(min_length=1, max_length=LIVE_KEYS)]

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal, NamedTuple
 
-State = Literal["closed", "open", "half_open"]
+BreakerState = Literal["closed", "open", "half_open"]
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class BreakerPolicy:
     """When a breaker opens, and for how long."""
 
     failures_in_a_row: int = 3
@@ -34,7 +34,7 @@ class Policy:
         return 2 * self.bucket_seconds
 
 
-USUAL = Policy()
+DEFAULT_POLICY = BreakerPolicy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Breaker:
     open_seconds: float = 0
     probe_until: float = -inf
 
-    def state(self, now: float) -> State:
+    def state(self, now: float) -> BreakerState:
         """Say whether requests pass (closed), none does (open) or one at a time may find out (half_open)."""
         if not self.tripped:
             return "closed"
@@ -95,7 +95,7 @@ class Breaker:
         """Tell whether a request may go to this replica: the breaker is closed, or a probe is due."""
         return not self.tripped or now >= max(self.opened_at + self.open_seconds, self.probe_until)
 
-    def badness(self, now: float, policy: Policy = USUAL) -> tuple[int, float]:
+    def badness(self, now: float, policy: BreakerPolicy = DEFAULT_POLICY) -> tuple[int, float]:
         """Sort the least bad first: fewest failures, recent or without a success since; then the longest ago."""
         recent = self.tally.at(_bucket(now, policy)).failures
         return max(recent, self.failures_in_a_row), self.failed_at
@@ -105,7 +105,7 @@ class Breaker:
 HEALTHY = Breaker()
 
 
-def failed(breaker: Breaker, now: float, *, asked_at: float = inf, policy: Policy = USUAL) -> Breaker:
+def failed(breaker: Breaker, now: float, *, asked_at: float = inf, policy: BreakerPolicy = DEFAULT_POLICY) -> Breaker:
     """Count a failure; what was asked before the latest opening is part of what opened it, and says nothing new."""
     if asked_at < breaker.opened_at:
         return breaker
@@ -124,7 +124,9 @@ def failed(breaker: Breaker, now: float, *, asked_at: float = inf, policy: Polic
     return noted
 
 
-def succeeded(breaker: Breaker, now: float, *, asked_at: float = inf, policy: Policy = USUAL) -> Breaker:
+def succeeded(
+    breaker: Breaker, now: float, *, asked_at: float = inf, policy: BreakerPolicy = DEFAULT_POLICY
+) -> Breaker:
     """Count a success, which closes; the breaker of a healthy replica comes back as it is."""
     if breaker is HEALTHY or asked_at < breaker.opened_at:
         return breaker
@@ -141,7 +143,7 @@ def succeeded(breaker: Breaker, now: float, *, asked_at: float = inf, policy: Po
     return replace(breaker, failures_in_a_row=0, tally=tally)
 
 
-def probing(breaker: Breaker, now: float, *, policy: Policy = USUAL) -> Breaker:
+def probing(breaker: Breaker, now: float, *, policy: BreakerPolicy = DEFAULT_POLICY) -> Breaker:
     """Note that a request goes out as the probe of a half-open breaker; any other stays as it is."""
     if not breaker.tripped or not breaker.admits(now):
         return breaker
@@ -175,19 +177,19 @@ def admissible(replicas: Sequence[str], breakers: Mapping[str, Breaker], now: fl
     return Admitted(first, barred[:too_many])
 
 
-def _too_many(breaker: Breaker, policy: Policy) -> bool:
+def _too_many(breaker: Breaker, policy: BreakerPolicy) -> bool:
     """Tell whether a closed breaker has seen enough."""
     tally = breaker.tally
     half = tally.results >= policy.least_results and tally.failures >= policy.failed_share * tally.results
     return half or breaker.failures_in_a_row >= policy.failures_in_a_row
 
 
-def _opened(breaker: Breaker, now: float, policy: Policy) -> Breaker:
+def _opened(breaker: Breaker, now: float, policy: BreakerPolicy) -> Breaker:
     """Open, for twice as long as the last time."""
     seconds = min(max(policy.first_open_seconds, 2 * breaker.open_seconds), policy.longest_open_seconds)
     return replace(breaker, tripped=True, opened_at=now, open_seconds=seconds, probe_until=-inf)
 
 
-def _bucket(now: float, policy: Policy) -> int:
+def _bucket(now: float, policy: BreakerPolicy) -> int:
     """Number the bucket of time that results count into."""
     return int(now // policy.bucket_seconds)

@@ -7,7 +7,7 @@ from typing import Literal
 from config.schema import NO_FLOOR, AliasSettings, Floor, Spill, TimeoutSettings
 from config.variant import Variant
 from gateway.errors import UnknownModel
-from gateway.routing.refusals import Refusal, Sifted, sifted, without_failed
+from gateway.routing.filters import FilterResult, Rejection, filter_failed, filter_variants
 
 USUAL_TIMEOUTS = TimeoutSettings()
 USUAL_SPILL = Spill()
@@ -29,18 +29,18 @@ class Target:
     timeouts: TimeoutSettings = USUAL_TIMEOUTS
     spill: Spill = USUAL_SPILL
     trust_declared: bool = False
-    shut_out: tuple[Refusal, ...] = ()
+    excluded: tuple[Rejection, ...] = ()
     permitted: tuple[Variant, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        permitted = self.rungs if self.floor is NO_FLOOR else self.sifted((), None).kept
+        permitted = self.rungs if self.floor is NO_FLOOR else self.filter_variants((), None).kept
         object.__setattr__(self, "permitted", permitted)
 
-    def sifted(self, floors: tuple[Floor, ...], precisions: frozenset[str] | None) -> Sifted:
+    def filter_variants(self, floors: tuple[Floor, ...], precisions: frozenset[str] | None) -> FilterResult:
         """Tell who may answer a request with such floors and precisions, and of the whole ladder who may not."""
         limits = [floor for floor in (self.floor, *floors) if floor is not NO_FLOOR]
-        told = sifted(self.rungs, limits, precisions, trust_declared=self.trust_declared)
-        return Sifted(told.kept, (*told.refused, *self.shut_out))
+        told = filter_variants(self.rungs, limits, precisions, trust_declared=self.trust_declared)
+        return FilterResult(told.kept, (*told.refused, *self.excluded))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Catalog:
 
 
 def _target(name: str, alias: AliasSettings, ladder: tuple[Variant, ...]) -> Target:
-    admitted = Sifted(ladder, ()) if alias.admit_failed else without_failed(ladder)
+    admitted = FilterResult(ladder, ()) if alias.admit_failed else filter_failed(ladder)
     return Target(
         name,
         admitted.kept,

@@ -7,14 +7,14 @@ import msgspec
 
 from config.schema import Floor
 from config.variant import Variant
-from gateway.routing.ask import needed_tokens
 from gateway.routing.catalog import Target
+from gateway.routing.cluster_state import ClusterState, Query
 from gateway.routing.explanation import Candidate, Chosen, Explanation, Refused, RungView
-from gateway.routing.gates import CLOSED, share_down
-from gateway.routing.ladder import anybody_fits, decide, step_at
-from gateway.routing.outlook import Outlook
-from gateway.routing.recorded import Absent
-from gateway.routing.scene import Query, Scene
+from gateway.routing.latency import LatencyEstimate
+from gateway.routing.pick import anybody_fits, decide, step_at
+from gateway.routing.request import needed_tokens
+from gateway.routing.snapshot import Absent
+from gateway.routing.spill import CLOSED, share_down
 from gateway.routing.why import Looking, because, terms_of, verdict, why_not
 
 
@@ -23,17 +23,17 @@ def explain(
     floors: tuple[Floor, ...],
     precisions: frozenset[str] | None,
     query: Query,
-    scene: Scene,
+    scene: ClusterState,
     now: float,
     *,
     absent: Iterable[Absent] = (),
     patience_seconds: float = inf,
 ) -> Explanation:
     """Make a decision, and say all there is to it."""
-    sifted = target.sifted(floors, precisions)
-    looking = look(target, sifted.kept, query, scene, now, patience_seconds)
+    result = target.filter_variants(floors, precisions)
+    looking = look(target, result.kept, query, scene, now, patience_seconds)
     offer = None if looking.is_refused else looking.offer
-    ladder = {rung.name for rung in (*sifted.kept, *(refusal.variant for refusal in sifted.refused))}
+    ladder = {rung.name for rung in (*result.kept, *(refusal.variant for refusal in result.refused))}
     return Explanation(
         model=target.name,
         chosen=None if offer is None else _chosen(offer.choice.variant, offer.outlook, offer.choice.reason),
@@ -43,13 +43,13 @@ def explain(
         spill_after_seconds=target.spill.after_seconds,
         rungs=tuple([_rung(looking, place) for place in range(len(looking.rungs))]),
         candidates=_candidates(looking),
-        refused=tuple([Refused(each.variant.name, each.variant.precision, each.why) for each in sifted.refused]),
+        refused=tuple([Refused(each.variant.name, each.variant.precision, each.why) for each in result.refused]),
         absent=tuple([each for each in absent if each.variant in ladder]),
     )
 
 
 def look(
-    target: Target, rungs: tuple[Variant, ...], query: Query, scene: Scene, now: float, patience_seconds: float
+    target: Target, rungs: tuple[Variant, ...], query: Query, scene: ClusterState, now: float, patience_seconds: float
 ) -> Looking:
     """Decide, and look at every rung on the way, also at those below whoever answers."""
     needed = needed_tokens(query.ask)
@@ -63,7 +63,7 @@ def look(
     return Looking(target, rungs, query, scene, now, needed, tuple(steps), offer, patience_seconds)
 
 
-def _chosen(variant: Variant, outlook: Outlook, reason: str) -> Chosen:
+def _chosen(variant: Variant, outlook: LatencyEstimate, reason: str) -> Chosen:
     return Chosen(outlook.id, variant.name, variant.precision, reason)
 
 
@@ -100,7 +100,7 @@ def _ranking(looking: Looking) -> Iterator[str]:
         query = msgspec.structs.replace(query, tried=query.tried | {offer.outlook.id})
 
 
-def _candidate(looking: Looking, place: int, outlook: Outlook, rank: int | None) -> Candidate:
+def _candidate(looking: Looking, place: int, outlook: LatencyEstimate, rank: int | None) -> Candidate:
     return Candidate(
         outlook.id,
         looking.rungs[place].name,

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from gateway.routing.recorded import Absent
+from gateway.routing.snapshot import Absent
 
 
 class Terms(msgspec.Struct, frozen=True):

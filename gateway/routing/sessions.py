@@ -7,7 +7,7 @@ import msgspec
 MOST_SESSIONS = 10_000
 
 
-class Stay(msgspec.Struct, frozen=True, gc=False):
+class Placement(msgspec.Struct, frozen=True, gc=False):
     """Where a conversation had its latest turn; `running` counts its turns whose answers haven't ended."""
 
     variant: str
@@ -21,17 +21,17 @@ class Sessions:
     def __init__(self, most: int = MOST_SESSIONS) -> None:
         self._most = most
         # The one that was used least recently comes first, in both.
-        self._idle: OrderedDict[str, Stay] = OrderedDict()
-        self._running: OrderedDict[str, Stay] = OrderedDict()
+        self._idle: OrderedDict[str, Placement] = OrderedDict()
+        self._running: OrderedDict[str, Placement] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._idle) + len(self._running)
 
-    def stay(self, session: str) -> Stay | None:
+    def stay(self, session: str) -> Placement | None:
         """Where it was last; None if it is new, or has been forgotten."""
         return self._running.get(session) or self._idle.get(session)
 
-    def stays(self) -> dict[str, Stay]:
+    def stays(self) -> dict[str, Placement]:
         """Where all of them are."""
         return {**self._idle, **self._running}
 
@@ -39,7 +39,7 @@ class Sessions:
         """Note a choice for a turn, which `ended` ends; tells whether it left the variant that it was on."""
         before = self._running.pop(session, None) or self._idle.pop(session, None)
         running = 1 if before is None else before.running + 1
-        self._running[session] = Stay(variant, replica_id, running)
+        self._running[session] = Placement(variant, replica_id, running)
         if before is None and len(self) > self._most:
             self._forget_one()
         return before is not None and before.variant != variant
@@ -50,7 +50,7 @@ class Sessions:
         if stay is None:
             return
         kept = self._running if stay.running > 1 else self._idle
-        kept[session] = Stay(stay.variant, stay.replica_id, stay.running - 1)
+        kept[session] = Placement(stay.variant, stay.replica_id, stay.running - 1)
 
     def _forget_one(self) -> None:
         (self._idle or self._running).popitem(last=False)

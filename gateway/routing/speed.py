@@ -7,7 +7,7 @@ from typing import Self
 import msgspec
 
 from config.capacity import Measurement, Shape
-from gateway.routing.polls import Poll
+from gateway.routing.engine_metrics import EngineMetrics
 
 # Of the most that all requests get together; more at once only share it.
 ENOUGH = 0.97
@@ -25,18 +25,18 @@ RESTS_SECONDS = 60.0
 SHORTEST_READING_TOKENS = 64.0
 
 
-class Speed(msgspec.Struct, frozen=True, gc=False):
+class SpeedProfile(msgspec.Struct, frozen=True, gc=False):
     """How fast replicas of a variant were measured to be; tables begin with one request at a time.
 
     `step_seconds` pass from token to token of one answer among so many, `together` is tokens a second of all answers.
-    Reading takes a step, and `reading_seconds` for each token of the prompt. More than `places` at once share what so
+    Reading takes a step, and `reading_seconds` for each token of the prompt. More than `slots` at once share what so
     many get; None: nobody measured how many that is.
     """
 
     step_seconds: tuple[float, ...]
     together: tuple[float, ...]
     reading_seconds: float
-    places: int | None
+    slots: int | None
     answer_tokens: float = USUAL_ANSWER_TOKENS
     kv_capacity_tokens: int | None = None
 
@@ -55,27 +55,27 @@ class Speed(msgspec.Struct, frozen=True, gc=False):
         # The first token takes a step of its own; what is left is reading.
         reading_seconds = max(first_token_seconds - step_seconds[0], first_token_seconds / 10) / prompt_tokens
         enough = ENOUGH * max(together)
-        places = next(at_once for at_once, rate in enumerate(together, 1) if rate >= enough)
+        slots = next(at_once for at_once, rate in enumerate(together, 1) if rate >= enough)
         # Between two levels the line goes on rising where the engine already takes no more.
-        places = min(places, measurement.setup.max_num_seqs or places)
-        return cls(step_seconds, together, reading_seconds, places, answer_tokens, measurement.kv_capacity_tokens)
+        slots = min(slots, measurement.setup.max_num_seqs or slots)
+        return cls(step_seconds, together, reading_seconds, slots, answer_tokens, measurement.kv_capacity_tokens)
 
     def step_at(self, requests: float) -> float:
         """Seconds from token to token of one of so many requests."""
         known = len(self.step_seconds)
         if requests <= known:
             return self.step_seconds[max(int(requests) - 1, 0)]
-        return requests / self.together[-1] if self.places is not None else self.step_seconds[-1]
+        return requests / self.together[-1] if self.slots is not None else self.step_seconds[-1]
 
     def together_at(self, requests: float) -> float:
         """Tokens a second of all answers of so many requests."""
         known = len(self.together)
         if requests <= known:
             return self.together[max(int(requests) - 1, 0)]
-        return self.together[-1] if self.places is not None else requests / self.step_seconds[-1]
+        return self.together[-1] if self.slots is not None else requests / self.step_seconds[-1]
 
 
-class Pace(msgspec.Struct, frozen=True, gc=False):
+class Slowdown(msgspec.Struct, frozen=True, gc=False):
     """How much slower than measured a replica is: 1 is as measured, 5 takes five times as long.
 
     `expected` and `observed` are seconds until first tokens, of late.
@@ -93,22 +93,22 @@ class Pace(msgspec.Struct, frozen=True, gc=False):
         return _bounded(self.observed / self.expected)
 
 
-AS_MEASURED = Pace()
+NO_SLOWDOWN = Slowdown()
 
 
-def first_token(pace: Pace, expected_seconds: float, observed_seconds: float) -> Pace:
+def first_token(pace: Slowdown, expected_seconds: float, observed_seconds: float) -> Slowdown:
     """Note when a first token came, of a request that had not to wait for a place."""
     if expected_seconds <= 0:
         return pace
     if not pace.expected:
         # As if three had come as expected: one slow answer says little.
-        pace = Pace(pace.answering, 3 * expected_seconds, 3 * expected_seconds)
+        pace = Slowdown(pace.answering, 3 * expected_seconds, 3 * expected_seconds)
     kept = 1 - FORGETS_SHARE
     expected, observed = kept * pace.expected + expected_seconds, kept * pace.observed + observed_seconds
-    return Pace(pace.answering, expected, observed)
+    return Slowdown(pace.answering, expected, observed)
 
 
-def answered(pace: Pace, expected_tokens: float, observed_tokens: float, seconds: float) -> Pace:
+def answered(pace: Slowdown, expected_tokens: float, observed_tokens: float, seconds: float) -> Slowdown:
     """Note how many tokens an engine that was never idle gave in so many seconds, beside how many it should have."""
     if expected_tokens <= 0 or seconds <= 0:
         return pace
@@ -116,19 +116,19 @@ def answered(pace: Pace, expected_tokens: float, observed_tokens: float, seconds
     share = 1 - exp(-seconds / FORGETS_SECONDS)
     # A mean of logarithms: half as fast and twice as fast are equally far.
     answering = pace.answering ** (1 - share) * slower**share
-    return Pace(_bounded(answering), pace.expected, pace.observed)
+    return Slowdown(_bounded(answering), pace.expected, pace.observed)
 
 
-def rested(pace: Pace, seconds: float) -> Pace:
+def rested(pace: Slowdown, seconds: float) -> Slowdown:
     """Believe the measurement again, little by little, of a replica that had nothing to do for so long."""
-    if pace is AS_MEASURED:
+    if pace is NO_SLOWDOWN:
         return pace
     left = exp(-seconds / RESTS_SECONDS)
     observed = pace.expected * (pace.observed / pace.expected) ** left if pace.expected else 0.0
-    return Pace(pace.answering**left, pace.expected, observed)
+    return Slowdown(pace.answering**left, pace.expected, observed)
 
 
-class Learnt(msgspec.Struct, frozen=True, gc=False):
+class Estimate(msgspec.Struct, frozen=True, gc=False):
     """What was observed of a replica of a variant that nobody measured; zero is nothing yet.
 
     `read_seconds` passed until first tokens, of late, and `read_tokens` were read in them.
@@ -143,42 +143,42 @@ class Learnt(msgspec.Struct, frozen=True, gc=False):
         """Seconds for each token of a prompt: of sums, for which long prompts count for more than short ones."""
         return self.read_seconds / self.read_tokens if self.read_tokens else 0.0
 
-    def speed(self, answer_tokens: float) -> Speed | None:
+    def speed(self, answer_tokens: float) -> SpeedProfile | None:
         """As a speed without a limit to how many it answers at once; None as long as either is unknown."""
         if not self.step_seconds or not self.reading_seconds:
             return None
-        return Speed((self.step_seconds,), (1 / self.step_seconds,), self.reading_seconds, None, answer_tokens)
+        return SpeedProfile((self.step_seconds,), (1 / self.step_seconds,), self.reading_seconds, None, answer_tokens)
 
 
-NOTHING_LEARNT = Learnt()
+NO_ESTIMATE = Estimate()
 
 
-def learnt_first_token(learnt: Learnt, observed_seconds: float, prompt_tokens: float) -> Learnt:
+def learnt_first_token(learnt: Estimate, observed_seconds: float, prompt_tokens: float) -> Estimate:
     """Note when a first token came."""
     kept, tokens = 1 - FORGETS_SHARE, max(prompt_tokens, SHORTEST_READING_TOKENS)
-    return Learnt(
+    return Estimate(
         learnt.step_seconds, kept * learnt.read_seconds + observed_seconds, kept * learnt.read_tokens + tokens
     )
 
 
-def learnt_answering(learnt: Learnt, requests: float, tokens: float, seconds: float) -> Learnt:
+def learnt_answering(learnt: Estimate, requests: float, tokens: float, seconds: float) -> Estimate:
     """Note how many tokens so many requests were given in so many seconds."""
     if tokens <= 0 or requests <= 0 or seconds <= 0:
         return learnt
     share = 1 - exp(-seconds / FORGETS_SECONDS)
     step_seconds = _blended(learnt.step_seconds, requests * seconds / tokens, share)
-    return Learnt(step_seconds, learnt.read_seconds, learnt.read_tokens)
+    return Estimate(step_seconds, learnt.read_seconds, learnt.read_tokens)
 
 
-def learnt_rested(learnt: Learnt, usual: Learnt, seconds: float) -> Learnt:
+def learnt_rested(learnt: Estimate, usual: Estimate, seconds: float) -> Estimate:
     """Believe of a replica that had nothing to do for so long that it is no slower than usual among its like."""
     share = 1 - exp(-seconds / RESTS_SECONDS)
     step_seconds = _nearer(learnt.step_seconds, usual.step_seconds, share)
     reading_seconds = _nearer(learnt.reading_seconds, usual.reading_seconds, share)
-    return Learnt(step_seconds, reading_seconds * learnt.read_tokens, learnt.read_tokens)
+    return Estimate(step_seconds, reading_seconds * learnt.read_tokens, learnt.read_tokens)
 
 
-def places_seen(known: float, before: Poll | None, poll: Poll) -> float:
+def observed_slots(known: float, before: EngineMetrics | None, poll: EngineMetrics) -> float:
     """How many requests an engine takes: the most that it ran since it has a queue; inf: it has none.
 
     Fewer run for a moment whenever answers end together, so that it comes down slowly. How many found a place earlier

@@ -5,11 +5,11 @@ import msgspec
 from config.variant import Variant
 from gateway.routing.breaker import HEALTHY, admissible
 from gateway.routing.catalog import Target
+from gateway.routing.cluster_state import ClusterState, Query, is_full
 from gateway.routing.explanation import Terms
-from gateway.routing.ladder import Offer, Step
-from gateway.routing.outlook import Outlook, answer_length, seconds_for
-from gateway.routing.scene import Query, Scene, is_full
-from gateway.routing.shedding import ROOMY
+from gateway.routing.latency import LatencyEstimate, answer_length, seconds_for
+from gateway.routing.overload import NOT_OVERLOADED
+from gateway.routing.pick import Candidate, RungResult
 
 
 class Looking(msgspec.Struct, frozen=True):
@@ -21,11 +21,11 @@ class Looking(msgspec.Struct, frozen=True):
     target: Target
     rungs: tuple[Variant, ...]
     query: Query
-    scene: Scene
+    scene: ClusterState
     now: float
     needed: float
-    steps: tuple[Step, ...]
-    offer: Offer | None
+    steps: tuple[RungResult, ...]
+    offer: Candidate | None
     patience_seconds: float
 
     @property
@@ -39,7 +39,7 @@ class Looking(msgspec.Struct, frozen=True):
         return self.target.spill.after_seconds
 
 
-def terms_of(outlook: Outlook, query: Query) -> Terms:
+def terms_of(outlook: LatencyEstimate, query: Query) -> Terms:
     """Split what a request costs on a replica into what it is made of."""
     ask = query.ask
     answer_tokens = answer_length(outlook, ask)
@@ -101,14 +101,14 @@ def verdict(looking: Looking, place: int) -> str:
     return "could answer"
 
 
-def why_not(looking: Looking, place: int, outlook: Outlook) -> str:
+def why_not(looking: Looking, place: int, outlook: LatencyEstimate) -> str:
     """Say why it isn't this replica; nothing if it is."""
     if looking.offer is not None and outlook.id == looking.offer.outlook.id:
         return f"it waits for longer than the request may: {looking.patience_seconds:g} s" if looking.is_refused else ""
     return _unable(looking, outlook) or _outdone(looking, place, outlook)
 
 
-def _unable(looking: Looking, outlook: Outlook) -> str:
+def _unable(looking: Looking, outlook: LatencyEstimate) -> str:
     """Say what keeps a replica from being asked, whatever the others do."""
     scene, now = looking.scene, looking.now
     if outlook.id in looking.query.tried:
@@ -118,7 +118,7 @@ def _unable(looking: Looking, outlook: Outlook) -> str:
     if not outlook.has_room:
         return f"full: {outlook.in_flight} requests of at most {outlook.replica.max_in_flight}"
     if is_full(outlook, scene.marks, now):
-        mark = scene.marks.get(outlook.id, ROOMY)
+        mark = scene.marks.get(outlook.id, NOT_OVERLOADED)
         told = (
             f"it is spared for {mark.until - now:.2f} s more" if mark.full(now) else f"it takes {mark.most:g} at once"
         )
@@ -128,7 +128,7 @@ def _unable(looking: Looking, outlook: Outlook) -> str:
     return ""
 
 
-def _outdone(looking: Looking, place: int, outlook: Outlook) -> str:
+def _outdone(looking: Looking, place: int, outlook: LatencyEstimate) -> str:
     """Say what is better about whoever was chosen."""
     offer, step = looking.offer, looking.steps[place]
     assert offer is not None, "whoever can be asked is, if nobody else is"
@@ -145,7 +145,7 @@ def _outdone(looking: Looking, place: int, outlook: Outlook) -> str:
     return "its rung spares nobody time: the one above, which lets this request down, is as soon"
 
 
-def _later(looking: Looking, chosen: Outlook, other: Outlook) -> str:
+def _later(looking: Looking, chosen: LatencyEstimate, other: LatencyEstimate) -> str:
     if not (chosen.known and other.known):
         return f"it has {other.requests:g} requests, {chosen.id} has {chosen.requests:g}"
     stay = looking.query.stay
@@ -155,7 +155,7 @@ def _later(looking: Looking, chosen: Outlook, other: Outlook) -> str:
     return f"{seconds:.3f} s later than {chosen.id}" if seconds > 0 else f"as soon as {chosen.id}, whose turn it is"
 
 
-def is_barred(looking: Looking, outlook: Outlook) -> bool:
+def is_barred(looking: Looking, outlook: LatencyEstimate) -> bool:
     """Tell whether a breaker keeps requests from a replica, but for a last resort."""
     breakers = looking.scene.breakers
     if outlook.id not in breakers:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from config.own_flags import own_flag
+from config.reserved_flags import own_flag
 
 
 @pytest.mark.parametrize(

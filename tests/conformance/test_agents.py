@@ -8,7 +8,7 @@ import pytest
 
 from tests.conformance.rows import rows
 from tests.fakes.running import FakeReplica
-from tests.gateway.recorded import events
+from tests.gateway.proxy.recorded import events
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

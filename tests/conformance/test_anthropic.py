@@ -9,7 +9,7 @@ from tests.conformance.clients import ANTHROPIC, called
 from tests.conformance.rows import rows
 from tests.conformance.test_openai_errors import KEYS, REPLICAS
 from tests.fakes.running import FakeReplica
-from tests.gateway.recorded import events, recorded
+from tests.gateway.proxy.recorded import events, recorded
 from tests.gateway.wire import Behaviour, Peer, chunk, stream_head
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conformance.clients import OPENAI, called, text_of
 from tests.conformance.rows import rows
-from tests.gateway.recorded import WHOLE, events, recorded
+from tests.gateway.proxy.recorded import WHOLE, events, recorded
 from tests.gateway.wire import Behaviour, Peer, chunk, stream_head, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

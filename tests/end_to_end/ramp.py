@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx
 
-from gateway.explained import explained_request
+from gateway.cli.explained import explained_request
 from gateway.routing.explanation import Explanation
-from gateway.routing.recorded import read_state
+from gateway.routing.snapshot import read_state
 
 ANSWER_TOKENS = 24
 LOOK_SECONDS = 0.1

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from config.schema import Settings
 from config.variant import read_variants
-from gateway.app import Addresses, Gateway, gateway, ports
+from gateway.app import Addresses, Gateway, gateway, listen_sockets
 from gateway.deployment import Deployment
 from gateway.keys import Keys
 from serving.registry import Registry
@@ -61,9 +61,9 @@ class Fleet:
         """Where clients ask."""
         return f"http://{self.served.addresses.client}"
 
-    def held_bytes(self) -> int:
+    def reserved_bytes(self) -> int:
         """What the bodies of requests take now."""
-        return self.served.front.held_bytes
+        return self.served.front.reserved_bytes
 
     @contextmanager
     def replicas(self, *served: tuple[str, str], state: State = State.READY) -> Iterator[None]:
@@ -120,7 +120,7 @@ class Fleet:
 async def running_gateway(deployed: Deployment, registry: Registry | None = None) -> AsyncIterator[Fleet]:
     """A gateway on ports of its own."""
     registry = registry or Registry()
-    with ports(deployed.settings.gateway) as taken:
+    with listen_sockets(deployed.settings.gateway) as taken:
         async with gateway(deployed, registry, taken) as served, clients(served.addresses) as (client, admin):
             yield Fleet(served, registry, client, admin)
 

@@ -6,7 +6,7 @@ import pytest
 
 from config.schema import Settings
 from config.variant import read_variants
-from gateway.app import everything, in_force_for
+from gateway.app import everything, live_config_for
 from gateway.deployment import Deployment, read_deployment
 from gateway.keys import Keys
 from gateway.keys.issuing import create_key
@@ -66,7 +66,7 @@ async def test_what_a_verdict_shuts_out_is_logged(tmp_path: Path, caplog: pytest
     path = tmp_path / "quantgate.yaml"
     variants = "variants: {own: {path: own}, bad: {path: bad}}\n"
     path.write_text(f"{variants}aliases: {{smol: {{ladder: [own, bad]}}, lone: {{ladder: [bad]}}}}\n")
-    in_force_for(read_deployment(path))
+    live_config_for(read_deployment(path))
     why = "bad: its verdict is fail (an alias can take it: admit_failed)"
     assert caplog.messages == [
         f"alias 'smol' never chooses {why}",

@@ -12,9 +12,9 @@ from config.errors import ConfigError
 from config.load import load_settings
 from config.variant import PARENT_QUALITY, QualityMeasures, Variant
 from gateway.demo.cli import Demo, all_ready, check_start, write_configuration
-from gateway.demo.errands import ErrandFailed, run_errand
 from gateway.demo.report import Answer, show_answer, show_variants
-from gateway.listener import address_of, bind
+from gateway.demo.subprocess import SubprocessFailed, run_module
+from gateway.http.listener import address_of, bind
 from serving.errors import ServingError
 from serving.registry import Registry
 from serving.replica import Replica, State
@@ -35,13 +35,13 @@ def demo(folder: Path) -> Demo:
 
 async def test_errand_returns_what_it_prints() -> None:
     """A child's stdout is its result."""
-    assert (await run_errand("listing", "quantgate", "config", "schema")).startswith("{")
+    assert (await run_module("listing", "quantgate", "config", "schema")).startswith("{")
 
 
 async def test_failed_errand_keeps_its_exit_code() -> None:
     """What a child says with its exit code, the demo says too."""
-    with pytest.raises(ErrandFailed, match="checking failed with exit code 2") as caught:
-        await run_errand("checking", "quantgate", "config", "check", "/nowhere.yaml")
+    with pytest.raises(SubprocessFailed, match="checking failed with exit code 2") as caught:
+        await run_module("checking", "quantgate", "config", "check", "/nowhere.yaml")
     assert caught.value.exit_code == 2
 
 
@@ -49,7 +49,7 @@ async def test_cancelled_errand_is_ended(tmp_path: Path, monkeypatch: pytest.Mon
     """Cancelling waits until the child is gone."""
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    errand = asyncio.create_task(run_errand("sleeping", "sleeper", str(tmp_path)))
+    errand = asyncio.create_task(run_module("sleeping", "sleeper", str(tmp_path)))
     await eventually((tmp_path / "up").exists)
     errand.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -16,7 +16,7 @@ import pytest
 
 from tests.fakes.running import HOST
 from tests.gateway.fleet import CHAT, HELLO, STREAM, Fleet, deployment, error_of, running_gateway
-from tests.gateway.recorded import WHOLE, events, expected, recorded
+from tests.gateway.proxy.recorded import WHOLE, events, expected, recorded
 from tests.gateway.wire import Behaviour, Peer, chunk, scripted, stream, stream_head, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

@@ -10,8 +10,8 @@ from gateway.keys import StoredKey, keys_in_force
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS
 from tests.gateway.fleet import HELLO, Fleet, deployment, running_gateway
-from tests.gateway.recorded import WHOLE
-from tests.gateway.test_keys import digest
+from tests.gateway.keys.test_keys import digest
+from tests.gateway.proxy.recorded import WHOLE
 from tests.gateway.wire import Peer, scripted, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

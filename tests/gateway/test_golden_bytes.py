@@ -9,7 +9,7 @@ import pytest_asyncio
 
 from tests.fakes.running import DEADLINE_SECONDS
 from tests.gateway.fleet import CHAT, HELLO, STREAM, Fleet, deployment, running_gateway
-from tests.gateway.recorded import CHATS, MESSAGES, RESPONSES, WHOLE, events, expected, recorded, unmirrored
+from tests.gateway.proxy.recorded import CHATS, MESSAGES, RESPONSES, WHOLE, events, expected, recorded, unmirrored
 from tests.gateway.wire import (
     Behaviour,
     Peer,

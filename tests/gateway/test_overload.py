@@ -75,7 +75,7 @@ async def test_ten_times_the_load(known: bool) -> None:
                 assert b'"error"' not in answer.content
         assert most <= LINE
         await fleet.at_rest()
-        await eventually(lambda: fleet.held_bytes() == 0 or None)
+        await eventually(lambda: fleet.reserved_bytes() == 0 or None)
         assert [await fleet.total(gauge) for gauge in GAUGES] == [0, 0, 0]
 
 

@@ -18,7 +18,7 @@ from config.variant import PARENT_QUALITY, Variant
 from gateway.app import gateway_alone
 from gateway.deployment import read_deployment
 from gateway.errors import UpstreamDisconnected, UpstreamError, UpstreamUnreachable
-from gateway.relay.pool import Pool
+from gateway.proxy.upstream.pool import Pool
 from serving.address import Address, address_of
 from serving.clients import Clients
 from serving.measuring.engine_facts import engine_facts

@@ -15,7 +15,7 @@ from config.schema import AliasSettings, Floor
 from config.variant import PARENT_QUALITY, QualityMeasures, Variant
 from gateway.app import everything, gateway_alone
 from gateway.deployment import read_deployment
-from gateway.in_force import lost_aliases
+from gateway.live_config import unserved_aliases
 from gateway.routing.catalog import Catalog
 from serving.registry import Registry
 from serving.replica import State
@@ -187,7 +187,7 @@ def test_what_a_configuration_would_lose(
         aliases = {} if ladder is None else {"smol": AliasSettings(ladder=tuple(ladder))}
         return Catalog(aliases, {name: Variant(name, "bf16", PARENT_QUALITY) for name in ladder or ()})
 
-    assert lost_aliases(catalog(before), catalog(after), ready_ones) == lost
+    assert unserved_aliases(catalog(before), catalog(after), ready_ones) == lost
 
 
 def test_an_alias_that_nothing_may_answer_has_nothing_to_lose() -> None:
@@ -200,5 +200,5 @@ def test_an_alias_that_nothing_may_answer_has_nothing_to_lose() -> None:
     def catalog(name: str) -> Catalog:
         return Catalog({"smol": AliasSettings(ladder=(name,), floor=Floor(kl_mean=0.1))}, variants)
 
-    assert lost_aliases(catalog("b"), catalog("a"), {"b"}) == []
-    assert lost_aliases(catalog("a"), catalog("b"), {"a", "b"}) == ["smol"]
+    assert unserved_aliases(catalog("b"), catalog("a"), {"b"}) == []
+    assert unserved_aliases(catalog("a"), catalog("b"), {"a", "b"}) == ["smol"]

@@ -10,7 +10,7 @@ from openai import AsyncOpenAI
 
 from tests.fakes.running import DEADLINE_SECONDS, FakeReplica
 from tests.gateway.fleet import Fleet, deployment, running_gateway
-from tests.gateway.test_keys import KEY, KEYS
+from tests.gateway.keys.test_keys import KEY, KEYS
 from tests.gateway.wire import answering, chunk, scripted, stream_head, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")

@@ -123,7 +123,7 @@ async def all_zero(fleet: Fleet, replica: FakeReplica) -> None:
             pass
     assert await fleet.total("quantgate_requests_in_flight") == 0
     assert [status.in_flight for status in fleet.registry.snapshot()] == [0]
-    assert fleet.held_bytes() == 0
+    assert fleet.reserved_bytes() == 0
     asked = [line["path"] for line in replica.requests()].count("/v1/chat/completions")
     endings = await eventually(lambda: found if len(found := replica.endings()) >= asked else None)
     assert len(endings) == asked

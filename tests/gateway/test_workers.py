@@ -15,7 +15,7 @@ import httpx
 import pytest
 import yaml
 
-from gateway.workers import Place
+from gateway.workers import WorkerIndex
 from tests.fakes.running import DEADLINE_SECONDS, HOST, POLL_SECONDS, ROOT, FakeReplica
 from tests.gateway.fleet import CHAT, HELLO
 
@@ -153,7 +153,7 @@ async def test_a_worker_that_does_not_end(tmp_path: Path, fake: FakeReplica) -> 
 @pytest.mark.parametrize("text", ["1/1", "2/4"])
 def test_places(text: str) -> None:
     """A place is written as it is read, and has its share."""
-    place = Place.parse(text)
+    place = WorkerIndex.parse(text)
     assert (str(place), place.share) == (text, 1 / place.of)
 
 
@@ -161,4 +161,4 @@ def test_places(text: str) -> None:
 def test_no_places(text: str) -> None:
     """What isn't a place is refused."""
     with pytest.raises(ValueError, match=r"invalid literal|is no place"):
-        Place.parse(text)
+        WorkerIndex.parse(text)

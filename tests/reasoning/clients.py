@@ -5,11 +5,11 @@ from functools import partial
 
 import msgspec
 
-from gateway.api.endpoints import CHAT
-from gateway.api.sse import EventCutter
-from gateway.relay.replies import fields_of, renamed
-from gateway.relay.shapes import Manner, Shaping, shaped
-from gateway.relay.streams import Chunks
+from gateway.openai.endpoints import CHAT
+from gateway.openai.reasoning import ReasoningFormat, ReasoningRewriter, rewrite_reasoning
+from gateway.openai.response import parse_response, rewrite_response
+from gateway.openai.sse import EventSplitter
+from gateway.openai.stream import ChunkFilter
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +21,12 @@ class Read:
     mirrored: str | None = None
 
 
-def read_whole(answer: bytes, manner: Manner) -> list[Read]:
+def read_whole(answer: bytes, manner: ReasoningFormat) -> list[Read]:
     """Read a whole answer."""
-    body, _ = renamed(fields_of(answer), "alias", partial(shaped, manner=manner))
+    body, _ = rewrite_response(parse_response(answer), "alias", partial(rewrite_reasoning, manner=manner))
     told = msgspec.json.decode(body)
     assert told["model"] == "alias"
-    if manner.hides_ids:
+    if manner.hides_token_ids:
         assert [told["prompt_token_ids"], *(choice["token_ids"] for choice in told["choices"])] == [None] * (
             1 + len(told["choices"])
         )
@@ -34,20 +34,20 @@ def read_whole(answer: bytes, manner: Manner) -> list[Read]:
     return [Read(each["reasoning"], each["content"], each.get("reasoning_content")) for each in messages]
 
 
-def passed_on(stream: bytes, manner: Manner) -> bytes:
+def apply(stream: bytes, manner: ReasoningFormat) -> bytes:
     """What a client gets of a stream."""
-    transcript, shaping = Chunks(CHAT, "alias", wants_usage=False), Shaping(manner)
-    return b"".join(transcript.passed_on(shaping.passed_on(event)) for event in EventCutter().feed(stream))
+    transcript, shaping = ChunkFilter(CHAT, "alias", wants_usage=False), ReasoningRewriter(manner)
+    return b"".join(transcript.apply(shaping.apply(event)) for event in EventSplitter().feed(stream))
 
 
-def read_stream(stream: bytes, manner: Manner) -> list[Read]:
+def read_stream(stream: bytes, manner: ReasoningFormat) -> list[Read]:
     """Read a stream to its end."""
     choices: dict[int, Read] = {}
-    for event in EventCutter().feed(passed_on(stream, manner)):
+    for event in EventSplitter().feed(apply(stream, manner)):
         if not event.startswith(b"data: {"):
             continue
         for choice in msgspec.json.decode(event[6:])["choices"]:
-            assert not (manner.hides_ids and choice.get("token_ids"))
+            assert not (manner.hides_token_ids and choice.get("token_ids"))
             read, delta = choices.get(choice["index"], Read()), choice["delta"]
             choices[choice["index"]] = Read(
                 _longer(read.reasoning, delta.get("reasoning")),

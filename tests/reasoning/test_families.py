@@ -15,10 +15,10 @@ import pytest
 from msgspec.structs import replace as changed
 
 from config.schema import Floor, LimitSettings
-from gateway.api.endpoints import CHAT
-from gateway.api.inference import parse_inference
-from gateway.relay.exchange import manner_of
-from gateway.relay.shapes import Manner, Shape
+from gateway.openai.endpoints import CHAT
+from gateway.openai.reasoning import ReasoningFormat, Shape
+from gateway.openai.request import parse_request
+from gateway.proxy.exchange import reasoning_format
 from gateway.routing.catalog import Target
 from serving.replica import Replica, ThinkTag
 from serving.templates.derive import Wish, derived
@@ -126,16 +126,16 @@ ROWS = tuple(_rows())
 SHAPES: tuple[Shape, ...] = get_args(Shape)
 # How many tokens come in one event: one each, some, all.
 STEPS = (1, 3, 1000)
-Answers = dict[tuple[Row, int | None, int], tuple[bytes, Manner]]
+Answers = dict[tuple[Row, int | None, int], tuple[bytes, ReasoningFormat]]
 
 
-def manner_and_body(row: Row, step: int | None, choices: int) -> tuple[Manner, dict[str, Any]]:
+def manner_and_body(row: Row, step: int | None, choices: int) -> tuple[ReasoningFormat, dict[str, Any]]:
     """What the gateway sends for a client's request, and how it will tell the answer."""
     body = {"model": "alias", "messages": [{"role": "user", "content": "1+1?"}], "n": choices, **json.loads(row.asked)}
     raw = json.dumps({**body, "stream": step is not None}).encode()
-    inference = parse_inference(CHAT, raw, {b"content-type": b"application/json"}, LimitSettings())
-    manner = manner_of(inference, Target("alias", (), Floor(), pinned=False), FAMILIES[row.family].replica)
-    return manner, json.loads(inference.body_for("m1", token_ids=manner.hides_ids))
+    inference = parse_request(CHAT, raw, {b"content-type": b"application/json"}, LimitSettings())
+    manner = reasoning_format(inference, Target("alias", (), Floor(), pinned=False), FAMILIES[row.family].replica)
+    return manner, json.loads(inference.body_for("m1", token_ids=manner.hides_token_ids))
 
 
 def line_for(row: Row, step: int | None, body: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from config.own_flags import own_flag
+from config.reserved_flags import own_flag
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from serving.command import Command, Machine, build_command

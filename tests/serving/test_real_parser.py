@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from config.own_flags import OWN_FLAGS, own_flag
+from config.reserved_flags import OWN_FLAGS, own_flag
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from serving.command import Machine, build_command

@@ -43,7 +43,7 @@ Maker = Callable[[Fleet, int, Measured], Policy]
 
 def _static_ladder(fleet: Fleet, seed: int, measurements: Measured, objective: Objective) -> Policy:
     """As well set as it can be: for each rung, the most requests at which first tokens came in time when measured."""
-    places = {
+    slots = {
         precision: max(
             load.concurrency
             for load in one.loads
@@ -52,7 +52,7 @@ def _static_ladder(fleet: Fleet, seed: int, measurements: Measured, objective: O
         )
         for precision, one in measurements.items()
     }
-    return policies.StaticLadder(fleet, seed, places=places)
+    return policies.StaticLadder(fleet, seed, slots=slots)
 
 
 def _makers(objective: Objective, options: Options) -> dict[str, Maker]:

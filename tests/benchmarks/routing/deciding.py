@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 from config.schema import AliasSettings
 from config.variant import QualityMeasures, Variant
-from gateway.cli import settle
-from gateway.metrics import Metrics
-from gateway.relay.dispatch import Dispatch
-from gateway.relay.leases import Want
-from gateway.relay.loads import Loads
-from gateway.routing.ask import Ask
+from gateway.cli.serve import settle
+from gateway.observability.metrics import Metrics
+from gateway.proxy.dispatcher import Dispatcher
+from gateway.proxy.leases import Want
+from gateway.proxy.load.tracker import LoadTracker
 from gateway.routing.catalog import Catalog, Target
-from gateway.routing.polls import Poll
-from gateway.routing.speed import Speed
+from gateway.routing.engine_metrics import EngineMetrics
+from gateway.routing.request import Ask
+from gateway.routing.speed import SpeedProfile
 from serving.registry import Registry
 from serving.replica import Replica, State
 
@@ -27,7 +27,7 @@ ROUNDS, LEAST_DECISIONS, MOST_CANDIDATES = 7, 40, 40_000
 IN_FLIGHT = 3  # at each replica, all the while
 BLOCKS = tuple(range(16))  # 4 KiB of prompt
 PROMPTS = ("plain", "session", "blocks one holds", "blocks all hold", "session and blocks all hold")
-SPEED = Speed(tuple([0.02] * 64), tuple([50.0 * at_once for at_once in range(1, 65)]), 1e-4, 60)
+SPEED = SpeedProfile(tuple([0.02] * 64), tuple([50.0 * at_once for at_once in range(1, 65)]), 1e-4, 60)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ async def _cost(aliases: int, candidates: int, prompt: str) -> float:
         return min([await _round(dispatch, targets, prompt, times) for _ in range(ROUNDS)])
 
 
-async def _round(dispatch: Dispatch, targets: Sequence[Target], prompt: str, times: int) -> float:
+async def _round(dispatch: Dispatcher, targets: Sequence[Target], prompt: str, times: int) -> float:
     blocks = BLOCKS if "blocks" in prompt else ()
     asks = [Ask(900.0, None, blocks, f"s{each % 20}" if "session" in prompt else None) for each in range(times)]
     wants = [_want(dispatch, targets[each % len(targets)], ask) for each, ask in enumerate(asks)]
@@ -83,7 +83,7 @@ async def _round(dispatch: Dispatch, targets: Sequence[Target], prompt: str, tim
     return (time.perf_counter() - began) / times * 1e6
 
 
-async def _warm(dispatch: Dispatch, targets: Sequence[Target], candidates: int) -> None:
+async def _warm(dispatch: Dispatcher, targets: Sequence[Target], candidates: int) -> None:
     """Have every replica read the blocks."""
     for target in targets:
         tried = frozenset[str]()
@@ -93,25 +93,25 @@ async def _warm(dispatch: Dispatch, targets: Sequence[Target], candidates: int) 
                 tried |= {lease.choice.replica.id}
 
 
-async def _lease(dispatch: Dispatch, target: Target, ask: Ask) -> None:
+async def _lease(dispatch: Dispatcher, target: Target, ask: Ask) -> None:
     lease = await dispatch.lease(_want(dispatch, target, ask), wait_seconds=30.0)
     lease.began()
 
 
-def _want(dispatch: Dispatch, target: Target, ask: Ask) -> Want:
+def _want(dispatch: Dispatcher, target: Target, ask: Ask) -> Want:
     number = dispatch.arrived()
     return Want(target, target.permitted, number, ask, request_id=f"r{number}", streams=True, prompt_bytes=3600)
 
 
 @contextmanager
-def _dispatch(aliases: int, candidates: int) -> Iterator[tuple[Dispatch, list[Target]]]:
+def _dispatch(aliases: int, candidates: int) -> Iterator[tuple[Dispatcher, list[Target]]]:
     """A dispatch whose replicas have all been polled."""
     registry = Registry()
     variants = {
         f"v{each}": Variant(f"v{each}", "bf16", QualityMeasures("measured", 0.0, 1.0, 1.0)) for each in range(aliases)
     }
     catalog = Catalog({f"a{each}": AliasSettings(ladder=(f"v{each}",)) for each in range(aliases)}, variants)
-    loads = Loads(registry.in_flight, dict.fromkeys(variants, SPEED))
+    loads = LoadTracker(registry.in_flight, dict.fromkeys(variants, SPEED))
     replicas = [
         Replica(f"{variant}-{each}", variant, "bf16", "http://nowhere", "m")
         for variant in variants
@@ -119,8 +119,8 @@ def _dispatch(aliases: int, candidates: int) -> Iterator[tuple[Dispatch, list[Ta
     ]
     for replica in replicas:
         registry.put(replica, State.READY)
-    with Dispatch(registry, loads, Metrics()) as dispatch:
+    with Dispatcher(registry, loads, Metrics()) as dispatch:
         for replica in replicas:
             now = time.monotonic()
-            dispatch.polled(replica.id, now, Poll(now, 0.0, 0.0, 0.1, 200_000, 0.0, 0.0))
+            dispatch.polled(replica.id, now, EngineMetrics(now, 0.0, 0.0, 0.1, 200_000, 0.0, 0.0))
         yield dispatch, [catalog.resolve(name) for name in catalog.aliases]

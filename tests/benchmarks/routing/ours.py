@@ -1,7 +1,7 @@
 """Our own policy: the gateway's dispatch as it is, with everything that it decides by, on the simulation's clock.
 
 What the simulation stands in for is the network (requests, polls, health checks) and the reading of a request's bytes.
-Engines are polled as often as gateway.relay.polling says; a retry is not taken from the budget.
+Engines are polled as often as gateway.proxy.load.polling says; a retry is not taken from the budget.
 """
 
 import asyncio
@@ -13,17 +13,17 @@ from config.capacity import Measurement
 from config.schema import AliasSettings, Floor, Spill
 from config.variant import QualityMeasures, Variant
 from gateway.errors import Overloaded, Unavailable, UpstreamDisconnected
-from gateway.metrics import Metrics
-from gateway.relay.dispatch import Dispatch
-from gateway.relay.leases import Lease, Want
-from gateway.relay.loads import Loads
-from gateway.routing.ask import Ask
-from gateway.routing.blocks import BLOCK_BYTES, MOST_BLOCKS
+from gateway.observability.metrics import Metrics
+from gateway.proxy.dispatcher import Dispatcher
+from gateway.proxy.leases import Lease, Want
+from gateway.proxy.load.tracker import LoadTracker
 from gateway.routing.catalog import USUAL_SPILL, Catalog
+from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.floors import permitted_rungs
-from gateway.routing.ladder import decide
-from gateway.routing.polls import Poll
-from gateway.routing.speed import Speed
+from gateway.routing.pick import decide
+from gateway.routing.prefix_hash import BLOCK_BYTES, MOST_BLOCKS
+from gateway.routing.request import Ask
+from gateway.routing.speed import SpeedProfile
 from serving.registry import Registry
 from serving.replica import Replica, State
 from tests.benchmarks.routing.policy import NOBODY, Decision, Refused, Usage
@@ -59,8 +59,8 @@ class Ours:
         alias = AliasSettings(ladder=fleet.rungs, spill=options.spill)
         self._target = Catalog({ALIAS: alias}, variants).resolve(ALIAS)
         speeds = _speeds(measurements, fleet.rungs) if options.measured else {}
-        self._loads = Loads(self._registry.in_flight, speeds, clock)
-        self.dispatch = Dispatch(self._registry, self._loads, Metrics(), clock=clock)
+        self._loads = LoadTracker(self._registry.in_flight, speeds, clock)
+        self.dispatch = Dispatcher(self._registry, self._loads, Metrics(), clock=clock)
         self._replicas = {member.id: _replica(member) for member in fleet.members}
         self._leases: dict[int, Lease] = {}
         self._spilling: frozenset[object] = frozenset()
@@ -112,7 +112,7 @@ class Ours:
         lease.failed()
         self.dispatch.release(lease)
 
-    def polled(self, replica: str, poll: Poll) -> None:
+    def polled(self, replica: str, poll: EngineMetrics) -> None:
         """A page that doesn't tell the load is no poll."""
         if poll.tells_load:
             self.dispatch.polled(replica, poll.at_seconds, poll)
@@ -163,6 +163,6 @@ def _replica(member: Member) -> Replica:
     return Replica(member.id, member.precision, member.precision, f"http://{member.id}", ALIAS)
 
 
-def _speeds(measurements: Mapping[str, Measurement], rungs: Sequence[str]) -> dict[str, Speed]:
-    found = {rung: Speed.measured(measurements[rung]) for rung in rungs}
+def _speeds(measurements: Mapping[str, Measurement], rungs: Sequence[str]) -> dict[str, SpeedProfile]:
+    found = {rung: SpeedProfile.measured(measurements[rung]) for rung in rungs}
     return {rung: speed for rung, speed in found.items() if speed is not None}

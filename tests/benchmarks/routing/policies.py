@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gateway.routing.polls import Poll
+from gateway.routing.engine_metrics import EngineMetrics
 from tests.benchmarks.routing.policy import NOBODY, Decision, Refused, Usage
 from tests.benchmarks.routing.profiles import Fleet
 from tests.benchmarks.routing.workloads import Turn
@@ -53,7 +53,7 @@ class Counting:
     def failed(self, turn: Turn, replica: str, now: float) -> None:
         self.in_flight[replica] -= 1
 
-    def polled(self, replica: str, poll: Poll) -> None:
+    def polled(self, replica: str, poll: EngineMetrics) -> None:
         pass
 
     def unanswered(self, replica: str, now: float) -> None:
@@ -188,7 +188,7 @@ class LeastLoad(Counting):
         if replica in self._known:
             self._known[replica].sent_tokens += turn.prompt_tokens
 
-    def polled(self, replica: str, poll: Poll) -> None:
+    def polled(self, replica: str, poll: EngineMetrics) -> None:
         known = self._known.get(replica)
         if known is None or poll.at_seconds - known.at_seconds >= self.every_seconds * 0.95:
             # A metric that isn't there reads as zero, as in theirs.
@@ -198,14 +198,14 @@ class LeastLoad(Counting):
 class StaticLadder(Counting):
     """llama-swap's spillover: the best precision takes so many requests at once, then the next; the last one the rest.
 
-    It knows the order of the rungs, and not how they fare. `places` are for each replica, by precision.
+    It knows the order of the rungs, and not how they fare. `slots` are for each replica, by precision.
     """
 
     name = "static ladder"
 
-    def __init__(self, fleet: Fleet, seed: int = 1, *, places: Mapping[str, int] | None = None) -> None:
+    def __init__(self, fleet: Fleet, seed: int = 1, *, slots: Mapping[str, int] | None = None) -> None:
         super().__init__(fleet, seed)
-        self._places = places or {}
+        self._places = slots or {}
 
     def _pick(self, turn: Turn, open_to: Sequence[str], now: float) -> str:
         for rung in self.fleet.rungs:

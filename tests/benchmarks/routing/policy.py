@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from gateway.routing.polls import Poll
+from gateway.routing.engine_metrics import EngineMetrics
 from tests.benchmarks.routing.workloads import Turn
 
 NOBODY: frozenset[str] = frozenset()
@@ -55,7 +55,7 @@ class Policy(Protocol):
     def failed(self, turn: Turn, replica: str, now: float) -> None:
         """The replica failed it."""
 
-    def polled(self, replica: str, poll: Poll) -> None:
+    def polled(self, replica: str, poll: EngineMetrics) -> None:
         """The replica's metrics were read."""
 
     def unanswered(self, replica: str, now: float) -> None:

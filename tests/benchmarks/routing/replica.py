@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from gateway.routing.polls import Poll
+from gateway.routing.engine_metrics import EngineMetrics
 from tests.benchmarks.routing.engine import Engine, Job
 from tests.benchmarks.routing.profiles import Member
 from tests.benchmarks.routing.runs import Metric, Outcome
@@ -21,10 +21,10 @@ class Replica:
     polled: bool = True
     lost: set[Metric] = field(default_factory=set)
 
-    def poll(self, now: float) -> Poll:
+    def poll(self, now: float) -> EngineMetrics:
         """What the gateway reads off /metrics now."""
         gauges, lost = self.engine.gauges, self.lost
-        return Poll(
+        return EngineMetrics(
             at_seconds=now,
             running=None if "running" in lost else float(gauges.running),
             waiting=None if "waiting" in lost else float(gauges.waiting),

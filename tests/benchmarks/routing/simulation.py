@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-from gateway.relay.polling import first_poll_seconds, next_poll_seconds
+from gateway.proxy.load.polling import first_poll_seconds, next_poll_seconds
 from tests.benchmarks.routing.engine import Engine, Gauges, Job
 from tests.benchmarks.routing.policy import NOBODY, Policy, Refused, Usage
 from tests.benchmarks.routing.replica import Replica

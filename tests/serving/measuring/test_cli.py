@@ -11,7 +11,7 @@ from config.capacity import FILE_NAME, Capacity, read_capacity, write_capacity
 from serving.measuring.flags import read_flags
 from tests.config.measurements import SETUP, load, measurement
 from tests.fakes.running import running_fake
-from tests.gateway.test_cli import run, start
+from tests.gateway.cli.test_serve import run, start
 from tests.serving.sealed import seal_directory
 from tests.serving.supervised import model_directory
 

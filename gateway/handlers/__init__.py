@@ -1,0 +1,1 @@
+"""What answers requests: inference, models, and the admin port."""

@@ -1,0 +1,178 @@
+"""The allow-list of what clients may call."""
+
+from hashlib import sha256
+
+import httpx
+import pytest
+
+from config.schema import Floor, LimitSettings
+from gateway.handlers.router import Router
+from gateway.http.listener import address_of, bind
+from gateway.http.request import Request
+from gateway.http.response_writer import ResponseWriter
+from gateway.http.server import HttpServer, serving_clients
+from gateway.keys import Keys, StoredKey, keys_in_force
+from gateway.live_config import LiveConfig
+from gateway.routing.catalog import Catalog
+from serving.replica import Replica, State
+from tests.fakes.running import DEADLINE_SECONDS
+from tests.gateway.fleet import CHAT, HELLO, Fleet, deployment, error_of, running_gateway
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+
+async def test_the_list_of_models(fleet: Fleet) -> None:
+    """Aliases come first, then variants to pin; each with its precisions and what its shortest replica can take."""
+    for replica_id, variant, tokens in (("hi-1", "hi", 32768), ("lo-1", "lo", 4096), ("lo-2", "lo", None)):
+        replica = Replica(replica_id, variant, "any", "http://x", "m1", max_model_len_tokens=tokens)
+        fleet.registry.put(replica, State.READY)
+    try:
+        answer = await fleet.client.get("/v1/models")
+    finally:
+        for replica_id in ("hi-1", "lo-1", "lo-2"):
+            fleet.registry.remove(replica_id)
+    models = answer.json()
+    assert models["object"] == "list"
+    listed = {model["id"]: model for model in models["data"]}
+    assert list(listed) == ["smol", "strict", "team/small", "hi", "mid", "lo", "odd"]
+    assert {(model["object"], model["owned_by"], type(model["created"])) for model in models["data"]} == {
+        ("model", "quantgate", int)
+    }
+    assert [listed[name]["precisions"] for name in ("smol", "strict")] == [["bf16", "int8", "int4"], ["bf16", "int8"]]
+    assert [listed[name].get("max_model_len") for name in ("smol", "hi", "mid", "lo")] == [4096, 32768, None, 4096]
+    assert answer.headers["x-request-id"].startswith("req-")
+
+
+async def test_the_list_of_a_key_with_a_floor() -> None:
+    """What nothing may answer for the key isn't offered to it, and the rest with the precisions that may."""
+    stored = {"picky": StoredKey(sha256=(sha256(b"qg-picky").hexdigest(),), floor=Floor(kl_mean=0.02))}
+    headers = {"authorization": "Bearer qg-picky"}
+    async with running_gateway(deployment(keys=keys_in_force(stored))) as fleet:
+        models = (await fleet.client.get("/v1/models", headers=headers)).json()["data"]
+        pinned = await fleet.client.get("/v1/models/hi", headers=headers)
+    assert [(model["id"], model["precisions"]) for model in models] == [
+        ("smol", ["bf16", "int8"]),
+        ("strict", ["bf16", "int8"]),
+    ]
+    assert (pinned.status_code, pinned.json()["error"]["code"]) == (503, "quality_floor_unmet")
+
+
+@pytest.mark.parametrize("path, name", [("smol", "smol"), ("team/small", "team/small"), ("team%2Fsmall", "team/small")])
+async def test_one_model(fleet: Fleet, path: str, name: str) -> None:
+    """A name is found whether its slash is escaped or not."""
+    answer = await fleet.client.get(f"/v1/models/{path}", headers={"x-request-id": "r-1"})
+    assert (answer.status_code, answer.json()["id"], answer.headers["x-request-id"]) == (200, name, "r-1")
+
+
+@pytest.mark.parametrize(
+    "method, path, status, code",
+    [
+        ("GET", "/v1/models/gpt-4o", 404, "model_not_found"),
+        ("GET", "/v1/models/", 404, "model_not_found"),
+        ("GET", "/v1/models/hopeless", 503, "quality_floor_unmet"),
+        ("GET", "/", 404, "not_found"),
+        ("GET", "/v1", 404, "not_found"),
+        ("POST", "/v1/chat/completions/", 404, "not_found"),
+        ("POST", "/v1/chat/completions/x", 404, "not_found"),
+        ("POST", "/v1/rerank", 404, "not_found"),
+        ("POST", "/invocations", 404, "not_found"),
+        ("GET", "/metrics", 404, "not_found"),
+        ("GET", "/health", 404, "not_found"),
+        ("GET", "/docs", 404, "not_found"),
+        ("GET", "/openapi.json", 404, "not_found"),
+        ("GET", "/" + "x" * 4000, 404, "not_found"),
+        ("GET", CHAT, 405, "method_not_allowed"),
+        ("DELETE", CHAT, 405, "method_not_allowed"),
+        ("OPTIONS", CHAT, 405, "method_not_allowed"),
+        ("POST", "/v1/models", 405, "not_found"),
+        ("DELETE", "/v1/models/smol", 405, "not_found"),
+    ],
+)
+async def test_everything_else_is_refused(fleet: Fleet, method: str, path: str, status: int, code: str) -> None:
+    """Another path or method is told in OpenAI's shape, in a message of bounded length."""
+    answer = await fleet.client.request(method, path, headers={"x-request-id": "r-1"})
+    error = error_of(answer)
+    assert (answer.status_code, error["code"], answer.headers["x-request-id"]) == (status, code, "r-1")
+    assert len(error["message"]) < 400
+    if status == 405:
+        assert answer.headers["allow"] in ("POST", "GET")
+        assert "Method Not Allowed" in error["message"]
+
+
+async def test_head_has_no_body(fleet: Fleet) -> None:
+    """HEAD is refused like any other method."""
+    assert (await fleet.client.head("/v1/models")).status_code == 405
+
+
+KEYS = keys_in_force({"alice": StoredKey(sha256=("a" * 64,))})
+
+
+async def test_models_are_guarded_too() -> None:
+    """With keys in force nobody learns the names without one."""
+    async with running_gateway(deployment(keys=KEYS)) as fleet:
+        for path in ("/v1/models", "/v1/models/smol", "/v1/models/other"):
+            answer = await fleet.client.get(path)
+            assert (answer.status_code, error_of(answer)["code"]) == (401, "invalid_api_key")
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert (await fleet.admin.get("/livez")).status_code == 200
+
+
+async def test_a_key_sees_what_it_may_use() -> None:
+    """The list has only names that the key may use; what it may not is refused before it is looked up."""
+    stored = StoredKey(sha256=(sha256(b"qg-bob").hexdigest(),), aliases=("smol", "lo"))
+    async with running_gateway(deployment(keys=keys_in_force({"bob": stored}))) as fleet:
+        own = {"authorization": "Bearer qg-bob"}
+        listed = (await fleet.client.get("/v1/models", headers=own)).json()["data"]
+        assert [model["id"] for model in listed] == ["smol", "lo"]
+        assert (await fleet.client.get("/v1/models/lo", headers=own)).status_code == 200
+        for name in ("hi", "no-such-model"):
+            for answer in (
+                await fleet.client.get(f"/v1/models/{name}", headers=own),
+                await fleet.ask({**HELLO, "model": name}, own),
+            ):
+                assert (answer.status_code, error_of(answer)["code"]) == (403, "model_not_allowed")
+
+
+class Broken:
+    """A site whose every answer is a defect of ours."""
+
+    def __init__(self) -> None:
+        """Note what was asked."""
+        self.noted: list[str] = []
+        self.site = Router({}, asgi_nothing, LiveConfig(Catalog({}, {}), Keys(), LimitSettings()))
+
+    def admit(self, request: Request) -> int:
+        """Admit everybody."""
+        return self.site.admit(request)
+
+    async def answer(self, request: Request, reply: ResponseWriter) -> None:
+        """Fail in a way that nobody foresaw, after the request got its id."""
+        request.request_id = self.site.ids.of(request.headers)
+        self.noted.append(request.request_id)
+        raise ZeroDivisionError("a secret of ours")
+
+    def failed(self, request: Request, reply: ResponseWriter) -> None:
+        """Tell so."""
+        self.site.failed(request, reply)
+
+
+async def asgi_nothing(scope: object, receive: object, send: object) -> None:
+    """An app that nobody gets to."""
+
+
+async def test_a_defect_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    """A defect is a 500 in OpenAI's shape that tells nothing but where to look; the log has it whole."""
+    broken = Broken()
+    with bind("127.0.0.1:0", "test") as taken:
+        async with (
+            serving_clients(HttpServer(broken, 2**20), taken, 0),
+            httpx.AsyncClient(
+                base_url=f"http://{address_of(taken)}", timeout=DEADLINE_SECONDS, trust_env=False
+            ) as client,
+        ):
+            answer = await client.post(CHAT, json={})
+    error = error_of(answer)
+    assert (answer.status_code, error["code"], error["type"]) == (500, "internal_error", "server_error")
+    assert "secret" not in answer.text
+    assert answer.headers["x-request-id"] == broken.noted[-1], "the id under which the log has it"
+    assert "ZeroDivisionError: a secret of ours" in caplog.text

@@ -1,0 +1,361 @@
+"""What routing must show, on simulated engines in virtual time: the same on any machine, to the last digit."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise, product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from config.capacity import Measurement
+from config.schema import AliasSettings, Spill
+from config.variant import QualityMeasures, Variant
+from gateway.observability.metrics import Metrics
+from gateway.proxy.decision_log import MAX_DECISIONS
+from gateway.proxy.dispatcher import Dispatcher
+from gateway.proxy.leases import Want
+from gateway.proxy.load.tracker import LoadTracker
+from gateway.routing.catalog import Catalog
+from gateway.routing.request import Ask
+from gateway.routing.sessions import MOST_SESSIONS
+from serving.registry import Registry
+from serving.replica import Replica, State
+from tests.benchmarks.routing import policies
+from tests.benchmarks.routing.calibration import measured
+from tests.benchmarks.routing.figures import Figures, Objective, figures_of
+from tests.benchmarks.routing.ours import Options, Ours
+from tests.benchmarks.routing.profiles import MODELS, QUALITY, Fleet, fleet_of
+from tests.benchmarks.routing.runs import Fault, Outcome, Run, Scenario
+from tests.benchmarks.routing.scenarios import STRICT, Ground, steady
+from tests.benchmarks.routing.simulation import simulate
+from tests.benchmarks.routing.workloads import CHATS, SINGLE, Conversation, Turn, constant, conversations, square
+
+MODEL = "32b"
+FLEET = fleet_of(MODEL, {"bf16": 2, "int8": 1, "int4": 1})
+BEST = tuple(member.id for member in FLEET.only("bf16").members)
+# Turns a second that the best rung takes: what scenarios.best_rung_capacity finds for this fleet.
+CAPACITY = 4.4
+SECONDS = 120.0
+OBJECTIVE = Objective()
+MEASURED: Mapping[str, Measurement] = {rung: measured(MODELS[MODEL][rung], requests=80) for rung in FLEET.rungs}
+MEASURED_TOO, UNMEASURED = Options(), Options(measured=False)
+# They look at load or at prompts, and not at what an answer is worth.
+BLIND = (
+    policies.RoundRobin,
+    policies.LeastInFlight,
+    policies.PowerOfTwo,
+    policies.CacheAware,
+    policies.LeastLoad,
+)
+NOISE = 0.005  # of goodput: half a turn in a hundred
+SILENT = [Fault(10.0, member.id, "stop polls") for member in FLEET.members]
+
+both = pytest.mark.parametrize("options", [MEASURED_TOO, UNMEASURED], ids=["measured", "unmeasured"])
+
+
+def ours(
+    scenario: Scenario, options: Options = MEASURED_TOO, measurements: Mapping[str, Measurement] = MEASURED
+) -> Run:
+    """Run the gateway's own dispatch."""
+    return simulate(scenario, lambda it: Ours(it.fleet, measurements, options))
+
+
+def found(run: Run) -> Figures:
+    """What it came to."""
+    return figures_of(run, OBJECTIVE)
+
+
+def per_replica(outcomes: Sequence[Outcome], replicas: Sequence[str]) -> list[int]:
+    """How many turns each was sent."""
+    counts = Counter(outcome.replica for outcome in outcomes)
+    return [counts[replica] for replica in replicas]
+
+
+def uneven(counts: Sequence[int]) -> float:
+    """The most by the mean."""
+    return max(counts) * len(counts) / sum(counts)
+
+
+# Quality and goodput
+
+
+def test_below_what_the_best_rung_takes_nothing_spills() -> None:
+    figures = found(ours(steady(Ground(FLEET, CAPACITY, SECONDS), 0.7, 1)))
+    assert figures.shares == {"bf16": 1.0, "int8": 0.0, "int4": 0.0}
+    assert figures.agreement == QUALITY["bf16"]
+    assert figures.good_share == 1.0
+    assert figures.alias_switches == 0
+
+
+def test_without_a_measurement_hardly_anything_does() -> None:
+    """What is learned by watching is less exact."""
+    figures = found(ours(steady(Ground(FLEET, CAPACITY, SECONDS), 0.7, 1), UNMEASURED))
+    assert figures.shares["bf16"] >= 0.99
+    assert figures.good_share == 1.0
+
+
+@pytest.mark.parametrize("times", [1.0, 1.25, 1.5])
+def test_under_more_load_as_many_answers_are_good_and_they_are_better(times: float) -> None:
+    """Goodput is the best peer's, within NOISE, and nobody who ignores quality gives as much of it."""
+    scenario = steady(Ground(FLEET, CAPACITY, SECONDS), times, 1)
+    mine = found(ours(scenario))
+    peers = [found(simulate(scenario, lambda it, kind=kind: kind(it.fleet, it.seed))) for kind in BLIND]  # type: ignore[misc]
+    assert mine.good_share >= max(each.good_share for each in peers) - NOISE
+    assert mine.agreement > max(each.agreement for each in peers) + 0.005
+    assert mine.agreement > 0.995
+
+
+# Gates
+
+
+class Watched(Ours):
+    """Notes when which gate turned."""
+
+    def __init__(self, fleet: Fleet, options: Options) -> None:
+        super().__init__(fleet, MEASURED, options)
+        self.turned: dict[str, list[tuple[float, bool]]] = defaultdict(list)
+
+    def _note_switches(self, now: float) -> None:
+        super()._note_switches(now)
+        for (_, rung), gate in self.dispatch.scene.gates.items():
+            told = self.turned[rung]
+            if gate.spilling != bool(told and told[-1][1]):
+                told.append((gate.since_seconds, gate.spilling))
+
+
+@pytest.mark.parametrize("dwell_seconds", [3.0, 10.0])
+@pytest.mark.parametrize("period_in_dwells", [0.2, 0.9, 1.0, 1.1, 2.0, 2.2])
+@pytest.mark.parametrize("low, high", [(0.5, 2.0), (0.2, 6.0)])
+def test_a_gate_returns_once_in_its_dwell_time_at_most(
+    dwell_seconds: float, period_in_dwells: float, low: float, high: float
+) -> None:
+    """However the load swings, and with hardly a gap between spilling and returning."""
+    spill = Spill(after_seconds=0.5, return_below_seconds=0.45, dwell_seconds=dwell_seconds)
+    rate = square(low * CAPACITY, high * CAPACITY, period_in_dwells * dwell_seconds)
+    asked = conversations(rate, high * CAPACITY, 60.0)
+    made: list[Watched] = []
+
+    def make(scenario: Scenario) -> Watched:
+        made.append(Watched(scenario.fleet, Options(spill)))
+        return made[-1]
+
+    simulate(Scenario(FLEET, asked, 60.0), make)
+    returns = {rung: [at for at, spilling in told if not spilling] for rung, told in made[0].turned.items()}
+    assert sum(map(len, returns.values())) > 0, "the wave is not nasty enough"
+    assert all(later - before >= dwell_seconds for each in returns.values() for before, later in pairwise(each))
+    assert set(returns) <= {"bf16", "int8"}  # below the last one there is nothing
+
+
+# Bursts
+
+
+def burst(kind: str, count: int, tokens: int) -> Scenario:
+    """64 turns with the same prompt within a quarter of a second."""
+    fleet, chain = fleet_of(MODEL, {"bf16": count}), tuple(range((tokens + 100) // 16))
+    turns = [
+        Turn(each, "one" if "session" in kind else f"b{each}", 0, tokens, 100, tokens, chain, 1.0) for each in range(64)
+    ]
+    asked = [Conversation(30.0 + each.key / 256, (each,)) for each in turns]
+    if "cached" in kind:
+        asked.insert(0, Conversation(20.0, (replace(turns[0], key=64, session="one", answer_tokens=10),)))
+    faults = [Fault(10.0, member.id, "stop polls") for member in fleet.members] if "stale" in kind else []
+    return Scenario(fleet, asked, 60.0, faults)
+
+
+@both
+@pytest.mark.parametrize("count", [3, 8])
+@pytest.mark.parametrize(
+    "kind, tokens",
+    [
+        *product(["", "cached", "session", "cached session", "stale", "cached stale"], [800, 2000]),
+        # Where reading takes longer than the burst and no poll tells, whoever has read it really is sooner.
+        *product(["", "cached", "session", "cached session"], [8000]),
+    ],
+)
+def test_a_burst_spreads(kind: str, tokens: int, count: int, options: Options) -> None:
+    """Also where one replica has read it, where it is one conversation, and where no poll tells."""
+    run = ours(burst(kind, count, tokens), options)
+    sent = per_replica(
+        [each for each in run.outcomes if each.turn.key < 64], [each.id for each in run.scenario.fleet.members]
+    )
+    assert sum(sent) == 64
+    assert uneven(sent) <= 1.3, sent
+
+
+@pytest.mark.parametrize("tokens", [8000, 12_000])
+def test_whoever_has_read_a_very_long_prompt_gets_more_and_nobody_is_worse_off(tokens: int) -> None:
+    """Without polls, too: its answers are there as soon, on average, as if all had the same share."""
+    scenario = burst("cached stale", 8, tokens)
+    mine, even = (
+        sum((each.ended_at or 0) - each.asked_at for each in run.outcomes) / len(run.outcomes)
+        for run in (ours(scenario), simulate(scenario, lambda it: policies.LeastInFlight(it.fleet)))
+    )
+    assert mine <= 1.02 * even
+
+
+# Faults
+
+VICTIM = BEST[0]
+AT = 40.0
+FAULTS: dict[str, Sequence[Fault]] = {
+    "killed": [Fault(AT, VICTIM, "kill"), Fault(AT + 30, VICTIM, "restart")],
+    "slow": [Fault(0.0, VICTIM, "slow", factor=5.0)],
+    "slow for a while": [Fault(AT, VICTIM, "slow", factor=5.0), Fault(AT + 20, VICTIM, "slow", factor=1.0)],
+    "one without polls": [Fault(AT, VICTIM, "stop polls"), Fault(AT + 10, VICTIM, "resume polls")],
+    "no polls": [
+        fault
+        for each in FLEET.members
+        for fault in (Fault(AT, each.id, "stop polls"), Fault(AT + 10, each.id, "resume polls"))
+    ],
+    "slow without polls": [Fault(AT, VICTIM, "stop polls"), Fault(AT, VICTIM, "slow", factor=5.0)],
+    **{
+        f"{metric} renamed": [Fault(AT, each.id, "lose metric", metric=metric) for each in FLEET.members]
+        for metric in ("running", "waiting", "kv_usage")
+    },
+    "waiting renamed at one": [Fault(AT, VICTIM, "lose metric", metric="waiting")],
+}
+# How much goodput a fault may cost: what a dead replica was answering is lost to anybody, and a slow one has to be met.
+COSTS = {"killed": 0.04, "slow": 0.015, "slow for a while": 0.015, "slow without polls": 0.035}
+LITTLE = 0.005
+STARVING_SECONDS = 80.0  # a slow replica is tried again about once a minute
+
+
+def strict(times: float, faults: Sequence[Fault] = ()) -> Scenario:
+    """One conversation in ten takes the best rung only."""
+    rate = times * CAPACITY
+    return Scenario(FLEET, conversations(constant(rate), rate, SECONDS, mix=STRICT), SECONDS, faults)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Callable[[float], Figures]:
+    """The same without a fault."""
+    known = {times: found(ours(strict(times))) for times in (0.7, 1.25)}
+    return known.__getitem__
+
+
+@pytest.mark.parametrize("times", [0.7, 1.25])
+@pytest.mark.parametrize("name", list(FAULTS))
+def test_a_fault_costs_little(name: str, times: float, undisturbed: Callable[[float], Figures]) -> None:
+    """Little goodput, no floor; nobody is left out for good, and no healthy one is overrun."""
+    run = ours(strict(times, FAULTS[name]))
+    figures, before = found(run), undisturbed(times)
+    assert figures.good_share >= before.good_share - COSTS.get(name, LITTLE)
+    assert figures.below_floor == 0
+    assert figures.refused == 0
+    assert figures.agreement >= before.agreement - 0.01
+    for begin in range(0, int(SECONDS - STARVING_SECONDS) + 1, 20):
+        here = [each for each in run.outcomes if begin <= (each.sent_at or 0) < begin + STARVING_SECONDS]
+        sent = per_replica(here, BEST)
+        assert min(sent) > 0, (begin, sent)
+        if not name.startswith(("killed", "slow")):
+            assert uneven(sent) <= 1.3, (begin, sent)
+
+
+def test_a_replica_that_recovers_is_found_out() -> None:
+    """Though at this load nobody needs it: it has its share again a minute later."""
+    slow = [Fault(0.0, VICTIM, "slow", factor=5.0), Fault(30.0, VICTIM, "slow", factor=1.0)]
+    rate = 0.7 * CAPACITY
+    run = ours(Scenario(FLEET, conversations(constant(rate), rate, 180.0), 180.0, slow))
+    last = per_replica([each for each in run.outcomes if (each.sent_at or 0) > 120.0], BEST)
+    assert uneven(last) <= 1.3, last
+
+
+# Floors
+
+members = st.dictionaries(st.sampled_from(sorted(QUALITY)), st.integers(1, 2), min_size=1)
+kinds = st.sampled_from(["kill", "restart", "slow", "stop polls", "resume polls", "lose metric"])
+
+
+@st.composite
+def stormy(draw: st.DrawFn) -> Scenario:
+    """Any fleet under any load, with floors and faults."""
+    fleet = fleet_of(MODEL, draw(members))
+    floor = draw(st.sampled_from([0.93, 0.95, 0.985, 0.99, 1.0]))
+    mix = replace(CHATS, strict_share=draw(st.sampled_from([0.3, 1.0])), strict_floor=floor)
+    rate = draw(st.sampled_from([2.0, 8.0, 25.0]))
+    ids = st.sampled_from([member.id for member in fleet.members])
+    faults = draw(
+        st.lists(st.builds(Fault, st.floats(0, 12), ids, kinds, st.sampled_from([0.2, 5.0, 50.0])), max_size=4)
+    )
+    asked = conversations(constant(rate), rate, 12.0, mix=mix, seed=draw(st.integers(0, 99)))
+    # A floor that nothing here meets is a refusal of the request, before any routing.
+    best = max(member.agreement for member in fleet.members)
+    asked = [each for each in asked if each.turns[0].floor is None or each.turns[0].floor <= best]
+    return Scenario(fleet, asked, 12.0, faults)
+
+
+@settings(max_examples=30, deadline=None)
+@given(stormy(), st.booleans(), st.sampled_from([1.0, 30.0]))
+def test_nothing_below_its_floor_ever_answers(scenario: Scenario, has_file: bool, patience_seconds: float) -> None:
+    """Whatever breaks, and however many wait."""
+    run = ours(scenario, Options(Spill(after_seconds=0.3, return_below_seconds=0.1), patience_seconds, has_file))
+    for each in run.outcomes:
+        assert not each.replica or each.turn.floor is None or each.agreement >= each.turn.floor
+    assert found(run).below_floor == 0
+
+
+# Conversations
+
+
+def test_conversations_change_variants_rarely_and_between_turns_only() -> None:
+    """On a wave that makes gates open and close, there are few changes for a conversation, and one try for a turn."""
+    asked = conversations(square(0.5 * CAPACITY, 2 * CAPACITY, 20.0), 2 * CAPACITY, SECONDS)
+    run = ours(Scenario(FLEET, asked, SECONDS))
+    figures = found(run)
+    assert figures.alias_switches > 4
+    assert figures.session_switches <= 0.4
+    assert {each.tries for each in run.outcomes} == {1}
+    blind = found(simulate(run.scenario, lambda it: policies.LeastInFlight(it.fleet)))
+    assert figures.session_switches < 0.4 * blind.session_switches
+
+
+def dispatches() -> Iterator[tuple[Dispatcher, LoadTracker, Catalog]]:
+    """Two rungs with two replicas each, on a clock that stands still."""
+    registry = Registry(lambda: 0.0)
+    quality = QualityMeasures("measured", 0.0, 1.0, 1.0)
+    catalog = Catalog(
+        {"smol": AliasSettings(ladder=("hi", "lo"))},
+        {"hi": Variant("hi", "bf16", quality), "lo": Variant("lo", "int4", quality)},
+    )
+    loads = LoadTracker(registry.in_flight, {}, lambda: 0.0)
+    with Dispatcher(registry, loads, Metrics(), clock=lambda: 0.0) as dispatch:
+        for name in ("hi", "lo"):
+            for number in range(2):
+                registry.put(Replica(f"{name}-{number}", name, "any", "http://nowhere", "m1"), State.READY)
+        yield dispatch, loads, catalog
+
+
+async def test_what_is_remembered_is_bounded() -> None:
+    """After 50,000 conversations, each with a prompt of its own."""
+    asked = 50_000
+    for dispatch, loads, catalog in dispatches():
+        target = catalog.resolve("smol")
+        for each in range(asked):
+            ask = Ask(1000.0, None, tuple(range(16 * each, 16 * each + 16)), f"s{each}")
+            want = Want(target, target.permitted, dispatch.arrived(), ask, request_id=f"r{each}", prompt_bytes=4000)
+            with await dispatch.lease(want, wait_seconds=1.0) as lease:
+                lease.began()
+                lease.succeeded()
+        assert len(dispatch.memory.stays()) == MOST_SESSIONS
+        kept = [each for each in range(asked) if dispatch.decisions.find(f"r{each}") is not None]
+        assert kept == list(range(asked - MAX_DECISIONS, asked))
+        assert len(dispatch.scene.gates) <= 2
+        assert [each.unread_tokens for name in ("hi", "lo") for each in loads.standings(name)] == [0.0] * 4
+        assert dispatch.memory.blocks_held <= 4 * 4096
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("patience_seconds", [2.0, 10.0])
+def test_a_retry_after_is_what_it_takes(patience_seconds: float) -> None:
+    """More than all rungs take: what is told is off by less than a second, which is the least that can be told."""
+    rate = 16 * CAPACITY
+    asked = conversations(constant(rate), rate, 20.0, mix=SINGLE)
+    run = ours(Scenario(FLEET, asked, 20.0, most_asks=1), Options(patience_seconds=patience_seconds))
+    figures = found(run)
+    assert figures.refused > 100
+    assert abs(figures.retry_error_seconds) <= 1.0
+    assert figures.retry_error_p95_seconds <= 3.0
