@@ -17,7 +17,7 @@ from gateway.handlers.models import client_app
 from gateway.handlers.router import Router
 from gateway.http.listener import address_of, bind, listen
 from gateway.http.server import HttpServer, serving_clients
-from gateway.live_config import LiveConfig
+from gateway.live_config import LiveConfig, LiveWeights
 from gateway.observability.access_log import AccessLog
 from gateway.observability.metrics import FleetCollector, LoopLag, Metrics
 from gateway.observability.tracing import tracing
@@ -29,10 +29,10 @@ from gateway.proxy.ladder_collector import LadderCollector
 from gateway.proxy.load.polling import MetricsPoller
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.upstream.pool import Pool
+from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
 from gateway.reload import ApplyDeployment, FollowerReload, SupervisedReload
-from gateway.routing.catalog import Catalog
-from gateway.routing.floors import excluded_rungs, unservable_aliases
+from gateway.routing.target import Catalog, excluded_rungs, unservable_aliases
 from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
 from serving.app import others_replicas, own_replicas, sole_owner
 from serving.command import Machine
@@ -58,11 +58,12 @@ class Gateway:
 
     addresses: Addresses
     live_config: LiveConfig
-    front: HttpServer
+    weights: LiveWeights
+    server: HttpServer
     quota: Quota
     metrics: Metrics
-    loads: LoadTracker
-    dispatch: Dispatcher
+    load: LoadTracker
+    dispatcher: Dispatcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,41 +90,48 @@ async def gateway(
 ) -> AsyncIterator[Gateway]:
     """Serve clients and operators; when the block ends, running requests finish first."""
     live_config, metrics, quota = live_config_for(deployment), Metrics(), Quota(place.share)
+    weights = LiveWeights()
     settings = deployment.settings.gateway
     async with AsyncExitStack() as stack:
         access_log = stack.enter_context(AccessLog(sys.stderr.buffer, settings.access_log, metrics.log_lines_dropped))
         traced = await stack.enter_async_context(tracing(settings.tracing))
         await stack.enter_async_context(LoopLag(metrics.loop_lag_seconds))
         pool = await stack.enter_async_context(Pool())
-        loads = LoadTracker(registry.in_flight, deployment.speeds)
-        dispatch = stack.enter_context(Dispatcher(registry, loads, metrics, settings.queue, settings.retries))
-        # On connections of their own: polls and requests don't wait for each other.
-        polls = await stack.enter_async_context(Pool())
-        polling = await stack.enter_async_context(MetricsPoller(registry, polls, dispatch, metrics.polls))
-        metrics.registry.register(
-            FleetCollector(registry, live_config.variants, dispatch.breaker_states, dispatch.waiting)
+        load = LoadTracker(registry.in_flight, deployment.speeds)
+        dispatcher = stack.enter_context(
+            Dispatcher(registry, load, metrics, settings.queue, settings.retries, weights=lambda: weights.current)
         )
-        metrics.registry.register(EngineCollector(registry, lambda: polling.seen))
-        metrics.registry.register(LadderCollector(dispatch.scene.gates, lambda: iter(registry.ready), loads.outlooks))
-        relay = Proxy(dispatch, pool)
-        told = Observers(metrics, access_log.line, traced)
+        # On connections of their own: polls and requests do not wait for each other.
+        polls = await stack.enter_async_context(Pool())
+        poller = await stack.enter_async_context(MetricsPoller(registry, polls, dispatcher, metrics.polls))
+        metrics.registry.register(
+            FleetCollector(registry, live_config.variants, dispatcher.breaker_states, dispatcher.waiting)
+        )
+        metrics.registry.register(EngineCollector(registry, lambda: poller.results))
+        metrics.registry.register(
+            LadderCollector(dispatcher.cluster.gates, lambda: iter(registry.ready), load.estimates)
+        )
+        proxy = Proxy(dispatcher, VllmUpstream(pool))
+        observers = Observers(metrics, access_log.line, traced)
         endpoints = {
-            endpoint.path.encode(): InferenceHandler(endpoint, live_config, relay, quota, told)
+            endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers)
             for endpoint in ENDPOINTS.values()
         }
-        handler = Router(endpoints, client_app(live_config, registry), live_config)
-        shown = AdminContext(live_config, registry, metrics, handler, dispatch)
-        await stack.enter_async_context(listen(with_auth(admin_app(shown), settings.admin_key), taken.admin))
-        front = HttpServer(
-            handler, settings.memory_bytes, on_client_aborted=lambda reason: metrics.clients_cut.labels(reason).inc()
+        router = Router(endpoints, client_app(live_config, registry), live_config)
+        context = AdminContext(live_config, registry, metrics, router, dispatcher)
+        await stack.enter_async_context(listen(with_auth(admin_app(context), settings.admin_key), taken.admin))
+        server = HttpServer(
+            router,
+            settings.memory_bytes,
+            on_client_aborted=lambda reason: metrics.clients_cut.labels(reason).inc(),
         )
-        await stack.enter_async_context(serving_clients(front, taken.client, settings.drain_seconds))
+        await stack.enter_async_context(serving_clients(server, taken.client, settings.drain_seconds))
         addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
-            yield Gateway(addresses, live_config, front, quota, metrics, loads, dispatch)
+            yield Gateway(addresses, live_config, weights, server, quota, metrics, load, dispatcher)
         finally:
-            handler.draining = True
+            router.draining = True
 
 
 def live_config_for(deployment: Deployment) -> LiveConfig:
@@ -195,9 +203,9 @@ async def following(path: Path | None, served: Gateway, take: ApplyDeployment) -
                 log.warning("gateway.%s takes effect at the next start", option)
 
         def swap() -> None:
-            served.live_config.take(live_config_for(deployment))
-            served.loads.measured(deployment.speeds)
-            served.dispatch.keep_only(served.live_config.catalog)
+            served.live_config.replace(live_config_for(deployment))
+            served.load.set_speeds(deployment.speeds)
+            served.dispatcher.keep_only(served.live_config.catalog)
             served.quota.keep(deployment.keys.names())
 
         await take(deployment, swap)

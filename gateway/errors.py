@@ -1,23 +1,27 @@
-"""What the gateway tells a client when it can't pass on an answer; each knows its status and OpenAI shape.
+"""The errors that the gateway answers with, instead of passing on a reply; each has a status and OpenAI's shape.
 
 GatewayError
-├── RequestError              400  the client can mend it
+├── RequestError              400  the client can fix it
 │   ├── InvalidKey            401
-│   ├── NotAllowed            403  its key doesn't reach so far
+│   ├── NotAllowed            403  the key does not permit it
 │   ├── UnknownModel          404
-│   ├── RequestTooSlow        408  it took too long to arrive
+│   ├── RequestTooSlow        408  the request did not arrive in time
 │   ├── BodyTooLarge          413
 │   └── HeadTooLarge          431
 ├── Unavailable               503  worth another try later
 │   ├── Draining              503  this gateway is about to stop
 │   └── FloorUnmet            503  no variant that is good enough can answer
-├── Overloaded                429  more was asked than can be answered in time
-│   ├── ReplicaFull           429  a replica has no room; another one may have
-│   └── RateLimited           429  more than the key may ask
-└── UpstreamError             502  a replica failed; another one may be tried while nothing was sent
+├── Overloaded                429  more requests than can be answered in time
+│   ├── QueueFull             429  too many requests wait
+│   ├── QueueTimeout          429  no replica had room in time
+│   ├── ReplicaFull           429  a replica has no room; another may have
+│   └── RateLimited           429  more than the key may send
+└── UpstreamError             502  a replica failed; another may be tried while nothing was sent
     ├── UpstreamUnreachable   502  no connection
-    ├── UpstreamDisconnected  502  it closed in the middle
-    └── UpstreamTimeout       504  it was silent for too long
+    ├── UpstreamDisconnected  502  it closed the connection in the middle
+    └── UpstreamTimeout       504  it sent nothing for too long
+
+`metric_reason` is the label under which `quantgate_rejections_total` counts a request that no replica saw.
 """
 
 import json
@@ -25,11 +29,11 @@ import math
 
 import msgspec
 
-# What msgspec raises for bytes that are no JSON: malformed, not UTF-8, nested too deeply.
+# What msgspec raises for invalid JSON: malformed, not UTF-8, nested too deeply.
 NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
-# The OpenAI SDK obeys no longer delay, and stops trying when it is told one.
-LONGEST_RETRY_SECONDS = 120
+# The OpenAI SDK ignores a longer Retry-After, and stops retrying.
+MAX_RETRY_AFTER_SECONDS = 120
 
 # https://docs.anthropic.com/en/api/errors
 ANTHROPIC_TYPES = {
@@ -47,8 +51,9 @@ NO_RETRY = (b"x-should-retry", b"false")
 
 
 class GatewayError(Exception):
-    """An answer of our own; `param` names the field at fault."""
+    """An error reply; `param` names the field of the request at fault."""
 
+    metric_reason = "other"
     status = 500
     type = "server_error"
     code = "internal_error"
@@ -64,72 +69,79 @@ class GatewayError(Exception):
         return error_body(self.message, self.type, self.param, self.code)
 
     def anthropic_body(self) -> bytes:
-        """Render in Anthropic's error shape, whose SDK goes by the status; the code is beside it for people."""
+        """Render in Anthropic's error shape; its SDK uses the status, the code is for people."""
         kind = ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
         error = {"type": kind, "message": self.message, "code": self.code}
         return json.dumps({"type": "error", "error": error}, ensure_ascii=False).encode()
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Headers that tell the client whether and when to try again."""
+        """Headers that say whether and when to retry."""
         return []
 
 
 class RequestError(GatewayError):
-    """The request can't be answered as it is."""
+    """The request is invalid."""
 
+    metric_reason = "invalid_request"
     status = 400
     type = "invalid_request_error"
     code = "invalid_request"
 
 
 class InvalidKey(RequestError):
-    """No key, or one that nobody gave out."""
+    """The API key is missing, unknown or expired."""
 
+    metric_reason = "invalid_key"
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Name the scheme, as RFC 9110 asks of a 401."""
+        """Name the scheme, as RFC 9110, 11.6.1 requires of a 401."""
         return [(b"www-authenticate", b"Bearer")]
 
 
 class NotAllowed(RequestError):
-    """The key is known, and may not do this."""
+    """The API key is valid, but does not permit the request."""
 
+    metric_reason = "not_allowed"
     status = 403
     type = "permission_error"
     code = "model_not_allowed"
 
 
 class UnknownModel(RequestError):
-    """Neither an alias nor a variant has this name."""
+    """No alias or variant has this name."""
 
+    metric_reason = "unknown_model"
     status = 404
     code = "model_not_found"
 
 
 class RequestTooSlow(RequestError):
-    """The rest of a request didn't arrive in time."""
+    """The rest of a request did not arrive in time."""
 
+    metric_reason = "too_slow"
     status = 408
     code = "request_timeout"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Keep the SDK, which takes any 408 for worth another try, from sending it at the same pace."""
+        """Keep SDKs from retrying, which they do after any 408."""
         return [NO_RETRY]
 
 
 class BodyTooLarge(RequestError):
-    """The body is longer than the configured limit."""
+    """The body exceeds the configured limit."""
 
+    metric_reason = "too_large"
     status = 413
     code = "request_too_large"
 
 
 class HeadTooLarge(RequestError):
-    """Request line and headers are longer, or more, than any client needs."""
+    """The request line and headers exceed their limits."""
 
+    metric_reason = "too_large"
     status = 431
     code = "headers_too_large"
 
@@ -137,6 +149,7 @@ class HeadTooLarge(RequestError):
 class Unavailable(GatewayError):
     """No replica can answer now."""
 
+    metric_reason = "no_replica"
     status = 503
     type = "service_unavailable"
     code = "no_ready_replica"
@@ -146,18 +159,19 @@ class Unavailable(GatewayError):
         self.retry_after_seconds = retry_after_seconds
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Say when another try makes sense."""
+        """Say when to retry."""
         return retry_after(self.retry_after_seconds)
 
 
 class Draining(Unavailable):
-    """No new requests here: the gateway is about to stop, and another one or its successor takes them."""
+    """The gateway is about to stop and accepts no new requests."""
 
+    metric_reason = "draining"
     code = "draining"
 
 
 class Overloaded(GatewayError):
-    """More is asked than can be answered in time; `retry_after_seconds` is when it is expected to be otherwise."""
+    """More requests than can be answered in time; `retry_after_seconds` is when a retry is expected to succeed."""
 
     status = 429
     type = "rate_limit_error"
@@ -168,27 +182,41 @@ class Overloaded(GatewayError):
         self.retry_after_seconds = retry_after_seconds
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Say when another try makes sense."""
+        """Say when to retry."""
         return retry_after(self.retry_after_seconds)
 
 
+class QueueFull(Overloaded):
+    """Too many requests wait already, or the API key has more than its share of them."""
+
+    metric_reason = code = "queue_full"
+
+
+class QueueTimeout(Overloaded):
+    """A request waited as long as it may."""
+
+    metric_reason = code = "queue_timeout"
+
+
 class ReplicaFull(Overloaded):
-    """A replica took a request for one too many; that is no failure of it."""
+    """A replica refused a request for want of room, which does not count as a failure."""
 
     def __init__(self, *, held_seconds: float | None = None) -> None:
         super().__init__("every replica that may answer is busy", retry_after_seconds=held_seconds or 1)
-        self.held_seconds = held_seconds  # what the replica itself asked for
+        self.held_seconds = held_seconds  # the Retry-After of the replica
 
 
 class RateLimited(Overloaded):
-    """The key has used up what it may ask for now."""
+    """The API key has reached a limit."""
 
+    metric_reason = "rate_limit"
     code = "rate_limit_exceeded"
 
 
 class FloorUnmet(Unavailable):
-    """What could answer is below the quality that was asked for."""
+    """Every variant that could answer is below the quality floor."""
 
+    metric_reason = "floor"
     code = "quality_floor_unmet"
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
@@ -196,7 +224,7 @@ class FloorUnmet(Unavailable):
         self.param = param
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Keep the SDK from asking again: the same variants would be too bad again."""
+        """Keep SDKs from retrying: the variants will not be better."""
         return [NO_RETRY]
 
 
@@ -208,36 +236,36 @@ class UpstreamError(GatewayError):
     code = "upstream_error"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Keep the SDK from asking again: every replica that may answer has been tried."""
+        """Keep SDKs from retrying: every replica that may answer has been tried."""
         return [NO_RETRY]
 
 
 class UpstreamUnreachable(UpstreamError):
-    """A replica took no connection."""
+    """A connection to a replica failed."""
 
     code = "upstream_unreachable"
 
 
 class UpstreamDisconnected(UpstreamError):
-    """A replica closed the connection before its answer was whole."""
+    """A replica closed the connection before its reply was complete."""
 
     code = "upstream_disconnected"
 
 
 class UpstreamTimeout(UpstreamError):
-    """A replica said nothing for too long."""
+    """A replica sent nothing for too long."""
 
     status = 504
     code = "upstream_timeout"
 
 
 def retry_after(seconds: float) -> list[tuple[bytes, bytes]]:
-    """Headers that make an SDK try again after so many seconds; beyond two minutes it would give up at once."""
-    whole = min(max(1, math.ceil(seconds)), LONGEST_RETRY_SECONDS)
+    """Headers that make SDKs retry after a delay; with more than two minutes they would give up at once."""
+    whole = min(max(1, math.ceil(seconds)), MAX_RETRY_AFTER_SECONDS)
     return [(b"retry-after", str(whole).encode()), (b"x-should-retry", b"true")]
 
 
 def error_body(message: str, kind: str, param: str | None, code: str | None) -> bytes:
-    """Write `{"error": {...}}` the way the OpenAI SDK reads it; the code is a string or null."""
+    """Encode `{"error": {...}}` as the OpenAI SDK reads it; the code is a string or null."""
     error = {"message": message, "type": kind, "param": param, "code": code}
     return json.dumps({"error": error}, ensure_ascii=False).encode()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from config.variant import goldens
 from gateway.deployment import Deployment
 from gateway.live_config import LiveConfig, unserved_aliases
-from gateway.routing.catalog import Catalog
+from gateway.routing.target import Catalog
 from serving.app import OwnReplicas
 from serving.registry import Registry
 from serving.replica import State, own_keys

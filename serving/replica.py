@@ -25,7 +25,7 @@ class State(StrEnum):
     FAILED = "failed"
 
 
-HOPEFUL = frozenset({State.STARTING, State.WARMING})
+PENDING = frozenset({State.STARTING, State.WARMING})
 NO_TLS: Mapping[int, Tls] = MappingProxyType({})
 
 # Who writes the opening <think>: the chat template, the model itself, or nobody.

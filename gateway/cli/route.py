@@ -1,4 +1,4 @@
-"""The verb `route`: explain a decision, or record what decisions are made on."""
+"""The verb `route`: explain a decision, or print the state that decisions are made on."""
 
 import argparse
 import sys
@@ -10,30 +10,31 @@ import msgspec
 from config.errors import ConfigError
 from config.schema import check_address
 from gateway.cli.admin_client import AdminClient, AdminUnavailable
-from gateway.cli.explained import Question, explained, explained_request
 from gateway.cli.route_table import show
-from gateway.errors import GatewayError
-from gateway.openai.constraints import FLOOR_HEADER, PRECISION_HEADER
-from gateway.proxy.routing_features import SESSION_HEADER
-from gateway.routing.explanation import Explanation
-from gateway.routing.snapshot import State, read_state
+from gateway.errors import GatewayError, RequestError
+from gateway.keys import Caller
+from gateway.openai.constraints import FLOOR_HEADER, PRECISION_HEADER, parse_floor, parse_precisions
+from gateway.proxy.routing_features import SESSION_HEADER, session_from_name
+from gateway.routing.explain import Explanation, explain
+from gateway.routing.request import RoutingRequest
+from gateway.routing.snapshot import Snapshot, floor_from, read_snapshot
 from serving.foreground import USAGE
 
 DONE, FAILED, GATE = 0, 1, 3
 DEFAULT_CONFIG = Path("quantgate.yaml")
 ROUTING = "/admin/routing"
-DECISIVE = frozenset({SESSION_HEADER, FLOOR_HEADER.encode(), PRECISION_HEADER.encode()})
-SECRETS = frozenset({b"authorization", b"x-api-key", b"api-key"})
+ROUTING_HEADERS = frozenset({SESSION_HEADER, FLOOR_HEADER.encode(), PRECISION_HEADER.encode()})
+SECRET_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 
 
 def route_main(arguments: list[str]) -> int:
-    """Exit codes: 0; 1 if nobody can answer now, or no gateway does; 2 usage; 3 if no variant is good enough."""
+    """Exit codes: 0; 1 no replica can answer now, or no gateway does; 2 usage; 3 no variant is good enough."""
     parser = _parser()
-    chosen = parser.parse_args(arguments)
-    if chosen.verb == "explain" and (what := _misused(chosen)):
+    options = parser.parse_args(arguments)
+    if options.verb == "explain" and (what := _misuse(options)):
         parser.error(what)
     try:
-        return _explain(chosen) if chosen.verb == "explain" else _state(chosen)
+        return _explain(options) if options.verb == "explain" else _state(options)
     except AdminUnavailable as error:
         print(f"quantgate route: {error}", file=sys.stderr)
         return FAILED
@@ -42,85 +43,132 @@ def route_main(arguments: list[str]) -> int:
         return USAGE
 
 
-def _explain(chosen: argparse.Namespace) -> int:
-    told = chosen.state.read_bytes() if chosen.state else _fetched(chosen)
-    state = read_state(told, str(chosen.state or "the gateway's answer"))
-    if chosen.save:
-        chosen.save.write_bytes(told)
-    explanation = _explained(state, chosen)
-    if chosen.json:
+def explain_hypothetical(
+    snapshot: Snapshot, model: str, headers: dict[bytes, bytes], key: str | None, prompt_tokens: int, length: int | None
+) -> Explanation:
+    """Explain the decision on a request that was not sent; errors are those that the request would get."""
+    caller = _caller(snapshot, key)
+    caller.check_model(model)
+    target = snapshot.target(model)
+    floors, precisions = (caller.floor, parse_floor(headers)), parse_precisions({}, headers)
+    name = headers.get(SESSION_HEADER)
+    session = None if name is None else session_from_name(name, caller.name)
+    request = RoutingRequest(
+        target,
+        target.filter(floors, precisions).permitted,
+        prompt_tokens=float(prompt_tokens),
+        answer_tokens=caller.max_tokens if length is None else length,
+        session=session,
+        floors=floors,
+        precisions=precisions,
+        placement=None if session is None else snapshot.sessions.get(session),
+    )
+    wait_seconds = snapshot.models[model].wait_seconds
+    return explain(request, snapshot.cluster(), snapshot.now_seconds, absent=snapshot.absent, wait_seconds=wait_seconds)
+
+
+def explain_recorded(snapshot: Snapshot) -> Explanation:
+    """Explain a decision that was made."""
+    request, wait_seconds = snapshot.routing_request()
+    return explain(request, snapshot.cluster(), snapshot.now_seconds, absent=snapshot.absent, wait_seconds=wait_seconds)
+
+
+def _caller(snapshot: Snapshot, key: str | None) -> Caller:
+    if key is None:
+        return Caller()
+    view = snapshot.callers.get(key)
+    if view is None:
+        known = ", ".join(sorted(snapshot.callers)) or "none"
+        raise RequestError(f"there is no key named {key!r}; known: {known}")
+    return Caller(key, view.models, floor_from(view.floor), view.max_tokens)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    text = options.state.read_bytes() if options.state else _fetch(options)
+    snapshot = read_snapshot(text, str(options.state or "the gateway's answer"))
+    if options.save:
+        options.save.write_bytes(text)
+    explanation = _explanation(snapshot, options)
+    if options.json:
         print(msgspec.json.format(msgspec.json.encode(explanation)).decode())
     else:
-        show(explanation, f"{'decided' if state.asked else 'as it was'} at {state.recorded:%Y-%m-%d %H:%M:%S} UTC")
+        what = "decided" if snapshot.request else "state"
+        show(explanation, f"{what} of {snapshot.recorded:%Y-%m-%d %H:%M:%S} UTC")
     if explanation.chosen is not None:
         return DONE
     return FAILED if explanation.rungs else GATE
 
 
-def _explained(state: State, chosen: argparse.Namespace) -> Explanation:
-    asked = state.asked
-    if asked is None:
-        if chosen.model is None:
-            raise ConfigError(f"MODEL is missing; there are: {', '.join(state.models)}")
-        headers = dict(chosen.header)
-        return explained(state, Question(chosen.model, headers, chosen.key, chosen.prompt_tokens, chosen.max_tokens))
-    if chosen.model not in {None, asked.model}:
-        raise ConfigError(f"the request {asked.id} asked for {asked.model!r}, not for {chosen.model!r}")
-    explanation = explained_request(state, asked)
-    if asked.chosen != (explanation.chosen.replica if explanation.chosen else None):
-        print(f"quantgate route: it was {asked.chosen}: another version of quantgate decided that", file=sys.stderr)
+def _explanation(snapshot: Snapshot, options: argparse.Namespace) -> Explanation:
+    request = snapshot.request
+    if request is None:
+        if options.model is None:
+            raise ConfigError(f"MODEL is missing; there are: {', '.join(snapshot.models)}")
+        return explain_hypothetical(
+            *(snapshot, options.model, dict(options.header), options.key, options.prompt_tokens, options.max_tokens)
+        )
+    if options.model not in {None, request.model}:
+        raise ConfigError(f"the request {request.id} was for model {request.model!r}, not {options.model!r}")
+    explanation = explain_recorded(snapshot)
+    if request.chosen != (explanation.chosen.replica if explanation.chosen else None):
+        print(
+            f"quantgate route: the gateway chose {request.chosen}: another version of quantgate decided",
+            file=sys.stderr,
+        )
     return explanation
 
 
-def _state(chosen: argparse.Namespace) -> int:
-    sys.stdout.buffer.write(_fetched(chosen) + b"\n")
+def _state(options: argparse.Namespace) -> int:
+    sys.stdout.buffer.write(_fetch(options) + b"\n")
     return DONE
 
 
-def _fetched(chosen: argparse.Namespace) -> bytes:
-    path = f"{ROUTING}/{chosen.request}" if chosen.request else ROUTING
-    return AdminClient.of(chosen.config, chosen.admin).read(path)
+def _fetch(options: argparse.Namespace) -> bytes:
+    path = f"{ROUTING}/{options.request}" if options.request else ROUTING
+    return AdminClient.of(options.config, options.admin).read(path)
 
 
-def _misused(chosen: argparse.Namespace) -> str | None:
-    """Say which options don't go together."""
-    if chosen.request and chosen.state:
-        return "--request asks a gateway, --state doesn't; record a decision with --request ID --save FILE"
-    if chosen.request and (chosen.header or chosen.key or chosen.prompt_tokens or chosen.max_tokens):
-        return "--request tells headers, key and lengths by itself"
-    if chosen.model is None and not chosen.request and not chosen.state:
+def _misuse(options: argparse.Namespace) -> str | None:
+    """Return what is wrong with a combination of options."""
+    if options.request and options.state:
+        return "--request asks a gateway, --state does not; record a decision with --request ID --save FILE"
+    if options.request and (options.header or options.key or options.prompt_tokens or options.max_tokens):
+        return "--request includes headers, key and lengths"
+    if options.model is None and not options.request and not options.state:
         return "MODEL is missing"
-    names = {name for name, _ in chosen.header}
-    if not names.isdisjoint(SECRETS):
-        return "a key on the command line is seen by others; say whose it is with --key NAME"
-    if unknown := names - DECISIVE:
-        return f"{min(unknown).decode()} decides nothing; known: {b', '.join(sorted(DECISIVE)).decode()}"
+    names = {name for name, _ in options.header}
+    if not names.isdisjoint(SECRET_HEADERS):
+        return "a key on the command line is visible to other users; name its holder with --key NAME"
+    if unknown := names - ROUTING_HEADERS:
+        known = b", ".join(sorted(ROUTING_HEADERS)).decode()
+        return f"the header {min(unknown).decode()} does not affect routing; known: {known}"
     return None
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="quantgate route", description="Explain which replica answers a request, or record what that depends on."
+        prog="quantgate route",
+        description="Explain which replica answers a request, or print the state that decides it.",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="explain|state")
     explain = _verb(
         verbs,
         "explain",
-        "rank the replicas for a request, and say why it is none of the others",
-        "Rank the replicas that may answer a request, each term of the cost in seconds, and say why it is none of the "
-        "others. The gateway that runs is asked for what it knows, and the decision is made as the gateway makes it. "
-        "Of a prompt's words nothing is known, so that nothing of it is cached; --request tells what was.",
+        "rank the replicas for a request, and say why each of the others is not chosen",
+        "Rank the replicas that may answer a request by cost, with each term in seconds, and say why each of the "
+        "others is not chosen. The state is read from the running gateway, and the decision is made by the same code. "
+        "Without a prompt, nothing is assumed to be cached; --request shows what was.",
     )
     explain.add_argument("model", metavar="MODEL", nargs="?", help="an alias, or a variant to pin")
     _add_request(explain)
-    explain.add_argument("--state", type=_file, metavar="FILE", help="explain a recorded state instead")
-    explain.add_argument("--save", type=Path, metavar="FILE", help="record the state that is explained")
+    explain.add_argument("--state", type=_file, metavar="FILE", help="use the state in a file instead")
+    explain.add_argument("--save", type=Path, metavar="FILE", help="write the state to a file")
     explain.add_argument("--json", action="store_true", help="print JSON")
     state = _verb(
         verbs,
         "state",
-        "print what decisions are made on now, as JSON for --state",
-        "Print what decisions are made on now, as JSON for `route explain --state`. It holds no key.",
+        "print the state that decisions are made on, as JSON for --state",
+        "Print the state that decisions are made on, as JSON for `route explain --state`. It contains no secrets.",
     )
     state.set_defaults(request=None)
     return parser
@@ -133,7 +181,7 @@ def _verb(verbs: Any, verb: str, purpose: str, description: str) -> argparse.Arg
         "--admin",
         type=_address,
         metavar="HOST:PORT",
-        help="ask there, for example another worker; default: gateway.admin",
+        help="admin port to ask, for example of another worker; default: gateway.admin",
     )
     return parser
 
@@ -147,22 +195,22 @@ def _add_request(explain: argparse.ArgumentParser) -> None:
         metavar="'NAME: VALUE'",
         help="such as 'x-quantgate-floor: top1_agreement=0.97', x-quantgate-precision, x-session-id",
     )
-    explain.add_argument("--key", metavar="NAME", help="as the holder of this key, with its floor and limits")
-    explain.add_argument("--prompt-tokens", type=_count, default=0, metavar="N", help="how long the prompt is")
-    explain.add_argument("--max-tokens", type=_count, metavar="N", help="how long an answer it asks for")
-    explain.add_argument("--request", metavar="ID", help="one that was made lately, by its x-request-id")
+    explain.add_argument("--key", metavar="NAME", help="as a client with this API key, with its floor and limits")
+    explain.add_argument("--prompt-tokens", type=_count, default=0, metavar="N", help="length of the prompt")
+    explain.add_argument("--max-tokens", type=_count, metavar="N", help="longest answer that the request accepts")
+    explain.add_argument("--request", metavar="ID", help="explain a recent request, by its x-request-id")
 
 
 def _header(text: str) -> tuple[bytes, bytes]:
     name, colon, value = text.partition(":")
     if not colon or not name.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} is no header; write 'name: value'")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a header; write 'name: value'")
     return name.strip().lower().encode(), value.strip().encode()
 
 
 def _count(text: str) -> int:
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens")
     return int(text)
 
 

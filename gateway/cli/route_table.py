@@ -1,4 +1,4 @@
-"""An explained decision, laid out for people."""
+"""Lay out an explained decision as tables."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from gateway.routing.explanation import Candidate, Explanation, RungView
+from gateway.routing.explain import Explanation, ReplicaExplanation, RungExplanation
 from serving.ps import duration
 
 TERMS = ("queue", "ahead", "kv", "reading", "cached", "answering", "total")
@@ -15,27 +15,27 @@ RIGHT = frozenset({"#", "wait", "goes down", "requests", *TERMS})
 
 
 def show(explanation: Explanation, when: str) -> None:
-    """Print it; without a terminal nothing is cut or wrapped, so that a script, or grep, can read it."""
+    """Print an explanation; without a terminal nothing is cut or wrapped, so that grep can read it."""
     out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDE)
-    with out.capture() as told:
+    with out.capture() as captured:
         out.print(_headline(explanation), style="bold")
         out.print(f"  {explanation.because}")
-        out.print(f"  {_asked(explanation)}; {when}")
+        out.print(f"  {_request(explanation)}; {when}")
         for title, table in _tables(explanation):
             if table.row_count:
                 out.print(f"\n{title}")
                 out.print(table)
-    sys.stdout.writelines(f"{line.rstrip()}\n" for line in told.get().splitlines())
+    sys.stdout.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def _headline(explanation: Explanation) -> str:
     chosen = explanation.chosen
     if chosen is None:
-        return f"{explanation.model}: nobody"
+        return f"{explanation.model}: no replica"
     return f"{explanation.model}: {chosen.replica} ({chosen.variant}, {chosen.precision}), {chosen.reason}"
 
 
-def _asked(explanation: Explanation) -> str:
+def _request(explanation: Explanation) -> str:
     answer = "any length" if explanation.answer_tokens is None else f"{explanation.answer_tokens} tokens at most"
     return f"a prompt of {explanation.prompt_tokens:.0f} tokens, an answer of {answer}"
 
@@ -45,13 +45,13 @@ def _tables(explanation: Explanation) -> Iterable[tuple[str, Table]]:
     yield "rungs, best first", _table(rungs, map(_rung_cells, explanation.rungs))
     replicas = ("#", "replica", "variant", "requests", *TERMS, "why not")
     yield (
-        "replicas in the order in which they are asked, in seconds",
+        "replicas in the order of attempts, cost in seconds",
         _table(replicas, map(_cells, explanation.candidates)),
     )
     refused = [(each.variant, each.precision, each.why) for each in explanation.refused]
     yield "variants that may not answer", _table(("variant", "precision", "why"), refused)
     absent = [(each.id, each.variant, each.state, each.reason) for each in explanation.absent]
-    yield "replicas that aren't ready", _table(("replica", "variant", "state", "reason"), absent)
+    yield "replicas that are not ready", _table(("replica", "variant", "state", "reason"), absent)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
@@ -63,22 +63,22 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return table
 
 
-def _rung_cells(rung: RungView) -> tuple[str, ...]:
-    spills = rung.spilling_seconds is not None
+def _rung_cells(rung: RungExplanation) -> tuple[str, ...]:
+    spilling = rung.spilling_seconds is not None
     return (
         rung.variant,
         rung.precision,
         "-" if rung.wait_seconds is None else f"{rung.wait_seconds:.3f}",
-        f"spilling for {duration(rung.spilling_seconds or 0)}" if spills else "closed",
-        f"{rung.share_down:.0%}" if spills else "-",
+        f"spilling for {duration(rung.spilling_seconds or 0)}" if spilling else "closed",
+        f"{rung.share_down:.0%}" if spilling else "-",
         rung.verdict,
     )
 
 
-def _cells(candidate: Candidate) -> tuple[str, ...]:
+def _cells(candidate: ReplicaExplanation) -> tuple[str, ...]:
     terms = candidate.terms
     seconds = ["-" if terms is None else f"{getattr(terms, name):.3f}" for name in TERMS]
-    notes = [candidate.why_not, "nothing recent is known of its load" if candidate.stale else ""]
+    notes = [candidate.why_not, "no recent poll" if candidate.stale else ""]
     rank = "-" if candidate.rank is None else str(candidate.rank)
     requests = f"{candidate.requests:.0f}"
     return (rank, candidate.replica, candidate.variant, requests, *seconds, "; ".join(filter(None, notes)))

@@ -17,8 +17,7 @@ from config.schema import Settings, VariantSettings
 from config.variant import read_variants
 from gateway.app import Addresses, everything, gateway_alone
 from gateway.deployment import read_deployment
-from gateway.routing.catalog import Catalog
-from gateway.routing.floors import excluded_rungs, unservable_aliases
+from gateway.routing.target import Catalog, excluded_rungs, unservable_aliases
 from gateway.workers import SINGLE_WORKER, WorkerIndex, check_ports, ending_with_parent, workers
 from serving.foreground import USAGE, run_until_signal
 from serving.machine import this_machine

@@ -1,4 +1,4 @@
-"""Who answers what: inference endpoints by their raw path, everything else by the FastAPI app; nobody without a key."""
+"""The clients' port: inference endpoints by their raw path, everything else by the FastAPI app; all authenticated."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -9,29 +9,28 @@ from gateway.handlers.inference import InferenceHandler
 from gateway.http import asgi
 from gateway.http.request import Request
 from gateway.http.response_writer import ResponseWriter, header_lines
-from gateway.keys import ANONYMOUS
 from gateway.live_config import LiveConfig
 from gateway.openai.request_ids import RequestIds
 
-# What isn't inference has no body that is worth more.
+# Requests other than inference need no larger body.
 SMALL_BODY_BYTES = 64 * 1024
 JSON = (b"content-type", b"application/json")
 
 
 class MethodNotAllowed(RequestError):
-    """An inference endpoint takes POST only."""
+    """An inference endpoint accepts POST only."""
 
     status = 405
     code = "method_not_allowed"
 
     def headers(self) -> list[tuple[bytes, bytes]]:
-        """Say what it takes, as RFC 9110 asks."""
+        """Name the allowed method, as RFC 9110, 15.5.6 requires."""
         return [(b"allow", b"POST")]
 
 
 @dataclass(slots=True)
 class Router:
-    """Answers the requests of the clients' port; while it is `draining`, with a hint to go elsewhere."""
+    """Implements RequestHandler; while it is `draining`, every request is refused with a hint to retry elsewhere."""
 
     endpoints: Mapping[bytes, InferenceHandler]  # by path
     app: asgi.App
@@ -41,35 +40,34 @@ class Router:
     draining: bool = False
 
     def admit(self, request: Request) -> int:
-        """Look at a head: the longest body that it may have; GatewayError refuses it."""
+        """Authenticate a request by its head; returns the longest body that it may have. GatewayError refuses it."""
         if self.draining:
-            raise Draining("the gateway is about to stop; ask again", retry_after_seconds=1)
+            raise Draining("the gateway is about to stop; retry", retry_after_seconds=1)
         request.caller = self.live_config.keys.authenticate(request.headers, self.clock())
-        endpoint = self.endpoints.get(request.path)
-        if endpoint is None:
+        if request.path not in self.endpoints:
             return SMALL_BODY_BYTES
         if request.method != b"POST":
             raise MethodNotAllowed(f"{request.path.decode()}: Method Not Allowed; send POST")
         return self.live_config.limits.body_bytes
 
-    async def answer(self, request: Request, reply: ResponseWriter) -> None:
-        """Answer, or tell the request's refusal."""
+    async def handle(self, request: Request, response: ResponseWriter) -> None:
+        """Answer a request, or send its refusal."""
         request.request_id = self.ids.of(request.headers)
         endpoint = self.endpoints.get(request.path)
         if endpoint is not None:
-            await endpoint.answer(request, request.caller or ANONYMOUS, reply)
+            await endpoint.handle(request, response)
         elif request.refusal is not None:
-            self._refuse(request, reply, request.refusal)
+            self._refuse(request, response, request.refusal)
         else:
             request.headers[b"x-request-id"] = request.request_id.encode()
-            await asgi.serve(self.app, request, reply)
+            await asgi.serve(self.app, request, response)
 
-    def failed(self, request: Request, reply: ResponseWriter) -> None:
-        """Tell a client that the gateway itself has failed."""
-        if not reply.started:
-            error = GatewayError("the gateway failed; its log tells more under this x-request-id")
-            self._refuse(request, reply, error)
+    def on_internal_error(self, request: Request, response: ResponseWriter) -> None:
+        """Answer 500, unless the answer has begun."""
+        if not response.started:
+            error = GatewayError("the gateway failed; its log has the error under this x-request-id")
+            self._refuse(request, response, error)
 
-    def _refuse(self, request: Request, reply: ResponseWriter, error: GatewayError) -> None:
+    def _refuse(self, request: Request, response: ResponseWriter, error: GatewayError) -> None:
         headers = (JSON, *error.headers(), (b"x-request-id", request.request_id.encode()))
-        reply.whole(error.status, header_lines(headers), error.body())
+        response.send(error.status, header_lines(headers), error.body())

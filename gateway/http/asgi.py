@@ -35,7 +35,7 @@ async def serve(app: App, request: Request, reply: ResponseWriter) -> None:
             body.append(message.get("body", b""))
 
     await app(scope_of(request), receive, send)
-    reply.whole(status, header_lines(headers), b"".join(body))
+    reply.send(status, header_lines(headers), b"".join(body))
 
 
 def scope_of(request: Request) -> Message:

@@ -132,13 +132,13 @@ class ClientConnection(asyncio.Protocol):
 
     async def _answer(self, request: Request, reply: ResponseWriter) -> None:
         try:
-            await self._front.handler.answer(request, reply)
+            await self._front.handler.handle(request, reply)
         except ClientDisconnected:
             self._transport.abort()
         except Exception:
             # The outermost loop of a request: a defect of ours ends this one, and no other.
             log.exception("a request to %s failed", request.path[:200])
-            self._front.handler.failed(request, reply)
+            self._front.handler.on_internal_error(request, reply)
         finally:
             self._answered(request, reply)
 

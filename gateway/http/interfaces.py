@@ -30,10 +30,10 @@ class RequestHandler(Protocol):
     def admit(self, request: Request) -> int:
         """Look at a head, before the body is read: the longest body that it may have; GatewayError refuses it."""
 
-    async def answer(self, request: Request, reply: ResponseWriter) -> None:
+    async def handle(self, request: Request, reply: ResponseWriter) -> None:
         """Answer, or tell the request's refusal."""
 
-    def failed(self, request: Request, reply: ResponseWriter) -> None:
+    def on_internal_error(self, request: Request, reply: ResponseWriter) -> None:
         """Tell a client that the gateway itself has failed."""
 
 

@@ -82,14 +82,14 @@ class ResponseWriter:
         """Wait until the client has read enough; ClientLeft if it doesn't in time."""
         await self._line.drain()
 
-    def whole(self, status: int, headers: bytes, body: bytes) -> None:
+    def send(self, status: int, headers: bytes, body: bytes) -> None:
         """Answer at once; `headers` are lines."""
         said = b"" if self._bodyless else body
         head = self._head(status, headers)
         self.started = self.ended = True
         self._line.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), said))
 
-    def begin(self, status: int, headers: bytes, data: bytes = b"") -> None:
+    def start(self, status: int, headers: bytes, data: bytes = b"") -> None:
         """Begin a stream, with its first bytes if they are there."""
         self.started = True
         self._chunked = self._supports_chunked

@@ -1,96 +1,110 @@
-"""What is remembered of conversations and prompts: who answered which, and what they have in their caches by now."""
+"""Affinity: which replica answered a conversation, and which prompts replicas have probably in their caches."""
 
 from collections.abc import Collection, Mapping
-from typing import Literal
 
-from gateway.proxy.leases import Want
+import msgspec
+
+from gateway.observability.metrics import Metrics
+from gateway.proxy.leases import Lease
 from gateway.routing.bytes_per_token import BytesPerToken, learned
-from gateway.routing.cluster_state import NOBODY, NOTHING_CACHED, Query
-from gateway.routing.pick import Choice
 from gateway.routing.prefix_hash import BLOCK_BYTES
 from gateway.routing.prefix_index import PrefixIndex, blocks_that_fit
+from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.sessions import Placement, Sessions
+from gateway.routing.split import Rung
 from serving.replica import Replica
 
-Move = Literal["up", "down"]
-
-GUESSED = BytesPerToken()
+DEFAULT_BYTES_PER_TOKEN = BytesPerToken()
 
 
 class Affinity:
-    """Owns the sessions, the prefixes, and what a token is in bytes, by model name; all of it is bounded."""
+    """Owns sessions, the prefix index, and the bytes of a token by model name, all bounded; a Ledger."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
         self._sessions = Sessions()
         self._prefixes = PrefixIndex()
         self._tokens: dict[str, BytesPerToken] = {}
-        self._held_tokens: dict[str, int] = {}
+        self._capacity_tokens: dict[str, int] = {}
         self._ready: Mapping[str, frozenset[str]] = {}  # ids of replicas, by variant
 
-    def bytes_per_token(self, name: str) -> float:
-        """How many bytes of a prompt make a token of this model, roughly."""
-        return self._tokens.get(name, GUESSED).ratio
+    def bytes_per_token(self, model: str) -> float:
+        """How many bytes of a prompt make a token of this model, on average."""
+        return self._tokens.get(model, DEFAULT_BYTES_PER_TOKEN).ratio
 
-    def query(self, want: Want, tried: frozenset[str] = NOBODY) -> Query:
-        """Add to a request what is known of its conversation and its prompt."""
-        ask = want.ask
-        stay = None if ask.session is None else self._sessions.stay(ask.session)
-        return Query(ask, want.turn, tried, stay, self._cached_tokens(want) if ask.blocks else NOTHING_CACHED)
+    def placement(self, session: str) -> Placement | None:
+        """Where a conversation was answered last."""
+        return self._sessions.placement(session)
 
-    def went(self, want: Want, query: Query, choice: Choice) -> Move | None:
-        """Note where a request goes, which `ended` ends; tells if its conversation changes rungs by that."""
-        ask = want.ask
-        if ask.blocks:
-            self._prefixes.remember(choice.replica.id, ask.blocks)
-        if ask.session is None or not self._sessions.went(ask.session, choice.variant.name, choice.replica.id):
-            return None
-        return _direction(want, query.stay, choice)
+    def cached_tokens(self, model: str, rungs: tuple[Rung, ...], blocks: tuple[int, ...]) -> Mapping[str, float]:
+        """How many tokens of a prompt the replicas of some rungs have probably cached; those with none are left out."""
+        among = [self._ready.get(variant.name, NO_REPLICAS) for rung in rungs for variant, _ in rung.members]
+        matches = self._prefixes.matched(blocks, among)
+        if not matches:
+            return NOTHING_CACHED
+        block_tokens = BLOCK_BYTES / self.bytes_per_token(model)
+        return {replica_id: count * block_tokens for replica_id, count in matches.items()}
 
-    def ended(self, want: Want, prompt_tokens: int) -> None:
-        """Note the end of a request, and how many tokens its prompt had; 0 says nothing."""
-        if want.ask.session is not None:
-            self._sessions.ended(want.ask.session)
-        if prompt_tokens and want.prompt_bytes:
-            name = want.target.name
-            self._tokens[name] = learned(self._tokens.get(name, GUESSED), want.prompt_bytes, prompt_tokens)
+    def refreshed(self, request: RoutingRequest, tried: frozenset[str] | None = None) -> RoutingRequest:
+        """The same request with the affinity of now, for another attempt after it waited or failed."""
+        return msgspec.structs.replace(
+            request,
+            placement=None if request.session is None else self.placement(request.session),
+            cached_tokens=self.cached_tokens(request.target.name, request.rungs, request.blocks)
+            if request.blocks
+            else NOTHING_CACHED,
+            tried=request.tried if tried is None else tried,
+        )
 
-    def holds(self, replica_id: str, kv_capacity_tokens: int | None) -> None:
-        """Note how much a replica's cache holds, which is how much of prompts it can remember."""
-        if kv_capacity_tokens and self._held_tokens.get(replica_id) != kv_capacity_tokens:
-            self._held_tokens[replica_id] = kv_capacity_tokens
-            self._prefixes.resize(replica_id, blocks_that_fit(kv_capacity_tokens, GUESSED.ratio))
+    def enter(self, lease: Lease) -> None:
+        """Record where a request goes; counts a conversation that changes rungs by it."""
+        request = lease.request
+        if request.blocks:
+            self._prefixes.remember(lease.replica.id, request.blocks)
+        session = request.session
+        if session is not None and self._sessions.begin(session, lease.replica.variant, lease.replica.id):
+            self._count_move(request, lease.replica.variant)
+
+    def leave(self, lease: Lease) -> None:
+        """End the turn of a conversation; learns from the engine's count how many bytes a token has."""
+        request = lease.request
+        if request.session is not None:
+            self._sessions.end(request.session)
+        if lease.prompt_tokens and request.prompt_bytes:
+            model = request.target.name
+            known = self._tokens.get(model, DEFAULT_BYTES_PER_TOKEN)
+            self._tokens[model] = learned(known, request.prompt_bytes, lease.prompt_tokens)
+
+    def set_capacity(self, replica_id: str, kv_capacity_tokens: int | None) -> None:
+        """Set how much a replica's KV cache holds, and so how many blocks of prompts it can have; None: unknown."""
+        if kv_capacity_tokens and self._capacity_tokens.get(replica_id) != kv_capacity_tokens:
+            self._capacity_tokens[replica_id] = kv_capacity_tokens
+            self._prefixes.resize(replica_id, blocks_that_fit(kv_capacity_tokens, DEFAULT_BYTES_PER_TOKEN.ratio))
 
     @property
     def blocks_held(self) -> int:
-        """How many blocks of prompts are remembered."""
+        """How many blocks of prompts are recorded."""
         return len(self._prefixes)
 
-    def stays(self) -> Mapping[str, Placement]:
-        """Where conversations are."""
-        return self._sessions.stays()
+    def placements(self) -> Mapping[str, Placement]:
+        """Where all conversations are, by session."""
+        return self._sessions.placements()
 
     def keep_only(self, ready: Mapping[str, Collection[Replica]]) -> None:
-        """Forget what replicas had in their caches that are gone."""
+        """Follow the registry: forget what replicas had cached that are gone."""
         self._ready = {variant: frozenset([each.id for each in replicas]) for variant, replicas in ready.items()}
         replica_ids = frozenset[str]().union(*self._ready.values())
         self._prefixes.keep_only(replica_ids)
-        self._held_tokens = {each: tokens for each, tokens in self._held_tokens.items() if each in replica_ids}
+        self._capacity_tokens = {each: tokens for each, tokens in self._capacity_tokens.items() if each in replica_ids}
 
-    def keep_models(self, names: Collection[str]) -> None:
-        """Forget how long tokens are of models that are gone."""
-        self._tokens = {each: known for each, known in self._tokens.items() if each in names}
+    def keep_models(self, models: Collection[str]) -> None:
+        """Forget the bytes of a token of all other models."""
+        self._tokens = {model: known for model, known in self._tokens.items() if model in models}
 
-    def _cached_tokens(self, want: Want) -> Mapping[str, float]:
-        among = [self._ready.get(rung.name, NOBODY) for rung in want.rungs]
-        matched = self._prefixes.matched(want.ask.blocks, among)
-        if not matched:
-            return NOTHING_CACHED
-        block_tokens = BLOCK_BYTES / self.bytes_per_token(want.target.name)
-        return {replica_id: blocks * block_tokens for replica_id, blocks in matched.items()}
-
-
-def _direction(want: Want, stay: Placement | None, choice: Choice) -> Move | None:
-    names = [rung.name for rung in want.target.rungs]
-    if stay is None or stay.variant not in names or choice.variant.name not in names:
-        return None
-    return "up" if names.index(choice.variant.name) < names.index(stay.variant) else "down"
+    def _count_move(self, request: RoutingRequest, variant: str) -> None:
+        before = request.placement
+        places = {each.name: place for place, rung in enumerate(request.target.rungs) for each in rung.variants}
+        if before is None or before.variant not in places or variant not in places:
+            return
+        if (change := places[variant] - places[before.variant]) != 0:
+            self._metrics.session_moves.labels(request.target.name, "up" if change < 0 else "down").inc()

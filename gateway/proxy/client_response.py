@@ -1,158 +1,161 @@
-"""What one client is told: an answer, whole or as a stream; an error as a status, or inside a stream that has begun."""
+"""The response to one client: an answer, whole or streamed; an error as a status, or inside a stream that has begun."""
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Self
 
 from gateway.errors import GatewayError
 from gateway.http.response_writer import ResponseWriter, header_lines
 from gateway.openai.endpoints import Endpoint
 from gateway.openai.sse import KEEP_ALIVE, error_event
 from gateway.proxy.stats import RequestStats
-from gateway.routing.pick import Choice
+from gateway.routing.pick import Candidate
 
 JSON = b"content-type: application/json\r\n"
 EVENTS = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
-MOST_DISCLOSURES = 10_000
+MAX_ROUTING_HEADERS = 10_000
 
 Headers = Sequence[tuple[bytes, bytes]]
+LimitHeaders = Callable[[float], Headers]
 
 
 class RoutingHeaders:
-    """Header lines that say who answers and why, made once for each replica and reason."""
+    """The header lines that name the replica and the reason, encoded once for each pair of them."""
 
     __slots__ = ("_lines",)
 
     def __init__(self) -> None:
         self._lines: dict[tuple[str, str, str], bytes] = {}
 
-    def of(self, choice: Choice) -> bytes:
-        """The lines of a choice."""
-        key = (choice.replica.id, choice.variant.name, choice.reason)
-        return self._lines.get(key) or self._made(key, choice)
+    def lines(self, candidate: Candidate) -> bytes:
+        """The lines of a candidate."""
+        key = (candidate.replica.id, candidate.variant.name, candidate.reason)
+        return self._lines.get(key) or self._encode(key, candidate)
 
-    def _made(self, key: tuple[str, str, str], choice: Choice) -> bytes:
-        if len(self._lines) >= MOST_DISCLOSURES:
-            self._lines.clear()  # Replicas come and go; those that are there are made again.
+    def _encode(self, key: tuple[str, str, str], candidate: Candidate) -> bytes:
+        if len(self._lines) >= MAX_ROUTING_HEADERS:
+            self._lines.clear()  # replicas come and go; those that are there are encoded again
         lines = header_lines(
             (
-                (b"x-quantgate-variant", choice.variant.name.encode()),
-                (b"x-quantgate-precision", choice.variant.precision.encode()),
-                (b"x-quantgate-replica", choice.replica.id.encode()),
-                (b"x-quantgate-reason", choice.reason.encode()),
+                (b"x-quantgate-variant", candidate.variant.name.encode()),
+                (b"x-quantgate-precision", candidate.variant.precision.encode()),
+                (b"x-quantgate-replica", candidate.replica.id.encode()),
+                (b"x-quantgate-reason", candidate.reason.encode()),
             )
         )
         return self._lines.setdefault(key, lines)
 
 
 class ClientResponse:
-    """Tells one client; a stream that waits is kept alive with comments while the `with` block runs.
+    """Implements Sink for one client.
 
-    A client that has had comments only has been told nothing yet: another replica may still be tried.
+    Between `keep_alive` and the first event, a stream that waits is kept open with comments. A client that has received
+    comments only has received no part of an answer: another replica may still be tried. `close` must be called at last.
     """
 
-    __slots__ = ("_account", "_beat", "_disclosures", "_endpoint", "_heartbeat_seconds", "_limits", "_reply")
+    __slots__ = ("_endpoint", "_heartbeat_seconds", "_limit_headers", "_routing_headers", "_stats", "_timer", "_writer")
 
     def __init__(
         self,
         endpoint: Endpoint,
-        account: RequestStats,
-        reply: ResponseWriter,
-        disclosures: RoutingHeaders,
-        limits: Callable[[float], Headers],
+        stats: RequestStats,
+        writer: ResponseWriter,
+        routing_headers: RoutingHeaders,
+        limit_headers: LimitHeaders | None,
     ) -> None:
         self._endpoint = endpoint
-        self._account = account
-        self._reply = reply
-        self._disclosures = disclosures
-        self._limits = limits  # what the client's key has left at a time, as headers
+        self._stats = stats
+        self._writer = writer
+        self._routing_headers = routing_headers
+        self._limit_headers = limit_headers  # what the client's key has left at a time; None: it has no limits
         self._heartbeat_seconds = 0.0
-        self._beat: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._still()
+    def close(self) -> None:
+        """Stop the heartbeat."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def keep_alive(self, every_seconds: float) -> None:
-        """Send a comment so often until the first event comes; 0 is never."""
-        self._still()
+        """Send a comment this often until the first event; 0: never."""
+        self.close()
         self._heartbeat_seconds = every_seconds
         if every_seconds:
-            self._beat = asyncio.get_running_loop().call_later(every_seconds, self._heartbeat)
+            self._timer = asyncio.get_running_loop().call_later(every_seconds, self._heartbeat)
 
-    def whole(self, body: bytes) -> None:
-        """Answer at once."""
-        self._account.started = True
-        self._reply.whole(200, self._head(JSON), body)
+    def send(self, body: bytes) -> None:
+        """Send a whole answer."""
+        self._stats.started = True
+        self._writer.send(200, self._head(JSON), body)
 
-    def event(self, data: bytes) -> None:
-        """Go on with a stream, which begins with its first event."""
-        if self._account.started:
-            self._reply.write(data)
-        elif self._reply.started:
-            # The status went out with a comment, so who answers is told in another one.
-            self._account.started = True
-            self._still()
-            self._reply.write(self._disclosure_comment() + data)
+    def write(self, events: bytes) -> None:
+        """Send events; the first ones start the stream."""
+        if self._stats.started:
+            self._writer.write(events)
+            return
+        self._stats.started = True
+        self.close()
+        if self._writer.started:
+            # The status went out with a comment, so the routing headers follow in another one.
+            self._writer.write(self._routing_comment() + events)
         else:
-            self._account.started = True
-            self._still()
-            self._reply.begin(200, self._head(EVENTS), data)
+            self._writer.start(200, self._head(EVENTS), events)
 
     def end(self) -> None:
-        """End a stream that has told all."""
-        self._reply.end()
+        """End a complete stream."""
+        self._writer.end()
 
     @property
     def write_paused(self) -> bool:
-        """Tell whether the client reads slower than it is told."""
-        return self._reply.write_paused
+        """Whether the client reads slower than the gateway writes."""
+        return self._writer.write_paused
 
     async def drain(self) -> None:
-        """Wait until the client has read enough; ClientLeft if it doesn't in time."""
-        await self._reply.drain()
+        """Wait until the client has read enough; ClientDisconnected if that takes too long."""
+        await self._writer.drain()
+
+    @property
+    def client_disconnected(self) -> bool:
+        """Whether the client has left."""
+        return self._writer.client_disconnected
 
     def refuse(self, error: GatewayError) -> None:
-        """Tell an error, in whatever way is left."""
-        self._still()
-        if self._reply.ended:
+        """Send an error: as a response, or as the last event of a stream that has begun."""
+        self.close()
+        writer = self._writer
+        if writer.ended:
             return
-        if self._reply.started:
-            self._reply.end(error_event(self._endpoint, error))
+        if writer.started:
+            writer.end(error_event(self._endpoint, error))
             return
         body = error.anthropic_body() if self._endpoint.errors == "anthropic" else error.body()
-        self._reply.whole(error.status, self._head(JSON + header_lines(error.headers())), body)
+        writer.send(error.status, self._head(JSON + header_lines(error.headers())), body)
 
     def _heartbeat(self) -> None:
-        if not self._reply.started:
-            # Whoever is asked now may not be who answers.
-            self._reply.begin(200, self._head(EVENTS, chosen=False))
-        self._reply.write(KEEP_ALIVE)
-        self._account.metrics.heartbeats.inc()
-        self._beat = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._heartbeat)
+        if not self._writer.started:
+            # The replica that is asked now may not be the one that answers.
+            self._writer.start(200, self._head(EVENTS, routed=False))
+        self._writer.write(KEEP_ALIVE)
+        self._stats.metrics.heartbeats.inc()
+        self._timer = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._heartbeat)
 
-    def _still(self) -> None:
-        if self._beat is not None:
-            self._beat.cancel()
-            self._beat = None
-
-    def _head(self, first: bytes, *, chosen: bool = True) -> bytes:
-        """The request's id, and who answers and why: nobody is sent to a quantized copy without being told."""
-        account = self._account
-        request_id = account.request_id.encode()
-        named = b"x-request-id: %b\r\n" % request_id
+    def _head(self, first: bytes, *, routed: bool = True) -> bytes:
+        """The header lines of a response, with the request id, limits and routing headers."""
+        stats = self._stats
+        request_id = stats.request_id.encode()
+        lines = b"%bx-request-id: %b\r\n" % (first, request_id)
         if self._endpoint.errors == "anthropic":
-            named += b"request-id: %b\r\n" % request_id
-        if limits := self._limits(account.clock()):
-            named += header_lines(limits)
-        if chosen and account.choice is not None:
-            named += b"%bx-quantgate-attempts: %d\r\n" % (self._disclosures.of(account.choice), account.attempts)
-        return first + named
+            lines += b"request-id: %b\r\n" % request_id
+        if self._limit_headers is not None and (limits := self._limit_headers(stats.clock())):
+            lines += header_lines(limits)
+        candidate = stats.candidate
+        if not routed or candidate is None:
+            return lines
+        return b"%b%bx-quantgate-attempts: %d\r\n" % (lines, self._routing_headers.lines(candidate), stats.attempts)
 
-    def _disclosure_comment(self) -> bytes:
-        choice = self._account.choice
-        assert choice is not None
-        told = self._disclosures.of(choice).replace(b"\r\n", b" ").replace(b"x-quantgate-", b"").replace(b": ", b"=")
-        return b": quantgate %battempts=%d\n\n" % (told, self._account.attempts)
+    def _routing_comment(self) -> bytes:
+        candidate = self._stats.candidate
+        assert candidate is not None
+        lines = self._routing_headers.lines(candidate)
+        fields = lines.replace(b"\r\n", b" ").replace(b"x-quantgate-", b"").replace(b": ", b"=")
+        return b": quantgate %battempts=%d\n\n" % (fields, self._stats.attempts)

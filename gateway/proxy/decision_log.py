@@ -1,69 +1,163 @@
-"""The latest decisions, with all that they were made on, for whoever asks why."""
+"""The latest decisions, each with the state that it was made on, and that state as a snapshot."""
 
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from math import inf, isfinite
+from typing import Any
 
 import msgspec
 
-from gateway.proxy.leases import Want
+from config.schema import NO_FLOOR
+from gateway.keys import Keys
+from gateway.live_config import LiveConfig
 from gateway.routing.breaker import Breaker
-from gateway.routing.cluster_state import ClusterState, GateName, Query
+from gateway.routing.cluster_state import ClusterState
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import Overload
 from gateway.routing.pick import Decision
+from gateway.routing.request import RoutingRequest
+from gateway.routing.sessions import Placement
+from gateway.routing.snapshot import (
+    AbsentReplica,
+    CallerView,
+    RequestView,
+    Snapshot,
+    TargetView,
+    floor_limits,
+    nested_gates,
+    variant_views,
+)
 from gateway.routing.spill import SpillGate
+from gateway.routing.split import RungKey, RungWeights
+from serving.registry import Registry
+from serving.replica import State
 
 MAX_DECISIONS = 1000
-NO_BREAKERS: Mapping[str, Breaker] = {}
-NO_MARKS: Mapping[str, Overload] = {}
-NO_GATES: Mapping[GateName, SpillGate] = {}
+NONE: Mapping[Any, Any] = {}
 
 
 class DecisionRecord(msgspec.Struct, frozen=True, eq=False, gc=False):
-    """One decision, and the scene as it was then; `at_seconds` is on the monotonic clock.
+    """One decision, with everything that it was made on; `decided_at` is on the monotonic clock.
 
-    `replicas` are of the rungs that the request might be answered on, one after the other.
+    `estimates` are those of each variant of the request's rungs.
     """
 
-    want: Want
-    query: Query
-    at_seconds: float
-    replicas: tuple[tuple[LatencyEstimate, ...], ...]
-    breakers: Mapping[str, Breaker]
-    marks: Mapping[str, Overload]
-    gates: Mapping[GateName, SpillGate]
+    request: RoutingRequest
     decision: Decision
-    patience_seconds: float
+    decided_at: float
+    wait_seconds: float
+    estimates: tuple[tuple[LatencyEstimate, ...], ...]
+    breakers: Mapping[str, Breaker]
+    overloads: Mapping[str, Overload]
+    gates: Mapping[RungKey, SpillGate]
+    weights: RungWeights
 
-    @property
-    def outlooks(self) -> Mapping[str, tuple[LatencyEstimate, ...]]:
-        """The replicas, by variant."""
-        return dict(zip([rung.name for rung in self.want.rungs], self.replicas, strict=True))
+    def snapshot(self, now: float) -> Snapshot:
+        """The state as it was; `now` is on the same clock."""
+        target = self.request.target
+        rungs, excluded = target.rungs, [rejection.variant for rejection in target.excluded]
+        names = [variant.name for rung in self.request.rungs for variant, _ in rung.members]
+        return Snapshot(
+            recorded=datetime.fromtimestamp(time.time() - (now - self.decided_at), UTC),
+            now_seconds=self.decided_at,
+            variants=variant_views([*(variant for rung in rungs for variant in rung.variants), *excluded]),
+            models={target.name: TargetView.of(target, 0.0, self.weights)},
+            estimates=dict(zip(names, self.estimates, strict=True)),
+            breakers=dict(self.breakers),
+            overloads=dict(self.overloads),
+            gates=nested_gates(self.gates),
+            request=self._view(),
+        )
+
+    def _view(self) -> RequestView:
+        request, candidate = self.request, self.decision.candidate
+        chosen = None if candidate is None or candidate.exceeds(self.wait_seconds) else candidate.replica.id
+        return RequestView(
+            request.request_id,
+            request.target.name,
+            request.turn,
+            request.prompt_tokens,
+            request.answer_tokens,
+            request.session,
+            tuple([floor_limits(floor) for floor in request.floors if floor is not NO_FLOOR]),
+            request.precisions,
+            request.placement,
+            dict(request.cached_tokens),
+            request.tried,
+            chosen,
+            self.wait_seconds if isfinite(self.wait_seconds) else None,
+        )
 
 
 class DecisionLog:
-    """Keeps so many decisions; a request may have several."""
+    """Keeps the latest decisions, at most `limit`; a request may have several."""
 
-    def __init__(self, most: int = MAX_DECISIONS) -> None:
-        self._made: deque[DecisionRecord] = deque(maxlen=most)
+    def __init__(self, limit: int = MAX_DECISIONS) -> None:
+        self._records: deque[DecisionRecord] = deque(maxlen=limit)
 
-    def made(
-        self, want: Want, query: Query, scene: ClusterState, decision: Decision, now: float, patience_seconds: float
+    def append(
+        self, request: RoutingRequest, cluster: ClusterState, decision: Decision, now: float, wait_seconds: float = inf
     ) -> None:
-        """Keep a decision; what it was made on must be as it was."""
-        replicas = tuple([tuple(scene.outlooks(rung.name)) for rung in want.rungs])
-        breakers = dict(scene.breakers) if scene.breakers else NO_BREAKERS
-        marks = dict(scene.marks) if scene.marks else NO_MARKS
-        gates = _gates_of(want, scene) if scene.gates else NO_GATES
-        self._made.append(
-            DecisionRecord(want, query, now, replicas, breakers, marks, gates, decision, patience_seconds)
+        """Keep a decision; what it was made on stays as it was."""
+        estimates = cluster.estimates
+        self._records.append(
+            DecisionRecord(
+                request,
+                decision,
+                now,
+                wait_seconds,
+                tuple([tuple(estimates(member.name)) for rung in request.rungs for member, _ in rung.members]),
+                dict(cluster.breakers) if cluster.breakers else NONE,
+                dict(cluster.overloads) if cluster.overloads else NONE,
+                _gates_of(request, cluster) if cluster.gates else NONE,
+                cluster.weights(),
+            )
         )
 
     def find(self, request_id: str) -> DecisionRecord | None:
-        """The latest decision for a request; None if it is too long ago, or never was."""
-        return next((made for made in reversed(self._made) if made.want.request_id == request_id), None)
+        """The latest decision on a request; None if it is too long ago, or there was none."""
+        return next((each for each in reversed(self._records) if each.request.request_id == request_id), None)
 
 
-def _gates_of(want: Want, scene: ClusterState) -> Mapping[GateName, SpillGate]:
-    names = [(want.target.name, rung.name) for rung in want.rungs]
-    return {name: scene.gates[name] for name in names if name in scene.gates}
+def snapshot_now(
+    live_config: LiveConfig,
+    cluster: ClusterState,
+    placements: Mapping[str, Placement],
+    registry: Registry,
+    now: float,
+) -> Snapshot:
+    """The state of everything, to decide on requests of any model."""
+    catalog, queue_seconds, weights = live_config.catalog, live_config.limits.queue_seconds, cluster.weights()
+    return Snapshot(
+        recorded=datetime.now(UTC),
+        now_seconds=now,
+        variants=variant_views(catalog.variants.values()),
+        models={name: TargetView.of(catalog.resolve(name), queue_seconds, weights) for name in catalog.names()},
+        estimates={name: tuple(cluster.estimates(name)) for name in catalog.variants},
+        absent=tuple(_absent(registry)),
+        breakers=dict(cluster.breakers),
+        overloads=dict(cluster.overloads),
+        gates=nested_gates(cluster.gates),
+        sessions=dict(placements),
+        callers=_callers(live_config.keys),
+    )
+
+
+def _gates_of(request: RoutingRequest, cluster: ClusterState) -> Mapping[RungKey, SpillGate]:
+    keys = [(request.target.name, rung.name) for rung in request.rungs]
+    return {key: cluster.gates[key] for key in keys if key in cluster.gates}
+
+
+def _absent(registry: Registry) -> Iterable[AbsentReplica]:
+    for status in registry.snapshot():
+        if status.state is not State.READY:
+            yield AbsentReplica(status.replica.id, status.replica.variant, status.state.value, status.reason)
+
+
+def _callers(keys: Keys) -> dict[str, CallerView]:
+    callers = [issued.caller for issued in (keys.issued or {}).values()]
+    return {
+        each.name: CallerView(each.aliases, floor_limits(each.floor), each.max_tokens) for each in callers if each.name
+    }

@@ -35,8 +35,8 @@ class EngineCollector(Collector):
         age = GaugeMetricFamily("quantgate_replica_poll_age_seconds", text, labels=LABELS)
         now = self.clock()
         for replica, seen in polled:
-            if seen.asked_at is not None:
-                age.add_metric([replica.id, replica.variant], now - seen.asked_at)
+            if seen.polled_at is not None:
+                age.add_metric([replica.id, replica.variant], now - seen.polled_at)
         return age
 
 

@@ -1,19 +1,13 @@
-"""Choose, lease, ask, pass on: the life of one request between a client and a replica."""
+"""The proxy: lease a replica, send the request, pass the answer on; or try another replica.
+
+Another replica is tried as long as the client has received no part of an answer. Who owns what: README.md beside this.
+"""
 
 import logging
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from config.schema import TimeoutSettings
-from gateway.errors import (
-    GatewayError,
-    ReplicaFull,
-    UpstreamDisconnected,
-    UpstreamError,
-)
-from gateway.keys import Caller
+from gateway.errors import GatewayError, ReplicaFull, UpstreamDisconnected, UpstreamError
 from gateway.openai.reasoning import ReasoningFormat, ReasoningRewriter, has_reasoning, rewrite_reasoning
 from gateway.openai.request import InferenceRequest
 from gateway.openai.response import (
@@ -25,290 +19,202 @@ from gateway.openai.response import (
 )
 from gateway.openai.sse import EventSplitter
 from gateway.openai.stream import StreamFilter, stream_filter
-from gateway.proxy.client_response import ClientResponse
+from gateway.proxy.context import RequestContext
 from gateway.proxy.dispatcher import Dispatcher
-from gateway.proxy.leases import Lease, Want
-from gateway.proxy.routing_features import asked, prompt_of
+from gateway.proxy.leases import Lease
+from gateway.proxy.routing_features import routing_request
 from gateway.proxy.stats import RequestStats
-from gateway.proxy.upstream.connection import Connection
-from gateway.proxy.upstream.pool import Pool
-from gateway.proxy.upstream.timer import Timeouts
-from gateway.routing.catalog import Target
-from gateway.routing.floors import permitted_rungs
+from gateway.proxy.upstream.protocol import Sink, Upstream, UpstreamReply, UpstreamRequest
+from gateway.routing.request import RoutingRequest
+from gateway.routing.target import Target
 from serving.replica import Replica
 
 log = logging.getLogger(__name__)
 
-ANSWER_LIMIT_BYTES = 256 * 2**20
-ERROR_LIMIT_BYTES = 1 * 2**20
-# A request that finds replica after replica full goes back into the line so often; it has its deadline, too.
-FULL_LIMIT = 16
-
-
-@dataclass(slots=True)
-class Attempts:
-    """What one request has been through so far."""
-
-    tried: frozenset[str] = frozenset()
-    begun: int = 0
-    deaths: int = 0
-    full: int = 0
-    failure: GatewayError | None = None
-    again_after: GatewayError | None = None  # what ended the last attempt, until another one begins
+MAX_ANSWER_BYTES = 256 * 2**20
+MAX_ERROR_BYTES = 1 * 2**20
+# A request that finds one replica after the other full is queued again so often; its deadline limits it, too.
+MAX_REFUSALS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """Answers requests from replicas: another one is tried as long as the client has seen nothing of an answer."""
+    """Answers requests from replicas."""
 
-    dispatch: Dispatcher
-    pool: Pool
+    dispatcher: Dispatcher
+    upstream: Upstream
 
-    async def answer(
-        self,
-        inference: InferenceRequest,
-        headers: Mapping[bytes, bytes],
-        target: Target,
-        caller: Caller,
-        account: RequestStats,
-        teller: ClientResponse,
-        wait_seconds: float,
-    ) -> None:
-        """Pass one answer on; GatewayError if there is none."""
-        want = self._want(inference, headers, target, caller, account)
+    async def serve(self, context: RequestContext) -> None:
+        """Answer one request; GatewayError if no replica does."""
+        dispatcher, stats, target = self.dispatcher, context.stats, context.route.target
+        with_blocks = dispatcher.has_choice(context.route.rungs)
+        # One turn per request: if retries took turns, too, two replicas would never alternate.
+        request = routing_request(context, dispatcher.next_turn(), dispatcher.affinity, with_blocks=with_blocks)
+        inference = context.inference
         if target.think == "none" and inference.endpoint.rewrites_reasoning:
             inference = inference.without_thinking()
-        attempts = Attempts()
         while True:
-            waiting_since = account.clock()
-            try:
-                lease = await self.dispatch.lease(
-                    want,
-                    wait_seconds=max(wait_seconds - account.queued_seconds, 0),
-                    tried=attempts.tried,
-                    failure=attempts.failure,
-                )
-            finally:
-                account.queued_seconds += account.clock() - waiting_since
-            with lease:
-                account.chose(lease.choice, lease.began)
-                if attempts.again_after is not None:
-                    self._tried_again(attempts.again_after, account)
-                    attempts.again_after = None
+            with await self._lease(request, context) as lease:
+                stats.attempt(lease.candidate, lease.in_flight.first_token)
+                if context.last_error is not None:
+                    self._count_retry(context.last_error, stats)
                 try:
-                    await self._exchange(inference, target, lease.choice.replica, account, teller)
+                    await self._exchange(inference, target, lease.replica, stats, context.response)
                 except GatewayError as error:
-                    self._judge(error, lease, attempts, account)
+                    self._after_failure(error, lease, context)
                 else:
                     lease.succeeded()
                     return
                 finally:
-                    lease.prompt_tokens, lease.answer_tokens = account.lengths(streams=inference.stream)
+                    lease.prompt_tokens, lease.answer_tokens = stats.lengths(streams=inference.stream)
+            request = dispatcher.affinity.refreshed(request, context.tried)
 
-    def _want(
-        self,
-        inference: InferenceRequest,
-        headers: Mapping[bytes, bytes],
-        target: Target,
-        caller: Caller,
-        account: RequestStats,
-    ) -> Want:
-        """Sum up what the request is to routing."""
-        floors = (caller.floor, inference.floor)
-        rungs = permitted_rungs(target, floors, inference.precisions)
-        bytes_per_token = self.dispatch.memory.bytes_per_token(target.name)
-        prompt, with_blocks = prompt_of(inference), self.dispatch.has_choice(rungs)
-        ask = asked(inference, prompt, headers, caller.name, bytes_per_token, with_blocks=with_blocks)
-        return Want(
-            target,
-            rungs,
-            # One turn a request: if retries took turns too, two replicas would never change places.
-            self.dispatch.arrived(),
-            ask,
-            caller.name or "",
-            account.request_id,
-            inference.stream,
-            account.body_bytes,
-            prompt.text_bytes,
-            floors,
-            inference.precisions,
-        )
+    async def _lease(self, request: RoutingRequest, context: RequestContext) -> Lease:
+        """Lease a replica, now or after a wait; a request that a replica has failed does not wait."""
+        wait_seconds = context.route.queue_seconds - context.stats.queued_seconds
+        lease = self.dispatcher.try_lease(request, wait_seconds if wait_seconds > 0 else 0.0)
+        if lease is not None:
+            return lease
+        if context.failure is not None:
+            raise context.failure
+        clock = context.stats.clock
+        waiting_since = clock()
+        try:
+            return await self.dispatcher.wait(request, max(wait_seconds, 0.0))
+        finally:
+            context.stats.queued_seconds += clock() - waiting_since
 
-    def _judge(self, error: GatewayError, lease: Lease, attempts: Attempts, account: RequestStats) -> None:
-        """Say what an error means for the replica, and raise it unless the request is tried again."""
-        replica_id = lease.choice.replica.id
-        attempts.begun += 1
+    async def _exchange(
+        self, inference: InferenceRequest, target: Target, replica: Replica, stats: RequestStats, sink: Sink
+    ) -> None:
+        stats.sent()
+        reasoning = reasoning_format(inference, target, replica)
+        trace = b"".join([b"%b: %b\r\n" % header for header in stats.trace.headers]) if stats.trace.headers else b""
+        request = UpstreamRequest(inference, stats.request_id, trace, reasoning.hides_token_ids)
+        timeouts = target.stream_timeouts if inference.stream else target.unary_timeouts
+        async with self.upstream.open(request, replica, timeouts) as reply:
+            if reply.status != 200:
+                body = await reply.read(MAX_ERROR_BYTES)
+                raise error_from_response(reply.status, body, retry_after_seconds(reply.headers))
+            if reply.streams != inference.stream:
+                # The OpenAI SDK takes a whole answer to a streaming request for an empty stream.
+                raise UpstreamError("a replica's answer is not in the requested form", code="upstream_invalid")
+            if inference.stream:
+                await stream_answer(inference, reasoning, reply, stats, sink)
+            else:
+                await send_answer(inference, reasoning, reply, stats, sink)
+
+    def _after_failure(self, error: GatewayError, lease: Lease, context: RequestContext) -> None:
+        """Decide what an error means for the replica; raises it unless the request is tried again."""
+        stats = context.stats
         if isinstance(error, ReplicaFull):
             lease.refused(error.held_seconds)
-            attempts.full += 1
-            if account.started or attempts.full >= FULL_LIMIT:
+            context.refusals += 1
+            if stats.started or context.refusals >= MAX_REFUSALS:
                 raise error
-            attempts.again_after = error
+            context.last_error = error
             return
         if not isinstance(error, UpstreamError):
-            # The client's own fault: the replica did what it should.
+            # The client's own error: the replica did what it should.
             lease.succeeded()
             raise error
         lease.failed()
+        replica_id = lease.replica.id
         log.warning(
             "request_id=%s replica=%s attempt=%d failed: %r",
-            *(account.request_id, replica_id, account.attempts, error.__cause__ or error),
+            *(stats.request_id, replica_id, stats.attempts, error.__cause__ or error),
         )
-        attempts.deaths += isinstance(error, UpstreamDisconnected) and replica_id not in attempts.tried
-        attempts.tried |= {replica_id}
-        attempts.failure = error
-        if account.started:
+        context.deaths += isinstance(error, UpstreamDisconnected) and replica_id not in context.tried
+        context.tried |= {replica_id}
+        context.failure = context.last_error = error
+        if stats.started:
             raise error
-        if why := self.dispatch.why_not_again(attempts.deaths, attempts.begun):
-            account.metrics.retries_refused.labels(account.alias, why).inc()
+        if why := self.dispatcher.retry_refusal(context.deaths, stats.attempts):
+            stats.metrics.retries_refused.labels(stats.alias, why).inc()
             raise error
-        attempts.again_after = error
 
-    def _tried_again(self, after: GatewayError, account: RequestStats) -> None:
-        account.retried(after.code)
+    def _count_retry(self, after: GatewayError, stats: RequestStats) -> None:
+        stats.retried(after.code)
         if isinstance(after, UpstreamError):
-            self.dispatch.retried()
-
-    async def _exchange(
-        self,
-        inference: InferenceRequest,
-        target: Target,
-        replica: Replica,
-        account: RequestStats,
-        teller: ClientResponse,
-    ) -> None:
-        account.sent()
-        manner = reasoning_format(inference, target, replica)
-        request = encode_request(inference, replica, account, self.pool, token_ids=manner.hides_token_ids)
-        deadlines, connect_seconds = reply_timeouts(target.timeouts, stream=inference.stream)
-        async with self.pool.exchange(replica.url, request, deadlines, connect_seconds, replica.tls) as upstream:
-            head = await upstream.head()
-            if head.status != 200:
-                raise error_from_response(
-                    head.status, await upstream.read(ERROR_LIMIT_BYTES), retry_after_seconds(head.headers)
-                )
-            if head.streams != inference.stream:
-                # The OpenAI SDK takes a whole answer to a streaming request for an empty stream.
-                raise UpstreamError("a replica's answer is not in the asked form", code="upstream_invalid")
-            if inference.stream:
-                await _stream(inference, manner, upstream, account, teller)
-            else:
-                await _whole(inference, manner, upstream, account, teller)
+            self.dispatcher.spend_retry()
 
 
 def reasoning_format(inference: InferenceRequest, target: Target, replica: Replica) -> ReasoningFormat:
-    """Say how thinking is told; token ids are asked for only where they tell whether the model thinks."""
-    shaped_here = inference.endpoint.rewrites_reasoning and target.think != "none"
-    token = replica.think_token if shaped_here else None
+    """Choose the format of reasoning; token ids are requested only where they show whether the model thinks."""
+    rewrites = inference.endpoint.rewrites_reasoning and target.think != "none"
+    token = replica.think_token if rewrites else None
     return ReasoningFormat(target.reasoning, replica.think, token, token is not None and not inference.wants_token_ids)
 
 
-def reply_timeouts(timeouts: TimeoutSettings, *, stream: bool) -> tuple[Timeouts, float]:
-    """How long a replica may take: a whole answer comes at its end, so only the total says anything about it."""
-    total_seconds = timeouts.total_seconds or math.inf
-    if not stream:
-        return Timeouts(total_seconds, total_seconds, total_seconds), timeouts.connect_seconds
-    first_byte_seconds, idle_seconds = timeouts.first_byte_seconds or math.inf, timeouts.idle_seconds or math.inf
-    return Timeouts(first_byte_seconds, idle_seconds, total_seconds), timeouts.connect_seconds
-
-
-async def _whole(
-    inference: InferenceRequest,
-    manner: ReasoningFormat,
-    upstream: Connection,
-    account: RequestStats,
-    teller: ClientResponse,
+async def send_answer(
+    inference: InferenceRequest, reasoning: ReasoningFormat, reply: UpstreamReply, stats: RequestStats, sink: Sink
 ) -> None:
-    answer = await upstream.read(ANSWER_LIMIT_BYTES)
-    shape = (
-        partial(rewrite_reasoning, manner=manner)
-        if inference.endpoint.rewrites_reasoning and has_reasoning(answer, manner)
-        else None
-    )
-    fields = parse_response(answer)
+    """Pass a whole answer on."""
+    body = await reply.read(MAX_ANSWER_BYTES)
+    rewrites = inference.endpoint.rewrites_reasoning and has_reasoning(body, reasoning)
+    fields = parse_response(body)
     if inference.endpoint.generates:
-        account.finish = finish_reason(fields)
-    body, account.usage = rewrite_response(fields, inference.model, shape)
-    account.code = "200"
-    teller.whole(body)
+        stats.finish = finish_reason(fields)
+    rewrite = partial(rewrite_reasoning, manner=reasoning) if rewrites else None
+    body, stats.usage = rewrite_response(fields, inference.model, rewrite)
+    stats.code = "200"
+    sink.send(body)
 
 
-async def _stream(
-    inference: InferenceRequest,
-    manner: ReasoningFormat,
-    upstream: Connection,
-    account: RequestStats,
-    teller: ClientResponse,
+async def stream_answer(
+    inference: InferenceRequest, reasoning: ReasoningFormat, reply: UpstreamReply, stats: RequestStats, sink: Sink
 ) -> None:
     """Pass events on as they arrive, several at once only if they arrived at once."""
-    transcript = stream_filter(inference.endpoint, inference.model, wants_usage=inference.wants_usage)
-    shaping = ReasoningRewriter(manner) if inference.endpoint.rewrites_reasoning else None
-    passing = StreamPipeline(transcript, shaping, account, teller)
+    events = stream_filter(inference.endpoint, inference.model, wants_usage=inference.wants_usage)
+    rewriter = ReasoningRewriter(reasoning) if inference.endpoint.rewrites_reasoning else None
+    pipeline = StreamPipeline(events, rewriter, stats, sink)
     try:
-        while not await upstream.flow(passing.pour):
-            await teller.drain()
+        while not await reply.flow(pipeline.feed):
+            await sink.drain()
     except UpstreamError:
-        if transcript.failure is not None or not transcript.finished:
+        if events.failure is not None or not events.finished:
             raise
     finally:
-        account.usage, account.finish = transcript.usage, transcript.finish or "none"
-    if not transcript.finished:
+        stats.usage, stats.finish = events.usage, events.finish or "none"
+    if not events.finished:
         raise UpstreamDisconnected("a replica ended its stream in the middle")
-    account.code = "200"
-    teller.end()
+    stats.code = "200"
+    sink.end()
 
 
 class StreamPipeline:
-    """What becomes of a stream's bytes on their way to the client, in the step in which they arrive."""
+    """Rewrites the bytes of a stream on their way to the sink, in the step in which they arrive."""
 
-    __slots__ = ("_account", "_cutter", "_shaping", "_teller", "_transcript")
+    __slots__ = ("_filter", "_rewriter", "_sink", "_splitter", "_stats")
 
     def __init__(
-        self, transcript: StreamFilter, shaping: ReasoningRewriter | None, account: RequestStats, teller: ClientResponse
+        self, events: StreamFilter, rewriter: ReasoningRewriter | None, stats: RequestStats, sink: Sink
     ) -> None:
-        self._transcript = transcript
-        self._shaping = shaping
-        self._account = account
-        self._teller = teller
-        self._cutter = EventSplitter()
+        self._filter = events
+        self._rewriter = rewriter
+        self._stats = stats
+        self._sink = sink
+        self._splitter = EventSplitter()
 
-    def pour(self, data: bytes) -> bool:
-        """Pass on what is whole by now; False if the client can't take more. Raises what the stream says went wrong."""
-        events = self._cutter.feed(data)
-        passed = self._told(events[0]) if len(events) == 1 else b"".join([self._told(event) for event in events])
-        transcript = self._transcript
-        if transcript.failure is not None:
-            # The error itself is told by whoever judges it: with a status, as long as nothing went out.
-            raise transcript.failure
-        if transcript.finished:
-            # SDKs hang up as soon as they have read the end.
-            self._account.told_all = True
-        if passed:
-            self._teller.event(passed)
-        return not self._teller.write_paused
+    def feed(self, data: bytes) -> bool:
+        """Pass on the events that are complete; False if the sink is full. Raises the error that the stream reports."""
+        events = self._splitter.feed(data)
+        out = self._apply(events[0]) if len(events) == 1 else b"".join([self._apply(event) for event in events])
+        stream = self._filter
+        if stream.failure is not None:
+            # Whoever handles the error writes it: as a status, as long as nothing was sent.
+            raise stream.failure
+        if stream.finished:
+            # SDKs close the connection as soon as they have read the end.
+            self._stats.complete = True
+        if out:
+            self._sink.write(out)
+        return not self._sink.write_paused
 
-    def _told(self, event: bytes) -> bytes:
-        if self._shaping is not None and not (event := self._shaping.apply(event)):
+    def _apply(self, event: bytes) -> bytes:
+        if self._rewriter is not None and not (event := self._rewriter.apply(event)):
             return b""
-        passed = self._transcript.apply(event)
-        if self._transcript.tokens:
-            self._account.token()
-        return passed
-
-
-def encode_request(
-    inference: InferenceRequest, replica: Replica, account: RequestStats, pool: Pool, *, token_ids: bool = False
-) -> bytes:
-    """Write the request that a replica gets; of the client's headers only its trace context goes along."""
-    body = inference.body_for(replica.served_name, token_ids=token_ids, context_tokens=replica.max_model_len_tokens)
-    credential = f"authorization: Bearer {replica.api_key}\r\n" if replica.api_key else ""
-    head = (
-        f"POST {inference.endpoint.path} HTTP/1.1\r\n"
-        f"host: {pool.address(replica.url).authority}\r\n"
-        "content-type: application/json\r\n"
-        f"content-length: {len(body)}\r\n"
-        f"x-request-id: {account.request_id}\r\n"
-        f"{credential}"
-    )
-    trace = b"".join([b"%b: %b\r\n" % header for header in account.trace.headers])
-    return b"%b%b\r\n%b" % (head.encode(), trace, body)
+        out = self._filter.apply(event)
+        if self._filter.tokens:
+            self._stats.token()
+        return out

@@ -12,11 +12,11 @@ from gateway.routing.spill import SpillGate
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LadderCollector(Collector):
-    """Gates by alias and variant, and the outlooks of every variant's ready replicas."""
+    """Gates by alias and variant, and the estimates of every variant's ready replicas."""
 
     gates: Mapping[tuple[str, str], SpillGate]
     variants: Callable[[], Iterator[str]]
-    outlooks: Callable[[str], Sequence[LatencyEstimate]]
+    estimates: Callable[[str], Sequence[LatencyEstimate]]
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield what is known now; a replica of unknown speed has no wait."""
@@ -30,7 +30,7 @@ class LadderCollector(Collector):
         text = "1 while nothing recent is known of what a replica does for others."
         stale = GaugeMetricFamily("quantgate_replica_load_unknown", text, labels=("replica", "variant"))
         for variant in self.variants():
-            for outlook in self.outlooks(variant):
+            for outlook in self.estimates(variant):
                 stale.add_metric([outlook.id, variant], float(outlook.stale))
                 if outlook.known:
                     wait.add_metric([outlook.id, variant], outlook.wait_seconds)

@@ -1,77 +1,85 @@
-"""What a request holds of a replica, and what it holds while it waits for one."""
+"""What a request holds of a replica, and what it holds in the queue while it waits for one."""
 
 import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
-import msgspec
-
-from config.schema import Floor
-from config.variant import Variant
 from gateway.errors import GatewayError
 from gateway.proxy.load.replica_load import InFlight
-from gateway.routing.catalog import Target
-from gateway.routing.pick import Choice
-from gateway.routing.request import NOTHING_KNOWN, Ask
+from gateway.routing.pick import Candidate
+from gateway.routing.request import RoutingRequest
+from serving.registry import Registry
+from serving.replica import Replica
+
+# `abandoned`: the client left before the replica showed whether it works.
+Outcome = Literal["abandoned", "succeeded", "failed", "refused"]
 
 
-class Want(msgspec.Struct, frozen=True, gc=False, eq=False):
-    """One request that wants a replica of these rungs.
+class Ledger(Protocol):
+    """An owner of counts that a lease is part of, from `enter` to `leave`."""
 
-    `turn` is its turn among equals; `body_bytes` is what it takes while it waits, `prompt_bytes` how long its prompt is
-    as text, which tells how many bytes make a token once its engine has counted them. `floors` and `precisions` are
-    what left no more rungs than these.
-    """
+    def enter(self, lease: "Lease") -> None:
+        """Count a lease in; called in the synchronous step of the decision."""
 
-    target: Target
-    rungs: tuple[Variant, ...]
-    turn: int
-    ask: Ask = NOTHING_KNOWN
-    key: str = ""
-    request_id: str = ""
-    streams: bool = False
-    body_bytes: int = 0
-    prompt_bytes: int = 0
-    floors: tuple[Floor, ...] = ()
-    precisions: frozenset[str] | None = None
+    def leave(self, lease: "Lease") -> None:
+        """Count a lease out, with its outcome."""
 
 
-class Lessor(Protocol):
-    """Whoever gives leases out, and takes them back."""
-
-    def began(self, lease: "Lease") -> None:
-        """The first token is there."""
-
-    def release(self, lease: "Lease") -> None:
-        """End a lease."""
-
-    def succeeded(self, lease: "Lease") -> None:
-        """The replica did what it should."""
-
-    def failed(self, lease: "Lease") -> None:
-        """The replica failed."""
-
-    def refused(self, lease: "Lease", retry_after_seconds: float | None) -> None:
-        """The replica has no room."""
-
-
-@dataclass(slots=True)
 class Lease:
-    """One request on one replica, counted from the choice to the end of the `with` block.
+    """One request on one replica: entered into every ledger by `acquire`, out of them when its `with` block ends.
 
-    Say `succeeded`, `failed` or `refused` inside it; an exchange that ends without any was given up by its client.
-    `prompt_tokens` is what the engine counted, 0 as long as it has not; `answer_tokens` is None while nobody knows.
+    Ledgers are left in reverse order, each of them also if another raises. Say inside the block what came of the
+    exchange: `succeeded`, `failed` or `refused`. `prompt_tokens` is what the engine counted, 0 until then;
+    `answer_tokens` is None while unknown.
     """
 
-    choice: Choice
-    want: Want
-    asked_at: float
-    sent: InFlight
-    _lessor: Lessor
-    prompt_tokens: int = 0
-    answer_tokens: int | None = None
-    probe_until: float | None = None  # it finds out whether a replica works again, and is believed lost by then
+    __slots__ = (
+        *("_entered", "_ledgers", "_on_release", "acquired_at", "answer_tokens", "candidate", "in_flight", "outcome"),
+        *("probe_until", "prompt_tokens", "replica", "request", "retry_after_seconds"),
+    )
+    replica: Replica  # set by the ledger of the registry
+    in_flight: InFlight  # set by the ledger of the load
+
+    def __init__(
+        self,
+        candidate: Candidate,
+        request: RoutingRequest,
+        acquired_at: float,
+        ledgers: Sequence[Ledger],
+        on_release: "Callable[[Lease], None]",
+    ) -> None:
+        self.candidate = candidate
+        self.request = request
+        self.acquired_at = acquired_at
+        self.outcome: Outcome = "abandoned"
+        self.retry_after_seconds: float | None = None
+        self.prompt_tokens = 0
+        self.answer_tokens: int | None = None
+        self.probe_until: float | None = None  # of a breaker's probe: when it counts as lost
+        self._ledgers = ledgers
+        self._on_release = on_release
+        self._entered = 0
+
+    def acquire(self) -> Self:
+        """Enter every ledger; if one raises, those before it are left again."""
+        for ledger in self._ledgers:
+            try:
+                ledger.enter(self)
+            except BaseException:
+                self._leave()
+                raise
+            self._entered += 1
+        return self
+
+    def release(self) -> None:
+        """Leave every ledger, then let the owner give the slot away; calling it again does nothing."""
+        if self._entered:
+            try:
+                self._leave()
+            finally:
+                self._on_release(self)
 
     def __enter__(self) -> Self:
         return self
@@ -79,54 +87,67 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lessor.release(self)
-
-    def began(self) -> None:
-        """The first token is there."""
-        self._lessor.began(self)
+        self.release()
 
     def succeeded(self) -> None:
         """The replica did what it should."""
-        self._lessor.succeeded(self)
+        self.outcome = "succeeded"
 
     def failed(self) -> None:
         """The replica failed; overload is no failure."""
-        self._lessor.failed(self)
+        self.outcome = "failed"
 
     def refused(self, retry_after_seconds: float | None) -> None:
-        """The replica has no room."""
-        self._lessor.refused(self, retry_after_seconds)
+        """The replica has no room; it may have said for how long."""
+        self.outcome, self.retry_after_seconds = "refused", retry_after_seconds
+
+    def _leave(self) -> None:
+        while self._entered:
+            self._entered -= 1
+            try:
+                self._ledgers[self._entered].leave(self)
+            except BaseException:
+                self._leave()
+                raise
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
-    """What a line waits for: any replica of these rungs, with a context of so many tokens at least.
+class RegistryLedger:
+    """Counts leases in the registry: a replica that drains waits for its count to reach zero."""
 
-    Two demands of one alias, the same rungs and the same context are one line.
+    registry: Registry
+
+    def enter(self, lease: Lease) -> None:
+        """Count the request, and look the replica up; NoSuchReplica if it has left."""
+        lease.replica = self.registry.take(lease.candidate.replica.id)
+
+    def leave(self, lease: Lease) -> None:
+        """Count it down."""
+        self.registry.give_back(lease.candidate.replica.id)
+
+
+@dataclass(frozen=True, slots=True)
+class QueueKey:
+    """What a queue waits for: any replica of these rungs with a context that is long enough.
+
+    Requests of one alias with the same rungs and the same context wait in one queue; `request` is the first of them.
     """
 
     alias: str
     names: tuple[str, ...]
     context_tokens: float
-    target: Target = field(compare=False)
-    rungs: tuple[Variant, ...] = field(compare=False)
+    request: RoutingRequest = field(compare=False)
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
-    """One request that waits; it gets a lease, or an error."""
+class Waiter:
+    """One request in a queue; its future is set to a lease, or to an error."""
 
-    demand: Demand
-    want: Want
-    served: "asyncio.Future[Lease]"
+    queue: QueueKey
+    request: RoutingRequest
+    result: "asyncio.Future[Lease]"
 
     def refuse(self, error: GatewayError) -> None:
-        """Tell it that it waits for nothing."""
-        if not self.served.done():
-            self.served.set_exception(error)
-
-
-def demand_for(want: Want, context_tokens: float) -> Demand:
-    """Name the line that a request would wait in."""
-    names = tuple([rung.name for rung in want.rungs])
-    return Demand(want.target.name, names, context_tokens, want.target, want.rungs)
+        """End the wait with an error."""
+        if not self.result.done():
+            self.result.set_exception(error)

@@ -1,7 +1,7 @@
-"""What is held against replicas: breakers of those that fail, marks of those that are full.
+"""Outlier detection: breakers of replicas that fail, and overloads of those that refuse requests.
 
-The rules are gateway.routing.breaker's and gateway.routing.overload's; this is their only state. A replica against
-which nothing is held isn't in it, which is how it is nearly always.
+The rules are gateway.routing.breaker's and gateway.routing.overload's; this owns their state. A replica without an
+entry is closed and not overloaded, which nearly all are nearly always.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -14,102 +14,98 @@ from gateway.routing.breaker import HEALTHY, Breaker
 from gateway.routing.overload import NOT_OVERLOADED, Overload
 from serving.registry import Registry
 
+T = TypeVar("T")
+
 
 class OutlierDetection:
-    """Owns breakers and marks by replica; both mappings are the same for ever, and always true."""
+    """Owns breakers and overloads by replica; a Ledger: the outcome of a lease counts when it is left."""
 
     def __init__(self, registry: Registry, clock: Callable[[], float]) -> None:
         self._registry = registry
         self._clock = clock
         self._breakers: dict[str, Breaker] = {}
-        self._marks: dict[str, Overload] = {}
+        self._overloads: dict[str, Overload] = {}
 
     @property
     def breakers(self) -> Mapping[str, Breaker]:
-        """Of replicas that have failed lately."""
+        """Of replicas that have failed lately; a live view."""
         return self._breakers
 
     @property
-    def marks(self) -> Mapping[str, Overload]:
-        """Of replicas that had no room lately."""
-        return self._marks
+    def overloads(self) -> Mapping[str, Overload]:
+        """Of replicas that have refused requests lately; a live view."""
+        return self._overloads
 
     def states(self) -> Mapping[str, breaker.BreakerState]:
-        """The breakers' states; who isn't in it is closed."""
+        """The states of the breakers; a replica that is not in it is closed."""
         now = self._clock()
-        return {replica_id: held.state(now) for replica_id, held in self._breakers.items()}
+        return {replica_id: each.state(now) for replica_id, each in self._breakers.items()}
 
-    def asked(self, replica_id: str, now: float) -> float | None:
-        """Note that a request goes to a replica; if that is a breaker's probe, say when it is believed lost."""
-        held = self._breakers.get(replica_id) if self._breakers else None
-        if held is None:
-            return None
-        after = self._breakers[replica_id] = breaker.probing(held, now)
-        return after.probe_until if after is not held else None
-
-    def ended(self, lease: Lease) -> None:
-        """Give a probe that showed nothing back."""
-        replica_id = lease.choice.replica.id
-        held = self._breakers.get(replica_id)
-        if held is not None and held.probe_until == lease.probe_until:
-            self._breakers[replica_id] = breaker.abandoned(held)
-
-    def succeeded(self, lease: Lease) -> None:
-        """Hold nothing against a replica that answers, or less than before."""
-        if not self._breakers and not self._marks:
+    def enter(self, lease: Lease) -> None:
+        """Mark the lease as the probe of a half-open breaker, if it is one."""
+        if not self._breakers:
             return
-        replica_id, now = lease.choice.replica.id, self._clock()
-        held = self._breakers.get(replica_id)
-        if held is not None:
-            after = breaker.succeeded(held, now, asked_at=lease.asked_at)
-            _keep(self._breakers, replica_id, after, HEALTHY)
-        mark = self._marks.get(replica_id)
-        if mark is not None:
-            _keep(self._marks, replica_id, overload.accepted(mark, now), NOT_OVERLOADED)
+        replica_id = lease.replica.id
+        before = self._breakers.get(replica_id)
+        if before is not None:
+            after = self._breakers[replica_id] = breaker.probing(before, lease.acquired_at)
+            lease.probe_until = after.probe_until if after is not before else None
 
-    def failed(self, lease: Lease) -> None:
-        """Hold a failure against a replica."""
-        if self._has_gone(lease):
-            return
-        replica_id = lease.choice.replica.id
-        held = self._breakers.get(replica_id, HEALTHY)
-        self._breakers[replica_id] = breaker.failed(held, self._clock(), asked_at=lease.asked_at)
-
-    def refused(self, lease: Lease, retry_after_seconds: float | None) -> None:
-        """Spare a replica that has no room."""
-        if self._has_gone(lease):
-            return
-        replica_id = lease.choice.replica.id
-        mark = self._marks.get(replica_id, NOT_OVERLOADED)
-        # Refused although nobody of ours was there says nothing about how many it takes.
-        others = self._registry.in_flight[replica_id] - 1 or inf
-        self._marks[replica_id] = overload.refused(mark, self._clock(), retry_after_seconds, at_once=others)
+    def leave(self, lease: Lease) -> None:
+        """Apply the outcome of a lease; an abandoned probe leaves the breaker half-open."""
+        outcome = lease.outcome
+        if outcome == "succeeded":
+            if not self._breakers and not self._overloads:
+                return
+            self._succeeded(lease)
+        elif outcome == "failed" and self._is_ready(lease):
+            before = self._breakers.get(lease.replica.id, HEALTHY)
+            self._breakers[lease.replica.id] = breaker.failed(before, self._clock(), asked_at=lease.acquired_at)
+        elif outcome == "refused" and self._is_ready(lease):
+            self._refused(lease)
+        after = self._breakers.get(lease.replica.id)
+        if after is not None and after.probe_until == lease.probe_until:
+            self._breakers[lease.replica.id] = breaker.abandoned(after)
 
     def keep_only(self, ready: Collection[str]) -> None:
-        """Forget what was held against replicas that aren't ready: when they are, they will be others."""
+        """Forget replicas that are not ready: when they are ready again, they are new."""
         for gone in self._breakers.keys() - ready:
             del self._breakers[gone]
-        for gone in self._marks.keys() - ready:
-            del self._marks[gone]
+        for gone in self._overloads.keys() - ready:
+            del self._overloads[gone]
 
     def changes_at(self, now: float) -> Iterator[float]:
         """When replicas that are spared or barred now may be asked again."""
-        yield from (mark.until for mark in self._marks.values() if mark.until > now)
-        for held in self._breakers.values():
-            if not held.admits(now):
-                yield max(held.opened_at + held.open_seconds, held.probe_until)
+        yield from (each.until for each in self._overloads.values() if each.until > now)
+        for each in self._breakers.values():
+            if not each.admits(now):
+                yield max(each.opened_at + each.open_seconds, each.probe_until)
 
-    def _has_gone(self, lease: Lease) -> bool:
-        """Tell whether a replica isn't ready any more."""
-        ready = self._registry.ready.get(lease.choice.variant.name, ())
-        return all(replica.id != lease.choice.replica.id for replica in ready)
+    def _succeeded(self, lease: Lease) -> None:
+        replica_id, now = lease.replica.id, self._clock()
+        before = self._breakers.get(replica_id)
+        if before is not None:
+            after = breaker.succeeded(before, now, asked_at=lease.acquired_at)
+            _set_or_delete(self._breakers, replica_id, after, HEALTHY)
+        overloaded = self._overloads.get(replica_id)
+        if overloaded is not None:
+            _set_or_delete(self._overloads, replica_id, overload.accepted(overloaded, now), NOT_OVERLOADED)
+
+    def _refused(self, lease: Lease) -> None:
+        replica_id = lease.replica.id
+        before = self._overloads.get(replica_id, NOT_OVERLOADED)
+        # A refusal while it had no other request of ours does not show how many it takes.
+        others = self._registry.in_flight[replica_id] - 1 or inf
+        retry_after_seconds = lease.retry_after_seconds
+        self._overloads[replica_id] = overload.refused(before, self._clock(), retry_after_seconds, in_flight=others)
+
+    def _is_ready(self, lease: Lease) -> bool:
+        ready = self._registry.ready.get(lease.replica.variant, ())
+        return any(replica.id == lease.replica.id for replica in ready)
 
 
-Held = TypeVar("Held")
-
-
-def _keep(table: dict[str, Held], replica_id: str, after: Held, nothing: Held) -> None:
-    if after is nothing:
+def _set_or_delete(table: dict[str, T], replica_id: str, value: T, absent: T) -> None:
+    if value is absent:
         del table[replica_id]
     else:
-        table[replica_id] = after
+        table[replica_id] = value

@@ -1,63 +1,65 @@
-"""Which rungs of which aliases spill: the only owner of the gates, whose rules are gateway.routing.spill'."""
+"""The spill gates of all aliases; the rules are gateway.routing.spill's."""
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from config.schema import Spill
+from config.schema import NO_FLOOR, Spill
 from gateway.observability.metrics import Metrics
-from gateway.routing.catalog import Target
-from gateway.routing.cluster_state import GateName, Query
 from gateway.routing.latency import LatencyEstimate
-from gateway.routing.score import best_of
+from gateway.routing.pick import pick
+from gateway.routing.request import RoutingRequest
 from gateway.routing.spill import SpillGate, update
+from gateway.routing.split import RungKey
+from gateway.routing.target import Target
 
-ANYBODY = Query()
+# A request without a prompt or a conversation: gates close by what it would meet.
+ANY_REQUEST = RoutingRequest(Target("", (), NO_FLOOR, pinned=False), ())
 
 
 class SpillState:
-    """Keeps a gate for each rung that has turned one, and counts when one opens or closes."""
+    """Owns a gate for each rung that has ever changed, and counts when one opens or closes."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._gates: dict[GateName, SpillGate] = {}
-        # Of those that spill, by their variants: with how each goes on.
-        self._open: dict[str, dict[GateName, Spill]] = {}
+        self._gates: dict[RungKey, SpillGate] = {}
+        # Those that spill, by rung, with the settings by which each closes.
+        self._spilling: dict[str, dict[RungKey, Spill]] = {}
 
     @property
-    def gates(self) -> Mapping[GateName, SpillGate]:
-        """Every gate; the same mapping for ever, always true."""
+    def gates(self) -> Mapping[RungKey, SpillGate]:
+        """Every gate; a live view."""
         return self._gates
 
-    def turn(self, target: Target, gates: Mapping[GateName, SpillGate]) -> None:
-        """Take over what a decision made of an alias' gates."""
-        for name, gate in gates.items():
-            self._set(name, gate, target.spill)
+    def apply(self, target: Target, gates: Mapping[RungKey, SpillGate]) -> None:
+        """Take over what a decision changed."""
+        for key, gate in gates.items():
+            self._set(key, gate, target.spill)
 
-    def look(self, variant: str, outlooks: Sequence[LatencyEstimate], now: float) -> None:
-        """Close gates whose rung has nothing to wait for any more, also while nobody asks for it."""
-        spilling = self._open.get(variant)
+    def observe(self, variant: str, estimates: Sequence[LatencyEstimate], now: float) -> None:
+        """Close the gates of a variant's rungs that no longer wait, so that they close also without requests."""
+        spilling = self._spilling.get(variant)
         if not spilling:
             return
-        for name, spill in [*spilling.items()]:
-            best = best_of(outlooks, ANYBODY, spill)
+        for key, spill in [*spilling.items()]:
+            best = pick(estimates, ANY_REQUEST, spill)
             if best is not None and best.known:
-                self._set(name, update(self._gates[name], spill, best.wait_seconds, now), spill)
+                self._set(key, update(self._gates[key], spill, best.wait_seconds, now), spill)
 
     def keep_only(self, ladders: Mapping[str, AbstractSet[str]]) -> None:
-        """Forget the gates of what is no rung of an alias any more: nothing would ever close them."""
-        for name in [*self._gates]:
-            alias, rung = name
+        """Forget the gates of rungs that are in no ladder any more; `ladders` are the names of rungs by alias."""
+        for key in [*self._gates]:
+            alias, rung = key
             if rung not in ladders.get(alias, ()):
-                del self._gates[name]
-                self._open.get(rung, {}).pop(name, None)
+                del self._gates[key]
+                self._spilling.get(rung, {}).pop(key, None)
 
-    def _set(self, name: GateName, gate: SpillGate, spill: Spill) -> None:
-        before = self._gates.get(name)
-        self._gates[name] = gate
+    def _set(self, key: RungKey, gate: SpillGate, spill: Spill) -> None:
+        before = self._gates.get(key)
+        self._gates[key] = gate
         if gate.spilling == (before is not None and before.spilling):
             return
-        self._metrics.ladder_switches.labels(*name, "spill" if gate.spilling else "return").inc()
+        self._metrics.ladder_switches.labels(*key, "spill" if gate.spilling else "return").inc()
         if gate.spilling:
-            self._open.setdefault(name[1], {})[name] = spill
+            self._spilling.setdefault(key[1], {})[key] = spill
         else:
-            self._open.get(name[1], {}).pop(name, None)
+            self._spilling.get(key[1], {}).pop(key, None)

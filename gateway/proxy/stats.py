@@ -1,4 +1,4 @@
-"""One request's story: who asked what, who answered, when; settled exactly once, whatever happens."""
+"""The statistics of one request: who asked, which replica answered, and when; booked once, whatever happens."""
 
 import time
 from collections.abc import Callable
@@ -9,50 +9,50 @@ from gateway.observability.access_log import AccessRecord, LogSink
 from gateway.observability.metrics import UNKNOWN, Metrics, Served
 from gateway.observability.trace_context import NOT_TRACED, Trace
 from gateway.openai.usage import Usage
-from gateway.routing.pick import Choice
+from gateway.routing.pick import Candidate
 
-CLIENT_CLOSED_REQUEST = "499"  # nginx' number for a client that went away before the answer was whole
+CLIENT_CLOSED_REQUEST = "499"  # nginx' code for a client that left before the answer was complete
 
-# vLLM's and OpenAI's words for why an answer ended, and ours for one that didn't; any other is told as `other`.
+# Finish reasons of vLLM and OpenAI, and ours for an answer without one; any other is logged as `other`.
 FINISH_REASONS = frozenset(
     {"stop", "length", "tool_calls", "function_call", "content_filter", "repetition", "abort", "error", "none"}
 )
 
 
-def nobody_waits() -> None:
-    """Nobody wants to know."""
+def ignore_first_token() -> None:
+    """Do nothing."""
 
 
 class RequestStats:
-    """Counts a request while the `with` block runs, and books and tells it at the end.
+    """Counts a request while the `with` block runs, then books it and writes its log line and span.
 
-    `caller` is the name of its key, `finish` the engine's word for why the answer ended.
+    `started`: the client has received a part of an answer. `complete`: the whole of a stream was written, so that a
+    client that leaves has not missed anything. `finish` is the engine's finish reason.
     """
 
-    # Defaults of the class, not of each object: to set them all anew costs more than to book a request.
+    # Defaults of the class, not of each object: setting all of them costs more than booking a request.
     caller: str = "none"
     alias: str = UNKNOWN
-    choice: Choice | None = None
+    candidate: Candidate | None = None
     attempts: int = 0
     code: str = "500"
     usage: Usage | None = None
     finish: str = "none"
-    body_bytes: int = 0
     queued_seconds: float = 0.0
     started: bool = False
-    told_all: bool = False
-    began_at: float = 0.0
+    complete: bool = False
+    started_at: float = 0.0
     sent_at: float | None = None
     first_token_seconds: float | None = None
     token_events: int = 0
     last_event_at: float = 0.0
     _served: Served | None = None
-    _on_first_token: Callable[[], None] = staticmethod(nobody_waits)
+    _on_first_token: Callable[[], None] = staticmethod(ignore_first_token)
 
     def __init__(
         self,
         metrics: Metrics,
-        tell: LogSink,
+        log: LogSink,
         endpoint: str,
         request_id: str,
         clock: Callable[[], float] = time.monotonic,
@@ -60,7 +60,7 @@ class RequestStats:
         trace: Trace = NOT_TRACED,
     ) -> None:
         self.metrics = metrics
-        self.tell = tell
+        self.log = log
         self.endpoint = endpoint
         self.request_id = request_id
         self.clock = clock
@@ -68,7 +68,7 @@ class RequestStats:
         self.trace = trace
 
     def __enter__(self) -> Self:
-        self.began_at = self.clock()
+        self.started_at = self.clock()
         self.metrics.in_flight.labels(self.endpoint).value += 1
         return self
 
@@ -76,99 +76,96 @@ class RequestStats:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.metrics.in_flight.labels(self.endpoint).value -= 1
-        seconds, at = self.clock() - self.began_at, self.wall_clock()
+        seconds, at = self.clock() - self.started_at, self.wall_clock()
         self._book(seconds, at)
-        entry = self._entry(seconds)
-        self.tell(entry, at)
-        self.trace.end(entry)
+        record = self._record(seconds)
+        self.log(record, at)
+        self.trace.end(record)
 
-    def left(self) -> None:
-        """Note that the client went; one that has read the last event has had its answer."""
-        self.code = "200" if self.told_all else CLIENT_CLOSED_REQUEST
+    def client_disconnected(self) -> None:
+        """Record that the client left."""
+        self.code = "200" if self.complete else CLIENT_CLOSED_REQUEST
 
-    def chose(self, choice: Choice, on_first_token: Callable[[], None] = nobody_waits) -> None:
-        """Note which replica is tried now; whoever wants to know is told of its first token."""
-        self.choice = choice
+    def attempt(self, candidate: Candidate, on_first_token: Callable[[], None] = ignore_first_token) -> None:
+        """Record which replica is asked now; `on_first_token` is called when its first token arrives."""
+        variant = candidate.variant
+        self.candidate = candidate
         self._on_first_token = on_first_token
         self.attempts += 1
-        self._served = self.metrics.served(self.alias, choice.variant.name, choice.variant.precision)
+        self._served = self.metrics.served(self.alias, variant.name, variant.precision)
 
     def sent(self) -> None:
-        """Note that the request goes out; what it took since it was here, without waiting, is our own overhead."""
+        """Record that the request is sent to a replica; until then, waiting aside, the time is the gateway's own."""
         now = self.clock()
         if self.sent_at is None:
-            own = now - self.began_at - self.queued_seconds
-            self.metrics.overhead_seconds.observe_with_exemplar(own, self.request_id, self.wall_clock())
+            own_seconds = now - self.started_at - self.queued_seconds
+            self.metrics.overhead_seconds.observe_with_exemplar(own_seconds, self.request_id, self.wall_clock())
         self.sent_at = now
 
     def retried(self, code: str) -> None:
-        """Note that an attempt failed and another one follows."""
+        """Record that an attempt failed with this code and another one follows."""
         self.metrics.retries.labels(self.alias, code).inc()
 
     def token(self) -> None:
-        """Note a streamed event that carries something; somebody must have been chosen to say it."""
+        """Record an event of a stream that carries a token; called after `attempt` only."""
         now, served = self.clock(), self._served
         assert served is not None
         if self.token_events:
             served.inter_token.observe(now - self.last_event_at)
         else:
-            self.first_token_seconds = now - self.began_at
+            self.first_token_seconds = now - self.started_at
             served.first_token.observe_with_exemplar(self.first_token_seconds, self.request_id, self.wall_clock())
             self._on_first_token()
         self.token_events += 1
         self.last_event_at = now
 
-    def _book(self, seconds: float, at: float) -> None:
-        choice, served = self.choice, self._served
-        if choice is None or served is None:
-            names, reason = (self.alias, "none", "none"), "none"
-        else:
-            names, reason = (self.alias, choice.variant.name, choice.variant.precision), choice.reason
-            served.request.observe_with_exemplar(seconds, self.request_id, at)
-            if reason == "spill":
-                self.metrics.spills.labels(self.alias, choice.variant.name).inc()
-            prompt, completion, reasoning = self._tokens()
-            served.prompt_tokens.value += prompt
-            served.completion_tokens.value += completion
-            served.reasoning_tokens.value += reasoning
-        self.metrics.outcome(names, self.endpoint, self.code, reason).value += 1
-        if self.alias != UNKNOWN:
-            # Who gave up waiting, too: the longest waits are theirs.
-            self.metrics.queue_seconds.labels(self.alias).observe_with_exemplar(
-                self.queued_seconds, self.request_id, at
-            )
-
     @property
     def tokens(self) -> int:
-        """All that were read and generated; of a stream cut short what came of it."""
-        prompt, completion, _ = self._tokens()
-        return prompt + completion
+        """All tokens that were read and generated; of an incomplete stream those that arrived."""
+        usage = self.usage
+        return self.token_events if usage is None else usage.prompt + usage.completion
 
     def lengths(self, *, streams: bool) -> tuple[int, int | None]:
-        """Tokens of the prompt as the engine counted them, 0 if it didn't; and of the answer, None if nobody knows."""
+        """Tokens of the prompt, 0 if the engine did not count them; and of the answer, None if unknown."""
         if self.usage is not None:
             return self.usage.prompt, self.usage.completion or None
-        # None of a stream that never began, whoever ended it: that is no short answer.
+        # A stream that never began is not a short answer.
         return 0, (self.token_events or None) if streams else None
 
-    def _tokens(self) -> tuple[int, int, int]:
-        """Prompt, completion and reasoning; of a stream cut short what came of it, an event for a token."""
-        if self.usage is None:
-            return 0, self.token_events, 0
-        return self.usage.prompt, self.usage.completion, self.usage.reasoning
+    def _book(self, seconds: float, at: float) -> None:
+        candidate, served, alias = self.candidate, self._served, self.alias
+        if candidate is None or served is None:
+            names, reason = (alias, "none", "none"), "none"
+        else:
+            variant, reason = candidate.variant, candidate.reason
+            names = (alias, variant.name, variant.precision)
+            served.request.observe_with_exemplar(seconds, self.request_id, at)
+            if reason == "spill":
+                self.metrics.spills.labels(alias, variant.name).inc()
+            usage = self.usage
+            if usage is None:
+                served.completion_tokens.value += self.token_events
+            else:
+                served.prompt_tokens.value += usage.prompt
+                served.completion_tokens.value += usage.completion
+                served.reasoning_tokens.value += usage.reasoning
+        self.metrics.outcome(names, self.endpoint, self.code, reason).value += 1
+        if alias != UNKNOWN:
+            # Requests that gave up waiting, too: the longest waits are theirs.
+            self.metrics.queue_seconds.labels(alias).observe_with_exemplar(self.queued_seconds, self.request_id, at)
 
-    def _entry(self, seconds: float) -> AccessRecord:
-        choice = self.choice
-        prompt, completion, _ = self._tokens()
+    def _record(self, seconds: float) -> AccessRecord:
+        candidate, usage = self.candidate, self.usage
+        prompt, completion = (0, self.token_events) if usage is None else (usage.prompt, usage.completion)
         return AccessRecord(
             request_id=self.request_id,
             key=self.caller,
             endpoint=self.endpoint,
             alias=self.alias,
-            variant=choice.variant.name if choice else "none",
-            precision=choice.variant.precision if choice else "none",
-            replica=choice.replica.id if choice else "none",
-            reason=choice.reason if choice else "none",
+            variant=candidate.variant.name if candidate else "none",
+            precision=candidate.variant.precision if candidate else "none",
+            replica=candidate.replica.id if candidate else "none",
+            reason=candidate.reason if candidate else "none",
             code=self.code,
             attempts=self.attempts,
             queued_seconds=self.queued_seconds,
@@ -176,6 +173,6 @@ class RequestStats:
             seconds=seconds,
             prompt_tokens=prompt,
             completion_tokens=completion,
-            estimated=self.usage is None and completion > 0,
+            estimated=usage is None and completion > 0,
             finish=self.finish if self.finish in FINISH_REASONS else "other",
         )

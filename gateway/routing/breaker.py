@@ -7,9 +7,12 @@ A refusal for want of room (429, 503) is no failure: see gateway.routing.sheddin
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import Literal, NamedTuple
+
+import msgspec
+from msgspec.structs import replace
 
 BreakerState = Literal["closed", "open", "half_open"]
 
@@ -37,8 +40,7 @@ class BreakerPolicy:
 DEFAULT_POLICY = BreakerPolicy()
 
 
-@dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(msgspec.Struct, frozen=True, gc=False):
     """Results in the current bucket of time and in the one before."""
 
     bucket: int = 0
@@ -70,8 +72,7 @@ class Tally:
         return self.good + self.good_before + self.failures
 
 
-@dataclass(frozen=True, slots=True)
-class Breaker:
+class Breaker(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """What is held against one replica; HEALTHY is nothing at all."""
 
     tripped: bool = False

@@ -47,17 +47,17 @@ class PollResult(msgspec.Struct, frozen=True, gc=False):
     """What polls have shown of a replica so far.
 
     `poll` is the last page; None while nobody answers. `missing` is what that page lacked, and is kept without an
-    answer; None until a page was read. `asked_at` is when the last poll began that told the load (monotonic).
+    answer; None until a page was read. `polled_at` is when the last poll began that told the load (monotonic).
     """
 
     poll: EngineMetrics | None = None
-    asked_at: float | None = None
+    polled_at: float | None = None
     missing: frozenset[str] | None = None
     answers: bool = True
 
     def unanswered(self) -> "PollResult":
         """What is known after a poll that failed."""
-        return PollResult(None, self.asked_at, self.missing, answers=False)
+        return PollResult(None, self.polled_at, self.missing, answers=False)
 
 
 def parse_metrics(page: bytes, at_seconds: float) -> tuple[EngineMetrics, frozenset[str]]:

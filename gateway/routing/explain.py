@@ -1,112 +1,271 @@
-"""Why a request goes where it goes: the decision made once more, with what each rung and each replica had to say."""
+"""Explain a decision: make it once more, and say for every rung and every replica what decided it."""
 
 from collections.abc import Iterable, Iterator
 from math import inf
 
 import msgspec
 
-from config.schema import Floor
-from config.variant import Variant
-from gateway.routing.catalog import Target
-from gateway.routing.cluster_state import ClusterState, Query
-from gateway.routing.explanation import Candidate, Chosen, Explanation, Refused, RungView
+from gateway.routing.breaker import HEALTHY, admissible
+from gateway.routing.cluster_state import ClusterState
+from gateway.routing.filters import is_overloaded
 from gateway.routing.latency import LatencyEstimate
-from gateway.routing.pick import anybody_fits, decide, step_at
-from gateway.routing.request import needed_tokens
-from gateway.routing.snapshot import Absent
+from gateway.routing.overload import NOT_OVERLOADED
+from gateway.routing.pick import Candidate, RungResult, any_context_fits, decide, drawn_member, look_at_rung
+from gateway.routing.request import RoutingRequest
+from gateway.routing.score import CostTerms, cost_terms
+from gateway.routing.snapshot import AbsentReplica
 from gateway.routing.spill import CLOSED, share_down
-from gateway.routing.why import Looking, because, terms_of, verdict, why_not
+
+
+class ReplicaExplanation(msgspec.Struct, frozen=True):
+    """One ready replica, and why it was not chosen (empty if it was).
+
+    `rank` is its place in the order of attempts, None if it would not be asked. `terms` is None where its speed is
+    unknown. `stale`: no recent poll, so its load is assumed to be that of its siblings.
+    """
+
+    replica: str
+    variant: str
+    rank: int | None
+    requests: float
+    terms: CostTerms | None
+    stale: bool
+    why_not: str = ""
+
+
+class RungExplanation(msgspec.Struct, frozen=True):
+    """One rung that may answer; None: the wait is unknown, or the gate is closed."""
+
+    variant: str
+    precision: str
+    verdict: str
+    wait_seconds: float | None
+    spilling_seconds: float | None
+    share_down: float
+
+
+class RejectedVariant(msgspec.Struct, frozen=True):
+    """A variant of the ladder that may not answer."""
+
+    variant: str
+    precision: str
+    why: str
+
+
+class Chosen(msgspec.Struct, frozen=True):
+    """The replica that answers, and the reason that the client is given."""
+
+    replica: str
+    variant: str
+    precision: str
+    reason: str
+
+
+class Explanation(msgspec.Struct, frozen=True):
+    """One decision; `chosen` is None if no replica can be asked now, and `because` says why."""
+
+    model: str
+    chosen: Chosen | None
+    because: str
+    prompt_tokens: float
+    answer_tokens: int | None
+    spill_after_seconds: float
+    rungs: tuple[RungExplanation, ...]
+    candidates: tuple[ReplicaExplanation, ...]
+    refused: tuple[RejectedVariant, ...]
+    absent: tuple[AbsentReplica, ...]
 
 
 def explain(
-    target: Target,
-    floors: tuple[Floor, ...],
-    precisions: frozenset[str] | None,
-    query: Query,
-    scene: ClusterState,
+    request: RoutingRequest,
+    cluster: ClusterState,
     now: float,
     *,
-    absent: Iterable[Absent] = (),
-    patience_seconds: float = inf,
+    absent: Iterable[AbsentReplica] = (),
+    wait_seconds: float = inf,
 ) -> Explanation:
-    """Make a decision, and say all there is to it."""
-    result = target.filter_variants(floors, precisions)
-    looking = look(target, result.kept, query, scene, now, patience_seconds)
-    offer = None if looking.is_refused else looking.offer
-    ladder = {rung.name for rung in (*result.kept, *(refusal.variant for refusal in result.refused))}
-    return Explanation(
-        model=target.name,
-        chosen=None if offer is None else _chosen(offer.choice.variant, offer.outlook, offer.choice.reason),
-        because=because(looking),
-        prompt_tokens=query.ask.prompt_tokens,
-        answer_tokens=query.ask.answer_tokens,
-        spill_after_seconds=target.spill.after_seconds,
-        rungs=tuple([_rung(looking, place) for place in range(len(looking.rungs))]),
-        candidates=_candidates(looking),
-        refused=tuple([Refused(each.variant.name, each.variant.precision, each.why) for each in result.refused]),
-        absent=tuple([each for each in absent if each.variant in ladder]),
+    """Explain the decision on a request that may wait so long; `absent` are replicas that are not ready."""
+    target = request.target
+    rejected = target.filter(request.floors, request.precisions).rejected
+    return _DecisionTrace(request, cluster, now, wait_seconds).explanation(
+        tuple([RejectedVariant(each.variant.name, each.variant.precision, each.why) for each in rejected]),
+        tuple(absent),
     )
 
 
-def look(
-    target: Target, rungs: tuple[Variant, ...], query: Query, scene: ClusterState, now: float, patience_seconds: float
-) -> Looking:
-    """Decide, and look at every rung on the way, also at those below whoever answers."""
-    needed = needed_tokens(query.ask)
-    if not anybody_fits(rungs, scene, needed):
-        needed = 0.0
-    steps, passed_over = [], False
-    for place in range(len(rungs)):
-        steps.append(step_at(place, target, rungs, query, scene, needed, now, passed_over=passed_over))
-        passed_over = passed_over or steps[-1].verdict != "nobody"
-    offer = decide(target, rungs, query, scene, now).offer
-    return Looking(target, rungs, query, scene, now, needed, tuple(steps), offer, patience_seconds)
+class _DecisionTrace:
+    """One decision with the result of every rung, also of those below the one that answers."""
+
+    def __init__(self, request: RoutingRequest, cluster: ClusterState, now: float, wait_seconds: float) -> None:
+        self.request, self.cluster, self.now, self.limit_seconds = request, cluster, now, wait_seconds
+        self.variants = [drawn_member(rung, request, cluster) for rung in request.rungs]
+        needed = request.needed_tokens
+        self.needed_tokens = needed if any_context_fits(request.rungs, cluster, needed) else 0.0
+        self.results = list(self._look_at_rungs())
+        self.candidate = decide(request, cluster, now).candidate
+        self.refused = self.candidate is not None and self.candidate.exceeds(wait_seconds)
+
+    def explanation(self, rejected: tuple[RejectedVariant, ...], absent: tuple[AbsentReplica, ...]) -> Explanation:
+        request = self.request
+        ladder = {variant.name for variant in self.variants} | {each.variant for each in rejected}
+        chosen = None if self.refused or self.candidate is None else _chosen(self.candidate)
+        return Explanation(
+            model=request.target.name,
+            chosen=chosen,
+            because=self._because(),
+            prompt_tokens=request.prompt_tokens,
+            answer_tokens=request.answer_tokens,
+            spill_after_seconds=request.target.spill.after_seconds,
+            rungs=tuple([self._rung(place) for place in range(len(request.rungs))]),
+            candidates=self._replicas(),
+            refused=rejected,
+            absent=tuple([each for each in absent if each.variant in ladder]),
+        )
+
+    def _look_at_rungs(self) -> Iterator[RungResult]:
+        passed_over = False
+        for place in range(len(self.request.rungs)):
+            result = look_at_rung(
+                place, self.request, self.cluster, self.needed_tokens, self.now, passed_over=passed_over
+            )
+            passed_over = passed_over or result.verdict != "no_replica"
+            yield result
+
+    # The decision
+
+    def _because(self) -> str:
+        candidate, after_seconds = self.candidate, self.request.target.spill.after_seconds
+        if not self.request.rungs:
+            return "no variant is good enough"
+        if candidate is None:
+            if any(self.cluster.estimates(variant.name) for variant in self.variants):
+                return "no replica has room: the request waits in the queue"
+            return "no replica that may answer is ready"
+        replica = candidate.replica
+        wait = f"its wait is {replica.wait_seconds:.3f} s"
+        if self.refused:
+            return f"refused (429): the soonest is {replica.id}, {wait}, the request may wait {self.limit_seconds:g} s"
+        if self._is_barred(replica):
+            return "last resort: its breaker is open, but no other replica can be asked"
+        if not replica.known:
+            return "speed unknown: the shortest queue of the best rung that has a replica"
+        if replica.wait_seconds > after_seconds:
+            return f"lowest cost of all: {wait}, and no rung is within spill.after_seconds ({after_seconds:g})"
+        above = range(self.variants.index(candidate.variant))
+        passed = [f"{self.variants[place].name} {self._verdict(place)}" for place in above]
+        return "; ".join([f"{wait}, spill.after_seconds is {after_seconds:g}", *passed])
+
+    # Rungs
+
+    def _rung(self, place: int) -> RungExplanation:
+        request, result, variant = self.request, self.results[place], self.variants[place]
+        gate = result.gate or self.cluster.gates.get((request.target.name, request.rungs[place].name), CLOSED)
+        known = result.candidate is not None and result.candidate.replica.known
+        wait_seconds = result.wait_seconds if known else None
+        return RungExplanation(
+            variant.name,
+            variant.precision,
+            self._verdict(place),
+            wait_seconds,
+            self.now - gate.since_seconds if gate.spilling else None,
+            share_down(gate, request.target.spill, inf if wait_seconds is None else wait_seconds),
+        )
+
+    def _verdict(self, place: int) -> str:
+        result = self.results[place]
+        if result.verdict == "no_replica":
+            return "has no replica to ask"
+        if result.candidate is None:
+            return "has no room"
+        if self.candidate is not None and self.variants[place] is self.candidate.variant:
+            return "answers"
+        if result.verdict == "spills":
+            return "spills this request"
+        if result.verdict == "too_slow":
+            return f"is too slow: its wait is {result.candidate.replica.wait_seconds:.3f} s"
+        return "could answer"
+
+    # Replicas
+
+    def _replicas(self) -> tuple[ReplicaExplanation, ...]:
+        """Every ready replica, in the order of attempts: each after those before it have failed."""
+        ranks = {replica_id: rank for rank, replica_id in enumerate(self._ranking(), start=1)}
+        explained = [
+            ReplicaExplanation(
+                replica.id,
+                variant.name,
+                ranks.get(replica.id),
+                replica.requests,
+                cost_terms(replica, self.request) if replica.known else None,
+                replica.stale,
+                self._why_not(place, replica),
+            )
+            for place, variant in enumerate(self.variants)
+            for replica in self.cluster.estimates(variant.name)
+        ]
+        return tuple(sorted(explained, key=lambda each: (each.rank or inf, each.terms.total if each.terms else inf)))
+
+    def _ranking(self) -> Iterator[str]:
+        request = self.request
+        while (candidate := decide(request, self.cluster, self.now).candidate) is not None:
+            yield candidate.replica.id
+            request = msgspec.structs.replace(request, tried=request.tried | {candidate.replica.id})
+
+    def _why_not(self, place: int, replica: LatencyEstimate) -> str:
+        if self.candidate is not None and replica.id == self.candidate.replica.id:
+            return f"its wait exceeds that of the request: {self.limit_seconds:g} s" if self.refused else ""
+        return self._filtered_out(replica) or self._outscored(place, replica)
+
+    def _filtered_out(self, replica: LatencyEstimate) -> str:
+        overloads, now = self.cluster.overloads, self.now
+        if replica.id in self.request.tried:
+            return "it has failed this request"
+        if self._is_barred(replica):
+            return f"its breaker is {self.cluster.breakers.get(replica.id, HEALTHY).state(now).replace('_', '-')}"
+        if not replica.has_room:
+            return f"full: {replica.in_flight} of at most {replica.max_in_flight} requests in flight"
+        if is_overloaded(replica, overloads, now):
+            overload = overloads.get(replica.id, NOT_OVERLOADED)
+            left = f"spared for {overload.until - now:.2f} s" if overload.active(now) else f"limit {overload.limit:g}"
+            return f"overloaded: it refused a request, {left}"
+        if self.needed_tokens > replica.context_tokens:
+            return f"context too short: {replica.context_tokens:g} tokens"
+        return ""
+
+    def _outscored(self, place: int, replica: LatencyEstimate) -> str:
+        candidate, result = self.candidate, self.results[place]
+        assert candidate is not None, "a replica that can be asked is asked if no other is"
+        if candidate.variant is self.variants[place]:
+            return self._costs_more(replica, candidate.replica)
+        if result.verdict == "spills":
+            return "its rung spills this request"
+        if result.verdict == "too_slow" and result.candidate is not None:
+            if candidate.replica.wait_seconds > self.request.target.spill.after_seconds:
+                return self._costs_more(replica, candidate.replica)
+            best = result.candidate.replica
+            return f"its rung is too slow: the wait of {best.id} is {best.wait_seconds:.3f} s"
+        if self.variants.index(candidate.variant) < place:
+            return f"{candidate.variant.name} is a better rung and answers"
+        return "its rung is no sooner than the one above that spills this request"
+
+    def _costs_more(self, replica: LatencyEstimate, chosen: LatencyEstimate) -> str:
+        if not (chosen.known and replica.known):
+            return f"{replica.requests:g} requests, {chosen.id} has {chosen.requests:g}"
+        seconds = cost_terms(replica, self.request).total - cost_terms(chosen, self.request).total
+        if seconds > 0:
+            return f"{seconds:.3f} s later than {chosen.id}"
+        if seconds < 0 and self.request.placement is not None:
+            return f"{-seconds:.3f} s sooner, but the conversation stays on {chosen.id}"
+        return f"same cost as {chosen.id}; equal replicas take turns"
+
+    def _is_barred(self, replica: LatencyEstimate) -> bool:
+        """Return whether a breaker keeps requests from a replica, except as a last resort."""
+        if not self.cluster.breakers:
+            return False
+        siblings = [each.id for each in self.cluster.estimates(replica.variant)]
+        return replica.id not in admissible(siblings, self.cluster.breakers, self.now).first
 
 
-def _chosen(variant: Variant, outlook: LatencyEstimate, reason: str) -> Chosen:
-    return Chosen(outlook.id, variant.name, variant.precision, reason)
-
-
-def _rung(looking: Looking, place: int) -> RungView:
-    rung, step = looking.rungs[place], looking.steps[place]
-    gate = step.gate or looking.scene.gates.get((looking.target.name, rung.name), CLOSED)
-    known = step.offer is not None and step.offer.outlook.known
-    wait_seconds = step.wait_seconds if known else None
-    return RungView(
-        rung.name,
-        rung.precision,
-        verdict(looking, place),
-        wait_seconds,
-        looking.now - gate.since_seconds if gate.spilling else None,
-        share_down(gate, looking.target.spill, inf if wait_seconds is None else wait_seconds),
-    )
-
-
-def _candidates(looking: Looking) -> tuple[Candidate, ...]:
-    """Everybody ready, in the order in which they would be asked, each after those before it have failed."""
-    ranks = {replica_id: rank for rank, replica_id in enumerate(_ranking(looking), start=1)}
-    told = [
-        _candidate(looking, place, outlook, ranks.get(outlook.id))
-        for place, rung in enumerate(looking.rungs)
-        for outlook in looking.scene.outlooks(rung.name)
-    ]
-    return tuple(sorted(told, key=lambda each: (each.rank or inf, each.terms.total if each.terms else inf)))
-
-
-def _ranking(looking: Looking) -> Iterator[str]:
-    query = looking.query
-    while (offer := decide(looking.target, looking.rungs, query, looking.scene, looking.now).offer) is not None:
-        yield offer.outlook.id
-        query = msgspec.structs.replace(query, tried=query.tried | {offer.outlook.id})
-
-
-def _candidate(looking: Looking, place: int, outlook: LatencyEstimate, rank: int | None) -> Candidate:
-    return Candidate(
-        outlook.id,
-        looking.rungs[place].name,
-        rank,
-        outlook.requests,
-        terms_of(outlook, looking.query) if outlook.known else None,
-        outlook.stale,
-        why_not(looking, place, outlook),
-    )
+def _chosen(candidate: Candidate) -> Chosen:
+    variant = candidate.variant
+    return Chosen(candidate.replica.id, variant.name, variant.precision, candidate.reason)

@@ -1,15 +1,30 @@
-"""Who of a ladder may not answer, and why; what is left keeps its order."""
+"""Filter: which variants of a ladder may answer a request at all, and which replicas of a rung can be asked now.
 
-from collections.abc import Iterable, Sequence
+A variant is rejected by a floor, by the precisions that the caller accepts, or by its own failed evaluation. A replica
+is filtered out by an open breaker, by an earlier failure of the same request, or by a context that is too short.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import msgspec
 
 from config.schema import Floor
 from config.variant import Variant
+from gateway.routing.breaker import admissible
+from gateway.routing.cluster_state import ClusterState
+from gateway.routing.latency import LatencyEstimate
+from gateway.routing.overload import NOT_OVERLOADED, Overload
+from gateway.routing.split import Rung
+
+# Variants of a ladder
+
+Check = Callable[[Variant], str | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Rejection:
-    """One rung that may not answer."""
+    """A variant that may not answer."""
 
     variant: Variant
     why: str
@@ -20,38 +35,78 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class FilterResult:
-    """A ladder in two: who may answer, and who may not."""
+    """A ladder in two: rungs that may answer, in their order, and the variants that may not."""
 
-    kept: tuple[Variant, ...]
-    refused: tuple[Rejection, ...]
-
-
-def filter_failed(ladder: Iterable[Variant]) -> FilterResult:
-    """Take out the variants whose own evaluation said no."""
-    kept, refused = [], []
-    for variant in ladder:
-        failure = variant.failure
-        if failure is None:
-            kept.append(variant)
-        else:
-            refused.append(Rejection(variant, f"{failure} (an alias can take it: admit_failed)"))
-    return FilterResult(tuple(kept), tuple(refused))
+    permitted: tuple[Rung, ...]
+    rejected: tuple[Rejection, ...]
 
 
-def filter_variants(
-    rungs: Iterable[Variant], floors: Sequence[Floor], precisions: frozenset[str] | None, *, trust_declared: bool
+def filter_failed(ladder: Iterable[Rung]) -> FilterResult:
+    """Reject the variants whose own evaluation failed."""
+
+    def why(variant: Variant) -> str | None:
+        return None if variant.failure is None else f"{variant.failure} (an alias can take it: admit_failed)"
+
+    return _filter(ladder, why)
+
+
+def filter_rungs(
+    rungs: Iterable[Rung], floors: Sequence[Floor], precisions: frozenset[str] | None, *, trust_declared: bool
 ) -> FilterResult:
-    """Take out who misses a floor, or has a precision that isn't among those asked for; None: any will do."""
-    kept, refused = [], []
-    for variant in rungs:
+    """Reject variants that miss a floor, or whose precision is not accepted; None accepts every precision."""
+
+    def why(variant: Variant) -> str | None:
         if precisions is not None and variant.precision not in precisions:
-            why: str | None = f"precision {variant.precision} was not asked for"
-        else:
-            quality = variant.quality
-            missed = (quality.shortfall(floor, trust_declared=trust_declared) for floor in floors)
-            why = next(filter(None, missed), None)
-        if why is None:
-            kept.append(variant)
-        else:
-            refused.append(Rejection(variant, why))
-    return FilterResult(tuple(kept), tuple(refused))
+            return f"precision {variant.precision} was not asked for"
+        shortfalls = (variant.quality.shortfall(floor, trust_declared=trust_declared) for floor in floors)
+        return next(filter(None, shortfalls), None)
+
+    return _filter(rungs, why)
+
+
+def _filter(rungs: Iterable[Rung], check: Check) -> FilterResult:
+    permitted, rejected = [], []
+    for rung in rungs:
+        reasons = [(variant, check(variant)) for variant, _ in rung.members]
+        rejected += [Rejection(variant, why) for variant, why in reasons if why is not None]
+        left = tuple([member for member, (_, why) in zip(rung.members, reasons, strict=True) if why is None])
+        if len(left) == len(rung.members):
+            permitted.append(rung)
+        elif left:
+            permitted.append(Rung(rung.name, left))
+    return FilterResult(tuple(permitted), tuple(rejected))
+
+
+# Replicas of a rung
+
+
+def filter_replicas(
+    estimates: Sequence[LatencyEstimate], tried: frozenset[str], needed_tokens: float
+) -> Sequence[LatencyEstimate]:
+    """Keep the replicas that have not failed this request, and whose context is long enough for it."""
+    return [each for each in estimates if needed_tokens <= each.context_tokens and each.id not in tried]
+
+
+def admitted(estimates: Sequence[LatencyEstimate], cluster: ClusterState, now: float) -> Sequence[LatencyEstimate]:
+    """Keep the replicas that no breaker bars; those that are overloaded show no room."""
+    if cluster.breakers:
+        first = admissible([each.id for each in estimates], cluster.breakers, now).first
+        estimates = [each for each in estimates if each.id in first]
+    return without_room_if_overloaded(estimates, cluster, now) if cluster.overloads else estimates
+
+
+def without_room_if_overloaded(
+    estimates: Sequence[LatencyEstimate], cluster: ClusterState, now: float
+) -> Sequence[LatencyEstimate]:
+    """Give overloaded replicas no room."""
+    overloads = cluster.overloads
+    return [
+        msgspec.structs.replace(each, has_room=False) if is_overloaded(each, overloads, now) else each
+        for each in estimates
+    ]
+
+
+def is_overloaded(estimate: LatencyEstimate, overloads: Mapping[str, Overload], now: float) -> bool:
+    """Return whether a replica has refused requests lately, and is still to be spared."""
+    overload = overloads.get(estimate.id, NOT_OVERLOADED)
+    return overload is not NOT_OVERLOADED and (overload.active(now) or estimate.in_flight >= overload.limit)

@@ -1,9 +1,17 @@
-"""What a replica can promise the next request: what is known of its load, turned into seconds.
+"""Estimate how long one more request would take on a replica, from what is known of the replica's load.
 
-A request waits until those before it have left a place (`queue`), until prompts before its own that haven't been read
-by then are (`ahead`; the rate at which answers end holds with prompts read in between), and longer as the KV cache
-fills, for then vLLM puts running requests back into its queue (`kv`). That much is the others' doing. Reading its own
-prompt and answering it come on top, and what the prefix cache holds comes off.
+The terms of an estimate, in seconds:
+
+=========  ==========================================================================================
+queue      until a slot is free: requests beyond the slots, at the rate at which answers end
+ahead      until prompts that were sent before have been read, as far as that takes longer than `queue`
+kv         grows as the KV cache fills, because vLLM then preempts running requests
+reading    the request's own prompt, without what the prefix cache holds
+answering  the request's own answer
+=========  ==========================================================================================
+
+`queue + ahead + kv` is the wait that other requests cause; a rung spills by it. The last two belong to the request
+(gateway.routing.score).
 """
 
 from math import inf
@@ -11,29 +19,27 @@ from math import inf
 import msgspec
 
 from gateway.routing.engine_metrics import EngineMetrics
-from gateway.routing.request import Ask
-from gateway.routing.speed import NO_SLOWDOWN, USUAL_ANSWER_TOKENS, Slowdown, SpeedProfile
+from gateway.routing.speed import DEFAULT_ANSWER_TOKENS, NO_SLOWDOWN, Slowdown, SpeedProfile
 from serving.replica import Replica
 
-# How much a fuller KV cache weighs: vLLM's own balancer begins at half (v1/engine/core_client.py), SMG's barrier has
-# this scale and form. 0.15 s at 75 %, 0.6 at 90, 1.35 at 95, 7 at 99.
+# Weight of a filling KV cache: vLLM's own balancer begins at half (v1/engine/core_client.py), SMG's barrier has this
+# scale and form. 0.15 s at 75 %, 0.6 at 90, 1.35 at 95, 7 at 99.
 KV_BARRIER_SECONDS = 0.15
 KV_FREE = 0.5
 KV_FULL = 0.999
-# From here on, who waits in an engine waits for room in its cache.
+# From this usage on, requests that wait in an engine wait for room in its cache.
 KV_CROWDED = 0.85
-
 
 UNLIMITED_TOKENS = 2.0**53
 
 
 class ReplicaMetrics(msgspec.Struct, frozen=True, gc=False):
-    """What is known of one replica at a moment.
+    """What is known of one replica at one moment.
 
-    `in_flight` requests are ours, exactly; `others` is how many more its engine had when it was last asked, or how many
-    they are believed to be where that is too old. `unread_tokens` are of prompts whose answers haven't begun,
-    `sent_tokens` of the `sent_requests` that are there and came since the poll. Its engine didn't take more than
-    `places_seen` when it had a queue.
+    `in_flight` requests are this gateway's, exact. `others` is how many more its engine had at the last poll, or an
+    assumption where that is stale. `unread_tokens` belong to prompts whose answers have not begun, `sent_tokens` to the
+    `sent_requests` that are in flight and were sent since the poll. `observed_slots` is the most that the engine ran
+    while requests waited.
     """
 
     replica: Replica
@@ -45,26 +51,27 @@ class ReplicaMetrics(msgspec.Struct, frozen=True, gc=False):
     poll: EngineMetrics | None = None
     stale: bool = True
     observed_slots: float = inf
-    pace: Slowdown = NO_SLOWDOWN
+    slowdown: Slowdown = NO_SLOWDOWN
     speed: SpeedProfile | None = None
-    answer_tokens: float = USUAL_ANSWER_TOKENS
+    answer_tokens: float = DEFAULT_ANSWER_TOKENS
 
 
 class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
-    """Terms of what one more request costs on a replica; `token_seconds` and `answer_seconds` are a token's.
+    """The terms of what one more request costs on a replica; `token_seconds` and `answer_seconds` are for one token.
 
-    Without a known speed nothing is in seconds: `known` is False, and `requests` is all there is to go by. One that was
-    only learned by watching is known, but not `measured`. It reads `reading` times as slowly as its speed says.
+    `known` is False where the speed of the replica is unknown: then `requests` is all there is to compare. A speed that
+    was learned by watching is known, but not `measured`. `reading` is the slowdown of reading that the terms include.
     """
 
-    replica: Replica
     id: str
+    variant: str
     has_room: bool
     known: bool
     measured: bool
     stale: bool
     in_flight: int
     requests: float
+    max_in_flight: int = 512
     context_tokens: float = UNLIMITED_TOKENS
     queue_seconds: float = 0.0
     ahead_seconds: float = 0.0
@@ -74,46 +81,48 @@ class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
     step_seconds: float = 0.0
     token_seconds: float = 0.0
     answer_seconds: float = 0.0
-    answer_tokens: float = USUAL_ANSWER_TOKENS
+    answer_tokens: float = DEFAULT_ANSWER_TOKENS
     reading: float = 1.0
 
     @property
     def work_seconds(self) -> float:
-        """How long a request waits at least: without what a full KV cache may add, of which nobody knows how long."""
+        """The least wait: without the term of the KV cache, whose real length is unknown."""
         return self.queue_seconds + self.ahead_seconds
 
 
-def estimate_latency(standing: ReplicaMetrics) -> LatencyEstimate:
-    """Work out what a replica can promise."""
-    replica, in_flight = standing.replica, standing.in_flight
-    requests = in_flight + standing.others
+def estimate_latency(metrics: ReplicaMetrics) -> LatencyEstimate:
+    """Estimate what one more request would cost."""
+    replica, in_flight, speed = metrics.replica, metrics.in_flight, metrics.speed
+    requests = in_flight + metrics.others
     context_tokens = float(replica.max_model_len_tokens or UNLIMITED_TOKENS)
     has_room = in_flight < replica.max_in_flight
-    speed = standing.speed
+    stale, most = metrics.stale, replica.max_in_flight
     if speed is None:
         return LatencyEstimate(
-            replica, replica.id, has_room, False, False, standing.stale, in_flight, requests, context_tokens
+            replica.id, replica.variant, has_room, False, False, stale, in_flight, requests, most, context_tokens
         )
-    pace, reading = standing.pace, standing.pace.reading
-    slots = min(speed.slots or inf, standing.observed_slots, _places_in_cache(standing))
+    slowdown, reading = metrics.slowdown, metrics.slowdown.reading
+    slots = min(speed.slots or inf, metrics.observed_slots, _slots_in_cache(metrics))
     queue_seconds = 0.0
     if requests >= slots:
-        finished_per_second = speed.together_at(slots) / (max(standing.answer_tokens, 1.0) * pace.answering)
+        finished_per_second = speed.together_at(slots) / (max(metrics.answer_tokens, 1.0) * slowdown.answering)
         queue_seconds = (requests + 1 - slots) / finished_per_second
     token_seconds = speed.reading_seconds * reading
-    ahead_seconds = max(standing.unread_tokens * token_seconds - queue_seconds, 0.0)
-    kv_seconds = _kv_seconds(standing)
+    # Answers end at that rate with prompts read in between, so only the excess counts.
+    ahead_seconds = max(metrics.unread_tokens * token_seconds - queue_seconds, 0.0)
+    kv_seconds = _kv_seconds(metrics)
     wait_seconds = queue_seconds + ahead_seconds + kv_seconds
     step_seconds = speed.step_at(min(requests + 1, slots))
     return LatencyEstimate(
-        replica=replica,
         id=replica.id,
+        variant=replica.variant,
         has_room=has_room,
         known=True,
         measured=speed.slots is not None,
-        stale=standing.stale,
+        stale=stale,
         in_flight=in_flight,
         requests=requests,
+        max_in_flight=most,
         context_tokens=context_tokens,
         queue_seconds=queue_seconds,
         ahead_seconds=ahead_seconds,
@@ -122,50 +131,37 @@ def estimate_latency(standing: ReplicaMetrics) -> LatencyEstimate:
         fixed_seconds=wait_seconds + step_seconds * reading,
         step_seconds=step_seconds * reading,
         token_seconds=token_seconds,
-        answer_seconds=step_seconds * pace.answering,
-        answer_tokens=standing.answer_tokens,
+        answer_seconds=step_seconds * slowdown.answering,
+        answer_tokens=metrics.answer_tokens,
         reading=reading,
     )
 
 
-def answer_length(estimate_latency: LatencyEstimate, ask: Ask) -> float:
-    """How many tokens an answer is expected to have: the usual ones, or what the client wants at most."""
-    usual = estimate_latency.answer_tokens
-    return usual if ask.answer_tokens is None else min(usual, ask.answer_tokens)
+def kv_usage(metrics: ReplicaMetrics) -> float | None:
+    """Estimate the share of the KV cache in use, from 0 to 1; None without a recent poll.
 
-
-def seconds_for(estimate_latency: LatencyEstimate, ask: Ask, answer_tokens: float, cached_tokens: float) -> float:
-    """What a request costs on a replica, until it is answered."""
-    read_tokens = ask.prompt_tokens - cached_tokens
-    reading_seconds = read_tokens * estimate_latency.token_seconds if read_tokens > 0 else 0.0
-    return estimate_latency.fixed_seconds + reading_seconds + answer_tokens * estimate_latency.answer_seconds
-
-
-def kv_usage(standing: ReplicaMetrics) -> float | None:
-    """How full the KV cache is by now, of 1; None where nothing recent tells.
-
-    As polled, without what has ended since, and with what was sent since.
+    It is what the poll said, without requests that have ended since, and with those sent since.
     """
-    poll = standing.poll
-    if standing.stale or poll is None or poll.kv_usage is None:
+    poll = metrics.poll
+    if metrics.stale or poll is None or poll.kv_usage is None:
         return None
-    capacity = poll.kv_capacity_tokens or (standing.speed.kv_capacity_tokens if standing.speed else None)
+    capacity = poll.kv_capacity_tokens or (metrics.speed.kv_capacity_tokens if metrics.speed else None)
     ran = poll.running or 0.0
-    still_there = standing.in_flight + standing.others - standing.sent_requests
+    still_there = metrics.in_flight + metrics.others - metrics.sent_requests
     left = min(max(still_there, 0.0) / ran, 1.0) if ran else 1.0
-    return min(poll.kv_usage * left + (standing.sent_tokens / capacity if capacity else 0.0), 1.0)
+    return min(poll.kv_usage * left + (metrics.sent_tokens / capacity if capacity else 0.0), 1.0)
 
 
-def _places_in_cache(standing: ReplicaMetrics) -> float:
-    """How many requests find a place in a cache that is full: as many as run while others wait for room in it."""
-    poll = standing.poll
-    if standing.stale or poll is None or not poll.waiting or (poll.kv_usage or 0.0) < KV_CROWDED:
+def _slots_in_cache(metrics: ReplicaMetrics) -> float:
+    """How many requests a full cache holds: as many as run while others wait for room in it; inf if it is not full."""
+    poll = metrics.poll
+    if metrics.stale or poll is None or not poll.waiting or (poll.kv_usage or 0.0) < KV_CROWDED:
         return inf
     return max(poll.running or 0.0, 1.0)
 
 
-def _kv_seconds(standing: ReplicaMetrics) -> float:
-    usage = kv_usage(standing)
+def _kv_seconds(metrics: ReplicaMetrics) -> float:
+    usage = kv_usage(metrics)
     if usage is None or usage <= KV_FREE:
         return 0.0
     usage = min(usage, KV_FULL)

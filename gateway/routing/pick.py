@@ -1,8 +1,9 @@
-"""The decision: the highest rung of a ladder that answers soon enough, and there the replica that answers soonest.
+"""The decision: filter, score, pick.
 
-From the best rung down: a rung whose cheapest replica keeps the caller waiting for no longer than `spill.after_seconds`
-answers, unless its gate is open and it is this request's turn to go down, so that the rung recovers. If no rung is soon
-enough, the fastest of all answers. Rungs below the floor are not among those that this is told of.
+A ladder is looked at from its best rung down. On each rung the replicas are filtered, scored by what the request costs
+there, and the best is picked; the rung's spill gate has the last word. The first rung whose pick waits no longer than
+`spill.after_seconds` answers, unless its gate sends this request down. If no rung is soon enough, the cheapest pick of
+all answers. Replicas behind an open breaker are the last resort, below every rung.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,233 +15,294 @@ import msgspec
 from config.schema import Spill
 from config.variant import Variant
 from gateway.routing.breaker import admissible
-from gateway.routing.catalog import Target
-from gateway.routing.cluster_state import ClusterState, GateName, Query, admitted, with_room
+from gateway.routing.cluster_state import ClusterState
+from gateway.routing.filters import admitted, filter_replicas, without_room_if_overloaded
 from gateway.routing.latency import LatencyEstimate
-from gateway.routing.request import needed_tokens
-from gateway.routing.score import able_to, best_of, cost_of, shortest
+from gateway.routing.request import NOTHING_CACHED, RoutingRequest
+from gateway.routing.score import cost, costs
 from gateway.routing.sessions import Placement
-from gateway.routing.spill import CLOSED, Manner, SpillGate, Verdict, evaluate, evaluate_last, update
-from serving.replica import HOPEFUL, Replica, ReplicaStatus
+from gateway.routing.spill import CLOSED, Home, SpillGate, Verdict, evaluate, evaluate_last, update
+from gateway.routing.split import Rung, RungKey, choose_member
+from serving.replica import PENDING, ReplicaStatus
 
 Reason = Literal["preferred", "spill", "floor", "pinned", "canary", "fallback"]
 
-# More turns at once have no conversation, but many of them that a client gave one name: `user`, mostly.
-MOST_TURNS = 4
-# Nobody is refused for less: waits aren't known better, and a request that may not queue at all has this replica.
-SHORTEST_WAIT_SECONDS = 1.0
-
-
-class Choice(msgspec.Struct, frozen=True, gc=False):
-    """One replica that may answer, and why it is its turn."""
-
-    replica: Replica
-    variant: Variant
-    reason: Reason
+# More concurrent turns of one session are not a conversation: many clients share one `user`, for example.
+MAX_CONCURRENT_TURNS = 4
+# A conversation stays on its replica unless another is cheaper by this share and this much.
+STICKY_SHARE = 1.1
+STICKY_SECONDS = 0.05
+# A shorter wait refuses no request: estimates are not better than this.
+MIN_REFUSED_WAIT_SECONDS = 1.0
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
-    """The cheapest replica of a rung."""
+    """The replica that a rung picks for a request, and the reason that its client is given."""
 
-    choice: Choice
-    outlook: LatencyEstimate
+    replica: LatencyEstimate
+    variant: Variant
+    reason: Reason
 
-    def is_sooner_than(self, other: "Candidate") -> bool:
-        """Tell whether a request waits for less long here."""
-        return self.outlook.wait_seconds < other.outlook.wait_seconds
-
-    def comes_too_late(self, patience_seconds: float) -> bool:
-        """Tell whether it isn't worth waiting for; where nobody measured, that would be a guess."""
-        return self.outlook.measured and self.outlook.work_seconds > max(patience_seconds, SHORTEST_WAIT_SECONDS)
+    def exceeds(self, wait_seconds: float) -> bool:
+        """Return whether the request would wait longer than that; False where the speed is only a guess."""
+        replica = self.replica
+        return replica.measured and replica.work_seconds > max(wait_seconds, MIN_REFUSED_WAIT_SECONDS)
 
 
 class RungResult(msgspec.Struct, frozen=True, gc=False):
-    """What comes of one rung: its cheapest replica, whether that one answers, and its gate if that changed.
+    """What one rung offers: its candidate, whether it answers, and its gate if that changed.
 
-    `wait_seconds` is how soon any of its replicas would be ready for this request.
+    `no_replica`: no replica can be asked. `wait_seconds` is how long the candidate keeps the request waiting.
     """
 
-    offer: Candidate | None
-    verdict: Verdict | Literal["nobody"]
+    candidate: Candidate | None
+    verdict: Verdict | Literal["no_replica"]
     gate: SpillGate | None = None
     wait_seconds: float = inf
 
 
-NOBODY_THERE = RungResult(None, "nobody")
+NO_REPLICA = RungResult(None, "no_replica")
+NO_GATES: Mapping[RungKey, SpillGate] = {}
 
 
 class Decision(msgspec.Struct, frozen=True, gc=False):
-    """Who answers, None if nobody has room; and the gates that turned, or owe another share than before."""
+    """The candidate that answers, None if no replica has room; and the gates that changed."""
 
-    offer: Candidate | None
-    gates: Mapping[GateName, SpillGate]
+    candidate: Candidate | None
+    gates: Mapping[RungKey, SpillGate]
 
 
-def decide(target: Target, rungs: tuple[Variant, ...], query: Query, scene: ClusterState, now: float) -> Decision:
-    """Choose a replica among those of the rungs that may answer.
-
-    Replicas that their breakers bar come last, below every rung: only when all others have failed, or are full.
-    """
-    needed = needed_tokens(query.ask)
-    decision = _descent(target, rungs, query, scene, needed, now)
-    if decision.offer is None and needed and not anybody_fits(rungs, scene, needed):
-        # Its engine says it better than we could.
-        needed = 0.0
-        decision = _descent(target, rungs, query, scene, needed, now)
-    if decision.offer is None and scene.breakers:
-        offer = _last_resort(target, rungs, query, scene, needed, now)
-        return Decision(offer, decision.gates)
+def decide(request: RoutingRequest, cluster: ClusterState, now: float) -> Decision:
+    """Choose a replica among those of the rungs that may answer."""
+    needed_tokens = request.needed_tokens
+    decision = _descend(request, cluster, needed_tokens, now)
+    if decision.candidate is not None:
+        return decision
+    if needed_tokens and not any_context_fits(request.rungs, cluster, needed_tokens):
+        # No context is long enough: the engine's own error says so best.
+        needed_tokens = 0.0
+        decision = _descend(request, cluster, needed_tokens, now)
+    if decision.candidate is None and cluster.breakers:
+        return Decision(last_resort(request, cluster, needed_tokens, now), decision.gates)
     return decision
 
 
-def _descent(
-    target: Target, rungs: tuple[Variant, ...], query: Query, scene: ClusterState, needed: float, now: float
-) -> Decision:
-    """Go down the ladder until a rung is soon enough."""
-    home = home_of(query.stay, rungs)
-    gates: dict[GateName, SpillGate] = {}
-    held_back: Candidate | None = None
-    too_slow: list[Candidate] = []
-    passed_over = False
-    for place, rung in enumerate(rungs):
-        step = step_at(place, target, rungs, query, scene, needed, now, passed_over=passed_over)
-        if step.gate is not None:
-            gates[target.name, rung.name] = step.gate
-        passed_over = passed_over or step.verdict != "nobody"
-        offer = step.offer
-        if offer is None:
-            continue
-        if step.verdict == "answers":
-            if _is_worth_it(offer, held_back, too_slow, query) or (place == home and not too_slow):
-                return Decision(offer, gates)
-        elif step.verdict == "goes":
-            held_back = held_back or offer
-        else:
-            too_slow.append(offer)
-    return Decision(held_back or min(too_slow, key=lambda offer: cost_of(offer.outlook, query), default=None), gates)
-
-
-def _is_worth_it(offer: Candidate, held_back: Candidate | None, too_slow: Iterable[Candidate], query: Query) -> bool:
-    """Tell whether a lower rung spares the request time that it would lose on those above."""
-    if not offer.outlook.known:
-        return True
-    if held_back is not None and not offer.is_sooner_than(held_back):
-        return False
-    return all(cost_of(offer.outlook, query) < cost_of(above.outlook, query) for above in too_slow)
-
-
-def step_at(
-    place: int,
-    target: Target,
-    rungs: tuple[Variant, ...],
-    query: Query,
-    scene: ClusterState,
-    needed: float,
-    now: float,
-    *,
-    passed_over: bool,
+def look_at_rung(
+    place: int, request: RoutingRequest, cluster: ClusterState, needed_tokens: float, now: float, *, passed_over: bool
 ) -> RungResult:
-    """Look at one rung; `passed_over`: a better one has a replica that could have answered."""
-    rung, spill = rungs[place], target.spill
-    outlooks = admitted(scene.outlooks(rung.name), scene, now)
-    able = able_to(outlooks, query, needed)
+    """Filter, score and pick on one rung, then ask its gate; `passed_over`: a better rung could have answered."""
+    rung, spill = request.rungs[place], request.target.spill
+    variant = rung.only or drawn_member(rung, request, cluster)
+    ready = admitted(cluster.estimates(variant.name), cluster, now)
+    able = filter_replicas(ready, request.tried, needed_tokens)
     if not able:
-        return NOBODY_THERE
-    offer = _offer(target, rungs, rung, best_of(able, query, spill), passed_over=passed_over)
-    before = scene.gates.get((target.name, rung.name), CLOSED)
-    if offer is not None and not offer.outlook.known:
-        gate = update(before, spill, 0.0, now)
-        return RungResult(offer, "answers", None if gate is before else gate, 0.0)
-    wait_seconds = inf if offer is None else offer.outlook.wait_seconds
-    if len(able) < len(outlooks) or rung is rungs[-1] or _is_personal(offer, able, query, spill):
-        # What is so for one request alone is no reason to send others down.
-        return RungResult(offer, evaluate_last(spill, wait_seconds), None, wait_seconds)
-    gate, verdict = evaluate(before, spill, wait_seconds, now, _manner(home_of(query.stay, rungs), place))
-    return RungResult(offer, verdict, None if gate is before else gate, wait_seconds)
+        return NO_REPLICA
+    best = pick(able, request, spill)
+    candidate = None if best is None else _candidate(best, place, variant, request, passed_over=passed_over)
+    gate = cluster.gates.get((request.target.name, rung.name), CLOSED)
+    if best is not None and not best.known:
+        after = update(gate, spill, 0.0, now)
+        return RungResult(candidate, "answers", None if after is gate else after, 0.0)
+    wait_seconds = inf if best is None else best.wait_seconds
+    if len(able) < len(ready) or rung is request.rungs[-1] or _waits_for_its_cache(best, able, request, spill):
+        # What only this request meets is no reason to send others down, and below the last rung there is none.
+        return RungResult(candidate, evaluate_last(spill, wait_seconds), None, wait_seconds)
+    after, verdict = evaluate(gate, spill, wait_seconds, now, home_of(request.placement, request.rungs, place))
+    return RungResult(candidate, verdict, None if after is gate else after, wait_seconds)
 
 
-def _is_personal(offer: Candidate | None, able: Sequence[LatencyEstimate], query: Query, spill: Spill) -> bool:
-    """Tell whether a rung is slow for this request alone: it waits where its prompt is cached, and others needn't."""
-    if offer is None or not query.cached_tokens or offer.outlook.wait_seconds <= spill.after_seconds:
-        return False
-    others = best_of(able, Query(query.ask, query.turn), spill)
-    return others is not None and others.wait_seconds <= spill.after_seconds
+def pick(able: Sequence[LatencyEstimate], request: RoutingRequest, spill: Spill) -> LatencyEstimate | None:
+    """Pick the cheapest replica with room; a slower start is not worth more than `spill.after_seconds` of cost.
+
+    Returns None if none has room. Where the speed of one is unknown, the shortest queue is picked.
+    """
+    roomy = [each for each in able if each.has_room]
+    if not roomy:
+        return None
+    if not all(each.known for each in roomy):
+        return shortest_queue(roomy, request.turn)
+    if len(roomy) == 1:
+        return roomy[0]
+    best = _cheapest(roomy, request)
+    if best.wait_seconds <= spill.after_seconds:
+        return best
+    soon = [each for each in roomy if each.wait_seconds <= spill.after_seconds]
+    if not soon:
+        return best
+    soonest = _cheapest(soon, request)
+    return best if cost(soonest, request) > cost(best, request) + spill.after_seconds else soonest
 
 
-def home_of(stay: Placement | None, rungs: tuple[Variant, ...]) -> int | None:
-    """The rung on which a conversation was answered last, if it may answer still; a crowd is at home nowhere."""
-    if stay is None or stay.running > MOST_TURNS:
+def shortest_queue(roomy: Sequence[LatencyEstimate], turn: int) -> LatencyEstimate | None:
+    """Pick the replica with the fewest requests; equals take turns."""
+    count = len(roomy)
+    best = None
+    for place in range(count):
+        each = roomy[(place + turn) % count]
+        if best is None or each.requests < best.requests:
+            best = each
+    return best
+
+
+def drawn_member(rung: Rung, request: RoutingRequest, cluster: ClusterState) -> Variant:
+    """Draw the member of a rung that a conversation, or a request without one, belongs to."""
+    if rung.only is not None:
+        return rung.only
+    weights = cluster.weights().by_rung.get((request.target.name, rung.name))
+    return choose_member(rung, request.session or request.request_id, weights)
+
+
+def home_of(placement: Placement | None, rungs: Sequence[Rung], place: int) -> Home:
+    """Return where a conversation lives, seen from the rung at `place`."""
+    home = home_place(placement, rungs)
+    if home is None or home < place:
+        return "none"
+    return "here" if home == place else "below"
+
+
+def home_place(placement: Placement | None, rungs: Sequence[Rung]) -> int | None:
+    """Return the rung that answered a conversation last; None if it may not answer, or the session is shared."""
+    if placement is None or placement.running > MAX_CONCURRENT_TURNS:
         return None
     for place, rung in enumerate(rungs):
-        if rung.name == stay.variant:
+        if rung.has(placement.variant):
             return place
     return None
 
 
-def _manner(home: int | None, place: int) -> Manner:
-    if home is None or home < place:
-        return "new"
-    return "at home" if home == place else "lives below"
-
-
-def _offer(
-    target: Target, rungs: tuple[Variant, ...], rung: Variant, outlook: LatencyEstimate | None, *, passed_over: bool
-) -> Candidate | None:
-    if outlook is None:
-        return None
-    return Candidate(Choice(outlook.replica, rung, _reason(target, rung, rungs, passed_over=passed_over)), outlook)
-
-
-def anybody_fits(rungs: tuple[Variant, ...], scene: ClusterState, needed: float) -> bool:
-    """Tell whether any replica's context is long enough."""
-    return any(needed <= each.context_tokens for rung in rungs for each in scene.outlooks(rung.name))
-
-
-def long_enough(rungs: tuple[Variant, ...], scene: ClusterState, needed: float) -> float:
-    """The shortest context that is there and that a request fits in; 0 if it fits in all of them, or in none."""
-    there = {each.context_tokens for rung in rungs for each in scene.outlooks(rung.name)}
-    fitting = [tokens for tokens in there if tokens >= needed]
-    return min(fitting) if 0 < len(fitting) < len(there) else 0.0
-
-
-def _last_resort(
-    target: Target, rungs: tuple[Variant, ...], query: Query, scene: ClusterState, needed: float, now: float
-) -> Candidate | None:
-    """The least bad of those that breakers bar, on the highest rung that has one."""
-    for rung in rungs:
-        outlooks = scene.outlooks(rung.name)
-        barred = admissible([each.id for each in outlooks], scene.breakers, now).last_resort
-        allowed = able_to(with_room([each for each in outlooks if each.id in barred], scene, now), query, needed)
-        offer = _offer(target, rungs, rung, shortest(allowed, query.turn), passed_over=False)
-        if offer is not None:
-            return offer
+def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: float, now: float) -> Candidate | None:
+    """Pick the least bad of the replicas that breakers bar, on the highest rung that has one."""
+    for place, rung in enumerate(request.rungs):
+        variant = drawn_member(rung, request, cluster)
+        estimates = cluster.estimates(variant.name)
+        barred = admissible([each.id for each in estimates], cluster.breakers, now).last_resort
+        allowed = without_room_if_overloaded([each for each in estimates if each.id in barred], cluster, now)
+        able = [each for each in filter_replicas(allowed, request.tried, needed_tokens) if each.has_room]
+        if able and (best := shortest_queue(able, request.turn)) is not None:
+            return _candidate(best, place, variant, request, passed_over=False)
     return None
 
 
-def worth_waiting(rungs: tuple[Variant, ...], snapshot: Iterable[ReplicaStatus]) -> bool:
-    """Tell whether a replica that may answer is on its way."""
-    names = {variant.name for variant in rungs}
-    return any(status.state in HOPEFUL and status.replica.variant in names for status in snapshot)
+# What waiting requests need to know
 
 
-def has_room(target: Target, rungs: tuple[Variant, ...], scene: ClusterState, now: float, needed: float = 0.0) -> bool:
-    """Tell whether any replica that may answer, with a context that is long enough, takes one more request."""
-    query = Query()
-    if needed and not anybody_fits(rungs, scene, needed):
-        needed = 0.0
-    if any(
-        each.has_room and needed <= each.context_tokens
-        for rung in rungs
-        for each in admitted(scene.outlooks(rung.name), scene, now)
-    ):
+def any_context_fits(rungs: Iterable[Rung], cluster: ClusterState, needed_tokens: float) -> bool:
+    """Return whether the context of any ready replica is long enough."""
+    return any(needed_tokens <= each.context_tokens for each in _ready(rungs, cluster))
+
+
+def shortest_fitting_context(rungs: Iterable[Rung], cluster: ClusterState, needed_tokens: float) -> float:
+    """Return the shortest context that a request fits in; 0 if it fits in all of them, or in none."""
+    contexts = {each.context_tokens for each in _ready(rungs, cluster)}
+    fitting = [tokens for tokens in contexts if tokens >= needed_tokens]
+    return min(fitting) if 0 < len(fitting) < len(contexts) else 0.0
+
+
+def any_pending(rungs: Iterable[Rung], snapshot: Iterable[ReplicaStatus]) -> bool:
+    """Return whether a replica that may answer is starting."""
+    names = {variant.name for rung in rungs for variant in rung.variants}
+    return any(status.state in PENDING and status.replica.variant in names for status in snapshot)
+
+
+def has_room(request: RoutingRequest, cluster: ClusterState, now: float, needed_tokens: float = 0.0) -> bool:
+    """Return whether any replica that may answer, with a context that is long enough, takes one more request."""
+    if needed_tokens and not any_context_fits(request.rungs, cluster, needed_tokens):
+        needed_tokens = 0.0
+    for rung in request.rungs:
+        ready = admitted(cluster.estimates(drawn_member(rung, request, cluster).name), cluster, now)
+        if any(each.has_room and needed_tokens <= each.context_tokens for each in ready):
+            return True
+    if not cluster.breakers:
+        return False
+    anyone = RoutingRequest(request.target, request.rungs, request_id=request.request_id, session=request.session)
+    return last_resort(anyone, cluster, needed_tokens, now) is not None
+
+
+def _ready(rungs: Iterable[Rung], cluster: ClusterState) -> Iterable[LatencyEstimate]:
+    return (each for rung in rungs for variant, _ in rung.members for each in cluster.estimates(variant.name))
+
+
+# The ladder
+
+
+def _descend(request: RoutingRequest, cluster: ClusterState, needed_tokens: float, now: float) -> Decision:
+    """Go down the ladder until a rung answers."""
+    gates = NO_GATES
+    spilled: Candidate | None = None
+    too_slow: list[Candidate] = []
+    passed_over = False
+    for place, rung in enumerate(request.rungs):
+        result = look_at_rung(place, request, cluster, needed_tokens, now, passed_over=passed_over)
+        if result.gate is not None:
+            gates = {**gates, (request.target.name, rung.name): result.gate}
+        candidate = result.candidate
+        passed_over = passed_over or result.verdict != "no_replica"
+        if candidate is None:
+            continue
+        if result.verdict == "answers":
+            at_home = not too_slow and place == home_place(request.placement, request.rungs)
+            if at_home or _is_worth_it(candidate, spilled, too_slow, request):
+                return Decision(candidate, gates)
+        elif result.verdict == "spills":
+            spilled = spilled or candidate
+        else:
+            too_slow.append(candidate)
+    if spilled is not None:
+        return Decision(spilled, gates)
+    return Decision(min(too_slow, key=lambda each: cost(each.replica, request), default=None), gates)
+
+
+def _is_worth_it(
+    candidate: Candidate, spilled: Candidate | None, too_slow: Iterable[Candidate], request: RoutingRequest
+) -> bool:
+    """Return whether a lower rung saves the time that the request would lose on those above."""
+    replica = candidate.replica
+    if not replica.known:
         return True
-    return bool(scene.breakers) and _last_resort(target, rungs, query, scene, needed, now) is not None
+    if spilled is not None and replica.wait_seconds >= spilled.replica.wait_seconds:
+        return False
+    return all(cost(replica, request) < cost(above.replica, request) for above in too_slow)
 
 
-def _reason(target: Target, variant: Variant, rungs: tuple[Variant, ...], *, passed_over: bool) -> Reason:
+def _waits_for_its_cache(
+    best: LatencyEstimate | None, able: Sequence[LatencyEstimate], request: RoutingRequest, spill: Spill
+) -> bool:
+    """Return whether a rung is slow for this request alone: it waits where its prompt is cached, others need not."""
+    if best is None or not request.cached_tokens or best.wait_seconds <= spill.after_seconds:
+        return False
+    uncached = msgspec.structs.replace(request, placement=None, cached_tokens=NOTHING_CACHED)
+    other = pick(able, uncached, spill)
+    return other is not None and other.wait_seconds <= spill.after_seconds
+
+
+def _cheapest(roomy: Sequence[LatencyEstimate], request: RoutingRequest) -> LatencyEstimate:
+    """Pick the lowest cost; equals take turns, and a conversation stays where that costs hardly more."""
+    scores = costs(roomy, request)
+    count = len(roomy)
+    first = request.turn % count
+    lowest = min(scores)
+    placement = request.placement
+    if placement is not None and not placement.running:
+        for each, seconds in zip(roomy, scores, strict=True):
+            if each.id == placement.replica_id and seconds <= STICKY_SHARE * lowest + STICKY_SECONDS:
+                return each
+    place = scores.index(lowest, first) if lowest in scores[first:] else scores.index(lowest)
+    return roomy[place]
+
+
+def _candidate(
+    replica: LatencyEstimate, place: int, variant: Variant, request: RoutingRequest, *, passed_over: bool
+) -> Candidate:
+    return Candidate(replica, variant, _reason(place, variant, request, passed_over=passed_over))
+
+
+def _reason(place: int, variant: Variant, request: RoutingRequest, *, passed_over: bool) -> Reason:
+    target, rung = request.target, request.rungs[place]
     if target.pinned:
         return "pinned"
-    if variant is rungs[0]:
-        # The best that the caller lets answer; `floor` if the caller or the alias ruled a better rung out.
-        return "preferred" if rungs[0] is target.rungs[0] else "floor"
+    if place == 0:
+        if variant is not rung.members[0][0]:
+            return "canary"
+        # `floor`: the caller, the key or the alias ruled a better rung out.
+        return "preferred" if rung.name == target.rungs[0].name else "floor"
     return "spill" if passed_over else "fallback"

@@ -1,28 +1,54 @@
-"""What a decision needs to know of a request."""
+"""One request as routing sees it."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import msgspec
 
+from config.schema import Floor
+from gateway.routing.sessions import Placement
+from gateway.routing.split import Rung
+from gateway.routing.target import Target
 
-class Ask(msgspec.Struct, frozen=True, gc=False):
-    """One request as routing sees it.
+NO_REPLICAS: frozenset[str] = frozenset()
+NOTHING_CACHED: Mapping[str, float] = MappingProxyType({})
 
-    `prompt_tokens` is estimated from bytes; `answer_tokens` is the longest answer that the client wants, None if it
-    doesn't say. `blocks` are chained hashes of what the prompt begins with, the first block first. `session` names the
-    conversation that this is a turn of; None where it is none.
+# An estimate of a prompt's length may be too high by as much; only this share of it surely has to fit.
+CERTAIN_SHARE = 0.7
+
+
+class RoutingRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
+    """One attempt to find a replica for a request.
+
+    Identity: `turn` counts requests and rotates among equal replicas; `key` is the name of the API key.
+    Features: `prompt_tokens` is estimated from `prompt_bytes` (0 for token ids); `answer_tokens` is the longest answer
+    that the client accepts, None if it sets no limit; `blocks` are chained hashes of the beginning of the prompt;
+    `session` names the conversation, None if there is none. `body_bytes` is what the request holds while it waits.
+    Constraints: `rungs` are those of the target's ladder that satisfy `floors` and `precisions`.
+    Affinity: `placement` is where the conversation was answered last, `cached_tokens` how much of the prompt replicas
+    have probably in their prefix caches.
+    Retry: replicas in `tried` have failed this request.
     """
 
+    target: Target
+    rungs: tuple[Rung, ...]
+    turn: int = 0
+    request_id: str = ""
+    key: str = ""
+    streams: bool = False
+    body_bytes: int = 0
     prompt_tokens: float = 0.0
+    prompt_bytes: int = 0
     answer_tokens: int | None = None
     blocks: tuple[int, ...] = ()
     session: str | None = None
+    floors: tuple[Floor, ...] = ()
+    precisions: frozenset[str] | None = None
+    placement: Placement | None = None
+    cached_tokens: Mapping[str, float] = NOTHING_CACHED
+    tried: frozenset[str] = NO_REPLICAS
 
-
-NOTHING_KNOWN = Ask()
-
-# An estimate of a prompt's length may be so much too high.
-SURELY = 0.7
-
-
-def needed_tokens(ask: Ask) -> float:
-    """How long a context the request surely needs: of its answer only what the client named."""
-    return SURELY * ask.prompt_tokens + (ask.answer_tokens or 0)
+    @property
+    def needed_tokens(self) -> float:
+        """The context that the request surely needs: of its answer only what the client named."""
+        return CERTAIN_SHARE * self.prompt_tokens + (self.answer_tokens or 0)

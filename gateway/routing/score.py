@@ -1,67 +1,63 @@
-"""Which replica of a rung is best for a request: the one that answers soonest, all in all."""
+"""Score: what a request costs on each replica, in seconds until it is answered."""
 
 from collections.abc import Sequence
-from math import inf
 
-from config.schema import Spill
-from gateway.routing.cluster_state import Query
-from gateway.routing.latency import LatencyEstimate, answer_length, seconds_for
+import msgspec
 
-# A conversation stays on its replica as long as no other one is so much cheaper.
-LOYAL_SHARE = 1.1
-LOYAL_SECONDS = 0.05
+from gateway.routing.latency import LatencyEstimate
+from gateway.routing.request import RoutingRequest
 
 
-def able_to(outlooks: Sequence[LatencyEstimate], query: Query, needed: float) -> Sequence[LatencyEstimate]:
-    """Leave out who failed this request already, and whose context is too short for it."""
-    tried = query.tried
-    return [each for each in outlooks if needed <= each.context_tokens and each.id not in tried]
+class CostTerms(msgspec.Struct, frozen=True):
+    """The cost of a request on one replica by its terms, in seconds; `cached` is subtracted from the others."""
+
+    queue: float
+    ahead: float
+    kv: float
+    reading: float
+    cached: float
+    answering: float
+    total: float
 
 
-def best_of(able: Sequence[LatencyEstimate], query: Query, spill: Spill) -> LatencyEstimate | None:
-    """The cheapest replica, or one that is soon enough and costs hardly more."""
-    found = cheapest(able, query)
-    if found is None or not found.known or found.wait_seconds <= spill.after_seconds:
-        return found
-    soon = cheapest([each for each in able if each.wait_seconds <= spill.after_seconds], query)
-    if soon is None or cost_of(soon, query) > cost_of(found, query) + spill.after_seconds:
-        return found
-    return soon
+def costs(replicas: Sequence[LatencyEstimate], request: RoutingRequest) -> list[float]:
+    """Score replicas whose speeds are known."""
+    prompt_tokens, cached = request.prompt_tokens, request.cached_tokens
+    answer_tokens = expected_answer_tokens(replicas[0], request)
+    if not cached:
+        return [
+            each.fixed_seconds + prompt_tokens * each.token_seconds + answer_tokens * each.answer_seconds
+            for each in replicas
+        ]
+    return [
+        each.fixed_seconds
+        + max(prompt_tokens - cached.get(each.id, 0.0), 0.0) * each.token_seconds
+        + answer_tokens * each.answer_seconds
+        for each in replicas
+    ]
 
 
-def cheapest(able: Sequence[LatencyEstimate], query: Query) -> LatencyEstimate | None:
-    """The replica that would answer soonest; the shortest queue where that isn't known of all of them."""
-    ask, cached = query.ask, query.cached_tokens
-    count = len(able)
-    first = query.turn % count if count > 1 else 0
-    answer_tokens = answer_length(able[0], ask) if count else 0.0
-    chosen, lowest, home, home_seconds = None, inf, None, inf
-    sticky = query.stay.replica_id if query.stay is not None and not query.stay.running else None
-    for outlook in (*able[first:], *able[:first]) if first else able:
-        if not outlook.has_room:
-            continue
-        if not outlook.known:
-            return shortest(able, query.turn)
-        seconds = seconds_for(outlook, ask, answer_tokens, cached.get(outlook.id, 0.0) if cached else 0.0)
-        if seconds < lowest:
-            chosen, lowest = outlook, seconds
-        if outlook.id == sticky:
-            home, home_seconds = outlook, seconds
-    return home if home is not None and home_seconds <= LOYAL_SHARE * lowest + LOYAL_SECONDS else chosen
+def cost(replica: LatencyEstimate, request: RoutingRequest) -> float:
+    """Score one replica whose speed is known."""
+    return costs((replica,), request)[0]
 
 
-def shortest(able: Sequence[LatencyEstimate], turn: int) -> LatencyEstimate | None:
-    """The replica with the fewest requests."""
-    count = len(able)
-    chosen = None
-    for place in range(count):
-        outlook = able[(place + turn) % count]
-        if outlook.has_room and (chosen is None or outlook.requests < chosen.requests):
-            chosen = outlook
-    return chosen
+def expected_answer_tokens(replica: LatencyEstimate, request: RoutingRequest) -> float:
+    """The usual length of its variant's answers, or less if the client limits it."""
+    usual = replica.answer_tokens
+    return usual if request.answer_tokens is None else min(usual, request.answer_tokens)
 
 
-def cost_of(outlook: LatencyEstimate, query: Query) -> float:
-    """What a request costs on a replica, in seconds."""
-    ask = query.ask
-    return seconds_for(outlook, ask, answer_length(outlook, ask), query.cached_tokens.get(outlook.id, 0.0))
+def cost_terms(replica: LatencyEstimate, request: RoutingRequest) -> CostTerms:
+    """Split the cost on a replica into its terms."""
+    cached_tokens = min(request.cached_tokens.get(replica.id, 0.0), request.prompt_tokens)
+    own_seconds = replica.fixed_seconds - replica.wait_seconds
+    return CostTerms(
+        queue=replica.queue_seconds,
+        ahead=replica.ahead_seconds,
+        kv=replica.kv_seconds,
+        reading=own_seconds + request.prompt_tokens * replica.token_seconds,
+        cached=cached_tokens * replica.token_seconds,
+        answering=expected_answer_tokens(replica, request) * replica.answer_seconds,
+        total=cost(replica, request),
+    )

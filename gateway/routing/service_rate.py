@@ -7,7 +7,7 @@ the replicas can do; fed all the time, it is what they are asked for, and falls 
 from dataclasses import dataclass
 from math import exp2, log
 
-from gateway.errors import LONGEST_RETRY_SECONDS
+from gateway.errors import MAX_RETRY_AFTER_SECONDS
 
 HALF_LIFE_SECONDS = 10
 SHORTEST_RETRY_SECONDS = 1
@@ -53,14 +53,14 @@ def retry_after_seconds(waiting_ahead: int, pace: ServiceRate | None, now: float
     if pace is None or pace.weight == 0:
         return UNKNOWN_RETRY_SECONDS
     per_second = pace.per_second(now)
-    if waiting_ahead + 1 >= LONGEST_RETRY_SECONDS * per_second:
-        return LONGEST_RETRY_SECONDS
+    if waiting_ahead + 1 >= MAX_RETRY_AFTER_SECONDS * per_second:
+        return MAX_RETRY_AFTER_SECONDS
     return bounded((waiting_ahead + 1) / per_second)
 
 
 def bounded(seconds: float) -> float:
     """Keep within what clients obey."""
-    return min(max(seconds, SHORTEST_RETRY_SECONDS), LONGEST_RETRY_SECONDS)
+    return min(max(seconds, SHORTEST_RETRY_SECONDS), MAX_RETRY_AFTER_SECONDS)
 
 
 def _left(seconds: float) -> float:

@@ -1,14 +1,14 @@
-"""Where conversations are: the variant and the replica that each had its latest turn from."""
+"""Where conversations are: the variant and the replica that answered the latest turn of each."""
 
 from collections import OrderedDict
 
 import msgspec
 
-MOST_SESSIONS = 10_000
+MAX_SESSIONS = 10_000
 
 
 class Placement(msgspec.Struct, frozen=True, gc=False):
-    """Where a conversation had its latest turn; `running` counts its turns whose answers haven't ended."""
+    """Where a conversation was answered last; `running` counts its turns whose answers have not ended."""
 
     variant: str
     replica_id: str
@@ -16,41 +16,38 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
 
 
 class Sessions:
-    """The latest conversations, so many at most; one with a turn in flight goes only when all have one."""
+    """The latest conversations, at most `limit`; those with a turn in flight are forgotten last."""
 
-    def __init__(self, most: int = MOST_SESSIONS) -> None:
-        self._most = most
-        # The one that was used least recently comes first, in both.
+    def __init__(self, limit: int = MAX_SESSIONS) -> None:
+        self._limit = limit
+        # Least recently used first, in both.
         self._idle: OrderedDict[str, Placement] = OrderedDict()
         self._running: OrderedDict[str, Placement] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._idle) + len(self._running)
 
-    def stay(self, session: str) -> Placement | None:
-        """Where it was last; None if it is new, or has been forgotten."""
+    def placement(self, session: str) -> Placement | None:
+        """Return where a conversation was answered last; None if it is new or forgotten."""
         return self._running.get(session) or self._idle.get(session)
 
-    def stays(self) -> dict[str, Placement]:
-        """Where all of them are."""
+    def placements(self) -> dict[str, Placement]:
+        """Return all of them by session."""
         return {**self._idle, **self._running}
 
-    def went(self, session: str, variant: str, replica_id: str) -> bool:
-        """Note a choice for a turn, which `ended` ends; tells whether it left the variant that it was on."""
+    def begin(self, session: str, variant: str, replica_id: str) -> bool:
+        """Record where a turn goes, until `end`; returns whether the conversation left its variant by that."""
         before = self._running.pop(session, None) or self._idle.pop(session, None)
         running = 1 if before is None else before.running + 1
         self._running[session] = Placement(variant, replica_id, running)
-        if before is None and len(self) > self._most:
-            self._forget_one()
+        if before is None and len(self) > self._limit:
+            (self._idle or self._running).popitem(last=False)
         return before is not None and before.variant != variant
 
-    def ended(self, session: str) -> None:
-        """Note that a turn's answer has ended, well or not; one that has been forgotten is no matter."""
-        stay = self._running.pop(session, None)
-        if stay is None:
+    def end(self, session: str) -> None:
+        """Record that the answer to a turn ended, well or not; a forgotten session is ignored."""
+        placement = self._running.pop(session, None)
+        if placement is None:
             return
-        kept = self._running if stay.running > 1 else self._idle
-        kept[session] = Placement(stay.variant, stay.replica_id, stay.running - 1)
-
-    def _forget_one(self) -> None:
-        (self._idle or self._running).popitem(last=False)
+        table = self._running if placement.running > 1 else self._idle
+        table[session] = Placement(placement.variant, placement.replica_id, placement.running - 1)

@@ -1,13 +1,12 @@
-"""Everything that decisions are made on, written down, so that one can be explained by the functions that made it.
+"""The state that a decision is made on, as a value that can be written to JSON and decided on again later.
 
-As JSON it holds no secret: neither keys of replicas nor of clients. Times are on the gateway's monotonic clock.
+It holds no secret: neither keys of replicas nor of clients. Times are on the gateway's monotonic clock.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from datetime import datetime
-from math import isfinite
-from typing import Any, Literal, Self
+from math import inf
+from typing import Literal, Self
 
 import msgspec
 
@@ -16,60 +15,63 @@ from config.schema import NO_FLOOR, Floor, Spill
 from config.variant import QualityMeasures, Variant
 from gateway.errors import UnknownModel
 from gateway.routing.breaker import Breaker
-from gateway.routing.catalog import Target
-from gateway.routing.cluster_state import ClusterState, GateName, Query
+from gateway.routing.cluster_state import ClusterState
 from gateway.routing.filters import Rejection
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import Overload
+from gateway.routing.request import RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.spill import SpillGate
+from gateway.routing.split import Rung, RungKey, RungWeights, Weights
+from gateway.routing.target import Target
 
 Limits = dict[str, float]
+Gates = dict[str, dict[str, SpillGate]]  # by alias and rung
 
 
-class RecordedVariant(msgspec.Struct, frozen=True):
+class VariantView(msgspec.Struct, frozen=True):
     """What a decision knows of a variant."""
 
     precision: str
     quality: QualityMeasures
 
 
-class RecordedTarget(msgspec.Struct, frozen=True):
-    """What a model name stands for; its variants by name. Requests wait for up to `patience_seconds`."""
+class TargetView(msgspec.Struct, frozen=True):
+    """What a model name stands for; `rungs` has the weights of each rung's members by variant."""
 
-    rungs: tuple[str, ...]
+    rungs: dict[str, dict[str, float]]
     pinned: bool
-    patience_seconds: float
+    wait_seconds: float  # how long its requests may wait for a replica
     floor: Limits
     spill: Limits
     trust_declared: bool
-    excluded: dict[str, str]  # by variant: why
+    excluded: dict[str, str]  # why, by variant
 
     @classmethod
-    def of(cls, target: Target, queue_seconds: float) -> Self:
-        """Write a target down; `queue_seconds` is how long requests wait where it doesn't say."""
-        own_seconds = target.timeouts.queue_seconds
+    def of(cls, target: Target, queue_seconds: float, weights: RungWeights) -> Self:
+        """Describe a target; `queue_seconds` is the wait that holds where the target sets none."""
+        wait_seconds = target.timeouts.queue_seconds
         return cls(
-            tuple([rung.name for rung in target.rungs]),
+            {rung.name: _members(rung, weights.by_rung.get((target.name, rung.name))) for rung in target.rungs},
             target.pinned,
-            queue_seconds if own_seconds is None else own_seconds,
-            limits_of(target.floor),
+            queue_seconds if wait_seconds is None else wait_seconds,
+            floor_limits(target.floor),
             target.spill.model_dump(),
             target.trust_declared,
-            {refusal.variant.name: refusal.why for refusal in target.excluded},
+            {rejection.variant.name: rejection.why for rejection in target.excluded},
         )
 
 
-class RecordedCaller(msgspec.Struct, frozen=True):
-    """What a decision knows of a key's holder: which models it may use, None for all, and what it is limited to."""
+class CallerView(msgspec.Struct, frozen=True):
+    """What a decision knows of an API key: the models that it may use (None: all), and its limits."""
 
     models: frozenset[str] | None = None
     floor: Limits = {}
     max_tokens: int | None = None
 
 
-class Absent(msgspec.Struct, frozen=True):
-    """A replica that isn't ready."""
+class AbsentReplica(msgspec.Struct, frozen=True):
+    """A replica that is not ready."""
 
     id: str
     variant: str
@@ -77,115 +79,137 @@ class Absent(msgspec.Struct, frozen=True):
     reason: str
 
 
-class Asked(msgspec.Struct, frozen=True):
-    """One request that a decision was made for, as it was made, and who was chosen: None if nobody was.
+class RequestView(msgspec.Struct, frozen=True):
+    """One request that was decided on, and the replica that was chosen; None if none was.
 
-    `patience_seconds` is how long it could wait; None: for ever, for it had already waited in line.
+    `wait_seconds` is how long it could wait; None if it had waited in the queue already.
     """
 
     id: str
     model: str
-    query: Query
+    turn: int
+    prompt_tokens: float
+    answer_tokens: int | None
+    session: str | None
     floors: tuple[Limits, ...]
     precisions: frozenset[str] | None
+    placement: Placement | None
+    cached_tokens: dict[str, float]
+    tried: frozenset[str]
     chosen: str | None
-    patience_seconds: float | None
+    wait_seconds: float | None
 
 
-class State(msgspec.Struct, frozen=True, kw_only=True):
-    """What decisions were made on at one moment; with `asked`, as much of it as one of them was made on."""
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """The state of everything that decisions depend on; with `request`, that of one decision."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     recorded: datetime
     now_seconds: float
-    variants: dict[str, RecordedVariant]
-    models: dict[str, RecordedTarget]
-    outlooks: dict[str, tuple[LatencyEstimate, ...]]
-    absent: tuple[Absent, ...] = ()
-    breakers: dict[str, dict[str, Any]] = {}
-    marks: dict[str, dict[str, Any]] = {}
-    gates: dict[str, dict[str, SpillGate]] = {}  # by alias and variant
+    variants: dict[str, VariantView]
+    models: dict[str, TargetView]
+    estimates: dict[str, tuple[LatencyEstimate, ...]]
+    absent: tuple[AbsentReplica, ...] = ()
+    breakers: dict[str, Breaker] = {}
+    overloads: dict[str, Overload] = {}
+    gates: Gates = {}
     sessions: dict[str, Placement] = {}
-    callers: dict[str, RecordedCaller] = {}
-    asked: Asked | None = None
+    callers: dict[str, CallerView] = {}
+    request: RequestView | None = None
 
     def target(self, name: str) -> Target:
-        """What a model name stood for; UnknownModel if it was no name."""
-        told = self.models.get(name)
-        if told is None:
+        """What a model name stood for; UnknownModel if it was none."""
+        view = self.models.get(name)
+        if view is None:
             raise UnknownModel(f"no model {name!r}; there are: {', '.join(self.models) or 'none'}", param="model")
         return Target(
             name,
-            tuple([self._variant(rung) for rung in told.rungs]),
-            floor_of(told.floor),
-            told.pinned,
-            spill=Spill.model_validate(told.spill),
-            trust_declared=told.trust_declared,
-            excluded=tuple([Rejection(self._variant(rung), why) for rung, why in told.excluded.items()]),
+            tuple([self._rung(rung, members) for rung, members in view.rungs.items()]),
+            floor_from(view.floor),
+            view.pinned,
+            spill=Spill.model_validate(view.spill),
+            trust_declared=view.trust_declared,
+            excluded=tuple([Rejection(self._variant(variant), why) for variant, why in view.excluded.items()]),
         )
 
-    def scene(self) -> ClusterState:
-        """The scene, for deciding once more."""
-        return ClusterState(
-            lambda variant: self.outlooks.get(variant, ()),
-            {each: msgspec.convert(held, Breaker) for each, held in self.breakers.items()},
-            {each: msgspec.convert(held, Overload) for each, held in self.marks.items()},
-            {(alias, rung): gate for alias, gates in self.gates.items() for rung, gate in gates.items()},
+    def cluster(self) -> ClusterState:
+        """The state of the replicas, to decide on."""
+        gates = {(alias, rung): gate for alias, rungs in self.gates.items() for rung, gate in rungs.items()}
+        return ClusterState(lambda variant: self.estimates.get(variant, ()), self.breakers, self.overloads, gates)
+
+    def routing_request(self) -> tuple[RoutingRequest, float]:
+        """The request that was decided on, and how long it could wait; its permitted rungs are worked out anew."""
+        view = self.request
+        assert view is not None, "a snapshot of no request"
+        target, floors = self.target(view.model), tuple([floor_from(limits) for limits in view.floors])
+        request = RoutingRequest(
+            target,
+            target.filter(floors, view.precisions).permitted,
+            view.turn,
+            view.id,
+            prompt_tokens=view.prompt_tokens,
+            answer_tokens=view.answer_tokens,
+            session=view.session,
+            floors=floors,
+            precisions=view.precisions,
+            placement=view.placement,
+            cached_tokens=view.cached_tokens,
+            tried=view.tried,
         )
+        return request, inf if view.wait_seconds is None else view.wait_seconds
 
     def to_json(self) -> bytes:
-        """Write it down."""
+        """Encode it."""
         return msgspec.json.encode(self)
 
+    def _rung(self, name: str, members: Mapping[str, float]) -> Rung:
+        return Rung(name, tuple([(self._variant(variant), weight) for variant, weight in members.items()]))
+
     def _variant(self, name: str) -> Variant:
-        told = self.variants[name]
-        return Variant(name, told.precision, told.quality)
+        view = self.variants[name]
+        return Variant(name, view.precision, view.quality)
 
 
-_STATE = msgspec.json.Decoder(State)
+_SNAPSHOT = msgspec.json.Decoder(Snapshot)
 
 
-def read_state(text: bytes, where: str) -> State:
-    """Read a recorded state; ConfigError, which names `where` it was, if it is none."""
+def read_snapshot(text: bytes, where: str) -> Snapshot:
+    """Decode a snapshot and check that it is complete; ConfigError names `where` it is from."""
     try:
-        state = _STATE.decode(text)
-        # What it names must be in it.
-        for name in state.models:
-            state.target(name)
-        state.scene()
+        snapshot = _SNAPSHOT.decode(text)
+        for name in snapshot.models:
+            snapshot.target(name)
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError, KeyError) as error:
-        raise ConfigError(f"{where}: is no recorded state: {error}; `quantgate route state` makes one") from error
-    return state
+        raise ConfigError(
+            f"{where}: not a valid routing snapshot: {error}; `quantgate route state` makes one"
+        ) from error
+    return snapshot
 
 
-def floor_of(limits: Limits) -> Floor:
-    """Read a floor."""
+def variant_views(variants: Iterable[Variant]) -> dict[str, VariantView]:
+    """Describe variants by name."""
+    return {variant.name: VariantView(variant.precision, variant.quality) for variant in variants}
+
+
+def nested_gates(gates: Mapping[RungKey, SpillGate]) -> Gates:
+    """Order gates by alias, then rung: JSON has no pairs as keys."""
+    nested: Gates = {}
+    for (alias, rung), gate in gates.items():
+        nested.setdefault(alias, {})[rung] = gate
+    return nested
+
+
+def floor_from(limits: Limits) -> Floor:
+    """Build a floor from its limits."""
     return Floor.model_validate(limits) if limits else NO_FLOOR
 
 
-def limits_of(floor: Floor) -> Limits:
-    """Write a floor down."""
+def floor_limits(floor: Floor) -> Limits:
+    """The limits of a floor that are set."""
     return floor.model_dump(exclude_none=True)
 
 
-def bare(outlook: LatencyEstimate) -> LatencyEstimate:
-    """Leave out how a replica is talked to."""
-    replica = replace(outlook.replica, api_key=None, tls=None)
-    return msgspec.structs.replace(outlook, replica=replica)
-
-
-def nested(gates: Mapping[GateName, SpillGate]) -> dict[str, dict[str, SpillGate]]:
-    """Write gates down, for JSON has no pairs as names."""
-    told: dict[str, dict[str, SpillGate]] = {}
-    for (alias, rung), gate in gates.items():
-        told.setdefault(alias, {})[rung] = gate
-    return told
-
-
-def held(against: Mapping[str, Breaker] | Mapping[str, Overload]) -> dict[str, dict[str, Any]]:
-    """Write down what is held against replicas; times that are infinite, which JSON can't say, are so by default."""
-    told = {replica_id: msgspec.to_builtins(each) for replica_id, each in against.items()}
-    return {
-        replica_id: {name: value for name, value in each.items() if not isinstance(value, float) or isfinite(value)}
-        for replica_id, each in told.items()
-    }
+def _members(rung: Rung, weights: Weights | None) -> dict[str, float]:
+    """The weights that hold, by variant."""
+    shares = weights or [weight for _, weight in rung.members]
+    return {variant.name: share for variant, share in zip(rung.variants, shares, strict=True)}

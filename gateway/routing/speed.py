@@ -13,7 +13,7 @@ from gateway.routing.engine_metrics import EngineMetrics
 ENOUGH = 0.97
 # Curves are tables by the number of requests; beyond the last entry all together get no more than there.
 MOST_PLACES = 1024
-USUAL_ANSWER_TOKENS = 256.0
+DEFAULT_ANSWER_TOKENS = 256.0
 
 # What was observed lately weighs: each first token a tenth of what is remembered, each look at an engine by its time.
 FORGETS_SHARE = 0.1
@@ -37,7 +37,7 @@ class SpeedProfile(msgspec.Struct, frozen=True, gc=False):
     together: tuple[float, ...]
     reading_seconds: float
     slots: int | None
-    answer_tokens: float = USUAL_ANSWER_TOKENS
+    answer_tokens: float = DEFAULT_ANSWER_TOKENS
     kv_capacity_tokens: int | None = None
 
     @classmethod
@@ -153,7 +153,7 @@ class Estimate(msgspec.Struct, frozen=True, gc=False):
 NO_ESTIMATE = Estimate()
 
 
-def learnt_first_token(learnt: Estimate, observed_seconds: float, prompt_tokens: float) -> Estimate:
+def estimate_first_token(learnt: Estimate, observed_seconds: float, prompt_tokens: float) -> Estimate:
     """Note when a first token came."""
     kept, tokens = 1 - FORGETS_SHARE, max(prompt_tokens, SHORTEST_READING_TOKENS)
     return Estimate(
@@ -161,7 +161,7 @@ def learnt_first_token(learnt: Estimate, observed_seconds: float, prompt_tokens:
     )
 
 
-def learnt_answering(learnt: Estimate, requests: float, tokens: float, seconds: float) -> Estimate:
+def estimate_answering(learnt: Estimate, requests: float, tokens: float, seconds: float) -> Estimate:
     """Note how many tokens so many requests were given in so many seconds."""
     if tokens <= 0 or requests <= 0 or seconds <= 0:
         return learnt
@@ -170,7 +170,7 @@ def learnt_answering(learnt: Estimate, requests: float, tokens: float, seconds: 
     return Estimate(step_seconds, learnt.read_seconds, learnt.read_tokens)
 
 
-def learnt_rested(learnt: Estimate, usual: Estimate, seconds: float) -> Estimate:
+def estimate_rested(learnt: Estimate, usual: Estimate, seconds: float) -> Estimate:
     """Believe of a replica that had nothing to do for so long that it is no slower than usual among its like."""
     share = 1 - exp(-seconds / RESTS_SECONDS)
     step_seconds = _nearer(learnt.step_seconds, usual.step_seconds, share)

@@ -1,9 +1,14 @@
-"""When a rung of a ladder lets requests down to the next one, and how many of them.
+"""The spill gate of a rung: when it sends requests to the rung below, and which share of them.
 
-    closed --(wait above `after_seconds`)--> spilling
-    spilling --(wait below `return_below_seconds`, `dwell_seconds` after it opened)--> closed
+========  =================================================================  ========
+state     event                                                              next
+========  =================================================================  ========
+closed    the wait rises above `after_seconds`                               spilling
+spilling  the wait is below `return_below_seconds`, `dwell_seconds` passed   closed
+========  =================================================================  ========
 
-While it spills, the share that goes down grows with the wait: none at `return_below_seconds`, all at `after_seconds`.
+While a gate spills, the share that goes down grows with the wait: none at `return_below_seconds`, all at
+`after_seconds`. Times are on the monotonic clock.
 """
 
 from typing import Literal
@@ -14,7 +19,7 @@ from config.schema import Spill
 
 
 class SpillGate(msgspec.Struct, frozen=True, gc=False):
-    """One rung of one alias: whether it spills, since when (monotonic), and which share of a request it owes below."""
+    """The gate of one rung of one alias: its state, since when, and the share of a request that is still to go down."""
 
     spilling: bool = False
     since_seconds: float = 0.0
@@ -23,38 +28,36 @@ class SpillGate(msgspec.Struct, frozen=True, gc=False):
 
 CLOSED = SpillGate()
 
-
-# Whose request it is: a new conversation's, one's that is answered on this rung, or one's that lives on a lower one.
-Manner = Literal["new", "at home", "lives below"]
-Verdict = Literal["answers", "goes", "too slow"]
+# Where a conversation lives, seen from a rung: nowhere (or above it), on it, or below it.
+Home = Literal["none", "here", "below"]
+# `spills`: the rung could answer, but sends this request down so that its wait shrinks.
+Verdict = Literal["answers", "spills", "too_slow"]
 
 
 def evaluate_last(spill: Spill, wait_seconds: float) -> Verdict:
-    """Judge a rung that has no other below it."""
-    return "too slow" if wait_seconds > spill.after_seconds else "answers"
+    """Evaluate a rung that has no gate, because none is below it."""
+    return "too_slow" if wait_seconds > spill.after_seconds else "answers"
 
 
-def evaluate(
-    gate: SpillGate, spill: Spill, wait_seconds: float, now: float, manner: Manner
-) -> tuple[SpillGate, Verdict]:
-    """Say whether a request is answered on a rung: `goes` if it could be, and goes down for others' sake.
+def evaluate(gate: SpillGate, spill: Spill, wait_seconds: float, now: float, home: Home) -> tuple[SpillGate, Verdict]:
+    """Update a gate by the wait on its rung, and decide whether a request is answered there.
 
-    A conversation changes rungs as rarely as can be: it leaves its own only if that is too slow, and comes back up only
-    when nothing spills any more.
+    A conversation changes rungs as rarely as possible: it leaves its own only if that is too slow, and comes back up
+    only when nothing spills any more.
     """
     gate = update(gate, spill, wait_seconds, now)
     if wait_seconds > spill.after_seconds:
-        return gate, "too slow"
-    if not gate.spilling or manner == "at home":
+        return gate, "too_slow"
+    if not gate.spilling or home == "here":
         return gate, "answers"
-    if manner == "lives below":
-        return gate, "goes"
+    if home == "below":
+        return gate, "spills"
     gate, goes = take_share(gate, share_down(gate, spill, wait_seconds))
-    return gate, "goes" if goes else "answers"
+    return gate, "spills" if goes else "answers"
 
 
 def update(gate: SpillGate, spill: Spill, wait_seconds: float, now: float) -> SpillGate:
-    """Open or close a gate by the wait on its rung; nearly always it stays as it is."""
+    """Open or close a gate by the wait on its rung; returns the same object if nothing changes."""
     if not gate.spilling:
         return SpillGate(True, now) if wait_seconds > spill.after_seconds else gate
     if wait_seconds < spill.return_below_seconds and now - gate.since_seconds >= spill.dwell_seconds:
@@ -63,7 +66,7 @@ def update(gate: SpillGate, spill: Spill, wait_seconds: float, now: float) -> Sp
 
 
 def share_down(gate: SpillGate, spill: Spill, wait_seconds: float) -> float:
-    """Which share of requests goes down a rung."""
+    """The share of requests, from 0 to 1, that goes down a rung."""
     if not gate.spilling or wait_seconds <= spill.return_below_seconds:
         return 0.0
     span_seconds = spill.after_seconds - spill.return_below_seconds
@@ -71,7 +74,7 @@ def share_down(gate: SpillGate, spill: Spill, wait_seconds: float) -> float:
 
 
 def take_share(gate: SpillGate, share: float) -> tuple[SpillGate, bool]:
-    """Decide whether it is this request that goes down, so that of many exactly the share does."""
+    """Spill exactly `share` of requests over time, by accumulating the error; no randomness."""
     if not share:
         return gate, False
     owed = gate.owed + share

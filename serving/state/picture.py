@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from config.schema import LOOPBACK
-from serving.replica import HOPEFUL, State
+from serving.replica import PENDING, State
 from serving.state.database import Owner, Picture, Told
 
 # Who has not been heard for a while: the supervisor though the database answers, or the database itself.
@@ -94,6 +94,6 @@ def standing(each: Followed, silence: Silence | None, misses: int) -> Standing:
         if misses >= MISSES:
             return Standing(State.FAILED, f"{each.told.replica.url} is not healthy, and {who} is silent", as_told=False)
         return Standing(State.READY, f"{who} is silent")
-    if state in HOPEFUL and silence == "supervisor":
+    if state in PENDING and silence == "supervisor":
         return Standing(State.FAILED, f"was {state.value} when {who} fell silent", as_told=False)
     return Standing(state, reason)

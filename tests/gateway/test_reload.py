@@ -16,7 +16,7 @@ from config.variant import PARENT_QUALITY, QualityMeasures, Variant
 from gateway.app import everything, gateway_alone
 from gateway.deployment import read_deployment
 from gateway.live_config import unserved_aliases
-from gateway.routing.catalog import Catalog
+from gateway.routing.target import Catalog
 from serving.registry import Registry
 from serving.replica import State
 from tests.fakes.running import eventually, running_fake

@@ -19,7 +19,7 @@ from gateway.openai.endpoints import CHAT
 from gateway.openai.reasoning import ReasoningFormat, Shape
 from gateway.openai.request import parse_request
 from gateway.proxy.exchange import reasoning_format
-from gateway.routing.catalog import Target
+from gateway.routing.target import Target
 from serving.replica import Replica, ThinkTag
 from serving.templates.derive import Wish, derived
 from serving.templates.render import renderer

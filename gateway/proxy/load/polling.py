@@ -1,4 +1,4 @@
-"""Asks every ready replica for its metrics, again and again, and says what they tell of its load."""
+"""Poll the metrics of every ready replica, and report what they say of its load."""
 
 import asyncio
 import logging
@@ -21,9 +21,9 @@ from serving.replica import Replica
 
 log = logging.getLogger(__name__)
 
-# The longest that jitter shortens an interval by: "at least once a second" holds all the same.
+# Jitter shortens an interval by up to this share, so that it is never longer than configured.
 JITTER = 0.2
-# First polls are spread over so much time for each that is due.
+# First polls are spread over this time for each one that is due.
 START_SECONDS = 0.01
 PAGE_LIMIT_BYTES = 4 * 2**20
 
@@ -31,20 +31,20 @@ Outcome = Literal["ok", "missing", "failed"]
 
 
 class PollObserver(Protocol):
-    """Who wants to know; called within the step in which it becomes known."""
+    """Receives the results of polls, in the step in which they arrive."""
 
     def busy(self, replica_id: str) -> bool:
-        """Tell whether a replica's load changes fast enough for polls to be worth their cost more often."""
+        """Return whether a replica's load changes fast enough for frequent polls."""
 
-    def polled(self, replica_id: str, asked_at: float, poll: EngineMetrics) -> None:
-        """A poll that was asked for at `asked_at` (monotonic) said how many requests a replica has."""
+    def polled(self, replica_id: str, polled_at: float, poll: EngineMetrics) -> None:
+        """A poll that was sent at `polled_at` (monotonic) says how many requests a replica has."""
 
-    def lost(self, replica_id: str) -> None:
-        """A poll failed, or doesn't say how many requests there are: of this replica nothing is known now."""
+    def poll_failed(self, replica_id: str) -> None:
+        """A poll failed, or does not say how many requests there are."""
 
 
 class PollIntervals(msgspec.Struct, frozen=True):
-    """From one poll's start to the next one's, at rest and while a replica is busy; and how long one may take."""
+    """From the start of one poll to the next, at rest and while a replica is busy; and how long one may take."""
 
     rest_seconds: float = 1.0
     busy_seconds: float = 0.25
@@ -54,31 +54,31 @@ class PollIntervals(msgspec.Struct, frozen=True):
 DEFAULT_INTERVALS = PollIntervals()
 
 
-def next_poll_seconds(*, busy: bool, jitter: float, pace: PollIntervals = DEFAULT_INTERVALS) -> float:
+def next_poll_seconds(*, busy: bool, jitter: float, intervals: PollIntervals = DEFAULT_INTERVALS) -> float:
     """From the start of one poll to that of the next; `jitter` is within 0 and 1."""
-    return (pace.busy_seconds if busy else pace.rest_seconds) * (1 - JITTER * jitter)
+    return (intervals.busy_seconds if busy else intervals.rest_seconds) * (1 - JITTER * jitter)
 
 
-def first_poll_seconds(starting: int, jitter: float, pace: PollIntervals = DEFAULT_INTERVALS) -> float:
-    """How long a replica's first poll waits if so many are due: begun together, they would come together for ever."""
-    return jitter * min(pace.rest_seconds, starting * START_SECONDS)
+def first_poll_seconds(starting: int, jitter: float, intervals: PollIntervals = DEFAULT_INTERVALS) -> float:
+    """The delay of a replica's first poll while `starting` are due; otherwise they would stay in step for ever."""
+    return jitter * min(intervals.rest_seconds, starting * START_SECONDS)
 
 
 @dataclass(slots=True, eq=False)
 class MetricsPoller:
-    """Polls while the `async with` block runs: one task for each replica that is ready, and none for others.
+    """Polls while the `async with` block runs, with one task for each ready replica.
 
-    `polls` counts them by replica, variant and Outcome. A replica that doesn't answer is asked as often as any other.
+    `polls` counts them by replica, variant and Outcome. A replica that does not answer is polled as often as any other.
     """
 
     registry: Registry
     pool: Pool
-    listener: PollObserver
+    observer: PollObserver
     polls: Family[Counter]
     random: Random = field(default_factory=Random)
-    pace: PollIntervals = DEFAULT_INTERVALS
+    intervals: PollIntervals = DEFAULT_INTERVALS
     clock: Callable[[], float] = time.monotonic
-    _seen: dict[str, PollResult] = field(default_factory=dict)
+    _results: dict[str, PollResult] = field(default_factory=dict)
     _tasks: dict[str, tuple[Replica, asyncio.Task[None]]] = field(default_factory=dict)
     _ending: set[asyncio.Task[None]] = field(default_factory=set)
     _starting: int = 0
@@ -98,12 +98,12 @@ class MetricsPoller:
         await asyncio.gather(*self._ending, return_exceptions=True)
 
     def __repr__(self) -> str:
-        return f"<Polling {len(self._tasks)} replicas>"
+        return f"<MetricsPoller {len(self._tasks)} replicas>"
 
     @property
-    def seen(self) -> Mapping[str, PollResult]:
-        """What is known by replica, of those that were polled since they were ready; the same mapping for ever."""
-        return self._seen
+    def results(self) -> Mapping[str, PollResult]:
+        """The latest results by replica, of those that were polled since they were ready; a live view."""
+        return self._results
 
     def _follow_registry(self) -> None:
         ready = {replica.id: replica for replicas in self.registry.ready.values() for replica in replicas}
@@ -116,13 +116,13 @@ class MetricsPoller:
 
     def _begin(self, replica: Replica) -> None:
         task = asyncio.create_task(self._follow(replica), name=f"poll {replica.id}")
-        task.add_done_callback(_tell_end)
+        task.add_done_callback(_log_error)
         self._tasks[replica.id] = (replica, task)
 
     def _end(self, replica_id: str) -> None:
-        """Forget a replica in this very step; its task ends in its own."""
+        """Forget a replica in this step; its task ends later."""
         _, task = self._tasks.pop(replica_id)
-        self._seen.pop(replica_id, None)
+        self._results.pop(replica_id, None)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
         task.cancel()
@@ -132,10 +132,10 @@ class MetricsPoller:
         try:
             await self._wait_for_first()
             while True:
-                asked_at = self.clock()
-                await self._poll(replica, request, asked_at)
-                busy = self.listener.busy(replica.id)
-                due = asked_at + next_poll_seconds(busy=busy, jitter=self.random.random(), pace=self.pace)
+                polled_at = self.clock()
+                await self._poll(replica, request, polled_at)
+                busy = self.observer.busy(replica.id)
+                due = polled_at + next_poll_seconds(busy=busy, jitter=self.random.random(), intervals=self.intervals)
                 await asyncio.sleep(due - self.clock())
         finally:
             self.pool.drop(replica.url, replica.tls)
@@ -143,75 +143,75 @@ class MetricsPoller:
     async def _wait_for_first(self) -> None:
         self._starting += 1
         try:
-            await asyncio.sleep(first_poll_seconds(self._starting, self.random.random(), self.pace))
+            await asyncio.sleep(first_poll_seconds(self._starting, self.random.random(), self.intervals))
         finally:
             self._starting -= 1
 
-    async def _poll(self, replica: Replica, request: bytes, asked_at: float) -> None:
+    async def _poll(self, replica: Replica, request: bytes, polled_at: float) -> None:
         try:
             page = await self._page(replica, request)
         except UpstreamError as error:
             self._failed(replica, error)
         else:
-            self._read(replica, asked_at, page)
+            self._read(replica, polled_at, page)
 
     async def _page(self, replica: Replica, request: bytes) -> bytes:
         try:
             async with (
-                asyncio.timeout(self.pace.deadline_seconds),
+                asyncio.timeout(self.intervals.deadline_seconds),
                 self.pool.exchange(replica.url, request, tls=replica.tls) as connection,
             ):
                 page = await connection.read(PAGE_LIMIT_BYTES)
-                status = (await connection.head()).status
+                status = connection.status
         except TimeoutError as error:
-            raise UpstreamTimeout(f"no whole page after {self.pace.deadline_seconds:g} s") from error
+            raise UpstreamTimeout(f"no complete page after {self.intervals.deadline_seconds:g} s") from error
         if status != 200:
             raise UpstreamDisconnected(f"status {status}")
         return page
 
     def _failed(self, replica: Replica, error: UpstreamError) -> None:
-        before = self._seen.get(replica.id) or PollResult()
+        before = self._results.get(replica.id) or PollResult()
         if before.answers:
-            text = "replica %s: its metrics can't be read (%s); its load is unknown until %s/metrics answers again"
+            text = "replica %s: cannot read its metrics (%s); its load is unknown until %s/metrics answers again"
             log.warning(text, replica.id, error, replica.url)
         self._count(replica, "failed")
-        self._seen[replica.id] = before.unanswered()
-        self.listener.lost(replica.id)
+        self._results[replica.id] = before.unanswered()
+        self.observer.poll_failed(replica.id)
 
-    def _read(self, replica: Replica, asked_at: float, page: bytes) -> None:
+    def _read(self, replica: Replica, polled_at: float, page: bytes) -> None:
         poll, missing = parse_metrics(page, self.clock())
-        before = self._seen.get(replica.id) or PollResult()
-        _tell_changes(replica, before, missing)
+        before = self._results.get(replica.id) or PollResult()
+        _log_changes(replica, before, missing)
         self._count(replica, "missing" if missing else "ok")
-        self._seen[replica.id] = PollResult(poll, asked_at if poll.tells_load else before.asked_at, missing)
+        self._results[replica.id] = PollResult(poll, polled_at if poll.tells_load else before.polled_at, missing)
         if poll.tells_load:
-            self.listener.polled(replica.id, asked_at, poll)
+            self.observer.polled(replica.id, polled_at, poll)
         else:
-            self.listener.lost(replica.id)
+            self.observer.poll_failed(replica.id)
 
     def _count(self, replica: Replica, outcome: Outcome) -> None:
         self.polls.labels(replica.id, replica.variant, outcome).inc()
 
 
 def metrics_request(replica: Replica, pool: Pool) -> bytes:
-    """Write the request for a replica's page of metrics."""
+    """Encode the request for a replica's metrics."""
     credential = f"authorization: Bearer {replica.api_key}\r\n" if replica.api_key else ""
     return f"GET /metrics HTTP/1.1\r\nhost: {pool.address(replica.url).authority}\r\n{credential}\r\n".encode()
 
 
-def _tell_end(task: asyncio.Task[None]) -> None:
-    """Log a mistake of ours when it happens: the task is kept, so that nobody would hear of it before the end."""
+def _log_error(task: asyncio.Task[None]) -> None:
+    """Log a defect when it happens: the task is kept, so asyncio would report it only at the end."""
     if not task.cancelled() and (error := task.exception()):
         log.error("the task %r has ended; restart the gateway and report this", task.get_name(), exc_info=error)
 
 
-def _tell_changes(replica: Replica, before: PollResult, missing: frozenset[str]) -> None:
-    """Log what has changed since the last page."""
+def _log_changes(replica: Replica, before: PollResult, missing: frozenset[str]) -> None:
+    """Log what changed since the last poll."""
     if not before.answers:
         log.info("replica %s: its metrics can be read again", replica.id)
     known = before.missing or frozenset()
     for name in sorted(missing - known):
-        text = "replica %s: no number for %s in its metrics, so its load is unknown there; vLLM may have renamed it"
+        text = "replica %s: no value for %s in its metrics: its load is unknown there; vLLM may have renamed it"
         log.warning(text, replica.id, name)
     for name in sorted(known - missing):
         log.info("replica %s: %s is in its metrics again", replica.id, name)

@@ -1,9 +1,10 @@
-"""What is known of one replica: what it was sent and has not read or answered yet, what its engine said, and its pace.
+"""The load of one replica: what it was sent and has not answered yet, what its engine said, and how slow it is.
 
 The formulas are gateway.routing.speed's. Times are on the monotonic clock, and come in as arguments.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
@@ -16,185 +17,204 @@ from gateway.routing.speed import (
     Slowdown,
     SpeedProfile,
     answered,
+    estimate_answering,
+    estimate_first_token,
+    estimate_rested,
     first_token,
-    learnt_answering,
-    learnt_first_token,
-    learnt_rested,
     observed_slots,
     rested,
 )
 from serving.replica import Replica
 
-# A poll is due at least once a second: one that failed is no news yet, three are.
+# Polls are due at least once a second: one failed poll changes nothing yet, three do.
 STALE_SECONDS = 3.0
 # An engine's gauges are as old as its last step.
 GAUGE_LAG_SECONDS = 0.1
-MOST_ENDINGS = 4096
-# A first token says how fast a replica reads only if there was hardly a queue.
-CLEAR_SHARE = 0.1
-# Looks that are further apart say nothing of the time between them.
-FRESH_SECONDS = 10.0
-# So long an engine that gives nothing may be reading a prompt; then it stands still.
-LONGEST_READING_SECONDS = 10.0
-
-
-@dataclass(slots=True, eq=False)
-class InFlight:
-    """One request at a replica, as long as it is there."""
-
-    book: "ReplicaLoad"
-    at: float
-    tokens: float  # of its prompt, without what is probably cached
-    tokens_ahead: float  # of prompts that hadn't been read when it came
-    streams: bool
-    clear: bool  # it had not to wait for a place
-    expected_seconds: float  # until its first token, at the measured speed; 0: nobody measured
-    began_at: float | None = None
-    unread: bool = True
-    ended: bool = False
+MAX_ENDINGS = 4096
+# A first token shows how fast a replica reads only if it hardly had to queue.
+MAX_QUEUE_SHARE = 0.1
+# Polls further apart say nothing about the time between them.
+MAX_POLL_GAP_SECONDS = 10.0
+# An engine without output may be reading a prompt for so long; then it counts as stalled.
+MAX_READING_SECONDS = 10.0
 
 
 @dataclass(slots=True, eq=False)
 class SharedEstimate:
-    """What the replicas of a variant taught together, for one of them that nothing is known of."""
+    """What the replicas of a variant have shown together; the prior of a replica that has shown nothing."""
 
-    learnt: Estimate = NO_ESTIMATE
+    estimate: Estimate = NO_ESTIMATE
+
+
+@dataclass(slots=True, eq=False)
+class InFlight:
+    """One request at a replica, from its lease to its end."""
+
+    load: "ReplicaLoad"
+    sent_at: float
+    tokens: float  # of its prompt, without what is probably cached
+    tokens_ahead: float  # of prompts that were unread when it was sent
+    streams: bool
+    unqueued: bool  # it hardly had to wait for a slot
+    expected_seconds: float  # until its first token at the measured speed; 0: not measured
+    first_token_at: float | None = None
+    unread: bool = True
+    ended: bool = False
+
+    def first_token(self) -> None:
+        """Record that its first token arrived: the prompt has been read. Later calls change nothing."""
+        if self.unread and not self.ended:
+            self.load.first_token(self)
 
 
 @dataclass(slots=True, eq=False)
 class ReplicaLoad:
-    """One replica's; `others` is how many requests its engine has that aren't ours, as of the last poll."""
+    """The load of one replica; `others` is how many requests of other senders its engine had at the last poll.
+
+    `on_change` is called whenever the replica's latency estimate is out of date.
+    """
 
     replica: Replica
-    here: dict[InFlight, None] = field(default_factory=dict)
+    shared: SharedEstimate
+    clock: Callable[[], float]
+    on_change: Callable[["ReplicaLoad"], None]
+    in_flight: dict[InFlight, None] = field(default_factory=dict)
     unread_tokens: float = 0.0
-    sent_tokens: float = 0.0  # of those that are here, and have come since the poll
+    sent_tokens: float = 0.0  # of those that are in flight and were sent since the poll
     sent_requests: int = 0
     poll: EngineMetrics | None = None
-    asked_at: float = -inf
-    looked_at: float | None = None
+    polled_at: float = -inf  # when the last poll was sent
+    observed_at: float | None = None
     others: float = 0.0
     stale: bool = True
     observed_slots: float = inf
-    pace: Slowdown = NO_SLOWDOWN
-    learnt: Estimate = NO_ESTIMATE
+    slowdown: Slowdown = NO_SLOWDOWN
+    estimate: Estimate = NO_ESTIMATE
     was_idle: bool = True  # at any moment since the poll
-    endings: deque[float] = field(default_factory=lambda: deque(maxlen=MOST_ENDINGS))
+    endings: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_ENDINGS))
 
-    def sent(self, promised: LatencyEstimate, tokens: float, now: float, *, streams: bool) -> InFlight:
-        """Note a request; `tokens` of its prompt have to be read."""
-        expected = promised.ahead_seconds + promised.step_seconds + tokens * promised.token_seconds
-        clear = promised.queue_seconds + promised.kv_seconds <= CLEAR_SHARE * expected
-        # What is promised has the pace in it, which is to be learnt: else it would come to its own square root.
-        as_measured = expected / promised.reading if promised.measured else 0.0
-        sent = InFlight(self, now, tokens, self.unread_tokens, streams, clear, as_measured)
-        self.here[sent] = None
+    def send(self, latency: LatencyEstimate, tokens: float, *, streams: bool) -> InFlight:
+        """Count a request in; `tokens` of its prompt have to be read, `latency` is what it was chosen by."""
+        expected = latency.ahead_seconds + latency.step_seconds + tokens * latency.token_seconds
+        unqueued = latency.queue_seconds + latency.kv_seconds <= MAX_QUEUE_SHARE * expected
+        # `expected` already includes the learned slowdown. Divide it out, or the estimate feeds back on itself and
+        # settles at the square root.
+        as_measured = expected / latency.reading if latency.measured else 0.0
+        request = InFlight(self, self.clock(), tokens, self.unread_tokens, streams, unqueued, as_measured)
+        self.in_flight[request] = None
         self.unread_tokens += tokens
         self.sent_tokens += tokens
         self.sent_requests += 1
-        return sent
+        self.on_change(self)
+        return request
 
-    def began(self, sent: InFlight, learned: SharedEstimate, now: float) -> None:
-        """Note a first token: the prompt has been read, and it shows how fast."""
-        self.read(sent)
-        sent.began_at, seconds = now, now - sent.at
-        if not sent.clear:
+    def first_token(self, request: InFlight) -> None:
+        """Record a first token, and learn from it how fast the replica reads."""
+        self._mark_read(request)
+        now = request.first_token_at = self.clock()
+        self.on_change(self)
+        if not request.unqueued:
             return
-        if sent.expected_seconds:
-            self.pace = first_token(self.pace, sent.expected_seconds, seconds)
+        seconds = now - request.sent_at
+        if request.expected_seconds:
+            self.slowdown = first_token(self.slowdown, request.expected_seconds, seconds)
             return
-        tokens = sent.tokens_ahead + sent.tokens
-        self.learnt = learnt_first_token(self.learnt, seconds, tokens)
-        learned.learnt = learnt_first_token(learned.learnt, seconds, tokens)
+        tokens = request.tokens_ahead + request.tokens
+        self.estimate = estimate_first_token(self.estimate, seconds, tokens)
+        self.shared.estimate = estimate_first_token(self.shared.estimate, seconds, tokens)
 
-    def read(self, sent: InFlight) -> None:
-        """Note that a prompt has been read."""
-        if sent.unread:
-            sent.unread = False
-            self.unread_tokens -= sent.tokens
-
-    def ended(self, sent: InFlight, now: float) -> None:
-        """Note that a request isn't there any more."""
-        sent.ended = True
-        self.read(sent)
-        del self.here[sent]
-        if not self.here:
-            # Sums of fractions don't end at nothing by themselves.
+    def end(self, request: InFlight, now: float) -> None:
+        """Count a request out."""
+        request.ended = True
+        self._mark_read(request)
+        del self.in_flight[request]
+        if not self.in_flight:
+            # Sums of fractions do not return to zero by themselves.
             self.unread_tokens, self.sent_tokens, self.sent_requests = 0.0, 0.0, 0
             self.was_idle = True
-        elif sent.at >= self.asked_at:
-            self.sent_tokens -= sent.tokens
+        elif request.sent_at >= self.polled_at:
+            self.sent_tokens -= request.tokens
             self.sent_requests -= 1
         self.endings.append(now)
+        self.on_change(self)
 
-    def looked(
-        self, poll: EngineMetrics, asked_at: float, ours: int, speed: SpeedProfile | None, learned: SharedEstimate
-    ) -> None:
-        """Take over what the engine says, which tells nothing of what was sent since it was asked."""
+    def update(self, poll: EngineMetrics, polled_at: float, ours: int, speed: SpeedProfile | None) -> None:
+        """Apply a poll sent at `polled_at`; it says nothing about requests sent since; `ours` are in flight."""
         running, waiting = poll.running or 0.0, poll.waiting or 0.0
         if ours or running or waiting or not self.was_idle:
-            self._learn(poll, speed, learned)
+            self._learn(poll, speed)
         else:
-            self.rest(learned, poll.at_seconds)
-        self.looked_at = poll.at_seconds
-        while self.endings and self.endings[0] < asked_at - GAUGE_LAG_SECONDS:
+            self._rest(poll.at_seconds)
+        self.observed_at = poll.at_seconds
+        while self.endings and self.endings[0] < polled_at - GAUGE_LAG_SECONDS:
             self.endings.popleft()
         self.others = max(running + waiting - ours - len(self.endings), 0.0)
         self.observed_slots = observed_slots(self.observed_slots, self.poll, poll)
-        self._forget_read(waiting, asked_at)
-        since = [sent.tokens for sent in self.here if sent.at >= asked_at]
+        self._mark_unary_read(waiting, polled_at)
+        since = [request.tokens for request in self.in_flight if request.sent_at >= polled_at]
         self.sent_tokens, self.sent_requests = sum(since), len(since)
         self.was_idle = not ours
-        self.poll, self.asked_at, self.stale = poll, asked_at, False
+        self.poll, self.polled_at, self.stale = poll, polled_at, False
+        self.on_change(self)
 
-    def lost(self, ours: int, learned: SharedEstimate, now: float) -> bool:
-        """Note that the engine wasn't to be asked; tells whether that is so for so long that nothing is known."""
+    def poll_failed(self, ours: int) -> None:
+        """Record that a poll failed; the last one stays valid for STALE_SECONDS."""
+        now = self.clock()
         if self.poll is not None and now - self.poll.at_seconds <= STALE_SECONDS:
-            return False
+            return
         self.stale = True
         self.observed_slots = inf
-        # Nobody tells when whole answers' prompts are read.
-        self._forget_read(0, now - STALE_SECONDS)
+        # No poll says when the prompts of unary answers are read.
+        self._mark_unary_read(0, now - STALE_SECONDS)
         if not ours:
-            self.rest(learned, now)
-            self.looked_at = now
-        return True
+            self._rest(now)
+            self.observed_at = now
+        self.on_change(self)
 
-    def rest(self, learned: SharedEstimate, now: float) -> None:
-        """Doubt the slowness of a replica that has nothing to do: else nobody would try it again."""
-        seconds = 0.0 if self.looked_at is None else max(now - self.looked_at, 0.0)
-        self.pace = rested(self.pace, seconds)
-        self.learnt = learnt_rested(self.learnt, learned.learnt, seconds)
-
-    def learn_of(self, requests: float, tokens: int, seconds: float, speed: SpeedProfile | None) -> None:
-        """Where no poll tells how fast an engine answers, one answer among so many does."""
+    def learn_from_answer(self, requests: float, tokens: int, seconds: float, speed: SpeedProfile | None) -> None:
+        """Learn the speed from one answer among so many requests, where no poll shows it."""
         if speed is not None:
-            self.pace = answered(self.pace, seconds / speed.step_at(requests), tokens, seconds)
-        self.learnt = learnt_answering(self.learnt, 1.0, tokens, seconds)
+            self.slowdown = answered(self.slowdown, seconds / speed.step_at(requests), tokens, seconds)
+        self.estimate = estimate_answering(self.estimate, 1.0, tokens, seconds)
 
-    def _learn(self, poll: EngineMetrics, speed: SpeedProfile | None, learned: SharedEstimate) -> None:
-        """Compare what an engine gave since the last look with what it should have given."""
+    def _mark_read(self, request: InFlight) -> None:
+        if request.unread:
+            request.unread = False
+            self.unread_tokens -= request.tokens
+
+    def _rest(self, now: float) -> None:
+        """Let the slowdown of an idle replica fade: otherwise no request would try it again."""
+        seconds = 0.0 if self.observed_at is None else max(now - self.observed_at, 0.0)
+        self.slowdown = rested(self.slowdown, seconds)
+        self.estimate = estimate_rested(self.estimate, self.shared.estimate, seconds)
+
+    def _learn(self, poll: EngineMetrics, speed: SpeedProfile | None) -> None:
+        """Compare the tokens that an engine generated since the last poll with what its speed allows."""
         before = self.poll
         if before is None or before.generated_tokens is None or poll.generated_tokens is None or self.was_idle:
             return
         requests = ((before.running or 0.0) + (poll.running or 0.0)) / 2
         seconds = poll.at_seconds - before.at_seconds
         tokens = poll.generated_tokens - before.generated_tokens
-        if not 0 < seconds < FRESH_SECONDS or tokens < 0 or not requests:
+        if not 0 < seconds < MAX_POLL_GAP_SECONDS or tokens < 0 or not requests:
             return
         if not tokens and self._may_be_reading(poll.at_seconds):
             return
         if speed is not None:
-            self.pace = answered(self.pace, speed.together_at(requests) * seconds, tokens, seconds)
-        self.learnt = learnt_answering(self.learnt, requests, tokens, seconds)
-        learned.learnt = learnt_answering(learned.learnt, requests, tokens, seconds)
+            self.slowdown = answered(self.slowdown, speed.together_at(requests) * seconds, tokens, seconds)
+        self.estimate = estimate_answering(self.estimate, requests, tokens, seconds)
+        self.shared.estimate = estimate_answering(self.shared.estimate, requests, tokens, seconds)
 
     def _may_be_reading(self, now: float) -> bool:
-        oldest = next((sent for sent in self.here if sent.unread), None)
-        return oldest is not None and now - oldest.at < LONGEST_READING_SECONDS
+        oldest = next((request for request in self.in_flight if request.unread), None)
+        return oldest is not None and now - oldest.sent_at < MAX_READING_SECONDS
 
-    def _forget_read(self, waiting: float, asked_at: float) -> None:
-        """Of answers that come whole nobody sees the first token: those that don't wait have been read, soon enough."""
-        silent = [sent for sent in self.here if sent.unread and not sent.streams and sent.at < asked_at]
-        for sent in silent[: max(len(silent) - int(waiting), 0)]:
-            self.read(sent)
+    def _mark_unary_read(self, waiting: float, polled_at: float) -> None:
+        """Mark prompts of unary answers as read, except as many as wait: their first tokens are not visible."""
+        unary = [
+            request
+            for request in self.in_flight
+            if request.unread and not request.streams and request.sent_at < polled_at
+        ]
+        for request in unary[: max(len(unary) - int(waiting), 0)]:
+            self._mark_read(request)

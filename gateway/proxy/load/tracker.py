@@ -1,55 +1,49 @@
-"""What is known of each replica's load: what we sent it, exactly, and what its engine says, of late.
+"""The load of every ready replica, and the latency estimates made of it.
 
-The only owner of that; the formulas are gateway.routing's, and counts of requests in flight the registry's.
+The only owner of both; the formulas are gateway.routing's, and counts of requests in flight the registry's.
 """
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
+from gateway.proxy.leases import Lease
 from gateway.proxy.load.replica_load import InFlight, ReplicaLoad, SharedEstimate
 from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.latency import LatencyEstimate, ReplicaMetrics, estimate_latency
-from gateway.routing.speed import USUAL_ANSWER_TOKENS, SpeedProfile
+from gateway.routing.speed import DEFAULT_ANSWER_TOKENS, SpeedProfile
 from serving.replica import Replica
 
 UNMEASURED: Mapping[str, SpeedProfile] = {}
-# Of a variant's answer length: each answer is a fiftieth of the mean; a measurement's mix counts as so many.
+# Each answer is a fiftieth of a variant's mean answer length; a measurement's mix counts as so many answers.
 LENGTH_SHARE = 0.02
 MIX_ANSWERS = 10
 
 
 @dataclass(slots=True, eq=False)
-class _Rung:
-    """The ready replicas of one variant, with their outlooks in the same order."""
+class _VariantLoad:
+    """The ready replicas of one variant, with their estimates in the same order."""
 
     variant: str
-    books: list[ReplicaLoad]
-    learned: SharedEstimate
+    shared: SharedEstimate
     answer_tokens: float
     answers: int  # that this is the mean of
-    outlooks: tuple[LatencyEstimate, ...] = ()
+    loads: list[ReplicaLoad] = field(default_factory=list)
+    estimates: tuple[LatencyEstimate, ...] = ()
     outdated: dict[ReplicaLoad, int] = field(default_factory=dict)  # with their places
 
     def mean_others(self) -> float:
-        """How many requests of others the replicas have that we hear of."""
-        heard = [book.others for book in self.books if not book.stale]
-        return sum(heard) / len(heard) if heard else 0.0
+        """How many requests of others the replicas have whose polls are recent."""
+        others = [load.others for load in self.loads if not load.stale]
+        return sum(others) / len(others) if others else 0.0
 
-
-class _Entry(NamedTuple):
-    book: ReplicaLoad
-    rung: _Rung
-    place: int
-
-    def touch(self) -> None:
-        """Have the replica's outlook made anew before it is looked at again."""
-        self.rung.outdated[self.book] = self.place
+    def add_answer(self, answer_tokens: int) -> None:
+        self.answers += 1
+        self.answer_tokens += max(1 / self.answers, LENGTH_SHARE) * (answer_tokens - self.answer_tokens)
 
 
 class LoadTracker:
-    """Keeps the books of every ready replica; `in_flight` and `speeds` (by variant) are others' to change."""
+    """Tracks the load of ready replicas; `in_flight` (by replica) and `speeds` (by variant) have other owners."""
 
     def __init__(
         self,
@@ -60,150 +54,149 @@ class LoadTracker:
         self._in_flight = in_flight
         self._speeds = speeds
         self._clock = clock
-        self._entries: dict[str, _Entry] = {}
-        self._rungs: dict[str, _Rung] = {}
+        self._loads: dict[str, ReplicaLoad] = {}  # by replica
+        self._variants: dict[str, _VariantLoad] = {}
+        self._places: dict[ReplicaLoad, tuple[_VariantLoad, int]] = {}
 
     def variant_of(self, replica_id: str) -> str | None:
-        """Whose replica it is; None if it isn't ready."""
-        entry = self._entries.get(replica_id)
-        return None if entry is None else entry.rung.variant
+        """The variant of a ready replica; None if it is not ready."""
+        load = self._loads.get(replica_id)
+        return None if load is None else load.replica.variant
 
-    def outlooks(self, variant: str) -> tuple[LatencyEstimate, ...]:
-        """What a variant's ready replicas can promise, as of now."""
-        rung = self._rungs.get(variant)
-        if rung is None:
+    def estimates(self, variant: str) -> tuple[LatencyEstimate, ...]:
+        """The latency estimates of a variant's ready replicas, up to date; the tuple does not change later."""
+        group = self._variants.get(variant)
+        if group is None:
             return ()
-        if rung.outdated:
-            self._renew(rung)
-        return rung.outlooks
+        if group.outdated:
+            self._renew(group)
+        return group.estimates
 
-    def standings(self, variant: str) -> list[ReplicaMetrics]:
+    def replica_metrics(self, variant: str) -> list[ReplicaMetrics]:
         """What is known of a variant's ready replicas."""
-        rung = self._rungs.get(variant)
-        if rung is None:
+        group = self._variants.get(variant)
+        if group is None:
             return []
-        mean_others = rung.mean_others()
-        return [self._standing(book, rung, mean_others) for book in rung.books]
+        mean_others = group.mean_others()
+        return [self._metrics(load, group, mean_others) for load in group.loads]
 
-    def keep(self, ready: Mapping[str, tuple[Replica, ...]]) -> None:
-        """Take over which replicas are ready; one that is another than before begins anew."""
-        known = self._entries
-        self._entries, rungs = {}, {}
+    def keep_only(self, ready: Mapping[str, tuple[Replica, ...]]) -> None:
+        """Follow the registry; a replica that differs from the one before starts anew."""
+        known, groups = self._loads, {}
+        self._loads, self._places = {}, {}
         for variant, replicas in ready.items():
-            books = [_kept(known, replica) for replica in replicas]
-            rung = rungs[variant] = self._rung(variant, books)
-            for place, book in enumerate(books):
-                entry = self._entries[book.replica.id] = _Entry(book, rung, place)
-                entry.touch()
-        self._rungs = rungs
+            group = groups[variant] = self._group(variant)
+            for place, replica in enumerate(replicas):
+                load = known.get(replica.id)
+                if load is None or load.replica != replica:
+                    load = ReplicaLoad(replica, group.shared, self._clock, self._touch)
+                group.loads.append(load)
+                group.outdated[load] = place
+                self._loads[replica.id] = load
+                self._places[load] = group, place
+        self._variants = groups
 
-    def measured(self, speeds: Mapping[str, SpeedProfile]) -> None:
-        """Go by other measurements."""
+    def set_speeds(self, speeds: Mapping[str, SpeedProfile]) -> None:
+        """Use other measurements."""
         self._speeds = speeds
-        for entry in self._entries.values():
-            entry.touch()
+        for load in self._places:
+            self._touch(load)
 
-    def sent(self, promised: LatencyEstimate, prompt_tokens: float, cached_tokens: float, *, streams: bool) -> InFlight:
-        """Note a request in the step in which the registry counts it."""
-        entry = self._entries[promised.id]
-        entry.touch()
-        tokens = max(prompt_tokens - cached_tokens, 0.0)
-        return entry.book.sent(promised, tokens, self._clock(), streams=streams)
+    def send(self, latency: LatencyEstimate, prompt_tokens: float, cached_tokens: float, *, streams: bool) -> InFlight:
+        """Count a request in, in the step in which the registry does."""
+        return self._loads[latency.id].send(latency, max(prompt_tokens - cached_tokens, 0.0), streams=streams)
 
-    def began(self, sent: InFlight) -> None:
-        """Note a first token: the prompt has been read."""
-        if not sent.unread or sent.ended:
+    def end(self, request: InFlight, answer_tokens: int | None) -> None:
+        """Count a request out, in the step in which the registry does; None: the length of its answer is unknown."""
+        if request.ended:
             return
-        entry = self._entries.get(sent.book.replica.id)
-        sent.book.began(sent, entry.rung.learned if entry else SharedEstimate(), self._clock())
-        if entry is not None:
-            entry.touch()
+        load, now = request.load, self._clock()
+        load.end(request, now)
+        place = self._places.get(load)
+        if place is None:
+            self._touch_successor(load)
+            return
+        if answer_tokens is not None and answer_tokens > 0:
+            place[0].add_answer(answer_tokens)
+            if load.stale and request.first_token_at is not None:
+                speed, concurrency = self._speeds.get(load.replica.variant), len(load.in_flight) + 1
+                load.learn_from_answer(concurrency, answer_tokens - 1, now - request.first_token_at, speed)
 
-    def ended(self, sent: InFlight, answer_tokens: int | None) -> None:
-        """Note the end of a request, in the step in which it is counted down; None: nobody knows its length."""
-        if sent.ended:
-            return
-        book, now = sent.book, self._clock()
-        book.ended(sent, now)
-        entry = self._entries.get(book.replica.id)
-        if entry is None:
-            return
-        # Whichever book it is now: a replica that comes back has the requests that it had.
-        entry.touch()
-        if answer_tokens is not None and answer_tokens > 0 and entry.book is book:
-            self._learn_length(entry.rung, answer_tokens)
-            if book.stale and sent.began_at is not None:
-                speed, at_once = self._speeds.get(entry.rung.variant), len(book.here) + 1
-                book.learn_of(at_once, answer_tokens - 1, now - sent.began_at, speed)
+    def enter(self, lease: Lease) -> None:
+        """Count the request of a lease in (Ledger)."""
+        request, latency = lease.request, lease.candidate.replica
+        cached_tokens = request.cached_tokens.get(latency.id, 0.0)
+        lease.in_flight = self.send(latency, request.prompt_tokens, cached_tokens, streams=request.streams)
+
+    def leave(self, lease: Lease) -> None:
+        """Count it out."""
+        self.end(lease.in_flight, lease.answer_tokens)
 
     def busy(self, replica_id: str) -> bool:
-        """Tell whether a replica is worth a closer look."""
+        """Return whether a replica's load changes fast enough for frequent polls."""
         return self._in_flight.get(replica_id, 0) > 0
 
-    def polled(self, replica_id: str, asked_at: float, poll: EngineMetrics) -> None:
-        """Take over what an engine says of its load."""
-        entry = self._entries.get(replica_id)
-        if entry is None or not poll.tells_load:
+    def polled(self, replica_id: str, polled_at: float, poll: EngineMetrics) -> None:
+        """Apply a poll that was sent at `polled_at`; one that does not tell the load is ignored."""
+        load = self._loads.get(replica_id)
+        if load is None or not poll.tells_load:
             return
-        rung, ours = entry.rung, self._in_flight.get(replica_id, 0)
-        entry.book.looked(poll, asked_at, ours, self._speeds.get(rung.variant), rung.learned)
-        entry.touch()
-        # What is thought of those that are silent depends on it.
-        rung.outdated.update({book: place for place, book in enumerate(rung.books) if book.stale})
+        group, _ = self._places[load]
+        load.update(poll, polled_at, self._in_flight.get(replica_id, 0), self._speeds.get(group.variant))
+        # What is assumed of silent siblings depends on it.
+        group.outdated.update({each: place for place, each in enumerate(group.loads) if each.stale})
 
-    def lost(self, replica_id: str) -> None:
-        """Note that an engine wasn't to be asked: what it said last holds for a little while."""
-        entry = self._entries.get(replica_id)
-        if entry is None:
-            return
-        if entry.book.lost(self._in_flight.get(replica_id, 0), entry.rung.learned, self._clock()):
-            entry.touch()
+    def poll_failed(self, replica_id: str) -> None:
+        """Record that a poll failed: the last one stays valid for a while."""
+        load = self._loads.get(replica_id)
+        if load is not None:
+            load.poll_failed(self._in_flight.get(replica_id, 0))
 
-    def _rung(self, variant: str, books: list[ReplicaLoad]) -> _Rung:
-        before, speed = self._rungs.get(variant), self._speeds.get(variant)
+    def _touch(self, load: ReplicaLoad) -> None:
+        """Have the replica's estimate made anew before the next decision."""
+        place = self._places.get(load)
+        if place is not None:
+            place[0].outdated[load] = place[1]
+
+    def _touch_successor(self, load: ReplicaLoad) -> None:
+        """A replica that went and came back still has the requests that it had: the count in the registry is its."""
+        successor = self._loads.get(load.replica.id)
+        if successor is not None:
+            self._touch(successor)
+
+    def _group(self, variant: str) -> _VariantLoad:
+        before, speed = self._variants.get(variant), self._speeds.get(variant)
         if before is not None:
-            return _Rung(variant, books, before.learned, before.answer_tokens, before.answers)
+            return _VariantLoad(variant, before.shared, before.answer_tokens, before.answers)
         if speed is not None:
-            return _Rung(variant, books, SharedEstimate(), speed.answer_tokens, MIX_ANSWERS)
-        return _Rung(variant, books, SharedEstimate(), USUAL_ANSWER_TOKENS, 0)
+            return _VariantLoad(variant, SharedEstimate(), speed.answer_tokens, MIX_ANSWERS)
+        return _VariantLoad(variant, SharedEstimate(), DEFAULT_ANSWER_TOKENS, 0)
 
-    def _renew(self, rung: _Rung) -> None:
-        mean_others = rung.mean_others() if any(book.stale for book in rung.outdated) else 0.0
-        if rung.outlooks:
-            outlooks = list(rung.outlooks)
-            for book, place in rung.outdated.items():
-                outlooks[place] = estimate_latency(self._standing(book, rung, mean_others))
+    def _renew(self, group: _VariantLoad) -> None:
+        mean_others = group.mean_others() if any(load.stale for load in group.outdated) else 0.0
+        if group.estimates:
+            estimates = list(group.estimates)
+            for load, place in group.outdated.items():
+                estimates[place] = estimate_latency(self._metrics(load, group, mean_others))
         else:
-            outlooks = [estimate_latency(self._standing(book, rung, mean_others)) for book in rung.books]
-        # Decisions keep what they were made on.
-        rung.outlooks = tuple(outlooks)
-        rung.outdated.clear()
+            estimates = [estimate_latency(self._metrics(load, group, mean_others)) for load in group.loads]
+        # A new tuple: the decision log keeps the one that a decision was made on.
+        group.estimates = tuple(estimates)
+        group.outdated.clear()
 
-    def _standing(self, book: ReplicaLoad, rung: _Rung, mean_others: float) -> ReplicaMetrics:
+    def _metrics(self, load: ReplicaLoad, group: _VariantLoad, mean_others: float) -> ReplicaMetrics:
         return ReplicaMetrics(
-            book.replica,
-            self._in_flight.get(book.replica.id, 0),
-            # Nobody is thought idle for being silent.
-            max(book.others, mean_others) if book.stale else book.others,
-            max(book.unread_tokens, 0.0),
-            max(book.sent_tokens, 0.0),
-            book.sent_requests,
-            book.poll,
-            book.stale,
-            book.observed_slots,
-            book.pace,
-            self._speeds.get(rung.variant) or book.learnt.speed(rung.answer_tokens),
-            rung.answer_tokens,
+            load.replica,
+            self._in_flight.get(load.replica.id, 0),
+            # Silence is not taken for idleness.
+            max(load.others, mean_others) if load.stale else load.others,
+            max(load.unread_tokens, 0.0),
+            max(load.sent_tokens, 0.0),
+            load.sent_requests,
+            load.poll,
+            load.stale,
+            load.observed_slots,
+            load.slowdown,
+            self._speeds.get(group.variant) or load.estimate.speed(group.answer_tokens),
+            group.answer_tokens,
         )
-
-    @staticmethod
-    def _learn_length(rung: _Rung, answer_tokens: int) -> None:
-        rung.answers += 1
-        rung.answer_tokens += max(1 / rung.answers, LENGTH_SHARE) * (answer_tokens - rung.answer_tokens)
-
-
-def _kept(known: Mapping[str, _Entry], replica: Replica) -> ReplicaLoad:
-    entry = known.get(replica.id)
-    if entry is not None and entry.book.replica == replica:
-        return entry.book
-    return ReplicaLoad(replica)

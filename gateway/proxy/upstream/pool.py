@@ -1,4 +1,4 @@
-"""Connections to replicas, kept for the next request while they are fresh."""
+"""Connections to replicas, kept open for the next request."""
 
 import asyncio
 import ssl
@@ -11,27 +11,26 @@ from typing import Self
 
 from gateway.errors import UpstreamDisconnected, UpstreamUnreachable
 from gateway.proxy.upstream.connection import Connection
-from gateway.proxy.upstream.timer import Timeouts
+from gateway.proxy.upstream.timer import DEFAULT_TIMEOUTS
+from gateway.routing.target import Timeouts
 from serving.address import Address, address_of
 from serving.tls import Tls
 
-# vLLM closes idle connections after 5 s unless told otherwise.
+# vLLM closes idle connections after 5 s unless configured otherwise.
 IDLE_SECONDS = 4.0
-CONNECT_SECONDS = 2.0
-NO_TIMEOUTS = Timeouts()
 
+Origin = tuple[str, Tls | None]  # the url of a replica, and the TLS settings that it must satisfy
 _Idle = deque[tuple[float, Connection]]
-_Place = tuple[str, Tls | None]  # the url of a replica, and what it has to prove
 
 
 @dataclass(slots=True)
 class Pool:
-    """Owns every upstream connection; `exchange` hands one out and takes it back."""
+    """Owns every upstream connection; `exchange` acquires one and releases it."""
 
     idle_seconds: float = IDLE_SECONDS
-    trust: ssl.SSLContext | None = None  # for https; None: what the machine trusts, read when it is first needed
+    trust: ssl.SSLContext | None = None  # for https; None: the system's CA bundle, loaded when it is first needed
     clock: Callable[[], float] = time.monotonic
-    _idle: dict[_Place, _Idle] = field(default_factory=dict)
+    _idle: dict[Origin, _Idle] = field(default_factory=dict)
     _addresses: dict[str, Address] = field(default_factory=dict)
 
     async def __aenter__(self) -> Self:
@@ -49,26 +48,21 @@ class Pool:
         return f"<Pool [{', '.join(f'{url}: {len(idle)} idle' for (url, _), idle in self._idle.items())}]>"
 
     def exchange(
-        self,
-        url: str,
-        request: bytes,
-        deadlines: Timeouts = NO_TIMEOUTS,
-        connect_seconds: float = CONNECT_SECONDS,
-        tls: Tls | None = None,
+        self, url: str, request: bytes, timeouts: Timeouts = DEFAULT_TIMEOUTS, tls: Tls | None = None
     ) -> "Exchange":
-        """Send a request and wait for the reply's head, for an `async with` block."""
-        return Exchange(self, (url, tls), request, deadlines, connect_seconds)
+        """Send a request and wait for the head of the reply, in an `async with` block."""
+        return Exchange(self, (url, tls), request, timeouts)
 
     def address(self, url: str) -> Address:
-        """Where a url leads."""
-        known = self._addresses.get(url)
-        if known is None:
-            known = self._addresses[url] = address_of(url)
-        return known
+        """Parse the url of a replica, once."""
+        address = self._addresses.get(url)
+        if address is None:
+            address = self._addresses[url] = address_of(url)
+        return address
 
-    def fresh(self, place: _Place) -> Connection | None:
-        """Take the youngest idle connection; None if there is none that is surely open."""
-        idle = self._idle.get(place)
+    def acquire(self, origin: Origin) -> Connection | None:
+        """Take the youngest idle connection; None if none is surely open."""
+        idle = self._idle.get(origin)
         while idle:
             since, connection = idle.pop()
             if connection.reusable and self.clock() - since < self.idle_seconds:
@@ -76,24 +70,24 @@ class Pool:
             connection.close()
         return None
 
-    def keep(self, place: _Place, connection: Connection) -> None:
-        """Lay a connection aside, and throw away those at the other end that nobody needed in time."""
-        idle = self._idle.get(place)
+    def release(self, origin: Origin, connection: Connection) -> None:
+        """Keep an idle connection, and close those that were idle for too long."""
+        idle = self._idle.get(origin)
         if idle is None:
-            idle = self._idle[place] = deque()
+            idle = self._idle[origin] = deque()
         now = self.clock()
         while idle and now - idle[0][0] >= self.idle_seconds:
             idle.popleft()[1].close()
         idle.append((now, connection))
 
     def drop(self, url: str, tls: Tls | None = None) -> None:
-        """Close what lies idle for a replica that nobody will ask soon."""
+        """Close the idle connections of a replica that has left."""
         for _, connection in self._idle.pop((url, tls), ()):
             connection.close()
 
-    async def connect(self, place: _Place, seconds: float) -> Connection:
-        """Open a connection; UpstreamUnreachable if there is none in time."""
-        url, tls = place
+    async def connect(self, origin: Origin, seconds: float) -> Connection:
+        """Open a connection; UpstreamUnreachable if that fails or takes too long."""
+        url, tls = origin
         address = self.address(url)
         loop = asyncio.get_running_loop()
         try:
@@ -101,44 +95,45 @@ class Pool:
                 if address.path:
                     _, connection = await loop.create_unix_connection(Connection, address.path)
                 else:
-                    secure = self._trusted(tls) if address.secure else None
+                    secure = self._tls_context(tls) if address.secure else None
                     _, connection = await loop.create_connection(Connection, address.host, address.port, ssl=secure)
         except (OSError, TimeoutError) as error:
             raise UpstreamUnreachable("no connection to a replica") from error
         return connection
 
-    def _trusted(self, tls: Tls | None) -> ssl.SSLContext:
-        """One context for all connections: to read the machine's certificates takes tens of milliseconds."""
+    def _tls_context(self, tls: Tls | None) -> ssl.SSLContext:
         if tls is not None:
             return tls.context
         if self.trust is None:
+            # One for all connections: loading the CA bundle takes tens of milliseconds.
             self.trust = ssl.create_default_context()
         return self.trust
 
 
-@dataclass(slots=True)
 class Exchange:
     """One request on a connection, which is closed afterwards unless the reply was read to its end."""
 
-    pool: Pool
-    place: _Place
-    request: bytes
-    deadlines: Timeouts
-    connect_seconds: float
-    _connection: Connection | None = None
+    __slots__ = ("_connection", "_origin", "_pool", "_request", "_timeouts")
+
+    def __init__(self, pool: Pool, origin: Origin, request: bytes, timeouts: Timeouts) -> None:
+        self._pool = pool
+        self._origin = origin
+        self._request = request
+        self._timeouts = timeouts
+        self._connection: Connection | None = None
 
     async def __aenter__(self) -> Connection:
-        """Give the connection with the reply's head read."""
-        connection = self.pool.fresh(self.place)
+        """Return the connection with the head of the reply read."""
+        connection = self._pool.acquire(self._origin)
         if connection is not None:
             try:
-                return await self._sent(connection)
+                return await self._send(connection)
             except UpstreamDisconnected:
-                # It closed while it lay idle: without a byte of an answer, asking again is safe. Once: a replica
-                # that hangs up on this very request must not get it from every connection that lies here.
+                # It closed while it was idle: without a byte of a reply, sending again is safe. Once: a replica that
+                # closes because of this very request must not get it on every idle connection.
                 if connection.received_bytes:
                     raise
-        return await self._sent(await self.pool.connect(self.place, self.connect_seconds))
+        return await self._send(await self._pool.connect(self._origin, self._timeouts.connect_seconds))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -147,13 +142,13 @@ class Exchange:
         if connection is None:
             return
         if connection.reusable:
-            self.pool.keep(self.place, connection)
+            self._pool.release(self._origin, connection)
         else:
             connection.close()
 
-    async def _sent(self, connection: Connection) -> Connection:
+    async def _send(self, connection: Connection) -> Connection:
         try:
-            connection.send(self.request, self.deadlines)
+            connection.send(self._request, self._timeouts)
             await connection.head()
         except BaseException:
             connection.close()

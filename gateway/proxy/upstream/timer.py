@@ -1,79 +1,73 @@
-"""How long a reply may keep us waiting, and the one timer that sees to it."""
+"""The one timer that limits how long a reply may take."""
 
 import asyncio
-import math
 from collections.abc import Callable
 
-import msgspec
+from gateway.routing.target import Timeouts
 
-LONGEST_WATCH_SECONDS = 3600.0
-
-
-class Timeouts(msgspec.Struct, frozen=True):
-    """How long a reply may keep us waiting: for its first byte, for the next one, and as a whole."""
-
-    first_byte_seconds: float = 600.0
-    idle_seconds: float = 600.0
-    total_seconds: float = math.inf
+MAX_TIMER_SECONDS = 3600.0
+DEFAULT_TIMEOUTS = Timeouts()
 
 
 class ReplyTimer:
-    """One timer, looked at when it rings, for all replies of a connection, instead of one around every wait.
+    """One timer for all replies of a connection; it is checked when it fires, instead of being set around every wait.
 
-    Say when something was heard (`heard_at`, on the loop's clock), and `held` while nothing is read on purpose.
+    The connection sets `received_at` (on the loop's clock) when data arrives, and `paused` while it does not read on
+    purpose. `on_timeout` is called with a description.
     """
 
-    __slots__ = ("_asked_at", "_deadlines", "_loop", "_time_out", "_timer", "_until", "heard_at", "held")
+    __slots__ = ("_loop", "_on_timeout", "_sent_at", "_timeouts", "_timer", "_until", "paused", "received_at")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, time_out: Callable[[str], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_timeout: Callable[[str], None]) -> None:
         self._loop = loop
-        self._time_out = time_out
-        self._deadlines = Timeouts()
+        self._on_timeout = on_timeout
+        self._timeouts = DEFAULT_TIMEOUTS
         self._timer: asyncio.TimerHandle | None = None
         self._until = 0.0
-        self._asked_at = 0.0
-        self.heard_at = 0.0  # 0: nothing yet
-        self.held = False
+        self._sent_at = 0.0
+        self.received_at = 0.0  # 0: nothing yet
+        self.paused = False
 
-    def begin(self, deadlines: Timeouts) -> None:
-        """A request goes out now."""
-        self._deadlines, self._asked_at, self.heard_at = deadlines, self._loop.time(), 0.0
+    def start(self, timeouts: Timeouts) -> None:
+        """A request is sent now."""
+        self._timeouts, self._sent_at, self.received_at = timeouts, self._loop.time(), 0.0
         self._set()
 
     def stop(self) -> None:
-        """Nothing is waited for any more."""
+        """No reply is expected any more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _set(self) -> None:
-        # The first byte may be waited for much longer than the next one, and nobody says here that it came.
-        ends_at = min(self._ends_at(), self._loop.time() + self._deadlines.idle_seconds)
+        # first_byte_seconds may exceed idle_seconds, and this timer is not told when the first byte arrives: wake up
+        # after idle_seconds.
+        ends_at = min(self._ends_at(), self._loop.time() + self._timeouts.idle_seconds)
         if self._timer is not None:
             if self._until <= ends_at:
                 return
             self._timer.cancel()
         self._until = ends_at
-        self._timer = self._loop.call_at(ends_at, self._ring)
+        self._timer = self._loop.call_at(ends_at, self._on_timer)
 
     def _ends_at(self) -> float:
         """When the present wait has lasted too long."""
-        told, asked, heard = self._deadlines, self._asked_at, self.heard_at
-        silent_until = heard + told.idle_seconds if heard else asked + told.first_byte_seconds
-        return min(silent_until, asked + told.total_seconds, self._loop.time() + LONGEST_WATCH_SECONDS)
+        timeouts, sent, received = self._timeouts, self._sent_at, self.received_at
+        idle_until = received + timeouts.idle_seconds if received else sent + timeouts.first_byte_seconds
+        return min(idle_until, sent + timeouts.total_seconds, self._loop.time() + MAX_TIMER_SECONDS)
 
-    def _ring(self) -> None:
+    def _on_timer(self) -> None:
         self._timer = None
-        now, told = self._loop.time(), self._deadlines
-        if now >= self._asked_at + told.total_seconds:
-            self._time_out(f"an answer was not whole after {told.total_seconds:g} s")
-        elif self.held:
-            # It is the client that is slow, and others watch it.
-            self.heard_at = now
+        now, timeouts = self._loop.time(), self._timeouts
+        if now >= self._sent_at + timeouts.total_seconds:
+            self._on_timeout(f"a replica's reply was not complete after {timeouts.total_seconds:g} s")
+        elif self.paused:
+            # Reading is paused for a slow client; ClientTimeouts.slow_reader_seconds bounds that.
+            self.received_at = now
             self._set()
         elif now < self._ends_at():
             self._set()
-        elif self.heard_at:
-            self._time_out(f"a replica said nothing more for {told.idle_seconds:g} s")
+        elif self.received_at:
+            self._on_timeout(f"a replica sent nothing more for {timeouts.idle_seconds:g} s")
         else:
-            self._time_out(f"a replica said nothing for {told.first_byte_seconds:g} s")
+            self._on_timeout(f"a replica sent nothing for {timeouts.first_byte_seconds:g} s")

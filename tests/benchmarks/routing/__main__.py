@@ -13,7 +13,7 @@ from pathlib import Path
 
 from config.capacity import Measurement
 from config.schema import Spill
-from gateway.routing.catalog import USUAL_SPILL
+from gateway.routing.target import DEFAULT_SPILL
 from tests.benchmarks.machine import machine_line
 from tests.benchmarks.overhead.processes import ROOT, NotThere
 from tests.benchmarks.routing import policies, scenarios
@@ -192,9 +192,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--fleet", type=_counts, default="bf16=2,int8=1,int4=1", help="(default: %(default)s)")
     parser.add_argument("--objective", type=float, default=2.0, help="seconds to the first token (%(default)s)")
     parser.add_argument("--inter-token", type=float, default=0.1, help="seconds from token to token (%(default)s)")
-    parser.add_argument("--spill-after", type=float, default=USUAL_SPILL.after_seconds, help="(%(default)s)")
-    parser.add_argument("--return-below", type=float, default=USUAL_SPILL.return_below_seconds, help="(%(default)s)")
-    parser.add_argument("--dwell", type=float, default=USUAL_SPILL.dwell_seconds, help="(%(default)s)")
+    parser.add_argument("--spill-after", type=float, default=DEFAULT_SPILL.after_seconds, help="(%(default)s)")
+    parser.add_argument("--return-below", type=float, default=DEFAULT_SPILL.return_below_seconds, help="(%(default)s)")
+    parser.add_argument("--dwell", type=float, default=DEFAULT_SPILL.dwell_seconds, help="(%(default)s)")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds a request may wait (%(default)s)")
     parser.add_argument("--unmeasured", action="store_true", help="give our gateway no capacity.json")
     parser.add_argument("--capacity", type=float, help="turns/s of the best rung; not given: searched for")

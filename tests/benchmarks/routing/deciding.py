@@ -14,7 +14,7 @@ from gateway.observability.metrics import Metrics
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.leases import Want
 from gateway.proxy.load.tracker import LoadTracker
-from gateway.routing.catalog import Catalog, Target
+from gateway.routing.target import Catalog, Target
 from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.request import Ask
 from gateway.routing.speed import SpeedProfile

@@ -17,9 +17,9 @@ from gateway.observability.metrics import Metrics
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.leases import Lease, Want
 from gateway.proxy.load.tracker import LoadTracker
-from gateway.routing.catalog import USUAL_SPILL, Catalog
+from gateway.routing.target import DEFAULT_SPILL, Catalog
 from gateway.routing.engine_metrics import EngineMetrics
-from gateway.routing.floors import permitted_rungs
+from gateway.routing.target import permitted_rungs
 from gateway.routing.pick import decide
 from gateway.routing.prefix_hash import BLOCK_BYTES, MOST_BLOCKS
 from gateway.routing.request import Ask
@@ -41,7 +41,7 @@ _BLOCKS_IN_ONE = int(BLOCK_BYTES / BYTES_PER_TOKEN) // BLOCK_TOKENS
 class Options:
     """What an operator sets: when to spill, and for how long a request may wait for a replica."""
 
-    spill: Spill = USUAL_SPILL
+    spill: Spill = DEFAULT_SPILL
     patience_seconds: float = 30.0
     measured: bool = True  # whether there is a capacity.json
 

@@ -13,7 +13,7 @@ from gateway.http.response_writer import ResponseWriter
 from gateway.http.server import HttpServer, serving_clients
 from gateway.keys import Keys, StoredKey, keys_in_force
 from gateway.live_config import LiveConfig
-from gateway.routing.catalog import Catalog
+from gateway.routing.target import Catalog
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS
 from tests.gateway.fleet import CHAT, HELLO, Fleet, deployment, error_of, running_gateway

@@ -42,11 +42,11 @@ class Echo:
             raise InvalidKey("no API key")
         return LIMIT_BYTES
 
-    async def answer(self, request: Request, reply: ResponseWriter) -> None:
+    async def handle(self, request: Request, reply: ResponseWriter) -> None:
         """Answer, or tell the refusal."""
         self.started.append(request.path)
         if request.refusal is not None:
-            reply.whole(
+            reply.send(
                 request.refusal.status, b"x-code: %b\r\n" % request.refusal.code.encode(), request.refusal.body()
             )
             return
@@ -60,23 +60,23 @@ class Echo:
         if request.path == b"/wait":
             await self.go.wait()
         if request.path == b"/stream":
-            reply.begin(200, b"", b"one")
+            reply.start(200, b"", b"one")
             reply.write(b"two")
             reply.end(b"three")
         elif request.path == b"/499":
-            reply.whole(499, b"", b"")
+            reply.send(499, b"", b"")
         elif request.path == b"/flood":
-            reply.begin(200, b"")
+            reply.start(200, b"")
             while True:
                 reply.write(b"x" * 65536)
                 await (reply.drain() if reply.write_paused else asyncio.sleep(0))
         else:
-            reply.whole(200, b"", b"%b %b %d" % (request.method, request.target, len(request.body)))
+            reply.send(200, b"", b"%b %b %d" % (request.method, request.target, len(request.body)))
 
-    def failed(self, request: Request, reply: ResponseWriter) -> None:
+    def on_internal_error(self, request: Request, reply: ResponseWriter) -> None:
         """Tell that it failed."""
         if not reply.started:
-            reply.whole(500, b"", b"failed")
+            reply.send(500, b"", b"failed")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from config.schema import NO_FLOOR
 from config.variant import QualityMeasures, Variant
 from gateway.proxy.affinity import GUESSED, Affinity
 from gateway.proxy.leases import Want
-from gateway.routing.catalog import Target
+from gateway.routing.target import Target
 from gateway.routing.pick import Choice
 from gateway.routing.prefix_hash import BLOCK_BYTES
 from gateway.routing.request import Ask

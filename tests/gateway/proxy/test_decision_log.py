@@ -7,7 +7,7 @@ from config.variant import QualityMeasures, Variant
 from gateway.proxy.decision_log import DecisionLog
 from gateway.proxy.leases import Want
 from gateway.routing.breaker import Breaker
-from gateway.routing.catalog import Target
+from gateway.routing.target import Target
 from gateway.routing.cluster_state import ClusterState, GateName, Query
 from gateway.routing.latency import LatencyEstimate, ReplicaMetrics, estimate_latency
 from gateway.routing.overload import Overload

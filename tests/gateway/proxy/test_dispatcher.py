@@ -7,7 +7,7 @@ import pytest
 
 from config.schema import AliasSettings, QueueSettings, RetrySettings
 from gateway.errors import GatewayError, Overloaded, Unavailable, UpstreamError
-from gateway.routing.catalog import Catalog
+from gateway.routing.target import Catalog
 from gateway.routing.request import Ask
 from gateway.routing.speed import SpeedProfile
 from serving.replica import State

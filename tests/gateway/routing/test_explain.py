@@ -20,7 +20,7 @@ from gateway.proxy.leases import Want
 from gateway.proxy.routing_features import session_named
 from gateway.proxy.snapshot import state_then
 from gateway.routing.breaker import Breaker
-from gateway.routing.catalog import Target
+from gateway.routing.target import Target
 from gateway.routing.cluster_state import Query
 from gateway.routing.explain import explain
 from gateway.routing.explanation import Explanation

@@ -11,8 +11,8 @@ from config.manifest import Manifest
 from config.schema import NO_FLOOR, AliasSettings, Floor
 from config.variant import AT_LEAST, MEASURES, PARENT_QUALITY, QualityMeasures, Variant
 from gateway.errors import FloorUnmet
-from gateway.routing.catalog import Catalog, Target
-from gateway.routing.floors import excluded_rungs, permitted_rungs, unservable_aliases
+from gateway.routing.target import Catalog, Target
+from gateway.routing.target import excluded_rungs, permitted_rungs, unservable_aliases
 from tests.config.sealed import QUALITY, manifest_of
 
 HI = Variant("hi", "bf16", PARENT_QUALITY)

@@ -17,7 +17,7 @@ from gateway.proxy.decision_log import MAX_DECISIONS
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.leases import Want
 from gateway.proxy.load.tracker import LoadTracker
-from gateway.routing.catalog import Catalog
+from gateway.routing.target import Catalog
 from gateway.routing.request import Ask
 from gateway.routing.sessions import MOST_SESSIONS
 from serving.registry import Registry

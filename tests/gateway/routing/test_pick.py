@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from config.schema import NO_FLOOR, Spill
 from config.variant import QualityMeasures, Variant
 from gateway.routing.breaker import HEALTHY, Breaker, failed
-from gateway.routing.catalog import Target
+from gateway.routing.target import Target
 from gateway.routing.cluster_state import NOBODY, ClusterState, Query
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import NOT_OVERLOADED, Overload, refused

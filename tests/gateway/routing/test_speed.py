@@ -15,8 +15,8 @@ from gateway.routing.speed import (
     SpeedProfile,
     answered,
     first_token,
-    learnt_answering,
-    learnt_first_token,
+    estimate_answering,
+    estimate_first_token,
     observed_slots,
 )
 from tests.config.measurements import load, measurement
@@ -148,9 +148,9 @@ def test_a_pace_is_bounded(seen: list[tuple[float, float]]) -> None:
 
 def test_what_nobody_measured_is_learnt() -> None:
     """As soon as both speeds were seen; how many it takes at once stays unknown."""
-    learnt = learnt_first_token(NO_ESTIMATE, 0.5, 100)
+    learnt = estimate_first_token(NO_ESTIMATE, 0.5, 100)
     assert learnt.speed(64) is None
-    learnt = learnt_answering(learnt, 4, 100, 1.0)
+    learnt = estimate_answering(learnt, 4, 100, 1.0)
     speed = learnt.speed(64)
     assert speed is not None
     assert (speed.slots, speed.answer_tokens) == (None, 64)

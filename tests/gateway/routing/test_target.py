@@ -4,7 +4,7 @@ import pytest
 
 from config.schema import Floor
 from gateway.errors import UnknownModel
-from gateway.routing.catalog import Catalog
+from gateway.routing.target import Catalog
 from tests.gateway.fleet import deployment
 
 DEPLOYMENT = deployment()

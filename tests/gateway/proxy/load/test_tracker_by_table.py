@@ -8,7 +8,7 @@ from gateway.proxy.load.replica_load import InFlight
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.latency import LatencyEstimate, ReplicaMetrics
-from gateway.routing.speed import USUAL_ANSWER_TOKENS, SpeedProfile
+from gateway.routing.speed import DEFAULT_ANSWER_TOKENS, SpeedProfile
 from serving.replica import Replica
 
 # 25 ms from token to token up to 4 at once, who get 160 tokens a second together; 1 ms for each token of a prompt.
@@ -225,7 +225,7 @@ def test_answers_are_as_long_as_they_have_been() -> None:
         books.end(books.send(), 200)
     assert books.standing().answer_tokens == pytest.approx(200, abs=3)
     books = Books({})
-    assert books.standing().answer_tokens == USUAL_ANSWER_TOKENS
+    assert books.standing().answer_tokens == DEFAULT_ANSWER_TOKENS
     books.end(books.send(), 40)
     books.end(books.send(), None)
     assert books.standing().answer_tokens == 40

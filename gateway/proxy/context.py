@@ -1,0 +1,57 @@
+"""What belongs to the life of one inference request, from its arrival to its log line."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from gateway.errors import GatewayError
+from gateway.keys import Caller
+from gateway.live_config import Route
+from gateway.openai.request import InferenceRequest
+from gateway.proxy.client_response import ClientResponse
+from gateway.proxy.stats import RequestStats
+
+
+class RequestContext:
+    """The parts of one request; as a context manager it runs its statistics, and ends its heartbeat.
+
+    `inference` is set once the request is parsed, `route` by `use`. The rest is the history of its attempts: replicas
+    that failed it (`tried`), replicas that died of it, refusals, the last failure of a replica, and the last error.
+    """
+
+    __slots__ = (
+        *("body_bytes", "caller", "deaths", "failure", "headers", "inference", "last_error", "refusals", "response"),
+        *("route", "stats", "tried"),
+    )
+    inference: InferenceRequest
+    route: Route
+
+    def __init__(
+        self, headers: Mapping[bytes, bytes], caller: Caller, stats: RequestStats, response: ClientResponse
+    ) -> None:
+        self.headers = headers
+        self.caller = caller
+        self.stats = stats
+        self.response = response
+        self.body_bytes = 0
+        self.tried: frozenset[str] = frozenset()
+        self.deaths = 0
+        self.refusals = 0
+        self.failure: GatewayError | None = None
+        self.last_error: GatewayError | None = None
+
+    def __enter__(self) -> Self:
+        self.stats.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.response.close()
+        self.stats.__exit__(kind, error, trace)
+
+    def use(self, route: Route) -> None:
+        """Set the route, and forget the attempts that were made by another one."""
+        self.route = route
+        self.stats.alias = route.target.name
+        self.tried, self.deaths, self.refusals, self.failure, self.last_error = frozenset(), 0, 0, None, None

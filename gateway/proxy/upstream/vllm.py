@@ -1,0 +1,57 @@
+"""Replicas that speak vLLM's HTTP API, over pooled connections."""
+
+from dataclasses import dataclass, field
+
+from gateway.proxy.upstream.pool import Exchange, Pool
+from gateway.proxy.upstream.protocol import UpstreamRequest
+from gateway.routing.target import Timeouts
+from serving.replica import Replica
+
+MAX_HEADS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class VllmUpstream:
+    """Implements Upstream; of a client's headers only its trace context is sent on."""
+
+    pool: Pool
+    _heads: dict[tuple[str, str, str | None], bytes] = field(default_factory=dict)
+
+    def open(self, request: UpstreamRequest, replica: Replica, timeouts: Timeouts) -> Exchange:
+        """Send a request with the replica's model name and credential."""
+        return self.pool.exchange(replica.url, self.encode(request, replica), timeouts, replica.tls)
+
+    def encode(self, request: UpstreamRequest, replica: Replica) -> bytes:
+        """Encode the HTTP request."""
+        inference = request.inference
+        body = inference.body_for(
+            replica.served_name, token_ids=request.token_ids, context_tokens=replica.max_model_len_tokens
+        )
+        return b"%bcontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b" % (
+            self._head(inference.endpoint.path, replica),
+            len(body),
+            request.request_id.encode(),
+            request.trace_headers,
+            body,
+        )
+
+    def _head(self, path: str, replica: Replica) -> bytes:
+        """The part of the head that is the same for all requests to a replica's path."""
+        key = (path, replica.url, replica.api_key)
+        head = self._heads.get(key)
+        if head is None:
+            if len(self._heads) >= MAX_HEADS:
+                self._heads.clear()  # replicas come and go; those that are there are encoded again
+            head = self._heads[key] = post_head(path, replica, self.pool)
+        return head
+
+
+def post_head(path: str, replica: Replica, pool: Pool) -> bytes:
+    """The request line and the headers that do not depend on the request."""
+    credential = f"authorization: Bearer {replica.api_key}\r\n" if replica.api_key else ""
+    return (
+        f"POST {path} HTTP/1.1\r\n"
+        f"host: {pool.address(replica.url).authority}\r\n"
+        "content-type: application/json\r\n"
+        f"{credential}"
+    ).encode()

@@ -1,0 +1,83 @@
+"""Weighted members of a rung, and which of them a conversation is drawn to.
+
+A rung usually has one member. While a rollout runs it has two: the stable variant first, then the canary. A draw
+depends on the conversation and the weights only, so every gateway process makes the same one, and a conversation stays
+with its member as long as the weights allow.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+from config.variant import Variant
+
+Weights = tuple[float, ...]
+RungKey = tuple[str, str]  # an alias, and the name of one of its rungs
+
+_DRAW_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """A place in a ladder: weighted variants, stable first. `only` is the variant of a rung with one member."""
+
+    name: str
+    members: tuple[tuple[Variant, float], ...]
+    only: Variant | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "only", self.members[0][0] if len(self.members) == 1 else None)
+
+    @classmethod
+    def of(cls, variant: Variant) -> "Rung":
+        """Make a rung of one variant, named like it."""
+        return cls(variant.name, ((variant, 1.0),))
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The variants of all members, stable first."""
+        return tuple([variant for variant, _ in self.members])
+
+    def has(self, variant_name: str) -> bool:
+        """Return whether a variant is a member."""
+        return any(variant.name == variant_name for variant, _ in self.members)
+
+
+@dataclass(frozen=True, slots=True)
+class RungWeights:
+    """Weights that replace those of the configuration, by alias and rung; `revision` grows with every change."""
+
+    revision: int = 0
+    by_rung: Mapping[RungKey, Weights] = field(default_factory=dict)
+
+
+NO_WEIGHTS = RungWeights()
+
+
+def choose_member(rung: Rung, key: str, weights: Weights | None = None) -> Variant:
+    """Draw a member of a rung by the hash of a conversation's key, in proportion to the weights.
+
+    `weights` replace the rung's own, in the order of its members; a member of weight 0 is never drawn. Raises
+    ValueError if their number is not that of the members, or no weight is positive.
+    """
+    if rung.only is not None:
+        return rung.only
+    shares = weights if weights is not None else tuple([weight for _, weight in rung.members])
+    total = sum(shares)
+    if len(shares) != len(rung.members) or total <= 0:
+        raise ValueError(f"rung {rung.name!r} has {len(rung.members)} members, its weights are {shares}")
+    point = _uniform(f"{rung.name}\0{key}") * total
+    last = rung.members[0][0]
+    for (variant, _), share in zip(rung.members, shares, strict=True):
+        if share > 0:
+            last = variant
+            if point < share:
+                return variant
+        point -= share
+    return last  # rounding
+
+
+def _uniform(text: str) -> float:
+    """Hash a text to a number in [0, 1)."""
+    digest = blake2b(text.encode(), digest_size=_DRAW_BYTES).digest()
+    return int.from_bytes(digest, "big") / float(2 ** (8 * _DRAW_BYTES))

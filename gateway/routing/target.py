@@ -1,0 +1,139 @@
+"""A model name, and the rungs that may answer it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Literal
+
+import msgspec
+
+from config.schema import NO_FLOOR, AliasSettings, Floor, Spill, TimeoutSettings
+from config.variant import Variant
+from gateway.errors import FloorUnmet, UnknownModel
+from gateway.routing.filters import FilterResult, Rejection, filter_failed, filter_rungs
+from gateway.routing.split import Rung
+
+DEFAULT_TIMEOUTS = TimeoutSettings()
+DEFAULT_SPILL = Spill()
+
+
+class Timeouts(msgspec.Struct, frozen=True):
+    """How long a replica's reply may take: to its first byte, from one byte to the next, and in all."""
+
+    first_byte_seconds: float = 600.0
+    idle_seconds: float = 600.0
+    total_seconds: float = inf
+    connect_seconds: float = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a model name stands for: an alias with its ladder, or one pinned variant.
+
+    `rungs` is the ladder without the variants that are `excluded` by their own evaluation; `permitted` are the rungs
+    that satisfy the alias' own floor.
+    """
+
+    name: str
+    rungs: tuple[Rung, ...]
+    floor: Floor
+    pinned: bool
+    think: Literal["auto", "prefix", "none"] = "auto"
+    reasoning: Literal["parsed", "restored", "raw"] = "parsed"
+    timeouts: TimeoutSettings = DEFAULT_TIMEOUTS
+    spill: Spill = DEFAULT_SPILL
+    trust_declared: bool = False
+    excluded: tuple[Rejection, ...] = ()
+    permitted: tuple[Rung, ...] = field(init=False, repr=False, compare=False)
+    stream_timeouts: Timeouts = field(init=False, repr=False, compare=False)
+    unary_timeouts: Timeouts = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        permitted = self.rungs if self.floor is NO_FLOOR else self.filter((), None).permitted
+        object.__setattr__(self, "permitted", permitted)
+        for stream in (True, False):
+            name = "stream_timeouts" if stream else "unary_timeouts"
+            object.__setattr__(self, name, reply_timeouts(self.timeouts, stream=stream))
+
+    def filter(self, floors: Sequence[Floor], precisions: frozenset[str] | None) -> FilterResult:
+        """Filter the ladder by the alias' floor and a request's floors and precisions."""
+        limits = [floor for floor in (self.floor, *floors) if floor is not NO_FLOOR]
+        result = filter_rungs(self.rungs, limits, precisions, trust_declared=self.trust_declared)
+        return FilterResult(result.permitted, (*result.rejected, *self.excluded))
+
+    def permitted_rungs(self, floors: Sequence[Floor], precisions: frozenset[str] | None) -> tuple[Rung, ...]:
+        """Return the rungs that satisfy alias, key and request; FloorUnmet names why each of the others does not."""
+        permitted = self.permitted
+        limits = [floor for floor in floors if floor is not NO_FLOOR]
+        if limits or precisions is not None:
+            permitted = filter_rungs(permitted, limits, precisions, trust_declared=self.trust_declared).permitted
+        if not permitted:
+            raise FloorUnmet(_no_variant(self, self.filter(floors, precisions).rejected), param="model")
+        return permitted
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """Every name that a client may send as `model`."""
+
+    aliases: Mapping[str, AliasSettings]
+    variants: Mapping[str, Variant]
+    _targets: dict[str, Target] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, variant in self.variants.items():
+            self._targets[name] = Target(name, (Rung.of(variant),), NO_FLOOR, pinned=True)
+        for name, alias in self.aliases.items():
+            self._targets[name] = _target(name, alias, tuple([Rung.of(self.variants[rung]) for rung in alias.ladder]))
+
+    def resolve(self, model: str) -> Target:
+        """Look a model name up; UnknownModel if it is neither an alias nor a variant."""
+        target = self._targets.get(model)
+        if target is None:
+            what = f"the model {model[:100]!r} does not exist; GET /v1/models lists the names"
+            raise UnknownModel(what, param="model")
+        return target
+
+    def names(self) -> list[str]:
+        """All names, aliases first."""
+        return [*self.aliases, *self.variants]
+
+
+def excluded_rungs(catalog: Catalog) -> list[str]:
+    """Describe the variants that their aliases never choose, because their own evaluation failed."""
+    targets = map(catalog.resolve, catalog.aliases)
+    return [f"alias {target.name!r} never chooses {rejection}" for target in targets for rejection in target.excluded]
+
+
+def unservable_aliases(catalog: Catalog) -> list[str]:
+    """Describe the aliases that no variant may answer, whatever is ready, and why."""
+    targets = map(catalog.resolve, catalog.aliases)
+    return [_no_variant(target, target.filter((), None).rejected) for target in targets if not target.permitted]
+
+
+def reply_timeouts(timeouts: TimeoutSettings, *, stream: bool) -> Timeouts:
+    """Return how long a replica may take; a unary answer comes at its end, so only the total limits it. 0: no limit."""
+    total, connect = timeouts.total_seconds or inf, timeouts.connect_seconds
+    if not stream:
+        return Timeouts(total, total, total, connect)
+    return Timeouts(timeouts.first_byte_seconds or inf, timeouts.idle_seconds or inf, total, connect)
+
+
+def _no_variant(target: Target, rejected: Sequence[Rejection]) -> str:
+    return f"no variant of {target.name!r} is good enough ({'; '.join(map(str, rejected))})"
+
+
+def _target(name: str, alias: AliasSettings, ladder: tuple[Rung, ...]) -> Target:
+    result = FilterResult(ladder, ()) if alias.admit_failed else filter_failed(ladder)
+    return Target(
+        name,
+        result.permitted,
+        NO_FLOOR if alias.floor == NO_FLOOR else alias.floor,
+        False,
+        alias.think,
+        alias.reasoning,
+        alias.timeouts,
+        alias.spill,
+        alias.trust_declared,
+        result.rejected,
+    )
