@@ -44,23 +44,24 @@ class InferenceHandler:
     async def handle(self, request: Request, response: ResponseWriter) -> None:
         """Answer one request; cancelled when its client leaves, or when the gateway stops."""
         context = self._context(request, request.caller or ANONYMOUS, response)
+        stats = context.stats
         with context:
             try:
                 if request.refusal is not None:
                     raise request.refusal
                 self._parse(request, context)
-                with self.quota.enter(context.caller, context.stats.started_at) as admission:
+                with self.quota.enter(context.caller, stats.started_at) as admission:
                     try:
                         await self._serve(context)
                     finally:
-                        admission.spent(context.stats.tokens, context.stats.clock())
+                        admission.spent(stats.tokens, stats.clock())
             except GatewayError as error:
                 self._refuse(error, context)
             except ClientDisconnected:
-                context.stats.client_disconnected()
+                stats.client_disconnected()
                 raise
             except asyncio.CancelledError:
-                context.stats.client_disconnected()
+                stats.client_disconnected()
                 if not response.client_disconnected:
                     self._refuse(Draining("the gateway stops; retry"), context)
                 raise

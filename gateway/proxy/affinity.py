@@ -38,6 +38,8 @@ class Affinity:
 
     def cached_tokens(self, model: str, rungs: tuple[Rung, ...], blocks: tuple[int, ...]) -> Mapping[str, float]:
         """How many tokens of a prompt the replicas of some rungs have probably cached; those with none are left out."""
+        if not self._prefixes.knows(blocks[0]):
+            return NOTHING_CACHED
         among = [self._ready.get(variant.name, NO_REPLICAS) for rung in rungs for variant, _ in rung.members]
         matches = self._prefixes.matched(blocks, among)
         if not matches:

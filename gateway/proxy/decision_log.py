@@ -58,7 +58,7 @@ class DecisionRecord(msgspec.Struct, frozen=True, eq=False, gc=False):
         """The state as it was; `now` is on the same clock."""
         target = self.request.target
         rungs, excluded = target.rungs, [rejection.variant for rejection in target.excluded]
-        names = [variant.name for rung in self.request.rungs for variant, _ in rung.members]
+        names = [name for rung in self.request.rungs for name in rung.names]
         return Snapshot(
             recorded=datetime.fromtimestamp(time.time() - (now - self.decided_at), UTC),
             now_seconds=self.decided_at,
@@ -108,7 +108,7 @@ class DecisionLog:
                 decision,
                 now,
                 wait_seconds,
-                tuple([tuple(estimates(member.name)) for rung in request.rungs for member, _ in rung.members]),
+                tuple([tuple(estimates(name)) for rung in request.rungs for name in rung.names]),
                 dict(cluster.breakers) if cluster.breakers else NONE,
                 dict(cluster.overloads) if cluster.overloads else NONE,
                 _gates_of(request, cluster) if cluster.gates else NONE,

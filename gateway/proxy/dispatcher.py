@@ -113,7 +113,13 @@ class Dispatcher:
     def has_choice(self, rungs: Iterable[Rung]) -> bool:
         """Return whether more than one ready replica could answer."""
         ready = self._registry.ready
-        return sum([len(ready.get(variant.name, ())) for rung in rungs for variant, _ in rung.members]) > 1
+        count = 0
+        for rung in rungs:
+            for name in rung.names:
+                count += len(ready.get(name, ()))
+                if count > 1:
+                    return True
+        return False
 
     def try_lease(self, request: RoutingRequest, wait_seconds: float) -> Lease | None:
         """Lease a replica now; None if the request has to wait. Overloaded: it would wait longer than it may."""

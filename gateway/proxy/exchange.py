@@ -46,15 +46,15 @@ class Proxy:
 
     async def serve(self, context: RequestContext) -> None:
         """Answer one request; GatewayError if no replica does."""
-        dispatcher, stats, target = self.dispatcher, context.stats, context.route.target
-        with_blocks = dispatcher.has_choice(context.route.rungs)
+        dispatcher, stats, target, inference = self.dispatcher, context.stats, context.route.target, context.inference
         # One turn per request: if retries took turns, too, two replicas would never alternate.
-        request = routing_request(context, dispatcher.next_turn(), dispatcher.affinity, with_blocks=with_blocks)
-        inference = context.inference
+        request = routing_request(context, dispatcher.next_turn(), dispatcher)
         if target.think == "none" and inference.endpoint.rewrites_reasoning:
             inference = inference.without_thinking()
         while True:
-            with await self._lease(request, context) as lease:
+            wait_seconds = context.route.queue_seconds - stats.queued_seconds
+            lease = dispatcher.try_lease(request, wait_seconds) or await self._wait(request, context, wait_seconds)
+            with lease:
                 stats.attempt(lease.candidate, lease.in_flight.first_token)
                 if context.last_error is not None:
                     self._count_retry(context.last_error, stats)
@@ -69,12 +69,8 @@ class Proxy:
                     lease.prompt_tokens, lease.answer_tokens = stats.lengths(streams=inference.stream)
             request = dispatcher.affinity.refreshed(request, context.tried)
 
-    async def _lease(self, request: RoutingRequest, context: RequestContext) -> Lease:
-        """Lease a replica, now or after a wait; a request that a replica has failed does not wait."""
-        wait_seconds = context.route.queue_seconds - context.stats.queued_seconds
-        lease = self.dispatcher.try_lease(request, wait_seconds if wait_seconds > 0 else 0.0)
-        if lease is not None:
-            return lease
+    async def _wait(self, request: RoutingRequest, context: RequestContext, wait_seconds: float) -> Lease:
+        """Wait in the queue for a replica; a request that a replica has failed does not wait."""
         if context.failure is not None:
             raise context.failure
         clock = context.stats.clock
@@ -92,7 +88,7 @@ class Proxy:
         trace = b"".join([b"%b: %b\r\n" % header for header in stats.trace.headers]) if stats.trace.headers else b""
         request = UpstreamRequest(inference, stats.request_id, trace, reasoning.hides_token_ids)
         timeouts = target.stream_timeouts if inference.stream else target.unary_timeouts
-        async with self.upstream.open(request, replica, timeouts) as reply:
+        with await self.upstream.open(request, replica, timeouts) as reply:
             if reply.status != 200:
                 body = await reply.read(MAX_ERROR_BYTES)
                 raise error_from_response(reply.status, body, retry_after_seconds(reply.headers))

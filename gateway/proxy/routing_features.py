@@ -5,19 +5,19 @@ from hashlib import blake2b
 
 import msgspec
 
-from config.schema import NO_FLOOR, Floor
+from config.schema import NO_FLOOR
 from gateway.errors import NO_JSON
 from gateway.openai.endpoints import MESSAGES, Endpoint
 from gateway.openai.request import InferenceRequest
-from gateway.proxy.affinity import Affinity
 from gateway.proxy.context import RequestContext
+from gateway.proxy.dispatcher import Dispatcher
 from gateway.routing.prefix_hash import block_hashes
 from gateway.routing.request import NOTHING_CACHED, RoutingRequest
-from gateway.routing.split import Rung
 
 SESSION_HEADER = b"x-session-id"
 # Names of a conversation, or of its user; `user` is what OpenAI's older clients send.
 SESSION_KEYS = ("prompt_cache_key", "user", "safety_identifier")
+_NAME_KEYS = frozenset({*SESSION_KEYS, "metadata"})
 # Longer conversations are not parsed for a session: that would take as long as reading the request did.
 MAX_TURNS_BYTES = 256 * 2**10
 # No model is expected to answer with more; a client may write any number.
@@ -52,29 +52,35 @@ _TURN = msgspec.json.Decoder(_Turn)
 _METADATA = msgspec.json.Decoder(_Metadata | None)
 
 
-def routing_request(context: RequestContext, turn: int, affinity: Affinity, *, with_blocks: bool) -> RoutingRequest:
+def routing_request(context: RequestContext, turn: int, dispatcher: Dispatcher) -> RoutingRequest:
     """Build the routing request of a context; FloorUnmet if no rung of its route satisfies it.
 
-    `with_blocks`: hash the prompt, because more than one replica could answer. Only endpoints that generate have blocks
-    and a session. Nothing in the body is an error here: the engine judges it.
+    The prompt is hashed only if more than one replica could answer. Only endpoints that generate have a session and are
+    hashed. Nothing in the body is an error here: the engine judges it.
     """
-    inference, caller, target, stats = context.inference, context.caller, context.route.target, context.stats
-    endpoint, model = inference.endpoint, target.name
+    inference, caller, route, affinity = context.inference, context.caller, context.route, dispatcher.affinity
+    endpoint, fields, model, rungs = inference.endpoint, inference.fields, route.target.name, route.rungs
     floors = (caller.floor, inference.floor)
-    rungs = permitted_rungs(context, floors)
-    parts = prompt_parts(inference)
-    token_ids, prompt_bytes = count_token_ids(inference), sum([text_length(part) for part in parts])
+    if not rungs or inference.floor is not NO_FLOOR or inference.precisions is not None:
+        rungs = route.target.permitted_rungs(floors, inference.precisions)
+    parts = [fields[key] for key in endpoint.prompt_keys if key in fields]
+    prompt_bytes = text_bytes(parts)
+    token_ids = count_token_ids(inference) if endpoint.batch else 0
     blocks: tuple[int, ...] = ()
-    session = None
+    session, placement, cached_tokens = None, None, NOTHING_CACHED
     if endpoint.generates:
         session = session_of(inference, context.headers, caller.name)
-        if with_blocks:
-            blocks = block_hashes(parts, bytes(inference.fields.get("cache_salt", b"")))
+        if session is not None:
+            placement = affinity.placement(session)
+        if dispatcher.has_choice(rungs):
+            blocks = block_hashes(parts, fields.get("cache_salt", b""))
+            if blocks:
+                cached_tokens = affinity.cached_tokens(model, rungs, blocks)
     return RoutingRequest(
-        target,
+        route.target,
         rungs,
         turn,
-        stats.request_id,
+        context.stats.request_id,
         caller.name or "",
         inference.stream,
         context.body_bytes,
@@ -85,35 +91,23 @@ def routing_request(context: RequestContext, turn: int, affinity: Affinity, *, w
         session,
         floors,
         inference.precisions,
-        None if session is None else affinity.placement(session),
-        affinity.cached_tokens(model, rungs, blocks) if blocks else NOTHING_CACHED,
+        placement,
+        cached_tokens,
     )
-
-
-def permitted_rungs(context: RequestContext, floors: tuple[Floor, ...]) -> tuple[Rung, ...]:
-    """The rungs that satisfy alias, key and request; FloorUnmet if there are none."""
-    route, inference = context.route, context.inference
-    if route.rungs and inference.floor is NO_FLOOR and inference.precisions is None:
-        return route.rungs
-    return route.target.permitted_rungs(floors, inference.precisions)
 
 
 # The prompt
 
 
-def prompt_parts(inference: InferenceRequest) -> list[msgspec.Raw]:
-    """The parts of the prompt, in the order in which chat templates write them."""
-    fields = inference.fields
-    return [fields[key] for key in inference.endpoint.prompt_keys if key in fields]
-
-
-def text_length(part: msgspec.Raw) -> int:
-    """How many bytes of text a part of a prompt counts for: an image or audio counts as IMAGE_BYTES."""
-    count = len(part)
-    if count <= MAX_TEXT_BYTES:
-        return count
-    text = bytes(part)
-    return count - sum([_excess_bytes(text, mark) for mark in _DATA_MARKS])
+def text_bytes(parts: Sequence[msgspec.Raw]) -> int:
+    """How many bytes of text the parts of a prompt count for: an image or audio counts as IMAGE_BYTES."""
+    total = 0
+    for part in parts:
+        total += len(part)
+        if len(part) > MAX_TEXT_BYTES:
+            text = bytes(part)
+            total -= sum([_excess_bytes(text, mark) for mark in _DATA_MARKS])
+    return total
 
 
 def count_token_ids(inference: InferenceRequest) -> int:
@@ -179,12 +173,13 @@ def session_from_name(name: bytes, key_name: str | None) -> str:
 
 def _name_in_body(inference: InferenceRequest) -> bytes | None:
     fields = inference.fields
-    for key in SESSION_KEYS:
-        raw = fields.get(key)
-        if raw is not None and (len(raw) > _MAX_EMPTY_BYTES or bytes(raw) not in _EMPTY):
-            return raw
-    if inference.endpoint is MESSAGES and "metadata" in fields:
-        return _user_id(fields["metadata"])
+    if not _NAME_KEYS.isdisjoint(fields):
+        for key in SESSION_KEYS:
+            raw = fields.get(key)
+            if raw is not None and (len(raw) > _MAX_EMPTY_BYTES or bytes(raw) not in _EMPTY):
+                return raw
+        if inference.endpoint is MESSAGES and "metadata" in fields:
+            return _user_id(fields["metadata"])
     return None
 
 

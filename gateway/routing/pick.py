@@ -8,6 +8,7 @@ all answers. Replicas behind an open breaker are the last resort, below every ru
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf
+from operator import attrgetter
 from typing import Literal
 
 import msgspec
@@ -61,6 +62,7 @@ class RungResult(msgspec.Struct, frozen=True, gc=False):
     wait_seconds: float = inf
 
 
+_requests = attrgetter("requests")
 NO_REPLICA = RungResult(None, "no_replica")
 NO_GATES: Mapping[RungKey, SpillGate] = {}
 
@@ -117,12 +119,10 @@ def pick(able: Sequence[LatencyEstimate], request: RoutingRequest, spill: Spill)
     Returns None if none has room. Where the speed of one is unknown, the shortest queue is picked.
     """
     roomy = [each for each in able if each.has_room]
-    if not roomy:
-        return None
-    if not all(each.known for each in roomy):
+    if len(roomy) <= 1:
+        return roomy[0] if roomy else None
+    if False in [each.known for each in roomy]:
         return shortest_queue(roomy, request.turn)
-    if len(roomy) == 1:
-        return roomy[0]
     best = _cheapest(roomy, request)
     if best.wait_seconds <= spill.after_seconds:
         return best
@@ -133,15 +133,10 @@ def pick(able: Sequence[LatencyEstimate], request: RoutingRequest, spill: Spill)
     return best if cost(soonest, request) > cost(best, request) + spill.after_seconds else soonest
 
 
-def shortest_queue(roomy: Sequence[LatencyEstimate], turn: int) -> LatencyEstimate | None:
+def shortest_queue(roomy: Sequence[LatencyEstimate], turn: int) -> LatencyEstimate:
     """Pick the replica with the fewest requests; equals take turns."""
-    count = len(roomy)
-    best = None
-    for place in range(count):
-        each = roomy[(place + turn) % count]
-        if best is None or each.requests < best.requests:
-            best = each
-    return best
+    first = turn % len(roomy)
+    return min([*roomy[first:], *roomy[:first]] if first else roomy, key=_requests)
 
 
 def drawn_member(rung: Rung, request: RoutingRequest, cluster: ClusterState) -> Variant:
@@ -178,8 +173,8 @@ def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: f
         barred = admissible([each.id for each in estimates], cluster.breakers, now).last_resort
         allowed = without_room_if_overloaded([each for each in estimates if each.id in barred], cluster, now)
         able = [each for each in filter_replicas(allowed, request.tried, needed_tokens) if each.has_room]
-        if able and (best := shortest_queue(able, request.turn)) is not None:
-            return _candidate(best, place, variant, request, passed_over=False)
+        if able:
+            return _candidate(shortest_queue(able, request.turn), place, variant, request, passed_over=False)
     return None
 
 

@@ -1,33 +1,34 @@
-"""What a prompt begins with, as numbers that can be compared: two prompts share a block if they agree up to its end."""
+"""Hashes of the beginning of a prompt: two prompts share a block if they agree up to its end."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from struct import Struct
 
 BLOCK_BYTES = 256
-# What lies behind them decides no more: a replica that holds so much of a prompt is the one to ask.
-MOST_BLOCKS = 256
+# The rest of a prompt decides no more: a replica that holds so much of it is the one to ask.
+MAX_BLOCKS = 256
+_MAX_BYTES = BLOCK_BYTES * MAX_BLOCKS
 
 _BLOCK = Struct(f"{BLOCK_BYTES}s")
 
 
-def block_hashes(parts: Iterable[bytes], salt: bytes = b"") -> tuple[int, ...]:
-    """Hash each whole block of the parts' first 64 KiB together with all before it; prompts with other salts differ.
+def block_hashes(parts: Sequence[bytes], salt: bytes = b"") -> tuple[int, ...]:
+    """Hash each whole block of the parts' first 64 KiB together with all before it; other salts give other hashes.
 
     Python salts its hashes anew in every process: they mean nothing outside of it, and no client can aim at one.
     """
-    begins = _beginning(parts)
-    whole_bytes = len(begins) // BLOCK_BYTES * BLOCK_BYTES
-    previous = hash(salt)
+    text = bytes(parts[0]) if len(parts) == 1 and len(parts[0]) <= _MAX_BYTES else _beginning(parts)
+    whole_bytes = len(text) // BLOCK_BYTES * BLOCK_BYTES
+    previous = hash(bytes(salt))
     blocks = []
-    for block in _BLOCK.iter_unpack(memoryview(begins)[:whole_bytes]):
+    for block in _BLOCK.iter_unpack(memoryview(text)[:whole_bytes]):
         previous = hash((previous, block))
         blocks.append(previous)
     return tuple(blocks)
 
 
-def _beginning(parts: Iterable[bytes]) -> bytes:
+def _beginning(parts: Sequence[bytes]) -> bytes:
     """As much of the parts as is hashed; no more of them is copied."""
-    left_bytes = BLOCK_BYTES * MOST_BLOCKS
+    left_bytes = _MAX_BYTES
     pieces = []
     for part in parts:
         pieces.append(memoryview(part)[:left_bytes])

@@ -54,13 +54,17 @@ class PrefixIndex:
         """How many blocks are remembered."""
         return sum(len(held.blocks) for held in self._held.values())
 
+    def knows(self, first_block: int) -> bool:
+        """Return whether any replica holds a prompt that begins with this block."""
+        return first_block in self._beginners
+
     def matched(self, blocks: Sequence[int], among: Sequence[AbstractSet[str]] = ()) -> Mapping[str, int]:
         """How many leading blocks of a prompt each replica holds, of all or of some; who holds none is left out."""
         if not blocks or (holders := self._beginners.get(blocks[0])) is None:
             return _NOWHERE
         if among:
             # Of a prompt that many models are asked, a thousand others may hold the beginning.
-            holders = set().union(*[holders & some for some in among])
+            holders = {replica_id for some in among for replica_id in some & holders}
         # Many replicas often hold equally much: the system prompt, say.
         depth = len(blocks)
         matches = {}

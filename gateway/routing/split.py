@@ -24,9 +24,11 @@ class Rung:
     name: str
     members: tuple[tuple[Variant, float], ...]
     only: Variant | None = field(init=False, repr=False, compare=False)
+    names: tuple[str, ...] = field(init=False, repr=False, compare=False)  # of the variants
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "only", self.members[0][0] if len(self.members) == 1 else None)
+        object.__setattr__(self, "names", tuple([variant.name for variant, _ in self.members]))
 
     @classmethod
     def of(cls, variant: Variant) -> "Rung":
@@ -40,7 +42,7 @@ class Rung:
 
     def has(self, variant_name: str) -> bool:
         """Return whether a variant is a member."""
-        return any(variant.name == variant_name for variant, _ in self.members)
+        return variant_name in self.names
 
 
 @dataclass(frozen=True, slots=True)

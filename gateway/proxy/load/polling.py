@@ -157,12 +157,9 @@ class MetricsPoller:
 
     async def _page(self, replica: Replica, request: bytes) -> bytes:
         try:
-            async with (
-                asyncio.timeout(self.intervals.deadline_seconds),
-                self.pool.exchange(replica.url, request, tls=replica.tls) as connection,
-            ):
-                page = await connection.read(PAGE_LIMIT_BYTES)
-                status = connection.status
+            async with asyncio.timeout(self.intervals.deadline_seconds):
+                with await self.pool.open(replica.url, request, tls=replica.tls) as reply:
+                    page, status = await reply.read(PAGE_LIMIT_BYTES), reply.status
         except TimeoutError as error:
             raise UpstreamTimeout(f"no complete page after {self.intervals.deadline_seconds:g} s") from error
         if status != 200:

@@ -6,7 +6,7 @@ CPU per request with httpx, 200-300 us with aiohttp, and 54-67 us like this.
 =========  ============================================  ========================================================
 state      event                                         next
 =========  ============================================  ========================================================
-idle       `send`                                        sent
+idle       `request`                                     sent
 idle       bytes arrive, or the replica closes           failed: the connection is out of step
 sent       status and headers arrive (1xx are skipped)   reading
 sent       the replica closes                            failed: UpstreamDisconnected
@@ -20,7 +20,8 @@ any        a timeout passes, or the bytes are invalid    failed, and closed
 
 import asyncio
 from collections.abc import Callable
-from typing import cast
+from types import TracebackType
+from typing import Self, cast
 
 import httptools
 
@@ -36,13 +37,15 @@ Feed = Callable[[bytes], bool]
 
 
 class Connection(asyncio.Protocol):
-    """One request at a time: `send`, `head`, then `read` or `flow`; `reusable` says whether another may follow.
+    """One request at a time: `request`, then `read` or `flow`; `reusable` says whether another may follow.
 
-    `status` and `headers` (names in lower case) are valid after `head`. Every wait ends: with data, with
-    UpstreamDisconnected, or with UpstreamTimeout.
+    `status` and `headers` (names in lower case) are valid after `request`. Every wait ends: with data, with
+    UpstreamDisconnected, or with UpstreamTimeout. When its `with` block ends, the connection goes to `release` if it is
+    reusable; otherwise it is closed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, release: "Callable[[Connection], None] | None" = None) -> None:
+        self._release = release
         self._loop = asyncio.get_running_loop()
         self._timer = ReplyTimer(self._loop, self._on_timeout)
         self._transport: asyncio.Transport  # from `connection_made` on, which comes before anything else
@@ -64,18 +67,31 @@ class Connection(asyncio.Protocol):
 
     # Called by the owner
 
-    def send(self, request: bytes, timeouts: Timeouts) -> None:
-        """Write a whole request; what is known of the last reply is dropped."""
+    async def request(self, request: bytes, timeouts: Timeouts) -> Self:
+        """Send a whole request and wait for status and headers; the connection is closed if they do not come."""
         self.status, self.headers, self._headers_bytes, self._headers_complete = 0, {}, 0, False
         self._complete, self._keep_alive, self.received_bytes = False, False, 0
         self._body_seen_bytes, self._feed_error = 0, None
         self._timer.start(timeouts)
         self._transport.write(request)
+        try:
+            while not self._headers_complete:
+                await self._wait()
+        except BaseException:
+            self.close()
+            raise
+        return self
 
-    async def head(self) -> None:
-        """Wait for status and headers."""
-        while not self._headers_complete:
-            await self._wait()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.reusable and self._release is not None:
+            self._release(self)
+        else:
+            self.close()
 
     async def flow(self, feed: Feed) -> bool:
         """Give each piece of the body to `feed` in the step in which it arrives; returns True at the end of the body.
@@ -118,7 +134,8 @@ class Connection(asyncio.Protocol):
     @property
     def streams(self) -> bool:
         """Whether the body is a stream of server-sent events."""
-        return self.headers.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+        kind = self.headers.get(b"content-type", b"")
+        return kind != b"application/json" and kind.lower().startswith(b"text/event-stream")
 
     @property
     def reusable(self) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -25,7 +26,7 @@ _Idle = deque[tuple[float, Connection]]
 
 @dataclass(slots=True)
 class Pool:
-    """Owns every upstream connection; `exchange` acquires one and releases it."""
+    """Owns every upstream connection; `open` acquires one, and the end of its `with` block releases it."""
 
     idle_seconds: float = IDLE_SECONDS
     trust: ssl.SSLContext | None = None  # for https; None: the system's CA bundle, loaded when it is first needed
@@ -47,11 +48,25 @@ class Pool:
     def __repr__(self) -> str:
         return f"<Pool [{', '.join(f'{url}: {len(idle)} idle' for (url, _), idle in self._idle.items())}]>"
 
-    def exchange(
+    async def open(
         self, url: str, request: bytes, timeouts: Timeouts = DEFAULT_TIMEOUTS, tls: Tls | None = None
-    ) -> "Exchange":
-        """Send a request and wait for the head of the reply, in an `async with` block."""
-        return Exchange(self, (url, tls), request, timeouts)
+    ) -> Connection:
+        """Send a request and wait for the head of the reply; use the connection in a `with` block.
+
+        It is kept for the next request if the reply was read to its end, and closed otherwise.
+        """
+        origin = (url, tls)
+        connection = self.acquire(origin)
+        if connection is not None:
+            try:
+                return await connection.request(request, timeouts)
+            except UpstreamDisconnected:
+                # It closed while it was idle: without a byte of a reply, sending again is safe. Once: a replica that
+                # closes because of this very request must not get it on every idle connection.
+                if connection.received_bytes:
+                    raise
+        connection = await self.connect(origin, timeouts.connect_seconds)
+        return await connection.request(request, timeouts)
 
     def address(self, url: str) -> Address:
         """Parse the url of a replica, once."""
@@ -90,13 +105,17 @@ class Pool:
         url, tls = origin
         address = self.address(url)
         loop = asyncio.get_running_loop()
+
+        def protocol() -> Connection:
+            return Connection(partial(self.release, origin))
+
         try:
             async with asyncio.timeout(seconds):
                 if address.path:
-                    _, connection = await loop.create_unix_connection(Connection, address.path)
+                    _, connection = await loop.create_unix_connection(protocol, address.path)
                 else:
                     secure = self._tls_context(tls) if address.secure else None
-                    _, connection = await loop.create_connection(Connection, address.host, address.port, ssl=secure)
+                    _, connection = await loop.create_connection(protocol, address.host, address.port, ssl=secure)
         except (OSError, TimeoutError) as error:
             raise UpstreamUnreachable("no connection to a replica") from error
         return connection
@@ -108,50 +127,3 @@ class Pool:
             # One for all connections: loading the CA bundle takes tens of milliseconds.
             self.trust = ssl.create_default_context()
         return self.trust
-
-
-class Exchange:
-    """One request on a connection, which is closed afterwards unless the reply was read to its end."""
-
-    __slots__ = ("_connection", "_origin", "_pool", "_request", "_timeouts")
-
-    def __init__(self, pool: Pool, origin: Origin, request: bytes, timeouts: Timeouts) -> None:
-        self._pool = pool
-        self._origin = origin
-        self._request = request
-        self._timeouts = timeouts
-        self._connection: Connection | None = None
-
-    async def __aenter__(self) -> Connection:
-        """Return the connection with the head of the reply read."""
-        connection = self._pool.acquire(self._origin)
-        if connection is not None:
-            try:
-                return await self._send(connection)
-            except UpstreamDisconnected:
-                # It closed while it was idle: without a byte of a reply, sending again is safe. Once: a replica that
-                # closes because of this very request must not get it on every idle connection.
-                if connection.received_bytes:
-                    raise
-        return await self._send(await self._pool.connect(self._origin, self._timeouts.connect_seconds))
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        connection = self._connection
-        if connection is None:
-            return
-        if connection.reusable:
-            self._pool.release(self._origin, connection)
-        else:
-            connection.close()
-
-    async def _send(self, connection: Connection) -> Connection:
-        try:
-            connection.send(self._request, self._timeouts)
-            await connection.head()
-        except BaseException:
-            connection.close()
-            raise
-        self._connection = connection
-        return connection

@@ -1,7 +1,7 @@
 """What the exchange needs of a replica's side and of the client's side; it knows no pools, hosts or credentials."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 from gateway.openai.request import InferenceRequest
@@ -48,8 +48,11 @@ class Upstream(Protocol):
 
     def open(
         self, request: UpstreamRequest, replica: Replica, timeouts: Timeouts
-    ) -> AbstractAsyncContextManager[UpstreamReply]:
-        """Send a request, and wait for the head of the reply; UpstreamError if there is none."""
+    ) -> Awaitable[AbstractContextManager[UpstreamReply]]:
+        """Send a request, and wait for the head of the reply; UpstreamError if there is none.
+
+        The end of the reply's `with` block ends the request at the replica, if it has not ended.
+        """
 
 
 class Sink(Protocol):

@@ -1,8 +1,10 @@
 """Replicas that speak vLLM's HTTP API, over pooled connections."""
 
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 
-from gateway.proxy.upstream.pool import Exchange, Pool
+from gateway.proxy.upstream.connection import Connection
+from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.protocol import UpstreamRequest
 from gateway.routing.target import Timeouts
 from serving.replica import Replica
@@ -17,9 +19,9 @@ class VllmUpstream:
     pool: Pool
     _heads: dict[tuple[str, str, str | None], bytes] = field(default_factory=dict)
 
-    def open(self, request: UpstreamRequest, replica: Replica, timeouts: Timeouts) -> Exchange:
+    def open(self, request: UpstreamRequest, replica: Replica, timeouts: Timeouts) -> Awaitable[Connection]:
         """Send a request with the replica's model name and credential."""
-        return self.pool.exchange(replica.url, self.encode(request, replica), timeouts, replica.tls)
+        return self.pool.open(replica.url, self.encode(request, replica), timeouts, replica.tls)
 
     def encode(self, request: UpstreamRequest, replica: Replica) -> bytes:
         """Encode the HTTP request."""

@@ -21,7 +21,7 @@ from gateway.routing.target import DEFAULT_SPILL, Catalog
 from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.target import permitted_rungs
 from gateway.routing.pick import decide
-from gateway.routing.prefix_hash import BLOCK_BYTES, MOST_BLOCKS
+from gateway.routing.prefix_hash import BLOCK_BYTES, MAX_BLOCKS
 from gateway.routing.request import Ask
 from gateway.routing.speed import SpeedProfile
 from serving.registry import Registry
@@ -136,7 +136,7 @@ class Ours:
         ask = Ask(
             prompt_tokens=prompt_bytes / self.dispatch.memory.bytes_per_token(ALIAS),
             answer_tokens=None,
-            blocks=turn.prompt_blocks[_BLOCKS_IN_ONE - 1 :: _BLOCKS_IN_ONE][:MOST_BLOCKS],
+            blocks=turn.prompt_blocks[_BLOCKS_IN_ONE - 1 :: _BLOCKS_IN_ONE][:MAX_BLOCKS],
             session=turn.session,
         )
         rungs = permitted_rungs(self._target, floors, None)

@@ -24,7 +24,7 @@ from gateway.openai.endpoints import (
 )
 from gateway.openai.request import InferenceRequest, parse_request
 from gateway.proxy.routing_features import LONGEST_ANSWER_TOKENS, LONGEST_TURNS_BYTES, asked, prompt_of
-from gateway.routing.prefix_hash import BLOCK_BYTES, MOST_BLOCKS
+from gateway.routing.prefix_hash import BLOCK_BYTES, MAX_BLOCKS
 from gateway.routing.request import Ask
 
 JSON = {b"content-type": b"application/json"}
@@ -159,7 +159,7 @@ def test_blocks_grow_with_the_conversation() -> None:
 def test_which_prompts_have_blocks() -> None:
     """The first 64 KiB of what is generated from; tools come first; another `cache_salt` is another cache."""
     messages = [says("user", "x" * 100_000)]
-    assert len(ask({"messages": messages}).blocks) == MOST_BLOCKS
+    assert len(ask({"messages": messages}).blocks) == MAX_BLOCKS
     assert ask({"input": "x" * 1000}, EMBEDDINGS).blocks == ()
     tools = [{"name": "y" * 1000}]
     assert ask({"messages": messages, "tools": tools}).blocks[0] == ask({"messages": [], "tools": tools}).blocks[0]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from gateway.routing.prefix_hash import BLOCK_BYTES, MOST_BLOCKS, block_hashes
+from gateway.routing.prefix_hash import BLOCK_BYTES, MAX_BLOCKS, block_hashes
 from gateway.routing.prefix_index import PrefixIndex, blocks_that_fit
 
 USUAL, IN_ALL = 6, 15
@@ -155,10 +155,10 @@ def test_a_block_counts_only_where_it_stands() -> None:
 
 def test_no_more_than_the_beginning_is_hashed() -> None:
     """What lies behind 64 KiB changes nothing, in one part or many."""
-    begins = b"x" * (BLOCK_BYTES * MOST_BLOCKS)
+    begins = b"x" * (BLOCK_BYTES * MAX_BLOCKS)
     assert (
         block_hashes([begins])
         == block_hashes([begins + b"y" * 10_000])
         == block_hashes([begins[:-7], b"x" * 9000, b"z"])
     )
-    assert len(block_hashes([begins])) == MOST_BLOCKS
+    assert len(block_hashes([begins])) == MAX_BLOCKS
