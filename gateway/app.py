@@ -16,7 +16,7 @@ from gateway.handlers.inference import InferenceHandler, Observers
 from gateway.handlers.models import client_app
 from gateway.handlers.router import Router
 from gateway.http.listener import address_of, bind, listen
-from gateway.http.server import HttpServer, serving_clients
+from gateway.http.server import HttpServer, serve_clients
 from gateway.live_config import LiveConfig
 from gateway.observability.access_log import AccessLog
 from gateway.observability.metrics import FleetCollector, LoopLag, Metrics
@@ -117,7 +117,7 @@ async def gateway(
         front = HttpServer(
             handler, settings.memory_bytes, on_client_aborted=lambda reason: metrics.clients_cut.labels(reason).inc()
         )
-        await stack.enter_async_context(serving_clients(front, taken.client, settings.drain_seconds))
+        await stack.enter_async_context(serve_clients(front, taken.client, settings.drain_seconds))
         addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:

@@ -52,7 +52,7 @@ class Router:
             raise MethodNotAllowed(f"{request.path.decode()}: Method Not Allowed; send POST")
         return self.live_config.limits.body_bytes
 
-    async def answer(self, request: Request, reply: ResponseWriter) -> None:
+    async def handle(self, request: Request, reply: ResponseWriter) -> None:
         """Answer, or tell the request's refusal."""
         request.request_id = self.ids.of(request.headers)
         endpoint = self.endpoints.get(request.path)
@@ -64,7 +64,7 @@ class Router:
             request.headers[b"x-request-id"] = request.request_id.encode()
             await asgi.serve(self.app, request, reply)
 
-    def failed(self, request: Request, reply: ResponseWriter) -> None:
+    def on_internal_error(self, request: Request, reply: ResponseWriter) -> None:
         """Tell a client that the gateway itself has failed."""
         if not reply.started:
             error = GatewayError("the gateway failed; its log tells more under this x-request-id")
@@ -72,4 +72,4 @@ class Router:
 
     def _refuse(self, request: Request, reply: ResponseWriter, error: GatewayError) -> None:
         headers = (JSON, *error.headers(), (b"x-request-id", request.request_id.encode()))
-        reply.whole(error.status, header_lines(headers), error.body())
+        reply.send(error.status, header_lines(headers), error.body())

@@ -85,7 +85,7 @@ class ClientResponse:
     def whole(self, body: bytes) -> None:
         """Answer at once."""
         self._account.started = True
-        self._reply.whole(200, self._head(JSON), body)
+        self._reply.send(200, self._head(JSON), body)
 
     def event(self, data: bytes) -> None:
         """Go on with a stream, which begins with its first event."""
@@ -99,7 +99,7 @@ class ClientResponse:
         else:
             self._account.started = True
             self._still()
-            self._reply.begin(200, self._head(EVENTS), data)
+            self._reply.start(200, self._head(EVENTS), data)
 
     def end(self) -> None:
         """End a stream that has told all."""
@@ -123,12 +123,12 @@ class ClientResponse:
             self._reply.end(error_event(self._endpoint, error))
             return
         body = error.anthropic_body() if self._endpoint.errors == "anthropic" else error.body()
-        self._reply.whole(error.status, self._head(JSON + header_lines(error.headers())), body)
+        self._reply.send(error.status, self._head(JSON + header_lines(error.headers())), body)
 
     def _heartbeat(self) -> None:
         if not self._reply.started:
             # Whoever is asked now may not be who answers.
-            self._reply.begin(200, self._head(EVENTS, chosen=False))
+            self._reply.start(200, self._head(EVENTS, chosen=False))
         self._reply.write(KEEP_ALIVE)
         self._account.metrics.heartbeats.inc()
         self._beat = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._heartbeat)

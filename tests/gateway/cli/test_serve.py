@@ -141,7 +141,8 @@ async def test_a_port_in_use(tmp_path: Path, option: str) -> None:
         outcome = await run("gateway", write(tmp_path, yaml.safe_dump({"gateway": both})))
     assert outcome.code == 2
     assert outcome.err == (
-        f"quantgate: gateway.{option}: can't listen on {address}: Address already in use; stop its owner or change it\n"
+        f"quantgate: gateway.{option}: can't listen on {address}: Address already in use; "
+        f"free the port or change gateway.{option}\n"
     )
 
 

@@ -15,7 +15,7 @@ from gateway.http.limits import HEADER_LIMIT
 from gateway.http.listener import address_of, bind
 from gateway.http.request import Request
 from gateway.http.response_writer import ResponseWriter
-from gateway.http.server import HttpServer, serving_clients
+from gateway.http.server import HttpServer, serve_clients
 from tests.fakes.running import DEADLINE_SECONDS, eventually
 from tests.gateway.wire import Peer, connected
 
@@ -42,11 +42,11 @@ class Echo:
             raise InvalidKey("no API key")
         return LIMIT_BYTES
 
-    async def answer(self, request: Request, reply: ResponseWriter) -> None:
+    async def handle(self, request: Request, reply: ResponseWriter) -> None:
         """Answer, or tell the refusal."""
         self.started.append(request.path)
         if request.refusal is not None:
-            reply.whole(
+            reply.send(
                 request.refusal.status, b"x-code: %b\r\n" % request.refusal.code.encode(), request.refusal.body()
             )
             return
@@ -60,23 +60,23 @@ class Echo:
         if request.path == b"/wait":
             await self.go.wait()
         if request.path == b"/stream":
-            reply.begin(200, b"", b"one")
+            reply.start(200, b"", b"one")
             reply.write(b"two")
             reply.end(b"three")
         elif request.path == b"/499":
-            reply.whole(499, b"", b"")
+            reply.send(499, b"", b"")
         elif request.path == b"/flood":
-            reply.begin(200, b"")
+            reply.start(200, b"")
             while True:
                 reply.write(b"x" * 65536)
                 await (reply.drain() if reply.write_paused else asyncio.sleep(0))
         else:
-            reply.whole(200, b"", b"%b %b %d" % (request.method, request.target, len(request.body)))
+            reply.send(200, b"", b"%b %b %d" % (request.method, request.target, len(request.body)))
 
-    def failed(self, request: Request, reply: ResponseWriter) -> None:
+    def on_internal_error(self, request: Request, reply: ResponseWriter) -> None:
         """Tell that it failed."""
         if not reply.started:
-            reply.whole(500, b"", b"failed")
+            reply.send(500, b"", b"failed")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ async def served(timeouts: ClientTimeouts | None = None) -> AsyncIterator[Served
     handler, aborted = Echo(), list[str]()
     front = HttpServer(handler, MEMORY_BYTES, timeouts, aborted.append)
     with bind("127.0.0.1:0", "test") as taken:
-        async with serving_clients(front, taken, 0):
+        async with serve_clients(front, taken, 0):
             yield Served(f"http://{address_of(taken)}", front, handler)
     assert (front.busy, front.reserved_bytes) == (0, 0)
 
@@ -362,7 +362,7 @@ async def test_a_defect_of_the_site_ends_one_request() -> None:
     front = HttpServer(Defective(), MEMORY_BYTES)
     with bind("127.0.0.1:0", "test") as taken:
         async with (
-            serving_clients(front, taken, 0),
+            serve_clients(front, taken, 0),
             httpx.AsyncClient(
                 base_url=f"http://{address_of(taken)}", timeout=DEADLINE_SECONDS, trust_env=False
             ) as client,
