@@ -198,7 +198,7 @@ async def following(path: Path | None, served: Gateway, take: ApplyDeployment) -
             served.live_config.take(live_config_for(deployment))
             served.loads.measured(deployment.speeds)
             served.dispatch.keep_only(served.live_config.catalog)
-            served.quota.keep(deployment.keys.names())
+            served.quota.keep_only(deployment.keys.names())
 
         await take(deployment, swap)
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from config.errors import ConfigError
 from config.schema import Floor
 from gateway.keys.issuing import create_key, revoke_key, revoke_old_key, rotate_key
-from gateway.keys.stored import KeyLimits, StoredKey, as_time, problems, read_stored
+from gateway.keys.stored import KeyLimits, StoredKey, parse_time, problems, read_stored
 from serving.foreground import USAGE
 
 DEFAULT_FILE = Path("keys.yaml")
@@ -134,7 +134,7 @@ def expiry(text: str, now: datetime) -> datetime:
     """Read a date, a timestamp, or a time from now such as 30d or 12h; ConfigError if it is none, or past."""
     age = re.fullmatch(r"([0-9]+)([dh])", text)
     try:
-        when = now + int(age[1]) * AGES[age[2]] if age else as_time(text)
+        when = now + int(age[1]) * AGES[age[2]] if age else parse_time(text)
     except (ValueError, OverflowError):
         raise ConfigError(f"quantgate keys create: expires: {text!r} is no date; write 2027-01-31 or 30d") from None
     if when <= now:

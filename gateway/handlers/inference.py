@@ -99,11 +99,11 @@ class InferenceHandler:
         account.body_bytes = len(request.body)
         request.body = b""  # From here on it is the parsed one that is kept.
         caller.check_model(inference.model)
-        with self.quota.enter(caller, account.began_at) as admission:
+        with self.quota.admit(caller, account.began_at) as admission:
             try:
                 await self._relayed(inference, request.headers, caller, account, teller)
             finally:
-                admission.spent(account.tokens, account.clock())
+                admission.charge(account.tokens, account.clock())
 
     async def _relayed(
         self,
