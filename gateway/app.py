@@ -151,7 +151,7 @@ async def gateway_alone(
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             others_replicas(wanted, registry, probe) as follower,
             gateway(deployment, registry, taken, place) as served,
-            following(path, served, FollowerReload(watch, follower, registry, served.live_config).take),
+            following(path, served, FollowerReload(watch, follower, registry, served.live_config).apply),
         ):
             yield served.addresses
 
@@ -171,7 +171,7 @@ async def everything(
             own_replicas(wanted, machine, registry, probe, home, owner) as own,
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             gateway(deployment, registry, taken) as served,
-            following(path, served, SupervisedReload(watch, own).take),
+            following(path, served, SupervisedReload(watch, own).apply),
         ):
             yield served.addresses
 
@@ -195,7 +195,7 @@ async def following(path: Path | None, served: Gateway, take: ApplyDeployment) -
                 log.warning("gateway.%s takes effect at the next start", option)
 
         def swap() -> None:
-            served.live_config.take(live_config_for(deployment))
+            served.live_config.replace(live_config_for(deployment))
             served.loads.measured(deployment.speeds)
             served.dispatch.keep_only(served.live_config.catalog)
             served.quota.keep_only(deployment.keys.names())

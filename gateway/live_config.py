@@ -1,4 +1,4 @@
-"""The configuration that requests go by now. A reload puts another one in its place, whole and in one step."""
+"""The configuration in force for requests; a reload replaces it atomically."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,30 +11,35 @@ from gateway.routing.catalog import Catalog
 
 @dataclass(slots=True)
 class LiveConfig:
-    """What a request reads once, when it begins; only a reload writes it."""
+    """Catalog, keys and limits in force. A request reads them when it starts; only a reload writes them."""
 
     catalog: Catalog
     keys: Keys
     limits: LimitSettings
 
     def variants(self) -> Iterable[Variant]:
-        """Every variant that is configured now."""
+        """All configured variants."""
         return self.catalog.variants.values()
 
-    def take(self, other: "LiveConfig") -> None:
-        """Go by another configuration from the next request on."""
+    def replace(self, other: "LiveConfig") -> None:
+        """Put another configuration in force, from the next request on."""
         self.catalog, self.keys, self.limits = other.catalog, other.keys, other.limits
 
 
 def unserved_aliases(before: Catalog, after: Catalog, ready: Iterable[str]) -> list[str]:
-    """Name the aliases of both that variants with ready replicas answer now, and none would answer afterwards."""
-    there = frozenset(ready)
+    """Return the aliases in both catalogs that a ready variant can serve before the change but none after it.
+
+    `ready` are the names of variants with a ready replica.
+    """
+    ready_names = frozenset(ready)
     return [
         name
         for name in before.aliases
-        if name in after.aliases and there & _answering(before, name) and not there & _answering(after, name)
+        if name in after.aliases
+        and ready_names & _permitted_variants(before, name)
+        and not ready_names & _permitted_variants(after, name)
     ]
 
 
-def _answering(catalog: Catalog, alias: str) -> frozenset[str]:
+def _permitted_variants(catalog: Catalog, alias: str) -> frozenset[str]:
     return frozenset(variant.name for variant in catalog.resolve(alias).permitted)
