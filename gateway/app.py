@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
+from typing import BinaryIO
 
 from config.schema import GatewaySettings
 from config.variant import goldens
@@ -85,13 +86,21 @@ def listen_sockets(settings: GatewaySettings, place: WorkerIndex = SINGLE_WORKER
 
 @asynccontextmanager
 async def gateway(
-    deployment: Deployment, registry: Registry, taken: ListenSockets, place: WorkerIndex = SINGLE_WORKER
+    deployment: Deployment,
+    registry: Registry,
+    taken: ListenSockets,
+    place: WorkerIndex = SINGLE_WORKER,
+    access_log_stream: BinaryIO | None = None,
 ) -> AsyncIterator[Gateway]:
-    """Serve clients and operators; when the block ends, running requests finish first."""
+    """Serve clients and operators; when the block ends, running requests finish first.
+
+    The access log is written to `access_log_stream`, by default to stderr.
+    """
     live_config, metrics, quota = live_config_for(deployment), Metrics(), Quota(place.share)
     settings = deployment.settings.gateway
     async with AsyncExitStack() as stack:
-        access_log = stack.enter_context(AccessLog(sys.stderr.buffer, settings.access_log, metrics.log_lines_dropped))
+        stream = access_log_stream or sys.stderr.buffer
+        access_log = stack.enter_context(AccessLog(stream, settings.access_log, metrics.log_lines_dropped))
         traced = await stack.enter_async_context(tracing(settings.tracing))
         await stack.enter_async_context(LoopLag(metrics.loop_lag_seconds))
         pool = await stack.enter_async_context(Pool())
@@ -158,11 +167,16 @@ async def gateway_alone(
 
 @asynccontextmanager
 async def everything(
-    deployment: Deployment, machine: Machine, registry: Registry, home: Path, path: Path | None = None
+    deployment: Deployment,
+    machine: Machine,
+    registry: Registry,
+    home: Path,
+    path: Path | None = None,
+    access_log_stream: BinaryIO | None = None,
 ) -> AsyncIterator[Addresses]:
     """Gateway and replicas on one machine; requests end before their replicas do.
 
-    With a path, that file is followed.
+    With a path, that file is followed. The access log is written to `access_log_stream`, by default to stderr.
     """
     wanted = deployment.wanted
     with sole_owner(wanted, home) as owner, listen_sockets(deployment.settings.gateway) as taken:
@@ -170,7 +184,7 @@ async def everything(
             Probe() as probe,
             own_replicas(wanted, machine, registry, probe, home, owner) as own,
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
-            gateway(deployment, registry, taken) as served,
+            gateway(deployment, registry, taken, access_log_stream=access_log_stream) as served,
             following(path, served, SupervisedReload(watch, own).apply),
         ):
             yield served.addresses
