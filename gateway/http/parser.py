@@ -13,10 +13,10 @@ body             data                       body; memory is reserved for it
 body             too long, or no memory     discarding, if the body is short; else dropping
 body             request complete           idle; the request goes to the sink
 discarding       request complete           idle; the refused request goes to the sink
-any but          invalid bytes, head too    dropping
-dropping         large, `refuse` called
-any              `abandon` called           idle; reserved memory is released
+all of these     invalid bytes, too large   dropping; the refused request goes to the sink
+                 a head, `refuse` called
 dropping         bytes                      dropping; `dropping` is the number of bytes still to be ignored
+any              `abandon` called           idle; reserved memory is released
 ===============  =========================  ==================================================================
 
 discarding: `request.refusal` is set, the rest of the body is parsed but not kept, and the connection stays usable.
