@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
+from typing import BinaryIO
 
 from config.schema import GatewaySettings
 from config.variant import goldens
@@ -16,7 +17,7 @@ from gateway.handlers.inference import InferenceHandler, Observers
 from gateway.handlers.models import client_app
 from gateway.handlers.router import Router
 from gateway.http.listener import address_of, bind, listen
-from gateway.http.server import HttpServer, serving_clients
+from gateway.http.server import HttpServer, serve_clients
 from gateway.live_config import LiveConfig, LiveWeights
 from gateway.observability.access_log import AccessLog
 from gateway.observability.metrics import FleetCollector, LoopLag, Metrics
@@ -86,14 +87,22 @@ def listen_sockets(settings: GatewaySettings, place: WorkerIndex = SINGLE_WORKER
 
 @asynccontextmanager
 async def gateway(
-    deployment: Deployment, registry: Registry, taken: ListenSockets, place: WorkerIndex = SINGLE_WORKER
+    deployment: Deployment,
+    registry: Registry,
+    taken: ListenSockets,
+    place: WorkerIndex = SINGLE_WORKER,
+    access_log_stream: BinaryIO | None = None,
 ) -> AsyncIterator[Gateway]:
-    """Serve clients and operators; when the block ends, running requests finish first."""
+    """Serve clients and operators; when the block ends, running requests finish first.
+
+    The access log is written to `access_log_stream`, by default to stderr.
+    """
     live_config, metrics, quota = live_config_for(deployment), Metrics(), Quota(place.share)
     weights = LiveWeights()
     settings = deployment.settings.gateway
     async with AsyncExitStack() as stack:
-        access_log = stack.enter_context(AccessLog(sys.stderr.buffer, settings.access_log, metrics.log_lines_dropped))
+        stream = access_log_stream or sys.stderr.buffer
+        access_log = stack.enter_context(AccessLog(stream, settings.access_log, metrics.log_lines_dropped))
         traced = await stack.enter_async_context(tracing(settings.tracing))
         await stack.enter_async_context(LoopLag(metrics.loop_lag_seconds))
         pool = await stack.enter_async_context(Pool())
@@ -125,7 +134,7 @@ async def gateway(
             settings.memory_bytes,
             on_client_aborted=lambda reason: metrics.clients_cut.labels(reason).inc(),
         )
-        await stack.enter_async_context(serving_clients(server, taken.client, settings.drain_seconds))
+        await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
         addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
@@ -159,18 +168,23 @@ async def gateway_alone(
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             others_replicas(wanted, registry, probe) as follower,
             gateway(deployment, registry, taken, place) as served,
-            following(path, served, FollowerReload(watch, follower, registry, served.live_config).take),
+            following(path, served, FollowerReload(watch, follower, registry, served.live_config).apply),
         ):
             yield served.addresses
 
 
 @asynccontextmanager
 async def everything(
-    deployment: Deployment, machine: Machine, registry: Registry, home: Path, path: Path | None = None
+    deployment: Deployment,
+    machine: Machine,
+    registry: Registry,
+    home: Path,
+    path: Path | None = None,
+    access_log_stream: BinaryIO | None = None,
 ) -> AsyncIterator[Addresses]:
     """Gateway and replicas on one machine; requests end before their replicas do.
 
-    With a path, that file is followed.
+    With a path, that file is followed. The access log is written to `access_log_stream`, by default to stderr.
     """
     wanted = deployment.wanted
     with sole_owner(wanted, home) as owner, listen_sockets(deployment.settings.gateway) as taken:
@@ -178,8 +192,8 @@ async def everything(
             Probe() as probe,
             own_replicas(wanted, machine, registry, probe, home, owner) as own,
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
-            gateway(deployment, registry, taken) as served,
-            following(path, served, SupervisedReload(watch, own).take),
+            gateway(deployment, registry, taken, access_log_stream=access_log_stream) as served,
+            following(path, served, SupervisedReload(watch, own).apply),
         ):
             yield served.addresses
 
@@ -206,7 +220,7 @@ async def following(path: Path | None, served: Gateway, take: ApplyDeployment) -
             served.live_config.replace(live_config_for(deployment))
             served.load.set_speeds(deployment.speeds)
             served.dispatcher.keep_only(served.live_config.catalog)
-            served.quota.keep(deployment.keys.names())
+            served.quota.keep_only(deployment.keys.names())
 
         await take(deployment, swap)
 

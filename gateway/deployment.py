@@ -1,4 +1,4 @@
-"""A configuration with everything that it refers to, read."""
+"""Loads a configuration together with the files it refers to: manifests, keys, certificates, measured speeds."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,53 +15,54 @@ from serving.tls import Tls
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A configuration with everything that it refers to, read; `folder` is where it lies."""
+    """A configuration and the contents of the files it refers to; `folder` is the configuration's directory."""
 
     settings: Settings
     variants: Mapping[str, Variant]
     keys: Keys
-    state: str | None = None  # where the state database is; None: neither told nor asked
+    state: str | None = None  # URL of the state database; None: not used
     folder: Path = Path()
-    tls: Mapping[int, Tls] = field(default_factory=dict)  # by the replica's place in the configuration
-    speeds: Mapping[str, SpeedProfile] = field(default_factory=dict)  # by variant, of those that were measured
+    tls: Mapping[int, Tls] = field(default_factory=dict)  # by the replica's index in the configuration
+    speeds: Mapping[str, SpeedProfile] = field(default_factory=dict)  # by variant, if measured
 
     @property
     def wanted(self) -> Wanted:
-        """What serving needs to know of it."""
+        """The part that `serving` needs to run replicas."""
         return Wanted(self.settings, self.variants, self.state, self.folder, self.tls)
 
 
 def read_deployment(path: Path) -> Deployment:
-    """Read a configuration file, the manifests, keys and certificates it names; ConfigError if anything is wrong."""
+    """Load a configuration file and all files it refers to; ConfigError if any is missing or invalid."""
     wanted = read_wanted(path)
-    named = wanted.settings.gateway.keys
-    keys = read_keys(path.parent / named) if named else Keys()
+    keys_file = wanted.settings.gateway.keys
+    keys = read_keys(path.parent / keys_file) if keys_file else Keys()
     speeds = read_speeds(wanted.settings, wanted.variants)
     return Deployment(wanted.settings, wanted.variants, keys, wanted.state, wanted.folder, wanted.tls, speeds)
 
 
 def read_speeds(settings: Settings, variants: Mapping[str, Variant]) -> dict[str, SpeedProfile]:
-    """Read how fast variants were measured to be, where `capacity.json` tells; ConfigError if one can't be read.
+    """Read the measured speed of each variant that has a `capacity.json`; ConfigError if one is invalid.
 
-    Of several measurements it is one with the launch settings of the configured replicas, or else the newest; how
-    far a replica is from it is learned while it answers.
+    Of several measurements, the newest with the launch settings of a configured replica counts, otherwise the newest.
+    A replica's deviation from it is learned at runtime.
     """
     speeds = {}
     for name, variant in variants.items():
         if variant.path is None:
             continue
         measurements = read_capacity(variant.path / FILE_NAME).measurements
-        launches = [replica for replica in settings.replicas if replica.variant == name]
-        found = sorted(measurements, key=lambda each: (_fits(each.setup, launches), each.measured))
-        speed = SpeedProfile.measured(found[-1]) if found else None
+        replicas = [replica for replica in settings.replicas if replica.variant == name]
+        by_relevance = sorted(measurements, key=lambda entry: (_has_setup_of(replicas, entry.setup), entry.measured))
+        speed = SpeedProfile.measured(by_relevance[-1]) if by_relevance else None
         if speed is not None:
             speeds[name] = speed
     return speeds
 
 
-def _fits(setup: Setup, launches: Iterable[ReplicaSettings]) -> bool:
+def _has_setup_of(replicas: Iterable[ReplicaSettings], setup: Setup) -> bool:
+    """Whether a measurement was made with the launch settings of one of the replicas."""
     measured = (setup.tensor_parallel, setup.max_num_seqs, setup.kv_cache_bytes, setup.dtype, setup.args)
     return any(
-        measured == (each.tensor_parallel, each.max_num_seqs, each.kv_cache_bytes, each.dtype, each.args)
-        for each in launches
+        measured == (replica.tensor_parallel, replica.max_num_seqs, replica.kv_cache_bytes, replica.dtype, replica.args)
+        for replica in replicas
     )

@@ -1,4 +1,4 @@
-"""Replicas behind a gateway go over to another configuration, and requests with them, in an order that loses none."""
+"""Applies a changed configuration to the replicas and then to requests, in an order that loses no request."""
 
 import asyncio
 import logging
@@ -18,65 +18,65 @@ from serving.watch import Watch
 log = logging.getLogger(__name__)
 
 # As long as a replica may take to start.
-PATIENCE_SECONDS = 900.0
+WAIT_SECONDS = 900.0
 
-# What is wanted, and what makes requests go by it from now on.
+# Called with the new deployment and with a function that switches requests over to it.
 ApplyDeployment = Callable[[Deployment, Callable[[], None]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class SupervisedReload:
-    """Replicas that this process runs, beside those that somebody else runs."""
+    """Reload where this process runs the replicas, beside external ones (`url`)."""
 
     watch: Watch
     own: OwnReplicas
 
-    async def take(self, deployment: Deployment, swap: Callable[[], None]) -> None:
-        """New replicas get ready, then requests go by the new configuration, then the old replicas go."""
-        foreign = deployment.wanted.foreign
+    async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:
+        """Start new replicas, call `swap` when they are ready, then stop the old ones."""
+        external = deployment.wanted.foreign
         self.watch.goldens = goldens(deployment.variants)
-        self.watch.add(foreign)
+        self.watch.add(external)
         await self.own.update(deployment.wanted, swap)
-        self.watch.keep_only(foreign)
+        self.watch.keep_only(external)
 
 
 @dataclass(frozen=True, slots=True)
 class FollowerReload:
-    """Replicas that other processes run: when they are there is theirs to say."""
+    """Reload where other processes run the replicas and decide when they start and stop."""
 
     watch: Watch
     follower: Follower | None
     registry: Registry
     live_config: LiveConfig
-    patience_seconds: float = PATIENCE_SECONDS
+    wait_seconds: float = WAIT_SECONDS
 
-    async def take(self, deployment: Deployment, swap: Callable[[], None]) -> None:
-        """Requests go by the new configuration as soon as no alias loses its last replica by it."""
-        foreign = deployment.wanted.foreign
+    async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:
+        """Call `swap` as soon as no alias would lose its last ready replica, or after `wait_seconds`."""
+        external = deployment.wanted.foreign
         self.watch.goldens = goldens(deployment.variants)
-        self.watch.add(foreign)
+        self.watch.add(external)
         if self.follower is not None:
             keys = {**self.follower.keys, **own_keys(deployment.settings.replicas)}
             self.follower.admit(self.follower.variants | frozenset(deployment.variants), keys)
         after = Catalog(deployment.settings.aliases, deployment.variants)
-        await self._until_nothing_is_lost(self.live_config.catalog, after)
+        await self._wait_until_served(self.live_config.catalog, after)
         swap()
         if self.follower is not None:
             self.follower.admit(frozenset(deployment.variants), own_keys(deployment.settings.replicas))
-        self.watch.keep_only(foreign)
+        self.watch.keep_only(external)
 
-    async def _until_nothing_is_lost(self, before: Catalog, after: Catalog) -> None:
+    async def _wait_until_served(self, before: Catalog, after: Catalog) -> None:
         try:
-            async with asyncio.timeout(self.patience_seconds):
-                told = False
-                while lost := unserved_aliases(before, after, self._ready()):
-                    if not told:
-                        names = ", ".join(lost)
-                        log.info("the configuration waits for replicas: nothing it has is ready for %s", names)
-                        told = True
+            async with asyncio.timeout(self.wait_seconds):
+                logged = False
+                while unserved := unserved_aliases(before, after, self._ready_variants()):
+                    if not logged:
+                        log.info("reload waits for ready replicas of the new configuration for %s", ", ".join(unserved))
+                        logged = True
                     await self.registry.changed()
         except TimeoutError:
-            log.warning("no replica for %s after %g s; the configuration is taken over", lost, self.patience_seconds)
+            names = ", ".join(unserved)
+            log.warning("no ready replica for %s after %g s; applying the configuration", names, self.wait_seconds)
 
-    def _ready(self) -> set[str]:
-        return {each.replica.variant for each in self.registry.snapshot() if each.state is State.READY}
+    def _ready_variants(self) -> set[str]:
+        return {status.replica.variant for status in self.registry.snapshot() if status.state is State.READY}

@@ -1,7 +1,7 @@
-"""Several gateway processes on one port: the kernel spreads connections over them, each has an admin port of its own.
+"""Several gateway processes on one client port (SO_REUSEPORT); each has its own admin port.
 
-One event loop fills one core; metrics with exemplars can't be shared between processes, so every worker is scraped by
-itself (README, "Several workers"). A worker that dies is started again; when the parent dies, its workers stop.
+One event loop uses one core. Metrics with exemplars cannot be shared between processes, so each worker is scraped by
+itself (README, "Several workers"). A worker that dies is restarted; when the parent dies, its workers stop.
 """
 
 import asyncio
@@ -22,54 +22,58 @@ from gateway.http.listener import bind
 
 log = logging.getLogger(__name__)
 
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 30.0
-# A worker that ran for so long and then died has not failed to start.
-SETTLED_SECONDS = 60.0
+# Exponential backoff between restarts of a worker.
+FIRST_BACKOFF_SECONDS = 0.5
+MAX_BACKOFF_SECONDS = 30.0
+# A worker that ran longer than this starts again with the first backoff.
+BACKOFF_RESET_SECONDS = 60.0
 KILL_AFTER_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerIndex:
-    """Which one of how many workers a process is; written `2/4`, counted from 1."""
+    """Position of a worker among all workers, counted from 1; as text `2/4`."""
 
     number: int = 1
     of: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `2/4`; ValueError if it isn't one."""
+        """Parse `2/4`; ValueError if the text is not a valid index."""
         number, _, of = text.partition("/")
-        place = cls(int(number), int(of))
-        if not 1 <= place.number <= place.of:
-            raise ValueError(f"{text!r} is no place")
-        return place
+        index = cls(int(number), int(of))
+        if not 1 <= index.number <= index.of:
+            raise ValueError(f"{text!r} is not a worker index such as 2/4")
+        return index
 
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
 
     @property
     def share(self) -> float:
-        """What part this process has of what is limited in all of them together."""
+        """Fraction of a limit of the whole gateway that applies to this process."""
         return 1 / self.of
 
 
 SINGLE_WORKER = WorkerIndex()
 
 
-def with_worker_ports(deployment: Deployment, place: WorkerIndex) -> Deployment:
-    """The deployment of one worker: the first one's admin port is the configured one, the others' follow it."""
+def with_worker_ports(deployment: Deployment, index: WorkerIndex) -> Deployment:
+    """Return the deployment of one worker: worker K listens on the configured admin port + K - 1."""
     gateway = deployment.settings.gateway
     host, _, port = gateway.admin.rpartition(":")
-    moved = gateway.model_copy(update={"admin": f"{host}:{int(port) + place.number - 1}"})
-    return replace(deployment, settings=deployment.settings.model_copy(update={"gateway": moved}))
+    own = gateway.model_copy(update={"admin": f"{host}:{int(port) + index.number - 1}"})
+    return replace(deployment, settings=deployment.settings.model_copy(update={"gateway": own}))
 
 
 def check_ports(gateway: GatewaySettings, workers: int) -> None:
-    """ConfigError unless all workers can listen: somebody else's port would be shared with us in silence."""
+    """Raise ConfigError unless all ports are free.
+
+    Without this check, SO_REUSEPORT would silently share the client port with another gateway.
+    """
     host, _, port = gateway.admin.rpartition(":")
     if "0" in (port, gateway.listen.rpartition(":")[2]):
-        raise ConfigError("--workers needs ports of its own: gateway.listen and gateway.admin can't be port 0")
+        raise ConfigError("--workers needs fixed ports: set gateway.listen and gateway.admin to ports other than 0")
     bind(gateway.listen, "gateway.listen").close()
     for number in range(workers):
         bind(f"{host}:{int(port) + number}", "gateway.admin").close()
@@ -77,19 +81,19 @@ def check_ports(gateway: GatewaySettings, workers: int) -> None:
 
 @asynccontextmanager
 async def workers(config: Path, count: int, drain_seconds: float) -> AsyncIterator[None]:
-    """Run so many gateways while the block runs; SIGHUP reaches each.
+    """Run `count` gateway processes while the block runs, and forward SIGHUP to them.
 
-    At its end they drain; one that hasn't ended well after `drain_seconds` is killed.
+    On exit they drain. Those that are still running KILL_AFTER_SECONDS after `drain_seconds` are killed.
     """
-    # Each child reads from this pipe: when we are gone, however that came, it reads its end.
-    alive, ours = os.pipe()
+    # Each child polls the read end of this pipe: it becomes readable when the parent ends, for whatever reason.
+    alive, parent_end = os.pipe()
     running = [Worker(config, WorkerIndex(number + 1, count), alive) for number in range(count)]
     loop = asyncio.get_running_loop()
-    tasks = [asyncio.create_task(worker.keep(), name=f"worker {worker.place}") for worker in running]
+    tasks = [asyncio.create_task(worker.run(), name=f"worker {worker.index}") for worker in running]
 
     def reload() -> None:
         for worker in running:
-            worker.tell(signal.SIGHUP)
+            worker.send_signal(signal.SIGHUP)
 
     loop.add_signal_handler(signal.SIGHUP, reload)
     try:
@@ -100,78 +104,78 @@ async def workers(config: Path, count: int, drain_seconds: float) -> AsyncIterat
             worker.stop()
         _, late = await asyncio.wait(tasks, timeout=drain_seconds + KILL_AFTER_SECONDS)
         if late:
-            log.error("%d workers don't end by themselves; they are killed", len(late))
+            log.error("%d workers did not stop in time; killing them", len(late))
             for worker in running:
-                worker.tell(signal.SIGKILL)
+                worker.send_signal(signal.SIGKILL)
         await asyncio.gather(*tasks)
-        os.close(ours)
+        os.close(parent_end)
         os.close(alive)
 
 
 class Worker:
-    """One child process, started again when it dies until it is told to stop."""
+    """One gateway process and its restarts. `alive` is the read end of the parent's pipe."""
 
-    def __init__(self, config: Path, place: WorkerIndex, alive: int) -> None:
-        self.place = place
+    def __init__(self, config: Path, index: WorkerIndex, alive: int) -> None:
+        self.index = index
         self._config = config
         self._alive = alive
         self._stopping = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
 
-    def tell(self, number: signal.Signals) -> None:
-        """Send a signal, if there is anybody to get it."""
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process, if it runs."""
         if self._process is not None and self._process.returncode is None:
             self._process.send_signal(number)
 
     def stop(self) -> None:
-        """Have it drain and end."""
+        """Let the process drain and exit, without a restart."""
         self._stopping.set()
-        self.tell(signal.SIGTERM)
+        self.send_signal(signal.SIGTERM)
 
-    async def keep(self) -> None:
-        """Run the process, again and again, until it is stopped."""
-        pause_seconds, loop = FIRST_PAUSE_SECONDS, asyncio.get_running_loop()
+    async def run(self) -> None:
+        """Run the process, and restart it with backoff whenever it exits, until `stop` is called."""
+        backoff_seconds, loop = FIRST_BACKOFF_SECONDS, asyncio.get_running_loop()
         while not self._stopping.is_set():
-            began = loop.time()
-            code = await self._run()
+            started = loop.time()
+            code = await self._run_once()
             if self._stopping.is_set():
                 return
-            if loop.time() - began > SETTLED_SECONDS:
-                pause_seconds = FIRST_PAUSE_SECONDS
-            log.error("worker %s ended with code %s; it is started again in %g s", self.place, code, pause_seconds)
+            if loop.time() - started > BACKOFF_RESET_SECONDS:
+                backoff_seconds = FIRST_BACKOFF_SECONDS
+            log.error("worker %s exited with code %s; restarting it in %g s", self.index, code, backoff_seconds)
             try:
-                async with asyncio.timeout(pause_seconds):
+                async with asyncio.timeout(backoff_seconds):
                     await self._stopping.wait()
             except TimeoutError:
-                pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+                backoff_seconds = min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
 
-    async def _run(self) -> int:
-        arguments = ("gateway", str(self._config), "--worker", str(self.place), "--alive", str(self._alive))
+    async def _run_once(self) -> int:
+        arguments = ("gateway", str(self._config), "--worker", str(self.index), "--alive", str(self._alive))
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", "import sys; from quantgate import main; sys.exit(main())", *arguments),
             pass_fds=(self._alive,),
-            # A terminal's Ctrl-C is the parent's to pass on, once.
+            # Ctrl-C on a terminal then reaches the parent only, which stops the workers in order.
             start_new_session=True,
         )
         if self._stopping.is_set():
-            self.tell(signal.SIGTERM)
+            self.send_signal(signal.SIGTERM)
         return await self._process.wait()
 
 
 @asynccontextmanager
-async def ending_with_parent(alive: int | None) -> AsyncIterator[None]:
-    """Have this process drain when the other end of a pipe is closed, because its parent is gone."""
+async def stop_with_parent(alive: int | None) -> AsyncIterator[None]:
+    """Drain and stop this process when the parent's end of the pipe is closed; None: it has no parent to watch."""
     if alive is None:
         yield
         return
     loop = asyncio.get_running_loop()
 
-    def gone() -> None:
+    def on_parent_exit() -> None:
         loop.remove_reader(alive)
-        log.warning("the parent process is gone; this worker stops")
+        log.warning("the parent process has exited; stopping this worker")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    loop.add_reader(alive, gone)
+    loop.add_reader(alive, on_parent_exit)
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from config.load import load_settings
-from quantgate import VERBS
+from quantgate import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -29,7 +29,7 @@ def test_verbs_of_the_readme_exist() -> None:
         re.findall(r"^    quantgate ([a-z]+)", README, re.MULTILINE)
     )
     assert named
-    assert named <= set(VERBS)
+    assert named <= set(COMMANDS)
 
 
 def test_files_of_the_readme_exist() -> None:

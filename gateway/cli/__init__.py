@@ -1,1 +1,1 @@
-"""The command line of the gateway: one file for each verb."""
+"""Commands of the gateway, one module each; quantgate.py has the table of all commands."""

@@ -1,4 +1,4 @@
-"""The verb `keys`: create, list, rotate, revoke."""
+"""The command `keys`: create, list, rotate and revoke API keys."""
 
 import argparse
 import json
@@ -16,28 +16,28 @@ from pydantic import ValidationError
 from config.errors import ConfigError
 from config.schema import Floor
 from gateway.keys.issuing import create_key, revoke_key, revoke_old_key, rotate_key
-from gateway.keys.stored import KeyLimits, StoredKey, as_time, problems, read_stored
+from gateway.keys.stored import KeyLimits, StoredKey, parse_time, problems, read_stored
 from serving.foreground import USAGE
 
 DEFAULT_FILE = Path("keys.yaml")
 AGES = {"d": timedelta(days=1), "h": timedelta(hours=1)}
-NOT_THE_OWNERS_ALONE = stat.S_IRGRP | stat.S_IROTH
-DIGEST_SHOWN = 8
+READABLE_BY_OTHERS = stat.S_IRGRP | stat.S_IROTH
+DIGEST_CHARACTERS = 8
 
 
 def keys_main(arguments: list[str]) -> int:
-    """Hand out, list, replace and revoke keys for clients; 2 for what can't be done, and nothing is changed."""
-    chosen = _parser().parse_args(arguments)
+    """Create, list, rotate or revoke keys; exit code 2, with the file unchanged, on any error."""
+    options = _parser().parse_args(arguments)
     now = datetime.fromtimestamp(int(time.time()), UTC)
     try:
-        if chosen.verb == "create":
-            print(create_key(chosen.file, chosen.name, terms_of(chosen, now)))
-        elif chosen.verb == "rotate":
-            print(rotate_key(chosen.file, chosen.name))
-        elif chosen.verb == "revoke":
-            (revoke_old_key if chosen.old else revoke_key)(chosen.file, chosen.name)
+        if options.action == "create":
+            print(create_key(options.file, options.name, parse_limits(options, now)))
+        elif options.action == "rotate":
+            print(rotate_key(options.file, options.name))
+        elif options.action == "revoke":
+            (revoke_old_key if options.old else revoke_key)(options.file, options.name)
         else:
-            _list(chosen.file, now, as_json=chosen.json)
+            _list(options.file, now, as_json=options.json)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE
@@ -47,38 +47,42 @@ def keys_main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quantgate keys",
-        description="Manage the keys that clients authenticate with. A key is printed once; the file keeps its "
-        "SHA-256, and how far it reaches. Every change rewrites the file, without the comments in it and readable by "
-        "its owner only; a gateway that runs takes it over by itself.",
+        description="Manage the API keys of clients. A key is printed once; the file stores its SHA-256 digest and its "
+        "limits. Every change rewrites the file, without its comments and readable by its owner only. A running "
+        "gateway reloads the file by itself.",
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="create|list|rotate|revoke")
-    create = _verb(verbs, "create", "make a key and print it; only its digest is kept", "who it is for")
-    _add_terms(create)
-    listing = _verb(verbs, "list", "names, digests, expiry and limits; never a key", None)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="create|list|rotate|revoke")
+    create = _action(actions, "create", "create a key and print it; only its digest is stored", "name of the key")
+    _add_limits(create)
+    listing = _action(actions, "list", "list names, digests, expiry and limits; never keys", None)
     listing.add_argument("--json", action="store_true", help="print a JSON array")
-    _verb(verbs, "rotate", "make a second key for a name and print it; the first stays in force", "whose")
-    revoke = _verb(verbs, "revoke", "remove a name with its keys", "whose")
-    revoke.add_argument("--old", action="store_true", help="only the older one of its two keys")
+    _action(actions, "rotate", "add a second key to a name and print it; the first stays valid", "name of the key")
+    revoke = _action(actions, "revoke", "remove a name with its keys", "name of the key")
+    revoke.add_argument("--old", action="store_true", help="remove only the older one of its two keys")
     return parser
 
 
-def _verb(verbs: Any, verb: str, text: str, name: str | None) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(verb, help=text, description=text[0].upper() + text[1:] + ".")
-    if name is not None:
-        parser.add_argument("name", metavar="NAME", help=name)
+def _action(actions: Any, action: str, text: str, name_help: str | None) -> argparse.ArgumentParser:
+    description = text[0].upper() + text[1:] + "."
+    parser: argparse.ArgumentParser = actions.add_parser(action, help=text, description=description)
+    if name_help is not None:
+        parser.add_argument("name", metavar="NAME", help=name_help)
     parser.add_argument(
-        "--file", type=Path, default=DEFAULT_FILE, help="the configuration's gateway.keys (default: %(default)s)"
+        "--file",
+        type=Path,
+        default=DEFAULT_FILE,
+        help="keys file, as in gateway.keys of the configuration (default: %(default)s)",
     )
     return parser
 
 
-def _add_terms(create: argparse.ArgumentParser) -> None:
+def _add_limits(create: argparse.ArgumentParser) -> None:
     create.add_argument(
         "--alias",
         nargs="+",
         action="extend",
         metavar="NAME",
-        help="it may use this alias or variant, and only those named so",
+        help="allow only these models (aliases or variants); default: all",
     )
     create.add_argument(
         "--floor",
@@ -86,72 +90,72 @@ def _add_terms(create: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="MEASURE=NUMBER",
-        help=f"the least quality that may answer it: {', '.join(Floor.model_fields)}",
+        help=f"quality floor of its requests: {', '.join(Floor.model_fields)}",
     )
     for option, text in (
-        ("--requests-per-minute", "so many requests a minute"),
-        ("--tokens-per-minute", "so many tokens a minute, of prompts and answers"),
-        ("--concurrency", "so many requests at the same time"),
-        ("--max-tokens", "so many tokens in one answer"),
+        ("--requests-per-minute", "limit on requests per minute"),
+        ("--tokens-per-minute", "limit on tokens per minute, of prompts and responses"),
+        ("--concurrency", "limit on concurrent requests"),
+        ("--max-tokens", "limit on tokens of one response"),
     ):
         create.add_argument(option, type=int, metavar="N", help=text)
     create.add_argument(
         "--expires",
         metavar="WHEN",
-        help="not accepted from then on: 2027-01-31 (0:00 UTC), 2027-01-31T12:00Z, 30d, 12h",
+        help="expiry: 2027-01-31 (0:00 UTC), 2027-01-31T12:00Z, or from now: 30d, 12h; default: never",
     )
     create.add_argument(
-        "--may", nargs="+", action="extend", default=[], metavar="FIELD", help="guarded fields it may send"
+        "--may", nargs="+", action="extend", default=[], metavar="FIELD", help="guarded engine fields that it may send"
     )
 
 
-def terms_of(chosen: argparse.Namespace, now: datetime) -> KeyLimits:
-    """Read the options of `create`; ConfigError tells every problem of them."""
-    told = {
-        "aliases": chosen.alias,
-        "floor": dict(_measure(part) for part in chosen.floor),
-        "requests_per_minute": chosen.requests_per_minute,
-        "tokens_per_minute": chosen.tokens_per_minute,
-        "concurrency": chosen.concurrency,
-        "max_tokens": chosen.max_tokens,
-        "expires": None if chosen.expires is None else expiry(chosen.expires, now),
-        "may": chosen.may,
+def parse_limits(options: argparse.Namespace, now: datetime) -> KeyLimits:
+    """Read the limits from the options of `create`; ConfigError lists all problems."""
+    limits = {
+        "aliases": options.alias,
+        "floor": dict(_parse_measure(part) for part in options.floor),
+        "requests_per_minute": options.requests_per_minute,
+        "tokens_per_minute": options.tokens_per_minute,
+        "concurrency": options.concurrency,
+        "max_tokens": options.max_tokens,
+        "expires": None if options.expires is None else parse_expiry(options.expires, now),
+        "may": options.may,
     }
     try:
-        return KeyLimits.model_validate(told)
+        return KeyLimits.model_validate(limits)
     except ValidationError as error:
         raise ConfigError("\n".join(f"quantgate keys create: {problem}" for problem in problems(error))) from None
 
 
-def _measure(part: str) -> tuple[str, str]:
+def _parse_measure(part: str) -> tuple[str, str]:
     measure, equals, value = part.partition("=")
     if not equals:
-        raise ConfigError(f"quantgate keys create: floor: {part!r} has no number; write {measure}=0.97")
+        raise ConfigError(f"quantgate keys create: floor: {part!r} is not MEASURE=NUMBER; write {measure}=0.97")
     return measure, value
 
 
-def expiry(text: str, now: datetime) -> datetime:
-    """Read a date, a timestamp, or a time from now such as 30d or 12h; ConfigError if it is none, or past."""
+def parse_expiry(text: str, now: datetime) -> datetime:
+    """Parse a date, a timestamp, or a time from now such as 30d or 12h; ConfigError if it is invalid or past."""
     age = re.fullmatch(r"([0-9]+)([dh])", text)
     try:
-        when = now + int(age[1]) * AGES[age[2]] if age else as_time(text)
+        when = now + int(age[1]) * AGES[age[2]] if age else parse_time(text)
     except (ValueError, OverflowError):
-        raise ConfigError(f"quantgate keys create: expires: {text!r} is no date; write 2027-01-31 or 30d") from None
+        raise ConfigError(f"quantgate keys create: expires: {text!r} is not a date; write 2027-01-31 or 30d") from None
     if when <= now:
-        raise ConfigError(f"quantgate keys create: expires: {text!r} is past; choose a later date")
+        raise ConfigError(f"quantgate keys create: expires: {text!r} is in the past; choose a later date")
     return when
 
 
 def _list(path: Path, now: datetime, *, as_json: bool) -> None:
     stored = read_stored(path)
     mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & NOT_THE_OWNERS_ALONE:
-        print(f"{path}: others than its owner can read it (mode {mode:o}); chmod 600 {path}", file=sys.stderr)
+    if mode & READABLE_BY_OTHERS:
+        print(f"{path}: readable by other users (mode {mode:o}); run chmod 600 {path}", file=sys.stderr)
     rows = [_row(name, key, now) for name, key in stored.items()]
     try:
         print(json.dumps(rows, indent=2) if as_json else _table(rows), flush=True)
     except BrokenPipeError:
-        # Whoever read has enough; what Python still wants to flush at exit goes nowhere.
+        # The reader, such as `head`, has closed the pipe. /dev/null takes what Python still flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -162,18 +166,19 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _row(name: str, key: StoredKey, now: datetime) -> dict[str, Any]:
-    """One key as `list --json` tells it."""
-    terms = key.model_dump(mode="json", exclude={"sha256"})
-    terms["floor"] = {measure: limit for measure, limit in terms["floor"].items() if limit is not None}
+    """Build a key's object of `list --json`; a digest is shortened to DIGEST_CHARACTERS."""
+    limits = key.model_dump(mode="json", exclude={"sha256"})
+    limits["floor"] = {measure: limit for measure, limit in limits["floor"].items() if limit is not None}
     expired = key.expires is not None and key.expires <= now
-    return {"name": name, "sha256": [digest[:DIGEST_SHOWN] for digest in key.sha256], **terms, "expired": expired}
+    digests = [digest[:DIGEST_CHARACTERS] for digest in key.sha256]
+    return {"name": name, "sha256": digests, **limits, "expired": expired}
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, str, str, str]:
     expires = (row["expires"] or "never") + (" (expired)" if row["expired"] else "")
     limits = [f"aliases={','.join(row['aliases']) or 'none'}"] if row["aliases"] is not None else []
     limits += [f"floor.{measure}={limit}" for measure, limit in row["floor"].items()]
-    counted = ("requests_per_minute", "tokens_per_minute", "concurrency", "max_tokens")
-    limits += [f"{limit}={row[limit]}" for limit in counted if row[limit] is not None]
+    numeric = ("requests_per_minute", "tokens_per_minute", "concurrency", "max_tokens")
+    limits += [f"{limit}={row[limit]}" for limit in numeric if row[limit] is not None]
     limits += [f"may={','.join(row['may'])}"] if row["may"] else []
     return row["name"], ",".join(row["sha256"]), expires, " ".join(limits) or "none"

@@ -1,1 +1,1 @@
-"""The main job from end to end on one machine: quantize a small model, serve it, ask it."""
+"""`quantgate demo`: quantizes a small model, serves all its variants and queries them, on one machine."""

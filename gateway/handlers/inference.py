@@ -50,11 +50,11 @@ class InferenceHandler:
                 if request.refusal is not None:
                     raise request.refusal
                 self._parse(request, context)
-                with self.quota.enter(context.caller, stats.started_at) as admission:
+                with self.quota.admit(context.caller, stats.started_at) as admission:
                     try:
                         await self._serve(context)
                     finally:
-                        admission.spent(stats.tokens, stats.clock())
+                        admission.charge(stats.tokens, stats.clock())
             except GatewayError as error:
                 self._refuse(error, context)
             except ClientDisconnected:

@@ -1,1 +1,1 @@
-"""The clients' side of the wire: HTTP/1.1 connections, their requests, and what goes back."""
+"""HTTP/1.1 server for clients (Envoy's "downstream"): connections, request parsing, responses, listening sockets."""

@@ -1,4 +1,4 @@
-"""A bridge to ASGI apps, for everything that isn't in a hurry: routes that FastAPI serves."""
+"""Adapter that serves a request with an ASGI app: for FastAPI routes, which are not performance-critical."""
 
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -10,36 +10,36 @@ from gateway.http.response_writer import ResponseWriter, header_lines
 Message = MutableMapping[str, Any]
 App = Callable[[Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]], Awaitable[None]]
 
-# Who frames the message is the server.
-_OWN = frozenset({b"content-length", b"transfer-encoding", b"connection", b"date"})
+# Headers that this server writes itself; an app's are dropped.
+_FRAMING_HEADERS = frozenset({b"content-length", b"transfer-encoding", b"connection", b"date"})
 
 
-async def serve(app: App, request: Request, reply: ResponseWriter) -> None:
-    """Have an app answer a request; its whole answer goes out at once. Spec: ASGI 3, HTTP 2.3."""
+async def serve(app: App, request: Request, response: ResponseWriter) -> None:
+    """Run an app on one request and send its response, buffered, at once. Spec: ASGI 3, HTTP 2.3."""
     status, headers, body = 500, list[tuple[bytes, bytes]](), list[bytes]()
-    told = False
+    body_received = False
 
     async def receive() -> Message:
-        nonlocal told
-        if told:
+        nonlocal body_received
+        if body_received:
             return {"type": "http.disconnect"}
-        told = True
+        body_received = True
         return {"type": "http.request", "body": request.body, "more_body": False}
 
     async def send(message: Message) -> None:
         nonlocal status
         if message["type"] == "http.response.start":
             status = message["status"]
-            headers.extend(pair for pair in message["headers"] if pair[0].lower() not in _OWN)
+            headers.extend(header for header in message["headers"] if header[0].lower() not in _FRAMING_HEADERS)
         else:
             body.append(message.get("body", b""))
 
     await app(scope_of(request), receive, send)
-    reply.send(status, header_lines(headers), b"".join(body))
+    response.send(status, header_lines(headers), b"".join(body))
 
 
 def scope_of(request: Request) -> Message:
-    """Describe a request to an app; the path comes from the request line, never from a header."""
+    """Build the ASGI scope; the path comes from the request line, never from a header."""
     path, _, query = request.target.partition(b"?")
     return {
         "type": "http",

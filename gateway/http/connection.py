@@ -1,7 +1,37 @@
-"""One client's connection: a task for each request, answers in order, and a deadline for everything.
+"""One client connection: reads pipelined requests, answers them in order, and enforces the client timeouts.
 
-Own code stands here where uvicorn would do, because uvicorn alone costs as much CPU per request as a bare protocol that
-asks a replica, too (tests/benchmarks/RESULTS.md), and bounds neither a request's head nor the time that it takes.
+It replaces uvicorn on the client port. Uvicorn alone costs as much CPU per request as a bare asyncio protocol that also
+queries a replica (tests/benchmarks/RESULTS.md), and limits neither the size of a request's head nor the time it takes.
+
+State: idle (no request), reading (a request is incomplete), answering (a handler task runs; complete requests wait in
+`_pipelined`), lingering (the response to a refused request is out, and its rest still arrives), closed.
+
+=====================  ====================================================================================
+event                  idle            reading         answering                lingering
+=====================  ====================================================================================
+bytes                  reading         reading         parsed as well           dropped; closed when all that
+                                                                                was announced has arrived,
+                                                                                aborted if much more arrives
+request complete       answering       answering       queued; refused with     -
+                                                       400 if 16 are queued
+response ended         -               -               answering the next one   -
+                                                       in the queue; else idle
+                                                       (keep-alive), lingering
+                                                       (client still writes) or
+                                                       closed
+handler ended without  -               -               aborted                  -
+ending the response
+client lost            closed          closed          closed; the handler is   closed
+                                                       cancelled
+deadline tick          closed          answering the   no deadline              closed
+                                       refusal (408)
+drain                  closed          closed          finishes, or is          closed
+                                                       cancelled after the
+                                                       grace time; then closed
+=====================  ====================================================================================
+
+While a refused request is being answered, its remaining bytes are dropped as in lingering. A client that does not read
+its response is aborted after `slow_reader_seconds`, in `drain`.
 """
 
 import asyncio
@@ -22,187 +52,197 @@ WRITE_HIGH_WATER_BYTES = 64 * 1024
 
 
 class ClientConnection(asyncio.Protocol):
-    """Reads requests, has each answered by a task, and ends that task when the client leaves."""
+    """Asyncio protocol of one connection; runs one handler task at a time and cancels it when the client is lost."""
 
-    def __init__(self, front: ServerContext) -> None:
-        self._front = front
+    def __init__(self, server: ServerContext) -> None:
+        self._server = server
         self._loop = asyncio.get_running_loop()
-        self._transport: asyncio.Transport  # from `connection_made` on, which comes before anything else
-        self._reading = RequestParser(front, self)
-        self._arrived: deque[Request] = deque()  # read, and behind the one that is being answered
+        self._transport: asyncio.Transport  # set by `connection_made`, before any other call
+        self._parser = RequestParser(server, self)
+        self._pipelined: deque[Request] = deque()  # complete requests behind the one being answered
         self._task: asyncio.Task[None] | None = None
-        self._drain: asyncio.Future[None] | None = None
+        self._drain_waiter: asyncio.Future[None] | None = None
         self._linger_until = 0.0
-        self._deadline = self._loop.time() + front.timeouts.keep_alive_seconds
+        self._deadline = self._loop.time() + server.timeouts.keep_alive_seconds
         self._timer: asyncio.TimerHandle | None = None
-        self.paused = False
-        self.lost = False
+        self.write_paused = False
+        self.disconnected = False
 
     @property
     def busy(self) -> bool:
-        """Tell whether a request is being answered."""
+        """Whether a request is being answered."""
         return self._task is not None
 
-    # What the transport does
+    # Events of the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # uvloop's transports are not subclasses of asyncio's, they only behave like them.
+        # uvloop's transports have the interface of asyncio's, but are not subclasses.
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
-        self._front.register(self)
-        self._timer = self._loop.call_later(self._front.timeouts.tick_seconds, self._tick)
+        self._server.register(self)
+        self._timer = self._loop.call_later(self._server.timeouts.tick_seconds, self._tick)
 
     def data_received(self, data: bytes) -> None:
-        if self._reading.dropping is None:
-            self._reading.feed(data)
+        if self._parser.dropping is None:
+            self._parser.feed(data)
         else:
-            self._linger(len(data))
+            self._drop(len(data))
 
     def eof_received(self) -> bool:
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        self.lost = True
+        self.disconnected = True
         if self._timer is not None:
             self._timer.cancel()
         if self._task is not None:
             self._task.cancel()
-        if self._drain is not None and not self._drain.done():
-            self._drain.set_result(None)
-        self._reading.abandon()
-        for request in self._arrived:
-            self._front.release(request)
-        self._arrived.clear()
-        self._front.unregister(self)
+        if self._drain_waiter is not None and not self._drain_waiter.done():
+            self._drain_waiter.set_result(None)
+        self._parser.abandon()
+        for request in self._pipelined:
+            self._server.release(request)
+        self._pipelined.clear()
+        self._server.unregister(self)
 
     def pause_writing(self) -> None:
-        self.paused = True
+        self.write_paused = True
 
     def resume_writing(self) -> None:
-        self.paused = False
-        if self._drain is not None and not self._drain.done():
-            self._drain.set_result(None)
+        self.write_paused = False
+        if self._drain_waiter is not None and not self._drain_waiter.done():
+            self._drain_waiter.set_result(None)
 
-    # What comes
+    # Events of the parser
 
     def expect_within(self, seconds: float) -> None:
-        """More of a request must come in time, unless one is being answered."""
+        """Set the deadline for the next bytes of a request; none applies while another one is being answered."""
         if self._task is None:
             self._deadline = self._loop.time() + seconds
 
     def send_100_continue(self) -> None:
-        """Tell a client that waits for it that its body is welcome."""
+        """Send `100 Continue`, unless that would end up inside the response to an earlier request."""
         if self._task is None:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_request(self, request: Request) -> None:
-        """Have a request answered when it is its turn; RequestError if there are too many."""
-        if len(self._arrived) >= PIPELINED_LIMIT and request.refusal is None:
-            self._front.release(request)
-            raise RequestError(f"more than {PIPELINED_LIMIT} requests at once on a connection; wait for answers")
-        self._arrived.append(request)
-        self._next()
+        """Answer a request, after those before it; raises RequestError if too many are pipelined."""
+        if len(self._pipelined) >= PIPELINED_LIMIT and request.refusal is None:
+            self._server.release(request)
+            raise RequestError(
+                f"more than {PIPELINED_LIMIT} pipelined requests; wait for responses before sending more"
+            )
+        self._pipelined.append(request)
+        self._start_next()
 
-    def _linger(self, size_bytes: int) -> None:
-        """Drop what still comes; a client that has written all that it announced reads next, and needs no more time."""
-        reading = self._reading
-        assert reading.dropping is not None
-        reading.dropping -= size_bytes
-        if reading.dropping < -SHORT_BODY_BYTES:
+    def _drop(self, size_bytes: int) -> None:
+        """Count dropped bytes of a refused request.
+
+        When all of its announced body has arrived the client will read the response, so the connection can be closed.
+        """
+        parser = self._parser
+        assert parser.dropping is not None
+        parser.dropping -= size_bytes
+        if parser.dropping < -SHORT_BODY_BYTES:
             self._transport.abort()
         elif self._task is None:
-            self._deadline = min(self._loop.time() + self._front.timeouts.linger_seconds, self._linger_until)
-            if reading.dropping <= 0:
+            self._deadline = min(self._loop.time() + self._server.timeouts.linger_seconds, self._linger_until)
+            if parser.dropping <= 0:
                 self._transport.close()
 
     # Answering
 
-    def _next(self) -> None:
-        if self._task is not None or not self._arrived or self._transport.is_closing():
-            return  # A task that is cancelled before it begins would give nothing back.
-        request = self._arrived.popleft()
-        reply = ResponseWriter(
+    def _start_next(self) -> None:
+        if self._task is not None or not self._pipelined or self._transport.is_closing():
+            return  # On a closing transport: a task cancelled before its first step would release nothing.
+        request = self._pipelined.popleft()
+        response = ResponseWriter(
             self,
-            self._front.clock,
-            keep_alive=request.keep_alive and not self._front.draining,
+            self._server.date_header,
+            keep_alive=request.keep_alive and not self._server.draining,
             supports_chunked=request.supports_chunked,
-            bodyless=request.method == b"HEAD",
+            omit_body=request.method == b"HEAD",
         )
-        self._task = self._loop.create_task(self._answer(request, reply))
+        self._task = self._loop.create_task(self._handle(request, response))
 
-    async def _answer(self, request: Request, reply: ResponseWriter) -> None:
+    async def _handle(self, request: Request, response: ResponseWriter) -> None:
         try:
-            await self._front.handler.handle(request, reply)
+            await self._server.handler.handle(request, response)
         except ClientDisconnected:
             self._transport.abort()
         except Exception:
-            # The outermost loop of a request: a defect of ours ends this one, and no other.
-            log.exception("a request to %s failed", request.path[:200])
-            self._front.handler.on_internal_error(request, reply)
+            # Outermost frame of a request: a bug in a handler fails this request only.
+            log.exception("unhandled exception in a request to %s", request.path[:200])
+            self._server.handler.on_internal_error(request, response)
         finally:
-            self._answered(request, reply)
+            self._on_handled(request, response)
 
-    def _answered(self, request: Request, reply: ResponseWriter) -> None:
+    def _on_handled(self, request: Request, response: ResponseWriter) -> None:
         self._task = None
-        self._front.release(request)
-        self._front.notify_idle()
-        if self.lost:
+        self._server.release(request)
+        self._server.notify_idle()
+        if self.disconnected:
             return
-        if not reply.ended:
+        if not response.ended:
             self._transport.abort()
-        elif self._arrived and reply.keep_alive:
-            self._next()
-        elif reply.keep_alive:
-            self._deadline = self._loop.time() + self._front.timeouts.keep_alive_seconds
+        elif self._pipelined and response.keep_alive:
+            self._start_next()
+        elif response.keep_alive:
+            self._deadline = self._loop.time() + self._server.timeouts.keep_alive_seconds
         else:
-            self._hang_up()
+            self._close_or_linger()
 
-    def _hang_up(self) -> None:
-        """Close behind the answer; a client that is still writing must be able to read it before it sees a reset."""
-        if not self._reading.dropping or self._reading.dropping < 0 or not self._transport.can_write_eof():
+    def _close_or_linger(self) -> None:
+        """Close after the response; if the client still writes a refused request, send FIN only and go on reading.
+
+        Closing with unread data sends a reset, which can destroy the response before the client has read it
+        (RFC 9112, section 9.6).
+        """
+        if not self._parser.dropping or self._parser.dropping < 0 or not self._transport.can_write_eof():
             self._transport.close()
             return
-        now, timeouts = self._loop.time(), self._front.timeouts
+        now, timeouts = self._loop.time(), self._server.timeouts
         self._deadline, self._linger_until = now + timeouts.linger_seconds, now + timeouts.linger_total_seconds
         self._transport.write_eof()
 
     # Writing
 
     def write(self, data: bytes) -> None:
-        """Hand bytes to the socket; to a client that left it is nothing."""
-        if not self.lost:
+        """Write to the socket or its buffer; ignored after a disconnect."""
+        if not self.disconnected:
             self._transport.write(data)
 
     async def drain(self) -> None:
-        """Wait until the client has read enough; one that doesn't in time is cut off."""
-        while self.paused and not self.lost:
-            self._drain = self._loop.create_future()
-            if not await wait_within(self._front.timeouts.slow_reader_seconds, self._drain):
-                self._front.on_client_aborted("slow_reader")
+        """Wait until the write buffer is below its low-water mark; ClientDisconnected if the client is gone or slow."""
+        while self.write_paused and not self.disconnected:
+            self._drain_waiter = self._loop.create_future()
+            if not await wait_within(self._server.timeouts.slow_reader_seconds, self._drain_waiter):
+                self._server.on_client_aborted("slow_reader")
                 raise ClientDisconnected
-        if self.lost:
+        if self.disconnected:
             raise ClientDisconnected
 
     def cancel(self) -> None:
-        """End the request that is being answered: this process stops."""
+        """Cancel the request that is being answered; called when the grace time of a drain is over."""
         if self._task is not None:
             self._task.cancel()
 
     def close(self) -> None:
-        """Close, at once if the client doesn't read."""
+        """Close the connection; abort it if unsent bytes are buffered, since the client may never read them."""
         if self._transport.get_write_buffer_size():
             self._transport.abort()
         else:
             self._transport.close()
 
-    # Time
+    # Timeouts
 
     def _tick(self) -> None:
-        """One timer per connection that looks at a deadline, instead of one per wait."""
-        self._timer = self._loop.call_later(self._front.timeouts.tick_seconds, self._tick)
+        """Check the deadline. One repeating timer per connection is cheaper than one timer per wait."""
+        self._timer = self._loop.call_later(self._server.timeouts.tick_seconds, self._tick)
         if self._task is not None or self._loop.time() < self._deadline:
             return
-        if self._reading.within_request:
-            self._reading.refuse(RequestTooSlow("the request didn't arrive in time; send it in one go"))
+        if self._parser.reading_request:
+            message = "request timeout: head or body did not arrive in time; send the request without pauses"
+            self._parser.refuse(RequestTooSlow(message))
         else:
             self.close()

@@ -1,4 +1,4 @@
-"""What a client's connection needs of the front that it belongs to."""
+"""Protocols and settings that the parts of the HTTP server share: server, connection, request handler."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,70 +9,73 @@ from gateway.http.response_writer import DateHeader, ResponseWriter
 
 @dataclass(frozen=True, slots=True)
 class ClientTimeouts:
-    """How long a client may take; looked at every quarter of the shortest."""
+    """How long a client may take; a connection checks its deadline every `tick_seconds`."""
 
-    head_seconds: float = 10.0
-    body_silence_seconds: float = 30.0
-    keep_alive_seconds: float = 75.0
-    slow_reader_seconds: float = 60.0
-    linger_seconds: float = 2.0  # of silence, after a refusal
-    linger_total_seconds: float = 30.0
+    head_seconds: float = 10.0  # request line and headers, from the first byte
+    body_silence_seconds: float = 30.0  # between two pieces of a body
+    keep_alive_seconds: float = 75.0  # idle before the first and between two requests
+    slow_reader_seconds: float = 60.0  # until a client with a full write buffer reads on
+    linger_seconds: float = 2.0  # without new bytes of a refused request, after the response
+    linger_total_seconds: float = 30.0  # in all for the rest of a refused request, after the response
 
     @property
     def tick_seconds(self) -> float:
-        """How often a connection looks at its deadline."""
+        """Interval at which a connection checks its deadline: a quarter of the shortest one."""
         return min(self.head_seconds, self.body_silence_seconds, self.keep_alive_seconds, self.linger_seconds) / 4
 
 
 class RequestHandler(Protocol):
-    """What answers requests."""
+    """Application behind the server. One instance serves all connections."""
 
     def admit(self, request: Request) -> int:
-        """Look at a head, before the body is read: the longest body that it may have; GatewayError refuses it."""
+        """Check the head before the body is read; returns the limit of the body in bytes.
 
-    async def handle(self, request: Request, reply: ResponseWriter) -> None:
-        """Answer, or tell the request's refusal."""
+        A GatewayError becomes the request's `refusal`.
+        """
 
-    def on_internal_error(self, request: Request, reply: ResponseWriter) -> None:
-        """Tell a client that the gateway itself has failed."""
+    async def handle(self, request: Request, response: ResponseWriter) -> None:
+        """Send the whole response, or the error in `request.refusal`; cancelled when the client disconnects."""
+
+    def on_internal_error(self, request: Request, response: ResponseWriter) -> None:
+        """Send a 500 if nothing was sent yet; called when `handle` raised an unexpected exception."""
 
 
 class ServerConnection(Protocol):
-    """A connection, as a front sees it."""
+    """One client connection, as the server uses it while it drains."""
 
     @property
     def busy(self) -> bool:
-        """Tell whether a request is being answered."""
+        """Whether a request is being answered."""
 
     def cancel(self) -> None:
-        """End the request that is being answered."""
+        """Cancel the request that is being answered."""
 
     def close(self) -> None:
-        """Close, at once if the client doesn't read."""
+        """Close the connection; abort it if unsent bytes are buffered."""
 
 
 class ServerContext(Protocol):
-    """A front, as a connection sees it."""
+    """The server, as its connections use it."""
 
     timeouts: ClientTimeouts
-    clock: DateHeader
+    date_header: DateHeader
     handler: RequestHandler
-    draining: bool
+    draining: bool  # responses close their connections
 
     def on_client_aborted(self, reason: str) -> None:
-        """A client was cut off."""
+        """Count a client that the server disconnected; `reason` is a metric label."""
 
     def reserve(self, request: Request, size_bytes: int) -> bool:
-        """Take memory for a piece of a request's body, if there is some left."""
+        """Reserve memory for a piece of a request's body; False if none is left."""
 
     def release(self, request: Request) -> None:
-        """Give back what a request holds."""
+        """Return all memory that a request has reserved."""
 
     def register(self, connection: ServerConnection) -> None:
-        """Count a connection in."""
+        """Add an open connection."""
 
     def unregister(self, connection: ServerConnection) -> None:
-        """Count it out."""
+        """Remove a closed connection."""
 
     def notify_idle(self) -> None:
-        """A request has ended."""
+        """Wake up a waiting drain; called whenever a connection has finished a request."""

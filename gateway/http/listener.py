@@ -1,4 +1,4 @@
-"""A port and the server behind it, for as long as an `async with` block runs."""
+"""Listening sockets, and uvicorn as an async context manager for the admin port."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ START_SECONDS = 10
 
 
 class _Server(uvicorn.Server):
-    """Tells when it listens, and leaves signals to the process that owns several servers."""
+    """A uvicorn server that signals when it listens and installs no signal handlers: the process owns several."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -33,7 +33,11 @@ class _Server(uvicorn.Server):
 
 
 def bind(address: str, option: str, *, shared: bool = False) -> socket.socket:
-    """Take a port now, so that one in use is told before anything is started; `shared` with other workers of ours."""
+    """Bind and listen on `host:port` at once: a port in use is reported before anything else starts.
+
+    `option` is the configuration key for the error message; `shared` sets SO_REUSEPORT, for several workers.
+    Raises ConfigError.
+    """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -43,25 +47,25 @@ def bind(address: str, option: str, *, shared: bool = False) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listening.bind((host, int(port)))
-        # With SO_REUSEADDR two may bind one port; only one of them may listen.
+        # With SO_REUSEADDR two sockets can bind the same port, but only one of them can listen.
         listening.listen()
     except OSError as error:
         listening.close()
         raise ConfigError(
-            f"{option}: can't listen on {address}: {error.strerror}; stop its owner or change it"
+            f"{option}: can't listen on {address}: {error.strerror}; free the port or change {option}"
         ) from error
     return listening
 
 
 def address_of(listening: socket.socket) -> str:
-    """Tell host:port, the real one where port 0 was asked for."""
+    """Return `host:port` of a listening socket, with the port that the kernel chose for port 0."""
     host, port = listening.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 @asynccontextmanager
 async def listen(app: App, listening: socket.socket) -> AsyncIterator[None]:
-    """Serve an app; at the end, running requests may finish for a while."""
+    """Serve an ASGI app with uvicorn; on exit, running requests have GRACE_SECONDS to finish."""
     config = uvicorn.Config(
         app,
         http="httptools",

@@ -1,6 +1,28 @@
-"""Puts requests together from a connection's bytes: the target of httptools' parser. RFC 9112 is the wire format.
+"""Parses the requests of one connection: the callback object of httptools' parser (llhttp). Wire format: RFC 9112.
 
-The parser is strict, and what it lets through twice or without an end is refused here: nothing can be read in two ways.
+llhttp is strict. What it tolerates but two parties could read differently (duplicates of some headers) or what it does
+not limit (size of head, trailers and chunk extensions) is refused here.
+
+===============  =========================  ==================================================================
+state            event                      next state
+===============  =========================  ==================================================================
+idle             first byte of a request    head
+head             headers complete           body
+head             ... and refused            discarding, if the body is short; else dropping
+body             data                       body; memory is reserved for it
+body             too long, or no memory     discarding, if the body is short; else dropping
+body             request complete           idle; the request goes to the sink
+discarding       request complete           idle; the refused request goes to the sink
+all of these     invalid bytes, too large   dropping; the refused request goes to the sink
+                 a head, `refuse` called
+dropping         bytes                      dropping; `dropping` is the number of bytes still to be ignored
+any              `abandon` called           idle; reserved memory is released
+===============  =========================  ==================================================================
+
+discarding: `request.refusal` is set, the rest of the body is parsed but not kept, and the connection stays usable.
+dropping: the refused request went to the sink before it was complete. The parser is not fed any more: the connection
+counts and drops what still arrives, and closes after the response. A body is short if its `content-length` is at most
+SHORT_BODY_BYTES and the client does not wait for `100 Continue`.
 """
 
 from typing import Protocol
@@ -22,75 +44,78 @@ from gateway.http.request import Request
 
 
 class RequestSink(Protocol):
-    """Who is read for."""
+    """Receives what the parser reads: the connection."""
 
     def expect_within(self, seconds: float) -> None:
-        """More of a request must come in time."""
+        """Set the deadline for the next bytes of the request; called at its first byte and for each piece of body."""
 
     def send_100_continue(self) -> None:
-        """Tell a client that waits for it that its body is welcome."""
+        """Send `100 Continue`: the head is admitted, and the client waits before it sends the body."""
 
     def on_request(self, request: Request) -> None:
-        """A request is here, or refused before all of it is; RequestError if there are too many."""
+        """Take a complete or refused request; raises RequestError if too many are pipelined."""
 
 
 class RequestParser:
-    """Reads one request after the other; `dropping` is how much may still come of one that was refused, else None."""
+    """Incremental parser of one connection's requests.
 
-    def __init__(self, house: ServerContext, listener: RequestSink) -> None:
-        self._house = house
-        self._listener = listener
+    `dropping` is None, or the number of bytes of a refused request that may still arrive (see the module's table).
+    """
+
+    def __init__(self, server: ServerContext, sink: RequestSink) -> None:
+        self._server = server
+        self._sink = sink
         self._parser = httptools.HttpRequestParser(self)
-        self._request: Request | None = None  # the one that is being read
+        self._request: Request | None = None  # the one being read
         self._head_bytes = 0
         self._head_read = False
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._body_limit_bytes = 0
-        self._declared_bytes: int | None = None  # of a body; None: its end is told when it comes
-        self._short = True
+        self._declared_bytes: int | None = None  # content-length; None with transfer-encoding: chunked
+        self._short_body = True
         self.dropping: int | None = None
 
     @property
-    def within_request(self) -> bool:
-        """Tell whether a request has begun, and isn't refused."""
+    def reading_request(self) -> bool:
+        """Whether a request has begun, is not complete and was not refused early."""
         return self._request is not None and self.dropping is None
 
     def feed(self, data: bytes) -> None:
-        """Read on; requests go to the listener."""
+        """Parse received bytes; requests go to the sink. Must not be called while `dropping` is set."""
         body_bytes = self._body_bytes
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            self.refuse(RequestError("this is HTTP/1.1 without upgrades; send plain requests"))
+            self.refuse(RequestError("protocol upgrades are not supported; send plain HTTP/1.1 requests"))
         except httptools.HttpParserError as error:
-            # What a callback of ours refused is the reason; otherwise the bytes are.
-            ours = error.__context__
-            theirs = RequestError(f"this is no HTTP/1.1 request: {error}")
-            self.refuse(ours if isinstance(ours, GatewayError) else theirs)
+            # An error that a callback raised is the exception's context; without one, the bytes are invalid.
+            raised = error.__context__
+            invalid = RequestError(f"invalid HTTP/1.1 request: {error}")
+            self.refuse(raised if isinstance(raised, GatewayError) else invalid)
         else:
             if self._request is not None and (not self._head_read or self._body_bytes == body_bytes):
-                # A head, or what a chunked body may have beside its data: neither is without an end.
+                # Head, chunk extensions or trailers: llhttp limits none of them.
                 self._head_bytes += len(data)
                 if self._head_bytes > HEAD_LIMIT_BYTES:
                     self.refuse(head_too_large())
 
     def refuse(self, refusal: GatewayError) -> None:
-        """Have a client told what is wrong with what it sends, and read nothing more of it."""
+        """Pass the current request on as refused, and parse nothing more of this connection."""
         if self.dropping is not None:
             return
         self.dropping = LINGER_BYTES
         request = self._request or Request()
-        self._refuse_body(request, refusal)
-        self._listener.on_request(request)
+        self._set_refusal(request, refusal)
+        self._sink.on_request(request)
 
     def abandon(self) -> None:
-        """The connection is gone, and half a request with it."""
+        """Release the memory of an incomplete request; called when the connection is lost."""
         if self._request is not None:
-            self._house.release(self._request)
+            self._server.release(self._request)
             self._request = None
 
-    # What the parser does
+    # Callbacks of httptools
 
     def on_message_begin(self) -> None:
         self._request = Request()
@@ -98,41 +123,41 @@ class RequestParser:
         self._head_read = False
         self._body_bytes = 0
         self._body_limit_bytes = 0
-        self._listener.expect_within(self._house.timeouts.head_seconds)
+        self._sink.expect_within(self._server.timeouts.head_seconds)
 
     def on_url(self, url: bytes) -> None:
-        self._present().target += url
+        self._current().target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        headers = self._present().headers
+        headers = self._current().headers
         name = name.lower()
         if name in headers:
             if name in SINGLE_HEADERS:
-                raise RequestError(f"the header {name.decode('latin-1')!r} came twice; send it once")
+                raise RequestError(f"duplicate header {name.decode('latin-1')!r}; send it once")
             value = headers[name] + b", " + value
         headers[name] = value
         if len(headers) > HEADER_LIMIT:
             raise head_too_large()
 
     def on_headers_complete(self) -> None:
-        request = self._present()
+        request = self._current()
         self._head_read = True
         request.method = self._parser.get_method()
         version = self._parser.get_http_version()
         request.supports_chunked = version == "1.1"
         if version not in {"1.1", "1.0"}:
-            raise RequestError("this is HTTP/1.1; send such requests")
+            raise RequestError("only HTTP/1.0 and HTTP/1.1 are supported")
         if request.supports_chunked and b"host" not in request.headers:
             raise RequestError("the header 'host' is missing")
         if b"upgrade" in request.headers:
-            raise RequestError("this is HTTP/1.1 without upgrades; send no 'upgrade' header")
+            raise RequestError("protocol upgrades are not supported; send no 'upgrade' header")
         if len(request.target) > HEAD_LIMIT_BYTES:
             raise head_too_large()
         self._admit(request)
 
     def on_body(self, data: bytes) -> None:
-        request = self._present()
-        self._listener.expect_within(self._house.timeouts.body_silence_seconds)
+        request = self._current()
+        self._sink.expect_within(self._server.timeouts.body_silence_seconds)
         self._body_bytes += len(data)
         self._head_bytes = 0
         if self.dropping is not None:
@@ -140,58 +165,59 @@ class RequestParser:
             return
         if request.refusal is None:
             if self._body_bytes > self._body_limit_bytes:
-                self._refuse_body(request, body_too_large(self._body_limit_bytes))
-            elif not self._house.reserve(request, len(data)):
-                self._refuse_body(request, Overloaded("too many large requests at once", retry_after_seconds=2))
+                self._set_refusal(request, body_too_large(self._body_limit_bytes))
+            elif not self._server.reserve(request, len(data)):
+                message = "the gateway's memory for request bodies is in use; retry later"
+                self._set_refusal(request, Overloaded(message, retry_after_seconds=2))
             else:
                 self._body.append(data)
-        if request.refusal is not None and not self._short:
-            self._answer_early(request)
+        if request.refusal is not None and not self._short_body:
+            self._refuse_early(request)
 
     def on_message_complete(self) -> None:
-        request = self._present()
+        request = self._current()
         if self.dropping is not None:
-            self._house.release(request)
-            return  # It has been answered already, or nobody will.
+            self._server.release(request)
+            return  # It went to the sink when it was refused, or it follows one that was.
         request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body.clear()
         request.keep_alive = self._parser.should_keep_alive()
         self._request = None
-        self._listener.on_request(request)
+        self._sink.on_request(request)
 
     # Refusing
 
-    def _present(self) -> Request:
+    def _current(self) -> Request:
         if self._request is None:
-            raise RequestError("this is no HTTP/1.1 request: bytes behind its end")
+            raise RequestError("invalid HTTP/1.1 request: data after the end of the message")
         return self._request
 
     def _admit(self, request: Request) -> None:
         declared = int(request.headers.get(b"content-length", b"0"))
         self._declared_bytes = None if b"transfer-encoding" in request.headers else declared
-        asks_first = request.supports_chunked and request.headers.get(b"expect", b"").lower() == b"100-continue"
-        self._short = self._declared_bytes is not None and declared <= SHORT_BODY_BYTES and not asks_first
+        awaits_100 = request.supports_chunked and request.headers.get(b"expect", b"").lower() == b"100-continue"
+        self._short_body = self._declared_bytes is not None and declared <= SHORT_BODY_BYTES and not awaits_100
         try:
-            self._body_limit_bytes = self._house.handler.admit(request)
+            self._body_limit_bytes = self._server.handler.admit(request)
             if declared > self._body_limit_bytes:
                 request.refusal = body_too_large(self._body_limit_bytes)
         except GatewayError as refusal:
             request.refusal = refusal
         if request.refusal is None:
-            if asks_first:
-                self._listener.send_100_continue()
-        elif not self._short:
-            self._answer_early(request)
+            if awaits_100:
+                self._sink.send_100_continue()
+        elif not self._short_body:
+            self._refuse_early(request)
 
-    def _refuse_body(self, request: Request, refusal: GatewayError) -> None:
+    def _set_refusal(self, request: Request, refusal: GatewayError) -> None:
         request.refusal = refusal
         self._body.clear()
-        self._house.release(request)
+        self._server.release(request)
 
-    def _answer_early(self, request: Request) -> None:
-        """Have a refused request answered before the rest of it is here; that is read and dropped for a while."""
+    def _refuse_early(self, request: Request) -> None:
+        """Pass a refused request on before its body has arrived: the client gets the response sooner."""
         if self.dropping is None:
             declared = self._declared_bytes
-            left = LINGER_BYTES if declared is None else declared - self._body_bytes
-            self.dropping = min(left, LINGER_BYTES)
-            self._listener.on_request(request)
+            remaining = LINGER_BYTES if declared is None else declared - self._body_bytes
+            self.dropping = min(remaining, LINGER_BYTES)
+            self._sink.on_request(request)

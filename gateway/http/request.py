@@ -1,4 +1,4 @@
-"""One request as it came in: its head, then its body."""
+"""One HTTP request as received from a client."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,23 +8,23 @@ from gateway.errors import GatewayError
 
 @dataclass(slots=True)
 class Request:
-    """A request of one client; header names are lower case, target and values are bytes as they came.
+    """Head and body of a request. Header names are lower case; target and header values are the received bytes.
 
-    With a `refusal` its body is not kept: whoever answers tells the client that, and nothing else.
+    If `refusal` is set, the body is empty and the handler must respond with that error only.
     """
 
     method: bytes = b""
     target: bytes = b""
     headers: dict[bytes, bytes] = field(default_factory=dict)
-    supports_chunked: bool = True  # the client reads chunked bodies: HTTP/1.1
+    supports_chunked: bool = True  # HTTP/1.1: the client accepts a chunked response
     keep_alive: bool = False
     body: bytes = b""
-    reserved_bytes: int = 0  # that its body takes in the front's account
+    reserved_bytes: int = 0  # what this request holds of the server's memory for bodies
     refusal: GatewayError | None = None
-    request_id: str = ""
-    caller: Any = None  # whom the handler took the client for
+    request_id: str = ""  # set by the handler
+    caller: Any = None  # the authenticated caller; set by the handler's `admit`
 
     @property
     def path(self) -> bytes:
-        """The target without its query, not decoded: routes are matched on what came."""
+        """The target without its query, not percent-decoded: routes match the received bytes."""
         return self.target.partition(b"?")[0]

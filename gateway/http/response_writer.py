@@ -1,4 +1,4 @@
-"""What goes back to one client: a whole answer at once, or a stream that begins, goes on and ends."""
+"""Writes one response to a client: complete with `send`, or streamed with `start`, `write` and `end`."""
 
 import asyncio
 import http
@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 def header_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """Write headers as lines."""
+    """Encode headers as lines, each with its CRLF."""
     return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
@@ -17,24 +17,27 @@ _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".en
 
 
 class ClientDisconnected(Exception):
-    """The client is gone, or was cut off; nobody is there to be told anything."""
+    """The client closed the connection, or the server aborted it: nothing more can be sent."""
 
 
 class WriteTransport(Protocol):
-    """The connection that a reply goes out on."""
+    """The connection that a response is written to."""
 
-    paused: bool
-    lost: bool
+    write_paused: bool
+    disconnected: bool
 
     def write(self, data: bytes) -> None:
-        """Hand bytes to the socket."""
+        """Write to the socket or its buffer; ignored after a disconnect."""
 
     async def drain(self) -> None:
-        """Wait until the client has read enough; ClientLeft if it doesn't in time."""
+        """Wait until the write buffer is below its low-water mark.
+
+        Raises ClientDisconnected if the client disconnects, or does not read within `slow_reader_seconds`.
+        """
 
 
 class DateHeader:
-    """The `date` header, written anew once a second; RFC 9110, 6.6.1, asks for it."""
+    """Cached `date` header line, formatted once a second (RFC 9110, section 6.6.1)."""
 
     __slots__ = ("_line", "_second")
 
@@ -43,7 +46,7 @@ class DateHeader:
         self._line = b""
 
     def line(self) -> bytes:
-        """The header as it goes out."""
+        """Return the header line for the current second."""
         second = int(time.time())
         if second != self._second:
             self._second = second
@@ -52,17 +55,43 @@ class DateHeader:
 
 
 class ResponseWriter:
-    """One answer. `begun`: status and headers are out; `ended`: all of it is."""
+    """Writes one response.
 
-    __slots__ = ("_bodyless", "_chunked", "_clock", "_line", "_supports_chunked", "ended", "keep_alive", "started")
+    ==========  ========================================  ====================
+    state       attributes                                allowed calls
+    ==========  ========================================  ====================
+    new         neither                                   `send`, `start`
+    streaming   `started`: status and headers are out     `write`, `end`
+    complete    `started` and `ended`                     none
+    ==========  ========================================  ====================
+
+    `keep_alive` tells the connection whether another request may follow.
+    """
+
+    __slots__ = (
+        "_chunked",
+        "_date_header",
+        "_omit_body",
+        "_supports_chunked",
+        "_transport",
+        "ended",
+        "keep_alive",
+        "started",
+    )
 
     def __init__(
-        self, line: WriteTransport, clock: DateHeader, *, keep_alive: bool, supports_chunked: bool, bodyless: bool
+        self,
+        transport: WriteTransport,
+        date_header: DateHeader,
+        *,
+        keep_alive: bool,
+        supports_chunked: bool,
+        omit_body: bool,
     ) -> None:
-        self._line = line
-        self._clock = clock
+        self._transport = transport
+        self._date_header = date_header
         self._supports_chunked = supports_chunked
-        self._bodyless = bodyless  # it answers a HEAD
+        self._omit_body = omit_body  # response to HEAD
         self._chunked = False
         self.keep_alive = keep_alive
         self.started = False
@@ -70,62 +99,63 @@ class ResponseWriter:
 
     @property
     def client_disconnected(self) -> bool:
-        """Tell whether nobody reads any more."""
-        return self._line.lost
+        """Whether the client is gone."""
+        return self._transport.disconnected
 
     @property
     def write_paused(self) -> bool:
-        """Tell whether the client reads slower than we write; then wait for `drained`."""
-        return self._line.paused
+        """Whether the write buffer is above its high-water mark; then await `drain` before the next write."""
+        return self._transport.write_paused
 
     async def drain(self) -> None:
-        """Wait until the client has read enough; ClientLeft if it doesn't in time."""
-        await self._line.drain()
+        """Wait until the write buffer is below its low-water mark; raises ClientDisconnected."""
+        await self._transport.drain()
 
     def send(self, status: int, headers: bytes, body: bytes) -> None:
-        """Answer at once; `headers` are lines."""
-        said = b"" if self._bodyless else body
+        """Send a complete response; `headers` are lines as `header_lines` makes them."""
+        payload = b"" if self._omit_body else body
         head = self._head(status, headers)
         self.started = self.ended = True
-        self._line.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), said))
+        self._transport.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), payload))
 
     def start(self, status: int, headers: bytes, data: bytes = b"") -> None:
-        """Begin a stream, with its first bytes if they are there."""
+        """Start a streamed response, in one write with its first bytes if they are known."""
         self.started = True
         self._chunked = self._supports_chunked
         if not self._chunked:
-            # HTTP/1.0 has no chunks: the end of the connection is the end of the answer.
+            # HTTP/1.0 has no chunked encoding: closing the connection ends the body.
             self.keep_alive = False
         framing = b"transfer-encoding: chunked\r\n" if self._chunked else b""
-        said = self._framed(data) if data else b""
-        self._line.write(b"%b%b\r\n%b" % (self._head(status, headers), framing, said))
+        payload = self._frame(data) if data else b""
+        self._transport.write(b"%b%b\r\n%b" % (self._head(status, headers), framing, payload))
 
     def write(self, data: bytes) -> None:
-        """Go on with a stream."""
-        self._line.write(self._framed(data))
+        """Write more of a streamed body; `data` must not be empty."""
+        self._transport.write(self._frame(data))
 
     def end(self, data: bytes = b"") -> None:
-        """End a stream, with its last bytes."""
+        """End a streamed response, with its last bytes if any."""
         self.ended = True
-        last = self._framed(data) if data else b""
-        if self._chunked and not self._bodyless:
+        last = self._frame(data) if data else b""
+        if self._chunked and not self._omit_body:
             last += b"0\r\n\r\n"
         if last:
-            self._line.write(last)
+            self._transport.write(last)
 
     def _head(self, status: int, headers: bytes) -> bytes:
-        closing = b"" if self.keep_alive else b"connection: close\r\n"
-        line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status  # a number without a name, of a replica's
-        return b"%b%b%b%b" % (line, self._clock.line(), headers, closing)
+        connection = b"" if self.keep_alive else b"connection: close\r\n"
+        # A replica may use a status code that is not registered.
+        status_line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
+        return b"%b%b%b%b" % (status_line, self._date_header.line(), headers, connection)
 
-    def _framed(self, data: bytes) -> bytes:
-        if self._bodyless:
+    def _frame(self, data: bytes) -> bytes:
+        if self._omit_body:
             return b""
         return b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data
 
 
 async def wait_within(seconds: float, waiter: "asyncio.Future[None]") -> bool:
-    """Wait for a future, and tell whether it came in time."""
+    """Wait for a future; False if it is not done within the time."""
     try:
         async with asyncio.timeout(seconds):
             await waiter

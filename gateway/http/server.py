@@ -1,4 +1,4 @@
-"""The clients' port: who is connected, who is being answered, and how that ends."""
+"""The server on the client port: its open connections, its memory for request bodies, and graceful shutdown."""
 
 import asyncio
 import socket
@@ -10,9 +10,14 @@ from gateway.http.interfaces import ClientTimeouts, RequestHandler, ServerConnec
 from gateway.http.request import Request
 from gateway.http.response_writer import DateHeader
 
+CANCEL_SECONDS = 1.0  # for cancelled requests to clean up
+
 
 class HttpServer:
-    """Owns the connections of one port; counts the memory that bodies take in all of them."""
+    """Owns the connections of one port, and limits the memory that their request bodies take together.
+
+    `on_client_aborted` gets a metric label for each client that the server disconnects.
+    """
 
     def __init__(
         self,
@@ -23,84 +28,87 @@ class HttpServer:
     ) -> None:
         self.handler = handler
         self.timeouts = timeouts or ClientTimeouts()
-        self.clock = DateHeader()
+        self.date_header = DateHeader()
         self._on_client_aborted = on_client_aborted
         self.memory_bytes = memory_bytes
         self.draining = False
-        self._held_bytes = 0
+        self._reserved_bytes = 0
         self._connections: set[ServerConnection] = set()
-        self._idle: asyncio.Future[None] | None = None
+        self._idle_waiter: asyncio.Future[None] | None = None
 
     @property
     def busy(self) -> int:
-        """How many requests are being answered."""
+        """Number of requests that are being answered."""
         return sum(connection.busy for connection in self._connections)
 
     @property
     def reserved_bytes(self) -> int:
-        """What bodies take now."""
-        return self._held_bytes
+        """Memory that request bodies take now."""
+        return self._reserved_bytes
 
     def on_client_aborted(self, reason: str) -> None:
-        """Tell that a client was cut off."""
+        """Report a client that a connection aborted."""
         self._on_client_aborted(reason)
 
     def reserve(self, request: Request, size_bytes: int) -> bool:
-        """Take memory for a piece of a request's body, if there is some left."""
-        if self._held_bytes + size_bytes > self.memory_bytes:
+        """Reserve memory for a piece of a request's body; False if `memory_bytes` would be exceeded."""
+        if self._reserved_bytes + size_bytes > self.memory_bytes:
             return False
-        self._held_bytes += size_bytes
+        self._reserved_bytes += size_bytes
         request.reserved_bytes += size_bytes
         return True
 
     def release(self, request: Request) -> None:
-        """Give back what a request holds."""
-        self._held_bytes -= request.reserved_bytes
+        """Return all memory that a request has reserved; idempotent."""
+        self._reserved_bytes -= request.reserved_bytes
         request.reserved_bytes = 0
 
     def register(self, connection: ServerConnection) -> None:
-        """Count a connection in."""
+        """Add an open connection."""
         self._connections.add(connection)
 
     def unregister(self, connection: ServerConnection) -> None:
-        """Count it out."""
+        """Remove a closed connection."""
         self._connections.discard(connection)
         self.notify_idle()
 
     def notify_idle(self) -> None:
-        """A request has ended: whoever waits for the last one may look."""
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
+        """Let a waiting `drain` check again whether requests are running."""
+        if self._idle_waiter is not None and not self._idle_waiter.done():
+            self._idle_waiter.set_result(None)
 
     async def drain(self, grace_seconds: float) -> None:
-        """Let running requests end; those that don't in time are ended, and every connection is closed."""
+        """Shut down gracefully: wait for running requests, cancel those that remain, close every connection."""
         self.draining = True
-        await self._until_idle(grace_seconds)
+        await self._wait_idle(grace_seconds)
         for connection in tuple(self._connections):
             connection.cancel()
-        await self._until_idle(1.0)
+        await self._wait_idle(CANCEL_SECONDS)
         for connection in tuple(self._connections):
             connection.close()
 
-    async def _until_idle(self, seconds: float) -> None:
+    async def _wait_idle(self, seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
                 while self.busy:
-                    self._idle = asyncio.get_running_loop().create_future()
-                    await self._idle
+                    self._idle_waiter = asyncio.get_running_loop().create_future()
+                    await self._idle_waiter
         except TimeoutError:
             pass
 
 
 @asynccontextmanager
-async def serving_clients(
-    front: HttpServer, listening: socket.socket, grace_seconds: float
+async def serve_clients(
+    server: HttpServer, listening: socket.socket, grace_seconds: float
 ) -> AsyncIterator[HttpServer]:
-    """Serve clients on a socket; at the end, running requests may finish for a while, and new ones are refused."""
-    server = await asyncio.get_running_loop().create_server(lambda: ClientConnection(front), sock=listening)
+    """Accept connections on a listening socket; on exit, drain and close the socket.
+
+    The socket accepts until the drain is over, so the handler decides how new requests are refused meanwhile.
+    """
+    acceptor = await asyncio.get_running_loop().create_server(lambda: ClientConnection(server), sock=listening)
     try:
-        yield front
+        yield server
     finally:
-        await front.drain(grace_seconds)
-        server.close()
-        await server.wait_closed()
+        await server.drain(grace_seconds)
+        acceptor.close()
+        await acceptor.wait_closed()

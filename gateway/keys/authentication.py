@@ -1,4 +1,4 @@
-"""From the key in a request's headers to its caller."""
+"""Authenticates a request by the API key in its headers."""
 
 import hashlib
 import hmac
@@ -12,8 +12,8 @@ from gateway.keys.caller import ANONYMOUS, Caller
 
 
 @dataclass(frozen=True, slots=True)
-class Issued:
-    """One live key: its SHA-256, who holds it, and when it ends (seconds since 1970)."""
+class IssuedKey:
+    """One key in force: its SHA-256 digest, its caller, and its expiry in seconds since 1970."""
 
     digest: bytes
     caller: Caller
@@ -22,34 +22,37 @@ class Issued:
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys in force by their digest; None admits everybody, which configuration allows on loopback only."""
+    """The keys in force, by SHA-256 digest.
 
-    issued: Mapping[bytes, Issued] | None = None
+    None: no authentication. The configuration allows that only if the client port listens on loopback.
+    """
+
+    issued: Mapping[bytes, IssuedKey] | None = None
 
     def authenticate(self, headers: Mapping[bytes, bytes], now_seconds: float) -> Caller:
-        """Tell who asks, by the wall clock's time; InvalidKey if its key is missing, unknown or expired."""
+        """Return the caller at a wall clock time; raises InvalidKey if the key is missing, unknown or expired."""
         if self.issued is None:
             return ANONYMOUS
-        given = presented(headers)
-        if not given:
+        key = key_from(headers)
+        if not key:
             raise InvalidKey("no API key; send 'authorization: Bearer KEY'")
-        digest = hashlib.sha256(given).digest()
-        # What the look-up's time may tell is about digests, and nobody can choose a key by its digest.
-        found = self.issued.get(digest)
-        if found is None or not hmac.compare_digest(found.digest, digest):
-            raise InvalidKey("the API key is not known here")
-        if now_seconds >= found.expires_seconds:
-            when = datetime.fromtimestamp(found.expires_seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-            raise InvalidKey(f"the API key {found.caller.name!r} expired at {when}; ask for another one")
-        return found.caller
+        digest = hashlib.sha256(key).digest()
+        # The lookup is not constant-time, but its timing depends on digests, and a key cannot be chosen by its digest.
+        issued = self.issued.get(digest)
+        if issued is None or not hmac.compare_digest(issued.digest, digest):
+            raise InvalidKey("the API key is not known")
+        if now_seconds >= issued.expires_seconds:
+            when = datetime.fromtimestamp(issued.expires_seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            raise InvalidKey(f"the API key {issued.caller.name!r} expired at {when}; ask the operator for a new one")
+        return issued.caller
 
     def names(self) -> frozenset[str]:
-        """Everybody who holds a key."""
+        """Names of all keys."""
         return frozenset(issued.caller.name for issued in (self.issued or {}).values() if issued.caller.name)
 
 
-def presented(headers: Mapping[bytes, bytes]) -> bytes:
-    """The key that a request shows: as OpenAI's clients do, else as Anthropic's, else as Azure's; empty: none."""
+def key_from(headers: Mapping[bytes, bytes]) -> bytes:
+    """Read the key from the headers of OpenAI's, else Anthropic's, else Azure's clients; b"" without one."""
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
     if scheme.lower() == b"bearer" and (token := token.strip()):
         return token

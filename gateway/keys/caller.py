@@ -1,4 +1,4 @@
-"""Who asks, and how far its key reaches."""
+"""The authenticated caller of a request, with the limits of its API key."""
 
 from dataclasses import dataclass
 
@@ -8,23 +8,26 @@ from gateway.errors import NotAllowed
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """The holder of a key; a limit that is None isn't there, and `name` is None where no keys are configured."""
+    """Name and limits of an API key. A limit of None does not apply; `name` is None if no keys are configured."""
 
     name: str | None = None
-    aliases: frozenset[str] | None = None  # aliases and variants that it may use; None: all
+    aliases: frozenset[str] | None = None  # models (aliases and variants) it may use; None: all
     floor: Floor = NO_FLOOR
-    max_tokens: int | None = None  # of one answer
+    max_tokens: int | None = None  # of one response
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     concurrency: int | None = None
-    may: frozenset[str] = frozenset()  # guarded engine fields that it may send
+    may: frozenset[str] = frozenset()  # guarded engine fields it may send
 
     def allows(self, model: str) -> bool:
-        """Tell whether it may use a model name."""
+        """Whether the caller may use a model name."""
         return self.aliases is None or model in self.aliases
 
     def check_model(self, model: str) -> None:
-        """NotAllowed unless it may use a model name; ask before looking the name up, so that none is given away."""
+        """Raise NotAllowed unless the caller may use a model name.
+
+        Called before the name is looked up: the response does not reveal which names exist.
+        """
         if not self.allows(model):
             names = ", ".join(sorted(self.aliases or ())) or "none"
             raise NotAllowed(
@@ -32,5 +35,5 @@ class Caller:
             )
 
 
-# Deny by default: who needs no key may use all models, but no guarded field.
+# Without keys, every caller may use all models but no guarded field.
 ANONYMOUS = Caller()

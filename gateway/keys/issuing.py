@@ -1,4 +1,4 @@
-"""Change a keys file: hand keys out, replace them, take them back."""
+"""Changes to a keys file: create, rotate and revoke keys. All raise ConfigError."""
 
 import fcntl
 import hashlib
@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from config.errors import ConfigError
 from config.rules import closest
-from gateway.keys.stored import LIVE_KEYS, KeyLimits, KeyName, StoredKey, read_stored
+from gateway.keys.stored import MAX_KEYS_PER_NAME, KeyLimits, KeyName, StoredKey, read_stored
 
 PREFIX = "qg-"
 RANDOM_BYTES = 32
@@ -23,36 +23,41 @@ NO_LIMITS = KeyLimits()
 _NAME = TypeAdapter(KeyName)
 
 
-def create_key(path: Path, name: str, terms: KeyLimits = NO_LIMITS) -> str:
-    """Add a key to a file (made if it is missing, readable by its owner only) and return it; it is kept nowhere."""
+def create_key(path: Path, name: str, limits: KeyLimits = NO_LIMITS) -> str:
+    """Add a key to the file and return it; only its digest is stored.
+
+    A missing file is created, readable by its owner only.
+    """
     try:
         _NAME.validate_python(name)
     except ValidationError:
-        raise ConfigError(f"{name!r} is no name; use letters, digits and . _ @ : / + -, 128 at most") from None
+        raise ConfigError(
+            f"{name!r} is not a valid key name; use at most 128 letters, digits and . _ @ : / + -"
+        ) from None
     with _edited(path) as stored:
         if name in stored:
             how = f"choose another name, or use `quantgate keys rotate {name}`"
             raise ConfigError(f"{path}: there is already a key named {name!r}; {how}")
         key, digest = _new_key()
-        stored[name] = StoredKey.model_validate({**terms.model_dump(), "sha256": digest})
+        stored[name] = StoredKey.model_validate({**limits.model_dump(), "sha256": digest})
     return key
 
 
 def rotate_key(path: Path, name: str) -> str:
-    """Give a name a second key with the same terms and return it; the first stays in force until it is revoked."""
-    read_stored(path)  # tells that there is no such file before a lock is laid beside it
+    """Add a second key with the same limits and return it; the first one stays in force until it is revoked."""
+    read_stored(path)  # a missing file is reported before a lock file is created beside it
     with _edited(path) as stored:
         entry = _entry(path, stored, name)
-        if len(entry.sha256) == LIVE_KEYS:
-            how = f"drop the older one with `quantgate keys revoke {name} --old`"
-            raise ConfigError(f"{path}: {name!r} has two keys already; {how}")
+        if len(entry.sha256) == MAX_KEYS_PER_NAME:
+            how = f"remove the older one with `quantgate keys revoke {name} --old`"
+            raise ConfigError(f"{path}: {name!r} already has two keys; {how}")
         key, digest = _new_key()
         stored[name] = entry.model_copy(update={"sha256": (*entry.sha256, digest)})
     return key
 
 
 def revoke_key(path: Path, name: str) -> None:
-    """Remove a name with all its keys."""
+    """Remove a name with its keys."""
     read_stored(path)
     with _edited(path) as stored:
         _entry(path, stored, name)
@@ -60,13 +65,13 @@ def revoke_key(path: Path, name: str) -> None:
 
 
 def revoke_old_key(path: Path, name: str) -> None:
-    """Drop the older one of a name's two keys."""
+    """Remove the older one of a name's two keys."""
     read_stored(path)
     with _edited(path) as stored:
         entry = _entry(path, stored, name)
-        if len(entry.sha256) < LIVE_KEYS:
-            how = f"`quantgate keys rotate {name}` makes a second one, `quantgate keys revoke {name}` removes it"
-            raise ConfigError(f"{path}: {name!r} has one key only; {how}")
+        if len(entry.sha256) < MAX_KEYS_PER_NAME:
+            how = f"`quantgate keys rotate {name}` adds a second one, `quantgate keys revoke {name}` removes it"
+            raise ConfigError(f"{path}: {name!r} has only one key; {how}")
         stored[name] = entry.model_copy(update={"sha256": entry.sha256[-1:]})
 
 
@@ -83,8 +88,8 @@ def _new_key() -> tuple[str, str]:
 
 @contextmanager
 def _edited(path: Path) -> Iterator[dict[str, StoredKey]]:
-    """What a keys file says, to be changed: nobody else changes it meanwhile, and all or nothing of it is kept."""
-    target = path.resolve()  # a link stays one
+    """Lend the contents of a keys file for a change: locked against other processes, and written atomically."""
+    target = path.resolve()  # a symbolic link is kept
     try:
         with _locked(target):
             stored = read_stored(path) if path.exists() else {}
@@ -96,9 +101,9 @@ def _edited(path: Path) -> Iterator[dict[str, StoredKey]]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a file while the block runs; the kernel gives it back whatever becomes of us.
+    """Hold an exclusive flock(2) while the block runs; the kernel releases it when the process ends.
 
-    The lock has a file of its own, since the other one is replaced; and that stays, since another one may wait for it.
+    The lock file is separate because the keys file is replaced, and is not removed because others may wait for it.
     """
     descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -109,13 +114,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _write(path: Path, stored: dict[str, StoredKey]) -> None:
-    """Put a keys file in place at once: half of one would lock its callers out."""
+    """Replace a keys file atomically: a truncated one would lock its callers out."""
     text = yaml.safe_dump({name: _plain(key) for name, key in stored.items()}, sort_keys=False)
     descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp: mode 600
     try:
         with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123 - a descriptor, no path
             if path.exists() and (owner := path.stat()).st_uid != os.geteuid():
-                os.fchown(descriptor, owner.st_uid, owner.st_gid)  # what root writes, the gateway still reads
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)  # so the gateway can still read what root has written
             file.write(text)
             file.flush()
             os.fsync(descriptor)
@@ -126,6 +131,6 @@ def _write(path: Path, stored: dict[str, StoredKey]) -> None:
 
 
 def _plain(key: StoredKey) -> dict[str, object]:
-    said = key.model_dump(mode="json", exclude_defaults=True)
-    digests = said.pop("sha256")
-    return {"sha256": digests if len(digests) > 1 else digests[0], **said}
+    fields = key.model_dump(mode="json", exclude_defaults=True)
+    digests = fields.pop("sha256")
+    return {"sha256": digests if len(digests) > 1 else digests[0], **fields}

@@ -1,1 +1,1 @@
-"""What clients see: endpoints, request parsing, errors, server-sent events."""
+"""The OpenAI and Anthropic wire formats: endpoints, request parsing, limits, responses, streams, errors."""

@@ -1,4 +1,4 @@
-"""What a client wishes of whoever answers: the precisions that it accepts, and a floor under the quality."""
+"""Routing constraints that a client sets per request: accepted precisions, and a quality floor."""
 
 from collections.abc import Mapping
 
@@ -11,40 +11,43 @@ from gateway.openai.json_scan import Fields
 
 PRECISION_HEADER = "x-quantgate-precision"
 FLOOR_HEADER = "x-quantgate-floor"
-# Ours, never the engine's: the key that OpenRouter's clients send to choose a precision.
+# OpenRouter's field for provider selection. The gateway evaluates it and never forwards it.
 PROVIDER = "provider"
 
-LONGEST_LIST_BYTES = 4096
+MAX_QUANTIZATIONS_BYTES = 4096
 
-_TEXTS = msgspec.json.Decoder(list[str] | None)
+_STRINGS = msgspec.json.Decoder(list[str] | None)
 
 
 def parse_precisions(fields: Fields, headers: Mapping[bytes, bytes]) -> frozenset[str] | None:
-    """The precisions that the caller accepts; the header and the body's `provider` must both agree."""
-    asked = []
-    if PROVIDER in fields and (named := _quantizations(fields)):
-        asked.append(frozenset(named))
+    """Return the accepted precisions, None for any.
+
+    If both the header and the body's `provider.quantizations` are given, only precisions in both are accepted.
+    """
+    accepted = []
+    if PROVIDER in fields and (quantizations := _quantizations(fields)):
+        accepted.append(frozenset(quantizations))
     if header := headers.get(PRECISION_HEADER.encode()):
-        parts = header.decode("latin-1").split(",")
-        asked.append(frozenset(filter(None, (part.strip() for part in parts))))
-    return frozenset.intersection(*asked) if asked else None
+        names = header.decode("latin-1").split(",")
+        accepted.append(frozenset(filter(None, (name.strip() for name in names))))
+    return frozenset.intersection(*accepted) if accepted else None
 
 
 def _quantizations(fields: Fields) -> list[str] | None:
     param = f"{PROVIDER}.quantizations"
     provider = read_object(fields, PROVIDER) or {}
-    if len(provider.get("quantizations", b"")) > LONGEST_LIST_BYTES:
-        raise RequestError(f"{param!r} is longer than {LONGEST_LIST_BYTES} bytes", param=param)
+    if len(provider.get("quantizations", b"")) > MAX_QUANTIZATIONS_BYTES:
+        raise RequestError(f"{param!r} is longer than {MAX_QUANTIZATIONS_BYTES} bytes", param=param)
     try:
-        return read(provider, "quantizations", _TEXTS)
+        return read(provider, "quantizations", _STRINGS)
     except RequestError as error:
-        raise RequestError(f"{param!r} is no list of names such as int8", param=param) from error
+        raise RequestError(f"{param!r} must be a list of names such as int8", param=param) from error
 
 
 def parse_floor(headers: Mapping[bytes, bytes]) -> Floor:
-    """The least quality that the caller accepts; one that can't be understood is refused, never taken for none."""
-    given = headers.get(FLOOR_HEADER.encode())
-    return _floor(given.decode("latin-1")) if given else NO_FLOOR
+    """Read the quality floor from its header, NO_FLOOR without one; RequestError if it is invalid."""
+    header = headers.get(FLOOR_HEADER.encode())
+    return _floor(header.decode("latin-1")) if header else NO_FLOOR
 
 
 def _floor(header: str) -> Floor:
@@ -54,12 +57,14 @@ def _floor(header: str) -> Floor:
         if measure.strip() not in Floor.model_fields:
             known = ", ".join(Floor.model_fields)
             raise RequestError(
-                f"{FLOOR_HEADER}: {quoted(measure.strip())} is no measure; known: {known}", param=FLOOR_HEADER
+                f"{FLOOR_HEADER}: unknown measure {quoted(measure.strip())}; known: {known}", param=FLOOR_HEADER
             )
         try:
             limits[measure.strip()] = float(value)
         except ValueError:
-            raise RequestError(f"{FLOOR_HEADER}: {quoted(part.strip())} has no number", param=FLOOR_HEADER) from None
+            raise RequestError(
+                f"{FLOOR_HEADER}: {quoted(part.strip())} is not MEASURE=NUMBER", param=FLOOR_HEADER
+            ) from None
     try:
         return Floor.model_validate(limits)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What clients may ask of a model: an allow-list, and how each of its endpoints differs from the others."""
+"""Inference endpoints: an allow-list of paths, with the fields and formats in which they differ."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,22 +8,22 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One inference endpoint, the same path here and at a replica.
+    """One inference endpoint; the gateway and its replicas serve it under the same path.
 
-    `length_keys` limit how long an answer gets, the first that is given counts; without one vLLM takes
-    `length_default_tokens`, None for as long as the context allows. `batch` is
-    the key that may hold several prompts. `prompt_keys` hold what the model reads, in the order in which chat templates
-    write it, `turns_key` is the one of them that holds a conversation's turns.
+    `length_keys` are the request fields that limit the completion length, in order of precedence. Without any, vLLM
+    generates up to `length_default_tokens`, or to the end of the context if that is None. `batch` is the field that may
+    hold several prompts. `prompt_keys` are the fields that the model reads, in the order in which chat templates render
+    them; `turns_key` is the one of them that holds the turns of a conversation.
     """
 
     name: str
     path: str
     errors: Literal["openai", "anthropic"] = "openai"
-    # Its answer is text out of a model, token by token: it may be streamed, is metered, and may spill to another rung.
+    # The response is generated token by token: it can be streamed, is metered, and the request can spill.
     generates: bool = False
     takes_stream_options: bool = False
     rewrites_reasoning: bool = False
-    # It can go on from an earlier answer, if that has been kept.
+    # The API is stateful: responses can be stored and continued. The gateway makes it stateless.
     keeps_answers: bool = False
     length_keys: tuple[str, ...] = ()
     length_default_tokens: int | None = None
@@ -77,7 +77,7 @@ DETOKENIZE = Endpoint("detokenize", "/detokenize")
 
 ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
     {
-        each.name: each
-        for each in (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, COUNT_TOKENS, TOKENIZE, DETOKENIZE)
+        endpoint.name: endpoint
+        for endpoint in (CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, MESSAGES, COUNT_TOKENS, TOKENIZE, DETOKENIZE)
     }
 )

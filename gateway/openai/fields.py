@@ -1,4 +1,4 @@
-"""Fields of a request that are read, one at a time; each error names the key at fault."""
+"""Reads single fields of a request body; every RequestError names the field in `param`."""
 
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ _OBJECT = msgspec.json.Decoder(Fields | None)
 
 
 def read(fields: Fields, key: str, decoder: "msgspec.json.Decoder[T]") -> T | None:
-    """One field's value, None if it isn't there; RequestError names it."""
+    """Decode one field; None if it is absent, RequestError if it has another type."""
     raw = fields.get(key)
     if raw is None:
         return None
@@ -24,7 +24,7 @@ def read(fields: Fields, key: str, decoder: "msgspec.json.Decoder[T]") -> T | No
 
 
 def read_object(fields: Fields, key: str) -> Fields | None:
-    """An object that we read ourselves; the engine must read the same in it."""
+    """Decode one level of a field's object; RequestError for duplicate keys: the engine could pick the other value."""
     inner = read(fields, key, _OBJECT)
     if inner and (name := duplicate_key(bytes(fields[key]), inner)) is not None:
         raise duplicate_field(f"{key}.{name[:100]}")
@@ -32,8 +32,10 @@ def read_object(fields: Fields, key: str) -> Fields | None:
 
 
 def duplicate_field(key: str) -> RequestError:
-    return RequestError(f"{key!r} comes twice; send it once", param=key, code="duplicate_key")
+    """400: a key occurs more than once in its object."""
+    return RequestError(f"duplicate key {key!r}; send it once", param=key, code="duplicate_key")
 
 
 def quoted(text: str) -> str:
+    """Quote a client's text for an error message, truncated to 100 characters."""
     return repr(text[:100])

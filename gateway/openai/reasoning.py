@@ -1,14 +1,14 @@
-"""The three shapes of reasoning: a field of its own, put back into the content, or as the model generated it.
+"""Rewrites reasoning into the form that an alias asks for: a separate field, <think> tags in content, or raw output.
 
-Replicas run with vLLM's reasoning parser, which drops the tags and not one blank beside them, so the other shapes can
-be made from what it tells. What it can't tell:
+Replicas run with vLLM's reasoning parser. It removes the tags but keeps all whitespace around them, so the other forms
+can be rebuilt from its output, with these limits:
 
-- A thought that never closes may be the answer itself: a model that skips thinking. Where the model writes the tag, the
-  first token says which it is, and replicas are asked for token ids. Where the template injects it, only the end does
-  (it ended by itself, without an answer): a whole answer is told as content, in a stream the text that went out as
-  reasoning is repeated as content.
-- An empty thought leaves no trace, nor does a tag that the model repeats, nor the end of a thought behind which nothing
-  comes: `raw` lacks these. It ends a thought that a tool call ended with a tag that nobody wrote.
+- A thought that never closes can be the answer itself: the model skipped thinking. Where the model writes the opening
+  tag, the first token decides, and the gateway requests token ids. Where the chat template injects the tag, only the
+  end decides: generation stopped by itself, without an answer. A whole response then has the text as content; in a
+  stream, the text already sent as reasoning is repeated as content.
+- An empty thought leaves no trace, nor does a repeated tag, nor the end of a thought that nothing follows: `raw` lacks
+  these. It also closes a thought that a tool call ended with a tag that the model did not write.
 """
 
 import re
@@ -25,31 +25,32 @@ Shape = Literal["parsed", "restored", "raw"]
 Fields = dict[str, msgspec.Raw]
 
 OPEN, CLOSE = "<think>", "</think>"
-# How it is called by vLLM, and by vLLM before 0.12 and other engines.
-REASONING = ("reasoning", "reasoning_content")
-# Blanks may come before the tag; one that stands further back is spoken of.
+# vLLM's field, and its name before vLLM 0.12 and in other engines.
+REASONING_KEYS = ("reasoning", "reasoning_content")
+# Only whitespace may precede the opening tag. A tag further back is text about the tag.
 LEADING_TOKENS = 4
 _NULL = msgspec.Raw(b"null")
-_NOTHING = {"delta": b"{}", "logprobs": b"null", "finish_reason": b"null"}
+_EMPTY_CHOICE = {"delta": b"{}", "logprobs": b"null", "finish_reason": b"null"}
 
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
 _CHOICES = msgspec.json.Decoder(list[Fields])
 
-# A delta with reasoning and nothing else in it, as vLLM writes it for every token of a thought.
-_ONLY_REASONING = re.compile(
+# A choice whose delta is one piece of reasoning and nothing else, as vLLM writes it for every token of a thought.
+_REASONING_DELTA = re.compile(
     rb'"index":(?P<index>\d+),"delta":\{(?P<key>"reasoning"):"(?P<text>(?:[^"\\]|\\.)*)"(?P<end>\}),'
     rb'"logprobs":null,"finish_reason":null'
 )
-_THOUGHT = re.compile(rb'"reasoning(?:_content)?"\s*:\s*(?!null)')
+_NON_NULL_REASONING = re.compile(rb'"reasoning(?:_content)?"\s*:\s*(?!null)')
 _TOKEN_IDS = re.compile(rb'"((?:prompt_)?token_ids)":\[[\d,\s]*\]')
 
 
 class ReasoningFormat(msgspec.Struct, frozen=True):
-    """How the answers of one request are told: the shape, and who writes the opening tag.
+    """How reasoning is returned for one request.
 
-    `think_token` is that tag where the answer comes with token ids and the model writes it. `hides_ids`: the ids were
-    asked for on our account, so the client doesn't see them.
+    `shape` is the form for the client. `think` says who writes the opening tag, the template or the model.
+    `think_token` is the tag's token id, if the model writes it and the replica returns token ids. `hides_token_ids`:
+    the gateway requested the token ids, so they are removed from the response.
     """
 
     shape: Shape = "parsed"
@@ -60,218 +61,228 @@ class ReasoningFormat(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one event, or a whole answer, says in one choice; None is: nothing was said."""
+    """The relevant parts of one choice, in an event or a whole response; None: the field is absent or null."""
 
     reasoning: str | None = None
     content: str | None = None
     token_ids: tuple[int, ...] = ()
     calls_tool: bool = False
-    ended: bool = False  # by itself: not cut off by a limit, a stop word or a tool
+    ended: bool = False  # by an end token: not by a length limit, a stop word or a tool call
 
 
 @dataclass(slots=True)
 class ThinkState:
-    """Follows one choice from the first token on, and says what the client gets.
+    """State machine of one choice: classifies the parser's output and rewrites it for the client.
 
-    ===========  ======================================================
-    phase        what is known
-    ===========  ======================================================
-    undecided    nothing but blanks so far
-    thinking     a thought has begun and isn't closed
-    skipped      the model didn't think: what is called reasoning is the answer
-    answering    there was content, or a tool call
-    ===========  ======================================================
+    ===========  ====================================  ===========================================================
+    phase        meaning                               next phase
+    ===========  ====================================  ===========================================================
+    undecided    nothing but whitespace so far         thinking: the opening tag's token, or reasoning;
+                                                       skipped: reasoning alone, without the tag's token, where the
+                                                       model writes the tag; answering: content or a tool call
+    thinking     in a thought that is not closed       answering: content or a tool call, or generation stops by
+                                                       itself (then the thought was the answer)
+    skipped      the model did not think: the          none
+                 parser's reasoning is the answer
+    answering    there was content, or a tool call     none
+    ===========  ====================================  ===========================================================
+
+    `confirmed`: the opening tag's token was seen, so the thought cannot be the answer.
     """
 
-    manner: ReasoningFormat
+    reasoning_format: ReasoningFormat
     phase: Literal["undecided", "thinking", "skipped", "answering"] = "undecided"
-    sure: bool = False
-    _opened: bool = False  # something of the thought went out
-    _blanks: str = ""
-    _thought: list[bytes] = field(default_factory=list)  # as it stands in JSON
+    confirmed: bool = False
+    _sent: bool = False  # some of the thought went to the client
+    _whitespace: str = ""  # withheld while undecided
+    _thought: list[bytes] = field(default_factory=list)  # JSON-escaped pieces, in case the thought is the answer
 
-    def told(self, said: Delta) -> Delta:
-        """Turn what the parser says into what the client gets."""
-        reasoning = said.reasoning or ""
+    def apply(self, delta: Delta) -> Delta:
+        """Rewrite the parser's output for the client."""
+        reasoning = delta.reasoning or ""
         if self.phase == "undecided":
-            reasoning = self._blanks + reasoning
-            self._decide(said, reasoning)
+            reasoning = self._whitespace + reasoning
+            self._decide(delta, reasoning)
             if self.phase == "undecided":
-                self._blanks = reasoning
-                return Delta(content=said.content, ended=said.ended)
+                self._whitespace = reasoning
+                return Delta(content=delta.content, ended=delta.ended)
         if self.phase == "thinking":
-            return self._thinking(said, reasoning)
-        if self.phase == "skipped" or self.manner.shape != "parsed":
-            return Delta(content=_joined(reasoning, said.content))
-        return Delta(reasoning or None, said.content)
+            return self._apply_thinking(delta, reasoning)
+        if self.phase == "skipped" or self.reasoning_format.shape != "parsed":
+            return Delta(content=_concat(reasoning, delta.content))
+        return Delta(reasoning or None, delta.content)
 
     @property
-    def steady(self) -> bool:
-        """Tell whether more reasoning changes nothing, so that it can be passed on as bytes."""
-        return self.phase == "skipped" or (self.phase == "thinking" and self._opened)
+    def passes_through(self) -> bool:
+        """Whether more reasoning cannot change the phase: its bytes need no decoding."""
+        return self.phase == "skipped" or (self.phase == "thinking" and self._sent)
 
-    def goes_on(self, piece: bytes) -> None:
-        """Keep a piece of a thought, as it stands in JSON, as long as it may turn out to be the answer."""
+    def append(self, text: bytes) -> None:
+        """Keep a JSON-escaped piece of a thought for as long as the thought may be the answer."""
         if self._may_be_answer:
-            self._thought.append(piece)
+            self._thought.append(text)
 
     @property
     def becomes_content(self) -> bool:
-        """Tell whether what is called reasoning belongs into the content."""
-        return self.manner.shape != "parsed" or self.phase == "skipped"
+        """Whether the parser's reasoning goes into the client's content."""
+        return self.reasoning_format.shape != "parsed" or self.phase == "skipped"
 
     @property
     def _may_be_answer(self) -> bool:
-        return not self.sure and self.phase == "thinking" and self.manner.shape != "raw"
+        return not self.confirmed and self.phase == "thinking" and self.reasoning_format.shape != "raw"
 
-    def _decide(self, said: Delta, reasoning: str) -> None:
-        token = self.manner.think_token
-        if token is not None and token in said.token_ids[:LEADING_TOKENS]:
-            self.phase, self.sure = "thinking", True
-        elif reasoning.strip() or (reasoning and (token is None or said.content)):
-            # Content behind it: the parser has seen the end of a thought, whoever began it.
-            self.phase = "thinking" if token is None or said.content or said.calls_tool else "skipped"
-        elif said.content or said.calls_tool:
+    def _decide(self, delta: Delta, reasoning: str) -> None:
+        token = self.reasoning_format.think_token
+        if token is not None and token in delta.token_ids[:LEADING_TOKENS]:
+            self.phase, self.confirmed = "thinking", True
+        elif reasoning.strip() or (reasoning and (token is None or delta.content)):
+            # Content or a tool call after it: the parser has seen the end of a thought.
+            self.phase = "thinking" if token is None or delta.content or delta.calls_tool else "skipped"
+        elif delta.content or delta.calls_tool:
             self.phase = "answering"
 
-    def _thinking(self, said: Delta, reasoning: str) -> Delta:
-        self.goes_on(_ENCODER.encode(reasoning)[1:-1])
-        answers = bool(said.content) or said.calls_tool
-        content = said.content
-        if said.ended and not answers and self._may_be_answer:
-            return self._is_answer(reasoning)
-        # The tag's own token has no text: what the thought begins with is known later.
-        begins = not self._opened and bool(reasoning or answers or said.ended)
-        self._opened |= begins
+    def _apply_thinking(self, delta: Delta, reasoning: str) -> Delta:
+        self.append(_ENCODER.encode(reasoning)[1:-1])
+        answers = bool(delta.content) or delta.calls_tool
+        content = delta.content
+        if delta.ended and not answers and self._may_be_answer:
+            return self._as_answer(reasoning)
+        # The opening tag's token has no text. The tag is written with the first text: it depends on its whitespace.
+        starts = not self._sent and bool(reasoning or answers or delta.ended)
+        self._sent |= starts
         if answers:
             self.phase = "answering"
             self._thought.clear()
-        if self.manner.shape == "parsed":
+        if self.reasoning_format.shape == "parsed":
             return Delta(reasoning or None, content)
-        opening = self._opening(reasoning) if begins else ""
-        return Delta(content=_joined(opening + reasoning + (CLOSE if answers else ""), content))
+        tag = self._opening_tag(reasoning) if starts else ""
+        return Delta(content=_concat(tag + reasoning + (CLOSE if answers else ""), content))
 
-    def _is_answer(self, reasoning: str) -> Delta:
-        """The thought ended by itself, unclosed and without an answer: it was one."""
+    def _as_answer(self, reasoning: str) -> Delta:
+        """Return the whole thought as content: it ended by itself, unclosed and without an answer."""
         answer: str = msgspec.json.decode(b'"%b"' % b"".join(self._thought))
         self._thought.clear()
         self.phase = "answering"
-        if not self._opened:
+        if not self._sent:
             return Delta(content=answer)
-        if self.manner.shape == "parsed":
+        if self.reasoning_format.shape == "parsed":
             return Delta(reasoning or None, answer)
         return Delta(content=f"{reasoning}{CLOSE}\n\n{answer}")
 
-    def _opening(self, reasoning: str) -> str:
-        if self.manner.shape == "raw":
-            return OPEN if self.manner.think == "model" else ""
+    def _opening_tag(self, reasoning: str) -> str:
+        if self.reasoning_format.shape == "raw":
+            return OPEN if self.reasoning_format.think == "model" else ""
         return OPEN if reasoning.startswith("\n") else f"{OPEN}\n"
 
 
 @dataclass(slots=True)
 class ReasoningRewriter:
-    """Shapes a chat stream, event by event; once all choices are at their answers, events aren't looked into."""
+    """Rewrites a chat stream event by event. Once all choices are at their answers, events are not decoded any more."""
 
-    manner: ReasoningFormat
-    _thoughts: dict[int, ThinkState] = field(default_factory=dict)
-    _thinking: bool = True
+    reasoning_format: ReasoningFormat
+    _states: dict[int, ThinkState] = field(default_factory=dict)  # by index of the choice
+    _thinking: bool = True  # some choice is undecided or thinking
 
     def apply(self, event: bytes) -> bytes:
-        """Say what the client gets for an event; b"" for nothing."""
+        """Return what the client gets for an event; b"" for nothing."""
         if self._thinking or b'"reasoning"' in event or b'"reasoning_content"' in event:
-            only = _ONLY_REASONING.search(event)
-            thought = self._thoughts.get(int(only["index"])) if only else None
-            event = _steady(event, only, thought) if only and thought and thought.steady else self._read(event)
-        return _TOKEN_IDS.sub(rb'"\1":null', event) if self.manner.hides_token_ids else event
+            match = _REASONING_DELTA.search(event)
+            state = self._states.get(int(match["index"])) if match else None
+            if match and state and state.passes_through:
+                event = _pass_through(event, match, state)
+            else:
+                event = self._decode_and_rewrite(event)
+        return _TOKEN_IDS.sub(rb'"\1":null', event) if self.reasoning_format.hides_token_ids else event
 
-    def _read(self, event: bytes) -> bytes:
+    def _decode_and_rewrite(self, event: bytes) -> bytes:
         data = event_data(event)
         if not data.startswith(b"{"):
             return event
         try:
             chunk = _FIELDS.decode(data)
             before = _CHOICES.decode(chunk.get("choices", b"[]"))
-            after = [self._choice(choice) for choice in before]
+            after = [self._rewrite(choice) for choice in before]
         except NO_JSON:
-            # For the client to judge.
+            # Malformed: passed on unchanged, the client decides.
             return event
-        self._thinking = not self._thoughts or any(
-            each.phase in {"undecided", "thinking"} for each in self._thoughts.values()
+        self._thinking = not self._states or any(
+            state.phase in {"undecided", "thinking"} for state in self._states.values()
         )
-        if self.manner.hides_token_ids and after and all(_says_nothing(choice) for choice in after):
-            # It is here for its token id alone.
+        if self.reasoning_format.hides_token_ids and after and all(_is_empty(choice) for choice in after):
+            # The engine sent it only because of its token id.
             return b""
         if after == before:
             return event
         chunk["choices"] = msgspec.Raw(_ENCODER.encode(after))
         return b"data: %b\n\n" % _ENCODER.encode(chunk)
 
-    def _choice(self, choice: Fields) -> Fields:
+    def _rewrite(self, choice: Fields) -> Fields:
         index = msgspec.json.decode(choice.get("index", b"0"), type=int)
-        thought = self._thoughts.setdefault(index, ThinkState(self.manner))
-        return _retold(choice, "delta", thought)
+        state = self._states.setdefault(index, ThinkState(self.reasoning_format))
+        return _rewrite_choice(choice, "delta", state)
 
 
 def has_reasoning(answer: bytes, manner: ReasoningFormat) -> bool:
-    """Say whether there is anything to shape in a whole answer: a thought, or token ids that stay here."""
-    return manner.hides_token_ids or _THOUGHT.search(answer) is not None
+    """Whether a whole response needs rewriting: it has reasoning, or token ids that the client must not see."""
+    return manner.hides_token_ids or _NON_NULL_REASONING.search(answer) is not None
 
 
 def rewrite_reasoning(answer: Fields, manner: ReasoningFormat) -> Fields:
-    """Shape a whole answer, given as its top level."""
+    """Rewrite a whole response, given as its top-level fields."""
     try:
         choices = [
-            _retold(each, "message", ThinkState(manner)) for each in _CHOICES.decode(answer.get("choices", b"[]"))
+            _rewrite_choice(choice, "message", ThinkState(manner))
+            for choice in _CHOICES.decode(answer.get("choices", b"[]"))
         ]
     except NO_JSON:
         return answer
     if not manner.hides_token_ids:
         return {**answer, "choices": msgspec.Raw(_ENCODER.encode(choices))} if choices else answer
-    shown = [{**choice, "token_ids": _NULL} for choice in choices]
-    return {**answer, "choices": msgspec.Raw(_ENCODER.encode(shown)), "prompt_token_ids": _NULL}
+    without_ids = [{**choice, "token_ids": _NULL} for choice in choices]
+    return {**answer, "choices": msgspec.Raw(_ENCODER.encode(without_ids)), "prompt_token_ids": _NULL}
 
 
-def _steady(event: bytes, only: re.Match[bytes], thought: ThinkState) -> bytes:
-    """Pass on one more piece of a thought without parsing it."""
-    thought.goes_on(only["text"])
-    if thought.becomes_content:
-        return event[: only.start("key")] + b'"content"' + event[only.end("key") :]
-    mirrored = b',"reasoning_content":"%b"' % only["text"]
-    return event[: only.start("end")] + mirrored + event[only.start("end") :]
+def _pass_through(event: bytes, match: re.Match[bytes], state: ThinkState) -> bytes:
+    """Rewrite an event with one more piece of a thought in place, without decoding it."""
+    state.append(match["text"])
+    if state.becomes_content:
+        return event[: match.start("key")] + b'"content"' + event[match.end("key") :]
+    mirrored = b',"reasoning_content":"%b"' % match["text"]
+    return event[: match.start("end")] + mirrored + event[match.start("end") :]
 
 
-def _retold(choice: Fields, part: Literal["delta", "message"], thought: ThinkState) -> Fields:
+def _rewrite_choice(choice: Fields, part: Literal["delta", "message"], state: ThinkState) -> Fields:
     body = _FIELDS.decode(choice.get(part, b"{}"))
-    said = _said(choice, body)
-    told = thought.told(said)
-    if not said.reasoning and told.content == said.content:
+    before = _read_delta(choice, body)
+    after = state.apply(before)
+    if not before.reasoning and after.content == before.content:
         return choice
     whole = part == "message"
-    fields = {key: value for key, value in body.items() if key not in REASONING}
-    if told.content is not None or whole:
-        fields["content"] = _raw(told.content)
-    if told.reasoning is not None or whole:
-        fields["reasoning"] = _raw(told.reasoning)
-    if told.reasoning is not None:
-        fields["reasoning_content"] = _raw(told.reasoning)
+    fields = {key: value for key, value in body.items() if key not in REASONING_KEYS}
+    if after.content is not None or whole:
+        fields["content"] = _raw(after.content)
+    if after.reasoning is not None or whole:
+        fields["reasoning"] = _raw(after.reasoning)
+    if after.reasoning is not None:
+        fields["reasoning_content"] = _raw(after.reasoning)
     return {**choice, part: _raw(fields)}
 
 
-def _said(choice: Fields, body: Fields) -> Delta:
-    reasoning = next((text for key in REASONING if (text := _value(body, key, str)) is not None), None)
-    # A stop word cut it off; a number is the token that the model ends with.
-    cut = isinstance(_value(choice, "stop_reason", str | int), str)
+def _read_delta(choice: Fields, body: Fields) -> Delta:
+    reasoning = next((text for key in REASONING_KEYS if (text := _value(body, key, str)) is not None), None)
+    # vLLM's `stop_reason` is the stop word that ended generation, or the id of an end token.
+    stop_word = isinstance(_value(choice, "stop_reason", str | int), str)
     return Delta(
         reasoning=reasoning,
         content=_value(body, "content", str),
         token_ids=_value(choice, "token_ids", tuple[int, ...]) or (),
         calls_tool=bool(_value(body, "tool_calls", list[msgspec.Raw])),
-        ended=_value(choice, "finish_reason", str) == "stop" and not cut,
+        ended=_value(choice, "finish_reason", str) == "stop" and not stop_word,
     )
 
 
-def _says_nothing(choice: Fields) -> bool:
-    return all(bytes(choice.get(key, b"null")) == nothing for key, nothing in _NOTHING.items())
+def _is_empty(choice: Fields) -> bool:
+    return all(bytes(choice.get(key, b"null")) == empty for key, empty in _EMPTY_CHOICE.items())
 
 
 def _value(fields: Fields, key: str, kind: Any) -> Any:
@@ -282,6 +293,6 @@ def _raw(value: Any) -> msgspec.Raw:
     return msgspec.Raw(_ENCODER.encode(value))
 
 
-def _joined(before: str, after: str | None) -> str | None:
-    """Two texts as one; nothing stays nothing, and not an empty text."""
+def _concat(before: str, after: str | None) -> str | None:
+    """Concatenate two texts; None stays None where `before` is empty."""
     return (before + (after or "")) if before else after

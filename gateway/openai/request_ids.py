@@ -1,15 +1,15 @@
-"""The id of a request: the client's own if it is a sane one, otherwise one made here."""
+"""Request ids: the client's `x-request-id` if it is well-formed, otherwise a generated one."""
 
 import re
 import secrets
 from collections.abc import Mapping
 from itertools import count
 
-_SANE = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_WELL_FORMED = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestIds:
-    """Makes ids that nobody else makes: a random part for the process, and a count."""
+    """Generates ids that are unique across processes: a random prefix per process, and a counter."""
 
     __slots__ = ("_numbers", "_prefix")
 
@@ -18,8 +18,8 @@ class RequestIds:
         self._numbers = count(1)
 
     def of(self, headers: Mapping[bytes, bytes]) -> str:
-        """Say what a request with these headers is called."""
+        """Return the id of a request with these headers."""
         given = headers.get(b"x-request-id")
-        if given is not None and _SANE.fullmatch(given):
+        if given is not None and _WELL_FORMED.fullmatch(given):
             return given.decode()
         return f"{self._prefix}{next(self._numbers):x}"

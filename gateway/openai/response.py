@@ -1,4 +1,4 @@
-"""What a replica's bytes become on their way to the client: the asked model's name, our error shape, nothing else."""
+"""Rewrites a replica's whole response for the client: the requested model name, and errors in the gateway's shape."""
 
 import math
 import re
@@ -12,36 +12,34 @@ from gateway.openai.usage import Usage
 
 Fields = dict[str, msgspec.Raw]
 
-# A replica that refuses our credential is broken, whatever the client sent.
-OUR_FAULT = frozenset({401, 403})
-# vLLM says 503 when its queue is full.
-FULL = frozenset({429, 503})
+# The replica rejects the gateway's own credential: a misconfiguration, not the client's error.
+CREDENTIAL_ERRORS = frozenset({401, 403})
+# vLLM responds 503 when its queue is full.
+OVERLOAD_ERRORS = frozenset({429, 503})
 
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
-
-
 _USAGE = msgspec.json.Decoder(Usage | None)
 _ERROR = msgspec.json.Decoder(dict[str, Any])
-_WORD = msgspec.json.Decoder(str)
-# Text can't hold it unescaped.
-_FINISH = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,32})"')
-_WORDS = ("stop_reason", "status")  # of messages, and of responses
+_STRING = msgspec.json.Decoder(str)
+# Cannot match inside generated text: quotes are escaped there.
+_FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,32})"')
+_FINISH_KEYS = ("stop_reason", "status")  # of messages, and of responses
 
 
 def parse_response(answer: bytes) -> Fields:
-    """Read a whole answer's top level; what it says instead of an answer is raised, as another status would be."""
+    """Decode a response's top level; an error object under status 200 is raised like an error status."""
     try:
         fields = _FIELDS.decode(answer)
     except NO_JSON as error:
-        raise _no_object() from error
+        raise _invalid_response() from error
     if bytes(fields.get("error", b"null")) != b"null":
         raise error_from_response(embedded_status(answer), answer)
     return fields
 
 
 def embedded_status(data: bytes) -> int:
-    """The HTTP status that an error under a 200 would have had; vLLM writes it as the code."""
+    """HTTP status of an error object that was sent with status 200: vLLM puts it into `code`; 502 otherwise."""
     try:
         error = _ERROR.decode(data).get("error")
     except NO_JSON:
@@ -51,73 +49,81 @@ def embedded_status(data: bytes) -> int:
 
 
 def rewrite_response(
-    fields: Fields, model: str, shape: Callable[[Fields], Fields] | None = None
+    fields: Fields, model: str, transform: Callable[[Fields], Fields] | None = None
 ) -> tuple[bytes, Usage | None]:
-    """Put the asked model's name into a whole answer, and shape the rest; UpstreamError if its usage is none."""
+    """Encode a response with the requested model name, after `transform`; returns it with its usage.
+
+    Raises UpstreamError if `usage` is malformed.
+    """
     try:
         usage = _USAGE.decode(fields["usage"]) if "usage" in fields else None
     except NO_JSON as error:
-        raise _no_object() from error
+        raise _invalid_response() from error
     if "model" in fields:
         fields["model"] = msgspec.Raw(_ENCODER.encode(model))
-    return _ENCODER.encode(shape(fields) if shape else fields), usage
+    return _ENCODER.encode(transform(fields) if transform else fields), usage
 
 
 def finish_reason(fields: Fields) -> str:
-    """Why a whole answer ended; UpstreamError if the engine gave it up, which looks like an answer and is none.
+    """Return why generation ended; UpstreamError if the engine aborted it, which otherwise looks like a response.
 
-    Looked for only where the engine writes: /v1/responses repeats what clients make up, and calls it by any name.
+    Only fields that the engine writes are read: /v1/responses echoes objects of the client, with any keys.
     """
     if "choices" in fields:
-        reasons = _FINISH.findall(fields["choices"])
+        reasons = _FINISH_REASON.findall(fields["choices"])
         if b"abort" in reasons:
-            raise UpstreamError("a replica gave the answer up in the middle", code="upstream_aborted")
+            raise UpstreamError("a replica aborted the generation", code="upstream_aborted")
         return reasons[-1].decode() if reasons else ""
-    finish = next((word for key in _WORDS if (word := _word(fields, key))), "")
+    finish = next((reason for key in _FINISH_KEYS if (reason := _string(fields, key))), "")
     if finish == "failed":
-        raise UpstreamError("a replica failed in the middle of the answer")
+        raise UpstreamError("a replica failed during the generation")
     return finish
 
 
-def _word(fields: Fields, key: str) -> str:
+def _string(fields: Fields, key: str) -> str:
     try:
-        return _WORD.decode(fields.get(key, b'""'))
+        return _STRING.decode(fields.get(key, b'""'))
     except NO_JSON:
         return ""
 
 
-def _no_object() -> UpstreamError:
-    return UpstreamError("a replica's answer is no JSON object", code="upstream_invalid")
+def _invalid_response() -> UpstreamError:
+    return UpstreamError("a replica's response is not a valid JSON object", code="upstream_invalid")
 
 
 def error_from_response(status: int, body: bytes, held_seconds: float | None = None) -> GatewayError:
-    """Translate a replica's error reply; the text of a 5xx stays inside. `held_seconds`: to be spared for so long."""
+    """Translate a replica's error response; the message of a 5xx is not passed to the client.
+
+    `held_seconds` is the replica's `retry-after`. Engines and proxies use several shapes of error bodies.
+    """
     try:
         fields = _FIELDS.decode(body)
-        message, kind, code = _told(msgspec.json.decode(fields.get("error") or fields.get("detail") or b"null"))
-        param = msgspec.json.decode(fields.get("error", b"null"))
+        message, kind, code = _error_parts(msgspec.json.decode(fields.get("error") or fields.get("detail") or b"null"))
+        error_object = msgspec.json.decode(fields.get("error", b"null"))
     except NO_JSON:
-        message, kind, code, param = "", "", "", None
-    if status in OUR_FAULT:
-        return UpstreamError(f"a replica answered {status} to the gateway", code="upstream_misconfigured")
-    if status in FULL:
+        message, kind, code, error_object = "", "", "", None
+    if status in CREDENTIAL_ERRORS:
+        return UpstreamError(
+            f"a replica rejected the gateway's credential with status {status}", code="upstream_misconfigured"
+        )
+    if status in OVERLOAD_ERRORS:
         return ReplicaFull(held_seconds=held_seconds)
     if not 400 <= status < 500:
         return UpstreamError(f"a replica failed with status {status}")
-    named = param.get("param") if isinstance(param, dict) else None
+    param = error_object.get("param") if isinstance(error_object, dict) else None
     if status == 404:
-        # A replica that doesn't know its own model is broken; one without such an endpoint has another kind of model.
-        if named == "model" or (kind == "NotFoundError" and "model" in message):
-            return UpstreamError("a replica doesn't know its model", code="upstream_misconfigured")
-        message, code = "the model's engine has no such endpoint", "endpoint_not_supported"
-    error = RequestError(message or f"the engine refused the request with status {status}", param=named, code=code)
+        # A replica that does not serve its own model is misconfigured. One without the endpoint has another model type.
+        if param == "model" or (kind == "NotFoundError" and "model" in message):
+            return UpstreamError("a replica does not serve its model", code="upstream_misconfigured")
+        message, code = "the model does not support this endpoint", "endpoint_not_supported"
+    error = RequestError(message or f"the engine rejected the request with status {status}", param=param, code=code)
     error.status = status
     error.type = kind or error.type
     return error
 
 
 def retry_after_seconds(headers: Mapping[bytes, bytes]) -> float | None:
-    """How long a replica asks to be spared, if it says; RFC 9110's dates are as good as nothing."""
+    """Seconds in a replica's `retry-after`, None without one; the date format of RFC 9110 is not supported."""
     try:
         seconds = float(headers.get(b"retry-after", b""))
     except ValueError:
@@ -125,8 +131,8 @@ def retry_after_seconds(headers: Mapping[bytes, bytes]) -> float | None:
     return seconds if math.isfinite(seconds) and seconds > 0 else None
 
 
-def _told(error: Any) -> tuple[str, str, str]:
-    """Message, type and code of an error in any of the shapes that engines and proxies use."""
+def _error_parts(error: Any) -> tuple[str, str, str]:
+    """Return message, type and code of an error object, or of a bare string."""
     if isinstance(error, dict):
         code = error.get("code")
         return str(error.get("message") or ""), str(error.get("type") or ""), "" if code is None else str(code)

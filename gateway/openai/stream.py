@@ -1,7 +1,38 @@
-"""Follows a stream event by event: what the client gets for each, and how the stream ends.
+"""Filters for streamed responses: rewrite each event for the client, and determine how the stream ends.
 
-Two grammars: OpenAI's chunks (chat, completions), which end with a finish reason and `[DONE]`, and named events
-(responses, messages), whose last one says that all is told. A stream that ends otherwise has failed.
+Two grammars. OpenAI's chunks (chat, completions) end with a finish reason, then `[DONE]`. Named events (responses,
+messages) end with a final event. A stream that ends otherwise has failed.
+
+ChunkFilter, for each event from the replica:
+
+==========  ==============================  ========================================================  ==========
+state       event                           to the client                                             next state
+==========  ==============================  ========================================================  ==========
+open        chunk, comment                  the chunk with the requested model name; the comment      open
+open        chunk with a finish reason      the same, if the client wants usage                       open
+open        ... usage not wanted            nothing: it is withheld for the fingerprint               withheld
+withheld    ... another one (choice)        nothing: it is withheld, too                              withheld
+withheld    chunk with usage, no choices    the withheld chunks with its fingerprint                  open
+withheld    chunk, comment, `[DONE]`        the withheld chunks, then that event as in open
+open        error, or reason `abort`        an error event; `failure` is set                          failed
+open        `[DONE]` without a reason       an error event; `failure` is set                          failed
+open        `[DONE]`                        itself; `finished` is set                                 finished
+finished    any event                       nothing                                                   finished
+==========  ==============================  ========================================================  ==========
+
+Other events without data are dropped in every state: the OpenAI SDK crashes on them.
+
+NamedEventFilter: `model` is replaced inside the object of `message_start` and of response events, all else passes.
+
+==========  ==============================================================  ============
+state       event                                                           next state
+==========  ==============================================================  ============
+open        `message_stop`, `response.completed`, `response.incomplete`     finished
+open        `error`, `response.failed`                                      failed
+finished    `[DONE]` and comments are passed on, all else is dropped        finished
+==========  ==============================================================  ============
+
+The caller stops at `failure`; its error event reaches the client only if something was sent before.
 """
 
 import re
@@ -33,36 +64,37 @@ class _ErrorEvent(msgspec.Struct):
     error: Any = None
 
 
-# `model` stands before `choices`, so its first occurrence is the right one; text can't hold it unescaped.
+# `model` precedes `choices`, so the first match is the right one. Generated text cannot match: its quotes are escaped.
 _MODEL = re.compile(rb'"model"\s*:\s*"(?:[^"\\]|\\.)*"')
-_ERROR_BEGIN = re.compile(rb'\{\s*"error"\s*:(?!\s*null)')
-_USAGE_BEGIN = re.compile(rb'"usage"\s*:\s*\{')
-_FINISH = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,32})"')
-_OPENING = b'"role":"assistant","content":""'
+_ERROR_START = re.compile(rb'\{\s*"error"\s*:(?!\s*null)')
+_USAGE_START = re.compile(rb'"usage"\s*:\s*\{')
+_FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,32})"')
+# The first chunk of a chat, which carries no token.
+_ROLE_DELTA = b'"role":"assistant","content":""'
 
 _CHUNK = msgspec.json.Decoder(_Chunk)
 _ERROR = msgspec.json.Decoder(_ErrorEvent)
 
 
 class StreamFilter(Protocol):
-    """A stream so far. `failure` is what went wrong in it, `finished` that it was told to its end."""
+    """Filter of one stream, with what is known of the stream so far."""
 
     usage: Usage | None
-    finish: str
-    finished: bool
+    finish: str  # the finish reason; "" before it
+    finished: bool  # the stream was complete
     failure: GatewayError | None
-    tokens: bool  # the last event carried some
+    tokens: bool  # the last event carried generated tokens
 
     def apply(self, event: bytes) -> bytes:
-        """Say what the client gets for an event; b"" for nothing."""
+        """Return what the client gets for an event; b"" for nothing."""
 
 
 @dataclass(slots=True)
 class ChunkFilter:
-    """OpenAI's chunks. Events are searched, not parsed, but for those with usage.
+    """Filter of OpenAI's chunks. Events are searched, not decoded, except for those with usage or an error.
 
-    vLLM writes its fingerprint into the last chunk: the one with usage, or else those that end a choice. Where usage
-    was asked for on our account, these wait for it.
+    vLLM writes `system_fingerprint` into the last chunk: the one with usage, or without usage those with a finish
+    reason. If the gateway requested the usage, that chunk is dropped, and the withheld ones get its fingerprint.
     """
 
     endpoint: Endpoint
@@ -73,95 +105,96 @@ class ChunkFilter:
     finished: bool = False
     failure: GatewayError | None = None
     tokens: bool = False
-    _served: bytes = b""  # `"model":"..."` as this replica writes it
-    _asked: bytes = b""
-    _ends: bytes = b""  # what ends choices, and waits
+    _served_model: bytes = b""  # `"model":"..."` as this replica writes it
+    _requested_model: bytes = b""  # its replacement, with the same spacing
+    _withheld: bytes = b""  # chunks with a finish reason
 
     def apply(self, event: bytes) -> bytes:
-        """Say what the client gets for an event; b"" for nothing, as for all that comes behind the end."""
+        """Return what the client gets for an event; b"" for nothing, as for everything after the end."""
         self.tokens = False
         if self.finished:
             return b""
         if not event.startswith(b"data: {"):
-            return self._unusual(event)
+            return self._apply_uncommon(event)
         if b'"usage"' in event or b'"error"' in event:
-            return self._looked_into(event, event[6:])
-        return self._chunk(event)
+            return self._apply_decoded(event, event[6:])
+        return self._apply_chunk(event)
 
-    def _chunk(self, event: bytes) -> bytes:
-        self.tokens = _OPENING not in event
+    def _apply_chunk(self, event: bytes) -> bytes:
+        self.tokens = _ROLE_DELTA not in event
         if b'"finish_reason":"' in event or b'"finish_reason": "' in event:
-            self._finish(event)
+            self._read_finish_reason(event)
             if self.failure is not None:
                 return error_event(self.endpoint, self.failure)
             if not self.wants_usage:
-                self._ends += self._renamed(event)
+                self._withheld += self._replace_model(event)
                 return b""
-        return self._ended(_NULL) + self._renamed(event) if self._ends else self._renamed(event)
+        return self._release(_NULL) + self._replace_model(event) if self._withheld else self._replace_model(event)
 
-    def _ended(self, fingerprint: msgspec.Raw) -> bytes:
-        ends, self._ends = self._ends, b""
-        if fingerprint == _NULL or b'"system_fingerprint"' in ends:
-            return ends
-        return ends.replace(b"}\n\n", b',"system_fingerprint":%b}\n\n' % fingerprint)
+    def _release(self, fingerprint: msgspec.Raw) -> bytes:
+        """Return the withheld chunks, with a fingerprint if they have none."""
+        chunks, self._withheld = self._withheld, b""
+        if fingerprint == _NULL or b'"system_fingerprint"' in chunks:
+            return chunks
+        return chunks.replace(b"}\n\n", b',"system_fingerprint":%b}\n\n' % fingerprint)
 
-    def _renamed(self, event: bytes) -> bytes:
-        if self._served and self._served in event:
-            return event.replace(self._served, self._asked, 1)
-        found = _MODEL.search(event)
-        if found is None:
+    def _replace_model(self, event: bytes) -> bytes:
+        if self._served_model and self._served_model in event:
+            return event.replace(self._served_model, self._requested_model, 1)
+        match = _MODEL.search(event)
+        if match is None:
             return event
-        self._served = found[0]
-        self._asked = b"%b%b" % (found[0][: found[0].index(b":") + 1], _ENCODER.encode(self.model))
-        if found[0][found[0].index(b":") + 1 :].startswith(b" "):
-            self._asked = self._asked.replace(b":", b": ", 1)
-        return event[: found.start()] + self._asked + event[found.end() :]
+        self._served_model = match[0]
+        key, value = match[0][: match[0].index(b":") + 1], match[0][match[0].index(b":") + 1 :]
+        self._requested_model = b"%b%b" % (key, _ENCODER.encode(self.model))
+        if value.startswith(b" "):
+            self._requested_model = self._requested_model.replace(b":", b": ", 1)
+        return event[: match.start()] + self._requested_model + event[match.end() :]
 
-    def _unusual(self, event: bytes) -> bytes:
+    def _apply_uncommon(self, event: bytes) -> bytes:
         data = event_data(event)
         if not data:
-            # An event without data crashes the OpenAI SDK.
-            return self._ended(_NULL) + event if is_comment(event) else b""
+            return self._release(_NULL) + event if is_comment(event) else b""
         if data == DONE:
-            return self._done(event)
+            return self._apply_done(event)
         if event_name(event) == b"error":
-            return self._failed(data)
-        return self._looked_into(event, data)
+            return self._fail(data)
+        return self._apply_decoded(event, data)
 
-    def _done(self, event: bytes) -> bytes:
+    def _apply_done(self, event: bytes) -> bytes:
         if self.failure is not None:
             return b""
         if not self.finish:
-            self.failure = UpstreamDisconnected("a replica ended its stream in the middle")
+            self.failure = UpstreamDisconnected("a replica ended its stream without a finish reason")
             return error_event(self.endpoint, self.failure)
         self.finished = True
-        return self._ended(_NULL) + event
+        return self._release(_NULL) + event
 
-    def _looked_into(self, event: bytes, data: bytes) -> bytes:
-        if _ERROR_BEGIN.match(data) or (b'"error"' in data and _tells_error(data)):
-            return self._failed(data)
-        chunk = _counted(data) if _USAGE_BEGIN.search(data) else None
+    def _apply_decoded(self, event: bytes, data: bytes) -> bytes:
+        if _ERROR_START.match(data) or (b'"error"' in data and _has_error(data)):
+            return self._fail(data)
+        chunk = _decode_chunk(data) if _USAGE_START.search(data) else None
         if chunk is None:
-            return self._chunk(event)
+            return self._apply_chunk(event)
         self.usage = chunk.usage
         if chunk.choices != []:
-            return self._chunk(event)
-        return self._renamed(event) if self.wants_usage else self._ended(chunk.system_fingerprint)
+            return self._apply_chunk(event)
+        return self._replace_model(event) if self.wants_usage else self._release(chunk.system_fingerprint)
 
-    def _failed(self, data: bytes) -> bytes:
+    def _fail(self, data: bytes) -> bytes:
         self.failure = error_from_response(embedded_status(data), data)
         return error_event(self.endpoint, self.failure)
 
-    def _finish(self, event: bytes) -> None:
-        reasons = _FINISH.findall(event)
+    def _read_finish_reason(self, event: bytes) -> None:
+        reasons = _FINISH_REASON.findall(event)
         self.finish = reasons[-1].decode() if reasons else self.finish
         if b"abort" in reasons:
-            self.failure = UpstreamError("a replica gave the answer up in the middle", code="upstream_aborted")
+            self.failure = UpstreamError("a replica aborted the generation", code="upstream_aborted")
 
 
 @dataclass(slots=True)
 class NamedEventFilter:
-    """Named events: `/v1/responses`, and `/v1/messages` in Anthropic's words. Few of them hold more than text."""
+    """Filter of named events: `/v1/responses` and Anthropic's `/v1/messages`. Events with a delta are not decoded."""
 
     endpoint: Endpoint
     model: str
@@ -172,7 +205,7 @@ class NamedEventFilter:
     tokens: bool = False
 
     def apply(self, event: bytes) -> bytes:
-        """Say what the client gets for an event; b"" for nothing."""
+        """Return what the client gets for an event; b"" for nothing."""
         name = event_name(event)
         self.tokens = name.endswith(b"delta") and name != b"message_delta" and not self.finished
         if self.tokens:
@@ -181,26 +214,26 @@ class NamedEventFilter:
         if not data:
             return event if is_comment(event) else b""
         if data == DONE:
-            # vLLM ends both with it; neither grammar has it, and the last event has told the end.
+            # vLLM ends both with it, although neither API has it: the final event marks the end.
             return event if self.finished else b""
         if self.finished:
             return b""
         if name == b"error":
-            return self._failed(data)
-        return self._told(name, event, data)
+            return self._fail(data)
+        return self._apply_decoded(name, event, data)
 
-    def _failed(self, data: bytes) -> bytes:
+    def _fail(self, data: bytes) -> bytes:
         self.failure = error_from_response(embedded_status(data), data)
         return error_event(self.endpoint, self.failure)
 
-    def _told(self, name: bytes, event: bytes, data: bytes) -> bytes:
+    def _apply_decoded(self, name: bytes, event: bytes, data: bytes) -> bytes:
         try:
             fields = _FIELDS.decode(data)
             if not name and bytes(fields.get("error", b"null")) != b"null":
-                return self._failed(data)
+                return self._fail(data)
             inner = "message" if self.endpoint.errors == "anthropic" else "response"
             body = _FIELDS.decode(fields[inner]) if inner in fields and fields[inner] != b"null" else None
-            self._follow(name, fields, body or {})
+            self._update(name, fields, body or {})
         except NO_JSON:
             return event
         if body is None or "model" not in body:
@@ -209,10 +242,11 @@ class NamedEventFilter:
         fields[inner] = msgspec.Raw(_ENCODER.encode(body))
         return b"event: %b\ndata: %b\n\n" % (name, _ENCODER.encode(fields))
 
-    def _follow(self, name: bytes, fields: Fields, body: Fields) -> None:
+    def _update(self, name: bytes, fields: Fields, body: Fields) -> None:
+        """Read usage, the finish reason and the end of the stream."""
         usage = body.get("usage") or fields.get("usage")
         if usage is not None and bytes(usage) != b"null":
-            self.usage = msgspec.json.decode(usage, type=Usage).beside(self.usage)
+            self.usage = msgspec.json.decode(usage, type=Usage).merged_with(self.usage)
         if name in {b"message_stop", b"response.completed", b"response.incomplete"}:
             self.finished = True
             self.finish = self.finish or ("length" if name == b"response.incomplete" else "stop")
@@ -220,26 +254,26 @@ class NamedEventFilter:
             delta = msgspec.json.decode(fields.get("delta", b"{}"), type=dict[str, Any])
             self.finish = str(delta.get("stop_reason") or self.finish)
         elif name == b"response.failed":
-            self.failure = UpstreamError("a replica failed in the middle of the answer")
+            self.failure = UpstreamError("a replica failed during the generation")
 
 
 def stream_filter(endpoint: Endpoint, model: str, *, wants_usage: bool) -> StreamFilter:
-    """Follow a stream of an endpoint."""
+    """Make the filter for a stream of an endpoint; `model` is the name that the client requested."""
     if endpoint.takes_stream_options:
         return ChunkFilter(endpoint, model, wants_usage)
     return NamedEventFilter(endpoint, model)
 
 
-def _counted(data: bytes) -> _Chunk | None:
+def _decode_chunk(data: bytes) -> _Chunk | None:
     try:
         return _CHUNK.decode(data)
     except NO_JSON:
-        # Nothing to count, and for the client to judge.
+        # Malformed: not counted, and passed on unchanged.
         return None
 
 
-def _tells_error(data: bytes) -> bool:
-    """Tell whether a chunk has an error in it, wherever."""
+def _has_error(data: bytes) -> bool:
+    """Whether a chunk has an `error` that is not null, at any position of its top level."""
     try:
         return _ERROR.decode(data).error is not None
     except NO_JSON:

@@ -1,16 +1,19 @@
-"""Token counts of an answer, as OpenAI's and Anthropic's APIs report them."""
+"""Token counts in the `usage` object of OpenAI's and Anthropic's APIs."""
 
 import msgspec
 
 
 class CompletionDetails(msgspec.Struct):
-    """The part of `usage` that tells thinking apart."""
+    """Breakdown of completion tokens."""
 
     reasoning_tokens: int | None = None
 
 
 class Usage(msgspec.Struct):
-    """Token counts as the engine reports them, in the words of each API."""
+    """Token counts as the engine reports them.
+
+    Chat and completions use `prompt_tokens` and `completion_tokens`, responses and messages the other two.
+    """
 
     prompt_tokens: int | None = 0
     completion_tokens: int | None = 0
@@ -21,22 +24,22 @@ class Usage(msgspec.Struct):
 
     @property
     def prompt(self) -> int:
-        """Tokens that were read."""
+        """Prompt tokens."""
         return self.input_tokens or self.prompt_tokens or 0
 
     @property
     def completion(self) -> int:
-        """Tokens that were generated, thinking included."""
+        """Generated tokens, reasoning included."""
         return self.output_tokens or self.completion_tokens or 0
 
     @property
     def reasoning(self) -> int:
-        """Tokens of thinking."""
+        """Generated tokens of reasoning."""
         details = self.output_tokens_details or self.completion_tokens_details
         return (details.reasoning_tokens if details else 0) or 0
 
-    def beside(self, earlier: "Usage | None") -> "Usage":
-        """Add what an earlier event said, and this one doesn't: Anthropic tells input first and output last."""
+    def merged_with(self, earlier: "Usage | None") -> "Usage":
+        """Fill in counts from an earlier event: Anthropic sends input tokens first and output tokens last."""
         if earlier is None:
             return self
         return msgspec.structs.replace(

@@ -46,6 +46,31 @@ async def test_everything_on_one_machine(tmp_path: Path) -> None:
     assert [status.state for status in registry.snapshot()] == ["stopped"]
 
 
+async def test_access_log_goes_to_the_given_stream(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """With a stream of its own the access log has a line per request there, and nothing on stdout or stderr."""
+    settings = Settings.model_validate(
+        {
+            "gateway": {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0"},
+            "variants": {"own": {"path": str(model_directory(tmp_path / "own"))}},
+            "replicas": [{"variant": "own"}],
+        }
+    )
+    deployment = Deployment(settings, read_variants(settings.variants, tmp_path), Keys())
+    with (tmp_path / "access.log").open("ab") as stream:
+        async with (
+            everything(deployment, fake_machine(tmp_path), Registry(), tmp_path, access_log_stream=stream) as addresses,
+            clients(addresses) as (client, _),
+        ):
+            for _ in range(2):
+                answer = await client.post("/v1/chat/completions", json={**HELLO, "model": "own"})
+                assert answer.status_code == 200
+    lines = (tmp_path / "access.log").read_text().splitlines()
+    assert [line.split()[0][:3] for line in lines] == ["ts=", "ts="]
+    assert answer.headers["x-request-id"] in lines[1]
+    out, err = capfd.readouterr()
+    assert "request_id=" not in out + err
+
+
 async def test_files_beside_the_configuration(tmp_path: Path) -> None:
     """Variants and keys are found relative to the configuration that names them."""
     model_directory(tmp_path / "models" / "own")

@@ -11,7 +11,7 @@ from rich.console import Console
 from config.errors import ConfigError
 from config.load import load_settings
 from config.variant import PARENT_QUALITY, QualityMeasures, Variant
-from gateway.demo.cli import Demo, all_ready, check_start, write_configuration
+from gateway.demo.cli import Demo, check_start, wait_until_ready, write_configuration
 from gateway.demo.report import Answer, show_answer, show_variants
 from gateway.demo.subprocess import SubprocessFailed, run_module
 from gateway.http.listener import address_of, bind
@@ -95,11 +95,20 @@ async def test_replica_that_will_not_start_ends_the_wait(tmp_path: Path) -> None
     registry = Registry()
     one = Replica("smol-int4-1", "smol-int4", "int4", "http://127.0.0.1:1", "smol-int4-1")
     registry.put(one, State.STARTING, "loading")
-    waiting = asyncio.create_task(all_ready(demo(tmp_path), registry))
+    waiting = asyncio.create_task(wait_until_ready(demo(tmp_path), registry))
     await asyncio.wait({waiting}, timeout=0.01)
     registry.put(one, State.FAILED, "no such kernel")
     with pytest.raises(ServingError, match="no such kernel"):
         await waiting
+
+
+async def test_replicas_that_never_get_ready_end_the_wait(tmp_path: Path) -> None:
+    """After the start time the demo fails with a message that names the directory of the logs."""
+    registry = Registry()
+    one = Replica("smol-int4-1", "smol-int4", "int4", "http://127.0.0.1:1", "smol-int4-1")
+    registry.put(one, State.STARTING, "loading")
+    with pytest.raises(ServingError, match=f"not ready after 0.01 s; their logs are in {tmp_path}/logs"):
+        await wait_until_ready(demo(tmp_path), registry, start_seconds=0.01)
 
 
 @needs_demo

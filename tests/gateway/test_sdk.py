@@ -93,7 +93,13 @@ BROKEN = whole(b"<html>secret</html>", "502 Bad Gateway")
         ({"model": "gpt-4o"}, openai.NotFoundError, 404, "model_not_found", "the model 'gpt-4o' does not exist"),
         ({"n": 99}, openai.BadRequestError, 400, "invalid_request", "'n' is 99, the limit is 4"),
         ({"max_tokens": 10**9}, openai.BadRequestError, 400, "400", "cannot be greater than max_model_len"),
-        ({"extra_headers": {"x-quantgate-floor": "a=1"}}, openai.BadRequestError, 400, "invalid_request", "no measure"),
+        (
+            {"extra_headers": {"x-quantgate-floor": "a=1"}},
+            openai.BadRequestError,
+            400,
+            "invalid_request",
+            "unknown measure",
+        ),
         ({"model": "hopeless"}, openai.InternalServerError, 503, "quality_floor_unmet", "is good enough"),
         ({"model": "mid"}, openai.InternalServerError, 503, "no_ready_replica", "no replica of 'mid' is ready"),
         (
@@ -160,7 +166,7 @@ async def test_keys(fake: FakeReplica) -> None:
                         answer = await client.chat.completions.create(model="smol", messages=HELLO)
                         assert answer.model == "smol"
                     else:
-                        with pytest.raises(openai.AuthenticationError, match="not known here"):
+                        with pytest.raises(openai.AuthenticationError, match="is not known"):
                             await client.models.list()
 
 

@@ -160,5 +160,5 @@ def test_places(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "0/1", "3/2", "a/b", "1"])
 def test_no_places(text: str) -> None:
     """What isn't a place is refused."""
-    with pytest.raises(ValueError, match=r"invalid literal|is no place"):
+    with pytest.raises(ValueError, match=r"invalid literal|is not a worker index"):
         WorkerIndex.parse(text)

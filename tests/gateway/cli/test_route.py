@@ -176,19 +176,19 @@ async def test_a_gateway_that_cannot_be_asked(shell: Shell) -> None:
     shell.config(admin_key="burglars")
     code, _, err = await shell.route("explain", "smol")
     assert code == 2
-    assert "refuses gateway.admin_key; is it another one's file?" in err
+    assert "refuses gateway.admin_key; is this another gateway's configuration?" in err
     shell.config()
     code, _, err = await shell.route("state")
     assert code == 2
-    assert "asks for a key, but there is no gateway.admin_key" in err
+    assert "requires a key, but gateway.admin_key is not set" in err
     code, _, err = await shell.route("explain", "smol", "--admin", "127.0.0.1:1")
     assert code == 1
     assert "no gateway answers at 127.0.0.1:1 (" in err
-    assert err.endswith("; start it, or say with --admin where it listens\n")
+    assert err.endswith("; start it, or pass its admin address with --admin\n")
     shell.config(admin="127.0.0.1:0")
     code, _, err = await shell.route("explain", "smol")
     assert code == 2
-    assert err.endswith("gateway.admin has no port of its own; say where it listens with --admin\n")
+    assert err.endswith("gateway.admin has port 0; pass the actual address with --admin\n")
     (shell.folder / "quantgate.yaml").unlink()
     assert (await shell.route("explain", "smol"))[0] == 2
 

@@ -141,7 +141,8 @@ async def test_a_port_in_use(tmp_path: Path, option: str) -> None:
         outcome = await run("gateway", write(tmp_path, yaml.safe_dump({"gateway": both})))
     assert outcome.code == 2
     assert outcome.err == (
-        f"quantgate: gateway.{option}: can't listen on {address}: Address already in use; stop its owner or change it\n"
+        f"quantgate: gateway.{option}: can't listen on {address}: Address already in use; "
+        f"free the port or change gateway.{option}\n"
     )
 
 
@@ -210,7 +211,7 @@ def test_configuration_is_checked_and_shown(tmp_path: Path, capsys: pytest.Captu
     """`check` counts what it read; `show` prints every default and no secret; `schema` is JSON schema."""
     path = write(tmp_path, SECRETS)
     assert main(["config", "check", str(path)]) == 0
-    assert capsys.readouterr() == (f"{path}: 1 aliases, 1 variants, no problem\n", "")
+    assert capsys.readouterr() == (f"{path}: 1 aliases, 1 variants, no problems\n", "")
     assert main(["config", "show", str(path)]) == 0
     shown, err = capsys.readouterr()
     assert err == ""
@@ -242,16 +243,16 @@ def test_manifests_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["config", "check", str(path)]) == 3
     out, err = capsys.readouterr()
     why = "bad: its verdict is fail (an alias can take it: admit_failed)"
-    assert out == f"{path}: 3 aliases, 3 variants, 1 that nothing may answer\n"
+    assert out == f"{path}: 3 aliases, 3 variants, 1 unservable\n"
     assert err.splitlines() == [
-        f"{path}: variants.far: its directory isn't here, so its manifest was not read",
+        f"{path}: variants.far: directory not found here, manifest not checked",
         f"{path}: alias 'lone' never chooses {why}",
         f"{path}: alias 'both' never chooses {why}",
         f"{path}: no variant of 'lone' is good enough ({why})",
     ]
     write(tmp_path, MANIFESTS.replace("[bad]", "[hi]"))
     assert main(["config", "check", str(path)]) == 0
-    assert capsys.readouterr().out == f"{path}: 3 aliases, 3 variants, no problem\n"
+    assert capsys.readouterr().out == f"{path}: 3 aliases, 3 variants, no problems\n"
     (tmp_path / "bad" / "manifest.json").write_text("{")
     assert main(["config", "check", str(path)]) == 2
     assert "bad/manifest.json: top level: Invalid JSON" in capsys.readouterr().err
@@ -260,8 +261,8 @@ def test_manifests_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["gatway"], "quantgate: no verb 'gatway'; did you mean 'gateway'?\n"),
-        (["zzz"], "quantgate: no verb 'zzz'; `quantgate --help` lists them\n"),
+        (["gatway"], "quantgate: unknown command 'gatway'; did you mean 'gateway'?\n"),
+        (["zzz"], "quantgate: unknown command 'zzz'; `quantgate --help` lists the commands\n"),
         (["config"], "the following arguments are required"),
         (["config", "chekc"], "invalid choice: 'chekc'"),
         (["keys", "create"], "the following arguments are required: NAME"),

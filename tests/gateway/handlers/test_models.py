@@ -10,7 +10,7 @@ from gateway.handlers.router import Router
 from gateway.http.listener import address_of, bind
 from gateway.http.request import Request
 from gateway.http.response_writer import ResponseWriter
-from gateway.http.server import HttpServer, serving_clients
+from gateway.http.server import HttpServer, serve_clients
 from gateway.keys import Keys, StoredKey, keys_in_force
 from gateway.live_config import LiveConfig
 from gateway.routing.target import Catalog
@@ -145,15 +145,15 @@ class Broken:
         """Admit everybody."""
         return self.site.admit(request)
 
-    async def answer(self, request: Request, reply: ResponseWriter) -> None:
+    async def handle(self, request: Request, reply: ResponseWriter) -> None:
         """Fail in a way that nobody foresaw, after the request got its id."""
         request.request_id = self.site.ids.of(request.headers)
         self.noted.append(request.request_id)
         raise ZeroDivisionError("a secret of ours")
 
-    def failed(self, request: Request, reply: ResponseWriter) -> None:
+    def on_internal_error(self, request: Request, reply: ResponseWriter) -> None:
         """Tell so."""
-        self.site.failed(request, reply)
+        self.site.on_internal_error(request, reply)
 
 
 async def asgi_nothing(scope: object, receive: object, send: object) -> None:
@@ -165,7 +165,7 @@ async def test_a_defect_of_ours(caplog: pytest.LogCaptureFixture) -> None:
     broken = Broken()
     with bind("127.0.0.1:0", "test") as taken:
         async with (
-            serving_clients(HttpServer(broken, 2**20), taken, 0),
+            serve_clients(HttpServer(broken, 2**20), taken, 0),
             httpx.AsyncClient(
                 base_url=f"http://{address_of(taken)}", timeout=DEADLINE_SECONDS, trust_env=False
             ) as client,

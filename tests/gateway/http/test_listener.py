@@ -43,7 +43,7 @@ async def test_a_port_in_use() -> None:
         with pytest.raises(ConfigError) as caught:
             bind(address, "gateway.admin")
     assert str(caught.value) == (
-        f"gateway.admin: can't listen on {address}: Address already in use; stop its owner or change it"
+        f"gateway.admin: can't listen on {address}: Address already in use; free the port or change gateway.admin"
     )
 
 

@@ -15,7 +15,7 @@ from gateway.http.limits import HEADER_LIMIT
 from gateway.http.listener import address_of, bind
 from gateway.http.request import Request
 from gateway.http.response_writer import ResponseWriter
-from gateway.http.server import HttpServer, serving_clients
+from gateway.http.server import HttpServer, serve_clients
 from tests.fakes.running import DEADLINE_SECONDS, eventually
 from tests.gateway.wire import Peer, connected
 
@@ -94,7 +94,7 @@ async def served(timeouts: ClientTimeouts | None = None) -> AsyncIterator[Served
     handler, aborted = Echo(), list[str]()
     front = HttpServer(handler, MEMORY_BYTES, timeouts, aborted.append)
     with bind("127.0.0.1:0", "test") as taken:
-        async with serving_clients(front, taken, 0):
+        async with serve_clients(front, taken, 0):
             yield Served(f"http://{address_of(taken)}", front, handler)
     assert (front.busy, front.reserved_bytes) == (0, 0)
 
@@ -362,7 +362,7 @@ async def test_a_defect_of_the_site_ends_one_request() -> None:
     front = HttpServer(Defective(), MEMORY_BYTES)
     with bind("127.0.0.1:0", "test") as taken:
         async with (
-            serving_clients(front, taken, 0),
+            serve_clients(front, taken, 0),
             httpx.AsyncClient(
                 base_url=f"http://{address_of(taken)}", timeout=DEADLINE_SECONDS, trust_env=False
             ) as client,

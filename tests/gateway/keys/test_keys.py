@@ -60,7 +60,7 @@ def test_callers_with_a_key(headers: dict[bytes, bytes]) -> None:
         ({b"authorization": b"Bearer "}, "no API key"),
         ({b"authorization": b"qg-alice"}, "no API key"),
         ({b"x-api-key": b"", b"api-key": b" "}, "no API key"),
-        ({b"authorization": b"Bearer x"}, "the API key is not known here"),
+        ({b"authorization": b"Bearer x"}, "the API key is not known"),
         ({b"authorization": b"Bearer " + b"b" * 64}, "not known"),
         ({b"authorization": b"Bearer x", b"x-api-key": b"qg-alice"}, "not known"),
         ({b"x-api-key": b"x", b"api-key": b"qg-alice"}, "not known"),
@@ -89,10 +89,12 @@ def test_a_key_ends() -> None:
     ends = datetime(2027, 1, 31, tzinfo=UTC)
     keys = keys_in_force({"alice": StoredKey(sha256=(digest(KEY),), expires=ends)})
     assert name_of(keys, KEY, ends.timestamp() - 1) == "alice"
-    with pytest.raises(InvalidKey, match="'alice' expired at 2027-01-31 00:00:00 UTC; ask for another one") as caught:
+    with pytest.raises(
+        InvalidKey, match="'alice' expired at 2027-01-31 00:00:00 UTC; ask the operator for a new one"
+    ) as caught:
         name_of(keys, KEY, ends.timestamp())
     assert caught.value.code == "invalid_api_key"
-    with pytest.raises(InvalidKey, match="not known here"):
+    with pytest.raises(InvalidKey, match="not known"):
         name_of(keys, "qg-bob", ends.timestamp())
 
 
@@ -162,7 +164,7 @@ def test_a_name_is_given_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "-x", "a b", "a\nb", "x" * 129])
 def test_names_that_logs_could_not_bear(tmp_path: Path, name: str) -> None:
     """A name is one word; nothing is made for another."""
-    with pytest.raises(ConfigError, match="is no name"):
+    with pytest.raises(ConfigError, match="is not a valid key name"):
         create_key(tmp_path / "keys.yaml", name)
     assert list(tmp_path.iterdir()) == []
 
@@ -171,12 +173,14 @@ def test_a_key_is_replaced_without_a_gap(tmp_path: Path) -> None:
     """Both keys of a name are its caller's, with the same terms, until the older one is dropped."""
     path = tmp_path / "keys.yaml"
     old = create_key(path, "alice", KeyLimits(concurrency=3, expires=datetime(2099, 1, 1, tzinfo=UTC)))
-    with pytest.raises(ConfigError, match="'alice' has one key only; `quantgate keys rotate alice` makes a second"):
+    with pytest.raises(ConfigError, match="'alice' has only one key; `quantgate keys rotate alice` adds a second"):
         revoke_old_key(path, "alice")
     new = rotate_key(path, "alice")
     keys = read_keys(path)
     assert keys.authenticate({b"api-key": old.encode()}, NOW) == keys.authenticate({b"api-key": new.encode()}, NOW)
-    with pytest.raises(ConfigError, match="has two keys already; drop the older one with `quantgate keys revoke alice"):
+    with pytest.raises(
+        ConfigError, match="already has two keys; remove the older one with `quantgate keys revoke alice"
+    ):
         rotate_key(path, "alice")
     revoke_old_key(path, "alice")
     keys = read_keys(path)
@@ -281,9 +285,12 @@ SHA = "a" * 64
 @pytest.mark.parametrize(
     "content, words",
     [
-        (None, "keys can't be read: No such file or directory; make one with `quantgate keys create NAME --file "),
-        ("- a list", "is no keys file (name: {sha256: ...})"),
-        ("alice: secret", "alice: is no keys file's entry (name: {sha256: ...})"),
+        (
+            None,
+            "keys can't be read: No such file or directory; create the file with `quantgate keys create NAME --file ",
+        ),
+        ("- a list", "is not a valid keys file (name: {sha256: ...})"),
+        ("alice: secret", "alice: is not a valid entry (name: {sha256: ...})"),
         ("alice: {sha256: secret}", "alice.sha256.0: String should match pattern"),
         ("alice: {sha256: []}", "alice.sha256: Value should have at least 1 item"),
         (f"alice: {{sha256: [{SHA}, {'b' * 64}, {'c' * 64}]}}", "alice.sha256: Value should have at most 2 items"),
@@ -295,23 +302,23 @@ SHA = "a" * 64
         (f"alice: {{sha256: {SHA}, concurrency: 0}}", "alice.concurrency: Input should be greater than or equal to 1"),
         (f"alice: {{sha256: {SHA}, concurrency: true}}", "alice.concurrency: Input should be a valid integer"),
         (f"alice: {{sha256: {SHA}, may: [Chat]}}", "alice.may.0: String should match pattern"),
-        (f"alice: {{sha256: {SHA}, expires: tomorrow}}", "alice.expires: is no date; write 2027-01-31 or "),
-        (f"alice: {{sha256: {SHA}, expires: 20270131}}", "alice.expires: is no date"),
-        (f"alice: {{sha256: {SHA}, expires: '0001-01-01T00:00:00+14:00'}}", "alice.expires: is no date"),
+        (f"alice: {{sha256: {SHA}, expires: tomorrow}}", "alice.expires: is not a date; write 2027-01-31 or "),
+        (f"alice: {{sha256: {SHA}, expires: 20270131}}", "alice.expires: is not a date"),
+        (f"alice: {{sha256: {SHA}, expires: '0001-01-01T00:00:00+14:00'}}", "alice.expires: is not a date"),
         (
             f"alice: {{sha256: {SHA}, expires: 2027-02-30}}",
-            "is no keys file (name: {sha256: ...}): day is out of range",
+            "is not a valid keys file (name: {sha256: ...}): day is out of range",
         ),
-        (f"'a b': {{sha256: {SHA}}}", "a b: is no name; use letters, digits"),
-        (f"alice: {{sha256: {SHA}}}\nbob: {{sha256: {SHA}}}", "bob.sha256: alice has the same key; make each its own"),
+        (f"'a b': {{sha256: {SHA}}}", "a b: is not a valid key name; use letters, digits"),
+        (f"alice: {{sha256: {SHA}}}\nbob: {{sha256: {SHA}}}", "bob.sha256: same key as alice; create one key per name"),
         (
             f"alice: {{sha256: {SHA}}}\nalice: {{sha256: {'b' * 64}}}",
-            ":2:1: is no keys file (name: {sha256: ...}): is wr",
+            ":2:1: is not a valid keys file (name: {sha256: ...}): duplicate",
         ),
-        ("? [a]\n: {sha256: x}", ":1:3: is no keys file (name: {sha256: ...}): found unhashable key"),
-        ("alice: [", ":1:9: is no keys file"),
-        (b"\xff\xfe", "is no keys file"),
-        ("alice: \x07", "is no keys file"),
+        ("? [a]\n: {sha256: x}", ":1:3: is not a valid keys file (name: {sha256: ...}): found unhashable key"),
+        ("alice: [", ":1:9: is not a valid keys file"),
+        (b"\xff\xfe", "is not a valid keys file"),
+        ("alice: \x07", "is not a valid keys file"),
     ],
 )
 def test_files_that_are_no_keys(tmp_path: Path, content: str | bytes | None, words: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gateway.errors import RateLimited
 from gateway.keys import ANONYMOUS, Caller
-from gateway.quota import Bucket, Counts, Quota, at_once, at_rate, duration
+from gateway.quota import Bucket, Counts, Quota, concurrency_share, format_duration, with_rate
 
 STEPS = st.lists(st.tuples(st.floats(0, 90), st.integers(0, 5)), max_size=60)
 RATES = st.integers(1, 100)
@@ -18,13 +18,13 @@ BEGINNINGS = st.floats(-1e6, 1e9)
 
 def asked(quota: Quota, caller: Caller, now_seconds: float, tokens: int = 0) -> None:
     """One request that ends at once."""
-    with quota.enter(caller, now_seconds) as admission:
-        admission.spent(tokens, now_seconds)
+    with quota.admit(caller, now_seconds) as admission:
+        admission.charge(tokens, now_seconds)
 
 
 def refusal(quota: Quota, caller: Caller, now_seconds: float) -> RateLimited:
     """What a request is told that may not be."""
-    with pytest.raises(RateLimited) as caught, quota.enter(caller, now_seconds):
+    with pytest.raises(RateLimited) as caught, quota.admit(caller, now_seconds):
         pytest.fail("it was admitted")
     return caught.value
 
@@ -56,10 +56,10 @@ def test_no_more_tokens_than_the_rate_admits(per_minute: int, now: float, steps:
     for pause_seconds, tokens in steps:
         now += pause_seconds
         with suppress(RateLimited):
-            with quota.enter(caller, now):
+            with quota.admit(caller, now):
                 assert spent < per_minute * (1 + (now - begun + 1e-5) / 60)
-            with quota.enter(caller, now) as admission:
-                admission.spent(tokens * 50, now)
+            with quota.admit(caller, now) as admission:
+                admission.charge(tokens * 50, now)
                 spent += tokens * 50
 
 
@@ -67,13 +67,13 @@ def test_no_more_tokens_than_the_rate_admits(per_minute: int, now: float, steps:
 def test_requests_at_once(storm: list[str], concurrency: int) -> None:
     """Never more than may run, never fewer than none, and none once all have ended, however they did."""
     quota, caller, running = Quota(), Caller("a", concurrency=concurrency), list[ExitStack]()
-    counts = quota.enter(caller, 0).counts
+    counts = quota.admit(caller, 0).counts
     assert counts is not None
     for what in storm:
         if what == "enter":
             stack = ExitStack()
             try:
-                stack.enter_context(quota.enter(caller, 0))
+                stack.enter_context(quota.admit(caller, 0))
                 running.append(stack)
             except RateLimited:
                 assert len(running) == concurrency
@@ -93,20 +93,20 @@ def test_requests_at_once(storm: list[str], concurrency: int) -> None:
 @given(BEGINNINGS, RATES, RATES, st.integers(0, 1000))
 def test_a_bucket_keeps_what_was_taken_when_its_rate_changes(now: float, before: int, after: int, taken: int) -> None:
     """A higher limit makes a debt shorter, not longer."""
-    bucket = at_rate(Bucket(before).without(taken, now), after, now)
+    bucket = with_rate(Bucket(before).without(taken, now), after, now)
     assert bucket is not None
     assert bucket.remaining(now) == pytest.approx(after - taken, abs=1e-3)
-    assert at_rate(bucket, after, now) is bucket
-    assert at_rate(bucket, None, now) is None
+    assert with_rate(bucket, after, now) is bucket
+    assert with_rate(bucket, None, now) is None
 
 
 @pytest.mark.parametrize("amount", [1, 60])
 def test_a_bucket_refills(amount: int) -> None:
     """What was taken is back after its share of a minute, and a full bucket gets no fuller."""
     bucket = Bucket(60)
-    assert (bucket.remaining(5), bucket.holds_in_seconds(60, 5), bucket.holds_in_seconds(61, 5)) == (60, 0, 1)
+    assert (bucket.remaining(5), bucket.seconds_until(60, 5), bucket.seconds_until(61, 5)) == (60, 0, 1)
     bucket = bucket.without(amount, 5)
-    assert (bucket.remaining(5), bucket.fills_in_seconds(5)) == (60 - amount, amount)
+    assert (bucket.remaining(5), bucket.seconds_until_full(5)) == (60 - amount, amount)
     assert (bucket.remaining(5 + amount / 2), bucket.remaining(5 + amount)) == (60 - amount / 2, 60)
     assert bucket.remaining(math.inf) == 60
 
@@ -119,8 +119,8 @@ def test_requests_a_minute() -> None:
     error = refusal(quota, caller, 1001)
     assert (error.status, error.code, error.type) == (429, "rate_limit_exceeded", "rate_limit_error")
     assert error.message == (
-        "the key 'alice' may ask 3 times a minute (requests_per_minute), and has; try again in 19s, "
-        "or have the limit raised"
+        "the key 'alice' has reached its limit of 3 requests per minute (requests_per_minute); "
+        "retry in 19s, or ask the operator to raise the limit"
     )
     assert [*error.headers(), *quota.headers(caller, 1001)] == [
         (b"retry-after", b"19"),
@@ -137,15 +137,15 @@ def test_requests_a_minute() -> None:
 def test_tokens_a_minute() -> None:
     """An answer is paid when it is known; the debt keeps the next ones waiting."""
     quota, caller = Quota(), Caller("alice", tokens_per_minute=600)
-    with quota.enter(caller, 0) as admission, quota.enter(caller, 0):
-        admission.spent(700, 0)
+    with quota.admit(caller, 0) as admission, quota.admit(caller, 0):
+        admission.charge(700, 0)
         assert quota.headers(caller, 0) == [
             (b"x-ratelimit-limit-tokens", b"600"),
             (b"x-ratelimit-remaining-tokens", b"0"),
             (b"x-ratelimit-reset-tokens", b"1m10s"),
         ]
     error = refusal(quota, caller, 0)
-    assert "may use 600 tokens a minute (tokens_per_minute), and has; try again in 11s" in error.message
+    assert "limit of 600 tokens per minute (tokens_per_minute); retry in 11s" in error.message
     assert error.retry_after_seconds == pytest.approx(10, abs=0.01)
     refusal(quota, caller, 9.9)
     asked(quota, caller, 10.1)
@@ -154,9 +154,9 @@ def test_tokens_a_minute() -> None:
 def test_requests_running() -> None:
     """One too many is refused until another one ends, and costs nothing of the other limits."""
     quota, caller = Quota(), Caller("alice", concurrency=1, requests_per_minute=2)
-    with quota.enter(caller, 0):
+    with quota.admit(caller, 0):
         error = refusal(quota, caller, 0)
-        assert "may have 1 running at the same time (concurrency), and has; try again in 1s" in error.message
+        assert "limit of 1 concurrent requests (concurrency); retry in 1s" in error.message
         assert dict(quota.headers(caller, 0))[b"x-ratelimit-remaining-requests"] == b"1"
         assert repr(quota) == "<Quota [alice: 1 running]>"
     asked(quota, caller, 0)
@@ -166,8 +166,8 @@ def test_callers_without_limits() -> None:
     """Nothing is counted for who has none, and nothing told."""
     quota = Quota()
     for caller in (ANONYMOUS, Caller("alice", max_tokens=5)):
-        with quota.enter(caller, 0) as admission, quota.enter(caller, 0) as other:
-            admission.spent(10**9, 0)
+        with quota.admit(caller, 0) as admission, quota.admit(caller, 0) as other:
+            admission.charge(10**9, 0)
             assert admission is other
         assert quota.headers(caller, 0) == []
     assert quota.headers(Caller("bob", concurrency=1), 0) == []
@@ -177,7 +177,7 @@ def test_callers_without_limits() -> None:
 @pytest.mark.parametrize("whole, workers, own", [(8, 4, 2), (98, 49, 2), (3, 3, 1), (3, 4, 1), (7, 4, 1), (1, 1, 1)])
 def test_what_one_of_several_workers_runs_at_once(whole: int, workers: int, own: int) -> None:
     """Its share, but at least one."""
-    assert at_once(whole, 1 / workers) == own
+    assert concurrency_share(whole, 1 / workers) == own
 
 
 def test_what_one_of_several_workers_admits() -> None:
@@ -196,12 +196,12 @@ def test_keys_that_are_gone_are_forgotten() -> None:
     quota = Quota()
     alice, bob, carol = (Caller(name, requests_per_minute=1, concurrency=1) for name in ("alice", "bob", "carol"))
     asked(quota, alice, 0)
-    with quota.enter(bob, 0):
+    with quota.admit(bob, 0):
         asked(quota, carol, 0)
-        quota.keep({"alice"})
+        quota.keep_only({"alice"})
         assert repr(quota) == "<Quota [alice: 0 running, bob: 1 running]>"
         refusal(quota, bob, 0)
-    quota.keep(["alice"])
+    quota.keep_only(["alice"])
     assert repr(quota) == "<Quota [alice: 0 running]>"
     refusal(quota, alice, 0)
 
@@ -209,13 +209,13 @@ def test_keys_that_are_gone_are_forgotten() -> None:
 def test_limits_that_change_while_a_request_runs() -> None:
     """A reload may add, change and take away limits: what was counted stays counted, and what is paid late is free."""
     quota = Quota()
-    with quota.enter(Caller("alice", concurrency=1), 0) as admission:
-        admission.spent(1000, 0)
+    with quota.admit(Caller("alice", concurrency=1), 0) as admission:
+        admission.charge(1000, 0)
         refusal(quota, Caller("alice", concurrency=1, requests_per_minute=1), 0)
         asked(quota, Caller("alice", concurrency=2, requests_per_minute=1), 0)
     asked(quota, Caller("alice", requests_per_minute=2), 0)
     asked(quota, Caller("alice", concurrency=1), 0)
-    assert quota.enter(Caller("alice", concurrency=1), 0).counts == Counts()
+    assert quota.admit(Caller("alice", concurrency=1), 0).counts == Counts()
 
 
 @pytest.mark.parametrize(
@@ -233,4 +233,4 @@ def test_limits_that_change_while_a_request_runs() -> None:
 )
 def test_durations(seconds: float, written: bytes) -> None:
     """Written as OpenAI does, never too short."""
-    assert duration(seconds) == written
+    assert format_duration(seconds) == written

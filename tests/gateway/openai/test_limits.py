@@ -49,7 +49,7 @@ def nested(levels: int) -> list[Any]:
         (CHAT, "n", 2, 3, "'n' is 3, the limit is 2"),
         (CHAT, "n", None, "2", "'n': Expected `int | null`, got `str`"),
         (CHAT, "n", 0, 1.5, "'n': Expected `int | null`, got `float`"),
-        (CHAT, "n", 1, 10**40, "'n' is an immense number, the limit is 2"),
+        (CHAT, "n", 1, 10**40, "'n' is a number of more than 18 digits, the limit is 2"),
         (COMPLETIONS, "best_of", 2, 3, "'best_of' is 3, the limit is 2"),
         (COMPLETIONS, "logprobs", 5, 6, "'logprobs' is 6, the limit is 5"),
         (CHAT, "logprobs", True, -1, "'logprobs' is -1; give a number from 0 to 5"),

@@ -13,7 +13,7 @@ from config.schema import Floor, LimitSettings
 from gateway.errors import RequestError
 from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS, MESSAGES, RESPONSES, Endpoint
 from gateway.openai.limits import GUARDED_FIELDS, GUARDED_KWARGS
-from gateway.openai.request import LONGEST_MODEL, MOST_KEYS, InferenceRequest, parse_request
+from gateway.openai.request import MAX_KEYS, MAX_MODEL_CHARACTERS, InferenceRequest, parse_request
 
 LIMITS = LimitSettings(n=4)
 RAW = msgspec.json.Decoder(dict[str, msgspec.Raw])
@@ -140,19 +140,29 @@ DEEP = 100_000
         (b'{"model": "a", "x": "\xed\xa0\x80"}', None, "invalid_json", "can't decode"),
         ('{"model": "a", "x": Infinity}', None, "invalid_json", "malformed"),
         ('{"model": "a", "x": ' + "[" * 64 + "]" * 64 + "}", None, "invalid_json", "deeper than 64 levels"),
-        ('{"model": "a", "x": 1, "n": 1, "x": 1}', "x", "duplicate_key", "'x' comes twice; send it once"),
-        ('{"model":"a","mod\\u0065l":"b"}', "model", "duplicate_key", "'model' comes twice"),
-        ('{"model":"a","stream_options":{"x":1,"x":2}}', "stream_options.x", "duplicate_key", "comes twice"),
-        ('{"model":"a","provider":{"x":1,"x":2}}', "provider.x", "duplicate_key", "comes twice"),
-        ('{"model":"a","chat_template_kwargs":{"x":1,"x":2}}', "chat_template_kwargs.x", "duplicate_key", "twice"),
+        ('{"model": "a", "x": 1, "n": 1, "x": 1}', "x", "duplicate_key", "duplicate key 'x'; send it once"),
+        ('{"model":"a","mod\\u0065l":"b"}', "model", "duplicate_key", "duplicate key 'model'"),
+        ('{"model":"a","stream_options":{"x":1,"x":2}}', "stream_options.x", "duplicate_key", "duplicate key"),
+        ('{"model":"a","provider":{"x":1,"x":2}}', "provider.x", "duplicate_key", "duplicate key"),
         (
-            json.dumps(dict.fromkeys(map(str, range(MOST_KEYS + 1)))),
+            '{"model":"a","chat_template_kwargs":{"x":1,"x":2}}',
+            "chat_template_kwargs.x",
+            "duplicate_key",
+            "duplicate key",
+        ),
+        (
+            json.dumps(dict.fromkeys(map(str, range(MAX_KEYS + 1)))),
             *(None, "invalid_request", "the body has 257 keys, the limit is 256"),
         ),
-        ('{"model": "a\\n"}', "model", "invalid_request", "'model' is no name: 'a\\n'"),
-        (json.dumps({"model": "a" * (LONGEST_MODEL + 1)}), "model", "invalid_request", "'model' is no name"),
-        ("[]", None, "invalid_json", "the body is no JSON object"),
-        ('{"model": "a"', None, "invalid_json", "no JSON object"),
+        ('{"model": "a\\n"}', "model", "invalid_request", "'model' is not a valid model name: 'a\\n'"),
+        (
+            json.dumps({"model": "a" * (MAX_MODEL_CHARACTERS + 1)}),
+            "model",
+            "invalid_request",
+            "'model' is not a valid model name",
+        ),
+        ("[]", None, "invalid_json", "the body is not a JSON object"),
+        ('{"model": "a"', None, "invalid_json", "not a JSON object"),
         ('{"model": "a"} x', None, "invalid_json", "trailing"),
         ('{"model": "a", "x": NaN}', None, "invalid_json", "malformed"),
         (b'{"model\xff": "a"}', None, "invalid_json", "can't decode"),
@@ -173,17 +183,17 @@ DEEP = 100_000
         ('{"model": "a", "n": 5}', "n", "invalid_request", "'n' is 5, the limit is 4"),
         ('{"model": "a", "n": "4"}', "n", "invalid_request", "'n': Expected `int | null`, got `str`"),
         ('{"model": "a", "n": 1' + "0" * 30 + "}", "n", "invalid_request", "the limit is 4"),
-        ('{"model": "a", "x": "\\ud800"}', None, "invalid_json", "no JSON object"),
+        ('{"model": "a", "x": "\\ud800"}', None, "invalid_json", "not a JSON object"),
         ('{"model": "a", "stream": "yes"}', "stream", "invalid_request", "Expected `bool | null`"),
         ('{"model": "a", "stream_options": 1}', "stream_options", "invalid_request", "Expected `object | null`"),
         ('{"model": "a", "provider": []}', "provider", "invalid_request", "Expected `object | null`"),
         (
             '{"model": "a", "provider": {"quantizations": "int8"}}',
-            *("provider.quantizations", "invalid_request", "no list of names such as int8"),
+            *("provider.quantizations", "invalid_request", "must be a list of names such as int8"),
         ),
         (
             '{"model": "a", "provider": {"quantizations": [8]}}',
-            *("provider.quantizations", "invalid_request", "no list of names"),
+            *("provider.quantizations", "invalid_request", "must be a list of names"),
         ),
     ],
 )
@@ -382,9 +392,9 @@ def test_floors(header: str, expected: Floor) -> None:
 @pytest.mark.parametrize(
     "header, words",
     [
-        ("speed=1", "'speed' is no measure; known: top1_agreement, kl_mean, perplexity_ratio, kl_p99, length_ratio"),
-        ("top1_agreement", "'top1_agreement' has no number"),
-        ("top1_agreement=high", "'top1_agreement=high' has no number"),
+        ("speed=1", "unknown measure 'speed'; known: top1_agreement, kl_mean, perplexity_ratio, kl_p99, length_ratio"),
+        ("top1_agreement", "'top1_agreement' is not MEASURE=NUMBER"),
+        ("top1_agreement=high", "'top1_agreement=high' is not MEASURE=NUMBER"),
         ("top1_agreement=1.5", "out of range"),
         ("kl_mean=-1", "out of range"),
         ("kl_mean=nan", "out of range"),

@@ -67,17 +67,17 @@ TOO_LONG = b'{"error":{"message":"too long","type":"BadRequestError","param":"in
         (
             405,
             b"<html>",
-            ("the engine refused the request with status 405", *("invalid_request_error", None), "invalid_request"),
+            ("the engine rejected the request with status 405", *("invalid_request_error", None), "invalid_request"),
         ),
         (
             413,
             b"",
-            ("the engine refused the request with status 413", *("invalid_request_error", None), "invalid_request"),
+            ("the engine rejected the request with status 413", *("invalid_request_error", None), "invalid_request"),
         ),
         (
             400,
             b'{"error":{}}',
-            ("the engine refused the request with status 400", *("invalid_request_error", None), "invalid_request"),
+            ("the engine rejected the request with status 400", *("invalid_request_error", None), "invalid_request"),
         ),
     ],
 )
@@ -146,7 +146,7 @@ def test_why_an_answer_ended(body: bytes, finish: str) -> None:
 
 def test_an_answer_that_was_given_up_is_none() -> None:
     """The engine gave up in the middle, and says so in a field that nobody reads."""
-    with pytest.raises(UpstreamError, match="gave the answer up"):
+    with pytest.raises(UpstreamError, match="aborted the generation"):
         finish_reason(parse_response(b'{"choices":[{"finish_reason":"abort"}]}'))
 
 
@@ -193,7 +193,7 @@ def test_what_a_client_made_up_ends_nothing(body: bytes) -> None:
 
 def test_any_choice_that_was_given_up_counts() -> None:
     """Of several choices it needn't be the last; and a response says it in its own word."""
-    with pytest.raises(UpstreamError, match="gave the answer up"):
+    with pytest.raises(UpstreamError, match="aborted the generation"):
         finish_reason(parse_response(b'{"choices":[{"finish_reason":"abort"},{"finish_reason":"stop"}]}'))
     with pytest.raises(UpstreamError, match="failed"):
         finish_reason(parse_response(b'{"object":"response","status":"failed"}'))

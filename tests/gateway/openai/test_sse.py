@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gateway.errors import UpstreamDisconnected, UpstreamError
 from gateway.openai.endpoints import CHAT, MESSAGES, RESPONSES
-from gateway.openai.sse import LONGEST_EVENT_BYTES, EventSplitter, error_event, event_data
+from gateway.openai.sse import MAX_EVENT_BYTES, EventSplitter, error_event, event_data
 
 lines = st.sampled_from(["data: {}", "data: café 汉字", "data:x", ": hello", "event: ping", "id: 7", "data: [DONE]"])
 events = st.lists(st.lists(lines, min_size=1, max_size=3).map("\n".join), max_size=6)
@@ -45,8 +45,8 @@ def test_an_event_comes_out_as_soon_as_it_is_whole() -> None:
 def test_an_event_without_an_end_is_refused() -> None:
     """A replica can't fill the memory with one event."""
     cutter = EventSplitter()
-    assert cutter.feed(b"x" * LONGEST_EVENT_BYTES) == []
-    with pytest.raises(UpstreamDisconnected, match="without an end"):
+    assert cutter.feed(b"x" * MAX_EVENT_BYTES) == []
+    with pytest.raises(UpstreamDisconnected, match="an event of more than 16777216 bytes"):
         cutter.feed(b"x")
 
 

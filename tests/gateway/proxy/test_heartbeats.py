@@ -223,7 +223,7 @@ async def test_one_beat_under_two_configurations() -> None:
         with fleet.replicas(("hi", replica.url), state=State.STARTING):
             await peer.say(posted(STREAM))
             await beaten(fleet, 1)
-            fleet.served.live_config.take(live_config_for(deployment({"aliases": {"smol": other}})))
+            fleet.served.live_config.replace(live_config_for(deployment({"aliases": {"smol": other}})))
         with fleet.replicas(("mid", replica.url)):
             go.set()
             again = asyncio.create_task(peer.read_until(b"\r\n0\r\n\r\n"))
