@@ -22,10 +22,9 @@ from gateway.observability.access_log import AccessLog
 from gateway.observability.metrics import FleetCollector, LoopLag, Metrics
 from gateway.observability.tracing import tracing
 from gateway.openai.endpoints import ENDPOINTS
+from gateway.proxy.collectors import EngineCollector, LadderCollector
 from gateway.proxy.dispatcher import Dispatcher
-from gateway.proxy.engine_collector import EngineCollector
 from gateway.proxy.exchange import Proxy
-from gateway.proxy.ladder_collector import LadderCollector
 from gateway.proxy.load.polling import MetricsPoller
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.upstream.pool import Pool
@@ -106,7 +105,7 @@ async def gateway(
         metrics.registry.register(EngineCollector(registry, lambda: polling.seen))
         metrics.registry.register(LadderCollector(dispatch.scene.gates, lambda: iter(registry.ready), loads.outlooks))
         relay = Proxy(dispatch, pool)
-        told = Observers(metrics, access_log.line, traced)
+        told = Observers(metrics, access_log.append, traced)
         endpoints = {
             endpoint.path.encode(): InferenceHandler(endpoint, live_config, relay, quota, told)
             for endpoint in ENDPOINTS.values()
