@@ -20,7 +20,7 @@ class Trace(Protocol):
 
     @property
     def headers(self) -> Headers:
-        """Headers that are added to the request to each replica, so that the replica's spans become children."""
+        """Headers to add to the request to a replica; they make the replica's spans children of this trace."""
 
     def end(self, record: AccessRecord) -> None:
         """Called once, when the request has ended."""

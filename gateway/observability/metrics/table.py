@@ -1,7 +1,7 @@
 """Every metric that the gateway exposes on `/metrics` of the admin port, by topic.
 
-Values of labels come from the configuration or from fixed sets in the code, never from a client, so that the number of
-series is bounded. Labels that several metrics share:
+Label values come from the configuration or from fixed sets in the code, never from a client: the number of series is
+bounded. Labels that several metrics share:
 
 alias       a configured alias, a variant's name where the request named the variant itself, or `_unknown`
 variant     a configured variant, or `none` if no replica was chosen
@@ -9,6 +9,9 @@ precision   bf16, fp16, int8, int4, ... of the variant, or `none`
 replica     id of a replica: VARIANT-N, or VARIANT-url-N for one that is configured by its URL
 endpoint    chat.completions, completions, embeddings, responses, ... (names in gateway/openai/endpoints.py)
 """
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from gateway.observability.metrics.spec import MetricSpec
 
@@ -101,7 +104,7 @@ FLOOR_REJECTIONS = MetricSpec(
     "Total number of requests rejected because no variant that meets the quality floor could answer.",
 )
 
-# Ladder: choice among the variants of an alias
+# Ladder: the choice among the variants of an alias
 
 SPILLS = MetricSpec(
     "quantgate_spills_total",
@@ -189,7 +192,7 @@ REPLICA_LOAD_UNKNOWN = MetricSpec(
     "quantgate_replica_load_unknown",
     "gauge",
     ("replica", "variant"),
-    "Whether a replica's load from other senders is unknown, as no recent poll reported it (1), or known (0).",
+    "Whether a replica's load from other senders is unknown (1), as no recent poll reported it, or known (0).",
 )
 
 # Polls of the replicas' engines
@@ -282,16 +285,26 @@ BUILD_INFO = MetricSpec(
     "Version of quantgate and of Python; the value is always 1.",
 )
 
-TABLE: tuple[MetricSpec, ...] = (
-    *(REQUESTS, REQUESTS_IN_FLIGHT, TOKENS),
-    *(REQUEST_SECONDS, TIME_TO_FIRST_TOKEN_SECONDS, INTER_TOKEN_LATENCY_SECONDS, OVERHEAD_SECONDS),
-    *(QUEUE_SECONDS, WAITING, REJECTIONS, FLOOR_REJECTIONS),
-    *(SPILLS, LADDER_SPILLING, LADDER_SWITCHES, SESSION_MOVES),
-    *(RETRIES, RETRIES_REFUSED, CLIENT_RETRIES),
-    *(REPLICA_STATE, REPLICA_STATE_SECONDS, REPLICA_IN_FLIGHT, REPLICA_BREAKER),
-    *(REPLICA_WAIT_SECONDS, REPLICA_LOAD_UNKNOWN),
-    *(REPLICA_POLLS, REPLICA_POLL_AGE_SECONDS, REPLICA_METRIC_MISSING, REPLICA_ENGINE_REQUESTS, REPLICA_KV_USAGE_RATIO),
-    VARIANT_QUALITY,
-    *(HEARTBEATS, CLIENTS_CUT),
-    *(CONFIG_RELOADS, ACCESS_LOG_LINES_DROPPED, EVENT_LOOP_LAG_SECONDS, BUILD_INFO),
+GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
+    {
+        "Requests": (
+            *(REQUESTS, REQUESTS_IN_FLIGHT, TOKENS, REQUEST_SECONDS),
+            *(TIME_TO_FIRST_TOKEN_SECONDS, INTER_TOKEN_LATENCY_SECONDS, OVERHEAD_SECONDS),
+        ),
+        "Queueing and rejection": (QUEUE_SECONDS, WAITING, REJECTIONS, FLOOR_REJECTIONS),
+        "Ladder": (SPILLS, LADDER_SPILLING, LADDER_SWITCHES, SESSION_MOVES),
+        "Retries": (RETRIES, RETRIES_REFUSED, CLIENT_RETRIES),
+        "Replicas": (
+            *(REPLICA_STATE, REPLICA_STATE_SECONDS, REPLICA_IN_FLIGHT, REPLICA_BREAKER),
+            *(REPLICA_WAIT_SECONDS, REPLICA_LOAD_UNKNOWN),
+        ),
+        "Polls of the replicas' engines": (
+            *(REPLICA_POLLS, REPLICA_POLL_AGE_SECONDS, REPLICA_METRIC_MISSING),
+            *(REPLICA_ENGINE_REQUESTS, REPLICA_KV_USAGE_RATIO),
+        ),
+        "Variants": (VARIANT_QUALITY,),
+        "Client connections": (HEARTBEATS, CLIENTS_CUT),
+        "Process": (CONFIG_RELOADS, ACCESS_LOG_LINES_DROPPED, EVENT_LOOP_LAG_SECONDS, BUILD_INFO),
+    }
 )
+TABLE: tuple[MetricSpec, ...] = tuple(spec for group in GROUPS.values() for spec in group)
