@@ -101,7 +101,7 @@ def installer(expression: str, **environment: str) -> str:
 def test_pip_configuration_is_passed_to_uv() -> None:
     """Wheel folders and indexes of pip's configuration become options of uv; a local index does not."""
     options = installer(
-        "' '.join(m['configured'](sys.executable))",
+        "' '.join(m['pip_options'](sys.executable))",
         PIP_CONFIG_FILE=os.devnull,
         PIP_FIND_LINKS="/wheels /more",
         PIP_INDEX_URL="https://one.example/simple",
