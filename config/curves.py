@@ -1,4 +1,4 @@
-"""Measurements of several directories -> the lines of a plot: latency against throughput, machine by machine; pure."""
+"""Convert measurements of several model directories to the curves of a latency-throughput plot, by machine."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from config.capacity import Capacity, Load, Measurement, Percentiles
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """One concurrency on a line: all tokens a second, and how long a caller waits for the first and the next one."""
+    """A point of a curve: total throughput, time to first token and inter-token latency at one concurrency."""
 
     concurrency: int
     tokens_per_second: float
@@ -18,20 +18,23 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One variant on one machine."""
+    """The points of one variant on one machine, concurrencies ascending."""
 
     name: str
     stops: tuple[Stop, ...]
 
 
 def curves_by_machine(capacities: Mapping[str, Capacity]) -> dict[str, tuple[Curve, ...]]:
-    """Sort what was measured by machine, in the order of the variants; machines in the order of their names."""
-    found: dict[str, list[Curve]] = {}
+    """Group curves by machine, sorted by its name; within a machine in the order of `capacities`.
+
+    `capacities` are by variant name. A measurement without latencies has no curve.
+    """
+    curves: dict[str, list[Curve]] = {}
     for name, capacity in capacities.items():
         for machine, measured in capacity.by_machine().items():
             if stops := _stops(measured):
-                found.setdefault(machine, []).append(Curve(name, stops))
-    return {machine: tuple(found[machine]) for machine in sorted(found)}
+                curves.setdefault(machine, []).append(Curve(name, stops))
+    return {machine: tuple(curves[machine]) for machine in sorted(curves)}
 
 
 def _stops(measured: Measurement) -> tuple[Stop, ...]:
@@ -46,6 +49,6 @@ def _stop(load: Load) -> Stop | None:
 
 
 def mixes(capacities: Sequence[Capacity]) -> set[tuple[str, ...]]:
-    """The different mixes of requests that were measured with; more than one can't be compared."""
-    newest = (one for capacity in capacities for one in capacity.by_machine().values())
-    return {tuple(map(str, one.mix)) for one in newest}
+    """Return the distinct request mixes of the newest measurements; results of different mixes are not comparable."""
+    newest = (measurement for capacity in capacities for measurement in capacity.by_machine().values())
+    return {tuple(map(str, measurement.mix)) for measurement in newest}

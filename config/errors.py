@@ -1,9 +1,9 @@
-"""What can be wrong with a file of ours.
+"""Errors of configuration files and variant directories.
 
 ConfigError
-├── SettingsError     the configuration file: every problem in it, each with its line
-├── ManifestError     a variant's manifest.json: unreadable, of another format, or at odds with the files beside it
-└── CapacityError     a variant's capacity.json: unreadable, of another format, or in a place that can't be written
+├── SettingsError     the configuration file: all of its problems, each with its line
+├── ManifestError     a model directory or its manifest.json: missing, unreadable or invalid
+└── CapacityError     a capacity.json: unreadable, invalid or not writable
 """
 
 from dataclasses import dataclass
@@ -11,12 +11,16 @@ from pathlib import Path
 
 
 class ConfigError(Exception):
-    """A file does not say what it must; the message names the file and what to do."""
+    """A file is missing or invalid; the message names the file, the problem and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong at one place of a file; `line` and `column` count from 1, 0 means unknown."""
+    """One problem in a file.
+
+    `line` and `column` count from 1; 0 means unknown. `path` is the dotted path of the option, `what` the problem and
+    `hint` the fix.
+    """
 
     file: Path
     line: int
@@ -33,7 +37,7 @@ class Problem:
 
 
 class SettingsError(ConfigError):
-    """A configuration file has problems; `str()` lists them all, one a line."""
+    """A configuration file is invalid; `str()` lists all problems, one per line."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
@@ -41,8 +45,8 @@ class SettingsError(ConfigError):
 
 
 class ManifestError(ConfigError):
-    """A variant directory's manifest can't be used."""
+    """A model directory or its manifest is missing, unreadable or invalid."""
 
 
 class CapacityError(ConfigError):
-    """A file of measured speeds can't be used, or can't be written."""
+    """A capacity.json is unreadable, invalid or not writable."""

@@ -1,7 +1,7 @@
-"""A golden prompt: what a model says of a few tokens, kept with a variant so that a server can be told by it.
+"""Golden prompt: recorded log-probabilities that identify a model behind a server.
 
-The evaluation of a variant writes it into `evaluation.json`, which is sealed: token ids of held-out text, and the
-log-probability of each after the first, given those before it, for the variant and for its parent.
+The evaluation of a variant writes it to `evaluation.json`, which the manifest's checksums cover: token ids of held-out
+text, and the log-probability of each token after the first given the preceding ones, for the variant and its parent.
 """
 
 import json
@@ -19,7 +19,7 @@ LONGEST_TOKENS = 128
 
 
 class Golden(Record):
-    """Token ids [T], and log-probabilities [T - 1] in nats of all but the first."""
+    """Token ids [T], and log-probabilities [T - 1] in nats of all tokens but the first."""
 
     ids: tuple[int, ...] = Field(min_length=2)
     variant: tuple[float, ...]
@@ -27,20 +27,20 @@ class Golden(Record):
 
     @classmethod
     def read(cls, directory: Path) -> "Golden | None":
-        """Read what a variant directory keeps; None where there is nothing, as with variants made elsewhere."""
+        """Read the golden prompt of a variant directory; None if it has none, as variants of other tools."""
         try:
-            told = json.loads((directory / EVALUATION_FILE).read_bytes())
-            return cls.model_validate(told["golden"])
+            evaluation = json.loads((directory / EVALUATION_FILE).read_bytes())
+            return cls.model_validate(evaluation["golden"])
         except (OSError, ValueError, LookupError, TypeError, ValidationError):
             return None
 
 
 @dataclass(frozen=True, slots=True)
 class GoldenAnswer:
-    """What one model must say: token ids [T] and the log-probabilities [T - 1] of all but the first.
+    """Expected answer of one model: token ids [T] and the log-probabilities [T - 1] in nats of all but the first.
 
-    `parent` is what its parent says, empty if it is the parent; `exact` where only weights are quantized: what
-    activations are rounded to depends on the last digit of an engine's sums, so such a variant says it anew each time.
+    `parent` are the log-probabilities of its parent, empty if the model is the parent. `exact` is true if only weights
+    are quantized. Quantized activations depend on the last bit of the engine's sums: their result is not reproducible.
     """
 
     ids: tuple[int, ...]
@@ -50,7 +50,7 @@ class GoldenAnswer:
 
 
 def distance(served: Sequence[float], recorded: Sequence[float]) -> float:
-    """Root mean square of the differences between log-probabilities, in nats; infinite where the lengths differ."""
+    """Root mean square difference of log-probabilities, in nats; infinite if the lengths differ or are 0."""
     if len(served) != len(recorded) or not served:
         return float("inf")
     return sqrt(sum((a - b) ** 2 for a, b in zip(served, recorded, strict=True)) / len(served))

@@ -1,4 +1,4 @@
-"""YAML and environment -> Settings; every problem of the file at once, each as file:line:col: path: problem; hint.
+"""Reads configuration files; reports all problems of a file at once, each as `file:line:column: path: problem; hint`.
 
 The only module that reads configuration files and the process environment.
 """
@@ -24,9 +24,9 @@ ENVIRONMENT_REFERENCE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
 def load_settings(path: Path, environment: Mapping[str, str] | None = None) -> Settings:
-    """Read one configuration file; SettingsError lists every problem in it.
+    """Read a configuration file; SettingsError lists all of its problems.
 
-    `${env:NAME}` inside a string is replaced from `environment` (the process' own if None).
+    `${env:NAME}` inside a string is replaced from `environment` (os.environ if None).
     """
     return load_file(path, Settings, violations, environment)
 
@@ -37,33 +37,33 @@ def load_file(
     rules: Callable[[_Kind], Iterable[Violation]],
     environment: Mapping[str, str] | None = None,
 ) -> _Kind:
-    """Read one YAML file of any kind and hold it against the rules of its kind; SettingsError lists every problem."""
+    """Read a YAML file, validate it against a model and its rules; SettingsError lists all problems."""
     document = _read(path, os.environ if environment is None else environment)
     try:
-        told = kind.model_validate(document.data)
+        settings = kind.model_validate(document.data)
     except ValidationError as error:
         document.problems += [document.problem(loc, what, hint) for loc, what, hint in _explained(error, kind)]
     else:
-        document.problems += [document.problem(v.location, v.what, v.hint) for v in rules(told)]
+        document.problems += [document.problem(v.location, v.what, v.hint) for v in rules(settings)]
     if document.problems:
         raise SettingsError(sorted(document.problems, key=lambda p: (p.line, p.column)))
-    return told
+    return settings
 
 
 def home_directory(environment: Mapping[str, str] | None = None) -> Path:
-    """Where quantgate keeps what it makes: `$QUANTGATE_HOME`, by default `~/.cache/quantgate`."""
-    chosen = (os.environ if environment is None else environment).get("QUANTGATE_HOME")
-    return Path(chosen).expanduser().absolute() if chosen else Path.home() / ".cache" / "quantgate"
+    """Return the directory for logs, state and cached variants: `$QUANTGATE_HOME`, by default `~/.cache/quantgate`."""
+    home = (os.environ if environment is None else environment).get("QUANTGATE_HOME")
+    return Path(home).expanduser().absolute() if home else Path.home() / ".cache" / "quantgate"
 
 
 def process_environment() -> dict[str, str]:
-    """A copy of this process' environment, for building a child's."""
+    """Return a copy of the process environment, to be passed to a child process."""
     return dict(os.environ)
 
 
 @dataclass
 class _Document:
-    """A file's plain data, and the place of every key and value in it."""
+    """The data of a YAML file, and the line and column of each key and value."""
 
     file: Path
     environment: Mapping[str, str]
@@ -72,15 +72,15 @@ class _Document:
     problems: list[Problem] = field(default_factory=list)
 
     def problem(self, location: Location, what: str, hint: str = "") -> Problem:
-        """Place a problem at the nearest part of the file that exists (a missing key has no line of its own)."""
-        near = location
-        while near and near not in self.marks:
-            near = near[:-1]
-        line, column = self.marks.get(near, (0, 0))
+        """Create a problem with line and column; for a missing key, those of the closest enclosing table."""
+        enclosing = location
+        while enclosing and enclosing not in self.marks:
+            enclosing = enclosing[:-1]
+        line, column = self.marks.get(enclosing, (0, 0))
         return Problem(self.file, line, column, ".".join(map(str, location)), what, hint)
 
     def plain(self, node: yaml.Node | None, location: Location) -> object:
-        """Turn a YAML node into plain data and note where each part stands."""
+        """Convert a YAML node to dict, list and scalars, recording the position of each part."""
         if node is None:
             return {}
         self.marks.setdefault(location, (node.start_mark.line + 1, node.start_mark.column + 1))
@@ -98,7 +98,7 @@ class _Document:
             here = (*location, key)
             self.marks[here] = (key_node.start_mark.line + 1, key_node.start_mark.column + 1)
             if key in mapping:
-                self.problems.append(self.problem(here, "is written twice", "keep one"))
+                self.problems.append(self.problem(here, "is a duplicate key", "keep one"))
             mapping[key] = self.plain(value_node, here)
         return mapping
 
@@ -145,13 +145,14 @@ def _explain(
     if kind == "missing":
         return location, "is missing", ""
     if location and location[-1] == "[key]":
-        return location[:-1], f"{given!r} is no name", "use letters, digits and . _ : / -"
-    shown = "" if isinstance(given, dict | list) else f", got {given!r}"
-    return location, message.removeprefix("Value error, ") + ("" if "is no " in message else shown), ""
+        return location[:-1], f"{given!r} is not a valid name", "use letters, digits and . _ : / -"
+    if kind == "value_error":  # a validator of this project, whose message names the value
+        return location, message.removeprefix("Value error, "), ""
+    return location, message + ("" if isinstance(given, dict | list) else f", got {given!r}"), ""
 
 
 def known_keys(location: Location, root: type[BaseModel] = Settings) -> list[str]:
-    """The keys that the schema knows at a place of the file; none where it has a table of free names."""
+    """Return the keys that the schema allows at a location; empty for a table with user-defined names."""
     kind: Any = root
     for part in location:
         kind = _inside(kind, part)

@@ -1,6 +1,6 @@
-"""A variant's manifest: where it comes from, how it was made, how good it was measured to be, checksums.
+"""A variant's manifest: provenance, quantization parameters, measured quality and checksums of its files.
 
-`quantize` writes it last, so a directory with a manifest is whole. `serving` and `gateway` only read it.
+`quantize` writes it last, so a directory with a manifest is complete. `serving` and `gateway` only read it.
 """
 
 import hashlib
@@ -15,18 +15,18 @@ from config.errors import ManifestError
 
 FILE_NAME = "manifest.json"
 
-Precision = str  # "bf16", "fp16", "fp32", "int8", "int4": the words that clients use
+Precision = str  # "bf16", "fp16", "fp32", "int8", "int4": the names in headers, labels and requests
 Engine = Literal["cpu", "cuda"]
 
 
 class Record(BaseModel):
-    """A frozen part of a file that knows all of its keys."""
+    """Base of all models in JSON files: frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Base(Record):
-    """The unquantized model that a variant was made from."""
+    """The parent: the unquantized model that a variant was made from."""
 
     name: str
     digest: str
@@ -34,9 +34,9 @@ class Base(Record):
 
 
 class Override(Record):
-    """Modules that differ from their scheme; without bits they stay as the base has them.
+    """Exception from the scheme for some modules; with `bits` None they are not quantized.
 
-    `modules` is a shell pattern (`*.down_proj`) on a module's full name; of several that match, the first counts.
+    `modules` is a shell pattern (`*.down_proj`) matched against the full module name; the first matching override wins.
     """
 
     modules: str
@@ -45,7 +45,7 @@ class Override(Record):
 
 
 class Scheme(Record):
-    """What a variant's numbers look like; `overrides` are exceptions from bits and group size."""
+    """Number format of a variant's weights and activations; `overrides` are exceptions from bits and group size."""
 
     name: str
     bits: int
@@ -58,12 +58,12 @@ class Scheme(Record):
 
     @property
     def precision(self) -> Precision:
-        """The word a client uses for this scheme."""
+        """Precision of the weights: "int4" or "int8"."""
         return f"int{self.bits}"
 
 
 class Calibration(Record):
-    """Which text the quantizer saw; `generated` of the samples the base wrote itself."""
+    """The calibration set; `generated` counts the samples whose completion the parent generated."""
 
     sha256: str
     samples: int
@@ -75,7 +75,10 @@ class Calibration(Record):
 
 
 class Quantizer(Record):
-    """Which program made the variant, and how it went; `damp` counts modules by the damping they needed."""
+    """The quantization run; `damp` counts modules by the damping that they needed.
+
+    `fallback_modules` were rounded to nearest (RTN) because GPTQ failed.
+    """
 
     backend: str
     version: str
@@ -87,7 +90,7 @@ class Quantizer(Record):
 
 
 class Check(Record):
-    """One limit that the variant was held against."""
+    """One quality limit, and whether the variant met it."""
 
     name: str
     value: float
@@ -96,7 +99,7 @@ class Check(Record):
 
 
 class Restricted(Record):
-    """The same distance on a part of the tokens: those of reasoning, or those of answers."""
+    """Quality on a subset of the tokens: reasoning or answers."""
 
     tokens: int
     kl_mean: float
@@ -105,10 +108,10 @@ class Restricted(Record):
 
 
 class Generation(Record):
-    """Paired generations of parent and variant: `prompts` prompts, each with `seeds` seeds, up to `new_tokens` tokens.
+    """Paired generations of parent and variant: `prompts` prompts with `seeds` seeds each, up to `new_tokens` tokens.
 
-    Rates are shares of all generations: `unfinished` never stopped, `repeating` ended in a run of repeated tokens,
-    `unclosed` left a <think> open.
+    Rates are fractions of all generations: `unfinished` reached `new_tokens`, `repeating` ended in repeated tokens,
+    `unclosed` left a <think> open. `length_ratio` is the variant's length over the parent's.
     """
 
     prompts: int
@@ -124,9 +127,10 @@ class Generation(Record):
 
 
 class Tasks(Record):
-    """Questions with known answers, put to parent and variant alike.
+    """Accuracy of parent and variant on questions with known answers.
 
-    `recovery` is the variant's accuracy over the parent's; `flips` the share of items whose correctness changed.
+    `recovery` is the variant's accuracy divided by the parent's; `flips` the fraction of items whose correctness
+    differs.
     """
 
     dataset_sha256: str
@@ -138,7 +142,7 @@ class Tasks(Record):
 
 
 class Quality(Record):
-    """Distance from the parent, measured teacher-forced on text that calibration never saw."""
+    """Quality relative to the parent, measured with teacher forcing on held-out text."""
 
     dataset_sha256: str
     tokens: int
@@ -156,14 +160,14 @@ class Quality(Record):
 
 
 class SealedFile(Record):
-    """A file of the variant as it was when sealed."""
+    """Checksum and size of a file of the variant."""
 
     sha256: str
     bytes: int
 
 
 class Manifest(Record):
-    """`manifest.json`, format 1; a variant that somebody else made, and that was adopted, has no `calibration`."""
+    """`manifest.json`, format 1; `calibration` is None for an adopted variant, which another tool quantized."""
 
     format: Literal[1] = 1
     id: str
@@ -177,17 +181,17 @@ class Manifest(Record):
 
     @property
     def bytes(self) -> int:
-        """Size of the sealed files together."""
+        """Total size of the files."""
         return sum(file.bytes for file in self.files.values())
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Read the manifest of a variant directory; ManifestError says what is wrong with it."""
+        """Read the manifest of a variant directory; ManifestError if it is missing, unreadable or invalid."""
         path = directory / FILE_NAME
         try:
             return cls.model_validate_json(path.read_bytes())
         except FileNotFoundError:
-            raise ManifestError(f"{path}: no such file; a variant directory is made by `quantgate quantize`") from None
+            raise ManifestError(f"{path}: no such file; `quantgate quantize` creates a variant directory") from None
         except OSError as error:
             raise ManifestError(f"{path}: can't be read: {error.strerror}") from error
         except ValidationError as error:
@@ -196,19 +200,19 @@ class Manifest(Record):
             raise ManifestError(f"{path}: {where}: {first['msg']}") from error
 
     def to_json(self) -> str:
-        """Render with stable key order, for files that are compared and hashed."""
+        """Serialize with a stable key order: the file is hashed and compared."""
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
     def altered_files(self, directory: Path) -> list[str]:
-        """Name the sealed files that are missing or changed since the seal; reads every byte."""
-        return [name for name, sealed in self.files.items() if not _unchanged(directory / name, sealed)]
+        """Return the names of files that are missing or that do not match their checksum; reads every byte."""
+        return [name for name, file in self.files.items() if not _unchanged(directory / name, file)]
 
 
-def _unchanged(path: Path, sealed: SealedFile) -> bool:
-    return path.is_file() and path.stat().st_size == sealed.bytes and sha256_of(path) == sealed.sha256
+def _unchanged(path: Path, recorded: SealedFile) -> bool:
+    return path.is_file() and path.stat().st_size == recorded.bytes and sha256_of(path) == recorded.sha256
 
 
 def sha256_of(path: Path) -> str:
-    """Digest one file without holding it in memory."""
+    """Return the SHA-256 of a file as hex, reading it in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

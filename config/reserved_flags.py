@@ -1,24 +1,23 @@
-"""Flags of vLLM that a replica's `args` may not carry, because quantgate sets them; pure.
+"""vLLM flags that quantgate sets itself and that are therefore invalid in a replica's `args`.
 
-A second `--port` would win over the first, and the replica would be looked for where it isn't; a second
-`--max-model-len` would pass by the checks before launch. So they are refused, and the message names the option that
-does the same. Everything else is the operator's, `--reasoning-parser` and `--chat-template` included: `args` come
-last, so there they win.
+`args` come last on vLLM's command line and override earlier flags: quantgate would look for a replica with a second
+`--port` at the wrong port, and a second `--max-model-len` would bypass the checks before launch. Each flag has a hint
+with the option to use instead. All other flags are allowed, `--reasoning-parser` and `--chat-template` included.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-_ALWAYS = "quantgate chooses it; remove it"
+_ALWAYS = "quantgate always sets it; remove it"
 
-OWN_FLAGS: Mapping[str, str] = MappingProxyType(
+RESERVED_FLAGS: Mapping[str, str] = MappingProxyType(
     {
-        "--model": "name the directory as the variant's path",
+        "--model": "set the variant's path",
         "--served-model-name": "clients use the aliases of the configuration; remove it",
         "--host": _ALWAYS,
         "--port": "use port",
         "--uds": _ALWAYS,
-        "--api-key": "use api_key; `ps` would show it here",
+        "--api-key": "use api_key, which `ps` does not show",
         "--dtype": "use dtype",
         "--tensor-parallel-size": "use tensor_parallel",
         "-tp": "use tensor_parallel",
@@ -36,20 +35,22 @@ OWN_FLAGS: Mapping[str, str] = MappingProxyType(
         "--enable-server-load-tracking": _ALWAYS,
         "--enable-prompt-tokens-details": _ALWAYS,
         "--logging-config": "use serving.logs",
-        "--data-parallel-size": "use count: independent replicas, which the gateway balances",
-        "-dp": "use count: independent replicas, which the gateway balances",
+        "--data-parallel-size": "use count: the gateway balances independent replicas",
+        "-dp": "use count: the gateway balances independent replicas",
     }
 )
 
 
-def own_flag(argument: str) -> str | None:
-    """Give the flag of ours that an argument means, in any of the spellings that vLLM takes, or None."""
+def reserved_flag(argument: str) -> str | None:
+    """Return the reserved flag that an argument sets, in any spelling that vLLM accepts, or None."""
     if not argument.startswith("-"):
         return None
     flag = argument.partition("=")[0]
     if flag.startswith("--"):
         flag = flag.partition(".")[0].replace("_", "-")
         flag = f"--{flag.removeprefix('--no-')}" if flag.startswith("--no-") else flag
-        # vLLM takes a flag's beginning for the flag.
-        return flag if flag in OWN_FLAGS else next((own for own in OWN_FLAGS if own.startswith(flag)), None)
-    return flag if flag in OWN_FLAGS else None
+        # argparse accepts an unambiguous prefix of a flag.
+        return (
+            flag if flag in RESERVED_FLAGS else next((name for name in RESERVED_FLAGS if name.startswith(flag)), None)
+        )
+    return flag if flag in RESERVED_FLAGS else None

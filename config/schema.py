@@ -1,7 +1,7 @@
-"""Settings: one YAML file, three flat tables (variants, replicas, aliases), the gateway and what serves beside it.
+"""Schema of the configuration file: the tables variants, replicas and aliases, and settings of gateway and serving.
 
-Every model is frozen and refuses keys that it doesn't know. `load.py` turns a file into `Settings` and every
-problem into a line of the file; nobody else parses configuration.
+Every model is frozen and rejects unknown keys. `load.py` converts a file to `Settings`. `config/example.yaml` describes
+each option.
 """
 
 import re
@@ -11,41 +11,43 @@ from urllib.parse import unquote_to_bytes
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
 SIZE_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-# Names that can be looked up; others fail in ways that depend on who looks.
+# RFC 1123 host names and underscores. Resolvers differ in how they handle others, so they are rejected here.
 HOST_NAME = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?"
 LAST_PORT = 65535
-SOCKET_PATH_BYTES = 107  # unix(7): 108 with the zero at the end
+SOCKET_PATH_BYTES = 107  # unix(7): 108 with the terminating null byte
 LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
 
 
 def parse_size_bytes(value: object) -> object:
-    """Read `32MiB`, `4GB` or a plain number as bytes; leaves other types to pydantic's own message."""
+    """Parse `32MiB`, `4GB` or a number as bytes; ValueError for other text. Other types are left to pydantic."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)", value.strip())
     if match is None:
-        raise ValueError(f"{value!r} is no size; write a number with {', '.join(filter(None, SIZE_UNITS))}")
+        raise ValueError(f"{value!r} is not a valid size; write a number with {', '.join(filter(None, SIZE_UNITS))}")
     return int(float(match[1]) * SIZE_UNITS[match[2]])
 
 
 def check_address(value: str) -> str:
-    """Accept `host:port` only, so that the port never comes from a default nobody sees."""
+    """Require `host:port`: a port is never implied. ValueError otherwise."""
     host, _, port = value.rpartition(":")
     if not host or not port.isdecimal() or not 0 <= int(port) <= LAST_PORT:
-        raise ValueError(f"{value!r} is no address; write host:port, for example 127.0.0.1:8000")
+        raise ValueError(f"{value!r} is not a valid address; write host:port, for example 127.0.0.1:8000")
     return value
 
 
 def check_url(value: str) -> str:
-    """Accept the root of a replica: scheme, host and port, without a path; or the path of a unix socket."""
+    """Require `http(s)://host[:port]` without a path, or `unix:///path`; ValueError otherwise."""
     if re.fullmatch(r"unix:///[^\s?#]+", value):
         path = unquote_to_bytes(value.removeprefix("unix://"))
         if len(path) > SOCKET_PATH_BYTES or b"\0" in path:
-            raise ValueError(f"{value!r} is no replica address; a socket's path has at most {SOCKET_PATH_BYTES} bytes")
+            raise ValueError(
+                f"{value!r} is not a valid replica URL; the path of a socket has at most {SOCKET_PATH_BYTES} bytes"
+            )
         return value
-    told = re.fullmatch(rf"https?://({HOST_NAME}|\[[0-9A-Fa-f:.]+\])(?::(\d{{1,5}}))?", value.rstrip("/"))
-    if told is None or not 0 < int(told[2] or 80) <= LAST_PORT:
-        raise ValueError(f"{value!r} is no replica address; write http://host:port, without /v1, or unix:///path")
+    match = re.fullmatch(rf"https?://({HOST_NAME}|\[[0-9A-Fa-f:.]+\])(?::(\d{{1,5}}))?", value.rstrip("/"))
+    if match is None or not 0 < int(match[2] or 80) <= LAST_PORT:
+        raise ValueError(f"{value!r} is not a valid replica URL; write http://host:port, without /v1, or unix:///path")
     return value.rstrip("/")
 
 
@@ -60,13 +62,13 @@ Entries = Annotated[int, Field(ge=1, le=65536)]
 
 
 class Table(BaseModel):
-    """A part of the file: frozen, and an unknown key is an error."""
+    """Base of all tables: frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class LimitSettings(Table):
-    """What one request may ask for."""
+    """Limits on a single request."""
 
     body_bytes: SizeBytes = 32 * 2**20
     depth: Annotated[int, Field(ge=8, le=512)] = 64
@@ -82,7 +84,7 @@ class LimitSettings(Table):
 
 
 class QueueSettings(Table):
-    """How many requests may wait for a replica, and what their bodies may take."""
+    """Limits on the requests that wait for a replica: their number, and the size of their bodies."""
 
     per_alias: Annotated[int, Field(ge=0)] = 1000
     in_all: Annotated[int, Field(ge=0)] = 4000
@@ -90,21 +92,21 @@ class QueueSettings(Table):
 
 
 class RetrySettings(Table):
-    """How many requests may be tried again on another replica: a share of all, and so many saved up."""
+    """Retry budget: retries on another replica as a fraction of all requests, plus a burst."""
 
     share: Share = 0.2
     burst: Annotated[int, Field(ge=0)] = 10
 
 
 class TracingSettings(Table):
-    """Where spans go, in OTLP over HTTP, and which share of the traces that begin here."""
+    """OTLP/HTTP endpoint for spans, and the sampling ratio of traces that start in the gateway."""
 
     endpoint: Annotated[str, Field(pattern=r"^https?://[^\s?#]+[^\s?#/]$")]
     sample_share: Share = 1.0
 
 
 class GatewaySettings(Table):
-    """The process that clients talk to."""
+    """Settings of the gateway process."""
 
     listen: Address = "127.0.0.1:8000"
     admin: Address = "127.0.0.1:8001"
@@ -121,7 +123,7 @@ class GatewaySettings(Table):
 
 
 class DeclaredQuality(Table):
-    """Quality that somebody vouches for, of a variant whose manifest is out of reach; shown as declared."""
+    """Quality of a variant without a local manifest, as declared by the operator."""
 
     kl_mean: Annotated[float, Field(ge=0)] | None = None
     top1_agreement: Share | None = None
@@ -131,7 +133,7 @@ class DeclaredQuality(Table):
 
 
 class VariantSettings(Table):
-    """One model directory, or a name for what runs behind a replica's `url`."""
+    """A model directory, or the declared properties of a variant whose replicas have a `url`."""
 
     path: str | None = None
     precision: Literal["bf16", "fp16", "fp32", "fp8", "int8", "int4"] | None = None
@@ -139,7 +141,7 @@ class VariantSettings(Table):
 
 
 class ReplicaSettings(Table):
-    """Running servers of one variant: somebody else's (`url`), or `count` of ours."""
+    """Servers of one variant: an external one (`url`), or `count` servers that quantgate starts."""
 
     variant: Name
     url: ReplicaUrl | None = None
@@ -166,7 +168,7 @@ class ReplicaSettings(Table):
 
 
 class Floor(Table):
-    """The least quality that may answer; a measure that isn't named isn't limited."""
+    """Minimum quality of a variant that may answer; an omitted measure is not limited."""
 
     top1_agreement: Share | None = None
     kl_mean: Annotated[float, Field(ge=0)] | None = None
@@ -179,7 +181,7 @@ NO_FLOOR = Floor()
 
 
 class Spill(Table):
-    """When a lower rung answers because the higher one would keep the caller waiting, and when it stops."""
+    """When a rung starts to spill requests to the next lower rung, and when it stops."""
 
     after_seconds: Seconds = 2.0
     return_below_seconds: Seconds = 0.5
@@ -187,7 +189,10 @@ class Spill(Table):
 
 
 class TimeoutSettings(Table):
-    """How long an answer may keep us waiting; the first two are of streams, 0 is for ever."""
+    """Timeouts of a request to a replica.
+
+    `first_byte_seconds`, `idle_seconds` and `heartbeat_seconds` apply to streams only. 0 disables a timeout.
+    """
 
     connect_seconds: Annotated[float, Field(gt=0)] = 2.0
     first_byte_seconds: Seconds = 600.0
@@ -198,7 +203,7 @@ class TimeoutSettings(Table):
 
 
 class AliasSettings(Table):
-    """A model name that clients use, and the variants that may answer it, best first."""
+    """A model name for clients, and the variants that may answer it, best first."""
 
     ladder: Annotated[tuple[Name, ...], Field(min_length=1)]
     floor: Floor = Floor()
@@ -211,7 +216,7 @@ class AliasSettings(Table):
 
 
 class LogSettings(Table):
-    """What replicas print, a file for each; a full one is set aside, and the oldest of those thrown away."""
+    """Log files of replicas, one per replica, with rotation."""
 
     format: Literal["plain", "json"] = "plain"
     rotate_bytes: SizeBytes = 64 * 2**20
@@ -219,7 +224,7 @@ class LogSettings(Table):
 
 
 class ServingSettings(Table):
-    """How this machine's replicas are kept running."""
+    """Settings of the supervisor of local replicas."""
 
     parallel_starts: Annotated[int, Field(ge=1)] | None = None
     start_attempts: Annotated[int, Field(ge=1)] = 3
@@ -227,7 +232,7 @@ class ServingSettings(Table):
 
 
 class Settings(Table):
-    """The whole file."""
+    """The configuration file."""
 
     gateway: GatewaySettings = GatewaySettings()
     serving: ServingSettings = ServingSettings()

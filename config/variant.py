@@ -1,4 +1,4 @@
-"""A variant as serving and gateway see it: its directory, its precision, and the quality that somebody measured."""
+"""Variants of a configuration: name, directory, precision and quality."""
 
 import json
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from config.golden import Golden, GoldenAnswer
 from config.manifest import FILE_NAME, Manifest
 from config.schema import Floor, VariantSettings
 
-_WHOLE_ACTIVATIONS = 16
+_UNQUANTIZED_BITS = 16
 MEASURES = tuple(Floor.model_fields)
-# What is better the higher it is; of all others, the lower.
+# Measures for which higher is better; for all others, lower is.
 AT_LEAST = frozenset({"top1_agreement"})
 DTYPE_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 @dataclass(frozen=True, slots=True)
 class QualityMeasures:
-    """Distance from the parent; None is unknown, which satisfies no floor."""
+    """Quality relative to the parent; None is unknown, which does not meet any floor."""
 
     source: Literal["measured", "declared", "parent", "unknown"]
     kl_mean: float | None = None
@@ -30,7 +30,7 @@ class QualityMeasures:
     length_ratio: float | None = None
 
     def shortfall(self, floor: Floor, *, trust_declared: bool = False) -> str | None:
-        """Say which limit of a floor is missed, or None if all are met; declared figures count only where trusted."""
+        """Return why a floor is not met, or None if it is; declared values count only with `trust_declared`."""
         for measure in MEASURES:
             limit = getattr(floor, measure)
             if limit is None:
@@ -52,7 +52,7 @@ PARENT_QUALITY = QualityMeasures(
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One rung: what it is called, where it lies, what precision it has and how good it is."""
+    """A model of some precision; the aliases order variants on ladders."""
 
     name: str
     precision: str
@@ -63,12 +63,12 @@ class Variant:
 
     @property
     def id(self) -> str:
-        """The sealed identity, or the configured name where there is no manifest."""
+        """The id in the manifest, or the configured name without a manifest."""
         return self.manifest.id if self.manifest else self.name
 
     @property
     def failure(self) -> str | None:
-        """Say which limits its evaluation missed, or None if its verdict isn't fail, or nobody judged it."""
+        """The limits that its evaluation missed, or None if its verdict is not "fail" or it has no manifest."""
         if self.manifest is None or self.manifest.quality.verdict != "fail":
             return None
         missed = [check for check in self.manifest.quality.checks if not check.passed]
@@ -77,34 +77,35 @@ class Variant:
 
 
 def read_variants(settings: Mapping[str, VariantSettings], relative_to: Path) -> dict[str, Variant]:
-    """Read every configured variant's manifest; relative paths count from the configuration file's folder.
+    """Read the manifests of all configured variants, by name.
 
-    ManifestError: a directory is missing, or its manifest is broken.
+    Relative paths are resolved against `relative_to`, the directory of the configuration file. ManifestError if a
+    directory is missing or its manifest is invalid.
     """
-    found = {name: _read_variant(name, variant, relative_to) for name, variant in settings.items()}
-    return {name: _with_golden(variant, found) for name, variant in found.items()}
+    variants = {name: _read_variant(name, variant, relative_to) for name, variant in settings.items()}
+    return {name: _with_golden(variant, variants) for name, variant in variants.items()}
 
 
 def goldens(variants: Mapping[str, Variant]) -> dict[str, GoldenAnswer]:
-    """What servers of variants must say, of those where that is known."""
+    """Return the golden answers by variant, of the variants that have one."""
     return {name: variant.golden for name, variant in variants.items() if variant.golden}
 
 
 def _with_golden(variant: Variant, variants: Mapping[str, Variant]) -> Variant:
-    """Add what a server of this variant must say; a parent's answer lies with those that were measured against it."""
+    """Add the golden answer; that of a parent is recorded with a variant that was measured against it."""
     if variant.path is None:
         return variant
     if variant.manifest:
         own = Golden.read(variant.path)
         if own is None:
             return variant
-        exact = variant.manifest.scheme.activation_bits >= _WHOLE_ACTIVATIONS
+        exact = variant.manifest.scheme.activation_bits >= _UNQUANTIZED_BITS
         return replace(variant, golden=GoldenAnswer(own.ids, own.variant, own.parent, exact))
     for other in variants.values():
         if other.path and other.manifest and other.manifest.base.name == variant.path.name:
-            told = Golden.read(other.path)
-            if told:
-                return replace(variant, golden=GoldenAnswer(told.ids, told.parent))
+            recorded = Golden.read(other.path)
+            if recorded:
+                return replace(variant, golden=GoldenAnswer(recorded.ids, recorded.parent))
     return variant
 
 
@@ -118,11 +119,11 @@ def _read_variant(name: str, settings: VariantSettings, relative_to: Path) -> Va
         manifest = Manifest.read(path)
         quality = QualityMeasures("measured", **{measure: getattr(manifest.quality, measure) for measure in MEASURES})
         return Variant(name, settings.precision or manifest.scheme.precision, quality, path, manifest)
-    return _unsealed(name, settings, path)
+    return _without_manifest(name, settings, path)
 
 
-def _unsealed(name: str, settings: VariantSettings, path: Path) -> Variant:
-    """A directory without a manifest is a parent, unless somebody quantized it and nobody measured it."""
+def _without_manifest(name: str, settings: VariantSettings, path: Path) -> Variant:
+    """A directory without a manifest is a parent, or quantized and of unknown quality (`quantization_config`)."""
     config = read_model_config(path)
     if "quantization_config" in config:
         bits = config["quantization_config"].get("bits")
@@ -133,13 +134,13 @@ def _unsealed(name: str, settings: VariantSettings, path: Path) -> Variant:
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:
-    """Read a model directory's `config.json`; ManifestError if it isn't one."""
+    """Read `config.json` of a model directory; ManifestError if it is missing or not a JSON object."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
-        what = "has no config.json" if directory.is_dir() else "no such directory"
-        raise ManifestError(f"{directory}: {what}; a variant's path is a model directory") from None
+        problem = "has no config.json" if directory.is_dir() else "no such directory"
+        raise ManifestError(f"{directory}: {problem}; the path of a variant is a model directory") from None
     except (OSError, ValueError) as error:
         raise ManifestError(f"{path}: is not readable JSON: {error}") from error
     if not isinstance(config, dict):

@@ -23,10 +23,9 @@ from gateway.observability.access_log import AccessLog
 from gateway.observability.metrics import FleetCollector, LoopLag, Metrics
 from gateway.observability.tracing import tracing
 from gateway.openai.endpoints import ENDPOINTS
+from gateway.proxy.collectors import EngineCollector, LadderCollector
 from gateway.proxy.dispatcher import Dispatcher
-from gateway.proxy.engine_collector import EngineCollector
 from gateway.proxy.exchange import Proxy
-from gateway.proxy.ladder_collector import LadderCollector
 from gateway.proxy.load.polling import MetricsPoller
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.upstream.pool import Pool
@@ -121,7 +120,7 @@ async def gateway(
             LadderCollector(dispatcher.cluster.gates, lambda: iter(registry.ready), load.estimates)
         )
         proxy = Proxy(dispatcher, VllmUpstream(pool))
-        observers = Observers(metrics, access_log.line, traced)
+        observers = Observers(metrics, access_log.append, traced)
         endpoints = {
             endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers)
             for endpoint in ENDPOINTS.values()

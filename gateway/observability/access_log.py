@@ -1,9 +1,13 @@
-"""One line for each request when it ends: no prompt, no answer, nothing that a client made up but its checked id."""
+"""Access log: one line per completed request, without prompts, responses or other text from the client.
+
+The only value that a client supplies is the request id, which has been validated.
+"""
 
 import asyncio
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -14,21 +18,26 @@ from msgspec import structs
 
 from gateway.observability.metrics import Counter
 
-Form = Literal["plain", "json", "off"]
+LogFormat = Literal["plain", "json", "off"]
 
-FLUSH_BYTES = 64 * 2**10
 FLUSH_SECONDS = 0.2
-# A reader that stands still is waited for with this much; what comes then is dropped.
-BACKLOG_BYTES = 2**20
-# A pipe that polls as writable takes this much at once (PIPE_BUF of Linux), so a write of it never waits.
+FLUSH_RECORDS = 200
+# About 1 MiB of records in memory, or of lines.
+MAX_BACKLOG_RECORDS = 3000
+# PIPE_BUF of Linux: a pipe that polls as writable accepts this many bytes, so writing them does not block.
 WRITE_BYTES = 4096
-LAST_WAIT_SECONDS = 1.0
+SHUTDOWN_WAIT_SECONDS = 1.0
 
 _JSON = msgspec.json.Encoder()
 
 
-class AccessRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is told of a request: `key` is the caller's name, `estimated` that completion tokens were counted here."""
+class AccessRecord(msgspec.Struct, frozen=True, gc=False):
+    """One completed request.
+
+    `key` is the name of the API key. `code` is the HTTP status, or an error code if a stream failed after its status
+    was sent. `estimated` is true if the engine did not report usage and `completion_tokens` counts streamed events.
+    `first_token_seconds` is None if nothing was streamed. Text that does not apply is "none".
+    """
 
     request_id: str
     key: str
@@ -49,50 +58,54 @@ class AccessRecord(msgspec.Struct, frozen=True, kw_only=True):
     finish: str
 
 
+# Takes a record and the time at which the request ended, in seconds since 1970.
 LogSink = Callable[[AccessRecord, float], None]
 
 
-def format_logfmt(entry: AccessRecord, stamp: str) -> bytes:
-    """Write a line of logfmt."""
-    first = entry.first_token_seconds
+def format_logfmt(record: AccessRecord, timestamp: str) -> bytes:
+    """Format a record as a line of logfmt, durations in milliseconds precision."""
+    first = record.first_token_seconds
     return (
-        f"ts={stamp} request_id={entry.request_id} key={entry.key} endpoint={entry.endpoint} "
-        f"alias={entry.alias} variant={entry.variant} precision={entry.precision} replica={entry.replica} "
-        f"reason={entry.reason} code={entry.code} attempts={entry.attempts} queued_seconds={entry.queued_seconds:.3f} "
-        f"first_token_seconds={'none' if first is None else f'{first:.3f}'} seconds={entry.seconds:.3f} "
-        f"prompt_tokens={entry.prompt_tokens} completion_tokens={entry.completion_tokens} "
-        f"estimated={entry.estimated:d} finish={entry.finish}\n"
+        f"ts={timestamp} request_id={record.request_id} key={record.key} endpoint={record.endpoint} "
+        f"alias={record.alias} variant={record.variant} precision={record.precision} replica={record.replica} "
+        f"reason={record.reason} code={record.code} attempts={record.attempts} "
+        f"queued_seconds={record.queued_seconds:.3f} "
+        f"first_token_seconds={'none' if first is None else f'{first:.3f}'} seconds={record.seconds:.3f} "
+        f"prompt_tokens={record.prompt_tokens} completion_tokens={record.completion_tokens} "
+        f"estimated={record.estimated:d} finish={record.finish}\n"
     ).encode()
 
 
-def format_json(entry: AccessRecord, stamp: str) -> bytes:
-    """Write a line of JSON, times to the microsecond."""
-    first = entry.first_token_seconds
+def format_json(record: AccessRecord, timestamp: str) -> bytes:
+    """Format a record as a line of JSON, durations in microseconds precision."""
+    first = record.first_token_seconds
     rounded = structs.replace(
-        entry,
-        queued_seconds=round(entry.queued_seconds, 6),
+        record,
+        queued_seconds=round(record.queued_seconds, 6),
         first_token_seconds=None if first is None else round(first, 6),
-        seconds=round(entry.seconds, 6),
+        seconds=round(record.seconds, 6),
     )
-    return b'{"ts":"' + stamp.encode() + b'",' + _JSON.encode(rounded)[1:] + b"\n"
+    return b'{"ts":"' + timestamp.encode() + b'",' + _JSON.encode(rounded)[1:] + b"\n"
 
 
 @dataclass(slots=True, eq=False)
 class AccessLog:
-    """Gathers lines and writes them together; owns the writing to `stream` while the block runs.
+    """Buffers records while the block runs, and writes their lines to `stream` every FLUSH_SECONDS or FLUSH_RECORDS.
 
-    A request is never held up and never fails: who doesn't read in time misses lines, and `dropped` counts them.
+    Appending neither waits nor fails. Records are formatted when they are written. If the reader of `stream` stalls, up
+    to `max_backlog` records are kept and further ones dropped; `dropped` counts lines that were never written in full.
     """
 
     stream: BinaryIO
-    form: Form
+    format: LogFormat
     dropped: Counter
-    backlog_bytes: int = BACKLOG_BYTES
+    max_backlog: int = MAX_BACKLOG_RECORDS
+    _records: deque[tuple[AccessRecord, float]] = field(default_factory=deque)
+    # Formatted lines that are not written yet: at most WRITE_BYTES and one line.
     _lines: list[bytes] = field(default_factory=list)
-    _bytes: int = 0
     _timer: asyncio.TimerHandle | None = None
     _second: int = -1
-    _stamp: str = ""
+    _second_text: str = ""
 
     def __enter__(self) -> Self:
         return self
@@ -100,66 +113,69 @@ class AccessLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Write what waits; a reader that stands still is given a last moment."""
+        """Write the backlog; a stalled reader is waited for at most SHUTDOWN_WAIT_SECONDS."""
         if self._timer:
             self._timer.cancel()
-        self._flush(LAST_WAIT_SECONDS)
-        self.dropped.inc(len(self._lines))
-        self._lines.clear()
+        self._flush(SHUTDOWN_WAIT_SECONDS)
+        self._drop_backlog()
 
-    def line(self, entry: AccessRecord, at_seconds: float) -> None:
-        """Tell of a request that ended then, in seconds since 1970."""
-        if self.form == "off":
+    def append(self, record: AccessRecord, at_seconds: float) -> None:
+        """Log a request that ended at `at_seconds` since 1970."""
+        if self.format == "off":
             return
-        if self._bytes >= self.backlog_bytes:
+        records = self._records
+        if len(records) >= self.max_backlog:
             self.dropped.inc()
             return
-        line = (format_logfmt if self.form == "plain" else format_json)(entry, self._stamped(at_seconds))
-        self._lines.append(line)
-        self._bytes += len(line)
+        records.append((record, at_seconds))
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(FLUSH_SECONDS, self._due)
-        elif self._bytes >= FLUSH_BYTES:
+            self._timer = asyncio.get_running_loop().call_later(FLUSH_SECONDS, self._on_timer)
+        elif not len(records) % FLUSH_RECORDS:
             self._flush()
 
-    def _due(self) -> None:
+    def _on_timer(self) -> None:
         self._timer = None
         self._flush()
-        if self._lines:
-            self._timer = asyncio.get_running_loop().call_later(FLUSH_SECONDS, self._due)
+        if self._records or self._lines:
+            self._timer = asyncio.get_running_loop().call_later(FLUSH_SECONDS, self._on_timer)
 
-    def _flush(self, patience_seconds: float = 0.0) -> None:
-        """Write as long as that doesn't wait for the reader, or not for longer than this."""
-        descriptor, ready, until = self.stream.fileno(), select.poll(), time.monotonic() + patience_seconds
-        ready.register(descriptor, select.POLLOUT)
+    def _flush(self, wait_seconds: float = 0.0) -> None:
+        """Write until the backlog is empty or writing would block for longer than `wait_seconds` in total."""
+        descriptor, poller, deadline = self.stream.fileno(), select.poll(), time.monotonic() + wait_seconds
+        poller.register(descriptor, select.POLLOUT)
         try:
-            while self._lines and ready.poll(max(0.0, until - time.monotonic()) * 1000):
-                count = _fitting(self._lines)
-                piece = b"".join(self._lines[:count])
-                written = os.write(descriptor, piece)
-                self._bytes -= written
-                self._lines[:count] = [piece[written:]] if written < len(piece) else []
+            while (self._records or self._lines) and poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                self._write_chunk(descriptor)
         except BlockingIOError:
-            pass  # somebody else filled it meanwhile
+            pass  # another process that shares the pipe filled it after the poll
         except OSError:
-            # Nobody reads any more, or the disk is full: requests go on, and the count tells.
-            self.dropped.inc(len(self._lines))
-            self._lines.clear()
-            self._bytes = 0
+            # The reader has closed the pipe, or the disk is full. Requests go on; the counter shows the loss.
+            self._drop_backlog()
 
-    def _stamped(self, at_seconds: float) -> str:
+    def _write_chunk(self, descriptor: int) -> None:
+        """Format and write as many whole lines as fit into WRITE_BYTES, at least one."""
+        records, lines = self._records, self._lines
+        format_line = format_logfmt if self.format == "plain" else format_json
+        size = sum(map(len, lines))
+        while records and size < WRITE_BYTES:
+            record, at_seconds = records.popleft()
+            line = format_line(record, self._timestamp(at_seconds))
+            lines.append(line)
+            size += len(line)
+        count = len(lines) if size <= WRITE_BYTES or len(lines) == 1 else len(lines) - 1
+        chunk = b"".join(lines[:count])
+        written = os.write(descriptor, chunk)
+        lines[:count] = [chunk[written:]] if written < len(chunk) else []
+
+    def _timestamp(self, at_seconds: float) -> str:
+        """Format a time as RFC 3339 in UTC with milliseconds."""
         second = int(at_seconds)
         if second != self._second:
             self._second = second
-            self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        return f"{self._stamp}.{int((at_seconds - second) * 1000):03d}Z"
+            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._second_text}.{int((at_seconds - second) * 1000):03d}Z"
 
-
-def _fitting(lines: list[bytes]) -> int:
-    """How many lines, at least one, are written at once."""
-    size = 0
-    for count, line in enumerate(lines):
-        size += len(line)
-        if size > WRITE_BYTES:
-            return max(1, count)
-    return len(lines)
+    def _drop_backlog(self) -> None:
+        self.dropped.inc(len(self._lines) + len(self._records))
+        self._lines.clear()
+        self._records.clear()

@@ -1,6 +1,7 @@
-"""Spans by OpenTelemetry, one a request; its own thread sends them, so a collector that is slow or gone costs nothing.
+"""OpenTelemetry spans, one per request.
 
-Imported only where tracing is configured.
+A thread of the SDK exports them in batches, so a slow or absent collector does not delay requests. Imported only if
+`gateway.tracing` is configured.
 """
 
 import asyncio
@@ -21,14 +22,16 @@ from gateway.observability.access_log import AccessRecord
 from gateway.observability.trace_context import Headers, context_headers
 
 EXPORT_TIMEOUT_SECONDS = 5.0
-CONTEXT = TraceContextTextMapPropagator()
+PROPAGATOR = TraceContextTextMapPropagator()
 
 # https://github.com/open-telemetry/semantic-conventions-genai, gen_ai.operation.name
 OPERATIONS = {"chat.completions": "chat", "completions": "text_completion"}
 
+Attributes = dict[str, str | int | float | tuple[str, ...]]
+
 
 class SpanTrace:
-    """A request with a span."""
+    """The trace of a request that has a span of the gateway; `headers` name the span as the parent."""
 
     __slots__ = ("headers", "span")
 
@@ -36,19 +39,19 @@ class SpanTrace:
         self.span = span
         self.headers = headers
 
-    def end(self, entry: AccessRecord) -> None:
-        """Say how the request ended; the span is sent later."""
+    def end(self, record: AccessRecord) -> None:
+        """Set the attributes and end the span; status 5xx and failed streams set the status ERROR."""
         if self.span.is_recording():
-            self.span.set_attributes(attributes(entry))
-            if not entry.code.isdecimal() or int(entry.code) >= 500:
-                self.span.set_status(Status(StatusCode.ERROR, entry.code))
+            self.span.set_attributes(attributes(record))
+            if not record.code.isdecimal() or int(record.code) >= 500:
+                self.span.set_status(Status(StatusCode.ERROR, record.code))
         self.span.end()
 
 
-class Spans:
-    """Owns the exporter and its thread while the `async with` block runs.
+class SpanTracing:
+    """Owns the tracer, the exporter and its thread while the `async with` block runs.
 
-    `sample_share` of the traces that begin here are kept; of a client's, those that the client keeps.
+    `sample_share` is the sampling ratio of traces that start in the gateway; a client's sampled flag is respected.
     """
 
     def __init__(self, settings: TracingSettings) -> None:
@@ -65,38 +68,38 @@ class Spans:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Send what is left."""
+        """Export the remaining spans; in a thread, because it waits for the collector."""
         await asyncio.to_thread(self._provider.shutdown)
 
     def begin(self, endpoint: str, headers: Mapping[bytes, bytes]) -> SpanTrace:
-        """Begin a span below the client's."""
-        told = {name.decode(): value.decode() for name, value in context_headers(headers)}
-        parent = CONTEXT.extract(told)
+        """Start a span named after the endpoint, as a child of the client's trace context if it is valid."""
+        client_context = {name.decode(): value.decode() for name, value in context_headers(headers)}
+        parent = PROPAGATOR.extract(client_context)
         span = self._tracer.start_span(endpoint, parent, SpanKind.SERVER)
-        passed: dict[str, str] = {}
-        CONTEXT.inject(passed, set_span_in_context(span, parent))
-        return SpanTrace(span, tuple((name.encode(), value.encode()) for name, value in passed.items()))
+        replica_context: dict[str, str] = {}
+        PROPAGATOR.inject(replica_context, set_span_in_context(span, parent))
+        return SpanTrace(span, tuple((name.encode(), value.encode()) for name, value in replica_context.items()))
 
 
-def attributes(entry: AccessRecord) -> dict[str, str | int | float | tuple[str, ...]]:
-    """Describe a request in the words of the GenAI conventions; what they have no word for is ours."""
-    told: dict[str, str | int | float | tuple[str, ...]] = {
-        "gen_ai.operation.name": OPERATIONS.get(entry.endpoint, entry.endpoint),
+def attributes(record: AccessRecord) -> Attributes:
+    """Return a span's attributes: GenAI semantic conventions where they define one, `quantgate.*` otherwise."""
+    result: Attributes = {
+        "gen_ai.operation.name": OPERATIONS.get(record.endpoint, record.endpoint),
         "gen_ai.provider.name": "quantgate",
-        "gen_ai.request.model": entry.alias,
-        "gen_ai.response.model": entry.variant,
-        "gen_ai.response.finish_reasons": (entry.finish,),
-        "gen_ai.usage.input_tokens": entry.prompt_tokens,
-        "gen_ai.usage.output_tokens": entry.completion_tokens,
-        "quantgate.request_id": entry.request_id,
-        "quantgate.variant": entry.variant,
-        "quantgate.precision": entry.precision,
-        "quantgate.replica": entry.replica,
-        "quantgate.reason": entry.reason,
-        "quantgate.attempts": entry.attempts,
-        "quantgate.code": entry.code,
-        "quantgate.queued_seconds": entry.queued_seconds,
+        "gen_ai.request.model": record.alias,
+        "gen_ai.response.model": record.variant,
+        "gen_ai.response.finish_reasons": (record.finish,),
+        "gen_ai.usage.input_tokens": record.prompt_tokens,
+        "gen_ai.usage.output_tokens": record.completion_tokens,
+        "quantgate.request_id": record.request_id,
+        "quantgate.variant": record.variant,
+        "quantgate.precision": record.precision,
+        "quantgate.replica": record.replica,
+        "quantgate.reason": record.reason,
+        "quantgate.attempts": record.attempts,
+        "quantgate.code": record.code,
+        "quantgate.queued_seconds": record.queued_seconds,
     }
-    if entry.first_token_seconds is not None:
-        told["gen_ai.response.time_to_first_chunk"] = entry.first_token_seconds
-    return told
+    if record.first_token_seconds is not None:
+        result["gen_ai.response.time_to_first_chunk"] = record.first_token_seconds
+    return result

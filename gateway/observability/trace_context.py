@@ -1,4 +1,4 @@
-"""W3C trace context of a request, passed on to replicas. Spec: https://www.w3.org/TR/trace-context/"""
+"""Propagation of a client's W3C trace context to replicas. Specification: https://www.w3.org/TR/trace-context/"""
 
 import re
 from collections.abc import Mapping
@@ -9,54 +9,54 @@ from gateway.observability.access_log import AccessRecord
 
 Headers = tuple[tuple[bytes, bytes], ...]
 
-# https://www.w3.org/TR/trace-context/#traceparent-header: what a later version appends stands behind a dash.
+# https://www.w3.org/TR/trace-context/#traceparent-header: later versions may append fields after a dash.
 _TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-[\x21-\x7e]{0,200})?")
-# A list of key=value; what is in it isn't our business as long as it can't end a header.
+# A list of key=value. Its content is opaque here; the pattern only excludes bytes that could end a header line.
 _TRACESTATE = re.compile(rb"[\x20-\x7e\t]{1,512}")
 
 
 class Trace(Protocol):
-    """One request's place in a trace."""
+    """The trace of one request."""
 
     @property
     def headers(self) -> Headers:
-        """What every replica that is asked gets, so that its spans go below."""
+        """Headers to add to the request to a replica; they make the replica's spans children of this trace."""
 
-    def end(self, entry: AccessRecord) -> None:
-        """The request ended like this."""
+    def end(self, record: AccessRecord) -> None:
+        """Called once, when the request has ended."""
 
 
 class Tracing(Protocol):
-    """Begins a trace for each request."""
+    """Starts the trace of each request."""
 
     def begin(self, endpoint: str, headers: Mapping[bytes, bytes]) -> Trace:
-        """Begin one, below what the client's headers say."""
+        """Start a trace as a child of the client's trace context; `headers` are the client's, in lower case."""
 
 
 @dataclass(frozen=True, slots=True)
-class PassedOn:
-    """A request that we have no span for: whoever traces client and replicas sees them linked all the same."""
+class PropagatedTrace:
+    """A request without a span of the gateway: the client's trace context reaches the replica unchanged."""
 
     headers: Headers = ()
 
-    def end(self, entry: AccessRecord) -> None:
-        """Nothing is kept."""
+    def end(self, record: AccessRecord) -> None:
+        """Do nothing."""
 
 
-NOT_TRACED = PassedOn()
+NOT_TRACED = PropagatedTrace()
 
 
 @dataclass(frozen=True, slots=True)
-class Untraced:
-    """Tracing that is off."""
+class NoTracing:
+    """Tracing without spans: `gateway.tracing` is not configured."""
 
-    def begin(self, endpoint: str, headers: Mapping[bytes, bytes]) -> Trace:  # noqa: ARG002 - Tracing says so
-        """Pass the client's own trace on."""
-        return PassedOn(context_headers(headers)) if b"traceparent" in headers else NOT_TRACED
+    def begin(self, endpoint: str, headers: Mapping[bytes, bytes]) -> Trace:  # noqa: ARG002 - protocol Tracing
+        """Propagate the client's trace context, if there is one."""
+        return PropagatedTrace(context_headers(headers)) if b"traceparent" in headers else NOT_TRACED
 
 
 def valid_traceparent(value: bytes) -> bool:
-    """Tell whether a header is a trace context by the rules of W3C, of version 00 or a later one."""
+    """Return whether a header value is a valid `traceparent` of version 00 or a later one."""
     match = _TRACEPARENT.fullmatch(value)
     if match is None or match[1] == b"ff" or (match[1] == b"00" and match[4] is not None):
         return False
@@ -64,9 +64,9 @@ def valid_traceparent(value: bytes) -> bool:
 
 
 def context_headers(headers: Mapping[bytes, bytes]) -> Headers:
-    """Take a client's trace context as it is; without a well-formed `traceparent` there is none."""
+    """Return `traceparent` and a valid `tracestate`; empty if `traceparent` is absent or invalid."""
     parent, state = headers.get(b"traceparent", b""), headers.get(b"tracestate", b"")
     if not valid_traceparent(parent):
         return ()
-    kept = ((b"traceparent", parent),)
-    return (*kept, (b"tracestate", state)) if _TRACESTATE.fullmatch(state) else kept
+    traceparent = (b"traceparent", parent)
+    return (traceparent, (b"tracestate", state)) if _TRACESTATE.fullmatch(state) else (traceparent,)

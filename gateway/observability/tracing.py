@@ -1,4 +1,4 @@
-"""Tracing as configured: the client's trace context passed on, or spans of our own by OpenTelemetry (extra `otel`)."""
+"""Tracing as configured: propagation only, or OpenTelemetry spans (extra `otel`)."""
 
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -6,20 +6,25 @@ from importlib import import_module
 
 from config.errors import ConfigError
 from config.schema import TracingSettings
-from gateway.observability.trace_context import Tracing, Untraced
+from gateway.observability.trace_context import NoTracing, Tracing
 
 
 @asynccontextmanager
 async def tracing(settings: TracingSettings | None) -> AsyncIterator[Tracing]:
-    """Trace as configured while the block runs; ConfigError if OpenTelemetry isn't installed."""
+    """Provide the configured tracing while the block runs; ConfigError if OpenTelemetry is not installed.
+
+    None as `settings` turns spans off.
+    """
     if settings is None:
-        yield Untraced()
+        yield NoTracing()
         return
     try:
-        # Only who traces pays for it: OpenTelemetry takes half a second to import.
+        # Imported only if tracing is configured: importing OpenTelemetry takes 0.5 s.
         module = import_module("gateway.observability.spans")
     except ModuleNotFoundError as error:
-        raise ConfigError(f"gateway.tracing needs OpenTelemetry ({error}); pip install 'quantgate[otel]'") from error
-    spans: AbstractAsyncContextManager[Tracing] = module.Spans(settings)
-    async with spans as began:
-        yield began
+        raise ConfigError(
+            f"gateway.tracing needs OpenTelemetry ({error}); run: pip install 'quantgate[otel]'"
+        ) from error
+    exporter: AbstractAsyncContextManager[Tracing] = module.SpanTracing(settings)
+    async with exporter as span_tracing:
+        yield span_tracing

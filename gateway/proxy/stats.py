@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from gateway.observability.access_log import AccessRecord, LogSink
-from gateway.observability.metrics import UNKNOWN, Metrics, Served
+from gateway.observability.metrics import UNKNOWN, Metrics, ServedMetrics
 from gateway.observability.trace_context import NOT_TRACED, Trace
 from gateway.openai.usage import Usage
 from gateway.routing.pick import Candidate
@@ -46,7 +46,7 @@ class RequestStats:
     first_token_seconds: float | None = None
     token_events: int = 0
     last_event_at: float = 0.0
-    _served: Served | None = None
+    _served: ServedMetrics | None = None
     _on_first_token: Callable[[], None] = staticmethod(ignore_first_token)
 
     def __init__(

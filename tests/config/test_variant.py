@@ -1,4 +1,4 @@
-"""What serving and gateway know of a variant, wherever it comes from."""
+"""Precision and quality of a variant: from its manifest, its config.json or the configuration."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def read(settings: VariantSettings, relative_to: Path = Path("/")) -> Variant:
 
 
 def test_sealed_variant_is_measured(tmp_path: Path) -> None:
-    """Precision and quality come from the manifest; its id is the variant's identity. Paths count from the file."""
+    """Precision, quality and id come from the manifest; a relative path is resolved against the file's directory."""
     (tmp_path / "int4").mkdir()
     manifest = seal(tmp_path / "int4", bits=4)
     variant = read(VariantSettings(path="int4"), tmp_path)
@@ -40,22 +40,22 @@ def test_sealed_variant_is_measured(tmp_path: Path) -> None:
     ],
 )
 def test_unsealed_directory(tmp_path: Path, config: dict[str, Any], precision: str, source: str) -> None:
-    """Without a manifest a directory is a parent, unless somebody quantized it without measuring."""
+    """Without a manifest a directory is a parent, or of unknown quality if it is quantized."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     variant = read(VariantSettings(path=str(tmp_path)))
     assert (variant.precision, variant.quality.source, variant.id) == (precision, source, "v")
 
 
 def test_declared_variant() -> None:
-    """A variant that is out of reach is as good as somebody says, and marked so."""
+    """A variant without a path has the declared quality, marked as declared."""
     settings = VariantSettings(precision="fp8", quality=DeclaredQuality(top1_agreement=0.98))
     assert read(settings).quality == QualityMeasures("declared", None, 0.98, None)
     assert read(VariantSettings(precision="fp8")).quality.source == "unknown"
 
 
 @pytest.mark.parametrize("content,word", [(None, "has no config.json"), ("{", "not readable JSON"), ("[]", "object")])
-def test_directory_that_is_no_model(tmp_path: Path, content: str | None, word: str) -> None:
-    """A path that holds no model is told, with what is wrong."""
+def test_directory_without_model(tmp_path: Path, content: str | None, word: str) -> None:
+    """A path without a model is an error that names the problem."""
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ManifestError, match=word):
@@ -82,9 +82,9 @@ MEASURED = QualityMeasures("measured", kl_mean=0.02, top1_agreement=0.95, perple
     ],
 )
 def test_shortfall(floor: dict[str, float], word: str | None) -> None:
-    """A limit is met when the value is on it or on its good side."""
-    told = MEASURED.shortfall(Floor(**floor))
-    assert (told is None) if word is None else (told is not None and word in told)
+    """A value equal to the limit, or better, meets a floor."""
+    shortfall = MEASURED.shortfall(Floor(**floor))
+    assert (shortfall is None) if word is None else (shortfall is not None and word in shortfall)
 
 
 @given(
@@ -97,7 +97,7 @@ def test_shortfall(floor: dict[str, float], word: str | None) -> None:
         length_ratio=st.floats(1, 9),
     )
 )
-def test_parent_meets_every_floor_and_the_unknown_none(floor: Floor) -> None:
-    """Nothing is asked that the parent can't give, and nothing is given that nobody measured."""
+def test_parent_and_unknown_quality(floor: Floor) -> None:
+    """The parent meets every floor; unknown quality meets none."""
     assert PARENT_QUALITY.shortfall(floor) is None
     assert QualityMeasures("unknown").shortfall(floor) is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from config.reserved_flags import own_flag
+from config.reserved_flags import reserved_flag
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from serving.command import Command, Machine, build_command
@@ -137,4 +137,4 @@ def test_every_flag_of_ours_is_kept_from_the_configuration() -> None:
     )
     argv = build_command(launch, 1, dataclasses.replace(MACHINE, log_format="json")).argv
     flags = {argument for argument in argv if argument.startswith("--")}
-    assert {flag for flag in flags if own_flag(flag) is None} == {"--reasoning-parser", "--chat-template"}
+    assert {flag for flag in flags if reserved_flag(flag) is None} == {"--reasoning-parser", "--chat-template"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from config.reserved_flags import OWN_FLAGS, own_flag
+from config.reserved_flags import RESERVED_FLAGS, reserved_flag
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from serving.command import Machine, build_command
@@ -95,6 +95,6 @@ def test_the_parser_reads_what_was_meant(answer: dict[str, Any]) -> None:
 def test_flags_of_ours_exist_and_others_are_free(answer: dict[str, Any]) -> None:
     """What is refused in `args` is a flag of vLLM, and no other flag of vLLM is refused by likeness."""
     known = set(answer["flags"])
-    assert set(OWN_FLAGS) <= known
-    refused = {flag for flag in known if own_flag(flag)}
-    assert {flag.replace("--no-", "--") for flag in refused} <= set(OWN_FLAGS)
+    assert set(RESERVED_FLAGS) <= known
+    refused = {flag for flag in known if reserved_flag(flag)}
+    assert {flag.replace("--no-", "--") for flag in refused} <= set(RESERVED_FLAGS)

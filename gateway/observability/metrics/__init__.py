@@ -1,23 +1,11 @@
-"""What Prometheus is told: the series of the gateway, and the fleet as it is when asked."""
+"""Prometheus metrics: `table.py` defines them all, `Metrics` and the collectors supply the values."""
 
-from gateway.observability.metrics.catalogue import (
-    FIRST_TOKEN_SECONDS,
-    INTER_TOKEN_SECONDS,
-    OVERHEAD_SECONDS,
-    REQUEST_SECONDS,
-    UNKNOWN,
-    Metrics,
-    Served,
-)
 from gateway.observability.metrics.fleet import FleetCollector
 from gateway.observability.metrics.instruments import Counter, Gauge, Histogram
 from gateway.observability.metrics.loop_lag import LoopLag
+from gateway.observability.metrics.metrics import UNKNOWN, Metrics, ServedMetrics
 
 __all__ = [
-    "FIRST_TOKEN_SECONDS",
-    "INTER_TOKEN_SECONDS",
-    "OVERHEAD_SECONDS",
-    "REQUEST_SECONDS",
     "UNKNOWN",
     "Counter",
     "FleetCollector",
@@ -25,5 +13,5 @@ __all__ = [
     "Histogram",
     "LoopLag",
     "Metrics",
-    "Served",
+    "ServedMetrics",
 ]

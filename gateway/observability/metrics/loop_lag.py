@@ -1,4 +1,4 @@
-"""How late the event loop runs what is due: the first sign of a gateway that does too much, or blocks."""
+"""Event loop lag: the first sign of an overloaded gateway, or of blocking code on the event loop."""
 
 import asyncio
 import time
@@ -11,14 +11,14 @@ from gateway.observability.metrics.instruments import Histogram
 
 @dataclass(slots=True, eq=False)
 class LoopLag:
-    """Asks to be woken again and again while the `async with` block runs, and observes how much too late that was."""
+    """Sleeps periodically while the `async with` block runs, and observes how much later than due it woke up."""
 
     lag_seconds: Histogram
-    every_seconds: float = 0.25
+    interval_seconds: float = 0.25
     _task: asyncio.Task[None] | None = field(default=None, init=False)
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._watch(), name="loop lag")
+        self._task = asyncio.create_task(self._measure(), name="loop lag")
         return self
 
     async def __aexit__(
@@ -28,9 +28,9 @@ class LoopLag:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _watch(self) -> None:
+    async def _measure(self) -> None:
         while True:
-            # Not the loop's own clock: uvloop's stands still while it runs callbacks.
-            due = time.monotonic() + self.every_seconds
-            await asyncio.sleep(self.every_seconds)
+            # Not loop.time(): uvloop caches it and does not advance it while callbacks run.
+            due = time.monotonic() + self.interval_seconds
+            await asyncio.sleep(self.interval_seconds)
             self.lag_seconds.observe(max(0.0, time.monotonic() - due))

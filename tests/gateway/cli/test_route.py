@@ -224,7 +224,7 @@ async def test_a_port_that_is_none_of_an_operator(shell: Shell, keyed: Fleet) ->
         (["explain", "smol", "--header", "X-Api-Key: secret"], "say whose it is with --key NAME"),
         (["explain", "smol", "--header", "x-quantgate-flor: a"], "x-quantgate-flor decides nothing; known: x-"),
         (["explain", "smol", "--prompt-tokens", "-1"], "'-1' is no number of tokens"),
-        (["explain", "smol", "--admin", "nowhere"], "'nowhere' is no address"),
+        (["explain", "smol", "--admin", "nowhere"], "'nowhere' is not a valid address"),
         (["explain", "smol", "--state", "/nowhere"], "/nowhere: no such file; `quantgate route state > /nowhere`"),
         (["explain", "--request", "r", "--state", __file__], "--request asks a gateway, --state doesn't"),
         (["explain", "--request", "r", "--key", "a"], "--request tells headers, key and lengths by itself"),

@@ -99,7 +99,7 @@ def told(path: Path, errors: str) -> None:
     problems = errors.splitlines()
     assert len(problems) == 2
     assert f"{path}:1:11: gateway.lissten: unknown key; did you mean 'listen'?" in problems[0]
-    assert f"{path}:6:18: replicas.0.url: 'ftp://x' is no replica address" in problems[1]
+    assert f"{path}:6:18: replicas.0.url: 'ftp://x' is not a valid replica URL" in problems[1]
 
 
 @on_the_loop

@@ -1,4 +1,4 @@
-"""The line of a request: what it says, when it is written, and that nobody waits for it."""
+"""The access log: its line formats, when lines are written, and what happens if the reader stalls."""
 
 import asyncio
 import json
@@ -11,12 +11,19 @@ from typing import BinaryIO
 import msgspec
 import pytest
 
-from gateway.observability.access_log import FLUSH_BYTES, AccessLog, AccessRecord, Form, format_json, format_logfmt
+from gateway.observability.access_log import (
+    FLUSH_RECORDS,
+    AccessLog,
+    AccessRecord,
+    LogFormat,
+    format_json,
+    format_logfmt,
+)
 from gateway.observability.metrics import Counter
 from tests.fakes.running import eventually
 
 STAMP = "2026-01-02T03:04:05.750Z"
-ENTRY = AccessRecord(
+RECORD = AccessRecord(
     request_id="r-1",
     key="team-a",
     endpoint="chat.completions",
@@ -47,109 +54,111 @@ class Pipe:
 
 @contextmanager
 def pipe() -> Iterator[Pipe]:
-    """A pipe, as stderr often is one."""
+    """Open a pipe: stderr often is one."""
     reading, writing = os.pipe()
     with open(reading, "rb", buffering=0) as reader, open(writing, "wb", buffering=0) as writer:  # noqa: PTH123
         yield Pipe(reader, writer)
 
 
 def test_plain() -> None:
-    """Key=value, in an order that a person can read."""
-    assert format_logfmt(ENTRY, STAMP).decode() == (
+    """A line of logfmt has all fields in a fixed order."""
+    assert format_logfmt(RECORD, STAMP).decode() == (
         f"ts={STAMP} request_id=r-1 key=team-a endpoint=chat.completions alias=smol variant=hi precision=bf16 "
         "replica=hi-1 reason=preferred code=200 attempts=1 queued_seconds=2.000 first_token_seconds=8.250 "
         "seconds=10.250 prompt_tokens=10 completion_tokens=3 estimated=0 finish=stop\n"
     )
 
 
-def test_nobody_answered() -> None:
-    """What there is not is `none` in plain lines and null in JSON."""
-    entry = msgspec.structs.replace(ENTRY, first_token_seconds=None)
-    assert b" first_token_seconds=none " in format_logfmt(entry, STAMP)
-    assert json.loads(format_json(entry, STAMP))["first_token_seconds"] is None
+def test_no_first_token() -> None:
+    """A missing first token is `none` in logfmt and null in JSON."""
+    record = msgspec.structs.replace(RECORD, first_token_seconds=None)
+    assert b" first_token_seconds=none " in format_logfmt(record, STAMP)
+    assert json.loads(format_json(record, STAMP))["first_token_seconds"] is None
 
 
 def test_json() -> None:
-    """The same, an object a line."""
-    assert json.loads(format_json(ENTRY, STAMP)) == {"ts": STAMP, **msgspec.structs.asdict(ENTRY)}
+    """A line of JSON is an object with the same fields."""
+    assert json.loads(format_json(RECORD, STAMP)) == {"ts": STAMP, **msgspec.structs.asdict(RECORD)}
 
 
 async def test_lines_are_written_together() -> None:
-    """A line waits a moment for others; then all are there, in order, with the time of each."""
+    """Lines are not written at once but together after a delay, in order, each with its own time."""
     with pipe() as through, AccessLog(through.writing, "plain", Counter()) as log:
         os.set_blocking(through.reading.fileno(), False)
         for number in range(3):
-            log.line(ENTRY, 1_767_323_045.75 + number)
+            log.append(RECORD, 1_767_323_045.75 + number)
         assert through.reading.read() is None
         lines = (await eventually(through.reading.read)).decode().splitlines()
     assert [line.split()[0][-7:-1] for line in lines] == ["05.750", "06.750", "07.750"]
-    assert lines[0] == format_logfmt(ENTRY, STAMP).decode().rstrip()
+    assert lines[0] == format_logfmt(RECORD, STAMP).decode().rstrip()
 
 
-async def test_many_lines_are_not_waited_for() -> None:
-    """As soon as enough of them are there they are written, each one whole."""
+async def test_many_lines_are_written_at_once() -> None:
+    """FLUSH_RECORDS lines are written without the delay, none of them split."""
     with pipe() as through, AccessLog(through.writing, "json", Counter()) as log:
         os.set_blocking(through.reading.fileno(), False)
-        for number in range(FLUSH_BYTES // len(format_json(ENTRY, STAMP)) + 1):
-            log.line(ENTRY, float(number))
-        first = through.reading.read(2 * FLUSH_BYTES)
-    assert all(json.loads(line)["request_id"] == "r-1" for line in first.splitlines())
+        for number in range(FLUSH_RECORDS):
+            log.append(RECORD, float(number))
+        data = through.reading.read(2**20)
+    assert len(data.splitlines()) == data.count(b"\n") > 0
+    assert all(json.loads(line)["request_id"] == "r-1" for line in data.splitlines())
 
 
-async def test_the_end() -> None:
-    """What still waits is written when the block ends."""
+async def test_close_writes_the_backlog() -> None:
+    """Lines that are not written yet are written when the block ends."""
     with pipe() as through:
         with AccessLog(through.writing, "plain", dropped := Counter()) as log:
-            log.line(ENTRY, 0.0)
+            log.append(RECORD, 0.0)
         assert through.reading.read(4096).startswith(b"ts=1970-01-01T00:00:00.000Z request_id=r-1 ")
     assert dropped.value == 0
 
 
 async def test_off() -> None:
-    """Nothing is written, and nothing kept."""
+    """With the format `off` nothing is written or dropped."""
     with pipe() as through:
-        with AccessLog(through.writing, "off", Counter()) as log:
-            log.line(ENTRY, 0.0)
+        with AccessLog(through.writing, "off", dropped := Counter()) as log:
+            log.append(RECORD, 0.0)
         through.writing.close()
         assert through.reading.read() == b""
+    assert dropped.value == 0
 
 
-@pytest.mark.parametrize("form", ["plain", "json"])
-async def test_a_reader_that_stands_still(form: Form) -> None:
-    """Requests go on; what the backlog can't take is dropped and counted, and no line is torn."""
-    dropped, told = Counter(), 4 * FLUSH_BYTES // len(format_json(ENTRY, STAMP))
-    with pipe() as through, AccessLog(through.writing, form, dropped, backlog_bytes=FLUSH_BYTES) as log:
-        for number in range(told):
-            log.line(ENTRY, float(number))
-        assert 0 < dropped.value < told
-        lines = await asyncio.to_thread(read_lines, through.reading, told - int(dropped.value))
-    assert len(lines) + dropped.value == told
-    assert all(line.endswith(b"finish=stop\n" if form == "plain" else b'"finish":"stop"}\n') for line in lines)
+@pytest.mark.parametrize("log_format", ["plain", "json"])
+async def test_a_stalled_reader(log_format: LogFormat) -> None:
+    """Records beyond the backlog are dropped and counted; the others are written in full once the reader reads."""
+    dropped, count = Counter(), 1000
+    with pipe() as through, AccessLog(through.writing, log_format, dropped, max_backlog=FLUSH_RECORDS) as log:
+        for number in range(count):
+            log.append(RECORD, float(number))
+        assert 0 < dropped.value < count
+        lines = await asyncio.to_thread(read_lines, through.reading, count - int(dropped.value))
+    assert len(lines) + dropped.value == count
+    assert all(line.endswith(b"finish=stop\n" if log_format == "plain" else b'"finish":"stop"}\n') for line in lines)
 
 
 def read_lines(reading: BinaryIO, count: int) -> list[bytes]:
-    """Read as a log collector does."""
+    """Read a number of lines, as a log collector does."""
     data = b""
     while data.count(b"\n") < count:
         data += reading.read(65536)
     return data.splitlines(keepends=True)
 
 
-async def test_a_reader_that_has_gone() -> None:
-    """A broken pipe breaks no request; each line that nobody gets is counted."""
+async def test_a_closed_pipe() -> None:
+    """Appending to a closed pipe does not raise; every line is counted as dropped."""
     with pipe() as through:
         through.reading.close()
         with AccessLog(through.writing, "plain", dropped := Counter()) as log:
-            log.line(ENTRY, 0.0)
+            log.append(RECORD, 0.0)
             await eventually(lambda: dropped.value == 1)
-            log.line(ENTRY, 0.0)
+            log.append(RECORD, 0.0)
     assert dropped.value == 2
 
 
-async def test_a_stuck_reader_at_the_end() -> None:
-    """The end waits a moment for who doesn't read, no longer, and counts what stays unsaid."""
+async def test_close_with_a_stalled_reader() -> None:
+    """Closing waits for a stalled reader for a limited time and counts the lines that were not written."""
     with pipe() as through:
         with AccessLog(through.writing, "plain", dropped := Counter()) as log:
             for _ in range(1000):
-                log.line(ENTRY, 0.0)
+                log.append(RECORD, 0.0)
         assert dropped.value > 0

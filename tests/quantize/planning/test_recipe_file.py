@@ -126,7 +126,7 @@ def test_overrides_in_the_manifests_words(tmp_path: Path) -> None:
         ("scheme: w8a8\nmax_bytes: 70MB", "r.yaml:2:1: max_bytes: is a budget, and this scheme is fixed"),
         ("scheme: auto\nmax_bytes: 70MB\nmax_kl: 0.1", "r.yaml:3:1: max_kl: beside max_bytes"),
         ("scheme: {preset: auto, bits: 4}", "auto chooses the numbers itself"),
-        ("max_bytes: 70 lightyears", "'70 lightyears' is no size"),
+        ("max_bytes: 70 lightyears", "'70 lightyears' is not a valid size"),
         ("overrides: [{modules: a}]", "overrides.0: says nothing about its modules; write bits, group_size or `keep"),
         ("overrides: [{modules: a, bits: 3}]", "r.yaml:1:26: overrides.0.bits: vLLM loads 4 and 8 bits, not 3"),
         ("overrides: [{modules: a, bits: 8, keep: true}]", "overrides.0.keep: beside numbers"),
@@ -142,7 +142,7 @@ def test_overrides_in_the_manifests_words(tmp_path: Path) -> None:
             "evaluation.limits.kl_men: is no figure with a limit; did you mean 'kl_m",
         ),
         ("base: ${env:NO_SUCH_NAME}", "the environment variable NO_SUCH_NAME is not set"),
-        ("seed: 1\nseed: 2", "r.yaml:2:1: seed: is written twice"),
+        ("seed: 1\nseed: 2", "r.yaml:2:1: seed: is a duplicate key"),
         ("scheme: [", "is not YAML"),
     ],
 )

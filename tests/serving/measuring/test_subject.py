@@ -62,9 +62,9 @@ def test_a_running_replica_needs_no_engine(tmp_path: Path) -> None:
     "told,words",
     [
         ({"dtype": "int3"}, "--dtype: Input should be 'auto'"),
-        ({"kv_cache_bytes": "much"}, "--kv-cache-bytes: 'much' is no size"),
+        ({"kv_cache_bytes": "much"}, "--kv-cache-bytes: 'much' is not a valid size"),
         ({"cores": "all"}, "--cores: String should match"),
-        ({"url": "10.0.0.5"}, "--url: '10.0.0.5' is no replica address"),
+        ({"url": "10.0.0.5"}, "--url: '10.0.0.5' is not a valid replica URL"),
     ],
 )
 def test_flags_that_say_nothing_are_refused(tmp_path: Path, told: dict[str, object], words: str) -> None:

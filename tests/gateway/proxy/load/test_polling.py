@@ -15,7 +15,7 @@ import pytest
 
 from config.schema import ReplicaSettings
 from gateway.observability.metrics import Metrics
-from gateway.proxy.engine_collector import EngineCollector
+from gateway.proxy.collectors import EngineCollector
 from gateway.proxy.load.polling import (
     MetricsPoller,
     PollIntervals,

@@ -1,8 +1,8 @@
-"""Which arguments would override what quantgate sets."""
+"""Detection of vLLM flags that quantgate sets itself."""
 
 import pytest
 
-from config.reserved_flags import own_flag
+from config.reserved_flags import reserved_flag
 
 
 @pytest.mark.parametrize(
@@ -26,5 +26,5 @@ from config.reserved_flags import own_flag
     ],
 )
 def test_spellings(argument: str, flag: str | None) -> None:
-    """Every spelling that vLLM would take for a flag of ours is found; other flags are free."""
-    assert own_flag(argument) == flag
+    """Every spelling that vLLM accepts for a reserved flag is detected; other flags are allowed."""
+    assert reserved_flag(argument) == flag

@@ -1,0 +1,310 @@
+"""Every metric that the gateway exposes on `/metrics` of the admin port, by topic.
+
+Label values come from the configuration or from fixed sets in the code, never from a client: the number of series is
+bounded. Labels that several metrics share:
+
+alias       a configured alias, a variant's name where the request named the variant itself, or `_unknown`
+variant     a configured variant, or `none` if no replica was chosen
+precision   bf16, fp16, int8, int4, ... of the variant, or `none`
+replica     id of a replica: VARIANT-N, or VARIANT-url-N for one that is configured by its URL
+endpoint    chat.completions, completions, embeddings, responses, ... (names in gateway/openai/endpoints.py)
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from gateway.observability.metrics.spec import MetricSpec
+
+# Buckets of vLLM 0.32 (vllm/v1/metrics/buckets.py): panels of the engine and of the gateway line up.
+FIRST_TOKEN_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
+)
+INTER_TOKEN_BUCKETS = (
+    *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80),
+)
+REQUEST_BUCKETS = (*(0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680),)
+# Finer at the low end: the gateway's own overhead is a fraction of a millisecond.
+OVERHEAD_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+
+_SERVED = ("alias", "variant", "precision")
+
+# Requests
+
+# code: the HTTP status, 499 if the client disconnected, or an error code if a stream failed after its status was sent.
+# reason: why this variant was chosen: preferred, spill, floor, pinned, fallback, or none.
+REQUESTS = MetricSpec(
+    "quantgate_requests_total",
+    "counter",
+    (*_SERVED, "endpoint", "code", "reason"),
+    "Total number of requests completed, by result code and by the reason for the choice of the variant.",
+)
+REQUESTS_IN_FLIGHT = MetricSpec(
+    "quantgate_requests_in_flight",
+    "gauge",
+    ("endpoint",),
+    "Current number of requests being processed, queued requests included.",
+)
+TOKENS = MetricSpec(
+    "quantgate_tokens_total",
+    "counter",
+    (*_SERVED, "kind"),
+    "Total number of tokens processed, by kind: prompt, completion, reasoning (also counted as completion).",
+)
+REQUEST_SECONDS = MetricSpec(
+    "quantgate_request_seconds",
+    "histogram",
+    _SERVED,
+    "Time from the arrival of a request to the last byte of its response, if a replica was chosen for it.",
+    REQUEST_BUCKETS,
+)
+TIME_TO_FIRST_TOKEN_SECONDS = MetricSpec(
+    "quantgate_time_to_first_token_seconds",
+    "histogram",
+    _SERVED,
+    "Time from the arrival of a streaming request to its first token.",
+    FIRST_TOKEN_BUCKETS,
+)
+INTER_TOKEN_LATENCY_SECONDS = MetricSpec(
+    "quantgate_inter_token_latency_seconds",
+    "histogram",
+    _SERVED,
+    "Time between consecutive streamed events that carry tokens.",
+    INTER_TOKEN_BUCKETS,
+)
+OVERHEAD_SECONDS = MetricSpec(
+    "quantgate_overhead_seconds",
+    "histogram",
+    (),
+    "Time that the gateway spent on a request before sending it to its first replica, queueing excluded.",
+    OVERHEAD_BUCKETS,
+)
+
+# Queueing and rejection
+
+QUEUE_SECONDS = MetricSpec(
+    "quantgate_queue_seconds",
+    "histogram",
+    ("alias",),
+    "Time that a request waited for a replica, requests that gave up waiting included.",
+    FIRST_TOKEN_BUCKETS,
+)
+WAITING = MetricSpec("quantgate_waiting", "gauge", ("alias",), "Current number of requests waiting for a replica.")
+# reason: rate_limit, queue_full, queue_timeout, draining, too_large, too_slow, not_allowed, invalid_key,
+# invalid_request, unknown_model, floor, no_replica, other.
+REJECTIONS = MetricSpec(
+    "quantgate_rejections_total",
+    "counter",
+    ("alias", "reason"),
+    "Total number of requests rejected before a replica was chosen, by reason.",
+)
+FLOOR_REJECTIONS = MetricSpec(
+    "quantgate_floor_rejections_total",
+    "counter",
+    ("alias",),
+    "Total number of requests rejected because no variant that meets the quality floor could answer.",
+)
+
+# Ladder: the choice among the variants of an alias
+
+SPILLS = MetricSpec(
+    "quantgate_spills_total",
+    "counter",
+    ("alias", "variant"),
+    "Total number of requests answered by a lower rung because a better rung was overloaded, by answering variant.",
+)
+LADDER_SPILLING = MetricSpec(
+    "quantgate_ladder_spilling",
+    "gauge",
+    ("alias", "variant"),
+    "Whether a rung spills requests to the next lower rung (1) or not (0).",
+)
+LADDER_SWITCHES = MetricSpec(
+    "quantgate_ladder_switches_total",
+    "counter",
+    ("alias", "variant", "to"),
+    "Total number of times that a rung started (to: spill) or stopped (to: return) spilling.",
+)
+SESSION_MOVES = MetricSpec(
+    "quantgate_session_moves_total",
+    "counter",
+    ("alias", "direction"),
+    "Total number of times that a conversation moved to the variant of another rung, by direction: up or down.",
+)
+
+# Retries
+
+# code: the error code of the failed attempt.
+RETRIES = MetricSpec(
+    "quantgate_retries_total",
+    "counter",
+    ("alias", "code"),
+    "Total number of attempts after a request's first one, by error code of the failed attempt.",
+)
+# reason: poison (two replicas disconnected during it), attempts (three were made), budget (gateway.retries is used up).
+RETRIES_REFUSED = MetricSpec(
+    "quantgate_retries_refused_total",
+    "counter",
+    ("alias", "reason"),
+    "Total number of failed requests that were not retried, by reason: poison, attempts, budget.",
+)
+CLIENT_RETRIES = MetricSpec(
+    "quantgate_client_retries_total",
+    "counter",
+    (),
+    "Total number of requests that a client's SDK marked as retries (x-stainless-retry-count).",
+)
+
+# Replicas
+
+# state: stopped, starting, warming, ready, draining, stopping, failed.
+REPLICA_STATE = MetricSpec(
+    "quantgate_replica_state",
+    "gauge",
+    ("replica", "variant", "precision", "state"),
+    "State of a replica: 1 for the current state, 0 for all others.",
+)
+REPLICA_STATE_SECONDS = MetricSpec(
+    "quantgate_replica_state_seconds",
+    "gauge",
+    ("replica", "variant", "precision"),
+    "Time since a replica entered its current state.",
+)
+REPLICA_IN_FLIGHT = MetricSpec(
+    "quantgate_replica_in_flight",
+    "gauge",
+    ("replica", "variant", "precision"),
+    "Current number of requests that this gateway has in flight on a replica.",
+)
+# state: closed, half_open, open.
+REPLICA_BREAKER = MetricSpec(
+    "quantgate_replica_breaker",
+    "gauge",
+    ("replica", "variant", "state"),
+    "State of a replica's circuit breaker: 1 for the current state, 0 for all others.",
+)
+REPLICA_WAIT_SECONDS = MetricSpec(
+    "quantgate_replica_wait_seconds",
+    "gauge",
+    ("replica", "variant"),
+    "Estimated time that one more request would wait on a replica; absent while its speed is unknown.",
+)
+REPLICA_LOAD_UNKNOWN = MetricSpec(
+    "quantgate_replica_load_unknown",
+    "gauge",
+    ("replica", "variant"),
+    "Whether a replica's load from other senders is unknown (1), as no recent poll reported it, or known (0).",
+)
+
+# Polls of the replicas' engines
+
+# outcome: ok, missing (a metric was absent or invalid), failed.
+REPLICA_POLLS = MetricSpec(
+    "quantgate_replica_polls_total",
+    "counter",
+    ("replica", "variant", "outcome"),
+    "Total number of polls of a replica's engine metrics, by outcome: ok, missing, failed.",
+)
+REPLICA_POLL_AGE_SECONDS = MetricSpec(
+    "quantgate_replica_poll_age_seconds",
+    "gauge",
+    ("replica", "variant"),
+    "Time since the start of the last poll that reported a replica's load.",
+)
+REPLICA_METRIC_MISSING = MetricSpec(
+    "quantgate_replica_metric_missing",
+    "gauge",
+    ("replica", "variant", "metric"),
+    "Whether an expected metric is missing from a replica's engine (1), as after a rename in vLLM, or present (0).",
+)
+# state: running, waiting.
+REPLICA_ENGINE_REQUESTS = MetricSpec(
+    "quantgate_replica_engine_requests",
+    "gauge",
+    ("replica", "variant", "state"),
+    "Number of requests in a replica's engine at the last poll, from all senders, by state: running, waiting.",
+)
+REPLICA_KV_USAGE_RATIO = MetricSpec(
+    "quantgate_replica_kv_usage_ratio",
+    "gauge",
+    ("replica", "variant"),
+    "Fraction of a replica's KV cache in use at the last poll (0 to 1).",
+)
+
+# Variants
+
+# measure: kl_mean, top1_agreement, perplexity_ratio, kl_p99, length_ratio. source: measured, declared, parent.
+VARIANT_QUALITY = MetricSpec(
+    "quantgate_variant_quality",
+    "gauge",
+    ("variant", "precision", "measure", "source"),
+    "Quality of a variant relative to its parent model, by measure.",
+)
+
+# Client connections
+
+HEARTBEATS = MetricSpec(
+    "quantgate_heartbeats_total",
+    "counter",
+    (),
+    "Total number of SSE comments sent to keep idle streams open.",
+)
+# reason: slow_reader.
+CLIENTS_CUT = MetricSpec(
+    "quantgate_clients_cut_total",
+    "counter",
+    ("reason",),
+    "Total number of client connections that the gateway aborted, by reason.",
+)
+
+# Process
+
+# outcome: applied, refused (invalid; nothing was changed), failed (applied in part).
+CONFIG_RELOADS = MetricSpec(
+    "quantgate_config_reloads_total",
+    "counter",
+    ("outcome",),
+    "Total number of configuration reloads, by outcome: applied, refused, failed.",
+)
+ACCESS_LOG_LINES_DROPPED = MetricSpec(
+    "quantgate_access_log_lines_dropped_total",
+    "counter",
+    (),
+    "Total number of access log lines dropped because the log was not read in time or could not be written.",
+)
+EVENT_LOOP_LAG_SECONDS = MetricSpec(
+    "quantgate_event_loop_lag_seconds",
+    "histogram",
+    (),
+    "Delay with which the event loop ran a periodic task.",
+    OVERHEAD_BUCKETS,
+)
+BUILD_INFO = MetricSpec(
+    "quantgate_build_info",
+    "gauge",
+    ("version", "python"),
+    "Version of quantgate and of Python; the value is always 1.",
+)
+
+GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
+    {
+        "Requests": (
+            *(REQUESTS, REQUESTS_IN_FLIGHT, TOKENS, REQUEST_SECONDS),
+            *(TIME_TO_FIRST_TOKEN_SECONDS, INTER_TOKEN_LATENCY_SECONDS, OVERHEAD_SECONDS),
+        ),
+        "Queueing and rejection": (QUEUE_SECONDS, WAITING, REJECTIONS, FLOOR_REJECTIONS),
+        "Ladder": (SPILLS, LADDER_SPILLING, LADDER_SWITCHES, SESSION_MOVES),
+        "Retries": (RETRIES, RETRIES_REFUSED, CLIENT_RETRIES),
+        "Replicas": (
+            *(REPLICA_STATE, REPLICA_STATE_SECONDS, REPLICA_IN_FLIGHT, REPLICA_BREAKER),
+            *(REPLICA_WAIT_SECONDS, REPLICA_LOAD_UNKNOWN),
+        ),
+        "Polls of the replicas' engines": (
+            *(REPLICA_POLLS, REPLICA_POLL_AGE_SECONDS, REPLICA_METRIC_MISSING),
+            *(REPLICA_ENGINE_REQUESTS, REPLICA_KV_USAGE_RATIO),
+        ),
+        "Variants": (VARIANT_QUALITY,),
+        "Client connections": (HEARTBEATS, CLIENTS_CUT),
+        "Process": (CONFIG_RELOADS, ACCESS_LOG_LINES_DROPPED, EVENT_LOOP_LAG_SECONDS, BUILD_INFO),
+    }
+)
+TABLE: tuple[MetricSpec, ...] = tuple(spec for group in GROUPS.values() for spec in group)
