@@ -132,6 +132,11 @@ class Admission:
         if self.counts is not None:
             self.counts.end()
 
+    @property
+    def limited(self) -> bool:
+        """Whether the key has limits, so that `charge` counts."""
+        return self.counts is not None
+
     def charge(self, tokens: int, now_seconds: float) -> None:
         """Charge the tokens of a response, known at its end; a debt delays the key's next requests."""
         if self.counts is not None:

@@ -54,7 +54,8 @@ class InferenceHandler:
                     try:
                         await self._serve(context)
                     finally:
-                        admission.charge(stats.tokens, stats.clock())
+                        if admission.limited:
+                            admission.charge(stats.tokens, stats.clock())
             except GatewayError as error:
                 self._refuse(error, context)
             except ClientDisconnected:

@@ -67,6 +67,7 @@ class RequestParser:
         self._sink = sink
         self._parser = httptools.HttpRequestParser(self)
         self._request: Request | None = None  # the one being read
+        self._headers: dict[bytes, bytes] = {}  # its headers
         self._head_bytes = 0
         self._head_read = False
         self._body: list[bytes] = []
@@ -118,60 +119,59 @@ class RequestParser:
     # Callbacks of httptools
 
     def on_message_begin(self) -> None:
-        self._request = Request()
-        self._head_bytes = 0
+        self._request = request = Request()
+        self._headers = request.headers
+        self._head_bytes = self._body_bytes = self._body_limit_bytes = 0
         self._head_read = False
-        self._body_bytes = 0
-        self._body_limit_bytes = 0
         self._sink.expect_within(self._server.timeouts.head_seconds)
 
     def on_url(self, url: bytes) -> None:
         self._current().target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        headers = self._current().headers
+        headers = self._headers
         name = name.lower()
         if name in headers:
             if name in SINGLE_HEADERS:
                 raise RequestError(f"duplicate header {name.decode('latin-1')!r}; send it once")
             value = headers[name] + b", " + value
         headers[name] = value
-        if len(headers) > HEADER_LIMIT:
-            raise head_too_large()
 
     def on_headers_complete(self) -> None:
         request = self._current()
         self._head_read = True
         request.method = self._parser.get_method()
-        version = self._parser.get_http_version()
-        request.supports_chunked = version == "1.1"
-        if version not in {"1.1", "1.0"}:
-            raise RequestError("only HTTP/1.0 and HTTP/1.1 are supported")
-        if request.supports_chunked and b"host" not in request.headers:
+        headers, version = request.headers, self._parser.get_http_version()
+        if version != "1.1":
+            request.supports_chunked = False
+            if version != "1.0":
+                raise RequestError("only HTTP/1.0 and HTTP/1.1 are supported")
+        elif b"host" not in headers:
             raise RequestError("the header 'host' is missing")
-        if b"upgrade" in request.headers:
+        if b"upgrade" in headers:
             raise RequestError("protocol upgrades are not supported; send no 'upgrade' header")
-        if len(request.target) > HEAD_LIMIT_BYTES:
+        if len(headers) > HEADER_LIMIT or len(request.target) > HEAD_LIMIT_BYTES:
             raise head_too_large()
         self._admit(request)
 
     def on_body(self, data: bytes) -> None:
-        request = self._current()
+        request, size_bytes = self._current(), len(data)
         self._sink.expect_within(self._server.timeouts.body_silence_seconds)
-        self._body_bytes += len(data)
+        self._body_bytes += size_bytes
         self._head_bytes = 0
         if self.dropping is not None:
-            self.dropping -= len(data)
+            self.dropping -= size_bytes
             return
         if request.refusal is None:
             if self._body_bytes > self._body_limit_bytes:
                 self._set_refusal(request, body_too_large(self._body_limit_bytes))
-            elif not self._server.reserve(request, len(data)):
+            elif self._server.reserve(request, size_bytes):
+                self._body.append(data)
+                return
+            else:
                 message = "the gateway's memory for request bodies is in use; retry later"
                 self._set_refusal(request, Overloaded(message, retry_after_seconds=2))
-            else:
-                self._body.append(data)
-        if request.refusal is not None and not self._short_body:
+        if not self._short_body:
             self._refuse_early(request)
 
     def on_message_complete(self) -> None:
@@ -193,9 +193,10 @@ class RequestParser:
         return self._request
 
     def _admit(self, request: Request) -> None:
-        declared = int(request.headers.get(b"content-length", b"0"))
-        self._declared_bytes = None if b"transfer-encoding" in request.headers else declared
-        awaits_100 = request.supports_chunked and request.headers.get(b"expect", b"").lower() == b"100-continue"
+        headers = request.headers
+        declared = int(headers.get(b"content-length", b"0"))
+        self._declared_bytes = None if b"transfer-encoding" in headers else declared
+        awaits_100 = b"expect" in headers and request.supports_chunked and headers[b"expect"].lower() == b"100-continue"
         self._short_body = self._declared_bytes is not None and declared <= SHORT_BODY_BYTES and not awaits_100
         try:
             self._body_limit_bytes = self._server.handler.admit(request)

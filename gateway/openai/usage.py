@@ -9,7 +9,7 @@ class CompletionDetails(msgspec.Struct):
     reasoning_tokens: int | None = None
 
 
-class Usage(msgspec.Struct):
+class Usage(msgspec.Struct, gc=False):
     """Token counts as the engine reports them.
 
     Chat and completions use `prompt_tokens` and `completion_tokens`, responses and messages the other two.

@@ -37,14 +37,14 @@ class Affinity:
         return self._sessions.placement(session)
 
     def cached_tokens(self, model: str, rungs: tuple[Rung, ...], blocks: tuple[int, ...]) -> Mapping[str, float]:
-        """How many tokens of a prompt the replicas of some rungs have probably cached; those with none are left out."""
-        if not self._prefixes.knows(blocks[0]):
-            return NOTHING_CACHED
-        among = [self._ready.get(variant.name, NO_REPLICAS) for rung in rungs for variant, _ in rung.members]
+        """How many tokens of a prompt replicas have probably cached, at least those of some rungs that have any."""
+        among = [self._ready.get(name, NO_REPLICAS) for rung in rungs for name in rung.names]
         matches = self._prefixes.matched(blocks, among)
         if not matches:
             return NOTHING_CACHED
         block_tokens = BLOCK_BYTES / self.bytes_per_token(model)
+        if len(blocks) == 1:
+            return dict.fromkeys(matches, block_tokens)
         return {replica_id: count * block_tokens for replica_id, count in matches.items()}
 
     def refreshed(self, request: RoutingRequest, tried: frozenset[str] | None = None) -> RoutingRequest:

@@ -10,6 +10,7 @@ from gateway.live_config import Route
 from gateway.openai.request import InferenceRequest
 from gateway.proxy.client_response import ClientResponse
 from gateway.proxy.stats import RequestStats
+from gateway.routing.request import NO_REPLICAS
 
 
 class RequestContext:
@@ -19,12 +20,15 @@ class RequestContext:
     that failed it (`tried`), replicas that died of it, refusals, the last failure of a replica, and the last error.
     """
 
-    __slots__ = (
-        *("body_bytes", "caller", "deaths", "failure", "headers", "inference", "last_error", "refusals", "response"),
-        *("route", "stats", "tried"),
-    )
     inference: InferenceRequest
     route: Route
+    # Defaults of the class, so that a request costs few assignments.
+    body_bytes: int = 0
+    tried: frozenset[str] = NO_REPLICAS
+    deaths: int = 0
+    refusals: int = 0
+    failure: GatewayError | None = None
+    last_error: GatewayError | None = None
 
     def __init__(
         self, headers: Mapping[bytes, bytes], caller: Caller, stats: RequestStats, response: ClientResponse
@@ -33,12 +37,6 @@ class RequestContext:
         self.caller = caller
         self.stats = stats
         self.response = response
-        self.body_bytes = 0
-        self.tried: frozenset[str] = frozenset()
-        self.deaths = 0
-        self.refusals = 0
-        self.failure: GatewayError | None = None
-        self.last_error: GatewayError | None = None
 
     def __enter__(self) -> Self:
         self.stats.__enter__()
@@ -54,4 +52,5 @@ class RequestContext:
         """Set the route, and forget the attempts that were made by another one."""
         self.route = route
         self.stats.alias = route.target.name
-        self.tried, self.deaths, self.refusals, self.failure, self.last_error = frozenset(), 0, 0, None, None
+        if self.last_error is not None:
+            self.tried, self.deaths, self.refusals, self.failure, self.last_error = NO_REPLICAS, 0, 0, None, None

@@ -1,7 +1,7 @@
 """What a request holds of a replica, and what it holds in the queue while it waits for one."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Protocol, Self
@@ -35,12 +35,15 @@ class Lease:
     `answer_tokens` is None while unknown.
     """
 
-    __slots__ = (
-        *("_entered", "_ledgers", "_on_release", "acquired_at", "answer_tokens", "candidate", "in_flight", "outcome"),
-        *("probe_until", "prompt_tokens", "replica", "request", "retry_after_seconds"),
-    )
     replica: Replica  # set by the ledger of the registry
     in_flight: InFlight  # set by the ledger of the load
+    # Defaults of the class, so that a lease costs few assignments.
+    outcome: Outcome = "abandoned"
+    retry_after_seconds: float | None = None
+    prompt_tokens: int = 0
+    answer_tokens: int | None = None
+    probe_until: float | None = None  # of a breaker's probe: when it counts as lost
+    _held: bool = False
 
     def __init__(
         self,
@@ -53,33 +56,31 @@ class Lease:
         self.candidate = candidate
         self.request = request
         self.acquired_at = acquired_at
-        self.outcome: Outcome = "abandoned"
-        self.retry_after_seconds: float | None = None
-        self.prompt_tokens = 0
-        self.answer_tokens: int | None = None
-        self.probe_until: float | None = None  # of a breaker's probe: when it counts as lost
         self._ledgers = ledgers
         self._on_release = on_release
-        self._entered = 0
 
     def acquire(self) -> Self:
         """Enter every ledger; if one raises, those before it are left again."""
-        for ledger in self._ledgers:
-            try:
+        entered = []
+        try:
+            for ledger in self._ledgers:
                 ledger.enter(self)
-            except BaseException:
-                self._leave()
-                raise
-            self._entered += 1
+                entered.append(ledger)
+        except BaseException:
+            self._leave(reversed(entered))
+            raise
+        self._held = True
         return self
 
     def release(self) -> None:
         """Leave every ledger, then let the owner give the slot away; calling it again does nothing."""
-        if self._entered:
-            try:
-                self._leave()
-            finally:
-                self._on_release(self)
+        if not self._held:
+            return
+        self._held = False
+        try:
+            self._leave(reversed(self._ledgers))
+        finally:
+            self._on_release(self)
 
     def __enter__(self) -> Self:
         return self
@@ -101,14 +102,14 @@ class Lease:
         """The replica has no room; it may have said for how long."""
         self.outcome, self.retry_after_seconds = "refused", retry_after_seconds
 
-    def _leave(self) -> None:
-        while self._entered:
-            self._entered -= 1
-            try:
-                self._ledgers[self._entered].leave(self)
-            except BaseException:
-                self._leave()
-                raise
+    def _leave(self, ledgers: Iterator[Ledger]) -> None:
+        try:
+            for ledger in ledgers:
+                ledger.leave(self)
+        except BaseException:
+            # The iterator stands behind the ledger that raised.
+            self._leave(ledgers)
+            raise
 
 
 @dataclass(frozen=True, slots=True)

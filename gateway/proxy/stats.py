@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from gateway.observability.access_log import AccessRecord, LogSink
-from gateway.observability.metrics import UNKNOWN, Metrics, ServedMetrics
+from gateway.observability.metrics import UNKNOWN, Gauge, Metrics, ServedMetrics
 from gateway.observability.trace_context import NOT_TRACED, Trace
 from gateway.openai.usage import Usage
 from gateway.routing.pick import Candidate
@@ -47,6 +47,9 @@ class RequestStats:
     token_events: int = 0
     last_event_at: float = 0.0
     _served: ServedMetrics | None = None
+    _in_flight: Gauge
+    _counted: Usage | None = None
+    _counts: tuple[int, int, int] = (0, 0, 0)
     _on_first_token: Callable[[], None] = staticmethod(ignore_first_token)
 
     def __init__(
@@ -69,17 +72,16 @@ class RequestStats:
 
     def __enter__(self) -> Self:
         self.started_at = self.clock()
-        self.metrics.in_flight.labels(self.endpoint).value += 1
+        self._in_flight = self.metrics.in_flight.labels(self.endpoint)
+        self._in_flight.value += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.metrics.in_flight.labels(self.endpoint).value -= 1
-        seconds, at = self.clock() - self.started_at, self.wall_clock()
-        self._book(seconds, at)
-        record = self._record(seconds)
-        self.log(record, at)
+        self._in_flight.value -= 1
+        record, at_seconds = self._book(), self.wall_clock()
+        self.log(record, at_seconds)
         self.trace.end(record)
 
     def client_disconnected(self) -> None:
@@ -122,57 +124,50 @@ class RequestStats:
     @property
     def tokens(self) -> int:
         """All tokens that were read and generated; of an incomplete stream those that arrived."""
-        usage = self.usage
-        return self.token_events if usage is None else usage.prompt + usage.completion
+        prompt, completion, _ = self._token_counts()
+        return prompt + completion
 
     def lengths(self, *, streams: bool) -> tuple[int, int | None]:
         """Tokens of the prompt, 0 if the engine did not count them; and of the answer, None if unknown."""
         if self.usage is not None:
-            return self.usage.prompt, self.usage.completion or None
+            prompt, completion, _ = self._token_counts()
+            return prompt, completion or None
         # A stream that never began is not a short answer.
         return 0, (self.token_events or None) if streams else None
 
-    def _book(self, seconds: float, at: float) -> None:
-        candidate, served, alias = self.candidate, self._served, self.alias
+    def _token_counts(self) -> tuple[int, int, int]:
+        """Prompt, completion and reasoning tokens; without usage, the events that arrived."""
+        usage = self.usage
+        if usage is None:
+            return 0, self.token_events, 0
+        if self._counted is not usage:
+            self._counted, self._counts = usage, (usage.prompt, usage.completion, usage.reasoning)
+        return self._counts
+
+    def _book(self) -> AccessRecord:
+        """Count the request in all metrics, and describe it."""
+        metrics, alias, endpoint, code = self.metrics, self.alias, self.endpoint, self.code
+        request_id, candidate, served = self.request_id, self.candidate, self._served
+        seconds, at_seconds = self.clock() - self.started_at, self.wall_clock()
+        prompt, completion, reasoning = self._token_counts()
         if candidate is None or served is None:
-            names, reason = (alias, "none", "none"), "none"
+            variant = precision = replica = reason = "none"
         else:
-            variant, reason = candidate.variant, candidate.reason
-            names = (alias, variant.name, variant.precision)
-            served.request.observe_with_exemplar(seconds, self.request_id, at)
+            variant, precision = candidate.variant.name, candidate.variant.precision
+            replica, reason = candidate.replica.id, candidate.reason
+            served.request.observe_with_exemplar(seconds, request_id, at_seconds)
+            served.prompt_tokens.value += prompt
+            served.completion_tokens.value += completion
+            served.reasoning_tokens.value += reasoning
             if reason == "spill":
-                self.metrics.spills.labels(alias, variant.name).inc()
-            usage = self.usage
-            if usage is None:
-                served.completion_tokens.value += self.token_events
-            else:
-                served.prompt_tokens.value += usage.prompt
-                served.completion_tokens.value += usage.completion
-                served.reasoning_tokens.value += usage.reasoning
-        self.metrics.outcome(names, self.endpoint, self.code, reason).value += 1
+                metrics.spills.labels(alias, variant).inc()
+        metrics.requests.labels(alias, variant, precision, endpoint, code, reason).value += 1
         if alias != UNKNOWN:
             # Requests that gave up waiting, too: the longest waits are theirs.
-            self.metrics.queue_seconds.labels(alias).observe_with_exemplar(self.queued_seconds, self.request_id, at)
-
-    def _record(self, seconds: float) -> AccessRecord:
-        candidate, usage = self.candidate, self.usage
-        prompt, completion = (0, self.token_events) if usage is None else (usage.prompt, usage.completion)
+            metrics.queue_seconds.labels(alias).observe_with_exemplar(self.queued_seconds, request_id, at_seconds)
+        finish = self.finish if self.finish in FINISH_REASONS else "other"
+        estimated = self.usage is None and completion > 0
         return AccessRecord(
-            request_id=self.request_id,
-            key=self.caller,
-            endpoint=self.endpoint,
-            alias=self.alias,
-            variant=candidate.variant.name if candidate else "none",
-            precision=candidate.variant.precision if candidate else "none",
-            replica=candidate.replica.id if candidate else "none",
-            reason=candidate.reason if candidate else "none",
-            code=self.code,
-            attempts=self.attempts,
-            queued_seconds=self.queued_seconds,
-            first_token_seconds=self.first_token_seconds,
-            seconds=seconds,
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            estimated=usage is None and completion > 0,
-            finish=self.finish if self.finish in FINISH_REASONS else "other",
+            *(request_id, self.caller, endpoint, alias, variant, precision, replica, reason, code, self.attempts),
+            *(self.queued_seconds, self.first_token_seconds, seconds, prompt, completion, estimated, finish),
         )

@@ -1,6 +1,6 @@
 """How many bytes of a prompt make a token, learned from what engines report."""
 
-from dataclasses import dataclass
+import msgspec
 
 FIRST_GUESS = 4.0
 LEAST, MOST = 0.5, 16.0
@@ -11,8 +11,7 @@ _HEAVIEST_TOKENS = 32_768
 _KEPT = 0.5 ** (1 / HALF_LIFE_PROMPTS)
 
 
-@dataclass(frozen=True, slots=True)
-class BytesPerToken:
+class BytesPerToken(msgspec.Struct, frozen=True, gc=False):
     """A ratio of sums in which older prompts weigh less and less; long prompts weigh more than short ones."""
 
     sum_bytes: float = FIRST_GUESS * 256

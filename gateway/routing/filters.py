@@ -84,7 +84,9 @@ def filter_replicas(
     estimates: Sequence[LatencyEstimate], tried: frozenset[str], needed_tokens: float
 ) -> Sequence[LatencyEstimate]:
     """Keep the replicas that have not failed this request, and whose context is long enough for it."""
-    return [each for each in estimates if needed_tokens <= each.context_tokens and each.id not in tried]
+    if tried:
+        estimates = [each for each in estimates if each.id not in tried]
+    return [each for each in estimates if needed_tokens <= each.context_tokens]
 
 
 def admitted(estimates: Sequence[LatencyEstimate], cluster: ClusterState, now: float) -> Sequence[LatencyEstimate]:

@@ -101,7 +101,8 @@ def look_at_rung(
         return NO_REPLICA
     best = pick(able, request, spill)
     candidate = None if best is None else _candidate(best, place, variant, request, passed_over=passed_over)
-    gate = cluster.gates.get((request.target.name, rung.name), CLOSED)
+    gates = cluster.gates
+    gate = gates.get((request.target.name, rung.name), CLOSED) if gates else CLOSED
     if best is not None and not best.known:
         after = update(gate, spill, 0.0, now)
         return RungResult(candidate, "answers", None if after is gate else after, 0.0)

@@ -1,7 +1,7 @@
-"""What each replica has probably cached: the blocks of prompts that it was sent, kept as long as vLLM would.
+"""What each replica has probably in its prefix cache: blocks of prompts that it was sent, kept as long as vLLM would.
 
-vLLM drops the blocks that were used least recently, and of one prompt the last ones first, so that what it holds of a
-prompt is always its beginning. The same is true here, of blocks of `gateway.routing.prefix_hash`.
+vLLM evicts the least recently used blocks, and of one prompt the last ones first, so that what it holds of a prompt is
+always its beginning. The same holds here, for blocks of gateway.routing.prefix_hash.
 """
 
 from bisect import bisect_left
@@ -12,8 +12,10 @@ from types import MappingProxyType
 
 from gateway.routing.prefix_hash import BLOCK_BYTES
 
-USUAL_BLOCKS = 4096  # of a replica that doesn't tell its capacity: 1 MiB of text
-MOST_BLOCKS_IN_ALL = 2**19
+DEFAULT_BLOCKS = 4096  # of a replica of unknown capacity: 1 MiB of text
+MAX_BLOCKS_IN_ALL = 2**19
+# Fewer holders are not filtered by the replicas that may answer: the others do no harm.
+FEW_HOLDERS = 16
 
 _NOWHERE: Mapping[str, int] = MappingProxyType({})
 
@@ -23,17 +25,20 @@ def blocks_that_fit(kv_capacity_tokens: float, bytes_per_token: float) -> int:
     return int(kv_capacity_tokens * bytes_per_token / BLOCK_BYTES)
 
 
-class _Held:
-    """The blocks of one replica, the one to be dropped next first; `most` is what its own cache holds."""
+class _ReplicaBlocks:
+    """The blocks of one replica, least recently used first; `capacity` is what its own cache holds.
 
-    __slots__ = ("blocks", "most")
+    `limit` is the capacity, or less if all replicas together would exceed MAX_BLOCKS_IN_ALL.
+    """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    __slots__ = ("blocks", "capacity", "limit")
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = self.limit = capacity
         self.blocks: OrderedDict[int, None] = OrderedDict()
 
     def leading(self, blocks: Sequence[int], guess: int) -> int:
-        """How many leading blocks it holds; a guess that is right makes it quick."""
+        """How many leading blocks it holds; fast if the guess is right."""
         held = self.blocks
         if (guess == 0 or blocks[guess - 1] in held) and (guess == len(blocks) or blocks[guess] not in held):
             return guess
@@ -41,84 +46,91 @@ class _Held:
 
 
 class PrefixIndex:
-    """Blocks by replica, within each one's capacity; what there may be in all is shared out evenly."""
+    """Blocks by replica, within each one's capacity; MAX_BLOCKS_IN_ALL is shared out evenly."""
 
-    def __init__(self, usual_blocks: int = USUAL_BLOCKS, most_in_all: int = MOST_BLOCKS_IN_ALL) -> None:
-        self._usual = usual_blocks
-        self._most_in_all = most_in_all
-        self._held: dict[str, _Held] = {}
-        # Who holds a block that some prompt begins with: nobody else holds anything of such a prompt.
-        self._beginners: dict[int, set[str]] = {}
+    def __init__(self, default_blocks: int = DEFAULT_BLOCKS, max_in_all: int = MAX_BLOCKS_IN_ALL) -> None:
+        self._default = default_blocks
+        self._max_in_all = max_in_all
+        self._replicas: dict[str, _ReplicaBlocks] = {}
+        # Replicas by the first block of prompts that they hold: no other replica holds any of such a prompt.
+        self._holders: dict[int, set[str]] = {}
 
     def __len__(self) -> int:
-        """How many blocks are remembered."""
-        return sum(len(held.blocks) for held in self._held.values())
-
-    def knows(self, first_block: int) -> bool:
-        """Return whether any replica holds a prompt that begins with this block."""
-        return first_block in self._beginners
+        """How many blocks are recorded."""
+        return sum(len(replica.blocks) for replica in self._replicas.values())
 
     def matched(self, blocks: Sequence[int], among: Sequence[AbstractSet[str]] = ()) -> Mapping[str, int]:
-        """How many leading blocks of a prompt each replica holds, of all or of some; who holds none is left out."""
-        if not blocks or (holders := self._beginners.get(blocks[0])) is None:
+        """How many leading blocks of a prompt each replica holds; replicas that hold none are left out.
+
+        With `among`, only these replicas are looked at where many hold the prompt's beginning, as many models may.
+        """
+        holders: AbstractSet[str] | None = self._holders.get(blocks[0]) if blocks else None
+        if holders is None:
             return _NOWHERE
-        if among:
-            # Of a prompt that many models are asked, a thousand others may hold the beginning.
-            holders = {replica_id for some in among for replica_id in some & holders}
-        # Many replicas often hold equally much: the system prompt, say.
+        if among and len(holders) > FEW_HOLDERS:
+            holders = set().union(*[holders & some for some in among])
         depth = len(blocks)
+        if depth == 1:
+            return dict.fromkeys(holders, 1)
+        # Many replicas often hold equally much, the system prompt for example: each is the guess for the next.
         matches = {}
         for replica_id in holders:
-            matches[replica_id] = depth = self._held[replica_id].leading(blocks, depth)
+            matches[replica_id] = depth = self._replicas[replica_id].leading(blocks, depth)
         return matches
 
     def remember(self, replica_id: str, blocks: Sequence[int]) -> None:
-        """Note that a replica reads a prompt: it has all of its blocks now, and they are the youngest."""
+        """Record that a replica reads a prompt: it holds all of its blocks, as the most recently used."""
         if not blocks:
             return
-        held = self._of(replica_id)
+        replica = self._replicas.get(replica_id) or self._add(replica_id)
+        held = replica.blocks
         for block in reversed(blocks):
-            held.blocks[block] = None
-            held.blocks.move_to_end(block)
-        self._beginners.setdefault(blocks[0], set()).add(replica_id)
-        self._trim(replica_id, held)
+            held[block] = None
+            held.move_to_end(block)
+        holders = self._holders.get(blocks[0])
+        if holders is None:
+            self._holders[blocks[0]] = {replica_id}
+        else:
+            holders.add(replica_id)
+        if len(held) > replica.limit:
+            self._evict(replica_id, replica)
 
     def resize(self, replica_id: str, blocks: int) -> None:
-        """Learn how many blocks a replica's cache holds."""
-        held = self._of(replica_id)
-        held.most = max(blocks, 0)
-        self._trim(replica_id, held)
+        """Set how many blocks a replica's cache holds."""
+        replica = self._replicas.get(replica_id) or self._add(replica_id)
+        replica.capacity = max(blocks, 0)
+        self._share_out()
 
     def forget(self, replica_id: str) -> None:
-        """Note that a replica's cache is empty: it started anew."""
-        held = self._held.get(replica_id)
-        if held is not None:
-            self._drop(replica_id, held, len(held.blocks))
+        """Record that a replica's cache is empty, because it was started anew."""
+        replica = self._replicas.get(replica_id)
+        if replica is not None:
+            self._evict(replica_id, replica, keep=0)
 
     def keep_only(self, replica_ids: Collection[str]) -> None:
-        """Forget all other replicas, and what was known of their capacity."""
-        for replica_id in self._held.keys() - set(replica_ids):
+        """Forget all other replicas, and their capacity."""
+        for replica_id in self._replicas.keys() - set(replica_ids):
             self.forget(replica_id)
-            del self._held[replica_id]
+            del self._replicas[replica_id]
+        self._share_out()
 
-    def _of(self, replica_id: str) -> _Held:
-        held = self._held.get(replica_id)
-        if held is None:
-            held = self._held[replica_id] = _Held(self._usual)
-            # There is one more to share with.
-            for other_id, other in self._held.items():
-                self._trim(other_id, other)
-        return held
+    def _add(self, replica_id: str) -> _ReplicaBlocks:
+        replica = self._replicas[replica_id] = _ReplicaBlocks(self._default)
+        self._share_out()
+        return replica
 
-    def _trim(self, replica_id: str, held: _Held) -> None:
-        most = min(held.most, self._most_in_all // len(self._held))
-        self._drop(replica_id, held, len(held.blocks) - most)
+    def _share_out(self) -> None:
+        for replica_id, replica in self._replicas.items():
+            replica.limit = min(replica.capacity, self._max_in_all // len(self._replicas))
+            if len(replica.blocks) > replica.limit:
+                self._evict(replica_id, replica)
 
-    def _drop(self, replica_id: str, held: _Held, count: int) -> None:
-        for _ in range(count):
-            block, _none = held.blocks.popitem(last=False)
-            holders = self._beginners.get(block)
+    def _evict(self, replica_id: str, replica: _ReplicaBlocks, keep: int | None = None) -> None:
+        keep = replica.limit if keep is None else keep
+        while len(replica.blocks) > keep:
+            block, _ = replica.blocks.popitem(last=False)
+            holders = self._holders.get(block)
             if holders is not None:
                 holders.discard(replica_id)
                 if not holders:
-                    del self._beginners[block]
+                    del self._holders[block]

@@ -24,6 +24,11 @@ class Timeouts(msgspec.Struct, frozen=True):
     idle_seconds: float = 600.0
     total_seconds: float = inf
     connect_seconds: float = 2.0
+    shortest_seconds: float = 0.0  # of the first three
+
+    def __post_init__(self) -> None:
+        shortest = min(self.first_byte_seconds, self.idle_seconds, self.total_seconds)
+        msgspec.structs.force_setattr(self, "shortest_seconds", shortest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ class Histogram:
         self.counts[bucket] += 1
         self.sum += value
         if len(request_id) <= EXEMPLAR_CHARACTERS:
-            self.exemplars[bucket] = (request_id, value, at_seconds)
+            self.exemplars[bucket] = request_id, value, at_seconds
 
 
 Child = TypeVar("Child", Counter, Gauge, Histogram)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
+import msgspec
+
 from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.speed import (
@@ -46,8 +48,7 @@ class SharedEstimate:
     estimate: Estimate = NO_ESTIMATE
 
 
-@dataclass(slots=True, eq=False)
-class InFlight:
+class InFlight(msgspec.Struct, eq=False):
     """One request at a replica, from its lease to its end."""
 
     load: "ReplicaLoad"
@@ -71,13 +72,14 @@ class InFlight:
 class ReplicaLoad:
     """The load of one replica; `others` is how many requests of other senders its engine had at the last poll.
 
-    `on_change` is called whenever the replica's latency estimate is out of date.
+    Whatever changes it puts it into `outdated`, at its place among its siblings: its latency estimate is out of date.
     """
 
     replica: Replica
     shared: SharedEstimate
     clock: Callable[[], float]
-    on_change: Callable[["ReplicaLoad"], None]
+    outdated: dict["ReplicaLoad", int]
+    place: int
     in_flight: dict[InFlight, None] = field(default_factory=dict)
     unread_tokens: float = 0.0
     sent_tokens: float = 0.0  # of those that are in flight and were sent since the poll
@@ -105,14 +107,14 @@ class ReplicaLoad:
         self.unread_tokens += tokens
         self.sent_tokens += tokens
         self.sent_requests += 1
-        self.on_change(self)
+        self.outdated[self] = self.place
         return request
 
     def first_token(self, request: InFlight) -> None:
         """Record a first token, and learn from it how fast the replica reads."""
         self._mark_read(request)
         now = request.first_token_at = self.clock()
-        self.on_change(self)
+        self.outdated[self] = self.place
         if not request.unqueued:
             return
         seconds = now - request.sent_at
@@ -136,7 +138,7 @@ class ReplicaLoad:
             self.sent_tokens -= request.tokens
             self.sent_requests -= 1
         self.endings.append(now)
-        self.on_change(self)
+        self.outdated[self] = self.place
 
     def update(self, poll: EngineMetrics, polled_at: float, ours: int, speed: SpeedProfile | None) -> None:
         """Apply a poll sent at `polled_at`; it says nothing about requests sent since; `ours` are in flight."""
@@ -155,7 +157,7 @@ class ReplicaLoad:
         self.sent_tokens, self.sent_requests = sum(since), len(since)
         self.was_idle = not ours
         self.poll, self.polled_at, self.stale = poll, polled_at, False
-        self.on_change(self)
+        self.outdated[self] = self.place
 
     def poll_failed(self, ours: int) -> None:
         """Record that a poll failed; the last one stays valid for STALE_SECONDS."""
@@ -169,7 +171,7 @@ class ReplicaLoad:
         if not ours:
             self._rest(now)
             self.observed_at = now
-        self.on_change(self)
+        self.outdated[self] = self.place
 
     def learn_from_answer(self, requests: float, tokens: int, seconds: float, speed: SpeedProfile | None) -> None:
         """Learn the speed from one answer among so many requests, where no poll shows it."""

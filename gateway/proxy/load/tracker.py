@@ -56,7 +56,6 @@ class LoadTracker:
         self._clock = clock
         self._loads: dict[str, ReplicaLoad] = {}  # by replica
         self._variants: dict[str, _VariantLoad] = {}
-        self._places: dict[ReplicaLoad, tuple[_VariantLoad, int]] = {}
 
     def variant_of(self, replica_id: str) -> str | None:
         """The variant of a ready replica; None if it is not ready."""
@@ -83,24 +82,24 @@ class LoadTracker:
     def keep_only(self, ready: Mapping[str, tuple[Replica, ...]]) -> None:
         """Follow the registry; a replica that differs from the one before starts anew."""
         known, groups = self._loads, {}
-        self._loads, self._places = {}, {}
+        self._loads = {}
         for variant, replicas in ready.items():
             group = groups[variant] = self._group(variant)
             for place, replica in enumerate(replicas):
                 load = known.get(replica.id)
                 if load is None or load.replica != replica:
-                    load = ReplicaLoad(replica, group.shared, self._clock, self._touch)
+                    load = ReplicaLoad(replica, group.shared, self._clock, group.outdated, place)
+                load.outdated, load.place = group.outdated, place
                 group.loads.append(load)
                 group.outdated[load] = place
                 self._loads[replica.id] = load
-                self._places[load] = group, place
         self._variants = groups
 
     def set_speeds(self, speeds: Mapping[str, SpeedProfile]) -> None:
         """Use other measurements."""
         self._speeds = speeds
-        for load in self._places:
-            self._touch(load)
+        for load in self._loads.values():
+            load.outdated[load] = load.place
 
     def send(self, latency: LatencyEstimate, prompt_tokens: float, cached_tokens: float, *, streams: bool) -> InFlight:
         """Count a request in, in the step in which the registry does."""
@@ -112,14 +111,17 @@ class LoadTracker:
             return
         load, now = request.load, self._clock()
         load.end(request, now)
-        place = self._places.get(load)
-        if place is None:
-            self._touch_successor(load)
+        replica = load.replica
+        current = self._loads.get(replica.id)
+        if current is not load:
+            # The replica has left. If it came back, the registry counts this request at its successor.
+            if current is not None:
+                current.outdated[current] = current.place
             return
         if answer_tokens is not None and answer_tokens > 0:
-            place[0].add_answer(answer_tokens)
+            self._variants[replica.variant].add_answer(answer_tokens)
             if load.stale and request.first_token_at is not None:
-                speed, concurrency = self._speeds.get(load.replica.variant), len(load.in_flight) + 1
+                speed, concurrency = self._speeds.get(replica.variant), len(load.in_flight) + 1
                 load.learn_from_answer(concurrency, answer_tokens - 1, now - request.first_token_at, speed)
 
     def enter(self, lease: Lease) -> None:
@@ -141,7 +143,7 @@ class LoadTracker:
         load = self._loads.get(replica_id)
         if load is None or not poll.tells_load:
             return
-        group, _ = self._places[load]
+        group = self._variants[load.replica.variant]
         load.update(poll, polled_at, self._in_flight.get(replica_id, 0), self._speeds.get(group.variant))
         # What is assumed of silent siblings depends on it.
         group.outdated.update({each: place for place, each in enumerate(group.loads) if each.stale})
@@ -151,18 +153,6 @@ class LoadTracker:
         load = self._loads.get(replica_id)
         if load is not None:
             load.poll_failed(self._in_flight.get(replica_id, 0))
-
-    def _touch(self, load: ReplicaLoad) -> None:
-        """Have the replica's estimate made anew before the next decision."""
-        place = self._places.get(load)
-        if place is not None:
-            place[0].outdated[load] = place[1]
-
-    def _touch_successor(self, load: ReplicaLoad) -> None:
-        """A replica that went and came back still has the requests that it had: the count in the registry is its."""
-        successor = self._loads.get(load.replica.id)
-        if successor is not None:
-            self._touch(successor)
 
     def _group(self, variant: str) -> _VariantLoad:
         before, speed = self._variants.get(variant), self._speeds.get(variant)

@@ -52,7 +52,6 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
-        self._headers_bytes = 0
         self._headers_complete = False
         self._complete = True
         self._keep_alive = True
@@ -69,9 +68,9 @@ class Connection(asyncio.Protocol):
 
     async def request(self, request: bytes, timeouts: Timeouts) -> Self:
         """Send a whole request and wait for status and headers; the connection is closed if they do not come."""
-        self.status, self.headers, self._headers_bytes, self._headers_complete = 0, {}, 0, False
-        self._complete, self._keep_alive, self.received_bytes = False, False, 0
-        self._body_seen_bytes, self._feed_error = 0, None
+        self.headers = {}
+        self.status = self.received_bytes = self._body_seen_bytes = 0
+        self._headers_complete = self._complete = self._keep_alive = False
         self._timer.start(timeouts)
         self._transport.write(request)
         try:
@@ -181,7 +180,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         # The end of the connection may be the end of the reply; not of one that was closed here.
-        at_end = self._headers_complete and not self._delimited and exc is None and self._failure is None
+        at_end = self._headers_complete and not self._delimited() and exc is None and self._failure is None
         self._complete = self._complete or at_end
         self._keep_alive = False
         self._fail(None if self._complete else UpstreamDisconnected("a replica closed the connection too early"))
@@ -194,14 +193,13 @@ class Connection(asyncio.Protocol):
             raise httptools.HttpParserError("more than one reply")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers_bytes += len(name) + len(value)
-        if self._headers_bytes > MAX_HEAD_BYTES:
-            raise httptools.HttpParserError("headers are too long")
         self.headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
-        self.status = self._parser.get_status_code()
-        self._headers_complete = self.status >= 200
+        self.status = status = self._parser.get_status_code()
+        self._headers_complete = status >= 200
+        if self.received_bytes > MAX_HEAD_BYTES and sum(map(len, self.headers)) > MAX_HEAD_BYTES:
+            raise httptools.HttpParserError("headers are too long")
 
     def on_body(self, body: bytes) -> None:
         self._timer.received_at = self._loop.time()
@@ -216,11 +214,10 @@ class Connection(asyncio.Protocol):
             return
         # A replica that replies before it has read the request may never read the rest, nor what is sent behind it.
         # (With TLS this shows only what is not encrypted yet.)
-        written = self._transport.get_write_buffer_size() == 0
-        self._keep_alive = written and self._parser.should_keep_alive() and self._delimited
+        written = not self._transport.get_write_buffer_size()
+        self._keep_alive = written and self._parser.should_keep_alive() and self._delimited()
         self._complete = True
 
-    @property
     def _delimited(self) -> bool:
         """Whether the reply says where it ends; otherwise the end of the connection is its end."""
         headers = self.headers

@@ -30,8 +30,12 @@ class ReplyTimer:
 
     def start(self, timeouts: Timeouts) -> None:
         """A request is sent now."""
-        self._timeouts, self._sent_at, self.received_at = timeouts, self._loop.time(), 0.0
-        self._set()
+        self._timeouts = timeouts
+        self._sent_at = now = self._loop.time()
+        self.received_at = 0.0
+        # The timer of an earlier request nearly always fires before this one can time out, and is set anew then.
+        if self._timer is None or self._until > now + timeouts.shortest_seconds:
+            self._set()
 
     def stop(self) -> None:
         """No reply is expected any more."""
