@@ -52,6 +52,9 @@ def _beside_peers(
         return
     with ExitStack() as stack:
         gateways = [stack.enter_context(quantgate(made))]
+        if options.before:
+            before = ours(replicas, folder / "before", options.before, "before")
+            gateways.append(stack.enter_context(quantgate(before)))
         for name in options.peers:
             try:
                 gateways.append(stack.enter_context(peer(name, replicas, folder, options.peers_folder)))
@@ -85,6 +88,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--parts", type=_words(PARTS), default=list(PARTS), help=f"of {','.join(PARTS)}")
     parser.add_argument("--peers-folder", type=Path, default=PEERS_FOLDER, help="where peers are, or are installed")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="measure another checkout of quantgate beside")
     parser.add_argument("--soak-share", type=float, default=1.0, help="less than 1 for a short try")
     parser.add_argument("--json", type=Path, help="write every figure of every round to this file")
     return parser.parse_args(arguments)

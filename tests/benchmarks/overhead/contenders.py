@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.benchmarks.overhead.loads import PATH, PLAIN, Contender
-from tests.benchmarks.overhead.processes import NotThere, free_ports, running, until
+from tests.benchmarks.overhead.processes import ROOT, NotThere, free_ports, running, until
 from tests.benchmarks.overhead.upstream import HOSTS, MODEL
 
 HOST = "127.0.0.1"
@@ -116,6 +116,8 @@ class Ours:
     port: int
     admin_port: int
     key: str
+    checkout: Path = ROOT
+    name: str = "quantgate"
 
     @property
     def log(self) -> Path:
@@ -128,8 +130,9 @@ class Ours:
         return [sys.executable, *command, str(self.folder / "gateway.yaml")]
 
 
-def ours(replicas: Sequence[Contender], folder: Path) -> Ours:
-    """Write a configuration with keys, a ladder of two variants, access log and metrics."""
+def ours(replicas: Sequence[Contender], folder: Path, checkout: Path = ROOT, name: str = "quantgate") -> Ours:
+    """Write a configuration with keys, a ladder of two variants, access log and metrics; `checkout` is run."""
+    folder.mkdir(exist_ok=True)
     key = secrets.token_urlsafe(32)
     port, admin_port, *_ = free_ports(2)
     (folder / "keys.yaml").write_text(
@@ -151,14 +154,15 @@ def ours(replicas: Sequence[Contender], folder: Path) -> Ours:
         "aliases": {ALIAS: {"ladder": ["full", "small"]}},
     }
     (folder / "gateway.yaml").write_text(json.dumps(settings), encoding="utf-8")
-    return Ours(folder, port, admin_port, key)
+    return Ours(folder, port, admin_port, key, checkout, name)
 
 
 @contextmanager
 def quantgate(made: Ours, workers: int = 1) -> Iterator[Contender]:
     """Run our gateway; yields it once all of its workers answer."""
-    with running(made.argv(workers), made.log) as pid:
-        contender = Contender("quantgate", HOST, made.port, ALIAS, made.key, pid)
+    environment = {"PYTHONPATH": str(made.checkout)}
+    with running(made.argv(workers), made.log, environment, made.checkout) as pid:
+        contender = Contender(made.name, HOST, made.port, ALIAS, made.key, pid)
         for number in range(workers):
             until(lambda port=made.admin_port + number: alive(port), "quantgate", made.log)  # type: ignore[misc]
         until(lambda: answers(contender), "quantgate", made.log)

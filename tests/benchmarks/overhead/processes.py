@@ -23,8 +23,10 @@ class NotThere(Exception):
 
 
 @contextmanager
-def running(argv: Sequence[str], log: Path, extra: Mapping[str, str] | None = None) -> Iterator[int]:
-    """Run a program while the block runs, what it prints goes to a file; yields its process id."""
+def running(
+    argv: Sequence[str], log: Path, extra: Mapping[str, str] | None = None, folder: Path = ROOT
+) -> Iterator[int]:
+    """Run a program in a checkout while the block runs, its output goes to a file; yields its process id."""
     environment = {**process_environment(), **(extra or {})}
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -33,7 +35,7 @@ def running(argv: Sequence[str], log: Path, extra: Mapping[str, str] | None = No
             stdout=output,
             stderr=output,
             env=environment,
-            cwd=ROOT,  # so that the code that runs is the one beside this
+            cwd=folder,  # the code of this checkout runs
             start_new_session=True,
         )
     try:
