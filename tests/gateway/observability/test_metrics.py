@@ -15,7 +15,8 @@ from gateway.observability.metrics.exposition import exposition
 from gateway.observability.metrics.fleet import BREAKER_STATES
 from gateway.openai.usage import Usage
 from gateway.proxy.stats import RequestStats
-from gateway.routing.pick import Choice, Reason
+from gateway.routing.latency import LatencyEstimate
+from gateway.routing.pick import Candidate, Reason
 from serving.registry import Registry
 from serving.replica import Replica, State
 from tests.fakes.running import FakeReplica, eventually
@@ -223,8 +224,8 @@ def everything_happens(metrics: Metrics, alias: str, variants: list[Variant]) ->
         for code in UNANSWERED:
             ended(metrics, alias, endpoint, code, None)
         for (variant, reason), code in product(endings, ANSWERED):
-            choice = Choice(Replica("r", variant.name, variant.precision, "http://x", "m"), variant, reason)
-            ended(metrics, alias, endpoint, code, choice)
+            replica = LatencyEstimate("r", variant.name, True, True, True, False, 0, 0.0)
+            ended(metrics, alias, endpoint, code, Candidate(replica, variant, reason))
     for why in REJECTIONS:
         metrics.rejected(alias, why)
     for code in ("overloaded", "upstream_error", "upstream_unreachable", "upstream_disconnected", "upstream_timeout"):
@@ -241,12 +242,12 @@ def reasons(rung: int, *, pinned: bool) -> tuple[Reason, ...]:
     return ("floor", "fallback", "spill", "canary") if rung else ("preferred", "canary")
 
 
-def ended(metrics: Metrics, alias: str, endpoint: str, code: str, choice: Choice | None) -> None:
+def ended(metrics: Metrics, alias: str, endpoint: str, code: str, candidate: Candidate | None) -> None:
     """One request from its beginning to its end."""
     with RequestStats(metrics, lambda *_: None, endpoint, "r") as account:
         account.alias, account.code = alias, code
-        if choice is not None:
-            account.chose(choice)
+        if candidate is not None:
+            account.attempt(candidate)
             account.sent()
             account.token()
             account.token()

@@ -14,9 +14,9 @@ from gateway.routing.speed import (
     NO_SLOWDOWN,
     SpeedProfile,
     answered,
-    first_token,
     estimate_answering,
     estimate_first_token,
+    first_token,
     observed_slots,
 )
 from tests.config.measurements import load, measurement
