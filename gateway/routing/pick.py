@@ -114,34 +114,25 @@ def look_at_rung(
 def pick(able: Sequence[LatencyEstimate], request: RoutingRequest, spill: Spill) -> LatencyEstimate | None:
     """Pick the cheapest replica with room; a slower start is not worth more than `spill.after_seconds` of cost.
 
-    Returns None if none has room. Where the speed of one is unknown, the shortest queue is picked.
+    Returns None if none has room. Where the speed of one is unknown, the shortest queue is picked instead.
     """
     roomy = [each for each in able if each.has_room]
-    if not roomy:
-        return None
-    if not all(each.known for each in roomy):
-        return shortest_queue(roomy, request.turn)
-    if len(roomy) == 1:
-        return roomy[0]
-    best = _cheapest(roomy, request)
+    if len(roomy) <= 1:
+        return roomy[0] if roomy else None
+    best = _best(roomy, request)
     if best.wait_seconds <= spill.after_seconds:
         return best
     soon = [each for each in roomy if each.wait_seconds <= spill.after_seconds]
     if not soon:
         return best
-    soonest = _cheapest(soon, request)
+    soonest = _best(soon, request)
     return best if cost(soonest, request) > cost(best, request) + spill.after_seconds else soonest
 
 
-def shortest_queue(roomy: Sequence[LatencyEstimate], turn: int) -> LatencyEstimate | None:
-    """Pick the replica with the fewest requests; equals take turns."""
-    count = len(roomy)
-    best = None
-    for place in range(count):
-        each = roomy[(place + turn) % count]
-        if best is None or each.requests < best.requests:
-            best = each
-    return best
+def shortest_queue(roomy: Sequence[LatencyEstimate], turn: int) -> LatencyEstimate:
+    """Pick the replica with the fewest requests, among at least one; equals take turns."""
+    first = turn % len(roomy)
+    return min((*roomy[first:], *roomy[:first]), key=lambda each: each.requests)
 
 
 def drawn_member(rung: Rung, request: RoutingRequest, cluster: ClusterState) -> Variant:
@@ -178,7 +169,8 @@ def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: f
         barred = admissible([each.id for each in estimates], cluster.breakers, now).last_resort
         allowed = without_room_if_overloaded([each for each in estimates if each.id in barred], cluster, now)
         able = [each for each in filter_replicas(allowed, request.tried, needed_tokens) if each.has_room]
-        if able and (best := shortest_queue(able, request.turn)) is not None:
+        if able:
+            best = shortest_queue(able, request.turn)
             return _candidate(best, place, variant, request, passed_over=False)
     return None
 
@@ -273,6 +265,14 @@ def _waits_for_its_cache(
     uncached = msgspec.structs.replace(request, placement=None, cached_tokens=NOTHING_CACHED)
     other = pick(able, uncached, spill)
     return other is not None and other.wait_seconds <= spill.after_seconds
+
+
+def _best(roomy: Sequence[LatencyEstimate], request: RoutingRequest) -> LatencyEstimate:
+    """Pick by cost, or by the queue where a speed is unknown: seconds and requests cannot be compared."""
+    for each in roomy:
+        if not each.known:
+            return shortest_queue(roomy, request.turn)
+    return _cheapest(roomy, request)
 
 
 def _cheapest(roomy: Sequence[LatencyEstimate], request: RoutingRequest) -> LatencyEstimate:

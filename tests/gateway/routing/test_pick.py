@@ -154,6 +154,13 @@ def test_the_shortest_queue_where_a_speed_is_unknown() -> None:
     assert {chosen(*replicas, request=request(turn=turn)) for turn in range(6)} == {"hi-2 preferred"}
 
 
+def test_an_unknown_speed_beside_a_slow_replica() -> None:
+    """A replica of unknown speed is taken for soon enough: a slow one with a shorter queue does not make it spill."""
+    mixed = estimate("hi-1", 4.0, requests=0), estimate("hi-2", None, requests=1), estimate("lo-1")
+    assert named(made := decision(*mixed)) == "hi-2 preferred"
+    assert made.gates == {}
+
+
 def test_a_context_that_is_too_short() -> None:
     """A replica whose context is too short is not asked, unless all are: then the engine says so."""
     short, long = estimate("hi-1", context_tokens=100.0), estimate("lo-1", context_tokens=1000.0)
