@@ -23,8 +23,7 @@ from gateway.routing.snapshot import TargetView, read_snapshot
 from gateway.routing.spill import SpillGate
 from gateway.routing.split import Rung, RungWeights, Weights, choose_member
 from gateway.routing.target import Target
-from tests.gateway.routing.test_filters import FAILED
-from tests.gateway.routing.test_pick import (
+from tests.gateway.routing.clusters import (
     HI,
     LO,
     LO_RUNG,
@@ -39,6 +38,7 @@ from tests.gateway.routing.test_pick import (
     opened,
     request,
 )
+from tests.gateway.routing.test_filters import FAILED
 
 # The stable variant is `hi`, the canary is `mid`.
 BEST = Rung("best", ((HI, 0.75), (MID, 0.25)))
