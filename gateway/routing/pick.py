@@ -117,20 +117,18 @@ def look_at_rung(
 def pick(able: Sequence[LatencyEstimate], request: RoutingRequest, spill: Spill) -> LatencyEstimate | None:
     """Pick the cheapest replica with room; a slower start is not worth more than `spill.after_seconds` of cost.
 
-    Returns None if none has room. Where the speed of one is unknown, the shortest queue is picked.
+    Returns None if none has room. Where the speed of one is unknown, the shortest queue is picked instead.
     """
     roomy = [each for each in able if each.has_room]
     if len(roomy) <= 1:
         return roomy[0] if roomy else None
-    if False in [each.known for each in roomy]:
-        return shortest_queue(roomy, request.turn)
-    best = _cheapest(roomy, request)
+    best = _best(roomy, request)
     if best.wait_seconds <= spill.after_seconds:
         return best
     soon = [each for each in roomy if each.wait_seconds <= spill.after_seconds]
     if not soon:
         return best
-    soonest = _cheapest(soon, request)
+    soonest = _best(soon, request)
     return best if cost(soonest, request) > cost(best, request) + spill.after_seconds else soonest
 
 
@@ -269,6 +267,14 @@ def _waits_for_its_cache(
     uncached = msgspec.structs.replace(request, placement=None, cached_tokens=NOTHING_CACHED)
     other = pick(able, uncached, spill)
     return other is not None and other.wait_seconds <= spill.after_seconds
+
+
+def _best(roomy: Sequence[LatencyEstimate], request: RoutingRequest) -> LatencyEstimate:
+    """Pick by cost, or by the queue where a speed is unknown: seconds and requests cannot be compared."""
+    for each in roomy:
+        if not each.known:
+            return shortest_queue(roomy, request.turn)
+    return _cheapest(roomy, request)
 
 
 def _cheapest(roomy: Sequence[LatencyEstimate], request: RoutingRequest) -> LatencyEstimate:

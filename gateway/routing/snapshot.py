@@ -160,7 +160,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     def to_json(self) -> bytes:
         """Encode it."""
-        return msgspec.json.encode(self)
+        finite = {"breakers": _finite(self.breakers), "overloads": _finite(self.overloads)}
+        return msgspec.json.encode({**msgspec.structs.asdict(self), **finite})
 
     def _rung(self, name: str, members: Mapping[str, float]) -> Rung:
         return Rung(name, tuple([(self._variant(variant), weight) for variant, weight in members.items()]))
@@ -207,6 +208,14 @@ def floor_from(limits: Limits) -> Floor:
 def floor_limits(floor: Floor) -> Limits:
     """The limits of a floor that are set."""
     return floor.model_dump(exclude_none=True)
+
+
+def _finite(states: Mapping[str, Breaker | Overload]) -> dict[str, dict[str, object]]:
+    """The fields that are set; JSON has no infinity, and infinite times are always the defaults."""
+    return {
+        replica_id: {name: value for name, value in msgspec.structs.asdict(state).items() if value not in (inf, -inf)}
+        for replica_id, state in states.items()
+    }
 
 
 def _members(rung: Rung, weights: Weights | None) -> dict[str, float]:

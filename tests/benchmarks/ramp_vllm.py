@@ -15,7 +15,7 @@ from statistics import median
 
 import httpx
 
-from gateway.routing.explanation import Explanation
+from gateway.routing.explain import Explanation
 from tests.benchmarks.machine import machine_line
 from tests.benchmarks.overhead.figures import percentile
 from tests.end_to_end.ramp import ANSWER_TOKENS, Asked, Stage, Users, explained, explanation_of

@@ -8,9 +8,9 @@ from typing import Any
 
 import httpx
 
-from gateway.cli.explained import explained_request
-from gateway.routing.explanation import Explanation
-from gateway.routing.snapshot import read_state
+from gateway.cli.route import explain_recorded
+from gateway.routing.explain import Explanation
+from gateway.routing.snapshot import read_snapshot
 
 ANSWER_TOKENS = 24
 LOOK_SECONDS = 0.1
@@ -113,10 +113,8 @@ def question(alias: str, number: int) -> dict[str, Any]:
 
 async def explanation_of(admin: httpx.AsyncClient, request_id: str) -> Explanation:
     """What `quantgate route explain --request` says of a request."""
-    told = await admin.get(f"/admin/routing/{request_id}")
-    state = read_state(told.raise_for_status().content, request_id)
-    assert state.asked is not None
-    return explained_request(state, state.asked)
+    response = await admin.get(f"/admin/routing/{request_id}")
+    return explain_recorded(read_snapshot(response.raise_for_status().content, request_id))
 
 
 def explained(explanation: Explanation) -> Told:

@@ -17,7 +17,7 @@ import httpx
 import msgspec
 import pytest
 
-from gateway.routing.explanation import Explanation
+from gateway.routing.explain import Explanation
 from tests.end_to_end.ramp import UNTOLD, Asked, Stage, Users, explained, explanation_of
 from tests.end_to_end.running_demo import Running, address, admin_address, start
 

@@ -1,4 +1,4 @@
-"""What a decision costs, by the candidates: all that the gateway's dispatch does for a request, but for the request."""
+"""The cost of a decision by the number of candidates: all that the dispatcher does for one request."""
 
 import asyncio
 import gc
@@ -12,19 +12,18 @@ from config.variant import QualityMeasures, Variant
 from gateway.cli.serve import settle
 from gateway.observability.metrics import Metrics
 from gateway.proxy.dispatcher import Dispatcher
-from gateway.proxy.leases import Want
 from gateway.proxy.load.tracker import LoadTracker
-from gateway.routing.target import Catalog, Target
 from gateway.routing.engine_metrics import EngineMetrics
-from gateway.routing.request import Ask
+from gateway.routing.request import RoutingRequest
 from gateway.routing.speed import SpeedProfile
+from gateway.routing.target import Catalog, Target
 from serving.registry import Registry
 from serving.replica import Replica, State
 
 CANDIDATES = (1, 8, 64, 1000)
 ALIASES, OF_AN_ALIAS = 100, 10
 ROUNDS, LEAST_DECISIONS, MOST_CANDIDATES = 7, 40, 40_000
-IN_FLIGHT = 3  # at each replica, all the while
+IN_FLIGHT = 3  # at each replica, throughout
 BLOCKS = tuple(range(16))  # 4 KiB of prompt
 PROMPTS = ("plain", "session", "blocks one holds", "blocks all hold", "session and blocks all hold")
 SPEED = SpeedProfile(tuple([0.02] * 64), tuple([50.0 * at_once for at_once in range(1, 65)]), 1e-4, 60)
@@ -32,25 +31,25 @@ SPEED = SpeedProfile(tuple([0.02] * 64), tuple([50.0 * at_once for at_once in ra
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Microseconds of a decision and of its end, the least of some rounds, by PROMPTS."""
+    """Microseconds of a lease and its release, the least of several rounds, by PROMPTS."""
 
     fleet: str
     prompts: tuple[float, ...]
 
 
 def decision_costs() -> list[Cost]:
-    """Measure, for fleets of one alias, and for one with many aliases."""
+    """Measure fleets of one alias, and one of many aliases."""
     before = gc.get_threshold()
     try:
-        return _found()
+        return _measured()
     finally:
         gc.set_threshold(*before)
         gc.unfreeze()
 
 
-def _found() -> list[Cost]:
-    found = [Cost(f"{count} candidates", _costs(1, count)) for count in CANDIDATES]
-    return [*found, Cost(f"{OF_AN_ALIAS} candidates, {ALIASES} aliases", _costs(ALIASES, OF_AN_ALIAS))]
+def _measured() -> list[Cost]:
+    costs = [Cost(f"{count} candidates", _costs(1, count)) for count in CANDIDATES]
+    return [*costs, Cost(f"{OF_AN_ALIAS} candidates, {ALIASES} aliases", _costs(ALIASES, OF_AN_ALIAS))]
 
 
 def _costs(aliases: int, candidates: int) -> tuple[float, ...]:
@@ -58,54 +57,69 @@ def _costs(aliases: int, candidates: int) -> tuple[float, ...]:
 
 
 async def _cost(aliases: int, candidates: int, prompt: str) -> float:
-    with _dispatch(aliases, candidates) as (dispatch, targets):
+    with _dispatcher(aliases, candidates) as (dispatcher, targets):
         if "all" in prompt:
-            await _warm(dispatch, targets, candidates)
+            await _warm(dispatcher, targets, candidates)
         for target in targets:
             for _ in range(IN_FLIGHT * candidates):
-                await _lease(dispatch, target, Ask(200.0))
+                lease = await dispatcher.lease(_request(dispatcher, target, 200.0), wait_seconds=30.0)
+                lease.in_flight.first_token()
         settle()
         times = max(LEAST_DECISIONS, min(1000, MOST_CANDIDATES // candidates))
-        return min([await _round(dispatch, targets, prompt, times) for _ in range(ROUNDS)])
+        return min([await _round(dispatcher, targets, prompt, times) for _ in range(ROUNDS)])
 
 
-async def _round(dispatch: Dispatcher, targets: Sequence[Target], prompt: str, times: int) -> float:
+async def _round(dispatcher: Dispatcher, targets: Sequence[Target], prompt: str, times: int) -> float:
     blocks = BLOCKS if "blocks" in prompt else ()
-    asks = [Ask(900.0, None, blocks, f"s{each % 20}" if "session" in prompt else None) for each in range(times)]
-    wants = [_want(dispatch, targets[each % len(targets)], ask) for each, ask in enumerate(asks)]
-    began = time.perf_counter()
-    for want in wants:
-        lease = await dispatch.lease(want, wait_seconds=30.0)
+    sessions = [f"s{each % 20}" if "session" in prompt else None for each in range(times)]
+    requests = [
+        _request(dispatcher, targets[each % len(targets)], 900.0, blocks, session)
+        for each, session in enumerate(sessions)
+    ]
+    started_at = time.perf_counter()
+    for request in requests:
+        lease = await dispatcher.lease(request, wait_seconds=30.0)
         with lease:
-            lease.began()
+            lease.in_flight.first_token()
             lease.succeeded()
             lease.answer_tokens = 100
-    return (time.perf_counter() - began) / times * 1e6
+    return (time.perf_counter() - started_at) / times * 1e6
 
 
-async def _warm(dispatch: Dispatcher, targets: Sequence[Target], candidates: int) -> None:
-    """Have every replica read the blocks."""
+async def _warm(dispatcher: Dispatcher, targets: Sequence[Target], candidates: int) -> None:
+    """Send the blocks to every replica."""
     for target in targets:
         tried = frozenset[str]()
         for _ in range(candidates):
-            want = _want(dispatch, target, Ask(900.0, None, BLOCKS))
-            with await dispatch.lease(want, wait_seconds=30.0, tried=tried) as lease:
-                tried |= {lease.choice.replica.id}
+            request = _request(dispatcher, target, 900.0, BLOCKS)
+            with await dispatcher.lease(request, wait_seconds=30.0, tried=tried) as lease:
+                tried |= {lease.replica.id}
 
 
-async def _lease(dispatch: Dispatcher, target: Target, ask: Ask) -> None:
-    lease = await dispatch.lease(_want(dispatch, target, ask), wait_seconds=30.0)
-    lease.began()
-
-
-def _want(dispatch: Dispatcher, target: Target, ask: Ask) -> Want:
-    number = dispatch.arrived()
-    return Want(target, target.permitted, number, ask, request_id=f"r{number}", streams=True, prompt_bytes=3600)
+def _request(
+    dispatcher: Dispatcher,
+    target: Target,
+    prompt_tokens: float,
+    blocks: tuple[int, ...] = (),
+    session: str | None = None,
+) -> RoutingRequest:
+    turn = dispatcher.next_turn()
+    return RoutingRequest(
+        target,
+        target.permitted,
+        turn,
+        request_id=f"r{turn}",
+        streams=True,
+        prompt_tokens=prompt_tokens,
+        prompt_bytes=3600,
+        blocks=blocks,
+        session=session,
+    )
 
 
 @contextmanager
-def _dispatch(aliases: int, candidates: int) -> Iterator[tuple[Dispatcher, list[Target]]]:
-    """A dispatch whose replicas have all been polled."""
+def _dispatcher(aliases: int, candidates: int) -> Iterator[tuple[Dispatcher, list[Target]]]:
+    """A dispatcher whose replicas have all been polled."""
     registry = Registry()
     variants = {
         f"v{each}": Variant(f"v{each}", "bf16", QualityMeasures("measured", 0.0, 1.0, 1.0)) for each in range(aliases)
@@ -119,8 +133,8 @@ def _dispatch(aliases: int, candidates: int) -> Iterator[tuple[Dispatcher, list[
     ]
     for replica in replicas:
         registry.put(replica, State.READY)
-    with Dispatcher(registry, loads, Metrics()) as dispatch:
+    with Dispatcher(registry, loads, Metrics()) as dispatcher:
         for replica in replicas:
             now = time.monotonic()
-            dispatch.polled(replica.id, now, EngineMetrics(now, 0.0, 0.0, 0.1, 200_000, 0.0, 0.0))
-        yield dispatch, [catalog.resolve(name) for name in catalog.aliases]
+            dispatcher.polled(replica.id, now, EngineMetrics(now, 0.0, 0.0, 0.1, 200_000, 0.0, 0.0))
+        yield dispatcher, [catalog.resolve(name) for name in catalog.aliases]

@@ -1,4 +1,4 @@
-"""The allow-list of what clients may call."""
+"""The paths of the clients' port besides inference: the list of models, and refusals of everything else."""
 
 from hashlib import sha256
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def test_the_list_of_models(fleet: Fleet) -> None:
-    """Aliases come first, then variants to pin; each with its precisions and what its shortest replica can take."""
+    """Aliases come first, then variants; each with its precisions and the shortest context of its replicas."""
     for replica_id, variant, tokens in (("hi-1", "hi", 32768), ("lo-1", "lo", 4096), ("lo-2", "lo", None)):
         replica = Replica(replica_id, variant, "any", "http://x", "m1", max_model_len_tokens=tokens)
         fleet.registry.put(replica, State.READY)
@@ -44,7 +44,7 @@ async def test_the_list_of_models(fleet: Fleet) -> None:
 
 
 async def test_the_list_of_a_key_with_a_floor() -> None:
-    """What nothing may answer for the key isn't offered to it, and the rest with the precisions that may."""
+    """Models that no variant may answer for the key are left out; the others have the permitted precisions only."""
     stored = {"picky": StoredKey(sha256=(sha256(b"qg-picky").hexdigest(),), floor=Floor(kl_mean=0.02))}
     headers = {"authorization": "Bearer qg-picky"}
     async with running_gateway(deployment(keys=keys_in_force(stored))) as fleet:
@@ -59,7 +59,7 @@ async def test_the_list_of_a_key_with_a_floor() -> None:
 
 @pytest.mark.parametrize("path, name", [("smol", "smol"), ("team/small", "team/small"), ("team%2Fsmall", "team/small")])
 async def test_one_model(fleet: Fleet, path: str, name: str) -> None:
-    """A name is found whether its slash is escaped or not."""
+    """A model is found by its name, with the slash escaped or not."""
     answer = await fleet.client.get(f"/v1/models/{path}", headers={"x-request-id": "r-1"})
     assert (answer.status_code, answer.json()["id"], answer.headers["x-request-id"]) == (200, name, "r-1")
 
@@ -89,7 +89,7 @@ async def test_one_model(fleet: Fleet, path: str, name: str) -> None:
     ],
 )
 async def test_everything_else_is_refused(fleet: Fleet, method: str, path: str, status: int, code: str) -> None:
-    """Another path or method is told in OpenAI's shape, in a message of bounded length."""
+    """Other paths and methods are refused in OpenAI's shape, in a message of bounded length."""
     answer = await fleet.client.request(method, path, headers={"x-request-id": "r-1"})
     error = error_of(answer)
     assert (answer.status_code, error["code"], answer.headers["x-request-id"]) == (status, code, "r-1")
@@ -108,7 +108,7 @@ KEYS = keys_in_force({"alice": StoredKey(sha256=("a" * 64,))})
 
 
 async def test_models_are_guarded_too() -> None:
-    """With keys in force nobody learns the names without one."""
+    """With keys configured, the models are not listed without one."""
     async with running_gateway(deployment(keys=KEYS)) as fleet:
         for path in ("/v1/models", "/v1/models/smol", "/v1/models/other"):
             answer = await fleet.client.get(path)
@@ -118,7 +118,7 @@ async def test_models_are_guarded_too() -> None:
 
 
 async def test_a_key_sees_what_it_may_use() -> None:
-    """The list has only names that the key may use; what it may not is refused before it is looked up."""
+    """The list has the models that the key may use; others are refused before they are looked up."""
     stored = StoredKey(sha256=(sha256(b"qg-bob").hexdigest(),), aliases=("smol", "lo"))
     async with running_gateway(deployment(keys=keys_in_force({"bob": stored}))) as fleet:
         own = {"authorization": "Bearer qg-bob"}

@@ -15,7 +15,8 @@ from gateway.observability.metrics.fleet import BREAKER_STATES
 from gateway.observability.metrics.table import FIRST_TOKEN_BUCKETS, TABLE
 from gateway.openai.usage import Usage
 from gateway.proxy.stats import RequestStats
-from gateway.routing.pick import Choice, Reason
+from gateway.routing.latency import LatencyEstimate
+from gateway.routing.pick import Candidate, Reason
 from serving.registry import Registry
 from serving.replica import Replica, State
 from tests.fakes.running import FakeReplica, eventually
@@ -214,7 +215,7 @@ def record_every_outcome(metrics: Metrics, alias: str, variants: list[Variant]) 
         for code in CODES_OF_GATEWAY:
             record_request(metrics, alias, endpoint, code, None)
         for (variant, reason), code in product(outcomes, CODES_OF_REPLICAS):
-            choice = Choice(Replica("r", variant.name, variant.precision, "http://x", "m"), variant, reason)
+            choice = Candidate(LatencyEstimate("r", variant.name, True, True, True, False, 0, 0.0), variant, reason)
             record_request(metrics, alias, endpoint, code, choice)
     for rejection in REJECTION_REASONS:
         metrics.rejected(alias, rejection)
@@ -232,12 +233,12 @@ def reasons(rung: int, *, pinned: bool) -> tuple[Reason, ...]:
     return ("floor", "fallback", "spill", "canary") if rung else ("preferred", "canary")
 
 
-def record_request(metrics: Metrics, alias: str, endpoint: str, code: str, choice: Choice | None) -> None:
+def record_request(metrics: Metrics, alias: str, endpoint: str, code: str, choice: Candidate | None) -> None:
     """Record one request from start to end."""
     with RequestStats(metrics, lambda *_: None, endpoint, "r") as stats:
         stats.alias, stats.code = alias, code
         if choice is not None:
-            stats.chose(choice)
+            stats.attempt(choice)
             stats.sent()
             stats.token()
             stats.token()

@@ -12,10 +12,10 @@ from gateway.observability.metrics import Metrics
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.leases import Lease, Want
 from gateway.proxy.load.tracker import UNMEASURED, LoadTracker
-from gateway.routing.target import Target
 from gateway.routing.cluster_state import NOBODY
 from gateway.routing.request import NOTHING_KNOWN, Ask
 from gateway.routing.speed import SpeedProfile
+from gateway.routing.target import Target
 from serving.registry import Registry
 from serving.replica import Replica, State
 

@@ -6,11 +6,11 @@ from config.schema import NO_FLOOR
 from config.variant import QualityMeasures, Variant
 from gateway.proxy.affinity import GUESSED, Affinity
 from gateway.proxy.leases import Want
-from gateway.routing.target import Target
 from gateway.routing.pick import Choice
 from gateway.routing.prefix_hash import BLOCK_BYTES
 from gateway.routing.request import Ask
 from gateway.routing.sessions import Placement
+from gateway.routing.target import Target
 from serving.replica import Replica
 
 QUALITY = QualityMeasures("measured", 0.0, 1.0, 1.0)

@@ -7,12 +7,12 @@ from config.variant import QualityMeasures, Variant
 from gateway.proxy.decision_log import DecisionLog
 from gateway.proxy.leases import Want
 from gateway.routing.breaker import Breaker
-from gateway.routing.target import Target
 from gateway.routing.cluster_state import ClusterState, GateName, Query
 from gateway.routing.latency import LatencyEstimate, ReplicaMetrics, estimate_latency
 from gateway.routing.overload import Overload
 from gateway.routing.pick import Decision
 from gateway.routing.spill import SpillGate
+from gateway.routing.target import Target
 from serving.replica import Replica
 
 HI = Variant("hi", "bf16", QualityMeasures("measured", 0.0, 1.0, 1.0))

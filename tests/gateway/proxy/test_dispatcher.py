@@ -7,9 +7,9 @@ import pytest
 
 from config.schema import AliasSettings, QueueSettings, RetrySettings
 from gateway.errors import GatewayError, Overloaded, Unavailable, UpstreamError
-from gateway.routing.target import Catalog
 from gateway.routing.request import Ask
 from gateway.routing.speed import SpeedProfile
+from gateway.routing.target import Catalog
 from serving.replica import State
 from tests.fakes.running import DEADLINE_SECONDS
 from tests.gateway.proxy.dispatching import HI, LO, House, end, house, settled

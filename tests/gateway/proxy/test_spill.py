@@ -9,9 +9,9 @@ from config.schema import NO_FLOOR, Spill
 from config.variant import QualityMeasures, Variant
 from gateway.observability.metrics import Metrics
 from gateway.proxy.spill import SpillState
-from gateway.routing.target import Target
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.spill import SpillGate
+from gateway.routing.target import Target
 from serving.replica import Replica
 
 HI, LO = (Variant(name, "any", QualityMeasures("unknown")) for name in ("hi", "lo"))

@@ -1,4 +1,4 @@
-"""Reading what an engine says of its load."""
+"""Parsing the metrics page of an engine."""
 
 import math
 from collections.abc import Iterable
@@ -31,14 +31,14 @@ ODD = ("NaN", "nan", "+Inf", "-Inf", "-1", "1e999", "1.2.3", "", "zero", "1_0", 
 
 @pytest.mark.parametrize("others", [True, False])
 def test_a_page(others: bool) -> None:
-    """Found among 740 lines as well as alone, and no other metric whose name begins alike is taken for one."""
+    """The metrics are found among 740 others, also among those whose names begin alike."""
     page = page_of(LOAD, others=others)
     assert not others or (page.count(b"\n") > 700 and len(page) > 60_000)
     assert parse_metrics(page, NOW) == (LOADED, NOTHING)
 
 
 def test_several_engines() -> None:
-    """What engines have is added up; their KV usage is a mean."""
+    """The values of several engines are added; the KV usage is their mean."""
     samples = {**dict.fromkeys(WANTED, ("1.0", "2.0")), KV_USAGE: ("0.25", "0.75")}
     poll, missing = parse_metrics(page_of(samples, (CACHE, CACHE)), NOW)
     assert poll == EngineMetrics(NOW, 3.0, 3.0, 0.5, 8192, 3.0, 3.0)
@@ -46,9 +46,9 @@ def test_several_engines() -> None:
 
 
 @pytest.mark.parametrize("name", WANTED)
-def test_a_metric_that_is_not_there(name: str) -> None:
-    """It is named, and not zero; all others are read."""
-    poll, missing = parse_metrics(page_of({other: said for other, said in LOAD.items() if other != name}), NOW)
+def test_a_missing_metric(name: str) -> None:
+    """A missing metric is named and None, not zero; all others are read."""
+    poll, missing = parse_metrics(page_of({other: value for other, value in LOAD.items() if other != name}), NOW)
     fields = dict(zip(WANTED, ("running", "waiting", "kv_usage", "read_tokens", "generated_tokens"), strict=True))
     assert missing == {name}
     for each, field in fields.items():
@@ -58,16 +58,16 @@ def test_a_metric_that_is_not_there(name: str) -> None:
 
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("engines", [("{}",), ("{}", "1.0"), ("1.0", "{}")])
-def test_no_number(odd: str, engines: tuple[str, ...]) -> None:
-    """A value that says nothing makes its metric a missing one, even if other engines' are numbers."""
-    poll, missing = parse_metrics(page_of({**LOAD, RUNNING: [said.format(odd) for said in engines]}), NOW)
+def test_invalid_numbers(odd: str, engines: tuple[str, ...]) -> None:
+    """An invalid value of one engine makes the metric missing, even if other engines have valid ones."""
+    poll, missing = parse_metrics(page_of({**LOAD, RUNNING: [value.format(odd) for value in engines]}), NOW)
     assert poll.running is None
     assert missing == {RUNNING}
     assert (poll.waiting, poll.kv_usage) == (2.0, 0.25)
 
 
-def test_sums_that_are_no_number() -> None:
-    """Numbers too large to add up say nothing either."""
+def test_sums_that_overflow() -> None:
+    """A sum that is infinite makes the metric missing."""
     assert parse_metrics(page_of({**LOAD, WAITING: ("1e308", "1e308")}), NOW)[1] == {WAITING}
 
 
@@ -89,7 +89,7 @@ def test_sums_that_are_no_number() -> None:
     ],
 )
 def test_lines(page: bytes, running: float | None) -> None:
-    """The text format's own odd cases: braces and quotes in labels, timestamps, no end of the last line."""
+    """The text format allows braces and quotes in labels, timestamps, and a last line without a newline."""
     assert parse_metrics(page, NOW)[0].running == running
 
 
@@ -110,7 +110,7 @@ def test_lines(page: bytes, running: float | None) -> None:
     ],
 )
 def test_kv_capacity(caches: Iterable[str], tokens: int | None) -> None:
-    """The size itself, or blocks times their size; where an engine tells neither it is unknown, without an alarm."""
+    """The capacity is the reported size, or blocks times block size; without either it is None, and not missing."""
     poll, missing = parse_metrics(page_of(LOAD, caches), NOW)
     assert poll.kv_capacity_tokens == tokens
     assert not missing
@@ -121,16 +121,16 @@ def test_kv_capacity(caches: Iterable[str], tokens: int | None) -> None:
     st.booleans(),
     st.sampled_from(["{!r}", "{:.17g}", "{:.17e}"]),
 )
-def test_any_load(said: dict[str, list[float]], others: bool, written: str) -> None:
-    """Whatever engines say is what is read, and nothing else is."""
+def test_any_load(loads: dict[str, list[float]], others: bool, written: str) -> None:
+    """Any valid values are read exactly, and absent metrics are missing."""
     page = page_of(
-        {name: [written.format(number) for number in numbers] for name, numbers in said.items()}, others=others
+        {name: [written.format(number) for number in numbers] for name, numbers in loads.items()}, others=others
     )
     poll, missing = parse_metrics(page, NOW)
-    assert missing == set(WANTED) - said.keys()
-    told = (poll.running, poll.waiting, poll.kv_usage, poll.read_tokens, poll.generated_tokens)
-    for name, value in zip(WANTED, told, strict=True):
-        numbers = said.get(name)
+    assert missing == set(WANTED) - loads.keys()
+    values = (poll.running, poll.waiting, poll.kv_usage, poll.read_tokens, poll.generated_tokens)
+    for name, value in zip(WANTED, values, strict=True):
+        numbers = loads.get(name)
         if numbers is None:
             assert value is None
         else:
@@ -143,23 +143,23 @@ def test_any_load(said: dict[str, list[float]], others: bool, written: str) -> N
     )
 )
 def test_any_bytes(parts: list[bytes]) -> None:
-    """No page is too odd to be read; what is unknown is None and named, what is known is a number that can be."""
+    """Any bytes are parsed: a value is None and missing, or else finite and not negative."""
     poll, missing = parse_metrics(b"".join(parts), NOW)
-    told = (poll.running, poll.waiting, poll.kv_usage, poll.read_tokens, poll.generated_tokens)
-    for name, value in zip(WANTED, told, strict=True):
+    values = (poll.running, poll.waiting, poll.kv_usage, poll.read_tokens, poll.generated_tokens)
+    for name, value in zip(WANTED, values, strict=True):
         assert (value is None) == (name in missing)
         assert value is None or (value >= 0 and math.isfinite(value))
 
 
 @pytest.mark.parametrize("end", range(0, 1200, 7))
-def test_a_page_cut_off(end: int) -> None:
-    """A page without its end is read as far as it goes."""
+def test_a_truncated_page(end: int) -> None:
+    """A truncated page is read up to its end."""
     poll, missing = parse_metrics(page_of(LOAD, others=False)[:end], NOW)
     assert (poll.generated_tokens is None) == (GENERATED_TOKENS in missing)
     assert (poll.read_tokens is None) == (READ_TOKENS in missing)
 
 
-def test_nobody_answers() -> None:
-    """Without an answer nothing is known of the load; since when, and what the last page lacked, still is."""
-    seen = PollResult(LOADED, 7.0, frozenset({RUNNING}))
-    assert seen.unanswered() == PollResult(None, 7.0, frozenset({RUNNING}), answers=False)
+def test_a_failed_poll() -> None:
+    """After a failed poll the load is unknown; the time of the last page and its missing metrics are kept."""
+    result = PollResult(LOADED, 7.0, frozenset({RUNNING}))
+    assert result.unanswered() == PollResult(None, 7.0, frozenset({RUNNING}), answers=False)

@@ -1,4 +1,4 @@
-"""Which rungs may answer at all."""
+"""Which variants of a ladder may answer a request: floors, precisions and failed evaluations."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,15 +11,15 @@ from config.manifest import Manifest
 from config.schema import NO_FLOOR, AliasSettings, Floor
 from config.variant import AT_LEAST, MEASURES, PARENT_QUALITY, QualityMeasures, Variant
 from gateway.errors import FloorUnmet
-from gateway.routing.target import Catalog, Target
-from gateway.routing.target import excluded_rungs, permitted_rungs, unservable_aliases
+from gateway.routing.split import Rung
+from gateway.routing.target import Catalog, Target, excluded_rungs, unservable_aliases
 from tests.config.sealed import QUALITY, manifest_of
 
 HI = Variant("hi", "bf16", PARENT_QUALITY)
 MID = Variant("mid", "int8", QualityMeasures("measured", 0.01, 0.97, 1.01, 0.2, 1.05))
 LO = Variant("lo", "int4", QualityMeasures("measured", 0.05, 0.92, 1.05))
 ODD = Variant("odd", "fp8", QualityMeasures("unknown"))
-SAID = Variant("said", "fp8", QualityMeasures("declared", kl_mean=0.001, top1_agreement=0.99))
+DECLARED = Variant("declared", "fp8", QualityMeasures("declared", kl_mean=0.001, top1_agreement=0.99))
 CHECKS = [
     {"name": "kl_mean", "value": 0.05, "limit": 0.02, "passed": False},
     {"name": "top1_agreement", "value": 0.92, "limit": 0.9, "passed": True},
@@ -28,33 +28,33 @@ CHECKS = [
 
 
 def manifest(verdict: str, checks: list[dict[str, Any]] | None = None) -> Manifest:
-    """A manifest with this verdict."""
+    """A manifest with this verdict and these checks."""
     quality = {**QUALITY, "verdict": verdict, "checks": checks or []}
     return Manifest.model_validate({**manifest_of(4), "quality": quality})
 
 
 PASSED = replace(MID, manifest=manifest("pass"))
 FAILED = replace(LO, name="bad", manifest=manifest("fail", CHECKS))
-EVERYBODY = {variant.name: variant for variant in (HI, MID, LO, ODD, SAID, FAILED)}
+VARIANTS = {variant.name: variant for variant in (HI, MID, LO, ODD, DECLARED, FAILED)}
 
 
 def catalog(*ladder: str, **options: Any) -> Catalog:
     """One alias over some of the variants above."""
-    return Catalog({"smol": AliasSettings.model_validate({"ladder": ladder, **options})}, EVERYBODY)
+    return Catalog({"smol": AliasSettings.model_validate({"ladder": ladder, **options})}, VARIANTS)
 
 
-def target(*rungs: Variant, floor: Floor = NO_FLOOR, trust_declared: bool = False) -> Target:
-    """What a name stands for."""
-    return Target("smol", rungs, floor, False, trust_declared=trust_declared)
+def target(*ladder: Variant, floor: Floor = NO_FLOOR, trust_declared: bool = False) -> Target:
+    """An alias with this ladder."""
+    return Target("smol", tuple(map(Rung.of, ladder)), floor, False, trust_declared=trust_declared)
 
 
-def names(variants: tuple[Variant, ...]) -> str:
-    """Who they are."""
-    return " ".join(variant.name for variant in variants)
+def names(rungs: tuple[Rung, ...]) -> str:
+    """The variants of some rungs by name."""
+    return " ".join(variant.name for rung in rungs for variant in rung.variants)
 
 
 @pytest.mark.parametrize(
-    "alias_floor, caller_floor, precisions, kept",
+    "alias_floor, caller_floor, precisions, permitted",
     [
         ({}, {}, None, "hi mid lo odd"),
         ({"top1_agreement": 0.95}, {}, None, "hi mid"),
@@ -71,21 +71,21 @@ def names(variants: tuple[Variant, ...]) -> str:
         ({}, {}, {"fp8"}, "odd"),
     ],
 )
-def test_who_may_answer(
-    alias_floor: dict[str, float], caller_floor: dict[str, float], precisions: set[str] | None, kept: str
+def test_floors_and_precisions(
+    alias_floor: dict[str, float], caller_floor: dict[str, float], precisions: set[str] | None, permitted: str
 ) -> None:
-    """A rung stays if it satisfies the alias, the caller's floor and precisions; an unknown quality satisfies none."""
-    asked = target(HI, MID, LO, ODD, floor=Floor(**alias_floor))
-    wanted = None if precisions is None else frozenset(precisions)
-    assert names(permitted_rungs(asked, (Floor(**caller_floor),), wanted)) == kept
+    """A rung is permitted if it satisfies all floors and the precisions; an unknown quality satisfies no floor."""
+    ladder = target(HI, MID, LO, ODD, floor=Floor(**alias_floor))
+    accepted = None if precisions is None else frozenset(precisions)
+    assert names(ladder.permitted_rungs((Floor(**caller_floor),), accepted)) == permitted
 
 
 @pytest.mark.parametrize(
-    "alias_floor, caller_floor, trust_declared, kept",
+    "alias_floor, caller_floor, trust_declared, permitted",
     [
-        ({}, {}, False, "said"),
-        ({"kl_mean": 0.01}, {}, True, "said"),
-        ({}, {"kl_mean": 0.01}, True, "said"),
+        ({}, {}, False, "declared"),
+        ({"kl_mean": 0.01}, {}, True, "declared"),
+        ({}, {"kl_mean": 0.01}, True, "declared"),
         ({"kl_mean": 0.01}, {}, False, ""),
         ({}, {"top1_agreement": 0.1}, False, ""),
         ({"kl_mean": 0.0001}, {}, True, ""),
@@ -93,39 +93,39 @@ def test_who_may_answer(
     ],
 )
 def test_declared_quality(
-    alias_floor: dict[str, float], caller_floor: dict[str, float], trust_declared: bool, kept: str
+    alias_floor: dict[str, float], caller_floor: dict[str, float], trust_declared: bool, permitted: str
 ) -> None:
-    """A figure that somebody vouches for satisfies a floor only where the alias trusts it, and only if it is there."""
-    asked = target(SAID, floor=Floor(**alias_floor), trust_declared=trust_declared)
-    assert names(asked.filter_variants((Floor(**caller_floor),), None).kept) == kept
+    """A declared figure satisfies a floor only if it is given and the alias trusts it."""
+    ladder = target(DECLARED, floor=Floor(**alias_floor), trust_declared=trust_declared)
+    assert names(ladder.filter((Floor(**caller_floor),), None).permitted) == permitted
 
 
-def test_a_pinned_variant_has_nobody_to_trust_it() -> None:
-    """Its own name satisfies no floor by what is declared, whatever aliases say of it."""
-    pinned = catalog("said", trust_declared=True).resolve("said")
-    assert names(permitted_rungs(pinned, (NO_FLOOR,), None)) == "said"
+def test_a_pinned_variant_is_not_trusted() -> None:
+    """Declared figures of a pinned variant satisfy no floor, even if an alias trusts them."""
+    pinned = catalog("declared", trust_declared=True).resolve("declared")
+    assert names(pinned.permitted_rungs((NO_FLOOR,), None)) == "declared"
     with pytest.raises(FloorUnmet) as caught:
-        permitted_rungs(pinned, (Floor(top1_agreement=0.97),), None)
+        pinned.permitted_rungs((Floor(top1_agreement=0.97),), None)
     assert caught.value.message == (
-        "no variant of 'said' is good enough "
-        "(said: top1_agreement 0.99 is declared, not measured (an alias can trust it: trust_declared))"
+        "no variant of 'declared' is good enough "
+        "(declared: top1_agreement 0.99 is declared, not measured (an alias can trust it: trust_declared))"
     )
 
 
-def test_a_floor_that_nobody_meets_is_told_rung_by_rung() -> None:
-    """The refusal says of each rung what it lacks."""
+def test_an_unmet_floor_names_the_reason_of_each_rung() -> None:
+    """FloorUnmet says for each rung what it lacks."""
     with pytest.raises(FloorUnmet) as caught:
-        permitted_rungs(target(HI, LO, ODD), (Floor(top1_agreement=0.95),), frozenset({"int4", "fp8"}))
+        target(HI, LO, ODD).permitted_rungs((Floor(top1_agreement=0.95),), frozenset({"int4", "fp8"}))
     assert caught.value.message == (
         "no variant of 'smol' is good enough (hi: precision bf16 was not asked for; "
         "lo: top1_agreement 0.92 misses the floor 0.95; odd: top1_agreement is unknown, the floor is 0.95)"
     )
 
 
-def test_the_strictest_reason_is_told() -> None:
-    """A rung that the caller's precisions rule out is told so, even if its quality falls short as well."""
+def test_the_precision_is_checked_before_the_floor() -> None:
+    """A rung whose precision is not accepted is rejected for that, even if it misses the floor as well."""
     with pytest.raises(FloorUnmet, match=r"lo: precision int4 was not asked for"):
-        permitted_rungs(target(LO), (Floor(top1_agreement=0.99),), frozenset({"bf16"}))
+        target(LO).permitted_rungs((Floor(top1_agreement=0.99),), frozenset({"bf16"}))
 
 
 @pytest.mark.parametrize(
@@ -139,29 +139,29 @@ def test_the_strictest_reason_is_told() -> None:
     ],
 )
 def test_a_failed_verdict(ladder: tuple[str, ...], options: dict[str, Any], rungs: str, permitted: str) -> None:
-    """A variant whose evaluation said no isn't on a ladder unless the alias says so, and then it has floors to meet."""
-    made = catalog(*ladder, **options)
-    smol = made.resolve("smol")
+    """A variant that failed its evaluation is excluded unless the alias admits it; then floors apply to it."""
+    aliases = catalog(*ladder, **options)
+    smol = aliases.resolve("smol")
     assert (names(smol.rungs), names(smol.permitted)) == (rungs, permitted)
-    assert len(unservable_aliases(made)) == (not permitted)
+    assert len(unservable_aliases(aliases)) == (not permitted)
 
 
-def test_what_a_verdict_shuts_out_is_told() -> None:
-    """Who configures it, and who asks, hear which limits were missed, and how to take the variant all the same."""
+def test_the_reason_of_an_exclusion() -> None:
+    """Warnings and refusals name the limits that were missed, and the option that admits the variant."""
     why = "bad: its verdict is fail: kl_mean 0.05 misses 0.02, kl_p99 2 misses 1.5 (an alias can take it: admit_failed)"
     assert excluded_rungs(catalog("hi", "bad")) == [f"alias 'smol' never chooses {why}"]
     assert excluded_rungs(catalog("hi", "bad", admit_failed=True)) == []
     assert unservable_aliases(catalog("bad")) == [f"no variant of 'smol' is good enough ({why})"]
     with pytest.raises(FloorUnmet) as caught:
-        permitted_rungs(catalog("hi", "bad").resolve("smol"), (NO_FLOOR,), frozenset({"int4"}))
+        catalog("hi", "bad").resolve("smol").permitted_rungs((NO_FLOOR,), frozenset({"int4"}))
     assert caught.value.message.endswith(f"(hi: precision bf16 was not asked for; {why})")
     assert replace(FAILED, manifest=manifest("fail")).failure == "its verdict is fail"
     assert PASSED.failure is None
 
 
-def test_a_pin_reaches_a_variant_that_failed() -> None:
-    """Its own name is a decision that somebody made."""
-    assert names(permitted_rungs(catalog("hi").resolve("bad"), (NO_FLOOR, NO_FLOOR), None)) == "bad"
+def test_a_failed_variant_can_be_pinned() -> None:
+    """The name of a variant reaches it even if its evaluation failed."""
+    assert names(catalog("hi").resolve("bad").permitted_rungs((NO_FLOOR, NO_FLOOR), None)) == "bad"
 
 
 shares = st.none() | st.floats(0, 1)
@@ -182,7 +182,7 @@ verdicts = st.none() | st.sampled_from([manifest("pass"), manifest("fail")])
 
 
 def meets(variant: Variant, floor: Floor, trusts: bool) -> bool:
-    """Say it in other words than the code: every limit has a figure that counts and is on its good side."""
+    """An independent check: every limit has a figure that counts and is on its good side."""
     for measure in MEASURES:
         limit, value = getattr(floor, measure), getattr(variant.quality, measure)
         counts = value is not None and (variant.quality.source != "declared" or trusts)
@@ -200,34 +200,34 @@ def meets(variant: Variant, floor: Floor, trusts: bool) -> bool:
     st.booleans(),
 )
 def test_no_floor_is_ever_breached(
-    made: list[tuple[QualityMeasures, str, Manifest | None]],
+    measured: list[tuple[QualityMeasures, str, Manifest | None]],
     limits: tuple[Floor, Floor, Floor],
-    wanted: frozenset[str] | None,
+    accepted: frozenset[str] | None,
     trusts: bool,
     admits: bool,
     pinned: bool,
 ) -> None:
-    """Whatever ladder, floors and verdicts, every rung that is kept meets them all, and none that does is lost."""
+    """For any ladder, floors and verdicts, the permitted rungs are exactly those that satisfy all of them."""
     several = [
         Variant(f"v{number}", precision, quality, manifest=judged)
-        for number, (quality, precision, judged) in enumerate(made)
+        for number, (quality, precision, judged) in enumerate(measured)
     ]
     variants = {variant.name: variant for variant in several}
     settings = AliasSettings(ladder=tuple(variants), floor=limits[0], trust_declared=trusts, admit_failed=admits)
-    asked = Catalog({"smol": settings}, variants).resolve("v0" if pinned else "smol")
+    resolved = Catalog({"smol": settings}, variants).resolve("v0" if pinned else "smol")
 
     def good(variant: Variant) -> bool:
         failed = variant.manifest is not None and variant.manifest.quality.verdict == "fail"
-        held_to = limits[1:] if pinned else limits
+        applied = limits[1:] if pinned else limits
         return (
-            all(meets(variant, floor, trusts and not pinned) for floor in held_to)
-            and (wanted is None or variant.precision in wanted)
+            all(meets(variant, floor, trusts and not pinned) for floor in applied)
+            and (accepted is None or variant.precision in accepted)
             and (pinned or admits or not failed)
         )
 
-    left = tuple(filter(good, several[:1] if pinned else several))
-    if left:
-        assert permitted_rungs(asked, limits[1:], wanted) == left
+    expected = tuple(map(Rung.of, filter(good, several[:1] if pinned else several)))
+    if expected:
+        assert resolved.permitted_rungs(limits[1:], accepted) == expected
     else:
         with pytest.raises(FloorUnmet):
-            permitted_rungs(asked, limits[1:], wanted)
+            resolved.permitted_rungs(limits[1:], accepted)

@@ -15,11 +15,10 @@ from config.variant import QualityMeasures, Variant
 from gateway.observability.metrics import Metrics
 from gateway.proxy.decision_log import MAX_DECISIONS
 from gateway.proxy.dispatcher import Dispatcher
-from gateway.proxy.leases import Want
 from gateway.proxy.load.tracker import LoadTracker
+from gateway.routing.request import RoutingRequest
+from gateway.routing.sessions import MAX_SESSIONS
 from gateway.routing.target import Catalog
-from gateway.routing.request import Ask
-from gateway.routing.sessions import MOST_SESSIONS
 from serving.registry import Registry
 from serving.replica import Replica, State
 from tests.benchmarks.routing import policies
@@ -119,7 +118,7 @@ class Watched(Ours):
 
     def _note_switches(self, now: float) -> None:
         super()._note_switches(now)
-        for (_, rung), gate in self.dispatch.scene.gates.items():
+        for (_, rung), gate in self.dispatch.cluster.gates.items():
             told = self.turned[rung]
             if gate.spilling != bool(told and told[-1][1]):
                 told.append((gate.since_seconds, gate.spilling))
@@ -333,17 +332,25 @@ async def test_what_is_remembered_is_bounded() -> None:
     for dispatch, loads, catalog in dispatches():
         target = catalog.resolve("smol")
         for each in range(asked):
-            ask = Ask(1000.0, None, tuple(range(16 * each, 16 * each + 16)), f"s{each}")
-            want = Want(target, target.permitted, dispatch.arrived(), ask, request_id=f"r{each}", prompt_bytes=4000)
-            with await dispatch.lease(want, wait_seconds=1.0) as lease:
-                lease.began()
+            request = RoutingRequest(
+                target,
+                target.permitted,
+                dispatch.next_turn(),
+                request_id=f"r{each}",
+                prompt_tokens=1000.0,
+                prompt_bytes=4000,
+                blocks=tuple(range(16 * each, 16 * each + 16)),
+                session=f"s{each}",
+            )
+            with await dispatch.lease(request, wait_seconds=1.0) as lease:
+                lease.in_flight.first_token()
                 lease.succeeded()
-        assert len(dispatch.memory.stays()) == MOST_SESSIONS
+        assert len(dispatch.affinity.placements()) == MAX_SESSIONS
         kept = [each for each in range(asked) if dispatch.decisions.find(f"r{each}") is not None]
         assert kept == list(range(asked - MAX_DECISIONS, asked))
-        assert len(dispatch.scene.gates) <= 2
-        assert [each.unread_tokens for name in ("hi", "lo") for each in loads.standings(name)] == [0.0] * 4
-        assert dispatch.memory.blocks_held <= 4 * 4096
+        assert len(dispatch.cluster.gates) <= 2
+        assert [each.unread_tokens for name in ("hi", "lo") for each in loads.replica_metrics(name)] == [0.0] * 4
+        assert dispatch.affinity.blocks_held <= 4 * 4096
 
 
 # Refusals

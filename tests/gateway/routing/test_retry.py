@@ -1,18 +1,18 @@
-"""How many requests may be tried again, and which never."""
+"""The retry budget, and the reasons for which a request is not tried again."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.retry import RetryBudget, earned, spent, why_not_again
+from gateway.routing.retry import RetryBudget, earned, retry_refusal, spent
 
 
 @given(st.lists(st.booleans(), max_size=400))
 def test_retries_are_a_share_of_the_traffic(events: list[bool]) -> None:
-    """However requests and wishes for a retry come, no more than ten and a fifth of the requests are made."""
+    """In any order of requests and retries, at most ten retries and a fifth of the requests are made."""
     budget, requests, retries = RetryBudget(), 0, 0
-    for wish in events:
-        if not wish:
+    for retry in events:
+        if not retry:
             budget = earned(budget)
             requests += 1
         elif budget.suffices:
@@ -22,8 +22,8 @@ def test_retries_are_a_share_of_the_traffic(events: list[bool]) -> None:
         assert 0 <= budget.thousandths <= 10_000
 
 
-def test_every_fifth_request_buys_a_retry_and_no_more_than_ten_are_saved() -> None:
-    """Exactly: nothing is lost to rounding, either."""
+def test_five_requests_earn_a_retry_and_ten_are_saved_at_most() -> None:
+    """A request earns exactly a fifth of a retry, without rounding errors."""
     budget = RetryBudget()
     assert earned(budget) is budget
     for _ in range(10):
@@ -38,17 +38,18 @@ def test_every_fifth_request_buys_a_retry_and_no_more_than_ten_are_saved() -> No
 
 
 @pytest.mark.parametrize(
-    "deaths, attempts, budget, why",
+    "deaths, attempts, budget, reason",
     [
         (0, 1, RetryBudget(), None),
         (1, 1, RetryBudget(), None),
-        (1, 3, RetryBudget(1000), None),
+        (1, 2, RetryBudget(1000), None),
         (2, 2, RetryBudget(), "poison"),
         (3, 9, RetryBudget(0), "poison"),
+        (1, 3, RetryBudget(), "attempts"),
         (1, 4, RetryBudget(), "attempts"),
         (0, 1, RetryBudget(999), "budget"),
     ],
 )
-def test_why_a_request_is_not_tried_again(deaths: int, attempts: int, budget: RetryBudget, why: str | None) -> None:
-    """A request that two replicas didn't survive is never tried again, whatever the budget holds."""
-    assert why_not_again(deaths, attempts, budget) == why
+def test_retry_refusal(deaths: int, attempts: int, budget: RetryBudget, reason: str | None) -> None:
+    """Two dead replicas, three attempts or an empty budget end the attempts; the replicas count first."""
+    assert retry_refusal(deaths, attempts, budget) == reason

@@ -1,4 +1,4 @@
-"""From a model name to the variants that may answer it."""
+"""The names that clients may send as `model`, and the rungs behind them."""
 
 import pytest
 
@@ -22,14 +22,15 @@ CATALOG = Catalog(DEPLOYMENT.settings.aliases, DEPLOYMENT.variants)
     ],
 )
 def test_a_name_is_an_alias_or_pins_a_variant(name: str, rungs: list[str], floor: Floor, pinned: bool) -> None:
-    """An alias stands for its ladder and floor; a variant's own name for itself, with no floor but the caller's."""
+    """An alias has its ladder and floor; the name of a variant has that variant and no floor."""
     target = CATALOG.resolve(name)
-    assert ([variant.name for variant in target.rungs], target.floor, target.pinned) == (rungs, floor, pinned)
+    assert ([rung.name for rung in target.rungs], target.floor, target.pinned) == (rungs, floor, pinned)
+    assert all([variant.name for variant in rung.variants] == [rung.name] for rung in target.rungs)
 
 
 @pytest.mark.parametrize("name", ["", "SMOL", "smol ", "x" * 10_000, "\x00\n", "gpt-4o"])
 def test_other_names_are_unknown(name: str) -> None:
-    """A made-up name is refused in a message of bounded length."""
+    """An unknown name is refused with 404, in a message of bounded length."""
     with pytest.raises(UnknownModel) as caught:
         CATALOG.resolve(name)
     assert (caught.value.status, caught.value.code, caught.value.param) == (404, "model_not_found", "model")
@@ -37,5 +38,5 @@ def test_other_names_are_unknown(name: str) -> None:
 
 
 def test_names() -> None:
-    """Aliases come first: clients that take the first name get one with a ladder."""
+    """Aliases come first, so a client that takes the first name gets one with a ladder."""
     assert CATALOG.names() == ["smol", "strict", "team/small", "hopeless", "hi", "mid", "lo", "odd"]

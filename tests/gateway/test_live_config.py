@@ -1,0 +1,155 @@
+"""The live configuration: routes are resolved once, and a rollout's weights outlive a reload."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from config.errors import ConfigError
+from config.schema import Floor, LimitSettings
+from gateway.app import live_config_for
+from gateway.errors import NotAllowed, UnknownModel
+from gateway.keys import Caller
+from gateway.live_config import MAX_ROUTES, LiveConfig, LiveWeights
+from gateway.routing.split import RungWeights
+from tests.gateway.fleet import deployment, running_gateway
+
+WAIT_SECONDS = 7.0
+ALICE = Caller("alice", aliases=frozenset({"smol", "hopeless", "unknown"}), floor=Floor(top1_agreement=0.95))
+KEY = ("smol", "best")
+
+
+def live_config(**changes: Any) -> LiveConfig:
+    """The configuration of the tests' gateway, with some top-level tables changed."""
+    live = live_config_for(deployment(changes))
+    live.limits = LimitSettings(queue_seconds=WAIT_SECONDS)
+    return live
+
+
+def aliases(**options: Any) -> Mapping[str, Any]:
+    """One alias with these options."""
+    return {"smol": {"ladder": ["hi", "mid", "lo"], "trust_declared": True, **options}}
+
+
+# Routes
+
+
+def test_a_route() -> None:
+    """It has the caller, the target, the rungs that satisfy alias and key, and how long its requests may wait."""
+    live = live_config()
+    route = live.route(ALICE, "smol")
+    assert (route.caller, route.target) == (ALICE, live.catalog.resolve("smol"))
+    assert [rung.name for rung in route.rungs] == ["hi", "mid"]
+    assert route.queue_seconds == WAIT_SECONDS
+    assert [rung.name for rung in live.route(Caller(), "smol").rungs] == ["hi", "mid", "lo"]
+
+
+@pytest.mark.parametrize("queue_seconds", [0.0, 0.5])
+def test_the_wait_of_an_alias(queue_seconds: float) -> None:
+    """The alias' own wait replaces that of the gateway, also if it is 0."""
+    live = live_config(aliases=aliases(timeouts={"queue_seconds": queue_seconds}))
+    assert live.route(ALICE, "smol").queue_seconds == queue_seconds
+
+
+def test_a_route_is_resolved_once() -> None:
+    """Every request with one key and alias gets the same route; other keys and aliases have their own."""
+    live = live_config()
+    route = live.route(ALICE, "smol")
+    assert live.route(ALICE, "smol") is route
+    anonymous, bob = Caller(), Caller("bob")
+    others = {pair: live.route(*pair) for pair in ((anonymous, "smol"), (bob, "smol"), (bob, "lo"))}
+    assert len({id(each) for each in (route, *others.values())}) == 4
+    assert live.route(ALICE, "smol") is route
+    assert all(live.route(*pair) is other for pair, other in others.items())
+
+
+def test_a_reload_resolves_routes_anew() -> None:
+    """After `replace`, a route has the new catalog's target, rungs and wait."""
+    live = live_config()
+    before = live.route(ALICE, "smol")
+    other = live_config(aliases=aliases(ladder=["mid", "lo"]))
+    other.limits = LimitSettings(queue_seconds=1.0)
+    live.replace(other)
+    after = live.route(ALICE, "smol")
+    assert after.target is other.catalog.resolve("smol")
+    assert ([rung.name for rung in after.rungs], after.queue_seconds) == (["mid"], 1.0)
+    assert [rung.name for rung in before.rungs] == ["hi", "mid"]
+    live.replace(live_config(aliases=aliases(ladder=["lo"])))
+    assert live.route(ALICE, "smol").rungs == ()
+
+
+def test_another_caller_of_the_same_name_has_its_own_route() -> None:
+    """A key that was issued anew under its name, with another floor and other models, is not served from the cache."""
+    live = live_config()
+    assert [rung.name for rung in live.route(ALICE, "smol").rungs] == ["hi", "mid"]
+    anew = replace(ALICE, floor=Floor(top1_agreement=0.99))
+    assert [rung.name for rung in live.route(anew, "smol").rungs] == ["hi"]
+    assert live.route(anew, "smol").caller is anew
+    with pytest.raises(NotAllowed):
+        live.route(replace(ALICE, aliases=frozenset({"lo"})), "smol")
+
+
+def test_models_that_have_no_route() -> None:
+    """A model that the key may not use is refused before it is looked up, and an unknown one is not found."""
+    live = live_config()
+    for _ in range(2):
+        for model in ("lo", "no-such-model"):
+            with pytest.raises(NotAllowed):
+                live.route(ALICE, model)
+        with pytest.raises(UnknownModel):
+            live.route(ALICE, "unknown")
+    assert live.route(ALICE, "hopeless").rungs == ()
+
+
+def test_routes_are_bounded() -> None:
+    """The cache is cleared when it is full."""
+    live = live_config()
+    first = live.route(ALICE, "smol")
+    for number in range(MAX_ROUTES + 10):
+        live.route(Caller(f"key-{number}"), "smol")
+        assert len(live._routes) <= MAX_ROUTES
+    assert live.route(ALICE, "smol") is not first
+    assert live.route(ALICE, "smol") == first
+
+
+# Weights
+
+
+def weights(revision: int, *shares: float) -> RungWeights:
+    """Weights of one rung."""
+    return RungWeights(revision, {KEY: shares})
+
+
+def test_weights_are_replaced_by_newer_ones() -> None:
+    """They hold from the next decision on; before the first ones there are none."""
+    live = LiveWeights()
+    assert (live.current.revision, dict(live.current.by_rung)) == (0, {})
+    for revision in (1, 2, 7):
+        live.replace(weights(revision, 0.9, 0.1))
+        assert live.current.revision == revision
+    assert live.current.by_rung[KEY] == (0.9, 0.1)
+
+
+@pytest.mark.parametrize("revision", [0, 1, 2])
+def test_older_weights_are_refused(revision: int) -> None:
+    """Weights of an older revision, or of the same one, change nothing; the error names both revisions."""
+    live = LiveWeights()
+    live.replace(weights(2, 0.9, 0.1))
+    words = f"weights of revision {revision} do not replace those of revision 2; read them again"
+    with pytest.raises(ConfigError, match=words):
+        live.replace(weights(revision, 0.5, 0.5))
+    assert live.current == weights(2, 0.9, 0.1)
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_weights_outlive_a_reload() -> None:
+    """A reload replaces the configuration of a running gateway and leaves its weights, which decisions use."""
+    async with running_gateway(deployment()) as fleet:
+        served = fleet.served
+        served.weights.replace(weights(1, 0.9, 0.1))
+        served.live_config.replace(live_config(aliases=aliases(ladder=["mid", "lo"])))
+        assert served.weights.current == weights(1, 0.9, 0.1)
+        assert served.dispatcher.cluster.weights() is served.weights.current
+        served.weights.replace(weights(2, 1.0, 0.0))
+        assert served.dispatcher.cluster.weights() == weights(2, 1.0, 0.0)
