@@ -46,7 +46,7 @@ from gateway.proxy.spill import SpillState
 from gateway.routing import breaker, retry, service_rate
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.engine_metrics import EngineMetrics
-from gateway.routing.pick import Candidate, any_pending, decide, has_room, shortest_fitting_context
+from gateway.routing.pick import Candidate, any_pending, decide, drawn_names, has_room, shortest_fitting_context
 from gateway.routing.queue import QueueLimits, Queues
 from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights
@@ -135,14 +135,10 @@ class Dispatcher:
         key = self._queue_key(request)
         if not self._may_become_ready(key):
             raise Unavailable(f"no replica of {key.alias!r} is ready")
-        waiter = Waiter(key, request, asyncio.get_running_loop().create_future())
+        waiter = Waiter(key, request, asyncio.get_running_loop().create_future(), self._clock() + wait_seconds)
         if not len(self._queues):
             self._resume_rates()
-        evicted = self._queues.join(key, request.key, waiter, self._clock() + wait_seconds, request.body_bytes)
-        if evicted is None:
-            raise self._queue_full(key, request.key)
-        for other in evicted:
-            other.refuse(self._queue_full(other.queue, other.request.key))
+        self._join(waiter)
         self._set_timer()
         try:
             return await waiter.result
@@ -243,31 +239,44 @@ class Dispatcher:
 
     def _queue_key(self, request: RoutingRequest) -> QueueKey:
         context_tokens = shortest_fitting_context(request.rungs, self.cluster, request.needed_tokens)
-        return QueueKey(request.target.name, tuple([rung.name for rung in request.rungs]), context_tokens, request)
+        return QueueKey(request.target.name, drawn_names(request, self.cluster), context_tokens)
+
+    def _join(self, waiter: Waiter) -> None:
+        """Queue a request, which may evict others of keys that hold more than their share; or refuse it."""
+        request = waiter.request
+        evicted = self._queues.join(waiter.queue, request.key, waiter, waiter.deadline, request.body_bytes)
+        for other in [waiter] if evicted is None else evicted:
+            other.refuse(self._queue_full(other.queue, other.request.key))
 
     def _serve_queues(self) -> None:
         """Lease free slots to waiting requests, in turn, until nothing fits any more."""
         for waiter in self._queues.expired(self._clock()):
             waiter.refuse(self._queue_timeout(waiter.queue, waiter.request.key))
         while (turn := self._queues.next(self._serves)) is not None:
-            if not turn.result.done():
-                turn.result.set_result(self._lease_next(turn.request))
+            if turn.result.done():
+                continue
+            lease = self._lease_next(turn.request)
+            if lease is not None:
+                turn.result.set_result(lease)
+            else:
+                # It is drawn to another member since the weights of its rung changed: there it waits on.
+                turn.queue = self._queue_key(turn.request)
+                self._join(turn)
         self._set_timer()
 
     def _serves(self, key: QueueKey) -> bool:
-        return has_room(key.request, self.cluster, self._clock(), key.context_tokens)
+        return has_room(key.variants, self.cluster, self._clock(), key.context_tokens)
 
-    def _lease_next(self, request: RoutingRequest) -> Lease:
+    def _lease_next(self, request: RoutingRequest) -> Lease | None:
         lease = self._decide(self.affinity.refreshed(request))
-        if lease is None:
-            # Only a context that is too short is left: its engine's error says so.
-            lease = self._decide(
-                msgspec.structs.replace(
-                    request, prompt_tokens=0.0, answer_tokens=None, placement=None, cached_tokens=NOTHING_CACHED
-                )
+        if lease is not None:
+            return lease
+        # Only a context that is too short is left: its engine's error says so.
+        return self._decide(
+            msgspec.structs.replace(
+                request, prompt_tokens=0.0, answer_tokens=None, placement=None, cached_tokens=NOTHING_CACHED
             )
-        assert lease is not None, "a queue is served only if a replica has room"
-        return lease
+        )
 
     def _set_timer(self) -> None:
         """Wake up when the next deadline passes, or when a barred or overloaded replica may be asked again."""
@@ -306,11 +315,10 @@ class Dispatcher:
                 waiter.refuse(Unavailable(f"no replica of {waiter.queue.alias!r} is ready any more"))
 
     def _may_become_ready(self, key: QueueKey) -> bool:
-        rungs = key.request.rungs
-        return self._any_ready(rungs) or any_pending(rungs, self._registry.snapshot())
+        return self._any_ready(key) or any_pending(key.variants, self._registry.snapshot())
 
-    def _any_ready(self, rungs: Iterable[Rung]) -> bool:
-        return any(variant.name in self._registry.ready for rung in rungs for variant, _ in rung.members)
+    def _any_ready(self, key: QueueKey) -> bool:
+        return any(name in self._registry.ready for name in key.variants)
 
     # Refusals
 
@@ -319,15 +327,15 @@ class Dispatcher:
         return QueueFull(what, retry_after_seconds=self._retry_after(key, api_key))
 
     def _queue_timeout(self, key: QueueKey, api_key: str) -> GatewayError:
-        if self._any_ready(key.request.rungs):
+        if self._any_ready(key):
             what = f"every replica of {key.alias!r} is busy, and none had room in time; try again later"
             return QueueTimeout(what, retry_after_seconds=self._retry_after(key, api_key))
         return Unavailable(f"no replica of {key.alias!r} became ready in time")
 
     def _retry_after(self, key: QueueKey, api_key: str) -> float:
         now, ahead = self._clock(), self._queues.ahead(key, api_key)
-        names = [variant.name for rung in key.request.rungs for variant, _ in rung.members]
-        return min(service_rate.retry_after_seconds(ahead, self._rates.get(name), now) for name in names)
+        rates = [self._rates.get(name) for name in key.variants]
+        return min([service_rate.retry_after_seconds(ahead, rate, now) for rate in rates])
 
 
 def _too_long(request: RoutingRequest, candidate: Candidate, wait_seconds: float) -> Overloaded:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
@@ -129,15 +129,14 @@ class RegistryLedger:
 
 @dataclass(frozen=True, slots=True)
 class QueueKey:
-    """What a queue waits for: any replica of these rungs with a context that is long enough.
+    """What a queue waits for: any replica of these variants with a context that is long enough.
 
-    Requests of one alias with the same rungs and the same context wait in one queue; `request` is the first of them.
+    Requests of one alias that are drawn to the same variants and need the same context wait in one queue.
     """
 
     alias: str
-    names: tuple[str, ...]
+    variants: tuple[str, ...]
     context_tokens: float
-    request: RoutingRequest = field(compare=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -147,6 +146,7 @@ class Waiter:
     queue: QueueKey
     request: RoutingRequest
     result: "asyncio.Future[Lease]"
+    deadline: float  # on the monotonic clock
 
     def refuse(self, error: GatewayError) -> None:
         """End the wait with an error."""

@@ -98,7 +98,8 @@ class _DecisionTrace:
 
     def __init__(self, request: RoutingRequest, cluster: ClusterState, now: float, wait_seconds: float) -> None:
         self.request, self.cluster, self.now, self.limit_seconds = request, cluster, now, wait_seconds
-        self.variants = [drawn_member(rung, request, cluster) for rung in request.rungs]
+        # A rung without a drawn member is shown as its stable one, which has no replica to ask then.
+        self.variants = [drawn_member(rung, request, cluster) or rung.variants[0] for rung in request.rungs]
         needed = request.needed_tokens
         self.needed_tokens = needed if any_context_fits(request.rungs, cluster, needed) else 0.0
         self.results = list(self._look_at_rungs())

@@ -47,7 +47,7 @@ def filter_failed(ladder: Iterable[Rung]) -> FilterResult:
     def why(variant: Variant) -> str | None:
         return None if variant.failure is None else f"{variant.failure} (an alias can take it: admit_failed)"
 
-    return _filter(ladder, why)
+    return _filter(ladder, why, by_request=False)
 
 
 def filter_rungs(
@@ -61,10 +61,10 @@ def filter_rungs(
         shortfalls = (variant.quality.shortfall(floor, trust_declared=trust_declared) for floor in floors)
         return next(filter(None, shortfalls), None)
 
-    return _filter(rungs, why)
+    return _filter(rungs, why, by_request=True)
 
 
-def _filter(rungs: Iterable[Rung], check: Check) -> FilterResult:
+def _filter(rungs: Iterable[Rung], check: Check, *, by_request: bool) -> FilterResult:
     permitted, rejected = [], []
     for rung in rungs:
         reasons = [(variant, check(variant)) for variant, _ in rung.members]
@@ -73,7 +73,7 @@ def _filter(rungs: Iterable[Rung], check: Check) -> FilterResult:
         if len(left) == len(rung.members):
             permitted.append(rung)
         elif left:
-            permitted.append(Rung(rung.name, left))
+            permitted.append(Rung(rung.name, left, filtered=by_request))
     return FilterResult(tuple(permitted), tuple(rejected))
 
 

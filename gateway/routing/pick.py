@@ -24,6 +24,7 @@ from gateway.routing.score import cost, costs
 from gateway.routing.sessions import Placement
 from gateway.routing.spill import CLOSED, Home, SpillGate, Verdict, evaluate, evaluate_last, update
 from gateway.routing.split import Rung, RungKey, choose_member
+from gateway.routing.target import Target
 from serving.replica import PENDING, ReplicaStatus
 
 Reason = Literal["preferred", "spill", "floor", "pinned", "canary", "fallback"]
@@ -95,6 +96,8 @@ def look_at_rung(
     """Filter, score and pick on one rung, then ask its gate; `passed_over`: a better rung could have answered."""
     rung, spill = request.rungs[place], request.target.spill
     variant = rung.only or drawn_member(rung, request, cluster)
+    if variant is None:
+        return NO_REPLICA
     ready = admitted(cluster.estimates(variant.name), cluster, now)
     able = filter_replicas(ready, request.tried, needed_tokens)
     if not able:
@@ -138,8 +141,8 @@ def shortest_queue(roomy: Sequence[LatencyEstimate], turn: int) -> LatencyEstima
     return min([*roomy[first:], *roomy[:first]] if first else roomy, key=_requests)
 
 
-def drawn_member(rung: Rung, request: RoutingRequest, cluster: ClusterState) -> Variant:
-    """Draw the member of a rung that a conversation, or a request without one, belongs to."""
+def drawn_member(rung: Rung, request: RoutingRequest, cluster: ClusterState) -> Variant | None:
+    """Draw the member of a rung that a conversation, or a request without one, belongs to; None if none has weight."""
     if rung.only is not None:
         return rung.only
     weights = cluster.weights().by_rung.get((request.target.name, rung.name))
@@ -168,13 +171,19 @@ def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: f
     """Pick the least bad of the replicas that breakers bar, on the highest rung that has one."""
     for place, rung in enumerate(request.rungs):
         variant = drawn_member(rung, request, cluster)
-        estimates = cluster.estimates(variant.name)
-        barred = admissible([each.id for each in estimates], cluster.breakers, now).last_resort
-        allowed = without_room_if_overloaded([each for each in estimates if each.id in barred], cluster, now)
-        able = [each for each in filter_replicas(allowed, request.tried, needed_tokens) if each.has_room]
+        if variant is None:
+            continue
+        barred = _last_resorts(variant.name, cluster, now)
+        able = [each for each in filter_replicas(barred, request.tried, needed_tokens) if each.has_room]
         if able:
             return _candidate(shortest_queue(able, request.turn), place, variant, request, passed_over=False)
     return None
+
+
+def _last_resorts(variant_name: str, cluster: ClusterState, now: float) -> Sequence[LatencyEstimate]:
+    estimates = cluster.estimates(variant_name)
+    barred = admissible([each.id for each in estimates], cluster.breakers, now).last_resort
+    return without_room_if_overloaded([each for each in estimates if each.id in barred], cluster, now)
 
 
 # What waiting requests need to know
@@ -192,24 +201,28 @@ def shortest_fitting_context(rungs: Iterable[Rung], cluster: ClusterState, neede
     return min(fitting) if 0 < len(fitting) < len(contexts) else 0.0
 
 
-def any_pending(rungs: Iterable[Rung], snapshot: Iterable[ReplicaStatus]) -> bool:
-    """Return whether a replica that may answer is starting."""
-    names = {variant.name for rung in rungs for variant in rung.variants}
+def any_pending(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatus]) -> bool:
+    """Return whether a replica of these variants is starting."""
+    names = frozenset(variant_names)
     return any(status.state in PENDING and status.replica.variant in names for status in snapshot)
 
 
-def has_room(request: RoutingRequest, cluster: ClusterState, now: float, needed_tokens: float = 0.0) -> bool:
-    """Return whether any replica that may answer, with a context that is long enough, takes one more request."""
-    if needed_tokens and not any_context_fits(request.rungs, cluster, needed_tokens):
-        needed_tokens = 0.0
-    for rung in request.rungs:
-        ready = admitted(cluster.estimates(drawn_member(rung, request, cluster).name), cluster, now)
-        if any(each.has_room and needed_tokens <= each.context_tokens for each in ready):
-            return True
-    if not cluster.breakers:
-        return False
-    anyone = RoutingRequest(request.target, request.rungs, request_id=request.request_id, session=request.session)
-    return last_resort(anyone, cluster, needed_tokens, now) is not None
+def drawn_names(request: RoutingRequest, cluster: ClusterState) -> tuple[str, ...]:
+    """The variants that a request is drawn to now, of each rung."""
+    drawn = [drawn_member(rung, request, cluster) for rung in request.rungs]
+    return tuple([variant.name for variant in drawn if variant is not None])
+
+
+def has_room(variant_names: Iterable[str], cluster: ClusterState, now: float, needed_tokens: float = 0.0) -> bool:
+    """Return whether any replica of these variants, with a context that is long enough, takes one more request."""
+    names = tuple(variant_names)
+    if needed_tokens:
+        contexts = [each.context_tokens for name in names for each in cluster.estimates(name)]
+        needed_tokens = needed_tokens if contexts and needed_tokens <= max(contexts) else 0.0
+    ready = [each for name in names for each in admitted(cluster.estimates(name), cluster, now)]
+    if not any(each.has_room and needed_tokens <= each.context_tokens for each in ready) and cluster.breakers:
+        ready = [each for name in names for each in _last_resorts(name, cluster, now)]
+    return any(each.has_room and needed_tokens <= each.context_tokens for each in ready)
 
 
 def _ready(rungs: Iterable[Rung], cluster: ClusterState) -> Iterable[LatencyEstimate]:
@@ -303,8 +316,14 @@ def _reason(place: int, variant: Variant, request: RoutingRequest, *, passed_ove
     if target.pinned:
         return "pinned"
     if place == 0:
-        if variant is not rung.members[0][0]:
+        if rung.only is None and not _is_stable(variant, rung, target):
             return "canary"
         # `floor`: the caller, the key or the alias ruled a better rung out.
         return "preferred" if rung.name == target.rungs[0].name else "floor"
     return "spill" if passed_over else "fallback"
+
+
+def _is_stable(variant: Variant, rung: Rung, target: Target) -> bool:
+    """Return whether a variant is the first member of its rung in the whole ladder, before any filter."""
+    whole = next(each for each in target.rungs if each.name == rung.name)
+    return variant is whole.members[0][0]

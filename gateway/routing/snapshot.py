@@ -220,5 +220,6 @@ def _finite(states: Mapping[str, Breaker | Overload]) -> dict[str, dict[str, obj
 
 def _members(rung: Rung, weights: Weights | None) -> dict[str, float]:
     """The weights that hold, by variant."""
-    shares = weights or [weight for _, weight in rung.members]
-    return {variant.name: share for variant, share in zip(rung.variants, shares, strict=True)}
+    return {
+        variant.name: weight if weights is None else weights.get(variant.name, 0.0) for variant, weight in rung.members
+    }

@@ -11,7 +11,7 @@ from hashlib import blake2b
 
 from config.variant import Variant
 
-Weights = tuple[float, ...]
+Weights = Mapping[str, float]  # by the name of a rung's variant
 RungKey = tuple[str, str]  # an alias, and the name of one of its rungs
 
 _DRAW_BYTES = 8
@@ -19,15 +19,21 @@ _DRAW_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """A place in a ladder: weighted variants, stable first. `only` is the variant of a rung with one member."""
+    """A place in a ladder: weighted variants, stable first.
+
+    `only` is the variant of a rung with one member. A rung that lost members to a floor (`filtered`) has none: the
+    weights still decide whether the member that is left may answer.
+    """
 
     name: str
     members: tuple[tuple[Variant, float], ...]
+    filtered: bool = False
     only: Variant | None = field(init=False, repr=False, compare=False)
     names: tuple[str, ...] = field(init=False, repr=False, compare=False)  # of the variants
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "only", self.members[0][0] if len(self.members) == 1 else None)
+        alone = len(self.members) == 1 and not self.filtered
+        object.__setattr__(self, "only", self.members[0][0] if alone else None)
         object.__setattr__(self, "names", tuple([variant.name for variant, _ in self.members]))
 
     @classmethod
@@ -56,27 +62,24 @@ class RungWeights:
 NO_WEIGHTS = RungWeights()
 
 
-def choose_member(rung: Rung, key: str, weights: Weights | None = None) -> Variant:
+def choose_member(rung: Rung, key: str, weights: Weights | None = None) -> Variant | None:
     """Draw a member of a rung by the hash of a conversation's key, in proportion to the weights.
 
-    `weights` replace the rung's own, in the order of its members; a member of weight 0 is never drawn. Raises
-    ValueError if their number is not that of the members, or no weight is positive.
+    `weights`, by variant, replace the rung's own; a member that they do not name has weight 0, and is never drawn.
+    Returns None if every member has weight 0.
     """
     if rung.only is not None:
         return rung.only
-    shares = weights if weights is not None else tuple([weight for _, weight in rung.members])
-    total = sum(shares)
-    if len(shares) != len(rung.members) or total <= 0:
-        raise ValueError(f"rung {rung.name!r} has {len(rung.members)} members, its weights are {shares}")
-    point = _uniform(f"{rung.name}\0{key}") * total
-    last = rung.members[0][0]
+    shares = [weight if weights is None else weights.get(variant.name, 0.0) for variant, weight in rung.members]
+    point = _uniform(f"{rung.name}\0{key}") * sum(shares)
+    drawn = None
     for (variant, _), share in zip(rung.members, shares, strict=True):
         if share > 0:
-            last = variant
+            drawn = variant
             if point < share:
-                return variant
+                break
         point -= share
-    return last  # rounding
+    return drawn
 
 
 def _uniform(text: str) -> float:

@@ -118,7 +118,7 @@ def test_routes_are_bounded() -> None:
 
 def weights(revision: int, *shares: float) -> RungWeights:
     """Weights of one rung."""
-    return RungWeights(revision, {KEY: shares})
+    return RungWeights(revision, {KEY: dict(zip(("hi", "mid"), shares, strict=True))})
 
 
 def test_weights_are_replaced_by_newer_ones() -> None:
@@ -128,7 +128,7 @@ def test_weights_are_replaced_by_newer_ones() -> None:
     for revision in (1, 2, 7):
         live.replace(weights(revision, 0.9, 0.1))
         assert live.current.revision == revision
-    assert live.current.by_rung[KEY] == (0.9, 0.1)
+    assert live.current.by_rung[KEY] == {"hi": 0.9, "mid": 0.1}
 
 
 @pytest.mark.parametrize("revision", [0, 1, 2])

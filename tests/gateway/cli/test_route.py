@@ -232,7 +232,7 @@ async def test_a_port_that_is_not_the_admin_port(shell: Shell, keyed: Fleet) -> 
             "the header x-quantgate-flor does not affect routing; known: x-",
         ),
         (["explain", "smol", "--prompt-tokens", "-1"], "'-1' is not a number of tokens"),
-        (["explain", "smol", "--admin", "nowhere"], "'nowhere' is no address"),
+        (["explain", "smol", "--admin", "nowhere"], "'nowhere' is not a valid address"),
         (["explain", "smol", "--state", "/nowhere"], "/nowhere: no such file; `quantgate route state > /nowhere`"),
         (["explain", "--request", "r", "--state", __file__], "--request asks a gateway, --state does not"),
         (["explain", "--request", "r", "--key", "a"], "--request includes headers, key and lengths"),

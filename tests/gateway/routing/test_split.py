@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 
 from config.schema import NO_FLOOR, Floor
@@ -16,7 +17,7 @@ from gateway.routing.explain import explain
 from gateway.routing.filters import filter_failed, filter_rungs
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import Overload
-from gateway.routing.pick import decide, has_room
+from gateway.routing.pick import decide, drawn_names, has_room
 from gateway.routing.request import RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.snapshot import TargetView, read_snapshot
@@ -47,9 +48,18 @@ TARGET = Target("smol", (BEST, LO_RUNG), NO_FLOOR, pinned=False, spill=SPILL)
 KEYS = [f"conversation-{number}" for number in range(20_000)]
 
 
-def draws(rung: Rung, weights: Weights | None = None) -> list[str]:
+Shares = tuple[float, ...]
+
+
+def by_name(rung: Rung, shares: Shares | None) -> Weights | None:
+    """Weights of the members, given in their order."""
+    return None if shares is None else dict(zip(rung.names, shares, strict=True))
+
+
+def draws(rung: Rung, shares: Shares | None = None) -> list[str]:
     """The names of the members that the keys are drawn to."""
-    return [choose_member(rung, key, weights).name for key in KEYS]
+    drawn = [choose_member(rung, key, by_name(rung, shares)) for key in KEYS]
+    return [variant.name for variant in drawn if variant is not None]
 
 
 def split_request(**fields: Any) -> RoutingRequest:
@@ -59,7 +69,7 @@ def split_request(**fields: Any) -> RoutingRequest:
 
 def weights_of(*weights: float, revision: int = 1) -> RungWeights:
     """Weights of the best rung, as a rollout sets them."""
-    return RungWeights(revision, {("smol", "best"): weights})
+    return RungWeights(revision, {("smol", "best"): dict(zip(BEST.names, weights, strict=True))})
 
 
 def session_of(variant: Variant) -> str:
@@ -104,7 +114,7 @@ def test_a_rung_of_two_variants() -> None:
         (THREE, (1.0, 1.0, 2.0)),
     ],
 )
-def test_the_shares_are_the_weights(rung: Rung, weights: Weights | None) -> None:
+def test_the_shares_are_the_weights(rung: Rung, weights: Shares | None) -> None:
     """Of 20,000 fixed keys each member gets its share of the weights, within one percentage point."""
     counts = Counter(draws(rung, weights))
     shares = weights or [weight for _, weight in rung.members]
@@ -137,7 +147,7 @@ def test_rungs_draw_independently() -> None:
         (THREE, (0.5, 0.5, 0.0), {"hi", "mid"}),
     ],
 )
-def test_a_member_of_weight_zero_is_never_drawn(rung: Rung, weights: Weights, drawn: set[str]) -> None:
+def test_a_member_of_weight_zero_is_never_drawn(rung: Rung, weights: Shares, drawn: set[str]) -> None:
     """None of 20,000 keys is drawn to a member of weight 0, wherever it stands."""
     assert set(draws(rung, weights)) == drawn
 
@@ -146,7 +156,7 @@ def test_a_member_of_weight_zero_is_never_drawn(rung: Rung, weights: Weights, dr
     "before, after",
     [((0.9, 0.1), (0.5, 0.5)), ((0.99, 0.01), (0.95, 0.05)), ((0.5, 0.5), (1.0, 0.0)), ((9.0, 1.0), (9.0, 3.0))],
 )
-def test_a_change_of_weights_moves_few_conversations(before: Weights, after: Weights) -> None:
+def test_a_change_of_weights_moves_few_conversations(before: Shares, after: Shares) -> None:
     """Only conversations of the member whose share shrinks move, and as many as its share shrinks by."""
     shrinking, growing = (HI, MID) if after[0] / sum(after) < before[0] / sum(before) else (MID, HI)
     moves = [pair for pair in zip(draws(BEST, before), draws(BEST, after), strict=True) if pair[0] != pair[1]]
@@ -155,11 +165,30 @@ def test_a_change_of_weights_moves_few_conversations(before: Weights, after: Wei
     assert len(moves) / len(KEYS) == pytest.approx(difference, abs=0.01)
 
 
-@pytest.mark.parametrize("weights", [(), (1.0,), (0.5, 0.3, 0.2), (0.0, 0.0)])
-def test_weights_that_do_not_fit(weights: Weights) -> None:
-    """Weights of another number than the members, or without a positive one, are an error that names the rung."""
-    with pytest.raises(ValueError, match="rung 'best' has 2 members, its weights are"):
-        choose_member(BEST, "key", weights)
+@pytest.mark.parametrize(
+    "weights, drawn",
+    [
+        ({}, None),
+        ({"lo": 1.0}, None),
+        ({"hi": 0.0, "mid": 0.0}, None),
+        ({"hi": 1.0}, HI),
+        ({"mid": 1.0, "x": 9.0}, MID),
+    ],
+)
+def test_members_without_a_weight(weights: Weights, drawn: Variant | None) -> None:
+    """A member that the weights do not name is never drawn; names that are no members change nothing."""
+    assert {choose_member(BEST, key, weights) for key in KEYS[:50]} == {drawn}
+
+
+def test_a_member_that_is_left_by_a_floor_keeps_its_weight() -> None:
+    """An aborted canary does not answer, also where a request's precisions leave no other member."""
+    wanted = split_request(precisions=frozenset({"int8"}))
+    left = TARGET.filter((), frozenset({"int8"})).permitted
+    assert [rung.names for rung in left] == [("mid",)]
+    only_canary = msgspec.structs.replace(wanted, rungs=left)
+    aborted = weights_of(1.0, 0.0)
+    assert chosen(estimate("hi-1"), estimate("mid-1"), request=only_canary) == "mid-1 canary"
+    assert chosen(estimate("hi-1"), estimate("mid-1"), request=only_canary, weights=lambda: aborted) is None
 
 
 def test_a_single_member_needs_no_weights() -> None:
@@ -259,15 +288,16 @@ def test_the_second_member_of_a_lower_rung() -> None:
 def test_has_room_for_the_drawn_member() -> None:
     """Room at the other member is of no use to a request; also where a breaker is open, or a replica overloaded."""
     full, free = estimate("hi-1", has_room=False), estimate("mid-1")
-    assert not has_room(split_request(session=STABLE_SESSION), cluster(full, free), NOW)
-    assert has_room(split_request(session=CANARY_SESSION), cluster(full, free), NOW)
+    state = cluster(full, free)
+    assert not has_room(drawn_names(split_request(session=STABLE_SESSION), state), state, NOW)
+    assert has_room(drawn_names(split_request(session=CANARY_SESSION), state), state, NOW)
     barred = cluster(estimate("hi-1"), free, breakers={"hi-1": opened(), "mid-1": opened()})
     for session, expected in ((STABLE_SESSION, "hi-1 preferred"), (CANARY_SESSION, "mid-1 canary")):
-        assert has_room(split_request(session=session), barred, 0.5)
+        assert has_room(drawn_names(split_request(session=session), barred), barred, 0.5)
         assert named(decide(split_request(session=session), barred, 0.5)) == expected
     spared = cluster(estimate("hi-1"), free, overloads={"mid-1": Overload(until=NOW + 1)})
-    assert has_room(split_request(session=STABLE_SESSION), spared, NOW)
-    assert not has_room(split_request(session=CANARY_SESSION), spared, NOW)
+    assert has_room(drawn_names(split_request(session=STABLE_SESSION), spared), spared, NOW)
+    assert not has_room(drawn_names(split_request(session=CANARY_SESSION), spared), spared, NOW)
 
 
 def test_sessions_follow_the_weights() -> None:
@@ -286,7 +316,7 @@ def test_sessions_follow_the_weights() -> None:
 
 def test_weights_of_another_rung_change_nothing() -> None:
     """Weights count for one rung of one alias."""
-    others = RungWeights(1, {("smol", "lo"): (1.0, 0.0), ("other", "best"): (1.0, 0.0)})
+    others = RungWeights(1, {("smol", "lo"): {"hi": 1.0}, ("other", "best"): {"hi": 1.0}})
     on_canary = split_request(session=CANARY_SESSION)
     assert chosen(estimate("hi-1"), estimate("mid-1"), request=on_canary, weights=lambda: others) == "mid-1 canary"
 
@@ -308,7 +338,7 @@ def test_both_members_have_one_gate_and_one_home() -> None:
 
 
 @pytest.mark.parametrize("weights, replica", [(None, "mid-1"), ((1.0, 0.0), "hi-1")])
-def test_an_explanation_makes_the_same_draw(weights: Weights | None, replica: str) -> None:
+def test_an_explanation_makes_the_same_draw(weights: Shares | None, replica: str) -> None:
     """A decision is explained with the weights that it was made with, also from its record."""
     live = RungWeights() if weights is None else weights_of(*weights)
     state = cluster(estimate("hi-1"), estimate("mid-1"), estimate("lo-1"), weights=lambda: live)
