@@ -1,7 +1,7 @@
 """The clients' port: inference endpoints by their raw path, everything else by the FastAPI app; all authenticated."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
 from gateway.errors import Draining, GatewayError, RequestError
@@ -50,23 +50,24 @@ class Router:
             raise MethodNotAllowed(f"{request.path.decode()}: Method Not Allowed; send POST")
         return self.live_config.limits.body_bytes
 
-    async def handle(self, request: Request, response: ResponseWriter) -> None:
+    def handle(self, request: Request, response: ResponseWriter) -> Awaitable[None]:
         """Answer a request, or send its refusal."""
         request.request_id = self.ids.of(request.headers)
         endpoint = self.endpoints.get(request.path)
-        if endpoint is not None:
-            await endpoint.handle(request, response)
-        elif request.refusal is not None:
-            self._refuse(request, response, request.refusal)
-        else:
-            request.headers[b"x-request-id"] = request.request_id.encode()
-            await asgi.serve(self.app, request, response)
+        return self._handle_other(request, response) if endpoint is None else endpoint.handle(request, response)
 
     def on_internal_error(self, request: Request, response: ResponseWriter) -> None:
         """Answer 500, unless the answer has begun."""
         if not response.started:
             error = GatewayError("the gateway failed; its log has the error under this x-request-id")
             self._refuse(request, response, error)
+
+    async def _handle_other(self, request: Request, response: ResponseWriter) -> None:
+        if request.refusal is not None:
+            self._refuse(request, response, request.refusal)
+        else:
+            request.headers[b"x-request-id"] = request.request_id.encode()
+            await asgi.serve(self.app, request, response)
 
     def _refuse(self, request: Request, response: ResponseWriter, error: GatewayError) -> None:
         headers = (JSON, *error.headers(), (b"x-request-id", request.request_id.encode()))

@@ -132,8 +132,10 @@ class ClientConnection(asyncio.Protocol):
             raise RequestError(
                 f"more than {PIPELINED_LIMIT} pipelined requests; wait for responses before sending more"
             )
-        self._pipelined.append(request)
-        self._start_next()
+        if self._task is None and not self._transport.is_closing():
+            self._start(request)
+        else:
+            self._pipelined.append(request)
 
     def _drop(self, size_bytes: int) -> None:
         """Count dropped bytes of a refused request.
@@ -152,16 +154,15 @@ class ClientConnection(asyncio.Protocol):
 
     # Answering
 
-    def _start_next(self) -> None:
-        if self._task is not None or not self._pipelined or self._transport.is_closing():
-            return  # On a closing transport: a task cancelled before its first step would release nothing.
-        request = self._pipelined.popleft()
+    def _start(self, request: Request) -> None:
+        """Handle a request. Not on a closing transport: a task cancelled before its first step releases nothing."""
+        server = self._server
         response = ResponseWriter(
             self,
-            self._server.date_header,
-            keep_alive=request.keep_alive and not self._server.draining,
-            supports_chunked=request.supports_chunked,
-            omit_body=request.method == b"HEAD",
+            server.date_header,
+            request.keep_alive and not server.draining,
+            request.supports_chunked,
+            request.method == b"HEAD",
         )
         self._task = self._loop.create_task(self._handle(request, response))
 
@@ -186,7 +187,8 @@ class ClientConnection(asyncio.Protocol):
         if not response.ended:
             self._transport.abort()
         elif self._pipelined and response.keep_alive:
-            self._start_next()
+            if not self._transport.is_closing():
+                self._start(self._pipelined.popleft())
         elif response.keep_alive:
             self._deadline = self._loop.time() + self._server.timeouts.keep_alive_seconds
         else:

@@ -1,5 +1,6 @@
 """Protocols and settings that the parts of the HTTP server share: server, connection, request handler."""
 
+from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,7 +34,7 @@ class RequestHandler(Protocol):
         A GatewayError becomes the request's `refusal`.
         """
 
-    async def handle(self, request: Request, response: ResponseWriter) -> None:
+    def handle(self, request: Request, response: ResponseWriter) -> Awaitable[None]:
         """Send the whole response, or the error in `request.refusal`; cancelled when the client disconnects."""
 
     def on_internal_error(self, request: Request, response: ResponseWriter) -> None:

@@ -12,19 +12,20 @@ class Request:
     the body is empty and the handler must respond with that error only.
     """
 
-    # Defaults of the class, so that a request costs one assignment.
-    method: bytes = b""
-    target: bytes = b""
-    supports_chunked: bool = True  # HTTP/1.1: the client accepts a chunked response
-    keep_alive: bool = False
-    body: bytes = b""
-    reserved_bytes: int = 0  # what this request holds of the server's memory for bodies
-    refusal: GatewayError | None = None
-    request_id: str = ""  # set by the handler
-    caller: Any = None  # the authenticated caller; set by the handler's `admit`
+    __slots__ = (
+        *("body", "caller", "headers", "keep_alive", "method", "refusal", "request_id", "reserved_bytes"),
+        *("supports_chunked", "target"),
+    )
 
     def __init__(self, headers: dict[bytes, bytes] | None = None) -> None:
         self.headers = {} if headers is None else headers
+        self.method = self.target = self.body = b""
+        self.supports_chunked = True  # HTTP/1.1: the client accepts a chunked response
+        self.keep_alive = False
+        self.reserved_bytes = 0  # what this request holds of the server's memory for bodies
+        self.refusal: GatewayError | None = None
+        self.request_id = ""  # set by the handler
+        self.caller: Any = None  # the authenticated caller; set by the handler's `admit`
 
     @property
     def path(self) -> bytes:

@@ -83,7 +83,6 @@ class ResponseWriter:
         self,
         transport: WriteTransport,
         date_header: DateHeader,
-        *,
         keep_alive: bool,
         supports_chunked: bool,
         omit_body: bool,

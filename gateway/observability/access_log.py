@@ -6,6 +6,7 @@ The only value that a client supplies is the request id, which has been validate
 import asyncio
 import os
 import select
+import stat
 import time
 from collections import deque
 from collections.abc import Callable
@@ -26,6 +27,7 @@ FLUSH_RECORDS = 200
 MAX_BACKLOG_RECORDS = 3000
 # PIPE_BUF of Linux: a pipe that polls as writable accepts this many bytes, so writing them does not block.
 WRITE_BYTES = 4096
+MAX_FILE_WRITE_BYTES = 64 * 2**10
 SHUTDOWN_WAIT_SECONDS = 1.0
 
 _JSON = msgspec.json.Encoder()
@@ -101,13 +103,17 @@ class AccessLog:
     dropped: Counter
     max_backlog: int = MAX_BACKLOG_RECORDS
     _records: deque[tuple[AccessRecord, float]] = field(default_factory=deque)
-    # Formatted lines that are not written yet: at most WRITE_BYTES and one line.
+    # Formatted lines that are not written yet: at most one write and one line.
     _lines: list[bytes] = field(default_factory=list)
     _timer: asyncio.TimerHandle | None = None
+    _max_write_bytes: int = WRITE_BYTES
     _second: int = -1
     _second_text: str = ""
 
     def __enter__(self) -> Self:
+        # Only a write to a pipe must not be longer than PIPE_BUF to be atomic.
+        if stat.S_ISREG(os.fstat(self.stream.fileno()).st_mode):
+            self._max_write_bytes = MAX_FILE_WRITE_BYTES
         return self
 
     def __exit__(
@@ -153,16 +159,16 @@ class AccessLog:
             self._drop_backlog()
 
     def _write_chunk(self, descriptor: int) -> None:
-        """Format and write as many whole lines as fit into WRITE_BYTES, at least one."""
+        """Format and write as many whole lines as one write may have, at least one."""
         records, lines = self._records, self._lines
         format_line = format_logfmt if self.format == "plain" else format_json
         size = sum(map(len, lines))
-        while records and size < WRITE_BYTES:
+        while records and size < self._max_write_bytes:
             record, at_seconds = records.popleft()
             line = format_line(record, self._timestamp(at_seconds))
             lines.append(line)
             size += len(line)
-        count = len(lines) if size <= WRITE_BYTES or len(lines) == 1 else len(lines) - 1
+        count = len(lines) if size <= self._max_write_bytes or len(lines) == 1 else len(lines) - 1
         chunk = b"".join(lines[:count])
         written = os.write(descriptor, chunk)
         lines[:count] = [chunk[written:]] if written < len(chunk) else []

@@ -36,14 +36,17 @@ _STRING_OR_ARRAY = msgspec.json.Decoder(str | list[msgspec.Raw] | None)
 _COUNTS = frozenset({"n", "best_of", "logprobs", "top_logprobs", "prompt_logprobs"})
 _LISTS = frozenset({"messages", "previous_input_messages", "input", "prompt", "tools"})
 _STOPS = frozenset({"stop", "stop_sequences"})
-_BOUNDED = _COUNTS | _LISTS | _STOPS
+_SCALARS = _COUNTS | _STOPS
+_BOUNDED = _SCALARS | _LISTS
 
 
 def check_limits(endpoint: Endpoint, body: bytes, fields: Fields, limits: LimitSettings) -> dict[str, Parts]:
     """Raise RequestError if a field exceeds its limit; returns the arrays that were split for counting, by field."""
     # With fewer commas than a list may have entries, no list needs splitting. In a long body counting does not pay.
     commas = body.count(b",") if len(body) <= SHORT_BYTES else len(body)
-    arrays = {}
+    arrays: dict[str, Parts] = {}
+    if commas < min(limits.messages, limits.prompts, limits.tools) and _SCALARS.isdisjoint(fields):
+        return arrays
     for key in fields.keys() & _BOUNDED:
         if key in _LISTS:
             limit, noun = _entry_limit(endpoint, key, limits)

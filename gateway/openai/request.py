@@ -58,7 +58,7 @@ class InferenceRequest(msgspec.Struct, frozen=True):
         kwargs = {"enable_thinking": _FALSE, **client_kwargs}
         return structs.replace(self, fields={**self.fields, "chat_template_kwargs": _raw(kwargs)})
 
-    def body_for(self, served_name: str, *, token_ids: bool = False, context_tokens: int | None = None) -> bytes:
+    def body_for(self, served_name: str, token_ids: bool = False, context_tokens: int | None = None) -> bytes:
         """Encode the body for a replica, with its model name and with usage requested at the end of a stream.
 
         `token_ids` requests token ids as well. A filled-in completion length is capped at `context_tokens`, since vLLM

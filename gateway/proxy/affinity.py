@@ -1,6 +1,6 @@
 """Affinity: which replica answered a conversation, and which prompts replicas have probably in their caches."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
@@ -38,7 +38,9 @@ class Affinity:
 
     def cached_tokens(self, model: str, rungs: tuple[Rung, ...], blocks: tuple[int, ...]) -> Mapping[str, float]:
         """How many tokens of a prompt replicas have probably cached, at least those of some rungs that have any."""
-        among = [self._ready.get(name, NO_REPLICAS) for rung in rungs for name in rung.names]
+        among: Sequence[frozenset[str]] = ()
+        if self._prefixes.is_common(blocks[0]):
+            among = [self._ready.get(name, NO_REPLICAS) for rung in rungs for name in rung.names]
         matches = self._prefixes.matched(blocks, among)
         if not matches:
             return NOTHING_CACHED

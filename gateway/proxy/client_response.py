@@ -52,9 +52,7 @@ class ClientResponse:
     comments only has received no part of an answer: another replica may still be tried. `close` must be called at last.
     """
 
-    # Defaults of the class, so that a response costs few assignments.
-    _heartbeat_seconds: float = 0.0
-    _timer: asyncio.TimerHandle | None = None
+    __slots__ = ("_endpoint", "_heartbeat_seconds", "_limit_headers", "_routing_headers", "_stats", "_timer", "_writer")
 
     def __init__(
         self,
@@ -69,6 +67,8 @@ class ClientResponse:
         self._writer = writer
         self._routing_headers = routing_headers
         self._limit_headers = limit_headers  # what the client's key has left at a time; None: it has no limits
+        self._heartbeat_seconds = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
         """Stop the heartbeat."""

@@ -20,15 +20,12 @@ class RequestContext:
     that failed it (`tried`), replicas that died of it, refusals, the last failure of a replica, and the last error.
     """
 
+    __slots__ = (
+        *("body_bytes", "caller", "deaths", "failure", "headers", "inference", "last_error", "refusals", "response"),
+        *("route", "stats", "tried"),
+    )
     inference: InferenceRequest
     route: Route
-    # Defaults of the class, so that a request costs few assignments.
-    body_bytes: int = 0
-    tried: frozenset[str] = NO_REPLICAS
-    deaths: int = 0
-    refusals: int = 0
-    failure: GatewayError | None = None
-    last_error: GatewayError | None = None
 
     def __init__(
         self, headers: Mapping[bytes, bytes], caller: Caller, stats: RequestStats, response: ClientResponse
@@ -37,6 +34,10 @@ class RequestContext:
         self.caller = caller
         self.stats = stats
         self.response = response
+        self.body_bytes = self.deaths = self.refusals = 0
+        self.tried = NO_REPLICAS
+        self.failure: GatewayError | None = None
+        self.last_error: GatewayError | None = None
 
     def __enter__(self) -> Self:
         self.stats.__enter__()

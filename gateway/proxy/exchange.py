@@ -66,7 +66,7 @@ class Proxy:
                     lease.succeeded()
                     return
                 finally:
-                    lease.prompt_tokens, lease.answer_tokens = stats.lengths(streams=inference.stream)
+                    lease.prompt_tokens, lease.answer_tokens = stats.lengths(inference.stream)
             request = dispatcher.affinity.refreshed(request, context.tried)
 
     async def _wait(self, request: RoutingRequest, context: RequestContext, wait_seconds: float) -> Lease:

@@ -35,15 +35,12 @@ class Lease:
     `answer_tokens` is None while unknown.
     """
 
+    __slots__ = (
+        *("_held", "_ledgers", "_on_release", "acquired_at", "answer_tokens", "candidate", "in_flight", "outcome"),
+        *("probe_until", "prompt_tokens", "replica", "request", "retry_after_seconds"),
+    )
     replica: Replica  # set by the ledger of the registry
     in_flight: InFlight  # set by the ledger of the load
-    # Defaults of the class, so that a lease costs few assignments.
-    outcome: Outcome = "abandoned"
-    retry_after_seconds: float | None = None
-    prompt_tokens: int = 0
-    answer_tokens: int | None = None
-    probe_until: float | None = None  # of a breaker's probe: when it counts as lost
-    _held: bool = False
 
     def __init__(
         self,
@@ -56,18 +53,24 @@ class Lease:
         self.candidate = candidate
         self.request = request
         self.acquired_at = acquired_at
+        self.outcome: Outcome = "abandoned"
+        self.retry_after_seconds: float | None = None
+        self.prompt_tokens = 0
+        self.answer_tokens: int | None = None
+        self.probe_until: float | None = None  # of a breaker's probe: when it counts as lost
         self._ledgers = ledgers
         self._on_release = on_release
+        self._held = False
 
     def acquire(self) -> Self:
         """Enter every ledger; if one raises, those before it are left again."""
-        entered = []
+        ledgers, entered = self._ledgers, 0
         try:
-            for ledger in self._ledgers:
+            for ledger in ledgers:
                 ledger.enter(self)
-                entered.append(ledger)
+                entered += 1
         except BaseException:
-            self._leave(reversed(entered))
+            self._leave(reversed(ledgers[:entered]))
             raise
         self._held = True
         return self

@@ -30,27 +30,12 @@ class RequestStats:
     client that leaves has not missed anything. `finish` is the engine's finish reason.
     """
 
-    # Defaults of the class, not of each object: setting all of them costs more than booking a request.
-    caller: str = "none"
-    alias: str = UNKNOWN
-    candidate: Candidate | None = None
-    attempts: int = 0
-    code: str = "500"
-    usage: Usage | None = None
-    finish: str = "none"
-    queued_seconds: float = 0.0
-    started: bool = False
-    complete: bool = False
-    started_at: float = 0.0
-    sent_at: float | None = None
-    first_token_seconds: float | None = None
-    token_events: int = 0
-    last_event_at: float = 0.0
-    _served: ServedMetrics | None = None
-    _in_flight: Gauge
-    _counted: Usage | None = None
-    _counts: tuple[int, int, int] = (0, 0, 0)
-    _on_first_token: Callable[[], None] = staticmethod(ignore_first_token)
+    __slots__ = (
+        *("_counted", "_counts", "_in_flight", "_on_first_token", "_served", "alias", "attempts", "caller"),
+        *("candidate", "clock", "code", "complete", "endpoint", "finish", "first_token_seconds", "last_event_at"),
+        *("log", "metrics", "queued_seconds", "request_id", "sent_at", "started", "started_at", "token_events"),
+        *("trace", "usage", "wall_clock"),
+    )
 
     def __init__(
         self,
@@ -69,16 +54,30 @@ class RequestStats:
         self.clock = clock
         self.wall_clock = wall_clock
         self.trace = trace
+        self.caller, self.alias, self.code, self.finish = "none", UNKNOWN, "500", "none"
+        self.candidate: Candidate | None = None
+        self.usage: Usage | None = None
+        self.attempts = self.token_events = 0
+        self.started = self.complete = False
+        self.started_at = self.queued_seconds = self.last_event_at = 0.0
+        self.sent_at: float | None = None
+        self.first_token_seconds: float | None = None
+        self._served: ServedMetrics | None = None
+        self._in_flight: Gauge | None = None
+        self._on_first_token: Callable[[], None] = ignore_first_token
+        self._counted: Usage | None = None
+        self._counts = 0, 0, 0
 
     def __enter__(self) -> Self:
         self.started_at = self.clock()
-        self._in_flight = self.metrics.in_flight.labels(self.endpoint)
-        self._in_flight.value += 1
+        self._in_flight = in_flight = self.metrics.in_flight.labels(self.endpoint)
+        in_flight.value += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        assert self._in_flight is not None
         self._in_flight.value -= 1
         record, at_seconds = self._book(), self.wall_clock()
         self.log(record, at_seconds)
@@ -127,7 +126,7 @@ class RequestStats:
         prompt, completion, _ = self._token_counts()
         return prompt + completion
 
-    def lengths(self, *, streams: bool) -> tuple[int, int | None]:
+    def lengths(self, streams: bool) -> tuple[int, int | None]:
         """Tokens of the prompt, 0 if the engine did not count them; and of the answer, None if unknown."""
         if self.usage is not None:
             prompt, completion, _ = self._token_counts()

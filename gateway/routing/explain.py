@@ -126,9 +126,7 @@ class _DecisionTrace:
     def _look_at_rungs(self) -> Iterator[RungResult]:
         passed_over = False
         for place in range(len(self.request.rungs)):
-            result = look_at_rung(
-                place, self.request, self.cluster, self.needed_tokens, self.now, passed_over=passed_over
-            )
+            result = look_at_rung(place, self.request, self.cluster, self.needed_tokens, self.now, passed_over)
             passed_over = passed_over or result.verdict != "no_replica"
             yield result
 

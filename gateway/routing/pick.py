@@ -91,7 +91,7 @@ def decide(request: RoutingRequest, cluster: ClusterState, now: float) -> Decisi
 
 
 def look_at_rung(
-    place: int, request: RoutingRequest, cluster: ClusterState, needed_tokens: float, now: float, *, passed_over: bool
+    place: int, request: RoutingRequest, cluster: ClusterState, needed_tokens: float, now: float, passed_over: bool
 ) -> RungResult:
     """Filter, score and pick on one rung, then ask its gate; `passed_over`: a better rung could have answered."""
     rung, spill = request.rungs[place], request.target.spill
@@ -103,7 +103,7 @@ def look_at_rung(
     if not able:
         return NO_REPLICA
     best = pick(able, request, spill)
-    candidate = None if best is None else _candidate(best, place, variant, request, passed_over=passed_over)
+    candidate = None if best is None else _candidate(best, place, variant, request, passed_over)
     gates = cluster.gates
     gate = gates.get((request.target.name, rung.name), CLOSED) if gates else CLOSED
     if best is not None and not best.known:
@@ -176,7 +176,7 @@ def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: f
         barred = _last_resorts(variant.name, cluster, now)
         able = [each for each in filter_replicas(barred, request.tried, needed_tokens) if each.has_room]
         if able:
-            return _candidate(shortest_queue(able, request.turn), place, variant, request, passed_over=False)
+            return _candidate(shortest_queue(able, request.turn), place, variant, request, False)
     return None
 
 
@@ -239,7 +239,9 @@ def _descend(request: RoutingRequest, cluster: ClusterState, needed_tokens: floa
     too_slow: list[Candidate] = []
     passed_over = False
     for place, rung in enumerate(request.rungs):
-        result = look_at_rung(place, request, cluster, needed_tokens, now, passed_over=passed_over)
+        result = look_at_rung(place, request, cluster, needed_tokens, now, passed_over)
+        if not place and result.verdict == "answers" and result.gate is None:
+            return Decision(result.candidate, gates)
         if result.gate is not None:
             gates = {**gates, (request.target.name, rung.name): result.gate}
         candidate = result.candidate
@@ -306,12 +308,12 @@ def _cheapest(roomy: Sequence[LatencyEstimate], request: RoutingRequest) -> Late
 
 
 def _candidate(
-    replica: LatencyEstimate, place: int, variant: Variant, request: RoutingRequest, *, passed_over: bool
+    replica: LatencyEstimate, place: int, variant: Variant, request: RoutingRequest, passed_over: bool
 ) -> Candidate:
-    return Candidate(replica, variant, _reason(place, variant, request, passed_over=passed_over))
+    return Candidate(replica, variant, _reason(place, variant, request, passed_over))
 
 
-def _reason(place: int, variant: Variant, request: RoutingRequest, *, passed_over: bool) -> Reason:
+def _reason(place: int, variant: Variant, request: RoutingRequest, passed_over: bool) -> Reason:
     target, rung = request.target, request.rungs[place]
     if target.pinned:
         return "pinned"

@@ -17,10 +17,10 @@ def block_hashes(parts: Sequence[bytes], salt: bytes = b"") -> tuple[int, ...]:
     Python salts its hashes anew in every process: they mean nothing outside of it, and no client can aim at one.
     """
     text = bytes(parts[0]) if len(parts) == 1 and len(parts[0]) <= _MAX_BYTES else _beginning(parts)
-    whole_bytes = len(text) // BLOCK_BYTES * BLOCK_BYTES
+    rest_bytes = len(text) % BLOCK_BYTES
     previous = hash(bytes(salt))
     blocks = []
-    for block in _BLOCK.iter_unpack(memoryview(text)[:whole_bytes]):
+    for block in _BLOCK.iter_unpack(text[:-rest_bytes] if rest_bytes else text):
         previous = hash((previous, block))
         blocks.append(previous)
     return tuple(blocks)

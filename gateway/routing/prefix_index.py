@@ -14,8 +14,8 @@ from gateway.routing.prefix_hash import BLOCK_BYTES
 
 DEFAULT_BLOCKS = 4096  # of a replica of unknown capacity: 1 MiB of text
 MAX_BLOCKS_IN_ALL = 2**19
-# Fewer holders are not filtered by the replicas that may answer: the others do no harm.
-FEW_HOLDERS = 16
+# A beginning is common if more replicas hold it, as with many models.
+COMMON_HOLDERS = 16
 
 _NOWHERE: Mapping[str, int] = MappingProxyType({})
 
@@ -59,15 +59,16 @@ class PrefixIndex:
         """How many blocks are recorded."""
         return sum(len(replica.blocks) for replica in self._replicas.values())
 
-    def matched(self, blocks: Sequence[int], among: Sequence[AbstractSet[str]] = ()) -> Mapping[str, int]:
-        """How many leading blocks of a prompt each replica holds; replicas that hold none are left out.
+    def is_common(self, first_block: int) -> bool:
+        """Return whether so many replicas hold a prompt's beginning that only some should be looked at."""
+        return len(self._holders.get(first_block, ())) > COMMON_HOLDERS
 
-        With `among`, only these replicas are looked at where many hold the prompt's beginning, as many models may.
-        """
+    def matched(self, blocks: Sequence[int], among: Sequence[AbstractSet[str]] = ()) -> Mapping[str, int]:
+        """How many leading blocks of a prompt each replica holds, or those `among` do; those with none are left out."""
         holders: AbstractSet[str] | None = self._holders.get(blocks[0]) if blocks else None
         if holders is None:
             return _NOWHERE
-        if among and len(holders) > FEW_HOLDERS:
+        if among:
             holders = set().union(*[holders & some for some in among])
         depth = len(blocks)
         if depth == 1:

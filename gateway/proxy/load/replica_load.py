@@ -95,7 +95,7 @@ class ReplicaLoad:
     was_idle: bool = True  # at any moment since the poll
     endings: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_ENDINGS))
 
-    def send(self, latency: LatencyEstimate, tokens: float, *, streams: bool) -> InFlight:
+    def send(self, latency: LatencyEstimate, tokens: float, streams: bool) -> InFlight:
         """Count a request in; `tokens` of its prompt have to be read, `latency` is what it was chosen by."""
         expected = latency.ahead_seconds + latency.step_seconds + tokens * latency.token_seconds
         unqueued = latency.queue_seconds + latency.kv_seconds <= MAX_QUEUE_SHARE * expected

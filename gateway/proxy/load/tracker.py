@@ -6,6 +6,7 @@ The only owner of both; the formulas are gateway.routing's, and counts of reques
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from gateway.proxy.leases import Lease
 from gateway.proxy.load.replica_load import InFlight, ReplicaLoad, SharedEstimate
@@ -103,7 +104,7 @@ class LoadTracker:
 
     def send(self, latency: LatencyEstimate, prompt_tokens: float, cached_tokens: float, *, streams: bool) -> InFlight:
         """Count a request in, in the step in which the registry does."""
-        return self._loads[latency.id].send(latency, max(prompt_tokens - cached_tokens, 0.0), streams=streams)
+        return self._loads[latency.id].send(latency, max(prompt_tokens - cached_tokens, 0.0), streams)
 
     def end(self, request: InFlight, answer_tokens: int | None) -> None:
         """Count a request out, in the step in which the registry does; None: the length of its answer is unknown."""
@@ -127,8 +128,8 @@ class LoadTracker:
     def enter(self, lease: Lease) -> None:
         """Count the request of a lease in (Ledger)."""
         request, latency = lease.request, lease.candidate.replica
-        cached_tokens = request.cached_tokens.get(latency.id, 0.0)
-        lease.in_flight = self.send(latency, request.prompt_tokens, cached_tokens, streams=request.streams)
+        tokens = request.prompt_tokens - request.cached_tokens.get(latency.id, 0.0)
+        lease.in_flight = self._loads[latency.id].send(latency, tokens if tokens > 0 else 0.0, request.streams)
 
     def leave(self, lease: Lease) -> None:
         """Count it out."""
@@ -163,25 +164,26 @@ class LoadTracker:
         return _VariantLoad(variant, SharedEstimate(), DEFAULT_ANSWER_TOKENS, 0)
 
     def _renew(self, group: _VariantLoad) -> None:
-        mean_others = group.mean_others() if any(load.stale for load in group.outdated) else 0.0
-        if group.estimates:
-            estimates = list(group.estimates)
-            for load, place in group.outdated.items():
-                estimates[place] = estimate_latency(self._metrics(load, group, mean_others))
-        else:
-            estimates = [estimate_latency(self._metrics(load, group, mean_others)) for load in group.loads]
-        # A new tuple: the decision log keeps the one that a decision was made on.
+        """Estimate anew what is out of date, in a new tuple: the decision log keeps the one of each decision."""
+        outdated = group.outdated
+        estimates: list[Any] = list(group.estimates or group.loads)
+        mean_others = -1.0
+        for load, place in outdated.items():
+            if load.stale and mean_others < 0:
+                mean_others = group.mean_others()
+            estimates[place] = estimate_latency(self._metrics(load, group, mean_others))
         group.estimates = tuple(estimates)
-        group.outdated.clear()
+        outdated.clear()
 
     def _metrics(self, load: ReplicaLoad, group: _VariantLoad, mean_others: float) -> ReplicaMetrics:
+        others, unread, sent = load.others, load.unread_tokens, load.sent_tokens
         return ReplicaMetrics(
             load.replica,
             self._in_flight.get(load.replica.id, 0),
             # Silence is not taken for idleness.
-            max(load.others, mean_others) if load.stale else load.others,
-            max(load.unread_tokens, 0.0),
-            max(load.sent_tokens, 0.0),
+            mean_others if load.stale and mean_others > others else others,
+            unread if unread > 0 else 0.0,
+            sent if sent > 0 else 0.0,
             load.sent_requests,
             load.poll,
             load.stale,

@@ -2,14 +2,16 @@
 
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from gateway.openai.request import InferenceRequest
 from gateway.routing.target import Timeouts
 from serving.replica import Replica
 
 
-class UpstreamRequest(NamedTuple):
+class UpstreamRequest(msgspec.Struct, frozen=True, gc=False):
     """One request for a replica; `trace_headers` are lines that continue the client's trace.
 
     `token_ids`: ask the engine for token ids, which the client does not see.

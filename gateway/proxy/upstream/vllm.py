@@ -26,9 +26,7 @@ class VllmUpstream:
     def encode(self, request: UpstreamRequest, replica: Replica) -> bytes:
         """Encode the HTTP request."""
         inference = request.inference
-        body = inference.body_for(
-            replica.served_name, token_ids=request.token_ids, context_tokens=replica.max_model_len_tokens
-        )
+        body = inference.body_for(replica.served_name, request.token_ids, replica.max_model_len_tokens)
         return b"%bcontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b" % (
             self._head(inference.endpoint.path, replica),
             len(body),
