@@ -185,7 +185,7 @@ class ReasoningRewriter:
 
     def apply(self, event: bytes) -> bytes:
         """Return what the client gets for an event; b"" for nothing."""
-        if self._thinking or b'"reasoning"' in event or b'"reasoning_content"' in event:
+        if self._thinking or b'"reasoning' in event:
             match = _REASONING_DELTA.search(event)
             state = self._states.get(int(match["index"])) if match else None
             if match and state and state.passes_through:

@@ -70,6 +70,7 @@ _ERROR_START = re.compile(rb'\{\s*"error"\s*:(?!\s*null)')
 _USAGE_START = re.compile(rb'"usage"\s*:\s*\{')
 _FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,32})"')
 # The first chunk of a chat, which carries no token.
+_TEXT_DELTA = b'"delta":{"content":"'
 _ROLE_DELTA = b'"role":"assistant","content":""'
 
 _CHUNK = msgspec.json.Decoder(_Chunk)
@@ -108,17 +109,43 @@ class ChunkFilter:
     _served_model: bytes = b""  # `"model":"..."` as this replica writes it
     _requested_model: bytes = b""  # its replacement, with the same spacing
     _withheld: bytes = b""  # chunks with a finish reason
+    # The last chunk of text, before and after its text, and its beginning as the client gets it.
+    _before: bytes = b"\0"
+    _after: bytes = b""
+    _before_out: bytes = b""
 
     def apply(self, event: bytes) -> bytes:
         """Return what the client gets for an event; b"" for nothing, as for everything after the end."""
+        before = self._before
+        if event.startswith(before) and event.endswith(self._after):
+            start = len(before)
+            if event.find(b'"', start) == len(event) - len(self._after):
+                # The same chunk as the last one but for its text, which has no quote: nothing else can have changed.
+                self.tokens = True
+                return self._before_out + event[start:]
         self.tokens = False
         if self.finished:
             return b""
         if not event.startswith(b"data: {"):
             return self._apply_uncommon(event)
         if b'"usage"' in event or b'"error"' in event:
+            self._before = b"\0"
             return self._apply_decoded(event, event[6:])
-        return self._apply_chunk(event)
+        withheld, out = self._withheld, self._apply_chunk(event)
+        self._before = b"\0"
+        if self.tokens and not withheld and not self._withheld:
+            self._learn(event, out)
+        return out
+
+    def _learn(self, event: bytes, out: bytes) -> None:
+        """Remember a chunk of text by what is around the text, if the client gets it with another model name only."""
+        start = event.find(_TEXT_DELTA) + len(_TEXT_DELTA)
+        if start < len(_TEXT_DELTA) or not out.endswith(event[start:]):
+            return
+        end = event.find(b'"', start)
+        if event[end : end + 2] == b'"}' and event[end - 1 : end] != b"\\":
+            self._before, self._after = event[:start], event[end:]
+            self._before_out = out[: len(out) - len(event) + start]
 
     def _apply_chunk(self, event: bytes) -> bytes:
         self.tokens = _ROLE_DELTA not in event

@@ -31,7 +31,17 @@ class RequestStats:
     """
 
     __slots__ = (
-        *("_counted", "_counts", "_in_flight", "_on_first_token", "_served", "alias", "attempts", "caller"),
+        *(
+            "_counted",
+            "_counts",
+            "_in_flight",
+            "_inter_token",
+            "_on_first_token",
+            "_served",
+            "alias",
+            "attempts",
+            "caller",
+        ),
         *("candidate", "clock", "code", "complete", "endpoint", "finish", "first_token_seconds", "last_event_at"),
         *("log", "metrics", "queued_seconds", "request_id", "sent_at", "started", "started_at", "token_events"),
         *("trace", "usage", "wall_clock"),
@@ -93,7 +103,8 @@ class RequestStats:
         self.candidate = candidate
         self._on_first_token = on_first_token
         self.attempts += 1
-        self._served = self.metrics.served(self.alias, variant.name, variant.precision)
+        self._served = served = self.metrics.served(self.alias, variant.name, variant.precision)
+        self._inter_token = served.inter_token
 
     def sent(self) -> None:
         """Record that the request is sent to a replica; until then, waiting aside, the time is the gateway's own."""
@@ -110,10 +121,10 @@ class RequestStats:
     def token(self) -> None:
         """Record an event of a stream that carries a token; called after `attempt` only."""
         now, served = self.clock(), self._served
-        assert served is not None
         if self.token_events:
-            served.inter_token.observe(now - self.last_event_at)
+            self._inter_token.observe(now - self.last_event_at)
         else:
+            assert served is not None
             self.first_token_seconds = now - self.started_at
             served.first_token.observe_with_exemplar(self.first_token_seconds, self.request_id, self.wall_clock())
             self._on_first_token()

@@ -165,14 +165,13 @@ class Connection(asyncio.Protocol):
         if self.received_bytes - self._body_seen_bytes > MAX_HEAD_BYTES:
             # A header or trailer without an end never reaches `on_header`.
             self._break_off("the headers of a replica's reply do not end")
-        if self._feed is not None and self._body and self._failure is None:
-            self._feed_now(self._feed)
-            return
-        if self._body_bytes > HIGH_WATER_BYTES and not self._timer.paused:
-            self._timer.paused = True
-            self._transport.pause_reading()
-        # Nobody waits for a part of the headers.
-        if self._headers_complete or self._failure is not None:
+        feed = self._feed
+        if feed is not None and self._body and self._failure is None:
+            self._feed_now(feed)
+        elif self._headers_complete or self._failure is not None:
+            if self._body_bytes > HIGH_WATER_BYTES and not self._timer.paused:
+                self._timer.paused = True
+                self._transport.pause_reading()
             self._wake()
 
     def eof_received(self) -> bool:
@@ -230,10 +229,9 @@ class Connection(asyncio.Protocol):
     # Giving the body away
 
     def _take(self) -> bytes:
-        body = self._body
-        data = body[0] if len(body) == 1 else b"".join(body)
-        body.clear()
+        body, self._body = self._body, []
         self._body_bytes = 0
+        data = body[0] if len(body) == 1 else b"".join(body)
         if self._timer.paused:
             self._timer.paused = False
             self._timer.received_at = self._loop.time()
@@ -249,7 +247,8 @@ class Connection(asyncio.Protocol):
             accepted = False
         if not accepted:
             self._feed = None
-        if not accepted or self._complete:
+            self._wake()
+        elif self._complete:
             self._wake()
 
     # Waiting
