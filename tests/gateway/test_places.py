@@ -362,10 +362,10 @@ async def test_a_slow_reader_holds_the_replica_back(kind: str, tmp_path: Path) -
         async with pool.exchange(replica.url, REQUEST, tls=tls) as connection:
             before = -1
             async with asyncio.timeout(DEADLINE_SECONDS):
-                while before != flood.said:
-                    before = flood.said
+                while before != flood.sent:
+                    before = flood.sent
                     await asyncio.sleep(0.1)
-            assert flood.said < flood.total / 2
+            assert flood.sent < flood.total / 2
             size = 0
             while data := await connection.more():
                 size += len(data)

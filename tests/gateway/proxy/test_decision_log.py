@@ -28,7 +28,7 @@ def request(request_id: str, turn: int = 0) -> RoutingRequest:
 
 
 def test_the_state_of_a_decision_does_not_change() -> None:
-    """Later changes of estimates, breakers, overloads and gates leave it as it was; gates of other aliases are left out."""
+    """Later changes of estimates, breakers, overloads and gates leave it as it was; it has no gates of other aliases."""
     estimates: list[LatencyEstimate] = [IDLE]
     breakers: dict[str, Breaker] = {"hi-1": Breaker()}
     overloads: dict[str, Overload] = {"hi-1": Overload()}
