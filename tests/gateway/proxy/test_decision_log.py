@@ -28,7 +28,7 @@ def request(request_id: str, turn: int = 0) -> RoutingRequest:
 
 
 def test_the_state_of_a_decision_does_not_change() -> None:
-    """Later changes of estimates, breakers, overloads and gates leave it as it was; it has no gates of other aliases."""
+    """Later changes of estimates, breakers, overloads and gates leave it as it was; it has only gates of its alias."""
     estimates: list[LatencyEstimate] = [IDLE]
     breakers: dict[str, Breaker] = {"hi-1": Breaker()}
     overloads: dict[str, Overload] = {"hi-1": Overload()}
