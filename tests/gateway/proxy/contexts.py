@@ -28,12 +28,13 @@ METRICS = Metrics()  # of tests that look at no metric: making one takes millise
 
 
 class RecordingTransport:
-    """Implements WriteTransport: keeps what is written; `paused` and `lost` are the test's to set."""
+    """Implements WriteTransport: keeps what is written, and how much that was at each `drain`."""
 
     def __init__(self) -> None:
         self.paused = False
         self.lost = False
         self.written = bytearray()
+        self.drained: list[int] = []
 
     def write(self, data: bytes) -> None:
         """Keep bytes."""
@@ -41,6 +42,7 @@ class RecordingTransport:
 
     async def drain(self) -> None:
         """Return at once."""
+        self.drained.append(len(self.written))
 
 
 def ignore(record: AccessRecord, at_seconds: float) -> None:
