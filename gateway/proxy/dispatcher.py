@@ -252,7 +252,9 @@ class Dispatcher:
         return has_room(key.request, self.cluster, self._clock(), key.context_tokens)
 
     def _lease_next(self, request: RoutingRequest) -> Lease:
-        lease = self._decide(self.affinity.refreshed(request))
+        # `_serves` does not know which replicas a request has tried: any of them may answer after a wait.
+        request = self.affinity.refreshed(request, NO_REPLICAS)
+        lease = self._decide(request)
         if lease is None:
             # Only a context that is too short is left: its engine's error says so.
             lease = self._decide(

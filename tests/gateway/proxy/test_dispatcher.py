@@ -373,6 +373,20 @@ async def test_a_failed_request_does_not_wait() -> None:
         end(lease)
 
 
+async def test_a_request_that_waits_may_get_a_replica_that_it_tried() -> None:
+    """The queue is served when any replica has room; after a wait the request forgets what it tried."""
+    async with running_dispatcher() as harness:
+        harness.add()
+        lease = await harness.lease_now()
+        task = harness.start(tried=frozenset({"hi-0"}))
+        await settle()
+        assert not task.done()
+        end(lease)
+        await settle()
+        assert task.result().replica.id == "hi-0"
+        end(task.result())
+
+
 # Overloaded replicas
 
 
