@@ -99,7 +99,7 @@ async def test_comments_then_the_answer(head_first: bool) -> None:
         assert body == PERFECT
         count = await fleet.total("quantgate_heartbeats_total")
         # The connection is kept: a heartbeat that went on would be seen in the next response.
-        assert (await fleet.ask({**HELLO, "model": "nobody"})).status_code == 404
+        assert (await fleet.ask({**HELLO, "model": "unknown"})).status_code == 404
         assert await fleet.total("quantgate_heartbeats_total") == count
 
 
@@ -237,6 +237,6 @@ async def test_one_heartbeat_under_two_configurations() -> None:
             beating = asyncio.create_task(fleet.ask(STREAM))
             await heartbeats(fleet, int(await fleet.total("quantgate_heartbeats_total")) + HEARTBEATS)
             go.set()
-            await peer.say(posted({**HELLO, "model": "nobody"}))
+            await peer.say(posted({**HELLO, "model": "unknown"}))
             assert (await peer.read_some()).startswith(b"HTTP/1.1 404 ")
             assert (await beating).status_code == 200

@@ -100,7 +100,7 @@ def recording(calls: list[str], raises_in: dict[str, frozenset[str]] | None = No
 
 
 def test_ledgers_are_left_in_reverse_order() -> None:
-    """A lease enters the first ledger first and leaves it last; then its owner is told, once."""
+    """A lease enters the first ledger first and leaves it last; then `on_release` is called once."""
     calls: list[str] = []
     with lease_of(*recording(calls), on_release=lambda _: calls.append("on_release")).acquire():
         assert calls == [f"enter {name}" for name in NAMES]
@@ -165,7 +165,7 @@ def test_an_error_in_enter(place: int) -> None:
 
 @pytest.mark.parametrize("raising", [*product([False, True], repeat=len(NAMES))], ids=str)
 def test_errors_in_leave(raising: tuple[bool, ...]) -> None:
-    """Every ledger is left, whichever of them raise; the owner is told, and the error is raised."""
+    """Every ledger is left, whichever of them raise; `on_release` is called, and the error is raised."""
     calls: list[str] = []
     raises_in = {name: frozenset({"leave"}) for name, raises in zip(NAMES, raising, strict=True) if raises}
     lease = lease_of(*recording(calls, raises_in), on_release=lambda _: calls.append("on_release")).acquire()

@@ -41,7 +41,7 @@ def switches(metrics: Metrics) -> dict[str, float]:
 
 
 def test_switches_are_counted() -> None:
-    """A change of what a gate owes is no switch."""
+    """A change of the owed share does not count as a switch."""
     metrics = Metrics()
     state = spilling(metrics)
     state.apply(TARGET, {RUNG: SpillGate(spilling=True, owed=0.5)})

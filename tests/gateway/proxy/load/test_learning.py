@@ -44,7 +44,7 @@ def test_a_request_without_an_answer_has_no_length(answer_tokens: int | None) ->
 
 
 def test_first_tokens_tell_how_fast_a_replica_reads() -> None:
-    """The slowdown is relative to the measured speed, so that it does not end at its square root."""
+    """The slowdown is relative to the measured speed; otherwise it would converge to its square root."""
     harness = LoadHarness()
     for _ in range(60):
         harness.answer(1.0, 5 * 0.125)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 @dataclass(slots=True)
 class Pieces:
-    """A feed that keeps what it is given; `full` says whether it is full after so many pieces."""
+    """A feed that keeps what it is given; `full` says whether it is full after a number of pieces."""
 
     full: Callable[[int], bool] = lambda _: False
     pieces: list[bytes] = field(default_factory=list)

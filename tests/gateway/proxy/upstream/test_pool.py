@@ -179,7 +179,7 @@ async def test_unreachable() -> None:
         for url in (f"http://{HOST}:{port}", "http://no-such-host.invalid:1"):
             with pytest.raises(UpstreamUnreachable) as caught:
                 await ask(pool, url)
-            assert caught.value.message == "no connection to a replica", "clients are not told addresses"
+            assert caught.value.message == "no connection to a replica", "clients get no addresses"
     async with scripted(answering(whole(b"1"))) as replica, Pool() as pool:
         with pytest.raises(UpstreamUnreachable) as caught:
             await ask(pool, replica.url, Timeouts(connect_seconds=0))
