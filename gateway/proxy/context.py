@@ -21,7 +21,18 @@ class RequestContext:
     """
 
     __slots__ = (
-        *("body_bytes", "caller", "deaths", "failure", "headers", "inference", "last_error", "refusals", "response"),
+        *(
+            "attempts_before",
+            "body_bytes",
+            "caller",
+            "deaths",
+            "failure",
+            "headers",
+            "inference",
+            "last_error",
+            "refusals",
+            "response",
+        ),
         *("route", "stats", "tried"),
     )
     inference: InferenceRequest
@@ -34,7 +45,7 @@ class RequestContext:
         self.caller = caller
         self.stats = stats
         self.response = response
-        self.body_bytes = self.deaths = self.refusals = 0
+        self.attempts_before = self.body_bytes = self.deaths = self.refusals = 0
         self.tried = NO_REPLICAS
         self.failure: GatewayError | None = None
         self.last_error: GatewayError | None = None
@@ -53,5 +64,6 @@ class RequestContext:
         """Set the route, and forget the attempts that were made by another one."""
         self.route = route
         self.stats.alias = route.target.name
+        self.attempts_before = self.stats.attempts
         if self.last_error is not None:
             self.tried, self.deaths, self.refusals, self.failure, self.last_error = NO_REPLICAS, 0, 0, None, None

@@ -268,7 +268,9 @@ class Dispatcher:
         return has_room(key.variants, self.cluster, self._clock(), key.context_tokens)
 
     def _lease_next(self, request: RoutingRequest) -> Lease | None:
-        lease = self._decide(self.affinity.refreshed(request))
+        # A queue does not know which replicas a request has tried: any of them may answer after a wait.
+        request = self.affinity.refreshed(request, NO_REPLICAS)
+        lease = self._decide(request)
         if lease is not None:
             return lease
         # Only a context that is too short is left: its engine's error says so.

@@ -22,7 +22,7 @@ from gateway.openai.stream import StreamFilter, stream_filter
 from gateway.proxy.context import RequestContext
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.leases import Lease
-from gateway.proxy.routing_features import routing_request
+from gateway.proxy.routing_features import permitted_rungs, routing_request
 from gateway.proxy.stats import RequestStats
 from gateway.proxy.upstream.protocol import Sink, Upstream, UpstreamReply, UpstreamRequest
 from gateway.routing.request import RoutingRequest
@@ -47,8 +47,10 @@ class Proxy:
     async def serve(self, context: RequestContext) -> None:
         """Answer one request; GatewayError if no replica does."""
         dispatcher, stats, target, inference = self.dispatcher, context.stats, context.route.target, context.inference
+        rungs = permitted_rungs(context)
         # One turn per request: if retries took turns, too, two replicas would never alternate.
-        request = routing_request(context, dispatcher.next_turn(), dispatcher)
+        turn, with_blocks = dispatcher.next_turn(), dispatcher.has_choice(rungs)
+        request = routing_request(context, rungs, turn, dispatcher.affinity, with_blocks)
         if target.think == "none" and inference.endpoint.rewrites_reasoning:
             inference = inference.without_thinking()
         while True:
@@ -125,7 +127,7 @@ class Proxy:
         context.failure = context.last_error = error
         if stats.started:
             raise error
-        if why := self.dispatcher.retry_refusal(context.deaths, stats.attempts):
+        if why := self.dispatcher.retry_refusal(context.deaths, stats.attempts - context.attempts_before):
             stats.metrics.retries_refused.labels(stats.alias, why).inc()
             raise error
 

@@ -9,10 +9,11 @@ from config.schema import NO_FLOOR
 from gateway.errors import NO_JSON
 from gateway.openai.endpoints import MESSAGES, Endpoint
 from gateway.openai.request import InferenceRequest
+from gateway.proxy.affinity import Affinity
 from gateway.proxy.context import RequestContext
-from gateway.proxy.dispatcher import Dispatcher
 from gateway.routing.prefix_hash import block_hashes
 from gateway.routing.request import NOTHING_CACHED, RoutingRequest
+from gateway.routing.split import Rung
 
 SESSION_HEADER = b"x-session-id"
 # Names of a conversation, or of its user; `user` is what OpenAI's older clients send.
@@ -52,18 +53,25 @@ _TURN = msgspec.json.Decoder(_Turn)
 _METADATA = msgspec.json.Decoder(_Metadata | None)
 
 
-def routing_request(context: RequestContext, turn: int, dispatcher: Dispatcher) -> RoutingRequest:
-    """Build the routing request of a context; FloorUnmet if no rung of its route satisfies it.
+def permitted_rungs(context: RequestContext) -> tuple[Rung, ...]:
+    """The rungs that satisfy alias, key and request; FloorUnmet if there are none."""
+    route, inference = context.route, context.inference
+    if route.rungs and inference.floor is NO_FLOOR and inference.precisions is None:
+        return route.rungs
+    return route.target.permitted_rungs((context.caller.floor, inference.floor), inference.precisions)
 
-    The prompt is hashed only if more than one replica could answer. Only endpoints that generate have a session and are
-    hashed. Nothing in the body is an error here: the engine judges it.
+
+def routing_request(
+    context: RequestContext, rungs: tuple[Rung, ...], turn: int, affinity: Affinity, with_blocks: bool
+) -> RoutingRequest:
+    """Build the routing request of a context for its permitted rungs.
+
+    `with_blocks`: hash the prompt, because more than one replica could answer. Only endpoints that generate have a
+    session and are hashed. Nothing in the body is an error here: the engine judges it.
     """
-    inference, caller, route, affinity = context.inference, context.caller, context.route, dispatcher.affinity
-    endpoint, fields, model, rungs = inference.endpoint, inference.fields, route.target.name, route.rungs
-    floors = (caller.floor, inference.floor)
-    if not rungs or inference.floor is not NO_FLOOR or inference.precisions is not None:
-        rungs = route.target.permitted_rungs(floors, inference.precisions)
-    parts = [fields[key] for key in endpoint.prompt_keys if key in fields]
+    inference, caller, route = context.inference, context.caller, context.route
+    endpoint, fields, model = inference.endpoint, inference.fields, route.target.name
+    parts = prompt_parts(inference)
     prompt_bytes = text_bytes(parts)
     token_ids = count_token_ids(inference) if endpoint.batch else 0
     blocks: tuple[int, ...] = ()
@@ -72,7 +80,7 @@ def routing_request(context: RequestContext, turn: int, dispatcher: Dispatcher) 
         session = session_of(inference, context.headers, caller.name)
         if session is not None:
             placement = affinity.placement(session)
-        if dispatcher.has_choice(rungs):
+        if with_blocks:
             blocks = block_hashes(parts, fields.get("cache_salt", b""))
             if blocks:
                 cached_tokens = affinity.cached_tokens(model, rungs, blocks)
@@ -89,7 +97,7 @@ def routing_request(context: RequestContext, turn: int, dispatcher: Dispatcher) 
         max_answer_tokens(inference),
         blocks,
         session,
-        floors,
+        (caller.floor, inference.floor),
         inference.precisions,
         placement,
         cached_tokens,
@@ -97,6 +105,12 @@ def routing_request(context: RequestContext, turn: int, dispatcher: Dispatcher) 
 
 
 # The prompt
+
+
+def prompt_parts(inference: InferenceRequest) -> list[msgspec.Raw]:
+    """The parts of the prompt, in the order in which chat templates write them."""
+    fields = inference.fields
+    return [fields[key] for key in inference.endpoint.prompt_keys if key in fields]
 
 
 def text_bytes(parts: Sequence[msgspec.Raw]) -> int:

@@ -22,8 +22,8 @@ class SpillState:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._gates: dict[RungKey, SpillGate] = {}
-        # Those that spill, by rung, with the settings by which each closes.
-        self._spilling: dict[str, dict[RungKey, Spill]] = {}
+        # Those that spill, with the variants of their rungs and the settings by which each closes.
+        self._spilling: dict[RungKey, tuple[tuple[str, ...], Spill]] = {}
 
     @property
     def gates(self) -> Mapping[RungKey, SpillGate]:
@@ -33,17 +33,15 @@ class SpillState:
     def apply(self, target: Target, gates: Mapping[RungKey, SpillGate]) -> None:
         """Take over what a decision changed."""
         for key, gate in gates.items():
-            self._set(key, gate, target.spill)
+            names = next((rung.names for rung in target.rungs if rung.name == key[1]), ())
+            self._set(key, gate, names, target.spill)
 
     def observe(self, variant: str, estimates: Sequence[LatencyEstimate], now: float) -> None:
         """Close the gates of a variant's rungs that no longer wait, so that they close also without requests."""
-        spilling = self._spilling.get(variant)
-        if not spilling:
-            return
-        for key, spill in [*spilling.items()]:
-            best = pick(estimates, ANY_REQUEST, spill)
+        for key, (names, spill) in [*self._spilling.items()]:
+            best = pick(estimates, ANY_REQUEST, spill) if variant in names else None
             if best is not None and best.known:
-                self._set(key, update(self._gates[key], spill, best.wait_seconds, now), spill)
+                self._set(key, update(self._gates[key], spill, best.wait_seconds, now), names, spill)
 
     def keep_only(self, ladders: Mapping[str, AbstractSet[str]]) -> None:
         """Forget the gates of rungs that are in no ladder any more; `ladders` are the names of rungs by alias."""
@@ -51,15 +49,15 @@ class SpillState:
             alias, rung = key
             if rung not in ladders.get(alias, ()):
                 del self._gates[key]
-                self._spilling.get(rung, {}).pop(key, None)
+                self._spilling.pop(key, None)
 
-    def _set(self, key: RungKey, gate: SpillGate, spill: Spill) -> None:
+    def _set(self, key: RungKey, gate: SpillGate, names: tuple[str, ...], spill: Spill) -> None:
         before = self._gates.get(key)
         self._gates[key] = gate
         if gate.spilling == (before is not None and before.spilling):
             return
         self._metrics.ladder_switches.labels(*key, "spill" if gate.spilling else "return").inc()
         if gate.spilling:
-            self._spilling.setdefault(key[1], {})[key] = spill
+            self._spilling[key] = names, spill
         else:
-            self._spilling.get(key[1], {}).pop(key, None)
+            self._spilling.pop(key, None)

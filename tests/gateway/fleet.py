@@ -1,4 +1,4 @@
-"""A gateway that runs on the test's own loop, in front of replicas that a test puts into its registry."""
+"""A gateway on the test's own loop, in front of replicas that a test puts into its registry."""
 
 import asyncio
 import json
@@ -42,7 +42,7 @@ CONFIG: dict[str, Any] = {
 
 
 def deployment(changes: dict[str, Any] | None = None, keys: Keys | None = None) -> Deployment:
-    """The configuration above with some top-level tables changed."""
+    """The configuration above, with some top-level tables replaced."""
     settings = Settings.model_validate({**CONFIG, **(changes or {})})
     return Deployment(settings, read_variants(settings.variants, ROOT), keys or Keys())
 
@@ -58,16 +58,16 @@ class Fleet:
 
     @property
     def url(self) -> str:
-        """Where clients ask."""
+        """The url for clients."""
         return f"http://{self.served.addresses.client}"
 
     def reserved_bytes(self) -> int:
-        """What the bodies of requests take now."""
-        return self.served.front.reserved_bytes
+        """The memory that the bodies of requests take now."""
+        return self.served.server.reserved_bytes
 
     @contextmanager
     def replicas(self, *served: tuple[str, str], state: State = State.READY) -> Iterator[None]:
-        """Have replicas, given as variant and url, in the registry while the block runs."""
+        """Keep replicas, given as variant and url, in the registry while the block runs."""
         ids = []
         for number, (variant, url) in enumerate(served):
             precision = CONFIG["variants"][variant]["precision"]
@@ -82,14 +82,14 @@ class Fleet:
     async def ask(
         self, body: dict[str, Any] | bytes = HELLO, headers: dict[str, str] | None = None, path: str = CHAT
     ) -> httpx.Response:
-        """Post a body and read the whole answer."""
+        """Post a body, and read the whole response."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         return await self.client.post(path, content=content, headers={**JSON, **(headers or {})})
 
     async def metrics(self, prefix: str = "quantgate_") -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-        """Every sample of /metrics whose name begins like this."""
+        """Every sample of /metrics whose name starts with the prefix."""
         page = (await self.admin.get("/metrics")).text
-        # Only what is wanted is parsed: that is the expensive part.
+        # Only these are parsed, because parsing is the expensive part.
         lines = [line for line in page.splitlines() if line.startswith(prefix)]
         families = text_string_to_metric_families("\n".join([*lines, ""]))
         return {
@@ -106,9 +106,9 @@ class Fleet:
         )
 
     async def at_rest(self) -> None:
-        """Wait until nobody is being answered; an error if that doesn't come."""
+        """Wait until no request is in flight; TimeoutError if that takes too long."""
         async with asyncio.timeout(DEADLINE_SECONDS):
-            # Another party's progress is waited for: that of the gateway's tasks.
+            # Waits for the gateway's tasks.
             while await self.total("quantgate_requests_in_flight") or self._leased():  # noqa: ASYNC110
                 await asyncio.sleep(POLL_SECONDS)
 
@@ -118,7 +118,7 @@ class Fleet:
 
 @asynccontextmanager
 async def running_gateway(deployed: Deployment, registry: Registry | None = None) -> AsyncIterator[Fleet]:
-    """A gateway on ports of its own."""
+    """Run a gateway on free ports."""
     registry = registry or Registry()
     with listen_sockets(deployed.settings.gateway) as taken:
         async with gateway(deployed, registry, taken) as served, clients(served.addresses) as (client, admin):
@@ -127,7 +127,7 @@ async def running_gateway(deployed: Deployment, registry: Registry | None = None
 
 @asynccontextmanager
 async def clients(addresses: Addresses) -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClient]]:
-    """A client for the clients' port, and one for the operators'."""
+    """A client for the client port, and one for the admin port."""
     async with _client(addresses.client) as client, _client(addresses.admin) as admin:
         yield client, admin
 
@@ -139,18 +139,18 @@ def _client(address: str) -> httpx.AsyncClient:
 def events_in(body: bytes) -> list[Any]:
     """The payloads of a stream: JSON objects, and "[DONE]"."""
     events = body.decode().split("\n\n")
-    assert events.pop() == "", "a stream ends behind an event"
+    assert events.pop() == "", "a stream ends after an event"
     return [json.loads(text) if (text := event.removeprefix("data: ")) != "[DONE]" else text for event in events]
 
 
 def text_of(events: list[Any]) -> str:
-    """What a chat stream said."""
+    """The text of a chat stream."""
     choices = [choice for event in events if event != "[DONE]" for choice in event.get("choices", ())]
     return "".join(choice["delta"].get("content") or "" for choice in choices)
 
 
 def error_of(answer: httpx.Response) -> dict[str, Any]:
-    """The error of an answer, checked for OpenAI's shape and for a request id."""
+    """The error of a response, checked for OpenAI's shape and for a request id."""
     error: dict[str, Any] = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert isinstance(error["message"], str)

@@ -1,4 +1,4 @@
-"""The whole of it, put together: replicas that are started here and the gateway in front."""
+"""The composition root: replicas that the process starts, and the gateway in front of them."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def test_everything_on_one_machine(tmp_path: Path) -> None:
-    """A replica is started, waited for, asked, and gone when the block ends; a request before it is ready waits."""
+    """A replica is started and answers, also a request from before it is ready; it is gone when the block ends."""
     own = {"variant": "own", "drain_seconds": 5}
     settings = Settings.model_validate(
         {
@@ -72,7 +72,7 @@ async def test_access_log_goes_to_the_given_stream(tmp_path: Path, capfd: pytest
 
 
 async def test_files_beside_the_configuration(tmp_path: Path) -> None:
-    """Variants and keys are found relative to the configuration that names them."""
+    """Paths of variants and keys are relative to the configuration."""
     model_directory(tmp_path / "models" / "own")
     key = create_key(tmp_path / "keys.yaml", "alice")
     path = tmp_path / "quantgate.yaml"
@@ -83,8 +83,8 @@ async def test_files_beside_the_configuration(tmp_path: Path) -> None:
     assert deployment.variants["own"].precision == "bf16"
 
 
-async def test_what_a_verdict_shuts_out_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Whoever starts a gateway, or changes its configuration, is warned of rungs and aliases that can't answer."""
+async def test_variants_excluded_by_a_verdict_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each configuration logs rungs that are never chosen, and aliases that no variant may answer."""
     model_directory(tmp_path / "own")
     (tmp_path / "bad").mkdir()
     seal(tmp_path / "bad", 4, verdict="fail")

@@ -1,4 +1,4 @@
-"""Ten times the load that the replicas take: every request ends with an answer or with a time to come back."""
+"""Ten times the load that the replicas take: every request ends with an answer, or with 429 and a retry-after."""
 
 import asyncio
 from collections import Counter
@@ -12,59 +12,62 @@ from tests.gateway.fleet import CHAT, HELLO, STREAM, Fleet, deployment, running_
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-# Two replicas generate for two requests each, and take as many again into their own queue.
+# Two replicas run two requests each, and queue as many more themselves.
 SMALL = ("--max-num-seqs", "2", "--fake-queue-limit", "4", "--fake-tokens", "8", "--fake-tokens-per-second", "100")
-ROOM = 8
-LOAD = 10 * ROOM
-LINE = 12
+CAPACITY = 8
+LOAD = 10 * CAPACITY
+QUEUE = 12
 ROUNDS = 3
 GAUGES = ("quantgate_requests_in_flight", "quantgate_replica_in_flight", "quantgate_waiting")
 GATEWAY = {
     "listen": "127.0.0.1:0",
     "admin": "127.0.0.1:0",
-    "queue": {"per_alias": LINE, "in_all": LINE},
+    "queue": {"per_alias": QUEUE, "in_all": QUEUE},
     "limits": {"queue_seconds": DEADLINE_SECONDS},
 }
 
 
-async def client(asking: httpx.AsyncClient, number: int) -> list[httpx.Response]:
-    """Ask again as soon as there is an answer."""
+async def client(http: httpx.AsyncClient, number: int) -> list[httpx.Response]:
+    """Send the next request as soon as the last is answered."""
     body = STREAM if number % 2 else HELLO
-    return [await asking.post(CHAT, json=body) for _ in range(ROUNDS)]
+    return [await http.post(CHAT, json=body) for _ in range(ROUNDS)]
 
 
 async def most_waiting(fleet: Fleet, storm: "asyncio.Future[list[list[httpx.Response]]]") -> float:
-    """How many were seen waiting at once, as long as the storm lasts."""
+    """The most requests that were queued at once while the storm lasts."""
     most = 0.0
     while not storm.done():
         most = max(most, await fleet.total("quantgate_waiting"))
     return most
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["bound known", "bound unknown"])
+@pytest.mark.parametrize("known", [True, False], ids=["limit known", "limit unknown"])
 async def test_ten_times_the_load(known: bool) -> None:
-    """200, or 429 with a time to come back; nothing is held in the end, and no more than may be in between.
+    """Every response is 200, or 429 with a retry-after; the queue stays within its limit; in the end nothing is held.
 
-    The gateway knows how many requests a replica takes, or learns of it by being refused.
+    The gateway knows how many requests a replica takes, or learns it from refusals.
     """
     async with (
         running_fake(*SMALL) as first,
         running_fake(*SMALL) as second,
         running_gateway(deployment({"gateway": GATEWAY})) as fleet,
         httpx.AsyncClient(
-            base_url=fleet.url, timeout=DEADLINE_SECONDS * 2, trust_env=False, limits=httpx.Limits(max_connections=None)
-        ) as asking,
+            base_url=fleet.url,
+            timeout=DEADLINE_SECONDS * 2,
+            trust_env=False,
+            limits=httpx.Limits(max_connections=None),
+        ) as http,
     ):
         for fake in (first, second):
-            room = ROOM // 2 if known else 512
-            replica = Replica(f"r{fake.port}", "hi", "bf16", fake.url, "m1", max_in_flight=room)
+            limit = CAPACITY // 2 if known else 512
+            replica = Replica(f"r{fake.port}", "hi", "bf16", fake.url, "m1", max_in_flight=limit)
             fleet.registry.put(replica, State.READY)
-        storm = asyncio.gather(*(client(asking, number) for number in range(LOAD)))
+        storm = asyncio.gather(*(client(http, number) for number in range(LOAD)))
         most = await most_waiting(fleet, storm)
         answers = [answer for own in await storm for answer in own]
         statuses = Counter(answer.status_code for answer in answers)
         assert set(statuses) == {200, 429}
-        assert statuses[200] >= ROOM + LINE
+        assert statuses[200] >= CAPACITY + QUEUE
         assert statuses.total() == LOAD * ROUNDS
         for answer in answers:
             if answer.status_code == 429:
@@ -73,23 +76,26 @@ async def test_ten_times_the_load(known: bool) -> None:
             elif answer.headers["content-type"].startswith("text/event-stream"):
                 assert answer.content.endswith(b"data: [DONE]\n\n")
                 assert b'"error"' not in answer.content
-        assert most <= LINE
+        assert most <= QUEUE
         await fleet.at_rest()
         await eventually(lambda: fleet.reserved_bytes() == 0 or None)
         assert [await fleet.total(gauge) for gauge in GAUGES] == [0, 0, 0]
 
 
-async def test_a_bound_that_is_not_known_loses_nobody() -> None:
-    """Whoever may wait gets an answer in the end, and the replicas aren't asked over and over."""
+async def test_an_unknown_limit_refuses_no_request() -> None:
+    """Every request that may wait is answered in the end, and the replica is not asked over and over."""
     async with (
         running_fake(*SMALL) as fake,
         running_gateway(deployment()) as fleet,
         httpx.AsyncClient(
-            base_url=fleet.url, timeout=DEADLINE_SECONDS * 2, trust_env=False, limits=httpx.Limits(max_connections=None)
-        ) as asking,
+            base_url=fleet.url,
+            timeout=DEADLINE_SECONDS * 2,
+            trust_env=False,
+            limits=httpx.Limits(max_connections=None),
+        ) as http,
     ):
         with fleet.replicas(("hi", fake.url)):
-            answers = await asyncio.gather(*(asking.post(CHAT, json=HELLO) for _ in range(5 * ROOM)))
+            answers = await asyncio.gather(*(http.post(CHAT, json=HELLO) for _ in range(5 * CAPACITY)))
         assert {answer.status_code for answer in answers} == {200}
-        # The first wave, and what is found out in between.
+        # The first wave, and the requests by which the limit is learned.
         assert len(fake.requests(CHAT)) < 4 * len(answers)

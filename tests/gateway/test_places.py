@@ -1,4 +1,4 @@
-"""Where replicas listen: behind TLS with a CA of one's own, and on sockets in the file system."""
+"""Replicas behind TLS with a private CA, and replicas on Unix sockets."""
 
 import asyncio
 import datetime as dt
@@ -19,6 +19,7 @@ from gateway.app import gateway_alone
 from gateway.deployment import read_deployment
 from gateway.errors import UpstreamDisconnected, UpstreamError, UpstreamUnreachable
 from gateway.proxy.upstream.pool import Pool
+from gateway.routing.target import Timeouts
 from serving.address import Address, address_of
 from serving.clients import Clients
 from serving.measuring.engine_facts import engine_facts
@@ -28,9 +29,10 @@ from serving.replica import Replica, State, foreign_replicas
 from serving.tls import Tls, read_tls
 from tests.fakes.running import DEADLINE_SECONDS, HOST, POLL_SECONDS, FakeReplica
 from tests.gateway.fleet import CONFIG, HELLO, STREAM, Fleet, clients, error_of, events_in, text_of
+from tests.gateway.proxy.upstream.test_connection import next_piece
 from tests.gateway.wire import Flood, Peer, ScriptedReplica, answering, scripted, stream, whole
 
-pytest.importorskip("cryptography", reason="certificates are made with cryptography, which is not installed")
+pytest.importorskip("cryptography", reason="needs cryptography to make certificates")
 certificates = pytest.importorskip("tests.fakes.certificates")
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -39,37 +41,37 @@ REQUEST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}"
 EXPIRED = -dt.timedelta(hours=1)
 
 
-def trusting(folder: Path, **named: Any) -> Tls:
-    """What a replica with these options has to prove."""
-    settings = ReplicaSettings.model_validate({"variant": "hi", "url": "https://h", **named})
+def tls_of(folder: Path, **options: Any) -> Tls:
+    """Read the TLS settings of a replica with these options."""
+    settings = ReplicaSettings.model_validate({"variant": "hi", "url": "https://h", **options})
     return read_tls((settings,), folder)[0]
 
 
 async def ask(pool: Pool, url: str, tls: Tls | None = None) -> bytes:
-    """One request, its answer read to the end."""
-    async with pool.exchange(url, REQUEST, tls=tls) as connection:
+    """Send one request, and read its reply to the end."""
+    with await pool.open(url, REQUEST, tls=tls) as connection:
         return await connection.read(2**20)
 
 
 @asynccontextmanager
-async def door(
+async def forwarding(
     fake: FakeReplica, *, secure: ssl.SSLContext | None = None, path: Path | None = None
 ) -> AsyncIterator[ScriptedReplica]:
-    """Another way to a fake: through TLS, or through a socket in the file system."""
+    """Forward connections to a fake: from TLS, or from a Unix socket."""
 
     async def behaviour(peer: Peer) -> None:
         reader, writer = await asyncio.open_connection(HOST, fake.port)
         inner = Peer(reader, writer)
         try:
             async with asyncio.TaskGroup() as both:
-                both.create_task(carried(peer, inner))
-                both.create_task(carried(inner, peer))
+                both.create_task(copy(peer, inner))
+                both.create_task(copy(inner, peer))
         except* (ConnectionError, TimeoutError):
             pass
         finally:
             inner.finish()
 
-    async def carried(source: Peer, target: Peer) -> None:
+    async def copy(source: Peer, target: Peer) -> None:
         while data := await source.read_some():
             await target.say(data)
         raise ConnectionResetError
@@ -89,32 +91,32 @@ async def door(
     ],
 )
 async def test_addresses(url: str, address: Address, root: str) -> None:
-    """A url says where to connect to, and what the request's host is."""
+    """A url has the address to connect to, and the host of requests."""
     assert (address_of(url), address_of(url).root) == (address, root)
 
 
-async def test_the_right_authority(tmp_path: Path) -> None:
-    """A certificate of the CA that was named is trusted, and its connection is kept as any other."""
+async def test_a_trusted_certificate(tmp_path: Path) -> None:
+    """A certificate of the configured CA is trusted, and its connection is pooled."""
     authority = certificates.Authority(tmp_path, "ca")
     answers = answering(whole(b"1"), stream(b"2"), whole(b"3"), close=False)
     secure = authority.issue().server_context()
     async with scripted(answers, secure=secure) as replica, Pool() as pool:
-        tls = trusting(tmp_path, ca="ca.pem")
+        tls = tls_of(tmp_path, ca="ca.pem")
         assert [await ask(pool, replica.url, tls) for _ in range(3)] == [b"1", b"2", b"3"]
         assert len(replica.peers) == 1
         assert repr(pool) == f"<Pool [{replica.url}: 1 idle]>"
 
 
-async def test_certificates_that_prove_nothing(tmp_path: Path) -> None:
-    """Another CA, another host, a time that is over, the machine's own trust: unreachable, for us and for the probe."""
+async def test_untrusted_certificates(tmp_path: Path) -> None:
+    """Another CA, another host, an expired certificate, or no configured CA: unreachable for pool and probe."""
     authority, other = certificates.Authority(tmp_path, "ca"), certificates.Authority(tmp_path, "other")
-    right = trusting(tmp_path, ca="ca.pem")
+    private_ca = tls_of(tmp_path, ca="ca.pem")
     for issued, tls in (
-        (authority.issue(), trusting(tmp_path, ca="other.pem")),
-        (other.issue(), right),
-        (authority.issue("replica.example"), right),
-        (authority.issue("127.0.0.2"), right),
-        (authority.issue(valid_for=EXPIRED), right),
+        (authority.issue(), tls_of(tmp_path, ca="other.pem")),
+        (other.issue(), private_ca),
+        (authority.issue("replica.example"), private_ca),
+        (authority.issue("127.0.0.2"), private_ca),
+        (authority.issue(valid_for=EXPIRED), private_ca),
         (authority.issue(), None),
     ):
         async with scripted(answering(whole(b"1")), secure=issued.server_context()) as replica, Pool() as pool:
@@ -126,7 +128,7 @@ async def test_certificates_that_prove_nothing(tmp_path: Path) -> None:
 
 
 async def test_plain_http_on_a_port_with_tls(tmp_path: Path) -> None:
-    """An http address where TLS is spoken gives no answer, and no crash."""
+    """An http url of a port that speaks TLS fails as a disconnect."""
     secure = certificates.Authority(tmp_path, "ca").issue().server_context()
     async with scripted(answering(whole(b"1")), secure=secure) as replica, Pool() as pool, Probe() as probe:
         url = replica.url.replace("https:", "http:")
@@ -136,32 +138,32 @@ async def test_plain_http_on_a_port_with_tls(tmp_path: Path) -> None:
 
 
 async def test_a_client_certificate(tmp_path: Path) -> None:
-    """A replica that wants to know who we are is shown it; without, it answers nothing."""
+    """A replica that requires a client certificate answers only with it."""
     authority, ours = certificates.Authority(tmp_path, "ca"), certificates.Authority(tmp_path, "ours")
     issued = ours.issue()
     secure = authority.issue().server_context(clients_of=ours)
-    shown = {"ca": "ca.pem", "certificate": issued.certificate.name, "key_file": issued.key.name}
+    options = {"ca": "ca.pem", "certificate": issued.certificate.name, "key_file": issued.key.name}
     async with scripted(answering(whole(b"1")), secure=secure) as replica, Pool() as pool, Probe() as probe:
-        assert await ask(pool, replica.url, trusting(tmp_path, **shown)) == b"1"
-        assert await probe.healthy(replica.url, trusting(tmp_path, **shown))
+        assert await ask(pool, replica.url, tls_of(tmp_path, **options)) == b"1"
+        assert await probe.healthy(replica.url, tls_of(tmp_path, **options))
         with pytest.raises(UpstreamError):
-            await ask(pool, replica.url, trusting(tmp_path, ca="ca.pem"))
-        assert not await probe.healthy(replica.url, trusting(tmp_path, ca="ca.pem"))
+            await ask(pool, replica.url, tls_of(tmp_path, ca="ca.pem"))
+        assert not await probe.healthy(replica.url, tls_of(tmp_path, ca="ca.pem"))
 
 
-async def test_a_connection_is_no_proof_for_others(tmp_path: Path) -> None:
-    """What one CA vouched for is not used by a replica of the same address that trusts another."""
+async def test_connections_are_pooled_by_tls_settings(tmp_path: Path) -> None:
+    """A connection verified with one CA is not used for the same address with another."""
     authority = certificates.Authority(tmp_path, "ca")
     certificates.Authority(tmp_path, "other")
     secure = authority.issue().server_context()
     async with scripted(answering(whole(b"1"), close=False), secure=secure) as replica, Pool() as pool:
-        await ask(pool, replica.url, trusting(tmp_path, ca="ca.pem"))
+        await ask(pool, replica.url, tls_of(tmp_path, ca="ca.pem"))
         with pytest.raises(UpstreamUnreachable):
-            await ask(pool, replica.url, trusting(tmp_path, ca="other.pem"))
+            await ask(pool, replica.url, tls_of(tmp_path, ca="other.pem"))
 
 
 async def test_a_handshake_that_never_ends(tmp_path: Path) -> None:
-    """A port that accepts and says nothing is unreachable after the time for connecting."""
+    """A port that accepts and sends nothing is unreachable after `connect_seconds`."""
 
     async def behaviour(peer: Peer) -> None:
         await peer.left()
@@ -170,13 +172,12 @@ async def test_a_handshake_that_never_ends(tmp_path: Path) -> None:
     async with scripted(behaviour) as replica, Pool() as pool:
         url = replica.url.replace("http:", "https:")
         with pytest.raises(UpstreamUnreachable) as caught:
-            async with pool.exchange(url, REQUEST, connect_seconds=0.05, tls=trusting(tmp_path, ca="ca.pem")):
-                pass
+            await pool.open(url, REQUEST, Timeouts(connect_seconds=0.05), tls_of(tmp_path, ca="ca.pem"))
         assert isinstance(caught.value.__cause__, TimeoutError)
 
 
 async def test_one_context_for_a_file(tmp_path: Path) -> None:
-    """Replicas with the same files share a context; what changes in a file makes another value, and nothing else."""
+    """Replicas with the same files share a context; only a changed file makes another value."""
     certificates.Authority(tmp_path, "ca")
     settings = ReplicaSettings(variant="hi", url="https://h", ca="ca.pem")
     plain = ReplicaSettings(variant="hi", url="http://h")
@@ -195,13 +196,13 @@ async def test_one_context_for_a_file(tmp_path: Path) -> None:
     assert [each.tls for each in found] == [first[0], None, first[0]]
 
 
-async def test_files_that_cannot_be_used(tmp_path: Path) -> None:
-    """A missing or broken file is told at once, with the option that names it."""
+async def test_invalid_files(tmp_path: Path) -> None:
+    """A missing or invalid file is an error with the option that names it."""
     authority = certificates.Authority(tmp_path, "ca")
     ours, locked = authority.issue(), authority.issue(password=b"secret")
     (tmp_path / "empty.pem").touch()
     (tmp_path / "broken.pem").write_text("-----BEGIN CERTIFICATE-----\nx\n-----END CERTIFICATE-----\n")
-    for named, words in (
+    for options, words in (
         ({"ca": "none.pem"}, r"replicas\.0\.ca: .*none\.pem can't be read: No such file or directory"),
         ({"ca": "."}, r"replicas\.0\.ca: .* can't be read: Is a directory"),
         ({"ca": "empty.pem"}, r"replicas\.0\.ca: .*empty\.pem has no certificate"),
@@ -214,15 +215,15 @@ async def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         ({"certificate": locked.certificate.name, "key_file": locked.key.name}, "without a password"),
     ):
         with pytest.raises(ConfigError, match=words):
-            trusting(tmp_path, **named)
+            tls_of(tmp_path, **options)
 
 
-async def test_failover_from_a_replica_that_proves_nothing(fleet: Fleet, fake: FakeReplica, tmp_path: Path) -> None:
-    """To a client, a wrong certificate is a replica that can't be reached: the next one answers, or 502."""
+async def test_failover_from_an_untrusted_replica(fleet: Fleet, fake: FakeReplica, tmp_path: Path) -> None:
+    """A wrong certificate makes a replica unreachable: the next one answers, or the client gets 502."""
     secure = certificates.Authority(tmp_path, "ca").issue().server_context()
     certificates.Authority(tmp_path, "other")
     async with scripted(answering(whole(b"{}")), secure=secure) as wrong:
-        replica = Replica("hi-9", "hi", "bf16", wrong.url, "m1", tls=trusting(tmp_path, ca="other.pem"))
+        replica = Replica("hi-9", "hi", "bf16", wrong.url, "m1", tls=tls_of(tmp_path, ca="other.pem"))
         fleet.registry.put(replica, State.READY)
         try:
             answer = await fleet.ask()
@@ -237,101 +238,101 @@ async def test_failover_from_a_replica_that_proves_nothing(fleet: Fleet, fake: F
 
 
 def configured(folder: Path, **replica: Any) -> Path:
-    """Write the configuration of a gateway with one replica."""
+    """Write a configuration with one replica."""
     path = folder / "quantgate.yaml"
-    told = {"variant": "hi", **replica}
+    settings = {"variant": "hi", **replica}
     gateway = {**CONFIG["gateway"], "limits": {"queue_seconds": DEADLINE_SECONDS}}
-    path.write_text(yaml.safe_dump({**CONFIG, "gateway": gateway, "replicas": [told]}))
+    path.write_text(yaml.safe_dump({**CONFIG, "gateway": gateway, "replicas": [settings]}))
     return path
 
 
-async def stands(admin: httpx.AsyncClient, state: str) -> None:
-    """Wait until the only replica stands like this."""
+async def state_becomes(admin: httpx.AsyncClient, state: str) -> None:
+    """Wait until the only replica is in a state."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         while True:
-            (shown,) = (await admin.get("/admin/replicas")).json()
-            if shown["state"] == state:
+            (replica,) = (await admin.get("/admin/replicas")).json()
+            if replica["state"] == state:
                 return
             await asyncio.sleep(POLL_SECONDS)
 
 
-async def answered(client: httpx.AsyncClient) -> None:
-    """Ask for a whole answer and for a stream."""
+async def check_answers(client: httpx.AsyncClient) -> None:
+    """Request a unary answer and a stream, and check that they are the same."""
     reply = await client.post("/v1/chat/completions", json=HELLO)
     assert reply.status_code == 200, reply.text
-    said = reply.json()["choices"][0]["message"]["content"]
+    text = reply.json()["choices"][0]["message"]["content"]
     reply = await client.post("/v1/chat/completions", json=STREAM)
     assert events_in(reply.content)[-1] == "[DONE]"
-    assert text_of(events_in(reply.content)) == said
+    assert text_of(events_in(reply.content)) == text
 
 
 @asynccontextmanager
 async def alone(path: Path) -> AsyncIterator[tuple[httpx.AsyncClient, httpx.AsyncClient]]:
-    """A gateway in front of replicas that run elsewhere; gives a client for each of its ports."""
+    """Run a gateway in front of replicas that run elsewhere; yields a client for each of its ports."""
     async with gateway_alone(read_deployment(path), path) as addresses, clients(addresses) as both:
         yield both
 
 
 @pytest.mark.parametrize("kind", ["unix", "https"])
-async def test_from_end_to_end(kind: str, fake: FakeReplica, tmp_path: Path) -> None:
-    """A gateway watches it and answers from it, over connections that it keeps."""
+async def test_end_to_end(kind: str, fake: FakeReplica, tmp_path: Path) -> None:
+    """A gateway watches the replica, and answers from it over pooled connections."""
     secure = certificates.Authority(tmp_path, "ca").issue("localhost").server_context()
-    way: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
-    async with door(fake, **way) as replica:
+    listener: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
+    async with forwarding(fake, **listener) as replica:
         url = replica.url.replace(HOST, "localhost")
         path = configured(tmp_path, url=url, **({"ca": "ca.pem"} if kind == "https" else {}))
         async with alone(path) as (client, admin):
-            await stands(admin, "ready")
-            await answered(client)
+            await state_becomes(admin, "ready")
+            await check_answers(client)
             before = len(replica.peers)
             for _ in range(3):
-                await answered(client)
+                await check_answers(client)
             assert len(replica.peers) == before
 
 
-async def test_a_socket_that_goes_and_comes_back(fake: FakeReplica, tmp_path: Path) -> None:
-    """Without the file its replica is failed, with it ready again, and requests wait for that."""
+async def test_a_socket_that_is_removed_and_comes_back(fake: FakeReplica, tmp_path: Path) -> None:
+    """Without the socket its replica is failed; with it, it is ready again."""
     socket = tmp_path / "socket"
     async with alone(configured(tmp_path, url=f"unix://{socket}")) as (client, admin):
-        await stands(admin, "failed")
+        await state_becomes(admin, "failed")
         for _ in range(2):
-            async with door(fake, path=socket):
-                await stands(admin, "ready")
-                await answered(client)
+            async with forwarding(fake, path=socket):
+                await state_becomes(admin, "ready")
+                await check_answers(client)
             socket.unlink(missing_ok=True)
-            await stands(admin, "failed")
+            await state_becomes(admin, "failed")
 
 
 async def test_certificates_are_read_at_a_reload(fake: FakeReplica, tmp_path: Path) -> None:
-    """A file that can't be read changes nothing; another authority in its place is another one to trust."""
+    """A file that cannot be read is refused; another CA in the file is trusted instead."""
     authority, _ = certificates.Authority(tmp_path, "right"), certificates.Authority(tmp_path, "ca")
-    async with door(fake, secure=authority.issue().server_context()) as replica:
+    async with forwarding(fake, secure=authority.issue().server_context()) as replica:
         path = configured(tmp_path, url=replica.url, ca="ca.pem")
         async with alone(path) as (client, admin):
-            await stands(admin, "failed")
+            await state_becomes(admin, "failed")
             configured(tmp_path, url=replica.url, ca="none.pem")
-            await counted(admin, 'quantgate_config_reloads_total{outcome="refused"} 1.0')
+            await metrics_contain(admin, 'quantgate_config_reloads_total{outcome="refused"} 1.0')
             (tmp_path / "ca.pem").write_bytes(authority.file.read_bytes())
             configured(tmp_path, url=replica.url, ca="ca.pem")
-            await stands(admin, "ready")
-            await answered(client)
+            await state_becomes(admin, "ready")
+            await check_answers(client)
 
 
-async def counted(admin: httpx.AsyncClient, line: str) -> None:
-    """Wait until the metrics say so."""
+async def metrics_contain(admin: httpx.AsyncClient, line: str) -> None:
+    """Wait until the metrics have a line."""
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while line not in (await admin.get("/metrics")).text:  # noqa: ASYNC110 - another party's progress
+        while line not in (await admin.get("/metrics")).text:  # noqa: ASYNC110 - waits for the gateway
             await asyncio.sleep(POLL_SECONDS)
 
 
 @pytest.mark.parametrize("kind", ["unix", "https"])
 async def test_every_control_request(kind: str, fake: FakeReplica, tmp_path: Path) -> None:
-    """The probe and the measuring get there, too, each over one connection."""
+    """The probe and the measurements work, too, each over one connection."""
     secure = certificates.Authority(tmp_path, "ca").issue().server_context()
-    way: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
-    tls = trusting(tmp_path, ca="ca.pem") if kind == "https" else None
-    async with door(fake, **way) as behind:
-        replica = Replica("hi-1", "hi", "bf16", behind.url, "m1", tls=tls)
+    listener: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
+    tls = tls_of(tmp_path, ca="ca.pem") if kind == "https" else None
+    async with forwarding(fake, **listener) as forwarded:
+        replica = Replica("hi-1", "hi", "bf16", forwarded.url, "m1", tls=tls)
         async with Probe() as probe:
             assert await probe.healthy(replica.url, replica.tls)
             assert (await probe.served_model(replica)).name == "m1"
@@ -340,34 +341,33 @@ async def test_every_control_request(kind: str, fake: FakeReplica, tmp_path: Pat
             assert await probe.requests_in_engine(replica) == 0
             assert await probe.token_ids(replica, "a")
             assert await probe.prompt_end(replica, {})
-            assert len(behind.peers) == 1
-        async with aclosing(Clients(httpx.Timeout(DEADLINE_SECONDS))) as reaching:
-            client = reaching.reaching(replica.url, replica.tls)
+            assert len(forwarded.peers) == 1
+        async with aclosing(Clients(httpx.Timeout(DEADLINE_SECONDS))) as http_clients:
+            client = http_clients.reaching(replica.url, replica.tls)
             assert (await engine_facts(client, replica.url)).version
             ongoing = Ongoing(0.0, 1)
             await complete(Target(client, replica.url, "m1"), [65], 3, ongoing, lambda: None)
             assert (ongoing.failure, len(ongoing.chunks)) == (None, 3)
-            assert len(behind.peers) == 2
+            assert len(forwarded.peers) == 2
 
 
 @pytest.mark.parametrize("kind", ["unix", "https"])
-async def test_a_slow_reader_holds_the_replica_back(kind: str, tmp_path: Path) -> None:
-    """What is not read yet is bounded there, too, and all of it arrives in the end, on a connection that is kept."""
+async def test_backpressure_of_a_slow_reader(kind: str, tmp_path: Path) -> None:
+    """What has not been read is bounded, and all of it arrives in the end, on a connection that is pooled."""
     flood = Flood(40 * 2**20)
-
     secure = certificates.Authority(tmp_path, "ca").issue().server_context()
-    way: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
-    tls = trusting(tmp_path, ca="ca.pem") if kind == "https" else None
-    async with scripted(flood, **way) as replica, Pool() as pool:
-        async with pool.exchange(replica.url, REQUEST, tls=tls) as connection:
+    listener: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
+    tls = tls_of(tmp_path, ca="ca.pem") if kind == "https" else None
+    async with scripted(flood, **listener) as replica, Pool() as pool:
+        with await pool.open(replica.url, REQUEST, tls=tls) as connection:
             before = -1
             async with asyncio.timeout(DEADLINE_SECONDS):
-                while before != flood.said:
-                    before = flood.said
+                while before != flood.sent:
+                    before = flood.sent
                     await asyncio.sleep(0.1)
-            assert flood.said < flood.total / 2
+            assert flood.sent < flood.total / 2
             size = 0
-            while data := await connection.more():
+            while data := await next_piece(connection):
                 size += len(data)
             assert size == flood.total
         assert repr(pool) == f"<Pool [{replica.url}: 1 idle]>"
@@ -375,12 +375,12 @@ async def test_a_slow_reader_holds_the_replica_back(kind: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("kind", ["unix", "https"])
 async def test_replies_without_an_end(kind: str, tmp_path: Path) -> None:
-    """A hung-up reply and a half one are told apart from whole ones, as over plain HTTP."""
+    """An incomplete reply raises, as over plain HTTP."""
     secure = certificates.Authority(tmp_path, "ca").issue().server_context()
-    way: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
-    tls = trusting(tmp_path, ca="ca.pem") if kind == "https" else None
-    for said in (b"", b"HTTP/1.1 2", whole(b"12")[:-1], stream(b"1")[:-5]):
-        async with scripted(answering(said), **way) as replica, Pool() as pool:
+    listener: dict[str, Any] = {"secure": secure} if kind == "https" else {"path": tmp_path / "socket"}
+    tls = tls_of(tmp_path, ca="ca.pem") if kind == "https" else None
+    for sent in (b"", b"HTTP/1.1 2", whole(b"12")[:-1], stream(b"1")[:-5]):
+        async with scripted(answering(sent), **listener) as replica, Pool() as pool:
             with pytest.raises(UpstreamDisconnected):
                 await ask(pool, replica.url, tls)
         (tmp_path / "socket").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A changed configuration is taken over while requests flow."""
+"""A changed configuration is applied under load."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,11 +24,11 @@ from tests.gateway.fleet import HELLO, clients
 from tests.serving.supervised import fake_machine, model_directory, noted_sessions
 
 REQUESTS = 200
-AT_ONCE = 8
+CLIENTS = 8
 
 
 def write(folder: Path, replicas: list[dict[str, Any]], ladder: list[str], **gateway: Any) -> Path:
-    """Write a configuration as an editor does: another file in its place."""
+    """Write a configuration as an editor does: replace the file."""
     names = ("old", "new")
     document = {
         "gateway": {
@@ -49,7 +49,7 @@ def write(folder: Path, replicas: list[dict[str, Any]], ladder: list[str], **gat
 
 @asynccontextmanager
 async def running(folder: Path, path: Path) -> AsyncIterator[tuple[Registry, httpx.AsyncClient, httpx.AsyncClient]]:
-    """`quantgate up` on fakes."""
+    """Run `quantgate up` on fakes."""
     registry = Registry()
     async with (
         everything(read_deployment(path), fake_machine(folder), registry, folder, path) as addresses,
@@ -60,19 +60,19 @@ async def running(folder: Path, path: Path) -> AsyncIterator[tuple[Registry, htt
 
 @dataclass(slots=True)
 class Load:
-    """Clients that ask without a pause, streaming and not; what came of it, by replica."""
+    """Clients that send requests without a pause, unary and streaming; counts answers by replica."""
 
     client: httpx.AsyncClient
     answers: dict[str, int] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
-    enough: asyncio.Event = field(default_factory=asyncio.Event)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
-        """Ask until told that it is enough."""
-        await asyncio.gather(*(self._ask(number) for number in range(AT_ONCE)))
+        """Send requests until `stop` is set."""
+        await asyncio.gather(*(self._ask(number) for number in range(CLIENTS)))
 
     async def _ask(self, number: int) -> None:
-        while not self.enough.is_set():
+        while not self.stop.is_set():
             stream = bool(number % 2)
             answer = await self.client.post("/v1/chat/completions", json={**HELLO, "stream": stream})
             whole = answer.status_code == 200 and (not stream or answer.text.endswith("data: [DONE]\n\n"))
@@ -83,25 +83,25 @@ class Load:
 
 
 def ready(registry: Registry) -> set[str]:
-    """Who answers now."""
+    """The ids of the ready replicas."""
     return {each.replica.id for each in registry.snapshot() if each.state is State.READY}
 
 
 async def test_rolling_replacement_breaks_no_request(tmp_path: Path) -> None:
-    """Two replicas get another setting, one after the other, under steady load: not one request fails."""
+    """Two replicas are replaced, one after the other, under steady load: no request fails."""
     old = {"variant": "old", "count": 2, "args": ["--fake-tokens-per-second", "200"]}
     path = write(tmp_path, [old], ["old"])
     async with running(tmp_path, path) as (registry, client, _):
         await eventually(lambda: ready(registry) == {"old-1", "old-2"})
         load = Load(client)
-        asking = asyncio.create_task(load.run())
-        await eventually(lambda: sum(load.answers.values()) > AT_ONCE)
+        running_load = asyncio.create_task(load.run())
+        await eventually(lambda: sum(load.answers.values()) > CLIENTS)
         write(tmp_path, [{**old, "max_num_seqs": 64}], ["old"])
         async with asyncio.timeout(60):
             while not {"old-1b", "old-2b"} <= load.answers.keys() or sum(load.answers.values()) < REQUESTS:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-        load.enough.set()
-        await asking
+        load.stop.set()
+        await running_load
         assert load.broken == []
         assert set(load.answers) == {"old-1", "old-2", "old-1b", "old-2b"}
         await eventually(lambda: len(noted_sessions(tmp_path)) == 2)
@@ -109,25 +109,25 @@ async def test_rolling_replacement_breaks_no_request(tmp_path: Path) -> None:
 
 
 async def test_another_variant_behind_the_alias(tmp_path: Path) -> None:
-    """Requests go by the new ladder when its replica is ready, and by the old one until then; none is lost."""
+    """The new ladder is used from when its replica is ready; no request fails."""
     path = write(tmp_path, [{"variant": "old"}], ["old"])
     async with running(tmp_path, path) as (registry, client, admin):
         await eventually(lambda: ready(registry) == {"old-1"})
         load = Load(client)
-        asking = asyncio.create_task(load.run())
+        running_load = asyncio.create_task(load.run())
         await eventually(lambda: load.answers)
         write(tmp_path, [{"variant": "new"}], ["new"])
-        await eventually(lambda: load.answers.get("new-1", 0) > AT_ONCE)
-        load.enough.set()
-        await asking
+        await eventually(lambda: load.answers.get("new-1", 0) > CLIENTS)
+        load.stop.set()
+        await running_load
         assert load.broken == []
         await eventually(lambda: ready(registry) == {"new-1"} and len(registry.snapshot()) == 1)
         assert (await admin.get("/readyz")).json() == {"aliases": {"smol": ["new"]}}
         assert 'quantgate_config_reloads_total{outcome="applied"} 1.0' in (await admin.get("/metrics")).text
 
 
-async def test_invalid_file_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It is refused with its lines, counted, and the one before stays in force; the next good one is taken."""
+async def test_an_invalid_file_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The refusal is logged and counted, the configuration stays, and the next valid file is applied."""
     path = write(tmp_path, [{"variant": "old"}], ["old"])
     async with running(tmp_path, path) as (registry, client, admin):
         await eventually(lambda: ready(registry) == {"old-1"})
@@ -142,24 +142,25 @@ async def test_invalid_file_changes_nothing(tmp_path: Path, caplog: pytest.LogCa
 
 
 async def test_gateway_alone_follows_its_file(tmp_path: Path) -> None:
-    """Foreign replicas come and go with the file; an alias keeps its old ladder until the new one has a replica."""
+    """External replicas come and go with the file; an alias keeps its ladder until the new one has a replica."""
     async with running_fake() as first, running_fake() as second:
         path = write(tmp_path, [{"variant": "old", "url": first.url, "drain_seconds": 120}], ["old"])
         async with (
             gateway_alone(read_deployment(path), path) as addresses,
             clients(addresses) as (client, _),
         ):
-            await _answered_by(client, "old")
+            await answer_comes_from(client, "old")
             load = Load(client)
-            asking = asyncio.create_task(load.run())
+            running_load = asyncio.create_task(load.run())
             write(tmp_path, [{"variant": "new", "url": second.url, "drain_seconds": 120}], ["new"])
-            await _answered_by(client, "new")
-            load.enough.set()
-            await asking
+            await answer_comes_from(client, "new")
+            load.stop.set()
+            await running_load
             assert load.broken == []
 
 
-async def _answered_by(client: httpx.AsyncClient, variant: str) -> None:
+async def answer_comes_from(client: httpx.AsyncClient, variant: str) -> None:
+    """Wait until a variant answers."""
     async with asyncio.timeout(10):
         while True:
             answer = await client.post("/v1/chat/completions", json=HELLO)
@@ -169,29 +170,29 @@ async def _answered_by(client: httpx.AsyncClient, variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "before,after,ready_ones,lost",
+    "before,after,ready_variants,unserved",
     [
         (["a"], ["b"], {"a"}, ["smol"]),
         (["a"], ["b"], {"a", "b"}, []),
         (["a"], ["b", "a"], {"a"}, []),
-        (["a"], ["b"], set(), []),  # there is nothing to lose
-        (["a"], None, {"a"}, []),  # nobody wants it any more
+        (["a"], ["b"], set(), []),  # nothing is served before
+        (["a"], None, {"a"}, []),  # the alias is removed
     ],
 )
-def test_what_a_configuration_would_lose(
-    before: list[str], after: list[str] | None, ready_ones: set[str], lost: list[str]
+def test_unserved_aliases(
+    before: list[str], after: list[str] | None, ready_variants: set[str], unserved: list[str]
 ) -> None:
-    """An alias that is answered now and would not be afterwards."""
+    """An alias that is served before, and would not be afterwards."""
 
     def catalog(ladder: list[str] | None) -> Catalog:
         aliases = {} if ladder is None else {"smol": AliasSettings(ladder=tuple(ladder))}
         return Catalog(aliases, {name: Variant(name, "bf16", PARENT_QUALITY) for name in ladder or ()})
 
-    assert unserved_aliases(catalog(before), catalog(after), ready_ones) == lost
+    assert unserved_aliases(catalog(before), catalog(after), ready_variants) == unserved
 
 
-def test_an_alias_that_nothing_may_answer_has_nothing_to_lose() -> None:
-    """Replicas that miss its floor don't count, neither before nor afterwards."""
+def test_unserved_aliases_with_a_floor() -> None:
+    """Ready variants that miss the floor do not serve an alias, neither before nor afterwards."""
     variants = {
         "a": Variant("a", "bf16", PARENT_QUALITY),
         "b": Variant("b", "int4", QualityMeasures("unknown")),

@@ -1,4 +1,4 @@
-"""Clients that leave, ten thousand times, at any moment: afterwards nothing is held, here or at the replica."""
+"""Ten thousand clients that leave at any moment: afterwards nothing is held, by the gateway or the replica."""
 
 import asyncio
 import random
@@ -17,80 +17,87 @@ from tests.gateway.wire import Peer, connected, posted
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 CANCELS = 10_000
-AT_ONCE = 48
-# Slow enough that most are in the middle of something when they leave.
+CLIENTS = 48
+# Slow enough that most clients leave during an answer.
 SLOW = ("--fake-tokens", "30", "--fake-tokens-per-second", "600", "--max-num-seqs", "32")
 ESTABLISHED = "01"
 
 UNARY, STREAMED = posted(HELLO), posted(STREAM)
 
 
-async def leave_in_the_upload(peer: Peer, chance: random.Random) -> None:
+async def leave_during_the_upload(peer: Peer, rng: random.Random) -> None:
     """Send a part of a request."""
-    await peer.say(STREAMED[: chance.randrange(1, len(STREAMED))])
+    await peer.say(STREAMED[: rng.randrange(1, len(STREAMED))])
 
 
-async def leave_before_an_answer(peer: Peer, chance: random.Random) -> None:
-    """Ask for a whole answer, and don't wait for it."""
+async def leave_before_an_answer(peer: Peer, rng: random.Random) -> None:
+    """Request a unary answer, and do not wait for it."""
     await peer.say(UNARY)
-    await turns(chance)
+    await pause(rng)
 
 
-async def leave_before_a_stream(peer: Peer, chance: random.Random) -> None:
-    """Ask for a stream, and don't wait for it."""
+async def leave_before_a_stream(peer: Peer, rng: random.Random) -> None:
+    """Request a stream, and do not wait for it."""
     await peer.say(STREAMED)
-    await turns(chance)
+    await pause(rng)
 
 
-async def leave_half_read(peer: Peer, chance: random.Random) -> None:
-    """Read some events, and go."""
+async def leave_during_the_stream(peer: Peer, rng: random.Random) -> None:
+    """Read some events, and leave."""
     await peer.say(STREAMED)
-    for _ in range(chance.randrange(1, 12)):
+    for _ in range(rng.randrange(1, 12)):
         await peer.read_until(b"\n\n")
 
 
-async def leave_between_two(peer: Peer, chance: random.Random) -> None:
-    """Read one answer to its end, and leave in the next."""
+async def leave_during_the_second_stream(peer: Peer, rng: random.Random) -> None:
+    """Read one stream to its end, and leave during the next."""
     await peer.say(STREAMED)
     await peer.read_until(b"0\r\n\r\n")
-    await leave_half_read(peer, chance)
+    await leave_during_the_stream(peer, rng)
 
 
-async def stay(peer: Peer, chance: random.Random) -> None:
+async def stay(peer: Peer, rng: random.Random) -> None:
     """Read to the end."""
     await peer.say(STREAMED)
     assert (await peer.read_until(b"0\r\n\r\n")).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
 
 
-WAYS = (leave_in_the_upload, leave_before_an_answer, leave_before_a_stream, leave_half_read, leave_between_two, stay)
+WAYS = (
+    leave_during_the_upload,
+    leave_before_an_answer,
+    leave_before_a_stream,
+    leave_during_the_stream,
+    leave_during_the_second_stream,
+    stay,
+)
 WEIGHTS = (4, 4, 4, 5, 1, 1)
 
 
-async def turns(chance: random.Random) -> None:
-    """Let others go on for a while."""
-    for _ in range(chance.randrange(40)):
+async def pause(rng: random.Random) -> None:
+    """Let other tasks run for a while."""
+    for _ in range(rng.randrange(40)):
         await asyncio.sleep(0)
 
 
-async def storm(url: str, ways: Iterator[Any], chance: random.Random, came: Counter[str]) -> None:
-    """Come and go, orderly or with a reset, until there are no more ways."""
+async def storm(url: str, ways: Iterator[Any], rng: random.Random, counts: Counter[str]) -> None:
+    """Connect and leave, orderly or with a reset, until there are no more ways."""
     for way in ways:
         async with connected(url) as peer:
-            await way(peer, chance)
-            if chance.random() < 0.5:
+            await way(peer, rng)
+            if rng.random() < 0.5:
                 peer.reset()
-        came[way.__name__] += 1
+        counts[way.__name__] += 1
 
 
 def connections_to(port: int) -> int:
-    """How many connections of this machine lead to a port, see proc(5)."""
+    """Count the established connections of this machine to a port, see proc(5)."""
     lines = Path("/proc/net/tcp").read_text(encoding="ascii").splitlines()[1:]
     fields = [line.split() for line in lines]
     return sum(each[2].endswith(f":{port:04X}") and each[3] == ESTABLISHED for each in fields)
 
 
-async def running_at(replica: FakeReplica) -> float:
-    """How many generations run or wait in the engine."""
+async def generations_at(replica: FakeReplica) -> float:
+    """Count the generations that run or wait in the engine."""
     async with httpx.AsyncClient(base_url=replica.url, trust_env=False, timeout=DEADLINE_SECONDS) as client:
         page = (await client.get("/metrics")).text
     gauges = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
@@ -99,43 +106,43 @@ async def running_at(replica: FakeReplica) -> float:
 
 @pytest.mark.timeout(180)
 async def test_ten_thousand_cancels() -> None:
-    """In flight, leases, waiting, bytes held, the engine's generations and connections to it: all zero."""
-    chance = random.Random(5)
-    ways = iter(chance.choices(WAYS, WEIGHTS, k=CANCELS))
-    came: Counter[str] = Counter()
-    # Idle connections end soon, so that only one in use, or a leaked one, could stay.
-    soon = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "1"}
-    async with running_fake(*SLOW, env=soon) as replica, running_gateway(deployment()) as fleet:
+    """Afterwards requests, leases, reserved bytes, generations and connections are all zero."""
+    rng = random.Random(5)
+    ways = iter(rng.choices(WAYS, WEIGHTS, k=CANCELS))
+    counts: Counter[str] = Counter()
+    # Idle connections close soon: only one that is in use, or leaked, could stay.
+    short_keep_alive = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "1"}
+    async with running_fake(*SLOW, env=short_keep_alive) as replica, running_gateway(deployment()) as fleet:
         with fleet.replicas(("hi", replica.url)):
             async with asyncio.TaskGroup() as group:
-                for _ in range(AT_ONCE):
-                    group.create_task(storm(fleet.url, ways, chance, came))
+                for _ in range(CLIENTS):
+                    group.create_task(storm(fleet.url, ways, rng, counts))
             await fleet.at_rest()
             await all_zero(fleet, replica)
-    assert came.total() == CANCELS
-    assert set(came) == {way.__name__ for way in WAYS}
+    assert counts.total() == CANCELS
+    assert set(counts) == {way.__name__ for way in WAYS}
 
 
 async def all_zero(fleet: Fleet, replica: FakeReplica) -> None:
-    """Wait until the replica has noticed that everybody left, then look at everything that counts."""
+    """Wait until the replica has noticed that all clients left, then check all counts."""
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while await running_at(replica):
+        while await generations_at(replica):
             pass
     assert await fleet.total("quantgate_requests_in_flight") == 0
     assert [status.in_flight for status in fleet.registry.snapshot()] == [0]
     assert fleet.reserved_bytes() == 0
-    asked = [line["path"] for line in replica.requests()].count("/v1/chat/completions")
-    endings = await eventually(lambda: found if len(found := replica.endings()) >= asked else None)
-    assert len(endings) == asked
+    requests = [line["path"] for line in replica.requests()].count("/v1/chat/completions")
+    endings = await eventually(lambda: found if len(found := replica.endings()) >= requests else None)
+    assert len(endings) == requests
     assert {line["event"] for line in endings} == {"aborted", "finished"}
-    # But for the one that polls come on.
+    # One is the connection of the polls.
     await eventually(lambda: connections_to(replica.port) <= 1)
 
 
 @pytest.mark.parametrize("body", [HELLO, STREAM], ids=["unary", "stream"])
 @pytest.mark.parametrize("flags", [("--fake-stall-before-first-byte",), ("--fake-stall-after-tokens", "2")])
 async def test_a_client_that_leaves_stops_the_generation(body: dict[str, Any], flags: tuple[str, ...]) -> None:
-    """The engine hears of it although it has nothing to send: the generation would never end by itself."""
+    """The engine notices although it sends nothing: the generation would never end by itself."""
     async with running_fake(*flags) as replica, running_gateway(deployment()) as fleet:
         with fleet.replicas(("hi", replica.url)):
             async with connected(fleet.url) as peer:

@@ -1,4 +1,4 @@
-"""Replicas and clients that say exactly what a test writes down, byte by byte, over real sockets."""
+"""Replicas and clients that send exactly the bytes that a test writes down, over real sockets."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ POLL = b"GET /metrics "
 
 
 class Peer:
-    """One connection, seen from the side that a test plays."""
+    """One connection, from the side that a test plays."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -31,9 +31,9 @@ class Peer:
             return head + await self._reader.readexactly(length_in(head))
 
     async def say(self, data: bytes) -> None:
-        """Write bytes, and have them leave.
+        """Write bytes, and drain.
 
-        Raises ConnectionResetError if the other side has gone: uvloop would say RuntimeError.
+        Raises ConnectionResetError if the other side has closed, where uvloop would raise RuntimeError.
         """
         if self._writer.transport.is_closing():
             raise ConnectionResetError
@@ -41,12 +41,12 @@ class Peer:
         await self._writer.drain()
 
     async def read_until(self, end: bytes) -> bytes:
-        """Read up to and with some bytes."""
+        """Read up to some bytes, and those."""
         async with asyncio.timeout(DEADLINE_SECONDS):
             return await self._reader.readuntil(end)
 
     async def read_some(self) -> bytes:
-        """Read what is there, at least one byte, b"" at the end."""
+        """Read what has arrived, at least one byte; b"" at the end."""
         async with asyncio.timeout(DEADLINE_SECONDS):
             return await self._reader.read(65536)
 
@@ -56,7 +56,7 @@ class Peer:
             return await self._reader.read()
 
     async def left(self) -> bool:
-        """Wait until the other side has gone, orderly or not."""
+        """Wait until the other side has closed, orderly or with a reset."""
         try:
             return await self.read_all() == b""
         except ConnectionResetError:
@@ -78,25 +78,25 @@ Behaviour = Callable[[Peer], Awaitable[None]]
 
 @dataclass(slots=True)
 class Flood:
-    """A replica that answers with so many bytes as fast as they are taken; `said` is how many have been."""
+    """A replica that answers with `total` bytes as fast as they are read; `sent` counts them."""
 
     total: int
-    said: int = 0
+    sent: int = 0
 
     async def __call__(self, peer: Peer) -> None:
         """Answer one request."""
         piece = b"x" * 2**16
         await peer.request()
         await peer.say(f"HTTP/1.1 200 OK\r\ncontent-length: {self.total}\r\n\r\n".encode())
-        while self.said < self.total:
+        while self.sent < self.total:
             await peer.say(piece)
-            self.said += len(piece)
+            self.sent += len(piece)
         await peer.left()
 
 
 @dataclass(slots=True)
 class ScriptedReplica:
-    """A server whose every connection follows the same script, and that keeps what it was asked."""
+    """A server whose every connection follows the same script; keeps its peers."""
 
     url: str
     peers: list[Peer] = field(default_factory=list)
@@ -106,24 +106,24 @@ class ScriptedReplica:
 async def scripted(
     behaviour: Behaviour, *, secure: ssl.SSLContext | None = None, path: Path | None = None, polled: bool = False
 ) -> AsyncIterator[ScriptedReplica]:
-    """A replica that plays a behaviour on each connection, which it closes at the end.
+    """Run a replica that plays a behaviour on each connection, which it closes at the end.
 
-    It listens on a port, with TLS if there is a context for it, or on a unix socket if there is a path. Polls are part
-    of the script only if it says so; else they are told that there are no metrics.
+    It listens on a port, with TLS if `secure` is given, or on a Unix socket at `path`. With `polled`, polls of its
+    metrics are part of the script; otherwise they get 404.
     """
     failures: list[BaseException] = []
     tasks: set[asyncio.Task[None]] = set()
     writers: list[asyncio.StreamWriter] = []
 
     async def play(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        first = b"" if polled else await behind_polls(reader, writer)
-        peer = Peer(reader if polled else ahead_of(reader, first, tasks), writer)
+        first = b"" if polled else await answer_polls(reader, writer)
+        peer = Peer(reader if polled else prepended(reader, first, tasks), writer)
         replica.peers.append(peer)
         try:
             await behaviour(peer)
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the gateway left, which is its right
-        except Exception as error:  # noqa: BLE001 - told to the test below
+            pass  # the gateway may close at any time
+        except Exception as error:  # noqa: BLE001 - asserted below
             failures.append(error)
         finally:
             peer.finish()
@@ -150,8 +150,8 @@ async def scripted(
     assert not failures, failures
 
 
-async def behind_polls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
-    """Tell polls that there are no metrics, and return the first bytes of what isn't one."""
+async def answer_polls(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+    """Answer polls with 404, and return the first bytes of the first other request."""
     with suppress(ConnectionError):
         try:
             while (first := await reader.readexactly(len(POLL))) == POLL:
@@ -166,27 +166,27 @@ async def behind_polls(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
     return b""
 
 
-def ahead_of(reader: asyncio.StreamReader, first: bytes, tasks: "set[asyncio.Task[None]]") -> asyncio.StreamReader:
-    """A reader that begins with what was read already."""
-    again = asyncio.StreamReader(limit=2**24)
+def prepended(reader: asyncio.StreamReader, first: bytes, tasks: "set[asyncio.Task[None]]") -> asyncio.StreamReader:
+    """Make a reader that begins with bytes that were read already."""
+    copy = asyncio.StreamReader(limit=2**24)
 
     async def pump() -> None:
         data = first
         try:
             while data:
-                again.feed_data(data)
+                copy.feed_data(data)
                 data = await reader.read(2**16)
         except ConnectionError as error:
-            again.set_exception(error)
+            copy.set_exception(error)
         else:
-            again.feed_eof()
+            copy.feed_eof()
 
     tasks.add(asyncio.create_task(pump()))
-    return again
+    return copy
 
 
 def answering(*replies: bytes, close: bool = True) -> Behaviour:
-    """The behaviour that answers one request after the other with these bytes."""
+    """Make a behaviour that answers one request after the other with these bytes."""
 
     async def behaviour(peer: Peer) -> None:
         for reply in replies:
@@ -200,7 +200,7 @@ def answering(*replies: bytes, close: bool = True) -> Behaviour:
 
 @asynccontextmanager
 async def connected(url: str) -> AsyncIterator[Peer]:
-    """A client's connection."""
+    """Open a connection as a client."""
     host, _, port = url.removeprefix("http://").rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
@@ -212,14 +212,14 @@ async def connected(url: str) -> AsyncIterator[Peer]:
 
 
 def posted(body: dict[str, Any], path: str = "/v1/chat/completions", extra: str = "") -> bytes:
-    """A request, as a client writes it."""
+    """Encode a request of a client."""
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\n{extra}"
     return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
 
 
 def length_in(head: bytes) -> int:
-    """The content-length of a head, 0 without one."""
+    """The content-length of a head; 0 without one."""
     for line in head.lower().split(b"\r\n"):
         if line.startswith(b"content-length:"):
             return int(line.partition(b":")[2])
@@ -227,41 +227,41 @@ def length_in(head: bytes) -> int:
 
 
 def whole(body: bytes, status: str = "200 OK", kind: str = "application/json", extra: str = "") -> bytes:
-    """A reply with a length."""
+    """Encode a reply with a length."""
     head = f"HTTP/1.1 {status}\r\ncontent-type: {kind}\r\ncontent-length: {len(body)}\r\n{extra}\r\n"
     return head.encode() + body
 
 
 def stream_head(kind: str = "text/event-stream; charset=utf-8") -> bytes:
-    """The head of a stream in chunks."""
+    """Encode the head of a chunked stream."""
     return f"HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ntransfer-encoding: chunked\r\n\r\n".encode()
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk of a chunked body; of nothing, the end."""
+    """Encode one chunk; b"" is the end."""
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 def stream(*pieces: bytes) -> bytes:
-    """A whole stream, each piece a chunk of its own."""
+    """Encode a whole stream, each piece in its own chunk."""
     return stream_head() + b"".join(map(chunk, pieces)) + chunk(b"")
 
 
 class Still(asyncio.Transport):
-    """A transport that carries nothing."""
+    """A transport that discards everything."""
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Lose it."""
+        """Discard bytes."""
 
     def get_write_buffer_size(self) -> int:
-        """Nothing waits."""
+        """Return 0: nothing is buffered."""
         return 0
 
     def pause_reading(self) -> None:
-        """Whoever plays the replica is not held back."""
+        """Ignore it: the test feeds the bytes."""
 
     def resume_reading(self) -> None:
-        """Nor told to go on."""
+        """Ignore it."""
 
     def abort(self) -> None:
-        """Nothing is open."""
+        """Ignore it: no socket is open."""

@@ -6,7 +6,7 @@ CPU per request with httpx, 200-300 us with aiohttp, and 54-67 us like this.
 =========  ============================================  ========================================================
 state      event                                         next
 =========  ============================================  ========================================================
-idle       `request`                                     sent
+idle       `send`                                        sent
 idle       bytes arrive, or the replica closes           failed: the connection is out of step
 sent       status and headers arrive (1xx are skipped)   reading
 sent       the replica closes                            failed: UpstreamDisconnected
@@ -37,9 +37,9 @@ Feed = Callable[[bytes], bool]
 
 
 class Connection(asyncio.Protocol):
-    """One request at a time: `request`, then `read` or `flow`; `reusable` says whether another may follow.
+    """One request at a time: `send`, `head`, then `read` or `flow`; `reusable` says whether another may follow.
 
-    `status` and `headers` (names in lower case) are valid after `request`. Every wait ends: with data, with
+    `status` and `headers` (names in lower case) are valid after `head`. Every wait ends: with data, with
     UpstreamDisconnected, or with UpstreamTimeout. When its `with` block ends, the connection goes to `release` if it is
     reusable; otherwise it is closed.
     """
@@ -52,6 +52,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self.status = 0
         self.headers: dict[bytes, bytes] = {}
+        self._headers_bytes = 0
         self._headers_complete = False
         self._complete = True
         self._keep_alive = True
@@ -66,20 +67,22 @@ class Connection(asyncio.Protocol):
 
     # Called by the owner
 
-    async def request(self, request: bytes, timeouts: Timeouts) -> Self:
-        """Send a whole request and wait for status and headers; the connection is closed if they do not come."""
+    def send(self, request: bytes, timeouts: Timeouts) -> None:
+        """Write a whole request; what is known of the last reply is dropped."""
         self.headers = {}
-        self.status = self.received_bytes = self._body_seen_bytes = 0
+        self.status = self.received_bytes = self._body_seen_bytes = self._headers_bytes = 0
         self._headers_complete = self._complete = self._keep_alive = False
         self._timer.start(timeouts)
         self._transport.write(request)
+
+    async def head(self) -> None:
+        """Wait for status and headers; the connection is closed if they do not come."""
         try:
             while not self._headers_complete:
                 await self._wait()
         except BaseException:
             self.close()
             raise
-        return self
 
     def __enter__(self) -> Self:
         return self
@@ -192,13 +195,16 @@ class Connection(asyncio.Protocol):
             raise httptools.HttpParserError("more than one reply")
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self.received_bytes > MAX_HEAD_BYTES:
+            # Within so many bytes there is no need to count.
+            self._headers_bytes += len(name) + len(value)
+            if self._headers_bytes > MAX_HEAD_BYTES:
+                raise httptools.HttpParserError("headers are too long")
         self.headers[name.lower()] = value
 
     def on_headers_complete(self) -> None:
         self.status = status = self._parser.get_status_code()
         self._headers_complete = status >= 200
-        if self.received_bytes > MAX_HEAD_BYTES and sum(map(len, self.headers)) > MAX_HEAD_BYTES:
-            raise httptools.HttpParserError("headers are too long")
 
     def on_body(self, body: bytes) -> None:
         self._timer.received_at = self._loop.time()

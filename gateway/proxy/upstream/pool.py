@@ -59,14 +59,19 @@ class Pool:
         connection = self.acquire(origin)
         if connection is not None:
             try:
-                return await connection.request(request, timeouts)
+                connection.send(request, timeouts)
+                await connection.head()
             except UpstreamDisconnected:
                 # It closed while it was idle: without a byte of a reply, sending again is safe. Once: a replica that
                 # closes because of this very request must not get it on every idle connection.
                 if connection.received_bytes:
                     raise
+            else:
+                return connection
         connection = await self.connect(origin, timeouts.connect_seconds)
-        return await connection.request(request, timeouts)
+        connection.send(request, timeouts)
+        await connection.head()
+        return connection
 
     def address(self, url: str) -> Address:
         """Parse the url of a replica, once."""

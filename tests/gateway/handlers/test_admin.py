@@ -1,4 +1,4 @@
-"""The operators' port."""
+"""The admin port."""
 
 import asyncio
 from hashlib import sha256
@@ -17,16 +17,16 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
 async def test_alive(fleet: Fleet) -> None:
-    """The process runs its loop, whatever its replicas do."""
+    """/livez answers 200 while the loop runs, whatever the replicas do."""
     answer = await fleet.admin.get("/livez")
     assert (answer.status_code, answer.json()) == (200, {"status": "alive"})
 
 
-async def test_ready_as_soon_as_one_alias_can_be_answered(fleet: Fleet) -> None:
-    """503 without a ready replica, 200 with one; told by alias, best rung first."""
-    nothing: dict[str, list[str]] = {"smol": [], "strict": [], "team/small": [], "hopeless": []}
+async def test_ready_if_any_alias_can_be_answered(fleet: Fleet) -> None:
+    """/readyz answers 503 without a ready replica, 200 with one; ready variants are listed best rung first."""
+    none_ready: dict[str, list[str]] = {"smol": [], "strict": [], "team/small": [], "hopeless": []}
     answer = await fleet.admin.get("/readyz")
-    assert (answer.status_code, answer.json()) == (503, {"aliases": nothing})
+    assert (answer.status_code, answer.json()) == (503, {"aliases": none_ready})
     with fleet.replicas(("lo", "http://x"), state=State.STARTING):
         assert (await fleet.admin.get("/readyz")).status_code == 503
     with fleet.replicas(("lo", "http://x"), ("hi", "http://y")):
@@ -36,34 +36,34 @@ async def test_ready_as_soon_as_one_alias_can_be_answered(fleet: Fleet) -> None:
 
 
 async def test_ready_without_aliases() -> None:
-    """Where there are variants only, they count."""
+    """Without aliases the variants count."""
     async with running_gateway(deployment({"aliases": {}})) as fleet:
         with fleet.replicas(("hi", "http://x")):
             answer = await fleet.admin.get("/readyz")
     assert (answer.status_code, answer.json()["aliases"]["hi"]) == (200, ["hi"])
 
 
-async def test_replicas_are_shown(fleet: Fleet) -> None:
-    """Every replica with state, reason and load, and nothing of its credential."""
+async def test_replicas(fleet: Fleet) -> None:
+    """Every replica is listed with its state, reason, load and breaker, and without its credential."""
     replica = Replica("hi-0", "hi", "bf16", "http://x", "m1", api_key="secret")
     fleet.registry.put(replica, State.FAILED, "crashed")
     try:
         answer = await fleet.admin.get("/admin/replicas")
     finally:
         fleet.registry.remove("hi-0")
-    shown = {"id": "hi-0", "variant": "hi", "precision": "bf16", "url": "http://x"}
-    assert answer.json() == [{**shown, "state": "failed", "reason": "crashed", "in_flight": 0, "breaker": "closed"}]
+    expected = {"id": "hi-0", "variant": "hi", "precision": "bf16", "url": "http://x"}
+    assert answer.json() == [{**expected, "state": "failed", "reason": "crashed", "in_flight": 0, "breaker": "closed"}]
 
 
-async def test_who_waits_is_shown(fleet: Fleet) -> None:
-    """How long the lines are, by alias."""
+async def test_the_queue(fleet: Fleet) -> None:
+    """The number of waiting requests is listed by alias."""
     with fleet.replicas(("hi", "http://127.0.0.1:9"), state=State.STARTING):
-        asking = asyncio.create_task(fleet.ask())
+        task = asyncio.create_task(fleet.ask())
         async with asyncio.timeout(DEADLINE_SECONDS):
             while (await fleet.admin.get("/admin/queue")).json() != {"smol": 1}:  # noqa: ASYNC110
                 await asyncio.sleep(POLL_SECONDS)
         assert await fleet.total("quantgate_waiting", alias="smol") == 1
-        asking.cancel()
+        task.cancel()
         await fleet.at_rest()
     assert (await fleet.admin.get("/admin/queue")).json() == {}
 
@@ -73,15 +73,15 @@ PATHS = ("/metrics", "/admin/replicas", "/admin/queue", "/admin/openapi.json", "
 
 @pytest.mark.parametrize("headers", [{"origin": "http://evil.example"}, {"sec-fetch-site": "cross-site"}])
 @pytest.mark.parametrize("path", PATHS)
-async def test_no_web_page_reads_it(fleet: Fleet, path: str, headers: dict[str, str]) -> None:
-    """A page that somebody's browser shows can't ask what only its owner may."""
+async def test_requests_from_browsers_are_refused(fleet: Fleet, path: str, headers: dict[str, str]) -> None:
+    """A web page must not read the admin port through the browser of an operator."""
     answer = await fleet.admin.get(path, headers=headers)
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "browser_refused")
     assert (await fleet.admin.get(path, headers={"sec-fetch-site": "none"})).status_code in {200, 404}
 
 
-async def test_its_key_is_its_own() -> None:
-    """With a key in force nothing but the probes answers without it; a client's key is none."""
+async def test_the_admin_key() -> None:
+    """With a key, only the probes answer without it; the keys of clients and of the admin port are separate."""
     settings = {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "admin_key": "operators"}
     keys = keys_in_force({"alice": StoredKey(sha256=(sha256(b"clients").hexdigest(),))})
     async with running_gateway(deployment({"gateway": settings}, keys)) as fleet:
@@ -95,27 +95,27 @@ async def test_its_key_is_its_own() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/docs", "/openapi.json"])
-async def test_clients_have_no_business_here(fleet: Fleet, path: str) -> None:
-    """The two ports share no path."""
+async def test_no_client_paths(fleet: Fleet, path: str) -> None:
+    """The two ports have no path in common."""
     assert (await fleet.admin.get(path)).status_code == 404
 
 
-async def status_becomes(admin: Any, wanted: int) -> None:
-    """Wait until /readyz answers like this."""
+async def status_becomes(admin: Any, status: int) -> None:
+    """Wait until /readyz answers with a status."""
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while (await admin.get("/readyz")).status_code != wanted:  # noqa: ASYNC110 - another task's progress
+        while (await admin.get("/readyz")).status_code != status:  # noqa: ASYNC110 - waits for the gateway
             await asyncio.sleep(POLL_SECONDS)
 
 
-async def test_a_gateway_in_front_of_foreign_replicas() -> None:
-    """Readiness follows the replica: 503 until it is healthy, then 200 and answers, 503 again when it is gone."""
+async def test_a_gateway_in_front_of_external_replicas() -> None:
+    """/readyz follows the replica: 503 until it is healthy, then 200, and 503 again when it is gone."""
     async with running_fake("--max-model-len", "4k", served="own alias", wait=False) as fake:
         replicas = [{"variant": "hi", "url": fake.url}]
         async with (
             gateway_alone(deployment({"replicas": replicas})) as addresses,
             clients(addresses) as (client, admin),
         ):
-            # It asks before it is told that anybody is there, and is answered once somebody is.
+            # The request waits until the replica is ready.
             answer = await client.post("/v1/chat/completions", json=HELLO)
             assert (answer.status_code, answer.json()["model"]) == (200, "smol")
             assert answer.headers["x-quantgate-replica"] == "hi-url-1"
@@ -123,23 +123,23 @@ async def test_a_gateway_in_front_of_foreign_replicas() -> None:
             assert (await client.get("/v1/models/smol")).json()["max_model_len"] == 4000
             fake.process.kill()
             await status_becomes(admin, 503)
-            (shown,) = (await admin.get("/admin/replicas")).json()
-            assert (shown["state"], shown["reason"]) == ("failed", f"{fake.url} is not healthy")
+            (replica,) = (await admin.get("/admin/replicas")).json()
+            assert (replica["state"], replica["reason"]) == ("failed", f"{fake.url} is not healthy")
             refused = await client.post("/v1/chat/completions", json=HELLO)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_ready_replica")
 
 
-async def test_a_request_that_runs_outlives_the_gateways_end() -> None:
-    """When the gateway is told to stop, what it has begun is finished; whoever is new is told to go elsewhere."""
+async def test_draining() -> None:
+    """A gateway that stops finishes running requests, and refuses new ones."""
     async with running_fake("--fake-stall-after-tokens", "1") as stalling:
-        leaving = asyncio.Event()
+        stop = asyncio.Event()
         fleets: asyncio.Queue[Fleet] = asyncio.Queue()
 
         async def serve() -> None:
             async with running_gateway(deployment()) as fleet:
                 fleet.registry.put(Replica("hi-0", "hi", "bf16", stalling.url, "m1"), State.READY)
                 await fleets.put(fleet)
-                await leaving.wait()
+                await stop.wait()
 
         serving = asyncio.create_task(serve())
         fleet = await fleets.get()
@@ -150,7 +150,7 @@ async def test_a_request_that_runs_outlives_the_gateways_end() -> None:
         ):
             lines = answer.aiter_lines()
             await anext(lines)
-            leaving.set()
+            stop.set()
             await status_becomes(admin, 503)
             refused = await other.post("/v1/chat/completions", json=HELLO)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")

@@ -1,4 +1,4 @@
-"""What is done with a request before and around its answer: limits, ids, and clients that go."""
+"""Inference endpoints: limits, request ids, connections, and clients that leave."""
 
 import asyncio
 import json
@@ -34,10 +34,10 @@ BODY_LIMIT_BYTES = 64 * 1024
     ],
 )
 @pytest.mark.parametrize("path", [CHAT, TEXT])
-async def test_what_is_refused(
+async def test_refusals(
     fleet: Fleet, path: str, body: bytes, headers: dict[str, str], status: int, code: str, param: str | None
 ) -> None:
-    """What the gateway refuses itself is told in OpenAI's shape with a string code, and counted without a model."""
+    """The gateway's own refusals have OpenAI's shape and a code that is a string, and are counted without a model."""
     endpoint = "chat.completions" if path == CHAT else "completions"
     counted = {"alias": "_unknown", "variant": "none", "code": str(status), "endpoint": endpoint}
     before = await fleet.total("quantgate_requests_total", **counted)
@@ -48,8 +48,8 @@ async def test_what_is_refused(
     assert await fleet.total("quantgate_requests_total", **counted) == before + 1
 
 
-async def test_a_body_of_just_the_limit(fleet: Fleet, fake: FakeReplica) -> None:
-    """The limit itself is allowed."""
+async def test_a_body_of_the_maximum_size(fleet: Fleet, fake: FakeReplica) -> None:
+    """It is accepted."""
     text = json.dumps(HELLO).encode()
     with fleet.replicas(("hi", fake.url)):
         assert (await fleet.ask(text + b" " * (BODY_LIMIT_BYTES - len(text)))).status_code == 200
@@ -57,13 +57,13 @@ async def test_a_body_of_just_the_limit(fleet: Fleet, fake: FakeReplica) -> None
 
 @pytest.mark.parametrize("kind", ["application/json; charset=utf-8", "APPLICATION/JSON"])
 async def test_kinds_of_json(fleet: Fleet, fake: FakeReplica, kind: str) -> None:
-    """The content type is understood however it is written."""
+    """The content type may have parameters, and is not case-sensitive."""
     with fleet.replicas(("hi", fake.url)):
         assert (await fleet.ask(headers={"content-type": kind})).status_code == 200
 
 
 async def test_an_upload_in_chunks(fleet: Fleet, fake: FakeReplica) -> None:
-    """A body without a length is counted as it comes: read if it is short, refused once it is too long."""
+    """A body without a length is accepted if it is short, and refused as soon as it is too long."""
     head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: {JSON['content-type']}\r\n".encode()
     text = json.dumps(HELLO).encode()
     with fleet.replicas(("hi", fake.url)):
@@ -79,8 +79,8 @@ async def test_an_upload_in_chunks(fleet: Fleet, fake: FakeReplica) -> None:
             assert (await peer.read_until(b"\r\n\r\n")).startswith(b"HTTP/1.1 413 ")
 
 
-async def test_a_client_that_leaves_while_it_uploads(fleet: Fleet, fake: FakeReplica) -> None:
-    """Half a request reaches nobody, and is nobody's any more when its client has gone."""
+async def test_a_client_that_leaves_during_the_upload(fleet: Fleet, fake: FakeReplica) -> None:
+    """No replica gets a part of a request, and its memory is released."""
     before = len(fake.requests(CHAT))
     with fleet.replicas(("hi", fake.url)):
         async with connected(fleet.url) as peer:
@@ -92,8 +92,8 @@ async def test_a_client_that_leaves_while_it_uploads(fleet: Fleet, fake: FakeRep
 
 
 @pytest.mark.parametrize("given", ["r-1", "a.b:c_d-E", "x" * 128])
-async def test_a_sane_request_id_is_kept(fleet: Fleet, fake: FakeReplica, given: str) -> None:
-    """The client's own id comes back with every answer, and goes to the replica."""
+async def test_a_valid_request_id_is_kept(fleet: Fleet, fake: FakeReplica, given: str) -> None:
+    """The client's id is in every response, and is sent to the replica."""
     with fleet.replicas(("hi", fake.url)):
         for body in (HELLO, STREAM, b"{"):
             assert (await fleet.ask(body, {"x-request-id": given})).headers["x-request-id"] == given
@@ -101,54 +101,54 @@ async def test_a_sane_request_id_is_kept(fleet: Fleet, fake: FakeReplica, given:
 
 
 @pytest.mark.parametrize("given", ["", "x" * 129, "a b", "<script>", 'a"b', "a/b"])
-async def test_an_insane_request_id_is_replaced(fleet: Fleet, fake: FakeReplica, given: str) -> None:
-    """An id that could do harm in a log is not repeated."""
+async def test_an_invalid_request_id_is_replaced(fleet: Fleet, fake: FakeReplica, given: str) -> None:
+    """An id that could be harmful in a log is not used."""
     with fleet.replicas(("hi", fake.url)):
         answers = [await fleet.ask(headers={"x-request-id": given}) for _ in range(2)]
-    made = {answer.headers["x-request-id"] for answer in answers}
-    assert len(made) == 2
-    assert all(each.startswith("req-") for each in made)
+    ids = {answer.headers["x-request-id"] for answer in answers}
+    assert len(ids) == 2
+    assert all(each.startswith("req-") for each in ids)
 
 
 async def test_a_connection_serves_several_requests(fleet: Fleet, fake: FakeReplica) -> None:
-    """After an answer, an error or a stream, the client's connection is as good as before."""
+    """After a unary answer, an error or a stream, the client may send the next request."""
     content = {shape: json.dumps(body).encode() for shape, body in (("whole", HELLO), ("stream", STREAM))}
-    content["wrong"] = b"{"
+    content["invalid"] = b"{"
     with fleet.replicas(("hi", fake.url)):
         async with connected(fleet.url) as peer:
-            for shape in ("whole", "stream", "wrong", "whole", "stream"):
+            for shape in ("whole", "stream", "invalid", "whole", "stream"):
                 body = content[shape]
                 head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
                 await peer.say(head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
-                status = b"400" if shape == "wrong" else b"200"
+                status = b"400" if shape == "invalid" else b"200"
                 assert (await peer.read_until(b"\r\n\r\n")).startswith(b"HTTP/1.1 " + status)
-                await peer.read_until(b"0\r\n\r\n" if shape == "stream" else b"}" * (2 if shape == "wrong" else 1))
+                await peer.read_until(b"0\r\n\r\n" if shape == "stream" else b"}" * (2 if shape == "invalid" else 1))
                 if shape == "whole":
                     await peer.read_until(b'"kv_transfer_params":null}')
 
 
-async def test_many_clients_that_leave_at_random(fleet: Fleet) -> None:
-    """Of a thousand clients that go at any moment, none leaves anything in flight, here or at the replica."""
-    chance = random.Random(7)
+async def test_many_clients_that_leave(fleet: Fleet) -> None:
+    """Of a thousand clients that leave at any moment, none leaves a request in flight, here or at the replica."""
+    rng = random.Random(7)
     body = json.dumps({**STREAM, "max_tokens": 8}).encode()
     request = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n".encode() + (
         b"content-length: %d\r\n\r\n" % len(body) + body
     )
 
-    async def come_and_go() -> None:
+    async def connect_and_leave() -> None:
         async with connected(fleet.url) as peer:
-            if chance.random() < 0.3:
-                await peer.say(request[: chance.randrange(len(request))])
+            if rng.random() < 0.3:
+                await peer.say(request[: rng.randrange(len(request))])
                 return
             await peer.say(request)
-            for _ in range(chance.randrange(4)):
+            for _ in range(rng.randrange(4)):
                 if (await peer.read_some()).endswith(b"0\r\n\r\n"):
-                    return  # an answer that was quicker than its client
+                    return  # the answer was complete before the client left
 
     async with running_fake("--fake-tokens-per-second", "200") as fake:
         with fleet.replicas(("hi", fake.url), ("lo", fake.url)):
             for _ in range(20):
-                await asyncio.gather(*(come_and_go() for _ in range(50)))
+                await asyncio.gather(*(connect_and_leave() for _ in range(50)))
             await fleet.at_rest()
             started = len(fake.requests(CHAT))
             assert started > 100

@@ -1,4 +1,4 @@
-"""What a key may, held against real requests."""
+"""The limits of API keys, with real requests."""
 
 from hashlib import sha256
 from typing import Any
@@ -12,9 +12,9 @@ from tests.gateway.fleet import CHAT, HELLO, STREAM, Fleet, deployment, error_of
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-def key(name: str, **terms: Any) -> StoredKey:
-    """A key that is its holder's name."""
-    return StoredKey(sha256=(sha256(name.encode()).hexdigest(),), **terms)
+def key(name: str, **limits: Any) -> StoredKey:
+    """A key whose secret is its name."""
+    return StoredKey(sha256=(sha256(name.encode()).hexdigest(),), **limits)
 
 
 KEYS = keys_in_force(
@@ -31,12 +31,12 @@ KEYS = keys_in_force(
 
 
 async def ask(fleet: Fleet, name: str, body: dict[str, Any] = HELLO) -> Any:
-    """Ask with somebody's key."""
+    """Send a request with a key."""
     return await fleet.ask(body, {"authorization": f"Bearer {name}"})
 
 
-async def test_requests_and_tokens_a_minute(fake: FakeReplica) -> None:
-    """One too many is told which limit, what is left and when to come back; others are not concerned."""
+async def test_requests_and_tokens_per_minute(fake: FakeReplica) -> None:
+    """A request beyond a limit gets 429 with the remaining quota and a retry-after; other keys are not affected."""
     async with running_gateway(deployment(keys=KEYS)) as fleet:
         with fleet.replicas(("hi", fake.url)):
             answers = [await ask(fleet, "twice") for _ in range(3)]
@@ -49,8 +49,8 @@ async def test_requests_and_tokens_a_minute(fake: FakeReplica) -> None:
         assert await fleet.total("quantgate_rejections_total", reason="rate_limit") == 2
 
 
-async def test_at_the_same_time() -> None:
-    """A second request of the key is refused as long as the first one runs, a stream that is cut short is paid."""
+async def test_concurrency() -> None:
+    """A second request of the key is refused while the first one runs; a stream that is cut short is metered."""
     async with (
         running_fake("--fake-stall-after-tokens", "2") as fake,
         running_gateway(deployment(keys=KEYS)) as fleet,
@@ -66,8 +66,8 @@ async def test_at_the_same_time() -> None:
         assert await fleet.total("quantgate_tokens_total", kind="completion", alias="smol") >= 2
 
 
-async def test_a_keys_floor(fake: FakeReplica) -> None:
-    """The key's floor counts beside the request's and the alias'."""
+async def test_the_floor_of_a_key(fake: FakeReplica) -> None:
+    """It applies in addition to those of the request and the alias."""
     async with running_gateway(deployment(keys=KEYS)) as fleet:
         with fleet.replicas(("lo", fake.url)):
             assert (await ask(fleet, "free")).headers["x-quantgate-precision"] == "int4"
@@ -76,7 +76,7 @@ async def test_a_keys_floor(fake: FakeReplica) -> None:
 
 
 async def test_the_length_of_an_answer(fake: FakeReplica) -> None:
-    """What a key may have at most is asked for where the client says nothing, and more is refused."""
+    """The key's `max_tokens` is filled in where the client sets none; a larger value is refused."""
     async with running_gateway(deployment(keys=KEYS)) as fleet:
         with fleet.replicas(("hi", fake.url)):
             assert (await ask(fleet, "brief")).json()["usage"]["completion_tokens"] == 3
@@ -85,8 +85,8 @@ async def test_the_length_of_an_answer(fake: FakeReplica) -> None:
             assert (refused.status_code, error_of(refused)["param"]) == (400, "max_tokens")
 
 
-async def test_fields_that_steer_the_engine(fake: FakeReplica) -> None:
-    """They reach it only from a key that may; nobody else's request fails for them."""
+async def test_guarded_fields(fake: FakeReplica) -> None:
+    """They are passed on only for a key that may send them; from other keys they are dropped."""
     async with running_gateway(deployment(keys=KEYS)) as fleet:
         with fleet.replicas(("hi", fake.url)):
             for name, passed in (("free", False), ("trusted", True)):

@@ -1,4 +1,4 @@
-"""A dispatch with replicas that a test puts there, and a clock that it moves."""
+"""A dispatcher with replicas that a test registers, and a clock that the test moves."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -10,11 +10,11 @@ from config.variant import QualityMeasures, Variant
 from gateway.errors import GatewayError
 from gateway.observability.metrics import Metrics
 from gateway.proxy.dispatcher import Dispatcher
-from gateway.proxy.leases import Lease, Want
+from gateway.proxy.leases import Lease
 from gateway.proxy.load.tracker import UNMEASURED, LoadTracker
-from gateway.routing.cluster_state import NOBODY
-from gateway.routing.request import NOTHING_KNOWN, Ask
+from gateway.routing.request import NO_REPLICAS, RoutingRequest
 from gateway.routing.speed import SpeedProfile
+from gateway.routing.split import Rung
 from gateway.routing.target import Target
 from serving.registry import Registry
 from serving.replica import Replica, State
@@ -22,104 +22,108 @@ from serving.replica import Replica, State
 HI = Variant("hi", "bf16", QualityMeasures("parent", 0.0, 1.0, 1.0))
 LO = Variant("lo", "int4", QualityMeasures("measured", 0.05, 0.92, 1.05))
 LONG_SECONDS = 1000.0
-# A future that is done wakes its task in the next turn of the loop, which may wake another one.
-TURNS = 6
+# A future that is done wakes its task in the next iteration of the loop, which may wake another one.
+ITERATIONS = 6
 
 
 @dataclass
-class House:
-    """Leases are taken by tasks, as requests do, and kept until the test ends them."""
+class DispatcherHarness:
+    """Tasks take leases, as requests do; a lease runs until the test ends it. `order` has the keys of the leases."""
 
-    dispatch: Dispatcher
+    dispatcher: Dispatcher
     registry: Registry
     now: list[float]
-    loads: LoadTracker
+    load: LoadTracker
     metrics: Metrics
-    order: list[str] = field(default_factory=list)  # who got a lease, by name
+    order: list[str] = field(default_factory=list)
 
-    def come(
-        self, name: str = "hi-0", state: State = State.READY, max_in_flight: int = 1, reason: str = "", **more: int
+    def add(
+        self, name: str = "hi-0", state: State = State.READY, max_in_flight: int = 1, reason: str = "", **changes: int
     ) -> None:
         """Put a replica, named variant-number, into the registry."""
         variant = name.partition("-")[0]
         replica = Replica(name, variant, "any", f"http://{name}", "m1", max_in_flight=max_in_flight)
-        self.registry.put(replace(replica, **more), state, reason)  # type: ignore[arg-type]
+        self.registry.put(replace(replica, **changes), state, reason)  # type: ignore[arg-type]
 
-    def ask(
+    def start(
         self,
         key: str = "k",
-        *rungs: Variant,
+        *variants: Variant,
         wait_seconds: float = LONG_SECONDS,
         body_bytes: int = 1,
         alias: str = "smol",
-        tried: frozenset[str] = NOBODY,
+        tried: frozenset[str] = NO_REPLICAS,
         failure: GatewayError | None = None,
-        prompt: Ask = NOTHING_KNOWN,
+        prompt_tokens: float = 0.0,
+        session: str | None = None,
     ) -> "asyncio.Task[Lease]":
-        """Ask for a lease with a key."""
-        names = rungs or (HI,)
+        """Start a task that takes a lease for a request of an API key."""
+        rungs = tuple([Rung.of(variant) for variant in variants or (HI,)])
 
-        async def asked() -> Lease:
-            target = Target(alias, names, NO_FLOOR, pinned=False)
-            lease = await self.dispatch.lease(
-                Want(target, names, self.dispatch.arrived(), prompt, key, body_bytes=body_bytes),
-                wait_seconds=wait_seconds,
-                tried=tried,
-                failure=failure,
+        async def take() -> Lease:
+            request = RoutingRequest(
+                Target(alias, rungs, NO_FLOOR, pinned=False),
+                rungs,
+                self.dispatcher.next_turn(),
+                key=key,
+                body_bytes=body_bytes,
+                prompt_tokens=prompt_tokens,
+                session=session,
             )
+            lease = await self.dispatcher.lease(request, wait_seconds=wait_seconds, tried=tried, failure=failure)
             self.order.append(key)
             return lease
 
-        return asyncio.get_running_loop().create_task(asked())
+        return asyncio.get_running_loop().create_task(take())
 
-    async def asked(self, count: int, key: str = "k", **options: float) -> "list[asyncio.Task[Lease]]":
-        """Ask so often, in a row, and let it settle."""
-        tasks = [self.ask(key, **options) for _ in range(count)]  # type: ignore[arg-type]
-        await settled()
+    async def start_many(self, count: int, key: str = "k", **options: float) -> "list[asyncio.Task[Lease]]":
+        """Start several tasks in a row, and let them settle."""
+        tasks = [self.start(key, **options) for _ in range(count)]  # type: ignore[arg-type]
+        await settle()
         return tasks
 
-    async def held(self, *rungs: Variant) -> Lease:
+    async def lease_now(self, *variants: Variant) -> Lease:
         """Take a lease that is free."""
-        task = self.ask("first", *rungs)
-        await settled()
+        task = self.start("first", *variants)
+        await settle()
         return task.result()
 
-    def load(self) -> dict[str, int]:
-        """Requests by replica."""
+    def in_flight(self) -> dict[str, int]:
+        """Count the requests of each replica."""
         return dict(self.registry.in_flight)
 
 
 @asynccontextmanager
-async def house(
+async def running_dispatcher(
     queue: QueueSettings | None = None,
     retries: RetrySettings | None = None,
     speeds: Mapping[str, SpeedProfile] = UNMEASURED,
-) -> AsyncIterator[House]:
-    """A dispatch; in the end nobody waits, and nothing is in flight."""
+) -> AsyncIterator[DispatcherHarness]:
+    """Run a dispatcher; at the end no request may wait, and nothing may be in flight."""
     now = [0.0]
     registry, metrics = Registry(), Metrics()
-    loads = LoadTracker(registry.in_flight, speeds, lambda: now[0])
+    load = LoadTracker(registry.in_flight, speeds, lambda: now[0])
     settings = queue or QueueSettings(), retries or RetrySettings()
-    with Dispatcher(registry, loads, metrics, *settings, lambda: now[0]) as dispatch:
-        made = House(dispatch, registry, now, loads, metrics)
-        yield made
-        await settled()
-        assert (made.load(), dict(dispatch.waiting())) == ({}, {})
-        outlooks = [each for variant in registry.ready for each in loads.outlooks(variant)]
-        assert all((each.in_flight, each.ahead_seconds) == (0, 0) for each in outlooks)
-        assert not any(stay.running for stay in dispatch.memory.stays().values())
+    with Dispatcher(registry, load, metrics, *settings, lambda: now[0]) as dispatcher:
+        harness = DispatcherHarness(dispatcher, registry, now, load, metrics)
+        yield harness
+        await settle()
+        assert (harness.in_flight(), dict(dispatcher.waiting())) == ({}, {})
+        estimates = [each for variant in registry.ready for each in load.estimates(variant)]
+        assert all((each.in_flight, each.ahead_seconds) == (0, 0) for each in estimates)
+        assert not any(placement.running for placement in dispatcher.affinity.placements().values())
 
 
-async def settled() -> None:
-    """Let every task go on until it waits for something."""
-    for _ in range(TURNS):
+async def settle() -> None:
+    """Let every task run until it waits for something."""
+    for _ in range(ITERATIONS):
         await asyncio.sleep(0)
 
 
-def end(lease: Lease, how: str = "succeeded", retry_after_seconds: float | None = None) -> None:
+def end(lease: Lease, outcome: str = "succeeded", retry_after_seconds: float | None = None) -> None:
     """End a lease: succeeded, failed, refused, or abandoned."""
     with lease:
-        if how == "refused":
+        if outcome == "refused":
             lease.refused(retry_after_seconds)
-        elif how != "abandoned":
-            getattr(lease, how)()
+        elif outcome != "abandoned":
+            getattr(lease, outcome)()

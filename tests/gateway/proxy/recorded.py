@@ -1,4 +1,4 @@
-"""What vLLM sends, from `tests/fakes/recorded/`, and what a client must get for it."""
+"""Streams that vLLM sent, from `tests/fakes/recorded/`, and what a client must get for them."""
 
 import json
 import re
@@ -11,7 +11,7 @@ CHATS = ("text", "reasoning", "tools", "logprobs", "choices")
 MESSAGES = ("messages-text", "messages-reasoning", "messages-tools")
 RESPONSES = ("responses-text",)
 
-# The whole answer that belongs to the recorded streams, with a name in the text that must stay.
+# The unary answer that belongs to the recorded streams; the model's name in its text must not be replaced.
 WHOLE = (
     '{"id":"chatcmpl-9f3c","object":"chat.completion","created":1795000000,"model":"m1","choices":[{"index":0,'
     '"message":{"role":"assistant","content":"Der Bär \\"model\\":\\"m1\\" 👩‍👩‍👧\\n",'
@@ -30,23 +30,23 @@ def recorded(name: str) -> bytes:
 
 
 def expected(body: bytes, asked: str = "smol", *, usage: bool = True) -> bytes:
-    """What a client gets: its own name for the model, and usage in a chat only if it asked for it."""
-    passed = [event for event in events(body) if usage or b'"choices":[],"usage":' not in event]
-    return b"".join(_renamed(event, asked) for event in passed)
+    """What a client gets: its own name for the model, and the usage of a chat only if it asked for it."""
+    kept = [event for event in events(body) if usage or b'"choices":[],"usage":' not in event]
+    return b"".join(_renamed(event, asked) for event in kept)
 
 
 def unmirrored(body: bytes) -> bytes:
-    """Without the copies of `reasoning` under its other name."""
+    """Drop the copies of `reasoning` under its other name."""
     return _MIRRORED.sub(rb"\1", body)
 
 
 def events(body: bytes) -> list[bytes]:
-    """Whole events, each with its blank line."""
+    """Split a stream into events, each with its blank line."""
     return [event + b"\n\n" for event in body.split(b"\n\n")[:-1]]
 
 
 def _renamed(event: bytes, asked: str) -> bytes:
-    """Only the name that stands in an object's own field changes, not what clients or models say."""
+    """Replace the name in an object's own field, and not in texts of clients or models."""
     data = event.rpartition(b"data: ")[2]
     if data == b"[DONE]\n\n":
         return event
@@ -54,7 +54,7 @@ def _renamed(event: bytes, asked: str) -> bytes:
     holder = fields.get("message") or fields.get("response") or fields
     if "model" not in holder:
         return event
-    # In all recorded objects it follows another field, and text can't hold it unescaped.
+    # In all recorded objects it follows another field, and a text cannot contain it unescaped.
     before = b'"metadata":{"model":"m1"},' if b'"metadata":{"model":"m1"},' in event else b""
     name = json.dumps(asked).encode()
     return event.replace(before + b'"model":"m1"', before + b'"model":' + name, 1)

@@ -1,96 +1,117 @@
-"""What is remembered of conversations and prompts, and what a decision is told of it."""
+"""Where conversations were answered, what replicas have in their caches, and how long a token is."""
 
 import pytest
 
 from config.schema import NO_FLOOR
 from config.variant import QualityMeasures, Variant
-from gateway.proxy.affinity import GUESSED, Affinity
-from gateway.proxy.leases import Want
-from gateway.routing.pick import Choice
+from gateway.observability.metrics import Metrics
+from gateway.proxy.affinity import DEFAULT_BYTES_PER_TOKEN, Affinity
+from gateway.proxy.leases import Lease
+from gateway.routing.latency import ReplicaMetrics, estimate_latency
+from gateway.routing.pick import Candidate
 from gateway.routing.prefix_hash import BLOCK_BYTES
-from gateway.routing.request import Ask
+from gateway.routing.request import RoutingRequest
 from gateway.routing.sessions import Placement
+from gateway.routing.split import Rung
 from gateway.routing.target import Target
 from serving.replica import Replica
 
 QUALITY = QualityMeasures("measured", 0.0, 1.0, 1.0)
 HI, LO, ELSE = (Variant(name, "any", QUALITY) for name in ("hi", "lo", "else"))
-SMOL, OTHER = Target("smol", (HI, LO), NO_FLOOR, pinned=False), Target("other", (ELSE,), NO_FLOOR, pinned=False)
+SMOL = Target("smol", (Rung.of(HI), Rung.of(LO)), NO_FLOOR, pinned=False)
+OTHER = Target("other", (Rung.of(ELSE),), NO_FLOOR, pinned=False)
 REPLICAS = {
     f"{each.name}-1": Replica(f"{each.name}-1", each.name, "any", "http://nowhere", "m1") for each in (HI, LO, ELSE)
 }
 BLOCKS = (1, 2, 3, 4)
-BLOCK_TOKENS = BLOCK_BYTES / GUESSED.ratio
+BLOCK_TOKENS = BLOCK_BYTES / DEFAULT_BYTES_PER_TOKEN.ratio
 
 
-def memory() -> Affinity:
-    """One that knows a replica of each variant."""
-    made = Affinity()
+def affinity(metrics: Metrics | None = None) -> Affinity:
+    """An affinity that knows one ready replica of each variant."""
+    made = Affinity(metrics or Metrics())
     made.keep_only({replica.variant: (replica,) for replica in REPLICAS.values()})
     return made
 
 
-def want(
+def request(
     target: Target = SMOL, blocks: tuple[int, ...] = (), session: str | None = None, prompt_bytes: int = 0
-) -> Want:
-    """A request."""
-    return Want(target, target.rungs, 7, Ask(100.0, None, blocks, session), prompt_bytes=prompt_bytes)
+) -> RoutingRequest:
+    """A request whose affinity is not looked up yet."""
+    return RoutingRequest(
+        target, target.rungs, 7, prompt_tokens=100.0, prompt_bytes=prompt_bytes, blocks=blocks, session=session
+    )
 
 
-def choice(variant: Variant) -> Choice:
-    """Its only replica."""
-    return Choice(REPLICAS[f"{variant.name}-1"], variant, "preferred")
+def lease_of(routed: RoutingRequest, variant: Variant, prompt_tokens: int = 0) -> Lease:
+    """A lease of the only replica of a variant."""
+    replica = REPLICAS[f"{variant.name}-1"]
+    candidate = Candidate(estimate_latency(ReplicaMetrics(replica)), variant, "preferred")
+    lease = Lease(candidate, routed, 0.0, (), lambda _: None)
+    lease.replica, lease.prompt_tokens = replica, prompt_tokens
+    return lease
 
 
-def test_a_request_that_nobody_knows() -> None:
-    query = memory().query(want(blocks=BLOCKS, session="s"), frozenset({"hi-1"}))
-    assert (query.turn, query.stay, dict(query.cached_tokens), query.tried) == (7, None, {}, frozenset({"hi-1"}))
+def moves(metrics: Metrics) -> dict[tuple[str, ...], float]:
+    """How often conversations changed rungs, by alias and direction."""
+    return {names: count.value for names, count in metrics.session_moves.children.items()}
 
 
-def test_where_a_prompt_went_it_is_cached_from_then_on() -> None:
-    """As far as it is the same; only with those that may answer the request."""
-    here = memory()
+def test_a_new_request() -> None:
+    """It has no placement and nothing cached; its turn stays, and the replicas that it tried are set."""
+    new = affinity().refreshed(request(blocks=BLOCKS, session="s"), frozenset({"hi-1"}))
+    assert (new.turn, new.placement, dict(new.cached_tokens), new.tried) == (7, None, {}, frozenset({"hi-1"}))
+    assert affinity().refreshed(new).tried == {"hi-1"}
+
+
+def test_a_prompt_is_cached_where_it_was_sent() -> None:
+    """As far as it is the same; other models' replicas may be in it, and are only looked for where few hold it."""
+    known = affinity()
     for target, variant in ((SMOL, HI), (OTHER, ELSE)):
-        asked = want(target, BLOCKS)
-        here.went(asked, here.query(asked), choice(variant))
-    assert dict(here.query(want(blocks=(1, 2, 9))).cached_tokens) == {"hi-1": 2 * BLOCK_TOKENS}
-    assert dict(here.query(want(OTHER, BLOCKS)).cached_tokens) == {"else-1": 4 * BLOCK_TOKENS}
-    assert here.blocks_held == 8
-    here.keep_only({"lo": (REPLICAS["lo-1"],)})
-    assert dict(here.query(want(blocks=BLOCKS)).cached_tokens) == {}
-    assert here.blocks_held == 0
+        known.enter(lease_of(known.refreshed(request(target, BLOCKS)), variant))
+    assert known.refreshed(request(blocks=(1, 2, 9))).cached_tokens["hi-1"] == 2 * BLOCK_TOKENS
+    assert known.refreshed(request(OTHER, BLOCKS)).cached_tokens["else-1"] == 4 * BLOCK_TOKENS
+    assert dict(known.refreshed(request(blocks=(9, 2, 3))).cached_tokens) == {}
+    assert known.blocks_held == 8
+    known.keep_only({"lo": (REPLICAS["lo-1"],)})
+    assert dict(known.refreshed(request(blocks=BLOCKS)).cached_tokens) == {}
+    assert known.blocks_held == 0
 
 
-def test_a_small_cache_forgets() -> None:
-    """As many blocks as fit into what its engine says that it holds; what it doesn't say changes nothing."""
-    here = memory()
-    here.holds("hi-1", round(2 * BLOCK_TOKENS))
-    here.holds("hi-1", None)
-    asked = want(blocks=BLOCKS)
-    here.went(asked, here.query(asked), choice(HI))
-    assert dict(here.query(asked).cached_tokens) == {"hi-1": 2 * BLOCK_TOKENS}
+def test_a_small_cache() -> None:
+    """Only as many blocks are recorded as fit into the KV cache; an unknown capacity changes nothing."""
+    known = affinity()
+    known.set_capacity("hi-1", round(2 * BLOCK_TOKENS))
+    known.set_capacity("hi-1", None)
+    known.enter(lease_of(known.refreshed(request(blocks=BLOCKS)), HI))
+    assert dict(known.refreshed(request(blocks=BLOCKS)).cached_tokens) == {"hi-1": 2 * BLOCK_TOKENS}
 
 
 @pytest.mark.parametrize(
     "before, after, move", [(None, HI, None), (HI, HI, None), (HI, LO, "down"), (LO, HI, "up"), (ELSE, HI, None)]
 )
-def test_a_conversation_that_changes_rungs_is_told(before: Variant | None, after: Variant, move: str | None) -> None:
-    """Where it was on the same ladder."""
-    here, asked = memory(), want(session="s")
+def test_a_conversation_that_changes_rungs_is_counted(before: Variant | None, after: Variant, move: str | None) -> None:
+    """Only if both rungs are of the same ladder."""
+    metrics = Metrics()
+    known, turn = affinity(metrics), request(session="s")
     if before is not None:
-        here.went(asked, here.query(asked), choice(before))
-        here.ended(asked, 0)
-    assert here.went(asked, here.query(asked), choice(after)) == move
-    assert here.stays() == {"s": Placement(after.name, f"{after.name}-1", 1)}
-    here.ended(asked, 0)
-    assert here.query(asked).stay == Placement(after.name, f"{after.name}-1", 0)
+        first = lease_of(known.refreshed(turn), before)
+        known.enter(first)
+        known.leave(first)
+        assert moves(metrics) == {}
+    second = lease_of(known.refreshed(turn), after)
+    known.enter(second)
+    assert moves(metrics) == ({} if move is None else {("smol", move): 1})
+    assert known.placements() == {"s": Placement(after.name, f"{after.name}-1", 1)}
+    known.leave(second)
+    assert known.refreshed(turn).placement == Placement(after.name, f"{after.name}-1", 0)
 
 
-def test_what_a_token_is_in_bytes_is_learned_for_each_model() -> None:
-    """From what engines count; an answer that doesn't say says nothing."""
-    here = memory()
+def test_the_bytes_of_a_token_are_learned_for_each_model() -> None:
+    """They are learned from the engine's count of the prompt; a request without a count changes nothing."""
+    known = affinity()
     for _ in range(200):
-        here.ended(want(prompt_bytes=600), 300)
-        here.ended(want(OTHER, prompt_bytes=600), 0)
-    assert here.bytes_per_token("smol") == pytest.approx(2.0, rel=0.05)
-    assert here.bytes_per_token("other") == GUESSED.ratio
+        known.leave(lease_of(request(prompt_bytes=600), HI, prompt_tokens=300))
+        known.leave(lease_of(request(OTHER, prompt_bytes=600), ELSE, prompt_tokens=0))
+    assert known.bytes_per_token("smol") == pytest.approx(2.0, rel=0.05)
+    assert known.bytes_per_token("other") == DEFAULT_BYTES_PER_TOKEN.ratio

@@ -1,4 +1,4 @@
-"""Who gets which replica, and when: turns, waiting and its ends, and what is held against replicas."""
+"""Which request gets which replica, and when: turns, queues and their ends, breakers, overloads and retries."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,25 +6,24 @@ from collections.abc import Callable
 import pytest
 
 from config.schema import AliasSettings, QueueSettings, RetrySettings
-from gateway.errors import GatewayError, Overloaded, Unavailable, UpstreamError
-from gateway.routing.request import Ask
+from gateway.errors import GatewayError, Overloaded, QueueFull, QueueTimeout, Unavailable, UpstreamError
 from gateway.routing.speed import SpeedProfile
 from gateway.routing.target import Catalog
 from serving.replica import State
 from tests.fakes.running import DEADLINE_SECONDS
-from tests.gateway.proxy.dispatching import HI, LO, House, end, house, settled
+from tests.gateway.proxy.dispatching import HI, LO, DispatcherHarness, end, running_dispatcher, settle
 
-Task = asyncio.Task  # what `ask` gives
+Task = asyncio.Task  # what `start` returns
 
 
 def error_of(task: "Task[object]") -> tuple[type[BaseException], str]:
-    """What a request that got nothing was told."""
+    """The type and code of the error that a request was refused with."""
     error = task.exception()
     assert isinstance(error, GatewayError)
     return type(error), error.code
 
 
-async def done(task: "Task[object]") -> None:
+async def ended_by_timer(task: "Task[object]") -> None:
     """Wait for an end that a real timer brings."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         await asyncio.wait([task])
@@ -33,100 +32,100 @@ async def done(task: "Task[object]") -> None:
 # Turns
 
 
-async def test_a_slot_goes_on_in_the_step_in_which_it_is_free() -> None:
-    """Whoever comes in between finds it taken."""
-    async with house() as here:
-        here.come()
-        first = await here.held()
-        (waiting,) = await here.asked(1, "waiting")
+async def test_a_free_slot_is_leased_in_the_same_step() -> None:
+    """A request that arrives between the release and the waiting task's next step finds the slot taken."""
+    async with running_dispatcher() as harness:
+        harness.add()
+        first = await harness.lease_now()
+        (waiting,) = await harness.start_many(1, "waiting")
         end(first)
-        assert here.load() == {"hi-0": 1}
-        late = here.ask("late")
-        await settled()
+        assert harness.in_flight() == {"hi-0": 1}
+        late = harness.start("late")
+        await settle()
         assert (waiting.done(), late.done()) == (True, False)
         end(waiting.result())
-        await settled()
+        await settle()
         end(late.result())
 
 
 async def test_keys_take_turns() -> None:
-    """One key's crowd doesn't hold another up, and a key's own come first come, first served."""
-    async with house() as here:
-        here.come()
-        held = await here.held()
-        tasks = await here.asked(4, "many") + await here.asked(2, "few")
+    """Many requests of one key do not delay another key; those of one key are served in their order."""
+    async with running_dispatcher() as harness:
+        harness.add()
+        lease = await harness.lease_now()
+        tasks = await harness.start_many(4, "many") + await harness.start_many(2, "few")
         while tasks:
-            end(held)
-            await settled()
+            end(lease)
+            await settle()
             (served,) = [task for task in tasks if task.done()]
             tasks.remove(served)
-            held = served.result()
-        end(held)
-        assert here.order == ["first", "many", "few", "many", "few", "many", "many"]
+            lease = served.result()
+        end(lease)
+        assert harness.order == ["first", "many", "few", "many", "few", "many", "many"]
 
 
-async def test_whoever_leaves_the_line_leaves_nothing() -> None:
-    """Neither a place nor a turn."""
-    async with house() as here:
-        here.come()
-        held = await here.held()
-        gone, stays = await here.asked(2)
+async def test_a_client_that_leaves_the_queue_leaves_nothing() -> None:
+    """It frees its place and its turn."""
+    async with running_dispatcher() as harness:
+        harness.add()
+        lease = await harness.lease_now()
+        gone, stays = await harness.start_many(2)
         gone.cancel()
-        await settled()
+        await settle()
         assert gone.cancelled()
-        assert dict(here.dispatch.waiting()) == {"smol": 1}
-        end(held)
-        await settled()
+        assert dict(harness.dispatcher.waiting()) == {"smol": 1}
+        end(lease)
+        await settle()
         end(stays.result())
 
 
-async def test_whoever_leaves_as_it_gets_its_turn_hands_it_on() -> None:
-    """The slot was its own for less than a step, and is the next one's then."""
-    async with house() as here:
-        here.come()
-        held = await here.held()
-        gone, stays = await here.asked(2)
-        end(held)
+async def test_a_client_that_leaves_as_it_gets_its_lease_passes_it_on() -> None:
+    """The lease of a cancelled task is released at once, and its slot is leased to the next request."""
+    async with running_dispatcher() as harness:
+        harness.add()
+        lease = await harness.lease_now()
+        gone, stays = await harness.start_many(2)
+        end(lease)
         gone.cancel()
-        await settled()
+        await settle()
         assert gone.cancelled()
-        assert here.load() == {"hi-0": 1}
+        assert harness.in_flight() == {"hi-0": 1}
         end(stays.result())
 
 
-async def test_whoever_has_left_is_passed_over() -> None:
-    """Its task has not heard of it yet when a slot becomes free."""
-    async with house() as here:
-        here.come()
-        held = await here.held()
-        gone, stays = await here.asked(2)
+async def test_a_client_that_has_left_is_passed_over() -> None:
+    """Its task is cancelled, but has not run since, when a slot becomes free."""
+    async with running_dispatcher() as harness:
+        harness.add()
+        lease = await harness.lease_now()
+        gone, stays = await harness.start_many(2)
         gone.cancel()
-        end(held)
-        assert here.load() == {"hi-0": 1}
-        await settled()
+        end(lease)
+        assert harness.in_flight() == {"hi-0": 1}
+        await settle()
         end(stays.result())
 
 
-async def test_no_more_than_fit() -> None:
+async def test_max_in_flight() -> None:
     """`max_in_flight` is never exceeded, and each slot that becomes free is used."""
-    async with house() as here:
-        here.come(max_in_flight=3)
-        tasks = await here.asked(7)
-        assert here.load() == {"hi-0": 3}
+    async with running_dispatcher() as harness:
+        harness.add(max_in_flight=3)
+        tasks = await harness.start_many(7)
+        assert harness.in_flight() == {"hi-0": 3}
         while running := [task for task in tasks if task.done()]:
             tasks.remove(running[0])
             end(running[0].result())
-            await settled()
-            assert here.load().get("hi-0", 0) == min(3, len(tasks))
+            await settle()
+            assert harness.in_flight().get("hi-0", 0) == min(3, len(tasks))
 
 
 async def test_full_rungs_spill_to_the_next() -> None:
     """A full replica is passed over for a rung below."""
-    async with house() as here:
-        here.come("hi-0")
-        here.come("lo-0")
-        first, second = await here.held(HI, LO), await here.held(HI, LO)
-        assert (first.choice.variant, second.choice.variant) == (HI, LO)
+    async with running_dispatcher() as harness:
+        harness.add("hi-0")
+        harness.add("lo-0")
+        first, second = await harness.lease_now(HI, LO), await harness.lease_now(HI, LO)
+        assert (first.candidate.variant, second.candidate.variant) == (HI, LO)
         end(first)
         end(second)
 
@@ -135,145 +134,145 @@ async def test_full_rungs_spill_to_the_next() -> None:
 
 
 @pytest.mark.parametrize(
-    "state, told",
-    [(State.READY, (Overloaded, "queue_timeout")), (State.STARTING, (Unavailable, "no_ready_replica"))],
+    "state, error",
+    [(State.READY, (QueueTimeout, "queue_timeout")), (State.STARTING, (Unavailable, "no_ready_replica"))],
 )
-async def test_waiting_has_an_end(state: State, told: tuple[type, str]) -> None:
-    """Too much is asked, or nobody was there: these are two things to tell."""
-    async with house() as here:
-        here.come()
-        held = await here.held()
-        here.come(state=state)
-        task = here.ask(wait_seconds=0)
-        await done(task)
-        assert error_of(task) == told
-        assert not here.dispatch.waiting()
-        end(held)
+async def test_waiting_has_an_end(state: State, error: tuple[type, str]) -> None:
+    """The error says whether every replica was busy, or none became ready."""
+    async with running_dispatcher() as harness:
+        harness.add()
+        lease = await harness.lease_now()
+        harness.add(state=state)
+        task = harness.start(wait_seconds=0)
+        await ended_by_timer(task)
+        assert error_of(task) == error
+        assert not harness.dispatcher.waiting()
+        end(lease)
 
 
-async def test_a_full_line_says_when_to_come_back() -> None:
-    """Later if more wait, sooner if answers end faster; always within what clients obey."""
+async def test_retry_after_of_a_full_queue() -> None:
+    """It grows with the queue, shrinks as answers end faster, and stays within what clients obey."""
 
-    async def told(waiting: int, every_seconds: float) -> float:
-        async with house(QueueSettings(per_alias=waiting)) as here:
-            here.come()
-            held = await here.held()
-            tasks = await here.asked(waiting)
+    async def retry_after(waiting: int, every_seconds: float) -> float:
+        async with running_dispatcher(QueueSettings(per_alias=waiting)) as harness:
+            harness.add()
+            lease = await harness.lease_now()
+            tasks = await harness.start_many(waiting)
             for _ in range(5):
-                tasks += await here.asked(1)
-                here.now[0] += every_seconds
+                tasks += await harness.start_many(1)
+                harness.now[0] += every_seconds
                 tasks = [task for task in tasks if not (task.done() and task.exception())]
-                end(held)
-                await settled()
-                held = next(task.result() for task in tasks if task.done())
+                end(lease)
+                await settle()
+                lease = next(task.result() for task in tasks if task.done())
                 tasks = [task for task in tasks if not task.done()]
-            tasks += await here.asked(waiting - len(tasks))
-            (refused,) = await here.asked(1)
+            tasks += await harness.start_many(waiting - len(tasks))
+            (refused,) = await harness.start_many(1)
             error = refused.exception()
-            assert isinstance(error, Overloaded)
+            assert isinstance(error, QueueFull)
             assert error.code == "queue_full"
             seconds = dict(error.headers())[b"retry-after"]
             for task in tasks:
                 task.cancel()
-            end(held)
-            await settled()
+            end(lease)
+            await settle()
             return int(seconds)
 
-    few, many = await told(8, 1), await told(40, 1)
-    slow = await told(8, 10)
+    few, many = await retry_after(8, 1), await retry_after(40, 1)
+    slow = await retry_after(8, 10)
     assert 1 <= few < many <= 120
     assert few < slow <= 120
 
 
-async def test_greed_makes_room_for_others() -> None:
-    """A key that fills the line is pushed out of it, the newest first, and told that it is full."""
-    async with house(QueueSettings(per_alias=4)) as here:
-        here.come()
-        held = await here.held()
-        many = await here.asked(4, "many")
-        (few,) = await here.asked(1, "few")
+async def test_a_key_that_fills_the_queue_makes_room_for_others() -> None:
+    """Its newest request is evicted from the queue, and refused with `queue_full`."""
+    async with running_dispatcher(QueueSettings(per_alias=4)) as harness:
+        harness.add()
+        lease = await harness.lease_now()
+        many = await harness.start_many(4, "many")
+        (few,) = await harness.start_many(1, "few")
         assert [task.done() for task in many] == [False, False, False, True]
-        assert error_of(many[3]) == (Overloaded, "queue_full")
+        assert error_of(many[3]) == (QueueFull, "queue_full")
         assert not few.done()
         for task in (*many[:3], few):
             task.cancel()
-        await settled()
-        end(held)
+        await settle()
+        end(lease)
 
 
 async def test_bodies_that_wait_are_bounded() -> None:
-    """A line that is short enough may still be too heavy."""
-    async with house(QueueSettings(body_bytes=1000)) as here:
-        here.come()
-        held = await here.held()
-        light = here.ask(body_bytes=600)
-        heavy = here.ask(body_bytes=600)
-        await settled()
-        assert error_of(heavy) == (Overloaded, "queue_full")
-        light.cancel()
-        end(held)
+    """A queue of few requests may still hold too many bytes."""
+    async with running_dispatcher(QueueSettings(body_bytes=1000)) as harness:
+        harness.add()
+        lease = await harness.lease_now()
+        accepted = harness.start(body_bytes=600)
+        refused = harness.start(body_bytes=600)
+        await settle()
+        assert error_of(refused) == (QueueFull, "queue_full")
+        accepted.cancel()
+        end(lease)
 
 
-async def test_no_waiting_at_all() -> None:
-    """A line of length 0 refuses at once."""
-    async with house(QueueSettings(per_alias=0)) as here:
-        here.come()
-        held = await here.held()
-        (task,) = await here.asked(1)
-        assert error_of(task) == (Overloaded, "queue_full")
-        end(held)
+async def test_a_queue_of_length_0() -> None:
+    """It refuses at once."""
+    async with running_dispatcher(QueueSettings(per_alias=0)) as harness:
+        harness.add()
+        lease = await harness.lease_now()
+        (task,) = await harness.start_many(1)
+        assert error_of(task) == (QueueFull, "queue_full")
+        end(lease)
 
 
 async def test_a_long_prompt_waits_for_a_long_context() -> None:
-    """A replica that would refuse it for its length doesn't get it for having room first; others aren't held up."""
-    async with house() as here:
-        here.come("hi-0", max_model_len_tokens=8000)
-        here.come("lo-0", max_model_len_tokens=1000)
-        high, low = await here.held(HI), await here.held(LO)
-        long = here.ask("long", HI, LO, prompt=Ask(prompt_tokens=5000.0))
-        short = here.ask("short", HI, LO, prompt=Ask(prompt_tokens=50.0))
-        await settled()
+    """A replica with room whose context is too short does not get it; shorter prompts are not delayed by it."""
+    async with running_dispatcher() as harness:
+        harness.add("hi-0", max_model_len_tokens=8000)
+        harness.add("lo-0", max_model_len_tokens=1000)
+        high, low = await harness.lease_now(HI), await harness.lease_now(LO)
+        long = harness.start("long", HI, LO, prompt_tokens=5000.0)
+        short = harness.start("short", HI, LO, prompt_tokens=50.0)
+        await settle()
         end(low)
-        await settled()
+        await settle()
         assert (long.done(), short.done()) == (False, True)
         end(short.result())
-        await settled()
+        await settle()
         assert not long.done()
         end(high)
-        await settled()
-        assert long.result().choice.replica.id == "hi-0"
+        await settle()
+        assert long.result().replica.id == "hi-0"
         end(long.result())
 
 
-async def test_a_prompt_that_fits_nowhere_waits_for_anybody() -> None:
-    """Also if the only one that it fits in leaves meanwhile."""
-    async with house() as here:
-        here.come("hi-0", max_model_len_tokens=8000)
-        here.come("lo-0", max_model_len_tokens=1000)
-        high, low = await here.held(HI), await here.held(LO)
-        tasks = [here.ask("long", HI, LO, prompt=Ask(prompt_tokens=tokens)) for tokens in (5000.0, 50_000.0)]
-        await settled()
-        here.registry.remove("hi-0")
+async def test_a_prompt_that_fits_no_context_waits_for_any_replica() -> None:
+    """So does one whose only fitting replica leaves while it waits."""
+    async with running_dispatcher() as harness:
+        harness.add("hi-0", max_model_len_tokens=8000)
+        harness.add("lo-0", max_model_len_tokens=1000)
+        high, low = await harness.lease_now(HI), await harness.lease_now(LO)
+        tasks = [harness.start("long", HI, LO, prompt_tokens=tokens) for tokens in (5000.0, 50_000.0)]
+        await settle()
+        harness.registry.remove("hi-0")
         end(high)
         for task in tasks:
-            await settled()
+            await settle()
             assert not task.done()
             end(low)
-            await settled()
+            await settle()
             low = task.result()
-            assert low.choice.replica.id == "lo-0"
+            assert low.replica.id == "lo-0"
         end(low)
 
 
 @pytest.mark.parametrize("prompt_tokens, refused", [(100.0, False), (5000.0, True)])
-async def test_nobody_is_refused_for_a_moment(prompt_tokens: float, *, refused: bool) -> None:
-    """Who may not wait in line for long may wait for a prompt that is just being read, and not for seconds of work."""
+async def test_a_short_wait_refuses_no_request(prompt_tokens: float, *, refused: bool) -> None:
+    """With `wait_seconds` 0 a prompt that is being read may be waited for, but not seconds of work."""
     speed = SpeedProfile((0.025,), (40.0,), 0.001, 64)
-    async with house(speeds={"hi": speed}) as here:
-        here.come(max_in_flight=9)
-        ahead = here.ask("ahead", prompt=Ask(prompt_tokens=prompt_tokens))
-        behind = here.ask("behind", wait_seconds=0.0)
-        await settled()
+    async with running_dispatcher(speeds={"hi": speed}) as harness:
+        harness.add(max_in_flight=9)
+        ahead = harness.start("ahead", prompt_tokens=prompt_tokens)
+        behind = harness.start("behind", wait_seconds=0.0)
+        await settle()
         end(ahead.result())
         if refused:
             assert error_of(behind) == (Overloaded, "overloaded")
@@ -281,307 +280,322 @@ async def test_nobody_is_refused_for_a_moment(prompt_tokens: float, *, refused: 
             end(behind.result())
 
 
-async def test_gates_go_with_their_ladders() -> None:
-    """After a reload nothing would ever close them; those that are left stay as they are."""
-    async with house() as here:
-        here.come("hi-0")
-        here.come("lo-0", max_in_flight=9)
-        held = [await here.held(HI)]
+async def test_gates_are_forgotten_with_their_ladders() -> None:
+    """A reload drops the gates of rungs that are gone, because nothing would close them, and keeps the others."""
+    async with running_dispatcher() as harness:
+        harness.add("hi-0")
+        harness.add("lo-0", max_in_flight=9)
+        leases = [await harness.lease_now(HI)]
         for alias in ("smol", "gone"):
-            task = here.ask("k", HI, LO, alias=alias)
-            await settled()
-            held.append(task.result())
-        assert set(here.dispatch.scene.gates) == {("smol", "hi"), ("gone", "hi")}
+            task = harness.start("k", HI, LO, alias=alias)
+            await settle()
+            leases.append(task.result())
+        gates = harness.dispatcher.cluster.gates
+        assert set(gates) == {("smol", "hi"), ("gone", "hi")}
         variants = {"hi": HI, "lo": LO}
-        here.dispatch.keep_only(Catalog({"smol": AliasSettings(ladder=("hi", "lo"))}, variants))
-        assert set(here.dispatch.scene.gates) == {("smol", "hi")}
-        here.dispatch.keep_only(Catalog({"smol": AliasSettings(ladder=("lo",))}, variants))
-        assert not here.dispatch.scene.gates
-        for lease in held:
+        harness.dispatcher.keep_only(Catalog({"smol": AliasSettings(ladder=("hi", "lo"))}, variants))
+        assert set(gates) == {("smol", "hi")}
+        harness.dispatcher.keep_only(Catalog({"smol": AliasSettings(ladder=("lo",))}, variants))
+        assert not gates
+        for lease in leases:
             end(lease)
 
 
-async def test_a_replica_that_gets_ready_serves_who_waits() -> None:
-    """As many as it may take, in the step in which it does."""
-    async with house() as here:
-        here.come(state=State.STARTING)
-        tasks = await here.asked(3)
-        here.come(max_in_flight=2)
-        assert here.load() == {"hi-0": 2}
-        here.come("hi-1")
-        await settled()
+async def test_a_replica_that_becomes_ready_serves_the_queue() -> None:
+    """It gets as many requests as it takes, in the step in which it becomes ready."""
+    async with running_dispatcher() as harness:
+        harness.add(state=State.STARTING)
+        tasks = await harness.start_many(3)
+        harness.add(max_in_flight=2)
+        assert harness.in_flight() == {"hi-0": 2}
+        harness.add("hi-1")
+        await settle()
         for task in tasks:
             end(task.result())
 
 
-def remove(here: House) -> None:
-    """The replica goes."""
-    here.registry.remove("hi-0")
+def remove(harness: DispatcherHarness) -> None:
+    """Remove the replica."""
+    harness.registry.remove("hi-0")
 
 
-def drain(here: House) -> None:
-    """The replica takes no more."""
-    here.registry.move("hi-0", State.DRAINING)
+def drain(harness: DispatcherHarness) -> None:
+    """Let the replica drain."""
+    harness.registry.move("hi-0", State.DRAINING)
 
 
 @pytest.mark.parametrize("leave", [remove, drain])
-async def test_the_last_hope_goes(leave: Callable[[House], None]) -> None:
-    """Those who wait hear it at once; what runs may end."""
-    async with house() as here:
-        here.come()
-        held = await here.held()
-        tasks = await here.asked(2)
-        leave(here)
-        await settled()
+async def test_the_last_replica_leaves(leave: Callable[[DispatcherHarness], None]) -> None:
+    """Requests that wait are refused at once; those that run go on."""
+    async with running_dispatcher() as harness:
+        harness.add()
+        lease = await harness.lease_now()
+        tasks = await harness.start_many(2)
+        leave(harness)
+        await settle()
         assert [error_of(task) for task in tasks] == [(Unavailable, "no_ready_replica")] * 2
-        end(held)
+        end(lease)
 
 
-async def test_hope_on_another_rung_is_hope() -> None:
-    """As long as any replica of any permitted rung may come, it is waited for."""
-    async with house() as here:
-        here.come("hi-0")
-        here.come("lo-0", State.WARMING)
-        held = await here.held()
-        task = here.ask("k", HI, LO)
-        await settled()
-        remove(here)
-        await settled()
+async def test_a_replica_of_another_rung_may_become_ready() -> None:
+    """A request waits as long as any replica of any permitted rung may become ready."""
+    async with running_dispatcher() as harness:
+        harness.add("hi-0")
+        harness.add("lo-0", State.WARMING)
+        lease = await harness.lease_now()
+        task = harness.start("k", HI, LO)
+        await settle()
+        remove(harness)
+        await settle()
         assert not task.done()
-        here.come("lo-0")
-        await settled()
-        assert task.result().choice.replica.id == "lo-0"
+        harness.add("lo-0")
+        await settle()
+        assert task.result().replica.id == "lo-0"
         end(task.result())
-        end(held)
+        end(lease)
 
 
-async def test_nothing_is_there() -> None:
-    """Then nothing is waited for."""
-    async with house() as here:
-        (task,) = await here.asked(1)
+async def test_no_replica() -> None:
+    """Without any replica a request is refused at once."""
+    async with running_dispatcher() as harness:
+        (task,) = await harness.start_many(1)
         assert error_of(task) == (Unavailable, "no_ready_replica")
 
 
-async def test_a_failure_is_told_rather_than_waited_out() -> None:
-    """A request that has failed already gets another replica at once, or its failure."""
-    async with house() as here:
-        here.come()
-        held = await here.held()
-        task = here.ask(failure=UpstreamError("broken"), tried=frozenset({"hi-1"}))
-        await settled()
+async def test_a_failed_request_does_not_wait() -> None:
+    """It gets another replica at once, or its failure is raised."""
+    async with running_dispatcher() as harness:
+        harness.add()
+        lease = await harness.lease_now()
+        task = harness.start(failure=UpstreamError("broken"), tried=frozenset({"hi-1"}))
+        await settle()
         assert error_of(task) == (UpstreamError, "upstream_error")
-        end(held)
+        end(lease)
 
 
-# Full replicas
+async def test_a_request_that_waits_may_get_a_replica_that_it_tried() -> None:
+    """The queue is served when any replica has room; after a wait the request forgets what it tried."""
+    async with running_dispatcher() as harness:
+        harness.add()
+        lease = await harness.lease_now()
+        task = harness.start(tried=frozenset({"hi-0"}))
+        await settle()
+        assert not task.done()
+        end(lease)
+        await settle()
+        assert task.result().replica.id == "hi-0"
+        end(task.result())
 
 
-async def test_a_full_replica_is_spared() -> None:
-    """Requests go to another one, or wait until its time is up; an answer of it ends that at once."""
-    async with house() as here:
-        here.come("hi-0", max_in_flight=9)
-        first, second = await here.held(), await here.held()
+# Overloaded replicas
+
+
+async def test_an_overloaded_replica_is_spared() -> None:
+    """Requests go to another replica or wait; an answer of the replica ends that at once."""
+    async with running_dispatcher() as harness:
+        harness.add("hi-0", max_in_flight=9)
+        first, second = await harness.lease_now(), await harness.lease_now()
         end(first, "refused")
-        (waiting,) = await here.asked(1)
+        (waiting,) = await harness.start_many(1)
         assert not waiting.done()
-        here.come("hi-1")
-        await settled()
-        assert waiting.result().choice.replica.id == "hi-1"
+        harness.add("hi-1")
+        await settle()
+        assert waiting.result().replica.id == "hi-1"
         end(second)
-        after = await here.held()
-        assert after.choice.replica.id == "hi-0"
+        after = await harness.lease_now()
+        assert after.replica.id == "hi-0"
         end(after)
         end(waiting.result())
 
 
-@pytest.mark.parametrize("asked_for, seconds", [(None, 0.25), (3.0, 3.0), (600.0, 10.0)])
-async def test_for_how_long_it_is_spared(asked_for: float | None, seconds: float) -> None:
-    """As long as it asks for, within reason."""
-    async with house() as here:
-        here.come("hi-0", max_in_flight=9)
-        here.come("hi-1", max_in_flight=9)
-        first = await here.held()
-        end(first, "refused", asked_for)
-        full = first.choice.replica.id
+@pytest.mark.parametrize("retry_after_seconds, seconds", [(None, 0.25), (3.0, 3.0), (600.0, 10.0)])
+async def test_for_how_long_an_overloaded_replica_is_spared(retry_after_seconds: float | None, seconds: float) -> None:
+    """Its Retry-After counts, up to a limit."""
+    async with running_dispatcher() as harness:
+        harness.add("hi-0", max_in_flight=9)
+        harness.add("hi-1", max_in_flight=9)
+        first = await harness.lease_now()
+        end(first, "refused", retry_after_seconds)
+        overloaded = first.replica.id
         chosen = []
         for now in (0.0, seconds - 0.01, seconds, seconds):
-            here.now[0] = now
-            lease = await here.held()
-            chosen.append(lease.choice.replica.id == full)
+            harness.now[0] = now
+            lease = await harness.lease_now()
+            chosen.append(lease.replica.id == overloaded)
             end(lease, "abandoned")
         assert chosen[:2] == [False, False]
         assert any(chosen[2:])
 
 
-async def test_what_a_replica_takes_is_learned() -> None:
-    """An answer of a replica that refused sends it one more, and not the whole line."""
-    async with house() as here:
-        here.come(max_in_flight=99)
-        leases = [await here.held() for _ in range(6)]
+async def test_the_limit_of_an_overloaded_replica_is_learned() -> None:
+    """After an answer of a replica that refused, it gets one more request, and not the whole queue."""
+    async with running_dispatcher() as harness:
+        harness.add(max_in_flight=99)
+        leases = [await harness.lease_now() for _ in range(6)]
         for lease in leases[2:]:
             end(lease, "refused")
-        tasks = await here.asked(9)
-        assert here.load() == {"hi-0": 2}
+        tasks = await harness.start_many(9)
+        assert harness.in_flight() == {"hi-0": 2}
         end(leases[0])
-        await settled()
-        assert here.load() == {"hi-0": 2}
-        here.now[0] = 5.0
+        await settle()
+        assert harness.in_flight() == {"hi-0": 2}
+        harness.now[0] = 5.0
         end(leases[1])
-        await settled()
-        assert here.load() == {"hi-0": 3}
+        await settle()
+        assert harness.in_flight() == {"hi-0": 3}
         while tasks:
             running = [task for task in tasks if task.done()]
             tasks = [task for task in tasks if not task.done()]
             for task in running:
                 end(task.result())
-            await settled()
+            await settle()
 
 
-async def test_a_mark_that_ends_wakes_who_waits() -> None:
-    """Nothing else happens: the time alone."""
-    async with house() as here:
-        here.come(max_in_flight=9)
-        end(await here.held(), "refused", 0.01)
-        (task,) = await here.asked(1)
+async def test_the_end_of_an_overload_serves_the_queue() -> None:
+    """The timer alone does it; nothing else happens."""
+    async with running_dispatcher() as harness:
+        harness.add(max_in_flight=9)
+        end(await harness.lease_now(), "refused", 0.01)
+        (task,) = await harness.start_many(1)
         assert not task.done()
-        here.now[0] = 1.0
-        await done(task)
+        harness.now[0] = 1.0
+        await ended_by_timer(task)
         end(task.result())
 
 
 # Failing replicas
 
 
-async def failed(here: House, name: str, times: int = 3) -> None:
-    """Have a replica fail so often in a row: leases that others get meanwhile are given back."""
-    spare = []
+async def fail(harness: DispatcherHarness, name: str, times: int = 3) -> None:
+    """Have a replica fail several times in a row; leases that other replicas get meanwhile are abandoned."""
+    others = []
     while times:
-        lease = await here.held()
-        if lease.choice.replica.id == name:
+        lease = await harness.lease_now()
+        if lease.replica.id == name:
             end(lease, "failed")
             times -= 1
         else:
-            spare.append(lease)
-    for lease in spare:
+            others.append(lease)
+    for lease in others:
         end(lease, "abandoned")
 
 
-async def chosen(here: House, count: int = 6) -> set[str]:
-    """Who gets the next requests, all at once."""
-    leases = [await here.held() for _ in range(count)]
+async def chosen_replicas(harness: DispatcherHarness, count: int = 6) -> set[str]:
+    """The replicas that get the next requests, all at once."""
+    leases = [await harness.lease_now() for _ in range(count)]
     for lease in leases:
         end(lease, "abandoned")
-    return {lease.choice.replica.id for lease in leases}
+    return {lease.replica.id for lease in leases}
 
 
-async def test_a_failing_replica_is_left_out_and_comes_back() -> None:
-    """After three failures; then one request finds out, and a success opens it for all."""
-    async with house() as here:
-        here.come("hi-0", max_in_flight=99)
-        here.come("hi-1", max_in_flight=99)
-        await failed(here, "hi-0", 2)
-        assert await chosen(here) == {"hi-0", "hi-1"}
-        await failed(here, "hi-0", 1)
-        assert here.dispatch.breaker_states() == {"hi-0": "open"}
-        assert await chosen(here) == {"hi-1"}
-        here.now[0] = 1.0
-        leases = [await here.held() for _ in range(6)]
-        probes = [lease for lease in leases if lease.choice.replica.id == "hi-0"]
+async def test_a_failing_replica_is_barred_and_comes_back() -> None:
+    """Three failures open its breaker; later one request probes it, and a success closes it."""
+    async with running_dispatcher() as harness:
+        harness.add("hi-0", max_in_flight=99)
+        harness.add("hi-1", max_in_flight=99)
+        await fail(harness, "hi-0", 2)
+        assert await chosen_replicas(harness) == {"hi-0", "hi-1"}
+        await fail(harness, "hi-0", 1)
+        assert harness.dispatcher.breaker_states() == {"hi-0": "open"}
+        assert await chosen_replicas(harness) == {"hi-1"}
+        harness.now[0] = 1.0
+        leases = [await harness.lease_now() for _ in range(6)]
+        probes = [lease for lease in leases if lease.replica.id == "hi-0"]
         assert len(probes) == 1
         for lease in leases:
             end(lease)
-        assert here.dispatch.breaker_states() == {"hi-0": "closed"}
-        assert await chosen(here) == {"hi-0", "hi-1"}
+        assert harness.dispatcher.breaker_states() == {"hi-0": "closed"}
+        assert await chosen_replicas(harness) == {"hi-0", "hi-1"}
 
 
-async def test_a_probe_that_is_given_up_makes_place_for_another() -> None:
-    """Its client left before it showed anything."""
-    async with house() as here:
-        here.come("hi-0", max_in_flight=99)
-        here.come("hi-1", max_in_flight=99)
-        await failed(here, "hi-0")
-        here.now[0] = 1.0
+async def test_an_abandoned_probe_is_followed_by_another() -> None:
+    """A client that leaves before its probe has an outcome leaves the breaker half-open."""
+    async with running_dispatcher() as harness:
+        harness.add("hi-0", max_in_flight=99)
+        harness.add("hi-1", max_in_flight=99)
+        await fail(harness, "hi-0")
+        harness.now[0] = 1.0
         for _ in range(3):
-            leases = [await here.held() for _ in range(4)]
-            assert sorted(lease.choice.replica.id for lease in leases).count("hi-0") == 1
+            leases = [await harness.lease_now() for _ in range(4)]
+            assert sorted(lease.replica.id for lease in leases).count("hi-0") == 1
             for lease in leases:
                 end(lease, "abandoned")
 
 
-async def test_another_requests_end_is_not_the_probes() -> None:
-    """One that was under way before the breaker opened may leave: the probe still runs, and a second must not."""
-    async with house() as here:
-        here.come("hi-0", max_in_flight=99)
-        here.come("hi-1", max_in_flight=99)
-        early = [await here.held() for _ in range(2)]
-        await failed(here, "hi-0")
-        here.now[0] = 1.0
-        leases = [await here.held() for _ in range(4)]
-        assert [lease.choice.replica.id for lease in leases].count("hi-0") == 1
+async def test_the_end_of_another_request_does_not_end_the_probe() -> None:
+    """A request from before the breaker opened may end while the probe runs: no second probe is sent."""
+    async with running_dispatcher() as harness:
+        harness.add("hi-0", max_in_flight=99)
+        harness.add("hi-1", max_in_flight=99)
+        early = [await harness.lease_now() for _ in range(2)]
+        await fail(harness, "hi-0")
+        harness.now[0] = 1.0
+        leases = [await harness.lease_now() for _ in range(4)]
+        assert [lease.replica.id for lease in leases].count("hi-0") == 1
         for lease in early:
             end(lease, "abandoned")
-        assert await chosen(here) == {"hi-1"}
+        assert await chosen_replicas(harness) == {"hi-1"}
         for lease in leases:
             end(lease, "abandoned")
 
 
 async def test_waiting_for_a_probe_does_not_spin() -> None:
-    """While a probe runs and everything else is full, nothing is looked at until something can change."""
-    async with house() as here:
-        here.come("hi-0", max_in_flight=99)
-        here.come("hi-1", max_in_flight=4)
-        await failed(here, "hi-0")
-        here.now[0] = 1.0
-        leases = [await here.held() for _ in range(5)]
-        (waiting,) = await here.asked(1)
-        alarm = here.dispatch._alarm
-        assert alarm is not None
-        assert alarm.when() - asyncio.get_running_loop().time() > 1
+    """While a probe runs and all other replicas are full, the timer is set to when something can change."""
+    async with running_dispatcher() as harness:
+        harness.add("hi-0", max_in_flight=99)
+        harness.add("hi-1", max_in_flight=4)
+        await fail(harness, "hi-0")
+        harness.now[0] = 1.0
+        leases = [await harness.lease_now() for _ in range(5)]
+        (waiting,) = await harness.start_many(1)
+        timer = harness.dispatcher._timer
+        assert timer is not None
+        assert timer.when() - asyncio.get_running_loop().time() > 1
         waiting.cancel()
         for lease in leases:
             end(lease, "abandoned")
 
 
-async def test_at_most_half_are_left_out() -> None:
-    """If all fail, the least bad are asked all the same."""
-    async with house() as here:
+async def test_replicas_behind_open_breakers_are_the_last_resort() -> None:
+    """If all replicas fail, the least bad of them is asked all the same."""
+    async with running_dispatcher() as harness:
         for number in range(3):
-            here.come(f"hi-{number}", max_in_flight=99)
+            harness.add(f"hi-{number}", max_in_flight=99)
         for number in range(3):
-            here.now[0] += 0.1
-            await failed(here, f"hi-{number}")
-        assert set(here.dispatch.breaker_states().values()) == {"open"}
-        assert len(await chosen(here)) >= 1
+            harness.now[0] += 0.1
+            await fail(harness, f"hi-{number}")
+        assert set(harness.dispatcher.breaker_states().values()) == {"open"}
+        assert len(await chosen_replicas(harness)) >= 1
 
 
-async def test_nothing_is_held_against_who_comes_back() -> None:
-    """A replica that was gone is another one, also if requests to the old one fail while it is away."""
-    async with house() as here:
-        here.come("hi-0", max_in_flight=9)
-        held = [await here.held() for _ in range(6)]
-        for lease in held[:3]:
+async def test_a_replica_that_comes_back_has_no_breaker() -> None:
+    """Failures of requests to the old replica count for nothing while it is away."""
+    async with running_dispatcher() as harness:
+        harness.add("hi-0", max_in_flight=9)
+        leases = [await harness.lease_now() for _ in range(6)]
+        for lease in leases[:3]:
             end(lease, "failed")
-        assert here.dispatch.breaker_states() == {"hi-0": "open"}
-        here.come("hi-0", State.STARTING, 9)
-        for lease in held[3:]:
+        assert harness.dispatcher.breaker_states() == {"hi-0": "open"}
+        harness.add("hi-0", State.STARTING, 9)
+        for lease in leases[3:]:
             end(lease, "failed")
-        here.come("hi-0", State.READY, 9)
-        assert here.dispatch.breaker_states() == {}
+        harness.add("hi-0", State.READY, 9)
+        assert harness.dispatcher.breaker_states() == {}
 
 
-# Trying again
+# Retries
 
 
-async def test_why_not_again() -> None:
-    """Never a third replica for a request that two didn't survive, three attempts, and a share of all requests."""
-    async with house(retries=RetrySettings(share=0.5, burst=2)) as here:
-        ask = here.dispatch.why_not_again
-        assert [ask(0, 1), ask(1, 1), ask(2, 2), ask(0, 3)] == [None, None, "poison", "attempts"]
+async def test_retry_refusal() -> None:
+    """No third replica for a request that two died of, at most three attempts, and a share of all requests."""
+    async with running_dispatcher(retries=RetrySettings(share=0.5, burst=2)) as harness:
+        refusal = harness.dispatcher.retry_refusal
+        assert [refusal(0, 1), refusal(1, 1), refusal(2, 2), refusal(0, 3)] == [None, None, "poison", "attempts"]
         for _ in range(2):
-            assert ask(0, 1) is None
-            here.dispatch.retried()
-        assert ask(0, 1) == "budget"
-        here.dispatch.arrived()
-        assert ask(0, 1) == "budget"
-        here.dispatch.arrived()
-        assert ask(0, 1) is None
+            assert refusal(0, 1) is None
+            harness.dispatcher.spend_retry()
+        assert refusal(0, 1) == "budget"
+        harness.dispatcher.next_turn()
+        assert refusal(0, 1) == "budget"
+        harness.dispatcher.next_turn()
+        assert refusal(0, 1) is None

@@ -1,4 +1,4 @@
-"""What routing is told of a request, for every endpoint."""
+"""What routing derives from a request, for every endpoint."""
 
 import json
 from collections.abc import Mapping
@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.schema import LimitSettings
-from gateway.errors import RequestError
+from config.schema import Floor, LimitSettings
+from gateway.errors import FloorUnmet, RequestError
+from gateway.keys import Caller
 from gateway.openai.endpoints import (
     CHAT,
     COMPLETIONS,
@@ -23,9 +24,18 @@ from gateway.openai.endpoints import (
     Endpoint,
 )
 from gateway.openai.request import InferenceRequest, parse_request
-from gateway.proxy.routing_features import LONGEST_ANSWER_TOKENS, LONGEST_TURNS_BYTES, asked, prompt_of
+from gateway.proxy.affinity import Affinity
+from gateway.proxy.routing_features import (
+    MAX_ANSWER_TOKENS,
+    MAX_TURNS_BYTES,
+    permitted_rungs,
+    prompt_parts,
+    routing_request,
+)
 from gateway.routing.prefix_hash import BLOCK_BYTES, MAX_BLOCKS
-from gateway.routing.request import Ask
+from gateway.routing.request import RoutingRequest
+from gateway.routing.split import Rung
+from tests.gateway.proxy.contexts import LO, METRICS, SMOL, request_context
 
 JSON = {b"content-type": b"application/json"}
 LIMITS = LimitSettings()
@@ -34,47 +44,65 @@ Body = dict[str, Any]
 
 
 def parsed(
-    endpoint: Endpoint, body: Body | bytes, may: frozenset[str] = frozenset(), most: int | None = None
+    endpoint: Endpoint, body: Body | bytes, may: frozenset[str] = frozenset(), max_tokens: int | None = None
 ) -> InferenceRequest:
-    """A request as its endpoint reads it; the model's name is filled in."""
+    """A request as its endpoint parses it; the model's name is filled in."""
     text = body if isinstance(body, bytes) else json.dumps({"model": "m", **body}).encode()
-    return parse_request(endpoint, text, JSON, LIMITS, may, most)
+    return parse_request(endpoint, text, JSON, LIMITS, may, max_tokens)
 
 
-def ask(body: Body, endpoint: Endpoint = CHAT, key: str | None = "team-a", **headers: str) -> Ask:
-    """What routing is told, at four bytes a token; headers with _ for -."""
+def routed(body: Body, endpoint: Endpoint = CHAT, key: str | None = "team-a", **headers: str) -> RoutingRequest:
+    """The routing request of a body, at four bytes per token; header names have _ for -."""
     named = {name.replace("_", "-").encode(): value.encode() for name, value in headers.items()}
-    return ask_of(parsed(endpoint, body), {**JSON, **named}, key)
+    return routed_inference(parsed(endpoint, body), {**JSON, **named}, key)
 
 
-def ask_of(
+def routed_inference(
     inference: InferenceRequest,
     headers: Mapping[bytes, bytes] = JSON,
     key: str | None = None,
     *,
     with_blocks: bool = True,
-) -> Ask:
-    """What routing is told of a request, of a model whose tokens have four bytes."""
-    return asked(inference, prompt_of(inference), headers, key, 4.0, with_blocks=with_blocks)
+) -> RoutingRequest:
+    """The routing request of a parsed request, for a model whose tokens have four bytes."""
+    context = request_context(inference, Caller(key), headers)
+    return routing_request(context, permitted_rungs(context), 0, Affinity(METRICS), with_blocks)
 
 
 def session(body: Body, endpoint: Endpoint = CHAT, key: str | None = "team-a", **headers: str) -> str | None:
-    """Whose turn it is."""
-    return ask(body, endpoint, key, **headers).session
+    """The session of a body."""
+    return routed(body, endpoint, key, **headers).session
 
 
-def says(role: str, content: Any) -> Body:
-    """A turn."""
+def turn(role: str, content: Any) -> Body:
+    """A turn of a conversation."""
     return {"role": role, "content": content}
 
 
 TURNS = [
-    says("user", "Hi"),
-    says("assistant", "Hello!"),
-    says("user", "A joke?"),
-    says("assistant", "No."),
-    says("user", "!"),
+    turn("user", "Hi"),
+    turn("assistant", "Hello!"),
+    turn("user", "A joke?"),
+    turn("assistant", "No."),
+    turn("user", "!"),
 ]
+
+
+def test_identity_and_constraints() -> None:
+    """The request keeps its turn, id, key, size and constraints, and the rungs that satisfy them."""
+    floor = Floor(top1_agreement=0.9)
+    body = json.dumps({"model": "m", "messages": TURNS, "stream": True}).encode()
+    inference = parse_request(CHAT, body, {**JSON, b"x-quantgate-precision": b"int4"}, LIMITS)
+    context = request_context(inference, Caller("team-a", floor=floor), JSON)
+    context.body_bytes = len(body)
+    request = routing_request(context, permitted_rungs(context), 7, Affinity(METRICS), True)
+    assert (request.target, request.rungs) == (SMOL, (Rung.of(LO),))
+    assert (request.turn, request.request_id, request.key) == (7, "r-1", "team-a")
+    assert (request.streams, request.body_bytes, request.tried) == (True, len(body), frozenset())
+    assert (request.floors, request.precisions) == ((floor, inference.floor), frozenset({"int4"}))
+    too_high = request_context(inference, Caller("team-a", floor=Floor(top1_agreement=0.95)), JSON)
+    with pytest.raises(FloorUnmet):
+        permitted_rungs(too_high)
 
 
 @pytest.mark.parametrize(
@@ -98,31 +126,30 @@ TURNS = [
     ],
 )
 def test_the_prompt(endpoint: Endpoint, body: Body, prompt: str) -> None:
-    """Its parts as they came, in the order of chat templates, and their length."""
-    inference = parsed(endpoint, body)
-    assert b"".join(prompt_of(inference).parts).decode() == prompt
-    assert prompt_of(inference).text_bytes == len(prompt)
-    assert ask(body, endpoint).prompt_tokens == len(prompt) / 4
+    """Its parts are unchanged, in the order of chat templates; its length is theirs."""
+    assert b"".join(prompt_parts(parsed(endpoint, body))).decode() == prompt
+    assert routed(body, endpoint).prompt_bytes == len(prompt)
+    assert routed(body, endpoint).prompt_tokens == len(prompt) / 4
 
 
 @pytest.mark.parametrize("endpoint, key", [(COMPLETIONS, "prompt"), (EMBEDDINGS, "input")])
 @pytest.mark.parametrize("ids, count", [([7], 1), ([7, 8, 9], 3), ([[7, 8], [9]], 3), ([[7]], 1)])
 def test_token_ids_are_counted(endpoint: Endpoint, key: str, ids: Any, count: int) -> None:
-    """However they are written; as text they are no measure of anything."""
+    """Whitespace makes no difference; their bytes say nothing about the bytes of a token."""
     for indent in (None, 2):
         inference = parsed(endpoint, json.dumps({"model": "m", key: ids}, indent=indent).encode())
-        assert ask_of(inference).prompt_tokens == count
-        assert prompt_of(inference).text_bytes == 0
+        assert routed_inference(inference).prompt_tokens == count
+        assert routed_inference(inference).prompt_bytes == 0
 
 
 @pytest.mark.parametrize("prompt", ["[7, 8]", ["7, 8"], [], ["[1, 2]"]])
 def test_text_that_looks_like_token_ids(prompt: Any) -> None:
     """Only numbers are counted."""
-    assert ask({"prompt": prompt}, COMPLETIONS).prompt_tokens == len(json.dumps(prompt)) / 4
+    assert routed({"prompt": prompt}, COMPLETIONS).prompt_tokens == len(json.dumps(prompt)) / 4
 
 
 @pytest.mark.parametrize(
-    "endpoint, body, most, answer_tokens",
+    "endpoint, body, max_tokens, answer_tokens",
     [
         (CHAT, {}, None, None),
         (CHAT, {}, 500, 500),
@@ -132,7 +159,7 @@ def test_text_that_looks_like_token_ids(prompt: Any) -> None:
         (CHAT, {"max_tokens": 7, "max_completion_tokens": None}, None, 7),
         (CHAT, {"max_tokens": "many"}, None, None),
         (CHAT, {"max_tokens": -1}, None, None),
-        (CHAT, {"max_tokens": 10**300}, None, LONGEST_ANSWER_TOKENS),
+        (CHAT, {"max_tokens": 10**300}, None, MAX_ANSWER_TOKENS),
         (COMPLETIONS, {}, None, 16),
         (COMPLETIONS, {}, 8, 8),
         (COMPLETIONS, {}, 500, 16),
@@ -142,30 +169,32 @@ def test_text_that_looks_like_token_ids(prompt: Any) -> None:
         (EMBEDDINGS, {"max_tokens": 5}, None, None),
     ],
 )
-def test_the_longest_answer(endpoint: Endpoint, body: Body, most: int | None, answer_tokens: int | None) -> None:
-    """The client's length, or its key's, or the engine's own; what is no length is for the replica to refuse."""
-    assert ask_of(parsed(endpoint, body, most=most)).answer_tokens == answer_tokens
+def test_the_longest_answer(endpoint: Endpoint, body: Body, max_tokens: int | None, answer_tokens: int | None) -> None:
+    """The client's limit counts, then its key's, then the engine's own; the engine refuses an invalid one."""
+    assert routed_inference(parsed(endpoint, body, max_tokens=max_tokens)).answer_tokens == answer_tokens
 
 
 def test_blocks_grow_with_the_conversation() -> None:
-    """A turn more leaves all blocks but the one with the old end; without being asked for, there are none."""
-    long = [says("user", "x" * 1000), says("assistant", "y" * 1000)]
-    before, after = ask({"messages": long}).blocks, ask({"messages": [*long, says("user", "z" * 1000)]}).blocks
+    """Another turn changes only the block with the old end; without `with_blocks` there are none."""
+    long = [turn("user", "x" * 1000), turn("assistant", "y" * 1000)]
+    before = routed({"messages": long}).blocks
+    after = routed({"messages": [*long, turn("user", "z" * 1000)]}).blocks
     assert len(before) == len(json.dumps(long)) // BLOCK_BYTES
     assert after[: len(before) - 1] == before[:-1]
-    assert ask_of(parsed(CHAT, {"messages": long}), with_blocks=False).blocks == ()
+    assert routed_inference(parsed(CHAT, {"messages": long}), with_blocks=False).blocks == ()
 
 
 def test_which_prompts_have_blocks() -> None:
-    """The first 64 KiB of what is generated from; tools come first; another `cache_salt` is another cache."""
-    messages = [says("user", "x" * 100_000)]
-    assert len(ask({"messages": messages}).blocks) == MAX_BLOCKS
-    assert ask({"input": "x" * 1000}, EMBEDDINGS).blocks == ()
+    """The first 64 KiB of prompts that are generated from, tools first; another `cache_salt` is another cache."""
+    messages = [turn("user", "x" * 100_000)]
+    assert len(routed({"messages": messages}).blocks) == MAX_BLOCKS
+    assert routed({"input": "x" * 1000}, EMBEDDINGS).blocks == ()
     tools = [{"name": "y" * 1000}]
-    assert ask({"messages": messages, "tools": tools}).blocks[0] == ask({"messages": [], "tools": tools}).blocks[0]
+    first = routed({"messages": messages, "tools": tools}).blocks[0]
+    assert first == routed({"messages": [], "tools": tools}).blocks[0]
     may = frozenset({"cache_salt"})
     salted = [parsed(CHAT, {"messages": messages, "cache_salt": salt}, may) for salt in ("a", "b", "b")]
-    one, other, same = (ask_of(inference).blocks for inference in salted)
+    one, other, same = (routed_inference(inference).blocks for inference in salted)
     assert set(one).isdisjoint(other)
     assert other == same
 
@@ -187,7 +216,7 @@ HI = {"messages": TURNS[:1]}
     ],
 )
 def test_a_named_session(endpoint: Endpoint, body: Body, header: str | None) -> None:
-    """A name makes one session of all turns, of a fixed length, and another for each API key."""
+    """All turns with a name have one session id of a fixed length; another API key has another."""
     headers = {} if header is None else {"x_session_id": header}
     name = session(body, endpoint, **headers)
     assert name is not None
@@ -195,11 +224,11 @@ def test_a_named_session(endpoint: Endpoint, body: Body, header: str | None) -> 
     assert session({**body, "temperature": 1}, endpoint, **headers) == name
     others = {session(body, endpoint, key, **headers) for key in ("team-b", "team", "", None)}
     assert name not in others
-    assert len(others) == 3  # no key's name is empty
+    assert len(others) == 3  # "" and None are the same: no key has an empty name
 
 
-def test_the_first_name_counts() -> None:
-    """Header, `prompt_cache_key`, `user`; and empty ones don't."""
+def test_the_order_of_names() -> None:
+    """The header comes before `prompt_cache_key`, and that before `user`; empty names do not count."""
     named = {"prompt_cache_key": "k", "user": "u", "messages": TURNS}
     assert session(named, x_session_id="h") == session(HI, x_session_id="h") != session(named)
     assert session(named) == session({"prompt_cache_key": "k", **HI})
@@ -210,25 +239,25 @@ def test_the_first_name_counts() -> None:
 
 @pytest.mark.parametrize("size", [257, 5000, 200_000])
 def test_long_names(size: int) -> None:
-    """They are hashed all the same, and differ by what is at either end, and by length."""
+    """They are told apart by both ends and by their length."""
     names = ["x" * size, "y" + "x" * (size - 1), "x" * (size - 1) + "y", "x" * (size + 1)]
     assert len({session(HI, x_session_id=name) for name in names}) == 4
     assert len({session({**HI, "user": name}) for name in names}) == 4
     assert len(session(HI, x_session_id=names[0]) or "") == 32
 
 
-def test_no_key_reaches_another_ones_session() -> None:
-    """Not by a name that begins like the other key's."""
+def test_sessions_of_keys_are_separate() -> None:
+    """The boundary between the key's name and the session's is part of the hash."""
     assert session(HI, key="a", x_session_id="b c") != session(HI, key="a b", x_session_id="c")
     assert session(HI, key="a", x_session_id="1 a") != session(HI, key="a 1", x_session_id="a")
 
 
 ITEMS = [
-    says("user", "Weather?"),
+    turn("user", "Weather?"),
     {"type": "function_call", "call_id": "c1", "name": "weather", "arguments": "{}"},
     {"type": "function_call_output", "call_id": "c1", "output": "sun"},
     {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Sun."}]},
-    says("user", "And tomorrow?"),
+    turn("user", "And tomorrow?"),
 ]
 
 
@@ -236,31 +265,31 @@ ITEMS = [
     "endpoint, key, turns, first",
     [
         (CHAT, "messages", TURNS, 2),
-        (CHAT, "messages", [says("system", "Be brief."), *TURNS], 3),
-        (CHAT, "messages", [says("user", '"role": "assistant"'), *TURNS], 3),
+        (CHAT, "messages", [turn("system", "Be brief."), *TURNS], 3),
+        (CHAT, "messages", [turn("user", '"role": "assistant"'), *TURNS], 3),
         (CHAT, "messages", [{"content": "Hi", "role": "user"}, {"content": None, "role": "assistant"}, *TURNS], 2),
-        (CHAT, "messages", [says("user", "x" * 100_000), *TURNS], 3),
+        (CHAT, "messages", [turn("user", "x" * 100_000), *TURNS], 3),
         (RESPONSES, "input", TURNS, 2),
         (RESPONSES, "input", ITEMS, 2),
-        (MESSAGES, "messages", [says("user", [{"type": "text", "text": "Hi"}]), *TURNS], 3),
+        (MESSAGES, "messages", [turn("user", [{"type": "text", "text": "Hi"}]), *TURNS], 3),
     ],
 )
-def test_a_conversation_is_known_by_its_first_turns(
+def test_a_conversation_is_identified_by_its_first_turns(
     endpoint: Endpoint, key: str, turns: list[Body], first: int
 ) -> None:
-    """None before the model's first turn; from then on the same one, whatever comes after; another for another."""
+    """No session before the model's first turn; from then on it is the same, whatever turns follow."""
     sessions = [session({key: turns[:count]}, endpoint) for count in range(1, len(turns) + 1)]
     assert sessions[: first - 1] == [None] * (first - 1)
     assert len(set(sessions[first - 1 :])) == 1
     assert session({key: turns}, endpoint, "team-b") != sessions[-1]
     changed = [{**turns[0], "name": "other"}, *turns[1:]]
     assert session({key: changed}, endpoint) not in {None, sessions[-1]}
-    told_otherwise = [*turns[: first - 1], {**turns[first - 1], "name": "other"}, *turns[first:]]
-    assert session({key: told_otherwise}, endpoint) not in {None, sessions[-1]}
+    other_answer = [*turns[: first - 1], {**turns[first - 1], "name": "other"}, *turns[first:]]
+    assert session({key: other_answer}, endpoint) not in {None, sessions[-1]}
 
 
-def test_instructions_are_part_of_a_conversation_and_tools_are_not() -> None:
-    """A client may learn tools on the way."""
+def test_instructions_identify_a_conversation_and_tools_do_not() -> None:
+    """A client may add tools during a conversation."""
     plain = session({"messages": TURNS}, MESSAGES)
     assert session({"messages": TURNS, "system": "Be brief."}, MESSAGES) != plain
     assert session({"messages": TURNS, "tools": [{"name": "t"}]}, MESSAGES) == plain
@@ -274,9 +303,9 @@ def test_instructions_are_part_of_a_conversation_and_tools_are_not() -> None:
         (CHAT, {}),
         (CHAT, {"messages": "hi"}),
         (CHAT, {"messages": ["hi"]}),
-        (CHAT, {"messages": [says("user", "Hi"), says("user", '{"role":"assistant"}')]}),
+        (CHAT, {"messages": [turn("user", "Hi"), turn("user", '{"role":"assistant"}')]}),
         (CHAT, {"messages": [{"role": 1}]}),
-        (CHAT, {"messages": [says("user", "x" * LONGEST_TURNS_BYTES), *TURNS]}),
+        (CHAT, {"messages": [turn("user", "x" * MAX_TURNS_BYTES), *TURNS]}),
         (CHAT, {**HI, "metadata": {"user_id": "u"}}),
         (COMPLETIONS, {"prompt": "once"}),
         (RESPONSES, {"input": "hi"}),
@@ -288,7 +317,7 @@ def test_instructions_are_part_of_a_conversation_and_tools_are_not() -> None:
     ],
 )
 def test_no_session(endpoint: Endpoint, body: Body) -> None:
-    """No name and no turn of the model, too much to look through, or nothing that could stay anywhere."""
+    """There is no name and no turn of the model, or they are too long to parse, or the endpoint has no sessions."""
     assert session(body, endpoint) is None
 
 
@@ -314,17 +343,17 @@ keys = st.sampled_from(
 
 
 @given(st.sampled_from(list(ENDPOINTS.values())), st.dictionaries(keys, pieces), st.binary(max_size=300))
-def test_whatever_is_accepted_can_be_summed_up(endpoint: Endpoint, fields: dict[str, str], header: bytes) -> None:
-    """No body or header makes the gateway itself fail, or tells routing a number that it can't count with."""
+def test_every_accepted_request_can_be_routed(endpoint: Endpoint, fields: dict[str, str], header: bytes) -> None:
+    """No body or header raises, or results in a number that routing cannot use."""
     body = ",".join(['{"model":"m"', *(f'"{key}":{value}' for key, value in fields.items())]) + "}"
     try:
         inference = parsed(endpoint, body.encode(), frozenset({"cache_salt"}))
     except RequestError:
         return
-    told = ask_of(inference, {**JSON, b"x-session-id": header}, "k")
-    assert 0 <= told.prompt_tokens <= len(body)
-    assert told.answer_tokens is None or 0 < told.answer_tokens <= LONGEST_ANSWER_TOKENS
-    assert told.session is None or len(told.session) == 32
+    request = routed_inference(inference, {**JSON, b"x-session-id": header}, "k")
+    assert 0 <= request.prompt_tokens <= len(body)
+    assert request.answer_tokens is None or 0 < request.answer_tokens <= MAX_ANSWER_TOKENS
+    assert request.session is None or len(request.session) == 32
 
 
 @pytest.mark.parametrize(
@@ -336,13 +365,13 @@ def test_whatever_is_accepted_can_be_summed_up(endpoint: Endpoint, fields: dict[
     ],
 )
 @pytest.mark.parametrize("separators", [(", ", ": "), (",", ":")])
-def test_a_picture_is_no_long_text(part: Body, separators: tuple[str, str]) -> None:
-    """As text it would look like minutes of reading, for which all others would be sent elsewhere, or away."""
+def test_an_image_is_not_a_long_text(part: Body, separators: tuple[str, str]) -> None:
+    """As text it would look like minutes of work, and other requests would spill or be refused."""
     words = "word " * 10_000
-    body = {"model": "m", "messages": [says("user", [part, {"type": "text", "text": words}])]}
+    body = {"model": "m", "messages": [turn("user", [part, {"type": "text", "text": words}])]}
     inference = parsed(CHAT, json.dumps(body, separators=separators).encode())
-    tokens = ask_of(inference).prompt_tokens
-    assert 12_500 < tokens < 12_500 + 1_200
-    assert prompt_of(inference).text_bytes == tokens * 4
-    # One word that begins like data, and is as long as words are.
-    assert ask({"messages": [says("user", words + ";base64," + words)]}).prompt_tokens > 20_000 / 2
+    request = routed_inference(inference)
+    assert 12_500 < request.prompt_tokens < 12_500 + 1_200
+    assert request.prompt_bytes == request.prompt_tokens * 4
+    # A mark of data within a text, before the next quote.
+    assert routed({"messages": [turn("user", words + ";base64," + words)]}).prompt_tokens > 20_000 / 2

@@ -1,4 +1,4 @@
-"""Who owns the gates: they turn by decisions, close by themselves, and go with their aliases."""
+"""The owner of the spill gates: decisions change them, polls close them, and they go with their aliases."""
 
 from typing import Any
 
@@ -11,27 +11,28 @@ from gateway.observability.metrics import Metrics
 from gateway.proxy.spill import SpillState
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.spill import SpillGate
+from gateway.routing.split import Rung
 from gateway.routing.target import Target
-from serving.replica import Replica
 
 HI, LO = (Variant(name, "any", QualityMeasures("unknown")) for name in ("hi", "lo"))
 SPILL = Spill(after_seconds=2.0, return_below_seconds=0.5, dwell_seconds=10)
-TARGET = Target("smol", (HI, LO), NO_FLOOR, pinned=False, spill=SPILL)
+TARGET = Target("smol", (Rung.of(HI), Rung.of(LO)), NO_FLOOR, pinned=False, spill=SPILL)
 RUNG = ("smol", "hi")
 
 
-def outlook(wait_seconds: float, **changes: Any) -> LatencyEstimate:
-    """What a replica promises."""
-    replica = Replica("hi-1", "hi", "any", "http://hi-1", "m1")
-    told = LatencyEstimate(replica, "hi-1", True, True, True, False, 1, 1.0, wait_seconds=wait_seconds)
-    return msgspec.structs.replace(told, fixed_seconds=wait_seconds, **changes)
+def estimate(wait_seconds: float, **changes: Any) -> LatencyEstimate:
+    """The estimate of a replica with this wait."""
+    idle = LatencyEstimate(
+        "hi-1", "hi", has_room=True, known=True, measured=True, stale=False, in_flight=1, requests=1.0
+    )
+    return msgspec.structs.replace(idle, wait_seconds=wait_seconds, fixed_seconds=wait_seconds, **changes)
 
 
 def spilling(metrics: Metrics | None = None) -> SpillState:
-    """One whose rung `hi` has spilled since 0."""
-    made = SpillState(metrics or Metrics())
-    made.turn(TARGET, {RUNG: SpillGate(spilling=True)})
-    return made
+    """A state in which the rung `hi` has spilled since 0."""
+    state = SpillState(metrics or Metrics())
+    state.apply(TARGET, {RUNG: SpillGate(spilling=True)})
+    return state
 
 
 def switches(metrics: Metrics) -> dict[str, float]:
@@ -39,46 +40,46 @@ def switches(metrics: Metrics) -> dict[str, float]:
     return {names[2]: count.value for names, count in metrics.ladder_switches.children.items()}
 
 
-def test_turns_are_counted() -> None:
-    """What a gate owes changes all the time, which is no turn."""
+def test_switches_are_counted() -> None:
+    """A change of the owed share does not count as a switch."""
     metrics = Metrics()
-    made = spilling(metrics)
-    made.turn(TARGET, {RUNG: SpillGate(spilling=True, owed=0.5)})
-    made.turn(TARGET, {RUNG: SpillGate(spilling=False)})
+    state = spilling(metrics)
+    state.apply(TARGET, {RUNG: SpillGate(spilling=True, owed=0.5)})
+    state.apply(TARGET, {RUNG: SpillGate(spilling=False)})
     assert switches(metrics) == {"spill": 1, "return": 1}
-    assert not made.gates[RUNG].spilling
+    assert not state.gates[RUNG].spilling
 
 
 @pytest.mark.parametrize(
-    "outlooks, now, open_still",
+    "estimates, now, still_spilling",
     [
-        ([outlook(0.1)], 10.0, False),
-        ([outlook(0.1)], 9.0, True),
-        ([outlook(0.6)], 99.0, True),
-        # A replica that nothing waits for, but that is so slow that nobody would go there, is no reason to return.
-        ([outlook(1.9), outlook(0.0, answer_seconds=1.0)], 99.0, True),
-        ([outlook(0.1, has_room=False)], 99.0, True),
-        ([outlook(0.0, known=False)], 99.0, True),
+        ([estimate(0.1)], 10.0, False),
+        ([estimate(0.1)], 9.0, True),
+        ([estimate(0.6)], 99.0, True),
+        # A replica without a wait, but so slow that no request would be sent there, does not close the gate.
+        ([estimate(1.9), estimate(0.0, answer_seconds=1.0)], 99.0, True),
+        ([estimate(0.1, has_room=False)], 99.0, True),
+        ([estimate(0.0, known=False)], 99.0, True),
         ([], 99.0, True),
     ],
 )
-def test_a_gate_closes_also_while_nobody_asks(outlooks: list[LatencyEstimate], now: float, open_still: bool) -> None:
-    """By what a poll shows: else it would be told open for as long as the gateway is at rest."""
+def test_a_gate_closes_without_requests(estimates: list[LatencyEstimate], now: float, still_spilling: bool) -> None:
+    """Polls close it; otherwise metrics would show it open while no request arrives."""
     metrics = Metrics()
-    made = spilling(metrics)
-    made.look("hi", outlooks, now)
-    made.look("lo", outlooks, now)
-    assert made.gates[RUNG].spilling is open_still
-    assert switches(metrics) == {"spill": 1, **({} if open_still else {"return": 1})}
-    made.look("hi", outlooks, now)
-    assert sum(switches(metrics).values()) == (1 if open_still else 2)
+    state = spilling(metrics)
+    state.observe("hi", estimates, now)
+    state.observe("lo", estimates, now)
+    assert state.gates[RUNG].spilling is still_spilling
+    assert switches(metrics) == {"spill": 1, **({} if still_spilling else {"return": 1})}
+    state.observe("hi", estimates, now)
+    assert sum(switches(metrics).values()) == (1 if still_spilling else 2)
 
 
-def test_gates_go_with_their_aliases() -> None:
-    """And with rungs that aren't theirs any more."""
-    made = spilling()
-    made.keep_only({"smol": {"hi", "lo"}})
-    assert RUNG in made.gates
-    made.keep_only({"smol": {"lo"}})
-    made.look("hi", [outlook(0.0)], 99.0)
-    assert dict(made.gates) == {}
+def test_gates_are_forgotten_with_their_aliases() -> None:
+    """And when their rung is not part of the ladder any more."""
+    state = spilling()
+    state.keep_only({"smol": {"hi", "lo"}})
+    assert RUNG in state.gates
+    state.keep_only({"smol": {"lo"}})
+    state.observe("hi", [estimate(0.0)], 99.0)
+    assert dict(state.gates) == {}

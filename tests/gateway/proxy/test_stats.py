@@ -1,4 +1,4 @@
-"""What is booked for a request, by a clock that a test moves."""
+"""The statistics of one request, on a clock that a test moves."""
 
 from dataclasses import dataclass, field
 
@@ -10,12 +10,13 @@ from gateway.observability.metrics import Metrics
 from gateway.observability.trace_context import Headers
 from gateway.openai.usage import CompletionDetails, Usage
 from gateway.proxy.stats import RequestStats
-from gateway.routing.pick import Choice, Reason
+from gateway.routing.latency import ReplicaMetrics, estimate_latency
+from gateway.routing.pick import Candidate, Reason
 from serving.replica import Replica
 
 
 class Clock:
-    """Shows what a test says."""
+    """Returns the time that a test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -24,10 +25,11 @@ class Clock:
         return self.now
 
 
-def choice(name: str = "hi", reason: Reason = "preferred") -> Choice:
+def candidate(name: str = "hi", reason: Reason = "preferred") -> Candidate:
     """A replica of a variant."""
     variant = Variant(name, "bf16", QualityMeasures("unknown"))
-    return Choice(Replica(f"{name}-1", name, "bf16", "http://x", "m1"), variant, reason)
+    replica = Replica(f"{name}-1", name, "bf16", "http://x", "m1")
+    return Candidate(estimate_latency(ReplicaMetrics(replica)), variant, reason)
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -38,29 +40,29 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 SERVED = {"alias": "smol", "variant": "hi", "precision": "bf16"}
 
 
-def unheard(entry: AccessRecord, at_seconds: float) -> None:
-    """Who hears of it is not what a test is about."""
+def ignore(record: AccessRecord, at_seconds: float) -> None:
+    """Drop a line of the access log."""
 
 
 def test_a_stream() -> None:
-    """Times are counted from the request, tokens from what the engine reports, and one line tells it all."""
+    """Times count from the arrival, tokens are the engine's, and one record has all of it."""
     metrics, clock = Metrics(), Clock()
-    told: list[tuple[AccessRecord, float]] = []
-    account = RequestStats(metrics, lambda *line: told.append(line), "chat.completions", "r-1", clock, lambda: 1e9)
-    with account:
+    lines: list[tuple[AccessRecord, float]] = []
+    stats = RequestStats(metrics, lambda *line: lines.append(line), "chat.completions", "r-1", clock, lambda: 1e9)
+    with stats:
         assert value(metrics, "requests_in_flight", endpoint="chat.completions") == 1
-        account.alias = "smol"
+        stats.alias = "smol"
         clock.now += 2
-        account.queued_seconds = 2
-        account.chose(choice())
+        stats.queued_seconds = 2
+        stats.attempt(candidate())
         clock.now += 0.25
-        account.sent()
+        stats.sent()
         for seconds in (1.0, 0.5, 0.5):
             clock.now += seconds
-            account.token()
-        account.usage = Usage(10, 3, CompletionDetails(1))
-        account.caller, account.finish = "team-a", "stop"
-        account.code = "200"
+            stats.token()
+        stats.usage = Usage(10, 3, CompletionDetails(1))
+        stats.caller, stats.finish = "team-a", "stop"
+        stats.code = "200"
         clock.now += 1
     assert value(metrics, "requests_in_flight", endpoint="chat.completions") == 0
     outcome = {**SERVED, "endpoint": "chat.completions", "code": "200", "reason": "preferred"}
@@ -73,7 +75,7 @@ def test_a_stream() -> None:
     assert value(metrics, "request_seconds_sum", **SERVED) == 5.25
     tokens = [value(metrics, "tokens_total", **SERVED, kind=kind) for kind in ("prompt", "completion", "reasoning")]
     assert tokens == [10, 3, 1]
-    entry = AccessRecord(
+    record = AccessRecord(
         request_id="r-1",
         key="team-a",
         endpoint="chat.completions",
@@ -92,99 +94,99 @@ def test_a_stream() -> None:
         estimated=False,
         finish="stop",
     )
-    assert told == [(entry, 1e9)]
+    assert lines == [(record, 1e9)]
 
 
 def test_a_retry() -> None:
-    """What is booked goes to who answered last; overhead is counted for the first attempt only."""
+    """A request is booked to the replica that was asked last; overhead counts for the first attempt only."""
     metrics, clock = Metrics(), Clock()
-    with RequestStats(metrics, unheard, "completions", "r-2", clock) as account:
-        account.alias = "smol"
-        account.chose(choice("hi"))
-        account.sent()
-        account.retried("overloaded")
-        account.chose(choice("lo", "fallback"))
+    with RequestStats(metrics, ignore, "completions", "r-2", clock) as stats:
+        stats.alias = "smol"
+        stats.attempt(candidate("hi"))
+        stats.sent()
+        stats.retried("overloaded")
+        stats.attempt(candidate("lo", "fallback"))
         clock.now += 1
-        account.sent()
-        account.code = "200"
+        stats.sent()
+        stats.code = "200"
     assert value(metrics, "retries_total", alias="smol", code="overloaded") == 1
     served = {"alias": "smol", "variant": "lo", "precision": "bf16"}
     outcome = {"endpoint": "completions", "code": "200", "reason": "fallback"}
     assert value(metrics, "requests_total", **served, **outcome) == 1
     assert value(metrics, "overhead_seconds_count") == 1
-    assert account.attempts == 2
+    assert stats.attempts == 2
 
 
-def test_nobody_answered() -> None:
-    """A request that found no replica is booked for its alias, with the time it waited."""
+def test_no_replica() -> None:
+    """A request that no replica saw is booked to its alias, with the time that it waited."""
     metrics, clock = Metrics(), Clock()
-    with RequestStats(metrics, unheard, "completions", "r-3", clock) as account:
-        account.alias = "smol"
-        account.queued_seconds = 30.0
-        account.code = "503"
-    nobody = {"alias": "smol", "variant": "none", "precision": "none", "reason": "none"}
-    assert value(metrics, "requests_total", **nobody, endpoint="completions", code="503") == 1
+    with RequestStats(metrics, ignore, "completions", "r-3", clock) as stats:
+        stats.alias = "smol"
+        stats.queued_seconds = 30.0
+        stats.code = "503"
+    none = {"alias": "smol", "variant": "none", "precision": "none", "reason": "none"}
+    assert value(metrics, "requests_total", **none, endpoint="completions", code="503") == 1
     assert value(metrics, "queue_seconds_sum", alias="smol") == 30.0
     assert value(metrics, "request_seconds_count", alias="smol", variant="none", precision="none") is None
 
 
-def test_a_defect_is_booked_too() -> None:
-    """Whatever ends the block, the request is counted once and no longer in flight."""
+def test_an_unexpected_exception() -> None:
+    """Any exception ends the block with the request counted once and no longer in flight."""
     metrics = Metrics()
-    with pytest.raises(ZeroDivisionError), RequestStats(metrics, unheard, "completions", "r-4"):
+    with pytest.raises(ZeroDivisionError), RequestStats(metrics, ignore, "completions", "r-4"):
         _ = 1 / 0
-    nobody = {"alias": "_unknown", "variant": "none", "precision": "none", "reason": "none"}
-    assert value(metrics, "requests_total", **nobody, endpoint="completions", code="500") == 1
+    none = {"alias": "_unknown", "variant": "none", "precision": "none", "reason": "none"}
+    assert value(metrics, "requests_total", **none, endpoint="completions", code="500") == 1
     assert value(metrics, "requests_in_flight", endpoint="completions") == 0
     assert value(metrics, "queue_seconds_count", alias="_unknown") is None
 
 
-def test_usage_that_is_null() -> None:
-    """Counts that the engine leaves open are zero."""
+def test_usage_with_null() -> None:
+    """Counts that are null in the engine's usage are zero."""
     metrics = Metrics()
-    with RequestStats(metrics, unheard, "completions", "r-5") as account:
-        account.alias = "smol"
-        account.chose(choice())
-        account.usage = Usage(None, None, CompletionDetails(None))
+    with RequestStats(metrics, ignore, "completions", "r-5") as stats:
+        stats.alias = "smol"
+        stats.attempt(candidate())
+        stats.usage = Usage(None, None, CompletionDetails(None))
     assert value(metrics, "tokens_total", **SERVED, kind="completion") == 0
 
 
 @dataclass(slots=True)
-class KeptTrace:
-    """Keeps what it is told."""
+class RecordingTrace:
+    """Keeps the records that it is ended with."""
 
     headers: Headers = ()
     ended: list[AccessRecord] = field(default_factory=list)
 
-    def end(self, entry: AccessRecord) -> None:
-        """Keep it."""
-        self.ended.append(entry)
+    def end(self, record: AccessRecord) -> None:
+        """Keep the record."""
+        self.ended.append(record)
 
 
-def test_log_and_trace_are_told_the_same() -> None:
-    """Both get the one entry, at the end."""
-    told, trace = list[AccessRecord](), KeptTrace()
-    with RequestStats(Metrics(), lambda entry, _: told.append(entry), "completions", "r-7", trace=trace):
+def test_log_and_trace_get_the_same_record() -> None:
+    """Both get one record, at the end."""
+    lines, trace = list[AccessRecord](), RecordingTrace()
+    with RequestStats(Metrics(), lambda record, _: lines.append(record), "completions", "r-7", trace=trace):
         assert not trace.ended
-    assert trace.ended == told
-    assert len(told) == 1
+    assert trace.ended == lines
+    assert len(lines) == 1
 
 
-def test_a_stream_cut_short() -> None:
-    """Without the engine's own count, what came is counted; a word that no engine has for an end goes no further."""
-    metrics, told = Metrics(), list[AccessRecord]()
-    with RequestStats(metrics, lambda entry, _: told.append(entry), "completions", "r-6") as account:
-        account.alias = "smol"
-        account.chose(choice())
-        account.sent()
+def test_a_stream_that_is_cut_short() -> None:
+    """Without the engine's usage the events count as tokens; an unknown finish reason is logged as `other`."""
+    metrics, lines = Metrics(), list[AccessRecord]()
+    with RequestStats(metrics, lambda record, _: lines.append(record), "completions", "r-6") as stats:
+        stats.alias = "smol"
+        stats.attempt(candidate())
+        stats.sent()
         for _ in range(4):
-            account.token()
-        account.code, account.finish = "499", "made\nup"
+            stats.token()
+        stats.code, stats.finish = "499", "made\nup"
     tokens = [value(metrics, "tokens_total", **SERVED, kind=kind) for kind in ("prompt", "completion")]
     assert tokens == [0, 4]
-    (entry,) = told
-    assert (entry.prompt_tokens, entry.completion_tokens, entry.estimated) == (0, 4, True)
-    assert (entry.code, entry.finish) == ("499", "other")
+    (record,) = lines
+    assert (record.prompt_tokens, record.completion_tokens, record.estimated) == (0, 4, True)
+    assert (record.code, record.finish) == ("499", "other")
 
 
 @pytest.mark.parametrize(
@@ -198,10 +200,20 @@ def test_a_stream_cut_short() -> None:
     ],
 )
 def test_lengths(usage: Usage | None, events: int, streams: bool, lengths: tuple[int, int | None]) -> None:
-    """An answer that never began is no short one."""
-    with RequestStats(Metrics(), unheard, "completions", "r-8") as account:
-        account.chose(choice())
+    """An answer that never began has no length, which is not a short one."""
+    with RequestStats(Metrics(), ignore, "completions", "r-8") as stats:
+        stats.attempt(candidate())
         for _ in range(events):
-            account.token()
-        account.usage = usage
-        assert account.lengths(streams=streams) == lengths
+            stats.token()
+        stats.usage = usage
+        assert stats.lengths(streams=streams) == lengths
+
+
+@pytest.mark.parametrize("complete, code", [(False, "499"), (True, "200")])
+def test_a_client_that_disconnects(complete: bool, code: str) -> None:
+    """A client that leaves after the whole of a stream was written has missed nothing."""
+    lines = list[AccessRecord]()
+    with RequestStats(Metrics(), lambda record, _: lines.append(record), "completions", "r-9") as stats:
+        stats.complete = complete
+        stats.client_disconnected()
+    assert [record.code for record in lines] == [code]

@@ -1,268 +1,269 @@
-"""What is known of each replica's load: what is counted up is counted down, and what is learnt is forgotten again."""
+"""The load of replicas: what is counted in is counted out, and polls correct what the gateway cannot see."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
+from math import inf
 
 import pytest
 
-from gateway.proxy.load.replica_load import InFlight
-from gateway.proxy.load.tracker import UNMEASURED, LoadTracker
+from gateway.proxy.load.tracker import UNMEASURED
 from gateway.routing.engine_metrics import EngineMetrics
-from gateway.routing.latency import LatencyEstimate
-from gateway.routing.speed import SpeedProfile
-from serving.replica import Replica
+from tests.gateway.proxy.load.harness import MEASURED, ONE, TWO, LoadHarness
 
-SPEED = SpeedProfile((0.025,) * 4, (40.0, 80.0, 120.0, 160.0), 0.001, 4, answer_tokens=80.0, kv_capacity_tokens=10_000)
-MEASURED = {"hi": SPEED}
+# Requests
 
 
-def replica(name: str, url: str = "") -> Replica:
-    """One of the variant `hi`."""
-    return Replica(name, "hi", "any", url or f"http://{name}", "m1", max_in_flight=1000)
+@pytest.mark.parametrize(
+    "ours, ended, running, waiting, others",
+    [(0, 0, 5.0, 2.0, 7.0), (3, 0, 5.0, 0.0, 2.0), (3, 0, 1.0, 0.0, 0.0), (1, 2, 6.0, 0.0, 3.0)],
+)
+def test_requests_of_others(ours: int, ended: int, running: float, waiting: float, others: float) -> None:
+    """Those that the engine counts, less those in flight, less those that ended while the poll was under way."""
+    harness = LoadHarness()
+    requests = [harness.send() for _ in range(ours + ended)]
+    polled_at = harness.now
+    harness.after(0.5)
+    for request in requests[:ended]:
+        harness.end(request, None)
+    harness.poll(running, waiting, polled_at=polled_at)
+    assert harness.metrics().others == others
+    assert harness.estimate().requests == ours + others
 
 
-@dataclass
-class Books:
-    """Loads, with a registry's count and a clock that the test moves."""
-
-    speeds: Mapping[str, SpeedProfile] = field(default_factory=lambda: UNMEASURED)
-    now: float = 0.0
-    in_flight: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.loads = LoadTracker(self.in_flight, self.speeds, lambda: self.now)
-        self.keep("hi-0", "hi-1")
-
-    def keep(self, *names: str) -> None:
-        """Have these be ready."""
-        self.loads.keep({"hi": tuple(map(replica, names))} if names else {})
-
-    def outlook(self, name: str = "hi-0") -> LatencyEstimate:
-        """What a replica promises."""
-        return next(each for each in self.loads.outlooks("hi") if each.id == name)
-
-    def send(self, tokens: float = 10.0, *, cached: float = 0.0, streams: bool = True, name: str = "hi-0") -> InFlight:
-        """Send a request."""
-        sent = self.loads.sent(self.outlook(name), tokens, cached, streams=streams)
-        self.in_flight[name] = self.in_flight.get(name, 0) + 1
-        return sent
-
-    def end(self, sent: InFlight, answer_tokens: int | None = 80, name: str = "hi-0") -> None:
-        """End one."""
-        self.in_flight[name] -= 1
-        if not self.in_flight[name]:
-            del self.in_flight[name]
-        self.loads.ended(sent, answer_tokens)
-
-    def poll(self, running: float = 0, waiting: float = 0, generated: float = 0, name: str = "hi-0") -> None:
-        """Have an engine say how it is, now."""
-        self.loads.polled(name, self.now, EngineMetrics(self.now, running, waiting, 0.0, None, 0.0, generated))
-
-    def after(self, seconds: float) -> "Books":
-        """Let time pass."""
-        self.now += seconds
-        return self
+def test_an_end_is_subtracted_once() -> None:
+    """The next poll, sent after the end, does not count the request any more."""
+    harness = LoadHarness()
+    harness.end(harness.send(), None)
+    harness.poll(1.0)
+    assert harness.metrics().others == 0.0
+    harness.after(1.0).poll(1.0)
+    assert harness.metrics().others == 1.0
 
 
-def unread(books: Books, name: str = "hi-0") -> float:
-    """Tokens that wait to be read, by the seconds that they take."""
-    return books.outlook(name).ahead_seconds / books.outlook(name).token_seconds
+def test_many_short_answers_are_not_requests_of_others() -> None:
+    """All those that ended since the engine counted are subtracted."""
+    harness = LoadHarness()
+    for request in [harness.send(1) for _ in range(600)]:
+        harness.end(request, 1)
+    harness.after(0.05).poll(600)
+    assert harness.estimate().requests == 0
 
 
-# Counting up and down
+def test_requests_in_flight_count_at_once() -> None:
+    """They count from the step in which they are sent to the step in which they end."""
+    harness = LoadHarness()
+    harness.poll(2.0)
+    request = harness.send()
+    assert (harness.estimate().in_flight, harness.estimate().requests) == (1, 3.0)
+    harness.end(request, None)
+    assert (harness.estimate().in_flight, harness.estimate().requests) == (0, 2.0)
 
 
-def test_what_is_sent_is_read_once() -> None:
-    """By its first token, or by its end; a second word of either changes nothing."""
-    books = Books(MEASURED)
-    first, second = books.send(100), books.send(50)
-    assert unread(books) == pytest.approx(150)
-    books.loads.began(first)
-    books.loads.began(first)
-    assert unread(books) == pytest.approx(50)
-    books.end(second)
-    books.loads.ended(second, 80)
-    assert unread(books) == 0
-    books.end(first)
-    assert books.outlook().requests == 0
+# Unread prompts
 
 
-def test_whole_answers_are_read_when_they_no_longer_wait() -> None:
-    """Nobody sees their first token: a poll that was asked for later tells how many can't have been read."""
-    books = Books(MEASURED)
-    sent = [books.send(100, streams=False) for _ in range(3)]
-    books.after(1).poll(running=1, waiting=2)
-    assert unread(books) == pytest.approx(200)
-    books.after(1).poll(running=3)
-    assert unread(books) == 0
-    for each in sent:
-        books.end(each)
+def test_a_prompt_is_unread_until_its_first_token() -> None:
+    """Or until its end; cached tokens never count, and a second first token or end changes nothing."""
+    harness = LoadHarness()
+    first, second = harness.send(300.0), harness.send(500.0, cached=400.0)
+    assert harness.metrics().unread_tokens == 400.0
+    assert harness.estimate().ahead_seconds == pytest.approx(0.4)
+    first.first_token()
+    first.first_token()
+    assert harness.metrics().unread_tokens == 100.0
+    assert harness.unread_tokens() == pytest.approx(100)
+    harness.end(second, None)
+    harness.load.end(second, None)
+    assert harness.metrics().unread_tokens == 0.0
+    harness.end(first)
+    assert harness.estimate().requests == 0
 
 
-def test_whole_answers_are_read_where_nobody_tells() -> None:
-    """Without metrics they would count as unread until they end."""
-    books = Books(MEASURED)
-    sent = [books.send(100, streams=False), books.send(100)]
-    books.after(1).loads.lost("hi-0")
-    assert unread(books) == pytest.approx(200)
-    books.after(3).loads.lost("hi-0")
-    assert unread(books) == pytest.approx(100)
-    for each in sent:
-        books.end(each)
+def test_an_end_that_comes_before_the_first_token() -> None:
+    """An end with an answer's length reads the prompt, too, and counts once."""
+    harness = LoadHarness()
+    first, second = harness.send(100), harness.send(50)
+    assert harness.unread_tokens() == pytest.approx(150)
+    first.first_token()
+    first.first_token()
+    assert harness.unread_tokens() == pytest.approx(50)
+    harness.end(second)
+    harness.load.end(second, 80)
+    assert harness.unread_tokens() == 0
+    harness.end(first)
+    assert harness.estimate().requests == 0
 
 
-def test_many_short_answers_are_nobody_elses() -> None:
-    """However many have ended since the engine counted."""
-    books = Books(MEASURED)
-    for each in [books.send(1) for _ in range(600)]:
-        books.end(each, 1)
-    books.after(0.05).poll(running=600)
-    assert books.outlook().requests == 0
+@pytest.mark.parametrize(
+    "streams, waiting, unread", [(True, 0.0, 300.0), (False, 0.0, 0.0), (False, 1.0, 100.0), (False, 9.0, 300.0)]
+)
+def test_a_unary_prompt_is_unread_while_it_waits(streams: bool, waiting: float, unread: float) -> None:
+    """First tokens of unary answers are not visible: those sent first count as read, except as many as wait."""
+    harness = LoadHarness()
+    for _ in range(3):
+        harness.send(streams=streams)
+    harness.after(0.1).poll(3.0 - min(waiting, 3.0), waiting)
+    assert harness.metrics().unread_tokens == unread
 
 
-def test_reading_is_not_standing_still() -> None:
-    """An engine that reads one long prompt gives nothing for a while; one that gives nothing for longer is stuck."""
-    books = Books(MEASURED)
-    sent = books.send(3000)
-    for _ in range(12):
-        books.after(0.25).poll(running=1)
-    assert books.outlook().answer_seconds == pytest.approx(0.025)
-    for _ in range(60):
-        books.after(0.25).poll(running=1)
-    assert books.outlook().answer_seconds > 0.1
-    books.end(sent, 1)
+def test_unary_prompts_are_read_when_they_no_longer_wait() -> None:
+    """Each poll that was sent after them shows how many cannot have been read yet."""
+    harness = LoadHarness()
+    requests = [harness.send(streams=False) for _ in range(3)]
+    harness.after(1).poll(1, 2)
+    assert harness.unread_tokens() == pytest.approx(200)
+    harness.after(1).poll(3)
+    assert harness.unread_tokens() == 0
+    for request in requests:
+        harness.end(request)
 
 
-def test_requests_outlive_their_replicas_book() -> None:
-    """One that leaves and comes back has the requests that it had, and nothing unread; old ends spoil nothing."""
-    books = Books(MEASURED)
-    old = books.send(100)
-    books.keep("hi-1")
-    books.keep("hi-0", "hi-1")
-    assert (books.outlook().in_flight, books.outlook().ahead_seconds) == (1, 0)
-    books.end(old)
-    assert books.outlook().in_flight == 0
-    old = books.send(100)
-    books.keep("hi-1")
-    books.keep("hi-0", "hi-1")
-    new = books.send(40)
-    books.loads.began(old)
-    books.end(old)
-    assert books.outlook().in_flight == 1
-    assert unread(books) == pytest.approx(40)
-    books.end(new)
-    assert (books.outlook().in_flight, unread(books)) == (0, 0)
+def test_unary_prompts_of_a_replica_without_metrics() -> None:
+    """They count as read after a while; otherwise they would be unread until they end."""
+    harness = LoadHarness()
+    requests = [harness.send(streams=False), harness.send()]
+    harness.after(1).load.poll_failed(ONE.id)
+    assert harness.unread_tokens() == pytest.approx(200)
+    harness.after(3).load.poll_failed(ONE.id)
+    assert harness.unread_tokens() == pytest.approx(100)
+    for request in requests:
+        harness.end(request)
 
 
-def test_ends_while_nobody_is_ready() -> None:
-    """A replica may have left for good by then."""
-    books = Books(MEASURED)
-    sent = books.send()
-    books.keep()
-    books.loads.began(sent)
-    books.end(sent)
-    books.loads.polled("hi-0", books.now, EngineMetrics(books.now, 0.0, 0.0))
-    books.loads.lost("hi-0")
-    assert books.loads.outlooks("hi") == ()
+def test_tokens_sent_since_a_poll() -> None:
+    """A poll says nothing about a request that was sent after it."""
+    harness = LoadHarness()
+    harness.send(300.0)
+    polled_at = harness.after(1.0).now
+    harness.after(0.1).send(50.0)
+    harness.poll(1.0, polled_at=polled_at)
+    assert harness.metrics().sent_tokens == 50.0
 
 
-# Lengths of answers
+# Polls that fail
 
 
-@pytest.mark.parametrize("answer_tokens", [None, 0, -5])
-def test_what_is_no_answer_has_no_length(answer_tokens: int | None) -> None:
-    """A replica that refuses, or can't be reached, doesn't answer in no tokens."""
-    books = Books(MEASURED)
-    for _ in range(100):
-        books.end(books.send(), answer_tokens)
-    assert books.outlook().answer_tokens == 80
+def test_a_poll_is_valid_for_a_while() -> None:
+    """A failure within three seconds of the last poll changes nothing."""
+    harness = LoadHarness()
+    harness.poll(4.0)
+    harness.after(2.9).load.poll_failed(ONE.id)
+    assert (harness.metrics().stale, harness.metrics().others) == (False, 4.0)
 
 
-def test_lengths_are_learned() -> None:
-    """Little by little."""
-    books = Books(MEASURED)
-    for _ in range(300):
-        books.end(books.send(), 20)
-    assert books.outlook().answer_tokens == pytest.approx(20, abs=2)
+def test_a_stale_replica_is_as_busy_as_its_siblings() -> None:
+    """Or as busy as at its last poll, if that is more; never idle."""
+    harness = LoadHarness()
+    harness.poll(1.0, replica=ONE)
+    harness.after(3.1).poll(6.0, replica=TWO)
+    harness.load.poll_failed(ONE.id)
+    assert (harness.estimate().stale, harness.estimate().requests) == (True, 6.0)
+    harness.after(1.0).poll(0.0, replica=TWO)
+    assert harness.estimate().requests == 1.0
 
 
-# What is learnt, and forgotten
+def test_a_replica_that_was_never_polled_is_as_busy_as_its_siblings() -> None:
+    """It is stale from the beginning."""
+    harness = LoadHarness()
+    harness.poll(6.0, replica=TWO)
+    harness.load.poll_failed(ONE.id)
+    assert (harness.estimate().stale, harness.estimate().requests) == (True, 6.0)
 
 
-def stall(books: Books, name: str = "hi-0") -> None:
-    """Have a replica give nothing for a while, which makes it look dead."""
-    sent = books.send(name=name)
-    books.loads.began(sent)
-    for _ in range(40):
-        books.after(0.25).poll(running=1, name=name)
-    books.end(sent, 1, name)
+@pytest.mark.parametrize("running, waiting", [(None, 1.0), (1.0, None), (None, None)])
+def test_a_poll_that_does_not_tell_the_load_is_ignored(running: float | None, waiting: float | None) -> None:
+    """A missing value is not zero; polls of replicas that are not ready are ignored, too."""
+    harness = LoadHarness()
+    harness.poll(5.0)
+    harness.poll(running, waiting)
+    assert harness.metrics().others == 5.0
+    harness.load.polled("gone", harness.now, EngineMetrics(harness.now, 1.0, 1.0))
+    harness.load.poll_failed("gone")
 
 
-def rest(books: Books, seconds: int) -> None:
-    """Have nobody ask for anything."""
-    for _ in range(seconds):
-        books.after(1)
-        for name in ("hi-0", "hi-1"):
-            books.poll(generated=1000, name=name)
+# Replicas that come and go
 
 
-def test_a_replica_that_was_slow_gets_another_chance() -> None:
-    """Else it would get no more requests, so that nobody could ever see that it is as fast as before."""
-    books = Books(MEASURED)
-    stall(books)
-    assert books.outlook().answer_seconds > 10 * books.outlook("hi-1").answer_seconds
-    rest(books, 60)
-    assert books.outlook().answer_seconds < 4 * books.outlook("hi-1").answer_seconds
-    rest(books, 600)
-    assert books.outlook().answer_seconds == pytest.approx(books.outlook("hi-1").answer_seconds, rel=0.01)
+def test_a_replica_that_differs_starts_anew() -> None:
+    """Even under the same id; the others keep their loads, and requests to the old one end without a trace."""
+    harness = LoadHarness()
+    harness.poll(3.0, replica=ONE)
+    harness.poll(4.0, replica=TWO)
+    request = harness.send()
+    harness.keep_only(replace(ONE, url="http://elsewhere"), TWO)
+    assert (harness.metrics().others, harness.metrics().unread_tokens) == (4.0, 0.0)
+    assert harness.metrics(TWO).others == 4.0
+    request.first_token()
+    harness.end(request, 10)
+    assert harness.metrics().unread_tokens == 0.0
+    assert harness.metrics().answer_tokens == 80.0
+    harness.keep_only()
+    assert not harness.load.estimates("hi")
+    assert not harness.load.replica_metrics("hi")
 
 
-@pytest.mark.parametrize("slower", [0.2, 1.0, 5.0, 20.0])
-def test_a_replica_is_as_slow_as_it_is(slower: float) -> None:
-    """Not as its square root, which is where a pace goes that is learnt from promises that have it in them."""
-    books = Books(MEASURED)
-    for _ in range(100):
-        sent = books.send(100)
-        books.after(slower * (0.025 + 100 * 0.001))
-        books.loads.began(sent)
-        books.end(sent)
-    assert books.outlook().token_seconds == pytest.approx(slower * 0.001, rel=0.01)
+def test_requests_outlive_the_load_of_their_replica() -> None:
+    """A replica that leaves and comes back has the requests that it had, and nothing unread; their ends change that."""
+    harness = LoadHarness(MEASURED)
+    old = harness.send()
+    harness.keep_only(TWO)
+    harness.keep_only(ONE, TWO)
+    assert (harness.estimate().in_flight, harness.estimate().ahead_seconds) == (1, 0)
+    harness.end(old)
+    assert harness.estimate().in_flight == 0
+    old = harness.send()
+    harness.keep_only(TWO)
+    harness.keep_only(ONE, TWO)
+    new = harness.send(40)
+    old.first_token()
+    harness.end(old)
+    assert harness.estimate().in_flight == 1
+    assert harness.unread_tokens() == pytest.approx(40)
+    harness.end(new)
+    assert (harness.estimate().in_flight, harness.unread_tokens()) == (0, 0)
 
 
-def answer(books: Books, name: str, first_token_seconds: float, tokens_a_second: float) -> None:
-    """Have a replica answer a request of 100 tokens."""
-    books.poll(running=1, name=name)
-    sent = books.send(100, name=name)
-    books.after(first_token_seconds)
-    books.loads.began(sent)
-    for second in range(5):
-        books.poll(running=1, generated=second * tokens_a_second, name=name)
-        books.after(1)
-    books.end(sent, 80, name)
-    books.poll(name=name)
+def test_requests_end_while_no_replica_is_ready() -> None:
+    """First tokens, ends and polls of a replica that has left are ignored."""
+    harness = LoadHarness()
+    request = harness.send()
+    harness.keep_only()
+    request.first_token()
+    harness.end(request)
+    harness.poll()
+    harness.load.poll_failed(ONE.id)
+    assert harness.load.estimates("hi") == ()
 
 
-def test_so_does_one_that_nobody_measured() -> None:
-    """It is believed to be as fast as its like."""
-    books = Books()
-    for _ in range(10):
-        answer(books, "hi-1", first_token_seconds=0.1, tokens_a_second=40)
-    answer(books, "hi-0", first_token_seconds=5.0, tokens_a_second=1)
-    assert books.outlook().answer_seconds > 10 * books.outlook("hi-1").answer_seconds
-    for _ in range(100):
-        answer(books, "hi-1", first_token_seconds=0.1, tokens_a_second=40)
-        books.poll()
-    for figure in ("answer_seconds", "token_seconds"):
-        assert getattr(books.outlook(), figure) < 1.5 * getattr(books.outlook("hi-1"), figure)
+# Slots
 
 
-def test_cached_prompts_say_nothing_of_reading() -> None:
-    """A first token that needed no reading takes a step; long prompts that were read count for more."""
-    books = Books()
-    answer(books, "hi-0", first_token_seconds=0.1, tokens_a_second=40)
-    for long in (True, False) * 20:
-        sent = books.send(2000, cached=0 if long else 2000)
-        books.after(0.4 if long else 0.1)
-        books.loads.began(sent)
-        books.end(sent)
-    assert books.outlook().token_seconds == pytest.approx(0.4 / 2000, rel=0.5)
+@pytest.mark.parametrize(
+    "polls, slots",
+    [
+        ([(4.0, 2.0)], inf),
+        ([(4.0, 0.0), (4.0, 2.0)], inf),
+        ([(4.0, 2.0), (4.0, 3.0)], 4.0),
+        ([(4.0, 2.0), (6.0, 3.0)], 6.0),
+        ([(4.0, 2.0), (3.0, 3.0), (3.0, 0.0)], inf),
+    ],
+)
+def test_slots_are_observed_only_while_requests_wait(polls: list[tuple[float, float]], slots: float) -> None:
+    """Requests have to wait at two polls in a row; slots are the most that ran."""
+    harness = LoadHarness()
+    for running, waiting in polls:
+        harness.poll(running, waiting)
+        harness.after(1.0)
+    assert harness.metrics().observed_slots == slots
+
+
+# Measurements
+
+
+def test_new_measurements_count_at_once() -> None:
+    """A replica whose variant has no measurement any more has no known speed."""
+    harness = LoadHarness(UNMEASURED)
+    assert not harness.estimate().known
+    harness.load.set_speeds(MEASURED)
+    assert (harness.estimate().known, harness.estimate().token_seconds) == (True, 0.001)
+    harness.load.set_speeds({})
+    assert not harness.estimate().known

@@ -1,4 +1,4 @@
-"""One connection to a replica, over real sockets: every way in which a reply can end, and those in which it can't."""
+"""One connection to a replica, over real sockets: every way in which a reply ends, or fails to."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 
 from gateway.errors import UpstreamDisconnected, UpstreamTimeout
-from gateway.proxy.upstream.connection import HEADER_LIMIT_BYTES, HIGH_WATER_BYTES, Connection
-from gateway.proxy.upstream.timer import Timeouts
+from gateway.proxy.upstream.connection import HIGH_WATER_BYTES, MAX_HEAD_BYTES, Connection
+from gateway.routing.target import Timeouts
 from tests.fakes.running import DEADLINE_SECONDS, POLL_SECONDS
 from tests.gateway.wire import Behaviour, Flood, Peer, answering, chunk, scripted, stream, stream_head, whole
 
@@ -22,7 +22,7 @@ HASTY = Timeouts(0.05, 0.05, DEADLINE_SECONDS)
 
 @asynccontextmanager
 async def connection_to(behaviour: Behaviour) -> AsyncIterator[Connection]:
-    """A connection to a replica that behaves like this."""
+    """Connect to a replica with a behaviour."""
     async with scripted(behaviour) as replica:
         host, _, port = replica.url.removeprefix("http://").rpartition(":")
         loop = asyncio.get_running_loop()
@@ -33,11 +33,23 @@ async def connection_to(behaviour: Behaviour) -> AsyncIterator[Connection]:
             connection.close()
 
 
-async def reply(connection: Connection, deadlines: Timeouts = PATIENT) -> tuple[int, bytes]:
-    """Ask, and read the whole reply."""
-    connection.send(REQUEST, deadlines)
-    head = await connection.head()
-    return head.status, await connection.read(LIMIT)
+async def reply(connection: Connection, timeouts: Timeouts = PATIENT) -> tuple[int, bytes]:
+    """Send a request, and read the whole reply."""
+    connection.send(REQUEST, timeouts)
+    await connection.head()
+    return connection.status, await connection.read(LIMIT)
+
+
+async def next_piece(connection: Connection) -> bytes:
+    """Wait for more of the body, as `flow` gives it to a feed that is full after each piece; b"" at its end."""
+    pieces: list[bytes] = []
+
+    def feed(data: bytes) -> bool:
+        pieces.append(data)
+        return False
+
+    assert await connection.flow(feed) is not bool(pieces)
+    return b"".join(pieces)
 
 
 LONG = b"x" * 300_000
@@ -45,7 +57,7 @@ CLOSING = b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n"
 
 
 @pytest.mark.parametrize(
-    "said, status, body, reusable",
+    "sent, status, body, reusable",
     [
         (whole(b"hello"), 200, b"hello", True),
         (whole(b""), 200, b"", True),
@@ -70,23 +82,23 @@ CLOSING = b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n"
         (stream(b"a") + stream(b"b"), 200, b"a", False),
     ],
 )
-async def test_replies_with_an_end(said: bytes, status: int, body: bytes, reusable: bool) -> None:
-    """A reply that says where it ends is read up to there; what stands behind it belongs to nobody's answer."""
-    async with connection_to(answering(said, close=False)) as connection:
+async def test_replies_with_an_end(sent: bytes, status: int, body: bytes, reusable: bool) -> None:
+    """A reply that says where it ends is read up to there; bytes behind it belong to no reply."""
+    async with connection_to(answering(sent, close=False)) as connection:
         assert await reply(connection) == (status, body)
         assert connection.reusable is reusable
 
 
-@pytest.mark.parametrize("said", [CLOSING + b"a" * 9, CLOSING.replace(b"1.1", b"1.0") + b"a" * 9])
-async def test_a_reply_that_ends_with_its_connection(said: bytes) -> None:
-    """Without a length the end of the connection is the end; such a connection is used once."""
-    async with connection_to(answering(said)) as connection:
+@pytest.mark.parametrize("sent", [CLOSING + b"a" * 9, CLOSING.replace(b"1.1", b"1.0") + b"a" * 9])
+async def test_a_reply_that_ends_with_its_connection(sent: bytes) -> None:
+    """Without a length the end of the connection is the end of the reply; such a connection is used once."""
+    async with connection_to(answering(sent)) as connection:
         assert await reply(connection) == (200, b"a" * 9)
         assert not connection.reusable
 
 
 @pytest.mark.parametrize(
-    "said, words",
+    "sent, words",
     [
         (b"", "closed the connection too early"),
         (b"HTTP/1.1 200", "closed the connection too early"),
@@ -95,39 +107,39 @@ async def test_a_reply_that_ends_with_its_connection(said: bytes) -> None:
         (whole(b"hello")[:-1], "closed the connection too early"),
         (stream(b"a")[:-5], "closed the connection too early"),
         (stream_head() + b"5\r\nabc", "closed the connection too early"),
-        (b"SSH-2.0-OpenSSH_9.6\r\n", "is no HTTP"),
-        (b"\x16\x03\x01\x02\x00", "is no HTTP"),
-        (b"<html>502 Bad Gateway</html>", "is no HTTP"),
-        (stream_head() + b"zz\r\nabc", "is no HTTP"),
-        (whole(b"a").replace(b"content-length: 1", b"content-length: -1"), "is no HTTP"),
-        (whole(b"ab", extra="content-length: 1\r\n"), "is no HTTP"),
-        (whole(b"ab", extra="transfer-encoding: chunked\r\n"), "is no HTTP"),
-        (b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\nPRI *", "is no HTTP"),
-        (whole(b"ab").replace(b"content-length: 2", b"content-length: 2, 2"), "is no HTTP"),
-        (whole(b"ab").replace(b"content-length: 2", b"content-length: +2"), "is no HTTP"),
-        (whole(b"ab").replace(b"content-length: 2", b"content-length: 0x2"), "is no HTTP"),
-        (whole(b"ab").replace(b"content-length: 2", b"content-length: 99999999999999999999"), "is no HTTP"),
-        (stream_head() + b"fffffffffffffffff\r\nabc", "is no HTTP"),
-        (stream_head() + b"-1\r\nabc", "is no HTTP"),
-        (stream_head() + b"1\r\nabc\r\n", "is no HTTP"),
-        (whole(b"a", extra="x\0: 1\r\n"), "is no HTTP"),
-        (whole(b"a", extra="x y: 1\r\n"), "is no HTTP"),
-        (whole(b"a", extra="no colon\r\n"), "is no HTTP"),
-        (whole(b"a").replace(b"HTTP/1.1", b"HTTP/3.1"), "is no HTTP"),
-        (whole(b"a", extra=f"x-long: {'y' * HEADER_LIMIT_BYTES}\r\n"), "is no HTTP"),
-        (whole(b"a", extra="".join(f"x-{i}: {'y' * 100}\r\n" for i in range(700))), "is no HTTP"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "is not valid HTTP"),
+        (b"\x16\x03\x01\x02\x00", "is not valid HTTP"),
+        (b"<html>502 Bad Gateway</html>", "is not valid HTTP"),
+        (stream_head() + b"zz\r\nabc", "is not valid HTTP"),
+        (whole(b"a").replace(b"content-length: 1", b"content-length: -1"), "is not valid HTTP"),
+        (whole(b"ab", extra="content-length: 1\r\n"), "is not valid HTTP"),
+        (whole(b"ab", extra="transfer-encoding: chunked\r\n"), "is not valid HTTP"),
+        (b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\nPRI *", "is not valid HTTP"),
+        (whole(b"ab").replace(b"content-length: 2", b"content-length: 2, 2"), "is not valid HTTP"),
+        (whole(b"ab").replace(b"content-length: 2", b"content-length: +2"), "is not valid HTTP"),
+        (whole(b"ab").replace(b"content-length: 2", b"content-length: 0x2"), "is not valid HTTP"),
+        (whole(b"ab").replace(b"content-length: 2", b"content-length: 99999999999999999999"), "is not valid HTTP"),
+        (stream_head() + b"fffffffffffffffff\r\nabc", "is not valid HTTP"),
+        (stream_head() + b"-1\r\nabc", "is not valid HTTP"),
+        (stream_head() + b"1\r\nabc\r\n", "is not valid HTTP"),
+        (whole(b"a", extra="x\0: 1\r\n"), "is not valid HTTP"),
+        (whole(b"a", extra="x y: 1\r\n"), "is not valid HTTP"),
+        (whole(b"a", extra="no colon\r\n"), "is not valid HTTP"),
+        (whole(b"a").replace(b"HTTP/1.1", b"HTTP/3.1"), "is not valid HTTP"),
+        (whole(b"a", extra=f"x-long: {'y' * MAX_HEAD_BYTES}\r\n"), "is not valid HTTP"),
+        (whole(b"a", extra="".join(f"x-{i}: {'y' * 100}\r\n" for i in range(700))), "is not valid HTTP"),
     ],
 )
-async def test_replies_without_an_end(said: bytes, words: str) -> None:
-    """Whatever else a replica says is told as an answer that was not whole, and the connection is not used again."""
-    async with connection_to(answering(said)) as connection:
+async def test_replies_without_an_end(sent: bytes, words: str) -> None:
+    """An incomplete or invalid reply raises, and its connection is not used again."""
+    async with connection_to(answering(sent)) as connection:
         with pytest.raises(UpstreamDisconnected, match=words):
             await reply(connection)
         assert not connection.reusable
 
 
 @pytest.mark.parametrize(
-    "begin, more",
+    "start, more",
     [
         (b"HTTP/1.1 200 ", b"O"),
         (b"HTTP/1.1 200 OK\r\nx-long: ", b"y"),
@@ -137,37 +149,37 @@ async def test_replies_without_an_end(said: bytes, words: str) -> None:
         (stream_head() + chunk(b"a") + b"0\r\nx-trailer: ", b"y"),
     ],
 )
-async def test_lines_without_an_end(begin: bytes, more: bytes) -> None:
-    """A replica can't fill the memory with one line, nor with many, and is hung up on."""
+async def test_lines_without_an_end(start: bytes, more: bytes) -> None:
+    """A replica cannot fill the memory with one line, or with many: the connection is closed."""
     left = asyncio.Event()
 
     async def behaviour(peer: Peer) -> None:
         await peer.request()
         try:
-            await peer.say(begin)
+            await peer.say(start)
             while True:
                 await peer.say(more * (10_000 // len(more)))
         except ConnectionError:
             left.set()
 
     async with connection_to(behaviour) as connection:
-        with pytest.raises(UpstreamDisconnected, match="have no end"):
+        with pytest.raises(UpstreamDisconnected, match="do not end"):
             await reply(connection)
         assert connection.received_bytes < 2**20
         async with asyncio.timeout(DEADLINE_SECONDS):
             await left.wait()
 
 
-async def test_trailers_without_number() -> None:
-    """Each is short, and all of them together too long."""
-    said = stream_head() + chunk(b"a") + b"0\r\n" + b"".join(b"x-%d: %b\r\n" % (i, b"y" * 100) for i in range(700))
-    async with connection_to(answering(said)) as connection:
-        with pytest.raises(UpstreamDisconnected, match="is no HTTP"):
+async def test_too_many_trailers() -> None:
+    """Each is short; all of them together are too long."""
+    sent = stream_head() + chunk(b"a") + b"0\r\n" + b"".join(b"x-%d: %b\r\n" % (i, b"y" * 100) for i in range(700))
+    async with connection_to(answering(sent)) as connection:
+        with pytest.raises(UpstreamDisconnected, match="is not valid HTTP"):
             await reply(connection)
 
 
-async def test_an_answer_before_the_request_was_read() -> None:
-    """It counts, but a connection on which a part of a request is still to be written takes no other one."""
+async def test_a_reply_before_the_request_was_read() -> None:
+    """It is valid, but a connection with a part of a request still to write is not used again."""
     answered = asyncio.Event()
 
     async def behaviour(peer: Peer) -> None:
@@ -176,14 +188,15 @@ async def test_an_answer_before_the_request_was_read() -> None:
 
     async with connection_to(behaviour) as connection:
         connection.send(REQUEST + b"x" * 2**25, PATIENT)
-        assert (await connection.head()).status == 413
+        await connection.head()
+        assert connection.status == 413
         assert await connection.read(LIMIT) == b"too long"
         assert not connection.reusable
         answered.set()
 
 
-async def test_time_is_up_while_the_connection_is_held_back() -> None:
-    """What arrived before is there to be read; then it is a timeout."""
+async def test_a_timeout_while_reading_is_paused() -> None:
+    """What arrived before it can be read; then it raises."""
 
     async def behaviour(peer: Peer) -> None:
         await peer.request()
@@ -196,15 +209,15 @@ async def test_time_is_up_while_the_connection_is_held_back() -> None:
         connection.send(REQUEST, Timeouts(total_seconds=0.3))
         await connection.head()
         async with asyncio.timeout(DEADLINE_SECONDS):
-            while connection._failure is None:  # noqa: ASYNC110 - what is waited for is a clock
+            while connection._failure is None:  # noqa: ASYNC110 - waits for a clock
                 await asyncio.sleep(POLL_SECONDS)
-        assert len(await connection.more()) > HIGH_WATER_BYTES
+        assert len(await next_piece(connection)) > HIGH_WATER_BYTES
         with pytest.raises(UpstreamTimeout):
-            await connection.more()
+            await next_piece(connection)
 
 
-async def test_a_reset_is_no_end() -> None:
-    """A reset in a reply without a length is a failure: the end of such a reply is an orderly one."""
+async def test_a_reset_does_not_end_a_reply() -> None:
+    """A reply without a length ends with an orderly close; a reset is a failure."""
 
     async def behaviour(peer: Peer) -> None:
         await peer.request()
@@ -218,9 +231,9 @@ async def test_a_reset_is_no_end() -> None:
             await connection.read(LIMIT)
 
 
-async def test_chunks_come_as_they_arrive() -> None:
-    """Each piece is there before the next one is sent."""
-    asked, go = asyncio.Event(), asyncio.Event()
+async def test_chunks_are_available_as_they_arrive() -> None:
+    """Each piece can be read before the next one is sent."""
+    go = asyncio.Event()
 
     async def behaviour(peer: Peer) -> None:
         await peer.request()
@@ -230,28 +243,28 @@ async def test_chunks_come_as_they_arrive() -> None:
             await go.wait()
             go.clear()
         await peer.say(chunk(b""))
-        asked.set()
         await peer.left()
 
     async with connection_to(behaviour) as connection:
         connection.send(REQUEST, PATIENT)
-        assert (await connection.head()).streams
-        seen = []
-        while piece := await connection.more():
-            seen.append(piece)
+        await connection.head()
+        assert connection.streams
+        pieces = []
+        while piece := await next_piece(connection):
+            pieces.append(piece)
             go.set()
-        assert seen == [b"1", b"2", b"3"]
+        assert pieces == [b"1", b"2", b"3"]
         assert connection.reusable
 
 
 async def test_a_body_in_pieces_of_one_byte() -> None:
-    """Where a reply is cut on its way makes no difference."""
-    said = b"HTTP/1.1 100 Continue\r\n\r\n" + stream(b"ab", "é汉".encode(), b"c")
+    """Where a reply is split on its way makes no difference."""
+    sent = b"HTTP/1.1 100 Continue\r\n\r\n" + stream(b"ab", "é汉".encode(), b"c")
 
     async def behaviour(peer: Peer) -> None:
         await peer.request()
-        for place in range(len(said)):
-            await peer.say(said[place : place + 1])
+        for place in range(len(sent)):
+            await peer.say(sent[place : place + 1])
             await asyncio.sleep(0)
         await peer.left()
 
@@ -261,27 +274,28 @@ async def test_a_body_in_pieces_of_one_byte() -> None:
 
 
 async def test_one_request_after_the_other() -> None:
-    """A connection that was left in step serves again, and starts from nothing."""
+    """A connection whose reply was read serves the next request, and keeps nothing of the last reply."""
     replies = (whole(b"one", extra="x-first: 1\r\n"), stream(b"two"), whole(b"three", "500 No"))
     async with connection_to(answering(*replies, close=False)) as connection:
         assert await reply(connection) == (200, b"one")
         assert await reply(connection) == (200, b"two")
-        assert b"x-first" not in (await connection.head()).headers
+        await connection.head()
+        assert b"x-first" not in connection.headers
         assert await reply(connection) == (500, b"three")
 
 
-async def test_a_connection_that_is_not_read_to_its_end_is_not_reusable() -> None:
-    """As long as bytes of a reply are left, or still to come, no other request may be sent."""
+async def test_a_connection_is_reusable_only_after_its_reply_was_read() -> None:
+    """While bytes of a reply are left, or still to come, no other request may be sent."""
     async with connection_to(answering(whole(b"one"), close=False)) as connection:
         connection.send(REQUEST, PATIENT)
         await connection.head()
         assert connection.reusable is False
-        while await connection.more():
+        while await next_piece(connection):
             assert connection.reusable is True
 
 
-async def test_bytes_that_nobody_asked_for() -> None:
-    """A connection that speaks while it lies idle is out of step."""
+async def test_bytes_on_an_idle_connection() -> None:
+    """A connection that receives bytes without a request is out of step."""
     go = asyncio.Event()
 
     async def behaviour(peer: Peer) -> None:
@@ -306,14 +320,14 @@ async def test_a_connection_that_closes_while_idle() -> None:
 
 
 async def until_unusable(connection: Connection) -> None:
-    """Wait until a connection has noticed that it can't be used any more."""
+    """Wait until a connection has noticed that it cannot be used any more."""
     async with asyncio.timeout(DEADLINE_SECONDS):
-        while connection.reusable:  # noqa: ASYNC110 - what is waited for is the other side
+        while connection.reusable:  # noqa: ASYNC110 - waits for the other side
             await asyncio.sleep(POLL_SECONDS)
 
 
 async def test_silence_before_the_head() -> None:
-    """A replica that never answers is given up, and sees its client leave."""
+    """A replica that never replies ends in a timeout, and sees its client leave."""
     left: list[bool] = []
 
     async def behaviour(peer: Peer) -> None:
@@ -321,17 +335,17 @@ async def test_silence_before_the_head() -> None:
         left.append(await peer.left())
 
     async with connection_to(behaviour) as connection:
-        with pytest.raises(UpstreamTimeout, match=r"said nothing for 0\.05 s"):
+        with pytest.raises(UpstreamTimeout, match=r"sent nothing for 0\.05 s"):
             await reply(connection, HASTY)
         assert not connection.reusable
         async with asyncio.timeout(DEADLINE_SECONDS):
-            while not left:  # noqa: ASYNC110 - what is waited for is the other side
+            while not left:  # noqa: ASYNC110 - waits for the other side
                 await asyncio.sleep(POLL_SECONDS)
 
 
 @pytest.mark.parametrize("head", [stream_head(), CLOSING])
 async def test_silence_in_the_middle(head: bytes) -> None:
-    """What came before the silence is passed on; then it is an error and not an end, whatever form the reply has."""
+    """What arrived before the silence can be read; then it raises, also in a reply without a length."""
 
     async def behaviour(peer: Peer) -> None:
         await peer.request()
@@ -341,15 +355,15 @@ async def test_silence_in_the_middle(head: bytes) -> None:
     async with connection_to(behaviour) as connection:
         connection.send(REQUEST, HASTY)
         await connection.head()
-        seen = []
+        pieces = []
         with pytest.raises(UpstreamTimeout):
-            while piece := await connection.more():
-                seen.append(piece)
-        assert seen == [b"one"]
+            while piece := await next_piece(connection):
+                pieces.append(piece)
+        assert pieces == [b"one"]
 
 
-async def test_speaking_again_and_again_is_not_silence() -> None:
-    """Silence is counted from the last byte, not from the request."""
+async def test_silence_counts_from_the_last_byte() -> None:
+    """It does not count from the request."""
     silence_seconds, loop = 0.3, asyncio.get_running_loop()
 
     async def behaviour(peer: Peer) -> None:
@@ -367,31 +381,30 @@ async def test_speaking_again_and_again_is_not_silence() -> None:
         assert (status, body.strip(b"x")) == (200, b"")
 
 
-async def test_a_slow_reader_holds_the_replica_back() -> None:
-    """What the client has not taken yet is bounded, and all of it arrives in the end."""
+async def test_backpressure_of_a_slow_reader() -> None:
+    """What has not been read is bounded, and all of it arrives in the end."""
     flood = Flood(40 * 2**20)
-
     silence_seconds, loop = 0.3, asyncio.get_running_loop()
     async with connection_to(flood) as connection:
         connection.send(REQUEST, Timeouts(silence_seconds, silence_seconds))
         await connection.head()
-        # Nobody reads: the connection fills up, and the watchdog does not take that for the replica's silence.
+        # While nothing is read, the connection fills up, and the timer does not take that for the replica's silence.
         async with asyncio.timeout(DEADLINE_SECONDS):
-            before, rings = -1, loop.time() + 2 * silence_seconds
-            while before != flood.said or loop.time() < rings:
-                before = flood.said
+            before, until = -1, loop.time() + 2 * silence_seconds
+            while before != flood.sent or loop.time() < until:
+                before = flood.sent
                 await asyncio.sleep(0.1)
-        assert flood.said < flood.total / 2, "the rest of it waits in the replica"
+        assert flood.sent < flood.total / 2, "the rest of it waits in the replica"
         pieces = []
-        while data := await connection.more():
+        while data := await next_piece(connection):
             pieces.append(data)
         assert len(pieces[0]) < 4 * HIGH_WATER_BYTES
         assert sum(map(len, pieces)) == flood.total
         assert connection.reusable
 
 
-async def test_an_answer_that_never_ends() -> None:
-    """However much is said, and however quickly, an answer has its time as a whole, and no more."""
+async def test_a_reply_that_never_ends() -> None:
+    """The whole of a reply has a timeout, however often bytes arrive."""
 
     async def behaviour(peer: Peer) -> None:
         await peer.request()
@@ -402,12 +415,12 @@ async def test_an_answer_that_never_ends() -> None:
                 await asyncio.sleep(POLL_SECONDS)
 
     async with connection_to(behaviour) as connection:
-        with pytest.raises(UpstreamTimeout, match=r"not whole after 0\.3 s"):
+        with pytest.raises(UpstreamTimeout, match=r"not complete after 0\.3 s"):
             await reply(connection, Timeouts(DEADLINE_SECONDS, DEADLINE_SECONDS, 0.3))
 
 
-async def test_a_shorter_deadline_on_a_connection_that_was_used_before() -> None:
-    """The deadlines are those of the request, not of the one before it."""
+async def test_a_shorter_timeout_on_a_connection_that_was_used_before() -> None:
+    """The timeouts are those of the request, and not of the one before."""
 
     async def behaviour(peer: Peer) -> None:
         await peer.request()
@@ -417,12 +430,12 @@ async def test_a_shorter_deadline_on_a_connection_that_was_used_before() -> None
 
     async with connection_to(behaviour) as connection:
         assert await reply(connection) == (200, b"one")
-        with pytest.raises(UpstreamTimeout, match=r"said nothing for 0\.05 s"):
+        with pytest.raises(UpstreamTimeout, match=r"sent nothing for 0\.05 s"):
             await reply(connection, HASTY)
 
 
-async def test_an_answer_longer_than_the_limit() -> None:
-    """Reading a whole body stops where it gets too long."""
+async def test_a_reply_longer_than_the_limit() -> None:
+    """Reading a whole body stops at the limit."""
     async with connection_to(answering(whole(b"x" * 101), close=False)) as connection:
         connection.send(REQUEST, PATIENT)
         await connection.head()
@@ -430,8 +443,8 @@ async def test_an_answer_longer_than_the_limit() -> None:
             await connection.read(100)
 
 
-async def test_closing_is_leaving() -> None:
-    """To the replica, a closed connection is a client that left."""
+async def test_the_replica_sees_a_close() -> None:
+    """A closed connection is a client that left."""
     gone = asyncio.Event()
 
     async def behaviour(peer: Peer) -> None:
@@ -448,8 +461,8 @@ async def test_closing_is_leaving() -> None:
             await gone.wait()
 
 
-async def test_it_runs_on_asyncio_too() -> None:
-    """Nothing here needs uvloop."""
+async def test_the_loop_of_asyncio() -> None:
+    """A connection does not need uvloop."""
 
     async def exchange() -> tuple[int, bytes]:
         async with connection_to(answering(stream(b"a", b"b"), close=False)) as connection:

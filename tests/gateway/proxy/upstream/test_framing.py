@@ -1,4 +1,4 @@
-"""Any bytes, cut anywhere: a reply ends in data, or in one of two errors, and never otherwise or not at all."""
+"""Any bytes, split anywhere: a reply ends with a body or with UpstreamDisconnected, and always ends."""
 
 import asyncio
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gateway.errors import UpstreamDisconnected
 from gateway.proxy.upstream.connection import Connection
 from tests.fakes.running import DEADLINE_SECONDS
-from tests.gateway.proxy.upstream.test_connection import PATIENT, REQUEST
+from tests.gateway.proxy.upstream.test_connection import PATIENT, REQUEST, next_piece
 from tests.gateway.wire import Still, chunk, stream, stream_head, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -36,7 +36,7 @@ BODIES = st.one_of(
 
 
 def head(status: int, lines: Iterable[bytes]) -> bytes:
-    """The head of a reply, well-formed or not."""
+    """The head of a reply, valid or not."""
     return b"HTTP/1.1 %d OK\r\n%b\r\n" % (status, b"".join(lines))
 
 
@@ -47,26 +47,30 @@ REPLIES = st.builds(
 )
 
 
-async def outcome(said: Iterable[bytes], *, reset: bool, pours: bool) -> tuple[int, bytes] | None:
-    """What comes of a reply that arrives in these pieces, and then ends; None: an error of ours."""
+async def outcome(pieces: Iterable[bytes], *, reset: bool, flows: bool) -> tuple[int, bytes] | None:
+    """The status and body of a reply that arrives in these pieces, and then ends; None: UpstreamDisconnected.
+
+    With `flows` the body is given to a feed that is full now and then, otherwise it is read piece by piece.
+    """
     connection, body = Connection(), bytearray()
     connection.connection_made(Still())
     connection.send(REQUEST, PATIENT)
 
-    def pour(data: bytes) -> bool:
+    def feed(data: bytes) -> bool:
         body.extend(data)
         return len(data) % 2 == 0
 
     async def read() -> int:
-        status = (await connection.head()).status
-        while pours and not await connection.flow(pour):
+        await connection.head()
+        status = connection.status
+        while flows and not await connection.flow(feed):
             pass
-        while data := await connection.more():
+        while data := await next_piece(connection):
             body.extend(data)
         return status
 
     reading = asyncio.create_task(read())
-    for piece in said:
+    for piece in pieces:
         await asyncio.sleep(0)
         connection.data_received(piece)
     connection.connection_lost(ConnectionResetError() if reset else None)
@@ -84,10 +88,10 @@ async def outcome(said: Iterable[bytes], *, reset: bool, pours: bool) -> tuple[i
 @example(stream(b"abc"), {9}, False)
 @example(head(200, [b"connection: close\r\n"]) + b"abc", {50}, False)
 @example(head(200, [b"transfer-encoding: chunked\r\n", b"transfer-encoding: identity\r\n"]) + b"5\r\nabc", set(), False)
-async def test_any_bytes_cut_anywhere(said: bytes, cuts: set[int], reset: bool) -> None:
-    """An answer or an error, and the same one wherever it is cut and however it is read."""
-    places = [0, *sorted(cut for cut in cuts if cut < len(said)), len(said)]
-    pieces = [said[start:end] for start, end in pairwise(places) if start < end]
-    whole_at_once = await outcome([said] if said else [], reset=reset, pours=False)
-    assert await outcome(pieces, reset=reset, pours=False) == whole_at_once
-    assert await outcome(pieces, reset=reset, pours=True) == whole_at_once
+async def test_any_bytes_split_anywhere(reply: bytes, cuts: set[int], reset: bool) -> None:
+    """The outcome is the same wherever the reply is split, and however it is read."""
+    places = [0, *sorted(cut for cut in cuts if cut < len(reply)), len(reply)]
+    pieces = [reply[start:end] for start, end in pairwise(places) if start < end]
+    in_one_piece = await outcome([reply] if reply else [], reset=reset, flows=False)
+    assert await outcome(pieces, reset=reset, flows=False) == in_one_piece
+    assert await outcome(pieces, reset=reset, flows=True) == in_one_piece

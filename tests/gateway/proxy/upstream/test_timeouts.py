@@ -1,4 +1,4 @@
-"""How long an answer may keep us waiting: each of an alias' timeouts, and that 0 is never."""
+"""The timeouts of an alias: how long a reply may take; 0 is no limit."""
 
 import asyncio
 import socket
@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from config.schema import TimeoutSettings
-from gateway.proxy.exchange import reply_timeouts
+from gateway.routing.target import reply_timeouts
 from tests.fakes.running import HOST
 from tests.gateway.fleet import HELLO, STREAM, Fleet, deployment, error_of, running_gateway
 from tests.gateway.proxy.recorded import WHOLE, events, expected, recorded
@@ -24,10 +24,10 @@ EVENTS = events(recorded("text"))
 
 
 @asynccontextmanager
-async def asked(
+async def asking(
     behaviour: Behaviour, body: dict[str, Any], **timeouts: float
 ) -> AsyncIterator["asyncio.Task[httpx.Response]"]:
-    """Ask a gateway with these timeouts, and no others, in front of such a replica."""
+    """Ask a gateway with these timeouts only, in front of a replica with a behaviour."""
     alias = {"ladder": ["hi"], "timeouts": {**NEVER, **timeouts}}
     async with running_gateway(deployment({"aliases": {"smol": alias}})) as fleet, scripted(behaviour) as replica:
         with fleet.replicas(("hi", replica.url)):
@@ -35,8 +35,8 @@ async def asked(
             await fleet.at_rest()
 
 
-def says(*pieces: bytes) -> Behaviour:
-    """Say this, and then nothing."""
+def sends(*pieces: bytes) -> Behaviour:
+    """Send these pieces, and then nothing."""
 
     async def behaviour(peer: Peer) -> None:
         await peer.request()
@@ -47,8 +47,8 @@ def says(*pieces: bytes) -> Behaviour:
     return behaviour
 
 
-async def chatters(peer: Peer) -> None:
-    """Say something every now and then, without an end."""
+async def sends_forever(peer: Peer) -> None:
+    """Send an event now and then, without an end."""
     await peer.request()
     await peer.say(stream_head() + chunk(EVENTS[0]))
     while True:
@@ -62,20 +62,20 @@ FIRST = stream_head() + chunk(EVENTS[0]) + chunk(EVENTS[1])
 @pytest.mark.parametrize(
     "option, body, behaviour, words, begun",
     [
-        ("first_byte_seconds", STREAM, says(), "said nothing for", False),
-        ("first_byte_seconds", STREAM, says(stream_head()), "said nothing for", False),
-        ("idle_seconds", STREAM, says(FIRST), "said nothing more for", True),
-        ("total_seconds", STREAM, says(), "not whole after", False),
-        ("total_seconds", STREAM, says(FIRST), "not whole after", True),
-        ("total_seconds", STREAM, chatters, "not whole after", True),
-        ("total_seconds", HELLO, says(), "not whole after", False),
-        ("total_seconds", HELLO, says(whole(WHOLE)[:-5]), "not whole after", False),
+        ("first_byte_seconds", STREAM, sends(), "sent nothing for", False),
+        ("first_byte_seconds", STREAM, sends(stream_head()), "sent nothing for", False),
+        ("idle_seconds", STREAM, sends(FIRST), "sent nothing more for", True),
+        ("total_seconds", STREAM, sends(), "not complete after", False),
+        ("total_seconds", STREAM, sends(FIRST), "not complete after", True),
+        ("total_seconds", STREAM, sends_forever, "not complete after", True),
+        ("total_seconds", HELLO, sends(), "not complete after", False),
+        ("total_seconds", HELLO, sends(whole(WHOLE)[:-5]), "not complete after", False),
     ],
 )
 async def test_a_timeout(option: str, body: dict[str, Any], behaviour: Behaviour, words: str, begun: bool) -> None:
-    """It is told as what it is: by a status, or in the stream that has begun."""
-    async with asked(behaviour, body, **{option: SHORT_SECONDS}) as asking:
-        answer = await asking
+    """The error says which it was: by a status, or in the stream that has begun."""
+    async with asking(behaviour, body, **{option: SHORT_SECONDS}) as task:
+        answer = await task
         if begun:
             assert answer.content.startswith(expected(EVENTS[0] + EVENTS[1]))
             assert b'"code": "upstream_timeout"' in answer.content
@@ -86,17 +86,17 @@ async def test_a_timeout(option: str, body: dict[str, Any], behaviour: Behaviour
 
 
 @pytest.mark.parametrize("body", [HELLO, STREAM], ids=["unary", "stream"])
-async def test_a_connection_that_does_not_come(body: dict[str, Any]) -> None:
-    """A listener whose queue is full takes no more: the time to connect is a bound of its own."""
-    async with full_listener() as url, unreached(url) as fleet:
+async def test_a_connection_that_is_not_accepted(body: dict[str, Any]) -> None:
+    """A listener with a full backlog accepts none: `connect_seconds` limits that."""
+    async with full_listener() as url, fleet_with_replica(url) as fleet:
         answer = await fleet.ask(body)
     assert answer.status_code == 502
     assert error_of(answer)["code"] == "upstream_unreachable"
 
 
 @asynccontextmanager
-async def unreached(url: str) -> AsyncIterator[Fleet]:
-    """A gateway with a replica there, and little time to connect to it."""
+async def fleet_with_replica(url: str) -> AsyncIterator[Fleet]:
+    """A gateway with a replica at a url, and little time to connect to it."""
     alias = {"ladder": ["hi"], "timeouts": {**NEVER, "connect_seconds": SHORT_SECONDS}}
     async with running_gateway(deployment({"aliases": {"smol": alias}})) as fleet:
         with fleet.replicas(("hi", url)):
@@ -104,19 +104,19 @@ async def unreached(url: str) -> AsyncIterator[Fleet]:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_0_is_never(stream: bool) -> None:
-    """Whatever is 0 has no end; a whole answer has but one."""
-    deadlines, connect_seconds = reply_timeouts(TimeoutSettings(**NEVER), stream=stream)
-    assert {deadlines.first_byte_seconds, deadlines.idle_seconds, deadlines.total_seconds} == {float("inf")}
-    assert connect_seconds == 2.0
-    some, _ = reply_timeouts(TimeoutSettings(first_byte_seconds=1, idle_seconds=2, total_seconds=3), stream=stream)
-    told = (some.first_byte_seconds, some.idle_seconds, some.total_seconds)
-    assert told == ((1, 2, 3) if stream else (3, 3, 3))
+async def test_0_is_no_limit(stream: bool) -> None:
+    """A timeout of 0 is infinite; a unary answer has only the total."""
+    unlimited = reply_timeouts(TimeoutSettings(**NEVER), stream=stream)
+    assert {unlimited.first_byte_seconds, unlimited.idle_seconds, unlimited.total_seconds} == {float("inf")}
+    assert unlimited.connect_seconds == 2.0
+    some = reply_timeouts(TimeoutSettings(first_byte_seconds=1, idle_seconds=2, total_seconds=3), stream=stream)
+    limits = (some.first_byte_seconds, some.idle_seconds, some.total_seconds)
+    assert limits == ((1, 2, 3) if stream else (3, 3, 3))
 
 
 @asynccontextmanager
 async def full_listener() -> AsyncIterator[str]:
-    """A port that listens, and whose queue of connections is full."""
+    """A port that listens, and whose backlog is full."""
     with socket.socket() as listening:
         listening.bind((HOST, 0))
         listening.listen(0)
