@@ -7,7 +7,7 @@ from config.errors import ConfigError
 from config.schema import LimitSettings
 from config.variant import Variant
 from gateway.keys import Caller, Keys
-from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights
+from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights, variant_names
 from gateway.routing.target import Catalog, Target
 
 MAX_ROUTES = 10_000
@@ -23,6 +23,7 @@ class Route:
     caller: Caller
     target: Target
     rungs: tuple[Rung, ...]
+    variants: tuple[str, ...]  # the names of their members
     queue_seconds: float
 
 
@@ -59,7 +60,7 @@ class LiveConfig:
         if len(self._routes) >= MAX_ROUTES:
             self._routes.clear()
         rungs = target.filter((caller.floor,), None).permitted
-        route = self._routes[caller.name, model] = Route(caller, target, rungs, queue_seconds)
+        route = self._routes[caller.name, model] = Route(caller, target, rungs, variant_names(rungs), queue_seconds)
         return route
 
 

@@ -30,7 +30,7 @@ from gateway.routing.snapshot import (
     variant_views,
 )
 from gateway.routing.spill import SpillGate
-from gateway.routing.split import RungKey, RungWeights
+from gateway.routing.split import RungKey, RungWeights, variant_names
 from serving.registry import Registry
 from serving.replica import State
 
@@ -58,7 +58,7 @@ class DecisionRecord(msgspec.Struct, frozen=True, eq=False, gc=False):
         """The state as it was; `now` is on the same clock."""
         target = self.request.target
         rungs, excluded = target.rungs, [rejection.variant for rejection in target.excluded]
-        names = [name for rung in self.request.rungs for name in rung.names]
+        names = variant_names(self.request.rungs)
         return Snapshot(
             recorded=datetime.fromtimestamp(time.time() - (now - self.decided_at), UTC),
             now_seconds=self.decided_at,
@@ -101,14 +101,14 @@ class DecisionLog:
         self, request: RoutingRequest, cluster: ClusterState, decision: Decision, now: float, wait_seconds: float = inf
     ) -> None:
         """Keep a decision; what it was made on stays as it was."""
-        estimates = cluster.estimates
+        names = request.variants or variant_names(request.rungs)
         self._records.append(
             DecisionRecord(
                 request,
                 decision,
                 now,
                 wait_seconds,
-                tuple([tuple(estimates(name)) for rung in request.rungs for name in rung.names]),
+                tuple(map(tuple, map(cluster.estimates, names))),
                 dict(cluster.breakers) if cluster.breakers else NONE,
                 dict(cluster.overloads) if cluster.overloads else NONE,
                 _gates_of(request, cluster) if cluster.gates else NONE,

@@ -7,7 +7,7 @@ import msgspec
 
 from config.schema import NO_FLOOR
 from gateway.errors import NO_JSON
-from gateway.openai.endpoints import MESSAGES, Endpoint
+from gateway.openai.endpoints import MESSAGES, RESPONSES, Endpoint
 from gateway.openai.request import InferenceRequest
 from gateway.proxy.affinity import Affinity
 from gateway.proxy.context import RequestContext
@@ -101,6 +101,7 @@ def routing_request(
         inference.precisions,
         placement,
         cached_tokens,
+        variants=route.variants if rungs is route.rungs else (),
     )
 
 
@@ -212,8 +213,8 @@ def _first_turns(inference: InferenceRequest) -> bytes | None:
     if raw is None or len(raw) > MAX_TURNS_BYTES:
         return None
     turns = bytes(raw)
-    # Spares the first turn of a conversation from being parsed.
-    if b"assistant" not in turns and b'"type"' not in turns:
+    # Spares the first turn of a conversation from being parsed; only the Responses API has items without a role.
+    if b'"assistant"' not in turns and not (endpoint is RESPONSES and b'"type"' in turns):
         return None
     try:
         parts = _PARTS.decode(turns)

@@ -30,6 +30,8 @@ def learned(known: BytesPerToken, prompt_bytes: int, prompt_tokens: int | None) 
     """
     if not prompt_tokens or prompt_tokens < 0 or prompt_bytes <= 0:
         return known
-    ratio = min(max(prompt_bytes / prompt_tokens, LEAST), MOST)
-    tokens = min(prompt_tokens, _HEAVIEST_TOKENS)
+    ratio = prompt_bytes / prompt_tokens
+    if not LEAST <= ratio <= MOST:
+        ratio = LEAST if ratio < LEAST else MOST
+    tokens = min(_HEAVIEST_TOKENS, prompt_tokens)
     return BytesPerToken(known.sum_bytes * _KEPT + ratio * tokens, known.sum_tokens * _KEPT + tokens)

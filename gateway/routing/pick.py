@@ -98,16 +98,18 @@ def look_at_rung(
     variant = rung.only or drawn_member(rung, request, cluster)
     if variant is None:
         return NO_REPLICA
-    ready = admitted(cluster.estimates(variant.name), cluster, now)
+    ready = cluster.estimates(variant.name)
+    if cluster.breakers or cluster.overloads:
+        ready = admitted(ready, cluster, now)
     able = filter_replicas(ready, request.tried, needed_tokens)
     if not able:
         return NO_REPLICA
     best = pick(able, request, spill)
-    candidate = None if best is None else _candidate(best, place, variant, request, passed_over)
+    candidate = None if best is None else Candidate(best, variant, _reason(place, variant, request, passed_over))
     gates = cluster.gates
     gate = gates.get((request.target.name, rung.name), CLOSED) if gates else CLOSED
     if best is not None and not best.known:
-        after = update(gate, spill, 0.0, now)
+        after = update(gate, spill, 0.0, now) if gate.spilling else gate
         return RungResult(candidate, "answers", None if after is gate else after, 0.0)
     wait_seconds = inf if best is None else best.wait_seconds
     if len(able) < len(ready) or rung is request.rungs[-1] or _waits_for_its_cache(best, able, request, spill):
@@ -176,7 +178,8 @@ def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: f
         barred = _last_resorts(variant.name, cluster, now)
         able = [each for each in filter_replicas(barred, request.tried, needed_tokens) if each.has_room]
         if able:
-            return _candidate(shortest_queue(able, request.turn), place, variant, request, False)
+            best = shortest_queue(able, request.turn)
+            return Candidate(best, variant, _reason(place, variant, request, False))
     return None
 
 
@@ -307,17 +310,12 @@ def _cheapest(roomy: Sequence[LatencyEstimate], request: RoutingRequest) -> Late
     return roomy[place]
 
 
-def _candidate(
-    replica: LatencyEstimate, place: int, variant: Variant, request: RoutingRequest, passed_over: bool
-) -> Candidate:
-    return Candidate(replica, variant, _reason(place, variant, request, passed_over))
-
-
 def _reason(place: int, variant: Variant, request: RoutingRequest, passed_over: bool) -> Reason:
-    target, rung = request.target, request.rungs[place]
+    target = request.target
     if target.pinned:
         return "pinned"
-    if place == 0:
+    if not place:
+        rung = request.rungs[0]
         if rung.only is None and not _is_stable(variant, rung, target):
             return "canary"
         # `floor`: the caller, the key or the alias ruled a better rung out.

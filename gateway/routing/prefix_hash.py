@@ -1,14 +1,11 @@
 """Hashes of the beginning of a prompt: two prompts share a block if they agree up to its end."""
 
 from collections.abc import Sequence
-from struct import Struct
 
 BLOCK_BYTES = 256
 # The rest of a prompt decides no more: a replica that holds so much of it is the one to ask.
 MAX_BLOCKS = 256
 _MAX_BYTES = BLOCK_BYTES * MAX_BLOCKS
-
-_BLOCK = Struct(f"{BLOCK_BYTES}s")
 
 
 def block_hashes(parts: Sequence[bytes], salt: bytes = b"") -> tuple[int, ...]:
@@ -17,11 +14,10 @@ def block_hashes(parts: Sequence[bytes], salt: bytes = b"") -> tuple[int, ...]:
     Python salts its hashes anew in every process: they mean nothing outside of it, and no client can aim at one.
     """
     text = bytes(parts[0]) if len(parts) == 1 and len(parts[0]) <= _MAX_BYTES else _beginning(parts)
-    rest_bytes = len(text) % BLOCK_BYTES
     previous = hash(bytes(salt))
     blocks = []
-    for block in _BLOCK.iter_unpack(text[:-rest_bytes] if rest_bytes else text):
-        previous = hash((previous, block))
+    for start in range(0, len(text) - BLOCK_BYTES + 1, BLOCK_BYTES):
+        previous = hash((previous, text[start : start + BLOCK_BYTES]))
         blocks.append(previous)
     return tuple(blocks)
 

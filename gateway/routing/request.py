@@ -24,7 +24,8 @@ class RoutingRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
     Features: `prompt_tokens` is estimated from `prompt_bytes` (0 for token ids); `answer_tokens` is the longest answer
     that the client accepts, None if it sets no limit; `blocks` are chained hashes of the beginning of the prompt;
     `session` names the conversation, None if there is none. `body_bytes` is what the request holds while it waits.
-    Constraints: `rungs` are those of the target's ladder that satisfy `floors` and `precisions`.
+    Constraints: `rungs` are those of the target's ladder that satisfy `floors` and `precisions`; `variants` are the names
+    of their members, where they are known already.
     Affinity: `placement` is where the conversation was answered last, `cached_tokens` how much of the prompt replicas
     have probably in their prefix caches.
     Retry: replicas in `tried` have failed this request.
@@ -47,6 +48,7 @@ class RoutingRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
     placement: Placement | None = None
     cached_tokens: Mapping[str, float] = NOTHING_CACHED
     tried: frozenset[str] = NO_REPLICAS
+    variants: tuple[str, ...] = ()
 
     @property
     def needed_tokens(self) -> float:

@@ -5,7 +5,7 @@ depends on the conversation and the weights only, so every gateway process makes
 with its member as long as the weights allow.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -60,6 +60,11 @@ class RungWeights:
 
 
 NO_WEIGHTS = RungWeights()
+
+
+def variant_names(rungs: Iterable[Rung]) -> tuple[str, ...]:
+    """The names of all members of some rungs."""
+    return tuple([name for rung in rungs for name in rung.names])
 
 
 def choose_member(rung: Rung, key: str, weights: Weights | None = None) -> Variant | None:

@@ -15,7 +15,7 @@ from gateway.proxy.context import RequestContext
 from gateway.proxy.stats import RequestStats
 from gateway.routing.latency import ReplicaMetrics, estimate_latency
 from gateway.routing.pick import Candidate
-from gateway.routing.split import Rung
+from gateway.routing.split import Rung, variant_names
 from gateway.routing.target import Target
 from serving.replica import Replica
 
@@ -70,5 +70,6 @@ def request_context(
     stats = request_stats()
     context = RequestContext(headers, caller, stats, client_response(inference, stats, RecordingTransport()))
     context.inference = inference
-    context.use(Route(caller, target, target.filter((caller.floor,), None).permitted, 30.0))
+    rungs = target.filter((caller.floor,), None).permitted
+    context.use(Route(caller, target, rungs, variant_names(rungs), 30.0))
     return context
