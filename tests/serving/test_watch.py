@@ -1,8 +1,12 @@
-"""Replicas that somebody else runs."""
+"""External replicas (`url`) of the configuration."""
 
 import signal
+from dataclasses import replace
+
+import pytest
 
 from config.golden import GoldenAnswer
+from serving.errors import ReplicaConflict
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import Replica, State
@@ -55,3 +59,44 @@ async def test_an_engine_that_cannot_be_asked_is_taken_at_its_word() -> None:
         far = Replica("int4-1", "int4", "int4", fake.url, "int4")
         async with Watch((far,), registry, probe, {"int4": golden}, every_seconds=0.02):
             await ready(registry)
+
+
+async def test_another_address_is_verified_anew() -> None:
+    """A replica that was rejected becomes ready when the configuration points it to the right server."""
+    registry = Registry()
+    golden = GoldenAnswer((65, 66, 67), (-1.0, -1.0))
+    async with running_fake("--fake-logprob-shift", "0.3") as wrong, running_fake() as right, Probe() as probe:
+        far = Replica("int4-1", "int4", "int4", wrong.url, "int4")
+        async with Watch((far,), registry, probe, {"int4": golden}, every_seconds=0.02) as watch:
+            await until(registry, lambda status: "golden prompt" in status.reason)
+            watch.add((replace(far, url=right.url),))
+            assert (await ready(registry)).replica.url == right.url
+
+
+async def test_id_of_another_source_is_a_conflict() -> None:
+    """Nothing is polled if one id belongs to another source, whose replica stays as it is."""
+    registry = Registry()
+    own = Replica("int4-url-1", "int4-url", "int4", "http://127.0.0.1:1", "int4-url-1")
+    registry.source("supervisor").put(own, State.READY)
+    async with running_fake() as fake, Probe() as probe:
+        far = tuple(Replica(f"int4-url-{number}", "int4", "int4", fake.url, "int4") for number in (2, 1))
+        with pytest.raises(ReplicaConflict, match="'int4-url-1' belongs to the source 'supervisor'"):
+            async with Watch(far, registry, probe, every_seconds=0.02):
+                pass
+        assert fake.requests("/v1/models") == []
+    assert registry.status("int4-url-1").replica == own
+    assert registry.status("int4-url-2").source == "configuration"
+
+
+async def test_keep_only_removes_external_replicas_alone() -> None:
+    """Those of other sources stay, whether they are listed or not."""
+    registry = Registry()
+    registry.source("supervisor").put(Replica("own-1", "own", "int4", "http://127.0.0.1:1", "own-1"), State.READY)
+    async with running_fake() as fake, Probe() as probe:
+        far = tuple(Replica(f"int4-{number}", "int4", "int4", fake.url, "int4") for number in (1, 2))
+        async with Watch(far, registry, probe, every_seconds=0.02) as watch:
+            await ready(registry, "int4-2")
+            watch.keep_only(far[:1])
+            assert [status.replica.id for status in registry.snapshot()] == ["int4-1", "own-1"]
+            watch.add(far)
+            await ready(registry, "int4-2")

@@ -44,14 +44,14 @@ async def test_ready_without_aliases() -> None:
 
 
 async def test_replicas_are_shown(fleet: Fleet) -> None:
-    """Every replica with state, reason and load, and nothing of its credential."""
+    """Every replica with source, state, reason and load, and nothing of its credential."""
     replica = Replica("hi-0", "hi", "bf16", "http://x", "m1", api_key="secret")
     fleet.registry.put(replica, State.FAILED, "crashed")
     try:
         answer = await fleet.admin.get("/admin/replicas")
     finally:
         fleet.registry.remove("hi-0")
-    shown = {"id": "hi-0", "variant": "hi", "precision": "bf16", "url": "http://x"}
+    shown = {"id": "hi-0", "variant": "hi", "precision": "bf16", "url": "http://x", "source": "direct"}
     assert answer.json() == [{**shown, "state": "failed", "reason": "crashed", "in_flight": 0, "breaker": "closed"}]
 
 
