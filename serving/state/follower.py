@@ -175,13 +175,13 @@ class Follower:
         self._source.keep_only(self._followed)
         self._conflicts &= self._followed.keys()
 
-    def _put_or_log(self, each: Followed, stands: Standing) -> None:
-        """Update a replica's entry; as long as another source owns the id, leave it out and log that once."""
-        replica = each.told.replica
-        age_seconds = max(0.0, self.wall_clock() - each.told.since)
-        since = self.clock() - age_seconds if stands.as_told else None
+    def _put_or_log(self, tracked: Followed, effective: Standing) -> None:
+        """Update a replica's entry in the registry; while another source owns the id, skip it and log that once."""
+        replica = tracked.told.replica
+        age_seconds = max(0.0, self.wall_clock() - tracked.told.since)
+        since = self.clock() - age_seconds if effective.as_told else None
         try:
-            self._source.put(replica, stands.state, stands.reason, since)
+            self._source.put(replica, effective.state, effective.reason, since)
         except ReplicaConflict as conflict:
             if replica.id not in self._conflicts:
                 log.warning("%s", conflict)

@@ -1,4 +1,4 @@
-"""A changed configuration is taken over while requests flow."""
+"""A changed configuration is applied while requests run."""
 
 import asyncio
 import socket
@@ -32,7 +32,7 @@ AT_ONCE = 8
 
 
 def write(folder: Path, replicas: list[dict[str, Any]], ladder: list[str], **gateway: Any) -> Path:
-    """Write a configuration as an editor does: another file in its place."""
+    """Write a configuration as an editor does: by replacing the file."""
     names = ("old", "new")
     document = {
         "gateway": {
@@ -53,7 +53,7 @@ def write(folder: Path, replicas: list[dict[str, Any]], ladder: list[str], **gat
 
 @asynccontextmanager
 async def running(folder: Path, path: Path) -> AsyncIterator[tuple[Registry, httpx.AsyncClient, httpx.AsyncClient]]:
-    """`quantgate up` on fakes."""
+    """`quantgate up` with fake replicas."""
     registry = Registry()
     async with (
         everything(read_deployment(path), fake_machine(folder), registry, folder, path) as addresses,
@@ -64,7 +64,7 @@ async def running(folder: Path, path: Path) -> AsyncIterator[tuple[Registry, htt
 
 @dataclass(slots=True)
 class Load:
-    """Clients that ask without a pause, streaming and not; what came of it, by replica."""
+    """Clients that send requests without a pause, half of them streaming; counts the responses by replica."""
 
     client: httpx.AsyncClient
     answers: dict[str, int] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Load:
     enough: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
-        """Ask until told that it is enough."""
+        """Send requests until `enough` is set."""
         await asyncio.gather(*(self._ask(number) for number in range(AT_ONCE)))
 
     async def _ask(self, number: int) -> None:
@@ -87,12 +87,12 @@ class Load:
 
 
 def ready(registry: Registry) -> set[str]:
-    """Who answers now."""
-    return {each.replica.id for each in registry.snapshot() if each.state is State.READY}
+    """The ids of the ready replicas."""
+    return {status.replica.id for status in registry.snapshot() if status.state is State.READY}
 
 
 async def test_rolling_replacement_breaks_no_request(tmp_path: Path) -> None:
-    """Two replicas get another setting, one after the other, under steady load: not one request fails."""
+    """Two replicas are replaced one after the other under steady load, and no request fails."""
     old = {"variant": "old", "count": 2, "args": ["--fake-tokens-per-second", "200"]}
     path = write(tmp_path, [old], ["old"])
     async with running(tmp_path, path) as (registry, client, _):
@@ -113,7 +113,7 @@ async def test_rolling_replacement_breaks_no_request(tmp_path: Path) -> None:
 
 
 async def test_another_variant_behind_the_alias(tmp_path: Path) -> None:
-    """Requests go by the new ladder when its replica is ready, and by the old one until then; none is lost."""
+    """The old ladder applies until the replica of the new one is ready; no request fails."""
     path = write(tmp_path, [{"variant": "old"}], ["old"])
     async with running(tmp_path, path) as (registry, client, admin):
         await eventually(lambda: ready(registry) == {"old-1"})
@@ -131,7 +131,7 @@ async def test_another_variant_behind_the_alias(tmp_path: Path) -> None:
 
 
 async def test_invalid_file_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It is refused with its lines, counted, and the one before stays in force; the next good one is taken."""
+    """It is rejected with line numbers and counted; the previous configuration stays until a valid file is written."""
     path = write(tmp_path, [{"variant": "old"}], ["old"])
     async with running(tmp_path, path) as (registry, client, admin):
         await eventually(lambda: ready(registry) == {"old-1"})
@@ -146,7 +146,7 @@ async def test_invalid_file_changes_nothing(tmp_path: Path, caplog: pytest.LogCa
 
 
 async def test_gateway_alone_follows_its_file(tmp_path: Path) -> None:
-    """Foreign replicas come and go with the file; an alias keeps its old ladder until the new one has a replica."""
+    """External replicas follow the file; an alias keeps its old ladder until the new one has a ready replica."""
     async with running_fake() as first, running_fake() as second:
         path = write(tmp_path, [{"variant": "old", "url": first.url, "drain_seconds": 120}], ["old"])
         async with (
@@ -236,14 +236,12 @@ async def _answered_by(client: httpx.AsyncClient, variant: str) -> None:
         (["a"], ["b"], {"a"}, ["smol"]),
         (["a"], ["b"], {"a", "b"}, []),
         (["a"], ["b", "a"], {"a"}, []),
-        (["a"], ["b"], set(), []),  # there is nothing to lose
-        (["a"], None, {"a"}, []),  # nobody wants it any more
+        (["a"], ["b"], set(), []),  # not answered before
+        (["a"], None, {"a"}, []),  # the alias is removed
     ],
 )
-def test_what_a_configuration_would_lose(
-    before: list[str], after: list[str] | None, ready_ones: set[str], lost: list[str]
-) -> None:
-    """An alias that is answered now and would not be afterwards."""
+def test_unserved_aliases(before: list[str], after: list[str] | None, ready_ones: set[str], lost: list[str]) -> None:
+    """Aliases that have a ready replica before, and would have none afterwards."""
 
     def catalog(ladder: list[str] | None) -> Catalog:
         aliases = {} if ladder is None else {"smol": AliasSettings(ladder=tuple(ladder))}
@@ -252,8 +250,8 @@ def test_what_a_configuration_would_lose(
     assert unserved_aliases(catalog(before), catalog(after), ready_ones) == lost
 
 
-def test_an_alias_that_nothing_may_answer_has_nothing_to_lose() -> None:
-    """Replicas that miss its floor don't count, neither before nor afterwards."""
+def test_unserved_aliases_with_a_floor() -> None:
+    """Replicas below the floor of an alias do not count, neither before nor afterwards."""
     variants = {
         "a": Variant("a", "bf16", PARENT_QUALITY),
         "b": Variant("b", "int4", QualityMeasures("unknown")),

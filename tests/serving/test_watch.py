@@ -15,8 +15,8 @@ from tests.fakes.running import running_fake
 from tests.serving.supervised import ready, until
 
 
-async def test_foreign_replica_is_followed() -> None:
-    """It is ready once it answers, under the name that it really serves, and failed when it is gone."""
+async def test_external_replica_is_polled() -> None:
+    """It is ready once it answers, with the model name that it serves, and failed when it is gone."""
     registry = Registry()
     async with running_fake(served="something") as fake, Probe() as probe:
         far = Replica("int4-1", "int4", "int4", fake.url, "int4")
@@ -27,8 +27,8 @@ async def test_foreign_replica_is_followed() -> None:
             assert "is not healthy" in status.reason
 
 
-async def test_wrong_credential_is_told() -> None:
-    """A replica that refuses our key is healthy but not ready."""
+async def test_wrong_api_key() -> None:
+    """A replica that rejects the configured key is healthy but not ready."""
     registry = Registry()
     async with running_fake(env={"VLLM_API_KEY": "right"}) as fake, Probe() as probe:
         far = Replica("int4-1", "int4", "int4", fake.url, "int4", api_key="wrong")
@@ -37,10 +37,10 @@ async def test_wrong_credential_is_told() -> None:
             assert "401" in status.reason
 
 
-async def test_another_model_behind_the_address_is_refused() -> None:
-    """Healthy, but it says something else of the golden prompt than what was measured: it is asked once and refused."""
+async def test_another_model_at_the_address() -> None:
+    """A healthy replica with other log-probabilities of the golden prompt fails, and is checked only once."""
     registry = Registry()
-    golden = GoldenAnswer((65, 66, 67), (-1.0, -1.0))  # what the fake says of everything
+    golden = GoldenAnswer((65, 66, 67), (-1.0, -1.0))  # the log-probabilities of the fake
     async with running_fake("--fake-logprob-shift", "0.3") as wrong, running_fake() as right, Probe() as probe:
         far = (Replica("a-1", "a", "int4", wrong.url, "a"), Replica("b-1", "b", "int4", right.url, "b"))
         async with Watch(far, registry, probe, {"a": golden, "b": golden}, every_seconds=0.02):
@@ -51,8 +51,8 @@ async def test_another_model_behind_the_address_is_refused() -> None:
             assert len(wrong.requests("/v1/completions")) == 1
 
 
-async def test_an_engine_that_cannot_be_asked_is_taken_at_its_word() -> None:
-    """Not every engine tells log-probabilities of a prompt; what it serves is the operator's to know, then."""
+async def test_an_engine_without_prompt_logprobs() -> None:
+    """Without support for log-probabilities of prompts, a replica is ready without the golden prompt check."""
     registry = Registry()
     golden = GoldenAnswer((65, 66, 67), (-1.0, -1.0))
     async with running_fake("--fake-fail-first", "1", "--fake-fail-status", "500") as fake, Probe() as probe:
