@@ -1,4 +1,4 @@
-"""A changed configuration is applied while requests run."""
+"""A changed configuration is applied under load."""
 
 import asyncio
 import socket
@@ -28,11 +28,11 @@ from tests.gateway.fleet import HELLO, clients
 from tests.serving.supervised import fake_machine, model_directory, noted_sessions
 
 REQUESTS = 200
-AT_ONCE = 8
+CLIENTS = 8
 
 
 def write(folder: Path, replicas: list[dict[str, Any]], ladder: list[str], **gateway: Any) -> Path:
-    """Write a configuration as an editor does: by replacing the file."""
+    """Write a configuration as an editor does: replace the file."""
     names = ("old", "new")
     document = {
         "gateway": {
@@ -53,7 +53,7 @@ def write(folder: Path, replicas: list[dict[str, Any]], ladder: list[str], **gat
 
 @asynccontextmanager
 async def running(folder: Path, path: Path) -> AsyncIterator[tuple[Registry, httpx.AsyncClient, httpx.AsyncClient]]:
-    """`quantgate up` with fake replicas."""
+    """Run `quantgate up` on fakes."""
     registry = Registry()
     async with (
         everything(read_deployment(path), fake_machine(folder), registry, folder, path) as addresses,
@@ -64,19 +64,19 @@ async def running(folder: Path, path: Path) -> AsyncIterator[tuple[Registry, htt
 
 @dataclass(slots=True)
 class Load:
-    """Clients that send requests without a pause, half of them streaming; counts the responses by replica."""
+    """Clients that send requests without a pause, unary and streaming; counts answers by replica."""
 
     client: httpx.AsyncClient
     answers: dict[str, int] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
-    enough: asyncio.Event = field(default_factory=asyncio.Event)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
-        """Send requests until `enough` is set."""
-        await asyncio.gather(*(self._ask(number) for number in range(AT_ONCE)))
+        """Send requests until `stop` is set."""
+        await asyncio.gather(*(self._ask(number) for number in range(CLIENTS)))
 
     async def _ask(self, number: int) -> None:
-        while not self.enough.is_set():
+        while not self.stop.is_set():
             stream = bool(number % 2)
             answer = await self.client.post("/v1/chat/completions", json={**HELLO, "stream": stream})
             whole = answer.status_code == 200 and (not stream or answer.text.endswith("data: [DONE]\n\n"))
@@ -88,24 +88,24 @@ class Load:
 
 def ready(registry: Registry) -> set[str]:
     """The ids of the ready replicas."""
-    return {status.replica.id for status in registry.snapshot() if status.state is State.READY}
+    return {each.replica.id for each in registry.snapshot() if each.state is State.READY}
 
 
 async def test_rolling_replacement_breaks_no_request(tmp_path: Path) -> None:
-    """Two replicas are replaced one after the other under steady load, and no request fails."""
+    """Two replicas are replaced, one after the other, under steady load: no request fails."""
     old = {"variant": "old", "count": 2, "args": ["--fake-tokens-per-second", "200"]}
     path = write(tmp_path, [old], ["old"])
     async with running(tmp_path, path) as (registry, client, _):
         await eventually(lambda: ready(registry) == {"old-1", "old-2"})
         load = Load(client)
-        asking = asyncio.create_task(load.run())
-        await eventually(lambda: sum(load.answers.values()) > AT_ONCE)
+        running_load = asyncio.create_task(load.run())
+        await eventually(lambda: sum(load.answers.values()) > CLIENTS)
         write(tmp_path, [{**old, "max_num_seqs": 64}], ["old"])
         async with asyncio.timeout(60):
             while not {"old-1b", "old-2b"} <= load.answers.keys() or sum(load.answers.values()) < REQUESTS:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-        load.enough.set()
-        await asking
+        load.stop.set()
+        await running_load
         assert load.broken == []
         assert set(load.answers) == {"old-1", "old-2", "old-1b", "old-2b"}
         await eventually(lambda: len(noted_sessions(tmp_path)) == 2)
@@ -113,25 +113,25 @@ async def test_rolling_replacement_breaks_no_request(tmp_path: Path) -> None:
 
 
 async def test_another_variant_behind_the_alias(tmp_path: Path) -> None:
-    """The old ladder applies until the replica of the new one is ready; no request fails."""
+    """The new ladder is used from when its replica is ready; no request fails."""
     path = write(tmp_path, [{"variant": "old"}], ["old"])
     async with running(tmp_path, path) as (registry, client, admin):
         await eventually(lambda: ready(registry) == {"old-1"})
         load = Load(client)
-        asking = asyncio.create_task(load.run())
+        running_load = asyncio.create_task(load.run())
         await eventually(lambda: load.answers)
         write(tmp_path, [{"variant": "new"}], ["new"])
-        await eventually(lambda: load.answers.get("new-1", 0) > AT_ONCE)
-        load.enough.set()
-        await asking
+        await eventually(lambda: load.answers.get("new-1", 0) > CLIENTS)
+        load.stop.set()
+        await running_load
         assert load.broken == []
         await eventually(lambda: ready(registry) == {"new-1"} and len(registry.snapshot()) == 1)
         assert (await admin.get("/readyz")).json() == {"aliases": {"smol": ["new"]}}
         assert 'quantgate_config_reloads_total{outcome="applied"} 1.0' in (await admin.get("/metrics")).text
 
 
-async def test_invalid_file_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It is rejected with line numbers and counted; the previous configuration stays until a valid file is written."""
+async def test_an_invalid_file_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The refusal is logged and counted, the configuration stays, and the next valid file is applied."""
     path = write(tmp_path, [{"variant": "old"}], ["old"])
     async with running(tmp_path, path) as (registry, client, admin):
         await eventually(lambda: ready(registry) == {"old-1"})
@@ -146,21 +146,82 @@ async def test_invalid_file_changes_nothing(tmp_path: Path, caplog: pytest.LogCa
 
 
 async def test_gateway_alone_follows_its_file(tmp_path: Path) -> None:
-    """External replicas follow the file; an alias keeps its old ladder until the new one has a ready replica."""
+    """External replicas come and go with the file; an alias keeps its ladder until the new one has a replica."""
     async with running_fake() as first, running_fake() as second:
         path = write(tmp_path, [{"variant": "old", "url": first.url, "drain_seconds": 120}], ["old"])
         async with (
             gateway_alone(read_deployment(path), path) as addresses,
             clients(addresses) as (client, _),
         ):
-            await _answered_by(client, "old")
+            await answer_comes_from(client, "old")
             load = Load(client)
-            asking = asyncio.create_task(load.run())
+            running_load = asyncio.create_task(load.run())
             write(tmp_path, [{"variant": "new", "url": second.url, "drain_seconds": 120}], ["new"])
-            await _answered_by(client, "new")
-            load.enough.set()
-            await asking
+            await answer_comes_from(client, "new")
+            load.stop.set()
+            await running_load
             assert load.broken == []
+
+
+async def answer_comes_from(client: httpx.AsyncClient, variant: str) -> None:
+    """Wait until a variant answers."""
+    async with asyncio.timeout(10):
+        while True:
+            answer = await client.post("/v1/chat/completions", json=HELLO)
+            if answer.headers.get("x-quantgate-variant") == variant:
+                return
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "before,after,ready_variants,unserved",
+    [
+        (["a"], ["b"], {"a"}, ["smol"]),
+        (["a"], ["b"], {"a", "b"}, []),
+        (["a"], ["b", "a"], {"a"}, []),
+        (["a"], ["b"], set(), []),  # nothing is served before
+        (["a"], None, {"a"}, []),  # the alias is removed
+    ],
+)
+def test_unserved_aliases(
+    before: list[str], after: list[str] | None, ready_variants: set[str], unserved: list[str]
+) -> None:
+    """An alias that is served before, and would not be afterwards."""
+
+    def catalog(ladder: list[str] | None) -> Catalog:
+        aliases = {} if ladder is None else {"smol": AliasSettings(ladder=tuple(ladder))}
+        return Catalog(aliases, {name: Variant(name, "bf16", PARENT_QUALITY) for name in ladder or ()})
+
+    assert unserved_aliases(catalog(before), catalog(after), ready_variants) == unserved
+
+
+def test_unserved_aliases_with_a_floor() -> None:
+    """Ready variants that miss the floor do not serve an alias, neither before nor afterwards."""
+    variants = {
+        "a": Variant("a", "bf16", PARENT_QUALITY),
+        "b": Variant("b", "int4", QualityMeasures("unknown")),
+    }
+
+    def catalog(name: str) -> Catalog:
+        return Catalog({"smol": AliasSettings(ladder=(name,), floor=Floor(kl_mean=0.1))}, variants)
+
+    assert unserved_aliases(catalog("b"), catalog("a"), {"b"}) == []
+    assert unserved_aliases(catalog("a"), catalog("b"), {"a", "b"}) == ["smol"]
+
+
+def external_settings(url: str) -> dict[str, Any]:
+    """A `url:` replica of the variant `new`; other values of `drain_seconds` than the default need an own replica."""
+    return {"variant": "new", "url": url, "drain_seconds": 120}
+
+
+async def _sources(admin: httpx.AsyncClient) -> dict[str, str]:
+    return {entry["id"]: entry["source"] for entry in (await admin.get("/admin/replicas")).json()}
+
+
+async def _until_sources(admin: httpx.AsyncClient, expected: dict[str, str]) -> None:
+    async with asyncio.timeout(10):
+        while await _sources(admin) != expected:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
 
 
 async def test_reload_leaves_replicas_of_other_sources_alone(tmp_path: Path) -> None:
@@ -180,7 +241,7 @@ async def test_reload_leaves_replicas_of_other_sources_alone(tmp_path: Path) -> 
             await eventually(lambda: len(registry.snapshot()) == 2)
             assert await _sources(admin) == {"old-1": "supervisor", "old-pod-1": "kubernetes"}
             assert ready(registry) == {"old-1", "old-pod-1"}
-            await asyncio.gather(*(client.post("/v1/chat/completions", json=HELLO) for _ in range(AT_ONCE)))
+            await asyncio.gather(*(client.post("/v1/chat/completions", json=HELLO) for _ in range(CLIENTS)))
             assert discovered.requests("/v1/chat/completions")
             registry.source("kubernetes").keep_only(())
             assert await _sources(admin) == {"old-1": "supervisor"}
@@ -197,68 +258,10 @@ async def test_reload_of_a_gateway_leaves_published_replicas_alone(tmp_path: Pat
             clients(addresses) as (client, admin),
         ):
             publisher.registry.put(Replica("old-1", "old", "bf16", published.url, "m1"), State.READY)
-            await _answered_by(client, "old")
+            await answer_comes_from(client, "old")
             await _until_sources(admin, {"new-url-1": "configuration", "old-1": "state database"})
             write(tmp_path, [], ["old", "new"])
             await _until_sources(admin, {"old-1": "state database"})
-            await _answered_by(client, "old")
+            await answer_comes_from(client, "old")
             publisher.registry.remove("old-1")
             await _until_sources(admin, {})
-
-
-def external_settings(url: str) -> dict[str, Any]:
-    """A `url:` replica of the variant `new`; other values of `drain_seconds` than the default need an own replica."""
-    return {"variant": "new", "url": url, "drain_seconds": 120}
-
-
-async def _sources(admin: httpx.AsyncClient) -> dict[str, str]:
-    return {entry["id"]: entry["source"] for entry in (await admin.get("/admin/replicas")).json()}
-
-
-async def _until_sources(admin: httpx.AsyncClient, expected: dict[str, str]) -> None:
-    async with asyncio.timeout(10):
-        while await _sources(admin) != expected:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
-
-
-async def _answered_by(client: httpx.AsyncClient, variant: str) -> None:
-    async with asyncio.timeout(10):
-        while True:
-            answer = await client.post("/v1/chat/completions", json=HELLO)
-            if answer.headers.get("x-quantgate-variant") == variant:
-                return
-            await asyncio.sleep(0.02)
-
-
-@pytest.mark.parametrize(
-    "before,after,ready_ones,lost",
-    [
-        (["a"], ["b"], {"a"}, ["smol"]),
-        (["a"], ["b"], {"a", "b"}, []),
-        (["a"], ["b", "a"], {"a"}, []),
-        (["a"], ["b"], set(), []),  # not answered before
-        (["a"], None, {"a"}, []),  # the alias is removed
-    ],
-)
-def test_unserved_aliases(before: list[str], after: list[str] | None, ready_ones: set[str], lost: list[str]) -> None:
-    """Aliases that have a ready replica before, and would have none afterwards."""
-
-    def catalog(ladder: list[str] | None) -> Catalog:
-        aliases = {} if ladder is None else {"smol": AliasSettings(ladder=tuple(ladder))}
-        return Catalog(aliases, {name: Variant(name, "bf16", PARENT_QUALITY) for name in ladder or ()})
-
-    assert unserved_aliases(catalog(before), catalog(after), ready_ones) == lost
-
-
-def test_unserved_aliases_with_a_floor() -> None:
-    """Replicas below the floor of an alias do not count, neither before nor afterwards."""
-    variants = {
-        "a": Variant("a", "bf16", PARENT_QUALITY),
-        "b": Variant("b", "int4", QualityMeasures("unknown")),
-    }
-
-    def catalog(name: str) -> Catalog:
-        return Catalog({"smol": AliasSettings(ladder=(name,), floor=Floor(kl_mean=0.1))}, variants)
-
-    assert unserved_aliases(catalog("b"), catalog("a"), {"b"}) == []
-    assert unserved_aliases(catalog("a"), catalog("b"), {"a", "b"}) == ["smol"]
