@@ -43,16 +43,16 @@ async def test_ready_without_aliases() -> None:
     assert (answer.status_code, answer.json()["aliases"]["hi"]) == (200, ["hi"])
 
 
-async def test_replicas_are_shown(fleet: Fleet) -> None:
-    """Every replica with source, state, reason and load, and nothing of its credential."""
+async def test_replicas(fleet: Fleet) -> None:
+    """Every replica is listed with its state, reason, load and breaker, and without its credential."""
     replica = Replica("hi-0", "hi", "bf16", "http://x", "m1", api_key="secret")
     fleet.registry.put(replica, State.FAILED, "crashed")
     try:
         answer = await fleet.admin.get("/admin/replicas")
     finally:
         fleet.registry.remove("hi-0")
-    shown = {"id": "hi-0", "variant": "hi", "precision": "bf16", "url": "http://x", "source": "direct"}
-    assert answer.json() == [{**shown, "state": "failed", "reason": "crashed", "in_flight": 0, "breaker": "closed"}]
+    expected = {"id": "hi-0", "variant": "hi", "precision": "bf16", "url": "http://x", "source": "direct"}
+    assert answer.json() == [{**expected, "state": "failed", "reason": "crashed", "in_flight": 0, "breaker": "closed"}]
 
 
 async def test_who_waits_is_shown(fleet: Fleet) -> None:
