@@ -1,34 +1,35 @@
-"""What can go wrong between a variant and an answering replica.
+"""Errors of starting, verifying and following replicas.
 
 ServingError
-├── LaunchRefused     would fail after minutes of loading, so it isn't started (exit code 2)
-├── StartFailed       the process ended, or wasn't ready in time; carries the engine's own last words
-├── NotAdopted        a replica that a dead supervisor left isn't what is wanted, so it was ended
-├── UpdateFailed      a replacement didn't get ready; what it should have replaced goes on
+├── LaunchRefused     the start would fail after minutes of loading, so it is not attempted (exit code 2)
+├── StartFailed       the process ended, or was not ready in time; the message has the last lines of its log
+├── NotAdopted        a replica of a dead supervisor is not as configured, so it was ended
+├── UpdateFailed      a replacement did not become ready; the replica that it should replace keeps running
 ├── StopFailed        processes of a replica survived SIGKILL
-├── ProbeFailed       a running replica didn't answer, or isn't what it should be
-├── MeasuringRefused  what should be measured can't be (exit code 2)
-├── MeasuringFailed   not one request of a level was answered
-├── StateAway         the state database can't be used now; whoever meets it goes on with what it knows
-├── LockHeld          another supervisor works in this home directory (exit code 4)
-└── NoSuchReplica     a lease for a replica that has left the registry
+├── ProbeFailed       a running replica did not answer a control request, or is not what it should be
+├── MeasuringRefused  this target cannot be measured (exit code 2)
+├── MeasuringFailed   all requests of a load level failed
+├── StateAway         the state database is unavailable or not usable; callers continue with the last known state
+├── LockHeld          another supervisor uses this home directory (exit code 4)
+├── NoSuchReplica     the replica is not in the registry, or has left it
+└── ReplicaConflict   two sources use the same replica id; the registry keeps the replica of the first
 """
 
 
 class ServingError(Exception):
-    """A replica can't do what was asked; the message says which one and why."""
+    """An operation on a replica failed; the message says which one and why."""
 
 
 class LaunchRefused(ServingError):
-    """Starting this replica can't succeed; the message says what to change."""
+    """The start of this replica cannot succeed; the message says what to change."""
 
 
 class StartFailed(ServingError):
-    """A replica ended before it was ready, or took too long."""
+    """A replica ended before it was ready, or exceeded its time limit."""
 
 
 class NotAdopted(ServingError):
-    """A replica that outlived its supervisor can't be taken over."""
+    """A replica that outlived its supervisor cannot be adopted."""
 
 
 class UpdateFailed(ServingError):
@@ -36,28 +37,32 @@ class UpdateFailed(ServingError):
 
 
 class StopFailed(ServingError):
-    """Processes of a replica are still there, though they were killed."""
+    """Processes of a replica still exist after SIGKILL."""
 
 
 class ProbeFailed(ServingError):
-    """A replica didn't answer a control request as it should."""
+    """A replica did not answer a control request as expected."""
 
 
 class MeasuringRefused(ServingError):
-    """What is asked for can't be measured; the message says what to change."""
+    """The target cannot be measured; the message says what to change."""
 
 
 class MeasuringFailed(ServingError):
-    """A server under load answered nothing; the message says at which concurrency and why."""
+    """A server under load answered no request; the message says at which concurrency and why."""
 
 
 class StateAway(ServingError):
-    """The state database didn't answer, or isn't ours; the message says which and why."""
+    """The state database did not answer, or is not one of quantgate's; the message says which one and why."""
 
 
 class LockHeld(ServingError):
-    """There is one supervisor per home directory, and it is another process."""
+    """Another process is the supervisor of this home directory; there can be only one."""
 
 
 class NoSuchReplica(ServingError):
-    """The replica left the registry between the choice and the lease."""
+    """The replica is not in the registry; it may have left between the choice and the lease."""
+
+
+class ReplicaConflict(ServingError):
+    """A source wrote a replica id that another source owns; the message names both sources."""

@@ -15,8 +15,8 @@ from serving.notebook import Note, Notebook
 from serving.preflight import refuse_altered
 from serving.probe import Probe
 from serving.process import Adopted, Child
-from serving.registry import Registry
-from serving.replica import Launch, Replica, State
+from serving.registry import Registry, ReplicaSource
+from serving.replica import SUPERVISOR, Launch, Replica, State
 from serving.verification import verified
 
 READY_POLL_SECONDS = 0.2
@@ -38,6 +38,11 @@ class Birthplace:
     patience_seconds: float = READY_PATIENCE_SECONDS
     adoption_seconds: float = ADOPTION_SECONDS
 
+    @property
+    def source(self) -> ReplicaSource:
+        """The handle that the entries of started replicas are written through."""
+        return self.registry.source(SUPERVISOR)
+
 
 @asynccontextmanager
 async def started(launch: Launch, place: Birthplace) -> AsyncIterator[tuple[Child, Replica]]:
@@ -51,7 +56,7 @@ async def started(launch: Launch, place: Birthplace) -> AsyncIterator[tuple[Chil
             child = Child(command, _log(launch, place), STARTING_PATIENCE_SECONDS)
             await stack.enter_async_context(_noted(child, launch, launch_digest(launch), port, place))
             child.release()
-            place.registry.put(planned(launch, port), State.STARTING, f"loading, process {child.pid}")
+            place.source.put(planned(launch, port), State.STARTING, f"loading, process {child.pid}")
             await _listening(launch, child, place, launch.settings.start_timeout_seconds)
             replica = await _proved(launch, port, place)
         child.patience_seconds = place.patience_seconds
@@ -65,7 +70,7 @@ async def adopted(launch: Launch, note: Note, place: Birthplace) -> AsyncIterato
         try:
             child = Adopted(note.session, _log(launch, place), STARTING_PATIENCE_SECONDS)
             await stack.enter_async_context(_noted(child, launch, note.launch, note.port, place))
-            place.registry.put(planned(launch, note.port), State.WARMING, f"found running, process {child.pid}")
+            place.source.put(planned(launch, note.port), State.WARMING, f"found running, process {child.pid}")
             await _listening(launch, child, place, place.adoption_seconds)
             replica = await _proved(launch, note.port, place)
         except ServingError as error:
@@ -107,7 +112,7 @@ async def _require_seal(launch: Launch, place: Birthplace) -> None:
     """Hold the variant's files against its manifest, in a thread: the first time that is every byte of them."""
     if launch.variant.manifest is None:
         return
-    place.registry.put(planned(launch, launch.port or 0), State.STARTING, "comparing its files with their seal")
+    place.source.put(planned(launch, launch.port or 0), State.STARTING, "comparing its files with their seal")
     stopped = threading.Event()
     try:
         await asyncio.to_thread(refuse_altered, launch, place.machine.cache_directory / "seals", stopped.is_set)
@@ -117,7 +122,7 @@ async def _require_seal(launch: Launch, place: Birthplace) -> None:
 
 async def _proved(launch: Launch, port: int, place: Birthplace) -> Replica:
     replica = planned(launch, port)
-    place.registry.put(replica, State.WARMING, "verifying")
+    place.source.put(replica, State.WARMING, "verifying")
     return await verified(launch, replica, place.probe)
 
 

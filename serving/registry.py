@@ -1,18 +1,33 @@
-"""The table of replicas: who is there, in what state, with how many requests. The only owner of in-flight counts."""
+"""The registry of replicas: each with its state, its source and its number of requests in flight.
+
+The registry is the only owner of the in-flight counts. Every entry belongs to one source, the one that added it:
+
+=========  ==============================  ===================  ===================
+call       own replica                     another source's     not in the registry
+=========  ==============================  ===================  ===================
+put        changes it                      `ReplicaConflict`    adds it
+move       changes its state               `ReplicaConflict`    `NoSuchReplica`
+remove     removes it                      no effect            no effect
+keep_only  removes it if it is not listed  no effect            no effect
+=========  ==============================  ===================  ===================
+
+A source may clean up late, when another one already uses the id again. Hence `remove` has no effect there.
+"""
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from serving.errors import NoSuchReplica
-from serving.replica import Replica, ReplicaStatus, State
+from serving.errors import NoSuchReplica, ReplicaConflict
+from serving.replica import DIRECT, Replica, ReplicaStatus, State
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     replica: Replica
+    source: str
     state: State
     reason: str
     since_seconds: float
@@ -20,73 +35,83 @@ class _Entry:
 
 @dataclass(slots=True, eq=False)
 class Registry:
-    """Replicas by id. Every change is one synchronous step; `changed()` wakes those who wait for one."""
+    """Replicas by id. Every change is one synchronous step; `changed()` wakes the tasks that wait for one."""
 
     clock: Callable[[], float] = time.monotonic
     _entries: dict[str, _Entry] = field(default_factory=dict)
-    # Apart from the entries, so that a replica that leaves and comes back keeps the count of its running requests.
+    # Separate from the entries: a replica that leaves and returns keeps the count of its running requests.
     _in_flight: dict[str, int] = field(default_factory=dict)
     _ready: dict[str, tuple[Replica, ...]] = field(default_factory=dict)
     _change: asyncio.Event = field(default_factory=asyncio.Event)
     _observers: list[Callable[[], None]] = field(default_factory=list)
-    # Apart from the changes: a quiet replica becomes idle after every request, and nearly nobody wants to know.
+    # Separate from `_change`: under low load a replica becomes idle after every request, and few tasks wait for that.
     _idle: asyncio.Event | None = None
 
-    def put(self, replica: Replica, state: State, reason: str = "", since_seconds: float | None = None) -> None:
-        """Add a replica, or say that it is in another state; since now, or since when somebody else says."""
+    def source(self, name: str) -> "ReplicaSource":
+        """Return the handle through which a source writes; handles of the same name own the same replicas."""
+        return ReplicaSource(name, self)
+
+    def put(
+        self,
+        replica: Replica,
+        state: State,
+        reason: str = "",
+        since_seconds: float | None = None,
+        *,
+        source: str = DIRECT,
+    ) -> None:
+        """Add a replica, or change its description or state; ReplicaConflict if another source owns its id.
+
+        `since_seconds` is when the state began (monotonic), by default now. An identical entry keeps its time.
+        """
         known = self._entries.get(replica.id)
-        if known and (known.replica, known.state, known.reason) == (replica, state, reason):
-            return
+        if known is not None:
+            _check_owner(known, source)
+            if (known.replica, known.state, known.reason) == (replica, state, reason):
+                return
         since = self.clock() if since_seconds is None else since_seconds
-        self._entries[replica.id] = _Entry(replica, state, reason, since)
+        self._entries[replica.id] = _Entry(replica, source, state, reason, since)
         self._announce()
 
-    def move(self, replica_id: str, state: State, reason: str = "") -> None:
-        """Change the state of a replica that is there."""
-        self.put(self._entry(replica_id).replica, state, reason)
+    def move(self, replica_id: str, state: State, reason: str = "", *, source: str = DIRECT) -> None:
+        """Change a replica's state. Raises NoSuchReplica, or ReplicaConflict if another source owns it."""
+        self.put(self._entry(replica_id).replica, state, reason, source=source)
 
-    def remove(self, replica_id: str) -> None:
-        """Forget a replica."""
-        if self._entries.pop(replica_id, None):
+    def remove(self, replica_id: str, *, source: str = DIRECT) -> None:
+        """Remove a replica; no effect if it is not in the registry or another source owns it."""
+        entry = self._entries.get(replica_id)
+        if entry is not None and entry.source == source:
+            del self._entries[replica_id]
             self._announce()
 
     def snapshot(self) -> tuple[ReplicaStatus, ...]:
-        """Everything there is, as values; sorted by id."""
+        """All replicas as immutable values, sorted by id."""
         return tuple(self.status(replica_id) for replica_id in sorted(self._entries))
 
     def status(self, replica_id: str) -> ReplicaStatus:
-        """One replica; NoSuchReplica if it left."""
+        """One replica; NoSuchReplica if it is not in the registry."""
         entry = self._entry(replica_id)
         in_flight = self._in_flight.get(replica_id, 0)
-        return ReplicaStatus(entry.replica, entry.state, entry.reason, entry.since_seconds, in_flight)
+        return ReplicaStatus(entry.replica, entry.state, entry.reason, entry.since_seconds, in_flight, entry.source)
 
     @property
     def ready(self) -> Mapping[str, tuple[Replica, ...]]:
-        """The ready replicas of each variant, by id; the same mapping for ever, always true."""
+        """The ready replicas by variant, sorted by id; a live view, always the same mapping object."""
         return self._ready
 
     @property
     def in_flight(self) -> Mapping[str, int]:
-        """How many requests each replica answers for us, of those that answer any; always true, too."""
+        """The number of this process's requests in flight by replica id, without zeros; a live view, too."""
         return self._in_flight
 
-    @contextmanager
-    def lease(self, replica_id: str) -> Iterator[Replica]:
-        """Count one request on a replica while the block runs; NoSuchReplica if it left meanwhile."""
-        replica = self.take(replica_id)
-        try:
-            yield replica
-        finally:
-            self.give_back(replica_id)
-
     def take(self, replica_id: str) -> Replica:
-        """Count one request on a replica, which whoever takes it gives back; NoSuchReplica if it left meanwhile."""
+        """Count one more request in flight, until `give_back`; NoSuchReplica if the replica has left the registry."""
         replica = self._entry(replica_id).replica
         self._in_flight[replica_id] = self._in_flight.get(replica_id, 0) + 1
         return replica
 
     def give_back(self, replica_id: str) -> None:
-        """Count it down again."""
+        """Count one request less; must be called once per `take`, also after the replica has left the registry."""
         left = self._in_flight[replica_id] - 1
         if left:
             self._in_flight[replica_id] = left
@@ -98,7 +123,7 @@ class Registry:
 
     @contextmanager
     def observed(self, observer: Callable[[], None]) -> Iterator[None]:
-        """Call an observer within the step of every change while the block runs."""
+        """Call an observer synchronously at every change while the block runs."""
         self._observers.append(observer)
         try:
             yield
@@ -106,7 +131,7 @@ class Registry:
             self._observers.remove(observer)
 
     async def changed(self) -> None:
-        """Wait for the next change of a state."""
+        """Wait until a replica is added, changed or removed."""
         await self._change.wait()
 
     async def idle(self, replica_id: str) -> None:
@@ -133,3 +158,37 @@ class Registry:
             observer()
         waiting, self._change = self._change, asyncio.Event()
         waiting.set()
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSource:
+    """A writer of the registry: adds replicas, and changes and removes only those that it owns (table above)."""
+
+    name: str
+    _registry: Registry
+
+    def put(self, replica: Replica, state: State, reason: str = "", since_seconds: float | None = None) -> None:
+        """Add or change a replica; see `Registry.put`."""
+        self._registry.put(replica, state, reason, since_seconds, source=self.name)
+
+    def move(self, replica_id: str, state: State, reason: str = "") -> None:
+        """Change a replica's state; see `Registry.move`."""
+        self._registry.move(replica_id, state, reason, source=self.name)
+
+    def remove(self, replica_id: str) -> None:
+        """Remove a replica; see `Registry.remove`."""
+        self._registry.remove(replica_id, source=self.name)
+
+    def keep_only(self, replica_ids: Collection[str]) -> None:
+        """Remove the replicas of this source whose ids are not among `replica_ids`."""
+        for status in self._registry.snapshot():
+            if status.replica.id not in replica_ids:
+                self.remove(status.replica.id)
+
+
+def _check_owner(entry: _Entry, source: str) -> None:
+    if entry.source != source:
+        raise ReplicaConflict(
+            f"replica {entry.replica.id!r} belongs to the source {entry.source!r}, so the source {source!r} cannot "
+            f"add or change it; rename its variant in one of the two"
+        )

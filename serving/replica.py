@@ -12,6 +12,12 @@ from config.schema import ReplicaSettings
 from config.variant import Variant
 from serving.tls import Tls
 
+# Sources of registry entries (`Registry.source`).
+SUPERVISOR = "supervisor"  # runs on this machine, started by this process
+CONFIGURATION = "configuration"  # has a `url` in the configuration
+STATE_DATABASE = "state database"  # published by the supervisor of another process
+DIRECT = "direct"  # written without a handle, by tests and benchmarks
+
 
 class State(StrEnum):
     """Where a replica is in its life; only READY answers requests."""
@@ -71,13 +77,17 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStatus:
-    """A replica as the registry sees it at one moment; `since_seconds` is on the monotonic clock."""
+    """A replica's entry in the registry at one moment; `since_seconds` is on the monotonic clock.
+
+    `source` is the name of the only writer that may change the entry.
+    """
 
     replica: Replica
     state: State
     reason: str
     since_seconds: float
     in_flight: int
+    source: str = DIRECT
 
 
 @dataclass(frozen=True, slots=True)

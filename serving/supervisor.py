@@ -30,8 +30,8 @@ from serving.notebook import Note, Notebook
 from serving.preflight import refuse_fleet, refuse_hopeless
 from serving.probe import Probe
 from serving.process import Adopted, Child
-from serving.registry import Registry
-from serving.replica import Launch, Replica, State
+from serving.registry import Registry, ReplicaSource
+from serving.replica import SUPERVISOR, Launch, Replica, State
 from serving.rolling import Current, Replace, Retire, Start, Step, next_step
 from serving.state.rotation import Rotation, drained
 
@@ -68,10 +68,12 @@ class Supervisor:
     clock: Callable[[], float] = time.monotonic
     _kept: dict[str, _Kept] = field(default_factory=dict)
     _place: Birthplace = field(init=False)
+    _source: ReplicaSource = field(init=False)
     _updating: asyncio.Lock = field(default_factory=asyncio.Lock)
     _housekeeping: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
+        self._source = self.registry.source(SUPERVISOR)
         shared = (self.registry, self.machine, self.probe, self.notebook, self.log_folder)
         turns = asyncio.Semaphore(self.parallel_starts)
         self._place = Birthplace(*shared, turns, self.patience_seconds, self.adoption_seconds)
@@ -131,7 +133,7 @@ class Supervisor:
 
     def _begin(self, launch: Launch, note: Note | None = None) -> None:
         port = note.port if note else launch.port or 0
-        self.registry.put(planned(launch, port), State.STARTING, "waiting for its turn to start")
+        self._source.put(planned(launch, port), State.STARTING, "waiting for its turn to start")
         task = asyncio.create_task(self._keep(launch, note), name=f"replica {launch.replica_id}")
         self._kept[launch.replica_id] = _Kept(launch, task)
 
@@ -177,20 +179,20 @@ class Supervisor:
 
     async def _leave(self, replica_id: str) -> None:
         await self._retire(replica_id)
-        self.registry.remove(replica_id)
+        self._source.remove(replica_id)
 
     async def _retire(self, replica_id: str) -> None:
         """Out of rotation, then no request left or the deadline, then the end."""
         kept = self._kept[replica_id]
         kept.leaving = True
         if self.registry.status(replica_id).state is State.READY:
-            self.registry.move(replica_id, State.DRAINING, "asked to stop")
+            self._source.move(replica_id, State.DRAINING, "asked to stop")
             await self._drain(replica_id, kept.launch.settings.drain_seconds)
-        self.registry.move(replica_id, State.STOPPING, "asked to stop")
+        self._source.move(replica_id, State.STOPPING, "asked to stop")
         kept.task.cancel()
         await asyncio.gather(kept.task, return_exceptions=True)
         del self._kept[replica_id]
-        self.registry.move(replica_id, State.STOPPED, "asked to stop")
+        self._source.move(replica_id, State.STOPPED, "asked to stop")
 
     async def _drain(self, replica_id: str, limit_seconds: float) -> None:
         replica = self.registry.status(replica_id).replica
@@ -205,7 +207,7 @@ class Supervisor:
             try:
                 async with self._life(launch, note) as (child, replica):
                     failures, began = 0, self.clock()
-                    self.registry.put(replica, State.READY)
+                    self._source.put(replica, State.READY)
                     log.info("replica %s is ready at %s", replica.id, replica.url)
                     reason = await self._until_over(launch, child, replica)
                     if self._leaving(launch):
@@ -253,7 +255,7 @@ class Supervisor:
 
     def _failed(self, launch: Launch, reason: str, pause_seconds: float | None) -> None:
         plan = "given up" if pause_seconds is None else f"next start in {pause_seconds:g} s"
-        self.registry.move(launch.replica_id, State.FAILED, f"{reason}; {plan}")
+        self._source.move(launch.replica_id, State.FAILED, f"{reason}; {plan}")
         log.error("replica %s: %s; %s", launch.replica_id, reason, plan)
 
 

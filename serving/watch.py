@@ -1,6 +1,7 @@
-"""Follows the replicas that somebody else runs: ready while they are healthy, failed while they aren't.
+"""Polls external replicas (`url`) of the configuration: ready while they are healthy, failed otherwise.
 
-A floor is worth what stands behind the address: where the variant's directory is at hand, its golden prompt is asked.
+A quality floor holds only if the address serves the variant it should. If the variant's directory is available, its
+golden prompt is sent before the replica becomes ready.
 """
 
 import asyncio
@@ -11,102 +12,126 @@ from types import TracebackType
 from typing import Self
 
 from config.golden import GoldenAnswer
-from serving.errors import ProbeFailed
+from serving.errors import ProbeFailed, ReplicaConflict
 from serving.golden import mismatch
 from serving.probe import Probe
-from serving.registry import Registry
-from serving.replica import Replica, State
+from serving.registry import Registry, ReplicaSource
+from serving.replica import CONFIGURATION, Replica, State
 from serving.thinking import thinking_seen
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Poll:
+    """A replica as configured, and the task that polls it."""
+
+    replica: Replica
+    task: asyncio.Task[None]
+
+
 @dataclass(slots=True)
 class Watch:
-    """Polls foreign replicas while the `async with` block runs; keeps their entries in the registry true."""
+    """Polls external replicas while the `async with` block runs, and updates their entries in the registry.
+
+    `replicas` are those at the start. `goldens` are the expected answers by variant.
+    """
 
     replicas: tuple[Replica, ...]
     registry: Registry
     probe: Probe
     goldens: Mapping[str, GoldenAnswer] = field(default_factory=dict)
     every_seconds: float = 1.0
-    _refused: set[str] = field(default_factory=set)
-    _tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _source: ReplicaSource = field(init=False)
+    _rejected: set[str] = field(default_factory=set)
+    _polls: dict[str, _Poll] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._source = self.registry.source(CONFIGURATION)
 
     async def __aenter__(self) -> Self:
-        """Begin to poll every replica; none is ready before it has answered."""
-        self.add(self.replicas)
+        """Start polling every replica; none is ready before it has answered. Raises ReplicaConflict."""
+        try:
+            self.add(self.replicas)
+        except ReplicaConflict:
+            await self._stop()
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop polling."""
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        await self._stop()
 
     def add(self, replicas: tuple[Replica, ...]) -> None:
-        """Begin to poll those that are new, or at another address."""
-        known = {replica.id: replica for replica in self.replicas if replica.id in self._tasks}
+        """Start polling the replicas that are new or have changed.
+
+        Raises ReplicaConflict if another source owns an id; the replicas after it in the tuple are not added.
+        """
         for replica in replicas:
-            if known.get(replica.id) == replica:
+            poll = self._polls.get(replica.id)
+            if poll is not None and poll.replica == replica:
                 continue
-            if old := self._tasks.pop(replica.id, None):
-                old.cancel()
-            self.registry.put(replica, State.STARTING, "not reached yet")
-            self._tasks[replica.id] = asyncio.create_task(self._follow(replica), name=f"watch {replica.id}")
-        kept = tuple(each for each in self.replicas if each.id not in {replica.id for replica in replicas})
-        self.replicas = kept + replicas
+            self._source.put(replica, State.STARTING, "not reached yet")
+            self._rejected.discard(replica.id)
+            if poll is not None:
+                poll.task.cancel()
+            task = asyncio.create_task(self._poll_regularly(replica), name=f"watch {replica.id}")
+            self._polls[replica.id] = _Poll(replica, task)
 
     def keep_only(self, replicas: tuple[Replica, ...]) -> None:
-        """Forget all others."""
+        """Stop polling all others and remove them from the registry; replicas of other sources stay."""
         wanted = {replica.id for replica in replicas}
-        for replica in self.replicas:
-            if replica.id not in wanted:
-                self._tasks.pop(replica.id).cancel()
-                self.registry.remove(replica.id)
-        self.replicas = replicas
+        for replica_id in self._polls.keys() - wanted:
+            self._polls.pop(replica_id).task.cancel()
+        self._source.keep_only(wanted)
 
-    async def _follow(self, replica: Replica) -> None:
+    async def _stop(self) -> None:
+        tasks = [poll.task for poll in self._polls.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _poll_regularly(self, replica: Replica) -> None:
         while True:
-            await self._look(replica)
+            await self._poll(replica)
             await asyncio.sleep(self.every_seconds)
 
-    async def _look(self, replica: Replica) -> None:
+    async def _poll(self, replica: Replica) -> None:
         state = self.registry.status(replica.id).state
         if not await self.probe.healthy(replica.url, replica.tls):
             if state is not State.FAILED:
                 log.warning("replica %s at %s is not healthy", replica.id, replica.url)
-            self.registry.move(replica.id, State.FAILED, f"{replica.url} is not healthy")
-            self._refused.discard(replica.id)
-        elif state is not State.READY and replica.id not in self._refused:
-            await self._admit(replica)
+            self._source.move(replica.id, State.FAILED, f"{replica.url} is not healthy")
+            self._rejected.discard(replica.id)
+        elif state is not State.READY and replica.id not in self._rejected:
+            await self._verify(replica)
 
-    async def _admit(self, replica: Replica) -> None:
-        """Learn the name that it answers to; it may have come back as something else."""
+    async def _verify(self, replica: Replica) -> None:
+        """Read the served model's name, which may have changed, and check the golden prompt; then it is ready."""
         try:
             served = await self.probe.served_model(replica)
         except ProbeFailed as error:
-            self.registry.move(replica.id, State.FAILED, str(error))
+            self._source.move(replica.id, State.FAILED, str(error))
             return
         seen = replace(replica, served_name=served.name, max_model_len_tokens=served.max_model_len_tokens)
-        if wrong := await self._wrong(seen):
-            # Until it has been away: it won't be another one before.
-            self._refused.add(replica.id)
-            log.error("replica %s at %s is not %s: %s", replica.id, replica.url, replica.variant, wrong)
-            self.registry.move(replica.id, State.FAILED, f"is not {replica.variant}: golden prompt {wrong}")
+        if reason := await self._golden_mismatch(seen):
+            # Not checked again until it was unhealthy: only a restart can change the model.
+            self._rejected.add(replica.id)
+            log.error("replica %s at %s is not %s: %s", replica.id, replica.url, replica.variant, reason)
+            self._source.move(replica.id, State.FAILED, f"is not {replica.variant}: golden prompt {reason}")
             return
-        self.registry.put(await thinking_seen(self.probe, seen), State.READY)
+        self._source.put(await thinking_seen(self.probe, seen), State.READY)
         log.info("replica %s at %s is ready", replica.id, replica.url)
 
-    async def _wrong(self, replica: Replica) -> str | None:
-        """Say why this can't be its variant; None too where there is no record, or an engine that can't be asked."""
+    async def _golden_mismatch(self, replica: Replica) -> str | None:
+        """Say how the golden answer differs; None if it matches, is not recorded, or the engine cannot provide it."""
         golden = self.goldens.get(replica.variant)
         if golden is None:
             return None
         try:
             return mismatch(await self.probe.prompt_logprobs(replica, golden.ids), golden)
         except ProbeFailed as error:
-            log.info("replica %s can't be asked the golden prompt: %s", replica.id, error)
+            log.info("replica %s does not support the golden prompt check: %s", replica.id, error)
             return None

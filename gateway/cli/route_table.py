@@ -1,4 +1,4 @@
-"""Lay out an explained decision as tables."""
+"""Prints the explanation of a routing decision as tables."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,13 @@ from gateway.routing.explain import Explanation, ReplicaExplanation, RungExplana
 from serving.ps import duration
 
 TERMS = ("queue", "ahead", "kv", "reading", "cached", "answering", "total")
-WIDE = 1000
-RIGHT = frozenset({"#", "wait", "goes down", "requests", *TERMS})
+PIPE_WIDTH = 1000  # characters; for output that is piped to grep or less
+RIGHT_ALIGNED = frozenset({"#", "wait", "goes down", "requests", *TERMS})
 
 
 def show(explanation: Explanation, when: str) -> None:
-    """Print an explanation; without a terminal nothing is cut or wrapped, so that grep can read it."""
-    out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDE)
+    """Print an explanation; `when` says when it was recorded. Lines are only wrapped on a terminal."""
+    out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
     with out.capture() as captured:
         out.print(_headline(explanation), style="bold")
         out.print(f"  {explanation.because}")
@@ -46,18 +46,18 @@ def _tables(explanation: Explanation) -> Iterable[tuple[str, Table]]:
     replicas = ("#", "replica", "variant", "requests", *TERMS, "why not")
     yield (
         "replicas in the order of attempts, cost in seconds",
-        _table(replicas, map(_cells, explanation.candidates)),
+        _table(replicas, map(_candidate_cells, explanation.candidates)),
     )
-    refused = [(each.variant, each.precision, each.why) for each in explanation.refused]
-    yield "variants that may not answer", _table(("variant", "precision", "why"), refused)
-    absent = [(each.id, each.variant, each.state, each.reason) for each in explanation.absent]
+    excluded = [(variant.variant, variant.precision, variant.why) for variant in explanation.refused]
+    yield "variants that may not answer", _table(("variant", "precision", "why"), excluded)
+    absent = [(replica.id, replica.variant, replica.state, replica.reason) for replica in explanation.absent]
     yield "replicas that are not ready", _table(("replica", "variant", "state", "reason"), absent)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in columns:
-        table.add_column(column, justify="right" if column in RIGHT else "left")
+        table.add_column(column, justify="right" if column in RIGHT_ALIGNED else "left")
     for row in rows:
         table.add_row(*row)
     return table
@@ -75,7 +75,7 @@ def _rung_cells(rung: RungExplanation) -> tuple[str, ...]:
     )
 
 
-def _cells(candidate: ReplicaExplanation) -> tuple[str, ...]:
+def _candidate_cells(candidate: ReplicaExplanation) -> tuple[str, ...]:
     terms = candidate.terms
     seconds = ["-" if terms is None else f"{getattr(terms, name):.3f}" for name in TERMS]
     notes = [candidate.why_not, "no recent poll" if candidate.stale else ""]

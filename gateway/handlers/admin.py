@@ -56,6 +56,7 @@ def admin_app(context: AdminContext) -> FastAPI:
                 "variant": status.replica.variant,
                 "precision": status.replica.precision,
                 "url": status.replica.url,
+                "source": status.source,
                 "state": status.state,
                 "reason": status.reason,
                 "in_flight": status.in_flight,

@@ -1,5 +1,5 @@
-"""Pure decisions: which variants may answer, which replica does. No I/O and no clock of their own.
+"""Routing decisions as pure functions: which variants may answer, and which replica does. No I/O, no clock.
 
-The values of a decision are `gc=False`: none can refer back to itself, and a thousand decisions are kept, which the
-garbage collector would look through again and again.
+The values of a decision are msgspec structs with `gc=False`: they have no reference cycles, and the garbage collector
+does not traverse the thousand decisions that are kept.
 """

@@ -1,9 +1,22 @@
-"""Which replicas fail: a circuit breaker for each, and whom of a variant's replicas a request may go to.
+"""A circuit breaker for each replica, and the replicas of a variant that may receive a request.
 
-    closed --(failures in a row, or half of the recent answers)--> open --(its time is up)--> half_open
-    half_open --(failed)--> open, twice as long        open | half_open --(succeeded)--> closed
+=========  =======================================================  =========
+state      event                                                    next
+=========  =======================================================  =========
+closed     failure number `consecutive_failures` in a row           open
+closed     `failure_ratio` of at least `min_results` results fail   open
+open       `open_seconds` have passed                               half_open
+open       a success                                                closed
+half_open  a success                                                closed
+half_open  a failure                                                open
+=========  =======================================================  =========
 
-A refusal for want of room (429, 503) is no failure: see gateway.routing.shedding. Times are on the monotonic clock.
+A half-open breaker admits one request at a time, the probe. The next one is admitted if the probe is abandoned, or
+after `probe_seconds`. `open_seconds` doubles with each opening, from `first_open_seconds` to `max_open_seconds`, and
+starts anew after `memory_seconds` without a failure in the closed state. A failure does not extend the time of an open
+breaker. Results of requests that were sent before the breaker opened are ignored.
+
+Overload (429, 503) is not a failure: see gateway.routing.overload. Times are on the monotonic clock.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,19 +34,19 @@ BreakerState = Literal["closed", "open", "half_open"]
 class BreakerPolicy:
     """When a breaker opens, and for how long."""
 
-    failures_in_a_row: int = 3
-    failed_share: float = 0.5
-    least_results: int = 10
-    # Results are counted in two buckets, so that they're remembered for one to two times as long.
+    consecutive_failures: int = 3
+    failure_ratio: float = 0.5  # of at least `min_results`
+    min_results: int = 10
+    # The current bucket and the one before are counted: a result counts for one to two times this long.
     bucket_seconds: float = 15
     first_open_seconds: float = 1
-    longest_open_seconds: float = 30
-    # A probe that has neither ended nor been abandoned by then counts for lost.
+    max_open_seconds: float = 30
+    # After this time, a probe that has neither ended nor been abandoned is lost.
     probe_seconds: float = 30
 
     @property
     def memory_seconds(self) -> float:
-        """How long a failure, or an opening, is held against a replica."""
+        """How long failures and the last opening count."""
         return 2 * self.bucket_seconds
 
 
@@ -41,7 +54,7 @@ DEFAULT_POLICY = BreakerPolicy()
 
 
 class Tally(msgspec.Struct, frozen=True, gc=False):
-    """Results in the current bucket of time and in the one before."""
+    """Successes and failures in the current time bucket and in the one before."""
 
     bucket: int = 0
     good: int = 0
@@ -50,7 +63,7 @@ class Tally(msgspec.Struct, frozen=True, gc=False):
     bad_before: int = 0
 
     def at(self, bucket: int) -> "Tally":
-        """Turn to a later bucket; what is older than the one before it is forgotten."""
+        """Advance to a later bucket; results older than the bucket before it are dropped."""
         if bucket <= self.bucket:
             return self
         if bucket == self.bucket + 1:
@@ -63,56 +76,62 @@ class Tally(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def failures(self) -> int:
-        """Failures remembered."""
+        """Failures in both buckets."""
         return self.bad + self.bad_before
 
     @property
     def results(self) -> int:
-        """Results remembered."""
+        """Successes and failures in both buckets."""
         return self.good + self.good_before + self.failures
 
 
 class Breaker(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
-    """What is held against one replica; HEALTHY is nothing at all."""
+    """The breaker of one replica; HEALTHY is one without any failure that counts.
+
+    The fields are part of the routing snapshot (`/admin/routing`).
+    """
 
     tripped: bool = False
     failures_in_a_row: int = 0
     tally: Tally = Tally()
     failed_at: float = -inf
-    # From then on, a success wipes the slate clean.
+    # A success from this time on resets the breaker to HEALTHY.
     spotless_at: float = -inf
-    # The latest opening; both outlive it, so that a replica that opens again soon stays out for longer.
+    # The latest opening. Kept after closing, so that a breaker that soon opens again stays open for longer.
     opened_at: float = -inf
     open_seconds: float = 0
     probe_until: float = -inf
 
     def state(self, now: float) -> BreakerState:
-        """Say whether requests pass (closed), none does (open) or one at a time may find out (half_open)."""
+        """The state: closed admits all requests, open none, half_open one at a time as a probe."""
         if not self.tripped:
             return "closed"
         return "open" if now < self.opened_at + self.open_seconds else "half_open"
 
     def admits(self, now: float) -> bool:
-        """Tell whether a request may go to this replica: the breaker is closed, or a probe is due."""
+        """Whether a request may be sent to the replica: the breaker is closed, or a probe is due."""
         return not self.tripped or now >= max(self.opened_at + self.open_seconds, self.probe_until)
 
     def badness(self, now: float, policy: BreakerPolicy = DEFAULT_POLICY) -> tuple[int, float]:
-        """Sort the least bad first: fewest failures, recent or without a success since; then the longest ago."""
+        """Sort key: the number of failures, recent or consecutive, then the time of the last one. Lower is better."""
         recent = self.tally.at(_bucket(now, policy)).failures
         return max(recent, self.failures_in_a_row), self.failed_at
 
 
-# Of a replica that has done nothing wrong for a while; nobody needs to keep it.
+# Shared by all replicas without failures: owners need not store it.
 HEALTHY = Breaker()
 
 
 def failed(breaker: Breaker, now: float, *, asked_at: float = inf, policy: BreakerPolicy = DEFAULT_POLICY) -> Breaker:
-    """Count a failure; what was asked before the latest opening is part of what opened it, and says nothing new."""
+    """Count a failure of a request sent at `asked_at`.
+
+    A request that was sent before the latest opening belongs to the failures that opened the breaker: it is ignored.
+    """
     if asked_at < breaker.opened_at:
         return breaker
     if not breaker.tripped and now >= breaker.spotless_at:
         breaker = HEALTHY
-    noted = replace(
+    updated = replace(
         breaker,
         failures_in_a_row=breaker.failures_in_a_row + 1,
         tally=breaker.tally.at(_bucket(now, policy)).plus(good=0, bad=1),
@@ -120,15 +139,15 @@ def failed(breaker: Breaker, now: float, *, asked_at: float = inf, policy: Break
         spotless_at=now + policy.memory_seconds,
     )
     state = breaker.state(now)
-    if state == "half_open" or (state == "closed" and _too_many(noted, policy)):
-        return _opened(noted, now, policy)
-    return noted
+    if state == "half_open" or (state == "closed" and _exceeds_limits(updated, policy)):
+        return _opened(updated, now, policy)
+    return updated
 
 
 def succeeded(
     breaker: Breaker, now: float, *, asked_at: float = inf, policy: BreakerPolicy = DEFAULT_POLICY
 ) -> Breaker:
-    """Count a success, which closes; the breaker of a healthy replica comes back as it is."""
+    """Count a success of a request sent at `asked_at`, which closes the breaker. HEALTHY is returned as it is."""
     if breaker is HEALTHY or asked_at < breaker.opened_at:
         return breaker
     if breaker.tripped:
@@ -145,52 +164,55 @@ def succeeded(
 
 
 def probing(breaker: Breaker, now: float, *, policy: BreakerPolicy = DEFAULT_POLICY) -> Breaker:
-    """Note that a request goes out as the probe of a half-open breaker; any other stays as it is."""
+    """Mark the request that is being sent as the probe, if the breaker is half-open and admits one."""
     if not breaker.tripped or not breaker.admits(now):
         return breaker
     return replace(breaker, probe_until=now + policy.probe_seconds)
 
 
 def abandoned(breaker: Breaker) -> Breaker:
-    """Let the next request be the probe: the client of this one left before it showed anything."""
+    """Make the next request the probe: the client of this one disconnected before there was a result."""
     return breaker if breaker.probe_until == -inf else replace(breaker, probe_until=-inf)
 
 
 class Admitted(NamedTuple):
-    """Replicas that may be asked; those of the last resort come after the first of every permitted rung."""
+    """Replicas that may receive a request; `last_resort` is used after `first` of every permitted rung."""
 
     first: Sequence[str]
     last_resort: Sequence[str]
 
 
 def admissible(replicas: Sequence[str], breakers: Mapping[str, Breaker], now: float) -> Admitted:
-    """Bar the failing ones of a variant's ready replicas, at most half; the least bad above that are a last resort."""
+    """Eject failing replicas of a variant, at most half of the ready ones; the best of the others are a last resort.
+
+    Compare `max_ejection_percent` of Envoy's outlier detection.
+    """
     if not breakers:
         return Admitted(replicas, ())
     first: list[str] = []
-    barred: list[str] = []
+    ejected: list[str] = []
     for replica in replicas:
-        (first if breakers.get(replica, HEALTHY).admits(now) else barred).append(replica)
-    too_many = len(barred) - len(replicas) // 2
-    if too_many <= 0:
+        (first if breakers.get(replica, HEALTHY).admits(now) else ejected).append(replica)
+    excess = len(ejected) - len(replicas) // 2
+    if excess <= 0:
         return Admitted(first, ())
-    barred.sort(key=lambda replica: breakers[replica].badness(now))
-    return Admitted(first, barred[:too_many])
+    ejected.sort(key=lambda replica: breakers[replica].badness(now))
+    return Admitted(first, ejected[:excess])
 
 
-def _too_many(breaker: Breaker, policy: BreakerPolicy) -> bool:
-    """Tell whether a closed breaker has seen enough."""
+def _exceeds_limits(breaker: Breaker, policy: BreakerPolicy) -> bool:
+    """Whether a closed breaker must open."""
     tally = breaker.tally
-    half = tally.results >= policy.least_results and tally.failures >= policy.failed_share * tally.results
-    return half or breaker.failures_in_a_row >= policy.failures_in_a_row
+    ratio_exceeded = tally.results >= policy.min_results and tally.failures >= policy.failure_ratio * tally.results
+    return ratio_exceeded or breaker.failures_in_a_row >= policy.consecutive_failures
 
 
 def _opened(breaker: Breaker, now: float, policy: BreakerPolicy) -> Breaker:
-    """Open, for twice as long as the last time."""
-    seconds = min(max(policy.first_open_seconds, 2 * breaker.open_seconds), policy.longest_open_seconds)
+    """Open the breaker for twice as long as the last time, within the limits of the policy."""
+    seconds = min(max(policy.first_open_seconds, 2 * breaker.open_seconds), policy.max_open_seconds)
     return replace(breaker, tripped=True, opened_at=now, open_seconds=seconds, probe_until=-inf)
 
 
 def _bucket(now: float, policy: BreakerPolicy) -> int:
-    """Number the bucket of time that results count into."""
+    """The number of the time bucket at `now`."""
     return int(now // policy.bucket_seconds)

@@ -1,4 +1,4 @@
-"""What a replica's engine says of its own load."""
+"""The load that the engine of a replica reports on its metrics page."""
 
 import re
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from math import isfinite
 
 import msgspec
 
-# Names of vLLM 0.32 (vllm/v1/metrics/loggers.py); whatever of these is not on a page is an alarm.
+# Names of vLLM 0.32 (vllm/v1/metrics/loggers.py). A page without one of them is reported as incomplete.
 RUNNING = "vllm:num_requests_running"
 WAITING = "vllm:num_requests_waiting"
 KV_USAGE = "vllm:kv_cache_usage_perc"
@@ -16,7 +16,7 @@ WANTED = (RUNNING, WAITING, KV_USAGE, READ_TOKENS, GENERATED_TOKENS)
 CACHE_INFO = b"vllm:cache_config_info"
 _WANTED_BYTES = tuple(name.encode() for name in WANTED)
 
-# A line behind its metric's name, in Prometheus' text format 0.0.4: labels, and the value if that is a number.
+# The rest of a line after the metric name, in Prometheus' text format 0.0.4: (1) the labels, (2) the value.
 _SAMPLE = re.compile(rb'(?:\{((?:[^"}\n]++|"(?:[^"\\\n]++|\\.)*+")*+)\})?[ \t]++([0-9.eE+-]++)(?=\s|\Z)[^\n]*+')
 _KV_TOKENS = re.compile(rb'(?<![^,\s])kv_cache_size_tokens="(\d{1,18})"')
 _KV_BLOCKS = re.compile(rb'(?<![^,\s])num_gpu_blocks="(\d{1,9})"')
@@ -24,9 +24,10 @@ _BLOCK_TOKENS = re.compile(rb'(?<![^,\s])block_size="(\d{1,9})"')
 
 
 class EngineMetrics(msgspec.Struct, frozen=True, gc=False):
-    """One look at an engine's metrics; what is None wasn't there, which is never the same as zero.
+    """The values of one metrics page; None means missing or invalid, not zero.
 
-    `at_seconds` is on the monotonic clock. The two counters only grow, until the engine starts anew.
+    `at_seconds` is when it was read (monotonic). `running` and `waiting` are requests, `kv_usage` is from 0 to 1.
+    `read_tokens` (prompts) and `generated_tokens` are counters, which restart with the engine.
     """
 
     at_seconds: float
@@ -39,15 +40,16 @@ class EngineMetrics(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def tells_load(self) -> bool:
-        """Tell whether this says how many requests the engine has."""
+        """Whether the number of requests in the engine is known."""
         return self.running is not None and self.waiting is not None
 
 
 class PollResult(msgspec.Struct, frozen=True, gc=False):
-    """What polls have shown of a replica so far.
+    """The state of polling one replica.
 
-    `poll` is the last page; None while nobody answers. `missing` is what that page lacked, and is kept without an
-    answer; None until a page was read. `polled_at` is when the last poll began that told the load (monotonic).
+    `poll` is the last page; None if the last poll failed. `missing` are the metrics that the last page lacked; None
+    until a page was read. `polled_at` is when the last poll that reported the load began (monotonic). Both are kept
+    when a poll fails.
     """
 
     poll: EngineMetrics | None = None
@@ -56,35 +58,36 @@ class PollResult(msgspec.Struct, frozen=True, gc=False):
     answers: bool = True
 
     def unanswered(self) -> "PollResult":
-        """What is known after a poll that failed."""
+        """The state after a failed poll."""
         return PollResult(None, self.polled_at, self.missing, answers=False)
 
 
 def parse_metrics(page: bytes, at_seconds: float) -> tuple[EngineMetrics, frozenset[str]]:
-    """Read a page of metrics, and name those of WANTED that it lacks.
+    """Parse a metrics page, and return the names of WANTED that it lacks.
 
-    Several engines (data parallel) are added up, their KV usage is averaged. If one of them gives no number, the metric
-    is missing: a part of the load would pass for all of it.
+    The values of several engines (data parallel) are added; KV usage is averaged. If the value of one engine is
+    invalid, the metric is missing: the sum of the others would be too small.
     """
     lines = b"\n" + page
-    found = [_numbers(lines, name) for name in _WANTED_BYTES]
-    running, waiting, kv_usage, read_tokens, generated_tokens = map(_total, found)
+    values = [_numbers(lines, name) for name in _WANTED_BYTES]
+    running, waiting, kv_usage, read_tokens, generated_tokens = map(_total, values)
     if kv_usage is not None:
-        kv_usage /= len(found[2])
+        kv_usage /= len(values[2])
     poll = EngineMetrics(
         at_seconds, running, waiting, kv_usage, _kv_capacity_tokens(lines), read_tokens, generated_tokens
     )
-    told = zip(WANTED, (running, waiting, kv_usage, read_tokens, generated_tokens), strict=True)
-    return poll, frozenset([name for name, value in told if value is None])
+    totals = zip(WANTED, (running, waiting, kv_usage, read_tokens, generated_tokens), strict=True)
+    return poll, frozenset([name for name, total in totals if total is None])
 
 
 def _total(numbers: list[float]) -> float | None:
+    """The sum; None if there is no number, or the sum is not finite."""
     total = sum(numbers)
     return total if numbers and isfinite(total) else None
 
 
 def _numbers(lines: bytes, name: bytes) -> list[float]:
-    """What a metric's lines say; nothing if one of them says no number that can be."""
+    """The values of a metric, one per engine; empty if one of them is invalid or negative."""
     numbers = []
     for sample in _samples(lines, name):
         try:
@@ -98,6 +101,7 @@ def _numbers(lines: bytes, name: bytes) -> list[float]:
 
 
 def _kv_capacity_tokens(lines: bytes) -> int | None:
+    """The KV cache size of all engines together; None if one does not report it."""
     total = 0
     for sample in _samples(lines, CACHE_INFO):
         labels = sample[1] if sample else None
@@ -109,21 +113,21 @@ def _kv_capacity_tokens(lines: bytes) -> int | None:
 
 
 def _capacity_in(labels: bytes) -> int:
-    """Read the KV cache's size from an engine's labels; 0 if they don't tell."""
-    if told := _KV_TOKENS.search(labels):
-        return int(told[1])
+    """The KV cache size in the labels of one engine, in tokens; 0 if it is not there."""
+    if size := _KV_TOKENS.search(labels):
+        return int(size[1])
     blocks, block = _KV_BLOCKS.search(labels), _BLOCK_TOKENS.search(labels)
     return int(blocks[1]) * int(block[1]) if blocks and block else 0
 
 
 def _samples(lines: bytes, name: bytes) -> Iterator[re.Match[bytes] | None]:
-    """Give the lines of a metric, which the format wants in one group; None for one that can't be read."""
-    # Searched for with what stands behind it: other names begin with this one.
+    """Yield the lines of a metric, which the format requires to be one group; None for an invalid line."""
+    # Include the character after the name: other metric names begin with this one.
     starts = (b"\n" + name + b"{", b"\n" + name + b" ")
-    at = lines.find(starts[0])
-    if at < 0:
-        at = lines.find(starts[1])
-    while at >= 0 and lines.startswith(starts, at):
-        sample = _SAMPLE.match(lines, at + 1 + len(name))
+    position = lines.find(starts[0])
+    if position < 0:
+        position = lines.find(starts[1])
+    while position >= 0 and lines.startswith(starts, position):
+        sample = _SAMPLE.match(lines, position + 1 + len(name))
         yield sample
-        at = sample.end() if sample else -1
+        position = sample.end() if sample else -1

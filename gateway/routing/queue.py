@@ -1,7 +1,7 @@
-"""Who waits for a replica, and whose turn it is: fair between keys, first come, first served within a key.
+"""Queues of requests that wait for a replica: keys take turns; within a key, first come, first served.
 
-Each structure has one owner, which also wakes, refuses and times out: nothing here does. Deadlines are on the
-monotonic clock. A ticket is anything hashable that stands for one waiting request.
+A waiter is any hashable object that stands for one waiting request. Nothing here wakes, rejects or times out a waiter:
+the owner of the queues does. Deadlines are on the monotonic clock.
 """
 
 from collections import OrderedDict
@@ -14,267 +14,270 @@ T = TypeVar("T", bound=Hashable)
 N = TypeVar("N", bound=Hashable)
 
 
-class Deadlines(Generic[T]):
-    """Tickets by the time at which they give up."""
+class DeadlineHeap(Generic[T]):
+    """Waiters by deadline: a heap in which removed entries stay until they surface or become the majority."""
 
     def __init__(self) -> None:
-        # A ticket's number tells its entry in the heap from one that it left there earlier.
+        # The number of a waiter's valid entry; entries with other numbers were removed.
         self._numbers: dict[T, int] = {}
         self._heap: list[tuple[float, int, T]] = []
         self._next_number = 0
 
-    def add(self, ticket: T, deadline_seconds: float) -> None:
-        """Watch a ticket."""
+    def add(self, waiter: T, deadline_seconds: float) -> None:
+        """Add a waiter, which must not be in the heap."""
         number = self._next_number = self._next_number + 1
-        self._numbers[ticket] = number
-        heappush(self._heap, (deadline_seconds, number, ticket))
+        self._numbers[waiter] = number
+        heappush(self._heap, (deadline_seconds, number, waiter))
 
-    def drop(self, ticket: T) -> None:
-        """Stop watching a ticket; its entry goes when it is due, or when such entries are the most."""
-        del self._numbers[ticket]
+    def drop(self, waiter: T) -> None:
+        """Remove a waiter; KeyError if it is not in the heap."""
+        del self._numbers[waiter]
         if len(self._heap) > 2 * len(self._numbers) + 16:
             self._heap = [entry for entry in self._heap if self._numbers.get(entry[2]) == entry[1]]
             heapify(self._heap)
 
     def soonest(self) -> float | None:
-        """When the next ticket gives up; None if none is watched."""
+        """The earliest deadline; None if the heap is empty."""
         while self._heap:
-            deadline_seconds, number, ticket = self._heap[0]
-            if self._numbers.get(ticket) == number:
+            deadline_seconds, number, waiter = self._heap[0]
+            if self._numbers.get(waiter) == number:
                 return deadline_seconds
             heappop(self._heap)
         return None
 
     def due(self, now: float) -> T | None:
-        """Return a ticket whose time is up, the most overdue one, without dropping it."""
+        """Return the waiter with the earliest deadline if that has passed, without removing it."""
         soonest = self.soonest()
         return self._heap[0][2] if soonest is not None and soonest <= now else None
 
 
 class FairQueue(Generic[T]):
-    """The waiting line of one alias and the rungs that may answer."""
+    """The queue of one alias and the rungs that may answer."""
 
     def __init__(self) -> None:
-        # Keys by turn; of each, its tickets by age. A key without tickets is forgotten.
+        # Keys in the order of their turns, each with its waiters by age. A key without waiters is removed.
         self._keys: OrderedDict[str, OrderedDict[T, None]] = OrderedDict()
         self._key_of: dict[T, str] = {}
-        self._deadlines: Deadlines[T] = Deadlines()
+        self._deadlines: DeadlineHeap[T] = DeadlineHeap()
 
     def __len__(self) -> int:
         return len(self._key_of)
 
-    def __contains__(self, ticket: object) -> bool:
-        return ticket in self._key_of
+    def __contains__(self, waiter: object) -> bool:
+        return waiter in self._key_of
 
-    def join(self, key: str, ticket: T, deadline_seconds: float) -> None:
-        """Stand in line, behind the key's own; a key that is new here has its turn last."""
-        assert ticket not in self._key_of, "a ticket that waits already"
-        self._keys.setdefault(key, OrderedDict())[ticket] = None
-        self._key_of[ticket] = key
-        self._deadlines.add(ticket, deadline_seconds)
+    def join(self, key: str, waiter: T, deadline_seconds: float) -> None:
+        """Add a waiter behind the others of its key. The turn of a new key is last."""
+        assert waiter not in self._key_of, "the waiter is already in this queue"
+        self._keys.setdefault(key, OrderedDict())[waiter] = None
+        self._key_of[waiter] = key
+        self._deadlines.add(waiter, deadline_seconds)
 
-    def leave(self, ticket: T) -> None:
-        """Take a ticket out wherever it stands; one that doesn't wait is no matter."""
-        key = self._key_of.pop(ticket, None)
+    def leave(self, waiter: T) -> None:
+        """Remove a waiter; no effect if it is not in the queue."""
+        key = self._key_of.pop(waiter, None)
         if key is None:
             return
-        own = self._keys[key]
-        del own[ticket]
-        if not own:
+        waiters = self._keys[key]
+        del waiters[waiter]
+        if not waiters:
             del self._keys[key]
-        self._deadlines.drop(ticket)
+        self._deadlines.drop(waiter)
 
     def next(self) -> T | None:
-        """Take out the oldest ticket of the key whose turn it is; None if nobody waits."""
+        """Remove and return the oldest waiter of the key whose turn it is; None if the queue is empty."""
         if not self._keys:
             return None
-        key, own = next(iter(self._keys.items()))
-        ticket = next(iter(own))
+        key, waiters = next(iter(self._keys.items()))
+        waiter = next(iter(waiters))
         self._keys.move_to_end(key)
-        self.leave(ticket)
-        return ticket
+        self.leave(waiter)
+        return waiter
 
     def ahead(self, key: str) -> int:
-        """How many will be served before a ticket that the key adds now, at most, if nobody else joins."""
-        held = self.held(key)
-        return min((held + 1) * self.keys_with(key) - 1, len(self))
+        """The maximum number of waiters served before one that the key adds now, if no other one joins."""
+        return min((self.count(key) + 1) * self.keys_with(key) - 1, len(self))
 
-    def held(self, key: str) -> int:
-        """How many of the key's tickets wait."""
+    def count(self, key: str) -> int:
+        """The number of waiters of a key."""
         return len(self._keys.get(key, ()))
 
     def keys_with(self, key: str) -> int:
-        """How many keys wait, this one included."""
+        """The number of keys that have waiters, counting this one in any case."""
         return len(self._keys) + (key not in self._keys)
 
-    def newest_of_greediest(self) -> T:
-        """Return the last to join of the key that holds the most; somebody must wait."""
-        greediest = max(self._keys, key=self.held)
-        return next(reversed(self._keys[greediest]))
+    def newest_of_largest(self) -> T:
+        """Return the newest waiter of the key with the most waiters; the queue must not be empty."""
+        largest = max(self._keys, key=self.count)
+        return next(reversed(self._keys[largest]))
 
     def expired(self, now: float) -> list[T]:
-        """Take out the tickets whose time is up, the most overdue first."""
-        gone = []
-        while (ticket := self._deadlines.due(now)) is not None:
-            self.leave(ticket)
-            gone.append(ticket)
-        return gone
+        """Remove and return the waiters whose deadline has passed, the earliest first."""
+        expired = []
+        while (waiter := self._deadlines.due(now)) is not None:
+            self.leave(waiter)
+            expired.append(waiter)
+        return expired
 
     def soonest_deadline(self) -> float | None:
-        """When the next ticket gives up; None if nobody waits."""
+        """The earliest deadline; None if the queue is empty."""
         return self._deadlines.soonest()
 
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """How many requests may wait in one line and in all, and how many bytes their bodies may take."""
+    """The maximum number of waiters per queue and in all queues, and of bytes of their request bodies."""
 
-    most_in_line: int = 1000
-    most: int = 4000
-    most_bytes: int = 256 * 2**20
+    max_per_queue: int = 1000
+    max_waiters: int = 4000
+    max_bytes: int = 256 * 2**20
 
 
 @dataclass(slots=True)
-class _Held(Generic[T]):
-    """What one key has waiting, in all lines; tickets by age."""
+class _KeyUsage(Generic[T]):
+    """The waiters of one key in all queues, by age, and the bytes of their bodies."""
 
-    tickets: dict[T, None] = field(default_factory=dict)
+    waiters: dict[T, None] = field(default_factory=dict)
     bytes: int = 0
 
 
 class Queues(Generic[N, T]):
-    """Waiting lines by name, and what each key holds in them."""
+    """Queues by name with common limits.
 
-    def __init__(self, bounds: QueueLimits) -> None:
-        self._bounds = bounds
-        # Lines by turn; one in which nobody waits is forgotten.
-        self._lines: OrderedDict[N, FairQueue[T]] = OrderedDict()
-        self._held: dict[str, _Held[T]] = {}
-        self._places: dict[T, tuple[N, str, int]] = {}
+    When a limit is reached, a key that is below its equal share of it evicts the newest waiters of the keys that use
+    the most; other keys are rejected.
+    """
+
+    def __init__(self, limits: QueueLimits) -> None:
+        self._limits = limits
+        # Queues in the order of their turns. An empty queue is removed.
+        self._queues: OrderedDict[N, FairQueue[T]] = OrderedDict()
+        self._usage: dict[str, _KeyUsage[T]] = {}
+        self._entries: dict[T, tuple[N, str, int]] = {}  # queue, key and body bytes of each waiter
         self._bytes = 0
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._entries)
 
-    def __contains__(self, ticket: object) -> bool:
-        return ticket in self._places
+    def __contains__(self, waiter: object) -> bool:
+        return waiter in self._entries
 
     def __iter__(self) -> Iterator[T]:
-        """Every ticket that waits."""
-        return iter(tuple(self._places))
+        """All waiters; queues may be changed meanwhile."""
+        return iter(tuple(self._entries))
 
     @property
     def waiting_bytes(self) -> int:
-        """What the bodies that wait take."""
+        """The bytes of the request bodies of all waiters."""
         return self._bytes
 
     def waiting(self, name: N) -> int:
-        """How many wait in one line."""
-        line = self._lines.get(name)
-        return 0 if line is None else len(line)
+        """The number of waiters in one queue."""
+        queue = self._queues.get(name)
+        return 0 if queue is None else len(queue)
 
     def ahead(self, name: N, key: str) -> int:
-        """How many of this line will be served before a ticket that the key adds now, at most."""
-        line = self._lines.get(name)
-        return 0 if line is None else line.ahead(key)
+        """The maximum number of waiters of this queue served before one that the key adds now."""
+        queue = self._queues.get(name)
+        return 0 if queue is None else queue.ahead(key)
 
-    def join(self, name: N, key: str, ticket: T, deadline_seconds: float, body_bytes: int) -> list[T] | None:
-        """Stand in line; None is a refusal, a list are the tickets pushed out, which the caller refuses instead."""
+    def join(self, name: N, key: str, waiter: T, deadline_seconds: float, body_bytes: int) -> list[T] | None:
+        """Add a waiter to a queue; returns the evicted waiters, which the caller rejects, or None if it is rejected."""
         if self._beyond_share(name, key, body_bytes):
             return None
-        pushed_out = self._make_room(name, body_bytes)
-        self._lines.setdefault(name, FairQueue()).join(key, ticket, deadline_seconds)
-        held = self._held.setdefault(key, _Held())
-        held.tickets[ticket] = None
-        held.bytes += body_bytes
-        self._places[ticket] = name, key, body_bytes
+        evicted = self._make_room(name, body_bytes)
+        self._queues.setdefault(name, FairQueue()).join(key, waiter, deadline_seconds)
+        usage = self._usage.setdefault(key, _KeyUsage())
+        usage.waiters[waiter] = None
+        usage.bytes += body_bytes
+        self._entries[waiter] = name, key, body_bytes
         self._bytes += body_bytes
-        return pushed_out
+        return evicted
 
-    def leave(self, ticket: T) -> None:
-        """Take a ticket out wherever it stands; one that doesn't wait is no matter."""
-        if ticket in self._places:
-            self._line_of(ticket).leave(ticket)
-            self._forget(ticket)
+    def leave(self, waiter: T) -> None:
+        """Remove a waiter; no effect if it is in no queue."""
+        if waiter in self._entries:
+            self._queue_of(waiter).leave(waiter)
+            self._release(waiter)
 
     def next(self, serves: Callable[[N], bool] | None = None) -> T | None:
-        """Take out whose turn it is in the next of the lines that the replica with room serves; None if there is none.
+        """Remove and return the next waiter of the next queue for which `serves` is true; None if there is none.
 
-        Without `serves`, it serves them all.
+        `serves` says whether the replica that has room may answer a queue; without it, any queue is served.
         """
-        for name, line in self._lines.items():
+        for name, queue in self._queues.items():
             if serves is None or serves(name):
-                ticket = line.next()
-                assert ticket is not None, "an empty line that wasn't forgotten"
-                self._lines.move_to_end(name)
-                self._forget(ticket)
-                return ticket
+                waiter = queue.next()
+                assert waiter is not None, "an empty queue was not removed"
+                self._queues.move_to_end(name)
+                self._release(waiter)
+                return waiter
         return None
 
     def expired(self, now: float) -> list[T]:
-        """Take out the tickets whose time is up; all of them, with `inf`."""
-        gone = [ticket for line in self._lines.values() for ticket in line.expired(now)]
-        for ticket in gone:
-            self._forget(ticket)
-        return gone
+        """Remove and return the waiters whose deadline has passed; all waiters if `now` is inf."""
+        expired = [waiter for queue in self._queues.values() for waiter in queue.expired(now)]
+        for waiter in expired:
+            self._release(waiter)
+        return expired
 
     def soonest_deadline(self) -> float | None:
-        """When the next ticket gives up; None if nobody waits."""
-        deadlines = [line.soonest_deadline() for line in self._lines.values()]
-        return min((each for each in deadlines if each is not None), default=None)
+        """The earliest deadline of all queues; None if they are empty."""
+        deadlines = [queue.soonest_deadline() for queue in self._queues.values()]
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def _beyond_share(self, name: N, key: str, body_bytes: int) -> bool:
-        """Tell whether the key would hold more than its share of something that has run out."""
-        bounds = self._bounds
-        line = self._lines.get(name)
-        held = self._held.get(key)
-        keys = len(self._held) + (held is None)
-        count, held_bytes = (0, 0) if held is None else (len(held.tickets), held.bytes)
-        if self._overfull_line(name) and (
-            line is None or (line.held(key) + 1) * line.keys_with(key) > bounds.most_in_line
+        """Whether the key would exceed its equal share of a limit that has been reached."""
+        limits = self._limits
+        queue = self._queues.get(name)
+        usage = self._usage.get(key)
+        keys = len(self._usage) + (usage is None)
+        count, used_bytes = (0, 0) if usage is None else (len(usage.waiters), usage.bytes)
+        if self._overfull_queue(name) and (
+            queue is None or (queue.count(key) + 1) * queue.keys_with(key) > limits.max_per_queue
         ):
             return True
-        if self._overfull() and (count + 1) * keys > bounds.most:
+        if self._overfull() and (count + 1) * keys > limits.max_waiters:
             return True
-        return self._overfull_bytes(body_bytes) and (held_bytes + body_bytes) * keys > bounds.most_bytes
+        return self._overfull_bytes(body_bytes) and (used_bytes + body_bytes) * keys > limits.max_bytes
 
     def _make_room(self, name: N, body_bytes: int) -> list[T]:
-        """Push out the newest tickets of the greediest keys until one more fits."""
-        pushed_out: list[T] = []
-        while self._overfull_line(name):
-            pushed_out.append(self._push_out(self._lines[name].newest_of_greediest()))
+        """Evict the newest waiters of the largest keys until one more fits."""
+        evicted: list[T] = []
+        while self._overfull_queue(name):
+            evicted.append(self._evict(self._queues[name].newest_of_largest()))
         while self._overfull():
-            greediest = max(self._held.values(), key=lambda held: len(held.tickets))
-            pushed_out.append(self._push_out(next(reversed(greediest.tickets))))
+            largest = max(self._usage.values(), key=lambda usage: len(usage.waiters))
+            evicted.append(self._evict(next(reversed(largest.waiters))))
         while self._overfull_bytes(body_bytes):
-            greediest = max(self._held.values(), key=lambda held: held.bytes)
-            pushed_out.append(self._push_out(next(reversed(greediest.tickets))))
-        return pushed_out
+            largest = max(self._usage.values(), key=lambda usage: usage.bytes)
+            evicted.append(self._evict(next(reversed(largest.waiters))))
+        return evicted
 
-    def _overfull_line(self, name: N) -> bool:
-        return self.waiting(name) >= self._bounds.most_in_line
+    def _overfull_queue(self, name: N) -> bool:
+        return self.waiting(name) >= self._limits.max_per_queue
 
     def _overfull(self) -> bool:
-        return len(self) >= self._bounds.most
+        return len(self) >= self._limits.max_waiters
 
     def _overfull_bytes(self, body_bytes: int) -> bool:
-        return self._bytes + body_bytes > self._bounds.most_bytes
+        return self._bytes + body_bytes > self._limits.max_bytes
 
-    def _push_out(self, ticket: T) -> T:
-        self.leave(ticket)
-        return ticket
+    def _evict(self, waiter: T) -> T:
+        self.leave(waiter)
+        return waiter
 
-    def _line_of(self, ticket: T) -> FairQueue[T]:
-        return self._lines[self._places[ticket][0]]
+    def _queue_of(self, waiter: T) -> FairQueue[T]:
+        return self._queues[self._entries[waiter][0]]
 
-    def _forget(self, ticket: T) -> None:
-        """Strike a ticket that has left its line off all accounts."""
-        name, key, body_bytes = self._places.pop(ticket)
+    def _release(self, waiter: T) -> None:
+        """Remove a waiter that has left its queue from the counts."""
+        name, key, body_bytes = self._entries.pop(waiter)
         if self.waiting(name) == 0:
-            self._lines.pop(name, None)
-        held = self._held[key]
-        del held.tickets[ticket]
-        held.bytes -= body_bytes
-        if not held.tickets:
-            del self._held[key]
+            self._queues.pop(name, None)
+        usage = self._usage[key]
+        del usage.waiters[waiter]
+        usage.bytes -= body_bytes
+        if not usage.waiters:
+            del self._usage[key]
         self._bytes -= body_bytes

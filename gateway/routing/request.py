@@ -24,8 +24,8 @@ class RoutingRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
     Features: `prompt_tokens` is estimated from `prompt_bytes` (0 for token ids); `answer_tokens` is the longest answer
     that the client accepts, None if it sets no limit; `blocks` are chained hashes of the beginning of the prompt;
     `session` names the conversation, None if there is none. `body_bytes` is what the request holds while it waits.
-    Constraints: `rungs` are those of the target's ladder that satisfy `floors` and `precisions`; `variants` are the names
-    of their members, where they are known already.
+    Constraints: `rungs` are those of the target's ladder that satisfy `floors` and `precisions`; `variants` names their
+    members, or is empty.
     Affinity: `placement` is where the conversation was answered last, `cached_tokens` how much of the prompt replicas
     have probably in their prefix caches.
     Retry: replicas in `tried` have failed this request.

@@ -1,7 +1,7 @@
-"""How soon a line empties: the pace of answers, and what a client that is refused is told of it.
+"""The rate at which replicas finish answers, and the Retry-After of rejected requests that follows from it.
 
-Fed only while somebody waits (`resumed` when the first one joins, `finished` at each answer's end), a pace is what
-the replicas can do; fed all the time, it is what they are asked for, and falls with demand.
+If updated only while requests wait (`resumed` when the first one joins, `finished` when an answer ends), the rate is
+the capacity of the replicas. If updated always, it is the demand, and falls when demand does.
 """
 
 from dataclasses import dataclass
@@ -10,59 +10,61 @@ from math import exp2, log
 from gateway.errors import MAX_RETRY_AFTER_SECONDS
 
 HALF_LIFE_SECONDS = 10
-SHORTEST_RETRY_SECONDS = 1
-# Where nothing has finished yet.
-UNKNOWN_RETRY_SECONDS = 5
+MIN_RETRY_AFTER_SECONDS = 1
+DEFAULT_RETRY_AFTER_SECONDS = 5  # while the rate is unknown
 
-# Answers that end together when a pace begins are no faster than this many seconds allow.
-_LEAST_SPAN_SECONDS = 1
+# Answers that end together right after the start count as a rate over at least this time.
+_MIN_SPAN_SECONDS = 1
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceRate:
-    """Answers finished, each worth half as much after every half-life; times on the monotonic clock."""
+    """An exponentially decaying count of finished answers; times are on the monotonic clock.
 
-    since: float
-    at: float
+    `weight` is the count at `updated_at`: an answer counts half after each half-life. Counting began at `started_at`.
+    """
+
+    started_at: float
+    updated_at: float
     weight: float = 0
 
     def per_second(self, now: float) -> float:
-        """Answers finished in a second, lately; silence makes it less."""
-        weight = self.weight * _left(now - self.at)
-        # How much a steady one in a second would weigh after so long.
-        full = (1 - _left(max(now - self.since, _LEAST_SPAN_SECONDS))) * HALF_LIFE_SECONDS / log(2)
-        return weight / full
+        """Answers finished per second; it falls while none ends."""
+        weight = self.weight * _decay(now - self.updated_at)
+        # The weight that one answer per second would have reached since the start.
+        unit_weight = (1 - _decay(max(now - self.started_at, _MIN_SPAN_SECONDS))) * HALF_LIFE_SECONDS / log(2)
+        return weight / unit_weight
 
 
-def finished(pace: ServiceRate | None, now: float) -> ServiceRate:
-    """Count an answer's end; where there was no pace, it only starts the clock."""
-    if pace is None:
+def finished(rate: ServiceRate | None, now: float) -> ServiceRate:
+    """Count the end of an answer; the first one (`rate` is None) only starts the clock."""
+    if rate is None:
         return ServiceRate(now, now)
-    return ServiceRate(pace.since, now, pace.weight * _left(now - pace.at) + 1)
+    return ServiceRate(rate.started_at, now, rate.weight * _decay(now - rate.updated_at) + 1)
 
 
-def resumed(pace: ServiceRate | None, now: float) -> ServiceRate:
-    """Go on after idleness: nothing could finish, so the silence since the last end says nothing."""
-    if pace is None:
+def resumed(rate: ServiceRate | None, now: float) -> ServiceRate:
+    """Exclude the time since the last update: no request waited, so no end of an answer was counted."""
+    if rate is None:
         return ServiceRate(now, now)
-    return ServiceRate(pace.since + (now - pace.at), now, pace.weight)
+    return ServiceRate(rate.started_at + (now - rate.updated_at), now, rate.weight)
 
 
-def retry_after_seconds(waiting_ahead: int, pace: ServiceRate | None, now: float) -> float:
-    """Expect when it would be the turn of a request with so many ahead of it, within what clients obey."""
-    if pace is None or pace.weight == 0:
-        return UNKNOWN_RETRY_SECONDS
-    per_second = pace.per_second(now)
+def retry_after_seconds(waiting_ahead: int, rate: ServiceRate | None, now: float) -> float:
+    """The expected wait of a request behind `waiting_ahead` others, from 1 second to MAX_RETRY_AFTER_SECONDS."""
+    if rate is None or rate.weight == 0:
+        return DEFAULT_RETRY_AFTER_SECONDS
+    per_second = rate.per_second(now)
     if waiting_ahead + 1 >= MAX_RETRY_AFTER_SECONDS * per_second:
         return MAX_RETRY_AFTER_SECONDS
     return bounded((waiting_ahead + 1) / per_second)
 
 
 def bounded(seconds: float) -> float:
-    """Keep within what clients obey."""
-    return min(max(seconds, SHORTEST_RETRY_SECONDS), MAX_RETRY_AFTER_SECONDS)
+    """Clamp a Retry-After to the range that client libraries honour."""
+    return min(max(seconds, MIN_RETRY_AFTER_SECONDS), MAX_RETRY_AFTER_SECONDS)
 
 
-def _left(seconds: float) -> float:
-    """What is left of one after so long."""
+def _decay(seconds: float) -> float:
+    """The remaining weight of an answer after this time."""
     return exp2(-seconds / HALF_LIFE_SECONDS)

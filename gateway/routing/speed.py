@@ -1,4 +1,4 @@
-"""How fast a replica answers: what was measured of its variant, and how far it was from that lately."""
+"""The speed of replicas: the measured profile of a variant, and a replica's recent deviation from it."""
 
 from collections.abc import Sequence
 from math import exp, inf
@@ -9,28 +9,30 @@ import msgspec
 from config.capacity import Measurement, Shape
 from gateway.routing.engine_metrics import EngineMetrics
 
-# Of the most that all requests get together; more at once only share it.
-ENOUGH = 0.97
-# Curves are tables by the number of requests; beyond the last entry all together get no more than there.
-MOST_PLACES = 1024
+# The engine is saturated at this share of its maximum throughput: more requests at once only share it.
+SATURATION_SHARE = 0.97
+# The largest concurrency in the tables of a profile; beyond it, the throughput is that of the last entry.
+MAX_TABLE_CONCURRENCY = 1024
 DEFAULT_ANSWER_TOKENS = 256.0
 
-# What was observed lately weighs: each first token a tenth of what is remembered, each look at an engine by its time.
-FORGETS_SHARE = 0.1
-FORGETS_SECONDS = 5.0
-FURTHEST = 50.0
-# Of a replica that nobody asks, the slowness is half forgotten after some 40 s: only requests can show that it is over.
-RESTS_SECONDS = 60.0
-# A first token costs a step, however short the prompt: shorter ones say nothing of how fast a replica reads.
-SHORTEST_READING_TOKENS = 64.0
+# Observations decay exponentially: those of first tokens by a share per first token, rates with a time constant.
+FIRST_TOKEN_DECAY = 0.1
+DECAY_SECONDS = 5.0
+# Slowdowns are between 1 / MAX_SLOWDOWN and MAX_SLOWDOWN.
+MAX_SLOWDOWN = 50.0
+# Time constant with which an idle replica returns to its measured speed (half-life about 40 s): without requests,
+# nothing can show that a slowdown is over.
+IDLE_DECAY_SECONDS = 60.0
+# A first token takes a decode step even if the prompt is short, so shorter prompts count with this length.
+MIN_PROMPT_TOKENS = 64.0
 
 
 class SpeedProfile(msgspec.Struct, frozen=True, gc=False):
-    """How fast replicas of a variant were measured to be; tables begin with one request at a time.
+    """The measured speed of a variant's replicas. The tables are by concurrency, from one request on.
 
-    `step_seconds` pass from token to token of one answer among so many, `together` is tokens a second of all answers.
-    Reading takes a step, and `reading_seconds` for each token of the prompt. More than `slots` at once share what so
-    many get; None: nobody measured how many that is.
+    `step_seconds` is the time per output token of one answer, `together` the output tokens per second of all answers.
+    Prefill takes one step, and `reading_seconds` per token of the prompt. Above `slots` requests the throughput does
+    not grow; None if it was not measured.
     """
 
     step_seconds: tuple[float, ...]
@@ -42,33 +44,33 @@ class SpeedProfile(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def measured(cls, measurement: Measurement) -> Self | None:
-        """Read a measurement; None if it leaves a speed out."""
-        levels = range(1, min(measurement.loads[-1].concurrency, MOST_PLACES) + 1)
-        answering = [measurement.decode_tokens_per_second(at_once) for at_once in levels]
-        together = tuple([measurement.output_tokens_per_second(at_once) for at_once in levels])
+        """Build a profile from a measurement; None if one of its rates is zero."""
+        levels = range(1, min(measurement.loads[-1].concurrency, MAX_TABLE_CONCURRENCY) + 1)
+        decode_rates = [measurement.decode_tokens_per_second(concurrency) for concurrency in levels]
+        together = tuple([measurement.output_tokens_per_second(concurrency) for concurrency in levels])
         prefill_tokens_per_second = measurement.loads[0].prefill_tokens_per_second
-        if min(prefill_tokens_per_second, *answering, *together) <= 0:
+        if min(prefill_tokens_per_second, *decode_rates, *together) <= 0:
             return None
         prompt_tokens, answer_tokens = _means(measurement.mix)
-        step_seconds = tuple([1 / rate for rate in answering])
+        step_seconds = tuple([1 / rate for rate in decode_rates])
         first_token_seconds = prompt_tokens / prefill_tokens_per_second
-        # The first token takes a step of its own; what is left is reading.
+        # The first token takes one decode step; the rest of the time is prefill.
         reading_seconds = max(first_token_seconds - step_seconds[0], first_token_seconds / 10) / prompt_tokens
-        enough = ENOUGH * max(together)
-        slots = next(at_once for at_once, rate in enumerate(together, 1) if rate >= enough)
-        # Between two levels the line goes on rising where the engine already takes no more.
+        saturated = SATURATION_SHARE * max(together)
+        slots = next(concurrency for concurrency, rate in enumerate(together, 1) if rate >= saturated)
+        # Rates between two measured levels are interpolated, so they rise beyond the engine's own limit.
         slots = min(slots, measurement.setup.max_num_seqs or slots)
         return cls(step_seconds, together, reading_seconds, slots, answer_tokens, measurement.kv_capacity_tokens)
 
     def step_at(self, requests: float) -> float:
-        """Seconds from token to token of one of so many requests."""
+        """Seconds per output token of one of `requests` concurrent requests."""
         known = len(self.step_seconds)
         if requests <= known:
             return self.step_seconds[max(int(requests) - 1, 0)]
         return requests / self.together[-1] if self.slots is not None else self.step_seconds[-1]
 
     def together_at(self, requests: float) -> float:
-        """Tokens a second of all answers of so many requests."""
+        """Output tokens per second of all answers of `requests` concurrent requests."""
         known = len(self.together)
         if requests <= known:
             return self.together[max(int(requests) - 1, 0)]
@@ -76,9 +78,9 @@ class SpeedProfile(msgspec.Struct, frozen=True, gc=False):
 
 
 class Slowdown(msgspec.Struct, frozen=True, gc=False):
-    """How much slower than measured a replica is: 1 is as measured, 5 takes five times as long.
+    """The slowdown of a replica relative to its profile: 1 is as measured, 5 takes five times as long.
 
-    `expected` and `observed` are seconds until first tokens, of late.
+    `answering` is that of decoding. `expected` and `observed` are decaying sums of seconds until first tokens.
     """
 
     answering: float = 1.0
@@ -87,7 +89,7 @@ class Slowdown(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def reading(self) -> float:
-        """How much slower it reads; where no first token was seen, as much slower as it answers."""
+        """The slowdown of prefill; without any first token, that of decoding."""
         if not self.expected:
             return self.answering
         return _bounded(self.observed / self.expected)
@@ -96,42 +98,44 @@ class Slowdown(msgspec.Struct, frozen=True, gc=False):
 NO_SLOWDOWN = Slowdown()
 
 
-def first_token(pace: Slowdown, expected_seconds: float, observed_seconds: float) -> Slowdown:
-    """Note when a first token came, of a request that had not to wait for a place."""
+def first_token(slowdown: Slowdown, expected_seconds: float, observed_seconds: float) -> Slowdown:
+    """Add the time until the first token of a request that did not have to queue in the engine."""
     if expected_seconds <= 0:
-        return pace
-    if not pace.expected:
-        # As if three had come as expected: one slow answer says little.
-        pace = Slowdown(pace.answering, 3 * expected_seconds, 3 * expected_seconds)
-    kept = 1 - FORGETS_SHARE
-    expected, observed = kept * pace.expected + expected_seconds, kept * pace.observed + observed_seconds
-    return Slowdown(pace.answering, expected, observed)
+        return slowdown
+    if not slowdown.expected:
+        # Start as if three first tokens had come as expected: a single slow one is weak evidence.
+        slowdown = Slowdown(slowdown.answering, 3 * expected_seconds, 3 * expected_seconds)
+    decay = 1 - FIRST_TOKEN_DECAY
+    expected, observed = decay * slowdown.expected + expected_seconds, decay * slowdown.observed + observed_seconds
+    return Slowdown(slowdown.answering, expected, observed)
 
 
-def answered(pace: Slowdown, expected_tokens: float, observed_tokens: float, seconds: float) -> Slowdown:
-    """Note how many tokens an engine that was never idle gave in so many seconds, beside how many it should have."""
+def answered(slowdown: Slowdown, expected_tokens: float, observed_tokens: float, seconds: float) -> Slowdown:
+    """Add the expected and observed output tokens of an engine that was busy for the whole of `seconds`."""
     if expected_tokens <= 0 or seconds <= 0:
-        return pace
-    slower = _bounded(expected_tokens / max(observed_tokens, expected_tokens / FURTHEST))
-    share = 1 - exp(-seconds / FORGETS_SECONDS)
-    # A mean of logarithms: half as fast and twice as fast are equally far.
-    answering = pace.answering ** (1 - share) * slower**share
-    return Slowdown(_bounded(answering), pace.expected, pace.observed)
+        return slowdown
+    ratio = _bounded(expected_tokens / max(observed_tokens, expected_tokens / MAX_SLOWDOWN))
+    share = 1 - exp(-seconds / DECAY_SECONDS)
+    # A geometric mean: half as fast and twice as fast deviate equally.
+    answering = slowdown.answering ** (1 - share) * ratio**share
+    return Slowdown(_bounded(answering), slowdown.expected, slowdown.observed)
 
 
-def rested(pace: Slowdown, seconds: float) -> Slowdown:
-    """Believe the measurement again, little by little, of a replica that had nothing to do for so long."""
-    if pace is NO_SLOWDOWN:
-        return pace
-    left = exp(-seconds / RESTS_SECONDS)
-    observed = pace.expected * (pace.observed / pace.expected) ** left if pace.expected else 0.0
-    return Slowdown(pace.answering**left, pace.expected, observed)
+def rested(slowdown: Slowdown, seconds: float) -> Slowdown:
+    """Let the slowdown of a replica that was idle for `seconds` decay towards 1."""
+    if slowdown is NO_SLOWDOWN:
+        return slowdown
+    exponent = exp(-seconds / IDLE_DECAY_SECONDS)
+    expected = slowdown.expected
+    observed = expected * (slowdown.observed / expected) ** exponent if expected else 0.0
+    return Slowdown(slowdown.answering**exponent, expected, observed)
 
 
 class Estimate(msgspec.Struct, frozen=True, gc=False):
-    """What was observed of a replica of a variant that nobody measured; zero is nothing yet.
+    """The observed speed of a replica whose variant has no measurement; 0 means not observed.
 
-    `read_seconds` passed until first tokens, of late, and `read_tokens` were read in them.
+    `step_seconds` is the time per output token of one answer. `read_seconds` and `read_tokens` are decaying sums: the
+    time until first tokens, and the prompt tokens processed in it.
     """
 
     step_seconds: float = 0.0
@@ -140,11 +144,11 @@ class Estimate(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def reading_seconds(self) -> float:
-        """Seconds for each token of a prompt: of sums, for which long prompts count for more than short ones."""
+        """Prefill seconds per prompt token; a ratio of sums, so long prompts have more weight."""
         return self.read_seconds / self.read_tokens if self.read_tokens else 0.0
 
     def speed(self, answer_tokens: float) -> SpeedProfile | None:
-        """As a speed without a limit to how many it answers at once; None as long as either is unknown."""
+        """A profile with unknown slots; None until both speeds have been observed."""
         if not self.step_seconds or not self.reading_seconds:
             return None
         return SpeedProfile((self.step_seconds,), (1 / self.step_seconds,), self.reading_seconds, None, answer_tokens)
@@ -153,59 +157,61 @@ class Estimate(msgspec.Struct, frozen=True, gc=False):
 NO_ESTIMATE = Estimate()
 
 
-def estimate_first_token(learnt: Estimate, observed_seconds: float, prompt_tokens: float) -> Estimate:
-    """Note when a first token came."""
-    kept, tokens = 1 - FORGETS_SHARE, max(prompt_tokens, SHORTEST_READING_TOKENS)
+def estimate_first_token(estimate: Estimate, observed_seconds: float, prompt_tokens: float) -> Estimate:
+    """Add the time until a first token."""
+    decay, tokens = 1 - FIRST_TOKEN_DECAY, max(prompt_tokens, MIN_PROMPT_TOKENS)
     return Estimate(
-        learnt.step_seconds, kept * learnt.read_seconds + observed_seconds, kept * learnt.read_tokens + tokens
+        estimate.step_seconds, decay * estimate.read_seconds + observed_seconds, decay * estimate.read_tokens + tokens
     )
 
 
-def estimate_answering(learnt: Estimate, requests: float, tokens: float, seconds: float) -> Estimate:
-    """Note how many tokens so many requests were given in so many seconds."""
+def estimate_answering(estimate: Estimate, requests: float, tokens: float, seconds: float) -> Estimate:
+    """Add the output tokens that `requests` concurrent requests received in `seconds`."""
     if tokens <= 0 or requests <= 0 or seconds <= 0:
-        return learnt
-    share = 1 - exp(-seconds / FORGETS_SECONDS)
-    step_seconds = _blended(learnt.step_seconds, requests * seconds / tokens, share)
-    return Estimate(step_seconds, learnt.read_seconds, learnt.read_tokens)
+        return estimate
+    share = 1 - exp(-seconds / DECAY_SECONDS)
+    step_seconds = _blended(estimate.step_seconds, requests * seconds / tokens, share)
+    return Estimate(step_seconds, estimate.read_seconds, estimate.read_tokens)
 
 
-def estimate_rested(learnt: Estimate, usual: Estimate, seconds: float) -> Estimate:
-    """Believe of a replica that had nothing to do for so long that it is no slower than usual among its like."""
-    share = 1 - exp(-seconds / RESTS_SECONDS)
-    step_seconds = _nearer(learnt.step_seconds, usual.step_seconds, share)
-    reading_seconds = _nearer(learnt.reading_seconds, usual.reading_seconds, share)
-    return Estimate(step_seconds, reading_seconds * learnt.read_tokens, learnt.read_tokens)
+def estimate_rested(estimate: Estimate, usual: Estimate, seconds: float) -> Estimate:
+    """Move the estimate of a replica that was idle for `seconds` towards `usual`, the variant's, if that is faster."""
+    share = 1 - exp(-seconds / IDLE_DECAY_SECONDS)
+    step_seconds = _nearer(estimate.step_seconds, usual.step_seconds, share)
+    reading_seconds = _nearer(estimate.reading_seconds, usual.reading_seconds, share)
+    return Estimate(step_seconds, reading_seconds * estimate.read_tokens, estimate.read_tokens)
 
 
-def observed_slots(known: float, before: EngineMetrics | None, poll: EngineMetrics) -> float:
-    """How many requests an engine takes: the most that it ran since it has a queue; inf: it has none.
+def observed_slots(slots: float, before: EngineMetrics | None, poll: EngineMetrics) -> float:
+    """Update the observed concurrency limit: the most requests that ran at once while others waited; inf if none wait.
 
-    Fewer run for a moment whenever answers end together, so that it comes down slowly. How many found a place earlier
-    says little: that goes by how long they were.
+    When answers end together, few requests run for a moment, so the limit falls slowly. It starts anew with each queue,
+    because it depends on the lengths of the requests.
     """
     if before is None or not before.waiting or not poll.waiting or before.running is None or poll.running is None:
         return inf
-    most = max(poll.running, before.running, 1.0)
-    if most > known or known == inf:
-        return most
-    return _blended(known, most, 1 - exp(-max(poll.at_seconds - before.at_seconds, 0.0) / FORGETS_SECONDS))
+    running = max(poll.running, before.running, 1.0)
+    if running > slots or slots == inf:
+        return running
+    return _blended(slots, running, 1 - exp(-max(poll.at_seconds - before.at_seconds, 0.0) / DECAY_SECONDS))
 
 
 def _means(mix: Sequence[Shape]) -> tuple[float, float]:
-    """Tokens of a prompt and of an answer, on average."""
+    """The mean number of prompt tokens and of answer tokens."""
     shares = sum(shape.share for shape in mix)
-    prompt = sum(shape.prompt_tokens * shape.share for shape in mix)
-    return prompt / shares, sum(shape.answer_tokens * shape.share for shape in mix) / shares
+    prompt_tokens = sum(shape.prompt_tokens * shape.share for shape in mix)
+    return prompt_tokens / shares, sum(shape.answer_tokens * shape.share for shape in mix) / shares
 
 
 def _blended(old: float, new: float, share: float) -> float:
+    """The weighted mean; `new` if there is no old value."""
     return (1 - share) * old + share * new if old else new
 
 
 def _nearer(own: float, usual: float, share: float) -> float:
+    """The weighted mean if the usual value is known and smaller, otherwise the own one."""
     return (1 - share) * own + share * usual if 0 < usual < own else own
 
 
-def _bounded(slower: float) -> float:
-    return min(max(slower, 1 / FURTHEST), FURTHEST)
+def _bounded(slowdown: float) -> float:
+    return min(max(slowdown, 1 / MAX_SLOWDOWN), MAX_SLOWDOWN)

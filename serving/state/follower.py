@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from serving.errors import StateAway
+from serving.errors import ReplicaConflict, StateAway
 from serving.probe import Probe
-from serving.registry import Registry
-from serving.replica import State
+from serving.registry import Registry, ReplicaSource
+from serving.replica import STATE_DATABASE, State
 from serving.state.database import Pulse
 from serving.state.link import Link
-from serving.state.picture import MISSES, Followed, Silence, followed, orphans, standing
+from serving.state.picture import MISSES, Followed, Silence, Standing, followed, orphans, standing
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,8 @@ class Follower:
     id: str = field(init=False)
     _pulse: Pulse | None = None
     _followed: dict[str, Followed] = field(default_factory=dict)
-    _shown: set[str] = field(default_factory=set)
+    _source: ReplicaSource = field(init=False)
+    _conflicts: set[str] = field(default_factory=set)
     _heard: dict[str, float] = field(default_factory=dict)
     _misses: dict[str, int] = field(default_factory=dict)
     _away: bool = False
@@ -60,6 +61,7 @@ class Follower:
 
     def __post_init__(self) -> None:
         self.id = f"{self.host}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._source = self.registry.source(STATE_DATABASE)
 
     async def __aenter__(self) -> Self:
         """Look once, so that the first request finds what is there; a database that is away stops nobody."""
@@ -169,13 +171,23 @@ class Follower:
                 log.warning("replica %s is gone: nobody tells of it, and it doesn't answer", name)
                 del self._followed[name], self._misses[name]
                 continue
-            stands = standing(each, silence, misses)
-            age = max(0.0, self.wall_clock() - each.told.since)
-            since = self.clock() - age if stands.as_told else None
-            self.registry.put(each.told.replica, stands.state, stands.reason, since)
-        for name in self._shown - self._followed.keys():
-            self.registry.remove(name)
-        self._shown = set(self._followed)
+            self._put_or_log(each, standing(each, silence, misses))
+        self._source.keep_only(self._followed)
+        self._conflicts &= self._followed.keys()
+
+    def _put_or_log(self, tracked: Followed, effective: Standing) -> None:
+        """Update a replica's entry in the registry; while another source owns the id, skip it and log that once."""
+        replica = tracked.told.replica
+        age_seconds = max(0.0, self.wall_clock() - tracked.told.since)
+        since = self.clock() - age_seconds if effective.as_told else None
+        try:
+            self._source.put(replica, effective.state, effective.reason, since)
+        except ReplicaConflict as conflict:
+            if replica.id not in self._conflicts:
+                log.warning("%s", conflict)
+            self._conflicts.add(replica.id)
+        else:
+            self._conflicts.discard(replica.id)
 
     async def _acknowledge_or_note(self) -> None:
         """Say which revision we act on, when it is another one, and from time to time as a sign of life."""

@@ -1,6 +1,7 @@
 """A changed configuration is applied under load."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,10 @@ from gateway.deployment import read_deployment
 from gateway.live_config import unserved_aliases
 from gateway.routing.target import Catalog
 from serving.registry import Registry
-from serving.replica import State
+from serving.replica import Replica, State
+from serving.state.database import Owner, StateDatabase
+from serving.state.link import Link
+from serving.state.publisher import Publisher
 from tests.fakes.running import eventually, running_fake
 from tests.gateway.fleet import HELLO, clients
 from tests.serving.supervised import fake_machine, model_directory, noted_sessions
@@ -203,3 +207,61 @@ def test_unserved_aliases_with_a_floor() -> None:
 
     assert unserved_aliases(catalog("b"), catalog("a"), {"b"}) == []
     assert unserved_aliases(catalog("a"), catalog("b"), {"a", "b"}) == ["smol"]
+
+
+def external_settings(url: str) -> dict[str, Any]:
+    """A `url:` replica of the variant `new`; other values of `drain_seconds` than the default need an own replica."""
+    return {"variant": "new", "url": url, "drain_seconds": 120}
+
+
+async def _sources(admin: httpx.AsyncClient) -> dict[str, str]:
+    return {entry["id"]: entry["source"] for entry in (await admin.get("/admin/replicas")).json()}
+
+
+async def _until_sources(admin: httpx.AsyncClient, expected: dict[str, str]) -> None:
+    async with asyncio.timeout(10):
+        while await _sources(admin) != expected:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
+async def test_reload_leaves_replicas_of_other_sources_alone(tmp_path: Path) -> None:
+    """A reload adds and removes `url:` replicas; those of the supervisor and of any other source stay."""
+    own = {"variant": "old"}
+    async with running_fake() as external, running_fake() as discovered:
+        path = write(tmp_path, [own, external_settings(external.url)], ["old", "new"])
+        async with running(tmp_path, path) as (registry, client, admin):
+            registry.source("kubernetes").put(Replica("old-pod-1", "old", "bf16", discovered.url, "m1"), State.READY)
+            await eventually(lambda: ready(registry) == {"old-1", "new-url-1", "old-pod-1"})
+            assert await _sources(admin) == {
+                "old-1": "supervisor",
+                "new-url-1": "configuration",
+                "old-pod-1": "kubernetes",
+            }
+            write(tmp_path, [own], ["old"])
+            await eventually(lambda: len(registry.snapshot()) == 2)
+            assert await _sources(admin) == {"old-1": "supervisor", "old-pod-1": "kubernetes"}
+            assert ready(registry) == {"old-1", "old-pod-1"}
+            await asyncio.gather(*(client.post("/v1/chat/completions", json=HELLO) for _ in range(CLIENTS)))
+            assert discovered.requests("/v1/chat/completions")
+            registry.source("kubernetes").keep_only(())
+            assert await _sources(admin) == {"old-1": "supervisor"}
+
+
+async def test_reload_of_a_gateway_leaves_published_replicas_alone(tmp_path: Path) -> None:
+    """Without replicas of its own, a gateway keeps those of the state database when a `url:` replica is removed."""
+    async with running_fake() as external, running_fake() as published:
+        path = write(tmp_path, [external_settings(external.url)], ["old", "new"])
+        link = Link(StateDatabase.at(f"sqlite:///{tmp_path}/state.db"))
+        async with (
+            Publisher(Owner("other", socket.gethostname(), 1), Registry(), link) as publisher,
+            gateway_alone(read_deployment(path), path) as addresses,
+            clients(addresses) as (client, admin),
+        ):
+            publisher.registry.put(Replica("old-1", "old", "bf16", published.url, "m1"), State.READY)
+            await answer_comes_from(client, "old")
+            await _until_sources(admin, {"new-url-1": "configuration", "old-1": "state database"})
+            write(tmp_path, [], ["old", "new"])
+            await _until_sources(admin, {"old-1": "state database"})
+            await answer_comes_from(client, "old")
+            publisher.registry.remove("old-1")
+            await _until_sources(admin, {})

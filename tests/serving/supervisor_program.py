@@ -1,15 +1,14 @@
 """A supervisor as a process of its own, to be killed.
 
 `python -m tests.serving.supervisor_program FOLDER SETTINGS ARGS` runs one fake replica, writes a line to FOLDER/states
-for every state that the replica takes, and on SIGTERM stops in order, while it holds a lease on it (so it stays
-draining) if FOLDER/hold is there.
+for every state that the replica takes, and on SIGTERM stops in order. If FOLDER/hold exists, a request stays in flight,
+so the replica keeps draining.
 """
 
 import asyncio
 import json
 import signal
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 from serving.registry import Registry
@@ -22,13 +21,12 @@ async def main(folder: Path, settings: str, *args: str) -> None:
     """Run until SIGTERM."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    with ExitStack() as held:
-        async with supervised(folder, launch(folder, NAME, *args, **json.loads(settings))) as registry:
-            telling = asyncio.create_task(tell(registry, folder / "states"))
-            await stop.wait()
-            if (folder / "hold").exists():
-                held.enter_context(registry.lease(f"{NAME}-1"))
-        telling.cancel()
+    async with supervised(folder, launch(folder, NAME, *args, **json.loads(settings))) as registry:
+        telling = asyncio.create_task(tell(registry, folder / "states"))
+        await stop.wait()
+        if (folder / "hold").exists():
+            registry.take(f"{NAME}-1")
+    telling.cancel()
 
 
 async def tell(registry: Registry, path: Path) -> None:

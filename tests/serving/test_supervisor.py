@@ -91,14 +91,13 @@ async def test_drain_waits_for_requests(tmp_path: Path) -> None:
     """Stopping takes a replica out of rotation first and lets what is in flight finish."""
     async with supervised(tmp_path, launch(tmp_path)) as registry:
         await ready(registry)
-        lease = registry.lease("int4-1")
-        lease.__enter__()
+        registry.take("int4-1")
         session = noted_session(tmp_path)
 
         async def finish() -> None:
             await until(registry, lambda status: status.state is State.DRAINING)
             assert session_processes(session)
-            lease.__exit__(None, None, None)
+            registry.give_back("int4-1")
 
         finishing = asyncio.create_task(finish())
     await finishing

@@ -8,9 +8,9 @@ import pytest
 
 from config.schema import ReplicaSettings
 from serving.backoff import Backoff
-from serving.errors import LaunchRefused, UpdateFailed
+from serving.errors import LaunchRefused, ReplicaConflict, UpdateFailed
 from serving.machine import free_port
-from serving.replica import Launch, State
+from serving.replica import Launch, Replica, State
 from serving.supervisor import Supervisor
 from tests.fakes.running import eventually
 from tests.serving.supervised import launch, noted_session, noted_sessions, ready, supervising
@@ -33,16 +33,32 @@ async def test_successor_is_ready_before_the_old_one_drains(tmp_path: Path) -> N
     async with supervising(tmp_path, old) as supervisor:
         await ready(supervisor.registry)
         before = noted_session(tmp_path)
-        with supervisor.registry.lease("int4-1"):
-            update = asyncio.create_task(supervisor.update((with_settings(old, max_num_seqs=2),)))
-            await eventually(lambda: states(supervisor).get("int4-1") is State.DRAINING)
-            assert states(supervisor) == {"int4-1": State.DRAINING, "int4-1b": State.READY}
-            assert not update.done()
+        supervisor.registry.take("int4-1")
+        update = asyncio.create_task(supervisor.update((with_settings(old, max_num_seqs=2),)))
+        await eventually(lambda: states(supervisor).get("int4-1") is State.DRAINING)
+        assert states(supervisor) == {"int4-1": State.DRAINING, "int4-1b": State.READY}
+        assert not update.done()
+        supervisor.registry.give_back("int4-1")
         await update
         assert states(supervisor) == {"int4-1b": State.READY}
         assert noted_session(tmp_path) != before
         await supervisor.update((with_settings(old, max_num_seqs=3),))
         assert states(supervisor) == {"int4-1": State.READY}
+
+
+async def test_id_of_another_source_stops_the_update(tmp_path: Path) -> None:
+    """A launch whose id another source owns is not started; what runs keeps running."""
+    old = launch(tmp_path)
+    other = Replica("bf16-1", "bf16", "bf16", "http://127.0.0.1:1", "bf16-1")
+    async with supervising(tmp_path, old) as supervisor:
+        await ready(supervisor.registry)
+        supervisor.registry.source("configuration").put(other, State.FAILED)
+        with pytest.raises(ReplicaConflict, match="'bf16-1' belongs to the source 'configuration'"):
+            await supervisor.update((old, launch(tmp_path, "bf16")))
+        assert states(supervisor) == {"bf16-1": State.FAILED, "int4-1": State.READY}
+        supervisor.registry.source("configuration").remove("bf16-1")
+        await supervisor.update((old, launch(tmp_path, "bf16")))
+        assert states(supervisor) == {"bf16-1": State.READY, "int4-1": State.READY}
 
 
 async def test_pinned_port_is_replaced_in_place(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
-"""Replicas that somebody else runs."""
+"""External replicas (`url`) of the configuration."""
 
 import signal
+from dataclasses import replace
+
+import pytest
 
 from config.golden import GoldenAnswer
+from serving.errors import ReplicaConflict
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import Replica, State
@@ -11,8 +15,8 @@ from tests.fakes.running import running_fake
 from tests.serving.supervised import ready, until
 
 
-async def test_foreign_replica_is_followed() -> None:
-    """It is ready once it answers, under the name that it really serves, and failed when it is gone."""
+async def test_external_replica_is_polled() -> None:
+    """It is ready once it answers, with the model name that it serves, and failed when it is gone."""
     registry = Registry()
     async with running_fake(served="something") as fake, Probe() as probe:
         far = Replica("int4-1", "int4", "int4", fake.url, "int4")
@@ -23,8 +27,8 @@ async def test_foreign_replica_is_followed() -> None:
             assert "is not healthy" in status.reason
 
 
-async def test_wrong_credential_is_told() -> None:
-    """A replica that refuses our key is healthy but not ready."""
+async def test_wrong_api_key() -> None:
+    """A replica that rejects the configured key is healthy but not ready."""
     registry = Registry()
     async with running_fake(env={"VLLM_API_KEY": "right"}) as fake, Probe() as probe:
         far = Replica("int4-1", "int4", "int4", fake.url, "int4", api_key="wrong")
@@ -33,10 +37,10 @@ async def test_wrong_credential_is_told() -> None:
             assert "401" in status.reason
 
 
-async def test_another_model_behind_the_address_is_refused() -> None:
-    """Healthy, but it says something else of the golden prompt than what was measured: it is asked once and refused."""
+async def test_another_model_at_the_address() -> None:
+    """A healthy replica with other log-probabilities of the golden prompt fails, and is checked only once."""
     registry = Registry()
-    golden = GoldenAnswer((65, 66, 67), (-1.0, -1.0))  # what the fake says of everything
+    golden = GoldenAnswer((65, 66, 67), (-1.0, -1.0))  # the log-probabilities of the fake
     async with running_fake("--fake-logprob-shift", "0.3") as wrong, running_fake() as right, Probe() as probe:
         far = (Replica("a-1", "a", "int4", wrong.url, "a"), Replica("b-1", "b", "int4", right.url, "b"))
         async with Watch(far, registry, probe, {"a": golden, "b": golden}, every_seconds=0.02):
@@ -47,11 +51,52 @@ async def test_another_model_behind_the_address_is_refused() -> None:
             assert len(wrong.requests("/v1/completions")) == 1
 
 
-async def test_an_engine_that_cannot_be_asked_is_taken_at_its_word() -> None:
-    """Not every engine tells log-probabilities of a prompt; what it serves is the operator's to know, then."""
+async def test_an_engine_without_prompt_logprobs() -> None:
+    """Without support for log-probabilities of prompts, a replica is ready without the golden prompt check."""
     registry = Registry()
     golden = GoldenAnswer((65, 66, 67), (-1.0, -1.0))
     async with running_fake("--fake-fail-first", "1", "--fake-fail-status", "500") as fake, Probe() as probe:
         far = Replica("int4-1", "int4", "int4", fake.url, "int4")
         async with Watch((far,), registry, probe, {"int4": golden}, every_seconds=0.02):
             await ready(registry)
+
+
+async def test_another_address_is_verified_anew() -> None:
+    """A replica that was rejected becomes ready when the configuration points it to the right server."""
+    registry = Registry()
+    golden = GoldenAnswer((65, 66, 67), (-1.0, -1.0))
+    async with running_fake("--fake-logprob-shift", "0.3") as wrong, running_fake() as right, Probe() as probe:
+        far = Replica("int4-1", "int4", "int4", wrong.url, "int4")
+        async with Watch((far,), registry, probe, {"int4": golden}, every_seconds=0.02) as watch:
+            await until(registry, lambda status: "golden prompt" in status.reason)
+            watch.add((replace(far, url=right.url),))
+            assert (await ready(registry)).replica.url == right.url
+
+
+async def test_id_of_another_source_is_a_conflict() -> None:
+    """Nothing is polled if one id belongs to another source, whose replica stays as it is."""
+    registry = Registry()
+    own = Replica("int4-url-1", "int4-url", "int4", "http://127.0.0.1:1", "int4-url-1")
+    registry.source("supervisor").put(own, State.READY)
+    async with running_fake() as fake, Probe() as probe:
+        far = tuple(Replica(f"int4-url-{number}", "int4", "int4", fake.url, "int4") for number in (2, 1))
+        with pytest.raises(ReplicaConflict, match="'int4-url-1' belongs to the source 'supervisor'"):
+            async with Watch(far, registry, probe, every_seconds=0.02):
+                pass
+        assert fake.requests("/v1/models") == []
+    assert registry.status("int4-url-1").replica == own
+    assert registry.status("int4-url-2").source == "configuration"
+
+
+async def test_keep_only_removes_external_replicas_alone() -> None:
+    """Those of other sources stay, whether they are listed or not."""
+    registry = Registry()
+    registry.source("supervisor").put(Replica("own-1", "own", "int4", "http://127.0.0.1:1", "own-1"), State.READY)
+    async with running_fake() as fake, Probe() as probe:
+        far = tuple(Replica(f"int4-{number}", "int4", "int4", fake.url, "int4") for number in (1, 2))
+        async with Watch(far, registry, probe, every_seconds=0.02) as watch:
+            await ready(registry, "int4-2")
+            watch.keep_only(far[:1])
+            assert [status.replica.id for status in registry.snapshot()] == ["int4-1", "own-1"]
+            watch.add(far)
+            await ready(registry, "int4-2")

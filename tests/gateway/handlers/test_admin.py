@@ -51,7 +51,7 @@ async def test_replicas(fleet: Fleet) -> None:
         answer = await fleet.admin.get("/admin/replicas")
     finally:
         fleet.registry.remove("hi-0")
-    expected = {"id": "hi-0", "variant": "hi", "precision": "bf16", "url": "http://x"}
+    expected = {"id": "hi-0", "variant": "hi", "precision": "bf16", "url": "http://x", "source": "direct"}
     assert answer.json() == [{**expected, "state": "failed", "reason": "crashed", "in_flight": 0, "breaker": "closed"}]
 
 

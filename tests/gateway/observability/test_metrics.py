@@ -143,8 +143,9 @@ async def test_fleet_collector() -> None:
         state: 0.0 for state in State if state is not State.WARMING
     }
     assert value("replica_state", **labels, state="warming") == 1
-    with registry.lease("hi-1"):
-        assert value("replica_in_flight", **labels) == 1
+    registry.take("hi-1")
+    assert value("replica_in_flight", **labels) == 1
+    registry.give_back("hi-1")
     assert value("replica_in_flight", **labels) == 0
     age = value("replica_state_seconds", **labels)
     assert age is not None

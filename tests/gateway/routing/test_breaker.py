@@ -116,11 +116,11 @@ def lived(story: list[tuple[str, float]], breaker: Breaker = HEALTHY) -> tuple[B
 def test_every_breaker_recovers(story: list[tuple[str, float]], pause: float) -> None:
     """After any events, a breaker admits a request within its longest open time, and two successes clear it."""
     breaker, now = lived(story)
-    assert breaker.admits(now + max(DEFAULT_POLICY.longest_open_seconds, DEFAULT_POLICY.probe_seconds) + 1e-6)
+    assert breaker.admits(now + max(DEFAULT_POLICY.max_open_seconds, DEFAULT_POLICY.probe_seconds) + 1e-6)
     closed = succeeded(breaker, now + pause)
     assert closed.state(now + pause) == "closed"
     assert succeeded(closed, now + pause + DEFAULT_POLICY.memory_seconds + 1e-6) is HEALTHY
-    assert breaker.open_seconds <= DEFAULT_POLICY.longest_open_seconds
+    assert breaker.open_seconds <= DEFAULT_POLICY.max_open_seconds
 
 
 @given(stories)
@@ -159,11 +159,11 @@ PROBED = after("F-9 F-9 F-9 P0")
     ],
 )
 def test_admissible_replicas(breakers: dict[str, Breaker], now: float, first: str, last_resort: str) -> None:
-    """At most half of the replicas are barred; of more failing ones, the least bad are a last resort."""
+    """At most half of the replicas are ejected; of more failing ones, the least bad are a last resort."""
     assert [list(each) for each in admissible("abcd", breakers, now)] == [first.split(), last_resort.split()]
 
 
-def test_a_single_replica_is_never_barred() -> None:
+def test_a_single_replica_is_never_ejected() -> None:
     """A variant with one replica has it as a last resort, even if it fails."""
     assert admissible(["a"], {"a": WORSE}, 0.5) == ([], ["a"])
     assert admissible(["a", "b"], {"a": WORSE, "b": BAD}, 0.5) == ([], ["b"])
@@ -180,18 +180,18 @@ names = st.lists(st.sampled_from("abcdefgh"), unique=True, min_size=1)
 
 
 @given(names, st.dictionaries(st.sampled_from("abcdefgh"), stories), st.floats(0, 500))
-def test_at_most_half_is_barred(replicas: list[str], story_of: dict[str, list[tuple[str, float]]], now: float) -> None:
-    """After any failures some replica may be asked, at most half are barred, and every closed one is admitted."""
+def test_at_most_half_is_ejected(replicas: list[str], story_of: dict[str, list[tuple[str, float]]], now: float) -> None:
+    """After any failures some replica may be asked, at most half are ejected, and every closed one is admitted."""
     breakers = {name: lived(story)[0] for name, story in story_of.items()}
     first, last_resort = admissible(replicas, breakers, now)
     asked = [*first, *last_resort]
     assert asked
     assert len(set(asked)) == len(asked)
     assert set(asked) <= set(replicas)
-    barred = [name for name in replicas if name not in asked]
-    assert len(barred) <= len(replicas) // 2
+    ejected = [name for name in replicas if name not in asked]
+    assert len(ejected) <= len(replicas) // 2
     assert all(name in first for name in replicas if breakers.get(name, HEALTHY).state(now) == "closed")
-    badness = {name: breakers[name].badness(now) for name in [*last_resort, *barred]}
+    badness = {name: breakers[name].badness(now) for name in [*last_resort, *ejected]}
     assert max((badness[name] for name in last_resort), default=(-1, -inf)) <= min(
-        (badness[name] for name in barred), default=(10**9, inf)
+        (badness[name] for name in ejected), default=(10**9, inf)
     )

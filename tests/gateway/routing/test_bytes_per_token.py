@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.bytes_per_token import FIRST_GUESS, HALF_LIFE_PROMPTS, LEAST, MOST, BytesPerToken, learned
+from gateway.routing.bytes_per_token import (
+    HALF_LIFE_PROMPTS,
+    INITIAL_RATIO,
+    MAX_RATIO,
+    MIN_RATIO,
+    BytesPerToken,
+    learned,
+)
 
 DEFAULT = BytesPerToken()
 
@@ -16,9 +23,9 @@ def after(*prompts: tuple[int, int | None], known: BytesPerToken = DEFAULT) -> B
     return known
 
 
-def test_the_first_guess() -> None:
+def test_the_initial_ratio() -> None:
     """Before any usage is known, a token has four bytes."""
-    assert DEFAULT.ratio == FIRST_GUESS == 4
+    assert DEFAULT.ratio == INITIAL_RATIO == 4
 
 
 @pytest.mark.parametrize("usage", [(1000, None), (1000, 0), (1000, -5), (0, 100)])
@@ -55,4 +62,4 @@ def test_an_image_hardly_changes_the_ratio() -> None:
 @given(st.lists(st.tuples(st.integers(0, 10**9), st.none() | st.integers(-1, 10**400)), max_size=20))
 def test_the_ratio_is_bounded(prompts: list[tuple[int, int | None]]) -> None:
     """Any reported usage leaves the ratio within its bounds."""
-    assert LEAST * 0.999 <= after(*prompts).ratio <= MOST * 1.001
+    assert MIN_RATIO * 0.999 <= after(*prompts).ratio <= MAX_RATIO * 1.001

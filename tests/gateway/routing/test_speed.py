@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from config.capacity import Shape
 from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.speed import (
-    FURTHEST,
+    MAX_SLOWDOWN,
     NO_ESTIMATE,
     NO_SLOWDOWN,
     SpeedProfile,
@@ -142,8 +142,8 @@ def test_slowdown_is_bounded(observations: list[tuple[float, float]]) -> None:
     slowdown = NO_SLOWDOWN
     for expected, observed in observations:
         slowdown = answered(first_token(slowdown, expected, observed), expected, observed, 1.0)
-    assert 1 / FURTHEST <= slowdown.reading <= FURTHEST
-    assert 1 / FURTHEST <= slowdown.answering <= FURTHEST
+    assert 1 / MAX_SLOWDOWN <= slowdown.reading <= MAX_SLOWDOWN
+    assert 1 / MAX_SLOWDOWN <= slowdown.answering <= MAX_SLOWDOWN
 
 
 def test_learning_without_a_measurement() -> None:

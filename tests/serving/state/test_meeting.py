@@ -302,3 +302,22 @@ async def test_one_call_at_a_time(tmp_path: Path) -> None:
     await link.call(order.append, "in turn")
     assert order == ["slow", "in turn"]
     link.close()
+
+
+async def test_id_of_another_source_is_left_out(state: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A published replica whose id another source owns is logged once, and added when that source removes its own."""
+    configured = Replica("int4-1", "int4", "int4", "http://127.0.0.1:8", "int4-1")
+    async with supervisor(state) as publisher, gateway(state) as registry:
+        source = registry.source("configuration")
+        source.put(configured, State.READY)
+        publisher.registry.put(REPLICA, State.READY)
+        publisher.registry.put(Replica("int4-2", "int4", "int4", "http://127.0.0.1:9", "int4-2"), State.READY)
+        await appeared(registry, "int4-2")
+        publisher.registry.move("int4-1", State.DRAINING)
+        publisher.registry.move("int4-2", State.DRAINING)
+        await until(registry, lambda status: status.state is State.DRAINING, "int4-2")
+        assert registry.status("int4-1").replica == configured
+        assert caplog.text.count("'int4-1' belongs to the source 'configuration'") == 1
+        source.remove("int4-1")
+        await eventually(lambda: "int4-1" in ids(registry))
+        assert registry.status("int4-1").source == "state database"
