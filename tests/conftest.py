@@ -1,7 +1,10 @@
-"""What holds for all tests."""
+"""Settings for all tests."""
 
 from hypothesis import settings
 
-# No deadline: this machine is shared, and a slow example is no defect.
+from tests.bytecode import use_bytecode
+
+# No deadline: on a shared machine a slow example is not a defect.
 settings.register_profile("quantgate", deadline=None)
 settings.load_profile("quantgate")
+use_bytecode()

@@ -1,12 +1,31 @@
-"""Everything that CI runs: formatting, lint, types, import contracts, then the tests with branch coverage.
+"""Run what CI runs: formatting, lint, types, import contracts, then the tests in three lanes.
 
-`python -m tests.run [--check] [PYTEST ARGUMENTS]`; `--check` stops before the tests.
+`python -m tests.run [--check | --light | --coverage] [PYTEST ARGUMENTS]`
+
+* without an option: the checks; if they pass, all lanes. A lane runs even if an earlier one failed.
+* `--check`: the checks only.
+* `--light`: the light lane only.
+* `--coverage`: the light lane in one process under branch coverage; fails below `fail_under` of pyproject.toml.
+
+The lanes:
+
+* light: every test that is not marked `real_vllm` or `real_model`, in two processes.
+* model: `real_model`, in two processes: torch on tiny models, which takes one core at a time.
+* vllm: `real_vllm`, in one process: engines take all cores, and the tests share one demo and its replicas.
+
+The last line of a run with tests is `N passed, N failed, N skipped`, summed over the lanes.
 """
 
+import argparse
 import os
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from tests.results import Lane, read_junit, summary
 
 CHECKS = (
     ("ruff", "format", "--check", "--quiet", "."),
@@ -14,18 +33,66 @@ CHECKS = (
     ("mypy",),
     ("lint-imports", "--no-logo"),
 )
+LIGHT = ("-m", "not real_vllm and not real_model")
+MODEL = ("-m", "real_model")
+VLLM = ("-m", "real_vllm")
+# A file stays in one process: its module fixtures are built once.
+PARALLEL = ("-n", "2", "--dist", "loadfile")
+NO_TESTS_COLLECTED = 5
 
 
-def main(arguments: list[str]) -> int:
-    """Run all checks, then the tests; non-zero if any failed."""
-    if any(run(*words) for words in CHECKS):
-        return 1
-    if "--check" in arguments:
-        return 0
-    failed = run("coverage", "run", "-m", "pytest", *arguments)
-    run("coverage", "combine", "--quiet")
-    run("coverage", "report", "--skip-covered")
-    return failed
+def main(arguments: Sequence[str]) -> int:
+    """Run what the option asks for; non-zero if anything failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests.run", allow_abbrev=False)
+    options = parser.add_mutually_exclusive_group()
+    options.add_argument("--check", action="store_true", help="checks only: formatting, lint, types, imports")
+    options.add_argument("--light", action="store_true", help="light lane only: no real vLLM, no real model")
+    options.add_argument("--coverage", action="store_true", help="light lane under branch coverage")
+    chosen, rest = parser.parse_known_args(arguments)
+    if chosen.coverage:
+        return report([light_lane(rest, coverage=True)]) or coverage_report()
+    if chosen.light:
+        return report([light_lane(rest)])
+    failures = [run(*command) for command in CHECKS]
+    if any(failures) or chosen.check:
+        return int(any(failures))
+    return report(
+        [
+            light_lane(rest),
+            lane("model", "pytest", *PARALLEL, *rest, *MODEL),
+            lane("vllm", "pytest", *rest, *VLLM),
+        ]
+    )
+
+
+def light_lane(arguments: Sequence[str], *, coverage: bool = False) -> Lane:
+    """Run the tests that start neither vLLM nor torch on a model."""
+    if coverage:
+        return lane("light", "coverage", "run", "-m", "pytest", *arguments, *LIGHT)
+    return lane("light", "pytest", *PARALLEL, *arguments, *LIGHT)
+
+
+def lane(name: str, *command: str) -> Lane:
+    """Run one pytest command and read its results."""
+    with tempfile.TemporaryDirectory(prefix="junit-") as folder:
+        junit = Path(folder, "junit.xml")
+        started = time.monotonic()
+        exit_code = run(*command, f"--junitxml={junit}")
+        seconds = time.monotonic() - started
+        # The arguments may select tests of one lane only.
+        failed = exit_code not in (0, NO_TESTS_COLLECTED)
+        return Lane(name, seconds, failed, read_junit(junit))
+
+
+def report(lanes: Sequence[Lane]) -> int:
+    """Print the durations and the counts; 1 if a lane failed or no test ran."""
+    print(summary(lanes), flush=True)
+    return int(any(each.failed for each in lanes) or not any(each.results for each in lanes))
+
+
+def coverage_report() -> int:
+    """Join the data files of all processes and print the lines that no test ran; non-zero below `fail_under`."""
+    return run("coverage", "combine", "--quiet") or run("coverage", "report")
 
 
 def run(program: str, *arguments: str) -> int:

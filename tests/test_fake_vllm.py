@@ -108,7 +108,7 @@ async def test_a_stream_says_the_same_as_a_whole_answer() -> None:
 
 
 async def test_limits_and_choices() -> None:
-    """`max_tokens` cuts with reason `length`; `n` gives that many choices, told apart by their text."""
+    """`max_tokens` cuts with reason `length`; `n` gives that many choices, distinct in their text."""
     async with running_fake() as replica:
         body = (await ask(replica, max_tokens=3, n=2)).json()
         texts = [(choice["message"]["content"], choice["finish_reason"]) for choice in body["choices"]]
@@ -193,8 +193,12 @@ async def test_metrics_and_load_count_who_runs_and_who_waits() -> None:
         asking = [asyncio.create_task(ask(replica, stream=stream)) for stream in (True, False)]
         await replica.requested(CHAT, 2)
         assert (await client.get("/load")).json() == {"server_load": 2}
-        while (counted := await gauges(client))["vllm:generation_tokens_total"] < 2:
-            pass
+
+        async def stalled() -> dict[str, float] | None:
+            counted = await gauges(client)
+            return counted if counted["vllm:generation_tokens_total"] >= 2 else None
+
+        counted = await eventually(stalled)
         assert (counted["vllm:num_requests_running"], counted["vllm:num_requests_waiting"]) == (1, 1)
         assert counted["vllm:kv_cache_usage_perc"] == 1
         for each in asking:
@@ -336,7 +340,7 @@ async def test_a_failure_to_start(flags: list[str], code: int, last_words: str) 
 
 
 async def test_a_taken_port() -> None:
-    """A port that somebody listens on is a failure to start, with rc 1."""
+    """A port in use is a failure to start, with exit code 1."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, last_words = await _run(fake_argv(port=taken.getsockname()[1]))
     assert (code, last_words) == (1, "OSError: [Errno 98] Address already in use")
@@ -539,7 +543,7 @@ async def test_logprobs() -> None:
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
 async def test_other_dialects_when_the_engine_dies(path: str) -> None:
-    """Anthropic's clients are told by an event, those of responses by a connection that breaks."""
+    """Anthropic's streams end with an error event, those of responses with a broken connection."""
     async with running_fake("--fake-crash-after-requests", "0") as replica, client_of(replica) as client:
         body = {**MESSAGE, "input": "hello"}
         if path == "/v1/messages":

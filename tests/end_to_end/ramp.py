@@ -1,4 +1,4 @@
-"""A load ramp over HTTP: so many users at a time, each of whom asks again as soon as the last answer has ended."""
+"""A closed-loop load ramp over HTTP: each user sends the next request as soon as the last answer has ended."""
 
 import asyncio
 import time
@@ -19,15 +19,15 @@ TOPICS = ("rivers", "tea", "glass", "birds", "chess", "snow", "bread", "maps", "
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """So many users for so long."""
+    """A number of users, for some seconds."""
 
     users: int
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """Who gave an answer, and why."""
+class Route:
+    """Which replica answered, and why; the fields are those of the `x-quantgate-*` headers."""
 
     variant: str
     precision: str
@@ -35,14 +35,15 @@ class Told:
     reason: str
 
 
-UNTOLD = Told("", "", "", "")
+NO_ROUTE = Route("", "", "", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request, and what its headers said; times are monotonic, `first_at` is None if no token came.
+    """One request; times are monotonic, `first_at` is None if no token came.
 
-    Nothing is `told` where the first token took so long that the stream began with a heartbeat.
+    `route` is NO_ROUTE if the first token took so long that the stream began with a heartbeat: then the headers were
+    sent before a replica had answered.
     """
 
     id: str
@@ -50,12 +51,12 @@ class Asked:
     asked_at: float
     first_at: float | None
     status: int
-    told: Told
+    route: Route
 
 
 @dataclass(slots=True, eq=False)
 class Users:
-    """Asks an alias, streaming, for as many users as are wanted at the moment; keeps what came of each request."""
+    """Streams from an alias for `wanted` users at a time, and records each request in `asked`."""
 
     client: httpx.AsyncClient
     alias: str
@@ -66,7 +67,7 @@ class Users:
     _numbers: int = 0
 
     async def ramp(self, stages: Sequence[Stage], enough: Callable[[], bool] = lambda: False) -> None:
-        """Go through all stages, or until it is enough; returns when everybody has the last answer."""
+        """Run all stages, or until `enough`; returns when the last answer has ended."""
         async with asyncio.TaskGroup() as users:
             for stage in stages:
                 here, self.wanted = self.wanted, stage.users
@@ -78,7 +79,7 @@ class Users:
             self.wanted = 0
 
     async def ask(self) -> Asked:
-        """Ask once."""
+        """Send one request and read its answer."""
         self._numbers += 1
         request_id, asked_at, users = f"{self.name}-{self._numbers}", time.monotonic(), self.wanted
         headers = {**self.headers, "x-request-id": request_id}
@@ -88,8 +89,8 @@ class Users:
             async for line in answer.aiter_lines():
                 if first_at is None and line.startswith("data: {"):
                     first_at = time.monotonic()
-        told = Told(*(answer.headers.get(f"x-quantgate-{each}", "") for each in Told.__slots__))
-        asked = Asked(request_id, users, asked_at, first_at, answer.status_code, told)
+        route = Route(*(answer.headers.get(f"x-quantgate-{field}", "") for field in Route.__slots__))
+        asked = Asked(request_id, users, asked_at, first_at, answer.status_code, route)
         self.asked.append(asked)
         return asked
 
@@ -99,7 +100,7 @@ class Users:
 
 
 def question(alias: str, number: int) -> dict[str, Any]:
-    """A prompt of some 90 tokens that begins as no other does, so that no cache has any of it."""
+    """A prompt of some 90 tokens with a beginning of its own: no prefix of it is cached."""
     words = [TOPICS[(number * step + number // step) % len(TOPICS)] for step in range(1, 13)]
     content = f"{number}. Tell a story of {', then of '.join(words)}. It should be short and end well."
     return {
@@ -117,7 +118,7 @@ async def explanation_of(admin: httpx.AsyncClient, request_id: str) -> Explanati
     return explain_recorded(read_snapshot(response.raise_for_status().content, request_id))
 
 
-def explained(explanation: Explanation) -> Told:
-    """Who should have answered by that."""
+def explained(explanation: Explanation) -> Route:
+    """Which replica should have answered, by an explanation."""
     chosen = explanation.chosen
-    return Told(chosen.variant, chosen.precision, chosen.replica, chosen.reason) if chosen else UNTOLD
+    return Route(chosen.variant, chosen.precision, chosen.replica, chosen.reason) if chosen else NO_ROUTE

@@ -1,4 +1,4 @@
-"""Calls that are made twice, of vLLM itself and through the gateway: a path and a body without the model's name."""
+"""Calls that are made twice, to vLLM itself and through the gateway: a path and a body without the model's name."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ CITY = {"type": "object", "properties": {"city": {"type": "string", "enum": ["Pa
 TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather", "parameters": CITY}}
 NAMED = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}, "max_tokens": 24}
 JSON = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
-# Greedy sampling has one answer only. Hotter, and numbers that depend on who shares a batch would change the dice.
+# Greedy sampling refuses n > 1. At higher temperatures the numerics of the batch would change what is sampled.
 TWO: dict[str, Any] = {"n": 2, "temperature": 0.02}
 
 
@@ -73,7 +73,7 @@ ANSWERED: Mapping[str, Call] = {
     "chat, odd characters, stream": chat(messages=ODD, max_tokens=24, **STREAM),
     "chat, echo, stream": chat(echo=True, **STREAM),
     "chat, token ids, stream": chat(return_token_ids=True, **STREAM),
-    "chat, field that nobody knows": chat(nonsense=1),
+    "chat, unknown field": chat(nonsense=1),
     "text": text(),
     "text, stream": text(**STREAM),
     "text, usage": text(**USAGE),

@@ -1,7 +1,7 @@
-"""The main job on real parts: a real chat model, real GPTQ, real vLLM, the real OpenAI SDK.
+"""`quantgate demo` on real parts: a real chat model, real GPTQ, real vLLM, the real OpenAI SDK.
 
-The tests build on one another in the order of this file and the two that follow: first run, second run, requests, load,
-stop, kill.
+The tests depend on one another in the order of this file and the two that follow: first run, second run, requests,
+load, stop, interrupt.
 """
 
 import json
@@ -29,21 +29,34 @@ QUESTION = [{"role": "user", "content": "Name three colours."}]
 
 
 def test_first_run_answers_with_all_variants(first_run: Running, home: Path) -> None:
-    """From nothing to three variants that have answered; the alias is answered by the best; nothing stays behind."""
-    assert first_run.process.returncode == 0, first_run.told[-3000:]
-    rows = {name: row for name in VARIANTS for row in first_run.out.splitlines() if row.strip().startswith(name)}
-    assert set(rows) == set(VARIANTS), first_run.out
-    assert all(row.count(name) == 2 for name, row in rows.items()), first_run.out
+    """From an empty home to three variants that answer; the best one answers the alias; no replica stays behind."""
+    assert first_run.process.returncode == 0, first_run.stderr[-3000:]
+    rows = {name: row for name in VARIANTS for row in first_run.stdout.splitlines() if row.strip().startswith(name)}
+    assert set(rows) == set(VARIANTS), first_run.stdout
+    assert all(row.count(name) == 2 for name, row in rows.items()), first_run.stdout
     assert rows["smol-bf16"].rstrip().endswith("smol, smol-bf16")
-    assert "x-quantgate-precision: bf16" in first_run.out
+    assert "x-quantgate-precision: bf16" in first_run.stdout
     for stage in ("base model", "quantize w8a8", "quantize w4a16-g64", "start replicas", "ask"):
-        assert f"{stage}: " in first_run.told
+        assert f"{stage}: " in first_run.stderr
     assert noted_sessions(home) == {}
+
+
+def test_base_model_keeps_its_words_and_its_ties(smollm2: Path) -> None:
+    """The GGUF file becomes a model with single-token chat marks, digits apart, its end token and tied embeddings."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers: install the quantize extra")
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(smollm2)
+    assert tokenizer.encode("<|im_start|>user\nhi<|im_end|>") == [1, 4093, 198, 6004, 2]
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("2026")) == ["2", "0", "2", "6"]
+    assert "You are a helpful AI assistant named SmolLM" in tokenizer.chat_template
+    assert json.loads((smollm2 / "generation_config.json").read_bytes())["eos_token_id"] == 2
+    assert json.loads((smollm2 / "config.json").read_bytes())["tie_word_embeddings"] is True
+    assert 268e6 < (smollm2 / "model.safetensors").stat().st_size < 270e6
+    assert [path.name for path in smollm2.parent.iterdir()] == [smollm2.name]
 
 
 @pytest.mark.parametrize("name,bits", [("smol-int8", 8), ("smol-int4", 4)])
 def test_variant_is_sealed_and_measured(first_run: Running, home: Path, name: str, bits: int) -> None:
-    """A variant's manifest matches its files, and its quality is a measurement that makes sense."""
+    """A variant's manifest matches its files, and its quality is a plausible measurement."""
     folder = directory(home, name)
     manifest = Manifest.read(folder)
     assert manifest.altered_files(folder) == []
@@ -57,22 +70,22 @@ def test_variant_is_sealed_and_measured(first_run: Running, home: Path, name: st
 
 
 def test_int8_is_nearer_to_the_parent_than_int4(first_run: Running, home: Path) -> None:
-    """What is measured tells the precisions apart."""
+    """The measured quality separates the precisions."""
     int8, int4 = (Manifest.read(directory(home, name)).quality for name in ("smol-int8", "smol-int4"))
     assert int8.kl_mean < int4.kl_mean
     assert int8.top1_agreement > int4.top1_agreement
 
 
 def test_second_run_reuses_everything(serving: Running, home: Path) -> None:
-    """The same recipes are not made again."""
-    made = [Manifest.read(directory(home, name)).created for name in ("smol-int8", "smol-int4")]
-    assert "Serving on" in serving.out
-    assert "layers" not in serving.told
-    assert [Manifest.read(directory(home, name)).created for name in ("smol-int8", "smol-int4")] == made
+    """Variants of the same recipes are not quantized again."""
+    created = [Manifest.read(directory(home, name)).created for name in ("smol-int8", "smol-int4")]
+    assert "Serving on" in serving.stdout
+    assert "layers" not in serving.stderr
+    assert [Manifest.read(directory(home, name)).created for name in ("smol-int8", "smol-int4")] == created
 
 
 def test_models_are_listed(serving: Running) -> None:
-    """The alias comes first, with the context length that every rung has."""
+    """The alias comes first, with the context length of its rungs."""
     with openai.OpenAI(base_url=address(serving), api_key="EMPTY") as client:
         models = client.models.list().data
     assert [model.id for model in models] == ["smol", *VARIANTS]
@@ -81,7 +94,7 @@ def test_models_are_listed(serving: Running) -> None:
 
 @pytest.mark.parametrize("name", ["smol", *VARIANTS])
 def test_chat(serving: Running, name: str) -> None:
-    """A whole answer names the model that was asked, and the headers name the variant that answered."""
+    """A whole answer names the requested model, and the headers name the variant that answered."""
     with openai.OpenAI(base_url=address(serving), api_key="EMPTY") as client:
         raw = client.chat.completions.with_raw_response.create(
             model=name,
@@ -99,7 +112,7 @@ def test_chat(serving: Running, name: str) -> None:
 
 
 def test_stream(serving: Running) -> None:
-    """A stream comes in pieces, each under the asked name, and without the usage that was not asked for."""
+    """A stream has several chunks, each with the requested name, and no usage unless requested."""
     with openai.OpenAI(base_url=address(serving), api_key="EMPTY") as client:
         chunks = list(
             client.chat.completions.create(
@@ -115,7 +128,7 @@ def test_stream(serving: Running) -> None:
 
 
 def test_completions(serving: Running) -> None:
-    """The older endpoint works, too."""
+    """/v1/completions works, too."""
     with openai.OpenAI(base_url=address(serving), api_key="EMPTY") as client:
         answer = client.completions.create(model="smol", prompt="One, two, three,", max_tokens=4, temperature=0)
     assert answer.model == "smol"
@@ -123,7 +136,7 @@ def test_completions(serving: Running) -> None:
 
 
 def test_engine_errors_reach_the_client(serving: Running) -> None:
-    """A prompt that is too long is the client's to mend, in a shape that the SDK understands."""
+    """A prompt that is too long is a 400 in a shape that the SDK understands."""
     with (
         openai.OpenAI(base_url=address(serving), api_key="EMPTY") as client,
         pytest.raises(openai.BadRequestError, match="maximum context length") as caught,
@@ -133,7 +146,7 @@ def test_engine_errors_reach_the_client(serving: Running) -> None:
 
 
 def test_client_that_leaves_stops_the_generation(serving: Running) -> None:
-    """vLLM works for nobody: its running requests go down to none after the client has left."""
+    """vLLM aborts the request of a client that closes its stream: no request is left running."""
     with openai.OpenAI(base_url=address(serving), api_key="EMPTY") as client:
         stream = client.chat.completions.create(
             model="smol-int8",
@@ -151,30 +164,30 @@ def test_client_that_leaves_stops_the_generation(serving: Running) -> None:
 
 
 def directory(home: Path, variant: str) -> Path:
-    """Where the demo's configuration says that a variant lies."""
+    """A variant's directory, from the demo's configuration."""
     return Path(yaml.safe_load((home / "demo.yaml").read_text())["variants"][variant]["path"])
 
 
 def replicas(serving: Running) -> list[dict[str, object]]:
-    """What the admin port tells of every replica."""
-    told = httpx.get(f"{admin_address(serving)}/admin/replicas").json()
-    assert isinstance(told, list)
-    return told
+    """All replicas as the admin port lists them."""
+    listed = httpx.get(f"{admin_address(serving)}/admin/replicas").json()
+    assert isinstance(listed, list)
+    return listed
 
 
 def in_flight(serving: Running) -> dict[object, object]:
-    """The replicas that answer something now."""
+    """The number of requests in flight, of replicas that have any."""
     return {each["id"]: each["in_flight"] for each in replicas(serving) if each["in_flight"]}
 
 
 def idle(metrics: str) -> bool:
-    """Tell whether vLLM runs no request."""
+    """Whether vLLM runs no request, by its metrics page."""
     values = [line.split()[-1] for line in metrics.splitlines() if line.startswith("vllm:num_requests_running")]
     return bool(values) and all(float(value) == 0 for value in values)
 
 
-def test_variants_are_told_as_json(first_run: Running, home: Path, tmp_path: Path) -> None:
+def test_a_variant_is_shown_as_json(first_run: Running, home: Path, tmp_path: Path) -> None:
     """`quantgate variants show --json` prints what the manifest says."""
     listing = start(tmp_path, home, "variants", "show", str(directory(home, "smol-int4")), "--json")
-    assert listing.wait(30) == 0, listing.told
-    assert json.loads(listing.out)["scheme"]["bits"] == 4
+    assert listing.wait(30) == 0, listing.stderr
+    assert json.loads(listing.stdout)["scheme"]["bits"] == 4

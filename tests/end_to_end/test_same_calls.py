@@ -1,39 +1,34 @@
-"""The same calls of real vLLM itself and through the gateway: what differs is what it says it changes, no other byte.
+"""The same calls to real vLLM itself and through the gateway: only the documented bytes differ.
 
-One replica of the demo's base model; vLLM's own ids go by the request's, which both are given.
+The alias has one replica of `quantgate up`. vLLM derives its ids from the request id, which both calls send.
 """
 
 import asyncio
-import importlib.util
 import json
 import re
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pydantic
 import pytest
-import yaml
 
-from gateway.demo.cli import BASE_FILE, BASE_NAME, BASE_PACKAGE
-from tests.end_to_end.running_demo import ROOT, Running, environment, listens, start, until
+from tests.end_to_end.running_demo import Running, until
+from tests.end_to_end.running_up import ALONE, ALONE_VARIANT, Up
 from tests.end_to_end.same_calls import ANSWERED, QUESTION, REFUSED, Call
 
 anthropic = pytest.importorskip("anthropic")
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.timeout(600)]
 
-ALIAS = "smol"
-READY_SECONDS = 300
+ALIAS = ALONE
 STOPPED_SECONDS = 5  # of the minute that the generation would take
 ENDLESS: dict[str, Any] = {"messages": QUESTION, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
 
-# What the engine makes anew for each request, besides the ids that are the request's.
+# What differs between two requests, besides ids derived from the request id.
 _ANEW = re.compile(
     rb'(?P<time>"(?:created|created_at|completed_at)":)[\d.]+|(?P<id>chatcmpl-tool-|\b(?:call|fc|msg|resp)_)[0-9a-f]{8,}'
 )
@@ -51,11 +46,11 @@ class Both:
 
     @property
     def sides(self) -> tuple[tuple[str, str], tuple[str, str]]:
-        """Where to ask, and for which model: directly, and through the gateway."""
+        """Base URL and model name: of vLLM, and of the gateway."""
         return (self.engine, self.served), (self.gateway, ALIAS)
 
     def asked(self, name: str, call: Call) -> list[httpx.Response]:
-        """Make a call of both."""
+        """Make a call to both."""
         path, body = call
         headers = {"x-request-id": re.sub(r"\W+", "-", name)}
         return [
@@ -64,11 +59,11 @@ class Both:
         ]
 
     def idle(self) -> bool:
-        """Tell whether vLLM runs no request, and none waits."""
+        """Whether vLLM has neither running nor waiting requests."""
         return self._gauge("running") == self._gauge("waiting") == 0
 
     def generating(self) -> bool:
-        """Tell whether vLLM runs a request."""
+        """Whether vLLM runs a request."""
         return self._gauge("running") > 0
 
     def _gauge(self, state: str) -> float:
@@ -77,50 +72,17 @@ class Both:
 
 
 @pytest.fixture(scope="module")
-def base(home: Path) -> Path:
-    """The demo's base model; made here if the demo hasn't run."""
-    folder = home / "models" / BASE_NAME
-    if not (folder / "config.json").exists():
-        package = importlib.util.find_spec(BASE_PACKAGE)
-        assert package is not None
-        assert package.origin is not None
-        command = [sys.executable, "-m", "quantize.gguf", str(Path(package.origin).parent / BASE_FILE), str(folder)]
-        subprocess.run(command, cwd=ROOT, env=environment(home), check=True, stdout=subprocess.DEVNULL)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def both(base: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
-    """`quantgate up` with one replica; no answer depends on an earlier one's cached prefix."""
-    folder = tmp_path_factory.mktemp("same")
-    replica = {"variant": "smol-bf16", "max_model_len": 2048, "max_num_seqs": 8, "kv_cache_bytes": "256MiB"}
-    replica |= {"prefix_caching": False}
-    replica |= {"args": ["--enforce-eager", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]}
-    document = {
-        "gateway": {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "state": f"sqlite:///{folder}/state.db"},
-        "variants": {"smol-bf16": {"path": str(base)}},
-        "replicas": [replica],
-        "aliases": {ALIAS: {"ladder": ["smol-bf16"]}},
-    }
-    config = folder / "quantgate.yaml"
-    config.write_text(yaml.safe_dump(document))
-    running = start(folder / "run", home, "up", str(config))
-    try:
-        until(lambda: "is ready at" in running.told, READY_SECONDS, running)
-        client, admin = listens(running)
-        (told,) = httpx.get(f"{admin}/admin/replicas").json()
-        yield Both(running, told["url"], told["id"], client)
-        assert running.stop() == 0
-    finally:
-        if running.process.poll() is None:
-            running.process.kill()
-            running.process.wait()
+def both(up: Up) -> Both:
+    """The replica of the alias, and the gateway in front of it."""
+    (replica,) = [each for each in up.replicas() if each["variant"] == ALONE_VARIANT]
+    return Both(up.running, replica["url"], replica["id"], up.addresses[0])
 
 
 def comparable(answer: bytes, served: str) -> list[bytes]:
-    """Events of an answer under the alias, without what is new in each; only the events of one choice have an order.
+    """Split an answer into events, with the alias as model and without times and random ids.
 
-    Of several choices only those that end last are told with the fingerprint: the others don't wait for it.
+    Events of several choices are sorted by choice: only those of one choice have an order. The fingerprint is removed
+    from them: vLLM sends it with the choices that end last.
     """
     renamed = answer.replace(b'"model":"%b"' % served.encode(), b'"model":"%b"' % ALIAS.encode())
     same = _ANEW.sub(lambda found: found["time"] or found["id"], renamed)
@@ -136,7 +98,7 @@ def _choice(event: bytes) -> int:
 
 @pytest.mark.parametrize("name", ANSWERED)
 def test_answers(both: Both, name: str) -> None:
-    """Every byte is vLLM's, but for the model's name."""
+    """Every byte is vLLM's, except the model's name."""
     direct, through = both.asked(name, ANSWERED[name])
     assert (through.status_code, direct.status_code) == (200, 200), through.text
     assert through.headers["content-type"] == direct.headers["content-type"]
@@ -159,14 +121,14 @@ def test_refusals(both: Both, name: str) -> None:
 
 
 def test_an_endpoint_that_the_engine_has_not(both: Both) -> None:
-    """A chat model makes no embeddings; to ask for some is the client's mistake."""
+    """A chat model has no embeddings endpoint: 404 with a code of its own."""
     direct, through = both.asked("embeddings", ("/v1/embeddings", {"input": "x"}))
     assert (through.status_code, direct.status_code) == (404, 404)
     assert through.json()["error"]["code"] == "endpoint_not_supported"
 
 
 def test_models(both: Both) -> None:
-    """The alias is described as vLLM describes the model."""
+    """/v1/models describes the alias as vLLM describes the model."""
     theirs = httpx.get(f"{both.engine}/v1/models").json()["data"][0]
     ours = httpx.get(f"{both.gateway}/v1/models/{ALIAS}").json()
     assert {key: ours[key] for key in ("object", "max_model_len")} == {
@@ -175,7 +137,7 @@ def test_models(both: Both) -> None:
 
 
 class City(pydantic.BaseModel):
-    """What a model is asked to fill in."""
+    """The response format of `chat_parse`."""
 
     city: str
 
@@ -186,14 +148,14 @@ def chat_whole(client: openai.OpenAI, model: str) -> Any:
 
 
 def chat_stream(client: openai.OpenAI, model: str) -> Any:
-    """`chat.completions.stream`, which puts the chunks together."""
+    """`chat.completions.stream`, which assembles the chunks."""
     with client.chat.completions.stream(model=model, messages=QUESTION, stop=".", temperature=0) as stream:
         events = [event.type for event in stream]
         return {"events": events, **stream.get_final_completion().model_dump()}
 
 
 def chat_parse(client: openai.OpenAI, model: str) -> Any:
-    """`chat.completions.parse`, which gives an object."""
+    """`chat.completions.parse`, which returns an object."""
     form: Any = {"type": "json_schema", "json_schema": {"name": "c", "schema": {"enum": [{"city": "Paris"}]}}}
     asked: dict[str, Any] = {"messages": QUESTION, "max_tokens": 24, "temperature": 0}
     answer = client.chat.completions.parse(
@@ -213,18 +175,18 @@ def responses_stream(client: openai.OpenAI, model: str) -> Any:
 
 @pytest.mark.parametrize("call", [chat_whole, chat_stream, chat_parse, responses_stream])
 def test_openai_sdk(both: Both, call: Callable[[openai.OpenAI, str], Any]) -> None:
-    """What the application gets is the same."""
+    """The SDK returns the same objects and events."""
     got = []
     for url, model in both.sides:
         headers = {"x-request-id": call.__name__}
         with openai.OpenAI(base_url=f"{url}/v1", api_key="EMPTY", default_headers=headers) as client:
-            told = call(client, model)
-        got.append(comparable(json.dumps(told, separators=(",", ":")).encode(), model))
+            result = call(client, model)
+        got.append(comparable(json.dumps(result, separators=(",", ":")).encode(), model))
     assert got[0] == got[1]
 
 
 def test_anthropic_sdk(both: Both) -> None:
-    """`messages.stream` puts the same message together from the same events."""
+    """`messages.stream` gives the same events and the same message."""
     got = []
     for url, model in both.sides:
         with (
@@ -240,7 +202,7 @@ def test_anthropic_sdk(both: Both) -> None:
 
 
 def test_a_stream_that_is_closed(both: Both) -> None:
-    """Three chunks are enough for this client: vLLM stops."""
+    """The client closes the stream after three chunks: vLLM stops generating."""
     with openai.OpenAI(base_url=f"{both.gateway}/v1", api_key="EMPTY") as client:
         stream = client.chat.completions.create(model=ALIAS, stream=True, **ENDLESS)
         for _ in range(3):
@@ -251,7 +213,7 @@ def test_a_stream_that_is_closed(both: Both) -> None:
 
 
 async def test_a_whole_answer_that_is_cancelled(both: Both) -> None:
-    """Nobody waits for it any more: vLLM stops."""
+    """The client cancels a request that does not stream: vLLM stops generating."""
     async with openai.AsyncOpenAI(base_url=f"{both.gateway}/v1", api_key="EMPTY") as client:
         asked = asyncio.create_task(client.chat.completions.create(model=ALIAS, **ENDLESS))
         await asyncio.to_thread(until, both.generating, 30)
@@ -261,6 +223,6 @@ async def test_a_whole_answer_that_is_cancelled(both: Both) -> None:
 
 
 def test_nothing_was_taken_for_a_failure(both: Both) -> None:
-    """Of all that came before, nothing was the replica's fault, and nothing was asked twice."""
-    assert "failed:" not in both.running.told
-    assert re.findall(r"attempts=(?!1 )\d+", both.running.told) == []
+    """None of the calls above was logged as a replica's failure, and none was retried."""
+    assert "failed:" not in both.running.stderr
+    assert re.findall(r"attempts=(?!1 )\d+", both.running.stderr) == []

@@ -1,87 +1,48 @@
-"""`quantgate up` on real vLLM: killed and found again, rolled under load, killed process by process, drained.
+"""`quantgate up` on real vLLM: replicas adopted, replaced under load, killed process by process, drained.
 
-The tests build on one another in the order of this file; they serve what the demo made.
+The tests depend on one another in the order of this file; they serve the demo's variants.
 """
 
 import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 import yaml
 
 from serving.process import session_processes
-from tests.end_to_end.running_demo import Running, alive, listens, noted_sessions, start, until
+from tests.end_to_end.running_demo import alive, noted_sessions, start, until
+from tests.end_to_end.running_up import VARIANTS, Up, start_up
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.timeout(1200)]
 
-ALL_READY_SECONDS = 400
 REQUESTS = 200
 AT_ONCE = 2
 PAUSE_SECONDS = 0.2  # more would only make the successor's start slower, on few cores
-VARIANTS = ("smol-bf16", "smol-int8", "smol-int4")
-
-
-@dataclass(slots=True)
-class Up:
-    """`quantgate up`, its configuration, and who serves."""
-
-    running: Running
-    config: Path
-    home: Path
-
-    @property
-    def addresses(self) -> tuple[str, str]:
-        """Of clients and of operators."""
-        return listens(self.running)
-
-    def states(self) -> dict[str, str]:
-        """Every replica's state, none before the gateway listens."""
-        if "listening on" not in self.running.told:
-            return {}
-        told: list[dict[str, Any]] = httpx.get(f"{self.addresses[1]}/admin/replicas").json()
-        return {each["id"]: each["state"] for each in told}
-
-    def all_ready(self) -> bool:
-        """Whether there are three, and all of them answer."""
-        states = self.states()
-        return len(states) == len(VARIANTS) and set(states.values()) == {"ready"}
 
 
 @pytest.fixture(scope="module")
-def up(first_run: Running, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """All three variants, served, with a supervisor that has been killed once."""
-    folder = tmp_path_factory.mktemp("up")
-    document = yaml.safe_load((home / "demo.yaml").read_text())
-    document["gateway"] |= {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "state": f"sqlite:///{folder}/state.db"}
-    config = folder / "quantgate.yaml"
-    config.write_text(yaml.safe_dump(document))
-    killed = Up(start(folder / "killed", home, "up", str(config)), config, home)
-    until(killed.all_ready, ALL_READY_SECONDS, killed.running)
-    before = noted_sessions(home)
-    killed.running.process.kill()
-    killed.running.wait(10)
+def up(up: Up) -> Up:
+    """All three variants, served by a second process: the first one has been killed with `kill -9`."""
+    before = noted_sessions(up.home)
+    up.running.process.kill()
+    up.running.wait(10)
     assert len(alive(before)) >= 9, "vLLM outlives its supervisor"
-    again = Up(start(folder / "again", home, "up", str(config)), config, home)
-    until(again.all_ready, 60, again.running)
-    assert set(noted_sessions(home)) == set(before), "they were to be adopted, not started anew"
-    yield again
-    if again.running.process.poll() is None:
-        again.running.process.kill()
-        again.running.wait(10)
+    up.running = start_up(up.config, up.home, "again")
+    until(up.all_ready, 60, up.running)
+    assert set(noted_sessions(up.home)) == set(before), "they were to be adopted, not started anew"
+    return up
 
 
 @dataclass(slots=True)
 class Load:
-    """SDK clients that ask at a steady pace, in threads of their own."""
+    """Requests at a steady rate, from SDK clients in threads of their own."""
 
     address: str
     model: str
@@ -90,7 +51,7 @@ class Load:
     enough: threading.Event = field(default_factory=threading.Event)
 
     def ask(self) -> None:
-        """Ask, streaming and not in turn, until told that it is enough."""
+        """Send requests, every other one streaming, until `enough` is set."""
         with openai.OpenAI(base_url=f"{self.address}/v1", api_key="EMPTY", max_retries=0) as client:
             while not self.enough.wait(PAUSE_SECONDS):
                 try:
@@ -109,19 +70,19 @@ class Load:
 
 
 def test_killed_supervisor_s_replicas_answer(up: Up) -> None:
-    """Adopted replicas answer as before; `ps` knows them, with their processes."""
+    """Adopted replicas answer as before, and `quantgate ps` lists them as ready."""
     with openai.OpenAI(base_url=f"{up.addresses[0]}/v1", api_key="EMPTY") as client:
         for name in VARIANTS:
             answer = client.completions.create(model=name, prompt="One, two,", max_tokens=2, temperature=0)
             assert answer.choices[0].text
     listed = start(up.config.parent / "ps", up.home, "ps", str(up.config))
-    assert listed.wait(30) == 0, listed.told
+    assert listed.wait(30) == 0, listed.stderr
     for name in VARIANTS:
-        assert re.search(rf"{name}-1 .*ready", listed.out), listed.out
+        assert re.search(rf"{name}-1 .*ready", listed.stdout), listed.stdout
 
 
 def test_rolling_replacement_breaks_no_request(up: Up) -> None:
-    """A replica gets another setting under steady load: its successor starts, proves itself, and takes over."""
+    """A setting changes under steady load: the surge replica starts, is verified, and takes over; no request fails."""
     load = Load(up.addresses[0], "smol-int4")
     threads = [threading.Thread(target=load.ask) for _ in range(AT_ONCE)]
     for thread in threads:
@@ -145,7 +106,7 @@ def test_rolling_replacement_breaks_no_request(up: Up) -> None:
 
 
 def test_every_process_of_a_replica_is_killed_once(up: Up) -> None:
-    """Whichever goes, nothing of that replica stays, and a new one answers; the others are not disturbed."""
+    """Whichever process is killed, the whole replica goes and a new one answers; other replicas keep running."""
     others = {session for session, note in noted_sessions(up.home).items() if "smol-int8" not in note}
     for number in range(len(session_processes(_session(up, "smol-int8-1")))):
         session = _session(up, "smol-int8-1")
@@ -153,7 +114,7 @@ def test_every_process_of_a_replica_is_killed_once(up: Up) -> None:
         victim = processes[min(number, len(processes) - 1)]
         tracker = b"resource_tracker" in Path(f"/proc/{victim}/cmdline").read_bytes()
         os.kill(victim, signal.SIGKILL)
-        if not tracker:  # which only cleans up: nobody misses it while the others live
+        if not tracker:  # the resource tracker only cleans up: the replica survives it
             until(partial(_gone, session), 60, up.running)
         until(up.all_ready, 120, up.running)
         with openai.OpenAI(base_url=f"{up.addresses[0]}/v1", api_key="EMPTY") as client:
@@ -162,7 +123,7 @@ def test_every_process_of_a_replica_is_killed_once(up: Up) -> None:
 
 
 def test_stopping_drains_and_leaves_nothing(up: Up) -> None:
-    """A stream that runs when SIGTERM comes is finished; then there is no process, no note, no shared memory left."""
+    """SIGTERM lets a running stream end; then no process and no record in the ledger is left."""
     sessions = noted_sessions(up.home)
     assert len(alive(sessions)) >= 9
     with openai.OpenAI(base_url=f"{up.addresses[0]}/v1", api_key="EMPTY") as client:

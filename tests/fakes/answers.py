@@ -157,5 +157,5 @@ def _logprobs(ask: Ask, tokens: Iterable[str]) -> dict[str, Any]:
         top = [{token: -0.5} for token in said]
         weights = [-0.5] * len(said)
         return {"logprobs": {"text_offset": offsets, "token_logprobs": weights, "tokens": said, "top_logprobs": top}}
-    told = [{"token": token, "logprob": -0.5, "bytes": list(token.encode())} for token in tokens]
-    return {"logprobs": {"content": [{**each, "top_logprobs": [each]} for each in told]}}
+    logprobs = [{"token": token, "logprob": -0.5, "bytes": list(token.encode())} for token in tokens]
+    return {"logprobs": {"content": [{**each, "top_logprobs": [each]} for each in logprobs]}}

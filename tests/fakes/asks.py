@@ -18,7 +18,7 @@ from tests.fakes.options import Options
 
 Kind = Literal["chat", "text", "messages", "responses"]
 ID_PREFIXES: dict[Kind, str] = {"chat": "chatcmpl", "messages": "chatcmpl", "text": "cmpl"}
-# Arguments of a tool call come in pieces of so many characters.
+# The length of the pieces in which the arguments of a tool call arrive, in characters.
 PIECE_CHARACTERS = 5
 # Behind the last character that there is.
 THINK_TOKENS = {"<think>": 0x110000, "</think>": 0x110001}
@@ -158,7 +158,7 @@ def last_words(body: Mapping[str, Any]) -> str:
 
 
 def tokenize(text: str, *, think_tokens: bool = False) -> list[int]:
-    """One token per character, so that every fake can read every other's tokens back; tags may be tokens, too."""
+    """One token per character: every fake can detokenize another's tokens. Tags may be tokens, too."""
     words = re.findall("<think>|</think>|.", text, re.DOTALL) if think_tokens else text
     return [THINK_TOKENS.get(word) or ord(word) for word in words]
 

@@ -1,4 +1,4 @@
-"""The engine's part of the fake: who may generate, how fast, and how it goes wrong."""
+"""The engine's part of the fake: admission, the speed of generation, and its faults."""
 
 import asyncio
 import contextlib
@@ -41,7 +41,7 @@ class Generation:
         self.tokens = 0
 
     async def steps(self) -> AsyncIterator[int]:
-        """Wait for a place, then give the number of each step when its tokens are there."""
+        """Wait for a slot, then yield the number of each step when its tokens are there."""
         engine = self._engine
         await engine.enter(self)
         engine.prompt_tokens += self._ask.prompt_tokens
@@ -86,17 +86,17 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """How many are generating."""
+        """The number of requests that generate."""
         return sum(generation.running for generation in self._unfinished)
 
     @property
     def waiting(self) -> int:
-        """How many have been admitted and wait for a place."""
+        """The number of admitted requests that wait for a slot."""
         return len(self._unfinished) - self.running
 
     @contextlib.contextmanager
     def admit(self, ask: Ask) -> Iterator[Generation]:
-        """Take a request in, or refuse it; whoever leaves before the last step was aborted."""
+        """Admit a request or refuse it; a generation that ends before its last step counts as aborted."""
         self._refuse()
         generation = Generation(self, ask, doomed=self._admitted == self.faults.crash_after_requests)
         self._admitted += 1
@@ -107,12 +107,12 @@ class Engine:
             self.leave(generation, "abort")
 
     async def enter(self, generation: Generation) -> None:
-        """Wait for one of the `--max-num-seqs` places."""
+        """Wait for one of the `--max-num-seqs` slots."""
         await self._places.acquire()
         generation.running = True
 
     def leave(self, generation: Generation, reason: str) -> None:
-        """Give the place back and say how it ended; only the first call counts."""
+        """Release the slot and log how the generation ended; only the first call counts."""
         if generation not in self._unfinished:
             return
         self._unfinished.discard(generation)
@@ -123,7 +123,7 @@ class Engine:
         self._journal.write({"event": "aborted" if reason == "abort" else "finished", "tokens": generation.tokens})
 
     def die(self) -> None:
-        """The engine core is gone: everybody in it gets the error now."""
+        """End the engine core: all of its generations get the error now."""
         waiting = self.waiting
         self.dead.set()
         self.resume()
@@ -131,7 +131,7 @@ class Engine:
             self._places.release()
 
     def resume(self) -> None:
-        """Let who stalled, and who would stall from now on, go on."""
+        """Resume all stalled generations; from now on none stalls."""
         self._resumed.set()
 
     async def stall(self) -> None:
@@ -141,7 +141,7 @@ class Engine:
             raise engine_dead()
 
     async def wait_until(self, due: float | None) -> None:
-        """Let time pass until the loop's clock shows `due`; without one, only let others go on."""
+        """Sleep until the loop's clock reaches `due`; without one, yield to other tasks once."""
         if due is None:
             await asyncio.sleep(0)
         else:
@@ -166,7 +166,7 @@ class Engine:
 
 
 def engine_dead() -> ApiError:
-    """What everybody hears whose generation dies with the engine."""
+    """The error of every generation that the engine's end interrupts."""
     message = "EngineCore encountered an issue. See stack trace (above) for the root cause."
     return ApiError(500, "InternalServerError", message)
 

@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 server: keep-alive, pipelining, chunked streams; who leaves has his answer cancelled."""
+"""A small HTTP/1.1 server: keep-alive, pipelining, chunked streams; a client that disconnects cancels its answer."""
 
 import asyncio
 import contextlib
@@ -51,12 +51,12 @@ class Reply:
         await self.send(status, json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode(), headers=headers)
 
     async def start_stream(self, content_type: str, headers: Mapping[str, str]) -> None:
-        """Send the head of an answer whose end is not known yet."""
+        """Send the head of a chunked answer."""
         described = {"content-type": content_type, "transfer-encoding": "chunked"}
         await self._connection.write(self._head(200, {**described, **headers}))
 
     async def write(self, data: bytes) -> None:
-        """Send a part of the body, in pieces if the server was told to split."""
+        """Send a part of the body, in pieces of `piece_bytes` if the server has a limit."""
         size = self._connection.server.piece_bytes or len(data)
         for start in range(0, len(data), size):
             piece = data[start : start + size]
@@ -64,7 +64,7 @@ class Reply:
             await self._connection.write(b"%x\r\n%b\r\n" % (len(piece), piece))
 
     async def end_stream(self) -> None:
-        """Say that the body is complete."""
+        """Send the last chunk."""
         await self._connection.write(b"0\r\n\r\n")
 
     def drop(self) -> None:
@@ -95,16 +95,16 @@ class Server:
         self._listener: asyncio.Server | None = None
 
     async def listen(self, bound: socket.socket) -> None:
-        """From here on connections are accepted; before, they are refused."""
+        """Accept connections from now on; before, they are refused."""
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(lambda: Connection(self), sock=bound, backlog=2048)
 
     async def quiet(self) -> None:
-        """Return when nobody is waiting for an answer."""
+        """Return when no request is being answered."""
         await self._until(lambda: not any(connection.busy for connection in self.connections))
 
     async def stop(self) -> None:
-        """Stop listening, cut off who still waits, and close what is left."""
+        """Stop listening, cancel the answers in progress, and close all connections."""
         if self._listener is not None:
             self._listener.close()
         for connection in list(self.connections):
@@ -137,11 +137,11 @@ class Connection(asyncio.Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether the client is owed an answer."""
+        """Whether a request is being answered."""
         return self._answering is not None
 
     async def write(self, data: bytes) -> None:
-        """Hand bytes to the socket; wait while the client reads too slowly."""
+        """Write bytes to the socket, after waiting for a client that reads too slowly."""
         await self._writable.wait()
         self._transport.write(data)
 
@@ -150,7 +150,7 @@ class Connection(asyncio.Protocol):
         self._transport.close()
 
     def cut(self) -> None:
-        """Give up the answer in progress, if any, and close."""
+        """Cancel the answer in progress, if any, and close."""
         if self._answering is not None:
             self._answering.cancel()
         self.close()

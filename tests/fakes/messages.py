@@ -60,10 +60,10 @@ def whole(ask: Ask) -> dict[str, Any]:
 
 def error(body: dict[str, Any]) -> dict[str, Any]:
     """Translate an error, unless it is one that vLLM finds before it looks at the dialect."""
-    told = body["error"]
-    if told["type"] == "Bad Request":
+    error = body["error"]
+    if error["type"] == "Bad Request":
         return body
-    return {"type": "error", "error": {"type": told["type"], "message": told["message"]}}
+    return {"type": "error", "error": {"type": error["type"], "message": error["message"]}}
 
 
 def usage(ask: Ask, steps: int) -> dict[str, Any]:

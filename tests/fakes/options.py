@@ -43,7 +43,7 @@ class Life:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What vLLM itself was told, with the fake's own flags beside it."""
+    """vLLM's options, and the fake's own flags beside them."""
 
     model: str
     chat_template: Path | None

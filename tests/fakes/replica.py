@@ -30,7 +30,7 @@ GENERATIONS: Mapping[str, Kind] = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a route that does not generate says."""
+    """The answer of a route that does not generate."""
 
     status: int = 200
     body: bytes = b""
@@ -39,18 +39,18 @@ class Answer:
 
 @dataclass(slots=True)
 class Page:
-    """How /metrics misbehaves: names that are others now, and an answer that doesn't come."""
+    """Faults of /metrics: renamed metrics, and an answer that never comes."""
 
     renamed: dict[str, str] = field(default_factory=dict)
-    told: asyncio.Event = field(default_factory=asyncio.Event)
+    available: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.told.set()
+        self.available.set()
 
     def change(self, asked: Mapping[str, Any]) -> None:
-        """Take over what is asked; whatever is not named is as it should be again."""
+        """Set the faults; those that are not named end."""
         self.renamed = dict(asked.get("rename", {}))
-        (self.told.clear if asked.get("stall") else self.told.set)()
+        (self.available.clear if asked.get("stall") else self.available.set)()
 
     def changed(self, page: str) -> str:
         """Write a page with the names as they are now."""
@@ -60,7 +60,7 @@ class Page:
 
 
 class Replica:
-    """Answers each request as vLLM would, with the engine's consent."""
+    """Answers each request as vLLM would, if the engine admits it."""
 
     def __init__(self, options: Options, engine: Engine, journal: Journal) -> None:
         self._options = options
@@ -83,14 +83,14 @@ class Replica:
         }
 
     async def handle(self, request: Request, reply: Reply) -> None:
-        """Note the request, answer it, and turn what goes wrong into vLLM's words."""
+        """Log the request, answer it, and turn errors into vLLM's error objects."""
         self._journal.write(_noted(request))
         try:
             if request.path in GENERATIONS and request.method == "POST" and self._admits(request):
                 await self._generate(GENERATIONS[request.path], request, reply)
             else:
                 if request.path == "/metrics":
-                    await self._page.told.wait()
+                    await self._page.available.wait()
                 answer = self._answer(request)
                 await reply.send(answer.status, answer.body, answer.content_type, self._headers(request))
         except ApiError as error:
@@ -145,10 +145,10 @@ class Replica:
                 await _write_each(dialect.step(step), reply)
             await _write_each(dialect.ending(), reply)
         except ApiError as error:  # the status has been sent: the error is an event
-            told = dialect.failed(error.body)
-            if told is None:
+            event = dialect.failed(error.body)
+            if event is None:
                 raise HangUpError from error
-            await reply.write(told)
+            await reply.write(event)
         await reply.end_stream()
 
     # Everything else.

@@ -7,11 +7,13 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from inspect import isawaitable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
@@ -97,7 +99,7 @@ def fake_argv(*flags: str, served: str = "m1", port: int = 0) -> list[str]:
 async def running_fake(
     *flags: str, served: str = "m1", env: Mapping[str, str] | None = None, wait: bool = True
 ) -> AsyncIterator[FakeReplica]:
-    """A fake in a session of its own, healthy on entry unless told not to wait, gone with its children on exit.
+    """A fake in a session of its own, healthy on entry unless `wait` is false, gone with its children on exit.
 
     `served` holds one name or several, separated by blanks.
     """
@@ -115,12 +117,30 @@ async def running_fake(
             await process.wait()
 
 
-async def eventually(look: Callable[[], T | None], deadline_seconds: float = DEADLINE_SECONDS) -> T:
-    """Look again and again until there is something; an error if it takes too long."""
+@overload
+async def eventually(look: Callable[[], Awaitable[T | None]], deadline_seconds: float = ...) -> T: ...
+@overload
+async def eventually(look: Callable[[], T | None], deadline_seconds: float = ...) -> T: ...
+async def eventually(look: Callable[[], Any], deadline_seconds: float = DEADLINE_SECONDS) -> Any:
+    """Poll until `look`, a function or a coroutine function, returns something true; TimeoutError at the deadline."""
     async with asyncio.timeout(deadline_seconds):
-        while not (found := look()):  # noqa: ASYNC110 - what is looked at is another process
+        while True:
+            found = look()
+            if found := await found if isawaitable(found) else found:
+                return found
             await asyncio.sleep(POLL_SECONDS)
-        return found
+
+
+def wait_until(
+    look: Callable[[], T | None], deadline_seconds: float = DEADLINE_SECONDS, poll_seconds: float = POLL_SECONDS
+) -> T:
+    """Poll as `eventually` does, for tests without an event loop; TimeoutError at the deadline."""
+    deadline = time.monotonic() + deadline_seconds
+    while not (found := look()):
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(poll_seconds)
+    return found
 
 
 def kill_group(leader: int) -> None:
@@ -159,15 +179,11 @@ async def _port(process: Process, folder: Path) -> int:
 
 
 async def _until_healthy(replica: FakeReplica) -> None:
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        while not await _healthy(replica.port):
-            _check_alive(replica.process, replica.folder)
-            await asyncio.sleep(POLL_SECONDS)
+    async def healthy() -> bool:
+        _check_alive(replica.process, replica.folder)
+        return await _answers(replica.port, "GET /health")
 
-
-async def _healthy(port: int) -> bool:
-    """Whether /health answers 200 on a connection of its own."""
-    return await _answers(port, "GET /health")
+    await eventually(healthy)
 
 
 async def _answers(port: int, asked: str, body: str = "") -> bool:

@@ -10,9 +10,7 @@ from quantize.base import read_base
 from quantize.running.worker import is_disk_full
 from quantize.schemes.forecast import disk_bytes
 from quantize.schemes.scheme import preset
-from tests.quantize.chats import chat, write_chats
 from tests.quantize.command_line import run
-from tests.quantize.models import write_tiny_llama
 
 pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")
@@ -23,19 +21,11 @@ SCHEME = "w4a16-g64"
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    """A tiny base, with its text beside it."""
-    write_chats(tmp_path / "chats.jsonl", 60)
-    text = [message["content"] for n in range(60) for message in chat(n)["messages"]]
-    return write_tiny_llama(tmp_path / "tiny", text)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path, base: Path) -> Iterator[Path]:
+def small_disk(tmp_path: Path, tiny_base: Path) -> Iterator[Path]:
     """A filesystem that is just large enough to begin."""
     place = tmp_path / "disk"
     place.mkdir()
-    size = disk_bytes(read_base(base), preset(SCHEME)) + 200_000
+    size = disk_bytes(read_base(tiny_base / "tiny"), preset(SCHEME)) + 200_000
     options = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
     if subprocess.run(options, capture_output=True, check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs (run as root)")
@@ -45,10 +35,10 @@ def small_disk(tmp_path: Path, base: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def test_a_disk_that_fills_up_is_told(base: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_is_told(tiny_base: Path, small_disk: Path) -> None:
     """Somebody else takes the space that was there when the run began."""
     (small_disk / "others").write_bytes(bytes(150_000))
-    options = ("--scheme", SCHEME, "--data", tmp_path / "chats.jsonl", "--eval-prompts", 0, "--eval-tokens", 500)
+    options = ("--scheme", SCHEME, "--data", tiny_base / "chats.jsonl", "--eval-prompts", 0, "--eval-tokens", 500)
     taken = small_disk / "taken"
     ballast = subprocess.Popen(
         [
@@ -60,7 +50,7 @@ def test_a_disk_that_fills_up_is_told(base: Path, small_disk: Path, tmp_path: Pa
         stderr=subprocess.DEVNULL,
     )
     with ballast:
-        done = run("main", base, *options, "--out", small_disk / "v")
+        done = run("main", tiny_base / "tiny", *options, "--out", small_disk / "v")
     assert done.returncode == 1
     assert f"no space left on the disk of {small_disk}" in done.stderr.splitlines()[-1]
     assert not (small_disk / "v").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,28 +15,15 @@ from config.manifest import Manifest
 from quantize.base import kept_files, read_base
 from quantize.schemes.forecast import predicted_bytes
 from quantize.variants.weights import read_dense
-from tests.quantize.chats import chat, write_chats
+from tests.fakes.running import wait_until
 from tests.quantize.command_line import ROOT, command, environ, run
-from tests.quantize.models import CHATML, write_tiny_llama
+from tests.quantize.conftest import SCHEMES
+from tests.quantize.models import CHATML
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]
-
-SCHEMES = ("w4a16-g64", "w8a8")
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the tiny base, its calibration text, and a variant of each scheme."""
-    folder = tmp_path_factory.mktemp("real")
-    write_chats(folder / "chats.jsonl", 60)
-    write_tiny_llama(folder / "tiny", [message["content"] for n in range(60) for message in chat(n)["messages"]])
-    for scheme in SCHEMES:
-        made = quantize(folder, scheme, folder / scheme)
-        assert made.returncode == 0, made.stderr
-    return folder
 
 
 def quantize(folder: Path, scheme: str, out: Path, *options: object) -> subprocess.CompletedProcess[str]:
@@ -44,10 +32,10 @@ def quantize(folder: Path, scheme: str, out: Path, *options: object) -> subproce
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_variant_is_whole(workshop: Path, scheme: str) -> None:
+def test_a_variant_is_whole(tiny_variants: Path, scheme: str) -> None:
     """The manifest tells scheme, text and quality, and the seal holds."""
-    manifest = Manifest.read(workshop / scheme)
-    assert manifest.altered_files(workshop / scheme) == []
+    manifest = Manifest.read(tiny_variants / scheme)
+    assert manifest.altered_files(tiny_variants / scheme) == []
     assert manifest.scheme.name == scheme
     assert manifest.quantizer.modules == 14
     assert manifest.quantizer.fallback_modules == ()
@@ -56,21 +44,21 @@ def test_a_variant_is_whole(workshop: Path, scheme: str) -> None:
     assert 0 < manifest.calibration.reasoning_tokens < manifest.calibration.tokens
     assert 0 < manifest.quality.kl_mean < 0.1
     assert manifest.quality.top1_agreement > 0.5
-    assert not (workshop / scheme / ".work").exists()
-    size = (workshop / scheme / "model.safetensors").stat().st_size
-    assert size == pytest.approx(predicted_bytes(read_base(workshop / "tiny"), manifest.scheme), rel=0.05)
-    modules = json.loads((workshop / scheme / "solved.json").read_bytes())["modules"]
+    assert not (tiny_variants / scheme / ".work").exists()
+    size = (tiny_variants / scheme / "model.safetensors").stat().st_size
+    assert size == pytest.approx(predicted_bytes(read_base(tiny_variants / "tiny"), manifest.scheme), rel=0.05)
+    modules = json.loads((tiny_variants / scheme / "solved.json").read_bytes())["modules"]
     assert len(modules) == 14
     assert not any(module["fallback"] for module in modules)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_words_and_untouched_tensors_are_the_bases_own(workshop: Path, scheme: str) -> None:
+def test_words_and_untouched_tensors_are_the_bases_own(tiny_variants: Path, scheme: str) -> None:
     """Tokenizer, template and generation config are copied byte for byte; embeddings and norms bit for bit."""
-    for file in kept_files(workshop / "tiny"):
-        assert (workshop / scheme / file.name).read_bytes() == file.read_bytes()
-    ours, layers = read_dense(workshop / scheme)
-    theirs = dict(_tensors(workshop / "tiny"))
+    for file in kept_files(tiny_variants / "tiny"):
+        assert (tiny_variants / scheme / file.name).read_bytes() == file.read_bytes()
+    ours, layers = read_dense(tiny_variants / scheme)
+    theirs = dict(_tensors(tiny_variants / "tiny"))
     assert ours.keys() == theirs.keys()
     assert len(layers) == 14
     for name in theirs.keys() - {f"{layer}.weight" for layer in layers}:
@@ -81,16 +69,16 @@ def test_words_and_untouched_tensors_are_the_bases_own(workshop: Path, scheme: s
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_nothing_tells_where_it_was_made(workshop: Path, scheme: str) -> None:
+def test_nothing_tells_where_it_was_made(tiny_variants: Path, scheme: str) -> None:
     """No text file of a variant holds a path of this machine."""
-    for file in (workshop / scheme).glob("*.json"):
-        assert str(workshop) not in file.read_text(), file.name
+    for file in (tiny_variants / scheme).glob("*.json"):
+        assert str(tiny_variants) not in file.read_text(), file.name
         assert "/tmp" not in file.read_text(), file.name
 
 
-def test_gptq_configs_agree(workshop: Path) -> None:
+def test_gptq_configs_agree(tiny_variants: Path) -> None:
     """Both places where a GPTQ reader may look say the same, in AutoGPTQ's words."""
-    out = workshop / "w4a16-g64"
+    out = tiny_variants / "w4a16-g64"
     told = json.loads((out / "config.json").read_bytes())["quantization_config"]
     assert told == json.loads((out / "quantize_config.json").read_bytes())
     assert (told["quant_method"], told["checkpoint_format"], told["bits"], told["group_size"]) == (
@@ -101,7 +89,7 @@ def test_gptq_configs_agree(workshop: Path) -> None:
     )
 
 
-def test_int4_reads_like_the_librarys_own_loader(workshop: Path) -> None:
+def test_int4_reads_like_the_librarys_own_loader(tiny_variants: Path) -> None:
     """Our reading of the packed words is GPTQModel's: dense weights agree layer by layer."""
     code = (
         "import sys, torch; from gptqmodel import GPTQModel, BACKEND\n"
@@ -109,56 +97,88 @@ def test_int4_reads_like_the_librarys_own_loader(workshop: Path) -> None:
         "layer = model.model.layers[1].mlp.down_proj\n"
         "torch.save(layer(torch.eye(256, dtype=torch.float16)[None])[0].float().t(), sys.argv[2])\n"
     )
-    target = workshop / "down.pt"
+    target = tiny_variants / "down.pt"
     env = {**environ(), "GPTQMODEL_CPU_WORKERS": "2"}
     subprocess.run(
-        [sys.executable, "-c", code, workshop / "w4a16-g64", target], env=env, check=True, capture_output=True
+        [sys.executable, "-c", code, tiny_variants / "w4a16-g64", target], env=env, check=True, capture_output=True
     )
-    ours, _ = read_dense(workshop / "w4a16-g64")
+    ours, _ = read_dense(tiny_variants / "w4a16-g64")
     assert torch.allclose(torch.load(target), ours["model.layers.1.mlp.down_proj.weight"], rtol=0.01)  # bf16
 
 
-def test_the_same_recipe_gives_the_same_bytes(workshop: Path) -> None:
+def test_the_same_recipe_gives_the_same_bytes(tiny_variants: Path) -> None:
     """Two runs of one recipe differ in time and duration only."""
-    again = quantize(workshop, "w4a16-g64", workshop / "again", "--json")
+    again = quantize(tiny_variants, "w4a16-g64", tiny_variants / "again", "--json")
     assert again.returncode == 0, again.stderr
-    first, second = Manifest.read(workshop / "w4a16-g64"), Manifest.model_validate_json(again.stdout)
+    first, second = Manifest.read(tiny_variants / "w4a16-g64"), Manifest.model_validate_json(again.stdout)
     assert (first.id, first.files, first.quality) == (second.id, second.files, second.quality)
 
 
-def test_a_finished_variant_is_reused(workshop: Path) -> None:
+def test_a_finished_variant_is_reused(tiny_variants: Path) -> None:
     """The second command finds the variant of its recipe and makes nothing; another seed is another recipe."""
-    before = (workshop / "w8a8" / "manifest.json").stat().st_mtime_ns
-    reused = quantize(workshop, "w8a8", workshop / "w8a8")
+    before = (tiny_variants / "w8a8" / "manifest.json").stat().st_mtime_ns
+    reused = quantize(tiny_variants, "w8a8", tiny_variants / "w8a8")
     assert reused.returncode == 0
     assert "reused, it already holds tiny-int8-" in reused.stderr
     assert "calibrate" not in reused.stderr
-    assert (workshop / "w8a8" / "manifest.json").stat().st_mtime_ns == before
-    assert quantize(workshop, "w8a8", workshop / "w8a8", "--seed", 1).returncode == 2
+    assert (tiny_variants / "w8a8" / "manifest.json").stat().st_mtime_ns == before
+    assert quantize(tiny_variants, "w8a8", tiny_variants / "w8a8", "--seed", 1).returncode == 2
 
 
-def test_the_gate_speaks_through_the_exit_code(workshop: Path) -> None:
+def test_the_gate_speaks_through_the_exit_code(tiny_variants: Path) -> None:
     """A missed limit is no error unless --gate asks; then it is 3."""
-    passed = Manifest.read(workshop / "w4a16-g64").quality.verdict == "pass"
-    assert quantize(workshop, "w4a16-g64", workshop / "w4a16-g64").returncode == 0
-    assert quantize(workshop, "w4a16-g64", workshop / "w4a16-g64", "--gate").returncode == (0 if passed else 3)
+    passed = Manifest.read(tiny_variants / "w4a16-g64").quality.verdict == "pass"
+    assert quantize(tiny_variants, "w4a16-g64", tiny_variants / "w4a16-g64").returncode == 0
+    assert quantize(tiny_variants, "w4a16-g64", tiny_variants / "w4a16-g64", "--gate").returncode == (
+        0 if passed else 3
+    )
 
 
-def test_evaluating_again_gives_the_sealed_figures(workshop: Path) -> None:
+def test_evaluating_again_gives_the_sealed_figures(tiny_variants: Path) -> None:
     """`evaluate` on the same text measures what the manifest says."""
     done = run(
-        "evaluate_main", workshop / "w8a8", "--against", workshop / "tiny", "--data", workshop / "chats.jsonl", "--json"
+        "evaluate_main",
+        tiny_variants / "w8a8",
+        "--against",
+        tiny_variants / "tiny",
+        "--data",
+        tiny_variants / "chats.jsonl",
+        "--json",
     )
     assert done.returncode == 0, done.stderr
-    sealed = Manifest.read(workshop / "w8a8").quality
+    sealed = Manifest.read(tiny_variants / "w8a8").quality
     assert json.loads(done.stdout)["kl_mean"] == pytest.approx(sealed.kl_mean)
     assert json.loads(done.stdout)["perplexity_ratio"] == pytest.approx(sealed.perplexity_ratio)
 
 
-def test_a_weight_that_is_no_number_is_an_error_by_name(workshop: Path, tmp_path: Path) -> None:
+# One process runs both checks: importing GPTQModel takes most of the time.
+CHECK_TWICE = """
+import sys
+from tests.benchmarks.reproduce import main
+separator = sys.argv.index("--")
+print("exit codes", main(sys.argv[1:separator]), main(sys.argv[separator + 1:]))
+"""
+
+
+def test_the_independent_check_finds_a_true_manifest_and_a_false_one(tiny_variants: Path, tmp_path: Path) -> None:
+    """`tests.benchmarks.reproduce` confirms the int4 variant's figures, and rejects a manifest with a better KL."""
+    variant, false = tiny_variants / "w4a16-g64", tmp_path / "false"
+    shutil.copytree(variant, false)
+    sealed = Manifest.read(variant)
+    better = sealed.quality.model_copy(update={"kl_mean": sealed.quality.kl_mean * 0.9})
+    (false / "manifest.json").write_text(sealed.model_copy(update={"quality": better}).to_json())
+    rest = ("--against", tiny_variants / "tiny", "--data", tiny_variants / "chats.jsonl")
+    argv = [sys.executable, "-c", CHECK_TWICE, *map(str, (variant, *rest, "--", false, *rest))]
+    done = subprocess.run(argv, cwd=ROOT, env=environ(), capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "exit codes 0 1", done.stdout + done.stderr
+
+
+def test_a_weight_that_is_no_number_is_an_error_by_name(tiny_variants: Path, tmp_path: Path) -> None:
     """A NaN in one matrix makes GPTQModel fall back silently; we name the module before any work, and write nothing."""
-    base = _copy_with(workshop / "tiny", tmp_path / "broken")
-    done = run("main", base, "--scheme", "w4a16-g64", "--data", workshop / "chats.jsonl", "--out", tmp_path / "out")
+    base = _copy_with(tiny_variants / "tiny", tmp_path / "broken")
+    done = run(
+        "main", base, "--scheme", "w4a16-g64", "--data", tiny_variants / "chats.jsonl", "--out", tmp_path / "out"
+    )
     assert done.returncode == 2
     told = "in every sample, first in model.layers.0.mlp.up_proj, whose own weights are no numbers"
     assert told in done.stderr
@@ -167,10 +187,10 @@ def test_a_weight_that_is_no_number_is_an_error_by_name(workshop: Path, tmp_path
 
 @pytest.mark.parametrize("number,code,word", [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
 def test_a_signal_in_the_quantize_stage_leaves_nothing(
-    workshop: Path, tmp_path: Path, number: int, code: int, word: str
+    tiny_variants: Path, tmp_path: Path, number: int, code: int, word: str
 ) -> None:
     """Ctrl-C and SIGTERM end the child, remove what was staged, and say so in one line."""
-    with _started(workshop, tmp_path) as process:
+    with _started(tiny_variants, tmp_path) as process:
         _read_until(process, "quantize ...")
         child = child_of(process.pid)
         process.send_signal(number)
@@ -181,9 +201,9 @@ def test_a_signal_in_the_quantize_stage_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_child_dies_with_a_killed_parent(workshop: Path, tmp_path: Path) -> None:
+def test_the_child_dies_with_a_killed_parent(tiny_variants: Path, tmp_path: Path) -> None:
     """After kill -9 of the parent the worker is gone too, and the final name is still free."""
-    with _started(workshop, tmp_path) as process:
+    with _started(tiny_variants, tmp_path) as process:
         _read_until(process, "quantize ...")
         child = child_of(process.pid)
         watch = os.pidfd_open(child)
@@ -195,10 +215,7 @@ def test_the_child_dies_with_a_killed_parent(workshop: Path, tmp_path: Path) -> 
 
 def child_of(pid: int) -> int:
     """The one child of a process, once it has one."""
-    children: list[str] = []
-    while not children:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    (child,) = children
+    (child,) = wait_until(Path(f"/proc/{pid}/task/{pid}/children").read_text).split()
     return int(child)
 
 
@@ -211,9 +228,16 @@ def _ended(watch: int) -> bool:
         os.close(watch)
 
 
-def _started(workshop: Path, folder: Path) -> "subprocess.Popen[str]":
+def _started(tiny_variants: Path, folder: Path) -> "subprocess.Popen[str]":
     told = command(
-        "main", workshop / "tiny", "--scheme", "w8a8", "--data", workshop / "chats.jsonl", "--out", folder / "out"
+        "main",
+        tiny_variants / "tiny",
+        "--scheme",
+        "w8a8",
+        "--data",
+        tiny_variants / "chats.jsonl",
+        "--out",
+        folder / "out",
     )
     return subprocess.Popen(told, cwd=ROOT, env=environ(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -232,8 +256,6 @@ def _tensors(directory: Path) -> dict[str, Any]:
 
 
 def _copy_with(base: Path, copy: Path) -> Path:
-    import shutil  # noqa: PLC0415
-
     from safetensors.torch import save_file  # noqa: PLC0415
 
     shutil.copytree(base, copy)

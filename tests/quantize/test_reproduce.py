@@ -1,25 +1,18 @@
-"""The independent check of a manifest's figures: its arithmetic, its verdict, and both on a real variant."""
+"""The independent check of a manifest's figures: its arithmetic and its verdict; test_real_model.py runs it."""
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.manifest import Manifest, Quality
+from config.manifest import Quality
 from tests.benchmarks.figures import Figures, Sums, lumped_divergence
 from tests.benchmarks.machine import Usage
 from tests.benchmarks.quantize import LayerTime, Round, last_layer, order_of, qwq_table, rounds_table
 from tests.benchmarks.reproduce import differences, table
 from tests.benchmarks.vllm_figures import Place, add_sample, read_places
-from tests.quantize.chats import chat, write_chats
-from tests.quantize.command_line import ROOT, environ, run
-from tests.quantize.models import write_tiny_llama
 
 SEALED = Quality(
     dataset_sha256="0", tokens=3, kl_mean=0.2, kl_p99=1.0, top1_agreement=0.5, perplexity_ratio=1.1, verdict="pass"
@@ -88,33 +81,3 @@ def test_a_layers_time_from_marks() -> None:
     marks = [("solved", 0, 10.0), ("packed", 0, 12.0), ("solved", 1, 14.0), ("solved", 1, 20.0), ("packed", 1, 21.5)]
     assert last_layer(marks) == LayerTime(solving=8.0, packing=1.5)
     assert "| solving | 8.0 s | 8.5 min | 110 min |" in qwq_table(last_layer(marks), 30.0, Usage(30.0, 10**9))
-
-
-@pytest.mark.real_model
-@pytest.mark.timeout(300)
-def test_the_check_finds_a_true_manifest_and_a_false_one(tmp_path: Path) -> None:
-    """A real int4 variant's figures come out again; a manifest that tells a better KL is caught."""
-    pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")
-    write_chats(tmp_path / "chats.jsonl", 60)
-    code = "import pathlib, sys; from tests.quantize import test_reproduce as t; t.write(pathlib.Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", code, tmp_path / "tiny"], cwd=ROOT, env=environ(), check=True)
-    text, variant = ("--data", tmp_path / "chats.jsonl", "--eval-tokens", 400), tmp_path / "int4"
-    made = run("main", tmp_path / "tiny", "--scheme", "w4a16-g64", *text, "--eval-prompts", 0, "--out", variant)
-    assert made.returncode == 0, made.stderr
-    true = reproduce(variant, "--against", tmp_path / "tiny", *text)
-    assert true.returncode == 0, true.stdout + true.stderr
-    sealed = Manifest.read(variant)
-    better = sealed.quality.model_copy(update={"kl_mean": sealed.quality.kl_mean * 0.9})
-    (variant / "manifest.json").write_text(sealed.model_copy(update={"quality": better}).to_json())
-    assert reproduce(variant, "--against", tmp_path / "tiny", *text).returncode == 1
-
-
-def write(directory: Path) -> None:
-    """Write the tiny base, in a process of its own: a test that only compares figures needs no torch."""
-    write_tiny_llama(directory, [json.dumps(chat(number)) for number in range(60)])
-
-
-def reproduce(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run the check."""
-    argv = [sys.executable, "-m", "tests.benchmarks.reproduce", *map(str, arguments)]
-    return subprocess.run(argv, cwd=ROOT, env=environ(), capture_output=True, text=True, check=False)

@@ -18,6 +18,7 @@ from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import Launch, ReplicaStatus, State
 from serving.supervisor import Supervisor
+from tests.bytecode import share_bytecode
 
 DEADLINE_SECONDS = 20.0
 QUICK = Backoff(first_seconds=0.01, longest_seconds=0.05)
@@ -39,6 +40,7 @@ def launch(folder: Path, name: str = "int4", *args: str, **settings: object) -> 
 
 def fake_machine(folder: Path) -> Machine:
     """This machine, with the fake in vLLM's place."""
+    share_bytecode(folder)
     return Machine(sys.executable, folder, 2, dict(os.environ), ("-m", "tests.fakes.vllm"))
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -22,7 +21,7 @@ from serving.backoff import Backoff
 from serving.machine import free_port
 from serving.process import session_processes
 from serving.replica import Replica, State
-from tests.fakes.running import eventually
+from tests.fakes.running import eventually, wait_until
 from tests.serving.supervised import (
     launch,
     noted_session,
@@ -116,9 +115,11 @@ async def test_request_that_never_ends_is_cut_at_the_deadline(tmp_path: Path) ->
         replica = (await ready(supervisor.registry)).replica
         session = noted_session(tmp_path)
         async with asking(replica) as task:
-            async with asyncio.timeout(10):
-                while not (await supervisor.probe.activity(replica)).requests:  # noqa: ASYNC110 - another process
-                    await asyncio.sleep(0.01)
+
+            async def generating() -> bool:
+                return bool((await supervisor.probe.activity(replica)).requests)
+
+            await eventually(generating)
             await supervisor.update(())
             assert session_processes(session) == []
             with pytest.raises(httpx.HTTPError):
@@ -216,14 +217,15 @@ def _taken(port: int) -> Iterator[None]:
     """Be the first to bind a port whose owner is dying; nobody else of this loop runs meanwhile."""
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        deadline = time.monotonic() + 10
-        while True:
-            try:
+
+        def bound() -> bool:
+            with suppress(OSError):
                 other.bind(("127.0.0.1", port))
                 other.listen()
-                break
-            except OSError:
-                assert time.monotonic() < deadline
+                return True
+            return False
+
+        wait_until(bound)
         yield
 
 

@@ -1,4 +1,4 @@
-"""The simulator that routing is judged by: its engines keep vLLM's rules, and the same seed says the same."""
+"""The simulator of the routing tests: its engines schedule as vLLM does, and a seed determines the run."""
 
 import asyncio
 import socket
@@ -36,13 +36,13 @@ lengths = st.tuples(st.integers(1, 30), st.integers(1, 18))
 
 
 def job(key: int, prompt: int, answer: int, text: int = 0) -> Job:
-    """A request; the same `text` is the same beginning, whatever its length."""
+    """A request; requests with the same `text` share a prefix."""
     count = (prompt + answer) // BLOCK
     return Job(key, prompt, answer, tuple(text * 1000 + number for number in range(count)) if text else ())
 
 
 def run(engine: Engine) -> tuple[Counter[int], Counter[int]]:
-    """Step until nothing is left; returns how often each request began and ended; bounds hold at each step."""
+    """Step until the engine is idle, checking its limits; returns how often each request began and ended."""
     first, ended = Counter[int](), Counter[int]()
     while engine.begin() is not None:
         assert len(engine.running) <= engine.profile.max_num_seqs
@@ -55,7 +55,7 @@ def run(engine: Engine) -> tuple[Counter[int], Counter[int]]:
 
 @given(st.lists(st.tuples(lengths, st.integers(0, 2)), min_size=1, max_size=12))
 def test_every_token_is_made_once_within_places_and_memory(asked: list[tuple[tuple[int, int], int]]) -> None:
-    """Every request begins once and ends once, all tokens are counted, and at the end nobody holds anything."""
+    """Every request begins once and ends once, all tokens are counted, and at the end no block is in use."""
     engine = Engine(SMALL)
     jobs = [job(key, *each, text) for key, (each, text) in enumerate(asked)]
     for each in jobs:
@@ -71,6 +71,7 @@ def test_every_token_is_made_once_within_places_and_memory(asked: list[tuple[tup
 
 @given(st.lists(lengths, min_size=2, max_size=8), st.integers(0, 7), st.integers(1, 12))
 def test_who_leaves_takes_nothing_along(asked: list[tuple[int, int]], leaver: int, steps: int) -> None:
+    """A request that is aborted frees its blocks, and the others are answered whole."""
     engine = Engine(SMALL)
     jobs = [job(key, *each) for key, each in enumerate(asked)]
     for each in jobs:
@@ -90,7 +91,7 @@ def test_who_leaves_takes_nothing_along(asked: list[tuple[int, int]], leaver: in
 
 
 def test_a_step_does_what_vllm_s_scheduler_does() -> None:
-    """Answers first, then prompts in chunks as far as the tokens of a step go; gauges change at its end."""
+    """Decodes first, then prompts in chunks up to the token budget of a step; gauges change at its end."""
     engine = Engine(SMALL)
     engine.submit(job(0, 12, 3))
     engine.submit(job(1, 5, 2))
@@ -100,12 +101,13 @@ def test_a_step_does_what_vllm_s_scheduler_does() -> None:
     assert [[each.key for each in made.first] for _, made in took] == [[], [0], [1]]
     assert engine.gauges.running == 2
     engine.submit(job(2, 1, 1))
-    assert engine.gauges.waiting == 0  # nobody has looked yet
+    assert engine.gauges.waiting == 0  # the scheduler has not run yet
     engine.begin()
     assert [each.key for each in engine.end().ended] == [0, 1, 2]
 
 
 def test_who_came_last_makes_room_and_begins_anew() -> None:
+    """When KV memory runs out, the newest request is preempted once and its tokens are made again."""
     engine = Engine(replace(SMALL, kv_blocks=8))
     first, last = job(0, 12, 16), job(1, 12, 8)
     engine.submit(first)
@@ -117,7 +119,7 @@ def test_who_came_last_makes_room_and_begins_anew() -> None:
 
 
 def test_what_was_read_before_is_not_read_again() -> None:
-    """A prefix that is known is a hit, but for the last token; the next turn finds the answer, too."""
+    """A cached prefix is a hit, except its last token; the next turn finds the answer cached, too."""
     engine = Engine(replace(SMALL, kv_blocks=40))
     for key, prompt in enumerate((8, 8, 20)):
         engine.submit(job(key, prompt, 9, text=1))
@@ -128,6 +130,7 @@ def test_what_was_read_before_is_not_read_again() -> None:
 
 
 def test_the_tail_of_what_was_let_go_first_goes_first() -> None:
+    """Eviction takes the last block of the sequence that was freed first; blocks in use are never evicted."""
     blocks = Blocks(6)
     assert blocks.take(3)
     assert all(blocks.name(number) for number in (1, 2, 3))
@@ -142,12 +145,14 @@ def test_the_tail_of_what_was_let_go_first_goes_first() -> None:
 
 
 def test_what_can_never_fit_is_refused() -> None:
+    """A request longer than all KV memory is an error, as in vLLM."""
     with pytest.raises(ValueError, match="longer than the KV memory"):
         Engine(SMALL).submit(job(0, 40, 20))
 
 
 @pytest.mark.parametrize("precision, low, high", [("int8", 1.5, 1.7), ("int4", 2.1, 2.4)])
 def test_lower_precisions_decode_faster_and_read_no_faster(precision: str, low: float, high: float) -> None:
+    """Quantized weights speed up decoding by these factors, prefill by hardly anything."""
     parent, child = (measured(MODELS["32b"][each], requests=20) for each in ("bf16", precision))
     assert low < child.decode_tokens_per_second(1) / parent.decode_tokens_per_second(1) < high
     assert 0.9 < child.prefill_tokens_per_second(1) / parent.prefill_tokens_per_second(1) < 1.2
@@ -156,28 +161,29 @@ def test_lower_precisions_decode_faster_and_read_no_faster(precision: str, low: 
 
 
 def scenario(fleet: Fleet = FLEET, rate: float = 6.0, seconds: float = 40.0, *faults: Fault, seed: int = 1) -> Scenario:
-    """A short one."""
+    """A short scenario."""
     asked = conversations(constant(rate), rate, seconds, seed=seed)
     return Scenario(fleet, asked, seconds, faults, seed=seed)
 
 
 def simulate(of: Scenario, policy: Policy) -> Run:
-    """Run a policy that needs no loop."""
+    """Simulate a policy that needs no event loop."""
     return simulated(of, lambda _: policy)
 
 
-def told(policy: RoundRobin, of: Scenario) -> list[tuple[int, str, float | None, float | None]]:
-    """What became of every turn."""
+def timeline(policy: RoundRobin, of: Scenario) -> list[tuple[int, str, float | None, float | None]]:
+    """Key, replica, first token and end of every turn."""
     return [(each.turn.key, each.replica, each.first_at, each.ended_at) for each in simulate(of, policy).outcomes]
 
 
 def test_the_same_seed_says_the_same() -> None:
-    assert told(RoundRobin(FLEET), scenario()) == told(RoundRobin(FLEET), scenario())
-    assert told(RoundRobin(FLEET), scenario()) != told(RoundRobin(FLEET), scenario(seed=2))
+    """Two runs with one seed agree in every turn; another seed differs."""
+    assert timeline(RoundRobin(FLEET), scenario()) == timeline(RoundRobin(FLEET), scenario())
+    assert timeline(RoundRobin(FLEET), scenario()) != timeline(RoundRobin(FLEET), scenario(seed=2))
 
 
 class Watching(LeastInFlight):
-    """Notes what polls say, beside what it counts itself."""
+    """Records polls, beside its own count of requests in flight."""
 
     def __init__(self, fleet: Fleet) -> None:
         super().__init__(fleet)
@@ -188,7 +194,7 @@ class Watching(LeastInFlight):
 
 
 def test_polls_say_what_is_so() -> None:
-    """Running and waiting are what is in flight, but for what came since the last step; counters end at the sums."""
+    """Running plus waiting is what is in flight, but for arrivals since the last step; counters end at the sums."""
     policy = Watching(FLEET)
     found = simulate(scenario(rate=20.0), policy)
     assert all(each.ended_at is not None for each in found.outcomes)
@@ -205,7 +211,7 @@ def test_polls_say_what_is_so() -> None:
 
 
 def test_faults_befall_one_replica() -> None:
-    """A dead one answers nobody; no metrics come while polls are stopped, and a lost one is None; slow is slow."""
+    """Each fault does what it says: no answers when killed, no polls when stopped, None for a lost metric, slow."""
     victim = FLEET.members[0].id
     faults = [
         Fault(10, victim, "kill"),
@@ -231,7 +237,7 @@ def test_faults_befall_one_replica() -> None:
 
 
 class Moody(RoundRobin):
-    """Refuses everybody between two moments, and says that it takes 7 seconds."""
+    """Refuses every turn from second 10 to 15, with a Retry-After of 7 seconds."""
 
     async def choose(self, turn: Turn, now: float, tried: frozenset[str] = NOBODY) -> Decision:
         return await super().choose(turn, now, tried) if self.would_take(turn, now) else Refused(7.0)
@@ -241,7 +247,7 @@ class Moody(RoundRobin):
 
 
 def test_a_retry_after_is_held_against_what_would_have_been() -> None:
-    """Who was refused comes back when told; the error is what was told less what was true."""
+    """A refused turn returns after its Retry-After; the error is Retry-After minus the time until there was room."""
     found = simulate(scenario(), Moody(FLEET))
     refused = [each for each in found.outcomes if each.refusals]
     assert refused
@@ -260,6 +266,7 @@ def test_a_retry_after_is_held_against_what_would_have_been() -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 1000))
 def test_turns_of_a_conversation_share_their_beginning(seed: int) -> None:
+    """Each turn's prompt contains the last turn's prompt and answer, under the same session and block hashes."""
     for each in conversations(constant(2.0), 2.0, 20.0, seed=seed):
         for before, after in zip(each.turns, each.turns[1:], strict=False):
             assert after.prompt_tokens > before.prompt_tokens + before.answer_tokens
@@ -271,17 +278,20 @@ def test_turns_of_a_conversation_share_their_beginning(seed: int) -> None:
     "rate, mean", [(constant(20.0), 20), (square(10.0, 30.0, 20.0), 20), (ramp(0.0, 40.0, 200.0), 16)]
 )
 def test_rates_are_kept(rate: Rate, mean: float) -> None:
+    """Constant, square and ramp loads give their mean rate of turns within 10 %."""
     turns = sum(len(each.turns) for each in conversations(rate, 40.0, 200.0))
     assert turns == pytest.approx(mean * 200, rel=0.1)
 
 
 def test_a_burst_spreads_where_nothing_but_the_cache_is_looked_at_it_does_not() -> None:
+    """Least requests in flight spreads 64 equal prompts evenly; a policy that follows the prefix cache does not."""
     at_once = burst(FLEET)
     assert figures_of(simulate(at_once, LeastInFlight(at_once.fleet)), Objective()).spread == 1.0
     assert figures_of(simulate(at_once, CacheAware(at_once.fleet)), Objective()).spread > 1.3
 
 
 def test_a_static_ladder_fills_the_best_rung_first() -> None:
+    """With slots per rung, most turns take bf16, and quality is higher than round robin's."""
     found = simulate(scenario(rate=5.0), StaticLadder(FLEET, slots={"bf16": 8, "int8": 4}))
     figures = figures_of(found, Objective())
     assert figures.shares["bf16"] > 0.5 > figures.shares["int8"] > 0 < figures.shares["int4"]
@@ -289,7 +299,7 @@ def test_a_static_ladder_fills_the_best_rung_first() -> None:
 
 
 async def test_over_sockets_an_engine_streams_a_chunk_for_each_token_and_knows_what_was_said_before() -> None:
-    """The text is what is counted: the second turn finds the first one, and its answer, in the cache."""
+    """Prefix caching follows the text: the second turn finds the first prompt and its answer cached."""
     member = replace(FLEET.members[0], profile=FLEET.members[0].profile.slowed(0.02))
     replica, bound = Replica(member, []), socket.create_server(("127.0.0.1", 0))
     server = Server(replica.handle, keep_alive_seconds=5, piece_bytes=None)

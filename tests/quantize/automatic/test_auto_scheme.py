@@ -32,8 +32,6 @@ from quantize.schemes.fit import misfit
 from quantize.schemes.forecast import predicted_bytes
 from quantize.schemes.overrides import Numbers, numbers_of
 from quantize.schemes.settings import SETTINGS
-from tests.quantize.chats import chat
-from tests.quantize.models import write_tiny_llama
 from tests.quantize.shapes import QWQ_32B
 
 SMALL, FINE, LARGE = Numbers(4, 128), Numbers(4, 32), Numbers(8, 128)
@@ -131,11 +129,9 @@ def test_a_size_out_of_reach_is_refused_before_anything_is_measured(tmp_path: Pa
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+def base(tiny_base: Path) -> BaseModel:
     """A tiny Llama."""
-    pytest.importorskip("transformers.models.llama.modeling_llama", reason="needs torch: install the quantize extra")
-    text = [message["content"] for number in range(40) for message in chat(number)["messages"]]
-    return read_base(write_tiny_llama(tmp_path_factory.mktemp("auto") / "tiny", text))
+    return read_base(tiny_base / "tiny")
 
 
 @pytest.fixture(scope="module")

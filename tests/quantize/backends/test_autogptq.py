@@ -20,9 +20,8 @@ from quantize.planning.recipe import Backend, Recipe
 from quantize.running.worker import child_environ
 from quantize.schemes.scheme import PRESETS
 from quantize.schemes.settings import SETTINGS, SolverSettings
-from tests.quantize.chats import chat
 from tests.quantize.command_line import environ
-from tests.quantize.models import write_hollow_model, write_tiny_llama
+from tests.quantize.models import write_hollow_model
 
 # One of torch's own libraries has it, seen wherever no byte-code is cached.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning")
@@ -178,20 +177,24 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The tiny base, and a home with an interpreter that sees AutoGPTQ's real environment and no need of a GPU."""
-    pytest.importorskip("torch", reason="needs torch: install the quantize extra")
+def autogptq_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with an interpreter that sees AutoGPTQ's real environment and no need of a GPU."""
     real = environment_of(PINS, home_directory())
     if not (real / "bin" / "python").exists():
         pytest.skip(f"needs AutoGPTQ's environment (gigabytes), which `--backend auto-gptq` makes at {real}")
     folder = tmp_path_factory.mktemp("autogptq")
-    write_tiny_llama(folder / "tiny", [message["content"] for n in range(60) for message in chat(n)["messages"]])
     overlay = environment_of(PINS, folder / "home")
     subprocess.run([real / "bin" / "python", "-I", "-m", "venv", "--without-pip", overlay], check=True)
     (packages,) = overlay.glob("lib/python*/site-packages")
     (packages / "overlay.pth").write_text(f"{real / packages.relative_to(overlay)}\nimport cuda_on_cpu\n")
     (packages / "cuda_on_cpu.py").symlink_to(Path(__file__).with_name("cuda_on_cpu.py"))
-    return folder / "tiny", folder / "home"
+    return folder / "home"
+
+
+@pytest.fixture
+def bench(autogptq_home: Path, tiny_base: Path) -> tuple[Path, Path]:
+    """The tiny base, and the home."""
+    return tiny_base / "tiny", autogptq_home
 
 
 def token_samples(count: int = 16) -> list[dict[str, Any]]:

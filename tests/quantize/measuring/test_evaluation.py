@@ -17,7 +17,6 @@ from quantize.running.progress import Stages
 from quantize.running.worker import child_environ
 from quantize.running.workshop import Workshop
 from tests.quantize.chats import chat, write_lines
-from tests.quantize.models import write_tiny_llama
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 pytest.importorskip("transformers", reason="needs transformers: install the quantize extra")
@@ -35,10 +34,10 @@ PLAN = EvaluationPlan(prompts=3, seeds=2, new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny base and a variant of it that is rounded to nearest in 4 bits."""
     folder = tmp_path_factory.mktemp("evaluation")
-    write_tiny_llama(folder / "base", [message["content"] for n in range(40) for message in chat(n)["messages"]])
+    (folder / "base").symlink_to(tiny_base / "tiny")
     write_rounded(folder / "base", folder / "variant", bits=4, group_size=64)
     return folder
 

@@ -1,13 +1,13 @@
 """A run that is killed goes on after its last whole layer, and gives the very bytes an undisturbed run gives."""
 
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from config.manifest import Manifest
 from quantize.running.resume import solving_folder, whole_layers
+from tests.fakes.running import wait_until
 from tests.quantize.chats import chat, write_chats
 from tests.quantize.command_line import ROOT, command, environ, run
 from tests.quantize.models import write_tiny_llama
@@ -17,12 +17,12 @@ pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize e
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(400)]
 
-LAYERS, KILLED_AFTER = 30, 5
+LAYERS, KILLED_AFTER = 12, 4
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base of thirty tiny layers, its text, and a variant that nobody disturbed."""
+    """A base of twelve tiny layers, its text, and a variant that nobody disturbed."""
     place = tmp_path_factory.mktemp("resume")
     write_chats(place / "chats.jsonl", 60)
     text = [message["content"] for n in range(60) for message in chat(n)["messages"]]
@@ -46,9 +46,8 @@ def killed(folder: Path) -> Path:
     with subprocess.Popen(
         told, cwd=ROOT, env=environ(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     ) as process:
-        while whole_layers(out) < KILLED_AFTER:
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.01)
+        wait_until(lambda: whole_layers(out) >= KILLED_AFTER or process.poll() is not None, 300)
+        assert process.poll() is None, "the run ended before it could be killed"
         process.kill()
     return out
 
@@ -63,7 +62,7 @@ def test_layers_of_another_recipe_are_not_used(folder: Path, killed: Path) -> No
 
 
 def test_a_killed_run_goes_on_bit_for_bit(folder: Path, killed: Path) -> None:
-    """After `kill -9` at layer 5 of 30, --resume solves the rest; every file equals the undisturbed run's."""
+    """After `kill -9` at layer 4 of 12, --resume solves the rest; every file equals the undisturbed run's."""
     assert not killed.exists()
     left = whole_layers(killed)
     assert KILLED_AFTER <= left < LAYERS

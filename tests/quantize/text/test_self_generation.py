@@ -24,8 +24,8 @@ from quantize.text.replica_answers import Answer, Question, Replica, Sampling, a
 from quantize.text.rows import Message, Row, parse_line
 from quantize.text.self_generation import Opening, chosen, line_of, openings, self_generate
 from tests.fakes.running import running_fake
-from tests.quantize.chats import chat, write_chats
-from tests.quantize.models import write_hollow_model, write_tiny_llama
+from tests.quantize.chats import chat
+from tests.quantize.models import write_hollow_model
 
 
 def row_of(line: dict[str, Any]) -> Row:
@@ -244,19 +244,16 @@ def test_a_replica_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.real_model
 @pytest.mark.timeout(300)
-def test_the_base_answers_by_itself(tmp_path: Path) -> None:
+def test_the_base_answers_by_itself(tiny_base: Path, tmp_path: Path) -> None:
     """The same request gives the same text, one that is fit to be drawn from."""
-    pytest.importorskip("transformers.models.llama.modeling_llama", reason="needs torch: install the quantize extra")
-    text = [message["content"] for number in range(60) for message in chat(number)["messages"]]
-    base = read_base(write_tiny_llama(tmp_path / "tiny", text))
+    base = read_base(tiny_base / "tiny")
     files = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         files.append(Place(tmp_path / name).generate(base, 24, url=None))
     assert files[0].name == files[1].name
     assert files[0].read_bytes() == files[1].read_bytes()
-    shared = write_chats(tmp_path / "chats.jsonl", 60)
-    sources, rows = read_sources([files[0], shared], [1, 0])
+    sources, rows = read_sources([files[0], tiny_base / "chats.jsonl"], [1, 0])
     drawn = draw(rows, samples=64, seed=0, sources=sources)
     assert 16 <= len(drawn.calibration) <= 24
     assert all(row.generated for row in drawn.calibration)

@@ -15,7 +15,7 @@ from serving.registry import Registry
 from serving.replica import Replica, ReplicaStatus, State
 from serving.state.database import Owner, StateDatabase
 from serving.state.follower import Follower
-from serving.state.link import Link
+from serving.state.link import CALL_SECONDS, Link
 from serving.state.publisher import Publisher
 from tests.fakes.running import eventually, running_fake
 from tests.serving.state.databases import PostgreSQL, away
@@ -29,20 +29,22 @@ PATIENCE_SECONDS = 60.0
 
 @asynccontextmanager
 async def supervisor(
-    state: str, name: str = "box-1", foreign: frozenset[str] = frozenset()
+    state: str, name: str = "box-1", foreign: frozenset[str] = frozenset(), call_seconds: float = CALL_SECONDS
 ) -> AsyncIterator[Publisher]:
     """Whoever runs replicas, without running any."""
-    link = Link(StateDatabase.at(state))
+    link = Link(StateDatabase.at(state), call_seconds)
     async with Publisher(Owner(name, "box", 1), Registry(), link, foreign) as publisher:
         yield publisher
 
 
 @asynccontextmanager
-async def gateway(state: str, silent_seconds: float = 60) -> AsyncIterator[Registry]:
+async def gateway(
+    state: str, silent_seconds: float = 60, call_seconds: float = CALL_SECONDS
+) -> AsyncIterator[Registry]:
     """A gateway worker that follows; its registry."""
     registry = Registry()
     async with Probe() as probe:
-        link = Link(StateDatabase.at(state))
+        link = Link(StateDatabase.at(state), call_seconds)
         variants, keys = frozenset({"int4", "bf16"}), {"int4": KEY}
         async with Follower(link, registry, probe, variants, keys, "box", silent_seconds, probe_seconds=0.02):
             yield registry
@@ -82,8 +84,7 @@ async def test_a_replica_comes_drains_and_goes(state: str) -> None:
             for registry in (one, other):
                 await until(registry, lambda status: status.state is State.FAILED)
             publisher.registry.remove("int4-1")
-            for registry in (one, other):
-                await eventually(lambda registry=registry: not ids(registry))  # type: ignore[misc]
+            await eventually(lambda: not ids(one) and not ids(other))
             publisher.registry.put(REPLICA, State.READY)
             await appeared(one)
         await eventually(lambda: not ids(one) and not ids(other))
@@ -246,7 +247,11 @@ async def test_postgresql_is_away(postgresql: PostgreSQL, caplog: pytest.LogCapt
     """Refusing or hanging, it changes nothing; what happened meanwhile is known when it is back."""
     caplog.set_level(logging.INFO)
     state = postgresql.new_database()
-    async with running_fake() as living, supervisor(state) as publisher, gateway(state, silent_seconds=1) as registry:
+    async with (
+        running_fake() as living,
+        supervisor(state, call_seconds=1) as publisher,
+        gateway(state, silent_seconds=1, call_seconds=1) as registry,
+    ):
         replica = Replica("int4-1", "int4", "int4", living.url, "m1")
         publisher.registry.put(replica, State.READY)
         await appeared(registry)
@@ -264,7 +269,7 @@ async def test_a_database_that_hangs_holds_nobody_up(postgresql: PostgreSQL) -> 
     """Both sides end in time though a call of each never comes back."""
     state = postgresql.new_database()
     async with asyncio.timeout(25):
-        async with supervisor(state) as publisher, gateway(state) as registry:
+        async with supervisor(state, call_seconds=1) as publisher, gateway(state, call_seconds=1) as registry:
             publisher.registry.put(REPLICA, State.READY)
             await appeared(registry)
             postgresql.signal(signal.SIGSTOP)

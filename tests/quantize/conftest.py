@@ -1,0 +1,34 @@
+"""A tiny base and its variants, made once for all tests that only read them."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.quantize.chats import chat, write_chats
+from tests.quantize.command_line import run
+from tests.quantize.models import write_tiny_llama
+
+SCHEMES = ("w4a16-g64", "w8a8")
+CHATS = 60
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tiny`, a random Llama of two layers, and `chats.jsonl`, its calibration text."""
+    pytest.importorskip("transformers.models.llama.modeling_llama", reason="needs torch: install the quantize extra")
+    folder = tmp_path_factory.mktemp("tiny")
+    write_chats(folder / "chats.jsonl", CHATS)
+    text = [message["content"] for number in range(CHATS) for message in chat(number)["messages"]]
+    write_tiny_llama(folder / "tiny", text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_variants(tiny_base: Path) -> Path:
+    """The same folder with a variant of each scheme, made by `quantgate quantize`."""
+    pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")
+    for scheme in SCHEMES:
+        options = ("--scheme", scheme, "--data", tiny_base / "chats.jsonl", "--out", tiny_base / scheme)
+        made = run("main", tiny_base / "tiny", *options)
+        assert made.returncode == 0, made.stderr
+    return tiny_base
