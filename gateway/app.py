@@ -154,9 +154,9 @@ def live_config_for(deployment: Deployment) -> LiveConfig:
 async def gateway_alone(
     deployment: Deployment, path: Path | None = None, place: WorkerIndex = SINGLE_WORKER
 ) -> AsyncIterator[Addresses]:
-    """The gateway in front of replicas that run elsewhere: told by the configuration, or by the state database.
+    """Serve replicas that run elsewhere: those with a `url` in the configuration, and those in the state database.
 
-    With a path, that file is followed.
+    With a path, changes of that file are applied.
     """
     registry = Registry()
     deployment = with_worker_ports(deployment, place)

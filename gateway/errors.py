@@ -30,7 +30,7 @@ import math
 import msgspec
 
 # What msgspec raises for invalid JSON: malformed, not UTF-8, nested too deeply.
-NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+INVALID_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 # The OpenAI SDK ignores a longer Retry-After, and stops retrying.
 MAX_RETRY_AFTER_SECONDS = 120
@@ -201,9 +201,9 @@ class QueueTimeout(Overloaded):
 class ReplicaFull(Overloaded):
     """A replica refused a request for want of room, which does not count as a failure."""
 
-    def __init__(self, *, held_seconds: float | None = None) -> None:
-        super().__init__("every replica that may answer is busy", retry_after_seconds=held_seconds or 1)
-        self.held_seconds = held_seconds  # the Retry-After of the replica
+    def __init__(self, *, backoff_seconds: float | None = None) -> None:
+        super().__init__("every replica that may answer is busy", retry_after_seconds=backoff_seconds or 1)
+        self.backoff_seconds = backoff_seconds  # the Retry-After of the replica
 
 
 class RateLimited(Overloaded):

@@ -1,7 +1,7 @@
 """Several gateway processes on one client port (SO_REUSEPORT); each has its own admin port.
 
 One event loop uses one core. Metrics with exemplars cannot be shared between processes, so each worker is scraped by
-itself (README, "Several workers"). A worker that dies is restarted; when the parent dies, its workers stop.
+itself (gateway/README.md, "Workers"). A worker that dies is restarted; when the parent dies, its workers stop.
 """
 
 import asyncio

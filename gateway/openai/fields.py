@@ -4,7 +4,7 @@ from typing import TypeVar
 
 import msgspec
 
-from gateway.errors import NO_JSON, RequestError
+from gateway.errors import INVALID_JSON, RequestError
 from gateway.openai.json_scan import Fields, duplicate_key
 
 T = TypeVar("T")
@@ -19,7 +19,7 @@ def read(fields: Fields, key: str, decoder: "msgspec.json.Decoder[T]") -> T | No
         return None
     try:
         return decoder.decode(raw)
-    except NO_JSON as error:
+    except INVALID_JSON as error:
         raise RequestError(f"{key!r}: {error}", param=key) from error
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from gateway.errors import NO_JSON
+from gateway.errors import INVALID_JSON
 from gateway.openai.sse import event_data
 from serving.replica import ThinkTag
 
@@ -202,7 +202,7 @@ class ReasoningRewriter:
             chunk = _FIELDS.decode(data)
             before = _CHOICES.decode(chunk.get("choices", b"[]"))
             after = [self._rewrite(choice) for choice in before]
-        except NO_JSON:
+        except INVALID_JSON:
             # Malformed: passed on unchanged, the client decides.
             return event
         self._thinking = not self._states or any(
@@ -222,21 +222,21 @@ class ReasoningRewriter:
         return _rewrite_choice(choice, "delta", state)
 
 
-def has_reasoning(answer: bytes, manner: ReasoningFormat) -> bool:
+def has_reasoning(answer: bytes, reasoning_format: ReasoningFormat) -> bool:
     """Whether a whole response needs rewriting: it has reasoning, or token ids that the client must not see."""
-    return manner.hides_token_ids or _NON_NULL_REASONING.search(answer) is not None
+    return reasoning_format.hides_token_ids or _NON_NULL_REASONING.search(answer) is not None
 
 
-def rewrite_reasoning(answer: Fields, manner: ReasoningFormat) -> Fields:
+def rewrite_reasoning(answer: Fields, reasoning_format: ReasoningFormat) -> Fields:
     """Rewrite a whole response, given as its top-level fields."""
     try:
         choices = [
-            _rewrite_choice(choice, "message", ThinkState(manner))
+            _rewrite_choice(choice, "message", ThinkState(reasoning_format))
             for choice in _CHOICES.decode(answer.get("choices", b"[]"))
         ]
-    except NO_JSON:
+    except INVALID_JSON:
         return answer
-    if not manner.hides_token_ids:
+    if not reasoning_format.hides_token_ids:
         return {**answer, "choices": msgspec.Raw(_ENCODER.encode(choices))} if choices else answer
     without_ids = [{**choice, "token_ids": _NULL} for choice in choices]
     return {**answer, "choices": msgspec.Raw(_ENCODER.encode(without_ids)), "prompt_token_ids": _NULL}

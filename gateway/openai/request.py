@@ -7,7 +7,7 @@ import msgspec
 from msgspec import structs
 
 from config.schema import NO_FLOOR, Floor, LimitSettings
-from gateway.errors import NO_JSON, RequestError
+from gateway.errors import INVALID_JSON, RequestError
 from gateway.openai.constraints import PROVIDER, parse_floor, parse_precisions
 from gateway.openai.endpoints import Endpoint
 from gateway.openai.fields import duplicate_field, quoted, read, read_object
@@ -130,7 +130,7 @@ def _read_fields(body: bytes) -> Fields:
         if not body.isascii():
             # msgspec does not validate the UTF-8 of values that it keeps as raw bytes.
             body.decode()
-    except NO_JSON as error:
+    except INVALID_JSON as error:
         raise RequestError(_invalid_json(body, error), code="invalid_json") from error
     if len(fields) > MAX_KEYS:
         raise RequestError(f"the body has {len(fields)} keys, the limit is {MAX_KEYS}")

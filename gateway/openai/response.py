@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.errors import NO_JSON, GatewayError, ReplicaFull, RequestError, UpstreamError
+from gateway.errors import INVALID_JSON, GatewayError, ReplicaFull, RequestError, UpstreamError
 from gateway.openai.usage import Usage
 
 Fields = dict[str, msgspec.Raw]
@@ -31,7 +31,7 @@ def parse_response(answer: bytes) -> Fields:
     """Decode a response's top level; an error object under status 200 is raised like an error status."""
     try:
         fields = _FIELDS.decode(answer)
-    except NO_JSON as error:
+    except INVALID_JSON as error:
         raise _invalid_response() from error
     if bytes(fields.get("error", b"null")) != b"null":
         raise error_from_response(embedded_status(answer), answer)
@@ -42,7 +42,7 @@ def embedded_status(data: bytes) -> int:
     """HTTP status of an error object that was sent with status 200: vLLM puts it into `code`; 502 otherwise."""
     try:
         error = _ERROR.decode(data).get("error")
-    except NO_JSON:
+    except INVALID_JSON:
         return UpstreamError.status
     code = error.get("code") if isinstance(error, dict) else None
     return code if isinstance(code, int) else UpstreamError.status
@@ -57,7 +57,7 @@ def rewrite_response(
     """
     try:
         usage = _USAGE.decode(fields["usage"]) if "usage" in fields else None
-    except NO_JSON as error:
+    except INVALID_JSON as error:
         raise _invalid_response() from error
     if "model" in fields:
         fields["model"] = msgspec.Raw(_ENCODER.encode(model))
@@ -83,7 +83,7 @@ def finish_reason(fields: Fields) -> str:
 def _string(fields: Fields, key: str) -> str:
     try:
         return _STRING.decode(fields.get(key, b'""'))
-    except NO_JSON:
+    except INVALID_JSON:
         return ""
 
 
@@ -91,23 +91,23 @@ def _invalid_response() -> UpstreamError:
     return UpstreamError("a replica's response is not a valid JSON object", code="upstream_invalid")
 
 
-def error_from_response(status: int, body: bytes, held_seconds: float | None = None) -> GatewayError:
+def error_from_response(status: int, body: bytes, backoff_seconds: float | None = None) -> GatewayError:
     """Translate a replica's error response; the message of a 5xx is not passed to the client.
 
-    `held_seconds` is the replica's `retry-after`. Engines and proxies use several shapes of error bodies.
+    `backoff_seconds` is the replica's `retry-after`. Engines and proxies use several shapes of error bodies.
     """
     try:
         fields = _FIELDS.decode(body)
         message, kind, code = _error_parts(msgspec.json.decode(fields.get("error") or fields.get("detail") or b"null"))
         error_object = msgspec.json.decode(fields.get("error", b"null"))
-    except NO_JSON:
+    except INVALID_JSON:
         message, kind, code, error_object = "", "", "", None
     if status in CREDENTIAL_ERRORS:
         return UpstreamError(
             f"a replica rejected the gateway's credential with status {status}", code="upstream_misconfigured"
         )
     if status in OVERLOAD_ERRORS:
-        return ReplicaFull(held_seconds=held_seconds)
+        return ReplicaFull(backoff_seconds=backoff_seconds)
     if not 400 <= status < 500:
         return UpstreamError(f"a replica failed with status {status}")
     param = error_object.get("param") if isinstance(error_object, dict) else None

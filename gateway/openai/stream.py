@@ -41,7 +41,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from gateway.errors import NO_JSON, GatewayError, UpstreamDisconnected, UpstreamError
+from gateway.errors import INVALID_JSON, GatewayError, UpstreamDisconnected, UpstreamError
 from gateway.openai.endpoints import Endpoint
 from gateway.openai.response import embedded_status, error_from_response
 from gateway.openai.sse import DONE, error_event, event_data, event_name, is_comment
@@ -261,7 +261,7 @@ class NamedEventFilter:
             inner = "message" if self.endpoint.errors == "anthropic" else "response"
             body = _FIELDS.decode(fields[inner]) if inner in fields and fields[inner] != b"null" else None
             self._update(name, fields, body or {})
-        except NO_JSON:
+        except INVALID_JSON:
             return event
         if body is None or "model" not in body:
             return event
@@ -294,7 +294,7 @@ def stream_filter(endpoint: Endpoint, model: str, *, wants_usage: bool) -> Strea
 def _decode_chunk(data: bytes) -> _Chunk | None:
     try:
         return _CHUNK.decode(data)
-    except NO_JSON:
+    except INVALID_JSON:
         # Malformed: not counted, and passed on unchanged.
         return None
 
@@ -303,5 +303,5 @@ def _has_error(data: bytes) -> bool:
     """Whether a chunk has an `error` that is not null, at any position of its top level."""
     try:
         return _ERROR.decode(data).error is not None
-    except NO_JSON:
+    except INVALID_JSON:
         return False

@@ -106,7 +106,7 @@ class Proxy:
         """Decide what an error means for the replica; raises it unless the request is tried again."""
         stats = context.stats
         if isinstance(error, ReplicaFull):
-            lease.refused(error.held_seconds)
+            lease.refused(error.backoff_seconds)
             context.refusals += 1
             if stats.started or context.refusals >= MAX_REFUSALS:
                 raise error
@@ -153,7 +153,7 @@ async def send_answer(
     fields = parse_response(body)
     if inference.endpoint.generates:
         stats.finish = finish_reason(fields)
-    rewrite = partial(rewrite_reasoning, manner=reasoning) if rewrites else None
+    rewrite = partial(rewrite_reasoning, reasoning_format=reasoning) if rewrites else None
     body, stats.usage = rewrite_response(fields, inference.model, rewrite)
     stats.code = "200"
     sink.send(body)
@@ -175,7 +175,7 @@ async def stream_answer(
     finally:
         stats.usage, stats.finish = events.usage, events.finish or "none"
     if not events.finished:
-        raise UpstreamDisconnected("a replica ended its stream in the middle")
+        raise UpstreamDisconnected("a replica ended its stream before the answer was complete")
     stats.code = "200"
     sink.end()
 
@@ -200,7 +200,7 @@ class StreamPipeline:
         out = self._apply(events[0]) if len(events) == 1 else b"".join([self._apply(event) for event in events])
         stream = self._filter
         if stream.failure is not None:
-            # Whoever handles the error writes it: as a status, as long as nothing was sent.
+            # The handler writes it: as a status if nothing was sent yet.
             raise stream.failure
         if stream.finished:
             # SDKs close the connection as soon as they have read the end.

@@ -6,7 +6,7 @@ from hashlib import blake2b
 import msgspec
 
 from config.schema import NO_FLOOR
-from gateway.errors import NO_JSON
+from gateway.errors import INVALID_JSON
 from gateway.openai.endpoints import MESSAGES, RESPONSES, Endpoint
 from gateway.openai.request import InferenceRequest
 from gateway.proxy.affinity import Affinity
@@ -146,7 +146,7 @@ def max_answer_tokens(inference: InferenceRequest) -> int | None:
             continue
         try:
             length = _INTEGER.decode(raw)
-        except NO_JSON:
+        except INVALID_JSON:
             continue
         if length is not None and length > 0:
             return min(length, MAX_ANSWER_TOKENS)
@@ -201,7 +201,7 @@ def _name_in_body(inference: InferenceRequest) -> bytes | None:
 def _user_id(metadata: msgspec.Raw) -> bytes | None:
     try:
         decoded = _METADATA.decode(metadata)
-    except NO_JSON:
+    except INVALID_JSON:
         return None
     return decoded.user_id.encode() if decoded is not None and decoded.user_id else None
 
@@ -221,7 +221,7 @@ def _first_turns(inference: InferenceRequest) -> bytes | None:
         for number, part in enumerate(parts, start=1):
             if _is_from_model(_TURN.decode(part)):
                 return b"\n".join([*_instructions(endpoint, fields), *map(_ends, parts[:number])])
-    except NO_JSON:
+    except INVALID_JSON:
         return None  # one string, or something that no replica will accept
     return None
 

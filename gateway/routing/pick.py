@@ -113,7 +113,7 @@ def look_at_rung(
         return RungResult(candidate, "answers", None if after is gate else after, 0.0)
     wait_seconds = inf if best is None else best.wait_seconds
     if len(able) < len(ready) or rung is request.rungs[-1] or _waits_for_its_cache(best, able, request, spill):
-        # What only this request meets is no reason to send others down, and below the last rung there is none.
+        # A wait that only this request meets must not open the gate for others; the last rung has none below it.
         return RungResult(candidate, evaluate_last(spill, wait_seconds), None, wait_seconds)
     after, verdict = evaluate(gate, spill, wait_seconds, now, home_of(request.placement, request.rungs, place))
     return RungResult(candidate, verdict, None if after is gate else after, wait_seconds)

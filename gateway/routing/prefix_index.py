@@ -1,7 +1,7 @@
-"""What each replica has probably in its prefix cache: blocks of prompts that it was sent, kept as long as vLLM would.
+"""An estimate of each replica's prefix cache: blocks of the prompts that it was sent, evicted in vLLM's order.
 
-vLLM evicts the least recently used blocks, and of one prompt the last ones first, so that what it holds of a prompt is
-always its beginning. The same holds here, for blocks of gateway.routing.prefix_hash.
+vLLM evicts the least recently used blocks, and the last blocks of a prompt first: what it holds of a prompt is always
+its beginning. The same holds here, for blocks of gateway.routing.prefix_hash.
 """
 
 from bisect import bisect_left

@@ -5,11 +5,11 @@ from typing import Literal
 
 RetryRefusal = Literal["poison", "attempts", "budget"]
 
-# A request that so many replicas died of is taken for the cause.
+# After this many deaths of replicas, the request is taken for the cause.
 MAX_DEATHS = 2
 MAX_ATTEMPTS = 3
 
-# One retry; whole numbers, so that no rounding gives one away.
+# One retry. In thousandths, because sums of floats would drift.
 _RETRY_THOUSANDTHS = 1000
 
 

@@ -21,12 +21,14 @@ class Read:
     mirrored: str | None = None
 
 
-def read_whole(answer: bytes, manner: ReasoningFormat) -> list[Read]:
+def read_whole(answer: bytes, reasoning_format: ReasoningFormat) -> list[Read]:
     """Read a whole answer."""
-    body, _ = rewrite_response(parse_response(answer), "alias", partial(rewrite_reasoning, manner=manner))
+    body, _ = rewrite_response(
+        parse_response(answer), "alias", partial(rewrite_reasoning, reasoning_format=reasoning_format)
+    )
     told = msgspec.json.decode(body)
     assert told["model"] == "alias"
-    if manner.hides_token_ids:
+    if reasoning_format.hides_token_ids:
         assert [told["prompt_token_ids"], *(choice["token_ids"] for choice in told["choices"])] == [None] * (
             1 + len(told["choices"])
         )
@@ -34,20 +36,20 @@ def read_whole(answer: bytes, manner: ReasoningFormat) -> list[Read]:
     return [Read(each["reasoning"], each["content"], each.get("reasoning_content")) for each in messages]
 
 
-def apply(stream: bytes, manner: ReasoningFormat) -> bytes:
+def apply(stream: bytes, reasoning_format: ReasoningFormat) -> bytes:
     """What a client gets of a stream."""
-    transcript, shaping = ChunkFilter(CHAT, "alias", wants_usage=False), ReasoningRewriter(manner)
+    transcript, shaping = ChunkFilter(CHAT, "alias", wants_usage=False), ReasoningRewriter(reasoning_format)
     return b"".join(transcript.apply(shaping.apply(event)) for event in EventSplitter().feed(stream))
 
 
-def read_stream(stream: bytes, manner: ReasoningFormat) -> list[Read]:
+def read_stream(stream: bytes, reasoning_format: ReasoningFormat) -> list[Read]:
     """Read a stream to its end."""
     choices: dict[int, Read] = {}
-    for event in EventSplitter().feed(apply(stream, manner)):
+    for event in EventSplitter().feed(apply(stream, reasoning_format)):
         if not event.startswith(b"data: {"):
             continue
         for choice in msgspec.json.decode(event[6:])["choices"]:
-            assert not (manner.hides_token_ids and choice.get("token_ids"))
+            assert not (reasoning_format.hides_token_ids and choice.get("token_ids"))
             read, delta = choices.get(choice["index"], Read()), choice["delta"]
             choices[choice["index"]] = Read(
                 _longer(read.reasoning, delta.get("reasoning")),

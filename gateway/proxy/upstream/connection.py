@@ -196,7 +196,7 @@ class Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self.received_bytes > MAX_HEAD_BYTES:
-            # Within so many bytes there is no need to count.
+            # Shorter heads are within the limit: don't count.
             self._headers_bytes += len(name) + len(value)
             if self._headers_bytes > MAX_HEAD_BYTES:
                 raise httptools.HttpParserError("headers are too long")

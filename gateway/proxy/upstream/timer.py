@@ -44,8 +44,8 @@ class ReplyTimer:
             self._timer = None
 
     def _set(self) -> None:
-        # first_byte_seconds may exceed idle_seconds, and this timer is not told when the first byte arrives: wake up
-        # after idle_seconds.
+        # first_byte_seconds may exceed idle_seconds, and the first byte does not reset this timer: wake up after
+        # idle_seconds.
         ends_at = min(self._ends_at(), self._loop.time() + self._timeouts.idle_seconds)
         if self._timer is not None:
             if self._until <= ends_at:
