@@ -151,22 +151,6 @@ class Dispatcher:
         finally:
             self._queues.leave(waiter)
 
-    async def lease(
-        self,
-        request: RoutingRequest,
-        *,
-        wait_seconds: float,
-        tried: frozenset[str] = NO_REPLICAS,
-        failure: GatewayError | None = None,
-    ) -> Lease:
-        """Lease a replica for a request, or for another attempt of it; `failure` is raised instead of waiting."""
-        request = self.affinity.refreshed(request, tried)
-        if (lease := self.try_lease(request, wait_seconds)) is not None:
-            return lease
-        if failure is not None:
-            raise failure
-        return await self.wait(request, wait_seconds)
-
     def retry_refusal(self, deaths: int, attempts: int) -> retry.RetryRefusal | None:
         """Return why a request is not tried again; None allows it, if there is a replica for it."""
         return retry.retry_refusal(deaths, attempts, self._budget)

@@ -19,6 +19,7 @@ from gateway.routing.speed import SpeedProfile
 from gateway.routing.target import Catalog, Target
 from serving.registry import Registry
 from serving.replica import Replica, State
+from tests.gateway.proxy.dispatching import lease_or_wait
 
 CANDIDATES = (1, 8, 64, 1000)
 ALIASES, OF_AN_ALIAS = 100, 10
@@ -62,7 +63,7 @@ async def _cost(aliases: int, candidates: int, prompt: str) -> float:
             await _warm(dispatcher, targets, candidates)
         for target in targets:
             for _ in range(IN_FLIGHT * candidates):
-                lease = await dispatcher.lease(_request(dispatcher, target, 200.0), wait_seconds=30.0)
+                lease = await lease_or_wait(dispatcher, _request(dispatcher, target, 200.0), 30.0)
                 lease.in_flight.first_token()
         settle()
         times = max(LEAST_DECISIONS, min(1000, MOST_CANDIDATES // candidates))
@@ -78,7 +79,7 @@ async def _round(dispatcher: Dispatcher, targets: Sequence[Target], prompt: str,
     ]
     started_at = time.perf_counter()
     for request in requests:
-        lease = await dispatcher.lease(request, wait_seconds=30.0)
+        lease = await lease_or_wait(dispatcher, request, 30.0)
         with lease:
             lease.in_flight.first_token()
             lease.succeeded()
@@ -92,7 +93,7 @@ async def _warm(dispatcher: Dispatcher, targets: Sequence[Target], candidates: i
         tried = frozenset[str]()
         for _ in range(candidates):
             request = _request(dispatcher, target, 900.0, BLOCKS)
-            with await dispatcher.lease(request, wait_seconds=30.0, tried=tried) as lease:
+            with await lease_or_wait(dispatcher, request, 30.0, tried=tried) as lease:
                 tried |= {lease.replica.id}
 
 

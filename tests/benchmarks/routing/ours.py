@@ -28,6 +28,7 @@ from serving.replica import Replica, State
 from tests.benchmarks.routing.policy import NOBODY, Decision, Refused, Usage
 from tests.benchmarks.routing.profiles import BLOCK_TOKENS, Fleet, Member
 from tests.benchmarks.routing.workloads import Turn
+from tests.gateway.proxy.dispatching import lease_or_wait
 
 ALIAS = "model"
 # The gateway counts bytes: about 4 for each token of a prompt, at random up to a tenth more or less.
@@ -71,8 +72,8 @@ class Ours:
         failure = UpstreamDisconnected("a replica died") if tried else None
         request = self._request(turn, self.dispatch.next_turn())
         try:
-            lease = await self.dispatch.lease(
-                request, wait_seconds=self._options.patience_seconds, tried=tried, failure=failure
+            lease = await lease_or_wait(
+                self.dispatch, request, self._options.patience_seconds, tried=tried, failure=failure
             )
         except (Overloaded, Unavailable) as error:
             return Refused(math.ceil(error.retry_after_seconds))

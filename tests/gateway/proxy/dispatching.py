@@ -26,6 +26,23 @@ LONG_SECONDS = 1000.0
 ITERATIONS = 6
 
 
+async def lease_or_wait(
+    dispatcher: Dispatcher,
+    request: RoutingRequest,
+    wait_seconds: float,
+    *,
+    tried: frozenset[str] = NO_REPLICAS,
+    failure: GatewayError | None = None,
+) -> Lease:
+    """Lease a replica for one attempt, as the proxy does; `failure` is raised instead of waiting."""
+    request = dispatcher.affinity.refreshed(request, tried)
+    if (lease := dispatcher.try_lease(request, wait_seconds)) is not None:
+        return lease
+    if failure is not None:
+        raise failure
+    return await dispatcher.wait(request, wait_seconds)
+
+
 @dataclass
 class DispatcherHarness:
     """Tasks take leases, as requests do; a lease runs until the test ends it. `order` has the keys of the leases."""
@@ -70,7 +87,7 @@ class DispatcherHarness:
                 prompt_tokens=prompt_tokens,
                 session=session,
             )
-            lease = await self.dispatcher.lease(request, wait_seconds=wait_seconds, tried=tried, failure=failure)
+            lease = await lease_or_wait(self.dispatcher, request, wait_seconds, tried=tried, failure=failure)
             self.order.append(key)
             return lease
 

@@ -7,7 +7,7 @@ from gateway.proxy.leases import Lease
 from gateway.routing.request import RoutingRequest
 from gateway.routing.split import Rung, RungWeights, choose_member
 from gateway.routing.target import Target
-from tests.gateway.proxy.dispatching import HI, LO, DispatcherHarness, end, running_dispatcher, settle
+from tests.gateway.proxy.dispatching import HI, LO, DispatcherHarness, end, lease_or_wait, running_dispatcher, settle
 
 SPLIT = Rung("best", ((HI, 0.5), (LO, 0.5)))
 SPLIT_TARGET = Target("smol", (SPLIT,), NO_FLOOR, pinned=False)
@@ -19,7 +19,7 @@ def split_lease(harness: DispatcherHarness, session: str) -> "asyncio.Task[Lease
     """Ask for a replica of a rung with two members."""
     dispatcher = harness.dispatcher
     request = RoutingRequest(SPLIT_TARGET, (SPLIT,), dispatcher.next_turn(), session=session, key=session)
-    return asyncio.get_running_loop().create_task(dispatcher.lease(request, wait_seconds=100.0))
+    return asyncio.get_running_loop().create_task(lease_or_wait(dispatcher, request, 100.0))
 
 
 async def test_requests_wait_for_the_member_that_they_are_drawn_to() -> None:

@@ -31,6 +31,7 @@ from tests.benchmarks.routing.runs import Fault, Outcome, Run, Scenario
 from tests.benchmarks.routing.scenarios import STRICT, Ground, steady, wave
 from tests.benchmarks.routing.simulation import simulate
 from tests.benchmarks.routing.workloads import CHATS, SINGLE, Conversation, Turn, constant, conversations, square
+from tests.gateway.proxy.dispatching import lease_or_wait
 
 MODEL = "32b"
 FLEET = fleet_of(MODEL, {"bf16": 2, "int8": 1, "int4": 1})
@@ -381,7 +382,7 @@ async def test_what_is_remembered_is_bounded() -> None:
                 blocks=tuple(range(16 * each, 16 * each + 16)),
                 session=f"s{each}",
             )
-            with await dispatch.lease(request, wait_seconds=1.0) as lease:
+            with await lease_or_wait(dispatch, request, 1.0) as lease:
                 lease.in_flight.first_token()
                 lease.succeeded()
         assert len(dispatch.affinity.placements()) == MAX_SESSIONS
