@@ -10,8 +10,10 @@
 The lanes:
 
 * light: every test that is not marked `real_vllm` or `real_model`, in two processes.
-* model: `real_model`, in two processes: torch on tiny models, which takes one core at a time.
-* vllm: `real_vllm`, in one process: engines take all cores, and the tests share one demo and its replicas.
+* model: `real_model`, in one process: torch on tiny models, which takes one core at a time.
+* vllm: `real_vllm`, in one process: the tests share one demo and its replicas, and engines take all cores. It begins
+  with the quantization of the demo's model, which takes one core for minutes: the model lane runs beside that, and its
+  output is printed when both have ended.
 
 The last line of a run with tests is `N passed, N failed, N skipped`, summed over the lanes.
 """
@@ -23,7 +25,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 from tests.results import Lane, read_junit, summary
 
@@ -56,13 +60,14 @@ def main(arguments: Sequence[str]) -> int:
     failures = [run(*command) for command in CHECKS]
     if any(failures) or chosen.check:
         return int(any(failures))
-    return report(
-        [
-            light_lane(rest),
-            lane("model", "pytest", *PARALLEL, *rest, *MODEL),
-            lane("vllm", "pytest", *rest, *VLLM),
-        ]
-    )
+    light = light_lane(rest)
+    with ThreadPoolExecutor(1) as beside, tempfile.TemporaryFile() as output:
+        model = beside.submit(lane, "model", "pytest", *rest, *MODEL, output=output)
+        vllm = lane("vllm", "pytest", *rest, *VLLM)
+        lanes = [light, model.result(), vllm]
+        output.seek(0)
+        sys.stdout.write(output.read().decode(errors="replace"))
+    return report(lanes)
 
 
 def light_lane(arguments: Sequence[str], *, coverage: bool = False) -> Lane:
@@ -72,12 +77,12 @@ def light_lane(arguments: Sequence[str], *, coverage: bool = False) -> Lane:
     return lane("light", "pytest", *PARALLEL, *arguments, *LIGHT)
 
 
-def lane(name: str, *command: str) -> Lane:
-    """Run one pytest command and read its results."""
+def lane(name: str, *command: str, output: IO[bytes] | None = None) -> Lane:
+    """Run one pytest command and read its results; None for `output` is the terminal."""
     with tempfile.TemporaryDirectory(prefix="junit-") as folder:
         junit = Path(folder, "junit.xml")
         started = time.monotonic()
-        exit_code = run(*command, f"--junitxml={junit}")
+        exit_code = run(*command, f"--junitxml={junit}", output=output)
         seconds = time.monotonic() - started
         # The arguments may select tests of one lane only.
         failed = exit_code not in (0, NO_TESTS_COLLECTED)
@@ -95,12 +100,14 @@ def coverage_report() -> int:
     return run("coverage", "combine", "--quiet") or run("coverage", "report")
 
 
-def run(program: str, *arguments: str) -> int:
+def run(program: str, *arguments: str, output: IO[bytes] | None = None) -> int:
     """Run a program of this environment and return its exit code."""
     print(f"+ {program} {' '.join(arguments)}", file=sys.stderr, flush=True)
     # Threads that spin while they wait for each other slow down whatever else runs on the same few cores.
     environ = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    return subprocess.run([Path(sys.executable).with_name(program), *arguments], env=environ, check=False).returncode
+    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    errors = None if output is None else subprocess.STDOUT
+    return subprocess.run(command, env=environ, stdout=output, stderr=errors, check=False).returncode
 
 
 if __name__ == "__main__":
