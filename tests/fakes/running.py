@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.01
 DEADLINE_SECONDS = 10.0
+# Of `eventually`: a failing test may take long, a slow machine must not fail one.
+PATIENCE_SECONDS = 30.0
 
 T = TypeVar("T")
 
@@ -121,7 +123,7 @@ async def running_fake(
 async def eventually(look: Callable[[], Awaitable[T | None]], deadline_seconds: float = ...) -> T: ...
 @overload
 async def eventually(look: Callable[[], T | None], deadline_seconds: float = ...) -> T: ...
-async def eventually(look: Callable[[], Any], deadline_seconds: float = DEADLINE_SECONDS) -> Any:
+async def eventually(look: Callable[[], Any], deadline_seconds: float = PATIENCE_SECONDS) -> Any:
     """Poll until `look`, a function or a coroutine function, returns something true; TimeoutError at the deadline."""
     async with asyncio.timeout(deadline_seconds):
         while True:
@@ -132,7 +134,7 @@ async def eventually(look: Callable[[], Any], deadline_seconds: float = DEADLINE
 
 
 def wait_until(
-    look: Callable[[], T | None], deadline_seconds: float = DEADLINE_SECONDS, poll_seconds: float = POLL_SECONDS
+    look: Callable[[], T | None], deadline_seconds: float = PATIENCE_SECONDS, poll_seconds: float = POLL_SECONDS
 ) -> T:
     """Poll as `eventually` does, for tests without an event loop; TimeoutError at the deadline."""
     deadline = time.monotonic() + deadline_seconds

@@ -20,7 +20,7 @@ from serving.replica import Launch, ReplicaStatus, State
 from serving.supervisor import Supervisor
 from tests.bytecode import share_bytecode
 
-DEADLINE_SECONDS = 20.0
+DEADLINE_SECONDS = 30.0
 QUICK = Backoff(first_seconds=0.01, longest_seconds=0.05)
 
 
