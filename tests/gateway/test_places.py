@@ -29,7 +29,7 @@ from serving.replica import Replica, State, foreign_replicas
 from serving.tls import Tls, read_tls
 from tests.fakes.running import DEADLINE_SECONDS, HOST, POLL_SECONDS, FakeReplica
 from tests.gateway.fleet import CONFIG, HELLO, STREAM, Fleet, clients, error_of, events_in, text_of
-from tests.gateway.proxy.upstream.test_connection import next_piece
+from tests.gateway.proxy.upstream.connecting import next_piece
 from tests.gateway.wire import Flood, Peer, ScriptedReplica, answering, scripted, stream, whole
 
 pytest.importorskip("cryptography", reason="needs cryptography to make certificates")

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.schema import Floor, LimitSettings
+from config.schema import Floor
 from gateway.errors import RequestError
 from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS, MESSAGES, RESPONSES, Endpoint
 from gateway.openai.limits import GUARDED_FIELDS, GUARDED_KWARGS
-from gateway.openai.request import MAX_KEYS, MAX_MODEL_CHARACTERS, InferenceRequest, parse_request
+from gateway.openai.request import MAX_KEYS, MAX_MODEL_CHARACTERS
+from tests.gateway.openai.parsing import names, parse
 
-LIMITS = LimitSettings(n=4)
 RAW = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 # Values whose bytes a parse and a dump would change.
@@ -26,30 +26,12 @@ DELICATE = [
 ]
 
 
-JSON = {b"content-type": b"application/json"}
-
-
-def parse(
-    body: str | bytes,
-    endpoint: Endpoint = CHAT,
-    caller_may: frozenset[str] = frozenset(),
-    max_tokens: int | None = None,
-    **headers: str,
-) -> InferenceRequest:
-    """Parse a body as an endpoint does; headers with _ for -."""
-    data = body.encode() if isinstance(body, str) else body
-    named = {name.replace("_", "-").encode(): value.encode("latin-1") for name, value in headers.items()}
-    return parse_request(endpoint, data, {**JSON, **named}, LIMITS, caller_may, max_tokens)
-
-
 def sent(body: str, endpoint: Endpoint = CHAT, *may: str, max_tokens: int | None = None) -> dict[str, Any]:
     """What a replica gets for a body."""
     read: dict[str, Any] = json.loads(parse(body, endpoint, frozenset(may), max_tokens).body_for("m1"))
     return read
 
 
-# None of them is a key that we read.
-names = st.text(st.characters(codec="utf-8", exclude_characters='"\\', min_codepoint=32), max_size=8).map("x{}".format)
 values = st.sampled_from(DELICATE) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -353,57 +335,3 @@ def test_options_that_ask_for_usage_pass_as_they_are() -> None:
     body = parse(f'{{"model":"a","stream":true,"stream_options":{options}}}').body_for("m1")
     assert body == b'{"model":"m1","stream":true,"stream_options":' + options.encode() + b"}"
     assert parse('{"model":"a"}').body_for("m1") == b'{"model":"m1"}'
-
-
-@pytest.mark.parametrize(
-    "named, header, expected",
-    [
-        (None, None, None),
-        ([], None, None),
-        (["int8"], None, {"int8"}),
-        (["int8", "bf16"], None, {"int8", "bf16"}),
-        (None, "int8, bf16", {"int8", "bf16"}),
-        (None, "int8,", {"int8"}),
-        (["int8", "bf16"], "int8,int4", {"int8"}),
-        (["int8"], "int4", set()),
-    ],
-)
-def test_precisions(named: list[str] | None, header: str | None, expected: set[str] | None) -> None:
-    """Precisions come from `provider.quantizations`, from the header, or from both, which must then agree."""
-    body = json.dumps({"model": "a", "provider": {"quantizations": named, "order": ["x"]}})
-    named_too = JSON if header is None else {**JSON, b"x-quantgate-precision": header.encode()}
-    assert parse_request(CHAT, body.encode(), named_too, LIMITS).precisions == expected
-
-
-@pytest.mark.parametrize(
-    "header, expected",
-    [
-        ("", Floor()),
-        ("top1_agreement=0.98", Floor(top1_agreement=0.98)),
-        (" kl_mean = 0.01 , perplexity_ratio=1.02,", Floor(kl_mean=0.01, perplexity_ratio=1.02)),
-        ("kl_p99=0.5,length_ratio=1.1", Floor(kl_p99=0.5, length_ratio=1.1)),
-    ],
-)
-def test_floors(header: str, expected: Floor) -> None:
-    """The floor header names measures with limits."""
-    assert parse('{"model":"a"}', x_quantgate_floor=header).floor == expected
-
-
-@pytest.mark.parametrize(
-    "header, words",
-    [
-        ("speed=1", "unknown measure 'speed'; known: top1_agreement, kl_mean, perplexity_ratio, kl_p99, length_ratio"),
-        ("top1_agreement", "'top1_agreement' is not MEASURE=NUMBER"),
-        ("top1_agreement=high", "'top1_agreement=high' is not MEASURE=NUMBER"),
-        ("top1_agreement=1.5", "out of range"),
-        ("kl_mean=-1", "out of range"),
-        ("kl_mean=nan", "out of range"),
-        ("top1_agreement=nan", "out of range"),
-    ],
-)
-def test_floors_that_make_no_sense(header: str, words: str) -> None:
-    """A floor that can't be understood is refused: it must never turn into none."""
-    with pytest.raises(RequestError) as caught:
-        parse('{"model":"a"}', x_quantgate_floor=header)
-    assert words in caught.value.message
-    assert caught.value.param == "x-quantgate-floor"

@@ -18,6 +18,7 @@ from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights
 from gateway.routing.target import Target
 from serving.registry import Registry
 from serving.replica import Replica, State
+from tests.fakes.running import DEADLINE_SECONDS
 
 HI = Variant("hi", "bf16", QualityMeasures("parent", 0.0, 1.0, 1.0))
 LO = Variant("lo", "int4", QualityMeasures("measured", 0.05, 0.92, 1.05))
@@ -145,3 +146,9 @@ def end(lease: Lease, outcome: str = "succeeded", retry_after_seconds: float | N
             lease.refused(retry_after_seconds)
         elif outcome != "abandoned":
             getattr(lease, outcome)()
+
+
+async def ended_by_timer(task: "asyncio.Task[Lease]") -> None:
+    """Wait for an end that a real timer brings."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        await asyncio.wait([task])

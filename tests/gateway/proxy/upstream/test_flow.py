@@ -12,7 +12,7 @@ from gateway.errors import UpstreamDisconnected, UpstreamTimeout
 from gateway.proxy.upstream.connection import HIGH_WATER_BYTES, Connection
 from gateway.proxy.upstream.pool import Pool
 from tests.fakes.running import DEADLINE_SECONDS
-from tests.gateway.proxy.upstream.test_connection import (
+from tests.gateway.proxy.upstream.connecting import (
     CLOSING,
     HASTY,
     LONG,

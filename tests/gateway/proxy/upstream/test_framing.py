@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gateway.errors import UpstreamDisconnected
 from gateway.proxy.upstream.connection import Connection
 from tests.fakes.running import DEADLINE_SECONDS
-from tests.gateway.proxy.upstream.test_connection import PATIENT, REQUEST, next_piece
+from tests.gateway.proxy.upstream.connecting import PATIENT, REQUEST, next_piece
 from tests.gateway.wire import Still, chunk, stream, stream_head, whole
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
