@@ -13,8 +13,16 @@ class Request:
     """
 
     __slots__ = (
-        *("body", "caller", "headers", "keep_alive", "method", "refusal", "request_id", "reserved_bytes"),
-        *("supports_chunked", "target"),
+        "body",
+        "caller",
+        "headers",
+        "keep_alive",
+        "method",
+        "refusal",
+        "request_id",
+        "reserved_bytes",
+        "supports_chunked",
+        "target",
     )
 
     def __init__(self, headers: dict[bytes, bytes] | None = None) -> None:

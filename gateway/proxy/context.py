@@ -21,19 +21,19 @@ class RequestContext:
     """
 
     __slots__ = (
-        *(
-            "attempts_before",
-            "body_bytes",
-            "caller",
-            "deaths",
-            "failure",
-            "headers",
-            "inference",
-            "last_error",
-            "refusals",
-            "response",
-        ),
-        *("route", "stats", "tried"),
+        "attempts_before",
+        "body_bytes",
+        "caller",
+        "deaths",
+        "failure",
+        "headers",
+        "inference",
+        "last_error",
+        "refusals",
+        "response",
+        "route",
+        "stats",
+        "tried",
     )
     inference: InferenceRequest
     route: Route

@@ -36,8 +36,19 @@ class Lease:
     """
 
     __slots__ = (
-        *("_held", "_ledgers", "_on_release", "acquired_at", "answer_tokens", "candidate", "in_flight", "outcome"),
-        *("probe_until", "prompt_tokens", "replica", "request", "retry_after_seconds"),
+        "_held",
+        "_ledgers",
+        "_on_release",
+        "acquired_at",
+        "answer_tokens",
+        "candidate",
+        "in_flight",
+        "outcome",
+        "probe_until",
+        "prompt_tokens",
+        "replica",
+        "request",
+        "retry_after_seconds",
     )
     replica: Replica  # set by the ledger of the registry
     in_flight: InFlight  # set by the ledger of the load
