@@ -9,6 +9,7 @@ from config.schema import NO_FLOOR, Spill
 from config.variant import QualityMeasures, Variant
 from gateway.routing.breaker import HEALTHY, Breaker, failed
 from gateway.routing.cluster_state import ClusterState
+from gateway.routing.filters import Rejection
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import Overload
 from gateway.routing.pick import Decision, decide
@@ -21,6 +22,8 @@ from gateway.routing.target import Target
 HI = Variant("hi", "bf16", QualityMeasures("parent", 0.0, 1.0, 1.0))
 MID = Variant("mid", "int8", QualityMeasures("measured", 0.01, 0.97, 1.01))
 LO = Variant("lo", "int4", QualityMeasures("measured", 0.05, 0.92, 1.05))
+BAD = Variant("bad", "int4", QualityMeasures("measured", 0.3, 0.7, 1.3))
+EXCLUDED = Rejection(BAD, "its verdict is fail")
 RUNGS = tuple(map(Rung.of, (HI, MID, LO)))
 HI_RUNG, MID_RUNG, LO_RUNG = RUNGS
 SPILL = Spill(after_seconds=2.0, return_below_seconds=0.5, dwell_seconds=10)

@@ -8,9 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.schema import NO_FLOOR, Floor
-from config.variant import QualityMeasures, Variant
 from gateway.routing.explain import Explanation, explain
-from gateway.routing.filters import Rejection
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import NOT_OVERLOADED, Overload, refused
 from gateway.routing.pick import decide
@@ -20,6 +18,7 @@ from gateway.routing.snapshot import AbsentReplica
 from gateway.routing.spill import SpillGate
 from gateway.routing.target import Target
 from tests.gateway.routing.clusters import (
+    EXCLUDED,
     LONG,
     NOW,
     RUNGS,
@@ -32,9 +31,6 @@ from tests.gateway.routing.clusters import (
     requests,
     states,
 )
-
-BAD = Variant("bad", "int4", QualityMeasures("measured", 0.3, 0.7, 1.3))
-EXCLUDED = Rejection(BAD, "its verdict is fail")
 
 
 def explained(

@@ -11,6 +11,7 @@ from tests.benchmarks.routing import policies
 from tests.benchmarks.routing.ours import Options, Ours
 from tests.benchmarks.routing.profiles import QUALITY, Fleet, fleet_of
 from tests.benchmarks.routing.runs import Fault, Scenario
+from tests.benchmarks.routing.scenarios import burst as burst_of_one_prompt
 from tests.benchmarks.routing.scenarios import wave
 from tests.benchmarks.routing.simulation import simulate
 from tests.benchmarks.routing.workloads import Conversation, Turn, conversations, square
@@ -164,3 +165,8 @@ def test_a_replica_with_a_very_long_prompt_cached_gets_more_turns(tokens: int) -
         for run in (ours(scenario), simulate(scenario, lambda it: policies.LeastInFlight(it.fleet)))
     )
     assert mine <= 1.02 * even
+
+
+def test_a_burst_of_the_same_prompt_spreads_over_two_replicas() -> None:
+    """The busier replica of the best rung gets at most 1.3 times the mean."""
+    assert found(ours(burst_of_one_prompt(FLEET))).spread <= 1.3

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from config.errors import ConfigError
 from config.schema import NO_FLOOR, Floor, LimitSettings, Spill, TimeoutSettings
-from config.variant import QualityMeasures, Variant
 from gateway.cli.route import explain_hypothetical, explain_recorded
 from gateway.errors import NotAllowed, RequestError, UnknownModel
 from gateway.keys import Keys
@@ -22,7 +21,6 @@ from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.routing_features import session_from_name
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.explain import Explanation, explain
-from gateway.routing.filters import Rejection
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.pick import decide
 from gateway.routing.request import RoutingRequest
@@ -42,6 +40,8 @@ from gateway.routing.target import Catalog, Target
 from serving.registry import Registry
 from serving.replica import Replica, State
 from tests.gateway.routing.clusters import (
+    BAD,
+    EXCLUDED,
     HI,
     HI_RUNG,
     LO,
@@ -60,9 +60,6 @@ from tests.gateway.routing.clusters import (
     requests,
     states,
 )
-
-BAD = Variant("bad", "int4", QualityMeasures("measured", 0.3, 0.7, 1.3))
-EXCLUDED = Rejection(BAD, "its verdict is fail")
 
 
 def snapshot(
