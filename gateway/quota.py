@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from gateway.errors import RateLimited
-from gateway.keys.caller import ANONYMOUS, Caller
+from gateway.keys.authentication import ANONYMOUS, Caller
 
 Headers = list[tuple[bytes, bytes]]
 

@@ -1,8 +1,11 @@
 """The clients' port: inference endpoints by their raw path, everything else by the FastAPI app; all authenticated."""
 
+import re
+import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 
 from gateway.errors import Draining, GatewayError, RequestError
 from gateway.handlers.inference import InferenceHandler
@@ -10,11 +13,11 @@ from gateway.http import asgi
 from gateway.http.request import Request
 from gateway.http.response_writer import ResponseWriter, header_lines
 from gateway.live_config import LiveConfig
-from gateway.openai.request_ids import RequestIds
 
 # Requests other than inference need no larger body.
 SMALL_BODY_BYTES = 64 * 1024
 JSON = (b"content-type", b"application/json")
+_WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
 class MethodNotAllowed(RequestError):
@@ -26,6 +29,26 @@ class MethodNotAllowed(RequestError):
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Name the allowed method, as RFC 9110, 15.5.6 requires."""
         return [(b"allow", b"POST")]
+
+
+class RequestIds:
+    """Request ids: the client's `x-request-id` if it is well-formed, otherwise a generated one.
+
+    Generated ids are unique across processes: a random prefix per process, and a counter.
+    """
+
+    __slots__ = ("_numbers", "_prefix")
+
+    def __init__(self) -> None:
+        self._prefix = f"req-{secrets.token_hex(8)}-"
+        self._numbers = count(1)
+
+    def of(self, headers: Mapping[bytes, bytes]) -> str:
+        """Return the id of a request with these headers."""
+        given = headers.get(b"x-request-id")
+        if given is not None and _WELL_FORMED_ID.fullmatch(given):
+            return given.decode()
+        return f"{self._prefix}{next(self._numbers):x}"
 
 
 @dataclass(slots=True)

@@ -11,8 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from config.errors import ConfigError
 from config.rules import closest
 from config.schema import NO_FLOOR, Floor, Name
-from gateway.keys.authentication import IssuedKey, Keys
-from gateway.keys.caller import Caller
+from gateway.keys.authentication import Caller, IssuedKey, Keys
 
 SHAPE = "name: {sha256: ...}"
 MAX_KEYS_PER_NAME = 2  # for rotation without a gap

@@ -7,8 +7,7 @@ import msgspec
 from gateway.observability.metrics import Metrics
 from gateway.proxy.leases import Lease
 from gateway.routing.bytes_per_token import BytesPerToken, learned
-from gateway.routing.prefix_hash import BLOCK_BYTES
-from gateway.routing.prefix_index import PrefixIndex, blocks_that_fit
+from gateway.routing.prefix_index import BLOCK_BYTES, PrefixIndex, blocks_that_fit
 from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.sessions import Placement, Sessions
 from gateway.routing.split import Rung

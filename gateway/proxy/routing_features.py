@@ -11,7 +11,7 @@ from gateway.openai.endpoints import MESSAGES, RESPONSES, Endpoint
 from gateway.openai.request import InferenceRequest
 from gateway.proxy.affinity import Affinity
 from gateway.proxy.context import RequestContext
-from gateway.routing.prefix_hash import block_hashes
+from gateway.routing.prefix_index import block_hashes
 from gateway.routing.request import NOTHING_CACHED, RoutingRequest
 from gateway.routing.split import Rung
 

@@ -1,7 +1,8 @@
 """An estimate of each replica's prefix cache: blocks of the prompts that it was sent, evicted in vLLM's order.
 
 vLLM evicts the least recently used blocks, and the last blocks of a prompt first: what it holds of a prompt is always
-its beginning. The same holds here, for blocks of gateway.routing.prefix_hash.
+its beginning. The same holds here. A block is a hash of the beginning of a prompt: two prompts share a block if they
+agree up to its end.
 """
 
 from bisect import bisect_left
@@ -10,7 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 
-from gateway.routing.prefix_hash import BLOCK_BYTES
+BLOCK_BYTES = 256
+# The rest of a prompt decides no more: a replica that holds so much of it is the one to ask.
+MAX_BLOCKS = 256
+_MAX_BYTES = BLOCK_BYTES * MAX_BLOCKS
 
 DEFAULT_BLOCKS = 4096  # of a replica of unknown capacity: 1 MiB of text
 MAX_BLOCKS_IN_ALL = 2**19
@@ -18,6 +22,32 @@ MAX_BLOCKS_IN_ALL = 2**19
 COMMON_HOLDERS = 16
 
 _NOWHERE: Mapping[str, int] = MappingProxyType({})
+
+
+def block_hashes(parts: Sequence[bytes], salt: bytes = b"") -> tuple[int, ...]:
+    """Hash each whole block of the parts' first 64 KiB together with all before it; other salts give other hashes.
+
+    Python salts its hashes anew in every process: they mean nothing outside of it, and no client can aim at one.
+    """
+    text = bytes(parts[0]) if len(parts) == 1 and len(parts[0]) <= _MAX_BYTES else _beginning(parts)
+    previous = hash(bytes(salt))
+    blocks = []
+    for start in range(0, len(text) - BLOCK_BYTES + 1, BLOCK_BYTES):
+        previous = hash((previous, text[start : start + BLOCK_BYTES]))
+        blocks.append(previous)
+    return tuple(blocks)
+
+
+def _beginning(parts: Sequence[bytes]) -> bytes:
+    """As much of the parts as is hashed; no more of them is copied."""
+    left_bytes = _MAX_BYTES
+    pieces = []
+    for part in parts:
+        pieces.append(memoryview(part)[:left_bytes])
+        left_bytes -= len(pieces[-1])
+        if not left_bytes:
+            break
+    return b"".join(pieces)
 
 
 def blocks_that_fit(kv_capacity_tokens: float, bytes_per_token: float) -> int:

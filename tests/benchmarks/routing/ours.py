@@ -19,7 +19,7 @@ from gateway.proxy.leases import Lease
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.pick import decide
-from gateway.routing.prefix_hash import BLOCK_BYTES, MAX_BLOCKS
+from gateway.routing.prefix_index import BLOCK_BYTES, MAX_BLOCKS
 from gateway.routing.request import RoutingRequest
 from gateway.routing.speed import SpeedProfile
 from gateway.routing.target import DEFAULT_SPILL, Catalog

@@ -9,7 +9,7 @@ from gateway.proxy.affinity import DEFAULT_BYTES_PER_TOKEN, Affinity
 from gateway.proxy.leases import Lease
 from gateway.routing.latency import ReplicaMetrics, estimate_latency
 from gateway.routing.pick import Candidate
-from gateway.routing.prefix_hash import BLOCK_BYTES
+from gateway.routing.prefix_index import BLOCK_BYTES
 from gateway.routing.request import RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.split import Rung

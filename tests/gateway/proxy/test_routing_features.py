@@ -32,7 +32,7 @@ from gateway.proxy.routing_features import (
     prompt_parts,
     routing_request,
 )
-from gateway.routing.prefix_hash import BLOCK_BYTES, MAX_BLOCKS
+from gateway.routing.prefix_index import BLOCK_BYTES, MAX_BLOCKS
 from gateway.routing.request import RoutingRequest
 from gateway.routing.split import Rung
 from tests.gateway.proxy.contexts import LO, METRICS, SMOL, request_context

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from gateway.routing.prefix_hash import BLOCK_BYTES, MAX_BLOCKS, block_hashes
-from gateway.routing.prefix_index import PrefixIndex, blocks_that_fit
+from gateway.routing.prefix_index import BLOCK_BYTES, MAX_BLOCKS, PrefixIndex, block_hashes, blocks_that_fit
 
 USUAL, IN_ALL = 6, 15
 
