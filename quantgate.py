@@ -22,7 +22,7 @@ COMMANDS = {
     "evaluate": Command("quantize.cli", "evaluate_main", "measure the quality of a variant against its base model"),
     "variants": Command("quantize.variants_cli", "variants_main", "list, compare, verify, adopt and report variants"),
     "doctor": Command(
-        "serving.doctor_cli", "doctor_main", "check this machine for what would keep replicas from starting"
+        "gateway.cli.doctor", "doctor_main", "check this machine for what would keep replicas from starting"
     ),
     "measure": Command(
         "serving.measuring.cli", "measure_main", "measure the throughput and latency of variants on this machine"
@@ -34,7 +34,7 @@ COMMANDS = {
     "gateway": Command("gateway.cli.serve", "gateway_main", "run the gateway in front of replicas that run elsewhere"),
     "route": Command("gateway.cli.route", "route_main", "explain which replica a request is routed to, and why"),
     "config": Command(
-        "gateway.cli.serve", "config_main", "check or show a configuration file, or print the JSON schema"
+        "gateway.cli.config", "config_main", "check or show a configuration file, or print the JSON schema"
     ),
     "keys": Command("gateway.cli.keys", "keys_main", "create, list, rotate and revoke API keys"),
 }

@@ -34,7 +34,8 @@ from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
 from gateway.reload import ApplyDeployment, FollowerReload, SupervisedReload
-from gateway.routing.target import Catalog, excluded_rungs, unservable_aliases
+from gateway.routing.target import Catalog
+from gateway.validation import notices
 from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
 from serving.app import others_replicas, own_replicas, sole_owner
 from serving.command import Machine
@@ -147,10 +148,10 @@ async def gateway(
 
 
 def live_config_for(deployment: Deployment) -> LiveConfig:
-    """What requests go by under a configuration; rungs and aliases that nothing can be had of are logged."""
+    """What requests go by under a configuration; aliases, rungs and variants without effect are logged."""
     catalog = Catalog(deployment.settings.aliases, deployment.variants)
-    for warning in (*excluded_rungs(catalog), *unservable_aliases(catalog)):
-        log.warning("%s", warning)
+    for notice in notices(deployment):
+        log.warning("%s", notice)
     return LiveConfig(catalog, deployment.keys, deployment.settings.gateway.limits)
 
 

@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from config.load import load_settings
+from config.errors import SettingsError
+from config.load import load_settings_file
 from config.manifest import Engine
 from config.schema import Settings
-from config.variant import Variant, read_variants
+from config.variant import Variant
 from serving.backoff import Backoff
 from serving.command import Machine
 from serving.cores import share_cores
@@ -30,7 +31,8 @@ from serving.state.link import Link
 from serving.state.publisher import Publisher
 from serving.supervisor import Supervisor
 from serving.templates.plan import with_thinking
-from serving.tls import Tls, read_tls
+from serving.tls import Tls
+from serving.validation import NamedFiles, read_named_files
 
 log = logging.getLogger(__name__)
 
@@ -63,11 +65,18 @@ class Wanted:
 
 
 def read_wanted(path: Path) -> Wanted:
-    """Read a configuration file, and the manifests and certificates it names; ConfigError if anything is wrong."""
-    settings = load_settings(path)
-    variants = read_variants(settings.variants, path.parent)
-    tls = read_tls(settings.replicas, path.parent)
-    return Wanted(settings, variants, state_url(settings.gateway.state, path.parent), path.parent.resolve(), tls)
+    """Read a configuration file, and the manifests and certificates it names; SettingsError lists all problems."""
+    file = load_settings_file(path)
+    named = read_named_files(file, path.parent)
+    if named.problems:
+        raise SettingsError(list(named.problems))
+    return wanted_of(file.settings, named, path)
+
+
+def wanted_of(settings: Settings, named: NamedFiles, path: Path) -> Wanted:
+    """Return what the configuration file at `path` wants to run."""
+    state = state_url(settings.gateway.state, path.parent)
+    return Wanted(settings, named.variants, state, path.parent.resolve(), named.tls)
 
 
 @asynccontextmanager

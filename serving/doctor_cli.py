@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -17,18 +18,23 @@ FAILED, USAGE = 1, 2
 STYLES = {"ok": "", "warning": "yellow", "error": "red"}
 
 
-def doctor_main(arguments: list[str]) -> int:
-    """Print every finding with its fix; 0 without errors, 1 with some, 2 if the configuration can't be read."""
+def doctor_main(arguments: list[str], validate: Callable[[Path], list[Finding]] = lambda _: []) -> int:
+    """Print every finding with its fix; 0 without errors, 1 with some, 2 if the configuration is invalid.
+
+    `validate` returns what is wrong with a configuration beyond this machine; it raises ConfigError if it is invalid.
+    """
     parser = argparse.ArgumentParser(
         prog="quantgate doctor",
         description="Look at this machine as vLLM will: engine, CPU, GPUs, memory, limits. With a configuration, also "
-        "at its addresses, and at whatever would keep its replicas from starting. Exit code 1 if there are errors.",
+        "at its addresses, and at whatever would keep its replicas from starting. Exit codes: 0 no errors, 1 errors, 2 the "
+        "configuration is invalid.",
     )
     parser.add_argument("config", type=Path, nargs="?", help="a configuration file")
     parser.add_argument("--json", action="store_true", help="print findings as JSON")
     chosen = parser.parse_args(arguments)
     try:
-        found = findings(examine(home_directory(), process_environment(), chosen.config))
+        found = validate(chosen.config) if chosen.config else []
+        found = [*findings(examine(home_directory(), process_environment(), chosen.config)), *found]
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE

@@ -1,31 +1,20 @@
-"""The commands `gateway`, `up` and `config`."""
+"""The commands `gateway` and `up`."""
 
 import argparse
 import gc
-import json
-import re
-import sys
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
-import yaml
-
-from config.errors import ConfigError
-from config.load import home_directory, load_settings, process_environment
-from config.schema import Settings, VariantSettings
-from config.variant import read_variants
+from config.load import home_directory, process_environment
 from gateway.app import Addresses, everything, gateway_alone
 from gateway.deployment import read_deployment
-from gateway.routing.target import Catalog, excluded_rungs, unservable_aliases
 from gateway.workers import SINGLE_WORKER, WorkerIndex, check_ports, stop_with_parent, workers
-from serving.foreground import USAGE, run_until_signal
+from serving.foreground import run_until_signal
 from serving.machine import this_machine
 from serving.registry import Registry
 
 DEFAULT_CONFIG = Path("quantgate.yaml")
-UNSERVABLE = 3  # exit code of `config check`: an alias has no variant that may serve it
-PASSWORD = re.compile(r"(://[^\s:/@]*:)[^\s@]+(@)")  # in a URL, such as gateway.state
 
 
 def gateway_main(arguments: list[str]) -> int:
@@ -83,51 +72,6 @@ def up_main(arguments: list[str]) -> int:
         return everything(read_deployment(config), this_machine(home, environment), Registry(), home, config)
 
     return run_until_signal(start)
-
-
-def config_main(arguments: list[str]) -> int:
-    """Check or show a configuration file, or print the JSON schema; exit codes: 0, 2 invalid, 3 unservable alias."""
-    parser = _parser("config", "Check a configuration file, show it with its defaults, or print the JSON schema.")
-    actions = parser.add_subparsers(dest="action", required=True, metavar="check|show|schema")
-    for action, text in (
-        ("check", "list all problems of a file"),
-        ("show", "print a file with all defaults, secrets masked"),
-    ):
-        actions.add_parser(action, help=text).add_argument("file", type=Path, nargs="?", default=DEFAULT_CONFIG)
-    actions.add_parser("schema", help="print the JSON schema, for editors")
-    options = parser.parse_args(arguments)
-    if options.action == "schema":
-        print(json.dumps(Settings.model_json_schema(), indent=2))
-        return 0
-    try:
-        settings = load_settings(options.file)
-        if options.action == "check":
-            return _check(options.file, settings)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return USAGE
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    print(PASSWORD.sub(r"\1**********\2", text), end="")
-    return 0
-
-
-def _check(file: Path, settings: Settings) -> int:
-    """Report rungs and aliases that the manifests rule out, for the variants whose directories are on this machine."""
-    local = {name: variant for name, variant in settings.variants.items() if _is_local(variant, file.parent)}
-    for name in [name for name in settings.variants if name not in local]:
-        print(f"{file}: variants.{name}: directory not found here, manifest not checked", file=sys.stderr)
-    aliases = {name: alias for name, alias in settings.aliases.items() if local.keys() >= set(alias.ladder)}
-    catalog = Catalog(aliases, read_variants(local, file.parent))
-    unservable = unservable_aliases(catalog)
-    for line in (*excluded_rungs(catalog), *unservable):
-        print(f"{file}: {line}", file=sys.stderr)
-    result = f"{len(unservable)} unservable" if unservable else "no problems"
-    print(f"{file}: {len(settings.aliases)} aliases, {len(settings.variants)} variants, {result}")
-    return UNSERVABLE if unservable else 0
-
-
-def _is_local(variant: VariantSettings, folder: Path) -> bool:
-    return variant.path is None or (folder / Path(variant.path).expanduser()).is_dir()
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:

@@ -1,0 +1,106 @@
+"""The command `config`: check or show a configuration file, or print the JSON schema."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from config.document import PASSWORD_IN_URL
+from config.errors import ConfigError, Problem
+from config.load import load_settings
+from config.schema import Settings
+from gateway.validation import Report, validate
+from serving.foreground import USAGE
+
+DEFAULT_CONFIG = Path("quantgate.yaml")
+UNSERVABLE = 3  # exit code of `config check`: a model name that nobody can answer
+CHECK = """\
+List all problems of a configuration file and of the files that it names: whatever `gateway`, `up`, `serve` and `doctor`
+would refuse, except ports that are in use and memory that is not free.
+
+Exit codes: 0 no problems, or warnings only; 2 invalid; 3 an alias that nobody can answer.
+"""
+
+
+def config_main(arguments: list[str]) -> int:
+    """Check or show a configuration file, or print the JSON schema; exit codes: 0, 2 invalid, 3 unservable alias."""
+    options = _parser().parse_args(arguments)
+    if options.action == "schema":
+        print(json.dumps(Settings.model_json_schema(), indent=2))
+        return 0
+    if options.action == "check":
+        report = validate(options.file, file_only=options.file_only)
+        (_print_json if options.json else _print_text)(options.file, report)
+        return exit_code(report)
+    try:
+        settings = load_settings(options.file)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    print(PASSWORD_IN_URL.sub(r"\1**********\2", text), end="")
+    return 0
+
+
+def exit_code(report: Report) -> int:
+    """Return the exit code of `config check`."""
+    if report.errors or report.launches:
+        return USAGE
+    return UNSERVABLE if report.unservable else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quantgate config",
+        description="Check a configuration file, show it with its defaults, or print the JSON schema.",
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="check|show|schema")
+    plain = argparse.RawDescriptionHelpFormatter
+    check = actions.add_parser("check", help="list all problems of a file", description=CHECK, formatter_class=plain)
+    check.add_argument("--json", action="store_true", help="print problems as a JSON array")
+    check.add_argument(
+        "--file-only",
+        action="store_true",
+        help="do not look at files, model directories and addresses: those of another machine",
+    )
+    text = "print a file with all defaults, secrets masked"
+    show = actions.add_parser("show", help=text, description=f"{text.capitalize()}. Exit code 2: the file is invalid.")
+    for action in (check, show):
+        action.add_argument("file", type=Path, nargs="?", default=DEFAULT_CONFIG, help="default: %(default)s")
+    actions.add_parser("schema", help="print the JSON schema, for editors")
+    return parser
+
+
+def _levels(report: Report) -> list[tuple[str, Problem]]:
+    """Return all problems, each with its level, in the order of the file."""
+    levels = [
+        *(("error", problem) for problem in (*report.errors, *report.launches)),
+        *(("unservable", problem) for problem in report.unservable),
+        *(("warning", problem) for problem in report.warnings),
+    ]
+    return sorted(levels, key=lambda pair: (pair[1].line, pair[1].column))
+
+
+def _print_json(file: Path, report: Report) -> None:
+    found = [_plain(level, problem) for level, problem in _levels(report)]
+    print(json.dumps(found, indent=2))
+
+
+def _plain(level: str, problem: Problem) -> dict[str, Any]:
+    return {"level": level, **dataclasses.asdict(problem), "file": str(problem.file)}
+
+
+def _print_text(file: Path, report: Report) -> None:
+    """Print problems to stderr, and a summary of a valid file to stdout."""
+    for level, problem in _levels(report):
+        print(f"{problem}{'' if level == 'error' else f' [{level}]'}", file=sys.stderr)
+    if report.settings is None or report.errors or report.launches:
+        return
+    counts = {"unservable": len(report.unservable), "warnings": len(report.warnings)}
+    result = ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "no problems"
+    settings = report.settings
+    print(f"{file}: {len(settings.aliases)} aliases, {len(settings.variants)} variants, {result}")
