@@ -69,14 +69,14 @@ def parse_size_bytes(value: object) -> object:
     return int(float(match[1]) * SIZE_UNITS[match[2]])
 
 
-def check_address(value: object) -> object:
+def check_address(value: object) -> str:
     """Require `host:port`: a port is never implied. ValueError otherwise."""
     host, _, port = str(value).rpartition(":")
     if ":" in host.strip("[]") and not (host.startswith("[") and host.endswith("]")):
         raise ValueError(f"{value!r} is not a valid address; write an IPv6 address in brackets, [{host}]:{port}")
     if not _is_host(host) or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > LAST_PORT:
         raise ValueError(f"{value!r} is not a valid address; write host:port, for example 127.0.0.1:8000")
-    return value
+    return str(value)
 
 
 def check_url(value: str) -> str:

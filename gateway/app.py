@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from config.schema import GatewaySettings
 from config.variant import goldens
-from gateway.deployment import Deployment, read_deployment
+from gateway.deployment import Deployment
 from gateway.handlers.admin import AdminContext, admin_app, with_auth
 from gateway.handlers.inference import InferenceHandler, Observers
 from gateway.handlers.models import client_app
@@ -33,7 +33,7 @@ from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
-from gateway.reload import ApplyDeployment, FollowerReload, SupervisedReload
+from gateway.reload import ApplyDeployment, ConfigReload, FollowerReload, SupervisedReload
 from gateway.routing.target import Catalog
 from gateway.validation import notices
 from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
@@ -67,6 +67,16 @@ class Gateway:
     metrics: Metrics
     load: LoadTracker
     dispatcher: Dispatcher
+
+    def switch(self, deployment: Deployment) -> None:
+        """Use another configuration from the next request on; `config/reload_effects.py` says for which options."""
+        settings = deployment.settings.gateway
+        self.live_config.replace(live_config_for(deployment))
+        self.load.set_speeds(deployment.speeds)
+        self.dispatcher.keep_only(self.live_config.catalog)
+        self.dispatcher.set_limits(settings.queue, settings.retries)
+        self.quota.keep_only(deployment.keys.names())
+        self.server.memory_bytes, self.server.grace_seconds = settings.memory_bytes, settings.drain_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +173,7 @@ async def gateway_alone(
 
     With a path, changes of that file are applied.
     """
-    registry = Registry()
+    registry, started = Registry(), deployment
     deployment = with_worker_ports(deployment, place)
     wanted = deployment.wanted
     with listen_sockets(deployment.settings.gateway, place) as taken:
@@ -172,7 +182,7 @@ async def gateway_alone(
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             others_replicas(wanted, registry, probe) as follower,
             gateway(deployment, registry, taken, place) as served,
-            following(path, served, FollowerReload(watch, follower, registry, served.live_config).apply),
+            following(path, started, registry, served, FollowerReload(watch, follower, registry, served.live_config).apply),
         ):
             yield served.addresses
 
@@ -197,37 +207,19 @@ async def everything(
             own_replicas(wanted, machine, registry, probe, home, owner) as own,
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             gateway(deployment, registry, taken, access_log_stream=access_log_stream) as served,
-            following(path, served, SupervisedReload(watch, own).apply),
+            following(path, deployment, registry, served, SupervisedReload(watch, own).apply),
         ):
             yield served.addresses
 
 
 @asynccontextmanager
-async def following(path: Path | None, served: Gateway, take: ApplyDeployment) -> AsyncIterator[None]:
-    """Take a configuration file over whenever it changes; None: it can't."""
+async def following(
+    path: Path | None, started: Deployment, registry: Registry, served: Gateway, apply_replicas: ApplyDeployment
+) -> AsyncIterator[None]:
+    """Apply a configuration file whenever it changes, and at SIGHUP; None: there is no file."""
     if path is None:
         yield
         return
-    first = read_deployment(path)
-
-    def files() -> list[Path]:
-        keys = first.settings.gateway.keys
-        return [path, path.parent / keys] if keys else [path]
-
-    async def apply() -> None:
-        deployment = read_deployment(path)
-        for option in ("listen", "admin", "admin_key", "state", "keys", "access_log", "tracing", "per_key_metrics"):
-            if getattr(deployment.settings.gateway, option) != getattr(first.settings.gateway, option):
-                log.warning("gateway.%s takes effect at the next start", option)
-
-        def swap() -> None:
-            served.live_config.replace(live_config_for(deployment))
-            served.load.set_speeds(deployment.speeds)
-            served.dispatcher.keep_only(served.live_config.catalog)
-            served.quota.keep_only(deployment.keys.names())
-            create_series(served.metrics, served.live_config.catalog, deployment.keys.names())
-
-        await take(deployment, swap)
-
-    async with Reload(files, apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()):
+    reload = ConfigReload(path, started, registry, served.live_config, served.switch, apply_replicas)
+    async with Reload(reload.files, reload.apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()):
         yield

@@ -91,5 +91,23 @@ def unserved_aliases(before: Catalog, after: Catalog, ready: Iterable[str]) -> l
     ]
 
 
+def nothing_remains(before: Catalog, after: Catalog, ready: Iterable[str], wanted: Iterable[str]) -> str | None:
+    """Return why nothing that answers under the first catalog would under the second; None if something would.
+
+    `ready` are the variants with a ready replica now, `wanted` those with a replica afterwards, ready or not. Without
+    an alias that answers, the variants count.
+    """
+    now, then = frozenset(ready), frozenset(wanted)
+    aliases = [name for name in before.aliases if now & _answering(before, name)]
+    if aliases:
+        if any(name in after.aliases and then & _answering(after, name) for name in aliases):
+            return None
+        return f"no alias that answers now would answer any more ({', '.join(aliases)})"
+    variants = now & before.variants.keys()
+    if variants and not variants & after.variants.keys() & then:
+        return f"no variant that answers now would answer any more ({', '.join(sorted(variants))})"
+    return None
+
+
 def _answering(catalog: Catalog, alias: str) -> frozenset[str]:
     return frozenset(variant.name for rung in catalog.resolve(alias).permitted for variant in rung.variants)

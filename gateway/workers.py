@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,10 +80,11 @@ def check_ports(gateway: GatewaySettings, workers: int) -> None:
 
 
 @asynccontextmanager
-async def workers(config: Path, count: int, drain_seconds: float) -> AsyncIterator[None]:
+async def workers(config: Path, count: int, drain_seconds: Callable[[], float]) -> AsyncIterator[None]:
     """Run `count` gateway processes while the block runs, and forward SIGHUP to them.
 
-    On exit they drain. Those that are still running KILL_AFTER_SECONDS after `drain_seconds` are killed.
+    On exit they drain. Those that are still running KILL_AFTER_SECONDS after `drain_seconds`, which a reload may have
+    changed, are killed.
     """
     # Each child polls the read end of this pipe: it becomes readable when the parent ends, for whatever reason.
     alive, parent_end = os.pipe()
@@ -102,7 +103,7 @@ async def workers(config: Path, count: int, drain_seconds: float) -> AsyncIterat
         loop.remove_signal_handler(signal.SIGHUP)
         for worker in running:
             worker.stop()
-        _, late = await asyncio.wait(tasks, timeout=drain_seconds + KILL_AFTER_SECONDS)
+        _, late = await asyncio.wait(tasks, timeout=drain_seconds() + KILL_AFTER_SECONDS)
         if late:
             log.error("%d workers did not stop in time; killing them", len(late))
             for worker in running:

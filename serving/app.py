@@ -8,9 +8,10 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from config.errors import SettingsError
+from config.errors import ReloadRefused, SettingsError
 from config.load import load_settings_file
 from config.manifest import Engine
+from config.reload_effects import pending_options
 from config.schema import Settings
 from config.variant import Variant
 from serving.backoff import Backoff
@@ -24,7 +25,7 @@ from serving.notebook import Notebook
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.reload import Reload
-from serving.replica import Launch, Replica, foreign_replicas, own_keys, plan_launches
+from serving.replica import Launch, Replica, State, foreign_replicas, own_keys, plan_launches
 from serving.state.database import Owner, StateDatabase, state_url
 from serving.state.follower import Follower
 from serving.state.link import Link
@@ -92,8 +93,15 @@ async def replicas_alone(
                 yield
                 return
 
-            async def apply() -> None:
-                await own.update(read_wanted(path))
+            async def apply(confirmed: bool) -> None:
+                changed = read_wanted(path)
+                ready = any(status.state is State.READY for status in registry.snapshot())
+                if ready and not changed.has_own_replicas and not confirmed:
+                    raise ReloadRefused(f"{path}: no replica that runs here would remain")
+                for option in pending_options(wanted.settings, changed.settings):
+                    if option in ("serving", "gateway.state"):
+                        log.warning("%s has changed; it takes effect at the next start", option)
+                await own.update(changed)
 
             async with Reload(lambda: [path], apply):
                 yield

@@ -26,8 +26,8 @@ def doctor_main(arguments: list[str], validate: Callable[[Path], list[Finding]] 
     parser = argparse.ArgumentParser(
         prog="quantgate doctor",
         description="Look at this machine as vLLM will: engine, CPU, GPUs, memory, limits. With a configuration, also "
-        "at its addresses, and at whatever would keep its replicas from starting. Exit codes: 0 no errors, 1 errors, 2 the "
-        "configuration is invalid.",
+        "at its addresses, and at whatever would keep its replicas from starting. Exit codes: "
+        "0 no errors, 1 errors, 2 the configuration is invalid.",
     )
     parser.add_argument("config", type=Path, nargs="?", help="a configuration file")
     parser.add_argument("--json", action="store_true", help="print findings as JSON")

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
-from config.load import home_directory, process_environment
+from config.errors import ConfigError
+from config.load import home_directory, load_settings, process_environment
 from gateway.app import Addresses, everything, gateway_alone
 from gateway.deployment import read_deployment
 from gateway.workers import SINGLE_WORKER, WorkerIndex, check_ports, stop_with_parent, workers
@@ -51,8 +52,16 @@ def settle() -> None:
 async def _workers(config: Path, count: int) -> AsyncIterator[None]:
     settings = read_deployment(config).settings.gateway
     check_ports(settings, count)
-    async with workers(config, count, settings.drain_seconds):
+    async with workers(config, count, lambda: _drain_seconds(config, settings.drain_seconds)):
         yield
+
+
+def _drain_seconds(config: Path, before: float) -> float:
+    """Return how long workers may take to drain: by the file now, or by the one before if they refused it."""
+    try:
+        return max(before, load_settings(config).gateway.drain_seconds)
+    except ConfigError:
+        return before
 
 
 @asynccontextmanager

@@ -81,9 +81,9 @@ class Dispatcher:
             load.estimates, self._outliers.breakers, self._outliers.overloads, self._spill.gates, weights
         )
         self._ledgers = (RegistryLedger(registry), load, self.affinity, self._outliers)
-        self._allowance = retry.RetryAllowance(round(retries.share * 1000), retries.burst * 1000)
+        self._allowance = retry_allowance(retries)
         self._budget = retry.RetryBudget(self._allowance.max_thousandths)
-        self._queues: Queues[QueueKey, Waiter] = Queues(QueueLimits(queue.per_alias, queue.in_all, queue.body_bytes))
+        self._queues: Queues[QueueKey, Waiter] = Queues(queue_limits(queue))
         self._rates: dict[str, service_rate.ServiceRate] = {}  # by rung, while requests wait
         self._timer: asyncio.TimerHandle | None = None
         self._observing = registry.observed(self._on_registry_change)
@@ -177,6 +177,12 @@ class Dispatcher:
         self._load.poll_failed(replica_id)
 
     # What operators see and change
+
+    def set_limits(self, queue: QueueSettings, retries: RetrySettings) -> None:
+        """Use other limits from the next request on; requests that wait stay."""
+        self._queues.limits = queue_limits(queue)
+        self._allowance = retry_allowance(retries)
+        self._budget = retry.limited(self._budget, self._allowance)
 
     def now(self) -> float:
         """The clock that decisions use."""
@@ -322,6 +328,16 @@ class Dispatcher:
         now, ahead = self._clock(), self._queues.ahead(key, api_key)
         rates = [self._rates.get(name) for name in key.variants]
         return min([service_rate.retry_after_seconds(ahead, rate, now) for rate in rates])
+
+
+def queue_limits(settings: QueueSettings) -> QueueLimits:
+    """Return the limits of the queues as configured."""
+    return QueueLimits(settings.per_alias, settings.in_all, settings.body_bytes)
+
+
+def retry_allowance(settings: RetrySettings) -> retry.RetryAllowance:
+    """Return what requests add to the retry budget, as configured."""
+    return retry.RetryAllowance(round(settings.share * 1000), settings.burst * 1000)
 
 
 def _too_long(request: RoutingRequest, candidate: Candidate, wait_seconds: float) -> Overloaded:

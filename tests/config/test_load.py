@@ -95,7 +95,10 @@ def test_empty_mapping_is_all_defaults(tmp_path: Path) -> None:
                 "with B, KiB, MiB, GiB, KB, MB, GB"
             ],
         ),
-        ("gateway: [1\n", ["f:2:1: is not YAML: expected ',' or ']', but got '<stream end>'; close the bracket opened in line 1"]),
+        (
+            "gateway: [1\n",
+            ["f:2:1: is not YAML: expected ',' or ']', but got '<stream end>'; close the bracket opened in line 1"],
+        ),
         ("variants: {a: {path: x}, a: {path: y}}\n", ["f:1:26: variants.a: is a duplicate key; keep one"]),
         (
             'variants: {a: {path: "${env:NOWHERE}"}}\n',
