@@ -69,14 +69,19 @@ def parse_size_bytes(value: object) -> object:
     return int(float(match[1]) * SIZE_UNITS[match[2]])
 
 
-def check_address(value: object) -> str:
+def check_address(value: str) -> str:
     """Require `host:port`: a port is never implied. ValueError otherwise."""
-    host, _, port = str(value).rpartition(":")
+    host, _, port = value.rpartition(":")
     if ":" in host.strip("[]") and not (host.startswith("[") and host.endswith("]")):
         raise ValueError(f"{value!r} is not a valid address; write an IPv6 address in brackets, [{host}]:{port}")
     if not _is_host(host) or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > LAST_PORT:
         raise ValueError(f"{value!r} is not a valid address; write host:port, for example 127.0.0.1:8000")
-    return str(value)
+    return value
+
+
+def _number_as_text(value: object) -> object:
+    """Leave it to `check_address` to say what a port alone lacks."""
+    return str(value) if isinstance(value, int) else value
 
 
 def check_url(value: str) -> str:
@@ -95,7 +100,7 @@ def check_url(value: str) -> str:
 
 
 SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(ge=0, le=MAX_BYTES)]
-Address = Annotated[str, BeforeValidator(check_address)]
+Address = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(check_address)]
 ReplicaUrl = Annotated[str, AfterValidator(check_url)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=128)]
 FileName = Annotated[str, Field(min_length=1)]

@@ -68,7 +68,7 @@ def test_empty_mapping_is_all_defaults(tmp_path: Path) -> None:
         ("aliases:\n  x: {}\n", ["f:2:3: aliases.x.ladder: is missing; add 'ladder: ...'"]),
         (
             "gateway: {listen: 8000}\n",
-            ["f:1:11: gateway.listen: 8000 is not a valid address; write host:port, for example 127.0.0.1:8000"],
+            ["f:1:11: gateway.listen: '8000' is not a valid address; write host:port, for example 127.0.0.1:8000"],
         ),
         (
             "gateway: {listen: '8000'}\n",
