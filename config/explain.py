@@ -93,7 +93,8 @@ def _words(details: ErrorDetails, given: str, known: Sequence[str]) -> tuple[str
         names = f" of {', '.join(known)}" if known else ""
         return f"must be a mapping{got}", f"write 'name: value' lines{names}"
     if kind in _LISTS:
-        return f"must be a list{got}", f"write [{printable(value)}]" if got and isinstance(value, str | int) else "write [...]"
+        entry = printable(value) if got and isinstance(value, str | int) else "..."
+        return f"must be a list{got}", f"write [{entry}]"
     if kind == "string_type":
         return f"must be text{got}", "put it in quotes" if isinstance(value, int | float) else "write a single value"
     if kind.startswith("bool"):

@@ -9,7 +9,7 @@ from config.schema import Settings
 Effect = Literal["reload", "start"]
 
 _REQUESTS = "from the next request on"
-# By option, or by the table that it is in: whether a reload applies a change, and how. gateway/README.md has this table.
+# By option, or by the table that it is in: whether a reload applies a change, and how. It is in gateway/README.md, too.
 EFFECTS: Mapping[str, tuple[Effect, str]] = MappingProxyType(
     {
         "gateway.listen": ("start", ""),

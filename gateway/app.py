@@ -33,7 +33,7 @@ from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
-from gateway.reload import ApplyDeployment, ConfigReload, FollowerReload, SupervisedReload
+from gateway.reload import ConfigReload, FollowerReload, SupervisedReload
 from gateway.routing.target import Catalog
 from gateway.validation import notices
 from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
@@ -182,7 +182,7 @@ async def gateway_alone(
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             others_replicas(wanted, registry, probe) as follower,
             gateway(deployment, registry, taken, place) as served,
-            following(path, started, registry, served, FollowerReload(watch, follower, registry, served.live_config).apply),
+            following(path, started, registry, served, FollowerReload(watch, follower, registry, served.live_config)),
         ):
             yield served.addresses
 
@@ -207,19 +207,23 @@ async def everything(
             own_replicas(wanted, machine, registry, probe, home, owner) as own,
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             gateway(deployment, registry, taken, access_log_stream=access_log_stream) as served,
-            following(path, deployment, registry, served, SupervisedReload(watch, own).apply),
+            following(path, deployment, registry, served, SupervisedReload(watch, own)),
         ):
             yield served.addresses
 
 
 @asynccontextmanager
 async def following(
-    path: Path | None, started: Deployment, registry: Registry, served: Gateway, apply_replicas: ApplyDeployment
+    path: Path | None,
+    started: Deployment,
+    registry: Registry,
+    served: Gateway,
+    replicas: FollowerReload | SupervisedReload,
 ) -> AsyncIterator[None]:
     """Apply a configuration file whenever it changes, and at SIGHUP; None: there is no file."""
     if path is None:
         yield
         return
-    reload = ConfigReload(path, started, registry, served.live_config, served.switch, apply_replicas)
+    reload = ConfigReload(path, started, registry, served.live_config, served.switch, replicas.apply)
     async with Reload(reload.files, reload.apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()):
         yield

@@ -51,9 +51,7 @@ def _contradiction(file: LoadedFile[Settings], variant: Variant) -> Problem | No
     return file.problem(("variants", variant.name, "precision"), what, "remove precision")
 
 
-def launch_problems(
-    file: LoadedFile[Settings], variants: Mapping[str, Variant], engine: Engine
-) -> Iterator[Problem]:
+def launch_problems(file: LoadedFile[Settings], variants: Mapping[str, Variant], engine: Engine) -> Iterator[Problem]:
     """Report the replicas that vLLM can't serve as configured, whatever else runs on the machine."""
     for index, replica in enumerate(file.settings.replicas):
         if replica.url is not None or replica.variant not in variants:

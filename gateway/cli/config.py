@@ -34,7 +34,10 @@ def config_main(arguments: list[str]) -> int:
         return 0
     if options.action == "check":
         report = validate(options.file, file_only=options.file_only)
-        (_print_json if options.json else _print_text)(options.file, report)
+        if options.json:
+            print(json.dumps([_plain(level, problem) for level, problem in _levels(report)], indent=2))
+        else:
+            _print_text(options.file, report)
         return exit_code(report)
     try:
         settings = load_settings(options.file)
@@ -83,11 +86,6 @@ def _levels(report: Report) -> list[tuple[str, Problem]]:
         *(("warning", problem) for problem in report.warnings),
     ]
     return sorted(levels, key=lambda pair: (pair[1].line, pair[1].column))
-
-
-def _print_json(file: Path, report: Report) -> None:
-    found = [_plain(level, problem) for level, problem in _levels(report)]
-    print(json.dumps(found, indent=2))
 
 
 def _plain(level: str, problem: Problem) -> dict[str, Any]:

@@ -47,7 +47,7 @@ async def test_queue(fake: FakeReplica) -> None:
     async with fleet_with() as fleet:
         with fleet.replicas(("hi", fake.url), state=State.STARTING):
             waiting = asyncio.create_task(fleet.ask())
-            await eventually(lambda: fleet.served.dispatcher.waiting())
+            await eventually(fleet.served.dispatcher.waiting)
             switch(fleet, queue={"per_alias": 0})
             refused = await fleet.ask()
             assert (refused.status_code, error_of(refused)["code"]) == (429, "queue_full")

@@ -62,7 +62,7 @@ class Followed:
         else:
             self.path.write_text(text)
         async with asyncio.timeout(10):
-            while await self.reloads(outcome) == before:
+            while await self.reloads(outcome) == before:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
 
@@ -74,7 +74,7 @@ async def followed(folder: Path, content: dict[str, Any]) -> AsyncIterator[Follo
     async with gateway_alone(read_deployment(path), path) as addresses, clients(addresses) as (client, admin):
         served = Followed(path, client, admin)
         async with asyncio.timeout(10):
-            while (await admin.get("/readyz")).status_code != 200:
+            while (await admin.get("/readyz")).status_code != 200:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         yield served
 
@@ -122,7 +122,7 @@ async def test_a_reload_that_leaves_something_is_applied(tmp_path: Path, fake: F
 async def test_keys_that_would_all_be_replaced(
     tmp_path: Path, fake: FakeReplica, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A keys file that is empty, or has other keys only, leaves the keys in force; a second SIGHUP applies the latter."""
+    """A keys file that is empty, or has other keys only, changes nothing; a second SIGHUP applies the latter."""
     keys = tmp_path / "keys.yaml"
     alice = create_key(keys, "alice")
     bob = create_key(tmp_path / "other.yaml", "bob")

@@ -207,10 +207,7 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
     (
         document(gateway=listening(listen='"::1:28120"')),
         2,
-        [
-            "f:1:11: gateway.listen: '::1:28120' is not a valid address; write an IPv6 address in brackets, "
-            "[::1]:28120"
-        ],
+        ["f:1:11: gateway.listen: '::1:28120' is not a valid address; write an IPv6 address in brackets, [::1]:28120"],
     ),
     (
         document(replicas="", aliases=""),
@@ -320,10 +317,7 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
     (
         document(variants=OWN, replicas=replica("count: 3, port: 65534")),
         2,
-        [
-            "f:5:28: replicas.0.port: count 3 takes the ports 65534 to 65536, beyond 65535; "
-            "choose a port up to 65533"
-        ],
+        ["f:5:28: replicas.0.port: count 3 takes the ports 65534 to 65536, beyond 65535; choose a port up to 65533"],
     ),
     (
         document(variants="variants:\n  a: {path: sealed, precision: bf16}"),
@@ -413,9 +407,7 @@ def test_replicas_that_vllm_cannot_serve(folder: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("text", [text for text, code, _ in MISTAKES if code == 2])
-def test_doctor_and_up_refuse_what_check_refuses(
-    folder: Path, capsys: pytest.CaptureFixture[str], text: str
-) -> None:
+def test_doctor_and_up_refuse_what_check_refuses(folder: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     """One validation: the other commands tell the same problems, with the same exit code."""
     _, _, expected = check(folder, text, capsys)
     assert doctor_main([str(folder / "quantgate.yaml")]) == 2
