@@ -115,7 +115,7 @@ async def test_connections_and_bodies() -> None:
             async with connected(fleet.url) as peer:
                 await eventually(lambda: fleet.served.server.connections == 1 or None)
                 assert await connections(fleet) == (0, 1, 0)
-                await peer.say(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+                await peer.say(head.encode() + body)
                 await stalled.requested(CHAT)
                 assert await connections(fleet) == (1, 0, len(body))
             await eventually(lambda: fleet.served.server.connections == 0 or None)
