@@ -12,7 +12,6 @@ from config.load import load_settings
 from config.manifest import Engine
 from config.schema import Settings
 from config.variant import Variant, read_variants
-from serving.backoff import Backoff
 from serving.command import Machine
 from serving.cores import share_cores
 from serving.engine_version import version_warning
@@ -120,7 +119,7 @@ async def own_replicas(
             notebook,
             home / "logs",
             parallel_starts=serving.parallel_starts or PARALLEL_STARTS[engine],
-            backoff=Backoff(start_failures=serving.start_attempts),
+            start_attempts=serving.start_attempts,
             logs=serving.logs,
             rotation=publisher,
         ) as supervisor,
