@@ -4,10 +4,10 @@ import argparse
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
+from config.command_line import add_config, exit_codes, given_config
 from config.errors import ConfigError
 from config.load import home_directory, process_environment
 from serving.doctor.findings import Finding, findings, worst
@@ -22,13 +22,14 @@ def doctor_main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="quantgate doctor",
         description="Look at this machine as vLLM will: engine, CPU, GPUs, memory, limits. With a configuration, also "
-        "at its addresses, and at whatever would keep its replicas from starting. Exit code 1 if there are errors.",
+        "at its addresses, and at whatever would keep its replicas from starting.",
+        epilog=exit_codes(2, code_0="no errors, warnings perhaps", code_1="errors"),
     )
-    parser.add_argument("config", type=Path, nargs="?", help="a configuration file")
+    add_config(parser, "a configuration file")
     parser.add_argument("--json", action="store_true", help="print findings as JSON")
     chosen = parser.parse_args(arguments)
     try:
-        found = findings(examine(home_directory(), process_environment(), chosen.config))
+        found = findings(examine(home_directory(), process_environment(), given_config(parser, chosen)))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE

@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from serving.duration import duration
 from serving.replica import State
 from serving.state.database import Picture, StateDatabase
 
@@ -103,15 +104,6 @@ def _reason(row: dict[str, Any]) -> str:
         return str(row["reason"])
     word = f"told {duration(silent)} ago: its supervisor, process {row['supervisor_pid']} on {row['host']}, is silent"
     return "; ".join(filter(None, [row["reason"], word]))
-
-
-def duration(seconds: float) -> str:
-    """Two units at most: 42s, 3m07s, 5h12m, 8d03h."""
-    whole = int(seconds)
-    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // part:02d}{smaller}"
-    return f"{whole}s"
 
 
 def _width(listed: list[dict[str, Any]]) -> int:

@@ -126,9 +126,9 @@ class ReplicaLoop:
         return RESTART
 
     async def _drain(self) -> None:
-        replica_id = self.launch.replica_id
-        self.place.source.move(replica_id, State.DRAINING, RESTART)
-        await self.drain(replica_id, self.launch.settings.drain_seconds)
+        replica_id, seconds = self.launch.replica_id, self.launch.settings.drain_seconds
+        self.place.source.move(replica_id, State.DRAINING, f"{RESTART}: finishes its requests, at most {seconds:g} s")
+        await self.drain(replica_id, seconds)
         self.place.source.move(replica_id, State.STOPPING, RESTART)
 
     async def _restarted_within(self, pause_seconds: float) -> bool:

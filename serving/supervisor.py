@@ -24,6 +24,7 @@ from serving.registry import Registry, ReplicaSource
 from serving.replica import SUPERVISOR, Launch, State
 from serving.replica_loop import ReplicaLoop
 from serving.rolling import Current, Replace, Retire, Start, Step, next_step
+from serving.start_times import StartTimes
 from serving.state.rotation import Rotation, drained
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ class Supervisor:
     rotation: Rotation | None = None
     patience_seconds: float = READY_PATIENCE_SECONDS
     adoption_seconds: float = ADOPTION_SECONDS
+    start_times: StartTimes = field(default_factory=StartTimes)
     clock: Callable[[], float] = time.monotonic
     _kept: dict[str, _Kept] = field(default_factory=dict)
     _place: Birthplace = field(init=False)
@@ -70,7 +72,9 @@ class Supervisor:
         self._source = self.registry.source(SUPERVISOR)
         shared = (self.registry, self.machine, self.probe, self.notebook, self.log_folder)
         turns = asyncio.Semaphore(self.parallel_starts)
-        self._place = Birthplace(*shared, turns, self.patience_seconds, self.adoption_seconds)
+        self._place = Birthplace(
+            *shared, turns, self.patience_seconds, self.adoption_seconds, self.start_times, self.clock
+        )
 
     async def __aenter__(self) -> Self:
         """Take over what a dead supervisor left, end what isn't wanted of it, and begin to start the rest, in order."""
@@ -193,8 +197,9 @@ class Supervisor:
         kept = self._kept[replica_id]
         kept.loop.leaving = True
         if self.registry.status(replica_id).state in (State.READY, State.DRAINING):
-            self._source.move(replica_id, State.DRAINING, "asked to stop")
-            await self._drain(replica_id, kept.loop.launch.settings.drain_seconds)
+            seconds = kept.loop.launch.settings.drain_seconds
+            self._source.move(replica_id, State.DRAINING, f"finishes its requests, for at most {seconds:g} s")
+            await self._drain(replica_id, seconds)
         self._source.move(replica_id, State.STOPPING, "asked to stop")
         kept.task.cancel()
         await asyncio.gather(kept.task, return_exceptions=True)

@@ -5,6 +5,7 @@ import asyncio
 import importlib.util
 import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from gateway.demo.report import Answer, show_answer, show_headers, show_variants
 from gateway.demo.subprocess import SubprocessFailed, run_module
 from gateway.deployment import Deployment, read_deployment
 from serving.errors import LaunchRefused, LockHeld, ServingError
-from serving.foreground import LOCKED, USAGE, stop_signal
+from serving.foreground import LOCKED, USAGE, raise_file_limit, stop_signal
 from serving.machine import installed_engine, this_machine
 from serving.notebook import Notebook
 from serving.registry import Registry
@@ -79,6 +80,7 @@ def demo_main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     demo = Demo(home_directory(), options.listen, options.admin)
     log_to_file(demo.logs)
+    raise_file_limit()
     demo.progress.print(f"logs: {demo.logs}", highlight=False, markup=False)
     try:
         return uvloop.run(_run_until_signal(demo, once=options.once))
@@ -103,8 +105,8 @@ def log_to_file(folder: Path) -> None:
 
 
 async def _run_until_signal(demo: Demo, *, once: bool) -> int:
-    """Run the demo in a task that SIGINT or SIGTERM cancels; everything it has started is stopped."""
-    async with stop_signal() as stop:
+    """Run the demo in a task that SIGINT, SIGTERM or SIGHUP cancels; everything it has started is stopped."""
+    async with stop_signal(signal.SIGHUP) as stop:
         work = asyncio.create_task(_run(demo, once=once), name="demo")
         stopped = asyncio.create_task(stop.wait(), name="stop signal")
         await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
