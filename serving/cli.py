@@ -14,8 +14,9 @@ from serving.errors import StateAway
 from serving.foreground import USAGE, run_until_signal
 from serving.logs import follow_log, log_files, read_end
 from serving.machine import this_machine
-from serving.ps import print_once, watch
+from serving.ps import Listing, print_once, watch
 from serving.registry import Registry
+from serving.replica import own_keys
 from serving.state.database import StateDatabase, state_url
 
 FAILED = 1
@@ -44,13 +45,17 @@ def ps_main(arguments: list[str]) -> int:
     """List the replicas that supervisors tell of."""
     parser = argparse.ArgumentParser(
         prog="quantgate ps",
-        description="List the replicas that `quantgate serve` and `quantgate up` run, as the state database has them. "
-        "Replicas with a url are not in it: the gateway's /admin/replicas shows those, too.",
+        description="List the replicas that `quantgate serve` and `quantgate up` run, as the state database has them, "
+        "with the requests in each engine. On a terminal, a long reason is cut at the end of its line. Replicas with a "
+        "url are not in it: the gateway's /admin/replicas shows those, too.",
         epilog=exit_codes(0, 2, code_1="the state database is unavailable"),
     )
     add_config(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON array")
     parser.add_argument("-w", "--watch", action="store_true", help="go on until Ctrl-C; with --json a line a change")
+    parser.add_argument(
+        "--wide", action="store_true", help="all columns, whole: variant, host, address and process too"
+    )
     chosen = parser.parse_args(arguments)
     config = chosen_config(parser, chosen)
     try:
@@ -59,13 +64,16 @@ def ps_main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"quantgate: {error}", file=sys.stderr)
         return USAGE
+    listing = Listing(database, own_keys(settings.replicas))
     try:
-        (watch if chosen.watch else print_once)(database, as_json=chosen.json)
+        (watch if chosen.watch else print_once)(listing, as_json=chosen.json, wide=chosen.wide)
     except StateAway as error:
         print(f"quantgate: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return 0
+    except BrokenPipeError:
+        _discard_output()
     finally:
         database.close()
     return 0
@@ -95,12 +103,16 @@ def logs_main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 0
     except BrokenPipeError:
-        # Whoever read has enough; what Python still wants to flush at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
     except OSError as error:
         print(f"quantgate logs: {files[chosen.replica]}: {error.strerror}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def _discard_output() -> None:
+    """Send what Python still flushes at exit to /dev/null: the reader, such as `head`, has closed the pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unknown(name: str, known: list[str]) -> str:
