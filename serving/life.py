@@ -101,8 +101,8 @@ async def _noted(
 
 def _loading(launch: Launch, child: Child, place: Birthplace) -> str:
     usual = place.start_times.usual_seconds(launch)
-    estimate = "first start of this variant here" if usual is None else f"usually ready after {duration(usual)}"
-    return f"loading, {estimate}, process {child.pid}"
+    estimate = "its first start here" if usual is None else f"usually ready after {duration(usual)}"
+    return f"loading, process {child.pid}, {estimate}"
 
 
 def planned(launch: Launch, port: int) -> Replica:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
@@ -157,19 +158,24 @@ async def test_reload_starts_what_waits(tmp_path: Path) -> None:
 
 
 async def test_progress_is_logged(tmp_path: Path) -> None:
-    """The log names what loads, for how long that usually takes, who is ready, and what SIGTERM does."""
+    """The log names what loads, how long that usually takes, who is ready, and what SIGTERM does."""
     async with serving(tmp_path, hi=[], lo=[]) as served:
         await eventually(lambda: "lo-1: ready at" in served.log(), 60)
         log = served.log()
         assert "starting 2 replicas, 1 at a time; SIGTERM or Ctrl-C stops them after their running requests" in log
         assert "lo-1: starting, waiting for its turn to start" in log
-        assert "hi-1: starting, loading, first start of this variant here, process" in log
+        assert re.search(r"hi-1: starting, loading, process \d+, its first start here", log)
         assert "(1 of 2 are ready)" in log
         assert "(2 of 2 are ready)" in log
+        before = noted_sessions(served.home)
+        await served.command("restart", "hi-1")
+        await eventually(lambda: len(noted_sessions(served.home) - before) == 1)
+        loading = r"hi-1: starting, loading, process \d+, usually ready after \d+s"
+        await eventually(lambda: re.search(loading, served.log()))
         os.kill(served.process.pid, signal.SIGTERM)
         assert await served.process.wait() == 0
         assert "SIGTERM: stopping" in served.log()
-        assert "hi-1: draining, finishes its requests, for at most 5 s" in served.log()
+        assert "lo-1: draining, finishes its requests, for at most 5 s" in served.log()
         assert served.log().endswith("stopped\n")
 
 
