@@ -17,6 +17,7 @@ import uvloop
 import yaml
 from rich.console import Console
 
+from config.command_line import exit_codes
 from config.errors import ConfigError
 from config.load import home_directory, process_environment
 from config.schema import GatewaySettings
@@ -78,6 +79,7 @@ def demo_main(arguments: list[str]) -> int:
         description="Quantize SmolLM2-135M to int8 and int4, serve all three precisions with vLLM on this machine's "
         "CPU, and query the gateway through the OpenAI SDK. Results are stored in $QUANTGATE_HOME and reused, logs in "
         "$QUANTGATE_HOME/logs.",
+        epilog=exit_codes(1, 2, 4, code_0="the table was printed", code_130="Ctrl-C before that"),
     )
     parser.add_argument("--once", action="store_true", help="exit after the table instead of serving until Ctrl-C")
     parser.add_argument("--listen", default="127.0.0.1:8000", help="client address (default: %(default)s)")
