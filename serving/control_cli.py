@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ from serving.replica import State
 
 DONE, FAILED, USAGE, TIMED_OUT, UNREACHABLE = 0, 1, 2, 5, 7
 STOP_SECONDS = 600.0
+# Between the two SIGHUPs: time to read the configuration and to refuse it; the second has to come within 10 s.
+FORCE_SECONDS = 2.0
+Answers = list[tuple[ControlClient, ControlReply]]
 NOT_RUNNING = "nothing runs in this home"
 
 
@@ -33,9 +37,8 @@ def status_main(arguments: list[str]) -> int:
     add_config(parser, "only processes with this configuration file")
     parser.add_argument("--json", action="store_true", help="print a JSON array")
     options = parser.parse_args(arguments)
-    request = ControlRequest("status")
 
-    def show(answers: list[tuple[ControlClient, ControlReply]]) -> int:
+    def show(answers: Answers) -> int:
         statuses = [reply.status for _, reply in answers]
         if options.json:
             print(json.dumps(msgspec.to_builtins(statuses), indent=2))
@@ -44,7 +47,7 @@ def status_main(arguments: list[str]) -> int:
         ready = all(each.state == State.READY for status in statuses for each in status.replicas)
         return DONE if ready else FAILED
 
-    return _ask("status", given_config(parser, options), request, show)
+    return _ask(ControlRequest("status"), given_config(parser, options), show)
 
 
 def reload_main(arguments: list[str]) -> int:
@@ -56,14 +59,21 @@ def reload_main(arguments: list[str]) -> int:
         exit_codes(2, code_0="requested", code_1="refused, or no answer", code_7=NOT_RUNNING),
     )
     add_config(parser, "only processes with this configuration file")
+    parser.add_argument(
+        "--force", action="store_true", help="as two SIGHUPs: apply what was refused because nothing would remain"
+    )
     options = parser.parse_args(arguments)
 
-    def show(answers: list[tuple[ControlClient, ControlReply]]) -> int:
+    def show(answers: Answers) -> int:
+        if options.force:
+            time.sleep(FORCE_SECONDS)
+            for client, _ in answers:
+                client.ask(ControlRequest("reload"))
         for _, reply in answers:
             print(f"{_name(reply.status)}: reads {reply.status.config} again; its log has the outcome")
         return DONE
 
-    return _ask("reload", given_config(parser, options), ControlRequest("reload"), show)
+    return _ask(ControlRequest("reload"), given_config(parser, options), show)
 
 
 def restart_main(arguments: list[str]) -> int:
@@ -77,12 +87,12 @@ def restart_main(arguments: list[str]) -> int:
     parser.add_argument("replica", metavar="REPLICA", help="as `quantgate ps` names it")
     replica: str = parser.parse_args(arguments).replica
 
-    def show(answers: list[tuple[ControlClient, ControlReply]]) -> int:
+    def show(answers: Answers) -> int:
         for _, reply in answers:
             print(f"{replica}: {reply.message}")
         return DONE
 
-    return _ask("restart", None, ControlRequest("restart", replica), show, any_of_them=True)
+    return _ask(ControlRequest("restart", replica), None, show)
 
 
 def stop_main(arguments: list[str]) -> int:
@@ -99,50 +109,52 @@ def stop_main(arguments: list[str]) -> int:
     )
     options = parser.parse_args(arguments)
 
-    def wait(answers: list[tuple[ControlClient, ControlReply]]) -> int:
+    def wait(answers: Answers) -> int:
         ended = True
         for client, reply in answers:
             if client.ended_within(options.timeout):
                 print(f"{_name(reply.status)}: stopped")
             else:
                 ended = False
-                _complain("stop", f"{_name(reply.status)} still runs after {options.timeout:g} s; it goes on stopping")
+                _complain(
+                    ControlRequest("stop"),
+                    f"{_name(reply.status)} still runs after {options.timeout:g} s; it goes on stopping",
+                )
         return DONE if ended else TIMED_OUT
 
-    return _ask("stop", given_config(parser, options), ControlRequest("stop"), wait)
+    return _ask(ControlRequest("stop"), given_config(parser, options), wait)
 
 
-def _ask(
-    verb: str,
-    config: Path | None,
-    request: ControlRequest,
-    show: Callable[[list[tuple[ControlClient, ControlReply]]], int],
-    *,
-    any_of_them: bool = False,
-) -> int:
-    """Send a request to the processes of this home, and show the replies; with `any_of_them`, one that obeys will do.
+def _ask(request: ControlRequest, config: Path | None, show: Callable[[Answers], int]) -> int:
+    """Send a request to the processes of this home, or to those that run a configuration; return the exit code.
 
-    With a configuration, only processes that run it are asked.
+    `show` prints the replies of those that obey.
     """
     home = home_directory()
-    with running_processes(home) as clients:
-        try:
+    try:
+        with running_processes(home) as clients:
             chosen = [client for client in clients if _runs(client, config)]
             if not chosen:
                 what = f"with {config} " if config else ""
-                _complain(verb, f"no process {what}runs in {home}; QUANTGATE_HOME chooses another home")
+                _complain(request, f"no process {what}runs in {home}; QUANTGATE_HOME chooses another home")
                 return UNREACHABLE
             answers = [(client, client.ask(request)) for client in chosen]
-        except NoAnswer as error:
-            _complain(verb, str(error))
-            return FAILED
-        refused = [(client, reply) for client, reply in answers if reply.error]
-        obeyed = [(client, reply) for client, reply in answers if not reply.error]
-        if refused and not (any_of_them and obeyed):
-            for _, reply in refused:
-                _complain(verb, f"{_name(reply.status)}: {reply.error}")
-            return (show(obeyed) if obeyed else DONE) or (USAGE if request.action == "restart" else FAILED)
-        return show(obeyed)
+            return _shown(request, answers, show)
+    except NoAnswer as error:
+        _complain(request, str(error))
+        return FAILED
+
+
+def _shown(request: ControlRequest, answers: Answers, show: Callable[[Answers], int]) -> int:
+    """Show the replies, refusals on stderr. Only one process has a replica: other processes refuse its restart."""
+    refused = [reply for _, reply in answers if reply.error]
+    obeyed = [(client, reply) for client, reply in answers if not reply.error]
+    code = show(obeyed) if obeyed else DONE
+    if not refused or (obeyed and request.action == "restart"):
+        return code
+    for reply in refused:
+        _complain(request, f"{_name(reply.status)}: {reply.error}")
+    return code or (USAGE if request.action == "restart" else FAILED)
 
 
 def _runs(client: ControlClient, config: Path | None) -> bool:
@@ -176,5 +188,5 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _complain(verb: str, line: str) -> None:
-    print(f"quantgate {verb}: {line}", file=sys.stderr)
+def _complain(request: ControlRequest, line: str) -> None:
+    print(f"quantgate {request.action}: {line}", file=sys.stderr)

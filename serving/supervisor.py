@@ -101,13 +101,13 @@ class Supervisor:
         """Go over to other launches, one replica at a time, each replaced before it is retired where there is room.
 
         `ready` is called when all that is wanted is there, before what isn't any more goes; earlier only where there is
-        no room. Replicas that wait for their next start are started at once. LaunchRefused: nothing was touched.
+        no room. Replicas that wait for their next start are started at once. LaunchRefused: nothing else was touched.
         UpdateFailed: what was not replaced yet goes on as it was.
         """
         async with self._updating:
+            self._start_waiting(wanted)
             for launch in wanted:
                 await asyncio.to_thread(refuse_hopeless, launch)
-            self.start_waiting()
             told = False
             while step := next_step(self._current(), wanted):
                 if isinstance(step, Retire) and not told:
@@ -127,10 +127,12 @@ class Supervisor:
             raise NoSuchReplica(f"there is no replica {replica_id!r}; {hint}known: {', '.join(sorted(self._kept))}")
         return kept.loop.restart()
 
-    def start_waiting(self) -> None:
-        """End the pauses of the replicas that wait for their next start."""
-        for kept in self._kept.values():
-            kept.loop.start_now()
+    def _start_waiting(self, wanted: tuple[Launch, ...]) -> None:
+        """End the pauses of the replicas that wait for their next start, and are wanted as they are."""
+        digests = {launch.replica_id: launch_digest(launch) for launch in wanted}
+        for replica_id, kept in self._kept.items():
+            if digests.get(slot_of(replica_id)) == launch_digest(kept.loop.launch):
+                kept.loop.start_now()
 
     async def _take_stock(self) -> dict[str, Note]:
         """Look at what a dead supervisor left: notes to adopt, by slot; whatever isn't wanted as it is, is ended."""

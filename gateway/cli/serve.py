@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 import yaml
@@ -57,10 +57,18 @@ def gateway_main(arguments: list[str]) -> int:
     config, cores = chosen_config(parser, options), len(os.sched_getaffinity(0))
     if options.workers > cores and not options.force:
         parser.error(f"--workers {options.workers}: more than the {cores} cores that this process may use; see --force")
-    home = home_directory()
+    home = control_home()
     if options.workers > 1:
         return run_until_signal(lambda: _workers(config, options.workers, home))
     return run_until_signal(lambda: _worker(config, options.worker, options.alive, home))
+
+
+def control_home() -> Path | None:
+    """Return the home for the control socket; None for a user without one, as in containers with arbitrary users."""
+    try:
+        return home_directory()
+    except RuntimeError:
+        return None
 
 
 def worker_count(text: str) -> int:
@@ -78,18 +86,19 @@ def settle() -> None:
 
 
 @asynccontextmanager
-async def _workers(config: Path, count: int, home: Path) -> AsyncIterator[None]:
+async def _workers(config: Path, count: int, home: Path | None) -> AsyncIterator[None]:
     settings = read_deployment(config).settings.gateway
     check_ports(settings, count)
     addresses = {"clients": f"http://{settings.listen}", "admin of worker 1": f"http://{settings.admin}"}
     process = Controlled("gateway", config, addresses=addresses)
-    async with ControlSocket(home, process), workers(config, count, settings.drain_seconds):
+    control = ControlSocket(home, process) if home else nullcontext()
+    async with control, workers(config, count, settings.drain_seconds):
         log.info("%d workers; %s", count, _until_stopped(settings))
         yield
 
 
 @asynccontextmanager
-async def _worker(config: Path, index: WorkerIndex, alive: int | None, home: Path) -> AsyncIterator[None]:
+async def _worker(config: Path, index: WorkerIndex, alive: int | None, home: Path | None) -> AsyncIterator[None]:
     deployment = read_deployment(config)
     async with (
         stop_with_parent(alive),

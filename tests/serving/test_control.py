@@ -153,6 +153,9 @@ async def test_reload_starts_what_waits(tmp_path: Path) -> None:
         await eventually(lambda: "the configuration is in force" in served.log())
         await eventually(lambda: failures() >= 5)
         await eventually(lambda: served.log().count("next start in 1 s") == 2, 60)
+        forced = await served.command("reload", "--force")
+        assert forced.code == 0
+        await eventually(lambda: served.log().count("the configuration is in force") == 3)
         other = await served.command("status", tmp_path / "other.yaml")
         assert (other.code, other.out) == (7, "")
 
