@@ -29,6 +29,12 @@ COMMANDS = {
     ),
     "up": Command("gateway.cli.serve", "up_main", "run replicas and the gateway on this machine"),
     "serve": Command("serving.cli", "serve_main", "run replicas on this machine, for gateways in other processes"),
+    "status": Command(
+        "serving.control_cli", "status_main", "show what runs in this home, and which replicas are ready"
+    ),
+    "reload": Command("serving.control_cli", "reload_main", "have what runs read its configuration again"),
+    "restart": Command("serving.control_cli", "restart_main", "start a replica again, at once if it waits"),
+    "stop": Command("serving.control_cli", "stop_main", "stop what runs, after its running requests"),
     "ps": Command("serving.cli", "ps_main", "list replicas and their states"),
     "logs": Command("serving.cli", "logs_main", "print the log of a replica"),
     "gateway": Command("gateway.cli.serve", "gateway_main", "run the gateway in front of replicas that run elsewhere"),

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
@@ -39,6 +39,7 @@ from gateway.validation import notices
 from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
 from serving.app import others_replicas, own_replicas, sole_owner
 from serving.command import Machine
+from serving.control import Controlled, ControlSocket
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.reload import Reload
@@ -167,17 +168,18 @@ def live_config_for(deployment: Deployment) -> LiveConfig:
 
 @asynccontextmanager
 async def gateway_alone(
-    deployment: Deployment, path: Path | None = None, place: WorkerIndex = SINGLE_WORKER
+    deployment: Deployment, path: Path | None = None, place: WorkerIndex = SINGLE_WORKER, home: Path | None = None
 ) -> AsyncIterator[Addresses]:
     """Serve replicas that run elsewhere: those with a `url` in the configuration, and those in the state database.
 
-    With a path, changes of that file are applied.
+    With a path, changes of that file are applied; with a home, the commands of `serving.control_cli` reach us there.
     """
     registry, started = Registry(), deployment
     deployment = with_worker_ports(deployment, place)
     wanted = deployment.wanted
     with listen_sockets(deployment.settings.gateway, place) as taken:
         async with (
+            ControlSocket(home, controlled("gateway", path, registry, taken)) if home else nullcontext(),
             Probe() as probe,
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             others_replicas(wanted, registry, probe) as follower,
@@ -204,12 +206,20 @@ async def everything(
     with sole_owner(wanted, home) as owner, listen_sockets(deployment.settings.gateway) as taken:
         async with (
             Probe() as probe,
+            ControlSocket(home, controlled("up" if path else "demo", path, registry, taken)) as control,
             own_replicas(wanted, machine, registry, probe, home, owner) as own,
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             gateway(deployment, registry, taken, access_log_stream=access_log_stream) as served,
             following(path, deployment, registry, served, SupervisedReload(watch, own)),
         ):
+            control.restart = own.restart
             yield served.addresses
+
+
+def controlled(command: str, path: Path | None, registry: Registry, taken: ListenSockets) -> Controlled:
+    """What the control socket of a gateway shows."""
+    urls = {"clients": f"http://{address_of(taken.client)}", "admin": f"http://{address_of(taken.admin)}"}
+    return Controlled(command, path, registry, urls)
 
 
 @asynccontextmanager

@@ -14,18 +14,20 @@ from config.manifest import Engine
 from config.reload_effects import pending_options
 from config.schema import Settings
 from config.variant import Variant
-from serving.backoff import Backoff
 from serving.command import Machine
+from serving.control import Controlled, ControlSocket
 from serving.cores import share_cores
 from serving.engine_version import version_warning
-from serving.errors import LaunchRefused
+from serving.errors import LaunchRefused, NoSuchReplica
 from serving.lock import sole_supervisor
 from serving.machine import engine_distribution, installed_engine, installed_version
 from serving.notebook import Notebook
 from serving.probe import Probe
+from serving.progress import StateChanges
 from serving.registry import Registry
 from serving.reload import Reload
 from serving.replica import Launch, Replica, State, foreign_replicas, own_keys, plan_launches
+from serving.start_times import StartTimes
 from serving.state.database import Owner, StateDatabase, state_url
 from serving.state.follower import Follower
 from serving.state.link import Link
@@ -39,6 +41,9 @@ log = logging.getLogger(__name__)
 
 # Two that load on few cores take longer than one after the other; a GPU's load waits for its disk.
 PARALLEL_STARTS: Mapping[Engine, int] = {"cpu": 1, "cuda": 2}
+SIGNALS = (
+    "SIGTERM or Ctrl-C stops them after their running requests, SIGKILL leaves them running for the next start to adopt"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,12 @@ async def replicas_alone(
     if not wanted.has_own_replicas:
         raise LaunchRefused("the configuration has no replica to run here; one without url is ours to run")
     with sole_owner(wanted, home) as owner:
-        async with Probe() as probe, own_replicas(wanted, machine, registry, probe, home, owner) as own:
+        async with (
+            Probe() as probe,
+            ControlSocket(home, Controlled("serve", path, registry)) as control,
+            own_replicas(wanted, machine, registry, probe, home, owner) as own,
+        ):
+            control.restart = own.restart
             if path is None:
                 yield
                 return
@@ -127,22 +137,27 @@ async def own_replicas(
     if warning:
         log.warning("%s", warning)
     notebook = Notebook(home / "running")
-    async with (
-        told(wanted.state, owner, registry, foreign_ids(wanted), notebook) as publisher,
-        Supervisor(
-            planned_launches(wanted, machine, engine),
-            registry,
-            replace(machine, log_format=serving.logs.format),
-            probe,
-            notebook,
-            home / "logs",
-            parallel_starts=serving.parallel_starts or PARALLEL_STARTS[engine],
-            backoff=Backoff(start_failures=serving.start_attempts),
-            logs=serving.logs,
-            rotation=publisher,
-        ) as supervisor,
-    ):
-        yield OwnReplicas(machine, engine, supervisor, publisher)
+    launches = planned_launches(wanted, machine, engine)
+    at_once = serving.parallel_starts or PARALLEL_STARTS[engine]
+    log.info("starting %d replicas, %d at a time; %s", len(launches), at_once, SIGNALS)
+    with StateChanges(registry, log.info):
+        async with (
+            told(wanted.state, owner, registry, foreign_ids(wanted), notebook) as publisher,
+            Supervisor(
+                launches,
+                registry,
+                replace(machine, log_format=serving.logs.format),
+                probe,
+                notebook,
+                home / "logs",
+                parallel_starts=at_once,
+                start_attempts=serving.start_attempts,
+                logs=serving.logs,
+                rotation=publisher,
+                start_times=StartTimes(home / "starts.json"),
+            ) as supervisor,
+        ):
+            yield OwnReplicas(machine, engine, supervisor, publisher)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +168,12 @@ class OwnReplicas:
     engine: Engine = "cpu"
     supervisor: Supervisor | None = None
     publisher: Publisher | None = None
+
+    def restart(self, replica_id: str) -> str:
+        """Start a replica again; see `Supervisor.restart`."""
+        if self.supervisor is None:
+            raise NoSuchReplica("the configuration has no replica to run here")
+        return self.supervisor.restart(replica_id)
 
     async def update(self, wanted: Wanted, ready: Callable[[], None] = lambda: None) -> None:
         """Go over to what is wanted now; see `Supervisor.update`."""

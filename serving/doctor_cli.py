@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from config.command_line import add_config, exit_codes, given_config
 from config.errors import ConfigError
 from config.load import home_directory, process_environment
 from serving.doctor.findings import Finding, findings, worst
@@ -26,15 +27,16 @@ def doctor_main(arguments: list[str], validate: Callable[[Path], list[Finding]] 
     parser = argparse.ArgumentParser(
         prog="quantgate doctor",
         description="Look at this machine as vLLM will: engine, CPU, GPUs, memory, limits. With a configuration, also "
-        "at its addresses, and at whatever would keep its replicas from starting. Exit codes: "
-        "0 no errors, 1 errors, 2 the configuration is invalid.",
+        "at its addresses, and at whatever would keep its replicas from starting.",
+        epilog=exit_codes(2, code_0="no errors, warnings perhaps", code_1="errors"),
     )
-    parser.add_argument("config", type=Path, nargs="?", help="a configuration file")
+    add_config(parser, "a configuration file")
     parser.add_argument("--json", action="store_true", help="print findings as JSON")
     chosen = parser.parse_args(arguments)
     try:
-        found = validate(chosen.config) if chosen.config else []
-        found = [*findings(examine(home_directory(), process_environment(), chosen.config)), *found]
+        config = given_config(parser, chosen)
+        found = validate(config) if config else []
+        found = [*findings(examine(home_directory(), process_environment(), config)), *found]
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE

@@ -77,7 +77,7 @@ class Reload:
         except ReloadRefused as error:
             self._refused = (stamps, self.clock()) if by_signal else None
             again = "another SIGHUP" if by_signal else "two SIGHUPs"
-            how = f"restore the file, or apply it with {again} within {CONFIRM_SECONDS:g} s"
+            how = f"restore the file, or apply it with {again} within {CONFIRM_SECONDS:g} s (quantgate reload --force)"
             self._told("refused", f"the configuration is refused, the one before stays in force: {error}; {how}")
         except ConfigError as error:
             self._told("refused", f"the configuration is refused, the one before stays in force: {error}")

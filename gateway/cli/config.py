@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from config.command_line import add_config, chosen_config, exit_codes
 from config.document import PASSWORD_IN_URL
 from config.errors import ConfigError, Problem
 from config.load import load_settings
@@ -16,31 +17,31 @@ from config.schema import Settings
 from gateway.validation import Report, validate
 from serving.foreground import USAGE
 
-DEFAULT_CONFIG = Path("quantgate.yaml")
 UNSERVABLE = 3  # exit code of `config check`: a model name that nobody can answer
-CHECK = """\
-List all problems of a configuration file and of the files that it names: whatever `gateway`, `up`, `serve` and `doctor`
-would refuse, except ports that are in use and memory that is not free.
-
-Exit codes: 0 no problems, or warnings only; 2 invalid; 3 an alias that nobody can answer.
-"""
+CODES = exit_codes(2, code_0="done, or valid, warnings perhaps", code_3="check: an alias that nobody can answer")
+CHECK = (
+    "List all problems of a configuration file and of the files that it names: whatever gateway, up, serve and doctor "
+    "would refuse, except ports that are in use and memory that is not free."
+)
 
 
 def config_main(arguments: list[str]) -> int:
     """Check or show a configuration file, or print the JSON schema; exit codes: 0, 2 invalid, 3 unservable alias."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if options.action == "schema":
         print(json.dumps(Settings.model_json_schema(), indent=2))
         return 0
+    path = chosen_config(parser, options)
     if options.action == "check":
-        report = validate(options.file, file_only=options.file_only)
+        report = validate(path, file_only=options.file_only)
         if options.json:
             print(json.dumps([_plain(level, problem) for level, problem in _levels(report)], indent=2))
         else:
-            _print_text(options.file, report)
+            _print_text(path, report)
         return exit_code(report)
     try:
-        settings = load_settings(options.file)
+        settings = load_settings(path)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE
@@ -60,10 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quantgate config",
         description="Check a configuration file, show it with its defaults, or print the JSON schema.",
+        epilog=CODES,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="check|show|schema")
-    plain = argparse.RawDescriptionHelpFormatter
-    check = actions.add_parser("check", help="list all problems of a file", description=CHECK, formatter_class=plain)
+    check = actions.add_parser("check", help="list all problems of a file", description=CHECK, epilog=CODES)
     check.add_argument("--json", action="store_true", help="print problems as a JSON array")
     check.add_argument(
         "--file-only",
@@ -71,10 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         help="do not look at files, model directories and addresses: those of another machine",
     )
     text = "print a file with all defaults, secrets masked"
-    show = actions.add_parser("show", help=text, description=f"{text.capitalize()}. Exit code 2: the file is invalid.")
+    show = actions.add_parser("show", help=text, description=f"{text.capitalize()}.", epilog=CODES)
     for action in (check, show):
-        action.add_argument("file", type=Path, nargs="?", default=DEFAULT_CONFIG, help="default: %(default)s")
-    actions.add_parser("schema", help="print the JSON schema, for editors")
+        add_config(action)
+    actions.add_parser("schema", help="print the JSON schema, for editors", epilog=CODES)
     return parser
 
 

@@ -46,7 +46,15 @@ from gateway.proxy.spill import SpillState
 from gateway.routing import breaker, retry, service_rate
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.engine_metrics import EngineMetrics
-from gateway.routing.pick import Candidate, any_pending, decide, drawn_names, has_room, shortest_fitting_context
+from gateway.routing.pick import (
+    Candidate,
+    any_pending,
+    decide,
+    drawn_names,
+    has_room,
+    shortest_fitting_context,
+    unready_counts,
+)
 from gateway.routing.queue import QueueLimits, Queues
 from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights
@@ -134,7 +142,7 @@ class Dispatcher:
         """
         key = self._queue_key(request)
         if not self._may_become_ready(key):
-            raise Unavailable(f"no replica of {key.alias!r} is ready")
+            raise Unavailable(f"no replica of {key.alias!r} is ready: {self._unready_counts(key)}")
         waiter = Waiter(key, request, asyncio.get_running_loop().create_future(), self._clock() + wait_seconds)
         if not len(self._queues):
             self._resume_rates()
@@ -304,7 +312,8 @@ class Dispatcher:
         hopeless = {key for key in {waiter.queue for waiter in self._queues} if not self._may_become_ready(key)}
         for waiter in self._queues:
             if waiter.queue in hopeless:
-                waiter.refuse(Unavailable(f"no replica of {waiter.queue.alias!r} is ready any more"))
+                what = f"no replica of {waiter.queue.alias!r} is ready any more: {self._unready_counts(waiter.queue)}"
+                waiter.refuse(Unavailable(what))
 
     def _may_become_ready(self, key: QueueKey) -> bool:
         return self._any_ready(key) or any_pending(key.variants, self._registry.snapshot())
@@ -322,7 +331,11 @@ class Dispatcher:
         if self._any_ready(key):
             what = f"every replica of {key.alias!r} is busy, and none had room in time; try again later"
             return QueueTimeout(what, retry_after_seconds=self._retry_after(key, api_key))
-        return Unavailable(f"no replica of {key.alias!r} became ready in time")
+        what = f"no replica of {key.alias!r} became ready in time: {self._unready_counts(key)}; try again later"
+        return Unavailable(what)
+
+    def _unready_counts(self, key: QueueKey) -> str:
+        return unready_counts(key.variants, self._registry.snapshot())
 
     def _retry_after(self, key: QueueKey, api_key: str) -> float:
         now, ahead = self._clock(), self._queues.ahead(key, api_key)

@@ -25,7 +25,7 @@ from gateway.routing.sessions import Placement
 from gateway.routing.spill import CLOSED, Home, SpillGate, Verdict, evaluate, evaluate_last, update
 from gateway.routing.split import Rung, RungKey, choose_member
 from gateway.routing.target import Target
-from serving.replica import PENDING, ReplicaStatus
+from serving.replica import PENDING, ReplicaStatus, State
 
 Reason = Literal["preferred", "spill", "floor", "pinned", "canary", "fallback"]
 
@@ -208,6 +208,19 @@ def any_pending(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatus])
     """Return whether a replica of these variants is starting."""
     names = frozenset(variant_names)
     return any(status.state in PENDING and status.replica.variant in names for status in snapshot)
+
+
+def unready_counts(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatus]) -> str:
+    """Describe replicas of which none is ready: how many are starting, have failed, or are stopping."""
+    names = frozenset(variant_names)
+    states = [status.state for status in snapshot if status.replica.variant in names]
+    counts = {
+        "starting": sum(state in PENDING for state in states),
+        "failed": sum(state is State.FAILED for state in states),
+        "stopping": sum(state not in PENDING and state is not State.FAILED for state in states),
+    }
+    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    return f"{told}, of {len(states)}" if states else "none is running"
 
 
 def drawn_names(request: RoutingRequest, cluster: ClusterState) -> tuple[str, ...]:

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from config.errors import ConfigError, ReloadRefused
+from serving.app import read_wanted, replicas_alone
 from serving.errors import UpdateFailed
+from serving.registry import Registry
 from serving.reload import Reload
+from serving.replica import State
 from tests.fakes.running import eventually
+from tests.serving.supervised import fake_machine, model_directory
 
 
 async def test_a_changed_file_and_sighup_are_taken_once_each(tmp_path: Path) -> None:
@@ -71,10 +76,13 @@ async def test_a_second_sighup_confirms(tmp_path: Path, caplog: pytest.LogCaptur
     async with Reload(lambda: [path], reloading.apply, every_seconds=0.01, clock=lambda: reloading.now):
         path.write_text("two, longer")
         await eventually(lambda: reloading.refused == 1)
-        await eventually(lambda: "apply it with two SIGHUPs within 10 s" in caplog.text)
+        await eventually(lambda: "apply it with two SIGHUPs within 10 s (quantgate reload --force)" in caplog.text)
         await reloading.signal()
         assert (reloading.refused, reloading.applied) == (2, 0)
-        assert "nothing would remain; restore the file, or apply it with another SIGHUP within 10 s" in caplog.text
+        assert (
+            "nothing would remain; restore the file, or apply it with another SIGHUP within 10 s (quantgate reload --force)"
+            in caplog.text
+        )
         reloading.now = 10.0
         await reloading.signal()
         assert (reloading.refused, reloading.applied) == (2, 1)
@@ -106,3 +114,33 @@ async def test_what_is_refused_is_told(tmp_path: Path, caplog: pytest.LogCapture
     async with Reload(list, apply):
         os.kill(os.getpid(), signal.SIGHUP)
         await eventually(lambda: "stays in force: quantgate.yaml:3:1: aliases: unknown key" in caplog.text)
+
+
+def write(path: Path, folder: Path, **tables: object) -> None:
+    """Replace a configuration file by one with a variant and these tables."""
+    variants = {"own": {"path": str(model_directory(folder / "own"))}}
+    path.write_text(yaml.safe_dump({"variants": variants, **tables}))
+
+
+async def test_serve_keeps_its_last_replicas_until_it_is_told_twice(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A file without replicas of this machine is refused, one that is empty always; options that wait are named."""
+    path, registry = tmp_path / "quantgate.yaml", Registry()
+    write(path, tmp_path, replicas=[{"variant": "own"}])
+
+    def states() -> list[State]:
+        return [status.state for status in registry.snapshot()]
+
+    async with replicas_alone(read_wanted(path), fake_machine(tmp_path), registry, tmp_path, path):
+        await eventually(lambda: states() == [State.READY])
+        path.write_text("")
+        await eventually(lambda: "quantgate.yaml: is empty" in caplog.text)
+        write(path, tmp_path, serving={"start_attempts": 9})
+        await eventually(lambda: caplog.text.count("no replica that runs here would remain") == 1)
+        os.kill(os.getpid(), signal.SIGHUP)
+        await eventually(lambda: caplog.text.count("no replica that runs here would remain") == 2)
+        assert states() == [State.READY]
+        os.kill(os.getpid(), signal.SIGHUP)
+        await eventually(lambda: states() == [])
+        assert "serving has changed; it takes effect at the next start" in caplog.text

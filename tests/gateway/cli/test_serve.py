@@ -179,6 +179,23 @@ async def test_a_gateway_from_start_to_end(tmp_path: Path, fake: FakeReplica, nu
     )
 
 
+@on_the_loop
+async def test_limit_on_open_files(tmp_path: Path) -> None:
+    """The soft limit is raised to the hard one at the start: each connection takes a file."""
+    lowered = 'ulimit -Sn 256 && exec "$@"'
+    argv = [sys.executable, str(ROOT / "quantgate.py"), "gateway", str(write(tmp_path, FREE))]
+    process = await asyncio.create_subprocess_exec("sh", "-c", lowered, "sh", *argv, cwd=ROOT, stderr=PIPE)
+    assert process.stderr is not None
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while b"listening" not in await process.stderr.readline():
+            assert process.returncode is None
+    limits = Path(f"/proc/{process.pid}/limits").read_text()
+    process.kill()
+    await process.communicate()
+    (soft, hard) = re.findall(r"Max open files +(\d+) +(\d+)", limits)[0]
+    assert soft == hard != "256"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_running_until_a_signal(number: signal.Signals) -> None:
     """What was started is ended in order, and that is a success."""
