@@ -5,6 +5,7 @@ mean. Nothing that a YAML parser returns raises anything but SettingsError.
 """
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ ENVIRONMENT_REFERENCE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 _OTHER_REFERENCE = re.compile(r"\$\{(?:env:[^}]*|[A-Za-z_][A-Za-z0-9_]*)\}?")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 PASSWORD_IN_URL = re.compile(r"(://[^\s:/@]*:)[^\s@]+(@)")
+
+_WIDE_ESCAPE = re.compile(r"\\U([0-9A-Fa-f]{8})")
 
 _NULL = frozenset({"", "~", "null", "Null", "NULL"})
 _INTEGER = re.compile(r"[-+]?[0-9]{1,19}")
@@ -87,7 +90,7 @@ def read_document(path: Path, environment: Mapping[str, str]) -> Document:
     root = _compose(path, text)
     if root is None or (_is_plain(root) and root.value in _NULL):
         hint = "restore its content; {} stands for a file that is empty on purpose"
-        raise SettingsError([Problem(path, 0, 0, "", "is empty", hint)])
+        raise SettingsError([Problem(path, 1, 1, "", "is empty", hint)])
     document = Document(path)
     document.data = _Reader(document, environment).value(root, ())
     document.problems = list(dict.fromkeys(document.problems))
@@ -100,8 +103,9 @@ def _text(path: Path) -> str:
     except OSError as error:
         hint = "check the path" if isinstance(error, FileNotFoundError) else "check its permissions"
         raise SettingsError([Problem(path, 0, 0, "", f"can't be read: {error.strerror}", hint)]) from error
-    except UnicodeDecodeError:
-        raise SettingsError([Problem(path, 0, 0, "", "can't be read: is not UTF-8 text", "save it as UTF-8")]) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise SettingsError([Problem(path, line, 1, "", "is not UTF-8 text", "save it as UTF-8")]) from None
     except ValueError:  # a null byte in the path
         raise SettingsError([Problem(path, 0, 0, "", "is not a valid path", "check the path")]) from None
 
@@ -116,14 +120,20 @@ def _compose(path: Path, text: str) -> yaml.Node | None:
             line, column = mark.line + 1, mark.column + 1
         what, hint = f"is not YAML: {error.problem or error.context}", _remedy(error)
     except yaml.reader.ReaderError as error:
-        before = text[: error.position]
-        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        line, column = _line_and_column(text, error.position)
         what = f"is not YAML: it contains the control character #x{error.character:04x}"
     except RecursionError:
         what, hint = "is nested too deeply", f"use at most {MAX_DEPTH} levels"
     except (yaml.YAMLError, ValueError, OverflowError):
+        wide = next((each for each in _WIDE_ESCAPE.finditer(text) if int(each[1], 16) > sys.maxunicode), None)
+        line, column = _line_and_column(text, wide.start()) if wide else (0, 0)
         what, hint = "is not YAML: it has an escape that is no character", "check the \\U escapes in its quoted texts"
     raise SettingsError([Problem(path, line, column, "", what, hint)]) from None
+
+
+def _line_and_column(text: str, position: int) -> tuple[int, int]:
+    before = text[:position]
+    return before.count("\n") + 1, len(before) - before.rfind("\n")
 
 
 def _remedy(error: yaml.MarkedYAMLError) -> str:

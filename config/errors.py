@@ -35,7 +35,7 @@ class Problem:
         where = f"{self.file}:{self.line}:{self.column}" if self.line else str(self.file)
         subject = f"{self.path}: " if self.path else ""
         hint = f"; {self.hint}" if self.hint else ""
-        return f"{where}: {subject}{self.what}{hint}"
+        return " ".join(f"{where}: {subject}{self.what}{hint}".splitlines())  # a name may have a line break
 
 
 class SettingsError(ConfigError):

@@ -118,7 +118,7 @@ def read_stored(path: Path) -> dict[str, StoredKey]:
 def _of_the_file(problem: Problem, how: str) -> Problem:
     """Name the keys in a problem of the whole file."""
     if problem.what.startswith("can't be read"):
-        return replace(problem, what=f"keys {problem.what}", hint=problem.hint if "UTF-8" in problem.hint else how)
+        return replace(problem, what=f"keys {problem.what}", hint=how)
     if problem.what == "is empty":
         return replace(problem, hint=f"restore it, or {how}; {{}} admits nobody")
     return problem

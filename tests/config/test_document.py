@@ -74,10 +74,10 @@ def test_data(tmp_path: Path, content: str, data: object) -> None:
 @pytest.mark.parametrize(
     "content, problem",
     [
-        (b"", "file.yaml: is empty; restore its content; {} stands for a file that is empty on purpose"),
-        ("\n# a comment\n", "file.yaml: is empty; "),
-        ("---\n...\n", "file.yaml: is empty; "),
-        (b"\xff\xfea\x00", "file.yaml: can't be read: is not UTF-8 text; save it as UTF-8"),
+        (b"", "file.yaml:1:1: is empty; restore its content; {} stands for a file that is empty on purpose"),
+        ("\n# a comment\n", "file.yaml:1:1: is empty; "),
+        ("---\n...\n", "file.yaml:1:1: is empty; "),
+        (b"a: b\nc: \xff", "file.yaml:2:1: is not UTF-8 text; save it as UTF-8"),
         ("a: b\nc: \x07", "file.yaml:2:4: is not YAML: it contains the control character #x0007; remove it"),
         ("a:\n\tb: c", "file.yaml:2:1: is not YAML: found character '\\t' that cannot start any token; indent with"),
         ("a: b: c", "file.yaml:1:5: is not YAML: mapping values are not allowed here; put a value that"),
@@ -85,7 +85,10 @@ def test_data(tmp_path: Path, content: str, data: object) -> None:
         ("a: [1}", "file.yaml:1:6: is not YAML: expected ',' or ']', but got '}'; close the bracket opened in line 1"),
         ("a: 'b", "file.yaml:1:6: is not YAML: found unexpected end of stream; close the quote opened in line 1"),
         ("a: *b", "file.yaml:1:4: is not YAML: found undefined alias 'b'; define the anchor with & before it"),
-        ('a: "\\UFFFFFFFF"', "file.yaml: is not YAML: it has an escape that is no character; check the \\U escapes"),
+        (
+            'a: "\\UFFFFFFFF"',
+            "file.yaml:1:5: is not YAML: it has an escape that is no character; check the \\U escapes",
+        ),
         ('a: "\\ud800"', "file.yaml:1:1: a: contains \\ud800, which is not text; remove it"),
         ('a: "x\\0"', "file.yaml:1:1: a: contains \\x00, which is not text; remove it"),
         ("a: !include b", "file.yaml:1:1: a: the tag !include is not supported; remove it"),

@@ -88,7 +88,7 @@ async def test_an_empty_file_changes_nothing(
         await gateway.reloaded("refused", content)
         await gateway.reloaded("refused")
         await gateway.reloaded("refused")
-        assert "quantgate.yaml: is empty; restore its content" in caplog.text
+        assert "quantgate.yaml:1:1: is empty; restore its content" in caplog.text
         assert await gateway.status() == 200
 
 
@@ -128,7 +128,7 @@ async def test_keys_that_would_all_be_replaced(
     bob = create_key(tmp_path / "other.yaml", "bob")
     async with followed(tmp_path, document(fake.url, keys="keys.yaml")) as gateway:
         keys.write_text("")
-        await eventually(lambda: "keys.yaml: is empty" in caplog.text)
+        await eventually(lambda: "keys.yaml:1:1: is empty" in caplog.text)
         assert await gateway.status(alice) == 200
         keys.write_text((tmp_path / "other.yaml").read_text())
         await eventually(lambda: "none of the API keys in force would remain" in caplog.text)

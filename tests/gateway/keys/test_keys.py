@@ -317,7 +317,7 @@ SHA = "a" * 64
         ),
         ("? [a]\n: {sha256: x}", ":1:3: a key is not a name; write 'name: value'"),
         ("alice: [", ":1:9: is not YAML: expected the node content"),
-        (b"\xff\xfe", "keys can't be read: is not UTF-8 text; save it as UTF-8"),
+        (b"\xff\xfe", ":1:1: is not UTF-8 text; save it as UTF-8"),
         ("", "is empty; restore it, or create"),
         ("# alice\n", "is empty; restore it, or create"),
         ("alice: \x07", ":1:8: is not YAML: it contains the control character #x0007"),
