@@ -50,10 +50,13 @@ class InferenceRequest(msgspec.Struct, frozen=True):
         return bool(read(self.fields, "return_token_ids", _FLAG))
 
     def without_thinking(self) -> "InferenceRequest":
-        """Return the request with `enable_thinking` false in `chat_template_kwargs`, unless the client sets it.
+        """Return the request with `enable_thinking` false in `chat_template_kwargs`, unless the client sets it there.
 
-        `reasoning_effort` does not turn thinking on again: many clients always send it, and vLLM goes by the kwarg.
+        Without a prompt for the chat template it is returned as it is. `reasoning_effort`, `reasoning` and Anthropic's
+        `thinking` do not turn thinking on again: many clients always send them, and vLLM goes by the kwarg.
         """
+        if self.endpoint.chat_key not in self.fields:
+            return self
         client_kwargs = read_object(self.fields, "chat_template_kwargs") or {}
         kwargs = {"enable_thinking": _FALSE, **client_kwargs}
         return structs.replace(self, fields={**self.fields, "chat_template_kwargs": _raw(kwargs)})
