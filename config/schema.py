@@ -58,6 +58,10 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", max_lengt
 FileName = Annotated[str, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
+# `auto`, `off`, or the name of one of vLLM's tool parsers. In YAML 1.1, `off` is a boolean.
+ToolCalling = Annotated[
+    str, BeforeValidator(lambda value: "off" if value is False else value), Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+]
 Entries = Annotated[int, Field(ge=1, le=65536)]
 
 
@@ -164,6 +168,7 @@ class ReplicaSettings(Table):
     start_timeout_seconds: Seconds = 900.0
     drain_seconds: Seconds = 120.0
     hang_seconds: Seconds = 120.0
+    tool_calling: ToolCalling = "auto"
     args: tuple[str, ...] = ()
 
 

@@ -32,6 +32,8 @@ class Endpoint:
     prompt_keys: tuple[str, ...] = ()
     turns_key: str | None = None
     chat_key: str | None = None
+    # The answer may call tools of the client.
+    calls_tools: bool = False
 
 
 CHAT = Endpoint(
@@ -44,6 +46,7 @@ CHAT = Endpoint(
     prompt_keys=("tools", "messages"),
     turns_key="messages",
     chat_key="messages",
+    calls_tools=True,
 )
 COMPLETIONS = Endpoint(
     "completions",
@@ -65,6 +68,7 @@ RESPONSES = Endpoint(
     prompt_keys=("tools", "instructions", "input"),
     turns_key="input",
     chat_key="input",
+    calls_tools=True,
 )
 MESSAGES = Endpoint(
     "messages",
@@ -75,8 +79,12 @@ MESSAGES = Endpoint(
     prompt_keys=("tools", "system", "messages"),
     turns_key="messages",
     chat_key="messages",
+    calls_tools=True,
 )
-COUNT_TOKENS = Endpoint("messages.count_tokens", "/v1/messages/count_tokens", "anthropic", chat_key="messages")
+# vLLM refuses to count tokens of tools that it could not call.
+COUNT_TOKENS = Endpoint(
+    "messages.count_tokens", "/v1/messages/count_tokens", "anthropic", chat_key="messages", calls_tools=True
+)
 TOKENIZE = Endpoint("tokenize", "/tokenize", chat_key="messages")
 DETOKENIZE = Endpoint("detokenize", "/detokenize")
 

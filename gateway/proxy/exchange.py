@@ -51,6 +51,8 @@ class Proxy:
         # One turn per request: if retries took turns, too, two replicas would never alternate.
         turn, with_blocks = dispatcher.next_turn(), dispatcher.has_choice(rungs)
         request = routing_request(context, rungs, turn, dispatcher.affinity, with_blocks)
+        if request.tools:
+            dispatcher.require_tools(target, rungs)
         if target.think == "none":
             inference = inference.without_thinking()
         while True:

@@ -58,6 +58,7 @@ class Options:
     request_id_headers: bool
     load_tracking: bool
     force_usage: bool
+    auto_tools: bool
     fingerprint: str | None
     faults: Faults
     life: Life
@@ -84,6 +85,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         request_id_headers=given.enable_request_id_headers,
         load_tracking=given.enable_server_load_tracking,
         force_usage=given.enable_force_include_usage,
+        auto_tools=given.enable_auto_tool_choice and given.tool_call_parser is not None,
         fingerprint=given.fingerprint_value,
         faults=Faults(**{field.name: named[field.name] for field in fields(Faults)}),
         life=Life(**{field.name: named[field.name] for field in fields(Life)}),
@@ -115,6 +117,8 @@ def _add_vllm_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--enable-request-id-headers", action="store_true")
     parser.add_argument("--enable-server-load-tracking", action="store_true")
     parser.add_argument("--enable-force-include-usage", action="store_true")
+    parser.add_argument("--enable-auto-tool-choice", action="store_true")
+    parser.add_argument("--tool-call-parser")
 
 
 def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
