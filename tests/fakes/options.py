@@ -22,6 +22,7 @@ class Faults:
     draining: bool
     stall_before_first_byte: bool
     stall_after_tokens: int | None
+    first_token_seconds: float
     drop_after_tokens: int | None
     logprob_shift: float
 
@@ -140,6 +141,7 @@ def _add_fault_flags(parser: argparse.ArgumentParser) -> None:
     fake.add_argument("--fake-draining", dest="draining", action="store_true")
     fake.add_argument("--fake-stall-before-first-byte", dest="stall_before_first_byte", action="store_true")
     fake.add_argument("--fake-stall-after-tokens", dest="stall_after_tokens", type=int)
+    fake.add_argument("--fake-first-token-seconds", dest="first_token_seconds", type=float, default=0.0)
     fake.add_argument("--fake-logprob-shift", dest="logprob_shift", type=float, default=0.0)
     fake.add_argument("--fake-drop-after-tokens", dest="drop_after_tokens", type=int)
 
