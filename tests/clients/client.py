@@ -6,22 +6,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+Installer = Literal["pip", "npm", "tests"]
 PROGRAMS = Path(__file__).with_name("programs")
-_HEADER = re.compile(r"(?:#|//) (pip|npm|ci|title|runs): (.+)")
+_HEADER = re.compile(r"(?:#|//) (pip|npm|tests|ci|title|runs): (.+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
     """One client; `packages` are installed by `installer`, and the first one is the client itself.
 
-    `in_ci`: it installs in seconds.
+    Those of `tests` are in the tests' own environment, or the client can't be run. `in_ci`: it installs in seconds.
     """
 
     name: str
     program: Path
     title: str
     runs: str
-    installer: Literal["pip", "npm"]
+    installer: Installer
     packages: tuple[str, ...]
     in_ci: bool = False
 
@@ -41,7 +42,7 @@ def read_clients(folder: Path = PROGRAMS) -> dict[str, Client]:
 def read_client(path: Path) -> Client:
     """Read the head of one program; ValueError if something is missing."""
     head: Mapping[str, str] = dict(_HEADER.findall(path.read_text(encoding="utf-8")))
-    installer: Literal["pip", "npm"] = "npm" if "npm" in head else "pip"
+    installer: Installer = "npm" if "npm" in head else "tests" if "tests" in head else "pip"
     if missing := {installer, "title", "runs"} - head.keys():
         raise ValueError(f"{path}: no {', '.join(sorted(missing))} in its first lines")
     packages = tuple(head[installer].split())

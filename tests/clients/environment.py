@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -96,23 +97,33 @@ class Environment:
         ).stdout.strip()
 
     def _commands(self) -> list[list[str]]:
+        if self.client.installer == "tests":
+            return [[sys.executable, "-c", f"from importlib.metadata import version; version({self.client.package!r})"]]
         if self.client.installer == "npm":
             quiet = ("--no-audit", "--no-fund", "--loglevel=error")
             return [["npm", "install", *quiet, "--prefix", str(self.folder), *self.client.packages]]
         uv = [sys.executable, "-m", "uv"]
         return [
             [*uv, "venv", "--quiet", "--python", sys.executable, str(self.folder / "venv")],
-            [*uv, "pip", "install", "--quiet", "--python", self._python(), *self.client.packages],
+            [*uv, "pip", "install", "--quiet", "--python", self._python(), *_options(), *self.client.packages],
         ]
 
     def _interpreter(self) -> list[str]:
         if self.client.program.suffix == ".mjs":
             return ["node"]
         # -P: a program may have the name of the package that it imports.
-        return [self._python() if self.client.installer == "pip" else sys.executable, "-P"]
+        return [self._python(), "-P"]
 
     def _python(self) -> str:
+        if self.client.installer != "pip":
+            return sys.executable
         return str(self.folder / "venv" / "bin" / "python")
+
+
+def _options() -> list[str]:
+    """The indexes of pip's configuration, as options of uv."""
+    installer = runpy.run_path(str(ROOT / "deploy" / "install.py"))
+    return list(map(str, installer["pip_options"](sys.executable)))
 
 
 def last_words(text: str) -> str:

@@ -45,11 +45,9 @@ async def test_no_replica_takes_tools(path: str, fake: FakeReplica) -> None:
         assert error["code"] == "tools_unsupported"
         assert error["type"] == "invalid_request_error"
         assert "'tools' is not supported by 'smol'" in error["message"]
-        assert (await fleet.ask({**body, "tool_choice": none}, path=path)).status_code in (200, 400), (
-            "the engine's word"
-        )
-        for tools in ([], None):
-            assert (await fleet.ask({**body, "tools": tools}, path=path)).status_code == 200
+        changes: list[dict[str, Any]] = [{"tool_choice": none}, {"tools": []}, {"tools": None}]
+        for change in changes:
+            assert (await fleet.ask({**body, **change}, path=path)).status_code == 200
 
 
 async def test_tools_go_where_they_are_taken(fake: FakeReplica) -> None:

@@ -1,4 +1,4 @@
-# pip: aider-chat
+# pip: aider-chat==0.86.2
 # title: aider
 # runs: `aider --message` on a file, as `openai/MODEL`
 """Aider asks about a repository of its own."""

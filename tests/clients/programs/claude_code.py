@@ -1,4 +1,4 @@
-# npm: @anthropic-ai/claude-code
+# npm: @anthropic-ai/claude-code@2.1.197
 # title: Claude Code
 # runs: `claude -p` with `ANTHROPIC_BASE_URL` and `ANTHROPIC_MODEL`
 """Claude Code answers a question, with its tools offered."""

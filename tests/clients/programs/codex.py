@@ -1,4 +1,4 @@
-# npm: @openai/codex
+# npm: @openai/codex@0.171.0
 # title: Codex
 # runs: `codex exec` with `wire_api = "responses"`
 """Codex answers a question, with its tools offered."""

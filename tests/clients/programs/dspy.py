@@ -1,4 +1,4 @@
-# pip: dspy
+# pip: dspy==3.4.1
 # title: DSPy
 # runs: a prediction
 """A program of one step; the fake doesn't follow its format, so only what reaches it is looked at."""

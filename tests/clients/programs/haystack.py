@@ -1,4 +1,4 @@
-# pip: haystack-ai
+# pip: haystack-ai==3.4.1
 # title: Haystack
 # runs: a chat, and a stream
 """The chat generator that pipelines use."""

@@ -1,4 +1,4 @@
-# pip: instructor
+# pip: instructor==1.17.0
 # ci: yes
 # title: instructor
 # runs: a structured answer by a forced tool

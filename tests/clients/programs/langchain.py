@@ -1,4 +1,4 @@
-# pip: langchain-openai
+# pip: langchain-openai==1.7.4
 # title: LangChain (Python)
 # runs: a chat, a stream, a chat with a tool, and /v1/responses
 """ChatOpenAI, on both APIs."""

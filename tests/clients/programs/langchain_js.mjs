@@ -1,4 +1,4 @@
-// npm: @langchain/openai @langchain/core
+// npm: @langchain/openai@1.5.8 @langchain/core
 // title: LangChain (JS)
 // runs: a chat, a stream, and a forced tool
 import assert from "node:assert";

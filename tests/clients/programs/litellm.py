@@ -1,4 +1,4 @@
-# pip: litellm
+# pip: litellm==1.110.2
 # title: LiteLLM as a client
 # runs: a chat, a stream, embeddings and /v1/responses, as `openai/MODEL`
 """Calls of LiteLLM's SDK."""

@@ -1,4 +1,4 @@
-# pip: llama-index-llms-openai-like
+# pip: llama-index-llms-openai-like==0.8.1
 # title: LlamaIndex
 # runs: a chat, a stream, and a chat with a tool
 """OpenAILike, LlamaIndex's client for other servers."""

@@ -1,4 +1,4 @@
-# pip: openai-agents
+# pip: openai-agents==0.24.0
 # ci: yes
 # title: OpenAI Agents SDK
 # runs: a run with a tool through /v1/responses, whole and streamed, and through /v1/chat/completions

@@ -1,4 +1,4 @@
-# pip: pydantic-ai-slim[openai]
+# pip: pydantic-ai-slim[openai]==2.68.0
 # ci: yes
 # title: pydantic-ai
 # runs: a run with a tool, a stream, and a structured answer

@@ -1,4 +1,4 @@
-# pip: semantic-kernel
+# pip: semantic-kernel==1.45.0
 # title: Semantic Kernel (Python)
 # runs: a chat, and a stream
 """The chat service of Semantic Kernel."""

@@ -1,4 +1,4 @@
-# pip: smolagents[openai]
+# pip: smolagents[openai]==1.26.0
 # title: smolagents
 # runs: a chat with a tool offered, and a stream
 """The model that agents use."""
@@ -14,6 +14,7 @@ def weather(city: str) -> str:
 
     Args:
         city: Where.
+
     """
     return f"sunny in {city}"
 

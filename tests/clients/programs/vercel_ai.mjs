@@ -1,4 +1,4 @@
-// npm: ai @ai-sdk/openai-compatible @ai-sdk/openai zod
+// npm: ai@6.0.326 @ai-sdk/openai-compatible @ai-sdk/openai zod
 // title: Vercel AI SDK
 // runs: a chat, a stream, and a forced tool, by its providers `openai-compatible` and `openai` (/v1/responses)
 import assert from "node:assert";
