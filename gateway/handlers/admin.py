@@ -46,7 +46,7 @@ def admin_app(context: AdminContext) -> FastAPI:
 
     @app.get("/admin/replicas")
     async def replicas() -> list[dict[str, Any]]:
-        """Every replica with its state, reason, load and breaker."""
+        """Every replica with its state, reason, load and breaker; `tools`: it takes them (null: unknown)."""
         breakers = context.dispatcher.breaker_states()
         return [
             {
@@ -57,6 +57,7 @@ def admin_app(context: AdminContext) -> FastAPI:
                 "source": status.source,
                 "state": status.state,
                 "reason": status.reason,
+                "tools": status.replica.tools,
                 "in_flight": status.in_flight,
                 "breaker": breakers.get(status.replica.id, "closed"),
             }
