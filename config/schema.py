@@ -108,6 +108,8 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# `auto`, `off`, or the name of one of vLLM's tool parsers.
+ToolCalling = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Entries = Annotated[int, Field(ge=1, le=65536)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -218,6 +220,7 @@ class ReplicaSettings(Table):
     start_timeout_seconds: Seconds = 900.0
     drain_seconds: Seconds = 120.0
     hang_seconds: Seconds = 120.0
+    tool_calling: ToolCalling = "auto"
     args: tuple[str, ...] = ()
 
 

@@ -9,6 +9,8 @@ from config.variant import Variant
 from gateway.keys import Caller, Keys
 from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights, variant_names
 from gateway.routing.target import Catalog, Target
+from serving.registry import Registry
+from serving.replica import State
 
 MAX_ROUTES = 10_000
 
@@ -107,6 +109,16 @@ def nothing_remains(before: Catalog, after: Catalog, ready: Iterable[str], wante
     if variants and not variants & after.variants.keys() & then:
         return f"no variant that answers now would answer any more ({', '.join(sorted(variants))})"
     return None
+
+
+def ready_variants(catalog: Catalog, registry: Registry) -> dict[str, list[str]]:
+    """List for each alias the permitted variants that have a ready replica; without aliases, for each variant."""
+    ready = {status.replica.variant for status in registry.snapshot() if status.state is State.READY}
+    names = catalog.aliases or catalog.variants
+    permitted = {
+        name: [variant.name for rung in catalog.resolve(name).permitted for variant in rung.variants] for name in names
+    }
+    return {name: [variant for variant in variants if variant in ready] for name, variants in permitted.items()}
 
 
 def _answering(catalog: Catalog, alias: str) -> frozenset[str]:

@@ -35,7 +35,7 @@ from typing import Self
 import msgspec
 
 from config.schema import QueueSettings, RetrySettings
-from gateway.errors import GatewayError, Overloaded, QueueFull, QueueTimeout, Unavailable
+from gateway.errors import GatewayError, Overloaded, QueueFull, QueueTimeout, ToolsUnsupported, Unavailable
 from gateway.observability.metrics import Metrics
 from gateway.proxy.affinity import Affinity
 from gateway.proxy.decision_log import DecisionLog
@@ -52,13 +52,14 @@ from gateway.routing.pick import (
     decide,
     drawn_names,
     has_room,
+    none_takes_tools,
     shortest_fitting_context,
     unready_counts,
 )
 from gateway.routing.queue import QueueLimits, Queues
 from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights
-from gateway.routing.target import Catalog
+from gateway.routing.target import Catalog, Target
 from serving.registry import Registry
 
 DEFAULT_QUEUE, DEFAULT_RETRIES = QueueSettings(), RetrySettings()
@@ -128,6 +129,12 @@ class Dispatcher:
                 if count > 1:
                     return True
         return False
+
+    def require_tools(self, target: Target, rungs: Iterable[Rung]) -> None:
+        """Raise ToolsUnsupported if every replica of some rungs, ready or starting, is known to take no tools."""
+        names = [name for rung in rungs for name in rung.names]
+        if not self._any_ready(names, tools=True) and none_takes_tools(names, self._registry.snapshot()):
+            raise ToolsUnsupported(target.name)
 
     def try_lease(self, request: RoutingRequest, wait_seconds: float) -> Lease | None:
         """Lease a replica now; None if the request has to wait. Overloaded: it would wait longer than it may."""
@@ -236,8 +243,8 @@ class Dispatcher:
     # The queues
 
     def _queue_key(self, request: RoutingRequest) -> QueueKey:
-        context_tokens = shortest_fitting_context(request.rungs, self.cluster, request.needed_tokens)
-        return QueueKey(request.target.name, drawn_names(request, self.cluster), context_tokens)
+        context_tokens = shortest_fitting_context(request.rungs, self.cluster, request.needed_tokens, request.tools)
+        return QueueKey(request.target.name, drawn_names(request, self.cluster), context_tokens, request.tools)
 
     def _join(self, waiter: Waiter) -> None:
         """Queue a request, which may evict others of keys that hold more than their share; or refuse it."""
@@ -263,7 +270,7 @@ class Dispatcher:
         self._set_timer()
 
     def _serves(self, key: QueueKey) -> bool:
-        return has_room(key.variants, self.cluster, self._clock(), key.context_tokens)
+        return has_room(key.variants, self.cluster, self._clock(), key.context_tokens, key.tools)
 
     def _lease_next(self, request: RoutingRequest) -> Lease | None:
         # A queue does not know which replicas a request has tried: any of them may answer after a wait.
@@ -316,10 +323,13 @@ class Dispatcher:
                 waiter.refuse(Unavailable(what))
 
     def _may_become_ready(self, key: QueueKey) -> bool:
-        return self._any_ready(key) or any_pending(key.variants, self._registry.snapshot())
+        return self._any_ready(key.variants, key.tools) or any_pending(key.variants, self._registry.snapshot())
 
-    def _any_ready(self, key: QueueKey) -> bool:
-        return any(name in self._registry.ready for name in key.variants)
+    def _any_ready(self, names: Iterable[str], tools: bool) -> bool:
+        ready = self._registry.ready
+        if tools:
+            return any(replica.tools is not False for name in names for replica in ready.get(name, ()))
+        return any(name in ready for name in names)
 
     # Refusals
 
@@ -328,7 +338,7 @@ class Dispatcher:
         return QueueFull(what, retry_after_seconds=self._retry_after(key, api_key))
 
     def _queue_timeout(self, key: QueueKey, api_key: str) -> GatewayError:
-        if self._any_ready(key):
+        if self._any_ready(key.variants, key.tools):
             what = f"every replica of {key.alias!r} is busy, and none had room in time; try again later"
             return QueueTimeout(what, retry_after_seconds=self._retry_after(key, api_key))
         what = f"no replica of {key.alias!r} became ready in time: {self._unready_counts(key)}; try again later"

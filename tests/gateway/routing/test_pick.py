@@ -47,7 +47,7 @@ from tests.gateway.routing.clusters import (
 
 def room(wanted: RoutingRequest, state: ClusterState, now: float, needed_tokens: float = 0.0) -> bool:
     """Return whether any replica that may answer a request takes one more."""
-    return has_room(drawn_names(wanted, state), state, now, needed_tokens)
+    return has_room(drawn_names(wanted, state), state, now, needed_tokens, wanted.tools)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_has_room_agrees_with_the_decision(
     any_request = msgspec.structs.replace(any_request, rungs=rungs, tried=NO_REPLICAS)
     state_now = cluster(*fleet, **state)
     needed_tokens = any_request.needed_tokens
-    context_tokens = shortest_fitting_context(rungs, state_now, needed_tokens)
+    context_tokens = shortest_fitting_context(rungs, state_now, needed_tokens, any_request.tools)
     candidate = decide(any_request, state_now, now).candidate
     assert (candidate is not None) == room(any_request, state_now, now, context_tokens)
     if candidate is not None and context_tokens:
