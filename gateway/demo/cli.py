@@ -226,7 +226,7 @@ def _all_ready(registry: Registry) -> bool:
     snapshot = registry.snapshot()
     for status in snapshot:
         if status.state is State.FAILED:
-            raise ServingError(status.reason)
+            raise ServingError(f"{status.replica.id}: {status.reason}")
     return all(status.state is State.READY for status in snapshot)
 
 
