@@ -10,6 +10,7 @@ from config.errors import ReloadRefused
 from config.reload_effects import pending_options
 from config.variant import goldens
 from gateway.deployment import Deployment, read_deployment
+from gateway.keys import read_keys
 from gateway.live_config import LiveConfig, nothing_remains, unserved_aliases
 from gateway.routing.target import Catalog
 from serving.app import OwnReplicas
@@ -63,11 +64,11 @@ class ConfigReload:
         await self.apply_replicas(deployment, lambda: self.switch(deployment))
 
     def _with_keys(self, deployment: Deployment) -> Deployment:
-        """Keep the keys in force if the option is removed: the port may be open to other machines."""
+        """Keep the keys file if the option is removed: the port may be open to other machines."""
         if deployment.settings.gateway.keys or self._keys_file is None:
             return deployment
-        log.warning("gateway.keys is removed; the keys stay in force until the next start")
-        return replace(deployment, keys=self.live_config.keys)
+        log.warning("gateway.keys is removed; %s stays in force until the next start", self._keys_file)
+        return replace(deployment, keys=read_keys(self.path.parent / self._keys_file))
 
     def _check_remaining(self, deployment: Deployment) -> None:
         after = Catalog(deployment.settings.aliases, deployment.variants)

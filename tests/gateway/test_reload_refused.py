@@ -158,8 +158,11 @@ async def test_keys_are_never_switched_off_by_a_reload(
     alice = create_key(tmp_path / "keys.yaml", "alice")
     async with followed(tmp_path, document(fake.url, keys="keys.yaml")) as gateway:
         await gateway.reloaded("applied", yaml.safe_dump(document(fake.url)))
-        assert "gateway.keys is removed; the keys stay in force until the next start" in caplog.text
+        assert "gateway.keys is removed; keys.yaml stays in force until the next start" in caplog.text
         assert (await gateway.status(), await gateway.status(alice)) == (401, 200)
+        dave = create_key(tmp_path / "keys.yaml", "dave")
+        await gateway.reloaded("applied")
+        assert await gateway.status(dave) == 200
         (tmp_path / "other.yaml").write_text((tmp_path / "keys.yaml").read_text())
         bob = create_key(tmp_path / "other.yaml", "bob")
         await gateway.reloaded("applied", yaml.safe_dump(document(fake.url, keys="other.yaml")))
