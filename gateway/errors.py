@@ -7,6 +7,7 @@ GatewayError
 │   ├── UnknownModel          404
 │   ├── RequestTooSlow        408  the request did not arrive in time
 │   ├── BodyTooLarge          413
+│   ├── UnsupportedEncoding   415
 │   └── HeadTooLarge          431
 ├── Unavailable               503  worth another try later
 │   ├── Draining              503  this gateway is about to stop
@@ -136,6 +137,17 @@ class BodyTooLarge(RequestError):
     metric_reason = "too_large"
     status = 413
     code = "request_too_large"
+
+
+class UnsupportedEncoding(RequestError):
+    """The body is compressed in a way that the gateway does not decompress."""
+
+    status = 415
+    code = "unsupported_content_encoding"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Name the encoding that is supported, as RFC 9110, 15.5.16 recommends."""
+        return [(b"accept-encoding", b"gzip")]
 
 
 class HeadTooLarge(RequestError):

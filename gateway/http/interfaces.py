@@ -14,6 +14,8 @@ class ClientTimeouts:
 
     head_seconds: float = 10.0  # request line and headers, from the first byte
     body_silence_seconds: float = 30.0  # between two pieces of a body
+    body_seconds: float = 600.0  # in all for a body
+    body_bytes_per_second: float = 4096.0  # least rate; a body may be `body_silence_seconds` behind it
     keep_alive_seconds: float = 75.0  # idle before the first and between two requests
     slow_reader_seconds: float = 60.0  # until a client with a full write buffer reads on
     linger_seconds: float = 2.0  # without new bytes of a refused request, after the response
@@ -70,7 +72,7 @@ class ServerContext(Protocol):
         """Reserve memory for a piece of a request's body; False if none is left."""
 
     def release(self, request: Request) -> None:
-        """Return all memory that a request has reserved."""
+        """Return all memory that a request has reserved, and its slot."""
 
     def register(self, connection: ServerConnection) -> None:
         """Add an open connection."""

@@ -62,6 +62,10 @@ class Peer:
         except ConnectionResetError:
             return True
 
+    def half_close(self) -> None:
+        """End the own side of the connection; the other side can still be read."""
+        self._writer.write_eof()
+
     def finish(self) -> None:
         """Close the connection in an orderly way."""
         self._writer.close()
