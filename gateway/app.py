@@ -16,6 +16,8 @@ from gateway.handlers.admin import AdminContext, admin_app, with_auth
 from gateway.handlers.inference import InferenceHandler, Observers
 from gateway.handlers.models import client_app
 from gateway.handlers.router import Router
+from gateway.http.cors import cors_for
+from gateway.http.hosts import allowed_hosts
 from gateway.http.listener import address_of, bind, listen
 from gateway.http.server import HttpServer, serve_clients
 from gateway.live_config import LiveConfig, LiveWeights
@@ -125,16 +127,23 @@ async def gateway(
             endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers)
             for endpoint in ENDPOINTS.values()
         }
-        router = Router(endpoints, client_app(live_config, registry), live_config)
+        addresses = Addresses(address_of(taken.client), address_of(taken.admin))
+        client_hosts, admin_hosts = (
+            allowed_hosts(address, settings.allowed_hosts) for address in (addresses.client, addresses.admin)
+        )
+        keyless = deployment.keys.issued is None
+        router = Router(
+            endpoints, client_app(live_config, registry), live_config, quota, client_hosts if keyless else None
+        )
         context = AdminContext(live_config, registry, metrics, router, dispatcher)
-        await stack.enter_async_context(listen(with_auth(admin_app(context), settings.admin_key), taken.admin))
+        secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
+        await stack.enter_async_context(listen(secured, taken.admin))
         server = HttpServer(
             router,
             settings.memory_bytes,
             on_client_aborted=lambda reason: metrics.clients_cut.labels(reason).inc(),
         )
         await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
-        addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
             yield Gateway(addresses, live_config, weights, server, quota, metrics, load, dispatcher)
@@ -147,7 +156,9 @@ def live_config_for(deployment: Deployment) -> LiveConfig:
     catalog = Catalog(deployment.settings.aliases, deployment.variants)
     for warning in (*excluded_rungs(catalog), *unservable_aliases(catalog)):
         log.warning("%s", warning)
-    return LiveConfig(catalog, deployment.keys, deployment.settings.gateway.limits)
+    settings = deployment.settings.gateway
+    cors = cors_for(settings.cors.origins) if settings.cors else None
+    return LiveConfig(catalog, deployment.keys, settings.limits, cors, frozenset(settings.media_domains))
 
 
 @asynccontextmanager
@@ -211,7 +222,7 @@ async def following(path: Path | None, served: Gateway, take: ApplyDeployment) -
 
     async def apply() -> None:
         deployment = read_deployment(path)
-        for option in ("listen", "admin", "admin_key", "state", "keys", "access_log", "tracing"):
+        for option in ("listen", "admin", "admin_key", "state", "keys", "allowed_hosts", "access_log", "tracing"):
             if getattr(deployment.settings.gateway, option) != getattr(first.settings.gateway, option):
                 log.warning("gateway.%s takes effect at the next start", option)
 

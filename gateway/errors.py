@@ -219,10 +219,16 @@ class ReplicaFull(Overloaded):
 
 
 class RateLimited(Overloaded):
-    """The API key has reached a limit."""
+    """The API key has reached a limit; when it may send again is known exactly."""
 
     metric_reason = "rate_limit"
     code = "rate_limit_exceeded"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Say when, however late that is; an SDK that retried earlier would be refused again."""
+        if self.retry_after_seconds <= MAX_RETRY_AFTER_SECONDS:
+            return retry_after(self.retry_after_seconds)
+        return [(b"retry-after", str(math.ceil(self.retry_after_seconds)).encode()), NO_RETRY]
 
 
 class FloorUnmet(Unavailable):

@@ -218,7 +218,7 @@ async def connected(url: str) -> AsyncIterator[Peer]:
 def posted(body: dict[str, Any], path: str = "/v1/chat/completions", extra: str = "") -> bytes:
     """Encode a request of a client."""
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\n{extra}"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{extra}"
     return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
 
 

@@ -64,7 +64,7 @@ async def test_kinds_of_json(fleet: Fleet, fake: FakeReplica, kind: str) -> None
 
 async def test_an_upload_in_chunks(fleet: Fleet, fake: FakeReplica) -> None:
     """A body without a length is accepted if it is short, and refused as soon as it is too long."""
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: {JSON['content-type']}\r\n".encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {JSON['content-type']}\r\n".encode()
     text = json.dumps(HELLO).encode()
     with fleet.replicas(("hi", fake.url)):
         async with connected(fleet.url) as peer:
@@ -84,7 +84,7 @@ async def test_a_client_that_leaves_during_the_upload(fleet: Fleet, fake: FakeRe
     before = len(fake.requests(CHAT))
     with fleet.replicas(("hi", fake.url)):
         async with connected(fleet.url) as peer:
-            await peer.say(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n".encode())
+            await peer.say(f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n".encode())
             await peer.say(b"content-length: 100\r\n\r\n{")
             await eventually(lambda: fleet.reserved_bytes() or None)
         await eventually(lambda: None if fleet.reserved_bytes() else True)
@@ -118,7 +118,7 @@ async def test_a_connection_serves_several_requests(fleet: Fleet, fake: FakeRepl
         async with connected(fleet.url) as peer:
             for shape in ("whole", "stream", "invalid", "whole", "stream"):
                 body = content[shape]
-                head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
                 await peer.say(head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
                 status = b"400" if shape == "invalid" else b"200"
                 assert (await peer.read_until(b"\r\n\r\n")).startswith(b"HTTP/1.1 " + status)
@@ -131,7 +131,7 @@ async def test_many_clients_that_leave(fleet: Fleet) -> None:
     """Of a thousand clients that leave at any moment, none leaves a request in flight, here or at the replica."""
     rng = random.Random(7)
     body = json.dumps({**STREAM, "max_tokens": 8}).encode()
-    request = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n".encode() + (
+    request = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n".encode() + (
         b"content-length: %d\r\n\r\n" % len(body) + body
     )
 
