@@ -43,4 +43,6 @@ def launch_digest(launch: Launch) -> str:
         str(template) if template else None,
         [launch.variant.name, str(launch.variant.path), manifest.to_json() if manifest else None],
     ]
+    if launch.media_domains:
+        told.append(sorted(launch.media_domains))
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

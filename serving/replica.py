@@ -102,6 +102,7 @@ class Launch:
     port: int | None = None
     thinking: Thinking = Thinking()
     cores: str | None = None  # CPU only: the machine's share for it, as vLLM reads it; None: all
+    media_domains: tuple[str, ...] = ()  # that media in messages may be loaded from
 
 
 def plan_launches(
