@@ -12,9 +12,7 @@ from gateway.routing.pick import Candidate
 
 JSON = b"content-type: application/json\r\n"
 # The last one is for nginx, which otherwise keeps a stream back until its buffers are full or it ends.
-EVENTS = (
-    b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
-)
+EVENTS = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 MAX_ROUTING_HEADERS = 10_000
 
 Headers = Sequence[tuple[bytes, bytes]]

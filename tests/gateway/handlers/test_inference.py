@@ -25,7 +25,7 @@ BODY_LIMIT_BYTES = 64 * 1024
         (b'{"x":' + b"[" * 30_000 + b"]" * 30_000 + b"}", {}, 400, "invalid_json", None),
         (b"{}", {}, 400, "invalid_request", "model"),
         (b'{"model":"smol","n":5}', {}, 400, "invalid_request", "n"),
-        (b'{"model":"smol","stream":"yes"}', {}, 400, "invalid_request", "stream"),
+        (b'{"model":"smol","stream":"maybe"}', {}, 400, "invalid_request", "stream"),
         (b'{"model":"gpt-4o"}', {}, 404, "model_not_found", "model"),
         (b'{"model":"smol"}', {"content-type": "text/plain"}, 400, "invalid_request", None),
         (b'{"model":"smol"}', {"content-type": ""}, 400, "invalid_request", None),

@@ -249,7 +249,9 @@ def test_a_request_is_counted_once() -> None:
     assert repr(quota) == "<Quota [alice: 1 running]>"
 
 
-@pytest.mark.parametrize("debt, wait, retried", [(100, b"60", b"true"), (200, b"120", b"true"), (201, b"121", b"false")])
+@pytest.mark.parametrize(
+    "debt, wait, retried", [(100, b"60", b"true"), (200, b"120", b"true"), (201, b"121", b"false")]
+)
 def test_retry_after_is_true(debt: int, wait: bytes, retried: bytes) -> None:
     """It is when the key may send again, never later than its reset; an SDK retries only if it would wait that long."""
     quota, caller = Quota(), Caller("alice", tokens_per_minute=100)

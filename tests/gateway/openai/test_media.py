@@ -102,7 +102,9 @@ def test_an_escaped_key_hides_nothing() -> None:
     [
         {"messages": [{"role": "user", "content": "http://evil.example/ is a url"}]},
         chat({"type": "text", "text": '{"image_url": "http://evil.example/"}'}),
-        chat({"type": "tool_use", "id": "1", "name": "get", "input": {"url": "http://evil.example/", "image_url": "x"}}),
+        chat(
+            {"type": "tool_use", "id": "1", "name": "get", "input": {"url": "http://evil.example/", "image_url": "x"}}
+        ),
         chat({"type": "search_result", "source": "https://docs.example/", "content": []}),
         chat({"type": "output_text", "annotations": [{"type": "url_citation", "url": "https://docs.example/"}]}),
         chat({"type": "image_url", "image_url": {"url": None}}),
