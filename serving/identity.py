@@ -31,7 +31,7 @@ def launch_digest(launch: Launch) -> str:
     )
     key, manifest = launch.settings.api_key, launch.variant.manifest
     template = launch.thinking.template
-    told = [
+    told: list[object] = [
         slot_of(launch.replica_id),
         settings,
         key.get_secret_value() if key else None,

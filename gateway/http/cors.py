@@ -1,7 +1,7 @@
 """Cross-origin resource sharing: which web pages may call the client port from a browser.
 
-Spec: Fetch standard, "HTTP-CORS protocol". Keys travel in `authorization`, so no credentials mode is needed, and none is
-permitted: cookies are not used.
+Spec: Fetch standard, "HTTP-CORS protocol". Keys travel in `authorization` and cookies are not used, so requests with
+credentials are not permitted.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Refuses requests that a web page sends to a loopback port under a name of its own (DNS rebinding).
 
-A page of http://evil.example:8000 may let its name resolve to 127.0.0.1; for the browser, the port is then of the page's
-own origin, and no other rule stops it. The header `host` still has the page's name.
+A page of http://evil.example:8000 may let its name resolve to 127.0.0.1; for the browser, the port then belongs to the
+page's own origin, and no other rule stops it. The header `host` still has the page's name.
 """
 
 import ipaddress
@@ -29,8 +29,8 @@ class AllowedHosts:
         if name in self.names or is_loopback(name):
             return
         raise NotAllowed(
-            f"the header host names {name[:100]!r}; without keys, a gateway on loopback accepts requests to loopback and "
-            "to the names of gateway.allowed_hosts",
+            f"the header host names {name[:100]!r}; without keys, a gateway on loopback accepts requests to loopback "
+            "and to the names of gateway.allowed_hosts",
             code="host_not_allowed",
         )
 

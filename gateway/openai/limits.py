@@ -63,7 +63,7 @@ def _check_count(fields: Fields, key: str, limits: LimitSettings) -> None:
         return
     limit = {"best_of": limits.n, "top_logprobs": limits.logprobs}.get(key)
     limit = getattr(limits, key) if limit is None else limit
-    if key == "logprobs" and read(fields, "echo", FLAG):
+    if key == "logprobs" and bool(read(fields, "echo", FLAG)):
         # vLLM then returns log probabilities of the prompt as well.
         limit = min(limit, limits.prompt_logprobs)
     if value > limit:

@@ -86,9 +86,9 @@ async def browsing(program: str, url: str) -> AsyncIterator[None]:
         options = ["--headless", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage", "--no-proxy-server"]
         # It refuses to run as root with its sandbox.
         options += ["--no-sandbox"] if os.geteuid() == 0 else []
-        quiet = {"stdout": asyncio.subprocess.DEVNULL, "stderr": asyncio.subprocess.DEVNULL}
         command = [program, *options, f"--user-data-dir={profile}", "--remote-debugging-port=0", url]
-        process = await asyncio.create_subprocess_exec(*command, start_new_session=True, **quiet)
+        nowhere = asyncio.subprocess.DEVNULL
+        process = await asyncio.create_subprocess_exec(*command, start_new_session=True, stdout=nowhere, stderr=nowhere)
         try:
             yield
         finally:

@@ -22,9 +22,11 @@ async def behind_nginx() -> AsyncIterator[tuple[Fleet, dict[str, str]]]:
     if program is None:
         pytest.skip("no nginx; `apt-get install nginx-light` brings one")
     # One location passes the upstream's name on as the host.
-    async with running_gateway(deployment({"gateway": {**LISTEN, "allowed_hosts": ["gateway"]}})) as fleet:
-        async with running_nginx(program, fleet.served.addresses.client) as urls:
-            yield fleet, urls
+    async with (
+        running_gateway(deployment({"gateway": {**LISTEN, "allowed_hosts": ["gateway"]}})) as fleet,
+        running_nginx(program, fleet.served.addresses.client) as urls,
+    ):
+        yield fleet, urls
 
 
 @pytest.mark.parametrize("location", LOCATIONS)

@@ -7,7 +7,7 @@ import pytest
 from gateway.http.interfaces import ClientTimeouts
 from tests.fakes.running import eventually
 from tests.gateway.http.echo_server import HEAD, served
-from tests.gateway.wire import Peer, connected
+from tests.gateway.wire import connected
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
