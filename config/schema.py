@@ -145,6 +145,7 @@ class GatewaySettings(Table):
     media_domains: tuple[Domain, ...] = ()
     access_log: Literal["plain", "json", "off"] = "plain"
     tracing: TracingSettings | None = None
+    per_key_metrics: bool = False
     limits: LimitSettings = LimitSettings()
     queue: QueueSettings = QueueSettings()
     retries: RetrySettings = RetrySettings()
