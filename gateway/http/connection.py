@@ -145,13 +145,11 @@ class ClientConnection(asyncio.Protocol):
     def expect_body(self, received_bytes: int, size_bytes: int) -> None:
         """Extend the deadline by what a piece of body earns at the least rate, up to the time that silence may last."""
         now, timeouts = self._loop.time(), self._server.timeouts
-        silent_until = now + timeouts.body_silence_seconds
-        if not received_bytes:
+        if received_bytes:
+            self._deadline = timeouts.body_deadline(self._deadline, size_bytes, now, self._body_until)
+        else:
+            self._deadline = now + timeouts.body_silence_seconds
             self._body_until = now + timeouts.body_seconds
-            self._deadline = silent_until
-            return
-        earned_until = self._deadline + size_bytes / timeouts.body_bytes_per_second
-        self._deadline = min(silent_until, earned_until, self._body_until)
 
     def send_100_continue(self) -> None:
         """Send `100 Continue`, unless that would end up inside the response to an earlier request."""

@@ -26,6 +26,14 @@ class ClientTimeouts:
         """Interval at which a connection checks its deadline: a quarter of the shortest one."""
         return min(self.head_seconds, self.body_silence_seconds, self.keep_alive_seconds, self.linger_seconds) / 4
 
+    def body_deadline(self, deadline: float, size_bytes: int, now: float, until: float) -> float:
+        """Extend the deadline of a body by the time that a piece takes at the least rate, and no further than `until`.
+
+        A body that is faster cannot save up more than the time that it may be silent.
+        """
+        earned_until = deadline + size_bytes / self.body_bytes_per_second
+        return min(now + self.body_silence_seconds, earned_until, until)
+
 
 class RequestHandler(Protocol):
     """Application behind the server. One instance serves all connections."""

@@ -44,17 +44,6 @@ async def test_a_trickling_body_has_an_end(timeouts: ClientTimeouts, behind_anot
         assert answer.startswith(b"HTTP/1.1 200 " if behind_another else b"HTTP/1.1 408 ")
 
 
-async def test_a_steady_body_has_time() -> None:
-    """One that keeps the least rate may take longer than a silence may last."""
-    steady = replace(PATIENT, body_silence_seconds=0.5, body_bytes_per_second=1000)
-    async with served(steady) as here, connected(here.url) as peer:
-        await peer.say(HEAD + b"content-length: 1000\r\n\r\n")
-        for _ in range(100):
-            await peer.say(b"x" * 10)
-            await asyncio.sleep(0.01)
-        assert (await peer.read_until(b"POST /x 1000")).startswith(b"HTTP/1.1 200 ")
-
-
 async def test_an_owner_leaves_memory_to_others() -> None:
     """It may hold half of it; then only its own requests are refused."""
     half = MEMORY_BYTES // 2

@@ -109,7 +109,7 @@ async def test_connections_and_bodies() -> None:
     async with running_fake("--fake-stall-before-first-byte") as stalled, running_gateway(deployment()) as fleet:
         body = json.dumps({**HELLO, "model": "hi"}).encode()
         head = (
-            f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+            f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
         )
         with fleet.replicas(("hi", stalled.url)):
             async with connected(fleet.url) as peer:
