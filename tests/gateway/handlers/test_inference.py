@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from typing import Any
 
 import pytest
 
@@ -60,6 +61,23 @@ async def test_kinds_of_json(fleet: Fleet, fake: FakeReplica, kind: str) -> None
     """The content type may have parameters, and is not case-sensitive."""
     with fleet.replicas(("hi", fake.url)):
         assert (await fleet.ask(headers={"content-type": kind})).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"n": 1.0},
+        {"stream": True, "stream_options": {"include_usage": "true"}},
+        {"top_logprobs": 5.0, "logprobs": True},
+        {"max_tokens": "3"},
+    ],
+)
+async def test_values_that_vllm_converts(fleet: Fleet, fake: FakeReplica, values: dict[str, Any]) -> None:
+    """They are accepted, and reach the replica as the client sent them."""
+    with fleet.replicas(("hi", fake.url)):
+        answer = await fleet.ask({**HELLO, **values})
+        assert answer.status_code == 200, answer.text
+        assert values.items() <= fake.requests(CHAT)[-1]["body"].items()
 
 
 async def test_an_upload_in_chunks(fleet: Fleet, fake: FakeReplica) -> None:
