@@ -109,7 +109,7 @@ async def test_connections_and_bodies() -> None:
     async with running_fake("--fake-stall-before-first-byte") as stalled, running_gateway(deployment()) as fleet:
         body = json.dumps({**HELLO, "model": "hi"}).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\n\r\n"
+        head += f"content-length: {len(body)}\r\n\r\n"
         with fleet.replicas(("hi", stalled.url)):
             async with connected(fleet.url) as peer:
                 await eventually(lambda: fleet.served.server.connections == 1 or None)
