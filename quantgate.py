@@ -22,19 +22,25 @@ COMMANDS = {
     "evaluate": Command("quantize.cli", "evaluate_main", "measure the quality of a variant against its base model"),
     "variants": Command("quantize.variants_cli", "variants_main", "list, compare, verify, adopt and report variants"),
     "doctor": Command(
-        "serving.doctor_cli", "doctor_main", "check this machine for what would keep replicas from starting"
+        "gateway.cli.doctor", "doctor_main", "check this machine for what would keep replicas from starting"
     ),
     "measure": Command(
         "serving.measuring.cli", "measure_main", "measure the throughput and latency of variants on this machine"
     ),
     "up": Command("gateway.cli.serve", "up_main", "run replicas and the gateway on this machine"),
     "serve": Command("serving.cli", "serve_main", "run replicas on this machine, for gateways in other processes"),
+    "status": Command(
+        "serving.control_cli", "status_main", "show what runs in this home, and which replicas are ready"
+    ),
+    "reload": Command("serving.control_cli", "reload_main", "have what runs read its configuration again"),
+    "restart": Command("serving.control_cli", "restart_main", "start a replica again, at once if it waits"),
+    "stop": Command("serving.control_cli", "stop_main", "stop what runs, after its running requests"),
     "ps": Command("serving.cli", "ps_main", "list replicas and their states"),
     "logs": Command("serving.cli", "logs_main", "print the log of a replica"),
     "gateway": Command("gateway.cli.serve", "gateway_main", "run the gateway in front of replicas that run elsewhere"),
     "route": Command("gateway.cli.route", "route_main", "explain which replica a request is routed to, and why"),
     "config": Command(
-        "gateway.cli.serve", "config_main", "check or show a configuration file, or print the JSON schema"
+        "gateway.cli.config", "config_main", "check or show a configuration file, or print the JSON schema"
     ),
     "keys": Command("gateway.cli.keys", "keys_main", "create, list, rotate and revoke API keys"),
 }

@@ -1,7 +1,9 @@
 """Errors of configuration files and variant directories.
 
 ConfigError
-├── SettingsError     the configuration file: all of its problems, each with its line
+├── SettingsError     the configuration file and the files it names: all of their problems, each with its line
+├── OptionError       one option of a valid file can't be used: a file that it names is missing or invalid
+├── ReloadRefused     a valid configuration that would leave nothing of what answers now
 ├── ManifestError     a model directory or its manifest.json: missing, unreadable or invalid
 └── CapacityError     a capacity.json: unreadable, invalid or not writable
 """
@@ -33,7 +35,7 @@ class Problem:
         where = f"{self.file}:{self.line}:{self.column}" if self.line else str(self.file)
         subject = f"{self.path}: " if self.path else ""
         hint = f"; {self.hint}" if self.hint else ""
-        return f"{where}: {subject}{self.what}{hint}"
+        return " ".join(f"{where}: {subject}{self.what}{hint}".splitlines())  # a name may have a line break
 
 
 class SettingsError(ConfigError):
@@ -42,6 +44,18 @@ class SettingsError(ConfigError):
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
         super().__init__("\n".join(map(str, problems)))
+
+
+class OptionError(ConfigError):
+    """An option of a valid file can't be used; `location` is its path in the file."""
+
+    def __init__(self, location: tuple[str | int, ...], what: str, hint: str) -> None:
+        self.location, self.what, self.hint = location, what, hint
+        super().__init__(f"{'.'.join(map(str, location))}: {what}; {hint}")
+
+
+class ReloadRefused(ConfigError):
+    """A reload would leave nothing of what answers now; it is applied if it is asked for again."""
 
 
 class ManifestError(ConfigError):

@@ -1,11 +1,13 @@
-"""Rules across the tables of a configuration file: existing names, GPUs used once, keys for an open port."""
+"""Rules across the tables of a configuration file: existing names, GPUs and ports used once, keys for an open port."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from config.reserved_flags import RESERVED_FLAGS, reserved_flag
-from config.schema import LOOPBACK, ReplicaSettings, Settings
+from config.schema import LAST_PORT, ReplicaSettings, Settings, is_loopback
 
 Location = tuple[str | int, ...]
 CERTIFICATES = ("ca", "certificate", "key_file")
@@ -31,19 +33,28 @@ def closest(name: str, known: Iterable[str]) -> str:
 
 def violations(settings: Settings) -> list[Violation]:
     """Return all violations, table by table."""
-    return [*_gateway(settings), *_variants(settings), *_replicas(settings), *_gpus(settings), *_aliases(settings)]
+    return [
+        *_gateway(settings),
+        *_file_names(settings),
+        *_variants(settings),
+        *_replicas(settings),
+        *_urls(settings),
+        *_ports(settings),
+        *_gpus(settings),
+        *_aliases(settings),
+    ]
 
 
 def _gateway(settings: Settings) -> Iterator[Violation]:
     gateway = settings.gateway
     host, _, port = gateway.listen.rpartition(":")
-    if host not in LOOPBACK and gateway.keys is None:
+    if not is_loopback(host) and gateway.keys is None:
         yield Violation(
             ("gateway", "listen"),
             f"{gateway.listen} is reachable from other machines, but gateway.keys is not set",
             "set gateway.keys, or use 127.0.0.1",
         )
-    if gateway.admin.rpartition(":")[0] not in LOOPBACK and gateway.admin_key is None:
+    if not is_loopback(gateway.admin.rpartition(":")[0]) and gateway.admin_key is None:
         yield Violation(
             ("gateway", "admin"),
             f"{gateway.admin} is reachable from other machines, but gateway.admin_key is not set",
@@ -51,6 +62,18 @@ def _gateway(settings: Settings) -> Iterator[Violation]:
         )
     if gateway.listen == gateway.admin and port != "0":
         yield Violation(("gateway", "admin"), "is the same address as gateway.listen", "choose another port")
+
+
+def _file_names(settings: Settings) -> Iterator[Violation]:
+    """Shells replace `$HOME` in a path, quantgate does not."""
+    names: list[tuple[Location, str | None]] = [(("gateway", "keys"), settings.gateway.keys)]
+    names += [(("variants", name, "path"), variant.path) for name, variant in settings.variants.items()]
+    for index, replica in enumerate(settings.replicas):
+        names += [(("replicas", index, option), getattr(replica, option)) for option in CERTIFICATES]
+    for location, name in names:
+        variable = re.search(r"\$([A-Za-z_][A-Za-z0-9_]*)", name or "")
+        if variable:
+            yield Violation(location, f"{variable[0]} is not replaced", f"write ${{env:{variable[1]}}}")
 
 
 def _variants(settings: Settings) -> Iterator[Violation]:
@@ -79,10 +102,14 @@ def _replicas(settings: Settings) -> Iterator[Violation]:
         yield from _arguments(where, replica)
 
 
+# Options that apply to an external replica, too.
+FOR_URLS = frozenset({"variant", "url", "api_key", "max_in_flight", "tool_calling", *CERTIFICATES})
+
+
 def _launch_options(where: Location, replica: ReplicaSettings) -> Iterator[Violation]:
     if replica.url is not None:
         defaults = ReplicaSettings(variant=replica.variant)
-        options = ReplicaSettings.model_fields.keys() - {"variant", "url", "api_key", "max_in_flight", *CERTIFICATES}
+        options = ReplicaSettings.model_fields.keys() - FOR_URLS
         for field in sorted(name for name in options if getattr(replica, name) != getattr(defaults, name)):
             yield Violation((*where, field), "is an option for starting a replica, but url is set, too", "remove one")
     needed = replica.count * replica.tensor_parallel
@@ -109,12 +136,63 @@ def _arguments(where: Location, replica: ReplicaSettings) -> Iterator[Violation]
             yield Violation((*where, "args", position), f"{argument!r} is set by quantgate", RESERVED_FLAGS[flag])
 
 
+def _urls(settings: Settings) -> Iterator[Violation]:
+    """No server stands behind two entries, or is this gateway."""
+    gateway, owner = settings.gateway, dict[str, str]()
+    own = {_endpoint(f"http://{address}"): option for option, address in _addresses(settings)}
+    for index, replica in enumerate(settings.replicas):
+        if replica.url is None:
+            continue
+        where: Location = ("replicas", index, "url")
+        if replica.url in owner:
+            yield Violation(where, f"is the url of {owner[replica.url]}, too", "remove one: both are one server")
+        owner.setdefault(replica.url, f"replicas.{index}")
+        option = own.get(_endpoint(replica.url))
+        if option is not None and gateway.listen != gateway.admin:
+            yield Violation(where, f"is the gateway itself ({option})", "write the address of a vLLM server")
+
+
+def _endpoint(url: str) -> tuple[str, int | None]:
+    """Return host and port of an address; all that lead to this machine have the same host."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    local = is_loopback(host) or host in ("0.0.0.0", "::")  # noqa: S104 - compared, not listened on
+    default = 443 if parts.scheme == "https" else 80
+    return ("localhost" if local else host), (default if parts.port is None else parts.port or None)
+
+
+def _addresses(settings: Settings) -> tuple[tuple[str, str], ...]:
+    return ("gateway.listen", settings.gateway.listen), ("gateway.admin", settings.gateway.admin)
+
+
+def _ports(settings: Settings) -> Iterator[Violation]:
+    """Each own replica has a port of its own. `count` replicas take that many, from `port` on."""
+    owner: dict[int, str] = {}
+    # With a state database on a server, the gateway may run on another machine than the replicas.
+    if settings.gateway.state.startswith("sqlite"):
+        owner = {int(address.rpartition(":")[2]): option for option, address in _addresses(settings)}
+    for index, replica in enumerate(settings.replicas):
+        if replica.port is None or replica.url is not None:
+            continue
+        where: Location = ("replicas", index, "port")
+        last = replica.port + replica.count - 1
+        if last > LAST_PORT:
+            what = f"count {replica.count} takes the ports {replica.port} to {last}, beyond {LAST_PORT}"
+            yield Violation(where, what, f"choose a port up to {LAST_PORT - replica.count + 1}")
+        ports = range(replica.port, last + 1)
+        taken = next((port for port in ports if port in owner), None)
+        if taken is not None:
+            yield Violation(where, f"port {taken} is already used by {owner[taken]}", "choose another port")
+        owner = {**dict.fromkeys(ports, f"replicas.{index}"), **owner}
+
+
 def _gpus(settings: Settings) -> Iterator[Violation]:
     owner: dict[int, str] = {}
     for index, replica in enumerate(settings.replicas):
         for position, gpu in enumerate(replica.gpus):
             if gpu in owner:
-                yield Violation(("replicas", index, "gpus", position), f"GPU {gpu} is already used by {owner[gpu]}")
+                what = f"GPU {gpu} is already used by {owner[gpu]}"
+                yield Violation(("replicas", index, "gpus", position), what, "choose another GPU")
             owner.setdefault(gpu, f"replicas.{index}")
 
 

@@ -4,7 +4,10 @@ Every model is frozen and rejects unknown keys. `load.py` converts a file to `Se
 each option.
 """
 
+import ipaddress
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Literal
 from urllib.parse import unquote_to_bytes
 
@@ -15,14 +18,52 @@ SIZE_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10*
 HOST_NAME = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?"
 LAST_PORT = 65535
 SOCKET_PATH_BYTES = 107  # unix(7): 108 with the terminating null byte
-LOOPBACK = {"127.0.0.1", "localhost", "[::1]"}
+# Upper bounds of numbers. A larger one is a slip of the keyboard, and would exhaust memory or overflow a timer.
+MAX_BYTES = 2**50
+MAX_SECONDS = 366 * 86400.0
+MAX_COUNT = 10**6
+MAX_SERVERS = 1024  # of one entry in `replicas`; also its GPUs
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$"
+STATE_PATTERN = r"^(sqlite|postgresql(\+\w+)?)://"
+ENDPOINT_PATTERN = r"^https?://[^\s?#]+[^\s?#/]$"
+CORES_PATTERN = r"^(nobind|auto|[\d,|-]+)$"
+# Of each pattern: what text that does not match it is not, and what to write.
+PATTERNS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        NAME_PATTERN: ("is not a valid name", "use letters, digits and . _ : / -"),
+        STATE_PATTERN: ("is not a database URL", "write sqlite:///state.db, or postgresql://USER:PASSWORD@HOST/NAME"),
+        ENDPOINT_PATTERN: ("is not a valid endpoint", "write http://host:port, without a slash at the end"),
+        CORES_PATTERN: ("is not a list of cores", "write auto, nobind, or cores such as 0-3 or 0-3|4-7"),
+    }
+)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host, as in `listen` or a URL, can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_host(host: str) -> bool:
+    """Return whether text is a host name, an IPv4 address, or an IPv6 address in brackets."""
+    if not host.startswith("["):
+        return re.fullmatch(HOST_NAME, host) is not None
+    try:
+        return host.endswith("]") and bool(ipaddress.IPv6Address(host[1:-1]))
+    except ValueError:
+        return False
 
 
 def parse_size_bytes(value: object) -> object:
     """Parse `32MiB`, `4GB` or a number as bytes; ValueError for other text. Other types are left to pydantic."""
     if not isinstance(value, str):
         return value
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)", value.strip())
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)\s*([KMG]i?B|B|)", value.strip())
     if match is None:
         raise ValueError(f"{value!r} is not a valid size; write a number with {', '.join(filter(None, SIZE_UNITS))}")
     return int(float(match[1]) * SIZE_UNITS[match[2]])
@@ -31,9 +72,16 @@ def parse_size_bytes(value: object) -> object:
 def check_address(value: str) -> str:
     """Require `host:port`: a port is never implied. ValueError otherwise."""
     host, _, port = value.rpartition(":")
-    if not host or not port.isdecimal() or not 0 <= int(port) <= LAST_PORT:
+    if ":" in host.strip("[]") and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"{value!r} is not a valid address; write an IPv6 address in brackets, [{host}]:{port}")
+    if not _is_host(host) or not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > LAST_PORT:
         raise ValueError(f"{value!r} is not a valid address; write host:port, for example 127.0.0.1:8000")
     return value
+
+
+def _number_as_text(value: object) -> object:
+    """Leave it to `check_address` to say what a port alone lacks."""
+    return str(value) if isinstance(value, int) else value
 
 
 def check_url(value: str) -> str:
@@ -46,7 +94,7 @@ def check_url(value: str) -> str:
             )
         return value
     match = re.fullmatch(rf"https?://({HOST_NAME}|\[[0-9A-Fa-f:.]+\])(?::(\d{{1,5}}))?", value.rstrip("/"))
-    if match is None or not 0 < int(match[2] or 80) <= LAST_PORT:
+    if match is None or not _is_host(match[1]) or not 0 < int(match[2] or 80) <= LAST_PORT:
         raise ValueError(f"{value!r} is not a valid replica URL; write http://host:port, without /v1, or unix:///path")
     return value.rstrip("/")
 
@@ -70,16 +118,23 @@ def check_domain(value: str) -> str:
     return value.lower().rstrip(".")
 
 
-SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(ge=0)]
-Address = Annotated[str, AfterValidator(check_address)]
+SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(ge=0, le=MAX_BYTES)]
+Address = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(check_address)]
 Origin = Annotated[str, AfterValidator(check_origin)]
 Domain = Annotated[str, AfterValidator(check_domain)]
 ReplicaUrl = Annotated[str, AfterValidator(check_url)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$", max_length=128)]
+Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=128)]
 FileName = Annotated[str, Field(min_length=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
+Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# `auto`, `off`, or the name of one of vLLM's tool parsers.
+ToolCalling = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Entries = Annotated[int, Field(ge=1, le=65536)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Servers = Annotated[int, Field(ge=1, le=MAX_SERVERS)]
 
 
 class Table(BaseModel):
@@ -98,17 +153,17 @@ class LimitSettings(Table):
     tools: Entries = 256
     stop: Entries = 16
     stop_bytes: SizeBytes = 4096
-    n: Annotated[int, Field(ge=1)] = 8
-    logprobs: Annotated[int, Field(ge=0)] = 20
-    prompt_logprobs: Annotated[int, Field(ge=0)] = 5
+    n: Positive = 8
+    logprobs: Count = 20
+    prompt_logprobs: Count = 5
     queue_seconds: Seconds = 30.0
 
 
 class QueueSettings(Table):
     """Limits on the requests that wait for a replica: their number, and the size of their bodies."""
 
-    per_alias: Annotated[int, Field(ge=0)] = 1000
-    in_all: Annotated[int, Field(ge=0)] = 4000
+    per_alias: Count = 1000
+    in_all: Count = 4000
     body_bytes: SizeBytes = 256 * 2**20
 
 
@@ -116,13 +171,13 @@ class RetrySettings(Table):
     """Retry budget: retries on another replica as a fraction of all requests, plus a burst."""
 
     share: Share = 0.2
-    burst: Annotated[int, Field(ge=0)] = 10
+    burst: Count = 10
 
 
 class TracingSettings(Table):
     """OTLP/HTTP endpoint for spans, and the sampling ratio of traces that start in the gateway."""
 
-    endpoint: Annotated[str, Field(pattern=r"^https?://[^\s?#]+[^\s?#/]$")]
+    endpoint: Annotated[str, Field(pattern=ENDPOINT_PATTERN)]
     sample_share: Share = 1.0
 
 
@@ -138,8 +193,8 @@ class GatewaySettings(Table):
     listen: Address = "127.0.0.1:8000"
     admin: Address = "127.0.0.1:8001"
     admin_key: SecretStr | None = None
-    state: Annotated[str, Field(pattern=r"^(sqlite|postgresql(\+\w+)?)://")] = "sqlite:///state.db"
-    keys: str | None = None
+    state: Annotated[str, Field(pattern=STATE_PATTERN)] = "sqlite:///state.db"
+    keys: FileName | None = None
     allowed_hosts: tuple[Domain, ...] = ()
     cors: CorsSettings | None = None
     media_domains: tuple[Domain, ...] = ()
@@ -156,17 +211,17 @@ class GatewaySettings(Table):
 class DeclaredQuality(Table):
     """Quality of a variant without a local manifest, as declared by the operator."""
 
-    kl_mean: Annotated[float, Field(ge=0)] | None = None
+    kl_mean: Measure | None = None
     top1_agreement: Share | None = None
-    perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
-    kl_p99: Annotated[float, Field(ge=0)] | None = None
-    length_ratio: Annotated[float, Field(gt=0)] | None = None
+    perplexity_ratio: Ratio | None = None
+    kl_p99: Measure | None = None
+    length_ratio: Ratio | None = None
 
 
 class VariantSettings(Table):
     """A model directory, or the declared properties of a variant whose replicas have a `url`."""
 
-    path: str | None = None
+    path: FileName | None = None
     precision: Literal["bf16", "fp16", "fp32", "fp8", "int8", "int4"] | None = None
     quality: DeclaredQuality | None = None
 
@@ -180,21 +235,22 @@ class ReplicaSettings(Table):
     ca: FileName | None = None
     certificate: FileName | None = None
     key_file: FileName | None = None
-    count: Annotated[int, Field(ge=1)] = 1
-    gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    tensor_parallel: Annotated[int, Field(ge=1)] = 1
-    port: Annotated[int, Field(ge=1024, le=65535)] | None = None
+    count: Servers = 1
+    gpus: tuple[Annotated[int, Field(ge=0, lt=MAX_SERVERS)], ...] = ()
+    tensor_parallel: Servers = 1
+    port: Annotated[int, Field(ge=1024, le=LAST_PORT)] | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    max_model_len: Annotated[int, Field(ge=16)] | None = None
-    max_num_seqs: Annotated[int, Field(ge=1)] | None = None
-    max_queued: Annotated[int, Field(ge=1)] = 256
-    max_in_flight: Annotated[int, Field(ge=1)] = 512
+    max_model_len: Annotated[int, Field(ge=16, le=10**9)] | None = None
+    max_num_seqs: Positive | None = None
+    max_queued: Positive = 256
+    max_in_flight: Positive = 512
     kv_cache_bytes: SizeBytes | None = None
     prefix_caching: bool = True
-    cores: Annotated[str, Field(pattern=r"^(nobind|auto|[\d,|-]+)$")] | None = None
+    cores: Annotated[str, Field(pattern=CORES_PATTERN)] | None = None
     start_timeout_seconds: Seconds = 900.0
     drain_seconds: Seconds = 120.0
     hang_seconds: Seconds = 120.0
+    tool_calling: ToolCalling = "auto"
     args: tuple[str, ...] = ()
 
 
@@ -202,10 +258,10 @@ class Floor(Table):
     """Minimum quality of a variant that may answer; an omitted measure is not limited."""
 
     top1_agreement: Share | None = None
-    kl_mean: Annotated[float, Field(ge=0)] | None = None
-    perplexity_ratio: Annotated[float, Field(gt=0)] | None = None
-    kl_p99: Annotated[float, Field(ge=0)] | None = None
-    length_ratio: Annotated[float, Field(gt=0)] | None = None
+    kl_mean: Measure | None = None
+    perplexity_ratio: Ratio | None = None
+    kl_p99: Measure | None = None
+    length_ratio: Ratio | None = None
 
 
 NO_FLOOR = Floor()
@@ -225,7 +281,7 @@ class TimeoutSettings(Table):
     `first_byte_seconds`, `idle_seconds` and `heartbeat_seconds` apply to streams only. 0 disables a timeout.
     """
 
-    connect_seconds: Annotated[float, Field(gt=0)] = 2.0
+    connect_seconds: Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)] = 2.0
     first_byte_seconds: Seconds = 600.0
     idle_seconds: Seconds = 600.0
     total_seconds: Seconds = 3600.0
@@ -257,8 +313,8 @@ class LogSettings(Table):
 class ServingSettings(Table):
     """Settings of the supervisor of local replicas."""
 
-    parallel_starts: Annotated[int, Field(ge=1)] | None = None
-    start_attempts: Annotated[int, Field(ge=1)] = 3
+    parallel_starts: Servers | None = None
+    start_attempts: Positive = 3
     logs: LogSettings = LogSettings()
 
 

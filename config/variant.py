@@ -1,7 +1,7 @@
 """Variants of a configuration: name, directory, precision and quality."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -76,13 +76,24 @@ class Variant:
         return f"its verdict is fail: {limits}" if limits else "its verdict is fail"
 
 
-def read_variants(settings: Mapping[str, VariantSettings], relative_to: Path) -> dict[str, Variant]:
+def read_variants(
+    settings: Mapping[str, VariantSettings],
+    relative_to: Path,
+    on_error: Callable[[str, ManifestError], None] | None = None,
+) -> dict[str, Variant]:
     """Read the manifests of all configured variants, by name.
 
     Relative paths are resolved against `relative_to`, the directory of the configuration file. ManifestError if a
-    directory is missing or its manifest is invalid.
+    directory is missing or its manifest is invalid; with `on_error`, it is called instead, and the variant is left out.
     """
-    variants = {name: _read_variant(name, variant, relative_to) for name, variant in settings.items()}
+    variants = {}
+    for name, variant in settings.items():
+        try:
+            variants[name] = _read_variant(name, variant, relative_to)
+        except ManifestError as error:
+            if on_error is None:
+                raise
+            on_error(name, error)
     return {name: _with_golden(variant, variants) for name, variant in variants.items()}
 
 
@@ -114,8 +125,13 @@ def _read_variant(name: str, settings: VariantSettings, relative_to: Path) -> Va
         declared = settings.quality
         quality = QualityMeasures("declared", **declared.model_dump()) if declared else QualityMeasures("unknown")
         return Variant(name, settings.precision or "unknown", quality)
-    path = (relative_to / Path(settings.path).expanduser()).resolve()
-    if (path / FILE_NAME).exists():
+    try:
+        path = (relative_to / Path(settings.path).expanduser()).resolve()
+        has_manifest = (path / FILE_NAME).exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is closed, an unknown ~user
+        what = error.strerror if isinstance(error, OSError) else str(error)
+        raise ManifestError(f"{settings.path}: {what}; write the path of a model directory") from error
+    if has_manifest:
         manifest = Manifest.read(path)
         quality = QualityMeasures("measured", **{measure: getattr(manifest.quality, measure) for measure in MEASURES})
         return Variant(name, settings.precision or manifest.scheme.precision, quality, path, manifest)
@@ -125,12 +141,13 @@ def _read_variant(name: str, settings: VariantSettings, relative_to: Path) -> Va
 def _without_manifest(name: str, settings: VariantSettings, path: Path) -> Variant:
     """A directory without a manifest is a parent, or quantized and of unknown quality (`quantization_config`)."""
     config = read_model_config(path)
-    if "quantization_config" in config:
-        bits = config["quantization_config"].get("bits")
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict):
+        bits = quantization.get("bits")
         precision = settings.precision or (f"int{bits}" if bits else "unknown")
         return Variant(name, precision, QualityMeasures("unknown"), path)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    return Variant(name, settings.precision or DTYPE_PRECISIONS.get(dtype, dtype), PARENT_QUALITY, path)
+    return Variant(name, settings.precision or DTYPE_PRECISIONS.get(str(dtype), str(dtype)), PARENT_QUALITY, path)
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:
@@ -138,10 +155,10 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         problem = "has no config.json" if directory.is_dir() else "no such directory"
-        raise ManifestError(f"{directory}: {problem}; the path of a variant is a model directory") from None
-    except (OSError, ValueError) as error:
+        raise ManifestError(f"{directory}: {problem}; write the path of a model directory") from None
+    except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path}: is not readable JSON: {error}") from error
     if not isinstance(config, dict):
         raise ManifestError(f"{path}: is not a JSON object")

@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from config.schema import GatewaySettings
 from config.variant import goldens
-from gateway.deployment import Deployment, read_deployment
+from gateway.deployment import Deployment
 from gateway.handlers.admin import AdminContext, admin_app, with_auth
 from gateway.handlers.inference import InferenceHandler, Observers
 from gateway.handlers.models import client_app
@@ -35,11 +35,13 @@ from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
-from gateway.reload import ApplyDeployment, FollowerReload, SupervisedReload
-from gateway.routing.target import Catalog, excluded_rungs, unservable_aliases
+from gateway.reload import ConfigReload, FollowerReload, SupervisedReload
+from gateway.routing.target import Catalog
+from gateway.validation import notices
 from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
 from serving.app import others_replicas, own_replicas, sole_owner
 from serving.command import Machine
+from serving.control import Controlled, ControlSocket
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.reload import Reload
@@ -68,6 +70,16 @@ class Gateway:
     metrics: Metrics
     load: LoadTracker
     dispatcher: Dispatcher
+
+    def switch(self, deployment: Deployment) -> None:
+        """Use another configuration from the next request on; `config/reload_effects.py` says for which options."""
+        settings = deployment.settings.gateway
+        self.live_config.replace(live_config_for(deployment))
+        self.load.set_speeds(deployment.speeds)
+        self.dispatcher.keep_only(self.live_config.catalog)
+        self.dispatcher.set_limits(settings.queue, settings.retries)
+        self.quota.keep_only(deployment.keys.names())
+        self.server.memory_bytes, self.server.grace_seconds = settings.memory_bytes, settings.drain_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +146,7 @@ async def gateway(
         client_hosts, admin_hosts = (
             allowed_hosts(address, settings.allowed_hosts) for address in (addresses.client, addresses.admin)
         )
-        keyless = deployment.keys.issued is None
-        router = Router(
-            endpoints, client_app(live_config, registry), live_config, quota, client_hosts if keyless else None
-        )
+        router = Router(endpoints, client_app(live_config, registry), live_config, quota, client_hosts)
         context = AdminContext(live_config, registry, metrics, router, dispatcher)
         secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
         await stack.enter_async_context(listen(secured, taken.admin))
@@ -156,10 +165,10 @@ async def gateway(
 
 
 def live_config_for(deployment: Deployment) -> LiveConfig:
-    """What requests go by under a configuration; rungs and aliases that nothing can be had of are logged."""
+    """What requests go by under a configuration; aliases, rungs and variants without effect are logged."""
     catalog = Catalog(deployment.settings.aliases, deployment.variants)
-    for warning in (*excluded_rungs(catalog), *unservable_aliases(catalog)):
-        log.warning("%s", warning)
+    for notice in notices(deployment):
+        log.warning("%s", notice)
     settings = deployment.settings.gateway
     cors = cors_for(settings.cors.origins) if settings.cors else None
     return LiveConfig(catalog, deployment.keys, settings.limits, cors, frozenset(settings.media_domains))
@@ -167,22 +176,23 @@ def live_config_for(deployment: Deployment) -> LiveConfig:
 
 @asynccontextmanager
 async def gateway_alone(
-    deployment: Deployment, path: Path | None = None, place: WorkerIndex = SINGLE_WORKER
+    deployment: Deployment, path: Path | None = None, place: WorkerIndex = SINGLE_WORKER, home: Path | None = None
 ) -> AsyncIterator[Addresses]:
     """Serve replicas that run elsewhere: those with a `url` in the configuration, and those in the state database.
 
-    With a path, changes of that file are applied.
+    With a path, changes of that file are applied; with a home, the commands of `serving.control_cli` reach us there.
     """
-    registry = Registry()
+    registry, started = Registry(), deployment
     deployment = with_worker_ports(deployment, place)
     wanted = deployment.wanted
     with listen_sockets(deployment.settings.gateway, place) as taken:
         async with (
+            ControlSocket(home, controlled("gateway", path, registry, taken)) if home else nullcontext(),
             Probe() as probe,
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             others_replicas(wanted, registry, probe) as follower,
             gateway(deployment, registry, taken, place) as served,
-            following(path, served, FollowerReload(watch, follower, registry, served.live_config).apply),
+            following(path, started, registry, served, FollowerReload(watch, follower, registry, served.live_config)),
         ):
             yield served.addresses
 
@@ -204,41 +214,34 @@ async def everything(
     with sole_owner(wanted, home) as owner, listen_sockets(deployment.settings.gateway) as taken:
         async with (
             Probe() as probe,
+            ControlSocket(home, controlled("up" if path else "demo", path, registry, taken)) as control,
             own_replicas(wanted, machine, registry, probe, home, owner) as own,
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             gateway(deployment, registry, taken, access_log_stream=access_log_stream) as served,
-            following(path, served, SupervisedReload(watch, own).apply),
+            following(path, deployment, registry, served, SupervisedReload(watch, own)),
         ):
+            control.restart = own.restart
             yield served.addresses
 
 
+def controlled(command: str, path: Path | None, registry: Registry, taken: ListenSockets) -> Controlled:
+    """What the control socket of a gateway shows."""
+    urls = {"clients": f"http://{address_of(taken.client)}", "admin": f"http://{address_of(taken.admin)}"}
+    return Controlled(command, path, registry, urls)
+
+
 @asynccontextmanager
-async def following(path: Path | None, served: Gateway, take: ApplyDeployment) -> AsyncIterator[None]:
-    """Take a configuration file over whenever it changes; None: it can't."""
+async def following(
+    path: Path | None,
+    started: Deployment,
+    registry: Registry,
+    served: Gateway,
+    replicas: FollowerReload | SupervisedReload,
+) -> AsyncIterator[None]:
+    """Apply a configuration file whenever it changes, and at SIGHUP; None: there is no file."""
     if path is None:
         yield
         return
-    first = read_deployment(path)
-
-    def files() -> list[Path]:
-        keys = first.settings.gateway.keys
-        return [path, path.parent / keys] if keys else [path]
-
-    async def apply() -> None:
-        deployment = read_deployment(path)
-        at_next_start = ("listen", "admin", "admin_key", "state", "keys", "allowed_hosts", "access_log", "tracing")
-        for option in (*at_next_start, "per_key_metrics"):
-            if getattr(deployment.settings.gateway, option) != getattr(first.settings.gateway, option):
-                log.warning("gateway.%s takes effect at the next start", option)
-
-        def swap() -> None:
-            served.live_config.replace(live_config_for(deployment))
-            served.load.set_speeds(deployment.speeds)
-            served.dispatcher.keep_only(served.live_config.catalog)
-            served.quota.keep_only(deployment.keys.names())
-            create_series(served.metrics, served.live_config.catalog, deployment.keys.names())
-
-        await take(deployment, swap)
-
-    async with Reload(files, apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()):
+    reload = ConfigReload(path, started, registry, served.live_config, served.switch, replicas.apply)
+    async with Reload(reload.files, reload.apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()):
         yield

@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config.capacity import FILE_NAME, Setup, read_capacity
+from config.errors import CapacityError, Problem, SettingsError
+from config.load import LoadedFile, load_settings_file
 from config.schema import ReplicaSettings, Settings
 from config.variant import Variant
 from gateway.keys import Keys, read_keys
 from gateway.routing.speed import SpeedProfile
-from serving.app import Wanted, read_wanted
+from serving.app import Wanted, wanted_of
 from serving.tls import Tls
+from serving.validation import read_named_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +35,37 @@ class Deployment:
 
 
 def read_deployment(path: Path) -> Deployment:
-    """Load a configuration file and all files it refers to; ConfigError if any is missing or invalid."""
-    wanted = read_wanted(path)
-    keys_file = wanted.settings.gateway.keys
-    keys = read_keys(path.parent / keys_file) if keys_file else Keys()
-    speeds = read_speeds(wanted.settings, wanted.variants)
-    return Deployment(wanted.settings, wanted.variants, keys, wanted.state, wanted.folder, wanted.tls, speeds)
+    """Load a configuration file and all files it refers to; SettingsError lists all problems of all of them."""
+    deployment, problems = load_deployment(load_settings_file(path), path)
+    if problems:
+        raise SettingsError(problems)
+    return deployment
+
+
+def load_deployment(file: LoadedFile[Settings], path: Path) -> tuple[Deployment, list[Problem]]:
+    """Load the files that a valid configuration file refers to, as far as they can be used, and list the problems."""
+    settings, named = file.settings, read_named_files(file, path.parent)
+    problems = list(named.problems)
+    keys = Keys()
+    if settings.gateway.keys:
+        try:
+            keys = read_keys(path.parent / settings.gateway.keys)
+        except SettingsError as error:
+            problems += [problem if problem.line else _at_keys(file, problem) for problem in error.problems]
+    speeds = {}
+    for name, variant in named.variants.items():
+        try:
+            speeds.update(read_speeds(settings, {name: variant}))
+        except CapacityError as error:
+            what, _, hint = str(error).partition("; ")
+            problems.append(file.problem(("variants", name, "path"), what, hint or "remove the file"))
+    wanted = wanted_of(settings, named, path)
+    return Deployment(settings, named.variants, keys, wanted.state, wanted.folder, wanted.tls, speeds), problems
+
+
+def _at_keys(file: LoadedFile[Settings], problem: Problem) -> Problem:
+    """Place a problem of the whole keys file at the option that names it."""
+    return file.problem(("gateway", "keys"), f"{problem.file}: {problem.what}", problem.hint)
 
 
 def read_speeds(settings: Settings, variants: Mapping[str, Variant]) -> dict[str, SpeedProfile]:

@@ -5,6 +5,7 @@ GatewayError
 │   ├── InvalidKey            401
 │   ├── NotAllowed            403  the key does not permit it
 │   ├── UnknownModel          404
+│   ├── ToolsUnsupported      400  no replica of the model reads calls of tools
 │   ├── RequestTooSlow        408  the request did not arrive in time
 │   ├── BodyTooLarge          413
 │   ├── UnsupportedEncoding   415
@@ -117,6 +118,19 @@ class UnknownModel(RequestError):
     metric_reason = "unknown_model"
     status = 404
     code = "model_not_found"
+
+
+class ToolsUnsupported(RequestError):
+    """No replica that may answer takes requests with tools."""
+
+    code = "tools_unsupported"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"'tools' is not supported by {model[:100]!r}: none of its replicas runs with a tool parser; send no tools "
+            "or have the option tool_calling of its replicas set to a tool parser of vLLM",
+            param="tools",
+        )
 
 
 class RequestTooSlow(RequestError):

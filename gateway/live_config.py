@@ -10,6 +10,8 @@ from gateway.http.cors import Cors
 from gateway.keys import Caller, Keys
 from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights, variant_names
 from gateway.routing.target import Catalog, Target
+from serving.registry import Registry
+from serving.replica import State
 
 MAX_ROUTES = 10_000
 
@@ -93,6 +95,34 @@ def unserved_aliases(before: Catalog, after: Catalog, ready: Iterable[str]) -> l
         for name in before.aliases
         if name in after.aliases and there & _answering(before, name) and not there & _answering(after, name)
     ]
+
+
+def nothing_remains(before: Catalog, after: Catalog, ready: Iterable[str], wanted: Iterable[str]) -> str | None:
+    """Return why nothing that answers under the first catalog would under the second; None if something would.
+
+    `ready` are the variants with a ready replica now, `wanted` those with a replica afterwards, ready or not. Without
+    an alias that answers, the variants count.
+    """
+    now, then = frozenset(ready), frozenset(wanted)
+    aliases = [name for name in before.aliases if now & _answering(before, name)]
+    if aliases:
+        if any(name in after.aliases and then & _answering(after, name) for name in aliases):
+            return None
+        return f"no alias that answers now would answer any more ({', '.join(aliases)})"
+    variants = now & before.variants.keys()
+    if variants and not variants & after.variants.keys() & then:
+        return f"no variant that answers now would answer any more ({', '.join(sorted(variants))})"
+    return None
+
+
+def ready_variants(catalog: Catalog, registry: Registry) -> dict[str, list[str]]:
+    """List for each alias the permitted variants that have a ready replica; without aliases, for each variant."""
+    ready = {status.replica.variant for status in registry.snapshot() if status.state is State.READY}
+    names = catalog.aliases or catalog.variants
+    permitted = {
+        name: [variant.name for rung in catalog.resolve(name).permitted for variant in rung.variants] for name in names
+    }
+    return {name: [variant for variant in variants if variant in ready] for name, variants in permitted.items()}
 
 
 def _answering(catalog: Catalog, alias: str) -> frozenset[str]:

@@ -3,15 +3,18 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+from config.errors import ReloadRefused
+from config.reload_effects import pending_options
 from config.variant import goldens
-from gateway.deployment import Deployment
-from gateway.live_config import LiveConfig, unserved_aliases
+from gateway.deployment import Deployment, read_deployment
+from gateway.live_config import LiveConfig, nothing_remains, unserved_aliases
 from gateway.routing.target import Catalog
 from serving.app import OwnReplicas
 from serving.registry import Registry
-from serving.replica import State, own_keys
+from serving.replica import CONFIGURATION, SUPERVISOR, State, own_keys
 from serving.state.follower import Follower
 from serving.watch import Watch
 
@@ -22,6 +25,61 @@ WAIT_SECONDS = 900.0
 
 # Called with the new deployment and with a function that switches requests over to it.
 ApplyDeployment = Callable[[Deployment, Callable[[], None]], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class ConfigReload:
+    """Reads a changed configuration and applies it to a running gateway.
+
+    `started` is what the gateway was started with, `switch` gives requests another configuration.
+    """
+
+    path: Path
+    started: Deployment
+    registry: Registry
+    live_config: LiveConfig
+    switch: Callable[[Deployment], None]
+    apply_replicas: ApplyDeployment
+    _keys_file: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._keys_file = self.started.settings.gateway.keys
+
+    def files(self) -> list[Path]:
+        """The files to follow: the configuration, and its keys file."""
+        return [self.path, self.path.parent / self._keys_file] if self._keys_file else [self.path]
+
+    async def apply(self, confirmed: bool) -> None:
+        """Read the files and apply them; ConfigError if they are invalid.
+
+        ReloadRefused, unless `confirmed`, if nothing that answers now would remain, or no API key.
+        """
+        deployment = self._with_keys(read_deployment(self.path))
+        if not confirmed:
+            self._check_remaining(deployment)
+        for option in pending_options(self.started.settings, deployment.settings):
+            log.warning("%s has changed; it takes effect at the next start", option)
+        self._keys_file = deployment.settings.gateway.keys or self._keys_file
+        await self.apply_replicas(deployment, lambda: self.switch(deployment))
+
+    def _with_keys(self, deployment: Deployment) -> Deployment:
+        """Keep the keys in force if the option is removed: the port may be open to other machines."""
+        if deployment.settings.gateway.keys or self._keys_file is None:
+            return deployment
+        log.warning("gateway.keys is removed; the keys stay in force until the next start")
+        return replace(deployment, keys=self.live_config.keys)
+
+    def _check_remaining(self, deployment: Deployment) -> None:
+        after = Catalog(deployment.settings.aliases, deployment.variants)
+        statuses = self.registry.snapshot()
+        ready = {status.replica.variant for status in statuses if status.state is State.READY}
+        wanted = {replica.variant for replica in deployment.settings.replicas}
+        wanted |= {status.replica.variant for status in statuses if status.source not in (SUPERVISOR, CONFIGURATION)}
+        if reason := nothing_remains(self.live_config.catalog, after, ready, wanted):
+            raise ReloadRefused(f"{self.path}: {reason}")
+        if self.live_config.keys.replaced_by(deployment.keys):
+            keys = self.path.parent / (deployment.settings.gateway.keys or "")
+            raise ReloadRefused(f"{keys}: none of the API keys in force would remain")
 
 
 @dataclass(frozen=True, slots=True)

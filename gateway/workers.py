@@ -1,7 +1,15 @@
 """Several gateway processes on one client port (SO_REUSEPORT); each has its own admin port.
 
 One event loop uses one core. Metrics with exemplars cannot be shared between processes, so each worker is scraped by
-itself (gateway/README.md, "Workers"). A worker that dies is restarted; when the parent dies, its workers stop.
+itself (gateway/README.md, "Workers"). A worker that dies is restarted; when the parent dies, its workers stop:
+
+==================================  ==================================================================
+phase of the worker                 how it learns that its parent has died
+==================================  ==================================================================
+until its first statements ran      they compare its parent's number with the one that was passed
+while it imports and starts         the kernel sends SIGTERM (PR_SET_PDEATHSIG), which ends it at once
+while it serves                     the same signal, or the end of the parent's pipe: it drains
+==================================  ==================================================================
 """
 
 import asyncio
@@ -9,7 +17,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +36,18 @@ MAX_BACKOFF_SECONDS = 30.0
 # A worker that ran longer than this starts again with the first backoff.
 BACKOFF_RESET_SECONDS = 60.0
 KILL_AFTER_SECONDS = 10.0
+MAX_PORT = 65535
+
+# The first statements of a worker, before anything is imported that takes time; see prctl(2). The parent may have died
+# before the kernel knew that we want to hear of it, hence the comparison.
+BOOT = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM) or os.getppid() != int(sys.argv.pop(1)):
+    sys.exit("the parent of this gateway worker has exited")
+from quantgate import main
+sys.exit(main())
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +87,35 @@ def with_worker_ports(deployment: Deployment, index: WorkerIndex) -> Deployment:
 
 
 def check_ports(gateway: GatewaySettings, workers: int) -> None:
-    """Raise ConfigError unless all ports are free.
+    """Raise ConfigError unless all ports are valid and free.
 
     Without this check, SO_REUSEPORT would silently share the client port with another gateway.
     """
     host, _, port = gateway.admin.rpartition(":")
     if "0" in (port, gateway.listen.rpartition(":")[2]):
         raise ConfigError("--workers needs fixed ports: set gateway.listen and gateway.admin to ports other than 0")
+    last = int(port) + workers - 1
+    if last > MAX_PORT:
+        raise ConfigError(
+            f"gateway.admin: worker {workers} would have the admin port {last}, above {MAX_PORT}; "
+            f"choose a lower port or fewer workers"
+        )
+    if int(port) <= int(gateway.listen.rpartition(":")[2]) <= last:
+        raise ConfigError(
+            f"gateway.admin: the admin ports of {workers} workers, {port} to {last}, include the port of "
+            f"gateway.listen; choose another port"
+        )
     bind(gateway.listen, "gateway.listen").close()
     for number in range(workers):
         bind(f"{host}:{int(port) + number}", "gateway.admin").close()
 
 
 @asynccontextmanager
-async def workers(config: Path, count: int, drain_seconds: float) -> AsyncIterator[None]:
+async def workers(config: Path, count: int, drain_seconds: Callable[[], float]) -> AsyncIterator[None]:
     """Run `count` gateway processes while the block runs, and forward SIGHUP to them.
 
-    On exit they drain. Those that are still running KILL_AFTER_SECONDS after `drain_seconds` are killed.
+    On exit they drain. Those that are still running KILL_AFTER_SECONDS after `drain_seconds`, which a reload may have
+    changed, are killed.
     """
     # Each child polls the read end of this pipe: it becomes readable when the parent ends, for whatever reason.
     alive, parent_end = os.pipe()
@@ -102,7 +134,7 @@ async def workers(config: Path, count: int, drain_seconds: float) -> AsyncIterat
         loop.remove_signal_handler(signal.SIGHUP)
         for worker in running:
             worker.stop()
-        _, late = await asyncio.wait(tasks, timeout=drain_seconds + KILL_AFTER_SECONDS)
+        _, late = await asyncio.wait(tasks, timeout=drain_seconds() + KILL_AFTER_SECONDS)
         if late:
             log.error("%d workers did not stop in time; killing them", len(late))
             for worker in running:
@@ -152,7 +184,7 @@ class Worker:
     async def _run_once(self) -> int:
         arguments = ("gateway", str(self._config), "--worker", str(self.index), "--alive", str(self._alive))
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", "import sys; from quantgate import main; sys.exit(main())", *arguments),
+            *(sys.executable, "-c", BOOT, str(os.getpid()), *arguments),
             pass_fds=(self._alive,),
             # Ctrl-C on a terminal then reaches the parent only, which stops the workers in order.
             start_new_session=True,

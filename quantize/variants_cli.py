@@ -4,10 +4,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
-from config.load import process_environment
-from config.manifest import Manifest, Quality
+from config.command_line import exit_codes
+from config.errors import ConfigError, ManifestError
+from config.load import load_settings, process_environment
+from config.manifest import FILE_NAME, Manifest, Quality
 from quantize.base import read_base
 from quantize.conduct import Conduct
 from quantize.measuring.measurement import EVIDENCE_FILE
@@ -34,25 +37,37 @@ _PRUNE_AFTER_DAYS = 7.0
 
 def variants_main(argv: list[str]) -> int:
     """`quantgate variants VERB`: read, compare, tidy up and adopt variants."""
-    options = _parser().parse_args(argv)
+    parser = _parser()
+    options = parser.parse_args(argv)
+    if "config" in options and options.config is None and not getattr(options, "directories", True):
+        parser.error("DIR is missing: a variant, a folder of variants, or --config FILE")
     verb: _Verb = options.verb
     return guarded("quantgate variants", lambda: verb(options))
 
 
 def _list(options: argparse.Namespace) -> int:
-    variants = _read_all(options.directories)
-    print(_as_json(variants) if options.json else listing(variants))
-    return DONE
+    variants, problems = [], []
+    for directory in _directories(options):
+        try:
+            variants.append((directory, Manifest.read(directory)))
+        except ManifestError as error:
+            problems.append(f"quantgate variants: {error}")
+    if variants or not problems:
+        print(_as_json(variants) if options.json else listing(variants))
+    for problem in problems:
+        tell(problem)
+    return FAILED if problems else DONE
 
 
 def _show(options: argparse.Namespace) -> int:
-    manifest = Manifest.read(options.directory)
-    print(manifest.to_json() if options.json else page(manifest, options.directory))
+    directory = _named(options.config, options.directory)
+    manifest = Manifest.read(directory)
+    print(manifest.to_json() if options.json else page(manifest, directory))
     return DONE
 
 
 def _verify(options: argparse.Namespace) -> int:
-    altered = {str(path): manifest.altered_files(path) for path, manifest in _read_all(options.directories)}
+    altered = {str(path): manifest.altered_files(path) for path, manifest in _read_all(_directories(options))}
     if options.json:
         print(json.dumps(altered, indent=2))
     else:
@@ -62,20 +77,22 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    comparison = compare(Manifest.read(options.left), Manifest.read(options.right))
+    left, right = (Manifest.read(_named(options.config, each)) for each in (options.left, options.right))
+    comparison = compare(left, right)
     print(comparison_json(comparison) if options.json else comparison_text(comparison))
     return DONE
 
 
 def _lint(options: argparse.Namespace) -> int:
     base = read_base(options.against, digested=False) if options.against else None
-    artefact = read_artefact(options.directory)
-    findings = lint(options.directory, base, scheme_told(artefact, base.shapes if base else {}))
+    directory = _named(options.config, options.directory)
+    artefact = read_artefact(directory)
+    findings = lint(directory, base, scheme_told(artefact, base.shapes if base else {}))
     if options.json:
         rows = [{"check": one.check, "where": one.where, "problem": one.problem} for one in findings]
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
-        print("\n".join(map(str, findings)) or f"{options.directory}: no findings")
+        print("\n".join(map(str, findings)) or f"{directory}: no findings")
     return FAILED if findings else DONE
 
 
@@ -118,9 +135,52 @@ def _adopt(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    write_report(_read_all(options.directories), options.out, options.against)
+    write_report(_read_all(_directories(options)), options.out, options.against)
     print(options.out)
     return DONE
+
+
+def _directories(options: argparse.Namespace) -> list[Path]:
+    """The variant directories that were given: themselves, in a folder, or by name; all of a configuration."""
+    config: Path | None = options.config
+    if config is None:
+        return [each for place in options.directories for each in variant_directories(place)]
+    if options.directories:
+        return [_named(config, name) for name in options.directories]
+    paths = _configured(config).values()
+    return [path for path in paths if path is not None and (path / FILE_NAME).exists()]
+
+
+def variant_directories(place: Path) -> list[Path]:
+    """List the variants of a folder, by name; a directory that is no folder of variants is returned as it is."""
+    if (place / FILE_NAME).exists() or not place.is_dir():
+        return [place]
+    # A name with a dot in front is of a variant that is not finished.
+    inside = [each for each in sorted(place.iterdir()) if (each / FILE_NAME).is_file() and each.name[0] != "."]
+    return inside or [place]
+
+
+def _named(config: Path | None, given: Path) -> Path:
+    """The directory of a variant: the given one, or with a configuration, that of the variant of this name."""
+    if config is None:
+        return given
+    paths, name = _configured(config), str(given)
+    if name not in paths:
+        near = get_close_matches(name, paths, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"{config}: there is no variant {name!r}; {hint}known: {', '.join(paths) or 'none'}")
+    path = paths[name]
+    if path is None:
+        raise ConfigError(f"{config}: the variant {name!r} has no path; only its replicas' addresses are configured")
+    return path
+
+
+def _configured(config: Path) -> dict[str, Path | None]:
+    variants = load_settings(config).variants
+    return {
+        name: None if each.path is None else config.parent / Path(each.path).expanduser()
+        for name, each in variants.items()
+    }
 
 
 def _read_all(directories: Sequence[Path]) -> list[tuple[Path, Manifest]]:
@@ -133,24 +193,28 @@ def _as_json(variants: Sequence[tuple[Path, Manifest]]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser("quantgate variants", description="Read, compare, tidy up and adopt variants.")
+    codes = exit_codes(0, 1, 2)
+    parser = OneLineParser("quantgate variants", description="Read, compare, tidy up and adopt variants.", epilog=codes)
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
 
-    def verb(name: str, run: _Verb, text: str) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text)
+    def verb(name: str, run: _Verb, text: str, codes: str = codes) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, epilog=codes)
         sub.set_defaults(verb=run)
         return sub
 
+    altered = exit_codes(2, code_0="as it was sealed", code_1="a byte has changed")
+    wrong = exit_codes(2, code_0="no findings", code_1="something is wrong")
     readers = [
         verb("list", _list, "a table of variants"),
         verb("show", _show, "everything about one variant"),
-        verb("verify", _verify, "compare every byte with the seal; exit code 1 if one has changed"),
+        verb("verify", _verify, "compare every byte with the seal", altered),
         verb("diff", _diff, "what differs between two variants, and which is better"),
-        verb("lint", _lint, "check a quantized directory in seconds; exit code 1 if something is wrong"),
+        verb("lint", _lint, "check a quantized directory in seconds", wrong),
     ]
     _add_directories(readers)
     for sub in readers:
         sub.add_argument("--json", action="store_true", help="print JSON")
+        _add_config(sub)
     readers[-1].add_argument("--against", type=Path, metavar="BASE", help="its unquantized parent, for every check")
     _add_prune(verb("prune", _prune, "list, or with --yes remove, what a folder of variants can do without"))
     _add_adopt(verb("adopt", _adopt, "lint, measure and seal a directory that another tool quantized, where it lies"))
@@ -161,11 +225,17 @@ def _parser() -> argparse.ArgumentParser:
 def _add_directories(readers: Sequence[argparse.ArgumentParser]) -> None:
     listing_, showing, verifying, comparing, linting = readers
     for sub in (listing_, verifying):
-        sub.add_argument("directories", type=Path, nargs="+", metavar="DIR")
+        sub.add_argument("directories", type=Path, nargs="*", metavar="DIR", help="a variant, or a folder of variants")
     for sub in (showing, linting):
         sub.add_argument("directory", type=Path, metavar="DIR")
     comparing.add_argument("left", type=Path, metavar="A")
     comparing.add_argument("right", type=Path, metavar="B")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="DIR is the name of a variant of this configuration file"
+    )
 
 
 def _add_prune(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +265,8 @@ def _add_adopt(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directories", type=Path, nargs="+", metavar="DIR")
+    parser.add_argument("directories", type=Path, nargs="*", metavar="DIR", help="a variant, or a folder of variants")
+    _add_config(parser)
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
     parser.add_argument(
         "--against", type=Path, metavar="BASE", help="their parent, whose measured speed is plotted, too"

@@ -8,34 +8,43 @@ from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from config.load import load_settings
+from config.errors import ReloadRefused, SettingsError
+from config.load import load_settings_file
 from config.manifest import Engine
+from config.reload_effects import pending_options
 from config.schema import Settings
-from config.variant import Variant, read_variants
-from serving.backoff import Backoff
+from config.variant import Variant
 from serving.command import Machine
+from serving.control import Controlled, ControlSocket
 from serving.cores import share_cores
 from serving.engine_version import version_warning
-from serving.errors import LaunchRefused
+from serving.errors import LaunchRefused, NoSuchReplica
 from serving.lock import sole_supervisor
-from serving.machine import engine_distribution, installed_engine, installed_version
+from serving.machine import engine_distribution, installed_engine, installed_tool_parsers, installed_version
 from serving.notebook import Notebook
 from serving.probe import Probe
+from serving.progress import StateChanges
 from serving.registry import Registry
 from serving.reload import Reload
-from serving.replica import Launch, Replica, foreign_replicas, own_keys, plan_launches
+from serving.replica import Launch, Replica, State, foreign_replicas, own_keys, plan_launches
+from serving.start_times import StartTimes
 from serving.state.database import Owner, StateDatabase, state_url
 from serving.state.follower import Follower
 from serving.state.link import Link
 from serving.state.publisher import Publisher
 from serving.supervisor import Supervisor
 from serving.templates.plan import with_thinking
-from serving.tls import Tls, read_tls
+from serving.templates.tool_calling import with_tool_calling
+from serving.tls import Tls
+from serving.validation import NamedFiles, read_named_files
 
 log = logging.getLogger(__name__)
 
 # Two that load on few cores take longer than one after the other; a GPU's load waits for its disk.
 PARALLEL_STARTS: Mapping[Engine, int] = {"cpu": 1, "cuda": 2}
+SIGNALS = (
+    "SIGTERM or Ctrl-C stops them after their running requests, SIGKILL leaves them running for the next start to adopt"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +72,18 @@ class Wanted:
 
 
 def read_wanted(path: Path) -> Wanted:
-    """Read a configuration file, and the manifests and certificates it names; ConfigError if anything is wrong."""
-    settings = load_settings(path)
-    variants = read_variants(settings.variants, path.parent)
-    tls = read_tls(settings.replicas, path.parent)
-    return Wanted(settings, variants, state_url(settings.gateway.state, path.parent), path.parent.resolve(), tls)
+    """Read a configuration file, and the manifests and certificates it names; SettingsError lists all problems."""
+    file = load_settings_file(path)
+    named = read_named_files(file, path.parent)
+    if named.problems:
+        raise SettingsError(list(named.problems))
+    return wanted_of(file.settings, named, path)
+
+
+def wanted_of(settings: Settings, named: NamedFiles, path: Path) -> Wanted:
+    """Return what the configuration file at `path` wants to run."""
+    state = state_url(settings.gateway.state, path.parent)
+    return Wanted(settings, named.variants, state, path.parent.resolve(), named.tls)
 
 
 @asynccontextmanager
@@ -78,13 +94,25 @@ async def replicas_alone(
     if not wanted.has_own_replicas:
         raise LaunchRefused("the configuration has no replica to run here; one without url is ours to run")
     with sole_owner(wanted, home) as owner:
-        async with Probe() as probe, own_replicas(wanted, machine, registry, probe, home, owner) as own:
+        async with (
+            Probe() as probe,
+            ControlSocket(home, Controlled("serve", path, registry)) as control,
+            own_replicas(wanted, machine, registry, probe, home, owner) as own,
+        ):
+            control.restart = own.restart
             if path is None:
                 yield
                 return
 
-            async def apply() -> None:
-                await own.update(read_wanted(path))
+            async def apply(confirmed: bool) -> None:
+                changed = read_wanted(path)
+                ready = any(status.state is State.READY for status in registry.snapshot())
+                if ready and not changed.has_own_replicas and not confirmed:
+                    raise ReloadRefused(f"{path}: no replica that runs here would remain")
+                for option in pending_options(wanted.settings, changed.settings):
+                    if option in ("serving", "gateway.state"):
+                        log.warning("%s has changed; it takes effect at the next start", option)
+                await own.update(changed)
 
             async with Reload(lambda: [path], apply):
                 yield
@@ -110,22 +138,27 @@ async def own_replicas(
     if warning:
         log.warning("%s", warning)
     notebook = Notebook(home / "running")
-    async with (
-        told(wanted.state, owner, registry, foreign_ids(wanted), notebook) as publisher,
-        Supervisor(
-            planned_launches(wanted, machine, engine),
-            registry,
-            replace(machine, log_format=serving.logs.format),
-            probe,
-            notebook,
-            home / "logs",
-            parallel_starts=serving.parallel_starts or PARALLEL_STARTS[engine],
-            backoff=Backoff(start_failures=serving.start_attempts),
-            logs=serving.logs,
-            rotation=publisher,
-        ) as supervisor,
-    ):
-        yield OwnReplicas(machine, engine, supervisor, publisher)
+    launches = planned_launches(wanted, machine, engine)
+    at_once = serving.parallel_starts or PARALLEL_STARTS[engine]
+    log.info("starting %d replicas, %d at a time; %s", len(launches), at_once, SIGNALS)
+    with StateChanges(registry, log.info):
+        async with (
+            told(wanted.state, owner, registry, foreign_ids(wanted), notebook) as publisher,
+            Supervisor(
+                launches,
+                registry,
+                replace(machine, log_format=serving.logs.format),
+                probe,
+                notebook,
+                home / "logs",
+                parallel_starts=at_once,
+                start_attempts=serving.start_attempts,
+                logs=serving.logs,
+                rotation=publisher,
+                start_times=StartTimes(home / "starts.json"),
+            ) as supervisor,
+        ):
+            yield OwnReplicas(machine, engine, supervisor, publisher)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +169,12 @@ class OwnReplicas:
     engine: Engine = "cpu"
     supervisor: Supervisor | None = None
     publisher: Publisher | None = None
+
+    def restart(self, replica_id: str) -> str:
+        """Start a replica again; see `Supervisor.restart`."""
+        if self.supervisor is None:
+            raise NoSuchReplica("the configuration has no replica to run here")
+        return self.supervisor.restart(replica_id)
 
     async def update(self, wanted: Wanted, ready: Callable[[], None] = lambda: None) -> None:
         """Go over to what is wanted now; see `Supervisor.update`."""
@@ -160,7 +199,7 @@ def planned_launches(wanted: Wanted, machine: Machine, engine: Engine) -> tuple[
     planned = plan_launches(wanted.settings.replicas, dict(wanted.variants), engine)
     launches = tuple(replace(launch, media_domains=domains) for launch in planned)
     thinking = with_thinking(launches, wanted.settings.aliases, wanted.folder / "templates")
-    return share_cores(thinking, machine.cores)
+    return share_cores(with_tool_calling(thinking, installed_tool_parsers()), machine.cores)
 
 
 @asynccontextmanager

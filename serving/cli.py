@@ -5,8 +5,8 @@ import os
 import sys
 from contextlib import AbstractAsyncContextManager
 from difflib import get_close_matches
-from pathlib import Path
 
+from config.command_line import add_config, chosen_config, exit_codes
 from config.errors import ConfigError
 from config.load import home_directory, load_settings, process_environment
 from serving.app import read_wanted, replicas_alone
@@ -14,12 +14,12 @@ from serving.errors import StateAway
 from serving.foreground import USAGE, run_until_signal
 from serving.logs import follow_log, log_files, read_end
 from serving.machine import this_machine
-from serving.ps import print_once, watch
+from serving.ps import Listing, print_once, watch
 from serving.registry import Registry
+from serving.replica import own_keys
 from serving.state.database import StateDatabase, state_url
 
 FAILED = 1
-DEFAULT_CONFIG = Path("quantgate.yaml")
 DEFAULT_LINES = 50
 
 
@@ -28,10 +28,11 @@ def serve_main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="quantgate serve",
         description="Run the replicas of a configuration on this machine and tell the state database (gateway.state), "
-        "where `quantgate gateway` finds them. One per home directory ($QUANTGATE_HOME): a second ends with code 4.",
+        "where `quantgate gateway` finds them. One per home directory ($QUANTGATE_HOME).",
+        epilog=exit_codes(0, 2, 4),
     )
-    _add_config(parser)
-    config: Path = parser.parse_args(arguments).config
+    add_config(parser)
+    config = chosen_config(parser, parser.parse_args(arguments))
     home, environment = home_directory(), process_environment()
 
     def start() -> AbstractAsyncContextManager[None]:
@@ -44,26 +45,35 @@ def ps_main(arguments: list[str]) -> int:
     """List the replicas that supervisors tell of."""
     parser = argparse.ArgumentParser(
         prog="quantgate ps",
-        description="List the replicas that `quantgate serve` and `quantgate up` run, as the state database has them. "
-        "Replicas with a url are not in it: the gateway's /admin/replicas shows those, too.",
+        description="List the replicas that `quantgate serve` and `quantgate up` run, as the state database has them, "
+        "with the requests in each engine. On a terminal, a long reason is cut at the end of its line. Replicas with a "
+        "url are not in it: the gateway's /admin/replicas shows those, too.",
+        epilog=exit_codes(0, 2, code_1="the state database is unavailable"),
     )
-    _add_config(parser)
+    add_config(parser)
     parser.add_argument("--json", action="store_true", help="print a JSON array")
     parser.add_argument("-w", "--watch", action="store_true", help="go on until Ctrl-C; with --json a line a change")
+    parser.add_argument(
+        "--wide", action="store_true", help="all columns, whole: variant, host, address and process too"
+    )
     chosen = parser.parse_args(arguments)
+    config = chosen_config(parser, chosen)
     try:
-        settings = load_settings(chosen.config)
-        database = StateDatabase.at(state_url(settings.gateway.state, chosen.config.parent), create=False)
+        settings = load_settings(config)
+        database = StateDatabase.at(state_url(settings.gateway.state, config.parent), create=False)
     except ConfigError as error:
         print(f"quantgate: {error}", file=sys.stderr)
         return USAGE
+    listing = Listing(database, own_keys(settings.replicas))
     try:
-        (watch if chosen.watch else print_once)(database, as_json=chosen.json)
+        (watch if chosen.watch else print_once)(listing, as_json=chosen.json, wide=chosen.wide)
     except StateAway as error:
         print(f"quantgate: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return 0
+    except BrokenPipeError:
+        _discard_output()
     finally:
         database.close()
     return 0
@@ -74,6 +84,7 @@ def logs_main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="quantgate logs",
         description="Print the end of a replica's log ($QUANTGATE_HOME/logs/REPLICA.log).",
+        epilog=exit_codes(0, code_1="the log can't be read", code_2="usage error, or no such log"),
     )
     parser.add_argument("replica", metavar="REPLICA", help="as `quantgate ps` names it")
     parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until Ctrl-C")
@@ -92,12 +103,16 @@ def logs_main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 0
     except BrokenPipeError:
-        # Whoever read has enough; what Python still wants to flush at exit goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
     except OSError as error:
         print(f"quantgate logs: {files[chosen.replica]}: {error.strerror}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def _discard_output() -> None:
+    """Send what Python still flushes at exit to /dev/null: the reader, such as `head`, has closed the pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unknown(name: str, known: list[str]) -> str:
@@ -113,7 +128,3 @@ def _count(text: str) -> int:
     if count < 0:
         raise ValueError
     return count
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, nargs="?", default=DEFAULT_CONFIG, help="default: %(default)s")

@@ -79,6 +79,8 @@ def _arguments(launch: Launch, port: int, log_format: str) -> Sequence[str]:
         ("--logging-config.formatter", "json" if log_format == "json" else None),
     ]
     named = [text for flag, value in options if value is not None for text in (flag, str(value))]
+    if launch.tool_parser is not None:
+        named += ["--enable-auto-tool-choice", "--tool-call-parser", launch.tool_parser]
     switches = ["--enable-request-id-headers", "--enable-server-load-tracking", "--enable-prompt-tokens-details"]
     if not settings.prefix_caching:
         switches.append("--no-enable-prefix-caching")

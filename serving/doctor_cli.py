@@ -4,10 +4,12 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
+from config.command_line import add_config, exit_codes, given_config
 from config.errors import ConfigError
 from config.load import home_directory, process_environment
 from serving.doctor.findings import Finding, findings, worst
@@ -17,18 +19,24 @@ FAILED, USAGE = 1, 2
 STYLES = {"ok": "", "warning": "yellow", "error": "red"}
 
 
-def doctor_main(arguments: list[str]) -> int:
-    """Print every finding with its fix; 0 without errors, 1 with some, 2 if the configuration can't be read."""
+def doctor_main(arguments: list[str], validate: Callable[[Path], list[Finding]] = lambda _: []) -> int:
+    """Print every finding with its fix; 0 without errors, 1 with some, 2 if the configuration is invalid.
+
+    `validate` returns what is wrong with a configuration beyond this machine; it raises ConfigError if it is invalid.
+    """
     parser = argparse.ArgumentParser(
         prog="quantgate doctor",
         description="Look at this machine as vLLM will: engine, CPU, GPUs, memory, limits. With a configuration, also "
-        "at its addresses, and at whatever would keep its replicas from starting. Exit code 1 if there are errors.",
+        "at its addresses, and at whatever would keep its replicas from starting.",
+        epilog=exit_codes(2, code_0="no errors, warnings perhaps", code_1="errors"),
     )
-    parser.add_argument("config", type=Path, nargs="?", help="a configuration file")
+    add_config(parser, "a configuration file")
     parser.add_argument("--json", action="store_true", help="print findings as JSON")
     chosen = parser.parse_args(arguments)
     try:
-        found = findings(examine(home_directory(), process_environment(), chosen.config))
+        config = given_config(parser, chosen)
+        found = validate(config) if config else []
+        found = [*findings(examine(home_directory(), process_environment(), config)), *found]
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE

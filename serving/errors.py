@@ -12,6 +12,8 @@ ServingError
 ├── StateAway         the state database is unavailable or not usable; callers continue with the last known state
 ├── LockHeld          another supervisor uses this home directory (exit code 4)
 ├── NoSuchReplica     the replica is not in the registry, or has left it
+├── ControlRefused    a running process cannot do what was asked of it now
+├── NoAnswer          a running process does not answer on its control socket
 └── ReplicaConflict   two sources use the same replica id; the registry keeps the replica of the first
 """
 
@@ -62,6 +64,14 @@ class LockHeld(ServingError):
 
 class NoSuchReplica(ServingError):
     """The replica is not in the registry; it may have left between the choice and the lease."""
+
+
+class ControlRefused(ServingError):
+    """A running process cannot do what was asked of it; the message says why."""
+
+
+class NoAnswer(ServingError):
+    """A running process did not answer on its control socket."""
 
 
 class ReplicaConflict(ServingError):

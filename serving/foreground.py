@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +15,8 @@ from serving.errors import LaunchRefused, LockHeld
 
 USAGE, LOCKED = 2, 4
 
+log = logging.getLogger(__name__)
+
 
 def run_until_signal(start: Callable[[], AbstractAsyncContextManager[object]]) -> int:
     """Run until SIGINT or SIGTERM, then shut down in order.
@@ -23,6 +26,7 @@ def run_until_signal(start: Callable[[], AbstractAsyncContextManager[object]]) -
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for chatty in ("httpx", "uvicorn.error"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    raise_file_limit()
     try:
         uvloop.run(_run(start))
     except (ConfigError, LaunchRefused, LockHeld) as error:
@@ -31,20 +35,43 @@ def run_until_signal(start: Callable[[], AbstractAsyncContextManager[object]]) -
     return 0
 
 
+def raise_file_limit() -> None:
+    """Raise the soft limit on open files to the hard one: each connection is a file, and the usual limit is 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        log.warning("the limit on open files stays %d: %s", soft, error)
+
+
 async def _run(start: Callable[[], AbstractAsyncContextManager[object]]) -> None:
-    async with stop_signal() as stop, start():
-        await stop.wait()
+    async with stop_signal() as stop:
+        async with start():
+            await stop.wait()
+        log.info("stopped")
 
 
 @asynccontextmanager
-async def stop_signal() -> AsyncIterator[asyncio.Event]:
-    """An event that SIGINT or SIGTERM sets."""
+async def stop_signal(*others: signal.Signals) -> AsyncIterator[asyncio.Event]:
+    """An event that SIGINT, SIGTERM or one of `others` sets; SIGHUP does nothing until something else handles it."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.is_set():
+            log.info("%s: stopping already, after the running requests; SIGKILL does not wait", number.name)
+        else:
+            log.info("%s: stopping", number.name)
+        stop.set()
+
+    # The default action of SIGHUP would end a process that does not follow its configuration yet.
+    loop.add_signal_handler(signal.SIGHUP, log.info, "SIGHUP: still starting, nothing to reload")
+    for number in (signal.SIGINT, signal.SIGTERM, *others):
+        loop.add_signal_handler(number, on_signal, number)
     try:
         yield stop
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.remove_signal_handler(number)

@@ -27,7 +27,9 @@ def launch_digest(launch: Launch) -> str:
     """
     settings = launch.settings.model_dump(
         mode="json",
-        exclude={"count", "gpus", "port", "api_key", "start_timeout_seconds", "drain_seconds", "hang_seconds"},
+        exclude={"count", "gpus", "port", "api_key", "start_timeout_seconds", "drain_seconds", "hang_seconds"}
+        # What it comes to is the parser.
+        | {"tool_calling"},
     )
     key, manifest = launch.settings.api_key, launch.variant.manifest
     template = launch.thinking.template
@@ -40,6 +42,7 @@ def launch_digest(launch: Launch) -> str:
         launch.engine,
         launch.thinking.parser,
         launch.thinking.enable_thinking,
+        launch.tool_parser,
         str(template) if template else None,
         [launch.variant.name, str(launch.variant.path), manifest.to_json() if manifest else None],
     ]

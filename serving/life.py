@@ -2,12 +2,14 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from serving.command import Machine, build_command
+from serving.duration import duration
 from serving.errors import NotAdopted, ServingError, StartFailed
 from serving.identity import launch_digest
 from serving.machine import free_port
@@ -17,6 +19,8 @@ from serving.probe import Probe
 from serving.process import Adopted, Child
 from serving.registry import Registry, ReplicaSource
 from serving.replica import SUPERVISOR, Launch, Replica, State
+from serving.start_times import StartTimes
+from serving.templates.tool_calling import takes_tools
 from serving.verification import verified
 
 READY_POLL_SECONDS = 0.2
@@ -37,6 +41,8 @@ class Birthplace:
     turns: asyncio.Semaphore
     patience_seconds: float = READY_PATIENCE_SECONDS
     adoption_seconds: float = ADOPTION_SECONDS
+    start_times: StartTimes = field(default_factory=StartTimes)
+    clock: Callable[[], float] = time.monotonic
 
     @property
     def source(self) -> ReplicaSource:
@@ -56,9 +62,11 @@ async def started(launch: Launch, place: Birthplace) -> AsyncIterator[tuple[Chil
             child = Child(command, _log(launch, place), STARTING_PATIENCE_SECONDS)
             await stack.enter_async_context(_noted(child, launch, launch_digest(launch), port, place))
             child.release()
-            place.source.put(planned(launch, port), State.STARTING, f"loading, process {child.pid}")
+            began = place.clock()
+            place.source.put(planned(launch, port), State.STARTING, _loading(launch, child, place))
             await _listening(launch, child, place, launch.settings.start_timeout_seconds)
             replica = await _proved(launch, port, place)
+            place.start_times.add(launch, place.clock() - began)
         child.patience_seconds = place.patience_seconds
         yield child, replica
 
@@ -92,6 +100,12 @@ async def _noted(
                 await child.stop()
 
 
+def _loading(launch: Launch, child: Child, place: Birthplace) -> str:
+    usual = place.start_times.usual_seconds(launch)
+    estimate = "its first start here" if usual is None else f"usually ready after {duration(usual)}"
+    return f"loading, process {child.pid}, {estimate}"
+
+
 def planned(launch: Launch, port: int) -> Replica:
     """Describe the replica that a launch becomes."""
     key = launch.settings.api_key.get_secret_value() if launch.settings.api_key else None
@@ -105,6 +119,7 @@ def planned(launch: Launch, port: int) -> Replica:
         launch.replica_id,
         key,
         max_in_flight=launch.settings.max_in_flight,
+        tools=takes_tools(launch),
     )
 
 

@@ -41,7 +41,8 @@ def _held(home: Path) -> str:
     # Whoever has just taken the lock may not have written its number yet.
     pid = (home / LOCK_NAME).read_text().strip()
     holder = f"process {pid}" if pid else "another process"
-    return f"{home}: {holder} runs the replicas of this home already; stop it, or set QUANTGATE_HOME to another folder"
+    remedy = "`quantgate stop` stops it; or set QUANTGATE_HOME to another folder"
+    return f"{home}: {holder} runs the replicas of this home already; {remedy}"
 
 
 def _identity(path: Path) -> str:

@@ -1,8 +1,12 @@
-"""The table of replicas, as the state database has it."""
+"""The table of replicas, as the state database has it, with the requests that their engines report."""
 
+import asyncio
 import json
+import socket
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.console import Console
@@ -10,41 +14,92 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from serving.replica import State
-from serving.state.database import Picture, StateDatabase
+from config.schema import is_loopback
+from serving.duration import duration
+from serving.probe import Probe
+from serving.replica import Replica, State
+from serving.state.database import Owner, Picture, StateDatabase, Told
 
 WATCH_SECONDS = 1.0
 SILENT_SECONDS = 10.0
+ENGINE_SECONDS = 1.0  # for an engine to say how many requests it has
+ANSWERING = frozenset({State.READY, State.DRAINING})
 COLOURS = {State.READY: "green", State.FAILED: "red", State.DRAINING: "yellow", State.STOPPING: "yellow"}
+COLUMNS = ("replica", "precision", "state", "for", "reqs", "reason")
+WIDE_COLUMNS = ("replica", "variant", "precision", "state", "for", "reqs", "host", "url", "pid", "reason")
+
+Row = dict[str, Any]
 
 
-def print_once(database: StateDatabase, *, as_json: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Reads the rows of `quantgate ps`; `keys` are those of replicas, by id or variant."""
+
+    database: StateDatabase
+    keys: Mapping[str, str]
+
+    def rows(self) -> list[Row]:
+        """Return one replica a row; StateAway if the state database can't be read."""
+        picture = self.database.picture()
+        return rows(picture, time.time(), asyncio.run(requests_in_engines(picture, self.keys)))
+
+
+def print_once(listing: Listing, *, as_json: bool, wide: bool) -> None:
     """Print what there is now; StateAway if it can't be read."""
-    listed = rows(database.picture(), time.time())
+    listed = listing.rows()
     if as_json:
         print(json.dumps(listed, indent=2))  # noqa: T201
         return
-    # Without a terminal nothing is cut: a script, or grep, reads it.
-    console = Console(soft_wrap=not sys.stdout.isatty())
-    console.print(table(listed), soft_wrap=False, width=None if sys.stdout.isatty() else _width(listed))
+    _print_table(listed, wide=wide)
     if not listed:
-        name = database.engine.name
-        Console(stderr=True, soft_wrap=True).print(f"nobody tells of replicas in {name}", highlight=False, markup=False)
+        name = listing.database.engine.name
+        print(f"no supervisor publishes replicas in {name}", file=sys.stderr)  # noqa: T201
 
 
-def watch(database: StateDatabase, *, as_json: bool) -> None:
+def _print_table(listed: list[Row], *, wide: bool) -> None:
+    """Print a line per replica: cut at the width of a terminal, whole into a pipe or if `wide`."""
+    console = Console()
+    if wide or not console.is_terminal:
+        console = Console(width=_width(listed))
+    console.print(table(listed, wide=wide), crop=False)
+
+
+def watch(listing: Listing, *, as_json: bool, wide: bool) -> None:
     """Show it again and again until interrupted; as JSON a line whenever something has changed."""
     if as_json or not sys.stdout.isatty():
-        _print_changes(database, as_json=as_json)
+        _print_changes(listing, as_json=as_json, wide=wide)
         return
-    with Live(table(rows(database.picture(), time.time())), screen=False, auto_refresh=False) as live:
+    with Live(table(listing.rows(), wide=wide), screen=False, auto_refresh=False) as live:
         while True:
             time.sleep(WATCH_SECONDS)
-            live.update(table(rows(database.picture(), time.time())), refresh=True)
+            live.update(table(listing.rows(), wide=wide), refresh=True)
 
 
-def rows(picture: Picture, now: float) -> list[dict[str, Any]]:
-    """One replica a row, in plain values."""
+async def requests_in_engines(picture: Picture, keys: Mapping[str, str]) -> dict[tuple[str, str], int | None]:
+    """Ask the engines how many requests they have, from all senders, by owner and replica; None if one can't tell."""
+    owners = {owner.id: owner for owner in picture.pulse.owners}
+    asked = {
+        (owner_id, told.replica.id): _with_key(told.replica, keys)
+        for owner_id, told in picture.told
+        if told.state in ANSWERING and _is_reachable(told, owners[owner_id])
+    }
+    async with Probe(ENGINE_SECONDS) as probe:
+        counts = await asyncio.gather(*map(probe.requests_in_engine, asked.values()))
+    return dict(zip(asked, counts, strict=True))
+
+
+def _with_key(replica: Replica, keys: Mapping[str, str]) -> Replica:
+    return replace(replica, api_key=keys.get(replica.id, keys.get(replica.variant)))
+
+
+def _is_reachable(told: Told, owner: Owner) -> bool:
+    """Whether an address means the same here as where its owner runs: a loopback address of another host does not."""
+    host = told.replica.url.partition("://")[2].rpartition(":")[0]
+    return not is_loopback(host) or owner.host == socket.gethostname()
+
+
+def rows(picture: Picture, now: float, requests: Mapping[tuple[str, str], int | None]) -> list[Row]:
+    """One replica a row, in plain values; `requests` is by owner and replica."""
     owners = {owner.id: owner for owner in picture.pulse.owners}
     listed = []
     for owner_id, told in picture.told:
@@ -58,6 +113,7 @@ def rows(picture: Picture, now: float) -> list[dict[str, Any]]:
                 "state": told.state.value,
                 "since": told.since,
                 "seconds": round(max(0.0, now - told.since), 1),
+                "requests": requests.get((owner_id, told.replica.id)),
                 "url": told.replica.url,
                 "pid": told.pid,
                 "reason": told.reason,
@@ -69,35 +125,28 @@ def rows(picture: Picture, now: float) -> list[dict[str, Any]]:
     return listed
 
 
-def table(listed: list[dict[str, Any]]) -> Table:
-    """Lay rows out for people; the host is told where there are several."""
+def table(listed: list[Row], *, wide: bool = False) -> Table:
+    """Lay rows out for people, one line each: what does not fit is cut, first of all the reason."""
     several = len({row["host"] for row in listed}) > 1
-    columns = [
-        "replica",
-        "variant",
-        "precision",
-        "state",
-        "for",
-        *(["host"] if several else []),
-        "url",
-        "pid",
-        "reason",
-    ]
-    laid_out = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    columns = [name for name in (WIDE_COLUMNS if wide else COLUMNS) if name != "host" or several]
+    laid_out = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for name in columns:
+        # The only column that may be narrower than its content; its cells are not wrapped, either.
+        laid_out.add_column(name, no_wrap=name != "reason", justify="right" if name == "reqs" else "left")
     for row in listed:
-        state = Text(row["state"], style=COLOURS.get(State(row["state"]), ""))
         cells: dict[str, str | Text] = {
             **{name: str(row[name]) for name in ("replica", "variant", "precision", "host", "url")},
-            "state": state,
+            "state": Text(row["state"], style=COLOURS.get(State(row["state"]), "")),
             "for": duration(row["seconds"]),
+            "reqs": "-" if row["requests"] is None else str(row["requests"]),
             "pid": str(row["pid"] or "-"),
-            "reason": Text(_reason(row)),
+            "reason": Text(" ".join(_reason(row).split()), no_wrap=True, overflow="ellipsis"),
         }
         laid_out.add_row(*(cells[name] for name in columns))
     return laid_out
 
 
-def _reason(row: dict[str, Any]) -> str:
+def _reason(row: Row) -> str:
     silent = row["supervisor_silent_seconds"]
     if silent is None:
         return str(row["reason"])
@@ -105,30 +154,21 @@ def _reason(row: dict[str, Any]) -> str:
     return "; ".join(filter(None, [row["reason"], word]))
 
 
-def duration(seconds: float) -> str:
-    """Two units at most: 42s, 3m07s, 5h12m, 8d03h."""
-    whole = int(seconds)
-    for unit, size, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // part:02d}{smaller}"
-    return f"{whole}s"
-
-
-def _width(listed: list[dict[str, Any]]) -> int:
+def _width(listed: list[Row]) -> int:
     """Wide enough that no row breaks."""
     longest = max((sum(len(str(value)) for value in row.values()) + len(_reason(row)) for row in listed), default=0)
     return max(120, longest + 40)
 
 
-def _print_changes(database: StateDatabase, *, as_json: bool) -> None:
-    before: list[dict[str, Any]] | None = None
+def _print_changes(listing: Listing, *, as_json: bool, wide: bool) -> None:
+    before: list[Row] | None = None
     while True:
-        listed = rows(database.picture(), time.time())
-        lasting = [{**row, "seconds": None, "supervisor_silent_seconds": None} for row in listed]
+        listed = listing.rows()
+        lasting = [{**row, "seconds": None, "requests": None, "supervisor_silent_seconds": None} for row in listed]
         if lasting != before:
             if as_json:
                 print(json.dumps(listed), flush=True)  # noqa: T201
             else:
-                print_once(database, as_json=False)
+                _print_table(listed, wide=wide)
         before = lasting
         time.sleep(WATCH_SECONDS)

@@ -1,8 +1,13 @@
-"""Takes a changed configuration in while everything runs: at SIGHUP, or when the file is another one."""
+"""Takes a changed configuration in while everything runs: at SIGHUP, or when the file is another one.
+
+A configuration that would leave nothing of what answers now is refused (ReloadRefused), however it comes: files get
+truncated. A second SIGHUP within `CONFIRM_SECONDS` applies it.
+"""
 
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,12 +15,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from config.errors import ConfigError
+from config.errors import ConfigError, ReloadRefused
 from serving.errors import ServingError
 
 log = logging.getLogger(__name__)
 
 Outcome = Literal["applied", "refused", "failed"]
+
+CONFIRM_SECONDS = 10.0
 
 
 @dataclass(slots=True)
@@ -23,13 +30,15 @@ class Reload:
     """Looks at `files` while the `async with` block runs and calls `apply` when one has changed, one call at a time.
 
     What `apply` raises is told, and what was in force stays: ConfigError and LaunchRefused before anything was
-    touched, another ServingError half-way.
+    touched, another ServingError half-way. `apply` gets True if the operator has confirmed what was refused before.
     """
 
     files: Callable[[], Iterable[Path]]
-    apply: Callable[[], Awaitable[None]]
+    apply: Callable[[bool], Awaitable[None]]
     tell: Callable[[Outcome], None] = lambda _: None
     every_seconds: float = 1.0
+    clock: Callable[[], float] = time.monotonic
+    _refused: tuple[list[object], float] | None = None  # at a SIGHUP: the state of the files, and when
     _asked: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
 
@@ -54,14 +63,22 @@ class Reload:
                 async with asyncio.timeout(self.every_seconds):
                     await self._asked.wait()
             now = self._stamps()
-            if self._asked.is_set() or now != seen:
+            by_signal = self._asked.is_set()
+            if by_signal or now != seen:
                 self._asked.clear()
                 seen = now
-                await self._reload()
+                await self._reload(now, by_signal=by_signal)
 
-    async def _reload(self) -> None:
+    async def _reload(self, stamps: list[object], *, by_signal: bool) -> None:
+        confirmed = by_signal and self._confirms(stamps)
+        self._refused = None
         try:
-            await self.apply()
+            await self.apply(confirmed)
+        except ReloadRefused as error:
+            self._refused = (stamps, self.clock()) if by_signal else None
+            again = "another SIGHUP" if by_signal else "two SIGHUPs"
+            how = f"restore the file, or apply it with {again} within {CONFIRM_SECONDS:g} s (quantgate reload --force)"
+            self._told("refused", f"the configuration is refused, the one before stays in force: {error}; {how}")
         except ConfigError as error:
             self._told("refused", f"the configuration is refused, the one before stays in force: {error}")
         except ServingError as error:
@@ -72,6 +89,13 @@ class Reload:
         else:
             log.info("the configuration is in force")
             self.tell("applied")
+
+    def _confirms(self, stamps: list[object]) -> bool:
+        """Whether a SIGHUP asks again for what was refused at the one before: the same files, within the time."""
+        if self._refused is None:
+            return False
+        refused, at_seconds = self._refused
+        return refused == stamps and self.clock() - at_seconds <= CONFIRM_SECONDS
 
     def _told(self, outcome: Outcome, what: str) -> None:
         log.error("%s", what)

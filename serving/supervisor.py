@@ -3,55 +3,49 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from config.schema import LogSettings
 from serving.backoff import Backoff
 from serving.command import Machine
-from serving.errors import LaunchRefused, NotAdopted, ServingError, UpdateFailed
-from serving.hanging import until_it_hangs
+from serving.errors import LaunchRefused, NoSuchReplica, UpdateFailed
 from serving.identity import launch_digest, slot_of, successor_id
-from serving.life import (
-    ADOPTION_SECONDS,
-    READY_PATIENCE_SECONDS,
-    STARTING_PATIENCE_SECONDS,
-    Birthplace,
-    adopted,
-    planned,
-    started,
-)
+from serving.life import ADOPTION_SECONDS, READY_PATIENCE_SECONDS, Birthplace
 from serving.log_file import keep_short
 from serving.notebook import Note, Notebook
 from serving.preflight import refuse_fleet, refuse_hopeless
 from serving.probe import Probe
-from serving.process import Adopted, Child
 from serving.registry import Registry, ReplicaSource
-from serving.replica import SUPERVISOR, Launch, Replica, State
+from serving.replica import SUPERVISOR, Launch, State
+from serving.replica_loop import ReplicaLoop
 from serving.rolling import Current, Replace, Retire, Start, Step, next_step
+from serving.start_times import StartTimes
 from serving.state.rotation import Rotation, drained
 
 log = logging.getLogger(__name__)
 
-STEADY_SECONDS = 120.0  # after so long without a crash, the next one counts as the first
+START_ATTEMPTS = 3
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Kept:
-    """A replica that is kept running by a task, until it is leaving."""
+    """A replica's loop, and the task that runs it."""
 
-    launch: Launch
+    loop: ReplicaLoop
     task: asyncio.Task[None]
-    leaving: bool = False
 
 
 @dataclass(slots=True)
 class Supervisor:
-    """Owns the processes of all launches while the `async with` block runs; nobody else starts or stops one."""
+    """Owns the processes of all launches while the `async with` block runs; nobody else starts or stops one.
+
+    A replica that fails is started again, for ever; `start_attempts` is how often an update tries its replacement.
+    """
 
     launches: tuple[Launch, ...]
     registry: Registry
@@ -61,10 +55,12 @@ class Supervisor:
     log_folder: Path
     parallel_starts: int = 1
     backoff: Backoff = field(default_factory=Backoff)
+    start_attempts: int = START_ATTEMPTS
     logs: LogSettings = field(default_factory=LogSettings)
     rotation: Rotation | None = None
     patience_seconds: float = READY_PATIENCE_SECONDS
     adoption_seconds: float = ADOPTION_SECONDS
+    start_times: StartTimes = field(default_factory=StartTimes)
     clock: Callable[[], float] = time.monotonic
     _kept: dict[str, _Kept] = field(default_factory=dict)
     _place: Birthplace = field(init=False)
@@ -76,7 +72,9 @@ class Supervisor:
         self._source = self.registry.source(SUPERVISOR)
         shared = (self.registry, self.machine, self.probe, self.notebook, self.log_folder)
         turns = asyncio.Semaphore(self.parallel_starts)
-        self._place = Birthplace(*shared, turns, self.patience_seconds, self.adoption_seconds)
+        self._place = Birthplace(
+            *shared, turns, self.patience_seconds, self.adoption_seconds, self.start_times, self.clock
+        )
 
     async def __aenter__(self) -> Self:
         """Take over what a dead supervisor left, end what isn't wanted of it, and begin to start the rest, in order."""
@@ -103,11 +101,14 @@ class Supervisor:
         """Go over to other launches, one replica at a time, each replaced before it is retired where there is room.
 
         `ready` is called when all that is wanted is there, before what isn't any more goes; earlier only where there is
-        no room. LaunchRefused: nothing was touched. UpdateFailed: what was not replaced yet goes on as it was.
+        no room. Replicas that wait for their next start are started at once. LaunchRefused: nothing else was touched.
+        UpdateFailed: what was not replaced yet goes on as it was.
         """
         async with self._updating:
+            self._start_waiting(wanted)
             for launch in wanted:
                 await asyncio.to_thread(refuse_hopeless, launch)
+            self._set_times(wanted)
             told = False
             while step := next_step(self._current(), wanted):
                 if isinstance(step, Retire) and not told:
@@ -117,6 +118,30 @@ class Supervisor:
             self.launches = wanted
             if not told:
                 ready()
+
+    def restart(self, replica_id: str) -> str:
+        """Start a replica again, drained first if it is ready; returns what happens. NoSuchReplica: not ours."""
+        kept = self._kept.get(replica_id)
+        if kept is None:
+            near = get_close_matches(replica_id, self._kept, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise NoSuchReplica(f"there is no replica {replica_id!r}; {hint}known: {', '.join(sorted(self._kept))}")
+        return kept.loop.restart()
+
+    def _start_waiting(self, wanted: tuple[Launch, ...]) -> None:
+        """End the pauses of the replicas that wait for their next start, and are wanted as they are."""
+        digests = {launch.replica_id: launch_digest(launch) for launch in wanted}
+        for replica_id, kept in self._kept.items():
+            if digests.get(slot_of(replica_id)) == launch_digest(kept.loop.launch):
+                kept.loop.start_now()
+
+    def _set_times(self, wanted: tuple[Launch, ...]) -> None:
+        """Give running replicas the times of the new launches: a change of those alone replaces nothing."""
+        launches = {launch.replica_id: launch for launch in wanted}
+        for replica_id, kept in self._kept.items():
+            launch = launches.get(slot_of(replica_id))
+            if launch is not None and launch_digest(launch) == launch_digest(kept.loop.launch):
+                kept.loop.launch = replace(launch, replica_id=replica_id)
 
     async def _take_stock(self) -> dict[str, Note]:
         """Look at what a dead supervisor left: notes to adopt, by slot; whatever isn't wanted as it is, is ended."""
@@ -132,15 +157,15 @@ class Supervisor:
         return found
 
     def _begin(self, launch: Launch, note: Note | None = None) -> None:
-        port = note.port if note else launch.port or 0
-        self._source.put(planned(launch, port), State.STARTING, "waiting for its turn to start")
-        task = asyncio.create_task(self._keep(launch, note), name=f"replica {launch.replica_id}")
-        self._kept[launch.replica_id] = _Kept(launch, task)
+        loop = ReplicaLoop(launch, self._place, self.backoff, self._drain, self.clock)
+        loop.announce(note.port if note else launch.port or 0)
+        task = asyncio.create_task(loop.run(note), name=f"replica {launch.replica_id}")
+        self._kept[launch.replica_id] = _Kept(loop, task)
 
     def _current(self) -> list[Current]:
         statuses = {each.replica.id: each for each in self.registry.snapshot()}
         return [
-            Current(kept.launch, statuses[name].state is State.READY, statuses[name].in_flight)
+            Current(kept.loop.launch, statuses[name].state is State.READY, statuses[name].in_flight)
             for name, kept in self._kept.items()
         ]
 
@@ -165,17 +190,14 @@ class Supervisor:
                 await self._come(replace(launch, replica_id=replica_id))
 
     async def _come(self, launch: Launch) -> None:
-        """Start a replica and wait until it is ready; UpdateFailed, and it is gone again, if it won't be."""
+        """Start a replica and wait until it is ready; UpdateFailed, and it is gone again, after `start_attempts`."""
         self._begin(launch)
-        kept = self._kept[launch.replica_id]
-        while self.registry.status(launch.replica_id).state is not State.READY:
-            if kept.task.done():
-                reason = self.registry.status(launch.replica_id).reason
+        loop = self._kept[launch.replica_id].loop
+        while (status := self.registry.status(launch.replica_id)).state is not State.READY:
+            if loop.failures >= self.start_attempts:
                 await self._leave(launch.replica_id)
-                raise UpdateFailed(f"the update stops at {launch.replica_id}, which doesn't start: {reason}")
-            changed = asyncio.create_task(self.registry.changed())
-            await asyncio.wait({changed, kept.task}, return_when=asyncio.FIRST_COMPLETED)
-            changed.cancel()
+                raise UpdateFailed(f"the update stops at {launch.replica_id}, which doesn't start: {status.reason}")
+            await self.registry.changed()
 
     async def _leave(self, replica_id: str) -> None:
         await self._retire(replica_id)
@@ -184,10 +206,11 @@ class Supervisor:
     async def _retire(self, replica_id: str) -> None:
         """Out of rotation, then no request left or the deadline, then the end."""
         kept = self._kept[replica_id]
-        kept.leaving = True
-        if self.registry.status(replica_id).state is State.READY:
-            self._source.move(replica_id, State.DRAINING, "asked to stop")
-            await self._drain(replica_id, kept.launch.settings.drain_seconds)
+        kept.loop.leaving = True
+        if self.registry.status(replica_id).state in (State.READY, State.DRAINING):
+            seconds = kept.loop.launch.settings.drain_seconds
+            self._source.move(replica_id, State.DRAINING, f"finishes its requests, for at most {seconds:g} s")
+            await self._drain(replica_id, seconds)
         self._source.move(replica_id, State.STOPPING, "asked to stop")
         kept.task.cancel()
         await asyncio.gather(kept.task, return_exceptions=True)
@@ -199,64 +222,8 @@ class Supervisor:
         if not await drained(replica, self.registry, self.probe, self.rotation, limit_seconds):
             log.warning("replica %s still has requests after %g s: they are cut off", replica_id, limit_seconds)
 
-    async def _keep(self, launch: Launch, note: Note | None) -> None:
-        """Run one replica again and again until told to stop, or until it won't start."""
-        failures = crashes = 0
-        while True:
-            pause: float | None = 0.0
-            try:
-                async with self._life(launch, note) as (child, replica):
-                    failures, began = 0, self.clock()
-                    self._source.put(replica, State.READY)
-                    log.info("replica %s is ready at %s", replica.id, replica.url)
-                    reason = await self._until_over(launch, child, replica)
-                    if self._leaving(launch):
-                        return
-                    crashes = 1 if self.clock() - began > STEADY_SECONDS else crashes + 1
-                    pause = self.backoff.after_crash(crashes)
-                    # Out of rotation before the clean-up, which may take a while.
-                    self._failed(launch, reason, pause)
-            except NotAdopted as error:
-                log.warning("%s", error)
-            except ServingError as error:
-                failures += 1
-                pause = self.backoff.after_start_failure(failures)
-                self._failed(launch, str(error), pause)
-            except Exception as error:
-                # The outermost loop: a defect must not leave a replica "starting" for ever.
-                self._failed(launch, f"the supervisor has a defect: {error!r}", None)
-                raise
-            if pause is None or self._leaving(launch):
-                return
-            note = None
-            await asyncio.sleep(pause)
-
-    def _leaving(self, launch: Launch) -> bool:
-        return self._kept[launch.replica_id].leaving
-
-    @asynccontextmanager
-    async def _life(self, launch: Launch, note: Note | None) -> AsyncIterator[tuple[Child | Adopted, Replica]]:
-        life = adopted(launch, note, self._place) if note else started(launch, self._place)
-        async with life as (child, replica):
-            yield child, replica
-
-    async def _until_over(self, launch: Launch, child: Child | Adopted, replica: Replica) -> str:
-        """Wait until a replica that was ready ends or hangs, and say which."""
-        hanging = until_it_hangs(replica, self.probe, launch.settings.hang_seconds, self.clock)
-        ended = await _first(child.wait(), hanging)
-        if child.exit_code is None:
-            child.patience_seconds = STARTING_PATIENCE_SECONDS
-            return f"{ended} (log: {child.log})"
-        # Also with code 0: that is how vLLM leaves when its engine died.
-        return f"crashed with {ended}: {child.last_words()} (log: {child.log})"
-
     async def _rotation_of_logs(self) -> None:
         await keep_short(self.log_folder, self.logs, lambda: tuple(self._kept))
-
-    def _failed(self, launch: Launch, reason: str, pause_seconds: float | None) -> None:
-        plan = "given up" if pause_seconds is None else f"next start in {pause_seconds:g} s"
-        self._source.move(launch.replica_id, State.FAILED, f"{reason}; {plan}")
-        log.error("replica %s: %s; %s", launch.replica_id, reason, plan)
 
 
 def _no_room(launch: Launch) -> str | None:
@@ -266,15 +233,3 @@ def _no_room(launch: Launch) -> str | None:
     except LaunchRefused as refused:
         return str(refused)
     return None
-
-
-async def _first(*waits: Coroutine[Any, Any, str]) -> str:
-    """The result of whichever is done first; the others are cancelled."""
-    tasks = [asyncio.create_task(each) for each in waits]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return next(task for task in tasks if task in done).result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

@@ -2,11 +2,12 @@
 
 import hashlib
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config.errors import ConfigError
+from config.errors import OptionError
+from config.rules import Location
 from config.schema import ReplicaSettings
 
 
@@ -23,46 +24,55 @@ class Tls:
     expirations: tuple[tuple[str, float], ...] = field(default=(), compare=False)
 
 
-def read_tls(replicas: Sequence[ReplicaSettings], folder: Path) -> dict[int, Tls]:
+def read_tls(
+    replicas: Sequence[ReplicaSettings], folder: Path, on_error: Callable[[OptionError], None] | None = None
+) -> dict[int, Tls]:
     """Read the certificates that replicas are reached with, by the replica's place in the configuration.
 
-    Files are relative to the configuration's folder; ConfigError names the option of one that is missing or broken.
+    Files are relative to the configuration's folder; OptionError names the option of one that is missing or broken;
+    with `on_error`, it is called instead.
     """
     known: dict[tuple[str | None, ...], Tls] = {}
     found = {}
     for index, settings in enumerate(replicas):
         named = (settings.ca, settings.certificate, settings.key_file)
-        tls = known.get(named) or tls_of(settings, folder, f"replicas.{index}.")
+        try:
+            tls = known.get(named) or tls_of(settings, folder, ("replicas", index))
+        except OptionError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
         if tls is not None:
             found[index] = known[named] = tls
     return found
 
 
-def tls_of(settings: ReplicaSettings, folder: Path, where: str) -> Tls | None:
-    """Read the certificates of one replica; None if it names none. `where` stands before an option in an error."""
+def tls_of(settings: ReplicaSettings, folder: Path, where: Location) -> Tls | None:
+    """Read the certificates of one replica; None if it names none. `where` is the replica's place, for OptionError."""
     if not (settings.ca or settings.certificate):
         return None
     digest, contents = hashlib.sha256(), dict[str, bytes]()
     for option in ("ca", "certificate", "key_file"):
         named = getattr(settings, option)
-        content = _content(folder / named, f"{where}{option}") if named else b""
+        content = _content(folder / named, (*where, option)) if named else b""
         if named and option != "key_file":
             contents[named] = content
         digest.update(b"%s %s %d " % (option.encode(), str(named).encode(), len(content)) + content)
     # A `ca` takes the place of what the machine trusts; host names are checked either way.
-    context = _trusting(folder / settings.ca, f"{where}ca") if settings.ca else ssl.create_default_context()
+    context = _trusting(folder / settings.ca, (*where, "ca")) if settings.ca else ssl.create_default_context()
     if settings.certificate:
         key = folder / settings.key_file if settings.key_file else None
-        _show(context, folder / settings.certificate, key, f"{where}certificate")
+        _show(context, folder / settings.certificate, key, (*where, "certificate"))
     expirations = tuple([(named, _expiration_seconds(content)) for named, content in contents.items()])
     return Tls(digest.hexdigest(), context, expirations)
 
 
-def _content(file: Path, option: str) -> bytes:
+def _content(file: Path, option: Location) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise ConfigError(f"{option}: {file} can't be read: {error.strerror}; name a PEM file") from error
+        raise OptionError(option, f"{file} can't be read: {error.strerror}", "name a PEM file") from error
 
 
 def _expiration_seconds(pem: bytes) -> float:
@@ -73,17 +83,17 @@ def _expiration_seconds(pem: bytes) -> float:
     return min(each.not_valid_after_utc.timestamp() for each in x509.load_pem_x509_certificates(pem))
 
 
-def _trusting(file: Path, option: str) -> ssl.SSLContext:
+def _trusting(file: Path, option: Location) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=file)
     except OSError as error:
-        raise ConfigError(f"{option}: {file} has no certificate that can be read ({error}); name a PEM file") from error
+        raise OptionError(option, f"{file} has no certificate that can be read ({error})", "name a PEM file") from error
 
 
-def _show(context: ssl.SSLContext, certificate: Path, key: Path | None, option: str) -> None:
+def _show(context: ssl.SSLContext, certificate: Path, key: Path | None, option: Location) -> None:
     """Have a context show a client certificate; a key with a password would be asked for at the terminal."""
     try:
         context.load_cert_chain(certificate, key, password="")
     except OSError as error:
         what = f"{certificate} and its key can't be used together ({error})"
-        raise ConfigError(f"{option}: {what}; name a PEM certificate and its key, without a password") from error
+        raise OptionError(option, what, "name a PEM certificate and its key, without a password") from error

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from config.load import known_keys, load_settings
+from config.explain import known_keys
+from config.load import load_settings
 from gateway.observability.metrics.table import GROUPS
 from quantgate import COMMANDS
 

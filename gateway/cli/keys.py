@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from config.command_line import exit_codes
 from config.errors import ConfigError
 from config.schema import Floor
 from gateway.keys.issuing import create_key, revoke_key, revoke_old_key, rotate_key
@@ -23,6 +24,7 @@ DEFAULT_FILE = Path("keys.yaml")
 AGES = {"d": timedelta(days=1), "h": timedelta(hours=1)}
 READABLE_BY_OTHERS = stat.S_IRGRP | stat.S_IROTH
 DIGEST_CHARACTERS = 8
+CODES = exit_codes(0, code_2="usage or configuration error; the file is unchanged")
 
 
 def keys_main(arguments: list[str]) -> int:
@@ -50,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Manage the API keys of clients. A key is printed once; the file stores its SHA-256 digest and its "
         "limits. Every change rewrites the file, without its comments and readable by its owner only. A running "
         "gateway reloads the file by itself.",
+        epilog=CODES,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="create|list|rotate|revoke")
     create = _action(actions, "create", "create a key and print it; only its digest is stored", "name of the key")
@@ -64,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _action(actions: Any, action: str, text: str, name_help: str | None) -> argparse.ArgumentParser:
     description = text[0].upper() + text[1:] + "."
-    parser: argparse.ArgumentParser = actions.add_parser(action, help=text, description=description)
+    parser: argparse.ArgumentParser = actions.add_parser(action, help=text, description=description, epilog=CODES)
     if name_help is not None:
         parser.add_argument("name", metavar="NAME", help=name_help)
     parser.add_argument(

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from config.command_line import DEFAULT_CONFIG, exit_codes
 from config.errors import ConfigError
 from config.schema import check_address
 from gateway.cli.admin_client import AdminClient, AdminUnavailable
@@ -21,10 +22,12 @@ from gateway.routing.snapshot import Snapshot, floor_from, read_snapshot
 from serving.foreground import USAGE
 
 DONE, FAILED, GATE = 0, 1, 3
-DEFAULT_CONFIG = Path("quantgate.yaml")
 ROUTING = "/admin/routing"
 ROUTING_HEADERS = frozenset({SESSION_HEADER, FLOOR_HEADER.encode(), PRECISION_HEADER.encode()})
 SECRET_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
+CODES = exit_codes(
+    0, 2, code_1="no replica can answer now, or no gateway does", code_3="no variant that is good enough can answer"
+)
 
 
 def route_main(arguments: list[str]) -> int:
@@ -149,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quantgate route",
         description="Explain which replica answers a request, or print the state that decides it.",
+        epilog=CODES,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="explain|state")
     explain = _verb(
@@ -175,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _verb(verbs: Any, verb: str, purpose: str, description: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(verb, help=purpose, description=description)
+    parser: argparse.ArgumentParser = verbs.add_parser(verb, help=purpose, description=description, epilog=CODES)
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="default: %(default)s")
     parser.add_argument(
         "--admin",

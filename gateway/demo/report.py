@@ -1,7 +1,9 @@
 """Output of the demo: responses with the gateway's headers, and a table of the variants."""
 
+import shlex
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -54,6 +56,19 @@ def show_variants(
         table.add_row(*_row(name, variant, pinned[name], alias=name in alias_answered))
     out.print()
     out.print(table)
+
+
+def show_next_steps(out: Console, config: Path, *, serving: bool) -> None:
+    """Print the configuration file that the demo leaves, and what can be done with it."""
+    file = shlex.quote(str(config))
+    steps = [
+        (f"quantgate up {file}", "serve these variants without the demo" + (", after Ctrl-C" if serving else "")),
+        (f"quantgate ps {file}", "which replicas run, and what they do"),
+        (f"quantgate route explain smol --config {file}", "why which replica would answer"),
+    ]
+    out.print(f"\nThe configuration of this demo is {config}. Next steps:", highlight=False, markup=False)
+    for command, purpose in steps:
+        out.print(f"  {command}  # {purpose}", highlight=False, markup=False)
 
 
 def _row(name: str, variant: Variant, answer: Answer, *, alias: bool) -> list[str]:

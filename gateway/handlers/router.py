@@ -19,6 +19,8 @@ from gateway.quota import Quota
 
 # Requests other than inference need no larger body.
 SMALL_BODY_BYTES = 64 * 1024
+# Load balancers and probes ask for these without a key, as they ask vLLM.
+OPEN_PATHS = frozenset({b"/health", b"/ping"})
 JSON = (b"content-type", b"application/json")
 _WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -62,18 +64,18 @@ class Router:
     app: asgi.App
     live_config: LiveConfig
     quota: Quota
-    hosts: AllowedHosts | None = None  # None: any, because a key is required
+    hosts: AllowedHosts | None = None  # names by which it may be addressed while no key is required; None: any
     clock: Callable[[], float] = time.time
     ids: RequestIds = field(default_factory=RequestIds)
     draining: bool = False
 
     def admit(self, request: Request) -> int:
         """Authenticate a request by its head; returns the longest body that it may have. GatewayError refuses it."""
-        if self.hosts is not None:
+        if self.hosts is not None and self.live_config.keys.issued is None:
             self.hosts.check(request.headers.get(b"host"))
         if self.draining:
             raise Draining("the gateway is about to stop; retry", retry_after_seconds=1)
-        if self.live_config.cors is not None and is_preflight(request):
+        if request.path in OPEN_PATHS or (self.live_config.cors is not None and is_preflight(request)):
             return SMALL_BODY_BYTES
         request.caller = caller = self.live_config.keys.authenticate(request.headers, self.clock())
         request.owner = caller.name

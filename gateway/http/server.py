@@ -32,6 +32,7 @@ class HttpServer:
         self.date_header = DateHeader()
         self._on_client_aborted = on_client_aborted
         self.memory_bytes = memory_bytes
+        self.grace_seconds = 0.0
         self.draining = False
         self._reserved_bytes = 0
         self._owner_bytes: dict[str, int] = {}  # the part of them that each owner holds
@@ -123,14 +124,15 @@ class HttpServer:
 async def serve_clients(
     server: HttpServer, listening: socket.socket, grace_seconds: float
 ) -> AsyncIterator[HttpServer]:
-    """Accept connections on a listening socket; on exit, drain and close the socket.
+    """Accept connections on a listening socket; on exit, drain for `server.grace_seconds` and close the socket.
 
     The socket accepts until the drain is over, so the handler decides how new requests are refused meanwhile.
     """
+    server.grace_seconds = grace_seconds
     acceptor = await asyncio.get_running_loop().create_server(lambda: ClientConnection(server), sock=listening)
     try:
         yield server
     finally:
-        await server.drain(grace_seconds)
+        await server.drain(server.grace_seconds)
         acceptor.close()
         await acceptor.wait_closed()

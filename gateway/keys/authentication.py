@@ -79,6 +79,15 @@ class Keys:
             raise InvalidKey(f"the API key {issued.caller.name!r} expired at {when}; ask the operator for a new one")
         return issued.caller
 
+    def replaced_by(self, other: "Keys") -> bool:
+        """Return whether none of these keys, of which there are some, is in `other`, neither by name nor by digest.
+
+        No key at all, which a keys file says as `{}`, takes the place of nothing: all keys were revoked.
+        """
+        if not self.issued or not other.issued:
+            return False
+        return self.issued.keys().isdisjoint(other.issued) and self.names().isdisjoint(other.names())
+
     def names(self) -> frozenset[str]:
         """Names of all keys."""
         return frozenset(issued.caller.name for issued in (self.issued or {}).values() if issued.caller.name)

@@ -92,7 +92,8 @@ def _edited(path: Path) -> Iterator[dict[str, StoredKey]]:
     target = path.resolve()  # a symbolic link is kept
     try:
         with _locked(target):
-            stored = read_stored(path) if path.exists() else {}
+            # An empty file is one that `touch` made: there is nothing to lose in it.
+            stored = read_stored(path) if path.exists() and path.stat().st_size else {}
             yield stored
             _write(target, stored)
     except OSError as error:

@@ -1,20 +1,35 @@
 """The keys file: YAML that maps a name to the SHA-256 digest of its key and to the key's limits."""
 
+import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, date, datetime, time
 from pathlib import Path
-from typing import Annotated, Any
+from types import MappingProxyType
+from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from config.errors import ConfigError
-from config.rules import closest
-from config.schema import NO_FLOOR, Floor, Name
+from config.document import Document, dotted, read_document
+from config.errors import Problem, SettingsError
+from config.explain import Explainer
+from config.rules import Violation
+from config.schema import NO_FLOOR, PATTERNS, Floor, Name
 from gateway.keys.authentication import Caller, IssuedKey, Keys
 
 SHAPE = "name: {sha256: ...}"
 MAX_KEYS_PER_NAME = 2  # for rotation without a gap
+DIGEST_PATTERN = r"^[0-9a-f]{64}$"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._@:/+-]*$"
+FIELD_PATTERN = r"^[a-z][a-z0-9_]*$"
+_PATTERNS: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        **PATTERNS,
+        DIGEST_PATTERN: ("is not a SHA-256 digest", "write 64 digits 0-9 a-f, as `quantgate keys create` does"),
+        NAME_PATTERN: ("is not a valid key name", "use letters, digits and . _ @ : / + -"),
+        FIELD_PATTERN: ("is not the name of a field", "use lower-case letters, digits and _"),
+    }
+)
 
 
 def parse_digests(value: object) -> object:
@@ -26,7 +41,8 @@ def parse_time(value: object) -> datetime:
     """Parse an ISO 8601 date (its first moment) or timestamp, in UTC if it has no offset; ValueError if invalid."""
     try:
         if isinstance(value, str):
-            value = datetime.fromisoformat(value)
+            # YAML allows spaces before the offset.
+            value = datetime.fromisoformat(re.sub(r"\s+(?=(?:Z|[+-]\d\d:?\d\d)$)", "", value))
         if isinstance(value, datetime):
             return (value if value.tzinfo else value.replace(tzinfo=UTC)).astimezone(UTC)
         if isinstance(value, date):
@@ -36,10 +52,10 @@ def parse_time(value: object) -> datetime:
     raise ValueError("is not a date; write 2027-01-31 or 2027-01-31T12:00:00Z")
 
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-KeyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@:/+-]*$", max_length=128)]
-FieldName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=128)]
-Count = Annotated[int, Field(strict=True, ge=1, le=10**12)]
+Digest = Annotated[str, Field(pattern=DIGEST_PATTERN)]
+KeyName = Annotated[str, Field(pattern=NAME_PATTERN, max_length=128)]
+FieldName = Annotated[str, Field(pattern=FIELD_PATTERN, max_length=128)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
 Moment = Annotated[datetime, BeforeValidator(parse_time)]
 
 
@@ -66,45 +82,53 @@ class StoredKey(KeyLimits):
     ]
 
 
-_FILE = TypeAdapter(dict[KeyName, StoredKey])
-
-
-class _Loader(yaml.SafeLoader):
-    """Rejects duplicate keys of a mapping: YAML would silently ignore the first of two entries with one name."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, "duplicate key", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+_Entries = dict[KeyName, StoredKey]
+_FILE: TypeAdapter[_Entries] = TypeAdapter(_Entries)
 
 
 def read_keys(path: Path) -> Keys:
-    """Read a keys file for authentication; ConfigError lists all its problems."""
+    """Read a keys file for authentication; SettingsError lists all its problems."""
     return keys_in_force(read_stored(path))
 
 
 def read_stored(path: Path) -> dict[str, StoredKey]:
-    """Read the entries of a keys file; ConfigError lists all problems, without values: one may be a key."""
+    """Read the entries of a keys file; SettingsError lists all problems, without values: one may be a key.
+
+    A file without any content is refused: it was truncated. `{}`, which `quantgate keys revoke` writes for the last
+    key, admits nobody.
+    """
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - a SafeLoader
-        stored = _FILE.validate_python({} if document is None else document)
-    except OSError as error:
+        document = read_document(path, {})
+    except SettingsError as error:
         how = f"create the file with `quantgate keys create NAME --file {path}`"
-        raise ConfigError(f"{path}: keys can't be read: {error.strerror}; {how}") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: is not a valid keys file ({SHAPE}): {error.problem}") from None
+        raise SettingsError([_of_the_file(problem, how) for problem in error.problems]) from None
+    try:
+        stored = _FILE.validate_python(document.data)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems(error))) from None
-    except (yaml.YAMLError, ValueError) as error:  # not UTF-8, or a date such as February 30
-        raise ConfigError(f"{path}: is not a valid keys file ({SHAPE}): {str(error).splitlines()[0]}") from None
-    if shared := list(_shared(stored)):
-        raise ConfigError("\n".join(f"{path}: {problem}" for problem in shared))
+        found = [*Explainer(_Entries, patterns=_PATTERNS).violations(error)]
+    else:
+        found = [*_shared(stored)]
+    unread = {problem.path for problem in document.problems}
+    placed = [_placed(document, violation) for violation in found]
+    if problems := [*document.problems, *(problem for problem in placed if problem.path not in unread)]:
+        raise SettingsError(sorted(problems, key=lambda problem: (problem.line, problem.column)))
     return stored
+
+
+def _of_the_file(problem: Problem, how: str) -> Problem:
+    """Name the keys in a problem of the whole file."""
+    if problem.what.startswith("can't be read"):
+        return replace(problem, what=f"keys {problem.what}", hint=how)
+    if problem.what == "is empty":
+        return replace(problem, hint=f"restore it, or {how}; {{}} admits nobody")
+    return problem
+
+
+def _placed(document: Document, violation: Violation) -> Problem:
+    hint = violation.hint
+    if len(violation.location) <= 1 and violation.what.startswith("must be a mapping"):
+        hint = f"write {SHAPE}"
+    return document.problem(violation.location, violation.what, hint)
 
 
 def keys_in_force(stored: Mapping[str, StoredKey]) -> Keys:
@@ -119,32 +143,17 @@ def keys_in_force(stored: Mapping[str, StoredKey]) -> Keys:
 
 
 def problems(error: ValidationError) -> list[str]:
-    """Format validation errors of a keys file or of KeyLimits, one line per field."""
-    return [_problem(item["type"], item["loc"], item["msg"]) for item in error.errors(include_input=False)]
+    """Format validation errors of KeyLimits, one line per field."""
+    found = Explainer(KeyLimits, patterns=_PATTERNS).violations(error)
+    return [f"{dotted(each.location)}: {each.what}{f'; {each.hint}' if each.hint else ''}" for each in found]
 
 
-def _problem(kind: str, location: tuple[int | str, ...], message: str) -> str:
-    where = ".".join(map(str, location))
-    if not location:
-        return f"is not a valid keys file ({SHAPE})"
-    if location[-1] == "[key]":
-        return f"{where.removesuffix('.[key]')}: is not a valid key name; use letters, digits and . _ @ : / + -"
-    if kind == "model_type" and len(location) == 1:
-        return f"{where}: is not a valid entry ({SHAPE})"
-    if kind == "extra_forbidden":
-        known = Floor.model_fields if "floor" in location[:-1] else StoredKey.model_fields
-        return f"{where}: unknown key; {closest(str(location[-1]), known)}"
-    if kind == "missing":
-        return f"{where}: is missing"
-    return f"{where}: {message.removeprefix('Value error, ')}"
-
-
-def _shared(stored: Mapping[str, StoredKey]) -> Iterator[str]:
+def _shared(stored: Mapping[str, StoredKey]) -> Iterator[Violation]:
     names: dict[str, str] = {}
     for name, key in stored.items():
         for digest in key.sha256:
             if digest in names:
-                yield f"{name}.sha256: same key as {names[digest]}; create one key per name"
+                yield Violation((name, "sha256"), f"same key as {names[digest]}", "create one key per name")
             names[digest] = name
 
 

@@ -18,6 +18,11 @@ from gateway.openai.media import check_media
 # Fields that continue a stored response. vLLM stores responses in one process, if at all.
 STORED_RESPONSE_KEYS = ("previous_response_id", "conversation")
 
+# `tool_choice` of OpenAI's and Anthropic's clients.
+NO_TOOLS = ("none", {"type": "none"})
+# A longer list of tools is not decoded to see whether it is empty.
+MAX_EMPTY_BYTES = 16
+
 # vLLM's largest request model has about 60 fields.
 MAX_KEYS = 256
 MAX_MODEL_CHARACTERS = 256
@@ -25,6 +30,7 @@ MAX_MODEL_CHARACTERS = 256
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
 _STRING = msgspec.json.Decoder(str)
+_ANY: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
 _TRUE, _FALSE = msgspec.Raw(b"true"), msgspec.Raw(b"false")
 _FILTERED = GUARDED_FIELDS | {PROVIDER, "chat_template_kwargs"}
 
@@ -48,11 +54,24 @@ class InferenceRequest(msgspec.Struct, frozen=True):
         """Whether the client itself requests token ids."""
         return bool(read(self.fields, "return_token_ids", FLAG))
 
-    def without_thinking(self) -> "InferenceRequest":
-        """Return the request with `enable_thinking` false in `chat_template_kwargs`, unless the client sets it.
+    @property
+    def uses_tools(self) -> bool:
+        """Whether the answer may call tools: there are some, and `tool_choice` does not rule them out."""
+        fields = self.fields
+        if "tools" not in fields or not self.endpoint.calls_tools:
+            return False
+        if len(fields["tools"]) <= MAX_EMPTY_BYTES and not _value(fields["tools"]):
+            return False
+        return "tool_choice" not in fields or _value(fields["tool_choice"]) not in NO_TOOLS
 
-        `reasoning_effort` does not turn thinking on again: many clients always send it, and vLLM goes by the kwarg.
+    def without_thinking(self) -> "InferenceRequest":
+        """Return the request with `enable_thinking` false in `chat_template_kwargs`, unless the client sets it there.
+
+        Without a prompt for the chat template it is returned as it is. `reasoning_effort`, `reasoning` and Anthropic's
+        `thinking` do not turn thinking on again: many clients always send them, and vLLM goes by the kwarg.
         """
+        if self.endpoint.chat_key not in self.fields:
+            return self
         client_kwargs = read_object(self.fields, "chat_template_kwargs") or {}
         kwargs = {"enable_thinking": _FALSE, **client_kwargs}
         return structs.replace(self, fields={**self.fields, "chat_template_kwargs": _raw(kwargs)})
@@ -211,6 +230,14 @@ def _length_to_fill(endpoint: Endpoint, fields: Fields, max_tokens: int) -> int 
     if requested or not endpoint.length_keys or (default is not None and default <= max_tokens):
         return None
     return max_tokens
+
+
+def _value(raw: msgspec.Raw) -> Any:
+    """Decode a value that only the engine judges; one that can't be decoded is returned as it is."""
+    try:
+        return _ANY.decode(raw)
+    except INVALID_JSON:
+        return raw
 
 
 def _raw(value: Any) -> msgspec.Raw:

@@ -88,6 +88,7 @@ class DecisionRecord(msgspec.Struct, frozen=True, eq=False, gc=False):
             request.tried,
             chosen,
             self.wait_seconds if isfinite(self.wait_seconds) else None,
+            request.tools,
         )
 
 

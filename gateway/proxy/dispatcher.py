@@ -35,7 +35,7 @@ from typing import Self
 import msgspec
 
 from config.schema import QueueSettings, RetrySettings
-from gateway.errors import GatewayError, Overloaded, QueueFull, QueueTimeout, Unavailable
+from gateway.errors import GatewayError, Overloaded, QueueFull, QueueTimeout, ToolsUnsupported, Unavailable
 from gateway.observability.metrics import Metrics
 from gateway.proxy.affinity import Affinity
 from gateway.proxy.decision_log import DecisionLog
@@ -46,11 +46,20 @@ from gateway.proxy.spill import SpillState
 from gateway.routing import breaker, retry, service_rate
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.engine_metrics import EngineMetrics
-from gateway.routing.pick import Candidate, any_pending, decide, drawn_names, has_room, shortest_fitting_context
+from gateway.routing.pick import (
+    Candidate,
+    any_pending,
+    decide,
+    drawn_names,
+    has_room,
+    none_takes_tools,
+    shortest_fitting_context,
+    unready_counts,
+)
 from gateway.routing.queue import QueueLimits, Queues
 from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights
-from gateway.routing.target import Catalog
+from gateway.routing.target import Catalog, Target
 from serving.registry import Registry
 
 DEFAULT_QUEUE, DEFAULT_RETRIES = QueueSettings(), RetrySettings()
@@ -81,9 +90,9 @@ class Dispatcher:
             load.estimates, self._outliers.breakers, self._outliers.overloads, self._spill.gates, weights
         )
         self._ledgers = (RegistryLedger(registry), load, self.affinity, self._outliers)
-        self._allowance = retry.RetryAllowance(round(retries.share * 1000), retries.burst * 1000)
+        self._allowance = retry_allowance(retries)
         self._budget = retry.RetryBudget(self._allowance.max_thousandths)
-        self._queues: Queues[QueueKey, Waiter] = Queues(QueueLimits(queue.per_alias, queue.in_all, queue.body_bytes))
+        self._queues: Queues[QueueKey, Waiter] = Queues(queue_limits(queue))
         self._rates: dict[str, service_rate.ServiceRate] = {}  # by rung, while requests wait
         self._timer: asyncio.TimerHandle | None = None
         self._observing = registry.observed(self._on_registry_change)
@@ -121,6 +130,12 @@ class Dispatcher:
                     return True
         return False
 
+    def require_tools(self, target: Target, rungs: Iterable[Rung]) -> None:
+        """Raise ToolsUnsupported if every replica of some rungs, ready or starting, is known to take no tools."""
+        names = [name for rung in rungs for name in rung.names]
+        if not self._any_ready(names, tools=True) and none_takes_tools(names, self._registry.snapshot()):
+            raise ToolsUnsupported(target.name)
+
     def try_lease(self, request: RoutingRequest, wait_seconds: float) -> Lease | None:
         """Lease a replica now; None if the request has to wait. Overloaded: it would wait longer than it may."""
         if len(self._queues) and self._queues.waiting(self._queue_key(request)):
@@ -134,7 +149,7 @@ class Dispatcher:
         """
         key = self._queue_key(request)
         if not self._may_become_ready(key):
-            raise Unavailable(f"no replica of {key.alias!r} is ready")
+            raise Unavailable(f"no replica of {key.alias!r} is ready: {self._unready_counts(key)}")
         waiter = Waiter(key, request, asyncio.get_running_loop().create_future(), self._clock() + wait_seconds)
         if not len(self._queues):
             self._resume_rates()
@@ -177,6 +192,12 @@ class Dispatcher:
         self._load.poll_failed(replica_id)
 
     # What operators see and change
+
+    def set_limits(self, queue: QueueSettings, retries: RetrySettings) -> None:
+        """Use other limits from the next request on; requests that wait stay."""
+        self._queues.limits = queue_limits(queue)
+        self._allowance = retry_allowance(retries)
+        self._budget = retry.limited(self._budget, self._allowance)
 
     def now(self) -> float:
         """The clock that decisions use."""
@@ -222,8 +243,8 @@ class Dispatcher:
     # The queues
 
     def _queue_key(self, request: RoutingRequest) -> QueueKey:
-        context_tokens = shortest_fitting_context(request.rungs, self.cluster, request.needed_tokens)
-        return QueueKey(request.target.name, drawn_names(request, self.cluster), context_tokens)
+        context_tokens = shortest_fitting_context(request.rungs, self.cluster, request.needed_tokens, request.tools)
+        return QueueKey(request.target.name, drawn_names(request, self.cluster), context_tokens, request.tools)
 
     def _join(self, waiter: Waiter) -> None:
         """Queue a request, which may evict others of keys that hold more than their share; or refuse it."""
@@ -249,7 +270,7 @@ class Dispatcher:
         self._set_timer()
 
     def _serves(self, key: QueueKey) -> bool:
-        return has_room(key.variants, self.cluster, self._clock(), key.context_tokens)
+        return has_room(key.variants, self.cluster, self._clock(), key.context_tokens, key.tools)
 
     def _lease_next(self, request: RoutingRequest) -> Lease | None:
         # A queue does not know which replicas a request has tried: any of them may answer after a wait.
@@ -298,13 +319,17 @@ class Dispatcher:
         hopeless = {key for key in {waiter.queue for waiter in self._queues} if not self._may_become_ready(key)}
         for waiter in self._queues:
             if waiter.queue in hopeless:
-                waiter.refuse(Unavailable(f"no replica of {waiter.queue.alias!r} is ready any more"))
+                what = f"no replica of {waiter.queue.alias!r} is ready any more: {self._unready_counts(waiter.queue)}"
+                waiter.refuse(Unavailable(what))
 
     def _may_become_ready(self, key: QueueKey) -> bool:
-        return self._any_ready(key) or any_pending(key.variants, self._registry.snapshot())
+        return self._any_ready(key.variants, key.tools) or any_pending(key.variants, self._registry.snapshot())
 
-    def _any_ready(self, key: QueueKey) -> bool:
-        return any(name in self._registry.ready for name in key.variants)
+    def _any_ready(self, names: Iterable[str], tools: bool) -> bool:
+        ready = self._registry.ready
+        if tools:
+            return any(replica.tools is not False for name in names for replica in ready.get(name, ()))
+        return any(name in ready for name in names)
 
     # Refusals
 
@@ -313,15 +338,29 @@ class Dispatcher:
         return QueueFull(what, retry_after_seconds=self._retry_after(key, api_key))
 
     def _queue_timeout(self, key: QueueKey, api_key: str) -> GatewayError:
-        if self._any_ready(key):
+        if self._any_ready(key.variants, key.tools):
             what = f"every replica of {key.alias!r} is busy, and none had room in time; try again later"
             return QueueTimeout(what, retry_after_seconds=self._retry_after(key, api_key))
-        return Unavailable(f"no replica of {key.alias!r} became ready in time")
+        what = f"no replica of {key.alias!r} became ready in time: {self._unready_counts(key)}; try again later"
+        return Unavailable(what)
+
+    def _unready_counts(self, key: QueueKey) -> str:
+        return unready_counts(key.variants, self._registry.snapshot())
 
     def _retry_after(self, key: QueueKey, api_key: str) -> float:
         now, ahead = self._clock(), self._queues.ahead(key, api_key)
         rates = [self._rates.get(name) for name in key.variants]
         return min([service_rate.retry_after_seconds(ahead, rate, now) for rate in rates])
+
+
+def queue_limits(settings: QueueSettings) -> QueueLimits:
+    """Return the limits of the queues as configured."""
+    return QueueLimits(settings.per_alias, settings.in_all, settings.body_bytes)
+
+
+def retry_allowance(settings: RetrySettings) -> retry.RetryAllowance:
+    """Return what requests add to the retry budget, as configured."""
+    return retry.RetryAllowance(round(settings.share * 1000), settings.burst * 1000)
 
 
 def _too_long(request: RoutingRequest, candidate: Candidate, wait_seconds: float) -> Overloaded:

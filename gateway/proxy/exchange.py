@@ -51,7 +51,9 @@ class Proxy:
         # One turn per request: if retries took turns, too, two replicas would never alternate.
         turn, with_blocks = dispatcher.next_turn(), dispatcher.has_choice(rungs)
         request = routing_request(context, rungs, turn, dispatcher.affinity, with_blocks)
-        if target.think == "none" and inference.endpoint.rewrites_reasoning:
+        if request.tools:
+            dispatcher.require_tools(target, rungs)
+        if target.think == "none":
             inference = inference.without_thinking()
         while True:
             wait_seconds = context.route.queue_seconds - stats.queued_seconds

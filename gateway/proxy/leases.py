@@ -143,14 +143,15 @@ class RegistryLedger:
 
 @dataclass(frozen=True, slots=True)
 class QueueKey:
-    """What a queue waits for: any replica of these variants with a context that is long enough.
+    """What a queue waits for: any replica of these variants with a context that is long enough, and that takes `tools`.
 
-    Requests of one alias that are drawn to the same variants and need the same context wait in one queue.
+    Requests of one alias that are drawn to the same variants and need the same of a replica wait in one queue.
     """
 
     alias: str
     variants: tuple[str, ...]
     context_tokens: float
+    tools: bool = False
 
 
 @dataclass(slots=True, eq=False)

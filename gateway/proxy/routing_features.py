@@ -102,6 +102,7 @@ def routing_request(
         placement,
         cached_tokens,
         variants=route.variants if rungs is route.rungs else (),
+        tools=inference.uses_tools,
     )
 
 

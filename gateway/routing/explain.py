@@ -229,6 +229,8 @@ class _DecisionTrace:
             return f"overloaded: it refused a request, {left}"
         if self.needed_tokens > replica.context_tokens:
             return f"context too short: {replica.context_tokens:g} tokens"
+        if self.request.tools and not replica.tools:
+            return "it takes no tools"
         return ""
 
     def _outscored(self, place: int, replica: LatencyEstimate) -> str:

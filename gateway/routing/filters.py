@@ -1,7 +1,8 @@
 """Filter: which variants of a ladder may answer a request at all, and which replicas of a rung can be asked now.
 
 A variant is rejected by a floor, by the precisions that the caller accepts, or by its own failed evaluation. A replica
-is filtered out by an open breaker, by an earlier failure of the same request, or by a context that is too short.
+is filtered out by an open breaker, by an earlier failure of the same request, by a context that is too short, or by the
+request's tools.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -81,11 +82,13 @@ def _filter(rungs: Iterable[Rung], check: Check, *, by_request: bool) -> FilterR
 
 
 def filter_replicas(
-    estimates: Sequence[LatencyEstimate], tried: frozenset[str], needed_tokens: float
+    estimates: Sequence[LatencyEstimate], tried: frozenset[str], needed_tokens: float, tools: bool = False
 ) -> Sequence[LatencyEstimate]:
-    """Keep the replicas that have not failed this request, and whose context is long enough for it."""
+    """Keep the replicas that have not failed this request, whose context is long enough, and that take its `tools`."""
     if tried:
         estimates = [each for each in estimates if each.id not in tried]
+    if tools:
+        estimates = [each for each in estimates if each.tools]
     return [each for each in estimates if needed_tokens <= each.context_tokens]
 
 

@@ -19,13 +19,13 @@ from gateway.routing.breaker import admissible
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.filters import admitted, filter_replicas, without_room_if_overloaded
 from gateway.routing.latency import LatencyEstimate
-from gateway.routing.request import NOTHING_CACHED, RoutingRequest
+from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.score import cost, costs
 from gateway.routing.sessions import Placement
 from gateway.routing.spill import CLOSED, Home, SpillGate, Verdict, evaluate, evaluate_last, update
 from gateway.routing.split import Rung, RungKey, choose_member
 from gateway.routing.target import Target
-from serving.replica import PENDING, ReplicaStatus
+from serving.replica import PENDING, ReplicaStatus, State
 
 Reason = Literal["preferred", "spill", "floor", "pinned", "canary", "fallback"]
 
@@ -63,6 +63,7 @@ class RungResult(msgspec.Struct, frozen=True, gc=False):
     wait_seconds: float = inf
 
 
+ANSWERING = PENDING | {State.READY}
 _requests = attrgetter("requests")
 NO_REPLICA = RungResult(None, "no_replica")
 NO_GATES: Mapping[RungKey, SpillGate] = {}
@@ -81,7 +82,7 @@ def decide(request: RoutingRequest, cluster: ClusterState, now: float) -> Decisi
     decision = _descend(request, cluster, needed_tokens, now)
     if decision.candidate is not None:
         return decision
-    if needed_tokens and not any_context_fits(request.rungs, cluster, needed_tokens):
+    if needed_tokens and not any_context_fits(request.rungs, cluster, needed_tokens, request.tools):
         # No context is long enough: the engine's own error says so best.
         needed_tokens = 0.0
         decision = _descend(request, cluster, needed_tokens, now)
@@ -101,7 +102,7 @@ def look_at_rung(
     ready = cluster.estimates(variant.name)
     if cluster.breakers or cluster.overloads:
         ready = admitted(ready, cluster, now)
-    able = filter_replicas(ready, request.tried, needed_tokens)
+    able = filter_replicas(ready, request.tried, needed_tokens, request.tools)
     if not able:
         return NO_REPLICA
     best = pick(able, request, spill)
@@ -176,7 +177,7 @@ def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: f
         if variant is None:
             continue
         barred = _last_resorts(variant.name, cluster, now)
-        able = [each for each in filter_replicas(barred, request.tried, needed_tokens) if each.has_room]
+        able = [each for each in filter_replicas(barred, request.tried, needed_tokens, request.tools) if each.has_room]
         if able:
             best = shortest_queue(able, request.turn)
             return Candidate(best, variant, _reason(place, variant, request, False))
@@ -192,14 +193,16 @@ def _last_resorts(variant_name: str, cluster: ClusterState, now: float) -> Seque
 # What waiting requests need to know
 
 
-def any_context_fits(rungs: Iterable[Rung], cluster: ClusterState, needed_tokens: float) -> bool:
-    """Return whether the context of any ready replica is long enough."""
-    return any(needed_tokens <= each.context_tokens for each in _ready(rungs, cluster))
+def any_context_fits(rungs: Iterable[Rung], cluster: ClusterState, needed_tokens: float, tools: bool = False) -> bool:
+    """Return whether the context of any ready replica, one that takes `tools`, is long enough."""
+    return any(needed_tokens <= each.context_tokens for each in _ready(rungs, cluster, tools))
 
 
-def shortest_fitting_context(rungs: Iterable[Rung], cluster: ClusterState, needed_tokens: float) -> float:
+def shortest_fitting_context(
+    rungs: Iterable[Rung], cluster: ClusterState, needed_tokens: float, tools: bool = False
+) -> float:
     """Return the shortest context that a request fits in; 0 if it fits in all of them, or in none."""
-    contexts = {each.context_tokens for each in _ready(rungs, cluster)}
+    contexts = {each.context_tokens for each in _ready(rungs, cluster, tools)}
     fitting = [tokens for tokens in contexts if tokens >= needed_tokens]
     return min(fitting) if 0 < len(fitting) < len(contexts) else 0.0
 
@@ -210,26 +213,52 @@ def any_pending(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatus])
     return any(status.state in PENDING and status.replica.variant in names for status in snapshot)
 
 
+def unready_counts(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatus]) -> str:
+    """Describe replicas of which none is ready: how many are starting, have failed, or are stopping."""
+    names = frozenset(variant_names)
+    states = [status.state for status in snapshot if status.replica.variant in names]
+    counts = {
+        "starting": sum(state in PENDING for state in states),
+        "failed": sum(state is State.FAILED for state in states),
+        "stopping": sum(state not in PENDING and state is not State.FAILED for state in states),
+    }
+    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    return f"{told}, of {len(states)}" if states else "none is running"
+
+
+def none_takes_tools(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatus]) -> bool:
+    """Return whether these variants have replicas, ready or starting, and all of them are known to take no tools."""
+    names = frozenset(variant_names)
+    there = [each.replica for each in snapshot if each.state in ANSWERING and each.replica.variant in names]
+    return bool(there) and all(replica.tools is False for replica in there)
+
+
 def drawn_names(request: RoutingRequest, cluster: ClusterState) -> tuple[str, ...]:
     """The variants that a request is drawn to now, of each rung."""
     drawn = [drawn_member(rung, request, cluster) for rung in request.rungs]
     return tuple([variant.name for variant in drawn if variant is not None])
 
 
-def has_room(variant_names: Iterable[str], cluster: ClusterState, now: float, needed_tokens: float = 0.0) -> bool:
-    """Return whether any replica of these variants, with a context that is long enough, takes one more request."""
+def has_room(
+    variant_names: Iterable[str], cluster: ClusterState, now: float, needed_tokens: float = 0.0, tools: bool = False
+) -> bool:
+    """Return whether a replica of these variants, with a context that is long enough, takes one more such request."""
     names = tuple(variant_names)
     if needed_tokens:
-        contexts = [each.context_tokens for name in names for each in cluster.estimates(name)]
+        ready = [each for name in names for each in cluster.estimates(name)]
+        contexts = [each.context_tokens for each in filter_replicas(ready, NO_REPLICAS, 0.0, tools)]
         needed_tokens = needed_tokens if contexts and needed_tokens <= max(contexts) else 0.0
     ready = [each for name in names for each in admitted(cluster.estimates(name), cluster, now)]
-    if not any(each.has_room and needed_tokens <= each.context_tokens for each in ready) and cluster.breakers:
+    able = filter_replicas(ready, NO_REPLICAS, needed_tokens, tools)
+    if not any(each.has_room for each in able) and cluster.breakers:
         ready = [each for name in names for each in _last_resorts(name, cluster, now)]
-    return any(each.has_room and needed_tokens <= each.context_tokens for each in ready)
+        able = filter_replicas(ready, NO_REPLICAS, needed_tokens, tools)
+    return any(each.has_room for each in able)
 
 
-def _ready(rungs: Iterable[Rung], cluster: ClusterState) -> Iterable[LatencyEstimate]:
-    return (each for rung in rungs for variant, _ in rung.members for each in cluster.estimates(variant.name))
+def _ready(rungs: Iterable[Rung], cluster: ClusterState, tools: bool) -> Iterable[LatencyEstimate]:
+    ready = (each for rung in rungs for variant, _ in rung.members for each in cluster.estimates(variant.name))
+    return (each for each in ready if each.tools) if tools else ready
 
 
 # The ladder

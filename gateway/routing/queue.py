@@ -149,7 +149,7 @@ class Queues(Generic[N, T]):
     """
 
     def __init__(self, limits: QueueLimits) -> None:
-        self._limits = limits
+        self.limits = limits  # may be replaced; waiters beyond lower limits stay
         # Queues in the order of their turns. An empty queue is removed.
         self._queues: OrderedDict[N, FairQueue[T]] = OrderedDict()
         self._usage: dict[str, _KeyUsage[T]] = {}
@@ -228,7 +228,7 @@ class Queues(Generic[N, T]):
 
     def _beyond_share(self, name: N, key: str, body_bytes: int) -> bool:
         """Whether the key would exceed its equal share of a limit that has been reached."""
-        limits = self._limits
+        limits = self.limits
         queue = self._queues.get(name)
         usage = self._usage.get(key)
         keys = len(self._usage) + (usage is None)
@@ -255,13 +255,13 @@ class Queues(Generic[N, T]):
         return evicted
 
     def _overfull_queue(self, name: N) -> bool:
-        return self.waiting(name) >= self._limits.max_per_queue
+        return self.waiting(name) >= self.limits.max_per_queue
 
     def _overfull(self) -> bool:
-        return len(self) >= self._limits.max_waiters
+        return len(self) >= self.limits.max_waiters
 
     def _overfull_bytes(self, body_bytes: int) -> bool:
-        return self._bytes + body_bytes > self._limits.max_bytes
+        return self._bytes + body_bytes > self.limits.max_bytes
 
     def _evict(self, waiter: T) -> T:
         self.leave(waiter)

@@ -43,6 +43,11 @@ def earned(budget: RetryBudget, allowance: RetryAllowance = DEFAULT_ALLOWANCE) -
     return RetryBudget(min(budget.thousandths + allowance.per_request_thousandths, allowance.max_thousandths))
 
 
+def limited(budget: RetryBudget, allowance: RetryAllowance) -> RetryBudget:
+    """Take out what another allowance does not let save."""
+    return RetryBudget(min(budget.thousandths, allowance.max_thousandths))
+
+
 def spent(budget: RetryBudget) -> RetryBudget:
     """Take one retry out, which `retry_refusal` allowed."""
     assert budget.suffices, "a retry that the budget does not hold"

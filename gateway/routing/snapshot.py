@@ -98,6 +98,7 @@ class RequestView(msgspec.Struct, frozen=True):
     tried: frozenset[str]
     chosen: str | None
     wait_seconds: float | None
+    tools: bool = False
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +156,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
             placement=view.placement,
             cached_tokens=view.cached_tokens,
             tried=view.tried,
+            tools=view.tools,
         )
         return request, inf if view.wait_seconds is None else view.wait_seconds
 

@@ -104,18 +104,6 @@ class Catalog:
         return [*self.aliases, *self.variants]
 
 
-def excluded_rungs(catalog: Catalog) -> list[str]:
-    """Describe the variants that their aliases never choose, because their own evaluation failed."""
-    targets = map(catalog.resolve, catalog.aliases)
-    return [f"alias {target.name!r} never chooses {rejection}" for target in targets for rejection in target.excluded]
-
-
-def unservable_aliases(catalog: Catalog) -> list[str]:
-    """Describe the aliases that no variant may answer, whatever is ready, and why."""
-    targets = map(catalog.resolve, catalog.aliases)
-    return [_no_variant(target, target.filter((), None).rejected) for target in targets if not target.permitted]
-
-
 def reply_timeouts(timeouts: TimeoutSettings, *, stream: bool) -> Timeouts:
     """Return how long a replica may take; a unary answer comes at its end, so only the total limits it. 0: no limit."""
     total, connect = timeouts.total_seconds or inf, timeouts.connect_seconds

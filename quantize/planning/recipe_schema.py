@@ -29,6 +29,10 @@ def _one_or_several(value: object) -> object:
     return [value] if isinstance(value, int | float) else value
 
 
+def _false(value: object) -> object:
+    return False if value in ("false", "no", "off") else value
+
+
 class Part(BaseModel):
     """A part of a recipe: frozen, and an unknown key is an error."""
 
@@ -92,7 +96,7 @@ class SolverTable(Part):
     gptaq: Annotated[float, Field(ge=0)] | None = None
     true_sequential: bool | None = None
     # A parameter of AutoGPTQ that goes with desc_act, which no vLLM loads: it may be stated, and is always off.
-    static_groups: Literal[False] | None = None
+    static_groups: Annotated[Literal[False] | None, BeforeValidator(_false)] = None
 
 
 class DevicesTable(Part):

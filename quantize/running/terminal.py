@@ -5,11 +5,11 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from config.errors import CapacityError, ManifestError
+from config.errors import CapacityError, ConfigError, ManifestError
 from quantize.errors import CalibrationError, QuantizeError, RecipeFileError
 from quantize.running.interrupt import Terminated, terminable
 
-DONE, FAILED, GATE = 0, 1, 3
+DONE, FAILED, USAGE, GATE = 0, 1, 2, 3
 _INTERRUPTED, _TERMINATED = 130, 143
 
 
@@ -35,6 +35,9 @@ def guarded(program: str, run: Callable[[], int]) -> int:
     except (CapacityError, ManifestError, OSError) as error:
         tell(f"{program}: {error}")
         return FAILED
+    except ConfigError as error:
+        tell(f"{program}: {error}")
+        return USAGE
     except KeyboardInterrupt:
         tell(f"{program}: interrupted")
         return _INTERRUPTED

@@ -126,15 +126,16 @@ def _instructions(hardware: Hardware) -> Finding:
 
 
 def _limits(limits: Limits) -> Iterator[Finding]:
-    if limits.open_files >= OPEN_FILES:
-        yield Finding("ok", "open files", f"limit {limits.open_files}")
+    # The hard limit counts: commands that run until a signal raise their soft limit to it.
+    raised = f" (soft {limits.open_files}, raised at the start)" if limits.open_files < limits.open_files_most else ""
+    if limits.open_files_most >= OPEN_FILES:
+        yield Finding("ok", "open files", f"limit {limits.open_files_most}{raised}")
     else:
-        how = "ulimit -n" if limits.open_files_most >= OPEN_FILES else "as root, LimitNOFILE= or limits.conf:"
         yield Finding(
             "warning",
             "open files",
-            f"limit {limits.open_files}; each client and each replica connection takes one",
-            f"{how} {OPEN_FILES}",
+            f"limit {limits.open_files_most}{raised}; each client and each replica connection takes one",
+            f"as root, LimitNOFILE= or limits.conf: {OPEN_FILES}",
         )
     small = limits.shared_memory_bytes < SHARED_MEMORY_BYTES
     yield Finding(

@@ -12,15 +12,16 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from config.load import load_settings
+from config.errors import SettingsError
+from config.load import load_settings_file
 from config.schema import Settings
-from config.variant import read_variants
 from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
 from serving.errors import LaunchRefused
 from serving.hardware import find_allocator, read_cores, read_gpus, read_memory
 from serving.machine import engine_distribution, installed_engine, installed_version, vllm_program
 from serving.preflight import refuse_fleet, refuse_hopeless
 from serving.replica import Launch, plan_launches
+from serving.validation import read_named_files
 
 _PLUGINS = "vllm.general_plugins"
 
@@ -91,10 +92,12 @@ def _most(limit: int) -> int:
 
 
 def _configured(path: Path) -> Configured:
-    settings = load_settings(path)
+    file = load_settings_file(path)
+    settings, named = file.settings, read_named_files(file, path.absolute().parent)
+    if named.problems:
+        raise SettingsError(list(named.problems))
     try:
-        variants = read_variants(settings.variants, path.absolute().parent)
-        launches = plan_launches(settings.replicas, variants, installed_engine())
+        launches = plan_launches(settings.replicas, dict(named.variants), installed_engine())
     except LaunchRefused:
         launches = ()  # no engine, which is a finding of its own
     hopeless = tuple((launch.replica_id, reason) for launch in launches if (reason := _hopeless(launch)))

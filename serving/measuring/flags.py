@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from config.capacity import Hardware
+from config.command_line import exit_codes
 from serving.measuring.mix import parse_mix
 
 DESCRIPTION = """\
@@ -56,7 +57,9 @@ def launch_settings(given: argparse.Namespace) -> dict[str, object]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser("quantgate measure", description=DESCRIPTION)
+    parser = OneLineParser(
+        "quantgate measure", description=DESCRIPTION, epilog=exit_codes(0, 1, 2, code_130="Ctrl-C", code_143="SIGTERM")
+    )
     add = parser.add_argument
     add("variants", nargs="+", metavar="VARIANT", help="a variant's directory, or its parent's; with --config a name")
     add("--concurrency", type=_typed(_counts), metavar="N,...", help="default: 1,4,16; on GPUs 1,4,16,64")

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from config.capacity import FILE_NAME, Hardware, Setup
+from config.errors import OptionError
 from config.load import load_settings
 from config.manifest import Engine
 from config.rules import closest
@@ -69,7 +70,11 @@ def told_subject(directory: Path, told: Mapping[str, object], engine: Callable[[
         flag = "--" + str(first["loc"][0]).replace("_", "-")
         raise MeasuringRefused(f"{flag}: {first['msg'].removeprefix('Value error, ')}") from error
     variants = read_variants({name: VariantSettings(path=str(directory.resolve()))}, Path())
-    return _subject(variants[name], settings, engine, tls_of(settings, Path(), "--"))
+    try:
+        tls = tls_of(settings, Path(), ())
+    except OptionError as error:
+        raise MeasuringRefused(f"--{error}") from error
+    return _subject(variants[name], settings, engine, tls)
 
 
 def configured_subjects(file: Path, names: Sequence[str], engine: Callable[[], Engine]) -> list[Subject]:
@@ -85,7 +90,7 @@ def configured_subjects(file: Path, names: Sequence[str], engine: Callable[[], E
     subjects = []
     for name in names:
         told = firsts.get(name, ReplicaSettings(variant=name))
-        tls = tls_of(told, file.parent, f"{file}: replica of {name}: ")
+        tls = tls_of(told, file.parent, (f"{file}: replica of {name}",))
         subjects.append(_subject(variants[name], told, engine, tls))
     return subjects
 

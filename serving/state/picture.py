@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from config.schema import LOOPBACK
+from config.schema import is_loopback
 from serving.replica import PENDING, State
 from serving.state.database import Owner, Picture, Told
 
@@ -58,7 +58,7 @@ def followed(picture: Picture, variants: Iterable[str], keys: Mapping[str, str],
 def _reachable(told: Told, owner: Owner, host: str) -> Told:
     """A loopback address of another machine would lead to whoever listens there on ours."""
     there = told.replica.url.partition("://")[2].rpartition(":")[0]
-    if owner.host == host or there not in LOOPBACK:
+    if owner.host == host or not is_loopback(there):
         return told
     return replace(told, state=State.FAILED, reason=f"listens on {there} of {owner.host}, out of reach from {host}")
 

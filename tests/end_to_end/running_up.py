@@ -51,7 +51,7 @@ def write_configuration(home: Path, folder: Path) -> Path:
 
     Without prefix caching no answer depends on an earlier one; the tool parser is for calls with tools.
     """
-    document = yaml.safe_load((home / "demo.yaml").read_text())
+    document = yaml.safe_load((home / "quantgate.yaml").read_text())
     document["gateway"] |= {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "state": f"sqlite:///{folder}/state.db"}
     (replica,) = [replica for replica in document["replicas"] if replica["variant"] == ALONE_VARIANT]
     replica["prefix_caching"] = False

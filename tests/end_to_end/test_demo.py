@@ -165,7 +165,7 @@ def test_client_that_leaves_stops_the_generation(serving: Running) -> None:
 
 def directory(home: Path, variant: str) -> Path:
     """A variant's directory, from the demo's configuration."""
-    return Path(yaml.safe_load((home / "demo.yaml").read_text())["variants"][variant]["path"])
+    return Path(yaml.safe_load((home / "quantgate.yaml").read_text())["variants"][variant]["path"])
 
 
 def replicas(serving: Running) -> list[dict[str, object]]:

@@ -179,7 +179,7 @@ def test_metrics_agree(ramped: Ramped) -> None:
 def test_the_command_line_explains(ramped: Ramped, serving: Running, home: Path, tmp_path: Path, reason: str) -> None:
     """`quantgate route explain --request ID` prints which replica answered, and what was compared."""
     asked = ramped.of(reason)[-1]
-    words = ("--request", asked.id, "--config", str(home / "demo.yaml"), "--json")
+    words = ("--request", asked.id, "--config", str(home / "quantgate.yaml"), "--json")
     port = ("--admin", admin_address(serving).removeprefix("http://"))
     running = start(tmp_path, home, "route", "explain", *words, *port)
     assert running.wait(60) == 0, running.stderr

@@ -65,8 +65,8 @@ def test_interrupt_leaves_nothing(
     assert running.stop(sent) == 130
     assert processes_of(place) == []
     left = {path.relative_to(place).parts[0] for path in set(place.rglob("*")) - made}
-    kept = {"logs", "running", "bytecode", "vllm", "variants", "demo.yaml", "supervisor.lock"}
-    kept |= {"supervisor.id", "seals"}
+    kept = {"logs", "running", "bytecode", "vllm", "variants", "quantgate.yaml", "supervisor.lock"}
+    kept |= {"supervisor.id", "seals", "control", "starts.json"}
     assert {name for name in left if not name.startswith("state.db")} <= kept
     assert list((place / "models").glob(".*")) == []
     assert stage == "loading, process" or list((place / "variants").glob("[!.]*")) == []

@@ -81,6 +81,13 @@ def check_model(body: Mapping[str, Any], options: Options) -> None:
         raise ApiError(404, "NotFoundError", message, "model")
 
 
+def check_tools(body: Mapping[str, Any], options: Options) -> None:
+    """Without a parser for calls vLLM refuses tools; /v1/responses and /tokenize don't look."""
+    if body.get("tools") and body.get("tool_choice") not in ("none", {"type": "none"}) and not options.auto_tools:
+        message = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
+        raise ApiError(400, "BadRequestError", message)
+
+
 def read_ask(kind: Kind, request: Request, options: Options) -> Ask:
     """Check a generation request in the order vLLM does: its shape, its model, its length."""
     asked = read_json(request)
@@ -93,6 +100,8 @@ def read_ask(kind: Kind, request: Request, options: Options) -> Ask:
     width = _integer(body, "n") or 1
     asked_usage = _stream_options(body)
     check_model(body, options)
+    if kind in ("chat", "messages"):
+        check_tools(asked, options)
     prompt_tokens = sum(map(len, prompts))
     _check_length(max(map(len, prompts)), limit, options)
     steps, finish_reason = _steps(limit, options, ignore_eos=bool(body.get("ignore_eos")))

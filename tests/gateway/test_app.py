@@ -84,7 +84,7 @@ async def test_files_beside_the_configuration(tmp_path: Path) -> None:
 
 
 async def test_variants_excluded_by_a_verdict_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Each configuration logs rungs that are never chosen, and aliases that no variant may answer."""
+    """Each configuration logs rungs that are never chosen, and aliases that nobody can answer."""
     model_directory(tmp_path / "own")
     (tmp_path / "bad").mkdir()
     seal(tmp_path / "bad", 4, verdict="fail")
@@ -92,9 +92,10 @@ async def test_variants_excluded_by_a_verdict_are_logged(tmp_path: Path, caplog:
     variants = "variants: {own: {path: own}, bad: {path: bad}}\n"
     path.write_text(f"{variants}aliases: {{smol: {{ladder: [own, bad]}}, lone: {{ladder: [bad]}}}}\n")
     live_config_for(read_deployment(path))
-    why = "bad: its verdict is fail (an alias can take it: admit_failed)"
+    why = "its verdict is fail (an alias can take it: admit_failed)"
     assert caplog.messages == [
-        f"alias 'smol' never chooses {why}",
-        f"alias 'lone' never chooses {why}",
-        f"no variant of 'lone' is good enough ({why})",
+        f"aliases.smol.ladder.1: 'bad' is never chosen: {why}; remove it from the ladder",
+        "aliases.smol: no replica serves own; add one under replicas",
+        f"aliases.lone: no variant is good enough (bad: {why}); lower the floor, or add a better variant",
+        "variants.bad: no replica serves it; add one under replicas, or remove the variant",
     ]

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import shlex
 from io import StringIO
 from pathlib import Path
 
@@ -12,12 +13,12 @@ from config.errors import ConfigError
 from config.load import load_settings
 from config.variant import PARENT_QUALITY, QualityMeasures, Variant
 from gateway.demo.cli import Demo, check_start, wait_until_ready, write_configuration
-from gateway.demo.report import Answer, show_answer, show_variants
+from gateway.demo.report import Answer, show_answer, show_next_steps, show_variants
 from gateway.demo.subprocess import SubprocessFailed, run_module
 from gateway.http.listener import address_of, bind
 from serving.errors import ServingError
 from serving.registry import Registry
-from serving.replica import Replica, State
+from serving.replica import SUPERVISOR, Replica, State
 from tests.end_to_end.running_demo import processes_of
 from tests.fakes.running import eventually
 
@@ -88,6 +89,34 @@ def test_configuration_is_one_that_up_runs(tmp_path: Path) -> None:
     settings = load_settings(path, {})
     assert settings.aliases["smol"].ladder == ("smol-bf16", "smol-int4")
     assert [replica.variant for replica in settings.replicas] == ["smol-bf16", "smol-int4"]
+    assert path == tmp_path / "quantgate.yaml"
+    assert path.read_text().startswith("# Written by `quantgate demo`, which overwrites it: change a copy.")
+
+
+def test_next_steps_name_the_configuration() -> None:
+    """The demo ends with commands that a shell takes as they are, with the file that it leaves."""
+    printed = StringIO()
+    show_next_steps(Console(soft_wrap=True, file=printed), Path("/a b/quantgate.yaml"), serving=True)
+    _, title, up, *_ = printed.getvalue().splitlines()
+    assert title == "The configuration of this demo is /a b/quantgate.yaml. Next steps:"
+    assert shlex.split(up, comments=True) == ["quantgate", "up", "/a b/quantgate.yaml"]
+
+
+async def test_the_demo_tells_progress_as_up_does(tmp_path: Path) -> None:
+    """States of replicas that this process runs are printed as they change, with how many are ready."""
+    printed, registry = StringIO(), Registry()
+    running = Demo(tmp_path, "", "", out=Console(quiet=True), progress=Console(file=printed, soft_wrap=True))
+    source = registry.source(SUPERVISOR)
+    one = Replica("smol-int4-1", "smol-int4", "int4", "http://127.0.0.1:1", "smol-int4-1")
+    source.put(one, State.STARTING, "loading, process 7, usually ready after 42s")
+    waiting = asyncio.create_task(wait_until_ready(running, registry))
+    await asyncio.wait({waiting}, timeout=0.01)
+    source.put(one, State.READY)
+    await waiting
+    assert printed.getvalue().splitlines() == [
+        "  smol-int4-1: starting, loading, process 7, usually ready after 42s",
+        "  smol-int4-1: ready at http://127.0.0.1:1 (1 of 1 are ready)",
+    ]
 
 
 async def test_replica_that_will_not_start_ends_the_wait(tmp_path: Path) -> None:

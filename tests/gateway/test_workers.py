@@ -15,8 +15,11 @@ import httpx
 import pytest
 import yaml
 
-from gateway.workers import WorkerIndex
-from tests.fakes.running import DEADLINE_SECONDS, HOST, POLL_SECONDS, ROOT, FakeReplica
+from config.errors import ConfigError
+from config.schema import GatewaySettings
+from gateway.workers import BOOT, WorkerIndex, check_ports
+from quantgate import main
+from tests.fakes.running import DEADLINE_SECONDS, HOST, PATIENCE_SECONDS, POLL_SECONDS, ROOT, FakeReplica, eventually
 from tests.gateway.fleet import CHAT, HELLO
 
 session_loop = pytest.mark.asyncio(loop_scope="session")
@@ -60,7 +63,7 @@ class Crew:
 
     async def ready(self) -> None:
         """Wait until both are."""
-        async with asyncio.timeout(2 * DEADLINE_SECONDS):
+        async with asyncio.timeout(2 * PATIENCE_SECONDS):
             while await self.answers(2) != [True, True]:  # noqa: ASYNC110 - other processes' progress
                 await asyncio.sleep(POLL_SECONDS)
 
@@ -78,7 +81,7 @@ async def crew(folder: Path, fake: FakeReplica, drain_seconds: float = 5) -> Asy
     config = folder / "quantgate.yaml"
     config.write_text(yaml.safe_dump(settings))
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "quantgate", "gateway", str(config), "--workers", "2"),
+        *(sys.executable, "-m", "quantgate", "gateway", str(config), "--workers", "2", "--force"),
         cwd=ROOT,
         stderr=asyncio.subprocess.DEVNULL,
     )
@@ -148,6 +151,68 @@ async def test_a_worker_that_does_not_end(tmp_path: Path, fake: FakeReplica) -> 
         os.kill(pids[0], signal.SIGSTOP)
     assert running.process.returncode == 0
     await gone(pids)
+
+
+# The parent of a worker whose imports never end: a module of the folder stands in for the command line.
+NEVER_STARTED = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)\n"
+PARENT = """
+import asyncio, os
+from pathlib import Path
+from gateway.workers import Worker, WorkerIndex
+asyncio.run(Worker(Path("none.yaml"), WorkerIndex(), os.pipe()[0]).run())
+"""
+
+
+async def test_workers_that_still_start_die_with_their_parent(tmp_path: Path) -> None:
+    """A worker that has not got as far as its event loop ends with its parent, too."""
+    (tmp_path / "quantgate.py").write_text(NEVER_STARTED)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", PARENT), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    pid = int(await eventually(lambda: (path := tmp_path / "pid").exists() and path.read_text()))
+    process.kill()
+    await process.wait()
+    await gone([pid])
+
+
+async def test_a_worker_whose_parent_died_at_once() -> None:
+    """A worker that finds another parent than it was told does not start."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", BOOT, "1", "gateway", "none.yaml"), cwd=ROOT, stderr=asyncio.subprocess.PIPE
+    )
+    _, err = await process.communicate()
+    assert (process.returncode, err) == (1, b"the parent of this gateway worker has exited\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--workers", "0"], "'0' is not a number of workers; the least is 1"),
+        (["--workers", "-2"], "'-2' is not a number of workers"),
+        (["--workers", "1.5"], "'1.5' is not a number of workers"),
+        (["--workers", "100000"], "cores that this process may use; see --force"),
+    ],
+)
+def test_numbers_of_workers(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    """No worker, and more than cores without --force, are usage errors."""
+    with pytest.raises(SystemExit) as ended:
+        main(["gateway", *arguments])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "listen, admin, words",
+    [
+        ("127.0.0.1:8000", "127.0.0.1:65530", "worker 10 would have the admin port 65539, above 65535"),
+        ("127.0.0.1:8005", "127.0.0.1:8001", "8001 to 8010, include the port of gateway.listen"),
+        ("127.0.0.1:0", "127.0.0.1:8001", "--workers needs fixed ports"),
+    ],
+)
+def test_ports_of_workers(listen: str, admin: str, words: str) -> None:
+    """Ports that the workers could not all have are refused before one is started."""
+    with pytest.raises(ConfigError, match=words):
+        check_ports(GatewaySettings(listen=listen, admin=admin), 10)
 
 
 @pytest.mark.parametrize("text", ["1/1", "2/4"])

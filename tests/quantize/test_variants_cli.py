@@ -26,6 +26,48 @@ def test_variants_are_listed_shown_and_verified(tmp_path: Path) -> None:
     assert (verified.returncode, verified.stdout) == (0, f"{tmp_path / 'v'}: as it was sealed\n")
 
 
+def test_a_folder_of_variants_is_listed(tmp_path: Path) -> None:
+    """A folder stands for the variants in it; parents, unfinished and broken ones do not hide the others."""
+    for name in ("b", "a", ".unfinished"):
+        write_manifest(tmp_path / "all" / name, id=f"smol-{name.strip('.')}")
+    (tmp_path / "all" / "parent").mkdir()
+    listed = run("variants_main", "list", tmp_path / "all")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["variant", "smol-a", "smol-b"]
+    told = json.loads(run("variants_main", "list", "--json", tmp_path / "all").stdout)
+    assert [row["directory"] for row in told] == [str(tmp_path / "all" / name) for name in ("a", "b")]
+    (tmp_path / "all" / "a" / "manifest.json").write_text("{")
+    broken = run("variants_main", "list", tmp_path / "all")
+    assert broken.returncode == 1
+    assert "smol-b" in broken.stdout
+    assert len(broken.stderr.splitlines()) == 1
+    assert "all/a/manifest.json: " in broken.stderr
+
+
+def test_variants_of_a_configuration(tmp_path: Path) -> None:
+    """With --config, names of its variants stand for their directories, and no name for all that are sealed."""
+    write_manifest(tmp_path / "models" / "a", id="smol-a")
+    write_manifest(tmp_path / "models" / "b", id="smol-b")
+    (tmp_path / "models" / "parent").mkdir()
+    config = tmp_path / "quantgate.yaml"
+    config.write_text(
+        "variants: {one: {path: models/a}, two: {path: models/b}, base: {path: models/parent}, far: {precision: int4}}"
+    )
+    named = ("--config", config)
+    assert "smol-a" in run("variants_main", "show", "one", *named).stdout
+    assert "smol-b" in run("variants_main", "list", "two", *named).stdout
+    assert len(run("variants_main", "list", *named).stdout.splitlines()) == 3
+    compared = run("variants_main", "diff", "one", "two", *named).stdout.split()
+    assert compared[:4] == ["left", "smol-a", "right", "smol-b"]
+    unknown = run("variants_main", "show", "ones", *named)
+    assert unknown.returncode == 2
+    assert "there is no variant 'ones'; did you mean 'one'? known: one, two, base, far" in unknown.stderr
+    assert "the variant 'far' has no path" in run("variants_main", "show", "far", *named).stderr
+    missing = run("variants_main", "list")
+    assert missing.returncode == 2
+    assert "DIR is missing: a variant, a folder of variants, or --config FILE" in missing.stderr
+
+
 def test_a_changed_byte_is_found(tmp_path: Path) -> None:
     """Verifying reads every byte and exits with 1 where one has changed."""
     write_variant(tmp_path / "v")

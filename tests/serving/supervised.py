@@ -22,6 +22,8 @@ from tests.bytecode import share_bytecode
 
 DEADLINE_SECONDS = 30.0
 QUICK = Backoff(first_seconds=0.01, longest_seconds=0.05)
+# A replica that fails stays failed for the rest of a test.
+SLOW = Backoff(first_seconds=600, longest_seconds=600)
 
 
 def model_directory(folder: Path, **config: object) -> Path:

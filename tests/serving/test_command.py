@@ -138,15 +138,27 @@ def test_media_domains() -> None:
 
 
 def test_every_flag_of_ours_is_kept_from_the_configuration() -> None:
-    """Whatever the builder sets can't be set twice, but for thinking, where the operator has the last word."""
+    """Whatever the builder sets can't be set twice, but for thinking and tools: the operator has the last word."""
     launch = Launch(
         "a-1",
         VARIANT,
         "cpu",
         ReplicaSettings(variant="a", prefix_caching=False, max_model_len=64, max_num_seqs=1),
         thinking=Thinking("qwen3", Path("/think.jinja")),
+        tool_parser="hermes",
         media_domains=("images.example.com",),
     )
     argv = build_command(launch, 1, dataclasses.replace(MACHINE, log_format="json")).argv
     flags = {argument for argument in argv if argument.startswith("--")}
-    assert {flag for flag in flags if reserved_flag(flag) is None} == {"--reasoning-parser", "--chat-template"}
+    assert {flag for flag in flags if reserved_flag(flag) is None} == {
+        *("--reasoning-parser", "--chat-template", "--enable-auto-tool-choice", "--tool-call-parser"),
+    }
+
+
+def test_the_tool_parser() -> None:
+    """With a parser vLLM takes tools; without one neither flag is given, as one of them alone stops it."""
+    launch = Launch("a-1", VARIANT, "cpu", ReplicaSettings(variant="a"), tool_parser="hermes")
+    command = build_command(launch, 1, MACHINE)
+    assert option(command, "--tool-call-parser") == "hermes"
+    assert "--enable-auto-tool-choice" in command.argv
+    assert not {"--tool-call-parser", "--enable-auto-tool-choice"} & set(built().argv)

@@ -76,7 +76,6 @@ def test_a_healthy_machine_has_no_fix() -> None:
         ("hardware", {"cpu_flags": frozenset({"avx2"})}, "warning", "instructions", "AVX-512"),
         ("hardware", {"cpu_flags": frozenset()}, "error", "instructions", "another machine"),
         ("hardware", {"allocator": None}, "warning", "allocator", "libtcmalloc"),
-        ("limits", {"open_files": 1024}, "warning", "open files", "ulimit -n 65536"),
         ("limits", {"open_files": 1024, "open_files_most": 4096}, "warning", "open files", "limits.conf"),
         ("limits", {"shared_memory_bytes": 64 * 2**20}, "warning", "shared memory", "--shm-size"),
         ("limits", {"home_writable": False}, "error", "home", "QUANTGATE_HOME"),
@@ -90,6 +89,13 @@ def test_findings(part: str, changes: dict[str, Any], level: str, subject: str, 
     (wrong,) = [finding for finding in findings(checkup(part, **changes)) if finding.level != "ok"]
     assert (wrong.level, wrong.subject) == (level, subject)
     assert fix in wrong.fix
+
+
+def test_soft_limit_is_raised_at_the_start() -> None:
+    """A low soft limit on open files is fine while the hard one is high enough."""
+    limits = replace(HEALTHY.limits, open_files=1024, open_files_most=65536)
+    found = findings(replace(HEALTHY, limits=limits))
+    assert Finding("ok", "open files", "limit 65536 (soft 1024, raised at the start)") in found
 
 
 def test_gpus_are_listed_with_memory_and_driver() -> None:

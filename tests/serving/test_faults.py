@@ -23,6 +23,7 @@ from serving.process import session_processes
 from serving.replica import Replica, State
 from tests.fakes.running import eventually, wait_until
 from tests.serving.supervised import (
+    SLOW,
     launch,
     noted_session,
     noted_sessions,
@@ -32,7 +33,6 @@ from tests.serving.supervised import (
     until,
 )
 
-ONCE = Backoff(first_seconds=0.01, start_failures=1)
 GOLDEN = {"ids": [65, 66, 67, 68], "variant": [-1.5, -2.5, -0.5], "parent": [-1.0, -2.0, -0.25]}
 
 
@@ -127,14 +127,14 @@ async def test_request_that_never_ends_is_cut_at_the_deadline(tmp_path: Path) ->
 
 
 async def test_port_taken_while_a_replica_was_down(tmp_path: Path) -> None:
-    """Somebody else got the port: the cause is told, and it is given up."""
+    """Another process got the port: the state says so, and when it is tried again."""
     port = free_port()
-    async with supervised(tmp_path, launch(tmp_path, "int4", port=port), backoff=ONCE) as registry:
+    async with supervised(tmp_path, launch(tmp_path, "int4", port=port), backoff=SLOW) as registry:
         await ready(registry)
         os.killpg(noted_session(tmp_path), signal.SIGKILL)
         with _taken(port):
-            status = await until(registry, lambda status: "given up" in status.reason)
-    assert "Address already in use" in status.reason
+            status = await until(registry, lambda status: "Address already in use" in status.reason)
+    assert "next start at" in status.reason
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ async def test_wrong_artefact_never_gets_ready(
     (planned.variant.path / EVALUATION_FILE).write_text(json.dumps({"golden": GOLDEN}))
     golden = GoldenAnswer((65, 66, 67, 68), (-1.5, -2.5, -0.5), (-1.0, -2.0, -0.25))
     planned = dataclasses.replace(planned, variant=dataclasses.replace(planned.variant, golden=golden))
-    async with supervised(tmp_path, planned, backoff=ONCE) as registry:
+    async with supervised(tmp_path, planned, backoff=SLOW) as registry:
         status = await until(registry, lambda status: status.state is State.FAILED)
         assert cause in status.reason
         await eventually(lambda: noted_sessions(tmp_path) == set())
@@ -169,7 +169,7 @@ async def test_right_artefact_gets_ready(tmp_path: Path) -> None:
     (planned.variant.path / EVALUATION_FILE).write_text(json.dumps({"golden": GOLDEN}))
     golden = GoldenAnswer((65, 66, 67, 68), (-1.5, -2.5, -0.5), (-1.0, -2.0, -0.25))
     planned = dataclasses.replace(planned, variant=dataclasses.replace(planned.variant, golden=golden))
-    async with supervised(tmp_path, planned, backoff=ONCE) as registry:
+    async with supervised(tmp_path, planned, backoff=SLOW) as registry:
         await ready(registry)
 
 
@@ -201,7 +201,7 @@ async def test_full_disk_under_the_logs(tmp_path: Path, small_disk: Path) -> Non
 async def test_no_room_for_the_note_starts_nothing(tmp_path: Path, small_disk: Path) -> None:
     """A replica that could not be found again is not started; the state says what is full."""
     _fill(small_disk / "filler")
-    async with supervising(small_disk, launch(tmp_path, "int4"), log_folder=tmp_path, backoff=ONCE) as supervisor:
+    async with supervising(small_disk, launch(tmp_path, "int4"), log_folder=tmp_path, backoff=SLOW) as supervisor:
         status = await until(supervisor.registry, lambda status: status.state is State.FAILED)
     assert "No space left on device" in status.reason
 

@@ -3,20 +3,30 @@
 import asyncio
 import dataclasses
 import os
+import re
 import signal
 from pathlib import Path
 
 import httpx
 import pytest
 
-from serving.backoff import Backoff
-from serving.errors import LaunchRefused
+from serving.errors import LaunchRefused, NoSuchReplica
 from serving.machine import free_port
 from serving.process import session_processes
 from serving.replica import State
 from tests.fakes.running import eventually, running_fake
 from tests.serving.sealed import seal_directory
-from tests.serving.supervised import launch, model_directory, noted_session, ready, supervised, until
+from tests.serving.supervised import (
+    SLOW,
+    launch,
+    model_directory,
+    noted_session,
+    noted_sessions,
+    ready,
+    supervised,
+    supervising,
+    until,
+)
 
 
 async def test_replica_gets_ready_and_leaves_nothing(tmp_path: Path) -> None:
@@ -32,24 +42,67 @@ async def test_replica_gets_ready_and_leaves_nothing(tmp_path: Path) -> None:
     assert registry.status("int4-1").state is State.STOPPED
 
 
-async def test_start_failure_is_given_up_with_the_cause(tmp_path: Path) -> None:
-    """A replica that dies while starting is tried as often as configured, then given up with its own last error."""
-    failing = launch(
-        tmp_path, "int4", "--fake-exit-while-starting", "1", "--fake-last-words", "ValueError: no such kernel"
-    )
-    async with supervised(tmp_path, failing, backoff=Backoff(first_seconds=0.01, start_failures=2)) as registry:
+FAILING = ("--fake-exit-while-starting", "1", "--fake-last-words", "ValueError: no such kernel")
+
+
+async def test_failed_start_is_never_given_up(tmp_path: Path) -> None:
+    """A replica that dies while starting is tried again and again; the state says when, and has its own last error."""
+    log = tmp_path / "logs" / "int4-1.log"
+    async with supervised(tmp_path, launch(tmp_path, "int4", *FAILING)) as registry:
         status = await until(registry, lambda status: status.state is State.FAILED)
+        assert re.match(r"next start at \d\d:\d\d:\d\d: int4-1: ended with exit code 1", status.reason)
         assert "ValueError: no such kernel" in status.reason
-        assert "exit code 1" in status.reason
-        log = tmp_path / "logs" / "int4-1.log"
         assert str(log) in status.reason
-        await eventually(lambda: log.read_text().count("no such kernel") == 2)
+        await eventually(lambda: log.read_text().count("no such kernel") >= 5)
+
+
+async def test_restart_ends_the_pause(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A replica that waits for its next start is started at once when that is requested, and its pauses begin anew."""
+    async with supervising(tmp_path, launch(tmp_path, "int4", *FAILING), backoff=SLOW) as supervisor:
+        for round_ in (1, 2, 3):
+            await eventually(lambda: caplog.text.count("next start in 600 s") == round_)  # noqa: B023
+            assert supervisor.restart("int4-1") == "starts again now"
+        with pytest.raises(NoSuchReplica, match=r"no replica 'int4'; did you mean 'int4-1'\? known: int4-1"):
+            supervisor.restart("int4")
+
+
+async def test_reload_ends_the_pause(tmp_path: Path) -> None:
+    """An update, even to the same configuration, starts what waits at once; what is ready is not touched."""
+    second = launch(tmp_path, "bf16")
+    missing = tmp_path / "missing"
+    failing = launch(tmp_path, "int4", "--fake-port-file", str(missing / "port"))
+    async with supervising(tmp_path, second, failing, backoff=SLOW) as supervisor:
+        await ready(supervisor.registry, "bf16-1")
+        await until(supervisor.registry, lambda status: "next start at" in status.reason)
+        (before,) = noted_sessions(tmp_path)
+        missing.mkdir()
+        await supervisor.update((second, failing))
+        await ready(supervisor.registry)
+        assert before in noted_sessions(tmp_path)
+
+
+async def test_restart_of_a_ready_replica_drains_it_first(tmp_path: Path) -> None:
+    """A ready replica finishes its requests, stops, and is started again under the same name."""
+    async with supervising(tmp_path, launch(tmp_path)) as supervisor:
+        registry = supervisor.registry
+        await ready(registry)
+        before = noted_session(tmp_path)
+        registry.take("int4-1")
+        assert supervisor.restart("int4-1") == "finishes its requests (at most 5 s), then starts again"
+        await until(registry, lambda status: status.state is State.DRAINING)
+        assert "is draining already" in supervisor.restart("int4-1")
+        assert session_processes(before)
+        registry.give_back("int4-1")
+        await until(registry, lambda status: status.state is State.STARTING)
+        await ready(registry)
+        assert session_processes(before) == []
+        assert noted_session(tmp_path) != before
 
 
 async def test_too_slow_a_start_is_a_failure(tmp_path: Path) -> None:
     """A replica that isn't ready in time is ended."""
     slow = launch(tmp_path, "int4", "--fake-start-delay", "60", start_timeout_seconds=0.3)
-    async with supervised(tmp_path, slow, backoff=Backoff(start_failures=1)) as registry:
+    async with supervised(tmp_path, slow, backoff=SLOW) as registry:
         status = await until(registry, lambda status: status.state is State.FAILED)
         assert "not ready after 0.3 s" in status.reason
         await eventually(lambda: not list((tmp_path / "running").iterdir()))
@@ -117,7 +170,7 @@ async def test_one_start_at_a_time(tmp_path: Path) -> None:
 async def test_wrong_server_behind_the_port_is_not_accepted(tmp_path: Path) -> None:
     """A replica must serve its own directory under its own name; something else on its port is a failure."""
     wrong = launch(tmp_path, "int4", "--model", str(model_directory(tmp_path / "other")))
-    async with supervised(tmp_path, wrong, backoff=Backoff(start_failures=1)) as registry:
+    async with supervised(tmp_path, wrong, backoff=SLOW) as registry:
         status = await until(registry, lambda status: status.state is State.FAILED)
         assert "not this replica" in status.reason
 
@@ -148,7 +201,7 @@ async def test_a_variant_with_a_changed_byte_is_never_served(tmp_path: Path) -> 
     sealed = dataclasses.replace(planned.variant, manifest=seal_directory(planned.variant.path))
     planned = dataclasses.replace(planned, variant=sealed)
     weights.write_bytes(b"Weights")
-    async with supervised(tmp_path, planned, backoff=Backoff(start_failures=1)) as registry:
+    async with supervised(tmp_path, planned, backoff=SLOW) as registry:
         status = await until(registry, lambda status: status.state is State.FAILED)
         assert "altered since it was sealed: model.safetensors" in status.reason
         assert not (tmp_path / "logs").exists()

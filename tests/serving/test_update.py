@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 
 from config.schema import ReplicaSettings
-from serving.backoff import Backoff
 from serving.errors import LaunchRefused, ReplicaConflict, UpdateFailed
 from serving.machine import free_port
 from serving.replica import Launch, Replica, State
 from serving.supervisor import Supervisor
 from tests.fakes.running import eventually
-from tests.serving.supervised import launch, noted_session, noted_sessions, ready, supervising
+from tests.serving.supervised import SLOW, launch, noted_session, noted_sessions, ready, supervising
 
 
 def states(supervisor: Supervisor) -> dict[str, State]:
@@ -75,7 +74,7 @@ async def test_failing_successor_leaves_the_old_one(tmp_path: Path) -> None:
     """An update to something that doesn't start stops there, and says why; what ran goes on."""
     old = launch(tmp_path)
     broken = with_settings(old, args=("--fake-exit-while-starting", "1", "--fake-last-words", "ValueError: no kernel"))
-    async with supervising(tmp_path, old, backoff=Backoff(first_seconds=0.01, start_failures=2)) as supervisor:
+    async with supervising(tmp_path, old, start_attempts=2) as supervisor:
         await ready(supervisor.registry)
         before = noted_session(tmp_path)
         with pytest.raises(UpdateFailed, match=r"int4-1b, which doesn't start: .*ValueError: no kernel"):
@@ -111,9 +110,23 @@ async def test_fleet_grows_and_shrinks(tmp_path: Path) -> None:
 
 
 async def test_update_while_a_replica_cannot_start(tmp_path: Path) -> None:
-    """One that was given up is replaced by what works."""
+    """One that waits for its next start is replaced by what works."""
     broken = launch(tmp_path, "int4", "--fake-exit-while-starting", "1")
-    async with supervising(tmp_path, broken, backoff=Backoff(first_seconds=0.01, start_failures=1)) as supervisor:
+    async with supervising(tmp_path, broken, backoff=SLOW) as supervisor:
         await eventually(lambda: states(supervisor)["int4-1"] is State.FAILED)
         await supervisor.update((with_settings(broken, args=()),))
         assert states(supervisor) == {"int4-1b": State.READY}
+
+
+async def test_changed_times_replace_nothing(tmp_path: Path) -> None:
+    """Another drain time holds for the replica that runs: a request that would take longer is cut off after it."""
+    old = launch(tmp_path, drain_seconds=600)
+    async with supervising(tmp_path, old) as supervisor:
+        await ready(supervisor.registry)
+        before = noted_session(tmp_path)
+        await supervisor.update((with_settings(old, drain_seconds=0.1),))
+        assert noted_session(tmp_path) == before
+        supervisor.registry.take("int4-1")
+        async with asyncio.timeout(60):
+            await supervisor.update(())
+        assert states(supervisor) == {}

@@ -126,7 +126,7 @@ class Ours:
 
     def argv(self, workers: int) -> list[str]:
         """Write its command line."""
-        command = ["-m", "quantgate", "gateway", "--workers", str(workers)]
+        command = ["-m", "quantgate", "gateway", "--workers", str(workers), "--force"]
         return [sys.executable, *command, str(self.folder / "gateway.yaml")]
 
 

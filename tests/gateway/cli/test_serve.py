@@ -127,7 +127,7 @@ async def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     outcome = await run("gateway", tmp_path / "none.yaml")
     assert (outcome.code, outcome.err) == (
         2,
-        f"quantgate: {tmp_path}/none.yaml: can't be read: No such file or directory\n",
+        f"quantgate: {tmp_path}/none.yaml: can't be read: No such file or directory; check the path\n",
     )
 
 
@@ -179,6 +179,23 @@ async def test_a_gateway_from_start_to_end(tmp_path: Path, fake: FakeReplica, nu
     )
 
 
+@on_the_loop
+async def test_limit_on_open_files(tmp_path: Path) -> None:
+    """The soft limit is raised to the hard one at the start: each connection takes a file."""
+    lowered = 'ulimit -Sn 256 && exec "$@"'
+    argv = [sys.executable, str(ROOT / "quantgate.py"), "gateway", str(write(tmp_path, FREE))]
+    process = await asyncio.create_subprocess_exec("sh", "-c", lowered, "sh", *argv, cwd=ROOT, stderr=PIPE)
+    assert process.stderr is not None
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        while b"listening" not in await process.stderr.readline():
+            assert process.returncode is None
+    limits = Path(f"/proc/{process.pid}/limits").read_text()
+    process.kill()
+    await process.communicate()
+    (soft, hard) = re.findall(r"Max open files +(\d+) +(\d+)", limits)[0]
+    assert soft == hard != "256"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_running_until_a_signal(number: signal.Signals) -> None:
     """What was started is ended in order, and that is a success."""
@@ -227,11 +244,11 @@ def test_configuration_is_checked_and_shown(tmp_path: Path, capsys: pytest.Captu
 
 
 MANIFESTS = """\
-variants: {hi: {precision: bf16}, bad: {path: bad}, far: {path: far}}
+gateway: {state: "sqlite:///shared.db"}
+variants: {hi: {precision: bf16}, bad: {path: bad}}
 aliases:
   lone: {ladder: [bad]}
   both: {ladder: [hi, bad]}
-  away: {ladder: [bad, far], floor: {kl_mean: 0.1}}
 """
 
 
@@ -242,17 +259,16 @@ def test_manifests_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str
     path = write(tmp_path, MANIFESTS)
     assert main(["config", "check", str(path)]) == 3
     out, err = capsys.readouterr()
-    why = "bad: its verdict is fail (an alias can take it: admit_failed)"
-    assert out == f"{path}: 3 aliases, 3 variants, 1 unservable\n"
+    why = "its verdict is fail (an alias can take it: admit_failed)"
+    assert out == f"{path}: 2 aliases, 2 variants, 1 unservable, 1 warnings\n"
     assert err.splitlines() == [
-        f"{path}: variants.far: directory not found here, manifest not checked",
-        f"{path}: alias 'lone' never chooses {why}",
-        f"{path}: alias 'both' never chooses {why}",
-        f"{path}: no variant of 'lone' is good enough ({why})",
+        f"{path}:4:3: aliases.lone: no variant is good enough (bad: {why}); "
+        "lower the floor, or add a better variant [unservable]",
+        f"{path}:5:23: aliases.both.ladder.1: 'bad' is never chosen: {why}; remove it from the ladder [warning]",
     ]
-    write(tmp_path, MANIFESTS.replace("[bad]", "[hi]"))
+    write(tmp_path, MANIFESTS.replace("[bad]", "[hi]").replace("[hi, bad]", "[hi]"))
     assert main(["config", "check", str(path)]) == 0
-    assert capsys.readouterr().out == f"{path}: 3 aliases, 3 variants, no problems\n"
+    assert capsys.readouterr().out == f"{path}: 2 aliases, 2 variants, no problems\n"
     (tmp_path / "bad" / "manifest.json").write_text("{")
     assert main(["config", "check", str(path)]) == 2
     assert "bad/manifest.json: top level: Invalid JSON" in capsys.readouterr().err

@@ -289,36 +289,38 @@ SHA = "a" * 64
             None,
             "keys can't be read: No such file or directory; create the file with `quantgate keys create NAME --file ",
         ),
-        ("- a list", "is not a valid keys file (name: {sha256: ...})"),
-        ("alice: secret", "alice: is not a valid entry (name: {sha256: ...})"),
-        ("alice: {sha256: secret}", "alice.sha256.0: String should match pattern"),
-        ("alice: {sha256: []}", "alice.sha256: Value should have at least 1 item"),
-        (f"alice: {{sha256: [{SHA}, {'b' * 64}, {'c' * 64}]}}", "alice.sha256: Value should have at most 2 items"),
+        ("- a list", ":1:1: must be a mapping; write name: {sha256: ...}"),
+        ("alice: secret", ":1:1: alice: must be a mapping; write name: {sha256: ...}"),
+        ("alice: {sha256: secret}", "alice.sha256.0: is not a SHA-256 digest; write 64 digits 0-9 a-f"),
+        ("alice: {sha256: []}", "alice.sha256: is empty; add an entry"),
+        (f"alice: {{sha256: [{SHA}, {'b' * 64}, {'c' * 64}]}}", "alice.sha256: has more than 2 entries; remove some"),
         ("alice: {}", "alice.sha256: is missing"),
         (f"alice: {{sha256: {SHA}, alias: [x]}}", "alice.alias: unknown key; did you mean 'aliases'?"),
         (f"alice: {{sha256: {SHA}, floor: {{top1: 1}}}}", "alice.floor.top1: unknown key; known: kl_mean, "),
-        (f"alice: {{sha256: {SHA}, floor: {{top1_agreement: 2}}}}", "alice.floor.top1_agreement: Input should be less"),
-        (f"alice: {{sha256: {SHA}, aliases: ['a b']}}", "alice.aliases.0: String should match pattern"),
-        (f"alice: {{sha256: {SHA}, concurrency: 0}}", "alice.concurrency: Input should be greater than or equal to 1"),
-        (f"alice: {{sha256: {SHA}, concurrency: true}}", "alice.concurrency: Input should be a valid integer"),
-        (f"alice: {{sha256: {SHA}, may: [Chat]}}", "alice.may.0: String should match pattern"),
+        (f"alice: {{sha256: {SHA}, floor: {{top1_agreement: 2}}}}", "alice.floor.top1_agreement: must be at most 1"),
+        (f"alice: {{sha256: {SHA}, aliases: ['a b']}}", "alice.aliases.0: is not a valid name"),
+        (f"alice: {{sha256: {SHA}, concurrency: 0}}", "alice.concurrency: must be at least 1"),
+        (f"alice: {{sha256: {SHA}, concurrency: true}}", "alice.concurrency: must be a whole number"),
+        (f"alice: {{sha256: {SHA}, may: [Chat]}}", "alice.may.0: is not the name of a field"),
         (f"alice: {{sha256: {SHA}, expires: tomorrow}}", "alice.expires: is not a date; write 2027-01-31 or "),
         (f"alice: {{sha256: {SHA}, expires: 20270131}}", "alice.expires: is not a date"),
         (f"alice: {{sha256: {SHA}, expires: '0001-01-01T00:00:00+14:00'}}", "alice.expires: is not a date"),
         (
             f"alice: {{sha256: {SHA}, expires: 2027-02-30}}",
-            "is not a valid keys file (name: {sha256: ...}): day is out of range",
+            ":1:83: alice.expires: is not a date; write 2027-01-31 or ",
         ),
-        (f"'a b': {{sha256: {SHA}}}", "a b: is not a valid key name; use letters, digits"),
+        (f"'a b': {{sha256: {SHA}}}", "a b: 'a b' is not a valid key name; use letters, digits"),
         (f"alice: {{sha256: {SHA}}}\nbob: {{sha256: {SHA}}}", "bob.sha256: same key as alice; create one key per name"),
         (
             f"alice: {{sha256: {SHA}}}\nalice: {{sha256: {'b' * 64}}}",
-            ":2:1: is not a valid keys file (name: {sha256: ...}): duplicate",
+            ":2:1: alice: is a duplicate key; keep one",
         ),
-        ("? [a]\n: {sha256: x}", ":1:3: is not a valid keys file (name: {sha256: ...}): found unhashable key"),
-        ("alice: [", ":1:9: is not a valid keys file"),
-        (b"\xff\xfe", "is not a valid keys file"),
-        ("alice: \x07", "is not a valid keys file"),
+        ("? [a]\n: {sha256: x}", ":1:3: a key is not a name; write 'name: value'"),
+        ("alice: [", ":1:9: is not YAML: expected the node content"),
+        (b"\xff\xfe", ":1:1: is not UTF-8 text; save it as UTF-8"),
+        ("", "is empty; restore it, or create"),
+        ("# alice\n", "is empty; restore it, or create"),
+        ("alice: \x07", ":1:8: is not YAML: it contains the control character #x0007"),
     ],
 )
 def test_files_that_are_no_keys(tmp_path: Path, content: str | bytes | None, words: str) -> None:
@@ -339,8 +341,8 @@ def test_all_problems_of_a_file_are_told(tmp_path: Path) -> None:
     path.write_text("alice: {sha256: abc, concurrency: no}\nbob: {}\n")
     with pytest.raises(ConfigError) as caught:
         read_keys(path)
-    places = [line.removeprefix(f"{path}: ").partition(":")[0] for line in str(caught.value).splitlines()]
-    assert sorted(places) == ["alice.concurrency", "alice.sha256.0", "bob.sha256"]
+    places = [": ".join(line.removeprefix(f"{path}:").split(": ")[:2]) for line in str(caught.value).splitlines()]
+    assert places == ["1:9: alice.sha256.0", "1:22: alice.concurrency", "2:1: bob.sha256"]
 
 
 @pytest.mark.parametrize(
@@ -363,9 +365,14 @@ def test_when_a_key_ends(tmp_path: Path, written: str, seconds: int) -> None:
 
 
 def test_an_empty_file_of_keys(tmp_path: Path) -> None:
-    """A file without keys is in force: it admits nobody."""
+    """A file that was truncated is refused, and takes a first key; one that says `{}` admits nobody."""
     path = tmp_path / "keys.yaml"
     path.touch()
+    with pytest.raises(ConfigError, match="is empty"):
+        read_keys(path)
+    create_key(path, "alice")
+    assert read_keys(path).names() == {"alice"}
+    path.write_text("{}\n")
     assert read_keys(path) == Keys({})
 
 

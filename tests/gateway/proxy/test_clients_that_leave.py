@@ -149,7 +149,7 @@ async def test_a_request_waits_for_a_replica_that_starts(fleet: Fleet, fake: Fak
 
 
 async def test_waiting_has_an_end() -> None:
-    """After `queue_seconds` the client gets 503 with a retry-after, and the wait is counted."""
+    """After `queue_seconds` the client gets 503: how many are starting, and a retry-after; the wait is counted."""
     settings = {**CONFIG["gateway"], "limits": {"queue_seconds": 0.05}}
     async with running_gateway(deployment({"gateway": settings})) as fleet:
         with fleet.replicas(("hi", unused_url()), state=State.STARTING):
@@ -158,7 +158,7 @@ async def test_waiting_has_an_end() -> None:
         assert await fleet.total("quantgate_requests_total", alias="smol", variant="none", code="503") == 1
     error = error_of(answer)
     assert (answer.status_code, error["code"]) == (503, "no_ready_replica")
-    assert error["message"] == "no replica of 'smol' became ready in time"
+    assert error["message"] == "no replica of 'smol' became ready in time: 1 starting, of 1; try again later"
     assert int(answer.headers["retry-after"]) > 0
     assert routing_headers(answer) == (None,) * 5
 
@@ -168,7 +168,9 @@ async def test_no_replica_may_become_ready(fleet: Fleet, state: State) -> None:
     """The request is refused at once."""
     with fleet.replicas(("hi", unused_url()), ("lo", unused_url()), state=state):
         answer = await fleet.ask()
-    assert (answer.status_code, error_of(answer)["message"]) == (503, "no replica of 'smol' is ready")
+    word = "failed" if state is State.FAILED else "stopping"
+    message = f"no replica of 'smol' is ready: 2 {word}, of 2"
+    assert (answer.status_code, error_of(answer)["message"]) == (503, message)
     assert "retry-after" in answer.headers
 
 

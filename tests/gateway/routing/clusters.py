@@ -95,6 +95,7 @@ any_estimate = st.builds(
     requests=st.integers(0, 9),
     has_room=st.booleans(),
     context_tokens=st.sampled_from([50.0, 1e6]),
+    tools=st.booleans(),
 )
 fleets = st.lists(any_estimate, max_size=8, unique_by=lambda each: each.id)
 placements = st.none() | st.builds(Placement, st.sampled_from(["hi", "mid", "lo", "odd"]), names, st.integers(0, 1))
@@ -106,6 +107,7 @@ requests = st.builds(
     tried=st.frozensets(names, max_size=3),
     placement=placements,
     cached_tokens=st.dictionaries(names, st.floats(0, 1e4), max_size=3),
+    tools=st.booleans(),
 )
 gates = st.dictionaries(
     st.sampled_from([("smol", "hi"), ("smol", "mid")]),

@@ -12,7 +12,7 @@ from config.schema import NO_FLOOR, AliasSettings, Floor
 from config.variant import AT_LEAST, MEASURES, PARENT_QUALITY, QualityMeasures, Variant
 from gateway.errors import FloorUnmet
 from gateway.routing.split import Rung
-from gateway.routing.target import Catalog, Target, excluded_rungs, unservable_aliases
+from gateway.routing.target import Catalog, Target
 from tests.config.sealed import QUALITY, manifest_of
 
 HI = Variant("hi", "bf16", PARENT_QUALITY)
@@ -143,15 +143,13 @@ def test_a_failed_verdict(ladder: tuple[str, ...], options: dict[str, Any], rung
     aliases = catalog(*ladder, **options)
     smol = aliases.resolve("smol")
     assert (names(smol.rungs), names(smol.permitted)) == (rungs, permitted)
-    assert len(unservable_aliases(aliases)) == (not permitted)
 
 
 def test_the_reason_of_an_exclusion() -> None:
-    """Warnings and refusals name the limits that were missed, and the option that admits the variant."""
+    """A refusal names the limits that were missed, and the option that admits the variant."""
     why = "bad: its verdict is fail: kl_mean 0.05 misses 0.02, kl_p99 2 misses 1.5 (an alias can take it: admit_failed)"
-    assert excluded_rungs(catalog("hi", "bad")) == [f"alias 'smol' never chooses {why}"]
-    assert excluded_rungs(catalog("hi", "bad", admit_failed=True)) == []
-    assert unservable_aliases(catalog("bad")) == [f"no variant of 'smol' is good enough ({why})"]
+    assert [str(each) for each in catalog("hi", "bad").resolve("smol").excluded] == [why]
+    assert catalog("hi", "bad", admit_failed=True).resolve("smol").excluded == ()
     with pytest.raises(FloorUnmet) as caught:
         catalog("hi", "bad").resolve("smol").permitted_rungs((NO_FLOOR,), frozenset({"int4"}))
     assert caught.value.message.endswith(f"(hi: precision bf16 was not asked for; {why})")

@@ -15,7 +15,7 @@ from gateway.routing.breaker import failed
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import NOT_OVERLOADED, Overload, refused
-from gateway.routing.pick import any_pending, decide, drawn_names, has_room, shortest_fitting_context
+from gateway.routing.pick import any_pending, decide, drawn_names, has_room, shortest_fitting_context, unready_counts
 from gateway.routing.request import NO_REPLICAS, RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.spill import SpillGate
@@ -47,7 +47,7 @@ from tests.gateway.routing.clusters import (
 
 def room(wanted: RoutingRequest, state: ClusterState, now: float, needed_tokens: float = 0.0) -> bool:
     """Return whether any replica that may answer a request takes one more."""
-    return has_room(drawn_names(wanted, state), state, now, needed_tokens)
+    return has_room(drawn_names(wanted, state), state, now, needed_tokens, wanted.tools)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_has_room_agrees_with_the_decision(
     any_request = msgspec.structs.replace(any_request, rungs=rungs, tried=NO_REPLICAS)
     state_now = cluster(*fleet, **state)
     needed_tokens = any_request.needed_tokens
-    context_tokens = shortest_fitting_context(rungs, state_now, needed_tokens)
+    context_tokens = shortest_fitting_context(rungs, state_now, needed_tokens, any_request.tools)
     candidate = decide(any_request, state_now, now).candidate
     assert (candidate is not None) == room(any_request, state_now, now, context_tokens)
     if candidate is not None and context_tokens:
@@ -359,6 +359,25 @@ def test_any_pending(state: State) -> None:
     status = ReplicaStatus(Replica("lo-1", "lo", "any", "http://lo-1", "m1"), state, "", 0.0, 0)
     assert any_pending([rung.name for rung in RUNGS], [status]) is pending
     assert not any_pending([HI_RUNG.name], [status])
+
+
+@pytest.mark.parametrize(
+    "states, words",
+    [
+        ([State.STARTING, State.WARMING, State.FAILED], "2 starting, 1 failed, of 3"),
+        ([State.FAILED, State.FAILED], "2 failed, of 2"),
+        ([State.STARTING, State.DRAINING, State.STOPPED], "1 starting, 2 stopping, of 3"),
+        ([], "none is running"),
+    ],
+)
+def test_unready_counts(states: list[State], words: str) -> None:
+    """A client is told how many replicas of its variants are starting, and how many are not."""
+    snapshot = [
+        ReplicaStatus(Replica(f"lo-{number}", "lo", "any", "http://lo", "m1"), state, "", 0.0, 0)
+        for number, state in enumerate(states)
+    ]
+    other = ReplicaStatus(Replica("odd-1", "odd", "any", "http://odd", "m1"), State.STARTING, "", 0.0, 0)
+    assert unready_counts([LO_RUNG.name], [*snapshot, other]) == words
 
 
 def test_a_decision_looks_at_its_own_candidates_only() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from config.load import known_keys
+from config.explain import known_keys
 from config.manifest import Scheme
 from quantize.errors import RecipeError, RecipeFileError
 from quantize.planning.flags import quantize_parser
@@ -132,10 +132,10 @@ def test_overrides_in_the_manifests_words(tmp_path: Path) -> None:
         ("overrides: [{modules: a, bits: 8, keep: true}]", "overrides.0.keep: beside numbers"),
         ("overrides: [{module: a, bits: 8}]", "overrides.0.module: unknown key; did you mean 'modules'?"),
         ("calibration: {data: [{file: a}]}", "calibration.data.0.file: unknown key"),
-        ("calibration: {samples: -1}", "calibration.samples: Input should be greater than or equal to 1, got -1"),
-        ("solver: {preset: bets}", "solver.preset: Input should be 'best' or 'classic', got 'bets'"),
+        ("calibration: {samples: -1}", "calibration.samples: must be at least 1, got -1; choose a larger number"),
+        ("solver: {preset: bets}", "solver.preset: must be 'best' or 'classic', got 'bets'; did you mean 'best'?"),
         ("solver: {damp: 2}", "solver.damp.0: 2 is no share"),
-        ("solver: {static_groups: true}", "solver.static_groups: Input should be False, got True"),
+        ("solver: {static_groups: true}", "solver.static_groups: must be false, got 'true'"),
         ("devices: {gpus: [2, 2]}", "r.yaml:1:21: devices.gpus.1: GPU 2 is named twice"),
         (
             "evaluation: {limits: {kl_men: 1}}",

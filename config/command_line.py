@@ -1,0 +1,48 @@
+"""What the command lines of all packages share: the option for the configuration file, and exit codes in the help."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+DEFAULT_CONFIG = Path("quantgate.yaml")
+
+# What a code means unless a command says otherwise.
+MEANINGS: Mapping[int, str] = MappingProxyType(
+    {
+        0: "done",
+        1: "failed",
+        2: "usage or configuration error",
+        4: "another process runs the replicas of this home",
+    }
+)
+
+
+def exit_codes(*codes: int, **meanings: str) -> str:
+    """Format the exit codes of a command for the end of its help.
+
+    `codes` have their usual meaning; the others are given as `code_3="..."`.
+    """
+    told = {code: MEANINGS[code] for code in codes}
+    told |= {int(name.removeprefix("code_")): meaning for name, meaning in meanings.items()}
+    return "exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in sorted(told.items()))
+
+
+def add_config(parser: argparse.ArgumentParser, text: str = f"configuration file (default: {DEFAULT_CONFIG})") -> None:
+    """Add the configuration file as an argument, and as `--config FILE` for those who name it."""
+    parser.add_argument("file", type=Path, nargs="?", metavar="CONFIG", help=text)
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the same, as an option")
+
+
+def chosen_config(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path:
+    """Return the configuration file that was given, or the default one; given twice, it is a usage error."""
+    return given_config(parser, options) or DEFAULT_CONFIG
+
+
+def given_config(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Path | None:
+    """Return the configuration file that was given, None if there was none; given twice, it is a usage error."""
+    argument: Path | None = options.file
+    option: Path | None = options.config
+    if argument is not None and option is not None:
+        parser.error(f"the configuration is given twice: {argument} and --config {option}")
+    return argument or option

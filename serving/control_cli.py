@@ -1,0 +1,192 @@
+"""The verbs that reach running processes of this home: status, reload, restart, stop."""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from config.command_line import add_config, exit_codes, given_config
+from config.load import home_directory
+from serving.control import ControlReply, ControlRequest, ProcessStatus
+from serving.control_client import ControlClient, running_processes
+from serving.duration import duration
+from serving.errors import NoAnswer
+from serving.replica import State
+
+DONE, FAILED, USAGE, TIMED_OUT, UNREACHABLE = 0, 1, 2, 5, 7
+STOP_SECONDS = 600.0
+# Between the two SIGHUPs: time to read the configuration and to refuse it; the second has to come within 10 s.
+FORCE_SECONDS = 2.0
+Answers = list[tuple[ControlClient, ControlReply]]
+NOT_RUNNING = "nothing runs in this home"
+
+
+def status_main(arguments: list[str]) -> int:
+    """Show the running processes of this home."""
+    parser = _parser(
+        "status",
+        "Show the running `quantgate up`, `serve`, `gateway` and `demo` of this home ($QUANTGATE_HOME): process, "
+        "configuration, addresses, and which replicas are ready or what they wait for.",
+        exit_codes(2, code_0="all replicas are ready", code_1="a replica is not ready", code_7=NOT_RUNNING),
+    )
+    add_config(parser, "only processes with this configuration file")
+    parser.add_argument("--json", action="store_true", help="print a JSON array")
+    options = parser.parse_args(arguments)
+
+    def show(answers: Answers) -> int:
+        statuses = [reply.status for _, reply in answers]
+        if options.json:
+            print(json.dumps(msgspec.to_builtins(statuses), indent=2))
+        else:
+            print("\n".join(map(status_text, statuses)))
+        ready = all(each.state == State.READY for status in statuses for each in status.replicas)
+        return DONE if ready else FAILED
+
+    return _ask(ControlRequest("status"), given_config(parser, options), show)
+
+
+def reload_main(arguments: list[str]) -> int:
+    """Have running processes read their configuration again."""
+    parser = _parser(
+        "reload",
+        "Have the running processes of this home ($QUANTGATE_HOME) read their configuration again, as SIGHUP does. "
+        "Replicas that wait for their next start are started at once. The log says whether it was applied.",
+        exit_codes(2, code_0="requested", code_1="refused, or no answer", code_7=NOT_RUNNING),
+    )
+    add_config(parser, "only processes with this configuration file")
+    parser.add_argument(
+        "--force", action="store_true", help="as two SIGHUPs: apply what was refused because nothing would remain"
+    )
+    options = parser.parse_args(arguments)
+
+    def show(answers: Answers) -> int:
+        if options.force:
+            time.sleep(FORCE_SECONDS)
+            for client, _ in answers:
+                client.ask(ControlRequest("reload"))
+        for _, reply in answers:
+            print(f"{_name(reply.status)}: reads {reply.status.config} again; its log has the outcome")
+        return DONE
+
+    return _ask(ControlRequest("reload"), given_config(parser, options), show)
+
+
+def restart_main(arguments: list[str]) -> int:
+    """Start a replica again."""
+    parser = _parser(
+        "restart",
+        "Start a replica again: at once if it waits after a failure; if it is ready, it finishes its requests first. "
+        "`quantgate ps --watch` shows how it goes on.",
+        exit_codes(code_0="requested", code_1="no answer", code_2="no such replica", code_7=NOT_RUNNING),
+    )
+    parser.add_argument("replica", metavar="REPLICA", help="as `quantgate ps` names it")
+    replica: str = parser.parse_args(arguments).replica
+
+    def show(answers: Answers) -> int:
+        for _, reply in answers:
+            print(f"{replica}: {reply.message}")
+        return DONE
+
+    return _ask(ControlRequest("restart", replica), None, show)
+
+
+def stop_main(arguments: list[str]) -> int:
+    """Stop running processes, and wait until they have ended."""
+    parser = _parser(
+        "stop",
+        "Stop the running processes of this home ($QUANTGATE_HOME), as SIGTERM does, and wait until they have ended: "
+        "running requests finish first, for at most drain_seconds, then replicas stop.",
+        exit_codes(2, code_0="stopped", code_1="no answer", code_5="still stopping", code_7=NOT_RUNNING),
+    )
+    add_config(parser, "only processes with this configuration file")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=STOP_SECONDS, metavar="SECONDS", help="how long to wait (default: 600)"
+    )
+    options = parser.parse_args(arguments)
+
+    def wait(answers: Answers) -> int:
+        ended = True
+        for client, reply in answers:
+            if client.ended_within(options.timeout):
+                print(f"{_name(reply.status)}: stopped")
+            else:
+                ended = False
+                _complain(
+                    ControlRequest("stop"),
+                    f"{_name(reply.status)} still runs after {options.timeout:g} s; it goes on stopping",
+                )
+        return DONE if ended else TIMED_OUT
+
+    return _ask(ControlRequest("stop"), given_config(parser, options), wait)
+
+
+def _ask(request: ControlRequest, config: Path | None, show: Callable[[Answers], int]) -> int:
+    """Send a request to the processes of this home, or to those that run a configuration; return the exit code.
+
+    `show` prints the replies of those that obey.
+    """
+    home = home_directory()
+    try:
+        with running_processes(home) as clients:
+            chosen = [client for client in clients if _runs(client, config)]
+            if not chosen:
+                what = f"with {config} " if config else ""
+                _complain(request, f"no process {what}runs in {home}; QUANTGATE_HOME chooses another home")
+                return UNREACHABLE
+            answers = [(client, client.ask(request)) for client in chosen]
+            return _shown(request, answers, show)
+    except NoAnswer as error:
+        _complain(request, str(error))
+        return FAILED
+
+
+def _shown(request: ControlRequest, answers: Answers, show: Callable[[Answers], int]) -> int:
+    """Show the replies, refusals on stderr. Only one process has a replica: other processes refuse its restart."""
+    refused = [reply for _, reply in answers if reply.error]
+    obeyed = [(client, reply) for client, reply in answers if not reply.error]
+    code = show(obeyed) if obeyed else DONE
+    if not refused or (obeyed and request.action == "restart"):
+        return code
+    for reply in refused:
+        _complain(request, f"{_name(reply.status)}: {reply.error}")
+    return code or (USAGE if request.action == "restart" else FAILED)
+
+
+def _runs(client: ControlClient, config: Path | None) -> bool:
+    return config is None or client.ask(ControlRequest("status")).status.config == str(config.resolve())
+
+
+def status_text(status: ProcessStatus) -> str:
+    """Describe a process: one line for it, one for its addresses, one for each replica that is not ready."""
+    lines = [f"{_name(status)}, {status.config or 'its own configuration'}, for {duration(status.seconds)}"]
+    lines += [f"  {name}: {address}" for name, address in status.addresses.items()]
+    counts = Counter(each.state for each in status.replicas)
+    if counts:
+        lines.append("  replicas: " + ", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
+    waiting = [each for each in status.replicas if each.state != State.READY]
+    lines += [f"    {each.id}: {each.state} for {duration(each.seconds)}: {each.reason}" for each in waiting]
+    return "\n".join(lines)
+
+
+def _name(status: ProcessStatus) -> str:
+    return f"quantgate {status.command} (process {status.pid})"
+
+
+def _parser(verb: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"quantgate {verb}", description=description, epilog=epilog)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise ValueError
+    return seconds
+
+
+def _complain(request: ControlRequest, line: str) -> None:
+    print(f"quantgate {request.action}: {line}", file=sys.stderr)

@@ -1,0 +1,119 @@
+"""What `config check` says of mistakes that operators have made: place, problem and remedy."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gateway.cli.doctor import doctor_main
+from quantgate import main
+from tests.config.sealed import seal
+from tests.gateway.mistakes import FINE, MISTAKES, OWN, VALID, VARIANTS, document, listening, replica
+from tests.serving.supervised import model_directory
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A directory with a model and a sealed variant."""
+    model_directory(tmp_path / "model")
+    (tmp_path / "sealed").mkdir()
+    seal(tmp_path / "sealed", 4)
+    return tmp_path
+
+
+def check(folder: Path, text: str, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, list[str]]:
+    """The exit code of `config check`, and what it prints."""
+    path = folder / "quantgate.yaml"
+    path.write_bytes(text.encode())
+    code = main(["config", "check", str(path), *options])
+    out, err = capsys.readouterr()
+    return code, out, [line.replace(str(path), "f").replace(str(folder), "DIR") for line in err.splitlines()]
+
+
+@pytest.mark.parametrize("text", FINE)
+def test_valid_files(folder: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    """Line ends of Windows, a byte order mark and any loopback address are fine."""
+    code, out, err = check(folder, text, capsys)
+    assert (code, err) == (0, [])
+    assert out.endswith("1 aliases, 1 variants, no problems\n")
+
+
+@pytest.mark.parametrize("text, code, lines", MISTAKES)
+def test_mistakes(folder: Path, capsys: pytest.CaptureFixture[str], text: str, code: int, lines: list[str]) -> None:
+    """Each mistake has its place, the problem and a remedy; without an exit code 2, a summary follows."""
+    found, out, err = check(folder, text, capsys)
+    assert (found, err) == (code, lines)
+    assert bool(out) == (code != 2)
+
+
+def test_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A script reads the same, each with its level, from stdout; a valid file has no problems."""
+    code, out, err = check(folder, document(replicas="replicas: []"), capsys, "--json")
+    assert (code, err) == (3, [])
+    assert json.loads(out) == [
+        {
+            "level": "unservable",
+            "file": str(folder / "quantgate.yaml"),
+            "line": 6,
+            "column": 3,
+            "path": "aliases.m",
+            "what": "no replica serves a",
+            "hint": "add one under replicas",
+        }
+    ]
+    code, out, _ = check(folder, "gateway: 1", capsys, "--json")
+    assert (code, json.loads(out)[0]["level"]) == (2, "error")
+    assert check(folder, VALID, capsys, "--json") == (0, "[]\n", [])
+
+
+def test_all_files_are_looked_at(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Problems of the keys file have their own places, and those of several files are told at once."""
+    (folder / "keys.yaml").write_text("alice: {sha256: abc}\n")
+    variants = "variants:\n  a: {path: none}\n  b: {path: model}"
+    text = document(listening(keys="keys.yaml"), variants, replica("") + "\n  - {variant: b}")
+    code, _, err = check(folder, text, capsys)
+    assert code == 2
+    assert [line.split(": ")[0] for line in err] == ["DIR/keys.yaml:1:9", "f:3:7"]
+    assert check(folder, text, capsys, "--file-only")[0] == 0
+
+
+def test_replicas_that_vllm_cannot_serve(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `up` would refuse to start is told with the line of the replica."""
+    quantization = {"quant_method": "gptq", "bits": 3, "group_size": 128, "sym": True}
+    model_directory(folder / "model", quantization_config=quantization)
+    code, _, err = check(folder, document(variants=OWN, replicas=replica("")), capsys)
+    assert code == 2
+    assert "f:5:5: replicas.0: DIR/model: GPTQ with 3 bits is not served by vLLM; quantize to 4 or 8 bits" in err
+
+
+@pytest.mark.parametrize("text", [text for text, code, _ in MISTAKES if code == 2])
+def test_doctor_and_up_refuse_what_check_refuses(folder: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    """One validation: the other commands tell the same problems, with the same exit code."""
+    _, _, expected = check(folder, text, capsys)
+    assert doctor_main([str(folder / "quantgate.yaml")]) == 2
+    err = capsys.readouterr().err.replace(str(folder / "quantgate.yaml"), "f").replace(str(folder), "DIR")
+    assert err.splitlines() == expected
+    if "can't listen" not in err:
+        assert main(["up", str(folder / "quantgate.yaml")]) == 2
+        err = capsys.readouterr().err.replace(str(folder / "quantgate.yaml"), "f").replace(str(folder), "DIR")
+        assert err.removeprefix("quantgate: ").splitlines() == expected
+
+
+def test_doctor_tells_notices(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An alias that nobody can answer is an error of the doctor's, a variant without a replica a warning."""
+    path = folder / "quantgate.yaml"
+    variants = VARIANTS + "\n  b: {precision: int8}"
+    path.write_text(document(variants=variants, replicas="replicas: []"))
+    assert doctor_main([str(path), "--json"]) == 1
+    found = [finding for finding in json.loads(capsys.readouterr().out) if finding["subject"].startswith("quantgate")]
+    assert [(finding["level"], finding["subject"]) for finding in found] == [
+        ("error", "quantgate.yaml:7"),
+        ("warning", "quantgate.yaml:4"),
+    ]
+    assert found[0]["fix"] == "add one under replicas"
+
+
+def test_the_valid_document_is_what_it_seems() -> None:
+    """The document that all mistakes start from has one replica behind one alias."""
+    assert yaml.safe_load(VALID)["aliases"] == {"m": {"ladder": ["a"]}}
