@@ -99,8 +99,29 @@ def check_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def check_origin(value: str) -> str:
+    """Require an origin as browsers send it, or `*`; ValueError otherwise."""
+    match = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([^\s/?#@A-Z]+)", value)
+    default_port = {"http": ":80", "https": ":443"}.get(match[1], "/") if match else ""
+    if value != "*" and (match is None or match[2].endswith(default_port)):
+        raise ValueError(
+            f"{value!r} is not a valid origin; write scheme://host, lower case, without path and default port, "
+            "for example https://chat.example.com"
+        )
+    return value
+
+
+def check_domain(value: str) -> str:
+    """Require a host name or IPv4 address without scheme and port; ValueError otherwise."""
+    if re.fullmatch(HOST_NAME, value) is None:
+        raise ValueError(f"{value!r} is not a valid host name; write the name alone, for example images.example.com")
+    return value.lower().rstrip(".")
+
+
 SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(ge=0, le=MAX_BYTES)]
 Address = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(check_address)]
+Origin = Annotated[str, AfterValidator(check_origin)]
+Domain = Annotated[str, AfterValidator(check_domain)]
 ReplicaUrl = Annotated[str, AfterValidator(check_url)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=128)]
 FileName = Annotated[str, Field(min_length=1)]
@@ -160,6 +181,12 @@ class TracingSettings(Table):
     sample_share: Share = 1.0
 
 
+class CorsSettings(Table):
+    """Origins of web pages that may call the client port from a browser; `*`: any."""
+
+    origins: tuple[Origin, ...] = ()
+
+
 class GatewaySettings(Table):
     """Settings of the gateway process."""
 
@@ -168,6 +195,9 @@ class GatewaySettings(Table):
     admin_key: SecretStr | None = None
     state: Annotated[str, Field(pattern=STATE_PATTERN)] = "sqlite:///state.db"
     keys: FileName | None = None
+    allowed_hosts: tuple[Domain, ...] = ()
+    cors: CorsSettings | None = None
+    media_domains: tuple[Domain, ...] = ()
     access_log: Literal["plain", "json", "off"] = "plain"
     tracing: TracingSettings | None = None
     per_key_metrics: bool = False

@@ -17,6 +17,8 @@ from gateway.handlers.inference import InferenceHandler, Observers
 from gateway.handlers.models import client_app
 from gateway.handlers.router import Router
 from gateway.http.collector import ConnectionCollector
+from gateway.http.cors import cors_for
+from gateway.http.hosts import allowed_hosts
 from gateway.http.listener import address_of, bind, listen
 from gateway.http.server import HttpServer, serve_clients
 from gateway.live_config import LiveConfig, LiveWeights
@@ -140,9 +142,14 @@ async def gateway(
             endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers)
             for endpoint in ENDPOINTS.values()
         }
-        router = Router(endpoints, client_app(live_config, registry), live_config)
+        addresses = Addresses(address_of(taken.client), address_of(taken.admin))
+        client_hosts, admin_hosts = (
+            allowed_hosts(address, settings.allowed_hosts) for address in (addresses.client, addresses.admin)
+        )
+        router = Router(endpoints, client_app(live_config, registry), live_config, quota, client_hosts)
         context = AdminContext(live_config, registry, metrics, router, dispatcher)
-        await stack.enter_async_context(listen(with_auth(admin_app(context), settings.admin_key), taken.admin))
+        secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
+        await stack.enter_async_context(listen(secured, taken.admin))
         server = HttpServer(
             router,
             settings.memory_bytes,
@@ -150,7 +157,6 @@ async def gateway(
         )
         metrics.registry.register(ConnectionCollector(server))
         await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
-        addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
             yield Gateway(addresses, live_config, weights, server, quota, metrics, load, dispatcher)
@@ -163,7 +169,9 @@ def live_config_for(deployment: Deployment) -> LiveConfig:
     catalog = Catalog(deployment.settings.aliases, deployment.variants)
     for notice in notices(deployment):
         log.warning("%s", notice)
-    return LiveConfig(catalog, deployment.keys, deployment.settings.gateway.limits)
+    settings = deployment.settings.gateway
+    cors = cors_for(settings.cors.origins) if settings.cors else None
+    return LiveConfig(catalog, deployment.keys, settings.limits, cors, frozenset(settings.media_domains))
 
 
 @asynccontextmanager

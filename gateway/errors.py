@@ -8,6 +8,7 @@ GatewayError
 │   ├── ToolsUnsupported      400  no replica of the model reads calls of tools
 │   ├── RequestTooSlow        408  the request did not arrive in time
 │   ├── BodyTooLarge          413
+│   ├── UnsupportedEncoding   415
 │   └── HeadTooLarge          431
 ├── Unavailable               503  worth another try later
 │   ├── Draining              503  this gateway is about to stop
@@ -152,6 +153,17 @@ class BodyTooLarge(RequestError):
     code = "request_too_large"
 
 
+class UnsupportedEncoding(RequestError):
+    """The body is compressed in a way that the gateway does not decompress."""
+
+    status = 415
+    code = "unsupported_content_encoding"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Name the encoding that is supported, as RFC 9110, 15.5.16 recommends."""
+        return [(b"accept-encoding", b"gzip")]
+
+
 class HeadTooLarge(RequestError):
     """The request line and headers exceed their limits."""
 
@@ -221,10 +233,16 @@ class ReplicaFull(Overloaded):
 
 
 class RateLimited(Overloaded):
-    """The API key has reached a limit."""
+    """The API key has reached a limit; when it may send again is known exactly."""
 
     metric_reason = "rate_limit"
     code = "rate_limit_exceeded"
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Say when, however late that is; an SDK that retried earlier would be refused again."""
+        if self.retry_after_seconds <= MAX_RETRY_AFTER_SECONDS:
+            return retry_after(self.retry_after_seconds)
+        return [(b"retry-after", str(math.ceil(self.retry_after_seconds)).encode()), NO_RETRY]
 
 
 class FloorUnmet(Unavailable):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from config.errors import ConfigError
 from config.schema import LimitSettings
 from config.variant import Variant
+from gateway.http.cors import Cors
 from gateway.keys import Caller, Keys
 from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights, variant_names
 from gateway.routing.target import Catalog, Target
@@ -36,6 +37,8 @@ class LiveConfig:
     catalog: Catalog
     keys: Keys
     limits: LimitSettings
+    cors: Cors | None = None
+    media_domains: frozenset[str] = frozenset()  # domains that engines may load media from
     _routes: dict[tuple[str | None, str], Route] = field(default_factory=dict, repr=False)
 
     def variants(self) -> Iterable[Variant]:
@@ -52,6 +55,7 @@ class LiveConfig:
     def replace(self, other: "LiveConfig") -> None:
         """Use another configuration from the next request on."""
         self.catalog, self.keys, self.limits, self._routes = other.catalog, other.keys, other.limits, {}
+        self.cors, self.media_domains = other.cors, other.media_domains
 
     def _resolve(self, caller: Caller, model: str) -> Route:
         # Checked before the lookup, so that a caller does not learn which other models exist.

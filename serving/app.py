@@ -195,7 +195,9 @@ def foreign_ids(wanted: Wanted) -> frozenset[str]:
 
 def planned_launches(wanted: Wanted, machine: Machine, engine: Engine) -> tuple[Launch, ...]:
     """Spread what is wanted into servers of this machine, each with its share of it."""
-    launches = plan_launches(wanted.settings.replicas, dict(wanted.variants), engine)
+    domains = wanted.settings.gateway.media_domains
+    planned = plan_launches(wanted.settings.replicas, dict(wanted.variants), engine)
+    launches = tuple(replace(launch, media_domains=domains) for launch in planned)
     thinking = with_thinking(launches, wanted.settings.aliases, wanted.folder / "templates")
     return share_cores(with_tool_calling(thinking, installed_tool_parsers()), machine.cores)
 

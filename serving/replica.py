@@ -108,6 +108,7 @@ class Launch:
     thinking: Thinking = Thinking()
     tool_parser: str | None = None
     cores: str | None = None  # CPU only: the machine's share for it, as vLLM reads it; None: all
+    media_domains: tuple[str, ...] = ()  # that media in messages may be loaded from
 
 
 def plan_launches(

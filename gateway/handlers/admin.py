@@ -10,6 +10,7 @@ from pydantic import SecretStr
 
 from gateway.handlers.admin_auth import AdminAuth
 from gateway.handlers.router import Router
+from gateway.http.hosts import AllowedHosts
 from gateway.live_config import LiveConfig, ready_variants
 from gateway.observability.metrics import Metrics
 from gateway.observability.metrics.exposition import exposition
@@ -33,9 +34,11 @@ class AdminContext:
     dispatcher: Dispatcher
 
 
-def with_auth(app: FastAPI, key: SecretStr | None) -> AdminAuth:
-    """Require a key for an app; None: no key."""
-    return AdminAuth(app, hashlib.sha256(key.get_secret_value().encode()).digest() if key else None)
+def with_auth(app: FastAPI, key: SecretStr | None, hosts: AllowedHosts) -> AdminAuth:
+    """Require a key for an app; None: no key, but one of the hosts' names."""
+    if key is None:
+        return AdminAuth(app, None, hosts)
+    return AdminAuth(app, hashlib.sha256(key.get_secret_value().encode()).digest())
 
 
 def admin_app(context: AdminContext) -> FastAPI:

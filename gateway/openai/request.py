@@ -1,6 +1,6 @@
 """Parses a request body once: decodes the few fields that the gateway uses, and keeps the bytes of all others."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -10,9 +10,10 @@ from config.schema import NO_FLOOR, Floor, LimitSettings
 from gateway.errors import INVALID_JSON, RequestError
 from gateway.openai.constraints import PROVIDER, parse_floor, parse_precisions
 from gateway.openai.endpoints import Endpoint
-from gateway.openai.fields import duplicate_field, quoted, read, read_object
+from gateway.openai.fields import FLAG, INTEGER, duplicate_field, quoted, read, read_object
 from gateway.openai.json_scan import Fields, duplicate_key, nests_deeper
 from gateway.openai.limits import GUARDED_FIELDS, GUARDED_KWARGS, check_limits, format_number
+from gateway.openai.media import check_media
 
 # Fields that continue a stored response. vLLM stores responses in one process, if at all.
 STORED_RESPONSE_KEYS = ("previous_response_id", "conversation")
@@ -29,8 +30,6 @@ MAX_MODEL_CHARACTERS = 256
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
 _STRING = msgspec.json.Decoder(str)
-_FLAG = msgspec.json.Decoder(bool | None)
-_INTEGER = msgspec.json.Decoder(int | None)
 _ANY: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
 _TRUE, _FALSE = msgspec.Raw(b"true"), msgspec.Raw(b"false")
 _FILTERED = GUARDED_FIELDS | {PROVIDER, "chat_template_kwargs"}
@@ -53,7 +52,7 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     @property
     def wants_token_ids(self) -> bool:
         """Whether the client itself requests token ids."""
-        return bool(read(self.fields, "return_token_ids", _FLAG))
+        return bool(read(self.fields, "return_token_ids", FLAG))
 
     @property
     def uses_tools(self) -> bool:
@@ -104,10 +103,12 @@ def parse_request(
     limits: LimitSettings,
     caller_may: frozenset[str] = frozenset(),
     max_tokens: int | None = None,
+    media_domains: Collection[str] = (),
 ) -> InferenceRequest:
     """Parse and check a request; RequestError names the invalid field in `param`.
 
-    `caller_may` are the guarded fields that the caller's key may set, `max_tokens` is its limit on completion tokens.
+    `caller_may` are the guarded fields that the caller's key may set, `max_tokens` is its limit on completion tokens,
+    `media_domains` are the hosts that media in messages may be loaded from.
     """
     _check_content_type(headers)
     fields = _read_fields(body)
@@ -115,7 +116,8 @@ def parse_request(
     arrays = check_limits(endpoint, body, fields, limits)
     if nests_deeper(body, fields, arrays, limits.depth):
         raise RequestError(f"the body nests deeper than {limits.depth} levels", code="invalid_json")
-    stream = endpoint.generates and bool(read(fields, "stream", _FLAG))
+    check_media(body, fields, media_domains)
+    stream = endpoint.generates and bool(read(fields, "stream", FLAG))
     wants_usage = not endpoint.takes_stream_options or _wants_usage(fields)
     precisions = parse_precisions(fields, headers)
     fields = _forwarded(fields, caller_may)
@@ -179,7 +181,7 @@ def _model(fields: Fields) -> str:
 def _wants_usage(fields: Fields) -> bool:
     options = read_object(fields, "stream_options") if "stream_options" in fields else None
     try:
-        return options is not None and bool(read(options, "include_usage", _FLAG))
+        return options is not None and bool(read(options, "include_usage", FLAG))
     except RequestError as error:
         param = "stream_options.include_usage"
         raise RequestError(f"{param!r}: {error.__cause__}", param=param) from error
@@ -204,7 +206,7 @@ def _stateless(fields: Fields) -> Fields:
     for key in STORED_RESPONSE_KEYS:
         if key in fields and bytes(fields[key]) not in {b"null", b'""'}:
             raise _unsupported(key, "responses are not stored; send the whole conversation as 'input'")
-    if read(fields, "background", _FLAG):
+    if read(fields, "background", FLAG):
         raise _unsupported("background", "responses are not stored, so none can be fetched later")
     return {**fields, "store": _FALSE}
 
@@ -218,7 +220,7 @@ def _length_to_fill(endpoint: Endpoint, fields: Fields, max_tokens: int) -> int 
 
     Raises RequestError if the client asks for more than `max_tokens`.
     """
-    requested = [(key, length) for key in endpoint.length_keys if (length := read(fields, key, _INTEGER)) is not None]
+    requested = [(key, length) for key in endpoint.length_keys if (length := read(fields, key, INTEGER)) is not None]
     for key, length in requested:
         if length > max_tokens:
             raise RequestError(

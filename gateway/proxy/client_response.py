@@ -11,11 +11,12 @@ from gateway.proxy.stats import RequestStats
 from gateway.routing.pick import Candidate
 
 JSON = b"content-type: application/json\r\n"
-EVENTS = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\n"
+# The last one is for nginx, which otherwise keeps a stream back until its buffers are full or it ends.
+EVENTS = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 MAX_ROUTING_HEADERS = 10_000
 
 Headers = Sequence[tuple[bytes, bytes]]
-LimitHeaders = Callable[[float], Headers]
+LimitHeaders = Callable[[float, int], Headers]
 
 
 class RoutingHeaders:
@@ -66,7 +67,8 @@ class ClientResponse:
         self._stats = stats
         self._writer = writer
         self._routing_headers = routing_headers
-        self._limit_headers = limit_headers  # what the client's key has left at a time; None: it has no limits
+        # What the client's key has left at a time, after the tokens of this answer; None: it has no limits.
+        self._limit_headers = limit_headers
         self._heartbeat_seconds = 0.0
         self._timer: asyncio.TimerHandle | None = None
 
@@ -146,7 +148,7 @@ class ClientResponse:
         lines = b"%bx-request-id: %b\r\n" % (first, request_id)
         if self._endpoint.errors == "anthropic":
             lines += b"request-id: %b\r\n" % request_id
-        if self._limit_headers is not None and (limits := self._limit_headers(stats.clock())):
+        if self._limit_headers is not None and (limits := self._limit_headers(stats.clock(), stats.tokens)):
             lines += header_lines(limits)
         candidate = stats.candidate
         if not routed or candidate is None:

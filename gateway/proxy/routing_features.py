@@ -8,6 +8,7 @@ import msgspec
 from config.schema import NO_FLOOR
 from gateway.errors import INVALID_JSON
 from gateway.openai.endpoints import MESSAGES, RESPONSES, Endpoint
+from gateway.openai.fields import INTEGER
 from gateway.openai.request import InferenceRequest
 from gateway.proxy.affinity import Affinity
 from gateway.proxy.context import RequestContext
@@ -47,7 +48,6 @@ class _Metadata(msgspec.Struct):
     user_id: str | None = None
 
 
-_INTEGER: "msgspec.json.Decoder[int | None]" = msgspec.json.Decoder(int | None)
 _PARTS = msgspec.json.Decoder(list[msgspec.Raw])
 _TURN = msgspec.json.Decoder(_Turn)
 _METADATA = msgspec.json.Decoder(_Metadata | None)
@@ -146,7 +146,7 @@ def max_answer_tokens(inference: InferenceRequest) -> int | None:
         if (raw := fields.get(key)) is None:
             continue
         try:
-            length = _INTEGER.decode(raw)
+            length = INTEGER.decode(raw)
         except INVALID_JSON:
             continue
         if length is not None and length > 0:

@@ -14,6 +14,7 @@ from gateway.http.response_writer import ResponseWriter
 from gateway.http.server import HttpServer, serve_clients
 from gateway.keys import Keys, StoredKey, keys_in_force
 from gateway.live_config import LiveConfig
+from gateway.quota import Quota
 from gateway.routing.target import Catalog
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS
@@ -131,9 +132,15 @@ async def test_everything_else_is_refused(fleet: Fleet, method: str, path: str, 
         assert "Method Not Allowed" in error["message"]
 
 
-async def test_head_has_no_body(fleet: Fleet) -> None:
-    """HEAD is refused like any other method."""
-    assert (await fleet.client.head("/v1/models")).status_code == 405
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/smol", "/v1/models/gpt-4o", "/nowhere"])
+async def test_head(fleet: Fleet, path: str) -> None:
+    """HEAD gets the status and headers of GET, and no body."""
+    got, head = await fleet.client.get(path), await fleet.client.head(path)
+    assert (head.status_code, head.content) == (got.status_code, b"")
+    assert [head.headers[name] for name in ("content-type", "content-length")] == [
+        got.headers[name] for name in ("content-type", "content-length")
+    ]
+    assert (await fleet.client.head(CHAT)).status_code == 405
 
 
 async def test_models_are_guarded_too() -> None:
@@ -168,7 +175,7 @@ class Broken:
     def __init__(self) -> None:
         """Note what was asked."""
         self.noted: list[str] = []
-        self.site = Router({}, asgi_nothing, LiveConfig(Catalog({}, {}), Keys(), LimitSettings()))
+        self.site = Router({}, asgi_nothing, LiveConfig(Catalog({}, {}), Keys(), LimitSettings()), Quota())
 
     def admit(self, request: Request) -> int:
         """Admit everybody."""
