@@ -94,12 +94,12 @@ class Client:
         return body
 
     def samples(self) -> dict[str, float]:
-        """Every sample of its metrics."""
+        """Every sample of its metrics; those of the process change by themselves."""
         return {
             f"{sample.name}{sample.labels}": sample.value
             for family in self.metrics.registry.collect()
             for sample in family.samples
-            if not sample.name.endswith("_created")
+            if not sample.name.endswith("_created") and not sample.name.startswith("process_")
         }
 
 
