@@ -18,7 +18,7 @@ from gateway.openai.response import (
     rewrite_response,
 )
 from gateway.openai.sse import EventSplitter
-from gateway.openai.stream import StreamFilter, stream_filter
+from gateway.openai.stream import StreamFilter, expected_choices, stream_filter
 from gateway.proxy.context import RequestContext
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.leases import Lease
@@ -163,7 +163,13 @@ async def stream_answer(
     inference: InferenceRequest, reasoning: ReasoningFormat, reply: UpstreamReply, stats: RequestStats, sink: Sink
 ) -> None:
     """Pass events on as they arrive, several at once only if they arrived at once."""
-    events = stream_filter(inference.endpoint, inference.model, wants_usage=inference.wants_usage)
+    events = stream_filter(
+        inference.endpoint,
+        inference.model,
+        wants_usage=inference.wants_usage,
+        choices=expected_choices(inference),
+        response_id=sink.begin(),
+    )
     rewriter = ReasoningRewriter(reasoning) if inference.endpoint.rewrites_reasoning else None
     pipeline = StreamPipeline(events, rewriter, stats, sink)
     try:
@@ -198,6 +204,14 @@ class StreamPipeline:
         """Pass on the events that are complete; False if the sink is full. Raises the error that the stream reports."""
         events = self._splitter.feed(data)
         out = self._apply(events[0]) if len(events) == 1 else b"".join([self._apply(event) for event in events])
+        if not self._filter.flowing:
+            out = self._before_or_after_content(out)
+        if out:
+            self._sink.write(out)
+        return not self._sink.write_paused
+
+    def _before_or_after_content(self, out: bytes) -> bytes:
+        """Hold openers back, note the end of the stream, and raise the error that it reports."""
         stream = self._filter
         if stream.failure is not None:
             # The handler writes it: as a status if nothing was sent yet.
@@ -205,9 +219,10 @@ class StreamPipeline:
         if stream.finished:
             # SDKs close the connection as soon as they have read the end.
             self._stats.complete = True
+            return out
         if out:
-            self._sink.write(out)
-        return not self._sink.write_paused
+            self._sink.hold(out)
+        return b""
 
     def _apply(self, event: bytes) -> bytes:
         if self._rewriter is not None and not (event := self._rewriter.apply(event)):

@@ -58,7 +58,7 @@ TOO_LONG = b'{"error":{"message":"too long","type":"BadRequestError","param":"in
 @pytest.mark.parametrize(
     "status, body, shown",
     [
-        (400, TOO_LONG, ("too long", "BadRequestError", "input_tokens", "400")),
+        (400, TOO_LONG, ("too long", "BadRequestError", "input_tokens", "invalid_request")),
         (400, TOO_LONG.replace(b"400", b'"too_long"'), ("too long", "BadRequestError", "input_tokens", "too_long")),
         (400, TOO_LONG.replace(b"400", b"null"), ("too long", "BadRequestError", "input_tokens", "invalid_request")),
         (422, b'{"detail":"no field"}', ("no field", "invalid_request_error", None, "invalid_request")),
@@ -163,7 +163,7 @@ def test_a_replica_that_does_not_know_its_model() -> None:
         (b'{"error":{"message":"secret"}}', UpstreamError, "upstream_error"),
         (b'{"id":"x","error":{"message":"secret","code":500},"choices":[]}', UpstreamError, "upstream_error"),
         (b'{"error":"secret"}', UpstreamError, "upstream_error"),
-        (b'{"error":{"message":"too long","code":400}}', RequestError, "400"),
+        (b'{"error":{"message":"too long","code":400}}', RequestError, "invalid_request"),
         (b'{"error":{"message":"busy","code":503}}', ReplicaFull, "overloaded"),
     ],
 )

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from gateway.errors import UpstreamDisconnected, UpstreamError
 from gateway.openai.endpoints import CHAT, MESSAGES, RESPONSES, Endpoint
 from gateway.openai.sse import EventSplitter, event_data
-from gateway.openai.stream import ChunkFilter, NamedEventFilter, stream_filter
+from gateway.openai.named_events import NamedEventFilter
+from gateway.openai.stream import ChunkFilter, stream_filter
 from gateway.openai.usage import Usage
 
 
@@ -177,7 +178,7 @@ def test_an_answer_that_the_engine_gave_up() -> None:
         ('"secret"', "a replica failed with status 502", "upstream_error", "upstream_error", 502),
         (
             '{"message":"too long","type":"BadRequestError","param":"messages","code":400}',
-            *("too long", "BadRequestError", "400", 400),
+            *("too long", "BadRequestError", "invalid_request", 400),
         ),
     ],
 )

@@ -18,7 +18,8 @@ def event(data: str) -> bytes:
     return f"data: {data}\n\n".encode()
 
 
-FIRST, SECOND = event('{"model":"m1","choices":[{}]}'), event('{"model":"m1","choices":[1]}')
+FIRST = event('{"model":"m1","choices":[{"delta":{"content":"a"}}]}')
+SECOND = event('{"model":"m1","choices":[1]}')
 LAST = event('{"model":"m1","choices":[{"finish_reason":"stop"}]}')
 DONE = event("[DONE]")
 
