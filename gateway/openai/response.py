@@ -92,7 +92,9 @@ def reason_of_response(fields: Fields) -> str:
     """Return why the generation of a `/v1/responses` object ended, as far as its status does not tell."""
     if b"content_filter" in bytes(fields.get("incomplete_details", b"")):
         return "content_filter"
-    return "tool_calls" if _FUNCTION_CALL.search(fields.get("output", b"")) else ""
+    if _string(fields, "status") == "completed" and _FUNCTION_CALL.search(fields.get("output", b"")):
+        return "tool_calls"
+    return ""
 
 
 def _string(fields: Fields, key: str) -> str:

@@ -126,7 +126,9 @@ class ClientResponse:
             self._writer.write(events)
             return
         self._stats.started = True
-        events, self._opened, self._held = self._held + events, self._opened + self._held, b""
+        events, self._held = self._held + events, b""
+        if self._endpoint.keeps_answers:
+            self._opened += events  # the response object is in them
         if self._writer.started:
             # The status went out with a heartbeat, so the routing headers follow in a comment.
             self._writer.write(self._routing_comment() + events)
