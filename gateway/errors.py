@@ -247,12 +247,18 @@ class UpstreamError(GatewayError):
 
 
 class EngineError(UpstreamError):
-    """A replica's engine replied with a 5xx; `engine_message` is what it said, which may be meant for the operator."""
+    """A replica's engine replied with a 5xx; what it said may be meant for the operator only."""
 
     def __init__(self, engine_status: int, engine_message: str) -> None:
         super().__init__(f"a replica failed with status {engine_status}")
         self.engine_status = engine_status
         self.engine_message = engine_message
+
+    def of_request(self, replicas: int) -> "EngineError":
+        """The same error of so many replicas: it is about the request, so its client gets the engine's words."""
+        error = EngineError(self.engine_status, self.engine_message)
+        error.message = f"{replicas} replicas failed with status {self.engine_status}: {self.engine_message}"
+        return error
 
 
 class UpstreamUnreachable(UpstreamError):

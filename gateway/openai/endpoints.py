@@ -30,6 +30,8 @@ class Endpoint:
     batch: str | None = None
     prompt_keys: tuple[str, ...] = ()
     turns_key: str | None = None
+    # The values of `encoding_format` with which a response is JSON; others are bytes, which the gateway does not relay.
+    json_encodings: tuple[str, ...] = ()
 
 
 CHAT = Endpoint(
@@ -52,7 +54,13 @@ COMPLETIONS = Endpoint(
     batch="prompt",
     prompt_keys=("prompt",),
 )
-EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings", batch="input", prompt_keys=("input", "messages"))
+EMBEDDINGS = Endpoint(
+    "embeddings",
+    "/v1/embeddings",
+    batch="input",
+    prompt_keys=("input", "messages"),
+    json_encodings=("float", "base64"),
+)
 RESPONSES = Endpoint(
     "responses",
     "/v1/responses",

@@ -151,9 +151,20 @@ class Dispatcher:
         finally:
             self._queues.leave(waiter)
 
-    def retry_refusal(self, deaths: int, attempts: int) -> retry.RetryRefusal | None:
+    def was_suspect(self, lease: Lease) -> bool:
+        """Whether a lease was of a replica that was known to fail."""
+        return self._outliers.was_suspect(lease)
+
+    def forgive(self, leases: Iterable[Lease]) -> None:
+        """Hold the failures of a request, whose leases have ended, against no replica."""
+        for lease in leases:
+            self._outliers.retract(lease)
+        if len(self._queues):
+            self._serve_queues()
+
+    def retry_refusal(self, deaths: int, attempts: int, *, free: bool = False) -> retry.RetryRefusal | None:
         """Return why a request is not tried again; None allows it, if there is a replica for it."""
-        return retry.retry_refusal(deaths, attempts, self._budget)
+        return retry.retry_refusal(deaths, attempts, self._budget, free=free)
 
     def spend_retry(self) -> None:
         """Take a retry from the budget that was allowed, and found a replica in the same step."""

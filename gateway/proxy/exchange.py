@@ -7,7 +7,14 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 
-from gateway.errors import GatewayError, ReplicaFull, UpstreamDisconnected, UpstreamError
+from gateway.errors import (
+    EngineError,
+    GatewayError,
+    ReplicaFull,
+    UpstreamDisconnected,
+    UpstreamError,
+    UpstreamTimeout,
+)
 from gateway.openai.reasoning import ReasoningFormat, ReasoningRewriter, has_reasoning, rewrite_reasoning
 from gateway.openai.request import InferenceRequest
 from gateway.openai.response import (
@@ -26,6 +33,7 @@ from gateway.proxy.routing_features import permitted_rungs, routing_request
 from gateway.proxy.stats import RequestStats
 from gateway.proxy.upstream.protocol import Sink, Upstream, UpstreamReply, UpstreamRequest
 from gateway.routing.request import RoutingRequest
+from gateway.routing.retry import Failure, request_is_at_fault
 from gateway.routing.target import Target
 from serving.replica import Replica
 
@@ -46,6 +54,15 @@ class Proxy:
 
     async def serve(self, context: RequestContext) -> None:
         """Answer one request; GatewayError if no replica does."""
+        try:
+            await self._try_replicas(context)
+        except EngineError as error:
+            if context.stats.started or not request_is_at_fault(context.failures):
+                raise
+            self.dispatcher.forgive(context.failed)
+            raise error.of_request(len(context.failed)) from error
+
+    async def _try_replicas(self, context: RequestContext) -> None:
         dispatcher, stats, target, inference = self.dispatcher, context.stats, context.route.target, context.inference
         rungs = permitted_rungs(context)
         # One turn per request: if retries took turns, too, two replicas would never alternate.
@@ -59,7 +76,7 @@ class Proxy:
             with lease:
                 stats.attempt(lease.candidate, lease.in_flight.first_token)
                 if context.last_error is not None:
-                    self._count_retry(context.last_error, stats)
+                    self._count_retry(context.last_error, context)
                 try:
                     await self._exchange(inference, target, lease.replica, stats, context.response)
                 except GatewayError as error:
@@ -116,7 +133,7 @@ class Proxy:
             # The client's own error: the replica did what it should.
             lease.succeeded()
             raise error
-        lease.failed()
+        lease.failed(timed_out=isinstance(error, UpstreamTimeout))
         replica_id = lease.replica.id
         log.warning(
             "request_id=%s replica=%s attempt=%d failed: %r",
@@ -127,14 +144,26 @@ class Proxy:
         context.failure = context.last_error = error
         if stats.started:
             raise error
-        if why := self.dispatcher.retry_refusal(context.deaths, stats.attempts - context.attempts_before):
+        context.failed = (*context.failed, lease)
+        context.failures = (*context.failures, _failure_of(error, lease, stats))
+        # The budget keeps retries from multiplying load. A replica that is known to fail gets no more of it than if it
+        # were left out.
+        context.free_retry = self.dispatcher.was_suspect(lease)
+        attempts = stats.attempts - context.attempts_before
+        if why := self.dispatcher.retry_refusal(context.deaths, attempts, free=context.free_retry):
             stats.metrics.retries_refused.labels(stats.alias, why).inc()
             raise error
 
-    def _count_retry(self, after: GatewayError, stats: RequestStats) -> None:
-        stats.retried(after.code)
-        if isinstance(after, UpstreamError):
+    def _count_retry(self, after: GatewayError, context: RequestContext) -> None:
+        context.stats.retried(after.code)
+        if isinstance(after, UpstreamError) and not context.free_retry:
             self.dispatcher.spend_retry()
+
+
+def _failure_of(error: UpstreamError, lease: Lease, stats: RequestStats) -> Failure:
+    status = error.engine_status if isinstance(error, EngineError) else None
+    sent_at = stats.clock() if stats.sent_at is None else stats.sent_at
+    return Failure(lease.replica.id, status, stats.clock() - sent_at)
 
 
 def reasoning_format(inference: InferenceRequest, target: Target, replica: Replica) -> ReasoningFormat:

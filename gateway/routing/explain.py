@@ -145,6 +145,8 @@ class _DecisionTrace:
         if self.refused:
             return f"refused (429): the soonest is {replica.id}, {wait}, the request may wait {self.limit_seconds:g} s"
         if self._is_barred(replica):
+            if len(list(self._ranking())) > 1:
+                return "its breaker is open, but at most half of the replicas of a variant are left out"
             return "last resort: its breaker is open, but no other replica can be asked"
         if not replica.known:
             return "speed unknown: the shortest queue of the best rung that has a replica"
@@ -258,7 +260,7 @@ class _DecisionTrace:
         return f"same cost as {chosen.id}; equal replicas take turns"
 
     def _is_barred(self, replica: LatencyEstimate) -> bool:
-        """Return whether a breaker keeps requests from a replica, except as a last resort."""
+        """Return whether a breaker keeps requests from a replica, unless too many of its siblings are worse."""
         if not self.cluster.breakers:
             return False
         siblings = [each.id for each in self.cluster.estimates(replica.variant)]

@@ -11,7 +11,7 @@ import msgspec
 
 from config.schema import Floor
 from config.variant import Variant
-from gateway.routing.breaker import admissible
+from gateway.routing.breaker import in_rotation
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import NOT_OVERLOADED, Overload
@@ -92,8 +92,8 @@ def filter_replicas(
 def admitted(estimates: Sequence[LatencyEstimate], cluster: ClusterState, now: float) -> Sequence[LatencyEstimate]:
     """Keep the replicas that no breaker bars; those that are overloaded show no room."""
     if cluster.breakers:
-        first = admissible([each.id for each in estimates], cluster.breakers, now).first
-        estimates = [each for each in estimates if each.id in first]
+        rotation = in_rotation([each.id for each in estimates], cluster.breakers, now)
+        estimates = [each for each in estimates if each.id in rotation]
     return without_room_if_overloaded(estimates, cluster, now) if cluster.overloads else estimates
 
 

@@ -3,7 +3,8 @@
 A ladder is looked at from its best rung down. On each rung the replicas are filtered, scored by what the request costs
 there, and the best is picked; the rung's spill gate has the last word. The first rung whose pick waits no longer than
 `spill.after_seconds` answers, unless its gate sends this request down. If no rung is soon enough, the cheapest pick of
-all answers. Replicas behind an open breaker are the last resort, below every rung.
+all answers. At most half of a variant's replicas are left out behind open breakers; the least bad of the others are
+asked like any other, or, if they time out, as the last resort below every rung.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
