@@ -42,6 +42,7 @@ from gateway.proxy.decision_log import DecisionLog
 from gateway.proxy.leases import Lease, QueueKey, RegistryLedger, Waiter
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.outliers import OutlierDetection
+from gateway.proxy.silences import Exchanges, NoExchanges, SilenceDetection
 from gateway.proxy.spill import SpillState
 from gateway.routing import breaker, retry, service_rate
 from gateway.routing.cluster_state import ClusterState
@@ -54,6 +55,7 @@ from gateway.routing.target import Catalog
 from serving.registry import Registry
 
 DEFAULT_QUEUE, DEFAULT_RETRIES = QueueSettings(), RetrySettings()
+NO_EXCHANGES = NoExchanges()
 
 
 class Dispatcher:
@@ -68,17 +70,24 @@ class Dispatcher:
         retries: RetrySettings = DEFAULT_RETRIES,
         clock: Callable[[], float] = time.monotonic,
         weights: Callable[[], RungWeights] = lambda: NO_WEIGHTS,
+        exchanges: Exchanges = NO_EXCHANGES,
     ) -> None:
         self._registry = registry
         self._load = load
         self._clock = clock
         self._turns = count()
         self._outliers = OutlierDetection(registry, clock)
+        self._silences = SilenceDetection(registry, exchanges, clock, self._serve_queues)
         self._spill = SpillState(metrics)
         self.affinity = Affinity(metrics)
         self.decisions = DecisionLog()
         self.cluster = ClusterState(
-            load.estimates, self._outliers.breakers, self._outliers.overloads, self._spill.gates, weights
+            load.estimates,
+            self._outliers.breakers,
+            self._outliers.overloads,
+            self._spill.gates,
+            weights,
+            self._silences.silent,
         )
         self._ledgers = (RegistryLedger(registry), load, self.affinity, self._outliers)
         self._allowance = retry.RetryAllowance(round(retries.share * 1000), retries.burst * 1000)
@@ -97,6 +106,7 @@ class Dispatcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._observing.__exit__(kind, error, trace)
+        self._silences.close()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -186,6 +196,13 @@ class Dispatcher:
     def poll_failed(self, replica_id: str) -> None:
         """Record that an engine did not answer a poll."""
         self._load.poll_failed(replica_id)
+
+    def poll_answered(self, replica_id: str, answered: bool) -> None:
+        """Record whether an engine has answered a poll at all, whatever it said."""
+        if answered:
+            self._silences.answered(replica_id)
+        else:
+            self._silences.unanswered(replica_id)
 
     # What operators see and change
 
@@ -298,6 +315,7 @@ class Dispatcher:
     def _on_registry_change(self) -> None:
         ready = self._registry.ready
         self._load.keep_only(ready)
+        self._silences.follow_registry()
         self._outliers.keep_only({replica.id for replicas in ready.values() for replica in replicas})
         self.affinity.keep_only(ready)
         if len(self._queues):

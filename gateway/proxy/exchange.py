@@ -11,6 +11,7 @@ from gateway.errors import (
     EngineError,
     GatewayError,
     ReplicaFull,
+    ReplicaHung,
     UpstreamDisconnected,
     UpstreamError,
     UpstreamTimeout,
@@ -141,14 +142,17 @@ class Proxy:
         )
         context.deaths += isinstance(error, UpstreamDisconnected) and replica_id not in context.tried
         context.tried |= {replica_id}
-        context.failure = context.last_error = error
+        context.last_error = error
+        moves = isinstance(error, ReplicaHung)
+        if not moves or stats.started:
+            context.failure = error  # one that moves may wait for another replica
         if stats.started:
             raise error
         context.failed = (*context.failed, lease)
         context.failures = (*context.failures, _failure_of(error, lease, stats))
-        # The budget keeps retries from multiplying load. A replica that is known to fail gets no more of it than if it
-        # were left out.
-        context.free_retry = self.dispatcher.was_suspect(lease)
+        # The budget keeps retries from multiplying load. A replica that hangs does nothing for them, and one that is
+        # known to fail gets no more of it than if it were left out.
+        context.free_retry = moves or self.dispatcher.was_suspect(lease)
         attempts = stats.attempts - context.attempts_before
         if why := self.dispatcher.retry_refusal(context.deaths, attempts, free=context.free_retry):
             stats.metrics.retries_refused.labels(stats.alias, why).inc()

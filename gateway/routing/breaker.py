@@ -16,8 +16,9 @@ after `probe_seconds`. `open_seconds` doubles with each opening, from `first_ope
 starts anew after `memory_seconds` without a failure in the closed state. A failure does not extend the time of an open
 breaker. Results of requests that were sent before the breaker opened are ignored.
 
-A failure that turns out to be the request's own is `retracted`: the breaker is as it would be without it. Overload (429,
-503) is not a failure: see gateway.routing.overload. Times are on the monotonic clock.
+A failure that turns out to be the request's own is `retracted`: the breaker is as it would be without it.
+
+Overload (429, 503) is not a failure: see gateway.routing.overload. Times are on the monotonic clock.
 """
 
 from collections.abc import Collection, Mapping, Sequence

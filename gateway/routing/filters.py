@@ -1,7 +1,8 @@
 """Filter: which variants of a ladder may answer a request at all, and which replicas of a rung can be asked now.
 
 A variant is rejected by a floor, by the precisions that the caller accepts, or by its own failed evaluation. A replica
-is filtered out by an open breaker, by an earlier failure of the same request, or by a context that is too short.
+is filtered out by its silence, by an open breaker, by an earlier failure of the same request, or by a context that is
+too short.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -90,7 +91,9 @@ def filter_replicas(
 
 
 def admitted(estimates: Sequence[LatencyEstimate], cluster: ClusterState, now: float) -> Sequence[LatencyEstimate]:
-    """Keep the replicas that no breaker bars; those that are overloaded show no room."""
+    """Keep the replicas that are responsive and that no breaker bars; those that are overloaded show no room."""
+    if cluster.silent:
+        estimates = [each for each in estimates if each.id not in cluster.silent]
     if cluster.breakers:
         rotation = in_rotation([each.id for each in estimates], cluster.breakers, now)
         estimates = [each for each in estimates if each.id in rotation]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from gateway.errors import UpstreamDisconnected, UpstreamError
 from gateway.openai.endpoints import CHAT, MESSAGES, RESPONSES, Endpoint
-from gateway.openai.sse import EventSplitter, event_data
 from gateway.openai.named_events import NamedEventFilter
+from gateway.openai.sse import EventSplitter, event_data
 from gateway.openai.stream import ChunkFilter, stream_filter
 from gateway.openai.usage import Usage
 

@@ -26,7 +26,7 @@ MESSAGE_EVENTS = events(recorded("messages-text"))
 TEXT_EVENTS = [
     b'data: {"id":"c","model":"m1","choices":[{"index":0,"text":"","finish_reason":null}]}\n\n',
     b'data: {"id":"c","model":"m1","choices":[{"index":0,"text":" a","finish_reason":null}]}\n\n',
-    b'data: {"id":"c","model":"m1","choices":[{"index":0,"text":"","finish_reason":"length"}],"system_fingerprint":"f"}\n\n',
+    b'data: {"id":"c","model":"m1","choices":[{"index":0,"text":"","finish_reason":"length"}]}\n\n',
     b"data: [DONE]\n\n",
 ]
 SPACED_ROLE = b'data: {"model": "m1", "choices": [{"index": 0, "delta": {"role": "assistant", "content": null}}]}\n\n'
@@ -52,7 +52,10 @@ GRAMMARS = {
 async def gateway_with(heartbeat_seconds: float = EVERY_SECONDS) -> AsyncIterator[Fleet]:
     """Run a gateway with this heartbeat."""
     timeouts = {"heartbeat_seconds": heartbeat_seconds}
-    aliases = {"smol": {"ladder": ["hi", "mid"], "timeouts": timeouts}, "other": {"ladder": ["mid"], "timeouts": timeouts}}
+    aliases = {
+        "smol": {"ladder": ["hi", "mid"], "timeouts": timeouts},
+        "other": {"ladder": ["mid"], "timeouts": timeouts},
+    }
     async with running_gateway(deployment({"aliases": aliases})) as fleet:
         yield fleet
         await fleet.at_rest()
@@ -221,8 +224,7 @@ async def test_the_sdk_reads_a_response_that_changed_its_replica() -> None:
 
 
 async def _read(stream: Any, kinds: list[str]) -> None:
-    async for event in stream:
-        kinds.append(event.type)
+    kinds.extend([event.type async for event in stream])
 
 
 @pytest.mark.parametrize("announced", [True, False])
