@@ -13,6 +13,7 @@ from gateway.http import asgi
 from gateway.http.request import Request
 from gateway.http.response_writer import ResponseWriter, header_lines
 from gateway.live_config import LiveConfig
+from gateway.openai.endpoints import expects_anthropic_errors
 
 # Requests other than inference need no larger body.
 SMALL_BODY_BYTES = 64 * 1024
@@ -94,4 +95,6 @@ class Router:
 
     def _refuse(self, request: Request, response: ResponseWriter, error: GatewayError) -> None:
         headers = (JSON, *error.headers(), (b"x-request-id", request.request_id.encode()))
-        response.send(error.status, header_lines(headers), error.body())
+        anthropic = expects_anthropic_errors(request.path.decode("latin-1"))
+        body = error.anthropic_body() if anthropic else error.body()
+        response.send(error.status, header_lines(headers), body)

@@ -83,6 +83,12 @@ COUNT_TOKENS = Endpoint("messages.count_tokens", "/v1/messages/count_tokens", "a
 TOKENIZE = Endpoint("tokenize", "/tokenize")
 DETOKENIZE = Endpoint("detokenize", "/detokenize")
 
+
+def expects_anthropic_errors(path: str) -> bool:
+    """Whether who asks for a path reads errors in Anthropic's shape, also if there is no such endpoint."""
+    return path == MESSAGES.path or path.startswith(f"{MESSAGES.path}/")
+
+
 ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
     {
         endpoint.name: endpoint

@@ -29,6 +29,7 @@ Fields = dict[str, msgspec.Raw]
 
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
+_INCOMPLETE = msgspec.Raw(b'"incomplete"')
 
 
 @dataclass(slots=True)
@@ -103,8 +104,9 @@ class NamedEventFilter:
             self.usage = msgspec.json.decode(usage, type=Usage).merged_with(self.usage)
         if name in {b"message_stop", b"response.completed", b"response.incomplete"}:
             self.finished, self.flowing = True, False
-            reason = self.finish or reason_of_response(body)
-            self.finish = reason or ("length" if name == b"response.incomplete" else "stop")
+            # vLLM calls the last event `response.completed` in any case; the response inside says what it is.
+            cut = name == b"response.incomplete" or body.get("status") == _INCOMPLETE
+            self.finish = self.finish or reason_of_response(body) or ("length" if cut else "stop")
         elif name == b"message_delta":
             delta = msgspec.json.decode(fields.get("delta", b"{}"), type=dict[str, Any])
             self.finish = str(delta.get("stop_reason") or self.finish)
