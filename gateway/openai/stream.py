@@ -251,11 +251,11 @@ def expected_choices(inference: InferenceRequest) -> int:
     """Return how many choices a request asks for: `n` for each of its prompts."""
     fields, batch = inference.fields, inference.endpoint.batch
     count = (read(fields, "n", _INTEGER) or 1) if "n" in fields else 1
-    prompts = bytes(fields.get(batch, b"")) if batch else b""
-    return count * _prompts_in(prompts) if prompts.startswith(b"[") else count
+    prompts = fields.get(batch) if batch else None
+    return count * _prompts_in(prompts) if prompts is not None and bytes(memoryview(prompts)[:1]) == b"[" else count
 
 
-def _prompts_in(prompts: bytes) -> int:
+def _prompts_in(prompts: msgspec.Raw) -> int:
     """Count the prompts of an array; an array of token ids is one prompt."""
     entries = _ENTRIES.decode(prompts)
     return 1 if not entries or bytes(entries[0])[:1].isdigit() else len(entries)

@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from math import inf
 from types import TracebackType
@@ -165,10 +165,11 @@ class Dispatcher:
         """Whether a lease was of a replica that was known to fail."""
         return self._outliers.was_suspect(lease)
 
-    def forgive(self, leases: Iterable[Lease]) -> None:
-        """Hold the failures of a request, whose leases have ended, against no replica."""
+    def forgive(self, leases: Sequence[Lease]) -> None:
+        """Hold the failures of a request, whose leases have ended, against no replica, nor against the budget."""
         for lease in leases:
             self._outliers.retract(lease)
+        self._budget = retry.refunded(self._budget, len(leases) - 1, self._allowance)
         if len(self._queues):
             self._serve_queues()
 

@@ -184,7 +184,8 @@ def succeeded(
 def retracted(breaker: Breaker, before: Breaker, after: Breaker, *, policy: BreakerPolicy = DEFAULT_POLICY) -> Breaker:
     """Take back the failure that turned a breaker from `before` into `after`, whatever has happened to it since."""
     if breaker is after:
-        return before
+        # If its request was the probe, another one is due.
+        return abandoned(before)
     if breaker.tripped and before.opened_at < after.opened_at == breaker.opened_at:
         # This failure opened it, so what came since has changed no more than its counts.
         breaker = replace(breaker, tripped=before.tripped, opened_at=before.opened_at, open_seconds=before.open_seconds)

@@ -57,6 +57,11 @@ def spent(budget: RetryBudget) -> RetryBudget:
     return RetryBudget(budget.thousandths - _RETRY_THOUSANDTHS)
 
 
+def refunded(budget: RetryBudget, retries: int, allowance: RetryAllowance = DEFAULT_ALLOWANCE) -> RetryBudget:
+    """Put back retries that say nothing about replicas, or requests that are at fault would use the budget up."""
+    return RetryBudget(min(budget.thousandths + retries * _RETRY_THOUSANDTHS, allowance.max_thousandths))
+
+
 def retry_refusal(deaths: int, attempts: int, budget: RetryBudget, *, free: bool = False) -> RetryRefusal | None:
     """Return why a request is not tried again; None if it may be.
 

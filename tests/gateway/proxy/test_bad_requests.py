@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.fleet import HELLO, STREAM, deployment, error_of, running_gateway
+from tests.gateway.fleet import HELLO, STREAM, Fleet, deployment, error_of, running_gateway
 from tests.gateway.proxy.recorded import WHOLE, events, recorded
 from tests.gateway.wire import Behaviour, Peer, scripted, stream, whole
 
@@ -33,6 +33,12 @@ def engine(status: str, words: str = WORDS, *, in_stream: bool = False) -> Behav
     return behaviour
 
 
+async def tripped(fleet: Fleet, **labels: str) -> float:
+    """How many breakers are open or half-open."""
+    states = ("open", "half_open")
+    return sum([await fleet.total("quantgate_replica_breaker", state=state, **labels) for state in states])
+
+
 @pytest.mark.parametrize(
     "streaming, in_stream", [(False, False), (True, False), (True, True)], ids=["unary", "stream", "event"]
 )
@@ -54,8 +60,22 @@ async def test_one_bad_request_shuts_out_no_replica(streaming: bool, in_stream: 
                 assert answer.headers["x-should-retry"] == "false"
                 others = [(await fleet.ask()).headers["x-quantgate-variant"] for _ in range(2)]
                 assert others == ["hi", "hi"]
-            assert await fleet.total("quantgate_replica_breaker", state="open") == 0
-            assert await fleet.total("quantgate_replica_breaker", state="half_open") == 0
+            assert await tripped(fleet) == 0
+
+
+async def test_many_bad_requests_use_up_no_budget() -> None:
+    """Every one of them is seen to fail on two replicas, however small the retry budget is."""
+    settings = {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "retries": {"share": 0, "burst": 2}}
+    behaviour = engine("500 No")
+    async with (
+        running_gateway(deployment({"gateway": settings})) as fleet,
+        scripted(behaviour) as first,
+        scripted(behaviour) as second,
+    ):
+        with fleet.replicas(("hi", first.url), ("hi", second.url)):
+            for _ in range(8):
+                assert WORDS in (await fleet.ask({**HELLO, "user": BAD_USER})).text
+            assert await tripped(fleet) == 0
 
 
 async def test_a_replica_that_fails_alone_is_shut_out() -> None:
@@ -72,7 +92,7 @@ async def test_a_replica_that_fails_alone_is_shut_out() -> None:
         with fleet.replicas(("hi", failing.url), ("hi", good.url)):
             answers = [await fleet.ask(bad) for _ in range(8)]
             assert [answer.status_code for answer in answers] == [200] * 8
-            assert await fleet.total("quantgate_replica_breaker", state="open", replica="hi-0") == 1
+            assert await tripped(fleet, replica="hi-0") == 1
 
 
 @pytest.mark.parametrize("words", ["EngineCore encountered an issue. See stack trace (above) for the root cause.", ""])
@@ -84,7 +104,7 @@ async def test_engines_that_died_say_nothing(words: str) -> None:
             for _ in range(3):
                 error = error_of(await fleet.ask({**HELLO, "user": BAD_USER}))
                 assert error["message"] == "a replica failed with status 500"
-            assert await fleet.total("quantgate_replica_breaker", state="open") == 2
+            assert await tripped(fleet) == 2
 
 
 async def test_different_failures_are_held_against_replicas() -> None:
@@ -97,7 +117,7 @@ async def test_different_failures_are_held_against_replicas() -> None:
         with fleet.replicas(("hi", first.url), ("mid", second.url)):
             for _ in range(3):
                 assert WORDS not in (await fleet.ask({**HELLO, "user": BAD_USER})).text
-            assert await fleet.total("quantgate_replica_breaker", state="open") == 2
+            assert await tripped(fleet) == 2
 
 
 async def test_half_of_a_variant_answers_whatever_is_below() -> None:
@@ -113,11 +133,11 @@ async def test_half_of_a_variant_answers_whatever_is_below() -> None:
         with fleet.replicas(("hi", first.url), ("hi", second.url)):
             for _ in range(4):
                 await fleet.ask({**HELLO, "user": BAD_USER})
-            assert await fleet.total("quantgate_replica_breaker", state="open") == 2
+            assert await tripped(fleet) == 2
             with fleet.replicas(("lo", low.url)):
                 answer = await fleet.ask()
                 assert answer.headers["x-quantgate-variant"] == "hi"
-                assert await fleet.total("quantgate_replica_breaker", state="open") == 1, "an answer closes it"
+                assert await tripped(fleet) == 1, "an answer closes it"
 
 
 async def test_retries_of_a_replica_that_is_known_to_fail_are_free() -> None:

@@ -235,6 +235,15 @@ def test_a_failure_that_is_taken_back(story: str, failure: str, rest: str) -> No
         assert (taken_back.tally, taken_back.open_seconds) == (never.tally, never.open_seconds)
 
 
+def test_a_probe_that_is_taken_back() -> None:
+    """The breaker is half-open as before, and admits the next probe."""
+    before = after(f"{OPEN} P1")
+    failing = after("F2", before)
+    taken_back = retracted(failing, before, failing)
+    assert taken_back.admits(2)
+    assert taken_back.state(2) == "half_open"
+
+
 def test_who_stays_in_rotation() -> None:
     """At most half of a variant's replicas are left out, and those that time out."""
     assert set(in_rotation("ab", {"a": WORSE, "b": BAD}, 0.5)) == {"b"}
