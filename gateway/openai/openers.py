@@ -54,19 +54,21 @@ _CHUNK = msgspec.json.Decoder(_Chunk)
 
 
 def chunk_has_content(data: bytes) -> bool:
-    """Whether a chunk carries anything of an answer; one that is malformed does, since it is passed on as it is."""
+    """Whether a chunk carries anything of an answer; one of another form does, since what it means is not known."""
     try:
         choices = _CHUNK.decode(data).choices
     except INVALID_JSON:
         return True
-    return any(_choice_has_content(choice) for choice in choices)
+    return not choices or any(_choice_has_content(choice) for choice in choices)
 
 
 def _choice_has_content(choice: dict[str, Any]) -> bool:
     if choice.get("finish_reason") or choice.get("text"):
         return True
     delta = choice.get("delta")
-    return isinstance(delta, dict) and any(value for key, value in delta.items() if key != "role")
+    if isinstance(delta, dict):
+        return any(value for key, value in delta.items() if key != "role")
+    return "text" not in choice
 
 
 def event_has_content(name: bytes, data: bytes) -> bool:

@@ -18,8 +18,7 @@ def event(data: str) -> bytes:
     return f"data: {data}\n\n".encode()
 
 
-FIRST = event('{"model":"m1","choices":[{"delta":{"content":"a"}}]}')
-SECOND = event('{"model":"m1","choices":[1]}')
+FIRST, SECOND = event('{"model":"m1","choices":[{}]}'), event('{"model":"m1","choices":[1]}')
 LAST = event('{"model":"m1","choices":[{"finish_reason":"stop"}]}')
 DONE = event("[DONE]")
 
