@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from math import inf
 from types import TracebackType
@@ -42,6 +42,7 @@ from gateway.proxy.decision_log import DecisionLog
 from gateway.proxy.leases import Lease, QueueKey, RegistryLedger, Waiter
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.outliers import OutlierDetection
+from gateway.proxy.silences import Exchanges, NoExchanges, SilenceDetection
 from gateway.proxy.spill import SpillState
 from gateway.routing import breaker, retry, service_rate
 from gateway.routing.cluster_state import ClusterState
@@ -63,6 +64,7 @@ from gateway.routing.target import Catalog, Target
 from serving.registry import Registry
 
 DEFAULT_QUEUE, DEFAULT_RETRIES = QueueSettings(), RetrySettings()
+NO_EXCHANGES = NoExchanges()
 
 
 class Dispatcher:
@@ -77,17 +79,24 @@ class Dispatcher:
         retries: RetrySettings = DEFAULT_RETRIES,
         clock: Callable[[], float] = time.monotonic,
         weights: Callable[[], RungWeights] = lambda: NO_WEIGHTS,
+        exchanges: Exchanges = NO_EXCHANGES,
     ) -> None:
         self._registry = registry
         self._load = load
         self._clock = clock
         self._turns = count()
         self._outliers = OutlierDetection(registry, clock)
+        self._silences = SilenceDetection(registry, exchanges, clock, self._serve_queues)
         self._spill = SpillState(metrics)
         self.affinity = Affinity(metrics)
         self.decisions = DecisionLog()
         self.cluster = ClusterState(
-            load.estimates, self._outliers.breakers, self._outliers.overloads, self._spill.gates, weights
+            load.estimates,
+            self._outliers.breakers,
+            self._outliers.overloads,
+            self._spill.gates,
+            weights,
+            self._silences.silent,
         )
         self._ledgers = (RegistryLedger(registry), load, self.affinity, self._outliers)
         self._allowance = retry_allowance(retries)
@@ -106,6 +115,7 @@ class Dispatcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._observing.__exit__(kind, error, trace)
+        self._silences.close()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -166,9 +176,21 @@ class Dispatcher:
         finally:
             self._queues.leave(waiter)
 
-    def retry_refusal(self, deaths: int, attempts: int) -> retry.RetryRefusal | None:
+    def was_suspect(self, lease: Lease) -> bool:
+        """Whether a lease was of a replica that was known to fail."""
+        return self._outliers.was_suspect(lease)
+
+    def forgive(self, leases: Sequence[Lease]) -> None:
+        """Hold the failures of a request, whose leases have ended, against no replica, nor against the budget."""
+        for lease in leases:
+            self._outliers.retract(lease)
+        self._budget = retry.refunded(self._budget, len(leases) - 1, self._allowance)
+        if len(self._queues):
+            self._serve_queues()
+
+    def retry_refusal(self, deaths: int, attempts: int, *, free: bool = False) -> retry.RetryRefusal | None:
         """Return why a request is not tried again; None allows it, if there is a replica for it."""
-        return retry.retry_refusal(deaths, attempts, self._budget)
+        return retry.retry_refusal(deaths, attempts, self._budget, free=free)
 
     def spend_retry(self) -> None:
         """Take a retry from the budget that was allowed, and found a replica in the same step."""
@@ -190,6 +212,13 @@ class Dispatcher:
     def poll_failed(self, replica_id: str) -> None:
         """Record that an engine did not answer a poll."""
         self._load.poll_failed(replica_id)
+
+    def poll_answered(self, replica_id: str, answered: bool) -> None:
+        """Record whether an engine has answered a poll at all, whatever it said."""
+        if answered:
+            self._silences.answered(replica_id)
+        else:
+            self._silences.unanswered(replica_id)
 
     # What operators see and change
 
@@ -308,6 +337,7 @@ class Dispatcher:
     def _on_registry_change(self) -> None:
         ready = self._registry.ready
         self._load.keep_only(ready)
+        self._silences.follow_registry()
         self._outliers.keep_only({replica.id for replicas in ready.values() for replica in replicas})
         self.affinity.keep_only(ready)
         if len(self._queues):

@@ -141,10 +141,14 @@ class _DecisionTrace:
                 return "no replica has room: the request waits in the queue"
             return "no replica that may answer is ready"
         replica = candidate.replica
+        if replica.id in self.cluster.silent:
+            return "last resort: it answers no polls, but no other replica can be asked"
         wait = f"its wait is {replica.wait_seconds:.3f} s"
         if self.refused:
             return f"refused (429): the soonest is {replica.id}, {wait}, the request may wait {self.limit_seconds:g} s"
         if self._is_barred(replica):
+            if len(list(self._ranking())) > 1:
+                return "its breaker is open, but at most half of the replicas of a variant are left out"
             return "last resort: its breaker is open, but no other replica can be asked"
         if not replica.known:
             return "speed unknown: the shortest queue of the best rung that has a replica"
@@ -219,6 +223,8 @@ class _DecisionTrace:
         overloads, now = self.cluster.overloads, self.now
         if replica.id in self.request.tried:
             return "it has failed this request"
+        if silence := self.cluster.silent.get(replica.id):
+            return f"{silence}: it answers no polls and sends nothing"
         if self._is_barred(replica):
             return f"its breaker is {self.cluster.breakers.get(replica.id, HEALTHY).state(now).replace('_', '-')}"
         if not replica.has_room:
@@ -260,10 +266,10 @@ class _DecisionTrace:
         return f"same cost as {chosen.id}; equal replicas take turns"
 
     def _is_barred(self, replica: LatencyEstimate) -> bool:
-        """Return whether a breaker keeps requests from a replica, except as a last resort."""
+        """Return whether a breaker keeps requests from a replica, unless too many of its siblings are worse."""
         if not self.cluster.breakers:
             return False
-        siblings = [each.id for each in self.cluster.estimates(replica.variant)]
+        siblings = [each.id for each in self.cluster.estimates(replica.variant) if each.id not in self.cluster.silent]
         return replica.id not in admissible(siblings, self.cluster.breakers, self.now).first
 
 

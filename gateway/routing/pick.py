@@ -3,10 +3,12 @@
 A ladder is looked at from its best rung down. On each rung the replicas are filtered, scored by what the request costs
 there, and the best is picked; the rung's spill gate has the last word. The first rung whose pick waits no longer than
 `spill.after_seconds` answers, unless its gate sends this request down. If no rung is soon enough, the cheapest pick of
-all answers. Replicas behind an open breaker are the last resort, below every rung.
+all answers. At most half of a variant's replicas are left out behind open breakers; the least bad of the others are
+asked like any other, or, if they time out, as the last resort below every rung. Replicas that send nothing any more are
+left out, however many they are.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import inf
 from operator import attrgetter
 from typing import Literal
@@ -86,7 +88,7 @@ def decide(request: RoutingRequest, cluster: ClusterState, now: float) -> Decisi
         # No context is long enough: the engine's own error says so best.
         needed_tokens = 0.0
         decision = _descend(request, cluster, needed_tokens, now)
-    if decision.candidate is None and cluster.breakers:
+    if decision.candidate is None and (cluster.breakers or cluster.silent):
         return Decision(last_resort(request, cluster, needed_tokens, now), decision.gates)
     return decision
 
@@ -100,7 +102,7 @@ def look_at_rung(
     if variant is None:
         return NO_REPLICA
     ready = cluster.estimates(variant.name)
-    if cluster.breakers or cluster.overloads:
+    if cluster.breakers or cluster.overloads or cluster.silent:
         ready = admitted(ready, cluster, now)
     able = filter_replicas(ready, request.tried, needed_tokens, request.tools)
     if not able:
@@ -171,12 +173,16 @@ def home_place(placement: Placement | None, rungs: Sequence[Rung]) -> int | None
 
 
 def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: float, now: float) -> Candidate | None:
-    """Pick the least bad of the replicas that breakers bar, on the highest rung that has one."""
+    """Pick the least bad of the replicas that breakers bar, on the highest rung that has one.
+
+    If no replica is responsive, those count that are silent, but not those that hang.
+    """
+    all_silent = all(each.id in cluster.silent for each in _ready(request.rungs, cluster, request.tools))
     for place, rung in enumerate(request.rungs):
         variant = drawn_member(rung, request, cluster)
         if variant is None:
             continue
-        barred = _last_resorts(variant.name, cluster, now)
+        barred = _last_resorts(variant.name, cluster, now, all_silent)
         able = [each for each in filter_replicas(barred, request.tried, needed_tokens, request.tools) if each.has_room]
         if able:
             best = shortest_queue(able, request.turn)
@@ -184,9 +190,13 @@ def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: f
     return None
 
 
-def _last_resorts(variant_name: str, cluster: ClusterState, now: float) -> Sequence[LatencyEstimate]:
-    estimates = cluster.estimates(variant_name)
-    barred = admissible([each.id for each in estimates], cluster.breakers, now).last_resort
+def _last_resorts(variant_name: str, cluster: ClusterState, now: float, all_silent: bool) -> Sequence[LatencyEstimate]:
+    estimates, silent = cluster.estimates(variant_name), cluster.silent
+    if all_silent:
+        barred: Collection[str] = [each.id for each in estimates if silent.get(each.id) == "silent"]
+    else:
+        responsive = [each.id for each in estimates if each.id not in silent]
+        barred = admissible(responsive, cluster.breakers, now).last_resort
     return without_room_if_overloaded([each for each in estimates if each.id in barred], cluster, now)
 
 
@@ -250,8 +260,10 @@ def has_room(
         needed_tokens = needed_tokens if contexts and needed_tokens <= max(contexts) else 0.0
     ready = [each for name in names for each in admitted(cluster.estimates(name), cluster, now)]
     able = filter_replicas(ready, NO_REPLICAS, needed_tokens, tools)
-    if not any(each.has_room for each in able) and cluster.breakers:
-        ready = [each for name in names for each in _last_resorts(name, cluster, now)]
+    barred = cluster.breakers or cluster.silent
+    if not any(each.has_room for each in able) and barred:
+        all_silent = all(each.id in cluster.silent for name in names for each in cluster.estimates(name))
+        ready = [each for name in names for each in _last_resorts(name, cluster, now, all_silent)]
         able = filter_replicas(ready, NO_REPLICAS, needed_tokens, tools)
     return any(each.has_room for each in able)
 

@@ -201,15 +201,18 @@ def test_a_decision_returns_the_gates_that_changed() -> None:
 
 
 def test_a_failing_replica_is_the_last_resort() -> None:
-    """A replica behind an open breaker is asked after every rung; at most half of a variant's replicas are barred."""
+    """At most half of a variant's replicas are barred, whatever rungs are below; those that time out are after them."""
     estimates = estimate("hi-1"), estimate("hi-2"), estimate("lo-1")
     one = {"hi-1": opened()}
     assert chosen(*estimates, now=0.5, breakers=one) == "hi-2 preferred"
     both = {"hi-1": opened(), "hi-2": failed(opened(), 0.1)}
-    assert chosen(*estimates, now=0.5, breakers=both) == "lo-1 fallback"
-    assert chosen(*estimates[:2], now=0.5, breakers=both) == "hi-1 preferred"
+    assert chosen(*estimates, now=0.5, breakers=both) == "hi-1 preferred"
+    assert chosen(estimates[0], estimates[2], now=0.5, breakers=one) == "hi-1 preferred"
+    silent = {name: failed(breaker, 0.2, timed_out=True) for name, breaker in both.items()}
+    assert chosen(*estimates, now=0.5, breakers=silent) == "lo-1 fallback"
+    assert chosen(*estimates[:2], now=0.5, breakers=silent) == "hi-1 preferred"
     tried = request(tried=frozenset({"lo-1"}))
-    assert chosen(*estimates, request=tried, now=0.5, breakers=both) == "hi-1 preferred"
+    assert chosen(*estimates, request=tried, now=0.5, breakers=silent) == "hi-1 preferred"
 
 
 @pytest.mark.parametrize(
