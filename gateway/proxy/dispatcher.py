@@ -75,7 +75,7 @@ class Dispatcher:
         self._turns = count()
         self._outliers = OutlierDetection(registry, clock)
         self._spill = SpillState(metrics)
-        self.affinity = Affinity(metrics)
+        self.affinity = Affinity(metrics, clock)
         self.decisions = DecisionLog()
         self.cluster = ClusterState(
             load.estimates, self._outliers.breakers, self._outliers.overloads, self._spill.gates, weights
@@ -120,6 +120,10 @@ class Dispatcher:
                 if count > 1:
                     return True
         return False
+
+    def is_spilling(self, alias: str) -> bool:
+        """Return whether any rung of an alias spills: then it matters where conversations that begin now go."""
+        return self._spill.any_spilling(alias)
 
     def try_lease(self, request: RoutingRequest, wait_seconds: float) -> Lease | None:
         """Lease a replica now; None if the request has to wait. Overloaded: it would wait longer than it may."""

@@ -30,6 +30,10 @@ class SpillState:
         """Every gate; a live view."""
         return self._gates
 
+    def any_spilling(self, alias: str) -> bool:
+        """Return whether any rung of an alias spills."""
+        return bool(self._spilling) and any(spilling == alias for spilling, _ in self._spilling)
+
     def apply(self, target: Target, gates: Mapping[RungKey, SpillGate]) -> None:
         """Take over what a decision changed."""
         for key, gate in gates.items():

@@ -14,7 +14,7 @@ from gateway.routing.pick import Candidate, RungResult, any_context_fits, decide
 from gateway.routing.request import RoutingRequest
 from gateway.routing.score import CostTerms, cost_terms
 from gateway.routing.snapshot import AbsentReplica
-from gateway.routing.spill import CLOSED, share_down
+from gateway.routing.spill import CLOSED, SpillGate, free_seconds, longest_wait_seconds, share_down
 
 
 class ReplicaExplanation(msgspec.Struct, frozen=True):
@@ -148,6 +148,9 @@ class _DecisionTrace:
             return "last resort: its breaker is open, but no other replica can be asked"
         if not replica.known:
             return "speed unknown: the shortest queue of the best rung that has a replica"
+        if replica.wait_seconds > after_seconds and self._result(candidate).verdict == "answers":
+            longest = longest_wait_seconds(self.request.target.spill, "here")
+            return f"{wait}, and the conversation stays on its rung up to {longest:g} s"
         if replica.wait_seconds > after_seconds:
             return f"lowest cost of all: {wait}, and no rung is within spill.after_seconds ({after_seconds:g})"
         above = range(self.variants.index(candidate.variant))
@@ -158,7 +161,7 @@ class _DecisionTrace:
 
     def _rung(self, place: int) -> RungExplanation:
         request, result, variant = self.request, self.results[place], self.variants[place]
-        gate = result.gate or self.cluster.gates.get((request.target.name, request.rungs[place].name), CLOSED)
+        gate = self._gate(place)
         known = result.candidate is not None and result.candidate.replica.known
         wait_seconds = result.wait_seconds if known else None
         return RungExplanation(
@@ -170,6 +173,14 @@ class _DecisionTrace:
             share_down(gate, request.target.spill, inf if wait_seconds is None else wait_seconds),
         )
 
+    def _result(self, candidate: Candidate) -> RungResult:
+        return self.results[self.variants.index(candidate.variant)]
+
+    def _gate(self, place: int) -> SpillGate:
+        """The gate of a rung as the decision left it."""
+        key = self.request.target.name, self.request.rungs[place].name
+        return self.results[place].gate or self.cluster.gates.get(key, CLOSED)
+
     def _verdict(self, place: int) -> str:
         result = self.results[place]
         if result.verdict == "no_replica":
@@ -180,6 +191,9 @@ class _DecisionTrace:
             return "answers"
         if result.verdict == "spills":
             return "spills this request"
+        if result.verdict == "keeps_below":
+            free, dwell_seconds = free_seconds(self._gate(place), self.now), self.request.target.spill.dwell_seconds
+            return f"leaves the conversation where it is: free for {free:.1f} of {dwell_seconds:g} s"
         if result.verdict == "too_slow":
             return f"is too slow: its wait is {result.candidate.replica.wait_seconds:.3f} s"
         return "could answer"
@@ -238,6 +252,8 @@ class _DecisionTrace:
             return self._costs_more(replica, candidate.replica)
         if result.verdict == "spills":
             return "its rung spills this request"
+        if result.verdict == "keeps_below":
+            return f"the conversation stays on {candidate.variant.name}"
         if result.verdict == "too_slow" and result.candidate is not None:
             if candidate.replica.wait_seconds > self.request.target.spill.after_seconds:
                 return self._costs_more(replica, candidate.replica)

@@ -21,6 +21,7 @@ from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.pick import decide
 from gateway.routing.prefix_index import BLOCK_BYTES, MAX_BLOCKS
 from gateway.routing.request import RoutingRequest
+from gateway.routing.sessions import Placement
 from gateway.routing.speed import SpeedProfile
 from gateway.routing.target import DEFAULT_SPILL, Catalog
 from serving.registry import Registry
@@ -39,11 +40,15 @@ _BLOCKS_IN_ONE = int(BLOCK_BYTES / BYTES_PER_TOKEN) // BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Settings of an operator: when to spill, and how long a request may wait for a replica."""
+    """Settings of an operator: when to spill, and how long a request may wait for a replica.
+
+    `named`: clients name their conversations; otherwise each is known by its opening, or by the model's first turn.
+    """
 
     spill: Spill = DEFAULT_SPILL
     patience_seconds: float = 30.0
     measured: bool = True  # there is a capacity.json
+    named: bool = True
 
 
 class Ours:
@@ -131,6 +136,7 @@ class Ours:
     def _request(self, turn: Turn, number: int) -> RoutingRequest:
         floors = () if turn.floor is None else (Floor(top1_agreement=turn.floor),)
         prompt_bytes = round(turn.prompt_tokens * BYTES_PER_TOKEN * (1 + BYTES_SPREAD * _chance(turn.key)))
+        session, placement = self._conversation(turn)
         return RoutingRequest(
             self._target,
             self._target.permitted_rungs(floors, None),
@@ -140,9 +146,18 @@ class Ours:
             prompt_tokens=prompt_bytes / self.dispatch.affinity.bytes_per_token(ALIAS),
             prompt_bytes=prompt_bytes,
             blocks=turn.prompt_blocks[_BLOCKS_IN_ONE - 1 :: _BLOCKS_IN_ONE][:MAX_BLOCKS],
-            session=turn.session,
+            session=session,
             floors=floors,
+            placement=placement,
         )
+
+    def _conversation(self, turn: Turn) -> tuple[str | None, Placement | None]:
+        """What gateway.proxy.routing_features finds: `Affinity.refreshed` looks the placement of the session up."""
+        if self._options.named:
+            return turn.session, None
+        opening = f"opening {turn.session}" if self.dispatch.is_spilling(ALIAS) else None
+        placement = None if opening is None else self.dispatch.affinity.placement(opening)
+        return turn.session if turn.number else opening, placement
 
     def _note_switches(self, now: float) -> None:
         spilling = frozenset(key for key, gate in self.dispatch.cluster.gates.items() if gate.spilling)
