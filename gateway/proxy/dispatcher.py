@@ -121,9 +121,9 @@ class Dispatcher:
                     return True
         return False
 
-    def is_spilling(self, alias: str) -> bool:
-        """Return whether any rung of an alias spills: then it matters where conversations that begin now go."""
-        return self._spill.any_spilling(alias)
+    def spilled_lately(self, alias: str) -> bool:
+        """Return whether a rung of an alias spills or did lately: then it matters where conversations begin."""
+        return self._spill.spilled_lately(alias, self._clock())
 
     def try_lease(self, request: RoutingRequest, wait_seconds: float) -> Lease | None:
         """Lease a replica now; None if the request has to wait. Overloaded: it would wait longer than it may."""

@@ -64,13 +64,18 @@ def permitted_rungs(context: RequestContext) -> tuple[Rung, ...]:
 
 
 def routing_request(
-    context: RequestContext, rungs: tuple[Rung, ...], turn: int, affinity: Affinity, with_blocks: bool, spilling: bool
+    context: RequestContext,
+    rungs: tuple[Rung, ...],
+    turn: int,
+    affinity: Affinity,
+    with_blocks: bool,
+    spilling: bool = False,
 ) -> RoutingRequest:
     """Build the routing request of a context for its permitted rungs.
 
-    `with_blocks`: hash the prompt, because more than one replica could answer. `spilling`: a rung of the alias spills,
-    so that conversations are known from their first turn on. Only endpoints that generate have a session and are
-    hashed. Nothing in the body is an error here: the engine judges it.
+    `with_blocks`: hash the prompt, because more than one replica could answer. `spilling`: a rung of the alias spills
+    or did lately, so that conversations are known from their first turn on. Only endpoints that generate have a
+    session and are hashed. Nothing in the body is an error here: the engine judges it.
     """
     inference, caller, route = context.inference, context.caller, context.route
     endpoint, fields, model = inference.endpoint, inference.fields, route.target.name
@@ -173,7 +178,7 @@ def _excess_bytes(text: bytes, mark: bytes) -> int:
 def _conversation(context: RequestContext, affinity: Affinity, spilling: bool) -> tuple[str | None, Placement | None]:
     """The session of a request, and where that was answered last.
 
-    While a rung spills, a first turn that nobody named is recorded under its opening, and the second one looks there.
+    If `spilling`, a first turn that nobody named is recorded under its opening, and the second one looks there.
     """
     inference, key_name = context.inference, context.caller.name
     session = session_of(inference, context.headers, key_name)

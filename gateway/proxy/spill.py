@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from math import inf
 
 from config.schema import NO_FLOOR, Spill
 from gateway.observability.metrics import Metrics
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.pick import pick
 from gateway.routing.request import RoutingRequest
-from gateway.routing.spill import SpillGate, update
+from gateway.routing.spill import PAUSE_SECONDS, SpillGate, update
 from gateway.routing.split import RungKey
 from gateway.routing.target import Target
 
@@ -24,15 +25,17 @@ class SpillState:
         self._gates: dict[RungKey, SpillGate] = {}
         # Those that spill, with the variants of their rungs and the settings by which each closes.
         self._spilling: dict[RungKey, tuple[tuple[str, ...], Spill]] = {}
+        # Until when conversations that begin matter to a rung that may spill again, by alias.
+        self._until: dict[str, float] = {}
 
     @property
     def gates(self) -> Mapping[RungKey, SpillGate]:
         """Every gate; a live view."""
         return self._gates
 
-    def any_spilling(self, alias: str) -> bool:
-        """Return whether any rung of an alias spills."""
-        return bool(self._spilling) and any(spilling == alias for spilling, _ in self._spilling)
+    def spilled_lately(self, alias: str, now: float) -> bool:
+        """Return whether any rung of an alias spills, or has stopped within PAUSE_SECONDS."""
+        return now < self._until.get(alias, 0.0)
 
     def apply(self, target: Target, gates: Mapping[RungKey, SpillGate]) -> None:
         """Take over what a decision changed."""
@@ -54,6 +57,7 @@ class SpillState:
             if rung not in ladders.get(alias, ()):
                 del self._gates[key]
                 self._spilling.pop(key, None)
+        self._until = {alias: until for alias, until in self._until.items() if alias in ladders}
 
     def _set(self, key: RungKey, gate: SpillGate, names: tuple[str, ...], spill: Spill) -> None:
         before = self._gates.get(key)
@@ -65,3 +69,6 @@ class SpillState:
             self._spilling[key] = names, spill
         else:
             self._spilling.pop(key, None)
+        alias = key[0]
+        others = any(spilling == alias for spilling, _ in self._spilling)
+        self._until[alias] = inf if others else gate.since_seconds + PAUSE_SECONDS

@@ -155,7 +155,7 @@ class Ours:
         """What gateway.proxy.routing_features finds: `Affinity.refreshed` looks the placement of the session up."""
         if self._options.named:
             return turn.session, None
-        opening = f"opening {turn.session}" if self.dispatch.is_spilling(ALIAS) else None
+        opening = f"opening {turn.session}" if self.dispatch.spilled_lately(ALIAS) else None
         placement = None if opening is None else self.dispatch.affinity.placement(opening)
         return turn.session if turn.number else opening, placement
 

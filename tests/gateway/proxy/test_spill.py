@@ -10,7 +10,7 @@ from config.variant import QualityMeasures, Variant
 from gateway.observability.metrics import Metrics
 from gateway.proxy.spill import SpillState
 from gateway.routing.latency import LatencyEstimate
-from gateway.routing.spill import SpillGate
+from gateway.routing.spill import PAUSE_SECONDS, SpillGate
 from gateway.routing.split import Rung
 from gateway.routing.target import Target
 
@@ -64,12 +64,17 @@ def test_switches_are_counted() -> None:
     ],
 )
 def test_a_gate_closes_without_requests(estimates: list[LatencyEstimate], now: float, still_spilling: bool) -> None:
-    """Polls close it; otherwise metrics would show it open while no request arrives."""
+    """Polls close it once its rung has been free for so long; otherwise it would stay open while no request arrives."""
     metrics = Metrics()
     state = spilling(metrics)
+    state.observe("hi", estimates, 0.0)
+    assert state.spilled_lately("smol", 1e9)
+    assert not state.spilled_lately("other", 1.0)
     state.observe("hi", estimates, now)
     state.observe("lo", estimates, now)
     assert state.gates[RUNG].spilling is still_spilling
+    assert state.spilled_lately("smol", now + 1.0)
+    assert state.spilled_lately("smol", now + PAUSE_SECONDS) is still_spilling
     assert switches(metrics) == {"spill": 1, **({} if still_spilling else {"return": 1})}
     state.observe("hi", estimates, now)
     assert sum(switches(metrics).values()) == (1 if still_spilling else 2)
