@@ -121,9 +121,9 @@ class Dispatcher:
                     return True
         return False
 
-    def spilled_lately(self, alias: str) -> bool:
-        """Return whether a rung of an alias spills or did lately: then it matters where conversations begin."""
-        return self._spill.spilled_lately(alias, self._clock())
+    def spilled_lately_seconds(self, alias: str) -> float | None:
+        """How long rungs of an alias have spilled, so that it matters where conversations begin; None: not lately."""
+        return self._spill.spilled_lately_seconds(alias, self._clock())
 
     def try_lease(self, request: RoutingRequest, wait_seconds: float) -> Lease | None:
         """Lease a replica now; None if the request has to wait. Overloaded: it would wait longer than it may."""

@@ -50,8 +50,8 @@ class Proxy:
         rungs = permitted_rungs(context)
         # One turn per request: if retries took turns, too, two replicas would never alternate.
         turn, with_blocks = dispatcher.next_turn(), dispatcher.has_choice(rungs)
-        spilling = dispatcher.spilled_lately(target.name)
-        request = routing_request(context, rungs, turn, dispatcher.affinity, with_blocks, spilling)
+        spilling_seconds = dispatcher.spilled_lately_seconds(target.name)
+        request = routing_request(context, rungs, turn, dispatcher.affinity, with_blocks, spilling_seconds)
         if target.think == "none" and inference.endpoint.rewrites_reasoning:
             inference = inference.without_thinking()
         while True:

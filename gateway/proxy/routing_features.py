@@ -15,6 +15,7 @@ from gateway.proxy.context import RequestContext
 from gateway.routing.prefix_index import block_hashes
 from gateway.routing.request import NOTHING_CACHED, RoutingRequest
 from gateway.routing.sessions import Placement
+from gateway.routing.spill import PAUSE_SECONDS
 from gateway.routing.split import Rung
 
 SESSION_HEADER = b"x-session-id"
@@ -69,13 +70,13 @@ def routing_request(
     turn: int,
     affinity: Affinity,
     with_blocks: bool,
-    spilling: bool = False,
+    spilling_seconds: float | None = None,
 ) -> RoutingRequest:
     """Build the routing request of a context for its permitted rungs.
 
-    `with_blocks`: hash the prompt, because more than one replica could answer. `spilling`: a rung of the alias spills
-    or did lately, so that conversations are known from their first turn on. Only endpoints that generate have a
-    session and are hashed. Nothing in the body is an error here: the engine judges it.
+    `with_blocks`: hash the prompt, because more than one replica could answer. `spilling_seconds`: how long rungs of
+    the alias have spilled, None if none did lately; then conversations are known from their first turn on. Only endpoints
+    that generate have a session and are hashed. Nothing in the body is an error here: the engine judges it.
     """
     inference, caller, route = context.inference, context.caller, context.route
     endpoint, fields, model = inference.endpoint, inference.fields, route.target.name
@@ -85,7 +86,7 @@ def routing_request(
     blocks: tuple[int, ...] = ()
     session, placement, cached_tokens = None, None, NOTHING_CACHED
     if endpoint.generates:
-        session, placement = _conversation(context, affinity, spilling)
+        session, placement = _conversation(context, rungs, affinity, spilling_seconds)
         if with_blocks:
             blocks = block_hashes(parts, fields.get("cache_salt", b""))
             if blocks:
@@ -175,17 +176,26 @@ def _excess_bytes(text: bytes, mark: bytes) -> int:
 # The conversation
 
 
-def _conversation(context: RequestContext, affinity: Affinity, spilling: bool) -> tuple[str | None, Placement | None]:
+def _conversation(
+    context: RequestContext, rungs: tuple[Rung, ...], affinity: Affinity, spilling_seconds: float | None
+) -> tuple[str | None, Placement | None]:
     """The session of a request, and where that was answered last.
 
-    If `spilling`, a first turn that nobody named is recorded under its opening, and the second one looks there.
+    While rungs spill, a first turn that nobody named is recorded under its opening, and the second one looks there. An
+    unknown conversation that goes on then has begun before they did, on the best rung.
     """
     inference, key_name = context.inference, context.caller.name
     session = session_of(inference, context.headers, key_name)
     placement = None if session is None else affinity.placement(session)
-    if spilling and placement is None and (opening := opening_of(inference, context.headers, key_name)) is not None:
-        return session or opening, affinity.placement(opening)
-    return session, placement
+    if spilling_seconds is None or placement is not None:
+        return session, placement
+    opening = opening_of(inference, context.headers, key_name)
+    if opening is None:
+        return session, None
+    placement = affinity.placement(opening)
+    if placement is None and session is not None and spilling_seconds < PAUSE_SECONDS:
+        placement = Placement(rungs[0].names[0], replica_id="")
+    return session or opening, placement
 
 
 def session_of(inference: InferenceRequest, headers: Mapping[bytes, bytes], key_name: str | None) -> str | None:

@@ -16,6 +16,8 @@ from gateway.routing.target import Target
 # A request without a prompt or a conversation: gates close by what it would meet.
 ANY_REQUEST = RoutingRequest(Target("", (), NO_FLOOR, pinned=False), ())
 
+NEVER = (0.0, 0.0)
+
 
 class SpillState:
     """Owns a gate for each rung that has ever changed, and counts when one opens or closes."""
@@ -25,17 +27,18 @@ class SpillState:
         self._gates: dict[RungKey, SpillGate] = {}
         # Those that spill, with the variants of their rungs and the settings by which each closes.
         self._spilling: dict[RungKey, tuple[tuple[str, ...], Spill]] = {}
-        # Until when conversations that begin matter to a rung that may spill again, by alias.
-        self._until: dict[str, float] = {}
+        # Since when, and until when, it matters where conversations begin, by alias.
+        self._periods: dict[str, tuple[float, float]] = {}
 
     @property
     def gates(self) -> Mapping[RungKey, SpillGate]:
         """Every gate; a live view."""
         return self._gates
 
-    def spilled_lately(self, alias: str, now: float) -> bool:
-        """Return whether any rung of an alias spills, or has stopped within PAUSE_SECONDS."""
-        return now < self._until.get(alias, 0.0)
+    def spilled_lately_seconds(self, alias: str, now: float) -> float | None:
+        """How long rungs of an alias have spilled, with breaks of at most PAUSE_SECONDS; None if none did lately."""
+        since, until = self._periods.get(alias, NEVER)
+        return now - since if now < until else None
 
     def apply(self, target: Target, gates: Mapping[RungKey, SpillGate]) -> None:
         """Take over what a decision changed."""
@@ -57,7 +60,7 @@ class SpillState:
             if rung not in ladders.get(alias, ()):
                 del self._gates[key]
                 self._spilling.pop(key, None)
-        self._until = {alias: until for alias, until in self._until.items() if alias in ladders}
+        self._periods = {alias: period for alias, period in self._periods.items() if alias in ladders}
 
     def _set(self, key: RungKey, gate: SpillGate, names: tuple[str, ...], spill: Spill) -> None:
         before = self._gates.get(key)
@@ -69,6 +72,9 @@ class SpillState:
             self._spilling[key] = names, spill
         else:
             self._spilling.pop(key, None)
-        alias = key[0]
-        others = any(spilling == alias for spilling, _ in self._spilling)
-        self._until[alias] = inf if others else gate.since_seconds + PAUSE_SECONDS
+        self._extend_period(key[0], gate.since_seconds)
+
+    def _extend_period(self, alias: str, now: float) -> None:
+        since, until = self._periods.get(alias, NEVER)
+        spilling = any(name == alias for name, _ in self._spilling)
+        self._periods[alias] = since if now < until else now, inf if spilling else now + PAUSE_SECONDS

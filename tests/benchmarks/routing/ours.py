@@ -23,6 +23,7 @@ from gateway.routing.prefix_index import BLOCK_BYTES, MAX_BLOCKS
 from gateway.routing.request import RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.speed import SpeedProfile
+from gateway.routing.spill import PAUSE_SECONDS
 from gateway.routing.target import DEFAULT_SPILL, Catalog
 from serving.registry import Registry
 from serving.replica import Replica, State
@@ -155,9 +156,15 @@ class Ours:
         """What gateway.proxy.routing_features finds: `Affinity.refreshed` looks the placement of the session up."""
         if self._options.named:
             return turn.session, None
-        opening = f"opening {turn.session}" if self.dispatch.spilled_lately(ALIAS) else None
-        placement = None if opening is None else self.dispatch.affinity.placement(opening)
-        return turn.session if turn.number else opening, placement
+        spilling_seconds, known = self.dispatch.spilled_lately_seconds(ALIAS), self.dispatch.affinity.placement
+        if spilling_seconds is None or known(turn.session) is not None:
+            return turn.session if turn.number else None, None
+        opening = f"opening {turn.session}"
+        if not turn.number:
+            return opening, None
+        began_before = spilling_seconds < PAUSE_SECONDS
+        placement = known(opening) or (Placement(self._target.rungs[0].name, "") if began_before else None)
+        return turn.session, placement
 
     def _note_switches(self, now: float) -> None:
         spilling = frozenset(key for key, gate in self.dispatch.cluster.gates.items() if gate.spilling)
