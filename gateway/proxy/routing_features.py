@@ -75,8 +75,8 @@ def routing_request(
     """Build the routing request of a context for its permitted rungs.
 
     `with_blocks`: hash the prompt, because more than one replica could answer. `spilling_seconds`: how long rungs of
-    the alias have spilled, None if none did lately; then conversations are known from their first turn on. Only endpoints
-    that generate have a session and are hashed. Nothing in the body is an error here: the engine judges it.
+    the alias have spilled, None if none did lately; then conversations are known from their first turn on. Only
+    endpoints that generate have a session and are hashed. Nothing in the body is an error here: the engine judges it.
     """
     inference, caller, route = context.inference, context.caller, context.route
     endpoint, fields, model = inference.endpoint, inference.fields, route.target.name

@@ -60,7 +60,13 @@ class SpillState:
             if rung not in ladders.get(alias, ()):
                 del self._gates[key]
                 self._spilling.pop(key, None)
-        self._periods = {alias: period for alias, period in self._periods.items() if alias in ladders}
+        spilling = {alias for alias, _ in self._spilling}
+        # A period without an end is one of a gate.
+        self._periods = {
+            alias: (since, until)
+            for alias, (since, until) in self._periods.items()
+            if alias in (ladders if until < inf else spilling)
+        }
 
     def _set(self, key: RungKey, gate: SpillGate, names: tuple[str, ...], spill: Spill) -> None:
         before = self._gates.get(key)
