@@ -89,7 +89,7 @@ class Watched(Ours):
 
 
 @pytest.mark.parametrize("dwell_seconds", [3.0, 10.0])
-@pytest.mark.parametrize("period_in_dwells", [0.2, 0.9, 1.0, 1.1, 2.0, 2.2, 4.0, 6.0])
+@pytest.mark.parametrize("period_in_dwells", [0.2, 0.9, 1.0, 1.1, 2.0, 2.2])
 @pytest.mark.parametrize("low, high", [(0.5, 2.0), (0.2, 6.0)])
 def test_a_gate_returns_once_in_its_dwell_time_at_most(
     dwell_seconds: float, period_in_dwells: float, low: float, high: float
@@ -106,8 +106,8 @@ def test_a_gate_returns_once_in_its_dwell_time_at_most(
 
     simulate(Scenario(FLEET, asked, 60.0), make)
     returns = {rung: [at for at, spilling in turns if not spilling] for rung, turns in made[0].turned.items()}
-    if period_in_dwells >= 4:
-        assert sum(map(len, returns.values())) > 0, "the wave never makes a gate return"
+    # In a minute of such load a rung is free for ten seconds only by chance.
+    assert dwell_seconds > 3 or sum(map(len, returns.values())) > 0, "the wave never makes a gate return"
     assert all(later - before >= dwell_seconds for each in returns.values() for before, later in pairwise(each))
     assert set(returns) <= {"bf16", "int8"}  # the last rung can't spill
 
