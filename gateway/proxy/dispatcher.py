@@ -42,9 +42,10 @@ from gateway.proxy.decision_log import DecisionLog
 from gateway.proxy.leases import Lease, QueueKey, RegistryLedger, Waiter
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.outliers import OutlierDetection
+from gateway.proxy.retries import Retries
 from gateway.proxy.silences import Exchanges, NoExchanges, SilenceDetection
 from gateway.proxy.spill import SpillState
-from gateway.routing import breaker, retry, service_rate
+from gateway.routing import breaker, service_rate
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.pick import (
@@ -88,7 +89,7 @@ class Dispatcher:
         self._outliers = OutlierDetection(registry, clock)
         self._silences = SilenceDetection(registry, exchanges, clock, self._serve_queues)
         self._spill = SpillState(metrics)
-        self.affinity = Affinity(metrics)
+        self.affinity = Affinity(metrics, clock)
         self.decisions = DecisionLog()
         self.cluster = ClusterState(
             load.estimates,
@@ -99,8 +100,7 @@ class Dispatcher:
             self._silences.silent,
         )
         self._ledgers = (RegistryLedger(registry), load, self.affinity, self._outliers)
-        self._allowance = retry_allowance(retries)
-        self._budget = retry.RetryBudget(self._allowance.max_thousandths)
+        self.retries = Retries(retries)
         self._queues: Queues[QueueKey, Waiter] = Queues(queue_limits(queue))
         self._rates: dict[str, service_rate.ServiceRate] = {}  # by rung, while requests wait
         self._timer: asyncio.TimerHandle | None = None
@@ -120,13 +120,13 @@ class Dispatcher:
             self._timer.cancel()
 
     def __repr__(self) -> str:
-        return f"<Dispatcher [{len(self._queues)} waiting, {self._budget.thousandths / 1000:g} retries left]>"
+        return f"<Dispatcher [{len(self._queues)} waiting, {self.retries}]>"
 
     # What requests ask for
 
     def next_turn(self) -> int:
         """Count a new request; its number rotates among equal replicas, and it earns a share of a retry."""
-        self._budget = retry.earned(self._budget, self._allowance)
+        self.retries.earn()
         return next(self._turns)
 
     def has_choice(self, rungs: Iterable[Rung]) -> bool:
@@ -145,6 +145,10 @@ class Dispatcher:
         names = [name for rung in rungs for name in rung.names]
         if not self._any_ready(names, tools=True) and none_takes_tools(names, self._registry.snapshot()):
             raise ToolsUnsupported(target.name)
+
+    def spilled_lately_seconds(self, alias: str) -> float | None:
+        """How long rungs of an alias have spilled, so that it matters where conversations begin; None: not lately."""
+        return self._spill.spilled_lately_seconds(alias, self._clock())
 
     def try_lease(self, request: RoutingRequest, wait_seconds: float) -> Lease | None:
         """Lease a replica now; None if the request has to wait. Overloaded: it would wait longer than it may."""
@@ -184,17 +188,9 @@ class Dispatcher:
         """Hold the failures of a request, whose leases have ended, against no replica, nor against the budget."""
         for lease in leases:
             self._outliers.retract(lease)
-        self._budget = retry.refunded(self._budget, len(leases) - 1, self._allowance)
+        self.retries.refund(len(leases) - 1)
         if len(self._queues):
             self._serve_queues()
-
-    def retry_refusal(self, deaths: int, attempts: int, *, free: bool = False) -> retry.RetryRefusal | None:
-        """Return why a request is not tried again; None allows it, if there is a replica for it."""
-        return retry.retry_refusal(deaths, attempts, self._budget, free=free)
-
-    def spend_retry(self) -> None:
-        """Take a retry from the budget that was allowed, and found a replica in the same step."""
-        self._budget = retry.spent(self._budget)
 
     # What polls say (gateway.proxy.load.polling.PollObserver)
 
@@ -225,8 +221,7 @@ class Dispatcher:
     def set_limits(self, queue: QueueSettings, retries: RetrySettings) -> None:
         """Use other limits from the next request on; requests that wait stay."""
         self._queues.limits = queue_limits(queue)
-        self._allowance = retry_allowance(retries)
-        self._budget = retry.limited(self._budget, self._allowance)
+        self.retries.set_limits(retries)
 
     def now(self) -> float:
         """The clock that decisions use."""
@@ -386,11 +381,6 @@ class Dispatcher:
 def queue_limits(settings: QueueSettings) -> QueueLimits:
     """Return the limits of the queues as configured."""
     return QueueLimits(settings.per_alias, settings.in_all, settings.body_bytes)
-
-
-def retry_allowance(settings: RetrySettings) -> retry.RetryAllowance:
-    """Return what requests add to the retry budget, as configured."""
-    return retry.RetryAllowance(round(settings.share * 1000), settings.burst * 1000)
 
 
 def _too_long(request: RoutingRequest, candidate: Candidate, wait_seconds: float) -> Overloaded:

@@ -68,7 +68,8 @@ class Proxy:
         rungs = permitted_rungs(context)
         # One turn per request: if retries took turns, too, two replicas would never alternate.
         turn, with_blocks = dispatcher.next_turn(), dispatcher.has_choice(rungs)
-        request = routing_request(context, rungs, turn, dispatcher.affinity, with_blocks)
+        spilling_seconds = dispatcher.spilled_lately_seconds(target.name)
+        request = routing_request(context, rungs, turn, dispatcher.affinity, with_blocks, spilling_seconds)
         if request.tools:
             dispatcher.require_tools(target, rungs)
         if target.think == "none":
@@ -156,14 +157,14 @@ class Proxy:
         # known to fail gets no more of it than if it were left out.
         context.free_retry = moves or self.dispatcher.was_suspect(lease)
         attempts = stats.attempts - context.attempts_before
-        if why := self.dispatcher.retry_refusal(context.deaths, attempts, free=context.free_retry):
+        if why := self.dispatcher.retries.refusal(context.deaths, attempts, free=context.free_retry):
             stats.metrics.retries_refused.labels(stats.alias, why).inc()
             raise error
 
     def _count_retry(self, after: GatewayError, context: RequestContext) -> None:
         context.stats.retried(after.code)
         if isinstance(after, UpstreamError) and not context.free_retry:
-            self.dispatcher.spend_retry()
+            self.dispatcher.retries.spend()
 
 
 def _failure_of(error: UpstreamError, lease: Lease, stats: RequestStats) -> Failure:

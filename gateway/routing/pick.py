@@ -2,10 +2,10 @@
 
 A ladder is looked at from its best rung down. On each rung the replicas are filtered, scored by what the request costs
 there, and the best is picked; the rung's spill gate has the last word. The first rung whose pick waits no longer than
-`spill.after_seconds` answers, unless its gate sends this request down. If no rung is soon enough, the cheapest pick of
-all answers. At most half of a variant's replicas are left out behind open breakers; the least bad of the others are
-asked like any other, or, if they time out, as the last resort below every rung. Replicas that send nothing any more are
-left out, however many they are.
+`spill.after_seconds` answers, unless its gate sends this request down. A conversation stays on its rung as long as
+gateway.routing.spill lets it. If no rung is soon enough, the cheapest pick of all answers. At most half of a variant's
+replicas are left out behind open breakers; the least bad of the others are asked like any other, or, if they time out,
+as the last resort below every rung. Replicas that send nothing any more are left out, however many they are.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -24,7 +24,17 @@ from gateway.routing.latency import LatencyEstimate
 from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.score import cost, costs
 from gateway.routing.sessions import Placement
-from gateway.routing.spill import CLOSED, Home, SpillGate, Verdict, evaluate, evaluate_last, update
+from gateway.routing.spill import (
+    CLOSED,
+    PAUSE_SECONDS,
+    Home,
+    SpillGate,
+    Verdict,
+    abandoned,
+    evaluate,
+    evaluate_last,
+    update,
+)
 from gateway.routing.split import Rung, RungKey, choose_member
 from gateway.routing.target import Target
 from serving.replica import PENDING, ReplicaStatus, State
@@ -105,20 +115,21 @@ def look_at_rung(
     if cluster.breakers or cluster.overloads or cluster.silent:
         ready = admitted(ready, cluster, now)
     able = filter_replicas(ready, request.tried, needed_tokens, request.tools)
-    if not able:
-        return NO_REPLICA
-    best = pick(able, request, spill)
-    candidate = None if best is None else Candidate(best, variant, _reason(place, variant, request, passed_over))
     gates = cluster.gates
     gate = gates.get((request.target.name, rung.name), CLOSED) if gates else CLOSED
+    if not able:
+        return NO_REPLICA if ready or rung is request.rungs[-1] else _abandoned(gate, request, place, now)
+    best = pick(able, request, spill)
+    candidate = None if best is None else Candidate(best, variant, _reason(place, variant, request, passed_over))
     if best is not None and not best.known:
         after = update(gate, spill, 0.0, now) if gate.spilling else gate
         return RungResult(candidate, "answers", None if after is gate else after, 0.0)
     wait_seconds = inf if best is None else best.wait_seconds
+    home = home_of(request.placement, request.rungs, place, now)
     if len(able) < len(ready) or rung is request.rungs[-1] or _waits_for_its_cache(best, able, request, spill):
         # A wait that only this request meets must not open the gate for others; the last rung has none below it.
-        return RungResult(candidate, evaluate_last(spill, wait_seconds), None, wait_seconds)
-    after, verdict = evaluate(gate, spill, wait_seconds, now, home_of(request.placement, request.rungs, place))
+        return RungResult(candidate, evaluate_last(spill, wait_seconds, home), None, wait_seconds)
+    after, verdict = evaluate(gate, spill, wait_seconds, now, home)
     return RungResult(candidate, verdict, None if after is gate else after, wait_seconds)
 
 
@@ -154,17 +165,20 @@ def drawn_member(rung: Rung, request: RoutingRequest, cluster: ClusterState) -> 
     return choose_member(rung, request.session or request.request_id, weights)
 
 
-def home_of(placement: Placement | None, rungs: Sequence[Rung], place: int) -> Home:
+def home_of(placement: Placement | None, rungs: Sequence[Rung], place: int, now: float) -> Home:
     """Return where a conversation lives, seen from the rung at `place`."""
-    home = home_place(placement, rungs)
+    home = home_place(placement, rungs, now)
     if home is None or home < place:
         return "none"
     return "here" if home == place else "below"
 
 
-def home_place(placement: Placement | None, rungs: Sequence[Rung]) -> int | None:
-    """Return the rung that answered a conversation last; None if it may not answer, or the session is shared."""
-    if placement is None or placement.running > MAX_CONCURRENT_TURNS:
+def home_place(placement: Placement | None, rungs: Sequence[Rung], now: float) -> int | None:
+    """Return the rung that a conversation lives on: the one that answered it last.
+
+    None if that may not answer, the conversation has paused, or the session is shared.
+    """
+    if placement is None or placement.running > MAX_CONCURRENT_TURNS or placement.idle_seconds(now) >= PAUSE_SECONDS:
         return None
     for place, rung in enumerate(rungs):
         if rung.has(placement.variant):
@@ -293,16 +307,22 @@ def _descend(request: RoutingRequest, cluster: ClusterState, needed_tokens: floa
         if candidate is None:
             continue
         if result.verdict == "answers":
-            at_home = not too_slow and place == home_place(request.placement, request.rungs)
+            at_home = place == home_place(request.placement, request.rungs, now)
             if at_home or _is_worth_it(candidate, spilled, too_slow, request):
                 return Decision(candidate, gates)
-        elif result.verdict == "spills":
-            spilled = spilled or candidate
-        else:
+        elif result.verdict == "too_slow":
             too_slow.append(candidate)
+        else:
+            spilled = spilled or candidate
     if spilled is not None:
         return Decision(spilled, gates)
     return Decision(min(too_slow, key=lambda each: cost(each.replica, request), default=None), gates)
+
+
+def _abandoned(gate: SpillGate, request: RoutingRequest, place: int, now: float) -> RungResult:
+    """A rung that no request can use now: a conversation that lived there returns once it has been free for a while."""
+    after = abandoned(gate, now, home_of(request.placement, request.rungs, place, now))
+    return NO_REPLICA if after is gate else RungResult(None, "no_replica", after)
 
 
 def _is_worth_it(
