@@ -17,7 +17,8 @@ from quantize.running.progress import Stages
 from quantize.running.worker import Report, child_environ
 from quantize.running.workshop import Workshop
 from quantize.text.calibration import Draw
-from quantize.text.rows import Row, parse_line
+from quantize.text.parsing import parse_line
+from quantize.text.rows import Row
 from quantize.text.samples import Samples, calibrate
 from quantize.text.tokenizing import adds_bos, encode, longest_input, require_reasoning, tokenize_draw
 from tests.quantize.templates import CHAT, PLAIN, QWQ
