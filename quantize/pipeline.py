@@ -227,7 +227,7 @@ def describe(recipe: Recipe, samples: Samples, solved: Solved, quality: Quality)
         max_tokens=recipe.max_tokens,
         seed=recipe.seed,
         generated=sum(bool(sample["generated"]) for sample in taken),
-        skipped_rows=sum(len(source.skipped) for source in recipe.sources),
+        skipped_rows=samples.refused_rows + sum(len(source.skipped) for source in recipe.sources),
     )
     quantizer = Quantizer(
         backend=recipe.backend.name,

@@ -15,8 +15,8 @@ from quantize.pages.html_report import write_report
 from quantize.pages.report import disposal_lines, listing, page, summary
 from quantize.pipeline import evaluate_directory
 from quantize.planning.flags import add_evaluation
-from quantize.planning.recipe_schema import EvaluationTable
 from quantize.planning.plan import present_engine
+from quantize.planning.recipe_schema import EvaluationTable
 from quantize.planning.request import DEFAULT_TEXT
 from quantize.planning.resolve import chosen_evaluation
 from quantize.running.progress import Stages

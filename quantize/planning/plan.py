@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from config.manifest import Engine, Override, Scheme
@@ -82,7 +83,8 @@ def drawn_text(request: Request) -> tuple[tuple[Source, ...], Draw]:
     paths = [file.path for file in request.data]
     weights = [file.weight for file in request.data]
     sources, rows = read_sources(paths or shipped_files(), weights, request.max_bad)
-    return sources, draw(rows, samples=request.samples, seed=request.seed, sources=sources)
+    drawn = draw(rows, samples=request.samples, seed=request.seed, sources=sources)
+    return sources, replace(drawn, max_bad=request.max_bad)
 
 
 def _smallest(base: BaseModel, budget: Budget, engine: Engine) -> Scheme:

@@ -85,7 +85,7 @@ class Recipe:
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def _reading(self) -> dict[str, object]:
-        """Return how the text is read, where that is not as in the first revisions; all other recipes keep their names."""
+        """Return how the text is read, where revision 3 began otherwise; all other recipes keep their names."""
         formats = sorted({name for source in self.sources for name, _ in source.formats} - NATIVE)
         return {
             **({"formats": formats} if formats else {}),

@@ -12,7 +12,6 @@ from quantize.schemes.settings import SETTINGS, SolverSettings
 from quantize.text.calibration import MAX_BAD
 
 
-
 @dataclass(frozen=True, slots=True)
 class TextSize:
     """How much calibration text is used: so many samples, each cut to so many tokens."""

@@ -30,7 +30,7 @@ class Prompt:
 
 
 def answer_all(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Child's work: `{base, questions: [{messages, tools, seed}], sampling}` -> `{answers: [{completion, finished}]}`."""
+    """Child's work: `{base, questions, sampling}`, as dictionaries -> `{answers: [{completion, finished}]}`."""
     from quantize.dense_models import load_base  # noqa: PLC0415
 
     base, sampling = Path(job["base"]), job["sampling"]

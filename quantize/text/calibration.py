@@ -61,16 +61,17 @@ class Source:
 class Draw:
     """The rows to calibrate on, and those to evaluate on, which calibration never sees; both in order of use.
 
-    `repeated_rows` of the `read_rows` in the files said what others say, and were left out; `skipped_rows` were
-    invalid. `moved_rows` lie on the side of their prompt, and not on that of their own content.
+    `repeated_rows` of the `read_rows` in the files said what others say, and were left out. `moved_rows` lie on the
+    side of their prompt, and not on that of their own content. `max_bad` is the share of the rows that a chat template
+    may refuse.
     """
 
     calibration: tuple[Row, ...]
     held_out: tuple[Row, ...]
     read_rows: int = 0
     repeated_rows: int = 0
-    skipped_rows: int = 0
     moved_rows: int = 0
+    max_bad: float = MAX_BAD
 
 
 def shipped_files() -> list[Path]:
@@ -121,7 +122,6 @@ def draw(rows: Iterable[Row], *, samples: int, seed: int, sources: Sequence[Sour
         held_out,
         read_rows,
         repeated_rows=max(read_rows - len(ordered), 0),
-        skipped_rows=sum(len(source.skipped) for source in sources),
         moved_rows=sum(is_held_out(row) != is_held_out(replace(row, split_key="")) for row in ordered),
     )
 
@@ -257,10 +257,10 @@ def _weight_problems(weighed: Sequence[tuple[Path, float]]) -> list[str]:
 def _too_few(rows: Sequence[Row], usable: int, held_out: int) -> str:
     prompts = len({row.split_key or row.sha256 for row in rows})
     shared = f" with {prompts} different prompts" if prompts < len(rows) else ""
-    reason = "; all rows with a prompt are on the same side" if shared else ""
+    why = "; all rows with a prompt are on the same side" if shared else ""
     return (
-        f"too few calibration rows: {len(rows)} different chats{shared} give {usable} to calibrate on and {held_out} to "
-        f"evaluate on, at least {FEWEST_SAMPLES} and {FEWEST_HELD_OUT} are needed{reason}; pass more text with --data"
+        f"too few calibration rows: {len(rows)} different chats{shared} give {usable} to calibrate on and {held_out} "
+        f"to evaluate on, at least {FEWEST_SAMPLES} and {FEWEST_HELD_OUT} are needed{why}; pass more text with --data"
     )
 
 

@@ -16,12 +16,8 @@ from typing import IO, Any
 from quantize.errors import CalibrationError
 
 # First bytes of a file, what they mean, and how to read through it.
-_COMPRESSIONS: Mapping[bytes, tuple[str, Callable[[Path], IO[bytes]]]] = MappingProxyType(
-    {
-        b"\x1f\x8b": ("gzip", lambda path: gzip.open(path, "rb")),
-        b"BZh": ("bzip2", lambda path: bz2.open(path, "rb")),
-        b"\xfd7zXZ\x00": ("xz", lambda path: lzma.open(path, "rb")),
-    }
+_COMPRESSIONS: Mapping[bytes, tuple[str, Callable[[Path], Any]]] = MappingProxyType(
+    {b"\x1f\x8b": ("gzip", gzip.open), b"BZh": ("bzip2", bz2.open), b"\xfd7zXZ\x00": ("xz", lzma.open)}
 )
 _UNREADABLE: Mapping[bytes, str] = MappingProxyType(
     {
@@ -67,13 +63,15 @@ def read_records(path: Path) -> tuple[str, Iterator[Record]]:
         raise CalibrationError([f"{path}: {reason}"])
     if magic.startswith(_PARQUET):
         return "parquet", _parquet_records(path)
-    name, opened = next(
-        (told for start, told in _COMPRESSIONS.items() if magic.startswith(start)), ("", lambda path: path.open("rb"))
-    )
+    name, opened = next((told for start, told in _COMPRESSIONS.items() if magic.startswith(start)), ("", _plain))
     with _readable(path), opened(path) as file:
         head = file.read(_HEAD_BYTES)
     kind, records = _json_records(path, head, opened)
     return f"{kind} ({name})" if name else kind, records
+
+
+def _plain(path: Path) -> IO[bytes]:
+    return path.open("rb")
 
 
 def _json_records(path: Path, head: bytes, opened: Callable[[Path], IO[bytes]]) -> tuple[str, Iterator[Record]]:

@@ -46,7 +46,7 @@ class Literals:
         messages = tuple(map(self._masked_turn, row.messages))
         return replace(row, messages=messages, tools=self._mask(row.tools, frozenset()))
 
-    def encode(self, rendered: str, **options: Any) -> dict[str, Any]:
+    def encode(self, rendered: str) -> dict[str, Any]:
         """Encode the text of a masked row; offsets are those of `rendered`."""
         guarded = self._pattern.sub(lambda found: self._guards[found[0]], rendered)
         encoded = self._guarded.encode(self.unmasked(guarded), add_special_tokens=False)

@@ -28,7 +28,9 @@ CALL_ROLES = frozenset({"function_call", "tool_call"})
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text"})
 _THINKING_PARTS = frozenset({"thinking", "reasoning"})
-_MEDIA_PARTS = frozenset({"image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio"})
+_MEDIA_PARTS = frozenset(
+    {"image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio"}
+)
 # Turns that may be empty: an empty system prompt replaces the template's own, a function may return nothing.
 _MAY_BE_EMPTY = frozenset({"system", "developer", "tool"})
 
@@ -98,7 +100,10 @@ def _turn(message: Any) -> Message | str:
         return _assistant_turn(message, content)
     if not is_text(content) and not (role in _MAY_BE_EMPTY and isinstance(content, str)):
         return '"content" is empty or no text'
-    return Message(role, content, **_tool_fields(role, message))
+    if role != "tool":
+        return Message(role, content)
+    call_id, name = (str(message.get(key) or "") for key in ("tool_call_id", "name"))
+    return Message(role, content, (), call_id, name)
 
 
 def _assistant_turn(message: Mapping[str, Any], content: Any) -> Message | str:
@@ -141,12 +146,6 @@ def _calls(calls: Any) -> tuple[ToolCall, ...] | str:
         encoded = json.dumps(arguments, ensure_ascii=False)
         parsed.append(ToolCall(function["name"], encoded, str(call.get("id") or "")))
     return tuple(parsed)
-
-
-def _tool_fields(role: str, message: Mapping[str, Any]) -> dict[str, str]:
-    if role != "tool":
-        return {}
-    return {key: message[key] for key in ("tool_call_id", "name") if is_text(message.get(key))}
 
 
 def _text(content: Any) -> Any:

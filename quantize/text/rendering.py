@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -112,7 +112,7 @@ class Template:
         _, answered, after = text.rpartition(_MARK)
         return (after.strip() if answered else "") or self.tokenizer.eos_token or ""
 
-    def _message(self, turn: Message) -> Mapping[str, Any]:
+    def _message(self, turn: Message) -> dict[str, Any]:
         if turn.role != "assistant" or not self.markers.field:
             return turn.to_template()
         thought, answer = divided(turn.content, self.markers)

@@ -40,7 +40,11 @@ class Message:
     def to_template(self) -> dict[str, Any]:
         """Convert to what chat templates expect: arguments are objects (transformers and vLLM parse them, too)."""
         calls = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": json.loads(call.arguments)}}
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": json.loads(call.arguments)},
+            }
             for call in self.tool_calls
         ]
         return {"role": self.role, "content": self.content, **self._extras(calls)}
@@ -86,7 +90,9 @@ class Row:
     @property
     def words(self) -> str:
         """All that the row says, without roles."""
-        turns = (part for turn in self.messages for part in (turn.content, *(call.arguments for call in turn.tool_calls)))
+        turns = (
+            part for turn in self.messages for part in (turn.content, *(call.arguments for call in turn.tool_calls))
+        )
         return "\n".join(part for part in (*turns, self.completion, self.text) if part)
 
     @property

@@ -37,7 +37,10 @@ class Markers:
 
 THINK = Markers("<think>", "</think>")
 HARMONY = Markers(
-    "<|channel|>analysis<|message|>", "<|end|>", between="<|start|>assistant<|channel|>final<|message|>", field="thinking"
+    "<|channel|>analysis<|message|>",
+    "<|end|>",
+    between="<|start|>assistant<|channel|>final<|message|>",
+    field="thinking",
 )
 MARKERS = (
     THINK,

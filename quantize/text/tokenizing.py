@@ -46,8 +46,10 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int, literals: Literals |
     """
     masked = literals.masked(row) if literals else row
     rendered = render(masked, tokenizer)
-    coder = literals.encode if literals and masked is not row else tokenizer
-    encoded = coder(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+    if literals and masked is not row:
+        encoded = literals.encode(rendered.text)
+    else:
+        encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
     if row.text and adds_bos(tokenizer):
         ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
@@ -122,36 +124,56 @@ def longest_input(config: dict[str, Any]) -> int | None:
 
 
 def tokenize_draw(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Child's work: `{base, max_tokens, rows: {side: [row]}}` -> `{max_tokens, sides: {side: [sample]}}`."""
+    """Child's work: `{base, max_tokens, max_bad, rows: {side: [row]}}` -> `{max_tokens, sides, refused, notes}`.
+
+    `sides` has a sample for each row, or None where the template refuses the row; `refused` are the problems.
+    """
     base = Path(job["base"])
     sides = {side: list(map(Row.from_dict, rows)) for side, rows in job["rows"].items()}
     every = [row for rows in sides.values() for row in rows]
     tokenizer = load_tokenizer(base, chats=any(row.messages for row in every))
     limit = longest_input(json.loads((base / "config.json").read_bytes())) or job["max_tokens"]
     max_tokens = min(job["max_tokens"], limit)
-    encoded = iter(_encode_all(every, tokenizer, max_tokens, report))
-    samples = {side: [next(encoded) for _ in rows] for side, rows in sides.items()}
+    problems: list[str] = []
+    encoded = _encode_all(every, tokenizer, max_tokens, report, problems)
+    if len(problems) > job.get("max_bad", 0.0) * len(every):
+        raise CalibrationError(problems[:_PROBLEMS_SHOWN])
+    following = iter(encoded)
+    samples = {side: [next(following) for _ in rows] for side, rows in sides.items()}
     for side, rows in sides.items():
-        require_reasoning(rows, samples[side], markers_of(tokenizer))
+        pairs = [(row, sample) for row, sample in zip(rows, samples[side], strict=True) if sample]
+        require_reasoning([row for row, _ in pairs], [sample for _, sample in pairs], markers_of(tokenizer))
     return {
         "max_tokens": max_tokens,
-        "sides": {side: [asdict(sample) for sample in encoded] for side, encoded in samples.items()},
+        "sides": {side: [sample and asdict(sample) for sample in encoded] for side, encoded in samples.items()},
+        "refused": problems,
+        "notes": tool_notes(every, tokenizer),
     }
 
 
-def _encode_all(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, report: Report) -> list[Sample]:
+def tool_notes(rows: Sequence[Row], tokenizer: Tokenizer) -> list[str]:
+    """Say so if rows have tools and the template has no place for them: then they are not calibrated on."""
+    template, using = str(getattr(tokenizer, "chat_template", "")), sum(row.uses_tools for row in rows)
+    if not using or "tool" in template:
+        return []
+    return [f"warning: {using} of {len(rows)} rows have tools, and the base's chat template renders none of them"]
+
+
+def _encode_all(
+    rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, report: Report, problems: list[str]
+) -> list[Sample | None]:
+    """Encode rows; where the template refuses one, its sample is None and `problems` says why."""
     from jinja2 import TemplateError  # noqa: PLC0415
 
-    samples, problems = [], []
+    samples: list[Sample | None] = []
     literals = Literals.of(tokenizer)
     for done, row in enumerate(rows, 1):
         try:
             samples.append(encode(row, tokenizer, max_tokens, literals))
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:  # filters of templates raise TypeError
+            samples.append(None)
             problems.append(f"{row.where}: the base's chat template refuses this chat: {error}")
         report.progress(done, len(rows))
-    if problems:
-        raise CalibrationError(problems[:_PROBLEMS_SHOWN])
     return samples
 
 

@@ -20,8 +20,8 @@ from quantize.running.worker import child_environ
 from quantize.running.workshop import Workshop
 from quantize.text.base_answers import Prompt, batches, cache_bytes_per_token, until_stop
 from quantize.text.calibration import draw, is_held_out, read_sources, with_split_keys
-from quantize.text.replica_answers import Answer, Question, Replica, Sampling, answer_of, request_body
 from quantize.text.parsing import parse_line
+from quantize.text.replica_answers import Answer, Question, Replica, Sampling, answer_of, request_body
 from quantize.text.rows import Message, Row
 from quantize.text.self_generation import Opening, chosen, line_of, openings, self_generate
 from tests.fakes.running import running_fake
