@@ -120,7 +120,9 @@ def test_reasoning_is_found_beside_named_tokens(tokenizer: Any) -> None:
 
 def test_arguments_of_tools_are_text(tokenizer: Any) -> None:
     """Also in what a template writes as JSON."""
-    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}")
+    tokenizer.chat_template = CHATML.replace(
+        "{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+    )
     call = {"function": {"name": "f", "arguments": {"stop": "<|im_end|>"}}}
     row = row_of(messages=[{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [call]}])
     sample = encoded(row, tokenizer)
