@@ -17,7 +17,8 @@ MISTRAL, SEED = MARKERS[1:3]
 GPT_OSS = (
     "{% for m in messages %}{% if m.role == 'assistant' %}"
     "{% if '<|channel|>' in m.content %}{{ 1 / 0 }}{% endif %}"
-    "{% if loop.last and m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{% endif %}"
+    "{% if loop.last and m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
+    "{% endif %}"
     "<|start|>assistant<|channel|>final<|message|>{{ m.content }}{{ '<|return|>' if loop.last else '<|end|>' }}"
     "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
