@@ -225,7 +225,7 @@ def _text(manifest: Manifest) -> str:
     assert text is not None
     told = f"{text.samples} samples, {text.tokens:,} tokens, {text.reasoning_tokens:,} of them reasoning"
     if text.skipped_rows:
-        told += f"; {text.skipped_rows} invalid rows skipped"
+        told += f"; invalid rows skipped: {text.skipped_rows}"
     return f"{told}; {text.generated} written by the base; seed {text.seed}; cut at {text.max_tokens:,} tokens"
 
 

@@ -53,7 +53,7 @@ class Source:
         lines = [f"{self.path}: {self.rows} rows, {self.kind}, format: {', '.join(counts)}"]
         if self.skipped:
             every = self.rows + len(self.skipped)
-            lines.append(f"{self.path}: {len(self.skipped)} of {every} rows are invalid and skipped: {self.skipped[0]}")
+            lines.append(f"{self.path}: invalid rows skipped: {len(self.skipped)} of {every}: {self.skipped[0]}")
         return lines
 
 

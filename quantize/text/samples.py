@@ -48,7 +48,7 @@ def calibrate(base: Path, drawn: Draw, max_tokens: int, shop: Workshop) -> Sampl
     for line in told["notes"]:
         shop.stages.say(line)
     if told["refused"]:
-        shop.stages.say(f"{len(told['refused'])} rows are invalid and skipped: {told['refused'][0]}")
+        shop.stages.say(f"invalid rows skipped: {len(told['refused'])}: {told['refused'][0]}")
     return Samples(
         described["calibration"], described["held_out"], drawn.read_rows, drawn.repeated_rows, len(told["refused"])
     )

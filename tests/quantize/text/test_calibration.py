@@ -394,7 +394,7 @@ def test_invalid_rows_are_skipped_up_to_a_share(tmp_path: Path, broken: int, max
     assert len(found) == 120 - broken
     assert source.summary() == [
         f"{path}: {120 - broken} rows, JSON lines, format: chat",
-        f'{path}: {broken} of 120 rows are invalid and skipped: {path}:6: "messages" is empty or no list',
+        f'{path}: invalid rows skipped: {broken} of 120: {path}:6: "messages" is empty or no list',
     ]
 
 

@@ -254,7 +254,7 @@ def test_a_few_chats_that_the_template_refuses_are_skipped(tmp_path: Path) -> No
     samples, said = calibrated(base, [good[0], wrong, *good[1:]], tmp_path, max_tokens=64)
     assert [sample["where"] for sample in samples.calibration] == [one.where for one in good]
     assert samples.refused_rows == 1
-    assert "1 rows are invalid and skipped: f:7: the base's chat template refuses this chat" in said
+    assert "invalid rows skipped: 1: f:7: the base's chat template refuses this chat" in said
     with pytest.raises(CalibrationError, match="f:7: the base's chat template refuses this chat"):
         calibrated(base, [wrong, *good[:50]], tmp_path, max_tokens=64)
 
