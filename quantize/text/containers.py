@@ -39,7 +39,7 @@ _NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class RawRow:
     """A row as it was read, or the problem that it has; `where` names file and line, or file and row."""
 
     where: str
@@ -47,7 +47,7 @@ class Record:
     problem: str = ""
 
 
-def read_records(path: Path) -> tuple[str, Iterator[Record]]:
+def read_records(path: Path) -> tuple[str, Iterator[RawRow]]:
     """Open a file of rows; returns the kind of the file, and its rows.
 
     CalibrationError, here or on the way, if it can't be read as a whole: one line with the reason.
@@ -74,7 +74,7 @@ def _plain(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _json_records(path: Path, head: bytes, opened: Callable[[Path], IO[bytes]]) -> tuple[str, Iterator[Record]]:
+def _json_records(path: Path, head: bytes, opened: Callable[[Path], IO[bytes]]) -> tuple[str, Iterator[RawRow]]:
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if head.startswith(mark)), "")
     start = head.decode(encoding or "utf-8", "ignore").lstrip("\ufeff").lstrip()
     if not start:
@@ -105,18 +105,18 @@ def _is_line_of_lists(start: str) -> bool:
         return False
 
 
-def _line_records(path: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[Record]:
+def _line_records(path: Path, lines: Iterator[tuple[int, bytes]]) -> Iterator[RawRow]:
     with _readable(path):
         for number, line in lines:
             where = f"{path}:{number}"
             try:
                 text = line.decode()
                 if text.strip():
-                    yield Record(where, json.loads(text))
+                    yield RawRow(where, json.loads(text))
             except UnicodeDecodeError as error:
-                yield Record(where, problem=f"not UTF-8: {error.reason} at byte {error.start}")
+                yield RawRow(where, problem=f"not UTF-8: {error.reason} at byte {error.start}")
             except (ValueError, RecursionError) as error:
-                yield Record(where, problem=f"not JSON: {error}")
+                yield RawRow(where, problem=f"not JSON: {error}")
 
 
 def _lines(path: Path, opened: Callable[[Path], IO[bytes]]) -> Iterator[tuple[int, bytes]]:
@@ -131,14 +131,14 @@ def _decoded_lines(path: Path, encoding: str, opened: Callable[[Path], IO[bytes]
         yield number, line.encode("utf-8", "surrogatepass")
 
 
-def _array_records(path: Path, encoding: str, opened: Callable[[Path], IO[bytes]]) -> Iterator[Record]:
+def _array_records(path: Path, encoding: str, opened: Callable[[Path], IO[bytes]]) -> Iterator[RawRow]:
     text = _text_of(path, encoding, opened)
     try:
         items = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CalibrationError([f"{path}: begins like a JSON array, and is none: {error}"]) from None
     for number, item in enumerate(items, 1):
-        yield Record(f"{path}: item {number}", item)
+        yield RawRow(f"{path}: item {number}", item)
 
 
 def _text_of(path: Path, encoding: str, opened: Callable[[Path], IO[bytes]]) -> str:
@@ -152,7 +152,7 @@ def _text_of(path: Path, encoding: str, opened: Callable[[Path], IO[bytes]]) -> 
         raise CalibrationError([told]) from None
 
 
-def _parquet_records(path: Path) -> Iterator[Record]:
+def _parquet_records(path: Path) -> Iterator[RawRow]:
     try:
         from pyarrow import ArrowException, parquet  # noqa: PLC0415
     except ImportError:
@@ -162,7 +162,7 @@ def _parquet_records(path: Path) -> Iterator[Record]:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
                 for number, row in enumerate(batch.to_pylist(), number + 1):  # noqa: B020
-                    yield Record(f"{path}: row {number}", _without_nulls(row))
+                    yield RawRow(f"{path}: row {number}", _without_nulls(row))
     except (OSError, ValueError, ArrowException) as error:
         raise CalibrationError([f"{path}: damaged parquet: {_first_line(error)}"]) from None
 
