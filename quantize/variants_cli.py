@@ -188,7 +188,7 @@ def _add_adopt(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("directory", type=Path, metavar="DIR", help="made by AutoGPTQ, GPTQModel or llm-compressor")
     add("--against", type=Path, required=True, metavar="BASE", help="its unquantized parent")
-    add("--data", type=Path, action="append", default=[], metavar="FILE", help="JSONL of chats (default: shipped ones)")
+    add("--data", type=Path, action="append", default=[], metavar="FILE", help="chats (default: shipped ones)")
     add("--every-row", action="store_true", help="use all rows: its maker's calibration never saw a part of them")
     add("--max-tokens", type=int, metavar="N", help="cut each chat (default: 4096 on a GPU, 2048 on a CPU)")
     add("--json", action="store_true", help="print JSON")
