@@ -27,6 +27,7 @@ RESERVED_FLAGS: Mapping[str, str] = MappingProxyType(
         "--kv-cache-memory-bytes": "use kv_cache_bytes",
         "--enable-prefix-caching": "use prefix_caching",
         "--generation-config": _ALWAYS,
+        "--allowed-media-domains": "use gateway.media_domains",
         "--shutdown-timeout": "use drain_seconds",
         "--fingerprint-mode": _ALWAYS,
         "--fingerprint-value": _ALWAYS,

@@ -102,10 +102,14 @@ def _replicas(settings: Settings) -> Iterator[Violation]:
         yield from _arguments(where, replica)
 
 
+# Options that apply to an external replica, too.
+FOR_URLS = frozenset({"variant", "url", "api_key", "max_in_flight", "tool_calling", *CERTIFICATES})
+
+
 def _launch_options(where: Location, replica: ReplicaSettings) -> Iterator[Violation]:
     if replica.url is not None:
         defaults = ReplicaSettings(variant=replica.variant)
-        options = ReplicaSettings.model_fields.keys() - {"variant", "url", "api_key", "max_in_flight", *CERTIFICATES}
+        options = ReplicaSettings.model_fields.keys() - FOR_URLS
         for field in sorted(name for name in options if getattr(replica, name) != getattr(defaults, name)):
             yield Violation((*where, field), "is an option for starting a replica, but url is set, too", "remove one")
     needed = replica.count * replica.tensor_parallel

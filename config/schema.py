@@ -99,8 +99,29 @@ def check_url(value: str) -> str:
     return value.rstrip("/")
 
 
+def check_origin(value: str) -> str:
+    """Require an origin as browsers send it, or `*`; ValueError otherwise."""
+    match = re.fullmatch(r"([a-z][a-z0-9+.-]*)://([^\s/?#@A-Z]+)", value)
+    default_port = {"http": ":80", "https": ":443"}.get(match[1], "/") if match else ""
+    if value != "*" and (match is None or match[2].endswith(default_port)):
+        raise ValueError(
+            f"{value!r} is not a valid origin; write scheme://host, lower case, without path and default port, "
+            "for example https://chat.example.com"
+        )
+    return value
+
+
+def check_domain(value: str) -> str:
+    """Require a host name or IPv4 address without scheme and port; ValueError otherwise."""
+    if re.fullmatch(HOST_NAME, value) is None:
+        raise ValueError(f"{value!r} is not a valid host name; write the name alone, for example images.example.com")
+    return value.lower().rstrip(".")
+
+
 SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(ge=0, le=MAX_BYTES)]
 Address = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(check_address)]
+Origin = Annotated[str, AfterValidator(check_origin)]
+Domain = Annotated[str, AfterValidator(check_domain)]
 ReplicaUrl = Annotated[str, AfterValidator(check_url)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=128)]
 FileName = Annotated[str, Field(min_length=1)]
@@ -108,6 +129,8 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# `auto`, `off`, or the name of one of vLLM's tool parsers.
+ToolCalling = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Entries = Annotated[int, Field(ge=1, le=65536)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -158,6 +181,12 @@ class TracingSettings(Table):
     sample_share: Share = 1.0
 
 
+class CorsSettings(Table):
+    """Origins of web pages that may call the client port from a browser; `*`: any."""
+
+    origins: tuple[Origin, ...] = ()
+
+
 class GatewaySettings(Table):
     """Settings of the gateway process."""
 
@@ -166,6 +195,9 @@ class GatewaySettings(Table):
     admin_key: SecretStr | None = None
     state: Annotated[str, Field(pattern=STATE_PATTERN)] = "sqlite:///state.db"
     keys: FileName | None = None
+    allowed_hosts: tuple[Domain, ...] = ()
+    cors: CorsSettings | None = None
+    media_domains: tuple[Domain, ...] = ()
     access_log: Literal["plain", "json", "off"] = "plain"
     tracing: TracingSettings | None = None
     per_key_metrics: bool = False
@@ -218,6 +250,7 @@ class ReplicaSettings(Table):
     start_timeout_seconds: Seconds = 900.0
     drain_seconds: Seconds = 120.0
     hang_seconds: Seconds = 120.0
+    tool_calling: ToolCalling = "auto"
     args: tuple[str, ...] = ()
 
 

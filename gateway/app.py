@@ -17,6 +17,8 @@ from gateway.handlers.inference import InferenceHandler, Observers
 from gateway.handlers.models import client_app
 from gateway.handlers.router import Router
 from gateway.http.collector import ConnectionCollector
+from gateway.http.cors import cors_for
+from gateway.http.hosts import allowed_hosts
 from gateway.http.listener import address_of, bind, listen
 from gateway.http.server import HttpServer, serve_clients
 from gateway.live_config import LiveConfig, LiveWeights
@@ -121,12 +123,19 @@ async def gateway(
         await stack.enter_async_context(LoopLag(metrics.loop_lag_seconds))
         pool = await stack.enter_async_context(Pool())
         load = LoadTracker(registry.in_flight, deployment.speeds)
+        upstream = VllmUpstream(pool)
         dispatcher = stack.enter_context(
-            Dispatcher(registry, load, metrics, settings.queue, settings.retries, weights=lambda: weights.current)
+            Dispatcher(
+                *(registry, load, metrics, settings.queue, settings.retries),
+                weights=lambda: weights.current,
+                exchanges=upstream,
+            )
         )
         # On connections of their own: polls and requests do not wait for each other.
         polls = await stack.enter_async_context(Pool())
-        poller = await stack.enter_async_context(MetricsPoller(registry, polls, dispatcher, metrics.polls))
+        poller = await stack.enter_async_context(
+            MetricsPoller(registry, polls, dispatcher, metrics.polls, on_answer=dispatcher.poll_answered)
+        )
         metrics.registry.register(
             FleetCollector(registry, live_config.variants, dispatcher.breaker_states, dispatcher.waiting)
         )
@@ -134,15 +143,20 @@ async def gateway(
         metrics.registry.register(
             LadderCollector(dispatcher.cluster.gates, lambda: iter(registry.ready), load.estimates)
         )
-        proxy = Proxy(dispatcher, VllmUpstream(pool))
+        proxy = Proxy(dispatcher, upstream)
         observers = Observers(metrics, access_log.append, traced)
         endpoints = {
             endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers)
             for endpoint in ENDPOINTS.values()
         }
-        router = Router(endpoints, client_app(live_config, registry), live_config)
+        addresses = Addresses(address_of(taken.client), address_of(taken.admin))
+        client_hosts, admin_hosts = (
+            allowed_hosts(address, settings.allowed_hosts) for address in (addresses.client, addresses.admin)
+        )
+        router = Router(endpoints, client_app(live_config, registry), live_config, quota, client_hosts)
         context = AdminContext(live_config, registry, metrics, router, dispatcher)
-        await stack.enter_async_context(listen(with_auth(admin_app(context), settings.admin_key), taken.admin))
+        secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
+        await stack.enter_async_context(listen(secured, taken.admin))
         server = HttpServer(
             router,
             settings.memory_bytes,
@@ -150,7 +164,6 @@ async def gateway(
         )
         metrics.registry.register(ConnectionCollector(server))
         await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
-        addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
             yield Gateway(addresses, live_config, weights, server, quota, metrics, load, dispatcher)
@@ -163,7 +176,9 @@ def live_config_for(deployment: Deployment) -> LiveConfig:
     catalog = Catalog(deployment.settings.aliases, deployment.variants)
     for notice in notices(deployment):
         log.warning("%s", notice)
-    return LiveConfig(catalog, deployment.keys, deployment.settings.gateway.limits)
+    settings = deployment.settings.gateway
+    cors = cors_for(settings.cors.origins) if settings.cors else None
+    return LiveConfig(catalog, deployment.keys, settings.limits, cors, frozenset(settings.media_domains))
 
 
 @asynccontextmanager

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 from config.errors import ConfigError
 from config.schema import LimitSettings
 from config.variant import Variant
+from gateway.http.cors import Cors
 from gateway.keys import Caller, Keys
 from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights, variant_names
 from gateway.routing.target import Catalog, Target
+from serving.registry import Registry
+from serving.replica import State
 
 MAX_ROUTES = 10_000
 
@@ -34,6 +37,8 @@ class LiveConfig:
     catalog: Catalog
     keys: Keys
     limits: LimitSettings
+    cors: Cors | None = None
+    media_domains: frozenset[str] = frozenset()  # domains that engines may load media from
     _routes: dict[tuple[str | None, str], Route] = field(default_factory=dict, repr=False)
 
     def variants(self) -> Iterable[Variant]:
@@ -50,6 +55,7 @@ class LiveConfig:
     def replace(self, other: "LiveConfig") -> None:
         """Use another configuration from the next request on."""
         self.catalog, self.keys, self.limits, self._routes = other.catalog, other.keys, other.limits, {}
+        self.cors, self.media_domains = other.cors, other.media_domains
 
     def _resolve(self, caller: Caller, model: str) -> Route:
         # Checked before the lookup, so that a caller does not learn which other models exist.
@@ -107,6 +113,16 @@ def nothing_remains(before: Catalog, after: Catalog, ready: Iterable[str], wante
     if variants and not variants & after.variants.keys() & then:
         return f"no variant that answers now would answer any more ({', '.join(sorted(variants))})"
     return None
+
+
+def ready_variants(catalog: Catalog, registry: Registry) -> dict[str, list[str]]:
+    """List for each alias the permitted variants that have a ready replica; without aliases, for each variant."""
+    ready = {status.replica.variant for status in registry.snapshot() if status.state is State.READY}
+    names = catalog.aliases or catalog.variants
+    permitted = {
+        name: [variant.name for rung in catalog.resolve(name).permitted for variant in rung.variants] for name in names
+    }
+    return {name: [variant for variant in variants if variant in ready] for name, variants in permitted.items()}
 
 
 def _answering(catalog: Catalog, alias: str) -> frozenset[str]:

@@ -3,11 +3,9 @@
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
 from gateway.errors import RateLimited
-from gateway.keys.authentication import ANONYMOUS, Caller
+from gateway.keys.authentication import Caller
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -93,57 +91,28 @@ class Counts:
         self.requests = with_rate(self.requests, None if requests is None else requests * share, now_seconds)
         self.tokens = with_rate(self.tokens, None if tokens is None else tokens * share, now_seconds)
 
-    def start(self, now_seconds: float) -> None:
-        """Count an admitted request."""
-        self.running += 1
+    def take_request(self, now_seconds: float) -> None:
+        """Take one request."""
         if self.requests is not None:
             self.requests = self.requests.without(1, now_seconds)
 
-    def end(self) -> None:
-        """Count a request as ended."""
-        self.running -= 1
-
     def charge(self, tokens: int, now_seconds: float) -> None:
-        """Take tokens, even if the bucket holds less."""
+        """Take the tokens of an answer, even if the bucket holds less; a debt delays the key's next requests."""
         if self.tokens is not None:
             self.tokens = self.tokens.without(tokens, now_seconds)
 
 
 @dataclass(slots=True)
-class Admission:
-    """Context manager of one request: checks its key's limits on entry, and counts it while the block runs."""
+class RunningRequest:
+    """One request among those of its key that run or arrive, from its head to the end of its answer."""
 
-    caller: Caller
-    counts: Counts | None  # None: no limits
-    share: float = 1.0
-    now_seconds: float = 0.0
+    _counts: Counts | None
 
-    def __enter__(self) -> Self:
-        """Count the request; raises RateLimited, and counts nothing, if a limit is reached."""
-        if self.counts is not None:
-            self.counts.apply_limits(self.caller, self.share, self.now_seconds)
-            check_limits(self.counts, self.caller, self.share, self.now_seconds)
-            self.counts.start(self.now_seconds)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.counts is not None:
-            self.counts.end()
-
-    @property
-    def limited(self) -> bool:
-        """Whether the key has limits, so that `charge` counts."""
-        return self.counts is not None
-
-    def charge(self, tokens: int, now_seconds: float) -> None:
-        """Charge the tokens of a response, known at its end; a debt delays the key's next requests."""
-        if self.counts is not None:
-            self.counts.charge(tokens, now_seconds)
-
-
-_UNLIMITED = Admission(ANONYMOUS, None)
+    def release(self) -> None:
+        """Count the request as ended; idempotent."""
+        if self._counts is not None:
+            self._counts.running -= 1
+            self._counts = None
 
 
 @dataclass(slots=True)
@@ -157,19 +126,45 @@ class Quota:
     share: float = 1.0
     _counts: dict[str, Counts] = field(default_factory=dict)
 
-    def admit(self, caller: Caller, now_seconds: float) -> Admission:
-        """Return the context manager for one request; entering it raises RateLimited if a limit is reached."""
-        if caller.requests_per_minute is None and caller.tokens_per_minute is None and caller.concurrency is None:
-            return _UNLIMITED
-        return Admission(caller, self._counts_of(caller), self.share, now_seconds)
+    def start(self, caller: Caller) -> RunningRequest | None:
+        """Count a request whose head has arrived, until it is released; RateLimited if as many run as may.
 
-    def headers(self, caller: Caller, now_seconds: float) -> Headers:
-        """Return the `x-ratelimit-*` headers of a key; empty without limits per minute."""
+        None if the key has no limits.
+        """
+        if caller.requests_per_minute is None and caller.tokens_per_minute is None and caller.concurrency is None:
+            return None
+        counts = self._counts_of(caller)
+        if caller.concurrency is not None and counts.running >= concurrency_share(caller.concurrency, self.share):
+            raise _refusal(caller, f"{caller.concurrency} concurrent requests (concurrency)", BUSY_RETRY_SECONDS)
+        counts.running += 1
+        return RunningRequest(counts)
+
+    def admit(self, caller: Caller, now_seconds: float) -> Counts | None:
+        """Take one request from its key; RateLimited, and nothing is taken, if a limit per minute is reached.
+
+        Returns the counts that the tokens of its answer are charged to; None without limits per minute.
+        """
+        if caller.requests_per_minute is None and caller.tokens_per_minute is None:
+            return None
+        counts = self._counts_of(caller)
+        counts.apply_limits(caller, self.share, now_seconds)
+        check_limits(counts, caller, now_seconds)
+        counts.take_request(now_seconds)
+        return counts
+
+    def headers(self, caller: Caller, now_seconds: float, pending_tokens: int = 0) -> Headers:
+        """Return the `x-ratelimit-*` headers of a key; empty without limits per minute.
+
+        `pending_tokens` are those of the answer that carries the headers; they are charged at its end.
+        """
         if caller.requests_per_minute is None and caller.tokens_per_minute is None:
             return []
         counts = self._counts_of(caller)
         counts.apply_limits(caller, self.share, now_seconds)
-        return limit_headers(counts, now_seconds)
+        tokens = counts.tokens
+        if tokens is not None and pending_tokens:
+            tokens = tokens.without(pending_tokens, now_seconds)
+        return limit_headers(counts.requests, tokens, now_seconds)
 
     def keep_only(self, names: Collection[str]) -> None:
         """Drop the counters of all other keys, except those with running requests; called after a reload."""
@@ -186,10 +181,8 @@ class Quota:
         return counts
 
 
-def check_limits(counts: Counts, caller: Caller, share: float, now_seconds: float) -> None:
-    """Raise RateLimited, with the limit and the time to wait, if the key may not start another request now."""
-    if caller.concurrency is not None and counts.running >= concurrency_share(caller.concurrency, share):
-        raise _refusal(caller, f"{caller.concurrency} concurrent requests (concurrency)", BUSY_RETRY_SECONDS)
+def check_limits(counts: Counts, caller: Caller, now_seconds: float) -> None:
+    """Raise RateLimited, with the limit and the time to wait, if the key may not send another request now."""
     if counts.requests is not None and (seconds := counts.requests.seconds_until(1, now_seconds)):
         raise _refusal(caller, f"{caller.requests_per_minute} requests per minute (requests_per_minute)", seconds)
     if counts.tokens is not None and (seconds := counts.tokens.seconds_until(MIN_TOKENS, now_seconds)):
@@ -201,10 +194,10 @@ def concurrency_share(concurrency: int, share: float) -> int:
     return max(1, int(concurrency * share + 1e-9))  # in floats, 98 * (1 / 49) is slightly less than 2
 
 
-def limit_headers(counts: Counts, now_seconds: float) -> Headers:
+def limit_headers(requests: Bucket | None, tokens: Bucket | None, now_seconds: float) -> Headers:
     """Format `x-ratelimit-*` as OpenAI does, for this process' share; `reset` is the time until the bucket is full."""
     headers = []
-    for kind, bucket in ((b"requests", counts.requests), (b"tokens", counts.tokens)):
+    for kind, bucket in ((b"requests", requests), (b"tokens", tokens)):
         if bucket is not None:
             remaining = max(int(bucket.remaining(now_seconds) + 1e-6), 0)
             headers += [

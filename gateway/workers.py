@@ -39,12 +39,14 @@ KILL_AFTER_SECONDS = 10.0
 MAX_PORT = 65535
 
 # The first statements of a worker, before anything is imported that takes time; see prctl(2). The parent may have died
-# before the kernel knew that we want to hear of it, hence the comparison.
+# before the kernel knew that we want to hear of it, hence the comparison. A worker that has not read the configuration
+# yet ignores a reload, which would end it otherwise.
 BOOT = """
 import ctypes, os, signal, sys
 PR_SET_PDEATHSIG = 1
 if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM) or os.getppid() != int(sys.argv.pop(1)):
     sys.exit("the parent of this gateway worker has exited")
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from quantgate import main
 sys.exit(main())
 """

@@ -20,7 +20,7 @@ from serving.cores import share_cores
 from serving.engine_version import version_warning
 from serving.errors import LaunchRefused, NoSuchReplica
 from serving.lock import sole_supervisor
-from serving.machine import engine_distribution, installed_engine, installed_version
+from serving.machine import engine_distribution, installed_engine, installed_tool_parsers, installed_version
 from serving.notebook import Notebook
 from serving.probe import Probe
 from serving.progress import StateChanges
@@ -34,6 +34,7 @@ from serving.state.link import Link
 from serving.state.publisher import Publisher
 from serving.supervisor import Supervisor
 from serving.templates.plan import with_thinking
+from serving.templates.tool_calling import with_tool_calling
 from serving.tls import Tls
 from serving.validation import NamedFiles, read_named_files
 
@@ -194,9 +195,11 @@ def foreign_ids(wanted: Wanted) -> frozenset[str]:
 
 def planned_launches(wanted: Wanted, machine: Machine, engine: Engine) -> tuple[Launch, ...]:
     """Spread what is wanted into servers of this machine, each with its share of it."""
-    launches = plan_launches(wanted.settings.replicas, dict(wanted.variants), engine)
+    domains = wanted.settings.gateway.media_domains
+    planned = plan_launches(wanted.settings.replicas, dict(wanted.variants), engine)
+    launches = tuple(replace(launch, media_domains=domains) for launch in planned)
     thinking = with_thinking(launches, wanted.settings.aliases, wanted.folder / "templates")
-    return share_cores(thinking, machine.cores)
+    return share_cores(with_tool_calling(thinking, installed_tool_parsers()), machine.cores)
 
 
 @asynccontextmanager

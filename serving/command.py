@@ -79,10 +79,14 @@ def _arguments(launch: Launch, port: int, log_format: str) -> Sequence[str]:
         ("--logging-config.formatter", "json" if log_format == "json" else None),
     ]
     named = [text for flag, value in options if value is not None for text in (flag, str(value))]
+    if launch.tool_parser is not None:
+        named += ["--enable-auto-tool-choice", "--tool-call-parser", launch.tool_parser]
     switches = ["--enable-request-id-headers", "--enable-server-load-tracking", "--enable-prompt-tokens-details"]
     if not settings.prefix_caching:
         switches.append("--no-enable-prefix-caching")
-    return [*named, *switches, "--served-model-name", launch.replica_id, launch.variant.name]
+    # The gateway refuses other URLs; without domains, all but `data:`.
+    media = ["--allowed-media-domains", *launch.media_domains] if launch.media_domains else []
+    return [*named, *media, *switches, "--served-model-name", launch.replica_id, launch.variant.name]
 
 
 def _template_defaults(enable_thinking: bool | None) -> str | None:
@@ -104,6 +108,9 @@ def _environment(launch: Launch, machine: Machine) -> dict[str, str]:
     }
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     environment.pop("VLLM_API_KEY", None)
+    if launch.media_domains:
+        # Otherwise a permitted domain could redirect to any other.
+        environment.setdefault("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "0")
     if launch.settings.api_key is not None:
         environment["VLLM_API_KEY"] = launch.settings.api_key.get_secret_value()
     if launch.engine == "cpu":

@@ -27,11 +27,13 @@ def launch_digest(launch: Launch) -> str:
     """
     settings = launch.settings.model_dump(
         mode="json",
-        exclude={"count", "gpus", "port", "api_key", "start_timeout_seconds", "drain_seconds", "hang_seconds"},
+        exclude={"count", "gpus", "port", "api_key", "start_timeout_seconds", "drain_seconds", "hang_seconds"}
+        # What it comes to is the parser.
+        | {"tool_calling"},
     )
     key, manifest = launch.settings.api_key, launch.variant.manifest
     template = launch.thinking.template
-    told = [
+    told: list[object] = [
         slot_of(launch.replica_id),
         settings,
         key.get_secret_value() if key else None,
@@ -40,7 +42,10 @@ def launch_digest(launch: Launch) -> str:
         launch.engine,
         launch.thinking.parser,
         launch.thinking.enable_thinking,
+        launch.tool_parser,
         str(template) if template else None,
         [launch.variant.name, str(launch.variant.path), manifest.to_json() if manifest else None],
     ]
+    if launch.media_domains:
+        told.append(sorted(launch.media_domains))
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -20,6 +20,7 @@ from serving.process import Adopted, Child
 from serving.registry import Registry, ReplicaSource
 from serving.replica import SUPERVISOR, Launch, Replica, State
 from serving.start_times import StartTimes
+from serving.templates.tool_calling import takes_tools
 from serving.verification import verified
 
 READY_POLL_SECONDS = 0.2
@@ -118,6 +119,7 @@ def planned(launch: Launch, port: int) -> Replica:
         launch.replica_id,
         key,
         max_in_flight=launch.settings.max_in_flight,
+        tools=takes_tools(launch),
     )
 
 

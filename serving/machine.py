@@ -1,10 +1,12 @@
 """What this machine offers to replicas: its engine, its cores, a free port."""
 
+import ast
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from config.manifest import Engine
@@ -41,6 +43,28 @@ def installed_version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def installed_tool_parsers() -> frozenset[str]:
+    """The names of the tool parsers that the installed vLLM registers, read from its source; empty if it isn't there.
+
+    The server refuses to start with any other name.
+    """
+    found = find_spec("vllm")  # finds a package without importing it
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        source = Path(folder, "tool_parsers", "__init__.py")
+        if source.is_file():
+            return frozenset(_registered(ast.parse(source.read_text(encoding="utf-8"))))
+    return frozenset()
+
+
+def _registered(module: ast.Module) -> Iterator[str]:
+    """The keys of the dict `_TOOL_PARSERS_TO_REGISTER`."""
+    for statement in module.body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
+            names = [target.id for target in statement.targets if isinstance(target, ast.Name)]
+            if "_TOOL_PARSERS_TO_REGISTER" in names:
+                yield from (str(key.value) for key in statement.value.keys if isinstance(key, ast.Constant))
 
 
 def this_machine(

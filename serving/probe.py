@@ -12,10 +12,12 @@ import httpx
 from serving.clients import Clients, root_of
 from serving.errors import ProbeFailed
 from serving.replica import Replica
+from serving.templates.tool_calling import TOOL
 from serving.tls import Tls
 
 ENGINE_REQUESTS = re.compile(r"^vllm:num_requests_(?:running|waiting)(?:\{[^}]*\})? ([\d.eE+]+)", re.MULTILINE)
 PROMPT_END_TOKENS = 32
+UNKNOWN_PATH = (404, 405, 501)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +112,15 @@ class Probe:
 
     async def _completed(self, replica: Replica, timeout_seconds: float, **asked: Any) -> dict[str, Any]:
         body = {"model": replica.served_name, "max_tokens": 1, "temperature": 0, **asked}
-        client = self._clients.reaching(replica.url, replica.tls)
-        reply = await client.post(
-            f"{root_of(replica.url)}/v1/completions", json=body, headers=_credential(replica), timeout=timeout_seconds
-        )
+        reply = await self._asked(replica, "/v1/completions", body, timeout_seconds)
         reply.raise_for_status()
         told: dict[str, Any] = reply.json()
         return told
+
+    async def _asked(self, replica: Replica, path: str, body: dict[str, Any], timeout_seconds: float) -> httpx.Response:
+        url, headers = f"{root_of(replica.url)}{path}", _credential(replica)
+        client = self._clients.reaching(replica.url, replica.tls)
+        return await client.post(url, json=body, headers=headers, timeout=timeout_seconds)
 
     async def requests_in_engine(self, replica: Replica) -> int | None:
         """Count what a replica is answering for anybody; None if it doesn't tell."""
@@ -129,6 +133,25 @@ class Probe:
             return None
         # The gauges lag a step behind and don't know what is being tokenised; /load doesn't know every endpoint.
         return max(_server_load(load), engine_requests(gauges.text))
+
+    async def takes_tools(self, replica: Replica, timeout_seconds: float = 10.0) -> bool | None:
+        """Ask whether it takes requests with tools; None if neither yes nor no comes of it.
+
+        vLLM refuses them, even where it only counts tokens, unless it was started with a parser for calls. An engine
+        that can't count for Anthropic's clients is asked for one token of a chat.
+        """
+        asked = {"model": replica.served_name, "max_tokens": 1, "messages": [{"role": "user", "content": "Hello"}]}
+        function = TOOL["function"]
+        counted = {"name": function["name"], "input_schema": function["parameters"]}
+        try:
+            reply = await self._asked(
+                replica, "/v1/messages/count_tokens", asked | {"tools": [counted]}, timeout_seconds
+            )
+            if reply.status_code in UNKNOWN_PATH:
+                reply = await self._asked(replica, "/v1/chat/completions", asked | {"tools": [TOOL]}, timeout_seconds)
+        except httpx.HTTPError:
+            return None
+        return True if reply.is_success else (False if "tool" in reply.text else None)
 
     async def prompt_end(self, replica: Replica, template_kwargs: dict[str, Any]) -> str:
         """Ask what the prompt of a short chat ends in; nothing is generated for it."""

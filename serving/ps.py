@@ -59,9 +59,13 @@ def print_once(listing: Listing, *, as_json: bool, wide: bool) -> None:
 def _print_table(listed: list[Row], *, wide: bool) -> None:
     """Print a line per replica: cut at the width of a terminal, whole into a pipe or if `wide`."""
     console = Console()
-    if wide or not console.is_terminal:
-        console = Console(width=_width(listed))
-    console.print(table(listed, wide=wide), crop=False)
+    if console.is_terminal and not wide:
+        console.print(table(listed, wide=wide))
+        return
+    console = Console(width=_width(listed))
+    with console.capture() as captured:
+        console.print(table(listed, wide=wide))
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))  # noqa: T201
 
 
 def watch(listing: Listing, *, as_json: bool, wide: bool) -> None:

@@ -52,7 +52,8 @@ class Reload:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Look no more; a reload that is under way is given up where it is."""
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        # Without a handler, a SIGHUP would end the process in the middle of draining.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _ignore)
         if self._task:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -111,3 +112,7 @@ def _stamp(path: Path) -> object:
     except OSError:
         return None
     return told.st_ino, told.st_size, told.st_mtime_ns
+
+
+def _ignore() -> None:
+    """Do nothing: a reload makes no difference to a process that stops."""

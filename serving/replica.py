@@ -58,8 +58,9 @@ class Replica:
     """One server of one variant at one address; `served_name` is the model name that it answers to.
 
     `max_model_len_tokens` and `think` are None until it has been asked. `think_token` is `<think>` in its vocabulary,
-    None if that is several tokens. More than `max_in_flight` requests at once are not sent to it. `tls` is None where
-    the machine's own trust does, or nothing is encrypted.
+    None if that is several tokens. `tools` is whether it takes requests with tools, None as long as nobody knows. More
+    than `max_in_flight` requests at once are not sent to it. `tls` is None where the machine's own trust does, or
+    nothing is encrypted.
     """
 
     id: str
@@ -73,6 +74,7 @@ class Replica:
     think_token: int | None = None
     max_in_flight: int = 512
     tls: Tls | None = None
+    tools: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,10 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One server that we start ourselves: which variant, on what, and how."""
+    """One server that we start ourselves: which variant, on what, and how.
+
+    `tool_parser` is vLLM's parser for calls of tools; None: none, or what the replica's `args` say.
+    """
 
     replica_id: str
     variant: Variant
@@ -101,7 +106,9 @@ class Launch:
     gpus: tuple[int, ...] = ()
     port: int | None = None
     thinking: Thinking = Thinking()
+    tool_parser: str | None = None
     cores: str | None = None  # CPU only: the machine's share for it, as vLLM reads it; None: all
+    media_domains: tuple[str, ...] = ()  # that media in messages may be loaded from
 
 
 def plan_launches(
@@ -153,6 +160,7 @@ def foreign_replicas(
                 key,
                 max_in_flight=settings.max_in_flight,
                 tls=tls.get(place),
+                tools=None if settings.tool_calling == "auto" else settings.tool_calling != "off",
             )
         )
     return tuple(found)

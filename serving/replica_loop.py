@@ -151,6 +151,7 @@ class ReplicaLoop:
             yield child, replica
 
     def _start_failed(self, reason: str) -> float:
+        reason = reason.removeprefix(f"{self.launch.replica_id}: ")
         self.failures += 1
         pause = self.backoff.after_start_failure(self.failures)
         self._fail(reason, pause)

@@ -122,6 +122,8 @@ class Watch:
             log.error("replica %s at %s is not %s: %s", replica.id, replica.url, replica.variant, reason)
             self._source.move(replica.id, State.FAILED, f"is not {replica.variant}: golden prompt {reason}")
             return
+        if seen.tools is None:
+            seen = replace(seen, tools=await self.probe.takes_tools(seen))
         self._source.put(await thinking_seen(self.probe, seen), State.READY)
         log.info("replica %s at %s is ready", replica.id, replica.url)
 

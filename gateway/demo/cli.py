@@ -185,6 +185,7 @@ async def make_variant(demo: Demo, base: Path, scheme: str) -> Path:
         options = (
             *("--scheme", scheme, "--out", str(folder / "{id}"), "--json"),
             *("--engine", "cpu"),  # the demo serves on the CPU, even if there is a GPU
+            *("--samples", "16", "--max-tokens", "2048"),  # minutes on two cores, whatever the machine's defaults are
             "--resume",  # continues where an interrupted demo stopped
             *("--eval-prompts", "0"),  # paired generations would take longer than all the rest
         )
@@ -226,7 +227,7 @@ def _all_ready(registry: Registry) -> bool:
     snapshot = registry.snapshot()
     for status in snapshot:
         if status.state is State.FAILED:
-            raise ServingError(status.reason)
+            raise ServingError(f"{status.replica.id}: {status.reason}")
     return all(status.state is State.READY for status in snapshot)
 
 

@@ -10,15 +10,14 @@ from pydantic import SecretStr
 
 from gateway.handlers.admin_auth import AdminAuth
 from gateway.handlers.router import Router
-from gateway.live_config import LiveConfig
+from gateway.http.hosts import AllowedHosts
+from gateway.live_config import LiveConfig, ready_variants
 from gateway.observability.metrics import Metrics
 from gateway.observability.metrics.exposition import exposition
 from gateway.proxy.decision_log import MAX_DECISIONS, snapshot_now
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.routing.snapshot import Snapshot
-from gateway.routing.target import Catalog
 from serving.registry import Registry
-from serving.replica import State
 
 METRICS_TYPES: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
 JSON_TYPE: dict[str, Any] = {"application/json": {}}
@@ -35,9 +34,11 @@ class AdminContext:
     dispatcher: Dispatcher
 
 
-def with_auth(app: FastAPI, key: SecretStr | None) -> AdminAuth:
-    """Require a key for an app; None: no key."""
-    return AdminAuth(app, hashlib.sha256(key.get_secret_value().encode()).digest() if key else None)
+def with_auth(app: FastAPI, key: SecretStr | None, hosts: AllowedHosts) -> AdminAuth:
+    """Require a key for an app; None: no key, but one of the hosts' names."""
+    if key is None:
+        return AdminAuth(app, None, hosts)
+    return AdminAuth(app, hashlib.sha256(key.get_secret_value().encode()).digest())
 
 
 def admin_app(context: AdminContext) -> FastAPI:
@@ -48,7 +49,7 @@ def admin_app(context: AdminContext) -> FastAPI:
 
     @app.get("/admin/replicas")
     async def replicas() -> list[dict[str, Any]]:
-        """Every replica with its state, reason, load and breaker."""
+        """Every replica with its state, reason, load and breaker; `tools`: it takes them (null: unknown)."""
         breakers = context.dispatcher.breaker_states()
         return [
             {
@@ -59,6 +60,7 @@ def admin_app(context: AdminContext) -> FastAPI:
                 "source": status.source,
                 "state": status.state,
                 "reason": status.reason,
+                "tools": status.replica.tools,
                 "in_flight": status.in_flight,
                 "breaker": breakers.get(status.replica.id, "closed"),
             }
@@ -77,16 +79,6 @@ def admin_app(context: AdminContext) -> FastAPI:
         return Response(page.body, headers={"content-type": page.content_type})
 
     return app
-
-
-def ready_variants(catalog: Catalog, registry: Registry) -> dict[str, list[str]]:
-    """List for each alias the permitted variants that have a ready replica; without aliases, for each variant."""
-    ready = {status.replica.variant for status in registry.snapshot() if status.state is State.READY}
-    names = catalog.aliases or catalog.variants
-    permitted = {
-        name: [variant.name for rung in catalog.resolve(name).permitted for variant in rung.variants] for name in names
-    }
-    return {name: [variant for variant in variants if variant in ready] for name, variants in permitted.items()}
 
 
 def _add_routing(app: FastAPI, context: AdminContext) -> None:

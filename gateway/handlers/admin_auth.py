@@ -1,4 +1,7 @@
-"""Authentication of the admin port: its own key where one is configured, and no requests from web pages."""
+"""Authentication of the admin port: its own key where one is configured, and no requests from web pages.
+
+HEAD is answered as GET, without the body, which the server leaves out.
+"""
 
 import hashlib
 import hmac
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 
 from gateway.errors import GatewayError, InvalidKey, NotAllowed
 from gateway.http.asgi import App, Message
+from gateway.http.hosts import AllowedHosts
 
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -19,22 +23,32 @@ OWN_SITE = frozenset({b"none", b"same-origin"})
 
 @dataclass(frozen=True, slots=True)
 class AdminAuth:
-    """ASGI middleware; `digest` is the SHA-256 of the key, None if no key is required."""
+    """ASGI middleware; `digest` is the SHA-256 of the key, None if no key is required.
+
+    `hosts` are the names under which the port may be addressed; None: any.
+    """
 
     app: App
     digest: bytes | None
+    hosts: AllowedHosts | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        if scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS:
+        if scope["type"] == "http":
             try:
-                self._check(dict(scope["headers"]))
+                self._check(scope["path"], dict(scope["headers"]))
             except GatewayError as refusal:
                 await _refuse(send, refusal)
                 return
+            if scope["method"] == "HEAD":
+                scope = {**scope, "method": "GET"}
         await self.app(scope, receive, send)
 
-    def _check(self, headers: dict[bytes, bytes]) -> None:
+    def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
+        if self.hosts is not None:
+            self.hosts.check(headers.get(b"host"))
+        if path in PUBLIC_PATHS:
+            return
         if b"origin" in headers or headers.get(b"sec-fetch-site", b"none") not in OWN_SITE:
             raise NotAllowed("the admin port refuses requests from web pages", code="browser_refused")
         if self.digest is None:

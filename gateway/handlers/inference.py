@@ -50,12 +50,12 @@ class InferenceHandler:
                 if request.refusal is not None:
                     raise request.refusal
                 self._parse(request, context)
-                with self.quota.admit(context.caller, stats.started_at) as admission:
-                    try:
-                        await self._serve(context)
-                    finally:
-                        if admission.limited:
-                            admission.charge(stats.tokens, stats.clock())
+                counts = self.quota.admit(context.caller, stats.started_at)
+                try:
+                    await self._serve(context)
+                finally:
+                    if counts is not None:
+                        counts.charge(stats.tokens, stats.clock())
             except GatewayError as error:
                 self._refuse(error, context)
             except ClientDisconnected:
@@ -80,8 +80,16 @@ class InferenceHandler:
         return RequestContext(headers, caller, stats, response)
 
     def _parse(self, request: Request, context: RequestContext) -> None:
-        caller, limits = context.caller, self.live_config.limits
-        inference = parse_request(self.endpoint, request.body, request.headers, limits, caller.may, caller.max_tokens)
+        caller, live_config = context.caller, self.live_config
+        inference = parse_request(
+            self.endpoint,
+            request.body,
+            request.headers,
+            live_config.limits,
+            caller.may,
+            caller.max_tokens,
+            live_config.media_domains,
+        )
         caller.check_model(inference.model)
         context.inference, context.body_bytes = inference, len(request.body)
         request.body = b""  # the parsed one is kept from here on

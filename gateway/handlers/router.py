@@ -7,15 +7,21 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 
-from gateway.errors import Draining, GatewayError, RequestError
+from gateway.errors import Draining, GatewayError, NotAllowed, RequestError
 from gateway.handlers.inference import InferenceHandler
 from gateway.http import asgi
+from gateway.http.cors import Cors, is_preflight, preflight_headers
+from gateway.http.hosts import AllowedHosts
 from gateway.http.request import Request
 from gateway.http.response_writer import ResponseWriter, header_lines
 from gateway.live_config import LiveConfig
+from gateway.openai.endpoints import expects_anthropic_errors
+from gateway.quota import Quota
 
 # Requests other than inference need no larger body.
 SMALL_BODY_BYTES = 64 * 1024
+# Load balancers and probes ask for these without a key, as they ask vLLM.
+OPEN_PATHS = frozenset({b"/health", b"/ping"})
 JSON = (b"content-type", b"application/json")
 _WELL_FORMED_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
@@ -58,24 +64,36 @@ class Router:
     endpoints: Mapping[bytes, InferenceHandler]  # by path
     app: asgi.App
     live_config: LiveConfig
+    quota: Quota
+    hosts: AllowedHosts | None = None  # names by which it may be addressed while no key is required; None: any
     clock: Callable[[], float] = time.time
     ids: RequestIds = field(default_factory=RequestIds)
     draining: bool = False
 
     def admit(self, request: Request) -> int:
         """Authenticate a request by its head; returns the longest body that it may have. GatewayError refuses it."""
+        if self.hosts is not None and self.live_config.keys.issued is None:
+            self.hosts.check(request.headers.get(b"host"))
         if self.draining:
             raise Draining("the gateway is about to stop; retry", retry_after_seconds=1)
-        request.caller = self.live_config.keys.authenticate(request.headers, self.clock())
+        if request.path in OPEN_PATHS or (self.live_config.cors is not None and is_preflight(request)):
+            return SMALL_BODY_BYTES
+        request.caller = caller = self.live_config.keys.authenticate(request.headers, self.clock())
+        request.owner = caller.name
         if request.path not in self.endpoints:
             return SMALL_BODY_BYTES
         if request.method != b"POST":
             raise MethodNotAllowed(f"{request.path.decode()}: Method Not Allowed; send POST")
+        request.slot = self.quota.start(caller)
         return self.live_config.limits.body_bytes
 
     def handle(self, request: Request, response: ResponseWriter) -> Awaitable[None]:
         """Answer a request, or send its refusal."""
         request.request_id = self.ids.of(request.headers)
+        if (cors := self.live_config.cors) is not None:
+            response.extra_headers = cors.headers(request.headers.get(b"origin"))
+            if is_preflight(request):
+                return self._handle_preflight(cors, request, response)
         endpoint = self.endpoints.get(request.path)
         return self._handle_other(request, response) if endpoint is None else endpoint.handle(request, response)
 
@@ -92,6 +110,19 @@ class Router:
             request.headers[b"x-request-id"] = request.request_id.encode()
             await asgi.serve(self.app, request, response)
 
+    async def _handle_preflight(self, cors: Cors, request: Request, response: ResponseWriter) -> None:
+        refusal = request.refusal
+        if refusal is None and not cors.permits(request.headers[b"origin"]):
+            origin = request.headers[b"origin"].decode("latin-1")[:100]
+            refusal = NotAllowed(f"the origin {origin!r} is not in gateway.cors.origins", code="origin_not_allowed")
+        if refusal is not None:
+            self._refuse(request, response, refusal)
+            return
+        response.extra_headers += preflight_headers(request.headers)
+        response.send(200, header_lines(((b"x-request-id", request.request_id.encode()),)), b"")
+
     def _refuse(self, request: Request, response: ResponseWriter, error: GatewayError) -> None:
         headers = (JSON, *error.headers(), (b"x-request-id", request.request_id.encode()))
-        response.send(error.status, header_lines(headers), error.body())
+        anthropic = expects_anthropic_errors(request.path.decode("latin-1"))
+        body = error.anthropic_body() if anthropic else error.body()
+        response.send(error.status, header_lines(headers), body)

@@ -46,7 +46,8 @@ def scope_of(request: Request) -> Message:
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.1" if request.supports_chunked else "1.0",
         "scheme": "http",
-        "method": request.method.decode("latin-1"),
+        # HEAD is answered as GET; the response writer leaves the body out.
+        "method": "GET" if request.method == b"HEAD" else request.method.decode("latin-1"),
         "path": unquote(path.decode("latin-1")),
         "raw_path": path,
         "query_string": query,

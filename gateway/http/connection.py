@@ -23,8 +23,9 @@ handler ended without  -               -               aborted                  
 ending the response
 client lost            closed          closed          closed; the handler is   closed
                                                        cancelled
-deadline tick          closed          answering the   no deadline              closed
-                                       refusal (408)
+client sent FIN        closed          closed          see below                closed
+deadline tick          closed          answering the   an incomplete request    closed
+                                       refusal (408)   behind it is refused
 drain                  closed          closed          finishes, or is          closed
                                                        cancelled after the
                                                        grace time; then closed
@@ -32,10 +33,17 @@ drain                  closed          closed          finishes, or is          
 
 While a refused request is being answered, its remaining bytes are dropped as in lingering. A client that does not read
 its response is aborted after `slow_reader_seconds`, in `drain`.
+
+A FIN may mean that the client has left, or that it sends no more requests and reads on (half-closed). Once a response
+has begun it has left: SDKs close a stream that they need no more. Before that, it is asked with `100 Continue`, which
+every HTTP/1.1 client ignores: the kernel of one that has left answers with a reset, which the next tick finds. One of
+HTTP/1.0 knows no interim responses; it has `linger_seconds` for its answer.
 """
 
 import asyncio
 import logging
+import math
+import socket
 from collections import deque
 from typing import cast
 
@@ -49,6 +57,7 @@ from gateway.http.response_writer import ClientDisconnected, ResponseWriter, wai
 log = logging.getLogger(__name__)
 
 WRITE_HIGH_WATER_BYTES = 64 * 1024
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class ClientConnection(asyncio.Protocol):
@@ -61,7 +70,10 @@ class ClientConnection(asyncio.Protocol):
         self._parser = RequestParser(server, self)
         self._pipelined: deque[Request] = deque()  # complete requests behind the one being answered
         self._task: asyncio.Task[None] | None = None
+        self._response: ResponseWriter | None = None  # of the request being answered
+        self._half_closed = False
         self._drain_waiter: asyncio.Future[None] | None = None
+        self._body_until = 0.0
         self._linger_until = 0.0
         self._deadline = self._loop.time() + server.timeouts.keep_alive_seconds
         self._timer: asyncio.TimerHandle | None = None
@@ -89,7 +101,18 @@ class ClientConnection(asyncio.Protocol):
             self._drop(len(data))
 
     def eof_received(self) -> bool:
-        return False
+        """Whether to keep the connection: its requests are still answered if the client may be reading."""
+        response = self._response
+        if self._task is None or response is None or response.started:
+            return False
+        self._half_closed = True
+        self._parser.abandon()  # a request behind it will never be complete
+        if response.supports_chunked:
+            self._deadline = math.inf
+            self._transport.write(CONTINUE)
+        else:
+            self._deadline = self._loop.time() + self._server.timeouts.linger_seconds
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
         self.disconnected = True
@@ -115,15 +138,23 @@ class ClientConnection(asyncio.Protocol):
 
     # Events of the parser
 
-    def expect_within(self, seconds: float) -> None:
-        """Set the deadline for the next bytes of a request; none applies while another one is being answered."""
-        if self._task is None:
-            self._deadline = self._loop.time() + seconds
+    def expect_head(self) -> None:
+        """Set the deadline for a head; it applies also while another request is being answered."""
+        self._deadline = self._loop.time() + self._server.timeouts.head_seconds
+
+    def expect_body(self, received_bytes: int, size_bytes: int) -> None:
+        """Extend the deadline by what a piece of body earns at the least rate, up to the time that silence may last."""
+        now, timeouts = self._loop.time(), self._server.timeouts
+        if received_bytes:
+            self._deadline = timeouts.body_deadline(self._deadline, size_bytes, now, self._body_until)
+        else:
+            self._deadline = now + timeouts.body_silence_seconds
+            self._body_until = now + timeouts.body_seconds
 
     def send_100_continue(self) -> None:
         """Send `100 Continue`, unless that would end up inside the response to an earlier request."""
         if self._task is None:
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._transport.write(CONTINUE)
 
     def on_request(self, request: Request) -> None:
         """Answer a request, after those before it; raises RequestError if too many are pipelined."""
@@ -157,7 +188,7 @@ class ClientConnection(asyncio.Protocol):
     def _start(self, request: Request) -> None:
         """Handle a request. Not on a closing transport: a task cancelled before its first step releases nothing."""
         server = self._server
-        response = ResponseWriter(
+        self._response = response = ResponseWriter(
             self,
             server.date_header,
             request.keep_alive and not server.draining,
@@ -179,7 +210,7 @@ class ClientConnection(asyncio.Protocol):
             self._on_handled(request, response)
 
     def _on_handled(self, request: Request, response: ResponseWriter) -> None:
-        self._task = None
+        self._task = self._response = None
         self._server.release(request)
         self._server.notify_idle()
         if self.disconnected:
@@ -189,8 +220,11 @@ class ClientConnection(asyncio.Protocol):
         elif self._pipelined and response.keep_alive:
             if not self._transport.is_closing():
                 self._start(self._pipelined.popleft())
+        elif self._half_closed:
+            self._transport.close()
         elif response.keep_alive:
-            self._deadline = self._loop.time() + self._server.timeouts.keep_alive_seconds
+            if not self._parser.reading_request:
+                self._deadline = self._loop.time() + self._server.timeouts.keep_alive_seconds
         else:
             self._close_or_linger()
 
@@ -236,15 +270,22 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._transport.close()
 
+    def _was_reset(self) -> bool:
+        """Whether a reset arrived after a FIN: then nothing is read any more, so no event tells of it."""
+        connection = self._transport.get_extra_info("socket")
+        return bool(connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
+
     # Timeouts
 
     def _tick(self) -> None:
         """Check the deadline. One repeating timer per connection is cheaper than one timer per wait."""
         self._timer = self._loop.call_later(self._server.timeouts.tick_seconds, self._tick)
-        if self._task is not None or self._loop.time() < self._deadline:
+        if self._half_closed and self._was_reset():
+            self._transport.abort()
+        if self._loop.time() < self._deadline:
             return
         if self._parser.reading_request:
-            message = "request timeout: head or body did not arrive in time; send the request without pauses"
+            message = "request timeout: head or body did not arrive in time, or too slowly; send it without pauses"
             self._parser.refuse(RequestTooSlow(message))
-        else:
+        elif self._task is None or (self._half_closed and self._response is not None and not self._response.started):
             self.close()

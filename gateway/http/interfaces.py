@@ -14,6 +14,8 @@ class ClientTimeouts:
 
     head_seconds: float = 10.0  # request line and headers, from the first byte
     body_silence_seconds: float = 30.0  # between two pieces of a body
+    body_seconds: float = 600.0  # in all for a body
+    body_bytes_per_second: float = 4096.0  # least rate; a body may be `body_silence_seconds` behind it
     keep_alive_seconds: float = 75.0  # idle before the first and between two requests
     slow_reader_seconds: float = 60.0  # until a client with a full write buffer reads on
     linger_seconds: float = 2.0  # without new bytes of a refused request, after the response
@@ -23,6 +25,14 @@ class ClientTimeouts:
     def tick_seconds(self) -> float:
         """Interval at which a connection checks its deadline: a quarter of the shortest one."""
         return min(self.head_seconds, self.body_silence_seconds, self.keep_alive_seconds, self.linger_seconds) / 4
+
+    def body_deadline(self, deadline: float, size_bytes: int, now: float, until: float) -> float:
+        """Extend the deadline of a body by the time that a piece takes at the least rate, and no further than `until`.
+
+        A body that is faster cannot save up more than the time that it may be silent.
+        """
+        earned_until = deadline + size_bytes / self.body_bytes_per_second
+        return min(now + self.body_silence_seconds, earned_until, until)
 
 
 class RequestHandler(Protocol):
@@ -70,7 +80,7 @@ class ServerContext(Protocol):
         """Reserve memory for a piece of a request's body; False if none is left."""
 
     def release(self, request: Request) -> None:
-        """Return all memory that a request has reserved."""
+        """Return all memory that a request has reserved, and its slot."""
 
     def register(self, connection: ServerConnection) -> None:
         """Add an open connection."""

@@ -9,6 +9,7 @@ state            event                      next state
 idle             first byte of a request    head
 head             headers complete           body
 head             ... and refused            discarding, if the body is short; else dropping
+head             ... and offers an upgrade  body, by another parser: the offer is ignored (upgrade.py)
 body             data                       body; memory is reserved for it
 body             too long, or no memory     discarding, if the body is short; else dropping
 body             request complete           idle; the request goes to the sink
@@ -30,24 +31,31 @@ from typing import Protocol
 import httptools
 
 from gateway.errors import GatewayError, Overloaded, RequestError
+from gateway.http.content_encoding import GzipDecoder, decoder_for
 from gateway.http.interfaces import ServerContext
 from gateway.http.limits import (
     HEAD_LIMIT_BYTES,
     HEADER_LIMIT,
     LINGER_BYTES,
+    SEPARATE_HEADERS,
     SHORT_BODY_BYTES,
     SINGLE_HEADERS,
     body_too_large,
     head_too_large,
 )
 from gateway.http.request import Request
+from gateway.http.target import origin_form
+from gateway.http.upgrade import parser_behind_head
 
 
 class RequestSink(Protocol):
     """Receives what the parser reads: the connection."""
 
-    def expect_within(self, seconds: float) -> None:
-        """Set the deadline for the next bytes of the request; called at its first byte and for each piece of body."""
+    def expect_head(self) -> None:
+        """Set the deadline for a head; called at its first byte."""
+
+    def expect_body(self, received_bytes: int, size_bytes: int) -> None:
+        """Set the deadline for more of a body; called for each piece, after `received_bytes` of earlier ones."""
 
     def send_100_continue(self) -> None:
         """Send `100 Continue`: the head is admitted, and the client waits before it sends the body."""
@@ -73,6 +81,8 @@ class RequestParser:
         self._body: list[bytes] = []
         self._body_bytes = 0
         self._body_limit_bytes = 0
+        self._decoder: GzipDecoder | None = None
+        self._upgrade_with_body = False  # llhttp takes the current request's body for another protocol
         self._declared_bytes: int | None = None  # content-length; None with transfer-encoding: chunked
         self._short_body = True
         self.dropping: int | None = None
@@ -87,8 +97,8 @@ class RequestParser:
         body_bytes = self._body_bytes
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self.refuse(RequestError("protocol upgrades are not supported; send plain HTTP/1.1 requests"))
+        except httptools.HttpParserUpgrade as upgrade:
+            self._ignore_upgrade(data[upgrade.args[0] :])
         except httptools.HttpParserError as error:
             # An error that a callback raised is the exception's context; without one, the bytes are invalid.
             raised = error.__context__
@@ -123,7 +133,7 @@ class RequestParser:
         self._headers = request.headers
         self._head_bytes = self._body_bytes = self._body_limit_bytes = 0
         self._head_read = False
-        self._sink.expect_within(self._server.timeouts.head_seconds)
+        self._sink.expect_head()
 
     def on_url(self, url: bytes) -> None:
         self._current().target += url
@@ -134,12 +144,13 @@ class RequestParser:
         if name in headers:
             if name in SINGLE_HEADERS:
                 raise RequestError(f"duplicate header {name.decode('latin-1')!r}; send it once")
-            value = headers[name] + b", " + value
+            value = headers[name] + (b"\n" if name in SEPARATE_HEADERS else b", ") + value
         headers[name] = value
 
     def on_headers_complete(self) -> None:
         request = self._current()
         self._head_read = True
+        self._headers = {}  # trailers are read into it: they must not change what the head said
         request.method = self._parser.get_method()
         headers, version = request.headers, self._parser.get_http_version()
         if version != "1.1":
@@ -148,29 +159,29 @@ class RequestParser:
                 raise RequestError("only HTTP/1.0 and HTTP/1.1 are supported")
         elif b"host" not in headers:
             raise RequestError("the header 'host' is missing")
-        if b"upgrade" in headers:
-            raise RequestError("protocol upgrades are not supported; send no 'upgrade' header")
+        if not request.target.startswith(b"/"):
+            self._read_target(request)
         if len(headers) > HEADER_LIMIT or len(request.target) > HEAD_LIMIT_BYTES:
             raise head_too_large()
         self._admit(request)
+        if b"upgrade" in headers and self._parser.should_upgrade():
+            self._upgrade_with_body = self._declared_bytes != 0
 
     def on_body(self, data: bytes) -> None:
         request, size_bytes = self._current(), len(data)
-        self._sink.expect_within(self._server.timeouts.body_silence_seconds)
+        self._sink.expect_body(self._body_bytes, size_bytes)
         self._body_bytes += size_bytes
         self._head_bytes = 0
         if self.dropping is not None:
             self.dropping -= size_bytes
             return
         if request.refusal is None:
-            if self._body_bytes > self._body_limit_bytes:
-                self._set_refusal(request, body_too_large(self._body_limit_bytes))
-            elif self._server.reserve(request, size_bytes):
-                self._body.append(data)
-                return
+            try:
+                self._keep(request, data)
+            except GatewayError as refusal:
+                self._set_refusal(request, refusal)
             else:
-                message = "the gateway's memory for request bodies is in use; retry later"
-                self._set_refusal(request, Overloaded(message, retry_after_seconds=2))
+                return
         if not self._short_body:
             self._refuse_early(request)
 
@@ -179,11 +190,53 @@ class RequestParser:
         if self.dropping is not None:
             self._server.release(request)
             return  # It went to the sink when it was refused, or it follows one that was.
+        if self._upgrade_with_body:
+            return  # Its body follows, for another parser.
+        if self._decoder is not None and request.refusal is None:
+            self._finish_decoding(request, self._decoder)
         request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body.clear()
         request.keep_alive = self._parser.should_keep_alive()
         self._request = None
         self._sink.on_request(request)
+
+    # Reading
+
+    def _ignore_upgrade(self, rest: bytes) -> None:
+        """Go on behind a head that offers another protocol."""
+        if self.dropping is not None:
+            self.dropping -= len(rest)
+            return
+        if self._upgrade_with_body:
+            self._upgrade_with_body = False
+            headers, keep_alive = self._current().headers, self._parser.should_keep_alive()
+            self._parser = parser_behind_head(self, headers, keep_alive=keep_alive)
+        if rest:
+            self.feed(rest)
+
+    def _read_target(self, request: Request) -> None:
+        """Accept an absolute URL, whose authority replaces the header (RFC 9112, 3.2.2), and `OPTIONS *`."""
+        if request.method == b"CONNECT":
+            raise RequestError("CONNECT is not supported: this is no forward proxy; send requests to it directly")
+        if request.target != b"*":
+            request.target, request.headers[b"host"] = origin_form(request.target)
+
+    def _keep(self, request: Request, data: bytes) -> None:
+        """Add a piece to the body; raises GatewayError if it is too long, invalid or finds no memory."""
+        if self._body_bytes > self._body_limit_bytes:
+            raise body_too_large(self._body_limit_bytes)
+        if self._decoder is not None:
+            data = self._decoder.decode(data)
+        if not self._server.reserve(request, len(data)):
+            raise Overloaded("the gateway's memory for request bodies is in use; retry later", retry_after_seconds=2)
+        self._body.append(data)
+
+    def _finish_decoding(self, request: Request, decoder: GzipDecoder) -> None:
+        try:
+            decoder.finish()
+        except GatewayError as refusal:
+            self._set_refusal(request, refusal)
+        del request.headers[b"content-encoding"]  # the body is not encoded any more
 
     # Refusing
 
@@ -202,6 +255,8 @@ class RequestParser:
             self._body_limit_bytes = self._server.handler.admit(request)
             if declared > self._body_limit_bytes:
                 request.refusal = body_too_large(self._body_limit_bytes)
+            encoding = headers.get(b"content-encoding")
+            self._decoder = None if encoding is None else decoder_for(encoding, self._body_limit_bytes)
         except GatewayError as refusal:
             request.refusal = refusal
         if request.refusal is None:

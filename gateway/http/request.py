@@ -1,8 +1,15 @@
 """One HTTP request as received from a client."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from gateway.errors import GatewayError
+
+
+class Slot(Protocol):
+    """What a request occupies from its head to the end of its answer, besides memory."""
+
+    def release(self) -> None:
+        """Free it; idempotent."""
 
 
 class Request:
@@ -18,9 +25,11 @@ class Request:
         "headers",
         "keep_alive",
         "method",
+        "owner",
         "refusal",
         "request_id",
         "reserved_bytes",
+        "slot",
         "supports_chunked",
         "target",
     )
@@ -31,6 +40,8 @@ class Request:
         self.supports_chunked = True  # HTTP/1.1: the client accepts a chunked response
         self.keep_alive = False
         self.reserved_bytes = 0  # what this request holds of the server's memory for bodies
+        self.owner: str | None = None  # whose share of that memory it uses; set by the handler's `admit`
+        self.slot: Slot | None = None  # set by the handler's `admit`
         self.refusal: GatewayError | None = None
         self.request_id = ""  # set by the handler
         self.caller: Any = None  # the authenticated caller; set by the handler's `admit`

@@ -65,18 +65,20 @@ class ResponseWriter:
     complete    `started` and `ended`                     none
     ==========  ========================================  ====================
 
-    `keep_alive` tells the connection whether another request may follow.
+    `keep_alive` tells the connection whether another request may follow. `extra_headers` are lines for the head of any
+    response, to be set before it begins.
     """
 
     __slots__ = (
         "_chunked",
         "_date_header",
         "_omit_body",
-        "_supports_chunked",
         "_transport",
         "ended",
+        "extra_headers",
         "keep_alive",
         "started",
+        "supports_chunked",
     )
 
     def __init__(
@@ -89,10 +91,11 @@ class ResponseWriter:
     ) -> None:
         self._transport = transport
         self._date_header = date_header
-        self._supports_chunked = supports_chunked
+        self.supports_chunked = supports_chunked
         self._omit_body = omit_body  # response to HEAD
         self._chunked = False
         self.keep_alive = keep_alive
+        self.extra_headers = b""
         self.started = False
         self.ended = False
 
@@ -120,7 +123,7 @@ class ResponseWriter:
     def start(self, status: int, headers: bytes, data: bytes = b"") -> None:
         """Start a streamed response, in one write with its first bytes if they are known."""
         self.started = True
-        self._chunked = self._supports_chunked
+        self._chunked = self.supports_chunked
         if not self._chunked:
             # HTTP/1.0 has no chunked encoding: closing the connection ends the body.
             self.keep_alive = False
@@ -145,7 +148,7 @@ class ResponseWriter:
         connection = b"" if self.keep_alive else b"connection: close\r\n"
         # A replica may use a status code that is not registered.
         status_line = _STATUS_LINES.get(status) or b"HTTP/1.1 %d \r\n" % status
-        return b"%b%b%b%b" % (status_line, self._date_header.line(), headers, connection)
+        return b"%b%b%b%b%b" % (status_line, self._date_header.line(), headers, self.extra_headers, connection)
 
     def _frame(self, data: bytes) -> bytes:
         if self._omit_body:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from gateway.http.connection import ClientConnection
 from gateway.http.interfaces import ClientTimeouts, RequestHandler, ServerConnection
+from gateway.http.limits import may_hold
 from gateway.http.request import Request
 from gateway.http.response_writer import DateHeader
 
@@ -34,6 +35,7 @@ class HttpServer:
         self.grace_seconds = 0.0
         self.draining = False
         self._reserved_bytes = 0
+        self._owner_bytes: dict[str, int] = {}  # the part of them that each owner holds
         self._connections: set[ServerConnection] = set()
         self._idle_waiter: asyncio.Future[None] | None = None
 
@@ -57,17 +59,32 @@ class HttpServer:
         self._on_client_aborted(reason)
 
     def reserve(self, request: Request, size_bytes: int) -> bool:
-        """Reserve memory for a piece of a request's body; False if `memory_bytes` would be exceeded."""
-        if self._reserved_bytes + size_bytes > self.memory_bytes:
+        """Reserve memory for a piece of a request's body; False if there is none left for it."""
+        owner = request.owner
+        owner_bytes = None if owner is None else self._owner_bytes.get(owner, 0)
+        if not may_hold(size_bytes, request.reserved_bytes, owner_bytes, self._reserved_bytes, self.memory_bytes):
             return False
+        if owner is not None and owner_bytes is not None:
+            self._owner_bytes[owner] = owner_bytes + size_bytes
         self._reserved_bytes += size_bytes
         request.reserved_bytes += size_bytes
         return True
 
     def release(self, request: Request) -> None:
-        """Return all memory that a request has reserved; idempotent."""
-        self._reserved_bytes -= request.reserved_bytes
+        """Return all memory that a request has reserved, and its slot; idempotent."""
+        if request.slot is not None:
+            request.slot.release()
+            request.slot = None
+        size_bytes = request.reserved_bytes
+        if not size_bytes:
+            return
         request.reserved_bytes = 0
+        self._reserved_bytes -= size_bytes
+        owner = request.owner
+        if owner is not None:
+            left_bytes = self._owner_bytes.pop(owner) - size_bytes
+            if left_bytes:
+                self._owner_bytes[owner] = left_bytes
 
     def register(self, connection: ServerConnection) -> None:
         """Add an open connection."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import msgspec
 
 from config.schema import NO_FLOOR, Floor
+from config.variant import AT_LEAST
 from gateway.errors import RequestError
 from gateway.openai.fields import quoted, read, read_object
 from gateway.openai.json_scan import Fields
@@ -15,22 +16,36 @@ FLOOR_HEADER = "x-quantgate-floor"
 PROVIDER = "provider"
 
 MAX_QUANTIZATIONS_BYTES = 4096
+# OpenRouter's names, and fp32 of ours. Not every one is a precision that a variant can have.
+PRECISIONS = ("int4", "int8", "fp4", "fp6", "fp8", "fp16", "bf16", "fp32", "unknown")
 
+_PRECISION_KEY, _FLOOR_KEY = PRECISION_HEADER.encode(), FLOOR_HEADER.encode()
 _STRINGS = msgspec.json.Decoder(list[str] | None)
 
 
 def parse_precisions(fields: Fields, headers: Mapping[bytes, bytes]) -> frozenset[str] | None:
-    """Return the accepted precisions, None for any.
+    """Return the accepted precisions, None for any; RequestError for an unknown one, or for a header without any.
 
-    If both the header and the body's `provider.quantizations` are given, only precisions in both are accepted.
+    Precisions must be in each of the headers (a repeated one is stricter), and in the body's `provider.quantizations`.
     """
+    header = headers.get(_PRECISION_KEY)
+    if header is None and PROVIDER not in fields:
+        return None
     accepted = []
     if PROVIDER in fields and (quantizations := _quantizations(fields)):
-        accepted.append(frozenset(quantizations))
-    if header := headers.get(PRECISION_HEADER.encode()):
-        names = header.decode("latin-1").split(",")
-        accepted.append(frozenset(filter(None, (name.strip() for name in names))))
+        accepted.append(_known(quantizations, f"{PROVIDER}.quantizations"))
+    if header is not None:
+        accepted += [_known(_entries(value, PRECISION_HEADER), PRECISION_HEADER) for value in _values(header)]
     return frozenset.intersection(*accepted) if accepted else None
+
+
+def _known(names: list[str], param: str) -> frozenset[str]:
+    for name in names:
+        if name not in PRECISIONS:
+            raise RequestError(
+                f"{param}: unknown precision {quoted(name)}; known: {', '.join(PRECISIONS)}", param=param
+            )
+    return frozenset(names)
 
 
 def _quantizations(fields: Fields) -> list[str] | None:
@@ -45,27 +60,46 @@ def _quantizations(fields: Fields) -> list[str] | None:
 
 
 def parse_floor(headers: Mapping[bytes, bytes]) -> Floor:
-    """Read the quality floor from its header, NO_FLOOR without one; RequestError if it is invalid."""
-    header = headers.get(FLOOR_HEADER.encode())
-    return _floor(header.decode("latin-1")) if header else NO_FLOOR
+    """Read the quality floor from its header, NO_FLOOR without one; RequestError if it is invalid or names no measure.
 
-
-def _floor(header: str) -> Floor:
+    Of several limits on a measure, in one header or in several, the strictest counts.
+    """
+    header = headers.get(_FLOOR_KEY)
+    if header is None:
+        return NO_FLOOR
     limits: dict[str, float] = {}
-    for part in filter(None, header.split(",")):
-        measure, _, value = part.partition("=")
-        if measure.strip() not in Floor.model_fields:
-            known = ", ".join(Floor.model_fields)
-            raise RequestError(
-                f"{FLOOR_HEADER}: unknown measure {quoted(measure.strip())}; known: {known}", param=FLOOR_HEADER
-            )
-        try:
-            limits[measure.strip()] = float(value)
-        except ValueError:
-            raise RequestError(
-                f"{FLOOR_HEADER}: {quoted(part.strip())} is not MEASURE=NUMBER", param=FLOOR_HEADER
-            ) from None
+    for entry in [entry for value in _values(header) for entry in _entries(value, FLOOR_HEADER)]:
+        measure, limit = _limit(entry)
+        strictest = max if measure in AT_LEAST else min
+        limits[measure] = strictest(limit, limits.get(measure, limit))
+    return Floor.model_validate(limits)
+
+
+def _limit(entry: str) -> tuple[str, float]:
+    """Parse `MEASURE=NUMBER`, and check the number, which another entry could hide."""
+    measure, _, value = (part.strip() for part in entry.partition("="))
+    if measure not in Floor.model_fields:
+        known = ", ".join(Floor.model_fields)
+        raise RequestError(f"{FLOOR_HEADER}: unknown measure {quoted(measure)}; known: {known}", param=FLOOR_HEADER)
     try:
-        return Floor.model_validate(limits)
+        limit = float(value)
+    except ValueError:
+        raise RequestError(f"{FLOOR_HEADER}: {quoted(entry)} is not MEASURE=NUMBER", param=FLOOR_HEADER) from None
+    try:
+        Floor.model_validate({measure: limit})
     except ValueError as error:
-        raise RequestError(f"{FLOOR_HEADER}: {quoted(header)} is out of range", param=FLOOR_HEADER) from error
+        raise RequestError(f"{FLOOR_HEADER}: {quoted(entry)} is out of range", param=FLOOR_HEADER) from error
+    return measure, limit
+
+
+def _values(header: bytes) -> list[str]:
+    """Split a header that was sent several times: see `gateway.http.limits.SEPARATE_HEADERS`."""
+    return header.decode("latin-1").split("\n")
+
+
+def _entries(value: str, param: str) -> list[str]:
+    """Split a list; RequestError if it is empty: a restriction that was meant must not turn into none."""
+    entries = [entry for part in value.split(",") if (entry := part.strip())]
+    if not entries:
+        raise RequestError(f"{param}: {quoted(value)} is empty; omit the header to restrict nothing", param=param)
+    return entries

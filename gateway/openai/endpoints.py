@@ -13,7 +13,8 @@ class Endpoint:
     `length_keys` are the request fields that limit the completion length, in order of precedence. Without any, vLLM
     generates up to `length_default_tokens`, or to the end of the context if that is None. `batch` is the field that may
     hold several prompts. `prompt_keys` are the fields that the model reads, in the order in which chat templates render
-    them; `turns_key` is the one of them that holds the turns of a conversation.
+    them; `turns_key` is the one of them that holds the turns of a conversation. The chat template renders the prompt of
+    a request that has the field `chat_key`; vLLM then passes its `chat_template_kwargs` to the template.
     """
 
     name: str
@@ -30,6 +31,11 @@ class Endpoint:
     batch: str | None = None
     prompt_keys: tuple[str, ...] = ()
     turns_key: str | None = None
+    chat_key: str | None = None
+    # The answer may call tools of the client.
+    calls_tools: bool = False
+    # The values of `encoding_format` with which a response is JSON; others are bytes, which the gateway does not relay.
+    json_encodings: tuple[str, ...] = ()
 
 
 CHAT = Endpoint(
@@ -41,6 +47,8 @@ CHAT = Endpoint(
     length_keys=("max_completion_tokens", "max_tokens"),
     prompt_keys=("tools", "messages"),
     turns_key="messages",
+    chat_key="messages",
+    calls_tools=True,
 )
 COMPLETIONS = Endpoint(
     "completions",
@@ -52,7 +60,13 @@ COMPLETIONS = Endpoint(
     batch="prompt",
     prompt_keys=("prompt",),
 )
-EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings", batch="input", prompt_keys=("input", "messages"))
+EMBEDDINGS = Endpoint(
+    "embeddings",
+    "/v1/embeddings",
+    batch="input",
+    prompt_keys=("input", "messages"),
+    json_encodings=("float", "base64"),
+)
 RESPONSES = Endpoint(
     "responses",
     "/v1/responses",
@@ -61,6 +75,8 @@ RESPONSES = Endpoint(
     length_keys=("max_output_tokens",),
     prompt_keys=("tools", "instructions", "input"),
     turns_key="input",
+    chat_key="input",
+    calls_tools=True,
 )
 MESSAGES = Endpoint(
     "messages",
@@ -70,10 +86,21 @@ MESSAGES = Endpoint(
     length_keys=("max_tokens",),
     prompt_keys=("tools", "system", "messages"),
     turns_key="messages",
+    chat_key="messages",
+    calls_tools=True,
 )
-COUNT_TOKENS = Endpoint("messages.count_tokens", "/v1/messages/count_tokens", "anthropic")
-TOKENIZE = Endpoint("tokenize", "/tokenize")
+# vLLM refuses to count tokens of tools that it could not call.
+COUNT_TOKENS = Endpoint(
+    "messages.count_tokens", "/v1/messages/count_tokens", "anthropic", chat_key="messages", calls_tools=True
+)
+TOKENIZE = Endpoint("tokenize", "/tokenize", chat_key="messages")
 DETOKENIZE = Endpoint("detokenize", "/detokenize")
+
+
+def expects_anthropic_errors(path: str) -> bool:
+    """Whether who asks for a path reads errors in Anthropic's shape, also if there is no such endpoint."""
+    return path == MESSAGES.path or path.startswith(f"{MESSAGES.path}/")
+
 
 ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
     {

@@ -5,7 +5,7 @@ import msgspec
 from config.schema import LimitSettings
 from gateway.errors import RequestError
 from gateway.openai.endpoints import Endpoint
-from gateway.openai.fields import read
+from gateway.openai.fields import FLAG, INTEGER, INTEGER_OR_FLAG, read
 from gateway.openai.json_scan import SHORT_BYTES, Fields, Parts, split_array
 
 # Fields of vLLM 0.32's request models (the last line: of older versions) that only the operator may use. They run a
@@ -28,9 +28,6 @@ GUARDED_KWARGS = frozenset(
     }
 )
 
-_FLAG = msgspec.json.Decoder(bool | None)
-_INTEGER = msgspec.json.Decoder(int | None)
-_INTEGER_OR_FLAG = msgspec.json.Decoder(int | bool | None)
 _STRING_OR_ARRAY = msgspec.json.Decoder(str | list[msgspec.Raw] | None)
 
 _COUNTS = frozenset({"n", "best_of", "logprobs", "top_logprobs", "prompt_logprobs"})
@@ -61,12 +58,12 @@ def check_limits(endpoint: Endpoint, body: bytes, fields: Fields, limits: LimitS
 
 def _check_count(fields: Fields, key: str, limits: LimitSettings) -> None:
     # In chats, `logprobs` is a boolean.
-    value = read(fields, key, _INTEGER_OR_FLAG if key == "logprobs" else _INTEGER)
+    value = read(fields, key, INTEGER_OR_FLAG if key == "logprobs" else INTEGER)
     if value is None:
         return
     limit = {"best_of": limits.n, "top_logprobs": limits.logprobs}.get(key)
     limit = getattr(limits, key) if limit is None else limit
-    if key == "logprobs" and read(fields, "echo", _FLAG):
+    if key == "logprobs" and bool(read(fields, "echo", FLAG)):
         # vLLM then returns log probabilities of the prompt as well.
         limit = min(limit, limits.prompt_logprobs)
     if value > limit:

@@ -1,6 +1,6 @@
 """Parses a request body once: decodes the few fields that the gateway uses, and keeps the bytes of all others."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
@@ -10,12 +10,18 @@ from config.schema import NO_FLOOR, Floor, LimitSettings
 from gateway.errors import INVALID_JSON, RequestError
 from gateway.openai.constraints import PROVIDER, parse_floor, parse_precisions
 from gateway.openai.endpoints import Endpoint
-from gateway.openai.fields import duplicate_field, quoted, read, read_object
+from gateway.openai.fields import FLAG, INTEGER, duplicate_field, quoted, read, read_object
 from gateway.openai.json_scan import Fields, duplicate_key, nests_deeper
 from gateway.openai.limits import GUARDED_FIELDS, GUARDED_KWARGS, check_limits, format_number
+from gateway.openai.media import check_media
 
 # Fields that continue a stored response. vLLM stores responses in one process, if at all.
 STORED_RESPONSE_KEYS = ("previous_response_id", "conversation")
+
+# `tool_choice` of OpenAI's and Anthropic's clients.
+NO_TOOLS = ("none", {"type": "none"})
+# A longer list of tools is not decoded to see whether it is empty.
+MAX_EMPTY_BYTES = 16
 
 # vLLM's largest request model has about 60 fields.
 MAX_KEYS = 256
@@ -24,8 +30,8 @@ MAX_MODEL_CHARACTERS = 256
 _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
 _STRING = msgspec.json.Decoder(str)
-_FLAG = msgspec.json.Decoder(bool | None)
-_INTEGER = msgspec.json.Decoder(int | None)
+_ANY: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
+_OPTIONAL_STRING = msgspec.json.Decoder(str | None)
 _TRUE, _FALSE = msgspec.Raw(b"true"), msgspec.Raw(b"false")
 _FILTERED = GUARDED_FIELDS | {PROVIDER, "chat_template_kwargs"}
 
@@ -47,13 +53,26 @@ class InferenceRequest(msgspec.Struct, frozen=True):
     @property
     def wants_token_ids(self) -> bool:
         """Whether the client itself requests token ids."""
-        return bool(read(self.fields, "return_token_ids", _FLAG))
+        return bool(read(self.fields, "return_token_ids", FLAG))
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether the answer may call tools: there are some, and `tool_choice` does not rule them out."""
+        fields = self.fields
+        if "tools" not in fields or not self.endpoint.calls_tools:
+            return False
+        if len(fields["tools"]) <= MAX_EMPTY_BYTES and not _value(fields["tools"]):
+            return False
+        return "tool_choice" not in fields or _value(fields["tool_choice"]) not in NO_TOOLS
 
     def without_thinking(self) -> "InferenceRequest":
-        """Return the request with `enable_thinking` false in `chat_template_kwargs`, unless the client sets it.
+        """Return the request with `enable_thinking` false in `chat_template_kwargs`, unless the client sets it there.
 
-        `reasoning_effort` does not turn thinking on again: many clients always send it, and vLLM goes by the kwarg.
+        Without a prompt for the chat template it is returned as it is. `reasoning_effort`, `reasoning` and Anthropic's
+        `thinking` do not turn thinking on again: many clients always send them, and vLLM goes by the kwarg.
         """
+        if self.endpoint.chat_key not in self.fields:
+            return self
         client_kwargs = read_object(self.fields, "chat_template_kwargs") or {}
         kwargs = {"enable_thinking": _FALSE, **client_kwargs}
         return structs.replace(self, fields={**self.fields, "chat_template_kwargs": _raw(kwargs)})
@@ -85,10 +104,12 @@ def parse_request(
     limits: LimitSettings,
     caller_may: frozenset[str] = frozenset(),
     max_tokens: int | None = None,
+    media_domains: Collection[str] = (),
 ) -> InferenceRequest:
     """Parse and check a request; RequestError names the invalid field in `param`.
 
-    `caller_may` are the guarded fields that the caller's key may set, `max_tokens` is its limit on completion tokens.
+    `caller_may` are the guarded fields that the caller's key may set, `max_tokens` is its limit on completion tokens,
+    `media_domains` are the hosts that media in messages may be loaded from.
     """
     _check_content_type(headers)
     fields = _read_fields(body)
@@ -96,12 +117,15 @@ def parse_request(
     arrays = check_limits(endpoint, body, fields, limits)
     if nests_deeper(body, fields, arrays, limits.depth):
         raise RequestError(f"the body nests deeper than {limits.depth} levels", code="invalid_json")
-    stream = endpoint.generates and bool(read(fields, "stream", _FLAG))
+    check_media(body, fields, media_domains)
+    stream = endpoint.generates and bool(read(fields, "stream", FLAG))
     wants_usage = not endpoint.takes_stream_options or _wants_usage(fields)
     precisions = parse_precisions(fields, headers)
     fields = _forwarded(fields, caller_may)
     if endpoint.keeps_answers:
         fields = _stateless(fields)
+    if endpoint.json_encodings and "encoding_format" in fields:
+        _check_encoding(endpoint, fields)
     return InferenceRequest(
         endpoint=endpoint,
         model=model,
@@ -160,7 +184,7 @@ def _model(fields: Fields) -> str:
 def _wants_usage(fields: Fields) -> bool:
     options = read_object(fields, "stream_options") if "stream_options" in fields else None
     try:
-        return options is not None and bool(read(options, "include_usage", _FLAG))
+        return options is not None and bool(read(options, "include_usage", FLAG))
     except RequestError as error:
         param = "stream_options.include_usage"
         raise RequestError(f"{param!r}: {error.__cause__}", param=param) from error
@@ -185,9 +209,17 @@ def _stateless(fields: Fields) -> Fields:
     for key in STORED_RESPONSE_KEYS:
         if key in fields and bytes(fields[key]) not in {b"null", b'""'}:
             raise _unsupported(key, "responses are not stored; send the whole conversation as 'input'")
-    if read(fields, "background", _FLAG):
+    if read(fields, "background", FLAG):
         raise _unsupported("background", "responses are not stored, so none can be fetched later")
     return {**fields, "store": _FALSE}
+
+
+def _check_encoding(endpoint: Endpoint, fields: Fields) -> None:
+    """RequestError if the response would not be JSON: such a response passes for a failure of the replica."""
+    encoding = read(fields, "encoding_format", _OPTIONAL_STRING)
+    if encoding is not None and encoding not in endpoint.json_encodings:
+        known = " or ".join(endpoint.json_encodings)
+        raise _unsupported("encoding_format", f"{quoted(encoding)} is not relayed; send {known}")
 
 
 def _unsupported(key: str, why: str) -> RequestError:
@@ -199,7 +231,7 @@ def _length_to_fill(endpoint: Endpoint, fields: Fields, max_tokens: int) -> int 
 
     Raises RequestError if the client asks for more than `max_tokens`.
     """
-    requested = [(key, length) for key in endpoint.length_keys if (length := read(fields, key, _INTEGER)) is not None]
+    requested = [(key, length) for key in endpoint.length_keys if (length := read(fields, key, INTEGER)) is not None]
     for key, length in requested:
         if length > max_tokens:
             raise RequestError(
@@ -209,6 +241,14 @@ def _length_to_fill(endpoint: Endpoint, fields: Fields, max_tokens: int) -> int 
     if requested or not endpoint.length_keys or (default is not None and default <= max_tokens):
         return None
     return max_tokens
+
+
+def _value(raw: msgspec.Raw) -> Any:
+    """Decode a value that only the engine judges; one that can't be decoded is returned as it is."""
+    try:
+        return _ANY.decode(raw)
+    except INVALID_JSON:
+        return raw
 
 
 def _raw(value: Any) -> msgspec.Raw:

@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from math import inf
 from types import TracebackType
@@ -35,15 +35,17 @@ from typing import Self
 import msgspec
 
 from config.schema import QueueSettings, RetrySettings
-from gateway.errors import GatewayError, Overloaded, QueueFull, QueueTimeout, Unavailable
+from gateway.errors import GatewayError, Overloaded, QueueFull, QueueTimeout, ToolsUnsupported, Unavailable
 from gateway.observability.metrics import Metrics
 from gateway.proxy.affinity import Affinity
 from gateway.proxy.decision_log import DecisionLog
 from gateway.proxy.leases import Lease, QueueKey, RegistryLedger, Waiter
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.outliers import OutlierDetection
+from gateway.proxy.retries import Retries
+from gateway.proxy.silences import Exchanges, NoExchanges, SilenceDetection
 from gateway.proxy.spill import SpillState
-from gateway.routing import breaker, retry, service_rate
+from gateway.routing import breaker, service_rate
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.pick import (
@@ -52,16 +54,18 @@ from gateway.routing.pick import (
     decide,
     drawn_names,
     has_room,
+    none_takes_tools,
     shortest_fitting_context,
     unready_counts,
 )
 from gateway.routing.queue import QueueLimits, Queues
 from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights
-from gateway.routing.target import Catalog
+from gateway.routing.target import Catalog, Target
 from serving.registry import Registry
 
 DEFAULT_QUEUE, DEFAULT_RETRIES = QueueSettings(), RetrySettings()
+NO_EXCHANGES = NoExchanges()
 
 
 class Dispatcher:
@@ -76,21 +80,27 @@ class Dispatcher:
         retries: RetrySettings = DEFAULT_RETRIES,
         clock: Callable[[], float] = time.monotonic,
         weights: Callable[[], RungWeights] = lambda: NO_WEIGHTS,
+        exchanges: Exchanges = NO_EXCHANGES,
     ) -> None:
         self._registry = registry
         self._load = load
         self._clock = clock
         self._turns = count()
         self._outliers = OutlierDetection(registry, clock)
+        self._silences = SilenceDetection(registry, exchanges, clock, self._serve_queues)
         self._spill = SpillState(metrics)
-        self.affinity = Affinity(metrics)
+        self.affinity = Affinity(metrics, clock)
         self.decisions = DecisionLog()
         self.cluster = ClusterState(
-            load.estimates, self._outliers.breakers, self._outliers.overloads, self._spill.gates, weights
+            load.estimates,
+            self._outliers.breakers,
+            self._outliers.overloads,
+            self._spill.gates,
+            weights,
+            self._silences.silent,
         )
         self._ledgers = (RegistryLedger(registry), load, self.affinity, self._outliers)
-        self._allowance = retry_allowance(retries)
-        self._budget = retry.RetryBudget(self._allowance.max_thousandths)
+        self.retries = Retries(retries)
         self._queues: Queues[QueueKey, Waiter] = Queues(queue_limits(queue))
         self._rates: dict[str, service_rate.ServiceRate] = {}  # by rung, while requests wait
         self._timer: asyncio.TimerHandle | None = None
@@ -105,17 +115,18 @@ class Dispatcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._observing.__exit__(kind, error, trace)
+        self._silences.close()
         if self._timer is not None:
             self._timer.cancel()
 
     def __repr__(self) -> str:
-        return f"<Dispatcher [{len(self._queues)} waiting, {self._budget.thousandths / 1000:g} retries left]>"
+        return f"<Dispatcher [{len(self._queues)} waiting, {self.retries}]>"
 
     # What requests ask for
 
     def next_turn(self) -> int:
         """Count a new request; its number rotates among equal replicas, and it earns a share of a retry."""
-        self._budget = retry.earned(self._budget, self._allowance)
+        self.retries.earn()
         return next(self._turns)
 
     def has_choice(self, rungs: Iterable[Rung]) -> bool:
@@ -128,6 +139,16 @@ class Dispatcher:
                 if count > 1:
                     return True
         return False
+
+    def require_tools(self, target: Target, rungs: Iterable[Rung]) -> None:
+        """Raise ToolsUnsupported if every replica of some rungs, ready or starting, is known to take no tools."""
+        names = [name for rung in rungs for name in rung.names]
+        if not self._any_ready(names, tools=True) and none_takes_tools(names, self._registry.snapshot()):
+            raise ToolsUnsupported(target.name)
+
+    def spilled_lately_seconds(self, alias: str) -> float | None:
+        """How long rungs of an alias have spilled, so that it matters where conversations begin; None: not lately."""
+        return self._spill.spilled_lately_seconds(alias, self._clock())
 
     def try_lease(self, request: RoutingRequest, wait_seconds: float) -> Lease | None:
         """Lease a replica now; None if the request has to wait. Overloaded: it would wait longer than it may."""
@@ -159,13 +180,17 @@ class Dispatcher:
         finally:
             self._queues.leave(waiter)
 
-    def retry_refusal(self, deaths: int, attempts: int) -> retry.RetryRefusal | None:
-        """Return why a request is not tried again; None allows it, if there is a replica for it."""
-        return retry.retry_refusal(deaths, attempts, self._budget)
+    def was_suspect(self, lease: Lease) -> bool:
+        """Whether a lease was of a replica that was known to fail."""
+        return self._outliers.was_suspect(lease)
 
-    def spend_retry(self) -> None:
-        """Take a retry from the budget that was allowed, and found a replica in the same step."""
-        self._budget = retry.spent(self._budget)
+    def forgive(self, leases: Sequence[Lease]) -> None:
+        """Hold the failures of a request, whose leases have ended, against no replica, nor against the budget."""
+        for lease in leases:
+            self._outliers.retract(lease)
+        self.retries.refund(len(leases) - 1)
+        if len(self._queues):
+            self._serve_queues()
 
     # What polls say (gateway.proxy.load.polling.PollObserver)
 
@@ -184,13 +209,19 @@ class Dispatcher:
         """Record that an engine did not answer a poll."""
         self._load.poll_failed(replica_id)
 
+    def poll_answered(self, replica_id: str, answered: bool) -> None:
+        """Record whether an engine has answered a poll at all, whatever it said."""
+        if answered:
+            self._silences.answered(replica_id)
+        else:
+            self._silences.unanswered(replica_id)
+
     # What operators see and change
 
     def set_limits(self, queue: QueueSettings, retries: RetrySettings) -> None:
         """Use other limits from the next request on; requests that wait stay."""
         self._queues.limits = queue_limits(queue)
-        self._allowance = retry_allowance(retries)
-        self._budget = retry.limited(self._budget, self._allowance)
+        self.retries.set_limits(retries)
 
     def now(self) -> float:
         """The clock that decisions use."""
@@ -236,8 +267,8 @@ class Dispatcher:
     # The queues
 
     def _queue_key(self, request: RoutingRequest) -> QueueKey:
-        context_tokens = shortest_fitting_context(request.rungs, self.cluster, request.needed_tokens)
-        return QueueKey(request.target.name, drawn_names(request, self.cluster), context_tokens)
+        context_tokens = shortest_fitting_context(request.rungs, self.cluster, request.needed_tokens, request.tools)
+        return QueueKey(request.target.name, drawn_names(request, self.cluster), context_tokens, request.tools)
 
     def _join(self, waiter: Waiter) -> None:
         """Queue a request, which may evict others of keys that hold more than their share; or refuse it."""
@@ -263,7 +294,7 @@ class Dispatcher:
         self._set_timer()
 
     def _serves(self, key: QueueKey) -> bool:
-        return has_room(key.variants, self.cluster, self._clock(), key.context_tokens)
+        return has_room(key.variants, self.cluster, self._clock(), key.context_tokens, key.tools)
 
     def _lease_next(self, request: RoutingRequest) -> Lease | None:
         # A queue does not know which replicas a request has tried: any of them may answer after a wait.
@@ -301,6 +332,7 @@ class Dispatcher:
     def _on_registry_change(self) -> None:
         ready = self._registry.ready
         self._load.keep_only(ready)
+        self._silences.follow_registry()
         self._outliers.keep_only({replica.id for replicas in ready.values() for replica in replicas})
         self.affinity.keep_only(ready)
         if len(self._queues):
@@ -316,10 +348,13 @@ class Dispatcher:
                 waiter.refuse(Unavailable(what))
 
     def _may_become_ready(self, key: QueueKey) -> bool:
-        return self._any_ready(key) or any_pending(key.variants, self._registry.snapshot())
+        return self._any_ready(key.variants, key.tools) or any_pending(key.variants, self._registry.snapshot())
 
-    def _any_ready(self, key: QueueKey) -> bool:
-        return any(name in self._registry.ready for name in key.variants)
+    def _any_ready(self, names: Iterable[str], tools: bool) -> bool:
+        ready = self._registry.ready
+        if tools:
+            return any(replica.tools is not False for name in names for replica in ready.get(name, ()))
+        return any(name in ready for name in names)
 
     # Refusals
 
@@ -328,7 +363,7 @@ class Dispatcher:
         return QueueFull(what, retry_after_seconds=self._retry_after(key, api_key))
 
     def _queue_timeout(self, key: QueueKey, api_key: str) -> GatewayError:
-        if self._any_ready(key):
+        if self._any_ready(key.variants, key.tools):
             what = f"every replica of {key.alias!r} is busy, and none had room in time; try again later"
             return QueueTimeout(what, retry_after_seconds=self._retry_after(key, api_key))
         what = f"no replica of {key.alias!r} became ready in time: {self._unready_counts(key)}; try again later"
@@ -346,11 +381,6 @@ class Dispatcher:
 def queue_limits(settings: QueueSettings) -> QueueLimits:
     """Return the limits of the queues as configured."""
     return QueueLimits(settings.per_alias, settings.in_all, settings.body_bytes)
-
-
-def retry_allowance(settings: RetrySettings) -> retry.RetryAllowance:
-    """Return what requests add to the retry budget, as configured."""
-    return retry.RetryAllowance(round(settings.share * 1000), settings.burst * 1000)
 
 
 def _too_long(request: RoutingRequest, candidate: Candidate, wait_seconds: float) -> Overloaded:

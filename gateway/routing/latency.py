@@ -61,6 +61,7 @@ class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
 
     `known` is False where the speed of the replica is unknown: then `requests` is all there is to compare. A speed that
     was learned by watching is known, but not `measured`. `reading` is the slowdown of reading that the terms include.
+    `tools`: it may take requests with tools.
     """
 
     id: str
@@ -83,6 +84,7 @@ class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
     answer_seconds: float = 0.0
     answer_tokens: float = DEFAULT_ANSWER_TOKENS
     reading: float = 1.0
+    tools: bool = True
 
     @property
     def work_seconds(self) -> float:
@@ -96,11 +98,10 @@ def estimate_latency(metrics: ReplicaMetrics) -> LatencyEstimate:
     requests = in_flight + metrics.others
     context_tokens = float(replica.max_model_len_tokens or UNLIMITED_TOKENS)
     has_room = in_flight < replica.max_in_flight
-    stale, most = metrics.stale, replica.max_in_flight
+    stale, most, tools = metrics.stale, replica.max_in_flight, replica.tools is not False
     if speed is None:
-        return LatencyEstimate(
-            replica.id, replica.variant, has_room, False, False, stale, in_flight, requests, most, context_tokens
-        )
+        known = (has_room, False, False, stale, in_flight, requests, most, context_tokens)
+        return LatencyEstimate(replica.id, replica.variant, *known, tools=tools)
     slowdown, reading = metrics.slowdown, metrics.slowdown.reading
     slots = min(speed.slots or inf, metrics.observed_slots, _slots_in_cache(metrics))
     queue_seconds = 0.0
@@ -134,6 +135,7 @@ def estimate_latency(metrics: ReplicaMetrics) -> LatencyEstimate:
         answer_seconds=step_seconds * slowdown.answering,
         answer_tokens=metrics.answer_tokens,
         reading=reading,
+        tools=tools,
     )
 
 

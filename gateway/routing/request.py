@@ -28,6 +28,7 @@ class RoutingRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
     members, or is empty.
     Affinity: `placement` is where the conversation was answered last, `cached_tokens` how much of the prompt replicas
     have probably in their prefix caches.
+    `tools`: it has tools, which a replica must take.
     Retry: replicas in `tried` have failed this request.
     """
 
@@ -49,6 +50,7 @@ class RoutingRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
     cached_tokens: Mapping[str, float] = NOTHING_CACHED
     tried: frozenset[str] = NO_REPLICAS
     variants: tuple[str, ...] = ()
+    tools: bool = False
 
     @property
     def needed_tokens(self) -> float:

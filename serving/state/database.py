@@ -234,6 +234,7 @@ def _row(owner_id: str, told: Told, revision: int) -> dict[str, Any]:
         "max_model_len_tokens": replica.max_model_len_tokens,
         "think": replica.think,
         "think_token": replica.think_token,
+        "tools": replica.tools,
         "state": told.state.value,
         "reason": told.reason,
         "since": told.since,
@@ -243,7 +244,7 @@ def _row(owner_id: str, told: Told, revision: int) -> dict[str, Any]:
 
 
 _REPLICA_COLUMNS = (
-    *("id", "variant", "precision", "url", "served_name", "max_model_len_tokens", "think", "think_token"),
+    *("id", "variant", "precision", "url", "served_name", "max_model_len_tokens", "think", "think_token", "tools"),
 )
 
 

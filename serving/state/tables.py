@@ -1,8 +1,8 @@
 """The tables of the state database. A change here is a new SCHEMA_VERSION."""
 
-from sqlalchemy import Column, Float, Integer, MetaData, String, Table, Text
+from sqlalchemy import Boolean, Column, Float, Integer, MetaData, String, Table, Text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 METADATA = MetaData()
 
@@ -42,6 +42,7 @@ REPLICAS = Table(
     Column("max_model_len_tokens", Integer),
     Column("think", String(20)),
     Column("think_token", Integer),
+    Column("tools", Boolean),
     Column("state", String(20), nullable=False),
     Column("reason", Text, nullable=False),
     Column("since", Float, nullable=False),

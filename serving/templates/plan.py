@@ -6,17 +6,17 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 from config.schema import AliasSettings
 from config.variant import Variant
 from serving.errors import LaunchRefused
 from serving.replica import Launch, Thinking
+from serving.templates.arguments import option
 from serving.templates.derive import Wish, derived
 from serving.templates.habits import Habits, habits
 from serving.templates.render import TemplateUnusable
-from serving.templates.source import END_THINK, THINK, has_tokens, read_chat_template
+from serving.templates.source import END_THINK, THINK, chosen_template, has_tokens, read_chat_template
 
 # Right for QwQ, R1-distill and Qwen3 alike, with or without an injected tag, and the only one that reads text.
 PARSER = "qwen3"
@@ -43,9 +43,8 @@ def plan_thinking(
         return Thinking()
     _refuse_missing_tokens(variant.name, variant.path, args)
     wanted = {alias.think for alias in aliases.values() if variant.name in alias.ladder}
-    chosen, template = _option(args, "--chat-template"), read_chat_template(variant.path)
-    if chosen is not None:
-        template = replace(template, text=_chosen_text(chosen))
+    chosen = option(args, "--chat-template")
+    template = chosen_template(read_chat_template(variant.path), chosen)
     try:
         thinking, wish = decide(habits(template), wanted)
         if wish is not None:
@@ -59,7 +58,7 @@ def plan_thinking(
             ) from error
         # vLLM may render it nevertheless; what its prompts end in is looked at when it runs.
         thinking = Thinking(tag=None if template.mentions_thinking else "none")
-    chooses_parser = thinking.tag == "none" or _option(args, "--reasoning-parser") is not None
+    chooses_parser = thinking.tag == "none" or option(args, "--reasoning-parser") is not None
     return replace(thinking, parser=None if chooses_parser else PARSER)
 
 
@@ -92,7 +91,7 @@ def write_template(folder: Path, variant: str, wish: Wish, text: str) -> Path:
 
 
 def _refuse_missing_tokens(name: str, path: Path, args: Sequence[str]) -> None:
-    parser = _option(args, "--reasoning-parser")
+    parser = option(args, "--reasoning-parser")
     if parser in PARSERS_OF_TOKENS and not has_tokens(path, THINK, END_THINK):
         raise LaunchRefused(
             f"{name}: {path}: parser {parser!r} needs {THINK} and {END_THINK} as single tokens, "
@@ -107,20 +106,3 @@ def _refuse_chosen(name: str, chosen: str | None, wish: Wish) -> None:
             f"{name}: an alias has think: {alias_wish}, which needs a chat template derived from the model's own, "
             "but the replica's args name another --chat-template; remove one of the two"
         )
-
-
-def _chosen_text(chosen: str) -> str | None:
-    """What `--chat-template` means: text if it looks like a template, otherwise a file; vLLM knows some names, too."""
-    if any(mark in chosen for mark in "{}\n"):
-        return chosen
-    try:
-        return Path(chosen).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def _option(args: Sequence[str], flag: str) -> str | None:
-    """The last value of a flag, written with a blank or with `=`."""
-    values = [after for word, after in pairwise(args) if word == flag]
-    values += [word.partition("=")[2] for word in args if word.startswith(f"{flag}=")]
-    return values[-1] if values else None

@@ -29,7 +29,7 @@ def renderer(template: str, special_tokens: Mapping[str, str] | None = None) -> 
         raise TemplateUnusable(f"it can't be parsed: {error}") from error
 
     def render(messages: Sequence[Message], *, add_generation_prompt: bool = True, **kwargs: Any) -> str:
-        given = {**(special_tokens or {}), **kwargs, "messages": messages, "tools": None, "documents": None}
+        given = {**(special_tokens or {}), "tools": None, "documents": None, **kwargs, "messages": messages}
         try:
             return compiled.render(given, add_generation_prompt=add_generation_prompt)
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ def read_chat_template(directory: Path) -> ChatTemplate:
     return ChatTemplate(text, _special_tokens(config), has_tokens(directory, THINK, END_THINK))
 
 
+def chosen_template(own: ChatTemplate, chosen: str | None) -> ChatTemplate:
+    """Give what vLLM renders with `--chat-template CHOSEN` in place of a model's own template; None: the own one."""
+    return own if chosen is None else replace(own, text=_chosen_text(chosen))
+
+
 def has_tokens(directory: Path, *tokens: str) -> bool:
     """Tell whether the tokenizer has each of these words as one token.
 
@@ -41,6 +46,11 @@ def has_tokens(directory: Path, *tokens: str) -> bool:
     """
     files = [path.read_bytes() for name in VOCABULARY_FILES if (path := directory / name).is_file()]
     return all(any(json.dumps(token).encode() in content for content in files) for token in tokens)
+
+
+def _chosen_text(chosen: str) -> str | None:
+    """What `--chat-template` means: text if it looks like a template, otherwise a file; vLLM knows some names, too."""
+    return chosen if any(mark in chosen for mark in "{}\n") else _text(Path(chosen))
 
 
 def _default(named: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -113,6 +114,7 @@ REPLICA_CHANGES: dict[str, Any] = {
 }
 PATIENCE = {"start_timeout_seconds", "drain_seconds", "hang_seconds"}
 CERTIFICATES = {"ca", "certificate", "key_file"}  # of replicas with a url
+RESOLVED = {"tool_calling"}  # the parser that it comes to counts instead
 
 
 def digests(**options: Any) -> list[str]:
@@ -122,8 +124,14 @@ def digests(**options: Any) -> list[str]:
     return [launch_digest(launch) for launch in plan_launches((settings,), variants, "cpu")]
 
 
-@pytest.mark.parametrize("option", sorted(ReplicaSettings.model_fields.keys() - PATIENCE - CERTIFICATES))
+@pytest.mark.parametrize("option", sorted(ReplicaSettings.model_fields.keys() - PATIENCE - CERTIFICATES - RESOLVED))
 def test_a_changed_replica_is_replaced(option: str) -> None:
     """Every option of a replica but its times makes another launch of it, so that a reload replaces it."""
     value = REPLICA_CHANGES.get(option, "auto")
     assert digests(**{option: value}) != digests()
+
+
+def test_another_tool_parser_is_another_launch() -> None:
+    """`tool_calling` counts by its result: a name that `auto` would find changes nothing."""
+    (launch,) = plan_launches((ReplicaSettings(variant="a"),), {"a": Variant("a", "bf16", PARENT_QUALITY)}, "cpu")
+    assert launch_digest(replace(launch, tool_parser="hermes")) != launch_digest(launch)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic import TypeAdapter, ValidationError
 
 from config.golden import Golden
 from tests.fakes.http_server import Request
@@ -23,6 +24,7 @@ PIECE_CHARACTERS = 5
 # Behind the last character that there is.
 THINK_TOKENS = {"<think>": 0x110000, "</think>": 0x110001}
 FILLER = (" one", " é", " 汉", " two")
+_INTEGER: TypeAdapter[int | None] = TypeAdapter(int | None)
 
 
 class ApiError(Exception):
@@ -79,6 +81,13 @@ def check_model(body: Mapping[str, Any], options: Options) -> None:
         raise ApiError(404, "NotFoundError", message, "model")
 
 
+def check_tools(body: Mapping[str, Any], options: Options) -> None:
+    """Without a parser for calls vLLM refuses tools; /v1/responses and /tokenize don't look."""
+    if body.get("tools") and body.get("tool_choice") not in ("none", {"type": "none"}) and not options.auto_tools:
+        message = '"auto" tool choice requires --enable-auto-tool-choice and --tool-call-parser to be set'
+        raise ApiError(400, "BadRequestError", message)
+
+
 def read_ask(kind: Kind, request: Request, options: Options) -> Ask:
     """Check a generation request in the order vLLM does: its shape, its model, its length."""
     asked = read_json(request)
@@ -91,6 +100,8 @@ def read_ask(kind: Kind, request: Request, options: Options) -> Ask:
     width = _integer(body, "n") or 1
     asked_usage = _stream_options(body)
     check_model(body, options)
+    if kind in ("chat", "messages"):
+        check_tools(asked, options)
     prompt_tokens = sum(map(len, prompts))
     _check_length(max(map(len, prompts)), limit, options)
     steps, finish_reason = _steps(limit, options, ignore_eos=bool(body.get("ignore_eos")))
@@ -282,11 +293,12 @@ def _stream_options(body: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _integer(body: Mapping[str, Any], key: str) -> int | None:
-    value = body.get(key)
+    try:
+        value = _INTEGER.validate_json(json.dumps(body.get(key)))  # vLLM's models take 1.0 and "1", too
+    except ValidationError as error:
+        raise _invalid("int_parsing", f"body.{key}", "Input should be a valid integer") from error
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise _invalid("int_parsing", f"body.{key}", "Input should be a valid integer")
     if value < 1:
         raise ApiError(400, "BadRequestError", f"{key} must be at least 1, got {value}.", key)
     return value

@@ -63,6 +63,8 @@ class Generation:
         if self._doomed and step == self._ask.steps // 2:
             self._engine.die()
         due = begin + (step + 1) / faults.tokens_per_second if faults.tokens_per_second else None
+        if step == 0 and faults.first_token_seconds:
+            due = begin + faults.first_token_seconds
         await self._engine.wait_until(due)
 
 

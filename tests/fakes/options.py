@@ -22,6 +22,7 @@ class Faults:
     draining: bool
     stall_before_first_byte: bool
     stall_after_tokens: int | None
+    first_token_seconds: float
     drop_after_tokens: int | None
     logprob_shift: float
 
@@ -58,6 +59,7 @@ class Options:
     request_id_headers: bool
     load_tracking: bool
     force_usage: bool
+    auto_tools: bool
     fingerprint: str | None
     faults: Faults
     life: Life
@@ -84,6 +86,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         request_id_headers=given.enable_request_id_headers,
         load_tracking=given.enable_server_load_tracking,
         force_usage=given.enable_force_include_usage,
+        auto_tools=given.enable_auto_tool_choice and given.tool_call_parser is not None,
         fingerprint=given.fingerprint_value,
         faults=Faults(**{field.name: named[field.name] for field in fields(Faults)}),
         life=Life(**{field.name: named[field.name] for field in fields(Life)}),
@@ -115,6 +118,8 @@ def _add_vllm_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--enable-request-id-headers", action="store_true")
     parser.add_argument("--enable-server-load-tracking", action="store_true")
     parser.add_argument("--enable-force-include-usage", action="store_true")
+    parser.add_argument("--enable-auto-tool-choice", action="store_true")
+    parser.add_argument("--tool-call-parser")
 
 
 def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
@@ -136,6 +141,7 @@ def _add_fault_flags(parser: argparse.ArgumentParser) -> None:
     fake.add_argument("--fake-draining", dest="draining", action="store_true")
     fake.add_argument("--fake-stall-before-first-byte", dest="stall_before_first_byte", action="store_true")
     fake.add_argument("--fake-stall-after-tokens", dest="stall_after_tokens", type=int)
+    fake.add_argument("--fake-first-token-seconds", dest="first_token_seconds", type=float, default=0.0)
     fake.add_argument("--fake-logprob-shift", dest="logprob_shift", type=float, default=0.0)
     fake.add_argument("--fake-drop-after-tokens", dest="drop_after_tokens", type=int)
 

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.fakes import answers, messages
-from tests.fakes.asks import ApiError, Kind, chat_prompt, check_model, detokenize, read_ask, read_json, tokenize
+from tests.fakes.asks import (
+    ApiError,
+    Kind,
+    chat_prompt,
+    check_model,
+    check_tools,
+    detokenize,
+    read_ask,
+    read_json,
+    tokenize,
+)
 from tests.fakes.dialects import Dialect, dialect_of
 from tests.fakes.embeddings import embedded
 from tests.fakes.engine import Engine, Generation, HangUpError, Journal
@@ -205,6 +215,7 @@ class Replica:
     def _count_tokens(self, request: Request) -> Answer:
         body = read_json(request)
         check_model(body, self._options)
+        check_tools(body, self._options)
         system = [{"role": "system", "content": body["system"]}] if body.get("system") else []
         count = len(tokenize(chat_prompt({**body, "messages": [*system, *body["messages"]]}, self._options)))
         return _json({"input_tokens": count, "context_management": {"original_input_tokens": count}})

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.01
 DEADLINE_SECONDS = 10.0
+TOOL_FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 # Of `eventually`: a failing test may take long, a slow machine must not fail one.
 PATIENCE_SECONDS = 30.0
 
@@ -99,15 +100,16 @@ def fake_argv(*flags: str, served: str = "m1", port: int = 0) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def running_fake(
-    *flags: str, served: str = "m1", env: Mapping[str, str] | None = None, wait: bool = True
+    *flags: str, served: str = "m1", env: Mapping[str, str] | None = None, wait: bool = True, tools: bool = True
 ) -> AsyncIterator[FakeReplica]:
     """A fake in a session of its own, healthy on entry unless `wait` is false, gone with its children on exit.
 
-    `served` holds one name or several, separated by blanks.
+    `served` holds one name or several, separated by blanks. `tools`: started with a parser for calls of tools.
     """
     with tempfile.TemporaryDirectory(prefix="fake-vllm-") as name:
         folder = Path(name)
-        kept = ["--fake-port-file", str(folder / "port"), "--fake-log-requests", str(folder / "requests")]
+        parser = TOOL_FLAGS if tools else ()
+        kept = [*parser, "--fake-port-file", str(folder / "port"), "--fake-log-requests", str(folder / "requests")]
         process = await _start(fake_argv(*kept, *flags, served=served), folder / "stderr", env or {})
         try:
             replica = FakeReplica(await _port(process, folder), process, folder)

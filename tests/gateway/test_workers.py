@@ -164,12 +164,14 @@ asyncio.run(Worker(Path("none.yaml"), WorkerIndex(), os.pipe()[0]).run())
 
 
 async def test_workers_that_still_start_die_with_their_parent(tmp_path: Path) -> None:
-    """A worker that has not got as far as its event loop ends with its parent, too."""
+    """A worker that has not got as far as its event loop survives a reload, and ends with its parent."""
     (tmp_path / "quantgate.py").write_text(NEVER_STARTED)
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", PARENT), cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     pid = int(await eventually(lambda: (path := tmp_path / "pid").exists() and path.read_text()))
+    _, _, ignored = Path(f"/proc/{pid}/status").read_text().partition("SigIgn:")
+    assert int(ignored.split()[0], 16) & 1 << signal.SIGHUP - 1
     process.kill()
     await process.wait()
     await gone([pid])

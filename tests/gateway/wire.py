@@ -62,6 +62,10 @@ class Peer:
         except ConnectionResetError:
             return True
 
+    def half_close(self) -> None:
+        """End the own side of the connection; the other side can still be read."""
+        self._writer.write_eof()
+
     def finish(self) -> None:
         """Close the connection in an orderly way."""
         self._writer.close()
@@ -214,7 +218,7 @@ async def connected(url: str) -> AsyncIterator[Peer]:
 def posted(body: dict[str, Any], path: str = "/v1/chat/completions", extra: str = "") -> bytes:
     """Encode a request of a client."""
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: gateway\r\ncontent-type: application/json\r\n{extra}"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n{extra}"
     return f"{head}content-length: {len(data)}\r\n\r\n".encode() + data
 
 

@@ -126,15 +126,39 @@ def test_a_share_of_the_cores_gives_way_to_the_configuration() -> None:
     assert build_command(bound, 1, MACHINE).environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
 
 
+def test_media_domains() -> None:
+    """vLLM gets the gateway's list, as several words before the next flag, and then follows no redirects."""
+    launch = Launch("a-1", VARIANT, "cpu", ReplicaSettings(variant="a"))
+    assert option(build_command(launch, 1, MACHINE), "--allowed-media-domains") is None
+    command = build_command(dataclasses.replace(launch, media_domains=("a.example", "b.example")), 1, MACHINE)
+    place = command.argv.index("--allowed-media-domains")
+    assert command.argv[place + 1 : place + 4] == ("a.example", "b.example", "--enable-request-id-headers")
+    assert command.environment["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == "0"
+    assert "VLLM_MEDIA_URL_ALLOW_REDIRECTS" not in build_command(launch, 1, MACHINE).environment
+
+
 def test_every_flag_of_ours_is_kept_from_the_configuration() -> None:
-    """Whatever the builder sets can't be set twice, but for thinking, where the operator has the last word."""
+    """Whatever the builder sets can't be set twice, but for thinking and tools: the operator has the last word."""
     launch = Launch(
         "a-1",
         VARIANT,
         "cpu",
         ReplicaSettings(variant="a", prefix_caching=False, max_model_len=64, max_num_seqs=1),
         thinking=Thinking("qwen3", Path("/think.jinja")),
+        tool_parser="hermes",
+        media_domains=("images.example.com",),
     )
     argv = build_command(launch, 1, dataclasses.replace(MACHINE, log_format="json")).argv
     flags = {argument for argument in argv if argument.startswith("--")}
-    assert {flag for flag in flags if reserved_flag(flag) is None} == {"--reasoning-parser", "--chat-template"}
+    assert {flag for flag in flags if reserved_flag(flag) is None} == {
+        *("--reasoning-parser", "--chat-template", "--enable-auto-tool-choice", "--tool-call-parser"),
+    }
+
+
+def test_the_tool_parser() -> None:
+    """With a parser vLLM takes tools; without one neither flag is given, as one of them alone stops it."""
+    launch = Launch("a-1", VARIANT, "cpu", ReplicaSettings(variant="a"), tool_parser="hermes")
+    command = build_command(launch, 1, MACHINE)
+    assert option(command, "--tool-call-parser") == "hermes"
+    assert "--enable-auto-tool-choice" in command.argv
+    assert not {"--tool-call-parser", "--enable-auto-tool-choice"} & set(built().argv)

@@ -23,12 +23,13 @@ from serving.replica import Replica, State
 from serving.state.database import Owner, Picture, Pulse, StateDatabase, Told
 from tests.fakes.running import ROOT, eventually, running_fake
 
+NOW = time.time()
 CAUSE = "next start at 14:32:05: ended with exit code 1: ValueError: no such\nkernel for this processor " * 5
 
 
 def told(name: str, state: State, reason: str = "", url: str = "http://127.0.0.1:40000") -> Told:
     """A replica as its supervisor publishes it."""
-    return Told(Replica(f"{name}-1", name, "int4", url, f"{name}-1"), state, reason, time.time() - 100, 4242)
+    return Told(Replica(f"{name}-1", name, "int4", url, f"{name}-1"), state, reason, NOW - 100, 4242)
 
 
 ROWS = (told("qwq-32b-w4a16-g128", State.FAILED, CAUSE), told("a", State.READY), told("b", State.STARTING, CAUSE))
@@ -36,14 +37,14 @@ ROWS = (told("qwq-32b-w4a16-g128", State.FAILED, CAUSE), told("a", State.READY),
 
 def picture(*replicas: Told, host: str = "") -> Picture:
     """What one supervisor publishes."""
-    owner = Owner("owner", host or gethostname(), 1, beat_at=time.time())
+    owner = Owner("owner", host or gethostname(), 1, beat_at=NOW)
     return Picture(Pulse("epoch", 1, (owner,)), tuple(("owner", each) for each in replicas))
 
 
 def printed(width: int, *, wide: bool = False) -> list[str]:
     """The table's lines at a width."""
     file = StringIO()
-    listed = rows(picture(*ROWS), time.time(), {("owner", "a-1"): 17})
+    listed = rows(picture(*ROWS), NOW, {("owner", "a-1"): 17})
     Console(width=width, file=file).print(table(listed, wide=wide))
     return file.getvalue().splitlines()
 

@@ -61,6 +61,7 @@ def answer() -> dict[str, Any]:
             "cpu",
             ReplicaSettings(variant="int4", **settings),
             thinking=Thinking("qwen3", Path("/think.jinja")),
+            tool_parser="hermes",
         )
         argv = build_command(launch, 8101, dataclasses.replace(MACHINE, log_format="json")).argv
         asked.append(argv[argv.index("--model") :])
@@ -80,6 +81,7 @@ def test_the_parser_reads_what_was_meant(answer: dict[str, Any]) -> None:
     assert (plain["model"], plain["host"], plain["port"]) == ("/models/int4", "127.0.0.1", 8101)
     assert (plain["dtype"], plain["generation_config"], plain["fingerprint_value"]) == ("auto", "vllm", "int4")
     assert (plain["reasoning_parser"], plain["chat_template"]) == ("qwen3", "/think.jinja")
+    assert (plain["enable_auto_tool_choice"], plain["tool_call_parser"]) == (True, "hermes")
     assert plain["enable_request_id_headers"]
     assert plain["enable_server_load_tracking"]
     assert "json" in str(plain["logging_config"])

@@ -137,6 +137,7 @@ def test_names_alternate() -> None:
     [
         {"settings": ReplicaSettings(variant="a", max_num_seqs=2)},
         {"gpus": (1,)},
+        {"media_domains": ("images.example.com",)},
         {"port": 8102},
         {"engine": "cpu"},
         {"variant": Variant("a", "int4", PARENT_QUALITY, Path("/models/other"))},

@@ -50,7 +50,7 @@ async def test_failed_start_is_never_given_up(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "int4-1.log"
     async with supervised(tmp_path, launch(tmp_path, "int4", *FAILING)) as registry:
         status = await until(registry, lambda status: status.state is State.FAILED)
-        assert re.match(r"next start at \d\d:\d\d:\d\d: int4-1: ended with exit code 1", status.reason)
+        assert re.match(r"next start at \d\d:\d\d:\d\d: ended with exit code 1 before it was ready", status.reason)
         assert "ValueError: no such kernel" in status.reason
         assert str(log) in status.reason
         await eventually(lambda: log.read_text().count("no such kernel") >= 5)

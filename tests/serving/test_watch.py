@@ -12,6 +12,7 @@ from serving.registry import Registry
 from serving.replica import Replica, State
 from serving.watch import Watch
 from tests.fakes.running import running_fake
+from tests.gateway.wire import answering, scripted
 from tests.serving.supervised import ready, until
 
 
@@ -100,3 +101,35 @@ async def test_keep_only_removes_external_replicas_alone() -> None:
             assert [status.replica.id for status in registry.snapshot()] == ["int4-1", "own-1"]
             watch.add(far)
             await ready(registry, "int4-2")
+
+
+async def test_whether_tools_are_taken() -> None:
+    """An external replica is asked once, before it is ready, unless the configuration says; nothing is generated."""
+    registry = Registry()
+    async with running_fake() as takes, running_fake(tools=False) as refuses, Probe() as probe:
+        far = (
+            Replica("a-1", "a", "int4", takes.url, "a"),
+            Replica("b-1", "b", "int4", refuses.url, "b"),
+            Replica("c-1", "c", "int4", refuses.url, "c", tools=True),
+        )
+        async with Watch(far, registry, probe, every_seconds=0.02):
+            found = [(await ready(registry, replica.id)).replica.tools for replica in far]
+        assert found == [True, False, True]
+        assert len(refuses.requests("/v1/messages/count_tokens")) == 1
+        assert not takes.requests("/v1/chat/completions")
+
+
+@pytest.mark.parametrize(
+    "status, text, taken",
+    [
+        (b"200 OK", b"{}", True),
+        (b"500 Internal Server Error", b"tools param requires --jinja flag", False),
+        (b"503 Service Unavailable", b"no room", None),
+    ],
+)
+async def test_tools_of_an_engine_that_cannot_count(status: bytes, text: bytes, taken: bool | None) -> None:
+    """It is asked for one token of a chat; an answer about something else than tools tells nothing."""
+    unknown = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n"
+    answer = b"HTTP/1.1 %b\r\ncontent-length: %d\r\n\r\n%b" % (status, len(text), text)
+    async with scripted(answering(unknown, answer)) as engine, Probe() as probe:
+        assert await probe.takes_tools(Replica("a-1", "a", "int4", engine.url, "a")) is taken

@@ -61,7 +61,7 @@ class Metrics:
         self.log_lines_dropped = instruments.counter(table.ACCESS_LOG_LINES_DROPPED).labels()
         self.loop_lag_seconds = instruments.histogram(table.EVENT_LOOP_LAG_SECONDS).labels()
         build_info = instruments.gauge(table.BUILD_INFO)
-        build_info.labels(_own_version(), platform.python_version()).value = 1.0
+        build_info.labels(own_version(), platform.python_version()).value = 1.0
         self.registry.register(instruments)
         # process_cpu_seconds_total, process_open_fds and others, as in every Prometheus client library.
         ProcessCollector(registry=self.registry)
@@ -104,7 +104,8 @@ class Metrics:
         return served
 
 
-def _own_version() -> str:
+def own_version() -> str:
+    """Return the version of the installed quantgate."""
     try:
         return version("quantgate")
     except PackageNotFoundError:  # a checkout that is not installed

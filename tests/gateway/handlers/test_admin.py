@@ -52,7 +52,9 @@ async def test_replicas(fleet: Fleet) -> None:
     finally:
         fleet.registry.remove("hi-0")
     expected = {"id": "hi-0", "variant": "hi", "precision": "bf16", "url": "http://x", "source": "direct"}
-    assert answer.json() == [{**expected, "state": "failed", "reason": "crashed", "in_flight": 0, "breaker": "closed"}]
+    assert answer.json() == [
+        {**expected, "state": "failed", "reason": "crashed", "tools": None, "in_flight": 0, "breaker": "closed"}
+    ]
 
 
 async def test_the_queue(fleet: Fleet) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ BODY_LIMIT_BYTES = 64 * 1024
         (b'{"x":' + b"[" * 30_000 + b"]" * 30_000 + b"}", {}, 400, "invalid_json", None),
         (b"{}", {}, 400, "invalid_request", "model"),
         (b'{"model":"smol","n":5}', {}, 400, "invalid_request", "n"),
-        (b'{"model":"smol","stream":"yes"}', {}, 400, "invalid_request", "stream"),
+        (b'{"model":"smol","stream":"maybe"}', {}, 400, "invalid_request", "stream"),
         (b'{"model":"gpt-4o"}', {}, 404, "model_not_found", "model"),
         (b'{"model":"smol"}', {"content-type": "text/plain"}, 400, "invalid_request", None),
         (b'{"model":"smol"}', {"content-type": ""}, 400, "invalid_request", None),
@@ -62,9 +63,26 @@ async def test_kinds_of_json(fleet: Fleet, fake: FakeReplica, kind: str) -> None
         assert (await fleet.ask(headers={"content-type": kind})).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"n": 1.0},
+        {"stream": True, "stream_options": {"include_usage": "true"}},
+        {"top_logprobs": 5.0, "logprobs": True},
+        {"max_tokens": "3"},
+    ],
+)
+async def test_values_that_vllm_converts(fleet: Fleet, fake: FakeReplica, values: dict[str, Any]) -> None:
+    """They are accepted, and reach the replica as the client sent them."""
+    with fleet.replicas(("hi", fake.url)):
+        answer = await fleet.ask({**HELLO, **values})
+        assert answer.status_code == 200, answer.text
+        assert values.items() <= fake.requests(CHAT)[-1]["body"].items()
+
+
 async def test_an_upload_in_chunks(fleet: Fleet, fake: FakeReplica) -> None:
     """A body without a length is accepted if it is short, and refused as soon as it is too long."""
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: {JSON['content-type']}\r\n".encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {JSON['content-type']}\r\n".encode()
     text = json.dumps(HELLO).encode()
     with fleet.replicas(("hi", fake.url)):
         async with connected(fleet.url) as peer:
@@ -84,7 +102,7 @@ async def test_a_client_that_leaves_during_the_upload(fleet: Fleet, fake: FakeRe
     before = len(fake.requests(CHAT))
     with fleet.replicas(("hi", fake.url)):
         async with connected(fleet.url) as peer:
-            await peer.say(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n".encode())
+            await peer.say(f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n".encode())
             await peer.say(b"content-length: 100\r\n\r\n{")
             await eventually(lambda: fleet.reserved_bytes() or None)
         await eventually(lambda: None if fleet.reserved_bytes() else True)
@@ -118,7 +136,7 @@ async def test_a_connection_serves_several_requests(fleet: Fleet, fake: FakeRepl
         async with connected(fleet.url) as peer:
             for shape in ("whole", "stream", "invalid", "whole", "stream"):
                 body = content[shape]
-                head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
                 await peer.say(head.encode() + b"content-length: %d\r\n\r\n" % len(body) + body)
                 status = b"400" if shape == "invalid" else b"200"
                 assert (await peer.read_until(b"\r\n\r\n")).startswith(b"HTTP/1.1 " + status)
@@ -131,7 +149,7 @@ async def test_many_clients_that_leave(fleet: Fleet) -> None:
     """Of a thousand clients that leave at any moment, none leaves a request in flight, here or at the replica."""
     rng = random.Random(7)
     body = json.dumps({**STREAM, "max_tokens": 8}).encode()
-    request = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n".encode() + (
+    request = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n".encode() + (
         b"content-length: %d\r\n\r\n" % len(body) + body
     )
 

@@ -1,6 +1,7 @@
 """The paths of the clients' port besides inference: the list of models, and refusals of everything else."""
 
 from hashlib import sha256
+from importlib.metadata import version
 
 import httpx
 import pytest
@@ -13,12 +14,15 @@ from gateway.http.response_writer import ResponseWriter
 from gateway.http.server import HttpServer, serve_clients
 from gateway.keys import Keys, StoredKey, keys_in_force
 from gateway.live_config import LiveConfig
+from gateway.quota import Quota
 from gateway.routing.target import Catalog
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS
 from tests.gateway.fleet import CHAT, HELLO, Fleet, deployment, error_of, running_gateway
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+KEYS = keys_in_force({"alice": StoredKey(sha256=("a" * 64,))})
 
 
 async def test_the_list_of_models(fleet: Fleet) -> None:
@@ -40,7 +44,36 @@ async def test_the_list_of_models(fleet: Fleet) -> None:
     }
     assert [listed[name]["precisions"] for name in ("smol", "strict")] == [["bf16", "int8", "int4"], ["bf16", "int8"]]
     assert [listed[name].get("max_model_len") for name in ("smol", "hi", "mid", "lo")] == [4096, 32768, None, 4096]
+    assert [listed[name].get("context_length") for name in ("smol", "hi", "mid", "lo")] == [4096, 32768, None, 4096]
     assert answer.headers["x-request-id"].startswith("req-")
+
+
+async def test_models_have_the_fields_of_vllm(fleet: Fleet) -> None:
+    """`root`, `parent` and `permission`, without which `vllm bench serve` and others stop; no directory is told."""
+    model = (await fleet.client.get("/v1/models/smol")).json()
+    assert (model["root"], model["parent"]) == ("hi", None)
+    (permission,) = model["permission"]
+    assert permission["object"] == "model_permission"
+    assert {name for name, allowed in permission.items() if allowed is True} == {
+        *("allow_sampling", "allow_logprobs", "allow_view"),
+    }
+
+
+@pytest.mark.parametrize("method, path", [("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")])
+async def test_health_on_the_port_of_clients(method: str, path: str) -> None:
+    """200 without a key once an alias can be answered, 503 before; as tools expect of vLLM."""
+    async with running_gateway(deployment(keys=KEYS)) as fleet:
+        assert (await fleet.client.request(method, path)).status_code == 503
+        with fleet.replicas(("lo", "http://x")):
+            answer = await fleet.client.request(method, path)
+        assert (answer.status_code, answer.content) == (200, b"")
+
+
+async def test_the_version(fleet: Fleet) -> None:
+    """The version of quantgate, where tools ask for vLLM's; with keys configured only for those who have one."""
+    assert (await fleet.client.get("/version")).json() == {"version": version("quantgate")}
+    async with running_gateway(deployment(keys=KEYS)) as guarded:
+        assert (await guarded.client.get("/version")).status_code == 401
 
 
 async def test_the_list_of_a_key_with_a_floor() -> None:
@@ -77,7 +110,7 @@ async def test_one_model(fleet: Fleet, path: str, name: str) -> None:
         ("POST", "/v1/rerank", 404, "not_found"),
         ("POST", "/invocations", 404, "not_found"),
         ("GET", "/metrics", 404, "not_found"),
-        ("GET", "/health", 404, "not_found"),
+        ("POST", "/health", 405, "not_found"),
         ("GET", "/docs", 404, "not_found"),
         ("GET", "/openapi.json", 404, "not_found"),
         ("GET", "/" + "x" * 4000, 404, "not_found"),
@@ -99,12 +132,28 @@ async def test_everything_else_is_refused(fleet: Fleet, method: str, path: str, 
         assert "Method Not Allowed" in error["message"]
 
 
-async def test_head_has_no_body(fleet: Fleet) -> None:
-    """HEAD is refused like any other method."""
-    assert (await fleet.client.head("/v1/models")).status_code == 405
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/smol", "/v1/models/gpt-4o", "/nowhere"])
+async def test_head(fleet: Fleet, path: str) -> None:
+    """HEAD gets the status and headers of GET, and no body."""
+    got, head = await fleet.client.get(path), await fleet.client.head(path)
+    assert (head.status_code, head.content) == (got.status_code, b"")
+    assert [head.headers[name] for name in ("content-type", "content-length")] == [
+        got.headers[name] for name in ("content-type", "content-length")
+    ]
+    assert (await fleet.client.head(CHAT)).status_code == 405
 
 
-KEYS = keys_in_force({"alice": StoredKey(sha256=("a" * 64,))})
+@pytest.mark.parametrize("path", ["/v1/messages/batches", "/v1/messages/x/cancel"])
+async def test_unknown_paths_of_anthropics_api(fleet: Fleet, path: str) -> None:
+    """Who asks below /v1/messages reads errors in Anthropic's shape; a key that is missing is told the same way."""
+    answer = await fleet.client.post(path, json={})
+    body = answer.json()
+    assert (answer.status_code, body["type"], body["error"]["type"]) == (404, "error", "not_found_error")
+    assert path in body["error"]["message"]
+    assert answer.headers["x-request-id"]
+    async with running_gateway(deployment(keys=keys_in_force({}))) as guarded:
+        refusal = await guarded.client.post(path, json={})
+    assert (refusal.status_code, refusal.json()["error"]["type"]) == (401, "authentication_error")
 
 
 async def test_models_are_guarded_too() -> None:
@@ -139,7 +188,7 @@ class Broken:
     def __init__(self) -> None:
         """Note what was asked."""
         self.noted: list[str] = []
-        self.site = Router({}, asgi_nothing, LiveConfig(Catalog({}, {}), Keys(), LimitSettings()))
+        self.site = Router({}, asgi_nothing, LiveConfig(Catalog({}, {}), Keys(), LimitSettings()), Quota())
 
     def admit(self, request: Request) -> int:
         """Admit everybody."""

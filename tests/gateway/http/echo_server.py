@@ -22,7 +22,10 @@ HASTY = ClientTimeouts(
 
 @dataclass
 class Echo:
-    """A handler that says what it read; `/wait` waits, `/stream` streams, `/flood` streams without an end."""
+    """A handler that says what it read; `/wait` waits, `/stream` streams, `/flood` streams without an end.
+
+    `/head` tells headers and body. A request with the header `owner` belongs to that owner.
+    """
 
     go: asyncio.Event = field(default_factory=asyncio.Event)
     started: list[bytes] = field(default_factory=list)
@@ -32,6 +35,8 @@ class Echo:
         """Refuse whoever has no key for the secret."""
         if request.path == b"/secret":
             raise InvalidKey("no API key")
+        if owner := request.headers.get(b"owner"):
+            request.owner = owner.decode()
         return LIMIT_BYTES
 
     async def handle(self, request: Request, reply: ResponseWriter) -> None:
@@ -55,6 +60,9 @@ class Echo:
             reply.start(200, b"", b"one")
             reply.write(b"two")
             reply.end(b"three")
+        elif request.path == b"/head":
+            lines = [b"%b=%b\n" % item for item in sorted(request.headers.items())]
+            reply.send(200, b"", b"".join(lines) + b"body=%b" % request.body)
         elif request.path == b"/499":
             reply.send(499, b"", b"")
         elif request.path == b"/flood":

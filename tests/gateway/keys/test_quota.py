@@ -1,7 +1,8 @@
 """How much a key may ask: buckets that refill, requests that run, and what is told."""
 
 import math
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 from hypothesis import given
@@ -16,15 +17,32 @@ RATES = st.integers(1, 100)
 BEGINNINGS = st.floats(-1e6, 1e9)
 
 
+@contextmanager
+def running(quota: Quota, caller: Caller, now_seconds: float) -> Iterator[Counts | None]:
+    """One request while the block runs: its head arrives, it is admitted, and it ends."""
+    request = quota.start(caller)
+    try:
+        yield quota.admit(caller, now_seconds)
+    finally:
+        if request is not None:
+            request.release()
+
+
 def asked(quota: Quota, caller: Caller, now_seconds: float, tokens: int = 0) -> None:
     """One request that ends at once."""
-    with quota.admit(caller, now_seconds) as admission:
-        admission.charge(tokens, now_seconds)
+    with running(quota, caller, now_seconds) as counts:
+        charge(counts, tokens, now_seconds)
+
+
+def charge(counts: Counts | None, tokens: int, now_seconds: float) -> None:
+    """Charge the tokens of a request, if its key has limits."""
+    if counts is not None:
+        counts.charge(tokens, now_seconds)
 
 
 def refusal(quota: Quota, caller: Caller, now_seconds: float) -> RateLimited:
     """What a request is told that may not be."""
-    with pytest.raises(RateLimited) as caught, quota.admit(caller, now_seconds):
+    with pytest.raises(RateLimited) as caught, running(quota, caller, now_seconds):
         pytest.fail("it was admitted")
     return caught.value
 
@@ -56,38 +74,38 @@ def test_no_more_tokens_than_the_rate_admits(per_minute: int, now: float, steps:
     for pause_seconds, tokens in steps:
         now += pause_seconds
         with suppress(RateLimited):
-            with quota.admit(caller, now):
+            with running(quota, caller, now):
                 assert spent < per_minute * (1 + (now - begun + 1e-5) / 60)
-            with quota.admit(caller, now) as admission:
-                admission.charge(tokens * 50, now)
+            with running(quota, caller, now) as counts:
+                charge(counts, tokens * 50, now)
                 spent += tokens * 50
 
 
 @given(st.lists(st.sampled_from(["enter", "leave", "fail"]), max_size=80), st.integers(1, 5))
 def test_requests_at_once(storm: list[str], concurrency: int) -> None:
     """Never more than may run, never fewer than none, and none once all have ended, however they did."""
-    quota, caller, running = Quota(), Caller("a", concurrency=concurrency), list[ExitStack]()
-    counts = quota.admit(caller, 0).counts
-    assert counts is not None
+    quota, caller, requests = Quota(), Caller("a", concurrency=concurrency), list[ExitStack]()
+    asked(quota, caller, 0)
     for what in storm:
         if what == "enter":
             stack = ExitStack()
             try:
-                stack.enter_context(quota.admit(caller, 0))
-                running.append(stack)
+                stack.enter_context(running(quota, caller, 0))
+                requests.append(stack)
             except RateLimited:
-                assert len(running) == concurrency
-        elif running:
-            stack = running.pop(0)
+                assert len(requests) == concurrency
+        elif requests:
+            stack = requests.pop(0)
             if what == "leave":
                 stack.close()
             else:
                 with pytest.raises(ZeroDivisionError), stack:
                     raise ZeroDivisionError
-        assert counts.running == len(running) <= concurrency
-    for stack in running:
+        assert len(requests) <= concurrency
+        assert repr(quota) == f"<Quota [a: {len(requests)} running]>"
+    for stack in requests:
         stack.close()
-    assert counts.running == 0
+    assert repr(quota) == "<Quota [a: 0 running]>"
 
 
 @given(BEGINNINGS, RATES, RATES, st.integers(0, 1000))
@@ -137,8 +155,11 @@ def test_requests_a_minute() -> None:
 def test_tokens_a_minute() -> None:
     """An answer is paid when it is known; the debt keeps the next ones waiting."""
     quota, caller = Quota(), Caller("alice", tokens_per_minute=600)
-    with quota.admit(caller, 0) as admission, quota.admit(caller, 0):
-        admission.charge(700, 0)
+    with running(quota, caller, 0) as counts, running(quota, caller, 0):
+        # Before its charge, the answer's own headers count it.
+        pending = quota.headers(caller, 0, pending_tokens=250)
+        assert pending[1:] == [(b"x-ratelimit-remaining-tokens", b"350"), (b"x-ratelimit-reset-tokens", b"25s")]
+        charge(counts, 700, 0)
         assert quota.headers(caller, 0) == [
             (b"x-ratelimit-limit-tokens", b"600"),
             (b"x-ratelimit-remaining-tokens", b"0"),
@@ -154,7 +175,7 @@ def test_tokens_a_minute() -> None:
 def test_requests_running() -> None:
     """One too many is refused until another one ends, and costs nothing of the other limits."""
     quota, caller = Quota(), Caller("alice", concurrency=1, requests_per_minute=2)
-    with quota.admit(caller, 0):
+    with running(quota, caller, 0):
         error = refusal(quota, caller, 0)
         assert "limit of 1 concurrent requests (concurrency); retry in 1s" in error.message
         assert dict(quota.headers(caller, 0))[b"x-ratelimit-remaining-requests"] == b"1"
@@ -166,9 +187,8 @@ def test_callers_without_limits() -> None:
     """Nothing is counted for who has none, and nothing told."""
     quota = Quota()
     for caller in (ANONYMOUS, Caller("alice", max_tokens=5)):
-        with quota.admit(caller, 0) as admission, quota.admit(caller, 0) as other:
-            admission.charge(10**9, 0)
-            assert admission is other
+        assert quota.start(caller) is None
+        assert quota.admit(caller, 0) is None
         assert quota.headers(caller, 0) == []
     assert quota.headers(Caller("bob", concurrency=1), 0) == []
     assert repr(quota) == "<Quota []>"
@@ -196,7 +216,7 @@ def test_keys_that_are_gone_are_forgotten() -> None:
     quota = Quota()
     alice, bob, carol = (Caller(name, requests_per_minute=1, concurrency=1) for name in ("alice", "bob", "carol"))
     asked(quota, alice, 0)
-    with quota.admit(bob, 0):
+    with running(quota, bob, 0):
         asked(quota, carol, 0)
         quota.keep_only({"alice"})
         assert repr(quota) == "<Quota [alice: 0 running, bob: 1 running]>"
@@ -209,13 +229,37 @@ def test_keys_that_are_gone_are_forgotten() -> None:
 def test_limits_that_change_while_a_request_runs() -> None:
     """A reload may add, change and take away limits: what was counted stays counted, and what is paid late is free."""
     quota = Quota()
-    with quota.admit(Caller("alice", concurrency=1), 0) as admission:
-        admission.charge(1000, 0)
+    with running(quota, Caller("alice", concurrency=1, tokens_per_minute=10_000), 0) as counts:
+        charge(counts, 1000, 0)
         refusal(quota, Caller("alice", concurrency=1, requests_per_minute=1), 0)
         asked(quota, Caller("alice", concurrency=2, requests_per_minute=1), 0)
     asked(quota, Caller("alice", requests_per_minute=2), 0)
     asked(quota, Caller("alice", concurrency=1), 0)
-    assert quota.admit(Caller("alice", concurrency=1), 0).counts == Counts()
+    assert repr(quota) == "<Quota [alice: 0 running]>"
+
+
+def test_a_request_is_counted_once() -> None:
+    """Releasing it again changes nothing."""
+    quota, caller = Quota(), Caller("alice", concurrency=2)
+    first, second = quota.start(caller), quota.start(caller)
+    assert first is not None
+    assert second is not None
+    first.release()
+    first.release()
+    assert repr(quota) == "<Quota [alice: 1 running]>"
+
+
+@pytest.mark.parametrize(
+    "debt, wait, retried", [(100, b"60", b"true"), (200, b"120", b"true"), (201, b"121", b"false")]
+)
+def test_retry_after_is_true(debt: int, wait: bytes, retried: bytes) -> None:
+    """It is when the key may send again, never later than its reset; an SDK retries only if it would wait that long."""
+    quota, caller = Quota(), Caller("alice", tokens_per_minute=100)
+    asked(quota, caller, 0, tokens=99 + debt)
+    error = refusal(quota, caller, 0)
+    assert error.headers() == [(b"retry-after", wait), (b"x-should-retry", retried)]
+    assert dict(quota.headers(caller, 0))[b"x-ratelimit-reset-tokens"] == format_duration((99 + debt) * 0.6)
+    asked(quota, caller, float(wait))
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,8 @@ async def test_connections_and_bodies() -> None:
     """A connection is active while its request is answered, and idle before and after; so is its body's memory."""
     async with running_fake("--fake-stall-before-first-byte") as stalled, running_gateway(deployment()) as fleet:
         body = json.dumps({**HELLO, "model": "hi"}).encode()
-        head = (
-            f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(body)}\r\n\r\n"
         with fleet.replicas(("hi", stalled.url)):
             async with connected(fleet.url) as peer:
                 await eventually(lambda: fleet.served.server.connections == 1 or None)

@@ -8,10 +8,12 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from config.schema import Floor
 from gateway.errors import RequestError
 from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS, MESSAGES, RESPONSES, Endpoint
+from gateway.openai.fields import FLAG, INTEGER
 from gateway.openai.limits import GUARDED_FIELDS, GUARDED_KWARGS
 from gateway.openai.request import MAX_KEYS, MAX_MODEL_CHARACTERS
 from tests.gateway.openai.parsing import names, parse
@@ -155,7 +157,7 @@ DEEP = 100_000
         ('{"model": 7}', "model", "invalid_request", "'model': Expected `str`, got `int`"),
         (b'{"model": "\xff"}', None, "invalid_json", "can't decode"),
         (
-            '{"model": "a", "stream_options": {"include_usage": "yes"}}',
+            '{"model": "a", "stream_options": {"include_usage": "maybe"}}',
             *("stream_options.include_usage", "invalid_request", "'stream_options.include_usage': Expected `bool"),
         ),
         (
@@ -163,10 +165,10 @@ DEEP = 100_000
             *("provider.quantizations", "invalid_request", "is longer than 4096 bytes"),
         ),
         ('{"model": "a", "n": 5}', "n", "invalid_request", "'n' is 5, the limit is 4"),
-        ('{"model": "a", "n": "4"}', "n", "invalid_request", "'n': Expected `int | null`, got `str`"),
+        ('{"model": "a", "n": "four"}', "n", "invalid_request", "'n': Expected `int | null`, got `str`"),
         ('{"model": "a", "n": 1' + "0" * 30 + "}", "n", "invalid_request", "the limit is 4"),
         ('{"model": "a", "x": "\\ud800"}', None, "invalid_json", "not a JSON object"),
-        ('{"model": "a", "stream": "yes"}', "stream", "invalid_request", "Expected `bool | null`"),
+        ('{"model": "a", "stream": "maybe"}', "stream", "invalid_request", "Expected `bool | null`"),
         ('{"model": "a", "stream_options": 1}', "stream_options", "invalid_request", "Expected `object | null`"),
         ('{"model": "a", "provider": []}', "provider", "invalid_request", "Expected `object | null`"),
         (
@@ -271,7 +273,8 @@ def test_length_of_answers(endpoint: Endpoint, given: dict[str, Any], expected: 
         (CHAT, "max_completion_tokens", "11"),
         (RESPONSES, "max_output_tokens", "11"),
         (MESSAGES, "max_tokens", "11"),
-        (COMPLETIONS, "max_tokens", '"3"'),
+        (COMPLETIONS, "max_tokens", '"11"'),
+        (CHAT, "max_tokens", "11.0"),
     ],
 )
 def test_answers_that_are_too_long(endpoint: Endpoint, key: str, value: str) -> None:
@@ -335,3 +338,34 @@ def test_options_that_ask_for_usage_pass_as_they_are() -> None:
     body = parse(f'{{"model":"a","stream":true,"stream_options":{options}}}').body_for("m1")
     assert body == b'{"model":"m1","stream":true,"stream_options":' + options.encode() + b"}"
     assert parse('{"model":"a"}').body_for("m1") == b'{"model":"m1"}'
+
+
+@pytest.mark.parametrize(
+    "values, stream, wants_usage",
+    [
+        ('"stream":"yes","stream_options":{"include_usage":"true"}', True, True),
+        ('"stream":1,"stream_options":{"include_usage":1.0}', True, True),
+        ('"stream":"false"', False, False),
+        ('"stream":0.0', False, False),
+    ],
+)
+def test_values_are_read_as_vllm_reads_them(values: str, stream: bool, wants_usage: bool) -> None:
+    """pydantic takes some texts and numbers for true or false; the replica gets them as the client wrote them."""
+    body = f'{{"model":"a",{values}}}'
+    inference = parse(body)
+    assert (inference.stream, inference.wants_usage) == (stream, wants_usage)
+    assert inference.body_for("a").startswith(body[:-1].encode())
+
+
+@given(st.one_of(st.floats(-5, 5), st.integers(-2, 3), st.booleans(), st.text("0123.trueyno \x2d", max_size=6)))
+def test_lax_values_are_those_of_pydantic(value: object) -> None:
+    """Whatever a field of vLLM's models would be read as, or refused, is what the gateway goes by."""
+    for decoder, adapter in ((INTEGER, TypeAdapter(int | None)), (FLAG, TypeAdapter(bool | None))):
+        raw = json.dumps(value).encode()
+        try:
+            expected = adapter.validate_json(raw)
+        except ValueError:
+            with pytest.raises(msgspec.ValidationError):
+                decoder.decode(raw)
+        else:
+            assert decoder.decode(raw) == expected

@@ -127,7 +127,7 @@ async def test_a_client_that_does_not_read(fleet: Fleet) -> None:
 def post(body: dict[str, Any], path: str = CHAT) -> bytes:
     """Encode a request."""
     content = json.dumps(body).encode()
-    return f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: {JSON['content-type']}\r\n".encode() + (
+    return f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {JSON['content-type']}\r\n".encode() + (
         b"content-length: %d\r\n\r\n" % len(content) + content
     )
 

@@ -95,9 +95,12 @@ any_estimate = st.builds(
     requests=st.integers(0, 9),
     has_room=st.booleans(),
     context_tokens=st.sampled_from([50.0, 1e6]),
+    tools=st.booleans(),
 )
 fleets = st.lists(any_estimate, max_size=8, unique_by=lambda each: each.id)
-placements = st.none() | st.builds(Placement, st.sampled_from(["hi", "mid", "lo", "odd"]), names, st.integers(0, 1))
+placements = st.none() | st.builds(
+    Placement, st.sampled_from(["hi", "mid", "lo", "odd"]), names, st.integers(0, 1), st.none() | st.floats(-500, 0)
+)
 requests = st.builds(
     request,
     prompt_tokens=st.floats(0, 1e4),
@@ -106,10 +109,12 @@ requests = st.builds(
     tried=st.frozensets(names, max_size=3),
     placement=placements,
     cached_tokens=st.dictionaries(names, st.floats(0, 1e4), max_size=3),
+    tools=st.booleans(),
 )
 gates = st.dictionaries(
     st.sampled_from([("smol", "hi"), ("smol", "mid")]),
-    st.builds(SpillGate, st.booleans(), st.floats(0, 100), st.floats(0, 1)),
+    st.builds(SpillGate, st.booleans(), st.floats(0, 100), st.floats(0, 1))
+    | st.builds(SpillGate, st.just(True), st.just(0.0), st.floats(0, 1), st.floats(0, 100)),
 )
 breakers = st.dictionaries(names, st.builds(opened), max_size=4)
 overloads = st.dictionaries(names, st.builds(Overload, until=st.sampled_from([0.0, 200.0])), max_size=3)

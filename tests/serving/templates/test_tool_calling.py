@@ -1,0 +1,142 @@
+"""Which tool parser of vLLM a replica is started with."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from config.schema import ReplicaSettings
+from config.variant import PARENT_QUALITY, Variant
+from serving.machine import installed_tool_parsers
+from serving.replica import Launch, foreign_replicas
+from serving.templates.tool_calling import TOOL_FORMATS, takes_tools, with_tool_calling
+from tests.fakes.running import ROOT
+from tests.serving.templates import families
+from tests.serving.templates.tool_templates import FAMILIES, template
+
+QWEN = template(*FAMILIES["qwen3"][2])
+
+
+def launch(path: Path | None, **settings: Any) -> Launch:
+    """A replica of a model directory, with options of its configuration."""
+    return Launch("a-1", Variant("a", "int4", PARENT_QUALITY, path), "cpu", ReplicaSettings(variant="a", **settings))
+
+
+def parser(path: Path | None, parsers: frozenset[str] = frozenset(), **settings: Any) -> str | None:
+    """The parser that such a replica is started with."""
+    (planned,) = with_tool_calling([launch(path, **settings)], parsers)
+    return planned.tool_parser
+
+
+def model(folder: Path, text: str | None, model_type: str = "any", *tokens: str) -> Path:
+    """A model directory of some type."""
+    families.model(folder, text, *tokens)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_parser_of_a_family(family: str, tmp_path: Path) -> None:
+    """The template and the type of the model tell the parser, if the tokenizer has what that needs."""
+    wanted, model_type, marks, tokens = FAMILIES[family]
+    assert parser(model(tmp_path / "whole", template(*marks), model_type, *tokens)) == wanted
+    if tokens:
+        assert parser(model(tmp_path / "bare", template(*marks), model_type)) is None
+
+
+def test_every_format_is_tried() -> None:
+    """No row of the table lacks a family here."""
+    assert {each.parser for each in TOOL_FORMATS} == {wanted for wanted, *_ in FAMILIES.values()}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        families.PLAIN,
+        QWEN.replace("tools", "tolls"),
+        QWEN.replace("<tool_call>", "<TOOLCALL>"),
+        families.BROKEN + "<tool_call> tools arguments",
+        "{{ raise_exception('no tools') }}<tool_call> arguments",
+    ],
+)
+def test_templates_without_a_parser(text: str | None, tmp_path: Path) -> None:
+    """There is none without a template, or for one that shows no tools, writes calls in other words, or fails."""
+    assert parser(model(tmp_path, text)) is None
+
+
+def test_the_operators_choice(tmp_path: Path) -> None:
+    """`off` and a name override what the template says, `args` override both; without a directory there is none."""
+    path = model(tmp_path, QWEN)
+    assert parser(path, tool_calling="off") is None
+    assert parser(path, tool_calling=False) is None, "off in YAML"
+    assert parser(path, tool_calling="mistral") == "mistral"
+    assert parser(path, args=("--tool-call-parser=x",), tool_calling="mistral") is None
+    assert parser(None) is None
+    other = tmp_path / "other.jinja"
+    other.write_text(template("[TOOL_CALLS]"))
+    assert parser(path, args=("--chat-template", str(other))) == "mistral"
+
+
+def test_mistrals_own_tokenizer(tmp_path: Path) -> None:
+    """It shows tools without a template."""
+    (model(tmp_path, None) / "tekken.json").write_text("{}")
+    assert parser(tmp_path) == "mistral"
+
+
+def test_an_engine_without_the_parser(tmp_path: Path) -> None:
+    """A parser that the installed vLLM lacks would keep the server from starting, so it is left out."""
+    path = model(tmp_path, QWEN)
+    assert parser(path, frozenset({"mistral"})) is None
+    assert parser(path, frozenset({"hermes"})) == "hermes"
+
+
+def test_which_replicas_take_tools(tmp_path: Path) -> None:
+    """Own ones that are started with a parser, by us or by `args`; external ones if the configuration says so."""
+    path = model(tmp_path, QWEN)
+    (planned,) = with_tool_calling([launch(path)])
+    assert takes_tools(planned)
+    assert takes_tools(launch(path, args=("--enable-auto-tool-choice", "--tool-call-parser", "x")))
+    assert not takes_tools(launch(path))
+    told = [ReplicaSettings(variant="a", url="http://x", tool_calling=choice) for choice in ("auto", "off", "hermes")]
+    far = foreign_replicas(tuple(told), {"a": planned.variant})
+    assert [each.tools for each in far] == [None, False, True]
+
+
+@pytest.mark.skipif(not installed_tool_parsers(), reason="vLLM is not installed")
+def test_the_installed_vllm_has_every_parser() -> None:
+    """Each parser of the table is one that vLLM registers."""
+    assert {each.parser for each in TOOL_FORMATS} <= installed_tool_parsers()
+
+
+def test_the_documents_have_the_table() -> None:
+    """serving/README.md lists every format, with its families and its source."""
+    table = (ROOT / "serving" / "README.md").read_text().partition("| parser | families | source |")[2]
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", table.partition("\n\n")[0], re.MULTILINE)
+    assert rows == [(each.parser, each.families, each.source) for each in TOOL_FORMATS]
+
+
+@pytest.mark.skipif(not installed_tool_parsers(), reason="vLLM is not installed")
+@pytest.mark.timeout(300)  # vLLM takes half a minute to import where no byte-code is kept
+def test_the_parsers_read_calls_of_their_families() -> None:
+    """vLLM's parsers find a call as their families write it, behind a thought, too, where these think."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serving.templates.vllm_calls"],
+        cwd=ROOT,
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told: dict[str, list[Any]] = json.loads(done.stdout.splitlines()[-1])
+    # Harmony, the format of gpt-oss, is read from token ids, whatever the parser.
+    assert {*told, "openai"} == {each.parser for each in TOOL_FORMATS}
+    call = [["look_up_weather", {"city": "Paris"}]]
+    expected = {name: [call, [] if name == "llama4_pythonic" else call] for name in told}
+    assert told == expected
