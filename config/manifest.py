@@ -63,7 +63,10 @@ class Scheme(Record):
 
 
 class Calibration(Record):
-    """The calibration set; `generated` counts the samples whose completion the parent generated."""
+    """The calibration set; `generated` counts the samples whose completion the parent generated.
+
+    `skipped_rows` of the files were invalid.
+    """
 
     sha256: str
     samples: int
@@ -72,6 +75,7 @@ class Calibration(Record):
     max_tokens: int
     seed: int
     generated: int = 0
+    skipped_rows: int = 0
 
 
 class Quantizer(Record):

@@ -123,12 +123,19 @@ async def gateway(
         await stack.enter_async_context(LoopLag(metrics.loop_lag_seconds))
         pool = await stack.enter_async_context(Pool())
         load = LoadTracker(registry.in_flight, deployment.speeds)
+        upstream = VllmUpstream(pool)
         dispatcher = stack.enter_context(
-            Dispatcher(registry, load, metrics, settings.queue, settings.retries, weights=lambda: weights.current)
+            Dispatcher(
+                *(registry, load, metrics, settings.queue, settings.retries),
+                weights=lambda: weights.current,
+                exchanges=upstream,
+            )
         )
         # On connections of their own: polls and requests do not wait for each other.
         polls = await stack.enter_async_context(Pool())
-        poller = await stack.enter_async_context(MetricsPoller(registry, polls, dispatcher, metrics.polls))
+        poller = await stack.enter_async_context(
+            MetricsPoller(registry, polls, dispatcher, metrics.polls, on_answer=dispatcher.poll_answered)
+        )
         metrics.registry.register(
             FleetCollector(registry, live_config.variants, dispatcher.breaker_states, dispatcher.waiting)
         )
@@ -136,7 +143,7 @@ async def gateway(
         metrics.registry.register(
             LadderCollector(dispatcher.cluster.gates, lambda: iter(registry.ready), load.estimates)
         )
-        proxy = Proxy(dispatcher, VllmUpstream(pool))
+        proxy = Proxy(dispatcher, upstream)
         observers = Observers(metrics, access_log.append, traced)
         endpoints = {
             endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers)

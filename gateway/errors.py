@@ -19,9 +19,11 @@ GatewayError
 │   ├── ReplicaFull           429  a replica has no room; another may have
 │   └── RateLimited           429  more than the key may send
 └── UpstreamError             502  a replica failed; another may be tried while nothing was sent
+    ├── EngineError           502  its engine replied with a 5xx to this request
     ├── UpstreamUnreachable   502  no connection
     ├── UpstreamDisconnected  502  it closed the connection in the middle
     └── UpstreamTimeout       504  it sent nothing for too long
+        └── ReplicaHung       504  it sends nothing to anybody, nor its metrics
 
 `metric_reason` is the label under which `quantgate_rejections_total` counts a request that no replica saw.
 """
@@ -70,10 +72,14 @@ class GatewayError(Exception):
         """Render in OpenAI's error shape."""
         return error_body(self.message, self.type, self.param, self.code)
 
+    @property
+    def anthropic_type(self) -> str:
+        """The type in Anthropic's errors, which follows from the status."""
+        return ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+
     def anthropic_body(self) -> bytes:
         """Render in Anthropic's error shape; its SDK uses the status, the code is for people."""
-        kind = ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
-        error = {"type": kind, "message": self.message, "code": self.code}
+        error = {"type": self.anthropic_type, "message": self.message, "code": self.code}
         return json.dumps({"type": "error", "error": error}, ensure_ascii=False).encode()
 
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -272,6 +278,21 @@ class UpstreamError(GatewayError):
         return [NO_RETRY]
 
 
+class EngineError(UpstreamError):
+    """A replica's engine replied with a 5xx; what it said may be meant for the operator only."""
+
+    def __init__(self, engine_status: int, engine_message: str) -> None:
+        super().__init__(f"a replica failed with status {engine_status}")
+        self.engine_status = engine_status
+        self.engine_message = engine_message
+
+    def of_request(self, replicas: int) -> "EngineError":
+        """The same error of so many replicas: it is about the request, so its client gets the engine's words."""
+        error = EngineError(self.engine_status, self.engine_message)
+        error.message = f"{replicas} replicas failed with status {self.engine_status}: {self.engine_message}"
+        return error
+
+
 class UpstreamUnreachable(UpstreamError):
     """A connection to a replica failed."""
 
@@ -289,6 +310,10 @@ class UpstreamTimeout(UpstreamError):
 
     status = 504
     code = "upstream_timeout"
+
+
+class ReplicaHung(UpstreamTimeout):
+    """A replica sends nothing any more: neither its metrics, nor a byte of any response."""
 
 
 def retry_after(seconds: float) -> list[tuple[bytes, bytes]]:

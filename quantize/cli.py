@@ -14,13 +14,13 @@ from config.manifest import Manifest
 from quantize.base import read_base
 from quantize.conduct import Conduct
 from quantize.pages.report import quality_line, summary
-from quantize.pipeline import build_variant, evaluate_directory, with_own_answers
+from quantize.pipeline import build_variant, evaluate_directory, say_sources, with_own_answers
 from quantize.planning.flags import evaluate_parser, quantize_parser
 from quantize.planning.outline import as_json, as_text, outline
 from quantize.planning.plan import check_numbers, drawn_text, plan_variant, present_engine, settled_scheme
 from quantize.planning.recipe_file import load_recipe, purpose_of, shipped_recipes
 from quantize.planning.recipe_schema import EvaluationTable, RecipeFile
-from quantize.planning.request import Request
+from quantize.planning.request import DEFAULT_TEXT, Request
 from quantize.planning.resolve import chosen_evaluation, resolve
 from quantize.running.progress import Stages
 from quantize.running.resume import whole_layers
@@ -60,8 +60,8 @@ def _show_plan(request: Request, options: argparse.Namespace) -> int:
     check_numbers(request)
     base = read_base(request.base, digested=False)
     scheme = settled_scheme(request, base)
-    _, drawn = drawn_text(request)
-    plan = outline(request, base, scheme, drawn, cores=os.cpu_count() or 1)
+    sources, drawn = drawn_text(request)
+    plan = outline(request, base, scheme, drawn, cores=os.cpu_count() or 1, sources=sources)
     print(json.dumps(as_json(plan), indent=2) if options.json else as_text(plan))
     return DONE
 
@@ -83,6 +83,7 @@ def _made(request: Request, conduct: Conduct) -> tuple[Manifest, Path]:
         return manifest, out
     if not request.data and not request.self_generate:
         tell(f"no --data given: calibrating on the shipped {', '.join(path.name for path in shipped_files())}")
+    say_sources(recipe.sources, conduct.stages)
     with continuable(out):
         return build_variant(recipe, drawn, out, conduct), out
 
@@ -130,7 +131,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         options.against,
         options.data or shipped_files(),
         conduct,
-        max_tokens=options.max_tokens,
+        max_tokens=options.max_tokens or DEFAULT_TEXT[present_engine()].max_tokens,
         every_row=options.every_row,
     )
     print(quality.model_dump_json(indent=2) if options.json else quality_line(quality))

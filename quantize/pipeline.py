@@ -21,11 +21,12 @@ from quantize.measuring.measurement import EVIDENCE_FILE, EvaluationPlan, evalua
 from quantize.planning.outline import lowest_bits
 from quantize.planning.recipe import Recipe
 from quantize.planning.request import Request, TextFile
+from quantize.running.progress import Stages
 from quantize.running.resume import resumed_line, solving
 from quantize.running.workshop import Workshop
 from quantize.schemes.forecast import disk_bytes
 from quantize.text import preflight
-from quantize.text.calibration import Draw, contents_digest, is_held_out, read_sources, shipped_files
+from quantize.text.calibration import Draw, Source, contents_digest, is_held_out, read_sources, shipped_files
 from quantize.text.replica_answers import Sampling
 from quantize.text.samples import Samples, calibrate
 from quantize.text.self_generation import self_generate
@@ -80,7 +81,8 @@ def evaluate_directory(
     """Measure any readable variant against a base, on the held-out rows of `data` or on all of them."""
     bits = read_packing(variant).bits
     parent = read_base(base)
-    _, rows = read_sources(data)
+    sources, rows = read_sources(data)
+    say_sources(sources, conduct.stages)
     held_out = tuple(row for row in rows if every_row or is_held_out(row))
     if not held_out:
         raise CalibrationError(["no held-out rows to evaluate on; pass more text with --data, or --every-row"])
@@ -106,7 +108,7 @@ def with_own_answers(request: Request, conduct: Conduct) -> Request:
     if request.self_generate == 0:
         return request
     files = request.data or tuple(TextFile(path, weight=0.0) for path in shipped_files())
-    _, rows = read_sources([file.path for file in files])
+    _, rows = read_sources([file.path for file in files], max_bad=request.max_bad)
     with workshop(conduct) as shop:
         file = self_generate(
             read_base(request.base),
@@ -118,6 +120,13 @@ def with_own_answers(request: Request, conduct: Conduct) -> Request:
             shop=shop,
         )
     return replace(request, data=(*files, TextFile(file)))
+
+
+def say_sources(sources: Sequence[Source], stages: Stages) -> None:
+    """Print what was found in calibration files, and what was skipped."""
+    for source in sources:
+        for line in source.summary():
+            stages.say(line)
 
 
 @contextmanager
@@ -218,6 +227,7 @@ def describe(recipe: Recipe, samples: Samples, solved: Solved, quality: Quality)
         max_tokens=recipe.max_tokens,
         seed=recipe.seed,
         generated=sum(bool(sample["generated"]) for sample in taken),
+        skipped_rows=samples.refused_rows + sum(len(source.skipped) for source in recipe.sources),
     )
     quantizer = Quantizer(
         backend=recipe.backend.name,

@@ -18,8 +18,9 @@ from quantize.pages.html_report import write_report
 from quantize.pages.report import disposal_lines, listing, page, summary
 from quantize.pipeline import evaluate_directory
 from quantize.planning.flags import add_evaluation
+from quantize.planning.plan import present_engine
 from quantize.planning.recipe_schema import EvaluationTable
-from quantize.planning.request import DEFAULT_MAX_TOKENS
+from quantize.planning.request import DEFAULT_TEXT
 from quantize.planning.resolve import chosen_evaluation
 from quantize.running.progress import Stages
 from quantize.running.terminal import DONE, FAILED, OneLineParser, guarded, tell
@@ -124,7 +125,7 @@ def _adopt(options: argparse.Namespace) -> int:
             options.against,
             options.data or shipped_files(),
             conduct,
-            max_tokens=options.max_tokens,
+            max_tokens=options.max_tokens or DEFAULT_TEXT[present_engine()].max_tokens,
             every_row=options.every_row,
             evidence=options.directory / EVIDENCE_FILE,
         )
@@ -257,9 +258,9 @@ def _add_adopt(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("directory", type=Path, metavar="DIR", help="made by AutoGPTQ, GPTQModel or llm-compressor")
     add("--against", type=Path, required=True, metavar="BASE", help="its unquantized parent")
-    add("--data", type=Path, action="append", default=[], metavar="FILE", help="JSONL of chats (default: shipped ones)")
+    add("--data", type=Path, action="append", default=[], metavar="FILE", help="chats (default: shipped ones)")
     add("--every-row", action="store_true", help="use all rows: its maker's calibration never saw a part of them")
-    add("--max-tokens", type=int, default=DEFAULT_MAX_TOKENS, metavar="N", help="cut each chat (default: %(default)s)")
+    add("--max-tokens", type=int, metavar="N", help="cut each chat (default: 4096 on a GPU, 2048 on a CPU)")
     add("--json", action="store_true", help="print JSON")
     add_evaluation(parser)
 

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from gateway.errors import GatewayError, RequestError
 from gateway.live_config import LiveConfig, ready_variants
 from gateway.observability.metrics.metrics import own_version
-from gateway.openai.endpoints import ENDPOINTS
+from gateway.openai.endpoints import ENDPOINTS, expects_anthropic_errors
 from gateway.routing.split import Rung
 from gateway.routing.target import Target
 from serving.registry import Registry
@@ -95,7 +95,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
     assert isinstance(error, GatewayError)
     headers = {name.decode(): value.decode() for name, value in error.headers()}
     headers["x-request-id"] = request.headers["x-request-id"]
-    return Response(error.body(), error.status, headers, media_type=JSON)
+    body = error.anthropic_body() if expects_anthropic_errors(request.url.path) else error.body()
+    return Response(body, error.status, headers, media_type=JSON)
 
 
 async def _refuse_route(request: Request, error: Exception) -> Response:

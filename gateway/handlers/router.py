@@ -15,6 +15,7 @@ from gateway.http.hosts import AllowedHosts
 from gateway.http.request import Request
 from gateway.http.response_writer import ResponseWriter, header_lines
 from gateway.live_config import LiveConfig
+from gateway.openai.endpoints import expects_anthropic_errors
 from gateway.quota import Quota
 
 # Requests other than inference need no larger body.
@@ -122,4 +123,6 @@ class Router:
 
     def _refuse(self, request: Request, response: ResponseWriter, error: GatewayError) -> None:
         headers = (JSON, *error.headers(), (b"x-request-id", request.request_id.encode()))
-        response.send(error.status, header_lines(headers), error.body())
+        anthropic = expects_anthropic_errors(request.path.decode("latin-1"))
+        body = error.anthropic_body() if anthropic else error.body()
+        response.send(error.status, header_lines(headers), body)

@@ -34,6 +34,8 @@ class Endpoint:
     chat_key: str | None = None
     # The answer may call tools of the client.
     calls_tools: bool = False
+    # The values of `encoding_format` with which a response is JSON; others are bytes, which the gateway does not relay.
+    json_encodings: tuple[str, ...] = ()
 
 
 CHAT = Endpoint(
@@ -58,7 +60,13 @@ COMPLETIONS = Endpoint(
     batch="prompt",
     prompt_keys=("prompt",),
 )
-EMBEDDINGS = Endpoint("embeddings", "/v1/embeddings", batch="input", prompt_keys=("input", "messages"))
+EMBEDDINGS = Endpoint(
+    "embeddings",
+    "/v1/embeddings",
+    batch="input",
+    prompt_keys=("input", "messages"),
+    json_encodings=("float", "base64"),
+)
 RESPONSES = Endpoint(
     "responses",
     "/v1/responses",
@@ -87,6 +95,12 @@ COUNT_TOKENS = Endpoint(
 )
 TOKENIZE = Endpoint("tokenize", "/tokenize", chat_key="messages")
 DETOKENIZE = Endpoint("detokenize", "/detokenize")
+
+
+def expects_anthropic_errors(path: str) -> bool:
+    """Whether who asks for a path reads errors in Anthropic's shape, also if there is no such endpoint."""
+    return path == MESSAGES.path or path.startswith(f"{MESSAGES.path}/")
+
 
 ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
     {

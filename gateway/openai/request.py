@@ -31,6 +31,7 @@ _ENCODER = msgspec.json.Encoder()
 _FIELDS = msgspec.json.Decoder(Fields)
 _STRING = msgspec.json.Decoder(str)
 _ANY: "msgspec.json.Decoder[Any]" = msgspec.json.Decoder()
+_OPTIONAL_STRING = msgspec.json.Decoder(str | None)
 _TRUE, _FALSE = msgspec.Raw(b"true"), msgspec.Raw(b"false")
 _FILTERED = GUARDED_FIELDS | {PROVIDER, "chat_template_kwargs"}
 
@@ -123,6 +124,8 @@ def parse_request(
     fields = _forwarded(fields, caller_may)
     if endpoint.keeps_answers:
         fields = _stateless(fields)
+    if endpoint.json_encodings and "encoding_format" in fields:
+        _check_encoding(endpoint, fields)
     return InferenceRequest(
         endpoint=endpoint,
         model=model,
@@ -209,6 +212,14 @@ def _stateless(fields: Fields) -> Fields:
     if read(fields, "background", FLAG):
         raise _unsupported("background", "responses are not stored, so none can be fetched later")
     return {**fields, "store": _FALSE}
+
+
+def _check_encoding(endpoint: Endpoint, fields: Fields) -> None:
+    """RequestError if the response would not be JSON: such a response passes for a failure of the replica."""
+    encoding = read(fields, "encoding_format", _OPTIONAL_STRING)
+    if encoding is not None and encoding not in endpoint.json_encodings:
+        known = " or ".join(endpoint.json_encodings)
+        raise _unsupported("encoding_format", f"{quoted(encoding)} is not relayed; send {known}")
 
 
 def _unsupported(key: str, why: str) -> RequestError:

@@ -7,13 +7,15 @@ from typing import Any
 
 import msgspec
 
-from gateway.errors import INVALID_JSON, GatewayError, ReplicaFull, RequestError, UpstreamError
+from gateway.errors import INVALID_JSON, EngineError, GatewayError, ReplicaFull, RequestError, UpstreamError
 from gateway.openai.usage import Usage
 
 Fields = dict[str, msgspec.Raw]
 
 # The replica rejects the gateway's own credential: a misconfiguration, not the client's error.
 CREDENTIAL_ERRORS = frozenset({401, 403})
+# Of something between the gateway and the engine, which no engine says of itself.
+PROXY_ERRORS = frozenset({502, 504})
 # vLLM responds 503 when its queue is full.
 OVERLOAD_ERRORS = frozenset({429, 503})
 
@@ -25,6 +27,12 @@ _STRING = msgspec.json.Decoder(str)
 # Cannot match inside generated text: quotes are escaped there.
 _FINISH_REASON = re.compile(rb'"finish_reason"\s*:\s*"([a-z_]{1,32})"')
 _FINISH_KEYS = ("stop_reason", "status")  # of messages, and of responses
+_FUNCTION_CALL = re.compile(rb'"type"\s*:\s*"function_call"')
+# How vLLM says that a prompt is too long; the code is OpenAI's, at which agents shorten their conversation.
+_TOO_LONG = "maximum context length"
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+# A message that begins so is about the engine and not about the request.
+_ENGINE_DIED = "EngineCore"
 
 
 def parse_response(answer: bytes) -> Fields:
@@ -77,7 +85,16 @@ def finish_reason(fields: Fields) -> str:
     finish = next((reason for key in _FINISH_KEYS if (reason := _string(fields, key))), "")
     if finish == "failed":
         raise UpstreamError("a replica failed during the generation")
-    return finish
+    return reason_of_response(fields) or finish
+
+
+def reason_of_response(fields: Fields) -> str:
+    """Return why the generation of a `/v1/responses` object ended, as far as its status does not tell."""
+    if b"content_filter" in bytes(fields.get("incomplete_details", b"")):
+        return "content_filter"
+    if _string(fields, "status") == "completed" and _FUNCTION_CALL.search(fields.get("output", b"")):
+        return "tool_calls"
+    return ""
 
 
 def _string(fields: Fields, key: str) -> str:
@@ -109,13 +126,17 @@ def error_from_response(status: int, body: bytes, backoff_seconds: float | None 
     if status in OVERLOAD_ERRORS:
         return ReplicaFull(backoff_seconds=backoff_seconds)
     if not 400 <= status < 500:
-        return UpstreamError(f"a replica failed with status {status}")
+        if status < 500 or status in PROXY_ERRORS or not message or message.startswith(_ENGINE_DIED):
+            return UpstreamError(f"a replica failed with status {status}")
+        return EngineError(status, message)
     param = error_object.get("param") if isinstance(error_object, dict) else None
     if status == 404:
         # A replica that does not serve its own model is misconfigured. One without the endpoint has another model type.
         if param == "model" or (kind == "NotFoundError" and "model" in message):
             return UpstreamError("a replica does not serve its model", code="upstream_misconfigured")
         message, code = "the model does not support this endpoint", "endpoint_not_supported"
+    if not code and _TOO_LONG in message:
+        code = CONTEXT_LENGTH_EXCEEDED
     error = RequestError(message or f"the engine rejected the request with status {status}", param=param, code=code)
     error.status = status
     error.type = kind or error.type
@@ -132,8 +153,9 @@ def retry_after_seconds(headers: Mapping[bytes, bytes]) -> float | None:
 
 
 def _error_parts(error: Any) -> tuple[str, str, str]:
-    """Return message, type and code of an error object, or of a bare string."""
+    """Return message, type and code of an error object, or of a bare string; a number is no code, but the status."""
     if isinstance(error, dict):
         code = error.get("code")
-        return str(error.get("message") or ""), str(error.get("type") or ""), "" if code is None else str(code)
+        word = code if isinstance(code, str) and not code.isdecimal() else ""
+        return str(error.get("message") or ""), str(error.get("type") or ""), word
     return ("" if error is None else str(error)), "", ""

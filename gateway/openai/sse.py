@@ -68,7 +68,8 @@ def error_event(endpoint: Endpoint, error: GatewayError) -> bytes:
     """Encode an error as an event of a started stream, in the form on which the SDK of the endpoint's API raises."""
     if endpoint.takes_stream_options or not endpoint.generates:
         return b"data: " + error_body(error.message, error.type, error.param, error.code) + b"\n\n"
-    detail = {"type": error.type, "message": error.message, "code": error.code, "param": error.param}
+    kind = error.anthropic_type if endpoint.errors == "anthropic" else error.type
+    detail = {"type": kind, "message": error.message, "code": error.code, "param": error.param}
     event: dict[str, object] = {"type": "error", "error": detail}
     if endpoint.errors == "openai":
         event |= {"code": error.code, "message": error.message, "param": error.param, "sequence_number": 0}

@@ -1,7 +1,7 @@
 """Filters for streamed responses: rewrite each event for the client, and determine how the stream ends.
 
-Two grammars. OpenAI's chunks (chat, completions) end with a finish reason, then `[DONE]`. Named events (responses,
-messages) end with a final event. A stream that ends otherwise has failed.
+Two grammars. OpenAI's chunks (chat, completions) end with a finish reason for each choice, then `[DONE]`. Named events
+(responses, messages) end with a final event. A stream that ends otherwise has failed.
 
 ChunkFilter, for each event from the replica:
 
@@ -15,22 +15,13 @@ withheld    ... another one (choice)        nothing: it is withheld, too        
 withheld    chunk with usage, no choices    the withheld chunks with its fingerprint                  open
 withheld    chunk, comment, `[DONE]`        the withheld chunks, then that event as in open
 open        error, or reason `abort`        an error event; `failure` is set                          failed
-open        `[DONE]` without a reason       an error event; `failure` is set                          failed
+open        `[DONE]`, a choice not ended    an error event; `failure` is set                          failed
 open        `[DONE]`                        itself; `finished` is set                                 finished
 finished    any event                       nothing                                                   finished
 ==========  ==============================  ========================================================  ==========
 
-Other events without data are dropped in every state: the OpenAI SDK crashes on them.
-
-NamedEventFilter: `model` is replaced inside the object of `message_start` and of response events, all else passes.
-
-==========  ==============================================================  ============
-state       event                                                           next state
-==========  ==============================================================  ============
-open        `message_stop`, `response.completed`, `response.incomplete`     finished
-open        `error`, `response.failed`                                      failed
-finished    `[DONE]` and comments are passed on, all else is dropped        finished
-==========  ==============================================================  ============
+Until a chunk carries content the stream is `opening`: see gateway.openai.openers. Other events without data are dropped
+in every state: the OpenAI SDK crashes on them. The filter of named events is in gateway.openai.named_events.
 
 The caller stops at `failure`; its error event reaches the client only if something was sent before.
 """
@@ -43,6 +34,10 @@ import msgspec
 
 from gateway.errors import INVALID_JSON, GatewayError, UpstreamDisconnected, UpstreamError
 from gateway.openai.endpoints import Endpoint
+from gateway.openai.fields import read
+from gateway.openai.named_events import NamedEventFilter
+from gateway.openai.openers import chunk_has_content
+from gateway.openai.request import InferenceRequest
 from gateway.openai.response import embedded_status, error_from_response
 from gateway.openai.sse import DONE, error_event, event_data, event_name, is_comment
 from gateway.openai.usage import Usage
@@ -60,6 +55,15 @@ class _Chunk(msgspec.Struct):
     system_fingerprint: msgspec.Raw = _NULL
 
 
+class _Choice(msgspec.Struct):
+    index: int = 0
+    finish_reason: str | None = None
+
+
+class _Choices(msgspec.Struct):
+    choices: list[_Choice] = []
+
+
 class _ErrorEvent(msgspec.Struct):
     error: Any = None
 
@@ -74,7 +78,10 @@ _TEXT_DELTA = b'"delta":{"content":"'
 _ROLE_DELTA = b'"role":"assistant","content":""'
 
 _CHUNK = msgspec.json.Decoder(_Chunk)
+_CHOICES = msgspec.json.Decoder(_Choices)
 _ERROR = msgspec.json.Decoder(_ErrorEvent)
+_INTEGER = msgspec.json.Decoder(int | None)
+_ENTRIES = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 class StreamFilter(Protocol):
@@ -85,6 +92,7 @@ class StreamFilter(Protocol):
     finished: bool  # the stream was complete
     failure: GatewayError | None
     tokens: bool  # the last event carried generated tokens
+    flowing: bool  # content has begun to arrive, and neither the end nor a failure has come
 
     def apply(self, event: bytes) -> bytes:
         """Return what the client gets for an event; b"" for nothing."""
@@ -106,6 +114,9 @@ class ChunkFilter:
     finished: bool = False
     failure: GatewayError | None = None
     tokens: bool = False
+    flowing: bool = False
+    choices: int = 1  # each of them must end
+    _ended: frozenset[int] = frozenset()  # choices that have ended, if there are several
     _served_model: bytes = b""  # `"model":"..."` as this replica writes it
     _requested_model: bytes = b""  # its replacement, with the same spacing
     _withheld: bytes = b""  # chunks with a finish reason
@@ -149,10 +160,13 @@ class ChunkFilter:
 
     def _apply_chunk(self, event: bytes) -> bytes:
         self.tokens = _ROLE_DELTA not in event
+        if self.tokens and not self.flowing:
+            self.tokens = self.flowing = chunk_has_content(event_data(event))
         if b'"finish_reason":"' in event or b'"finish_reason": "' in event:
-            self._read_finish_reason(event)
-            if self.failure is not None:
-                return error_event(self.endpoint, self.failure)
+            reasons = _FINISH_REASON.findall(event)
+            if b"abort" in reasons:
+                return self._fail_with(UpstreamError("a replica aborted the generation", code="upstream_aborted"))
+            self._read_finish_reason(event, reasons)
             if not self.wants_usage:
                 self._withheld += self._replace_model(event)
                 return b""
@@ -191,10 +205,10 @@ class ChunkFilter:
     def _apply_done(self, event: bytes) -> bytes:
         if self.failure is not None:
             return b""
-        if not self.finish:
-            self.failure = UpstreamDisconnected("a replica ended its stream without a finish reason")
-            return error_event(self.endpoint, self.failure)
-        self.finished = True
+        if not self.finish or (self.choices > 1 and len(self._ended) < self.choices):
+            which = "a finish reason" if self.choices == 1 else f"{self.choices} finish reasons"
+            return self._fail_with(UpstreamDisconnected(f"a replica ended its stream without {which}"))
+        self.finished, self.flowing = True, False
         return self._release(_NULL) + event
 
     def _apply_decoded(self, event: bytes, data: bytes) -> bytes:
@@ -209,86 +223,50 @@ class ChunkFilter:
         return self._replace_model(event) if self.wants_usage else self._release(chunk.system_fingerprint)
 
     def _fail(self, data: bytes) -> bytes:
-        self.failure = error_from_response(embedded_status(data), data)
-        return error_event(self.endpoint, self.failure)
+        return self._fail_with(error_from_response(embedded_status(data), data))
 
-    def _read_finish_reason(self, event: bytes) -> None:
-        reasons = _FINISH_REASON.findall(event)
+    def _fail_with(self, failure: GatewayError) -> bytes:
+        self.failure, self.flowing = failure, False
+        return error_event(self.endpoint, failure)
+
+    def _read_finish_reason(self, event: bytes, reasons: list[bytes]) -> None:
         self.finish = reasons[-1].decode() if reasons else self.finish
-        if b"abort" in reasons:
-            self.failure = UpstreamError("a replica aborted the generation", code="upstream_aborted")
+        if self.choices > 1:
+            self._ended |= _ended_choices(event_data(event))
 
 
-@dataclass(slots=True)
-class NamedEventFilter:
-    """Filter of named events: `/v1/responses` and Anthropic's `/v1/messages`. Events with a delta are not decoded."""
+def stream_filter(
+    endpoint: Endpoint, model: str, *, wants_usage: bool, choices: int = 1, response_id: str | None = None
+) -> StreamFilter:
+    """Make the filter for a stream of an endpoint; `model` is the name that the client requested.
 
-    endpoint: Endpoint
-    model: str
-    usage: Usage | None = None
-    finish: str = ""
-    finished: bool = False
-    failure: GatewayError | None = None
-    tokens: bool = False
-
-    def apply(self, event: bytes) -> bytes:
-        """Return what the client gets for an event; b"" for nothing."""
-        name = event_name(event)
-        self.tokens = name.endswith(b"delta") and name != b"message_delta" and not self.finished
-        if self.tokens:
-            return event
-        data = event_data(event)
-        if not data:
-            return event if is_comment(event) else b""
-        if data == DONE:
-            # vLLM ends both with it, although neither API has it: the final event marks the end.
-            return event if self.finished else b""
-        if self.finished:
-            return b""
-        if name == b"error":
-            return self._fail(data)
-        return self._apply_decoded(name, event, data)
-
-    def _fail(self, data: bytes) -> bytes:
-        self.failure = error_from_response(embedded_status(data), data)
-        return error_event(self.endpoint, self.failure)
-
-    def _apply_decoded(self, name: bytes, event: bytes, data: bytes) -> bytes:
-        try:
-            fields = _FIELDS.decode(data)
-            if not name and bytes(fields.get("error", b"null")) != b"null":
-                return self._fail(data)
-            inner = "message" if self.endpoint.errors == "anthropic" else "response"
-            body = _FIELDS.decode(fields[inner]) if inner in fields and fields[inner] != b"null" else None
-            self._update(name, fields, body or {})
-        except INVALID_JSON:
-            return event
-        if body is None or "model" not in body:
-            return event
-        body["model"] = msgspec.Raw(_ENCODER.encode(self.model))
-        fields[inner] = msgspec.Raw(_ENCODER.encode(body))
-        return b"event: %b\ndata: %b\n\n" % (name, _ENCODER.encode(fields))
-
-    def _update(self, name: bytes, fields: Fields, body: Fields) -> None:
-        """Read usage, the finish reason and the end of the stream."""
-        usage = body.get("usage") or fields.get("usage")
-        if usage is not None and bytes(usage) != b"null":
-            self.usage = msgspec.json.decode(usage, type=Usage).merged_with(self.usage)
-        if name in {b"message_stop", b"response.completed", b"response.incomplete"}:
-            self.finished = True
-            self.finish = self.finish or ("length" if name == b"response.incomplete" else "stop")
-        elif name == b"message_delta":
-            delta = msgspec.json.decode(fields.get("delta", b"{}"), type=dict[str, Any])
-            self.finish = str(delta.get("stop_reason") or self.finish)
-        elif name == b"response.failed":
-            self.failure = UpstreamError("a replica failed during the generation")
-
-
-def stream_filter(endpoint: Endpoint, model: str, *, wants_usage: bool) -> StreamFilter:
-    """Make the filter for a stream of an endpoint; `model` is the name that the client requested."""
+    `choices` is how many choices must end. `response_id` is the id of a response that was announced to the client.
+    """
     if endpoint.takes_stream_options:
-        return ChunkFilter(endpoint, model, wants_usage)
-    return NamedEventFilter(endpoint, model)
+        return ChunkFilter(endpoint, model, wants_usage, choices=choices)
+    return NamedEventFilter(endpoint, model, response_id)
+
+
+def expected_choices(inference: InferenceRequest) -> int:
+    """Return how many choices a request asks for: `n` for each of its prompts."""
+    fields, batch = inference.fields, inference.endpoint.batch
+    count = (read(fields, "n", _INTEGER) or 1) if "n" in fields else 1
+    prompts = fields.get(batch) if batch else None
+    return count * _prompts_in(prompts) if prompts is not None and bytes(memoryview(prompts)[:1]) == b"[" else count
+
+
+def _prompts_in(prompts: msgspec.Raw) -> int:
+    """Count the prompts of an array; an array of token ids is one prompt."""
+    entries = _ENTRIES.decode(prompts)
+    return 1 if not entries or bytes(entries[0])[:1].isdigit() else len(entries)
+
+
+def _ended_choices(data: bytes) -> frozenset[int]:
+    """The indices of the choices that a chunk ends."""
+    try:
+        return frozenset([choice.index for choice in _CHOICES.decode(data).choices if choice.finish_reason])
+    except INVALID_JSON:
+        return frozenset()
 
 
 def _decode_chunk(data: bytes) -> _Chunk | None:

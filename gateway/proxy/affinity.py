@@ -1,6 +1,7 @@
 """Affinity: which replica answered a conversation, and which prompts replicas have probably in their caches."""
 
-from collections.abc import Collection, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import msgspec
 
@@ -11,6 +12,7 @@ from gateway.routing.prefix_index import BLOCK_BYTES, PrefixIndex, blocks_that_f
 from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.sessions import Placement, Sessions
 from gateway.routing.split import Rung
+from gateway.routing.target import Target
 from serving.replica import Replica
 
 DEFAULT_BYTES_PER_TOKEN = BytesPerToken()
@@ -19,8 +21,9 @@ DEFAULT_BYTES_PER_TOKEN = BytesPerToken()
 class Affinity:
     """Owns sessions, the prefix index, and the bytes of a token by model name, all bounded; a Ledger."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
+        self._clock = clock
         self._sessions = Sessions()
         self._prefixes = PrefixIndex()
         self._tokens: dict[str, BytesPerToken] = {}
@@ -52,7 +55,7 @@ class Affinity:
         """The same request with the affinity of now, for another attempt after it waited or failed."""
         return msgspec.structs.replace(
             request,
-            placement=None if request.session is None else self.placement(request.session),
+            placement=None if request.session is None else self.placement(request.session) or request.placement,
             cached_tokens=self.cached_tokens(request.target.name, request.rungs, request.blocks)
             if request.blocks
             else NOTHING_CACHED,
@@ -64,15 +67,17 @@ class Affinity:
         request = lease.request
         if request.blocks:
             self._prefixes.remember(lease.replica.id, request.blocks)
-        session = request.session
-        if session is not None and self._sessions.begin(session, lease.replica.variant, lease.replica.id):
-            self._count_move(request, lease.replica.variant)
+        if request.session is not None:
+            variant = lease.replica.variant
+            before = self._sessions.begin(request.session, variant, lease.replica.id) or request.placement
+            if before is not None and before.variant != variant:
+                self._count_move(request.target, before.variant, variant)
 
     def leave(self, lease: Lease) -> None:
         """End the turn of a conversation; learns from the engine's count how many bytes a token has."""
         request = lease.request
         if request.session is not None:
-            self._sessions.end(request.session)
+            self._sessions.end(request.session, self._clock())
         if lease.prompt_tokens and request.prompt_bytes:
             model = request.target.name
             known = self._tokens.get(model, DEFAULT_BYTES_PER_TOKEN)
@@ -104,10 +109,7 @@ class Affinity:
         """Forget the bytes of a token of all other models."""
         self._tokens = {model: known for model, known in self._tokens.items() if model in models}
 
-    def _count_move(self, request: RoutingRequest, variant: str) -> None:
-        before = request.placement
-        places = {each.name: place for place, rung in enumerate(request.target.rungs) for each in rung.variants}
-        if before is None or before.variant not in places or variant not in places:
-            return
-        if (change := places[variant] - places[before.variant]) != 0:
-            self._metrics.session_moves.labels(request.target.name, "up" if change < 0 else "down").inc()
+    def _count_move(self, target: Target, before: str, variant: str) -> None:
+        places = {name: place for place, rung in enumerate(target.rungs) for name in rung.names}
+        if before in places and variant in places and (change := places[variant] - places[before]) != 0:
+            self._metrics.session_moves.labels(target.name, "up" if change < 0 else "down").inc()

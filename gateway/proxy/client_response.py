@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from gateway.errors import GatewayError
 from gateway.http.response_writer import ResponseWriter, header_lines
 from gateway.openai.endpoints import Endpoint
-from gateway.openai.sse import KEEP_ALIVE, error_event
+from gateway.openai.openers import announced_response, announcement, failed_response, heartbeat
+from gateway.openai.sse import error_event
 from gateway.proxy.stats import RequestStats
 from gateway.routing.pick import Candidate
 
@@ -14,6 +15,8 @@ JSON = b"content-type: application/json\r\n"
 # The last one is for nginx, which otherwise keeps a stream back until its buffers are full or it ends.
 EVENTS = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 MAX_ROUTING_HEADERS = 10_000
+# More openers than any engine sends, unless it sends comments for hours: they go out like content.
+MAX_HELD_BYTES = 4 * 2**20
 
 Headers = Sequence[tuple[bytes, bytes]]
 LimitHeaders = Callable[[float, int], Headers]
@@ -49,11 +52,23 @@ class RoutingHeaders:
 class ClientResponse:
     """Implements Sink for one client.
 
-    Between `keep_alive` and the first event, a stream that waits is kept open with comments. A client that has received
-    comments only has received no part of an answer: another replica may still be tried. `close` must be called at last.
+    From `keep_alive` to the end, a stream in which nothing was sent for a while is kept open with a heartbeat. A client
+    that has received heartbeats and openers only has received no part of an answer: another replica may still be tried.
+    `close` must be called at last.
     """
 
-    __slots__ = ("_endpoint", "_heartbeat_seconds", "_limit_headers", "_routing_headers", "_stats", "_timer", "_writer")
+    __slots__ = (
+        "_beat_at",
+        "_endpoint",
+        "_heartbeat_seconds",
+        "_held",
+        "_limit_headers",
+        "_opened",
+        "_routing_headers",
+        "_stats",
+        "_timer",
+        "_writer",
+    )
 
     def __init__(
         self,
@@ -69,7 +84,10 @@ class ClientResponse:
         self._routing_headers = routing_headers
         # What the client's key has left at a time, after the tokens of this answer; None: it has no limits.
         self._limit_headers = limit_headers
+        self._held = b""  # openers that the client has not got
+        self._opened = b""  # those that it has
         self._heartbeat_seconds = 0.0
+        self._beat_at = 0.0  # the last heartbeat
         self._timer: asyncio.TimerHandle | None = None
 
     def close(self) -> None:
@@ -79,32 +97,49 @@ class ClientResponse:
             self._timer = None
 
     def keep_alive(self, every_seconds: float) -> None:
-        """Send a comment this often until the first event; 0: never."""
+        """Send a heartbeat whenever nothing was sent for so long; 0: never."""
         self.close()
         self._heartbeat_seconds = every_seconds
         if every_seconds:
-            self._timer = asyncio.get_running_loop().call_later(every_seconds, self._heartbeat)
+            self._timer = asyncio.get_running_loop().call_later(every_seconds, self._on_timer)
 
     def send(self, body: bytes) -> None:
         """Send a whole answer."""
         self._stats.started = True
         self._writer.send(200, self._head(JSON), body)
 
+    def begin(self) -> str | None:
+        """Forget the openers of an earlier attempt; returns the id of a response that was announced all the same."""
+        self._held = b""
+        return announced_response(self._opened).get("id") if self._opened else None
+
+    def hold(self, openers: bytes) -> None:
+        """Keep openers until there is content, or too many of them."""
+        if self._stats.started:
+            self._writer.write(openers)
+            return
+        self._held += openers
+        if len(self._held) > MAX_HELD_BYTES:
+            self.write(b"")
+
     def write(self, events: bytes) -> None:
-        """Send events; the first ones start the stream."""
+        """Send events; the first ones start the stream, behind the openers."""
         if self._stats.started:
             self._writer.write(events)
             return
         self._stats.started = True
-        self.close()
+        events, self._held = self._held + events, b""
+        if self._endpoint.keeps_answers:
+            self._opened += events  # the response object is in them
         if self._writer.started:
-            # The status went out with a comment, so the routing headers follow in another one.
+            # The status went out with a heartbeat, so the routing headers follow in a comment.
             self._writer.write(self._routing_comment() + events)
         else:
             self._writer.start(200, self._head(EVENTS), events)
 
     def end(self) -> None:
         """End a complete stream."""
+        self.close()
         self._writer.end()
 
     @property
@@ -128,18 +163,48 @@ class ClientResponse:
         if writer.ended:
             return
         if writer.started:
-            writer.end(error_event(self._endpoint, error))
+            writer.end(self._error_events(error))
             return
         body = error.anthropic_body() if self._endpoint.errors == "anthropic" else error.body()
         writer.send(error.status, self._head(JSON + header_lines(error.headers())), body)
+
+    def _error_events(self, error: GatewayError) -> bytes:
+        event = error_event(self._endpoint, error)
+        if not self._endpoint.keeps_answers:
+            return event
+        stats = self._stats
+        minimal = {
+            "id": f"resp_{stats.request_id}",
+            "object": "response",
+            "created_at": int(stats.wall_clock()),
+            "model": stats.alias,
+            "output": [],
+        }
+        return event + failed_response(error, announced_response(self._opened) or minimal)
+
+    def _on_timer(self) -> None:
+        """Send a heartbeat if it is due. Tokens note when they were sent, so none of them has to set the timer."""
+        stats, every_seconds = self._stats, self._heartbeat_seconds
+        now = stats.clock()
+        left_seconds = max(stats.last_event_at, self._beat_at) + every_seconds - now
+        if left_seconds <= 0:
+            left_seconds = every_seconds
+            # Behind the end nothing may follow, and what a client doesn't read keeps no connection open.
+            if not stats.complete and not self._writer.write_paused:
+                self._beat_at = now
+                self._heartbeat()
+        self._timer = asyncio.get_running_loop().call_later(left_seconds, self._on_timer)
 
     def _heartbeat(self) -> None:
         if not self._writer.started:
             # The replica that is asked now may not be the one that answers.
             self._writer.start(200, self._head(EVENTS, routed=False))
-        self._writer.write(KEEP_ALIVE)
+        events = b""
+        if self._endpoint.keeps_answers and self._held:
+            events, self._held = announcement(self._held)
+            self._opened += events
+        self._writer.write(events or heartbeat(self._endpoint, self._opened))
         self._stats.metrics.heartbeats.inc()
-        self._timer = asyncio.get_running_loop().call_later(self._heartbeat_seconds, self._heartbeat)
 
     def _head(self, first: bytes, *, routed: bool = True) -> bytes:
         """The header lines of a response, with the request id, limits and routing headers."""

@@ -9,15 +9,18 @@ from gateway.keys import Caller
 from gateway.live_config import Route
 from gateway.openai.request import InferenceRequest
 from gateway.proxy.client_response import ClientResponse
+from gateway.proxy.leases import Lease
 from gateway.proxy.stats import RequestStats
 from gateway.routing.request import NO_REPLICAS
+from gateway.routing.retry import Failure
 
 
 class RequestContext:
     """The parts of one request; as a context manager it runs its statistics, and ends its heartbeat.
 
     `inference` is set once the request is parsed, `route` by `use`. The rest is the history of its attempts: replicas
-    that failed it (`tried`), replicas that died of it, refusals, the last failure of a replica, and the last error.
+    that failed it (`tried`), their leases (`failed`) and `failures`, replicas that died of it, refusals, the last
+    failure of a replica, the last error, and whether a retry after it is free.
     """
 
     __slots__ = (
@@ -25,7 +28,10 @@ class RequestContext:
         "body_bytes",
         "caller",
         "deaths",
+        "failed",
         "failure",
+        "failures",
+        "free_retry",
         "headers",
         "inference",
         "last_error",
@@ -47,6 +53,9 @@ class RequestContext:
         self.response = response
         self.attempts_before = self.body_bytes = self.deaths = self.refusals = 0
         self.tried = NO_REPLICAS
+        self.failed: tuple[Lease, ...] = ()
+        self.failures: tuple[Failure, ...] = ()
+        self.free_retry = False
         self.failure: GatewayError | None = None
         self.last_error: GatewayError | None = None
 
@@ -67,3 +76,4 @@ class RequestContext:
         self.attempts_before = self.stats.attempts
         if self.last_error is not None:
             self.tried, self.deaths, self.refusals, self.failure, self.last_error = NO_REPLICAS, 0, 0, None, None
+            self.failed, self.failures, self.free_retry = (), (), False

@@ -19,6 +19,7 @@ from gateway.routing.overload import Overload
 from gateway.routing.pick import Decision
 from gateway.routing.request import RoutingRequest
 from gateway.routing.sessions import Placement
+from gateway.routing.silence import Silence
 from gateway.routing.snapshot import (
     AbsentReplica,
     CallerView,
@@ -53,6 +54,7 @@ class DecisionRecord(msgspec.Struct, frozen=True, eq=False, gc=False):
     overloads: Mapping[str, Overload]
     gates: Mapping[RungKey, SpillGate]
     weights: RungWeights
+    silent: Mapping[str, Silence] = NONE
 
     def snapshot(self, now: float) -> Snapshot:
         """The state as it was; `now` is on the same clock."""
@@ -68,6 +70,7 @@ class DecisionRecord(msgspec.Struct, frozen=True, eq=False, gc=False):
             breakers=dict(self.breakers),
             overloads=dict(self.overloads),
             gates=nested_gates(self.gates),
+            silent=dict(self.silent),
             request=self._view(),
         )
 
@@ -114,6 +117,7 @@ class DecisionLog:
                 dict(cluster.overloads) if cluster.overloads else NONE,
                 _gates_of(request, cluster) if cluster.gates else NONE,
                 cluster.weights(),
+                dict(cluster.silent) if cluster.silent else NONE,
             )
         )
 
@@ -141,6 +145,7 @@ def snapshot_now(
         breakers=dict(cluster.breakers),
         overloads=dict(cluster.overloads),
         gates=nested_gates(cluster.gates),
+        silent=dict(cluster.silent),
         sessions=dict(placements),
         callers=_callers(live_config.keys),
     )

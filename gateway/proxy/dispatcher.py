@@ -26,7 +26,7 @@ import asyncio
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from math import inf
 from types import TracebackType
@@ -42,8 +42,10 @@ from gateway.proxy.decision_log import DecisionLog
 from gateway.proxy.leases import Lease, QueueKey, RegistryLedger, Waiter
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.outliers import OutlierDetection
+from gateway.proxy.retries import Retries
+from gateway.proxy.silences import Exchanges, NoExchanges, SilenceDetection
 from gateway.proxy.spill import SpillState
-from gateway.routing import breaker, retry, service_rate
+from gateway.routing import breaker, service_rate
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.pick import (
@@ -63,6 +65,7 @@ from gateway.routing.target import Catalog, Target
 from serving.registry import Registry
 
 DEFAULT_QUEUE, DEFAULT_RETRIES = QueueSettings(), RetrySettings()
+NO_EXCHANGES = NoExchanges()
 
 
 class Dispatcher:
@@ -77,21 +80,27 @@ class Dispatcher:
         retries: RetrySettings = DEFAULT_RETRIES,
         clock: Callable[[], float] = time.monotonic,
         weights: Callable[[], RungWeights] = lambda: NO_WEIGHTS,
+        exchanges: Exchanges = NO_EXCHANGES,
     ) -> None:
         self._registry = registry
         self._load = load
         self._clock = clock
         self._turns = count()
         self._outliers = OutlierDetection(registry, clock)
+        self._silences = SilenceDetection(registry, exchanges, clock, self._serve_queues)
         self._spill = SpillState(metrics)
-        self.affinity = Affinity(metrics)
+        self.affinity = Affinity(metrics, clock)
         self.decisions = DecisionLog()
         self.cluster = ClusterState(
-            load.estimates, self._outliers.breakers, self._outliers.overloads, self._spill.gates, weights
+            load.estimates,
+            self._outliers.breakers,
+            self._outliers.overloads,
+            self._spill.gates,
+            weights,
+            self._silences.silent,
         )
         self._ledgers = (RegistryLedger(registry), load, self.affinity, self._outliers)
-        self._allowance = retry_allowance(retries)
-        self._budget = retry.RetryBudget(self._allowance.max_thousandths)
+        self.retries = Retries(retries)
         self._queues: Queues[QueueKey, Waiter] = Queues(queue_limits(queue))
         self._rates: dict[str, service_rate.ServiceRate] = {}  # by rung, while requests wait
         self._timer: asyncio.TimerHandle | None = None
@@ -106,17 +115,18 @@ class Dispatcher:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._observing.__exit__(kind, error, trace)
+        self._silences.close()
         if self._timer is not None:
             self._timer.cancel()
 
     def __repr__(self) -> str:
-        return f"<Dispatcher [{len(self._queues)} waiting, {self._budget.thousandths / 1000:g} retries left]>"
+        return f"<Dispatcher [{len(self._queues)} waiting, {self.retries}]>"
 
     # What requests ask for
 
     def next_turn(self) -> int:
         """Count a new request; its number rotates among equal replicas, and it earns a share of a retry."""
-        self._budget = retry.earned(self._budget, self._allowance)
+        self.retries.earn()
         return next(self._turns)
 
     def has_choice(self, rungs: Iterable[Rung]) -> bool:
@@ -135,6 +145,10 @@ class Dispatcher:
         names = [name for rung in rungs for name in rung.names]
         if not self._any_ready(names, tools=True) and none_takes_tools(names, self._registry.snapshot()):
             raise ToolsUnsupported(target.name)
+
+    def spilled_lately_seconds(self, alias: str) -> float | None:
+        """How long rungs of an alias have spilled, so that it matters where conversations begin; None: not lately."""
+        return self._spill.spilled_lately_seconds(alias, self._clock())
 
     def try_lease(self, request: RoutingRequest, wait_seconds: float) -> Lease | None:
         """Lease a replica now; None if the request has to wait. Overloaded: it would wait longer than it may."""
@@ -166,13 +180,17 @@ class Dispatcher:
         finally:
             self._queues.leave(waiter)
 
-    def retry_refusal(self, deaths: int, attempts: int) -> retry.RetryRefusal | None:
-        """Return why a request is not tried again; None allows it, if there is a replica for it."""
-        return retry.retry_refusal(deaths, attempts, self._budget)
+    def was_suspect(self, lease: Lease) -> bool:
+        """Whether a lease was of a replica that was known to fail."""
+        return self._outliers.was_suspect(lease)
 
-    def spend_retry(self) -> None:
-        """Take a retry from the budget that was allowed, and found a replica in the same step."""
-        self._budget = retry.spent(self._budget)
+    def forgive(self, leases: Sequence[Lease]) -> None:
+        """Hold the failures of a request, whose leases have ended, against no replica, nor against the budget."""
+        for lease in leases:
+            self._outliers.retract(lease)
+        self.retries.refund(len(leases) - 1)
+        if len(self._queues):
+            self._serve_queues()
 
     # What polls say (gateway.proxy.load.polling.PollObserver)
 
@@ -191,13 +209,19 @@ class Dispatcher:
         """Record that an engine did not answer a poll."""
         self._load.poll_failed(replica_id)
 
+    def poll_answered(self, replica_id: str, answered: bool) -> None:
+        """Record whether an engine has answered a poll at all, whatever it said."""
+        if answered:
+            self._silences.answered(replica_id)
+        else:
+            self._silences.unanswered(replica_id)
+
     # What operators see and change
 
     def set_limits(self, queue: QueueSettings, retries: RetrySettings) -> None:
         """Use other limits from the next request on; requests that wait stay."""
         self._queues.limits = queue_limits(queue)
-        self._allowance = retry_allowance(retries)
-        self._budget = retry.limited(self._budget, self._allowance)
+        self.retries.set_limits(retries)
 
     def now(self) -> float:
         """The clock that decisions use."""
@@ -308,6 +332,7 @@ class Dispatcher:
     def _on_registry_change(self) -> None:
         ready = self._registry.ready
         self._load.keep_only(ready)
+        self._silences.follow_registry()
         self._outliers.keep_only({replica.id for replicas in ready.values() for replica in replicas})
         self.affinity.keep_only(ready)
         if len(self._queues):
@@ -356,11 +381,6 @@ class Dispatcher:
 def queue_limits(settings: QueueSettings) -> QueueLimits:
     """Return the limits of the queues as configured."""
     return QueueLimits(settings.per_alias, settings.in_all, settings.body_bytes)
-
-
-def retry_allowance(settings: RetrySettings) -> retry.RetryAllowance:
-    """Return what requests add to the retry budget, as configured."""
-    return retry.RetryAllowance(round(settings.share * 1000), settings.burst * 1000)
 
 
 def _too_long(request: RoutingRequest, candidate: Candidate, wait_seconds: float) -> Overloaded:

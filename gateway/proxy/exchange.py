@@ -7,7 +7,15 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 
-from gateway.errors import GatewayError, ReplicaFull, UpstreamDisconnected, UpstreamError
+from gateway.errors import (
+    EngineError,
+    GatewayError,
+    ReplicaFull,
+    ReplicaHung,
+    UpstreamDisconnected,
+    UpstreamError,
+    UpstreamTimeout,
+)
 from gateway.openai.reasoning import ReasoningFormat, ReasoningRewriter, has_reasoning, rewrite_reasoning
 from gateway.openai.request import InferenceRequest
 from gateway.openai.response import (
@@ -18,7 +26,7 @@ from gateway.openai.response import (
     rewrite_response,
 )
 from gateway.openai.sse import EventSplitter
-from gateway.openai.stream import StreamFilter, stream_filter
+from gateway.openai.stream import StreamFilter, expected_choices, stream_filter
 from gateway.proxy.context import RequestContext
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.leases import Lease
@@ -26,6 +34,7 @@ from gateway.proxy.routing_features import permitted_rungs, routing_request
 from gateway.proxy.stats import RequestStats
 from gateway.proxy.upstream.protocol import Sink, Upstream, UpstreamReply, UpstreamRequest
 from gateway.routing.request import RoutingRequest
+from gateway.routing.retry import Failure, request_is_at_fault
 from gateway.routing.target import Target
 from serving.replica import Replica
 
@@ -46,11 +55,21 @@ class Proxy:
 
     async def serve(self, context: RequestContext) -> None:
         """Answer one request; GatewayError if no replica does."""
+        try:
+            await self._try_replicas(context)
+        except EngineError as error:
+            if context.stats.started or not request_is_at_fault(context.failures):
+                raise
+            self.dispatcher.forgive(context.failed)
+            raise error.of_request(len(context.failed)) from error
+
+    async def _try_replicas(self, context: RequestContext) -> None:
         dispatcher, stats, target, inference = self.dispatcher, context.stats, context.route.target, context.inference
         rungs = permitted_rungs(context)
         # One turn per request: if retries took turns, too, two replicas would never alternate.
         turn, with_blocks = dispatcher.next_turn(), dispatcher.has_choice(rungs)
-        request = routing_request(context, rungs, turn, dispatcher.affinity, with_blocks)
+        spilling_seconds = dispatcher.spilled_lately_seconds(target.name)
+        request = routing_request(context, rungs, turn, dispatcher.affinity, with_blocks, spilling_seconds)
         if request.tools:
             dispatcher.require_tools(target, rungs)
         if target.think == "none":
@@ -61,7 +80,7 @@ class Proxy:
             with lease:
                 stats.attempt(lease.candidate, lease.in_flight.first_token)
                 if context.last_error is not None:
-                    self._count_retry(context.last_error, stats)
+                    self._count_retry(context.last_error, context)
                 try:
                     await self._exchange(inference, target, lease.replica, stats, context.response)
                 except GatewayError as error:
@@ -118,7 +137,7 @@ class Proxy:
             # The client's own error: the replica did what it should.
             lease.succeeded()
             raise error
-        lease.failed()
+        lease.failed(timed_out=isinstance(error, UpstreamTimeout))
         replica_id = lease.replica.id
         log.warning(
             "request_id=%s replica=%s attempt=%d failed: %r",
@@ -126,17 +145,32 @@ class Proxy:
         )
         context.deaths += isinstance(error, UpstreamDisconnected) and replica_id not in context.tried
         context.tried |= {replica_id}
-        context.failure = context.last_error = error
+        context.last_error = error
+        moves = isinstance(error, ReplicaHung)
+        if not moves or stats.started:
+            context.failure = error  # one that moves may wait for another replica
         if stats.started:
             raise error
-        if why := self.dispatcher.retry_refusal(context.deaths, stats.attempts - context.attempts_before):
+        context.failed = (*context.failed, lease)
+        context.failures = (*context.failures, _failure_of(error, lease, stats))
+        # The budget keeps retries from multiplying load. A replica that hangs does nothing for them, and one that is
+        # known to fail gets no more of it than if it were left out.
+        context.free_retry = moves or self.dispatcher.was_suspect(lease)
+        attempts = stats.attempts - context.attempts_before
+        if why := self.dispatcher.retries.refusal(context.deaths, attempts, free=context.free_retry):
             stats.metrics.retries_refused.labels(stats.alias, why).inc()
             raise error
 
-    def _count_retry(self, after: GatewayError, stats: RequestStats) -> None:
-        stats.retried(after.code)
-        if isinstance(after, UpstreamError):
-            self.dispatcher.spend_retry()
+    def _count_retry(self, after: GatewayError, context: RequestContext) -> None:
+        context.stats.retried(after.code)
+        if isinstance(after, UpstreamError) and not context.free_retry:
+            self.dispatcher.retries.spend()
+
+
+def _failure_of(error: UpstreamError, lease: Lease, stats: RequestStats) -> Failure:
+    status = error.engine_status if isinstance(error, EngineError) else None
+    sent_at = stats.clock() if stats.sent_at is None else stats.sent_at
+    return Failure(lease.replica.id, status, stats.clock() - sent_at)
 
 
 def reasoning_format(inference: InferenceRequest, target: Target, replica: Replica) -> ReasoningFormat:
@@ -165,7 +199,13 @@ async def stream_answer(
     inference: InferenceRequest, reasoning: ReasoningFormat, reply: UpstreamReply, stats: RequestStats, sink: Sink
 ) -> None:
     """Pass events on as they arrive, several at once only if they arrived at once."""
-    events = stream_filter(inference.endpoint, inference.model, wants_usage=inference.wants_usage)
+    events = stream_filter(
+        inference.endpoint,
+        inference.model,
+        wants_usage=inference.wants_usage,
+        choices=expected_choices(inference),
+        response_id=sink.begin(),
+    )
     rewriter = ReasoningRewriter(reasoning) if inference.endpoint.rewrites_reasoning else None
     pipeline = StreamPipeline(events, rewriter, stats, sink)
     try:
@@ -200,6 +240,14 @@ class StreamPipeline:
         """Pass on the events that are complete; False if the sink is full. Raises the error that the stream reports."""
         events = self._splitter.feed(data)
         out = self._apply(events[0]) if len(events) == 1 else b"".join([self._apply(event) for event in events])
+        if not self._filter.flowing:
+            out = self._before_or_after_content(out)
+        if out:
+            self._sink.write(out)
+        return not self._sink.write_paused
+
+    def _before_or_after_content(self, out: bytes) -> bytes:
+        """Hold openers back, note the end of the stream, and raise the error that it reports."""
         stream = self._filter
         if stream.failure is not None:
             # The handler writes it: as a status if nothing was sent yet.
@@ -207,9 +255,10 @@ class StreamPipeline:
         if stream.finished:
             # SDKs close the connection as soon as they have read the end.
             self._stats.complete = True
+            return out
         if out:
-            self._sink.write(out)
-        return not self._sink.write_paused
+            self._sink.hold(out)
+        return b""
 
     def _apply(self, event: bytes) -> bytes:
         if self._rewriter is not None and not (event := self._rewriter.apply(event)):

@@ -8,11 +8,14 @@ from typing import Literal, Protocol, Self
 
 from gateway.errors import GatewayError
 from gateway.proxy.load.replica_load import InFlight
+from gateway.routing.breaker import Breaker
 from gateway.routing.pick import Candidate
 from gateway.routing.request import RoutingRequest
 from serving.registry import Registry
 from serving.replica import Replica
 
+# A breaker before and after a failure.
+BreakerChange = tuple[Breaker, Breaker]
 # `abandoned`: the client left before the replica showed whether it works.
 Outcome = Literal["abandoned", "succeeded", "failed", "refused"]
 
@@ -41,6 +44,7 @@ class Lease:
         "_on_release",
         "acquired_at",
         "answer_tokens",
+        "breaker_change",
         "candidate",
         "in_flight",
         "outcome",
@@ -49,9 +53,12 @@ class Lease:
         "replica",
         "request",
         "retry_after_seconds",
+        "timed_out",
     )
     replica: Replica  # set by the ledger of the registry
     in_flight: InFlight  # set by the ledger of the load
+    timed_out: bool  # set by `failed`
+    breaker_change: BreakerChange | None  # set by the ledger of outliers, if it failed: what that did to the breaker
 
     def __init__(
         self,
@@ -108,9 +115,9 @@ class Lease:
         """The replica did what it should."""
         self.outcome = "succeeded"
 
-    def failed(self) -> None:
+    def failed(self, *, timed_out: bool = False) -> None:
         """The replica failed; overload is no failure."""
-        self.outcome = "failed"
+        self.outcome, self.timed_out = "failed", timed_out
 
     def refused(self, retry_after_seconds: float | None) -> None:
         """The replica has no room; it may have said for how long."""

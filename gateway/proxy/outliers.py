@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from math import inf
 from typing import TypeVar
 
-from gateway.proxy.leases import Lease
+from gateway.proxy.leases import BreakerChange, Lease
 from gateway.routing import breaker, overload
 from gateway.routing.breaker import HEALTHY, Breaker
 from gateway.routing.overload import NOT_OVERLOADED, Overload
@@ -58,14 +58,25 @@ class OutlierDetection:
             if not self._breakers and not self._overloads:
                 return
             self._succeeded(lease)
-        elif outcome == "failed" and self._is_ready(lease):
-            before = self._breakers.get(lease.replica.id, HEALTHY)
-            self._breakers[lease.replica.id] = breaker.failed(before, self._clock(), asked_at=lease.acquired_at)
+        elif outcome == "failed":
+            lease.breaker_change = self._failed(lease) if self._is_ready(lease) else None
         elif outcome == "refused" and self._is_ready(lease):
             self._refused(lease)
         after = self._breakers.get(lease.replica.id)
         if after is not None and after.probe_until == lease.probe_until:
             self._breakers[lease.replica.id] = breaker.abandoned(after)
+
+    def was_suspect(self, lease: Lease) -> bool:
+        """Whether a lease was of a replica whose breaker was open or half-open already."""
+        known = self._breakers.get(lease.replica.id)
+        return known is not None and known.tripped and lease.acquired_at >= known.opened_at
+
+    def retract(self, lease: Lease) -> None:
+        """Take back the failure of a lease that has ended: it says nothing of the replica."""
+        replica_id, change = lease.replica.id, lease.breaker_change
+        known = self._breakers.get(replica_id)
+        if known is not None and change is not None:
+            _set_or_delete(self._breakers, replica_id, breaker.retracted(known, *change), HEALTHY)
 
     def keep_only(self, ready: Collection[str]) -> None:
         """Forget replicas that are not ready: when they are ready again, they are new."""
@@ -80,6 +91,12 @@ class OutlierDetection:
         for each in self._breakers.values():
             if not each.admits(now):
                 yield max(each.opened_at + each.open_seconds, each.probe_until)
+
+    def _failed(self, lease: Lease) -> BreakerChange:
+        before = self._breakers.get(lease.replica.id, HEALTHY)
+        after = breaker.failed(before, self._clock(), asked_at=lease.acquired_at, timed_out=lease.timed_out)
+        self._breakers[lease.replica.id] = after
+        return before, after
 
     def _succeeded(self, lease: Lease) -> None:
         replica_id, now = lease.replica.id, self._clock()

@@ -1,7 +1,8 @@
 """Derive what routing needs from the raw body: estimated prompt length, prefix hashes, and the conversation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
+from itertools import takewhile
 
 import msgspec
 
@@ -14,6 +15,8 @@ from gateway.proxy.affinity import Affinity
 from gateway.proxy.context import RequestContext
 from gateway.routing.prefix_index import block_hashes
 from gateway.routing.request import NOTHING_CACHED, RoutingRequest
+from gateway.routing.sessions import Placement
+from gateway.routing.spill import PAUSE_SECONDS
 from gateway.routing.split import Rung
 
 SESSION_HEADER = b"x-session-id"
@@ -62,12 +65,18 @@ def permitted_rungs(context: RequestContext) -> tuple[Rung, ...]:
 
 
 def routing_request(
-    context: RequestContext, rungs: tuple[Rung, ...], turn: int, affinity: Affinity, with_blocks: bool
+    context: RequestContext,
+    rungs: tuple[Rung, ...],
+    turn: int,
+    affinity: Affinity,
+    with_blocks: bool,
+    spilling_seconds: float | None = None,
 ) -> RoutingRequest:
     """Build the routing request of a context for its permitted rungs.
 
-    `with_blocks`: hash the prompt, because more than one replica could answer. Only endpoints that generate have a
-    session and are hashed. Nothing in the body is an error here: the engine judges it.
+    `with_blocks`: hash the prompt, because more than one replica could answer. `spilling_seconds`: how long rungs of
+    the alias have spilled, None if none did lately; then conversations are known from their first turn on. Only
+    endpoints that generate have a session and are hashed. Nothing in the body is an error here: the engine judges it.
     """
     inference, caller, route = context.inference, context.caller, context.route
     endpoint, fields, model = inference.endpoint, inference.fields, route.target.name
@@ -77,9 +86,7 @@ def routing_request(
     blocks: tuple[int, ...] = ()
     session, placement, cached_tokens = None, None, NOTHING_CACHED
     if endpoint.generates:
-        session = session_of(inference, context.headers, caller.name)
-        if session is not None:
-            placement = affinity.placement(session)
+        session, placement = _conversation(context, rungs, affinity, spilling_seconds)
         if with_blocks:
             blocks = block_hashes(parts, fields.get("cache_salt", b""))
             if blocks:
@@ -170,21 +177,58 @@ def _excess_bytes(text: bytes, mark: bytes) -> int:
 # The conversation
 
 
+def _conversation(
+    context: RequestContext, rungs: tuple[Rung, ...], affinity: Affinity, spilling_seconds: float | None
+) -> tuple[str | None, Placement | None]:
+    """The session of a request, and where that was answered last.
+
+    While rungs spill, a first turn that nobody named is recorded under its opening, and the second one looks there. An
+    unknown conversation that goes on then has begun before they did, on the best rung.
+    """
+    inference, key_name = context.inference, context.caller.name
+    session = session_of(inference, context.headers, key_name)
+    placement = None if session is None else affinity.placement(session)
+    if spilling_seconds is None or placement is not None:
+        return session, placement
+    opening = opening_of(inference, context.headers, key_name)
+    if opening is None:
+        return session, None
+    placement = affinity.placement(opening)
+    if placement is None and session is not None and spilling_seconds < PAUSE_SECONDS:
+        placement = Placement(rungs[0].names[0], replica_id="")
+    return session or opening, placement
+
+
 def session_of(inference: InferenceRequest, headers: Mapping[bytes, bytes], key_name: str | None) -> str | None:
     """Identify the conversation that a request is a turn of, by a one-way hash; None if it is the first turn.
 
     The API key's name is hashed, too, so no two keys share a session. A conversation that the client does not name is
     identified by its beginning up to the model's first turn, which later turns leave unchanged.
     """
-    if name := headers.get(SESSION_HEADER) or _name_in_body(inference):
+    if name := _name(inference, headers):
         return session_from_name(name, key_name)
     turns = _first_turns(inference)
     return None if turns is None else _hashed(b"turns", key_name, turns)
 
 
+def opening_of(inference: InferenceRequest, headers: Mapping[bytes, bytes], key_name: str | None) -> str | None:
+    """Identify an unnamed conversation by what comes before the model's first turn, as its first request has it.
+
+    Conversations that open with the same words share it, so it is used only until the model's first turn is known.
+    """
+    if _name(inference, headers):
+        return None
+    opening = _turns_before_model(inference)
+    return None if opening is None else _hashed(b"opening", key_name, opening)
+
+
 def session_from_name(name: bytes, key_name: str | None) -> str:
     """The session of a conversation that the client named."""
     return _hashed(b"name", key_name, name)
+
+
+def _name(inference: InferenceRequest, headers: Mapping[bytes, bytes]) -> bytes | None:
+    return headers.get(SESSION_HEADER) or _name_in_body(inference)
 
 
 def _name_in_body(inference: InferenceRequest) -> bytes | None:
@@ -209,22 +253,42 @@ def _user_id(metadata: msgspec.Raw) -> bytes | None:
 
 def _first_turns(inference: InferenceRequest) -> bytes | None:
     """A conversation up to and with the model's first turn; None before there is one."""
-    endpoint, fields = inference.endpoint, inference.fields
-    raw = fields.get(endpoint.turns_key) if endpoint.turns_key else None
-    if raw is None or len(raw) > MAX_TURNS_BYTES:
-        return None
-    turns = bytes(raw)
+    endpoint = inference.endpoint
+    turns = _turns(inference)
     # Spares the first turn of a conversation from being parsed; only the Responses API has items without a role.
-    if b'"assistant"' not in turns and not (endpoint is RESPONSES and b'"type"' in turns):
+    if turns is None or (b'"assistant"' not in turns and not (endpoint is RESPONSES and b'"type"' in turns)):
         return None
     try:
         parts = _PARTS.decode(turns)
         for number, part in enumerate(parts, start=1):
             if _is_from_model(_TURN.decode(part)):
-                return b"\n".join([*_instructions(endpoint, fields), *map(_ends, parts[:number])])
+                return _joined(inference, parts[:number])
     except INVALID_JSON:
-        return None  # one string, or something that no replica will accept
+        pass  # one string, or something that no replica will accept
     return None
+
+
+def _turns_before_model(inference: InferenceRequest) -> bytes | None:
+    """A conversation up to the model's first turn, or all of it before there is one."""
+    turns = _turns(inference)
+    if turns is None:
+        return None
+    try:
+        parts = takewhile(lambda part: not _is_from_model(_TURN.decode(part)), _PARTS.decode(turns))
+        return _joined(inference, parts)
+    except INVALID_JSON:
+        return None
+
+
+def _turns(inference: InferenceRequest) -> bytes | None:
+    """The turns of a request; None if it has none, or they are too long to parse."""
+    key = inference.endpoint.turns_key
+    raw = inference.fields.get(key) if key else None
+    return None if raw is None or len(raw) > MAX_TURNS_BYTES else bytes(raw)
+
+
+def _joined(inference: InferenceRequest, parts: Iterable[msgspec.Raw]) -> bytes:
+    return b"\n".join([*_instructions(inference.endpoint, inference.fields), *map(_ends, parts)])
 
 
 def _is_from_model(turn: _Turn) -> bool:

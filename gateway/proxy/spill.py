@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from math import inf
 
 from config.schema import NO_FLOOR, Spill
 from gateway.observability.metrics import Metrics
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.pick import pick
 from gateway.routing.request import RoutingRequest
-from gateway.routing.spill import SpillGate, update
+from gateway.routing.spill import PAUSE_SECONDS, SpillGate, update
 from gateway.routing.split import RungKey
 from gateway.routing.target import Target
 
 # A request without a prompt or a conversation: gates close by what it would meet.
 ANY_REQUEST = RoutingRequest(Target("", (), NO_FLOOR, pinned=False), ())
+
+NEVER = (0.0, 0.0)
 
 
 class SpillState:
@@ -24,11 +27,18 @@ class SpillState:
         self._gates: dict[RungKey, SpillGate] = {}
         # Those that spill, with the variants of their rungs and the settings by which each closes.
         self._spilling: dict[RungKey, tuple[tuple[str, ...], Spill]] = {}
+        # Since when, and until when, it matters where conversations begin, by alias.
+        self._periods: dict[str, tuple[float, float]] = {}
 
     @property
     def gates(self) -> Mapping[RungKey, SpillGate]:
         """Every gate; a live view."""
         return self._gates
+
+    def spilled_lately_seconds(self, alias: str, now: float) -> float | None:
+        """How long rungs of an alias have spilled, with breaks of at most PAUSE_SECONDS; None if none did lately."""
+        since, until = self._periods.get(alias, NEVER)
+        return now - since if now < until else None
 
     def apply(self, target: Target, gates: Mapping[RungKey, SpillGate]) -> None:
         """Take over what a decision changed."""
@@ -50,6 +60,13 @@ class SpillState:
             if rung not in ladders.get(alias, ()):
                 del self._gates[key]
                 self._spilling.pop(key, None)
+        spilling = {alias for alias, _ in self._spilling}
+        # A period without an end is one of a gate.
+        self._periods = {
+            alias: (since, until)
+            for alias, (since, until) in self._periods.items()
+            if alias in (ladders if until < inf else spilling)
+        }
 
     def _set(self, key: RungKey, gate: SpillGate, names: tuple[str, ...], spill: Spill) -> None:
         before = self._gates.get(key)
@@ -61,3 +78,9 @@ class SpillState:
             self._spilling[key] = names, spill
         else:
             self._spilling.pop(key, None)
+        self._extend_period(key[0], gate.since_seconds)
+
+    def _extend_period(self, alias: str, now: float) -> None:
+        since, until = self._periods.get(alias, NEVER)
+        spilling = any(name == alias for name, _ in self._spilling)
+        self._periods[alias] = since if now < until else now, inf if spilling else now + PAUSE_SECONDS

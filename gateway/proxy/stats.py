@@ -1,8 +1,8 @@
 """The statistics of one request: who asked, which replica answered, and when; booked once, whatever happens."""
 
 import time
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from gateway.observability.access_log import AccessRecord, LogSink
@@ -13,9 +13,22 @@ from gateway.routing.pick import Candidate
 
 CLIENT_CLOSED_REQUEST = "499"  # nginx' code for a client that left before the answer was complete
 
-# Finish reasons of vLLM and OpenAI, and ours for an answer without one; any other is logged as `other`.
-FINISH_REASONS = frozenset(
-    {"stop", "length", "tool_calls", "function_call", "content_filter", "repetition", "abort", "error", "none"}
+# Finish reasons as they are logged, by what the APIs call them: those of vLLM and OpenAI's chats as they are, ours for
+# an answer without one, and what Anthropic's stop reasons and the states of a response mean. Any other is `other`.
+_CHAT_REASONS = ("stop", "length", "tool_calls", "function_call", "content_filter", "repetition", "abort", "error")
+FINISH_REASONS: Mapping[str, str] = MappingProxyType(
+    {
+        **{reason: reason for reason in (*_CHAT_REASONS, "none")},
+        "end_turn": "stop",
+        "stop_sequence": "stop",
+        "pause_turn": "stop",
+        "max_tokens": "length",
+        "model_context_window_exceeded": "length",
+        "tool_use": "tool_calls",
+        "refusal": "content_filter",
+        "completed": "stop",
+        "incomplete": "length",
+    }
 )
 
 
@@ -191,7 +204,7 @@ class RequestStats:
             metrics.queue_seconds.labels(alias).observe_with_exemplar(self.queued_seconds, request_id, at_seconds)
         if metrics.per_key:
             metrics.completed_by(self.caller, code, prompt, completion)
-        finish = self.finish if self.finish in FINISH_REASONS else "other"
+        finish = FINISH_REASONS.get(self.finish, "other")
         estimated = self.usage is None and completion > 0
         return AccessRecord(
             *(request_id, self.caller, endpoint, alias, variant, precision, replica, reason, code, self.attempts),

@@ -16,10 +16,12 @@ after `probe_seconds`. `open_seconds` doubles with each opening, from `first_ope
 starts anew after `memory_seconds` without a failure in the closed state. A failure does not extend the time of an open
 breaker. Results of requests that were sent before the breaker opened are ignored.
 
+A failure that turns out to be the request's own is `retracted`: the breaker is as it would be without it.
+
 Overload (429, 503) is not a failure: see gateway.routing.overload. Times are on the monotonic clock.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Literal, NamedTuple
@@ -74,6 +76,12 @@ class Tally(msgspec.Struct, frozen=True, gc=False):
         """Add results to the current bucket."""
         return Tally(self.bucket, self.good + good, self.bad + bad, self.good_before, self.bad_before)
 
+    def minus(self, bucket: int) -> "Tally":
+        """Take a failure out of the bucket in which it was counted, if that still counts."""
+        if bucket == self.bucket:
+            return replace(self, bad=max(self.bad - 1, 0))
+        return replace(self, bad_before=max(self.bad_before - 1, 0)) if bucket == self.bucket - 1 else self
+
     @property
     def failures(self) -> int:
         """Failures in both buckets."""
@@ -101,6 +109,8 @@ class Breaker(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     opened_at: float = -inf
     open_seconds: float = 0
     probe_until: float = -inf
+    # The last failure was a timeout: another request would lose as much time.
+    timed_out: bool = False
 
     def state(self, now: float) -> BreakerState:
         """The state: closed admits all requests, open none, half_open one at a time as a probe."""
@@ -122,7 +132,14 @@ class Breaker(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
 HEALTHY = Breaker()
 
 
-def failed(breaker: Breaker, now: float, *, asked_at: float = inf, policy: BreakerPolicy = DEFAULT_POLICY) -> Breaker:
+def failed(
+    breaker: Breaker,
+    now: float,
+    *,
+    asked_at: float = inf,
+    timed_out: bool = False,
+    policy: BreakerPolicy = DEFAULT_POLICY,
+) -> Breaker:
     """Count a failure of a request sent at `asked_at`.
 
     A request that was sent before the latest opening belongs to the failures that opened the breaker: it is ignored.
@@ -137,6 +154,7 @@ def failed(breaker: Breaker, now: float, *, asked_at: float = inf, policy: Break
         tally=breaker.tally.at(_bucket(now, policy)).plus(good=0, bad=1),
         failed_at=now,
         spotless_at=now + policy.memory_seconds,
+        timed_out=timed_out,
     )
     state = breaker.state(now)
     if state == "half_open" or (state == "closed" and _exceeds_limits(updated, policy)):
@@ -160,7 +178,22 @@ def succeeded(
     if now >= breaker.spotless_at:
         return HEALTHY
     tally = breaker.tally.at(_bucket(now, policy)).plus(good=1, bad=0)
-    return replace(breaker, failures_in_a_row=0, tally=tally)
+    return replace(breaker, failures_in_a_row=0, tally=tally, timed_out=False)
+
+
+def retracted(breaker: Breaker, before: Breaker, after: Breaker, *, policy: BreakerPolicy = DEFAULT_POLICY) -> Breaker:
+    """Take back the failure that turned a breaker from `before` into `after`, whatever has happened to it since."""
+    if breaker is after:
+        # If its request was the probe, another one is due.
+        return abandoned(before)
+    if breaker.tripped and before.opened_at < after.opened_at == breaker.opened_at:
+        # This failure opened it, so what came since has changed no more than its counts.
+        breaker = replace(breaker, tripped=before.tripped, opened_at=before.opened_at, open_seconds=before.open_seconds)
+    row = max(breaker.failures_in_a_row - 1, 0)
+    fewer = replace(breaker, failures_in_a_row=row, tally=breaker.tally.minus(after.tally.bucket))
+    if fewer.tripped and not before.tripped and not _exceeds_limits(fewer, policy):
+        return replace(fewer, tripped=False)
+    return fewer
 
 
 def probing(breaker: Breaker, now: float, *, policy: BreakerPolicy = DEFAULT_POLICY) -> Breaker:
@@ -176,7 +209,7 @@ def abandoned(breaker: Breaker) -> Breaker:
 
 
 class Admitted(NamedTuple):
-    """Replicas that may receive a request; `last_resort` is used after `first` of every permitted rung."""
+    """Replicas that may receive a request; those in `last_resort` have an open breaker."""
 
     first: Sequence[str]
     last_resort: Sequence[str]
@@ -198,6 +231,18 @@ def admissible(replicas: Sequence[str], breakers: Mapping[str, Breaker], now: fl
         return Admitted(first, ())
     ejected.sort(key=lambda replica: breakers[replica].badness(now))
     return Admitted(first, ejected[:excess])
+
+
+def in_rotation(replicas: Sequence[str], breakers: Mapping[str, Breaker], now: float) -> Collection[str]:
+    """Replicas of a variant that get their share of its requests: at most half are left out, whatever rungs are below.
+
+    A last resort whose failures are timeouts is left out, too: a request would wait there for its whole timeout before
+    another replica answers it, while other failures come at once.
+    """
+    first, last_resort = admissible(replicas, breakers, now)
+    if not last_resort:
+        return first
+    return {*first, *(replica for replica in last_resort if not breakers[replica].timed_out)}
 
 
 def _exceeds_limits(breaker: Breaker, policy: BreakerPolicy) -> bool:

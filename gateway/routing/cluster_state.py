@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from gateway.routing.breaker import Breaker
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import Overload
+from gateway.routing.silence import Silence
 from gateway.routing.spill import SpillGate
 from gateway.routing.split import NO_WEIGHTS, RungKey, RungWeights
 
@@ -15,7 +16,7 @@ class ClusterState:
     """The state of all replicas; the mappings are live views that their owners keep true.
 
     `estimates` gives the estimates of a variant's ready replicas; `gates` are by alias and rung. `weights` gives those
-    that a rollout has set.
+    that a rollout has set. `silent` are replicas that send nothing any more.
     """
 
     estimates: Callable[[str], Sequence[LatencyEstimate]]
@@ -23,3 +24,4 @@ class ClusterState:
     overloads: Mapping[str, Overload] = field(default_factory=dict)
     gates: Mapping[RungKey, SpillGate] = field(default_factory=dict)
     weights: Callable[[], RungWeights] = lambda: NO_WEIGHTS
+    silent: Mapping[str, Silence] = field(default_factory=dict)

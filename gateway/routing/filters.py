@@ -1,8 +1,8 @@
 """Filter: which variants of a ladder may answer a request at all, and which replicas of a rung can be asked now.
 
 A variant is rejected by a floor, by the precisions that the caller accepts, or by its own failed evaluation. A replica
-is filtered out by an open breaker, by an earlier failure of the same request, by a context that is too short, or by the
-request's tools.
+is filtered out by its silence, by an open breaker, by an earlier failure of the same request, by a context that is too
+short, or by the request's tools.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ import msgspec
 
 from config.schema import Floor
 from config.variant import Variant
-from gateway.routing.breaker import admissible
+from gateway.routing.breaker import in_rotation
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import NOT_OVERLOADED, Overload
@@ -93,10 +93,12 @@ def filter_replicas(
 
 
 def admitted(estimates: Sequence[LatencyEstimate], cluster: ClusterState, now: float) -> Sequence[LatencyEstimate]:
-    """Keep the replicas that no breaker bars; those that are overloaded show no room."""
+    """Keep the replicas that are responsive and that no breaker bars; those that are overloaded show no room."""
+    if cluster.silent:
+        estimates = [each for each in estimates if each.id not in cluster.silent]
     if cluster.breakers:
-        first = admissible([each.id for each in estimates], cluster.breakers, now).first
-        estimates = [each for each in estimates if each.id in first]
+        rotation = in_rotation([each.id for each in estimates], cluster.breakers, now)
+        estimates = [each for each in estimates if each.id in rotation]
     return without_room_if_overloaded(estimates, cluster, now) if cluster.overloads else estimates
 
 

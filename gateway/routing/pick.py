@@ -2,11 +2,13 @@
 
 A ladder is looked at from its best rung down. On each rung the replicas are filtered, scored by what the request costs
 there, and the best is picked; the rung's spill gate has the last word. The first rung whose pick waits no longer than
-`spill.after_seconds` answers, unless its gate sends this request down. If no rung is soon enough, the cheapest pick of
-all answers. Replicas behind an open breaker are the last resort, below every rung.
+`spill.after_seconds` answers, unless its gate sends this request down. A conversation stays on its rung as long as
+gateway.routing.spill lets it. If no rung is soon enough, the cheapest pick of all answers. At most half of a variant's
+replicas are left out behind open breakers; the least bad of the others are asked like any other, or, if they time out,
+as the last resort below every rung. Replicas that send nothing any more are left out, however many they are.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import inf
 from operator import attrgetter
 from typing import Literal
@@ -22,7 +24,17 @@ from gateway.routing.latency import LatencyEstimate
 from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.score import cost, costs
 from gateway.routing.sessions import Placement
-from gateway.routing.spill import CLOSED, Home, SpillGate, Verdict, evaluate, evaluate_last, update
+from gateway.routing.spill import (
+    CLOSED,
+    PAUSE_SECONDS,
+    Home,
+    SpillGate,
+    Verdict,
+    abandoned,
+    evaluate,
+    evaluate_last,
+    update,
+)
 from gateway.routing.split import Rung, RungKey, choose_member
 from gateway.routing.target import Target
 from serving.replica import PENDING, ReplicaStatus, State
@@ -86,7 +98,7 @@ def decide(request: RoutingRequest, cluster: ClusterState, now: float) -> Decisi
         # No context is long enough: the engine's own error says so best.
         needed_tokens = 0.0
         decision = _descend(request, cluster, needed_tokens, now)
-    if decision.candidate is None and cluster.breakers:
+    if decision.candidate is None and (cluster.breakers or cluster.silent):
         return Decision(last_resort(request, cluster, needed_tokens, now), decision.gates)
     return decision
 
@@ -100,23 +112,24 @@ def look_at_rung(
     if variant is None:
         return NO_REPLICA
     ready = cluster.estimates(variant.name)
-    if cluster.breakers or cluster.overloads:
+    if cluster.breakers or cluster.overloads or cluster.silent:
         ready = admitted(ready, cluster, now)
     able = filter_replicas(ready, request.tried, needed_tokens, request.tools)
-    if not able:
-        return NO_REPLICA
-    best = pick(able, request, spill)
-    candidate = None if best is None else Candidate(best, variant, _reason(place, variant, request, passed_over))
     gates = cluster.gates
     gate = gates.get((request.target.name, rung.name), CLOSED) if gates else CLOSED
+    if not able:
+        return NO_REPLICA if ready or rung is request.rungs[-1] else _abandoned(gate, request, place, now)
+    best = pick(able, request, spill)
+    candidate = None if best is None else Candidate(best, variant, _reason(place, variant, request, passed_over))
     if best is not None and not best.known:
         after = update(gate, spill, 0.0, now) if gate.spilling else gate
         return RungResult(candidate, "answers", None if after is gate else after, 0.0)
     wait_seconds = inf if best is None else best.wait_seconds
+    home = home_of(request.placement, request.rungs, place, now)
     if len(able) < len(ready) or rung is request.rungs[-1] or _waits_for_its_cache(best, able, request, spill):
         # A wait that only this request meets must not open the gate for others; the last rung has none below it.
-        return RungResult(candidate, evaluate_last(spill, wait_seconds), None, wait_seconds)
-    after, verdict = evaluate(gate, spill, wait_seconds, now, home_of(request.placement, request.rungs, place))
+        return RungResult(candidate, evaluate_last(spill, wait_seconds, home), None, wait_seconds)
+    after, verdict = evaluate(gate, spill, wait_seconds, now, home)
     return RungResult(candidate, verdict, None if after is gate else after, wait_seconds)
 
 
@@ -152,17 +165,20 @@ def drawn_member(rung: Rung, request: RoutingRequest, cluster: ClusterState) -> 
     return choose_member(rung, request.session or request.request_id, weights)
 
 
-def home_of(placement: Placement | None, rungs: Sequence[Rung], place: int) -> Home:
+def home_of(placement: Placement | None, rungs: Sequence[Rung], place: int, now: float) -> Home:
     """Return where a conversation lives, seen from the rung at `place`."""
-    home = home_place(placement, rungs)
+    home = home_place(placement, rungs, now)
     if home is None or home < place:
         return "none"
     return "here" if home == place else "below"
 
 
-def home_place(placement: Placement | None, rungs: Sequence[Rung]) -> int | None:
-    """Return the rung that answered a conversation last; None if it may not answer, or the session is shared."""
-    if placement is None or placement.running > MAX_CONCURRENT_TURNS:
+def home_place(placement: Placement | None, rungs: Sequence[Rung], now: float) -> int | None:
+    """Return the rung that a conversation lives on: the one that answered it last.
+
+    None if that may not answer, the conversation has paused, or the session is shared.
+    """
+    if placement is None or placement.running > MAX_CONCURRENT_TURNS or placement.idle_seconds(now) >= PAUSE_SECONDS:
         return None
     for place, rung in enumerate(rungs):
         if rung.has(placement.variant):
@@ -171,12 +187,16 @@ def home_place(placement: Placement | None, rungs: Sequence[Rung]) -> int | None
 
 
 def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: float, now: float) -> Candidate | None:
-    """Pick the least bad of the replicas that breakers bar, on the highest rung that has one."""
+    """Pick the least bad of the replicas that breakers bar, on the highest rung that has one.
+
+    If no replica is responsive, those count that are silent, but not those that hang.
+    """
+    all_silent = all(each.id in cluster.silent for each in _ready(request.rungs, cluster, request.tools))
     for place, rung in enumerate(request.rungs):
         variant = drawn_member(rung, request, cluster)
         if variant is None:
             continue
-        barred = _last_resorts(variant.name, cluster, now)
+        barred = _last_resorts(variant.name, cluster, now, all_silent)
         able = [each for each in filter_replicas(barred, request.tried, needed_tokens, request.tools) if each.has_room]
         if able:
             best = shortest_queue(able, request.turn)
@@ -184,9 +204,13 @@ def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: f
     return None
 
 
-def _last_resorts(variant_name: str, cluster: ClusterState, now: float) -> Sequence[LatencyEstimate]:
-    estimates = cluster.estimates(variant_name)
-    barred = admissible([each.id for each in estimates], cluster.breakers, now).last_resort
+def _last_resorts(variant_name: str, cluster: ClusterState, now: float, all_silent: bool) -> Sequence[LatencyEstimate]:
+    estimates, silent = cluster.estimates(variant_name), cluster.silent
+    if all_silent:
+        barred: Collection[str] = [each.id for each in estimates if silent.get(each.id) == "silent"]
+    else:
+        responsive = [each.id for each in estimates if each.id not in silent]
+        barred = admissible(responsive, cluster.breakers, now).last_resort
     return without_room_if_overloaded([each for each in estimates if each.id in barred], cluster, now)
 
 
@@ -250,8 +274,10 @@ def has_room(
         needed_tokens = needed_tokens if contexts and needed_tokens <= max(contexts) else 0.0
     ready = [each for name in names for each in admitted(cluster.estimates(name), cluster, now)]
     able = filter_replicas(ready, NO_REPLICAS, needed_tokens, tools)
-    if not any(each.has_room for each in able) and cluster.breakers:
-        ready = [each for name in names for each in _last_resorts(name, cluster, now)]
+    barred = cluster.breakers or cluster.silent
+    if not any(each.has_room for each in able) and barred:
+        all_silent = all(each.id in cluster.silent for name in names for each in cluster.estimates(name))
+        ready = [each for name in names for each in _last_resorts(name, cluster, now, all_silent)]
         able = filter_replicas(ready, NO_REPLICAS, needed_tokens, tools)
     return any(each.has_room for each in able)
 
@@ -281,16 +307,22 @@ def _descend(request: RoutingRequest, cluster: ClusterState, needed_tokens: floa
         if candidate is None:
             continue
         if result.verdict == "answers":
-            at_home = not too_slow and place == home_place(request.placement, request.rungs)
+            at_home = place == home_place(request.placement, request.rungs, now)
             if at_home or _is_worth_it(candidate, spilled, too_slow, request):
                 return Decision(candidate, gates)
-        elif result.verdict == "spills":
-            spilled = spilled or candidate
-        else:
+        elif result.verdict == "too_slow":
             too_slow.append(candidate)
+        else:
+            spilled = spilled or candidate
     if spilled is not None:
         return Decision(spilled, gates)
     return Decision(min(too_slow, key=lambda each: cost(each.replica, request), default=None), gates)
+
+
+def _abandoned(gate: SpillGate, request: RoutingRequest, place: int, now: float) -> RungResult:
+    """A rung that no request can use now: a conversation that lived there returns once it has been free for a while."""
+    after = abandoned(gate, now, home_of(request.placement, request.rungs, place, now))
+    return NO_REPLICA if after is gate else RungResult(None, "no_replica", after)
 
 
 def _is_worth_it(

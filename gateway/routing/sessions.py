@@ -8,11 +8,20 @@ MAX_SESSIONS = 10_000
 
 
 class Placement(msgspec.Struct, frozen=True, gc=False):
-    """Where a conversation was answered last; `running` counts its turns whose answers have not ended."""
+    """Where a conversation was answered last.
+
+    `running` counts its turns whose answers have not ended; `idle_since_seconds` is when the last of them did, on the
+    monotonic clock, None while one runs.
+    """
 
     variant: str
     replica_id: str
     running: int = 0
+    idle_since_seconds: float | None = None
+
+    def idle_seconds(self, now: float) -> float:
+        """How long no turn has run; 0 while one does."""
+        return 0.0 if self.idle_since_seconds is None else now - self.idle_since_seconds
 
 
 class Sessions:
@@ -35,19 +44,21 @@ class Sessions:
         """Return all of them by session."""
         return {**self._idle, **self._running}
 
-    def begin(self, session: str, variant: str, replica_id: str) -> bool:
-        """Record where a turn goes, until `end`; returns whether the conversation left its variant by that."""
+    def begin(self, session: str, variant: str, replica_id: str) -> Placement | None:
+        """Record where a turn goes, until `end`; returns where the turn before it went."""
         before = self._running.pop(session, None) or self._idle.pop(session, None)
         running = 1 if before is None else before.running + 1
         self._running[session] = Placement(variant, replica_id, running)
         if before is None and len(self) > self._limit:
             (self._idle or self._running).popitem(last=False)
-        return before is not None and before.variant != variant
+        return before
 
-    def end(self, session: str) -> None:
+    def end(self, session: str, now: float) -> None:
         """Record that the answer to a turn ended, well or not; a forgotten session is ignored."""
         placement = self._running.pop(session, None)
         if placement is None:
             return
-        table = self._running if placement.running > 1 else self._idle
-        table[session] = Placement(placement.variant, placement.replica_id, placement.running - 1)
+        if placement.running > 1:
+            self._running[session] = Placement(placement.variant, placement.replica_id, placement.running - 1)
+        else:
+            self._idle[session] = Placement(placement.variant, placement.replica_id, 0, now)

@@ -21,6 +21,7 @@ from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import Overload
 from gateway.routing.request import RoutingRequest
 from gateway.routing.sessions import Placement
+from gateway.routing.silence import Silence
 from gateway.routing.spill import SpillGate
 from gateway.routing.split import Rung, RungKey, RungWeights, Weights
 from gateway.routing.target import Target
@@ -114,6 +115,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     breakers: dict[str, Breaker] = {}
     overloads: dict[str, Overload] = {}
     gates: Gates = {}
+    silent: dict[str, Silence] = {}
     sessions: dict[str, Placement] = {}
     callers: dict[str, CallerView] = {}
     request: RequestView | None = None
@@ -136,7 +138,9 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     def cluster(self) -> ClusterState:
         """The state of the replicas, to decide on."""
         gates = {(alias, rung): gate for alias, rungs in self.gates.items() for rung, gate in rungs.items()}
-        return ClusterState(lambda variant: self.estimates.get(variant, ()), self.breakers, self.overloads, gates)
+        return ClusterState(
+            lambda variant: self.estimates.get(variant, ()), self.breakers, self.overloads, gates, silent=self.silent
+        )
 
     def routing_request(self) -> tuple[RoutingRequest, float]:
         """The request that was decided on, and how long it could wait; its permitted rungs are worked out anew."""

@@ -23,6 +23,7 @@ from quantize.measuring.sampling import Reply, write_texts
 from quantize.measuring.spans import flags
 from quantize.measuring.tasks import dataset_digest, is_right, question_from, tally, tally_errors
 from quantize.running.worker import Report, run_child
+from quantize.text.thinking import markers_of
 from quantize.text.tokenizing import load_tokenizer
 
 # Figures by the names of `config.manifest.Quality`, how sure they are (95 % half widths), and what lies behind them.
@@ -140,9 +141,12 @@ def answers_told(
     ours: Sequence[Reply], theirs: Sequence[Reply], questions: Sequence[dict[str, Any]], tokenizer: Any
 ) -> dict[str, dict[str, Any]]:
     """Tell how many questions parent and variant answer rightly."""
-    asked = [question_from(told) for told in questions]
+    asked, markers = [question_from(told) for told in questions], markers_of(tokenizer)
     parent, variant = (
-        [is_right(text_of(reply.ids, tokenizer), question.answer) for reply, question in zip(said, asked, strict=True)]
+        [
+            is_right(text_of(reply.ids, tokenizer), question.answer, markers)
+            for reply, question in zip(said, asked, strict=True)
+        ]
         for said in (ours, theirs)
     )
     tasks = tally(parent, variant, dataset_digest(asked))

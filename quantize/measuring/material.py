@@ -8,8 +8,9 @@ from typing import Any
 
 from quantize.measuring.pairing import Generated
 from quantize.measuring.sampling import GenerationRequest, Reply, SamplingParameters, read_sampling
-from quantize.measuring.spans import OPEN, Range, is_open, last_prompt
+from quantize.measuring.spans import Range, is_open, last_prompt
 from quantize.measuring.tasks import question_from
+from quantize.text.thinking import markers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +92,9 @@ def answer_header(tokenizer: Any) -> str:
 def as_generated(reply: Reply, request: GenerationRequest, tokenizer: Any) -> Generated:
     """See in a reply, and in the prompt it continues, whether a think span was left open."""
     prompt, said = text_of(request.ids, tokenizer), text_of(reply.ids, tokenizer)
-    opened = OPEN if prompt.rstrip().endswith(OPEN) else ""
-    return Generated(reply.ids, reply.finished, unclosed=is_open(opened + said))
+    markers = markers_of(tokenizer)
+    opened = markers.start if prompt.rstrip().endswith(markers.start) else ""
+    return Generated(reply.ids, reply.finished, unclosed=is_open(opened + said, markers))
 
 
 def text_of(ids: Sequence[int], tokenizer: Any) -> str:
@@ -104,7 +106,7 @@ def _prompts(samples: Sequence[Mapping[str, Any]], tokenizer: Any, header: str) 
     """Prompts of the samples, each once."""
     told: set[tuple[int, ...]] = set()
     for sample in samples:
-        prompt = last_prompt(text_of(sample["ids"], tokenizer), header)
+        prompt = last_prompt(text_of(sample["ids"], tokenizer), header, markers_of(tokenizer))
         ids = () if prompt is None else _ids(prompt, tokenizer)
         if ids and ids not in told:
             told.add(ids)

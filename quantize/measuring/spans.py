@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-OPEN, CLOSE = "<think>", "</think>"
+from quantize.text.thinking import THINK, Markers
 
 Range = tuple[int, int]
 
@@ -16,17 +16,20 @@ def flags(ranges: Iterable[Range], tokens: int) -> list[bool]:
     return marked[1:]
 
 
-def is_open(text: str) -> bool:
+def is_open(text: str, markers: Markers = THINK) -> bool:
     """Tell whether a text ends inside a think span that it opened."""
-    return text.rfind(OPEN) > text.rfind(CLOSE)
+    return text.rfind(markers.start) > text.rfind(markers.end)
 
 
-def last_prompt(text: str, header: str) -> str | None:
+def last_prompt(text: str, header: str, markers: Markers = THINK) -> str | None:
     """Cut a rendered chat where its last answer begins, after `header`; None if that isn't in it.
 
     Where the template opens a think span for the answer, so does the prompt, though the text may not.
     """
-    plain, opened, _ = header.partition(OPEN)
+    if markers.field and header + markers.start in text:
+        # With channels, reasoning and answer begin with the header, each.
+        return text[: text.rfind(header + markers.start) + len(header)]
+    plain, opened, _ = header.partition(markers.start)
     if header and header in text:
         return text[: text.rfind(header) + len(header)]
     if opened and plain.strip() and plain in text:

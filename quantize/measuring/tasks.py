@@ -13,7 +13,7 @@ from typing import Any
 from config.manifest import Tasks
 from quantize.errors import CalibrationError
 from quantize.measuring.pairing import mean_error
-from quantize.measuring.spans import CLOSE, OPEN
+from quantize.text.thinking import THINK, Markers
 
 _PROBLEMS_SHOWN = 10
 _BOXED = "\\boxed{"
@@ -75,14 +75,14 @@ def dataset_digest(questions: Sequence[TaskItem]) -> str:
     return hashlib.sha256(json.dumps([asdict(question) for question in questions]).encode()).hexdigest()
 
 
-def is_right(said: str, expected: str) -> bool:
+def is_right(said: str, expected: str, markers: Markers = THINK) -> bool:
     """Tell whether a reply's answer is the expected one.
 
     Only what follows the reasoning counts: the last LaTeX box if there is one, else the last number where a number
     is expected, else the text at the reply's end, whatever its case and final marks.
     """
     wanted = _expected(expected)
-    given = _conclusion(said)
+    given = _conclusion(said, markers)
     boxed = _last_boxed(given)
     number = _as_number(wanted)
     if number is not None:
@@ -117,10 +117,10 @@ def tally_errors(parent: Sequence[bool], variant: Sequence[bool]) -> dict[str, f
     }
 
 
-def _conclusion(said: str) -> str:
-    if CLOSE in said:
-        return said.rpartition(CLOSE)[2]
-    return said.partition(OPEN)[0]
+def _conclusion(said: str, markers: Markers) -> str:
+    if markers.end in said:
+        return said.rpartition(markers.end)[2]
+    return said.partition(markers.start)[0]
 
 
 def _last_boxed(text: str) -> str | None:

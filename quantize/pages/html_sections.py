@@ -224,6 +224,8 @@ def _text(manifest: Manifest) -> str:
     text = manifest.calibration
     assert text is not None
     told = f"{text.samples} samples, {text.tokens:,} tokens, {text.reasoning_tokens:,} of them reasoning"
+    if text.skipped_rows:
+        told += f"; invalid rows skipped: {text.skipped_rows}"
     return f"{told}; {text.generated} written by the base; seed {text.seed}; cut at {text.max_tokens:,} tokens"
 
 

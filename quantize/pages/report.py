@@ -90,7 +90,8 @@ def _calibration(text: Calibration | None) -> str:
     if text is None:
         return "unknown: made elsewhere, and adopted"
     written = f"; {text.generated} written by the base itself" if text.generated else ""
-    return f"{text.samples} chats, {text.tokens} tokens, {text.reasoning_tokens} of them reasoning{written}"
+    skipped = f"; invalid rows skipped: {text.skipped_rows}" if text.skipped_rows else ""
+    return f"{text.samples} chats, {text.tokens} tokens, {text.reasoning_tokens} of them reasoning{written}{skipped}"
 
 
 def _row(directory: Path, manifest: Manifest) -> tuple[str, ...]:

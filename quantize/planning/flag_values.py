@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from config.schema import check_url, parse_size_bytes
 from quantize.planning.recipe_file import limit_names
-from quantize.planning.recipe_schema import OverrideTable
+from quantize.planning.recipe_schema import OverrideTable, parse_share
 from quantize.planning.request import TextFile
 
 
@@ -52,6 +52,18 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
     assert isinstance(told, int)
     return told
+
+
+def share(text: str) -> float:
+    """Read `1%` or `0.01`."""
+    try:
+        value = parse_share(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    assert isinstance(value, float)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share from 0 to below 1, like 1% or 0.01")
+    return value
 
 
 def address(text: str) -> str:

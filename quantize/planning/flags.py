@@ -4,12 +4,23 @@ import argparse
 from pathlib import Path
 
 from quantize.measuring.measurement import DEFAULT_PLAN
-from quantize.planning.flag_values import address, count, gpus, limit, override, positive, size, text_file
+from quantize.planning.flag_values import (
+    address,
+    count,
+    gpus,
+    limit,
+    override,
+    positive,
+    share,
+    size,
+    text_file,
+)
 from quantize.planning.recipe_file import limit_names
-from quantize.planning.request import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLES
+from quantize.planning.request import DEFAULT_TEXT
 from quantize.running.terminal import OneLineParser
 from quantize.schemes.scheme import PRESETS
 from quantize.schemes.settings import DAMPING_LADDER, SETTINGS
+from quantize.text.calibration import MAX_BAD
 
 _QUANTIZE = "Make an int4 or int8 variant of a model and measure how far it is from its parent."
 _QUANTIZE_EXAMPLES = """\
@@ -18,8 +29,9 @@ examples:
   quantgate quantize models/QwQ-32B --recipe reasoning-best --data chats.jsonl --plan
   quantgate quantize --recipe qwq.yaml --override '*.down_proj=8' --gate
 
-A line of the data is {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}.
-A third of it is kept out of calibration and used for the evaluation. A flag wins over the recipe.
+A row of the data is {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}; ShareGPT,
+Alpaca and other formats are recognized (`Data` in quantize/README.md). A third of the prompts is kept out of
+calibration and used for the evaluation. A flag wins over the recipe.
 
 exit codes: 0 done (or this very variant was there already), 1 failed, 2 usage, 3 --gate and a limit was missed,
             4 somebody else is making this variant
@@ -61,15 +73,14 @@ def evaluate_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="FILE",
-        help="JSONL of chats; may be repeated (default: shipped ones)",
+        help="JSON lines, a JSON array or parquet of chats; may be repeated (default: shipped ones)",
     )
     add("--every-row", action="store_true", help="use all rows, not only the third that calibration never sees")
     add(
         "--max-tokens",
         type=int,
-        default=DEFAULT_MAX_TOKENS,
         metavar="N",
-        help="cut each chat to this (default: %(default)s)",
+        help=f"cut each chat to this (default: {_by_device('max_tokens')})",
     )
     add_evaluation(parser)
     _add_gate(parser.add_argument_group("output"))
@@ -111,6 +122,11 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _by_device(name: str) -> str:
+    cpu, gpu = (getattr(DEFAULT_TEXT[engine], name) for engine in ("cpu", "cuda"))
+    return f"{gpu} on a GPU, {cpu} on a CPU"
+
+
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to make").add_argument
     add("--recipe", metavar="FILE|NAME", help="a recipe file, or the name of a shipped one")
@@ -150,7 +166,13 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         type=text_file,
         action="append",
         metavar="FILE[=WEIGHT]",
-        help="JSONL of chats; may be repeated (default: shipped ones)",
+        help="JSON lines, a JSON array or parquet of chats; may be repeated (default: shipped ones)",
+    )
+    add(
+        "--max-bad",
+        type=share,
+        metavar="SHARE",
+        help=f"skip invalid rows up to this share of a file (default: {MAX_BAD:.0%})".replace("%", "%%"),
     )
     add("--self-generate", type=count, metavar="N", help="let the base itself answer N prompts of the data")
     add(
@@ -159,8 +181,8 @@ def _add_text(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="a running server of the base that answers them, http://host:port",
     )
-    add("--samples", type=int, metavar="N", help=f"chats to calibrate on (default: {DEFAULT_SAMPLES})")
-    add("--max-tokens", type=int, metavar="N", help=f"cut each chat to this (default: {DEFAULT_MAX_TOKENS})")
+    add("--samples", type=int, metavar="N", help=f"chats to calibrate on (default: {_by_device('samples')})")
+    add("--max-tokens", type=int, metavar="N", help=f"cut each chat to this (default: {_by_device('max_tokens')})")
     add("--seed", type=int, metavar="N", help="decides which chats, in which order (default: 0)")
 
 

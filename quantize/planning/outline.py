@@ -17,7 +17,7 @@ from quantize.schemes.fit import heads_of, tensor_parallel_degrees
 from quantize.schemes.forecast import disk_bytes, predicted_tensors
 from quantize.schemes.overrides import numbers_of
 from quantize.schemes.settings import SolverSettings
-from quantize.text.calibration import Draw
+from quantize.text.calibration import Draw, Source
 
 # Figures that only paired generations, or only questions with answers, can have.
 _OF_GENERATIONS = frozenset({"length_ratio", "unfinished_increase", "repeating_increase", "unclosed_increase"})
@@ -39,6 +39,7 @@ class Outline:
     """A variant that doesn't exist yet; sizes in bytes, times in seconds, both estimates.
 
     `tensor_bytes` maps each tensor to its size; `kept_bytes` are those of tensors that stay as the base has them.
+    `data` are lines about the calibration files.
     """
 
     base: str
@@ -58,6 +59,7 @@ class Outline:
     tensor_parallel: tuple[int, ...]
     disk_bytes: int
     limits: Mapping[str, float]
+    data: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -65,7 +67,9 @@ class Outline:
         return sum(self.tensor_bytes.values())
 
 
-def outline(request: Request, base: BaseModel, scheme: Scheme, drawn: Draw, cores: int) -> Outline:
+def outline(
+    request: Request, base: BaseModel, scheme: Scheme, drawn: Draw, cores: int, sources: Sequence[Source] = ()
+) -> Outline:
     """Tell what a request will make of a base; `scheme` is the settled one."""
     modules = {name for name in base.shapes if numbers_of(name, scheme)}
     kept = [tensor.bytes for name, tensor in base.tensors.items() if name.removesuffix(".weight") not in modules]
@@ -88,6 +92,7 @@ def outline(request: Request, base: BaseModel, scheme: Scheme, drawn: Draw, core
         tensor_parallel=tensor_parallel_degrees(base.shapes, scheme, heads_of(base)),
         disk_bytes=disk_bytes(base, scheme),
         limits=applied_limits(lowest_bits(scheme), request.evaluation),
+        data=tuple(line for source in sources for line in source.summary()),
     )
 
 
@@ -139,6 +144,7 @@ def as_text(plan: Outline) -> str:
         ("scheme", _scheme_line(plan)),
         *_override_rows(plan.scheme.overrides),
         ("size", _size_line(plan)),
+        *(("data", line) for line in plan.data),
         ("calibration", f"{plan.samples} samples, about {plan.tokens:,} tokens"),
         ("solver", f"{plan.backend}, {_settings_line(plan.settings)}"),
         ("time", _time_line(plan.effort)),

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from config.manifest import Engine, Override, Scheme
@@ -41,6 +42,7 @@ def plan_variant(request: Request) -> tuple[Recipe, Draw]:
         backend=chosen_backend(request.backend),
         devices=request.devices,
         budget=request.scheme if isinstance(request.scheme, Budget) else None,
+        split_by_prompt=drawn.moved_rows > 0,
     )
     return recipe, drawn
 
@@ -80,8 +82,9 @@ def drawn_text(request: Request) -> tuple[tuple[Source, ...], Draw]:
     """Read the calibration text and draw the samples from it; CalibrationError lists what is wrong with it."""
     paths = [file.path for file in request.data]
     weights = [file.weight for file in request.data]
-    sources, rows = read_sources(paths or shipped_files(), weights)
-    return sources, draw(rows, samples=request.samples, seed=request.seed, sources=sources)
+    sources, rows = read_sources(paths or shipped_files(), weights, request.max_bad)
+    drawn = draw(rows, samples=request.samples, seed=request.seed, sources=sources)
+    return sources, replace(drawn, max_bad=request.max_bad)
 
 
 def _smallest(base: BaseModel, budget: Budget, engine: Engine) -> Scheme:

@@ -10,6 +10,7 @@ from quantize.base import BaseModel, slug
 from quantize.errors import RecipeError
 from quantize.schemes.settings import SolverSettings
 from quantize.text.calibration import Source
+from quantize.text.formats import NATIVE
 
 # Raise this when the same recipe would give other bytes because this package has changed.
 _REVISION = 3
@@ -51,7 +52,8 @@ class Recipe:
     """Base, scheme, calibration text and settings; equal digests mean equal variants.
 
     With a `budget` the scheme is the smallest one that fits, where the search for a better one starts: whoever
-    replaces it by what the search found keeps the recipe's digest, and so the variant's name.
+    replaces it by what the search found keeps the recipe's digest, and so the variant's name. `split_by_prompt` says
+    that rows share prompts and so were split otherwise than by their own contents.
     """
 
     base: BaseModel
@@ -64,6 +66,7 @@ class Recipe:
     backend: Backend
     devices: Devices = Devices()
     budget: Budget | None = None
+    split_by_prompt: bool = False
 
     def digest(self) -> str:
         """Digest contents, never paths, so that every machine gives a recipe the same name."""
@@ -77,8 +80,17 @@ class Recipe:
             "seed": self.seed,
             "settings": asdict(self.settings),
             "backend": [self.backend.name, self.backend.version],
+            **self._reading(),
         }
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def _reading(self) -> dict[str, object]:
+        """Return how the text is read, where revision 3 began otherwise; all other recipes keep their names."""
+        formats = sorted({name for source in self.sources for name, _ in source.formats} - NATIVE)
+        return {
+            **({"formats": formats} if formats else {}),
+            **({"split": "prompt"} if self.split_by_prompt else {}),
+        }
 
     @property
     def variant_id(self) -> str:

@@ -25,6 +25,17 @@ def _path_or_table(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
 
 
+def parse_share(value: object) -> object:
+    """Read `1%`, or a number from 0 to below 1; anything else is left to the field's own check."""
+    if not isinstance(value, str):
+        return value
+    number = value.removesuffix("%").strip()
+    try:
+        return float(number) / 100 if value.endswith("%") else float(number)
+    except ValueError:
+        raise ValueError(f"{value!r} is no share, like 1% or 0.01") from None
+
+
 def _one_or_several(value: object) -> object:
     return [value] if isinstance(value, int | float) else value
 
@@ -81,6 +92,7 @@ class CalibrationTable(Part):
     data: tuple[Annotated[TextTable, BeforeValidator(_path_or_table)], ...] = ()
     self_generate: Count | None = None
     replica: ReplicaUrl | None = None
+    max_bad: Annotated[float | None, BeforeValidator(parse_share), Field(ge=0, lt=1)] = None
     samples: Positive | None = None
     max_tokens: Positive | None = None
 

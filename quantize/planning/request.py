@@ -1,16 +1,29 @@
 """What a user asks for, every default filled in: the command line and the recipe file in one value."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from config.manifest import Engine, Scheme
 from quantize.measuring.measurement import DEFAULT_PLAN, EvaluationPlan
 from quantize.planning.recipe import Budget, Devices
 from quantize.schemes.settings import SETTINGS, SolverSettings
+from quantize.text.calibration import MAX_BAD
 
-# On two CPU cores a 135M model takes one to two minutes with this many of the shipped chats.
-DEFAULT_SAMPLES = 16
-DEFAULT_MAX_TOKENS = 2048
+
+@dataclass(frozen=True, slots=True)
+class TextSize:
+    """How much calibration text is used: so many samples, each cut to so many tokens."""
+
+    samples: int
+    max_tokens: int
+
+
+# By the device that solves. A GPU reads what steadies a Hessian in minutes; on two CPU cores a 135M model takes one to
+# two minutes with 16 of the shipped chats, and a larger one longer in proportion. A model never gets more tokens than
+# it has positions.
+DEFAULT_TEXT: Mapping[Engine, TextSize] = MappingProxyType({"cpu": TextSize(16, 2048), "cuda": TextSize(128, 4096)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +48,7 @@ class Request:
     data               calibration text; empty: the shipped chats
     self_generate      that many prompts of the text are answered by the base itself (0: none)
     replica            address of a running server of the base that answers them; None: transformers does
+    max_bad            share of the rows of a file that may be invalid, and are skipped
     samples            chats to calibrate on
     max_tokens         each is cut to this many tokens
     seed               decides which chats, in which order
@@ -55,8 +69,9 @@ class Request:
     data: tuple[TextFile, ...] = ()
     self_generate: int = 0
     replica: str | None = None
-    samples: int = DEFAULT_SAMPLES
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_bad: float = MAX_BAD
+    samples: int = DEFAULT_TEXT["cpu"].samples
+    max_tokens: int = DEFAULT_TEXT["cpu"].max_tokens
     seed: int = 0
     settings: SolverSettings = SETTINGS["best"]
     backend: str = "gptqmodel"

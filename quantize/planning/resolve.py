@@ -11,9 +11,10 @@ from quantize.measuring.measurement import DEFAULT_PLAN, EvaluationPlan
 from quantize.planning.recipe import Budget, Devices
 from quantize.planning.recipe_file import AUTO, scheme_of
 from quantize.planning.recipe_schema import EvaluationTable, OverrideTable, RecipeFile, SchemeTable, SolverTable
-from quantize.planning.request import DEFAULT_MAX_TOKENS, DEFAULT_SAMPLES, Request, TextFile
+from quantize.planning.request import DEFAULT_TEXT, Request, TextFile
 from quantize.schemes.scheme import named, preset
 from quantize.schemes.settings import SETTINGS, SolverSettings
+from quantize.text.calibration import MAX_BAD
 
 _Value = TypeVar("_Value")
 # Beside these a recipe's solver table states what a SolverSettings has no word for.
@@ -22,11 +23,14 @@ _SETTING_FLAGS = ("group_order", "weighted_scales", "scale_norm", "gptaq")
 
 
 def resolve(options: argparse.Namespace, recipe: RecipeFile, *, present: Engine) -> Request:
-    """Merge parsed flags (None where not given) with a recipe; `present` is what engine `auto` means.
+    """Merge parsed flags (None where not given) with a recipe; `present` is what engine `auto` means, and
+    where the work is done unless GPUs are named.
 
     RecipeError: base, scheme or target is in neither.
     """
     text = recipe.calibration
+    devices = _devices(options, recipe)
+    size = DEFAULT_TEXT["cuda" if devices.gpus else present]
     engine: Engine | Literal["auto"] = first(options.engine, recipe.engine, "auto")
     return Request(
         base=_required(options.model, recipe.base, "base", "pass MODEL, or write `base:` in the recipe"),
@@ -36,12 +40,13 @@ def resolve(options: argparse.Namespace, recipe: RecipeFile, *, present: Engine)
         data=tuple(options.data or (TextFile(Path(file.path), file.weight) for file in text.data)),
         self_generate=first(options.self_generate, text.self_generate, 0),
         replica=first(options.replica, text.replica, None),
-        samples=first(options.samples, text.samples, DEFAULT_SAMPLES),
-        max_tokens=first(options.max_tokens, text.max_tokens, DEFAULT_MAX_TOKENS),
+        max_bad=first(options.max_bad, text.max_bad, MAX_BAD),
+        samples=first(options.samples, text.samples, size.samples),
+        max_tokens=first(options.max_tokens, text.max_tokens, size.max_tokens),
         seed=first(options.seed, recipe.seed, 0),
         settings=chosen_settings(options, recipe.solver),
         backend=first(options.backend, recipe.backend, "gptqmodel"),
-        devices=_devices(options, recipe),
+        devices=devices,
         tensor_parallel=first(options.tensor_parallel, recipe.tensor_parallel, 1),
         allow_fallback=first(options.allow_fallback, recipe.allow_fallback, 0),
         evaluation=chosen_evaluation(options, recipe.evaluation),

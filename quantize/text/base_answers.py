@@ -30,13 +30,13 @@ class Prompt:
 
 
 def answer_all(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Child's work: `{base, questions: [{messages, seed}], sampling}` -> `{answers: [{completion, finished}]}`."""
+    """Child's work: `{base, questions, sampling}`, as dictionaries -> `{answers: [{completion, finished}]}`."""
     from quantize.dense_models import load_base  # noqa: PLC0415
 
     base, sampling = Path(job["base"]), job["sampling"]
     tokenizer = load_tokenizer(base)
     prompts = [
-        Prompt(place, _prompt_ids(question["messages"], tokenizer), question["seed"])
+        Prompt(place, _prompt_ids(question, tokenizer), question["seed"])
         for place, question in enumerate(job["questions"])
     ]
     model = load_base(base)
@@ -137,8 +137,8 @@ def _text(ids: Sequence[int], tokenizer: Any) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
-def _prompt_ids(messages: Sequence[dict[str, str]], tokenizer: Any) -> tuple[int, ...]:
-    text = render_prompt([Message(**turn) for turn in messages], tokenizer)
+def _prompt_ids(question: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    text = render_prompt(list(map(Message.from_dict, question["messages"])), tokenizer, question["tools"])
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -1,22 +1,31 @@
-"""Calibration text: JSONL files with weights, split by content, drawn by seed. No tokenizer here."""
+"""Calibration text: files with weights, split by prompt, drawn by seed. No tokenizer here."""
 
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 
 from config.manifest import sha256_of
 from quantize.errors import CalibrationError
-from quantize.text.rows import Row, parse_line
+from quantize.text.containers import read_records
+from quantize.text.formats import ONLY_TEXT
+from quantize.text.parsing import parse_value
+from quantize.text.rows import Message, Row, prompt_of
 
 # A Hessian from fewer chats than this follows their quirks.
 FEWEST_SAMPLES = 16
 FEWEST_HELD_OUT = 4
+# Share of a file's rows that may be invalid: they are skipped.
+MAX_BAD = 0.01
 _PROBLEMS_SHOWN = 10
+_SAME_PROBLEM = 3
+_OF_THE_FILE = MappingProxyType(
+    {": not UTF-8: ": "; save it as UTF-8, e.g. by iconv -f latin1 -t utf-8", ONLY_TEXT: ""},
+)
 _DATA = Path(__file__).parents[1] / "data"
 
 
@@ -24,7 +33,9 @@ _DATA = Path(__file__).parents[1] / "data"
 class Source:
     """A calibration file, its digest, and its weight: how many samples it gives, against the other files.
 
-    `repeated_rows` of its `rows` say what an earlier row says. A file of weight 0 is used for the evaluation alone.
+    `repeated_rows` of its `rows` say what an earlier row says; `skipped` are the problems of those that were invalid.
+    `kind` is that of the file, `formats` counts its rows by their format, commonest first. A file of weight 0 is used
+    for the evaluation alone.
     """
 
     path: Path
@@ -32,19 +43,35 @@ class Source:
     weight: float = 1.0
     rows: int = 0
     repeated_rows: int = 0
+    kind: str = "JSON lines"
+    formats: tuple[tuple[str, int], ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    def summary(self) -> list[str]:
+        """Describe in lines what was found in the file, and what was skipped."""
+        counts = [f"{name} ({count})" if len(self.formats) > 1 else name for name, count in self.formats]
+        lines = [f"{self.path}: {self.rows} rows, {self.kind}, format: {', '.join(counts)}"]
+        if self.skipped:
+            every = self.rows + len(self.skipped)
+            lines.append(f"{self.path}: invalid rows skipped: {len(self.skipped)} of {every}: {self.skipped[0]}")
+        return lines
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
     """The rows to calibrate on, and those to evaluate on, which calibration never sees; both in order of use.
 
-    `repeated_rows` of the `read_rows` in the files said what others say, and were left out.
+    `repeated_rows` of the `read_rows` in the files said what others say, and were left out. `moved_rows` lie on the
+    side of their prompt, and not on that of their own content. `max_bad` is the share of the rows that a chat template
+    may refuse.
     """
 
     calibration: tuple[Row, ...]
     held_out: tuple[Row, ...]
     read_rows: int = 0
     repeated_rows: int = 0
+    moved_rows: int = 0
+    max_bad: float = MAX_BAD
 
 
 def shipped_files() -> list[Path]:
@@ -52,43 +79,51 @@ def shipped_files() -> list[Path]:
     return sorted(_DATA.glob("*.jsonl"))
 
 
-def read_sources(paths: Sequence[Path], weights: Sequence[float] = ()) -> tuple[tuple[Source, ...], tuple[Row, ...]]:
-    """Read JSONL files and their different rows; CalibrationError lists up to ten broken lines.
+def read_sources(
+    paths: Sequence[Path], weights: Sequence[float] = (), max_bad: float = MAX_BAD
+) -> tuple[tuple[Source, ...], tuple[Row, ...]]:
+    """Read files and their different rows; CalibrationError lists up to ten problems.
 
-    `weights` are those of `paths`, one each, or none at all where every file weighs the same.
+    `weights` are those of `paths`, one each, or none at all where every file weighs the same. Invalid rows are skipped
+    if they are at most `max_bad` of the rows of their file.
     """
     weighed = list(zip(paths, weights or [1.0] * len(paths), strict=True))
-    _require([f"{path}: no such calibration file" for path in paths if not path.is_file()])
+    _require([f"{path}: no such calibration file" for path in paths if not path.exists()])
     _require(_weight_problems(weighed))
     sources: list[Source] = []
     rows: list[Row] = []
     problems: list[str] = []
     for path, weight in weighed:
-        parsed, sha256 = list(_parse_file(path)), sha256_of(path)
-        problems += islice((item for item in parsed if isinstance(item, str)), _PROBLEMS_SHOWN)
-        read = [replace(item, source=sha256) for item in parsed if isinstance(item, Row)]
+        source, read = _read_source(path, weight)
+        if len(source.skipped) > max_bad * (source.rows + len(source.skipped)):
+            problems += _shortened(source)
+        sources.append(source)
         rows += read
-        repeated = len(read) - len({row.sha256 for row in read})
-        sources.append(Source(path, sha256, float(weight), len(read), repeated))
     _require(problems[:_PROBLEMS_SHOWN])
-    return tuple(sources), _different(rows, _weights(sources))
+    return tuple(sources), with_split_keys(_different(rows, _weights(sources)))
 
 
 def draw(rows: Iterable[Row], *, samples: int, seed: int, sources: Sequence[Source] = ()) -> Draw:
-    """Split rows by content, take samples from the files by weight, and put both sides in the seed's order.
+    """Split rows by prompt, take samples from the files by weight, and put both sides in the seed's order.
 
     A file that has too few rows gives all, and the others fill up. CalibrationError where too few remain.
     """
-    ordered = sorted(rows, key=lambda row: _shuffled(row, seed))
+    ordered = sorted(with_split_keys(rows), key=lambda row: _shuffled(row, seed))
     weights = _weights(sources)
     held_out = tuple(row for row in ordered if is_held_out(row))
     usable = [row for row in ordered if not is_held_out(row) and weights.get(row.source, 1.0) > 0]
     if len(usable) < FEWEST_SAMPLES or len(held_out) < FEWEST_HELD_OUT:
-        raise CalibrationError([_too_few(len(ordered), len(usable), len(held_out))])
+        raise CalibrationError([_too_few(ordered, len(usable), len(held_out))])
     left = dict(shares(samples, Counter(row.source for row in usable), weights))
     taken = tuple(row for row in usable if _takes(left, row.source))
     read_rows = sum(source.rows for source in sources)
-    return Draw(taken, held_out, read_rows, max(read_rows - len(ordered), 0))
+    return Draw(
+        taken,
+        held_out,
+        read_rows,
+        repeated_rows=max(read_rows - len(ordered), 0),
+        moved_rows=sum(is_held_out(row) != is_held_out(replace(row, split_key="")) for row in ordered),
+    )
 
 
 def shares(wanted: int, available: Mapping[str, int], weights: Mapping[str, float]) -> Mapping[str, int]:
@@ -111,13 +146,32 @@ def shares(wanted: int, available: Mapping[str, int], weights: Mapping[str, floa
     return given
 
 
+def with_split_keys(rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Give rows with the same prompt the same split key, so that no prompt both calibrates and judges.
+
+    The key is the smallest content digest among the rows with that prompt that the base did not answer itself, or
+    else the smallest of their origins. So a prompt that occurs once is split by its row's own content, and the order
+    of rows and files has no say. It takes all rows at once: without a file that shares a prompt, the prompt's key may
+    be another one. The prompt is all up to the last user turn.
+    """
+    listed = list(rows)
+    keys: dict[tuple[Message, ...], tuple[bool, str]] = {}
+    for row in listed:
+        prompt = prompt_of(row)
+        if prompt:
+            own = (row.generated, row.origin or row.sha256)
+            keys[prompt] = min(keys.get(prompt, own), own)
+    alone = (False, "")
+    return tuple(replace(row, split_key=keys.get(prompt_of(row), alone)[1]) for row in listed)
+
+
 def is_held_out(row: Row) -> bool:
-    """Keep about a third of all contents out of calibration, by content and so for every seed and file alike.
+    """Keep about a third of all prompts out of calibration, by content and so for every seed.
 
     What the base itself answered to a row's prompt goes where that row goes: it must not bring a prompt of the
     evaluation into calibration.
     """
-    return int((row.origin or row.sha256)[:8], 16) % 3 == 0
+    return int((row.split_key or row.origin or row.sha256)[:8], 16) % 3 == 0
 
 
 def contents_digest(rows: Iterable[str]) -> str:
@@ -125,17 +179,39 @@ def contents_digest(rows: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def _parse_file(path: Path) -> Iterator[Row | str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                yield f"{where}: not UTF-8: {error.reason} at byte {error.start}"
-                continue
-            if text.strip():
-                yield parse_line(text, where)
+def _read_source(path: Path, weight: float) -> tuple[Source, list[Row]]:
+    kind, records = read_records(path)
+    parsed = [
+        f"{record.where}: {record.problem}" if record.problem else parse_value(record.value, record.where)
+        for record in records
+    ]
+    sha256 = sha256_of(path)
+    rows = [replace(item, source=sha256) for item in parsed if isinstance(item, Row)]
+    skipped = tuple(item for item in parsed if isinstance(item, str))
+    if not parsed:
+        raise CalibrationError([f"{path}: holds no rows"])
+    formats = Counter(f"{row.format} with tools" if row.uses_tools else row.format for row in rows)
+    return Source(
+        path,
+        sha256,
+        float(weight),
+        rows=len(rows),
+        repeated_rows=len(rows) - len({row.sha256 for row in rows}),
+        kind=kind,
+        formats=tuple(sorted(formats.items(), key=lambda item: (-item[1], item[0]))),
+        skipped=skipped,
+    ), rows
+
+
+def _shortened(source: Source) -> list[str]:
+    """List a file's problems; what is wrong with the file as a whole is one of them."""
+    problems = list(source.skipped)
+    for mark, advice in _OF_THE_FILE.items():
+        alike = [problem for problem in problems if mark in problem]
+        if len(alike) >= _SAME_PROBLEM:
+            told = f"{alike[0]} ({len(alike)} rows of this file){advice}"
+            problems = [told, *(problem for problem in problems if problem not in alike)]
+    return problems
 
 
 def _different(rows: Sequence[Row], weights: Mapping[str, float]) -> tuple[Row, ...]:
@@ -178,10 +254,13 @@ def _weight_problems(weighed: Sequence[tuple[Path, float]]) -> list[str]:
     return wrong
 
 
-def _too_few(rows: int, usable: int, held_out: int) -> str:
+def _too_few(rows: Sequence[Row], usable: int, held_out: int) -> str:
+    prompts = len({row.split_key or row.sha256 for row in rows})
+    shared = f" with {prompts} different prompts" if prompts < len(rows) else ""
+    why = "; all rows with a prompt are on the same side" if shared else ""
     return (
-        f"too few calibration rows: {rows} different chats give {usable} to calibrate on and {held_out} to evaluate "
-        f"on, at least {FEWEST_SAMPLES} and {FEWEST_HELD_OUT} are needed; pass more text with --data"
+        f"too few calibration rows: {len(rows)} different chats{shared} give {usable} to calibrate on and {held_out} "
+        f"to evaluate on, at least {FEWEST_SAMPLES} and {FEWEST_HELD_OUT} are needed{why}; pass more text with --data"
     )
 
 

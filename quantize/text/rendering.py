@@ -1,19 +1,16 @@
 """Rows -> text by a base's own chat template, with the reasoning that many templates delete."""
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from quantize.text.rows import Message, Row
+from quantize.text.thinking import THINK, Markers, Span, converted, divided, markers_of, reasoning_spans, thoughts
 
-_TAG = re.compile(r"</?think>")
-_OPEN_BEFORE = re.compile(r"<think>\s*\Z")
-_CLOSED_AFTER = re.compile(r"\s*</think>")
 # Stands for an answer where only what a template writes after it matters.
 _MARK = "quantgate-answer"
-
-Span = tuple[int, int]
 
 
 class Tokenizer(Protocol):
@@ -26,7 +23,7 @@ class Tokenizer(Protocol):
     eos_token: str | None
     bos_token_id: int | None
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> str: ...
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> str: ...
 
     def __call__(self, text: str, **options: Any) -> dict[str, Any]: ...
 
@@ -42,85 +39,113 @@ class Rendered:
 
 def render(row: Row, tokenizer: Tokenizer) -> Rendered:
     """Render a row: bare text as it is, a completion after its prompt, a chat with its last reasoning restored."""
+    markers = markers_of(tokenizer)
     if row.text:
-        spans = reasoning_spans(row.text)
+        spans = reasoning_spans(row.text, markers)
         return Rendered(row.text, tuple(spans), (spans[-1][1] if spans else 0, len(row.text)))
+    row = in_markers(row, markers)
+    template = Template(tokenizer, markers, row.tools)
     if row.completion:
-        return _completed(row.messages, row.completion, tokenizer, finished=row.finished)
+        return _completed(row.messages, row.completion, template, finished=row.finished)
     last = row.messages[-1]
-    text = _templated(row.messages, tokenizer)
-    if last.role == "assistant" and any(thought not in text for thought in thoughts(last.content)):
-        return _completed(row.messages[:-1], last.content, tokenizer, finished=True)
-    return _located(text, row.messages)
+    text = template.render(row.messages)
+    restorable = last.role == "assistant" and not last.tool_calls
+    if restorable and any(thought not in text for thought in thoughts(last.content, markers)):
+        return _completed(row.messages[:-1], last.content, template, finished=True)
+    return _located(text, row.messages, markers)
 
 
-def join_completion(prompt: str, completion: str) -> str:
+def in_markers(row: Row, markers: Markers) -> Row:
+    """Write the reasoning of a row's answers in the markers of a model's family."""
+    turns = [
+        replace(turn, content=converted(turn.content, markers)) if turn.role == "assistant" else turn
+        for turn in row.messages
+    ]
+    return replace(row, messages=tuple(turns), completion=converted(row.completion, markers))
+
+
+def has_reasoning(row: Row, markers: Markers) -> bool:
+    """Whether an answer of a row holds reasoning that was closed."""
+    answers = [turn.content for turn in row.messages if turn.role == "assistant"]
+    return any(one.end in text for one in {THINK, markers} for text in (*answers, row.completion, row.text))
+
+
+def join_completion(prompt: str, completion: str, markers: Markers = THINK) -> str:
     """Append a raw completion to a prompt that may already have opened the think span."""
-    if prompt.rstrip().endswith("<think>") and completion.lstrip().startswith("<think>"):
-        completion = completion.lstrip().removeprefix("<think>").lstrip("\n")
+    if prompt.rstrip().endswith(markers.start) and completion.lstrip().startswith(markers.start):
+        completion = completion.lstrip().removeprefix(markers.start).lstrip("\n")
     return prompt + completion
 
 
-def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer) -> str:
+def render_prompt(messages: Sequence[Message], tokenizer: Tokenizer, tools: str = "") -> str:
     """Render what a server would put before the answer."""
-    return _templated(messages, tokenizer, add_generation_prompt=True)
+    return Template(tokenizer, markers_of(tokenizer), tools).render_prompt(messages)
 
 
 def closing(tokenizer: Tokenizer) -> str:
     """Find what ends an answer, by the template's own word; where it writes nothing, the end-of-text token."""
-    text = _templated([Message("user", "?"), Message("assistant", _MARK)], tokenizer)
-    _, answered, after = text.rpartition(_MARK)
-    return (after.strip() if answered else "") or tokenizer.eos_token or ""
+    return Template(tokenizer).closing()
 
 
-def thoughts(content: str) -> list[str]:
-    """Take the pieces of reasoning out of an answer, without their tags."""
-    return [_TAG.sub("", content[start:end]).strip() for start, end in reasoning_spans(content)]
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A tokenizer's chat template, with the functions that a chat offers."""
+
+    tokenizer: Tokenizer
+    markers: Markers = THINK
+    tools: str = ""
+
+    def render(self, messages: Sequence[Message], **options: Any) -> str:
+        """Render a chat; jinja2.TemplateError where the template refuses it."""
+        chat = [self._message(turn) for turn in messages]
+        if self.tools:
+            options["tools"] = json.loads(self.tools)
+        return self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
+
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """Render what a server would put before the answer."""
+        return self.render(messages, add_generation_prompt=True)
+
+    def closing(self) -> str:
+        """Find what ends an answer, by the template's own word; where it writes nothing, the end-of-text token."""
+        text = self.render([Message("user", "?"), Message("assistant", _MARK)])
+        _, answered, after = text.rpartition(_MARK)
+        return (after.strip() if answered else "") or self.tokenizer.eos_token or ""
+
+    def _message(self, turn: Message) -> dict[str, Any]:
+        if turn.role != "assistant" or not self.markers.field:
+            return turn.to_template()
+        thought, answer = divided(turn.content, self.markers)
+        beside = {self.markers.field: thought} if thought else {}
+        return {**turn.to_template(), "content": answer, **beside}
 
 
-def reasoning_spans(answer: str) -> list[Span]:
-    """Find the character ranges of reasoning in an answer, tags included, but not those of empty thoughts.
-
-    A first span that only closes began with the answer (the prompt had opened it); one that only opens was cut.
-    """
-    spans: list[Span] = []
-    opened: int | None = None
-    for tag in _TAG.finditer(answer):
-        if tag[0] == "<think>":
-            opened = tag.start() if opened is None else opened
-        elif opened is not None or not spans:
-            spans.append((opened or 0, tag.end()))
-            opened = None
-    if opened is not None:
-        spans.append((opened, len(answer)))
-    return [(start, end) for start, end in spans if _TAG.sub("", answer[start:end]).strip()]
-
-
-def _completed(messages: Sequence[Message], completion: str, tokenizer: Tokenizer, *, finished: bool) -> Rendered:
+def _completed(messages: Sequence[Message], completion: str, template: Template, *, finished: bool) -> Rendered:
     """Render the prompt, append the answer raw; reasoning of earlier turns is what the template makes of it."""
-    prompt = render_prompt(messages, tokenizer)
-    text = join_completion(prompt, completion)
-    before = _located(prompt, messages)
+    markers = template.markers
+    prompt = template.render_prompt(messages)
+    text = join_completion(prompt, completion, markers)
+    before = _located(prompt, messages, markers)
     # The tag that opens the reasoning may be the prompt's last word.
-    start = opened.start() if (opened := _OPEN_BEFORE.search(prompt)) else len(prompt)
-    spans = [(start + first, start + last) for first, last in reasoning_spans(text[start:])]
+    start = opened.start() if (opened := _open_before(markers).search(prompt)) else len(prompt)
+    spans = [(start + first, start + last) for first, last in reasoning_spans(text[start:], markers)]
     if finished:
-        text += closing(tokenizer)
+        text += template.closing()
     return Rendered(text, (*before.reasoning, *spans), (spans[-1][1] if spans else len(prompt), len(text)))
 
 
-def _located(text: str, messages: Sequence[Message]) -> Rendered:
+def _located(text: str, messages: Sequence[Message], markers: Markers) -> Rendered:
     """Find the turns of a chat in its rendered text, in order; tags that a user or a system prompt names are none."""
     spans: list[Span] = []
     place, answer = 0, (len(text), len(text))
     for turn in messages:
-        pieces = thoughts(turn.content) if turn.role == "assistant" else []
+        pieces = thoughts(turn.content, markers) if turn.role == "assistant" else []
         for piece in pieces:
             at = text.find(piece, place)
             if at >= 0:
-                spans.append(_with_tags(text, at, at + len(piece)))
+                spans.append(_with_tags(text, at, at + len(piece), markers))
                 place = spans[-1][1]
-        said = turn.content[reasoning_spans(turn.content)[-1][1] :].strip() if pieces else turn.content.strip()
+        said = divided(turn.content, markers)[1].strip() if pieces else turn.content.strip()
         at = text.find(said, place)
         if turn is messages[-1] and turn.role == "assistant":
             answer = (place if pieces else max(at, place), len(text))
@@ -128,11 +153,11 @@ def _located(text: str, messages: Sequence[Message]) -> Rendered:
     return Rendered(text, tuple(spans), answer)
 
 
-def _with_tags(text: str, start: int, end: int) -> Span:
-    opened, closed = _OPEN_BEFORE.search(text[:start]), _CLOSED_AFTER.match(text, end)
+def _with_tags(text: str, start: int, end: int, markers: Markers) -> Span:
+    opened = _open_before(markers).search(text[:start])
+    closed = re.compile(rf"\s*{re.escape(markers.end)}").match(text, end)
     return opened.start() if opened else start, closed.end() if closed else end
 
 
-def _templated(messages: Sequence[Message], tokenizer: Tokenizer, **options: Any) -> str:
-    chat = [{"role": turn.role, "content": turn.content} for turn in messages]
-    return tokenizer.apply_chat_template(chat, tokenize=False, **options)
+def _open_before(markers: Markers) -> re.Pattern[str]:
+    return re.compile(rf"{re.escape(markers.start)}\s*\Z")

@@ -1,8 +1,9 @@
 """Answers from a running replica: an OpenAI-compatible address, several requests at once."""
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -19,10 +20,11 @@ _BUSY = frozenset({429, 502, 503, 504})
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt for the base, with the seed of its answer."""
+    """A prompt for the base, with the seed of its answer; `tools` is the JSON text of the functions that it offers."""
 
     messages: tuple[Message, ...]
     seed: int
+    tools: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +108,12 @@ class Replica:
 
 def request_body(model: str, question: Question, sampling: Sampling) -> dict[str, Any]:
     """Write down what one question asks of the server."""
+    # vLLM still renders the tools with "none", and leaves a call in the content, as the model wrote it.
+    tools = {"tools": json.loads(question.tools), "tool_choice": "none"} if question.tools else {}
     return {
         "model": model,
-        "messages": [asdict(turn) for turn in question.messages],
+        "messages": [turn.to_request() for turn in question.messages],
+        **tools,
         "max_tokens": sampling.new_tokens,
         "temperature": sampling.temperature,
         "top_p": 1.0,

@@ -18,32 +18,40 @@ class Samples:
     """Token samples as plain data: to calibrate on, and held out.
 
     Each has the fields of `quantize.text.tokenizing.Sample`, the `language` it is in, and `likeness`, which near
-    duplicates share. `repeated_rows` of the `read_rows` in the files were left out, for others say the same.
+    duplicates share. `repeated_rows` of the `read_rows` in the files were left out, for others say the same;
+    `refused_rows` were skipped, for the base's chat template refuses them.
     """
 
     calibration: list[dict[str, Any]]
     held_out: list[dict[str, Any]]
     read_rows: int = 0
     repeated_rows: int = 0
+    refused_rows: int = 0
 
 
 def calibrate(base: Path, drawn: Draw, max_tokens: int, shop: Workshop) -> Samples:
-    """Tokenize both sides of a draw; says how many samples were cut."""
+    """Tokenize both sides of a draw; says how many samples were cut, and which were skipped."""
     sides = {"calibration": drawn.calibration, "held_out": drawn.held_out}
     rows = {side: [asdict(row) for row in rows] for side, rows in sides.items()}
-    job = {"base": str(base.resolve()), "max_tokens": max_tokens, "rows": rows}
+    job = {"base": str(base.resolve()), "max_tokens": max_tokens, "max_bad": drawn.max_bad, "rows": rows}
     with shop.stages.stage("calibrate", "chats") as advance:
         told = run_worker(
             "quantize.text.tokenizing", job, folder=shop.folder, environ=shop.environ, on_progress=advance
         )
     described = {
-        side: [_described(*both) for both in zip(told["sides"][side], rows, strict=True)]
+        side: [_described(sample, row) for sample, row in zip(told["sides"][side], rows, strict=True) if sample]
         for side, rows in sides.items()
     }
     cut = cut_line([sample for samples in described.values() for sample in samples], told["max_tokens"])
     if cut:
         shop.stages.say(cut)
-    return Samples(described["calibration"], described["held_out"], drawn.read_rows, drawn.repeated_rows)
+    for line in told["notes"]:
+        shop.stages.say(line)
+    if told["refused"]:
+        shop.stages.say(f"invalid rows skipped: {len(told['refused'])}: {told['refused'][0]}")
+    return Samples(
+        described["calibration"], described["held_out"], drawn.read_rows, drawn.repeated_rows, len(told["refused"])
+    )
 
 
 def cut_line(samples: Sequence[dict[str, Any]], max_tokens: int) -> str:

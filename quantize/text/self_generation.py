@@ -1,8 +1,8 @@
 """Calibration text that the base writes itself: its own answers to the prompts of other calibration text.
 
 The answers become a JSONL file in the cache, which is calibration text like any other. A prompt never changes sides:
-what the base answers to a prompt of held-out text is held out as well, whatever the answer says, and a prompt that
-stands in any held-out row counts as held out. So no prompt of the evaluation reaches calibration.
+what the base answers to a prompt of held-out text is held out as well, whatever the answer says. So no prompt of the
+evaluation reaches calibration.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from quantize.base import BaseModel
 from quantize.errors import CalibrationError
 from quantize.running.worker import run_worker
 from quantize.running.workshop import Workshop
-from quantize.text.calibration import is_held_out
+from quantize.text.calibration import is_held_out, with_split_keys
 from quantize.text.replica_answers import Answer, Question, Replica, Sampling
 from quantize.text.rows import Message, Row, content_sha256, prompt_of
 
@@ -29,10 +29,11 @@ _SEEDS = 2**31
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """A prompt, and the row that decides on which side its answers lie."""
+    """A prompt with the functions that it offers, and the row that decides on which side its answers lie."""
 
     messages: tuple[Message, ...]
     origin: str
+    tools: str = ""
 
 
 def self_generate(
@@ -51,7 +52,7 @@ def self_generate(
     A replica at `url` answers, or else the base itself in a child process. The same request finds its file again.
     """
     turns = chosen(rows, count, held_out, seed)
-    asked = [Question(opening.messages, seed_of(opening, turn, seed)) for opening, turn in turns]
+    asked = [Question(opening.messages, seed_of(opening, turn, seed), opening.tools) for opening, turn in turns]
     digest = _digest(base, asked, sampling, replica=url is not None)
     file = home_directory(shop.environ) / "self-generated" / f"{digest}.jsonl"
     if file.is_file():
@@ -74,21 +75,18 @@ def chosen(rows: Sequence[Row], count: int, held_out: int, seed: int) -> list[tu
 
 
 def openings(rows: Sequence[Row]) -> list[Opening]:
-    """List the different prompts of rows; one that a held-out row shares is held out."""
-    sharing: dict[tuple[Message, ...], list[Row]] = {}
-    for row in rows:
+    """List the different prompts of rows, with the digest that decides on which side all rows with a prompt lie."""
+    prompts: dict[tuple[tuple[Message, ...], str], str] = {}
+    for row in with_split_keys(rows):
         prompt = prompt_of(row)
         if prompt and not row.generated:
-            sharing.setdefault(prompt, []).append(row)
-    return [
-        Opening(prompt, min(row.sha256 for row in ([*filter(is_held_out, sharers)] or sharers)))
-        for prompt, sharers in sharing.items()
-    ]
+            prompts.setdefault((prompt, row.tools), row.split_key)
+    return [Opening(prompt, key, tools) for (prompt, tools), key in prompts.items()]
 
 
 def seed_of(opening: Opening, turn: int, seed: int) -> int:
     """Give every answer a seed of its own, independent of the order of the files."""
-    told = f"{seed}:{turn}:{content_sha256(opening.messages)}"
+    told = f"{seed}:{turn}:{content_sha256(opening.messages, opening.tools)}"
     return int(hashlib.sha256(told.encode()).hexdigest()[:8], 16) % _SEEDS
 
 
@@ -97,8 +95,9 @@ def line_of(opening: Opening, answer: Answer) -> str:
     if not answer.completion.strip():
         return ""
     told: dict[str, Any] = {
-        "prompt": [asdict(turn) for turn in opening.messages],
+        "prompt": [turn.to_request() for turn in opening.messages],
         "completion": answer.completion,
+        **({"tools": json.loads(opening.tools)} if opening.tools else {}),
         "self_generated": {"from": opening.origin, "finished": answer.finished},
     }
     return json.dumps(told, ensure_ascii=False)
@@ -136,11 +135,17 @@ def _digest(base: BaseModel, asked: Sequence[Question], sampling: Sampling, *, r
     told = {
         "revision": _REVISION,
         "base": base.digest,
-        "asked": [asdict(question) for question in asked],
+        "asked": list(map(_digested, asked)),
         "sampling": asdict(sampling),
         "replica": replica,
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _digested(question: Question) -> dict[str, Any]:
+    """Only what a prompt has, so that files of prompts without tools keep their names."""
+    tools = {"tools": question.tools} if question.tools else {}
+    return {"messages": [turn.to_request() for turn in question.messages], "seed": question.seed, **tools}
 
 
 def _write(file: Path, lines: Sequence[str]) -> None:

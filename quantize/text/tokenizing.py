@@ -10,8 +10,10 @@ from typing import Any
 
 from quantize.errors import CalibrationError, RecipeError
 from quantize.running.worker import Report, run_child
-from quantize.text.rendering import Span, Tokenizer, render
-from quantize.text.rows import Message, Row
+from quantize.text.literals import Literals
+from quantize.text.rendering import Tokenizer, has_reasoning, render
+from quantize.text.rows import Row
+from quantize.text.thinking import THINK, Markers, Span, markers_of
 
 _PLAIN_CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
 _PROBLEMS_SHOWN = 10
@@ -22,7 +24,8 @@ class Sample:
     """One row as token ids, `cut_tokens` fewer than it has.
 
     `reasoning` are the ranges [first, last) of token positions in think spans, tags included, together
-    `reasoning_tokens`; `answer` is the range of the last answer without its reasoning.
+    `reasoning_tokens`; `answer` is the range of the last answer without its reasoning. `reasoning_from` is the
+    position where reasoning begins in the whole row, also beyond the cut; None where the rendered text has none.
     """
 
     ids: tuple[int, ...]
@@ -33,19 +36,28 @@ class Sample:
     answer: Span = (0, 0)
     cut_tokens: int = 0
     generated: bool = False
+    reasoning_from: int | None = None
 
 
-def encode(row: Row, tokenizer: Tokenizer, max_tokens: int) -> Sample:
-    """Tokenize a row, cut to `max_tokens` ids; special tokens come from the template, or for bare text one BOS."""
-    rendered = render(row, tokenizer)
-    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+def encode(row: Row, tokenizer: Tokenizer, max_tokens: int, literals: Literals | None = None) -> Sample:
+    """Tokenize a row, cut to `max_tokens` ids; special tokens come from the template, or for bare text one BOS.
+
+    `literals` keep special tokens that are written out in contents from becoming special.
+    """
+    masked = literals.masked(row) if literals else row
+    rendered = render(masked, tokenizer)
+    if literals and masked is not row:
+        encoded = literals.encode(rendered.text)
+    else:
+        encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
     if row.text and adds_bos(tokenizer):
         ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
     if _starts_twice(ids, tokenizer.bos_token_id):
         ids, offsets = ids[1:], offsets[1:]
     kept = offsets[:max_tokens]
-    reasoning = _ranges(_inside(kept, rendered.reasoning))
+    every = _inside(offsets, rendered.reasoning)
+    reasoning = _ranges([place for place in every if place < max_tokens])
     answered = _ranges(_inside(kept, [rendered.answer]))
     return Sample(
         ids=tuple(ids[:max_tokens]),
@@ -56,6 +68,7 @@ def encode(row: Row, tokenizer: Tokenizer, max_tokens: int) -> Sample:
         answer=(answered[0][0], answered[-1][1]) if answered else (len(kept), len(kept)),
         cut_tokens=max(len(ids) - max_tokens, 0),
         generated=row.generated,
+        reasoning_from=every[0] if every else None,
     )
 
 
@@ -65,16 +78,27 @@ def adds_bos(tokenizer: Tokenizer) -> bool:
     return bos is not None and list(tokenizer("a")["input_ids"][:1]) == [bos]
 
 
-def require_reasoning(rows: Sequence[Row], samples: Sequence[Sample]) -> None:
-    """Refuse samples that lost all of their source's reasoning: the Hessian would never see it."""
-    told = [row for row in rows if "</think>" in row.words]
-    if told and not any(sample.reasoning_tokens for sample in samples):
-        raise CalibrationError(
-            [
-                f"{told[0].where}: the chat template deletes all <think> reasoning; "
-                "put it in the last assistant turn, or calibrate on text without reasoning",
-            ],
+def require_reasoning(rows: Sequence[Row], samples: Sequence[Sample], markers: Markers = THINK) -> None:
+    """Refuse samples that lost all of their source's reasoning: the Hessian would never see it.
+
+    What is cut off and what the template deletes are told apart.
+    """
+    lost = [pair for pair in zip(rows, samples, strict=True) if has_reasoning(pair[0], markers)]
+    if not lost or any(sample.reasoning_tokens for sample in samples):
+        return
+    cut = [(sample.reasoning_from, row.where) for row, sample in lost if sample.reasoning_from is not None]
+    if cut:
+        first, where = min(cut)
+        problem = (
+            f"{where}: --max-tokens cuts every sample before its reasoning; here, where it begins earliest, it does at "
+            f"token {first + 1}; raise --max-tokens, or shorten what comes before"
         )
+    else:
+        problem = (
+            f"{lost[0][0].where}: the chat template deletes all {markers.start} reasoning; "
+            "put it in the last assistant turn, or calibrate on text without reasoning"
+        )
+    raise CalibrationError([problem])
 
 
 def load_tokenizer(base: Path, *, chats: bool = True) -> Any:
@@ -99,41 +123,57 @@ def longest_input(config: dict[str, Any]) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def row_from(told: dict[str, Any]) -> Row:
-    """Read a row back from a job."""
-    return Row(**{**told, "messages": tuple(Message(**turn) for turn in told["messages"])})
-
-
 def tokenize_draw(job: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Child's work: `{base, max_tokens, rows: {side: [row]}}` -> `{max_tokens, sides: {side: [sample]}}`."""
+    """Child's work: `{base, max_tokens, max_bad, rows: {side: [row]}}` -> `{max_tokens, sides, refused, notes}`.
+
+    `sides` has a sample for each row, or None where the template refuses the row; `refused` are the problems.
+    """
     base = Path(job["base"])
-    sides = {side: [row_from(told) for told in rows] for side, rows in job["rows"].items()}
+    sides = {side: list(map(Row.from_dict, rows)) for side, rows in job["rows"].items()}
     every = [row for rows in sides.values() for row in rows]
     tokenizer = load_tokenizer(base, chats=any(row.messages for row in every))
     limit = longest_input(json.loads((base / "config.json").read_bytes())) or job["max_tokens"]
     max_tokens = min(job["max_tokens"], limit)
-    encoded = iter(_encode_all(every, tokenizer, max_tokens, report))
-    samples = {side: [next(encoded) for _ in rows] for side, rows in sides.items()}
+    problems: list[str] = []
+    encoded = _encode_all(every, tokenizer, max_tokens, report, problems)
+    if len(problems) > job.get("max_bad", 0.0) * len(every):
+        raise CalibrationError(problems[:_PROBLEMS_SHOWN])
+    following = iter(encoded)
+    samples = {side: [next(following) for _ in rows] for side, rows in sides.items()}
     for side, rows in sides.items():
-        require_reasoning(rows, samples[side])
+        pairs = [(row, sample) for row, sample in zip(rows, samples[side], strict=True) if sample]
+        require_reasoning([row for row, _ in pairs], [sample for _, sample in pairs], markers_of(tokenizer))
     return {
         "max_tokens": max_tokens,
-        "sides": {side: [asdict(sample) for sample in encoded] for side, encoded in samples.items()},
+        "sides": {side: [sample and asdict(sample) for sample in encoded] for side, encoded in samples.items()},
+        "refused": problems,
+        "notes": tool_notes(every, tokenizer),
     }
 
 
-def _encode_all(rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, report: Report) -> list[Sample]:
+def tool_notes(rows: Sequence[Row], tokenizer: Tokenizer) -> list[str]:
+    """Say so if rows have tools and the template has no place for them: then they are not calibrated on."""
+    template, using = str(getattr(tokenizer, "chat_template", "")), sum(row.uses_tools for row in rows)
+    if not using or "tool" in template:
+        return []
+    return [f"warning: {using} of {len(rows)} rows have tools, and the base's chat template renders none of them"]
+
+
+def _encode_all(
+    rows: Sequence[Row], tokenizer: Tokenizer, max_tokens: int, report: Report, problems: list[str]
+) -> list[Sample | None]:
+    """Encode rows; where the template refuses one, its sample is None and `problems` says why."""
     from jinja2 import TemplateError  # noqa: PLC0415
 
-    samples, problems = [], []
+    samples: list[Sample | None] = []
+    literals = Literals.of(tokenizer)
     for done, row in enumerate(rows, 1):
         try:
-            samples.append(encode(row, tokenizer, max_tokens))
-        except TemplateError as error:
+            samples.append(encode(row, tokenizer, max_tokens, literals))
+        except (TemplateError, TypeError) as error:  # filters of templates raise TypeError
+            samples.append(None)
             problems.append(f"{row.where}: the base's chat template refuses this chat: {error}")
         report.progress(done, len(rows))
-    if problems:
-        raise CalibrationError(problems[:_PROBLEMS_SHOWN])
     return samples
 
 

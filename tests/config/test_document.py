@@ -214,7 +214,7 @@ HOSTS = st.sampled_from(["[", "[::1", "http://[::1", "http://[", "unix:///a[b", 
 
 
 @cache
-def example() -> Any:
+def example_tree() -> Any:
     """The data of the shipped example, without references to the environment."""
     return yaml.safe_load(EXAMPLE.read_text().replace("${env:", "${").replace("${", ""))
 
@@ -223,7 +223,7 @@ def example() -> Any:
 @given(st.data())
 def test_no_value_of_an_option_is_a_traceback(tmp_path: Path, data: st.DataObject) -> None:
     """Whatever stands in the place of a value of the shipped example is valid, or refused with a remedy."""
-    tree = example()
+    tree = example_tree()
     place = data.draw(st.sampled_from(places(tree)))
     path = tmp_path / "file.yaml"
     # The table of the value alone: long files take long to read.

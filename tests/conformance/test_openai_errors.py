@@ -86,16 +86,16 @@ class Row:
 
 
 ROWS = (
-    Row("says-400", "BadRequestError", 400, "400", words="the engine said so"),
+    Row("says-400", "BadRequestError", 400, "invalid_request", words="the engine said so"),
     Row("says-400", "BadRequestError", 400, "invalid_request", arguments={"n": 10**6}, words="'n' is"),
     Row("says-400", "AuthenticationError", 401, "invalid_api_key", key="sk-other", words="not known"),
     Row("says-400", "PermissionDeniedError", 403, "model_not_allowed", key="qg-few"),
     Row("gpt-4o", "NotFoundError", 404, "model_not_found", words="does not exist"),
     Row("", "NotFoundError", 404, None, call="post", arguments={"path": "/nowhere", "body": {}}),
     Row("", "APIStatusError", 405, None, call="post", arguments={"path": "/models", "body": {}}),
-    Row("says-409", "ConflictError", 409, "409", retries=1),
+    Row("says-409", "ConflictError", 409, "invalid_request", retries=1),
     Row("says-400", "APIStatusError", 413, "request_too_large", arguments={"user": "x" * 34 * 2**20}),
-    Row("says-422", "UnprocessableEntityError", 422, "422", words="the engine said so"),
+    Row("says-422", "UnprocessableEntityError", 422, "invalid_request", words="the engine said so"),
     Row("says-429", "RateLimitError", 429, "queue_timeout", retries=1),
     Row("says-503", "RateLimitError", 429, "queue_timeout", allowed=0),
     Row("says-500", "InternalServerError", 502, "upstream_error"),

@@ -128,9 +128,13 @@ async def test_byte_by_byte(golden: Fleet) -> None:
 
 
 async def test_events_arrive_one_by_one(golden: Fleet) -> None:
-    """An event goes out as soon as it is whole: the replica sends the next one only when the client has it."""
+    """An event goes out as soon as it is whole: the replica sends the next one only when the client has it.
+
+    The first one has a role and nothing else: it is held back until there is content.
+    """
     body = events(recorded("text"))
     told = [asyncio.Event() for _ in body]
+    told[0].set()
 
     async def behaviour(peer: Peer) -> None:
         await peer.request()

@@ -92,7 +92,7 @@ BROKEN = whole(b"<html>secret</html>", "502 Bad Gateway")
     [
         ({"model": "gpt-4o"}, openai.NotFoundError, 404, "model_not_found", "the model 'gpt-4o' does not exist"),
         ({"n": 99}, openai.BadRequestError, 400, "invalid_request", "'n' is 99, the limit is 4"),
-        ({"max_tokens": 10**9}, openai.BadRequestError, 400, "400", "cannot be greater than max_model_len"),
+        ({"max_tokens": 10**9}, openai.BadRequestError, 400, "invalid_request", "cannot be greater than max_model_len"),
         (
             {"extra_headers": {"x-quantgate-floor": "a=1"}},
             openai.BadRequestError,

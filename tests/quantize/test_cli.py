@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.quantize.chats import write_chats, write_lines
+from tests.quantize.chats import chat, write_chats, write_lines
 from tests.quantize.command_line import run
 from tests.quantize.models import write_hollow_model
 from tests.quantize.variants.test_store import write_variant
@@ -20,6 +20,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_chats(folder / "good.jsonl", 60)
     write_chats(folder / "few.jsonl", 5)
     write_lines(folder / "broken.jsonl", ['{"messages": [{"role": "user", "content": "a"}]}', "{oops"])
+    (folder / "table.csv").write_text("prompt,completion\na,b\n")
+    write_lines(folder / "images.jsonl", ['{"images": ["a.png"], "messages": []}'] * 30)
+    (folder / "array.json").write_text(
+        json.dumps([*(chat(number) for number in range(120)), {"messages": 5}], indent=1)
+    )
     write_variant(folder / "taken")
     (folder / "bad.yaml").write_text("sceme: w8a8\n")
     (folder / "good.yaml").write_text("base: base\nscheme: w4a16-g64\ncalibration: {data: [good.jsonl]}\n")
@@ -37,6 +42,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["base", "--scheme", "w8a8", "--data", "absent.jsonl"], "absent.jsonl: no such calibration file"),
         (["base", "--scheme", "w8a8", "--data", "few.jsonl"], "too few calibration rows: 5 different chats"),
         (["base", "--scheme", "w8a8", "--data", "broken.jsonl"], "broken.jsonl:2: not JSON"),
+        (["base", "--scheme", "w8a8", "--data", "table.csv"], "table.csv: is a table of csv, not JSON; write one JSON"),
+        (["base", "--scheme", "w8a8", "--data", "images.jsonl"], 'images.jsonl:1: has "images": only text can'),
         (["base", "--scheme", "w8a8", "--samples", "3"], "3 samples are too few"),
         (["base", "--scheme", "w8a8", "--max-tokens", "3"], "3 tokens a sample are too few"),
         (["base", "--scheme", "w8a8", "--damp", "2"], "damp 2 is out of range"),
@@ -108,6 +115,16 @@ def test_a_plan_is_told_before_any_work(place: Path) -> None:
     assert told["cpu"] == "loads: CPUWNA16"
     assert "kl_mean 0.05" in told["gates"]
     assert sorted(place.iterdir()) == before
+
+
+def test_a_plan_tells_what_was_found_in_the_data(place: Path) -> None:
+    """The format of the rows, the kind of file, and what is skipped."""
+    done = run("main", place / "base", "--scheme", "w4a16-g64", "--data", place / "array.json", "--plan", "--json")
+    assert json.loads(done.stdout)["data"] == [
+        f"{place / 'array.json'}: 120 rows, JSON array, format: chat",
+        f"{place / 'array.json'}: invalid rows skipped: 1 of 121: {place / 'array.json'}: item 121: "
+        '"messages" is empty or no list',
+    ]
 
 
 def test_a_plan_for_scripts(place: Path) -> None:

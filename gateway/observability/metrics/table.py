@@ -254,7 +254,7 @@ HEARTBEATS = MetricSpec(
     "quantgate_heartbeats_total",
     "counter",
     (),
-    "Total number of SSE comments sent to keep idle streams open.",
+    "Total number of heartbeats sent to keep idle streams open: SSE comments, or events where the API has one.",
 )
 # reason: slow_reader.
 CLIENTS_CUT = MetricSpec(

@@ -16,6 +16,7 @@ from gateway.errors import UpstreamDisconnected, UpstreamError, UpstreamTimeout
 from gateway.observability.metrics.instruments import Counter, Family
 from gateway.proxy.upstream.pool import Pool
 from gateway.routing.engine_metrics import EngineMetrics, PollResult, parse_metrics
+from gateway.routing.silence import MIN_TIMEOUTS
 from serving.registry import Registry
 from serving.replica import Replica
 
@@ -27,7 +28,11 @@ JITTER = 0.2
 START_SECONDS = 0.01
 PAGE_LIMIT_BYTES = 4 * 2**20
 
+# A replica that did not answer several polls in time may be slow, rather than hang.
+SLOW_FACTOR = 5
+
 Outcome = Literal["ok", "missing", "failed"]
+OnAnswer = Callable[[str, bool], None]
 
 
 class PollObserver(Protocol):
@@ -64,11 +69,21 @@ def first_poll_seconds(starting: int, jitter: float, intervals: PollIntervals = 
     return jitter * min(intervals.rest_seconds, starting * START_SECONDS)
 
 
+def poll_deadline_seconds(unanswered: int, intervals: PollIntervals = DEFAULT_INTERVALS) -> float:
+    """How long a poll may take, behind so many that were not answered."""
+    return intervals.deadline_seconds * (SLOW_FACTOR if unanswered >= MIN_TIMEOUTS else 1)
+
+
+def ignore_answers(replica_id: str, answered: bool) -> None:
+    """Do nothing."""
+
+
 @dataclass(slots=True, eq=False)
 class MetricsPoller:
     """Polls while the `async with` block runs, with one task for each ready replica.
 
-    `polls` counts them by replica, variant and Outcome. A replica that does not answer is polled as often as any other.
+    `polls` counts them by replica, variant and Outcome. A replica that does not answer is polled as often as any other,
+    but has more time for each answer: it may be slow. `on_answer` is told whether a poll was answered at all.
     """
 
     registry: Registry
@@ -78,6 +93,8 @@ class MetricsPoller:
     random: Random = field(default_factory=Random)
     intervals: PollIntervals = DEFAULT_INTERVALS
     clock: Callable[[], float] = time.monotonic
+    on_answer: OnAnswer = ignore_answers
+    _unanswered: dict[str, int] = field(default_factory=dict)  # polls in a row
     _results: dict[str, PollResult] = field(default_factory=dict)
     _tasks: dict[str, tuple[Replica, asyncio.Task[None]]] = field(default_factory=dict)
     _ending: set[asyncio.Task[None]] = field(default_factory=set)
@@ -123,6 +140,7 @@ class MetricsPoller:
         """Forget a replica in this step; its task ends later."""
         _, task = self._tasks.pop(replica_id)
         self._results.pop(replica_id, None)
+        self._unanswered.pop(replica_id, None)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
         task.cancel()
@@ -148,23 +166,29 @@ class MetricsPoller:
             self._starting -= 1
 
     async def _poll(self, replica: Replica, request: bytes, polled_at: float) -> None:
+        unanswered = self._unanswered.get(replica.id, 0)
+        deadline_seconds = poll_deadline_seconds(unanswered, self.intervals)
         try:
-            page = await self._page(replica, request)
+            status, page = await self._page(replica, request, deadline_seconds)
         except UpstreamError as error:
+            self._unanswered[replica.id] = unanswered + 1
             self._failed(replica, error)
-        else:
+            self.on_answer(replica.id, False)
+            return
+        self._unanswered[replica.id] = 0
+        if status == 200:
             self._read(replica, polled_at, page)
+        else:
+            self._failed(replica, UpstreamDisconnected(f"status {status}"))
+        self.on_answer(replica.id, True)
 
-    async def _page(self, replica: Replica, request: bytes) -> bytes:
+    async def _page(self, replica: Replica, request: bytes, deadline_seconds: float) -> tuple[int, bytes]:
         try:
-            async with asyncio.timeout(self.intervals.deadline_seconds):
+            async with asyncio.timeout(deadline_seconds):
                 with await self.pool.open(replica.url, request, tls=replica.tls) as reply:
-                    page, status = await reply.read(PAGE_LIMIT_BYTES), reply.status
+                    return reply.status, await reply.read(PAGE_LIMIT_BYTES)
         except TimeoutError as error:
-            raise UpstreamTimeout(f"no complete page after {self.intervals.deadline_seconds:g} s") from error
-        if status != 200:
-            raise UpstreamDisconnected(f"status {status}")
-        return page
+            raise UpstreamTimeout(f"no complete page after {deadline_seconds:g} s") from error
 
     def _failed(self, replica: Replica, error: UpstreamError) -> None:
         before = self._results.get(replica.id) or PollResult()

@@ -44,8 +44,13 @@ class Connection(asyncio.Protocol):
     reusable; otherwise it is closed.
     """
 
-    def __init__(self, release: "Callable[[Connection], None] | None" = None) -> None:
+    def __init__(
+        self,
+        release: "Callable[[Connection], None] | None" = None,
+        on_lost: "Callable[[Connection], None] | None" = None,
+    ) -> None:
         self._release = release
+        self._on_lost = on_lost
         self._loop = asyncio.get_running_loop()
         self._timer = ReplyTimer(self._loop, self._on_timeout)
         self._transport: asyncio.Transport  # from `connection_made` on, which comes before anything else
@@ -144,6 +149,17 @@ class Connection(asyncio.Protocol):
         """Whether the reply is complete and read, and the replica keeps the connection open."""
         return self._complete and self._keep_alive and not self._body and self._failure is None
 
+    @property
+    def heard_at(self) -> float:
+        """When a piece of a body arrived last (monotonic); -inf if none has."""
+        return self._timer.heard_at
+
+    def abandon(self, silent_seconds: float, failure: Exception) -> None:
+        """Fail the exchange, if there is one and it has received nothing for so long."""
+        if not self._complete and self._failure is None and self._timer.silent_seconds >= silent_seconds:
+            self._fail(failure)
+            self.close()
+
     def close(self) -> None:
         """Close at once; a replica takes this for a client that left, and stops generating."""
         self._timer.stop()
@@ -186,6 +202,8 @@ class Connection(asyncio.Protocol):
         self._complete = self._complete or at_end
         self._keep_alive = False
         self._fail(None if self._complete else UpstreamDisconnected("a replica closed the connection too early"))
+        if self._on_lost is not None:
+            self._on_lost(self)
 
     # Called by the parser
 

@@ -7,10 +7,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 from types import TracebackType
 from typing import Self
 
-from gateway.errors import UpstreamDisconnected, UpstreamUnreachable
+from gateway.errors import ReplicaHung, UpstreamDisconnected, UpstreamUnreachable
 from gateway.proxy.upstream.connection import Connection
 from gateway.proxy.upstream.timer import DEFAULT_TIMEOUTS
 from gateway.routing.target import Timeouts
@@ -32,6 +33,8 @@ class Pool:
     trust: ssl.SSLContext | None = None  # for https; None: the system's CA bundle, loaded when it is first needed
     clock: Callable[[], float] = time.monotonic
     _idle: dict[Origin, _Idle] = field(default_factory=dict)
+    _open: dict[Origin, set[Connection]] = field(default_factory=dict)  # idle or not
+    _heard_at: dict[Origin, float] = field(default_factory=dict)  # by connections that have closed
     _addresses: dict[str, Address] = field(default_factory=dict)
 
     async def __aenter__(self) -> Self:
@@ -100,6 +103,17 @@ class Pool:
             idle.popleft()[1].close()
         idle.append((now, connection))
 
+    def heard_at(self, url: str, tls: Tls | None = None) -> float:
+        """When the last piece of a body came from a replica (monotonic); -inf if none has."""
+        origin = (url, tls)
+        heard = [connection.heard_at for connection in self._open.get(origin, ())]
+        return max([self._heard_at.get(origin, -inf), *heard])
+
+    def abandon(self, url: str, tls: Tls | None, silent_seconds: float) -> None:
+        """End those exchanges with a replica that have received nothing for so long."""
+        for connection in tuple(self._open.get((url, tls), ())):
+            connection.abandon(silent_seconds, ReplicaHung("a replica hangs: it sends nothing any more"))
+
     def drop(self, url: str, tls: Tls | None = None) -> None:
         """Close the idle connections of a replica that has left."""
         for _, connection in self._idle.pop((url, tls), ()):
@@ -112,7 +126,7 @@ class Pool:
         loop = asyncio.get_running_loop()
 
         def protocol() -> Connection:
-            return Connection(partial(self.release, origin))
+            return Connection(partial(self.release, origin), partial(self._lost, origin))
 
         try:
             async with asyncio.timeout(seconds):
@@ -123,7 +137,20 @@ class Pool:
                     _, connection = await loop.create_connection(protocol, address.host, address.port, ssl=secure)
         except (OSError, TimeoutError) as error:
             raise UpstreamUnreachable("no connection to a replica") from error
+        self._open.setdefault(origin, set()).add(connection)
         return connection
+
+    def _lost(self, origin: Origin, connection: Connection) -> None:
+        connections = self._open.get(origin)
+        if connections is None:
+            return
+        connections.discard(connection)
+        if connections:
+            self._heard_at[origin] = max(self._heard_at.get(origin, -inf), connection.heard_at)
+        else:
+            # A replica without a connection has no exchange that could be silent.
+            del self._open[origin]
+            self._heard_at.pop(origin, None)
 
     def _tls_context(self, tls: Tls | None) -> ssl.SSLContext:
         if tls is not None:

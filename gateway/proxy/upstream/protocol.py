@@ -67,8 +67,14 @@ class Sink(Protocol):
     def send(self, body: bytes) -> None:
         """Send a whole answer."""
 
+    def begin(self) -> str | None:
+        """Forget the openers of an earlier attempt; returns the id of a response that the reader knows already."""
+
+    def hold(self, openers: bytes) -> None:
+        """Keep events that carry no content until `write` sends the first that does."""
+
     def write(self, events: bytes) -> None:
-        """Send events of a stream; the first ones start it."""
+        """Send events of a stream, behind those that are held; the first ones start it."""
 
     def end(self) -> None:
         """End a stream that is complete."""
@@ -80,10 +86,11 @@ class Sink(Protocol):
 class NullSink:
     """Discards an answer and measures it: for copies of requests whose answers no client sees."""
 
-    __slots__ = ("bytes", "complete", "events")
+    __slots__ = ("_held", "bytes", "complete", "events")
     write_paused = False
 
     def __init__(self) -> None:
+        self._held = b""
         self.bytes = 0
         self.events = 0
         self.complete = False
@@ -92,8 +99,17 @@ class NullSink:
         """Count a whole answer."""
         self.bytes, self.complete = len(body), True
 
+    def begin(self) -> None:
+        """Forget what is held."""
+        self._held = b""
+
+    def hold(self, openers: bytes) -> None:
+        """Keep events that count only if others follow."""
+        self._held += openers
+
     def write(self, events: bytes) -> None:
         """Count events."""
+        events, self._held = self._held + events, b""
         self.bytes += len(events)
         self.events += events.count(b"\n\n")
 

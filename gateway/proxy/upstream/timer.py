@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from math import inf
 
 from gateway.routing.target import Timeouts
 
@@ -16,7 +17,17 @@ class ReplyTimer:
     purpose. `on_timeout` is called with a description.
     """
 
-    __slots__ = ("_loop", "_on_timeout", "_sent_at", "_timeouts", "_timer", "_until", "paused", "received_at")
+    __slots__ = (
+        "_heard_at",
+        "_loop",
+        "_on_timeout",
+        "_sent_at",
+        "_timeouts",
+        "_timer",
+        "_until",
+        "paused",
+        "received_at",
+    )
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_timeout: Callable[[str], None]) -> None:
         self._loop = loop
@@ -25,6 +36,7 @@ class ReplyTimer:
         self._timer: asyncio.TimerHandle | None = None
         self._until = 0.0
         self._sent_at = 0.0
+        self._heard_at = -inf  # the last data of the reply before
         self.received_at = 0.0  # 0: nothing yet
         self.paused = False
 
@@ -32,10 +44,22 @@ class ReplyTimer:
         """A request is sent now."""
         self._timeouts = timeouts
         self._sent_at = now = self._loop.time()
+        if self.received_at:
+            self._heard_at = self.received_at
         self.received_at = 0.0
         # The timer of an earlier request nearly always fires before this one can time out, and is set anew then.
         if self._timer is None or self._until > now + timeouts.shortest_seconds:
             self._set()
+
+    @property
+    def heard_at(self) -> float:
+        """When data of any reply arrived last; -inf if none has."""
+        return self.received_at or self._heard_at
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long the present reply has been silent; 0 while it is not read on purpose."""
+        return 0.0 if self.paused else self._loop.time() - (self.received_at or self._sent_at)
 
     def stop(self) -> None:
         """No reply is expected any more."""

@@ -14,7 +14,7 @@ MAX_HEADS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class VllmUpstream:
-    """Implements Upstream; of a client's headers only its trace context is sent on."""
+    """Implements Upstream and Exchanges; of a client's headers only its trace context is sent on."""
 
     pool: Pool
     _heads: dict[tuple[str, str, str | None], bytes] = field(default_factory=dict)
@@ -22,6 +22,14 @@ class VllmUpstream:
     def open(self, request: UpstreamRequest, replica: Replica, timeouts: Timeouts) -> Awaitable[Connection]:
         """Send a request with the replica's model name and credential."""
         return self.pool.open(replica.url, self.encode(request, replica), timeouts, replica.tls)
+
+    def heard_at(self, replica: Replica) -> float:
+        """When the last byte of a response of a replica arrived (monotonic); -inf if none has."""
+        return self.pool.heard_at(replica.url, replica.tls)
+
+    def abandon(self, replica: Replica, silent_seconds: float) -> None:
+        """End those exchanges with a replica that have received nothing for so long, with ReplicaHung."""
+        self.pool.abandon(replica.url, replica.tls, silent_seconds)
 
     def encode(self, request: UpstreamRequest, replica: Replica) -> bytes:
         """Encode the HTTP request."""

@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.benchmarks.routing.runs import Run, Scenario
 from tests.benchmarks.routing.scenarios import Ground
 from tests.benchmarks.routing.simulation import simulate
 from tests.benchmarks.routing.sockets import Setting, contenders, run_over_sockets
+from tests.benchmarks.routing.workloads import CHATS, Mix
 
 PARTS = ("capacity", "steady", "square", "ramp", "faults", "overload", "burst")
 SOCKETS = "sockets"
@@ -83,7 +85,14 @@ def main(arguments: Sequence[str]) -> int:
     capacity = options.capacity or scenarios.best_rung_capacity(fleet, objective)
     report = Report(machine_line(), f"{options.model}, {fleet}", objective, capacity)
     makers = {name: maker for name, maker in _makers(objective, _ours(options)).items() if name in options.policies}
-    bench = Bench(Ground(fleet, capacity, options.seconds), objective, makers, measurements, options.seeds)
+    bench = Bench(
+        Ground(fleet, capacity, options.seconds, _mix(options)),
+        objective,
+        makers,
+        measurements,
+        options.seeds,
+        options.loads,
+    )
     if "capacity" in options.parts:
         report.measurements = measurements
     bench.fill(report, options.parts)
@@ -110,15 +119,17 @@ class Bench:
         makers: Mapping[str, Maker],
         measurements: Measured,
         seeds: int,
+        loads: Sequence[float],
     ) -> None:
         self.ground, self.objective = ground, objective
-        self.makers, self.measurements, self.seeds = makers, measurements, seeds
+        self.makers, self.measurements = makers, measurements
+        self.seeds, self.loads = seeds, loads
 
     def fill(self, report: Report, parts: Sequence[str]) -> None:
         """Run the parts that are asked for."""
         ground = self.ground
         if "steady" in parts:
-            for times in scenarios.STEADY:
+            for times in self.loads:
                 self._compare(report, f"{times:g} times the best rung", partial(scenarios.steady, ground, times))
         if "square" in parts:
             self._compare(report, "Square wave, 0.5 and 1.5 times, 60 s", partial(scenarios.wave, ground))
@@ -165,7 +176,7 @@ class Bench:
 
 def _compare_over_sockets(report: Report, setting: Setting, options: argparse.Namespace, objective: Objective) -> None:
     """Run everybody in real time, which takes as long as it says."""
-    ground = Ground(setting.fleet, report.capacity, options.socket_seconds)
+    ground = Ground(setting.fleet, report.capacity, options.socket_seconds, _mix(options))
     for times in options.socket_loads:
         title = f"Over sockets, in real time: {times:g} times the best rung"
         found, scenario = [], scenarios.steady(ground, times, 1)
@@ -197,6 +208,10 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dwell", type=float, default=DEFAULT_SPILL.dwell_seconds, help="(%(default)s)")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds a request may wait (%(default)s)")
     parser.add_argument("--unmeasured", action="store_true", help="give our gateway no capacity.json")
+    parser.add_argument("--unnamed", action="store_true", help="clients do not name their conversations")
+    parser.add_argument("--mean-turns", type=float, default=CHATS.mean_turns, help="of a conversation (%(default)s)")
+    parser.add_argument("--think", type=float, default=CHATS.think_seconds, help="mean seconds to read (%(default)s)")
+    parser.add_argument("--loads", type=_numbers, default=list(scenarios.STEADY), help="times the best rung")
     parser.add_argument("--capacity", type=float, help="turns/s of the best rung; not given: searched for")
     parser.add_argument("--seconds", type=float, default=600.0, help="of each scenario (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="workloads of each scenario (default: %(default)s)")
@@ -215,7 +230,11 @@ def _ours(options: argparse.Namespace) -> Options:
         return_below_seconds=options.return_below,
         dwell_seconds=options.dwell,
     )
-    return Options(spill, options.patience, not options.unmeasured)
+    return Options(spill, options.patience, not options.unmeasured, not options.unnamed)
+
+
+def _mix(options: argparse.Namespace) -> Mix:
+    return replace(CHATS, mean_turns=options.mean_turns, think_seconds=options.think)
 
 
 def _words(known: Sequence[str]) -> Callable[[str], list[str]]:

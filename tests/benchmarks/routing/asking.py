@@ -83,8 +83,8 @@ class _Exchange(asyncio.Protocol):
             self.over.set_result(None)
 
 
-async def ask(contender: Contender, turn: Turn, messages: Sequence[Message]) -> Answer:
-    """Ask one turn; an answer without a status is a failure."""
+async def ask(contender: Contender, turn: Turn, messages: Sequence[Message], *, named: bool = True) -> Answer:
+    """Ask one turn, with the name of its conversation or without; an answer without a status is a failure."""
     asked = {
         "model": contender.model,
         "messages": messages,
@@ -93,9 +93,10 @@ async def ask(contender: Contender, turn: Turn, messages: Sequence[Message]) -> 
         "stream_options": {"include_usage": True},
     }
     body = json.dumps(asked, separators=(",", ":")).encode()
+    session = f"x-session-id: {turn.session}\r\n" if named else ""
     head = (
         f"POST {PATH} HTTP/1.1\r\nhost: {contender.host}:{contender.port}\r\ncontent-type: application/json\r\n"
-        f"authorization: Bearer {contender.key}\r\nx-session-id: {turn.session}\r\nconnection: close\r\n"
+        f"authorization: Bearer {contender.key}\r\n{session}connection: close\r\n"
         f"content-length: {len(body)}\r\n\r\n"
     )
     loop = asyncio.get_running_loop()
@@ -112,10 +113,13 @@ async def ask(contender: Contender, turn: Turn, messages: Sequence[Message]) -> 
 
 
 class Crowd:
-    """Has every conversation of a scenario; `late_seconds` is how late this program itself was to ask."""
+    """Has every conversation of a scenario; `late_seconds` is how late this program itself was to ask.
 
-    def __init__(self, scenario: Scenario, contender: Contender) -> None:
-        self._scenario, self._contender = scenario, contender
+    `named`: it tells the router which conversation a turn is of.
+    """
+
+    def __init__(self, scenario: Scenario, contender: Contender, *, named: bool) -> None:
+        self._scenario, self._contender, self._named = scenario, contender, named
         self._loop = asyncio.get_running_loop()
         self._began_at = self._loop.time()
         self.outcomes: list[Outcome] = []
@@ -154,7 +158,7 @@ class Crowd:
         """Ask until there is an answer, or it was refused too often; returns what it says."""
         while True:
             outcome.sent_at, outcome.tries = self.now, outcome.tries + 1
-            answer = await ask(self._contender, outcome.turn, messages)
+            answer = await ask(self._contender, outcome.turn, messages, named=self._named)
             if answer.first_at is not None:
                 note(outcome, answer, self._scenario.fleet, self._began_at)
                 return answer.text

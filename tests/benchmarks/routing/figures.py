@@ -28,11 +28,11 @@ class Figures:
     Waits count from when a turn was first asked, refusals included. `good` are the answers that meet the objective: a
     share of all turns, and a rate; of those `in_time` the first token does. `agreement` is the mean top1_agreement of
     the variants that answered, over answers. `session_switches` are changes of variant from a turn to the next, per
-    conversation that had a next one. `window_switches` are a minute's changes of the rung that took most turns in a
-    window; `alias_switches` those that the policy itself told. `spread` is the most turns sent to one replica by the
-    mean, in each rung; the worst rung's. `retry_error_seconds`: of refusals, what Retry-After told less the time until
-    the turn would have been taken had it asked all the time (looked at four times a second), median;
-    `retry_error_p95_seconds` is of its absolute value.
+    conversation that had a next one; `changed_share` is the share of next turns with such a change. `window_switches`
+    are a minute's changes of the rung that took most turns in a window; `alias_switches` those that the policy itself
+    told. `spread` is the most turns sent to one replica by the mean, in each rung; the worst rung's.
+    `retry_error_seconds`: of refusals, what Retry-After told less the time until the turn would have been taken had
+    it asked all the time (looked at four times a second), median; `retry_error_p95_seconds` is of its absolute value.
     """
 
     policy: str
@@ -50,6 +50,7 @@ class Figures:
     good_agreement: float
     shares: Mapping[str, float]
     session_switches: float
+    changed_share: float
     window_switches: float
     alias_switches: float
     retry_error_seconds: float
@@ -72,6 +73,7 @@ def figures_of(run: Run, objective: Objective) -> Figures:
         for refusal in outcome.refusals
         if refusal.really_seconds is not None
     ]
+    changes, next_turns, conversations = _changes(begun)
     p50, p95, p99 = (percentile(waits, percent) if waits else NONE for percent in (50, 95, 99))
     return Figures(
         policy=run.policy,
@@ -88,7 +90,8 @@ def figures_of(run: Run, objective: Objective) -> Figures:
         agreement=_mean(outcome.agreement for outcome in begun),
         good_agreement=_mean(outcome.agreement for outcome in good),
         shares=shares(begun, run.scenario.fleet.rungs),
-        session_switches=_session_switches(begun),
+        session_switches=changes / max(conversations, 1),
+        changed_share=changes / max(next_turns, 1),
         window_switches=_window_switches(begun, run.scenario.fleet.rungs) * 60 / seconds,
         alias_switches=len(run.switches) * 60 / seconds,
         retry_error_seconds=statistics.median(errors) if errors else NONE,
@@ -128,17 +131,14 @@ def _mean(values: Iterable[float]) -> float:
     return statistics.fmean(found) if found else NONE
 
 
-def _session_switches(outcomes: Sequence[Outcome]) -> float:
+def _changes(outcomes: Sequence[Outcome]) -> tuple[int, int, int]:
+    """Count the changes of variant, the turns that had one before them, and the conversations of such turns."""
     sessions = defaultdict[str, list[Outcome]](list)
     for outcome in outcomes:
         sessions[outcome.turn.session].append(outcome)
-    longer = [turns for turns in sessions.values() if len(turns) > 1]
-    changes = sum(
-        before.precision != after.precision
-        for turns in longer
-        for before, after in pairwise(sorted(turns, key=lambda outcome: outcome.turn.number))
-    )
-    return changes / len(longer) if longer else 0.0
+    longer = [sorted(turns, key=lambda outcome: outcome.turn.number) for turns in sessions.values() if len(turns) > 1]
+    changes = sum(before.precision != after.precision for turns in longer for before, after in pairwise(turns))
+    return changes, sum(len(turns) - 1 for turns in longer), len(longer)
 
 
 def _window_switches(outcomes: Sequence[Outcome], rungs: Sequence[str]) -> int:

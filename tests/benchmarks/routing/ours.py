@@ -21,7 +21,9 @@ from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.pick import decide
 from gateway.routing.prefix_index import BLOCK_BYTES, MAX_BLOCKS
 from gateway.routing.request import RoutingRequest
+from gateway.routing.sessions import Placement
 from gateway.routing.speed import SpeedProfile
+from gateway.routing.spill import PAUSE_SECONDS
 from gateway.routing.target import DEFAULT_SPILL, Catalog
 from serving.registry import Registry
 from serving.replica import Replica, State
@@ -39,11 +41,15 @@ _BLOCKS_IN_ONE = int(BLOCK_BYTES / BYTES_PER_TOKEN) // BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Settings of an operator: when to spill, and how long a request may wait for a replica."""
+    """Settings of an operator: when to spill, and how long a request may wait for a replica.
+
+    `named`: clients name their conversations; otherwise each is known by its opening, or by the model's first turn.
+    """
 
     spill: Spill = DEFAULT_SPILL
     patience_seconds: float = 30.0
     measured: bool = True  # there is a capacity.json
+    named: bool = True
 
 
 class Ours:
@@ -131,6 +137,7 @@ class Ours:
     def _request(self, turn: Turn, number: int) -> RoutingRequest:
         floors = () if turn.floor is None else (Floor(top1_agreement=turn.floor),)
         prompt_bytes = round(turn.prompt_tokens * BYTES_PER_TOKEN * (1 + BYTES_SPREAD * _chance(turn.key)))
+        session, placement = self._conversation(turn)
         return RoutingRequest(
             self._target,
             self._target.permitted_rungs(floors, None),
@@ -140,9 +147,24 @@ class Ours:
             prompt_tokens=prompt_bytes / self.dispatch.affinity.bytes_per_token(ALIAS),
             prompt_bytes=prompt_bytes,
             blocks=turn.prompt_blocks[_BLOCKS_IN_ONE - 1 :: _BLOCKS_IN_ONE][:MAX_BLOCKS],
-            session=turn.session,
+            session=session,
             floors=floors,
+            placement=placement,
         )
+
+    def _conversation(self, turn: Turn) -> tuple[str | None, Placement | None]:
+        """What gateway.proxy.routing_features finds: `Affinity.refreshed` looks the placement of the session up."""
+        if self._options.named:
+            return turn.session, None
+        spilling_seconds, known = self.dispatch.spilled_lately_seconds(ALIAS), self.dispatch.affinity.placement
+        if spilling_seconds is None or known(turn.session) is not None:
+            return turn.session if turn.number else None, None
+        opening = f"opening {turn.session}"
+        if not turn.number:
+            return opening, None
+        began_before = spilling_seconds < PAUSE_SECONDS
+        placement = known(opening) or (Placement(self._target.rungs[0].name, "") if began_before else None)
+        return turn.session, placement
 
     def _note_switches(self, now: float) -> None:
         spilling = frozenset(key for key, gate in self.dispatch.cluster.gates.items() if gate.spilling)

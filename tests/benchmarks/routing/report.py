@@ -15,7 +15,8 @@ METHOD = """\
 Every policy meets the same turns on the same engines. Load is in multiples of what the best rung takes: the highest
 Poisson rate of turns at which 95 % of first tokens come in time. Good: an answer that meets the objective, as a share
 of all turns and a rate; in time: its first token came in time. Agreement: mean top1_agreement of the variants that
-answered. Waits count from first asking. Changes: of the rung that takes most turns, in windows of 5 s; gates: opened
+answered. Waits count from first asking. Changed turns: answered in another precision than the conversation's turn
+before, as a share of all that had one. Changes: of the rung that takes most turns, in windows of 5 s; gates: opened
 or closed.
 Retry error: what Retry-After told less the time until the turn would have been taken, median / p95 of its size."""
 
@@ -80,8 +81,8 @@ def _figures(found: Sequence[Figures]) -> str:
     rungs = list(found[0].shares)
     told_refusals = any(each.refused for each in found)
     told_floors = any(each.below_floor for each in found)
-    head = ["policy", "good", "in time", "good/s", "agreement", *rungs, "TTFT p50", "p95", "p99", "switches/session"]
-    head += ["changes/min", "gates/min", "spread", "prefix hits", "turns", "not answered"]
+    head = ["policy", "good", "in time", "good/s", "agreement", *rungs, "TTFT p50", "p95", "p99", "changed turns"]
+    head += ["switches/session", "changes/min", "gates/min", "spread", "prefix hits", "turns", "not answered"]
     head += ["429", "retry error"] if told_refusals else []
     head += ["below floor"] if told_floors else []
     rows = []
@@ -94,6 +95,7 @@ def _figures(found: Sequence[Figures]) -> str:
             f"{each.agreement:.4f}",
             *(f"{100 * each.shares[rung]:.0f} %" for rung in rungs),
             *(f"{value:.2f}" for value in (each.first_token_p50, each.first_token_p95, each.first_token_p99)),
+            f"{100 * each.changed_share:.1f} %",
             f"{each.session_switches:.2f}",
             f"{each.window_switches:.1f}",
             f"{each.alias_switches:.1f}",

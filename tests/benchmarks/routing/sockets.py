@@ -61,7 +61,7 @@ def run_over_sockets(name: str, setting: Setting, scenario: Scenario) -> tuple[R
     """Run a contender through a scenario in real time; NotThere if it can't be had."""
     with TemporaryDirectory(prefix="routing-") as folder, _engines(setting, Path(folder)) as replicas:
         with _started(name, setting, replicas, Path(folder)) as contender:
-            crowd = asyncio.run(_talked(scenario, contender))
+            crowd = asyncio.run(_talked(scenario, contender, setting.options.named))
         pages = [_page(replica, "/metrics") for replica in replicas]
         late = json.loads(_page(replicas[0], "/late"))
     hits, queried, pushed_out = (
@@ -72,8 +72,8 @@ def run_over_sockets(name: str, setting: Setting, scenario: Scenario) -> tuple[R
     return run, Lateness(percentile(crowd.late_seconds, 99), late["99"])
 
 
-async def _talked(scenario: Scenario, contender: Contender) -> Crowd:
-    crowd = Crowd(scenario, contender)
+async def _talked(scenario: Scenario, contender: Contender, named: bool) -> Crowd:
+    crowd = Crowd(scenario, contender, named=named)
     await crowd.talk()
     return crowd
 

@@ -143,6 +143,19 @@ async def test_head(fleet: Fleet, path: str) -> None:
     assert (await fleet.client.head(CHAT)).status_code == 405
 
 
+@pytest.mark.parametrize("path", ["/v1/messages/batches", "/v1/messages/x/cancel"])
+async def test_unknown_paths_of_anthropics_api(fleet: Fleet, path: str) -> None:
+    """Who asks below /v1/messages reads errors in Anthropic's shape; a key that is missing is told the same way."""
+    answer = await fleet.client.post(path, json={})
+    body = answer.json()
+    assert (answer.status_code, body["type"], body["error"]["type"]) == (404, "error", "not_found_error")
+    assert path in body["error"]["message"]
+    assert answer.headers["x-request-id"]
+    async with running_gateway(deployment(keys=keys_in_force({}))) as guarded:
+        refusal = await guarded.client.post(path, json={})
+    assert (refusal.status_code, refusal.json()["error"]["type"]) == (401, "authentication_error")
+
+
 async def test_models_are_guarded_too() -> None:
     """With keys configured, the models are not listed without one."""
     async with running_gateway(deployment(keys=KEYS)) as fleet:

@@ -58,7 +58,16 @@ TOO_LONG = b'{"error":{"message":"too long","type":"BadRequestError","param":"in
 @pytest.mark.parametrize(
     "status, body, shown",
     [
-        (400, TOO_LONG, ("too long", "BadRequestError", "input_tokens", "400")),
+        (400, TOO_LONG, ("too long", "BadRequestError", "input_tokens", "invalid_request")),
+        (400, TOO_LONG.replace(b"400", b'"400"'), ("too long", "BadRequestError", "input_tokens", "invalid_request")),
+        (
+            400,
+            TOO_LONG.replace(b"too long", b"This model's maximum context length is 9 tokens."),
+            (
+                "This model's maximum context length is 9 tokens.",
+                *("BadRequestError", "input_tokens", "context_length_exceeded"),
+            ),
+        ),
         (400, TOO_LONG.replace(b"400", b'"too_long"'), ("too long", "BadRequestError", "input_tokens", "too_long")),
         (400, TOO_LONG.replace(b"400", b"null"), ("too long", "BadRequestError", "input_tokens", "invalid_request")),
         (422, b'{"detail":"no field"}', ("no field", "invalid_request_error", None, "invalid_request")),
@@ -131,6 +140,18 @@ def test_how_long_a_replica_wants_to_be_spared(value: bytes, seconds: float | No
 @pytest.mark.parametrize(
     "body, finish",
     [
+        (
+            b'{"object":"response","status":"completed","output":[{"type":"function_call","name":"f"}]}',
+            "tool_calls",
+        ),
+        (
+            b'{"object":"response","status":"completed","output":[{"text":"a \\"type\\":\\"function_call\\""}]}',
+            "completed",
+        ),
+        (
+            b'{"object":"response","status":"incomplete","incomplete_details":{"reason":"content_filter"}}',
+            "content_filter",
+        ),
         (b'{"choices":[{"finish_reason":"stop"}]}', "stop"),
         (b'{"choices":[{"finish_reason": "length","stop_reason":null}]}', "length"),
         (b'{"type":"message","stop_reason":"end_turn"}', "end_turn"),
@@ -163,7 +184,7 @@ def test_a_replica_that_does_not_know_its_model() -> None:
         (b'{"error":{"message":"secret"}}', UpstreamError, "upstream_error"),
         (b'{"id":"x","error":{"message":"secret","code":500},"choices":[]}', UpstreamError, "upstream_error"),
         (b'{"error":"secret"}', UpstreamError, "upstream_error"),
-        (b'{"error":{"message":"too long","code":400}}', RequestError, "400"),
+        (b'{"error":{"message":"too long","code":400}}', RequestError, "invalid_request"),
         (b'{"error":{"message":"busy","code":503}}', ReplicaFull, "overloaded"),
     ],
 )

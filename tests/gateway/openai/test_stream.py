@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import UpstreamDisconnected, UpstreamError
-from gateway.openai.endpoints import CHAT, MESSAGES, RESPONSES, Endpoint
+from gateway.openai.endpoints import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Endpoint
+from gateway.openai.named_events import NamedEventFilter
+from gateway.openai.request import InferenceRequest
 from gateway.openai.sse import EventSplitter, event_data
-from gateway.openai.stream import ChunkFilter, NamedEventFilter, stream_filter
+from gateway.openai.stream import ChunkFilter, expected_choices, stream_filter
 from gateway.openai.usage import Usage
 
 
@@ -177,7 +179,7 @@ def test_an_answer_that_the_engine_gave_up() -> None:
         ('"secret"', "a replica failed with status 502", "upstream_error", "upstream_error", 502),
         (
             '{"message":"too long","type":"BadRequestError","param":"messages","code":400}',
-            *("too long", "BadRequestError", "400", 400),
+            *("too long", "BadRequestError", "invalid_request", 400),
         ),
     ],
 )
@@ -345,3 +347,64 @@ def test_behind_the_end_is_nothing(endpoint: Endpoint, end: tuple[bytes, ...]) -
     for late in (chunk("a"), event('{"error":{"message":"x"}}'), named("error", "{}")):
         assert transcript.apply(late) == b""
     assert (transcript.failure, transcript.tokens) == (None, False)
+
+
+@pytest.mark.parametrize(
+    "endpoint, fields, count",
+    [
+        (CHAT, b'{"messages":[]}', 1),
+        (CHAT, b'{"n":null}', 1),
+        (CHAT, b'{"n":3}', 3),
+        (COMPLETIONS, b'{"prompt":"[1]"}', 1),
+        (COMPLETIONS, b'{"prompt":["a","b"],"n":2}', 4),
+        (COMPLETIONS, b'{"prompt":[ 1, 2, 3 ],"n":2}', 2),
+        (COMPLETIONS, b'{"prompt":[[1, 2], [3]]}', 2),
+        (COMPLETIONS, b'{"prompt":[]}', 1),
+        (RESPONSES, b'{"input":["a","b"]}', 1),
+    ],
+)
+def test_how_many_choices_are_asked_for(endpoint: Endpoint, fields: bytes, count: int) -> None:
+    """`n` for each prompt; token ids are one prompt."""
+    decoded = msgspec.json.decode(fields, type=dict[str, msgspec.Raw])
+    request = InferenceRequest(endpoint=endpoint, model="smol", stream=True, wants_usage=False, fields=decoded)
+    assert expected_choices(request) == count
+
+
+def finish(index: int) -> bytes:
+    """The end of one choice."""
+    choice = {"index": index, "delta": {}, "finish_reason": "stop"}
+    return event(json.dumps({"id": "c", "model": "m1", "choices": [choice]}, separators=(",", ":")))
+
+
+@pytest.mark.parametrize(
+    "ends, whole", [((0, 1), True), ((1, 0), True), ((0,), False), ((0, 0), False), ((), False), ((1,), False)]
+)
+def test_every_choice_ends(ends: tuple[int, ...], whole: bool) -> None:
+    """As many different choices end as were asked for, or the stream has failed."""
+    transcript = ChunkFilter(CHAT, "smol", wants_usage=False, choices=2)
+    for index in ends:
+        transcript.apply(finish(index))
+    transcript.apply(DONE)
+    assert (transcript.finished, transcript.failure is None) == (whole, whole)
+
+
+@pytest.mark.parametrize(
+    "delta, flowing",
+    [
+        ({"role": "assistant", "content": ""}, False),
+        ({"role": "assistant", "content": None, "reasoning": None, "tool_calls": []}, False),
+        ({"role": "assistant"}, False),
+        ({}, False),
+        ({"role": "assistant", "content": "a"}, True),
+        ({"reasoning": "a"}, True),
+        ({"reasoning_content": " "}, True),
+        ({"tool_calls": [{"index": 0}]}, True),
+        ({"refusal": "no"}, True),
+    ],
+)
+def test_what_is_content(delta: dict[str, object], flowing: bool) -> None:
+    """Whatever a delta has besides its role."""
+    transcript = ChunkFilter(CHAT, "smol", wants_usage=False)
+    choice = {"index": 0, "delta": delta, "finish_reason": None}
+    transcript.apply(event(json.dumps({"model": "m1", "choices": [choice]})))
+    assert (transcript.flowing, transcript.tokens) == (flowing, flowing)

@@ -1,5 +1,6 @@
 """Where conversations were answered, what replicas have in their caches, and how long a token is."""
 
+import msgspec
 import pytest
 
 from config.schema import NO_FLOOR
@@ -24,12 +25,13 @@ REPLICAS = {
     f"{each.name}-1": Replica(f"{each.name}-1", each.name, "any", "http://nowhere", "m1") for each in (HI, LO, ELSE)
 }
 BLOCKS = (1, 2, 3, 4)
+NOW = 100.0
 BLOCK_TOKENS = BLOCK_BYTES / DEFAULT_BYTES_PER_TOKEN.ratio
 
 
 def affinity(metrics: Metrics | None = None) -> Affinity:
     """An affinity that knows one ready replica of each variant."""
-    made = Affinity(metrics or Metrics())
+    made = Affinity(metrics or Metrics(), clock=lambda: NOW)
     made.keep_only({replica.variant: (replica,) for replica in REPLICAS.values()})
     return made
 
@@ -104,7 +106,18 @@ def test_a_conversation_that_changes_rungs_is_counted(before: Variant | None, af
     assert moves(metrics) == ({} if move is None else {("smol", move): 1})
     assert known.placements() == {"s": Placement(after.name, f"{after.name}-1", 1)}
     known.leave(second)
-    assert known.refreshed(turn).placement == Placement(after.name, f"{after.name}-1", 0)
+    assert known.refreshed(turn).placement == Placement(after.name, f"{after.name}-1", 0, NOW)
+
+
+def test_a_second_turn_that_is_known_by_its_opening() -> None:
+    """Its session is new, so that the placement found under the opening stays, and a move from there is counted."""
+    metrics = Metrics()
+    known, opening = affinity(metrics), Placement("hi", "hi-1", 0, NOW)
+    second = msgspec.structs.replace(request(session="s"), placement=opening)
+    assert known.refreshed(second).placement == opening
+    known.enter(lease_of(known.refreshed(second), LO))
+    assert moves(metrics) == {("smol", "down"): 1}
+    assert known.refreshed(second).placement == Placement("lo", "lo-1", 1)
 
 
 def test_the_bytes_of_a_token_are_learned_for_each_model() -> None:

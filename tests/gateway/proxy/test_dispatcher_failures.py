@@ -210,11 +210,11 @@ async def test_a_replica_that_comes_back_has_no_breaker() -> None:
 async def test_retry_refusal() -> None:
     """No third replica for a request that two died of, at most three attempts, and a share of all requests."""
     async with running_dispatcher(retries=RetrySettings(share=0.5, burst=2)) as harness:
-        refusal = harness.dispatcher.retry_refusal
+        refusal = harness.dispatcher.retries.refusal
         assert [refusal(0, 1), refusal(1, 1), refusal(2, 2), refusal(0, 3)] == [None, None, "poison", "attempts"]
         for _ in range(2):
             assert refusal(0, 1) is None
-            harness.dispatcher.spend_retry()
+            harness.dispatcher.retries.spend()
         assert refusal(0, 1) == "budget"
         harness.dispatcher.next_turn()
         assert refusal(0, 1) == "budget"

@@ -162,7 +162,7 @@ async def test_a_client_error_is_not_retried(
     with fleet.replicas(("hi", fake.url), ("lo", fake.url)):
         answer = await fleet.ask({**HELLO, "stream": streaming, **changes})
     error = error_of(answer)
-    assert (answer.status_code, error["param"], error["code"]) == (status, param, "400")
+    assert (answer.status_code, error["param"], error["code"]) == (status, param, "invalid_request")
     assert words in error["message"]
     assert routing_headers(answer) == ("hi", "bf16", "hi-0", "1", "preferred")
     assert len(fake.requests(CHAT)) == before_requests + 1

@@ -25,6 +25,7 @@ from gateway.openai.endpoints import (
 )
 from gateway.openai.request import InferenceRequest, parse_request
 from gateway.proxy.affinity import Affinity
+from gateway.proxy.leases import Lease
 from gateway.proxy.routing_features import (
     MAX_ANSWER_TOKENS,
     MAX_TURNS_BYTES,
@@ -34,8 +35,10 @@ from gateway.proxy.routing_features import (
 )
 from gateway.routing.prefix_index import BLOCK_BYTES, MAX_BLOCKS
 from gateway.routing.request import RoutingRequest
+from gateway.routing.sessions import Placement
+from gateway.routing.spill import PAUSE_SECONDS
 from gateway.routing.split import Rung
-from tests.gateway.proxy.contexts import LO, METRICS, SMOL, request_context
+from tests.gateway.proxy.contexts import CANDIDATE, LO, METRICS, REPLICA, SMOL, request_context
 
 JSON = {b"content-type": b"application/json"}
 LIMITS = LimitSettings()
@@ -286,6 +289,55 @@ def test_a_conversation_is_identified_by_its_first_turns(
     assert session({key: changed}, endpoint) not in {None, sessions[-1]}
     other_answer = [*turns[: first - 1], {**turns[first - 1], "name": "other"}, *turns[first:]]
     assert session({key: other_answer}, endpoint) not in {None, sessions[-1]}
+
+
+OPENINGS = [
+    (CHAT, "messages", TURNS, 1),
+    (CHAT, "messages", [turn("system", "Be brief."), turn("user", [{"type": "text", "text": "Hi"}]), *TURNS[1:]], 2),
+    (RESPONSES, "input", ITEMS, 1),
+    (MESSAGES, "messages", TURNS, 1),
+]
+
+
+@pytest.mark.parametrize("endpoint, key, turns, first", OPENINGS)
+def test_while_a_rung_spills_a_conversation_is_known_from_its_first_turn_on(
+    endpoint: Endpoint, key: str, turns: list[Body], first: int
+) -> None:
+    """The first turn has a session of its own, under which the second one finds its placement."""
+    known = Affinity(METRICS)
+
+    def asked(count: int, spilling_seconds: float | None = 1e6, **fields: Any) -> RoutingRequest:
+        inference = parsed(endpoint, {key: turns[:count], **fields})
+        context = request_context(inference, Caller("team-a"), JSON)
+        return routing_request(context, permitted_rungs(context), 0, known, True, spilling_seconds)
+
+    opening = asked(first)
+    assert opening.session is not None
+    assert (asked(first, spilling_seconds=None).session, opening.placement) == (None, None)
+    lease = Lease(CANDIDATE, opening, 0.0, (known,), lambda _: None)
+    lease.replica = REPLICA
+    with lease.acquire():
+        assert asked(first).placement == Placement("hi", "hi-1", running=1)
+    later = [asked(count) for count in range(first + 1, len(turns) + 1)]
+    assert {each.session for each in later} == {session({key: turns}, endpoint)}
+    assert {each.placement.replica_id for each in later if each.placement} == {lease.replica.id}
+    assert asked(first + 1, spilling_seconds=None).placement is None
+    # Who names a conversation has no use for its opening.
+    assert asked(len(turns), prompt_cache_key="other", spilling_seconds=1.0).placement is None
+
+
+@pytest.mark.parametrize("endpoint, key, turns, first", OPENINGS)
+def test_an_unknown_conversation_that_goes_on_began_before_rungs_spilled(
+    endpoint: Endpoint, key: str, turns: list[Body], first: int
+) -> None:
+    """It lives on the best rung; after PAUSE_SECONDS it would have paused, and a first turn lives nowhere."""
+    context = request_context(parsed(endpoint, {key: turns}), Caller("team-a"), JSON)
+    beginning = request_context(parsed(endpoint, {key: turns[:first]}), Caller("team-a"), JSON)
+    placements = [
+        routing_request(each, permitted_rungs(each), 0, Affinity(METRICS), True, seconds).placement
+        for each, seconds in ((context, 1.0), (context, PAUSE_SECONDS), (beginning, 1.0))
+    ]
+    assert placements == [Placement("hi", ""), None, None]
 
 
 def test_instructions_identify_a_conversation_and_tools_do_not() -> None:

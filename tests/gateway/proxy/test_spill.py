@@ -10,7 +10,7 @@ from config.variant import QualityMeasures, Variant
 from gateway.observability.metrics import Metrics
 from gateway.proxy.spill import SpillState
 from gateway.routing.latency import LatencyEstimate
-from gateway.routing.spill import SpillGate
+from gateway.routing.spill import PAUSE_SECONDS, SpillGate
 from gateway.routing.split import Rung
 from gateway.routing.target import Target
 
@@ -64,15 +64,32 @@ def test_switches_are_counted() -> None:
     ],
 )
 def test_a_gate_closes_without_requests(estimates: list[LatencyEstimate], now: float, still_spilling: bool) -> None:
-    """Polls close it; otherwise metrics would show it open while no request arrives."""
+    """Polls close it once its rung has been free for so long; otherwise it would stay open while no request arrives."""
     metrics = Metrics()
     state = spilling(metrics)
+    state.observe("hi", estimates, 0.0)
     state.observe("hi", estimates, now)
     state.observe("lo", estimates, now)
     assert state.gates[RUNG].spilling is still_spilling
     assert switches(metrics) == {"spill": 1, **({} if still_spilling else {"return": 1})}
     state.observe("hi", estimates, now)
     assert sum(switches(metrics).values()) == (1 if still_spilling else 2)
+
+
+def test_a_period_of_spilling_has_short_breaks() -> None:
+    """It lasts from the first gate that opens until PAUSE_SECONDS after the last one has closed."""
+    state, lower = SpillState(Metrics()), ("smol", "lo")
+    assert state.spilled_lately_seconds("smol", 0.0) is None
+    times = (10.0, RUNG, True), (20.0, lower, True), (30.0, RUNG, False), (40.0, lower, False)
+    for since, key, opens in times:
+        state.apply(TARGET, {key: SpillGate(opens, since)})
+    end = 40.0 + PAUSE_SECONDS
+    assert [state.spilled_lately_seconds("smol", now) for now in (35.0, end - 1, end)] == [25.0, end - 11, None]
+    assert state.spilled_lately_seconds("other", 35.0) is None
+    state.apply(TARGET, {RUNG: SpillGate(True, end + 5)})
+    assert state.spilled_lately_seconds("smol", end + 6) == 1.0
+    state.keep_only({"smol": {"other"}})
+    assert state.spilled_lately_seconds("smol", end + 6) is None
 
 
 def test_gates_are_forgotten_with_their_aliases() -> None:

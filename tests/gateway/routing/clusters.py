@@ -98,7 +98,9 @@ any_estimate = st.builds(
     tools=st.booleans(),
 )
 fleets = st.lists(any_estimate, max_size=8, unique_by=lambda each: each.id)
-placements = st.none() | st.builds(Placement, st.sampled_from(["hi", "mid", "lo", "odd"]), names, st.integers(0, 1))
+placements = st.none() | st.builds(
+    Placement, st.sampled_from(["hi", "mid", "lo", "odd"]), names, st.integers(0, 1), st.none() | st.floats(-500, 0)
+)
 requests = st.builds(
     request,
     prompt_tokens=st.floats(0, 1e4),
@@ -111,7 +113,8 @@ requests = st.builds(
 )
 gates = st.dictionaries(
     st.sampled_from([("smol", "hi"), ("smol", "mid")]),
-    st.builds(SpillGate, st.booleans(), st.floats(0, 100), st.floats(0, 1)),
+    st.builds(SpillGate, st.booleans(), st.floats(0, 100), st.floats(0, 1))
+    | st.builds(SpillGate, st.just(True), st.just(0.0), st.floats(0, 1), st.floats(0, 100)),
 )
 breakers = st.dictionaries(names, st.builds(opened), max_size=4)
 overloads = st.dictionaries(names, st.builds(Overload, until=st.sampled_from([0.0, 200.0])), max_size=3)

@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.breaker import DEFAULT_POLICY, HEALTHY, Breaker, abandoned, admissible, failed, probing, succeeded
+from gateway.routing.breaker import (
+    DEFAULT_POLICY,
+    HEALTHY,
+    Breaker,
+    abandoned,
+    admissible,
+    failed,
+    in_rotation,
+    probing,
+    retracted,
+    succeeded,
+)
 
 
 def after(story: str, breaker: Breaker = HEALTHY) -> Breaker:
@@ -195,3 +206,48 @@ def test_at_most_half_is_ejected(replicas: list[str], story_of: dict[str, list[t
     assert max((badness[name] for name in last_resort), default=(-1, -inf)) <= min(
         (badness[name] for name in ejected), default=(10**9, inf)
     )
+
+
+@pytest.mark.parametrize(
+    "story, failure, rest",
+    [
+        ("", "F5", ""),
+        ("F0", "F5", ""),
+        ("F0 F0", "F5", ""),
+        ("F0 F0", "F5", "F6"),
+        ("F0 F0", "F5", "S6"),
+        ("F0", "F5", "F16"),
+        (OPEN, "F1", ""),
+        (f"{OPEN} P1", "F1", ""),
+        (OPEN, "F0.5", ""),
+        ("F0 S0 F0 S0 F0 S0 F0 S0 S0", "F1", ""),
+    ],
+)
+def test_a_failure_that_is_taken_back(story: str, failure: str, rest: str) -> None:
+    """The breaker is as if the failure had never been, whatever came behind it."""
+    before = after(story)
+    failing = after(failure, before)
+    now = float((rest or failure)[1:])
+    taken_back, never = retracted(after(rest, failing), before, failing), after(rest, before)
+    assert taken_back.state(now) == never.state(now)
+    assert taken_back.failures_in_a_row == never.failures_in_a_row
+    if not rest:
+        assert (taken_back.tally, taken_back.open_seconds) == (never.tally, never.open_seconds)
+
+
+def test_a_probe_that_is_taken_back() -> None:
+    """The breaker is half-open as before, and admits the next probe."""
+    before = after(f"{OPEN} P1")
+    failing = after("F2", before)
+    taken_back = retracted(failing, before, failing)
+    assert taken_back.admits(2)
+    assert taken_back.state(2) == "half_open"
+
+
+def test_who_stays_in_rotation() -> None:
+    """At most half of a variant's replicas are left out, and those that time out."""
+    assert set(in_rotation("ab", {"a": WORSE, "b": BAD}, 0.5)) == {"b"}
+    assert set(in_rotation("a", {"a": WORSE}, 0.5)) == {"a"}
+    silent = failed(BAD, 0.2, timed_out=True)
+    assert set(in_rotation("a", {"a": silent}, 0.5)) == set()
+    assert set(in_rotation("a", {"a": succeeded(silent, 0.3)}, 0.5)) == {"a"}

@@ -32,6 +32,8 @@ from tests.gateway.routing.clusters import (
     states,
 )
 
+AT_MID = request(prompt_tokens=100, placement=Placement("mid", "mid-1"))
+
 
 def explained(
     *estimates: LatencyEstimate,
@@ -121,6 +123,18 @@ DOWN = {("smol", "hi"): SpillGate(spilling=True, since_seconds=88, owed=0.99)}
                 "hi-1": "its rung spills this request",
                 "mid-1": "its rung is no sooner than the one above that spills this request",
             },
+        ),
+        (
+            [estimate("hi-1", 0.1), estimate("mid-1")],
+            {"request": AT_MID, "gates": {("smol", "hi"): SpillGate(True, NOW - 30, free_since_seconds=NOW - 3)}},
+            f"{NO_WAIT}; hi leaves the conversation where it is: free for 3.0 of 10 s",
+            {"mid-1": "", "hi-1": "the conversation stays on mid"},
+        ),
+        (
+            [estimate("hi-1", 9.0), estimate("mid-1", 2.2), estimate("lo-1")],
+            {"request": AT_MID},
+            "its wait is 2.200 s, and the conversation stays on its rung up to 2.5 s",
+            {"mid-1": "", "hi-1": "6.800 s later than mid-1", "lo-1": "mid is a better rung and answers"},
         ),
         (
             [estimate("hi-1", 9.0), estimate("mid-1", 7.0)],
@@ -228,7 +242,7 @@ def test_a_lower_rung_that_is_no_sooner() -> None:
 
 def test_gates() -> None:
     """A rung has the time since its gate opened, and the share of requests that go down."""
-    explanation = explained(estimate("hi-1", 0.875), estimate("mid-1"), gates=DOWN)
+    explanation = explained(estimate("hi-1", 0.625), estimate("mid-1"), gates=DOWN)
     assert [(rung.variant, rung.spilling_seconds, rung.share_down) for rung in explanation.rungs] == [
         ("hi", 12, 0.25),
         ("mid", None, 0),

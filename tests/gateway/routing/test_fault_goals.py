@@ -161,11 +161,11 @@ def test_conversations_change_variants_rarely_and_between_turns_only() -> None:
     asked = conversations(square(0.5 * CAPACITY, 2 * CAPACITY, 20.0), 2 * CAPACITY, SECONDS)
     run = ours(Scenario(FLEET, asked, SECONDS))
     figures = found(run)
-    assert figures.alias_switches > 4
-    assert figures.session_switches <= 0.4
+    assert figures.alias_switches > 2
+    assert figures.changed_share <= 0.05
     assert {each.tries for each in run.outcomes} == {1}
     blind = found(simulate(run.scenario, lambda it: policies.LeastInFlight(it.fleet)))
-    assert figures.session_switches < 0.4 * blind.session_switches
+    assert figures.session_switches < 0.1 * blind.session_switches
 
 
 def dispatches() -> Iterator[tuple[Dispatcher, LoadTracker, Catalog]]:

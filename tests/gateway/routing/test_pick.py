@@ -18,7 +18,7 @@ from gateway.routing.overload import NOT_OVERLOADED, Overload, refused
 from gateway.routing.pick import any_pending, decide, drawn_names, has_room, shortest_fitting_context, unready_counts
 from gateway.routing.request import NO_REPLICAS, RoutingRequest
 from gateway.routing.sessions import Placement
-from gateway.routing.spill import SpillGate
+from gateway.routing.spill import PAUSE_SECONDS, SpillGate
 from gateway.routing.split import Rung
 from gateway.routing.target import Target
 from serving.replica import Replica, ReplicaStatus, State
@@ -142,6 +142,9 @@ def test_a_context_that_is_too_short() -> None:
 
 # Conversations
 
+PAUSED_AT_MID = Placement("mid", "mid-1", idle_since_seconds=NOW - PAUSE_SECONDS)
+PAUSED_AT_HI = Placement("hi", "hi-1", idle_since_seconds=NOW - PAUSE_SECONDS)
+
 
 @pytest.mark.parametrize(
     "placement, gates, estimates, expected",
@@ -153,9 +156,15 @@ def test_a_context_that_is_too_short() -> None:
         # It stays on its variant while a rung spills, and returns when none does.
         (Placement("mid", "mid-1"), SPILLING, [estimate("hi-1", 0.6), estimate("mid-1", 1.0)], "mid-1 spill"),
         (Placement("mid", "mid-1"), {}, [estimate("hi-1", 0.6), estimate("mid-1", 1.0)], "hi-1 preferred"),
+        (Placement("mid", "mid-1"), SPILLING, [estimate("hi-1", 0.0), estimate("mid-1", 2.5)], "mid-1 spill"),
         (Placement("mid", "mid-1"), SPILLING, [estimate("hi-1", 0.6), estimate("mid-1", 3.0)], "hi-1 preferred"),
-        (Placement("hi", "hi-1"), SPILLING, [estimate("hi-1", 1.99), estimate("mid-1")], "hi-1 preferred"),
-        (Placement("hi", "hi-1"), SPILLING, [estimate("hi-1", 2.01), estimate("mid-1")], "mid-1 spill"),
+        (Placement("mid", "mid-1"), SPILLING, [estimate("hi-1", 9.0), estimate("mid-1", 2.4)], "mid-1 spill"),
+        (Placement("hi", "hi-1"), SPILLING, [estimate("hi-1", 2.5), estimate("mid-1")], "hi-1 preferred"),
+        (Placement("hi", "hi-1"), SPILLING, [estimate("hi-1", 2.6), estimate("mid-1")], "mid-1 spill"),
+        (Placement("hi", "hi-1"), {}, [estimate("hi-1", 2.5), estimate("mid-1")], "hi-1 preferred"),
+        # After a pause it is a new one: it returns where there is room, and goes down with the others.
+        (PAUSED_AT_MID, SPILLING, [estimate("hi-1", 0.1), estimate("mid-1")], "hi-1 preferred"),
+        (PAUSED_AT_HI, SPILLING, [estimate("hi-1", 1.5), estimate("mid-1")], "mid-1 spill"),
         # Its variant is gone, or not permitted any more.
         (Placement("old", "old-1"), {}, [estimate("hi-1"), estimate("mid-1")], "hi-1 preferred"),
     ],
@@ -170,6 +179,21 @@ def test_conversations(
     assert chosen(*estimates, request=request(prompt_tokens=100, placement=placement), gates=gates) == expected
 
 
+def test_a_conversation_whose_rung_is_gone_moves_and_stays() -> None:
+    """It is answered below, and returns only when its rung has been there and free for `dwell_seconds`."""
+    gates = dict[tuple[str, str], SpillGate]()
+    here, answered = Placement("hi", "hi-1"), []
+    for now in range(30):
+        fleet = [estimate("mid-1"), *([] if now < 5 else [estimate("hi-1")])]
+        made = decision(*fleet, request=request(placement=here), now=float(now), gates=gates)
+        gates.update(made.gates)
+        assert made.candidate is not None
+        here = Placement(made.candidate.variant.name, made.candidate.replica.id)
+        answered.append(named(made))
+    assert answered == ["mid-1 fallback"] * 5 + ["mid-1 spill"] * 10 + ["hi-1 preferred"] * 15
+    assert decision(estimate("mid-1"), request=request()).gates == {}
+
+
 # Spilling
 
 
@@ -177,14 +201,14 @@ def test_a_spilling_rung_sends_a_share_down() -> None:
     """The share grows with the wait, and goes down only where the next rung is sooner."""
     gates, counts = dict(SPILLING), Counter[str | None]()
     for _ in range(100):
-        made = decision(estimate("hi-1", 0.875), estimate("mid-1"), gates=gates)
+        made = decision(estimate("hi-1", 0.625), estimate("mid-1"), gates=gates)
         gates.update(made.gates)
         assert made.candidate is not None
         counts[made.candidate.replica.id] += 1
     assert counts == {"hi-1": 75, "mid-1": 25}
     down = {("smol", "hi"): SpillGate(spilling=True, owed=0.99)}
-    assert chosen(estimate("hi-1", 0.875), estimate("mid-1", 1.0), gates=down) == "hi-1 preferred"
-    assert chosen(estimate("hi-1", 0.875), estimate("mid-1", 1.0), estimate("lo-1"), gates=down) == "lo-1 spill"
+    assert chosen(estimate("hi-1", 0.625), estimate("mid-1", 0.9), gates=down) == "hi-1 preferred"
+    assert chosen(estimate("hi-1", 0.625), estimate("mid-1", 0.9), estimate("lo-1"), gates=down) == "lo-1 spill"
 
 
 def test_a_decision_returns_the_gates_that_changed() -> None:
@@ -201,15 +225,18 @@ def test_a_decision_returns_the_gates_that_changed() -> None:
 
 
 def test_a_failing_replica_is_the_last_resort() -> None:
-    """A replica behind an open breaker is asked after every rung; at most half of a variant's replicas are barred."""
+    """At most half of a variant's replicas are barred, whatever rungs are below; those that time out are after them."""
     estimates = estimate("hi-1"), estimate("hi-2"), estimate("lo-1")
     one = {"hi-1": opened()}
     assert chosen(*estimates, now=0.5, breakers=one) == "hi-2 preferred"
     both = {"hi-1": opened(), "hi-2": failed(opened(), 0.1)}
-    assert chosen(*estimates, now=0.5, breakers=both) == "lo-1 fallback"
-    assert chosen(*estimates[:2], now=0.5, breakers=both) == "hi-1 preferred"
+    assert chosen(*estimates, now=0.5, breakers=both) == "hi-1 preferred"
+    assert chosen(estimates[0], estimates[2], now=0.5, breakers=one) == "hi-1 preferred"
+    silent = {name: failed(breaker, 0.2, timed_out=True) for name, breaker in both.items()}
+    assert chosen(*estimates, now=0.5, breakers=silent) == "lo-1 fallback"
+    assert chosen(*estimates[:2], now=0.5, breakers=silent) == "hi-1 preferred"
     tried = request(tried=frozenset({"lo-1"}))
-    assert chosen(*estimates, request=tried, now=0.5, breakers=both) == "hi-1 preferred"
+    assert chosen(*estimates, request=tried, now=0.5, breakers=silent) == "hi-1 preferred"
 
 
 @pytest.mark.parametrize(
@@ -322,20 +349,23 @@ def test_what_concerns_one_request_changes_no_gate(
 def test_a_gate_closes_where_speeds_are_unknown() -> None:
     """A gate that opened for lack of room closes once a replica of unknown speed has room."""
     made = decision(estimate("hi-1", None), estimate("lo-1"), gates=SPILLING)
-    assert made.gates == {("smol", "hi"): SpillGate(spilling=False, since_seconds=NOW)}
+    free = SpillGate(spilling=True, free_since_seconds=NOW)
+    assert made.gates == {("smol", "hi"): free}
+    made = decision(estimate("hi-1", None), estimate("lo-1"), gates=made.gates, now=NOW + 10)
+    assert made.gates == {("smol", "hi"): SpillGate(spilling=False, since_seconds=NOW + 10)}
 
 
 def test_a_session_shared_by_many_is_not_a_conversation() -> None:
     """Its concurrent turns spill by the share like other requests, instead of all or none."""
     gates, placement, counts = dict(SPILLING), Placement("hi", "hi-1", 50), Counter[str]()
-    for turn in range(99):
+    for turn in range(100):
         shared = request(prompt_tokens=100, turn=turn, placement=placement)
-        made = decision(estimate("hi-1", 1.0), estimate("lo-1"), request=shared, gates=gates)
+        made = decision(estimate("hi-1", 0.75), estimate("lo-1"), request=shared, gates=gates)
         gates.update(made.gates)
         assert made.candidate is not None
         placement = Placement(made.candidate.variant.name, made.candidate.replica.id, 50)
         counts[placement.variant] += 1
-    assert counts == {"hi": 66, "lo": 33}
+    assert counts == {"hi": 50, "lo": 50}
 
 
 @given(fleets, requests)

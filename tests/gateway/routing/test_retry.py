@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.routing.retry import RetryBudget, earned, retry_refusal, spent
+from gateway.routing.retry import Failure, RetryBudget, earned, request_is_at_fault, retry_refusal, spent
 
 
 @given(st.lists(st.booleans(), max_size=400))
@@ -53,3 +53,31 @@ def test_five_requests_earn_a_retry_and_ten_are_saved_at_most() -> None:
 def test_retry_refusal(deaths: int, attempts: int, budget: RetryBudget, reason: str | None) -> None:
     """Two dead replicas, three attempts or an empty budget end the attempts; the replicas count first."""
     assert retry_refusal(deaths, attempts, budget) == reason
+
+
+A, B = Failure("a", 500, 0.1), Failure("b", 500, 9.0)
+
+
+@pytest.mark.parametrize(
+    "failures, at_fault",
+    [
+        ((A, B), True),
+        ((A, B, Failure("c", 500, 1.0)), True),
+        ((), False),
+        ((A,), False),
+        ((A, A), False),
+        ((A, B._replace(engine_status=501)), False),
+        ((A, B._replace(engine_status=None)), False),
+        ((A._replace(engine_status=None), B._replace(engine_status=None)), False),
+        ((A, B._replace(seconds=11.0)), False),
+    ],
+)
+def test_a_request_that_is_at_fault(failures: tuple[Failure, ...], at_fault: bool) -> None:
+    """Different replicas, the same status, quickly."""
+    assert request_is_at_fault(failures) is at_fault
+
+
+def test_a_free_retry() -> None:
+    """The budget does not limit it; deaths and attempts do."""
+    assert retry_refusal(0, 1, RetryBudget(0), free=True) is None
+    assert retry_refusal(0, 3, RetryBudget(), free=True) == "attempts"

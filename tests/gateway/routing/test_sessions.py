@@ -18,6 +18,7 @@ class SessionsMachine(RuleBasedStateMachine):
         super().__init__()
         self.sessions = Sessions(LIMIT)
         self.model: list[tuple[str, Placement]] = []
+        self.now = 0.0
 
     def expected(self, name: str) -> Placement | None:
         """The placement of a session in the model."""
@@ -31,8 +32,7 @@ class SessionsMachine(RuleBasedStateMachine):
     def begin(self, name: str, variant: str, replica: str) -> None:
         """A turn is sent to a replica."""
         before = self.expected(name)
-        moved = self.sessions.begin(name, variant, replica)
-        assert moved == (before is not None and before.variant != variant)
+        assert self.sessions.begin(name, variant, replica) == before
         self.put(name, Placement(variant, replica, 1 if before is None else before.running + 1))
         if len(self.model) > LIMIT:
             idle = [each for each in self.model if not each[1].running]
@@ -42,9 +42,11 @@ class SessionsMachine(RuleBasedStateMachine):
     def end(self, name: str) -> None:
         """An answer ends; its session may be evicted or unknown."""
         before = self.expected(name)
-        self.sessions.end(name)
+        self.now += 1.0
+        self.sessions.end(name, self.now)
         if before is not None and before.running:
-            self.put(name, Placement(before.variant, before.replica_id, before.running - 1))
+            running = before.running - 1
+            self.put(name, Placement(before.variant, before.replica_id, running, None if running else self.now))
 
     @invariant()
     def placements_agree(self) -> None:
@@ -58,18 +60,31 @@ TestSessions = SessionsMachine.TestCase
 
 
 def test_a_conversation() -> None:
-    """A placement is that of the latest turn, also after its end; a change of variant is reported."""
+    """A placement is that of the latest turn, also after its end; a turn that begins is told the one before it."""
     sessions = Sessions()
     assert sessions.placement("s") is None
-    assert not sessions.begin("s", "bf16", "r1")
+    assert sessions.begin("s", "bf16", "r1") is None
     assert sessions.placement("s") == Placement("bf16", "r1", running=1)
-    sessions.end("s")
-    assert sessions.placement("s") == Placement("bf16", "r1", running=0)
-    assert not sessions.begin("s", "bf16", "r2")
-    sessions.end("s")
-    assert sessions.begin("s", "int8", "r3")
-    assert not sessions.begin("s", "int8", "r3")
+    sessions.end("s", 7.0)
+    idle = Placement("bf16", "r1", running=0, idle_since_seconds=7.0)
+    assert sessions.placement("s") == idle
+    assert sessions.begin("s", "int8", "r3") == idle
+    sessions.begin("s", "int8", "r3")
     assert sessions.placement("s") == Placement("int8", "r3", running=2)
+
+
+def test_a_pause_begins_with_the_last_answer() -> None:
+    """A conversation is idle from the end of its last turn in flight, and not at all while one runs."""
+    sessions = Sessions()
+    for _ in range(2):
+        sessions.begin("s", "bf16", "r1")
+    idle = []
+    for now in (100.0, 200.0):
+        sessions.end("s", now)
+        placement = sessions.placement("s")
+        assert placement is not None
+        idle.append(placement.idle_seconds(250.0))
+    assert idle == [0.0, 50.0]
 
 
 def test_sessions_are_bounded() -> None:
@@ -78,7 +93,7 @@ def test_sessions_are_bounded() -> None:
     sessions.begin("mine", "bf16", "r1")
     for number in range(2 * MAX_SESSIONS):
         sessions.begin(f"{number}", "bf16", "r1")
-        sessions.end(f"{number}")
+        sessions.end(f"{number}", 0.0)
     assert len(sessions) == MAX_SESSIONS
     assert sessions.placement("mine") == Placement("bf16", "r1", running=1)
     assert sessions.placement("0") is None

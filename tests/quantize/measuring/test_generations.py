@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from quantize.measuring.pairing import Generated, Pairs, ends_in_run, increase_errors, length_ratio, mean_error, rates
 from quantize.measuring.sampling import GenerationRequest, Reply, cut, noise_seed, read_sampling, rows_at_once
 from quantize.measuring.spans import flags, is_open, last_prompt
+from quantize.text.thinking import HARMONY, joined
 
 
 def text(length: int, *, finished: bool = True, unclosed: bool = False) -> Generated:
@@ -143,6 +144,14 @@ def test_a_base_is_sampled_its_own_way(
 def test_a_chat_is_cut_before_its_last_answer(rendered: str, header: str, expected: str | None) -> None:
     """The prompt ends with what the template writes before an answer, an opened think span included."""
     assert last_prompt(rendered, header) == expected
+
+
+def test_a_chat_of_channels_is_cut_before_its_reasoning() -> None:
+    """Reasoning and answer begin with the same header; the prompt has neither."""
+    before = "<|start|>user<|message|>hi<|end|><|start|>assistant"
+    assert last_prompt(before + joined("hm", "yes", HARMONY), "<|start|>assistant", HARMONY) == before
+    assert is_open("<|channel|>analysis<|message|>hm", HARMONY)
+    assert not is_open(joined("hm", "yes", HARMONY), HARMONY)
 
 
 @pytest.mark.parametrize(

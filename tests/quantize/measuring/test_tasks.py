@@ -7,6 +7,7 @@ import pytest
 
 from quantize.errors import CalibrationError
 from quantize.measuring.tasks import TaskItem, dataset_digest, is_right, read_questions, tally, tally_errors
+from quantize.text.thinking import HARMONY, MARKERS, joined
 from tests.quantize.chats import write_lines
 
 
@@ -81,6 +82,15 @@ def test_a_file_without_questions_is_refused(tmp_path: Path, content: str | None
 def test_the_answer_counts_and_nothing_else(said: str, expected: str, right: bool) -> None:
     """Reasoning doesn't count; the last box, the last number or the text at the end does."""
     assert is_right(said, expected) is right
+
+
+def test_the_reasoning_of_other_families_does_not_count() -> None:
+    """Nor that of channels."""
+    mistral, harmony = MARKERS[1], HARMONY
+    assert is_right("[THINK]41[/THINK]42", "42", mistral)
+    assert not is_right("[THINK]42", "42", mistral)
+    assert is_right(joined("41", "It is 42", harmony), "42", harmony)
+    assert not is_right("<|channel|>analysis<|message|>42", "42", harmony)
 
 
 def test_recovery_and_flips_are_paired() -> None:

@@ -30,6 +30,14 @@ MISSED = Check(name="kl_mean", value=0.07, limit=0.05, passed=False)
             "calibration  9 chats, 90 tokens, 50 of them reasoning; 8 written by the base itself",
         ),
         (
+            {
+                "calibration": Calibration(
+                    sha256="c", samples=9, tokens=90, reasoning_tokens=0, max_tokens=99, seed=0, skipped_rows=3
+                )
+            },
+            "calibration  9 chats, 90 tokens, 0 of them reasoning; invalid rows skipped: 3",
+        ),
+        (
             {"scheme": preset("w4a16-g64").model_copy(update={"overrides": (Override(modules="*.up", bits=8),)})},
             "exception    *.up: 8 bits, group size 64",
         ),

@@ -60,6 +60,9 @@ def test_paths_and_the_order_of_files_are_not_part_of_it(recipe: Recipe, place: 
         replace(RECIPE, base=replace(BASE, digest="e" * 64)),
         replace(RECIPE, sources=RECIPE.sources[:1]),
         replace(RECIPE, sources=(replace(RECIPE.sources[0], weight=2.0), RECIPE.sources[1])),
+        replace(RECIPE, sources=(replace(RECIPE.sources[0], formats=(("Alpaca", 9),)), RECIPE.sources[1])),
+        replace(RECIPE, sources=(replace(RECIPE.sources[0], formats=(("chat with tools", 9),)), RECIPE.sources[1])),
+        replace(RECIPE, split_by_prompt=True),
         replace(RECIPE, budget=Budget(max_bytes=1)),
         replace(RECIPE, backend=Backend("gptqmodel", "7.7.0")),
         replace(RECIPE, backend=Backend("other", "7.6.0")),
@@ -68,6 +71,14 @@ def test_paths_and_the_order_of_files_are_not_part_of_it(recipe: Recipe, place: 
 def test_everything_that_decides_the_bytes_is_part_of_it(changed: Recipe) -> None:
     """Another base, text or backend version is another variant."""
     assert changed.digest() != RECIPE.digest()
+
+
+def test_text_that_is_read_as_ever_keeps_the_name() -> None:
+    """Chats, completions and texts whose prompts occur once, in any kind of file."""
+    native = (("chat", 9), ("prompt and completion", 2), ("text", 1))
+    sources = tuple(replace(source, formats=native, kind="parquet") for source in RECIPE.sources)
+    assert replace(RECIPE, sources=sources).digest() == RECIPE.digest()
+    assert RECIPE.digest().startswith("1317fa37")
 
 
 @pytest.mark.parametrize("other", [Budget(max_bytes=2), Budget(max_kl=1.0), Budget(1, None, (Override(modules="a"),))])

@@ -25,6 +25,7 @@ calibration:
   data: [a.jsonl, {path: /elsewhere/b.jsonl, weight: 2}]
   self_generate: 32
   replica: http://127.0.0.1:8000
+  max_bad: 2%
   samples: 64
   max_tokens: 1024
 seed: 7
@@ -92,6 +93,7 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
     assert request.data == (TextFile(tmp_path / "a.jsonl"), TextFile(Path("/elsewhere/b.jsonl"), 2.0))
     assert (request.self_generate, request.samples, request.max_tokens, request.seed) == (32, 64, 1024, 7)
     assert request.replica == "http://127.0.0.1:8000"
+    assert request.max_bad == 0.02
     assert request.settings == SolverSettings((0.01, 0.1), weighted_scales=False, gptaq=0.25)
     assert (request.backend, request.devices.gpus, request.devices.memory_bytes) == ("auto-gptq", (2, 5), 80 * 10**9)
     assert (request.engine, request.tensor_parallel, request.allow_fallback) == ("cuda", 4, 2)
@@ -133,6 +135,8 @@ def test_overrides_in_the_manifests_words(tmp_path: Path) -> None:
         ("overrides: [{module: a, bits: 8}]", "overrides.0.module: unknown key; did you mean 'modules'?"),
         ("calibration: {data: [{file: a}]}", "calibration.data.0.file: unknown key"),
         ("calibration: {samples: -1}", "calibration.samples: must be at least 1, got -1; choose a larger number"),
+        ("calibration: {max_bad: 1}", "calibration.max_bad: must be less than 1, got 1"),
+        ("calibration: {max_bad: few}", "calibration.max_bad: 'few' is no share, like 1% or 0.01"),
         ("solver: {preset: bets}", "solver.preset: must be 'best' or 'classic', got 'bets'; did you mean 'best'?"),
         ("solver: {damp: 2}", "solver.damp.0: 2 is no share"),
         ("solver: {static_groups: true}", "solver.static_groups: must be false, got 'true'"),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from config.manifest import Override
+from config.manifest import Engine, Override
 from quantize.errors import RecipeError
 from quantize.measuring.measurement import EvaluationPlan
 from quantize.planning.flags import evaluate_parser, quantize_parser
@@ -52,6 +52,8 @@ def asked(recipe: RecipeFile, *flags: str) -> Request:
             (TextFile(Path("b.jsonl"), 2.5), TextFile(Path("c.jsonl"))),
         ),
         (["--samples", "32"], "samples", 32),
+        (["--max-bad", "5%"], "max_bad", 0.05),
+        (["--max-bad", "0"], "max_bad", 0.0),
         (["--max-tokens", "64"], "max_tokens", 64),
         (["--self-generate", "0"], "self_generate", 0),
         (["--replica", "http://h:1/"], "replica", "http://h:1"),
@@ -108,6 +110,40 @@ def test_without_a_file_there_are_defaults() -> None:
     request = asked(NOTHING, "base", "--scheme", "w8a8", "--out", "out")
     assert request == Request(Path("base"), preset("w8a8"), "cpu", Path("out"))
     assert request.settings == SETTINGS["best"]
+
+
+@pytest.mark.parametrize(
+    "flags,present,size",
+    [
+        ([], "cpu", (16, 2048)),
+        ([], "cuda", (128, 4096)),
+        (["--gpus", "0"], "cpu", (128, 4096)),
+        (["--engine", "cuda"], "cpu", (16, 2048)),
+        (["--engine", "cpu"], "cuda", (128, 4096)),
+        (["--samples", "20"], "cuda", (20, 4096)),
+        (["--max-tokens", "64"], "cuda", (128, 64)),
+    ],
+)
+def test_the_default_amount_of_text_goes_by_the_device_that_solves(
+    flags: list[str], present: Engine, size: tuple[int, int]
+) -> None:
+    """Not by the engine that the variant is for; what is given stays."""
+    options = quantize_parser().parse_args(["base", "--scheme", "w8a8", "--out", "out", *flags])
+    request = resolve(options, NOTHING, present=present)
+    assert (request.samples, request.max_tokens) == size
+    stated = resolve(options, FILE, present=present)
+    assert (stated.samples, stated.max_tokens) == (
+        20 if "--samples" in flags else 64,
+        64 if "--max-tokens" in flags else 512,
+    )
+
+
+@pytest.mark.parametrize("text", ["1", "100%", "-1%", "x", "nan", "%"])
+def test_a_share_that_makes_no_sense_is_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """1 might mean all rows or 1 %."""
+    with pytest.raises(SystemExit):
+        quantize_parser().parse_args(["base", f"--max-bad={text}"])
+    assert "argument --max-bad: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["base", "--scheme", "w8a8"], ["--scheme", "w8a8", "base"]])

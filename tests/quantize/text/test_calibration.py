@@ -11,8 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.errors import CalibrationError
-from quantize.text.calibration import Draw, contents_digest, draw, is_held_out, read_sources, shares, shipped_files
-from quantize.text.rows import Message, Row, content_sha256, parse_line, prompt_of
+from quantize.text.calibration import (
+    Draw,
+    contents_digest,
+    draw,
+    is_held_out,
+    read_sources,
+    shares,
+    shipped_files,
+    with_split_keys,
+)
+from quantize.text.parsing import parse_line
+from quantize.text.rows import Message, Row, content_sha256, prompt_of
 from tests.quantize.chats import chat, write_chats, write_lines
 
 GOOD = json.dumps(chat(1))
@@ -36,7 +46,7 @@ def rows(count: int) -> list[Row]:
     [
         ("{", "f:2: not JSON: Expecting property name"),
         ("[]", 'f:2: is no object; a line is {"messages"'),
-        ('{"prompt": "a"}', 'f:2: has no "messages", "completion" or "text"; a line is {"messages"'),
+        ('{"prompt": "a"}', "f:2: has a format that is not known (its keys: prompt); a line is {"),
         ('{"text": ""}', 'f:2: "text" is empty or no text'),
         ('{"text": ["a"]}', 'f:2: "text" is empty or no text'),
         ('{"completion": "a"}', 'f:2: "prompt" is empty or no list'),
@@ -313,3 +323,102 @@ def test_what_the_base_answers_stays_on_its_prompts_side(origin: Row, answer: st
     made = replace(origin, sha256=content_sha256([Message("assistant", answer)]), origin=origin.sha256)
     assert is_held_out(made) == is_held_out(origin)
     assert made.generated
+
+
+def answered(prompts: int, answers: int) -> list[dict[str, Any]]:
+    """So many answers to each of so many prompts."""
+    return [
+        {"prompt": f"What is {prompt}?", "completion": f"<think>{answer}</think>It is {prompt}."}
+        for answer in range(answers)
+        for prompt in range(prompts)
+    ]
+
+
+@pytest.mark.parametrize("answers", [1, 2, 4])
+def test_no_prompt_both_calibrates_and_judges(tmp_path: Path, answers: int) -> None:
+    """All answers to a prompt are on one side; about a third of the prompts is held out, whatever their number."""
+    path = write_lines(tmp_path / "a.jsonl", map(json.dumps, answered(400, answers)))
+    drawn = drawn_from([path], [], samples=2000)
+    sides = [{row.messages for row in side} for side in (drawn.calibration, drawn.held_out)]
+    assert not sides[0] & sides[1]
+    assert len(drawn.calibration) + len(drawn.held_out) == 400 * answers
+    assert 0.26 < len(sides[1]) / 400 < 0.41
+    assert (drawn.moved_rows > 0) == (answers > 1)
+
+
+@given(st.permutations([row_of(**line) for line in answered(12, 3)]))
+def test_the_order_of_answers_has_no_say(shuffled: list[Row]) -> None:
+    """Rows are on the side of their prompt in any order of lines and files."""
+    expected = {row.sha256: row.split_key for row in with_split_keys([row_of(**line) for line in answered(12, 3)])}
+    assert {row.sha256: row.split_key for row in with_split_keys(shuffled)} == expected
+
+
+def test_a_prompt_that_occurs_once_is_split_by_its_row() -> None:
+    """So files without repeated prompts are split as they always were."""
+    assert all(row.split_key == row.sha256 for row in with_split_keys(rows(60)))
+    assert draw(rows(60), samples=16, seed=0).moved_rows == 0
+
+
+def test_what_the_base_answered_follows_the_rows_with_its_prompt() -> None:
+    """Also where it names another origin, and even where its own digest is the smallest."""
+    plain = [row_of(**line) for line in answered(40, 2)]
+    made = [row_of(**line, self_generated={"from": "0" * 64, "finished": True}) for line in answered(40, 3)[80:]]
+    sides = {row.messages: is_held_out(row) for row in with_split_keys(plain)}
+    together = with_split_keys([*made, *plain])
+    assert all(is_held_out(row) == sides[row.messages] for row in together)
+    assert {row.split_key for row in with_split_keys(made)} == {"0" * 64}
+
+
+def test_chats_that_all_share_a_prompt_are_refused_with_the_reason() -> None:
+    """They can't be on both sides."""
+    same = [row_of(prompt="Continue.", completion=f"{number}") for number in range(90)]
+    with pytest.raises(CalibrationError, match=r"90 different chats with 1 different prompts give .* on the same side"):
+        draw(same, samples=16, seed=0)
+
+
+def broken_in(folder: Path, broken: int, good: int) -> Path:
+    """A file with so many invalid lines in the middle."""
+    lines = [json.dumps(chat(number)) for number in range(good)]
+    return write_lines(folder / "a.jsonl", [*lines[:5], *['{"messages": 1}'] * broken, *lines[5:]])
+
+
+@pytest.mark.parametrize("broken,max_bad,passes", [(1, 0.01, True), (2, 0.01, False), (2, 0.02, True), (1, 0.0, False)])
+def test_invalid_rows_are_skipped_up_to_a_share(tmp_path: Path, broken: int, max_bad: float, passes: bool) -> None:
+    """They are counted and one is told; more of them are an error."""
+    path = broken_in(tmp_path, broken, 120 - broken)
+    if not passes:
+        with pytest.raises(CalibrationError, match=f'{path}:6: "messages" is empty or no list'):
+            read_sources([path], max_bad=max_bad)
+        return
+    (source,), found = read_sources([path], max_bad=max_bad)
+    assert len(found) == 120 - broken
+    assert source.summary() == [
+        f"{path}: {120 - broken} rows, JSON lines, format: chat",
+        f'{path}: invalid rows skipped: {broken} of 120: {path}:6: "messages" is empty or no list',
+    ]
+
+
+def test_the_share_is_that_of_each_file(tmp_path: Path) -> None:
+    """A small file that is all wrong does not hide behind a large one."""
+    large = write_chats(tmp_path / "large.jsonl", 400)
+    small = write_lines(tmp_path / "small.jsonl", ['{"a": 1}'] * 3)
+    with pytest.raises(CalibrationError) as caught:
+        read_sources([large, small])
+    assert len(caught.value.problems) == 3
+
+
+def test_images_are_one_problem_of_a_file(tmp_path: Path) -> None:
+    """Not one for every row."""
+    lines = [json.dumps({**chat(number), "images": ["a.png"]}) for number in range(30)]
+    (problem,) = problems_of(write_lines(tmp_path / "a.jsonl", lines))
+    assert problem == (
+        'f:1: has "images": only text can calibrate a model; remove the rows with images, videos or audio '
+        "(30 rows of this file)"
+    )
+
+
+def test_formats_are_counted(tmp_path: Path) -> None:
+    """Commonest first."""
+    lines = [{"instruction": f"a{number}", "output": "b"} for number in range(3)] + [{"text": "c"}]
+    (source,), _ = read_sources([write_lines(tmp_path / "a.jsonl", map(json.dumps, lines))])
+    assert source.summary() == [f"{tmp_path / 'a.jsonl'}: 4 rows, JSON lines, format: Alpaca (3), text (1)"]

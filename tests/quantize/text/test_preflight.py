@@ -15,8 +15,9 @@ from quantize.running.worker import child_environ
 from quantize.running.workshop import Workshop
 from quantize.text.calibration import Draw
 from quantize.text.finiteness import Culprit, explained
+from quantize.text.parsing import parse_line
 from quantize.text.preflight import check, inspect
-from quantize.text.rows import Row, parse_line
+from quantize.text.rows import Row
 from quantize.text.samples import Samples, calibrate
 from tests.quantize.models import write_tiny_llama
 

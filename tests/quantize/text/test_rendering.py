@@ -6,8 +6,10 @@ from typing import Any
 import jinja2
 import pytest
 
-from quantize.text.rendering import closing, join_completion, reasoning_spans, render, render_prompt, thoughts
-from quantize.text.rows import Message, Row, parse_line
+from quantize.text.parsing import parse_line
+from quantize.text.rendering import closing, join_completion, render, render_prompt
+from quantize.text.rows import Message, Row
+from quantize.text.thinking import reasoning_spans, thoughts
 from tests.quantize.templates import ANSWER, CHAT, FAMILIES, PLAIN, QWQ, R1
 
 EARLIER = [

@@ -17,7 +17,8 @@ from quantize.running.progress import Stages
 from quantize.running.worker import Report, child_environ
 from quantize.running.workshop import Workshop
 from quantize.text.calibration import Draw
-from quantize.text.rows import Row, parse_line
+from quantize.text.parsing import parse_line
+from quantize.text.rows import Row
 from quantize.text.samples import Samples, calibrate
 from quantize.text.tokenizing import adds_bos, encode, longest_input, require_reasoning, tokenize_draw
 from tests.quantize.templates import CHAT, PLAIN, QWQ
@@ -112,6 +113,18 @@ def test_reasoning_that_is_lost_everywhere_is_refused() -> None:
     samples = [encode(rows[0], Characters(QWQ), max_tokens=1000)]
     with pytest.raises(CalibrationError, match="f:1: the chat template deletes all <think> reasoning"):
         require_reasoning(rows, samples)
+
+
+def test_reasoning_that_is_cut_off_is_not_blamed_on_the_template() -> None:
+    """A long system prompt leaves no room for it: the error names the limit, the row and the token."""
+    long = {"role": "system", "content": "Rule. " * 500}
+    rows = [row("f:1", messages=[long, *CHAT]), row("f:2", messages=[*CHAT, *CHAT[:0], *CHAT])]
+    samples = [encode(one, Characters(QWQ), max_tokens=30) for one in rows[:1]]
+    with pytest.raises(
+        CalibrationError, match=r"f:1: --max-tokens cuts every sample before its reasoning; .* token 3\d\d\d;"
+    ):
+        require_reasoning(rows[:1], samples)
+    require_reasoning(rows, [*samples, encode(rows[1], Characters(QWQ), max_tokens=1000)])
 
 
 def test_text_without_reasoning_needs_none() -> None:
@@ -230,6 +243,20 @@ def test_a_chat_that_the_template_refuses_is_named_by_line(tmp_path: Path) -> No
     assert caught.value.problems == [
         f"f:{line}: the base's chat template refuses this chat: roles must alternate" for line in (1, 3)
     ]
+
+
+def test_a_few_chats_that_the_template_refuses_are_skipped(tmp_path: Path) -> None:
+    """Up to the share that may be invalid, and said with the first of them."""
+    template = "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}" + PLAIN
+    base = write_base(tmp_path / "base", template, adds_bos=False)
+    wrong = row("f:7", messages=[{"role": "assistant", "content": "hi"}])
+    good = [row(f"g:{number}", text=f"text {number}") for number in range(99)]
+    samples, said = calibrated(base, [good[0], wrong, *good[1:]], tmp_path, max_tokens=64)
+    assert [sample["where"] for sample in samples.calibration] == [one.where for one in good]
+    assert samples.refused_rows == 1
+    assert "invalid rows skipped: 1: f:7: the base's chat template refuses this chat" in said
+    with pytest.raises(CalibrationError, match="f:7: the base's chat template refuses this chat"):
+        calibrated(base, [wrong, *good[:50]], tmp_path, max_tokens=64)
 
 
 def test_a_template_that_strips_reasoning_is_overruled_in_the_child_too(tmp_path: Path) -> None:
