@@ -70,6 +70,7 @@ CHANGES: dict[str, Any] = {
     "gateway.admin": "127.0.0.1:9",
     "gateway.admin_key": "secret",
     "gateway.state": "sqlite:///other.db",
+    "gateway.allowed_hosts": ["llm.example.com"],
     "gateway.access_log": "json",
     "gateway.tracing.sample_share": {"endpoint": "http://c:4318", "sample_share": 0.5},
     "gateway.tracing.endpoint": {"endpoint": "http://c:4318"},
