@@ -28,12 +28,14 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$"
 STATE_PATTERN = r"^(sqlite|postgresql(\+\w+)?)://"
 ENDPOINT_PATTERN = r"^https?://[^\s?#]+[^\s?#/]$"
 CORES_PATTERN = r"^(nobind|auto|[\d,|-]+)$"
+TOOL_PARSER_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 # Of each pattern: what text that does not match it is not, and what to write.
 PATTERNS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         NAME_PATTERN: ("is not a valid name", "use letters, digits and . _ : / -"),
         STATE_PATTERN: ("is not a database URL", "write sqlite:///state.db, or postgresql://USER:PASSWORD@HOST/NAME"),
         ENDPOINT_PATTERN: ("is not a valid endpoint", "write http://host:port, without a slash at the end"),
+        TOOL_PARSER_PATTERN: ("is not a tool parser", "write auto, off, or the name of one of vLLM's tool parsers"),
         CORES_PATTERN: ("is not a list of cores", "write auto, nobind, or cores such as 0-3 or 0-3|4-7"),
     }
 )
@@ -130,7 +132,7 @@ Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # `auto`, `off`, or the name of one of vLLM's tool parsers.
-ToolCalling = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+ToolCalling = Annotated[str, Field(pattern=TOOL_PARSER_PATTERN)]
 Entries = Annotated[int, Field(ge=1, le=65536)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]

@@ -1,6 +1,8 @@
 """Reading a configuration file: all of its problems are reported at once, each with its line."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from config.errors import SettingsError
 from config.explain import known_keys
 from config.load import load_settings
-from config.schema import Settings, Table, check_url, parse_size_bytes
+from config.schema import PATTERNS, Settings, Table, check_url, parse_size_bytes
 
 EXAMPLE = Path(__file__).parents[2] / "config" / "example.yaml"
 SECRETS = {"REPLICA_KEY": "s3cret", "ADMIN_KEY": "operators"}
@@ -250,3 +252,30 @@ def test_invalid_replica_urls(url: str) -> None:
     """A URL that one of the clients does not support is rejected when the file is read."""
     with pytest.raises(ValueError, match="is not a valid replica URL"):
         check_url(url)
+
+
+def nested(value: Any, *path: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Every object in a JSON document, with its path."""
+    if isinstance(value, dict):
+        yield path, value
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in entries:
+        yield from nested(inner, *path, name)
+
+
+def test_every_pattern_is_explained_and_every_number_bounded() -> None:
+    """A new option with a pattern says what to write, and one with a number refuses a slip of the keyboard."""
+    for path, schema in nested(Settings.model_json_schema()):
+        if isinstance(pattern := schema.get("pattern"), str):
+            assert pattern in PATTERNS, path
+        # pydantic leaves the bounds of sizes out of the JSON schema: they are numbers after units are read.
+        is_size = any(str(name).endswith("_bytes") for name in path)
+        if schema.get("type") == "integer" and not is_size:
+            assert {"maximum", "exclusiveMaximum"} & schema.keys(), path
+
+
+@pytest.mark.parametrize("option", ["memory_bytes: 2GB5", "memory_bytes: 9999999GiB", "drain_seconds: 1e12"])
+def test_sizes_and_times_are_bounded(tmp_path: Path, option: str) -> None:
+    """A size or a time that nobody means is refused."""
+    (only,) = problems(write(tmp_path, f"gateway: {{{option}}}"))
+    assert "is not a valid size" in only or "must be at most" in only
