@@ -115,6 +115,7 @@ class GatewaySettings(Table):
     keys: str | None = None
     access_log: Literal["plain", "json", "off"] = "plain"
     tracing: TracingSettings | None = None
+    per_key_metrics: bool = False
     limits: LimitSettings = LimitSettings()
     queue: QueueSettings = QueueSettings()
     retries: RetrySettings = RetrySettings()

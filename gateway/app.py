@@ -16,6 +16,7 @@ from gateway.handlers.admin import AdminContext, admin_app, with_auth
 from gateway.handlers.inference import InferenceHandler, Observers
 from gateway.handlers.models import client_app
 from gateway.handlers.router import Router
+from gateway.http.collector import ConnectionCollector
 from gateway.http.listener import address_of, bind, listen
 from gateway.http.server import HttpServer, serve_clients
 from gateway.live_config import LiveConfig, LiveWeights
@@ -26,6 +27,7 @@ from gateway.openai.endpoints import ENDPOINTS
 from gateway.proxy.collectors import EngineCollector, LadderCollector
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.exchange import Proxy
+from gateway.proxy.initial_series import create_series
 from gateway.proxy.load.polling import MetricsPoller
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.upstream.pool import Pool
@@ -96,9 +98,10 @@ async def gateway(
 
     The access log is written to `access_log_stream`, by default to stderr.
     """
-    live_config, metrics, quota = live_config_for(deployment), Metrics(), Quota(place.share)
-    weights = LiveWeights()
     settings = deployment.settings.gateway
+    live_config, metrics = live_config_for(deployment), Metrics(per_key=settings.per_key_metrics)
+    quota, weights = Quota(place.share), LiveWeights()
+    create_series(metrics, live_config.catalog, live_config.keys.names())
     async with AsyncExitStack() as stack:
         stream = access_log_stream or sys.stderr.buffer
         access_log = stack.enter_context(AccessLog(stream, settings.access_log, metrics.log_lines_dropped))
@@ -140,6 +143,7 @@ async def gateway(
             settings.memory_bytes,
             on_client_aborted=lambda reason: metrics.clients_cut.labels(reason).inc(),
         )
+        metrics.registry.register(ConnectionCollector(server))
         await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
         addresses = Addresses(address_of(taken.client), address_of(taken.admin))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
@@ -218,7 +222,7 @@ async def following(path: Path | None, served: Gateway, take: ApplyDeployment) -
 
     async def apply() -> None:
         deployment = read_deployment(path)
-        for option in ("listen", "admin", "admin_key", "state", "keys", "access_log", "tracing"):
+        for option in ("listen", "admin", "admin_key", "state", "keys", "access_log", "tracing", "per_key_metrics"):
             if getattr(deployment.settings.gateway, option) != getattr(first.settings.gateway, option):
                 log.warning("gateway.%s takes effect at the next start", option)
 
@@ -227,6 +231,7 @@ async def following(path: Path | None, served: Gateway, take: ApplyDeployment) -
             served.load.set_speeds(deployment.speeds)
             served.dispatcher.keep_only(served.live_config.catalog)
             served.quota.keep_only(deployment.keys.names())
+            create_series(served.metrics, served.live_config.catalog, deployment.keys.names())
 
         await take(deployment, swap)
 

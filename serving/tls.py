@@ -14,11 +14,13 @@ from config.schema import ReplicaSettings
 class Tls:
     """What a replica's certificate files said when they were read; equal to another with the same files and contents.
 
-    The context is shared by every connection: to make one takes milliseconds.
+    The context is shared by every connection: to make one takes milliseconds. `expirations` are the files with the
+    time at which the first certificate in each expires, in seconds since 1970.
     """
 
     digest: str
     context: ssl.SSLContext = field(repr=False, compare=False)
+    expirations: tuple[tuple[str, float], ...] = field(default=(), compare=False)
 
 
 def read_tls(replicas: Sequence[ReplicaSettings], folder: Path) -> dict[int, Tls]:
@@ -40,17 +42,20 @@ def tls_of(settings: ReplicaSettings, folder: Path, where: str) -> Tls | None:
     """Read the certificates of one replica; None if it names none. `where` stands before an option in an error."""
     if not (settings.ca or settings.certificate):
         return None
-    digest = hashlib.sha256()
+    digest, contents = hashlib.sha256(), dict[str, bytes]()
     for option in ("ca", "certificate", "key_file"):
         named = getattr(settings, option)
         content = _content(folder / named, f"{where}{option}") if named else b""
+        if named and option != "key_file":
+            contents[named] = content
         digest.update(b"%s %s %d " % (option.encode(), str(named).encode(), len(content)) + content)
     # A `ca` takes the place of what the machine trusts; host names are checked either way.
     context = _trusting(folder / settings.ca, f"{where}ca") if settings.ca else ssl.create_default_context()
     if settings.certificate:
         key = folder / settings.key_file if settings.key_file else None
         _show(context, folder / settings.certificate, key, f"{where}certificate")
-    return Tls(digest.hexdigest(), context)
+    expirations = tuple([(named, _expiration_seconds(content)) for named, content in contents.items()])
+    return Tls(digest.hexdigest(), context, expirations)
 
 
 def _content(file: Path, option: str) -> bytes:
@@ -58,6 +63,14 @@ def _content(file: Path, option: str) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise ConfigError(f"{option}: {file} can't be read: {error.strerror}; name a PEM file") from error
+
+
+def _expiration_seconds(pem: bytes) -> float:
+    """When the first of a file's certificates, which OpenSSL has accepted, expires."""
+    # Imported where it is needed: it takes 0.1 s, and few configurations have certificates.
+    from cryptography import x509  # noqa: PLC0415
+
+    return min(each.not_valid_after_utc.timestamp() for each in x509.load_pem_x509_certificates(pem))
 
 
 def _trusting(file: Path, option: str) -> ssl.SSLContext:

@@ -42,6 +42,11 @@ class HttpServer:
         return sum(connection.busy for connection in self._connections)
 
     @property
+    def connections(self) -> int:
+        """Number of open connections."""
+        return len(self._connections)
+
+    @property
     def reserved_bytes(self) -> int:
         """Memory that request bodies take now."""
         return self._reserved_bytes

@@ -202,6 +202,8 @@ class RequestStats:
         if alias != UNKNOWN:
             # Requests that gave up waiting, too: the longest waits are theirs.
             metrics.queue_seconds.labels(alias).observe_with_exemplar(self.queued_seconds, request_id, at_seconds)
+        if metrics.per_key:
+            metrics.completed_by(self.caller, code, prompt, completion)
         finish = FINISH_REASONS.get(self.finish, "other")
         estimated = self.usage is None and completion > 0
         return AccessRecord(

@@ -35,13 +35,13 @@ class Allocation:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Point:
+class PartialAllocation:
     """A choice for some first units of a model: the sums so far, the last unit's option and the choice before it."""
 
     bytes: int
     kl: float
     option: Option | None = None
-    before: "Point | None" = None
+    before: "PartialAllocation | None" = None
 
 
 Options = Mapping[str, Sequence[Option]]
@@ -71,14 +71,14 @@ def allocate(options: Options, budget: Budget, kept_bytes: int = 0) -> Allocatio
     return _allocation(options, found, kept_bytes)
 
 
-def trade_offs(units: Iterable[Sequence[Option]], most_points: int = MOST_POINTS) -> list[Point]:
+def trade_offs(units: Iterable[Sequence[Option]], most_points: int = MOST_POINTS) -> list[PartialAllocation]:
     """List choices that no other beats in both bytes and KL, smallest first, so best last.
 
     Where there are more than `most_points`, the corners of the lower convex hull always stay, and between them the
     best of each of `most_points` equal ranges of bytes. For any budget the KL is thus above the least possible one by
     less than what the step to the next corner would save.
     """
-    front = [Point(0, 0.0)]
+    front = [PartialAllocation(0, 0.0)]
     for unit in units:
         sums = sorted(
             (point.bytes + option.bytes, point.kl + option.kl, *places)
@@ -86,7 +86,7 @@ def trade_offs(units: Iterable[Sequence[Option]], most_points: int = MOST_POINTS
             for point, option in [(front[places[0]], unit[places[1]])]
         )
         front = [
-            Point(size, kl, unit[option], front[before])
+            PartialAllocation(size, kl, unit[option], front[before])
             for size, kl, before, option in _thinned(_undominated(sums), most_points)
         ]
     return front
@@ -126,9 +126,9 @@ def _turns_up(first: _Sum, middle: _Sum, last: _Sum) -> bool:
     return (middle[0] - first[0]) * (last[1] - middle[1]) > (last[0] - middle[0]) * (middle[1] - first[1])
 
 
-def _allocation(options: Options, point: Point, kept_bytes: int) -> Allocation:
+def _allocation(options: Options, point: PartialAllocation, kept_bytes: int) -> Allocation:
     numbers: dict[str, Numbers] = {}
-    at: Point | None = point
+    at: PartialAllocation | None = point
     for name in reversed(list(options)):
         assert at is not None
         assert at.option is not None

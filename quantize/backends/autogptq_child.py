@@ -32,7 +32,7 @@ class Refused(Exception):
         self.kind = kind
 
 
-class Ledger:
+class RunRecord:
     """What is known of the run: names of the modules, losses as the library tells them, packed tensors."""
 
     def __init__(self, job: Job, stream: Any) -> None:
@@ -65,11 +65,11 @@ def main() -> int:
     die_with(parent)
     os.set_inheritable(descriptor, False)
     with os.fdopen(descriptor, "w") as stream:
-        ledger = Ledger(json.loads(Path(job_file).read_bytes()), stream)
+        run = RunRecord(json.loads(Path(job_file).read_bytes()), stream)
         try:
-            ledger.send({"result": {"seconds": quantize(ledger)}})
+            run.send({"result": {"seconds": quantize(run)}})
         except Refused as error:
-            ledger.send({"error": {"kind": error.kind, "problems": [str(error)]}})
+            run.send({"error": {"kind": error.kind, "problems": [str(error)]}})
             return _USAGE if error.kind == "RecipeError" else _FAILED
     return 0
 
@@ -80,28 +80,28 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def quantize(ledger: Ledger) -> float:
+def quantize(run: RunRecord) -> float:
     """Solve and pack every module; the raw directory then holds `model.safetensors`."""
     from auto_gptq.modeling import _base  # type: ignore[import-not-found]  # noqa: PLC0415
     from safetensors.torch import save_file  # noqa: PLC0415
 
     started = time.monotonic()
-    model = load(ledger.job)
+    model = load(run.job)
     layers = model.model.config.num_hidden_layers
-    ledger.names = {id(module): name for name, module in model.model.named_modules()}
+    run.names = {id(module): name for name, module in model.model.named_modules()}
     solver = logging.getLogger("auto_gptq.quantization.gptq")
     solver.setLevel(logging.INFO)
-    solver.addHandler(ledger.losses)
-    _base.GPTQ = watched(_base.GPTQ, ledger, layers)
+    solver.addHandler(run.losses)
+    _base.GPTQ = watched(_base.GPTQ, run, layers)
     # The watched solver has packed already. The library's own loop over every input takes as long as a sixth of the
     # solving, and in bf16 it divides by rounded scales, which gives other integers at 8 bits.
     _base.pack_model = lambda **_: None
-    tokenized = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in ledger.job["samples"]]
+    tokenized = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in run.job["samples"]]
     model.quantize(tokenized, batch_size=1, use_triton=False, cache_examples_on_gpu=False)
-    ledger.send({"progress": [layers, layers]})
-    raw = Path(ledger.job["raw"])
+    run.send({"progress": [layers, layers]})
+    raw = Path(run.job["raw"])
     raw.mkdir()
-    save_file(ledger.packed, str(raw / "model.safetensors"), metadata={"format": "pt"})
+    save_file(run.packed, str(raw / "model.safetensors"), metadata={"format": "pt"})
     return round(time.monotonic() - started, 1)
 
 
@@ -145,16 +145,16 @@ def max_memory(job: Job) -> Any:
     return {**shares, "cpu": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
 
 
-def watched(solver: Any, ledger: Ledger, layers: int) -> Any:
+def watched(solver: Any, run: RunRecord, layers: int) -> Any:
     """Derive from AutoGPTQ's solver one that names what is wrong, climbs the damping ladder, and packs."""
     import torch  # noqa: PLC0415
 
-    class Watched(solver):  # type: ignore[misc]
+    class RecordingGptq(solver):  # type: ignore[misc]
         H: Any
 
         def __init__(self, layer: Any) -> None:
             super().__init__(layer)
-            self.name = ledger.names[id(layer)]
+            self.name = run.names[id(layer)]
             self.peaks: list[Any] = []
             self.tokens = 0
 
@@ -164,23 +164,23 @@ def watched(solver: Any, ledger: Ledger, layers: int) -> Any:
             super().add_batch(inp, out)
 
         def fasterquant(self, *places: Any, **options: Any) -> Any:
-            require_finite(self.name, self.peaks, ledger.job["where"])
+            require_finite(self.name, self.peaks, run.job["where"])
             hessian: Any = self.H
             diagonal = hessian.diagonal().clone()
-            for damp in ledger.job["damping"]:
+            for damp in run.job["damping"]:
                 self.H = hessian
                 hessian.diagonal().copy_(diagonal)
                 try:
                     found = super().fasterquant(*places, **{**options, "percdamp": damp})
                 except torch.linalg.LinAlgError:
                     continue
-                loss = loss_a_token(ledger.losses.loss, self.nsamples, self.tokens)
-                record(ledger, self.name, loss, damp, layers)
-                ledger.packed.update(packed(self.name, self.layer.weight.data, found, ledger.job["bits"]))
+                loss = loss_a_token(run.losses.loss, self.nsamples, self.tokens)
+                record(run, self.name, loss, damp, layers)
+                run.packed.update(packed(self.name, self.layer.weight.data, found, run.job["bits"]))
                 return found
-            raise Refused("SolveError", f"{self.name}: its Hessian doesn't factor with any damping of {told(ledger)}")
+            raise Refused("SolveError", f"{self.name}: its Hessian doesn't factor with any damping of {told(run)}")
 
-    return Watched
+    return RecordingGptq
 
 
 def require_finite(module: str, peaks: list[Any], where: list[str]) -> None:
@@ -199,16 +199,16 @@ def loss_a_token(loss: float, samples: int, tokens: int) -> float:
     return loss * (samples / tokens) ** 2
 
 
-def record(ledger: Ledger, module: str, loss: float, damp: float, layers: int) -> None:
+def record(run: RunRecord, module: str, loss: float, damp: float, layers: int) -> None:
     if not math.isfinite(loss):
         raise Refused("SolveError", f"{module}: its loss is no number ({loss}); is a weight of the base none, either?")
     layer = next(int(part) for part in module.split(".") if part.isdigit())
-    ledger.send({"progress": [layer, layers]})
-    ledger.send({"event": {"module": module, "layer": layer, "loss": loss, "damp": damp}})
+    run.send({"progress": [layer, layers]})
+    run.send({"event": {"module": module, "layer": layer, "loss": loss, "damp": damp}})
 
 
-def told(ledger: Ledger) -> str:
-    return ", ".join(f"{damp:g}" for damp in ledger.job["damping"]) + "; add samples, or try a larger --damp"
+def told(run: RunRecord) -> str:
+    return ", ".join(f"{damp:g}" for damp in run.job["damping"]) + "; add samples, or try a larger --damp"
 
 
 def packed(module: str, weight: Any, found: tuple[Any, Any, Any], bits: int) -> dict[str, Any]:

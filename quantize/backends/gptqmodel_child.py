@@ -11,7 +11,7 @@ from config.manifest import Scheme
 from quantize.backends.aligned import aligned
 from quantize.backends.losses import require_solved
 from quantize.backends.solutions import Solutions
-from quantize.backends.watched import Ledger, watched
+from quantize.backends.watched import SolverRecord, watched
 from quantize.running.memory import available_bytes
 from quantize.running.worker import Report, run_child
 from quantize.variants.checkpoint import write_checkpoint
@@ -23,15 +23,15 @@ _COPIES_IN_MEMORY = 2.5
 class Layers:
     """GPTQModel's layer callback: it comes twice a layer, when it is solved and when it is packed."""
 
-    def __init__(self, ledger: Ledger, total: int) -> None:
-        self._ledger, self._total = ledger, total
+    def __init__(self, record: SolverRecord, total: int) -> None:
+        self._record, self._total = record, total
 
     def layer_complete(self, *, layer_idx: int, submodule_finalized: bool) -> None:
         """Keep a solved layer; count a packed one."""
         if submodule_finalized:
-            self._ledger.report.progress(layer_idx + 1, self._total)
+            self._record.report.progress(layer_idx + 1, self._total)
         else:
-            self._ledger.complete(layer_idx)
+            self._record.complete(layer_idx)
 
 
 def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -39,19 +39,19 @@ def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
     started = time.monotonic()
     device, dtype = choose_device(job["memory_bytes"])
     solutions = Solutions(Path(job["solutions"]), dtype)
-    ledger = Ledger(solutions, report, job["where"], job["damping"], solutions.whole_layers())
+    record = SolverRecord(solutions, report, job["where"], job["damping"], solutions.whole_layers())
     model = load(job, device, dtype)
-    model.layer_callback = Layers(ledger, model.model.config.num_hidden_layers)
-    watch(ledger, share=job["gptaq"], weighted_scales=job["weighted_scales"])
+    model.layer_callback = Layers(record, model.model.config.num_hidden_layers)
+    watch(record, share=job["gptaq"], weighted_scales=job["weighted_scales"])
     tokenized = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["samples"]]
     # In the order they were drawn: a batch's number is its sample's.
     model.quantize(tokenized, batch_size=1, calibration_data_min_length=1, calibration_sort=None)
-    require_solved(ledger.solved, job["allow_fallback"])
+    require_solved(record.solved, job["allow_fallback"])
     model.save(job["raw"])
     scheme = Scheme.model_validate(job["scheme"])
     write_checkpoint(Path(job["base"]), Path(job["raw"]), scheme, job["damping"][0], Path(job["into"]))
     shutil.rmtree(job["raw"])
-    return {"seconds": round(time.monotonic() - started, 1), "modules": [asdict(solved) for solved in ledger.solved]}
+    return {"seconds": round(time.monotonic() - started, 1), "modules": [asdict(solved) for solved in record.solved]}
 
 
 def choose_device(memory_bytes: int | None) -> tuple[str, Any]:
@@ -83,13 +83,13 @@ def load(job: dict[str, Any], device: str, dtype: Any) -> Any:
     return GPTQModel.load(job["base"], config, device=device, dtype=dtype)
 
 
-def watch(ledger: Ledger, *, share: float, weighted_scales: bool) -> None:
+def watch(record: SolverRecord, *, share: float, weighted_scales: bool) -> None:
     """Put our watched classes where the library takes its solvers from: the one seam it has for them."""
     from gptqmodel.looper import gptq_processor as library  # noqa: PLC0415
 
     plain, gatherer = library.GPTQ, library.GPTAQ
-    library.GPTQ = watched(plain, ledger, weighted_scales=weighted_scales)
-    library.GPTAQ = watched(aligned(plain, gatherer, share), ledger, weighted_scales=weighted_scales)
+    library.GPTQ = watched(plain, record, weighted_scales=weighted_scales)
+    library.GPTAQ = watched(aligned(plain, gatherer, share), record, weighted_scales=weighted_scales)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from quantize.running.worker import Report
 
 
 @dataclass(slots=True)
-class Ledger:
+class SolverRecord:
     """What is known of a run's modules; `solved` grows, `peaks` holds each sample's largest activation."""
 
     solutions: Solutions
@@ -81,24 +81,24 @@ def factor(hessian: Any, damping: Sequence[float]) -> tuple[Any, float] | None:
     return None
 
 
-def watched(solver: Any, ledger: Ledger, *, weighted_scales: bool) -> type:
-    """Derive a class from GPTQModel's `GPTQ` or `GPTAQ` that keeps a ledger, and skips layers that are whole."""
+def watched(solver: Any, record: SolverRecord, *, weighted_scales: bool) -> type:
+    """Derive a class from GPTQModel's `GPTQ` or `GPTAQ` that keeps a record, and skips layers that are whole."""
 
-    class Watched(solver):  # type: ignore[misc]
+    class RecordingSolver(solver):  # type: ignore[misc]
         @property
         def _place(self) -> tuple[str, int]:
             return self._named_module.full_name, self._named_module.layer_index
 
         def add_batch(self, inp: Any, out: Any, batch_index: int | None = None) -> None:
             module, layer = self._place
-            if layer in ledger.whole:
+            if layer in record.whole:
                 return
-            ledger.look(module, inp, 0 if batch_index is None else batch_index)
+            record.look(module, inp, 0 if batch_index is None else batch_index)
             super().add_batch(inp, out, batch_index=batch_index)
 
         def hessian_inverse(self, H: Any) -> tuple[Any, float]:  # noqa: N803
-            # Without a factor the library rounds to nearest; the ledger sees that in the loss.
-            upper, damp = factor(H, ledger.damping) or (None, 1.0)
+            # Without a factor the library rounds to nearest; the record sees that in the loss.
+            upper, damp = factor(H, record.damping) or (None, 1.0)
             self._charge(upper)
             return upper, damp
 
@@ -113,14 +113,14 @@ def watched(solver: Any, ledger: Ledger, *, weighted_scales: bool) -> type:
 
         def quantize(self, blocksize: int = 128) -> tuple[Any, ...]:
             module, layer = self._place
-            if layer in ledger.whole:
-                solution, seconds = ledger.solutions.read(module), 0.0
+            if layer in record.whole:
+                solution, seconds = record.solutions.read(module), 0.0
             else:
-                ledger.require_finite(module)
+                record.require_finite(module)
                 dense, scale, zero, g_idx, seconds, loss, damp, tokens = super().quantize(blocksize=blocksize)
                 solution = Solution(dense, scale, zero, g_idx, loss, damp, tokens)
-                ledger.solutions.write(module, solution)
-            ledger.record(_solved(module, layer, self.qcfg, solution))
+                record.solutions.write(module, solution)
+            record.record(_solved(module, layer, self.qcfg, solution))
             return (
                 solution.dense.to(self.module.weight.device),
                 solution.scale,
@@ -132,7 +132,7 @@ def watched(solver: Any, ledger: Ledger, *, weighted_scales: bool) -> type:
                 solution.tokens,
             )
 
-    return Watched
+    return RecordingSolver
 
 
 class Search:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.measuring.pairing import Generated
-from quantize.measuring.sampling import Reply, Request, Sampling, read_sampling
+from quantize.measuring.sampling import GenerationRequest, Reply, SamplingParameters, read_sampling
 from quantize.measuring.spans import OPEN, Range, is_open, last_prompt
 from quantize.measuring.tasks import question_from
 
@@ -16,8 +16,8 @@ from quantize.measuring.tasks import question_from
 class Writing:
     """Texts that a model is asked for, and how it draws them; none if `requests` is empty."""
 
-    requests: tuple[Request, ...]
-    sampling: Sampling
+    requests: tuple[GenerationRequest, ...]
+    sampling: SamplingParameters
 
     @property
     def most_tokens(self) -> int:
@@ -57,19 +57,25 @@ def prepare(job: Mapping[str, Any], tokenizer: Any) -> Material:
         reasoning=tuple(tuple((start, end) for start, end in sample.get("reasoning", ())) for sample in samples),
         answers=tuple(tuple(sample.get("answer", (0, 0))) for sample in samples),
         prompts=Writing(
-            tuple(Request(ids, seed, number) for seed in range(job["seeds"]) for number, ids in enumerate(prompts)),
+            tuple(
+                GenerationRequest(ids, seed, number)
+                for seed in range(job["seeds"])
+                for number, ids in enumerate(prompts)
+            ),
             asked,
         ),
         questions=Writing(
-            tuple(Request(_asked(told, tokenizer), 0, number) for number, told in enumerate(job["questions"])),
+            tuple(
+                GenerationRequest(_asked(told, tokenizer), 0, number) for number, told in enumerate(job["questions"])
+            ),
             greedy(read_sampling(base, job["task_tokens"])),
         ),
     )
 
 
-def greedy(sampling: Sampling) -> Sampling:
+def greedy(sampling: SamplingParameters) -> SamplingParameters:
     """The same, always taking the likeliest token."""
-    return Sampling(0.0, 1.0, 0, sampling.repetition_penalty, sampling.end_ids, sampling.new_tokens)
+    return SamplingParameters(0.0, 1.0, 0, sampling.repetition_penalty, sampling.end_ids, sampling.new_tokens)
 
 
 def answer_header(tokenizer: Any) -> str:
@@ -82,7 +88,7 @@ def answer_header(tokenizer: Any) -> str:
     return asked[len(bare) :] if asked.startswith(bare) else ""
 
 
-def as_generated(reply: Reply, request: Request, tokenizer: Any) -> Generated:
+def as_generated(reply: Reply, request: GenerationRequest, tokenizer: Any) -> Generated:
     """See in a reply, and in the prompt it continues, whether a think span was left open."""
     prompt, said = text_of(request.ids, tokenizer), text_of(reply.ids, tokenizer)
     opened = OPEN if prompt.rstrip().endswith(OPEN) else ""

@@ -24,7 +24,7 @@ DEFAULT_LIMIT_BYTES = 20_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ParentCacheEntry:
     """A finished entry: its facts, and where its states lie."""
 
     directory: Path
@@ -43,7 +43,7 @@ class ParentCache:
     root: Path
     limit_bytes: int = DEFAULT_LIMIT_BYTES
 
-    def find(self, key: str) -> Entry | None:
+    def find(self, key: str) -> ParentCacheEntry | None:
         """Look an entry up and check it; a damaged one is removed."""
         directory = self.root / key
         try:
@@ -59,9 +59,9 @@ class ParentCache:
             shutil.rmtree(directory, ignore_errors=True)
             return None
         os.utime(directory)
-        return Entry(directory, facts)
+        return ParentCacheEntry(directory, facts)
 
-    def keep(self, key: str, staged: Path, facts: dict[str, Any]) -> Entry:
+    def keep(self, key: str, staged: Path, facts: dict[str, Any]) -> ParentCacheEntry:
         """Complete a staged directory and put it under its name; older entries make room."""
         states = staged / _STATES
         seal = _seal(facts, sha256_of(states) if states.is_file() else "")
@@ -72,7 +72,7 @@ class ParentCache:
             shutil.rmtree(self.root / key, ignore_errors=True)
             staged.rename(self.root / key)
         self._make_room(key)
-        return Entry(self.root / key, facts)
+        return ParentCacheEntry(self.root / key, facts)
 
     @contextmanager
     def staging(self, key: str) -> Iterator[Path]:

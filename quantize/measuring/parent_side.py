@@ -10,7 +10,7 @@ from typing import Any
 
 from quantize.dense_models import engine, load_base, reclaim
 from quantize.measuring.material import Material, Writing
-from quantize.measuring.parent_cache import Entry, ParentCache, entry_key, roomiest, states_file
+from quantize.measuring.parent_cache import ParentCache, ParentCacheEntry, entry_key, roomiest, states_file
 from quantize.measuring.readout import WHOLE, Readout, describe_readout, find_readout, load_readout, read_states
 from quantize.measuring.sampling import Reply, write_texts
 
@@ -31,7 +31,7 @@ class Archive:
         wanted = (self.lasting, self.scratch) if self.digest else (self.scratch,)
         return tuple(ParentCache(root) for root in wanted)
 
-    def find(self, key: str) -> Entry | None:
+    def find(self, key: str) -> ParentCacheEntry | None:
         """Look an entry up."""
         return next((entry for cache in self.caches() if (entry := cache.find(key))), None)
 
@@ -46,7 +46,7 @@ class Archive:
 class ParentSide:
     """What the parent had to say about the material."""
 
-    states: Entry
+    states: ParentCacheEntry
     texts: tuple[Reply, ...]
     answers: tuple[Reply, ...]
 
@@ -93,11 +93,11 @@ def read_parent(material: Material, archive: Archive, announce: Callable[[int], 
 
 def _run_parent(
     material: Material, archive: Archive, missing: set[str], keys: _Keys, advance: Advance
-) -> dict[str, Entry]:
+) -> dict[str, ParentCacheEntry]:
     import torch  # noqa: PLC0415
 
     model = load_base(archive.base)
-    made: dict[str, Entry] = {}
+    made: dict[str, ParentCacheEntry] = {}
     with torch.inference_mode():
         if keys.states in missing:
             made[keys.states] = _keep_states(model, material, archive, keys.states, advance)
@@ -107,7 +107,7 @@ def _run_parent(
     return made
 
 
-def _keep_states(model: Any, material: Material, archive: Archive, key: str, advance: Advance) -> Entry:
+def _keep_states(model: Any, material: Material, archive: Archive, key: str, advance: Advance) -> ParentCacheEntry:
     readout = find_readout(model, material.samples[0])
     told = describe_readout(readout, archive.base) if readout.weight is not None else None
     readout = readout if told else WHOLE
@@ -133,14 +133,14 @@ def _write_states(path: Path, chunks: Iterable[Any], advance: Advance) -> tuple[
     return (tokens, width), kind
 
 
-def _keep_texts(model: Any, writing: Writing, archive: Archive, key: str, advance: Advance) -> Entry:
+def _keep_texts(model: Any, writing: Writing, archive: Archive, key: str, advance: Advance) -> ParentCacheEntry:
     replies = write_texts(model, writing.requests, writing.sampling, advance)
     cache = archive.room(0)
     with cache.staging(key) as staged:
         return cache.keep(key, staged, {"replies": [[list(reply.ids), reply.finished] for reply in replies]})
 
 
-def _replies(entry: Entry | None) -> tuple[Reply, ...]:
+def _replies(entry: ParentCacheEntry | None) -> tuple[Reply, ...]:
     told = entry.facts["replies"] if entry else []
     return tuple(Reply(tuple(ids), finished) for ids, finished in told)
 

@@ -19,7 +19,7 @@ _SHARE_FOR_CACHE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingParameters:
     """How tokens are drawn; temperature 0 always takes the likeliest."""
 
     temperature: float
@@ -31,7 +31,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class GenerationRequest:
     """One text to write: the prompt's token ids, and the seed and number that decide its noise."""
 
     ids: tuple[int, ...]
@@ -63,11 +63,11 @@ class _Noise:
         return scores
 
 
-def read_sampling(base: Path, new_tokens: int) -> Sampling:
+def read_sampling(base: Path, new_tokens: int) -> SamplingParameters:
     """Take a base's own way of sampling from its generation config; else temperature 0.6 and top-p 0.95."""
     told, config = _read_json(base / "generation_config.json"), _read_json(base / "config.json")
     ends = told.get("eos_token_id", config.get("eos_token_id"))
-    return Sampling(
+    return SamplingParameters(
         temperature=float(told.get("temperature") or 0.6),
         top_p=float(told.get("top_p") or 0.95),
         top_k=int(told.get("top_k") or 0),
@@ -83,7 +83,7 @@ def rows_at_once(token_bytes: int, tokens: int, memory_bytes: int) -> int:
 
 
 def write_texts(
-    model: Any, requests: Sequence[Request], sampling: Sampling, advance: Callable[[int], None]
+    model: Any, requests: Sequence[GenerationRequest], sampling: SamplingParameters, advance: Callable[[int], None]
 ) -> list[Reply]:
     """Let a model answer all requests, in their order; `advance` hears of every token of every row."""
     longest = max(len(request.ids) for request in requests) + sampling.new_tokens
@@ -117,7 +117,7 @@ def nucleus(scores: Any, top_p: float) -> Any:
 
 
 def _write_batch(
-    model: Any, requests: Sequence[Request], sampling: Sampling, advance: Callable[[int], None]
+    model: Any, requests: Sequence[GenerationRequest], sampling: SamplingParameters, advance: Callable[[int], None]
 ) -> list[Reply]:
     import torch  # noqa: PLC0415
     from transformers import GenerationConfig  # noqa: PLC0415
@@ -143,7 +143,9 @@ def _write_batch(
     return [cut(row[width:].tolist(), sampling.end_ids) for row in written]
 
 
-def _processors(requests: Sequence[Request], sampling: Sampling) -> Iterator[Callable[[Any, Any], Any]]:
+def _processors(
+    requests: Sequence[GenerationRequest], sampling: SamplingParameters
+) -> Iterator[Callable[[Any, Any], Any]]:
     import torch  # noqa: PLC0415
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper  # noqa: PLC0415
 
@@ -188,7 +190,7 @@ def _memory_bytes(model: Any) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def noise_seed(request: Request) -> int:
+def noise_seed(request: GenerationRequest) -> int:
     """One number for a seed and a prompt; of 32 bits, since torch's generator on a CPU sees no more of it."""
     return int(hashlib.sha256(f"{request.seed}:{request.number}".encode()).hexdigest()[:8], 16)
 

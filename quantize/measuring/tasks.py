@@ -24,7 +24,7 @@ _FORM = '{"question": "...", "answer": "..."} or {"messages": [...], "answer": "
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class TaskItem:
     """A chat that ends with a question, and the answer that counts."""
 
     messages: tuple[tuple[str, str], ...]
@@ -35,12 +35,12 @@ class Question:
         return [{"role": role, "content": content} for role, content in self.messages]
 
 
-def question_from(told: Mapping[str, Any]) -> Question:
+def question_from(told: Mapping[str, Any]) -> TaskItem:
     """Read a question back from a job: what `asdict` made of it."""
-    return Question(tuple((role, content) for role, content in told["messages"]), told["answer"])
+    return TaskItem(tuple((role, content) for role, content in told["messages"]), told["answer"])
 
 
-def read_questions(path: Path) -> tuple[Question, ...]:
+def read_questions(path: Path) -> tuple[TaskItem, ...]:
     """Read a JSONL file of questions; CalibrationError lists up to ten broken lines."""
     try:
         lines = path.read_bytes().split(b"\n")
@@ -50,10 +50,10 @@ def read_questions(path: Path) -> tuple[Question, ...]:
     problems = list(islice((item for item in parsed if isinstance(item, str)), _PROBLEMS_SHOWN))
     if problems or not parsed:
         raise CalibrationError(problems or [f"{path}: has no questions; a line is {_FORM}"])
-    return tuple(item for item in parsed if isinstance(item, Question))
+    return tuple(item for item in parsed if isinstance(item, TaskItem))
 
 
-def parse_question(line: bytes, where: str) -> Question | str:
+def parse_question(line: bytes, where: str) -> TaskItem | str:
     """Turn one line into a question, or into the problem it has."""
     try:
         value = json.loads(line)
@@ -67,10 +67,10 @@ def parse_question(line: bytes, where: str) -> Question | str:
     told = value.get("messages", [{"role": "user", "content": value.get("question")}])
     if not isinstance(told, list) or not told or not all(map(_is_message, told)):
         return f"{where}: the question is empty, or a message lacks role or content"
-    return Question(tuple((message["role"], message["content"]) for message in told), str(answer))
+    return TaskItem(tuple((message["role"], message["content"]) for message in told), str(answer))
 
 
-def dataset_digest(questions: Sequence[Question]) -> str:
+def dataset_digest(questions: Sequence[TaskItem]) -> str:
     """Digest questions and answers by content, in order."""
     return hashlib.sha256(json.dumps([asdict(question) for question in questions]).encode()).hexdigest()
 

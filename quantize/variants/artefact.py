@@ -13,7 +13,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class TensorLocation:
     """Where a tensor lies: bytes `start` to `stop` of a safetensors file; `dtype` in safetensors' words."""
 
     file: Path
@@ -37,7 +37,7 @@ class Artefact:
     config: Mapping[str, Any]
     told: Mapping[str, Any]
     index: Mapping[str, str] | None
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, TensorLocation]
     doubled: tuple[str, ...] = ()
 
     @property
@@ -77,7 +77,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
+def _entries(file: Path) -> Iterator[tuple[str, TensorLocation]]:
     damaged = VariantError(f"{file}: its safetensors header is damaged; make or copy the variant again")
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -95,4 +95,4 @@ def _entries(file: Path) -> Iterator[tuple[str, Entry]]:
         start, stop = told["data_offsets"]
         if begin + stop > size:
             raise VariantError(f"{file}: is cut off: {name} ends beyond it; make or copy the variant again")
-        yield name, Entry(file, told["dtype"], tuple(told["shape"]), begin + start, begin + stop)
+        yield name, TensorLocation(file, told["dtype"], tuple(told["shape"]), begin + start, begin + stop)

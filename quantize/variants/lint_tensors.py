@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 from config.manifest import Scheme
-from quantize.variants.artefact import Artefact, Entry
+from quantize.variants.artefact import Artefact, TensorLocation
 from quantize.variants.layers import (
     Form,
     Kind,
@@ -88,7 +88,7 @@ def _extra_findings(artefact: Artefact, base: Shapes, owned: set[str]) -> Iterat
             yield Finding("tensors", name, "is not in the base")
 
 
-def _own_shape(entries: Mapping[str, Entry], layer: str, form: Form) -> tuple[int, int] | None:
+def _own_shape(entries: Mapping[str, TensorLocation], layer: str, form: Form) -> tuple[int, int] | None:
     """Tell a layer's (outputs, inputs) from its own tensors, where there is no base to ask."""
     if form.kind == "gptq":
         scales, g_idx = entries.get(f"{layer}.scales"), entries.get(f"{layer}.g_idx")

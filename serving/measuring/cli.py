@@ -25,7 +25,7 @@ from serving.errors import LaunchRefused, MeasuringRefused, ServingError
 from serving.machine import installed_engine, this_machine
 from serving.measuring.flags import launch_settings, read_flags
 from serving.measuring.hardware import launch_hardware, local_hardware
-from serving.measuring.measuring import Wish, Witness, measure
+from serving.measuring.measuring import MeasurementSettings, Witness, measure
 from serving.measuring.server import Place
 from serving.measuring.subject import Subject, configured_subjects, told_subject
 from serving.measuring.table import measurement_text
@@ -70,9 +70,9 @@ def _measure(given: argparse.Namespace) -> int:
         _require_place(file)
         hardware = given.hardware or _hardware(subject)
         usual = CPU_CONCURRENCIES if hardware.unit == "core" else GPU_CONCURRENCIES
-        wish = Wish(given.concurrency or usual, given.seconds, given.requests, given.mix)
+        settings = MeasurementSettings(given.concurrency or usual, given.seconds, given.requests, given.mix)
         witness = Witness(_tell, _live)
-        measured = uvloop.run(_stoppable(measure(subject, hardware, wish, place, witness)))
+        measured = uvloop.run(_stoppable(measure(subject, hardware, settings, place, witness)))
         done.append({"file": str(file), **measured.model_dump(mode="json")})
         if not given.json:
             sys.stdout.write(f"{measurement_text(_name(subject.directory), measured)}\n\n")

@@ -27,7 +27,7 @@ BUSY_SHARE = 0.7
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class MeasurementSettings:
     """What is to be measured; `requests` is None for twice the concurrency, `mix` for the machine's default."""
 
     concurrencies: tuple[int, ...]
@@ -48,7 +48,9 @@ class Witness:
     progress: Callable[[str], None]
 
 
-async def measure(subject: Subject, hardware: Hardware, wish: Wish, place: Place, witness: Witness) -> Measurement:
+async def measure(
+    subject: Subject, hardware: Hardware, settings: MeasurementSettings, place: Place, witness: Witness
+) -> Measurement:
     """Run a subject under each concurrency; MeasuringFailed if one of them gives no figure."""
     async with (
         Probe() as probe,
@@ -59,7 +61,7 @@ async def measure(subject: Subject, hardware: Hardware, wish: Wish, place: Place
         client = clients.reaching(replica.url, replica.tls)
         facts = await engine_facts(client, replica.url)
         longest = replica.max_model_len_tokens
-        mix = _fitting(wish.mix or default_mix(hardware, longest), longest)
+        mix = _fitting(settings.mix or default_mix(hardware, longest), longest)
         target = Target(client, replica.url, replica.served_name, replica.api_key)
         generator = LoadGenerator(target, subject.vocabulary, lambda: request_lengths(mix, longest))
         gpus = used_gpus(subject.launch) if subject.launch else ()
@@ -67,8 +69,8 @@ async def measure(subject: Subject, hardware: Hardware, wish: Wish, place: Place
         witness.tell(f"warming up; requests are {', '.join(map(str, mix))} (prompt:answer:share)")
         await generator.warm_up()
         loads = []
-        for concurrency in wish.concurrencies:
-            loads.append(await _level(generator, concurrency, wish.effort(concurrency), server, witness))
+        for concurrency in settings.concurrencies:
+            loads.append(await _level(generator, concurrency, settings.effort(concurrency), server, witness))
             memory.look()
         return Measurement(
             setup=subject.setup(hardware, facts.version),

@@ -48,6 +48,7 @@ class FleetCollector(Collector):
         for alias, count in self.queue_lengths().items():
             waiting.add_metric([alias], count)
         yield waiting
+        yield _certificates(snapshot)
 
     def _breakers(self, snapshot: Iterable[ReplicaStatus]) -> GaugeMetricFamily:
         family = table.REPLICA_BREAKER.gauge_family()
@@ -80,3 +81,13 @@ def _replicas(snapshot: Iterable[ReplicaStatus]) -> Iterator[GaugeMetricFamily]:
         state_seconds.add_metric(labels, time.monotonic() - status.since_seconds)
         in_flight.add_metric(labels, status.in_flight)
     yield from (states, state_seconds, in_flight)
+
+
+def _certificates(snapshot: Iterable[ReplicaStatus]) -> GaugeMetricFamily:
+    family = table.CERTIFICATE_EXPIRATION_SECONDS.gauge_family()
+    expirations = {
+        file: seconds for status in snapshot if status.replica.tls for file, seconds in status.replica.tls.expirations
+    }
+    for file, seconds in expirations.items():
+        family.add_metric([file], seconds)
+    return family

@@ -101,6 +101,14 @@ class Family(Generic[Child]):
         """Return the child of these label values, in the order of `label_names`; create it at first use."""
         return self.children.get(values) or self._create_child(values)
 
+    def exists(self, *values: str) -> None:
+        """Create the child of these label values at 0.
+
+        Only half of the limit is used for that: the other half is for label values that occur.
+        """
+        if len(self.children) < self.max_children // 2:
+            self.labels(*values)
+
     def _create_child(self, values: tuple[str, ...]) -> Child:
         assert len(values) == len(self.label_names)
         key = values if len(self.children) < self.max_children else (OTHER,) * len(values)

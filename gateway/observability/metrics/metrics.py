@@ -4,7 +4,7 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from gateway.observability.metrics import table
 from gateway.observability.metrics.instruments import MAX_HISTOGRAMS, Counter, Histogram, InstrumentCollector
@@ -28,9 +28,11 @@ class Metrics:
     """All instruments of a gateway and the registry that `/metrics` exposes.
 
     An attribute is a family, to be used with `labels(...)`; of a metric without labels it is the only instrument.
+    `per_key` says whether requests and tokens are counted by API key.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, per_key: bool = False) -> None:
+        self.per_key = per_key
         self.registry = CollectorRegistry(auto_describe=True)
         self._served: dict[tuple[str, str, str], ServedMetrics] = {}
         instruments = InstrumentCollector()
@@ -53,12 +55,16 @@ class Metrics:
         self.polls = instruments.counter(table.REPLICA_POLLS)
         self.heartbeats = instruments.counter(table.HEARTBEATS).labels()
         self.clients_cut = instruments.counter(table.CLIENTS_CUT)
+        self.key_requests = instruments.counter(table.KEY_REQUESTS)
+        self.key_tokens = instruments.counter(table.KEY_TOKENS)
         self.reloads = instruments.counter(table.CONFIG_RELOADS)
         self.log_lines_dropped = instruments.counter(table.ACCESS_LOG_LINES_DROPPED).labels()
         self.loop_lag_seconds = instruments.histogram(table.EVENT_LOOP_LAG_SECONDS).labels()
         build_info = instruments.gauge(table.BUILD_INFO)
         build_info.labels(_own_version(), platform.python_version()).value = 1.0
         self.registry.register(instruments)
+        # process_cpu_seconds_total, process_open_fds and others, as in every Prometheus client library.
+        ProcessCollector(registry=self.registry)
 
     def served(self, alias: str, variant: str, precision: str) -> ServedMetrics:
         """Return the instruments of an alias answered by a variant; the same object each time."""
@@ -75,6 +81,12 @@ class Metrics:
         client. See `table.REJECTIONS` for the reasons.
         """
         self.rejections.labels(alias, reason).inc()
+
+    def completed_by(self, key: str, code: str, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count a completed request for its API key."""
+        self.key_requests.labels(key, code).value += 1
+        self.key_tokens.labels(key, "prompt").value += prompt_tokens
+        self.key_tokens.labels(key, "completion").value += completion_tokens
 
     def _create_served(self, *labels: str) -> ServedMetrics:
         alias, variant, precision = labels

@@ -1,7 +1,8 @@
 """Every metric that the gateway exposes on `/metrics` of the admin port, by topic.
 
 Label values come from the configuration or from fixed sets in the code, never from a client: the number of series is
-bounded. Labels that several metrics share:
+bounded. Counters of configured aliases exist at 0 from the start (gateway/proxy/initial_series.py), because `increase`
+and `rate` do not see the first step of a series that appears with it. Labels that several metrics share:
 
 alias       a configured alias, a variant's name where the request named the variant itself, or `_unknown`
 variant     a configured variant, or `none` if no replica was chosen
@@ -28,6 +29,10 @@ OVERHEAD_BUCKETS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1,
 
 _SERVED = ("alias", "variant", "precision")
 
+# How to aggregate a gauge over the workers of one gateway (`--workers`); each worker is scraped by itself.
+_SUM = " Sum it over workers."
+_MAX = " Take the maximum over workers."
+
 # Requests
 
 # code: the HTTP status, 499 if the client disconnected, or an error code if a stream failed after its status was sent.
@@ -42,7 +47,7 @@ REQUESTS_IN_FLIGHT = MetricSpec(
     "quantgate_requests_in_flight",
     "gauge",
     ("endpoint",),
-    "Current number of requests being processed, queued requests included.",
+    "Current number of requests being processed, queued requests included." + _SUM,
 )
 TOKENS = MetricSpec(
     "quantgate_tokens_total",
@@ -88,7 +93,9 @@ QUEUE_SECONDS = MetricSpec(
     "Time that a request waited for a replica, requests that gave up waiting included.",
     FIRST_TOKEN_BUCKETS,
 )
-WAITING = MetricSpec("quantgate_waiting", "gauge", ("alias",), "Current number of requests waiting for a replica.")
+WAITING = MetricSpec(
+    "quantgate_waiting", "gauge", ("alias",), "Current number of requests waiting for a replica." + _SUM
+)
 # reason: rate_limit, queue_full, queue_timeout, draining, too_large, too_slow, not_allowed, invalid_key,
 # invalid_request, unknown_model, floor, no_replica, other.
 REJECTIONS = MetricSpec(
@@ -116,7 +123,7 @@ LADDER_SPILLING = MetricSpec(
     "quantgate_ladder_spilling",
     "gauge",
     ("alias", "variant"),
-    "Whether a rung spills requests to the next lower rung (1) or not (0).",
+    "Whether a rung spills requests to the next lower rung (1) or not (0)." + _MAX,
 )
 LADDER_SWITCHES = MetricSpec(
     "quantgate_ladder_switches_total",
@@ -161,38 +168,38 @@ REPLICA_STATE = MetricSpec(
     "quantgate_replica_state",
     "gauge",
     ("replica", "variant", "precision", "state"),
-    "State of a replica: 1 for the current state, 0 for all others.",
+    "State of a replica: 1 for the current state, 0 for all others." + _MAX,
 )
 REPLICA_STATE_SECONDS = MetricSpec(
     "quantgate_replica_state_seconds",
     "gauge",
     ("replica", "variant", "precision"),
-    "Time since a replica entered its current state.",
+    "Time since a replica entered its current state." + _MAX,
 )
 REPLICA_IN_FLIGHT = MetricSpec(
     "quantgate_replica_in_flight",
     "gauge",
     ("replica", "variant", "precision"),
-    "Current number of requests that this gateway has in flight on a replica.",
+    "Current number of requests that this gateway has in flight on a replica." + _SUM,
 )
 # state: closed, half_open, open.
 REPLICA_BREAKER = MetricSpec(
     "quantgate_replica_breaker",
     "gauge",
     ("replica", "variant", "state"),
-    "State of a replica's circuit breaker: 1 for the current state, 0 for all others.",
+    "State of a replica's circuit breaker: 1 for the current state, 0 for all others." + _MAX,
 )
 REPLICA_WAIT_SECONDS = MetricSpec(
     "quantgate_replica_wait_seconds",
     "gauge",
     ("replica", "variant"),
-    "Estimated time that one more request would wait on a replica; absent while its speed is unknown.",
+    "Estimated time that one more request would wait on a replica; absent while its speed is unknown." + _MAX,
 )
 REPLICA_LOAD_UNKNOWN = MetricSpec(
     "quantgate_replica_load_unknown",
     "gauge",
     ("replica", "variant"),
-    "Whether a replica's load from other senders is unknown (1), as no recent poll reported it, or known (0).",
+    "Whether a replica's load from other senders is unknown (1), as no recent poll reported it, or known (0)." + _MAX,
 )
 
 # Polls of the replicas' engines
@@ -208,26 +215,27 @@ REPLICA_POLL_AGE_SECONDS = MetricSpec(
     "quantgate_replica_poll_age_seconds",
     "gauge",
     ("replica", "variant"),
-    "Time since the start of the last poll that reported a replica's load.",
+    "Time since the start of the last poll that reported a replica's load." + _MAX,
 )
 REPLICA_METRIC_MISSING = MetricSpec(
     "quantgate_replica_metric_missing",
     "gauge",
     ("replica", "variant", "metric"),
-    "Whether an expected metric is missing from a replica's engine (1), as after a rename in vLLM, or present (0).",
+    "Whether an expected metric is missing from a replica's engine (1), as after a rename in vLLM, or present (0)."
+    + _MAX,
 )
 # state: running, waiting.
 REPLICA_ENGINE_REQUESTS = MetricSpec(
     "quantgate_replica_engine_requests",
     "gauge",
     ("replica", "variant", "state"),
-    "Number of requests in a replica's engine at the last poll, from all senders, by state: running, waiting.",
+    "Number of requests in a replica's engine at the last poll, from all senders, by state: running, waiting." + _MAX,
 )
 REPLICA_KV_USAGE_RATIO = MetricSpec(
     "quantgate_replica_kv_usage_ratio",
     "gauge",
     ("replica", "variant"),
-    "Fraction of a replica's KV cache in use at the last poll (0 to 1).",
+    "Fraction of a replica's KV cache in use at the last poll (0 to 1)." + _MAX,
 )
 
 # Variants
@@ -237,7 +245,7 @@ VARIANT_QUALITY = MetricSpec(
     "quantgate_variant_quality",
     "gauge",
     ("variant", "precision", "measure", "source"),
-    "Quality of a variant relative to its parent model, by measure.",
+    "Quality of a variant relative to its parent model, by measure." + _MAX,
 )
 
 # Client connections
@@ -254,6 +262,43 @@ CLIENTS_CUT = MetricSpec(
     "counter",
     ("reason",),
     "Total number of client connections that the gateway aborted, by reason.",
+)
+
+# state: active, idle.
+CLIENT_CONNECTIONS = MetricSpec(
+    "quantgate_client_connections",
+    "gauge",
+    ("state",),
+    "Current number of open client connections, by state: active (a request is being answered), idle." + _SUM,
+)
+REQUEST_BODY_BYTES = MetricSpec(
+    "quantgate_request_body_bytes",
+    "gauge",
+    (),
+    "Memory that request bodies take now; gateway.memory_bytes limits it." + _SUM,
+)
+# file: as the configuration names it.
+CERTIFICATE_EXPIRATION_SECONDS = MetricSpec(
+    "quantgate_certificate_expiration_timestamp_seconds",
+    "gauge",
+    ("file",),
+    "When the first certificate of a configured PEM file expires, in seconds since 1970." + _MAX,
+)
+
+# API keys, if gateway.per_key_metrics is set
+
+# key: its name in the keys file. code: as in quantgate_requests_total.
+KEY_REQUESTS = MetricSpec(
+    "quantgate_key_requests_total",
+    "counter",
+    ("key", "code"),
+    "Total number of requests completed, by name of the API key and result code; see gateway.per_key_metrics.",
+)
+KEY_TOKENS = MetricSpec(
+    "quantgate_key_tokens_total",
+    "counter",
+    ("key", "kind"),
+    "Total number of tokens processed, by name of the API key and kind: prompt, completion.",
 )
 
 # Process
@@ -282,7 +327,7 @@ BUILD_INFO = MetricSpec(
     "quantgate_build_info",
     "gauge",
     ("version", "python"),
-    "Version of quantgate and of Python; the value is always 1.",
+    "Version of quantgate and of Python; the value is always 1." + _MAX,
 )
 
 GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
@@ -303,7 +348,11 @@ GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
             *(REPLICA_ENGINE_REQUESTS, REPLICA_KV_USAGE_RATIO),
         ),
         "Variants": (VARIANT_QUALITY,),
-        "Client connections": (HEARTBEATS, CLIENTS_CUT),
+        "Client connections": (
+            *(HEARTBEATS, CLIENTS_CUT, CLIENT_CONNECTIONS),
+            *(REQUEST_BODY_BYTES, CERTIFICATE_EXPIRATION_SECONDS),
+        ),
+        "API keys": (KEY_REQUESTS, KEY_TOKENS),
         "Process": (CONFIG_RELOADS, ACCESS_LOG_LINES_DROPPED, EVENT_LOOP_LAG_SECONDS, BUILD_INFO),
     }
 )

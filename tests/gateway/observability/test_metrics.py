@@ -37,7 +37,9 @@ async def test_the_table_is_what_metrics_exposes(fleet: Fleet) -> None:
     response = await fleet.admin.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain; version=")
     families = [
-        (family.name, family.type, family.documentation) for family in text_string_to_metric_families(response.text)
+        (family.name, family.type, family.documentation)
+        for family in text_string_to_metric_families(response.text)
+        if not family.name.startswith("process_")
     ]
     assert sorted(families) == sorted((spec.name.removesuffix("_total"), spec.type, spec.help) for spec in TABLE)
 
@@ -46,7 +48,7 @@ async def test_labels_are_those_of_the_table(fleet: Fleet, fake: FakeReplica) ->
     """Each family has the table's labels, with or without samples; a histogram's samples add `le`."""
     with fleet.replicas(("hi", fake.url)):
         await fleet.ask(STREAM)
-        families = list(fleet.served.metrics.registry.collect())
+        families = [each for each in fleet.served.metrics.registry.collect() if not each.name.startswith("process_")]
     specs = {spec.name.removesuffix("_total"): spec for spec in TABLE}
     # `_labelnames` is where prometheus_client keeps the label names of a family without samples.
     labels = {family.name: getattr(family, "_labelnames") for family in families}  # noqa: B009 - mypy knows no such name
@@ -62,6 +64,8 @@ async def test_the_form_of_the_table() -> None:
         assert spec.name.endswith("_total") == (spec.type == "counter")
         assert spec.help.endswith(".")
         assert bool(spec.buckets) == (spec.type == "histogram")
+        # Each worker is scraped by itself: the help says how gauges are aggregated.
+        assert spec.help.endswith(("Sum it over workers.", "Take the maximum over workers.")) == (spec.type == "gauge")
         assert list(spec.buckets) == sorted(set(spec.buckets))
 
 
@@ -87,7 +91,7 @@ async def test_labels_come_from_the_configuration(fleet: Fleet, fake: FakeReplic
     assert seen["precision"] <= {"bf16", "int8", "int4", "fp8", "none"}
     assert seen["endpoint"] <= {"chat.completions", "completions"}
     choice_reasons = {"preferred", "spill", "floor", "pinned", "fallback", "none"}
-    assert seen["reason"] <= {*choice_reasons, *REJECTION_REASONS, "poison", "attempts", "budget"}
+    assert seen["reason"] <= {*choice_reasons, *REJECTION_REASONS, "poison", "attempts", "budget", "slow_reader"}
     assert seen["kind"] == {"prompt", "completion", "reasoning"}
 
 

@@ -1,4 +1,4 @@
-"""The ledger of a run: activations that are no numbers are named by sample and module, and losses are told."""
+"""The record of a run: activations that are no numbers are named by sample and module, and losses are told."""
 
 import io
 import json
@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch", reason="needs torch: install the quantize e
 
 from quantize.backends.losses import SolvedModule  # noqa: E402
 from quantize.backends.solutions import Solutions  # noqa: E402
-from quantize.backends.watched import Ledger  # noqa: E402
+from quantize.backends.watched import SolverRecord  # noqa: E402
 from quantize.errors import SolveError  # noqa: E402
 from quantize.running.worker import Report  # noqa: E402
 
@@ -20,16 +20,16 @@ pytestmark = pytest.mark.real_model
 DOWN = "model.layers.3.mlp.down_proj"
 
 
-def ledger(folder: Path, told: io.StringIO, whole: frozenset[int] = frozenset()) -> Ledger:
-    """A ledger of a run on two samples."""
+def record(folder: Path, told: io.StringIO, whole: frozenset[int] = frozenset()) -> SolverRecord:
+    """A record of a run on two samples."""
     lines: Any = told
-    return Ledger(Solutions(folder, torch.float32), Report(lines), ("f:1", "f:7"), (0.01,), whole)
+    return SolverRecord(Solutions(folder, torch.float32), Report(lines), ("f:1", "f:7"), (0.01,), whole)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_sample_that_overflows_is_named_with_its_module(tmp_path: Path, value: float) -> None:
     """One activation that is no number is enough, and the other sample is not blamed."""
-    kept = ledger(tmp_path, io.StringIO())
+    kept = record(tmp_path, io.StringIO())
     kept.look(DOWN, torch.ones(1, 5, 8), 0)
     spoiled = torch.ones(1, 5, 8)
     spoiled[0, 3, 2] = value
@@ -40,7 +40,7 @@ def test_a_sample_that_overflows_is_named_with_its_module(tmp_path: Path, value:
 
 def test_sound_activations_pass_once(tmp_path: Path) -> None:
     """What was looked at is forgotten, so a long run's memory doesn't grow."""
-    kept = ledger(tmp_path, io.StringIO())
+    kept = record(tmp_path, io.StringIO())
     kept.look(DOWN, torch.ones(1, 5, 8), 0)
     kept.require_finite(DOWN)
     assert kept.peaks == {}
@@ -49,7 +49,7 @@ def test_sound_activations_pass_once(tmp_path: Path) -> None:
 def test_a_solved_module_is_told_beside_its_kind(tmp_path: Path) -> None:
     """The reader sees a loss that is out of line while the run goes on."""
     told = io.StringIO()
-    kept = ledger(tmp_path, told)
+    kept = record(tmp_path, told)
     for layer, loss in enumerate((1.0, 1.0, 12.0)):
         kept.record(SolvedModule(f"model.layers.{layer}.mlp.down_proj", layer, 4, 64, loss, 0.01))
     last = json.loads(told.getvalue().splitlines()[-1])["event"]
@@ -58,7 +58,7 @@ def test_a_solved_module_is_told_beside_its_kind(tmp_path: Path) -> None:
 
 def test_a_layer_is_declared_whole_once(tmp_path: Path) -> None:
     """A layer that an earlier run solved is not declared again."""
-    kept = ledger(tmp_path, io.StringIO(), whole=frozenset({0}))
+    kept = record(tmp_path, io.StringIO(), whole=frozenset({0}))
     kept.complete(0)
     kept.complete(1)
     assert [path.name for path in tmp_path.iterdir()] == ["layer-1.json"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.measuring.pairing import Generated, Pairs, ends_in_run, increase_errors, length_ratio, mean_error, rates
-from quantize.measuring.sampling import Reply, Request, cut, noise_seed, read_sampling, rows_at_once
+from quantize.measuring.sampling import GenerationRequest, Reply, cut, noise_seed, read_sampling, rows_at_once
 from quantize.measuring.spans import flags, is_open, last_prompt
 
 
@@ -171,6 +171,6 @@ def test_flags_are_of_predicted_tokens(ranges: list[tuple[int, int]], tokens: in
 
 def test_every_prompt_and_seed_has_its_own_noise() -> None:
     """Seeds differ in their lower 32 bits, all that torch looks at on a CPU."""
-    seeds = {noise_seed(Request((1,), seed, number)) for seed in range(10) for number in range(100)}
+    seeds = {noise_seed(GenerationRequest((1,), seed, number)) for seed in range(10) for number in range(100)}
     assert len(seeds) == 1000
     assert max(seeds) < 2**32

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from quantize.measuring.parent_cache import Entry, ParentCache, entry_key, roomiest, states_file
+from quantize.measuring.parent_cache import ParentCache, ParentCacheEntry, entry_key, roomiest, states_file
 
 
-def keep(cache: ParentCache, key: str, states: bytes = b"states", age_seconds: int = 0) -> Entry:
+def keep(cache: ParentCache, key: str, states: bytes = b"states", age_seconds: int = 0) -> ParentCacheEntry:
     """Write an entry, last used so long ago."""
     with cache.staging(key) as staged:
         states_file(staged).write_bytes(states)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from quantize.errors import CalibrationError
-from quantize.measuring.tasks import Question, dataset_digest, is_right, read_questions, tally, tally_errors
+from quantize.measuring.tasks import TaskItem, dataset_digest, is_right, read_questions, tally, tally_errors
 from tests.quantize.chats import write_lines
 
 
@@ -99,5 +99,5 @@ def test_a_parent_without_right_answers_leaves_nothing_to_recover() -> None:
 
 def test_a_set_of_questions_is_named_by_its_contents() -> None:
     """Another answer is another data set."""
-    one, other = Question((("user", "a"),), "1"), Question((("user", "a"),), "2")
+    one, other = TaskItem((("user", "a"),), "1"), TaskItem((("user", "a"),), "2")
     assert dataset_digest([one]) == dataset_digest([one]) != dataset_digest([other])

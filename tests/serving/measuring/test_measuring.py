@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from serving.errors import LaunchRefused, MeasuringFailed, MeasuringRefused, ServingError, StartFailed
-from serving.measuring.measuring import Wish, Witness, measure
+from serving.measuring.measuring import MeasurementSettings, Witness, measure
 from serving.measuring.mix import parse_mix
 from serving.measuring.server import Place
 from serving.measuring.subject import Subject
@@ -17,7 +17,7 @@ from tests.fakes.running import eventually
 from tests.serving.sealed import seal_directory
 from tests.serving.supervised import fake_machine, launch, noted_session
 
-WISH = Wish((1, 3), seconds=0, mix=parse_mix("12:6"))
+SETTINGS = MeasurementSettings((1, 3), seconds=0, mix=parse_mix("12:6"))
 
 
 class Told(list[str]):
@@ -49,7 +49,7 @@ async def test_a_launch_is_measured(tmp_path: Path) -> None:
     """Every level has figures, the server's facts are noted, and it is gone afterwards."""
     told = Told()
     args = ("--fake-spawn-child", "--max-model-len", "2048")
-    measured = await measure(subject(tmp_path, *args), CPU, WISH, place(tmp_path), told.witness)
+    measured = await measure(subject(tmp_path, *args), CPU, SETTINGS, place(tmp_path), told.witness)
     assert [load.concurrency for load in measured.loads] == [1, 3]
     assert all(load.requests >= 2 * load.concurrency and load.errors == 0 for load in measured.loads)
     assert (measured.kv_capacity_tokens, measured.max_model_len_tokens) == (KV_TOKENS, 2048)
@@ -66,7 +66,7 @@ async def test_a_measuring_that_is_cancelled_leaves_no_process(tmp_path: Path) -
     """While a request runs that never ends: the server and its children are killed."""
     stalled = subject(tmp_path, "--fake-spawn-child", "--fake-stall-after-tokens", "1")
     told = Told()
-    work = asyncio.create_task(measure(stalled, CPU, WISH, place(tmp_path), told.witness))
+    work = asyncio.create_task(measure(stalled, CPU, SETTINGS, place(tmp_path), told.witness))
     await eventually(lambda: any("warming up" in line for line in told))
     session = noted_session(tmp_path)
     assert session_processes(session)
@@ -78,20 +78,25 @@ async def test_a_measuring_that_is_cancelled_leaves_no_process(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "args,wish,error,words",
+    "args,settings,error,words",
     [
-        (("--fake-fail-first", "99"), WISH, ServingError, "int4-1: /v1/completions answered 503"),
-        (("--fake-exit-while-starting", "1"), WISH, StartFailed, "exit code 1.*Unsupported quantization config"),
-        (("--fake-crash-after-requests", "7"), WISH, MeasuringFailed, "concurrency [13]: "),
-        ((), Wish((1,), 0, mix=parse_mix("40000:8")), MeasuringRefused, "--mix: 40000:8 needs 40008 tokens of 32768"),
+        (("--fake-fail-first", "99"), SETTINGS, ServingError, "int4-1: /v1/completions answered 503"),
+        (("--fake-exit-while-starting", "1"), SETTINGS, StartFailed, "exit code 1.*Unsupported quantization config"),
+        (("--fake-crash-after-requests", "7"), SETTINGS, MeasuringFailed, "concurrency [13]: "),
+        (
+            (),
+            MeasurementSettings((1,), 0, mix=parse_mix("40000:8")),
+            MeasuringRefused,
+            "--mix: 40000:8 needs 40008 tokens of 32768",
+        ),
     ],
 )
 async def test_what_goes_wrong_is_told(
-    tmp_path: Path, args: tuple[str, ...], wish: Wish, error: type[ServingError], words: str
+    tmp_path: Path, args: tuple[str, ...], settings: MeasurementSettings, error: type[ServingError], words: str
 ) -> None:
     """In the server's words, and nothing is left running."""
     with pytest.raises(error, match=words):
-        await measure(subject(tmp_path, *args), CPU, wish, place(tmp_path), Told().witness)
+        await measure(subject(tmp_path, *args), CPU, settings, place(tmp_path), Told().witness)
     assert nothing_is_left(tmp_path)
 
 
@@ -108,7 +113,7 @@ async def test_an_altered_variant_is_not_started(tmp_path: Path) -> None:
         await measure(
             Subject(altered.directory, variant, altered.settings, launch=sealed),
             CPU,
-            WISH,
+            SETTINGS,
             place(tmp_path),
             Told().witness,
         )
