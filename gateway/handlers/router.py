@@ -76,14 +76,15 @@ class Router:
             self.hosts.check(request.headers.get(b"host"))
         if self.draining:
             raise Draining("the gateway is about to stop; retry", retry_after_seconds=1)
-        if request.path in OPEN_PATHS or (self.live_config.cors is not None and is_preflight(request)):
+        path = request.path
+        if path in OPEN_PATHS or (self.live_config.cors is not None and is_preflight(request)):
             return SMALL_BODY_BYTES
         request.caller = caller = self.live_config.keys.authenticate(request.headers, self.clock())
         request.owner = caller.name
-        if request.path not in self.endpoints:
+        if path not in self.endpoints:
             return SMALL_BODY_BYTES
         if request.method != b"POST":
-            raise MethodNotAllowed(f"{request.path.decode()}: Method Not Allowed; send POST")
+            raise MethodNotAllowed(f"{path.decode()}: Method Not Allowed; send POST")
         request.slot = self.quota.start(caller)
         return self.live_config.limits.body_bytes
 

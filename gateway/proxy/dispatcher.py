@@ -148,7 +148,7 @@ class Dispatcher:
 
     def spilled_lately_seconds(self, alias: str) -> float | None:
         """How long rungs of an alias have spilled, so that it matters where conversations begin; None: not lately."""
-        return self._spill.spilled_lately_seconds(alias, self._clock())
+        return self._spill.spilled_lately_seconds(alias, self._clock)
 
     def try_lease(self, request: RoutingRequest, wait_seconds: float) -> Lease | None:
         """Lease a replica now; None if the request has to wait. Overloaded: it would wait longer than it may."""

@@ -6,6 +6,7 @@ Another replica is tried as long as the client has received no part of an answer
 import logging
 from dataclasses import dataclass
 from functools import partial
+from typing import NoReturn
 
 from gateway.errors import (
     EngineError,
@@ -55,15 +56,6 @@ class Proxy:
 
     async def serve(self, context: RequestContext) -> None:
         """Answer one request; GatewayError if no replica does."""
-        try:
-            await self._try_replicas(context)
-        except EngineError as error:
-            if context.stats.started or not request_is_at_fault(context.failures):
-                raise
-            self.dispatcher.forgive(context.failed)
-            raise error.of_request(len(context.failed)) from error
-
-    async def _try_replicas(self, context: RequestContext) -> None:
         dispatcher, stats, target, inference = self.dispatcher, context.stats, context.route.target, context.inference
         rungs = permitted_rungs(context)
         # One turn per request: if retries took turns, too, two replicas would never alternate.
@@ -74,23 +66,26 @@ class Proxy:
             dispatcher.require_tools(target, rungs)
         if target.think == "none":
             inference = inference.without_thinking()
-        while True:
-            wait_seconds = context.route.queue_seconds - stats.queued_seconds
-            lease = dispatcher.try_lease(request, wait_seconds) or await self._wait(request, context, wait_seconds)
-            with lease:
-                stats.attempt(lease.candidate, lease.in_flight.first_token)
-                if context.last_error is not None:
-                    self._count_retry(context.last_error, context)
-                try:
-                    await self._exchange(inference, target, lease.replica, stats, context.response)
-                except GatewayError as error:
-                    self._after_failure(error, lease, context)
-                else:
-                    lease.succeeded()
-                    return
-                finally:
-                    lease.prompt_tokens, lease.answer_tokens = stats.lengths(inference.stream)
-            request = dispatcher.affinity.refreshed(request, context.tried)
+        try:
+            while True:
+                wait_seconds = context.route.queue_seconds - stats.queued_seconds
+                lease = dispatcher.try_lease(request, wait_seconds) or await self._wait(request, context, wait_seconds)
+                with lease:
+                    stats.attempt(lease.candidate, lease.in_flight.first_token)
+                    if context.last_error is not None:
+                        self._count_retry(context.last_error, context)
+                    try:
+                        await self._exchange(inference, target, lease.replica, stats, context.response)
+                    except GatewayError as error:
+                        self._after_failure(error, lease, context)
+                    else:
+                        lease.succeeded()
+                        return
+                    finally:
+                        lease.prompt_tokens, lease.answer_tokens = stats.lengths(inference.stream)
+                request = dispatcher.affinity.refreshed(request, context.tried)
+        except EngineError as error:
+            self._raise_last(error, context)
 
     async def _wait(self, request: RoutingRequest, context: RequestContext, wait_seconds: float) -> Lease:
         """Wait in the queue for a replica; a request that a replica has failed does not wait."""
@@ -160,6 +155,13 @@ class Proxy:
         if why := self.dispatcher.retries.refusal(context.deaths, attempts, free=context.free_retry):
             stats.metrics.retries_refused.labels(stats.alias, why).inc()
             raise error
+
+    def _raise_last(self, error: EngineError, context: RequestContext) -> NoReturn:
+        """Raise the error of a request whose leases have ended; if it is at fault itself, replicas are forgiven."""
+        if context.stats.started or not request_is_at_fault(context.failures):
+            raise error
+        self.dispatcher.forgive(context.failed)
+        raise error.of_request(len(context.failed)) from error
 
     def _count_retry(self, after: GatewayError, context: RequestContext) -> None:
         context.stats.retried(after.code)

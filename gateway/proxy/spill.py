@@ -1,6 +1,6 @@
 """The spill gates of all aliases; the rules are gateway.routing.spill's."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from math import inf
 
@@ -35,8 +35,11 @@ class SpillState:
         """Every gate; a live view."""
         return self._gates
 
-    def spilled_lately_seconds(self, alias: str, now: float) -> float | None:
+    def spilled_lately_seconds(self, alias: str, clock: Callable[[], float]) -> float | None:
         """How long rungs of an alias have spilled, with breaks of at most PAUSE_SECONDS; None if none did lately."""
+        if not self._periods:
+            return None
+        now = clock()
         since, until = self._periods.get(alias, NEVER)
         return now - since if now < until else None
 

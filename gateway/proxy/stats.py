@@ -193,13 +193,14 @@ class RequestStats:
             variant, precision = candidate.variant.name, candidate.variant.precision
             replica, reason = candidate.replica.id, candidate.reason
             served.request.observe_with_exemplar(seconds, request_id, at_seconds)
+            served.queue.observe_with_exemplar(self.queued_seconds, request_id, at_seconds)
             served.prompt_tokens.value += prompt
             served.completion_tokens.value += completion
             served.reasoning_tokens.value += reasoning
             if reason == "spill":
                 metrics.spills.labels(alias, variant).inc()
         metrics.requests.labels(alias, variant, precision, endpoint, code, reason).value += 1
-        if alias != UNKNOWN:
+        if served is None and alias != UNKNOWN:
             # Requests that gave up waiting, too: the longest waits are theirs.
             metrics.queue_seconds.labels(alias).observe_with_exemplar(self.queued_seconds, request_id, at_seconds)
         if metrics.per_key:

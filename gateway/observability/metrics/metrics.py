@@ -19,6 +19,7 @@ class ServedMetrics:
     first_token: Histogram
     inter_token: Histogram
     request: Histogram
+    queue: Histogram
     prompt_tokens: Counter
     completion_tokens: Counter
     reasoning_tokens: Counter
@@ -94,6 +95,7 @@ class Metrics:
             self.first_token_seconds.labels(*labels),
             self.inter_token_seconds.labels(*labels),
             self.request_seconds.labels(*labels),
+            self.queue_seconds.labels(alias),
             self.tokens.labels(*labels, "prompt"),
             self.tokens.labels(*labels, "completion"),
             self.tokens.labels(*labels, "reasoning"),

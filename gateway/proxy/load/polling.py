@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from random import Random
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, get_args
 
 import msgspec
 
@@ -211,6 +211,9 @@ class MetricsPoller:
             self.observer.poll_failed(replica.id)
 
     def _count(self, replica: Replica, outcome: Outcome) -> None:
+        if replica.id not in self._results:
+            for each in get_args(Outcome):  # a first failure is a step from 0 then
+                self.polls.exists(replica.id, replica.variant, each)
         self.polls.labels(replica.id, replica.variant, outcome).inc()
 
 

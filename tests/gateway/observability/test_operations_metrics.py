@@ -152,6 +152,16 @@ async def test_certificates_that_expire(tmp_path: Path) -> None:
     assert (days_left("ca.pem"), days_left("chain.pem")) == (1, 2)
 
 
+async def test_every_outcome_of_polls_exists_with_the_first(fleet: Fleet, fake: FakeReplica) -> None:
+    """A poll that fails later is a step from 0."""
+    name = "quantgate_replica_polls_total"
+    with fleet.replicas(("mid", fake.url)):
+        await eventually(lambda: fleet.total(name, replica="mid-0", outcome="ok"))
+        samples = await fleet.metrics(name)
+    outcomes = {dict(labels)["outcome"] for _, labels in samples if dict(labels)["replica"] == "mid-0"}
+    assert outcomes == {"ok", "missing", "failed"}
+
+
 async def test_the_process(fleet: Fleet) -> None:
     """CPU, memory and file descriptors of the process have the names of every Prometheus client."""
     samples = {name: value for (name, _), value in (await fleet.metrics("process_")).items()}

@@ -79,17 +79,19 @@ def test_a_gate_closes_without_requests(estimates: list[LatencyEstimate], now: f
 def test_a_period_of_spilling_has_short_breaks() -> None:
     """It lasts from the first gate that opens until PAUSE_SECONDS after the last one has closed."""
     state, lower = SpillState(Metrics()), ("smol", "lo")
-    assert state.spilled_lately_seconds("smol", 0.0) is None
+    assert state.spilled_lately_seconds("smol", lambda: 0.0) is None
     times = (10.0, RUNG, True), (20.0, lower, True), (30.0, RUNG, False), (40.0, lower, False)
     for since, key, opens in times:
         state.apply(TARGET, {key: SpillGate(opens, since)})
     end = 40.0 + PAUSE_SECONDS
-    assert [state.spilled_lately_seconds("smol", now) for now in (35.0, end - 1, end)] == [25.0, end - 11, None]
-    assert state.spilled_lately_seconds("other", 35.0) is None
+    clock = iter((35.0, end - 1, end))
+    lately = [state.spilled_lately_seconds("smol", clock.__next__) for _ in range(3)]
+    assert lately == [25.0, end - 11, None]
+    assert state.spilled_lately_seconds("other", lambda: 35.0) is None
     state.apply(TARGET, {RUNG: SpillGate(True, end + 5)})
-    assert state.spilled_lately_seconds("smol", end + 6) == 1.0
+    assert state.spilled_lately_seconds("smol", lambda: end + 6) == 1.0
     state.keep_only({"smol": {"other"}})
-    assert state.spilled_lately_seconds("smol", end + 6) is None
+    assert state.spilled_lately_seconds("smol", lambda: end + 6) is None
 
 
 def test_gates_are_forgotten_with_their_aliases() -> None:

@@ -74,7 +74,6 @@ def test_the_operators_choice(tmp_path: Path) -> None:
     """`off` and a name override what the template says, `args` override both; without a directory there is none."""
     path = model(tmp_path, QWEN)
     assert parser(path, tool_calling="off") is None
-    assert parser(path, tool_calling=False) is None, "off in YAML"
     assert parser(path, tool_calling="mistral") == "mistral"
     assert parser(path, args=("--tool-call-parser=x",), tool_calling="mistral") is None
     assert parser(None) is None
