@@ -126,8 +126,9 @@ class Ours:
 
     def argv(self, workers: int) -> list[str]:
         """Write its command line."""
-        command = ["-m", "quantgate", "gateway", "--workers", str(workers), "--force"]
-        return [sys.executable, *command, str(self.folder / "gateway.yaml")]
+        # A checkout to compare with may not know --force.
+        count = ["--workers", str(workers), "--force"] if workers > 1 else []
+        return [sys.executable, "-m", "quantgate", "gateway", *count, str(self.folder / "gateway.yaml")]
 
 
 def ours(replicas: Sequence[Contender], folder: Path, checkout: Path = ROOT, name: str = "quantgate") -> Ours:
