@@ -72,21 +72,21 @@ class Router:
 
     def admit(self, request: Request) -> int:
         """Authenticate a request by its head; returns the longest body that it may have. GatewayError refuses it."""
-        if self.hosts is not None and self.live_config.keys.issued is None:
+        live_config, path = self.live_config, request.path
+        if self.hosts is not None and live_config.keys.issued is None:
             self.hosts.check(request.headers.get(b"host"))
         if self.draining:
             raise Draining("the gateway is about to stop; retry", retry_after_seconds=1)
-        path = request.path
-        if path in OPEN_PATHS or (self.live_config.cors is not None and is_preflight(request)):
+        if path in OPEN_PATHS or (live_config.cors is not None and is_preflight(request)):
             return SMALL_BODY_BYTES
-        request.caller = caller = self.live_config.keys.authenticate(request.headers, self.clock())
+        request.caller = caller = live_config.keys.authenticate(request.headers, self.clock())
         request.owner = caller.name
         if path not in self.endpoints:
             return SMALL_BODY_BYTES
         if request.method != b"POST":
             raise MethodNotAllowed(f"{path.decode()}: Method Not Allowed; send POST")
         request.slot = self.quota.start(caller)
-        return self.live_config.limits.body_bytes
+        return live_config.limits.body_bytes
 
     def handle(self, request: Request, response: ResponseWriter) -> Awaitable[None]:
         """Answer a request, or send its refusal."""

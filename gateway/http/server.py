@@ -35,7 +35,7 @@ class HttpServer:
         self.grace_seconds = 0.0
         self.draining = False
         self._reserved_bytes = 0
-        self._owner_bytes: dict[str, int] = {}  # the part of them that each owner holds
+        self._owner_bytes: dict[str, int] = {}  # the part of them that each owner holds or held
         self._connections: set[ServerConnection] = set()
         self._idle_waiter: asyncio.Future[None] | None = None
 
@@ -60,13 +60,15 @@ class HttpServer:
 
     def reserve(self, request: Request, size_bytes: int) -> bool:
         """Reserve memory for a piece of a request's body; False if there is none left for it."""
-        owner = request.owner
-        owner_bytes = None if owner is None else self._owner_bytes.get(owner, 0)
-        if not may_hold(size_bytes, request.reserved_bytes, owner_bytes, self._reserved_bytes, self.memory_bytes):
-            return False
-        if owner is not None and owner_bytes is not None:
-            self._owner_bytes[owner] = owner_bytes + size_bytes
-        self._reserved_bytes += size_bytes
+        owner, used_bytes = request.owner, self._reserved_bytes
+        # With half of the memory free there is always enough: nobody holds more than that.
+        if (used_bytes + size_bytes) * 2 > self.memory_bytes:
+            owner_bytes = None if owner is None else self._owner_bytes.get(owner, 0)
+            if not may_hold(size_bytes, request.reserved_bytes, owner_bytes, used_bytes, self.memory_bytes):
+                return False
+        if owner is not None:
+            self._owner_bytes[owner] = self._owner_bytes.get(owner, 0) + size_bytes
+        self._reserved_bytes = used_bytes + size_bytes
         request.reserved_bytes += size_bytes
         return True
 
@@ -80,11 +82,8 @@ class HttpServer:
             return
         request.reserved_bytes = 0
         self._reserved_bytes -= size_bytes
-        owner = request.owner
-        if owner is not None:
-            left_bytes = self._owner_bytes.pop(owner) - size_bytes
-            if left_bytes:
-                self._owner_bytes[owner] = left_bytes
+        if request.owner is not None:
+            self._owner_bytes[request.owner] -= size_bytes
 
     def register(self, connection: ServerConnection) -> None:
         """Add an open connection."""
