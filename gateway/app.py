@@ -9,6 +9,8 @@ from pathlib import Path
 from socket import socket
 from typing import BinaryIO
 
+from prometheus_client.registry import Collector
+
 from config.schema import GatewaySettings
 from config.variant import goldens
 from gateway.deployment import Deployment
@@ -136,13 +138,8 @@ async def gateway(
         poller = await stack.enter_async_context(
             MetricsPoller(registry, polls, dispatcher, metrics.polls, on_answer=dispatcher.poll_answered)
         )
-        metrics.registry.register(
-            FleetCollector(registry, live_config.variants, dispatcher.breaker_states, dispatcher.waiting)
-        )
-        metrics.registry.register(EngineCollector(registry, lambda: poller.results))
-        metrics.registry.register(
-            LadderCollector(dispatcher.cluster.gates, lambda: iter(registry.ready), load.estimates)
-        )
+        for collector in collectors(registry, live_config, dispatcher, poller, load):
+            metrics.registry.register(collector)
         proxy = Proxy(dispatcher, upstream)
         observers = Observers(metrics, access_log.append, traced)
         endpoints = {
@@ -157,10 +154,9 @@ async def gateway(
         context = AdminContext(live_config, registry, metrics, router, dispatcher)
         secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
         await stack.enter_async_context(listen(secured, taken.admin))
+        aborted = metrics.clients_cut
         server = HttpServer(
-            router,
-            settings.memory_bytes,
-            on_client_aborted=lambda reason: metrics.clients_cut.labels(reason).inc(),
+            router, settings.memory_bytes, on_client_aborted=lambda reason: aborted.labels(reason).inc()
         )
         metrics.registry.register(ConnectionCollector(server))
         await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
@@ -169,6 +165,15 @@ async def gateway(
             yield Gateway(addresses, live_config, weights, server, quota, metrics, load, dispatcher)
         finally:
             router.draining = True
+
+
+def collectors(
+    registry: Registry, live_config: LiveConfig, dispatcher: Dispatcher, poller: MetricsPoller, load: LoadTracker
+) -> Iterator[Collector]:
+    """What computes metrics at each scrape."""
+    yield FleetCollector(registry, live_config.variants, dispatcher.breaker_states, dispatcher.waiting)
+    yield EngineCollector(registry, lambda: poller.results)
+    yield LadderCollector(dispatcher.cluster.gates, lambda: iter(registry.ready), load.estimates)
 
 
 def live_config_for(deployment: Deployment) -> LiveConfig:

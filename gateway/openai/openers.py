@@ -46,17 +46,17 @@ _TEXTS = ("text", "thinking", "content", "summary", "encrypted_content")
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
-class _Chunk(msgspec.Struct):
+class _ChunkChoices(msgspec.Struct):
     choices: list[dict[str, Any]] = []
 
 
-_CHUNK = msgspec.json.Decoder(_Chunk)
+_CHUNK_CHOICES = msgspec.json.Decoder(_ChunkChoices)
 
 
 def chunk_has_content(data: bytes) -> bool:
     """Whether a chunk carries anything of an answer; one of another form does, since what it means is not known."""
     try:
-        choices = _CHUNK.decode(data).choices
+        choices = _CHUNK_CHOICES.decode(data).choices
     except INVALID_JSON:
         return True
     return not choices or any(_choice_has_content(choice) for choice in choices)
