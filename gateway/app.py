@@ -154,10 +154,7 @@ async def gateway(
         context = AdminContext(live_config, registry, metrics, router, dispatcher)
         secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
         await stack.enter_async_context(listen(secured, taken.admin))
-        aborted = metrics.clients_cut
-        server = HttpServer(
-            router, settings.memory_bytes, on_client_aborted=lambda reason: aborted.labels(reason).inc()
-        )
+        server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)
         metrics.registry.register(ConnectionCollector(server))
         await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)

@@ -83,6 +83,10 @@ class Metrics:
         """
         self.rejections.labels(alias, reason).inc()
 
+    def client_cut(self, reason: str) -> None:
+        """Count a client connection that the gateway aborted."""
+        self.clients_cut.labels(reason).inc()
+
     def completed_by(self, key: str, code: str, prompt_tokens: int, completion_tokens: int) -> None:
         """Count a completed request for its API key."""
         self.key_requests.labels(key, code).value += 1
