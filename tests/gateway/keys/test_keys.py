@@ -2,9 +2,6 @@
 
 import hashlib
 import multiprocessing
-import os
-import resource
-import signal
 import stat
 from datetime import UTC, datetime
 from pathlib import Path
@@ -230,34 +227,6 @@ def test_keys_made_at_the_same_time(tmp_path: Path) -> None:
     assert len(read_keys(path).names()) == 40
 
 
-def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
-    """One line says why."""
-    with pytest.raises(ConfigError, match=r"nowhere/keys\.yaml: can't be written: No such file or directory"):
-        create_key(tmp_path / "nowhere" / "keys.yaml", "alice")
-
-
-def test_a_write_that_fails(tmp_path: Path) -> None:
-    """What was there stays, and no draft is left."""
-    path = tmp_path / "keys.yaml"
-    path.mkdir()
-    with pytest.raises(ConfigError, match="keys can't be read: Is a directory"):
-        create_key(path, "alice")
-    path.rmdir()
-    create_key(path, "alice")
-    before = path.read_text()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), hard))
-    try:
-        with pytest.raises(ConfigError, match="can't be written: File too large"):
-            create_key(path, "bob")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, ignored)
-    assert path.read_text() == before
-    assert {each.name for each in tmp_path.iterdir()} == {"keys.yaml", ".keys.yaml.lock"}
-
-
 def test_a_link_stays_one(tmp_path: Path) -> None:
     """The file that a link points to is changed, not the link."""
     (tmp_path / "real").mkdir()
@@ -266,17 +235,6 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     key = create_key(path, "alice")
     assert path.is_symlink()
     assert name_of(read_keys(tmp_path / "real" / "keys.yaml"), key) == "alice"
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
-def test_the_file_stays_its_owners(tmp_path: Path) -> None:
-    """What root changes, the gateway that owns the file still reads."""
-    path = tmp_path / "keys.yaml"
-    create_key(path, "alice")
-    os.chown(path, 12345, 12346)
-    create_key(path, "bob")
-    now = path.stat()
-    assert (now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)) == (12345, 12346, 0o600)
 
 
 SHA = "a" * 64
@@ -374,16 +332,6 @@ def test_an_empty_file_of_keys(tmp_path: Path) -> None:
     assert read_keys(path).names() == {"alice"}
     path.write_text("{}\n")
     assert read_keys(path) == Keys({})
-
-
-def test_the_mode_of_a_new_file_does_not_depend_on_the_umask(tmp_path: Path) -> None:
-    """Even where everything is open by default, keys aren't."""
-    before = os.umask(0)
-    try:
-        create_key(tmp_path / "keys.yaml", "alice")
-    finally:
-        os.umask(before)
-    assert {stat.S_IMODE(each.stat().st_mode) for each in tmp_path.iterdir()} == {0o600}
 
 
 @pytest.mark.asyncio(loop_scope="session")

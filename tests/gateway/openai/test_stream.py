@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import UpstreamDisconnected, UpstreamError
-from gateway.openai.endpoints import CHAT, COMPLETIONS, MESSAGES, RESPONSES, Endpoint
+from gateway.openai.endpoints import CHAT, MESSAGES, RESPONSES, Endpoint
 from gateway.openai.named_events import NamedEventFilter
-from gateway.openai.request import InferenceRequest
 from gateway.openai.sse import EventSplitter, event_data
-from gateway.openai.stream import ChunkFilter, expected_choices, stream_filter
+from gateway.openai.stream import ChunkFilter, stream_filter
 from gateway.openai.usage import Usage
 
 
@@ -347,27 +346,6 @@ def test_behind_the_end_is_nothing(endpoint: Endpoint, end: tuple[bytes, ...]) -
     for late in (chunk("a"), event('{"error":{"message":"x"}}'), named("error", "{}")):
         assert transcript.apply(late) == b""
     assert (transcript.failure, transcript.tokens) == (None, False)
-
-
-@pytest.mark.parametrize(
-    "endpoint, fields, count",
-    [
-        (CHAT, b'{"messages":[]}', 1),
-        (CHAT, b'{"n":null}', 1),
-        (CHAT, b'{"n":3}', 3),
-        (COMPLETIONS, b'{"prompt":"[1]"}', 1),
-        (COMPLETIONS, b'{"prompt":["a","b"],"n":2}', 4),
-        (COMPLETIONS, b'{"prompt":[ 1, 2, 3 ],"n":2}', 2),
-        (COMPLETIONS, b'{"prompt":[[1, 2], [3]]}', 2),
-        (COMPLETIONS, b'{"prompt":[]}', 1),
-        (RESPONSES, b'{"input":["a","b"]}', 1),
-    ],
-)
-def test_how_many_choices_are_asked_for(endpoint: Endpoint, fields: bytes, count: int) -> None:
-    """`n` for each prompt; token ids are one prompt."""
-    decoded = msgspec.json.decode(fields, type=dict[str, msgspec.Raw])
-    request = InferenceRequest(endpoint=endpoint, model="smol", stream=True, wants_usage=False, fields=decoded)
-    assert expected_choices(request) == count
 
 
 def finish(index: int) -> bytes:

@@ -15,13 +15,12 @@ from gateway.routing.breaker import failed
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import NOT_OVERLOADED, Overload, refused
-from gateway.routing.pick import any_pending, decide, drawn_names, has_room, shortest_fitting_context, unready_counts
+from gateway.routing.pick import decide, drawn_names, has_room, shortest_fitting_context
 from gateway.routing.request import NO_REPLICAS, RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.spill import PAUSE_SECONDS, SpillGate
 from gateway.routing.split import Rung
 from gateway.routing.target import Target
-from serving.replica import Replica, ReplicaStatus, State
 from tests.gateway.routing.clusters import (
     HI_RUNG,
     LO_RUNG,
@@ -380,34 +379,6 @@ def test_no_rung_above_the_choice_is_soon_enough(fleet: list[LatencyEstimate], a
         better = decision(*fleet, request=msgspec.structs.replace(empty, rungs=(rung,))).candidate
         slow = better is None or better.replica.wait_seconds > SPILL.after_seconds
         assert slow or any_request.prompt_tokens or any_request.answer_tokens
-
-
-@pytest.mark.parametrize("state", State)
-def test_any_pending(state: State) -> None:
-    """A replica of a permitted variant is pending while it is starting or warming up."""
-    pending = state in (State.STARTING, State.WARMING)
-    status = ReplicaStatus(Replica("lo-1", "lo", "any", "http://lo-1", "m1"), state, "", 0.0, 0)
-    assert any_pending([rung.name for rung in RUNGS], [status]) is pending
-    assert not any_pending([HI_RUNG.name], [status])
-
-
-@pytest.mark.parametrize(
-    "states, words",
-    [
-        ([State.STARTING, State.WARMING, State.FAILED], "2 starting, 1 failed, of 3"),
-        ([State.FAILED, State.FAILED], "2 failed, of 2"),
-        ([State.STARTING, State.DRAINING, State.STOPPED], "1 starting, 2 stopping, of 3"),
-        ([], "none is running"),
-    ],
-)
-def test_unready_counts(states: list[State], words: str) -> None:
-    """A client is told how many replicas of its variants are starting, and how many are not."""
-    snapshot = [
-        ReplicaStatus(Replica(f"lo-{number}", "lo", "any", "http://lo", "m1"), state, "", 0.0, 0)
-        for number, state in enumerate(states)
-    ]
-    other = ReplicaStatus(Replica("odd-1", "odd", "any", "http://odd", "m1"), State.STARTING, "", 0.0, 0)
-    assert unready_counts([LO_RUNG.name], [*snapshot, other]) == words
 
 
 def test_a_decision_looks_at_its_own_candidates_only() -> None:

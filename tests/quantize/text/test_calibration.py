@@ -17,7 +17,6 @@ from quantize.text.calibration import (
     draw,
     is_held_out,
     read_sources,
-    shares,
     shipped_files,
     with_split_keys,
 )
@@ -229,37 +228,6 @@ def test_the_prompt_of_a_chat_ends_with_its_last_user_turn(roles: str, answered:
     names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     turns = [{"role": names[role], "content": "x"} for role in roles]
     assert [turn.role[0] for turn in prompt_of(row_of(messages=turns))] == list(answered)
-
-
-@pytest.mark.parametrize(
-    "wanted,available,weights,given",
-    [
-        (10, {"a": 20, "b": 20}, {}, {"a": 5, "b": 5}),
-        (10, {"a": 20, "b": 20}, {"a": 3, "b": 1}, {"a": 8, "b": 2}),
-        (11, {"a": 20, "b": 20}, {}, {"a": 6, "b": 5}),
-        (10, {"a": 20, "b": 2}, {}, {"a": 8, "b": 2}),
-        (10, {"a": 20, "b": 2, "c": 9}, {"a": 1, "b": 6, "c": 1}, {"a": 4, "b": 2, "c": 4}),
-        (10, {"a": 20, "b": 20}, {"a": 0, "b": 1}, {"a": 0, "b": 10}),
-        (10, {"a": 3, "b": 4}, {}, {"a": 3, "b": 4}),
-        (10, {}, {}, {}),
-    ],
-)
-def test_shares(wanted: int, available: dict[str, int], weights: dict[str, float], given: dict[str, int]) -> None:
-    """By weight, as far as the rows go; what one file lacks the others give."""
-    assert shares(wanted, available, weights) == given
-
-
-@given(
-    st.integers(0, 200),
-    st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 60), min_size=1),
-    st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 100)),
-)
-def test_shares_add_up(wanted: int, available: dict[str, int], weights: dict[str, float]) -> None:
-    """All that is wanted is given, as long as there is enough; no file gives more than it has or weighs for."""
-    given = shares(wanted, available, weights)
-    weighty = {name: count for name, count in available.items() if weights.get(name, 1.0) > 0}
-    assert sum(given.values()) == min(wanted, sum(weighty.values()))
-    assert all(0 <= given[name] <= weighty.get(name, 0) for name in available)
 
 
 def drawn_from(paths: list[Path], weights: list[float], samples: int = 30, seed: int = 0) -> Draw:
