@@ -54,7 +54,7 @@ class DryRunPlan:
     tokens: int
     settings: SolverSettings
     backend: str
-    estimate_cost: CostEstimate
+    cost: CostEstimate
     engines: Mapping[Engine, EngineSupport]
     tensor_parallel: tuple[int, ...]
     disk_bytes: int
@@ -92,7 +92,7 @@ def dry_run_plan(
         tokens=tokens,
         settings=request.settings,
         backend=request.backend,
-        estimate_cost=estimate_cost(base, tokens, request.settings, solving_engine(request), cores),
+        cost=estimate_cost(base, tokens, request.settings, solving_engine(request), cores),
         engines=engine_support(scheme),
         tensor_parallel=tensor_parallel_degrees(base.shapes, scheme, heads_of(base)),
         disk_bytes=disk_bytes(base, scheme),
@@ -139,7 +139,7 @@ def engine_support(scheme: Scheme) -> dict[Engine, EngineSupport]:
 def as_json(plan: DryRunPlan) -> dict[str, Any]:
     """Give an outline as plain data, for scripts."""
     payload = asdict(plan) | {"scheme": plan.scheme.model_dump(mode="json"), "bytes": plan.bytes}
-    payload["effort"]["seconds"] = plan.estimate_cost.seconds
+    payload["effort"] = {**payload.pop("cost"), "seconds": plan.cost.seconds}
     payload["budget"] = (
         None if plan.budget is None else {"max_bytes": plan.budget.max_bytes, "max_kl": plan.budget.max_kl}
     )
@@ -156,8 +156,8 @@ def as_text(plan: DryRunPlan) -> str:
         *(("data", line) for line in plan.data),
         ("calibration", f"{plan.samples} samples, about {plan.tokens:,} tokens"),
         ("solver", f"{plan.backend}, {_settings_line(plan.settings)}"),
-        ("time", _time_line(plan.estimate_cost)),
-        ("memory", _memory_line(plan.estimate_cost)),
+        ("time", _time_line(plan.cost)),
+        ("memory", _memory_line(plan.cost)),
         ("disk", f"{_size(plan.disk_bytes)} free beside the target"),
         *((engine, ("loads: " if on.loads else "won't load: ") + on.reason) for engine, on in plan.engines.items()),
         ("GPUs", f"can be shared by {', '.join(map(str, plan.tensor_parallel))} (tensor parallel)"),
