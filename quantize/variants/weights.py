@@ -11,6 +11,7 @@ is [N, G], `weight_shape` says N and K, and an asymmetric one has `weight_zero_p
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,27 +115,54 @@ def read_packing(directory: Path) -> Packing:
     )
 
 
-def read_dense(directory: Path) -> tuple[Tensors, tuple[str, ...]]:
-    """Read a quantized directory as dense tensors by their base's names, and the names of its quantized layers."""
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that `tensor[...]` reads from its file, and unpacks; transformers' loader takes it for a slice."""
+
+    read: Callable[[], Any]
+
+    def __getitem__(self, _: Any) -> Any:
+        """Read the whole tensor."""
+        return self.read()
+
+
+def lazy_tensors(directory: Path) -> dict[str, LazyTensor]:
+    """Map the names of all tensors of a directory's safetensors files to readers, by file and name."""
+    from safetensors import safe_open  # noqa: PLC0415
+
+    tensors: dict[str, LazyTensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        stream = safe_open(file, framework="pt")
+        tensors |= {name: LazyTensor(partial(stream.get_tensor, name)) for name in sorted(stream.keys())}
+    return tensors
+
+
+def lazy_dense(directory: Path) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+    """Map the tensors of a quantized directory, by their base's names, to readers of dense tensors; name its layers."""
     packing = read_packing(directory)
-    tensors = dict(read_tensors(directory))
+    tensors = lazy_tensors(directory)
     marker, parts = _PARTS[packing.format]
-    dense = _DENSE[packing.format]
     layers = tuple(sorted(name.removesuffix(f".{marker}") for name in tensors if name.endswith(f".{marker}")))
     for layer in layers:
         packed = {part: tensors.pop(f"{layer}.{part}") for part in parts if f"{layer}.{part}" in tensors}
-        tensors[f"{layer}.weight"] = dense(packed)
+        tensors[f"{layer}.weight"] = LazyTensor(partial(_dense, packed, packing.format))
     return tensors, layers
+
+
+def read_dense(directory: Path) -> tuple[Tensors, tuple[str, ...]]:
+    """Read a quantized directory as dense tensors by their base's names, and the names of its quantized layers."""
+    tensors, layers = lazy_dense(directory)
+    return {name: tensor[...] for name, tensor in tensors.items()}, layers
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
     """Yield the tensors of all safetensors files of a directory, one by one."""
-    from safetensors import safe_open  # noqa: PLC0415
+    for name, tensor in lazy_tensors(directory).items():
+        yield name, tensor[...]
 
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stream:
-            for name in sorted(stream.keys()):
-                yield name, stream.get_tensor(name)
+
+def _dense(packed: Mapping[str, LazyTensor], form: str) -> Any:
+    return _DENSE[form]({part: tensor[...] for part, tensor in packed.items()})
 
 
 _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
