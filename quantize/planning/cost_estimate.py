@@ -10,7 +10,8 @@ from typing import Literal
 from config.manifest import Engine
 from quantize.base import BaseModel
 from quantize.planning.model_sizes import sizes_of
-from quantize.schemes.fit import Shapes, fused_name
+from quantize.schemes.fit import Shapes
+from quantize.schemes.module_config import fused_name
 from quantize.schemes.settings import SolverSettings
 
 _BLOCK = re.compile(r"^.*?(?:layers|h|blocks)\.\d+\.")

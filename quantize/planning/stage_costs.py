@@ -91,7 +91,9 @@ def _stages(base: BaseModel, sizes: ModelSizes, solving: CostEstimate, work: Wor
     yield StageCost("hash base", base.bytes / _HASHED_BYTES_PER_SECOND, 50_000_000)
     if work.self_generate and not work.by_replica:
         yield _generation(sizes, work, "self-generate", work.self_generate, work.max_tokens, work.max_tokens // 4)
-    yield StageCost("tokenize", _START_SECONDS / 2 + work.tokens / 50_000, LIBRARY_BYTES["tokenizer"] + 30 * work.tokens)
+    yield StageCost(
+        "tokenize", _START_SECONDS / 2 + work.tokens / 50_000, LIBRARY_BYTES["tokenizer"] + 30 * work.tokens
+    )
     if work.groups:
         yield StageCost(
             "sensitivity",
