@@ -2,7 +2,7 @@
 
 import gc
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,9 @@ from typing import Any
 from quantize.base import stored_tensors, weight_files
 from quantize.dense_experts import round_expert_inputs
 from quantize.errors import VariantError
+from quantize.layered_models import LayeredModel, open_layered
 from quantize.modules import is_expert
-from quantize.variants.weights import read_dense, read_packing, with_stacked_experts
+from quantize.variants.weights import LazyTensor, lazy_dense, lazy_tensors, read_packing, with_stacked_experts
 
 _INT8_MAX = 127
 _PREFIX = re.compile(r"^.*?\b(?=(layers|h|blocks)\.\d+\.)")
@@ -29,19 +30,18 @@ def placement(model_bytes: int, free_bytes: Sequence[int]) -> str:
 
 
 def load_base(base: Path) -> Any:
-    """Load an unquantized model for evaluation."""
+    """Load an unquantized model whole, for generation."""
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     return _placed(partial(AutoModelForCausalLM.from_pretrained, base), base, local_files_only=True)
 
 
 def load_variant(variant: Path, base: Path) -> Any:
-    """Load a variant as the dense model that it stands for; VariantError where it doesn't fit its base."""
+    """Load a variant whole, as the dense model that it stands for; VariantError where it doesn't fit its base."""
     import torch  # noqa: PLC0415
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 
-    dense, layers = read_dense(variant)
-    dense = with_stacked_experts(dense, stored_tensors(base, weight_files(base)))
+    dense, layers = _dense_tensors(variant, base)
     config = AutoConfig.from_pretrained(base, local_files_only=True)
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config))
@@ -49,9 +49,21 @@ def load_variant(variant: Path, base: Path) -> Any:
         model = _placed(partial(kind.from_pretrained, None), base, config=config, state_dict=dense)
     except RuntimeError as error:
         raise VariantError(f"{variant}: doesn't fit {base}: {_first_line(error)}") from None
-    if read_packing(variant).activation_bits == 8:
-        _quantize_inputs(model, set(layers))
+    _round_activations(model, variant, layers)
     return model
+
+
+def layered_base(base: Path) -> LayeredModel:
+    """Open an unquantized model for reading text, one layer in memory at a time."""
+    return open_layered(base, lazy_tensors(base), base, *_where_layers_run())
+
+
+def layered_variant(variant: Path, base: Path) -> LayeredModel:
+    """Open a variant for reading text as the dense model that it stands for, one layer in memory at a time."""
+    dense, layers = _dense_tensors(variant, base)
+    layered = open_layered(base, dense, variant, *_where_layers_run())
+    _round_activations(layered.model, variant, layers)
+    return layered
 
 
 def fake_quantize_tokens(activations: Any) -> Any:
@@ -91,7 +103,22 @@ def _placed(load: Callable[..., Any], base: Path, **options: Any) -> Any:
     return load(dtype=torch.bfloat16, **options).to(where).eval()
 
 
-def _quantize_inputs(model: Any, layers: set[str]) -> None:
+def _dense_tensors(variant: Path, base: Path) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+    dense, layers = lazy_dense(variant)
+    return with_stacked_experts(dense, stored_tensors(base, weight_files(base))), layers
+
+
+def _where_layers_run() -> tuple[Any, str]:
+    import torch  # noqa: PLC0415
+
+    return (torch.bfloat16, "cuda:0") if torch.cuda.is_available() else (torch.float32, "cpu")
+
+
+def _round_activations(model: Any, variant: Path, names: Iterable[str]) -> None:
+    if read_packing(variant).activation_bits != 8:
+        return
+    layers = set(names)
+
     def rounded(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (fake_quantize_tokens(inputs[0]), *inputs[1:])
 

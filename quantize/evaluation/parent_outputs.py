@@ -8,13 +8,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.dense_models import load_base, reclaim, runtime_fingerprint
+from quantize.dense_models import layered_base, load_base, reclaim, runtime_fingerprint
 from quantize.evaluation.inputs import EvalInputs, GenerationTask
 from quantize.evaluation.lm_head import WHOLE, LmHead, describe_lm_head, find_lm_head, last_hidden_states, load_lm_head
 from quantize.evaluation.parent_cache import ParentCache, ParentCacheEntry, entry_key, roomiest, states_file
 from quantize.evaluation.sampling import Completion, generate
 
 Advance = Callable[[int], None]
+
+# Raise this when a base's states are computed otherwise, and differ in their last digits.
+_STATES_REVISION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,30 +99,30 @@ def _run_parent(
 ) -> dict[str, ParentCacheEntry]:
     import torch  # noqa: PLC0415
 
-    model = load_base(parent_caches.base)
     made: dict[str, ParentCacheEntry] = {}
     with torch.inference_mode():
         if keys.states in missing:
-            made[keys.states] = _keep_states(model, inputs, parent_caches, keys.states, advance)
-        for key, task in ((keys.texts, inputs.prompts), (keys.answers, inputs.questions)):
-            if key in missing:
-                made[key] = _keep_texts(model, task, parent_caches, key, advance)
+            made[keys.states] = _keep_states(inputs, parent_caches, keys.states, advance)
+        tasks = {keys.texts: inputs.prompts, keys.answers: inputs.questions}
+        if missing & tasks.keys():
+            model = load_base(parent_caches.base)
+            for key in sorted(missing & tasks.keys()):
+                made[key] = _keep_texts(model, tasks[key], parent_caches, key, advance)
     return made
 
 
-def _keep_states(
-    model: Any, inputs: EvalInputs, parent_caches: ParentCaches, key: str, advance: Advance
-) -> ParentCacheEntry:
-    lm_head = find_lm_head(model, inputs.samples[0])
+def _keep_states(inputs: EvalInputs, parent_caches: ParentCaches, key: str, advance: Advance) -> ParentCacheEntry:
+    layered = layered_base(parent_caches.base)
+    with layered.without_layers() as model:
+        lm_head = find_lm_head(model, inputs.samples[0])
     description = describe_lm_head(lm_head, parent_caches.base) if lm_head.weight is not None else None
     lm_head = lm_head if description else WHOLE
     width = lm_head.weight.shape[1] if description else model.config.get_text_config().vocab_size
     needed = inputs.tokens * width * model.dtype.itemsize
     # Whole logits are for this evaluation alone: they would fill the cache with a single base.
     cache = parent_caches.room(needed, lasting=description is not None)
-    with cache.staging(key) as staged:
-        chunks = (states for ids in inputs.samples for states in last_hidden_states(model, lm_head, ids))
-        shape, kind = _write_states(states_file(staged), chunks, advance)
+    with cache.staging(key) as staged, layered.reading() as model:
+        shape, kind = _write_states(states_file(staged), last_hidden_states(model, lm_head, inputs.samples), advance)
         return cache.keep(key, staged, {"readout": description, "shape": shape, "dtype": kind})
 
 
@@ -157,7 +160,7 @@ def _keys(inputs: EvalInputs, digest: str) -> _Keys:
 
     common = {"base": digest, "engine": runtime_fingerprint()}
     return _Keys(
-        states=entry_key("states", samples=inputs.samples, **common),
+        states=entry_key("states", revision=_STATES_REVISION, samples=inputs.samples, **common),
         texts=entry_key("texts", **texts(inputs.prompts), **common),
         answers=entry_key("texts", **texts(inputs.questions), **common),
     )

@@ -22,6 +22,7 @@ from typing import Any
 from config.load import home_directory
 from quantize.errors import (
     CalibrationError,
+    MachineError,
     QuantizeError,
     RecipeError,
     SolveError,
@@ -34,7 +35,7 @@ from quantize.running.interrupt import undisturbed
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PATIENCE_SECONDS = 10.0
 _ROOT = Path(__file__).resolve().parents[2]
-_KINDS = (RecipeError, CalibrationError, SolveError, VariantError, SpaceError)
+_KINDS = (RecipeError, CalibrationError, MachineError, SolveError, VariantError, SpaceError)
 _MEMORY_SIGNAL = -signal.SIGKILL
 
 Work = Callable[[dict[str, Any], "WorkerChannel"], dict[str, Any]]
@@ -138,6 +139,8 @@ def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        # transformers would read all tensors of a model in threads before it places the first.
+        "HF_DEACTIVATE_ASYNC_LOAD": "1",
         # GPTQ is many small steps. Beside another busy process, threads that spin while they wait for each other made
         # them 500 times slower on two cores; threads that sleep cost nothing that could be measured.
         "OMP_WAIT_POLICY": kept.get("OMP_WAIT_POLICY", "PASSIVE"),

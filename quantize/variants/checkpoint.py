@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,15 @@ from quantize.base import StoredTensor, kept_files, stored_tensors, weight_files
 from quantize.errors import SolveError
 from quantize.modules import ModuleTree, is_expert
 from quantize.schemes.module_config import dynamic_rules, weight_args_of
-from quantize.variants.weights import Tensors, packed_module, read_tensors
+from quantize.variants.weights import LazyTensor, Tensors, lazy_tensors, packed_module, read_tensors
 
 _SHARD_BYTES = 4_000_000_000
+_UNNAMED = ".shard"
 
 
 def write_checkpoint(base: Path, solved: Path, scheme: Scheme, damp: float, into: Path, tree: ModuleTree) -> None:
     """Write a variant of `base` from a directory of GPTQ tensors; nothing else of that directory is taken over."""
-    packed = dict(read_tensors(solved))
-    write_shards(_variant_tensors(base, packed, scheme, tree), into)
+    write_shards(_variant_tensors(base, lazy_tensors(solved), scheme, tree), into)
     _write_configs(base, scheme, damp, into, tree)
     for file in kept_files(base):
         shutil.copyfile(file, into / file.name)
@@ -95,7 +95,7 @@ def _compressed_tensors_config(kept: Sequence[str]) -> dict[str, Any]:
 
 
 def _variant_tensors(
-    base: Path, packed: Mapping[str, Any], scheme: Scheme, tree: ModuleTree
+    base: Path, packed: Mapping[str, LazyTensor], scheme: Scheme, tree: ModuleTree
 ) -> Iterator[tuple[str, Any]]:
     missing = {name.removesuffix(".qweight") for name in packed if name.endswith(".qweight")}
     for name, tensor in read_tensors(base):
@@ -112,24 +112,40 @@ def _variant_tensors(
         raise SolveError(f"{min(missing)} was solved, and {base} has no weight for it; is a shard missing?")
 
 
-def write_shards(tensors: Iterator[tuple[str, Any]], into: Path) -> None:
-    """Write tensors as safetensors files of at most 4 GB, with an index if there are several."""
-    shards: list[Tensors] = [{}]
+def write_shards(tensors: Iterable[tuple[str, Any]], into: Path) -> None:
+    """Write tensors as safetensors files of at most 4 GB, with an index if there are several.
+
+    One file's tensors are in memory at a time. Their names say how many files there are, so they get them at the end.
+    """
+    weight_map: list[list[str]] = []
+    total_bytes = 0
+    for number, shard in enumerate(_shards(tensors)):
+        _save(shard, into / f"{_UNNAMED}-{number}")
+        weight_map.append(sorted(shard))
+        total_bytes += _bytes_of(shard)
+        shard.clear()  # gives its memory back before the next is collected
+    names = [f"model-{number:05d}-of-{len(weight_map):05d}.safetensors" for number in range(1, len(weight_map) + 1)]
+    if len(names) == 1:
+        names = ["model.safetensors"]
+    for number, name in enumerate(names):
+        (into / f"{_UNNAMED}-{number}").rename(into / name)
+    if len(names) > 1:
+        index = {
+            "metadata": {"total_size": total_bytes},
+            "weight_map": {tensor: name for name, shard in zip(names, weight_map, strict=True) for tensor in shard},
+        }
+        write_json(into / "model.safetensors.index.json", index)
+
+
+def _shards(tensors: Iterable[tuple[str, Any]]) -> Iterator[Tensors]:
+    """Collect tensors until a file is full; one that is larger than a file has its own."""
+    shard: Tensors = {}
     for name, tensor in tensors:
-        if shards[-1] and _bytes_of(shards[-1]) + tensor.nbytes > _SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = tensor
-    if len(shards) == 1:
-        _save(shards[0], into / "model.safetensors")
-        return
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        _save(shard, into / name)
-    index = {
-        "metadata": {"total_size": sum(map(_bytes_of, shards))},
-        "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in sorted(shard)},
-    }
-    write_json(into / "model.safetensors.index.json", index)
+        if shard and _bytes_of(shard) + tensor.nbytes > _SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = tensor
+    yield shard
 
 
 def _save(tensors: Tensors, path: Path) -> None:

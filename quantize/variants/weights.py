@@ -11,6 +11,7 @@ is [N, G], `weight_shape` says N and K, and an asymmetric one has `weight_zero_p
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,27 +115,54 @@ def read_packing(directory: Path) -> Packing:
     )
 
 
-def read_dense(directory: Path) -> tuple[Tensors, tuple[str, ...]]:
-    """Read a quantized directory as dense tensors by their base's names, and the names of its quantized layers."""
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that `tensor[...]` reads from its file, and unpacks; transformers' loader takes it for a slice."""
+
+    read: Callable[[], Any]
+
+    def __getitem__(self, _: Any) -> Any:
+        """Read the whole tensor."""
+        return self.read()
+
+
+def lazy_tensors(directory: Path) -> dict[str, LazyTensor]:
+    """Map the names of all tensors of a directory's safetensors files to readers, by file and name."""
+    from safetensors import safe_open  # noqa: PLC0415
+
+    tensors: dict[str, LazyTensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        stream = safe_open(file, framework="pt", backend="pread")
+        tensors |= {name: LazyTensor(partial(stream.get_tensor, name)) for name in sorted(stream.keys())}
+    return tensors
+
+
+def lazy_dense(directory: Path) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+    """Map the tensors of a quantized directory, by their base's names, to readers of dense tensors; name its layers."""
     packing = read_packing(directory)
-    tensors = dict(read_tensors(directory))
+    tensors = lazy_tensors(directory)
     marker, parts = _PARTS[packing.format]
-    dense = _DENSE[packing.format]
     layers = tuple(sorted(name.removesuffix(f".{marker}") for name in tensors if name.endswith(f".{marker}")))
     for layer in layers:
         packed = {part: tensors.pop(f"{layer}.{part}") for part in parts if f"{layer}.{part}" in tensors}
-        tensors[f"{layer}.weight"] = dense(packed)
+        tensors[f"{layer}.weight"] = LazyTensor(partial(_dense, packed, packing.format))
     return tensors, layers
+
+
+def read_dense(directory: Path) -> tuple[Tensors, tuple[str, ...]]:
+    """Read a quantized directory as dense tensors by their base's names, and the names of its quantized layers."""
+    tensors, layers = lazy_dense(directory)
+    return {name: tensor[...] for name, tensor in tensors.items()}, layers
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
     """Yield the tensors of all safetensors files of a directory, one by one."""
-    from safetensors import safe_open  # noqa: PLC0415
+    for name, tensor in lazy_tensors(directory).items():
+        yield name, tensor[...]
 
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stream:
-            for name in sorted(stream.keys()):
-                yield name, stream.get_tensor(name)
+
+def _dense(packed: Mapping[str, LazyTensor], form: str) -> Any:
+    return _DENSE[form]({part: tensor[...] for part, tensor in packed.items()})
 
 
 _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -151,7 +179,7 @@ _DENSE: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 
 def packed_module(tensors: Mapping[str, Any], layers: Sequence[str], module: str, scheme: Scheme) -> Tensors:
     """Give the GPTQ tensors of `layers`, stacked, as those of `module` in a variant of `scheme`."""
-    packed = _stacked([{part: tensors[f"{layer}.{part}"] for part in _PARTS["gptq"][1]} for layer in layers])
+    packed = _stacked([{part: tensors[f"{layer}.{part}"][...] for part in _PARTS["gptq"][1]} for layer in layers])
     if scheme.format == "gptq":
         return {f"{module}.{part}": tensor.contiguous() for part, tensor in packed.items()}
     weight, scale = gptq_to_int8(packed)
@@ -170,20 +198,25 @@ def _stacked(layers: Sequence[Tensors]) -> Tensors:
     return {**parts, "g_idx": layers[0]["g_idx"]}
 
 
-def with_stacked_experts(tensors: Tensors, base: Iterable[str]) -> Tensors:
+def with_stacked_experts(tensors: Mapping[str, LazyTensor], base: Iterable[str]) -> dict[str, LazyTensor]:
     """Put dense experts back into the base's tensors of all experts of a block, [E, N, K], where it has those."""
-    import torch  # noqa: PLC0415
-
+    result = dict(tensors)
     for name in base:
         parent, _, leaf = name.rpartition(".")
         parts = _STACKED_PARTS.get(leaf)
-        if name in tensors or parts is None or f"{parent}.0.{parts[0]}.weight" not in tensors:
+        if name in result or parts is None or f"{parent}.0.{parts[0]}.weight" not in result:
             continue
-        experts: list[Any] = []
-        while f"{parent}.{len(experts)}.{parts[0]}.weight" in tensors:
-            experts.append(torch.cat([tensors.pop(f"{parent}.{len(experts)}.{part}.weight") for part in parts]))
-        tensors[name] = torch.stack(experts)
-    return tensors
+        experts: list[list[LazyTensor]] = []
+        while f"{parent}.{len(experts)}.{parts[0]}.weight" in result:
+            experts.append([result.pop(f"{parent}.{len(experts)}.{part}.weight") for part in parts])
+        result[name] = LazyTensor(partial(_stack_experts, experts))
+    return result
+
+
+def _stack_experts(experts: Sequence[Sequence[LazyTensor]]) -> Any:
+    import torch  # noqa: PLC0415
+
+    return torch.stack([torch.cat([part[...] for part in parts]) for parts in experts])
 
 
 _STACKED_PARTS: Mapping[str, tuple[str, ...]] = {

@@ -56,7 +56,7 @@ def test_states_make_the_models_own_logits(family: str, tmp_path: Path) -> None:
         found = find_lm_head(model, IDS)
         told = describe_lm_head(found, tmp_path)
         assert told is not None
-        states = torch.cat(list(last_hidden_states(model, found, IDS)))
+        states = torch.cat(list(last_hidden_states(model, found, [IDS])))
         logits = load_lm_head(told, tmp_path, model).logits(states, 0, 300)
         assert states.shape == (len(IDS) - 1, 32)
         assert torch.allclose(logits, model(torch.tensor([IDS[:-1]])).logits[0], atol=1e-4)
@@ -68,7 +68,7 @@ def test_a_head_that_does_more_is_read_by_its_logits() -> None:
     model.lm_head.register_forward_hook(lambda _, __, logits: logits.sin())
     with torch.inference_mode():
         found = find_lm_head(model, IDS)
-        states = torch.cat(list(last_hidden_states(model, found, IDS)))
+        states = torch.cat(list(last_hidden_states(model, found, [IDS])))
         assert found == WHOLE
         assert torch.allclose(states, model(torch.tensor([IDS[:-1]])).logits[0], atol=1e-4)
 
