@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,12 @@ def read_base(directory: Path, *, digested: bool = True) -> BaseModel:
         shapes=linear_shapes(tensors),
         tensors=tensors,
     )
+
+
+def with_digest(base: BaseModel) -> BaseModel:
+    """Add the digest of a base, which takes reading every byte."""
+    files = model_files(base.directory)
+    return replace(base, digest=digest_of({file.name: sha256_of(file) for file in files}))
 
 
 def weight_files(directory: Path) -> list[Path]:

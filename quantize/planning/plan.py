@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config.manifest import Engine, Override, Scheme
-from quantize.base import BaseModel, read_base
+from quantize.base import BaseModel
 from quantize.calibration.datasets import (
     FEWEST_SAMPLES,
     CalibrationSplit,
@@ -16,7 +16,6 @@ from quantize.calibration.datasets import (
     split_records,
 )
 from quantize.errors import RecipeError
-from quantize.module_tree import with_module_tree
 from quantize.planning.recipe import Budget, Recipe, chosen_backend
 from quantize.planning.request import Request
 from quantize.schemes.engines import choices, expert_refusals, has_amx, refusals, require_engine
@@ -32,18 +31,15 @@ _CPU_INFO = Path("/proc/cpuinfo")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def plan_variant(request: Request, environ: Mapping[str, str]) -> tuple[Recipe, CalibrationSplit]:
-    """Check a request and write down its recipe, with the chats it draws; UsageError says what doesn't fit.
+def plan_variant(request: Request, base: BaseModel) -> tuple[Recipe, CalibrationSplit]:
+    """Write down the recipe of a request that was checked, with the records that it draws.
 
-    What the base answered itself is a text file like any other: name it in `request.data` before.
+    Completions that the base generated are a file like any other: name it in `request.data` before.
     """
-    check_numbers(request)
-    base = with_module_tree(read_base(request.base), environ)
-    scheme = settled_scheme(request, base)
     datasets, split = calibration_split(request)
     recipe = Recipe(
         base=base,
-        scheme=scheme,
+        scheme=settled_scheme(request, base),
         datasets=datasets,
         samples=request.samples,
         max_tokens=request.max_tokens,
