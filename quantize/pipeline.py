@@ -22,7 +22,7 @@ from quantize.calibration.replica_client import Sampling
 from quantize.calibration.samples import tokenize_samples
 from quantize.calibration.self_generation import self_generate
 from quantize.checks import prompt_files
-from quantize.errors import CalibrationError
+from quantize.errors import CalibrationError, SpaceError
 from quantize.evaluation.evaluate import evaluate
 from quantize.evaluation.tasks import read_questions
 from quantize.evaluation.verdict import limits_for
@@ -32,6 +32,7 @@ from quantize.planning.request import Request, TextFile
 from quantize.running.context import RunContext
 from quantize.running.progress import ProgressReporter
 from quantize.running.stage_store import stage_store
+from quantize.running.worker import is_disk_full, visible
 from quantize.stages.checkpoint import write
 from quantize.stages.evaluation import measure_variant
 from quantize.stages.sealing import seal_variant
@@ -55,11 +56,19 @@ def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, options: R
 
 @contextmanager
 def variant_run(recipe: Recipe, options: RunOptions) -> Iterator[VariantRun]:
-    """Lend a run with a scratch folder on the disk of the stages."""
+    """Lend a run with a scratch folder on the disk of the stages; SpaceError if a disk is full."""
     store = stage_store(options.environ)
     store.sweep()
-    with store.scratch() as folder:
-        yield VariantRun(recipe, options, RunContext(folder, options.environ, options.progress), store)
+    try:
+        with store.scratch() as folder:
+            yield VariantRun(recipe, options, RunContext(folder, options.environ, options.progress), store)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise SpaceError(
+            f"no space left on the disk of {visible(Path(error.filename or store.root))}; "
+            "free some, or set QUANTGATE_HOME to a directory on a larger disk"
+        ) from error
 
 
 def evaluate_directory(

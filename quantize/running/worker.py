@@ -84,14 +84,14 @@ def run_child(work: Work) -> int:
         except Exception as error:
             if not is_disk_full(error):
                 raise
-            channel.error(SpaceError(f"no space left on the disk of {_visible(Path(job_file).parent)}; free some"))
+            channel.error(SpaceError(f"no space left on the disk of {visible(Path(job_file).parent)}; free some"))
             return SpaceError.exit_code
     return 0
 
 
-def _visible(folder: Path) -> Path:
+def visible(folder: Path) -> Path:
     """Name the folder that a person knows: hidden ones are ours, and gone after an error."""
-    return _visible(folder.parent) if any(part.startswith(".") for part in folder.parts) else folder
+    return visible(folder.parent) if any(part.startswith(".") for part in folder.parts) else folder
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -46,7 +46,7 @@ def test_a_disk_that_fills_up_costs_one_stage(tiny_base: Path, small_disk: Path,
     with subprocess.Popen(["sh", "-c", fill], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
         done = run("main", tiny_base / "tiny", *arguments, "--out", tmp_path / "v")
     assert done.returncode == 1
-    assert "no space left on the disk" in done.stderr.splitlines()[-1].lower()
+    assert f"no space left on the disk of {small_disk}" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "v").exists()
     taken.unlink()
     again = run("main", tiny_base / "tiny", *arguments, "--out", tmp_path / "v")

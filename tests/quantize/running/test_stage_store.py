@@ -153,7 +153,7 @@ def test_the_longest_unused_results_are_evicted(tmp_path: Path) -> None:
     assert [entry.path.name for entry in store.excess(40_000_000)] == [str(older), str(old)]
     assert str(KEY) in [entry.path.name for entry in store.excess(0)]
     store.trim(20_000_000)
-    assert names(store) == [str(used), f"tokens-{'d' * 32}"]
+    assert names(store) == [str(KEY), f"tokens-{'d' * 32}"]
     store.trim(0)
     assert names(store) == []
 
