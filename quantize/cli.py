@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from quantize.planning.recipe_schema import EvaluationTable, RecipeFile
 from quantize.planning.request import DEFAULT_TEXT, Request
 from quantize.planning.resolve import chosen_evaluation, resolve
 from quantize.report.text_report import quality_line, summary
+from quantize.running.memory import present_machine
 from quantize.running.progress import ProgressReporter
 from quantize.running.resume import completed_layers
 from quantize.running.terminal import DONE, GATE, print_stderr, run_command
@@ -72,9 +72,7 @@ def _show_plan(request: Request, options: argparse.Namespace) -> int:
     scheme = settled_scheme(request, base)
     datasets, split = calibration_split(request)
     request = replace(request, settings=settled_settings(request.settings, base))
-    plan = dry_run_plan(
-        request, base, scheme, split, cores=os.cpu_count() or 1, datasets=datasets, amx=this_cpu_has_amx()
-    )
+    plan = dry_run_plan(request, base, scheme, split, present_machine(), datasets=datasets, amx=this_cpu_has_amx())
     print(json.dumps(as_json(plan), indent=2) if options.json else as_text(plan))
     return DONE
 
@@ -88,7 +86,8 @@ def _make(request: Request, options: argparse.Namespace) -> int:
 
 
 def _made(request: Request, run_options: RunOptions) -> tuple[Manifest, Path]:
-    recipe, split = plan_variant(with_self_generated(request, run_options), run_options.environ)
+    generated = with_self_generated(request, run_options)
+    recipe, split = plan_variant(generated, run_options.environ, present_machine())
     out = Path(str(request.out).replace("{id}", recipe.variant_id))
     manifest = reusable(out, recipe.variant_id)
     if manifest:
@@ -98,7 +97,8 @@ def _made(request: Request, run_options: RunOptions) -> tuple[Manifest, Path]:
         print_stderr(f"no --data given: calibrating on the shipped {', '.join(path.name for path in shipped_files())}")
     log_datasets(recipe.datasets, run_options.progress)
     if recipe.settings.gptaq != request.settings.gptaq:
-        run_options.progress.log("GPTAQ is off: the model has experts")
+        why = "the model has experts" if recipe.base.modules.has_experts else "the inputs that it keeps don't fit"
+        run_options.progress.log(f"GPTAQ is off: {why}")
     with continuable(out):
         return build_variant(recipe, split, out, run_options), out
 

@@ -54,8 +54,7 @@ def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, run_option
     with staging(out) as variant:
         context = RunContext(work_folder(variant), run_options.environ, run_options.progress)
         samples = tokenize_samples(recipe.base.directory, split, recipe.max_tokens, context)
-        # Evaluation looks at the held-out side itself.
-        preflight.check(recipe.base, replace(samples, held_out=[]), context, gpu=run_options.gpu)
+        preflight.check(recipe.base, samples, context)
         recipe = settled(recipe, samples, run_options, context)
         with solving(out, identity_of(recipe, samples), resume=run_options.resume) as checkpoint:
             solve_job = SolveJob(

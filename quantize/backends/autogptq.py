@@ -10,7 +10,7 @@ from typing import Any
 from config.manifest import Scheme
 from quantize.backends.gptqmodel import visible_devices
 from quantize.backends.isolation import Pins, isolated_python
-from quantize.backends.losses import SolvedModule, by_damping, loss_ratio, require_solved
+from quantize.backends.losses import LossMedians, SolvedModule, by_damping, require_solved
 from quantize.backends.protocol import QuantizeResult, SolveJob
 from quantize.base import weight_files
 from quantize.errors import RecipeError
@@ -33,11 +33,12 @@ class SolvedModuleCollector:
     scheme: Scheme
     on_event: Callable[[dict[str, Any]], None]
     solved: list[SolvedModule] = field(default_factory=list)
+    medians: LossMedians = field(default_factory=LossMedians)
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Take one event: `module`, `layer`, `loss` and `damp`."""
         self.solved.append(SolvedModule(**event, bits=self.scheme.bits, group_size=self.scheme.group_size))
-        self.on_event({**event, "loss_ratio": loss_ratio(self.solved)})
+        self.on_event({**event, "loss_ratio": self.medians.ratio(self.solved[-1])})
 
 
 def solve(

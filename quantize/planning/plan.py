@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config.manifest import Engine, Override, Scheme
-from quantize.base import BaseModel, read_base
+from quantize.base import BaseModel, read_base, with_digest
 from quantize.calibration.datasets import (
     FEWEST_SAMPLES,
     CalibrationSplit,
@@ -19,6 +19,8 @@ from quantize.errors import RecipeError
 from quantize.module_tree import with_module_tree
 from quantize.planning.recipe import Budget, Recipe, chosen_backend
 from quantize.planning.request import Request
+from quantize.planning.run_costs import require_room, run_costs
+from quantize.running.memory import Machine
 from quantize.schemes.engines import choices, expert_refusals, has_amx, refusals, require_engine
 from quantize.schemes.fit import fitted, heads_of, matching, misfit, tensor_parallel_degrees, uneven_share
 from quantize.schemes.forecast import predicted_bytes
@@ -32,23 +34,28 @@ _CPU_INFO = Path("/proc/cpuinfo")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def plan_variant(request: Request, environ: Mapping[str, str]) -> tuple[Recipe, CalibrationSplit]:
+def plan_variant(request: Request, environ: Mapping[str, str], machine: Machine) -> tuple[Recipe, CalibrationSplit]:
     """Check a request and write down its recipe, with the chats it draws; UsageError says what doesn't fit.
+
+    GPTAQ is left out where the inputs that it keeps fit neither the GPU nor main memory.
 
     What the base answered itself is a text file like any other: name it in `request.data` before.
     """
     check_numbers(request)
-    base = with_module_tree(read_base(request.base), environ)
+    base = with_module_tree(read_base(request.base, digested=False), environ)
     scheme = settled_scheme(request, base)
     datasets, split = calibration_split(request)
+    request = replace(request, settings=settled_settings(request.settings, base))
+    costs = run_costs(request, base, scheme, split, machine, engine=machine.engine)
+    require_room(costs)
     recipe = Recipe(
-        base=base,
+        base=with_digest(base),  # reads every byte, and so comes after all that is known without
         scheme=scheme,
         datasets=datasets,
         samples=request.samples,
         max_tokens=request.max_tokens,
         seed=request.seed,
-        settings=settled_settings(request.settings, base),
+        settings=request.settings if costs.solving.kept_inputs else replace(request.settings, gptaq=0.0),
         backend=chosen_backend(request.backend),
         devices=request.devices,
         budget=request.scheme if isinstance(request.scheme, Budget) else None,

@@ -132,7 +132,7 @@ def lazy_tensors(directory: Path) -> dict[str, LazyTensor]:
 
     tensors: dict[str, LazyTensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        stream = safe_open(file, framework="pt", backend="pread")
+        stream: Any = safe_open(file, framework="pt", backend="pread")
         tensors |= {name: LazyTensor(partial(stream.get_tensor, name)) for name in sorted(stream.keys())}
     return tensors
 
