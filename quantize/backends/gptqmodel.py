@@ -30,7 +30,7 @@ def solve(
     cost = placed_cost(recipe, sum(len(sample["ids"]) for sample in samples), present_machine())
     result = run_worker(
         _MODULE,
-        _job(recipe, samples, solve_job, cost),
+        job_of(recipe, samples, solve_job, cost),
         folder=solve_job.work,
         environ=visible_devices(solve_job.environ, recipe.devices.gpus),
         on_progress=on_progress,
@@ -67,7 +67,8 @@ def visible_devices(environ: Mapping[str, str], gpus: tuple[int, ...]) -> dict[s
     return {**environ, **chosen}
 
 
-def _job(recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob, cost: CostEstimate) -> dict[str, Any]:
+def job_of(recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob, cost: CostEstimate) -> dict[str, Any]:
+    """Write down all that the child needs to know."""
     return {
         "base": str(recipe.base.directory.resolve()),
         "by_layers": cost.by_layers,

@@ -160,6 +160,6 @@ def test_scripts_get_everything() -> None:
     """The plain data has the page's figures, and can be written as JSON."""
     plain = json.loads(json.dumps(as_json(told(replace(REQUEST, scheme=Budget(max_kl=0.05))))))
     assert plain["bytes"] == told().bytes
-    assert plain["effort"]["seconds"] == pytest.approx(told().estimate_cost.seconds)
+    assert plain["effort"]["seconds"] == pytest.approx(told().cost.seconds)
     assert plain["budget"] == {"max_bytes": None, "max_kl": 0.05}
     assert plain["scheme"]["name"] == "w4a16-g128"
