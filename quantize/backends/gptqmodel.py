@@ -68,11 +68,11 @@ def visible_devices(environ: Mapping[str, str], gpus: tuple[int, ...]) -> dict[s
 
 
 def job_of(recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob, cost: CostEstimate) -> dict[str, Any]:
-    """Write down all that the child needs to know."""
+    """Write down all that the child needs to know; `cost` says where weights and kept inputs are placed."""
     return {
         "base": str(recipe.base.directory.resolve()),
-        "by_layers": cost.by_layers,
-        "kept_inputs": cost.kept_inputs,
+        "by_layers": cost is not None and cost.by_layers,
+        "kept_inputs": cost and cost.kept_inputs,
         "scheme": recipe.scheme.model_dump(mode="json"),
         "tree": recipe.base.modules.as_json(),
         "settings": settings(recipe.scheme, recipe.settings, recipe.base.modules),

@@ -234,7 +234,8 @@ def _stage_rows(stages: Sequence[StageCost]) -> list[tuple[str, str]]:
         return f", {_size(stage.gpu_bytes)} of {'all GPUs' if stage.spread else 'one GPU'}" if stage.gpu_bytes else ""
 
     return [
-        (f"  {stage.stage}", f"{_duration(stage.seconds)}, {_size(stage.host_bytes)}{gpu(stage)}") for stage in stages
+        ("  stage", f"{stage.stage:<24}{_duration(stage.seconds):>8}, {_size(stage.host_bytes)}{gpu(stage)}")
+        for stage in stages
     ]
 
 
