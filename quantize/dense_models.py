@@ -4,12 +4,13 @@ import gc
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from quantize.base import stored_tensors, weight_files
 from quantize.dense_experts import round_expert_inputs
-from quantize.errors import VariantError
+from quantize.errors import MachineError, VariantError
 from quantize.layered_models import LayeredModel, open_layered
 from quantize.modules import is_expert
 from quantize.variants.weights import LazyTensor, lazy_dense, lazy_tensors, read_packing, with_stacked_experts
@@ -22,11 +23,23 @@ _SHARE_FOR_WEIGHTS = 0.85
 
 
 def placement(model_bytes: int, free_bytes: Sequence[int]) -> str:
-    """Choose where a model of that size runs, given the free memory of each GPU: one GPU, all of them, or the CPU."""
-    usable = [_SHARE_FOR_WEIGHTS * free for free in free_bytes]
-    if usable and model_bytes <= usable[0]:
+    """Choose where a model of that size runs whole, given each GPU's free memory: one GPU, all of them, or the CPU.
+
+    MachineError where there are GPUs and it fits none: on the CPU beside them it would take hours.
+    """
+    usable = [int(_SHARE_FOR_WEIGHTS * free) for free in free_bytes]
+    if not usable:
+        return "cpu"
+    if model_bytes <= usable[0]:
         return "cuda:0"
-    return "auto" if model_bytes <= sum(usable) else "cpu"
+    if model_bytes <= sum(usable):
+        return "auto"
+    count = -(-model_bytes // max(usable))
+    raise MachineError(
+        f"generation needs the whole model, {model_bytes / 1e9:.1f} GB in bf16, and {sum(usable) / 1e9:.1f} GB are "
+        f"usable on {len(usable)} GPUs; {count} GPUs like the largest here would do, or leave generation out: "
+        "--eval-prompts 0, no --tasks",
+    )
 
 
 def load_base(base: Path) -> Any:
@@ -95,12 +108,13 @@ def _placed(load: Callable[..., Any], base: Path, **options: Any) -> Any:
 
     if not torch.cuda.is_available():
         return load(dtype=torch.float32, **options).eval()
-    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    size = sum(2 * prod(tensor.shape) for tensor in stored_tensors(base, weight_files(base)).values())
     free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
     where = placement(size, free)
-    if where == "auto":
-        return load(dtype=torch.bfloat16, device_map=where, **options).eval()
-    return load(dtype=torch.bfloat16, **options).to(where).eval()
+    # All layers must lie on GPUs: nothing is left to the CPU or the disk.
+    room = {index: int(_SHARE_FOR_WEIGHTS * size) for index, size in enumerate(free)} if where == "auto" else None
+    device_map = where if where == "auto" else {"": where}
+    return load(dtype=torch.bfloat16, device_map=device_map, max_memory=room, **options).eval()
 
 
 def _dense_tensors(variant: Path, base: Path) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:

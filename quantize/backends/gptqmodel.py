@@ -67,7 +67,9 @@ def visible_devices(environ: Mapping[str, str], gpus: tuple[int, ...]) -> dict[s
     return {**environ, **chosen}
 
 
-def job_of(recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob, cost: CostEstimate) -> dict[str, Any]:
+def job_of(
+    recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob, cost: CostEstimate | None = None
+) -> dict[str, Any]:
     """Write down all that the child needs to know; `cost` says where weights and kept inputs are placed."""
     return {
         "base": str(recipe.base.directory.resolve()),

@@ -20,6 +20,7 @@ _BYTES_PER_TOKEN = 4  # of UTF-8 text; holds about for European and for East Asi
 # Of a GPU's memory, what a process can use.
 GPU_SHARE = 0.9
 _GPU_SIZES = (24, 40, 48, 80, 141, 192)
+_USUAL_GPU_BYTES = 80 * 10**9
 _GIGA = 1e9
 
 
@@ -112,12 +113,19 @@ def _workload(
         held_out_tokens=min(request.evaluation.tokens, sum(held_out) or request.evaluation.tokens),
         prompt_tokens=max(prompts[: request.evaluation.prompts], default=0),
         variant_bytes=predicted_bytes(base, scheme),
-        memory_bytes=sum(usable_gpus(request.devices, machine)) or machine.total_bytes,
+        memory_bytes=_generation_memory(request, machine, engine),
         self_generate=request.self_generate,
         max_tokens=request.max_tokens,
         by_replica=request.replica is not None,
         groups=len({fused_name(name) for name in base.shapes}) if isinstance(request.scheme, Budget) else 0,
     )
+
+
+def _generation_memory(request: Request, machine: Machine, engine: Engine) -> int:
+    """Give the memory that decides how many texts are written at once; that of a usual GPU where there is none here."""
+    if engine == "cpu":
+        return machine.total_bytes
+    return sum(usable_gpus(request.devices, machine)) or _USUAL_GPU_BYTES
 
 
 def _lengths(records: Sequence[Record], most: int) -> list[int]:

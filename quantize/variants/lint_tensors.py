@@ -28,11 +28,11 @@ def tensor_findings(artefact: Artefact, base: BaseModel | None, scheme: Scheme) 
     layers = quantized_layers(artefact.entries, kind)
     if not layers:
         yield Finding("tensors", "model.safetensors", "holds no quantized layer")
-    owned: set[str] = set()
+    quantized = set(layers)
+    owned = {name for name in artefact.entries if name.rpartition(".")[0] in quantized and not _is_bias(name)}
     shapes = base.shapes if base else {}
     for layer in layers:
         storage_format = configured_format(artefact.quantization_config, layer)
-        owned.update(name for name in artefact.entries if name.rpartition(".")[0] == layer and not _is_bias(name))
         if storage_format is None:
             yield Finding("tensors", layer, "is quantized, and config.json says that it is not")
             continue
