@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from config.manifest import Scheme
-from quantize.backends.losses import SolvedModule, by_damping, expert_coverage, fallbacks, require_solved
+from quantize.backends.losses import SolvedModule
 from quantize.backends.protocol import QuantizeResult, SolveJob
 from quantize.modules import ModuleTree
 from quantize.planning.cost_estimate import CostEstimate
@@ -36,11 +36,7 @@ def solve(
         on_progress=on_progress,
         on_event=on_event,
     )
-    modules = [SolvedModule(**row) for row in result["modules"]]
-    require_solved(modules, solve_job.allow_fallback)
-    return QuantizeResult(
-        result["seconds"], tuple(modules), by_damping(modules), fallbacks(modules), expert_coverage(modules)
-    )
+    return QuantizeResult.of(result["seconds"], [SolvedModule(**row) for row in result["modules"]])
 
 
 def settings(scheme: Scheme, chosen: SolverSettings, tree: ModuleTree) -> dict[str, Any]:
@@ -75,7 +71,6 @@ def job_of(
         "base": str(recipe.base.directory.resolve()),
         "by_layers": cost is not None and cost.by_layers,
         "kept_inputs": cost and cost.kept_inputs,
-        "scheme": recipe.scheme.model_dump(mode="json"),
         "tree": recipe.base.modules.as_json(),
         "settings": settings(recipe.scheme, recipe.settings, recipe.base.modules),
         "damping": list(recipe.settings.damp),
@@ -85,8 +80,6 @@ def job_of(
         "samples": [sample["ids"] for sample in samples],
         "where": [sample["where"] for sample in samples],
         "into": str(solve_job.into),
-        "raw": str(solve_job.work / "raw"),
-        "solutions": str(solve_job.checkpoint),
-        "allow_fallback": solve_job.allow_fallback,
+        "offload": str(solve_job.work / "offloaded"),
         "expert_fallback": solve_job.expert_fallback,
     }

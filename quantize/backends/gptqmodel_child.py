@@ -1,6 +1,5 @@
 """The child that solves, `python -m quantize.backends.gptqmodel_child`."""
 
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -9,16 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from config.manifest import Scheme
 from quantize.backends.gptaq import residual_corrected
 from quantize.backends.layer_checkpoint import LayerCheckpoint
-from quantize.backends.losses import require_solved
 from quantize.backends.module_tree_child import load_definition, names_of
 from quantize.backends.recording_solver import SolverRecord, recording
 from quantize.errors import RecipeError
 from quantize.modules import ModuleTree
 from quantize.running.worker import WorkerChannel, run_child
-from quantize.variants.checkpoint import write_checkpoint
 
 
 class Layers:
@@ -36,10 +32,10 @@ class Layers:
 
 
 def quantize(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
-    """Child's work: solve layer by layer, then write the variant's files."""
+    """Child's work: solve layer by layer; the solved modules are in the folder `into`."""
     started = time.monotonic()
     device, dtype = choose_device(job["memory_bytes"])
-    checkpoint = LayerCheckpoint(Path(job["solutions"]), dtype)
+    checkpoint = LayerCheckpoint(Path(job["into"]), dtype)
     record = SolverRecord(
         checkpoint,
         channel,
@@ -58,11 +54,6 @@ def quantize(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     with recorded(record, share=job["gptaq"], weighted_scales=job["weighted_scales"]):
         # In the order they were drawn: a batch's number is its sample's.
         model.quantize(tokenized, batch_size=1, calibration_data_min_length=1, calibration_sort=None)
-    require_solved(record.solved, job["allow_fallback"])
-    model.save(job["raw"])
-    scheme = Scheme.model_validate(job["scheme"])
-    write_checkpoint(Path(job["base"]), Path(job["raw"]), scheme, job["damping"][0], Path(job["into"]), tree)
-    shutil.rmtree(job["raw"])
     return {"seconds": round(time.monotonic() - started, 1), "modules": [asdict(solved) for solved in record.solved]}
 
 
@@ -91,7 +82,7 @@ def load(job: dict[str, Any], device: str, dtype: Any) -> Any:
     if job["gptaq"]:
         extra["gptaq"] = GPTAQConfig(alpha=job["gptaq"], device="cpu" if job["kept_inputs"] == "host" else "auto")
     if job["by_layers"]:
-        extra["offload_to_disk_path"] = str(Path(job["raw"]).with_name("offloaded"))
+        extra["offload_to_disk_path"] = job["offload"]
     config = QuantizeConfig(**job["settings"], **extra, offload_to_disk=job["by_layers"])
     return load_definition(Path(job["base"]), config, device=device, dtype=dtype)
 

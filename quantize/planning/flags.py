@@ -138,7 +138,18 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="directory of the variant, {id} in it becomes its id; whole or not at all",
     )
-    add("--resume", action="store_true", help="continue an interrupted run after its last whole layer")
+    add(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use the results of stages that earlier runs kept (default); --no-resume computes all of them again",
+    )
+    add(
+        "--keep-bytes",
+        type=size,
+        metavar="SIZE",
+        help="results of stages that stay in $QUANTGATE_HOME/stages when the variant is done (default: 20GB)",
+    )
 
 
 def _add_scheme(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config.manifest import Engine, Override, Scheme
-from quantize.base import BaseModel, read_base, with_digest
+from quantize.base import BaseModel
 from quantize.calibration.datasets import (
     FEWEST_SAMPLES,
     CalibrationSplit,
@@ -16,10 +16,9 @@ from quantize.calibration.datasets import (
     split_records,
 )
 from quantize.errors import RecipeError
-from quantize.module_tree import with_module_tree
 from quantize.planning.recipe import Budget, Recipe, chosen_backend
 from quantize.planning.request import Request
-from quantize.planning.run_costs import require_room, run_costs
+from quantize.planning.run_costs import run_costs
 from quantize.running.memory import Machine
 from quantize.schemes.engines import choices, expert_refusals, has_amx, refusals, require_engine
 from quantize.schemes.fit import fitted, heads_of, matching, misfit, tensor_parallel_degrees, uneven_share
@@ -34,22 +33,18 @@ _CPU_INFO = Path("/proc/cpuinfo")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def plan_variant(request: Request, environ: Mapping[str, str], machine: Machine) -> tuple[Recipe, CalibrationSplit]:
-    """Check a request and write down its recipe, with the chats it draws; UsageError says what doesn't fit.
+def plan_variant(request: Request, base: BaseModel, machine: Machine) -> tuple[Recipe, CalibrationSplit]:
+    """Write down the recipe of a request that was checked, with the records that it draws.
 
-    GPTAQ is left out where the inputs that it keeps fit neither the GPU nor main memory.
-
-    What the base answered itself is a text file like any other: name it in `request.data` before.
+    Completions that the base generated are a file like any other: name it in `request.data` before. GPTAQ is left out
+    where the inputs that it keeps fit neither the GPU nor main memory.
     """
-    check_numbers(request)
-    base = with_module_tree(read_base(request.base, digested=False), environ)
     scheme = settled_scheme(request, base)
     datasets, split = calibration_split(request)
     request = replace(request, settings=settled_settings(request.settings, base))
     costs = run_costs(request, base, scheme, split, machine, engine=machine.engine)
-    require_room(costs)
     recipe = Recipe(
-        base=with_digest(base),  # reads every byte, and so comes after all that is known without
+        base=base,
         scheme=scheme,
         datasets=datasets,
         samples=request.samples,

@@ -1,9 +1,11 @@
 """Manifests as text for people: one line, a table, a page."""
 
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 from config.manifest import Calibration, ExpertCoverage, Manifest, Quality
+from quantize.running.stage_store import StageEntry
 from quantize.variants.pruning import Disposable
 
 _NAMES_SHOWN = 5
@@ -93,6 +95,24 @@ def _measuring(quality: Quality) -> Iterator[tuple[str, str]]:
         verdict = "passed" if check.passed else "failed"
         yield "check", f"{check.name} {check.value:.4f} against {check.limit:g}: {verdict}"
     yield "verdict", quality.verdict
+
+
+def stage_listing(entries: Sequence[StageEntry], root: Path) -> str:
+    """List the results of stages: stage, size, last use, and what they belong to."""
+    if not entries:
+        return f"no stages in {root}"
+    lines = [
+        f"{entry.name:<14} {_megabytes(entry.bytes):>10}  "
+        f"{datetime.fromtimestamp(entry.used_seconds, UTC):%Y-%m-%d %H:%M}  {_stage_state(entry)}  {entry.path.name}"
+        for entry in entries
+    ]
+    return "\n".join([*lines, f"{'together':<14} {_megabytes(sum(entry.bytes for entry in entries)):>10}  in {root}"])
+
+
+def _stage_state(entry: StageEntry) -> str:
+    if entry.unfinished:
+        return "unfinished: the same command continues it"
+    return entry.subject if entry.evictable else f"{entry.subject}, not sealed yet"
 
 
 def disposal_lines(found: Sequence[Disposable]) -> list[str]:

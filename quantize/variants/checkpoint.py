@@ -11,15 +11,17 @@ from quantize.base import StoredTensor, kept_files, stored_tensors, weight_files
 from quantize.errors import SolveError
 from quantize.modules import ModuleTree, is_expert
 from quantize.schemes.module_config import dynamic_rules, weight_args_of
-from quantize.variants.weights import LazyTensor, Tensors, lazy_tensors, packed_module, read_tensors
+from quantize.variants.weights import LazyTensor, Tensors, packed_module, read_tensors
 
 _SHARD_BYTES = 4_000_000_000
 _UNNAMED = ".shard"
 
 
-def write_checkpoint(base: Path, solved: Path, scheme: Scheme, damp: float, into: Path, tree: ModuleTree) -> None:
-    """Write a variant of `base` from a directory of GPTQ tensors; nothing else of that directory is taken over."""
-    write_shards(_variant_tensors(base, lazy_tensors(solved), scheme, tree), into)
+def write_checkpoint(
+    base: Path, packed: Mapping[str, LazyTensor], scheme: Scheme, damp: float, into: Path, tree: ModuleTree
+) -> None:
+    """Write a variant of `base` from the GPTQ tensors of its quantized modules; all other tensors are the base's."""
+    write_shards(_variant_tensors(base, packed, scheme, tree), into)
     _write_configs(base, scheme, damp, into, tree)
     for file in kept_files(base):
         shutil.copyfile(file, into / file.name)
