@@ -12,34 +12,34 @@ from typing import TextIO
 from config.load import process_environment
 from config.manifest import Manifest
 from quantize.base import read_base
-from quantize.conduct import Conduct
-from quantize.pages.report import quality_line, summary
-from quantize.pipeline import build_variant, evaluate_directory, say_sources, with_own_answers
+from quantize.calibration.datasets import shipped_files
+from quantize.options import RunOptions
+from quantize.pipeline import build_variant, evaluate_directory, log_datasets, with_self_generated
+from quantize.planning.dry_run import as_json, as_text, dry_run_plan
 from quantize.planning.flags import evaluate_parser, quantize_parser
-from quantize.planning.outline import as_json, as_text, outline
-from quantize.planning.plan import check_numbers, drawn_text, plan_variant, present_engine, settled_scheme
+from quantize.planning.plan import calibration_split, check_numbers, plan_variant, present_engine, settled_scheme
 from quantize.planning.recipe_file import load_recipe, purpose_of, shipped_recipes
 from quantize.planning.recipe_schema import EvaluationTable, RecipeFile
 from quantize.planning.request import DEFAULT_TEXT, Request
 from quantize.planning.resolve import chosen_evaluation, resolve
-from quantize.running.progress import Stages
-from quantize.running.resume import whole_layers
-from quantize.running.terminal import DONE, GATE, guarded, tell
+from quantize.report.text_report import quality_line, summary
+from quantize.running.progress import ProgressReporter
+from quantize.running.resume import completed_layers
+from quantize.running.terminal import DONE, GATE, print_stderr, run_command
 from quantize.running.worker import child_environ
-from quantize.text.calibration import shipped_files
 from quantize.variants.store import reusable
 
 
 def main(argv: list[str]) -> int:
     """`quantgate quantize`: make a variant, or reuse the finished one."""
     options = quantize_parser().parse_args(argv)
-    return guarded("quantgate quantize", lambda: _quantize(options))
+    return run_command("quantgate quantize", lambda: _quantize(options))
 
 
 def evaluate_main(argv: list[str]) -> int:
     """`quantgate evaluate`: measure a variant against a base and print its quality."""
     options = evaluate_parser().parse_args(argv)
-    return guarded("quantgate evaluate", lambda: _evaluate(options))
+    return run_command("quantgate evaluate", lambda: _evaluate(options))
 
 
 def _quantize(options: argparse.Namespace) -> int:
@@ -60,38 +60,38 @@ def _show_plan(request: Request, options: argparse.Namespace) -> int:
     check_numbers(request)
     base = read_base(request.base, digested=False)
     scheme = settled_scheme(request, base)
-    sources, drawn = drawn_text(request)
-    plan = outline(request, base, scheme, drawn, cores=os.cpu_count() or 1, sources=sources)
+    datasets, split = calibration_split(request)
+    plan = dry_run_plan(request, base, scheme, split, cores=os.cpu_count() or 1, datasets=datasets)
     print(json.dumps(as_json(plan), indent=2) if options.json else as_text(plan))
     return DONE
 
 
 def _make(request: Request, options: argparse.Namespace) -> int:
     check_numbers(request)
-    with journal(request.log) as log:
-        manifest, out = _made(request, _conduct(request, log))
+    with run_log(request.log) as log:
+        manifest, out = _made(request, _run_options(request, log))
     print(manifest.to_json() if options.json else summary(manifest, out))
     return GATE if options.gate and manifest.quality.verdict == "fail" else DONE
 
 
-def _made(request: Request, conduct: Conduct) -> tuple[Manifest, Path]:
-    recipe, drawn = plan_variant(with_own_answers(request, conduct))
+def _made(request: Request, run_options: RunOptions) -> tuple[Manifest, Path]:
+    recipe, split = plan_variant(with_self_generated(request, run_options))
     out = Path(str(request.out).replace("{id}", recipe.variant_id))
     manifest = reusable(out, recipe.variant_id)
     if manifest:
-        tell(f"{out}: reused, it already holds {manifest.id}")
+        print_stderr(f"{out}: reused, it already holds {manifest.id}")
         return manifest, out
     if not request.data and not request.self_generate:
-        tell(f"no --data given: calibrating on the shipped {', '.join(path.name for path in shipped_files())}")
-    say_sources(recipe.sources, conduct.stages)
+        print_stderr(f"no --data given: calibrating on the shipped {', '.join(path.name for path in shipped_files())}")
+    log_datasets(recipe.datasets, run_options.progress)
     with continuable(out):
-        return build_variant(recipe, drawn, out, conduct), out
+        return build_variant(recipe, split, out, run_options), out
 
 
-def _conduct(request: Request, log: TextIO | None) -> Conduct:
-    return Conduct(
+def _run_options(request: Request, log: TextIO | None) -> RunOptions:
+    return RunOptions(
         environ=child_environ(process_environment()),
-        stages=Stages(sys.stderr, journal=log),
+        progress=ProgressReporter(sys.stderr, run_log=log),
         evaluation=request.evaluation,
         allow_fallback=request.allow_fallback,
         resume=request.resume,
@@ -102,7 +102,7 @@ def _conduct(request: Request, log: TextIO | None) -> Conduct:
 
 
 @contextmanager
-def journal(path: Path | None) -> Iterator[TextIO | None]:
+def run_log(path: Path | None) -> Iterator[TextIO | None]:
     """Open the run's log for more lines, if there is one."""
     if path is None:
         yield None
@@ -117,20 +117,20 @@ def continuable(out: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        layers = whole_layers(out)
+        layers = completed_layers(out)
         if layers:
-            tell(f"{out}: {layers} whole layers are kept; the same command with --resume goes on after them")
+            print_stderr(f"{out}: {layers} whole layers are kept; the same command with --resume goes on after them")
         raise
 
 
 def _evaluate(options: argparse.Namespace) -> int:
     evaluation = chosen_evaluation(options, EvaluationTable())
-    conduct = Conduct(child_environ(process_environment()), Stages(sys.stderr), evaluation)
+    run_options = RunOptions(child_environ(process_environment()), ProgressReporter(sys.stderr), evaluation)
     quality = evaluate_directory(
         options.variant,
         options.against,
         options.data or shipped_files(),
-        conduct,
+        run_options,
         max_tokens=options.max_tokens or DEFAULT_TEXT[present_engine()].max_tokens,
         every_row=options.every_row,
     )

@@ -53,7 +53,7 @@ def fake_quantize_tokens(activations: Any) -> Any:
     return (activations / scale).round().clamp(-_INT8_MAX - 1, _INT8_MAX) * scale
 
 
-def engine() -> str:
+def runtime_fingerprint() -> str:
     """Name what computes, as far as it shows in the last digits."""
     import torch  # noqa: PLC0415
     import transformers  # noqa: PLC0415

@@ -8,7 +8,7 @@ from config.load import process_environment
 from config.manifest import sha256_of
 from quantize.errors import QuantizeError, RecipeError, TargetError
 from quantize.running.interrupt import Terminated, terminable
-from quantize.running.progress import Stages
+from quantize.running.progress import ProgressReporter
 from quantize.running.worker import child_environ, run_worker
 from quantize.variants.store import require_space, staging, work_folder
 
@@ -17,13 +17,13 @@ _MAGIC = b"GGUF"
 _GROWTH = 4
 
 
-def unpack_gguf(file: Path, out: Path, *, environ: Mapping[str, str], stages: Stages) -> None:
+def unpack_gguf(file: Path, out: Path, *, environ: Mapping[str, str], progress: ProgressReporter) -> None:
     """Write the dense model that a GGUF file stands for; `out` appears whole or not at all."""
     _require_gguf(file)
     if out.exists() and any(out.iterdir()):
         raise TargetError(f"{out}: exists; choose another directory or remove it")
     require_space(out, file.stat().st_size * _GROWTH)
-    with staging(out) as staged, stages.stage(f"unpack {file.name}", "tensors") as advance:
+    with staging(out) as staged, progress.stage(f"unpack {file.name}", "tensors") as advance:
         job = {"file": str(file.resolve()), "sha256": sha256_of(file), "into": str(staged)}
         run_worker("quantize.gguf_weights", job, folder=work_folder(staged), environ=environ, on_progress=advance)
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     environ = child_environ(process_environment())
     try:
         with terminable():
-            unpack_gguf(Path(argv[0]), Path(argv[1]), environ=environ, stages=Stages(sys.stderr))
+            unpack_gguf(Path(argv[0]), Path(argv[1]), environ=environ, progress=ProgressReporter(sys.stderr))
     except QuantizeError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import RecipeError
-from quantize.running.worker import Report, run_child
+from quantize.running.worker import WorkerChannel, run_child
 from quantize.variants.checkpoint import write_json, write_shards
 
 # Keys that tell how transformers loaded the file, not what the model is.
@@ -16,13 +16,13 @@ _LOADING_KEYS = ("_name_or_path", "_model_name_or_path", "_from_model_config", "
 _DIGIT_SPLITTERS = frozenset({"smollm"})
 
 
-def unpack(job: dict[str, Any], report: Report) -> dict[str, Any]:
+def unpack(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     """Child's work: `{file, sha256, into}` -> weights, config, tokenizer, chat template, generation config."""
     import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
 
     file, into = Path(job["file"]), Path(job["into"])
-    report.progress(0, 1)
+    channel.progress(0, 1)
     named = {"gguf_file": file.name, "local_files_only": True}
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -39,7 +39,7 @@ def unpack(job: dict[str, Any], report: Report) -> dict[str, Any]:
     _write_configs(model, tokenizer, into)
     _write_tokenizer(tokenizer, file, model.config, into)
     write_json(into / "source.json", {"gguf": file.name, "sha256": job["sha256"]})
-    report.progress(len(tensors), len(tensors))
+    channel.progress(len(tensors), len(tensors))
     return {"tensors": len(tensors)}
 
 

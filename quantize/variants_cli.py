@@ -12,20 +12,20 @@ from config.errors import ConfigError, ManifestError
 from config.load import load_settings, process_environment
 from config.manifest import FILE_NAME, Manifest, Quality
 from quantize.base import read_base
-from quantize.conduct import Conduct
-from quantize.measuring.measurement import EVIDENCE_FILE
-from quantize.pages.html_report import write_report
-from quantize.pages.report import disposal_lines, listing, page, summary
+from quantize.calibration.datasets import shipped_files
+from quantize.evaluation.evaluate import EVIDENCE_FILE
+from quantize.options import RunOptions
 from quantize.pipeline import evaluate_directory
 from quantize.planning.flags import add_evaluation
 from quantize.planning.plan import present_engine
 from quantize.planning.recipe_schema import EvaluationTable
 from quantize.planning.request import DEFAULT_TEXT
 from quantize.planning.resolve import chosen_evaluation
-from quantize.running.progress import Stages
-from quantize.running.terminal import DONE, FAILED, OneLineParser, guarded, tell
+from quantize.report.html_report import write_report
+from quantize.report.text_report import disposal_lines, listing, page, summary
+from quantize.running.progress import ProgressReporter
+from quantize.running.terminal import DONE, FAILED, OneLineParser, print_stderr, run_command
 from quantize.running.worker import child_environ
-from quantize.text.calibration import shipped_files
 from quantize.variants.adoption import adopt, scheme_told
 from quantize.variants.artefact import read_artefact
 from quantize.variants.comparison import compare, comparison_json, comparison_text
@@ -43,7 +43,7 @@ def variants_main(argv: list[str]) -> int:
     if "config" in options and options.config is None and not getattr(options, "directories", True):
         parser.error("DIR is missing: a variant, a folder of variants, or --config FILE")
     verb: _Verb = options.verb
-    return guarded("quantgate variants", lambda: verb(options))
+    return run_command("quantgate variants", lambda: verb(options))
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -56,7 +56,7 @@ def _list(options: argparse.Namespace) -> int:
     if variants or not problems:
         print(_as_json(variants) if options.json else listing(variants))
     for problem in problems:
-        tell(problem)
+        print_stderr(problem)
     return FAILED if problems else DONE
 
 
@@ -90,7 +90,7 @@ def _lint(options: argparse.Namespace) -> int:
     artefact = read_artefact(directory)
     findings = lint(directory, base, scheme_told(artefact, base.shapes if base else {}))
     if options.json:
-        rows = [{"check": one.check, "where": one.where, "problem": one.problem} for one in findings]
+        rows = [{"check": finding.check, "where": finding.where, "problem": finding.problem} for finding in findings]
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     else:
         print("\n".join(map(str, findings)) or f"{directory}: no findings")
@@ -99,24 +99,26 @@ def _lint(options: argparse.Namespace) -> int:
 
 def _prune(options: argparse.Namespace) -> int:
     found = [
-        one
+        disposable
         for place in options.directories
-        for one in disposables(
+        for disposable in disposables(
             place, older_than_days=options.older_than, failed=options.failed, superseded=options.superseded
         )
     ]
     print("\n".join(disposal_lines(found)))
     if options.yes:
-        for one in remove(found):
-            tell(f"{one.path}: removed")
+        for disposable in remove(found):
+            print_stderr(f"{disposable.path}: removed")
     elif found:
-        tell("nothing was removed: pass --yes to remove what is listed")
+        print_stderr("nothing was removed: pass --yes to remove what is listed")
     return DONE
 
 
 def _adopt(options: argparse.Namespace) -> int:
-    conduct = Conduct(
-        child_environ(process_environment()), Stages(sys.stderr), chosen_evaluation(options, EvaluationTable())
+    run_options = RunOptions(
+        child_environ(process_environment()),
+        ProgressReporter(sys.stderr),
+        chosen_evaluation(options, EvaluationTable()),
     )
 
     def measure() -> Quality:
@@ -124,13 +126,13 @@ def _adopt(options: argparse.Namespace) -> int:
             options.directory,
             options.against,
             options.data or shipped_files(),
-            conduct,
+            run_options,
             max_tokens=options.max_tokens or DEFAULT_TEXT[present_engine()].max_tokens,
             every_row=options.every_row,
             evidence=options.directory / EVIDENCE_FILE,
         )
 
-    manifest = adopt(options.directory, read_base(options.against), measure, tell)
+    manifest = adopt(options.directory, read_base(options.against), measure, print_stderr)
     print(manifest.to_json() if options.json else summary(manifest, options.directory))
     return DONE
 
@@ -189,8 +191,8 @@ def _read_all(directories: Sequence[Path]) -> list[tuple[Path, Manifest]]:
 
 
 def _as_json(variants: Sequence[tuple[Path, Manifest]]) -> str:
-    told = [{"directory": str(path), **manifest.model_dump(mode="json")} for path, manifest in variants]
-    return json.dumps(told, indent=2, ensure_ascii=False)
+    payload = [{"directory": str(path), **manifest.model_dump(mode="json")} for path, manifest in variants]
+    return json.dumps(payload, indent=2, ensure_ascii=False)
 
 
 def _parser() -> argparse.ArgumentParser:

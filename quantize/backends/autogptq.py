@@ -10,8 +10,8 @@ from typing import Any
 from config.manifest import Scheme
 from quantize.backends.gptqmodel import visible_devices
 from quantize.backends.isolation import Pins, isolated_python
-from quantize.backends.losses import SolvedModule, beside_its_kind, by_damping, require_solved
-from quantize.backends.protocol import Errand, Solved
+from quantize.backends.losses import SolvedModule, by_damping, loss_ratio, require_solved
+from quantize.backends.protocol import QuantizeResult, SolveJob
 from quantize.base import weight_files
 from quantize.errors import RecipeError
 from quantize.planning.recipe import Recipe
@@ -27,7 +27,7 @@ _INDEX = "model.safetensors.index.json"
 
 
 @dataclass(slots=True)
-class Telling:
+class SolvedModuleCollector:
     """Turns the child's events into solved modules, and passes them on with each loss beside those of its kind."""
 
     scheme: Scheme
@@ -37,33 +37,33 @@ class Telling:
     def __call__(self, event: dict[str, Any]) -> None:
         """Take one event: `module`, `layer`, `loss` and `damp`."""
         self.solved.append(SolvedModule(**event, bits=self.scheme.bits, group_size=self.scheme.group_size))
-        self.on_event({**event, "beside_its_kind": beside_its_kind(self.solved)})
+        self.on_event({**event, "loss_ratio": loss_ratio(self.solved)})
 
 
 def solve(
     recipe: Recipe,
     samples: list[dict[str, Any]],
-    errand: Errand,
+    solve_job: SolveJob,
     *,
     on_progress: Callable[[int, int], None],
     on_event: Callable[[dict[str, Any]], None],
-) -> Solved:
+) -> QuantizeResult:
     """Quantize a recipe's base on token samples with AutoGPTQ; the first time its environment is made before."""
     require_solvable(recipe.scheme, recipe.settings)
-    python = isolated_python(PINS, errand.environ, errand.work / "environment.log")
-    base = write_older_base(recipe.base.directory, errand.work / "base")
-    telling = Telling(recipe.scheme, on_event)
-    told = run_worker(
+    python = isolated_python(PINS, solve_job.environ, solve_job.work / "environment.log")
+    base = write_older_base(recipe.base.directory, solve_job.work / "base")
+    collector = SolvedModuleCollector(recipe.scheme, on_event)
+    result = run_worker(
         _CHILD,
-        _job(recipe, samples, errand, base, python),
-        folder=errand.work,
-        environ=visible_devices(errand.environ, recipe.devices.gpus),
+        _job(recipe, samples, solve_job, base, python),
+        folder=solve_job.work,
+        environ=visible_devices(solve_job.environ, recipe.devices.gpus),
         on_progress=on_progress,
-        on_event=telling,
+        on_event=collector,
     )
-    require_solved(telling.solved, errand.allow_fallback)
-    written = _write(recipe, errand)
-    return Solved(told["seconds"] + written, tuple(telling.solved), by_damping(telling.solved))
+    require_solved(collector.solved, solve_job.allow_fallback)
+    written = _write(recipe, solve_job)
+    return QuantizeResult(result["seconds"] + written, tuple(collector.solved), by_damping(collector.solved))
 
 
 def require_solvable(scheme: Scheme, settings: SolverSettings) -> None:
@@ -84,15 +84,15 @@ def older_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
     A base that transformers 5 saved has `dtype` and `rope_parameters`; code of its own is left out, never run.
     """
-    told = {key: value for key, value in config.items() if key not in ("dtype", "rope_parameters", "auto_map")}
+    older = {key: value for key, value in config.items() if key not in ("dtype", "rope_parameters", "auto_map")}
     if "dtype" in config:
-        told["torch_dtype"] = config["dtype"]
+        older["torch_dtype"] = config["dtype"]
     rope = config.get("rope_parameters")
     if rope:
         scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        told["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
-        told["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
-    return told
+        older["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
+        older["rope_scaling"] = None if scaling.get("rope_type", "default") == "default" else scaling
+    return older
 
 
 def write_older_base(base: Path, into: Path) -> Path:
@@ -105,7 +105,9 @@ def write_older_base(base: Path, into: Path) -> Path:
     return into
 
 
-def _job(recipe: Recipe, samples: list[dict[str, Any]], errand: Errand, base: Path, python: Path) -> dict[str, Any]:
+def _job(
+    recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob, base: Path, python: Path
+) -> dict[str, Any]:
     return {
         "python": str(python),
         "base": str(base.resolve()),
@@ -117,18 +119,18 @@ def _job(recipe: Recipe, samples: list[dict[str, Any]], errand: Errand, base: Pa
         "memory_bytes": recipe.devices.memory_bytes,
         "samples": [sample["ids"] for sample in samples],
         "where": [sample["where"] for sample in samples],
-        "raw": str((errand.work / "raw").resolve()),
+        "raw": str((solve_job.work / "raw").resolve()),
     }
 
 
-def _write(recipe: Recipe, errand: Errand) -> float:
+def _write(recipe: Recipe, solve_job: SolveJob) -> float:
     job = {
         "base": str(recipe.base.directory.resolve()),
-        "raw": str((errand.work / "raw").resolve()),
+        "raw": str((solve_job.work / "raw").resolve()),
         "scheme": recipe.scheme.model_dump(mode="json"),
         "damp": recipe.settings.damp[0],
-        "into": str(errand.into.resolve()),
+        "into": str(solve_job.into.resolve()),
     }
-    told = run_worker(_WRITER, job, folder=errand.work, environ=errand.environ, on_progress=lambda *_: None)
-    shutil.rmtree(errand.work / "raw")
-    return float(told["seconds"])
+    result = run_worker(_WRITER, job, folder=solve_job.work, environ=solve_job.environ, on_progress=lambda *_: None)
+    shutil.rmtree(solve_job.work / "raw")
+    return float(result["seconds"])

@@ -92,7 +92,7 @@ def quantize(run: RunRecord) -> float:
     solver = logging.getLogger("auto_gptq.quantization.gptq")
     solver.setLevel(logging.INFO)
     solver.addHandler(run.losses)
-    _base.GPTQ = watched(_base.GPTQ, run, layers)
+    _base.GPTQ = recording(_base.GPTQ, run, layers)
     # The watched solver has packed already. The library's own loop over every input takes as long as a sixth of the
     # solving, and in bf16 it divides by rounded scales, which gives other integers at 8 bits.
     _base.pack_model = lambda **_: None
@@ -145,7 +145,7 @@ def max_memory(job: Job) -> Any:
     return {**shares, "cpu": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
 
 
-def watched(solver: Any, run: RunRecord, layers: int) -> Any:
+def recording(solver: Any, run: RunRecord, layers: int) -> Any:
     """Derive from AutoGPTQ's solver one that names what is wrong, climbs the damping ladder, and packs."""
     import torch  # noqa: PLC0415
 

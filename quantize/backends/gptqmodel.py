@@ -5,10 +5,10 @@ from typing import Any
 
 from config.manifest import Scheme
 from quantize.backends.losses import SolvedModule, by_damping, fallbacks, require_solved
-from quantize.backends.protocol import Errand, Solved
+from quantize.backends.protocol import QuantizeResult, SolveJob
 from quantize.planning.recipe import Recipe
 from quantize.running.worker import run_worker
-from quantize.schemes.overrides import dynamic_rules
+from quantize.schemes.module_config import dynamic_rules
 from quantize.schemes.settings import SolverSettings
 
 _MODULE = "quantize.backends.gptqmodel_child"
@@ -17,23 +17,23 @@ _MODULE = "quantize.backends.gptqmodel_child"
 def solve(
     recipe: Recipe,
     samples: list[dict[str, Any]],
-    errand: Errand,
+    solve_job: SolveJob,
     *,
     on_progress: Callable[[int, int], None],
     on_event: Callable[[dict[str, Any]], None],
-) -> Solved:
+) -> QuantizeResult:
     """Quantize a recipe's base on token samples, in a child process."""
-    told = run_worker(
+    result = run_worker(
         _MODULE,
-        _job(recipe, samples, errand),
-        folder=errand.work,
-        environ=visible_devices(errand.environ, recipe.devices.gpus),
+        _job(recipe, samples, solve_job),
+        folder=solve_job.work,
+        environ=visible_devices(solve_job.environ, recipe.devices.gpus),
         on_progress=on_progress,
         on_event=on_event,
     )
-    modules = [SolvedModule(**row) for row in told["modules"]]
-    require_solved(modules, errand.allow_fallback)
-    return Solved(told["seconds"], tuple(modules), by_damping(modules), fallbacks(modules))
+    modules = [SolvedModule(**row) for row in result["modules"]]
+    require_solved(modules, solve_job.allow_fallback)
+    return QuantizeResult(result["seconds"], tuple(modules), by_damping(modules), fallbacks(modules))
 
 
 def settings(scheme: Scheme, chosen: SolverSettings, layers: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def visible_devices(environ: Mapping[str, str], gpus: tuple[int, ...]) -> dict[s
     return {**environ, **chosen}
 
 
-def _job(recipe: Recipe, samples: list[dict[str, Any]], errand: Errand) -> dict[str, Any]:
+def _job(recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob) -> dict[str, Any]:
     return {
         "base": str(recipe.base.directory.resolve()),
         "base_bytes": recipe.base.bytes,
@@ -71,8 +71,8 @@ def _job(recipe: Recipe, samples: list[dict[str, Any]], errand: Errand) -> dict[
         "memory_bytes": recipe.devices.memory_bytes,
         "samples": [sample["ids"] for sample in samples],
         "where": [sample["where"] for sample in samples],
-        "into": str(errand.into),
-        "raw": str(errand.work / "raw"),
-        "solutions": str(errand.solutions),
-        "allow_fallback": errand.allow_fallback,
+        "into": str(solve_job.into),
+        "raw": str(solve_job.work / "raw"),
+        "solutions": str(solve_job.checkpoint),
+        "allow_fallback": solve_job.allow_fallback,
     }

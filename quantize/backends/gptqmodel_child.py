@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import Scheme
-from quantize.backends.aligned import aligned
+from quantize.backends.gptaq import residual_corrected
+from quantize.backends.layer_checkpoint import LayerCheckpoint
 from quantize.backends.losses import require_solved
-from quantize.backends.solutions import Solutions
-from quantize.backends.watched import SolverRecord, watched
+from quantize.backends.recording_solver import SolverRecord, recording
 from quantize.running.memory import available_bytes
-from quantize.running.worker import Report, run_child
+from quantize.running.worker import WorkerChannel, run_child
 from quantize.variants.checkpoint import write_checkpoint
 
 # A model that is solved on the CPU is there twice for a while: as it was, and packed.
@@ -29,17 +29,17 @@ class Layers:
     def layer_complete(self, *, layer_idx: int, submodule_finalized: bool) -> None:
         """Keep a solved layer; count a packed one."""
         if submodule_finalized:
-            self._record.report.progress(layer_idx + 1, self._total)
+            self._record.channel.progress(layer_idx + 1, self._total)
         else:
             self._record.complete(layer_idx)
 
 
-def quantize(job: dict[str, Any], report: Report) -> dict[str, Any]:
+def quantize(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     """Child's work: solve layer by layer, then write the variant's files."""
     started = time.monotonic()
     device, dtype = choose_device(job["memory_bytes"])
-    solutions = Solutions(Path(job["solutions"]), dtype)
-    record = SolverRecord(solutions, report, job["where"], job["damping"], solutions.whole_layers())
+    checkpoint = LayerCheckpoint(Path(job["solutions"]), dtype)
+    record = SolverRecord(checkpoint, channel, job["where"], job["damping"], checkpoint.completed_layers())
     model = load(job, device, dtype)
     model.layer_callback = Layers(record, model.model.config.num_hidden_layers)
     watch(record, share=job["gptaq"], weighted_scales=job["weighted_scales"])
@@ -88,8 +88,8 @@ def watch(record: SolverRecord, *, share: float, weighted_scales: bool) -> None:
     from gptqmodel.looper import gptq_processor as library  # noqa: PLC0415
 
     plain, gatherer = library.GPTQ, library.GPTAQ
-    library.GPTQ = watched(plain, record, weighted_scales=weighted_scales)
-    library.GPTAQ = watched(aligned(plain, gatherer, share), record, weighted_scales=weighted_scales)
+    library.GPTQ = recording(plain, record, weighted_scales=weighted_scales)
+    library.GPTAQ = recording(residual_corrected(plain, gatherer, share), record, weighted_scales=weighted_scales)
 
 
 if __name__ == "__main__":

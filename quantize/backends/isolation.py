@@ -96,9 +96,9 @@ def _run(command: list[str], environ: Mapping[str, str], log_file: Path, program
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=kept, check=False
         ).returncode
     if code:
-        told = [line.strip() for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
+        output = [line.strip() for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
         raise WorkerError(
-            f"{program}: its environment can't be made: {told[-1][:_SHOWN_CHARACTERS] if told else command[0]}; "
+            f"{program}: its environment can't be made: {output[-1][:_SHOWN_CHARACTERS] if output else command[0]}; "
             "it needs a package index or --backend gptqmodel",
         )
 

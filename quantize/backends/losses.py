@@ -62,7 +62,7 @@ def by_damping(modules: Iterable[SolvedModule]) -> dict[str, int]:
     return dict(Counter(f"{solved.damp:g}" for solved in modules if solved.loss is not None))
 
 
-def beside_its_kind(modules: Sequence[SolvedModule]) -> float | None:
+def loss_ratio(modules: Sequence[SolvedModule]) -> float | None:
     """Divide the last module's loss by the median of its kind so far; None where there is nothing to compare."""
     if not modules or modules[-1].loss is None:
         return None

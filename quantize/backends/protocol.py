@@ -10,7 +10,7 @@ from quantize.planning.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class SolveJob:
     """Where a solver works: `into` becomes the variant, `work` is thrown away, `solutions` outlives a stopped run.
 
     `allow_fallback` modules may be rounded to nearest where GPTQ finds nothing.
@@ -18,13 +18,13 @@ class Errand:
 
     into: Path
     work: Path
-    solutions: Path
+    checkpoint: Path
     environ: Mapping[str, str]
     allow_fallback: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class Solved:
+class QuantizeResult:
     """How solving went: seconds, every module, how many needed which damping, and which were only rounded."""
 
     seconds: float
@@ -44,8 +44,8 @@ class Solver(Protocol):
         self,
         recipe: Recipe,
         samples: list[dict[str, Any]],
-        errand: Errand,
+        solve_job: SolveJob,
         *,
         on_progress: Callable[[int, int], None],
         on_event: Callable[[dict[str, Any]], None],
-    ) -> Solved: ...
+    ) -> QuantizeResult: ...

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import Scheme
-from quantize.running.worker import Report, run_child
+from quantize.running.worker import WorkerChannel, run_child
 from quantize.variants.checkpoint import write_checkpoint
 
 
-def write(job: dict[str, Any], _: Report) -> dict[str, Any]:
+def write(job: dict[str, Any], _: WorkerChannel) -> dict[str, Any]:
     """Child's work: `{base, raw, scheme, damp, into}` -> the variant's files, and how long they took."""
     started = time.monotonic()
     scheme = Scheme.model_validate(job["scheme"])

@@ -15,9 +15,9 @@ def override(text: str) -> OverrideTable:
     """Read `PATTERN=8`, `PATTERN=4:32` or `PATTERN=keep`."""
     modules, _, numbers = text.rpartition("=")
     bits, _, group_size = numbers.partition(":")
-    told = {"keep": True} if numbers == "keep" else {"bits": bits, "group_size": group_size or None}
+    values = {"keep": True} if numbers == "keep" else {"bits": bits, "group_size": group_size or None}
     try:
-        one = OverrideTable.model_validate({"modules": modules, **told})
+        one = OverrideTable.model_validate({"modules": modules, **values})
     except ValidationError:
         one = None
     if one is None or one.bits not in (None, 4, 8):
@@ -47,11 +47,11 @@ def gpus(text: str) -> tuple[int, ...]:
 def size(text: str) -> int:
     """Read `19GB`, `70MiB` or a number of bytes."""
     try:
-        told = parse_size_bytes(text)
+        size_bytes = parse_size_bytes(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    assert isinstance(told, int)
-    return told
+    assert isinstance(size_bytes, int)
+    return size_bytes
 
 
 def share(text: str) -> float:

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from quantize.measuring.measurement import DEFAULT_PLAN
+from quantize.calibration.datasets import MAX_BAD
+from quantize.evaluation.evaluate import DEFAULT_PLAN
 from quantize.planning.flag_values import (
     address,
     count,
@@ -20,7 +21,6 @@ from quantize.planning.request import DEFAULT_TEXT
 from quantize.running.terminal import OneLineParser
 from quantize.schemes.scheme import PRESETS
 from quantize.schemes.settings import DAMPING_LADDER, SETTINGS
-from quantize.text.calibration import MAX_BAD
 
 _QUANTIZE = "Make an int4 or int8 variant of a model and measure how far it is from its parent."
 _QUANTIZE_EXAMPLES = """\

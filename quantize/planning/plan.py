@@ -7,22 +7,29 @@ from pathlib import Path
 
 from config.manifest import Engine, Override, Scheme
 from quantize.base import BaseModel, read_base
+from quantize.calibration.datasets import (
+    FEWEST_SAMPLES,
+    CalibrationSplit,
+    Dataset,
+    read_datasets,
+    shipped_files,
+    split_records,
+)
 from quantize.errors import RecipeError
 from quantize.planning.recipe import Budget, Recipe, chosen_backend
 from quantize.planning.request import Request
 from quantize.schemes.engines import choices, refusals, require_engine
 from quantize.schemes.fit import fitted, heads_of, matching, misfit, tensor_parallel_degrees, uneven_share
 from quantize.schemes.forecast import predicted_bytes
-from quantize.schemes.overrides import Numbers
+from quantize.schemes.module_config import WeightArgs
 from quantize.schemes.scheme import PRESETS, require_loadable
-from quantize.text.calibration import FEWEST_SAMPLES, Draw, Source, draw, read_sources, shipped_files
 
 _FEWEST_TOKENS = 32
 _FOUR_BITS = [scheme for scheme in PRESETS.values() if scheme.bits == 4]  # widest groups, and so smallest, first
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def plan_variant(request: Request) -> tuple[Recipe, Draw]:
+def plan_variant(request: Request) -> tuple[Recipe, CalibrationSplit]:
     """Check a request and write down its recipe, with the chats it draws; UsageError says what doesn't fit.
 
     What the base answered itself is a text file like any other: name it in `request.data` before.
@@ -30,11 +37,11 @@ def plan_variant(request: Request) -> tuple[Recipe, Draw]:
     check_numbers(request)
     base = read_base(request.base)
     scheme = settled_scheme(request, base)
-    sources, drawn = drawn_text(request)
+    datasets, split = calibration_split(request)
     recipe = Recipe(
         base=base,
         scheme=scheme,
-        sources=sources,
+        datasets=datasets,
         samples=request.samples,
         max_tokens=request.max_tokens,
         seed=request.seed,
@@ -42,9 +49,9 @@ def plan_variant(request: Request) -> tuple[Recipe, Draw]:
         backend=chosen_backend(request.backend),
         devices=request.devices,
         budget=request.scheme if isinstance(request.scheme, Budget) else None,
-        split_by_prompt=drawn.moved_rows > 0,
+        split_by_prompt=split.moved_rows > 0,
     )
-    return recipe, drawn
+    return recipe, split
 
 
 def present_engine() -> Engine:
@@ -78,17 +85,17 @@ def settled_scheme(request: Request, base: BaseModel) -> Scheme:
     return scheme
 
 
-def drawn_text(request: Request) -> tuple[tuple[Source, ...], Draw]:
+def calibration_split(request: Request) -> tuple[tuple[Dataset, ...], CalibrationSplit]:
     """Read the calibration text and draw the samples from it; CalibrationError lists what is wrong with it."""
     paths = [file.path for file in request.data]
     weights = [file.weight for file in request.data]
-    sources, rows = read_sources(paths or shipped_files(), weights, request.max_bad)
-    drawn = draw(rows, samples=request.samples, seed=request.seed, sources=sources)
-    return sources, replace(drawn, max_bad=request.max_bad)
+    datasets, rows = read_datasets(paths or shipped_files(), weights, request.max_bad)
+    split = split_records(rows, samples=request.samples, seed=request.seed, datasets=datasets)
+    return datasets, replace(split, max_bad=request.max_bad)
 
 
 def _smallest(base: BaseModel, budget: Budget, engine: Engine) -> Scheme:
-    fitting = [one for one in _FOUR_BITS if misfit(one, base.shapes, base.sizes) is None]
+    fitting = [four_bit for four_bit in _FOUR_BITS if misfit(four_bit, base.shapes, base.sizes) is None]
     if not fitting:
         raise RecipeError(f"{base.directory}: no scheme fits: {misfit(_FOUR_BITS[-1], base.shapes, base.sizes)}")
     plain = fitting[0].model_copy(update={"overrides": budget.overrides})
@@ -97,18 +104,18 @@ def _smallest(base: BaseModel, budget: Budget, engine: Engine) -> Scheme:
     return plain.model_copy(update={"overrides": (*budget.overrides, *wider)})
 
 
-def _wider(least: Mapping[str, Numbers], plain: Scheme) -> Iterable[Override]:
+def _wider(least: Mapping[str, WeightArgs], plain: Scheme) -> Iterable[Override]:
     """Exceptions for modules that allow wider groups than the rest, by kind where a whole kind does."""
-    kinds: dict[str, set[Numbers]] = {}
-    for module, numbers in least.items():
-        kinds.setdefault(module.rpartition(".")[2], set()).add(numbers)
-    told: dict[str, Override] = {}
-    for module, numbers in least.items():
+    kinds: dict[str, set[WeightArgs]] = {}
+    for module, weight_args in least.items():
+        kinds.setdefault(module.rpartition(".")[2], set()).add(weight_args)
+    result: dict[str, Override] = {}
+    for module, weight_args in least.items():
         kind = module.rpartition(".")[2]
         pattern = f"*.{kind}" if len(kinds[kind]) == 1 else module
-        if numbers != Numbers(plain.bits, plain.group_size):
-            told[pattern] = Override(modules=pattern, bits=4, group_size=numbers.group_size)
-    return told.values()
+        if weight_args != WeightArgs(plain.bits, plain.group_size):
+            result[pattern] = Override(modules=pattern, bits=4, group_size=weight_args.group_size)
+    return result.values()
 
 
 def _require_within(scheme: Scheme, base: BaseModel, budget: Budget) -> None:

@@ -7,10 +7,10 @@ from importlib import metadata
 
 from config.manifest import Override, Scheme
 from quantize.base import BaseModel, slug
+from quantize.calibration.datasets import Dataset
+from quantize.calibration.formats import NATIVE
 from quantize.errors import RecipeError
 from quantize.schemes.settings import SolverSettings
-from quantize.text.calibration import Source
-from quantize.text.formats import NATIVE
 
 # Raise this when the same recipe would give other bytes because this package has changed.
 _REVISION = 3
@@ -58,7 +58,7 @@ class Recipe:
 
     base: BaseModel
     scheme: Scheme
-    sources: tuple[Source, ...]
+    datasets: tuple[Dataset, ...]
     samples: int
     max_tokens: int
     seed: int
@@ -70,11 +70,11 @@ class Recipe:
 
     def digest(self) -> str:
         """Digest contents, never paths, so that every machine gives a recipe the same name."""
-        told = {
+        payload = {
             "revision": _REVISION,
             "base": self.base.digest,
             "scheme": self.scheme.model_dump(mode="json") if self.budget is None else _told(self.budget),
-            "calibration": sorted((source.sha256, source.weight) for source in self.sources),
+            "calibration": sorted((dataset.sha256, dataset.weight) for dataset in self.datasets),
             "samples": self.samples,
             "max_tokens": self.max_tokens,
             "seed": self.seed,
@@ -82,11 +82,11 @@ class Recipe:
             "backend": [self.backend.name, self.backend.version],
             **self._reading(),
         }
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
     def _reading(self) -> dict[str, object]:
         """Return how the text is read, where revision 3 began otherwise; all other recipes keep their names."""
-        formats = sorted({name for source in self.sources for name, _ in source.formats} - NATIVE)
+        formats = sorted({name for dataset in self.datasets for name, _ in dataset.formats} - NATIVE)
         return {
             **({"formats": formats} if formats else {}),
             **({"split": "prompt"} if self.split_by_prompt else {}),

@@ -10,7 +10,7 @@ from config.load import load_file
 from config.manifest import Scheme
 from config.rules import Location, Violation, closest
 from quantize.errors import RecipeError, RecipeFileError
-from quantize.measuring.judgement import Limits
+from quantize.evaluation.verdict import Limits
 from quantize.planning.recipe_schema import OverrideTable, RecipeFile, SchemeTable
 from quantize.schemes.scheme import GPTQ_BITS, PRESETS, faults, named, nearest_loadable
 
@@ -64,18 +64,18 @@ def limit_names() -> list[str]:
 
 def scheme_of(table: SchemeTable) -> Scheme:
     """Turn a table that passed its rules into a scheme, with its preset's numbers where it says none."""
-    told = table.model_dump(exclude_none=True, exclude={"preset"})
+    values = table.model_dump(exclude_none=True, exclude={"preset"})
     if table.preset is not None:
-        return named(PRESETS[table.preset].model_copy(update=told))
-    integers = told.get("activation_bits") == 8
+        return named(PRESETS[table.preset].model_copy(update=values))
+    integers = values.get("activation_bits") == 8
     defaults = {
         "name": "",
         "sym": True,
         "desc_act": False,
-        "activation_bits": 8 if told.get("format") == "compressed-tensors" else 16,
+        "activation_bits": 8 if values.get("format") == "compressed-tensors" else 16,
         "format": "compressed-tensors" if integers else "gptq",
     }
-    return named(Scheme.model_validate({**defaults, **told}))
+    return named(Scheme.model_validate({**defaults, **values}))
 
 
 def violations(recipe: RecipeFile) -> list[Violation]:

@@ -151,7 +151,9 @@ class RecipeFile(Part):
 
     def rooted(self, folder: Path) -> "RecipeFile":
         """Count relative paths from `folder`."""
-        data = tuple(one.model_copy(update={"path": _under(folder, one.path)}) for one in self.calibration.data)
+        data = tuple(
+            dataset.model_copy(update={"path": _under(folder, dataset.path)}) for dataset in self.calibration.data
+        )
         return self.model_copy(
             update={
                 "base": _under(folder, self.base),

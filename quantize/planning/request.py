@@ -6,10 +6,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from config.manifest import Engine, Scheme
-from quantize.measuring.measurement import DEFAULT_PLAN, EvaluationPlan
+from quantize.calibration.datasets import MAX_BAD
+from quantize.evaluation.evaluate import DEFAULT_PLAN, EvaluationPlan
 from quantize.planning.recipe import Budget, Devices
 from quantize.schemes.settings import SETTINGS, SolverSettings
-from quantize.text.calibration import MAX_BAD
 
 
 @dataclass(frozen=True, slots=True)

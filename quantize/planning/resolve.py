@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from config.manifest import Engine, Override, Scheme
+from quantize.calibration.datasets import MAX_BAD
 from quantize.errors import RecipeError
-from quantize.measuring.measurement import DEFAULT_PLAN, EvaluationPlan
+from quantize.evaluation.evaluate import DEFAULT_PLAN, EvaluationPlan
 from quantize.planning.recipe import Budget, Devices
 from quantize.planning.recipe_file import AUTO, scheme_of
 from quantize.planning.recipe_schema import EvaluationTable, OverrideTable, RecipeFile, SchemeTable, SolverTable
 from quantize.planning.request import DEFAULT_TEXT, Request, TextFile
 from quantize.schemes.scheme import named, preset
 from quantize.schemes.settings import SETTINGS, SolverSettings
-from quantize.text.calibration import MAX_BAD
 
 _Value = TypeVar("_Value")
 # Beside these a recipe's solver table states what a SolverSettings has no word for.

@@ -47,8 +47,8 @@ def require_memory(needed: int, available: int, *, what: str) -> None:
 
 def available_bytes(root: Path = Path("/")) -> int:
     """Read how much memory a new process may take: the machine's, or what the container is allowed if that is less."""
-    told = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines() if ":" in line)
-    machine = int(told["MemAvailable"].split()[0]) * 1024
+    meminfo = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines() if ":" in line)
+    machine = int(meminfo["MemAvailable"].split()[0]) * 1024
     return min([machine, *_container_bytes(root / "sys/fs/cgroup")])
 
 

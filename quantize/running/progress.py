@@ -17,13 +17,13 @@ _LINE_SECONDS = 10.0
 
 
 @dataclass(slots=True)
-class Stages:
+class ProgressReporter:
     """Tells one reader how a run goes; `journal` gets every line, `seconds` keeps what each finished stage took."""
 
     stream: TextIO
     label: str = ""
     clock: Clock = time.monotonic
-    journal: TextIO | None = None
+    run_log: TextIO | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -35,33 +35,33 @@ class Stages:
         with show as advance:
             yield advance
         self.seconds[name] = self.clock() - started
-        self.say(f"{title}: done in {self.seconds[name]:.1f} s")
+        self.log(f"{title}: done in {self.seconds[name]:.1f} s")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print one line."""
         print(text, file=self.stream, flush=True)
-        self.note(text)
+        self.log_detail(text)
 
-    def note(self, text: str) -> None:
+    def log_detail(self, text: str) -> None:
         """Write one line into the journal only, with the time."""
-        if self.journal is not None:
-            print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}", file=self.journal, flush=True)
+        if self.run_log is not None:
+            print(f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {text}", file=self.run_log, flush=True)
 
     @contextmanager
     def _lines(self, title: str, unit: str) -> Iterator[Advance]:
-        self.say(f"{title} ...")
-        told = self.clock()
+        self.log(f"{title} ...")
+        logged_at = self.clock()
         first: tuple[float, int] | None = None  # start-up before it says nothing about the pace
 
         def advance(done: int, total: int) -> None:
-            nonlocal told, first
+            nonlocal logged_at, first
             now = self.clock()
             if first is None:
                 first = (now, done)
-            if now - told >= _LINE_SECONDS and first[1] < done < total:
-                told = now
+            if now - logged_at >= _LINE_SECONDS and first[1] < done < total:
+                logged_at = now
                 left = (now - first[0]) / (done - first[1]) * (total - done)
-                self.say(f"{title}: {done}/{total} {unit}, about {left:.0f} s left")
+                self.log(f"{title}: {done}/{total} {unit}, about {left:.0f} s left")
 
         yield advance
 

@@ -18,7 +18,7 @@ def solving_folder(out: Path) -> Path:
     return target.parent / f".{target.name}.solving"
 
 
-def whole_layers(out: Path) -> int:
+def completed_layers(out: Path) -> int:
     """Count the layers that a stopped run left for `--resume`."""
     return len(list(solving_folder(out).glob("layer-*.json")))
 
@@ -37,7 +37,7 @@ def solving(out: Path, identity: str, *, resume: bool) -> Iterator[Path]:
         try:
             yield folder
         except BaseException:
-            if whole_layers(out) == 0:
+            if completed_layers(out) == 0:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         shutil.rmtree(folder)

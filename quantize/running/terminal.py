@@ -21,32 +21,32 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def guarded(program: str, run: Callable[[], int]) -> int:
+def run_command(program: str, run: Callable[[], int]) -> int:
     """Run a verb and return its exit code; an expected error becomes a line on stderr."""
     try:
         with terminable():
             return run()
     except (CalibrationError, RecipeFileError) as error:
-        tell("\n".join(f"{program}: {problem}" for problem in error.problems))
+        print_stderr("\n".join(f"{program}: {problem}" for problem in error.problems))
         return error.exit_code
     except QuantizeError as error:
-        tell(f"{program}: {error}")
+        print_stderr(f"{program}: {error}")
         return error.exit_code
     except (CapacityError, ManifestError, OSError) as error:
-        tell(f"{program}: {error}")
+        print_stderr(f"{program}: {error}")
         return FAILED
     except ConfigError as error:
-        tell(f"{program}: {error}")
+        print_stderr(f"{program}: {error}")
         return USAGE
     except KeyboardInterrupt:
-        tell(f"{program}: interrupted")
+        print_stderr(f"{program}: interrupted")
         return _INTERRUPTED
     except Terminated:
-        tell(f"{program}: terminated")
+        print_stderr(f"{program}: terminated")
         return _TERMINATED
 
 
-def tell(line: str) -> None:
+def print_stderr(line: str) -> None:
     """Say something that is not data: on stderr, at once."""
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()

@@ -37,11 +37,11 @@ _ROOT = Path(__file__).resolve().parents[2]
 _KINDS = (RecipeError, CalibrationError, SolveError, VariantError, SpaceError)
 _MEMORY_SIGNAL = -signal.SIGKILL
 
-Work = Callable[[dict[str, Any], "Report"], dict[str, Any]]
+Work = Callable[[dict[str, Any], "WorkerChannel"], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class WorkerChannel:
     """The child's end of the pipe."""
 
     stream: TextIOWrapper
@@ -74,16 +74,16 @@ def run_child(work: Work) -> int:
     _die_with(parent)
     os.set_inheritable(descriptor, False)
     with os.fdopen(descriptor, "w") as stream:
-        report = Report(stream)
+        channel = WorkerChannel(stream)
         try:
-            report.result(work(json.loads(Path(job_file).read_bytes()), report))
+            channel.result(work(json.loads(Path(job_file).read_bytes()), channel))
         except _KINDS as error:
-            report.error(error)
+            channel.error(error)
             return error.exit_code
         except Exception as error:
             if not is_disk_full(error):
                 raise
-            report.error(SpaceError(f"no space left on the disk of {_visible(Path(job_file).parent)}; free some"))
+            channel.error(SpaceError(f"no space left on the disk of {_visible(Path(job_file).parent)}; free some"))
             return SpaceError.exit_code
     return 0
 
@@ -194,12 +194,12 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _as_error(told: dict[str, Any] | None, name: str, code: int, log_file: Path) -> QuantizeError:
-    if told:
-        if told["kind"] == CalibrationError.__name__:
-            return CalibrationError(told["problems"])
-        kind = next(kind for kind in _KINDS if kind.__name__ == told["kind"])
-        return kind(told["problems"][0])
+def _as_error(payload: dict[str, Any] | None, name: str, code: int, log_file: Path) -> QuantizeError:
+    if payload:
+        if payload["kind"] == CalibrationError.__name__:
+            return CalibrationError(payload["problems"])
+        kind = next(kind for kind in _KINDS if kind.__name__ == payload["kind"])
+        return kind(payload["problems"][0])
     if code == _MEMORY_SIGNAL:
         return WorkerError(
             f"{name} was killed (signal 9), most likely for want of memory; free some or use a larger machine"
@@ -209,5 +209,5 @@ def _as_error(told: dict[str, Any] | None, name: str, code: int, log_file: Path)
 
 def _last_line(log_file: Path) -> str:
     lines = log_file.read_text(errors="replace").replace("\r", "\n").split("\n")
-    told = [line.strip() for line in lines if line.strip()]
-    return told[-1][:300] if told else "it printed nothing"
+    texts = [line.strip() for line in lines if line.strip()]
+    return texts[-1][:300] if texts else "it printed nothing"

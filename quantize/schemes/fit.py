@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from config.manifest import Override, Scheme
 from quantize.base import BaseModel
 from quantize.errors import RecipeError
-from quantize.schemes.overrides import FUSED, Numbers, numbers_of
+from quantize.schemes.module_config import FUSED, WeightArgs, weight_args_of
 from quantize.schemes.scheme import PRESETS, named
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -48,13 +48,13 @@ def misfit(scheme: Scheme, shapes: Shapes, sizes: Mapping[str, int]) -> str | No
     """
     words = {size: word for word, size in sizes.items()}
     for name, (rows, columns) in shapes.items():
-        numbers = numbers_of(name, scheme)
-        if numbers is None:
+        weight_args = weight_args_of(name, scheme)
+        if weight_args is None:
             continue
-        step = numbers.group_size if numbers.group_size > 0 else KERNEL_TILE
+        step = weight_args.group_size if weight_args.group_size > 0 else KERNEL_TILE
         if columns % step:
             subject = words.get(columns, f"the input of {name},")
-            return f"{subject} {columns} is not divisible by {step}; {_advice(numbers, shapes)}"
+            return f"{subject} {columns} is not divisible by {step}; {_advice(weight_args, shapes)}"
         if rows % KERNEL_TILE:
             return f"the output of {name}, {rows}, is not divisible by {KERNEL_TILE}; vLLM has no kernel for it"
     return unevenly_fused(scheme, shapes)
@@ -65,7 +65,7 @@ def unevenly_fused(scheme: Scheme, shapes: Shapes) -> str | None:
     first: dict[str, str] = {}
     for name in shapes:
         other = first.setdefault(fused_name(name), name)
-        ours, theirs = numbers_of(name, scheme), numbers_of(other, scheme)
+        ours, theirs = weight_args_of(name, scheme), weight_args_of(other, scheme)
         if ours != theirs:
             return (
                 f"vLLM loads {other} ({_told(theirs)}) and {name.rpartition('.')[2]} ({_told(ours)}) as one matrix; "
@@ -87,16 +87,18 @@ def fused_name(module: str) -> str:
 
 def matching(scheme: Scheme, module: str) -> Override | None:
     """Find the exception that counts for a module: the first whose pattern matches its full name."""
-    return next((one for one in scheme.overrides if fnmatchcase(module, one.modules)), None)
+    return next((override for override in scheme.overrides if fnmatchcase(module, override.modules)), None)
 
 
 def fitted(scheme: Scheme, base: BaseModel) -> Scheme:
     """Drop exceptions that change nothing and name the rest; RecipeError for one that matches no module."""
     used = {matching(scheme, module) for module in base.shapes}
-    for one in scheme.overrides:
-        if one not in used:
-            _require_harmless(one, base, scheme)
-    return named(scheme.model_copy(update={"overrides": tuple(one for one in scheme.overrides if one in used)}))
+    for override in scheme.overrides:
+        if override not in used:
+            _require_harmless(override, base, scheme)
+    return named(
+        scheme.model_copy(update={"overrides": tuple(override for override in scheme.overrides if override in used)})
+    )
 
 
 def tensor_parallel_degrees(shapes: Shapes, scheme: Scheme, heads: Heads | None = None) -> tuple[int, ...]:
@@ -114,30 +116,31 @@ def uneven_share(shapes: Shapes, scheme: Scheme, degree: int, heads: Heads | Non
     if heads.key_value % degree and degree % heads.key_value:
         return f"{heads.key_value} key-value heads can't be shared by {degree} GPUs"
     for name, shape in shapes.items():
-        reason = _uneven(name, shape, numbers_of(name, scheme), degree, heads)
+        reason = _uneven(name, shape, weight_args_of(name, scheme), degree, heads)
         if reason:
             return reason
     return None
 
 
-def _uneven(name: str, shape: tuple[int, int], numbers: Numbers | None, degree: int, heads: Heads) -> str | None:
+def _uneven(name: str, shape: tuple[int, int], weight_args: WeightArgs | None, degree: int, heads: Heads) -> str | None:
     rows, columns = shape
     last = name.rpartition(".")[2]
     if last in _ROW_PARALLEL:
-        if numbers and numbers.group_size > 0 and columns % (degree * numbers.group_size):
+        if weight_args and weight_args.group_size > 0 and columns % (degree * weight_args.group_size):
             return (
-                f"{name}: {columns} inputs are {columns / numbers.group_size:g} groups of {numbers.group_size}, "
+                f"{name}: {columns} inputs are {columns / weight_args.group_size:g} groups of "
+                f"{weight_args.group_size}, "
                 f"which {degree} GPUs can't share evenly"
             )
         return f"{name}: {columns} inputs can't be shared by {degree} GPUs" if columns % degree else None
     if last in ("k_proj", "v_proj") and 0 < heads.key_value < degree:
         return None  # each GPU has a copy
-    step = degree * (_SHARE_TILE if numbers else 1)
+    step = degree * (_SHARE_TILE if weight_args else 1)
     return f"{name}: {rows} outputs can't be shared by {degree} GPUs" if rows % step else None
 
 
-def _advice(numbers: Numbers, shapes: Shapes) -> str:
-    fitting = [other.name for other in PRESETS.values() if other.bits == numbers.bits and _fits(other, shapes)]
+def _advice(weight_args: WeightArgs, shapes: Shapes) -> str:
+    fitting = [other.name for other in PRESETS.values() if other.bits == weight_args.bits and _fits(other, shapes)]
     return f"use {fitting[0]}" if fitting else "no preset of these bits fits this model"
 
 
@@ -146,13 +149,15 @@ def _fits(scheme: Scheme, shapes: Shapes) -> bool:
     return all(columns % step == 0 for _, columns in shapes.values())
 
 
-def _told(numbers: Numbers | None) -> str:
-    return f"{numbers.bits} bits, group {numbers.group_size}" if numbers else "kept"
+def _told(weight_args: WeightArgs | None) -> str:
+    return f"{weight_args.bits} bits, group {weight_args.group_size}" if weight_args else "kept"
 
 
 def _require_harmless(override: Override, base: BaseModel, scheme: Scheme) -> None:
     if _matches(override, base.shapes):
-        earlier = next(one.modules for one in scheme.overrides if _matches(one, base.shapes) and one != override)
+        earlier = next(
+            other.modules for other in scheme.overrides if _matches(other, base.shapes) and other != override
+        )
         raise RecipeError(
             f"override {override.modules!r} never applies: earlier ones, like {earlier!r}, match its modules; "
             "put the narrower pattern first",

@@ -5,7 +5,7 @@ from math import prod
 
 from config.manifest import Scheme
 from quantize.base import BaseModel
-from quantize.schemes.overrides import Numbers, numbers_of
+from quantize.schemes.module_config import WeightArgs, weight_args_of
 
 _FP16_BYTES = 2
 _FP32_BYTES = 4
@@ -19,23 +19,27 @@ def predicted_bytes(base: BaseModel, scheme: Scheme) -> int:
 
 def predicted_tensors(base: BaseModel, scheme: Scheme) -> dict[str, int]:
     """Bytes of each tensor by the name it will have; what isn't quantized is kept as the base stores it."""
-    told: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for name, tensor in base.tensors.items():
         module = name.removesuffix(".weight")
-        numbers = numbers_of(module, scheme) if module in base.shapes and name != module else None
-        told |= packed_bytes(module, base.shapes[module], numbers, scheme.format) if numbers else {name: tensor.bytes}
-    return told
+        weight_args = weight_args_of(module, scheme) if module in base.shapes and name != module else None
+        sizes |= (
+            packed_bytes(module, base.shapes[module], weight_args, scheme.format)
+            if weight_args
+            else {name: tensor.bytes}
+        )
+    return sizes
 
 
-def packed_bytes(module: str, shape: tuple[int, int], numbers: Numbers, form: str) -> dict[str, int]:
+def packed_bytes(module: str, shape: tuple[int, int], weight_args: WeightArgs, form: str) -> dict[str, int]:
     """Bytes of one quantized layer's tensors; `shape` is (out_features, in_features)."""
     rows, columns = shape
     if form == "compressed-tensors":
         return {f"{module}.weight": rows * columns, f"{module}.weight_scale": rows * _FP32_BYTES}
-    groups = 1 if numbers.group_size < 0 else -(-columns // numbers.group_size)
+    groups = 1 if weight_args.group_size < 0 else -(-columns // weight_args.group_size)
     return {
-        f"{module}.qweight": rows * columns * numbers.bits // 8,
-        f"{module}.qzeros": rows * groups * numbers.bits // 8,
+        f"{module}.qweight": rows * columns * weight_args.bits // 8,
+        f"{module}.qzeros": rows * groups * weight_args.bits // 8,
         f"{module}.scales": rows * groups * _FP16_BYTES,
         f"{module}.g_idx": columns * _INT32_BYTES,
     }

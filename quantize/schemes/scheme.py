@@ -77,28 +77,28 @@ def faults(scheme: Scheme) -> list[str]:
     """Say what no vLLM from 0.32 on loads of a scheme, on any engine."""
     if scheme.format == "compressed-tensors":
         return _w8a8_faults(scheme)
-    told = []
+    problems = []
     if scheme.bits not in GPTQ_BITS:
-        told.append(f"vLLM loads GPTQ of 4 or 8 bits, not of {scheme.bits}")
+        problems.append(f"vLLM loads GPTQ of 4 or 8 bits, not of {scheme.bits}")
     if scheme.group_size not in GPTQ_GROUPS:
-        told.append(f"vLLM loads groups of 32, 64, 128 or -1 (all inputs), not of {scheme.group_size}")
+        problems.append(f"vLLM loads groups of 32, 64, 128 or -1 (all inputs), not of {scheme.group_size}")
     if not scheme.sym:
-        told.append("vLLM loads symmetric GPTQ only")
+        problems.append("vLLM loads symmetric GPTQ only")
     if scheme.desc_act and scheme.group_size != -1:
-        told.append("vLLM no longer loads GPTQ with desc_act and groups")
+        problems.append("vLLM no longer loads GPTQ with desc_act and groups")
     if scheme.activation_bits != 16:
-        told.append(f"GPTQ's format has 16-bit activations, not {scheme.activation_bits}-bit ones")
-    return told + [fault for one in scheme.overrides if (fault := _override_fault(one))]
+        problems.append(f"GPTQ's format has 16-bit activations, not {scheme.activation_bits}-bit ones")
+    return problems + [fault for override in scheme.overrides if (fault := _override_fault(override))]
 
 
 def _w8a8_faults(scheme: Scheme) -> list[str]:
-    told = []
+    problems = []
     if scheme.model_copy(update={"name": "w8a8", "overrides": ()}) != _W8A8:
-        told.append("compressed-tensors is written as w8a8: symmetric, 8-bit weights by channel, 8-bit activations")
-    mixed = [one.modules for one in scheme.overrides if one.bits is not None]
+        problems.append("compressed-tensors is written as w8a8: symmetric, 8-bit weights by channel, 8-bit activations")
+    mixed = [override.modules for override in scheme.overrides if override.bits is not None]
     if mixed:
-        told.append(f"w8a8 has no exceptions but `keep`, and {mixed[0]} asks for other numbers")
-    return told
+        problems.append(f"w8a8 has no exceptions but `keep`, and {mixed[0]} asks for other numbers")
+    return problems
 
 
 def _override_fault(override: Override) -> str:
@@ -110,7 +110,7 @@ def _override_fault(override: Override) -> str:
 def nearest_loadable(scheme: Scheme) -> Scheme:
     """Change as little as makes vLLM load a scheme: enough bits, the nearest group, symmetric, no desc_act."""
     if scheme.format == "compressed-tensors" or (scheme.activation_bits == 8 and scheme.bits > 4):
-        kept = tuple(one for one in scheme.overrides if one.bits is None)
+        kept = tuple(override for override in scheme.overrides if override.bits is None)
         return named(_W8A8.model_copy(update={"overrides": kept}))
     group_size = _nearest_group(scheme.group_size)
     changes = {
@@ -147,5 +147,5 @@ def require_loadable(scheme: Scheme) -> None:
 
 
 def _told(scheme: Scheme) -> str:
-    numbers = f"{scheme.bits} bits, group_size {scheme.group_size}, sym {str(scheme.sym).lower()}"
-    return scheme.name if scheme.name in PRESETS else f"{scheme.name} ({numbers})"
+    weight_args = f"{scheme.bits} bits, group_size {scheme.group_size}, sym {str(scheme.sym).lower()}"
+    return scheme.name if scheme.name in PRESETS else f"{scheme.name} ({weight_args})"

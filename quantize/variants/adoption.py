@@ -12,9 +12,9 @@ from quantize.base import BaseModel, digest_of, slug
 from quantize.errors import TargetError, VariantError
 from quantize.schemes.scheme import named
 from quantize.variants.artefact import Artefact, read_artefact
-from quantize.variants.layers import Form, kind_of, quantized_layers, told_form
 from quantize.variants.lint import lint, summary_of
 from quantize.variants.lint_rules import Finding
+from quantize.variants.storage_format import StorageFormat, configured_format, kind_of, quantized_layers
 from quantize.variants.store import seal, sealed_files
 
 # What only makes a directory less tidy; every other finding would fail in vLLM, or be served wrongly.
@@ -68,25 +68,38 @@ def scheme_told(artefact: Artefact, linear_layers: Mapping[str, tuple[int, int]]
 
     VariantError for a format that can't be read back.
     """
-    kind = kind_of(artefact.told)
+    kind = kind_of(artefact.quantization_config)
     layers = quantized_layers(artefact.entries, kind) if kind else ()
-    forms = {layer: form for layer in layers if (form := told_form(artefact.told, layer))}
-    if kind is None or not forms or any(form.bits not in _READABLE_BITS for form in forms.values()):
-        what = f"{artefact.told.get('quant_method')} {artefact.told.get('format', '')}".strip()
+    formats = {
+        layer: storage_format
+        for layer in layers
+        if (storage_format := configured_format(artefact.quantization_config, layer))
+    }
+    if (
+        kind is None
+        or not formats
+        or any(storage_format.bits not in _READABLE_BITS for storage_format in formats.values())
+    ):
+        config = artefact.quantization_config
+        what = f"{config.get('quant_method')} {config.get('format', '')}".strip()
         raise VariantError(
             f"{artefact.directory}: its {what} layers can't be read; GPTQ and compressed-tensors of 4 or 8 bits can"
         )
     # GPTQ tells what it has in common; compressed-tensors only has groups.
-    ((common, _),) = Counter(forms.values()).most_common(1)
-    common = told_form({**artefact.told, "dynamic": {}}, min(forms)) or common if kind == "gptq" else common
-    every = {layer: forms.get(layer) for layer in sorted({*linear_layers, *forms})}
+    ((common, _),) = Counter(formats.values()).most_common(1)
+    common = (
+        configured_format({**artefact.quantization_config, "dynamic": {}}, min(formats)) or common
+        if kind == "gptq"
+        else common
+    )
+    every = {layer: formats.get(layer) for layer in sorted({*linear_layers, *formats})}
     return named(
         Scheme(
             name="",
             bits=common.bits,
             group_size=common.group_size,
             sym=common.sym,
-            desc_act=bool(artefact.told.get("desc_act", False)),
+            desc_act=bool(artefact.quantization_config.get("desc_act", False)),
             activation_bits=8 if kind == "int-quantized" else 16,
             format="gptq" if kind == "gptq" else "compressed-tensors",
             overrides=exceptions(every, common),
@@ -94,28 +107,36 @@ def scheme_told(artefact: Artefact, linear_layers: Mapping[str, tuple[int, int]]
     )
 
 
-def exceptions(forms: Mapping[str, Form | None], common: Form) -> tuple[Override, ...]:
+def exceptions(formats: Mapping[str, StorageFormat | None], common: StorageFormat) -> tuple[Override, ...]:
     """Tell the layers that differ from the common form, by a pattern over all blocks where all blocks agree."""
-    patterns: dict[str, Form | None] = {}
-    for layer, form in forms.items():
-        if form == common or any(fnmatchcase(layer, pattern) for pattern in patterns):
+    patterns: dict[str, StorageFormat | None] = {}
+    for layer, storage_format in formats.items():
+        if storage_format == common or any(fnmatchcase(layer, pattern) for pattern in patterns):
             continue
         wide = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer)
-        same = {other_form for other, other_form in forms.items() if fnmatchcase(other, wide)} == {form}
-        patterns[wide if same else layer] = form
+        same = {other_form for other, other_form in formats.items() if fnmatchcase(other, wide)} == {storage_format}
+        patterns[wide if same else layer] = storage_format
     return tuple(
         Override.model_validate(
-            {"modules": pattern, "bits": form and form.bits, "group_size": form and form.group_size},
+            {
+                "modules": pattern,
+                "bits": storage_format and storage_format.bits,
+                "group_size": storage_format and storage_format.group_size,
+            },
         )
-        for pattern, form in patterns.items()
+        for pattern, storage_format in patterns.items()
     )
 
 
 def maker(artefact: Artefact) -> Quantizer:
     """Tell which program made a directory, as far as its configuration says."""
-    kind = kind_of(artefact.told)
-    backend, version = _program(artefact.told)
-    settings = {key: artefact.told[key] for key in _TOLD_SETTINGS if isinstance(artefact.told.get(key), int | float)}
+    kind = kind_of(artefact.quantization_config)
+    backend, version = _program(artefact.quantization_config)
+    settings = {
+        key: artefact.quantization_config[key]
+        for key in _TOLD_SETTINGS
+        if isinstance(artefact.quantization_config.get(key), int | float)
+    }
     layers = quantized_layers(artefact.entries, kind) if kind else ()
     return Quantizer(backend=backend, version=version, settings=settings, modules=len(layers))
 

@@ -35,10 +35,10 @@ class Artefact:
 
     directory: Path
     config: Mapping[str, Any]
-    told: Mapping[str, Any]
+    quantization_config: Mapping[str, Any]
     index: Mapping[str, str] | None
     entries: Mapping[str, TensorLocation]
-    doubled: tuple[str, ...] = ()
+    duplicates: tuple[str, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
@@ -49,8 +49,8 @@ class Artefact:
 def read_artefact(directory: Path) -> Artefact:
     """Read a directory's configuration and headers; VariantError if it isn't a quantized model."""
     config = read_object(directory / "config.json")
-    told = config.get("quantization_config")
-    if not isinstance(told, dict):
+    quantization_config = config.get("quantization_config")
+    if not isinstance(quantization_config, dict):
         raise VariantError(f"{directory}: its config.json has no quantization_config; is it quantized?")
     index_file = directory / _INDEX
     index = read_object(index_file).get("weight_map", {}) if index_file.is_file() else None
@@ -60,8 +60,8 @@ def read_artefact(directory: Path) -> Artefact:
     every = [(name, entry) for file in files for name, entry in _entries(file)]
     entries = dict(every)
     names = [name for name, _ in every]
-    doubled = tuple(sorted({name for name in names if names.count(name) > 1})) if len(entries) < len(every) else ()
-    return Artefact(directory, config, told, index, entries, doubled)
+    duplicates = tuple(sorted({name for name in names if names.count(name) > 1})) if len(entries) < len(every) else ()
+    return Artefact(directory, config, quantization_config, index, entries, duplicates)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -89,10 +89,10 @@ def _entries(file: Path) -> Iterator[tuple[str, TensorLocation]]:
         except ValueError:
             raise damaged from None
     begin = _LENGTH_BYTES + length
-    for name, told in header.items():
+    for name, fields in header.items():
         if name == "__metadata__":
             continue
-        start, stop = told["data_offsets"]
+        start, stop = fields["data_offsets"]
         if begin + stop > size:
             raise VariantError(f"{file}: is cut off: {name} ends beyond it; make or copy the variant again")
-        yield name, TensorLocation(file, told["dtype"], tuple(told["shape"]), begin + start, begin + stop)
+        yield name, TensorLocation(file, fields["dtype"], tuple(fields["shape"]), begin + start, begin + stop)

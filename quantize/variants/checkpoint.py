@@ -9,7 +9,7 @@ from typing import Any
 from config.manifest import Scheme
 from quantize.base import kept_files, linear_shapes, stored_tensors, weight_files
 from quantize.errors import SolveError
-from quantize.schemes.overrides import dynamic_rules, numbers_of
+from quantize.schemes.module_config import dynamic_rules, weight_args_of
 from quantize.variants.weights import Tensors, packed_layer, read_tensors
 
 _SHARD_BYTES = 4_000_000_000
@@ -31,7 +31,7 @@ def quantization_config(scheme: Scheme, damp: float, layers: Sequence[str]) -> d
     `layers` are all linear layers of the base that the scheme could be about.
     """
     if scheme.format == "compressed-tensors":
-        kept = [layer for layer in layers if numbers_of(layer, scheme) is None]
+        kept = [layer for layer in layers if weight_args_of(layer, scheme) is None]
         return _compressed_tensors_config(kept)
     dynamic = dynamic_rules(scheme, layers)
     return {

@@ -164,11 +164,11 @@ def _first(rows: list[Any]) -> Iterator[tuple[bool, Any]]:
 
 
 def _line(one: Difference) -> str:
-    told = f"{one.key or one.part}: {_value(one.left)} -> {_value(one.right)}"
+    line = f"{one.key or one.part}: {_value(one.left)} -> {_value(one.right)}"
     if one.delta is None:
-        return told
+        return line
     verdict = {"left": ", worse", "right": ", better", None: ""}[one.better]
-    return f"{told} ({one.delta:+.4g}{verdict})"
+    return f"{line} ({one.delta:+.4g}{verdict})"
 
 
 def _file_line(one: FileDifference) -> str:

@@ -13,7 +13,6 @@ from quantize.base import KEPT_FILES, BaseModel
 from quantize.errors import VariantError
 from quantize.schemes.forecast import predicted_bytes
 from quantize.variants.artefact import Artefact, read_artefact, read_object
-from quantize.variants.layers import kind_of
 from quantize.variants.lint_rules import (
     Finding,
     config_findings,
@@ -24,8 +23,10 @@ from quantize.variants.lint_rules import (
 )
 from quantize.variants.lint_tensors import fused_findings, tensor_findings
 from quantize.variants.lint_values import value_findings
+from quantize.variants.quant_log import OLD_QUANT_LOG, QUANT_LOG
+from quantize.variants.storage_format import kind_of
 
-SIDECARS = ("solved.json", "evaluation.json")
+SIDECARS = (QUANT_LOG, OLD_QUANT_LOG, "evaluation.json")
 _NAMES_SHOWN = 3
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _EXPECTED = frozenset({"config.json", "model.safetensors.index.json", FILE_NAME, "capacity.json", *SIDECARS})
@@ -47,7 +48,7 @@ def lint(variant: Path, base: BaseModel | None, scheme: Scheme) -> tuple[Finding
     return tuple(
         finding
         for findings in (
-            config_findings(artefact.told, scheme),
+            config_findings(artefact.quantization_config, scheme),
             _twin_findings(artefact),
             index_findings(artefact),
             tensor_findings(artefact, shapes, scheme),
@@ -79,7 +80,7 @@ def summary_of(findings: Sequence[Finding]) -> str:
 def _twin_findings(artefact: Artefact) -> Iterator[Finding]:
     """GPTQ says it twice, for older servers: in config.json and in quantize_config.json."""
     where = "quantize_config.json"
-    if kind_of(artefact.told) != "gptq":
+    if kind_of(artefact.quantization_config) != "gptq":
         return
     try:
         twin = read_object(artefact.directory / where)
@@ -89,15 +90,15 @@ def _twin_findings(artefact: Artefact) -> Iterator[Finding]:
     # AutoGPTQ leaves the method out of its own file, where only one is possible.
     differing = sorted(
         key
-        for key in artefact.told.keys() | twin.keys()
-        if artefact.told.get(key) != twin.get(key) and not (key == "quant_method" and key not in twin)
+        for key in artefact.quantization_config.keys() | twin.keys()
+        if artefact.quantization_config.get(key) != twin.get(key) and not (key == "quant_method" and key not in twin)
     )
     if differing:
         yield Finding("quantize_config", where, f"differs from config.json in {', '.join(differing)}")
 
 
 def _size_findings(artefact: Artefact, base: BaseModel | None, scheme: Scheme) -> Iterator[Finding]:
-    if base is not None and kind_of(artefact.told) in ("gptq", "int-quantized"):
+    if base is not None and kind_of(artefact.quantization_config) in ("gptq", "int-quantized"):
         yield from size_findings(artefact.weight_bytes, predicted_bytes(base, scheme))
 
 
@@ -131,7 +132,7 @@ def _machine_findings(variant: Path, base_config: Mapping[str, Any]) -> Iterator
 
 def _stray_findings(artefact: Artefact) -> Iterator[Finding]:
     weights = {entry.file.name for entry in artefact.entries.values()}
-    twin = {"quantize_config.json"} if kind_of(artefact.told) == "gptq" else set()
+    twin = {"quantize_config.json"} if kind_of(artefact.quantization_config) == "gptq" else set()
     expected = _EXPECTED | _COURTESIES | weights | twin | set(KEPT_FILES)
     for path in sorted(artefact.directory.iterdir()):
         if path.name not in expected and not (path.is_dir() and path.name.startswith(".")):

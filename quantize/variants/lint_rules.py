@@ -10,7 +10,7 @@ from typing import Any
 
 from config.manifest import Scheme
 from quantize.variants.artefact import Artefact
-from quantize.variants.layers import kind_of
+from quantize.variants.storage_format import kind_of
 
 SIZE_TOLERANCE = 0.05
 _GROUP_SIZES = (-1, 32, 64, 128)
@@ -29,54 +29,54 @@ class Finding:
         return f"{self.check}: {self.where}: {self.problem}"
 
 
-def config_findings(told: Mapping[str, Any], scheme: Scheme) -> Iterator[Finding]:
+def config_findings(config: Mapping[str, Any], scheme: Scheme) -> Iterator[Finding]:
     """Hold a quantization_config against what vLLM accepts, and against its scheme."""
-    where, kind = "config.json", kind_of(told)
+    where, kind = "config.json", kind_of(config)
     if kind is None:
-        method = f"{told.get('quant_method')} {told.get('format', '')}".strip()
+        method = f"{config.get('quant_method')} {config.get('format', '')}".strip()
         yield Finding("config", where, f"{method} is not a format that can be checked; GPTQ and compressed-tensors can")
         return
     if kind == "gptq":
-        yield from (Finding("config", where, problem) for problem in _gptq_problems(told))
+        yield from (Finding("config", where, problem) for problem in _gptq_problems(config))
         wanted = {key: getattr(scheme, key) for key in ("bits", "group_size", "sym", "desc_act")}
         for key, value in wanted.items():
-            if told.get(key) != value:
-                yield Finding("config", where, f"{key} is {told.get(key)}, and its scheme says {value}")
-    elif any((group.get("weights") or {}).get("actorder") in ("group", "dynamic") for group in _groups(told)):
+            if config.get(key) != value:
+                yield Finding("config", where, f"{key} is {config.get(key)}, and its scheme says {value}")
+    elif any((group.get("weights") or {}).get("actorder") in ("group", "dynamic") for group in _groups(config)):
         yield Finding("config", where, "actorder is group; vLLM 0.32 no longer loads activation order across groups")
     activation_bits = 8 if kind == "int-quantized" else 16
     if scheme.activation_bits != activation_bits or (kind == "gptq") != (scheme.format == "gptq"):
         yield Finding("config", where, f"holds {kind} weights, and its scheme is {scheme.name} ({scheme.format})")
 
 
-def _groups(told: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return list((told.get("config_groups") or {}).values())
+def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return list((config.get("config_groups") or {}).values())
 
 
-def _gptq_problems(told: Mapping[str, Any]) -> Iterator[str]:
+def _gptq_problems(config: Mapping[str, Any]) -> Iterator[str]:
     for key in ("bits", "group_size", "sym", "desc_act"):
-        if key not in told:
+        if key not in config:
             yield f"has no {key}, which vLLM requires"
-    if told.get("bits") not in (4, 8):
-        yield f"bits is {told.get('bits')}; vLLM loads GPTQ with 4 or 8"
-    if told.get("group_size") not in _GROUP_SIZES:
-        yield f"group_size is {told.get('group_size')}; vLLM loads {', '.join(map(str, _GROUP_SIZES))}"
-    if told.get("sym") is not True:
+    if config.get("bits") not in (4, 8):
+        yield f"bits is {config.get('bits')}; vLLM loads GPTQ with 4 or 8"
+    if config.get("group_size") not in _GROUP_SIZES:
+        yield f"group_size is {config.get('group_size')}; vLLM loads {', '.join(map(str, _GROUP_SIZES))}"
+    if config.get("sym") is not True:
         yield "sym is not true; vLLM loads symmetric GPTQ only"
-    rules = [change for pattern, change in (told.get("dynamic") or {}).items() if not pattern.startswith("-:")]
+    rules = [change for pattern, change in (config.get("dynamic") or {}).items() if not pattern.startswith("-:")]
     for rule in ({}, *rules):
-        merged = {**told, **rule}
+        merged = {**config, **rule}
         if merged.get("desc_act") and merged.get("group_size") != -1:
             yield "desc_act is true; vLLM 0.32 no longer loads activation order across groups"
             break
-    if told.get("checkpoint_format", "gptq") not in ("gptq", None):
-        yield f"checkpoint_format is {told['checkpoint_format']}; save it as gptq, which every vLLM reads"
+    if config.get("checkpoint_format", "gptq") not in ("gptq", None):
+        yield f"checkpoint_format is {config['checkpoint_format']}; save it as gptq, which every vLLM reads"
 
 
 def index_findings(artefact: Artefact) -> Iterator[Finding]:
     """Hold the index against the shards: every tensor once, in the file that it names."""
     where = "model.safetensors.index.json"
-    for name in artefact.doubled:
+    for name in artefact.duplicates:
         yield Finding("index", name, "is in several files")
     files = {name: entry.file.name for name, entry in artefact.entries.items()}
     if artefact.index is None:
@@ -84,17 +84,19 @@ def index_findings(artefact: Artefact) -> Iterator[Finding]:
             yield Finding("index", where, f"is missing, and there are {len(set(files.values()))} weight files")
         return
     for name in sorted(artefact.index.keys() | files.keys()):
-        told, found = artefact.index.get(name), files.get(name)
-        if told != found and name not in artefact.doubled:
-            yield Finding("index", name, f"is in {found or 'no file'}, and the index says {told or 'nothing'}")
+        config, found = artefact.index.get(name), files.get(name)
+        if config != found and name not in artefact.duplicates:
+            yield Finding("index", name, f"is in {found or 'no file'}, and the index says {config or 'nothing'}")
 
 
 def size_findings(weight_bytes: int, predicted_bytes: int) -> Iterator[Finding]:
     """Hold the weights' size against the forecast."""
     off = weight_bytes / predicted_bytes - 1
     if abs(weight_bytes - predicted_bytes) > SIZE_TOLERANCE * predicted_bytes:
-        told = f"{weight_bytes / 1e6:.1f} MB of weights, and {predicted_bytes / 1e6:.1f} MB were predicted ({off:+.1%})"
-        yield Finding("size", "*.safetensors", told)
+        config = (
+            f"{weight_bytes / 1e6:.1f} MB of weights, and {predicted_bytes / 1e6:.1f} MB were predicted ({off:+.1%})"
+        )
+        yield Finding("size", "*.safetensors", config)
 
 
 def machine_findings(file: str, value: Any, hosts: Iterable[str], known: frozenset[str]) -> Iterator[Finding]:

@@ -5,17 +5,17 @@ from collections.abc import Iterator, Mapping
 
 from config.manifest import Scheme
 from quantize.variants.artefact import Artefact, TensorLocation
-from quantize.variants.layers import (
-    Form,
+from quantize.variants.lint_rules import Finding
+from quantize.variants.storage_format import (
     Kind,
+    StorageFormat,
+    configured_format,
     fused_layers,
     kind_of,
     parts_of,
     quantized_layers,
-    told_form,
-    wanted_form,
+    scheme_format,
 )
-from quantize.variants.lint_rules import Finding
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,7 +26,7 @@ _ROUTER = re.compile(r"\.(gate|router|shared_expert_gate)$")
 
 def tensor_findings(artefact: Artefact, base: Shapes | None, scheme: Scheme) -> Iterator[Finding]:
     """Hold names, shapes and dtypes against configuration, scheme and the base's tensors (name -> shape)."""
-    kind = kind_of(artefact.told)
+    kind = kind_of(artefact.quantization_config)
     if kind is None:
         return
     layers = quantized_layers(artefact.entries, kind)
@@ -34,32 +34,38 @@ def tensor_findings(artefact: Artefact, base: Shapes | None, scheme: Scheme) -> 
         yield Finding("tensors", "model.safetensors", "holds no quantized layer")
     owned: set[str] = set()
     for layer in layers:
-        form = told_form(artefact.told, layer)
+        storage_format = configured_format(artefact.quantization_config, layer)
         owned.update(name for name in artefact.entries if name.rpartition(".")[0] == layer and not _is_bias(name))
-        if form is None:
+        if storage_format is None:
             yield Finding("tensors", layer, "is quantized, and config.json says that it is not")
             continue
-        yield from _layer_findings(artefact, layer, form, base)
-        wanted = wanted_form(scheme, layer, kind)
-        if wanted != form:
-            yield Finding("tensors", layer, f"is {form}, and scheme {scheme.name} wants {wanted or 'it left alone'}")
+        yield from _layer_findings(artefact, layer, storage_format, base)
+        wanted = scheme_format(scheme, layer, kind)
+        if wanted != storage_format:
+            yield Finding(
+                "tensors", layer, f"is {storage_format}, and scheme {scheme.name} wants {wanted or 'it left alone'}"
+            )
     if base is not None:
         yield from _base_findings(artefact, base, set(layers), scheme, kind)
         yield from _extra_findings(artefact, base, owned)
 
 
-def _layer_findings(artefact: Artefact, layer: str, form: Form, base: Shapes | None) -> Iterator[Finding]:
-    shape = (base or {}).get(f"{layer}.weight") or _own_shape(artefact.entries, layer, form)
+def _layer_findings(
+    artefact: Artefact, layer: str, storage_format: StorageFormat, base: Shapes | None
+) -> Iterator[Finding]:
+    shape = (base or {}).get(f"{layer}.weight") or _own_shape(artefact.entries, layer, storage_format)
     if shape is None or len(shape) != 2:
         yield Finding("tensors", layer, "is quantized, and the base has no matrix of that name")
         return
-    expected = parts_of(form, shape[0], shape[1])
+    expected = parts_of(storage_format, shape[0], shape[1])
     for part, (dtypes, wanted) in expected.items():
         entry = artefact.entries.get(f"{layer}.{part}")
         if entry is None:
             yield Finding("tensors", f"{layer}.{part}", "is missing")
         elif entry.shape != wanted:
-            yield Finding("tensors", f"{layer}.{part}", f"has shape {_x(entry.shape)}, not {_x(wanted)} ({form})")
+            yield Finding(
+                "tensors", f"{layer}.{part}", f"has shape {_x(entry.shape)}, not {_x(wanted)} ({storage_format})"
+            )
         elif entry.dtype not in dtypes:
             yield Finding("tensors", f"{layer}.{part}", f"is {entry.dtype}, not {' or '.join(dtypes)}")
 
@@ -77,7 +83,7 @@ def _base_findings(artefact: Artefact, base: Shapes, layers: set[str], scheme: S
             yield Finding("tensors", name, f"has shape {_x(entry.shape)}, and {_x(shape)} in the base")
         elif not entry.dtype.startswith(("F", "BF")):
             yield Finding("tensors", name, f"is {entry.dtype}, and has no scales")
-        elif _is_block_matrix(name, shape) and wanted_form(scheme, layer, kind) is not None:
+        elif _is_block_matrix(name, shape) and scheme_format(scheme, layer, kind) is not None:
             yield Finding("tensors", layer, f"is not quantized, and scheme {scheme.name} wants it to be")
 
 
@@ -88,39 +94,50 @@ def _extra_findings(artefact: Artefact, base: Shapes, owned: set[str]) -> Iterat
             yield Finding("tensors", name, "is not in the base")
 
 
-def _own_shape(entries: Mapping[str, TensorLocation], layer: str, form: Form) -> tuple[int, int] | None:
+def _own_shape(
+    entries: Mapping[str, TensorLocation], layer: str, storage_format: StorageFormat
+) -> tuple[int, int] | None:
     """Tell a layer's (outputs, inputs) from its own tensors, where there is no base to ask."""
-    if form.kind == "gptq":
+    if storage_format.kind == "gptq":
         scales, g_idx = entries.get(f"{layer}.scales"), entries.get(f"{layer}.g_idx")
         return (scales.shape[-1], g_idx.shape[0]) if scales and g_idx else None
-    if form.kind == "int-quantized":
+    if storage_format.kind == "int-quantized":
         weight = entries.get(f"{layer}.weight")
         return (weight.shape[0], weight.shape[-1]) if weight else None
     packed = entries.get(f"{layer}.weight_packed")
-    return (packed.shape[0], packed.shape[-1] * (32 // form.bits)) if packed else None
+    return (packed.shape[0], packed.shape[-1] * (32 // storage_format.bits)) if packed else None
 
 
 def fused_findings(artefact: Artefact) -> Iterator[Finding]:
     """Find layers that vLLM fuses and that differ: from each other, or from what is told about the fused name."""
-    kind = kind_of(artefact.told)
+    kind = kind_of(artefact.quantization_config)
     if kind is None:
         return
     layers = set(quantized_layers(artefact.entries, kind))
     matrices = {name.removesuffix(".weight") for name in artefact.entries if name.endswith(".weight")}
     for fused, members in fused_layers(layers | matrices).items():
-        forms = {member: told_form(artefact.told, member) if member in layers else None for member in members}
-        if len(set(forms.values())) > 1:
-            told = ", ".join(
-                f"{member.rpartition('.')[2]} is {form or 'unquantized'}" for member, form in forms.items()
+        formats = {
+            member: configured_format(artefact.quantization_config, member) if member in layers else None
+            for member in members
+        }
+        if len(set(formats.values())) > 1:
+            description = ", ".join(
+                f"{member.rpartition('.')[2]} is {storage_format or 'unquantized'}"
+                for member, storage_format in formats.items()
             )
-            yield Finding("fused", fused, f"vLLM loads these as one, so they must agree: {told}")
+            yield Finding("fused", fused, f"vLLM loads these as one, so they must agree: {description}")
             continue
-        (form,) = set(forms.values())
+        (storage_format,) = set(formats.values())
         # Where nothing is packed vLLM sees it by the dtype; compressed-tensors asks for each member by its own name.
-        seen = told_form(artefact.told, fused) if kind == "gptq" and form is not None else form
-        if seen != form:
+        seen = (
+            configured_format(artefact.quantization_config, fused)
+            if kind == "gptq" and storage_format is not None
+            else storage_format
+        )
+        if seen != storage_format:
             problem = (
-                f"vLLM asks for this name, of which config.json says {seen or 'unquantized'}; its parts are {form}"
+                f"vLLM asks for this name, of which config.json says {seen or 'unquantized'}; "
+                f"its parts are {storage_format}"
             )
             yield Finding("fused", fused, problem)
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from quantize.variants.artefact import Artefact
-from quantize.variants.layers import Form, kind_of, quantized_layers, told_form
 from quantize.variants.lint_rules import Finding
+from quantize.variants.storage_format import StorageFormat, configured_format, kind_of, quantized_layers
 
 # Exponent bits of a float that is no number, by dtype, and the dtype of the word that holds it.
 _EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}
@@ -17,19 +17,19 @@ _EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x
 
 def value_findings(artefact: Artefact) -> Iterator[Finding]:
     """Read every quantized layer's scales, zero points and group indices, and tell which can't be right."""
-    kind = kind_of(artefact.told)
+    kind = kind_of(artefact.quantization_config)
     if kind is None:
         return
     scales = "scales" if kind == "gptq" else "weight_scale"
     for layer in quantized_layers(artefact.entries, kind):
-        form = told_form(artefact.told, layer)
+        storage_format = configured_format(artefact.quantization_config, layer)
         entry = artefact.entries.get(f"{layer}.{scales}")
         if entry and entry.dtype in _EXPONENTS:
             problem = scale_problem(entry.dtype, entry.read())
             if problem:
                 yield Finding("scales", f"{layer}.{scales}", problem)
-        if form is not None and kind == "gptq":
-            yield from _gptq_findings(artefact, layer, form)
+        if storage_format is not None and kind == "gptq":
+            yield from _gptq_findings(artefact, layer, storage_format)
 
 
 def scale_problem(dtype: str, data: bytes) -> str | None:
@@ -40,19 +40,22 @@ def scale_problem(dtype: str, data: bytes) -> str | None:
     words: Any = np.frombuffer(data, dtype=word)
     not_finite = int(((words & exponent) == exponent).sum())
     zero = int(((words << 1) == 0).sum())  # without the sign
-    told = [
+    quantization_config = [
         f"{count} of {words.size} are {what}" for count, what in ((not_finite, "no numbers"), (zero, "zero")) if count
     ]
-    return ", ".join(told) or None
+    return ", ".join(quantization_config) or None
 
 
 def index_problem(data: bytes, inputs: int, group_size: int) -> str | None:
     """Say where group indices are not those of consecutive groups."""
     size = group_size if group_size > 0 else inputs
-    told, wanted = array("i", data), array("i", (position // size for position in range(inputs)))
-    if told == wanted:
+    quantization_config, wanted = array("i", data), array("i", (position // size for position in range(inputs)))
+    if quantization_config == wanted:
         return None
-    first = next((at for at, (ours, theirs) in enumerate(zip(told, wanted, strict=False)) if ours != theirs), len(told))
+    first = next(
+        (at for at, (ours, theirs) in enumerate(zip(quantization_config, wanted, strict=False)) if ours != theirs),
+        len(quantization_config),
+    )
     return f"input {first} is not in group {first // size}; vLLM discards g_idx, so the groups must be consecutive"
 
 
@@ -66,13 +69,13 @@ def zero_problem(data: bytes, bits: int) -> str | None:
     )
 
 
-def _gptq_findings(artefact: Artefact, layer: str, form: Form) -> Iterator[Finding]:
+def _gptq_findings(artefact: Artefact, layer: str, storage_format: StorageFormat) -> Iterator[Finding]:
     g_idx, qzeros = (artefact.entries.get(f"{layer}.{part}") for part in ("g_idx", "qzeros"))
     if g_idx and g_idx.dtype == "I32":
-        problem = index_problem(g_idx.read(), g_idx.shape[0], form.group_size)
+        problem = index_problem(g_idx.read(), g_idx.shape[0], storage_format.group_size)
         if problem:
             yield Finding("g_idx", f"{layer}.g_idx", problem)
-    if qzeros and qzeros.dtype == "I32" and form.bits in (4, 8):
-        problem = zero_problem(qzeros.read(), form.bits)
+    if qzeros and qzeros.dtype == "I32" and storage_format.bits in (4, 8):
+        problem = zero_problem(qzeros.read(), storage_format.bits)
         if problem:
             yield Finding("zeros", f"{layer}.qzeros", problem)

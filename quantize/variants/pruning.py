@@ -66,13 +66,13 @@ def replaced(variants: dict[Path, Manifest]) -> dict[Path, str]:
 
 def remove(found: Sequence[Disposable]) -> Iterator[Disposable]:
     """Remove directories one by one; each loses its name first, so that none is ever seen half removed."""
-    for one in found:
-        doomed = one.path
+    for disposable in found:
+        doomed = disposable.path
         if not doomed.name.startswith("."):
-            doomed = one.path.with_name(f".{one.path.name}.{os.getpid()}.partial")
-            one.path.rename(doomed)
+            doomed = disposable.path.with_name(f".{disposable.path.name}.{os.getpid()}.partial")
+            disposable.path.rename(doomed)
         shutil.rmtree(doomed)
-        yield one
+        yield disposable
 
 
 def _remains(folders: Sequence[Path], before_seconds: float) -> Iterator[tuple[Path, str]]:

@@ -92,19 +92,23 @@ def pack_quantized_dense(layer: Mapping[str, Any]) -> Any:
 def read_packing(directory: Path) -> Packing:
     """Read how a directory is quantized from its config.json; VariantError for what can't be read back."""
     try:
-        told = json.loads((directory / "config.json").read_bytes())["quantization_config"]
+        quantization_config = json.loads((directory / "config.json").read_bytes())["quantization_config"]
     except (OSError, ValueError, KeyError):
         raise VariantError(f"{directory}: has no config.json with a quantization_config; is it a variant?") from None
-    method = told.get("quant_method")
-    if method == "gptq" and told.get("bits") in (4, 8):
-        return Packing("gptq", told["bits"], 16)
-    if method == "compressed-tensors" and told.get("format") == "int-quantized":
+    method = quantization_config.get("quant_method")
+    if method == "gptq" and quantization_config.get("bits") in (4, 8):
+        return Packing("gptq", quantization_config["bits"], 16)
+    if method == "compressed-tensors" and quantization_config.get("format") == "int-quantized":
         return Packing("compressed-tensors", 8, 8)
-    if method == "compressed-tensors" and told.get("format") == "pack-quantized":
-        every = {group["weights"]["num_bits"] for group in told["config_groups"].values()}
+    if method == "compressed-tensors" and quantization_config.get("format") == "pack-quantized":
+        every = {group["weights"]["num_bits"] for group in quantization_config["config_groups"].values()}
         if every <= {4, 8}:
             return Packing("pack-quantized", min(every), 16)
-    what = told.get("format") if method == "compressed-tensors" else f"{told.get('bits')} bits"
+    what = (
+        quantization_config.get("format")
+        if method == "compressed-tensors"
+        else f"{quantization_config.get('bits')} bits"
+    )
     raise VariantError(
         f"{directory}: {method} with {what} can't be read back; GPTQ and pack-quantized of 4 or 8 bits, and w8a8, can"
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from config.load import process_environment
 from quantize.backends.gptqmodel import solve
-from quantize.backends.protocol import Errand
+from quantize.backends.protocol import SolveJob
 from quantize.base import read_base
 from quantize.planning.recipe import Recipe, installed_backend
 from quantize.running.worker import child_environ
@@ -20,14 +20,14 @@ def main(job_file: str) -> None:
     """Quantize as a job says: `{base, scheme, solver, samples, into}`; when what was done goes to `marks.json`."""
     job = json.loads(Path(job_file).read_bytes())
     into = Path(job["into"])
-    work, solutions = into.with_name(f"{into.name}-work"), into.with_name(f"{into.name}-solutions")
-    for folder in (into, work, solutions):
+    work, checkpoint = into.with_name(f"{into.name}-work"), into.with_name(f"{into.name}-solutions")
+    for folder in (into, work, checkpoint):
         folder.mkdir()
     marks: list[tuple[str, int, float]] = []
     solved = solve(
         recipe_of(job),
         [{"ids": ids, "where": f"sample {number}"} for number, ids in enumerate(job["samples"], 1)],
-        Errand(into, work, solutions, child_environ(process_environment())),
+        SolveJob(into, work, checkpoint, child_environ(process_environment())),
         on_progress=lambda done, _: marks.append(("packed", done - 1, time.monotonic())),
         on_event=lambda event: marks.append(("solved", event["layer"], time.monotonic())),
     )
@@ -39,7 +39,7 @@ def recipe_of(job: dict[str, Any]) -> Recipe:
     return Recipe(
         base=read_base(Path(job["base"]), digested=False),
         scheme=preset(job["scheme"]),
-        sources=(),
+        datasets=(),
         samples=len(job["samples"]),
         max_tokens=max(map(len, job["samples"])),
         seed=0,

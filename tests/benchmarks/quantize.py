@@ -21,15 +21,15 @@ from typing import Any
 from config.load import process_environment
 from quantize.backends.gptqmodel import settings
 from quantize.base import read_base
-from quantize.measuring.measurement import EVALUATION_TOKENS, EvaluationPlan, evaluate
+from quantize.calibration.datasets import read_datasets, shipped_files, split_records
+from quantize.calibration.samples import Samples, tokenize_samples
+from quantize.evaluation.evaluate import EVALUATION_TOKENS, EvaluationPlan, evaluate
 from quantize.planning.plan import present_engine
-from quantize.running.progress import Stages
+from quantize.running.context import RunContext
+from quantize.running.progress import ProgressReporter
 from quantize.running.worker import child_environ
-from quantize.running.workshop import Workshop
 from quantize.schemes.scheme import preset
 from quantize.schemes.settings import SETTINGS
-from quantize.text.calibration import draw, read_sources, shipped_files
-from quantize.text.samples import Samples, calibrate
 from tests.benchmarks import qwq_shape
 from tests.benchmarks.machine import Usage, machine_line, measured
 
@@ -104,8 +104,8 @@ def qwq_table(layer: LayerTime, seconds: float, usage: Usage) -> str:
 
 def compare_sides(options: argparse.Namespace, folder: Path) -> str:
     """Run both sides in rounds, then the evaluation of our variant; gives the text of the result."""
-    shop = Workshop(folder, child_environ(process_environment()), Stages(sys.stderr))
-    samples = drawn_samples(options, shop)
+    context = RunContext(folder, child_environ(process_environment()), ProgressReporter(sys.stderr))
+    samples = drawn_samples(options, context)
     calibration = [sample["ids"] for sample in samples.calibration]
     rounds = [one_round(options, calibration, folder / str(number), number) for number in range(options.rounds)]
     text = [
@@ -114,15 +114,15 @@ def compare_sides(options: argparse.Namespace, folder: Path) -> str:
         rounds_table(rounds),
     ]
     if options.eval_tokens:
-        text.append(evaluated(options, samples, folder / "0" / "ours", shop))
+        text.append(evaluated(options, samples, folder / "0" / "ours", context))
     return "\n\n".join(text)
 
 
-def drawn_samples(options: argparse.Namespace, shop: Workshop) -> Samples:
+def drawn_samples(options: argparse.Namespace, context: RunContext) -> Samples:
     """Draw and tokenize as `quantgate quantize` does."""
-    sources, rows = read_sources(options.data or shipped_files())
-    drawn = draw(rows, samples=options.samples, seed=0, sources=sources)
-    return calibrate(options.model, drawn, options.max_tokens, shop)
+    datasets, rows = read_datasets(options.data or shipped_files())
+    split = split_records(rows, samples=options.samples, seed=0, datasets=datasets)
+    return tokenize_samples(options.model, split, options.max_tokens, context)
 
 
 def one_round(options: argparse.Namespace, samples: list[list[int]], folder: Path, number: int) -> Round:
@@ -157,11 +157,11 @@ def job_of(options: argparse.Namespace, samples: list[list[int]], into: Path) ->
     }
 
 
-def evaluated(options: argparse.Namespace, samples: Samples, variant: Path, shop: Workshop) -> str:
+def evaluated(options: argparse.Namespace, samples: Samples, variant: Path, context: RunContext) -> str:
     """Evaluate our variant as the pipeline does, and tell the time."""
     started = time.monotonic()
     plan = EvaluationPlan(tokens=options.eval_tokens)
-    quality = evaluate(variant, options.model, samples.held_out, preset(options.scheme).bits, shop, plan=plan)
+    quality = evaluate(variant, options.model, samples.held_out, preset(options.scheme).bits, context, plan=plan)
     seconds = time.monotonic() - started
     return (
         f"Evaluation, apart: {seconds:.1f} s for {quality.tokens} tokens and {plan.prompts} x {plan.seeds} paired "

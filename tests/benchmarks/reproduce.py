@@ -3,7 +3,7 @@
 `python -m tests.benchmarks.reproduce VARIANT --against BASE [--data FILE ...] [--eval-tokens N]` computes mean KL,
 top-1 agreement and perplexity ratio anew and exits with 1 if one differs from the manifest's by more than 1 %.
 
-What is shared with quantize/: which held-out samples are read, and their token ids (quantize.text); the manifest's
+What is shared with quantize/: which held-out samples are read, and their token ids; the manifest's
 `dataset_sha256` proves that they are the same. What is not: everything after that.
 GPTQ is read by GPTQModel's own loader and run by transformers (in `library_figures.py`); `w8a8` by vLLM's
 prompt log-probabilities (in `vllm_figures.py`), in the precision that vLLM computes in.
@@ -19,12 +19,19 @@ from typing import Any
 
 from config.load import process_environment
 from config.manifest import Manifest, Quality
-from quantize.measuring.measurement import EVALUATION_TOKENS
-from quantize.running.progress import Stages
+from quantize.calibration.datasets import (
+    CalibrationSplit,
+    contents_digest,
+    is_held_out,
+    read_datasets,
+    shipped_files,
+    split_records,
+)
+from quantize.calibration.samples import tokenize_samples, within
+from quantize.evaluation.evaluate import EVALUATION_TOKENS
+from quantize.running.context import RunContext
+from quantize.running.progress import ProgressReporter
 from quantize.running.worker import child_environ
-from quantize.running.workshop import Workshop
-from quantize.text.calibration import Draw, contents_digest, draw, is_held_out, read_sources, shipped_files
-from quantize.text.samples import calibrate, within
 from tests.benchmarks.figures import Figures
 
 _TOLERANCE = 0.01
@@ -60,15 +67,15 @@ def table(found: Sequence[Difference]) -> str:
 
 def held_out_ids(manifest: Manifest, options: argparse.Namespace) -> list[list[int]]:
     """Read the samples that the manifest was measured on; exits where the files give others."""
-    sources, rows = read_sources(options.data or shipped_files())
+    datasets, rows = read_datasets(options.data or shipped_files())
     seen = manifest.calibration
     held_out = tuple(row for row in rows if is_held_out(row))
     if seen is not None:
-        held_out = draw(rows, samples=seen.samples, seed=seen.seed, sources=sources).held_out
+        held_out = split_records(rows, samples=seen.samples, seed=seen.seed, datasets=datasets).held_out
     max_tokens = options.max_tokens or (seen.max_tokens if seen else _DEFAULT_MAX_TOKENS)
     with TemporaryDirectory(prefix="reproduce-") as folder:
-        shop = Workshop(Path(folder), child_environ(process_environment()), Stages(sys.stderr))
-        samples = calibrate(options.against, Draw((), held_out), max_tokens, shop)
+        context = RunContext(Path(folder), child_environ(process_environment()), ProgressReporter(sys.stderr))
+        samples = tokenize_samples(options.against, CalibrationSplit((), held_out), max_tokens, context)
     chosen = within(samples.held_out, options.eval_tokens)
     if contents_digest(sample["sha256"] for sample in chosen) != manifest.quality.dataset_sha256:
         sys.exit(

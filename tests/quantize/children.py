@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import CalibrationError, SolveError
-from quantize.running.worker import Report, run_child
+from quantize.running.worker import WorkerChannel, run_child
 
 
-def work(job: dict[str, Any], report: Report) -> dict[str, Any]:
+def work(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     """Make noise, tell progress, then end the way the job wants."""
     print("noise on stdout")
     print("noise on stderr", file=sys.stderr, flush=True)
-    report.progress(1, 2)
-    report.progress(2, 2)
+    channel.progress(1, 2)
+    channel.progress(2, 2)
     match job["end"]:
         case "solve error":
             raise SolveError("layer 3")

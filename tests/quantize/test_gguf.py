@@ -8,13 +8,13 @@ import pytest
 
 from quantize.errors import RecipeError, TargetError
 from quantize.gguf import unpack_gguf
-from quantize.running.progress import Stages
+from quantize.running.progress import ProgressReporter
 from quantize.running.worker import child_environ
 
 
 def unpack(file: Path, out: Path) -> None:
     """Unpack quietly."""
-    unpack_gguf(file, out, environ=child_environ(os.environ), stages=Stages(io.StringIO()))
+    unpack_gguf(file, out, environ=child_environ(os.environ), progress=ProgressReporter(io.StringIO()))
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_a_variant_is_whole(tiny_variants: Path, scheme: str) -> None:
     assert not (tiny_variants / scheme / ".work").exists()
     size = (tiny_variants / scheme / "model.safetensors").stat().st_size
     assert size == pytest.approx(predicted_bytes(read_base(tiny_variants / "tiny"), manifest.scheme), rel=0.05)
-    modules = json.loads((tiny_variants / scheme / "solved.json").read_bytes())["modules"]
+    modules = json.loads((tiny_variants / scheme / "quant_log.json").read_bytes())["modules"]
     assert len(modules) == 14
     assert not any(module["fallback"] for module in modules)
 

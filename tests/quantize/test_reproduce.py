@@ -64,7 +64,7 @@ def test_a_sample_of_prompt_logprobs() -> None:
 def test_differences_are_relative(again: Figures, worst: float) -> None:
     """Each figure is held against the sealed one, the number of tokens, too."""
     found = differences(SEALED, again)
-    assert max(one.relative for one in found) == pytest.approx(worst)
+    assert max(disposable.relative for disposable in found) == pytest.approx(worst)
     assert table(found).count("\n") == 5
 
 

@@ -13,7 +13,7 @@ from config.load import home_directory
 from config.manifest import Override, Scheme
 from quantize.backends.autogptq import PINS, older_config, require_solvable, solve, write_older_base
 from quantize.backends.isolation import Pins, environment_of, fitting_python, isolated_python, making
-from quantize.backends.protocol import Errand, Solved
+from quantize.backends.protocol import QuantizeResult, SolveJob
 from quantize.base import kept_files, read_base
 from quantize.errors import QuantizeError, RecipeError, SolveError, WorkerError
 from quantize.planning.recipe import Backend, Recipe
@@ -161,16 +161,18 @@ class Run:
         self.folder, self.progress, self.events = folder, list[tuple[int, int]](), list[dict[str, Any]]()
         self.base, self.environ = base, {**child_environ(environ()), "QUANTGATE_HOME": str(home)}
 
-    def solve(self, scheme: Scheme, samples: list[dict[str, Any]], settings: SolverSettings = CLASSIC) -> Solved:
+    def solve(
+        self, scheme: Scheme, samples: list[dict[str, Any]], settings: SolverSettings = CLASSIC
+    ) -> QuantizeResult:
         """Quantize the base into `variant`."""
         recipe = Recipe(read_base(self.base), scheme, (), 16, 512, 0, settings, Backend("auto-gptq", "0.7.1"))
-        variant, work, solutions = (self.folder / name for name in ("variant", "work", "solutions"))
-        for place in (variant, work, solutions):
+        variant, work, checkpoint = (self.folder / name for name in ("variant", "work", "solutions"))
+        for place in (variant, work, checkpoint):
             place.mkdir(parents=True)
         return solve(
             recipe,
             samples,
-            Errand(variant, work, solutions, self.environ),
+            SolveJob(variant, work, checkpoint, self.environ),
             on_progress=lambda *pair: self.progress.append(pair),
             on_event=self.events.append,
         )

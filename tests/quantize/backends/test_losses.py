@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.backends.losses import SolvedModule, as_loss, beside_its_kind, by_damping, fallbacks, require_solved
+from quantize.backends.losses import SolvedModule, as_loss, by_damping, fallbacks, loss_ratio, require_solved
 from quantize.errors import SolveError
 
 
@@ -55,16 +55,16 @@ def test_rounded_modules_are_named_and_only_some_are_accepted() -> None:
 def test_a_loss_compares_with_its_own_kind() -> None:
     """The median is of modules of the same name; another kind's losses don't count."""
     before = [solved(1.0), solved(2.0), solved(3.0), solved(100.0, leaf="q_proj")]
-    assert beside_its_kind([*before, solved(5.0)]) == 2.0
-    assert beside_its_kind([*before, solved(None)]) is None
-    assert beside_its_kind([]) is None
-    assert beside_its_kind([solved(0.0)]) is None
+    assert loss_ratio([*before, solved(5.0)]) == 2.0
+    assert loss_ratio([*before, solved(None)]) is None
+    assert loss_ratio([]) is None
+    assert loss_ratio([solved(0.0)]) is None
 
 
 @given(st.lists(st.floats(0.001, 1e6), min_size=1))
 def test_the_ratio_is_finite_and_positive(losses: list[float]) -> None:
     """Whatever the losses, the comparison is a number that a person can read."""
-    ratio = beside_its_kind([solved(loss) for loss in losses])
+    ratio = loss_ratio([solved(loss) for loss in losses])
     assert ratio is not None
     assert math.isfinite(ratio)
     assert ratio > 0

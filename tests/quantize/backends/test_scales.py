@@ -6,7 +6,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
-from quantize.backends.aligned import moved  # noqa: E402
+from quantize.backends.gptaq import moved  # noqa: E402
 from quantize.backends.scales import best_scales  # noqa: E402
 
 pytestmark = pytest.mark.real_model

@@ -7,11 +7,11 @@ import pytest
 
 from config.manifest import Override
 from quantize.errors import RecipeError
-from quantize.planning.plan import check_numbers, drawn_text, settled_scheme
+from quantize.planning.plan import calibration_split, check_numbers, settled_scheme
 from quantize.planning.recipe import Budget
 from quantize.planning.request import Request, TextFile
 from quantize.schemes.forecast import predicted_bytes
-from quantize.schemes.overrides import Numbers, numbers_of
+from quantize.schemes.module_config import WeightArgs, weight_args_of
 from quantize.schemes.scheme import preset
 from quantize.schemes.settings import SolverSettings
 from tests.quantize.chats import write_chats
@@ -66,16 +66,16 @@ def test_a_budget_starts_from_the_smallest_that_loads() -> None:
     assert start == preset("w4a16-g128")
     kept = Budget(max_kl=0.1, overrides=(Override(modules="*.layers.0.*"),))
     start = settled_scheme(replace(REQUEST, scheme=kept), QWQ_32B)
-    assert numbers_of("model.layers.0.mlp.up_proj", start) is None
-    assert numbers_of("model.layers.1.mlp.up_proj", start) == Numbers(4, 128)
+    assert weight_args_of("model.layers.0.mlp.up_proj", start) is None
+    assert weight_args_of("model.layers.1.mlp.up_proj", start) == WeightArgs(4, 128)
 
 
 def test_groups_are_as_wide_as_each_module_allows() -> None:
     """29568 is divided by 32 only twice over: the other modules still get 128."""
     base = replace(QWQ_32B, shapes={"model.layers.0.mlp.up_proj": (64, 256), "model.layers.0.mlp.down_proj": (64, 96)})
     start = settled_scheme(replace(REQUEST, scheme=Budget(max_kl=0.1)), base)
-    assert numbers_of("model.layers.0.mlp.up_proj", start) == Numbers(4, 128)
-    assert numbers_of("model.layers.0.mlp.down_proj", start) == Numbers(4, 32)
+    assert weight_args_of("model.layers.0.mlp.up_proj", start) == WeightArgs(4, 128)
+    assert weight_args_of("model.layers.0.mlp.down_proj", start) == WeightArgs(4, 32)
 
 
 def test_what_the_user_decided_is_not_widened() -> None:
@@ -110,6 +110,6 @@ def test_a_model_of_odd_sizes_has_no_scheme() -> None:
 def test_files_are_drawn_from_by_weight(tmp_path: Path) -> None:
     """Weights of a request reach the draw."""
     write_chats(tmp_path / "a.jsonl", 60)
-    sources, drawn = drawn_text(replace(REQUEST, data=(TextFile(tmp_path / "a.jsonl", 3.0),), samples=20))
-    assert [(source.path.name, source.weight) for source in sources] == [("a.jsonl", 3.0)]
-    assert len(drawn.calibration) == 20
+    datasets, split = calibration_split(replace(REQUEST, data=(TextFile(tmp_path / "a.jsonl", 3.0),), samples=20))
+    assert [(source.path.name, source.weight) for source in datasets] == [("a.jsonl", 3.0)]
+    assert len(split.calibration) == 20

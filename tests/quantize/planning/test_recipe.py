@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 
 from config.manifest import Override
 from quantize.base import BaseModel, slug
+from quantize.calibration.datasets import Dataset
 from quantize.errors import RecipeError
 from quantize.planning.recipe import Backend, Budget, Recipe, chosen_backend, installed_backend
 from quantize.schemes.scheme import PRESETS, preset
 from quantize.schemes.settings import SETTINGS, SolverSettings
-from quantize.text.calibration import Source
 
 BASE = BaseModel(Path("/models/QwQ-32B"), "QwQ-32B", "bf16", "d" * 64, 1, {}, {})
 RECIPE = Recipe(
     base=BASE,
     scheme=preset("w4a16-g128"),
-    sources=(Source(Path("a.jsonl"), "a" * 64), Source(Path("b.jsonl"), "b" * 64)),
+    datasets=(Dataset(Path("a.jsonl"), "a" * 64), Dataset(Path("b.jsonl"), "b" * 64)),
     samples=16,
     max_tokens=2048,
     seed=0,
@@ -49,7 +49,7 @@ def test_paths_and_the_order_of_files_are_not_part_of_it(recipe: Recipe, place: 
     moved = replace(
         recipe,
         base=replace(recipe.base, directory=Path(place)),
-        sources=tuple(replace(source, path=Path(place)) for source in reversed(recipe.sources)),
+        datasets=tuple(replace(source, path=Path(place)) for source in reversed(recipe.datasets)),
     )
     assert moved.digest() == recipe.digest()
 
@@ -58,10 +58,10 @@ def test_paths_and_the_order_of_files_are_not_part_of_it(recipe: Recipe, place: 
     "changed",
     [
         replace(RECIPE, base=replace(BASE, digest="e" * 64)),
-        replace(RECIPE, sources=RECIPE.sources[:1]),
-        replace(RECIPE, sources=(replace(RECIPE.sources[0], weight=2.0), RECIPE.sources[1])),
-        replace(RECIPE, sources=(replace(RECIPE.sources[0], formats=(("Alpaca", 9),)), RECIPE.sources[1])),
-        replace(RECIPE, sources=(replace(RECIPE.sources[0], formats=(("chat with tools", 9),)), RECIPE.sources[1])),
+        replace(RECIPE, datasets=RECIPE.datasets[:1]),
+        replace(RECIPE, datasets=(replace(RECIPE.datasets[0], weight=2.0), RECIPE.datasets[1])),
+        replace(RECIPE, datasets=(replace(RECIPE.datasets[0], formats=(("Alpaca", 9),)), RECIPE.datasets[1])),
+        replace(RECIPE, datasets=(replace(RECIPE.datasets[0], formats=(("chat with tools", 9),)), RECIPE.datasets[1])),
         replace(RECIPE, split_by_prompt=True),
         replace(RECIPE, budget=Budget(max_bytes=1)),
         replace(RECIPE, backend=Backend("gptqmodel", "7.7.0")),
@@ -76,8 +76,8 @@ def test_everything_that_decides_the_bytes_is_part_of_it(changed: Recipe) -> Non
 def test_text_that_is_read_as_ever_keeps_the_name() -> None:
     """Chats, completions and texts whose prompts occur once, in any kind of file."""
     native = (("chat", 9), ("prompt and completion", 2), ("text", 1))
-    sources = tuple(replace(source, formats=native, kind="parquet") for source in RECIPE.sources)
-    assert replace(RECIPE, sources=sources).digest() == RECIPE.digest()
+    datasets = tuple(replace(source, formats=native, kind="parquet") for source in RECIPE.datasets)
+    assert replace(RECIPE, datasets=datasets).digest() == RECIPE.digest()
     assert RECIPE.digest().startswith("1317fa37")
 
 

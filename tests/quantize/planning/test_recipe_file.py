@@ -108,7 +108,7 @@ def test_overrides_in_the_manifests_words(tmp_path: Path) -> None:
     scheme = requested(load_recipe(write(tmp_path, EVERYTHING))).scheme
     assert isinstance(scheme, Scheme)
     assert (scheme.name, scheme.bits, scheme.group_size) == ("w4a16-g32-mixed", 4, 32)
-    assert [(one.modules, one.bits, one.group_size) for one in scheme.overrides] == [
+    assert [(override.modules, override.bits, override.group_size) for override in scheme.overrides] == [
         ("*.down_proj", 8, None),
         ("*.o_proj", 4, 128),
         ("lm_head", None, None),

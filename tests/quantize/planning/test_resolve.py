@@ -6,7 +6,7 @@ import pytest
 
 from config.manifest import Engine, Override
 from quantize.errors import RecipeError
-from quantize.measuring.measurement import EvaluationPlan
+from quantize.evaluation.evaluate import EvaluationPlan
 from quantize.planning.flags import evaluate_parser, quantize_parser
 from quantize.planning.recipe import Budget, Devices
 from quantize.planning.recipe_schema import EvaluationTable, RecipeFile

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from quantize.errors import BusyError, TargetError
-from quantize.running.resume import solving, solving_folder, whole_layers
+from quantize.running.resume import completed_layers, solving, solving_folder
 
 
 class Stopped(BaseException):
@@ -36,7 +36,7 @@ def test_a_run_that_stopped_before_a_whole_layer_leaves_nothing(tmp_path: Path) 
 def test_whole_layers_wait_for_a_resume(tmp_path: Path) -> None:
     """An equal run finds them, and they go when it is done."""
     stopped_run(tmp_path / "v", "a", layers=2)
-    assert whole_layers(tmp_path / "v") == 2
+    assert completed_layers(tmp_path / "v") == 2
     with solving(tmp_path / "v", "a", resume=True) as folder:
         assert sorted(path.name for path in folder.glob("layer-*")) == ["layer-0.json", "layer-1.json"]
     assert list(tmp_path.iterdir()) == []
@@ -57,7 +57,7 @@ def test_another_recipe_can_not_go_on(tmp_path: Path) -> None:
         solving(tmp_path / "v", "b", resume=True),
     ):
         pass
-    assert whole_layers(tmp_path / "v") == 2
+    assert completed_layers(tmp_path / "v") == 2
 
 
 def test_resume_without_anything_to_resume_is_a_plain_run(tmp_path: Path) -> None:

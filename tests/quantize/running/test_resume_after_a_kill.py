@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from config.manifest import Manifest
-from quantize.running.resume import solving_folder, whole_layers
+from quantize.running.resume import completed_layers, solving_folder
 from tests.fakes.running import wait_until
 from tests.quantize.chats import chat, write_chats
 from tests.quantize.command_line import ROOT, command, environ, run
@@ -46,7 +46,7 @@ def killed(folder: Path) -> Path:
     with subprocess.Popen(
         told, cwd=ROOT, env=environ(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     ) as process:
-        wait_until(lambda: whole_layers(out) >= KILLED_AFTER or process.poll() is not None, 300)
+        wait_until(lambda: completed_layers(out) >= KILLED_AFTER or process.poll() is not None, 300)
         assert process.poll() is None, "the run ended before it could be killed"
         process.kill()
     return out
@@ -54,17 +54,17 @@ def killed(folder: Path) -> Path:
 
 def test_layers_of_another_recipe_are_not_used(folder: Path, killed: Path) -> None:
     """The same target with another seed: --resume refuses in one line, and keeps what there is."""
-    left = whole_layers(killed)
+    left = completed_layers(killed)
     done = run("main", *arguments(folder, killed.name), "--resume", "--seed", 1)
     assert done.returncode == 2
     assert "another recipe or text" in done.stderr
-    assert whole_layers(killed) == left
+    assert completed_layers(killed) == left
 
 
 def test_a_killed_run_goes_on_bit_for_bit(folder: Path, killed: Path) -> None:
     """After `kill -9` at layer 4 of 12, --resume solves the rest; every file equals the undisturbed run's."""
     assert not killed.exists()
-    left = whole_layers(killed)
+    left = completed_layers(killed)
     assert KILLED_AFTER <= left < LAYERS
     done = run("main", *arguments(folder, killed.name), "--resume", "--log", folder / "log.txt")
     assert done.returncode == 0, done.stderr

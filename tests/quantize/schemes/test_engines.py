@@ -5,7 +5,7 @@ import pytest
 from config.manifest import Engine, Override
 from quantize.errors import RecipeError
 from quantize.schemes.engines import choices, kernels, refusals, require_engine
-from quantize.schemes.overrides import Numbers
+from quantize.schemes.module_config import WeightArgs
 from quantize.schemes.scheme import PRESETS, preset
 
 
@@ -73,4 +73,4 @@ def test_kernels(name: str, engine: Engine, told: str) -> None:
 )
 def test_choices_fit_module_and_engine(engine: Engine, columns: int, expected: list[tuple[int, int]]) -> None:
     """A search chooses among what loads, smallest first."""
-    assert choices(engine, (64, columns)) == tuple(Numbers(*numbers) for numbers in expected)
+    assert choices(engine, (64, columns)) == tuple(WeightArgs(*weight_args) for weight_args in expected)

@@ -7,7 +7,7 @@ import pytest
 from config.manifest import Override
 from quantize.base import read_base
 from quantize.schemes.forecast import packed_bytes, predicted_bytes, predicted_tensors
-from quantize.schemes.overrides import Numbers
+from quantize.schemes.module_config import WeightArgs
 from quantize.schemes.scheme import PRESETS, preset
 from tests.quantize.models import write_hollow_model
 from tests.quantize.shapes import QWQ_32B
@@ -23,13 +23,13 @@ def test_a_32b_model_has_its_known_size(name: str, gigabytes: float) -> None:
 
 def test_a_layer_in_bytes() -> None:
     """Half a byte a weight, then 2.5 bytes an output and group, and 4 bytes an input."""
-    assert packed_bytes("m", (64, 256), Numbers(4, 128), "gptq") == {
+    assert packed_bytes("m", (64, 256), WeightArgs(4, 128), "gptq") == {
         "m.qweight": 64 * 256 // 2,
         "m.qzeros": 64 * 2 // 2,
         "m.scales": 64 * 2 * 2,
         "m.g_idx": 256 * 4,
     }
-    assert packed_bytes("m", (64, 256), Numbers(8, -1), "compressed-tensors") == {
+    assert packed_bytes("m", (64, 256), WeightArgs(8, -1), "compressed-tensors") == {
         "m.weight": 64 * 256,
         "m.weight_scale": 64 * 4,
     }

@@ -12,13 +12,13 @@ from quantize.errors import TargetError, VariantError
 from quantize.schemes.scheme import preset
 from quantize.variants.adoption import adopt, exceptions, maker, scheme_told
 from quantize.variants.artefact import read_artefact
-from quantize.variants.layers import Form
+from quantize.variants.storage_format import StorageFormat
 from tests.quantize.artefacts import BLOCK, MATRICES, write_base, write_quantized
 from tests.quantize.manifests import quality
 
 pytest.importorskip("numpy", reason="scales are read with numpy: install the quantize extra")
 
-FOUR, EIGHT = Form("gptq", 4, 64), Form("gptq", 8, 64)
+FOUR, EIGHT = StorageFormat("gptq", 4, 64), StorageFormat("gptq", 8, 64)
 
 
 class Bench:
@@ -115,7 +115,7 @@ def test_presets_are_recognized(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "forms,expected",
+    "formats,expected",
     [
         ({"a.0.up": FOUR, "a.1.up": FOUR}, ()),
         ({"a.0.up": EIGHT, "a.1.up": EIGHT, "a.0.q": FOUR}, (Override(modules="a.*.up", bits=8, group_size=64),)),
@@ -123,9 +123,11 @@ def test_presets_are_recognized(tmp_path: Path, name: str) -> None:
         ({"a.0.up": None, "a.1.up": None, "a.0.q": FOUR}, (Override(modules="a.*.up"),)),
     ],
 )
-def test_layers_that_differ_are_exceptions(forms: dict[str, Form | None], expected: tuple[Override, ...]) -> None:
+def test_layers_that_differ_are_exceptions(
+    formats: dict[str, StorageFormat | None], expected: tuple[Override, ...]
+) -> None:
     """One pattern over all blocks where they agree, single names where they don't."""
-    assert exceptions(forms, FOUR) == expected
+    assert exceptions(formats, FOUR) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,163 @@
+"""The parent's side of an evaluation: its last states, its texts and its answers, from the cache or from the model.
+
+The model is loaded only if something is missing, and is gone from memory before its variant is loaded.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from quantize.dense_models import load_base, reclaim, runtime_fingerprint
+from quantize.evaluation.inputs import EvalInputs, GenerationTask
+from quantize.evaluation.lm_head import WHOLE, LmHead, describe_lm_head, find_lm_head, last_hidden_states, load_lm_head
+from quantize.evaluation.parent_cache import ParentCache, ParentCacheEntry, entry_key, roomiest, states_file
+from quantize.evaluation.sampling import Completion, generate
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ParentCaches:
+    """Where entries are kept: for all evaluations to come, or in scratch for this one alone."""
+
+    lasting: Path
+    scratch: Path
+    base: Path
+    digest: str
+
+    def caches(self) -> tuple[ParentCache, ...]:
+        """The caches to look in; a base without a digest has nothing that lasts."""
+        wanted = (self.lasting, self.scratch) if self.digest else (self.scratch,)
+        return tuple(ParentCache(root) for root in wanted)
+
+    def find(self, key: str) -> ParentCacheEntry | None:
+        """Look an entry up."""
+        return next((entry for cache in self.caches() if (entry := cache.find(key))), None)
+
+    def room(self, needed_bytes: int, *, lasting: bool = True) -> ParentCache:
+        """Choose the cache for a new entry."""
+        if lasting and self.digest:
+            return ParentCache(roomiest(self.lasting, self.scratch, needed_bytes))
+        return ParentCache(self.scratch)
+
+
+@dataclass(frozen=True, slots=True)
+class ParentOutputs:
+    """What the parent had to say about the material."""
+
+    states: ParentCacheEntry
+    texts: tuple[Completion, ...]
+    answers: tuple[Completion, ...]
+
+    def tensor(self) -> Any:
+        """The last states of all predicted tokens [tokens, width], mapped from disk."""
+        import torch  # noqa: PLC0415
+
+        tokens, width = self.states.facts["shape"]
+        kind = getattr(torch, self.states.facts["dtype"])
+        flat = torch.from_file(str(self.states.states), shared=False, size=tokens * width, dtype=kind)
+        return flat.view(tokens, width)
+
+    def lm_head(self, model: Any, base: Path) -> LmHead:
+        """How the states become logits, beside a model that is loaded."""
+        description = self.states.facts["readout"]
+        return load_lm_head(description, base, model) if description else WHOLE
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    states: str
+    texts: str
+    answers: str
+
+
+def read_parent(inputs: EvalInputs, parent_caches: ParentCaches, announce: Callable[[int], Advance]) -> ParentOutputs:
+    """Give what the parent says, running it if need be; `announce` is told the tokens that takes, and lends a meter."""
+    keys = _keys(inputs, parent_caches.digest)
+    found = {key: parent_caches.find(key) for key in (keys.states, keys.texts, keys.answers)}
+    missing = [key for key, entry in found.items() if entry is None]
+    work = {
+        keys.states: inputs.tokens,
+        keys.texts: inputs.prompts.most_tokens,
+        keys.answers: inputs.questions.most_tokens,
+    }
+    advance = announce(sum(work[key] for key in missing if work[key]))
+    if any(work[key] for key in missing):
+        found |= _run_parent(inputs, parent_caches, {key for key in missing if work[key]}, keys, advance)
+        reclaim()
+    states = found[keys.states]
+    assert states is not None
+    return ParentOutputs(states, _completions(found[keys.texts]), _completions(found[keys.answers]))
+
+
+def _run_parent(
+    inputs: EvalInputs, parent_caches: ParentCaches, missing: set[str], keys: _Keys, advance: Advance
+) -> dict[str, ParentCacheEntry]:
+    import torch  # noqa: PLC0415
+
+    model = load_base(parent_caches.base)
+    made: dict[str, ParentCacheEntry] = {}
+    with torch.inference_mode():
+        if keys.states in missing:
+            made[keys.states] = _keep_states(model, inputs, parent_caches, keys.states, advance)
+        for key, task in ((keys.texts, inputs.prompts), (keys.answers, inputs.questions)):
+            if key in missing:
+                made[key] = _keep_texts(model, task, parent_caches, key, advance)
+    return made
+
+
+def _keep_states(
+    model: Any, inputs: EvalInputs, parent_caches: ParentCaches, key: str, advance: Advance
+) -> ParentCacheEntry:
+    lm_head = find_lm_head(model, inputs.samples[0])
+    description = describe_lm_head(lm_head, parent_caches.base) if lm_head.weight is not None else None
+    lm_head = lm_head if description else WHOLE
+    width = lm_head.weight.shape[1] if description else model.config.get_text_config().vocab_size
+    needed = inputs.tokens * width * model.dtype.itemsize
+    # Whole logits are for this evaluation alone: they would fill the cache with a single base.
+    cache = parent_caches.room(needed, lasting=description is not None)
+    with cache.staging(key) as staged:
+        chunks = (states for ids in inputs.samples for states in last_hidden_states(model, lm_head, ids))
+        shape, kind = _write_states(states_file(staged), chunks, advance)
+        return cache.keep(key, staged, {"readout": description, "shape": shape, "dtype": kind})
+
+
+def _write_states(path: Path, chunks: Iterable[Any], advance: Advance) -> tuple[tuple[int, int], str]:
+    import torch  # noqa: PLC0415
+
+    tokens, width, kind = 0, 0, ""
+    with path.open("wb") as file:
+        for states in chunks:
+            file.write(states.cpu().contiguous().view(torch.uint8).numpy().data)
+            tokens, width, kind = tokens + states.shape[0], states.shape[1], str(states.dtype).rpartition(".")[2]
+            advance(states.shape[0])
+    return (tokens, width), kind
+
+
+def _keep_texts(
+    model: Any, task: GenerationTask, parent_caches: ParentCaches, key: str, advance: Advance
+) -> ParentCacheEntry:
+    completions = generate(model, task.requests, task.sampling, advance)
+    cache = parent_caches.room(0)
+    with cache.staging(key) as staged:
+        return cache.keep(
+            key, staged, {"replies": [[list(completion.ids), completion.finished] for completion in completions]}
+        )
+
+
+def _completions(entry: ParentCacheEntry | None) -> tuple[Completion, ...]:
+    payload = entry.facts["replies"] if entry else []
+    return tuple(Completion(tuple(ids), finished) for ids, finished in payload)
+
+
+def _keys(inputs: EvalInputs, digest: str) -> _Keys:
+    def texts(task: GenerationTask) -> Mapping[str, Any]:
+        return {"requests": [asdict(request) for request in task.requests], "sampling": asdict(task.sampling)}
+
+    common = {"base": digest, "engine": runtime_fingerprint()}
+    return _Keys(
+        states=entry_key("states", samples=inputs.samples, **common),
+        texts=entry_key("texts", **texts(inputs.prompts), **common),
+        answers=entry_key("texts", **texts(inputs.questions), **common),
+    )

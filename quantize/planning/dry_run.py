@@ -1,0 +1,225 @@
+"""What `--plan` tells before any work: size, memory, time, engines, limits; a value, and its text and JSON. Pure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from config.manifest import Engine, Override, Scheme
+from quantize.base import BaseModel
+from quantize.calibration.datasets import CalibrationSplit, Dataset
+from quantize.evaluation.evaluate import EvaluationPlan
+from quantize.evaluation.verdict import limits_for
+from quantize.planning.cost_estimate import CostEstimate, estimate_cost
+from quantize.planning.recipe import Budget
+from quantize.planning.request import Request
+from quantize.schemes.engines import ENGINES, kernels, refusals
+from quantize.schemes.fit import heads_of, tensor_parallel_degrees
+from quantize.schemes.forecast import disk_bytes, predicted_tensors
+from quantize.schemes.module_config import weight_args_of
+from quantize.schemes.settings import SolverSettings
+
+# Figures that only paired generations, or only questions with answers, can have.
+_OF_GENERATIONS = frozenset({"length_ratio", "unfinished_increase", "repeating_increase", "unclosed_increase"})
+_OF_TASKS = frozenset({"recovery", "flips"})
+_OVERRIDES_SHOWN = 8
+_BYTES_PER_TOKEN = 4  # of UTF-8 text; holds about for European and for East Asian languages alike
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSupport:
+    """Whether an engine loads the variant: with which kernels, or why not."""
+
+    loads: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DryRunPlan:
+    """A variant that doesn't exist yet; sizes in bytes, times in seconds, both estimates.
+
+    `tensor_bytes` maps each tensor to its size; `kept_bytes` are those of tensors that stay as the base has them.
+    `data` are lines about the calibration files.
+    """
+
+    base: str
+    base_bytes: int
+    scheme: Scheme
+    budget: Budget | None
+    tensor_bytes: Mapping[str, int]
+    kept_bytes: int
+    quantized_modules: int
+    quantized_parameters: int
+    samples: int
+    tokens: int
+    settings: SolverSettings
+    backend: str
+    cost: CostEstimate
+    engines: Mapping[Engine, EngineSupport]
+    tensor_parallel: tuple[int, ...]
+    disk_bytes: int
+    limits: Mapping[str, float]
+    data: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(self.tensor_bytes.values())
+
+
+def dry_run_plan(
+    request: Request,
+    base: BaseModel,
+    scheme: Scheme,
+    split: CalibrationSplit,
+    cores: int,
+    datasets: Sequence[Dataset] = (),
+) -> DryRunPlan:
+    """Tell what a request will make of a base; `scheme` is the settled one."""
+    modules = {name for name in base.shapes if weight_args_of(name, scheme)}
+    kept = [tensor.bytes for name, tensor in base.tensors.items() if name.removesuffix(".weight") not in modules]
+    tokens = expected_tokens(request, split)
+    return DryRunPlan(
+        base=f"{base.name} ({base.dtype})",
+        base_bytes=base.bytes,
+        scheme=scheme,
+        budget=request.scheme if isinstance(request.scheme, Budget) else None,
+        tensor_bytes=predicted_tensors(base, scheme),
+        kept_bytes=sum(kept),
+        quantized_modules=len(modules),
+        quantized_parameters=sum(prod(base.shapes[name]) for name in modules),
+        samples=request.self_generate or len(split.calibration),
+        tokens=tokens,
+        settings=request.settings,
+        backend=request.backend,
+        cost=estimate_cost(base, tokens, request.settings, solving_engine(request), cores),
+        engines=engine_support(scheme),
+        tensor_parallel=tensor_parallel_degrees(base.shapes, scheme, heads_of(base)),
+        disk_bytes=disk_bytes(base, scheme),
+        limits=applied_limits(lowest_bits(scheme), request.evaluation),
+        data=tuple(line for dataset in datasets for line in dataset.summary()),
+    )
+
+
+def solving_engine(request: Request) -> Engine:
+    """Tell what the solver will run on: named GPUs, or what the variant is for."""
+    return "cuda" if request.devices.gpus else request.engine
+
+
+def lowest_bits(scheme: Scheme) -> int:
+    """Tell the bits that a variant is judged by: the fewest of any module."""
+    return min([scheme.bits, *(override.bits for override in scheme.overrides if override.bits is not None)])
+
+
+def applied_limits(bits: int, plan: EvaluationPlan) -> dict[str, float]:
+    """Give the limits on figures that will be measured; RecipeError for a limit that doesn't exist."""
+    unmeasured = (frozenset() if plan.prompts else _OF_GENERATIONS) | (frozenset() if plan.tasks else _OF_TASKS)
+    return {name: value for name, value in limits_for(bits, plan.limits).items() if name not in unmeasured}
+
+
+def expected_tokens(request: Request, split: CalibrationSplit) -> int:
+    """Guess the tokens of the calibration text from its bytes; of text that isn't written yet, the most it may have."""
+    if request.self_generate:
+        return request.self_generate * request.max_tokens
+    lengths = (len(row.words.encode()) // _BYTES_PER_TOKEN for row in split.calibration)
+    return sum(min(length, request.max_tokens) for length in lengths)
+
+
+def engine_support(scheme: Scheme) -> dict[Engine, EngineSupport]:
+    """Tell for each engine how it will load a scheme, or why it won't."""
+    reasons = refusals(scheme)
+    return {
+        engine: EngineSupport(False, reasons[engine])
+        if engine in reasons
+        else EngineSupport(True, kernels(scheme, engine))
+        for engine in ENGINES
+    }
+
+
+def as_json(plan: DryRunPlan) -> dict[str, Any]:
+    """Give an outline as plain data, for scripts."""
+    payload = asdict(plan) | {"scheme": plan.scheme.model_dump(mode="json"), "bytes": plan.bytes}
+    payload["effort"] = {**payload.pop("cost"), "seconds": plan.cost.seconds}
+    payload["budget"] = (
+        None if plan.budget is None else {"max_bytes": plan.budget.max_bytes, "max_kl": plan.budget.max_kl}
+    )
+    return payload
+
+
+def as_text(plan: DryRunPlan) -> str:
+    """Give an outline as lines for people."""
+    rows = [
+        ("base", f"{plan.base}, {_size(plan.base_bytes)}"),
+        ("scheme", _scheme_line(plan)),
+        *_override_rows(plan.scheme.overrides),
+        ("size", _size_line(plan)),
+        *(("data", line) for line in plan.data),
+        ("calibration", f"{plan.samples} samples, about {plan.tokens:,} tokens"),
+        ("solver", f"{plan.backend}, {_settings_line(plan.settings)}"),
+        ("time", _time_line(plan.cost)),
+        ("memory", _memory_line(plan.cost)),
+        ("disk", f"{_size(plan.disk_bytes)} free beside the target"),
+        *((engine, ("loads: " if on.loads else "won't load: ") + on.reason) for engine, on in plan.engines.items()),
+        ("GPUs", f"can be shared by {', '.join(map(str, plan.tensor_parallel))} (tensor parallel)"),
+        ("gates", ", ".join(f"{name} {value:g}" for name, value in plan.limits.items())),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {told}" for name, told in rows)
+
+
+def _scheme_line(plan: DryRunPlan) -> str:
+    numbers = f"{plan.scheme.bits} bits, group {plan.scheme.group_size}, {plan.scheme.format}"
+    if plan.budget is None:
+        return f"{plan.scheme.name}: {numbers}"
+    limit = f"max_kl {plan.budget.max_kl:g}" if plan.budget.max_kl else f"max_bytes {_size(plan.budget.max_bytes or 0)}"
+    return f"auto within {limit}; what follows is the smallest, {plan.scheme.name}, where the search starts"
+
+
+def _override_rows(overrides: Sequence[Override]) -> list[tuple[str, str]]:
+    rows = [(f"  {one.modules}", _override_line(one.bits, one.group_size)) for one in overrides[:_OVERRIDES_SHOWN]]
+    more = len(overrides) - len(rows)
+    return [*rows, ("  ...", f"and {more} more overrides")] if more else rows
+
+
+def _override_line(bits: int | None, group_size: int | None) -> str:
+    if bits is None:
+        return "kept as the base has them"
+    return f"{bits} bits" + ("" if group_size is None else f", group {group_size}")
+
+
+def _size_line(plan: DryRunPlan) -> str:
+    return (
+        f"{_size(plan.bytes)} ({plan.bytes / plan.base_bytes:.0%} of the base): "
+        f"{_size(plan.bytes - plan.kept_bytes)} in {plan.quantized_modules} quantized modules, "
+        f"{_size(plan.kept_bytes)} kept"
+    )
+
+
+def _settings_line(settings: SolverSettings) -> str:
+    damp = " ".join(f"{step:g}" for step in settings.damp)
+    order = "group order" if settings.group_order else "natural order"
+    norm = f"scale search (norm {settings.scale_norm:g})" if settings.scale_norm else "no scale search"
+    if settings.weighted_scales:
+        norm = "weighted scale search"
+    gptaq = f", GPTAQ {settings.gptaq:g}" if settings.gptaq else ""
+    return f"{order}, {norm}{gptaq}, damping {damp}"
+
+
+def _time_line(work: CostEstimate) -> str:
+    each, every = _duration(work.block_seconds), _duration(work.seconds)
+    return f"about {each} a layer, {every} for {work.blocks} (estimate for {work.assumed})"
+
+
+def _memory_line(work: CostEstimate) -> str:
+    gpu = f", {_size(work.gpu_bytes)} of the GPU" if work.gpu_bytes else ""
+    return f"about {_size(work.host_bytes)} of the machine{gpu} (estimate)"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _size(count_bytes: int) -> str:
+    return f"{count_bytes / 1e9:.1f} GB" if count_bytes >= 1e9 else f"{count_bytes / 1e6:.1f} MB"

@@ -1,0 +1,87 @@
+"""Modules that differ from their scheme: which bits and groups each one gets, and how a GPTQ config says so."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any
+
+from config.manifest import Scheme
+
+# vLLM loads these projections of a layer as one matrix, so one kernel must take all of it, and looks its rules up by
+# the fused name.
+FUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
+)
+_LAYER = re.compile(r"^(?P<stem>.*\.)(?P<number>\d+)(?P<rest>\..*\.)(?P<leaf>[^.]+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightArgs:
+    """What one module's numbers look like."""
+
+    bits: int
+    group_size: int
+
+
+def weight_args_of(module: str, scheme: Scheme) -> WeightArgs | None:
+    """Tell a module's bits and group size; None where it stays as the base has it."""
+    for override in scheme.overrides:
+        if fnmatchcase(module, override.modules):
+            if override.bits is None:
+                return None
+            return WeightArgs(override.bits, scheme.group_size if override.group_size is None else override.group_size)
+    return WeightArgs(scheme.bits, scheme.group_size)
+
+
+def dynamic_rules(scheme: Scheme, layers: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Write overrides as `dynamic` of a GPTQ config: a regular expression -> what differs; `-:` leaves modules alone.
+
+    GPTQModel looks up `q_proj`, vLLM the fused `qkv_proj`; a rule names both.
+    """
+    plain = WeightArgs(scheme.bits, scheme.group_size)
+    differing: dict[tuple[WeightArgs | None, str, str, str], list[int]] = {}
+    single: list[tuple[str, WeightArgs | None]] = []
+    for module in layers:
+        weight_args = weight_args_of(module, scheme)
+        if weight_args == plain:
+            continue
+        match = _LAYER.match(module)
+        if match is None:
+            single.append((module, weight_args))
+        else:
+            key = (weight_args, match["stem"], match["rest"], match["leaf"])
+            differing.setdefault(key, []).append(int(match["number"]))
+    rules = {_rule(weight_args, re.escape(module)): _told(weight_args, plain) for module, weight_args in single}
+    for (weight_args, stem, rest, leaf), found in differing.items():
+        pattern = f"{re.escape(stem)}({'|'.join(map(str, sorted(found)))}){re.escape(rest)}{_leaf_pattern(leaf)}$"
+        rules[_rule(weight_args, pattern)] = _told(weight_args, plain)
+    return rules
+
+
+def differing_modules(rules: Mapping[str, Mapping[str, Any]], module: str) -> Mapping[str, Any] | None:
+    """Look a module up in `dynamic` as GPTQModel and vLLM do; {} where no rule matches, None where it is left alone."""
+    for rule, changes in rules.items():
+        if rule.startswith("-:"):
+            if re.match(rule.removeprefix("-:"), module):
+                return None
+        elif re.match(rule.removeprefix("+:"), module):
+            return changes
+    return {}
+
+
+def _rule(weight_args: WeightArgs | None, pattern: str) -> str:
+    return f"{'-' if weight_args is None else '+'}:{pattern}"
+
+
+def _told(weight_args: WeightArgs | None, plain: WeightArgs) -> dict[str, Any]:
+    if weight_args is None:
+        return {}
+    changes = {"bits": weight_args.bits} if weight_args.bits != plain.bits else {}
+    return changes | ({"group_size": weight_args.group_size} if weight_args.group_size != plain.group_size else {})
+
+
+def _leaf_pattern(leaf: str) -> str:
+    fused = [name for name, parts in FUSED.items() if leaf in parts]
+    return f"({leaf}|{fused[0]})" if fused else re.escape(leaf)
