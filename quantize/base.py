@@ -10,6 +10,7 @@ from typing import Any
 
 from config.manifest import sha256_of
 from quantize.errors import RecipeError
+from quantize.modules import ModuleTree, direct_tree
 
 _MODEL_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt"})
 # Sealed or measured by us beside a model; they say nothing about what the model computes.
@@ -44,7 +45,9 @@ class StoredTensor:
 class BaseModel:
     """A base that was found in order: safetensors weights with a config beside them.
 
-    `tensors` are all that it stores; `shapes` maps its blocks' linear layers to (out_features, in_features).
+    `tensors` are all that it stores; `shapes` maps the linear layers that can be quantized to (out_features,
+    in_features). `tree` says how the solver names them, once it was asked (`quantize.module_tree`); until then
+    `shapes` are all matrices in blocks.
     """
 
     directory: Path
@@ -55,11 +58,17 @@ class BaseModel:
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int]]
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    tree: ModuleTree | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
         """Well-known dimensions by the word people use for them."""
         return {word: self.config[key] for word, key in _SIZE_WORDS.items() if isinstance(self.config.get(key), int)}
+
+    @property
+    def modules(self) -> ModuleTree:
+        """The layers that can be quantized; without the solver's tree each has the name of its tensor."""
+        return self.tree or direct_tree(self.shapes)
 
 
 def read_base(directory: Path, *, digested: bool = True) -> BaseModel:

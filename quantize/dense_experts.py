@@ -1,21 +1,21 @@
-"""Experts of transformers models with their inputs rounded to int8, as w8a8 kernels round them."""
+"""Experts of a transformers model with their inputs rounded, as w8a8 kernels round them."""
 
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
-ROUNDED = "quantgate_int8_inputs"
+_STACKED_DIMENSIONS = 3
 
 
-def register_rounded_experts(rounded: Callable[[Any], Any]) -> None:
-    """Make `rounded`, applied to the inputs of each product, an experts implementation of transformers (`ROUNDED`)."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: PLC0415
+def round_expert_inputs(model: Any, rounded: Callable[[Any], Any]) -> None:
+    """Apply `rounded` to the inputs of both products of every expert that is held in a tensor of all experts."""
+    for module in model.modules():
+        weight = getattr(module, "gate_up_proj", None)
+        if getattr(weight, "ndim", 0) == _STACKED_DIMENSIONS:
+            module.forward = MethodType(_rounded_forward(rounded), module)
 
-    ALL_EXPERTS_FUNCTIONS.register(ROUNDED, rounded_experts(rounded))
 
-
-def rounded_experts(rounded: Callable[[Any], Any]) -> Callable[..., Any]:
-    """Build the forward of a module that holds all experts of a block in 3-D tensors."""
-
+def _rounded_forward(rounded: Callable[[Any], Any]) -> Callable[..., Any]:
     def forward(self: Any, hidden: Any, chosen: Any, weights: Any) -> Any:
         """`hidden [T, H]`, `chosen [T, k]` experts and their `weights [T, k]` -> `[T, H]`."""
         total = hidden.new_zeros(hidden.shape)
@@ -33,8 +33,6 @@ def rounded_experts(rounded: Callable[[Any], Any]) -> Callable[..., Any]:
 
 def _product(module: Any, name: str, expert: int, inputs: Any) -> Any:
     weight = getattr(module, name)[expert]
-    if getattr(module, "is_transposed", False):
-        weight = weight.t()
     bias = getattr(module, f"{name}_bias", None)
-    outputs = inputs @ weight.t()
+    outputs = inputs @ (weight if getattr(module, "is_transposed", False) else weight.t())
     return outputs if bias is None else outputs + bias[expert]

@@ -1,15 +1,21 @@
 """A base and its variant as dense transformers models: fp32 on a CPU, bf16 on CUDA, with w8a8's rounding of inputs."""
 
 import gc
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quantize.base import stored_tensors, weight_files
+from quantize.dense_experts import round_expert_inputs
 from quantize.errors import VariantError
-from quantize.variants.weights import read_dense, read_packing
+from quantize.modules import is_expert
+from quantize.variants.weights import read_dense, read_packing, with_stacked_experts
 
 _INT8_MAX = 127
+_PREFIX = re.compile(r"^.*?\b(?=(layers|h|blocks)\.\d+\.)")
+_VISION = re.compile(r"(^|\.)(vision|visual)")
 # Of a GPU's free memory, what weights may take; the rest is for activations, keys and values.
 _SHARE_FOR_WEIGHTS = 0.85
 
@@ -35,6 +41,7 @@ def load_variant(variant: Path, base: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 
     dense, layers = read_dense(variant)
+    dense = with_stacked_experts(dense, stored_tensors(base, weight_files(base)))
     config = AutoConfig.from_pretrained(base, local_files_only=True)
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config))
@@ -88,12 +95,20 @@ def _quantize_inputs(model: Any, layers: set[str]) -> None:
     def rounded(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (fake_quantize_tokens(inputs[0]), *inputs[1:])
 
-    for name, module in model.named_modules():
-        if name in layers:
+    found = {_inside_blocks(name): module for name, module in model.named_modules() if not _VISION.search(name)}
+    if any(map(is_expert, layers)):
+        round_expert_inputs(model, fake_quantize_tokens)
+    for layer in sorted(layers):
+        module = found.get(_inside_blocks(layer))
+        if module is not None:
             module.register_forward_pre_hook(rounded)
-            layers.discard(name)
-    if layers:
-        raise VariantError(f"{min(layers)}: no such module in the base; its activations can't be rounded")
+        elif not is_expert(layer):
+            raise VariantError(f"{layer}: no such module in the base; its activations can't be rounded")
+
+
+def _inside_blocks(name: str) -> str:
+    """Cut off what stands before the blocks: a multimodal model has other prefixes on disk than in memory."""
+    return _PREFIX.sub("", name)
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ names that vLLM loads: those of the base, and one set of tensors for each expert
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -124,23 +124,5 @@ def stored_name(solver_name: str, tensor: str, expert: int | None) -> str:
 def direct_tree(shapes: Mapping[str, Shape]) -> ModuleTree:
     """The tree of a base whose files have the solver's names."""
     return ModuleTree(
-        tuple(
-            LinearLayer(name, name, f"{name}.weight", rows, columns)
-            for name, (rows, columns) in shapes.items()
-        )
+        tuple(LinearLayer(name, name, f"{name}.weight", rows, columns) for name, (rows, columns) in shapes.items())
     )
-
-
-def patterns_of(names: Iterable[str], others: Sequence[str]) -> list[str]:
-    """Shorten names to regular expressions with `\\d+` for numbers, where no name of `others` matches them, too."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "#", name), []).append(name)
-    excluded = {re.sub(r"(?<=\.)\d+(?=\.)", "#", name) for name in others}
-    told: list[str] = []
-    for form, members in groups.items():
-        if form in excluded or len(members) == 1:
-            told += [re.escape(name) for name in members]
-        else:
-            told.append(r"\d+".join(map(re.escape, form.split("#"))))
-    return told

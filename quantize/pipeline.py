@@ -29,6 +29,7 @@ from quantize.calibration.self_generation import self_generate
 from quantize.errors import CalibrationError, RecipeError
 from quantize.evaluation.evaluate import EVIDENCE_FILE, EvaluationPlan, evaluate
 from quantize.mixed_precision.auto_scheme import resolve_auto
+from quantize.modules import is_expert
 from quantize.options import RunOptions
 from quantize.planning.dry_run import lowest_bits
 from quantize.planning.recipe import Recipe
@@ -57,7 +58,14 @@ def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, run_option
         preflight.check(recipe.base, replace(samples, held_out=[]), context, gpu=run_options.gpu)
         recipe = settled(recipe, samples, run_options, context)
         with solving(out, identity_of(recipe, samples), resume=run_options.resume) as checkpoint:
-            solve_job = SolveJob(variant, context.folder, checkpoint, run_options.environ, run_options.allow_fallback)
+            solve_job = SolveJob(
+                variant,
+                context.folder,
+                checkpoint,
+                run_options.environ,
+                run_options.allow_fallback,
+                run_options.expert_fallback,
+            )
             solved = quantize(recipe, samples, solve_job, run_options)
         write_modules(variant, solved)
         require_clean(variant, recipe.base, recipe.scheme)
@@ -167,6 +175,9 @@ def identity_of(recipe: Recipe, samples: Samples) -> str:
 
 def module_line(event: Mapping[str, Any]) -> str:
     """Tell a solved module in one line."""
+    if event.get("undersampled"):
+        reached = f"{event['tokens']} of {event['all_tokens']} tokens reached this expert"
+        return f"{event['module']}: {reached}: rounded to nearest"
     if event["loss"] is None:
         return f"{event['module']}: rounded to nearest, not solved"
     beside = f", {event['loss_ratio']:.1f} times its kind's median" if event["loss_ratio"] else ""
@@ -182,7 +193,8 @@ def write_modules(variant: Path, solved: QuantizeResult) -> None:
             "group_size": module.group_size,
             "loss": module.loss,
             "damp": module.damp,
-            "fallback": module.loss is None,
+            "fallback": module.loss is None and not module.undersampled,
+            **({"tokens": module.tokens, "undersampled": module.undersampled} if is_expert(module.module) else {}),
         }
         for module in sorted(solved.modules, key=lambda module: (module.layer, module.module))
     ]
@@ -193,6 +205,8 @@ def require_solvable(recipe: Recipe) -> None:
     """Raise RecipeError, before any work, for what a recipe's backend has not."""
     if recipe.backend.name != "auto-gptq":
         return
+    if any(layer.solver_name != layer.stored_name or layer.is_expert for layer in recipe.base.modules.layers):
+        raise RecipeError("auto-gptq knows no experts, and no layers that share a matrix; use --backend gptqmodel")
     if recipe.budget:
         raise RecipeError("auto-gptq quantizes all modules alike, and `scheme: auto` doesn't; use --backend gptqmodel")
     autogptq.require_solvable(recipe.scheme, recipe.settings)
@@ -243,6 +257,7 @@ def describe(recipe: Recipe, samples: Samples, solved: QuantizeResult, quality: 
         damp=dict(solved.damp),
         modules=len(solved.modules),
         fallback_modules=solved.fallback_modules,
+        experts=solved.experts,
     )
     return {
         "id": recipe.variant_id,

@@ -11,7 +11,7 @@ from typing import Any
 
 from quantize.errors import RecipeError
 from quantize.modules import LinearLayer, ModuleTree, is_kept, stored_name
-from quantize.running.worker import Report, run_child
+from quantize.running.worker import WorkerChannel, run_child
 
 
 def read_tree(base: Path, scratch: Path) -> ModuleTree:
@@ -63,6 +63,11 @@ def tree_of(model: Any) -> ModuleTree:
     return ModuleTree(tuple(layers), kept, type(model).__name__)
 
 
+def names_of(model: Any) -> list[str]:
+    """Name the layers that a loaded definition would quantize without any rule."""
+    return [name for name, _ in _listed(model)]
+
+
 def _source(model: Any, name: str) -> tuple[str, int | None, int | None]:
     """Find the base's tensor of a layer, the expert's index in it, and the layer's place among its parts."""
     files = model.turtle_model
@@ -79,9 +84,8 @@ def _source(model: Any, name: str) -> tuple[str, int | None, int | None]:
 
 def _listed(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yield name and shape of each linear layer of GPTQModel's tree that the model has."""
-    relative = [
-        name for block in model.simple_layer_modules(model.model.config, model.quantize_config) for name in block
-    ]
+    # Without rules: those of a scheme or of this package come later.
+    relative = [name for block in model.simple_layer_modules(model.model.config, None) for name in block]
     modules = dict(model.model.named_modules())
     for root in model.extract_layers_node():
         for number in range(len(modules.get(root, ()))):
@@ -92,7 +96,7 @@ def _listed(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:
                     yield full, (int(weight.shape[0]), int(weight.shape[1]))
 
 
-def list_modules(job: dict[str, Any], _: Report) -> dict[str, Any]:
+def list_modules(job: dict[str, Any], _: WorkerChannel) -> dict[str, Any]:
     """Child's work: `{base, scratch}` -> the module tree as JSON."""
     return read_tree(Path(job["base"]), Path(job["scratch"])).as_json()
 

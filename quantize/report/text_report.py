@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from config.manifest import Calibration, Manifest, Quality
+from config.manifest import Calibration, ExpertCoverage, Manifest, Quality
 from quantize.variants.pruning import Disposable
 
+_NAMES_SHOWN = 5
 _HEADINGS = ("variant", "scheme", "size", "KL mean", "top-1", "perplexity", "verdict", "directory")
 
 
@@ -66,7 +67,19 @@ def _making(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "damping", ", ".join(f"{count} modules at {value}" for value, count in made.damp.items())
     if made.fallback_modules:
         yield "rounded", f"to nearest, not solved: {', '.join(made.fallback_modules)}"
+    if made.experts:
+        yield "experts", _experts(made.experts)
     yield "calibration", _calibration(manifest.calibration)
+
+
+def _experts(coverage: ExpertCoverage) -> str:
+    few = coverage.undersampled
+    rounded = f", {len(few)} of them too few and rounded to nearest: {', '.join(few[:_NAMES_SHOWN])}" if few else ""
+    more = f" and {len(few) - _NAMES_SHOWN} more" if len(few) > _NAMES_SHOWN else ""
+    return (
+        f"{coverage.experts} experts saw {coverage.fewest_tokens:,} tokens or more, "
+        f"half of them {coverage.median_tokens:,}{rounded}{more}"
+    )
 
 
 def _measuring(quality: Quality) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from quantize.running.worker import run_worker
 _CHILD = "quantize.backends.module_tree_child"
 
 # Families whose files have the solver's names and nothing else in their blocks, so that the headers tell the same as
-# the module tree (tests/quantize/backends/test_families.py compares them). Reading the tree takes ten seconds.
+# the module tree (tests/quantize/test_families.py compares them). Reading the tree takes ten seconds.
 PLAIN_FAMILIES = frozenset(
     {
         "cohere2",
