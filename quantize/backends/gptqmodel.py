@@ -26,7 +26,7 @@ def solve(
     """Quantize a recipe's base on token samples, in a child process."""
     result = run_worker(
         _MODULE,
-        _job(recipe, samples, solve_job),
+        job_of(recipe, samples, solve_job),
         folder=solve_job.work,
         environ=visible_devices(solve_job.environ, recipe.devices.gpus),
         on_progress=on_progress,
@@ -63,7 +63,8 @@ def visible_devices(environ: Mapping[str, str], gpus: tuple[int, ...]) -> dict[s
     return {**environ, **chosen}
 
 
-def _job(recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob) -> dict[str, Any]:
+def job_of(recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob) -> dict[str, Any]:
+    """Write down all that the child needs to know."""
     return {
         "base": str(recipe.base.directory.resolve()),
         "base_bytes": recipe.base.bytes,
