@@ -17,7 +17,7 @@ Shape = tuple[int, int]  # (out_features, in_features)
 # Layers that stay in the base's precision although GPTQModel could quantize them: the projections of MLA that every
 # GPU holds whole, linear attention and state-space mixers, layers that predict further tokens.
 _KEPT = re.compile(
-    r"\.(q_a_proj|kv_a_proj_with_mqa|weights_proj|eh_proj)$|\.(linear_attn|mamba|ssm|short_conv|indexer|mtp|nextn)\."
+    r"\.(q_a_proj|kv_a_proj_with_mqa|weights_proj|eh_proj)$|(^|\.)(linear_attn|mamba|ssm|short_conv|indexer|mtp|nextn)\."
 )
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 

@@ -53,8 +53,8 @@ _GEMMA = {"query_pre_attn_scalar": 32, "sliding_window": 64, "tie_word_embedding
 _GLM = {"partial_rotary_factor": 0.5}
 _MLA = {
     "num_key_value_heads": 4,
-    "q_lora_rank": 64,
-    "kv_lora_rank": 64,
+    "q_lora_rank": 128,
+    "kv_lora_rank": 128,
     "qk_rope_head_dim": 32,
     "qk_nope_head_dim": 32,
     "v_head_dim": 32,

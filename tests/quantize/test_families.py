@@ -1,4 +1,4 @@
-"""Every family that people fine-tune, as a tiny model: each is quantized with one scheme, and the table is kept true."""
+"""Every family that people fine-tune, as a tiny model: each is quantized with one scheme; the table is kept true."""
 
 from collections.abc import Iterator
 from dataclasses import replace
