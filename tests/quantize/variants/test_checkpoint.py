@@ -11,13 +11,13 @@ from quantize.variants.checkpoint import other_layers, quantization_config
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
-from quantize.variants.weights import gptq_dense, packed_module, with_stacked_experts  # noqa: E402
+from quantize.variants.weights import Tensors, gptq_dense, packed_module, with_stacked_experts  # noqa: E402
 from tests.quantize.variants.test_weights import layer_of  # noqa: E402
 
 EXPERTS = [f"model.layers.0.mlp.experts.{expert}.up_proj" for expert in range(2)]
 
 
-def gptq_layer(name: str, seed: int, group_size: int = 8) -> dict[str, "torch.Tensor"]:
+def gptq_layer(name: str, seed: int, group_size: int = 8) -> Tensors:
     """A GPTQ layer of 16 inputs and 8 outputs with 4 bits."""
     stored = torch.randint(0, 16, (16, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     zeros = torch.full((16 // group_size, 8), 8, dtype=torch.int32)
@@ -25,7 +25,7 @@ def gptq_layer(name: str, seed: int, group_size: int = 8) -> dict[str, "torch.Te
     return {f"{name}.{part}": tensor for part, tensor in layer_of(stored, zeros, scales, group_size, bits=4).items()}
 
 
-def parts_of(tensors: dict[str, "torch.Tensor"], name: str) -> dict[str, "torch.Tensor"]:
+def parts_of(tensors: Tensors, name: str) -> Tensors:
     """The tensors of one layer by their last name."""
     return {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
 
