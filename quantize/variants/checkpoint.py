@@ -114,14 +114,14 @@ def _variant_tensors(
         raise SolveError(f"{min(missing)} was solved, and {base} has no weight for it; is a shard missing?")
 
 
-def write_shards(tensors: Iterable[tuple[str, Any]], into: Path) -> None:
-    """Write tensors as safetensors files of at most 4 GB, with an index if there are several.
+def write_shards(tensors: Iterable[tuple[str, Any]], into: Path, shard_bytes: int = _SHARD_BYTES) -> None:
+    """Write tensors as safetensors files of at most `shard_bytes`, with an index if there are several.
 
     One file's tensors are in memory at a time. Their names say how many files there are, so they get them at the end.
     """
     weight_map: list[list[str]] = []
     total_bytes = 0
-    for number, shard in enumerate(_shards(tensors)):
+    for number, shard in enumerate(_shards(tensors, shard_bytes)):
         _save(shard, into / f"{_UNNAMED}-{number}")
         weight_map.append(sorted(shard))
         total_bytes += _bytes_of(shard)
@@ -139,11 +139,11 @@ def write_shards(tensors: Iterable[tuple[str, Any]], into: Path) -> None:
         write_json(into / "model.safetensors.index.json", index)
 
 
-def _shards(tensors: Iterable[tuple[str, Any]]) -> Iterator[Tensors]:
+def _shards(tensors: Iterable[tuple[str, Any]], shard_bytes: int) -> Iterator[Tensors]:
     """Collect tensors until a file is full; one that is larger than a file has its own."""
     shard: Tensors = {}
     for name, tensor in tensors:
-        if shard and _bytes_of(shard) + tensor.nbytes > _SHARD_BYTES:
+        if shard and _bytes_of(shard) + tensor.nbytes > shard_bytes:
             yield shard
             shard = {}
         shard[name] = tensor
