@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from config.manifest import Manifest, Quality
-from quantize.base import BaseModel, read_base
+from quantize.base import BaseModel, read_base, weight_files, with_digest
 from quantize.calibration.datasets import (
     CalibrationSplit,
     Dataset,
@@ -29,7 +29,9 @@ from quantize.evaluation.verdict import limits_for
 from quantize.options import RunOptions
 from quantize.planning.recipe import Recipe
 from quantize.planning.request import Request, TextFile
+from quantize.planning.run_costs import require_evaluation_room
 from quantize.running.context import RunContext
+from quantize.running.memory import present_machine
 from quantize.running.progress import ProgressReporter
 from quantize.running.stage_store import stage_store
 from quantize.stages.checkpoint import write
@@ -82,7 +84,10 @@ def evaluate_directory(
     held_out = tuple(record for record in records if every_row or is_held_out(record))
     if not held_out:
         raise CalibrationError(["no held-out rows to evaluate on; pass more text with --data, or --every-row"])
-    parent = read_base(base)
+    parent = read_base(base, digested=False)
+    variant_bytes = sum(file.stat().st_size for file in weight_files(variant))
+    require_evaluation_room(parent, options.evaluation, variant_bytes, present_machine())
+    parent = with_digest(parent)
     with run_context(options) as context:
         samples = tokenize_samples(base, CalibrationSplit((), held_out), max_tokens, context).held_out
         return evaluate(

@@ -8,10 +8,11 @@ from quantize.base import BaseModel
 from quantize.calibration.datasets import CalibrationSplit
 from quantize.calibration.records import Record, prompt_of
 from quantize.errors import MachineError
+from quantize.evaluation.evaluate import EvaluationPlan
 from quantize.planning.cost_estimate import CostEstimate, Room, estimate_cost
 from quantize.planning.recipe import Budget, Devices, Recipe
 from quantize.planning.request import Request
-from quantize.planning.stage_costs import StageCost, Workload, stage_costs
+from quantize.planning.stage_costs import StageCost, Workload, evaluation_costs, stage_costs
 from quantize.running.memory import Machine
 from quantize.schemes.forecast import predicted_bytes
 from quantize.schemes.module_config import fused_name
@@ -61,6 +62,23 @@ def require_room(costs: RunCosts) -> None:
     """Raise MachineError with the first stage that this machine has no room for."""
     if costs.shortages:
         raise MachineError(costs.shortages[0])
+
+
+def require_evaluation_room(base: BaseModel, plan: EvaluationPlan, variant_bytes: int, machine: Machine) -> None:
+    """Raise MachineError with the first part of an evaluation that this machine has no room for."""
+    work = Workload(
+        engine=machine.engine,
+        cores=machine.cores,
+        tokens=0,
+        longest_tokens=0,
+        evaluation=plan,
+        held_out_tokens=plan.tokens,
+        prompt_tokens=0,
+        variant_bytes=variant_bytes,
+        memory_bytes=sum(machine.gpu_bytes) or machine.total_bytes,
+    )
+    for line in _shortages(evaluation_costs(base, work), machine, machine.gpu_bytes):
+        raise MachineError(line)
 
 
 def placed_cost(recipe: Recipe, tokens: int, machine: Machine) -> CostEstimate:

@@ -100,6 +100,11 @@ def stage_costs(base: BaseModel, solving: CostEstimate, work: Workload) -> tuple
     return tuple(_stages(base, sizes_of(base), solving, work))
 
 
+def evaluation_costs(base: BaseModel, work: Workload) -> tuple[StageCost, ...]:
+    """List what the parts of an evaluation take."""
+    return tuple(_evaluation(base, sizes_of(base), work))
+
+
 def _stages(base: BaseModel, sizes: ModelSizes, solving: CostEstimate, work: Workload) -> Iterator[StageCost]:
     weights = sizes.parameters * _ITEM_BYTES[work.engine]
     yield StageCost("hash base", base.bytes / _HASHED_BYTES_PER_SECOND, 50_000_000)
@@ -124,12 +129,16 @@ def _stages(base: BaseModel, sizes: ModelSizes, solving: CostEstimate, work: Wor
         (base.bytes + 2 * work.variant_bytes) / _DISK_BYTES_PER_SECOND,
         LIBRARY_BYTES["transformers"] // 2 + min(work.variant_bytes, _SHARD_BYTES) + sizes.matrix * 6,
     )
+    yield from _evaluation(base, sizes, work)
+    yield StageCost("seal", work.variant_bytes / _HASHED_BYTES_PER_SECOND, 50_000_000)
+
+
+def _evaluation(base: BaseModel, sizes: ModelSizes, work: Workload) -> Iterator[StageCost]:
     yield _reading(base, sizes, work, "evaluate: parent reads", packed=False)
     yield _reading(base, sizes, work, "evaluate: variant reads", packed=True)
     if work.evaluation.prompts or work.evaluation.tasks:
         texts = Texts(work.evaluation.prompts * work.evaluation.seeds, work.evaluation.new_tokens, work.prompt_tokens)
         yield _generation(base, sizes, work, "evaluate: both write", texts, models=2)
-    yield StageCost("seal", work.variant_bytes / _HASHED_BYTES_PER_SECOND, 50_000_000)
 
 
 def _reading(base: BaseModel, sizes: ModelSizes, work: Workload, stage: str, *, packed: bool) -> StageCost:

@@ -13,7 +13,14 @@ from quantize.planning.cost_estimate import Room, blocks_of, estimate_cost, kept
 from quantize.planning.model_sizes import sizes_of
 from quantize.planning.recipe import Devices
 from quantize.planning.request import Request
-from quantize.planning.run_costs import RunCosts, require_room, run_costs, usable_gpus, what_fits
+from quantize.planning.run_costs import (
+    RunCosts,
+    require_evaluation_room,
+    require_room,
+    run_costs,
+    usable_gpus,
+    what_fits,
+)
 from quantize.planning.stage_costs import StageCost
 from quantize.running.memory import Machine
 from quantize.schemes.scheme import preset
@@ -115,6 +122,14 @@ def test_what_doesnt_fit_is_refused(machine: Machine, told: str) -> None:
     with pytest.raises(MachineError, match=told):
         require_room(found)
     require_room(costs())
+
+
+def test_an_evaluation_alone_is_checked_too() -> None:
+    """Reading fits a small GPU; generation doesn't."""
+    small = replace(SERVER, gpu_bytes=(24 * GIGA,))
+    require_evaluation_room(QWQ_32B, EvaluationPlan(prompts=0), 20 * GIGA, small)
+    with pytest.raises(MachineError, match="'evaluate: both write'"):
+        require_evaluation_room(QWQ_32B, EvaluationPlan(), 20 * GIGA, small)
 
 
 def test_a_plan_for_another_machine_lacks_nothing() -> None:
