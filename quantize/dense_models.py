@@ -8,10 +8,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from quantize.base import stored_tensors, weight_files
 from quantize.dense_experts import round_expert_inputs
-from quantize.errors import MachineError, VariantError
+from quantize.errors import MachineError, RecipeError, VariantError
 from quantize.layered_models import LayeredModel, open_layered
+from quantize.model_class import model_class
+from quantize.model_files.weight_files import stored_tensors
 from quantize.modules import is_expert
 from quantize.variants.weights import LazyTensor, lazy_dense, lazy_tensors, read_packing, with_stacked_experts
 
@@ -44,20 +45,14 @@ def placement(model_bytes: int, free_bytes: Sequence[int]) -> str:
 
 def load_base(base: Path) -> Any:
     """Load an unquantized model whole, for generation."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
-
-    return _placed(partial(AutoModelForCausalLM.from_pretrained, base), base, local_files_only=True)
+    kind, _ = _class_of(base)
+    return _placed(partial(kind.from_pretrained, base), base, local_files_only=True)
 
 
 def load_variant(variant: Path, base: Path) -> Any:
     """Load a variant whole, as the dense model that it stands for; VariantError where it doesn't fit its base."""
-    import torch  # noqa: PLC0415
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
-
     dense, layers = _dense_tensors(variant, base)
-    config = AutoConfig.from_pretrained(base, local_files_only=True)
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config))
+    kind, config = _class_of(base)
     try:
         model = _placed(partial(kind.from_pretrained, None), base, config=config, state_dict=dense)
     except RuntimeError as error:
@@ -68,13 +63,13 @@ def load_variant(variant: Path, base: Path) -> Any:
 
 def layered_base(base: Path) -> LayeredModel:
     """Open an unquantized model for reading text, one layer in memory at a time."""
-    return open_layered(base, lazy_tensors(base), base, *_where_layers_run())
+    return open_layered(_class_of(base), lazy_tensors(base), base, *_where_layers_run())
 
 
 def layered_variant(variant: Path, base: Path) -> LayeredModel:
     """Open a variant for reading text as the dense model that it stands for, one layer in memory at a time."""
     dense, layers = _dense_tensors(variant, base)
-    layered = open_layered(base, dense, variant, *_where_layers_run())
+    layered = open_layered(_class_of(base), dense, variant, *_where_layers_run())
     _round_activations(layered.model, variant, layers)
     return layered
 
@@ -103,12 +98,23 @@ def reclaim() -> None:
         torch.cuda.empty_cache()
 
 
+def _class_of(base: Path) -> tuple[Any, Any]:
+    """Give a base's model class and its config; RecipeError where transformers has no such class."""
+    from transformers import AutoConfig  # noqa: PLC0415
+
+    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    kind = model_class(config)
+    if kind is None:
+        raise RecipeError(f"{base}: transformers has no language model of type {config.model_type}")
+    return kind, config
+
+
 def _placed(load: Callable[..., Any], base: Path, **options: Any) -> Any:
     import torch  # noqa: PLC0415
 
     if not torch.cuda.is_available():
         return load(dtype=torch.float32, **options).eval()
-    size = sum(2 * prod(tensor.shape) for tensor in stored_tensors(base, weight_files(base)).values())
+    size = sum(2 * prod(tensor.shape) for tensor in stored_tensors(base).values())
     free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
     where = placement(size, free)
     # All layers must lie on GPUs: nothing is left to the CPU or the disk.
@@ -119,7 +125,7 @@ def _placed(load: Callable[..., Any], base: Path, **options: Any) -> Any:
 
 def _dense_tensors(variant: Path, base: Path) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
     dense, layers = lazy_dense(variant)
-    return with_stacked_experts(dense, stored_tensors(base, weight_files(base))), layers
+    return with_stacked_experts(dense, stored_tensors(base)), layers
 
 
 def _where_layers_run() -> tuple[Any, str]:

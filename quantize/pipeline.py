@@ -11,7 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from config.manifest import Manifest, Quality
-from quantize.base import BaseModel, read_base, weight_files, with_digest
+from quantize.base import BaseModel, read_base, with_digest
+from quantize.calibration import preflight
 from quantize.calibration.datasets import (
     CalibrationSplit,
     Dataset,
@@ -26,6 +27,7 @@ from quantize.errors import CalibrationError
 from quantize.evaluation.evaluate import evaluate
 from quantize.evaluation.tasks import read_questions
 from quantize.evaluation.verdict import limits_for
+from quantize.model_files.weight_files import weight_files
 from quantize.options import RunOptions
 from quantize.planning.recipe import Recipe
 from quantize.planning.request import Request, TextFile
@@ -46,6 +48,7 @@ from quantize.variants.weights import read_packing
 def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, options: RunOptions) -> Manifest:
     """Turn a base into a sealed variant directory; `out` appears as a whole or not at all."""
     with variant_run(recipe, options) as begun:
+        preflight.check_base(recipe.base, begun.context)
         tokens = tokenize(begun, split)
         run = settle_scheme(begun, tokens)
         solved = solve(run, tokens)

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import Scheme
-from quantize.base import StoredTensor, kept_files, stored_tensors, weight_files
 from quantize.errors import SolveError
+from quantize.model_files.directory_rules import portable_config
+from quantize.model_files.kept_files import kept_files
+from quantize.model_files.safetensors_header import StoredTensor
+from quantize.model_files.weight_files import INDEX_FILE, WHOLE_FILE, stored_tensors
 from quantize.modules import ModuleTree, is_expert
 from quantize.schemes.module_config import dynamic_rules, weight_args_of
 from quantize.variants.weights import LazyTensor, Tensors, packed_module, read_tensors
@@ -128,7 +131,7 @@ def write_shards(tensors: Iterable[tuple[str, Any]], into: Path, shard_bytes: in
         shard.clear()  # gives its memory back before the next is collected
     names = [f"model-{number:05d}-of-{len(weight_map):05d}.safetensors" for number in range(1, len(weight_map) + 1)]
     if len(names) == 1:
-        names = ["model.safetensors"]
+        names = [WHOLE_FILE]
     for number, name in enumerate(names):
         (into / f"{_UNNAMED}-{number}").rename(into / name)
     if len(names) > 1:
@@ -136,7 +139,7 @@ def write_shards(tensors: Iterable[tuple[str, Any]], into: Path, shard_bytes: in
             "metadata": {"total_size": total_bytes},
             "weight_map": {tensor: name for name, shard in zip(names, weight_map, strict=True) for tensor in shard},
         }
-        write_json(into / "model.safetensors.index.json", index)
+        write_json(into / INDEX_FILE, index)
 
 
 def _shards(tensors: Iterable[tuple[str, Any]], shard_bytes: int) -> Iterator[Tensors]:
@@ -158,10 +161,10 @@ def _save(tensors: Tensors, path: Path) -> None:
 
 
 def _write_configs(base: Path, scheme: Scheme, damp: float, into: Path, tree: ModuleTree) -> None:
-    others = other_layers(stored_tensors(base, weight_files(base)), tree)
+    others = other_layers(stored_tensors(base), tree)
     quantization = quantization_config(scheme, damp, sorted(tree.shapes), others)
     config = json.loads((base / "config.json").read_bytes())
-    write_json(into / "config.json", {**config, "quantization_config": quantization})
+    write_json(into / "config.json", {**portable_config(config), "quantization_config": quantization})
     if scheme.format == "gptq":
         write_json(into / "quantize_config.json", quantization)
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from config.memory import Memory
 from serving.cores import Core
 from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
 from serving.doctor.findings import Finding, findings, worst
 from serving.doctor_cli import doctor_main
-from serving.hardware import Gpu, Memory
+from serving.hardware import Gpu
 from tests.serving.supervised import model_directory
 
 GIB = 2**30

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from config.manifest import Override
-from quantize.base import StoredTensor
 from quantize.errors import VariantError
+from quantize.model_files.safetensors_header import StoredTensor
 from quantize.modules import ModuleTree, direct_tree
 from quantize.schemes.scheme import preset
 from quantize.variants.checkpoint import other_layers, quantization_config, write_shards
