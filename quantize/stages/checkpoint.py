@@ -1,9 +1,12 @@
 """Stage 3, checkpoint: solved modules -> the variant's weights and configuration, checked against the base."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from quantize.backends.protocol import QuantizeResult
 from quantize.modules import is_expert
+from quantize.planning.recipe import Recipe
 from quantize.running.stage_store import StageResult, stage_key
 from quantize.running.worker import run_worker
 from quantize.stages.solve import SolvedLayers
@@ -27,20 +30,26 @@ def write(run: VariantRun, solved: SolvedLayers) -> StageResult:
         return found
     recipe, context = run.recipe, run.context
     with run.store.staging(key) as staged:
-        job = {
-            "base": str(recipe.base.directory.resolve()),
-            "solved": str(solved.directory.resolve()),
-            "bits": {module.module: module.bits for module in solved.result.modules},
-            "scheme": recipe.scheme.model_dump(mode="json"),
-            "damp": recipe.settings.damp[0],
-            "into": str(staged.resolve()),
-            "tree": recipe.base.modules.as_json(),
-        }
+        bits = {module.module: module.bits for module in solved.result.modules}
+        job = writing_job(recipe, solved.directory, bits, staged)
         with context.progress.stage("checkpoint", "modules") as advance:
             run_worker(_CHILD, job, folder=context.folder, environ=context.environ, on_progress=advance)
         write_quant_log(staged, solved.result)
         require_clean(staged, recipe.base, recipe.scheme)
         return run.store.keep(key, staged, {}, subject=recipe.variant_id, cache=False)
+
+
+def writing_job(recipe: Recipe, solved: Path, bits: Mapping[str, int], into: Path) -> dict[str, Any]:
+    """Describe to the child what to write; `bits` has those of every module in the folder `solved`."""
+    return {
+        "base": str(recipe.base.directory.resolve()),
+        "solved": str(solved.resolve()),
+        "bits": dict(bits),
+        "scheme": recipe.scheme.model_dump(mode="json"),
+        "damp": recipe.settings.damp[0],
+        "into": str(into.resolve()),
+        "tree": recipe.base.modules.as_json(),
+    }
 
 
 def write_quant_log(variant: Path, result: QuantizeResult) -> None:

@@ -22,6 +22,7 @@ from quantize.planning.recipe import Budget, Recipe, installed_backend
 from quantize.planning.request import Request
 from quantize.schemes.scheme import preset
 from quantize.schemes.settings import SETTINGS
+from quantize.stages.checkpoint import writing_job
 from quantize.variants.lint import lint
 from tests.quantize.chats import chat
 from tests.quantize.families import FAMILIES, write_family
@@ -129,12 +130,15 @@ def solve(
 ) -> list[dict[str, Any]]:
     """Solve into `folder / "variant"`; give the events of all modules."""
     from quantize.backends.gptqmodel_child import quantize  # noqa: PLC0415
+    from quantize.backends.writing_child import write  # noqa: PLC0415
 
     for name in ("variant", "work", "layers"):
         (folder / name).mkdir(parents=True)
-    job = SolveJob(folder / "variant", folder / "work", folder / "layers", environ={}, expert_fallback=expert_fallback)
+    job = SolveJob(folder / "layers", folder / "work", environ={}, expert_fallback=expert_fallback)
     listener = Listener()
-    quantize(job_of(recipe, samples, job), listener)  # type: ignore[arg-type]
+    result = quantize(job_of(recipe, samples, job), listener)  # type: ignore[arg-type]
+    bits = {module["module"]: module["bits"] for module in result["modules"]}
+    write(writing_job(recipe, folder / "layers", bits, folder / "variant"), listener)  # type: ignore[arg-type]
     return listener.events
 
 

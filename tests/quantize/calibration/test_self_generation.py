@@ -217,9 +217,9 @@ async def test_a_replica_answers_for_the_base(tmp_path: Path) -> None:
         again = await asyncio.to_thread(place.generate, base, 20, url=fake.url)
         asked = [request["body"] for request in fake.requests("/v1/chat/completions")]
     assert file == again
-    assert file.parent == tmp_path / "home" / "self-generated"
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
-    assert f"self-generate: reusing {file}" in place.said[1]
+    assert file.parent.parent == tmp_path / "home" / "stages"
+    assert [path.name for path in file.parent.parent.iterdir()] == [file.parent.name]
+    assert f"self-generate: reusing {file.parent}" in place.said[1]
     assert len(asked) == 24
     assert len({body["seed"] for body in asked}) == 24
     _, rows = read_datasets([file])
@@ -258,7 +258,7 @@ async def test_a_replica_that_refuses_is_an_error_with_its_words(tmp_path: Path)
             await asyncio.to_thread(place.generate, base, 16, url=fake.url)
         with pytest.raises(RecipeError, match=r"is no OpenAI-compatible server|refused to answer: 404"):
             await asyncio.to_thread(place.generate, base, 16, url=fake.url + "/elsewhere")
-    assert not (tmp_path / "home" / "self-generated").exists()
+    assert not (tmp_path / "home" / "stages").exists()
 
 
 def test_a_replica_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def asked(recipe: RecipeFile, *flags: str) -> Request:
         ),
         (["--solver", "best"], "settings", SETTINGS["best"]),
         (["--group-order", "--gptaq", "0.25"], "settings", SolverSettings((0.2,), weighted_scales=False, gptaq=0.25)),
-        (["--resume"], "resume", True),
+        (["--no-resume"], "resume", False),
         (["--log", "run.log"], "log", Path("run.log")),
         (
             ["--scheme", "w8a16-g128", "--override", "*.o_proj=4:32"],
