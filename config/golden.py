@@ -6,7 +6,7 @@ text, and the log-probability of each token after the first given the preceding 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 
@@ -15,7 +15,8 @@ from pydantic import Field, ValidationError
 from config.manifest import Record
 
 EVALUATION_FILE = "evaluation.json"
-LONGEST_TOKENS = 128
+# Of these log-probabilities, 512 are enough to tell a variant at a KL divergence of 0.0005 from its parent.
+LONGEST_TOKENS = 513
 
 
 class Golden(Record):
@@ -39,14 +40,25 @@ class Golden(Record):
 class GoldenAnswer:
     """Expected answer of one model: token ids [T] and the log-probabilities [T - 1] in nats of all but the first.
 
-    `parent` are the log-probabilities of its parent, empty if the model is the parent. `exact` is true if only weights
-    are quantized. Quantized activations depend on the last bit of the engine's sums: their result is not reproducible.
+    `alternative` are the log-probabilities of the model that it is most easily taken for: of a variant its parent, of a
+    parent a variant; empty if none is known. `exact` and `alternative_exact` are true if only weights are quantized.
+    Quantized activations depend on the last bit of the engine's sums: their result is not reproducible.
     """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    parent: tuple[float, ...] = ()
+    alternative: tuple[float, ...] = ()
     exact: bool = True
+    alternative_exact: bool = True
+    alternative_name: str = "its parent"
+
+    def shortened(self, tokens: int | None) -> "GoldenAnswer":
+        """Return the beginning that fits in a context, beside one token to generate."""
+        if tokens is None or tokens > len(self.ids):
+            return self
+        kept = max(tokens - 1, 2)
+        logprobs, alternative = self.logprobs[: kept - 1], self.alternative[: kept - 1]
+        return replace(self, ids=self.ids[:kept], logprobs=logprobs, alternative=alternative)
 
 
 def distance(served: Sequence[float], recorded: Sequence[float]) -> float:

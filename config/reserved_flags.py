@@ -36,8 +36,15 @@ RESERVED_FLAGS: Mapping[str, str] = MappingProxyType(
         "--enable-server-load-tracking": _ALWAYS,
         "--enable-prompt-tokens-details": _ALWAYS,
         "--logging-config": "use serving.logs",
-        "--data-parallel-size": "use count: the gateway balances independent replicas",
-        "-dp": "use count: the gateway balances independent replicas",
+        "--pipeline-parallel-size": "use pipeline_parallel",
+        "-pp": "use pipeline_parallel",
+        "--data-parallel-size": "use data_parallel, or count for independent replicas",
+        "-dp": "use data_parallel, or count for independent replicas",
+        "--enable-expert-parallel": "use expert_parallel",
+        "-ep": "use expert_parallel",
+        "--kv-cache-dtype": "use kv_cache_dtype",
+        "--speculative-config": "use speculative",
+        "-sc": "use speculative",
     }
 )
 

@@ -102,6 +102,8 @@ def _replicas(settings: Settings) -> Iterator[Violation]:
         yield from _arguments(where, replica)
 
 
+# Kinds of parallelism that are named only where they are used.
+PARALLEL = ("pipeline_parallel", "data_parallel")
 # Options that apply to an external replica, too.
 FOR_URLS = frozenset({"variant", "url", "api_key", "max_in_flight", "tool_calling", *CERTIFICATES})
 
@@ -112,12 +114,16 @@ def _launch_options(where: Location, replica: ReplicaSettings) -> Iterator[Viola
         options = ReplicaSettings.model_fields.keys() - FOR_URLS
         for field in sorted(name for name in options if getattr(replica, name) != getattr(defaults, name)):
             yield Violation((*where, field), "is an option for starting a replica, but url is set, too", "remove one")
-    needed = replica.count * replica.tensor_parallel
+    needed = replica.count * replica.ranks
     if replica.gpus and len(replica.gpus) != needed:
+        named = {name: getattr(replica, name) for name in ("count", "tensor_parallel", *PARALLEL)}
+        factors = " x ".join(f"{name} {value}" for name, value in named.items() if value > 1 or name not in PARALLEL)
+        yield Violation((*where, "gpus"), f"has {len(replica.gpus)} GPUs for {factors}", f"list {needed} GPUs")
+    if replica.speculative is not None and "num_speculative_tokens" not in replica.speculative:
         yield Violation(
-            (*where, "gpus"),
-            f"has {len(replica.gpus)} GPUs for count {replica.count} x tensor_parallel {replica.tensor_parallel}",
-            f"list {needed} GPUs",
+            (*where, "speculative"),
+            "has no num_speculative_tokens",
+            "set it, and a method: {method: ngram, num_speculative_tokens: 4, prompt_lookup_max: 4}",
         )
 
 

@@ -136,6 +136,9 @@ ToolCalling = Annotated[str, Field(pattern=TOOL_PARSER_PATTERN)]
 Entries = Annotated[int, Field(ge=1, le=65536)]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+# A value in a configuration of the engine that is passed on as it is.
+EngineValue = str | bool | Annotated[int, Field(ge=0, le=MAX_COUNT)] | float
+KvCacheDtype = Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"]
 Servers = Annotated[int, Field(ge=1, le=MAX_SERVERS)]
 
 
@@ -240,6 +243,9 @@ class ReplicaSettings(Table):
     count: Servers = 1
     gpus: tuple[Annotated[int, Field(ge=0, lt=MAX_SERVERS)], ...] = ()
     tensor_parallel: Servers = 1
+    pipeline_parallel: Servers = 1
+    data_parallel: Servers = 1
+    expert_parallel: bool = False
     port: Annotated[int, Field(ge=1024, le=LAST_PORT)] | None = None
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     max_model_len: Annotated[int, Field(ge=16, le=10**9)] | None = None
@@ -247,6 +253,8 @@ class ReplicaSettings(Table):
     max_queued: Positive = 256
     max_in_flight: Positive = 512
     kv_cache_bytes: SizeBytes | None = None
+    kv_cache_dtype: KvCacheDtype = "auto"
+    speculative: Annotated[dict[str, EngineValue], Field(min_length=1)] | None = None
     prefix_caching: bool = True
     cores: Annotated[str, Field(pattern=CORES_PATTERN)] | None = None
     start_timeout_seconds: Seconds = 900.0
@@ -254,6 +262,11 @@ class ReplicaSettings(Table):
     hang_seconds: Seconds = 120.0
     tool_calling: ToolCalling = "auto"
     args: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        """GPUs (on CPU: NUMA nodes) of one server: the product of its kinds of parallelism."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
 
 class Floor(Table):

@@ -110,14 +110,19 @@ def _with_golden(variant: Variant, variants: Mapping[str, Variant]) -> Variant:
         own = Golden.read(variant.path)
         if own is None:
             return variant
-        exact = variant.manifest.scheme.activation_bits >= _UNQUANTIZED_BITS
-        return replace(variant, golden=GoldenAnswer(own.ids, own.variant, own.parent, exact))
+        return replace(variant, golden=GoldenAnswer(own.ids, own.variant, own.parent, _is_exact(variant.manifest)))
     for other in variants.values():
         if other.path and other.manifest and other.manifest.base.name == variant.path.name:
             recorded = Golden.read(other.path)
             if recorded:
-                return replace(variant, golden=GoldenAnswer(recorded.ids, recorded.parent))
+                exact, name = _is_exact(other.manifest), f"its variant {other.name}"
+                golden = GoldenAnswer(recorded.ids, recorded.parent, recorded.variant, True, exact, name)
+                return replace(variant, golden=golden)
     return variant
+
+
+def _is_exact(manifest: Manifest) -> bool:
+    return manifest.scheme.activation_bits >= _UNQUANTIZED_BITS
 
 
 def _read_variant(name: str, settings: VariantSettings, relative_to: Path) -> Variant:

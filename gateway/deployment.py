@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config.capacity import FILE_NAME, Setup, read_capacity
+from config.capacity import FILE_NAME, LAUNCH_OPTIONS, Setup, read_capacity
 from config.errors import CapacityError, Problem, SettingsError
 from config.load import LoadedFile, load_settings_file
 from config.schema import ReplicaSettings, Settings
@@ -89,8 +89,4 @@ def read_speeds(settings: Settings, variants: Mapping[str, Variant]) -> dict[str
 
 def _has_setup_of(replicas: Iterable[ReplicaSettings], setup: Setup) -> bool:
     """Whether a measurement was made with the launch settings of one of the replicas."""
-    measured = (setup.tensor_parallel, setup.max_num_seqs, setup.kv_cache_bytes, setup.dtype, setup.args)
-    return any(
-        measured == (replica.tensor_parallel, replica.max_num_seqs, replica.kv_cache_bytes, replica.dtype, replica.args)
-        for replica in replicas
-    )
+    return any(all(getattr(setup, name) == getattr(replica, name) for name in LAUNCH_OPTIONS) for replica in replicas)

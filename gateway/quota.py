@@ -131,7 +131,7 @@ class Quota:
 
         None if the key has no limits.
         """
-        if caller.requests_per_minute is None and caller.tokens_per_minute is None and caller.concurrency is None:
+        if not caller.limited:
             return None
         counts = self._counts_of(caller)
         if caller.concurrency is not None and counts.running >= concurrency_share(caller.concurrency, self.share):
@@ -144,7 +144,7 @@ class Quota:
 
         Returns the counts that the tokens of its answer are charged to; None without limits per minute.
         """
-        if caller.requests_per_minute is None and caller.tokens_per_minute is None:
+        if not caller.rate_limited:
             return None
         counts = self._counts_of(caller)
         counts.apply_limits(caller, self.share, now_seconds)
@@ -157,7 +157,7 @@ class Quota:
 
         `pending_tokens` are those of the answer that carries the headers; they are charged at its end.
         """
-        if caller.requests_per_minute is None and caller.tokens_per_minute is None:
+        if not caller.rate_limited:
             return []
         counts = self._counts_of(caller)
         counts.apply_limits(caller, self.share, now_seconds)

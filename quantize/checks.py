@@ -1,11 +1,12 @@
 """Everything that can be known before work, checked before work: cheap things first, reading every byte last."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from config.manifest import Scheme
 from quantize.backends import autogptq
 from quantize.base import BaseModel, read_base, with_digest
-from quantize.calibration.datasets import read_datasets, shipped_files
+from quantize.calibration.datasets import CalibrationSplit, read_datasets, shipped_files
 from quantize.calibration.self_generation import chosen
 from quantize.errors import RecipeError
 from quantize.evaluation.evaluate import EvaluationPlan
@@ -14,29 +15,33 @@ from quantize.evaluation.verdict import limits_for
 from quantize.module_tree import with_module_tree
 from quantize.options import RunOptions
 from quantize.planning.dry_run import lowest_bits
-from quantize.planning.plan import calibration_split, check_numbers, settled_scheme
+from quantize.planning.plan import calibration_split, check_numbers, settled_scheme, settled_settings
 from quantize.planning.recipe import chosen_backend
 from quantize.planning.request import Request, TextFile
+from quantize.planning.run_costs import require_room, run_costs
+from quantize.running.memory import Machine
 from quantize.running.stage_store import stage_store
 from quantize.schemes.forecast import disk_bytes, predicted_bytes
 from quantize.variants.store import require_space, require_target
 
 
-def check_request(request: Request, options: RunOptions) -> BaseModel:
+def check_request(request: Request, options: RunOptions, machine: Machine) -> BaseModel:
     """Check a request and return its base with its digest; UsageError says what is wrong, and nothing was written.
 
     1. numbers, backend, `--out`, limits, task file; 2. headers of the base's files; 3. calibration data; 4. the layers
-    that the solver finds in the base, with their names on disk; 5. scheme and tensor-parallel degree; 6. free disk
-    space; 7. the digest.
+    that the solver finds in the base, with their names on disk; 5. scheme and tensor-parallel degree; 6. memory for
+    every stage; 7. free disk space; 8. the digest.
     """
     check_numbers(request)
     check_backend(request)
     require_target(request.out)
     check_evaluation(request.evaluation, lowest_bits(request.scheme) if isinstance(request.scheme, Scheme) else 4)
     base = read_base(request.base, digested=False)
-    check_data(request)
+    split = check_data(request)
     base = with_module_tree(base, options.environ)
     scheme = settled_scheme(request, base)
+    settled = replace(request, settings=settled_settings(request.settings, base))
+    require_room(run_costs(settled, base, scheme, split, machine, engine=machine.engine))
     require_space(
         {
             stage_store(options.environ).root: (
@@ -66,13 +71,13 @@ def check_evaluation(plan: EvaluationPlan, bits: int) -> None:
         read_questions(plan.tasks)
 
 
-def check_data(request: Request) -> None:
-    """Read the calibration data; with self-generated completions, which are still missing, only their prompts."""
+def check_data(request: Request) -> CalibrationSplit:
+    """Read the calibration data and split it; of completions that are still to be generated only their prompts."""
     if not request.self_generate:
-        calibration_split(request)
-        return
+        return calibration_split(request)[1]
     _, records = read_datasets([file.path for file in prompt_files(request)], max_bad=request.max_bad)
     chosen(records, request.self_generate, 0, request.seed)
+    return CalibrationSplit((), ())
 
 
 def prompt_files(request: Request) -> tuple[TextFile, ...]:

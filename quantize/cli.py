@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from quantize.planning.recipe_schema import EvaluationTable, RecipeFile
 from quantize.planning.request import DEFAULT_TEXT, Request
 from quantize.planning.resolve import chosen_evaluation, resolve
 from quantize.report.text_report import quality_line, summary
+from quantize.running.memory import present_machine
 from quantize.running.progress import ProgressReporter
 from quantize.running.terminal import DONE, GATE, print_stderr, run_command
 from quantize.running.worker import child_environ
@@ -72,9 +72,7 @@ def _show_plan(request: Request, options: argparse.Namespace) -> int:
     scheme = settled_scheme(request, base)
     datasets, split = calibration_split(request)
     request = replace(request, settings=settled_settings(request.settings, base))
-    plan = dry_run_plan(
-        request, base, scheme, split, cores=os.cpu_count() or 1, datasets=datasets, amx=this_cpu_has_amx()
-    )
+    plan = dry_run_plan(request, base, scheme, split, present_machine(), datasets=datasets, amx=this_cpu_has_amx())
     print(json.dumps(as_json(plan), indent=2) if options.json else as_text(plan))
     return DONE
 
@@ -88,9 +86,9 @@ def _make(request: Request, options: argparse.Namespace) -> int:
 
 
 def _made(request: Request, options: RunOptions) -> tuple[Manifest, Path]:
-    base = check_request(request, options)
+    base = check_request(request, options, present_machine())
     request = with_self_generated(request, base, options)
-    recipe, split = plan_variant(request, base)
+    recipe, split = plan_variant(request, base, present_machine())
     out = Path(str(request.out).replace("{id}", recipe.variant_id))
     manifest = reusable(out, recipe.variant_id)
     if manifest:
@@ -100,7 +98,8 @@ def _made(request: Request, options: RunOptions) -> tuple[Manifest, Path]:
         print_stderr(f"no --data given: calibrating on the shipped {', '.join(path.name for path in shipped_files())}")
     log_datasets(recipe.datasets, options.progress)
     if recipe.settings.gptaq != request.settings.gptaq:
-        options.progress.log("GPTAQ is off: the model has experts")
+        why = "the model has experts" if base.modules.has_experts else "the inputs that it keeps don't fit into memory"
+        options.progress.log(f"GPTAQ is off: {why}")
     return build_variant(recipe, split, out, options), out
 
 

@@ -4,13 +4,15 @@ import gc
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from quantize.base import stored_tensors, weight_files
 from quantize.dense_experts import round_expert_inputs
-from quantize.errors import VariantError
+from quantize.errors import MachineError, RecipeError, VariantError
 from quantize.layered_models import LayeredModel, open_layered
+from quantize.model_class import model_class
+from quantize.model_files.weight_files import stored_tensors
 from quantize.modules import is_expert
 from quantize.variants.weights import LazyTensor, lazy_dense, lazy_tensors, read_packing, with_stacked_experts
 
@@ -22,29 +24,35 @@ _SHARE_FOR_WEIGHTS = 0.85
 
 
 def placement(model_bytes: int, free_bytes: Sequence[int]) -> str:
-    """Choose where a model of that size runs, given the free memory of each GPU: one GPU, all of them, or the CPU."""
-    usable = [_SHARE_FOR_WEIGHTS * free for free in free_bytes]
-    if usable and model_bytes <= usable[0]:
+    """Choose where a model of that size runs whole, given each GPU's free memory: one GPU, all of them, or the CPU.
+
+    MachineError where there are GPUs and it fits none: on the CPU beside them it would take hours.
+    """
+    usable = [int(_SHARE_FOR_WEIGHTS * free) for free in free_bytes]
+    if not usable:
+        return "cpu"
+    if model_bytes <= usable[0]:
         return "cuda:0"
-    return "auto" if model_bytes <= sum(usable) else "cpu"
+    if model_bytes <= sum(usable):
+        return "auto"
+    count = -(-model_bytes // max(usable))
+    raise MachineError(
+        f"generation needs the whole model, {model_bytes / 1e9:.1f} GB in bf16, and {sum(usable) / 1e9:.1f} GB are "
+        f"usable on {len(usable)} GPUs; {count} GPUs like the largest here would do, or leave generation out: "
+        "--eval-prompts 0, no --tasks",
+    )
 
 
 def load_base(base: Path) -> Any:
     """Load an unquantized model whole, for generation."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
-
-    return _placed(partial(AutoModelForCausalLM.from_pretrained, base), base, local_files_only=True)
+    kind, _ = _class_of(base)
+    return _placed(partial(kind.from_pretrained, base), base, local_files_only=True)
 
 
 def load_variant(variant: Path, base: Path) -> Any:
     """Load a variant whole, as the dense model that it stands for; VariantError where it doesn't fit its base."""
-    import torch  # noqa: PLC0415
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
-
     dense, layers = _dense_tensors(variant, base)
-    config = AutoConfig.from_pretrained(base, local_files_only=True)
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config))
+    kind, config = _class_of(base)
     try:
         model = _placed(partial(kind.from_pretrained, None), base, config=config, state_dict=dense)
     except RuntimeError as error:
@@ -55,13 +63,13 @@ def load_variant(variant: Path, base: Path) -> Any:
 
 def layered_base(base: Path) -> LayeredModel:
     """Open an unquantized model for reading text, one layer in memory at a time."""
-    return open_layered(base, lazy_tensors(base), base, *_where_layers_run())
+    return open_layered(_class_of(base), lazy_tensors(base), base, *_where_layers_run())
 
 
 def layered_variant(variant: Path, base: Path) -> LayeredModel:
     """Open a variant for reading text as the dense model that it stands for, one layer in memory at a time."""
     dense, layers = _dense_tensors(variant, base)
-    layered = open_layered(base, dense, variant, *_where_layers_run())
+    layered = open_layered(_class_of(base), dense, variant, *_where_layers_run())
     _round_activations(layered.model, variant, layers)
     return layered
 
@@ -90,22 +98,34 @@ def reclaim() -> None:
         torch.cuda.empty_cache()
 
 
+def _class_of(base: Path) -> tuple[Any, Any]:
+    """Give a base's model class and its config; RecipeError where transformers has no such class."""
+    from transformers import AutoConfig  # noqa: PLC0415
+
+    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    kind = model_class(config)
+    if kind is None:
+        raise RecipeError(f"{base}: transformers has no language model of type {config.model_type}")
+    return kind, config
+
+
 def _placed(load: Callable[..., Any], base: Path, **options: Any) -> Any:
     import torch  # noqa: PLC0415
 
     if not torch.cuda.is_available():
         return load(dtype=torch.float32, **options).eval()
-    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    size = sum(2 * prod(tensor.shape) for tensor in stored_tensors(base).values())
     free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
     where = placement(size, free)
-    if where == "auto":
-        return load(dtype=torch.bfloat16, device_map=where, **options).eval()
-    return load(dtype=torch.bfloat16, **options).to(where).eval()
+    # All layers must lie on GPUs: nothing is left to the CPU or the disk.
+    room = {index: int(_SHARE_FOR_WEIGHTS * size) for index, size in enumerate(free)} if where == "auto" else None
+    device_map = where if where == "auto" else {"": where}
+    return load(dtype=torch.bfloat16, device_map=device_map, max_memory=room, **options).eval()
 
 
 def _dense_tensors(variant: Path, base: Path) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
     dense, layers = lazy_dense(variant)
-    return with_stacked_experts(dense, stored_tensors(base, weight_files(base))), layers
+    return with_stacked_experts(dense, stored_tensors(base)), layers
 
 
 def _where_layers_run() -> tuple[Any, str]:

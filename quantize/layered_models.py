@@ -83,19 +83,20 @@ class _Loader:
         return set(info.missing_keys)
 
 
-def open_layered(base: Path, tensors: Mapping[str, LazyTensor], source: Path, dtype: Any, device: str) -> LayeredModel:
-    """Build a model of the architecture of `base` with weights `tensors`, in `dtype` on `device`.
+def open_layered(
+    architecture: tuple[Any, Any], tensors: Mapping[str, LazyTensor], source: Path, dtype: Any, device: str
+) -> LayeredModel:
+    """Build a model of an architecture (class and config) with weights `tensors`, in `dtype` on `device`.
 
     `source` is the directory that errors name. VariantError where the tensors don't fit the architecture.
     """
     from accelerate import init_empty_weights  # noqa: PLC0415
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
     from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
     from transformers.modeling_utils import LoadStateDictConfig  # noqa: PLC0415
 
-    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    kind, config = architecture
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        model = kind._from_config(config, dtype=dtype).eval()  # noqa: SLF001 - as AutoModel does
     loading = LoadStateDictConfig(
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),  # noqa: SLF001 - the modules that stay in fp32
@@ -112,7 +113,7 @@ def open_layered(base: Path, tensors: Mapping[str, LazyTensor], source: Path, dt
     inside = {id(value) for layer in layers for value in layer.parameters()}
     absent = [name for name, value in model.named_parameters() if value.is_meta and id(value) not in inside]
     if absent:
-        raise VariantError(f"{source}: has no tensor for {absent[0]}, which the architecture of {base} needs")
+        raise VariantError(f"{source}: has no tensor for {absent[0]}, which {kind.__name__} needs")
     return LayeredModel(model, layers, groups, loader)
 
 

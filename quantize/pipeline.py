@@ -11,7 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from config.manifest import Manifest, Quality
-from quantize.base import BaseModel, read_base
+from quantize.base import BaseModel, read_base, with_digest
+from quantize.calibration import preflight
 from quantize.calibration.datasets import (
     CalibrationSplit,
     Dataset,
@@ -26,10 +27,13 @@ from quantize.errors import CalibrationError, SpaceError
 from quantize.evaluation.evaluate import evaluate
 from quantize.evaluation.tasks import read_questions
 from quantize.evaluation.verdict import limits_for
+from quantize.model_files.weight_files import weight_files
 from quantize.options import RunOptions
 from quantize.planning.recipe import Recipe
 from quantize.planning.request import Request, TextFile
+from quantize.planning.run_costs import require_evaluation_room
 from quantize.running.context import RunContext
+from quantize.running.memory import present_machine
 from quantize.running.progress import ProgressReporter
 from quantize.running.stage_store import stage_store
 from quantize.running.worker import is_disk_full, visible
@@ -45,6 +49,7 @@ from quantize.variants.weights import read_packing
 def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, options: RunOptions) -> Manifest:
     """Turn a base into a sealed variant directory; `out` appears as a whole or not at all."""
     with variant_run(recipe, options) as begun:
+        preflight.check_base(recipe.base, begun.context)
         tokens = tokenize(begun, split)
         run = settle_scheme(begun, tokens)
         solved = solve(run, tokens)
@@ -91,7 +96,10 @@ def evaluate_directory(
     held_out = tuple(record for record in records if every_row or is_held_out(record))
     if not held_out:
         raise CalibrationError(["no held-out rows to evaluate on; pass more text with --data, or --every-row"])
-    parent = read_base(base)
+    parent = read_base(base, digested=False)
+    variant_bytes = sum(file.stat().st_size for file in weight_files(variant))
+    require_evaluation_room(parent, options.evaluation, variant_bytes, present_machine())
+    parent = with_digest(parent)
     with run_context(options) as context:
         samples = tokenize_samples(base, CalibrationSplit((), held_out), max_tokens, context).held_out
         return evaluate(

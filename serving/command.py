@@ -63,10 +63,14 @@ def _arguments(launch: Launch, port: int, log_format: str) -> Sequence[str]:
         ("--port", port),
         ("--dtype", settings.dtype),
         ("--tensor-parallel-size", settings.tensor_parallel),
+        ("--pipeline-parallel-size", _if_several(settings.pipeline_parallel)),
+        ("--data-parallel-size", _if_several(settings.data_parallel)),
         ("--max-model-len", settings.max_model_len),
         ("--max-num-seqs", settings.max_num_seqs),
         ("--max-num-queued-reqs", settings.max_queued),
         ("--kv-cache-memory-bytes", kv_cache_bytes),
+        ("--kv-cache-dtype", None if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype),
+        ("--speculative-config", None if settings.speculative is None else json.dumps(settings.speculative)),
         # Variants of one alias must not differ by what their checkpoints say about sampling.
         ("--generation-config", "vllm"),
         ("--reasoning-parser", launch.thinking.parser),
@@ -84,9 +88,15 @@ def _arguments(launch: Launch, port: int, log_format: str) -> Sequence[str]:
     switches = ["--enable-request-id-headers", "--enable-server-load-tracking", "--enable-prompt-tokens-details"]
     if not settings.prefix_caching:
         switches.append("--no-enable-prefix-caching")
+    if settings.expert_parallel:
+        switches.append("--enable-expert-parallel")
     # The gateway refuses other URLs; without domains, all but `data:`.
     media = ["--allowed-media-domains", *launch.media_domains] if launch.media_domains else []
     return [*named, *media, *switches, "--served-model-name", launch.replica_id, launch.variant.name]
+
+
+def _if_several(ranks: int) -> int | None:
+    return ranks if ranks > 1 else None
 
 
 def _template_defaults(enable_thinking: bool | None) -> str | None:
@@ -134,4 +144,4 @@ def _cpu_environment(launch: Launch, machine: Machine) -> dict[str, str]:
 def _all_cores(launch: Launch, machine: Machine) -> str:
     """Bind to every core, once per rank: vLLM's own choice would put all replicas on core 0."""
     cpus = [cpu for core in machine.cores for cpu in core.cpus] or range(machine.cpu_count)
-    return "|".join([cpu_list(cpus)] * launch.settings.tensor_parallel)
+    return "|".join([cpu_list(cpus)] * launch.settings.ranks)

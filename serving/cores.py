@@ -38,7 +38,7 @@ def share_cores(launches: Sequence[Launch], cores: Sequence[Core]) -> tuple[Laun
     left = [core for core in cores if not named & set(core.cpus)] or list(cores)
     waiting = [launch for launch in launches if cores and launch.engine == "cpu" and launch.settings.cores is None]
     parts = iter(_parts(left, len(waiting)))
-    bound = {launch.replica_id: _binding(next(parts), launch.settings.tensor_parallel) for launch in waiting}
+    bound = {launch.replica_id: _binding(next(parts), launch.settings.ranks) for launch in waiting}
     return tuple(dataclasses.replace(launch, cores=bound.get(launch.replica_id)) for launch in launches)
 
 
@@ -54,7 +54,7 @@ def cpu_list(cpus: Iterable[int]) -> str:
 
 
 def _binding(cores: Sequence[Core], ranks: int) -> str:
-    """One list of CPUs per tensor-parallel rank: `0-3|4-7`."""
+    """One list of CPUs per rank: `0-3|4-7`."""
     return "|".join(cpu_list(cpu for core in part for cpu in core.cpus) for part in _parts(cores, ranks))
 
 

@@ -1,4 +1,4 @@
-"""Reads what this machine has: cores, memory, GPUs, libraries. Values in, no judgement."""
+"""Reads what this machine has: cores, GPUs, libraries (memory: config.memory). Values in, no judgement."""
 
 import os
 import re
@@ -16,7 +16,6 @@ _NVIDIA_SMI = (
     "--format=csv,noheader,nounits",
 )
 _NVIDIA_SMI_SECONDS = 20.0
-_UNLIMITED_BYTES = 1 << 62  # cgroup v1 writes a huge number where v2 writes "max"
 _ALLOCATORS = ("libtcmalloc_minimal.so*", "libtcmalloc.so*", "libjemalloc.so*")
 _LIBRARY_FOLDERS = (
     "/usr/lib/x86_64-linux-gnu",
@@ -38,14 +37,6 @@ class Gpu:
     driver: str
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Main memory: what there is, and what could be taken now without pushing anything out."""
-
-    total_bytes: int
-    free_bytes: int
-
-
 def read_cores(system: Path = Path("/sys/devices/system")) -> tuple[Core, ...]:
     """List the physical cores that this process may use, each with its threads and NUMA node."""
     allowed = os.sched_getaffinity(0)
@@ -56,20 +47,6 @@ def read_cores(system: Path = Path("/sys/devices/system")) -> tuple[Core, ...]:
         own = tuple(sorted(allowed & threads)) or (cpu,)
         cores.setdefault(frozenset(own), Core(nodes.get(cpu, 0), own))
     return tuple(cores.values())
-
-
-def read_memory(root: Path = Path("/")) -> Memory:
-    """Main memory of this machine, or of the container's share of it."""
-    told = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE))
-    total, free = int(told.get("MemTotal", 0)) * 1024, int(told.get("MemAvailable", 0)) * 1024
-    for limit, usage, statistics in _cgroup_files(root):
-        most, used = _number(limit), _number(usage)
-        if most is not None and used is not None and most < _UNLIMITED_BYTES:
-            # The page cache counts as used there, but gives way.
-            cached = re.search(r"^(?:total_)?inactive_file (\d+)", _text(statistics), re.MULTILINE)
-            left = most - used + (int(cached[1]) if cached else 0)
-            total, free = min(total, most), max(0, min(free, left))
-    return Memory(total, free)
 
 
 def read_gpus() -> tuple[Gpu, ...]:
@@ -114,20 +91,6 @@ def _nodes(system: Path) -> Iterator[tuple[int, list[int]]]:
         yield int(folder.name.removeprefix("node")), parse_cpus(_text(folder / "cpulist"))
 
 
-def _cgroup_files(root: Path) -> Iterator[tuple[Path, Path, Path]]:
-    """Limit, usage and statistics of every group that this process is in, outermost first: version 2, then 1."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
-        version_2 = number == "0" and not controllers
-        if not version_2 and "memory" not in controllers.split(","):
-            continue
-        folder = root / "sys/fs/cgroup" / ("" if version_2 else "memory")
-        names = ("memory.max", "memory.current") if version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        for part in ("", *path.strip("/").split("/")):
-            folder = folder / part
-            yield folder / names[0], folder / names[1], folder / "memory.stat"
-
-
 def _from_nvml(library: Any) -> Iterator[Gpu]:
     try:
         library.nvmlInit()
@@ -156,8 +119,3 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
-
-
-def _number(path: Path) -> int | None:
-    text = _text(path).strip()
-    return int(text) if text.isdecimal() else None

@@ -120,7 +120,7 @@ def plan_launches(
     for settings in replicas:
         for index in range(0 if settings.url else settings.count):
             numbers[settings.variant] = numbers.get(settings.variant, 0) + 1
-            width = settings.tensor_parallel
+            width = settings.ranks
             launches.append(
                 Launch(
                     replica_id=f"{settings.variant}-{numbers[settings.variant]}",

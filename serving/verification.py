@@ -1,16 +1,19 @@
-"""A replica proves that it is what was declared before it answers anybody, and says what it says of itself."""
+"""Verifies a replica before it gets requests: it serves the declared model, and computes it correctly."""
 
 import dataclasses
+import logging
 
 from serving.errors import ProbeFailed
-from serving.golden import mismatch
+from serving.golden import compare
 from serving.probe import Probe
 from serving.replica import Launch, Replica
 from serving.thinking import thinking_verified
 
+log = logging.getLogger(__name__)
+
 
 async def verified(launch: Launch, replica: Replica, probe: Probe) -> Replica:
-    """Hold a running server against its launch; ProbeFailed says what is wrong with it."""
+    """Compare a running server with its launch, and return what it reports; ProbeFailed if it is something else."""
     served = await probe.served_model(replica)
     if served.name != replica.served_name or served.root != str(launch.variant.path):
         raise ProbeFailed(f"{replica.id}: {replica.url} serves {served.name} from {served.root}, not this replica")
@@ -20,19 +23,22 @@ async def verified(launch: Launch, replica: Replica, probe: Probe) -> Replica:
     fingerprint = await probe.generate_one_token(replica)
     if fingerprint != launch.variant.id:
         raise ProbeFailed(f"{replica.id}: {replica.url} calls itself {fingerprint!r}, not {launch.variant.id!r}")
-    await _says_what_it_must(launch, replica, probe)
+    await _check_golden_prompt(launch, replica, probe, served.max_model_len_tokens)
     replica = await thinking_verified(probe, replica, launch.thinking)
     return dataclasses.replace(replica, max_model_len_tokens=served.max_model_len_tokens)
 
 
-async def _says_what_it_must(launch: Launch, replica: Replica, probe: Probe) -> None:
-    """Compare its log-probabilities with those that were recorded when the variant was measured."""
+async def _check_golden_prompt(launch: Launch, replica: Replica, probe: Probe, context_tokens: int | None) -> None:
+    """Compare its log-probabilities with those that were recorded when the variant was evaluated."""
     golden = launch.variant.golden
     if golden is None:
         return
-    wrong = mismatch(await probe.prompt_logprobs(replica, golden.ids), golden)
-    if wrong:
+    golden = golden.shortened(context_tokens)
+    result = compare(await probe.prompt_logprobs(replica, golden.ids), golden)
+    if result.verdict == "different":
         raise ProbeFailed(
-            f"{replica.id}: the golden prompt says that this is not {launch.variant.id}, or computed wrongly: {wrong}; "
-            "`quantgate evaluate` measures it anew"
+            f"{replica.id}: golden prompt: this is not {launch.variant.id}, or its results are wrong: {result.reason}; "
+            "`quantgate evaluate` records the golden prompt again"
         )
+    if result.verdict == "indistinguishable":
+        log.info("replica %s: golden prompt: %s", replica.id, result.reason)

@@ -13,7 +13,7 @@ from typing import Self
 
 from config.golden import GoldenAnswer
 from serving.errors import ProbeFailed, ReplicaConflict
-from serving.golden import mismatch
+from serving.golden import compare
 from serving.probe import Probe
 from serving.registry import Registry, ReplicaSource
 from serving.replica import CONFIGURATION, Replica, State
@@ -133,7 +133,11 @@ class Watch:
         if golden is None:
             return None
         try:
-            return mismatch(await self.probe.prompt_logprobs(replica, golden.ids), golden)
+            golden = golden.shortened(replica.max_model_len_tokens)
+            result = compare(await self.probe.prompt_logprobs(replica, golden.ids), golden)
         except ProbeFailed as error:
             log.info("replica %s does not support the golden prompt check: %s", replica.id, error)
             return None
+        if result.verdict == "indistinguishable":
+            log.info("replica %s: golden prompt: %s", replica.id, result.reason)
+        return result.reason if result.verdict == "different" else None

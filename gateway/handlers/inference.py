@@ -74,8 +74,7 @@ class InferenceHandler:
         stats.caller = caller.name or "none"
         if headers.get(b"x-stainless-retry-count", b"0") != b"0":
             observers.metrics.client_retries.inc()
-        unlimited = caller.requests_per_minute is None and caller.tokens_per_minute is None
-        limits = None if unlimited else partial(self.quota.headers, caller)
+        limits = partial(self.quota.headers, caller) if caller.rate_limited else None
         response = ClientResponse(self.endpoint, stats, writer, observers.routing_headers, limits)
         return RequestContext(headers, caller, stats, response)
 

@@ -14,6 +14,7 @@ from gateway.http.cors import Cors, is_preflight, preflight_headers
 from gateway.http.hosts import AllowedHosts
 from gateway.http.request import Request
 from gateway.http.response_writer import ResponseWriter, header_lines
+from gateway.keys import Caller
 from gateway.live_config import LiveConfig
 from gateway.openai.endpoints import expects_anthropic_errors
 from gateway.quota import Quota
@@ -72,20 +73,15 @@ class Router:
 
     def admit(self, request: Request) -> int:
         """Authenticate a request by its head; returns the longest body that it may have. GatewayError refuses it."""
-        live_config, path = self.live_config, request.path
-        if self.hosts is not None and live_config.keys.issued is None:
-            self.hosts.check(request.headers.get(b"host"))
-        if self.draining:
-            raise Draining("the gateway is about to stop; retry", retry_after_seconds=1)
-        if path in OPEN_PATHS or (live_config.cors is not None and is_preflight(request)):
+        live_config = self.live_config
+        endpoint = self.endpoints.get(request.path)
+        if endpoint is None or request.method != b"POST":
+            self._admit_other(request, endpoint)
             return SMALL_BODY_BYTES
-        request.caller = caller = live_config.keys.authenticate(request.headers, self.clock())
-        request.owner = caller.name
-        if path not in self.endpoints:
-            return SMALL_BODY_BYTES
-        if request.method != b"POST":
-            raise MethodNotAllowed(f"{path.decode()}: Method Not Allowed; send POST")
-        request.slot = self.quota.start(caller)
+        caller = self._authenticate(request, live_config)
+        if caller.limited:
+            request.slot = self.quota.start(caller)
+        request.endpoint = endpoint
         return live_config.limits.body_bytes
 
     def handle(self, request: Request, response: ResponseWriter) -> Awaitable[None]:
@@ -95,7 +91,7 @@ class Router:
             response.extra_headers = cors.headers(request.headers.get(b"origin"))
             if is_preflight(request):
                 return self._handle_preflight(cors, request, response)
-        endpoint = self.endpoints.get(request.path)
+        endpoint: InferenceHandler | None = request.endpoint or self.endpoints.get(request.path)
         return self._handle_other(request, response) if endpoint is None else endpoint.handle(request, response)
 
     def on_internal_error(self, request: Request, response: ResponseWriter) -> None:
@@ -103,6 +99,32 @@ class Router:
         if not response.started:
             error = GatewayError("the gateway failed; its log has the error under this x-request-id")
             self._refuse(request, response, error)
+
+    def _authenticate(self, request: Request, live_config: LiveConfig) -> Caller:
+        if self.draining:
+            raise Draining("the gateway is about to stop; retry", retry_after_seconds=1)
+        caller = request.caller = live_config.keys.authenticate(request.headers, self.clock())
+        if (name := caller.name) is not None:
+            request.owner = name
+        elif self.hosts is not None:
+            self.hosts.check(request.headers.get(b"host"))
+        return caller
+
+    def _admit_other(self, request: Request, endpoint: InferenceHandler | None) -> None:
+        cors = self.live_config.cors
+        if request.path in OPEN_PATHS or (cors is not None and is_preflight(request)):
+            self._check_open(request)
+            return
+        self._authenticate(request, self.live_config)
+        if endpoint is not None:
+            raise MethodNotAllowed(f"{request.path.decode()}: Method Not Allowed; send POST")
+
+    def _check_open(self, request: Request) -> None:
+        """Check what needs no key."""
+        if self.hosts is not None and self.live_config.keys.issued is None:
+            self.hosts.check(request.headers.get(b"host"))
+        if self.draining:
+            raise Draining("the gateway is about to stop; retry", retry_after_seconds=1)
 
     async def _handle_other(self, request: Request, response: ResponseWriter) -> None:
         if request.refusal is not None:

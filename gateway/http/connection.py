@@ -73,6 +73,8 @@ class ClientConnection(asyncio.Protocol):
         self._response: ResponseWriter | None = None  # of the request being answered
         self._half_closed = False
         self._drain_waiter: asyncio.Future[None] | None = None
+        self._incomplete: Request | None = None  # the latest one that did not arrive in one piece
+        self._incomplete_bytes = 0  # of its body
         self._body_until = 0.0
         self._linger_until = 0.0
         self._deadline = self._loop.time() + server.timeouts.keep_alive_seconds
@@ -95,10 +97,13 @@ class ClientConnection(asyncio.Protocol):
         self._timer = self._loop.call_later(self._server.timeouts.tick_seconds, self._tick)
 
     def data_received(self, data: bytes) -> None:
-        if self._parser.dropping is None:
-            self._parser.feed(data)
-        else:
+        parser = self._parser
+        if parser.dropping is not None:
             self._drop(len(data))
+            return
+        parser.feed(data)
+        if parser.request is not None:
+            self._expect_more(parser.request)
 
     def eof_received(self) -> bool:
         """Whether to keep the connection: its requests are still answered if the client may be reading."""
@@ -138,19 +143,6 @@ class ClientConnection(asyncio.Protocol):
 
     # Events of the parser
 
-    def expect_head(self) -> None:
-        """Set the deadline for a head; it applies also while another request is being answered."""
-        self._deadline = self._loop.time() + self._server.timeouts.head_seconds
-
-    def expect_body(self, received_bytes: int, size_bytes: int) -> None:
-        """Extend the deadline by what a piece of body earns at the least rate, up to the time that silence may last."""
-        now, timeouts = self._loop.time(), self._server.timeouts
-        if received_bytes:
-            self._deadline = timeouts.body_deadline(self._deadline, size_bytes, now, self._body_until)
-        else:
-            self._deadline = now + timeouts.body_silence_seconds
-            self._body_until = now + timeouts.body_seconds
-
     def send_100_continue(self) -> None:
         """Send `100 Continue`, unless that would end up inside the response to an earlier request."""
         if self._task is None:
@@ -183,6 +175,25 @@ class ClientConnection(asyncio.Protocol):
             if parser.dropping <= 0:
                 self._transport.close()
 
+    def _expect_more(self, request: Request) -> None:
+        """Set the deadline of a request that is not complete; it applies also while another one is being answered.
+
+        A piece of a body earns time at the least rate, up to the time that silence may last; a piece of a head none.
+        """
+        now, timeouts, body_bytes = self._loop.time(), self._server.timeouts, self._parser.body_bytes
+        if request is not self._incomplete:
+            self._incomplete, self._incomplete_bytes = request, 0
+            self._deadline = now + timeouts.head_seconds
+        piece_bytes = body_bytes - self._incomplete_bytes
+        if not piece_bytes:
+            return
+        if self._incomplete_bytes:
+            self._deadline = timeouts.body_deadline(self._deadline, piece_bytes, now, self._body_until)
+        else:
+            self._deadline = now + timeouts.body_silence_seconds
+            self._body_until = now + timeouts.body_seconds
+        self._incomplete_bytes = body_bytes
+
     # Answering
 
     def _start(self, request: Request) -> None:
@@ -212,7 +223,8 @@ class ClientConnection(asyncio.Protocol):
     def _on_handled(self, request: Request, response: ResponseWriter) -> None:
         self._task = self._response = None
         self._server.release(request)
-        self._server.notify_idle()
+        if self._server.draining:
+            self._server.notify_idle()
         if self.disconnected:
             return
         if not response.ended:
@@ -223,7 +235,7 @@ class ClientConnection(asyncio.Protocol):
         elif self._half_closed:
             self._transport.close()
         elif response.keep_alive:
-            if not self._parser.reading_request:
+            if self._parser.request is None:
                 self._deadline = self._loop.time() + self._server.timeouts.keep_alive_seconds
         else:
             self._close_or_linger()

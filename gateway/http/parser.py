@@ -26,7 +26,7 @@ counts and drops what still arrives, and closes after the response. A body is sh
 SHORT_BODY_BYTES and the client does not wait for `100 Continue`.
 """
 
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import httptools
 
@@ -51,12 +51,6 @@ from gateway.http.upgrade import parser_behind_head
 class RequestSink(Protocol):
     """Receives what the parser reads: the connection."""
 
-    def expect_head(self) -> None:
-        """Set the deadline for a head; called at its first byte."""
-
-    def expect_body(self, received_bytes: int, size_bytes: int) -> None:
-        """Set the deadline for more of a body; called for each piece, after `received_bytes` of earlier ones."""
-
     def send_100_continue(self) -> None:
         """Send `100 Continue`: the head is admitted, and the client waits before it sends the body."""
 
@@ -67,19 +61,20 @@ class RequestSink(Protocol):
 class RequestParser:
     """Incremental parser of one connection's requests.
 
-    `dropping` is None, or the number of bytes of a refused request that may still arrive (see the module's table).
+    `request` is the one being read, with `body_bytes` of its body so far. `dropping` is None, or the number of bytes of
+    a refused request that may still arrive (see the module's table).
     """
 
     def __init__(self, server: ServerContext, sink: RequestSink) -> None:
         self._server = server
         self._sink = sink
         self._parser = httptools.HttpRequestParser(self)
-        self._request: Request | None = None  # the one being read
+        self.request: Request | None = None
         self._headers: dict[bytes, bytes] = {}  # its headers
         self._head_bytes = 0
         self._head_read = False
         self._body: list[bytes] = []
-        self._body_bytes = 0
+        self.body_bytes = 0
         self._body_limit_bytes = 0
         self._decoder: GzipDecoder | None = None
         self._upgrade_with_body = False  # llhttp takes the current request's body for another protocol
@@ -90,11 +85,11 @@ class RequestParser:
     @property
     def reading_request(self) -> bool:
         """Whether a request has begun, is not complete and was not refused early."""
-        return self._request is not None and self.dropping is None
+        return self.request is not None and self.dropping is None
 
     def feed(self, data: bytes) -> None:
         """Parse received bytes; requests go to the sink. Must not be called while `dropping` is set."""
-        body_bytes = self._body_bytes
+        body_bytes = self.body_bytes
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
@@ -105,7 +100,7 @@ class RequestParser:
             invalid = RequestError(f"invalid HTTP/1.1 request: {error}")
             self.refuse(raised if isinstance(raised, GatewayError) else invalid)
         else:
-            if self._request is not None and (not self._head_read or self._body_bytes == body_bytes):
+            if self.request is not None and (not self._head_read or self.body_bytes == body_bytes):
                 # Head, chunk extensions or trailers: llhttp limits none of them.
                 self._head_bytes += len(data)
                 if self._head_bytes > HEAD_LIMIT_BYTES:
@@ -116,27 +111,26 @@ class RequestParser:
         if self.dropping is not None:
             return
         self.dropping = LINGER_BYTES
-        request = self._request or Request()
+        request = self.request or Request()
         self._set_refusal(request, refusal)
         self._sink.on_request(request)
 
     def abandon(self) -> None:
         """Release the memory of an incomplete request; called when the connection is lost."""
-        if self._request is not None:
-            self._server.release(self._request)
-            self._request = None
+        if self.request is not None:
+            self._server.release(self.request)
+            self.request = None
 
     # Callbacks of httptools
 
     def on_message_begin(self) -> None:
-        self._request = request = Request()
+        self.request = request = Request()
         self._headers = request.headers
-        self._head_bytes = self._body_bytes = self._body_limit_bytes = 0
+        self._head_bytes = self.body_bytes = self._body_limit_bytes = 0
         self._head_read = False
-        self._sink.expect_head()
 
     def on_url(self, url: bytes) -> None:
-        self._current().target += url
+        (self.request or _no_message()).target += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
         headers = self._headers
@@ -148,7 +142,7 @@ class RequestParser:
         headers[name] = value
 
     def on_headers_complete(self) -> None:
-        request = self._current()
+        request = self.request or _no_message()
         self._head_read = True
         self._headers = {}  # trailers are read into it: they must not change what the head said
         request.method = self._parser.get_method()
@@ -168,9 +162,8 @@ class RequestParser:
             self._upgrade_with_body = self._declared_bytes != 0
 
     def on_body(self, data: bytes) -> None:
-        request, size_bytes = self._current(), len(data)
-        self._sink.expect_body(self._body_bytes, size_bytes)
-        self._body_bytes += size_bytes
+        request, size_bytes = self.request or _no_message(), len(data)
+        self.body_bytes += size_bytes
         self._head_bytes = 0
         if self.dropping is not None:
             self.dropping -= size_bytes
@@ -186,7 +179,7 @@ class RequestParser:
             self._refuse_early(request)
 
     def on_message_complete(self) -> None:
-        request = self._current()
+        request = self.request or _no_message()
         if self.dropping is not None:
             self._server.release(request)
             return  # It went to the sink when it was refused, or it follows one that was.
@@ -197,7 +190,7 @@ class RequestParser:
         request.body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         self._body.clear()
         request.keep_alive = self._parser.should_keep_alive()
-        self._request = None
+        self.request = None
         self._sink.on_request(request)
 
     # Reading
@@ -209,7 +202,7 @@ class RequestParser:
             return
         if self._upgrade_with_body:
             self._upgrade_with_body = False
-            headers, keep_alive = self._current().headers, self._parser.should_keep_alive()
+            headers, keep_alive = (self.request or _no_message()).headers, self._parser.should_keep_alive()
             self._parser = parser_behind_head(self, headers, keep_alive=keep_alive)
         if rest:
             self.feed(rest)
@@ -223,7 +216,7 @@ class RequestParser:
 
     def _keep(self, request: Request, data: bytes) -> None:
         """Add a piece to the body; raises GatewayError if it is too long, invalid or finds no memory."""
-        if self._body_bytes > self._body_limit_bytes:
+        if self.body_bytes > self._body_limit_bytes:
             raise body_too_large(self._body_limit_bytes)
         if self._decoder is not None:
             data = self._decoder.decode(data)
@@ -239,11 +232,6 @@ class RequestParser:
         del request.headers[b"content-encoding"]  # the body is not encoded any more
 
     # Refusing
-
-    def _current(self) -> Request:
-        if self._request is None:
-            raise RequestError("invalid HTTP/1.1 request: data after the end of the message")
-        return self._request
 
     def _admit(self, request: Request) -> None:
         headers = request.headers
@@ -274,6 +262,10 @@ class RequestParser:
         """Pass a refused request on before its body has arrived: the client gets the response sooner."""
         if self.dropping is None:
             declared = self._declared_bytes
-            remaining = LINGER_BYTES if declared is None else declared - self._body_bytes
+            remaining = LINGER_BYTES if declared is None else declared - self.body_bytes
             self.dropping = min(remaining, LINGER_BYTES)
             self._sink.on_request(request)
+
+
+def _no_message() -> NoReturn:
+    raise RequestError("invalid HTTP/1.1 request: data after the end of the message")

@@ -22,6 +22,7 @@ class Request:
     __slots__ = (
         "body",
         "caller",
+        "endpoint",
         "headers",
         "keep_alive",
         "method",
@@ -40,11 +41,12 @@ class Request:
         self.supports_chunked = True  # HTTP/1.1: the client accepts a chunked response
         self.keep_alive = False
         self.reserved_bytes = 0  # what this request holds of the server's memory for bodies
-        self.owner: str | None = None  # whose share of that memory it uses; set by the handler's `admit`
+        self.owner = ""  # whose share of that memory it uses, "" for none; set by the handler's `admit`
         self.slot: Slot | None = None  # set by the handler's `admit`
         self.refusal: GatewayError | None = None
         self.request_id = ""  # set by the handler
         self.caller: Any = None  # the authenticated caller; set by the handler's `admit`
+        self.endpoint: Any = None  # what handles its path; set by the handler's `admit` if the request is admitted
 
     @property
     def path(self) -> bytes:

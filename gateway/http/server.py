@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -35,7 +36,7 @@ class HttpServer:
         self.grace_seconds = 0.0
         self.draining = False
         self._reserved_bytes = 0
-        self._owner_bytes: dict[str, int] = {}  # the part of them that each owner holds or held
+        self._owner_bytes: dict[str, int] = defaultdict(int)  # the part of them that each owner holds or held
         self._connections: set[ServerConnection] = set()
         self._idle_waiter: asyncio.Future[None] | None = None
 
@@ -63,11 +64,10 @@ class HttpServer:
         owner, used_bytes = request.owner, self._reserved_bytes
         # With half of the memory free there is always enough: nobody holds more than that.
         if (used_bytes + size_bytes) * 2 > self.memory_bytes:
-            owner_bytes = None if owner is None else self._owner_bytes.get(owner, 0)
+            owner_bytes = self._owner_bytes[owner] if owner else None
             if not may_hold(size_bytes, request.reserved_bytes, owner_bytes, used_bytes, self.memory_bytes):
                 return False
-        if owner is not None:
-            self._owner_bytes[owner] = self._owner_bytes.get(owner, 0) + size_bytes
+        self._owner_bytes[owner] += size_bytes
         self._reserved_bytes = used_bytes + size_bytes
         request.reserved_bytes += size_bytes
         return True
@@ -82,8 +82,7 @@ class HttpServer:
             return
         request.reserved_bytes = 0
         self._reserved_bytes -= size_bytes
-        if request.owner is not None:
-            self._owner_bytes[request.owner] -= size_bytes
+        self._owner_bytes[request.owner] -= size_bytes
 
     def register(self, connection: ServerConnection) -> None:
         """Add an open connection."""

@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from config.schema import NO_FLOOR, Floor
@@ -13,7 +13,10 @@ from gateway.errors import InvalidKey, NotAllowed
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Name and limits of an API key. A limit of None does not apply; `name` is None if no keys are configured."""
+    """Name and limits of an API key. A limit of None does not apply; `name` is None if no keys are configured.
+
+    `rate_limited`: there is a limit per minute; `limited`: there is one, or one of concurrent requests.
+    """
 
     name: str | None = None
     aliases: frozenset[str] | None = None  # models (aliases and variants) it may use; None: all
@@ -23,6 +26,14 @@ class Caller:
     tokens_per_minute: int | None = None
     concurrency: int | None = None
     may: frozenset[str] = frozenset()  # guarded engine fields it may send
+    rate_limited: bool = field(init=False)
+    limited: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        rate_limited = self.requests_per_minute is not None or self.tokens_per_minute is not None
+        # Derived once: every request asks several times.
+        object.__setattr__(self, "rate_limited", rate_limited)
+        object.__setattr__(self, "limited", rate_limited or self.concurrency is not None)
 
     def allows(self, model: str) -> bool:
         """Whether the caller may use a model name."""

@@ -16,8 +16,8 @@ MAX_PARTS = 4096
 
 _HOLDERS = ("messages", "previous_input_messages", "input")
 # A key that may hold a URL ends so, unless one of its letters is escaped, which no encoder does.
-_KEY_END = b'url"'
-_ESCAPE = b"\\u00"
+KEY_END = b'url"'
+ESCAPE = b"\\u00"
 _ESCAPED_LETTER = re.compile(rb"\\u00[567]")
 _HTTP = re.compile(r"https?://([A-Za-z0-9.-]+)(?::\d{1,5})?(?:[/?#]|$)", re.IGNORECASE)
 _NOTHING = msgspec.Raw(b"null")
@@ -45,11 +45,11 @@ _STRING = msgspec.json.Decoder(str)
 
 
 def check_media(body: bytes, fields: Fields, domains: Collection[str]) -> None:
-    """Raise RequestError for a media URL, other than `data:`, whose host is not among the domains."""
-    # Parts are in a list within the list of messages. In the Responses API, an item may be a part itself.
-    if body.find(b"[", body.find(b"[") + 1) < 0 and "input" not in fields:
-        return
-    if _KEY_END not in body and (_ESCAPE not in body or _ESCAPED_LETTER.search(body) is None):
+    """Raise RequestError for a media URL, other than `data:`, whose host is not among the domains.
+
+    There is none in a body that has neither KEY_END nor ESCAPE: that needs no call.
+    """
+    if KEY_END not in body and _ESCAPED_LETTER.search(body) is None:
         return
     for key in _HOLDERS:
         if key not in fields:

@@ -13,7 +13,7 @@ from gateway.openai.endpoints import Endpoint
 from gateway.openai.fields import FLAG, INTEGER, duplicate_field, quoted, read, read_object
 from gateway.openai.json_scan import Fields, duplicate_key, nests_deeper
 from gateway.openai.limits import GUARDED_FIELDS, GUARDED_KWARGS, check_limits, format_number
-from gateway.openai.media import check_media
+from gateway.openai.media import ESCAPE, KEY_END, check_media
 
 # Fields that continue a stored response. vLLM stores responses in one process, if at all.
 STORED_RESPONSE_KEYS = ("previous_response_id", "conversation")
@@ -117,7 +117,8 @@ def parse_request(
     arrays = check_limits(endpoint, body, fields, limits)
     if nests_deeper(body, fields, arrays, limits.depth):
         raise RequestError(f"the body nests deeper than {limits.depth} levels", code="invalid_json")
-    check_media(body, fields, media_domains)
+    if KEY_END in body or ESCAPE in body:
+        check_media(body, fields, media_domains)
     stream = endpoint.generates and bool(read(fields, "stream", FLAG))
     wants_usage = not endpoint.takes_stream_options or _wants_usage(fields)
     precisions = parse_precisions(fields, headers)

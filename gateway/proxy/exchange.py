@@ -60,7 +60,7 @@ class Proxy:
         rungs = permitted_rungs(context)
         # One turn per request: if retries took turns, too, two replicas would never alternate.
         turn, with_blocks = dispatcher.next_turn(), dispatcher.has_choice(rungs)
-        spilling_seconds = dispatcher.spilled_lately_seconds(target.name)
+        spilling_seconds = dispatcher.spilled_lately_seconds(target.name) if dispatcher.cluster.gates else None
         request = routing_request(context, rungs, turn, dispatcher.affinity, with_blocks, spilling_seconds)
         if request.tools:
             dispatcher.require_tools(target, rungs)

@@ -18,7 +18,8 @@ class Retries:
 
     def earn(self) -> None:
         """Add what one request earns."""
-        self._budget = retry.earned(self._budget, self._allowance)
+        if self._budget.thousandths < self._allowance.max_thousandths:
+            self._budget = retry.earned(self._budget, self._allowance)
 
     def refusal(self, deaths: int, attempts: int, *, free: bool = False) -> retry.RetryRefusal | None:
         """Return why a request is not tried again; None allows it, if there is a replica for it."""

@@ -86,7 +86,10 @@ def routing_request(
     blocks: tuple[int, ...] = ()
     session, placement, cached_tokens = None, None, NOTHING_CACHED
     if endpoint.generates:
-        session, placement = _conversation(context, rungs, affinity, spilling_seconds)
+        session = session_of(inference, context.headers, caller.name)
+        placement = None if session is None else affinity.placement(session)
+        if spilling_seconds is not None and placement is None:
+            session, placement = _from_opening(context, rungs, affinity, spilling_seconds, session)
         if with_blocks:
             blocks = block_hashes(parts, fields.get("cache_salt", b""))
             if blocks:
@@ -177,20 +180,15 @@ def _excess_bytes(text: bytes, mark: bytes) -> int:
 # The conversation
 
 
-def _conversation(
-    context: RequestContext, rungs: tuple[Rung, ...], affinity: Affinity, spilling_seconds: float | None
+def _from_opening(
+    context: RequestContext, rungs: tuple[Rung, ...], affinity: Affinity, spilling_seconds: float, session: str | None
 ) -> tuple[str | None, Placement | None]:
-    """The session of a request, and where that was answered last.
+    """The session of a request that was not answered before, and where its opening was.
 
-    While rungs spill, a first turn that nobody named is recorded under its opening, and the second one looks there. An
+    While rungs spill, a first turn without a name is recorded under its opening, and the second one looks there. An
     unknown conversation that goes on then has begun before they did, on the best rung.
     """
-    inference, key_name = context.inference, context.caller.name
-    session = session_of(inference, context.headers, key_name)
-    placement = None if session is None else affinity.placement(session)
-    if spilling_seconds is None or placement is not None:
-        return session, placement
-    opening = opening_of(inference, context.headers, key_name)
+    opening = opening_of(context.inference, context.headers, context.caller.name)
     if opening is None:
         return session, None
     placement = affinity.placement(opening)

@@ -10,11 +10,11 @@ from typing import Any
 from config.manifest import Scheme
 from quantize.backends.gptqmodel import visible_devices
 from quantize.backends.isolation import Pins, isolated_python
-from quantize.backends.losses import SolvedModule, loss_ratio
+from quantize.backends.losses import LossMedians, SolvedModule
 from quantize.backends.packing import PACKED
 from quantize.backends.protocol import QuantizeResult, SolveJob
-from quantize.base import weight_files
 from quantize.errors import RecipeError
+from quantize.model_files.weight_files import INDEX_FILE, weight_files
 from quantize.planning.recipe import Recipe
 from quantize.running.worker import run_worker
 from quantize.schemes.settings import SolverSettings
@@ -23,7 +23,6 @@ from quantize.variants.checkpoint import write_json
 PINS = Pins("auto-gptq 0.7.1", Path(__file__).with_name("autogptq-requirements.txt"), ("3.11",))
 
 _CHILD = "quantize.backends.autogptq_child"
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(slots=True)
@@ -33,11 +32,12 @@ class SolvedModuleCollector:
     scheme: Scheme
     on_event: Callable[[dict[str, Any]], None]
     solved: list[SolvedModule] = field(default_factory=list)
+    medians: LossMedians = field(default_factory=LossMedians)
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Take one event: `module`, `layer`, `loss` and `damp`."""
         self.solved.append(SolvedModule(**event, bits=self.scheme.bits, group_size=self.scheme.group_size))
-        self.on_event({**event, "loss_ratio": loss_ratio(self.solved)})
+        self.on_event({**event, "loss_ratio": self.medians.ratio(self.solved[-1])})
 
 
 def solve(
@@ -97,7 +97,7 @@ def older_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def write_older_base(base: Path, into: Path) -> Path:
     """Make a directory that is `base` for transformers 4: links to its weights, and its configuration reworded."""
     into.mkdir()
-    index = [base / _INDEX] if (base / _INDEX).is_file() else []
+    index = [base / INDEX_FILE] if (base / INDEX_FILE).is_file() else []
     for file in (*weight_files(base), *index):
         (into / file.name).symlink_to(file.resolve())
     write_json(into / "config.json", older_config(json.loads((base / "config.json").read_bytes())))

@@ -7,7 +7,10 @@ from config.manifest import Scheme
 from quantize.backends.losses import SolvedModule
 from quantize.backends.protocol import QuantizeResult, SolveJob
 from quantize.modules import ModuleTree
+from quantize.planning.cost_estimate import CostEstimate
 from quantize.planning.recipe import Recipe
+from quantize.planning.run_costs import placed_cost
+from quantize.running.memory import present_machine
 from quantize.running.worker import run_worker
 from quantize.schemes.module_config import rules_of, weight_args_of
 from quantize.schemes.settings import SolverSettings
@@ -23,10 +26,11 @@ def solve(
     on_progress: Callable[[int, int], None],
     on_event: Callable[[dict[str, Any]], None],
 ) -> QuantizeResult:
-    """Quantize a recipe's base on token samples, in a child process."""
+    """Quantize a recipe's base on token samples, in a child process; MachineError if it has no room for them."""
+    cost = placed_cost(recipe, sum(len(sample["ids"]) for sample in samples), present_machine())
     result = run_worker(
         _MODULE,
-        job_of(recipe, samples, solve_job),
+        job_of(recipe, samples, solve_job, cost),
         folder=solve_job.work,
         environ=visible_devices(solve_job.environ, recipe.devices.gpus),
         on_progress=on_progress,
@@ -59,11 +63,14 @@ def visible_devices(environ: Mapping[str, str], gpus: tuple[int, ...]) -> dict[s
     return {**environ, **chosen}
 
 
-def job_of(recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob) -> dict[str, Any]:
-    """Write down all that the child needs to know."""
+def job_of(
+    recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob, cost: CostEstimate | None = None
+) -> dict[str, Any]:
+    """Write down all that the child needs to know; `cost` says where weights and kept inputs are placed."""
     return {
         "base": str(recipe.base.directory.resolve()),
-        "base_bytes": recipe.base.bytes,
+        "by_layers": cost is not None and cost.by_layers,
+        "kept_inputs": cost and cost.kept_inputs,
         "tree": recipe.base.modules.as_json(),
         "settings": settings(recipe.scheme, recipe.settings, recipe.base.modules),
         "damping": list(recipe.settings.damp),

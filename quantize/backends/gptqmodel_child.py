@@ -14,11 +14,7 @@ from quantize.backends.module_tree_child import load_definition, names_of
 from quantize.backends.recording_solver import SolverRecord, recording
 from quantize.errors import RecipeError
 from quantize.modules import ModuleTree
-from quantize.running.memory import available_bytes
 from quantize.running.worker import WorkerChannel, run_child
-
-# A model that is solved on the CPU is there twice for a while: as it was, and packed.
-_COPIES_IN_MEMORY = 2.5
 
 
 class Layers:
@@ -48,6 +44,7 @@ def quantize(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
         checkpoint.completed_layers(),
         job["expert_fallback"],
         sum(map(len, job["samples"])),
+        job["samples"],
     )
     tree = ModuleTree.from_json(job["tree"])
     model = load(job, device, dtype)
@@ -77,15 +74,16 @@ def choose_device(memory_bytes: int | None) -> tuple[str, Any]:
 
 
 def load(job: dict[str, Any], device: str, dtype: Any) -> Any:
-    """Load the base for solving; what doesn't fit into memory twice goes to the disk as it is packed."""
+    """Load the base for solving; `by_layers` leaves its weights on disk, and puts them there as they are packed."""
     from gptqmodel import QuantizeConfig  # noqa: PLC0415
     from gptqmodel.quantization.config import GPTAQConfig  # noqa: PLC0415
 
-    crowded = job["base_bytes"] * _COPIES_IN_MEMORY > available_bytes()
-    extra = {"gptaq": GPTAQConfig(alpha=job["gptaq"])} if job["gptaq"] else {}
-    if crowded:
+    extra: dict[str, Any] = {}
+    if job["gptaq"]:
+        extra["gptaq"] = GPTAQConfig(alpha=job["gptaq"], device="cpu" if job["kept_inputs"] == "host" else "auto")
+    if job["by_layers"]:
         extra["offload_to_disk_path"] = job["offload"]
-    config = QuantizeConfig(**job["settings"], **extra, offload_to_disk=crowded)
+    config = QuantizeConfig(**job["settings"], **extra, offload_to_disk=job["by_layers"])
     return load_definition(Path(job["base"]), config, device=device, dtype=dtype)
 
 

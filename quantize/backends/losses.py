@@ -1,9 +1,10 @@
 """What solving left, module by module: how large the error is beside its kind's, and what is no solution."""
 
 import math
+from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -84,10 +85,18 @@ def by_damping(modules: Iterable[SolvedModule]) -> dict[str, int]:
     return dict(Counter(f"{solved.damp:g}" for solved in modules if solved.loss is not None))
 
 
-def loss_ratio(modules: Sequence[SolvedModule]) -> float | None:
-    """Divide the last module's loss by the median of its kind so far; None where there is nothing to compare."""
-    if not modules or modules[-1].loss is None:
-        return None
-    kind = [solved.loss for solved in modules if solved.kind == modules[-1].kind and solved.loss is not None]
-    usual = median(kind)
-    return modules[-1].loss / usual if usual > 0 else None
+@dataclass(slots=True)
+class LossMedians:
+    """The losses of each kind of module so far, in order; a model with experts has tens of thousands of modules."""
+
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    def ratio(self, solved: SolvedModule) -> float | None:
+        """Add a module, and divide its loss by the median of its kind; None where there is nothing to compare."""
+        if solved.loss is None:
+            return None
+        kind = self.losses.setdefault(solved.kind, [])
+        insort(kind, solved.loss)
+        middle = len(kind) // 2
+        usual = kind[middle] if len(kind) % 2 else (kind[middle - 1] + kind[middle]) / 2
+        return solved.loss / usual if usual > 0 else None

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quantize.model_files.weight_files import weight_files
+
 # Positions per forward pass, padding included; a longer sample has a pass of its own. Every pass reads all weights.
 PASS_TOKENS = 8192
 # Where a pass gives logits (V of them a position) instead of states.
@@ -139,7 +141,7 @@ def _stored(base: Path) -> Iterator[tuple[str, list[int], Callable[[], Any]]]:
     """Walk over a base's tensors without reading them: name, shape, and how to load one."""
     from safetensors import safe_open  # noqa: PLC0415
 
-    for file in sorted(base.glob("*.safetensors")):
+    for file in weight_files(base):
         with safe_open(file, framework="pt") as stream:
             for name in sorted(stream.keys()):
                 yield name, stream.get_slice(name).get_shape(), partial(stream.get_tensor, name)

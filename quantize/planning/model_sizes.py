@@ -1,8 +1,10 @@
 """How large the parts of a model are: what a forward pass by layers holds, and what a whole one does. Pure."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from quantize.base import BaseModel
 
@@ -40,7 +42,7 @@ class ModelSizes:
 
 def sizes_of(base: BaseModel) -> ModelSizes:
     """Measure a base by the headers of its files and its config."""
-    config = base.config
+    config = {**base.config.get("text_config", {}), **base.config}
     layers: dict[str, dict[str, int]] = {}
     outer = 0
     for name, tensor in base.tensors.items():
@@ -58,7 +60,7 @@ def sizes_of(base: BaseModel) -> ModelSizes:
         outer=outer,
         layers=len(layers),
         layer=sum(largest.values()),
-        active=sum(largest.values()) - experts + int(experts * _active_share(base)),
+        active=sum(largest.values()) - experts + int(experts * _active_share(config)),
         matrix=max(map(prod, base.shapes.values()), default=0),
         hidden=hidden,
         widest_inputs=max((columns for _, columns in base.shapes.values()), default=0),
@@ -68,13 +70,13 @@ def sizes_of(base: BaseModel) -> ModelSizes:
     )
 
 
-def _active_share(base: BaseModel) -> float:
+def _active_share(config: Mapping[str, Any]) -> float:
     """Return the share of the routed experts that a token passes through."""
-    chosen = next((found for key in _EXPERTS_PER_TOKEN if (found := _number(base.config, key))), 0)
-    every = next((found for key in _EXPERTS if (found := _number(base.config, key))), 0)
+    chosen = next((found for key in _EXPERTS_PER_TOKEN if (found := _number(config, key))), 0)
+    every = next((found for key in _EXPERTS if (found := _number(config, key))), 0)
     return chosen / every if chosen and every else 1.0
 
 
-def _number(config: object, key: str) -> int | None:
-    value = config.get(key) if isinstance(config, dict) else None
+def _number(config: Mapping[str, Any], key: str) -> int | None:
+    value = config.get(key)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

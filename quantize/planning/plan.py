@@ -18,6 +18,8 @@ from quantize.calibration.datasets import (
 from quantize.errors import RecipeError
 from quantize.planning.recipe import Budget, Recipe, chosen_backend
 from quantize.planning.request import Request
+from quantize.planning.run_costs import run_costs
+from quantize.running.memory import Machine
 from quantize.schemes.engines import choices, expert_refusals, has_amx, refusals, require_engine
 from quantize.schemes.fit import fitted, heads_of, matching, misfit, tensor_parallel_degrees, uneven_share
 from quantize.schemes.forecast import predicted_bytes
@@ -31,20 +33,24 @@ _CPU_INFO = Path("/proc/cpuinfo")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def plan_variant(request: Request, base: BaseModel) -> tuple[Recipe, CalibrationSplit]:
+def plan_variant(request: Request, base: BaseModel, machine: Machine) -> tuple[Recipe, CalibrationSplit]:
     """Write down the recipe of a request that was checked, with the records that it draws.
 
-    Completions that the base generated are a file like any other: name it in `request.data` before.
+    Completions that the base generated are a file like any other: name it in `request.data` before. GPTAQ is left out
+    where the inputs that it keeps fit neither the GPU nor main memory.
     """
+    scheme = settled_scheme(request, base)
     datasets, split = calibration_split(request)
+    request = replace(request, settings=settled_settings(request.settings, base))
+    costs = run_costs(request, base, scheme, split, machine, engine=machine.engine)
     recipe = Recipe(
         base=base,
-        scheme=settled_scheme(request, base),
+        scheme=scheme,
         datasets=datasets,
         samples=request.samples,
         max_tokens=request.max_tokens,
         seed=request.seed,
-        settings=settled_settings(request.settings, base),
+        settings=request.settings if costs.solving.kept_inputs else replace(request.settings, gptaq=0.0),
         backend=chosen_backend(request.backend),
         devices=request.devices,
         budget=request.scheme if isinstance(request.scheme, Budget) else None,

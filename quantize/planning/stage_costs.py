@@ -9,7 +9,9 @@ from types import MappingProxyType
 
 from config.manifest import Engine
 from quantize.base import BaseModel
+from quantize.calibration.generation_child import LARGEST_BATCH, cache_room
 from quantize.evaluation.evaluate import EvaluationPlan
+from quantize.evaluation.lm_head import PASS_TOKENS
 from quantize.evaluation.sampling import rows_at_once
 from quantize.planning.cost_estimate import CostEstimate
 from quantize.planning.model_sizes import ModelSizes, sizes_of
@@ -25,7 +27,6 @@ _HIDDEN_COPIES, _INNER_COPIES = 6, 3
 # fp32 logits of 512 positions and 4096 tokens of the vocabulary, in the copies that a comparison makes.
 _COMPARISON_BYTES = 8 * 512 * 4096 * _FP32_BYTES
 _SHARD_BYTES = 4_000_000_000
-_PASS_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,17 @@ _START_SECONDS = 8.0
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """One stage: `gpu_bytes` (0 without a GPU) are of all GPUs together where `spread`, else of one."""
+    """One stage: `gpu_bytes` (0 without a GPU) are of all GPUs together where `spread`, else of one.
+
+    `mapped_bytes` are those of files that are mapped while they are read: they count as resident, and give way.
+    """
 
     stage: str
     seconds: float
     host_bytes: int
     gpu_bytes: int = 0
     spread: bool = False
+    mapped_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +86,31 @@ class Workload:
     groups: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Texts that a model writes: how many, of how many tokens, after prompts of how many."""
+
+    count: int
+    new_tokens: int
+    prompt_tokens: int
+
+
 def stage_costs(base: BaseModel, solving: CostEstimate, work: Workload) -> tuple[StageCost, ...]:
     """List the stages of a run with what each takes, in their order."""
     return tuple(_stages(base, sizes_of(base), solving, work))
+
+
+def evaluation_costs(base: BaseModel, work: Workload) -> tuple[StageCost, ...]:
+    """List what the parts of an evaluation take."""
+    return tuple(_evaluation(base, sizes_of(base), work))
 
 
 def _stages(base: BaseModel, sizes: ModelSizes, solving: CostEstimate, work: Workload) -> Iterator[StageCost]:
     weights = sizes.parameters * _ITEM_BYTES[work.engine]
     yield StageCost("hash base", base.bytes / _HASHED_BYTES_PER_SECOND, 50_000_000)
     if work.self_generate and not work.by_replica:
-        yield _generation(sizes, work, "self-generate", work.self_generate, work.max_tokens, work.max_tokens // 4)
+        texts = Texts(work.self_generate, work.max_tokens, work.max_tokens // 4)
+        yield _generation(base, sizes, work, "self-generate", texts)
     yield StageCost(
         "tokenize", _START_SECONDS / 2 + work.tokens / 50_000, LIBRARY_BYTES["tokenizer"] + 30 * work.tokens
     )
@@ -100,27 +120,31 @@ def _stages(base: BaseModel, sizes: ModelSizes, solving: CostEstimate, work: Wor
             _START_SECONDS + 512 * work.groups * sizes.active * sizes.layers / _forward(work),
             *_placed(weights + 6 * sizes.matrix * _FP32_BYTES + 512 * sizes.vocabulary * 12, weights, work),
             spread=True,
+            mapped_bytes=base.bytes,
         )
-    yield StageCost("solve", solving.seconds, solving.host_bytes, solving.gpu_bytes)
+    mapped = 0 if solving.by_layers else base.bytes
+    yield StageCost("solve", solving.seconds, solving.host_bytes, solving.gpu_bytes, mapped_bytes=mapped)
     yield StageCost(
         "write checkpoint",
         (base.bytes + 2 * work.variant_bytes) / _DISK_BYTES_PER_SECOND,
         LIBRARY_BYTES["transformers"] // 2 + min(work.variant_bytes, _SHARD_BYTES) + sizes.matrix * 6,
     )
+    yield from _evaluation(base, sizes, work)
+    yield StageCost("seal", work.variant_bytes / _HASHED_BYTES_PER_SECOND, 50_000_000)
+
+
+def _evaluation(base: BaseModel, sizes: ModelSizes, work: Workload) -> Iterator[StageCost]:
     yield _reading(base, sizes, work, "evaluate: parent reads", packed=False)
     yield _reading(base, sizes, work, "evaluate: variant reads", packed=True)
     if work.evaluation.prompts or work.evaluation.tasks:
-        rows = work.evaluation.prompts * work.evaluation.seeds
-        yield _generation(
-            sizes, work, "evaluate: both write", rows, work.evaluation.new_tokens, work.prompt_tokens, models=2
-        )
-    yield StageCost("seal", work.variant_bytes / _HASHED_BYTES_PER_SECOND, 50_000_000)
+        texts = Texts(work.evaluation.prompts * work.evaluation.seeds, work.evaluation.new_tokens, work.prompt_tokens)
+        yield _generation(base, sizes, work, "evaluate: both write", texts, models=2)
 
 
 def _reading(base: BaseModel, sizes: ModelSizes, work: Workload, stage: str, *, packed: bool) -> StageCost:
     """One model by layers: its outer weights, one layer, and the activations of one pass."""
     item = _ITEM_BYTES[work.engine]
-    tokens = min(work.held_out_tokens, max(_PASS_TOKENS, work.longest_tokens))
+    tokens = min(work.held_out_tokens, max(PASS_TOKENS, work.longest_tokens))
     inner = max(sizes.widest_inputs, sizes.widest_outputs)
     activations = tokens * (_HIDDEN_COPIES * sizes.hidden + _INNER_COPIES * inner) * item
     resident = (sizes.outer + sizes.layer + sizes.vocabulary * sizes.hidden) * item + activations + _COMPARISON_BYTES
@@ -133,21 +157,26 @@ def _reading(base: BaseModel, sizes: ModelSizes, work: Workload, stage: str, *, 
 
 
 def _generation(
-    sizes: ModelSizes, work: Workload, stage: str, count: int, new_tokens: int, prompt_tokens: int, models: int = 1
+    base: BaseModel, sizes: ModelSizes, work: Workload, stage: str, texts: Texts, models: int = 1
 ) -> StageCost:
-    """Whole models, one after the other, that write `count` texts in batches."""
+    """Whole models, one after the other, that write texts in batches."""
     item = _ITEM_BYTES[work.engine]
-    weights, token = sizes.parameters * item, max(sizes.kv * item, 1)
-    length = prompt_tokens + new_tokens
-    rows = min(max(count, 1), rows_at_once(token, length, work.memory_bytes))
-    cache = rows * length * token
-    steps = new_tokens * -(-count // rows)
+    weights = sizes.parameters * item
+    token_bytes = max(sizes.kv * item, 1)
+    length = texts.prompt_tokens + texts.new_tokens
+    if stage == "self-generate":
+        gpus = (work.memory_bytes,) if work.engine == "cuda" else ()
+        most = min(LARGEST_BATCH, cache_room(weights, gpus) // (token_bytes * length))
+    else:
+        most = rows_at_once(token_bytes, length, work.memory_bytes)
+    rows = max(1, min(texts.count, most))
     active = (sizes.layers * sizes.active + sizes.outer) * item
     step_seconds = max(active / DATA_RATES[work.engine].weight_bytes, 2 * rows * active / item / _forward(work))
+    steps = texts.new_tokens * -(-texts.count // rows)
     seconds = models * (_START_SECONDS + weights / _DISK_BYTES_PER_SECOND + steps * step_seconds)
-    working = rows * sizes.vocabulary * 3 * _FP32_BYTES
-    resident = weights + cache + working
-    return StageCost(stage, seconds, *_placed(resident + sizes.matrix * 2, resident, work), spread=True)
+    resident = weights + rows * length * token_bytes + rows * sizes.vocabulary * 3 * _FP32_BYTES
+    host, gpu = _placed(resident + sizes.matrix * item, resident, work)
+    return StageCost(stage, seconds, host, gpu, spread=True, mapped_bytes=base.bytes)
 
 
 def _placed(on_cpu: int, on_gpu: int, work: Workload) -> tuple[int, int]:

@@ -80,8 +80,7 @@ def completed_layers(folder: Path) -> int:
 
 def _solved(run: VariantRun, samples: Samples, key: StageKey) -> StageResult:
     """Check the samples, then run the solver in the folder that a stopped run may have left."""
-    # The held-out side is checked by the evaluation.
-    preflight.check(run.recipe.base, replace(samples, held_out=[]), run.context, gpu=run.options.gpu)
+    preflight.check(run.recipe.base, samples, run.context)
     progress = run.context.progress
     with run.store.resumable(key) as folder:
         if completed_layers(folder):

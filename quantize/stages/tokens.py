@@ -6,9 +6,9 @@ from importlib import metadata
 from pathlib import Path
 
 from config.manifest import sha256_of
-from quantize.base import kept_files
 from quantize.calibration.datasets import CalibrationSplit
 from quantize.calibration.samples import Samples, tokenize_samples
+from quantize.model_files.kept_files import kept_files
 from quantize.running.stage_store import StageKey, stage_key
 from quantize.stages.variant_run import VariantRun
 

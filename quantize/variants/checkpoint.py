@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import Scheme
-from quantize.base import StoredTensor, kept_files, stored_tensors, weight_files
 from quantize.errors import SolveError
+from quantize.model_files.directory_rules import portable_config
+from quantize.model_files.kept_files import kept_files
+from quantize.model_files.safetensors_header import StoredTensor
+from quantize.model_files.weight_files import INDEX_FILE, WHOLE_FILE, stored_tensors
 from quantize.modules import ModuleTree, is_expert
 from quantize.schemes.module_config import dynamic_rules, weight_args_of
 from quantize.variants.weights import LazyTensor, Tensors, packed_module, read_tensors
@@ -114,21 +117,21 @@ def _variant_tensors(
         raise SolveError(f"{min(missing)} was solved, and {base} has no weight for it; is a shard missing?")
 
 
-def write_shards(tensors: Iterable[tuple[str, Any]], into: Path) -> None:
-    """Write tensors as safetensors files of at most 4 GB, with an index if there are several.
+def write_shards(tensors: Iterable[tuple[str, Any]], into: Path, shard_bytes: int = _SHARD_BYTES) -> None:
+    """Write tensors as safetensors files of at most `shard_bytes`, with an index if there are several.
 
     One file's tensors are in memory at a time. Their names say how many files there are, so they get them at the end.
     """
     weight_map: list[list[str]] = []
     total_bytes = 0
-    for number, shard in enumerate(_shards(tensors)):
+    for number, shard in enumerate(_shards(tensors, shard_bytes)):
         _save(shard, into / f"{_UNNAMED}-{number}")
         weight_map.append(sorted(shard))
         total_bytes += _bytes_of(shard)
         shard.clear()  # gives its memory back before the next is collected
     names = [f"model-{number:05d}-of-{len(weight_map):05d}.safetensors" for number in range(1, len(weight_map) + 1)]
     if len(names) == 1:
-        names = ["model.safetensors"]
+        names = [WHOLE_FILE]
     for number, name in enumerate(names):
         (into / f"{_UNNAMED}-{number}").rename(into / name)
     if len(names) > 1:
@@ -136,14 +139,14 @@ def write_shards(tensors: Iterable[tuple[str, Any]], into: Path) -> None:
             "metadata": {"total_size": total_bytes},
             "weight_map": {tensor: name for name, shard in zip(names, weight_map, strict=True) for tensor in shard},
         }
-        write_json(into / "model.safetensors.index.json", index)
+        write_json(into / INDEX_FILE, index)
 
 
-def _shards(tensors: Iterable[tuple[str, Any]]) -> Iterator[Tensors]:
+def _shards(tensors: Iterable[tuple[str, Any]], shard_bytes: int) -> Iterator[Tensors]:
     """Collect tensors until a file is full; one that is larger than a file has its own."""
     shard: Tensors = {}
     for name, tensor in tensors:
-        if shard and _bytes_of(shard) + tensor.nbytes > _SHARD_BYTES:
+        if shard and _bytes_of(shard) + tensor.nbytes > shard_bytes:
             yield shard
             shard = {}
         shard[name] = tensor
@@ -158,10 +161,10 @@ def _save(tensors: Tensors, path: Path) -> None:
 
 
 def _write_configs(base: Path, scheme: Scheme, damp: float, into: Path, tree: ModuleTree) -> None:
-    others = other_layers(stored_tensors(base, weight_files(base)), tree)
+    others = other_layers(stored_tensors(base), tree)
     quantization = quantization_config(scheme, damp, sorted(tree.shapes), others)
     config = json.loads((base / "config.json").read_bytes())
-    write_json(into / "config.json", {**config, "quantization_config": quantization})
+    write_json(into / "config.json", {**portable_config(config), "quantization_config": quantization})
     if scheme.format == "gptq":
         write_json(into / "quantize_config.json", quantization)
 

@@ -103,7 +103,8 @@ def machine_findings(file: str, value: Any, hosts: Iterable[str], known: frozens
     """Find local paths and host names in a JSON file's strings; `known` strings are the parent's own."""
     names = [host for host in hosts if len(host) > 3 and host != "localhost"]
     for key, text in strings_of(value):
-        if text in known:
+        # transformers writes there where a model was loaded from; nothing reads it, and variants don't have it.
+        if text in known or key.rpartition(".")[2] == "_name_or_path":
             continue
         if _LOCAL_PATH.search(text):
             yield Finding("machine", file, f"{key} holds a path of the machine that made it: {text[:80]}")

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from config.manifest import Scheme
 from quantize.base import BaseModel
-from quantize.variants.artefact import Artefact, TensorLocation
+from quantize.model_files.safetensors_header import StoredTensor
+from quantize.variants.artefact import Artefact
 from quantize.variants.lint_rules import Finding
 from quantize.variants.storage_format import (
     Kind,
@@ -28,11 +29,11 @@ def tensor_findings(artefact: Artefact, base: BaseModel | None, scheme: Scheme) 
     layers = quantized_layers(artefact.entries, kind)
     if not layers:
         yield Finding("tensors", "model.safetensors", "holds no quantized layer")
-    owned: set[str] = set()
+    quantized = set(layers)
+    owned = {name for name in artefact.entries if name.rpartition(".")[0] in quantized and not _is_bias(name)}
     shapes = base.shapes if base else {}
     for layer in layers:
         storage_format = configured_format(artefact.quantization_config, layer)
-        owned.update(name for name in artefact.entries if name.rpartition(".")[0] == layer and not _is_bias(name))
         if storage_format is None:
             yield Finding("tensors", layer, "is quantized, and config.json says that it is not")
             continue
@@ -98,7 +99,7 @@ def _extra_findings(artefact: Artefact, base: BaseModel, owned: set[str]) -> Ite
 
 
 def _own_shape(
-    entries: Mapping[str, TensorLocation], layer: str, storage_format: StorageFormat
+    entries: Mapping[str, StoredTensor], layer: str, storage_format: StorageFormat
 ) -> tuple[int, int] | None:
     """Tell a layer's (outputs, inputs) from its own tensors, where there is no base to ask."""
     if storage_format.kind == "gptq":

@@ -17,6 +17,7 @@ from typing import Any
 
 from config.manifest import Scheme
 from quantize.errors import VariantError
+from quantize.model_files.weight_files import weight_files
 
 Tensors = dict[str, Any]
 
@@ -131,8 +132,8 @@ def lazy_tensors(directory: Path) -> dict[str, LazyTensor]:
     from safetensors import safe_open  # noqa: PLC0415
 
     tensors: dict[str, LazyTensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        stream = safe_open(file, framework="pt", backend="pread")
+    for file in weight_files(directory):
+        stream: Any = safe_open(file, framework="pt", backend="pread")
         tensors |= {name: LazyTensor(partial(stream.get_tensor, name)) for name in sorted(stream.keys())}
     return tensors
 

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
+from config.memory import Memory
 from serving.cores import Core
-from serving.hardware import Gpu, Memory
+from serving.hardware import Gpu
 
 
 @dataclass(frozen=True, slots=True)

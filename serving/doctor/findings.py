@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
-from serving.engine_version import TESTED, version_warning
+from serving.engine_version import SUPPORTED, version_warning
 
 Level = Literal["ok", "warning", "error"]
 
@@ -67,8 +67,8 @@ def _engine(software: Software, hardware: Hardware) -> Iterator[Finding]:
     )
     warning = version_warning(software.engine_version)
     if warning:
-        tested = ".".join(map(str, TESTED))
-        yield Finding("warning", "engine", warning, f"install {software.engine}=={tested}.* if replicas don't start")
+        newest = ".".join(map(str, SUPPORTED[-1] if hardware.gpus else SUPPORTED[0]))
+        yield Finding("warning", "engine", warning, f"install {software.engine}=={newest}.* if replicas don't start")
     if software.engine == "vllm" and not hardware.gpus:
         yield Finding(
             "error",

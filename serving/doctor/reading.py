@@ -14,10 +14,11 @@ from pathlib import Path
 
 from config.errors import SettingsError
 from config.load import load_settings_file
+from config.memory import read_memory
 from config.schema import Settings
 from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
 from serving.errors import LaunchRefused
-from serving.hardware import find_allocator, read_cores, read_gpus, read_memory
+from serving.hardware import find_allocator, read_cores, read_gpus
 from serving.machine import engine_distribution, installed_engine, installed_version, vllm_program
 from serving.preflight import refuse_fleet, refuse_hopeless
 from serving.replica import Launch, plan_launches

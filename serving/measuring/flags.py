@@ -17,10 +17,13 @@ takes the place of the first; others stay. Every prompt is drawn anew, so the pr
 """
 LAUNCH = {
     "tensor_parallel": ("N", "GPUs (or NUMA nodes) that share the model (default: 1)"),
+    "pipeline_parallel": ("N", "groups of layers, each on GPUs of its own (default: 1)"),
+    "data_parallel": ("N", "engines of one server, each with the whole model (default: 1)"),
     "dtype": ("TYPE", "auto, bfloat16, float16 or float32 (default: auto)"),
     "max_model_len": ("N", "tokens in a context (default: what the model says)"),
     "max_num_seqs": ("N", "requests in one batch (default: vLLM's)"),
     "kv_cache_bytes": ("SIZE", "memory for the KV cache, such as 24GiB (default: 512MiB on CPU, else vLLM's choice)"),
+    "kv_cache_dtype": ("TYPE", "auto, bfloat16, float16, fp8, fp8_e4m3 or fp8_e5m2 (default: auto)"),
     "cores": ("LIST", "on CPU, which cores compute, such as 0-7 (default: all)"),
 }
 

@@ -66,7 +66,7 @@ def used_gpus(launch: Launch) -> tuple[int, ...]:
 
 
 def _gpus(settings: ReplicaSettings) -> tuple[int, ...]:
-    return settings.gpus[: settings.tensor_parallel] or tuple(range(settings.tensor_parallel))
+    return settings.gpus[: settings.ranks] or tuple(range(settings.ranks))
 
 
 def smi_column(column: str) -> list[str]:

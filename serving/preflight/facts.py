@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from config.schema import ReplicaSettings
 from serving.hardware import Gpu
 
 # vLLM's names for the length of a model (transformers_utils/model_arch_config_convertor.py).
@@ -12,6 +13,7 @@ _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_le
 # These kinds of rope have their factor in the length already (vllm/config/model.py, _get_and_verify_max_len).
 _SCALED_ROPES = frozenset({"su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"})
 _DTYPE_BYTES = {"float32": 4}
+_FP8 = "fp8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,20 @@ class ModelFacts:
         kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
         return int(length * factor) if factor and kind not in _SCALED_ROPES else length
 
-    def cache_bytes_per_token(self, dtype: str, tensor_parallel: int) -> int | None:
+    def cache_bytes_per_token(self, settings: ReplicaSettings) -> int | None:
         """KV cache that one token takes on each rank; None where not every layer keeps all tokens."""
         layers, heads, size = self.number("num_hidden_layers", "n_layer"), self.key_value_heads, self.head_size
         kinds = set(self.text.get("layer_types") or ["full_attention"])
         windowed = self.text.get("sliding_window") and self.text.get("use_sliding_window", True)
         if not (layers and heads and size) or kinds != {"full_attention"} or windowed or "kv_lora_rank" in self.text:
             return None
-        return 2 * layers * max(1, heads // tensor_parallel) * size * _DTYPE_BYTES.get(dtype, 2)
+        own_layers = -(-layers // settings.pipeline_parallel)
+        own_heads = max(1, heads // settings.tensor_parallel)
+        return 2 * own_layers * own_heads * size * _value_bytes(settings)
+
+
+def _value_bytes(settings: ReplicaSettings) -> int:
+    """Bytes of one number in the KV cache."""
+    if settings.kv_cache_dtype.startswith(_FP8):
+        return 1
+    return _DTYPE_BYTES.get(settings.dtype, 2) if settings.kv_cache_dtype == "auto" else 2

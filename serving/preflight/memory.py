@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from config.schema import ReplicaSettings
 from serving.command import CPU_KV_CACHE_BYTES
 from serving.hardware import Gpu
 from serving.preflight.facts import MachineFacts, ModelFacts
@@ -22,7 +23,7 @@ def cache_reason(launch: Launch, model: ModelFacts) -> str | None:
     """Say why the KV cache can't hold one sequence of the longest length, or None; vLLM insists that it can."""
     cache_bytes = _cache_bytes(launch)
     tokens = launch.settings.max_model_len or model.longest_tokens
-    per_token = model.cache_bytes_per_token(launch.settings.dtype, launch.settings.tensor_parallel)
+    per_token = model.cache_bytes_per_token(launch.settings)
     if cache_bytes is None or tokens is None or per_token is None or tokens * per_token <= cache_bytes:
         return None
     fitting = max(cache_bytes // per_token, 0)
@@ -48,8 +49,9 @@ def memory_reasons(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineF
 
 def cpu_bytes(launch: Launch, model: ModelFacts) -> int:
     """Main memory that one CPU replica takes."""
-    ranks = launch.settings.tensor_parallel
-    return model.weight_bytes + ranks * (_cache_bytes(launch) or 0) + CPU_OVERHEAD_BYTES
+    settings = launch.settings
+    weights = model.weight_bytes * settings.data_parallel
+    return weights + settings.ranks * (_cache_bytes(launch) or 0) + CPU_OVERHEAD_BYTES
 
 
 def _gpu_reasons(pairs: Iterable[tuple[Launch, ModelFacts]], gpus: Sequence[Gpu]) -> Iterator[str]:
@@ -70,17 +72,23 @@ def _gpu_reason(launch: Launch, model: ModelFacts, gpu: Gpu) -> str | None:
             f"{_size(gpu.free_bytes)} of {_size(gpu.total_bytes)} are free, vLLM wants {share:.0%}; end what else runs "
             f"there, or add {_SHARE_FLAG} {_rounded_share(gpu)} to args"
         )
-    per_token = model.cache_bytes_per_token(settings.dtype, settings.tensor_parallel) or 0
+    per_token = model.cache_bytes_per_token(settings) or 0
     tokens = settings.max_model_len or model.longest_tokens or 0
     cache = settings.kv_cache_bytes or per_token * tokens
-    needed = model.weight_bytes // settings.tensor_parallel + cache + GPU_OVERHEAD_BYTES
+    weights = model.weight_bytes // _weight_shares(settings)
+    needed = weights + cache + GPU_OVERHEAD_BYTES
     if needed <= (gpu.free_bytes if settings.kv_cache_bytes else claimed):
         return None
     return (
-        f"weights {_size(model.weight_bytes // settings.tensor_parallel)}, KV cache {_size(cache)} and overhead need "
-        f"{_size(needed)}, {_size(claimed)} may be used; use more tensor_parallel, a smaller max_model_len, or a "
+        f"weights {_size(weights)}, KV cache {_size(cache)} and overhead need {_size(needed)}, {_size(claimed)} may be "
+        "used; use more tensor_parallel or pipeline_parallel, kv_cache_dtype: fp8, a smaller max_model_len, or a "
         "variant of fewer bits"
     )
+
+
+def _weight_shares(settings: ReplicaSettings) -> int:
+    """How many ranks share the weights at most: with expert_parallel, data-parallel ranks share the experts."""
+    return settings.ranks if settings.expert_parallel else settings.tensor_parallel * settings.pipeline_parallel
 
 
 def crowded_gpus(launches: Sequence[Launch], gpus: Sequence[Gpu]) -> Iterator[str]:
@@ -93,12 +101,17 @@ def crowded_gpus(launches: Sequence[Launch], gpus: Sequence[Gpu]) -> Iterator[st
             yield f"{launch.replica_id}: there is no GPU {', '.join(map(str, missing))} here; there are {there}"
     unnamed = [launch for launch in launches if launch.engine == "cuda" and not launch.gpus]
     for launch in unnamed:
-        if known and launch.settings.tensor_parallel > len(known):
-            width = launch.settings.tensor_parallel
-            yield f"{launch.replica_id}: tensor_parallel {width} needs as many GPUs; there are {there}"
+        if known and launch.settings.ranks > len(known):
+            yield f"{launch.replica_id}: needs {launch.settings.ranks} GPUs ({_factors(launch)}); there are {there}"
     if len(unnamed) > 1:
         names = ", ".join(launch.replica_id for launch in unnamed)
         yield f"{names} would all run on the first GPU; give each replica its gpus"
+
+
+def _factors(launch: Launch) -> str:
+    kinds = ("tensor_parallel", "pipeline_parallel", "data_parallel")
+    ranks = {kind: getattr(launch.settings, kind) for kind in kinds}
+    return " x ".join(f"{kind} {count}" for kind, count in ranks.items() if count > 1)
 
 
 def _cache_bytes(launch: Launch) -> int | None:

@@ -28,8 +28,17 @@ def model_reasons(model: ModelFacts, settings: ReplicaSettings, parser: str | No
         yield f"its tokenizer has no <think> and </think>, which the reasoning parser {parser} needs; use qwen3"
 
 
-def sharing_reasons(model: ModelFacts, ranks: int) -> Iterator[str]:
-    """List what `ranks` tensor-parallel ranks can't share evenly."""
+def sharing_reasons(model: ModelFacts, settings: ReplicaSettings) -> Iterator[str]:
+    """List what the ranks of a server can't share: layers by pipeline, heads and matrices by tensor parallelism."""
+    layers, stages, ranks = (
+        model.number("num_hidden_layers", "n_layer"),
+        settings.pipeline_parallel,
+        settings.tensor_parallel,
+    )
+    if layers and stages > layers:
+        yield f"{layers} layers can't be shared by pipeline_parallel {stages}; use at most {layers}"
+    if settings.expert_parallel and not model.number("num_experts", "num_local_experts", "n_routed_experts"):
+        yield "expert_parallel is set, but its config.json has no experts; remove it"
     heads, key_value = model.heads, model.key_value_heads
     fix = "choose another tensor_parallel"
     if ranks == 1:

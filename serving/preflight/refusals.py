@@ -53,7 +53,7 @@ def hopeless(launch: Launch, model: ModelFacts) -> list[str]:
         unloadable(quantization, engine),
         computes_in(quantization, engine, settings.dtype) if quantization else None,
         *model_reasons(model, settings, launch.thinking.parser),
-        *(sharing := list(sharing_reasons(model, settings.tensor_parallel))),
+        *(sharing := list(sharing_reasons(model, settings))),
         # What can't be shared has no shape per rank.
         None if sharing else unfit_shape(model, engine, settings.tensor_parallel),
         cache_reason(launch, model),
@@ -83,7 +83,7 @@ def _ports(launches: Sequence[Launch], machine: MachineFacts) -> Iterator[str]:
 
 def _nodes(launches: Sequence[Launch], machine: MachineFacts) -> Iterator[str]:
     for launch in launches:
-        ranks = launch.settings.tensor_parallel
+        ranks = launch.settings.ranks
         if launch.engine == "cpu" and ranks > machine.numa_nodes and launch.settings.cores == "auto":
             yield (
                 f"{launch.replica_id}: with cores: auto each of the {ranks} ranks needs a NUMA node, there are "

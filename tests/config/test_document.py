@@ -164,11 +164,14 @@ def problems(reading: Callable[[], object]) -> list[Problem]:
 
 def without_traceback(path: Path) -> None:
     """Read a file as a configuration and as keys: it is valid, or its problems are in the words of YAML."""
+    content = path.read_bytes().decode(errors="replace")
+    # What the file itself says is quoted.
+    foreign = [word for word in ("Input should", "valid dictionary", "None", "Traceback") if word not in content]
     for reading in (lambda: load_settings(path, {}), lambda: read_keys(path)):
         for problem in problems(reading):
             line = str(problem)
             assert line.isprintable(), line
-            assert not any(word in line for word in ("Input should", "valid dictionary", "None", "Traceback")), line
+            assert not any(word in line for word in foreign), line
             assert problem.hint, line
 
 

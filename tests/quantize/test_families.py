@@ -1,6 +1,5 @@
 """Every family that people fine-tune, as a tiny model: each is quantized with one scheme; the table is kept true."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -35,7 +34,7 @@ CASES = list(zip(FAMILIES, cycle(column for column in COLUMNS if column != "auto
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, BaseModel]]:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BaseModel]:
     """The tiny models of all families."""
     folder = tmp_path_factory.mktemp("families")
     return {name: base_of(directory) for name, directory in write_families(folder)}

@@ -11,6 +11,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers: i
 from quantize.errors import VariantError  # noqa: E402
 from quantize.evaluation.lm_head import find_lm_head, last_hidden_states  # noqa: E402
 from quantize.layered_models import LayeredModel, open_layered  # noqa: E402
+from quantize.model_class import model_class  # noqa: E402
 from quantize.variants.weights import LazyTensor, lazy_tensors  # noqa: E402
 
 pytestmark = [
@@ -54,6 +55,12 @@ def tiny(family: str, folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def architecture(folder: Path) -> tuple[Any, Any]:
+    """The class and the config of a saved model."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    return model_class(config), config
+
+
 def loaded_layers(layered: LayeredModel) -> int:
     """Count the layers that hold any weight."""
     return sum(any(not value.is_meta for value in layer.parameters()) for layer in layered.layers)
@@ -63,7 +70,7 @@ def loaded_layers(layered: LayeredModel) -> int:
 def test_states_are_the_whole_models(family: str, tmp_path: Path) -> None:
     """Read by layers and in one padded batch, each sample has the states of a plain forward pass."""
     whole = tiny(family, tmp_path)
-    layered = open_layered(tmp_path, lazy_tensors(tmp_path), tmp_path, torch.float32, "cpu")
+    layered = open_layered(architecture(tmp_path), lazy_tensors(tmp_path), tmp_path, torch.float32, "cpu")
     most: list[int] = []
     for layer in layered.layers:
         layer.register_forward_hook(lambda *_: most.append(loaded_layers(layered)))
@@ -85,7 +92,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     tiny("qwen2", tmp_path)
     tensors = lazy_tensors(tmp_path)
     inner = {name: value for name, value in tensors.items() if name != "model.layers.1.mlp.up_proj.weight"}
-    layered = open_layered(tmp_path, inner, tmp_path, torch.float32, "cpu")
+    layered = open_layered(architecture(tmp_path), inner, tmp_path, torch.float32, "cpu")
     with (
         pytest.raises(VariantError, match=r"layer 1 has no tensor for mlp\.up_proj\.weight"),
         layered.reading() as model,
@@ -93,13 +100,13 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
         model(torch.tensor([SAMPLES[0]]))
     outer = {name: value for name, value in tensors.items() if name != "model.norm.weight"}
     with pytest.raises(VariantError, match=r"has no tensor for model\.norm\.weight"):
-        open_layered(tmp_path, outer, tmp_path, torch.float32, "cpu")
+        open_layered(architecture(tmp_path), outer, tmp_path, torch.float32, "cpu")
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     """With both shapes."""
     tiny("qwen2", tmp_path)
     tensors = lazy_tensors(tmp_path) | {"model.layers.0.mlp.up_proj.weight": LazyTensor(lambda: torch.zeros(2, 2))}
-    layered = open_layered(tmp_path, tensors, tmp_path, torch.float32, "cpu")
+    layered = open_layered(architecture(tmp_path), tensors, tmp_path, torch.float32, "cpu")
     with pytest.raises(VariantError, match=r"up_proj"), layered.reading() as model:
         model(torch.tensor([SAMPLES[0]]))

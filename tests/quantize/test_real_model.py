@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from config.manifest import Manifest
-from quantize.base import kept_files, read_base
+from quantize.base import read_base
+from quantize.model_files.kept_files import kept_files
 from quantize.schemes.forecast import predicted_bytes
 from quantize.variants.weights import read_dense
 from tests.fakes.running import wait_until
@@ -174,13 +175,13 @@ def test_the_independent_check_finds_a_true_manifest_and_a_false_one(tiny_varian
 
 
 def test_a_weight_that_is_no_number_is_an_error_by_name(tiny_variants: Path, tmp_path: Path) -> None:
-    """A NaN in one matrix makes GPTQModel fall back silently; we name the module before any work, and write nothing."""
+    """A NaN in one matrix makes GPTQModel fall back silently; the solver names the module, and nothing is written."""
     base = _copy_with(tiny_variants / "tiny", tmp_path / "broken")
     done = run(
         "main", base, "--scheme", "w4a16-g64", "--data", tiny_variants / "chats.jsonl", "--out", tmp_path / "out"
     )
     assert done.returncode == 2
-    told = "in every sample, first in model.layers.0.mlp.up_proj, whose own weights are no numbers"
+    told = "model.layers.0.mlp.up_proj: has non-finite weights (NaN or Inf); repair the base, or copy it again"
     assert told in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 

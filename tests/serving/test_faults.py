@@ -142,7 +142,7 @@ async def test_port_taken_while_a_replica_was_down(tmp_path: Path) -> None:
     [
         (("--fingerprint-value", "another"), {}, "calls itself 'another', not 'int4'"),
         (("--max-model-len", "4096"), {"max_model_len": 8192}, "max_model_len is 4096, not 8192"),
-        (("--fake-logprob-shift", "0.2"), {}, "golden prompt says that this is not int4"),
+        (("--fake-logprob-shift", "0.4"), {}, "golden prompt: this is not int4"),
         (("--fake-fail-first", "9", "--fake-fail-status", "500"), {}, "/v1/completions answered 500"),
         (("--served-model-name", "else"), {}, "serves else from"),
     ],

@@ -28,6 +28,11 @@ LAUNCHES: dict[str, dict[str, Any]] = {
     "all": {
         "dtype": "float16",
         "tensor_parallel": 2,
+        "pipeline_parallel": 2,
+        "data_parallel": 2,
+        "expert_parallel": True,
+        "kv_cache_dtype": "fp8",
+        "speculative": {"method": "ngram", "num_speculative_tokens": 4},
         "max_model_len": 4096,
         "max_num_seqs": 8,
         "max_queued": 16,
@@ -88,6 +93,10 @@ def test_the_parser_reads_what_was_meant(answer: dict[str, Any]) -> None:
     assert plain["enable_prefix_caching"] is not False
     assert all_of_them["enable_prefix_caching"] is False
     assert all_of_them["tensor_parallel_size"] == 2
+    assert (all_of_them["pipeline_parallel_size"], all_of_them["data_parallel_size"]) == (2, 2)
+    assert all_of_them["enable_expert_parallel"]
+    assert all_of_them["kv_cache_dtype"] == "fp8"
+    assert all_of_them["speculative_config"] == {"method": "ngram", "num_speculative_tokens": 4}
     assert (all_of_them["max_model_len"], all_of_them["max_num_seqs"]) == (4096, 8)
     assert (all_of_them["max_num_queued_reqs"], all_of_them["kv_cache_memory_bytes"]) == (16, 2**30)
     assert (all_of_them["shutdown_timeout"], all_of_them["block_size"]) == (31, 32)

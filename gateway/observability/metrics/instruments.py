@@ -76,13 +76,12 @@ class Histogram:
     def observe_with_exemplar(self, value: float, request_id: str, at_seconds: float) -> None:
         """Count a value and store it as its bucket's exemplar; `at_seconds` is since 1970.
 
-        A request id that is too long for OpenMetrics is not stored.
+        A request id that is too long for OpenMetrics is not exposed.
         """
         bucket = bisect_left(self.bounds, value)
         self.counts[bucket] += 1
         self.sum += value
-        if len(request_id) <= EXEMPLAR_CHARACTERS:
-            self.exemplars[bucket] = request_id, value, at_seconds
+        self.exemplars[bucket] = request_id, value, at_seconds
 
 
 Child = TypeVar("Child", Counter, Gauge, Histogram)
@@ -167,7 +166,8 @@ def _cumulative_buckets(
     total = 0
     for index, (bound, count) in enumerate(zip(bounds, child.counts, strict=True)):
         total += count
-        if (exemplar := child.exemplars.get(index)) is not None:
+        exemplar = child.exemplars.get(index)
+        if exemplar is not None and len(exemplar[0]) <= EXEMPLAR_CHARACTERS:
             request_id, value, at_seconds = exemplar
             yield bound, total, Exemplar({EXEMPLAR_LABEL: request_id}, value, at_seconds)
         else:

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 
 from quantize.base import BaseModel, read_base
 from quantize.calibration.datasets import is_held_out, read_datasets, split_records, with_split_keys
-from quantize.calibration.generation_child import TokenizedPrompt, batches, cache_bytes_per_token, until_stop
+from quantize.calibration.generation_child import (
+    TokenizedPrompt,
+    batches,
+    cache_bytes_per_token,
+    cache_room,
+    until_stop,
+)
 from quantize.calibration.parsing import parse_line
 from quantize.calibration.records import Message, Record
 from quantize.calibration.replica_client import Answer, Question, Replica, Sampling, answer_of, request_body
@@ -158,7 +164,23 @@ def test_batches_hold_every_prompt_once_and_fit(lengths: list[int], new_tokens: 
 )
 def test_the_cache_of_a_token(config: dict[str, int], expected: int) -> None:
     """Keys and values of all layers in fp32."""
-    assert cache_bytes_per_token(config) == expected
+    assert cache_bytes_per_token(config, 4) == expected
+    assert cache_bytes_per_token(config, 2) == expected // 2
+
+
+@pytest.mark.parametrize(
+    "weights,gpus,expected",
+    [
+        (540 * 10**6, (), 2 * 10**9),  # SmolLM2 in fp32
+        (131 * 10**9, (), 32_750_000_000),  # a 32B in fp32
+        (65 * 10**9, (80 * 10**9,), 10_500_000_000),
+        (65 * 10**9, (40 * 10**9, 40 * 10**9), 10_500_000_000),
+        (65 * 10**9, (66 * 10**9,), 2 * 10**9),
+    ],
+)
+def test_large_models_have_more_room(weights: int, gpus: tuple[int, ...], expected: int) -> None:
+    """What the weights leave of the GPUs, or a share of the weights' own size."""
+    assert cache_room(weights, gpus) == pytest.approx(expected, abs=10)
 
 
 # From here on with a fake replica, or a tiny Llama, and files.

@@ -1,23 +1,29 @@
 """What a variant's files hold: stacked layers, experts one by one, and what config.json leaves alone."""
 
+import json
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from config.manifest import Override
-from quantize.base import StoredTensor
 from quantize.errors import VariantError
+from quantize.model_files.safetensors_header import StoredTensor
 from quantize.modules import ModuleTree, direct_tree
 from quantize.schemes.scheme import preset
-from quantize.variants.checkpoint import other_layers, quantization_config
+from quantize.variants.checkpoint import other_layers, quantization_config, write_shards
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
-from quantize.variants.weights import gptq_dense, packed_module, with_stacked_experts  # noqa: E402
+from quantize.variants.weights import Tensors, gptq_dense, packed_module, read_tensors, with_stacked_experts  # noqa: E402
 from tests.quantize.variants.test_weights import layer_of  # noqa: E402
 
 EXPERTS = [f"model.layers.0.mlp.experts.{expert}.up_proj" for expert in range(2)]
 
 
-def gptq_layer(name: str, seed: int, group_size: int = 8) -> dict[str, "torch.Tensor"]:
+def gptq_layer(name: str, seed: int, group_size: int = 8) -> Tensors:
     """A GPTQ layer of 16 inputs and 8 outputs with 4 bits."""
     stored = torch.randint(0, 16, (16, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     zeros = torch.full((16 // group_size, 8), 8, dtype=torch.int32)
@@ -25,7 +31,7 @@ def gptq_layer(name: str, seed: int, group_size: int = 8) -> dict[str, "torch.Te
     return {f"{name}.{part}": tensor for part, tensor in layer_of(stored, zeros, scales, group_size, bits=4).items()}
 
 
-def parts_of(tensors: dict[str, "torch.Tensor"], name: str) -> dict[str, "torch.Tensor"]:
+def parts_of(tensors: Tensors, name: str) -> Tensors:
     """The tensors of one layer by their last name."""
     return {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
 
@@ -54,8 +60,8 @@ def test_experts_are_put_back_into_the_bases_tensors() -> None:
     }
     found = with_stacked_experts(dict(experts), ["m.experts.gate_up_proj", "m.experts.down_proj", "m.norm.weight"])
     assert found.keys() == {"m.experts.gate_up_proj", "m.experts.down_proj"}
-    assert found["m.experts.gate_up_proj"][:, :, 0].tolist() == [[0, 0, 1, 1], [10, 10, 11, 11]]
-    assert found["m.experts.down_proj"].shape == (2, 2, 3)
+    assert found["m.experts.gate_up_proj"][...][:, :, 0].tolist() == [[0, 0, 1, 1], [10, 10, 11, 11]]
+    assert found["m.experts.down_proj"][...].shape == (2, 2, 3)
     assert with_stacked_experts(dict(experts), list(experts)).keys() == experts.keys()
 
 
@@ -86,3 +92,33 @@ def test_kept_experts_are_one_pattern() -> None:
 def keep(pattern: str) -> Override:
     """An exception that leaves modules as they are."""
     return Override(modules=pattern)
+
+
+def test_one_file_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    """Tensors are let go as soon as their file is written; the index names the file of each."""
+    alive: set[int] = set()
+    most = 0
+
+    def tensors() -> Iterator[tuple[str, Any]]:
+        nonlocal most
+        for number in range(10):
+            tensor = torch.full((100,), float(number))
+            alive.add(number)
+            weakref.finalize(tensor, alive.discard, number)
+            most = max(most, len(alive))
+            yield f"t{number}", tensor
+
+    write_shards(tensors(), tmp_path, shard_bytes=1200)
+    names = [f"model-{number:05d}-of-00004.safetensors" for number in range(1, 5)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "model.safetensors.index.json"]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_bytes())
+    assert index["metadata"]["total_size"] == 4000
+    assert [index["weight_map"][f"t{number}"] for number in (0, 2, 3, 9)] == [names[0], names[0], names[1], names[3]]
+    assert {name: float(tensor[0]) for name, tensor in read_tensors(tmp_path)} == {f"t{n}": float(n) for n in range(10)}
+    assert most <= 4
+
+
+def test_a_single_file_has_no_index(tmp_path: Path) -> None:
+    """It has the plain name."""
+    write_shards([("t", torch.zeros(4))], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]

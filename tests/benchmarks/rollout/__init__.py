@@ -1,0 +1,1 @@
+"""How soon the gates of a rollout stop a worse variant, and how rarely an identical one."""
