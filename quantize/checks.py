@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from config.manifest import Scheme
 from quantize.backends import autogptq
 from quantize.base import BaseModel, read_base, with_digest
 from quantize.calibration.datasets import CalibrationSplit, read_datasets, shipped_files
+from quantize.calibration.preflight import check_base
 from quantize.calibration.self_generation import chosen
 from quantize.errors import RecipeError
 from quantize.evaluation.evaluate import EvaluationPlan
@@ -19,6 +21,7 @@ from quantize.planning.plan import calibration_split, check_numbers, settled_sch
 from quantize.planning.recipe import chosen_backend
 from quantize.planning.request import Request, TextFile
 from quantize.planning.run_costs import require_room, run_costs
+from quantize.running.context import RunContext
 from quantize.running.memory import Machine
 from quantize.running.stage_store import stage_store
 from quantize.schemes.forecast import disk_bytes, predicted_bytes
@@ -28,9 +31,9 @@ from quantize.variants.store import require_space, require_target
 def check_request(request: Request, options: RunOptions, machine: Machine) -> BaseModel:
     """Check a request and return its base with its digest; UsageError says what is wrong, and nothing was written.
 
-    1. numbers, backend, `--out`, limits, task file; 2. headers of the base's files; 3. calibration data; 4. the layers
-    that the solver finds in the base, with their names on disk; 5. scheme and tensor-parallel degree; 6. memory for
-    every stage; 7. free disk space; 8. the digest.
+    1. numbers, backend, `--out`, limits, task file; 2. headers of the base's files; 3. calibration data; 4. tensors
+    that are missing or unexpected; 5. the layers that the solver finds in the base, with their names on disk; 6. scheme
+    and tensor-parallel degree; 7. memory for every stage; 8. free disk space; 9. the digest.
     """
     check_numbers(request)
     check_backend(request)
@@ -38,6 +41,8 @@ def check_request(request: Request, options: RunOptions, machine: Machine) -> Ba
     check_evaluation(request.evaluation, lowest_bits(request.scheme) if isinstance(request.scheme, Scheme) else 4)
     base = read_base(request.base, digested=False)
     split = check_data(request)
+    with TemporaryDirectory(prefix="quantgate-") as folder:
+        check_base(base, RunContext(Path(folder), options.environ, options.progress))
     base = with_module_tree(base, options.environ)
     scheme = settled_scheme(request, base)
     settled = replace(request, settings=settled_settings(request.settings, base))

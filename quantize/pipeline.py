@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 
 from config.manifest import Manifest, Quality
 from quantize.base import BaseModel, read_base, with_digest
-from quantize.calibration import preflight
 from quantize.calibration.datasets import (
     CalibrationSplit,
     Dataset,
@@ -49,7 +48,6 @@ from quantize.variants.weights import read_packing
 def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, options: RunOptions) -> Manifest:
     """Turn a base into a sealed variant directory; `out` appears as a whole or not at all."""
     with variant_run(recipe, options) as begun:
-        preflight.check_base(recipe.base, begun.context)
         tokens = tokenize(begun, split)
         run = settle_scheme(begun, tokens)
         solved = solve(run, tokens)
