@@ -31,9 +31,10 @@ from quantize.variants.store import require_space, require_target
 def check_request(request: Request, options: RunOptions, machine: Machine) -> BaseModel:
     """Check a request and return its base with its digest; UsageError says what is wrong, and nothing was written.
 
-    1. numbers, backend, `--out`, limits, task file; 2. headers of the base's files; 3. calibration data; 4. tensors
-    that are missing or unexpected; 5. the layers that the solver finds in the base, with their names on disk; 6. scheme
-    and tensor-parallel degree; 7. memory for every stage; 8. free disk space; 9. the digest.
+    1. numbers, backend, `--out`, limits, task file; 2. headers of the base's files; 3. calibration data; 4. the layers
+    that the solver finds in the base, with their names on disk; 5. scheme and tensor-parallel degree; 6. memory for
+    every stage; 7. free disk space; 8. tensors that are missing or unexpected, as transformers reports them (seconds);
+    9. the digest, which reads every byte.
     """
     check_numbers(request)
     check_backend(request)
@@ -41,8 +42,6 @@ def check_request(request: Request, options: RunOptions, machine: Machine) -> Ba
     check_evaluation(request.evaluation, lowest_bits(request.scheme) if isinstance(request.scheme, Scheme) else 4)
     base = read_base(request.base, digested=False)
     split = check_data(request)
-    with TemporaryDirectory(prefix="quantgate-") as folder:
-        check_base(base, RunContext(Path(folder), options.environ, options.progress))
     base = with_module_tree(base, options.environ)
     scheme = settled_scheme(request, base)
     settled = replace(request, settings=settled_settings(request.settings, base))
@@ -56,6 +55,8 @@ def check_request(request: Request, options: RunOptions, machine: Machine) -> Ba
             request.out: (predicted_bytes(base, scheme), "choose another --out"),
         }
     )
+    with TemporaryDirectory(prefix="quantgate-") as folder:
+        check_base(base, RunContext(Path(folder), options.environ, options.progress))
     return with_digest(base)
 
 
