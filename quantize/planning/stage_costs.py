@@ -17,7 +17,7 @@ from quantize.planning.cost_estimate import CostEstimate
 from quantize.planning.model_sizes import ModelSizes, sizes_of
 
 # Resident memory of a child after its imports, as measured with torch 2.13, transformers 5.19 and GPTQModel 7.6.
-LIBRARY_BYTES: Mapping[str, int] = MappingProxyType({"tokenizer": 130_000_000, "transformers": 520_000_000})
+LIBRARY_BYTES: Mapping[str, int] = MappingProxyType({"tokenizer": 150_000_000, "transformers": 520_000_000})
 _FP32_BYTES = 4
 _ITEM_BYTES: Mapping[Engine, int] = MappingProxyType({"cpu": 4, "cuda": 2})
 # int32 words, integers, zero points and scales of a packed matrix, while its dense weights are computed (a weight).
