@@ -61,7 +61,9 @@ class LayeredModel:
         self.loader.load(self.groups[number])
         missing = [name for name, value in self.layers[number].named_parameters() if value.is_meta]
         if missing:
-            raise VariantError(f"{self.loader.source}: layer {number} has no tensor for {missing[0]}")
+            raise VariantError(
+                f"{self.loader.source}: doesn't fit the base: layer {number} has no tensor for {missing[0]}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,9 @@ class _Loader:
         info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), self.config)
         if info.mismatched_keys:
             name, stored, wanted = next(iter(info.mismatched_keys))
-            raise VariantError(f"{self.source}: {name} has shape {list(stored)}, and {list(wanted)} in the base")
+            raise VariantError(
+                f"{self.source}: doesn't fit the base: {name} has shape {list(stored)}, not {list(wanted)}"
+            )
         return set(info.missing_keys)
 
 
@@ -113,7 +117,7 @@ def open_layered(
     inside = {id(value) for layer in layers for value in layer.parameters()}
     absent = [name for name, value in model.named_parameters() if value.is_meta and id(value) not in inside]
     if absent:
-        raise VariantError(f"{source}: has no tensor for {absent[0]}, which {kind.__name__} needs")
+        raise VariantError(f"{source}: doesn't fit the base: it has no tensor for {absent[0]}")
     return LayeredModel(model, layers, groups, loader)
 
 

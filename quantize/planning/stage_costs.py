@@ -17,7 +17,9 @@ from quantize.planning.cost_estimate import CostEstimate
 from quantize.planning.model_sizes import ModelSizes, sizes_of
 
 # Resident memory of a child after its imports, as measured with torch 2.13, transformers 5.19 and GPTQModel 7.6.
-LIBRARY_BYTES: Mapping[str, int] = MappingProxyType({"tokenizer": 150_000_000, "transformers": 520_000_000})
+LIBRARY_BYTES: Mapping[str, int] = MappingProxyType({"tokenizers": 85_000_000, "transformers": 520_000_000})
+# Of each word of the vocabulary, in the tokenizer.
+_WORD_BYTES = 1400
 _FP32_BYTES = 4
 _ITEM_BYTES: Mapping[Engine, int] = MappingProxyType({"cpu": 4, "cuda": 2})
 # int32 words, integers, zero points and scales of a packed matrix, while its dense weights are computed (a weight).
@@ -112,7 +114,9 @@ def _stages(base: BaseModel, sizes: ModelSizes, solving: CostEstimate, work: Wor
         texts = Texts(work.self_generate, work.max_tokens, work.max_tokens // 4)
         yield _generation(base, sizes, work, "self-generate", texts)
     yield StageCost(
-        "tokenize", _START_SECONDS / 2 + work.tokens / 50_000, LIBRARY_BYTES["tokenizer"] + 30 * work.tokens
+        "tokenize",
+        _START_SECONDS / 2 + work.tokens / 50_000,
+        LIBRARY_BYTES["tokenizers"] + _WORD_BYTES * sizes.vocabulary + 30 * work.tokens,
     )
     if work.groups:
         yield StageCost(
