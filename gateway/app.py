@@ -168,7 +168,8 @@ def collectors(
     registry: Registry, live_config: LiveConfig, dispatcher: Dispatcher, poller: MetricsPoller, load: LoadTracker
 ) -> Iterator[Collector]:
     """What computes metrics at each scrape."""
-    yield FleetCollector(registry, live_config.variants, dispatcher.breaker_states, dispatcher.waiting)
+    breakers, silent = dispatcher.breaker_states, dispatcher.cluster.silent
+    yield FleetCollector(registry, live_config.variants, breakers, dispatcher.waiting, lambda: silent)
     yield EngineCollector(registry, lambda: poller.results)
     yield LadderCollector(dispatcher.cluster.gates, lambda: iter(registry.ready), load.estimates)
 
