@@ -114,7 +114,8 @@ async def replicas_alone(
                         log.warning("%s has changed; it takes effect at the next start", option)
                 await own.update(changed)
 
-            async with Reload(lambda: [path], apply):
+            async with Reload(lambda: [path], apply) as reload:
+                control.last_reload = lambda: reload.last
                 yield
 
 
