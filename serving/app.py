@@ -34,7 +34,7 @@ from serving.state.link import Link
 from serving.state.publisher import Publisher
 from serving.supervisor import Supervisor
 from serving.templates.plan import with_thinking
-from serving.templates.tool_calling import with_tool_calling
+from serving.templates.tool_calling import with_tool_calling, without_tools
 from serving.tls import Tls
 from serving.validation import NamedFiles, read_named_files
 
@@ -200,7 +200,10 @@ def planned_launches(wanted: Wanted, machine: Machine, engine: Engine) -> tuple[
     planned = plan_launches(wanted.settings.replicas, dict(wanted.variants), engine)
     launches = tuple(replace(launch, media_domains=domains) for launch in planned)
     thinking = with_thinking(launches, wanted.settings.aliases, wanted.folder / "templates")
-    return share_cores(with_tool_calling(thinking, installed_tool_parsers()), machine.cores)
+    with_tools = with_tool_calling(thinking, installed_tool_parsers())
+    for notice in without_tools(with_tools):
+        log.warning("%s", notice)
+    return share_cores(with_tools, machine.cores)
 
 
 @asynccontextmanager
