@@ -168,7 +168,8 @@ def collectors(
     registry: Registry, live_config: LiveConfig, dispatcher: Dispatcher, poller: MetricsPoller, load: LoadTracker
 ) -> Iterator[Collector]:
     """What computes metrics at each scrape."""
-    yield FleetCollector(registry, live_config.variants, dispatcher.breaker_states, dispatcher.waiting)
+    breakers, silent = dispatcher.breaker_states, dispatcher.cluster.silent
+    yield FleetCollector(registry, live_config.variants, breakers, dispatcher.waiting, lambda: silent)
     yield EngineCollector(registry, lambda: poller.results)
     yield LadderCollector(dispatcher.cluster.gates, lambda: iter(registry.ready), load.estimates)
 
@@ -196,13 +197,17 @@ async def gateway_alone(
     wanted = deployment.wanted
     with listen_sockets(deployment.settings.gateway, place) as taken:
         async with (
-            ControlSocket(home, controlled("gateway", path, registry, taken)) if home else nullcontext(),
+            ControlSocket(home, controlled("gateway", path, registry, taken)) if home else nullcontext() as control,
             Probe() as probe,
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             others_replicas(wanted, registry, probe) as follower,
             gateway(deployment, registry, taken, place) as served,
-            following(path, started, registry, served, FollowerReload(watch, follower, registry, served.live_config)),
+            following(
+                path, started, registry, served, FollowerReload(watch, follower, registry, served.live_config)
+            ) as reload,
         ):
+            if control is not None and reload is not None:
+                control.last_reload = lambda: reload.last
             yield served.addresses
 
 
@@ -227,9 +232,11 @@ async def everything(
             own_replicas(wanted, machine, registry, probe, home, owner) as own,
             Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
             gateway(deployment, registry, taken, access_log_stream=access_log_stream) as served,
-            following(path, deployment, registry, served, SupervisedReload(watch, own)),
+            following(path, deployment, registry, served, SupervisedReload(watch, own)) as reload,
         ):
             control.restart = own.restart
+            if reload is not None:
+                control.last_reload = lambda: reload.last
             yield served.addresses
 
 
@@ -246,11 +253,11 @@ async def following(
     registry: Registry,
     served: Gateway,
     replicas: FollowerReload | SupervisedReload,
-) -> AsyncIterator[None]:
+) -> AsyncIterator[Reload | None]:
     """Apply a configuration file whenever it changes, and at SIGHUP; None: there is no file."""
     if path is None:
-        yield
+        yield None
         return
-    reload = ConfigReload(path, started, registry, served.live_config, served.switch, replicas.apply)
-    async with Reload(reload.files, reload.apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()):
-        yield
+    config = ConfigReload(path, started, registry, served.live_config, served.switch, replicas.apply)
+    async with Reload(config.files, config.apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()) as it:
+        yield it

@@ -34,7 +34,7 @@ from serving.state.link import Link
 from serving.state.publisher import Publisher
 from serving.supervisor import Supervisor
 from serving.templates.plan import with_thinking
-from serving.templates.tool_calling import with_tool_calling
+from serving.templates.tool_calling import with_tool_calling, without_tools
 from serving.tls import Tls
 from serving.validation import NamedFiles, read_named_files
 
@@ -114,7 +114,8 @@ async def replicas_alone(
                         log.warning("%s has changed; it takes effect at the next start", option)
                 await own.update(changed)
 
-            async with Reload(lambda: [path], apply):
+            async with Reload(lambda: [path], apply) as reload:
+                control.last_reload = lambda: reload.last
                 yield
 
 
@@ -199,7 +200,10 @@ def planned_launches(wanted: Wanted, machine: Machine, engine: Engine) -> tuple[
     planned = plan_launches(wanted.settings.replicas, dict(wanted.variants), engine)
     launches = tuple(replace(launch, media_domains=domains) for launch in planned)
     thinking = with_thinking(launches, wanted.settings.aliases, wanted.folder / "templates")
-    return share_cores(with_tool_calling(thinking, installed_tool_parsers()), machine.cores)
+    with_tools = with_tool_calling(thinking, installed_tool_parsers())
+    for notice in without_tools(with_tools):
+        log.warning("%s", notice)
+    return share_cores(with_tools, machine.cores)
 
 
 @asynccontextmanager

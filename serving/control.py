@@ -21,6 +21,7 @@ import msgspec
 
 from serving.errors import ControlRefused, NoSuchReplica
 from serving.registry import Registry
+from serving.reload import ReloadResult
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,10 @@ class ReplicaSummary(msgspec.Struct, frozen=True):
 
 
 class ProcessStatus(msgspec.Struct, frozen=True):
-    """A running process: its command, configuration file, addresses and replicas."""
+    """A running process: its command, configuration file, addresses, replicas, and its last reload.
+
+    `reload` is None where the outcome is not known: a gateway with workers, or one that does not serve yet.
+    """
 
     command: str
     pid: int
@@ -54,6 +58,7 @@ class ProcessStatus(msgspec.Struct, frozen=True):
     seconds: float
     addresses: dict[str, str]
     replicas: list[ReplicaSummary]
+    reload: ReloadResult | None = None
 
 
 class ControlReply(msgspec.Struct, frozen=True):
@@ -79,13 +84,14 @@ class Controlled:
 class ControlSocket:
     """Answers requests while the `async with` block runs; a home that can't be written costs a warning.
 
-    `restart` starts a replica again. It is set once replicas are there: the socket outlives them, so that `status` and
-    `stop` see a process until its end.
+    `restart` starts a replica again, `last_reload` returns the outcome of the last reload. Both are set once they are
+    there: the socket outlives them, so that `status` and `stop` see a process until its end.
     """
 
     home: Path
     controlled: Controlled
     restart: Callable[[str], str] | None = None
+    last_reload: Callable[[], ReloadResult | None] = lambda: None
     _began: float = 0.0
     _server: asyncio.Server | None = None
 
@@ -155,7 +161,8 @@ class ControlSocket:
         ]
         config = None if controlled.config is None else str(controlled.config.resolve())
         seconds = round(clock() - self._began, 1)
-        return ProcessStatus(controlled.command, os.getpid(), config, seconds, dict(controlled.addresses), replicas)
+        addresses, reload = dict(controlled.addresses), self.last_reload()
+        return ProcessStatus(controlled.command, os.getpid(), config, seconds, addresses, replicas, reload)
 
 
 @contextmanager

@@ -16,12 +16,17 @@ from serving.control import ControlReply, ControlRequest, ProcessStatus
 from serving.control_client import ControlClient, running_processes
 from serving.duration import duration
 from serving.errors import NoAnswer
+from serving.reload import ReloadResult
 from serving.replica import State
 
 DONE, FAILED, USAGE, TIMED_OUT, UNREACHABLE = 0, 1, 2, 5, 7
 STOP_SECONDS = 600.0
-# Between the two SIGHUPs: time to read the configuration and to refuse it; the second has to come within 10 s.
-FORCE_SECONDS = 2.0
+# How long the outcome of a reload is waited for: new replicas may take minutes to start.
+OUTCOME_SECONDS = 10.0
+OUTCOME_POLL_SECONDS = 0.05
+# Workers do not report outcomes to their parent. Between two SIGHUPs they have time to read and refuse the
+# configuration; the second one has to come within 10 s.
+WORKERS_SECONDS = 2.0
 Answers = list[tuple[ControlClient, ControlReply]]
 NOT_RUNNING = "nothing runs in this home"
 
@@ -55,8 +60,9 @@ def reload_main(arguments: list[str]) -> int:
     parser = _parser(
         "reload",
         "Have the running processes of this home ($QUANTGATE_HOME) read their configuration again, as SIGHUP does. "
-        "Replicas that wait for their next start are started at once. The log says whether it was applied.",
-        exit_codes(2, code_0="requested", code_1="refused, or no answer", code_7=NOT_RUNNING),
+        "Replicas that wait for their next start are started at once. Waits up to 10 s for the outcome; new replicas "
+        "may take longer to start, and workers do not report it: then the log has it.",
+        exit_codes(2, code_0="applied, or requested", code_1="refused, failed, or no answer", code_7=NOT_RUNNING),
     )
     add_config(parser, "only processes with this configuration file")
     parser.add_argument(
@@ -65,15 +71,45 @@ def reload_main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     def show(answers: Answers) -> int:
-        if options.force:
-            time.sleep(FORCE_SECONDS)
-            for client, _ in answers:
-                client.ask(ControlRequest("reload"))
-        for _, reply in answers:
-            print(f"{_name(reply.status)}: reads {reply.status.config} again; its log has the outcome")
-        return DONE
+        code = DONE
+        for client, reply in answers:
+            result = _reloaded(client, reply, force=options.force)
+            if result is None:
+                print(f"{_name(reply.status)}: reads {reply.status.config} again; its log has the outcome")
+            elif result.outcome == "applied":
+                print(f"{_name(reply.status)}: {reply.status.config} is in force")
+            else:
+                code = FAILED
+                _complain(ControlRequest("reload"), f"{_name(reply.status)}: {result.message}")
+        return code
 
     return _ask(ControlRequest("reload"), given_config(parser, options), show)
+
+
+def _reloaded(client: ControlClient, reply: ControlReply, *, force: bool) -> ReloadResult | None:
+    """Wait for the outcome of a reload, and request it again if `force` and it may be confirmed; None: not known."""
+    before = reply.status.reload
+    if before is None:
+        if force:
+            time.sleep(WORKERS_SECONDS)
+            client.ask(ControlRequest("reload"))
+        return None
+    result = _outcome(client, before.handled)
+    if force and result is not None and result.confirmable:
+        client.ask(ControlRequest("reload"))
+        return _outcome(client, result.handled)
+    return result
+
+
+def _outcome(client: ControlClient, handled: int) -> ReloadResult | None:
+    """Wait until a process has handled more SIGHUPs than that."""
+    deadline = time.monotonic() + OUTCOME_SECONDS
+    while time.monotonic() < deadline:
+        result = client.ask(ControlRequest("status")).status.reload
+        if result is None or result.handled > handled:
+            return result
+        time.sleep(OUTCOME_POLL_SECONDS)
+    return None
 
 
 def restart_main(arguments: list[str]) -> int:

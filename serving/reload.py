@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+import msgspec
+
 from config.errors import ConfigError, ReloadRefused
 from serving.errors import ServingError
 
@@ -25,12 +27,22 @@ Outcome = Literal["applied", "refused", "failed"]
 CONFIRM_SECONDS = 10.0
 
 
+class ReloadResult(msgspec.Struct, frozen=True):
+    """How many SIGHUPs have been handled, and how the last reload ended: its outcome and its error."""
+
+    handled: int = 0
+    outcome: Outcome | Literal["none"] = "none"
+    message: str = ""
+    confirmable: bool = False  # another SIGHUP applies it
+
+
 @dataclass(slots=True)
 class Reload:
     """Looks at `files` while the `async with` block runs and calls `apply` when one has changed, one call at a time.
 
-    What `apply` raises is told, and what was in force stays: ConfigError and LaunchRefused before anything was
-    touched, another ServingError half-way. `apply` gets True if the operator has confirmed what was refused before.
+    What `apply` raises is logged, reported to `tell` and kept in `last`, and what was in force stays: ConfigError
+    and LaunchRefused before anything was touched, another ServingError half-way. `apply` gets True if the operator
+    has confirmed what was refused before.
     """
 
     files: Callable[[], Iterable[Path]]
@@ -39,6 +51,7 @@ class Reload:
     every_seconds: float = 1.0
     clock: Callable[[], float] = time.monotonic
     _refused: tuple[list[object], float] | None = None  # at a SIGHUP: the state of the files, and when
+    last: ReloadResult = field(default_factory=ReloadResult)
     _asked: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
 
@@ -73,23 +86,33 @@ class Reload:
     async def _reload(self, stamps: list[object], *, by_signal: bool) -> None:
         confirmed = by_signal and self._confirms(stamps)
         self._refused = None
+        outcome, message = await self._outcome(confirmed, by_signal=by_signal)
+        if refused := outcome == "unconfirmed":
+            outcome, self._refused = "refused", (stamps, self.clock()) if by_signal else None
+        if message:
+            log.error("%s", message)
+        else:
+            log.info("the configuration is in force")
+        self.last = ReloadResult(self.last.handled + by_signal, outcome, message, refused)
+        self.tell(outcome)
+
+    async def _outcome(self, confirmed: bool, *, by_signal: bool) -> tuple[Outcome | Literal["unconfirmed"], str]:
+        """Apply the configuration; returns the outcome and the error, which is empty if it was applied."""
+        before = "the configuration is refused, the one before stays in force"
         try:
             await self.apply(confirmed)
         except ReloadRefused as error:
-            self._refused = (stamps, self.clock()) if by_signal else None
             again = "another SIGHUP" if by_signal else "two SIGHUPs"
             how = f"restore the file, or apply it with {again} within {CONFIRM_SECONDS:g} s (quantgate reload --force)"
-            self._told("refused", f"the configuration is refused, the one before stays in force: {error}; {how}")
+            return "unconfirmed", f"{before}: {error}; {how}"
         except ConfigError as error:
-            self._told("refused", f"the configuration is refused, the one before stays in force: {error}")
+            return "refused", f"{before}: {error}"
         except ServingError as error:
-            self._told("failed", f"the configuration could not be taken over whole: {error}")
+            return "failed", f"the configuration could not be applied completely: {error}"
         except Exception as error:  # the outermost loop: a defect in one reload must not be the last
-            self._told("failed", f"reloading has a defect: {error!r}")
             log.exception("reloading has a defect")
-        else:
-            log.info("the configuration is in force")
-            self.tell("applied")
+            return "failed", f"reloading has a defect: {error!r}"
+        return "applied", ""
 
     def _confirms(self, stamps: list[object]) -> bool:
         """Whether a SIGHUP asks again for what was refused at the one before: the same files, within the time."""
@@ -97,10 +120,6 @@ class Reload:
             return False
         refused, at_seconds = self._refused
         return refused == stamps and self.clock() - at_seconds <= CONFIRM_SECONDS
-
-    def _told(self, outcome: Outcome, what: str) -> None:
-        log.error("%s", what)
-        self.tell(outcome)
 
     def _stamps(self) -> list[object]:
         return [_stamp(path) for path in self.files()]

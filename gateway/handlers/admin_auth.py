@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from gateway.errors import GatewayError, InvalidKey, NotAllowed
-from gateway.http.asgi import App, Message
+from gateway.http.asgi import App, Message, with_head_allowed
 from gateway.http.hosts import AllowedHosts
 
 Receive = Callable[[], Awaitable[Message]]
@@ -42,6 +42,7 @@ class AdminAuth:
                 return
             if scope["method"] == "HEAD":
                 scope = {**scope, "method": "GET"}
+            send = _head_allowed(send)
         await self.app(scope, receive, send)
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
@@ -57,6 +58,15 @@ class AdminAuth:
         given = token.strip() if scheme.lower() == b"bearer" else b""
         if not hmac.compare_digest(hashlib.sha256(given).digest(), self.digest):
             raise InvalidKey("send 'authorization: Bearer KEY' with the key of gateway.admin_key")
+
+
+def _head_allowed(send: Send) -> Send:
+    async def send_with_head(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = list(with_head_allowed(message.get("headers", ())))
+        await send(message)
+
+    return send_with_head
 
 
 async def _refuse(send: Send, refusal: GatewayError) -> None:

@@ -1,6 +1,6 @@
 """Adapter that serves a request with an ASGI app: for FastAPI routes, which are not performance-critical."""
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 from urllib.parse import unquote
 
@@ -30,7 +30,8 @@ async def serve(app: App, request: Request, response: ResponseWriter) -> None:
         nonlocal status
         if message["type"] == "http.response.start":
             status = message["status"]
-            headers.extend(header for header in message["headers"] if header[0].lower() not in _FRAMING_HEADERS)
+            kept = (header for header in message["headers"] if header[0].lower() not in _FRAMING_HEADERS)
+            headers.extend(with_head_allowed(kept))
         else:
             body.append(message.get("body", b""))
 
@@ -57,3 +58,10 @@ def scope_of(request: Request) -> Message:
         "server": None,
         "state": {"caller": request.caller},
     }
+
+
+def with_head_allowed(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, bytes]]:
+    """Add HEAD to an `allow` that names GET: an app sees GET for both. Names of an ASGI response are lowercase."""
+    for name, value in headers:
+        methods = [method.strip() for method in value.split(b",")] if name == b"allow" else []
+        yield name, value + b", HEAD" if b"GET" in methods and b"HEAD" not in methods else value

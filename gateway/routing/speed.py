@@ -186,10 +186,13 @@ def observed_slots(slots: float, before: EngineMetrics | None, poll: EngineMetri
     """Update the observed concurrency limit: the most requests that ran at once while others waited; inf if none wait.
 
     When answers end together, few requests run for a moment, so the limit falls slowly. It starts anew with each queue,
-    because it depends on the lengths of the requests.
+    because it depends on the lengths of the requests. Polls between which no token was generated show nothing: both may
+    lie within the reading of one long prompt, during which others wait although the engine has room for them.
     """
     if before is None or not before.waiting or not poll.waiting or before.running is None or poll.running is None:
         return inf
+    if before.generated_tokens is not None and before.generated_tokens == poll.generated_tokens:
+        return slots
     running = max(poll.running, before.running, 1.0)
     if running > slots or slots == inf:
         return running

@@ -49,7 +49,8 @@ class Limits:
 class Configured:
     """What a configuration file asks of this machine: addresses that are taken, and what keeps replicas from starting.
 
-    `addresses` maps a name to host, port and whether somebody listens there already.
+    `addresses` maps a name to host, port and whether somebody listens there already. `without_tools` describes replicas
+    for which no tool parser is known.
     """
 
     file: str
@@ -57,6 +58,7 @@ class Configured:
     addresses: tuple[tuple[str, str, bool], ...] = ()
     hopeless: tuple[tuple[str, str], ...] = ()
     crowded: tuple[str, ...] = ()
+    without_tools: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,6 +186,10 @@ def _configured(configured: Configured) -> Iterator[Finding]:
             yield Finding("error", replica, what or fix, fix if what else "")
         else:
             yield Finding("ok", replica, "nothing speaks against its start")
+    for notice in configured.without_tools:
+        replicas, _, what = notice.partition(": ")
+        what, _, fix = what.rpartition(". ")
+        yield Finding("warning", replicas, what, fix)
     for reason in configured.crowded:
         what, _, fix = reason.rpartition("; ")
         yield Finding("error", configured.file, what or fix, fix if what else "")

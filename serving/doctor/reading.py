@@ -19,9 +19,16 @@ from config.schema import Settings
 from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
 from serving.errors import LaunchRefused
 from serving.hardware import find_allocator, read_cores, read_gpus
-from serving.machine import engine_distribution, installed_engine, installed_version, vllm_program
+from serving.machine import (
+    engine_distribution,
+    installed_engine,
+    installed_tool_parsers,
+    installed_version,
+    vllm_program,
+)
 from serving.preflight import refuse_fleet, refuse_hopeless
 from serving.replica import Launch, plan_launches
+from serving.templates.tool_calling import with_tool_calling, without_tools
 from serving.validation import read_named_files
 
 _PLUGINS = "vllm.general_plugins"
@@ -104,7 +111,8 @@ def _configured(path: Path) -> Configured:
     hopeless = tuple((launch.replica_id, reason) for launch in launches if (reason := _hopeless(launch)))
     sound = [launch for launch in launches if launch.replica_id not in dict(hopeless)]
     replicas = tuple(launch.replica_id for launch in launches)
-    return Configured(str(path), replicas, _addresses(settings), hopeless, _crowded(sound))
+    tools = without_tools(with_tool_calling(sound, installed_tool_parsers()))
+    return Configured(str(path), replicas, _addresses(settings), hopeless, _crowded(sound), tools)
 
 
 def _hopeless(launch: Launch) -> str | None:

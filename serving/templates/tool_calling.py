@@ -100,6 +100,22 @@ def tool_format(template: ChatTemplate, model_type: str, tokens: Collection[str]
     return None
 
 
+def without_tools(launches: Iterable[Launch]) -> tuple[str, ...]:
+    """Describe, by variant, the replicas for which `tool_calling: auto` has found no parser.
+
+    `launches` are those that `with_tool_calling` returns. Clients with tools are refused there.
+    """
+    replicas: dict[str, list[str]] = {}
+    for each in launches:
+        if each.settings.tool_calling == "auto" and each.variant.path is not None and not takes_tools(each):
+            replicas.setdefault(each.variant.name, []).append(each.replica_id)
+    return tuple(
+        f"{', '.join(names)}: tool_calling: auto found no tool parser in the chat template of {variant}; requests with "
+        f"tools are refused. Set tool_calling to a tool parser of vLLM, or to off"
+        for variant, names in replicas.items()
+    )
+
+
 def takes_tools(launch: Launch) -> bool:
     """Tell whether the server of a launch reads calls of tools."""
     return launch.tool_parser is not None or _in_args(launch.settings.args)

@@ -18,7 +18,10 @@ QUESTION = [{"role": "user", "content": "Name three colours."}]
 ODD = [{"role": "user", "content": 'Repeat: Grüße 汉字 👩‍👩‍👧 \x00\u2028 "model":"m1" \\n ½'}]
 LONG = "word " * 5000
 CITY = {"type": "object", "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}}, "required": ["city"]}
-TOOL = {"type": "function", "function": {"name": "weather", "description": "The weather", "parameters": CITY}}
+WEATHER = {"name": "weather", "description": "The weather", "parameters": CITY}
+TOOL = {"type": "function", "function": WEATHER}
+# With `strict`, vLLM samples arguments that fit the schema, so that any model calls the tool.
+STRICT = {"type": "function", "function": {**WEATHER, "strict": True}}
 NAMED = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}, "max_tokens": 24}
 JSON = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
 # Greedy sampling refuses n > 1. At higher temperatures the numerics of the batch would change what is sampled.
@@ -131,4 +134,15 @@ REFUSED: Mapping[str, Call] = {
     "count tokens of nothing": (f"{MESSAGES}/count_tokens", {"messages": []}),
     "tokenize nothing": ("/tokenize", {"x": 1}),
     "detokenize text": ("/detokenize", {"tokens": ["x"]}),
+}
+
+# The model has to call the tool.
+TOOL_CALLS: Mapping[str, Call] = {
+    "chat": chat(tools=[STRICT], tool_choice="required", max_tokens=96),
+    "responses": response(
+        tools=[{"type": "function", "strict": True, **WEATHER}], tool_choice="required", max_output_tokens=96
+    ),
+    "messages": message(
+        tools=[{"name": "weather", "input_schema": CITY, "strict": True}], tool_choice={"type": "any"}, max_tokens=96
+    ),
 }

@@ -18,7 +18,7 @@ import pytest
 
 from tests.end_to_end.running_demo import Running, until
 from tests.end_to_end.running_up import ALONE, ALONE_VARIANT, Up
-from tests.end_to_end.same_calls import ANSWERED, QUESTION, REFUSED, Call
+from tests.end_to_end.same_calls import ANSWERED, QUESTION, REFUSED, TOOL_CALLS, Call
 
 anthropic = pytest.importorskip("anthropic")
 
@@ -125,6 +125,28 @@ def test_an_endpoint_that_the_engine_has_not(both: Both) -> None:
     direct, through = both.asked("embeddings", ("/v1/embeddings", {"input": "x"}))
     assert (through.status_code, direct.status_code) == (404, 404)
     assert through.json()["error"]["code"] == "endpoint_not_supported"
+
+
+@pytest.mark.parametrize("name", TOOL_CALLS)
+def test_a_tool_is_called(both: Both, name: str) -> None:
+    """A call that the engine has sampled arrives in the form of each API, with arguments that fit the schema."""
+    path, body = TOOL_CALLS[name]
+    answer = httpx.post(f"{both.gateway}{path}", json={**body, "model": ALIAS}, timeout=60).json()
+    function, arguments = called(name, answer)
+    assert function == "weather"
+    assert arguments in ({"city": "Paris"}, {"city": "Rome"})
+
+
+def called(name: str, answer: dict[str, Any]) -> tuple[str, Any]:
+    """The function and the arguments of the only call in an answer."""
+    if name == "messages":
+        (block,) = [each for each in answer["content"] if each["type"] == "tool_use"]
+        return block["name"], block["input"]
+    if name == "responses":
+        (item,) = [each for each in answer["output"] if each["type"] == "function_call"]
+        return item["name"], json.loads(item["arguments"])
+    (call,) = answer["choices"][0]["message"]["tool_calls"]
+    return call["function"]["name"], json.loads(call["function"]["arguments"])
 
 
 def test_models(both: Both) -> None:

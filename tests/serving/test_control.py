@@ -155,9 +155,38 @@ async def test_reload_starts_what_waits(tmp_path: Path) -> None:
         await eventually(lambda: served.log().count("next start in 1 s") == 2, 60)
         forced = await served.command("reload", "--force")
         assert forced.code == 0
-        await eventually(lambda: served.log().count("the configuration is in force") == 3)
+        await eventually(lambda: served.log().count("the configuration is in force") == 2)
         other = await served.command("status", tmp_path / "other.yaml")
         assert (other.code, other.out) == (7, "")
+
+
+@pytest.mark.parametrize("verb", ["serve", "up"])
+async def test_the_outcome_of_a_reload(tmp_path: Path, verb: str) -> None:
+    """Invalid files are refused, also with --force; one that leaves nothing is applied with --force only."""
+    async with serving(tmp_path, verb, own=[]) as served:
+
+        async def ready() -> bool:
+            return await served.replicas() == {"own-1": "ready"}
+
+        await eventually(ready, 60)
+        applied = await served.command("reload")
+        named = f"quantgate {verb} (process {served.process.pid})"
+        assert (applied.code, applied.out) == (0, f"{named}: {served.config} is in force\n")
+        settings = served.config.read_text()
+        served.config.write_text("replicas: 5\n")
+        invalid = await served.command("reload", "--force")
+        assert (invalid.code, invalid.out) == (1, "")
+        assert f"{named}: the configuration is refused, the one before stays in force: {served.config}" in invalid.err
+        document = {**yaml.safe_load(settings), "replicas": []}
+        document["aliases"] = document["aliases"] if verb == "serve" else {}
+        served.config.write_text(yaml.safe_dump(document))
+        refused = await served.command("reload")
+        assert refused.code == 1
+        assert "(quantgate reload --force)" in refused.err
+        forced = await served.command("reload", "--force")
+        assert (forced.code, forced.err) == (0, "")
+        assert forced.out == f"{named}: {served.config} is in force\n"
+        await eventually(lambda: served.log().count("the configuration is in force") == 2)
 
 
 async def test_progress_is_logged(tmp_path: Path) -> None:

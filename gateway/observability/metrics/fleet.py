@@ -1,7 +1,7 @@
 """Metrics of replicas and variants, computed from the registry at each scrape."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client.core import GaugeMetricFamily
@@ -9,14 +9,21 @@ from prometheus_client.registry import Collector
 
 from config.variant import MEASURES, Variant
 from gateway.observability.metrics import table
+from gateway.observability.metrics.spec import MetricSpec
 from serving.registry import Registry
 from serving.replica import ReplicaStatus, State
 
 BREAKER_STATES = ("closed", "half_open", "open")
+SILENCE_STATES = ("responsive", "silent", "hung")
 
 
 def no_breakers() -> Mapping[str, str]:
     """Breaker states of a gateway without circuit breakers."""
+    return {}
+
+
+def no_silences() -> Mapping[str, str]:
+    """Silent replicas of a gateway that does not look for them."""
     return {}
 
 
@@ -27,38 +34,30 @@ def no_queue() -> Mapping[str, int]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FleetCollector(Collector):
-    """Exposes state, load and breaker of each replica, the quality of each variant, and the queue lengths.
+    """Exposes state, load, breaker and silence of each replica, the quality of each variant, and the queue lengths.
 
-    `breaker_states` returns one of BREAKER_STATES by replica id; an absent replica is closed. `queue_lengths` returns
-    the number of waiting requests by alias.
+    `breaker_states` returns one of BREAKER_STATES by replica id; an absent replica is closed. `silences` returns one of
+    SILENCE_STATES; an absent replica is responsive. `queue_lengths` returns the number of waiting requests by alias.
     """
 
     registry: Registry
     variants: Callable[[], Iterable[Variant]]
     breaker_states: Callable[[], Mapping[str, str]] = no_breakers
     queue_lengths: Callable[[], Mapping[str, int]] = no_queue
+    silences: Callable[[], Mapping[str, str]] = no_silences
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the families; called once per scrape."""
         snapshot = self.registry.snapshot()
         yield from _replicas(snapshot)
-        yield self._breakers(snapshot)
+        yield _current(table.REPLICA_BREAKER, BREAKER_STATES, snapshot, self.breaker_states())
+        yield _current(table.REPLICA_SILENCE, SILENCE_STATES, snapshot, self.silences())
         yield self._quality()
         waiting = table.WAITING.gauge_family()
         for alias, count in self.queue_lengths().items():
             waiting.add_metric([alias], count)
         yield waiting
         yield _certificates(snapshot)
-
-    def _breakers(self, snapshot: Iterable[ReplicaStatus]) -> GaugeMetricFamily:
-        family = table.REPLICA_BREAKER.gauge_family()
-        states = self.breaker_states()
-        for status in snapshot:
-            replica = status.replica
-            current = states.get(replica.id, "closed")
-            for state in BREAKER_STATES:
-                family.add_metric([replica.id, replica.variant, state], float(state == current))
-        return family
 
     def _quality(self) -> GaugeMetricFamily:
         family = table.VARIANT_QUALITY.gauge_family()
@@ -68,6 +67,19 @@ class FleetCollector(Collector):
                 if value is not None:
                     family.add_metric([variant.name, variant.precision, measure, variant.quality.source], value)
         return family
+
+
+def _current(
+    spec: MetricSpec, states: Sequence[str], snapshot: Iterable[ReplicaStatus], current: Mapping[str, str]
+) -> GaugeMetricFamily:
+    """A sample for each replica and state; a replica that is not in `current` is in the first state."""
+    family = spec.gauge_family()
+    for status in snapshot:
+        replica = status.replica
+        for state in states:
+            labels = [replica.id, replica.variant, state]
+            family.add_metric(labels, float(state == current.get(replica.id, states[0])))
+    return family
 
 
 def _replicas(snapshot: Iterable[ReplicaStatus]) -> Iterator[GaugeMetricFamily]:

@@ -189,6 +189,14 @@ REPLICA_BREAKER = MetricSpec(
     ("replica", "variant", "state"),
     "State of a replica's circuit breaker: 1 for the current state, 0 for all others." + _MAX,
 )
+# state: responsive, silent, hung.
+REPLICA_SILENCE = MetricSpec(
+    "quantgate_replica_silence",
+    "gauge",
+    ("replica", "variant", "state"),
+    "Whether a replica answers polls and sends bytes: 1 for the current state, 0 for all others. A silent replica gets "
+    "no new requests, a hung one loses those that it has." + _MAX,
+)
 REPLICA_WAIT_SECONDS = MetricSpec(
     "quantgate_replica_wait_seconds",
     "gauge",
@@ -340,7 +348,7 @@ GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
         "Ladder": (SPILLS, LADDER_SPILLING, LADDER_SWITCHES, SESSION_MOVES),
         "Retries": (RETRIES, RETRIES_REFUSED, CLIENT_RETRIES),
         "Replicas": (
-            *(REPLICA_STATE, REPLICA_STATE_SECONDS, REPLICA_IN_FLIGHT, REPLICA_BREAKER),
+            *(REPLICA_STATE, REPLICA_STATE_SECONDS, REPLICA_IN_FLIGHT, REPLICA_BREAKER, REPLICA_SILENCE),
             *(REPLICA_WAIT_SECONDS, REPLICA_LOAD_UNKNOWN),
         ),
         "Polls of the replicas' engines": (

@@ -177,6 +177,14 @@ async def test_head_on_the_admin_port(fleet: Fleet, path: str) -> None:
 
 
 @asynchronous
+@pytest.mark.parametrize("path, admin", [("/v1/models", False), ("/livez", True), ("/admin/replicas", True)])
+async def test_another_method_is_told_which_are_allowed(fleet: Fleet, path: str, admin: bool) -> None:
+    """`allow` of a 405 names HEAD beside GET."""
+    refused = await (fleet.admin if admin else fleet.client).request("PUT", path)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
+
+
+@asynchronous
 async def test_h2c_is_offered_to_the_gateway(fleet: Fleet, fake: FakeReplica) -> None:
     """An offer of HTTP/2 does not reach the replica, and neither do absolute URLs."""
     offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAAQCAAAAAAIAAAAA"}

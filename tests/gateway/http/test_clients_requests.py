@@ -5,6 +5,7 @@ import zlib
 
 import pytest
 
+from gateway.http.content_encoding import MAX_MEMBERS
 from tests.fakes.running import eventually
 from tests.gateway.http.echo_server import HEAD, LIMIT_BYTES, said, served
 from tests.gateway.wire import connected
@@ -129,8 +130,8 @@ def encoded(data: bytes, encoding: bytes = b"gzip", path: bytes = b"/head") -> b
 @pytest.mark.parametrize("piece", [1, 10_000])
 @pytest.mark.parametrize("encoding", [b"gzip", b"x-gzip", b"GZIP"])
 async def test_a_gzip_body(piece: int, encoding: bytes) -> None:
-    """It is decompressed as it arrives, and the handler sees no encoding any more."""
-    data = encoded(gzip.compress(b'{"model":"smol"}'), encoding)
+    """It is decompressed as it arrives, member by member, and the handler sees no encoding any more."""
+    data = encoded(gzip.compress(b'{"model":') + gzip.compress(b'"smol"}'), encoding)
     async with served() as here, connected(here.url) as peer:
         for _ in range(2):
             for place in range(0, len(data), piece):
@@ -164,8 +165,12 @@ PACKED = gzip.compress(b"hello", mtime=0)  # in the ids of tests, so the same in
         (b"", b"gzip", 400, b"the gzip body is incomplete"),
         (PACKED[:-1], b"gzip", 400, b"the gzip body is incomplete"),
         (PACKED[:-8] + b"12345678", b"gzip", 400, b"the body is not valid gzip"),
-        (PACKED + b"x", b"gzip", 400, b"data after the end"),
-        (PACKED * 2, b"gzip", 400, b"data after the end"),
+        (PACKED + b"x", b"gzip", 400, b"the gzip body is incomplete"),
+        (PACKED + b"xyz", b"gzip", 400, b"the body is not valid gzip"),
+        (PACKED * 2, b"gzip", 200, b"body=hellohello"),
+        (PACKED * 2 + PACKED[:-1], b"gzip", 400, b"the gzip body is incomplete"),
+        (PACKED + gzip.compress(b"x" * (LIMIT_BYTES - 4), mtime=0), b"gzip", 413, b"bytes"),
+        (gzip.compress(b"", mtime=0) * (MAX_MEMBERS + 1), b"gzip", 400, b"more than 4096 members"),
     ],
 )
 async def test_other_encodings(data: bytes, encoding: bytes, status: int, words: bytes) -> None:

@@ -14,34 +14,15 @@ import pytest
 from gateway.observability.access_log import (
     FLUSH_RECORDS,
     AccessLog,
-    AccessRecord,
     LogFormat,
     format_json,
     format_logfmt,
 )
 from gateway.observability.metrics import Counter
 from tests.fakes.running import eventually
+from tests.gateway.observability.records import RECORD
 
 STAMP = "2026-01-02T03:04:05.750Z"
-RECORD = AccessRecord(
-    request_id="r-1",
-    key="team-a",
-    endpoint="chat.completions",
-    alias="smol",
-    variant="hi",
-    precision="bf16",
-    replica="hi-1",
-    reason="preferred",
-    code="200",
-    attempts=1,
-    queued_seconds=2.0,
-    first_token_seconds=8.25,
-    seconds=10.25,
-    prompt_tokens=10,
-    completion_tokens=3,
-    estimated=False,
-    finish="stop",
-)
 
 
 @dataclass(frozen=True, slots=True)

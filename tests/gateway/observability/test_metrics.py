@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from config.variant import MEASURES, PARENT_QUALITY, QualityMeasures, Variant
 from gateway.observability.metrics import UNKNOWN, FleetCollector, Histogram, LoopLag, Metrics
 from gateway.observability.metrics.exposition import exposition
-from gateway.observability.metrics.fleet import BREAKER_STATES
+from gateway.observability.metrics.fleet import BREAKER_STATES, SILENCE_STATES
 from gateway.observability.metrics.table import FIRST_TOKEN_BUCKETS, TABLE
 from gateway.openai.usage import Usage
 from gateway.proxy.stats import RequestStats
@@ -131,12 +131,14 @@ async def test_buckets_are_those_of_vllm(fleet: Fleet, fake: FakeReplica) -> Non
 
 async def test_fleet_collector() -> None:
     """State, load and quality are read at each scrape: one state per replica is 1; unknown values have no sample."""
-    registry, metrics = Registry(), Metrics()
+    registry, metrics, silences = Registry(), Metrics(), dict[str, str]()
     variants = (
         Variant("hi", "bf16", PARENT_QUALITY),
         Variant("odd", "fp8", QualityMeasures("declared", kl_mean=0.02)),
     )
-    metrics.registry.register(FleetCollector(registry, lambda: variants, lambda: {"hi-1": "half_open"}))
+    metrics.registry.register(
+        FleetCollector(registry, lambda: variants, lambda: {"hi-1": "half_open"}, silences=lambda: silences)
+    )
     registry.put(Replica("hi-1", "hi", "bf16", "http://x", "m1"), State.WARMING)
 
     def value(name: str, **labels: str) -> float | None:
@@ -156,6 +158,12 @@ async def test_fleet_collector() -> None:
     assert age >= 0
     breaker = {state: value("replica_breaker", replica="hi-1", variant="hi", state=state) for state in BREAKER_STATES}
     assert breaker == {"closed": 0, "half_open": 1, "open": 0}
+    for current in ("responsive", "silent", "hung"):
+        silences["hi-1"] = current
+        silence = {
+            state: value("replica_silence", replica="hi-1", variant="hi", state=state) for state in SILENCE_STATES
+        }
+        assert silence == {"responsive": 0, "silent": 0, "hung": 0, current: 1}
     quality = {"variant": "odd", "precision": "fp8", "source": "declared"}
     assert value("variant_quality", **quality, measure="kl_mean") == 0.02
     assert value("variant_quality", **quality, measure="top1_agreement") is None

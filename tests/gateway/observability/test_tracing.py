@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from config.schema import TracingSettings
 from gateway.observability.trace_context import NOT_TRACED, NoTracing, context_headers, valid_traceparent
 from gateway.observability.tracing import tracing
-from tests.gateway.observability.test_access_log import RECORD
+from tests.gateway.observability.records import RECORD
 from tests.gateway.wire import HEAD_END, Peer, scripted, whole
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -48,6 +48,7 @@ async def test_a_hung_replica(found_by: str) -> None:
                     stream = asyncio.create_task(fleet.ask(STREAM))
                     if found_by == "health check":
                         await eventually(lambda: fleet.served.dispatcher.cluster.silent)
+                        assert await fleet.total("quantgate_replica_silence", replica="hi-0", state="silent") == 1
                         fleet.registry.move("hi-0", State.FAILED)
                     moved = [await unary, await stream]
                     *_, error = events_in(first + b"".join([piece async for piece in begun]))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import pytest
+from msgspec import structs
 
 from config.variant import QualityMeasures, Variant
 from gateway.observability.access_log import AccessRecord
@@ -13,6 +14,7 @@ from gateway.proxy.stats import RequestStats
 from gateway.routing.latency import ReplicaMetrics, estimate_latency
 from gateway.routing.pick import Candidate, Reason
 from serving.replica import Replica
+from tests.gateway.observability.records import RECORD
 
 
 class Clock:
@@ -75,25 +77,7 @@ def test_a_stream() -> None:
     assert value(metrics, "request_seconds_sum", **SERVED) == 5.25
     tokens = [value(metrics, "tokens_total", **SERVED, kind=kind) for kind in ("prompt", "completion", "reasoning")]
     assert tokens == [10, 3, 1]
-    record = AccessRecord(
-        request_id="r-1",
-        key="team-a",
-        endpoint="chat.completions",
-        alias="smol",
-        variant="hi",
-        precision="bf16",
-        replica="hi-1",
-        reason="preferred",
-        code="200",
-        attempts=1,
-        queued_seconds=2.0,
-        first_token_seconds=3.25,
-        seconds=5.25,
-        prompt_tokens=10,
-        completion_tokens=3,
-        estimated=False,
-        finish="stop",
-    )
+    record = structs.replace(RECORD, first_token_seconds=3.25, seconds=5.25)
     assert lines == [(record, 1e9)]
 
 

@@ -165,40 +165,27 @@ def test_a_worse_variant_is_stopped_and_an_identical_one_is_not(
 # The mistakes of simpler tests, on identical variants: each of them, and what the gates make of the same data.
 
 
-def test_errors_that_rise_when_the_weight_does() -> None:
-    """Errors triple with the 50 % step: a z-test on pooled arms stops most rollouts, the gate none."""
+@pytest.mark.parametrize(
+    "loud,stopped_by_z",
+    [(0.03, 54), (0.01, 15)],
+    ids=["errors triple with the 50 % step", "a look every minute"],
+)
+def test_a_z_test_on_pooled_arms(loud: float, stopped_by_z: int) -> None:
+    """A z-test each minute stops most of 60 identical rollouts, or far more than alpha; the gate stops hardly one."""
     random = np.random.default_rng(3)
-    pooled = sequential = 0
+    by_z = by_gate = 0
     for _ in range(60):
         counts, totals, z_failed, e_failed = EventCounts(), np.zeros(4), False, False
-        for number, (weight, rate) in enumerate(_steps(quiet=0.01, loud=0.03), start=1):
+        for number, (weight, rate) in enumerate(_steps(quiet=0.01, loud=loud), start=1):
             canary = int(random.binomial(100, weight))
             events = random.binomial([canary, 100 - canary], rate)
             totals += (events[0], canary, events[1], 100 - canary)
             counts = with_events(counts, int(events[0]), int(events[1]), weight)
             e_failed |= counts.log_e >= LIMIT
             z_failed |= number % 6 == 0 and _z(*totals) > 1.645
-        pooled, sequential = pooled + z_failed, sequential + e_failed
-    assert pooled >= 54
-    assert sequential <= 6
-
-
-def test_looking_every_minute() -> None:
-    """Without any drift, a z-test each minute stops many identical rollouts; the gate stops at most alpha of them."""
-    random = np.random.default_rng(4)
-    peeking = sequential = 0
-    for _ in range(100):
-        counts, totals, z_failed, e_failed = EventCounts(), np.zeros(4), False, False
-        for number, (weight, rate) in enumerate(_steps(quiet=0.01, loud=0.01), start=1):
-            canary = int(random.binomial(100, weight))
-            events = random.binomial([canary, 100 - canary], rate)
-            totals += (events[0], canary, events[1], 100 - canary)
-            counts = with_events(counts, int(events[0]), int(events[1]), weight)
-            e_failed |= counts.log_e >= LIMIT
-            z_failed |= number % 6 == 0 and _z(*totals) > 1.645
-        peeking, sequential = peeking + z_failed, sequential + e_failed
-    assert peeking >= 25
-    assert sequential <= 10
+        by_z, by_gate = by_z + z_failed, by_gate + e_failed
+    assert by_z >= stopped_by_z
+    assert by_gate <= 6
 
 
 def test_bursts_of_errors_count_once_for_a_conversation() -> None:

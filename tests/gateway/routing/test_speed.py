@@ -1,6 +1,6 @@
 """The speed of a replica: as measured, and as observed since."""
 
-from math import inf
+from math import exp, inf
 
 import pytest
 from hypothesis import given
@@ -110,6 +110,14 @@ def slots_after(*polls: tuple[float, float]) -> float:
 def test_observed_slots(polls: list[tuple[float, float]], slots: float) -> None:
     """The slots are as many requests as run while others wait."""
     assert slots_after(*polls) == pytest.approx(slots)
+
+
+@pytest.mark.parametrize("tokens, slots", [((5.0, 5.0), inf), ((5.0, 6.0), 1.0), ((None, None), 1.0)])
+def test_polls_within_the_reading_of_a_prompt_show_no_limit(tokens: tuple[float | None, ...], slots: float) -> None:
+    """A request waits behind a long prompt: without a generated token between two polls nothing is learned."""
+    before, poll = (EngineMetrics(at / 4, 1.0, 1.0, generated_tokens=count) for at, count in enumerate(tokens))
+    assert observed_slots(inf, before, poll) == slots
+    assert observed_slots(8.0, before, poll) == (8.0 if slots == inf else pytest.approx(8 - 7 * (1 - exp(-0.05))))
 
 
 def test_observed_slots_shrink() -> None:

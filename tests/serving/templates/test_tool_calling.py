@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from serving.machine import installed_tool_parsers
 from serving.replica import Launch, foreign_replicas
-from serving.templates.tool_calling import TOOL_FORMATS, takes_tools, with_tool_calling
+from serving.templates.tool_calling import TOOL_FORMATS, takes_tools, with_tool_calling, without_tools
 from tests.fakes.running import ROOT
 from tests.serving.templates import families
 from tests.serving.templates.tool_templates import FAMILIES, template
@@ -93,6 +94,22 @@ def test_an_engine_without_the_parser(tmp_path: Path) -> None:
     path = model(tmp_path, QWEN)
     assert parser(path, frozenset({"mistral"})) is None
     assert parser(path, frozenset({"hermes"})) == "hermes"
+
+
+def test_replicas_without_tools_are_described(tmp_path: Path) -> None:
+    """`auto` that finds no parser is described once for each variant; `off`, a name, and `args` are choices."""
+    plain, tools = model(tmp_path / "plain", families.PLAIN), model(tmp_path / "tools", QWEN)
+    launches = [
+        launch(plain),
+        replace(launch(plain), replica_id="a-2"),
+        launch(plain, tool_calling="off"),
+        launch(plain, tool_calling="hermes"),
+        launch(plain, args=("--enable-auto-tool-choice", "--tool-call-parser=x")),
+        launch(tools),
+        launch(None),
+    ]
+    (notice,) = without_tools(with_tool_calling(launches))
+    assert notice.startswith("a-1, a-2: tool_calling: auto found no tool parser in the chat template of a; ")
 
 
 def test_which_replicas_take_tools(tmp_path: Path) -> None:
