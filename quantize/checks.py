@@ -55,8 +55,9 @@ def check_request(request: Request, options: RunOptions, machine: Machine) -> Ba
             request.out: (predicted_bytes(base, scheme), "choose another --out"),
         }
     )
-    with TemporaryDirectory(prefix="quantgate-") as folder:
-        check_base(base, RunContext(Path(folder), options.environ, options.progress))
+    if not request.out.exists():  # else it is this variant, which is reused, or something in the way
+        with TemporaryDirectory(prefix="quantgate-") as folder:
+            check_base(base, RunContext(Path(folder), options.environ, options.progress))
     return with_digest(base)
 
 
