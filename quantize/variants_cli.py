@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 
 from config.command_line import exit_codes
@@ -13,6 +14,7 @@ from config.load import load_settings, process_environment
 from config.manifest import FILE_NAME, Manifest, Quality
 from quantize.base import read_base
 from quantize.calibration.datasets import shipped_files
+from quantize.errors import VariantError
 from quantize.evaluation.evaluate import EVIDENCE_FILE
 from quantize.options import RunOptions
 from quantize.pipeline import evaluate_directory
@@ -21,8 +23,7 @@ from quantize.planning.plan import present_engine
 from quantize.planning.recipe_schema import EvaluationTable
 from quantize.planning.request import DEFAULT_TEXT
 from quantize.planning.resolve import chosen_evaluation
-from quantize.report.html_report import write_report
-from quantize.report.text_report import disposal_lines, listing, page, summary
+from quantize.report.text_report import disposal_lines, summary_line, variant_table, variant_text
 from quantize.running.progress import ProgressReporter
 from quantize.running.terminal import DONE, FAILED, OneLineParser, print_stderr, run_command
 from quantize.running.worker import child_environ
@@ -54,7 +55,7 @@ def _list(options: argparse.Namespace) -> int:
         except ManifestError as error:
             problems.append(f"quantgate variants: {error}")
     if variants or not problems:
-        print(_as_json(variants) if options.json else listing(variants))
+        print(_as_json(variants) if options.json else variant_table(variants))
     for problem in problems:
         print_stderr(problem)
     return FAILED if problems else DONE
@@ -63,7 +64,7 @@ def _list(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     directory = _named(options.config, options.directory)
     manifest = Manifest.read(directory)
-    print(manifest.to_json() if options.json else page(manifest, directory))
+    print(manifest.to_json() if options.json else variant_text(manifest, directory))
     return DONE
 
 
@@ -133,11 +134,15 @@ def _adopt(options: argparse.Namespace) -> int:
         )
 
     manifest = adopt(options.directory, read_base(options.against), measure, print_stderr)
-    print(manifest.to_json() if options.json else summary(manifest, options.directory))
+    print(manifest.to_json() if options.json else summary_line(manifest, options.directory))
     return DONE
 
 
 def _report(options: argparse.Namespace) -> int:
+    if find_spec("matplotlib") is None:
+        raise VariantError("variants report needs matplotlib; install quantgate[plots]")
+    from quantize.report.html_report import write_report  # noqa: PLC0415 - matplotlib is an extra
+
     write_report(_read_all(_directories(options)), options.out, options.against)
     print(options.out)
     return DONE
