@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from serving.cores import Core, cpu_list
+from config.hardware import Core
+from serving.cores import cpu_list
 from serving.replica import Launch
 
 VLLM_MODULE = ("-m", "vllm.entrypoints.openai.api_server")

@@ -13,20 +13,11 @@ So neither of the last two is set: the one helps nobody, the other only who is a
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
+from config.hardware import Core, parse_cpus
 from serving.replica import Launch
-
-
-@dataclass(frozen=True, slots=True)
-class Core:
-    """One physical core: its NUMA node and the logical CPUs of it that we may use."""
-
-    node: int
-    cpus: tuple[int, ...]
 
 
 def share_cores(launches: Sequence[Launch], cores: Sequence[Core]) -> tuple[Launch, ...]:
@@ -34,7 +25,7 @@ def share_cores(launches: Sequence[Launch], cores: Sequence[Core]) -> tuple[Laun
 
     Replicas that the configuration binds keep that; the others share what those leave.
     """
-    named = {cpu for launch in launches for cpu in _cpu_numbers(launch.settings.cores or "")}
+    named = {cpu for launch in launches for cpu in parse_cpus(launch.settings.cores or "")}
     left = [core for core in cores if not named & set(core.cpus)] or list(cores)
     waiting = [launch for launch in launches if cores and launch.engine == "cpu" and launch.settings.cores is None]
     parts = iter(_parts(left, len(waiting)))
@@ -65,10 +56,3 @@ def _parts(cores: Sequence[Core], count: int) -> list[Sequence[Core]]:
     ordered = sorted(cores, key=lambda core: (core.node, core.cpus))
     ends = [len(ordered) * number // count for number in range(count + 1)] if count else []
     return [ordered[start:end] for start, end in pairwise(ends)]
-
-
-def _cpu_numbers(text: str) -> set[int]:
-    numbers: set[int] = set()
-    for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
-        numbers.update(range(int(first), int(last or first) + 1))
-    return numbers

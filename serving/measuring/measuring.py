@@ -15,7 +15,7 @@ from serving.measuring.engine_facts import engine_facts
 from serving.measuring.figures import Exchange, load_figures
 from serving.measuring.hardware import used_gpus
 from serving.measuring.load_generator import Effort, LoadGenerator
-from serving.measuring.memory import MemoryWatch
+from serving.measuring.memory import PeakMemory
 from serving.measuring.mix import default_mix, request_lengths, too_long
 from serving.measuring.server import Place, Server, Tell, death, measured_server
 from serving.measuring.streaming import Target
@@ -65,13 +65,13 @@ async def measure(
         target = Target(client, replica.url, replica.served_name, replica.api_key)
         generator = LoadGenerator(target, subject.vocabulary, lambda: request_lengths(mix, longest))
         gpus = used_gpus(subject.launch) if subject.launch else ()
-        memory = MemoryWatch(server.child.pid if server.child else None, gpus)
+        memory = PeakMemory(server.child.pid if server.child else None, gpus)
         witness.tell(f"warming up; requests are {', '.join(map(str, mix))} (prompt:answer:share)")
         await generator.warm_up()
         loads = []
         for concurrency in settings.concurrencies:
             loads.append(await _level(generator, concurrency, settings.effort(concurrency), server, witness))
-            memory.look()
+            memory.sample()
         return Measurement(
             setup=subject.setup(hardware, facts.version),
             measured=datetime.now(UTC).replace(microsecond=0),

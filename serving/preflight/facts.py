@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from config.hardware import Gpu
 from config.schema import ReplicaSettings
-from serving.hardware import Gpu
 
 # vLLM's names for the length of a model (transformers_utils/model_arch_config_convertor.py).
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from config.hardware import Gpu
 from config.schema import ReplicaSettings
 from serving.command import CPU_KV_CACHE_BYTES
-from serving.hardware import Gpu
 from serving.preflight.facts import MachineFacts, ModelFacts
 from serving.replica import Launch
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from config.hardware import read_cores, read_gpus, read_memory
 from config.variant import read_model_config
-from serving.hardware import read_cores, read_gpus, read_memory
 from serving.machine import port_is_free
 from serving.preflight.facts import MachineFacts, ModelFacts
 from serving.replica import Launch

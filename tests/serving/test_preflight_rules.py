@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from config.hardware import Gpu
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
-from serving.hardware import Gpu
 from serving.preflight.facts import MachineFacts, ModelFacts
 from serving.preflight.refusals import crowded, hopeless
 from serving.replica import Launch, Thinking

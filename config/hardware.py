@@ -1,15 +1,16 @@
-"""Reads what this machine has: cores, memory, GPUs, libraries. Values in, no judgement."""
+"""The one reader of this machine's hardware: cores, memory, processor, GPUs, and the allocators on it."""
 
 import os
+import platform
 import re
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving.cores import Core
-
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _NVIDIA_SMI = (
     "nvidia-smi",
     "--query-gpu=index,name,memory.total,memory.free,driver_version",
@@ -28,8 +29,25 @@ _LIBRARY_FOLDERS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Core:
+    """A physical core: its NUMA node, and those of its logical CPUs that this process may use."""
+
+    node: int
+    cpus: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """The processor's name, instruction-set flags (x86, ARM) and architecture."""
+
+    name: str
+    flags: frozenset[str]
+    architecture: str
+
+
+@dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU as nvidia-smi numbers it."""
+    """A GPU; `index` is its number in nvidia-smi."""
 
     index: int
     name: str
@@ -40,14 +58,14 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Main memory: what there is, and what could be taken now without pushing anything out."""
+    """Main memory: the total, and what is available without swapping."""
 
     total_bytes: int
     free_bytes: int
 
 
 def read_cores(system: Path = Path("/sys/devices/system")) -> tuple[Core, ...]:
-    """List the physical cores that this process may use, each with its threads and NUMA node."""
+    """Return the physical cores that this process may use; each logical CPU is one where the kernel has no topology."""
     allowed = os.sched_getaffinity(0)
     nodes = {cpu: node for node, cpus in _nodes(system) for cpu in cpus}
     cores: dict[frozenset[int], Core] = {}
@@ -59,21 +77,35 @@ def read_cores(system: Path = Path("/sys/devices/system")) -> tuple[Core, ...]:
 
 
 def read_memory(root: Path = Path("/")) -> Memory:
-    """Main memory of this machine, or of the container's share of it."""
-    told = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE))
-    total, free = int(told.get("MemTotal", 0)) * 1024, int(told.get("MemAvailable", 0)) * 1024
+    """Return the memory of this machine, or of its container (cgroup v1 or v2) where that has less.
+
+    The page cache counts as available. `root` replaces `/`.
+    """
+    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE))
+    total, free = int(fields.get("MemTotal", 0)) * 1024, int(fields.get("MemAvailable", 0)) * 1024
     for limit, usage, statistics in _cgroup_files(root):
-        most, used = _number(limit), _number(usage)
-        if most is not None and used is not None and most < _UNLIMITED_BYTES:
-            # The page cache counts as used there, but gives way.
+        limit_bytes, used_bytes = _number(limit), _number(usage)
+        if limit_bytes is not None and used_bytes is not None and limit_bytes < _UNLIMITED_BYTES:
+            # The cgroup's usage includes page cache, which the kernel reclaims.
             cached = re.search(r"^(?:total_)?inactive_file (\d+)", _text(statistics), re.MULTILINE)
-            left = most - used + (int(cached[1]) if cached else 0)
-            total, free = min(total, most), max(0, min(free, left))
+            available = limit_bytes - used_bytes + (int(cached[1]) if cached else 0)
+            total, free = min(total, limit_bytes), max(0, min(free, available))
     return Memory(total, free)
 
 
+def read_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
+    """Return the processor of this machine."""
+    fields: dict[str, str] = {}
+    for line in _text(cpuinfo).splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), " ".join(value.split()))
+    architecture = platform.machine()
+    flags = frozenset((fields.get("flags") or fields.get("Features") or "").split())
+    return Processor(_processor_name(fields) or architecture, flags, architecture)
+
+
 def read_gpus() -> tuple[Gpu, ...]:
-    """Ask NVML where its binding is installed, nvidia-smi otherwise; empty where there is neither."""
+    """Return the GPUs from NVML if its binding is installed, else from nvidia-smi; empty without either."""
     try:
         import pynvml  # noqa: PLC0415 - comes with vLLM for CUDA only
     except ImportError:
@@ -81,32 +113,45 @@ def read_gpus() -> tuple[Gpu, ...]:
     return tuple(_from_nvml(pynvml))
 
 
+def has_gpu_driver() -> bool:
+    """Whether an NVIDIA driver is installed; cheap, and needs neither NVML nor a free GPU."""
+    return _NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi") is not None
+
+
 def parse_nvidia_smi(table: str) -> tuple[Gpu, ...]:
-    """Read nvidia-smi's rows `index, name, total MiB, free MiB, driver`; others are left out."""
+    """Parse nvidia-smi's rows `index, name, total MiB, free MiB, driver`; other rows are ignored."""
     rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines()]
     return tuple(
         Gpu(int(row[0]), row[1], int(row[2]) * 2**20, int(row[3]) * 2**20, row[4])
         for row in rows
-        if len(row) == 5 and all(row[place].isdecimal() for place in (0, 2, 3))
+        if len(row) == 5 and all(row[column].isdecimal() for column in (0, 2, 3))
     )
 
 
 def find_allocator() -> Path | None:
-    """The allocator that vLLM recommends to preload on CPU, where the machine has one."""
+    """Return an installed allocator that vLLM recommends to preload on a CPU: tcmalloc, else jemalloc."""
     for pattern in _ALLOCATORS:
         for folder in _LIBRARY_FOLDERS:
-            found = sorted(Path(folder).glob(pattern))
-            if found:
-                return found[0]
+            libraries = sorted(Path(folder).glob(pattern))
+            if libraries:
+                return libraries[0]
     return None
 
 
 def parse_cpus(text: str) -> list[int]:
-    """Read the kernel's way to write a set of CPUs: `0-3,8`."""
+    """Parse a CPU list of the kernel: `0-3,8`."""
     numbers: list[int] = []
     for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
         numbers.extend(range(int(first), int(last or first) + 1))
     return numbers
+
+
+def _processor_name(cpuinfo: Mapping[str, str]) -> str | None:
+    """ARM has a part number instead of a name."""
+    if name := cpuinfo.get("model name") or cpuinfo.get("Model"):
+        return name
+    implementer, part = cpuinfo.get("CPU implementer"), cpuinfo.get("CPU part")
+    return f"ARM {implementer} part {part}" if implementer and part else None
 
 
 def _nodes(system: Path) -> Iterator[tuple[int, list[int]]]:
@@ -115,7 +160,7 @@ def _nodes(system: Path) -> Iterator[tuple[int, list[int]]]:
 
 
 def _cgroup_files(root: Path) -> Iterator[tuple[Path, Path, Path]]:
-    """Limit, usage and statistics of every group that this process is in, outermost first: version 2, then 1."""
+    """Files with limit, usage and statistics of each memory cgroup of this process, outermost first."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         number, controllers, path = line.split(":", 2)
         version_2 = number == "0" and not controllers

@@ -1,11 +1,12 @@
-"""What is read from a machine's own files."""
+"""Hardware, from the files of the kernel and the output of nvidia-smi."""
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
 
-from serving.hardware import Gpu, Memory, parse_cpus, parse_nvidia_smi, read_cores, read_memory
+from config.hardware import Gpu, Memory, parse_cpus, parse_nvidia_smi, read_cores, read_memory, read_processor
 
 
 def write(path: Path, text: str) -> None:
@@ -20,7 +21,7 @@ def meminfo(root: Path) -> None:
 
 
 def test_memory_of_a_machine(tmp_path: Path) -> None:
-    """Without a container it is what the kernel says."""
+    """Without a container it is that of /proc/meminfo."""
     meminfo(tmp_path)
     assert read_memory(tmp_path) == Memory(16 * 2**30, 8 * 2**30)
 
@@ -39,7 +40,7 @@ def test_memory_of_a_machine(tmp_path: Path) -> None:
     ],
 )
 def test_memory_of_a_container(tmp_path: Path, group: str, folder: str, limit: str, usage: str, cached: str) -> None:
-    """A container's limit counts, less what it uses; cache that gives way is no use."""
+    """The limit of the cgroup, less its usage; page cache is available."""
     meminfo(tmp_path)
     write(tmp_path / "proc/self/cgroup", f"5:devices:/x\n{group}\n")
     write(tmp_path / folder / limit, f"{4 * 2**30}\n")
@@ -50,7 +51,7 @@ def test_memory_of_a_container(tmp_path: Path, group: str, folder: str, limit: s
 
 @pytest.mark.parametrize("limit", ["max", str(2**63 - 4096)])
 def test_a_container_without_a_limit(tmp_path: Path, limit: str) -> None:
-    """Both ways to say "no limit" are understood."""
+    """`max` (v2) and a huge number (v1) mean no limit."""
     meminfo(tmp_path)
     write(tmp_path / "proc/self/cgroup", "0::/\n")
     write(tmp_path / "sys/fs/cgroup/memory.max", limit)
@@ -59,7 +60,7 @@ def test_a_container_without_a_limit(tmp_path: Path, limit: str) -> None:
 
 
 def test_cores_keep_their_threads_together(tmp_path: Path) -> None:
-    """Threads of one core are one core, with its node; only those that we may use count."""
+    """Threads of a core are one core with its node; CPUs that this process may not use are left out."""
     allowed = sorted(os.sched_getaffinity(0))
     everyone = ",".join(map(str, [*allowed, 9999]))
     for cpu in allowed:
@@ -70,16 +71,37 @@ def test_cores_keep_their_threads_together(tmp_path: Path) -> None:
 
 
 def test_cores_without_topology(tmp_path: Path) -> None:
-    """Where the kernel doesn't tell, each CPU is a core of its own."""
+    """Without topology files each CPU is a core."""
     assert [core.cpus for core in read_cores(tmp_path)] == [(cpu,) for cpu in sorted(os.sched_getaffinity(0))]
 
 
 def test_cpu_lists() -> None:
-    """The kernel's way to write sets."""
+    """Ranges and single numbers."""
     assert parse_cpus("0-2,5\n") == [0, 1, 2, 5]
 
 
 def test_nvidia_smi() -> None:
-    """Rows become GPUs; a row without numbers, as an error would be, is left out."""
+    """Rows become GPUs; a row without numbers, such as an error, is ignored."""
     table = "0, NVIDIA H100, 81559, 81000, 570.86\n1, NVIDIA H100, [N/A], [N/A], 570.86\nNo devices were found\n"
     assert parse_nvidia_smi(table) == (Gpu(0, "NVIDIA H100", 81559 * 2**20, 81000 * 2**20, "570.86"),)
+
+
+X86 = "processor\t: 0\nmodel name\t: AMD  EPYC 9654\nflags\t: fpu avx2\n\nprocessor\t: 1\nmodel name\t: other\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n"
+PI = f"{ARM}\nModel\t\t: Raspberry Pi 5\n"
+
+
+@pytest.mark.parametrize(
+    "cpuinfo,name,flags",
+    [
+        (X86, "AMD EPYC 9654", {"fpu", "avx2"}),
+        (ARM, "ARM 0x41 part 0xd40", {"fp", "asimd"}),
+        (PI, "Raspberry Pi 5", {"fp", "asimd"}),
+        ("", platform.machine(), set()),
+    ],
+)
+def test_processors(tmp_path: Path, cpuinfo: str, name: str, flags: set[str]) -> None:
+    """Named by model, by part number on ARM, else by architecture."""
+    write(tmp_path / "cpuinfo", cpuinfo)
+    processor = read_processor(tmp_path / "cpuinfo")
+    assert (processor.name, set(processor.flags)) == (name, flags)
