@@ -21,12 +21,12 @@ from serving.engine_version import version_warning
 from serving.errors import LaunchRefused, NoSuchReplica
 from serving.lock import sole_supervisor
 from serving.machine import engine_distribution, installed_engine, installed_tool_parsers, installed_version
-from serving.notebook import Notebook
 from serving.probe import Probe
+from serving.process_ledger import ProcessLedger
 from serving.progress import StateChanges
 from serving.registry import Registry
 from serving.reload import Reload
-from serving.replica import Launch, Replica, State, foreign_replicas, own_keys, plan_launches
+from serving.replica import Launch, Replica, State, external_replicas, own_keys, plan_launches
 from serving.start_times import StartTimes
 from serving.state.database import Owner, StateDatabase, state_url
 from serving.state.follower import Follower
@@ -58,12 +58,12 @@ class Wanted:
     variants: Mapping[str, Variant]
     state: str | None = None
     folder: Path = Path()
-    tls: Mapping[int, Tls] = field(default_factory=dict)  # by the replica's place in the configuration
+    tls: Mapping[int, Tls] = field(default_factory=dict)  # by the replica's position in the configuration
 
     @property
     def foreign(self) -> tuple[Replica, ...]:
         """The replicas that somebody else runs."""
-        return foreign_replicas(self.settings.replicas, self.variants, self.tls)
+        return external_replicas(self.settings.replicas, self.variants, self.tls)
 
     @property
     def has_own_replicas(self) -> bool:
@@ -97,7 +97,7 @@ async def replicas_alone(
         async with (
             Probe() as probe,
             ControlSocket(home, Controlled("serve", path, registry)) as control,
-            own_replicas(wanted, machine, registry, probe, home, owner) as own,
+            local_replicas(wanted, machine, registry, probe, home, owner) as own,
         ):
             control.restart = own.restart
             if path is None:
@@ -127,43 +127,43 @@ def sole_owner(wanted: Wanted, home: Path) -> Iterator[Owner]:
 
 
 @asynccontextmanager
-async def own_replicas(
+async def local_replicas(
     wanted: Wanted, machine: Machine, registry: Registry, probe: Probe, home: Path, owner: Owner
-) -> AsyncIterator["OwnReplicas"]:
+) -> AsyncIterator["LocalReplicas"]:
     """Start what is to run on this machine and tell the state database; without any, nothing is touched."""
     if not wanted.has_own_replicas:
-        yield OwnReplicas(machine)
+        yield LocalReplicas(machine)
         return
     engine, serving = installed_engine(), wanted.settings.serving
     warning = version_warning(installed_version(engine_distribution() or "") or "")
     if warning:
         log.warning("%s", warning)
-    notebook = Notebook(home / "running")
+    ledger = ProcessLedger(home / "running")
     launches = planned_launches(wanted, machine, engine)
     at_once = serving.parallel_starts or PARALLEL_STARTS[engine]
     log.info("starting %d replicas, %d at a time; %s", len(launches), at_once, SIGNALS)
     with StateChanges(registry, log.info):
         async with (
-            told(wanted.state, owner, registry, foreign_ids(wanted), notebook) as publisher,
+            told(wanted.state, owner, registry, external_ids(wanted), ledger) as publisher,
             Supervisor(
                 launches,
                 registry,
                 replace(machine, log_format=serving.logs.format),
                 probe,
-                notebook,
+                ledger,
                 home / "logs",
                 parallel_starts=at_once,
                 start_attempts=serving.start_attempts,
                 logs=serving.logs,
-                rotation=publisher,
+                traffic=publisher,
                 start_times=StartTimes(home / "starts.json"),
             ) as supervisor,
         ):
-            yield OwnReplicas(machine, engine, supervisor, publisher)
+            yield LocalReplicas(machine, engine, supervisor, publisher)
 
 
 @dataclass(frozen=True, slots=True)
-class OwnReplicas:
+class LocalReplicas:
     """What runs the replicas of this machine, and tells of them; no supervisor where the configuration has none."""
 
     machine: Machine
@@ -185,11 +185,11 @@ class OwnReplicas:
             ready()
             return
         if self.publisher is not None:
-            self.publisher.foreign |= foreign_ids(wanted)
+            self.publisher.external |= external_ids(wanted)
         await self.supervisor.update(planned_launches(wanted, self.machine, self.engine), ready)
 
 
-def foreign_ids(wanted: Wanted) -> frozenset[str]:
+def external_ids(wanted: Wanted) -> frozenset[str]:
     """The ids of the replicas that somebody else runs."""
     return frozenset(each.id for each in wanted.foreign)
 
@@ -208,19 +208,19 @@ def planned_launches(wanted: Wanted, machine: Machine, engine: Engine) -> tuple[
 
 @asynccontextmanager
 async def told(
-    state: str | None, owner: Owner, registry: Registry, foreign: frozenset[str], notebook: Notebook
+    state: str | None, owner: Owner, registry: Registry, foreign: frozenset[str], ledger: ProcessLedger
 ) -> AsyncIterator[Publisher | None]:
     """Mirror a registry into the state database, if there is to be one."""
     if state is None:
         yield None
         return
     link = Link(StateDatabase.at(state))
-    async with Publisher(owner, registry, link, foreign, notebook.sessions) as publisher:
+    async with Publisher(owner, registry, link, foreign, ledger.sessions) as publisher:
         yield publisher
 
 
 @asynccontextmanager
-async def others_replicas(wanted: Wanted, registry: Registry, probe: Probe) -> AsyncIterator[Follower | None]:
+async def followed_replicas(wanted: Wanted, registry: Registry, probe: Probe) -> AsyncIterator[Follower | None]:
     """Follow what other processes run, if the configuration has such replicas, or says where they are told of."""
     settings = wanted.settings
     if wanted.state is None or not (wanted.has_own_replicas or "state" in settings.gateway.model_fields_set):

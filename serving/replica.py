@@ -134,7 +134,7 @@ def plan_launches(
     return tuple(launches)
 
 
-def foreign_replicas(
+def external_replicas(
     replicas: tuple[ReplicaSettings, ...], variants: Mapping[str, Variant], tls: Mapping[int, Tls] = NO_TLS
 ) -> tuple[Replica, ...]:
     """List the replicas that somebody else runs; their served name is learnt when they are probed.

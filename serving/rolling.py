@@ -66,7 +66,7 @@ def next_step(running: Sequence[Current], wanted: Sequence[Launch]) -> Step | No
 def _replacement(
     outdated: Sequence[tuple[Current, Launch]], running: Sequence[Current], unwanted: Sequence[Current]
 ) -> Step:
-    """The gentlest replacement that has room; without any, room is made."""
+    """The least_loaded replacement that has room; without any, room is made."""
     ordered = sorted(outdated, key=lambda pair: _burden(pair[0]))
     for old, launch in ordered:
         if not _clashes(launch, running):

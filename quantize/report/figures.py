@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from config.capacity import Capacity, Percentiles
-from config.curves import Curve, Stop, curves_by_machine
+from config.curves import Curve, LoadPoint, curves_by_machine
 from quantize.report.charts import (
     Axis,
     Chart,
@@ -88,8 +88,8 @@ def latency_figures(name: str, records: Sequence[VariantRecord], base: Capacity 
     for number, (machine, curves) in enumerate(curves_by_machine(capacities).items()):
         first = Axis("time to first token, median, ms", log=True)
         following = Axis("inter-token latency, median, ms", zero=True)
-        yield _latency(f"{name}-first-{number}", machine, curves, first, lambda stop: stop.first_token)
-        yield _latency(f"{name}-next-{number}", machine, curves, following, lambda stop: stop.next_token)
+        yield _latency(f"{name}-first-{number}", machine, curves, first, lambda load: load.first_token)
+        yield _latency(f"{name}-next-{number}", machine, curves, following, lambda load: load.next_token)
 
 
 def loss_figure(name: str, modules: Sequence[ModuleResult]) -> Figure | None:
@@ -144,25 +144,25 @@ def _quality_point(record: VariantRecord) -> Point:
 
 
 def _latency(
-    name: str, machine: str, curves: Sequence[Curve], axis: Axis, latency: Callable[[Stop], Percentiles]
+    name: str, machine: str, curves: Sequence[Curve], axis: Axis, latency: Callable[[LoadPoint], Percentiles]
 ) -> Figure:
     series = tuple(
-        Series(curve.name, tuple(_latency_point(stop, latency(stop)) for stop in curve.stops)) for curve in curves
+        Series(curve.name, tuple(_latency_point(load, latency(load)) for load in curve.points)) for curve in curves
     )
     title = f"{axis.label.partition(',')[0].capitalize()} against throughput on {machine}"
-    description = f"Median latency of {len(curves)} models at {sum(len(curve.stops) for curve in curves)} loads."
+    description = f"Median latency of {len(curves)} models at {sum(len(curve.points) for curve in curves)} loads."
     throughput = Axis("output of all requests, tokens/s", zero=True)
     chart = Chart(title, description, throughput, axis, series, kind="lines")
     rows = tuple(
         (
             curve.name,
-            str(stop.concurrency),
-            f"{stop.tokens_per_second:.1f}",
-            f"{latency(stop).p50 * _MILLISECONDS:.1f}",
-            f"{latency(stop).p95 * _MILLISECONDS:.1f}",
+            str(load.concurrency),
+            f"{load.tokens_per_second:.1f}",
+            f"{latency(load).p50 * _MILLISECONDS:.1f}",
+            f"{latency(load).p95 * _MILLISECONDS:.1f}",
         )
         for curve in curves
-        for stop in curve.stops
+        for load in curve.points
     )
     return Figure(
         chart_svg(name, chart),
@@ -172,8 +172,8 @@ def _latency(
     )
 
 
-def _latency_point(stop: Stop, latency: Percentiles) -> Point:
-    return Point(stop.tokens_per_second, latency.p50 * _MILLISECONDS, str(stop.concurrency))
+def _latency_point(load: LoadPoint, latency: Percentiles) -> Point:
+    return Point(load.tokens_per_second, latency.p50 * _MILLISECONDS, str(load.concurrency))
 
 
 def _largest_by_layer(found: Sequence[tuple[int, ModuleResult, float]]) -> tuple[Point, ...]:

@@ -24,7 +24,7 @@ from serving.machine import (
     installed_version,
     vllm_program,
 )
-from serving.preflight import refuse_fleet, refuse_hopeless
+from serving.preflight import check_placement, check_servable
 from serving.replica import Launch, plan_launches
 from serving.templates.tool_calling import with_tool_calling, without_tools
 from serving.validation import read_named_files
@@ -110,7 +110,7 @@ def _configured(path: Path) -> Configured:
 
 def _hopeless(launch: Launch) -> str | None:
     try:
-        refuse_hopeless(launch)
+        check_servable(launch)
     except LaunchRefused as refusal:
         return str(refusal).removeprefix(f"{launch.replica_id}: ")
     return None
@@ -118,7 +118,7 @@ def _hopeless(launch: Launch) -> str | None:
 
 def _crowded(launches: list[Launch]) -> tuple[str, ...]:
     try:
-        refuse_fleet(launches)
+        check_placement(launches)
     except LaunchRefused as refusal:
         return tuple(str(refusal).splitlines())
     return ()

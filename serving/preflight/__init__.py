@@ -3,6 +3,6 @@
 Facts are read in one place (`reading`), judged in others, which are pure: a model and a machine in, reasons out.
 """
 
-from serving.preflight.refusals import refuse_altered, refuse_fleet, refuse_hopeless
+from serving.preflight.refusals import check_placement, check_servable, refuse_altered
 
-__all__ = ["refuse_altered", "refuse_fleet", "refuse_hopeless"]
+__all__ = ["check_placement", "check_servable", "refuse_altered"]

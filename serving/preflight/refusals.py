@@ -15,7 +15,7 @@ from serving.replica import Launch
 from serving.seal import SealCheck, resized_files
 
 
-def refuse_hopeless(launch: Launch) -> None:
+def check_servable(launch: Launch) -> None:
     """Raise LaunchRefused if no vLLM can serve this variant as configured, on any machine with this engine."""
     model = _model(launch)
     reasons = hopeless(launch, model)
@@ -25,7 +25,7 @@ def refuse_hopeless(launch: Launch) -> None:
         _refuse(launch, resized_files(launch.variant.path, launch.variant.manifest))
 
 
-def refuse_fleet(launches: Sequence[Launch], machine: MachineFacts | None = None) -> None:
+def check_placement(launches: Sequence[Launch], machine: MachineFacts | None = None) -> None:
     """Raise LaunchRefused if these launches can't run on this machine together: memory, GPUs, ports, NUMA nodes.
 
     Only what is about to start counts; what runs already has its memory.

@@ -13,8 +13,8 @@ from config.variant import Variant
 from serving.errors import LaunchRefused
 from serving.replica import Launch, Thinking
 from serving.templates.arguments import option
-from serving.templates.derive import Wish, derived
-from serving.templates.habits import Habits, habits
+from serving.templates.capabilities import TemplateCapabilities, habits
+from serving.templates.derive import TemplateRequirements, derived
 from serving.templates.render import TemplateUnusable
 from serving.templates.source import END_THINK, THINK, chosen_template, has_tokens, read_chat_template
 
@@ -46,10 +46,12 @@ def plan_thinking(
     chosen = option(args, "--chat-template")
     template = chosen_template(read_chat_template(variant.path), chosen)
     try:
-        thinking, wish = decide(habits(template), wanted)
-        if wish is not None:
-            _refuse_chosen(variant.name, chosen, wish)
-            thinking = replace(thinking, template=write_template(folder, variant.name, wish, derived(template, wish)))
+        thinking, requirements = decide(habits(template), wanted)
+        if requirements is not None:
+            _refuse_chosen(variant.name, chosen, requirements)
+            thinking = replace(
+                thinking, template=write_template(folder, variant.name, requirements, derived(template, requirements))
+            )
     except TemplateUnusable as error:
         if wanted & {"prefix", "none"}:
             raise LaunchRefused(
@@ -62,22 +64,24 @@ def plan_thinking(
     return replace(thinking, parser=None if chooses_parser else PARSER)
 
 
-def decide(own: Habits, wanted: AbstractSet[str]) -> tuple[Thinking, Wish | None]:
+def decide(own: TemplateCapabilities, wanted: AbstractSet[str]) -> tuple[Thinking, TemplateRequirements | None]:
     """Say how to start, without parser and file, and what a derived template must do; None: the own one will do."""
     prefix = "prefix" in wanted
     thinks = prefix or own.tag != "none"
     enable = prefix if own.off_by_default else None
-    wish = Wish(prefix=prefix and own.tag != "injected", off="none" in wanted and thinks and not own.switch)
-    switch = thinks and (own.switch or wish.off)
+    requirements = TemplateRequirements(
+        prefix=prefix and own.tag != "injected", off="none" in wanted and thinks and not own.switch
+    )
+    switch = thinks and (own.switch or requirements.off)
     thinking = Thinking(enable_thinking=enable, tag="injected" if prefix else own.tag, switch=switch)
-    return thinking, wish if wish.prefix or wish.off else None
+    return thinking, requirements if requirements.prefix or requirements.off else None
 
 
-def write_template(folder: Path, variant: str, wish: Wish, text: str) -> Path:
+def write_template(folder: Path, variant: str, requirements: TemplateRequirements, text: str) -> Path:
     """Put a derived template under a name that says what it is; one that is there already is left alone."""
     content = text.encode()
     digest = hashlib.sha256(content).hexdigest()[:12]
-    path = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', variant)}-{wish.name}-{digest}.jinja"
+    path = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', variant)}-{requirements.name}-{digest}.jinja"
     try:
         if path.exists() and path.read_bytes() == content:
             return path
@@ -99,9 +103,9 @@ def _refuse_missing_tokens(name: str, path: Path, args: Sequence[str]) -> None:
         )
 
 
-def _refuse_chosen(name: str, chosen: str | None, wish: Wish) -> None:
+def _refuse_chosen(name: str, chosen: str | None, requirements: TemplateRequirements) -> None:
     if chosen is not None:
-        alias_wish = "prefix" if wish.prefix else "none"
+        alias_wish = "prefix" if requirements.prefix else "none"
         raise LaunchRefused(
             f"{name}: an alias has think: {alias_wish}, which needs a chat template derived from the model's own, "
             "but the replica's args name another --chat-template; remove one of the two"

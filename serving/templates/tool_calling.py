@@ -13,7 +13,7 @@ from typing import Any
 
 from serving.replica import Launch
 from serving.templates.arguments import option
-from serving.templates.habits import PROBE
+from serving.templates.capabilities import PROBE
 from serving.templates.render import TemplateUnusable, renderer
 from serving.templates.source import ChatTemplate, chosen_template, has_tokens, read_chat_template
 

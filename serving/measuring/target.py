@@ -16,7 +16,7 @@ from config.schema import ReplicaSettings, VariantSettings
 from config.variant import Variant, read_model_config, read_variants
 from serving.command import CPU_KV_CACHE_BYTES
 from serving.errors import MeasuringRefused
-from serving.replica import Launch, Replica, foreign_replicas, plan_launches
+from serving.replica import Launch, Replica, external_replicas, plan_launches
 from serving.tls import Tls, tls_of
 
 NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
@@ -25,7 +25,7 @@ LEAST_VOCABULARY = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class BenchmarkTarget:
     """One variant and one way to run it: `launch` is started here, `replica` runs already."""
 
     directory: Path
@@ -57,7 +57,7 @@ class Subject:
         )
 
 
-def told_subject(directory: Path, told: Mapping[str, object], engine: Callable[[], Engine]) -> Subject:
+def target_of_flags(directory: Path, told: Mapping[str, object], engine: Callable[[], Engine]) -> BenchmarkTarget:
     """A directory with settings from flags; with a url among them it runs already, and no engine is asked for."""
     name = NO_NAME.sub("-", directory.resolve().name).strip("-._") or "model"
     try:
@@ -74,7 +74,7 @@ def told_subject(directory: Path, told: Mapping[str, object], engine: Callable[[
     return _subject(variants[name], settings, engine, tls)
 
 
-def configured_subjects(file: Path, names: Sequence[str], engine: Callable[[], Engine]) -> list[Subject]:
+def configured_targets(file: Path, names: Sequence[str], engine: Callable[[], Engine]) -> list[BenchmarkTarget]:
     """Variants of a configuration, each run like its first replica; ConfigError if the file has problems."""
     settings = load_settings(file)
     for name in names:
@@ -92,11 +92,13 @@ def configured_subjects(file: Path, names: Sequence[str], engine: Callable[[], E
     return subjects
 
 
-def _subject(variant: Variant, settings: ReplicaSettings, engine: Callable[[], Engine], tls: Tls | None) -> Subject:
+def _subject(
+    variant: Variant, settings: ReplicaSettings, engine: Callable[[], Engine], tls: Tls | None
+) -> BenchmarkTarget:
     assert variant.path is not None
     variants = {settings.variant: variant}
     if settings.url is not None:
-        (replica,) = foreign_replicas((settings,), variants, {0: tls} if tls else {})
-        return Subject(variant.path, variant, settings, replica=replica)
+        (replica,) = external_replicas((settings,), variants, {0: tls} if tls else {})
+        return BenchmarkTarget(variant.path, variant, settings, replica=replica)
     launch = plan_launches((settings,), variants, engine())[0]
-    return Subject(variant.path, variant, settings, launch=launch)
+    return BenchmarkTarget(variant.path, variant, settings, launch=launch)

@@ -13,10 +13,10 @@ from serving.duration import duration
 from serving.errors import NotAdopted, ServingError, StartFailed
 from serving.identity import launch_digest
 from serving.machine import free_port
-from serving.notebook import Note, Notebook
 from serving.preflight import refuse_altered
 from serving.probe import Probe
 from serving.process import Adopted, Child
+from serving.process_ledger import ProcessLedger, ProcessRecord
 from serving.registry import Registry, ReplicaSource
 from serving.replica import SUPERVISOR, Launch, Replica, State
 from serving.start_times import StartTimes
@@ -30,13 +30,13 @@ ADOPTION_SECONDS = 5.0  # a server that runs answers /health at once
 
 
 @dataclass(frozen=True, slots=True)
-class Birthplace:
+class LaunchContext:
     """What every replica of a supervisor is started with and told to."""
 
     registry: Registry
     machine: Machine
     probe: Probe
-    notebook: Notebook
+    ledger: ProcessLedger
     log_folder: Path
     turns: asyncio.Semaphore
     patience_seconds: float = READY_PATIENCE_SECONDS
@@ -51,62 +51,64 @@ class Birthplace:
 
 
 @asynccontextmanager
-async def started(launch: Launch, place: Birthplace) -> AsyncIterator[tuple[Child, Replica]]:
+async def start_replica(launch: Launch, context: LaunchContext) -> AsyncIterator[tuple[Child, Replica]]:
     """Start a replica and have it prove itself; its processes are gone after the block."""
     port = launch.port or free_port()
     async with AsyncExitStack() as stack:
         # The turn to start ends when the replica is ready; what was entered on the stack lives on.
-        async with place.turns:
-            await _require_seal(launch, place)
-            command = build_command(launch, port, place.machine)
-            child = Child(command, _log(launch, place), STARTING_PATIENCE_SECONDS)
-            await stack.enter_async_context(_noted(child, launch, launch_digest(launch), port, place))
+        async with context.turns:
+            await _verify_files(launch, context)
+            command = build_command(launch, port, context.machine)
+            child = Child(command, _log(launch, context), STARTING_PATIENCE_SECONDS)
+            await stack.enter_async_context(_recorded(child, launch, launch_digest(launch), port, context))
             child.release()
-            began = place.clock()
-            place.source.put(planned(launch, port), State.STARTING, _loading(launch, child, place))
-            await _listening(launch, child, place, launch.settings.start_timeout_seconds)
-            replica = await _proved(launch, port, place)
-            place.start_times.add(launch, place.clock() - began)
-        child.patience_seconds = place.patience_seconds
+            began = context.clock()
+            context.source.put(replica_spec(launch, port), State.STARTING, _loading_reason(launch, child, context))
+            await _wait_until_listening(launch, child, context, launch.settings.start_timeout_seconds)
+            replica = await _verify(launch, port, context)
+            context.start_times.add(launch, context.clock() - began)
+        child.patience_seconds = context.patience_seconds
         yield child, replica
 
 
 @asynccontextmanager
-async def adopted(launch: Launch, note: Note, place: Birthplace) -> AsyncIterator[tuple[Adopted, Replica]]:
+async def adopt_replica(
+    launch: Launch, record: ProcessRecord, context: LaunchContext
+) -> AsyncIterator[tuple[Adopted, Replica]]:
     """Go on with a replica of a supervisor that is gone; NotAdopted, and it is ended, if it doesn't prove itself."""
     async with AsyncExitStack() as stack:
         try:
-            child = Adopted(note.session, _log(launch, place), STARTING_PATIENCE_SECONDS)
-            await stack.enter_async_context(_noted(child, launch, note.launch, note.port, place))
-            place.source.put(planned(launch, note.port), State.WARMING, f"found running, process {child.pid}")
-            await _listening(launch, child, place, place.adoption_seconds)
-            replica = await _proved(launch, note.port, place)
+            child = Adopted(record.session, _log(launch, context), STARTING_PATIENCE_SECONDS)
+            await stack.enter_async_context(_recorded(child, launch, record.launch, record.port, context))
+            context.source.put(replica_spec(launch, record.port), State.WARMING, f"found running, process {child.pid}")
+            await _wait_until_listening(launch, child, context, context.adoption_seconds)
+            replica = await _verify(launch, record.port, context)
         except ServingError as error:
-            raise NotAdopted(f"{launch.replica_id}: process {note.session} is not adopted: {error}") from error
-        child.patience_seconds = place.patience_seconds
+            raise NotAdopted(f"{launch.replica_id}: process {record.session} is not adopted: {error}") from error
+        child.patience_seconds = context.patience_seconds
         yield child, replica
 
 
 @asynccontextmanager
-async def _noted(
-    child: Child | Adopted, launch: Launch, digest: str, port: int, place: Birthplace
+async def _recorded(
+    child: Child | Adopted, launch: Launch, digest: str, port: int, context: LaunchContext
 ) -> AsyncIterator[None]:
-    """A child that is in the notebook for as long as any process of it is left."""
+    """A child that is in the ledger for as long as any process of it is left."""
     async with child:
-        with place.notebook.running(launch.replica_id, digest, port, child.pid):
+        with context.ledger.running(launch.replica_id, digest, port, child.pid):
             try:
                 yield
             finally:
                 await child.stop()
 
 
-def _loading(launch: Launch, child: Child, place: Birthplace) -> str:
-    usual = place.start_times.usual_seconds(launch)
+def _loading_reason(launch: Launch, child: Child, context: LaunchContext) -> str:
+    usual = context.start_times.usual_seconds(launch)
     estimate = "its first start here" if usual is None else f"usually ready after {duration(usual)}"
     return f"loading, process {child.pid}, {estimate}"
 
 
-def planned(launch: Launch, port: int) -> Replica:
+def replica_spec(launch: Launch, port: int) -> Replica:
     """Describe the replica that a launch becomes."""
     key = launch.settings.api_key.get_secret_value() if launch.settings.api_key else None
     url = f"http://127.0.0.1:{port}"
@@ -123,30 +125,32 @@ def planned(launch: Launch, port: int) -> Replica:
     )
 
 
-async def _require_seal(launch: Launch, place: Birthplace) -> None:
+async def _verify_files(launch: Launch, context: LaunchContext) -> None:
     """Hold the variant's files against its manifest, in a thread: the first time that is every byte of them."""
     if launch.variant.manifest is None:
         return
-    place.source.put(planned(launch, launch.port or 0), State.STARTING, "comparing its files with their seal")
+    context.source.put(replica_spec(launch, launch.port or 0), State.STARTING, "comparing its files with their seal")
     stopped = threading.Event()
     try:
-        await asyncio.to_thread(refuse_altered, launch, place.machine.cache_directory / "seals", stopped.is_set)
+        await asyncio.to_thread(refuse_altered, launch, context.machine.cache_directory / "seals", stopped.is_set)
     finally:
         stopped.set()
 
 
-async def _proved(launch: Launch, port: int, place: Birthplace) -> Replica:
-    replica = planned(launch, port)
-    place.source.put(replica, State.WARMING, "verifying")
-    return await verified(launch, replica, place.probe)
+async def _verify(launch: Launch, port: int, context: LaunchContext) -> Replica:
+    replica = replica_spec(launch, port)
+    context.source.put(replica, State.WARMING, "verifying")
+    return await verified(launch, replica, context.probe)
 
 
-async def _listening(launch: Launch, child: Child | Adopted, place: Birthplace, limit_seconds: float) -> None:
+async def _wait_until_listening(
+    launch: Launch, child: Child | Adopted, context: LaunchContext, limit_seconds: float
+) -> None:
     """Wait until the server listens; StartFailed with its own last words if it ends or takes too long."""
-    url = place.registry.status(launch.replica_id).replica.url
+    url = context.registry.status(launch.replica_id).replica.url
     try:
         async with asyncio.timeout(limit_seconds):
-            while not await place.probe.healthy(url):
+            while not await context.probe.healthy(url):
                 if child.exit_code is not None:
                     why = f"ended with {await child.wait()} before it was ready: {child.last_words()}"
                     raise StartFailed(f"{launch.replica_id}: {why} (log: {child.log})")
@@ -156,5 +160,5 @@ async def _listening(launch: Launch, child: Child | Adopted, place: Birthplace, 
         raise StartFailed(f"{launch.replica_id}: {why} (log: {child.log})") from None
 
 
-def _log(launch: Launch, place: Birthplace) -> Path:
-    return place.log_folder / f"{launch.replica_id}.log"
+def _log(launch: Launch, context: LaunchContext) -> Path:
+    return context.log_folder / f"{launch.replica_id}.log"

@@ -22,7 +22,7 @@ PROBE = ({"role": "user", "content": "Hello"},)
 
 
 @dataclass(frozen=True, slots=True)
-class Habits:
+class TemplateCapabilities:
     """Who writes the opening tag; whether `enable_thinking` changes anything; whether it thinks only when told to."""
 
     tag: ThinkTag
@@ -30,16 +30,16 @@ class Habits:
     off_by_default: bool = False
 
 
-def habits(template: ChatTemplate) -> Habits:
+def habits(template: ChatTemplate) -> TemplateCapabilities:
     """Find out what a template does; TemplateUnusable if it can't be rendered."""
     if template.text is None or not template.mentions_thinking:
-        return Habits("model" if template.think_tokens else "none")
+        return TemplateCapabilities("model" if template.think_tokens else "none")
     render = renderer(template.text, template.special_tokens)
     usual, on, off = render(PROBE), render(PROBE, enable_thinking=True), render(PROBE, enable_thinking=False)
     switch = on != off and not opens_thought(off)
     # A closed block that is there unasked means that this model doesn't think unless told to.
     silent = switch and usual == off and usual.rstrip().endswith(END_THINK)
-    return Habits("injected" if opens_thought(on if silent else usual) else "model", switch, silent)
+    return TemplateCapabilities("injected" if opens_thought(on if silent else usual) else "model", switch, silent)
 
 
 def opens_thought(prompt: str) -> bool:
