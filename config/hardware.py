@@ -1,4 +1,4 @@
-"""The one reader of this machine's hardware: cores, memory, processor, GPUs, and the allocators on it."""
+"""The one reader of this machine's cores, processor, GPUs and allocators; config.memory reads its memory."""
 
 import os
 import platform
@@ -17,7 +17,6 @@ _NVIDIA_SMI = (
     "--format=csv,noheader,nounits",
 )
 _NVIDIA_SMI_SECONDS = 20.0
-_UNLIMITED_BYTES = 1 << 62  # cgroup v1 writes a huge number where v2 writes "max"
 _ALLOCATORS = ("libtcmalloc_minimal.so*", "libtcmalloc.so*", "libjemalloc.so*")
 _LIBRARY_FOLDERS = (
     "/usr/lib/x86_64-linux-gnu",
@@ -56,14 +55,6 @@ class Gpu:
     driver: str
 
 
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Main memory: the total, and what is available without swapping."""
-
-    total_bytes: int
-    free_bytes: int
-
-
 def read_cores(system: Path = Path("/sys/devices/system")) -> tuple[Core, ...]:
     """Return the physical cores that this process may use; each logical CPU is one where the kernel has no topology."""
     allowed = os.sched_getaffinity(0)
@@ -74,23 +65,6 @@ def read_cores(system: Path = Path("/sys/devices/system")) -> tuple[Core, ...]:
         own = tuple(sorted(allowed & threads)) or (cpu,)
         cores.setdefault(frozenset(own), Core(nodes.get(cpu, 0), own))
     return tuple(cores.values())
-
-
-def read_memory(root: Path = Path("/")) -> Memory:
-    """Return the memory of this machine, or of its container (cgroup v1 or v2) where that has less.
-
-    The page cache counts as available. `root` replaces `/`.
-    """
-    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE))
-    total, free = int(fields.get("MemTotal", 0)) * 1024, int(fields.get("MemAvailable", 0)) * 1024
-    for limit, usage, statistics in _cgroup_files(root):
-        limit_bytes, used_bytes = _number(limit), _number(usage)
-        if limit_bytes is not None and used_bytes is not None and limit_bytes < _UNLIMITED_BYTES:
-            # The cgroup's usage includes page cache, which the kernel reclaims.
-            cached = re.search(r"^(?:total_)?inactive_file (\d+)", _text(statistics), re.MULTILINE)
-            available = limit_bytes - used_bytes + (int(cached[1]) if cached else 0)
-            total, free = min(total, limit_bytes), max(0, min(free, available))
-    return Memory(total, free)
 
 
 def read_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
@@ -159,20 +133,6 @@ def _nodes(system: Path) -> Iterator[tuple[int, list[int]]]:
         yield int(folder.name.removeprefix("node")), parse_cpus(_text(folder / "cpulist"))
 
 
-def _cgroup_files(root: Path) -> Iterator[tuple[Path, Path, Path]]:
-    """Files with limit, usage and statistics of each memory cgroup of this process, outermost first."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
-        version_2 = number == "0" and not controllers
-        if not version_2 and "memory" not in controllers.split(","):
-            continue
-        folder = root / "sys/fs/cgroup" / ("" if version_2 else "memory")
-        names = ("memory.max", "memory.current") if version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        for part in ("", *path.strip("/").split("/")):
-            folder = folder / part
-            yield folder / names[0], folder / names[1], folder / "memory.stat"
-
-
 def _from_nvml(library: Any) -> Iterator[Gpu]:
     try:
         library.nvmlInit()
@@ -201,8 +161,3 @@ def _text(path: Path) -> str:
         return path.read_text()
     except OSError:
         return ""
-
-
-def _number(path: Path) -> int | None:
-    text = _text(path).strip()
-    return int(text) if text.isdecimal() else None

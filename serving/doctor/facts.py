@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from config.hardware import Core, Gpu, Memory, Processor
+from config.hardware import Core, Gpu, Processor
+from config.memory import Memory
 
 
 @dataclass(frozen=True, slots=True)

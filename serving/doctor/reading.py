@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 
 from config.errors import SettingsError
-from config.hardware import find_allocator, read_cores, read_gpus, read_memory, read_processor
+from config.hardware import find_allocator, read_cores, read_gpus, read_processor
 from config.load import load_settings_file
+from config.memory import read_memory
 from config.schema import Settings
 from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
 from serving.errors import LaunchRefused

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from config.hardware import read_cores, read_gpus, read_memory
+from config.hardware import read_cores, read_gpus
+from config.memory import read_memory
 from config.variant import read_model_config
 from serving.machine import port_is_free
 from serving.preflight.facts import MachineFacts, ModelFacts

@@ -6,57 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from config.hardware import Gpu, Memory, parse_cpus, parse_nvidia_smi, read_cores, read_memory, read_processor
+from config.hardware import Gpu, parse_cpus, parse_nvidia_smi, read_cores, read_processor
 
 
 def write(path: Path, text: str) -> None:
     """One of the kernel's files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-
-
-def meminfo(root: Path) -> None:
-    """A machine of 16 GiB, 8 of them free."""
-    write(root / "proc/meminfo", "MemTotal:       16777216 kB\nMemAvailable:    8388608 kB\n")
-
-
-def test_memory_of_a_machine(tmp_path: Path) -> None:
-    """Without a container it is that of /proc/meminfo."""
-    meminfo(tmp_path)
-    assert read_memory(tmp_path) == Memory(16 * 2**30, 8 * 2**30)
-
-
-@pytest.mark.parametrize(
-    "group,folder,limit,usage,cached",
-    [
-        ("0::/pod", "sys/fs/cgroup/pod", "memory.max", "memory.current", "inactive_file"),
-        (
-            "4:memory:/pod",
-            "sys/fs/cgroup/memory/pod",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "total_inactive_file",
-        ),
-    ],
-)
-def test_memory_of_a_container(tmp_path: Path, group: str, folder: str, limit: str, usage: str, cached: str) -> None:
-    """The limit of the cgroup, less its usage; page cache is available."""
-    meminfo(tmp_path)
-    write(tmp_path / "proc/self/cgroup", f"5:devices:/x\n{group}\n")
-    write(tmp_path / folder / limit, f"{4 * 2**30}\n")
-    write(tmp_path / folder / usage, f"{3 * 2**30}\n")
-    write(tmp_path / folder / "memory.stat", f"anon 5\n{cached} {2**30}\n")
-    assert read_memory(tmp_path) == Memory(4 * 2**30, 2 * 2**30)
-
-
-@pytest.mark.parametrize("limit", ["max", str(2**63 - 4096)])
-def test_a_container_without_a_limit(tmp_path: Path, limit: str) -> None:
-    """`max` (v2) and a huge number (v1) mean no limit."""
-    meminfo(tmp_path)
-    write(tmp_path / "proc/self/cgroup", "0::/\n")
-    write(tmp_path / "sys/fs/cgroup/memory.max", limit)
-    write(tmp_path / "sys/fs/cgroup/memory.current", "5")
-    assert read_memory(tmp_path).free_bytes == 8 * 2**30
 
 
 def test_cores_keep_their_threads_together(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from config.hardware import Core, Gpu, Memory, Processor
+from config.hardware import Core, Gpu, Processor
+from config.memory import Memory
 from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
 from serving.doctor.findings import Finding, findings, worst
 from serving.doctor_cli import doctor_main
