@@ -199,7 +199,7 @@ async def gateway_alone(
         async with (
             ControlSocket(home, controlled("gateway", path, registry, taken)) if home else nullcontext() as control,
             Probe() as probe,
-            Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
+            Watch(wanted.external, registry, probe, goldens(deployment.variants)) as watch,
             followed_replicas(wanted, registry, probe) as follower,
             gateway(deployment, registry, taken, place) as served,
             following(
@@ -230,7 +230,7 @@ async def everything(
             Probe() as probe,
             ControlSocket(home, controlled("up" if path else "demo", path, registry, taken)) as control,
             local_replicas(wanted, machine, registry, probe, home, owner) as own,
-            Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
+            Watch(wanted.external, registry, probe, goldens(deployment.variants)) as watch,
             gateway(deployment, registry, taken, access_log_stream=access_log_stream) as served,
             following(path, deployment, registry, served, SupervisedReload(watch, own)) as reload,
         ):

@@ -92,7 +92,7 @@ class SupervisedReload:
 
     async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """Start new replicas, call `swap` when they are ready, then stop the old ones."""
-        external = deployment.wanted.foreign
+        external = deployment.wanted.external
         self.watch.goldens = goldens(deployment.variants)
         self.watch.add(external)
         await self.own.update(deployment.wanted, swap)
@@ -111,7 +111,7 @@ class FollowerReload:
 
     async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """Call `swap` as soon as no alias would lose its last ready replica, or after `wait_seconds`."""
-        external = deployment.wanted.foreign
+        external = deployment.wanted.external
         self.watch.goldens = goldens(deployment.variants)
         self.watch.add(external)
         if self.follower is not None:

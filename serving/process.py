@@ -196,10 +196,10 @@ def _message(line: str) -> str:
     if not line.startswith("{"):
         return line
     try:
-        told = json.loads(line)["message"]
+        message = json.loads(line)["message"]
     except (ValueError, LookupError):
         return line
-    return told if isinstance(told, str) else line
+    return message if isinstance(message, str) else line
 
 
 @dataclass(frozen=True, slots=True)

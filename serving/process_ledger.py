@@ -1,8 +1,8 @@
-"""What this machine's supervisors run, on disk: a record per replica, from before it begins until it is gone.
+"""Records of the running replicas of this machine's supervisors, on disk: how orphaned replicas are found.
 
-A record names its supervisor and the replica's session, each by process number and start time. A number is not given
-out again while a process of its session lives (the kernel keeps it), so with the boot's id beside it a record can't
-mean anybody else's processes. Notes are how a supervisor finds the replicas of one that was killed.
+A record names its supervisor and the replica's session, each by process id and start time. The kernel does not reuse
+the id of a session while one of its processes lives, so together with the boot id a record cannot match the processes
+of another program.
 """
 
 import json
@@ -18,7 +18,7 @@ from serving.process import kill_session, process_facts, session_processes
 
 @dataclass(frozen=True, slots=True)
 class ProcessRecord:
-    """Who runs which replica as which session, at which port; `launch` is the digest of what was started."""
+    """A running replica: its session, port and supervisor (`owner`); `launch` is the digest of its launch."""
 
     replica: str
     launch: str
@@ -32,13 +32,13 @@ class ProcessRecord:
 
 @dataclass(frozen=True, slots=True)
 class ProcessLedger:
-    """The folder where the supervisors of one user record what they run."""
+    """The folder with the records of the supervisors of one user."""
 
     folder: Path
 
     @contextmanager
     def running(self, replica_id: str, launch: str, port: int, session: int) -> Iterator[None]:
-        """ProcessRecord a replica while it runs; StartFailed if that can't be written."""
+        """Record a replica while it runs; StartFailed if the record cannot be written."""
         path = self._path(session)
         self._write(path, _record(replica_id, launch, port, session))
         try:
@@ -47,25 +47,25 @@ class ProcessLedger:
             path.unlink(missing_ok=True)
 
     def sessions(self) -> dict[str, int]:
-        """The process of every replica that is noted, which is also its session."""
+        """Return the session of each recorded replica, which is also the id of its first process."""
         records = [_read(path) for path in sorted(self.folder.glob("*.json"))]
         return {record.replica: record.session for record in records if record is not None}
 
     def orphaned(self) -> list[ProcessRecord]:
-        """Notes of sessions that still run though their supervisor is gone; forgets those that mean nobody."""
-        found = []
+        """Return the records of sessions that still run without their supervisor; remove those of ended ones."""
+        orphans = []
         for path in sorted(self.folder.glob("*.json")):
             record = _read(path)
             if record is not None and _owner_lives(record):
                 continue
             if record is not None and _session_lives(record):
-                found.append(record)
+                orphans.append(record)
             else:
                 path.unlink(missing_ok=True)
-        return found
+        return orphans
 
     async def end(self, record: ProcessRecord) -> None:
-        """End every process of a noted session, and forget it."""
+        """Kill all processes of a session, and remove its record."""
         await kill_session(record.session)
         self._path(record.session).unlink(missing_ok=True)
 
@@ -73,7 +73,7 @@ class ProcessLedger:
         return self.folder / f"{session}.json"
 
     def _write(self, path: Path, record: ProcessRecord) -> None:
-        """All of a record or none of it: half a one would be an orphan."""
+        """Write a record atomically: a partial one could not be read, and its replica would be lost."""
         draft = path.with_suffix(".draft")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ class ProcessLedger:
 def _record(replica_id: str, launch: str, port: int, session: int) -> ProcessRecord:
     owner, leader = process_facts(os.getpid()), process_facts(session)
     assert owner is not None
-    # A leader that is gone already leaves nothing that could be mistaken for it.
+    # The first process has ended already: no later one can be mistaken for it.
     started_ticks = leader.started_ticks if leader else -1
     return ProcessRecord(replica_id, launch, port, _boot_id(), owner.pid, owner.started_ticks, session, started_ticks)
 
@@ -109,8 +109,8 @@ def _owner_lives(record: ProcessRecord) -> bool:
 
 def _session_lives(record: ProcessRecord) -> bool:
     leader = process_facts(record.session)
-    ours = leader is None or leader.started_ticks == record.session_started_ticks
-    return record.boot == _boot_id() and ours and bool(session_processes(record.session))
+    is_same = leader is None or leader.started_ticks == record.session_started_ticks
+    return record.boot == _boot_id() and is_same and bool(session_processes(record.session))
 
 
 def _boot_id() -> str:

@@ -127,10 +127,10 @@ class Reload:
 
 def _stamp(path: Path) -> object:
     try:
-        told = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return told.st_ino, told.st_size, told.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _ignore() -> None:

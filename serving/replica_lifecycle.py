@@ -1,4 +1,4 @@
-"""One life of a replica: from its process to a server that has proved itself, and nothing left afterwards."""
+"""Lifecycle of a replica: start or adopt its process, wait until it is verified, and stop all of it."""
 
 import asyncio
 import threading
@@ -31,7 +31,7 @@ ADOPTION_SECONDS = 5.0  # a server that runs answers /health at once
 
 @dataclass(frozen=True, slots=True)
 class LaunchContext:
-    """What every replica of a supervisor is started with and told to."""
+    """What a supervisor starts its replicas with."""
 
     registry: Registry
     machine: Machine
@@ -46,16 +46,16 @@ class LaunchContext:
 
     @property
     def source(self) -> ReplicaSource:
-        """The handle that the entries of started replicas are written through."""
+        """The handle that writes the registry entries of started replicas."""
         return self.registry.source(SUPERVISOR)
 
 
 @asynccontextmanager
 async def start_replica(launch: Launch, context: LaunchContext) -> AsyncIterator[tuple[Child, Replica]]:
-    """Start a replica and have it prove itself; its processes are gone after the block."""
+    """Start and verify a replica; its processes are stopped after the block."""
     port = launch.port or free_port()
     async with AsyncExitStack() as stack:
-        # The turn to start ends when the replica is ready; what was entered on the stack lives on.
+        # The start slot is released when the replica is ready; the stack keeps its process.
         async with context.turns:
             await _verify_files(launch, context)
             command = build_command(launch, port, context.machine)
@@ -75,7 +75,7 @@ async def start_replica(launch: Launch, context: LaunchContext) -> AsyncIterator
 async def adopt_replica(
     launch: Launch, record: ProcessRecord, context: LaunchContext
 ) -> AsyncIterator[tuple[Adopted, Replica]]:
-    """Go on with a replica of a supervisor that is gone; NotAdopted, and it is ended, if it doesn't prove itself."""
+    """Adopt and verify an orphaned replica; NotAdopted, and it is stopped, if that fails."""
     async with AsyncExitStack() as stack:
         try:
             child = Adopted(record.session, _log(launch, context), STARTING_PATIENCE_SECONDS)
@@ -93,7 +93,7 @@ async def adopt_replica(
 async def _recorded(
     child: Child | Adopted, launch: Launch, digest: str, port: int, context: LaunchContext
 ) -> AsyncIterator[None]:
-    """A child that is in the ledger for as long as any process of it is left."""
+    """Keep a record of a child process in the ledger until all its processes have ended."""
     async with child:
         with context.ledger.running(launch.replica_id, digest, port, child.pid):
             try:
@@ -109,7 +109,7 @@ def _loading_reason(launch: Launch, child: Child, context: LaunchContext) -> str
 
 
 def replica_spec(launch: Launch, port: int) -> Replica:
-    """Describe the replica that a launch becomes."""
+    """Return the replica that a launch at a port becomes."""
     key = launch.settings.api_key.get_secret_value() if launch.settings.api_key else None
     url = f"http://127.0.0.1:{port}"
     variant = launch.variant
@@ -126,10 +126,10 @@ def replica_spec(launch: Launch, port: int) -> Replica:
 
 
 async def _verify_files(launch: Launch, context: LaunchContext) -> None:
-    """Hold the variant's files against its manifest, in a thread: the first time that is every byte of them."""
+    """Compare the variant's files with its manifest, in a thread: the first time all of them are read."""
     if launch.variant.manifest is None:
         return
-    context.source.put(replica_spec(launch, launch.port or 0), State.STARTING, "comparing its files with their seal")
+    context.source.put(replica_spec(launch, launch.port or 0), State.STARTING, "verifying checksums")
     stopped = threading.Event()
     try:
         await asyncio.to_thread(refuse_altered, launch, context.machine.cache_directory / "seals", stopped.is_set)
@@ -146,7 +146,7 @@ async def _verify(launch: Launch, port: int, context: LaunchContext) -> Replica:
 async def _wait_until_listening(
     launch: Launch, child: Child | Adopted, context: LaunchContext, limit_seconds: float
 ) -> None:
-    """Wait until the server listens; StartFailed with its own last words if it ends or takes too long."""
+    """Wait until the server is healthy; StartFailed with the end of its log if it exits or exceeds the limit."""
     url = context.registry.status(launch.replica_id).replica.url
     try:
         async with asyncio.timeout(limit_seconds):

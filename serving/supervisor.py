@@ -1,4 +1,4 @@
-"""Keeps the wanted replicas running: start or adopt, verify, watch, restart, replace, drain, stop."""
+"""Keeps the configured replicas running: start or adopt, verify, watch, restart, replace, drain, stop."""
 
 import asyncio
 import logging
@@ -42,9 +42,9 @@ class _RunningReplica:
 
 @dataclass(slots=True)
 class Supervisor:
-    """Owns the processes of all launches while the `async with` block runs; nobody else starts or stops one.
+    """Owns the processes of all launches while the `async with` block runs.
 
-    A replica that fails is started again, for ever; `start_attempts` is how often an update tries its replacement.
+    A failed replica is restarted without limit; an update tries its replacement `start_attempts` times.
     """
 
     launches: tuple[Launch, ...]
@@ -77,13 +77,13 @@ class Supervisor:
         )
 
     async def __aenter__(self) -> Self:
-        """Take over what a dead supervisor left, end what isn't wanted of it, and begin to start the rest, in order."""
+        """Recover the replicas of a dead supervisor, and start the others in order."""
         for launch in self.launches:
             check_servable(launch)
-        found = await self._recover()
-        check_placement([launch for launch in self.launches if launch.replica_id not in found])
+        orphans = await self._recover()
+        check_placement([launch for launch in self.launches if launch.replica_id not in orphans])
         for launch in self.launches:
-            record = found.get(launch.replica_id)
+            record = orphans.get(launch.replica_id)
             self._start(replace(launch, replica_id=record.replica) if record else launch, record)
         self._housekeeping = asyncio.create_task(self._rotate_logs(), name="log rotation")
         return self
@@ -91,72 +91,70 @@ class Supervisor:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Drain and stop every replica; afterwards no process of any is left."""
+        """Drain and stop every replica with all its processes."""
         if self._housekeeping:
             self._housekeeping.cancel()
             await asyncio.gather(self._housekeeping, return_exceptions=True)
         await asyncio.gather(*(self._retire(replica_id) for replica_id in tuple(self._replicas)))
 
     async def update(self, wanted: tuple[Launch, ...], ready: Callable[[], None] = lambda: None) -> None:
-        """Go over to other launches, one replica at a time, each replaced before it is retired where there is room.
+        """Change to other launches, one replica at a time; where there is room, a new one starts before the old stops.
 
-        `ready` is called when all that is wanted is there, before what isn't any more goes; earlier only where there is
-        no room. Replicas that wait for their next start are started at once. LaunchRefused: nothing else was touched.
-        UpdateFailed: what was not replaced yet goes on as it was.
+        `ready` is called when all new replicas are ready and before obsolete ones are stopped, or earlier where there
+        is no room for both. Pauses before a next start end. LaunchRefused: nothing else was changed. UpdateFailed:
+        replicas that were not replaced yet keep running.
         """
         async with self._updating:
             self._start_waiting(wanted)
             for launch in wanted:
                 await asyncio.to_thread(check_servable, launch)
             self._set_times(wanted)
-            told = False
+            announced = False
             while step := next_step(self._current(), wanted):
-                if isinstance(step, Retire) and not told:
+                if isinstance(step, Retire) and not announced:
                     ready()
-                    told = True
+                    announced = True
                 await self._apply(step)
             self.launches = wanted
-            if not told:
+            if not announced:
                 ready()
 
     def restart(self, replica_id: str) -> str:
-        """Start a replica again, drained first if it is ready; returns what happens. NoSuchReplica: not ours."""
-        kept = self._replicas.get(replica_id)
-        if kept is None:
+        """Restart a replica, after draining if it is ready; return what happens. NoSuchReplica for an unknown id."""
+        running = self._replicas.get(replica_id)
+        if running is None:
             near = get_close_matches(replica_id, self._replicas, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise NoSuchReplica(f"there is no replica {replica_id!r}; {hint}known: {', '.join(sorted(self._replicas))}")
-        return kept.loop.restart()
+        return running.loop.restart()
 
     def _start_waiting(self, wanted: tuple[Launch, ...]) -> None:
-        """End the pauses of the replicas that wait for their next start, and are wanted as they are."""
+        """End the pauses of unchanged replicas that wait for their next start."""
         digests = {launch.replica_id: launch_digest(launch) for launch in wanted}
-        for replica_id, kept in self._replicas.items():
-            if digests.get(slot_of(replica_id)) == launch_digest(kept.loop.launch):
-                kept.loop.start_now()
+        for replica_id, running in self._replicas.items():
+            if digests.get(slot_of(replica_id)) == launch_digest(running.loop.launch):
+                running.loop.start_now()
 
     def _set_times(self, wanted: tuple[Launch, ...]) -> None:
-        """Give running replicas the times of the new launches: a change of those alone replaces nothing."""
+        """Give running replicas the time limits of the new launches: they change without a restart."""
         launches = {launch.replica_id: launch for launch in wanted}
-        for replica_id, kept in self._replicas.items():
+        for replica_id, running in self._replicas.items():
             launch = launches.get(slot_of(replica_id))
-            if launch is not None and launch_digest(launch) == launch_digest(kept.loop.launch):
-                kept.loop.launch = replace(launch, replica_id=replica_id)
+            if launch is not None and launch_digest(launch) == launch_digest(running.loop.launch):
+                running.loop.launch = replace(launch, replica_id=replica_id)
 
     async def _recover(self) -> dict[str, ProcessRecord]:
-        """Look at what a dead supervisor left: records to adopt, by slot; whatever isn't wanted as it is, is ended."""
+        """Return the records of orphaned replicas to adopt, by slot; stop those whose launch has changed."""
         wanted = {launch.replica_id: launch_digest(launch) for launch in self.launches}
-        found: dict[str, ProcessRecord] = {}
+        adoptable: dict[str, ProcessRecord] = {}
         for record in self.ledger.orphaned():
             slot = slot_of(record.replica)
-            if wanted.get(slot) == record.launch and slot not in found:
-                found[slot] = record
+            if wanted.get(slot) == record.launch and slot not in adoptable:
+                adoptable[slot] = record
                 continue
             await self.ledger.end(record)
-            log.warning(
-                "ended replica %s, which had outlived its supervisor and isn't wanted as it was", record.replica
-            )
-        return found
+            log.warning("stopped orphaned replica %s: it is not configured any more, or has changed", record.replica)
+        return adoptable
 
     def _start(self, launch: Launch, record: ProcessRecord | None = None) -> None:
         loop = ReplicaLoop(launch, self._context, self.backoff, self._drain, self.clock)
@@ -165,57 +163,59 @@ class Supervisor:
         self._replicas[launch.replica_id] = _RunningReplica(loop, task)
 
     def _current(self) -> list[Current]:
-        statuses = {each.replica.id: each for each in self.registry.snapshot()}
+        statuses = {status.replica.id: status for status in self.registry.snapshot()}
         return [
-            Current(kept.loop.launch, statuses[name].state is State.READY, statuses[name].in_flight)
-            for name, kept in self._replicas.items()
+            Current(running.loop.launch, statuses[name].state is State.READY, statuses[name].in_flight)
+            for name, running in self._replicas.items()
         ]
 
     async def _apply(self, step: Step) -> None:
-        crowd = None
+        obstacle = None
         if isinstance(step, Replace) and step.surge:
-            # In a thread: the machine is asked, and the gateway may share our loop.
-            crowd = await asyncio.to_thread(_no_room, step.launch)
+            # In a thread: it reads the machine, and the gateway may share this event loop.
+            obstacle = await asyncio.to_thread(_no_room, step.launch)
         match step:
             case Start(launch):
-                await self._come(launch)
+                await self._scale_up(launch)
             case Retire(replica_id):
-                await self._leave(replica_id)
-            case Replace(replica_id, launch, surge=True) if crowd is None:
-                log.info("replica %s is replaced: its successor gets ready first", replica_id)
-                await self._come(replace(launch, replica_id=successor_id(replica_id)))
-                await self._leave(replica_id)
+                await self._scale_down(replica_id)
+            case Replace(replica_id, launch, surge=True) if obstacle is None:
+                log.info("replica %s is replaced: the new one starts first", replica_id)
+                await self._scale_up(replace(launch, replica_id=successor_id(replica_id)))
+                await self._scale_down(replica_id)
             case Replace(replica_id, launch):
-                why = f": {crowd}" if crowd else ""
-                log.info("replica %s is replaced: there is no room for two, so it goes first%s", replica_id, why)
-                await self._leave(replica_id)
-                await self._come(replace(launch, replica_id=replica_id))
+                why = f": {obstacle}" if obstacle else ""
+                log.info(
+                    "replica %s is replaced: there is no room for both, so the old one stops first%s", replica_id, why
+                )
+                await self._scale_down(replica_id)
+                await self._scale_up(replace(launch, replica_id=replica_id))
 
-    async def _come(self, launch: Launch) -> None:
-        """Start a replica and wait until it is ready; UpdateFailed, and it is gone again, after `start_attempts`."""
+    async def _scale_up(self, launch: Launch) -> None:
+        """Start a replica and wait until it is ready; UpdateFailed, and it is removed, after `start_attempts`."""
         self._start(launch)
         loop = self._replicas[launch.replica_id].loop
         while (status := self.registry.status(launch.replica_id)).state is not State.READY:
             if loop.failures >= self.start_attempts:
-                await self._leave(launch.replica_id)
-                raise UpdateFailed(f"the update stops at {launch.replica_id}, which doesn't start: {status.reason}")
+                await self._scale_down(launch.replica_id)
+                raise UpdateFailed(f"the update stops: {launch.replica_id} does not start: {status.reason}")
             await self.registry.changed()
 
-    async def _leave(self, replica_id: str) -> None:
+    async def _scale_down(self, replica_id: str) -> None:
         await self._retire(replica_id)
         self._source.remove(replica_id)
 
     async def _retire(self, replica_id: str) -> None:
         """Deregister the replica, wait until its requests end or the limit, then stop it."""
-        kept = self._replicas[replica_id]
-        kept.loop.leaving = True
+        running = self._replicas[replica_id]
+        running.loop.leaving = True
         if self.registry.status(replica_id).state in (State.READY, State.DRAINING):
-            seconds = kept.loop.launch.settings.drain_seconds
+            seconds = running.loop.launch.settings.drain_seconds
             self._source.move(replica_id, State.DRAINING, f"finishes its requests, for at most {seconds:g} s")
             await self._drain(replica_id, seconds)
         self._source.move(replica_id, State.STOPPING, "asked to stop")
-        kept.task.cancel()
-        await asyncio.gather(kept.task, return_exceptions=True)
+        running.task.cancel()
+        await asyncio.gather(running.task, return_exceptions=True)
         del self._replicas[replica_id]
         self._source.move(replica_id, State.STOPPED, "asked to stop")
 
@@ -229,7 +229,7 @@ class Supervisor:
 
 
 def _no_room(launch: Launch) -> str | None:
-    """Say why a launch can't run beside what runs already."""
+    """Return why a launch cannot run beside the running replicas, or None."""
     try:
         check_placement([launch])
     except LaunchRefused as refused:

@@ -83,7 +83,7 @@ def scheme_told(artefact: Artefact, linear_layers: Mapping[str, tuple[int, int]]
         config = artefact.quantization_config
         what = f"{config.get('quant_method')} {config.get('format', '')}".strip()
         raise VariantError(
-            f"{artefact.directory}: {what} layers are not supported; supported are GPTQ and compressed-tensors (4, 8 bits)"
+            f"{artefact.directory}: {what} layers are not supported; only GPTQ and compressed-tensors, 4 or 8 bits, are"
         )
     # A GPTQ config has defaults for all layers; compressed-tensors only has groups.
     ((common, _),) = Counter(formats.values()).most_common(1)

@@ -53,8 +53,8 @@ class Configured:
     file: str
     replicas: tuple[str, ...]
     addresses: tuple[tuple[str, str, bool], ...] = ()
-    hopeless: tuple[tuple[str, str], ...] = ()
-    crowded: tuple[str, ...] = ()
+    unservable: tuple[tuple[str, str], ...] = ()
+    oversubscribed: tuple[str, ...] = ()
     without_tools: tuple[str, ...] = ()
 
 

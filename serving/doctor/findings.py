@@ -112,17 +112,17 @@ def _hardware(hardware: Hardware, software: Software) -> Iterator[Finding]:
 
 def _instructions(hardware: Hardware) -> Finding:
     present = [flag for flag in INSTRUCTIONS if flag in hardware.processor.flags]
-    told = ", ".join(present) or "no vector instructions that matter"
+    flags = ", ".join(present) or "no vector instructions that matter"
     if {"avx512f", "avx512_vnni"} <= hardware.processor.flags:
-        return Finding("ok", "instructions", told)
+        return Finding("ok", "instructions", flags)
     if "avx2" in hardware.processor.flags:
         return Finding(
             "warning",
             "instructions",
-            f"{told}: vLLM's int4 and int8 kernels are missing or wrong here; quantgate's plugin computes them",
+            f"{flags}: vLLM's int4 and int8 kernels are missing or wrong here; quantgate's plugin computes them",
             "nothing to do; a CPU with AVX-512 and VNNI is faster",
         )
-    return Finding("error", "instructions", f"{told}: vLLM needs AVX2 at least", "use another machine")
+    return Finding("error", "instructions", f"{flags}: vLLM needs AVX2 at least", "use another machine")
 
 
 def _limits(limits: Limits) -> Iterator[Finding]:
@@ -179,7 +179,7 @@ def _configured(configured: Configured) -> Iterator[Finding]:
             yield Finding("error", name, f"{address} is in use", fix)
         else:
             yield Finding("ok", name, f"{address} is free")
-    reasons = dict(configured.hopeless)
+    reasons = dict(configured.unservable)
     for replica in configured.replicas:
         if replica in reasons:
             what, _, fix = reasons[replica].rpartition("; ")
@@ -190,7 +190,7 @@ def _configured(configured: Configured) -> Iterator[Finding]:
         replicas, _, what = notice.partition(": ")
         what, _, fix = what.rpartition(". ")
         yield Finding("warning", replicas, what, fix)
-    for reason in configured.crowded:
+    for reason in configured.oversubscribed:
         what, _, fix = reason.rpartition("; ")
         yield Finding("error", configured.file, what or fix, fix if what else "")
 

@@ -102,14 +102,14 @@ def _configured(path: Path) -> Configured:
         launches = plan_launches(settings.replicas, dict(named.variants), installed_engine())
     except LaunchRefused:
         launches = ()  # no engine, which is a finding of its own
-    hopeless = tuple((launch.replica_id, reason) for launch in launches if (reason := _hopeless(launch)))
-    sound = [launch for launch in launches if launch.replica_id not in dict(hopeless)]
+    unservable = tuple((launch.replica_id, reason) for launch in launches if (reason := _unservable(launch)))
+    sound = [launch for launch in launches if launch.replica_id not in dict(unservable)]
     replicas = tuple(launch.replica_id for launch in launches)
     tools = without_tools(with_tool_calling(sound, installed_tool_parsers()))
-    return Configured(str(path), replicas, _addresses(settings), hopeless, _crowded(sound), tools)
+    return Configured(str(path), replicas, _addresses(settings), unservable, _oversubscribed(sound), tools)
 
 
-def _hopeless(launch: Launch) -> str | None:
+def _unservable(launch: Launch) -> str | None:
     try:
         check_servable(launch)
     except LaunchRefused as refusal:
@@ -117,7 +117,7 @@ def _hopeless(launch: Launch) -> str | None:
     return None
 
 
-def _crowded(launches: list[Launch]) -> tuple[str, ...]:
+def _oversubscribed(launches: list[Launch]) -> tuple[str, ...]:
     try:
         check_placement(launches)
     except LaunchRefused as refusal:

@@ -88,12 +88,12 @@ def _measure(given: argparse.Namespace) -> int:
 def _subjects(given: argparse.Namespace) -> list[BenchmarkTarget]:
     if given.config:
         return configured_targets(given.config, given.variants, installed_engine)
-    told = launch_settings(given)
+    options = launch_settings(given)
     if given.url:
-        told["api_key"] = process_environment().get("VLLM_API_KEY")
+        options["api_key"] = process_environment().get("VLLM_API_KEY")
     else:
-        told["max_queued"] = max(ROOM_IN_THE_QUEUE, 2 * max(given.concurrency or GPU_CONCURRENCIES))
-    return [target_of_flags(Path(each), told, installed_engine) for each in given.variants]
+        options["max_queued"] = max(ROOM_IN_THE_QUEUE, 2 * max(given.concurrency or GPU_CONCURRENCIES))
+    return [target_of_flags(Path(each), options, installed_engine) for each in given.variants]
 
 
 def _hardware(subject: BenchmarkTarget) -> Hardware:

@@ -83,9 +83,9 @@ def _legend(curves: Sequence[Curve]) -> list[Line2D]:
         for curve, (colour, marker) in zip(curves, cycle(LOOKS), strict=False)
     ]
     grey = "#444c56"
-    told = [
+    key = [
         Line2D([], [], color=grey, label="median"),
         Line2D([], [], color=grey, linestyle=":", label="95th percentile"),
         Line2D([], [], color=grey, linestyle="", marker="$16$", markersize=11, label="requests at a time"),
     ]
-    return lines + told
+    return lines + key

@@ -124,8 +124,8 @@ def test_a_configuration_is_part_of_it() -> None:
         "q.yaml",
         replicas=("a-1", "b-1"),
         addresses=(("gateway.listen", "127.0.0.1:8000", True), ("gateway.admin", "127.0.0.1:8001", False)),
-        hopeless=(("b-1", "/b: GPTQ int8 does not load on CPU; use scheme w8a8"),),
-        crowded=("2 replicas need more; run fewer",),
+        unservable=(("b-1", "/b: GPTQ int8 does not load on CPU; use scheme w8a8"),),
+        oversubscribed=("2 replicas need more; run fewer",),
         without_tools=("a-1: tool_calling: auto found no tool parser in the chat template of a. Set it to off",),
     )
     found = findings(replace(HEALTHY, configured=configured))

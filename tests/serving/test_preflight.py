@@ -60,8 +60,8 @@ def test_an_altered_variant_is_refused(tmp_path: Path) -> None:
     refuse_altered(launch, tmp_path / "memory", lambda: False)
     (path / "model.safetensors").write_bytes(b"Weights")
     check_servable(launch)
-    with pytest.raises(LaunchRefused, match=r"a-1: .*v: altered since it was sealed: model\.safetensors; restore"):
+    with pytest.raises(LaunchRefused, match=r"a-1: .*v: checksum mismatch: model\.safetensors; restore"):
         refuse_altered(launch, tmp_path / "memory", lambda: False)
     (path / "model.safetensors").write_bytes(b"more weights")
-    with pytest.raises(LaunchRefused, match=r"altered since it was sealed: model\.safetensors"):
+    with pytest.raises(LaunchRefused, match=r"checksum mismatch: model\.safetensors"):
         check_servable(launch)

@@ -74,7 +74,7 @@ def test_harmless_findings_are_told(tmp_path: Path) -> None:
         ({"sym": False}, {}, "sym is not true; vLLM supports symmetric GPTQ only"),
         ({}, {f"{BLOCK}.mlp.up_proj.scales": None}, "up_proj.scales: is missing"),
         ({}, {f"{BLOCK}.mlp.up_proj.g_idx": ("I32", (64,), b"\1\0\0\0" * 64)}, "vLLM discards g_idx"),
-        ({"bits": 3}, {}, "gptq layers are not supported; supported are GPTQ"),
+        ({"bits": 3}, {}, "gptq layers are not supported; only GPTQ"),
         ({"quant_method": "awq"}, {}, "awq layers are not supported"),
     ],
 )

@@ -109,7 +109,7 @@ async def test_an_altered_variant_is_not_started(tmp_path: Path) -> None:
     assert altered.launch is not None
     variant = type(altered.variant)("int4", "int4", altered.variant.quality, altered.directory, manifest)
     sealed = type(altered.launch)("int4-1", variant, "cpu", altered.settings)
-    with pytest.raises(LaunchRefused, match=r"altered since it was sealed: model\.safetensors"):
+    with pytest.raises(LaunchRefused, match=r"checksum mismatch: model\.safetensors"):
         await measure(
             BenchmarkTarget(altered.directory, variant, altered.settings, launch=sealed),
             CPU,

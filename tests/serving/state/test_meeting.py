@@ -144,7 +144,7 @@ async def test_a_gateway_that_has_not_read_is_waited_for(state: str, caplog: pyt
         database.acknowledge("slow", heartbeat.epoch, 0, 1.8e9)
         publisher.registry.move("int4-1", State.STOPPING)
         await publisher.wait_deregistered("int4-1")
-        assert "not every gateway has said that it knows of replica int4-1 leaving" in caplog.text
+        assert "not every gateway acknowledged that replica int4-1 is leaving" in caplog.text
         database.close()
 
 
