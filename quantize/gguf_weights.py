@@ -4,11 +4,14 @@ import json
 import struct
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantize.errors import RecipeError
 from quantize.running.worker import WorkerChannel, run_child
 from quantize.variants.checkpoint import write_json, write_shards
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 # Keys about how transformers loaded the file, not about the model.
 _LOADING_KEYS = ("_name_or_path", "_model_name_or_path", "_from_model_config", "quantization_config")
@@ -43,14 +46,14 @@ def unpack(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     return {"tensors": len(tensors)}
 
 
-def _write_configs(model: Any, tokenizer: Any, into: Path) -> None:
+def _write_configs(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", into: Path) -> None:
     config = _plain(model.config.to_diff_dict())
     write_json(into / "config.json", {**config, "architectures": [type(model).__name__]})
     generation = {"bos_token_id": config.get("bos_token_id"), "eos_token_id": tokenizer.eos_token_id}
     write_json(into / "generation_config.json", {**generation, "pad_token_id": tokenizer.pad_token_id})
 
 
-def _write_tokenizer(tokenizer: Any, file: Path, config: Any, into: Path) -> None:
+def _write_tokenizer(tokenizer: "PreTrainedTokenizerFast", file: Path, config: "PretrainedConfig", into: Path) -> None:
     engine = tokenizer.backend_tokenizer
     if _pre_tokenizer_of(file) in _DIGIT_SPLITTERS:
         from tokenizers.pre_tokenizers import Digits, Sequence  # noqa: PLC0415
@@ -79,6 +82,7 @@ def _pre_tokenizer_of(file: Path) -> str:
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Keep the JSON values of a config that describe the model."""
     model_keys = {key: value for key, value in config.items() if key not in _LOADING_KEYS and value is not None}
     return dict(json.loads(json.dumps(model_keys, default=str)))
 

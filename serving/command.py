@@ -101,7 +101,7 @@ def _if_several(ranks: int) -> int | None:
 
 
 def _template_defaults(enable_thinking: bool | None) -> str | None:
-    """The reasoning parser gets these, too: for a model that doesn't think unless told to, it must know."""
+    """Defaults of chat template variables, which the reasoning parser reads, too."""
     return None if enable_thinking is None else json.dumps({"enable_thinking": enable_thinking})
 
 

@@ -1,15 +1,15 @@
-"""Which cores compute for which CPU replica; pure.
+"""Assignment of cores to CPU replicas; pure.
 
 Two replicas on the same cores slow each other down by more than half, because threads spin while they wait for one that
-doesn't run. So each gets cores of its own where there are enough. Threads of one physical core stay together, and so
-do cores of one NUMA node. Tokens/s of SmolLM2-135M on two cores with vLLM 0.32, for one request (and four) per replica:
+isn't scheduled. So each gets its own cores where there are enough. Threads of one physical core stay together, and so do
+cores of one NUMA node. Tokens/s of SmolLM2-135M on two cores with vLLM 0.32, for one request (and four) per replica:
 
     two replicas, a core each        56 (224)
     two replicas, both on both       36 (115)
     ... with OMP_WAIT_POLICY=PASSIVE 21 (68), and one alone falls from 61 to 38
     ... with Intel's OpenMP          16 (72), and one alone rises from 61 to 70
 
-So neither of the last two is set: the one helps nobody, the other only who is alone.
+So neither of the last two is set: the first never helps, the second only a single replica.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ def _binding(cores: Sequence[Core], ranks: int) -> str:
 
 
 def _parts(cores: Sequence[Core], count: int) -> list[Sequence[Core]]:
-    """Cut into `count` parts as even as possible, by NUMA node; everybody gets everything where there are too few."""
+    """Cut into `count` parts as even as possible, by NUMA node; all parts get all cores where there are too few."""
     if len(cores) < count:
         return [cores] * count
     ordered = sorted(cores, key=lambda core: (core.node, core.cpus))

@@ -40,8 +40,8 @@ class ReloadResult(msgspec.Struct, frozen=True):
 class Reload:
     """Looks at `files` while the `async with` block runs and calls `apply` when one has changed, one call at a time.
 
-    What `apply` raises is logged, reported to `tell` and kept in `last`, and what was in force stays: ConfigError
-    and LaunchRefused before anything was touched, another ServingError half-way. `apply` gets True if the operator
+    An error of `apply` is logged, reported to `tell` and kept in `last`, and the previous configuration stays:
+    ConfigError and LaunchRefused before any change, another ServingError after some. `apply` gets True if the operator
     has confirmed what was refused before.
     """
 

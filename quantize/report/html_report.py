@@ -22,7 +22,7 @@ from quantize.report.figures import (
     speed_figures,
 )
 from quantize.report.tables import Cell, Table, overview, provenance, quality_tables, verdict
-from quantize.report.variant_record import PairedCompletions, VariantRecord, WorstSample, read_variant_record
+from quantize.report.variant_record import CompletionPair, VariantRecord, WorstSample, read_variant_record
 
 WORST_SAMPLES = 8
 PAIRED_COMPLETIONS = 3
@@ -37,7 +37,7 @@ class Article:
     verdict: Cell
     blocks: tuple[Table | Figure | str, ...]
     worst: tuple[WorstSample, ...]
-    completions: tuple[PairedCompletions, ...]
+    completions: tuple[CompletionPair, ...]
     provenance: tuple[tuple[str, str], ...]
 
 

@@ -58,7 +58,7 @@ class WorstSample(_Shown):
     variant_top: tuple[tuple[str, float], ...] = ()
 
 
-class PairedCompletions(_Shown):
+class CompletionPair(_Shown):
     """Completions of one prompt by parent and variant."""
 
     prompt: str = ""
@@ -76,7 +76,7 @@ class Evaluation(_Shown):
 
     kl_histogram: KlHistogram | None = None
     worst: tuple[WorstSample, ...] = ()
-    generations: tuple[PairedCompletions, ...] = ()
+    generations: tuple[CompletionPair, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,10 +44,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """What a configuration file asks of this machine: addresses that are taken, and what keeps replicas from starting.
+    """What a configuration needs of this machine: addresses, and why replicas cannot start.
 
-    `addresses` maps a name to host, port and whether somebody listens there already. `without_tools` describes replicas
-    for which no tool parser is known.
+    `addresses` are name, address and whether it is in use. `without_tools` describes replicas for which no tool parser
+    is known.
     """
 
     file: str

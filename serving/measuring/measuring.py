@@ -42,7 +42,7 @@ class MeasurementSettings:
 
 @dataclass(frozen=True, slots=True)
 class Reporter:
-    """Who is told: `tell` gets a line, `progress` what a line on a terminal may show for a while."""
+    """Output of a benchmark: `tell` prints a line, `progress` updates the status line of a terminal."""
 
     tell: Tell
     progress: Callable[[str], None]
@@ -55,7 +55,7 @@ async def measure(
     place: BenchmarkContext,
     reporter: Reporter,
 ) -> Measurement:
-    """Run a subject under each concurrency; MeasuringFailed if one of them gives no figure."""
+    """Measure a target at each concurrency; MeasuringFailed if one gives no result."""
     async with (
         Probe() as probe,
         measured_server(subject, place, probe, reporter.tell) as server,

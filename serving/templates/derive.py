@@ -1,8 +1,8 @@
-"""A model's own template -> one that opens every thought itself, or that can turn thinking off.
+"""Derive a chat template that opens <think> itself, or that can turn thinking off, from the model's own.
 
-The own template stays as it is, inside a block that keeps what it renders; what is added looks at the end of that.
-So a prefix is never put twice, and a prompt that the own template leaves open elsewhere (after a tool's answer) is
-closed only where it was opened.
+The model's template stays unchanged inside a block that captures its output; the addition depends on how that ends. So
+a prefix is never doubled, and a prompt that the model's template leaves open elsewhere (after a tool result) is closed
+only where it was opened.
 """
 
 from collections.abc import Mapping
@@ -37,19 +37,19 @@ _SWITCHES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"enable
 
 @dataclass(frozen=True, slots=True)
 class TemplateRequirements:
-    """What a derived template must do: open each thought, turn thinking off when told to."""
+    """What a derived template must do: open <think> (`prefix`), honour `enable_thinking: false` (`off`)."""
 
     prefix: bool = False
     off: bool = False
 
     @property
     def name(self) -> str:
-        """How files that grant it are called."""
+        """Part of the file name of a derived template."""
         return "-".join(word for word, wanted in (("prefix", self.prefix), ("switch", self.off)) if wanted)
 
 
 def derived(template: ChatTemplate, requirements: TemplateRequirements) -> str:
-    """Write the template that does what is wished; TemplateUnusable if it doesn't come out as it must."""
+    """Return a template that meets the requirements; TemplateUnusable if its output is not the expected one."""
     if template.text is None:
         raise TemplateUnusable("the model has none")
     # Jinja2 leaves out one newline at the end of a template; in the middle it would stay.
@@ -65,7 +65,7 @@ def derived(template: ChatTemplate, requirements: TemplateRequirements) -> str:
 
 
 def _check(template: ChatTemplate, text: str, requirements: TemplateRequirements) -> None:
-    """Hold what is rendered before against what is rendered after."""
+    """Compare the output of both templates for sample chats; TemplateUnusable if it differs otherwise than required."""
     assert template.text is not None
     before, after = (renderer(each, template.special_tokens) for each in (template.text, text))
     for chat, switch, asks in product(_CHATS, _SWITCHES, (True, False)):
@@ -77,7 +77,7 @@ def _check(template: ChatTemplate, text: str, requirements: TemplateRequirements
 
 
 def _addition(own: str, requirements: TemplateRequirements, *, off: bool) -> str:
-    """Say what must stand behind the own prompt."""
+    """Return the text that must follow the prompt of the model's own template."""
     opened, closed = opens_thought(own), own.rstrip().endswith(END_THINK)
     if not off:
         return OPEN if requirements.prefix and not opened and not closed else ""

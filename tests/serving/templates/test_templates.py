@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from serving.replica import Thinking
-from serving.templates.capabilities import TemplateCapabilities, habits
+from serving.templates.capabilities import TemplateCapabilities, template_capabilities
 from serving.templates.derive import TemplateRequirements, derived
 from serving.templates.plan import decide
 from serving.templates.render import TemplateUnusable, renderer
@@ -35,16 +35,16 @@ CLOSED = "<think>\n\n</think>\n\n"
         (None, False, TemplateCapabilities("none")),
     ],
 )
-def test_habits(text: str | None, think_tokens: bool, expected: TemplateCapabilities) -> None:
+def test_template_capabilities(text: str | None, think_tokens: bool, expected: TemplateCapabilities) -> None:
     """Each family is told by what its template renders; one that never mentions thinking isn't even parsed."""
-    assert habits(ChatTemplate(text, think_tokens=think_tokens)) == expected
+    assert template_capabilities(ChatTemplate(text, think_tokens=think_tokens)) == expected
 
 
 @pytest.mark.parametrize("text", [families.BROKEN, families.FUSSY, "<think>{{ messages[7].content.x }}"])
 def test_templates_that_fail(text: str) -> None:
     """A template that can't be parsed, refuses a plain chat or crashes on it is told apart from one that works."""
     with pytest.raises(TemplateUnusable):
-        habits(ChatTemplate(text))
+        template_capabilities(ChatTemplate(text))
 
 
 @pytest.mark.parametrize("text", [families.QWEN3, families.R1_EARLY, families.PLAIN, families.LITERAL])
