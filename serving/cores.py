@@ -1,7 +1,7 @@
 """Assignment of cores to CPU replicas; pure.
 
-Two replicas on the same cores slow each other down by more than half, because threads spin while they wait for one that
-isn't scheduled. So each gets its own cores where there are enough. Threads of one physical core stay together, and so do
+Two replicas on the same cores slow each other down by more than half, because threads spin while waiting for one that
+is not scheduled. So each gets its own cores where there are enough. Threads of a physical core stay together, and so do
 cores of one NUMA node. Tokens/s of SmolLM2-135M on two cores with vLLM 0.32, for one request (and four) per replica:
 
     two replicas, a core each        56 (224)
