@@ -257,7 +257,7 @@ async def test_postgresql_is_away(postgresql: PostgreSQL, caplog: pytest.LogCapt
         await appeared(registry)
         with away(postgresql, how):
             publisher.registry.put(replica, State.DRAINING)
-            await eventually(lambda: "replicas stay as they were last seen" in caplog.text, PATIENCE_SECONDS)
+            await eventually(lambda: "replicas keep their last state" in caplog.text, PATIENCE_SECONDS)
             await eventually(lambda: "replicas keep running; retrying" in caplog.text, PATIENCE_SECONDS)
             await until(registry, lambda status: "the state database is silent" in status.reason)
             assert registry.status("int4-1").state is State.READY
