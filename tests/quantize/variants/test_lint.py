@@ -52,7 +52,10 @@ def test_a_variant_in_order_has_no_findings(tmp_path: Path, name: str) -> None:
         ({"group_size": 16}, "config: config.json: group_size is 16; vLLM supports -1, 32, 64, 128"),
         ({"sym": False}, "config: config.json: sym is not true; vLLM supports symmetric GPTQ only"),
         ({"desc_act": True}, "config: config.json: desc_act is true; vLLM 0.32 does not support activation order"),
-        ({"dynamic": {"+:.*mlp": {"desc_act": True}}}, "config: config.json: desc_act is true; vLLM 0.32 does not support"),
+        (
+            {"dynamic": {"+:.*mlp": {"desc_act": True}}},
+            "config: config.json: desc_act is true; vLLM 0.32 does not support",
+        ),
         ({"checkpoint_format": "marlin"}, "config: config.json: checkpoint_format is marlin; save it as gptq"),
         ({"quant_method": "awq"}, "config: config.json: awq is not supported"),
         ({"dynamic": {"-:.*q_proj": {}}}, f"tensors: {Q}: is quantized, and config.json says that it is not"),
