@@ -1,10 +1,9 @@
 """From what was asked for to a recipe: every check that needs no torch, before any work."""
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from config.hardware import has_gpu_driver
 from config.manifest import Engine, Override, Scheme
 from quantize.base import BaseModel, read_base
 from quantize.calibration.datasets import (
@@ -26,7 +25,6 @@ from quantize.schemes.scheme import PRESETS, require_loadable
 
 _FEWEST_TOKENS = 32
 _FOUR_BITS = [scheme for scheme in PRESETS.values() if scheme.bits == 4]  # widest groups, and so smallest, first
-_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def plan_variant(request: Request) -> tuple[Recipe, CalibrationSplit]:
@@ -56,7 +54,7 @@ def plan_variant(request: Request) -> tuple[Recipe, CalibrationSplit]:
 
 def present_engine() -> Engine:
     """Tell which engine this machine can run, without importing torch."""
-    return "cuda" if _NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi") else "cpu"
+    return "cuda" if has_gpu_driver() else "cpu"
 
 
 def check_numbers(request: Request) -> None:

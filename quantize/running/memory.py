@@ -1,7 +1,6 @@
 """How much memory quantizing takes, and how much there is."""
 
-from pathlib import Path
-
+from config.memory import read_memory
 from quantize.base import BaseModel
 from quantize.errors import MachineError
 
@@ -45,19 +44,6 @@ def require_memory(needed: int, available: int, *, what: str) -> None:
         )
 
 
-def available_bytes(root: Path = Path("/")) -> int:
-    """Read how much memory a new process may take: the machine's, or what the container is allowed if that is less."""
-    meminfo = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines() if ":" in line)
-    machine = int(meminfo["MemAvailable"].split()[0]) * 1024
-    return min([machine, *_container_bytes(root / "sys/fs/cgroup")])
-
-
-def _container_bytes(group: Path) -> list[int]:
-    """Read what is left of a container's limit, if it has one (cgroup v2); the page cache in it can be given back."""
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-        cache = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except OSError:
-        return []
-    return [int(limit) - used + int(cache.get("inactive_file", 0))] if limit.isdigit() else []
+def available_bytes() -> int:
+    """Read how much memory a new process may take: of this machine, or of its container."""
+    return read_memory().free_bytes

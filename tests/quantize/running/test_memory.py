@@ -7,7 +7,7 @@ import pytest
 
 from quantize.base import BaseModel, read_base
 from quantize.errors import MachineError, UsageError
-from quantize.running.memory import available_bytes, needed_bytes, require_memory, widest_inputs
+from quantize.running.memory import needed_bytes, require_memory, widest_inputs
 from tests.quantize.models import write_hollow_model
 
 GIGA = 10**9
@@ -51,31 +51,3 @@ def test_too_little_is_told_with_both_numbers() -> None:
     ) as told:
         require_memory(6 * GIGA, 5 * GIGA, what="x")
     assert isinstance(told.value, UsageError)
-
-
-@pytest.mark.parametrize(
-    "limit,used,inactive,expected",
-    [
-        (None, 0, 0, 8 * 1024**2 * 1024),
-        ("max", 10**9, 0, 8 * 1024**2 * 1024),
-        ("4000000000", 10**9, 0, 3 * 10**9),
-        ("4000000000", 10**9, 5 * 10**8, 35 * 10**8),
-        ("999000000000", 10**9, 0, 8 * 1024**2 * 1024),
-    ],
-)
-def test_what_there_is(tmp_path: Path, limit: str | None, used: int, inactive: int, expected: int) -> None:
-    """The machine's available memory, or what a container's limit leaves; cache in it can be given back."""
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 16777216 kB\nMemAvailable: 8388608 kB\nHugePages_Total: 0\n")
-    if limit is not None:
-        group = tmp_path / "sys/fs/cgroup"
-        group.mkdir(parents=True)
-        (group / "memory.max").write_text(f"{limit}\n")
-        (group / "memory.current").write_text(f"{used}\n")
-        (group / "memory.stat").write_text(f"anon 1\ninactive_file {inactive}\n")
-    assert available_bytes(tmp_path) == expected
-
-
-def test_this_machine_has_some() -> None:
-    """The real files can be read."""
-    assert available_bytes() > 0
