@@ -1,0 +1,72 @@
+"""What transformers would say while it loads a base: tensors that are missing, left over, or of another shape.
+
+The model is built on the meta device and loaded from the headers alone, with transformers' own renaming and merging
+of checkpoint tensors: the result is `output_loading_info` of `from_pretrained`, without reading a weight.
+A missing tensor is initialized at random by transformers, without an error: such a base must not be quantized.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_KINDS_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeMismatch:
+    """A tensor whose stored shape is not the one that config.json implies."""
+
+    name: str
+    stored: tuple[int, ...]
+    expected: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """Names as the model class `architecture` has them; `unexpected` ones as the files have them."""
+
+    architecture: str
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    mismatched: tuple[ShapeMismatch, ...] = ()
+
+    def problem(self) -> str | None:
+        """Say why the base can't be loaded as it is, and what to do; None if it can."""
+        if self.missing:
+            instead = f"; unknown: {_listed(self.unexpected)}" if self.unexpected else ""
+            return (
+                f"{_counted(self.missing)} missing that {self.architecture} needs: {_listed(self.missing)}{instead}; "
+                "save or copy the model again, with every tensor under its name in transformers"
+            )
+        if self.mismatched:
+            first = self.mismatched[0]
+            others = f" ({len(self.mismatched)} such tensors)" if len(self.mismatched) > 1 else ""
+            return (
+                f"{first.name} has shape {_shape(first.stored)}, and config.json implies {_shape(first.expected)}"
+                f"{others}; use the config.json of these weights"
+            )
+        return None
+
+    def note(self) -> str | None:
+        """Say which tensors no module of the model has."""
+        if not self.unexpected:
+            return None
+        return f"{_counted(self.unexpected)} unknown to {self.architecture}, not quantized: {_listed(self.unexpected)}"
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Name the first kinds of tensors: of those that differ by layer or expert only, the first, and how many."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"\.\d+\.", ".*.", name), []).append(name)
+    shown = [members[0] + (f" (in {len(members)} layers)" if len(members) > 1 else "") for members in kinds.values()]
+    more = f" and {len(shown) - _KINDS_SHOWN} more" if len(shown) > _KINDS_SHOWN else ""
+    return ", ".join(shown[:_KINDS_SHOWN]) + more
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
