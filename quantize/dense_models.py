@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantize.errors import VariantError
+from quantize.model_files.weight_files import weight_files
 from quantize.variants.weights import read_dense, read_packing
 
 _INT8_MAX = 127
@@ -76,7 +77,7 @@ def _placed(load: Callable[..., Any], base: Path, **options: Any) -> Any:
 
     if not torch.cuda.is_available():
         return load(dtype=torch.float32, **options).eval()
-    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in weight_files(base))
     free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
     where = placement(size, free)
     if where == "auto":

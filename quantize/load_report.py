@@ -9,6 +9,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quantize.base import BaseModel
+from quantize.errors import RecipeError
+from quantize.running.context import RunContext
+from quantize.running.worker import run_worker
+
 _KINDS_SHOWN = 3
 
 
@@ -23,9 +28,13 @@ class ShapeMismatch:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """Names as the model class `architecture` has them; `unexpected` ones as the files have them."""
+    """Names as the model class `architecture` has them, `unexpected` ones as the files have them.
+
+    `blocks` is the number of layers that config.json says.
+    """
 
     architecture: str
+    blocks: int
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[ShapeMismatch, ...] = ()
@@ -37,6 +46,12 @@ class LoadReport:
             return (
                 f"{_counted(self.missing)} missing that {self.architecture} needs: {_listed(self.missing)}{instead}; "
                 "save or copy the model again, with every tensor under its name in transformers"
+            )
+        stored_blocks = _blocks(self.unexpected)
+        if stored_blocks > self.blocks:
+            return (
+                f"config.json says {self.blocks} layers, and the weights have {stored_blocks}; use the config.json of "
+                "these weights"
             )
         if self.mismatched:
             first = self.mismatched[0]
@@ -52,6 +67,37 @@ class LoadReport:
         if not self.unexpected:
             return None
         return f"{_counted(self.unexpected)} unknown to {self.architecture}, not quantized: {_listed(self.unexpected)}"
+
+
+def require_loadable(base: BaseModel, context: RunContext) -> LoadReport:
+    """Build the base on the meta device in a child process (seconds); RecipeError if it can't be loaded as it is."""
+    job = {"base": str(base.directory.resolve())}
+    result = run_worker(
+        "quantize.load_report_child", job, folder=context.folder, environ=context.environ, on_progress=_ignore
+    )
+    mismatched = tuple(ShapeMismatch(**mismatch) for mismatch in result["mismatched"])
+    report = LoadReport(
+        architecture=result["architecture"],
+        blocks=result["blocks"],
+        missing=tuple(result["missing"]),
+        unexpected=tuple(result["unexpected"]),
+        mismatched=mismatched,
+    )
+    problem = report.problem()
+    if problem:
+        raise RecipeError(f"{base.directory}: {problem}")
+    return report
+
+
+def _ignore(_done: int, _total: int) -> None:
+    """Take no notice of progress: the child is done in seconds."""
+
+
+def _blocks(unexpected: Sequence[str]) -> int:
+    """Count the blocks up to the last of these tensors' own, MTP blocks (DeepSeek's `eh_proj`) left out."""
+    numbers = {name: int(found[1]) for name in unexpected if (found := re.search(r"(?:^|\.)layers\.(\d+)\.", name))}
+    predictors = {number for name, number in numbers.items() if name.endswith("eh_proj.weight")}
+    return max(set(numbers.values()) - predictors, default=-1) + 1
 
 
 def _counted(names: Sequence[str]) -> str:

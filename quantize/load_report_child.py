@@ -8,7 +8,7 @@ from typing import Any
 from quantize.errors import RecipeError, WeightFileError
 from quantize.load_report import LoadReport, ShapeMismatch
 from quantize.model_files.weight_files import stored_tensors
-from quantize.running.worker import Report, run_child
+from quantize.running.worker import WorkerChannel, run_child
 
 _TORCH_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -40,6 +40,7 @@ def read_load_report(directory: Path) -> LoadReport:
     )
     return LoadReport(
         architecture=kind.__name__,
+        blocks=getattr(config.get_text_config(), "num_hidden_layers", 0),
         missing=tuple(sorted(info["missing_keys"])),
         unexpected=tuple(sorted(info["unexpected_keys"])),
         mismatched=tuple(
@@ -88,7 +89,7 @@ def _last_line(error: Exception) -> str:
     return [line.strip() for line in str(error).splitlines() if line.strip()][-1:][0] if str(error).strip() else ""
 
 
-def report_child(job: dict[str, Any], _: Report) -> dict[str, Any]:
+def report_child(job: dict[str, Any], _: WorkerChannel) -> dict[str, Any]:
     """Child's work: `{base}` -> the fields of a LoadReport."""
     return asdict(read_load_report(Path(job["base"])))
 

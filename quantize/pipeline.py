@@ -52,6 +52,7 @@ def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, run_option
     require_space(out, disk_bytes(recipe.base, recipe.scheme))
     with staging(out) as variant:
         context = RunContext(work_folder(variant), run_options.environ, run_options.progress)
+        preflight.check_base(recipe.base, context)
         samples = tokenize_samples(recipe.base.directory, split, recipe.max_tokens, context)
         # Evaluation looks at the held-out side itself.
         preflight.check(recipe.base, replace(samples, held_out=[]), context, gpu=run_options.gpu)

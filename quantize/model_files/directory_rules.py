@@ -10,8 +10,7 @@ from quantize.model_files.weight_files import INDEX_FILE, WHOLE_FILE, loadable
 _ADAPTER_CONFIG = "adapter_config.json"
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-_LOCAL_PATH = re.compile(r"(/|~|[A-Za-z]:[\\/]|\\\\|file:)")
-_PROVENANCE_KEYS = frozenset({"_name_or_path", "name_or_path"})
+_LOCAL_PATH = re.compile(r"((/[^/]+){2,}|~(/[^/]+)+|\.{1,2}/.+|[A-Za-z]:\\.+)/?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ def missing_model(listing: Listing) -> str | None:
     if any(name.startswith("consolidated") for name in names) and not listing.safetensors:
         return "has Mistral's format only (consolidated.safetensors); get the transformers format, model*.safetensors"
     if any(name.endswith(".gguf") for name in names) and not listing.safetensors:
-        return "has only GGUF weights; run `python -m quantize.gguf FILE OUT_DIR` first"
+        return "has only GGUF weights; run python -m quantize.gguf FILE OUT_DIR first"
     if "config.json" not in names:
         return "not a transformers model: it has no config.json"
     return _missing_weights(listing)
@@ -110,9 +109,9 @@ def notes(listing: Listing, loaded: frozenset[str], config: Mapping[str, Any]) -
 
 
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy a config.json without the local path that it was loaded from (`_name_or_path`), at any depth."""
+    """Copy a config.json without the local paths in it, such as `_name_or_path` of a trainer; at any depth."""
     return {
         key: portable_config(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if not (key in _PROVENANCE_KEYS and isinstance(value, str) and _LOCAL_PATH.match(value))
+        if not (isinstance(value, str) and _LOCAL_PATH.fullmatch(value))
     }

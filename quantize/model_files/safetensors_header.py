@@ -4,6 +4,7 @@ Format (https://huggingface.co/docs/safetensors): the length of the header in 8 
 ({name: {dtype, shape, data_offsets: [first, end)}}, offsets counted from the end of the header), then the data.
 """
 
+import builtins
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class StoredTensor:
     file: Path = Path()
     start: int = 0
 
-    def read(self) -> bytes:
+    def read(self) -> builtins.bytes:
         """Read the tensor's data."""
         with self.file.open("rb") as stream:
             stream.seek(self.start)

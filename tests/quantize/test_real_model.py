@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from config.manifest import Manifest
-from quantize.base import kept_files, read_base
+from quantize.base import read_base
+from quantize.model_files.kept_files import kept_files
 from quantize.schemes.forecast import predicted_bytes
 from quantize.variants.weights import read_dense
 from tests.fakes.running import wait_until

@@ -84,20 +84,24 @@ def with_tensors(extra: Shapes | None = None, *, without: Iterable[str] = ()) ->
     return change
 
 
-def with_file(name: str, content: bytes | str = "x") -> Callable[[Path], None]:
+def with_file(name: str, content: str = "x") -> Callable[[Path], None]:
     """Add a file."""
-    return lambda directory: write_file(directory / name, content)
 
+    def change(directory: Path) -> None:
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(content)
 
-def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file and the directories above it."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return change
 
 
 def without(*names: str) -> Callable[[Path], None]:
     """Remove files."""
-    return lambda directory: [(directory / name).unlink() for name in names] and None
+
+    def change(directory: Path) -> None:
+        for name in names:
+            (directory / name).unlink()
+
+    return change
 
 
 def both(*changes: Callable[[Path], None]) -> Callable[[Path], None]:
@@ -147,6 +151,11 @@ def packed(directory: Path) -> None:
     (directory / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4096))
 
 
+def renamed_weights(directory: Path) -> None:
+    """Give the weights a name that transformers doesn't look for."""
+    (directory / "model.safetensors").rename(directory / "weights.safetensors")
+
+
 def with_byte_order_mark(directory: Path) -> None:
     """Write config.json as some editors do."""
     path = directory / "config.json"
@@ -173,7 +182,7 @@ FORMS = (
     Form("LoRA adapter", both(without(_WEIGHTS, "config.json"), with_adapter)),
     Form("LoRA adapter with config.json", both(without(_WEIGHTS), with_adapter)),
     Form("adapter beside merged weights", with_adapter),
-    Form("other names of the weights", lambda directory: (directory / _WEIGHTS).rename(directory / "w.safetensors") and None),
+    Form("other names of the weights", renamed_weights),
     Form("Hugging Face cache entry", both(without(_WEIGHTS, "config.json"), with_file("snapshots/x"))),
     Form("`quantization_config: null`", configured(quantization_config=None)),
     Form("`quantization_config` left by a QLoRA merge", configured(quantization_config=_BNB)),
@@ -186,14 +195,17 @@ FORMS = (
     Form("paths of the training machine", configured(_name_or_path="/home/me/QwQ-32B")),
     Form("files of a trainer", both(with_file("trainer_state.json", "{}"), with_file("optimizer.pt"))),
 )
-_RENAMED = {f"_orig_mod.{UP_PROJ}": (128, 64)}
+_RENAMED: Shapes = {f"_orig_mod.{UP_PROJ}": (128, 64)}
 # Seen by building the model on the meta device.
 LOADED_FORMS = (
     Form("in order", lambda _: None),
     Form("a matrix missing", with_tensors(without=[UP_PROJ])),
     Form("a norm missing", with_tensors(without=["model.layers.1.input_layernorm.weight"])),
     Form("`lm_head` missing, embeddings not tied", with_tensors(without=["lm_head.weight"])),
-    Form("`lm_head` missing, embeddings tied", both(configured(tie_word_embeddings=True), with_tensors(without=["lm_head.weight"]))),
+    Form(
+        "`lm_head` missing, embeddings tied",
+        both(configured(tie_word_embeddings=True), with_tensors(without=["lm_head.weight"])),
+    ),
     Form("own `lm_head`, embeddings tied", configured(tie_word_embeddings=True)),
     Form("tensors with a prefix", with_tensors(_RENAMED, without=[UP_PROJ])),
     Form("tensors that the model doesn't know", with_tensors({"model.layers.2.eh_proj.weight": (64, 128)})),
@@ -201,8 +213,14 @@ LOADED_FORMS = (
     Form("config.json of another size", configured(intermediate_size=256)),
     Form("embeddings resized, `vocab_size` not", with_tensors({"model.embed_tokens.weight": (40, 64)})),
     Form("unknown model type", configured(model_type="brandnew")),
-    Form("own code for an unknown model type", configured(model_type="brandnew", auto_map={"AutoConfig": "configuration_x.XConfig"})),
-    Form("own code for a known model type", both(configured(auto_map={"AutoConfig": "configuration_x.XConfig"}), with_file("configuration_x.py"))),
+    Form(
+        "own code for an unknown model type",
+        configured(model_type="brandnew", auto_map={"AutoConfig": "configuration_x.XConfig"}),
+    ),
+    Form(
+        "own code for a known model type",
+        both(configured(auto_map={"AutoConfig": "configuration_x.XConfig"}), with_file("configuration_x.py")),
+    ),
     Form("not a causal language model", configured(model_type="t5")),
     Form("invalid config.json", configured(num_attention_heads="four")),
 )

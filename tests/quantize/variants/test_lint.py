@@ -185,7 +185,7 @@ def test_a_truncated_weight_file_is_told(tmp_path: Path) -> None:
     whole = (variant / "model.safetensors").read_bytes()
     (variant / "model.safetensors").write_bytes(whole[:-1])
     (line,) = found(variant, None)
-    assert "is cut off" in line
+    assert "truncated: " in line
 
 
 def test_words_of_the_parent_are_the_parents(tmp_path: Path) -> None:
