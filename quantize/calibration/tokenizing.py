@@ -123,6 +123,33 @@ def longest_input(config: dict[str, Any]) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
+def vocabulary_size(config: dict[str, Any]) -> int | None:
+    """How many rows the embeddings have, by a model's configuration."""
+    size = config.get("text_config", config).get("vocab_size")
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def require_embedded(base: Path, samples: Iterable[Sample], rows: int | None) -> None:
+    """Raise RecipeError for a sample with a token beyond the embeddings' `rows`: the model can't read it."""
+    if rows is None:
+        return
+    for sample in samples:
+        largest = max(sample.ids, default=0)
+        if largest >= rows:
+            raise RecipeError(
+                f"{base}: its tokenizer gives token id {largest}, and the embeddings have {rows} rows "
+                f"({sample.where}); resize them (resize_token_embeddings), or use the tokenizer that it was "
+                "trained with"
+            )
+
+
+def vocabulary_notes(tokens: int, rows: int | None) -> list[str]:
+    """Warn of a tokenizer that is larger than the embeddings; tokens that no text uses do no harm."""
+    if rows is None or tokens <= rows:
+        return []
+    return [f"warning: the tokenizer has {tokens} tokens and the embeddings {rows} rows; requests with the others fail"]
+
+
 def tokenize_split(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     """Child's work: `{base, max_tokens, max_bad, rows: {side: [row]}}` -> `{max_tokens, sides, refused, notes}`.
 
@@ -132,7 +159,8 @@ def tokenize_split(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any
     sides = {side: list(map(Record.from_dict, records)) for side, records in job["rows"].items()}
     every = [record for records in sides.values() for record in records]
     tokenizer = load_tokenizer(base, chats=any(record.messages for record in every))
-    limit = longest_input(json.loads((base / "config.json").read_bytes())) or job["max_tokens"]
+    config = json.loads((base / "config.json").read_bytes())
+    limit = longest_input(config) or job["max_tokens"]
     max_tokens = min(job["max_tokens"], limit)
     problems: list[str] = []
     encoded = _encode_all(every, tokenizer, max_tokens, channel, problems)
@@ -143,11 +171,13 @@ def tokenize_split(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any
     for side, records in sides.items():
         pairs = [(record, sample) for record, sample in zip(records, samples[side], strict=True) if sample]
         require_reasoning([record for record, _ in pairs], [sample for _, sample in pairs], markers_of(tokenizer))
+    rows = vocabulary_size(config)
+    require_embedded(base, [sample for sample in encoded if sample], rows)
     return {
         "max_tokens": max_tokens,
         "sides": {side: [sample and asdict(sample) for sample in encoded] for side, encoded in samples.items()},
         "refused": problems,
-        "notes": tool_notes(every, tokenizer),
+        "notes": [*tool_notes(every, tokenizer), *vocabulary_notes(len(tokenizer), rows)],
     }
 
 

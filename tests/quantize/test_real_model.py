@@ -181,7 +181,7 @@ def test_a_weight_that_is_no_number_is_an_error_by_name(tiny_variants: Path, tmp
         "main", base, "--scheme", "w4a16-g64", "--data", tiny_variants / "chats.jsonl", "--out", tmp_path / "out"
     )
     assert done.returncode == 2
-    told = "in every sample, first in model.layers.0.mlp.up_proj, whose own weights are no numbers"
+    told = "in every sample, first in model.layers.0.mlp.up_proj, whose own weights have NaN or Inf"
     assert told in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 

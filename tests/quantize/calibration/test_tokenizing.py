@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import asdict
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -221,6 +222,24 @@ def test_no_sample_is_longer_than_the_models_positions(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", PLAIN, adds_bos=False)
     (sample,) = tokenized(base, [row(text="x" * 5000)], max_tokens=1_000_000)
     assert (len(sample["ids"]), sample["cut_tokens"]) == (4096, 904)
+
+
+def test_a_token_without_a_row_in_the_embeddings_is_refused(tmp_path: Path) -> None:
+    """A tokenizer with added tokens over embeddings that were not resized: told before anything is computed."""
+    base = write_base(tmp_path / "base", PLAIN, adds_bos=False)
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps({**config, "vocab_size": 80}))
+    with pytest.raises(RecipeError, match=r"gives token id 87, and the embeddings have 80 rows \(f:2\); resize them"):
+        tokenized(base, [row(text="aaa"), row("f:2", text="xxx")])
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_told(tmp_path: Path) -> None:
+    """Where no text uses the tokens beyond, that is a warning."""
+    base = write_base(tmp_path / "base", PLAIN, adds_bos=False)
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps({**config, "vocab_size": 80}))
+    _, said = calibrated(base, [row(text="aaa")], tmp_path, max_tokens=64)
+    assert re.search(r"warning: the tokenizer has \d+ tokens and the embeddings 80 rows; requests with", said)
 
 
 def test_bare_text_needs_no_template_but_chats_do(tmp_path: Path) -> None:
