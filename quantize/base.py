@@ -16,7 +16,6 @@ from quantize.model_files.directory_rules import (
     adapter_conflict,
     ambiguous_weights,
     missing_model,
-    multimodal_parts,
     notes,
     quantization_problem,
 )
@@ -72,7 +71,7 @@ def read_base(directory: Path, *, digested: bool = True) -> BaseModel:
         weights = weight_files(directory)
     except WeightFileError as error:
         raise RecipeError(f"{error}; copy the model again") from None
-    _require_text_model(directory, listing, config, index, tensors)
+    _require_unquantized(directory, listing, config, index, tensors)
     files = model_files(directory)
     return BaseModel(
         directory=directory,
@@ -160,7 +159,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _require_text_model(
+def _require_unquantized(
     directory: Path,
     listing: Listing,
     config: Mapping[str, Any],
@@ -173,12 +172,6 @@ def _require_text_model(
         or adapter_conflict(listing, peft_installed=find_spec("peft") is not None)
         or quantization_problem(config, frozenset(tensor.dtype for tensor in tensors.values()))
     )
-    parts = multimodal_parts(config)
-    if not problem and parts:
-        problem = (
-            f"is a multimodal model ({', '.join(parts)}), and only text models are quantized; save its language model "
-            "by itself, with the text_config as config.json"
-        )
     if problem:
         raise RecipeError(f"{directory}: {problem}")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from quantize.errors import RecipeError, WeightFileError
 from quantize.load_report import LoadReport, ShapeMismatch
+from quantize.model_class import model_class
 from quantize.model_files.weight_files import stored_tensors
 from quantize.running.worker import WorkerChannel, run_child
 
@@ -21,7 +22,9 @@ def read_load_report(directory: Path) -> LoadReport:
     import torch  # noqa: PLC0415
 
     config = _read_config(directory)
-    kind = _model_class(directory, config)
+    kind = model_class(config)
+    if kind is None:
+        raise RecipeError(f"{directory}: transformers has no language model of type {config.model_type}")
     try:
         stored = stored_tensors(directory)
     except WeightFileError as error:
@@ -68,15 +71,6 @@ def _read_config(directory: Path) -> Any:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise RecipeError(f"{directory / 'config.json'}: transformers refuses it: {_last_line(error)}") from None
-
-
-def _model_class(directory: Path, config: Any) -> Any:
-    """Give the class that the solver and the evaluation load."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING  # noqa: PLC0415
-
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise RecipeError(f"{directory}: transformers has no causal language model of type {config.model_type}")
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def _torch_dtype(name: str) -> Any:

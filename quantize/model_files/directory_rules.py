@@ -104,6 +104,9 @@ def notes(listing: Listing, loaded: frozenset[str], config: Mapping[str, Any]) -
         yield f"not used: {', '.join(unused)}"
     if any(name.endswith(".bin") and name.startswith("pytorch_model") for name in listing.names):
         yield "not used: pytorch_model*.bin, beside safetensors"
+    parts = multimodal_parts(config)
+    if parts:
+        yield f"multimodal: the language model is quantized, the rest copied as it is ({', '.join(parts)})"
     if "quantization_config" in config:
         yield "quantization_config of config.json is null, and ignored"
 

@@ -221,6 +221,6 @@ LOADED_FORMS = (
         "own code for a known model type",
         both(configured(auto_map={"AutoConfig": "configuration_x.XConfig"}), with_file("configuration_x.py")),
     ),
-    Form("not a causal language model", configured(model_type="t5")),
+    Form("not a language model", configured(model_type="t5")),
     Form("invalid config.json", configured(num_attention_heads="four")),
 )
