@@ -3,8 +3,8 @@
 from typing import Any
 
 
-def model_class(config: Any) -> type[Any] | None:
-    """Give the class for a transformers config; None if transformers has none that generates text.
+def model_class(config: Any) -> Any:
+    """Give the class for a transformers config, None if transformers has none that generates text.
 
     A multimodal model is loaded whole, so that its tensors keep their names; text alone doesn't touch the other parts.
     """
