@@ -5,46 +5,40 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from config.manifest import sha256_of
-from quantize.errors import RecipeError
+from quantize.errors import RecipeError, WeightFileError
+from quantize.model_files.directory_rules import (
+    Listing,
+    adapter_conflict,
+    ambiguous_weights,
+    missing_model,
+    notes,
+    quantization_problem,
+)
+from quantize.model_files.kept_files import code_files
+from quantize.model_files.safetensors_header import StoredTensor
+from quantize.model_files.weight_files import read_index, stored_tensors, weight_files
 
-_MODEL_SUFFIXES = frozenset({".safetensors", ".json", ".jinja", ".model", ".txt"})
+_MODEL_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken"})
 # Sealed or measured by us beside a model; they say nothing about what the model computes.
 _NOT_THE_MODEL = frozenset({"manifest.json", "capacity.json"})
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_STORED_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _BLOCK = re.compile(r"(^|\.)(layers|h|blocks)\.\d+\.")
 _SIZE_WORDS = {"hidden size": "hidden_size", "intermediate size": "intermediate_size"}
-# What a client-visible model is besides its weights: copied to variants byte for byte, never saved again.
-KEPT_FILES = (
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """What a safetensors header says of one tensor."""
-
-    shape: tuple[int, ...]
-    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
     """A base that was found in order: safetensors weights with a config beside them.
 
-    `tensors` are all that it stores; `shapes` maps its blocks' linear layers to (out_features, in_features).
+    `tensors` are all that it stores; `shapes` maps its blocks' linear layers to (out_features, in_features). `notes`
+    say which of its files are not used.
     """
 
     directory: Path
@@ -55,85 +49,66 @@ class BaseModel:
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int]]
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
         """Well-known dimensions by the word people use for them."""
-        return {word: self.config[key] for word, key in _SIZE_WORDS.items() if isinstance(self.config.get(key), int)}
+        config = text_config(self.config)
+        return {word: config[key] for word, key in _SIZE_WORDS.items() if isinstance(config.get(key), int)}
 
 
 def read_base(directory: Path, *, digested: bool = True) -> BaseModel:
-    """Read a base directory; RecipeError says what is missing.
+    """Read a base directory; RecipeError says why it can't be quantized, and what to do.
 
     The digest takes reading every byte; without `digested` it stays empty, which is enough for a forecast.
     """
+    listing = _require_model(directory)
     config = _read_config(directory)
-    weights = weight_files(directory)
-    _require_weights(directory, weights)
+    try:
+        tensors = stored_tensors(directory)
+        index = read_index(directory)
+        weights = weight_files(directory)
+    except WeightFileError as error:
+        raise RecipeError(f"{error}; copy the model again") from None
+    _require_unquantized(directory, listing, config, index, tensors)
     files = model_files(directory)
-    tensors = stored_tensors(directory, weights)
     return BaseModel(
         directory=directory,
         name=directory.resolve().name,
-        dtype=_dtype_of(config),
+        dtype=_dtype_of(config, tensors),
         digest=digest_of({file.name: sha256_of(file) for file in files}) if digested else "",
         bytes=sum(file.stat().st_size for file in files),
         config=config,
         shapes=linear_shapes(tensors),
         tensors=tensors,
+        notes=tuple(notes(listing, frozenset(file.name for file in weights), config)),
     )
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """List the safetensors files of a model directory in a stable order."""
-    return sorted(directory.glob("*.safetensors"))
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give the part of a config.json that is about the language model: `text_config`, or all of it."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
 
 
 def model_files(directory: Path) -> list[Path]:
-    """List the files that decide what a model computes."""
-    return sorted(
+    """List the files that decide what a model computes: weights that are loaded, configs, tokenizer, own code."""
+    described = {
         file
         for file in directory.iterdir()
         if file.suffix in _MODEL_SUFFIXES
         and not file.name.startswith(".")
         and file.name not in _NOT_THE_MODEL
         and file.is_file()
-    )
-
-
-def kept_files(directory: Path) -> list[Path]:
-    """List the tokenizer, template and generation files that a variant takes over byte for byte."""
-    return [directory / name for name in KEPT_FILES if (directory / name).is_file()]
+    }
+    return sorted(described | set(weight_files(directory)) | code_files(directory))
 
 
 def digest_of(digests: Mapping[str, str]) -> str:
     """Digest a set of files from their names and sha256 sums, independent of where they lie."""
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def stored_tensors(directory: Path, weights: list[Path]) -> dict[str, StoredTensor]:
-    """Read the headers of a model's weight files, of those that its index names if it has one."""
-    index = directory / "model.safetensors.index.json"
-    wanted = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else None
-    tensors: dict[str, StoredTensor] = {}
-    for file in weights:
-        if wanted is None or file.name in wanted:
-            tensors |= read_header(file)
-    return tensors
-
-
-def read_header(file: Path) -> dict[str, StoredTensor]:
-    """Read a safetensors header: 8 bytes of little-endian length, then JSON."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= file.stat().st_size:
-                raise RecipeError(f"{file}: not a safetensors file; copy the model again")
-            header = json.loads(stream.read(length))
-    except ValueError:
-        raise RecipeError(f"{file}: its safetensors header is damaged; copy the model again") from None
-    return {name: _stored(entry) for name, entry in header.items() if name != "__metadata__"}
 
 
 def linear_shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, int]]:
@@ -145,43 +120,70 @@ def linear_shapes(tensors: Mapping[str, StoredTensor]) -> dict[str, tuple[int, i
     }
 
 
-def _stored(entry: Mapping[str, Any]) -> StoredTensor:
-    start, end = entry["data_offsets"]
-    return StoredTensor(tuple(entry["shape"]), end - start)
-
-
 def slug(name: str) -> str:
     """Reduce a name to lower-case letters, digits, dots and single hyphens."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "model"
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _require_model(directory: Path) -> Listing:
     if not directory.is_dir():
         raise RecipeError(f"{directory}: no such model directory")
-    path = directory / "config.json"
-    if not path.is_file():
-        raise RecipeError(f"{directory}: not a transformers model: it has no config.json")
+    listing = Listing(frozenset(path.name for path in directory.iterdir()), _adapter_base(directory))
+    problem = missing_model(listing)
+    if problem:
+        raise RecipeError(f"{directory}: {problem}")
+    return listing
+
+
+def _adapter_base(directory: Path) -> str | None:
     try:
-        config = json.loads(path.read_bytes())
+        base = json.loads((directory / "adapter_config.json").read_bytes())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return base if isinstance(base, str) else None
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    encoded = path.read_bytes()
+    if encoded.startswith(_BYTE_ORDER_MARK):
+        raise RecipeError(
+            f"{path}: begins with a byte order mark, which transformers and vLLM refuse; save it as plain UTF-8"
+        )
+    try:
+        config = json.loads(encoded)
     except ValueError as error:
         raise RecipeError(f"{path}: not JSON ({error}); copy the model again") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise RecipeError(f"{path}: not a transformers model: it names no model_type")
-    if "quantization_config" in config:
-        raise RecipeError(f"{directory}: is already quantized; quantize its unquantized parent instead")
     return config
 
 
-def _require_weights(directory: Path, weights: list[Path]) -> None:
-    if weights:
-        return
-    if any(directory.glob("*.bin")):
-        raise RecipeError(f"{directory}: has only .bin weights; save the model as safetensors first")
-    if any(directory.glob("*.gguf")):
-        raise RecipeError(f"{directory}: has only GGUF weights; run `python -m quantize.gguf FILE OUT_DIR` first")
-    raise RecipeError(f"{directory}: not a transformers model: it has no *.safetensors weights")
+def _require_unquantized(
+    directory: Path,
+    listing: Listing,
+    config: Mapping[str, Any],
+    index: Mapping[str, str] | None,
+    tensors: Mapping[str, StoredTensor],
+) -> None:
+    indexed = None if index is None else frozenset(index.values())
+    problem = (
+        ambiguous_weights(listing, indexed)
+        or adapter_conflict(listing, peft_installed=find_spec("peft") is not None)
+        or quantization_problem(config, frozenset(tensor.dtype for tensor in tensors.values()))
+    )
+    if problem:
+        raise RecipeError(f"{directory}: {problem}")
 
 
-def _dtype_of(config: Mapping[str, Any]) -> str:
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    return _DTYPES.get(name, name)
+def _dtype_of(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:
+    """Tell a model's dtype from its config; from most of its weights where the config doesn't say."""
+    for told in (config, text_config(config)):
+        name = told.get("dtype") or told.get("torch_dtype")
+        if isinstance(name, str):
+            return _DTYPES.get(name, name)
+    sizes: dict[str, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.bytes
+    largest = max(sizes, key=lambda dtype: sizes[dtype], default="F32")
+    return _STORED_DTYPES.get(largest, "fp32")

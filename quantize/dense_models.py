@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import VariantError
+from quantize.errors import RecipeError, VariantError
+from quantize.model_class import model_class
+from quantize.model_files.weight_files import weight_files
 from quantize.variants.weights import read_dense, read_packing
 
 _INT8_MAX = 127
@@ -24,20 +26,14 @@ def placement(model_bytes: int, free_bytes: Sequence[int]) -> str:
 
 def load_base(base: Path) -> Any:
     """Load an unquantized model for evaluation."""
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
-
-    return _placed(partial(AutoModelForCausalLM.from_pretrained, base), base, local_files_only=True)
+    kind, _ = _class_of(base)
+    return _placed(partial(kind.from_pretrained, base), base, local_files_only=True)
 
 
 def load_variant(variant: Path, base: Path) -> Any:
     """Load a variant as the dense model that it stands for; VariantError where it doesn't fit its base."""
-    import torch  # noqa: PLC0415
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
-
     dense, layers = read_dense(variant)
-    config = AutoConfig.from_pretrained(base, local_files_only=True)
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config))
+    kind, config = _class_of(base)
     try:
         model = _placed(partial(kind.from_pretrained, None), base, config=config, state_dict=dense)
     except RuntimeError as error:
@@ -71,12 +67,23 @@ def reclaim() -> None:
         torch.cuda.empty_cache()
 
 
+def _class_of(base: Path) -> tuple[Any, Any]:
+    """Give a base's model class and its config; RecipeError where transformers has no such class."""
+    from transformers import AutoConfig  # noqa: PLC0415
+
+    config = AutoConfig.from_pretrained(base, local_files_only=True)
+    kind = model_class(config)
+    if kind is None:
+        raise RecipeError(f"{base}: transformers has no language model of type {config.model_type}")
+    return kind, config
+
+
 def _placed(load: Callable[..., Any], base: Path, **options: Any) -> Any:
     import torch  # noqa: PLC0415
 
     if not torch.cuda.is_available():
         return load(dtype=torch.float32, **options).eval()
-    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in weight_files(base))
     free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
     where = placement(size, free)
     if where == "auto":

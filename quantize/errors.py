@@ -11,6 +11,7 @@ QuantizeError                 exit code 1
 ├── SpaceError                the disk filled up on the way
 ├── WorkerError               a child process ended without a result
 ├── SolveError                GPTQ fell back or diverged in named modules
+├── WeightFileError           a weight file is missing, damaged or truncated
 └── VariantError              a variant directory can't be read back, or was altered
 """
 
@@ -71,6 +72,10 @@ class WorkerError(QuantizeError):
 
 class SolveError(QuantizeError):
     """The solver gave up on modules and rounded them to nearest, or its loss is no number."""
+
+
+class WeightFileError(QuantizeError):
+    """A safetensors file or its index is missing, damaged or truncated; names the file, not what to do."""
 
 
 class VariantError(QuantizeError):

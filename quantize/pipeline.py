@@ -28,6 +28,7 @@ from quantize.calibration.samples import Samples, tokenize_samples
 from quantize.calibration.self_generation import self_generate
 from quantize.errors import CalibrationError, RecipeError
 from quantize.evaluation.evaluate import EVIDENCE_FILE, EvaluationPlan, evaluate
+from quantize.load_report import check_base
 from quantize.mixed_precision.auto_scheme import resolve_auto
 from quantize.options import RunOptions
 from quantize.planning.dry_run import lowest_bits
@@ -52,6 +53,7 @@ def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, run_option
     require_space(out, disk_bytes(recipe.base, recipe.scheme))
     with staging(out) as variant:
         context = RunContext(work_folder(variant), run_options.environ, run_options.progress)
+        check_base(recipe.base, run_options.environ, run_options.progress)
         samples = tokenize_samples(recipe.base.directory, split, recipe.max_tokens, context)
         # Evaluation looks at the held-out side itself.
         preflight.check(recipe.base, replace(samples, held_out=[]), context, gpu=run_options.gpu)

@@ -15,7 +15,7 @@ from quantgate import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / folder / "README.md" for folder in (".", "gateway", "serving", "quantize")]
-DOCUMENTS = [*READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+DOCUMENTS = [*READMES, ROOT / "quantize" / "model-directories.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
 def name_of(document: Path) -> str:

@@ -12,8 +12,8 @@ from quantize.backends.gptqmodel import visible_devices
 from quantize.backends.isolation import Pins, isolated_python
 from quantize.backends.losses import SolvedModule, by_damping, loss_ratio, require_solved
 from quantize.backends.protocol import QuantizeResult, SolveJob
-from quantize.base import weight_files
 from quantize.errors import RecipeError
+from quantize.model_files.weight_files import INDEX_FILE, weight_files
 from quantize.planning.recipe import Recipe
 from quantize.running.worker import run_worker
 from quantize.schemes.settings import SolverSettings
@@ -23,7 +23,6 @@ PINS = Pins("auto-gptq 0.7.1", Path(__file__).with_name("autogptq-requirements.t
 
 _CHILD = "quantize.backends.autogptq_child"
 _WRITER = "quantize.backends.writing_child"
-_INDEX = "model.safetensors.index.json"
 
 
 @dataclass(slots=True)
@@ -98,7 +97,7 @@ def older_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def write_older_base(base: Path, into: Path) -> Path:
     """Make a directory that is `base` for transformers 4: links to its weights, and its configuration reworded."""
     into.mkdir()
-    index = [base / _INDEX] if (base / _INDEX).is_file() else []
+    index = [base / INDEX_FILE] if (base / INDEX_FILE).is_file() else []
     for file in (*weight_files(base), *index):
         (into / file.name).symlink_to(file.resolve())
     write_json(into / "config.json", older_config(json.loads((base / "config.json").read_bytes())))

@@ -1,7 +1,7 @@
-"""Are a base's logits numbers on every sample? Runs as a child process, before any quantizing.
+"""NaN/Inf check of a base's logits on every sample. Runs as a child process, before any quantizing.
 
-One activation that is no number makes a Hessian unusable: then Cholesky fails, or a module is quietly rounded instead
-of solved. The cause is a sample or a weight, and this names it.
+A single NaN or Inf makes a Hessian unusable: then Cholesky fails, or a module is silently rounded to nearest instead of
+solved. The cause is a sample or a weight; the error names it.
 """
 
 import sys
@@ -21,9 +21,9 @@ _SAMPLES_NAMED = 10
 
 @dataclass(frozen=True, slots=True)
 class NonFiniteModule:
-    """The first module whose output is no number, and the first token for which it is none.
+    """The first module with a NaN or Inf in its output, and the first token for which it has one.
 
-    `finite_inputs` if what it got still was; `finite_weights` if its own weights are.
+    `finite_inputs`: whether its inputs were finite; `finite_weights`: whether its own weights are.
     """
 
     module: str
@@ -34,7 +34,7 @@ class NonFiniteModule:
     def __str__(self) -> str:
         """Say where to look."""
         if not self.finite_weights:
-            return f"{self.module}, whose own weights are no numbers"
+            return f"{self.module}, whose own weights have NaN or Inf"
         return self.module if self.finite_inputs else f"what comes right before {self.module}"
 
 
@@ -49,7 +49,7 @@ def check_samples(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]
     total, done, non_finite = sum(len(sample["ids"]) for sample in samples), 0, []
     with torch.inference_mode():
         for sample in samples:
-            # A sum is a number only if every term is; it needs no memory, unlike a mask of the same shape.
+            # A sum is finite only if every term is; it needs no memory, unlike a mask of the same shape.
             sums = [logits.sum(dtype=torch.float32) for _, logits in _logits(model, sample["ids"])]
             if not all(map(_is_finite, sums)):
                 non_finite.append(sample)
@@ -62,7 +62,7 @@ def check_samples(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]
 
 
 def find_non_finite_module(model: Any, ids: Sequence[int]) -> NonFiniteModule | None:
-    """Let a model read token ids again and find the first module whose output is no number, or None."""
+    """Let a model read token ids again and find the first module with a NaN or Inf in its output, or None."""
     with _watched(model) as found:
         for start, _ in _logits(model, ids):
             if found:
@@ -73,17 +73,18 @@ def find_non_finite_module(model: Any, ids: Sequence[int]) -> NonFiniteModule | 
 def explained(
     base: Path, non_finite: Sequence[dict[str, Any]], modules: Sequence[NonFiniteModule | None], *, every: bool
 ) -> CalibrationError | RecipeError:
-    """Blame the base where every sample fails in weights that are no numbers, and the samples otherwise."""
+    """Blame the base where every sample fails in non-finite weights, and the samples otherwise."""
     if every and all(found and not found.finite_weights for found in modules):
         return RecipeError(
-            f"{base}: its logits are no numbers in every sample, first in {modules[0]}; mend it or copy it again"
+            f"{base}: its logits are NaN or Inf in every sample, first in {modules[0]}; copy the model again, "
+            "or train it anew"
         )
     return CalibrationError([_told(sample, found) for sample, found in zip(non_finite, modules, strict=False)])
 
 
 def _told(sample: dict[str, Any], found: NonFiniteModule | None) -> str:
     place = f", first in {found}, at token {found.token} (id {sample['ids'][found.token]})" if found else ""
-    return f"{sample['where']}: the base's logits are no numbers{place}; remove this line or mend the base"
+    return f"{sample['where']}: the base's logits are NaN or Inf{place}; remove this row, or repair the base"
 
 
 def _logits(model: Any, ids: Sequence[int]) -> Iterator[tuple[int, Any]]:
@@ -99,7 +100,7 @@ def _logits(model: Any, ids: Sequence[int]) -> Iterator[tuple[int, Any]]:
 
 @contextmanager
 def _watched(model: Any) -> Iterator[list[NonFiniteModule]]:
-    """Lend a list that gets the first module to finish with an output that is no number."""
+    """Lend a list that gets the first module whose output has a NaN or Inf."""
     found: list[NonFiniteModule] = []
 
     def watch(name: str) -> Any:
@@ -119,7 +120,7 @@ def _watched(model: Any) -> Iterator[list[NonFiniteModule]]:
 
 
 def _first_token(output: Any) -> int:
-    """Find the first token [batch, T, ...] for which a module's output is no number; 0 where it has no such shape."""
+    """Find the first token [batch, T, ...] with a NaN or Inf in a module's output; 0 where it has no such shape."""
     tensor = next(iter(output)) if isinstance(output, tuple | list) else output
     if tensor.dim() < 3:
         return 0
@@ -128,7 +129,7 @@ def _first_token(output: Any) -> int:
 
 
 def _is_finite(value: Any) -> bool:
-    """Whether every tensor in a module's inputs or outputs holds numbers alone."""
+    """Whether every tensor in a module's inputs or outputs is finite."""
     import torch  # noqa: PLC0415
 
     if isinstance(value, torch.Tensor):

@@ -69,7 +69,7 @@ def check(base: BaseModel, samples: Samples, context: RunContext, *, gpu: bool =
 
 
 def require_finite(base: BaseModel, samples: Sequence[dict[str, Any]], context: RunContext) -> None:
-    """Let the base read every sample; CalibrationError names those on which its logits are no numbers, and where."""
+    """Let the base read every sample; CalibrationError names those on which its logits are NaN or Inf, and where."""
     payload = [{"ids": sample["ids"], "where": sample["where"]} for sample in samples]
     job = {"base": str(base.directory.resolve()), "samples": payload}
     with context.progress.stage("preflight", "tokens") as advance:

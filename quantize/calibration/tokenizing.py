@@ -13,6 +13,7 @@ from quantize.calibration.records import Record
 from quantize.calibration.rendering import Tokenizer, has_reasoning, render
 from quantize.calibration.thinking import THINK, Markers, Span, markers_of
 from quantize.errors import CalibrationError, RecipeError
+from quantize.model_files.kept_files import TOKENIZER_FILES
 from quantize.running.worker import WorkerChannel, run_child
 
 _PLAIN_CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
@@ -108,19 +109,65 @@ def load_tokenizer(base: Path, *, chats: bool = True) -> Any:
     # For a plain tokenizer.json AutoTokenizer gives the same object, but imports torch on its way (10 s).
     plain = (base / "tokenizer.json").is_file() and _tokenizer_class(base) in _PLAIN_CLASSES
     loader = transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
+    if not any((base / name).is_file() for name in TOKENIZER_FILES):
+        raise RecipeError(f"{base}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it from its own base")
     try:
         tokenizer = loader.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{base}: its tokenizer can't be loaded: {str(error).splitlines()[0]}") from error
     if chats and not tokenizer.chat_template:
         raise RecipeError(f"{base}: has no chat template; put its chat_template.jinja there")
+    _require_template(base, tokenizer.chat_template)
     return tokenizer
+
+
+def _require_template(base: Path, template: Any) -> None:
+    """Raise RecipeError where a chat template is not valid Jinja; None and named templates are left to transformers."""
+    from jinja2 import Environment, TemplateSyntaxError  # noqa: PLC0415
+
+    if not isinstance(template, str):
+        return
+    try:
+        # The extensions of transformers' own environment (`utils/chat_template_utils.py`), and its `generation` tag.
+        Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False).parse(template)  # noqa: S701 - no HTML
+    except TemplateSyntaxError as error:
+        if "generation" not in str(error):
+            raise RecipeError(
+                f"{base}: its chat template is invalid: line {error.lineno}: {error.message}; copy it from its own base"
+            ) from None
 
 
 def longest_input(config: dict[str, Any]) -> int | None:
     """How many positions a model was made for, by its configuration."""
     limit = config.get("text_config", config).get("max_position_embeddings")
     return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def vocabulary_size(config: dict[str, Any]) -> int | None:
+    """How many rows the embeddings have, by a model's configuration."""
+    size = config.get("text_config", config).get("vocab_size")
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def require_embedded(base: Path, samples: Iterable[Sample], rows: int | None) -> None:
+    """Raise RecipeError for a sample with a token beyond the embeddings' `rows`: the model can't read it."""
+    if rows is None:
+        return
+    for sample in samples:
+        largest = max(sample.ids, default=0)
+        if largest >= rows:
+            raise RecipeError(
+                f"{base}: its tokenizer gives token id {largest}, and the embeddings have {rows} rows "
+                f"({sample.where}); resize them (resize_token_embeddings), or use the tokenizer that it was "
+                "trained with"
+            )
+
+
+def vocabulary_notes(tokens: int, rows: int | None) -> list[str]:
+    """Warn of a tokenizer that is larger than the embeddings; tokens that no text uses do no harm."""
+    if rows is None or tokens <= rows:
+        return []
+    return [f"warning: the tokenizer has {tokens} tokens and the embeddings {rows} rows; requests with the others fail"]
 
 
 def tokenize_split(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
@@ -132,7 +179,8 @@ def tokenize_split(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any
     sides = {side: list(map(Record.from_dict, records)) for side, records in job["rows"].items()}
     every = [record for records in sides.values() for record in records]
     tokenizer = load_tokenizer(base, chats=any(record.messages for record in every))
-    limit = longest_input(json.loads((base / "config.json").read_bytes())) or job["max_tokens"]
+    config = json.loads((base / "config.json").read_bytes())
+    limit = longest_input(config) or job["max_tokens"]
     max_tokens = min(job["max_tokens"], limit)
     problems: list[str] = []
     encoded = _encode_all(every, tokenizer, max_tokens, channel, problems)
@@ -143,11 +191,13 @@ def tokenize_split(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any
     for side, records in sides.items():
         pairs = [(record, sample) for record, sample in zip(records, samples[side], strict=True) if sample]
         require_reasoning([record for record, _ in pairs], [sample for _, sample in pairs], markers_of(tokenizer))
+    rows = vocabulary_size(config)
+    require_embedded(base, [sample for sample in encoded if sample], rows)
     return {
         "max_tokens": max_tokens,
         "sides": {side: [sample and asdict(sample) for sample in encoded] for side, encoded in samples.items()},
         "refused": problems,
-        "notes": tool_notes(every, tokenizer),
+        "notes": [*tool_notes(every, tokenizer), *vocabulary_notes(len(tokenizer), rows)],
     }
 
 

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quantize.model_files.weight_files import weight_files
+
 # Positions per forward pass, with a cache of keys and values behind it.
 FORWARD_TOKENS = 512
 _PROBE_TOKENS = 32
@@ -124,7 +126,7 @@ def _stored(base: Path) -> Iterator[tuple[str, list[int], Callable[[], Any]]]:
     """Walk over a base's tensors without reading them: name, shape, and how to load one."""
     from safetensors import safe_open  # noqa: PLC0415
 
-    for file in sorted(base.glob("*.safetensors")):
+    for file in weight_files(base):
         with safe_open(file, framework="pt") as stream:
             for name in sorted(stream.keys()):
                 yield name, stream.get_slice(name).get_shape(), partial(stream.get_tensor, name)

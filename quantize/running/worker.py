@@ -27,6 +27,7 @@ from quantize.errors import (
     SolveError,
     SpaceError,
     VariantError,
+    WeightFileError,
     WorkerError,
 )
 from quantize.running.interrupt import undisturbed
@@ -34,7 +35,7 @@ from quantize.running.interrupt import undisturbed
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PATIENCE_SECONDS = 10.0
 _ROOT = Path(__file__).resolve().parents[2]
-_KINDS = (RecipeError, CalibrationError, SolveError, VariantError, SpaceError)
+_KINDS = (RecipeError, CalibrationError, SolveError, VariantError, WeightFileError, SpaceError)
 _MEMORY_SIGNAL = -signal.SIGKILL
 
 Work = Callable[[dict[str, Any], "WorkerChannel"], dict[str, Any]]

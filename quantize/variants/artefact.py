@@ -1,32 +1,14 @@
 """A quantized model directory as plain values: its configuration and its tensors' headers, read without torch."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.errors import VariantError
-
-_LENGTH_BYTES = 8
-_INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorLocation:
-    """Where a tensor lies: bytes `start` to `stop` of a safetensors file; `dtype` in safetensors' words."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    def read(self) -> bytes:
-        """Read the tensor's bytes."""
-        with self.file.open("rb") as stream:
-            stream.seek(self.start)
-            return stream.read(self.stop - self.start)
+from quantize.errors import VariantError, WeightFileError
+from quantize.model_files.safetensors_header import StoredTensor, read_header
+from quantize.model_files.weight_files import INDEX_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +19,13 @@ class Artefact:
     config: Mapping[str, Any]
     quantization_config: Mapping[str, Any]
     index: Mapping[str, str] | None
-    entries: Mapping[str, TensorLocation]
+    entries: Mapping[str, StoredTensor]
     duplicates: tuple[str, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
         """Size of all tensors together."""
-        return sum(entry.stop - entry.start for entry in self.entries.values())
+        return sum(entry.bytes for entry in self.entries.values())
 
 
 def read_artefact(directory: Path) -> Artefact:
@@ -52,12 +34,15 @@ def read_artefact(directory: Path) -> Artefact:
     quantization_config = config.get("quantization_config")
     if not isinstance(quantization_config, dict):
         raise VariantError(f"{directory}: its config.json has no quantization_config; is it quantized?")
-    index_file = directory / _INDEX
+    index_file = directory / INDEX_FILE
     index = read_object(index_file).get("weight_map", {}) if index_file.is_file() else None
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise VariantError(f"{directory}: has no *.safetensors weights; save it as safetensors first")
-    every = [(name, entry) for file in files for name, entry in _entries(file)]
+    try:
+        every = [item for file in files for item in read_header(file).items()]
+    except WeightFileError as error:
+        raise VariantError(f"{error}; make or copy the variant again") from None
     entries = dict(every)
     names = [name for name, _ in every]
     duplicates = tuple(sorted({name for name in names if names.count(name) > 1})) if len(entries) < len(every) else ()
@@ -75,24 +60,3 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise VariantError(f"{path}: not a JSON object; make or copy the variant again")
     return value
-
-
-def _entries(file: Path) -> Iterator[tuple[str, TensorLocation]]:
-    damaged = VariantError(f"{file}: its safetensors header is damaged; make or copy the variant again")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-        if not 2 <= length <= size:
-            raise damaged
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            raise damaged from None
-    begin = _LENGTH_BYTES + length
-    for name, fields in header.items():
-        if name == "__metadata__":
-            continue
-        start, stop = fields["data_offsets"]
-        if begin + stop > size:
-            raise VariantError(f"{file}: is cut off: {name} ends beyond it; make or copy the variant again")
-        yield name, TensorLocation(file, fields["dtype"], tuple(fields["shape"]), begin + start, begin + stop)

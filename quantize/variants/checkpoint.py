@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import Scheme
-from quantize.base import kept_files, linear_shapes, stored_tensors, weight_files
+from quantize.base import linear_shapes
 from quantize.errors import SolveError
+from quantize.model_files.directory_rules import portable_config
+from quantize.model_files.kept_files import kept_files
+from quantize.model_files.weight_files import INDEX_FILE, WHOLE_FILE, stored_tensors
 from quantize.schemes.module_config import dynamic_rules, weight_args_of
 from quantize.variants.weights import Tensors, packed_layer, read_tensors
 
@@ -91,7 +94,7 @@ def write_shards(tensors: Iterator[tuple[str, Any]], into: Path) -> None:
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
-        _save(shards[0], into / "model.safetensors")
+        _save(shards[0], into / WHOLE_FILE)
         return
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards, strict=True):
@@ -100,7 +103,7 @@ def write_shards(tensors: Iterator[tuple[str, Any]], into: Path) -> None:
         "metadata": {"total_size": sum(map(_bytes_of, shards))},
         "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in sorted(shard)},
     }
-    write_json(into / "model.safetensors.index.json", index)
+    write_json(into / INDEX_FILE, index)
 
 
 def _save(tensors: Tensors, path: Path) -> None:
@@ -111,9 +114,9 @@ def _save(tensors: Tensors, path: Path) -> None:
 
 
 def _write_configs(base: Path, scheme: Scheme, damp: float, into: Path) -> None:
-    told = quantization_config(scheme, damp, sorted(linear_shapes(stored_tensors(base, weight_files(base)))))
+    told = quantization_config(scheme, damp, sorted(linear_shapes(stored_tensors(base))))
     config = json.loads((base / "config.json").read_bytes())
-    write_json(into / "config.json", {**config, "quantization_config": told})
+    write_json(into / "config.json", {**portable_config(config), "quantization_config": told})
     if scheme.format == "gptq":
         write_json(into / "quantize_config.json", told)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import FILE_NAME, Scheme
-from quantize.base import KEPT_FILES, BaseModel
+from quantize.base import BaseModel
 from quantize.errors import VariantError
+from quantize.model_files.kept_files import TOKENIZER_FILES, kept_files
 from quantize.schemes.forecast import predicted_bytes
 from quantize.variants.artefact import Artefact, read_artefact, read_object
 from quantize.variants.lint_rules import (
@@ -28,7 +29,6 @@ from quantize.variants.storage_format import kind_of
 
 SIDECARS = (QUANT_LOG, OLD_QUANT_LOG, "evaluation.json")
 _NAMES_SHOWN = 3
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _EXPECTED = frozenset({"config.json", "model.safetensors.index.json", FILE_NAME, "capacity.json", *SIDECARS})
 _COURTESIES = frozenset({"README.md", "LICENSE", ".gitattributes"})
 # Text of samples: what looks like a path in it is the sample's.
@@ -103,11 +103,13 @@ def _size_findings(artefact: Artefact, base: BaseModel | None, scheme: Scheme) -
 
 
 def _kept_findings(variant: Path, base: Path | None) -> Iterator[Finding]:
-    """Tokenizer, chat template and generation settings must be the parent's, byte for byte."""
-    if not any((variant / name).is_file() for name in _TOKENIZERS):
-        yield Finding("tokenizer", variant.name, f"has none of {', '.join(_TOKENIZERS)}; copy them from its base")
-    for name in KEPT_FILES if base else ():
-        theirs, ours = _bytes_of(base / name) if base else None, _bytes_of(variant / name)
+    """Tokenizer, chat template, processor and code of its own must be the parent's, byte for byte."""
+    if not any((variant / name).is_file() for name in TOKENIZER_FILES):
+        yield Finding("tokenizer", variant.name, f"has none of {', '.join(TOKENIZER_FILES)}; copy them from its base")
+    if base is None:
+        return
+    for name in sorted({path.name for path in (*kept_files(base), *kept_files(variant))}):
+        theirs, ours = _bytes_of(base / name), _bytes_of(variant / name)
         if theirs is not None and ours is None:
             yield Finding("kept", name, "is in the base, and missing here")
         elif theirs is None and ours is not None:
@@ -119,8 +121,9 @@ def _kept_findings(variant: Path, base: Path | None) -> Iterator[Finding]:
 def _machine_findings(variant: Path, base_config: Mapping[str, Any]) -> Iterator[Finding]:
     known = frozenset(text for _, text in strings_of(dict(base_config)))
     hosts = (socket.gethostname(),)
+    kept = {path.name for path in kept_files(variant)}
     for file in sorted(variant.glob("*.json")):
-        if file.name in _QUOTING or file.name in KEPT_FILES:
+        if file.name in _QUOTING or file.name in kept:
             continue
         try:
             value = read_object(file)
@@ -133,7 +136,7 @@ def _machine_findings(variant: Path, base_config: Mapping[str, Any]) -> Iterator
 def _stray_findings(artefact: Artefact) -> Iterator[Finding]:
     weights = {entry.file.name for entry in artefact.entries.values()}
     twin = {"quantize_config.json"} if kind_of(artefact.quantization_config) == "gptq" else set()
-    expected = _EXPECTED | _COURTESIES | weights | twin | set(KEPT_FILES)
+    expected = _EXPECTED | _COURTESIES | weights | twin | {path.name for path in kept_files(artefact.directory)}
     for path in sorted(artefact.directory.iterdir()):
         if path.name not in expected and not (path.is_dir() and path.name.startswith(".")):
             yield Finding("stray", path.name, "is no part of a variant")

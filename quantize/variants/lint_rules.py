@@ -101,7 +101,8 @@ def machine_findings(file: str, value: Any, hosts: Iterable[str], known: frozens
     """Find local paths and host names in the strings of a JSON file, except the `known` strings of the parent."""
     names = [host for host in hosts if len(host) > 3 and host != "localhost"]
     for key, text in strings_of(value):
-        if text in known:
+        # transformers writes there where a model was loaded from; nothing reads it, and variants don't have it.
+        if text in known or key.rpartition(".")[2] == "_name_or_path":
             continue
         if _LOCAL_PATH.search(text):
             yield Finding("machine", file, f"{key} has a path of the machine that made it: {text[:80]}")

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator, Mapping
 
 from config.manifest import Scheme
-from quantize.variants.artefact import Artefact, TensorLocation
+from quantize.model_files.safetensors_header import StoredTensor
+from quantize.variants.artefact import Artefact
 from quantize.variants.lint_rules import Finding
 from quantize.variants.storage_format import (
     Kind,
@@ -95,7 +96,7 @@ def _extra_findings(artefact: Artefact, base: Shapes, owned: set[str]) -> Iterat
 
 
 def _own_shape(
-    entries: Mapping[str, TensorLocation], layer: str, storage_format: StorageFormat
+    entries: Mapping[str, StoredTensor], layer: str, storage_format: StorageFormat
 ) -> tuple[int, int] | None:
     """Tell a layer's (outputs, inputs) from its own tensors, where there is no base to ask."""
     if storage_format.kind == "gptq":

@@ -9,53 +9,59 @@ from typing import Any
 
 from quantize.variants.artefact import Artefact
 from quantize.variants.lint_rules import Finding
-from quantize.variants.storage_format import StorageFormat, configured_format, kind_of, quantized_layers
+from quantize.variants.storage_format import Kind, StorageFormat, configured_format, kind_of, quantized_layers
 
-# Exponent bits of a float that is no number, by dtype, and the dtype of the word that holds it.
+# Exponent bits that mark NaN and Inf, by dtype, and the dtype of the word that holds them.
 _EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}
+_WORD_BITS = 32
 
 
 def value_findings(artefact: Artefact) -> Iterator[Finding]:
-    """Read every quantized layer's scales, zero points and group indices, and tell which can't be right."""
+    """Read every quantized layer's scales, zero points and group indices, and report invalid ones."""
     kind = kind_of(artefact.quantization_config)
     if kind is None:
         return
-    scales = "scales" if kind == "gptq" else "weight_scale"
     for layer in quantized_layers(artefact.entries, kind):
         storage_format = configured_format(artefact.quantization_config, layer)
-        entry = artefact.entries.get(f"{layer}.{scales}")
-        if entry and entry.dtype in _EXPONENTS:
-            problem = scale_problem(entry.dtype, entry.read())
-            if problem:
-                yield Finding("scales", f"{layer}.{scales}", problem)
+        yield from _scale_findings(artefact, layer, kind, storage_format)
         if storage_format is not None and kind == "gptq":
             yield from _gptq_findings(artefact, layer, storage_format)
 
 
-def scale_problem(dtype: str, data: bytes) -> str | None:
-    """Say what is wrong with scales: some are no numbers, or zero, which loses the weights."""
+def scale_problem(dtype: str, data: bytes, lost: int | None = None) -> str | None:
+    """Say how many scales are non-finite or zero; `lost` of the zero ones have weights that are not (None: all)."""
     import numpy as np  # noqa: PLC0415
 
     word, exponent = _EXPONENTS[dtype]
     words: Any = np.frombuffer(data, dtype=word)
-    not_finite = int(((words & exponent) == exponent).sum())
-    zero = int(((words << 1) == 0).sum())  # without the sign
-    quantization_config = [
-        f"{count} of {words.size} are {what}" for count, what in ((not_finite, "no numbers"), (zero, "zero")) if count
+    non_finite = int(((words & exponent) == exponent).sum())
+    zero = int(_is_zero(words).sum()) if lost is None else lost
+    problems = [
+        f"{count} of {words.size} are {what}" for count, what in ((non_finite, "NaN or Inf"), (zero, "zero")) if count
     ]
-    return ", ".join(quantization_config) or None
+    return ", ".join(problems) or None
+
+
+def lost_columns(words: Any, zero: Any, bits: int) -> int:
+    """Count groups whose scale is zero although an integer in them is not: their weights are lost.
+
+    `words` uint32 [K*bits/32, N] hold integers plus 2^(bits-1), `zero` bool [G, N] is true for scales of zero. Weights
+    that are zero themselves (rows that pad a model) have such scales rightly.
+    """
+    groups, outputs = zero.shape
+    middle = sum(1 << (place + bits - 1) for place in range(0, _WORD_BITS, bits))
+    used = (words.reshape(groups, -1, outputs) != middle).any(axis=1)
+    return int((zero & used).sum())
 
 
 def index_problem(data: bytes, inputs: int, group_size: int) -> str | None:
     """Say where group indices are not those of consecutive groups."""
     size = group_size if group_size > 0 else inputs
-    quantization_config, wanted = array("i", data), array("i", (position // size for position in range(inputs)))
-    if quantization_config == wanted:
+    stored, expected = array("i", data), array("i", (position // size for position in range(inputs)))
+    if stored == expected:
         return None
-    first = next(
-        (at for at, (ours, theirs) in enumerate(zip(quantization_config, wanted, strict=False)) if ours != theirs),
-        len(quantization_config),
-    )
+    pairs = enumerate(zip(stored, expected, strict=False))
+    first = next((position for position, (ours, theirs) in pairs if ours != theirs), len(stored))
     return f"input {first} is not in group {first // size}; vLLM discards g_idx, so the groups must be consecutive"
 
 
@@ -67,6 +73,46 @@ def zero_problem(data: bytes, bits: int) -> str | None:
     return (
         f"{other} of {len(data)} bytes hold another zero point than {stored + 1}, which vLLM takes" if other else None
     )
+
+
+def _scale_findings(
+    artefact: Artefact, layer: str, kind: Kind, storage_format: StorageFormat | None
+) -> Iterator[Finding]:
+    name = f"{layer}.{'scales' if kind == 'gptq' else 'weight_scale'}"
+    entry = artefact.entries.get(name)
+    if entry is None or entry.dtype not in _EXPONENTS:
+        return
+    data = entry.read()
+    problem = scale_problem(entry.dtype, data)
+    if problem and storage_format is not None:
+        problem = scale_problem(entry.dtype, data, _lost(artefact, layer, kind, storage_format, entry.dtype, data))
+    if problem:
+        yield Finding("scales", name, problem)
+
+
+def _lost(
+    artefact: Artefact, layer: str, kind: Kind, storage_format: StorageFormat, dtype: str, data: bytes
+) -> int | None:
+    """Count scales of zero that lose weights; None where the integers can't be looked at."""
+    import numpy as np  # noqa: PLC0415
+
+    zero: Any = _is_zero(np.frombuffer(data, dtype=_EXPONENTS[dtype][0]))
+    if kind == "gptq":
+        words = artefact.entries.get(f"{layer}.qweight")
+        if words is None or storage_format.bits not in (4, 8) or words.bytes * 8 % max(zero.size * _WORD_BITS, 1):
+            return None
+        packed: Any = np.frombuffer(words.read(), dtype="<u4").reshape(words.shape)
+        return lost_columns(packed, zero.reshape(-1, words.shape[-1]), storage_format.bits)
+    weight = artefact.entries.get(f"{layer}.weight")
+    if kind != "int-quantized" or weight is None or len(weight.shape) != 2 or weight.shape[0] != zero.size:
+        return None
+    rows: Any = np.frombuffer(weight.read(), dtype=np.int8).reshape(weight.shape)
+    return int((zero & rows.any(axis=1)).sum())
+
+
+def _is_zero(words: Any) -> Any:
+    """Tell for each float, given as an unsigned word, whether it is 0 or -0."""
+    return (words << 1) == 0
 
 
 def _gptq_findings(artefact: Artefact, layer: str, storage_format: StorageFormat) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from config.manifest import Scheme
 from quantize.errors import VariantError
+from quantize.model_files.weight_files import weight_files
 
 Tensors = dict[str, Any]
 
@@ -128,10 +129,10 @@ def read_dense(directory: Path) -> tuple[Tensors, tuple[str, ...]]:
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the tensors of all safetensors files of a directory, one by one."""
+    """Yield the tensors of a directory's weight files, one by one."""
     from safetensors import safe_open  # noqa: PLC0415
 
-    for file in sorted(directory.glob("*.safetensors")):
+    for file in weight_files(directory):
         with safe_open(file, framework="pt") as stream:
             for name in sorted(stream.keys()):
                 yield name, stream.get_tensor(name)

@@ -1,5 +1,6 @@
 """A tiny base and its variants, made once for all tests that only read them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,11 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     write_chats(folder / "chats.jsonl", CHATS)
     text = [message["content"] for number in range(CHATS) for message in chat(number)["messages"]]
-    write_tiny_llama(folder / "tiny", text)
+    model = write_tiny_llama(folder / "tiny", text)
+    # As a trainer leaves it: a path of its machine, and the configuration of a processor.
+    config = json.loads((model / "config.json").read_bytes())
+    (model / "config.json").write_text(json.dumps({**config, "_name_or_path": "/tmp/checkpoint-500"}))
+    (model / "preprocessor_config.json").write_text("{}")
     return folder
 
 

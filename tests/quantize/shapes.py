@@ -3,7 +3,8 @@
 from math import prod
 from pathlib import Path
 
-from quantize.base import BaseModel, StoredTensor, linear_shapes
+from quantize.base import BaseModel, linear_shapes
+from quantize.model_files.safetensors_header import StoredTensor
 
 _BF16_BYTES = 2
 

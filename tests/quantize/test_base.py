@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from quantize.base import digest_of, kept_files, read_base
+from quantize.base import digest_of, read_base
 from quantize.errors import RecipeError
+from quantize.model_files.kept_files import kept_files
 from tests.quantize.models import SHAPES, safetensors_of, write_hollow_model
 
 
@@ -47,7 +48,7 @@ def test_names_are_part_of_the_digest() -> None:
 
 
 def test_kept_files_are_those_that_are_there(tmp_path: Path) -> None:
-    """Of the tokenizer, template and generation files, the present ones are kept."""
+    """Of the files that a variant takes over, the present ones are kept."""
     assert [file.name for file in kept_files(write_hollow_model(tmp_path / "base"))] == ["tokenizer.json"]
 
 
@@ -56,22 +57,18 @@ def test_kept_files_are_those_that_are_there(tmp_path: Path) -> None:
     [
         ({}, "no such model directory"),
         ({"other.txt": b""}, "not a transformers model: it has no config.json"),
-        ({"config.json": b"{"}, "config.json: not JSON"),
-        ({"config.json": b"[]"}, "not a transformers model: it names no model_type"),
+        ({"config.json": b"{", "model.safetensors": b""}, "config.json: not JSON"),
+        ({"config.json": b"[]", "model.safetensors": b""}, "not a transformers model: it names no model_type"),
         ({"config.json": b'{"model_type": "llama"}'}, "not a transformers model: it has no [*].safetensors weights"),
         ({"config.json": b'{"model_type": "llama"}', "a.bin": b""}, "has only .bin weights; save the model as"),
-        ({"config.json": b'{"model_type": "llama"}', "a.gguf": b""}, "has only GGUF weights; run `python -m"),
+        ({"config.json": b'{"model_type": "llama"}', "a.gguf": b""}, "has only GGUF weights; run python -m"),
         (
             {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"abc"},
-            "model.safetensors: not a safetensors file; copy the model again",
+            r"model.safetensors: not a safetensors file, or truncated \(3 bytes\); copy the model again",
         ),
         (
             {"config.json": b'{"model_type": "llama"}', "model.safetensors": b"\x02\0\0\0\0\0\0\0{{{"},
             "its safetensors header is damaged; copy the model again",
-        ),
-        (
-            {"config.json": b'{"model_type": "llama", "quantization_config": {}}', "model.safetensors": b""},
-            "is already quantized; quantize its unquantized parent instead",
         ),
     ],
 )

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from config.manifest import Manifest
-from quantize.base import kept_files, read_base
+from quantize.base import read_base
+from quantize.model_files.kept_files import kept_files
 from quantize.schemes.forecast import predicted_bytes
 from quantize.variants.weights import read_dense
 from tests.fakes.running import wait_until
@@ -180,7 +181,7 @@ def test_a_weight_that_is_no_number_is_an_error_by_name(tiny_variants: Path, tmp
         "main", base, "--scheme", "w4a16-g64", "--data", tiny_variants / "chats.jsonl", "--out", tmp_path / "out"
     )
     assert done.returncode == 2
-    told = "in every sample, first in model.layers.0.mlp.up_proj, whose own weights are no numbers"
+    told = "in every sample, first in model.layers.0.mlp.up_proj, whose own weights have NaN or Inf"
     assert told in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["broken"]
 

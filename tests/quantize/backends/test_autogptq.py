@@ -14,8 +14,9 @@ from config.manifest import Override, Scheme
 from quantize.backends.autogptq import PINS, older_config, require_solvable, solve, write_older_base
 from quantize.backends.isolation import Pins, environment_of, fitting_python, isolated_python, making
 from quantize.backends.protocol import QuantizeResult, SolveJob
-from quantize.base import kept_files, read_base
+from quantize.base import read_base
 from quantize.errors import QuantizeError, RecipeError, SolveError, WorkerError
+from quantize.model_files.kept_files import kept_files
 from quantize.planning.recipe import Backend, Recipe
 from quantize.running.worker import child_environ
 from quantize.schemes.scheme import PRESETS

@@ -1,4 +1,4 @@
-"""Preflight: samples are described, doubtful ones are told, and a base that gives no numbers is caught by name."""
+"""Preflight: samples are described, doubtful ones are told, and a base with non-finite logits is caught by name."""
 
 import json
 import os
@@ -108,29 +108,29 @@ NORM = NonFiniteModule("model.norm", 0, finite_inputs=True, finite_weights=True)
             [EMBEDDING] * 2,
             True,
             RecipeError,
-            "m: its logits are no numbers in every sample, first in model.embed_tokens, whose own weights are no "
-            "numbers; mend it or copy it again",
+            "m: its logits are NaN or Inf in every sample, first in model.embed_tokens, whose own weights have NaN or "
+            "Inf; copy the model again, or train it anew",
         ),
         (
             [EMBEDDING],
             False,
             CalibrationError,
-            "f:0: the base's logits are no numbers, first in model.embed_tokens, whose own weights are no numbers, "
-            "at token 1 (id 0); remove this line or mend the base",
+            "f:0: the base's logits are NaN or Inf, first in model.embed_tokens, whose own weights have NaN or Inf, "
+            "at token 1 (id 0); remove this row, or repair the base",
         ),
         (
             [ATTENTION],
             True,
             CalibrationError,
-            "f:0: the base's logits are no numbers, first in what comes right before model.layers.1.self_attn.o_proj, "
-            "at token 0 (id 0); remove this line or mend the base",
+            "f:0: the base's logits are NaN or Inf, first in what comes right before model.layers.1.self_attn.o_proj, "
+            "at token 0 (id 0); remove this row, or repair the base",
         ),
         (
             [NORM, None],
             True,
             CalibrationError,
-            "f:0: the base's logits are no numbers, first in model.norm, at token 0 (id 0); remove this line or mend "
-            "the base; f:1: the base's logits are no numbers; remove this line or mend the base",
+            "f:0: the base's logits are NaN or Inf, first in model.norm, at token 0 (id 0); remove this row, or "
+            "repair the base; f:1: the base's logits are NaN or Inf; remove this row, or repair the base",
         ),
     ],
 )
@@ -200,16 +200,16 @@ def token_of(base: Path, letter: str) -> int:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_nan_planted_in_one_sample_is_found_by_line_and_module(tiny: Path, tmp_path: Path, value: float) -> None:
-    """One token's embedding is no number: the samples that hold it are named, on either side, with the token."""
+    """One token's embedding is NaN or Inf: the samples that hold it are named, on either side, with the token."""
     token = token_of(tiny, RARE)
     base = spoiled(tiny, tmp_path / "base", "model.embed_tokens.weight", (token, 0), value)
     lines = [*LINES[:2], {"text": f"A rare {RARE} sign"}, *LINES[2:5], {"text": "9" * 600 + RARE}]
     with pytest.raises(CalibrationError) as caught:
         checked(base, lines, tmp_path)
-    blamed = "the base's logits are no numbers, first in model.embed_tokens, whose own weights are no numbers"
+    blamed = "the base's logits are NaN or Inf, first in model.embed_tokens, whose own weights have NaN or Inf"
     first, second = caught.value.problems
     assert first.startswith(f"f:3: {blamed}, at token ")
-    assert first.endswith(f" (id {token}); remove this line or mend the base")
+    assert first.endswith(f" (id {token}); remove this row, or repair the base")
     # Two tokens for the sign, one for each digit: far behind the first forward pass.
     assert second.startswith(f"f:7: {blamed}, at token 601 (id {token})")
 

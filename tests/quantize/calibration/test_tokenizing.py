@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import asdict
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -223,6 +224,24 @@ def test_no_sample_is_longer_than_the_models_positions(tmp_path: Path) -> None:
     assert (len(sample["ids"]), sample["cut_tokens"]) == (4096, 904)
 
 
+def test_a_token_without_a_row_in_the_embeddings_is_refused(tmp_path: Path) -> None:
+    """A tokenizer with added tokens over embeddings that were not resized: told before anything is computed."""
+    base = write_base(tmp_path / "base", PLAIN, adds_bos=False)
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps({**config, "vocab_size": 80}))
+    with pytest.raises(RecipeError, match=r"gives token id 87, and the embeddings have 80 rows \(f:2\); resize them"):
+        tokenized(base, [row(text="aaa"), row("f:2", text="xxx")])
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_told(tmp_path: Path) -> None:
+    """Where no text uses the tokens beyond, that is a warning."""
+    base = write_base(tmp_path / "base", PLAIN, adds_bos=False)
+    config = json.loads((base / "config.json").read_bytes())
+    (base / "config.json").write_text(json.dumps({**config, "vocab_size": 80}))
+    _, said = calibrated(base, [row(text="aaa")], tmp_path, max_tokens=64)
+    assert re.search(r"warning: the tokenizer has \d+ tokens and the embeddings 80 rows; requests with", said)
+
+
 def test_bare_text_needs_no_template_but_chats_do(tmp_path: Path) -> None:
     """A base model without chats can be calibrated on text."""
     base = write_base(tmp_path / "base", None, adds_bos=True)
@@ -230,6 +249,35 @@ def test_bare_text_needs_no_template_but_chats_do(tmp_path: Path) -> None:
     assert sample["reasoning_tokens"] == len("<think>words</think>")
     with pytest.raises(RecipeError, match="has no chat template"):
         tokenized(base, [row(messages=CHAT)])
+
+
+@pytest.mark.parametrize(
+    "spoil,problem", [("", "has no tokenizer"), ("{% for m in", "its chat template is invalid: line 1")]
+)
+def test_a_base_without_a_tokenizer_or_a_valid_template_is_refused(tmp_path: Path, spoil: str, problem: str) -> None:
+    """In one line about the base, not about every chat."""
+    base = write_base(tmp_path / "base", spoil or PLAIN, adds_bos=False)
+    if not spoil:
+        (base / "tokenizer.json").unlink()
+    with pytest.raises(RecipeError, match=problem):
+        tokenized(base, [row(messages=CHAT)])
+
+
+def test_a_template_for_content_parts_gets_parts(tmp_path: Path) -> None:
+    """Some templates drop contents that are plain text, and vLLM gives those parts; so do calibration samples."""
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part['type'] == 'text' %}"
+        "{{ part['text'] }}{% endif %}{% endfor %};{% endfor %}"
+    )
+    plain_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
+    parts, plain = (
+        tokenized(write_base(tmp_path / name, text, adds_bos=False), [row(messages=CHAT)])[0]["ids"]
+        for name, text in (
+            ("parts", template),
+            ("plain", plain_template),
+        )
+    )
+    assert parts == plain
 
 
 def test_a_chat_that_the_template_refuses_is_named_by_line(tmp_path: Path) -> None:

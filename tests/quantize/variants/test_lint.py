@@ -19,8 +19,18 @@ from quantize.schemes.scheme import preset
 from quantize.variants.artefact import read_artefact
 from quantize.variants.lint import lint, require_clean
 from quantize.variants.lint_rules import Finding, index_findings, machine_findings, size_findings
-from quantize.variants.lint_values import index_problem, scale_problem, zero_problem
-from tests.quantize.artefacts import BLOCK, MATRICES, ONE_FP16, SCHEME, write_base, write_quantized, write_tensors
+from quantize.variants.lint_values import index_problem, lost_columns, scale_problem, zero_problem
+from tests.quantize.artefacts import (
+    BLOCK,
+    MATRICES,
+    ONE_FP16,
+    ONE_FP32,
+    SCHEME,
+    Stored,
+    write_base,
+    write_quantized,
+    write_tensors,
+)
 
 pytest.importorskip("numpy", reason="scales are read with numpy: install the quantize extra")
 
@@ -83,7 +93,7 @@ def test_what_the_configuration_tells_is_checked(tmp_path: Path, told: dict[str,
             {f"{DOWN}.g_idx": ("I32", (128,), SHUFFLED)},
             f"g_idx: {DOWN}.g_idx: input 1 is not in group 0; vLLM discards",
         ),
-        ({f"{Q}.scales": ("F16", (1, 64), ONE_FP16 * 63 + NAN_FP16)}, f"scales: {Q}.scales: 1 of 64 are no numbers"),
+        ({f"{Q}.scales": ("F16", (1, 64), ONE_FP16 * 63 + NAN_FP16)}, f"scales: {Q}.scales: 1 of 64 are NaN or Inf"),
         ({f"{Q}.scales": ("F16", (1, 64), ONE_FP16 * 62 + bytes(4))}, f"scales: {Q}.scales: 2 of 64 are zero"),
         ({f"{Q}.qzeros": ("I32", (1, 8), b"\x77" * 31 + b"\x78")}, f"zeros: {Q}.qzeros: 1 of 32 bytes hold another"),
     ],
@@ -185,17 +195,25 @@ def test_a_truncated_weight_file_is_told(tmp_path: Path) -> None:
     whole = (variant / "model.safetensors").read_bytes()
     (variant / "model.safetensors").write_bytes(whole[:-1])
     (line,) = found(variant, None)
-    assert "is cut off" in line
+    assert "truncated: " in line
 
 
 def test_words_of_the_parent_are_the_parents(tmp_path: Path) -> None:
     """A path that the base's own configuration holds says nothing about this machine."""
-    base = write_base(tmp_path / "base", _name_or_path="/models/smol/v1")
+    base = write_base(tmp_path / "base", trained_in="/models/smol/v1")
     variant = write_quantized(tmp_path / "v")
     config = json.loads((variant / "config.json").read_bytes())
-    (variant / "config.json").write_text(json.dumps({**config, "_name_or_path": "/models/smol/v1"}))
+    (variant / "config.json").write_text(json.dumps({**config, "trained_in": "/models/smol/v1"}))
     assert found(variant, base) == []
     assert [finding.check for finding in lint(variant, None, SCHEME)] == ["machine"]
+
+
+def test_where_transformers_loaded_a_model_from_is_no_finding(tmp_path: Path) -> None:
+    """transformers 4 writes `_name_or_path` into every config.json, and nothing reads it."""
+    variant = write_quantized(tmp_path / "v")
+    config = json.loads((variant / "config.json").read_bytes())
+    (variant / "config.json").write_text(json.dumps({**config, "_name_or_path": "/home/me/QwQ-32B"}))
+    assert lint(variant, None, SCHEME) == ()
 
 
 def test_many_findings_are_one_short_error(tmp_path: Path) -> None:
@@ -259,10 +277,52 @@ def test_scales_of_every_kind(values: list[float]) -> None:
         assert sum(told) == flawed
 
 
+def test_rows_of_zeros_have_scales_of_zero(tmp_path: Path) -> None:
+    """A model padded with zero rows is in order; where a scale of zero loses weights, it is told."""
+    padded = {f"{Q}.scales": ("F16", (1, 64), ONE_FP16 * 62 + bytes(4))}
+    zeros = {f"{Q}.qweight": ("I32", (8, 64), b"\x88" * (8 * 64 * 4))}
+    base = write_base(tmp_path / "base")
+    assert found(write_quantized(tmp_path / "v", tensors={**padded, **zeros}), base) == []
+    (told,) = found(write_quantized(tmp_path / "lost", tensors=padded), base)
+    assert told == f"scales: {Q}.scales: 2 of 64 are zero"
+
+
+def test_int8_rows_of_zeros_have_scales_of_zero(tmp_path: Path) -> None:
+    """The same holds for w8a8, where one scale is for a whole row."""
+    weight = bytes(62 * 64) + b"\x01" + bytes(2 * 64 - 1)
+    tensors: dict[str, Stored | None] = {
+        f"{Q}.weight": ("I8", (64, 64), weight),
+        f"{Q}.weight_scale": ("F32", (64, 1), ONE_FP32 * 62 + bytes(8)),
+    }
+    told = found(write_quantized(tmp_path / "v", preset("w8a8"), tensors=tensors), None, preset("w8a8"))
+    assert told == [f"scales: {Q}.weight_scale: 1 of 64 are zero"]
+
+
+@given(bits=st.sampled_from([4, 8]), data=st.data())
+def test_only_weights_that_are_not_zero_are_lost(bits: int, data: st.DataObject) -> None:
+    """Of the groups with a scale of zero those are counted that have an integer other than zero."""
+    np = pytest.importorskip("numpy", reason="needs numpy: install the quantize extra")
+    groups, outputs, per_word = 2, 3, 32 // bits
+    integers = data.draw(
+        st.lists(st.sampled_from([0, 0, 0, 1, -1]), min_size=groups * 32 * outputs, max_size=groups * 32 * outputs)
+    )
+    zero = data.draw(st.lists(st.booleans(), min_size=groups * outputs, max_size=groups * outputs))
+    values = np.array(integers).reshape(groups * 32, outputs)
+    scales = np.array(zero).reshape(groups, outputs)
+    stored = (values + (1 << (bits - 1))).astype(np.uint32).reshape(-1, per_word, outputs)
+    words = (stored << (np.arange(per_word, dtype=np.uint32) * bits)[None, :, None]).sum(axis=1, dtype=np.uint32)
+    expected = sum(
+        scales[group, output] and values[group * 32 : group * 32 + 32, output].any()
+        for group in range(groups)
+        for output in range(outputs)
+    )
+    assert lost_columns(words, scales, bits) == expected
+
+
 def test_bf16_scales() -> None:
     """The upper half of an fp32 number."""
     assert scale_problem("BF16", b"\x80\x3f" * 3) is None
-    assert scale_problem("BF16", b"\x80\x3f\x80\x7f\x00\x80") == "1 of 3 are no numbers, 1 of 3 are zero"
+    assert scale_problem("BF16", b"\x80\x3f\x80\x7f\x00\x80") == "1 of 3 are NaN or Inf, 1 of 3 are zero"
 
 
 @pytest.mark.parametrize("inputs,group_size", [(64, 32), (64, -1), (96, 64), (32, 32)])
