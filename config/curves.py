@@ -7,7 +7,7 @@ from config.capacity import Capacity, Load, Measurement, Percentiles
 
 
 @dataclass(frozen=True, slots=True)
-class Stop:
+class LoadPoint:
     """A point of a curve: total throughput, time to first token and inter-token latency at one concurrency."""
 
     concurrency: int
@@ -21,7 +21,7 @@ class Curve:
     """The points of one variant on one machine, concurrencies ascending."""
 
     name: str
-    stops: tuple[Stop, ...]
+    points: tuple[LoadPoint, ...]
 
 
 def curves_by_machine(capacities: Mapping[str, Capacity]) -> dict[str, tuple[Curve, ...]]:
@@ -32,20 +32,20 @@ def curves_by_machine(capacities: Mapping[str, Capacity]) -> dict[str, tuple[Cur
     curves: dict[str, list[Curve]] = {}
     for name, capacity in capacities.items():
         for machine, measured in capacity.by_machine().items():
-            if stops := _stops(measured):
-                curves.setdefault(machine, []).append(Curve(name, stops))
+            if points := _load_points(measured):
+                curves.setdefault(machine, []).append(Curve(name, points))
     return {machine: tuple(curves[machine]) for machine in sorted(curves)}
 
 
-def _stops(measured: Measurement) -> tuple[Stop, ...]:
-    return tuple(stop for stop in map(_stop, measured.loads) if stop)
+def _load_points(measured: Measurement) -> tuple[LoadPoint, ...]:
+    return tuple(point for point in map(_load_point, measured.loads) if point)
 
 
-def _stop(load: Load) -> Stop | None:
+def _load_point(load: Load) -> LoadPoint | None:
     first, following = load.time_to_first_token_seconds, load.inter_token_seconds
     if first is None or following is None:
         return None
-    return Stop(load.concurrency, load.output_tokens_per_second, first, following)
+    return LoadPoint(load.concurrency, load.output_tokens_per_second, first, following)
 
 
 def mixes(capacities: Sequence[Capacity]) -> set[tuple[str, ...]]:

@@ -41,7 +41,7 @@ from gateway.reload import ConfigReload, FollowerReload, SupervisedReload
 from gateway.routing.target import Catalog
 from gateway.validation import notices
 from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
-from serving.app import others_replicas, own_replicas, sole_owner
+from serving.app import followed_replicas, local_replicas, sole_owner
 from serving.command import Machine
 from serving.control import Controlled, ControlSocket
 from serving.probe import Probe
@@ -199,8 +199,8 @@ async def gateway_alone(
         async with (
             ControlSocket(home, controlled("gateway", path, registry, taken)) if home else nullcontext() as control,
             Probe() as probe,
-            Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
-            others_replicas(wanted, registry, probe) as follower,
+            Watch(wanted.external, registry, probe, goldens(deployment.variants)) as watch,
+            followed_replicas(wanted, registry, probe) as follower,
             gateway(deployment, registry, taken, place) as served,
             following(
                 path, started, registry, served, FollowerReload(watch, follower, registry, served.live_config)
@@ -229,8 +229,8 @@ async def everything(
         async with (
             Probe() as probe,
             ControlSocket(home, controlled("up" if path else "demo", path, registry, taken)) as control,
-            own_replicas(wanted, machine, registry, probe, home, owner) as own,
-            Watch(wanted.foreign, registry, probe, goldens(deployment.variants)) as watch,
+            local_replicas(wanted, machine, registry, probe, home, owner) as own,
+            Watch(wanted.external, registry, probe, goldens(deployment.variants)) as watch,
             gateway(deployment, registry, taken, access_log_stream=access_log_stream) as served,
             following(path, deployment, registry, served, SupervisedReload(watch, own)) as reload,
         ):

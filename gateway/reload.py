@@ -13,7 +13,7 @@ from gateway.deployment import Deployment, read_deployment
 from gateway.keys import read_keys
 from gateway.live_config import LiveConfig, nothing_remains, unserved_aliases
 from gateway.routing.target import Catalog
-from serving.app import OwnReplicas
+from serving.app import LocalReplicas
 from serving.registry import Registry
 from serving.replica import CONFIGURATION, SUPERVISOR, State, own_keys
 from serving.state.follower import Follower
@@ -88,11 +88,11 @@ class SupervisedReload:
     """Reload where this process runs the replicas, beside external ones (`url`)."""
 
     watch: Watch
-    own: OwnReplicas
+    own: LocalReplicas
 
     async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """Start new replicas, call `swap` when they are ready, then stop the old ones."""
-        external = deployment.wanted.foreign
+        external = deployment.wanted.external
         self.watch.goldens = goldens(deployment.variants)
         self.watch.add(external)
         await self.own.update(deployment.wanted, swap)
@@ -111,7 +111,7 @@ class FollowerReload:
 
     async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """Call `swap` as soon as no alias would lose its last ready replica, or after `wait_seconds`."""
-        external = deployment.wanted.foreign
+        external = deployment.wanted.external
         self.watch.goldens = goldens(deployment.variants)
         self.watch.add(external)
         if self.follower is not None:

@@ -2,18 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from config.manifest import Scheme
 from quantize.backends import autogptq
 from quantize.base import BaseModel, read_base, with_digest
 from quantize.calibration.datasets import CalibrationSplit, read_datasets, shipped_files
-from quantize.calibration.preflight import check_base
 from quantize.calibration.self_generation import chosen
 from quantize.errors import RecipeError
 from quantize.evaluation.evaluate import EvaluationPlan
 from quantize.evaluation.tasks import read_questions
 from quantize.evaluation.verdict import limits_for
+from quantize.load_report import check_base
 from quantize.module_tree import with_module_tree
 from quantize.options import RunOptions
 from quantize.planning.dry_run import lowest_bits
@@ -21,7 +20,6 @@ from quantize.planning.plan import calibration_split, check_numbers, settled_sch
 from quantize.planning.recipe import chosen_backend
 from quantize.planning.request import Request, TextFile
 from quantize.planning.run_costs import require_room, run_costs
-from quantize.running.context import RunContext
 from quantize.running.memory import Machine
 from quantize.running.stage_store import stage_store
 from quantize.schemes.forecast import disk_bytes, predicted_bytes
@@ -56,8 +54,7 @@ def check_request(request: Request, options: RunOptions, machine: Machine) -> Ba
         }
     )
     if not request.out.exists():  # else it is this variant, which is reused, or something in the way
-        with TemporaryDirectory(prefix="quantgate-") as folder:
-            check_base(base, RunContext(Path(folder), options.environ, options.progress))
+        check_base(base, options.environ, options.progress)
     return with_digest(base)
 
 

@@ -32,7 +32,7 @@ from quantize.planning.recipe_file import load_recipe, purpose_of, shipped_recip
 from quantize.planning.recipe_schema import EvaluationTable, RecipeFile
 from quantize.planning.request import DEFAULT_TEXT, Request
 from quantize.planning.resolve import chosen_evaluation, resolve
-from quantize.report.text_report import quality_line, summary
+from quantize.report.text_report import quality_line, summary_line
 from quantize.running.memory import present_machine
 from quantize.running.progress import ProgressReporter
 from quantize.running.terminal import DONE, GATE, print_stderr, run_command
@@ -81,7 +81,7 @@ def _make(request: Request, options: argparse.Namespace) -> int:
     check_numbers(request)
     with run_log(request.log) as log:
         manifest, out = _made(request, _run_options(request, log))
-    print(manifest.to_json() if options.json else summary(manifest, out))
+    print(manifest.to_json() if options.json else summary_line(manifest, out))
     return GATE if options.gate and manifest.quality.verdict == "fail" else DONE
 
 

@@ -1,4 +1,4 @@
-"""GGUF file -> bf16 safetensors model directory: `python -m quantize.gguf FILE OUT_DIR`."""
+"""Convert a GGUF file to a bf16 safetensors model directory: `python -m quantize.gguf FILE OUT_DIR`."""
 
 import sys
 from collections.abc import Mapping
@@ -13,15 +13,18 @@ from quantize.running.worker import child_environ, run_worker
 from quantize.variants.store import require_space, staging, work_folder
 
 _MAGIC = b"GGUF"
-# Four bits a weight become sixteen.
+# 4 bits per weight become 16.
 _GROWTH = 4
 
 
 def unpack_gguf(file: Path, out: Path, *, environ: Mapping[str, str], progress: ProgressReporter) -> None:
-    """Write the dense model that a GGUF file stands for; `out` appears whole or not at all."""
+    """Dequantize a GGUF file into a model directory, which appears complete or not at all.
+
+    RecipeError if the file is no GGUF file or not supported by transformers, TargetError if `out` is not empty.
+    """
     _require_gguf(file)
     if out.exists() and any(out.iterdir()):
-        raise TargetError(f"{out}: exists; choose another directory or remove it")
+        raise TargetError(f"{out}: exists and is not empty; choose another directory or remove it")
     require_space({out: (file.stat().st_size * _GROWTH, "choose another directory")})
     with staging(out) as staged, progress.stage(f"unpack {file.name}", "tensors") as advance:
         job = {"file": str(file.resolve()), "sha256": sha256_of(file), "into": str(staged)}

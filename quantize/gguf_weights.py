@@ -1,23 +1,26 @@
-"""The child of `quantize.gguf`: transformers reads the GGUF file, we write plain files."""
+"""Child process of `quantize.gguf`: transformers reads the GGUF file, this writes safetensors and JSON."""
 
 import json
 import struct
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantize.errors import RecipeError
 from quantize.running.worker import WorkerChannel, run_child
 from quantize.variants.checkpoint import write_json, write_shards
 
-# Keys that tell how transformers loaded the file, not what the model is.
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+# Keys about how transformers loaded the file, not about the model.
 _LOADING_KEYS = ("_name_or_path", "_model_name_or_path", "_from_model_config", "quantization_config")
 # llama.cpp's pre-tokenizers that split numbers into digits before the byte-level pattern, which transformers omits.
 _DIGIT_SPLITTERS = frozenset({"smollm"})
 
 
 def unpack(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
-    """Child's work: `{file, sha256, into}` -> weights, config, tokenizer, chat template, generation config."""
+    """Write weights, config, tokenizer, chat template and generation config; a job is `{file, sha256, into}`."""
     import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
 
@@ -31,7 +34,7 @@ def unpack(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **named)
     except (OSError, ValueError, IndexError, KeyError, NotImplementedError, struct.error) as error:
         first_line = str(error).partition("\n")[0]
-        raise RecipeError(f"{file}: transformers can't read it: {first_line}") from error
+        raise RecipeError(f"{file}: not supported by transformers: {first_line}") from error
     tensors = {name: tensor.contiguous() for name, tensor in sorted(model.state_dict().items())}
     if model.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
@@ -43,14 +46,14 @@ def unpack(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     return {"tensors": len(tensors)}
 
 
-def _write_configs(model: Any, tokenizer: Any, into: Path) -> None:
+def _write_configs(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", into: Path) -> None:
     config = _plain(model.config.to_diff_dict())
     write_json(into / "config.json", {**config, "architectures": [type(model).__name__]})
     generation = {"bos_token_id": config.get("bos_token_id"), "eos_token_id": tokenizer.eos_token_id}
     write_json(into / "generation_config.json", {**generation, "pad_token_id": tokenizer.pad_token_id})
 
 
-def _write_tokenizer(tokenizer: Any, file: Path, config: Any, into: Path) -> None:
+def _write_tokenizer(tokenizer: "PreTrainedTokenizerFast", file: Path, config: "PretrainedConfig", into: Path) -> None:
     engine = tokenizer.backend_tokenizer
     if _pre_tokenizer_of(file) in _DIGIT_SPLITTERS:
         from tokenizers.pre_tokenizers import Digits, Sequence  # noqa: PLC0415
@@ -79,8 +82,9 @@ def _pre_tokenizer_of(file: Path) -> str:
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in config.items() if key not in _LOADING_KEYS and value is not None}
-    return dict(json.loads(json.dumps(kept, default=str)))
+    """Keep the JSON values of a config that describe the model."""
+    model_keys = {key: value for key, value in config.items() if key not in _LOADING_KEYS and value is not None}
+    return dict(json.loads(json.dumps(model_keys, default=str)))
 
 
 if __name__ == "__main__":

@@ -6,14 +6,17 @@ A missing tensor is initialized at random by transformers, without an error: suc
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from quantize.base import BaseModel
 from quantize.errors import RecipeError
-from quantize.running.context import RunContext
+from quantize.running.progress import ProgressReporter
 from quantize.running.worker import run_worker
 
+_CHILD = "quantize.load_report_child"
 _KINDS_SHOWN = 3
 
 
@@ -69,24 +72,33 @@ class LoadReport:
         return f"{_counted(self.unexpected)} unknown to {self.architecture}, not quantized: {_listed(self.unexpected)}"
 
 
-def require_loadable(base: BaseModel, context: RunContext) -> LoadReport:
-    """Build the base on the meta device in a child process (seconds); RecipeError if it can't be loaded as it is."""
-    job = {"base": str(base.directory.resolve())}
-    result = run_worker(
-        "quantize.load_report_child", job, folder=context.folder, environ=context.environ, on_progress=_ignore
-    )
-    mismatched = tuple(ShapeMismatch(**mismatch) for mismatch in result["mismatched"])
-    report = LoadReport(
+def check_base(base: BaseModel, environ: Mapping[str, str], progress: ProgressReporter) -> None:
+    """Check that every tensor of a base is loaded, and log which of its files and tensors are not used.
+
+    Takes seconds and reads no weights; belongs before everything that takes longer. RecipeError names what is missing.
+    """
+    with progress.stage("base", "checks"):
+        report = read_report(base, environ)
+    problem = report.problem()
+    if problem:
+        raise RecipeError(f"{base.directory}: {problem}")
+    for note in (*base.notes, report.note()):
+        if note:
+            progress.log(f"base: {note}")
+
+
+def read_report(base: BaseModel, environ: Mapping[str, str]) -> LoadReport:
+    """Build a base on the meta device, in a child process; RecipeError if transformers can't."""
+    with TemporaryDirectory(prefix="quantgate-") as folder:
+        job = {"base": str(base.directory.resolve())}
+        result = run_worker(_CHILD, job, folder=Path(folder), environ=environ, on_progress=_ignore)
+    return LoadReport(
         architecture=result["architecture"],
         blocks=result["blocks"],
         missing=tuple(result["missing"]),
         unexpected=tuple(result["unexpected"]),
-        mismatched=mismatched,
+        mismatched=tuple(ShapeMismatch(**mismatch) for mismatch in result["mismatched"]),
     )
-    problem = report.problem()
-    if problem:
-        raise RecipeError(f"{base.directory}: {problem}")
-    return report
 
 
 def _ignore(_done: int, _total: int) -> None:

@@ -1,4 +1,4 @@
-"""`quantgate variants`: read, compare, tidy up and adopt variants; data on stdout, everything else on stderr."""
+"""`quantgate variants`: list, compare, verify, lint, prune and adopt variants; data on stdout, the rest on stderr."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 
 from config.command_line import exit_codes
@@ -14,6 +15,7 @@ from config.load import load_settings, process_environment
 from config.manifest import FILE_NAME, Manifest, Quality
 from quantize.base import read_base
 from quantize.calibration.datasets import shipped_files
+from quantize.errors import VariantError
 from quantize.evaluation.evaluate import EVIDENCE_FILE
 from quantize.module_tree import with_module_tree
 from quantize.options import RunOptions
@@ -24,8 +26,7 @@ from quantize.planning.plan import present_engine
 from quantize.planning.recipe_schema import EvaluationTable
 from quantize.planning.request import DEFAULT_TEXT
 from quantize.planning.resolve import chosen_evaluation
-from quantize.report.html_report import write_report
-from quantize.report.text_report import disposal_lines, listing, page, stage_listing, summary
+from quantize.report.text_report import disposal_lines, stage_listing, summary_line, variant_table, variant_text
 from quantize.running.progress import ProgressReporter
 from quantize.running.stage_store import stage_store
 from quantize.running.terminal import DONE, FAILED, OneLineParser, print_stderr, run_command
@@ -41,7 +42,7 @@ _PRUNE_AFTER_DAYS = 7.0
 
 
 def variants_main(argv: list[str]) -> int:
-    """`quantgate variants VERB`: read, compare, tidy up and adopt variants."""
+    """Run `quantgate variants VERB`; return the exit code."""
     parser = _parser()
     options = parser.parse_args(argv)
     if "keep_bytes" in options and not options.directories and options.keep_bytes is None:
@@ -60,7 +61,7 @@ def _list(options: argparse.Namespace) -> int:
         except ManifestError as error:
             problems.append(f"quantgate variants: {error}")
     if variants or not problems:
-        print(_as_json(variants) if options.json else listing(variants))
+        print(_as_json(variants) if options.json else variant_table(variants))
     for problem in problems:
         print_stderr(problem)
     return FAILED if problems else DONE
@@ -69,7 +70,7 @@ def _list(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     directory = _named(options.config, options.directory)
     manifest = Manifest.read(directory)
-    print(manifest.to_json() if options.json else page(manifest, directory))
+    print(manifest.to_json() if options.json else variant_text(manifest, directory))
     return DONE
 
 
@@ -79,7 +80,7 @@ def _verify(options: argparse.Namespace) -> int:
         print(json.dumps(altered, indent=2))
     else:
         for path, names in altered.items():
-            print(f"{path}: {'altered: ' + ', '.join(names) if names else 'as it was sealed'}")
+            print(f"{path}: {'checksum mismatch: ' + ', '.join(names) if names else 'all checksums match'}")
     return FAILED if any(altered.values()) else DONE
 
 
@@ -122,7 +123,7 @@ def _prune(options: argparse.Namespace) -> int:
         for disposable in remove(found):
             print_stderr(f"{disposable.path}: removed")
     elif found:
-        print_stderr("nothing was removed: pass --yes to remove what is listed")
+        print_stderr("nothing was removed; pass --yes to remove the listed directories")
     return DONE
 
 
@@ -159,18 +160,22 @@ def _adopt(options: argparse.Namespace) -> int:
         )
 
     manifest = adopt(options.directory, base, measure, print_stderr)
-    print(manifest.to_json() if options.json else summary(manifest, options.directory))
+    print(manifest.to_json() if options.json else summary_line(manifest, options.directory))
     return DONE
 
 
 def _report(options: argparse.Namespace) -> int:
+    if find_spec("matplotlib") is None:
+        raise VariantError("variants report needs matplotlib; install quantgate[plots]")
+    from quantize.report.html_report import write_report  # noqa: PLC0415 - matplotlib is an extra
+
     write_report(_read_all(_directories(options)), options.out, options.against)
     print(options.out)
     return DONE
 
 
 def _directories(options: argparse.Namespace) -> list[Path]:
-    """The variant directories that were given: themselves, in a folder, or by name; all of a configuration."""
+    """Return the variant directories: given, inside a given folder, by name, or all of a configuration."""
     config: Path | None = options.config
     if config is None:
         return [each for place in options.directories for each in variant_directories(place)]
@@ -181,16 +186,16 @@ def _directories(options: argparse.Namespace) -> list[Path]:
 
 
 def variant_directories(place: Path) -> list[Path]:
-    """List the variants of a folder, by name; a directory that is no folder of variants is returned as it is."""
+    """Return the variants of a folder, sorted by name; any other directory is returned itself."""
     if (place / FILE_NAME).exists() or not place.is_dir():
         return [place]
-    # A name with a dot in front is of a variant that is not finished.
+    # A name with a leading dot is of an unfinished variant.
     inside = [each for each in sorted(place.iterdir()) if (each / FILE_NAME).is_file() and each.name[0] != "."]
     return inside or [place]
 
 
 def _named(config: Path | None, given: Path) -> Path:
-    """The directory of a variant: the given one, or with a configuration, that of the variant of this name."""
+    """Return a variant's directory: `given` itself, or with a configuration that of the variant of this name."""
     if config is None:
         return given
     paths, name = _configured(config), str(given)
@@ -200,7 +205,7 @@ def _named(config: Path | None, given: Path) -> Path:
         raise ConfigError(f"{config}: there is no variant {name!r}; {hint}known: {', '.join(paths) or 'none'}")
     path = paths[name]
     if path is None:
-        raise ConfigError(f"{config}: the variant {name!r} has no path; only its replicas' addresses are configured")
+        raise ConfigError(f"{config}: the variant {name!r} has no path, only replicas with a url")
     return path
 
 
@@ -223,7 +228,9 @@ def _as_json(variants: Sequence[tuple[Path, Manifest]]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     codes = exit_codes(0, 1, 2)
-    parser = OneLineParser("quantgate variants", description="Read, compare, tidy up and adopt variants.", epilog=codes)
+    parser = OneLineParser(
+        "quantgate variants", description="List, compare, verify, lint, prune and adopt variants.", epilog=codes
+    )
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
 
     def verb(name: str, run: _Verb, text: str, codes: str = codes) -> argparse.ArgumentParser:
@@ -231,20 +238,20 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(verb=run)
         return sub
 
-    altered = exit_codes(2, code_0="as it was sealed", code_1="a byte has changed")
-    wrong = exit_codes(2, code_0="no findings", code_1="something is wrong")
+    altered = exit_codes(2, code_0="all checksums match", code_1="checksum mismatch")
+    wrong = exit_codes(2, code_0="no findings", code_1="findings")
     readers = [
-        verb("list", _list, "a table of variants"),
-        verb("show", _show, "everything about one variant"),
-        verb("verify", _verify, "compare every byte with the seal", altered),
-        verb("diff", _diff, "what differs between two variants, and which is better"),
-        verb("lint", _lint, "check a quantized directory in seconds", wrong),
+        verb("list", _list, "list variants as a table"),
+        verb("show", _show, "print the manifest of a variant"),
+        verb("verify", _verify, "compare all files with their checksums", altered),
+        verb("diff", _diff, "compare two variants"),
+        verb("lint", _lint, "check the format of a quantized directory", wrong),
     ]
     _add_directories(readers)
     for sub in readers:
         sub.add_argument("--json", action="store_true", help="print JSON")
         _add_config(sub)
-    readers[-1].add_argument("--against", type=Path, metavar="BASE", help="its unquantized parent, for every check")
+    readers[-1].add_argument("--against", type=Path, metavar="BASE", help="its unquantized parent; enables all checks")
     _add_stages(verb("stages", _stages, "list the results of stages that runs of `quantize` kept, and their sizes"))
     _add_prune(verb("prune", _prune, "list, or with --yes remove, what a folder of variants can do without"))
     _add_adopt(verb("adopt", _adopt, "lint, measure and seal a directory that another tool quantized, where it lies"))
@@ -297,9 +304,16 @@ def _add_adopt(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("directory", type=Path, metavar="DIR", help="made by AutoGPTQ, GPTQModel or llm-compressor")
     add("--against", type=Path, required=True, metavar="BASE", help="its unquantized parent")
-    add("--data", type=Path, action="append", default=[], metavar="FILE", help="chats (default: shipped ones)")
-    add("--every-row", action="store_true", help="use all rows: its maker's calibration never saw a part of them")
-    add("--max-tokens", type=int, metavar="N", help="cut each chat (default: 4096 on a GPU, 2048 on a CPU)")
+    add(
+        "--data",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="evaluation data (default: included chats)",
+    )
+    add("--every-row", action="store_true", help="evaluate on all rows: none was used for its calibration")
+    add("--max-tokens", type=int, metavar="N", help="truncate each chat (default: 4096 on a GPU, 2048 on a CPU)")
     add("--json", action="store_true", help="print JSON")
     add_evaluation(parser)
 
@@ -308,6 +322,4 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directories", type=Path, nargs="*", metavar="DIR", help="a variant, or a folder of variants")
     _add_config(parser)
     parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
-    parser.add_argument(
-        "--against", type=Path, metavar="BASE", help="their parent, whose measured speed is plotted, too"
-    )
+    parser.add_argument("--against", type=Path, metavar="BASE", help="their parent; adds its measured speed")

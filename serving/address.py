@@ -16,7 +16,7 @@ class Address:
 
     @property
     def root(self) -> str:
-        """What an HTTP client's urls begin with; the socket of a unix address is told to it separately."""
+        """The base URL for an HTTP client; it gets the socket of a unix address separately."""
         return f"{'https' if self.secure else 'http'}://{self.authority}"
 
 

@@ -1,4 +1,4 @@
-"""Puts together what runs replicas, and what follows those of other processes."""
+"""Composition root of the supervisor, and of what follows replicas of other processes."""
 
 import logging
 import os
@@ -21,12 +21,12 @@ from serving.engine_version import version_warning
 from serving.errors import LaunchRefused, NoSuchReplica
 from serving.lock import sole_supervisor
 from serving.machine import engine_distribution, installed_engine, installed_tool_parsers, installed_version
-from serving.notebook import Notebook
 from serving.probe import Probe
+from serving.process_ledger import ProcessLedger
 from serving.progress import StateChanges
 from serving.registry import Registry
 from serving.reload import Reload
-from serving.replica import Launch, Replica, State, foreign_replicas, own_keys, plan_launches
+from serving.replica import Launch, Replica, State, external_replicas, own_keys, plan_launches
 from serving.start_times import StartTimes
 from serving.state.database import Owner, StateDatabase, state_url
 from serving.state.follower import Follower
@@ -40,7 +40,7 @@ from serving.validation import NamedFiles, read_named_files
 
 log = logging.getLogger(__name__)
 
-# Two that load on few cores take longer than one after the other; a GPU's load waits for its disk.
+# Two parallel loads on few cores take longer than one after the other; on a GPU, loading waits for the disk.
 PARALLEL_STARTS: Mapping[Engine, int] = {"cpu": 1, "cuda": 2}
 SIGNALS = (
     "SIGTERM or Ctrl-C stops them after their running requests, SIGKILL leaves them running for the next start to adopt"
@@ -49,30 +49,27 @@ SIGNALS = (
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a configuration wants to run, and the folder it lies in.
-
-    `state` is the address of the state database; None: tell nobody.
-    """
+    """What a configuration runs, and its folder; `state` is the URL of the state database, None for none."""
 
     settings: Settings
     variants: Mapping[str, Variant]
     state: str | None = None
     folder: Path = Path()
-    tls: Mapping[int, Tls] = field(default_factory=dict)  # by the replica's place in the configuration
+    tls: Mapping[int, Tls] = field(default_factory=dict)  # by the replica's position in the configuration
 
     @property
-    def foreign(self) -> tuple[Replica, ...]:
-        """The replicas that somebody else runs."""
-        return foreign_replicas(self.settings.replicas, self.variants, self.tls)
+    def external(self) -> tuple[Replica, ...]:
+        """The replicas with a `url`, which other programs run."""
+        return external_replicas(self.settings.replicas, self.variants, self.tls)
 
     @property
     def has_own_replicas(self) -> bool:
-        """Whether some replica is to be started by us, here or in another process."""
+        """Whether a supervisor starts some replica, in this process or another."""
         return any(replica.url is None for replica in self.settings.replicas)
 
 
 def read_wanted(path: Path) -> Wanted:
-    """Read a configuration file, and the manifests and certificates it names; SettingsError lists all problems."""
+    """Read a configuration with its manifests and certificates; SettingsError lists all problems."""
     file = load_settings_file(path)
     named = read_named_files(file, path.parent)
     if named.problems:
@@ -81,7 +78,7 @@ def read_wanted(path: Path) -> Wanted:
 
 
 def wanted_of(settings: Settings, named: NamedFiles, path: Path) -> Wanted:
-    """Return what the configuration file at `path` wants to run."""
+    """Return what the configuration file at `path` runs."""
     state = state_url(settings.gateway.state, path.parent)
     return Wanted(settings, named.variants, state, path.parent.resolve(), named.tls)
 
@@ -90,14 +87,14 @@ def wanted_of(settings: Settings, named: NamedFiles, path: Path) -> Wanted:
 async def replicas_alone(
     wanted: Wanted, machine: Machine, registry: Registry, home: Path, path: Path | None = None
 ) -> AsyncIterator[None]:
-    """Run this machine's replicas for gateways in other processes; with a path, that file is followed."""
+    """Run this machine's replicas for gateways in other processes; with a path, reload that file when it changes."""
     if not wanted.has_own_replicas:
-        raise LaunchRefused("the configuration has no replica to run here; one without url is ours to run")
+        raise LaunchRefused("the configuration has no replica to run here: all have a url")
     with sole_owner(wanted, home) as owner:
         async with (
             Probe() as probe,
             ControlSocket(home, Controlled("serve", path, registry)) as control,
-            own_replicas(wanted, machine, registry, probe, home, owner) as own,
+            local_replicas(wanted, machine, registry, probe, home, owner) as own,
         ):
             control.restart = own.restart
             if path is None:
@@ -121,50 +118,50 @@ async def replicas_alone(
 
 @contextmanager
 def sole_owner(wanted: Wanted, home: Path) -> Iterator[Owner]:
-    """Be the one supervisor of a home directory; LockHeld if there is one. Who runs no replicas needs no lock."""
+    """Lock the home directory for one supervisor; LockHeld if another runs. Without replicas no lock is needed."""
     with sole_supervisor(home) if wanted.has_own_replicas else nullcontext("") as name:
         yield Owner(name, socket.gethostname(), os.getpid())
 
 
 @asynccontextmanager
-async def own_replicas(
+async def local_replicas(
     wanted: Wanted, machine: Machine, registry: Registry, probe: Probe, home: Path, owner: Owner
-) -> AsyncIterator["OwnReplicas"]:
-    """Start what is to run on this machine and tell the state database; without any, nothing is touched."""
+) -> AsyncIterator["LocalReplicas"]:
+    """Supervise and publish the replicas of this machine, if the configuration has any."""
     if not wanted.has_own_replicas:
-        yield OwnReplicas(machine)
+        yield LocalReplicas(machine)
         return
     engine, serving = installed_engine(), wanted.settings.serving
     warning = version_warning(installed_version(engine_distribution() or "") or "")
     if warning:
         log.warning("%s", warning)
-    notebook = Notebook(home / "running")
+    ledger = ProcessLedger(home / "running")
     launches = planned_launches(wanted, machine, engine)
     at_once = serving.parallel_starts or PARALLEL_STARTS[engine]
     log.info("starting %d replicas, %d at a time; %s", len(launches), at_once, SIGNALS)
     with StateChanges(registry, log.info):
         async with (
-            told(wanted.state, owner, registry, foreign_ids(wanted), notebook) as publisher,
+            published(wanted.state, owner, registry, external_ids(wanted), ledger) as publisher,
             Supervisor(
                 launches,
                 registry,
                 replace(machine, log_format=serving.logs.format),
                 probe,
-                notebook,
+                ledger,
                 home / "logs",
                 parallel_starts=at_once,
                 start_attempts=serving.start_attempts,
                 logs=serving.logs,
-                rotation=publisher,
+                traffic=publisher,
                 start_times=StartTimes(home / "starts.json"),
             ) as supervisor,
         ):
-            yield OwnReplicas(machine, engine, supervisor, publisher)
+            yield LocalReplicas(machine, engine, supervisor, publisher)
 
 
 @dataclass(frozen=True, slots=True)
-class OwnReplicas:
-    """What runs the replicas of this machine, and tells of them; no supervisor where the configuration has none."""
+class LocalReplicas:
+    """The supervisor and publisher of this machine's replicas; None where the configuration has none."""
 
     machine: Machine
     engine: Engine = "cpu"
@@ -172,30 +169,30 @@ class OwnReplicas:
     publisher: Publisher | None = None
 
     def restart(self, replica_id: str) -> str:
-        """Start a replica again; see `Supervisor.restart`."""
+        """Restart a replica; see `Supervisor.restart`."""
         if self.supervisor is None:
             raise NoSuchReplica("the configuration has no replica to run here")
         return self.supervisor.restart(replica_id)
 
     async def update(self, wanted: Wanted, ready: Callable[[], None] = lambda: None) -> None:
-        """Go over to what is wanted now; see `Supervisor.update`."""
+        """Change to another configuration; see `Supervisor.update`."""
         if self.supervisor is None:
             if wanted.has_own_replicas:
-                raise LaunchRefused("there were no replicas to run here when we started; start again to run some")
+                raise LaunchRefused("this process started without replicas; restart it to run some")
             ready()
             return
         if self.publisher is not None:
-            self.publisher.foreign |= foreign_ids(wanted)
+            self.publisher.external |= external_ids(wanted)
         await self.supervisor.update(planned_launches(wanted, self.machine, self.engine), ready)
 
 
-def foreign_ids(wanted: Wanted) -> frozenset[str]:
-    """The ids of the replicas that somebody else runs."""
-    return frozenset(each.id for each in wanted.foreign)
+def external_ids(wanted: Wanted) -> frozenset[str]:
+    """The ids of external replicas."""
+    return frozenset(replica.id for replica in wanted.external)
 
 
 def planned_launches(wanted: Wanted, machine: Machine, engine: Engine) -> tuple[Launch, ...]:
-    """Spread what is wanted into servers of this machine, each with its share of it."""
+    """Plan the launches of this machine: cores, chat templates and tool parsers included."""
     domains = wanted.settings.gateway.media_domains
     planned = plan_launches(wanted.settings.replicas, dict(wanted.variants), engine)
     launches = tuple(replace(launch, media_domains=domains) for launch in planned)
@@ -207,21 +204,21 @@ def planned_launches(wanted: Wanted, machine: Machine, engine: Engine) -> tuple[
 
 
 @asynccontextmanager
-async def told(
-    state: str | None, owner: Owner, registry: Registry, foreign: frozenset[str], notebook: Notebook
+async def published(
+    state: str | None, owner: Owner, registry: Registry, external: frozenset[str], ledger: ProcessLedger
 ) -> AsyncIterator[Publisher | None]:
-    """Mirror a registry into the state database, if there is to be one."""
+    """Publish a registry to the state database, if there is one."""
     if state is None:
         yield None
         return
     link = Link(StateDatabase.at(state))
-    async with Publisher(owner, registry, link, foreign, notebook.sessions) as publisher:
+    async with Publisher(owner, registry, link, external, ledger.sessions) as publisher:
         yield publisher
 
 
 @asynccontextmanager
-async def others_replicas(wanted: Wanted, registry: Registry, probe: Probe) -> AsyncIterator[Follower | None]:
-    """Follow what other processes run, if the configuration has such replicas, or says where they are told of."""
+async def followed_replicas(wanted: Wanted, registry: Registry, probe: Probe) -> AsyncIterator[Follower | None]:
+    """Follow replicas of other processes, if the configuration has replicas to run or names a state database."""
     settings = wanted.settings
     if wanted.state is None or not (wanted.has_own_replicas or "state" in settings.gateway.model_fields_set):
         yield None

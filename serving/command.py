@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from serving.cores import Core, cpu_list
+from config.hardware import Core
+from serving.cores import cpu_list
 from serving.replica import Launch
 
 VLLM_MODULE = ("-m", "vllm.entrypoints.openai.api_server")
@@ -100,7 +101,7 @@ def _if_several(ranks: int) -> int | None:
 
 
 def _template_defaults(enable_thinking: bool | None) -> str | None:
-    """The reasoning parser gets these, too: for a model that doesn't think unless told to, it must know."""
+    """Defaults of chat template variables, which the reasoning parser reads, too."""
     return None if enable_thinking is None else json.dumps({"enable_thinking": enable_thinking})
 
 

@@ -1,32 +1,23 @@
-"""Which cores compute for which CPU replica; pure.
+"""Assignment of cores to CPU replicas; pure.
 
-Two replicas on the same cores slow each other down by more than half, because threads spin while they wait for one that
-doesn't run. So each gets cores of its own where there are enough. Threads of one physical core stay together, and so
-do cores of one NUMA node. Tokens/s of SmolLM2-135M on two cores with vLLM 0.32, for one request (and four) per replica:
+Two replicas on the same cores slow each other down by more than half, because threads spin while waiting for one that
+is not scheduled. So each gets its own cores where there are enough. Threads of a physical core stay together, and so do
+cores of one NUMA node. Tokens/s of SmolLM2-135M on two cores with vLLM 0.32, for one request (and four) per replica:
 
     two replicas, a core each        56 (224)
     two replicas, both on both       36 (115)
     ... with OMP_WAIT_POLICY=PASSIVE 21 (68), and one alone falls from 61 to 38
     ... with Intel's OpenMP          16 (72), and one alone rises from 61 to 70
 
-So neither of the last two is set: the one helps nobody, the other only who is alone.
+So neither of the last two is set: the first never helps, the second only a single replica.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
+from config.hardware import Core, parse_cpus
 from serving.replica import Launch
-
-
-@dataclass(frozen=True, slots=True)
-class Core:
-    """One physical core: its NUMA node and the logical CPUs of it that we may use."""
-
-    node: int
-    cpus: tuple[int, ...]
 
 
 def share_cores(launches: Sequence[Launch], cores: Sequence[Core]) -> tuple[Launch, ...]:
@@ -34,7 +25,7 @@ def share_cores(launches: Sequence[Launch], cores: Sequence[Core]) -> tuple[Laun
 
     Replicas that the configuration binds keep that; the others share what those leave.
     """
-    named = {cpu for launch in launches for cpu in _cpu_numbers(launch.settings.cores or "")}
+    named = {cpu for launch in launches for cpu in parse_cpus(launch.settings.cores or "")}
     left = [core for core in cores if not named & set(core.cpus)] or list(cores)
     waiting = [launch for launch in launches if cores and launch.engine == "cpu" and launch.settings.cores is None]
     parts = iter(_parts(left, len(waiting)))
@@ -59,16 +50,9 @@ def _binding(cores: Sequence[Core], ranks: int) -> str:
 
 
 def _parts(cores: Sequence[Core], count: int) -> list[Sequence[Core]]:
-    """Cut into `count` parts as even as possible, by NUMA node; everybody gets everything where there are too few."""
+    """Cut into `count` parts as even as possible, by NUMA node; all parts get all cores where there are too few."""
     if len(cores) < count:
         return [cores] * count
     ordered = sorted(cores, key=lambda core: (core.node, core.cpus))
     ends = [len(ordered) * number // count for number in range(count + 1)] if count else []
     return [ordered[start:end] for start, end in pairwise(ends)]
-
-
-def _cpu_numbers(text: str) -> set[int]:
-    numbers: set[int] = set()
-    for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
-        numbers.update(range(int(first), int(last or first) + 1))
-    return numbers

@@ -1,4 +1,4 @@
-"""A verb that runs until somebody stops it."""
+"""A verb that runs in the foreground until a signal stops it."""
 
 import asyncio
 import logging

@@ -68,7 +68,9 @@ def compare(served: Sequence[float], golden: GoldenAnswer) -> GoldenResult:
 def _by_position(position: float, error: float, golden: GoldenAnswer) -> GoldenResult:
     threshold = _threshold(golden)
     if min(threshold, 1 - threshold) < SEPARATION * error:
-        return GoldenResult("indistinguishable", f"it cannot be told from {golden.alternative_name}; served either way")
+        return GoldenResult(
+            "indistinguishable", f"it cannot be distinguished from {golden.alternative_name}; served either way"
+        )
     if position < threshold:
         where = f"position {position:.2f}, 0 is {golden.alternative_name} and 1 the record, at least {threshold:g}"
         return GoldenResult("different", f"nearer to {golden.alternative_name} than to its own record ({where})")

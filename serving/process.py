@@ -25,8 +25,8 @@ LAST_WORDS_BYTES = 64 * 1024
 LOG_PREFIX = re.compile(r"^(\([^)]*\) )?([A-Z]+ \d\d-\d\d [\d:]+ \[[^\]]*\] )?")
 
 
-# Waits for a line and becomes the command; without the line (its parent is gone) it ends. So no command ever runs
-# that nobody has noted, whenever the parent is killed.
+# Waits for a line and becomes the command; without the line (its parent was killed) it exits. So no command runs
+# without a record, whenever the parent is killed.
 _GATE = ("/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "gate")
 
 
@@ -147,7 +147,7 @@ class Adopted:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs; -1 afterwards, since nobody tells us."""
+        """None while it runs; -1 afterwards: the exit code of another process's child is unknown."""
         return -1 if self._ended.is_set() else None
 
     async def wait(self) -> str:
@@ -196,10 +196,10 @@ def _message(line: str) -> str:
     if not line.startswith("{"):
         return line
     try:
-        told = json.loads(line)["message"]
+        message = json.loads(line)["message"]
     except (ValueError, LookupError):
         return line
-    return told if isinstance(told, str) else line
+    return message if isinstance(message, str) else line
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from serving.replica import SUPERVISOR, ReplicaStatus, State
 
 
 def progress_lines(before: Mapping[str, ReplicaStatus], now: Sequence[ReplicaStatus]) -> list[str]:
-    """Describe the replicas whose state or reason has changed; failures are left to whoever reports the error."""
+    """Describe the replicas whose state or reason has changed; failures are logged where they are handled."""
     ready = sum(status.state is State.READY for status in now)
     lines = []
     for status in now:

@@ -18,7 +18,7 @@ from config.schema import is_loopback
 from serving.duration import duration
 from serving.probe import Probe
 from serving.replica import Replica, State
-from serving.state.database import Owner, Picture, StateDatabase, Told
+from serving.state.database import Owner, ReplicaRecord, Snapshot, StateDatabase
 
 WATCH_SECONDS = 1.0
 SILENT_SECONDS = 10.0
@@ -40,8 +40,8 @@ class Listing:
 
     def rows(self) -> list[Row]:
         """Return one replica a row; StateAway if the state database can't be read."""
-        picture = self.database.picture()
-        return rows(picture, time.time(), asyncio.run(requests_in_engines(picture, self.keys)))
+        snapshot = self.database.snapshot()
+        return rows(snapshot, time.time(), asyncio.run(requests_in_engines(snapshot, self.keys)))
 
 
 def print_once(listing: Listing, *, as_json: bool, wide: bool) -> None:
@@ -79,13 +79,13 @@ def watch(listing: Listing, *, as_json: bool, wide: bool) -> None:
             live.update(table(listing.rows(), wide=wide), refresh=True)
 
 
-async def requests_in_engines(picture: Picture, keys: Mapping[str, str]) -> dict[tuple[str, str], int | None]:
+async def requests_in_engines(snapshot: Snapshot, keys: Mapping[str, str]) -> dict[tuple[str, str], int | None]:
     """Ask the engines how many requests they have, from all senders, by owner and replica; None if one can't tell."""
-    owners = {owner.id: owner for owner in picture.pulse.owners}
+    owners = {owner.id: owner for owner in snapshot.heartbeat.owners}
     asked = {
-        (owner_id, told.replica.id): _with_key(told.replica, keys)
-        for owner_id, told in picture.told
-        if told.state in ANSWERING and _is_reachable(told, owners[owner_id])
+        (owner_id, record.replica.id): _with_key(record.replica, keys)
+        for owner_id, record in snapshot.records
+        if record.state in ANSWERING and _is_reachable(record, owners[owner_id])
     }
     async with Probe(ENGINE_SECONDS) as probe:
         counts = await asyncio.gather(*map(probe.requests_in_engine, asked.values()))
@@ -96,31 +96,31 @@ def _with_key(replica: Replica, keys: Mapping[str, str]) -> Replica:
     return replace(replica, api_key=keys.get(replica.id, keys.get(replica.variant)))
 
 
-def _is_reachable(told: Told, owner: Owner) -> bool:
+def _is_reachable(record: ReplicaRecord, owner: Owner) -> bool:
     """Whether an address means the same here as where its owner runs: a loopback address of another host does not."""
-    host = told.replica.url.partition("://")[2].rpartition(":")[0]
+    host = record.replica.url.partition("://")[2].rpartition(":")[0]
     return not is_loopback(host) or owner.host == socket.gethostname()
 
 
-def rows(picture: Picture, now: float, requests: Mapping[tuple[str, str], int | None]) -> list[Row]:
+def rows(snapshot: Snapshot, now: float, requests: Mapping[tuple[str, str], int | None]) -> list[Row]:
     """One replica a row, in plain values; `requests` is by owner and replica."""
-    owners = {owner.id: owner for owner in picture.pulse.owners}
+    owners = {owner.id: owner for owner in snapshot.heartbeat.owners}
     listed = []
-    for owner_id, told in picture.told:
+    for owner_id, record in snapshot.records:
         owner = owners[owner_id]
         silent = now - owner.beat_at
         listed.append(
             {
-                "replica": told.replica.id,
-                "variant": told.replica.variant,
-                "precision": told.replica.precision,
-                "state": told.state.value,
-                "since": told.since,
-                "seconds": round(max(0.0, now - told.since), 1),
-                "requests": requests.get((owner_id, told.replica.id)),
-                "url": told.replica.url,
-                "pid": told.pid,
-                "reason": told.reason,
+                "replica": record.replica.id,
+                "variant": record.replica.variant,
+                "precision": record.replica.precision,
+                "state": record.state.value,
+                "since": record.since,
+                "seconds": round(max(0.0, now - record.since), 1),
+                "requests": requests.get((owner_id, record.replica.id)),
+                "url": record.replica.url,
+                "pid": record.pid,
+                "reason": record.reason,
                 "host": owner.host,
                 "supervisor_pid": owner.pid,
                 "supervisor_silent_seconds": round(silent, 1) if silent > SILENT_SECONDS else None,
@@ -154,7 +154,7 @@ def _reason(row: Row) -> str:
     silent = row["supervisor_silent_seconds"]
     if silent is None:
         return str(row["reason"])
-    word = f"told {duration(silent)} ago: its supervisor, process {row['supervisor_pid']} on {row['host']}, is silent"
+    word = f"as of {duration(silent)} ago: its supervisor, process {row['supervisor_pid']} on {row['host']}, is silent"
     return "; ".join(filter(None, [row["reason"], word]))
 
 

@@ -40,8 +40,8 @@ class ReloadResult(msgspec.Struct, frozen=True):
 class Reload:
     """Looks at `files` while the `async with` block runs and calls `apply` when one has changed, one call at a time.
 
-    What `apply` raises is logged, reported to `tell` and kept in `last`, and what was in force stays: ConfigError
-    and LaunchRefused before anything was touched, another ServingError half-way. `apply` gets True if the operator
+    An error of `apply` is logged, reported to `tell` and kept in `last`, and the previous configuration stays:
+    ConfigError and LaunchRefused before any change, another ServingError after some. `apply` gets True if the operator
     has confirmed what was refused before.
     """
 
@@ -127,10 +127,10 @@ class Reload:
 
 def _stamp(path: Path) -> object:
     try:
-        told = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return told.st_ino, told.st_size, told.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _ignore() -> None:

@@ -34,7 +34,7 @@ class State(StrEnum):
 PENDING = frozenset({State.STARTING, State.WARMING})
 NO_TLS: Mapping[int, Tls] = MappingProxyType({})
 
-# Who writes the opening <think>: the chat template, the model itself, or nobody.
+# Source of the opening <think>: the chat template, the model, or none.
 ThinkTag = Literal["injected", "model", "none"]
 
 
@@ -42,8 +42,8 @@ ThinkTag = Literal["injected", "model", "none"]
 class Thinking:
     """How a server handles thinking: which of vLLM's parsers, and a chat template other than the model's own.
 
-    `enable_thinking` is what requests get that don't say; None leaves it to the template. `tag` is who must turn out to
-    write the opening tag, and `switch` whether `enable_thinking: false` must keep a thought from being opened.
+    `enable_thinking` is the default for requests without it; None leaves it to the template. `tag` is the expected
+    source of the opening tag, and `switch` whether `enable_thinking: false` must suppress it.
     """
 
     parser: str | None = None
@@ -57,10 +57,9 @@ class Thinking:
 class Replica:
     """One server of one variant at one address; `served_name` is the model name that it answers to.
 
-    `max_model_len_tokens` and `think` are None until it has been asked. `think_token` is `<think>` in its vocabulary,
-    None if that is several tokens. `tools` is whether it takes requests with tools, None as long as nobody knows. More
-    than `max_in_flight` requests at once are not sent to it. `tls` is None where the machine's own trust does, or
-    nothing is encrypted.
+    `max_model_len_tokens` and `think` are None until the replica is probed. `think_token` is the id of `<think>`, None
+    if that is several tokens. `tools` is whether it accepts requests with tools, None if unknown. At most
+    `max_in_flight` requests at once are sent to it. `tls` is None for the system's CAs or without encryption.
     """
 
     id: str
@@ -134,12 +133,12 @@ def plan_launches(
     return tuple(launches)
 
 
-def foreign_replicas(
+def external_replicas(
     replicas: tuple[ReplicaSettings, ...], variants: Mapping[str, Variant], tls: Mapping[int, Tls] = NO_TLS
 ) -> tuple[Replica, ...]:
-    """List the replicas that somebody else runs; their served name is learnt when they are probed.
+    """Return the external replicas, those with a `url`; probing finds their served names.
 
-    `tls` is by a replica's place in the configuration.
+    `tls` is by position in the configuration.
     """
     numbers: dict[str, int] = {}
     found = []
@@ -167,7 +166,7 @@ def foreign_replicas(
 
 
 def own_keys(replicas: tuple[ReplicaSettings, ...]) -> dict[str, str]:
-    """The keys of the replicas that we start, by their ids, and by their variants for whoever has another id."""
+    """Return the API keys of supervised replicas, by id, and by variant for other ids."""
     numbers: dict[str, int] = {}
     keys: dict[str, str] = {}
     for settings in replicas:

@@ -24,10 +24,16 @@ from typing import Any
 from serving.backoff import Backoff
 from serving.errors import NotAdopted, ServingError
 from serving.hanging import until_it_hangs
-from serving.life import STARTING_PATIENCE_SECONDS, Birthplace, adopted, planned, started
-from serving.notebook import Note
 from serving.process import Adopted, Child
+from serving.process_ledger import ProcessRecord
 from serving.replica import Launch, Replica, State
+from serving.replica_lifecycle import (
+    STARTING_PATIENCE_SECONDS,
+    LaunchContext,
+    adopt_replica,
+    replica_spec,
+    start_replica,
+)
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +50,7 @@ class ReplicaLoop:
     """
 
     launch: Launch
-    place: Birthplace
+    context: LaunchContext
     backoff: Backoff
     drain: Callable[[str, float], Awaitable[None]]
     clock: Callable[[], float] = time.monotonic
@@ -56,7 +62,7 @@ class ReplicaLoop:
 
     def announce(self, port: int) -> None:
         """Enter the replica in the registry, before its first start and before each of the later ones."""
-        self.place.source.put(planned(self.launch, port), State.STARTING, TURN)
+        self.context.source.put(replica_spec(self.launch, port), State.STARTING, TURN)
 
     def start_now(self) -> None:
         """End the pause before the next start, if there is one."""
@@ -65,7 +71,7 @@ class ReplicaLoop:
 
     def restart(self) -> str:
         """Start the replica again: at once if it waits, drained first if it is ready; returns what happens."""
-        status = self.place.registry.status(self.launch.replica_id)
+        status = self.context.registry.status(self.launch.replica_id)
         if self._pausing:
             self._again.set()
             return "starts again now"
@@ -74,13 +80,13 @@ class ReplicaLoop:
             return f"finishes its requests (at most {self.launch.settings.drain_seconds:g} s), then starts again"
         return f"is {status.state} already ({status.reason}); nothing to do"
 
-    async def run(self, note: Note | None = None) -> None:
-        """Start the replica, or adopt the one of a note, and start it again whenever it has ended."""
+    async def run(self, record: ProcessRecord | None = None) -> None:
+        """Start the replica, or adopt the one of a record, and start it again whenever it has ended."""
         crashes, pause = 0, 0.0
         while not self.leaving:
             pause = 0.0
             try:
-                async with self._life(note) as (child, replica):
+                async with self._life(record) as (child, replica):
                     began = self.clock()
                     reason = await self._serve(child, replica)
                     if self.leaving:
@@ -100,7 +106,7 @@ class ReplicaLoop:
             except Exception as error:  # the outermost loop: a defect must not leave a replica "starting" for ever
                 pause = self._start_failed(f"the supervisor has a defect: {error!r}")
                 log.exception("replica %s: the supervisor has a defect", self.launch.replica_id)
-            note = None
+            record = None
             if await self._restarted_within(pause):
                 crashes = self.failures = 0
             if not self.leaving:
@@ -110,8 +116,8 @@ class ReplicaLoop:
         """Put a verified replica into rotation until it ends, hangs or is to be restarted; returns which."""
         self.failures = 0
         self._again.clear()
-        self.place.source.put(replica, State.READY)
-        hanging = until_it_hangs(replica, self.place.probe, self.launch.settings.hang_seconds, self.clock)
+        self.context.source.put(replica, State.READY)
+        hanging = until_it_hangs(replica, self.context.probe, self.launch.settings.hang_seconds, self.clock)
         ended = await _first(child.wait(), hanging, self._restart_requested())
         if ended == RESTART:
             return ended
@@ -127,9 +133,9 @@ class ReplicaLoop:
 
     async def _drain(self) -> None:
         replica_id, seconds = self.launch.replica_id, self.launch.settings.drain_seconds
-        self.place.source.move(replica_id, State.DRAINING, f"{RESTART}: finishes its requests, at most {seconds:g} s")
+        self.context.source.move(replica_id, State.DRAINING, f"{RESTART}: finishes its requests, at most {seconds:g} s")
         await self.drain(replica_id, seconds)
-        self.place.source.move(replica_id, State.STOPPING, RESTART)
+        self.context.source.move(replica_id, State.STOPPING, RESTART)
 
     async def _restarted_within(self, pause_seconds: float) -> bool:
         """Wait until the next start is due; returns whether it was requested earlier."""
@@ -145,8 +151,8 @@ class ReplicaLoop:
         return True
 
     @asynccontextmanager
-    async def _life(self, note: Note | None) -> AsyncIterator[tuple[Child | Adopted, Replica]]:
-        life = adopted(self.launch, note, self.place) if note else started(self.launch, self.place)
+    async def _life(self, record: ProcessRecord | None) -> AsyncIterator[tuple[Child | Adopted, Replica]]:
+        life = adopt_replica(self.launch, record, self.context) if record else start_replica(self.launch, self.context)
         async with life as (child, replica):
             yield child, replica
 
@@ -160,7 +166,7 @@ class ReplicaLoop:
     def _fail(self, reason: str, pause_seconds: float) -> None:
         # What it waits for comes first: `ps` cuts a long reason at its end.
         due = time.strftime("%H:%M:%S", time.localtime(self.wall_clock() + pause_seconds))
-        self.place.source.move(self.launch.replica_id, State.FAILED, f"next start at {due}: {reason}")
+        self.context.source.move(self.launch.replica_id, State.FAILED, f"next start at {due}: {reason}")
         log.error("replica %s: %s; next start in %g s", self.launch.replica_id, reason, pause_seconds)
 
 

@@ -38,7 +38,7 @@ class Replace:
 
 @dataclass(frozen=True, slots=True)
 class Retire:
-    """Drain and stop a replica that nobody wants any more."""
+    """Drain and stop a replica that is not configured any more."""
 
     replica_id: str
 
@@ -66,7 +66,7 @@ def next_step(running: Sequence[Current], wanted: Sequence[Launch]) -> Step | No
 def _replacement(
     outdated: Sequence[tuple[Current, Launch]], running: Sequence[Current], unwanted: Sequence[Current]
 ) -> Step:
-    """The gentlest replacement that has room; without any, room is made."""
+    """The least_loaded replacement that has room; without any, room is made."""
     ordered = sorted(outdated, key=lambda pair: _burden(pair[0]))
     for old, launch in ordered:
         if not _clashes(launch, running):
@@ -89,7 +89,7 @@ def _clashes(launch: Launch, running: Sequence[Current]) -> bool:
 
 
 def _burden(current: Current) -> tuple[bool, int, str]:
-    """Replicas that answer nobody go first, then those with the fewest requests."""
+    """Order replicas for replacement: those that are not ready first, then by the number of requests."""
     return current.ready, current.in_flight, current.launch.replica_id
 
 

@@ -1,7 +1,7 @@
-"""A variant with a changed byte is never served: its files are held against its manifest before each start.
+"""Checksum verification before each start: a variant with a changed file is never served.
 
-Sizes cost nothing and are compared every time. Digests take reading every byte (a minute for 60 GB), so they are
-remembered for as long as a file's stamp stays: its size, inode and times, of which no program can set the last.
+Sizes are always compared. Digests need all bytes (a minute for 60 GB), so they are cached for as long as a file's size,
+inode and times are the same; no program can set the change time.
 """
 
 import hashlib
@@ -19,25 +19,25 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Interrupted(Exception):
-    """Nobody waits for the answer any more."""
+    """The check was stopped."""
 
 
 def resized_files(directory: Path, manifest: Manifest) -> list[str]:
-    """Name the sealed files that are missing or of another size; reads none of them."""
+    """Return the files of the manifest that are missing or of another size, without reading them."""
     return [name for name, sealed in manifest.files.items() if not _has_size(directory / name, sealed)]
 
 
 @dataclass(slots=True)
 class SealCheck:
-    """Compares one variant's files with its seal; `memory` is the folder that keeps what was read before."""
+    """Compares the files of a variant with its manifest; `memory` is the folder of the digest cache."""
 
     directory: Path
     memory: Path
     stopped: Callable[[], bool] = field(default=lambda: False)
 
     def altered_files(self, manifest: Manifest) -> list[str]:
-        """Name the sealed files that are missing or changed; Interrupted if told to stop on the way."""
-        known, seen = self._recall(), {}
+        """Return the files of the manifest that are missing or changed; Interrupted if `stopped` returns true."""
+        known, current = self._read_cache(), {}
         altered = []
         for name, sealed in manifest.files.items():
             path = self.directory / name
@@ -50,9 +50,9 @@ class SealCheck:
                 altered.append(name)
             # A file that changes while it is read must be read again.
             if _stamp(path) == stamp:
-                seen[name] = {"stamp": stamp, "sha256": digest}
-        if seen != known:
-            self._remember(seen)
+                current[name] = {"stamp": stamp, "sha256": digest}
+        if current != known:
+            self._write_cache(current)
         return altered
 
     def _digest(self, path: Path) -> str:
@@ -65,23 +65,23 @@ class SealCheck:
         return digest.hexdigest()
 
     @property
-    def _notes(self) -> Path:
+    def _cache_file(self) -> Path:
         return self.memory / f"{hashlib.sha256(bytes(self.directory.resolve())).hexdigest()[:32]}.json"
 
-    def _recall(self) -> dict[str, Any]:
+    def _read_cache(self) -> dict[str, Any]:
         try:
-            told = json.loads(self._notes.read_bytes())
+            digests = json.loads(self._cache_file.read_bytes())
         except (OSError, ValueError):
             return {}
-        return told if isinstance(told, dict) else {}
+        return digests if isinstance(digests, dict) else {}
 
-    def _remember(self, seen: Mapping[str, Any]) -> None:
-        """Replace the notes at once; without a place for them the files are read again next time."""
-        draft = self._notes.with_suffix(f".{os.getpid()}")
+    def _write_cache(self, digests: Mapping[str, Any]) -> None:
+        """Replace the cache atomically; if that fails, the files are read again next time."""
+        draft = self._cache_file.with_suffix(f".{os.getpid()}")
         try:
             self.memory.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps(seen))
-            draft.replace(self._notes)
+            draft.write_text(json.dumps(digests))
+            draft.replace(self._cache_file)
         except OSError:
             with suppress(OSError):
                 draft.unlink()
@@ -92,6 +92,6 @@ def _has_size(path: Path, sealed: SealedFile) -> bool:
 
 
 def _stamp(path: Path) -> list[int]:
-    """What changes when a file does; ctime is the kernel's own."""
-    told = path.stat()
-    return [told.st_size, told.st_dev, told.st_ino, told.st_mtime_ns, told.st_ctime_ns]
+    """Fields that change with a file; only the kernel sets ctime."""
+    status = path.stat()
+    return [status.st_size, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]

@@ -1,8 +1,8 @@
-"""Shared memory that killed processes leave in /dev/shm, where it counts as used until the machine restarts.
+"""Shared memory that killed processes leave in /dev/shm, used until it is unlinked or the machine restarts.
 
-vLLM's processes pass messages through named segments (160 to 250 MB each), which their last owner unlinks when it ends
-in order. After a SIGKILL nobody does. So what a process has mapped is looked up before it is killed, and unlinked when
-no process has it mapped any more.
+vLLM's processes pass messages through named segments (160 to 250 MB each), which their last owner unlinks at a regular
+exit, but not after SIGKILL. So the segments of a process are listed before it is killed, and unlinked when no process
+maps them any more.
 """
 
 from collections.abc import Iterable
@@ -15,22 +15,22 @@ _OPENMP = "__KMP_REGISTERED_LIB_{pid}_*"
 
 
 def segments_of(pids: Iterable[int]) -> set[Path]:
-    """Named segments that processes have mapped (proc(5), maps), or that bear their number."""
-    found: set[Path] = set()
+    """Return the named segments that processes map (proc(5), maps), or that have their id in the name."""
+    segments: set[Path] = set()
     for pid in pids:
-        found |= _mapped(pid)
-        found.update(Path(_PLACE).glob(_OPENMP.format(pid=pid)))
-    return found
+        segments |= _mapped(pid)
+        segments.update(Path(_PLACE).glob(_OPENMP.format(pid=pid)))
+    return segments
 
 
 def free_segments(segments: set[Path]) -> list[Path]:
-    """Unlink those of some segments that no process has mapped; tells which."""
+    """Unlink the segments that no process maps, and return them."""
     if not segments:
         return []
     others = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal())
     free = sorted(segments - set().union(*map(_mapped, others)))
     for path in free:
-        # Somebody else may have been faster, and what isn't ours stays.
+        # Another process may have unlinked it, and segments of other users stay.
         with suppress(OSError):
             path.unlink()
     return free

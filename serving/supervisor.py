@@ -1,4 +1,4 @@
-"""Keeps the wanted replicas running: start or adopt, verify, watch, restart, replace, drain, stop."""
+"""Keeps the configured replicas running: start or adopt, verify, watch, restart, replace, drain, stop."""
 
 import asyncio
 import logging
@@ -15,17 +15,17 @@ from serving.backoff import Backoff
 from serving.command import Machine
 from serving.errors import LaunchRefused, NoSuchReplica, UpdateFailed
 from serving.identity import launch_digest, slot_of, successor_id
-from serving.life import ADOPTION_SECONDS, READY_PATIENCE_SECONDS, Birthplace
 from serving.log_file import keep_short
-from serving.notebook import Note, Notebook
-from serving.preflight import refuse_fleet, refuse_hopeless
+from serving.preflight import check_placement, check_servable
 from serving.probe import Probe
+from serving.process_ledger import ProcessLedger, ProcessRecord
 from serving.registry import Registry, ReplicaSource
 from serving.replica import SUPERVISOR, Launch, State
+from serving.replica_lifecycle import ADOPTION_SECONDS, READY_PATIENCE_SECONDS, LaunchContext
 from serving.replica_loop import ReplicaLoop
 from serving.rolling import Current, Replace, Retire, Start, Step, next_step
 from serving.start_times import StartTimes
-from serving.state.rotation import Rotation, drained
+from serving.state.draining import TrafficDrain, drain
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ START_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _RunningReplica:
     """A replica's loop, and the task that runs it."""
 
     loop: ReplicaLoop
@@ -42,194 +42,196 @@ class _Kept:
 
 @dataclass(slots=True)
 class Supervisor:
-    """Owns the processes of all launches while the `async with` block runs; nobody else starts or stops one.
+    """Owns the processes of all launches while the `async with` block runs.
 
-    A replica that fails is started again, for ever; `start_attempts` is how often an update tries its replacement.
+    A failed replica is restarted without limit; an update tries its replacement `start_attempts` times.
     """
 
     launches: tuple[Launch, ...]
     registry: Registry
     machine: Machine
     probe: Probe
-    notebook: Notebook
+    ledger: ProcessLedger
     log_folder: Path
     parallel_starts: int = 1
     backoff: Backoff = field(default_factory=Backoff)
     start_attempts: int = START_ATTEMPTS
     logs: LogSettings = field(default_factory=LogSettings)
-    rotation: Rotation | None = None
+    traffic: TrafficDrain | None = None
     patience_seconds: float = READY_PATIENCE_SECONDS
     adoption_seconds: float = ADOPTION_SECONDS
     start_times: StartTimes = field(default_factory=StartTimes)
     clock: Callable[[], float] = time.monotonic
-    _kept: dict[str, _Kept] = field(default_factory=dict)
-    _place: Birthplace = field(init=False)
+    _replicas: dict[str, _RunningReplica] = field(default_factory=dict)
+    _context: LaunchContext = field(init=False)
     _source: ReplicaSource = field(init=False)
     _updating: asyncio.Lock = field(default_factory=asyncio.Lock)
     _housekeeping: asyncio.Task[None] | None = None
 
     def __post_init__(self) -> None:
         self._source = self.registry.source(SUPERVISOR)
-        shared = (self.registry, self.machine, self.probe, self.notebook, self.log_folder)
+        shared = (self.registry, self.machine, self.probe, self.ledger, self.log_folder)
         turns = asyncio.Semaphore(self.parallel_starts)
-        self._place = Birthplace(
+        self._context = LaunchContext(
             *shared, turns, self.patience_seconds, self.adoption_seconds, self.start_times, self.clock
         )
 
     async def __aenter__(self) -> Self:
-        """Take over what a dead supervisor left, end what isn't wanted of it, and begin to start the rest, in order."""
+        """Recover the replicas of a dead supervisor, and start the others in order."""
         for launch in self.launches:
-            refuse_hopeless(launch)
-        found = await self._take_stock()
-        refuse_fleet([launch for launch in self.launches if launch.replica_id not in found])
+            check_servable(launch)
+        orphans = await self._recover()
+        check_placement([launch for launch in self.launches if launch.replica_id not in orphans])
         for launch in self.launches:
-            note = found.get(launch.replica_id)
-            self._begin(replace(launch, replica_id=note.replica) if note else launch, note)
-        self._housekeeping = asyncio.create_task(self._rotation_of_logs(), name="log rotation")
+            record = orphans.get(launch.replica_id)
+            self._start(replace(launch, replica_id=record.replica) if record else launch, record)
+        self._housekeeping = asyncio.create_task(self._rotate_logs(), name="log rotation")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Drain and stop every replica; afterwards no process of any is left."""
+        """Drain and stop every replica with all its processes."""
         if self._housekeeping:
             self._housekeeping.cancel()
             await asyncio.gather(self._housekeeping, return_exceptions=True)
-        await asyncio.gather(*(self._retire(replica_id) for replica_id in tuple(self._kept)))
+        await asyncio.gather(*(self._retire(replica_id) for replica_id in tuple(self._replicas)))
 
     async def update(self, wanted: tuple[Launch, ...], ready: Callable[[], None] = lambda: None) -> None:
-        """Go over to other launches, one replica at a time, each replaced before it is retired where there is room.
+        """Change to other launches, one replica at a time; where there is room, a new one starts before the old stops.
 
-        `ready` is called when all that is wanted is there, before what isn't any more goes; earlier only where there is
-        no room. Replicas that wait for their next start are started at once. LaunchRefused: nothing else was touched.
-        UpdateFailed: what was not replaced yet goes on as it was.
+        `ready` is called when all new replicas are ready and before obsolete ones are stopped, or earlier where there
+        is no room for both. Pauses before a next start end. LaunchRefused: nothing else was changed. UpdateFailed:
+        replicas that were not replaced yet keep running.
         """
         async with self._updating:
             self._start_waiting(wanted)
             for launch in wanted:
-                await asyncio.to_thread(refuse_hopeless, launch)
+                await asyncio.to_thread(check_servable, launch)
             self._set_times(wanted)
-            told = False
+            announced = False
             while step := next_step(self._current(), wanted):
-                if isinstance(step, Retire) and not told:
+                if isinstance(step, Retire) and not announced:
                     ready()
-                    told = True
-                await self._take(step)
+                    announced = True
+                await self._apply(step)
             self.launches = wanted
-            if not told:
+            if not announced:
                 ready()
 
     def restart(self, replica_id: str) -> str:
-        """Start a replica again, drained first if it is ready; returns what happens. NoSuchReplica: not ours."""
-        kept = self._kept.get(replica_id)
-        if kept is None:
-            near = get_close_matches(replica_id, self._kept, n=1)
+        """Restart a replica, after draining if it is ready; return what happens. NoSuchReplica for an unknown id."""
+        running = self._replicas.get(replica_id)
+        if running is None:
+            near = get_close_matches(replica_id, self._replicas, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise NoSuchReplica(f"there is no replica {replica_id!r}; {hint}known: {', '.join(sorted(self._kept))}")
-        return kept.loop.restart()
+            raise NoSuchReplica(f"there is no replica {replica_id!r}; {hint}known: {', '.join(sorted(self._replicas))}")
+        return running.loop.restart()
 
     def _start_waiting(self, wanted: tuple[Launch, ...]) -> None:
-        """End the pauses of the replicas that wait for their next start, and are wanted as they are."""
+        """End the pauses of unchanged replicas that wait for their next start."""
         digests = {launch.replica_id: launch_digest(launch) for launch in wanted}
-        for replica_id, kept in self._kept.items():
-            if digests.get(slot_of(replica_id)) == launch_digest(kept.loop.launch):
-                kept.loop.start_now()
+        for replica_id, running in self._replicas.items():
+            if digests.get(slot_of(replica_id)) == launch_digest(running.loop.launch):
+                running.loop.start_now()
 
     def _set_times(self, wanted: tuple[Launch, ...]) -> None:
-        """Give running replicas the times of the new launches: a change of those alone replaces nothing."""
+        """Give running replicas the time limits of the new launches: they change without a restart."""
         launches = {launch.replica_id: launch for launch in wanted}
-        for replica_id, kept in self._kept.items():
+        for replica_id, running in self._replicas.items():
             launch = launches.get(slot_of(replica_id))
-            if launch is not None and launch_digest(launch) == launch_digest(kept.loop.launch):
-                kept.loop.launch = replace(launch, replica_id=replica_id)
+            if launch is not None and launch_digest(launch) == launch_digest(running.loop.launch):
+                running.loop.launch = replace(launch, replica_id=replica_id)
 
-    async def _take_stock(self) -> dict[str, Note]:
-        """Look at what a dead supervisor left: notes to adopt, by slot; whatever isn't wanted as it is, is ended."""
+    async def _recover(self) -> dict[str, ProcessRecord]:
+        """Return the records of orphaned replicas to adopt, by slot; stop those whose launch has changed."""
         wanted = {launch.replica_id: launch_digest(launch) for launch in self.launches}
-        found: dict[str, Note] = {}
-        for note in self.notebook.abandoned():
-            slot = slot_of(note.replica)
-            if wanted.get(slot) == note.launch and slot not in found:
-                found[slot] = note
+        adoptable: dict[str, ProcessRecord] = {}
+        for record in self.ledger.orphaned():
+            slot = slot_of(record.replica)
+            if wanted.get(slot) == record.launch and slot not in adoptable:
+                adoptable[slot] = record
                 continue
-            await self.notebook.end(note)
-            log.warning("ended replica %s, which had outlived its supervisor and isn't wanted as it was", note.replica)
-        return found
+            await self.ledger.end(record)
+            log.warning("stopped orphaned replica %s: it is not configured any more, or has changed", record.replica)
+        return adoptable
 
-    def _begin(self, launch: Launch, note: Note | None = None) -> None:
-        loop = ReplicaLoop(launch, self._place, self.backoff, self._drain, self.clock)
-        loop.announce(note.port if note else launch.port or 0)
-        task = asyncio.create_task(loop.run(note), name=f"replica {launch.replica_id}")
-        self._kept[launch.replica_id] = _Kept(loop, task)
+    def _start(self, launch: Launch, record: ProcessRecord | None = None) -> None:
+        loop = ReplicaLoop(launch, self._context, self.backoff, self._drain, self.clock)
+        loop.announce(record.port if record else launch.port or 0)
+        task = asyncio.create_task(loop.run(record), name=f"replica {launch.replica_id}")
+        self._replicas[launch.replica_id] = _RunningReplica(loop, task)
 
     def _current(self) -> list[Current]:
-        statuses = {each.replica.id: each for each in self.registry.snapshot()}
+        statuses = {status.replica.id: status for status in self.registry.snapshot()}
         return [
-            Current(kept.loop.launch, statuses[name].state is State.READY, statuses[name].in_flight)
-            for name, kept in self._kept.items()
+            Current(running.loop.launch, statuses[name].state is State.READY, statuses[name].in_flight)
+            for name, running in self._replicas.items()
         ]
 
-    async def _take(self, step: Step) -> None:
-        crowd = None
+    async def _apply(self, step: Step) -> None:
+        obstacle = None
         if isinstance(step, Replace) and step.surge:
-            # In a thread: the machine is asked, and the gateway may share our loop.
-            crowd = await asyncio.to_thread(_no_room, step.launch)
+            # In a thread: it reads the machine, and the gateway may share this event loop.
+            obstacle = await asyncio.to_thread(_no_room, step.launch)
         match step:
             case Start(launch):
-                await self._come(launch)
+                await self._scale_up(launch)
             case Retire(replica_id):
-                await self._leave(replica_id)
-            case Replace(replica_id, launch, surge=True) if crowd is None:
-                log.info("replica %s is replaced: its successor gets ready first", replica_id)
-                await self._come(replace(launch, replica_id=successor_id(replica_id)))
-                await self._leave(replica_id)
+                await self._scale_down(replica_id)
+            case Replace(replica_id, launch, surge=True) if obstacle is None:
+                log.info("replica %s is replaced: the new one starts first", replica_id)
+                await self._scale_up(replace(launch, replica_id=successor_id(replica_id)))
+                await self._scale_down(replica_id)
             case Replace(replica_id, launch):
-                why = f": {crowd}" if crowd else ""
-                log.info("replica %s is replaced: there is no room for two, so it goes first%s", replica_id, why)
-                await self._leave(replica_id)
-                await self._come(replace(launch, replica_id=replica_id))
+                why = f": {obstacle}" if obstacle else ""
+                log.info(
+                    "replica %s is replaced: there is no room for both, so the old one stops first%s", replica_id, why
+                )
+                await self._scale_down(replica_id)
+                await self._scale_up(replace(launch, replica_id=replica_id))
 
-    async def _come(self, launch: Launch) -> None:
-        """Start a replica and wait until it is ready; UpdateFailed, and it is gone again, after `start_attempts`."""
-        self._begin(launch)
-        loop = self._kept[launch.replica_id].loop
+    async def _scale_up(self, launch: Launch) -> None:
+        """Start a replica and wait until it is ready; UpdateFailed, and it is removed, after `start_attempts`."""
+        self._start(launch)
+        loop = self._replicas[launch.replica_id].loop
         while (status := self.registry.status(launch.replica_id)).state is not State.READY:
             if loop.failures >= self.start_attempts:
-                await self._leave(launch.replica_id)
-                raise UpdateFailed(f"the update stops at {launch.replica_id}, which doesn't start: {status.reason}")
+                await self._scale_down(launch.replica_id)
+                raise UpdateFailed(f"the update stops: {launch.replica_id} does not start: {status.reason}")
             await self.registry.changed()
 
-    async def _leave(self, replica_id: str) -> None:
+    async def _scale_down(self, replica_id: str) -> None:
         await self._retire(replica_id)
         self._source.remove(replica_id)
 
     async def _retire(self, replica_id: str) -> None:
-        """Out of rotation, then no request left or the deadline, then the end."""
-        kept = self._kept[replica_id]
-        kept.loop.leaving = True
+        """Deregister the replica, wait until its requests end or the limit, then stop it."""
+        running = self._replicas[replica_id]
+        running.loop.leaving = True
         if self.registry.status(replica_id).state in (State.READY, State.DRAINING):
-            seconds = kept.loop.launch.settings.drain_seconds
+            seconds = running.loop.launch.settings.drain_seconds
             self._source.move(replica_id, State.DRAINING, f"finishes its requests, for at most {seconds:g} s")
             await self._drain(replica_id, seconds)
         self._source.move(replica_id, State.STOPPING, "asked to stop")
-        kept.task.cancel()
-        await asyncio.gather(kept.task, return_exceptions=True)
-        del self._kept[replica_id]
+        running.task.cancel()
+        await asyncio.gather(running.task, return_exceptions=True)
+        del self._replicas[replica_id]
         self._source.move(replica_id, State.STOPPED, "asked to stop")
 
     async def _drain(self, replica_id: str, limit_seconds: float) -> None:
         replica = self.registry.status(replica_id).replica
-        if not await drained(replica, self.registry, self.probe, self.rotation, limit_seconds):
+        if not await drain(replica, self.registry, self.probe, self.traffic, limit_seconds):
             log.warning("replica %s still has requests after %g s: they are cut off", replica_id, limit_seconds)
 
-    async def _rotation_of_logs(self) -> None:
-        await keep_short(self.log_folder, self.logs, lambda: tuple(self._kept))
+    async def _rotate_logs(self) -> None:
+        await keep_short(self.log_folder, self.logs, lambda: tuple(self._replicas))
 
 
 def _no_room(launch: Launch) -> str | None:
-    """Say why a launch can't run beside what runs already."""
+    """Return why a launch cannot run beside the running replicas, or None."""
     try:
-        refuse_fleet([launch])
+        check_placement([launch])
     except LaunchRefused as refused:
         return str(refused)
     return None

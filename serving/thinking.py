@@ -1,4 +1,4 @@
-"""Who writes the opening <think> of a running replica: its own prompts tell, once, before it is ready."""
+"""Source of the opening <think> of a running replica, found from a rendered prompt before it is ready."""
 
 import logging
 from dataclasses import replace
@@ -10,7 +10,7 @@ from serving.replica import Replica, Thinking, ThinkTag
 log = logging.getLogger(__name__)
 
 THINK = "<think>"
-# Said aloud, because some templates don't think unless told to; most don't know the word, and it changes nothing.
+# Explicit, because some templates don't think by default; most ignore the variable.
 ON, OFF = {"enable_thinking": True}, {"enable_thinking": False}
 
 

@@ -10,7 +10,7 @@ from config.manifest import Engine
 from config.schema import Settings
 from config.variant import Variant, read_variants
 from serving.errors import LaunchRefused
-from serving.preflight import refuse_hopeless
+from serving.preflight import check_servable
 from serving.replica import plan_launches
 from serving.tls import Tls, read_tls
 
@@ -57,7 +57,7 @@ def launch_problems(file: LoadedFile[Settings], variants: Mapping[str, Variant],
         if replica.url is not None or replica.variant not in variants:
             continue
         try:
-            refuse_hopeless(plan_launches((replica,), dict(variants), engine)[0])
+            check_servable(plan_launches((replica,), dict(variants), engine)[0])
         except LaunchRefused as refusal:
             what, _, hint = str(refusal).partition(": ")[2].rpartition("; ")
             yield file.problem(("replicas", index), what or hint, hint if what else "change the replica")

@@ -28,7 +28,7 @@ from gateway.deployment import Deployment, read_deployment
 from serving.errors import LaunchRefused, LockHeld, ServingError
 from serving.foreground import LOCKED, USAGE, raise_file_limit, stop_signal
 from serving.machine import installed_engine, this_machine
-from serving.notebook import Notebook
+from serving.process_ledger import ProcessLedger
 from serving.progress import StateChanges
 from serving.registry import Registry
 from serving.replica import State
@@ -129,9 +129,9 @@ async def _run_until_signal(demo: Demo, *, once: bool) -> int:
 
 async def _run(demo: Demo, *, once: bool) -> None:
     check_start(demo)
-    notebook = Notebook(demo.home / "running")
-    for orphan in notebook.abandoned():
-        await notebook.end(orphan)
+    ledger = ProcessLedger(demo.home / "running")
+    for orphan in ledger.orphaned():
+        await ledger.end(orphan)
     base = await make_base(demo)
     variants = {name: await make_variant(demo, base, scheme) for name, scheme in SCHEMES.items()}
     config = write_configuration(demo, base, variants)

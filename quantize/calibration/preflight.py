@@ -7,7 +7,6 @@ from statistics import median_low
 from quantize.base import BaseModel
 from quantize.calibration.samples import Samples
 from quantize.errors import CalibrationError
-from quantize.load_report import require_loadable
 from quantize.running.context import RunContext
 from quantize.running.memory import widest_inputs
 
@@ -48,18 +47,6 @@ class Preflight:
             f"{self.samples} samples, {self.tokens} tokens ({share:.0%} reasoning), {self.shortest_tokens} to "
             f"{self.longest_tokens} a sample, median {self.median_tokens}, {self.cut} cut; languages: {spoken}"
         )
-
-
-def check_base(base: BaseModel, context: RunContext) -> None:
-    """Check that transformers loads every tensor of the base, and log which of its files and tensors are not used.
-
-    RecipeError names what is missing. Comes before everything that takes long.
-    """
-    with context.progress.stage("base", "checks"):
-        report = require_loadable(base, context)
-    for note in (*base.notes, report.note()):
-        if note:
-            context.progress.log(f"base: {note}")
 
 
 def check(base: BaseModel, samples: Samples, context: RunContext) -> Preflight:

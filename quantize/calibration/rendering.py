@@ -109,7 +109,19 @@ class Template:
         chat = [self._message(turn) for turn in messages]
         if self.tools:
             options["tools"] = json.loads(self.tools)
-        return self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, **options)
+        return text if _has_content(text, messages) else self._rendered_in_parts(chat, text, options)
+
+    def _rendered_in_parts(self, chat: Sequence[dict[str, Any]], text: str, options: dict[str, Any]) -> str:
+        """Render with contents as lists of parts, as vLLM does for templates that drop plain text; else give `text`."""
+        from jinja2 import TemplateError  # noqa: PLC0415
+
+        parts = [{**turn, "content": [{"type": "text", "text": turn.get("content") or ""}]} for turn in chat]
+        try:
+            in_parts = self.tokenizer.apply_chat_template(parts, tokenize=False, **options)
+        except (TemplateError, TypeError):
+            return text
+        return in_parts if len(in_parts) > len(text) else text
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
         """Render what a server would put before the answer."""
@@ -127,6 +139,12 @@ class Template:
         thought, answer = divided(turn.content, self.markers)
         beside = {self.markers.field: thought} if thought else {}
         return {**turn.to_template(), "content": answer, **beside}
+
+
+def _has_content(text: str, messages: Sequence[Message]) -> bool:
+    """Tell whether a rendered chat has any content of its messages; True if they have none."""
+    contents = [turn.content.strip() for turn in messages if turn.content.strip()]
+    return not contents or any(content in text for content in contents)
 
 
 def _completed(messages: Sequence[Message], completion: str, template: Template, *, finished: bool) -> Rendered:

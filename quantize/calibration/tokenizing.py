@@ -13,6 +13,7 @@ from quantize.calibration.records import Record
 from quantize.calibration.rendering import Tokenizer, has_reasoning, render
 from quantize.calibration.thinking import THINK, Markers, Span, markers_of
 from quantize.errors import CalibrationError, RecipeError
+from quantize.model_files.kept_files import TOKENIZER_FILES
 from quantize.running.worker import WorkerChannel, run_child
 
 _PLAIN_CLASSES = frozenset({"PreTrainedTokenizerFast", "TokenizersBackend"})
@@ -108,13 +109,32 @@ def load_tokenizer(base: Path, *, chats: bool = True) -> Any:
     # For a plain tokenizer.json AutoTokenizer gives the same object, but imports torch on its way (10 s).
     plain = (base / "tokenizer.json").is_file() and _tokenizer_class(base) in _PLAIN_CLASSES
     loader = transformers.PreTrainedTokenizerFast if plain else transformers.AutoTokenizer
+    if not any((base / name).is_file() for name in TOKENIZER_FILES):
+        raise RecipeError(f"{base}: has no tokenizer (none of {', '.join(TOKENIZER_FILES)}); copy it from its own base")
     try:
         tokenizer = loader.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{base}: its tokenizer can't be loaded: {str(error).splitlines()[0]}") from error
     if chats and not tokenizer.chat_template:
         raise RecipeError(f"{base}: has no chat template; put its chat_template.jinja there")
+    _require_template(base, tokenizer.chat_template)
     return tokenizer
+
+
+def _require_template(base: Path, template: Any) -> None:
+    """Raise RecipeError where a chat template is not valid Jinja; None and named templates are left to transformers."""
+    from jinja2 import Environment, TemplateSyntaxError  # noqa: PLC0415
+
+    if not isinstance(template, str):
+        return
+    try:
+        # The extensions of transformers' own environment (`utils/chat_template_utils.py`), and its `generation` tag.
+        Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False).parse(template)  # noqa: S701 - no HTML
+    except TemplateSyntaxError as error:
+        if "generation" not in str(error):
+            raise RecipeError(
+                f"{base}: its chat template is invalid: line {error.lineno}: {error.message}; copy it from its own base"
+            ) from None
 
 
 def longest_input(config: dict[str, Any]) -> int | None:

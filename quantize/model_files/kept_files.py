@@ -30,6 +30,8 @@ KEPT_PATTERNS = (
     "video_preprocessor_config.json",
     "audio_preprocessor_config.json",
 )
+# One of them says how text becomes tokens.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
 # Files whose `auto_map` names classes as "module.Class", with "repository--" before it where the code is elsewhere.
 _NAMING_CODE = (
     "config.json",

@@ -1,10 +1,10 @@
 """From what was asked for to a recipe: every check that needs no torch, before any work."""
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from config.hardware import has_gpu_driver
 from config.manifest import Engine, Override, Scheme
 from quantize.base import BaseModel
 from quantize.calibration.datasets import (
@@ -30,7 +30,6 @@ from quantize.schemes.settings import SolverSettings
 _FEWEST_TOKENS = 32
 _FOUR_BITS = [scheme for scheme in PRESETS.values() if scheme.bits == 4]  # widest groups, and so smallest, first
 _CPU_INFO = Path("/proc/cpuinfo")
-_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def plan_variant(request: Request, base: BaseModel, machine: Machine) -> tuple[Recipe, CalibrationSplit]:
@@ -61,7 +60,7 @@ def plan_variant(request: Request, base: BaseModel, machine: Machine) -> tuple[R
 
 def present_engine() -> Engine:
     """Tell which engine this machine can run, without importing torch."""
-    return "cuda" if _NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi") else "cpu"
+    return "cuda" if has_gpu_driver() else "cpu"
 
 
 def this_cpu_has_amx() -> bool:

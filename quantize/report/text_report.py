@@ -1,4 +1,4 @@
-"""Manifests as text for people: one line, a table, a page."""
+"""Variants as plain text: one line, a table, or a fact per line."""
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -12,13 +12,13 @@ _NAMES_SHOWN = 5
 _HEADINGS = ("variant", "scheme", "size", "KL mean", "top-1", "perplexity", "verdict", "directory")
 
 
-def summary(manifest: Manifest, directory: Path) -> str:
-    """Tell a variant in one line."""
+def summary_line(manifest: Manifest, directory: Path) -> str:
+    """Format a variant as one line."""
     return f"{manifest.id}  {directory}  {_megabytes(manifest.bytes)}  {quality_line(manifest.quality)}"
 
 
 def quality_line(quality: Quality) -> str:
-    """Tell a quality in one line."""
+    """Format quality and verdict as one line, with the names of missed limits."""
     failed = [check.name for check in quality.checks if not check.passed]
     because = f" ({', '.join(failed)})" if failed else ""
     return (
@@ -27,8 +27,8 @@ def quality_line(quality: Quality) -> str:
     )
 
 
-def listing(variants: Sequence[tuple[Path, Manifest]]) -> str:
-    """Tell variants as an aligned table."""
+def variant_table(variants: Sequence[tuple[Path, Manifest]]) -> str:
+    """Format variants as an aligned table."""
     rows = [_HEADINGS, *(_row(directory, manifest) for directory, manifest in variants)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
     return "\n".join(
@@ -36,41 +36,46 @@ def listing(variants: Sequence[tuple[Path, Manifest]]) -> str:
     )
 
 
-def page(manifest: Manifest, directory: Path) -> str:
-    """Tell everything about a variant, a fact a line."""
+def variant_text(manifest: Manifest, directory: Path) -> str:
+    """Format everything in a manifest, a fact per line."""
     return "\n".join(
         f"{name:<12} {value}"
         for name, value in (
             ("variant", manifest.id),
             ("directory", directory),
             ("base", f"{manifest.base.name} ({manifest.base.dtype}, {manifest.base.digest[:12]})"),
-            *_making(manifest),
-            *_measuring(manifest.quality),
+            *_provenance(manifest),
+            *_quality(manifest.quality),
         )
     )
 
 
-def _making(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    made, scheme = manifest.quantizer, manifest.scheme
+def disposal_lines(disposables: Sequence[Disposable]) -> list[str]:
+    """Format what can be removed, a directory per line, and the total size."""
+    if not disposables:
+        return ["nothing to remove"]
+    lines = [f"{_megabytes(one.bytes):>10}  {one.path}  {one.reason}" for one in disposables]
+    return [*lines, f"{_megabytes(sum(one.bytes for one in disposables)):>10}  total"]
+
+
+def _provenance(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    quantizer, scheme = manifest.quantizer, manifest.scheme
     yield "scheme", f"{scheme.name} ({scheme.format})"
     for override in scheme.overrides:
-        numbers = (
-            f"{override.bits} bits, group size {override.group_size or scheme.group_size}"
-            if override.bits
-            else "as in the base"
-        )
-        yield "exception", f"{override.modules}: {numbers}"
+        group_size = override.group_size or scheme.group_size
+        setting = f"{override.bits} bits, group size {group_size}" if override.bits else "not quantized"
+        yield "override", f"{override.modules}: {setting}"
     yield "size", f"{_megabytes(manifest.bytes)} in {len(manifest.files)} files"
-    took = f" in {made.seconds:.0f} s" if made.seconds else ""
-    yield "made", f"{manifest.created:%Y-%m-%d %H:%M} UTC by {made.backend} {made.version}{took}"
-    if made.settings:
-        yield "settings", ", ".join(f"{name} {value}" for name, value in made.settings.items())
-    if made.damp:
-        yield "damping", ", ".join(f"{count} modules at {value}" for value, count in made.damp.items())
-    if made.fallback_modules:
-        yield "rounded", f"to nearest, not solved: {', '.join(made.fallback_modules)}"
-    if made.experts:
-        yield "experts", _experts(made.experts)
+    duration = f" in {quantizer.seconds:.0f} s" if quantizer.seconds else ""
+    yield "created", f"{manifest.created:%Y-%m-%d %H:%M} UTC by {quantizer.backend} {quantizer.version}{duration}"
+    if quantizer.settings:
+        yield "settings", ", ".join(f"{name} {value}" for name, value in quantizer.settings.items())
+    if quantizer.damp:
+        yield "damping", ", ".join(f"{count} modules at {damp}" for damp, count in quantizer.damp.items())
+    if quantizer.fallback_modules:
+        yield "RTN", f"rounded to nearest, GPTQ failed: {', '.join(quantizer.fallback_modules)}"
+    if quantizer.experts:
+        yield "experts", _experts(quantizer.experts)
     yield "calibration", _calibration(manifest.calibration)
 
 
@@ -84,16 +89,16 @@ def _experts(coverage: ExpertCoverage) -> str:
     )
 
 
-def _measuring(quality: Quality) -> Iterator[tuple[str, str]]:
+def _quality(quality: Quality) -> Iterator[tuple[str, str]]:
     yield "evaluation", f"{quality.tokens} held-out tokens"
     yield "kl_p99", f"{quality.kl_p99:.4f}"
     for name, part in (("reasoning", quality.reasoning), ("answer", quality.answer)):
         if part:
-            figures = f"KL {part.kl_mean:.4f}, top-1 {part.top1_agreement:.1%}, perplexity x{part.perplexity_ratio:.4f}"
-            yield name, f"{part.tokens} tokens: {figures}"
+            metrics = f"KL {part.kl_mean:.4f}, top-1 {part.top1_agreement:.1%}, perplexity x{part.perplexity_ratio:.4f}"
+            yield name, f"{part.tokens} tokens: {metrics}"
     for check in quality.checks:
-        verdict = "passed" if check.passed else "failed"
-        yield "check", f"{check.name} {check.value:.4f} against {check.limit:g}: {verdict}"
+        result = "passed" if check.passed else "failed"
+        yield "check", f"{check.name} {check.value:.4f}, limit {check.limit:g}: {result}"
     yield "verdict", quality.verdict
 
 
@@ -115,20 +120,13 @@ def _stage_state(entry: StageEntry) -> str:
     return entry.subject if entry.evictable else f"{entry.subject}, not sealed yet"
 
 
-def disposal_lines(found: Sequence[Disposable]) -> list[str]:
-    """Tell what can be removed, a directory a line, and what that frees."""
-    if not found:
-        return ["nothing to remove"]
-    lines = [f"{_megabytes(disposable.bytes):>10}  {disposable.path}  {disposable.reason}" for disposable in found]
-    return [*lines, f"{_megabytes(sum(disposable.bytes for disposable in found)):>10}  together"]
-
-
-def _calibration(text: Calibration | None) -> str:
-    if text is None:
-        return "unknown: made elsewhere, and adopted"
-    written = f"; {text.generated} written by the base itself" if text.generated else ""
-    skipped = f"; invalid rows skipped: {text.skipped_rows}" if text.skipped_rows else ""
-    return f"{text.samples} chats, {text.tokens} tokens, {text.reasoning_tokens} of them reasoning{written}{skipped}"
+def _calibration(calibration: Calibration | None) -> str:
+    if calibration is None:
+        return "unknown: quantized by another tool and adopted"
+    generated = f"; {calibration.generated} generated by the base" if calibration.generated else ""
+    skipped = f"; invalid rows skipped: {calibration.skipped_rows}" if calibration.skipped_rows else ""
+    tokens = f"{calibration.tokens} tokens, {calibration.reasoning_tokens} of them reasoning"
+    return f"{calibration.samples} samples, {tokens}{generated}{skipped}"
 
 
 def _row(directory: Path, manifest: Manifest) -> tuple[str, ...]:

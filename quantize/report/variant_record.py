@@ -1,10 +1,10 @@
-"""All that is known of a variant: its manifest, and what lies beside it about modules, evaluation and speed."""
+"""What the report shows of a variant: its manifest and the files beside it about modules, evaluation and speed."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from config.capacity import FILE_NAME as CAPACITY_FILE
 from config.capacity import Capacity, read_capacity
@@ -12,40 +12,110 @@ from config.manifest import Manifest
 from quantize.errors import VariantError
 from quantize.variants.quant_log import quant_log_file
 
+EVALUATION_FILE = "evaluation.json"
+
+
+class _Shown(BaseModel):
+    """A part of a JSON file: frozen; keys that the report doesn't show are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class ModuleResult(_Shown):
+    """A quantized module; `loss` is None if it was rounded to nearest (`fallback`)."""
+
+    module: str
+    bits: int | None = None
+    damp: float | None = None
+    loss: float | None = None
+    fallback: bool = False
+
+
+class Modules(_Shown):
+    """The solver's log of modules."""
+
+    modules: tuple[ModuleResult, ...] = ()
+
+
+class KlHistogram(_Shown):
+    """Tokens by their KL divergence; `edges` has one value more than `counts`."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+class WorstSample(_Shown):
+    """A held-out sample at its worst token, with the likeliest tokens of both models and their probabilities."""
+
+    where: str = ""
+    kl_mean: float = 0.0
+    kl_here: float | None = None
+    place: int | None = None
+    text: str = ""
+    parent: str = ""
+    variant: str = ""
+    parent_top: tuple[tuple[str, float], ...] = ()
+    variant_top: tuple[tuple[str, float], ...] = ()
+
+
+class CompletionPair(_Shown):
+    """Completions of one prompt by parent and variant."""
+
+    prompt: str = ""
+    seed: int | None = None
+    parent: str = ""
+    variant: str = ""
+    parent_tokens: int | None = None
+    variant_tokens: int | None = None
+    parent_finished: bool = False
+    variant_finished: bool = False
+
+
+class Evaluation(_Shown):
+    """`evaluation.json`."""
+
+    kl_histogram: KlHistogram | None = None
+    worst: tuple[WorstSample, ...] = ()
+    generations: tuple[CompletionPair, ...] = ()
+
 
 @dataclass(frozen=True, slots=True)
 class VariantRecord:
-    """A variant's manifest and side files; `capacity` is what was measured of its speed."""
+    """A variant's manifest with the contents of the files beside it; a missing file is an empty value."""
 
     directory: Path
     manifest: Manifest
-    modules: tuple[Mapping[str, Any], ...]
-    evidence: Mapping[str, Any]
+    modules: tuple[ModuleResult, ...]
+    evaluation: Evaluation
     capacity: Capacity
 
     @property
-    def speeds(self) -> dict[str, float]:
-        """Tokens a second of one request at the least load, by machine."""
-        measured = self.capacity.by_machine()
-        return {machine: one.loads[0].decode_tokens_per_second for machine, one in measured.items()}
+    def decode_tokens_per_second(self) -> dict[str, float]:
+        """Output rate of one request at the lowest measured concurrency, by machine."""
+        by_machine = self.capacity.by_machine()
+        return {machine: result.loads[0].decode_tokens_per_second for machine, result in by_machine.items()}
 
 
 def read_variant_record(directory: Path, manifest: Manifest) -> VariantRecord:
-    """Read what lies beside a manifest; a side file that isn't there is empty, one that is broken an error."""
+    """Read the files beside a manifest; VariantError for one that is invalid."""
     return VariantRecord(
         directory=directory,
         manifest=manifest,
-        modules=tuple(_object(quant_log_file(directory)).get("modules", ())),
-        evidence=_object(directory / "evaluation.json"),
+        modules=_read(quant_log_file(directory), Modules).modules,
+        evaluation=_read(directory / EVALUATION_FILE, Evaluation),
         capacity=read_capacity(directory / CAPACITY_FILE),
     )
 
 
-def _object(path: Path) -> dict[str, Any]:
+_Model = TypeVar("_Model", bound=_Shown)
+
+
+def _read(path: Path, model: type[_Model]) -> _Model:
     if not path.is_file():
-        return {}
+        return model()
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise VariantError(f"{path}: not JSON ({error}); make or copy the variant again") from None
-    return value if isinstance(value, dict) else {}
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "top level"
+        raise VariantError(f"{path}: {where}: {first['msg']}; evaluate or copy the variant again") from None

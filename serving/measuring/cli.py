@@ -25,10 +25,10 @@ from serving.errors import LaunchRefused, MeasuringRefused, ServingError
 from serving.machine import installed_engine, this_machine
 from serving.measuring.flags import launch_settings, read_flags
 from serving.measuring.hardware import launch_hardware, local_hardware
-from serving.measuring.measuring import MeasurementSettings, Witness, measure
-from serving.measuring.server import Place
-from serving.measuring.subject import Subject, configured_subjects, told_subject
+from serving.measuring.measuring import MeasurementSettings, Reporter, measure
+from serving.measuring.server import BenchmarkContext
 from serving.measuring.table import measurement_text
+from serving.measuring.target import BenchmarkTarget, configured_targets, target_of_flags
 
 DONE, FAILED, USAGE = 0, 1, 2
 CPU_CONCURRENCIES, GPU_CONCURRENCIES = (1, 4, 16), (1, 4, 16, 64)
@@ -63,7 +63,7 @@ def measure_main(arguments: list[str]) -> int:
 
 
 def _measure(given: argparse.Namespace) -> int:
-    place = Place(this_machine(home_directory(), process_environment()), home_directory())
+    place = BenchmarkContext(this_machine(home_directory(), process_environment()), home_directory())
     done = []
     for subject in _subjects(given):
         file = given.out or subject.capacity_file
@@ -71,8 +71,8 @@ def _measure(given: argparse.Namespace) -> int:
         hardware = given.hardware or _hardware(subject)
         usual = CPU_CONCURRENCIES if hardware.unit == "core" else GPU_CONCURRENCIES
         settings = MeasurementSettings(given.concurrency or usual, given.seconds, given.requests, given.mix)
-        witness = Witness(_tell, _live)
-        measured = uvloop.run(_stoppable(measure(subject, hardware, settings, place, witness)))
+        reporter = Reporter(_tell, _live)
+        measured = uvloop.run(_stoppable(measure(subject, hardware, settings, place, reporter)))
         done.append({"file": str(file), **measured.model_dump(mode="json")})
         if not given.json:
             sys.stdout.write(f"{measurement_text(_name(subject.directory), measured)}\n\n")
@@ -85,18 +85,18 @@ def _measure(given: argparse.Namespace) -> int:
     return DONE
 
 
-def _subjects(given: argparse.Namespace) -> list[Subject]:
+def _subjects(given: argparse.Namespace) -> list[BenchmarkTarget]:
     if given.config:
-        return configured_subjects(given.config, given.variants, installed_engine)
-    told = launch_settings(given)
+        return configured_targets(given.config, given.variants, installed_engine)
+    options = launch_settings(given)
     if given.url:
-        told["api_key"] = process_environment().get("VLLM_API_KEY")
+        options["api_key"] = process_environment().get("VLLM_API_KEY")
     else:
-        told["max_queued"] = max(ROOM_IN_THE_QUEUE, 2 * max(given.concurrency or GPU_CONCURRENCIES))
-    return [told_subject(Path(each), told, installed_engine) for each in given.variants]
+        options["max_queued"] = max(ROOM_IN_THE_QUEUE, 2 * max(given.concurrency or GPU_CONCURRENCIES))
+    return [target_of_flags(Path(each), options, installed_engine) for each in given.variants]
 
 
-def _hardware(subject: Subject) -> Hardware:
+def _hardware(subject: BenchmarkTarget) -> Hardware:
     if subject.launch is not None:
         return launch_hardware(subject.launch)
     assert subject.replica is not None

@@ -29,8 +29,8 @@ async def engine_facts(client: httpx.AsyncClient, url: str) -> EngineFacts:
         page = await client.get(f"{root_of(url)}/metrics")
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         raise ProbeFailed(f"{url}: is not a vLLM server ({error!r}); a replica is measured, not a gateway") from error
-    told = page.text if page.status_code == httpx.codes.OK else ""
-    return EngineFacts(str(version), kv_capacity_tokens(told))
+    metrics = page.text if page.status_code == httpx.codes.OK else ""
+    return EngineFacts(str(version), kv_capacity_tokens(metrics))
 
 
 def kv_capacity_tokens(page: str) -> int | None:

@@ -15,7 +15,7 @@ from config.capacity import Load, Percentiles
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One event of a stream: when it came, and how many tokens of the answer there were by then, if it told."""
+    """An event of a stream: its time of arrival, and the number of output tokens so far, if it is reported."""
 
     at_seconds: float
     tokens_so_far: int | None

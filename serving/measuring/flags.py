@@ -54,9 +54,9 @@ def read_flags(arguments: list[str]) -> argparse.Namespace:
 
 def launch_settings(given: argparse.Namespace) -> dict[str, object]:
     """The flags that say how vLLM is started, as a replica of the configuration would have them."""
-    told = {name: getattr(given, name) for name in LAUNCH if getattr(given, name) is not None}
+    options = {name: getattr(given, name) for name in LAUNCH if getattr(given, name) is not None}
     chosen = {"gpus": given.gpus, "args": tuple(given.arg), "url": given.url, "ca": given.ca}
-    return {**told, **{name: value for name, value in chosen.items() if value}}
+    return {**options, **{name: value for name, value in chosen.items() if value}}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_server(group: Any) -> None:
     add = group.add_argument
     add("--config", type=Path, metavar="FILE", help="run each variant like its first replica in this configuration")
-    add("--url", help="a running replica; what it was started with is told by the flags below. VLLM_API_KEY is its key")
+    add("--url", help="a running replica; the flags below describe its settings. VLLM_API_KEY is its key")
     add("--ca", metavar="FILE", help="with --url https://..., the certificates to trust instead of the machine's")
     add("--hardware", type=_typed(Hardware.parse), metavar="TEXT", help="with --url, such as 'NVIDIA H100, 2 GPUs'")
     for name, (metavar, text) in LAUNCH.items():

@@ -15,11 +15,11 @@ from serving.measuring.engine_facts import engine_facts
 from serving.measuring.figures import Exchange, load_figures
 from serving.measuring.hardware import used_gpus
 from serving.measuring.load_generator import Effort, LoadGenerator
-from serving.measuring.memory import MemoryWatch
+from serving.measuring.memory import PeakMemory
 from serving.measuring.mix import default_mix, request_lengths, too_long
-from serving.measuring.server import Place, Server, Tell, death, measured_server
+from serving.measuring.server import BenchmarkContext, Server, Tell, death, measured_server
 from serving.measuring.streaming import Target
-from serving.measuring.subject import Subject
+from serving.measuring.target import BenchmarkTarget
 from serving.probe import Probe
 
 TIMEOUT = httpx.Timeout(120.0, connect=10.0)
@@ -41,20 +41,24 @@ class MeasurementSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Witness:
-    """Who is told: `tell` gets a line, `progress` what a line on a terminal may show for a while."""
+class Reporter:
+    """Output of a benchmark: `tell` prints a line, `progress` updates the status line of a terminal."""
 
     tell: Tell
     progress: Callable[[str], None]
 
 
 async def measure(
-    subject: Subject, hardware: Hardware, settings: MeasurementSettings, place: Place, witness: Witness
+    subject: BenchmarkTarget,
+    hardware: Hardware,
+    settings: MeasurementSettings,
+    place: BenchmarkContext,
+    reporter: Reporter,
 ) -> Measurement:
-    """Run a subject under each concurrency; MeasuringFailed if one of them gives no figure."""
+    """Measure a target at each concurrency; MeasuringFailed if one gives no result."""
     async with (
         Probe() as probe,
-        measured_server(subject, place, probe, witness.tell) as server,
+        measured_server(subject, place, probe, reporter.tell) as server,
         aclosing(Clients(TIMEOUT)) as clients,
     ):
         replica = server.replica
@@ -65,13 +69,13 @@ async def measure(
         target = Target(client, replica.url, replica.served_name, replica.api_key)
         generator = LoadGenerator(target, subject.vocabulary, lambda: request_lengths(mix, longest))
         gpus = used_gpus(subject.launch) if subject.launch else ()
-        memory = MemoryWatch(server.child.pid if server.child else None, gpus)
-        witness.tell(f"warming up; requests are {', '.join(map(str, mix))} (prompt:answer:share)")
+        memory = PeakMemory(server.child.pid if server.child else None, gpus)
+        reporter.tell(f"warming up; requests are {', '.join(map(str, mix))} (prompt:answer:share)")
         await generator.warm_up()
         loads = []
         for concurrency in settings.concurrencies:
-            loads.append(await _level(generator, concurrency, settings.effort(concurrency), server, witness))
-            memory.look()
+            loads.append(await _level(generator, concurrency, settings.effort(concurrency), server, reporter))
+            memory.sample()
         return Measurement(
             setup=subject.setup(hardware, facts.version),
             measured=datetime.now(UTC).replace(microsecond=0),
@@ -84,9 +88,11 @@ async def measure(
         )
 
 
-async def _level(generator: LoadGenerator, concurrency: int, effort: Effort, server: Server, witness: Witness) -> Load:
+async def _level(
+    generator: LoadGenerator, concurrency: int, effort: Effort, server: Server, reporter: Reporter
+) -> Load:
     def progress(done: int) -> None:
-        witness.progress(f"concurrency {concurrency}: {done} requests (at least {effort.requests})")
+        reporter.progress(f"concurrency {concurrency}: {done} requests (at least {effort.requests})")
 
     progress(0)
     observed = await generator.observe(concurrency, effort, progress)
@@ -98,10 +104,10 @@ async def _level(generator: LoadGenerator, concurrency: int, effort: Effort, ser
         raise MeasuringFailed(f"concurrency {concurrency}: no request succeeded, {load.errors} failed: {reason}")
     answered = f"{load.requests} requests in {load.seconds:.0f} s, {load.output_tokens_per_second:.1f} tokens/s"
     failed = f"; {load.errors} requests failed, most often: {reason}" if load.errors else ""
-    witness.tell(f"concurrency {concurrency}: {answered}{failed}")
+    reporter.tell(f"concurrency {concurrency}: {answered}{failed}")
     if observed.busy_share > BUSY_SHARE:
         share = f"{observed.busy_share:.0%}"
-        witness.tell(f"concurrency {concurrency}: sending took {share} of a core; the server may be faster than this")
+        reporter.tell(f"concurrency {concurrency}: sending took {share} of a core; the server may be faster than this")
     return load
 
 

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from config.capacity import Percentiles
-from config.curves import Curve, Stop
+from config.curves import Curve, LoadPoint
 
 # Distinguishable without seeing colours, too: each line has a marker of its own (colours by Okabe and Ito).
 LOOKS = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#9a4d8e", "D"), ("#b58900", "v"), ("#444c56", "P"))
@@ -20,10 +20,10 @@ PANEL_INCHES = (6.2, 4.4)
 DOTS_PER_INCH = 130
 MILLISECONDS = 1e3
 
-_Latency = Callable[[Stop], Percentiles]
+_Latency = Callable[[LoadPoint], Percentiles]
 PANELS: tuple[tuple[str, bool, _Latency], ...] = (
-    ("time to first token, ms (logarithmic)", True, lambda stop: stop.first_token),
-    ("time from token to token, ms", False, lambda stop: stop.next_token),
+    ("time to first token, ms (logarithmic)", True, lambda point: point.first_token),
+    ("time from token to token, ms", False, lambda point: point.next_token),
 )
 
 
@@ -50,14 +50,14 @@ def write_plot(machines: Mapping[str, Sequence[Curve]], out: Path) -> None:
 def _draw(panel: Axes, curves: Sequence[Curve], latency: _Latency) -> None:
     for number, curve in enumerate(curves):
         colour, marker = LOOKS[number % len(LOOKS)]
-        across = [stop.tokens_per_second for stop in curve.stops]
-        medians = [latency(stop).p50 * MILLISECONDS for stop in curve.stops]
-        rare = [latency(stop).p95 * MILLISECONDS for stop in curve.stops]
+        across = [point.tokens_per_second for point in curve.points]
+        medians = [latency(point).p50 * MILLISECONDS for point in curve.points]
+        rare = [latency(point).p95 * MILLISECONDS for point in curve.points]
         panel.plot(across, medians, color=colour, marker=marker)
         panel.plot(across, rare, color=colour, linestyle=":", linewidth=1.2, marker=marker, markersize=3.5)
-        for stop, x, y in zip(curve.stops, across, medians, strict=True):
+        for point, x, y in zip(curve.points, across, medians, strict=True):
             place: dict[str, Any] = {"xytext": (0, -15), "textcoords": "offset points", "ha": "center"}
-            panel.annotate(str(stop.concurrency), (x, y), color=colour, fontsize=9, **place)
+            panel.annotate(str(point.concurrency), (x, y), color=colour, fontsize=9, **place)
 
 
 def _label(panel: Axes, label: str, *, logarithmic: bool) -> None:
@@ -83,9 +83,9 @@ def _legend(curves: Sequence[Curve]) -> list[Line2D]:
         for curve, (colour, marker) in zip(curves, cycle(LOOKS), strict=False)
     ]
     grey = "#444c56"
-    told = [
+    key = [
         Line2D([], [], color=grey, label="median"),
         Line2D([], [], color=grey, linestyle=":", label="95th percentile"),
         Line2D([], [], color=grey, linestyle="", marker="$16$", markersize=11, label="requests at a time"),
     ]
-    return lines + told
+    return lines + key

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serving.command import Machine
-from serving.life import Birthplace, started
-from serving.measuring.subject import Subject
-from serving.notebook import Notebook
-from serving.preflight import refuse_fleet, refuse_hopeless
+from serving.measuring.target import BenchmarkTarget
+from serving.preflight import check_placement, check_servable
 from serving.probe import Probe
 from serving.process import Child
+from serving.process_ledger import ProcessLedger
 from serving.registry import Registry
 from serving.replica import Launch, Replica
+from serving.replica_lifecycle import LaunchContext, start_replica
 
 Tell = Callable[[str], None]
 
@@ -29,18 +29,20 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where servers are started: the machine, and the folder that keeps logs and notes."""
+class BenchmarkContext:
+    """Where servers are started: the machine, and the folder that keeps logs and records."""
 
     machine: Machine
     home: Path
 
 
 @asynccontextmanager
-async def measured_server(subject: Subject, place: Place, probe: Probe, tell: Tell) -> AsyncIterator[Server]:
+async def measured_server(
+    subject: BenchmarkTarget, context: BenchmarkContext, probe: Probe, tell: Tell
+) -> AsyncIterator[Server]:
     """A verified server of a subject; one that was started here is gone, whole, after the block."""
     if subject.launch is not None:
-        async with _started(subject.launch, place, probe, tell) as server:
+        async with _started(subject.launch, context, probe, tell) as server:
             yield server
         return
     assert subject.replica is not None
@@ -58,15 +60,15 @@ async def _named(replica: Replica, directory: Path, probe: Probe, tell: Tell) ->
 
 
 @asynccontextmanager
-async def _started(launch: Launch, place: Place, probe: Probe, tell: Tell) -> AsyncIterator[Server]:
+async def _started(launch: Launch, context: BenchmarkContext, probe: Probe, tell: Tell) -> AsyncIterator[Server]:
     """Start it the way a supervisor does, under a name that no supervisor wants: the next one ends what we leave."""
     launch = dataclasses.replace(launch, replica_id=f"measure-{launch.replica_id}")
-    refuse_hopeless(launch)
-    refuse_fleet([launch])
-    notebook, logs = Notebook(place.home / "running"), place.home / "logs"
+    check_servable(launch)
+    check_placement([launch])
+    ledger, logs = ProcessLedger(context.home / "running"), context.home / "logs"
     tell(f"starting vLLM (log: {logs / launch.replica_id}.log)")
-    birthplace = Birthplace(Registry(), place.machine, probe, notebook, logs, asyncio.Semaphore(1))
-    async with started(launch, birthplace) as (child, replica):
+    launch_context = LaunchContext(Registry(), context.machine, probe, ledger, logs, asyncio.Semaphore(1))
+    async with start_replica(launch, launch_context) as (child, replica):
         yield Server(replica, child)
 
 

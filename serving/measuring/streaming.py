@@ -88,12 +88,12 @@ def _note(event: str, ongoing: Ongoing, on_first_token: Callable[[], None]) -> N
     """Take one event of the stream."""
     if event == "[DONE]":
         return
-    told: dict[str, Any] = json.loads(event)
-    if "error" in told:
-        raise Failed(_message(told["error"]))
-    usage = told.get("usage")
+    event_data: dict[str, Any] = json.loads(event)
+    if "error" in event_data:
+        raise Failed(_message(event_data["error"]))
+    usage = event_data.get("usage")
     tokens = usage["completion_tokens"] if usage else None
-    if not told["choices"]:
+    if not event_data["choices"]:
         # The last event has no text; its usage holds for all of the answer.
         ongoing.total_tokens = tokens
         if usage:

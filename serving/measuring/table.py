@@ -40,10 +40,10 @@ def _row(load: Load) -> tuple[str, ...]:
     )
 
 
-def _milliseconds(told: Percentiles | None) -> tuple[str, str, str]:
-    if told is None:
+def _milliseconds(latency: Percentiles | None) -> tuple[str, str, str]:
+    if latency is None:
         return "-", "-", "-"
-    return f"{told.p50 * 1e3:,.1f}", f"{told.p95 * 1e3:,.1f}", f"{told.p99 * 1e3:,.1f}"
+    return f"{latency.p50 * 1e3:,.1f}", f"{latency.p95 * 1e3:,.1f}", f"{latency.p99 * 1e3:,.1f}"
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:

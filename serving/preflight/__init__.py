@@ -1,8 +1,8 @@
-"""Refuse before launch what would fail after minutes of loading, and what is no longer what was sealed.
+"""Checks before a launch: whatever would fail after minutes of loading, and files whose checksums have changed.
 
-Facts are read in one place (`reading`), judged in others, which are pure: a model and a machine in, reasons out.
+`reading` reads facts about model and machine. The rules are pure: facts in, reasons for a refusal out.
 """
 
-from serving.preflight.refusals import refuse_altered, refuse_fleet, refuse_hopeless
+from serving.preflight.refusals import check_placement, check_servable, refuse_altered
 
-__all__ = ["refuse_altered", "refuse_fleet", "refuse_hopeless"]
+__all__ = ["check_placement", "check_servable", "refuse_altered"]

@@ -1,12 +1,12 @@
-"""What the rules judge: a model directory and a machine, as values."""
+"""Facts about a model directory and a machine, which the rules check."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from config.hardware import Gpu
 from config.schema import ReplicaSettings
-from serving.hardware import Gpu
 
 # vLLM's names for the length of a model (transformers_utils/model_arch_config_convertor.py).
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length")
@@ -18,7 +18,7 @@ _FP8 = "fp8"
 
 @dataclass(frozen=True, slots=True)
 class MachineFacts:
-    """What replicas share; `gpus` is empty where none could be found."""
+    """Resources that replicas share; `gpus` is empty if there are none."""
 
     free_bytes: int
     numa_nodes: int = 1
@@ -28,7 +28,7 @@ class MachineFacts:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model directory, unopened but for its JSON files."""
+    """A model directory, from its JSON files and file sizes."""
 
     config: Mapping[str, Any]
     weight_bytes: int = 0
@@ -43,12 +43,12 @@ class ModelFacts:
 
     @property
     def quantization(self) -> Mapping[str, Any] | None:
-        """The `quantization_config`, or None if nobody quantized it."""
-        told = self.config.get("quantization_config") or self.config.get("compression_config")
-        return told if isinstance(told, dict) else None
+        """The `quantization_config`; None for an unquantized model."""
+        config = self.config.get("quantization_config") or self.config.get("compression_config")
+        return config if isinstance(config, dict) else None
 
     def number(self, *keys: str) -> int | None:
-        """The first of these keys that holds a number."""
+        """Return the number under the first of these keys that has one."""
         return next((value for key in keys if isinstance(value := self.text.get(key), int)), None)
 
     @property
@@ -66,7 +66,7 @@ class ModelFacts:
 
     @property
     def longest_tokens(self) -> int | None:
-        """The length that vLLM derives from the config; None if it isn't plain."""
+        """The maximum length that vLLM derives from the config; None if it cannot be derived simply."""
         length = self.number(*_LENGTH_KEYS)
         rope = self.text.get("rope_scaling") or self.text.get("rope_parameters") or {}
         if length is None or "gemma3" in str(self.text.get("model_type")) or not isinstance(rope, dict):

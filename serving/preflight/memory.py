@@ -1,16 +1,16 @@
-"""Do weights, KV cache and overhead fit what is free? Pure."""
+"""Whether weights, KV cache and overhead fit into free memory. Pure."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from config.hardware import Gpu
 from config.schema import ReplicaSettings
 from serving.command import CPU_KV_CACHE_BYTES
-from serving.hardware import Gpu
 from serving.preflight.facts import MachineFacts, ModelFacts
 from serving.replica import Launch
 
 GIB = 2**30
 # Three processes that have imported torch and vLLM, beyond weights and KV cache. Measured: 2.0 GiB with vLLM 0.32 on
-# two cores; a little less here, because what is refused must be hopeless.
+# two cores; a little less here, because a launch that might fit must not be refused.
 CPU_OVERHEAD_BYTES = int(1.75 * GIB)
 # CUDA's context, vLLM's workspace and the smallest batch of activations.
 GPU_OVERHEAD_BYTES = int(1.5 * GIB)
@@ -91,7 +91,7 @@ def _weight_shares(settings: ReplicaSettings) -> int:
     return settings.ranks if settings.expert_parallel else settings.tensor_parallel * settings.pipeline_parallel
 
 
-def crowded_gpus(launches: Sequence[Launch], gpus: Sequence[Gpu]) -> Iterator[str]:
+def oversubscribed_gpus(launches: Sequence[Launch], gpus: Sequence[Gpu]) -> Iterator[str]:
     """List launches that name a GPU that isn't there, or share one because they name none."""
     known = {gpu.index for gpu in gpus}
     there = ", ".join(map(str, sorted(known)))
@@ -119,11 +119,11 @@ def _cache_bytes(launch: Launch) -> int | None:
 
 
 def _gpu_share(arguments: Sequence[str]) -> float:
-    for place, argument in enumerate(arguments):
+    for index, argument in enumerate(arguments):
         flag, _, value = argument.partition("=")
         if flag == _SHARE_FLAG:
-            told = value or (arguments[place + 1] if place + 1 < len(arguments) else "")
-            return float(told) if told.replace(".", "", 1).isdecimal() else GPU_SHARE
+            text = value or (arguments[index + 1] if index + 1 < len(arguments) else "")
+            return float(text) if text.replace(".", "", 1).isdecimal() else GPU_SHARE
     return GPU_SHARE
 
 

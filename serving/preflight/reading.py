@@ -1,13 +1,13 @@
-"""Reads what the rules judge: a model directory's JSON files and sizes, and this machine."""
+"""Reads the facts that the rules check: JSON files and sizes of a model directory, and this machine."""
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from config.hardware import read_cores, read_gpus
 from config.memory import read_memory
 from config.variant import read_model_config
-from serving.hardware import read_cores, read_gpus
 from serving.machine import port_is_free
 from serving.preflight.facts import MachineFacts, ModelFacts
 from serving.replica import Launch
@@ -16,13 +16,13 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
 def read_model(directory: Path) -> ModelFacts:
-    """Read a model directory; ManifestError if it is none."""
+    """Read a model directory; ManifestError if it is not one."""
     config = read_model_config(directory)
     return ModelFacts(config, _weight_bytes(directory), _names(directory), _special_tokens(directory))
 
 
 def read_machine(launches: Iterable[Launch]) -> MachineFacts:
-    """Look at this machine, as far as these launches are concerned."""
+    """Read the resources of this machine that these launches use."""
     launches = tuple(launches)
     gpus = read_gpus() if any(launch.engine == "cuda" for launch in launches) else ()
     nodes = len({core.node for core in read_cores()})
@@ -50,7 +50,7 @@ def _special_tokens(directory: Path) -> frozenset[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        told = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""What keeps a launch, or a fleet of them, from succeeding; raised as LaunchRefused before anything is started."""
+"""Reasons why launches cannot succeed, raised as LaunchRefused before anything is started."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from config.errors import ManifestError
 from serving.errors import LaunchRefused
 from serving.preflight.facts import MachineFacts, ModelFacts
-from serving.preflight.memory import cache_reason, crowded_gpus, memory_reasons
+from serving.preflight.memory import cache_reason, memory_reasons, oversubscribed_gpus
 from serving.preflight.models import model_reasons, sharing_reasons
 from serving.preflight.reading import read_machine, read_model
 from serving.preflight.schemes import computes_in, unfit_shape, unloadable
@@ -15,38 +15,38 @@ from serving.replica import Launch
 from serving.seal import SealCheck, resized_files
 
 
-def refuse_hopeless(launch: Launch) -> None:
+def check_servable(launch: Launch) -> None:
     """Raise LaunchRefused if no vLLM can serve this variant as configured, on any machine with this engine."""
     model = _model(launch)
-    reasons = hopeless(launch, model)
+    reasons = unservable(launch, model)
     if reasons:
         raise LaunchRefused(f"{launch.replica_id}: {launch.variant.path}: {'; also: '.join(reasons)}")
     if launch.variant.path and launch.variant.manifest:
         _refuse(launch, resized_files(launch.variant.path, launch.variant.manifest))
 
 
-def refuse_fleet(launches: Sequence[Launch], machine: MachineFacts | None = None) -> None:
+def check_placement(launches: Sequence[Launch], machine: MachineFacts | None = None) -> None:
     """Raise LaunchRefused if these launches can't run on this machine together: memory, GPUs, ports, NUMA nodes.
 
-    Only what is about to start counts; what runs already has its memory.
+    Only the given launches count; running replicas have their memory already.
     """
-    reasons = crowded([(launch, _model(launch)) for launch in launches], machine or read_machine(launches))
+    reasons = oversubscribed([(launch, _model(launch)) for launch in launches], machine or read_machine(launches))
     if reasons:
         raise LaunchRefused("\n".join(reasons))
 
 
 def refuse_altered(launch: Launch, memory: Path, stopped: Callable[[], bool]) -> None:
-    """Raise LaunchRefused if a sealed file's bytes have changed; reads those that `memory` doesn't know yet.
+    """Raise LaunchRefused for a checksum mismatch; reads the files whose digests are not cached in `memory`.
 
-    Interrupted: `stopped` said so on the way. A variant without a manifest was never sealed.
+    Interrupted if `stopped` returns true. A variant without a manifest is not checked.
     """
     variant = launch.variant
     if variant.path and variant.manifest:
         _refuse(launch, SealCheck(variant.path, memory, stopped).altered_files(variant.manifest))
 
 
-def hopeless(launch: Launch, model: ModelFacts) -> list[str]:
-    """List why vLLM can't serve a model as configured; pure."""
+def unservable(launch: Launch, model: ModelFacts) -> list[str]:
+    """Return why vLLM cannot serve a model as configured; pure."""
     settings, engine = launch.settings, launch.engine
     quantization = model.quantization
     reasons = [
@@ -54,19 +54,19 @@ def hopeless(launch: Launch, model: ModelFacts) -> list[str]:
         computes_in(quantization, engine, settings.dtype) if quantization else None,
         *model_reasons(model, settings, launch.thinking.parser),
         *(sharing := list(sharing_reasons(model, settings))),
-        # What can't be shared has no shape per rank.
+        # Without a valid split there is no shape per rank.
         None if sharing else unfit_shape(model, engine, settings.tensor_parallel),
         cache_reason(launch, model),
     ]
     return [reason for reason in reasons if reason]
 
 
-def crowded(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineFacts) -> list[str]:
-    """List why launches can't run together on a machine; pure."""
+def oversubscribed(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineFacts) -> list[str]:
+    """Return why launches cannot run together on a machine; pure."""
     launches = [launch for launch, _ in pairs]
     return [
         *_ports(launches, machine),
-        *crowded_gpus(launches, machine.gpus),
+        *oversubscribed_gpus(launches, machine.gpus),
         *_nodes(launches, machine),
         *memory_reasons(pairs, machine),
     ]
@@ -103,6 +103,6 @@ def _model(launch: Launch) -> ModelFacts:
 def _refuse(launch: Launch, altered: list[str]) -> None:
     if altered:
         raise LaunchRefused(
-            f"{launch.replica_id}: {launch.variant.path}: altered since it was sealed: {', '.join(altered)}; "
-            "restore the files or make the variant anew"
+            f"{launch.replica_id}: {launch.variant.path}: checksum mismatch: {', '.join(altered)}; "
+            "restore the files or quantize again"
         )

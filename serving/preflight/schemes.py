@@ -74,13 +74,13 @@ def _advice(tensor_parallel: int) -> str:
 
 def _gptq_numbers(quantization: Mapping[str, Any]) -> Iterator[_Numbers]:
     yield _numbers(quantization, "")
-    for rule, told in (quantization.get("dynamic") or {}).items():
-        if not rule.startswith("-:") and isinstance(told, Mapping):
-            yield _numbers({**quantization, **told}, f" (rule {rule!r})")
+    for rule, changes in (quantization.get("dynamic") or {}).items():
+        if not rule.startswith("-:") and isinstance(changes, Mapping):
+            yield _numbers({**quantization, **changes}, f" (rule {rule!r})")
 
 
-def _numbers(told: Mapping[str, Any], where: str) -> _Numbers:
-    return _Numbers(told.get("bits"), told.get("group_size"), told.get("sym"), told.get("desc_act"), where)
+def _numbers(config: Mapping[str, Any], where: str) -> _Numbers:
+    return _Numbers(config.get("bits"), config.get("group_size"), config.get("sym"), config.get("desc_act"), where)
 
 
 def _bad_gptq(numbers: _Numbers, engine: Engine) -> str | None:

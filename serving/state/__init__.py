@@ -1,1 +1,1 @@
-"""Where supervisors and gateways of different processes meet: a database that says who runs what, never how loaded."""
+"""Shared state of supervisors and gateways in different processes: which replicas run where, without their load."""

@@ -1,7 +1,7 @@
-"""The state database, where supervisors say what they run and gateways read it. Blocking: see link.py.
+"""The state database: supervisors publish their replicas, gateways read them. Calls block: see link.py.
 
-One revision number counts the changes of replicas; it grows in the transaction that makes the change, so whoever has
-read revision n knows every change up to n.
+A revision number counts the changes of replicas. It grows in the transaction of the change, so a reader of revision n
+has seen every change up to n.
 """
 
 import secrets
@@ -19,15 +19,15 @@ from serving.replica import Replica, State
 from serving.state.engine import StateEngine
 from serving.state.tables import FOLLOWERS, METADATA, OWNERS, REPLICAS, SCHEMA_VERSION, STATE
 
-FORGET_OWNER_SECONDS = 86400.0
-FORGET_FOLLOWER_SECONDS = 3600.0
-SINCE_TOLERANCE_SECONDS = 2.0  # it is reckoned from a monotonic clock each time
-MIGRATION_LOCK = 7_165_203  # any number that nobody else uses for an advisory lock of PostgreSQL
+EXPIRE_OWNER_SECONDS = 86400.0
+EXPIRE_FOLLOWER_SECONDS = 3600.0
+SINCE_TOLERANCE_SECONDS = 2.0  # computed from a monotonic clock at each publish
+MIGRATION_LOCK = 7_165_203  # an arbitrary key of a PostgreSQL advisory lock
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A supervisor; `id` outlives its process, `beat` and `beat_at` tell when it last wrote."""
+    """A supervisor; `id` outlives its process. `beat` counts its writes, `beat_at` is the time of the last."""
 
     id: str
     host: str
@@ -38,8 +38,8 @@ class Owner:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """One replica, in the words of its owner; `since` is on the owner's wall clock."""
+class ReplicaRecord:
+    """A replica as its owner published it; `since` is on the owner's wall clock."""
 
     replica: Replica
     state: State
@@ -50,8 +50,8 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A gateway worker: the revision that it acts on, and its beat."""
+class FollowerAck:
+    """A gateway worker: the revision that it acts on, and the count of its writes."""
 
     id: str
     revision: int
@@ -59,17 +59,17 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """What an owner learns when it writes: where its replicas stand in the count, and who follows."""
+class PublishReceipt:
+    """Result of a publish: the revision of the database, those of the owner's replicas by id, and all followers."""
 
     revision: int
     revisions: Mapping[str, int]
-    followers: tuple[Seen, ...]
+    followers: tuple[FollowerAck, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Pulse:
-    """The little that is read several times a second; `owners` holds beats and `beat_at`."""
+class Heartbeat:
+    """What is polled several times a second: the revision and the supervisors with their last writes."""
 
     epoch: str
     revision: int
@@ -77,19 +77,19 @@ class Pulse:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """Everything there is, at one revision."""
+class Snapshot:
+    """All records, with the ids of their owners, at one revision."""
 
-    pulse: Pulse
-    told: tuple[tuple[str, Told], ...]
+    heartbeat: Heartbeat
+    records: tuple[tuple[str, ReplicaRecord], ...]
 
 
-EMPTY = Picture(Pulse("", 0, ()), ())
+EMPTY = Snapshot(Heartbeat("", 0, ()), ())
 
 
 @dataclass(slots=True)
 class StateDatabase:
-    """Every question to the state database is one method and one transaction; StateAway if it can't be answered."""
+    """Queries and updates, each one transaction; StateAway if the database is unavailable."""
 
     engine: StateEngine
     create: bool = True
@@ -97,50 +97,50 @@ class StateDatabase:
 
     @classmethod
     def at(cls, url: str, *, create: bool = True) -> "StateDatabase":
-        """Say where it is, without connecting; ConfigError if nobody could. `create`: make it on first use."""
+        """Configure without connecting; ConfigError for an invalid URL. `create`: the first use creates the tables."""
         return cls(StateEngine.at(url), create)
 
     def close(self) -> None:
-        """Give back the connections."""
+        """Close the connections."""
         self.engine.close()
 
-    def publish(self, owner: Owner, told: Sequence[Told], now: float) -> Published:
-        """Beat, and make the database say of an owner's replicas exactly this."""
+    def publish(self, owner: Owner, records: Sequence[ReplicaRecord], now: float) -> PublishReceipt:
+        """Write a heartbeat of the owner, and replace the records of its replicas."""
         with self._writing() as connection:
             _beat(connection, OWNERS, now, id=owner.id, host=owner.host, pid=owner.pid, joined_at=now)
-            forgotten = _forget(connection, now)
-            known = {each.replica.id: each for _, each in _told(connection, owner.id)}
-            changed, gone = differences(known, told)
-            if changed or gone or forgotten:
+            expired = _remove_expired(connection, now)
+            known = {record.replica.id: record for _, record in _records(connection, owner.id)}
+            changed, gone = differences(known, records)
+            if changed or gone or expired:
                 _write(connection, owner.id, changed, gone, _next_revision(connection))
-            revisions = {each.replica.id: each.revision for _, each in _told(connection, owner.id)}
-            return Published(_pulse(connection).revision, revisions, _followers(connection))
+            revisions = {record.replica.id: record.revision for _, record in _records(connection, owner.id)}
+            return PublishReceipt(_heartbeat(connection).revision, revisions, _followers(connection))
 
     def withdraw(self, owner_id: str) -> None:
-        """Forget an owner that leaves in order, and its replicas."""
+        """Remove an owner that shuts down, and its replicas."""
         with self._writing() as connection:
             _next_revision(connection)
             _remove_owners(connection, [owner_id])
 
-    def pulse(self) -> Pulse:
-        """Tell whether anything has changed, and who is alive."""
+    def heartbeat(self) -> Heartbeat:
+        """Read the revision and the heartbeats of supervisors."""
         with self._reading() as connection:
-            return _pulse(connection) if connection else EMPTY.pulse
+            return _heartbeat(connection) if connection else EMPTY.heartbeat
 
-    def picture(self) -> Picture:
-        """Read everything, as of one revision."""
+    def snapshot(self) -> Snapshot:
+        """Read all records at one revision."""
         with self._reading() as connection:
-            return Picture(_pulse(connection), _told(connection)) if connection else EMPTY
+            return Snapshot(_heartbeat(connection), _records(connection)) if connection else EMPTY
 
     def acknowledge(self, follower_id: str, epoch: str, revision: int, now: float) -> None:
-        """Say that a gateway worker acts on a revision; also its sign of life."""
+        """Record that a gateway worker acts on a revision; also its heartbeat."""
         with self._writing() as connection:
-            # A database that was made anew meanwhile counts differently.
-            if _pulse(connection).epoch == epoch:
+            # A database that was recreated in between counts from 0 again.
+            if _heartbeat(connection).epoch == epoch:
                 _beat(connection, FOLLOWERS, now, id=follower_id, seen=revision)
 
     def leave(self, follower_id: str) -> None:
-        """Forget a gateway worker that leaves in order."""
+        """Remove a gateway worker that shuts down."""
         with self._writing() as connection:
             connection.execute(delete(FOLLOWERS).where(FOLLOWERS.c.id == follower_id))
 
@@ -153,7 +153,7 @@ class StateDatabase:
 
     @contextmanager
     def _reading(self) -> Iterator[Connection | None]:
-        """A snapshot; None where there is nothing yet and nothing is to be made."""
+        """A read transaction; None if the tables do not exist and must not be created."""
         with self._translated():
             if not self.create and not self._exists():
                 yield None
@@ -169,7 +169,7 @@ class StateDatabase:
             return inspect(connection).has_table(STATE.name)
 
     def _prepare(self) -> None:
-        """Make the tables unless they are there; several processes may come at once."""
+        """Create missing tables; several processes may do so at once."""
         if self.engine.replaced():
             self._prepared = False
         if self._prepared:
@@ -185,7 +185,7 @@ class StateDatabase:
                 connection.execute(insert(STATE).values(first))
             elif version != SCHEMA_VERSION:
                 raise StateAway(
-                    f"state database {self.engine.name} has tables of version {version}, this quantgate knows "
+                    f"state database {self.engine.name} has schema version {version}, this quantgate needs "
                     f"{SCHEMA_VERSION}; run the same quantgate everywhere, or choose another database in gateway.state"
                 )
         self._prepared = True
@@ -195,35 +195,37 @@ class StateDatabase:
         try:
             yield
         except (SQLAlchemyError, OSError) as error:
-            # Whatever it was, the tables may be gone when it is back.
+            # The tables may be gone when the database is available again.
             self._prepared = False
             reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
-            raise StateAway(f"state database {self.engine.name} is away: {reason}") from error
+            raise StateAway(f"state database {self.engine.name} is unavailable: {reason}") from error
 
 
-def differences(known: Mapping[str, Told], told: Sequence[Told]) -> tuple[list[Told], list[str]]:
-    """What has to be written, and which replicas are gone, so that what is known becomes what is told."""
-    changed = [each for each in told if not _same(known.get(each.replica.id), each)]
-    return changed, sorted(known.keys() - {each.replica.id for each in told})
+def differences(
+    known: Mapping[str, ReplicaRecord], records: Sequence[ReplicaRecord]
+) -> tuple[list[ReplicaRecord], list[str]]:
+    """Return the records to write and the ids to remove, to get from the known records to the new ones."""
+    changed = [record for record in records if not _is_same(known.get(record.replica.id), record)]
+    return changed, sorted(known.keys() - {record.replica.id for record in records})
 
 
-def _same(known: Told | None, told: Told) -> bool:
-    if known is None or abs(known.since - told.since) > SINCE_TOLERANCE_SECONDS:
+def _is_same(known: ReplicaRecord | None, record: ReplicaRecord) -> bool:
+    if known is None or abs(known.since - record.since) > SINCE_TOLERANCE_SECONDS:
         return False
     # Keys are never stored.
-    bare = replace(told.replica, api_key=None)
-    return replace(known, since=told.since, revision=told.revision) == replace(told, replica=bare)
+    bare = replace(record.replica, api_key=None)
+    return replace(known, since=record.since, revision=record.revision) == replace(record, replica=bare)
 
 
-def _write(connection: Connection, owner_id: str, changed: list[Told], gone: list[str], revision: int) -> None:
-    names = [*gone, *(each.replica.id for each in changed)]
+def _write(connection: Connection, owner_id: str, changed: list[ReplicaRecord], gone: list[str], revision: int) -> None:
+    names = [*gone, *(record.replica.id for record in changed)]
     connection.execute(delete(REPLICAS).where(REPLICAS.c.owner == owner_id, REPLICAS.c.id.in_(names)))
-    for each in changed:
-        connection.execute(insert(REPLICAS).values(_row(owner_id, each, revision)))
+    for record in changed:
+        connection.execute(insert(REPLICAS).values(_row(owner_id, record, revision)))
 
 
-def _row(owner_id: str, told: Told, revision: int) -> dict[str, Any]:
-    replica = told.replica
+def _row(owner_id: str, record: ReplicaRecord, revision: int) -> dict[str, Any]:
+    replica = record.replica
     return {
         "owner": owner_id,
         "id": replica.id,
@@ -235,10 +237,10 @@ def _row(owner_id: str, told: Told, revision: int) -> dict[str, Any]:
         "think": replica.think,
         "think_token": replica.think_token,
         "tools": replica.tools,
-        "state": told.state.value,
-        "reason": told.reason,
-        "since": told.since,
-        "pid": told.pid,
+        "state": record.state.value,
+        "reason": record.reason,
+        "since": record.since,
+        "pid": record.pid,
         "revision": revision,
     }
 
@@ -248,42 +250,42 @@ _REPLICA_COLUMNS = (
 )
 
 
-def _told(connection: Connection, owner_id: str | None = None) -> tuple[tuple[str, Told], ...]:
-    question = select(REPLICAS).order_by(REPLICAS.c.owner, REPLICAS.c.id)
+def _records(connection: Connection, owner_id: str | None = None) -> tuple[tuple[str, ReplicaRecord], ...]:
+    query = select(REPLICAS).order_by(REPLICAS.c.owner, REPLICAS.c.id)
     if owner_id is not None:
-        question = question.where(REPLICAS.c.owner == owner_id)
-    found = []
-    for row in connection.execute(question).mappings():
+        query = query.where(REPLICAS.c.owner == owner_id)
+    records = []
+    for row in connection.execute(query).mappings():
         replica = Replica(**{name: row[name] for name in _REPLICA_COLUMNS})
-        told = Told(replica, State(row["state"]), row["reason"], row["since"], row["pid"], row["revision"])
-        found.append((row["owner"], told))
-    return tuple(found)
+        record = ReplicaRecord(replica, State(row["state"]), row["reason"], row["since"], row["pid"], row["revision"])
+        records.append((row["owner"], record))
+    return tuple(records)
 
 
-def _pulse(connection: Connection) -> Pulse:
+def _heartbeat(connection: Connection) -> Heartbeat:
     row = connection.execute(select(STATE.c.epoch, STATE.c.revision)).one()
     owners = connection.execute(select(OWNERS).order_by(OWNERS.c.joined_at, OWNERS.c.id)).mappings()
-    return Pulse(row.epoch, row.revision, tuple(Owner(**owner) for owner in owners))
+    return Heartbeat(row.epoch, row.revision, tuple(Owner(**owner) for owner in owners))
 
 
-def _followers(connection: Connection) -> tuple[Seen, ...]:
+def _followers(connection: Connection) -> tuple[FollowerAck, ...]:
     rows = connection.execute(select(FOLLOWERS.c.id, FOLLOWERS.c.seen, FOLLOWERS.c.beat)).all()
-    return tuple(Seen(row.id, row.seen, row.beat) for row in rows)
+    return tuple(FollowerAck(row.id, row.seen, row.beat) for row in rows)
 
 
 def _beat(connection: Connection, table: Table, now: float, **values: Any) -> None:
-    """Count up the beat of whoever writes; the first time, enter it."""
-    kept = {name: value for name, value in values.items() if name not in ("id", "joined_at")}
-    mine = update(table).where(table.c.id == values["id"])
-    done = connection.execute(mine.values(**kept, beat=table.c.beat + literal(1), beat_at=now))
-    if done.rowcount == 0:
+    """Increment the heartbeat of a row, or insert it."""
+    changing = {name: value for name, value in values.items() if name not in ("id", "joined_at")}
+    row = update(table).where(table.c.id == values["id"])
+    result = connection.execute(row.values(**changing, beat=table.c.beat + literal(1), beat_at=now))
+    if result.rowcount == 0:
         connection.execute(insert(table).values(**values, beat=1, beat_at=now))
 
 
-def _forget(connection: Connection, now: float) -> bool:
-    """Throw away what died without a word long ago; tells whether replicas are gone with it."""
-    connection.execute(delete(FOLLOWERS).where(FOLLOWERS.c.beat_at < now - FORGET_FOLLOWER_SECONDS))
-    dead = connection.scalars(select(OWNERS.c.id).where(OWNERS.c.beat_at < now - FORGET_OWNER_SECONDS)).all()
+def _remove_expired(connection: Connection, now: float) -> bool:
+    """Remove supervisors and followers without a heartbeat for long; return whether replicas were removed."""
+    connection.execute(delete(FOLLOWERS).where(FOLLOWERS.c.beat_at < now - EXPIRE_FOLLOWER_SECONDS))
+    dead = connection.scalars(select(OWNERS.c.id).where(OWNERS.c.beat_at < now - EXPIRE_OWNER_SECONDS)).all()
     if dead:
         _remove_owners(connection, list(dead))
     return bool(dead)
@@ -302,7 +304,7 @@ def _next_revision(connection: Connection) -> int:
 
 
 def state_url(url: str, folder: Path) -> str:
-    """Make a relative SQLite file count from the configuration's folder."""
+    """Resolve a relative SQLite file against the folder of the configuration."""
     path = url.removeprefix("sqlite:///")
     if path == url or path.startswith(("/", ":")) or not path:
         return url

@@ -1,4 +1,4 @@
-"""Connections to the state database: SQLite or PostgreSQL, every wait bounded."""
+"""Connections to the state database, SQLite or PostgreSQL; every wait has a limit."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ WAIT_SECONDS = 2  # for a lock, for a connection, for an answer
 
 @dataclass(slots=True)
 class StateEngine:
-    """Transactions on one database; `name` is what messages call it, without the password."""
+    """Transactions on one database; `name` is its URL without the password, for messages."""
 
     engine: Engine
     name: str
@@ -25,7 +25,7 @@ class StateEngine:
 
     @classmethod
     def at(cls, address: str) -> "StateEngine":
-        """Read the address; ConfigError if it isn't one, or if its driver is missing."""
+        """Parse a URL; ConfigError if it is invalid or its driver is not installed."""
         try:
             url = make_url(address)
             name = url.render_as_string()
@@ -36,8 +36,9 @@ class StateEngine:
         except (ArgumentError, NoSuchModuleError) as error:
             raise ConfigError(f"gateway.state: {error}") from error
         except ModuleNotFoundError as error:
-            what = f"needs the package {error.name}; install quantgate[postgres]"
-            raise ConfigError(f"gateway.state: {name} {what}") from error
+            raise ConfigError(
+                f"gateway.state: {name} needs the package {error.name}; install quantgate[postgres]"
+            ) from error
         return cls(engine, name, None)
 
     def close(self) -> None:
@@ -45,32 +46,32 @@ class StateEngine:
         self.engine.dispose()
 
     def replaced(self) -> bool:
-        """Tell whether a SQLite file is another one than before: a connection would go on with the deleted one."""
+        """Whether the SQLite file was replaced: open connections would use the deleted one, and are closed."""
         if self.file is None:
             return False
         try:
-            told = self.file.stat()
+            status = self.file.stat()
         except FileNotFoundError:
-            found = None
+            identity = None
         else:
-            found = (told.st_dev, told.st_ino)
-        if found is not None and found == self._identity:
+            identity = (status.st_dev, status.st_ino)
+        if identity is not None and identity == self._identity:
             return False
         self.engine.dispose()
-        self._identity = found
+        self._identity = identity
         return True
 
     def set_up(self) -> None:
-        """Once per database file: readers are not held up by a writer, nor a writer by them."""
+        """Enable write-ahead logging, once per SQLite file: readers and the writer do not block each other."""
         if self.file is not None:
             with self.engine.connect() as connection:
                 connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-            told = self.file.stat()
-            self._identity = (told.st_dev, told.st_ino)
+            status = self.file.stat()
+            self._identity = (status.st_dev, status.st_ino)
 
     @contextmanager
     def transaction(self, *, writing: bool) -> Iterator[Connection]:
-        """One transaction; reading ones see a single moment."""
+        """A transaction; a reading one sees a consistent snapshot."""
         options: dict[str, Any] = {"begin": "BEGIN IMMEDIATE" if writing else "BEGIN"}
         if self.file is None and not writing:
             options["isolation_level"] = "REPEATABLE READ"
@@ -82,20 +83,22 @@ class StateEngine:
 
 def _sqlite(url: URL) -> Engine:
     if url.database in (None, "", ":memory:"):
-        raise ConfigError("gateway.state: a database in memory is nothing to meet in; write sqlite:///state.db")
+        raise ConfigError(
+            "gateway.state: a database in memory cannot be shared between processes; write sqlite:///state.db"
+        )
     engine = create_engine(url, connect_args={"timeout": WAIT_SECONDS})
 
     @event.listens_for(engine, "connect")
     def connected(connection: Any, _record: object) -> None:
-        connection.isolation_level = None  # BEGIN is ours, below
-        # A commit that a power failure takes back is written again by the next beat.
+        connection.isolation_level = None  # BEGIN is issued below
+        # A commit that a power failure loses is written again with the next heartbeat.
         connection.execute("PRAGMA synchronous=NORMAL")
 
     @event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:
-        """A writer takes its lock at once: to upgrade a read lock may fail however long one waits."""
-        if words := connection.get_execution_options().get("begin"):
-            connection.exec_driver_sql(words)
+        """A writer locks at once (BEGIN IMMEDIATE): upgrading a read lock can fail whatever the timeout."""
+        if statement := connection.get_execution_options().get("begin"):
+            connection.exec_driver_sql(statement)
 
     return engine
 
@@ -107,5 +110,5 @@ def _postgresql_options(url: URL) -> dict[str, Any]:
         "connect_timeout": WAIT_SECONDS,
         "tcp_user_timeout": 2000 * WAIT_SECONDS,  # milliseconds
         "application_name": "quantgate",
-        "prepare_threshold": None,  # a pooler between us may give every transaction another connection
+        "prepare_threshold": None,  # a connection pooler may use another connection for each transaction
     }

@@ -1,7 +1,7 @@
-"""Follows the state database: what other processes' supervisors run stands in our registry within a second.
+"""Mirrors the replicas of other processes' supervisors from the state database into the registry, within a second.
 
-The database is asked, never obeyed when it is away: then the last good picture stays, and replicas are asked
-themselves. See `picture.standing` for the rules.
+While the database is unavailable, the last snapshot remains and ready replicas are health-checked directly. See
+`tracking.effective_state` for the rules.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from serving.errors import ReplicaConflict, StateAway
 from serving.probe import Probe
 from serving.registry import Registry, ReplicaSource
 from serving.replica import STATE_DATABASE, State
-from serving.state.database import Pulse
+from serving.state.database import Heartbeat
 from serving.state.link import Link
-from serving.state.picture import MISSES, Followed, Silence, Standing, followed, orphans, standing
+from serving.state.tracking import MISSES, EffectiveState, Silence, TrackedReplica, effective_state, orphans, track
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ PROBE_SECONDS = 1.0
 
 @dataclass(slots=True)
 class Follower:
-    """Keeps a registry true to what supervisors tell, while the `async with` block runs."""
+    """Keeps the registry up to date with the state database while the `async with` block runs."""
 
     link: Link
     registry: Registry
@@ -47,16 +47,16 @@ class Follower:
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     id: str = field(init=False)
-    _pulse: Pulse | None = None
-    _followed: dict[str, Followed] = field(default_factory=dict)
+    _heartbeat: Heartbeat | None = None
+    _tracked: dict[str, TrackedReplica] = field(default_factory=dict)
     _source: ReplicaSource = field(init=False)
     _conflicts: set[str] = field(default_factory=set)
-    _heard: dict[str, float] = field(default_factory=dict)
+    _last_seen: dict[str, float] = field(default_factory=dict)
     _misses: dict[str, int] = field(default_factory=dict)
     _away: bool = False
-    _mute: bool = False
+    _read_only: bool = False
     _acknowledged: tuple[str, int] | None = None
-    _told_at: float = float("-inf")
+    _acknowledged_at: float = float("-inf")
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -64,18 +64,18 @@ class Follower:
         self._source = self.registry.source(STATE_DATABASE)
 
     async def __aenter__(self) -> Self:
-        """Look once, so that the first request finds what is there; a database that is away stops nobody."""
-        await self._look_or_note()
+        """Poll once, so that the first request finds replicas; an unavailable database is not an error."""
+        await self._poll()
         self._tasks = [
             asyncio.create_task(self._follow(), name="follow the state database"),
-            asyncio.create_task(self._ask_in_doubt(), name="ask replicas whose supervisor is silent"),
+            asyncio.create_task(self._check_doubtful(), name="check replicas whose supervisor is silent"),
         ]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop following, and say so, lest a supervisor waits for us."""
+        """Stop, and remove this follower, so that no supervisor waits for it."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -87,99 +87,99 @@ class Follower:
         self.link.close()
 
     def admit(self, variants: frozenset[str], keys: Mapping[str, str]) -> None:
-        """Follow replicas of other variants from the next look on, with other keys."""
+        """Change the variants and keys from the next poll on."""
         self.variants, self.keys = variants, keys
-        self._pulse = None
+        self._heartbeat = None
 
     async def _follow(self) -> None:
         pause = POLL_SECONDS
         while True:
             await asyncio.sleep(pause)
-            reached = await self._look_or_note()
+            reached = await self._poll()
             pause = POLL_SECONDS if reached else min(2 * pause, LONGEST_PAUSE_SECONDS)
 
-    async def _look_or_note(self) -> bool:
-        """Look, and then say what we act on; tells whether the database could be read."""
+    async def _poll(self) -> bool:
+        """Read changes, update the registry, and acknowledge; return whether the database could be read."""
         try:
-            await self._look()
+            await self._read_changes()
         except StateAway as away:
             if not self._away:
-                log.warning("%s; replicas stay as they were last seen, and it is asked again", away)
+                log.warning("%s; replicas keep their last state; retrying", away)
             self._away = True
-        self._show()
+        self._update_registry()
         if not self._away:
-            await self._acknowledge_or_note()
+            await self._send_acknowledgement()
         return not self._away
 
-    async def _look(self) -> None:
-        pulse = await self.link.call(self.link.database.pulse)
-        if self._news(pulse):
+    async def _read_changes(self) -> None:
+        heartbeat = await self.link.call(self.link.database.heartbeat)
+        if self._has_changes(heartbeat):
             await self._take_picture()
         else:
-            self._hear(pulse)
+            self._record_heartbeats(heartbeat)
         if self._away:
-            log.info("the state database %s is back", self.link.database.engine.name)
+            log.info("the state database %s is available again", self.link.database.engine.name)
         self._away = False
 
-    def _news(self, pulse: Pulse) -> bool:
-        seen = self._pulse
-        if seen is None or (seen.epoch, seen.revision) != (pulse.epoch, pulse.revision):
+    def _has_changes(self, heartbeat: Heartbeat) -> bool:
+        last = self._heartbeat
+        if last is None or (last.epoch, last.revision) != (heartbeat.epoch, heartbeat.revision):
             return True
-        return {owner.id for owner in seen.owners} != {owner.id for owner in pulse.owners}
+        return {owner.id for owner in last.owners} != {owner.id for owner in heartbeat.owners}
 
     async def _take_picture(self) -> None:
-        picture = await self.link.call(self.link.database.picture)
-        anew = self._pulse is not None and self._pulse.epoch != picture.pulse.epoch
-        self._hear(picture.pulse)
-        told = followed(picture, self.variants, self.keys, self.host)
-        owners = {each.owner.id for each in self._followed.values()}
-        lost = frozenset(owner for owner in owners if anew or self._silent(owner))
-        self._followed = told | orphans(self._followed, told, lost)
-        self._heard = {owner.id: self._heard[owner.id] for owner in picture.pulse.owners}
+        snapshot = await self.link.call(self.link.database.snapshot)
+        recreated = self._heartbeat is not None and self._heartbeat.epoch != snapshot.heartbeat.epoch
+        self._record_heartbeats(snapshot.heartbeat)
+        tracked = track(snapshot, self.variants, self.keys, self.host)
+        owners = {replica.owner.id for replica in self._tracked.values()}
+        lost = frozenset(owner for owner in owners if recreated or self._silent(owner))
+        self._tracked = tracked | orphans(self._tracked, tracked, lost)
+        self._last_seen = {owner.id: self._last_seen[owner.id] for owner in snapshot.heartbeat.owners}
 
-    def _hear(self, pulse: Pulse) -> None:
-        """Note who has beaten since we looked last; a database that was away lets nobody look silent."""
-        before = {owner.id: owner.beat for owner in self._pulse.owners} if self._pulse else {}
+    def _record_heartbeats(self, heartbeat: Heartbeat) -> None:
+        """Update when each supervisor was last seen; after an outage of the database none counts as silent."""
+        before = {owner.id: owner.beat for owner in self._heartbeat.owners} if self._heartbeat else {}
         now = self.clock()
-        for owner in pulse.owners:
-            if owner.id not in self._heard:
-                # How old the beat is we can only guess by its wall clock; wrong, we ask the replica once too often.
-                old = self.wall_clock() - owner.beat_at > self.silent_seconds
-                self._heard[owner.id] = float("-inf") if old else now
+        for owner in heartbeat.owners:
+            if owner.id not in self._last_seen:
+                # Its age is only known by the owner's wall clock; if that is wrong, the replica is checked needlessly.
+                expired = self.wall_clock() - owner.beat_at > self.silent_seconds
+                self._last_seen[owner.id] = float("-inf") if expired else now
             elif self._away or before.get(owner.id) != owner.beat:
-                self._heard[owner.id] = now
-        self._pulse = pulse
+                self._last_seen[owner.id] = now
+        self._heartbeat = heartbeat
 
     def _silent(self, owner_id: str) -> bool:
-        return self.clock() - self._heard.get(owner_id, float("-inf")) > self.silent_seconds
+        return self.clock() - self._last_seen.get(owner_id, float("-inf")) > self.silent_seconds
 
-    def _silence(self, each: Followed) -> Silence | None:
-        if each.orphan:
+    def _silence(self, tracked: TrackedReplica) -> Silence | None:
+        if tracked.orphan:
             return "supervisor"
-        if not self._silent(each.owner.id):
+        if not self._silent(tracked.owner.id):
             return None
         return "database" if self._away else "supervisor"
 
-    def _show(self) -> None:
-        """Bring the registry in line."""
-        for name, each in list(self._followed.items()):
-            silence = self._silence(each)
+    def _update_registry(self) -> None:
+        """Write the effective state of each tracked replica, and remove the others."""
+        for name, tracked in list(self._tracked.items()):
+            silence = self._silence(tracked)
             if silence is None:
                 self._misses.pop(name, None)
             misses = self._misses.get(name, 0)
-            if each.orphan and misses >= MISSES:
-                log.warning("replica %s is gone: nobody tells of it, and it doesn't answer", name)
-                del self._followed[name], self._misses[name]
+            if tracked.orphan and misses >= MISSES:
+                log.warning("replica %s is removed: it has no record and does not answer", name)
+                del self._tracked[name], self._misses[name]
                 continue
-            self._put_or_log(each, standing(each, silence, misses))
-        self._source.keep_only(self._followed)
-        self._conflicts &= self._followed.keys()
+            self._put_or_log(tracked, effective_state(tracked, silence, misses))
+        self._source.keep_only(self._tracked)
+        self._conflicts &= self._tracked.keys()
 
-    def _put_or_log(self, tracked: Followed, effective: Standing) -> None:
+    def _put_or_log(self, tracked: TrackedReplica, effective: EffectiveState) -> None:
         """Update a replica's entry in the registry; while another source owns the id, skip it and log that once."""
-        replica = tracked.told.replica
-        age_seconds = max(0.0, self.wall_clock() - tracked.told.since)
-        since = self.clock() - age_seconds if effective.as_told else None
+        replica = tracked.record.replica
+        age_seconds = max(0.0, self.wall_clock() - tracked.record.since)
+        since = self.clock() - age_seconds if effective.as_published else None
         try:
             self._source.put(replica, effective.state, effective.reason, since)
         except ReplicaConflict as conflict:
@@ -189,33 +189,35 @@ class Follower:
         else:
             self._conflicts.discard(replica.id)
 
-    async def _acknowledge_or_note(self) -> None:
-        """Say which revision we act on, when it is another one, and from time to time as a sign of life."""
-        assert self._pulse is not None
-        acted_on = (self._pulse.epoch, self._pulse.revision)
+    async def _send_acknowledgement(self) -> None:
+        """Acknowledge a new revision at once, and the same one periodically as a heartbeat."""
+        assert self._heartbeat is not None
+        acted_on = (self._heartbeat.epoch, self._heartbeat.revision)
         now = self.clock()
-        if self._acknowledged == acted_on and now - self._told_at < BEAT_SECONDS:
+        if self._acknowledged == acted_on and now - self._acknowledged_at < BEAT_SECONDS:
             return
-        self._told_at = now  # also if it fails: reading goes on meanwhile
+        self._acknowledged_at = now  # also if it fails: reading goes on
         try:
             await self.link.call(self.link.database.acknowledge, self.id, *acted_on, self.wall_clock())
         except StateAway as away:
-            if not self._mute:
-                log.warning("%s; it can be read, not written, so supervisors can't know what we know", away)
-            self._mute, self._acknowledged = True, None
+            if not self._read_only:
+                log.warning("%s; it is readable but not writable, so supervisors get no acknowledgement", away)
+            self._read_only, self._acknowledged = True, None
         else:
-            self._mute, self._acknowledged = False, acted_on
+            self._read_only, self._acknowledged = False, acted_on
 
-    async def _ask_in_doubt(self) -> None:
-        """Ask the replicas themselves while those who should tell of them are silent."""
+    async def _check_doubtful(self) -> None:
+        """Health-check ready replicas while their supervisor or the database is silent."""
         while True:
             doubtful = [
-                each for each in self._followed.values() if each.told.state is State.READY and self._silence(each)
+                tracked
+                for tracked in self._tracked.values()
+                if tracked.record.state is State.READY and self._silence(tracked)
             ]
-            replicas = [each.told.replica for each in doubtful]
+            replicas = [tracked.record.replica for tracked in doubtful]
             answers = await asyncio.gather(*(self.probe.healthy(replica.url, replica.tls) for replica in replicas))
             for replica, healthy in zip(replicas, answers, strict=True):
                 self._misses[replica.id] = 0 if healthy else self._misses.get(replica.id, 0) + 1
             if doubtful:
-                self._show()
+                self._update_registry()
             await asyncio.sleep(self.probe_seconds)

@@ -1,4 +1,4 @@
-"""A state database as the event loop sees it: one call at a time, never on the loop, each with a deadline."""
+"""Asynchronous access to the state database: one call at a time, in a thread, with a deadline."""
 
 import asyncio
 import threading
@@ -17,10 +17,10 @@ CALL_SECONDS = 5.0
 
 @dataclass(slots=True)
 class Link:
-    """Asks a state database from an event loop.
+    """Calls a state database from an event loop.
 
-    A call that misses its deadline is left to itself (nothing can end a thread); the next one waits for it to end,
-    so that writes keep their order. Threads are daemons: a server that never answers must not hold up our exit.
+    A call that misses its deadline goes on in its thread; the next one waits for it, so that writes keep their order.
+    Threads are daemons: a database server that does not answer must not block the exit of the process.
     """
 
     database: StateDatabase
@@ -29,7 +29,7 @@ class Link:
     _running: "asyncio.Future[Any] | None" = None
 
     async def call(self, function: Callable[..., T], *arguments: object) -> T:
-        """Run a method of the database; StateAway also if there is no answer in time."""
+        """Run a method of the database; StateAway also after `call_seconds` without a result."""
         try:
             async with asyncio.timeout(self.call_seconds):
                 while self._running is not None and not self._running.done():
@@ -38,10 +38,10 @@ class Link:
                 return await asyncio.shield(running)
         except TimeoutError:
             name = self.database.engine.name
-            raise StateAway(f"state database {name} is away: no answer within {self.call_seconds:g} s") from None
+            raise StateAway(f"state database {name} is unavailable: no answer within {self.call_seconds:g} s") from None
 
     def close(self) -> None:
-        """Give back the connections; one that a call still uses, when that ends."""
+        """Close the connections; if a call still runs, when it ends."""
         self._closed.set()
         if self._running is None or self._running.done():
             self.database.close()
@@ -57,7 +57,7 @@ class Link:
 def _in_a_thread(function: Callable[..., T], *arguments: object) -> "asyncio.Future[T]":
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[T] = loop.create_future()
-    # Nobody may be left to hear what an abandoned call says.
+    # Retrieve the exception of a call that nothing awaits any more.
     answer.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def settle(value: T | None, problem: BaseException | None) -> None:
@@ -72,9 +72,9 @@ def _in_a_thread(function: Callable[..., T], *arguments: object) -> "asyncio.Fut
         value, problem = None, None
         try:
             value = function(*arguments)
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the answer gets it, whatever it is
+        except BaseException as error:  # noqa: BLE001 - the awaiting task raises it
             problem = error
-        with suppress(RuntimeError):  # the loop has ended, and with it everybody who waited
+        with suppress(RuntimeError):  # the loop is closed, and nothing awaits the result
             loop.call_soon_threadsafe(settle, value, problem)
 
     threading.Thread(target=work, name="state database", daemon=True).start()

@@ -1,4 +1,4 @@
-"""Tells the state database what our registry says, and learns which gateways have read it."""
+"""Publishes the registry to the state database, and tracks which gateways have read it."""
 
 import asyncio
 import logging
@@ -12,7 +12,7 @@ from typing import Self
 from serving.errors import NoSuchReplica, StateAway
 from serving.registry import Registry
 from serving.replica import State
-from serving.state.database import Owner, Published, Seen, Told
+from serving.state.database import FollowerAck, Owner, PublishReceipt, ReplicaRecord
 from serving.state.link import Link
 
 log = logging.getLogger(__name__)
@@ -21,32 +21,32 @@ BEAT_SECONDS = 1.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 2.0
 ROTATION_SECONDS = 5.0
 ROTATION_LOOK_SECONDS = 0.1
-SILENT_SECONDS = 5.0  # a follower beats every two
+SILENT_SECONDS = 5.0  # a follower writes a heartbeat every 2 s
 
 
 @dataclass(slots=True)
 class Publisher:
-    """Mirrors a registry into the state database while the `async with` block runs; a `Rotation` for supervisors.
+    """Mirrors a registry into the state database while the `async with` block runs; a `TrafficDrain` for supervisors.
 
-    What is written is always the whole truth about our replicas, so a database that was away, or deleted, is right
-    again with the next beat. `foreign` replicas are in the registry, but not ours to tell of.
+    Each write has all replicas of this process, so a database that was unavailable or deleted is right again with the
+    next one. `external` replicas are in the registry, but not published.
     """
 
     owner: Owner
     registry: Registry
     link: Link
-    foreign: frozenset[str] = frozenset()
+    external: frozenset[str] = frozenset()
     processes: Callable[[], Mapping[str, int]] = dict
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     _away: bool = False
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _one_at_a_time: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _followers: dict[str, tuple[Seen, float]] = field(default_factory=dict)
+    _followers: dict[str, tuple[FollowerAck, float]] = field(default_factory=dict)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def __aenter__(self) -> Self:
-        """Begin to mirror."""
+        """Start to mirror."""
         self._tasks = [
             asyncio.create_task(self._listen(), name="listen to the registry"),
             asyncio.create_task(self._mirror(), name="mirror the registry into the state database"),
@@ -56,34 +56,34 @@ class Publisher:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take our replicas out of the database."""
+        """Withdraw the replicas."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         try:
             await self.link.call(self.link.database.withdraw, self.owner.id)
         except StateAway as away:
-            log.warning("%s; it keeps telling of our replicas, which gateways will find gone", away)
+            log.warning("%s; the replicas of this process stay published, and gateways will find them gone", away)
         self.link.close()
 
-    async def out_of_rotation(self, replica_id: str) -> None:
-        """Wait until every gateway that lives acts on a picture in which this replica is not ready."""
+    async def wait_deregistered(self, replica_id: str) -> None:
+        """Wait until every live gateway has acknowledged a revision in which this replica is not ready."""
         try:
             async with asyncio.timeout(ROTATION_SECONDS):
-                while not await self._everybody_knows(replica_id):  # noqa: ASYNC110 - what is looked at is a database
+                while not await self._is_acknowledged(replica_id):  # noqa: ASYNC110 - it polls a database
                     await asyncio.sleep(ROTATION_LOOK_SECONDS)
         except TimeoutError:
-            log.warning("not every gateway has said that it knows of replica %s leaving; going on", replica_id)
+            log.warning("not every gateway acknowledged that replica %s is leaving; continuing", replica_id)
 
-    async def _everybody_knows(self, replica_id: str) -> bool:
+    async def _is_acknowledged(self, replica_id: str) -> bool:
         try:
-            published = await self._exchange()
+            receipt = await self._exchange()
         except StateAway:
             return not self._live_followers()
         with suppress(NoSuchReplica):
             if self.registry.status(replica_id).state is State.READY:
                 return False
-        needed = published.revisions.get(replica_id, published.revision)
+        needed = receipt.revisions.get(replica_id, receipt.revision)
         return all(follower.revision >= needed for follower in self._live_followers())
 
     async def _listen(self) -> None:
@@ -100,53 +100,63 @@ class Publisher:
                 await self._exchange()
             except StateAway as away:
                 if not self._away:
-                    log.warning("%s; replicas go on, and it is told again", away)
+                    log.warning("%s; replicas keep running; retrying", away)
                 self._away = True
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
                 continue
             if self._away:
-                log.info("the state database %s is back", self.link.database.engine.name)
+                log.info("the state database %s is available again", self.link.database.engine.name)
             self._away, pause = False, FIRST_PAUSE_SECONDS
-            await self._news_or_beat(written)
+            await self._wait_for_change_or_heartbeat(written)
 
-    async def _news_or_beat(self, written: list[tuple[object, ...]]) -> None:
-        """Wait until there is something to write; that a request has ended, which is announced too, is nothing."""
+    async def _wait_for_change_or_heartbeat(self, written: list[tuple[object, ...]]) -> None:
+        """Wait for a change to publish or the next heartbeat; ends of requests are announced, but not published."""
         with suppress(TimeoutError):
             async with asyncio.timeout(BEAT_SECONDS):
                 while self._states() == written:
                     self._changed.clear()
                     await self._changed.wait()
 
-    async def _exchange(self) -> Published:
-        """Write what is so now, and read who follows; one at a time, so that an older truth never comes later."""
+    async def _exchange(self) -> PublishReceipt:
+        """Publish the current state and read the followers; one at a time, so that writes keep their order."""
         async with self._one_at_a_time:
-            database, told = self.link.database, self._tell()
-            published = await self.link.call(database.publish, self.owner, told, self.wall_clock())
-        self._hear(published.followers)
-        return published
+            database, records = self.link.database, self._records()
+            receipt = await self.link.call(database.publish, self.owner, records, self.wall_clock())
+        self._update_followers(receipt.followers)
+        return receipt
 
-    def _tell(self) -> tuple[Told, ...]:
+    def _records(self) -> tuple[ReplicaRecord, ...]:
         processes = self.processes()
-        past = self.wall_clock() - self.clock()
+        wall_offset = self.wall_clock() - self.clock()
         return tuple(
-            Told(each.replica, each.state, each.reason, past + each.since_seconds, processes.get(each.replica.id))
-            for each in self.registry.snapshot()
-            if each.replica.id not in self.foreign
+            ReplicaRecord(
+                status.replica,
+                status.state,
+                status.reason,
+                wall_offset + status.since_seconds,
+                processes.get(status.replica.id),
+            )
+            for status in self.registry.snapshot()
+            if status.replica.id not in self.external
         )
 
-    def _hear(self, followers: tuple[Seen, ...]) -> None:
-        now, heard = self.clock(), self._followers
-        beats = {name: seen.beat for name, (seen, _) in heard.items()}
+    def _update_followers(self, followers: tuple[FollowerAck, ...]) -> None:
+        now, known = self.clock(), self._followers
+        beats = {name: ack.beat for name, (ack, _) in known.items()}
         self._followers = {
-            each.id: (each, heard[each.id][1] if beats.get(each.id) == each.beat else now) for each in followers
+            ack.id: (ack, known[ack.id][1] if beats.get(ack.id) == ack.beat else now) for ack in followers
         }
 
-    def _live_followers(self) -> list[Seen]:
+    def _live_followers(self) -> list[FollowerAck]:
         now = self.clock()
-        return [follower for follower, heard in self._followers.values() if now - heard <= SILENT_SECONDS]
+        return [follower for follower, last_seen in self._followers.values() if now - last_seen <= SILENT_SECONDS]
 
     def _states(self) -> list[tuple[object, ...]]:
-        """What is news when it changes; the rest is as good when the next beat brings it."""
+        """What is published at once when it changes; the rest waits for the next heartbeat."""
         everything = self.registry.snapshot()
-        return [(each.replica, each.state, each.reason) for each in everything if each.replica.id not in self.foreign]
+        return [
+            (status.replica, status.state, status.reason)
+            for status in everything
+            if status.replica.id not in self.external
+        ]

@@ -1,4 +1,4 @@
-"""The tables of the state database. A change here is a new SCHEMA_VERSION."""
+"""Tables of the state database. A change of them needs a new SCHEMA_VERSION."""
 
 from sqlalchemy import Boolean, Column, Float, Integer, MetaData, String, Table, Text
 
@@ -6,8 +6,8 @@ SCHEMA_VERSION = 2
 
 METADATA = MetaData()
 
-# One row. `epoch` is drawn when the tables are made: a database that was deleted counts its revisions from 0 again,
-# and readers must not take its number for one that they have seen.
+# One row. `epoch` is random: a recreated database counts its revisions from 0 again, and readers must not mistake one
+# for a revision that they have seen.
 STATE = Table(
     "quantgate_state",
     METADATA,
@@ -17,7 +17,7 @@ STATE = Table(
     Column("revision", Integer, nullable=False),
 )
 
-# Supervisors. `beat` counts up while one lives; `beat_at` is its own wall clock and only shown to people.
+# Supervisors. `beat` counts their heartbeats; `beat_at` is on their own wall clocks, for display only.
 OWNERS = Table(
     "quantgate_owners",
     METADATA,
@@ -29,7 +29,7 @@ OWNERS = Table(
     Column("beat_at", Float, nullable=False),
 )
 
-# What supervisors say of their replicas. Neither load nor keys are kept here.
+# Replicas as their supervisors published them, without load and keys.
 REPLICAS = Table(
     "quantgate_replicas",
     METADATA,
@@ -50,7 +50,7 @@ REPLICAS = Table(
     Column("revision", Integer, nullable=False),
 )
 
-# Gateway workers, and the revision that each of them acts on.
+# Gateway workers, and the revision that each acts on.
 FOLLOWERS = Table(
     "quantgate_followers",
     METADATA,

@@ -1,8 +1,8 @@
-"""A model's own template -> one that opens every thought itself, or that can turn thinking off.
+"""Derive a chat template that opens <think> itself, or that can turn thinking off, from the model's own.
 
-The own template stays as it is, inside a block that keeps what it renders; what is added looks at the end of that.
-So a prefix is never put twice, and a prompt that the own template leaves open elsewhere (after a tool's answer) is
-closed only where it was opened.
+The model's template stays unchanged inside a block that captures its output; the addition depends on how that ends. So
+a prefix is never doubled, and a prompt that the model's template leaves open elsewhere (after a tool result) is closed
+only where it was opened.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from serving.templates.habits import opens_thought
+from serving.templates.capabilities import opens_thought
 from serving.templates.render import TemplateUnusable, renderer
 from serving.templates.source import END_THINK, THINK, ChatTemplate
 
@@ -36,52 +36,52 @@ _SWITCHES: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": True}, {"enable
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """What a derived template must do: open each thought, turn thinking off when told to."""
+class TemplateRequirements:
+    """What a derived template must do: open <think> (`prefix`), honour `enable_thinking: false` (`off`)."""
 
     prefix: bool = False
     off: bool = False
 
     @property
     def name(self) -> str:
-        """How files that grant it are called."""
+        """Part of the file name of a derived template."""
         return "-".join(word for word, wanted in (("prefix", self.prefix), ("switch", self.off)) if wanted)
 
 
-def derived(template: ChatTemplate, wish: Wish) -> str:
-    """Write the template that does what is wished; TemplateUnusable if it doesn't come out as it must."""
+def derived(template: ChatTemplate, requirements: TemplateRequirements) -> str:
+    """Return a template that meets the requirements; TemplateUnusable if its output is not the expected one."""
     if template.text is None:
         raise TemplateUnusable("the model has none")
     # Jinja2 leaves out one newline at the end of a template; in the middle it would stay.
     own = template.text.removesuffix("\n")
-    when_off = _CLOSE if wish.off else ""
-    when_on = _PREFIX if wish.prefix else ""
+    when_off = _CLOSE if requirements.off else ""
+    when_on = _PREFIX if requirements.prefix else ""
     text = (
         f"{_KEPT.format(own=own)}{{% if add_generation_prompt %}}{_OFF}{when_off}{{% else %}}{when_on}{{% endif %}}"
         "{% endif %}\n{#- By quantgate, from the model's own template; written anew when that changes. #}\n"
     )
-    _check(template, text, wish)
+    _check(template, text, requirements)
     return text
 
 
-def _check(template: ChatTemplate, text: str, wish: Wish) -> None:
-    """Hold what is rendered before against what is rendered after."""
+def _check(template: ChatTemplate, text: str, requirements: TemplateRequirements) -> None:
+    """Compare the output of both templates for sample chats; TemplateUnusable if it differs otherwise than required."""
     assert template.text is not None
     before, after = (renderer(each, template.special_tokens) for each in (template.text, text))
     for chat, switch, asks in product(_CHATS, _SWITCHES, (True, False)):
         own = before(chat, add_generation_prompt=asks, **switch)
         now = after(chat, add_generation_prompt=asks, **switch)
-        added = _addition(own, wish, off=switch.get("enable_thinking") is False) if asks else ""
+        added = _addition(own, requirements, off=switch.get("enable_thinking") is False) if asks else ""
         if now != own + added:
             raise TemplateUnusable(f"what is derived from it renders {now[-80:]!r} where the own one has {own[-80:]!r}")
 
 
-def _addition(own: str, wish: Wish, *, off: bool) -> str:
-    """Say what must stand behind the own prompt."""
+def _addition(own: str, requirements: TemplateRequirements, *, off: bool) -> str:
+    """Return the text that must follow the prompt of the model's own template."""
     opened, closed = opens_thought(own), own.rstrip().endswith(END_THINK)
     if not off:
-        return OPEN if wish.prefix and not opened and not closed else ""
-    if not wish.off or closed:
+        return OPEN if requirements.prefix and not opened and not closed else ""
+    if not requirements.off or closed:
         return ""
     if opened:
         return ("\n" if own.endswith("\n") else "\n\n") + f"{END_THINK}\n\n"

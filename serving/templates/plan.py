@@ -1,4 +1,4 @@
-"""All aliases of a variant -> how its servers handle thinking, and the template file that this may need."""
+"""Decide how the servers of a variant handle thinking, from the settings of its aliases."""
 
 import hashlib
 import os
@@ -13,8 +13,8 @@ from config.variant import Variant
 from serving.errors import LaunchRefused
 from serving.replica import Launch, Thinking
 from serving.templates.arguments import option
-from serving.templates.derive import Wish, derived
-from serving.templates.habits import Habits, habits
+from serving.templates.capabilities import TemplateCapabilities, template_capabilities
+from serving.templates.derive import TemplateRequirements, derived
 from serving.templates.render import TemplateUnusable
 from serving.templates.source import END_THINK, THINK, chosen_template, has_tokens, read_chat_template
 
@@ -25,7 +25,7 @@ PARSERS_OF_TOKENS = ("deepseek_r1", "k2_horizon", "poolside_v1")
 
 
 def with_thinking(launches: Iterable[Launch], aliases: Mapping[str, AliasSettings], folder: Path) -> tuple[Launch, ...]:
-    """Say of each launch how its server handles thinking; see `plan_thinking`."""
+    """Set how the server of each launch handles thinking; see `plan_thinking`."""
     return tuple(
         replace(each, thinking=plan_thinking(aliases, each.variant, folder, each.settings.args)) for each in launches
     )
@@ -34,7 +34,7 @@ def with_thinking(launches: Iterable[Launch], aliases: Mapping[str, AliasSetting
 def plan_thinking(
     aliases: Mapping[str, AliasSettings], variant: Variant, folder: Path, args: Sequence[str] = ()
 ) -> Thinking:
-    """Say how servers of a variant are started so that each of its aliases gets the thinking that it asks for.
+    """Return how servers of a variant are started, so that each of its aliases gets the thinking that it configures.
 
     A derived template is written to `folder`. What `args` name (a parser, a template) is the operator's own choice.
     LaunchRefused: no template can be derived, or the chosen parser needs tokens that the model lacks.
@@ -46,38 +46,42 @@ def plan_thinking(
     chosen = option(args, "--chat-template")
     template = chosen_template(read_chat_template(variant.path), chosen)
     try:
-        thinking, wish = decide(habits(template), wanted)
-        if wish is not None:
-            _refuse_chosen(variant.name, chosen, wish)
-            thinking = replace(thinking, template=write_template(folder, variant.name, wish, derived(template, wish)))
+        thinking, requirements = decide(template_capabilities(template), wanted)
+        if requirements is not None:
+            _refuse_chosen(variant.name, chosen, requirements)
+            thinking = replace(
+                thinking, template=write_template(folder, variant.name, requirements, derived(template, requirements))
+            )
     except TemplateUnusable as error:
         if wanted & {"prefix", "none"}:
             raise LaunchRefused(
-                f"{variant.name}: {variant.path}: no chat template that thinks as its aliases ask: {error}; "
-                "mend the template, or let the aliases think: auto"
+                f"{variant.name}: {variant.path}: no chat template supports the `think` of its aliases: {error}; "
+                "fix the template, or set think: auto"
             ) from error
-        # vLLM may render it nevertheless; what its prompts end in is looked at when it runs.
+        # vLLM may be able to render it; the replica's prompts are checked when it runs.
         thinking = Thinking(tag=None if template.mentions_thinking else "none")
     chooses_parser = thinking.tag == "none" or option(args, "--reasoning-parser") is not None
     return replace(thinking, parser=None if chooses_parser else PARSER)
 
 
-def decide(own: Habits, wanted: AbstractSet[str]) -> tuple[Thinking, Wish | None]:
-    """Say how to start, without parser and file, and what a derived template must do; None: the own one will do."""
+def decide(own: TemplateCapabilities, wanted: AbstractSet[str]) -> tuple[Thinking, TemplateRequirements | None]:
+    """Return how to start, without parser and file, and what a derived template must do; None if none is needed."""
     prefix = "prefix" in wanted
     thinks = prefix or own.tag != "none"
     enable = prefix if own.off_by_default else None
-    wish = Wish(prefix=prefix and own.tag != "injected", off="none" in wanted and thinks and not own.switch)
-    switch = thinks and (own.switch or wish.off)
+    requirements = TemplateRequirements(
+        prefix=prefix and own.tag != "injected", off="none" in wanted and thinks and not own.switch
+    )
+    switch = thinks and (own.switch or requirements.off)
     thinking = Thinking(enable_thinking=enable, tag="injected" if prefix else own.tag, switch=switch)
-    return thinking, wish if wish.prefix or wish.off else None
+    return thinking, requirements if requirements.prefix or requirements.off else None
 
 
-def write_template(folder: Path, variant: str, wish: Wish, text: str) -> Path:
-    """Put a derived template under a name that says what it is; one that is there already is left alone."""
+def write_template(folder: Path, variant: str, requirements: TemplateRequirements, text: str) -> Path:
+    """Write a derived template to a file named by variant, requirements and digest, unless it exists."""
     content = text.encode()
     digest = hashlib.sha256(content).hexdigest()[:12]
-    path = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', variant)}-{wish.name}-{digest}.jinja"
+    path = folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', variant)}-{requirements.name}-{digest}.jinja"
     try:
         if path.exists() and path.read_bytes() == content:
             return path
@@ -99,10 +103,10 @@ def _refuse_missing_tokens(name: str, path: Path, args: Sequence[str]) -> None:
         )
 
 
-def _refuse_chosen(name: str, chosen: str | None, wish: Wish) -> None:
+def _refuse_chosen(name: str, chosen: str | None, requirements: TemplateRequirements) -> None:
     if chosen is not None:
-        alias_wish = "prefix" if wish.prefix else "none"
+        setting = "prefix" if requirements.prefix else "none"
         raise LaunchRefused(
-            f"{name}: an alias has think: {alias_wish}, which needs a chat template derived from the model's own, "
+            f"{name}: an alias has think: {setting}, which needs a chat template derived from the model's own, "
             "but the replica's args name another --chat-template; remove one of the two"
         )

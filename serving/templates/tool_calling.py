@@ -13,7 +13,7 @@ from typing import Any
 
 from serving.replica import Launch
 from serving.templates.arguments import option
-from serving.templates.habits import PROBE
+from serving.templates.capabilities import PROBE
 from serving.templates.render import TemplateUnusable, renderer
 from serving.templates.source import ChatTemplate, chosen_template, has_tokens, read_chat_template
 
@@ -88,7 +88,7 @@ def with_tool_calling(launches: Iterable[Launch], parsers: AbstractSet[str] = fr
 
 
 def tool_format(template: ChatTemplate, model_type: str, tokens: Collection[str]) -> ToolFormat | None:
-    """Find the format of calls that a template teaches; None: it shows no tools, or nobody knows the format.
+    """Return the tool call format of a template; None if it renders no tools or the format is unknown.
 
     `tokens` are those of the formats' tokens that the tokenizer has.
     """

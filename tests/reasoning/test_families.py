@@ -21,7 +21,7 @@ from gateway.openai.request import parse_request
 from gateway.proxy.exchange import reasoning_format
 from gateway.routing.target import Target
 from serving.replica import Replica, ThinkTag
-from serving.templates.derive import Wish, derived
+from serving.templates.derive import TemplateRequirements, derived
 from serving.templates.render import renderer
 from serving.templates.source import ChatTemplate
 from tests.fakes.running import ROOT
@@ -59,8 +59,10 @@ FAMILIES = {
     "qwq": Family(families.QWQ, "injected"),
     "r1": Family(families.R1, "injected"),
     "qwen3": Family(families.QWEN3, "model"),
-    "qwen3 with prefix": Family(derived(ChatTemplate(families.QWEN3), Wish(prefix=True)), "injected"),
-    "smollm with prefix": Family(derived(ChatTemplate(families.PLAIN), Wish(True, True)), "injected", tags=False),
+    "qwen3 with prefix": Family(derived(ChatTemplate(families.QWEN3), TemplateRequirements(prefix=True)), "injected"),
+    "smollm with prefix": Family(
+        derived(ChatTemplate(families.PLAIN), TemplateRequirements(True, True)), "injected", tags=False
+    ),
 }
 
 

@@ -13,8 +13,8 @@ from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from serving.backoff import Backoff
 from serving.command import Machine
-from serving.notebook import Notebook
 from serving.probe import Probe
+from serving.process_ledger import ProcessLedger
 from serving.registry import Registry
 from serving.replica import Launch, ReplicaStatus, State
 from serving.supervisor import Supervisor
@@ -41,7 +41,7 @@ def launch(folder: Path, name: str = "int4", *args: str, **settings: object) -> 
 
 
 def fake_machine(folder: Path) -> Machine:
-    """This machine, with the fake in vLLM's place."""
+    """This machine, with the fake in vLLM's context."""
     share_bytecode(folder)
     return Machine(sys.executable, folder, 2, dict(os.environ), ("-m", "tests.fakes.vllm"))
 
@@ -58,8 +58,8 @@ async def supervising(folder: Path, *launches: Launch, **options: Any) -> AsyncI
     """A supervisor at work, with options of its own."""
     async with Probe() as probe:
         settings = {"backoff": QUICK, "log_folder": folder / "logs", **options}
-        notebook = Notebook(folder / "running")
-        async with Supervisor(launches, Registry(), fake_machine(folder), probe, notebook, **settings) as supervisor:
+        ledger = ProcessLedger(folder / "running")
+        async with Supervisor(launches, Registry(), fake_machine(folder), probe, ledger, **settings) as supervisor:
             yield supervisor
 
 
@@ -86,4 +86,4 @@ def noted_session(folder: Path) -> int:
 
 def noted_sessions(folder: Path) -> set[int]:
     """The sessions of all replicas that run."""
-    return {int(note.stem) for note in (folder / "running").glob("*.json")}
+    return {int(record.stem) for record in (folder / "running").glob("*.json")}

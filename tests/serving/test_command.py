@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from config.hardware import Core
 from config.reserved_flags import reserved_flag
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from serving.command import Command, Machine, build_command
-from serving.cores import Core
 from serving.replica import Launch, Thinking
 
 VARIANT = Variant("qwq-int4", "int4", PARENT_QUALITY, Path("/models/qwq-int4"))

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from config.hardware import Core
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
-from serving.cores import Core, cpu_list, share_cores
+from serving.cores import cpu_list, share_cores
 from serving.replica import Launch
 
 VARIANT = Variant("a", "bf16", PARENT_QUALITY, Path("/a"))

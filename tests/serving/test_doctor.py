@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
+from config.hardware import Core, Gpu, Processor
 from config.memory import Memory
-from serving.cores import Core
 from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
 from serving.doctor.findings import Finding, findings, worst
 from serving.doctor_cli import doctor_main
-from serving.hardware import Gpu
 from tests.serving.supervised import model_directory
 
 GIB = 2**30
@@ -26,9 +25,7 @@ SOFTWARE = Software(
     plugin=True,
 )
 HARDWARE = Hardware(
-    cpu="AMD EPYC",
-    cpu_flags=frozenset({"avx2", "avx512f", "avx512_vnni"}),
-    architecture="x86_64",
+    processor=Processor("AMD EPYC", frozenset({"avx2", "avx512f", "avx512_vnni"}), "x86_64"),
     cores=(Core(0, (0, 1)), Core(1, (2, 3))),
     memory=Memory(24 * GIB, 20 * GIB),
     gpus=(),
@@ -43,6 +40,8 @@ LIMITS = Limits(
     home_writable=True,
 )
 HEALTHY = Checkup(SOFTWARE, HARDWARE, LIMITS, no_bytecode=False, clock="2026-11-25", clock_behind=False)
+AVX2 = Processor("AMD EPYC 7551", frozenset({"avx2"}), "x86_64")
+SSE = Processor("Intel Xeon X5650", frozenset({"sse4_2"}), "x86_64")
 H100 = Gpu(0, "H100", 80 * GIB, 79 * GIB, "570.1")
 
 
@@ -74,8 +73,20 @@ def test_a_healthy_machine_has_no_fix() -> None:
         ("software", {"plugin": False}, "warning", "plugin", "VLLM_PLUGINS"),
         ("software", {"torchvision": "0.28.0"}, "error", "torchvision", "pip uninstall"),
         ("hardware", {"gpus": (H100,)}, "warning", "engine", "quantgate[cuda]"),
-        ("hardware", {"cpu_flags": frozenset({"avx2"})}, "warning", "instructions", "AVX-512"),
-        ("hardware", {"cpu_flags": frozenset()}, "error", "instructions", "another machine"),
+        (
+            "hardware",
+            {"processor": AVX2},
+            "warning",
+            "instructions",
+            "AVX-512",
+        ),
+        (
+            "hardware",
+            {"processor": SSE},
+            "error",
+            "instructions",
+            "another machine",
+        ),
         ("hardware", {"allocator": None}, "warning", "allocator", "libtcmalloc"),
         ("limits", {"open_files": 1024, "open_files_most": 4096}, "warning", "open files", "limits.conf"),
         ("limits", {"shared_memory_bytes": 64 * 2**20}, "warning", "shared memory", "--shm-size"),
@@ -113,8 +124,8 @@ def test_a_configuration_is_part_of_it() -> None:
         "q.yaml",
         replicas=("a-1", "b-1"),
         addresses=(("gateway.listen", "127.0.0.1:8000", True), ("gateway.admin", "127.0.0.1:8001", False)),
-        hopeless=(("b-1", "/b: GPTQ int8 does not load on CPU; use scheme w8a8"),),
-        crowded=("2 replicas need more; run fewer",),
+        unservable=(("b-1", "/b: GPTQ int8 does not load on CPU; use scheme w8a8"),),
+        oversubscribed=("2 replicas need more; run fewer",),
         without_tools=("a-1: tool_calling: auto found no tool parser in the chat template of a. Set it to off",),
     )
     found = findings(replace(HEALTHY, configured=configured))

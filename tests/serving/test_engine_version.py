@@ -1,8 +1,8 @@
-"""What is said about vLLM versions."""
+"""Supported minor releases of vLLM, and the warning about any other."""
 
 import pytest
 
-from serving.engine_version import version_warning
+from serving.engine_version import is_supported, version_warning
 
 
 @pytest.mark.parametrize(
@@ -19,5 +19,6 @@ from serving.engine_version import version_warning
 )
 def test_version_warning(installed: str, word: str | None) -> None:
     """There is no warning about a supported version, and one line about any other."""
+    assert is_supported(installed) == (word is None)
     warning = version_warning(installed)
     assert (warning is None) if word is None else (warning is not None and word in warning and "\n" not in warning)

@@ -8,7 +8,7 @@ import pytest
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from serving.errors import LaunchRefused
-from serving.preflight import refuse_altered, refuse_hopeless
+from serving.preflight import check_servable, refuse_altered
 from serving.preflight.schemes import unloadable
 from serving.replica import Launch
 from tests.serving.sealed import seal_directory
@@ -46,7 +46,7 @@ def test_missing_directory_is_refused(tmp_path: Path) -> None:
     """A variant that isn't there is told with its path, not after a minute of loading."""
     variant = Variant("a", "bf16", PARENT_QUALITY, tmp_path / "nowhere")
     with pytest.raises(LaunchRefused, match="no such directory"):
-        refuse_hopeless(Launch("a-1", variant, "cpu", ReplicaSettings(variant="a")))
+        check_servable(Launch("a-1", variant, "cpu", ReplicaSettings(variant="a")))
 
 
 def test_an_altered_variant_is_refused(tmp_path: Path) -> None:
@@ -56,12 +56,12 @@ def test_an_altered_variant_is_refused(tmp_path: Path) -> None:
     launch = Launch(
         "a-1", Variant("a", "int4", PARENT_QUALITY, path, seal_directory(path)), "cpu", ReplicaSettings(variant="a")
     )
-    refuse_hopeless(launch)
+    check_servable(launch)
     refuse_altered(launch, tmp_path / "memory", lambda: False)
     (path / "model.safetensors").write_bytes(b"Weights")
-    refuse_hopeless(launch)
-    with pytest.raises(LaunchRefused, match=r"a-1: .*v: altered since it was sealed: model\.safetensors; restore"):
+    check_servable(launch)
+    with pytest.raises(LaunchRefused, match=r"a-1: .*v: checksum mismatch: model\.safetensors; restore"):
         refuse_altered(launch, tmp_path / "memory", lambda: False)
     (path / "model.safetensors").write_bytes(b"more weights")
-    with pytest.raises(LaunchRefused, match=r"altered since it was sealed: model\.safetensors"):
-        refuse_hopeless(launch)
+    with pytest.raises(LaunchRefused, match=r"checksum mismatch: model\.safetensors"):
+        check_servable(launch)

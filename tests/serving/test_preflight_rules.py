@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from config.hardware import Gpu
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
-from serving.hardware import Gpu
 from serving.preflight.facts import MachineFacts, ModelFacts
-from serving.preflight.refusals import crowded, hopeless
+from serving.preflight.refusals import oversubscribed, unservable
 from serving.replica import Launch, Thinking
 
 GIB = 2**30
@@ -38,7 +38,7 @@ def reasons(
     """Every reason against a launch."""
     replica = ReplicaSettings(variant="a", **settings)
     launch = Launch("a-1", VARIANT, engine, replica, thinking=Thinking(parser))
-    return "\n".join(hopeless(launch, ModelFacts({**CONFIG, **config}, **facts)))
+    return "\n".join(unservable(launch, ModelFacts({**CONFIG, **config}, **facts)))
 
 
 def model(weight_bytes: int = GIB, **config: Any) -> ModelFacts:
@@ -138,7 +138,7 @@ def test_think_tokens(parser: str | None, tokens: set[str], refused: bool) -> No
 def test_memory_adds_up(count: int, free: float, refused: bool) -> None:
     """Weights, KV cache and overhead of all replicas are held against what is free."""
     pairs = [(launch(f"a-{number}"), model()) for number in range(count)]
-    found = crowded(pairs, MachineFacts(int(free * GIB)))
+    found = oversubscribed(pairs, MachineFacts(int(free * GIB)))
     assert bool(found) == refused
     if refused:
         assert f"need about {count * 3.25:.1f} GiB of memory (a-0 3.2 GiB" in found[0]
@@ -173,7 +173,7 @@ def gpu(index: int = 0, free: float = 79) -> Gpu:
 )
 def test_gpus(launches: list[Launch], gpus: list[Gpu], weights: int, word: str) -> None:
     """GPUs that aren't there, are shared by accident or too small are refused before anything is loaded."""
-    found = crowded([(each, model(weights * GIB)) for each in launches], MachineFacts(0, gpus=tuple(gpus)))
+    found = oversubscribed([(each, model(weights * GIB)) for each in launches], MachineFacts(0, gpus=tuple(gpus)))
     assert word in "\n".join(found)
     assert bool(found) == bool(word)
 
@@ -189,7 +189,7 @@ def test_gpus(launches: list[Launch], gpus: list[Gpu], weights: int, word: str) 
 )
 def test_ports(launches: list[Launch], busy: set[int], word: str) -> None:
     """A port that somebody has, or that two replicas want, is told."""
-    found = crowded([(each, model()) for each in launches], MachineFacts(99 * GIB, busy_ports=frozenset(busy)))
+    found = oversubscribed([(each, model()) for each in launches], MachineFacts(99 * GIB, busy_ports=frozenset(busy)))
     assert word in "\n".join(found)
     assert bool(found) == bool(word)
 
@@ -197,5 +197,5 @@ def test_ports(launches: list[Launch], busy: set[int], word: str) -> None:
 def test_automatic_binding_needs_nodes() -> None:
     """vLLM's own binding gives each rank a NUMA node, so there must be as many."""
     pairs = [(launch(tensor_parallel=2, cores="auto"), model())]
-    assert "NUMA" in crowded(pairs, MachineFacts(99 * GIB, numa_nodes=1))[0]
-    assert crowded(pairs, MachineFacts(99 * GIB, numa_nodes=2)) == []
+    assert "NUMA" in oversubscribed(pairs, MachineFacts(99 * GIB, numa_nodes=1))[0]
+    assert oversubscribed(pairs, MachineFacts(99 * GIB, numa_nodes=2)) == []

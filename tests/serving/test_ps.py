@@ -20,31 +20,31 @@ from rich.console import Console
 
 from serving.ps import COLUMNS, WIDE_COLUMNS, requests_in_engines, rows, table
 from serving.replica import Replica, State
-from serving.state.database import Owner, Picture, Pulse, StateDatabase, Told
+from serving.state.database import Heartbeat, Owner, ReplicaRecord, Snapshot, StateDatabase
 from tests.fakes.running import ROOT, eventually, running_fake
 
 NOW = time.time()
 CAUSE = "next start at 14:32:05: ended with exit code 1: ValueError: no such\nkernel for this processor " * 5
 
 
-def told(name: str, state: State, reason: str = "", url: str = "http://127.0.0.1:40000") -> Told:
+def told(name: str, state: State, reason: str = "", url: str = "http://127.0.0.1:40000") -> ReplicaRecord:
     """A replica as its supervisor publishes it."""
-    return Told(Replica(f"{name}-1", name, "int4", url, f"{name}-1"), state, reason, NOW - 100, 4242)
+    return ReplicaRecord(Replica(f"{name}-1", name, "int4", url, f"{name}-1"), state, reason, NOW - 100, 4242)
 
 
 ROWS = (told("qwq-32b-w4a16-g128", State.FAILED, CAUSE), told("a", State.READY), told("b", State.STARTING, CAUSE))
 
 
-def picture(*replicas: Told, host: str = "") -> Picture:
+def snapshot(*replicas: ReplicaRecord, host: str = "") -> Snapshot:
     """What one supervisor publishes."""
     owner = Owner("owner", host or gethostname(), 1, beat_at=NOW)
-    return Picture(Pulse("epoch", 1, (owner,)), tuple(("owner", each) for each in replicas))
+    return Snapshot(Heartbeat("epoch", 1, (owner,)), tuple(("owner", each) for each in replicas))
 
 
 def printed(width: int, *, wide: bool = False) -> list[str]:
     """The table's lines at a width."""
     file = StringIO()
-    listed = rows(picture(*ROWS), NOW, {("owner", "a-1"): 17})
+    listed = rows(snapshot(*ROWS), NOW, {("owner", "a-1"): 17})
     Console(width=width, file=file).print(table(listed, wide=wide))
     return file.getvalue().splitlines()
 
@@ -67,7 +67,7 @@ def test_80_columns_cut_only_the_reason() -> None:
     assert ready.split() == ["a-1", "int4", "ready", "1m40s", "17"]
 
 
-def publish(folder: Path, *replicas: Told) -> Path:
+def publish(folder: Path, *replicas: ReplicaRecord) -> Path:
     """Put replicas into a state database; returns the configuration that names it."""
     config = folder / "quantgate.yaml"
     config.write_text("gateway: {state: 'sqlite:///state.db'}\n")
@@ -121,11 +121,11 @@ async def test_requests_in_flight(tmp_path: Path) -> None:
         replicas = (told("busy", State.READY, url=fake.url), told("gone", State.READY, url="http://127.0.0.1:1"))
 
         async def counted() -> bool:
-            found = await requests_in_engines(picture(*replicas), {})
+            found = await requests_in_engines(snapshot(*replicas), {})
             return found == {("owner", "busy-1"): 1, ("owner", "gone-1"): None}
 
         await eventually(counted)
-        assert await requests_in_engines(picture(*replicas, host="another"), {}) == {}
+        assert await requests_in_engines(snapshot(*replicas, host="another"), {}) == {}
         config = publish(tmp_path, *replicas)
         listed = await asyncio.to_thread(
             subprocess.run, ps(config, "--json"), cwd=ROOT, capture_output=True, text=True, check=True

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
-from serving.replica import foreign_replicas, plan_launches
+from serving.replica import external_replicas, plan_launches
 
 VARIANTS = {name: Variant(name, name, PARENT_QUALITY, Path("/m") / name) for name in ("int4", "bf16")}
 REPLICAS = tuple(
@@ -29,5 +29,5 @@ def test_count_spreads_gpus_and_ports() -> None:
 
 def test_urls_are_not_launched() -> None:
     """A replica with a url belongs to somebody else; its key is kept for calling it."""
-    (far,) = foreign_replicas(REPLICAS, VARIANTS)
+    (far,) = external_replicas(REPLICAS, VARIANTS)
     assert (far.id, far.url, far.api_key, far.precision) == ("bf16-url-1", "http://far:8000", "k", "bf16")

@@ -30,7 +30,7 @@ OLD, NEW = wanted("a-1"), wanted("a-1", sequences=2)
 
 
 @pytest.mark.parametrize(
-    "running,wish,step",
+    "running,requirements,step",
     [
         ([], [OLD], Start(OLD)),
         ([current(OLD)], [OLD], None),
@@ -65,9 +65,9 @@ OLD, NEW = wanted("a-1"), wanted("a-1", sequences=2)
         ),
     ],
 )
-def test_step(running: list[Current], wish: list[Launch], step: Step | None) -> None:
+def test_step(running: list[Current], requirements: list[Launch], step: Step | None) -> None:
     """What is new gets ready first wherever there is room."""
-    assert next_step(running, wish) == step
+    assert next_step(running, requirements) == step
 
 
 @pytest.mark.parametrize("surge", [True, False])

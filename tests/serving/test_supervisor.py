@@ -203,7 +203,7 @@ async def test_a_variant_with_a_changed_byte_is_never_served(tmp_path: Path) -> 
     weights.write_bytes(b"Weights")
     async with supervised(tmp_path, planned, backoff=SLOW) as registry:
         status = await until(registry, lambda status: status.state is State.FAILED)
-        assert "altered since it was sealed: model.safetensors" in status.reason
+        assert "checksum mismatch: model.safetensors" in status.reason
         assert not (tmp_path / "logs").exists()
     weights.write_bytes(b"weights")
     async with supervised(tmp_path, planned) as registry:

@@ -251,6 +251,35 @@ def test_bare_text_needs_no_template_but_chats_do(tmp_path: Path) -> None:
         tokenized(base, [row(messages=CHAT)])
 
 
+@pytest.mark.parametrize(
+    "spoil,problem", [("", "has no tokenizer"), ("{% for m in", "its chat template is invalid: line 1")]
+)
+def test_a_base_without_a_tokenizer_or_a_valid_template_is_refused(tmp_path: Path, spoil: str, problem: str) -> None:
+    """In one line about the base, not about every chat."""
+    base = write_base(tmp_path / "base", spoil or PLAIN, adds_bos=False)
+    if not spoil:
+        (base / "tokenizer.json").unlink()
+    with pytest.raises(RecipeError, match=problem):
+        tokenized(base, [row(messages=CHAT)])
+
+
+def test_a_template_for_content_parts_gets_parts(tmp_path: Path) -> None:
+    """Some templates drop contents that are plain text, and vLLM gives those parts; so do calibration samples."""
+    template = (
+        "{% for m in messages %}[{{ m.role }}]{% for part in m.content %}{% if part['type'] == 'text' %}"
+        "{{ part['text'] }}{% endif %}{% endfor %};{% endfor %}"
+    )
+    plain_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
+    parts, plain = (
+        tokenized(write_base(tmp_path / name, text, adds_bos=False), [row(messages=CHAT)])[0]["ids"]
+        for name, text in (
+            ("parts", template),
+            ("plain", plain_template),
+        )
+    )
+    assert parts == plain
+
+
 def test_a_chat_that_the_template_refuses_is_named_by_line(tmp_path: Path) -> None:
     """Templates insist on the order of roles, for one; every line that breaks it is told."""
     template = "{% if messages[0].role != 'user' %}{{ raise_exception('roles must alternate') }}{% endif %}" + PLAIN

@@ -1,12 +1,17 @@
 """Missing, unknown and misshapen tensors are found from headers, as transformers finds them while loading."""
 
+import os
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
+from quantize.base import read_base
 from quantize.errors import RecipeError
-from quantize.load_report import LoadReport, ShapeMismatch
-from tests.quantize.model_files.forms import LOADED_FORMS, Form, write_llama
+from quantize.load_report import LoadReport, ShapeMismatch, check_base
+from quantize.running.progress import ProgressReporter
+from quantize.running.worker import child_environ
+from tests.quantize.model_files.forms import FORMS, LOADED_FORMS, Form, write_llama
 from tests.quantize.model_files.test_directory_forms import documented
 
 UP = "model.layers.{}.mlp.up_proj.weight"
@@ -40,6 +45,24 @@ def test_a_form_is_used_or_refused_as_documented(form: Form, tmp_path: Path) -> 
     pytest.importorskip("transformers.models.llama.modeling_llama", reason="needs torch: install the quantize extra")
     form.change(write_llama(tmp_path / "model"))
     assert outcome_of(tmp_path / "model") == documented()[form.name]
+
+
+@pytest.mark.real_model
+def test_a_base_is_checked_in_a_child_process(tmp_path: Path) -> None:
+    """What is not used is logged; what is missing is an error that names the directory."""
+    pytest.importorskip("transformers.models.llama.modeling_llama", reason="needs torch: install the quantize extra")
+    changes = {form.name: form.change for form in (*FORMS, *LOADED_FORMS)}
+    base, log = write_llama(tmp_path / "model"), StringIO()
+    changes["tensors that the model doesn't know"](base)
+    changes["adapter beside merged weights"](base)
+    check_base(read_base(base), child_environ(os.environ), ProgressReporter(log))
+    assert "base: not used: adapter_model.safetensors\n" in log.getvalue()
+    assert "base: 1 tensor unknown to LlamaForCausalLM, not quantized: model.layers.2.eh_proj" in log.getvalue()
+    changes["a norm missing"](base)
+    with pytest.raises(
+        RecipeError, match=r"model: 1 tensor missing .*: model\.layers\.1\.input_layernorm\.weight; save"
+    ):
+        check_base(read_base(base), child_environ(os.environ), ProgressReporter(log))
 
 
 def test_what_many_layers_miss_is_said_once() -> None:

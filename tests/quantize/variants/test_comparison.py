@@ -1,4 +1,4 @@
-"""What differs between two manifests is told, and which figures are better."""
+"""Differences between two manifests, and which metrics are better."""
 
 import json
 from typing import Any
@@ -12,7 +12,7 @@ from tests.quantize.manifests import manifest, quality
 
 
 def test_equals_differ_in_nothing() -> None:
-    """Each part is told to be the same."""
+    """Each part is the same."""
     comparison = compare(manifest(), manifest())
     assert comparison.differences == ()
     assert comparison.files == ()
@@ -28,8 +28,8 @@ def test_equals_differ_in_nothing() -> None:
         ({}, {"quality": quality(top1_agreement=0.9)}, "top1_agreement: 0.94 -> 0.9 (-0.04, worse)"),
         ({}, {"quality": quality(verdict="fail")}, "verdict: pass -> fail"),
         ({"calibration": None}, {}, "samples: none -> 16"),
-        ({}, {"base": Base(name="smol", digest="0" * 64, dtype="bf16")}, "better and worse mean little"),
-        ({}, {"quality": quality(tokens=17)}, "better and worse mean little"),
+        ({}, {"base": Base(name="smol", digest="0" * 64, dtype="bf16")}, "metrics are not comparable"),
+        ({}, {"quality": quality(tokens=17)}, "metrics are not comparable"),
         ({}, {"files": {"a": SealedFile(sha256="1", bytes=3)}}, "a: only right"),
         ({}, {"files": {"model.safetensors": SealedFile(sha256="1", bytes=7_000_009)}}, "7000009 bytes (+9)"),
         (
@@ -49,7 +49,7 @@ def test_equals_differ_in_nothing() -> None:
     ],
 )
 def test_each_part_is_compared(left: dict[str, Any], right: dict[str, Any], line: str) -> None:
-    """Values are told as before and after, numbers with their change."""
+    """Values have both sides, numbers also their change."""
     assert line in comparison_text(compare(manifest(**left), manifest(**right)))
 
 
@@ -66,19 +66,19 @@ def test_each_part_is_compared(left: dict[str, Any], right: dict[str, Any], line
         ("scheme", "bits", 4, 8, None),
     ],
 )
-def test_better_is_told_of_measured_figures_only(
+def test_only_metrics_are_better_or_worse(
     part: str, key: str, left: float | None, right: float, better: str | None
 ) -> None:
-    """Divergence, perplexity and length are better small, agreement and recovery large."""
+    """Lower divergence, perplexity and length are better, higher agreement and recovery."""
     assert Difference(part, key, left, right).better == better
 
 
 def test_programs_read_the_same() -> None:
     """The JSON holds every difference with its change."""
     comparison = compare(manifest(), manifest(quality=quality(kl_mean=0.02), id="other"))
-    told = json.loads(comparison_json(comparison))
-    assert (told["left"], told["right"], told["comparable"]) == ("smol-int4-01234567", "other", True)
-    (row,) = told["differences"]
+    value = json.loads(comparison_json(comparison))
+    assert (value["left"], value["right"], value["comparable"]) == ("smol-int4-01234567", "other", True)
+    (row,) = value["differences"]
     assert row["delta"] == pytest.approx(-0.02)
     assert (row["key"], row["better"]) == ("kl_mean", "right")
-    assert told["same_files"] == ["model.safetensors"]
+    assert value["same_files"] == ["model.safetensors"]

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from serving.errors import LaunchRefused, MeasuringFailed, MeasuringRefused, ServingError, StartFailed
-from serving.measuring.measuring import MeasurementSettings, Witness, measure
+from serving.measuring.measuring import MeasurementSettings, Reporter, measure
 from serving.measuring.mix import parse_mix
-from serving.measuring.server import Place
-from serving.measuring.subject import Subject
+from serving.measuring.server import BenchmarkContext
+from serving.measuring.target import BenchmarkTarget
 from serving.process import session_processes
 from tests.config.measurements import CPU
 from tests.fakes.replica import KV_TOKENS
@@ -20,24 +20,24 @@ from tests.serving.supervised import fake_machine, launch, noted_session
 SETTINGS = MeasurementSettings((1, 3), seconds=0, mix=parse_mix("12:6"))
 
 
-class Told(list[str]):
+class ReplicaRecord(list[str]):
     """Everything that a measuring said."""
 
     @property
-    def witness(self) -> Witness:
+    def reporter(self) -> Reporter:
         """Someone who keeps it."""
-        return Witness(self.append, lambda _: None)
+        return Reporter(self.append, lambda _: None)
 
 
-def subject(folder: Path, *args: str, **settings: object) -> Subject:
+def subject(folder: Path, *args: str, **settings: object) -> BenchmarkTarget:
     """A variant that the fake serves."""
     started = launch(folder, "int4", *args, **settings)
-    return Subject(folder / "int4", started.variant, started.settings, launch=started)
+    return BenchmarkTarget(folder / "int4", started.variant, started.settings, launch=started)
 
 
-def place(folder: Path) -> Place:
+def place(folder: Path) -> BenchmarkContext:
     """This machine with the fake for vLLM, and a home of its own."""
-    return Place(fake_machine(folder), folder)
+    return BenchmarkContext(fake_machine(folder), folder)
 
 
 def nothing_is_left(folder: Path) -> bool:
@@ -47,9 +47,9 @@ def nothing_is_left(folder: Path) -> bool:
 
 async def test_a_launch_is_measured(tmp_path: Path) -> None:
     """Every level has figures, the server's facts are noted, and it is gone afterwards."""
-    told = Told()
+    told = ReplicaRecord()
     args = ("--fake-spawn-child", "--max-model-len", "2048")
-    measured = await measure(subject(tmp_path, *args), CPU, SETTINGS, place(tmp_path), told.witness)
+    measured = await measure(subject(tmp_path, *args), CPU, SETTINGS, place(tmp_path), told.reporter)
     assert [load.concurrency for load in measured.loads] == [1, 3]
     assert all(load.requests >= 2 * load.concurrency and load.errors == 0 for load in measured.loads)
     assert (measured.kv_capacity_tokens, measured.max_model_len_tokens) == (KV_TOKENS, 2048)
@@ -65,8 +65,8 @@ async def test_a_launch_is_measured(tmp_path: Path) -> None:
 async def test_a_measuring_that_is_cancelled_leaves_no_process(tmp_path: Path) -> None:
     """While a request runs that never ends: the server and its children are killed."""
     stalled = subject(tmp_path, "--fake-spawn-child", "--fake-stall-after-tokens", "1")
-    told = Told()
-    work = asyncio.create_task(measure(stalled, CPU, SETTINGS, place(tmp_path), told.witness))
+    told = ReplicaRecord()
+    work = asyncio.create_task(measure(stalled, CPU, SETTINGS, place(tmp_path), told.reporter))
     await eventually(lambda: any("warming up" in line for line in told))
     session = noted_session(tmp_path)
     assert session_processes(session)
@@ -96,7 +96,7 @@ async def test_what_goes_wrong_is_told(
 ) -> None:
     """In the server's words, and nothing is left running."""
     with pytest.raises(error, match=words):
-        await measure(subject(tmp_path, *args), CPU, settings, place(tmp_path), Told().witness)
+        await measure(subject(tmp_path, *args), CPU, settings, place(tmp_path), ReplicaRecord().reporter)
     assert nothing_is_left(tmp_path)
 
 
@@ -109,11 +109,11 @@ async def test_an_altered_variant_is_not_started(tmp_path: Path) -> None:
     assert altered.launch is not None
     variant = type(altered.variant)("int4", "int4", altered.variant.quality, altered.directory, manifest)
     sealed = type(altered.launch)("int4-1", variant, "cpu", altered.settings)
-    with pytest.raises(LaunchRefused, match=r"altered since it was sealed: model\.safetensors"):
+    with pytest.raises(LaunchRefused, match=r"checksum mismatch: model\.safetensors"):
         await measure(
-            Subject(altered.directory, variant, altered.settings, launch=sealed),
+            BenchmarkTarget(altered.directory, variant, altered.settings, launch=sealed),
             CPU,
             SETTINGS,
             place(tmp_path),
-            Told().witness,
+            ReplicaRecord().reporter,
         )

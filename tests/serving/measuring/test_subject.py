@@ -8,7 +8,7 @@ from config.capacity import Hardware
 from config.errors import ConfigError
 from config.manifest import Engine
 from serving.errors import MeasuringRefused
-from serving.measuring.subject import LEAST_VOCABULARY, configured_subjects, told_subject
+from serving.measuring.target import LEAST_VOCABULARY, configured_targets, target_of_flags
 from tests.config.measurements import CPU
 from tests.serving.supervised import model_directory
 
@@ -38,7 +38,7 @@ def test_a_directory_is_launched_as_told(tmp_path: Path) -> None:
     """Flags become a replica's settings, and the key of what is measured."""
     directory = model_directory(tmp_path / "my model (4 bit)")
     told = {"max_num_seqs": "8", "kv_cache_bytes": "1GiB", "args": ("--enforce-eager",)}
-    subject = told_subject(directory, told, engine)
+    subject = target_of_flags(directory, told, engine)
     assert subject.launch is not None
     assert subject.launch.variant.name == "my-model-4-bit"
     setup = subject.setup(CPU, "0.32.0")
@@ -50,7 +50,7 @@ def test_a_directory_is_launched_as_told(tmp_path: Path) -> None:
 def test_a_running_replica_needs_no_engine(tmp_path: Path) -> None:
     """It is addressed as it is, with its key."""
     told = {"url": "http://10.0.0.5:8000/", "api_key": "secret"}
-    subject = told_subject(model_directory(tmp_path / "m"), told, no_engine)
+    subject = target_of_flags(model_directory(tmp_path / "m"), told, no_engine)
     assert subject.launch is None
     assert subject.replica is not None
     assert (subject.replica.url, subject.replica.api_key) == ("http://10.0.0.5:8000", "secret")
@@ -70,13 +70,13 @@ def test_a_running_replica_needs_no_engine(tmp_path: Path) -> None:
 def test_flags_that_say_nothing_are_refused(tmp_path: Path, told: dict[str, object], words: str) -> None:
     """The message begins with the flag."""
     with pytest.raises(MeasuringRefused, match=words):
-        told_subject(model_directory(tmp_path / "m"), told, engine)
+        target_of_flags(model_directory(tmp_path / "m"), told, engine)
 
 
 def test_a_directory_without_a_model_is_told(tmp_path: Path) -> None:
     """There is nothing to measure in it."""
     with pytest.raises(ConfigError, match=r"has no config\.json"):
-        told_subject(tmp_path, {}, engine)
+        target_of_flags(tmp_path, {}, engine)
 
 
 def test_variants_of_a_configuration(tmp_path: Path) -> None:
@@ -85,15 +85,15 @@ def test_variants_of_a_configuration(tmp_path: Path) -> None:
         model_directory(tmp_path / name)
     file = tmp_path / "quantgate.yaml"
     file.write_text(CONFIGURATION)
-    one, two = configured_subjects(file, ["one", "two"], engine)
+    one, two = configured_targets(file, ["one", "two"], engine)
     assert one.launch is not None
     assert one.setup(CPU, "0.32.0").max_num_seqs == 8
     assert two.replica is not None
     assert two.replica.url == "http://10.0.0.5:8000"
     with pytest.raises(MeasuringRefused, match="has no variant 'oen'; did you mean 'one'"):
-        configured_subjects(file, ["oen"], engine)
+        configured_targets(file, ["oen"], engine)
     with pytest.raises(MeasuringRefused, match="variant 'far' has no path"):
-        configured_subjects(file, ["far"], engine)
+        configured_targets(file, ["far"], engine)
 
 
 @pytest.mark.parametrize(
@@ -103,4 +103,4 @@ def test_variants_of_a_configuration(tmp_path: Path) -> None:
 def test_the_vocabulary_is_the_models(tmp_path: Path, config: dict[str, object], size: int) -> None:
     """Also where it stands among the text model's settings, and small where nobody says."""
     directory = model_directory(tmp_path / "m", **config)
-    assert told_subject(directory, {}, engine).vocabulary == size
+    assert target_of_flags(directory, {}, engine).vocabulary == size

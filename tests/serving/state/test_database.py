@@ -12,7 +12,7 @@ from sqlalchemy import update
 from config.errors import ConfigError
 from serving.errors import StateAway
 from serving.replica import Replica, State
-from serving.state.database import EMPTY, Owner, StateDatabase, Told, differences, state_url
+from serving.state.database import EMPTY, Owner, ReplicaRecord, StateDatabase, differences, state_url
 from serving.state.tables import STATE
 from tests.fakes.running import ROOT
 
@@ -20,28 +20,28 @@ NOW = 1_800_000_000.0
 ME = Owner("box-1", "box", 17)
 
 
-def told(name: str = "int4-1", state: State = State.READY, reason: str = "", since: float = NOW) -> Told:
+def record(name: str = "int4-1", state: State = State.READY, reason: str = "", since: float = NOW) -> ReplicaRecord:
     """One replica's entry."""
     replica = Replica(name, "int4", "int4", "http://127.0.0.1:9", name, "the-key", 4096, "injected")
-    return Told(replica, state, reason, since, pid=99)
+    return ReplicaRecord(replica, state, reason, since, pid=99)
 
 
 def test_what_is_published_is_read(state: str) -> None:
     """Everything but the key comes back, under the revision that the change made."""
     database = StateDatabase.at(state)
-    published = database.publish(ME, [told()], NOW)
-    picture = database.picture()
+    published = database.publish(ME, [record()], NOW)
+    snapshot = database.snapshot()
     database.close()
-    bare = dataclasses.replace(told(), replica=dataclasses.replace(told().replica, api_key=None), revision=1)
-    assert picture.told == (("box-1", bare),)
-    assert (picture.pulse.revision, published.revision, published.revisions) == (1, 1, {"int4-1": 1})
-    assert picture.pulse.owners == (Owner("box-1", "box", 17, joined_at=NOW, beat=1, beat_at=NOW),)
+    bare = dataclasses.replace(record(), replica=dataclasses.replace(record().replica, api_key=None), revision=1)
+    assert snapshot.records == (("box-1", bare),)
+    assert (snapshot.heartbeat.revision, published.revision, published.revisions) == (1, 1, {"int4-1": 1})
+    assert snapshot.heartbeat.owners == (Owner("box-1", "box", 17, joined_at=NOW, beat=1, beat_at=NOW),)
 
 
 def test_keys_are_never_stored(tmp_path: Path) -> None:
     """No byte of the files holds a replica's key."""
     database = StateDatabase.at(f"sqlite:///{tmp_path}/state.db")
-    database.publish(ME, [told()], NOW)
+    database.publish(ME, [record()], NOW)
     assert [path.name for path in tmp_path.iterdir() if b"int4-1" in path.read_bytes()]
     assert not [path.name for path in tmp_path.iterdir() if b"the-key" in path.read_bytes()]
     database.close()
@@ -51,37 +51,37 @@ def test_revision_counts_changes_only(state: str) -> None:
     """A beat is no news; a change, an arrival and a departure are, each in one step, for the rows that it concerns."""
     database = StateDatabase.at(state)
     steps = [
-        ([told("a")], 1, {"a": 1}),
-        ([told("a", since=NOW + 1)], 1, {"a": 1}),
-        ([told("a"), told("b")], 2, {"a": 1, "b": 2}),
-        ([told("a", State.DRAINING), told("b")], 3, {"a": 3, "b": 2}),
-        ([told("b")], 4, {"b": 2}),
-        ([told("b")], 4, {"b": 2}),
+        ([record("a")], 1, {"a": 1}),
+        ([record("a", since=NOW + 1)], 1, {"a": 1}),
+        ([record("a"), record("b")], 2, {"a": 1, "b": 2}),
+        ([record("a", State.DRAINING), record("b")], 3, {"a": 3, "b": 2}),
+        ([record("b")], 4, {"b": 2}),
+        ([record("b")], 4, {"b": 2}),
     ]
     for number, (entries, revision, revisions) in enumerate(steps):
         published = database.publish(ME, entries, NOW + number)
         assert (published.revision, published.revisions) == (revision, revisions)
-    assert database.pulse().owners[0].beat == len(steps)
+    assert database.heartbeat().owners[0].beat == len(steps)
     database.withdraw("box-1")
-    assert (database.pulse().revision, database.picture().told, database.pulse().owners) == (5, (), ())
+    assert (database.heartbeat().revision, database.snapshot().records, database.heartbeat().owners) == (5, (), ())
     database.close()
 
 
 def test_owners_keep_apart(state: str) -> None:
     """Two supervisors may have a replica of the same name; each writes its own only."""
     database = StateDatabase.at(state)
-    database.publish(ME, [told()], NOW)
-    database.publish(Owner("box-2", "other", 1), [told(state=State.WARMING)], NOW + 1)
+    database.publish(ME, [record()], NOW)
+    database.publish(Owner("box-2", "other", 1), [record(state=State.WARMING)], NOW + 1)
     database.publish(ME, [], NOW)
-    assert [(owner, each.state) for owner, each in database.picture().told] == [("box-2", State.WARMING)]
-    assert [owner.id for owner in database.pulse().owners] == ["box-1", "box-2"]
+    assert [(owner, each.state) for owner, each in database.snapshot().records] == [("box-2", State.WARMING)]
+    assert [owner.id for owner in database.heartbeat().owners] == ["box-1", "box-2"]
     database.close()
 
 
 def test_followers_are_known_to_those_who_publish(state: str) -> None:
     """A follower's revision and beats are told; one that speaks of another database's count is not believed."""
     database = StateDatabase.at(state)
-    epoch = database.pulse().epoch
+    epoch = database.heartbeat().epoch
     database.acknowledge("gateway-1", epoch, 0, NOW)
     database.acknowledge("gateway-1", epoch, 3, NOW)
     database.acknowledge("gateway-1", "another", 9, NOW)
@@ -95,36 +95,36 @@ def test_followers_are_known_to_those_who_publish(state: str) -> None:
 def test_the_dead_are_forgotten_in_the_end(state: str) -> None:
     """A supervisor that is silent for days goes with its replicas, a follower after hours; that is news."""
     database = StateDatabase.at(state)
-    database.publish(ME, [told()], NOW)
-    pulse = database.pulse()
-    database.acknowledge("gateway-1", pulse.epoch, 1, NOW)
+    database.publish(ME, [record()], NOW)
+    heartbeat = database.heartbeat()
+    database.acknowledge("gateway-1", heartbeat.epoch, 1, NOW)
     published = database.publish(Owner("box-2", "other", 1), [], NOW + 90_000)
-    assert (published.followers, published.revision) == ((), pulse.revision + 1)
-    assert database.picture().told == ()
+    assert (published.followers, published.revision) == ((), heartbeat.revision + 1)
+    assert database.snapshot().records == ()
     database.close()
 
 
 def test_unknown_tables_are_refused(state: str) -> None:
     """Tables of another version of quantgate are left alone, and the message says what to do."""
     database = StateDatabase.at(state)
-    database.pulse()
+    database.heartbeat()
     with database.engine.transaction(writing=True) as connection:
         connection.execute(update(STATE).values(version=7))
     database.close()
     other = StateDatabase.at(state)
-    with pytest.raises(StateAway, match=r"version 7, this quantgate knows 2; run the same quantgate everywhere"):
-        other.publish(ME, [told()], NOW)
+    with pytest.raises(StateAway, match=r"version 7, this quantgate needs 2; run the same quantgate everywhere"):
+        other.publish(ME, [record()], NOW)
     other.close()
 
 
 def test_who_only_looks_makes_nothing(state: str, tmp_path: Path) -> None:
     """Where nobody has published yet, nothing is found and nothing is left."""
     looking = StateDatabase.at(state, create=False)
-    assert (looking.picture(), looking.pulse()) == (EMPTY, EMPTY.pulse)
+    assert (looking.snapshot(), looking.heartbeat()) == (EMPTY, EMPTY.heartbeat)
     assert list(tmp_path.iterdir()) == []
     database = StateDatabase.at(state)
-    database.publish(ME, [told()], NOW)
-    assert len(looking.picture().told) == 1
+    database.publish(ME, [record()], NOW)
+    assert len(looking.snapshot().records) == 1
     database.close()
     looking.close()
 
@@ -132,15 +132,15 @@ def test_who_only_looks_makes_nothing(state: str, tmp_path: Path) -> None:
 def test_a_deleted_file_is_made_anew(tmp_path: Path) -> None:
     """Connections don't go on with a file that is gone; the new one counts from 0 and has another epoch."""
     writer, reader = (StateDatabase.at(f"sqlite:///{tmp_path}/state.db") for _ in range(2))
-    writer.publish(ME, [told()], NOW)
-    before = reader.pulse()
+    writer.publish(ME, [record()], NOW)
+    before = reader.heartbeat()
     for path in tmp_path.iterdir():
         path.unlink()
-    writer.publish(ME, [told()], NOW)
-    after = reader.pulse()
+    writer.publish(ME, [record()], NOW)
+    after = reader.heartbeat()
     assert (before.revision, after.revision) == (1, 1)
     assert before.epoch != after.epoch
-    assert len(reader.picture().told) == 1
+    assert len(reader.snapshot().records) == 1
     writer.close()
     reader.close()
 
@@ -149,18 +149,18 @@ def test_a_file_that_is_no_database(tmp_path: Path) -> None:
     """What isn't ours is said to be away, with its name and the reason."""
     (tmp_path / "state.db").write_text("no database at all, and long enough to be read as one " * 10)
     database = StateDatabase.at(f"sqlite:///{tmp_path}/state.db")
-    with pytest.raises(StateAway, match=rf"sqlite:///{tmp_path}/state.db is away: file is not a database"):
-        database.pulse()
+    with pytest.raises(StateAway, match=rf"sqlite:///{tmp_path}/state.db is unavailable: file is not a database"):
+        database.heartbeat()
     database.close()
 
 
 def test_a_locked_file_can_be_read(tmp_path: Path) -> None:
     """Somebody who writes for long keeps writers out, readers not."""
     database, other = (StateDatabase.at(f"sqlite:///{tmp_path}/state.db") for _ in range(2))
-    database.publish(ME, [told()], NOW)
+    database.publish(ME, [record()], NOW)
     with other.engine.transaction(writing=True):
-        assert database.pulse().revision == 1
-        with pytest.raises(StateAway, match="is away: database is locked"):
+        assert database.heartbeat().revision == 1
+        with pytest.raises(StateAway, match="is unavailable: database is locked"):
             database.publish(ME, [], NOW)
     assert database.publish(ME, [], NOW).revision == 2
     database.close()
@@ -170,13 +170,13 @@ def test_a_locked_file_can_be_read(tmp_path: Path) -> None:
 WRITER = """\
 import sys
 from serving.replica import Replica, State
-from serving.state.database import Owner, StateDatabase, Told
+from serving.state.database import Owner, StateDatabase, ReplicaRecord
 name, url, changes = sys.argv[1], sys.argv[2], int(sys.argv[3])
 database = StateDatabase.at(url)
 for number in range(changes):
     replica = Replica(f"int4-{number}", "int4", "int4", "http://127.0.0.1:9", name)
-    published = database.publish(Owner(name, "box", number), [Told(replica, State.READY, "", 0.0)], 1.8e9)
-    database.acknowledge(name, database.pulse().epoch, published.revision, 1.8e9)
+    published = database.publish(Owner(name, "box", number), [ReplicaRecord(replica, State.READY, "", 0.0)], 1.8e9)
+    database.acknowledge(name, database.heartbeat().epoch, published.revision, 1.8e9)
 """
 
 
@@ -189,28 +189,28 @@ def test_processes_that_come_at_once(state: str) -> None:
         )
         for name in names
     ]
-    told_on_stderr = [writer.communicate(timeout=60)[1] for writer in writers]
-    assert [writer.returncode for writer in writers] == [0] * len(names), told_on_stderr
+    errors = [writer.communicate(timeout=60)[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0] * len(names), errors
     database = StateDatabase.at(state)
-    picture = database.picture()
+    snapshot = database.snapshot()
     database.close()
-    assert picture.pulse.revision == changes * len(names)
-    assert [(owner, each.replica.id) for owner, each in picture.told] == [(name, "int4-9") for name in names]
+    assert snapshot.heartbeat.revision == changes * len(names)
+    assert [(owner, each.replica.id) for owner, each in snapshot.records] == [(name, "int4-9") for name in names]
 
 
 @pytest.mark.parametrize(
     "known, entry, written",
     [
-        (told(), told(), False),
-        (told(), told(since=NOW + 1.5), False),
-        (told(), told(since=NOW + 60), True),
-        (told(), told(state=State.DRAINING), True),
-        (told(), told(reason="why"), True),
-        (told(), dataclasses.replace(told(), pid=100), True),
-        (dataclasses.replace(told(), revision=5), told(), False),
+        (record(), record(), False),
+        (record(), record(since=NOW + 1.5), False),
+        (record(), record(since=NOW + 60), True),
+        (record(), record(state=State.DRAINING), True),
+        (record(), record(reason="why"), True),
+        (record(), dataclasses.replace(record(), pid=100), True),
+        (dataclasses.replace(record(), revision=5), record(), False),
     ],
 )
-def test_differences(known: Told, entry: Told, written: bool) -> None:
+def test_differences(known: ReplicaRecord, entry: ReplicaRecord, written: bool) -> None:
     """What people or gateways would see differently is written; clocks may wobble."""
     bare = dataclasses.replace(known, replica=dataclasses.replace(known.replica, api_key=None))
     assert differences({"int4-1": bare}, [entry]) == ([entry] if written else [], [])
@@ -235,8 +235,8 @@ def test_a_relative_file_is_beside_the_configuration(url: str, resolved: str) ->
 @pytest.mark.parametrize(
     "url, words",
     [
-        ("sqlite://", "a database in memory is nothing to meet in"),
-        ("sqlite:///:memory:", "a database in memory is nothing to meet in"),
+        ("sqlite://", "a database in memory cannot be shared"),
+        ("sqlite:///:memory:", "a database in memory cannot be shared"),
         ("postgresql+asyncpg2://u:hunter2@db/x", "gateway.state: "),
         (
             "postgresql+psycopg2://u:hunter2@db/x",
@@ -255,7 +255,7 @@ def test_a_server_that_is_not_there() -> None:
     """A refused connection is told at once, without the password."""
     database = StateDatabase.at("postgresql://u:hunter2@127.0.0.1:1/x")
     began = time.monotonic()
-    with pytest.raises(StateAway, match=r"postgresql://u:\*\*\*@127.0.0.1:1/x is away: .*refused") as caught:
-        database.pulse()
+    with pytest.raises(StateAway, match=r"postgresql://u:\*\*\*@127.0.0.1:1/x is unavailable: .*refused") as caught:
+        database.heartbeat()
     assert time.monotonic() - began < 10
     assert "hunter2" not in str(caught.value)

@@ -119,32 +119,32 @@ async def test_out_of_rotation_means_that_every_gateway_acts_on_it(state: str) -
             for registry in (one, other):
                 await appeared(registry)
             publisher.registry.move("int4-1", State.DRAINING)
-            await publisher.out_of_rotation("int4-1")
+            await publisher.wait_deregistered("int4-1")
             assert [registry.status("int4-1").state for registry in (one, other)] == [State.DRAINING] * 2
         publisher.registry.remove("int4-1")
         async with asyncio.timeout(2):
-            await publisher.out_of_rotation("int4-1")
+            await publisher.wait_deregistered("int4-1")
 
 
 async def test_a_gateway_that_has_not_read_is_waited_for(state: str, caplog: pytest.LogCaptureFixture) -> None:
-    """One that beats but acts on an older revision holds `out_of_rotation`, for some seconds at most."""
+    """One that beats but acts on an older revision holds `wait_deregistered`, for some seconds at most."""
     async with supervisor(state) as publisher:
         publisher.registry.put(REPLICA, State.READY)
         database = StateDatabase.at(state)
-        await eventually(lambda: database.picture().told)
-        database.acknowledge("slow", database.pulse().epoch, 0, 1.8e9)
+        await eventually(lambda: database.snapshot().records)
+        database.acknowledge("slow", database.heartbeat().epoch, 0, 1.8e9)
         publisher.registry.move("int4-1", State.DRAINING)
-        waiting = asyncio.create_task(publisher.out_of_rotation("int4-1"))
+        waiting = asyncio.create_task(publisher.wait_deregistered("int4-1"))
         await eventually(publisher._live_followers)
         assert not waiting.done()
-        pulse = database.pulse()
-        database.acknowledge("slow", pulse.epoch, pulse.revision, 1.8e9)
+        heartbeat = database.heartbeat()
+        database.acknowledge("slow", heartbeat.epoch, heartbeat.revision, 1.8e9)
         await asyncio.wait_for(waiting, 2)
         assert "not every gateway" not in caplog.text
-        database.acknowledge("slow", pulse.epoch, 0, 1.8e9)
+        database.acknowledge("slow", heartbeat.epoch, 0, 1.8e9)
         publisher.registry.move("int4-1", State.STOPPING)
-        await publisher.out_of_rotation("int4-1")
-        assert "not every gateway has said that it knows of replica int4-1 leaving" in caplog.text
+        await publisher.wait_deregistered("int4-1")
+        assert "not every gateway acknowledged that replica int4-1 is leaving" in caplog.text
         database.close()
 
 
@@ -170,10 +170,10 @@ async def test_a_supervisor_that_died_long_ago_is_not_trusted(state: str) -> Non
     database = StateDatabase.at(state)
     async with supervisor(state) as publisher:
         publisher.registry.put(REPLICA, State.READY)
-        await eventually(lambda: database.picture().told)
+        await eventually(lambda: database.snapshot().records)
         await vanishes(publisher)
-        told = [each for _, each in database.picture().told]
-        database.publish(publisher.owner, told, 1.0)
+        records = [record for _, record in database.snapshot().records]
+        database.publish(publisher.owner, records, 1.0)
         async with gateway(state) as registry:
             status = await until(registry, lambda status: status.state is State.FAILED)
             assert "http://127.0.0.1:9 is not healthy, and its supervisor on box is silent" in status.reason
@@ -234,11 +234,11 @@ async def test_a_locked_database(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         await appeared(registry)
         with locker.engine.transaction(writing=True):
             publisher.registry.put(REPLICA, State.DRAINING)
-            await eventually(lambda: "replicas go on, and it is told again" in caplog.text)
-            await eventually(lambda: "it can be read, not written" in caplog.text)
+            await eventually(lambda: "replicas keep running; retrying" in caplog.text)
+            await eventually(lambda: "it is readable but not writable" in caplog.text)
             assert registry.status("int4-1").state is State.READY
         await until(registry, lambda status: status.state is State.DRAINING)
-        assert caplog.text.count("replicas go on, and it is told again") == 1
+        assert caplog.text.count("replicas keep running; retrying") == 1
     locker.close()
 
 
@@ -257,12 +257,12 @@ async def test_postgresql_is_away(postgresql: PostgreSQL, caplog: pytest.LogCapt
         await appeared(registry)
         with away(postgresql, how):
             publisher.registry.put(replica, State.DRAINING)
-            await eventually(lambda: "replicas stay as they were last seen" in caplog.text, PATIENCE_SECONDS)
-            await eventually(lambda: "replicas go on, and it is told again" in caplog.text, PATIENCE_SECONDS)
+            await eventually(lambda: "replicas keep their last state" in caplog.text, PATIENCE_SECONDS)
+            await eventually(lambda: "replicas keep running; retrying" in caplog.text, PATIENCE_SECONDS)
             await until(registry, lambda status: "the state database is silent" in status.reason)
             assert registry.status("int4-1").state is State.READY
         await until(registry, lambda status: status.state is State.DRAINING)
-        await eventually(lambda: caplog.text.count("is back") == 2, PATIENCE_SECONDS)
+        await eventually(lambda: caplog.text.count("is available again") == 2, PATIENCE_SECONDS)
 
 
 async def test_a_database_that_hangs_holds_nobody_up(postgresql: PostgreSQL) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from serving.replica import Thinking
-from serving.templates.derive import Wish, derived
-from serving.templates.habits import Habits, habits
+from serving.templates.capabilities import TemplateCapabilities, template_capabilities
+from serving.templates.derive import TemplateRequirements, derived
 from serving.templates.plan import decide
 from serving.templates.render import TemplateUnusable, renderer
 from serving.templates.source import ChatTemplate, has_tokens, read_chat_template
@@ -23,35 +23,37 @@ CLOSED = "<think>\n\n</think>\n\n"
 @pytest.mark.parametrize(
     "text, think_tokens, expected",
     [
-        (families.QWQ, True, Habits("injected")),
-        (families.R1, True, Habits("injected")),
-        (families.R1_EARLY, True, Habits("model")),
-        (families.QWEN3, True, Habits("model", switch=True)),
-        (families.QWEN35, True, Habits("injected", switch=True)),
-        (families.QWEN35_SMALL, True, Habits("injected", switch=True, off_by_default=True)),
-        (families.PLAIN, True, Habits("model")),
-        (families.PLAIN, False, Habits("none")),
-        (families.BROKEN.replace("<think>", ""), False, Habits("none")),
-        (None, False, Habits("none")),
+        (families.QWQ, True, TemplateCapabilities("injected")),
+        (families.R1, True, TemplateCapabilities("injected")),
+        (families.R1_EARLY, True, TemplateCapabilities("model")),
+        (families.QWEN3, True, TemplateCapabilities("model", switch=True)),
+        (families.QWEN35, True, TemplateCapabilities("injected", switch=True)),
+        (families.QWEN35_SMALL, True, TemplateCapabilities("injected", switch=True, off_by_default=True)),
+        (families.PLAIN, True, TemplateCapabilities("model")),
+        (families.PLAIN, False, TemplateCapabilities("none")),
+        (families.BROKEN.replace("<think>", ""), False, TemplateCapabilities("none")),
+        (None, False, TemplateCapabilities("none")),
     ],
 )
-def test_habits(text: str | None, think_tokens: bool, expected: Habits) -> None:
+def test_template_capabilities(text: str | None, think_tokens: bool, expected: TemplateCapabilities) -> None:
     """Each family is told by what its template renders; one that never mentions thinking isn't even parsed."""
-    assert habits(ChatTemplate(text, think_tokens=think_tokens)) == expected
+    assert template_capabilities(ChatTemplate(text, think_tokens=think_tokens)) == expected
 
 
 @pytest.mark.parametrize("text", [families.BROKEN, families.FUSSY, "<think>{{ messages[7].content.x }}"])
 def test_templates_that_fail(text: str) -> None:
     """A template that can't be parsed, refuses a plain chat or crashes on it is told apart from one that works."""
     with pytest.raises(TemplateUnusable):
-        habits(ChatTemplate(text))
+        template_capabilities(ChatTemplate(text))
 
 
 @pytest.mark.parametrize("text", [families.QWEN3, families.R1_EARLY, families.PLAIN, families.LITERAL])
 def test_prefix(text: str) -> None:
     """The prompt ends in the tag, once, behind what it was before; nothing else changes, thinking off least of all."""
     template = ChatTemplate(text, {"bos_token": "<s>"})
-    own, now = (renderer(each, template.special_tokens) for each in (text, derived(template, Wish(prefix=True))))
+    own, now = (
+        renderer(each, template.special_tokens) for each in (text, derived(template, TemplateRequirements(prefix=True)))
+    )
     assert now(CHAT) == own(CHAT) + "<think>\n"
     assert now(CHAT, enable_thinking=True).count("<think>") == 1
     assert now(CHAT, add_generation_prompt=False) == own(CHAT, add_generation_prompt=False)
@@ -61,7 +63,7 @@ def test_prefix(text: str) -> None:
 @pytest.mark.parametrize("text", [families.QWQ, families.R1, families.QWEN35])
 def test_a_prefix_is_never_put_twice(text: str) -> None:
     """A template that opens the thought itself renders what it did."""
-    own, now = (renderer(each) for each in (text, derived(ChatTemplate(text), Wish(prefix=True))))
+    own, now = (renderer(each) for each in (text, derived(ChatTemplate(text), TemplateRequirements(prefix=True))))
     assert now(CHAT) == own(CHAT)
     assert now(CHAT).count("<think>") == 1
 
@@ -78,7 +80,7 @@ def test_a_prefix_is_never_put_twice(text: str) -> None:
 )
 def test_switch(text: str, before: str) -> None:
     """`enable_thinking: false` closes the thought as Qwen3 does; without it all stays as it was."""
-    own, now = (renderer(each) for each in (text, derived(ChatTemplate(text), Wish(off=True))))
+    own, now = (renderer(each) for each in (text, derived(ChatTemplate(text), TemplateRequirements(off=True))))
     assert now(CHAT, **OFF) == own(CHAT).removesuffix(before) + CLOSED
     assert now(CHAT) == own(CHAT)
     assert now(CHAT, enable_thinking=True) == own(CHAT)
@@ -86,14 +88,17 @@ def test_switch(text: str, before: str) -> None:
 
 def test_prefix_and_switch() -> None:
     """One template serves aliases that always think and aliases that never do."""
-    own, now = (renderer(each) for each in (families.PLAIN, derived(ChatTemplate(families.PLAIN), Wish(True, True))))
+    own, now = (
+        renderer(each)
+        for each in (families.PLAIN, derived(ChatTemplate(families.PLAIN), TemplateRequirements(True, True)))
+    )
     assert now(CHAT) == own(CHAT) + "<think>\n"
     assert now(CHAT, **OFF) == own(CHAT) + CLOSED
 
 
 def test_only_what_was_opened_is_closed_after_a_tool() -> None:
     """R1 goes on without a header behind a tool's answer, and with no thought that the template opened."""
-    now = renderer(derived(ChatTemplate(families.QWEN35_SMALL), Wish(off=True)))
+    now = renderer(derived(ChatTemplate(families.QWEN35_SMALL), TemplateRequirements(off=True)))
     assert now(TOOL, **OFF).endswith(CLOSED)
     assert now(TOOL, **OFF).count("</think>") == 1
 
@@ -101,47 +106,72 @@ def test_only_what_was_opened_is_closed_after_a_tool() -> None:
 def test_a_model_without_a_template_gets_none() -> None:
     """There is nothing to derive from."""
     with pytest.raises(TemplateUnusable, match="has none"):
-        derived(ChatTemplate(None), Wish(prefix=True))
+        derived(ChatTemplate(None), TemplateRequirements(prefix=True))
 
 
 def test_what_comes_out_wrong_is_refused() -> None:
     """A template that looks at its own place in the world isn't served half changed."""
     with pytest.raises(TemplateUnusable, match="renders"):
-        derived(ChatTemplate("{% if quantgate_prompt is defined %}a{% endif %}{{ cycler(1, 2) }}"), Wish(prefix=True))
+        derived(
+            ChatTemplate("{% if quantgate_prompt is defined %}a{% endif %}{{ cycler(1, 2) }}"),
+            TemplateRequirements(prefix=True),
+        )
 
 
 @pytest.mark.parametrize(
-    "own, wanted, thinking, wish",
+    "own, wanted, thinking, requirements",
     [
-        (Habits("none"), {"auto"}, Thinking(tag="none"), None),
-        (Habits("none"), {"none"}, Thinking(tag="none"), None),
-        (Habits("none"), {"prefix"}, Thinking(tag="injected"), Wish(prefix=True)),
-        (Habits("none"), {"prefix", "none"}, Thinking(tag="injected", switch=True), Wish(True, True)),
-        (Habits("injected"), {"auto"}, Thinking(tag="injected"), None),
-        (Habits("injected"), {"prefix"}, Thinking(tag="injected"), None),
-        (Habits("injected"), {"auto", "none"}, Thinking(tag="injected", switch=True), Wish(off=True)),
-        (Habits("injected", switch=True), {"prefix", "none"}, Thinking(tag="injected", switch=True), None),
-        (Habits("model", switch=True), {"auto", "none"}, Thinking(tag="model", switch=True), None),
-        (Habits("model", switch=True), {"prefix"}, Thinking(tag="injected", switch=True), Wish(prefix=True)),
-        (Habits("model"), {"none"}, Thinking(tag="model", switch=True), Wish(off=True)),
-        (Habits("model"), set(), Thinking(tag="model"), None),
+        (TemplateCapabilities("none"), {"auto"}, Thinking(tag="none"), None),
+        (TemplateCapabilities("none"), {"none"}, Thinking(tag="none"), None),
+        (TemplateCapabilities("none"), {"prefix"}, Thinking(tag="injected"), TemplateRequirements(prefix=True)),
         (
-            Habits("injected", switch=True, off_by_default=True),
+            TemplateCapabilities("none"),
+            {"prefix", "none"},
+            Thinking(tag="injected", switch=True),
+            TemplateRequirements(True, True),
+        ),
+        (TemplateCapabilities("injected"), {"auto"}, Thinking(tag="injected"), None),
+        (TemplateCapabilities("injected"), {"prefix"}, Thinking(tag="injected"), None),
+        (
+            TemplateCapabilities("injected"),
+            {"auto", "none"},
+            Thinking(tag="injected", switch=True),
+            TemplateRequirements(off=True),
+        ),
+        (
+            TemplateCapabilities("injected", switch=True),
+            {"prefix", "none"},
+            Thinking(tag="injected", switch=True),
+            None,
+        ),
+        (TemplateCapabilities("model", switch=True), {"auto", "none"}, Thinking(tag="model", switch=True), None),
+        (
+            TemplateCapabilities("model", switch=True),
+            {"prefix"},
+            Thinking(tag="injected", switch=True),
+            TemplateRequirements(prefix=True),
+        ),
+        (TemplateCapabilities("model"), {"none"}, Thinking(tag="model", switch=True), TemplateRequirements(off=True)),
+        (TemplateCapabilities("model"), set(), Thinking(tag="model"), None),
+        (
+            TemplateCapabilities("injected", switch=True, off_by_default=True),
             {"auto"},
             Thinking(enable_thinking=False, tag="injected", switch=True),
             None,
         ),
         (
-            Habits("injected", switch=True, off_by_default=True),
+            TemplateCapabilities("injected", switch=True, off_by_default=True),
             {"prefix"},
             Thinking(enable_thinking=True, tag="injected", switch=True),
             None,
         ),
     ],
 )
-def test_decision(own: Habits, wanted: set[str], thinking: Thinking, wish: Wish | None) -> None:
+def test_decision(
+    own: TemplateCapabilities, wanted: set[str], thinking: Thinking, requirements: TemplateRequirements | None
+) -> None:
     """What the aliases of a variant ask for, against what its template does already, as a table."""
-    assert decide(own, wanted) == (thinking, wish)
+    assert decide(own, wanted) == (thinking, requirements)
 
 
 def test_where_templates_lie(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from serving.machine import installed_tool_parsers
-from serving.replica import Launch, foreign_replicas
+from serving.replica import Launch, external_replicas
 from serving.templates.tool_calling import TOOL_FORMATS, takes_tools, with_tool_calling, without_tools
 from tests.fakes.running import ROOT
 from tests.serving.templates import families
@@ -120,7 +120,7 @@ def test_which_replicas_take_tools(tmp_path: Path) -> None:
     assert takes_tools(launch(path, args=("--enable-auto-tool-choice", "--tool-call-parser", "x")))
     assert not takes_tools(launch(path))
     told = [ReplicaSettings(variant="a", url="http://x", tool_calling=choice) for choice in ("auto", "off", "hermes")]
-    far = foreign_replicas(tuple(told), {"a": planned.variant})
+    far = external_replicas(tuple(told), {"a": planned.variant})
     assert [each.tools for each in far] == [None, False, True]
 
 

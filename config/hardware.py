@@ -1,15 +1,16 @@
-"""Reads what this machine has: cores, GPUs, libraries (memory: config.memory). Values in, no judgement."""
+"""The one reader of this machine's cores, processor, GPUs and allocators; config.memory reads its memory."""
 
 import os
+import platform
 import re
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from serving.cores import Core
-
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _NVIDIA_SMI = (
     "nvidia-smi",
     "--query-gpu=index,name,memory.total,memory.free,driver_version",
@@ -27,8 +28,25 @@ _LIBRARY_FOLDERS = (
 
 
 @dataclass(frozen=True, slots=True)
+class Core:
+    """A physical core: its NUMA node, and those of its logical CPUs that this process may use."""
+
+    node: int
+    cpus: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """The processor's name, instruction-set flags (x86, ARM) and architecture."""
+
+    name: str
+    flags: frozenset[str]
+    architecture: str
+
+
+@dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU as nvidia-smi numbers it."""
+    """A GPU; `index` is its number in nvidia-smi."""
 
     index: int
     name: str
@@ -38,7 +56,7 @@ class Gpu:
 
 
 def read_cores(system: Path = Path("/sys/devices/system")) -> tuple[Core, ...]:
-    """List the physical cores that this process may use, each with its threads and NUMA node."""
+    """Return the physical cores that this process may use; each logical CPU is one where the kernel has no topology."""
     allowed = os.sched_getaffinity(0)
     nodes = {cpu: node for node, cpus in _nodes(system) for cpu in cpus}
     cores: dict[frozenset[int], Core] = {}
@@ -49,8 +67,19 @@ def read_cores(system: Path = Path("/sys/devices/system")) -> tuple[Core, ...]:
     return tuple(cores.values())
 
 
+def read_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
+    """Return the processor of this machine."""
+    fields: dict[str, str] = {}
+    for line in _text(cpuinfo).splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), " ".join(value.split()))
+    architecture = platform.machine()
+    flags = frozenset((fields.get("flags") or fields.get("Features") or "").split())
+    return Processor(_processor_name(fields) or architecture, flags, architecture)
+
+
 def read_gpus() -> tuple[Gpu, ...]:
-    """Ask NVML where its binding is installed, nvidia-smi otherwise; empty where there is neither."""
+    """Return the GPUs from NVML if its binding is installed, else from nvidia-smi; empty without either."""
     try:
         import pynvml  # noqa: PLC0415 - comes with vLLM for CUDA only
     except ImportError:
@@ -58,32 +87,45 @@ def read_gpus() -> tuple[Gpu, ...]:
     return tuple(_from_nvml(pynvml))
 
 
+def has_gpu_driver() -> bool:
+    """Whether an NVIDIA driver is installed; cheap, and needs neither NVML nor a free GPU."""
+    return _NVIDIA_DRIVER.exists() or shutil.which("nvidia-smi") is not None
+
+
 def parse_nvidia_smi(table: str) -> tuple[Gpu, ...]:
-    """Read nvidia-smi's rows `index, name, total MiB, free MiB, driver`; others are left out."""
+    """Parse nvidia-smi's rows `index, name, total MiB, free MiB, driver`; other rows are ignored."""
     rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines()]
     return tuple(
         Gpu(int(row[0]), row[1], int(row[2]) * 2**20, int(row[3]) * 2**20, row[4])
         for row in rows
-        if len(row) == 5 and all(row[place].isdecimal() for place in (0, 2, 3))
+        if len(row) == 5 and all(row[column].isdecimal() for column in (0, 2, 3))
     )
 
 
 def find_allocator() -> Path | None:
-    """The allocator that vLLM recommends to preload on CPU, where the machine has one."""
+    """Return an installed allocator that vLLM recommends to preload on a CPU: tcmalloc, else jemalloc."""
     for pattern in _ALLOCATORS:
         for folder in _LIBRARY_FOLDERS:
-            found = sorted(Path(folder).glob(pattern))
-            if found:
-                return found[0]
+            libraries = sorted(Path(folder).glob(pattern))
+            if libraries:
+                return libraries[0]
     return None
 
 
 def parse_cpus(text: str) -> list[int]:
-    """Read the kernel's way to write a set of CPUs: `0-3,8`."""
+    """Parse a CPU list of the kernel: `0-3,8`."""
     numbers: list[int] = []
     for first, last in re.findall(r"(\d+)(?:-(\d+))?", text):
         numbers.extend(range(int(first), int(last or first) + 1))
     return numbers
+
+
+def _processor_name(cpuinfo: Mapping[str, str]) -> str | None:
+    """ARM has a part number instead of a name."""
+    if name := cpuinfo.get("model name") or cpuinfo.get("Model"):
+        return name
+    implementer, part = cpuinfo.get("CPU implementer"), cpuinfo.get("CPU part")
+    return f"ARM {implementer} part {part}" if implementer and part else None
 
 
 def _nodes(system: Path) -> Iterator[tuple[int, list[int]]]:

@@ -5,22 +5,22 @@ import dataclasses
 import pytest
 
 from serving.replica import Replica, State
-from serving.state.database import Owner, Picture, Pulse, Told
-from serving.state.picture import Followed, Silence, followed, orphans, standing
+from serving.state.database import Heartbeat, Owner, ReplicaRecord, Snapshot
+from serving.state.tracking import Silence, TrackedReplica, effective_state, orphans, track
 
 HERE, THERE = Owner("here-1", "here", 1), Owner("there-1", "there", 1)
 
 
-def told(name: str = "int4-1", state: State = State.READY, url: str = "http://127.0.0.1:9") -> Told:
+def record(name: str = "int4-1", state: State = State.READY, url: str = "http://127.0.0.1:9") -> ReplicaRecord:
     """One replica's entry."""
-    return Told(Replica(name, name.partition("-")[0], "int4", url, name), state, "said", 0.0)
+    return ReplicaRecord(Replica(name, name.partition("-")[0], "int4", url, name), state, "said", 0.0)
 
 
-def names(*entries: tuple[Owner, Told], keys: dict[str, str] | None = None) -> dict[str, Followed]:
-    """A picture of these entries, as this host's gateway takes it."""
+def names(*entries: tuple[Owner, ReplicaRecord], keys: dict[str, str] | None = None) -> dict[str, TrackedReplica]:
+    """A snapshot of these entries, as this host's gateway takes it."""
     owners = tuple(dict.fromkeys(owner for owner, _ in entries))
-    picture = Picture(Pulse("e", 1, owners), tuple((owner.id, each) for owner, each in entries))
-    return followed(picture, {"int4", "bf16"}, keys or {}, "here")
+    snapshot = Snapshot(Heartbeat("e", 1, owners), tuple((owner.id, each) for owner, each in entries))
+    return track(snapshot, {"int4", "bf16"}, keys or {}, "here")
 
 
 @pytest.mark.parametrize(
@@ -43,32 +43,32 @@ def names(*entries: tuple[Owner, Told], keys: dict[str, str] | None = None) -> d
 )
 def test_standing(silence: Silence | None, state: State, misses: int, stands: State, reason: str) -> None:
     """Silence alone takes no ready replica out of rotation, and puts none in."""
-    decided = standing(Followed(HERE, told(state=state)), silence, misses)
+    decided = effective_state(TrackedReplica(HERE, record(state=state)), silence, misses)
     assert decided.state is stands
     assert decided.reason.endswith(reason)
-    assert decided.as_told == (state is stands)
+    assert decided.as_published == (state is stands)
 
 
 def test_replicas_of_one_name() -> None:
     """The supervisor that came first keeps the name; the address goes with its own."""
-    taken = names((HERE, told(url="http://127.0.0.1:1")), (THERE, told(url="http://10.0.0.2:2")))
-    assert {name: each.told.replica.url for name, each in taken.items()} == {
+    taken = names((HERE, record(url="http://127.0.0.1:1")), (THERE, record(url="http://10.0.0.2:2")))
+    assert {name: each.record.replica.url for name, each in taken.items()} == {
         "int4-1": "http://127.0.0.1:1",
         "int4-1@there-1": "http://10.0.0.2:2",
     }
-    assert {each.told.replica.served_name for each in taken.values()} == {"int4-1"}
+    assert {each.record.replica.served_name for each in taken.values()} == {"int4-1"}
 
 
 def test_variants_that_the_configuration_does_not_know() -> None:
     """Labels and routes come from our configuration, so the rest is left alone."""
-    assert set(names((HERE, told("fp8-1")), (HERE, told("bf16-1")))) == {"bf16-1"}
+    assert set(names((HERE, record("fp8-1")), (HERE, record("bf16-1")))) == {"bf16-1"}
 
 
 def test_keys_come_from_our_configuration() -> None:
     """By the replica's name, and for a name that we don't know by its variant."""
     keys = {"int4-1": "one", "int4": "any"}
-    taken = names((HERE, told("int4-1")), (HERE, told("int4-7")), (HERE, told("bf16-1")), keys=keys)
-    assert {name: each.told.replica.api_key for name, each in taken.items()} == {
+    taken = names((HERE, record("int4-1")), (HERE, record("int4-7")), (HERE, record("bf16-1")), keys=keys)
+    assert {name: each.record.replica.api_key for name, each in taken.items()} == {
         "int4-1": "one",
         "int4-7": "any",
         "bf16-1": None,
@@ -86,9 +86,9 @@ def test_keys_come_from_our_configuration() -> None:
 )
 def test_loopback_of_another_machine(owner: Owner, url: str, state: State) -> None:
     """It would lead to whoever listens there on ours."""
-    (taken,) = names((owner, told(url=url))).values()
-    assert taken.told.state is state
-    assert ("out of reach" in taken.told.reason) == (state is State.FAILED)
+    (taken,) = names((owner, record(url=url))).values()
+    assert taken.record.state is state
+    assert ("not reachable" in taken.record.reason) == (state is State.FAILED)
 
 
 @pytest.mark.parametrize(
@@ -102,13 +102,13 @@ def test_loopback_of_another_machine(owner: Owner, url: str, state: State) -> No
 )
 def test_orphans(state: State, lost: set[str], kept: bool) -> None:
     """A ready replica that vanished though its owner was silent goes on; who was ended in order is gone."""
-    before = names((HERE, told(state=state)))
+    before = names((HERE, record(state=state)))
     left = orphans(before, {}, frozenset(lost))
     assert [each.orphan for each in left.values()] == [True] * kept
     assert orphans(before, before, frozenset(lost)) == {}
 
 
 def test_orphans_stay_orphans() -> None:
-    """Once nobody tells of it, only its own silence ends it."""
-    orphan = {"int4-1": dataclasses.replace(names((HERE, told()))["int4-1"], orphan=True)}
+    """Without a record, only failed health checks remove it."""
+    orphan = {"int4-1": dataclasses.replace(names((HERE, record()))["int4-1"], orphan=True)}
     assert orphans(orphan, {}, frozenset()) == orphan

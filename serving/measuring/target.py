@@ -1,4 +1,4 @@
-"""What is measured: a model directory, and the server that it answers from; built from flags or a configuration."""
+"""Targets of a benchmark: a model directory and its server, from flags or a configuration."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,17 +16,17 @@ from config.schema import ReplicaSettings, VariantSettings
 from config.variant import Variant, read_model_config, read_variants
 from serving.command import CPU_KV_CACHE_BYTES
 from serving.errors import MeasuringRefused
-from serving.replica import Launch, Replica, foreign_replicas, plan_launches
+from serving.replica import Launch, Replica, external_replicas, plan_launches
 from serving.tls import Tls, tls_of
 
 NO_NAME = re.compile(r"[^A-Za-z0-9._-]+")
-# For a model whose config.json doesn't say; every tokenizer has more than that.
+# For a model without vocab_size in its config.json; every tokenizer has more tokens.
 LEAST_VOCABULARY = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """One variant and one way to run it: `launch` is started here, `replica` runs already."""
+class BenchmarkTarget:
+    """A variant and its server: a `launch` to start here, or a `replica` that runs already."""
 
     directory: Path
     variant: Variant
@@ -36,18 +36,18 @@ class Subject:
 
     @property
     def capacity_file(self) -> Path:
-        """Where its measurements lie."""
+        """The file with its measurements."""
         return self.directory / FILE_NAME
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids the model knows."""
+        """Number of token ids of the model."""
         config = read_model_config(self.directory)
-        told = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
-        return told if isinstance(told, int) and told > 0 else LEAST_VOCABULARY
+        size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
+        return size if isinstance(size, int) and size > 0 else LEAST_VOCABULARY
 
     def setup(self, hardware: Hardware, version: str) -> Setup:
-        """The key of its measurement on some hardware with some version of vLLM."""
+        """Return the key of a measurement on this hardware with this version of vLLM."""
         cpu = hardware.unit == "core"
         return Setup(
             hardware=hardware,
@@ -57,11 +57,11 @@ class Subject:
         )
 
 
-def told_subject(directory: Path, told: Mapping[str, object], engine: Callable[[], Engine]) -> Subject:
-    """A directory with settings from flags; with a url among them it runs already, and no engine is asked for."""
+def target_of_flags(directory: Path, options: Mapping[str, object], engine: Callable[[], Engine]) -> BenchmarkTarget:
+    """Return the target of a directory and replica settings; with a url it runs already. MeasuringRefused: invalid."""
     name = NO_NAME.sub("-", directory.resolve().name).strip("-._") or "model"
     try:
-        settings = ReplicaSettings.model_validate({"variant": name, **told})
+        settings = ReplicaSettings.model_validate({"variant": name, **options})
     except ValidationError as error:
         first = error.errors()[0]
         flag = "--" + str(first["loc"][0]).replace("_", "-")
@@ -71,32 +71,37 @@ def told_subject(directory: Path, told: Mapping[str, object], engine: Callable[[
         tls = tls_of(settings, Path(), ())
     except OptionError as error:
         raise MeasuringRefused(f"--{error}") from error
-    return _subject(variants[name], settings, engine, tls)
+    return _target(variants[name], settings, engine, tls)
 
 
-def configured_subjects(file: Path, names: Sequence[str], engine: Callable[[], Engine]) -> list[Subject]:
-    """Variants of a configuration, each run like its first replica; ConfigError if the file has problems."""
+def configured_targets(file: Path, names: Sequence[str], engine: Callable[[], Engine]) -> list[BenchmarkTarget]:
+    """Return the targets of variants of a configuration, each with the settings of its first replica.
+
+    ConfigError if the file is invalid, MeasuringRefused for an unknown variant or one without a path.
+    """
     settings = load_settings(file)
     for name in names:
         if name not in settings.variants:
             raise MeasuringRefused(f"{file}: has no variant {name!r}; {closest(name, settings.variants)}")
         if settings.variants[name].path is None:
-            raise MeasuringRefused(f"{file}: variant {name!r} has no path, where its {FILE_NAME} could lie")
+            raise MeasuringRefused(f"{file}: variant {name!r} has no path for its {FILE_NAME}")
     variants = read_variants(settings.variants, file.parent)
     firsts = {replica.variant: replica for replica in reversed(settings.replicas)}
-    subjects = []
+    targets = []
     for name in names:
-        told = firsts.get(name, ReplicaSettings(variant=name))
-        tls = tls_of(told, file.parent, (f"{file}: replica of {name}",))
-        subjects.append(_subject(variants[name], told, engine, tls))
-    return subjects
+        replica = firsts.get(name, ReplicaSettings(variant=name))
+        tls = tls_of(replica, file.parent, (f"{file}: replica of {name}",))
+        targets.append(_target(variants[name], replica, engine, tls))
+    return targets
 
 
-def _subject(variant: Variant, settings: ReplicaSettings, engine: Callable[[], Engine], tls: Tls | None) -> Subject:
+def _target(
+    variant: Variant, settings: ReplicaSettings, engine: Callable[[], Engine], tls: Tls | None
+) -> BenchmarkTarget:
     assert variant.path is not None
     variants = {settings.variant: variant}
     if settings.url is not None:
-        (replica,) = foreign_replicas((settings,), variants, {0: tls} if tls else {})
-        return Subject(variant.path, variant, settings, replica=replica)
+        (replica,) = external_replicas((settings,), variants, {0: tls} if tls else {})
+        return BenchmarkTarget(variant.path, variant, settings, replica=replica)
     launch = plan_launches((settings,), variants, engine())[0]
-    return Subject(variant.path, variant, settings, launch=launch)
+    return BenchmarkTarget(variant.path, variant, settings, launch=launch)
