@@ -42,7 +42,8 @@ def test_a_disk_that_fills_up_costs_one_stage(tiny_base: Path, small_disk: Path,
     arguments = ("--scheme", SCHEME, "--data", tiny_base / "chats.jsonl", "--eval-prompts", 0, "--eval-tokens", 500)
     taken = small_disk / "taken"
     stages = small_disk / "stages"
-    fill = f"until ls -d {stages}/.solve-*.partial/layer-1.json; do :; done; cat /dev/zero > {taken}"
+    solved = f"{stages}/.solve-*.partial/layer-1.json {stages}/solve-*"  # complete or about to be
+    fill = f'until [ -n "$(ls -d {solved} 2>/dev/null)" ]; do :; done; cat /dev/zero > {taken}'
     with subprocess.Popen(["sh", "-c", fill], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
         done = run("main", tiny_base / "tiny", *arguments, "--out", tmp_path / "v")
     assert done.returncode == 1
