@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from quantize.model_files.directory_rules import (
 from quantize.model_files.kept_files import code_files
 from quantize.model_files.safetensors_header import StoredTensor
 from quantize.model_files.weight_files import read_index, stored_tensors, weight_files
+from quantize.modules import ModuleTree, direct_tree
 
 _MODEL_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken"})
 # Sealed or measured by us beside a model; they say nothing about what the model computes.
@@ -37,8 +39,9 @@ _SIZE_WORDS = {"hidden size": "hidden_size", "intermediate size": "intermediate_
 class BaseModel:
     """A base that was found in order: safetensors weights with a config beside them.
 
-    `tensors` are all that it stores; `shapes` maps its blocks' linear layers to (out_features, in_features). `notes`
-    say which of its files are not used.
+    `tensors` are all that it stores; `shapes` maps the linear layers that can be quantized to (out_features,
+    in_features). `tree` says how the solver names them, once it was asked (`quantize.module_tree`); until then
+    `shapes` are all matrices in blocks. `notes` say which of its files are not used.
     """
 
     directory: Path
@@ -49,6 +52,7 @@ class BaseModel:
     config: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, int]]
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
+    tree: ModuleTree | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -56,6 +60,11 @@ class BaseModel:
         """Well-known dimensions by the word people use for them."""
         config = text_config(self.config)
         return {word: config[key] for word, key in _SIZE_WORDS.items() if isinstance(config.get(key), int)}
+
+    @property
+    def modules(self) -> ModuleTree:
+        """The layers that can be quantized; without the solver's tree each has the name of its tensor."""
+        return self.tree or direct_tree(self.shapes)
 
 
 def read_base(directory: Path, *, digested: bool = True) -> BaseModel:
@@ -77,13 +86,24 @@ def read_base(directory: Path, *, digested: bool = True) -> BaseModel:
         directory=directory,
         name=directory.resolve().name,
         dtype=_dtype_of(config, tensors),
-        digest=digest_of({file.name: sha256_of(file) for file in files}) if digested else "",
+        digest=_digest(files) if digested else "",
         bytes=sum(file.stat().st_size for file in files),
         config=config,
         shapes=linear_shapes(tensors),
         tensors=tensors,
         notes=tuple(notes(listing, frozenset(file.name for file in weights), config)),
     )
+
+
+def with_digest(base: BaseModel) -> BaseModel:
+    """Digest a base's files, as `read_base` does."""
+    return replace(base, digest=_digest(model_files(base.directory)))
+
+
+def _digest(files: Sequence[Path]) -> str:
+    """Digest files side by side: hashing one takes a core a second for each gigabyte, and lets other threads run."""
+    with ThreadPoolExecutor() as pool:
+        return digest_of({file.name: digest for file, digest in zip(files, pool.map(sha256_of, files), strict=True)})
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,10 +2,10 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -13,18 +13,28 @@ from config.load import process_environment
 from config.manifest import Manifest
 from quantize.base import read_base
 from quantize.calibration.datasets import shipped_files
+from quantize.checks import check_request
+from quantize.module_tree import with_module_tree
 from quantize.options import RunOptions
 from quantize.pipeline import build_variant, evaluate_directory, log_datasets, with_self_generated
 from quantize.planning.dry_run import as_json, as_text, dry_run_plan
 from quantize.planning.flags import evaluate_parser, quantize_parser
-from quantize.planning.plan import calibration_split, check_numbers, plan_variant, present_engine, settled_scheme
+from quantize.planning.plan import (
+    calibration_split,
+    check_numbers,
+    plan_variant,
+    present_engine,
+    settled_scheme,
+    settled_settings,
+    this_cpu_has_amx,
+)
 from quantize.planning.recipe_file import load_recipe, purpose_of, shipped_recipes
 from quantize.planning.recipe_schema import EvaluationTable, RecipeFile
 from quantize.planning.request import DEFAULT_TEXT, Request
 from quantize.planning.resolve import chosen_evaluation, resolve
 from quantize.report.text_report import quality_line, summary_line
+from quantize.running.memory import present_machine
 from quantize.running.progress import ProgressReporter
-from quantize.running.resume import completed_layers
 from quantize.running.terminal import DONE, GATE, print_stderr, run_command
 from quantize.running.worker import child_environ
 from quantize.variants.store import reusable
@@ -58,10 +68,11 @@ def _list_recipes() -> int:
 
 def _show_plan(request: Request, options: argparse.Namespace) -> int:
     check_numbers(request)
-    base = read_base(request.base, digested=False)
+    base = with_module_tree(read_base(request.base, digested=False), child_environ(process_environment()))
     scheme = settled_scheme(request, base)
     datasets, split = calibration_split(request)
-    plan = dry_run_plan(request, base, scheme, split, cores=os.cpu_count() or 1, datasets=datasets)
+    request = replace(request, settings=settled_settings(request.settings, base))
+    plan = dry_run_plan(request, base, scheme, split, present_machine(), datasets=datasets, amx=this_cpu_has_amx())
     print(json.dumps(as_json(plan), indent=2) if options.json else as_text(plan))
     return DONE
 
@@ -74,18 +85,22 @@ def _make(request: Request, options: argparse.Namespace) -> int:
     return GATE if options.gate and manifest.quality.verdict == "fail" else DONE
 
 
-def _made(request: Request, run_options: RunOptions) -> tuple[Manifest, Path]:
-    recipe, split = plan_variant(with_self_generated(request, run_options))
+def _made(request: Request, options: RunOptions) -> tuple[Manifest, Path]:
+    base = check_request(request, options, present_machine())
+    request = with_self_generated(request, base, options)
+    recipe, split = plan_variant(request, base, present_machine())
     out = Path(str(request.out).replace("{id}", recipe.variant_id))
     manifest = reusable(out, recipe.variant_id)
     if manifest:
         print_stderr(f"{out}: reused, it already holds {manifest.id}")
         return manifest, out
-    if not request.data and not request.self_generate:
+    if not request.data:
         print_stderr(f"no --data given: calibrating on the shipped {', '.join(path.name for path in shipped_files())}")
-    log_datasets(recipe.datasets, run_options.progress)
-    with continuable(out):
-        return build_variant(recipe, split, out, run_options), out
+    log_datasets(recipe.datasets, options.progress)
+    if recipe.settings.gptaq != request.settings.gptaq:
+        why = "the model has experts" if base.modules.has_experts else "the inputs that it keeps don't fit into memory"
+        options.progress.log(f"GPTAQ is off: {why}")
+    return build_variant(recipe, split, out, options), out
 
 
 def _run_options(request: Request, log: TextIO | None) -> RunOptions:
@@ -94,7 +109,9 @@ def _run_options(request: Request, log: TextIO | None) -> RunOptions:
         progress=ProgressReporter(sys.stderr, run_log=log),
         evaluation=request.evaluation,
         allow_fallback=request.allow_fallback,
+        expert_fallback=request.expert_fallback,
         resume=request.resume,
+        keep_bytes=request.keep_bytes,
         gpu=present_engine() == "cuda",
         engine=request.engine,
         tensor_parallel=request.tensor_parallel,
@@ -109,18 +126,6 @@ def run_log(path: Path | None) -> Iterator[TextIO | None]:
         return
     with path.open("a", encoding="utf-8") as file:
         yield file
-
-
-@contextmanager
-def continuable(out: Path) -> Iterator[None]:
-    """Say, whatever stops the body, how far it was and how to go on from there."""
-    try:
-        yield
-    except BaseException:
-        layers = completed_layers(out)
-        if layers:
-            print_stderr(f"{out}: {layers} whole layers are kept; the same command with --resume goes on after them")
-        raise
 
 
 def _evaluate(options: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ def unpack_gguf(file: Path, out: Path, *, environ: Mapping[str, str], progress: 
     _require_gguf(file)
     if out.exists() and any(out.iterdir()):
         raise TargetError(f"{out}: exists and is not empty; choose another directory or remove it")
-    require_space(out, file.stat().st_size * _GROWTH)
+    require_space({out: (file.stat().st_size * _GROWTH, "choose another directory")})
     with staging(out) as staged, progress.stage(f"unpack {file.name}", "tensors") as advance:
         job = {"file": str(file.resolve()), "sha256": sha256_of(file), "into": str(staged)}
         run_worker("quantize.gguf_weights", job, folder=work_folder(staged), environ=environ, on_progress=advance)

@@ -1,86 +1,84 @@
-"""Base + recipe -> calibrate -> quantize -> evaluate -> seal."""
+"""Base + recipe -> a sealed variant, in five stages: tokens -> solve -> checkpoint -> evaluation -> seal.
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
+Each stage keeps its result in `$QUANTGATE_HOME/stages` (`quantize.running.stage_store`) under a digest of its inputs.
+A run that stops loses only the stage that it was in: the same command continues there.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
-from typing import Any
 
-from config.manifest import Base, Calibration, Manifest, Quality, Quantizer
-from quantize.backends import autogptq, gptqmodel
-from quantize.backends.protocol import QuantizeResult, SolveJob, Solver
-from quantize.base import read_base
-from quantize.calibration import preflight
+from config.manifest import Manifest, Quality
+from quantize.base import BaseModel, read_base, with_digest
 from quantize.calibration.datasets import (
     CalibrationSplit,
     Dataset,
-    contents_digest,
     is_held_out,
     read_datasets,
-    shipped_files,
 )
 from quantize.calibration.replica_client import Sampling
-from quantize.calibration.samples import Samples, tokenize_samples
+from quantize.calibration.samples import tokenize_samples
 from quantize.calibration.self_generation import self_generate
-from quantize.errors import CalibrationError, RecipeError
-from quantize.evaluation.evaluate import EVIDENCE_FILE, EvaluationPlan, evaluate
-from quantize.load_report import check_base
-from quantize.mixed_precision.auto_scheme import resolve_auto
+from quantize.checks import prompt_files
+from quantize.errors import CalibrationError, SpaceError
+from quantize.evaluation.evaluate import evaluate
+from quantize.evaluation.tasks import read_questions
+from quantize.evaluation.verdict import limits_for
+from quantize.model_files.weight_files import weight_files
 from quantize.options import RunOptions
-from quantize.planning.dry_run import lowest_bits
 from quantize.planning.recipe import Recipe
 from quantize.planning.request import Request, TextFile
+from quantize.planning.run_costs import require_evaluation_room
 from quantize.running.context import RunContext
+from quantize.running.memory import present_machine
 from quantize.running.progress import ProgressReporter
-from quantize.running.resume import resumed_line, solving
-from quantize.schemes.forecast import disk_bytes
-from quantize.variants.checkpoint import write_json
-from quantize.variants.lint import require_clean
-from quantize.variants.quant_log import QUANT_LOG
-from quantize.variants.store import require_space, seal, staging, work_folder
+from quantize.running.stage_store import stage_store
+from quantize.running.worker import is_disk_full, visible
+from quantize.stages.checkpoint import write
+from quantize.stages.evaluation import measure_variant
+from quantize.stages.sealing import seal_variant
+from quantize.stages.solve import settle_scheme, solve
+from quantize.stages.tokens import tokenize
+from quantize.stages.variant_run import VariantRun, kept_after_failure
 from quantize.variants.weights import read_packing
 
-SOLVERS: Mapping[str, Solver] = MappingProxyType({"gptqmodel": gptqmodel.solve, "auto-gptq": autogptq.solve})
+
+def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, options: RunOptions) -> Manifest:
+    """Turn a base into a sealed variant directory; `out` appears as a whole or not at all."""
+    with variant_run(recipe, options) as begun:
+        tokens = tokenize(begun, split)
+        run = settle_scheme(begun, tokens)
+        solved = solve(run, tokens)
+        with kept_after_failure(run, "the solved layers are"):
+            checkpoint = write(run, solved)
+            evaluated = measure_variant(run, tokens, checkpoint)
+            return seal_variant(run, out, tokens, solved, checkpoint, evaluated)
 
 
-def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, run_options: RunOptions) -> Manifest:
-    """Turn a base into a sealed variant directory; `out` appears whole or not at all."""
-    require_solvable(recipe)
-    require_space(out, disk_bytes(recipe.base, recipe.scheme))
-    with staging(out) as variant:
-        context = RunContext(work_folder(variant), run_options.environ, run_options.progress)
-        check_base(recipe.base, run_options.environ, run_options.progress)
-        samples = tokenize_samples(recipe.base.directory, split, recipe.max_tokens, context)
-        # Evaluation looks at the held-out side itself.
-        preflight.check(recipe.base, replace(samples, held_out=[]), context, gpu=run_options.gpu)
-        recipe = settled(recipe, samples, run_options, context)
-        with solving(out, identity_of(recipe, samples), resume=run_options.resume) as checkpoint:
-            solve_job = SolveJob(variant, context.folder, checkpoint, run_options.environ, run_options.allow_fallback)
-            solved = quantize(recipe, samples, solve_job, run_options)
-        write_modules(variant, solved)
-        require_clean(variant, recipe.base, recipe.scheme)
-        quality = evaluate(
-            variant,
-            recipe.base.directory,
-            samples.held_out,
-            lowest_bits(recipe.scheme),
-            context,
-            plan=with_recipe_limits(run_options.evaluation, recipe, run_options.allow_fallback),
-            base_digest=recipe.base.digest,
-            evidence=variant / EVIDENCE_FILE,
-        )
-        return seal(variant, describe(recipe, samples, solved, quality))
+@contextmanager
+def variant_run(recipe: Recipe, options: RunOptions) -> Iterator[VariantRun]:
+    """Lend a run with a scratch folder on the disk of the stages; SpaceError if a disk is full."""
+    store = stage_store(options.environ)
+    store.sweep()
+    try:
+        with store.scratch() as folder:
+            yield VariantRun(recipe, options, RunContext(folder, options.environ, options.progress), store)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        raise SpaceError(
+            f"no space left on the disk of {visible(Path(error.filename or store.root))}; "
+            "free some, or set QUANTGATE_HOME to a directory on a larger disk"
+        ) from error
 
 
 def evaluate_directory(
     variant: Path,
     base: Path,
     data: Sequence[Path],
-    run_options: RunOptions,
+    options: RunOptions,
     *,
     max_tokens: int,
     every_row: bool = False,
@@ -88,13 +86,19 @@ def evaluate_directory(
 ) -> Quality:
     """Measure any readable variant against a base, on the held-out rows of `data` or on all of them."""
     bits = read_packing(variant).bits
-    parent = read_base(base)
+    limits_for(bits, options.evaluation.limits)
+    if options.evaluation.tasks:
+        read_questions(options.evaluation.tasks)
     datasets, records = read_datasets(data)
-    log_datasets(datasets, run_options.progress)
+    log_datasets(datasets, options.progress)
     held_out = tuple(record for record in records if every_row or is_held_out(record))
     if not held_out:
         raise CalibrationError(["no held-out rows to evaluate on; pass more text with --data, or --every-row"])
-    with run_context(run_options) as context:
+    parent = read_base(base, digested=False)
+    variant_bytes = sum(file.stat().st_size for file in weight_files(variant))
+    require_evaluation_room(parent, options.evaluation, variant_bytes, present_machine())
+    parent = with_digest(parent)
+    with run_context(options) as context:
         samples = tokenize_samples(base, CalibrationSplit((), held_out), max_tokens, context).held_out
         return evaluate(
             variant,
@@ -102,24 +106,21 @@ def evaluate_directory(
             samples,
             bits,
             context,
-            plan=run_options.evaluation,
+            plan=options.evaluation,
             base_digest=parent.digest,
             evidence=evidence,
         )
 
 
-def with_self_generated(request: Request, run_options: RunOptions) -> Request:
-    """Let the base answer prompts of the text where that was asked for; its answers join the calibration text.
-
-    Without text of the user's own the shipped prompts are answered, and the shipped answers only evaluate.
-    """
+def with_self_generated(request: Request, base: BaseModel, options: RunOptions) -> Request:
+    """Let the base answer prompts of the data where that was asked for; its answers join the calibration data."""
     if request.self_generate == 0:
         return request
-    files = request.data or tuple(TextFile(path, weight=0.0) for path in shipped_files())
+    files = prompt_files(request)
     _, records = read_datasets([file.path for file in files], max_bad=request.max_bad)
-    with run_context(run_options) as context:
+    with run_context(options) as context:
         file = self_generate(
-            read_base(request.base),
+            base,
             records,
             request.self_generate,
             sampling=Sampling(request.max_tokens),
@@ -131,131 +132,14 @@ def with_self_generated(request: Request, run_options: RunOptions) -> Request:
 
 
 def log_datasets(datasets: Sequence[Dataset], progress: ProgressReporter) -> None:
-    """Print what was found in calibration files, and what was skipped."""
+    """Log what was found in calibration files, and what was skipped."""
     for dataset in datasets:
         for line in dataset.summary():
             progress.log(line)
 
 
 @contextmanager
-def run_context(run_options: RunOptions) -> Iterator[RunContext]:
+def run_context(options: RunOptions) -> Iterator[RunContext]:
     """Lend a scratch folder that is gone afterwards."""
     with TemporaryDirectory(prefix="quantgate-") as folder:
-        yield RunContext(Path(folder), run_options.environ, run_options.progress)
-
-
-def quantize(recipe: Recipe, samples: Samples, solve_job: SolveJob, run_options: RunOptions) -> QuantizeResult:
-    """Solve for the integers and write the variant's files."""
-    solver = SOLVERS[recipe.backend.name]
-    resumed = resumed_line(solve_job.checkpoint)
-    if resumed:
-        run_options.progress.log(resumed)
-    with run_options.progress.stage("quantize", "layers") as advance:
-        return solver(
-            recipe,
-            samples.calibration,
-            solve_job,
-            on_progress=advance,
-            on_event=lambda event: run_options.progress.log_detail(module_line(event)),
-        )
-
-
-def identity_of(recipe: Recipe, samples: Samples) -> str:
-    """Digest what decides a run's solved layers: the recipe and the very tokens."""
-    scheme = recipe.scheme.model_dump(mode="json")  # what a search found is not in the recipe's digest
-    payload = json.dumps([recipe.digest(), scheme, [sample["ids"] for sample in samples.calibration]])
-    return hashlib.sha256(payload.encode()).hexdigest()
-
-
-def module_line(event: Mapping[str, Any]) -> str:
-    """Tell a solved module in one line."""
-    if event["loss"] is None:
-        return f"{event['module']}: rounded to nearest, not solved"
-    beside = f", {event['loss_ratio']:.1f} times its kind's median" if event["loss_ratio"] else ""
-    return f"{event['module']}: loss {event['loss']:.4g}{beside}, damping {event['damp']:g}"
-
-
-def write_modules(variant: Path, solved: QuantizeResult) -> None:
-    """Write the quant log: every quantized module with its bits, group size, loss and damping."""
-    records = [
-        {
-            "module": module.module,
-            "bits": module.bits,
-            "group_size": module.group_size,
-            "loss": module.loss,
-            "damp": module.damp,
-            "fallback": module.loss is None,
-        }
-        for module in sorted(solved.modules, key=lambda module: (module.layer, module.module))
-    ]
-    write_json(variant / QUANT_LOG, {"modules": records})
-
-
-def require_solvable(recipe: Recipe) -> None:
-    """Raise RecipeError, before any work, for what a recipe's backend has not."""
-    if recipe.backend.name != "auto-gptq":
-        return
-    if recipe.budget:
-        raise RecipeError("auto-gptq quantizes all modules alike, and `scheme: auto` doesn't; use --backend gptqmodel")
-    autogptq.require_solvable(recipe.scheme, recipe.settings)
-
-
-def settled(recipe: Recipe, samples: Samples, run_options: RunOptions, context: RunContext) -> Recipe:
-    """Search the numbers of a recipe that has a budget for them; any other recipe has its scheme already."""
-    if recipe.budget is None:
-        return recipe
-    scheme = resolve_auto(
-        recipe.base,
-        samples.calibration,
-        recipe.budget,
-        run_options.engine,
-        context,
-        tensor_parallel=run_options.tensor_parallel,
-        settings=recipe.settings,
-    )
-    return replace(recipe, scheme=scheme)
-
-
-def with_recipe_limits(plan: EvaluationPlan, recipe: Recipe, fallbacks: int) -> EvaluationPlan:
-    """Limit an evaluation by what was asked for: the divergence of a budget, and rounded modules that are accepted."""
-    asked: dict[str, float] = {"fallback_modules": fallbacks} if fallbacks else {}
-    if recipe.budget and recipe.budget.max_kl is not None:
-        asked["kl_mean"] = recipe.budget.max_kl
-    return replace(plan, limits={**asked, **plan.limits})
-
-
-def describe(recipe: Recipe, samples: Samples, solved: QuantizeResult, quality: Quality) -> dict[str, object]:
-    """Write down where a variant comes from, how it was made and how good it is: a manifest without its seal."""
-    taken = samples.calibration
-    calibration = Calibration(
-        sha256=contents_digest(sample["sha256"] for sample in taken),
-        samples=len(taken),
-        tokens=sum(len(sample["ids"]) for sample in taken),
-        reasoning_tokens=sum(sample["reasoning_tokens"] for sample in taken),
-        max_tokens=recipe.max_tokens,
-        seed=recipe.seed,
-        generated=sum(bool(sample["generated"]) for sample in taken),
-        skipped_rows=samples.refused_rows + sum(len(dataset.skipped) for dataset in recipe.datasets),
-    )
-    quantizer = Quantizer(
-        backend=recipe.backend.name,
-        version=recipe.backend.version,
-        seconds=solved.seconds,
-        settings=settings_payload(recipe),
-        damp=dict(solved.damp),
-        modules=len(solved.modules),
-        fallback_modules=solved.fallback_modules,
-    )
-    return {
-        "id": recipe.variant_id,
-        "base": Base(name=recipe.base.name, digest=recipe.base.digest, dtype=recipe.base.dtype),
-        "scheme": recipe.scheme,
-        "calibration": calibration,
-        "quantizer": quantizer,
-        "quality": quality,
-    }
-
-
-def settings_payload(recipe: Recipe) -> dict[str, str | float | bool]:
-    """Tell the solver's settings as a manifest does: numbers, words and booleans only."""
-    return {**asdict(recipe.settings), "damp": " ".join(f"{step:g}" for step in recipe.settings.damp)}
+        yield RunContext(Path(folder), options.environ, options.progress)

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,22 +17,25 @@ from quantize.base import read_base
 from quantize.calibration.datasets import shipped_files
 from quantize.errors import VariantError
 from quantize.evaluation.evaluate import EVIDENCE_FILE
+from quantize.module_tree import with_module_tree
 from quantize.options import RunOptions
 from quantize.pipeline import evaluate_directory
+from quantize.planning.flag_values import size
 from quantize.planning.flags import add_evaluation
 from quantize.planning.plan import present_engine
 from quantize.planning.recipe_schema import EvaluationTable
 from quantize.planning.request import DEFAULT_TEXT
 from quantize.planning.resolve import chosen_evaluation
-from quantize.report.text_report import disposal_lines, summary_line, variant_table, variant_text
+from quantize.report.text_report import disposal_lines, stage_listing, summary_line, variant_table, variant_text
 from quantize.running.progress import ProgressReporter
+from quantize.running.stage_store import stage_store
 from quantize.running.terminal import DONE, FAILED, OneLineParser, print_stderr, run_command
 from quantize.running.worker import child_environ
 from quantize.variants.adoption import adopt, scheme_told
 from quantize.variants.artefact import read_artefact
 from quantize.variants.comparison import compare, comparison_json, comparison_text
 from quantize.variants.lint import lint
-from quantize.variants.pruning import disposables, remove
+from quantize.variants.pruning import disposables, remove, stage_disposables
 
 _Verb = Callable[[argparse.Namespace], int]
 _PRUNE_AFTER_DAYS = 7.0
@@ -41,6 +45,8 @@ def variants_main(argv: list[str]) -> int:
     """Run `quantgate variants VERB`; return the exit code."""
     parser = _parser()
     options = parser.parse_args(argv)
+    if "keep_bytes" in options and not options.directories and options.keep_bytes is None:
+        parser.error("DIR is missing: a folder of variants; or pass --keep-bytes SIZE to prune stages")
     if "config" in options and options.config is None and not getattr(options, "directories", True):
         parser.error("DIR is missing: a variant, a folder of variants, or --config FILE")
     verb: _Verb = options.verb
@@ -86,7 +92,10 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _lint(options: argparse.Namespace) -> int:
-    base = read_base(options.against, digested=False) if options.against else None
+    base = None
+    if options.against:
+        environ = child_environ(process_environment())
+        base = with_module_tree(read_base(options.against, digested=False), environ)
     directory = _named(options.config, options.directory)
     artefact = read_artefact(directory)
     findings = lint(directory, base, scheme_told(artefact, base.shapes if base else {}))
@@ -106,6 +115,9 @@ def _prune(options: argparse.Namespace) -> int:
             place, older_than_days=options.older_than, failed=options.failed, superseded=options.superseded
         )
     ]
+    if options.keep_bytes is not None:
+        store = stage_store(process_environment())
+        found += stage_disposables(store, keep_bytes=options.keep_bytes, older_than_days=options.older_than)
     print("\n".join(disposal_lines(found)))
     if options.yes:
         for disposable in remove(found):
@@ -115,12 +127,26 @@ def _prune(options: argparse.Namespace) -> int:
     return DONE
 
 
+def _stages(options: argparse.Namespace) -> int:
+    store = stage_store(process_environment())
+    store.sweep()
+    entries = store.entries()
+    if options.json:
+        rows = [{**asdict(entry), "path": str(entry.path)} for entry in entries]
+        print(json.dumps(rows, indent=2))
+    else:
+        print(stage_listing(entries, store.root))
+    return DONE
+
+
 def _adopt(options: argparse.Namespace) -> int:
     run_options = RunOptions(
         child_environ(process_environment()),
         ProgressReporter(sys.stderr),
         chosen_evaluation(options, EvaluationTable()),
     )
+
+    base = with_module_tree(read_base(options.against), run_options.environ)
 
     def measure() -> Quality:
         return evaluate_directory(
@@ -133,7 +159,7 @@ def _adopt(options: argparse.Namespace) -> int:
             evidence=options.directory / EVIDENCE_FILE,
         )
 
-    manifest = adopt(options.directory, read_base(options.against), measure, print_stderr)
+    manifest = adopt(options.directory, base, measure, print_stderr)
     print(manifest.to_json() if options.json else summary_line(manifest, options.directory))
     return DONE
 
@@ -226,6 +252,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="print JSON")
         _add_config(sub)
     readers[-1].add_argument("--against", type=Path, metavar="BASE", help="its unquantized parent; enables all checks")
+    _add_stages(verb("stages", _stages, "list the results of stages that runs of `quantize` kept, and their sizes"))
     _add_prune(verb("prune", _prune, "list, or with --yes remove, what a folder of variants can do without"))
     _add_adopt(verb("adopt", _adopt, "lint, measure and seal a directory that another tool quantized, where it lies"))
     _add_report(verb("report", _report, "write one HTML page about variants: plots, checks, worst samples"))
@@ -248,9 +275,19 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_stages(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _add_prune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("directories", type=Path, nargs="+", metavar="DIR", help="folder that holds variants")
+    add("directories", type=Path, nargs="*", metavar="DIR", help="folder that holds variants")
+    add(
+        "--keep-bytes",
+        type=size,
+        metavar="SIZE",
+        help="results of stages in $QUANTGATE_HOME/stages beyond this size, too: those longest unused first",
+    )
     add("--failed", action="store_true", help="variants that missed a limit, too")
     add("--superseded", action="store_true", help="variants replaced by a newer one of the same base and scheme, too")
     add(
@@ -258,7 +295,7 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=_PRUNE_AFTER_DAYS,
         metavar="DAYS",
-        help="keep what a stopped run left for --resume for so long (default: %(default)g)",
+        help="keep for so long what a stopped run left for the next one (default: %(default)g)",
     )
     add("--yes", action="store_true", help="remove what is listed")
 

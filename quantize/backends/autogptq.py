@@ -1,4 +1,4 @@
-"""AutoGPTQ 0.7.1, the last release: solved in an environment of its own, then written like every other variant."""
+"""AutoGPTQ 0.7.1, the last release: solved in an environment of its own."""
 
 import json
 import shutil
@@ -10,7 +10,8 @@ from typing import Any
 from config.manifest import Scheme
 from quantize.backends.gptqmodel import visible_devices
 from quantize.backends.isolation import Pins, isolated_python
-from quantize.backends.losses import SolvedModule, by_damping, loss_ratio, require_solved
+from quantize.backends.losses import LossMedians, SolvedModule
+from quantize.backends.packing import PACKED
 from quantize.backends.protocol import QuantizeResult, SolveJob
 from quantize.errors import RecipeError
 from quantize.model_files.weight_files import INDEX_FILE, weight_files
@@ -22,7 +23,6 @@ from quantize.variants.checkpoint import write_json
 PINS = Pins("auto-gptq 0.7.1", Path(__file__).with_name("autogptq-requirements.txt"), ("3.11",))
 
 _CHILD = "quantize.backends.autogptq_child"
-_WRITER = "quantize.backends.writing_child"
 
 
 @dataclass(slots=True)
@@ -32,11 +32,12 @@ class SolvedModuleCollector:
     scheme: Scheme
     on_event: Callable[[dict[str, Any]], None]
     solved: list[SolvedModule] = field(default_factory=list)
+    medians: LossMedians = field(default_factory=LossMedians)
 
     def __call__(self, event: dict[str, Any]) -> None:
         """Take one event: `module`, `layer`, `loss` and `damp`."""
         self.solved.append(SolvedModule(**event, bits=self.scheme.bits, group_size=self.scheme.group_size))
-        self.on_event({**event, "loss_ratio": loss_ratio(self.solved)})
+        self.on_event({**event, "loss_ratio": self.medians.ratio(self.solved[-1])})
 
 
 def solve(
@@ -51,6 +52,7 @@ def solve(
     require_solvable(recipe.scheme, recipe.settings)
     python = isolated_python(PINS, solve_job.environ, solve_job.work / "environment.log")
     base = write_older_base(recipe.base.directory, solve_job.work / "base")
+    shutil.rmtree(solve_job.into / PACKED, ignore_errors=True)  # of a run that stopped
     collector = SolvedModuleCollector(recipe.scheme, on_event)
     result = run_worker(
         _CHILD,
@@ -60,9 +62,7 @@ def solve(
         on_progress=on_progress,
         on_event=collector,
     )
-    require_solved(collector.solved, solve_job.allow_fallback)
-    written = _write(recipe, solve_job)
-    return QuantizeResult(result["seconds"] + written, tuple(collector.solved), by_damping(collector.solved))
+    return QuantizeResult.of(result["seconds"], collector.solved)
 
 
 def require_solvable(scheme: Scheme, settings: SolverSettings) -> None:
@@ -118,18 +118,5 @@ def _job(
         "memory_bytes": recipe.devices.memory_bytes,
         "samples": [sample["ids"] for sample in samples],
         "where": [sample["where"] for sample in samples],
-        "raw": str((solve_job.work / "raw").resolve()),
+        "raw": str((solve_job.into / PACKED).resolve()),
     }
-
-
-def _write(recipe: Recipe, solve_job: SolveJob) -> float:
-    job = {
-        "base": str(recipe.base.directory.resolve()),
-        "raw": str((solve_job.work / "raw").resolve()),
-        "scheme": recipe.scheme.model_dump(mode="json"),
-        "damp": recipe.settings.damp[0],
-        "into": str(solve_job.into.resolve()),
-    }
-    result = run_worker(_WRITER, job, folder=solve_job.work, environ=solve_job.environ, on_progress=lambda *_: None)
-    shutil.rmtree(solve_job.work / "raw")
-    return float(result["seconds"])

@@ -1,13 +1,16 @@
 """What solving left, module by module: how large the error is beside its kind's, and what is no solution."""
 
 import math
+from bisect import insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from config.manifest import ExpertCoverage
 from quantize.errors import SolveError
+from quantize.modules import is_expert
 
 # GPTQModel writes 999999999 for a module whose loss it never learned.
 _ABSURD_LOSS = 1e8
@@ -16,7 +19,10 @@ _NAMES_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class SolvedModule:
-    """One linear layer after solving; `loss` is the mean output error a token, or None where it was only rounded."""
+    """One linear layer after solving; `loss` is the mean output error a token, or None where it was only rounded.
+
+    `tokens` of the calibration text reached it; for an `undersampled` expert these were too few for GPTQ.
+    """
 
     module: str
     layer: int
@@ -24,6 +30,8 @@ class SolvedModule:
     group_size: int
     loss: float | None
     damp: float
+    tokens: int = 0
+    undersampled: bool = False
 
     @property
     def kind(self) -> str:
@@ -41,8 +49,23 @@ def as_loss(told: Any) -> float | None:
 
 
 def fallbacks(modules: Iterable[SolvedModule]) -> tuple[str, ...]:
-    """Name the modules that were rounded to nearest."""
-    return tuple(solved.module for solved in modules if solved.loss is None)
+    """Name the modules that were rounded to nearest although enough tokens reached them."""
+    return tuple(solved.module for solved in modules if solved.loss is None and not solved.undersampled)
+
+
+def expert_coverage(modules: Iterable[SolvedModule]) -> ExpertCoverage | None:
+    """Count the tokens that the experts saw; None for a model without experts."""
+    experts: dict[str, SolvedModule] = {}
+    for solved in modules:
+        if is_expert(solved.module):
+            experts[solved.module.rpartition(".")[0]] = solved
+    if not experts:
+        return None
+    tokens = [solved.tokens for solved in experts.values()]
+    undersampled = tuple(name for name, solved in experts.items() if solved.undersampled)
+    return ExpertCoverage(
+        experts=len(experts), fewest_tokens=min(tokens), median_tokens=int(median(tokens)), undersampled=undersampled
+    )
 
 
 def require_solved(modules: Sequence[SolvedModule], allowed: int) -> None:
@@ -62,10 +85,18 @@ def by_damping(modules: Iterable[SolvedModule]) -> dict[str, int]:
     return dict(Counter(f"{solved.damp:g}" for solved in modules if solved.loss is not None))
 
 
-def loss_ratio(modules: Sequence[SolvedModule]) -> float | None:
-    """Divide the last module's loss by the median of its kind so far; None where there is nothing to compare."""
-    if not modules or modules[-1].loss is None:
-        return None
-    kind = [solved.loss for solved in modules if solved.kind == modules[-1].kind and solved.loss is not None]
-    usual = median(kind)
-    return modules[-1].loss / usual if usual > 0 else None
+@dataclass(slots=True)
+class LossMedians:
+    """The losses of each kind of module so far, in order; a model with experts has tens of thousands of modules."""
+
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    def ratio(self, solved: SolvedModule) -> float | None:
+        """Add a module, and divide its loss by the median of its kind; None where there is nothing to compare."""
+        if solved.loss is None:
+            return None
+        kind = self.losses.setdefault(solved.kind, [])
+        insort(kind, solved.loss)
+        middle = len(kind) // 2
+        usual = kind[middle] if len(kind) % 2 else (kind[middle - 1] + kind[middle]) / 2
+        return solved.loss / usual if usual > 0 else None

@@ -1,26 +1,29 @@
 """What the pipeline asks of a quantizing program."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from quantize.backends.losses import SolvedModule
+from config.manifest import ExpertCoverage
+from quantize.backends.losses import SolvedModule, by_damping, expert_coverage, fallbacks
 from quantize.planning.recipe import Recipe
+
+ExpertFallback = Literal["rtn", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
 class SolveJob:
-    """Where a solver works: `into` becomes the variant, `work` is thrown away, `solutions` outlives a stopped run.
+    """Where a solver works: solved modules go to `into`, which outlives a stopped run; `work` is removed.
 
-    `allow_fallback` modules may be rounded to nearest where GPTQ finds nothing.
+    Experts that the calibration data hardly reaches are rounded to nearest with `expert_fallback` "rtn", and an error
+    with "fail".
     """
 
     into: Path
     work: Path
-    checkpoint: Path
     environ: Mapping[str, str]
-    allow_fallback: int = 0
+    expert_fallback: ExpertFallback = "rtn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +34,19 @@ class QuantizeResult:
     modules: tuple[SolvedModule, ...]
     damp: Mapping[str, int]
     fallback_modules: tuple[str, ...] = ()
+    experts: ExpertCoverage | None = None
+
+    @classmethod
+    def of(cls, seconds: float, modules: Sequence[SolvedModule]) -> "QuantizeResult":
+        """Sum up what was solved."""
+        return cls(seconds, tuple(modules), by_damping(modules), fallbacks(modules), expert_coverage(modules))
 
 
 class Solver(Protocol):
-    """Turns a recipe and token samples into a variant's files.
+    """Solves the modules of a recipe's base on token samples.
 
-    On return `errand.into` holds everything vLLM loads. More modules than allowed that were rounded to nearest
-    instead of solved raise SolveError with their names; nothing is left to the caller's guess.
+    On return `solve_job.into` has every module, as `quantize.backends.packing` reads them. Modules that were only
+    rounded to nearest are among them, with no loss.
     """
 
     def __call__(

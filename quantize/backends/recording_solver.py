@@ -10,39 +10,65 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantize.backends.layer_checkpoint import LayerCheckpoint, ModuleSolution
-from quantize.backends.losses import SolvedModule, as_loss, loss_ratio
+from quantize.backends.losses import LossMedians, SolvedModule, as_loss
 from quantize.backends.scales import best_scales
-from quantize.errors import SolveError
+from quantize.errors import CalibrationError, RecipeError, SolveError
+from quantize.modules import is_expert
 from quantize.running.worker import WorkerChannel
+
+_SAMPLES_NAMED = 10
 
 
 @dataclass(slots=True)
 class SolverRecord:
-    """What is known of a run's modules; `solved` grows, `peaks` holds each sample's largest activation."""
+    """What is known of a run's modules; `solved` grows, `peaks` holds the largest activation of each token.
+
+    `expert_fallback` "fail" makes an expert with too few tokens an error. `tokens` counts those of the calibration
+    text, `ids` are their numbers, sample by sample.
+    """
 
     checkpoint: LayerCheckpoint
     channel: WorkerChannel
     where: Sequence[str]
     damping: Sequence[float]
     completed: frozenset[int]
+    expert_fallback: str = "rtn"
+    tokens: int = 0
+    ids: Sequence[Sequence[int]] = ()
     solved: list[SolvedModule] = field(default_factory=list)
+    medians: LossMedians = field(default_factory=LossMedians)
     peaks: dict[str, dict[int, Any]] = field(default_factory=dict)
 
     def look(self, module: str, activations: Any, sample: int) -> None:
-        """Remember how large a sample's activations are, without waiting for the device."""
-        self.peaks.setdefault(module, {})[sample] = activations.detach().abs().amax()
+        """Remember each token's largest activation [T] of a sample, without waiting for the device."""
+        self.peaks.setdefault(module, {})[sample] = activations.detach().abs().amax(-1).flatten()
 
     def require_finite(self, module: str) -> None:
-        """Raise SolveError with the first sample that brought a module something that is no number."""
-        for sample, peak in self.peaks.pop(module, {}).items():
-            if not bool(peak.isfinite()):
-                raise SolveError(
-                    f"{self.where[sample]}: gives {module} an input that is no finite number (largest: {float(peak)}); "
-                    "remove the sample, or load the base in bf16 if it was trained so",
-                )
+        """Raise CalibrationError with the samples, and their first tokens, that give a module a non-finite input."""
+        peaks = self.peaks.pop(module, {})
+        finite = {sample: peak.isfinite() for sample, peak in peaks.items()}
+        unsound = {sample: flags for sample, flags in finite.items() if not bool(flags.all())}
+        if unsound:
+            lines = [self._non_finite_line(module, sample, flags) for sample, flags in sorted(unsound.items())]
+            more = [f"and {len(lines) - _SAMPLES_NAMED} more samples"] if len(lines) > _SAMPLES_NAMED else []
+            raise CalibrationError([*lines[:_SAMPLES_NAMED], *more])
+
+    def _non_finite_line(self, module: str, sample: int, finite: Any) -> str:
+        token = int(finite.logical_not().int().argmax())
+        ids = self.ids[sample] if sample < len(self.ids) else ()
+        told = f" (id {ids[token]})" if token < len(ids) else ""
+        return (
+            f"{self.where[sample]}: non-finite activations (NaN or Inf), first in the input of {module}, at token "
+            f"{token}{told}; remove this line, or repair the base"
+        )
 
     def record(self, solved: SolvedModule) -> None:
-        """Note a module, and tell the reader how its loss compares."""
+        """Note a module, and tell the reader how its loss compares; SolveError if an expert must not be rounded."""
+        if solved.undersampled and self.expert_fallback == "fail":
+            raise SolveError(
+                f"{solved.module}: {solved.tokens} of {self.tokens} calibration tokens reached this expert, too few "
+                "for GPTQ; add samples, or round such experts to nearest with --expert-fallback rtn",
+            )
         self.solved.append(solved)
         self.channel.event(
             {
@@ -50,7 +76,10 @@ class SolverRecord:
                 "layer": solved.layer,
                 "loss": solved.loss,
                 "damp": solved.damp,
-                "loss_ratio": loss_ratio(self.solved),
+                "loss_ratio": self.medians.ratio(solved),
+                "undersampled": solved.undersampled,
+                "tokens": solved.tokens,
+                "all_tokens": self.tokens,
             },
         )
 
@@ -117,6 +146,7 @@ def recording(solver: Any, record: SolverRecord, *, weighted_scales: bool) -> ty
                 solution, seconds = record.checkpoint.read(module), 0.0
             else:
                 record.require_finite(module)
+                _require_finite_weights(module, self.module.weight)
                 dense, scale, zero, g_idx, seconds, loss, damp, tokens = super().quantize(blocksize=blocksize)
                 solution = ModuleSolution(dense, scale, zero, g_idx, loss, damp, tokens)
                 record.checkpoint.write(module, solution)
@@ -151,5 +181,20 @@ class Search:
         self._quantizer.zero = torch.full_like(self._quantizer.scale, float(1 << (self._bits - 1)))
 
 
+def _require_finite_weights(module: str, weight: Any) -> None:
+    if not bool(weight.isfinite().all()):
+        raise RecipeError(f"{module}: has non-finite weights (NaN or Inf); repair the base, or copy it again")
+
+
 def _solved(module: str, layer: int, settings: Any, solution: ModuleSolution) -> SolvedModule:
-    return SolvedModule(module, layer, settings.bits, settings.group_size, as_loss(solution.loss), solution.damp)
+    loss = as_loss(solution.loss)
+    return SolvedModule(
+        module,
+        layer,
+        settings.bits,
+        settings.group_size,
+        loss,
+        solution.damp,
+        tokens=solution.tokens,
+        undersampled=loss is None and is_expert(module) and str(solution.loss).startswith("fallback("),
+    )

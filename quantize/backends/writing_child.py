@@ -1,24 +1,29 @@
-"""The child that writes a variant from solved GPTQ tensors, `python -m quantize.backends.writing_child`.
-
-For a solver that can't do it itself, because its own environment has no room for our packages.
-"""
+"""The child that writes a variant from solved modules, `python -m quantize.backends.writing_child`."""
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from config.manifest import Scheme
+from quantize.backends.packing import packed_tensors
+from quantize.modules import ModuleTree
 from quantize.running.worker import WorkerChannel, run_child
 from quantize.variants.checkpoint import write_checkpoint
 
 
-def write(job: dict[str, Any], _: WorkerChannel) -> dict[str, Any]:
-    """Child's work: `{base, raw, scheme, damp, into}` -> the variant's files, and how long they took."""
-    started = time.monotonic()
+def write(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
+    """Child's work: `{base, solved, bits, scheme, damp, into, tree}` -> the variant's files in `into`."""
+    written: set[str] = set()
+
+    def on_module(name: str) -> None:
+        written.add(name)
+        channel.progress(len(written), len(job["bits"]))
+
     scheme = Scheme.model_validate(job["scheme"])
-    write_checkpoint(Path(job["base"]), Path(job["raw"]), scheme, job["damp"], Path(job["into"]))
-    return {"seconds": round(time.monotonic() - started, 1)}
+    packed = packed_tensors(Path(job["solved"]), job["bits"], on_module)
+    tree = ModuleTree.from_json(job["tree"])
+    write_checkpoint(Path(job["base"]), packed, scheme, job["damp"], Path(job["into"]), tree)
+    return {}
 
 
 if __name__ == "__main__":

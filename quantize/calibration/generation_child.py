@@ -14,10 +14,12 @@ from quantize.calibration.rendering import render_prompt
 from quantize.calibration.tokenizing import load_tokenizer, longest_input
 from quantize.running.worker import WorkerChannel, run_child
 
-# Keys and values of one batch may take this much; fixed, since the batches decide what each seed gives.
-_CACHE_BYTES = 2 * 10**9
-_LARGEST_BATCH = 64
-_FP32_BYTES = 4
+# Keys and values of one batch may take this much at least, and a share of what the weights leave of the GPUs, or of
+# the weights' own size on a CPU. None of it depends on the moment, since the batches decide what each seed gives.
+_LEAST_CACHE_BYTES = 2 * 10**9
+_SHARE_OF_ROOM = 0.7
+_SHARE_OF_WEIGHTS = 0.25
+LARGEST_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,8 @@ def answer_all(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     ]
     model = load_base(base)
     stops = _stop_ids(model, tokenizer)
-    groups = batches(prompts, sampling["new_tokens"], cache_bytes_per_token(model.config.get_text_config().to_dict()))
+    token_bytes = cache_bytes_per_token(model.config.get_text_config().to_dict(), model.dtype.itemsize)
+    groups = batches(prompts, sampling["new_tokens"], token_bytes, _cache_bytes(model))
     answers: list[dict[str, Any]] = [{}] * len(prompts)
     steps, before = len(groups) * sampling["new_tokens"], 0
     for group in groups:
@@ -54,24 +57,31 @@ def answer_all(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     return {"answers": answers}
 
 
-def batches(prompts: Iterable[TokenizedPrompt], new_tokens: int, bytes_per_token: int) -> list[list[TokenizedPrompt]]:
+def cache_room(weight_bytes: int, gpu_bytes: Sequence[int]) -> int:
+    """Say how much keys and values may take beside weights on GPUs of those sizes, or on a CPU if there are none."""
+    room = _SHARE_OF_ROOM * (sum(gpu_bytes) - weight_bytes) if gpu_bytes else _SHARE_OF_WEIGHTS * weight_bytes
+    return max(_LEAST_CACHE_BYTES, int(room))
+
+
+def batches(
+    prompts: Iterable[TokenizedPrompt], new_tokens: int, bytes_per_token: int, cache_bytes: int = _LEAST_CACHE_BYTES
+) -> list[list[TokenizedPrompt]]:
     """Put prompts of like length together, as many as the cache has room for; never fewer than one."""
     groups: list[list[TokenizedPrompt]] = []
     for prompt in sorted(prompts, key=lambda prompt: (len(prompt.ids), prompt.place)):
-        room = _CACHE_BYTES // max(bytes_per_token * (len(prompt.ids) + new_tokens), 1)
-        if not groups or len(groups[-1]) >= min(max(room, 1), _LARGEST_BATCH):
+        room = cache_bytes // max(bytes_per_token * (len(prompt.ids) + new_tokens), 1)
+        if not groups or len(groups[-1]) >= min(max(room, 1), LARGEST_BATCH):
             groups.append([])
         groups[-1].append(prompt)
     return groups
 
 
-def cache_bytes_per_token(config: Mapping[str, Any]) -> int:
-    """How many bytes of keys and values a token takes in fp32, by a model's configuration."""
+def cache_bytes_per_token(config: Mapping[str, Any], item_bytes: int) -> int:
+    """How many bytes of keys and values a token takes, by a model's configuration and the bytes of a number."""
     heads = config.get("num_attention_heads") or 1
     size = config.get("head_dim") or config.get("hidden_size", 0) // heads
-    return int(
-        2 * config.get("num_hidden_layers", 1) * (config.get("num_key_value_heads") or heads) * size * _FP32_BYTES
-    )
+    layers = config.get("num_hidden_layers", 1)
+    return int(2 * layers * (config.get("num_key_value_heads") or heads) * size * item_bytes)
 
 
 def until_stop(ids: Sequence[int], stops: frozenset[int]) -> tuple[list[int], bool]:
@@ -92,6 +102,14 @@ class _Steps:
         self._done += 1
         self._report.progress(self._done, self._total)
         return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+
+def _cache_bytes(model: Any) -> int:
+    import torch  # noqa: PLC0415
+
+    weights = sum(value.numel() * value.element_size() for value in model.parameters())
+    devices = {value.device for value in model.parameters() if value.device.type == "cuda"}
+    return cache_room(weights, [torch.cuda.get_device_properties(device).total_memory for device in devices])
 
 
 def _generate(

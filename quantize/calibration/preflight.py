@@ -1,17 +1,14 @@
 """What can be known to go wrong before hours of quantizing: looked at first, said in lines, refused with reasons."""
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median_low
-from typing import Any
 
 from quantize.base import BaseModel
 from quantize.calibration.samples import Samples
 from quantize.errors import CalibrationError
 from quantize.running.context import RunContext
-from quantize.running.memory import available_bytes, needed_bytes, require_memory, widest_inputs
-from quantize.running.worker import run_worker
+from quantize.running.memory import widest_inputs
 
 _SHORT_TOKENS = 32
 _MOST_REPEATED = 0.2
@@ -52,30 +49,14 @@ class Preflight:
         )
 
 
-def check(base: BaseModel, samples: Samples, context: RunContext, *, gpu: bool = False) -> Preflight:
-    """Look at the samples, the memory, and the base's logits on every sample of both sides.
-
-    Says what it found. CalibrationError names samples by file and line; MachineError where memory is short.
-    """
+def check(base: BaseModel, samples: Samples, context: RunContext) -> Preflight:
+    """Look at the samples and say what they are like; CalibrationError where there are none."""
     found = inspect(samples, widest=widest_inputs(base))
     for line in (found.summary(), *found.notes, *(f"warning: {line}" for line in found.warnings)):
         context.progress.log(f"preflight: {line}")
     if found.problems:
         raise CalibrationError(list(found.problems))
-    needed = needed_bytes(base, found.tokens, gpu=gpu)
-    require_memory(needed, available_bytes(), what=f"quantizing {base.name} on {found.tokens} tokens")
-    require_finite(base, [*samples.calibration, *samples.held_out], context)
     return found
-
-
-def require_finite(base: BaseModel, samples: Sequence[dict[str, Any]], context: RunContext) -> None:
-    """Let the base read every sample; CalibrationError names those on which its logits are NaN or Inf, and where."""
-    payload = [{"ids": sample["ids"], "where": sample["where"]} for sample in samples]
-    job = {"base": str(base.directory.resolve()), "samples": payload}
-    with context.progress.stage("preflight", "tokens") as advance:
-        run_worker(
-            "quantize.calibration.finiteness", job, folder=context.folder, environ=context.environ, on_progress=advance
-        )
 
 
 def inspect(samples: Samples, *, widest: int = 0) -> Preflight:

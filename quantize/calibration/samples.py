@@ -34,7 +34,7 @@ def tokenize_samples(base: Path, split: CalibrationSplit, max_tokens: int, conte
     sides = {"calibration": split.calibration, "held_out": split.held_out}
     records = {side: [asdict(record) for record in records] for side, records in sides.items()}
     job = {"base": str(base.resolve()), "max_tokens": max_tokens, "max_bad": split.max_bad, "rows": records}
-    with context.progress.stage("calibrate", "chats") as advance:
+    with context.progress.stage("tokens", "chats") as advance:
         result = run_worker(
             "quantize.calibration.tokenizing", job, folder=context.folder, environ=context.environ, on_progress=advance
         )

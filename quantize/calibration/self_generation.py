@@ -7,24 +7,24 @@ evaluation reaches calibration.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from config.load import home_directory
 from quantize.base import BaseModel
 from quantize.calibration.datasets import is_held_out, with_split_keys
 from quantize.calibration.records import Message, Record, content_sha256, prompt_of
 from quantize.calibration.replica_client import Answer, Question, Replica, Sampling
 from quantize.errors import CalibrationError
 from quantize.running.context import RunContext
+from quantize.running.stage_store import StageKey, stage_key
 from quantize.running.worker import run_worker
 
 # Raise this when the same request would give other text because this package has changed.
 _REVISION = 1
 _SEEDS = 2**31
+ANSWERS_FILE = "answers.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +53,16 @@ def self_generate(
     """
     turns = chosen(records, count, held_out, seed)
     asked = [Question(prompt.messages, seed_of(prompt, turn, seed), prompt.tools) for prompt, turn in turns]
-    digest = _digest(base, asked, sampling, replica=url is not None)
-    file = home_directory(context.environ) / "self-generated" / f"{digest}.jsonl"
-    if file.is_file():
-        context.progress.log(f"self-generate: reusing {file}")
-        return file
+    key = _key(base, asked, sampling, replica=url is not None)
+    found = context.stages.find(key)
+    if found is not None:
+        context.progress.log(f"self-generate: reusing {found.directory}")
+        return found.directory / ANSWERS_FILE
     answers = _answers(base, asked, sampling, url, context)
     lines = [line_of(prompt, answer) for (prompt, _), answer in zip(turns, answers, strict=True)]
-    _write(file, [line for line in lines if line])
-    return file
+    with context.stages.staging(key) as staged:
+        (staged / ANSWERS_FILE).write_text("".join(f"{line}\n" for line in lines if line), encoding="utf-8")
+        return context.stages.keep(key, staged, {}, subject=base.name).directory / ANSWERS_FILE
 
 
 def chosen(records: Sequence[Record], count: int, held_out: int, seed: int) -> list[tuple[Prompt, int]]:
@@ -135,32 +136,18 @@ def _answers(
     return [Answer(**answer) for answer in result["answers"]]
 
 
-def _digest(base: BaseModel, asked: Sequence[Question], sampling: Sampling, *, replica: bool) -> str:
-    payload = {
-        "revision": _REVISION,
-        "base": base.digest,
-        "asked": list(map(_digested, asked)),
-        "sampling": asdict(sampling),
-        "replica": replica,
-    }
-    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+def _key(base: BaseModel, asked: Sequence[Question], sampling: Sampling, *, replica: bool) -> StageKey:
+    return stage_key(
+        "answers",
+        revision=_REVISION,
+        base=base.digest,
+        asked=list(map(_digested, asked)),
+        sampling=asdict(sampling),
+        replica=replica,
+    )
 
 
 def _digested(question: Question) -> dict[str, Any]:
-    """Only what a prompt has, so that files of prompts without tools keep their names."""
+    """Only what a prompt has."""
     tools = {"tools": question.tools} if question.tools else {}
     return {"messages": [turn.to_request() for turn in question.messages], "seed": question.seed, **tools}
-
-
-def _write(file: Path, lines: Sequence[str]) -> None:
-    """Write a file that is there whole or not at all, also after a power cut."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with beside.open("w", encoding="utf-8") as stream:
-            stream.writelines(f"{line}\n" for line in lines)
-            stream.flush()
-            os.fsync(stream.fileno())
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)

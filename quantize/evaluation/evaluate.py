@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config.load import home_directory
 from config.manifest import Quality
 from quantize.calibration.datasets import contents_digest
 from quantize.calibration.samples import within
@@ -13,6 +12,7 @@ from quantize.evaluation.module_checks import loss_outliers, module_figures, rea
 from quantize.evaluation.tasks import read_questions
 from quantize.evaluation.verdict import judge, limits_for
 from quantize.running.context import RunContext
+from quantize.running.stage_store import stage_store
 from quantize.running.worker import run_worker
 from quantize.variants.checkpoint import write_json
 
@@ -44,6 +44,15 @@ class EvaluationPlan:
 DEFAULT_PLAN = EvaluationPlan()
 
 
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Figures by the names of `config.manifest.Quality`, their 95 % half widths, and what lies behind them."""
+
+    figures: dict[str, Any]
+    errors: dict[str, float]
+    evidence: dict[str, Any]
+
+
 def evaluate(
     variant: Path,
     base: Path,
@@ -57,17 +66,32 @@ def evaluate(
 ) -> Quality:
     """Measure a variant against its base on token samples and judge it by its lowest bits.
 
-    What the parent says is kept under `base_digest` for its other variants; without one it is forgotten. What lies
+    The parent's outputs are kept under `base_digest` for its other variants; without one they are not. What lies
     behind the figures is written to the file `evidence`. RecipeError for an unknown limit, CalibrationError for
     broken questions or no text, VariantError for a variant that can't be measured.
     """
     limits_for(bits, plan.limits)
-    samples = within(held_out, plan.tokens)
+    measured = measure(variant, base, held_out, context, plan=plan, base_digest=base_digest)
+    if evidence:
+        write_json(evidence, measured.evidence)
+    return judged(measured, variant, held_out, bits, plan)
+
+
+def measure(
+    variant: Path,
+    base: Path,
+    held_out: Sequence[dict[str, Any]],
+    context: RunContext,
+    *,
+    plan: EvaluationPlan,
+    base_digest: str,
+) -> Measurement:
+    """Run the evaluation in a child process."""
     job = _job(variant, base, plan, base_digest, context) | {
-        "samples": [_slim(sample) for sample in samples],
+        "samples": [_slim(sample) for sample in within(held_out, plan.tokens)],
         "prompted": [_slim(sample) for sample in held_out[: _TRIES_A_PROMPT * plan.prompts]],
     }
-    with context.progress.stage("evaluate", "tokens") as advance:
+    with context.progress.stage("evaluation", "tokens") as advance:
         result = run_worker(
             "quantize.evaluation.evaluation_child",
             job,
@@ -75,17 +99,27 @@ def evaluate(
             environ=context.environ,
             on_progress=advance,
         )
-    modules = read_modules(variant)
-    if evidence:
-        write_json(evidence, result["evidence"] | {"loss_outliers": loss_outliers(modules)})
+    evidence = result["evidence"] | {"loss_outliers": loss_outliers(read_modules(variant))}
+    return Measurement(result["figures"], result["errors"], evidence)
+
+
+def judged(
+    measured: Measurement, variant: Path, held_out: Sequence[dict[str, Any]], bits: int, plan: EvaluationPlan
+) -> Quality:
+    """Hold the figures of a variant, and those of its quant log, against the limits of its lowest bits."""
     return judge(
-        result["figures"],
+        measured.figures,
         bits,
-        contents_digest(sample["sha256"] for sample in samples),
+        contents_digest(sample["sha256"] for sample in within(held_out, plan.tokens)),
         plan.limits,
-        errors=result["errors"],
-        modules=module_figures(modules),
+        errors=measured.errors,
+        modules=module_figures(read_modules(variant)),
     )
+
+
+def within_plan(held_out: Sequence[dict[str, Any]], plan: EvaluationPlan) -> Sequence[dict[str, Any]]:
+    """Return the held-out samples that an evaluation looks at: as text to read, or for their prompts."""
+    return held_out[: max(len(within(held_out, plan.tokens)), _TRIES_A_PROMPT * plan.prompts)]
 
 
 def _job(variant: Path, base: Path, plan: EvaluationPlan, base_digest: str, context: RunContext) -> dict[str, Any]:
@@ -94,7 +128,7 @@ def _job(variant: Path, base: Path, plan: EvaluationPlan, base_digest: str, cont
         "base": str(base.resolve()),
         "variant": str(variant.resolve()),
         "base_digest": base_digest,
-        "cache": str(home_directory(context.environ) / "parents"),
+        "cache": str(stage_store(context.environ).root),
         "scratch": str(context.folder.resolve() / "parents"),
         "prompts": plan.prompts,
         "seeds": plan.seeds,

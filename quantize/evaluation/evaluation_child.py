@@ -12,7 +12,7 @@ from typing import Any
 
 from quantize.calibration.thinking import markers_of
 from quantize.calibration.tokenizing import load_tokenizer
-from quantize.dense_models import load_variant
+from quantize.dense_models import layered_variant, load_variant, reclaim
 from quantize.errors import CalibrationError, VariantError
 from quantize.evaluation.artefacts import (
     divergence_artefacts,
@@ -24,7 +24,7 @@ from quantize.evaluation.artefacts import (
 from quantize.evaluation.inputs import EvalInputs, completion_outcome, prepare, text_of
 from quantize.evaluation.lm_head import find_lm_head
 from quantize.evaluation.paired_completions import PairedCompletions, increase_errors, length_ratio, rates
-from quantize.evaluation.parent_outputs import ParentCaches, read_parent
+from quantize.evaluation.parent_outputs import ParentCaches, ParentOutputs, read_parent
 from quantize.evaluation.sample_metrics import LmHeads, SampleMetrics, read_samples
 from quantize.evaluation.sampling import Completion, generate
 from quantize.evaluation.spans import flags
@@ -74,18 +74,30 @@ def _measured(
     meter = Meter(channel, inputs.tokens + prompts.most_tokens + questions.most_tokens)
     parent_caches = ParentCaches(Path(job["cache"]), Path(job["scratch"]), base, job["base_digest"])
     parent = read_parent(inputs, parent_caches, meter.announce)
-    model = load_variant(Path(job["variant"]), base)
+    variant = Path(job["variant"])
     with torch.inference_mode():
-        lm_heads = LmHeads(parent.lm_head(model, base), find_lm_head(model, inputs.samples[0]))
-        reading = read_samples(model, lm_heads, parent.tensor(), inputs.samples, meter)
+        reading = _read_variant(variant, base, parent, inputs, meter)
         require_finite_metrics(reading, job)
         yield token_figures(reading, inputs, tokenizer)
+        reclaim()
+        if not prompts.requests and not questions.requests:
+            return
+        model = load_variant(variant, base)
         if prompts.requests:
             texts = generate(model, prompts.requests, prompts.sampling, meter)
             yield generation_figures(parent.texts, texts, inputs, tokenizer)
         if questions.requests:
             answers = generate(model, questions.requests, questions.sampling, meter)
             yield task_figures(parent.answers, answers, job["questions"], tokenizer)
+
+
+def _read_variant(variant: Path, base: Path, parent: ParentOutputs, inputs: EvalInputs, meter: Meter) -> SampleMetrics:
+    """Let a variant read the samples, one layer of it in memory at a time."""
+    layered = layered_variant(variant, base)
+    with layered.without_layers() as model:
+        lm_heads = LmHeads(parent.lm_head(model, base), find_lm_head(model, inputs.samples[0]))
+    with layered.reading() as model:
+        return read_samples(model, lm_heads, parent.tensor(), inputs.samples, meter)
 
 
 def require_finite_metrics(reading: SampleMetrics, job: dict[str, Any]) -> None:

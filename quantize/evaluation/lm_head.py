@@ -12,8 +12,10 @@ from typing import Any
 
 from quantize.model_files.weight_files import weight_files
 
-# Positions per forward pass, with a cache of keys and values behind it.
-FORWARD_TOKENS = 512
+# Positions per forward pass, padding included; a longer sample has a pass of its own. Every pass reads all weights.
+PASS_TOKENS = 8192
+# Where a pass gives logits (V of them a position) instead of states.
+_LOGITS_PASS_TOKENS = 1024
 _PROBE_TOKENS = 32
 # Between the same product with other block sizes, as a share of the largest logit; bf16 rounds to 2^-8.
 _TOLERANCE: Mapping[int, float] = {4: 1e-5, 2: 2**-6}
@@ -55,9 +57,9 @@ def find_lm_head(model: Any, ids: Sequence[int]) -> LmHead:
     if not isinstance(head, torch.nn.Linear):
         return WHOLE
     scale, cap = _declared(model.config.get_text_config())
-    tokens = torch.tensor([list(ids[:_PROBE_TOKENS])], device=model.device)
-    wanted = model(tokens).logits[0].float()
-    states = model.base_model(tokens).last_hidden_state[0]
+    tokens = torch.tensor([list(ids[:_PROBE_TOKENS])], device=model.get_input_embeddings().weight.device)
+    wanted = model(tokens, use_cache=False).logits[0].float()
+    states = model.base_model(tokens, use_cache=False).last_hidden_state[0]
     found = LmHead(head.weight.detach(), None if head.bias is None else head.bias.detach(), scale, cap)
     if wanted.shape[-1] != head.weight.shape[0] or states.shape[-1] != head.weight.shape[1]:
         return WHOLE
@@ -66,23 +68,36 @@ def find_lm_head(model: Any, ids: Sequence[int]) -> LmHead:
     return found if float(error) <= allowed else WHOLE
 
 
-def last_hidden_states(model: Any, lm_head: LmHead, ids: Sequence[int]) -> Iterator[Any]:
-    """Yield the states [T, H] of a sample's tokens but the last, in order; logits [T, V] where the readout is WHOLE."""
+def last_hidden_states(model: Any, lm_head: LmHead, samples: Sequence[Sequence[int]]) -> Iterator[Any]:
+    """Yield the states [T, H] of each sample's tokens but the last; logits [T, V] where the head is WHOLE.
+
+    Short samples share a forward pass. They are padded at their ends, where causal attention never looks.
+    """
     import torch  # noqa: PLC0415
 
-    tokens = torch.tensor([list(ids)], device=model.device)
-    step = FORWARD_TOKENS if lm_head.weight is not None else FORWARD_TOKENS // 8
-    cache = None
-    for start in range(0, len(ids) - 1, step):
-        part = tokens[:, start : min(start + step, len(ids) - 1)]
+    device = model.get_input_embeddings().weight.device
+    for batch in batches(samples, PASS_TOKENS if lm_head.weight is not None else _LOGITS_PASS_TOKENS):
+        width = max(map(len, batch)) - 1
+        rows = [[*ids[:-1], *[0] * (width + 1 - len(ids))] for ids in batch]
+        tokens = torch.tensor(rows, device=device)
         if lm_head.weight is None:
-            output = model(part, past_key_values=cache, use_cache=True)
-            states = output.logits[0]
+            states = model(tokens, use_cache=False).logits
         else:
-            output = model.base_model(part, past_key_values=cache, use_cache=True)
-            states = output.last_hidden_state[0]
-        cache = output.past_key_values
-        yield states
+            states = model.base_model(tokens, use_cache=False).last_hidden_state
+        for row, ids in zip(states, batch, strict=True):
+            yield row[: len(ids) - 1]
+
+
+def batches(samples: Sequence[Sequence[int]], most_tokens: int) -> list[list[Sequence[int]]]:
+    """Put samples that follow each other into one batch, as long as it has no more tokens than that, padded."""
+    groups: list[list[Sequence[int]]] = []
+    for ids in samples:
+        width = max([len(ids), *map(len, groups[-1])]) if groups else 0
+        if groups and width * (len(groups[-1]) + 1) <= most_tokens:
+            groups[-1].append(ids)
+        else:
+            groups.append([ids])
+    return groups
 
 
 def describe_lm_head(lm_head: LmHead, base: Path) -> dict[str, Any] | None:

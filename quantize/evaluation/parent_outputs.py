@@ -3,18 +3,24 @@
 The model is loaded only if something is missing, and is gone from memory before its variant is loaded.
 """
 
+import os
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from quantize.dense_models import load_base, reclaim, runtime_fingerprint
+from quantize.dense_models import layered_base, load_base, reclaim, runtime_fingerprint
 from quantize.evaluation.inputs import EvalInputs, GenerationTask
 from quantize.evaluation.lm_head import WHOLE, LmHead, describe_lm_head, find_lm_head, last_hidden_states, load_lm_head
-from quantize.evaluation.parent_cache import ParentCache, ParentCacheEntry, entry_key, roomiest, states_file
 from quantize.evaluation.sampling import Completion, generate
+from quantize.running.stage_store import StageKey, StageResult, StageStore, stage_key
 
 Advance = Callable[[int], None]
+
+_STATES_FILE = "states.bin"
+# Raise this when a base's states are computed otherwise, and differ in their last digits.
+_STATES_REVISION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,27 +32,40 @@ class ParentCaches:
     base: Path
     digest: str
 
-    def caches(self) -> tuple[ParentCache, ...]:
+    def caches(self) -> tuple[StageStore, ...]:
         """The caches to look in; a base without a digest has nothing that lasts."""
         wanted = (self.lasting, self.scratch) if self.digest else (self.scratch,)
-        return tuple(ParentCache(root) for root in wanted)
+        return tuple(StageStore(root) for root in wanted)
 
-    def find(self, key: str) -> ParentCacheEntry | None:
+    def find(self, key: StageKey) -> StageResult | None:
         """Look an entry up."""
         return next((entry for cache in self.caches() if (entry := cache.find(key))), None)
 
-    def room(self, needed_bytes: int, *, lasting: bool = True) -> ParentCache:
+    def room(self, needed_bytes: int, *, lasting: bool = True) -> StageStore:
         """Choose the cache for a new entry."""
         if lasting and self.digest:
-            return ParentCache(roomiest(self.lasting, self.scratch, needed_bytes))
-        return ParentCache(self.scratch)
+            return StageStore(roomiest(self.lasting, self.scratch, needed_bytes))
+        return StageStore(self.scratch)
+
+
+def roomiest(wanted: Path, scratch: Path, needed_bytes: int) -> Path:
+    """Choose where to write: the wanted directory, or scratch where that one is not writable or full."""
+    try:
+        wanted.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(wanted).free if os.access(wanted, os.W_OK) else 0
+    except OSError:
+        free = 0
+    if free > needed_bytes:
+        return wanted
+    scratch.mkdir(parents=True, exist_ok=True)
+    return scratch
 
 
 @dataclass(frozen=True, slots=True)
 class ParentOutputs:
     """What the parent had to say about the material."""
 
-    states: ParentCacheEntry
+    states: StageResult
     texts: tuple[Completion, ...]
     answers: tuple[Completion, ...]
 
@@ -56,7 +75,7 @@ class ParentOutputs:
 
         tokens, width = self.states.facts["shape"]
         kind = getattr(torch, self.states.facts["dtype"])
-        flat = torch.from_file(str(self.states.states), shared=False, size=tokens * width, dtype=kind)
+        flat = torch.from_file(str(self.states.directory / _STATES_FILE), shared=False, size=tokens * width, dtype=kind)
         return flat.view(tokens, width)
 
     def lm_head(self, model: Any, base: Path) -> LmHead:
@@ -67,9 +86,9 @@ class ParentOutputs:
 
 @dataclass(frozen=True, slots=True)
 class _Keys:
-    states: str
-    texts: str
-    answers: str
+    states: StageKey
+    texts: StageKey
+    answers: StageKey
 
 
 def read_parent(inputs: EvalInputs, parent_caches: ParentCaches, announce: Callable[[int], Advance]) -> ParentOutputs:
@@ -92,34 +111,34 @@ def read_parent(inputs: EvalInputs, parent_caches: ParentCaches, announce: Calla
 
 
 def _run_parent(
-    inputs: EvalInputs, parent_caches: ParentCaches, missing: set[str], keys: _Keys, advance: Advance
-) -> dict[str, ParentCacheEntry]:
+    inputs: EvalInputs, parent_caches: ParentCaches, missing: set[StageKey], keys: _Keys, advance: Advance
+) -> dict[StageKey, StageResult | None]:
     import torch  # noqa: PLC0415
 
-    model = load_base(parent_caches.base)
-    made: dict[str, ParentCacheEntry] = {}
+    made: dict[StageKey, StageResult | None] = {}
     with torch.inference_mode():
         if keys.states in missing:
-            made[keys.states] = _keep_states(model, inputs, parent_caches, keys.states, advance)
-        for key, task in ((keys.texts, inputs.prompts), (keys.answers, inputs.questions)):
-            if key in missing:
-                made[key] = _keep_texts(model, task, parent_caches, key, advance)
+            made[keys.states] = _keep_states(inputs, parent_caches, keys.states, advance)
+        tasks = {keys.texts: inputs.prompts, keys.answers: inputs.questions}
+        if missing & tasks.keys():
+            model = load_base(parent_caches.base)
+            for key in sorted(missing & tasks.keys(), key=str):
+                made[key] = _keep_texts(model, tasks[key], parent_caches, key, advance)
     return made
 
 
-def _keep_states(
-    model: Any, inputs: EvalInputs, parent_caches: ParentCaches, key: str, advance: Advance
-) -> ParentCacheEntry:
-    lm_head = find_lm_head(model, inputs.samples[0])
+def _keep_states(inputs: EvalInputs, parent_caches: ParentCaches, key: StageKey, advance: Advance) -> StageResult:
+    layered = layered_base(parent_caches.base)
+    with layered.without_layers() as model:
+        lm_head = find_lm_head(model, inputs.samples[0])
     description = describe_lm_head(lm_head, parent_caches.base) if lm_head.weight is not None else None
     lm_head = lm_head if description else WHOLE
     width = lm_head.weight.shape[1] if description else model.config.get_text_config().vocab_size
     needed = inputs.tokens * width * model.dtype.itemsize
     # Whole logits are for this evaluation alone: they would fill the cache with a single base.
     cache = parent_caches.room(needed, lasting=description is not None)
-    with cache.staging(key) as staged:
-        chunks = (states for ids in inputs.samples for states in last_hidden_states(model, lm_head, ids))
-        shape, kind = _write_states(states_file(staged), chunks, advance)
+    with cache.staging(key) as staged, layered.reading() as model:
+        shape, kind = _write_states(staged / _STATES_FILE, last_hidden_states(model, lm_head, inputs.samples), advance)
         return cache.keep(key, staged, {"readout": description, "shape": shape, "dtype": kind})
 
 
@@ -136,8 +155,8 @@ def _write_states(path: Path, chunks: Iterable[Any], advance: Advance) -> tuple[
 
 
 def _keep_texts(
-    model: Any, task: GenerationTask, parent_caches: ParentCaches, key: str, advance: Advance
-) -> ParentCacheEntry:
+    model: Any, task: GenerationTask, parent_caches: ParentCaches, key: StageKey, advance: Advance
+) -> StageResult:
     completions = generate(model, task.requests, task.sampling, advance)
     cache = parent_caches.room(0)
     with cache.staging(key) as staged:
@@ -146,7 +165,7 @@ def _keep_texts(
         )
 
 
-def _completions(entry: ParentCacheEntry | None) -> tuple[Completion, ...]:
+def _completions(entry: StageResult | None) -> tuple[Completion, ...]:
     payload = entry.facts["replies"] if entry else []
     return tuple(Completion(tuple(ids), finished) for ids, finished in payload)
 
@@ -157,7 +176,7 @@ def _keys(inputs: EvalInputs, digest: str) -> _Keys:
 
     common = {"base": digest, "engine": runtime_fingerprint()}
     return _Keys(
-        states=entry_key("states", samples=inputs.samples, **common),
-        texts=entry_key("texts", **texts(inputs.prompts), **common),
-        answers=entry_key("texts", **texts(inputs.questions), **common),
+        states=stage_key("parent-states", revision=_STATES_REVISION, samples=inputs.samples, **common),
+        texts=stage_key("parent-texts", **texts(inputs.prompts), **common),
+        answers=stage_key("parent-texts", **texts(inputs.questions), **common),
     )

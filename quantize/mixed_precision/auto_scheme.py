@@ -1,21 +1,17 @@
 """`scheme: auto`: measure what rounding costs each unit of a model, then spend the budget where it helps most."""
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-from config.load import home_directory
 from config.manifest import Engine, Scheme
 from quantize.base import BaseModel
 from quantize.mixed_precision.allocation import Allocation, Option, allocate
 from quantize.mixed_precision.module_groups import ModuleGroup, module_groups_of, written
 from quantize.planning.recipe import Budget
 from quantize.running.context import RunContext
+from quantize.running.stage_store import stage_key
 from quantize.running.worker import run_worker
 from quantize.schemes.fit import heads_of
 from quantize.schemes.forecast import packed_bytes
@@ -97,7 +93,8 @@ def options_of(module_group: ModuleGroup, shapes: Mapping[str, tuple[int, int]],
 
 def kept_bytes(base: BaseModel, module_groups: Sequence[ModuleGroup]) -> int:
     """Bytes of all tensors that no choice changes."""
-    searched = {f"{module}.weight" for module_group in module_groups for module in module_group.modules}
+    modules = {module for module_group in module_groups for module in module_group.modules}
+    searched = {tensor for tensor, stored in base.modules.stored_in.items() if modules.intersection(stored)}
     return sum(tensor.bytes for name, tensor in base.tensors.items() if name not in searched)
 
 
@@ -144,34 +141,23 @@ def _costs(
         }
         for module_group in module_groups
     }
-    payload = [_REVISION, [metadata.version(name) for name in _LIBRARIES], base.digest, samples, asked]
-    digest = hashlib.sha256(json.dumps(payload).encode()).hexdigest()
-    file = home_directory(context.environ) / "sensitivity" / f"{digest}.json"
-    known = _kept(file, module_groups)
-    if known is not None:
-        return known
+    key = stage_key(
+        "sensitivity",
+        revision=_REVISION,
+        libraries=[metadata.version(name) for name in _LIBRARIES],
+        base=base.digest,
+        samples=samples,
+        module_groups=asked,
+    )
+    found = context.stages.find(key)
+    if found is not None:
+        return dict(found.facts["kl"])
     job = {"base": str(base.directory.resolve()), "samples": samples, "units": asked}
     with context.progress.stage("sensitivity", "units") as advance:
         costs = run_worker(_MODULE, job, folder=context.folder, environ=context.environ, on_progress=advance)["kl"]
     try:
-        _keep(file, costs)
+        with context.stages.staging(key) as staged:
+            context.stages.keep(key, staged, {"kl": costs}, subject=base.name)
     except OSError as error:
-        context.progress.log(f"{file.parent}: {error.strerror}; the next run will measure again")
+        context.progress.log(f"{context.stages.root}: {error.strerror}; the next run will measure again")
     return dict(costs)
-
-
-def _kept(file: Path, module_groups: Sequence[ModuleGroup]) -> Mapping[str, Sequence[float]] | None:
-    """Read what was measured before; None where there is nothing whole."""
-    try:
-        costs = json.loads(file.read_bytes())
-        whole = all(len(costs[module_group.name]) == len(module_group.choices) for module_group in module_groups)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return dict(costs) if whole else None
-
-
-def _keep(file: Path, value: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value))
-    beside.rename(file)

@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from types import MappingProxyType
+from typing import Literal
 
 from config.manifest import Engine
 from quantize.base import BaseModel
-from quantize.running.memory import needed_bytes
-from quantize.schemes.fit import Shapes, fused_name
+from quantize.planning.model_sizes import sizes_of
+from quantize.schemes.fit import Shapes
+from quantize.schemes.module_config import fused_name
 from quantize.schemes.settings import SolverSettings
 
 _BLOCK = re.compile(r"^.*?(?:layers|h|blocks)\.\d+\.")
@@ -20,6 +22,19 @@ _PASSES_AT_ONCE = 2
 _SEARCH_OPERATIONS = 1000
 _HESSIAN_COPIES = 3
 _FP32_BYTES = 4
+# A weight as it is computed with: fp32 on a CPU, bf16 on a GPU.
+_ITEM_BYTES: Mapping[Engine, int] = MappingProxyType({"cpu": 4, "cuda": 2})
+# Resident memory of the solver's process after its imports, as measured with torch 2.13 and GPTQModel 7.6.
+_SOLVER_LIBRARY_BYTES = 740_000_000
+# fp32 copies of a matrix while it is solved: weights, quantized weights, losses, and those of the block at hand.
+_MATRIX_COPIES = 6
+# What a layer's inputs and outputs of all samples are kept in.
+_ACTIVATION_COPIES = 2
+# CUDA's own context, and what its allocator can't use.
+_CUDA_BYTES = 1_500_000_000
+
+# Where GPTAQ keeps the unquantized model's inputs of a layer: on the GPU, in main memory, or nowhere: then it is off.
+Placement = Literal["gpu", "host"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +63,20 @@ NOMINAL: Mapping[Engine, Rates] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
-    """An estimate: seconds for a block and for all, bytes held by the machine and by a GPU (0 without one)."""
+    """An estimate: seconds for a block and for all, bytes held by the machine and by a GPU (0 without one).
+
+    `kept_input_bytes` are those of GPTAQ, kept in `kept_inputs`; with `by_layers` the weights that are not at work stay
+    on disk.
+    """
 
     blocks: int
     block_seconds: float
     host_bytes: int
     gpu_bytes: int
     assumed: str
+    kept_input_bytes: int = 0
+    kept_inputs: Placement | None = None
+    by_layers: bool = False
 
     @property
     def seconds(self) -> float:
@@ -62,21 +84,98 @@ class CostEstimate:
         return self.blocks * self.block_seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a solver may use: bytes of main memory, and of one GPU; None where that isn't known, and not a limit."""
+
+    host_bytes: int | None = None
+    gpu_bytes: int | None = None
+
+
 def estimate_cost(
-    base: BaseModel, tokens: int, settings: SolverSettings, engine: Engine, cores: int = 1
+    base: BaseModel, tokens: int, settings: SolverSettings, engine: Engine, cores: int = 1, room: Room | None = None
 ) -> CostEstimate:
-    """Estimate the solving of a base on `tokens` tokens of calibration text."""
+    """Estimate the solving of a base on `tokens` tokens of calibration text, placed in the room that there is.
+
+    The inputs that GPTAQ keeps go to the GPU, or else to main memory; if they fit nowhere, the estimate is the one
+    without GPTAQ, and `kept_inputs` is None. Weights stay in memory as long as all of them fit.
+    """
+    room = room or Room()
+    for placement in _placements(settings, engine):
+        for by_layers in (False, True):
+            cost = _cost(base, tokens, settings, engine, cores, placement, by_layers=by_layers)
+            if _fits(cost, room):
+                return cost
+    without = replace(settings, gptaq=0.0)
+    by_layers = not _fits(_cost(base, tokens, without, engine, cores, None, by_layers=False), room)
+    return _cost(base, tokens, without, engine, cores, None, by_layers=by_layers)
+
+
+def _placements(settings: SolverSettings, engine: Engine) -> tuple[Placement, ...]:
+    if not settings.gptaq:
+        return ()
+    return ("gpu", "host") if engine == "cuda" else ("host",)
+
+
+def _fits(cost: CostEstimate, room: Room) -> bool:
+    return (room.host_bytes is None or cost.host_bytes <= room.host_bytes) and (
+        room.gpu_bytes is None or cost.gpu_bytes <= room.gpu_bytes
+    )
+
+
+def _cost(
+    base: BaseModel,
+    tokens: int,
+    settings: SolverSettings,
+    engine: Engine,
+    cores: int,
+    kept_inputs: Placement | None,
+    *,
+    by_layers: bool,
+) -> CostEstimate:
     blocks = blocks_of(base.shapes)
     largest = max(blocks.values(), key=lambda block: sum(map(prod, block.values())))
+    sizes = sizes_of(base)
     workers = cores if engine == "cpu" else 1
     rates = NOMINAL[engine]
-    description = rates.description if engine == "cuda" else f"{rates.description}, {cores} cores"
+    kept = kept_input_bytes(largest, tokens, engine, kept_inputs) if kept_inputs else 0
+    solving = _solving_bytes(largest)
+    activations = _ACTIVATION_COPIES * tokens * sizes.hidden * _ITEM_BYTES[engine]
+    weights = (sizes.outer + 2 * sizes.layer if by_layers else sizes.parameters) * _ITEM_BYTES[engine]
+    on_cpu = engine == "cpu"
     return CostEstimate(
         blocks=len(blocks),
         block_seconds=_block_seconds(largest, tokens, settings, rates, workers),
-        host_bytes=needed_bytes(base, tokens, gpu=engine == "cuda"),
-        gpu_bytes=_gpu_bytes(base, largest, tokens) if engine == "cuda" else 0,
-        assumed=description,
+        host_bytes=_SOLVER_LIBRARY_BYTES
+        + weights
+        + activations
+        + (kept if kept_inputs == "host" else 0)
+        + (solving if on_cpu else 0),
+        gpu_bytes=0
+        if on_cpu
+        else _CUDA_BYTES + sizes.layer * 2 + solving + activations + (kept if kept_inputs == "gpu" else 0),
+        assumed=rates.description if engine == "cuda" else f"{rates.description}, {cores} cores",
+        kept_input_bytes=kept,
+        kept_inputs=kept_inputs,
+        by_layers=by_layers,
+    )
+
+
+def kept_input_bytes(block: Shapes, tokens: int, engine: Engine, placement: Placement) -> int:
+    """Bytes of the inputs of a block's linear layers for all tokens, which GPTAQ keeps until a layer is solved.
+
+    Layers that read the same tensor share it where it was computed; what moves to main memory is copied for each.
+    """
+    shared = {fused_name(name): columns for name, (_, columns) in block.items()}
+    copied = engine == "cuda" and placement == "host"
+    columns = sum(columns for _, columns in block.values()) if copied else sum(shared.values())
+    return tokens * columns * _ITEM_BYTES[engine]
+
+
+def _solving_bytes(block: Shapes) -> int:
+    return max(
+        _HESSIAN_COPIES * columns**2 * _FP32_BYTES + _MATRIX_COPIES * rows * columns * _FP32_BYTES
+        for rows, columns in block.values()
     )
 
 
@@ -104,17 +203,3 @@ def _block_seconds(block: Shapes, tokens: int, settings: SolverSettings, rates: 
     )
     visits = sum(columns for _, columns in block.values()) * rates.column_seconds
     return (forward + exact + search) / workers + visits
-
-
-def _gpu_bytes(base: BaseModel, block: Shapes, tokens: int) -> int:
-    weights = sum(map(prod, block.values()))
-    working = max(map(prod, block.values())) * _FP32_BYTES * 2
-    return weights * 2 + working + _hessian_bytes(block) + 2 * tokens * _width(base, block) * 2
-
-
-def _hessian_bytes(block: Shapes) -> int:
-    return max(columns for _, columns in block.values()) ** 2 * _FP32_BYTES * _HESSIAN_COPIES
-
-
-def _width(base: BaseModel, block: Shapes) -> int:
-    return base.sizes.get("hidden size") or min(columns for _, columns in block.values())

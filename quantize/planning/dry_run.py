@@ -10,10 +10,14 @@ from quantize.base import BaseModel
 from quantize.calibration.datasets import CalibrationSplit, Dataset
 from quantize.evaluation.evaluate import EvaluationPlan
 from quantize.evaluation.verdict import limits_for
-from quantize.planning.cost_estimate import CostEstimate, estimate_cost
+from quantize.modules import ModuleTree
+from quantize.planning.cost_estimate import CostEstimate
 from quantize.planning.recipe import Budget
 from quantize.planning.request import Request
-from quantize.schemes.engines import ENGINES, kernels, refusals
+from quantize.planning.run_costs import expected_tokens, run_costs
+from quantize.planning.stage_costs import StageCost
+from quantize.running.memory import Machine
+from quantize.schemes.engines import ENGINES, expert_refusals, kernels, refusals
 from quantize.schemes.fit import heads_of, tensor_parallel_degrees
 from quantize.schemes.forecast import disk_bytes, predicted_tensors
 from quantize.schemes.module_config import weight_args_of
@@ -23,7 +27,6 @@ from quantize.schemes.settings import SolverSettings
 _OF_GENERATIONS = frozenset({"length_ratio", "unfinished_increase", "repeating_increase", "unclosed_increase"})
 _OF_TASKS = frozenset({"recovery", "flips"})
 _OVERRIDES_SHOWN = 8
-_BYTES_PER_TOKEN = 4  # of UTF-8 text; holds about for European and for East Asian languages alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class DryRunPlan:
     """A variant that doesn't exist yet; sizes in bytes, times in seconds, both estimates.
 
     `tensor_bytes` maps each tensor to its size; `kept_bytes` are those of tensors that stay as the base has them.
-    `data` are lines about the calibration files.
+    `data` are lines about the calibration files, `shortages` about what this machine lacks for the run.
     """
 
     base: str
@@ -55,11 +58,14 @@ class DryRunPlan:
     settings: SolverSettings
     backend: str
     cost: CostEstimate
+    stages: tuple[StageCost, ...]
     engines: Mapping[Engine, EngineSupport]
     tensor_parallel: tuple[int, ...]
     disk_bytes: int
     limits: Mapping[str, float]
     data: tuple[str, ...] = ()
+    experts: str = ""
+    shortages: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -72,13 +78,16 @@ def dry_run_plan(
     base: BaseModel,
     scheme: Scheme,
     split: CalibrationSplit,
-    cores: int,
+    machine: Machine,
     datasets: Sequence[Dataset] = (),
+    *,
+    amx: bool = False,
 ) -> DryRunPlan:
-    """Tell what a request will make of a base; `scheme` is the settled one."""
+    """Tell what a request will make of a base; `scheme` is the settled one, `amx` a feature of the CPU."""
     modules = {name for name in base.shapes if weight_args_of(name, scheme)}
-    kept = [tensor.bytes for name, tensor in base.tensors.items() if name.removesuffix(".weight") not in modules]
-    tokens = expected_tokens(request, split)
+    stored_in = base.modules.stored_in
+    kept = [tensor.bytes for name, tensor in base.tensors.items() if modules.isdisjoint(stored_in.get(name, ()))]
+    costs = run_costs(request, base, scheme, split, machine)
     return DryRunPlan(
         base=f"{base.name} ({base.dtype})",
         base_bytes=base.bytes,
@@ -89,21 +98,28 @@ def dry_run_plan(
         quantized_modules=len(modules),
         quantized_parameters=sum(prod(base.shapes[name]) for name in modules),
         samples=request.self_generate or len(split.calibration),
-        tokens=tokens,
+        tokens=expected_tokens(request, split),
         settings=request.settings,
         backend=request.backend,
-        cost=estimate_cost(base, tokens, request.settings, solving_engine(request), cores),
-        engines=engine_support(scheme),
+        cost=costs.solving,
+        stages=costs.stages,
+        engines=engine_support(scheme, base, amx=amx),
         tensor_parallel=tensor_parallel_degrees(base.shapes, scheme, heads_of(base)),
         disk_bytes=disk_bytes(base, scheme),
         limits=applied_limits(lowest_bits(scheme), request.evaluation),
         data=tuple(line for dataset in datasets for line in dataset.summary()),
+        experts=experts_line(base.modules, scheme),
+        shortages=costs.shortages,
     )
 
 
-def solving_engine(request: Request) -> Engine:
-    """Tell what the solver will run on: named GPUs, or what the variant is for."""
-    return "cuda" if request.devices.gpus else request.engine
+def experts_line(tree: ModuleTree, scheme: Scheme) -> str:
+    """Say how many experts are quantized, and what they leave out of the solver; nothing for a dense model."""
+    if not tree.has_experts:
+        return ""
+    experts = {layer.stored_name.rpartition(".")[0]: layer.stored_name for layer in tree.layers if layer.is_expert}
+    quantized = sum(weight_args_of(name, scheme) is not None for name in experts.values())
+    return f"{len(experts)} experts, {quantized} quantized; routers stay as they are; GPTAQ is off"
 
 
 def lowest_bits(scheme: Scheme) -> int:
@@ -117,17 +133,9 @@ def applied_limits(bits: int, plan: EvaluationPlan) -> dict[str, float]:
     return {name: value for name, value in limits_for(bits, plan.limits).items() if name not in unmeasured}
 
 
-def expected_tokens(request: Request, split: CalibrationSplit) -> int:
-    """Guess the tokens of the calibration text from its bytes; of text that isn't written yet, the most it may have."""
-    if request.self_generate:
-        return request.self_generate * request.max_tokens
-    lengths = (len(row.words.encode()) // _BYTES_PER_TOKEN for row in split.calibration)
-    return sum(min(length, request.max_tokens) for length in lengths)
-
-
-def engine_support(scheme: Scheme) -> dict[Engine, EngineSupport]:
+def engine_support(scheme: Scheme, base: BaseModel, *, amx: bool = False) -> dict[Engine, EngineSupport]:
     """Tell for each engine how it will load a scheme, or why it won't."""
-    reasons = refusals(scheme)
+    reasons = expert_refusals(scheme, base, amx=amx) | refusals(scheme)
     return {
         engine: EngineSupport(False, reasons[engine])
         if engine in reasons
@@ -153,15 +161,19 @@ def as_text(plan: DryRunPlan) -> str:
         ("scheme", _scheme_line(plan)),
         *_override_rows(plan.scheme.overrides),
         ("size", _size_line(plan)),
+        *((("experts", plan.experts),) if plan.experts else ()),
         *(("data", line) for line in plan.data),
         ("calibration", f"{plan.samples} samples, about {plan.tokens:,} tokens"),
         ("solver", f"{plan.backend}, {_settings_line(plan.settings)}"),
-        ("time", _time_line(plan.cost)),
-        ("memory", _memory_line(plan.cost)),
+        *((("GPTAQ", _kept_inputs_line(plan.cost)),) if plan.settings.gptaq else ()),
+        ("time", _time_line(plan.cost, plan.stages)),
+        ("memory", _memory_line(plan.stages)),
+        *_stage_rows(plan.stages),
         ("disk", f"{_size(plan.disk_bytes)} free beside the target"),
         *((engine, ("loads: " if on.loads else "won't load: ") + on.reason) for engine, on in plan.engines.items()),
         ("GPUs", f"can be shared by {', '.join(map(str, plan.tensor_parallel))} (tensor parallel)"),
         ("gates", ", ".join(f"{name} {value:g}" for name, value in plan.limits.items())),
+        *(("problem", line) for line in plan.shortages),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {told}" for name, told in rows)
@@ -205,14 +217,33 @@ def _settings_line(settings: SolverSettings) -> str:
     return f"{order}, {norm}{gptaq}, damping {damp}"
 
 
-def _time_line(work: CostEstimate) -> str:
-    each, every = _duration(work.block_seconds), _duration(work.seconds)
-    return f"about {each} a layer, {every} for {work.blocks} (estimate for {work.assumed})"
+def _time_line(solving: CostEstimate, stages: Sequence[StageCost]) -> str:
+    each, every = _duration(solving.block_seconds), _duration(solving.seconds)
+    total = _duration(sum(stage.seconds for stage in stages))
+    return f"about {total}; the solver: {each} a layer, {every} for {solving.blocks} (estimate for {solving.assumed})"
 
 
-def _memory_line(work: CostEstimate) -> str:
-    gpu = f", {_size(work.gpu_bytes)} of the GPU" if work.gpu_bytes else ""
-    return f"about {_size(work.host_bytes)} of the machine{gpu} (estimate)"
+def _memory_line(stages: Sequence[StageCost]) -> str:
+    host = max(stage.host_bytes for stage in stages)
+    gpu = max(stage.gpu_bytes for stage in stages)
+    return f"at most {_size(host)} of the machine{f', {_size(gpu)} of the GPUs' if gpu else ''} (estimate), by stage:"
+
+
+def _stage_rows(stages: Sequence[StageCost]) -> list[tuple[str, str]]:
+    def gpu(stage: StageCost) -> str:
+        return f", {_size(stage.gpu_bytes)} of {'all GPUs' if stage.spread else 'one GPU'}" if stage.gpu_bytes else ""
+
+    return [
+        ("  stage", f"{stage.stage:<24}{_duration(stage.seconds):>8}, {_size(stage.host_bytes)}{gpu(stage)}")
+        for stage in stages
+    ]
+
+
+def _kept_inputs_line(solving: CostEstimate) -> str:
+    if solving.kept_inputs is None:
+        return "left out: the inputs that it keeps fit neither the GPU nor main memory"
+    place = "on the GPU" if solving.kept_inputs == "gpu" else "in main memory"
+    return f"keeps {_size(solving.kept_input_bytes)} of inputs {place}"
 
 
 def _duration(seconds: float) -> str:

@@ -138,7 +138,18 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="directory of the variant, {id} in it becomes its id; whole or not at all",
     )
-    add("--resume", action="store_true", help="continue an interrupted run after its last whole layer")
+    add(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="use the results of stages that earlier runs kept (default); --no-resume computes all of them again",
+    )
+    add(
+        "--keep-bytes",
+        type=size,
+        metavar="SIZE",
+        help="results of stages that stay in $QUANTGATE_HOME/stages when the variant is done (default: 20GB)",
+    )
 
 
 def _add_scheme(parser: argparse.ArgumentParser) -> None:
@@ -211,6 +222,11 @@ def _add_solver(parser: argparse.ArgumentParser) -> None:
         f"(default: {' '.join(f'{step:g}' for step in DAMPING_LADDER)})",
     )
     add("--allow-fallback", type=count, metavar="N", help="so many modules may be rounded to nearest (default: 0)")
+    add(
+        "--expert-fallback",
+        choices=("rtn", "fail"),
+        help="experts that less than 0.5%% of the tokens reach: round them to nearest, or stop (default: rtn)",
+    )
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from config.hardware import has_gpu_driver
 from config.manifest import Engine, Override, Scheme
-from quantize.base import BaseModel, read_base
+from quantize.base import BaseModel
 from quantize.calibration.datasets import (
     FEWEST_SAMPLES,
     CalibrationSplit,
@@ -17,25 +18,30 @@ from quantize.calibration.datasets import (
 from quantize.errors import RecipeError
 from quantize.planning.recipe import Budget, Recipe, chosen_backend
 from quantize.planning.request import Request
-from quantize.schemes.engines import choices, refusals, require_engine
+from quantize.planning.run_costs import run_costs
+from quantize.running.memory import Machine
+from quantize.schemes.engines import choices, expert_refusals, has_amx, refusals, require_engine
 from quantize.schemes.fit import fitted, heads_of, matching, misfit, tensor_parallel_degrees, uneven_share
 from quantize.schemes.forecast import predicted_bytes
 from quantize.schemes.module_config import WeightArgs
 from quantize.schemes.scheme import PRESETS, require_loadable
+from quantize.schemes.settings import SolverSettings
 
 _FEWEST_TOKENS = 32
 _FOUR_BITS = [scheme for scheme in PRESETS.values() if scheme.bits == 4]  # widest groups, and so smallest, first
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
-def plan_variant(request: Request) -> tuple[Recipe, CalibrationSplit]:
-    """Check a request and write down its recipe, with the chats it draws; UsageError says what doesn't fit.
+def plan_variant(request: Request, base: BaseModel, machine: Machine) -> tuple[Recipe, CalibrationSplit]:
+    """Write down the recipe of a request that was checked, with the records that it draws.
 
-    What the base answered itself is a text file like any other: name it in `request.data` before.
+    Completions that the base generated are a file like any other: name it in `request.data` before. GPTAQ is left out
+    where the inputs that it keeps fit neither the GPU nor main memory.
     """
-    check_numbers(request)
-    base = read_base(request.base)
     scheme = settled_scheme(request, base)
     datasets, split = calibration_split(request)
+    request = replace(request, settings=settled_settings(request.settings, base))
+    costs = run_costs(request, base, scheme, split, machine, engine=machine.engine)
     recipe = Recipe(
         base=base,
         scheme=scheme,
@@ -43,7 +49,7 @@ def plan_variant(request: Request) -> tuple[Recipe, CalibrationSplit]:
         samples=request.samples,
         max_tokens=request.max_tokens,
         seed=request.seed,
-        settings=request.settings,
+        settings=request.settings if costs.solving.kept_inputs else replace(request.settings, gptaq=0.0),
         backend=chosen_backend(request.backend),
         devices=request.devices,
         budget=request.scheme if isinstance(request.scheme, Budget) else None,
@@ -55,6 +61,11 @@ def plan_variant(request: Request) -> tuple[Recipe, CalibrationSplit]:
 def present_engine() -> Engine:
     """Tell which engine this machine can run, without importing torch."""
     return "cuda" if has_gpu_driver() else "cpu"
+
+
+def this_cpu_has_amx() -> bool:
+    """Tell whether vLLM finds kernels for quantized experts on this machine's CPU."""
+    return _CPU_INFO.is_file() and has_amx(_CPU_INFO.read_text())
 
 
 def check_numbers(request: Request) -> None:
@@ -72,15 +83,22 @@ def settled_scheme(request: Request, base: BaseModel) -> Scheme:
     if not base.shapes:
         raise RecipeError(f"{base.directory}: has no linear layers in blocks; GPTQ quantizes decoder models")
     if isinstance(request.scheme, Budget):
+        _require_searchable(base)
         scheme = fitted(_smallest(base, request.scheme, request.engine), base)
         _require_within(scheme, base, request.scheme)
     else:
         scheme = fitted(request.scheme, base)
-    reason = refusals(scheme).get(request.engine) or misfit(scheme, base.shapes, base.sizes)
+    refused = expert_refusals(scheme, base, amx=this_cpu_has_amx()) | refusals(scheme)
+    reason = refused.get(request.engine) or misfit(scheme, base.shapes, base.sizes)
     if reason:
         raise RecipeError(f"{base.directory}: {scheme.name} doesn't fit: {reason}")
     _require_shares(base, scheme, request.tensor_parallel)
     return scheme
+
+
+def settled_settings(settings: SolverSettings, base: BaseModel) -> SolverSettings:
+    """Leave GPTAQ out for a base with experts: routers choose other tokens for an expert than the unquantized model."""
+    return replace(settings, gptaq=0.0) if base.modules.has_experts else settings
 
 
 def calibration_split(request: Request) -> tuple[tuple[Dataset, ...], CalibrationSplit]:
@@ -114,6 +132,17 @@ def _wider(least: Mapping[str, WeightArgs], plain: Scheme) -> Iterable[Override]
         if weight_args != WeightArgs(plain.bits, plain.group_size):
             result[pattern] = Override(modules=pattern, bits=4, group_size=weight_args.group_size)
     return result.values()
+
+
+def _require_searchable(base: BaseModel) -> None:
+    """The search rounds linear layers of the transformers model one by one: they must be there, by their names."""
+    if base.modules.has_experts:
+        raise RecipeError(
+            f"{base.directory}: scheme auto measures single layers, and transformers holds all experts of a block in "
+            "one tensor; choose a scheme, and --override '*.self_attn.*=8' for layers that need more",
+        )
+    if "text_config" in base.config:
+        raise RecipeError(f"{base.directory}: scheme auto supports no multimodal models; choose a scheme")
 
 
 def _require_within(scheme: Scheme, base: BaseModel, budget: Budget) -> None:

@@ -13,6 +13,7 @@ from quantize.planning.recipe import Budget, Devices
 from quantize.planning.recipe_file import AUTO, scheme_of
 from quantize.planning.recipe_schema import EvaluationTable, OverrideTable, RecipeFile, SchemeTable, SolverTable
 from quantize.planning.request import DEFAULT_TEXT, Request, TextFile
+from quantize.running.stage_store import DEFAULT_KEEP_BYTES
 from quantize.schemes.scheme import named, preset
 from quantize.schemes.settings import SETTINGS, SolverSettings
 
@@ -49,8 +50,10 @@ def resolve(options: argparse.Namespace, recipe: RecipeFile, *, present: Engine)
         devices=devices,
         tensor_parallel=first(options.tensor_parallel, recipe.tensor_parallel, 1),
         allow_fallback=first(options.allow_fallback, recipe.allow_fallback, 0),
+        expert_fallback=first(options.expert_fallback, recipe.expert_fallback, "rtn"),
         evaluation=chosen_evaluation(options, recipe.evaluation),
         resume=options.resume,
+        keep_bytes=DEFAULT_KEEP_BYTES if options.keep_bytes is None else options.keep_bytes,
         log=options.log,
     )
 

@@ -1,11 +1,14 @@
 """Variants as plain text: one line, a table, or a fact per line."""
 
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
-from config.manifest import Calibration, Manifest, Quality
+from config.manifest import Calibration, ExpertCoverage, Manifest, Quality
+from quantize.running.stage_store import StageEntry
 from quantize.variants.pruning import Disposable
 
+_NAMES_SHOWN = 5
 _HEADINGS = ("variant", "scheme", "size", "KL mean", "top-1", "perplexity", "verdict", "directory")
 
 
@@ -71,7 +74,19 @@ def _provenance(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "damping", ", ".join(f"{count} modules at {damp}" for damp, count in quantizer.damp.items())
     if quantizer.fallback_modules:
         yield "RTN", f"rounded to nearest, GPTQ failed: {', '.join(quantizer.fallback_modules)}"
+    if quantizer.experts:
+        yield "experts", _experts(quantizer.experts)
     yield "calibration", _calibration(manifest.calibration)
+
+
+def _experts(coverage: ExpertCoverage) -> str:
+    few = coverage.undersampled
+    rounded = f", {len(few)} of them too few and rounded to nearest: {', '.join(few[:_NAMES_SHOWN])}" if few else ""
+    more = f" and {len(few) - _NAMES_SHOWN} more" if len(few) > _NAMES_SHOWN else ""
+    return (
+        f"{coverage.experts} experts saw {coverage.fewest_tokens:,} tokens or more, "
+        f"half of them {coverage.median_tokens:,}{rounded}{more}"
+    )
 
 
 def _quality(quality: Quality) -> Iterator[tuple[str, str]]:
@@ -85,6 +100,24 @@ def _quality(quality: Quality) -> Iterator[tuple[str, str]]:
         result = "passed" if check.passed else "failed"
         yield "check", f"{check.name} {check.value:.4f}, limit {check.limit:g}: {result}"
     yield "verdict", quality.verdict
+
+
+def stage_listing(entries: Sequence[StageEntry], root: Path) -> str:
+    """List the results of stages: stage, size, last use, and what they belong to."""
+    if not entries:
+        return f"no stages in {root}"
+    lines = [
+        f"{entry.name:<14} {_megabytes(entry.bytes):>10}  "
+        f"{datetime.fromtimestamp(entry.used_seconds, UTC):%Y-%m-%d %H:%M}  {_stage_state(entry)}  {entry.path.name}"
+        for entry in entries
+    ]
+    return "\n".join([*lines, f"{'together':<14} {_megabytes(sum(entry.bytes for entry in entries)):>10}  in {root}"])
+
+
+def _stage_state(entry: StageEntry) -> str:
+    if entry.unfinished:
+        return "unfinished: the same command continues it"
+    return entry.subject if entry.evictable else f"{entry.subject}, not sealed yet"
 
 
 def _calibration(calibration: Calibration | None) -> str:

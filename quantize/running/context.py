@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quantize.running.progress import ProgressReporter
+from quantize.running.stage_store import StageStore, stage_store
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,3 +15,8 @@ class RunContext:
     folder: Path
     environ: Mapping[str, str]
     progress: ProgressReporter
+
+    @property
+    def stages(self) -> StageStore:
+        """The results of stages that all runs share."""
+        return stage_store(self.environ)

@@ -1,49 +1,47 @@
 """How much memory quantizing takes, and how much there is."""
 
+import os
+import subprocess
+from dataclasses import dataclass
+
+from config.manifest import Engine
 from config.memory import read_memory
 from quantize.base import BaseModel
-from quantize.errors import MachineError
 
-_FP32_BYTES = 4
-# Bytes of a weight as it is computed with on a CPU (fp32), over its bytes in the file.
-_GROWTH = {"bf16": 2, "fp16": 2, "fp32": 1}
-# A Hessian, the copy that is damped and factored, and its inverse.
-_MATRICES = 3
-# What a layer's inputs and outputs of all samples are kept in.
-_COPIES = 2
-_PYTHON_BYTES = 10**9
-_GIGA = 1e9
+_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
+_NVIDIA_SMI_SECONDS = 20.0
 
 
-def needed_bytes(base: BaseModel, tokens: int, *, gpu: bool) -> int:
-    """Estimate the main memory that quantizing on `tokens` tokens takes at its peak.
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What this machine has: memory in bytes, available now and in total, and free on each GPU by its number."""
 
-    On a CPU: all weights in fp32, the Hessian of the widest layer, what one layer passes to the next for all tokens,
-    and the libraries. With a GPU the weights wait in main memory as the file has them; the rest lies on the GPU.
-    """
-    if gpu:
-        return base.bytes + _PYTHON_BYTES
-    widest = widest_inputs(base)
-    hidden = base.sizes.get("hidden size", widest)
-    matrices = _MATRICES * widest**2 * _FP32_BYTES
-    activations = _COPIES * tokens * hidden * _FP32_BYTES
-    return base.bytes * _GROWTH.get(base.dtype, 2) + matrices + activations + _PYTHON_BYTES
+    cores: int
+    memory_bytes: int
+    total_bytes: int
+    gpu_bytes: tuple[int, ...] = ()
+
+    @property
+    def engine(self) -> Engine:
+        """What work runs on here."""
+        return "cuda" if self.gpu_bytes else "cpu"
+
+
+def present_machine() -> Machine:
+    """Look at this machine, without importing torch."""
+    memory = read_memory()
+    return Machine(len(os.sched_getaffinity(0)), memory.free_bytes, memory.total_bytes, free_gpu_bytes())
+
+
+def free_gpu_bytes() -> tuple[int, ...]:
+    """Ask `nvidia-smi` for the free memory of every GPU; nothing where there is none."""
+    try:
+        run = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, check=False, timeout=_NVIDIA_SMI_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return tuple(int(line) * 2**20 for line in run.stdout.split() if line.isdecimal()) if run.returncode == 0 else ()
 
 
 def widest_inputs(base: BaseModel) -> int:
     """Inputs of the widest linear layer: its Hessian has that many rows, and wants as many tokens."""
     return max((columns for _, columns in base.shapes.values()), default=0)
-
-
-def require_memory(needed: int, available: int, *, what: str) -> None:
-    """Raise MachineError unless so many bytes are available."""
-    if available < needed:
-        raise MachineError(
-            f"too little memory for {what}: about {needed / _GIGA:.1f} GB needed, {available / _GIGA:.1f} GB "
-            "available; free some, take fewer or shorter samples, or use a larger machine",
-        )
-
-
-def available_bytes() -> int:
-    """Read how much memory a new process may take: of this machine, or of its container."""
-    return read_memory().free_bytes

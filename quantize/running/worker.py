@@ -22,6 +22,7 @@ from typing import Any
 from config.load import home_directory
 from quantize.errors import (
     CalibrationError,
+    MachineError,
     QuantizeError,
     RecipeError,
     SolveError,
@@ -35,7 +36,15 @@ from quantize.running.interrupt import undisturbed
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _PATIENCE_SECONDS = 10.0
 _ROOT = Path(__file__).resolve().parents[2]
-_KINDS = (RecipeError, CalibrationError, SolveError, VariantError, WeightFileError, SpaceError)
+_KINDS = (
+    RecipeError,
+    CalibrationError,
+    MachineError,
+    SolveError,
+    VariantError,
+    WeightFileError,
+    SpaceError,
+)
 _MEMORY_SIGNAL = -signal.SIGKILL
 
 Work = Callable[[dict[str, Any], "WorkerChannel"], dict[str, Any]]
@@ -84,14 +93,14 @@ def run_child(work: Work) -> int:
         except Exception as error:
             if not is_disk_full(error):
                 raise
-            channel.error(SpaceError(f"no space left on the disk of {_visible(Path(job_file).parent)}; free some"))
+            channel.error(SpaceError(f"no space left on the disk of {visible(Path(job_file).parent)}; free some"))
             return SpaceError.exit_code
     return 0
 
 
-def _visible(folder: Path) -> Path:
+def visible(folder: Path) -> Path:
     """Name the folder that a person knows: hidden ones are ours, and gone after an error."""
-    return _visible(folder.parent) if any(part.startswith(".") for part in folder.parts) else folder
+    return visible(folder.parent) if any(part.startswith(".") for part in folder.parts) else folder
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -139,6 +148,8 @@ def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        # transformers would read all tensors of a model in threads before it places the first.
+        "HF_DEACTIVATE_ASYNC_LOAD": "1",
         # GPTQ is many small steps. Beside another busy process, threads that spin while they wait for each other made
         # them 500 times slower on two cores; threads that sleep cost nothing that could be measured.
         "OMP_WAIT_POLICY": kept.get("OMP_WAIT_POLICY", "PASSIVE"),

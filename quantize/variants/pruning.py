@@ -1,6 +1,5 @@
 """What a folder of variants can do without: remains of stopped runs, variants that failed or were replaced."""
 
-import fcntl
 import os
 import re
 import shutil
@@ -12,12 +11,14 @@ from pathlib import Path
 from config.errors import ManifestError
 from config.manifest import FILE_NAME, Manifest
 from quantize.errors import TargetError
-from quantize.variants.store import is_alive
+from quantize.running.files import is_alive
+from quantize.running.stage_store import StageStore, is_locked
 
 _STAGED = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.partial")
 _SOLVING = re.compile(r"\.(?P<name>.+)\.solving")
-_LOCK = "lock"
 _DAY_SECONDS = 86_400
+# Of $QUANTGATE_HOME, before stages had one place.
+_OLD_CACHES = ("parents", "sensitivity", "self-generated")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,21 @@ def disposables(place: Path, *, older_than_days: float, failed: bool, superseded
     reasons |= failures(variants) if failed else {}
     reasons |= replaced(variants) if superseded else {}
     return [Disposable(path, reason, _size_bytes(path)) for path, reason in reasons.items()]
+
+
+def stage_disposables(store: StageStore, *, keep_bytes: int, older_than_days: float) -> list[Disposable]:
+    """List results of stages beyond `keep_bytes`, unfinished ones that no run continued, and caches of old versions."""
+    before_seconds = time.time() - older_than_days * _DAY_SECONDS
+    unfinished = [entry for entry in store.entries() if not entry.evictable and entry.used_seconds < before_seconds]
+    caches = [store.root.parent / name for name in _OLD_CACHES]
+    return [
+        *(
+            Disposable(entry.path, f"beyond --keep-bytes: {entry.name}", entry.bytes)
+            for entry in store.excess(keep_bytes)
+        ),
+        *(Disposable(entry.path, f"no run has continued this {entry.name}", entry.bytes) for entry in unfinished),
+        *(Disposable(path, "a cache of an older version", _size_bytes(path)) for path in caches if path.is_dir()),
+    ]
 
 
 def failures(variants: dict[Path, Manifest]) -> dict[Path, str]:
@@ -80,7 +96,7 @@ def _remains(folders: Sequence[Path], before_seconds: float) -> Iterator[tuple[P
         staged, solving = _STAGED.fullmatch(path.name), _SOLVING.fullmatch(path.name)
         if staged and not is_alive(int(staged["pid"])):
             yield path, f"process {staged['pid']} that made {staged['name']} is gone"
-        elif solving and _newest_seconds(path) < before_seconds and not _is_locked(path / _LOCK):
+        elif solving and _newest_seconds(path) < before_seconds and not is_locked(path):
             days = (time.time() - _newest_seconds(path)) / _DAY_SECONDS
             yield path, f"nobody has resumed {solving['name']} for {days:.0f} days"
 
@@ -100,17 +116,6 @@ def _sealed(folders: Sequence[Path]) -> Iterator[tuple[Path, Manifest]]:
 
 def _newest_seconds(folder: Path) -> float:
     return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-
-
-def _is_locked(lock: Path) -> bool:
-    if not lock.is_file():
-        return False
-    with lock.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _size_bytes(folder: Path) -> int:

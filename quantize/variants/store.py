@@ -11,6 +11,7 @@ from pathlib import Path
 from config.errors import ManifestError
 from config.manifest import FILE_NAME, Manifest, SealedFile, sha256_of
 from quantize.errors import TargetError
+from quantize.running.files import is_alive, sync, sync_tree
 
 _WORK = ".work"
 _UNSEALED = frozenset({FILE_NAME, "capacity.json"})
@@ -30,11 +31,11 @@ def staging(out: Path) -> Iterator[Path]:
     try:
         yield staged
         shutil.rmtree(staged / _WORK, ignore_errors=True)
-        _sync_tree(staged)
+        sync_tree(staged)
         _publish(staged, out.resolve())
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    _sync(parent)
+    sync(parent)
 
 
 def work_folder(staged: Path) -> Path:
@@ -102,15 +103,38 @@ def reusable(out: Path, variant_id: str) -> Manifest | None:
     return manifest
 
 
-def require_space(out: Path, needed_bytes: int) -> None:
-    """Raise TargetError unless the target's filesystem has so much free."""
-    place = next(folder for folder in out.resolve().parents if folder.exists())
-    free = shutil.disk_usage(place).free
-    if free < needed_bytes:
-        raise TargetError(
-            f"no disk space for {out}: {_gigabytes(needed_bytes)} needed, {_gigabytes(free)} free; "
-            "free some or choose another --out",
-        )
+def require_target(out: Path) -> None:
+    """Raise TargetError for a path that no variant can be written to; `{id}` in it is not known yet."""
+    if "{id}" not in out.name and (out.exists() or out.is_symlink()) and not out.is_dir():
+        raise TargetError(f"{out}: is a file; choose another --out")
+    folder = _existing(out.parent)
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise TargetError(f"{out}: {folder} is not writable; choose another --out")
+
+
+def require_space(needed: Mapping[Path, tuple[int, str]]) -> None:
+    """Raise TargetError unless every filesystem has room for all that will be written to it.
+
+    `needed` maps paths to bytes, and to what to do where they are not free.
+    """
+    filesystems: dict[int, tuple[int, list[tuple[Path, str]]]] = {}
+    for path, (count_bytes, advice) in needed.items():
+        folder = _existing(path)
+        total, paths = filesystems.get(folder.stat().st_dev, (0, []))
+        # Files of one filesystem are linked, and take their room once.
+        filesystems[folder.stat().st_dev] = (max(total, count_bytes), [*paths, (path, advice)])
+    for count_bytes, paths in filesystems.values():
+        path, advice = paths[0]
+        free = shutil.disk_usage(_existing(path)).free
+        if free < count_bytes:
+            raise TargetError(
+                f"no disk space for {path}: {_gigabytes(count_bytes)} needed, {_gigabytes(free)} free; "
+                f"free some or {advice}",
+            )
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.resolve().parents) if folder.exists())
 
 
 def _publish(staged: Path, out: Path) -> None:
@@ -122,36 +146,8 @@ def _publish(staged: Path, out: Path) -> None:
         ) from None
 
 
-def _sync_tree(directory: Path) -> None:
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            _sync(Path(folder, name))
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _has_size(path: Path, size_bytes: int) -> bool:
     return path.is_file() and path.stat().st_size == size_bytes
-
-
-def is_alive(pid: int) -> bool:
-    """Tell whether another process of that number runs."""
-    if pid == os.getpid():  # left by a namesake: this process stages a directory once
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _gigabytes(count_bytes: int) -> str:

@@ -9,8 +9,9 @@ is [N, G], `weight_shape` says N and K, and an asymmetric one has `weight_zero_p
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,27 +116,54 @@ def read_packing(directory: Path) -> Packing:
     )
 
 
-def read_dense(directory: Path) -> tuple[Tensors, tuple[str, ...]]:
-    """Read a quantized directory as dense tensors by their base's names, and the names of its quantized layers."""
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that `tensor[...]` reads from its file, and unpacks; transformers' loader takes it for a slice."""
+
+    read: Callable[[], Any]
+
+    def __getitem__(self, _: Any) -> Any:
+        """Read the whole tensor."""
+        return self.read()
+
+
+def lazy_tensors(directory: Path) -> dict[str, LazyTensor]:
+    """Map the names of all tensors of a directory's safetensors files to readers, by file and name."""
+    from safetensors import safe_open  # noqa: PLC0415
+
+    tensors: dict[str, LazyTensor] = {}
+    for file in weight_files(directory):
+        stream: Any = safe_open(file, framework="pt", backend="pread")
+        tensors |= {name: LazyTensor(partial(stream.get_tensor, name)) for name in sorted(stream.keys())}
+    return tensors
+
+
+def lazy_dense(directory: Path) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
+    """Map the tensors of a quantized directory, by their base's names, to readers of dense tensors; name its layers."""
     packing = read_packing(directory)
-    tensors = dict(read_tensors(directory))
+    tensors = lazy_tensors(directory)
     marker, parts = _PARTS[packing.format]
-    dense = _DENSE[packing.format]
     layers = tuple(sorted(name.removesuffix(f".{marker}") for name in tensors if name.endswith(f".{marker}")))
     for layer in layers:
         packed = {part: tensors.pop(f"{layer}.{part}") for part in parts if f"{layer}.{part}" in tensors}
-        tensors[f"{layer}.weight"] = dense(packed)
+        tensors[f"{layer}.weight"] = LazyTensor(partial(_dense, packed, packing.format))
     return tensors, layers
 
 
-def read_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the tensors of a directory's weight files, one by one."""
-    from safetensors import safe_open  # noqa: PLC0415
+def read_dense(directory: Path) -> tuple[Tensors, tuple[str, ...]]:
+    """Read a quantized directory as dense tensors by their base's names, and the names of its quantized layers."""
+    tensors, layers = lazy_dense(directory)
+    return {name: tensor[...] for name, tensor in tensors.items()}, layers
 
-    for file in weight_files(directory):
-        with safe_open(file, framework="pt") as stream:
-            for name in sorted(stream.keys()):
-                yield name, stream.get_tensor(name)
+
+def read_tensors(directory: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors of all safetensors files of a directory, one by one."""
+    for name, tensor in lazy_tensors(directory).items():
+        yield name, tensor[...]
+
+
+def _dense(packed: Mapping[str, LazyTensor], form: str) -> Any:
+    return _DENSE[form]({part: tensor[...] for part, tensor in packed.items()})
 
 
 _PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
@@ -150,10 +178,49 @@ _DENSE: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 }
 
 
-def packed_layer(tensors: Mapping[str, Any], layer: str, scheme: Scheme) -> Tensors:
-    """Give a GPTQ layer's tensors by their final names in a variant of `scheme`."""
-    packed = {part: tensors[f"{layer}.{part}"] for part in _PARTS["gptq"][1]}
+def packed_module(tensors: Mapping[str, Any], layers: Sequence[str], module: str, scheme: Scheme) -> Tensors:
+    """Give the GPTQ tensors of `layers`, stacked, as those of `module` in a variant of `scheme`."""
+    packed = _stacked([{part: tensors[f"{layer}.{part}"][...] for part in _PARTS["gptq"][1]} for layer in layers])
     if scheme.format == "gptq":
-        return {f"{layer}.{part}": tensor.contiguous() for part, tensor in packed.items()}
+        return {f"{module}.{part}": tensor.contiguous() for part, tensor in packed.items()}
     weight, scale = gptq_to_int8(packed)
-    return {f"{layer}.weight": weight, f"{layer}.weight_scale": scale}
+    return {f"{module}.weight": weight, f"{module}.weight_scale": scale}
+
+
+def _stacked(layers: Sequence[Tensors]) -> Tensors:
+    """Stack GPTQ layers with the same inputs: all parts have the outputs on their last axis, and share `g_idx` [K]."""
+    import torch  # noqa: PLC0415
+
+    if len(layers) == 1:
+        return layers[0]
+    if any(not torch.equal(layer["g_idx"], layers[0]["g_idx"]) for layer in layers):
+        raise VariantError("layers that share a matrix have different groups, and can't be stored in it")
+    parts = {part: torch.cat([layer[part] for layer in layers], dim=1) for part in ("qweight", "qzeros", "scales")}
+    return {**parts, "g_idx": layers[0]["g_idx"]}
+
+
+def with_stacked_experts(tensors: Mapping[str, LazyTensor], base: Iterable[str]) -> dict[str, LazyTensor]:
+    """Put dense experts back into the base's tensors of all experts of a block, [E, N, K], where it has those."""
+    result = dict(tensors)
+    for name in base:
+        parent, _, leaf = name.rpartition(".")
+        parts = _STACKED_PARTS.get(leaf)
+        if name in result or parts is None or f"{parent}.0.{parts[0]}.weight" not in result:
+            continue
+        experts: list[list[LazyTensor]] = []
+        while f"{parent}.{len(experts)}.{parts[0]}.weight" in result:
+            experts.append([result.pop(f"{parent}.{len(experts)}.{part}.weight") for part in parts])
+        result[name] = LazyTensor(partial(_stack_experts, experts))
+    return result
+
+
+def _stack_experts(experts: Sequence[Sequence[LazyTensor]]) -> Any:
+    import torch  # noqa: PLC0415
+
+    return torch.stack([torch.cat([part[...] for part in parts]) for parts in experts])
+
+
+_STACKED_PARTS: Mapping[str, tuple[str, ...]] = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}

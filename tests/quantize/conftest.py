@@ -1,6 +1,7 @@
 """A tiny base and its variants, made once for all tests that only read them."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,15 @@ from tests.quantize.models import write_tiny_llama
 
 SCHEMES = ("w4a16-g64", "w8a8")
 CHATS = 60
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quantgate_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A home of the test run's own: results of stages of earlier runs would hide what is tested."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTGATE_HOME", str(home))
+        yield home
 
 
 @pytest.fixture(scope="session")

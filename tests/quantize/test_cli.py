@@ -10,6 +10,8 @@ from tests.quantize.command_line import run
 from tests.quantize.models import write_hollow_model
 from tests.quantize.variants.test_store import write_variant
 
+GENERATE = ("--self-generate", "4", "--replica", "http://127.0.0.1:9")
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,6 +56,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["base", "--scheme", "w4a16-g64", "--override", "*.down_proj=4:48"], "groups of 32, 64, 128 or -1, and"),
         (["base", "--scheme", "w4a16-g64", "--tensor-parallel", "9"], "1536 inputs are 24 groups of 64, which 9 GPUs"),
         (["base", "--max-bytes", "100KB"], "max_bytes 0.1 MB: the smallest variant that loads, w4a16-g64-mixed, has"),
+        (["base", "--scheme", "w8a8", "--tasks", "absent.jsonl"], "absent.jsonl: can't be read"),
+        (["base", "--scheme", "w8a8", "--limit", "kl_maen=1"], "kl_maen"),
+        # Nothing is generated before the checks: no server listens at this address.
+        (["base", "--scheme", "w4a16-g128", *GENERATE], "hidden size 576 is not divisible by 128"),
+        (["base", "--scheme", "w8a8", *GENERATE, "--tasks", "absent.jsonl"], "absent.jsonl: can't be read"),
         (["base", "--recipe", "no-such"], "no-such: no such recipe file, and no shipped recipe; (shipped: "),
         (["base", "--recipe", "bad.yaml"], "bad.yaml:1:1: sceme: unknown key; did you mean 'scheme'?"),
     ],

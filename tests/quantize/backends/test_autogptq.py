@@ -18,9 +18,10 @@ from quantize.base import read_base
 from quantize.errors import QuantizeError, RecipeError, SolveError, WorkerError
 from quantize.model_files.kept_files import kept_files
 from quantize.planning.recipe import Backend, Recipe
-from quantize.running.worker import child_environ
+from quantize.running.worker import child_environ, run_worker
 from quantize.schemes.scheme import PRESETS
 from quantize.schemes.settings import SETTINGS, SolverSettings
+from quantize.stages.checkpoint import writing_job
 from tests.quantize.command_line import environ
 from tests.quantize.models import write_hollow_model
 
@@ -30,6 +31,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid escape sequence:Deprecat
 CLASSIC = SETTINGS["classic"]
 INT4 = PRESETS["w4a16-g64"]
 MIXED = INT4.model_copy(update={"overrides": (Override(modules="*.down_proj", bits=8),)})
+# Before the tests have a home of their own.
+HOME = home_directory()
 
 
 @pytest.mark.parametrize(
@@ -165,24 +168,29 @@ class Run:
     def solve(
         self, scheme: Scheme, samples: list[dict[str, Any]], settings: SolverSettings = CLASSIC
     ) -> QuantizeResult:
-        """Quantize the base into `variant`."""
+        """Quantize the base, and write `variant`."""
         recipe = Recipe(read_base(self.base), scheme, (), 16, 512, 0, settings, Backend("auto-gptq", "0.7.1"))
-        variant, work, checkpoint = (self.folder / name for name in ("variant", "work", "solutions"))
-        for place in (variant, work, checkpoint):
+        variant, work, solved = (self.folder / name for name in ("variant", "work", "solved"))
+        for place in (variant, work, solved):
             place.mkdir(parents=True)
-        return solve(
+        result = solve(
             recipe,
             samples,
-            SolveJob(variant, work, checkpoint, self.environ),
+            SolveJob(solved, work, self.environ),
             on_progress=lambda *pair: self.progress.append(pair),
             on_event=self.events.append,
         )
+        bits = {module.module: module.bits for module in result.modules}
+        job = writing_job(recipe, solved, bits, variant)
+        child = "quantize.backends.writing_child"
+        run_worker(child, job, folder=work, environ=self.environ, on_progress=lambda *_: None)
+        return result
 
 
 @pytest.fixture(scope="module")
 def autogptq_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with an interpreter that sees AutoGPTQ's real environment and no need of a GPU."""
-    real = environment_of(PINS, home_directory())
+    real = environment_of(PINS, HOME)
     if not (real / "bin" / "python").exists():
         pytest.skip(f"needs AutoGPTQ's environment (gigabytes), which `--backend auto-gptq` makes at {real}")
     folder = tmp_path_factory.mktemp("autogptq")

@@ -1,13 +1,23 @@
 """Losses of solved modules: what counts as solved, and how one compares with its kind."""
 
 import math
+from statistics import median
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.backends.losses import SolvedModule, as_loss, by_damping, fallbacks, loss_ratio, require_solved
+from config.manifest import ExpertCoverage
+from quantize.backends.losses import (
+    LossMedians,
+    SolvedModule,
+    as_loss,
+    by_damping,
+    expert_coverage,
+    fallbacks,
+    require_solved,
+)
 from quantize.errors import SolveError
 
 
@@ -52,19 +62,38 @@ def test_rounded_modules_are_named_and_only_some_are_accepted() -> None:
         require_solved(modules, allowed=7)
 
 
+def last_ratio(modules: list[SolvedModule]) -> float | None:
+    """The ratio of the last of several modules."""
+    medians = LossMedians()
+    return [medians.ratio(module) for module in modules][-1]
+
+
 def test_a_loss_compares_with_its_own_kind() -> None:
     """The median is of modules of the same name; another kind's losses don't count."""
     before = [solved(1.0), solved(2.0), solved(3.0), solved(100.0, leaf="q_proj")]
-    assert loss_ratio([*before, solved(5.0)]) == 2.0
-    assert loss_ratio([*before, solved(None)]) is None
-    assert loss_ratio([]) is None
-    assert loss_ratio([solved(0.0)]) is None
+    assert last_ratio([*before, solved(5.0)]) == 2.0
+    assert last_ratio([*before, solved(None)]) is None
+    assert last_ratio([solved(0.0)]) is None
 
 
 @given(st.lists(st.floats(0.001, 1e6), min_size=1))
 def test_the_ratio_is_finite_and_positive(losses: list[float]) -> None:
     """Whatever the losses, the comparison is a number that a person can read."""
-    ratio = loss_ratio([solved(loss) for loss in losses])
+    ratio = last_ratio([solved(loss) for loss in losses])
+    assert ratio == losses[-1] / median(losses)
     assert ratio is not None
     assert math.isfinite(ratio)
     assert ratio > 0
+
+
+def test_experts_are_counted_by_their_tokens() -> None:
+    """One count an expert; those that too few tokens reached are named, and are no failed modules."""
+    modules = [
+        SolvedModule(f"m.experts.{expert}.{leaf}", 0, 4, 64, None if few else 1.0, 0.01, tokens, few)
+        for expert, tokens, few in ((0, 900, False), (1, 3, True), (2, 40, False))
+        for leaf in ("up_proj", "down_proj")
+    ]
+    coverage = expert_coverage([solved(1.0), *modules])
+    assert coverage == ExpertCoverage(experts=3, fewest_tokens=3, median_tokens=40, undersampled=("m.experts.1",))
+    assert fallbacks(modules) == ()
+    assert expert_coverage([solved(1.0)]) is None

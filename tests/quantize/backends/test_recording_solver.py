@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="needs torch: install the quantize e
 from quantize.backends.layer_checkpoint import LayerCheckpoint  # noqa: E402
 from quantize.backends.losses import SolvedModule  # noqa: E402
 from quantize.backends.recording_solver import SolverRecord  # noqa: E402
-from quantize.errors import SolveError  # noqa: E402
+from quantize.errors import CalibrationError  # noqa: E402
 from quantize.running.worker import WorkerChannel  # noqa: E402
 
 pytestmark = pytest.mark.real_model
@@ -24,7 +24,12 @@ def record(folder: Path, told: io.StringIO, completed: frozenset[int] = frozense
     """A record of a run on two samples."""
     lines: Any = told
     return SolverRecord(
-        LayerCheckpoint(folder, torch.float32), WorkerChannel(lines), ("f:1", "f:7"), (0.01,), completed
+        LayerCheckpoint(folder, torch.float32),
+        WorkerChannel(lines),
+        ("f:1", "f:7"),
+        (0.01,),
+        completed,
+        ids=(range(10), range(20, 30)),
     )
 
 
@@ -36,8 +41,24 @@ def test_a_sample_that_overflows_is_named_with_its_module(tmp_path: Path, value:
     spoiled = torch.ones(1, 5, 8)
     spoiled[0, 3, 2] = value
     kept.look(DOWN, spoiled, 1)
-    with pytest.raises(SolveError, match=rf"f:7: gives {DOWN} an input that is no finite number"):
+    with pytest.raises(CalibrationError) as caught:
         kept.require_finite(DOWN)
+    assert caught.value.problems == [
+        f"f:7: non-finite activations (NaN or Inf), first in the input of {DOWN}, at token 3 (id 23); remove this "
+        "line, or repair the base"
+    ]
+
+
+def test_many_samples_that_overflow_are_counted(tmp_path: Path) -> None:
+    """Ten are named."""
+    kept = record(tmp_path, io.StringIO())
+    kept.where = [f"f:{number}" for number in range(12)]
+    for number in range(12):
+        kept.look(DOWN, torch.full((1, 2, 8), float("nan")), number)
+    with pytest.raises(CalibrationError) as caught:
+        kept.require_finite(DOWN)
+    assert caught.value.problems[-1] == "and 2 more samples"
+    assert len(caught.value.problems) == 11
 
 
 def test_sound_activations_pass_once(tmp_path: Path) -> None:

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 
 from quantize.base import BaseModel, read_base
 from quantize.calibration.datasets import is_held_out, read_datasets, split_records, with_split_keys
-from quantize.calibration.generation_child import TokenizedPrompt, batches, cache_bytes_per_token, until_stop
+from quantize.calibration.generation_child import (
+    TokenizedPrompt,
+    batches,
+    cache_bytes_per_token,
+    cache_room,
+    until_stop,
+)
 from quantize.calibration.parsing import parse_line
 from quantize.calibration.records import Message, Record
 from quantize.calibration.replica_client import Answer, Question, Replica, Sampling, answer_of, request_body
@@ -158,7 +164,23 @@ def test_batches_hold_every_prompt_once_and_fit(lengths: list[int], new_tokens: 
 )
 def test_the_cache_of_a_token(config: dict[str, int], expected: int) -> None:
     """Keys and values of all layers in fp32."""
-    assert cache_bytes_per_token(config) == expected
+    assert cache_bytes_per_token(config, 4) == expected
+    assert cache_bytes_per_token(config, 2) == expected // 2
+
+
+@pytest.mark.parametrize(
+    "weights,gpus,expected",
+    [
+        (540 * 10**6, (), 2 * 10**9),  # SmolLM2 in fp32
+        (131 * 10**9, (), 32_750_000_000),  # a 32B in fp32
+        (65 * 10**9, (80 * 10**9,), 10_500_000_000),
+        (65 * 10**9, (40 * 10**9, 40 * 10**9), 10_500_000_000),
+        (65 * 10**9, (66 * 10**9,), 2 * 10**9),
+    ],
+)
+def test_large_models_have_more_room(weights: int, gpus: tuple[int, ...], expected: int) -> None:
+    """What the weights leave of the GPUs, or a share of the weights' own size."""
+    assert cache_room(weights, gpus) == pytest.approx(expected, abs=10)
 
 
 # From here on with a fake replica, or a tiny Llama, and files.
@@ -195,9 +217,9 @@ async def test_a_replica_answers_for_the_base(tmp_path: Path) -> None:
         again = await asyncio.to_thread(place.generate, base, 20, url=fake.url)
         asked = [request["body"] for request in fake.requests("/v1/chat/completions")]
     assert file == again
-    assert file.parent == tmp_path / "home" / "self-generated"
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
-    assert f"self-generate: reusing {file}" in place.said[1]
+    assert file.parent.parent == tmp_path / "home" / "stages"
+    assert [path.name for path in file.parent.parent.iterdir()] == [file.parent.name]
+    assert f"self-generate: reusing {file.parent}" in place.said[1]
     assert len(asked) == 24
     assert len({body["seed"] for body in asked}) == 24
     _, rows = read_datasets([file])
@@ -236,7 +258,7 @@ async def test_a_replica_that_refuses_is_an_error_with_its_words(tmp_path: Path)
             await asyncio.to_thread(place.generate, base, 16, url=fake.url)
         with pytest.raises(RecipeError, match=r"is no OpenAI-compatible server|refused to answer: 404"):
             await asyncio.to_thread(place.generate, base, 16, url=fake.url + "/elsewhere")
-    assert not (tmp_path / "home" / "self-generated").exists()
+    assert not (tmp_path / "home" / "stages").exists()
 
 
 def test_a_replica_that_is_not_there_is_told(tmp_path: Path) -> None:

@@ -146,16 +146,16 @@ def test_figures_are_exact(folder: Path, tmp_path: Path) -> None:
 def test_the_parents_words_are_used_again(folder: Path, tmp_path: Path) -> None:
     """A second evaluation finds them under the base's digest and gives the same bytes; damage costs only time."""
     first = measured(folder, tmp_path / "first", base_digest="d1")
-    entries = sorted((folder / "home" / "parents").iterdir())
-    assert [path.name.partition("-")[0] for path in entries] == ["states", "texts"]
-    stamps = [(path / "entry.json").stat().st_mtime_ns for path in entries]
+    entries = sorted((folder / "home" / "stages").iterdir())
+    assert [path.name.rpartition("-")[0] for path in entries] == ["parent-states", "parent-texts"]
+    stamps = [(path / "stage.json").stat().st_mtime_ns for path in entries]
     assert measured(folder, tmp_path / "second", base_digest="d1") == first
-    assert [(path / "entry.json").stat().st_mtime_ns for path in entries] == stamps
+    assert [(path / "stage.json").stat().st_mtime_ns for path in entries] == stamps
     (entries[0] / "states.bin").write_bytes(b"damaged")
     assert measured(folder, tmp_path / "third", base_digest="d1") == first
     told = [(tmp_path / name / "evaluation.json").read_bytes() for name in ("first", "second", "third")]
     assert told[0] == told[1] == told[2]
-    assert (entries[1] / "entry.json").stat().st_mtime_ns == stamps[1]
+    assert (entries[1] / "stage.json").stat().st_mtime_ns == stamps[1]
 
 
 def test_generations_are_paired(folder: Path, tmp_path: Path) -> None:

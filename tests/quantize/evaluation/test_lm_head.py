@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch", reason="needs torch: install the quantize e
 transformers = pytest.importorskip("transformers", reason="needs transformers: install the quantize extra")
 
 from quantize.dense_models import fake_quantize_tokens, placement  # noqa: E402
+from quantize.errors import MachineError  # noqa: E402
 from quantize.evaluation.lm_head import WHOLE, describe_lm_head, find_lm_head, last_hidden_states, load_lm_head  # noqa: E402
 
 pytestmark = [
@@ -56,7 +57,7 @@ def test_states_make_the_models_own_logits(family: str, tmp_path: Path) -> None:
         found = find_lm_head(model, IDS)
         told = describe_lm_head(found, tmp_path)
         assert told is not None
-        states = torch.cat(list(last_hidden_states(model, found, IDS)))
+        states = torch.cat(list(last_hidden_states(model, found, [IDS])))
         logits = load_lm_head(told, tmp_path, model).logits(states, 0, 300)
         assert states.shape == (len(IDS) - 1, 32)
         assert torch.allclose(logits, model(torch.tensor([IDS[:-1]])).logits[0], atol=1e-4)
@@ -68,7 +69,7 @@ def test_a_head_that_does_more_is_read_by_its_logits() -> None:
     model.lm_head.register_forward_hook(lambda _, __, logits: logits.sin())
     with torch.inference_mode():
         found = find_lm_head(model, IDS)
-        states = torch.cat(list(last_hidden_states(model, found, IDS)))
+        states = torch.cat(list(last_hidden_states(model, found, [IDS])))
         assert found == WHOLE
         assert torch.allclose(states, model(torch.tensor([IDS[:-1]])).logits[0], atol=1e-4)
 
@@ -93,12 +94,18 @@ def test_tokens_are_rounded_one_by_one() -> None:
     [
         (65, (), "cpu"),
         (65, (80,), "cuda:0"),
-        (65, (70,), "cpu"),
         (65, (40, 40), "auto"),
-        (69, (40, 40), "cpu"),
+        (67, (40, 40), "auto"),
         (65, (80, 80), "cuda:0"),
     ],
 )
 def test_a_model_runs_where_it_fits(model_bytes: int, free: tuple[int, ...], expected: str) -> None:
     """One GPU if it has room for weights and what comes with them, else all of them, else the CPU."""
     assert placement(model_bytes, free) == expected
+
+
+@pytest.mark.parametrize("free", [(70,), (38, 38)])
+def test_a_model_that_fits_no_gpus_is_refused(free: tuple[int, ...]) -> None:
+    """With how many would do: on the CPU beside them it would take hours."""
+    with pytest.raises(MachineError, match=r"needs the whole model.*; \d GPUs like the largest here would do"):
+        placement(65, free)

@@ -176,8 +176,8 @@ def test_budgets_are_met_without_measuring_again(base: BaseModel, home: Path, tm
 @pytest.mark.timeout(180)
 def test_a_damaged_measurement_is_made_again(base: BaseModel, home: Path, tmp_path: Path) -> None:
     """It gives what the sound one gave, and is whole afterwards."""
-    shutil.copytree(home / "sensitivity", tmp_path / "sensitivity")
-    (kept,) = (tmp_path / "sensitivity").iterdir()
+    shutil.copytree(home / "stages", tmp_path / "stages")
+    (kept,) = (tmp_path / "stages").glob("sensitivity-*/stage.json")
     sound = kept.read_bytes()
     kept.write_bytes(sound[:-9])
     context = run_context(tmp_path, tmp_path)
@@ -190,7 +190,7 @@ def test_a_damaged_measurement_is_made_again(base: BaseModel, home: Path, tmp_pa
 @pytest.mark.timeout(180)
 def test_a_closed_home_stops_nothing(base: BaseModel, tmp_path: Path) -> None:
     """It is told, and the modules that the overrides name have their numbers."""
-    (tmp_path / "sensitivity").write_text("not a directory")
+    (tmp_path / "stages").write_text("not a directory")
     context = run_context(tmp_path, tmp_path)
     overrides = (Override(modules="*.down_proj", bits=4, group_size=32), Override(modules="*.layers.0.self_attn.*"))
     found = resolve_auto(base, SAMPLES, Budget(max_kl=10.0, overrides=overrides), "cpu", context)

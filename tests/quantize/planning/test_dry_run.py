@@ -19,16 +19,17 @@ from quantize.planning.dry_run import (
     as_json,
     as_text,
     dry_run_plan,
-    expected_tokens,
     lowest_bits,
-    solving_engine,
 )
 from quantize.planning.recipe import Budget, Devices
 from quantize.planning.request import Request
+from quantize.planning.run_costs import expected_tokens, solving_engine
+from quantize.running.memory import Machine
 from quantize.schemes.scheme import preset
 from quantize.schemes.settings import SETTINGS, SolverSettings
 from tests.quantize.shapes import QWQ_32B
 
+MACHINE = Machine(cores=8, memory_bytes=64 * 10**9, total_bytes=64 * 10**9)
 MIXED = preset("w4a16-g128").model_copy(
     update={"overrides": (Override(modules="*.down_proj", bits=8), Override(modules="*.layers.0.*"))},
 )
@@ -38,7 +39,7 @@ DRAWN = CalibrationSplit(tuple(Record((Message("user", "word " * 40),), f"f:{n}"
 
 def told(request: Request = REQUEST, scheme: str = "w4a16-g128") -> DryRunPlan:
     """The outline of a request for QwQ-32B."""
-    return dry_run_plan(request, QWQ_32B, preset(scheme), DRAWN, cores=8)
+    return dry_run_plan(request, QWQ_32B, preset(scheme), DRAWN, MACHINE)
 
 
 def test_a_32b_model_takes_about_the_published_time() -> None:
@@ -110,7 +111,7 @@ def test_only_what_is_measured_has_a_limit(plan: EvaluationPlan, measured: dict[
 
 def test_sizes_add_up() -> None:
     """Quantized and kept tensors are all there is; biases and norms are kept."""
-    plan = dry_run_plan(replace(REQUEST, scheme=MIXED), QWQ_32B, MIXED, DRAWN, cores=8)
+    plan = dry_run_plan(replace(REQUEST, scheme=MIXED), QWQ_32B, MIXED, DRAWN, MACHINE)
     assert plan.bytes == sum(plan.tensor_bytes.values())
     assert plan.quantized_modules == 63 * 7 + 1  # the first pattern counts: layer 0 keeps all but its down_proj
     assert plan.kept_bytes > told().kept_bytes > 2 * 152064 * 5120 * 2
@@ -129,7 +130,7 @@ def test_the_page_tells_what_was_asked() -> None:
 
 def test_the_page_tells_exceptions_and_refusals() -> None:
     """Overrides have a line each; an engine that won't load it has its reason."""
-    page = as_text(dry_run_plan(replace(REQUEST, scheme=MIXED), QWQ_32B, MIXED, DRAWN, cores=8))
+    page = as_text(dry_run_plan(replace(REQUEST, scheme=MIXED), QWQ_32B, MIXED, DRAWN, MACHINE))
     assert "*.layers.0.*  kept as the base has them" in page
     assert "*.down_proj   8 bits" in page
     assert "won't load: vLLM has no CPU kernel for 8-bit GPTQ, and *.down_proj asks for it" in page

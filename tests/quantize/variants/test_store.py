@@ -176,9 +176,10 @@ def test_seals_cover_every_file_but_the_manifest(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_told_with_figures(tmp_path: Path) -> None:
     """A base that can't fit is refused before any work; one that fits is not."""
-    require_space(tmp_path / "new" / "v", 1)
+    place = tmp_path / "new" / "v"
+    require_space({place: (1, "choose another --out")})
     with pytest.raises(TargetError, match=r"no disk space for .*: 1000000000000.00 GB needed, .* GB free; free some"):
-        require_space(tmp_path / "new" / "v", 10**21)
+        require_space({place: (10**21, "choose another --out"), tmp_path: (1, "")})
 
 
 def test_a_place_that_cant_be_written_is_told(tmp_path: Path) -> None:

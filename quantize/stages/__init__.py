@@ -1,0 +1,1 @@
+"""The five stages of a variant: tokens -> solve -> checkpoint -> evaluation -> seal."""

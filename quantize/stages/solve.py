@@ -1,0 +1,118 @@
+"""Stage 2, solve: token samples -> the integers of every quantized module, layer by layer."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from quantize.backends import autogptq, gptqmodel
+from quantize.backends.losses import SolvedModule, require_solved
+from quantize.backends.protocol import QuantizeResult, SolveJob, Solver
+from quantize.calibration import preflight
+from quantize.calibration.samples import Samples
+from quantize.mixed_precision.auto_scheme import resolve_auto
+from quantize.planning.recipe import Recipe
+from quantize.running.stage_store import StageKey, StageResult, stage_key
+from quantize.stages.tokens import Tokens
+from quantize.stages.variant_run import VariantRun, kept_after_failure
+
+SOLVERS: Mapping[str, Solver] = MappingProxyType({"gptqmodel": gptqmodel.solve, "auto-gptq": autogptq.solve})
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedLayers:
+    """The folder with the solved modules of all layers, and what the solver reports of them."""
+
+    directory: Path
+    result: QuantizeResult
+    key: StageKey
+
+
+def settle_scheme(run: VariantRun, tokens: Tokens) -> VariantRun:
+    """Search bits and group sizes for a recipe that has a budget; the scheme of any other recipe is settled."""
+    recipe = run.recipe
+    if recipe.budget is None:
+        return run
+    scheme = resolve_auto(
+        recipe.base,
+        tokens.samples.calibration,
+        recipe.budget,
+        run.options.engine,
+        run.context,
+        tensor_parallel=run.options.tensor_parallel,
+        settings=recipe.settings,
+    )
+    return replace(run, recipe=replace(recipe, scheme=scheme))
+
+
+def solve(run: VariantRun, tokens: Tokens) -> SolvedLayers:
+    """Solve all layers, or those that an equal run that was stopped left to do.
+
+    SolveError if more modules than `allow_fallback` were only rounded to nearest; the solved layers are kept, so
+    that a run that allows more of them continues from here.
+    """
+    key = solve_key(run.recipe, tokens.samples, run.options.expert_fallback)
+    if not run.options.resume:
+        run.store.forget(key)
+    found = run.find(key) or _solved(run, tokens.samples, key)
+    modules = [SolvedModule(**row) for row in found.facts["modules"]]
+    with kept_after_failure(run, "solve: all layers are"):
+        require_solved(modules, run.options.allow_fallback)
+    return SolvedLayers(found.directory, QuantizeResult.of(found.facts["seconds"], modules), key)
+
+
+def solve_key(recipe: Recipe, samples: Samples, expert_fallback: str) -> StageKey:
+    """Digest what decides the solved layers: the recipe, the scheme that a search found, and the very tokens."""
+    return stage_key(
+        "solve",
+        recipe=recipe.digest(),
+        scheme=recipe.scheme.model_dump(mode="json"),
+        samples=[sample["ids"] for sample in samples.calibration],
+        expert_fallback=expert_fallback,
+    )
+
+
+def completed_layers(folder: Path) -> int:
+    """Count the layers that a folder of solved modules has as a whole."""
+    return len(list(folder.glob("layer-*.json")))
+
+
+def _solved(run: VariantRun, samples: Samples, key: StageKey) -> StageResult:
+    """Check the samples, then run the solver in the folder that a stopped run may have left."""
+    preflight.check(run.recipe.base, samples, run.context)
+    progress = run.context.progress
+    with run.store.resumable(key) as folder:
+        if completed_layers(folder):
+            progress.log(f"solve: continues after {completed_layers(folder)} completed layers")
+        try:
+            with progress.stage("solve", "layers") as advance:
+                result = SOLVERS[run.recipe.backend.name](
+                    run.recipe,
+                    samples.calibration,
+                    _job(run, folder),
+                    on_progress=advance,
+                    on_event=lambda event: progress.log_detail(module_line(event)),
+                )
+        except BaseException:
+            layers = completed_layers(folder)
+            if layers:
+                progress.log(f"solve: {layers} completed layers are kept; the same command continues after them")
+            raise
+        facts = {"seconds": result.seconds, "modules": [asdict(module) for module in result.modules]}
+        return run.store.keep(key, folder, facts, subject=run.recipe.variant_id, cache=False)
+
+
+def _job(run: VariantRun, folder: Path) -> SolveJob:
+    return SolveJob(folder, run.context.folder, run.options.environ, run.options.expert_fallback)
+
+
+def module_line(event: Mapping[str, Any]) -> str:
+    """Describe a solved module in one line."""
+    if event.get("undersampled"):
+        reached = f"{event['tokens']} of {event['all_tokens']} tokens reached this expert"
+        return f"{event['module']}: {reached}: rounded to nearest"
+    if event["loss"] is None:
+        return f"{event['module']}: rounded to nearest, not solved"
+    ratio = f", {event['loss_ratio']:.1f} times its kind's median" if event["loss_ratio"] else ""
+    return f"{event['module']}: loss {event['loss']:.4g}{ratio}, damping {event['damp']:g}"
