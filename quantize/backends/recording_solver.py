@@ -5,14 +5,15 @@ The library takes a module's activations (`add_batch`), factors their Hessian (`
 says so in a log.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from quantize.backends.layer_checkpoint import LayerCheckpoint, ModuleSolution
 from quantize.backends.losses import LossMedians, SolvedModule, as_loss
 from quantize.backends.scales import best_scales
-from quantize.errors import CalibrationError, RecipeError, SolveError
+from quantize.errors import CalibrationError, QuantizeError, RecipeError, SolveError
 from quantize.modules import is_expert
 from quantize.running.worker import WorkerChannel
 
@@ -141,26 +142,27 @@ def recording(solver: Any, record: SolverRecord, *, weighted_scales: bool) -> ty
                 self.quantizer.find_params = Search(self.quantizer, upper.diagonal().pow(-2), self.qcfg.bits)
 
         def quantize(self, blocksize: int = 128) -> tuple[Any, ...]:
-            module, layer = self._place
-            if layer in record.completed:
-                solution, seconds = record.checkpoint.read(module), 0.0
-            else:
-                record.require_finite(module)
-                _require_finite_weights(module, self.module.weight)
-                dense, scale, zero, g_idx, seconds, loss, damp, tokens = super().quantize(blocksize=blocksize)
-                solution = ModuleSolution(dense, scale, zero, g_idx, loss, damp, tokens)
-                record.checkpoint.write(module, solution)
-            record.record(_solved(module, layer, self.qcfg, solution))
-            return (
-                solution.dense.to(self.module.weight.device),
-                solution.scale,
-                solution.zero,
-                solution.g_idx,
-                seconds,
-                solution.loss,
-                solution.damp,
-                solution.tokens,
-            )
+            with _sent_first(record.channel):
+                module, layer = self._place
+                if layer in record.completed:
+                    solution, seconds = record.checkpoint.read(module), 0.0
+                else:
+                    record.require_finite(module)
+                    _require_finite_weights(module, self.module.weight)
+                    dense, scale, zero, g_idx, seconds, loss, damp, tokens = super().quantize(blocksize=blocksize)
+                    solution = ModuleSolution(dense, scale, zero, g_idx, loss, damp, tokens)
+                    record.checkpoint.write(module, solution)
+                record.record(_solved(module, layer, self.qcfg, solution))
+                return (
+                    solution.dense.to(self.module.weight.device),
+                    solution.scale,
+                    solution.zero,
+                    solution.g_idx,
+                    seconds,
+                    solution.loss,
+                    solution.damp,
+                    solution.tokens,
+                )
 
     return RecordingSolver
 
@@ -179,6 +181,16 @@ class Search:
         scale = best_scales(weights.float(), self._charges[first : self._next], self._bits)
         self._quantizer.scale = scale.unsqueeze(1)
         self._quantizer.zero = torch.full_like(self._quantizer.scale, float(1 << (self._bits - 1)))
+
+
+@contextmanager
+def _sent_first(channel: WorkerChannel) -> Iterator[None]:
+    """Send an error before it is raised: GPTQModel ends the process when a worker of its thread pool fails."""
+    try:
+        yield
+    except QuantizeError as error:
+        channel.error(error)
+        raise
 
 
 def _require_finite_weights(module: str, weight: Any) -> None:
