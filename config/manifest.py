@@ -78,6 +78,18 @@ class Calibration(Record):
     skipped_rows: int = 0
 
 
+class ExpertCoverage(Record):
+    """How many calibration tokens the quantized experts of a model saw.
+
+    `undersampled` experts saw too few for GPTQ and were rounded to nearest (RTN).
+    """
+
+    experts: int
+    fewest_tokens: int
+    median_tokens: int
+    undersampled: tuple[str, ...] = ()
+
+
 class Quantizer(Record):
     """The quantization run; `damp` counts modules by the damping that they needed.
 
@@ -91,6 +103,7 @@ class Quantizer(Record):
     damp: dict[str, int] = Field(default_factory=dict)
     modules: int
     fallback_modules: tuple[str, ...] = ()
+    experts: ExpertCoverage | None = None
 
 
 class Check(Record):

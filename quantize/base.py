@@ -22,6 +22,7 @@ from quantize.model_files.directory_rules import (
 from quantize.model_files.kept_files import code_files
 from quantize.model_files.safetensors_header import StoredTensor
 from quantize.model_files.weight_files import read_index, stored_tensors, weight_files
+from quantize.modules import ModuleTree, direct_tree
 
 _MODEL_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken"})
 # Sealed or measured by us beside a model; they say nothing about what the model computes.
@@ -37,8 +38,9 @@ _SIZE_WORDS = {"hidden size": "hidden_size", "intermediate size": "intermediate_
 class BaseModel:
     """A base that was found in order: safetensors weights with a config beside them.
 
-    `tensors` are all that it stores; `shapes` maps its blocks' linear layers to (out_features, in_features). `notes`
-    say which of its files are not used.
+    `tensors` are all that it stores; `shapes` maps the linear layers that can be quantized to (out_features,
+    in_features). `tree` says how the solver names them, once it was asked (`quantize.module_tree`); until then
+    `shapes` are all matrices in blocks. `notes` say which of its files are not used.
     """
 
     directory: Path
@@ -50,12 +52,18 @@ class BaseModel:
     shapes: Mapping[str, tuple[int, int]]
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    tree: ModuleTree | None = None
 
     @property
     def sizes(self) -> dict[str, int]:
         """Well-known dimensions by the word people use for them."""
         config = text_config(self.config)
         return {word: config[key] for word, key in _SIZE_WORDS.items() if isinstance(config.get(key), int)}
+
+    @property
+    def modules(self) -> ModuleTree:
+        """The layers that can be quantized; without the solver's tree each has the name of its tensor."""
+        return self.tree or direct_tree(self.shapes)
 
 
 def read_base(directory: Path, *, digested: bool = True) -> BaseModel:

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -13,11 +14,20 @@ from config.load import process_environment
 from config.manifest import Manifest
 from quantize.base import read_base
 from quantize.calibration.datasets import shipped_files
+from quantize.module_tree import with_module_tree
 from quantize.options import RunOptions
 from quantize.pipeline import build_variant, evaluate_directory, log_datasets, with_self_generated
 from quantize.planning.dry_run import as_json, as_text, dry_run_plan
 from quantize.planning.flags import evaluate_parser, quantize_parser
-from quantize.planning.plan import calibration_split, check_numbers, plan_variant, present_engine, settled_scheme
+from quantize.planning.plan import (
+    calibration_split,
+    check_numbers,
+    plan_variant,
+    present_engine,
+    settled_scheme,
+    settled_settings,
+    this_cpu_has_amx,
+)
 from quantize.planning.recipe_file import load_recipe, purpose_of, shipped_recipes
 from quantize.planning.recipe_schema import EvaluationTable, RecipeFile
 from quantize.planning.request import DEFAULT_TEXT, Request
@@ -58,10 +68,13 @@ def _list_recipes() -> int:
 
 def _show_plan(request: Request, options: argparse.Namespace) -> int:
     check_numbers(request)
-    base = read_base(request.base, digested=False)
+    base = with_module_tree(read_base(request.base, digested=False), child_environ(process_environment()))
     scheme = settled_scheme(request, base)
     datasets, split = calibration_split(request)
-    plan = dry_run_plan(request, base, scheme, split, cores=os.cpu_count() or 1, datasets=datasets)
+    request = replace(request, settings=settled_settings(request.settings, base))
+    plan = dry_run_plan(
+        request, base, scheme, split, cores=os.cpu_count() or 1, datasets=datasets, amx=this_cpu_has_amx()
+    )
     print(json.dumps(as_json(plan), indent=2) if options.json else as_text(plan))
     return DONE
 
@@ -75,7 +88,7 @@ def _make(request: Request, options: argparse.Namespace) -> int:
 
 
 def _made(request: Request, run_options: RunOptions) -> tuple[Manifest, Path]:
-    recipe, split = plan_variant(with_self_generated(request, run_options))
+    recipe, split = plan_variant(with_self_generated(request, run_options), run_options.environ)
     out = Path(str(request.out).replace("{id}", recipe.variant_id))
     manifest = reusable(out, recipe.variant_id)
     if manifest:
@@ -84,6 +97,8 @@ def _made(request: Request, run_options: RunOptions) -> tuple[Manifest, Path]:
     if not request.data and not request.self_generate:
         print_stderr(f"no --data given: calibrating on the shipped {', '.join(path.name for path in shipped_files())}")
     log_datasets(recipe.datasets, run_options.progress)
+    if recipe.settings.gptaq != request.settings.gptaq:
+        run_options.progress.log("GPTAQ is off: the model has experts")
     with continuable(out):
         return build_variant(recipe, split, out, run_options), out
 
@@ -94,6 +109,7 @@ def _run_options(request: Request, log: TextIO | None) -> RunOptions:
         progress=ProgressReporter(sys.stderr, run_log=log),
         evaluation=request.evaluation,
         allow_fallback=request.allow_fallback,
+        expert_fallback=request.expert_fallback,
         resume=request.resume,
         gpu=present_engine() == "cuda",
         engine=request.engine,

@@ -1,17 +1,24 @@
 """A base and its variant as dense transformers models: fp32 on a CPU, bf16 on CUDA, with w8a8's rounding of inputs."""
 
 import gc
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quantize.dense_experts import round_expert_inputs
 from quantize.errors import RecipeError, VariantError
 from quantize.model_class import model_class
-from quantize.model_files.weight_files import weight_files
-from quantize.variants.weights import read_dense, read_packing
+from quantize.model_files.weight_files import stored_tensors, weight_files
+from quantize.modules import is_expert
+from quantize.variants.weights import read_dense, read_packing, with_base_matrices
 
 _INT8_MAX = 127
+_PREFIX = re.compile(r"^.*?\b(?=(layers|h|blocks)\.\d+\.)")
+# Parts of one matrix in some families: it is rounded once for each of them, which changes nothing.
+_MATRIX_PART = re.compile(r"(gate|up)_proj$")
+_VISION = re.compile(r"(^|\.)(vision|visual)")
 # Of a GPU's free memory, what weights may take; the rest is for activations, keys and values.
 _SHARE_FOR_WEIGHTS = 0.85
 
@@ -33,6 +40,7 @@ def load_base(base: Path) -> Any:
 def load_variant(variant: Path, base: Path) -> Any:
     """Load a variant as the dense model that it stands for; VariantError where it doesn't fit its base."""
     dense, layers = read_dense(variant)
+    dense = with_base_matrices(dense, stored_tensors(base))
     kind, config = _class_of(base)
     try:
         model = _placed(partial(kind.from_pretrained, None), base, config=config, state_dict=dense)
@@ -95,12 +103,21 @@ def _quantize_inputs(model: Any, layers: set[str]) -> None:
     def rounded(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (fake_quantize_tokens(inputs[0]), *inputs[1:])
 
-    for name, module in model.named_modules():
-        if name in layers:
+    found = {_inside_blocks(name): module for name, module in model.named_modules() if not _VISION.search(name)}
+    if any(map(is_expert, layers)):
+        round_expert_inputs(model, fake_quantize_tokens)
+    for layer in sorted(layers):
+        name = _inside_blocks(layer)
+        module = found.get(name) or found.get(_MATRIX_PART.sub("gate_up_proj", name))
+        if module is not None:
             module.register_forward_pre_hook(rounded)
-            layers.discard(name)
-    if layers:
-        raise VariantError(f"{min(layers)}: no such module in the base; its activations can't be rounded")
+        elif not is_expert(layer):
+            raise VariantError(f"{layer}: no such module in the base; its activations can't be rounded")
+
+
+def _inside_blocks(name: str) -> str:
+    """Cut off what stands before the blocks: a multimodal model has other prefixes on disk than in memory."""
+    return _PREFIX.sub("", name)
 
 
 def _first_line(error: Exception) -> str:

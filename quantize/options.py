@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from config.manifest import Engine
 from quantize.evaluation.evaluate import DEFAULT_PLAN, EvaluationPlan
@@ -12,15 +13,16 @@ from quantize.running.progress import ProgressReporter
 class RunOptions:
     """None of this changes a variant's weights.
 
-    `environ` is that of the children; `allow_fallback` modules may be rounded to nearest; `resume` goes on after the
-    last whole layer of a stopped run; `gpu` says where the work is done. `engine` and `tensor_parallel` are those that
-    a search for a scheme must keep to.
+    `environ` is that of the children; `allow_fallback` modules may be rounded to nearest, and with `expert_fallback`
+    "rtn" experts that too few tokens reach; `resume` goes on after the last whole layer of a stopped run; `gpu` says
+    where the work is done. `engine` and `tensor_parallel` are those that a search for a scheme must keep to.
     """
 
     environ: Mapping[str, str]
     progress: ProgressReporter
     evaluation: EvaluationPlan = DEFAULT_PLAN
     allow_fallback: int = 0
+    expert_fallback: Literal["rtn", "fail"] = "rtn"
     resume: bool = False
     gpu: bool = False
     engine: Engine = "cpu"

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import MappingProxyType
@@ -30,6 +31,7 @@ from quantize.errors import CalibrationError, RecipeError
 from quantize.evaluation.evaluate import EVIDENCE_FILE, EvaluationPlan, evaluate
 from quantize.load_report import check_base
 from quantize.mixed_precision.auto_scheme import resolve_auto
+from quantize.modules import is_expert
 from quantize.options import RunOptions
 from quantize.planning.dry_run import lowest_bits
 from quantize.planning.recipe import Recipe
@@ -59,7 +61,14 @@ def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, run_option
         preflight.check(recipe.base, replace(samples, held_out=[]), context, gpu=run_options.gpu)
         recipe = settled(recipe, samples, run_options, context)
         with solving(out, identity_of(recipe, samples), resume=run_options.resume) as checkpoint:
-            solve_job = SolveJob(variant, context.folder, checkpoint, run_options.environ, run_options.allow_fallback)
+            solve_job = SolveJob(
+                variant,
+                context.folder,
+                checkpoint,
+                run_options.environ,
+                run_options.allow_fallback,
+                run_options.expert_fallback,
+            )
             solved = quantize(recipe, samples, solve_job, run_options)
         write_modules(variant, solved)
         require_clean(variant, recipe.base, recipe.scheme)
@@ -156,7 +165,7 @@ def quantize(recipe: Recipe, samples: Samples, solve_job: SolveJob, run_options:
             samples.calibration,
             solve_job,
             on_progress=advance,
-            on_event=lambda event: run_options.progress.log_detail(module_line(event)),
+            on_event=partial(log_module, run_options.progress),
         )
 
 
@@ -167,8 +176,17 @@ def identity_of(recipe: Recipe, samples: Samples) -> str:
     return hashlib.sha256(payload.encode()).hexdigest()
 
 
+def log_module(progress: ProgressReporter, event: Mapping[str, Any]) -> None:
+    """Write a solved module into the run's log, and print an expert that too few tokens reached."""
+    write = progress.log if event.get("undersampled") else progress.log_detail
+    write(module_line(event))
+
+
 def module_line(event: Mapping[str, Any]) -> str:
     """Tell a solved module in one line."""
+    if event.get("undersampled"):
+        reached = f"{event['tokens']} of {event['all_tokens']} tokens reached this expert"
+        return f"{event['module']}: {reached}: rounded to nearest"
     if event["loss"] is None:
         return f"{event['module']}: rounded to nearest, not solved"
     beside = f", {event['loss_ratio']:.1f} times its kind's median" if event["loss_ratio"] else ""
@@ -184,7 +202,8 @@ def write_modules(variant: Path, solved: QuantizeResult) -> None:
             "group_size": module.group_size,
             "loss": module.loss,
             "damp": module.damp,
-            "fallback": module.loss is None,
+            "fallback": module.loss is None and not module.undersampled,
+            **({"tokens": module.tokens, "undersampled": module.undersampled} if is_expert(module.module) else {}),
         }
         for module in sorted(solved.modules, key=lambda module: (module.layer, module.module))
     ]
@@ -195,6 +214,8 @@ def require_solvable(recipe: Recipe) -> None:
     """Raise RecipeError, before any work, for what a recipe's backend has not."""
     if recipe.backend.name != "auto-gptq":
         return
+    if any(layer.solver_name != layer.stored_name or layer.is_expert for layer in recipe.base.modules.layers):
+        raise RecipeError("auto-gptq knows no experts, and no layers that share a matrix; use --backend gptqmodel")
     if recipe.budget:
         raise RecipeError("auto-gptq quantizes all modules alike, and `scheme: auto` doesn't; use --backend gptqmodel")
     autogptq.require_solvable(recipe.scheme, recipe.settings)
@@ -245,6 +266,7 @@ def describe(recipe: Recipe, samples: Samples, solved: QuantizeResult, quality: 
         damp=dict(solved.damp),
         modules=len(solved.modules),
         fallback_modules=solved.fallback_modules,
+        experts=solved.experts,
     )
     return {
         "id": recipe.variant_id,

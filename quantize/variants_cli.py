@@ -16,6 +16,7 @@ from quantize.base import read_base
 from quantize.calibration.datasets import shipped_files
 from quantize.errors import VariantError
 from quantize.evaluation.evaluate import EVIDENCE_FILE
+from quantize.module_tree import with_module_tree
 from quantize.options import RunOptions
 from quantize.pipeline import evaluate_directory
 from quantize.planning.flags import add_evaluation
@@ -86,7 +87,10 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _lint(options: argparse.Namespace) -> int:
-    base = read_base(options.against, digested=False) if options.against else None
+    base = None
+    if options.against:
+        environ = child_environ(process_environment())
+        base = with_module_tree(read_base(options.against, digested=False), environ)
     directory = _named(options.config, options.directory)
     artefact = read_artefact(directory)
     findings = lint(directory, base, scheme_told(artefact, base.shapes if base else {}))
@@ -122,6 +126,8 @@ def _adopt(options: argparse.Namespace) -> int:
         chosen_evaluation(options, EvaluationTable()),
     )
 
+    base = with_module_tree(read_base(options.against), run_options.environ)
+
     def measure() -> Quality:
         return evaluate_directory(
             options.directory,
@@ -133,7 +139,7 @@ def _adopt(options: argparse.Namespace) -> int:
             evidence=options.directory / EVIDENCE_FILE,
         )
 
-    manifest = adopt(options.directory, read_base(options.against), measure, print_stderr)
+    manifest = adopt(options.directory, base, measure, print_stderr)
     print(manifest.to_json() if options.json else summary_line(manifest, options.directory))
     return DONE
 

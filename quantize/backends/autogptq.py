@@ -129,6 +129,7 @@ def _write(recipe: Recipe, solve_job: SolveJob) -> float:
         "scheme": recipe.scheme.model_dump(mode="json"),
         "damp": recipe.settings.damp[0],
         "into": str(solve_job.into.resolve()),
+        "tree": recipe.base.modules.as_json(),
     }
     result = run_worker(_WRITER, job, folder=solve_job.work, environ=solve_job.environ, on_progress=lambda *_: None)
     shutil.rmtree(solve_job.work / "raw")

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from config.manifest import Scheme
-from quantize.backends.losses import SolvedModule, by_damping, fallbacks, require_solved
+from quantize.backends.losses import SolvedModule, by_damping, expert_coverage, fallbacks, require_solved
 from quantize.backends.protocol import QuantizeResult, SolveJob
+from quantize.modules import ModuleTree
 from quantize.planning.recipe import Recipe
 from quantize.running.worker import run_worker
-from quantize.schemes.module_config import dynamic_rules
+from quantize.schemes.module_config import rules_of, weight_args_of
 from quantize.schemes.settings import SolverSettings
 
 _MODULE = "quantize.backends.gptqmodel_child"
@@ -25,7 +26,7 @@ def solve(
     """Quantize a recipe's base on token samples, in a child process."""
     result = run_worker(
         _MODULE,
-        _job(recipe, samples, solve_job),
+        job_of(recipe, samples, solve_job),
         folder=solve_job.work,
         environ=visible_devices(solve_job.environ, recipe.devices.gpus),
         on_progress=on_progress,
@@ -33,11 +34,14 @@ def solve(
     )
     modules = [SolvedModule(**row) for row in result["modules"]]
     require_solved(modules, solve_job.allow_fallback)
-    return QuantizeResult(result["seconds"], tuple(modules), by_damping(modules), fallbacks(modules))
+    return QuantizeResult(
+        result["seconds"], tuple(modules), by_damping(modules), fallbacks(modules), expert_coverage(modules)
+    )
 
 
-def settings(scheme: Scheme, chosen: SolverSettings, layers: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def settings(scheme: Scheme, chosen: SolverSettings, tree: ModuleTree) -> dict[str, Any]:
     """Give every setting whose default differs between AutoGPTQ and GPTQModel, or matters."""
+    args = {layer.solver_name: weight_args_of(layer.stored_name, scheme) for layer in tree.layers}
     return {
         "bits": scheme.bits,
         "group_size": scheme.group_size,
@@ -49,7 +53,7 @@ def settings(scheme: Scheme, chosen: SolverSettings, layers: Mapping[str, tuple[
         "mse": 0.0 if chosen.weighted_scales else chosen.scale_norm,
         "damp_percent": chosen.damp[0],
         "damp_auto_increment": 0.0,  # the ladder is ours
-        "dynamic": dynamic_rules(scheme, layers) or None,
+        "dynamic": rules_of(scheme, args | dict.fromkeys(tree.kept)) or None,
     }
 
 
@@ -59,12 +63,14 @@ def visible_devices(environ: Mapping[str, str], gpus: tuple[int, ...]) -> dict[s
     return {**environ, **chosen}
 
 
-def _job(recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob) -> dict[str, Any]:
+def job_of(recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob) -> dict[str, Any]:
+    """Write down all that the child needs to know."""
     return {
         "base": str(recipe.base.directory.resolve()),
         "base_bytes": recipe.base.bytes,
         "scheme": recipe.scheme.model_dump(mode="json"),
-        "settings": settings(recipe.scheme, recipe.settings, recipe.base.shapes),
+        "tree": recipe.base.modules.as_json(),
+        "settings": settings(recipe.scheme, recipe.settings, recipe.base.modules),
         "damping": list(recipe.settings.damp),
         "gptaq": recipe.settings.gptaq,
         "weighted_scales": recipe.settings.weighted_scales,
@@ -75,4 +81,5 @@ def _job(recipe: Recipe, samples: list[dict[str, Any]], solve_job: SolveJob) -> 
         "raw": str(solve_job.work / "raw"),
         "solutions": str(solve_job.checkpoint),
         "allow_fallback": solve_job.allow_fallback,
+        "expert_fallback": solve_job.expert_fallback,
     }

@@ -1,8 +1,10 @@
-"""The child that solves, `python -m quantize.backends.gptqmodel_child`; the only file that imports GPTQModel."""
+"""The child that solves, `python -m quantize.backends.gptqmodel_child`."""
 
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ from config.manifest import Scheme
 from quantize.backends.gptaq import residual_corrected
 from quantize.backends.layer_checkpoint import LayerCheckpoint
 from quantize.backends.losses import require_solved
+from quantize.backends.module_tree_child import load_definition, names_of
 from quantize.backends.recording_solver import SolverRecord, recording
+from quantize.errors import RecipeError
+from quantize.modules import ModuleTree
 from quantize.running.memory import available_bytes
 from quantize.running.worker import WorkerChannel, run_child
 from quantize.variants.checkpoint import write_checkpoint
@@ -39,17 +44,27 @@ def quantize(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     started = time.monotonic()
     device, dtype = choose_device(job["memory_bytes"])
     checkpoint = LayerCheckpoint(Path(job["solutions"]), dtype)
-    record = SolverRecord(checkpoint, channel, job["where"], job["damping"], checkpoint.completed_layers())
+    record = SolverRecord(
+        checkpoint,
+        channel,
+        job["where"],
+        job["damping"],
+        checkpoint.completed_layers(),
+        job["expert_fallback"],
+        sum(map(len, job["samples"])),
+    )
+    tree = ModuleTree.from_json(job["tree"])
     model = load(job, device, dtype)
-    model.layer_callback = Layers(record, model.model.config.num_hidden_layers)
-    watch(record, share=job["gptaq"], weighted_scales=job["weighted_scales"])
+    require_same_layers(model, tree)
+    model.layer_callback = Layers(record, model.model.config.get_text_config().num_hidden_layers)
     tokenized = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["samples"]]
-    # In the order they were drawn: a batch's number is its sample's.
-    model.quantize(tokenized, batch_size=1, calibration_data_min_length=1, calibration_sort=None)
+    with recorded(record, share=job["gptaq"], weighted_scales=job["weighted_scales"]):
+        # In the order they were drawn: a batch's number is its sample's.
+        model.quantize(tokenized, batch_size=1, calibration_data_min_length=1, calibration_sort=None)
     require_solved(record.solved, job["allow_fallback"])
     model.save(job["raw"])
     scheme = Scheme.model_validate(job["scheme"])
-    write_checkpoint(Path(job["base"]), Path(job["raw"]), scheme, job["damping"][0], Path(job["into"]))
+    write_checkpoint(Path(job["base"]), Path(job["raw"]), scheme, job["damping"][0], Path(job["into"]), tree)
     shutil.rmtree(job["raw"])
     return {"seconds": round(time.monotonic() - started, 1), "modules": [asdict(solved) for solved in record.solved]}
 
@@ -72,24 +87,43 @@ def choose_device(memory_bytes: int | None) -> tuple[str, Any]:
 
 def load(job: dict[str, Any], device: str, dtype: Any) -> Any:
     """Load the base for solving; what doesn't fit into memory twice goes to the disk as it is packed."""
-    from gptqmodel import GPTQModel, QuantizeConfig  # noqa: PLC0415
+    from gptqmodel import QuantizeConfig  # noqa: PLC0415
     from gptqmodel.quantization.config import GPTAQConfig  # noqa: PLC0415
 
-    crowded = job["base_bytes"] * _COPIES_IN_MEMORY > available_bytes()
+    # A base that holds all experts of a block in one tensor is read layer by layer, too: defuser replaces the blocks of
+    # some families before transformers loads them, which then finds no weights for single experts and says nothing.
+    stacked = any(layer["expert"] is not None for layer in job["tree"]["layers"])
+    crowded = stacked or job["base_bytes"] * _COPIES_IN_MEMORY > available_bytes()
     extra = {"gptaq": GPTAQConfig(alpha=job["gptaq"])} if job["gptaq"] else {}
     if crowded:
         extra["offload_to_disk_path"] = str(Path(job["raw"]).with_name("offloaded"))
     config = QuantizeConfig(**job["settings"], **extra, offload_to_disk=crowded)
-    return GPTQModel.load(job["base"], config, device=device, dtype=dtype)
+    return load_definition(Path(job["base"]), config, device=device, dtype=dtype)
 
 
-def watch(record: SolverRecord, *, share: float, weighted_scales: bool) -> None:
-    """Put our watched classes where the library takes its solvers from: the one seam it has for them."""
+def require_same_layers(model: Any, tree: ModuleTree) -> None:
+    """Raise RecipeError if the loaded model would quantize other layers than the plan names."""
+    planned = {layer.solver_name for layer in tree.layers}
+    differing = sorted(planned.symmetric_difference(set(names_of(model)) - set(tree.kept)))
+    if differing:
+        raise RecipeError(
+            f"{model.model_local_path}: {len(differing)} layers are quantized by the solver and not in the files, or "
+            f"the other way round, first {differing[0]}; is a shard missing, or config.json another model's?",
+        )
+
+
+@contextmanager
+def recorded(record: SolverRecord, *, share: float, weighted_scales: bool) -> Iterator[None]:
+    """Put our recording classes where the library takes its solvers from: the one seam it has for them."""
     from gptqmodel.looper import gptq_processor as library  # noqa: PLC0415
 
     plain, gatherer = library.GPTQ, library.GPTAQ
     library.GPTQ = recording(plain, record, weighted_scales=weighted_scales)
     library.GPTAQ = recording(residual_corrected(plain, gatherer, share), record, weighted_scales=weighted_scales)
+    try:
+        yield
+    finally:
+        library.GPTQ, library.GPTAQ = plain, gatherer
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from config.manifest import ExpertCoverage
 from quantize.errors import SolveError
+from quantize.modules import is_expert
 
 # GPTQModel writes 999999999 for a module whose loss it never learned.
 _ABSURD_LOSS = 1e8
@@ -16,7 +18,10 @@ _NAMES_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class SolvedModule:
-    """One linear layer after solving; `loss` is the mean output error a token, or None where it was only rounded."""
+    """One linear layer after solving; `loss` is the mean output error a token, or None where it was only rounded.
+
+    `tokens` of the calibration text reached it; for an `undersampled` expert these were too few for GPTQ.
+    """
 
     module: str
     layer: int
@@ -24,6 +29,8 @@ class SolvedModule:
     group_size: int
     loss: float | None
     damp: float
+    tokens: int = 0
+    undersampled: bool = False
 
     @property
     def kind(self) -> str:
@@ -41,8 +48,23 @@ def as_loss(told: Any) -> float | None:
 
 
 def fallbacks(modules: Iterable[SolvedModule]) -> tuple[str, ...]:
-    """Name the modules that were rounded to nearest."""
-    return tuple(solved.module for solved in modules if solved.loss is None)
+    """Name the modules that were rounded to nearest although enough tokens reached them."""
+    return tuple(solved.module for solved in modules if solved.loss is None and not solved.undersampled)
+
+
+def expert_coverage(modules: Iterable[SolvedModule]) -> ExpertCoverage | None:
+    """Count the tokens that the experts saw; None for a model without experts."""
+    experts: dict[str, SolvedModule] = {}
+    for solved in modules:
+        if is_expert(solved.module):
+            experts[solved.module.rpartition(".")[0]] = solved
+    if not experts:
+        return None
+    tokens = [solved.tokens for solved in experts.values()]
+    undersampled = tuple(name for name, solved in experts.items() if solved.undersampled)
+    return ExpertCoverage(
+        experts=len(experts), fewest_tokens=min(tokens), median_tokens=int(median(tokens)), undersampled=undersampled
+    )
 
 
 def require_solved(modules: Sequence[SolvedModule], allowed: int) -> None:

@@ -13,18 +13,24 @@ from quantize.backends.layer_checkpoint import LayerCheckpoint, ModuleSolution
 from quantize.backends.losses import SolvedModule, as_loss, loss_ratio
 from quantize.backends.scales import best_scales
 from quantize.errors import SolveError
+from quantize.modules import is_expert
 from quantize.running.worker import WorkerChannel
 
 
 @dataclass(slots=True)
 class SolverRecord:
-    """What is known of a run's modules; `solved` grows, `peaks` holds each sample's largest activation."""
+    """What is known of a run's modules; `solved` grows, `peaks` holds each sample's largest activation.
+
+    `expert_fallback` "fail" makes an expert with too few tokens an error. `tokens` are those of the calibration text.
+    """
 
     checkpoint: LayerCheckpoint
     channel: WorkerChannel
     where: Sequence[str]
     damping: Sequence[float]
     completed: frozenset[int]
+    expert_fallback: str = "rtn"
+    tokens: int = 0
     solved: list[SolvedModule] = field(default_factory=list)
     peaks: dict[str, dict[int, Any]] = field(default_factory=dict)
 
@@ -42,7 +48,12 @@ class SolverRecord:
                 )
 
     def record(self, solved: SolvedModule) -> None:
-        """Note a module, and tell the reader how its loss compares."""
+        """Note a module, and tell the reader how its loss compares; SolveError if an expert must not be rounded."""
+        if solved.undersampled and self.expert_fallback == "fail":
+            raise SolveError(
+                f"{solved.module}: {solved.tokens} of {self.tokens} calibration tokens reached this expert, too few "
+                "for GPTQ; add samples, or round such experts to nearest with --expert-fallback rtn",
+            )
         self.solved.append(solved)
         self.channel.event(
             {
@@ -51,6 +62,9 @@ class SolverRecord:
                 "loss": solved.loss,
                 "damp": solved.damp,
                 "loss_ratio": loss_ratio(self.solved),
+                "undersampled": solved.undersampled,
+                "tokens": solved.tokens,
+                "all_tokens": self.tokens,
             },
         )
 
@@ -152,4 +166,14 @@ class Search:
 
 
 def _solved(module: str, layer: int, settings: Any, solution: ModuleSolution) -> SolvedModule:
-    return SolvedModule(module, layer, settings.bits, settings.group_size, as_loss(solution.loss), solution.damp)
+    loss = as_loss(solution.loss)
+    return SolvedModule(
+        module,
+        layer,
+        settings.bits,
+        settings.group_size,
+        loss,
+        solution.damp,
+        tokens=solution.tokens,
+        undersampled=loss is None and is_expert(module) and str(solution.loss).startswith("fallback("),
+    )

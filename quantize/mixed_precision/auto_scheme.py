@@ -97,7 +97,8 @@ def options_of(module_group: ModuleGroup, shapes: Mapping[str, tuple[int, int]],
 
 def kept_bytes(base: BaseModel, module_groups: Sequence[ModuleGroup]) -> int:
     """Bytes of all tensors that no choice changes."""
-    searched = {f"{module}.weight" for module_group in module_groups for module in module_group.modules}
+    modules = {module for module_group in module_groups for module in module_group.modules}
+    searched = {tensor for tensor, stored in base.modules.stored_in.items() if modules.intersection(stored)}
     return sum(tensor.bytes for name, tensor in base.tensors.items() if name not in searched)
 
 

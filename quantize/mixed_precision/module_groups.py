@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar
 from config.manifest import Engine, Override, Scheme
 from quantize.errors import RecipeError
 from quantize.schemes.engines import choices
-from quantize.schemes.fit import Heads, Shapes, fused_name, uneven_share
-from quantize.schemes.module_config import WeightArgs
+from quantize.schemes.fit import Heads, Shapes, uneven_share
+from quantize.schemes.module_config import WeightArgs, fused_name
 
 _Value = TypeVar("_Value")
 _NUMBER = re.compile(r"\.\d+\.")

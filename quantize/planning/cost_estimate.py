@@ -9,7 +9,8 @@ from types import MappingProxyType
 from config.manifest import Engine
 from quantize.base import BaseModel
 from quantize.running.memory import needed_bytes
-from quantize.schemes.fit import Shapes, fused_name
+from quantize.schemes.fit import Shapes
+from quantize.schemes.module_config import fused_name
 from quantize.schemes.settings import SolverSettings
 
 _BLOCK = re.compile(r"^.*?(?:layers|h|blocks)\.\d+\.")

@@ -10,10 +10,11 @@ from quantize.base import BaseModel
 from quantize.calibration.datasets import CalibrationSplit, Dataset
 from quantize.evaluation.evaluate import EvaluationPlan
 from quantize.evaluation.verdict import limits_for
+from quantize.modules import ModuleTree
 from quantize.planning.cost_estimate import CostEstimate, estimate_cost
 from quantize.planning.recipe import Budget
 from quantize.planning.request import Request
-from quantize.schemes.engines import ENGINES, kernels, refusals
+from quantize.schemes.engines import ENGINES, expert_refusals, kernels, refusals
 from quantize.schemes.fit import heads_of, tensor_parallel_degrees
 from quantize.schemes.forecast import disk_bytes, predicted_tensors
 from quantize.schemes.module_config import weight_args_of
@@ -60,6 +61,7 @@ class DryRunPlan:
     disk_bytes: int
     limits: Mapping[str, float]
     data: tuple[str, ...] = ()
+    experts: str = ""
 
     @property
     def bytes(self) -> int:
@@ -74,10 +76,13 @@ def dry_run_plan(
     split: CalibrationSplit,
     cores: int,
     datasets: Sequence[Dataset] = (),
+    *,
+    amx: bool = False,
 ) -> DryRunPlan:
-    """Tell what a request will make of a base; `scheme` is the settled one."""
+    """Tell what a request will make of a base; `scheme` is the settled one, `amx` a feature of the CPU."""
     modules = {name for name in base.shapes if weight_args_of(name, scheme)}
-    kept = [tensor.bytes for name, tensor in base.tensors.items() if name.removesuffix(".weight") not in modules]
+    stored_in = base.modules.stored_in
+    kept = [tensor.bytes for name, tensor in base.tensors.items() if modules.isdisjoint(stored_in.get(name, ()))]
     tokens = expected_tokens(request, split)
     return DryRunPlan(
         base=f"{base.name} ({base.dtype})",
@@ -93,12 +98,22 @@ def dry_run_plan(
         settings=request.settings,
         backend=request.backend,
         cost=estimate_cost(base, tokens, request.settings, solving_engine(request), cores),
-        engines=engine_support(scheme),
+        engines=engine_support(scheme, base, amx=amx),
         tensor_parallel=tensor_parallel_degrees(base.shapes, scheme, heads_of(base)),
         disk_bytes=disk_bytes(base, scheme),
         limits=applied_limits(lowest_bits(scheme), request.evaluation),
         data=tuple(line for dataset in datasets for line in dataset.summary()),
+        experts=experts_line(base.modules, scheme),
     )
+
+
+def experts_line(tree: ModuleTree, scheme: Scheme) -> str:
+    """Say how many experts are quantized, and what they leave out of the solver; nothing for a dense model."""
+    if not tree.has_experts:
+        return ""
+    experts = {layer.stored_name.rpartition(".")[0]: layer.stored_name for layer in tree.layers if layer.is_expert}
+    quantized = sum(weight_args_of(name, scheme) is not None for name in experts.values())
+    return f"{len(experts)} experts, {quantized} quantized; routers stay as they are; GPTAQ is off"
 
 
 def solving_engine(request: Request) -> Engine:
@@ -125,9 +140,9 @@ def expected_tokens(request: Request, split: CalibrationSplit) -> int:
     return sum(min(length, request.max_tokens) for length in lengths)
 
 
-def engine_support(scheme: Scheme) -> dict[Engine, EngineSupport]:
+def engine_support(scheme: Scheme, base: BaseModel, *, amx: bool = False) -> dict[Engine, EngineSupport]:
     """Tell for each engine how it will load a scheme, or why it won't."""
-    reasons = refusals(scheme)
+    reasons = expert_refusals(scheme, base, amx=amx) | refusals(scheme)
     return {
         engine: EngineSupport(False, reasons[engine])
         if engine in reasons
@@ -153,6 +168,7 @@ def as_text(plan: DryRunPlan) -> str:
         ("scheme", _scheme_line(plan)),
         *_override_rows(plan.scheme.overrides),
         ("size", _size_line(plan)),
+        *((("experts", plan.experts),) if plan.experts else ()),
         *(("data", line) for line in plan.data),
         ("calibration", f"{plan.samples} samples, about {plan.tokens:,} tokens"),
         ("solver", f"{plan.backend}, {_settings_line(plan.settings)}"),

@@ -211,6 +211,11 @@ def _add_solver(parser: argparse.ArgumentParser) -> None:
         f"(default: {' '.join(f'{step:g}' for step in DAMPING_LADDER)})",
     )
     add("--allow-fallback", type=count, metavar="N", help="so many modules may be rounded to nearest (default: 0)")
+    add(
+        "--expert-fallback",
+        choices=("rtn", "fail"),
+        help="experts that less than 0.5%% of the tokens reach: round them to nearest, or stop (default: rtn)",
+    )
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from config.hardware import has_gpu_driver
 from config.manifest import Engine, Override, Scheme
@@ -15,25 +16,28 @@ from quantize.calibration.datasets import (
     split_records,
 )
 from quantize.errors import RecipeError
+from quantize.module_tree import with_module_tree
 from quantize.planning.recipe import Budget, Recipe, chosen_backend
 from quantize.planning.request import Request
-from quantize.schemes.engines import choices, refusals, require_engine
+from quantize.schemes.engines import choices, expert_refusals, has_amx, refusals, require_engine
 from quantize.schemes.fit import fitted, heads_of, matching, misfit, tensor_parallel_degrees, uneven_share
 from quantize.schemes.forecast import predicted_bytes
 from quantize.schemes.module_config import WeightArgs
 from quantize.schemes.scheme import PRESETS, require_loadable
+from quantize.schemes.settings import SolverSettings
 
 _FEWEST_TOKENS = 32
 _FOUR_BITS = [scheme for scheme in PRESETS.values() if scheme.bits == 4]  # widest groups, and so smallest, first
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
-def plan_variant(request: Request) -> tuple[Recipe, CalibrationSplit]:
+def plan_variant(request: Request, environ: Mapping[str, str]) -> tuple[Recipe, CalibrationSplit]:
     """Check a request and write down its recipe, with the chats it draws; UsageError says what doesn't fit.
 
     What the base answered itself is a text file like any other: name it in `request.data` before.
     """
     check_numbers(request)
-    base = read_base(request.base)
+    base = with_module_tree(read_base(request.base), environ)
     scheme = settled_scheme(request, base)
     datasets, split = calibration_split(request)
     recipe = Recipe(
@@ -43,7 +47,7 @@ def plan_variant(request: Request) -> tuple[Recipe, CalibrationSplit]:
         samples=request.samples,
         max_tokens=request.max_tokens,
         seed=request.seed,
-        settings=request.settings,
+        settings=settled_settings(request.settings, base),
         backend=chosen_backend(request.backend),
         devices=request.devices,
         budget=request.scheme if isinstance(request.scheme, Budget) else None,
@@ -55,6 +59,11 @@ def plan_variant(request: Request) -> tuple[Recipe, CalibrationSplit]:
 def present_engine() -> Engine:
     """Tell which engine this machine can run, without importing torch."""
     return "cuda" if has_gpu_driver() else "cpu"
+
+
+def this_cpu_has_amx() -> bool:
+    """Tell whether vLLM finds kernels for quantized experts on this machine's CPU."""
+    return _CPU_INFO.is_file() and has_amx(_CPU_INFO.read_text())
 
 
 def check_numbers(request: Request) -> None:
@@ -72,15 +81,22 @@ def settled_scheme(request: Request, base: BaseModel) -> Scheme:
     if not base.shapes:
         raise RecipeError(f"{base.directory}: has no linear layers in blocks; GPTQ quantizes decoder models")
     if isinstance(request.scheme, Budget):
+        _require_searchable(base)
         scheme = fitted(_smallest(base, request.scheme, request.engine), base)
         _require_within(scheme, base, request.scheme)
     else:
         scheme = fitted(request.scheme, base)
-    reason = refusals(scheme).get(request.engine) or misfit(scheme, base.shapes, base.sizes)
+    refused = expert_refusals(scheme, base, amx=this_cpu_has_amx()) | refusals(scheme)
+    reason = refused.get(request.engine) or misfit(scheme, base.shapes, base.sizes)
     if reason:
         raise RecipeError(f"{base.directory}: {scheme.name} doesn't fit: {reason}")
     _require_shares(base, scheme, request.tensor_parallel)
     return scheme
+
+
+def settled_settings(settings: SolverSettings, base: BaseModel) -> SolverSettings:
+    """Leave GPTAQ out for a base with experts: routers choose other tokens for an expert than the unquantized model."""
+    return replace(settings, gptaq=0.0) if base.modules.has_experts else settings
 
 
 def calibration_split(request: Request) -> tuple[tuple[Dataset, ...], CalibrationSplit]:
@@ -114,6 +130,20 @@ def _wider(least: Mapping[str, WeightArgs], plain: Scheme) -> Iterable[Override]
         if weight_args != WeightArgs(plain.bits, plain.group_size):
             result[pattern] = Override(modules=pattern, bits=4, group_size=weight_args.group_size)
     return result.values()
+
+
+def _require_searchable(base: BaseModel) -> None:
+    """The search rounds linear layers of the transformers model one by one: they must be there, by their names."""
+    tree = base.modules
+    split = any(layer.part is not None and f"{layer.stored_name}.weight" != layer.tensor for layer in tree.layers)
+    if tree.has_experts or split:
+        held = "all experts of a block in one tensor" if tree.has_experts else "gate and up of a block in one matrix"
+        raise RecipeError(
+            f"{base.directory}: scheme auto measures single layers, and transformers holds {held}; "
+            "choose a scheme, and --override '*.self_attn.*=8' for layers that need more",
+        )
+    if "text_config" in base.config:
+        raise RecipeError(f"{base.directory}: scheme auto supports no multimodal models; choose a scheme")
 
 
 def _require_within(scheme: Scheme, base: BaseModel, budget: Budget) -> None:

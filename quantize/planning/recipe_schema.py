@@ -146,6 +146,7 @@ class RecipeFile(Part):
     engine: Literal["auto", "cpu", "cuda"] | None = None
     tensor_parallel: Positive | None = None
     allow_fallback: Count | None = None
+    expert_fallback: Literal["rtn", "fail"] | None = None
     evaluation: EvaluationTable = EvaluationTable()
     out: str | None = None
 

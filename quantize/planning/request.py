@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from config.manifest import Engine, Scheme
 from quantize.calibration.datasets import MAX_BAD
@@ -57,6 +58,7 @@ class Request:
     devices            GPUs that may work, and how much of their memory
     tensor_parallel    GPUs that must be able to share the variant
     allow_fallback     so many modules may be rounded to nearest without failing the variant
+    expert_fallback    what becomes of experts that too few tokens reach: rtn rounds them to nearest, fail stops
     evaluation         what is measured at the end, and the limits that differ from the scheme's own
     resume             continue an interrupted run of the same recipe after its last whole layer
     log                file that gets the run's log, None for none
@@ -78,6 +80,7 @@ class Request:
     devices: Devices = field(default_factory=Devices)
     tensor_parallel: int = 1
     allow_fallback: int = 0
+    expert_fallback: Literal["rtn", "fail"] = "rtn"
     evaluation: EvaluationPlan = DEFAULT_PLAN
     resume: bool = False
     log: Path | None = None

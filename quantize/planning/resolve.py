@@ -49,6 +49,7 @@ def resolve(options: argparse.Namespace, recipe: RecipeFile, *, present: Engine)
         devices=devices,
         tensor_parallel=first(options.tensor_parallel, recipe.tensor_parallel, 1),
         allow_fallback=first(options.allow_fallback, recipe.allow_fallback, 0),
+        expert_fallback=first(options.expert_fallback, recipe.expert_fallback, "rtn"),
         evaluation=chosen_evaluation(options, recipe.evaluation),
         resume=options.resume,
         log=options.log,

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from config.manifest import Calibration, Manifest, Quality
+from config.manifest import Calibration, ExpertCoverage, Manifest, Quality
 from quantize.variants.pruning import Disposable
 
+_NAMES_SHOWN = 5
 _HEADINGS = ("variant", "scheme", "size", "KL mean", "top-1", "perplexity", "verdict", "directory")
 
 
@@ -71,7 +72,20 @@ def _provenance(manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "damping", ", ".join(f"{count} modules at {damp}" for damp, count in quantizer.damp.items())
     if quantizer.fallback_modules:
         yield "RTN", f"rounded to nearest, GPTQ failed: {', '.join(quantizer.fallback_modules)}"
+    if quantizer.experts:
+        yield "experts", coverage_line(quantizer.experts)
     yield "calibration", _calibration(manifest.calibration)
+
+
+def coverage_line(coverage: ExpertCoverage) -> str:
+    """Format how many tokens the experts saw, and which were rounded to nearest."""
+    few = coverage.undersampled
+    rounded = f", {len(few)} too few and were rounded to nearest: {', '.join(few[:_NAMES_SHOWN])}" if few else ""
+    more = f" and {len(few) - _NAMES_SHOWN} more" if len(few) > _NAMES_SHOWN else ""
+    return (
+        f"{coverage.experts} experts saw {coverage.fewest_tokens:,} tokens or more, "
+        f"half of them {coverage.median_tokens:,} or more{rounded}{more}"
+    )
 
 
 def _quality(quality: Quality) -> Iterator[tuple[str, str]]:

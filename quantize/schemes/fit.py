@@ -1,6 +1,5 @@
 """Does a scheme fit a model? Shapes against groups, layers that vLLM fuses, tensor-parallel shares. Pure."""
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -8,7 +7,7 @@ from fnmatch import fnmatchcase
 from config.manifest import Override, Scheme
 from quantize.base import BaseModel
 from quantize.errors import RecipeError
-from quantize.schemes.module_config import FUSED, WeightArgs, weight_args_of
+from quantize.schemes.module_config import WeightArgs, fused_name, weight_args_of
 from quantize.schemes.scheme import PRESETS, named
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -18,7 +17,6 @@ KERNEL_TILE = 32
 # Packed words and int8 kernels need each GPU's share of the outputs in multiples of this.
 _SHARE_TILE = 16
 _MOST_GPUS = 16
-_EXPERTS = re.compile(r"\.experts\.\d+\.\w+$")
 # These take their inputs in shares; every other linear layer of a block takes its outputs in shares.
 _ROW_PARALLEL = frozenset({"o_proj", "down_proj", "out_proj", "c_proj", "fc2", "w2"})
 
@@ -33,10 +31,11 @@ class Heads:
 
 def heads_of(base: BaseModel) -> Heads:
     """Read the attention heads from a base's config."""
-    attention = base.config.get("num_attention_heads")
+    config = base.config.get("text_config", base.config)
+    attention = config.get("num_attention_heads")
     if not isinstance(attention, int):
         return Heads()
-    key_value = base.config.get("num_key_value_heads")
+    key_value = config.get("num_key_value_heads")
     return Heads(attention, key_value if isinstance(key_value, int) else attention)
 
 
@@ -72,17 +71,6 @@ def unevenly_fused(scheme: Scheme, shapes: Shapes) -> str | None:
                 f"give both the same bits and group size"
             )
     return None
-
-
-def fused_name(module: str) -> str:
-    """Give the name under which vLLM knows the matrix that a module becomes part of."""
-    if _EXPERTS.search(module):
-        return _EXPERTS.sub(".experts", module)
-    parent, _, last = module.rpartition(".")
-    for whole, parts in FUSED.items():
-        if last in parts:
-            return f"{parent}.{whole}"
-    return module
 
 
 def matching(scheme: Scheme, module: str) -> Override | None:
@@ -135,7 +123,8 @@ def _uneven(name: str, shape: tuple[int, int], weight_args: WeightArgs | None, d
         return f"{name}: {columns} inputs can't be shared by {degree} GPUs" if columns % degree else None
     if last in ("k_proj", "v_proj") and 0 < heads.key_value < degree:
         return None  # each GPU has a copy
-    step = degree * (_SHARE_TILE if weight_args else 1)
+    # Each of the two halves is shared.
+    step = degree * (_SHARE_TILE if weight_args else 1) * (2 if last == "gate_up_proj" else 1)
     return f"{name}: {rows} outputs can't be shared by {degree} GPUs" if rows % step else None
 
 

@@ -20,14 +20,14 @@ def predicted_bytes(base: BaseModel, scheme: Scheme) -> int:
 def predicted_tensors(base: BaseModel, scheme: Scheme) -> dict[str, int]:
     """Bytes of each tensor by the name it will have; what isn't quantized is kept as the base stores it."""
     sizes: dict[str, int] = {}
+    stored_in = base.modules.stored_in
     for name, tensor in base.tensors.items():
-        module = name.removesuffix(".weight")
-        weight_args = weight_args_of(module, scheme) if module in base.shapes and name != module else None
-        sizes |= (
-            packed_bytes(module, base.shapes[module], weight_args, scheme.format)
-            if weight_args
-            else {name: tensor.bytes}
-        )
+        args = {module: weight_args_of(module, scheme) for module in stored_in.get(name, ())}
+        if not any(args.values()):
+            sizes[name] = tensor.bytes
+        for module, weight_args in args.items():
+            if weight_args:
+                sizes.update(packed_bytes(module, base.shapes[module], weight_args, scheme.format))
     return sizes
 
 

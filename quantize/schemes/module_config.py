@@ -14,6 +14,8 @@ from config.manifest import Scheme
 FUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
 )
+# All experts of a block are one module of vLLM.
+_EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 _LAYER = re.compile(r"^(?P<stem>.*\.)(?P<number>\d+)(?P<rest>\..*\.)(?P<leaf>[^.]+)$")
 
 
@@ -40,11 +42,15 @@ def dynamic_rules(scheme: Scheme, layers: Iterable[str]) -> dict[str, dict[str, 
 
     GPTQModel looks up `q_proj`, vLLM the fused `qkv_proj`; a rule names both.
     """
+    return rules_of(scheme, {module: weight_args_of(module, scheme) for module in layers})
+
+
+def rules_of(scheme: Scheme, args: Mapping[str, WeightArgs | None]) -> dict[str, dict[str, Any]]:
+    """Write the modules whose bits and group size are not the scheme's own as `dynamic` of a GPTQ config."""
     plain = WeightArgs(scheme.bits, scheme.group_size)
     differing: dict[tuple[WeightArgs | None, str, str, str], list[int]] = {}
     single: list[tuple[str, WeightArgs | None]] = []
-    for module in layers:
-        weight_args = weight_args_of(module, scheme)
+    for module, weight_args in _experts_as_one(args).items():
         if weight_args == plain:
             continue
         match = _LAYER.match(module)
@@ -71,6 +77,27 @@ def differing_modules(rules: Mapping[str, Mapping[str, Any]], module: str) -> Ma
     return {}
 
 
+def fused_name(module: str) -> str:
+    """Give the name under which vLLM knows the matrix that a module becomes part of."""
+    if _EXPERT.search(module):
+        return _EXPERT.sub(".experts", module)
+    parent, _, last = module.rpartition(".")
+    for whole, parts in FUSED.items():
+        if last in parts:
+            return f"{parent}.{whole}"
+    return module
+
+
+def _experts_as_one(args: Mapping[str, WeightArgs | None]) -> Mapping[str, WeightArgs | None]:
+    """Name the experts of a block once, where they are all alike."""
+    found: dict[str, set[WeightArgs | None]] = {}
+    for module, weight_args in args.items():
+        if _EXPERT.search(module):
+            found.setdefault(fused_name(module), set()).add(weight_args)
+    alike = {name for name, different in found.items() if len(different) == 1}
+    return {fused_name(module) if fused_name(module) in alike else module: value for module, value in args.items()}
+
+
 def _rule(weight_args: WeightArgs | None, pattern: str) -> str:
     return f"{'-' if weight_args is None else '+'}:{pattern}"
 
@@ -83,5 +110,7 @@ def _told(weight_args: WeightArgs | None, plain: WeightArgs) -> dict[str, Any]:
 
 
 def _leaf_pattern(leaf: str) -> str:
+    if leaf == "experts":
+        return r"experts(\.\d+\.\w+)?"
     fused = [name for name, parts in FUSED.items() if leaf in parts]
     return f"({leaf}|{fused[0]})" if fused else re.escape(leaf)

@@ -44,14 +44,13 @@ def lint(variant: Path, base: BaseModel | None, scheme: Scheme) -> tuple[Finding
         artefact = read_artefact(variant)
     except VariantError as error:
         return (Finding("config", variant.name, str(error)),)
-    shapes = {name: tensor.shape for name, tensor in base.tensors.items()} if base else None
     return tuple(
         finding
         for findings in (
             config_findings(artefact.quantization_config, scheme),
             _twin_findings(artefact),
             index_findings(artefact),
-            tensor_findings(artefact, shapes, scheme),
+            tensor_findings(artefact, base, scheme),
             fused_findings(artefact),
             value_findings(artefact),
             _size_findings(artefact, base, scheme),

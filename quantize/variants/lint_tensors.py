@@ -1,9 +1,9 @@
 """What must hold of a quantized directory's tensors, by their headers: names, shapes, dtypes, and what vLLM fuses."""
 
-import re
 from collections.abc import Iterator, Mapping
 
 from config.manifest import Scheme
+from quantize.base import BaseModel
 from quantize.model_files.safetensors_header import StoredTensor
 from quantize.variants.artefact import Artefact
 from quantize.variants.lint_rules import Finding
@@ -18,15 +18,11 @@ from quantize.variants.storage_format import (
     scheme_format,
 )
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 _NO_WEIGHTS = ("rotary_emb.inv_freq",)
-# It decides which experts work, is tiny, and everybody leaves it alone.
-_ROUTER = re.compile(r"\.(gate|router|shared_expert_gate)$")
 
 
-def tensor_findings(artefact: Artefact, base: Shapes | None, scheme: Scheme) -> Iterator[Finding]:
-    """Hold names, shapes and dtypes against configuration, scheme and the base's tensors (name -> shape)."""
+def tensor_findings(artefact: Artefact, base: BaseModel | None, scheme: Scheme) -> Iterator[Finding]:
+    """Hold names, shapes and dtypes against configuration, scheme and the base's tensors."""
     kind = kind_of(artefact.quantization_config)
     if kind is None:
         return
@@ -34,13 +30,14 @@ def tensor_findings(artefact: Artefact, base: Shapes | None, scheme: Scheme) -> 
     if not layers:
         yield Finding("tensors", "model.safetensors", "holds no quantized layer")
     owned: set[str] = set()
+    shapes = base.shapes if base else {}
     for layer in layers:
         storage_format = configured_format(artefact.quantization_config, layer)
         owned.update(name for name in artefact.entries if name.rpartition(".")[0] == layer and not _is_bias(name))
         if storage_format is None:
             yield Finding("tensors", layer, "is quantized, and config.json says that it is not")
             continue
-        yield from _layer_findings(artefact, layer, storage_format, base)
+        yield from _layer_findings(artefact, layer, storage_format, shapes if base else None)
         wanted = scheme_format(scheme, layer, kind)
         if wanted != storage_format:
             yield Finding(
@@ -52,10 +49,10 @@ def tensor_findings(artefact: Artefact, base: Shapes | None, scheme: Scheme) -> 
 
 
 def _layer_findings(
-    artefact: Artefact, layer: str, storage_format: StorageFormat, base: Shapes | None
+    artefact: Artefact, layer: str, storage_format: StorageFormat, shapes: Mapping[str, tuple[int, int]] | None
 ) -> Iterator[Finding]:
-    shape = (base or {}).get(f"{layer}.weight") or _own_shape(artefact.entries, layer, storage_format)
-    if shape is None or len(shape) != 2:
+    shape = _own_shape(artefact.entries, layer, storage_format) if shapes is None else shapes.get(layer)
+    if shape is None:
         yield Finding("tensors", layer, "is quantized, and the base has no matrix of that name")
         return
     expected = parts_of(storage_format, shape[0], shape[1])
@@ -71,26 +68,32 @@ def _layer_findings(
             yield Finding("tensors", f"{layer}.{part}", f"is {entry.dtype}, not {' or '.join(dtypes)}")
 
 
-def _base_findings(artefact: Artefact, base: Shapes, layers: set[str], scheme: Scheme, kind: Kind) -> Iterator[Finding]:
+def _base_findings(
+    artefact: Artefact, base: BaseModel, layers: set[str], scheme: Scheme, kind: Kind
+) -> Iterator[Finding]:
     tied = bool(artefact.config.get("tie_word_embeddings"))
-    for name, shape in base.items():
-        layer = name.removesuffix(".weight")
-        if layer in layers or name.endswith(_NO_WEIGHTS) or (tied and name == "lm_head.weight"):
+    stored_in = base.modules.stored_in
+    for name, shape in ((name, tensor.shape) for name, tensor in base.tensors.items()):
+        modules = stored_in.get(name, ())
+        if modules and layers.issuperset(modules):
+            continue
+        if name.endswith(_NO_WEIGHTS) or (tied and name == "lm_head.weight"):
             continue
         entry = artefact.entries.get(name)
+        wanted = [module for module in modules if scheme_format(scheme, module, kind) is not None]
         if entry is None:
             yield Finding("tensors", name, "is in the base, and missing here")
         elif entry.shape != shape:
             yield Finding("tensors", name, f"has shape {_x(entry.shape)}, and {_x(shape)} in the base")
         elif not entry.dtype.startswith(("F", "BF")):
             yield Finding("tensors", name, f"is {entry.dtype}, and has no scales")
-        elif _is_block_matrix(name, shape) and scheme_format(scheme, layer, kind) is not None:
-            yield Finding("tensors", layer, f"is not quantized, and scheme {scheme.name} wants it to be")
+        elif wanted:
+            yield Finding("tensors", wanted[0], f"is not quantized, and scheme {scheme.name} wants it to be")
 
 
-def _extra_findings(artefact: Artefact, base: Shapes, owned: set[str]) -> Iterator[Finding]:
+def _extra_findings(artefact: Artefact, base: BaseModel, owned: set[str]) -> Iterator[Finding]:
     tied = bool(artefact.config.get("tie_word_embeddings"))
-    for name in sorted(artefact.entries.keys() - base.keys() - owned):
+    for name in sorted(artefact.entries.keys() - base.tensors.keys() - owned):
         if not (name.endswith(_NO_WEIGHTS) or _is_bias(name) or (tied and name == "lm_head.weight")):
             yield Finding("tensors", name, "is not in the base")
 
@@ -141,12 +144,6 @@ def fused_findings(artefact: Artefact) -> Iterator[Finding]:
                 f"its parts are {storage_format}"
             )
             yield Finding("fused", fused, problem)
-
-
-def _is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    layer = name.removesuffix(".weight")
-    in_block = re.search(r"(^|\.)(layers|h|blocks)\.\d+\.", name)
-    return bool(in_block and layer != name and len(shape) == 2 and not _ROUTER.search(layer))
 
 
 def _is_bias(name: str) -> bool:

@@ -9,7 +9,7 @@ is [N, G], `weight_shape` says N and K, and an asymmetric one has `weight_zero_p
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,10 +150,51 @@ _DENSE: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
 }
 
 
-def packed_layer(tensors: Mapping[str, Any], layer: str, scheme: Scheme) -> Tensors:
-    """Give a GPTQ layer's tensors by their final names in a variant of `scheme`."""
-    packed = {part: tensors[f"{layer}.{part}"] for part in _PARTS["gptq"][1]}
+def packed_module(tensors: Mapping[str, Any], layers: Sequence[str], module: str, scheme: Scheme) -> Tensors:
+    """Give the GPTQ tensors of `layers`, stacked, as those of `module` in a variant of `scheme`."""
+    packed = _stacked([{part: tensors[f"{layer}.{part}"] for part in _PARTS["gptq"][1]} for layer in layers])
     if scheme.format == "gptq":
-        return {f"{layer}.{part}": tensor.contiguous() for part, tensor in packed.items()}
+        return {f"{module}.{part}": tensor.contiguous() for part, tensor in packed.items()}
     weight, scale = gptq_to_int8(packed)
-    return {f"{layer}.weight": weight, f"{layer}.weight_scale": scale}
+    return {f"{module}.weight": weight, f"{module}.weight_scale": scale}
+
+
+def _stacked(layers: Sequence[Tensors]) -> Tensors:
+    """Stack GPTQ layers with the same inputs: all parts have the outputs on their last axis, and share `g_idx` [K]."""
+    import torch  # noqa: PLC0415
+
+    if len(layers) == 1:
+        return layers[0]
+    if any(not torch.equal(layer["g_idx"], layers[0]["g_idx"]) for layer in layers):
+        raise VariantError("layers that share a matrix have different groups, and can't be stored in it")
+    parts = {part: torch.cat([layer[part] for layer in layers], dim=1) for part in ("qweight", "qzeros", "scales")}
+    return {**parts, "g_idx": layers[0]["g_idx"]}
+
+
+def with_base_matrices(tensors: Tensors, base: Iterable[str]) -> Tensors:
+    """Put dense layers that are stored one by one back into the base's matrices where it has those.
+
+    All experts of a block [E, N, K], or gate above up [N, K].
+    """
+    import torch  # noqa: PLC0415
+
+    for name in base:
+        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+        parts = _STACKED_PARTS.get(leaf)
+        if name in tensors or parts is None:
+            continue
+        if f"{parent}.{parts[0]}.weight" in tensors:
+            tensors[name] = torch.cat([tensors.pop(f"{parent}.{part}.weight") for part in parts])
+            continue
+        experts: list[Any] = []
+        while f"{parent}.{len(experts)}.{parts[0]}.weight" in tensors:
+            experts.append(torch.cat([tensors.pop(f"{parent}.{len(experts)}.{part}.weight") for part in parts]))
+        if experts:
+            tensors[name] = torch.stack(experts)
+    return tensors
+
+
+_STACKED_PARTS: Mapping[str, tuple[str, ...]] = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}

@@ -150,7 +150,7 @@ def job_of(options: argparse.Namespace, samples: list[list[int]], into: Path) ->
         "base": str(options.model.resolve()),
         "scheme": options.scheme,
         "solver": options.solver,
-        "settings": settings(scheme, chosen, read_base(options.model, digested=False).shapes),
+        "settings": settings(scheme, chosen, read_base(options.model, digested=False).modules),
         "gptaq": chosen.gptaq,
         "samples": samples,
         "into": str(into.resolve()),

@@ -54,7 +54,7 @@ def write_tiny_llama(directory: Path, text: list[str], *, layers: int = 2) -> Pa
     from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
     directory.mkdir(parents=True)
-    vocabulary = _write_tokenizer(directory, text)
+    vocabulary = write_tokenizer(directory, text)
     torch.manual_seed(7)
     config = LlamaConfig(
         hidden_size=128,
@@ -74,7 +74,8 @@ def write_tiny_llama(directory: Path, text: list[str], *, layers: int = 2) -> Pa
     return directory
 
 
-def _write_tokenizer(directory: Path, text: list[str]) -> int:
+def write_tokenizer(directory: Path, text: list[str]) -> int:
+    """Write a byte-level BPE tokenizer trained on `text`, with the ChatML template; return its size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
 
     tokenizer = Tokenizer(models.BPE())

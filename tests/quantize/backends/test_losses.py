@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.backends.losses import SolvedModule, as_loss, by_damping, fallbacks, loss_ratio, require_solved
+from config.manifest import ExpertCoverage
+from quantize.backends.losses import (
+    SolvedModule,
+    as_loss,
+    by_damping,
+    expert_coverage,
+    fallbacks,
+    loss_ratio,
+    require_solved,
+)
 from quantize.errors import SolveError
 
 
@@ -68,3 +77,16 @@ def test_the_ratio_is_finite_and_positive(losses: list[float]) -> None:
     assert ratio is not None
     assert math.isfinite(ratio)
     assert ratio > 0
+
+
+def test_experts_are_counted_by_their_tokens() -> None:
+    """One count an expert; those that too few tokens reached are named, and are no failed modules."""
+    modules = [
+        SolvedModule(f"m.experts.{expert}.{leaf}", 0, 4, 64, None if few else 1.0, 0.01, tokens, few)
+        for expert, tokens, few in ((0, 900, False), (1, 3, True), (2, 40, False))
+        for leaf in ("up_proj", "down_proj")
+    ]
+    coverage = expert_coverage([solved(1.0), *modules])
+    assert coverage == ExpertCoverage(experts=3, fewest_tokens=3, median_tokens=40, undersampled=("m.experts.1",))
+    assert fallbacks(modules) == ()
+    assert expert_coverage([solved(1.0)]) is None

@@ -12,6 +12,7 @@ from quantize.calibration.samples import within
 from quantize.errors import RecipeError
 from quantize.evaluation.module_checks import loss_outliers, module_figures
 from quantize.evaluation.verdict import LIMITS_BY_BITS, Metric, is_conclusive, judge, limits_for
+from quantize.modules import ModuleTree
 from quantize.schemes.scheme import PRESETS
 from quantize.schemes.settings import SolverSettings
 
@@ -145,7 +146,7 @@ def test_limits_can_be_changed_one_by_one(bits: int, value: float) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_settings_are_loadable_ones(name: str) -> None:
     """Symmetric, in natural order, and group-aware ordering only where there are groups."""
-    told = settings(PRESETS[name], SolverSettings(damp=(0.02, 0.1)), {})
+    told = settings(PRESETS[name], SolverSettings(damp=(0.02, 0.1)), ModuleTree(()))
     assert (told["sym"], told["desc_act"], told["true_sequential"]) == (True, False, True)
     assert told["act_group_aware"] == (PRESETS[name].group_size > 0)
     assert told["damp_percent"] == 0.02

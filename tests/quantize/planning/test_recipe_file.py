@@ -35,6 +35,7 @@ devices: {gpus: [2, 5], memory: 80GB}
 engine: cuda
 tensor_parallel: 4
 allow_fallback: 2
+expert_fallback: fail
 evaluation:
   {tokens: 9000, prompts: 8, seeds: 5, new_tokens: 64, tasks: q.jsonl, task_tokens: 99, limits: {kl_mean: 0.03}}
 out: variants/{id}
@@ -97,6 +98,7 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
     assert request.settings == SolverSettings((0.01, 0.1), weighted_scales=False, gptaq=0.25)
     assert (request.backend, request.devices.gpus, request.devices.memory_bytes) == ("auto-gptq", (2, 5), 80 * 10**9)
     assert (request.engine, request.tensor_parallel, request.allow_fallback) == ("cuda", 4, 2)
+    assert request.expert_fallback == "fail"
     wanted = request.evaluation
     assert (wanted.tokens, wanted.prompts, wanted.seeds, wanted.new_tokens) == (9000, 8, 5, 64)
     assert (wanted.tasks, wanted.task_tokens) == (tmp_path / "q.jsonl", 99)

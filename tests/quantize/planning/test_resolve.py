@@ -28,6 +28,7 @@ FILE = RecipeFile.model_validate(
         "engine": "cuda",
         "tensor_parallel": 4,
         "allow_fallback": 1,
+        "expert_fallback": "fail",
         "evaluation": {"tokens": 99, "limits": {"kl_mean": 0.5, "top1_agreement": 0.5}},
         "out": "/said/out",
     },
@@ -63,6 +64,7 @@ def asked(recipe: RecipeFile, *flags: str) -> Request:
         (["--gpu-memory", "40GB"], "devices", Devices((2, 5), 40_000_000_000)),
         (["--tensor-parallel", "2"], "tensor_parallel", 2),
         (["--allow-fallback", "0"], "allow_fallback", 0),
+        (["--expert-fallback", "rtn"], "expert_fallback", "rtn"),
         (
             ["--damp", "0.01", "--damp", "0.3"],
             "settings",

@@ -1,10 +1,13 @@
 """Engines: which schemes they load, with what, and what a search may choose for them."""
 
+from pathlib import Path
+
 import pytest
 
 from config.manifest import Engine, Override
+from quantize.base import BaseModel
 from quantize.errors import RecipeError
-from quantize.schemes.engines import choices, kernels, refusals, require_engine
+from quantize.schemes.engines import choices, expert_refusals, has_amx, kernels, refusals, require_engine
 from quantize.schemes.module_config import WeightArgs
 from quantize.schemes.scheme import PRESETS, preset
 
@@ -74,3 +77,39 @@ def test_kernels(name: str, engine: Engine, told: str) -> None:
 def test_choices_fit_module_and_engine(engine: Engine, columns: int, expected: list[tuple[int, int]]) -> None:
     """A search chooses among what loads, smallest first."""
     assert choices(engine, (64, columns)) == tuple(WeightArgs(*weight_args) for weight_args in expected)
+
+
+EXPERT = "model.layers.0.mlp.experts.3.up_proj"
+
+
+def base_with(family: str, *modules: str) -> BaseModel:
+    """A base with 128 x 128 matrices of these names."""
+    shapes = dict.fromkeys(modules, (128, 128))
+    return BaseModel(Path("/models/base"), "base", "bf16", "", 0, {"model_type": family}, shapes)
+
+
+@pytest.mark.parametrize(
+    "family,modules,overrides,amx,refused",
+    [
+        ("qwen3", ("model.layers.0.mlp.up_proj",), (), False, set()),
+        ("qwen3_moe", (EXPERT,), (), False, {"cpu"}),
+        ("qwen3_moe", (EXPERT,), (), True, set()),
+        ("qwen3_moe", (EXPERT,), (Override(modules="*.experts.*"),), False, set()),
+        ("gpt_oss", (EXPERT,), (), True, {"cpu", "cuda"}),
+        ("gpt_oss", (EXPERT,), (Override(modules="*.experts.*"),), True, set()),
+    ],
+)
+def test_experts_need_a_kernel(
+    family: str, modules: tuple[str, ...], overrides: tuple[Override, ...], amx: bool, refused: set[str]
+) -> None:
+    """On a CPU without AMX there is none, and for some families vLLM loads other formats; kept experts need none."""
+    scheme = preset("w4a16-g128").model_copy(update={"overrides": overrides})
+    found = expert_refusals(scheme, base_with(family, *modules), amx=amx)
+    assert set(found) == refused
+    assert all("--override '*.experts.*=keep'" in reason for reason in found.values())
+
+
+@pytest.mark.parametrize("flags,expected", [("fpu amx_bf16 amx_tile avx", True), ("fpu avx512_bf16", False)])
+def test_amx_is_read_from_the_flags(flags: str, expected: bool) -> None:
+    """As Linux lists them for each core."""
+    assert has_amx(f"processor : 0\nflags\t\t: {flags}\n") is expected

@@ -11,13 +11,13 @@ from quantize.errors import RecipeError
 from quantize.schemes.fit import (
     Heads,
     fitted,
-    fused_name,
     heads_of,
     misfit,
     tensor_parallel_degrees,
     uneven_share,
     unevenly_fused,
 )
+from quantize.schemes.module_config import fused_name
 from quantize.schemes.scheme import preset
 from tests.quantize.shapes import QWEN_72B, QWQ_32B
 

@@ -88,3 +88,24 @@ def test_the_rules_say_what_the_overrides_mean(given_overrides: list[Override], 
         assert found is not None
         assert weight_args == WeightArgs(found.get("bits", told.bits), found.get("group_size", told.group_size))
     assert all(re.compile(rule[2:]) for rule in rules)
+
+
+EXPERTS = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in (1, 2) for expert in range(3)]
+
+
+def test_experts_of_a_block_are_one_module() -> None:
+    """A rule about all of them names the block's experts, as vLLM asks, and each expert's layers, as GPTQModel does."""
+    rules = dynamic_rules(scheme(Override(modules="*.experts.*")), [*EXPERTS, "model.layers.1.self_attn.o_proj"])
+    ((rule, changes),) = rules.items()
+    assert changes == {}
+    for module in ("model.layers.2.mlp.experts", *EXPERTS):
+        assert differing_modules(rules, module) is None, module
+    assert rule.startswith("-:")
+    assert differing_modules(rules, "model.layers.1.mlp.shared_experts.up_proj") == {}
+
+
+def test_experts_that_differ_keep_their_names() -> None:
+    """Then vLLM doesn't load them, which the plan says; the solver still gets its rules."""
+    rules = dynamic_rules(scheme(Override(modules="*.experts.1.*", bits=8)), EXPERTS)
+    assert differing_modules(rules, EXPERTS[1]) == {"bits": 8}
+    assert differing_modules(rules, EXPERTS[0]) == {}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from quantize.errors import VariantError
 from quantize.schemes.scheme import preset
-from quantize.variants.weights import gptq_dense, gptq_integers, gptq_to_int8, packed_layer, read_dense, read_packing
+from quantize.variants.weights import gptq_dense, gptq_integers, gptq_to_int8, packed_module, read_dense, read_packing
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
@@ -138,8 +138,9 @@ def test_a_layers_final_names_follow_the_scheme() -> None:
     stored = torch.zeros((32, 32), dtype=torch.int32)
     parts = layer_of(stored, torch.full((1, 32), 128), torch.ones((1, 32)), 32, bits=8)
     tensors = {f"l.{part}": tensor for part, tensor in parts.items()}
-    assert set(packed_layer(tensors, "l", preset("w8a16-channel"))) == {"l.qweight", "l.qzeros", "l.scales", "l.g_idx"}
-    assert set(packed_layer(tensors, "l", preset("w8a8"))) == {"l.weight", "l.weight_scale"}
+    gptq = {"l.qweight", "l.qzeros", "l.scales", "l.g_idx"}
+    assert set(packed_module(tensors, ["l"], "l", preset("w8a16-channel"))) == gptq
+    assert set(packed_module(tensors, ["l"], "l", preset("w8a8"))) == {"l.weight", "l.weight_scale"}
 
 
 @pytest.mark.parametrize(

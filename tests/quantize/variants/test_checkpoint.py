@@ -1,0 +1,96 @@
+"""What a variant's files hold: stacked layers, experts one by one, and what config.json leaves alone."""
+
+import pytest
+
+from config.manifest import Override
+from quantize.errors import VariantError
+from quantize.model_files.safetensors_header import StoredTensor
+from quantize.modules import ModuleTree, direct_tree
+from quantize.schemes.scheme import preset
+from quantize.variants.checkpoint import other_layers, quantization_config
+
+torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
+
+from quantize.variants.weights import Tensors, gptq_dense, packed_module, with_base_matrices  # noqa: E402
+from tests.quantize.variants.test_weights import layer_of  # noqa: E402
+
+EXPERTS = [f"model.layers.0.mlp.experts.{expert}.up_proj" for expert in range(2)]
+
+
+def gptq_layer(name: str, seed: int, group_size: int = 8) -> Tensors:
+    """A GPTQ layer of 16 inputs and 8 outputs with 4 bits."""
+    stored = torch.randint(0, 16, (16, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    zeros = torch.full((16 // group_size, 8), 8, dtype=torch.int32)
+    scales = torch.rand((16 // group_size, 8), generator=torch.Generator().manual_seed(seed)).half()
+    return {f"{name}.{part}": tensor for part, tensor in layer_of(stored, zeros, scales, group_size, bits=4).items()}
+
+
+def parts_of(tensors: Tensors, name: str) -> Tensors:
+    """The tensors of one layer by their last name."""
+    return {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+
+
+def test_layers_of_one_matrix_are_stacked() -> None:
+    """`gate_up_proj` stands for gate above up."""
+    tensors = gptq_layer("gate", 1) | gptq_layer("up", 2)
+    packed = packed_module(tensors, ["gate", "up"], "gate_up_proj", preset("w4a16-g64"))
+    halves = [gptq_dense(parts_of(tensors, name), 4) for name in ("gate", "up")]
+    assert torch.equal(gptq_dense(parts_of(packed, "gate_up_proj"), 4), torch.cat(halves))
+
+
+def test_layers_with_other_groups_cant_share_a_matrix() -> None:
+    """Their `g_idx` differ, and the matrix has one."""
+    tensors = gptq_layer("gate", 1) | gptq_layer("up", 2, group_size=16)
+    with pytest.raises(VariantError, match="different groups"):
+        packed_module(tensors, ["gate", "up"], "gate_up_proj", preset("w4a16-g64"))
+
+
+def test_experts_are_put_back_into_the_bases_tensors() -> None:
+    """[E, N, K], gate above up; what the base stores one by one stays so."""
+    experts = {
+        f"m.experts.{expert}.{part}_proj.weight": torch.full((2, 3), float(10 * expert + number))
+        for expert in range(2)
+        for number, part in enumerate(("gate", "up", "down"))
+    }
+    found = with_base_matrices(dict(experts), ["m.experts.gate_up_proj", "m.experts.down_proj", "m.norm.weight"])
+    assert found.keys() == {"m.experts.gate_up_proj", "m.experts.down_proj"}
+    assert found["m.experts.gate_up_proj"][:, :, 0].tolist() == [[0, 0, 1, 1], [10, 10, 11, 11]]
+    assert found["m.experts.down_proj"].shape == (2, 2, 3)
+    assert with_base_matrices(dict(experts), list(experts)).keys() == experts.keys()
+
+
+def test_parts_are_put_back_into_the_bases_matrix() -> None:
+    """[N, K], gate above up, for a base that stores both in one."""
+    parts = {f"mlp.{part}_proj.weight": torch.full((2, 3), float(number)) for number, part in enumerate(("gate", "up"))}
+    found = with_base_matrices(dict(parts), ["mlp.gate_up_proj.weight"])
+    assert found.keys() == {"mlp.gate_up_proj.weight"}
+    assert found["mlp.gate_up_proj.weight"][:, 0].tolist() == [0, 0, 1, 1]
+
+
+def test_w8a8_ignores_what_is_never_quantized() -> None:
+    """An engine takes any linear layer for a quantized one: routers and vision towers are named, embeddings are not."""
+    tree = direct_tree(dict.fromkeys(EXPERTS, (8, 8)))
+    tensors = {f"{name}.weight": StoredTensor((8, 8), 128) for name in EXPERTS} | {
+        "model.embed_tokens.weight": StoredTensor((8, 8), 128),
+        "lm_head.weight": StoredTensor((8, 8), 128),
+        "model.norm.weight": StoredTensor((8,), 16),
+        "model.layers.0.mlp.gate.weight": StoredTensor((2, 8), 32),
+        "model.layers.0.linear_attn.conv1d.weight": StoredTensor((8, 1, 4), 64),
+    }
+    others = other_layers(tensors, tree)
+    assert others == ["model.layers.0.linear_attn.conv1d", "model.layers.0.mlp.gate"]
+    config = quantization_config(preset("w8a8"), 0.01, sorted(tree.shapes), others)
+    assert config["ignore"] == ["lm_head", *others]
+    assert other_layers({name: tensors[name] for name in list(tensors)[2:5]}, ModuleTree(())) == []
+
+
+def test_kept_experts_are_one_pattern() -> None:
+    """A large model has tens of thousands of them."""
+    scheme = preset("w8a8").model_copy(update={"overrides": (keep("*.experts.*"),)})
+    config = quantization_config(scheme, 0.01, [*EXPERTS, "model.layers.0.self_attn.o_proj"])
+    assert config["ignore"] == ["lm_head", r"re:.*\.experts\.\d+\..*"]
+
+
+def keep(pattern: str) -> Override:
+    """An exception that leaves modules as they are."""
+    return Override(modules=pattern)
