@@ -14,10 +14,12 @@ from quantize.layered_models import LayeredModel, open_layered
 from quantize.model_class import model_class
 from quantize.model_files.weight_files import stored_tensors
 from quantize.modules import is_expert
-from quantize.variants.weights import LazyTensor, lazy_dense, lazy_tensors, read_packing, with_stacked_experts
+from quantize.variants.weights import LazyTensor, lazy_dense, lazy_tensors, read_packing, with_base_matrices
 
 _INT8_MAX = 127
 _PREFIX = re.compile(r"^.*?\b(?=(layers|h|blocks)\.\d+\.)")
+# Parts of one matrix in some families: it is rounded once for each of them, which changes nothing.
+_MATRIX_PART = re.compile(r"(gate|up)_proj$")
 _VISION = re.compile(r"(^|\.)(vision|visual)")
 # Of a GPU's free memory, what weights may take; the rest is for activations, keys and values.
 _SHARE_FOR_WEIGHTS = 0.85
@@ -125,7 +127,7 @@ def _placed(load: Callable[..., Any], base: Path, **options: Any) -> Any:
 
 def _dense_tensors(variant: Path, base: Path) -> tuple[dict[str, LazyTensor], tuple[str, ...]]:
     dense, layers = lazy_dense(variant)
-    return with_stacked_experts(dense, stored_tensors(base)), layers
+    return with_base_matrices(dense, stored_tensors(base)), layers
 
 
 def _where_layers_run() -> tuple[Any, str]:
@@ -150,7 +152,8 @@ def _round_activations(model: Any, variant: Path, names: Iterable[str]) -> None:
     if any(map(is_expert, layers)):
         round_expert_inputs(model, fake_quantize_tokens)
     for layer in sorted(layers):
-        module = found.get(_inside_blocks(layer))
+        name = _inside_blocks(layer)
+        module = found.get(name) or found.get(_MATRIX_PART.sub("gate_up_proj", name))
         if module is not None:
             module.register_forward_pre_hook(rounded)
         elif not is_expert(layer):

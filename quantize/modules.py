@@ -19,6 +19,9 @@ Shape = tuple[int, int]  # (out_features, in_features)
 _KEPT = re.compile(
     r"\.(q_a_proj|kv_a_proj_with_mqa|weights_proj|eh_proj)$|(^|\.)(linear_attn|mamba|ssm|short_conv|indexer|mtp|nextn)\."
 )
+# Families that store gate and up in one matrix, and whose classes in vLLM 0.32 look their quantization up by the names
+# of the two (`packed_modules_mapping`); those of Phi-3 look it up by the name of the matrix.
+_SPLIT_IN_VLLM = frozenset({"glm", "glm4"})
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -113,12 +116,17 @@ def is_kept(solver_name: str) -> bool:
     return _KEPT.search(solver_name) is not None
 
 
-def stored_name(solver_name: str, tensor: str, expert: int | None) -> str:
-    """Name the variant's module for a layer: the base's own name, or for a tensor of all experts one name for each."""
+def stored_name(solver_name: str, tensor: str, expert: int | None, part: int | None = None, family: str = "") -> str:
+    """Name the variant's module for a layer, as vLLM loads it.
+
+    It is the base's own name, except for a tensor of all experts (one name for each), and for a part of a matrix that
+    vLLM knows by its parts.
+    """
     module = tensor.removesuffix(".weight")
-    if expert is None:
-        return module
-    return f"{module.rpartition('.')[0]}.{expert}.{solver_name.rpartition('.')[2]}"
+    parent, leaf = module.rpartition(".")[0], solver_name.rpartition(".")[2]
+    if expert is not None:
+        return f"{parent}.{expert}.{leaf}"
+    return f"{parent}.{leaf}" if part is not None and family in _SPLIT_IN_VLLM else module
 
 
 def direct_tree(shapes: Mapping[str, Shape]) -> ModuleTree:

@@ -78,12 +78,15 @@ def load(job: dict[str, Any], device: str, dtype: Any) -> Any:
     from gptqmodel import QuantizeConfig  # noqa: PLC0415
     from gptqmodel.quantization.config import GPTAQConfig  # noqa: PLC0415
 
+    # A base that holds all experts of a block in one tensor is read layer by layer, too: defuser replaces the blocks of
+    # some families before transformers loads them, which then finds no weights for single experts and says nothing.
+    by_layers = job["by_layers"] or any(layer["expert"] is not None for layer in job["tree"]["layers"])
     extra: dict[str, Any] = {}
     if job["gptaq"]:
         extra["gptaq"] = GPTAQConfig(alpha=job["gptaq"], device="cpu" if job["kept_inputs"] == "host" else "auto")
-    if job["by_layers"]:
+    if by_layers:
         extra["offload_to_disk_path"] = job["offload"]
-    config = QuantizeConfig(**job["settings"], **extra, offload_to_disk=job["by_layers"])
+    config = QuantizeConfig(**job["settings"], **extra, offload_to_disk=by_layers)
     return load_definition(Path(job["base"]), config, device=device, dtype=dtype)
 
 

@@ -3,7 +3,6 @@
 The base is built on the meta device: seconds, whatever its size, for only the headers of its files are read.
 """
 
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,14 +37,18 @@ def load_definition(base: Path, config: Any, **options: Any) -> Any:
 def _mend(definition: Any) -> None:
     """Mend what GPTQModel 7.6 and defuser 0.0.28 have wrong for text that is tokenized already.
 
-    Multimodal definitions ask for an image processor, also for text. defuser's own block for GLM-4 MoE expects a router
-    of transformers 5.18 and before; its general way to split experts works.
+    Multimodal definitions ask for an image processor, also for text. Mistral 3 has the names on disk that Gemma 3 has,
+    but for a level of its vision tower. defuser's own block for GLM-4 MoE expects another router than that of
+    transformers 5.19; its general way to split experts works.
     """
     from defuser.model_registry import MODEL_CONFIG, PATCH  # noqa: PLC0415
     from gptqmodel.models.base import BaseQModel  # noqa: PLC0415
+    from gptqmodel.models.definitions.gemma3 import Gemma3ForConditionalGenerationGPTQ as Gemma3  # noqa: PLC0415
+    from gptqmodel.models.definitions.mistral3 import Mistral3GPTQ  # noqa: PLC0415
 
     definition.require_load_processor = False
     definition.prepare_dataset = BaseQModel.prepare_dataset
+    Mistral3GPTQ.HF_CONVERSION_MAP_REVERSED = Gemma3.HF_CONVERSION_MAP_REVERSED[1:]
     for family in ("glm4_moe", "glm4_moe_lite"):
         MODEL_CONFIG[family].pop(PATCH.REPLACE_MODULE, None)
 
@@ -53,12 +56,15 @@ def _mend(definition: Any) -> None:
 def tree_of(model: Any) -> ModuleTree:
     """List the layers of a loaded definition, each with the tensor of the base that holds it."""
     found = dict(_listed(model))
+    family = str(model.model.config.model_type)
     layers: list[LinearLayer] = []
     for name, (rows, columns) in found.items():
         if is_kept(name):
             continue
         tensor, expert, part = _source(model, name)
-        layers.append(LinearLayer(name, stored_name(name, tensor, expert), tensor, rows, columns, expert, part))
+        layers.append(
+            LinearLayer(name, stored_name(name, tensor, expert, part, family), tensor, rows, columns, expert, part)
+        )
     kept = tuple(name for name in found if is_kept(name))
     return ModuleTree(tuple(layers), kept, type(model).__name__)
 
@@ -70,16 +76,10 @@ def names_of(model: Any) -> list[str]:
 
 def _source(model: Any, name: str) -> tuple[str, int | None, int | None]:
     """Find the base's tensor of a layer, the expert's index in it, and the layer's place among its parts."""
-    files = model.turtle_model
-    tensor, expert, part, _ = files._resolve_checkpoint_tensor_source(name, "weight")  # noqa: SLF001
-    if tensor is not None:
-        return tensor, expert, part
-    # The library knows no other names for some multimodal families; inside the blocks they are the same.
-    inner = re.sub(r"^.*?\.(?=layers\.)", "", f"{name}.weight")
-    same = [stored for stored in files._weight_map if stored.endswith(f".{inner}") and "language" in stored]  # noqa: SLF001
-    if len(same) == 1:
-        return same[0], None, None
-    raise RecipeError(f"{model.model_local_path}: has no weight for {name}; is a shard missing?")
+    tensor, expert, part, _ = model.turtle_model._resolve_checkpoint_tensor_source(name, "weight")  # noqa: SLF001
+    if tensor is None:
+        raise RecipeError(f"{model.model_local_path}: has no weight for {name}; is a shard missing?")
+    return tensor, expert, part
 
 
 def _listed(model: Any) -> Iterator[tuple[str, tuple[int, int]]]:

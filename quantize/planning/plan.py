@@ -136,10 +136,13 @@ def _wider(least: Mapping[str, WeightArgs], plain: Scheme) -> Iterable[Override]
 
 def _require_searchable(base: BaseModel) -> None:
     """The search rounds linear layers of the transformers model one by one: they must be there, by their names."""
-    if base.modules.has_experts:
+    tree = base.modules
+    split = any(layer.part is not None and f"{layer.stored_name}.weight" != layer.tensor for layer in tree.layers)
+    if tree.has_experts or split:
+        held = "all experts of a block in one tensor" if tree.has_experts else "gate and up of a block in one matrix"
         raise RecipeError(
-            f"{base.directory}: scheme auto measures single layers, and transformers holds all experts of a block in "
-            "one tensor; choose a scheme, and --override '*.self_attn.*=8' for layers that need more",
+            f"{base.directory}: scheme auto measures single layers, and transformers holds {held}; "
+            "choose a scheme, and --override '*.self_attn.*=8' for layers that need more",
         )
     if "text_config" in base.config:
         raise RecipeError(f"{base.directory}: scheme auto supports no multimodal models; choose a scheme")

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from config.manifest import Generation, Manifest, Quality, Tasks
+from quantize.report.text_report import coverage_line
 from quantize.report.variant_record import VariantRecord
 
 
@@ -76,6 +77,7 @@ def provenance(record: VariantRecord) -> tuple[tuple[str, str], ...]:
         ("format", scheme.format),
         *overrides,
         *((key.replace("_", " "), str(value)) for key, value in quantizer.settings.items()),
+        *((("experts", coverage_line(quantizer.experts)),) if quantizer.experts else ()),
         ("damping", ", ".join(f"{count} modules at {damp}" for damp, count in quantizer.damp.items()) or "unknown"),
         ("calibration", _calibration(manifest)),
         ("evaluation text", manifest.quality.dataset_sha256[:16]),

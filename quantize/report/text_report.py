@@ -75,17 +75,18 @@ def _provenance(manifest: Manifest) -> Iterator[tuple[str, str]]:
     if quantizer.fallback_modules:
         yield "RTN", f"rounded to nearest, GPTQ failed: {', '.join(quantizer.fallback_modules)}"
     if quantizer.experts:
-        yield "experts", _experts(quantizer.experts)
+        yield "experts", coverage_line(quantizer.experts)
     yield "calibration", _calibration(manifest.calibration)
 
 
-def _experts(coverage: ExpertCoverage) -> str:
+def coverage_line(coverage: ExpertCoverage) -> str:
+    """Format how many tokens the experts saw, and which were rounded to nearest."""
     few = coverage.undersampled
-    rounded = f", {len(few)} of them too few and rounded to nearest: {', '.join(few[:_NAMES_SHOWN])}" if few else ""
+    rounded = f", {len(few)} too few and were rounded to nearest: {', '.join(few[:_NAMES_SHOWN])}" if few else ""
     more = f" and {len(few) - _NAMES_SHOWN} more" if len(few) > _NAMES_SHOWN else ""
     return (
         f"{coverage.experts} experts saw {coverage.fewest_tokens:,} tokens or more, "
-        f"half of them {coverage.median_tokens:,}{rounded}{more}"
+        f"half of them {coverage.median_tokens:,} or more{rounded}{more}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +14,7 @@ from quantize.calibration import preflight
 from quantize.calibration.samples import Samples
 from quantize.mixed_precision.auto_scheme import resolve_auto
 from quantize.planning.recipe import Recipe
+from quantize.running.progress import ProgressReporter
 from quantize.running.stage_store import StageKey, StageResult, stage_key
 from quantize.stages.tokens import Tokens
 from quantize.stages.variant_run import VariantRun, kept_after_failure
@@ -92,7 +94,7 @@ def _solved(run: VariantRun, samples: Samples, key: StageKey) -> StageResult:
                     samples.calibration,
                     _job(run, folder),
                     on_progress=advance,
-                    on_event=lambda event: progress.log_detail(module_line(event)),
+                    on_event=partial(log_module, progress),
                 )
         except BaseException:
             layers = completed_layers(folder)
@@ -105,6 +107,12 @@ def _solved(run: VariantRun, samples: Samples, key: StageKey) -> StageResult:
 
 def _job(run: VariantRun, folder: Path) -> SolveJob:
     return SolveJob(folder, run.context.folder, run.options.environ, run.options.expert_fallback)
+
+
+def log_module(progress: ProgressReporter, event: Mapping[str, Any]) -> None:
+    """Write a solved module into the run's log, and print an expert that too few tokens reached."""
+    write = progress.log if event.get("undersampled") else progress.log_detail
+    write(module_line(event))
 
 
 def module_line(event: Mapping[str, Any]) -> str:

@@ -199,25 +199,38 @@ def _stacked(layers: Sequence[Tensors]) -> Tensors:
     return {**parts, "g_idx": layers[0]["g_idx"]}
 
 
-def with_stacked_experts(tensors: Mapping[str, LazyTensor], base: Iterable[str]) -> dict[str, LazyTensor]:
-    """Put dense experts back into the base's tensors of all experts of a block, [E, N, K], where it has those."""
+def with_base_matrices(tensors: Mapping[str, LazyTensor], base: Iterable[str]) -> dict[str, LazyTensor]:
+    """Put dense layers that are stored one by one back into the base's matrices where it has those.
+
+    All experts of a block [E, N, K], or gate above up [N, K].
+    """
     result = dict(tensors)
     for name in base:
-        parent, _, leaf = name.rpartition(".")
+        parent, _, leaf = name.removesuffix(".weight").rpartition(".")
         parts = _STACKED_PARTS.get(leaf)
-        if name in result or parts is None or f"{parent}.0.{parts[0]}.weight" not in result:
+        if name in result or parts is None:
+            continue
+        if f"{parent}.{parts[0]}.weight" in result:
+            result[name] = LazyTensor(partial(_join, [result.pop(f"{parent}.{part}.weight") for part in parts]))
             continue
         experts: list[list[LazyTensor]] = []
         while f"{parent}.{len(experts)}.{parts[0]}.weight" in result:
             experts.append([result.pop(f"{parent}.{len(experts)}.{part}.weight") for part in parts])
-        result[name] = LazyTensor(partial(_stack_experts, experts))
+        if experts:
+            result[name] = LazyTensor(partial(_stack_experts, experts))
     return result
+
+
+def _join(parts: Sequence[LazyTensor]) -> Any:
+    import torch  # noqa: PLC0415
+
+    return torch.cat([part[...] for part in parts])
 
 
 def _stack_experts(experts: Sequence[Sequence[LazyTensor]]) -> Any:
     import torch  # noqa: PLC0415
 
-    return torch.stack([torch.cat([part[...] for part in parts]) for parts in experts])
+    return torch.stack([_join(parts) for parts in experts])
 
 
 _STACKED_PARTS: Mapping[str, tuple[str, ...]] = {

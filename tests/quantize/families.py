@@ -143,7 +143,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             16,
             rewritten=_with_next_token_layer,
         ),
-        "deepseek_v3": Family("deepseek_v3", {**_DENSE, **_ROUTED, **_MLA, "n_group": 4, "topk_group": 2}, 16),
+        "deepseek_v3": Family(
+            "deepseek_v3", {**_DENSE, **_ROUTED, **_MLA, "n_group": 4, "topk_group": 2, "topk_method": "noaux_tc"}, 16
+        ),
         "olmoe": Family("olmoe", {**_DENSE, "intermediate_size": 128, "num_experts": 16, "num_experts_per_tok": 4}, 16),
         "gpt_oss": Family(
             "gpt_oss",

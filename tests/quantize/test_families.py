@@ -20,7 +20,6 @@ from tests.quantize.family_runs import (
     read_table,
     recipe_of,
     run_case,
-    samples_of,
     solve,
     write_families,
 )
@@ -94,11 +93,11 @@ def test_experts_that_no_token_reaches(bases: dict[str, BaseModel], tmp_path: Pa
     request = Request(base=base.directory, scheme=scheme, engine="cuda", out=tmp_path, settings=SETTINGS["best"])
     recipe = replace(recipe_of(request, base), datasets=())
     assert recipe.settings.gptaq == 0
-    few = samples_of(count=1, tokens=6)
+    few = [{"ids": [7] * 12, "where": "sample 0"}]
     events = solve(recipe, few, tmp_path / "rtn")
     unseen = [event for event in events if event["undersampled"]]
     assert unseen
     assert all(event["tokens"] == 0 and event["loss"] is None for event in unseen)
     assert all(".experts." in event["module"] for event in unseen)
-    with pytest.raises(SolveError, match=r"\.experts\.\d+\.\w+: 0 of 6 calibration tokens reached this expert"):
+    with pytest.raises(SolveError, match=r"\.experts\.\d+\.\w+: 0 of 12 calibration tokens reached this expert"):
         solve(recipe, few, tmp_path / "fail", expert_fallback="fail")

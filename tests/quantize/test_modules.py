@@ -54,6 +54,12 @@ def test_kinds_of_layers(name: str, kept: bool, expert: bool) -> None:
     assert (is_kept(name), is_expert(name)) == (kept, expert)
 
 
+@pytest.mark.parametrize("family,expected", [("phi3", MATRIX), ("glm4", f"{LAYER}mlp.up_proj")])
+def test_parts_of_a_matrix_have_the_name_that_vllm_looks_up(family: str, expected: str) -> None:
+    """Phi-3's class asks for the matrix, GLM-4's for its parts."""
+    assert stored_name(f"{LAYER}mlp.up_proj", f"{MATRIX}.weight", None, 1, family) == expected
+
+
 def test_layers_that_share_a_matrix() -> None:
     """They are one module, stacked in the order of their parts."""
     assert FUSED.shapes == {MATRIX: (128, 32)}

@@ -3,6 +3,7 @@
 import json
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from quantize.variants.checkpoint import other_layers, quantization_config, writ
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
-from quantize.variants.weights import Tensors, gptq_dense, packed_module, read_tensors, with_stacked_experts  # noqa: E402
+from quantize.variants.weights import (  # noqa: E402
+    LazyTensor,
+    Tensors,
+    gptq_dense,
+    packed_module,
+    read_tensors,
+    with_base_matrices,
+)
 from tests.quantize.variants.test_weights import layer_of  # noqa: E402
 
 EXPERTS = [f"model.layers.0.mlp.experts.{expert}.up_proj" for expert in range(2)]
@@ -58,11 +66,22 @@ def test_experts_are_put_back_into_the_bases_tensors() -> None:
         for expert in range(2)
         for number, part in enumerate(("gate", "up", "down"))
     }
-    found = with_stacked_experts(dict(experts), ["m.experts.gate_up_proj", "m.experts.down_proj", "m.norm.weight"])
+    found = with_base_matrices(dict(experts), ["m.experts.gate_up_proj", "m.experts.down_proj", "m.norm.weight"])
     assert found.keys() == {"m.experts.gate_up_proj", "m.experts.down_proj"}
     assert found["m.experts.gate_up_proj"][...][:, :, 0].tolist() == [[0, 0, 1, 1], [10, 10, 11, 11]]
     assert found["m.experts.down_proj"][...].shape == (2, 2, 3)
-    assert with_stacked_experts(dict(experts), list(experts)).keys() == experts.keys()
+    assert with_base_matrices(dict(experts), list(experts)).keys() == experts.keys()
+
+
+def test_parts_are_put_back_into_the_bases_matrix() -> None:
+    """[N, K], gate above up, for a base that stores both in one."""
+    parts = {
+        f"mlp.{part}_proj.weight": LazyTensor(partial(torch.full, (2, 3), float(number)))
+        for number, part in enumerate(("gate", "up"))
+    }
+    found = with_base_matrices(dict(parts), ["mlp.gate_up_proj.weight"])
+    assert found.keys() == {"mlp.gate_up_proj.weight"}
+    assert found["mlp.gate_up_proj.weight"][...][:, 0].tolist() == [0, 0, 1, 1]
 
 
 def test_w8a8_ignores_what_is_never_quantized() -> None:
