@@ -28,6 +28,8 @@ class Layers:
         if submodule_finalized:
             self._record.channel.progress(layer_idx + 1, self._total)
         else:
+            # Here, and not where the expert is solved: the library ends the process when a solver raises.
+            self._record.require_experts()
             self._record.complete(layer_idx)
 
 

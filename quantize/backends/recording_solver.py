@@ -64,12 +64,7 @@ class SolverRecord:
         )
 
     def record(self, solved: SolvedModule) -> None:
-        """Note a module, and tell the reader how its loss compares; SolveError if an expert must not be rounded."""
-        if solved.undersampled and self.expert_fallback == "fail":
-            raise SolveError(
-                f"{solved.module}: {solved.tokens} of {self.tokens} calibration tokens reached this expert, too few "
-                "for GPTQ; add samples, or round such experts to nearest with --expert-fallback rtn",
-            )
+        """Note a module, and tell the reader how its loss compares."""
         self.solved.append(solved)
         self.channel.event(
             {
@@ -83,6 +78,15 @@ class SolverRecord:
                 "all_tokens": self.tokens,
             },
         )
+
+    def require_experts(self) -> None:
+        """Raise SolveError with the first expert that too few tokens reached, if that is an error."""
+        for solved in self.solved if self.expert_fallback == "fail" else ():
+            if solved.undersampled:
+                raise SolveError(
+                    f"{solved.module}: {solved.tokens} of {self.tokens} calibration tokens reached this expert, too few "
+                    "for GPTQ; add samples, or round such experts to nearest with --expert-fallback rtn",
+                )
 
     def complete(self, layer: int) -> None:
         """Note that all modules of a layer are solved."""
