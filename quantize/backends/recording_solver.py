@@ -84,8 +84,8 @@ class SolverRecord:
         for solved in self.solved if self.expert_fallback == "fail" else ():
             if solved.undersampled:
                 raise SolveError(
-                    f"{solved.module}: {solved.tokens} of {self.tokens} calibration tokens reached this expert, too few "
-                    "for GPTQ; add samples, or round such experts to nearest with --expert-fallback rtn",
+                    f"{solved.module}: {solved.tokens} of {self.tokens} calibration tokens reached this expert, too "
+                    "few for GPTQ; add samples, or round such experts to nearest with --expert-fallback rtn",
                 )
 
     def complete(self, layer: int) -> None:
