@@ -169,7 +169,7 @@ def as_text(plan: DryRunPlan) -> str:
         ("time", _time_line(plan.cost, plan.stages)),
         ("memory", _memory_line(plan.stages)),
         *_stage_rows(plan.stages),
-        ("disk", f"{_size(plan.disk_bytes)} free beside the target"),
+        ("disk", f"{_size(plan.disk_bytes)} free in $QUANTGATE_HOME"),
         *((engine, ("loads: " if on.loads else "won't load: ") + on.reason) for engine, on in plan.engines.items()),
         ("GPUs", f"can be shared by {', '.join(map(str, plan.tensor_parallel))} (tensor parallel)"),
         ("gates", ", ".join(f"{name} {value:g}" for name, value in plan.limits.items())),

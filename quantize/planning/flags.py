@@ -142,7 +142,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--resume",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="use the results of stages that earlier runs kept (default); --no-resume computes all of them again",
+        help="use the results of stages that earlier runs kept (default); --no-resume solves and evaluates again",
     )
     add(
         "--keep-bytes",

@@ -1,15 +1,12 @@
 """How much memory quantizing takes, and how much there is."""
 
 import os
-import subprocess
 from dataclasses import dataclass
 
+from config.hardware import read_gpus
 from config.manifest import Engine
 from config.memory import read_memory
 from quantize.base import BaseModel
-
-_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits")
-_NVIDIA_SMI_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +27,8 @@ class Machine:
 def present_machine() -> Machine:
     """Look at this machine, without importing torch."""
     memory = read_memory()
-    return Machine(len(os.sched_getaffinity(0)), memory.free_bytes, memory.total_bytes, free_gpu_bytes())
-
-
-def free_gpu_bytes() -> tuple[int, ...]:
-    """Ask `nvidia-smi` for the free memory of every GPU; nothing where there is none."""
-    try:
-        run = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, check=False, timeout=_NVIDIA_SMI_SECONDS)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    return tuple(int(line) * 2**20 for line in run.stdout.split() if line.isdecimal()) if run.returncode == 0 else ()
+    free_bytes = tuple(gpu.free_bytes for gpu in read_gpus())
+    return Machine(len(os.sched_getaffinity(0)), memory.free_bytes, memory.total_bytes, free_bytes)
 
 
 def widest_inputs(base: BaseModel) -> int:

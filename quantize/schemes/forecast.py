@@ -46,9 +46,9 @@ def packed_bytes(module: str, shape: tuple[int, int], weight_args: WeightArgs, f
 
 
 def disk_bytes(base: BaseModel, scheme: Scheme) -> int:
-    """Bytes that must be free beside the target: solved layers (a byte a weight), the library's files, and ours.
+    """Bytes that must be free for the stages: solved layers (a byte a weight), the checkpoint, and a margin.
 
-    The library stores what isn't quantized as it computes with it: in fp32 on a CPU, twice the size.
+    The margin is for tokens and outputs of the parent: as much as the checkpoint, and what it keeps once more.
     """
     variant = predicted_bytes(base, scheme)
     kept = sum(size for name, size in predicted_tensors(base, scheme).items() if name in base.tensors)

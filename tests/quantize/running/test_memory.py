@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from quantize.base import read_base
-from quantize.running.memory import Machine, free_gpu_bytes, present_machine, widest_inputs
+from quantize.running.memory import Machine, present_machine, widest_inputs
 from tests.quantize.models import write_hollow_model
 
 GIGA = 10**9
@@ -25,12 +25,13 @@ def test_work_runs_on_a_gpu_where_there_is_one(gpus: tuple[int, ...], engine: st
 def test_gpus_are_asked_for_their_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order of `nvidia-smi`; a machine without that program has none."""
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\nprintf '81000\\n40000\\n'\n")
+    rows = "0, H100, 81559, 81000, 570\\n1, H100, 81559, 40000, 570\\n"
+    program.write_text(f"#!/bin/sh\nprintf '{rows}'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert free_gpu_bytes() == (81000 * 2**20, 40000 * 2**20)
+    assert present_machine().gpu_bytes == (81000 * 2**20, 40000 * 2**20)
     program.unlink()
-    assert free_gpu_bytes() == ()
+    assert present_machine().gpu_bytes == ()
 
 
 def test_this_machine_has_some() -> None:
