@@ -11,7 +11,7 @@ SUBCOMMANDS = {
     "config": ["check", "schema", "show"],
     "keys": ["create", "list", "revoke", "rotate"],
     "route": ["explain", "state"],
-    "variants": ["adopt", "diff", "lint", "list", "prune", "report", "show", "verify"],
+    "variants": ["adopt", "diff", "lint", "list", "prune", "report", "show", "stages", "verify"],
 }
 ALL = [[verb] for verb in COMMANDS] + [[verb, sub] for verb, subs in SUBCOMMANDS.items() for sub in subs]
 

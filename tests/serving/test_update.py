@@ -77,7 +77,7 @@ async def test_failing_successor_leaves_the_old_one(tmp_path: Path) -> None:
     async with supervising(tmp_path, old, start_attempts=2) as supervisor:
         await ready(supervisor.registry)
         before = noted_session(tmp_path)
-        with pytest.raises(UpdateFailed, match=r"int4-1b, which doesn't start: .*ValueError: no kernel"):
+        with pytest.raises(UpdateFailed, match=r"int4-1b does not start: .*ValueError: no kernel"):
             await supervisor.update((broken,))
         assert states(supervisor) == {"int4-1": State.READY}
         assert noted_session(tmp_path) == before
