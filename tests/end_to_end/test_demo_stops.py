@@ -49,7 +49,7 @@ def test_interrupt_leaves_nothing(
 ) -> None:
     """A signal while the base is unpacked, while it is quantized, while replicas start: exit code 130, nothing is left.
 
-    Completed layers stay for the next run, in a folder of their own.
+    Results of stages and completed layers stay for the next run, in a folder of their own.
     """
     place = tmp_path / "home"
     (place / "models").mkdir(parents=True)
@@ -66,8 +66,8 @@ def test_interrupt_leaves_nothing(
     assert processes_of(place) == []
     left = {path.relative_to(place).parts[0] for path in set(place.rglob("*")) - made}
     kept = {"logs", "running", "bytecode", "vllm", "variants", "quantgate.yaml", "supervisor.lock"}
-    kept |= {"supervisor.id", "seals", "control", "starts.json"}
+    kept |= {"supervisor.id", "seals", "control", "starts.json", "stages"}
     assert {name for name in left if not name.startswith("state.db")} <= kept
     assert list((place / "models").glob(".*")) == []
     assert stage == "loading, process" or list((place / "variants").glob("[!.]*")) == []
-    assert [path.name for path in (place / "variants").glob(".*") if path.suffix != ".solving"] == []
+    assert [path.name for path in (place / "variants").glob(".*")] == []

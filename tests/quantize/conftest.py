@@ -1,6 +1,7 @@
 """A tiny base and its variants, made once for all tests that only read them."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 from tests.quantize.chats import chat, write_chats
 from tests.quantize.command_line import run
 from tests.quantize.models import write_tiny_llama
+
+# GPTQModel reads it when it is imported, and cannot load models with one worker.
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
 SCHEMES = ("w4a16-g64", "w8a8")
 CHATS = 60

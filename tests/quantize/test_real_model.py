@@ -240,7 +240,9 @@ def _started(tiny_variants: Path, folder: Path) -> "subprocess.Popen[str]":
         "--out",
         folder / "out",
     )
-    return subprocess.Popen(told, cwd=ROOT, env=environ(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # A home of its own: elsewhere the same run has been made, and its stages would be reused.
+    env = {**environ(), "QUANTGATE_HOME": str(folder.with_name(f"{folder.name}-home"))}
+    return subprocess.Popen(told, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def _read_until(process: "subprocess.Popen[str]", line: str) -> None:
