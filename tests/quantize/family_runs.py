@@ -4,6 +4,7 @@
 of the table quantize/families.md; a quarter of an hour on two cores. The tests run every family with one scheme.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -223,6 +224,7 @@ def write_families(folder: Path, names: Sequence[str] = tuple(FAMILIES)) -> Iter
 
 def main(names: Sequence[str]) -> int:
     """Run all cases of the named families, or of all, and write their rows."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # GPTQModel cannot load models with one worker
     with TemporaryDirectory(prefix="families-") as folder:
         for name, directory in write_families(Path(folder), names or tuple(FAMILIES)):
             base = base_of(directory)
