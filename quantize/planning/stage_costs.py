@@ -127,11 +127,13 @@ def _stages(base: BaseModel, sizes: ModelSizes, solving: CostEstimate, work: Wor
             mapped_bytes=base.bytes,
         )
     mapped = 0 if solving.by_layers else base.bytes
+    # A tensor of the base that is copied: as it is read, and as it is handed on.
+    reading = 2 * max((tensor.bytes for tensor in base.tensors.values()), default=0)
     yield StageCost("solve", solving.seconds, solving.host_bytes, solving.gpu_bytes, mapped_bytes=mapped)
     yield StageCost(
         "write checkpoint",
         (base.bytes + 2 * work.variant_bytes) / _DISK_BYTES_PER_SECOND,
-        LIBRARY_BYTES["transformers"] // 2 + min(work.variant_bytes, _SHARD_BYTES) + sizes.matrix * 6,
+        LIBRARY_BYTES["transformers"] // 2 + min(work.variant_bytes, _SHARD_BYTES) + sizes.matrix * 6 + reading,
     )
     yield from _evaluation(base, sizes, work)
     yield StageCost("seal", work.variant_bytes / _HASHED_BYTES_PER_SECOND, 50_000_000)
