@@ -247,7 +247,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_gate(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--gate", action="store_true", help="exit with 3 if a limit was missed")
+    group.add_argument("--gate", action="store_true", help="exit with 3 unless all limits are shown to be met")
     group.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -66,25 +66,25 @@ CUT = CompletionMetrics(tokens=128, unfinished=True)
 
 
 @pytest.mark.parametrize(
-    "bits,figure,value,verdict",
+    "bits,part,verdict",
     [
-        (8, "kl", 0.005, "pass"),
-        (8, "kl", 0.0051, "fail"),
-        (8, "agreement", 0.985, "pass"),
-        (8, "agreement", 0.97, "fail"),
-        (8, "perplexity", 1.006, "fail"),
-        (4, "kl", 0.05, "pass"),
-        (4, "kl", 0.051, "fail"),
-        (4, "agreement", 0.94, "pass"),
-        (4, "agreement", 0.92, "fail"),
-        (4, "perplexity", 1.03, "pass"),
-        (4, "perplexity", 1.04, "fail"),
-        (4, "perplexity", 0.9, "pass"),
+        (8, sums(kl=0.005), "pass"),
+        (8, sums(kl=0.0051), "fail"),
+        (8, sums(agreement=0.985), "pass"),
+        (8, sums(agreement=0.97), "fail"),
+        (8, sums(perplexity=1.006), "fail"),
+        (4, sums(kl=0.05), "pass"),
+        (4, sums(kl=0.051), "fail"),
+        (4, sums(agreement=0.94), "pass"),
+        (4, sums(agreement=0.92), "fail"),
+        (4, sums(perplexity=1.03), "pass"),
+        (4, sums(perplexity=1.04), "fail"),
+        (4, sums(perplexity=0.9), "pass"),
     ],
 )
-def test_one_missed_limit_fails_a_variant(bits: int, figure: str, value: float, verdict: str) -> None:
+def test_one_missed_limit_fails_a_variant(bits: int, part: TokenSums, verdict: str) -> None:
     """Limits belong to a precision, are inclusive, and each alone decides; equal chats leave no doubt."""
-    quality = judge(measured([sums(**{figure: value})] * CHATS), bits, "0")
+    quality = judge(measured([part] * CHATS), bits, "0")
     assert quality.verdict == verdict
     assert len([check for check in quality.checks if not check.passed]) == (verdict != "pass")
 
