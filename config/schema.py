@@ -13,6 +13,8 @@ from urllib.parse import unquote_to_bytes
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
+from config.lora import lora_variant
+
 SIZE_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 # RFC 1123 host names and underscores. Resolvers differ in how they handle others, so they are rejected here.
 HOST_NAME = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?"
@@ -84,6 +86,11 @@ def check_address(value: str) -> str:
 def _number_as_text(value: object) -> object:
     """Leave it to `check_address` to say what a port alone lacks."""
     return str(value) if isinstance(value, int) else value
+
+
+def _path_as_lora(value: object) -> object:
+    """Accept a directory alone as an adapter."""
+    return {"path": value} if isinstance(value, str) else value
 
 
 def check_url(value: str) -> str:
@@ -223,12 +230,23 @@ class DeclaredQuality(Table):
     length_ratio: Ratio | None = None
 
 
+class LoraSettings(Table):
+    """A LoRA adapter: its directory, and its quality relative to the same adapter on the unquantized base.
+
+    Without `path`, only replicas with a `url` can serve it.
+    """
+
+    path: FileName | None = None
+    quality: DeclaredQuality | None = None
+
+
 class VariantSettings(Table):
     """A model directory, or the declared properties of a variant whose replicas have a `url`."""
 
     path: FileName | None = None
     precision: Literal["bf16", "fp16", "fp32", "fp8", "int8", "int4"] | None = None
     quality: DeclaredQuality | None = None
+    lora: dict[Name, Annotated[LoraSettings, BeforeValidator(_path_as_lora)]] = {}
 
 
 class ReplicaSettings(Table):
@@ -341,3 +359,18 @@ class Settings(Table):
     variants: dict[Name, VariantSettings] = {}
     replicas: tuple[ReplicaSettings, ...] = ()
     aliases: dict[Name, AliasSettings] = {}
+
+    @property
+    def loras(self) -> dict[str, tuple[str, str]]:
+        """Base variant and adapter by the name of the variant that the adapter is."""
+        return {
+            lora_variant(base, adapter): (base, adapter)
+            for base, variant in self.variants.items()
+            for adapter in variant.lora
+        }
+
+    @property
+    def served_variants(self) -> frozenset[str]:
+        """The variants that a replica is configured for, those of its adapters included."""
+        served = {replica.variant for replica in self.replicas}
+        return frozenset(served | {name for name, (base, _) in self.loras.items() if base in served})

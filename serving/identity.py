@@ -48,4 +48,6 @@ def launch_digest(launch: Launch) -> str:
     ]
     if launch.media_domains:
         fields.append(sorted(launch.media_domains))
+    if launch.variant.loras:
+        fields.append([[lora.name, str(lora.path), lora.rank] for lora in launch.variant.loras])
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -17,6 +17,10 @@ async def verified(launch: Launch, replica: Replica, probe: Probe) -> Replica:
     served = await probe.served_model(replica)
     if served.name != replica.served_name or served.root != str(launch.variant.path):
         raise ProbeFailed(f"{replica.id}: {replica.url} serves {served.name} from {served.root}, not this replica")
+    for lora in launch.variant.loras:
+        if (root := served.adapters.get(lora.name)) != str(lora.path):
+            what = "does not serve" if root is None else f"serves another directory, {root}, as"
+            raise ProbeFailed(f"{replica.id}: {replica.url} {what} the LoRA adapter {lora.name} of {lora.path}")
     wanted = launch.settings.max_model_len
     if wanted is not None and served.max_model_len_tokens != wanted:
         raise ProbeFailed(f"{replica.id}: max_model_len is {served.max_model_len_tokens}, not {wanted} as configured")

@@ -115,7 +115,14 @@ class Watch:
         except ProbeFailed as error:
             self._source.move(replica.id, State.FAILED, str(error))
             return
-        seen = replace(replica, served_name=served.name, max_model_len_tokens=served.max_model_len_tokens)
+        seen = replace(
+            replica,
+            served_name=served.name,
+            max_model_len_tokens=served.max_model_len_tokens,
+            adapters=tuple([adapter for adapter in replica.adapters if adapter in served.adapters]),
+        )
+        if missing := [adapter for adapter in replica.adapters if adapter not in seen.adapters]:
+            log.warning("replica %s at %s does not serve its adapters %s", replica.id, replica.url, ", ".join(missing))
         if reason := await self._golden_mismatch(seen):
             # Not checked again until it was unhealthy: only a restart can change the model.
             self._rejected.add(replica.id)

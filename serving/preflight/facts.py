@@ -87,6 +87,25 @@ class ModelFacts:
         own_heads = max(1, heads // settings.tensor_parallel)
         return 2 * own_layers * own_heads * size * _value_bytes(settings)
 
+    def lora_bytes(self, rank: int, tensor_parallel: int) -> int | None:
+        """Memory that each rank reserves for one LoRA adapter of a rank; None for an unusual architecture.
+
+        Every linear layer of a decoder layer has `A` [rank, inputs], which all ranks have, and `B` [outputs, rank],
+        which they share (vllm/lora/layers/column_parallel_linear.py), in 16 bits.
+        """
+        layers, hidden = self.number("num_hidden_layers", "n_layer"), self.number("hidden_size", "n_embd")
+        heads, key_value, size, inner = (
+            *(self.heads, self.key_value_heads, self.head_size),
+            self.number("intermediate_size"),
+        )
+        if not (layers and hidden and heads and key_value and size and inner):
+            return None
+        queries, keys = heads * size, key_value * size
+        shapes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+        shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
+        elements = sum(inputs + -(-outputs // tensor_parallel) for inputs, outputs in shapes)
+        return 2 * layers * rank * elements
+
 
 def _value_bytes(settings: ReplicaSettings) -> int:
     """Bytes of one number in the KV cache."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from serving.arguments import option
 from serving.replica import Launch
-from serving.templates.arguments import option
 from serving.templates.capabilities import PROBE
 from serving.templates.render import TemplateUnusable, renderer
 from serving.templates.source import ChatTemplate, chosen_template, has_tokens, read_chat_template
