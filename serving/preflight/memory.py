@@ -52,7 +52,7 @@ def memory_reasons(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineF
 def cpu_bytes(launch: Launch, model: ModelFacts) -> int:
     """Main memory that one CPU replica takes."""
     settings = launch.settings
-    weights = model.weight_bytes * settings.data_parallel
+    weights = model.weight_bytes * settings.ranks // _weight_shares(settings)
     cache, adapters = _cache_bytes(launch) or 0, adapters_bytes(launch, model)
     return weights + settings.ranks * (cache + adapters) + CPU_OVERHEAD_BYTES
 
@@ -71,7 +71,7 @@ def adapters_bytes(launch: Launch, model: ModelFacts) -> int:
 def _gpu_reasons(pairs: Iterable[tuple[Launch, ModelFacts]], gpus: Sequence[Gpu]) -> Iterator[str]:
     known = {gpu.index: gpu for gpu in gpus}
     for launch, model in pairs:
-        for gpu in (known[index] for index in launch.gpus or tuple(known)[:1] if index in known):
+        for gpu in (known[index] for index in launch.gpus or tuple(known)[: launch.settings.ranks] if index in known):
             reason = _gpu_reason(launch, model, gpu)
             if reason:
                 yield f"{launch.replica_id}: GPU {gpu.index} ({gpu.name}): {reason}"

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator
 
+from config.manifest import Engine
 from config.schema import ReplicaSettings
 from serving.preflight.facts import ModelFacts
 
 # vLLM finds these two by their token, and doesn't start without (reasoning/basic_parsers.py).
 THINK_TOKENS = frozenset({"<think>", "</think>"})
 TOKEN_PARSERS = frozenset({"deepseek_r1"})
+# vllm/model_executor/layers/attention/attention.py: they load scales of the KV cache.
+_FP8_CHECKPOINTS = frozenset({"fp8", "modelopt"})
+CPU_FP8_HEAD = 32  # vllm/v1/attention/backends/cpu_attn.py
 _TRUST = "--trust-remote-code"
 
 
@@ -26,6 +30,20 @@ def model_reasons(model: ModelFacts, settings: ReplicaSettings, parser: str | No
         yield f"max_model_len {wanted} is more than the {longest} tokens of its config.json; choose {longest} at most"
     if parser in TOKEN_PARSERS and model.special_tokens and not model.special_tokens >= THINK_TOKENS:
         yield f"its tokenizer has no <think> and </think>, which the reasoning parser {parser} needs; use qwen3"
+
+
+def cache_dtype_reason(model: ModelFacts, settings: ReplicaSettings, engine: Engine) -> str | None:
+    """Say why the KV cache can't have the configured type, or None."""
+    fp8_weights = (model.quantization or {}).get("quant_method") in _FP8_CHECKPOINTS
+    if settings.kv_cache_dtype == "fp8_e5m2" and (fp8_weights or model.has_cache_scales):
+        return "kv_cache_dtype fp8_e5m2 is not supported with FP8 checkpoints; use fp8"
+    size = model.head_size
+    if engine == "cpu" and size and size % CPU_FP8_HEAD and model.has_fp8_cache(settings):
+        return (
+            f"an FP8 KV cache on CPU needs a head size that is a multiple of {CPU_FP8_HEAD}, not {size}; set "
+            "kv_cache_dtype: bfloat16"
+        )
+    return None
 
 
 def sharing_reasons(model: ModelFacts, settings: ReplicaSettings) -> Iterator[str]:
