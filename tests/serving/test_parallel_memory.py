@@ -32,7 +32,7 @@ WEIGHTS = 960 * MIB
 MODEL = ModelFacts(CONFIG, WEIGHTS)
 VARIANT = Variant("a", "bf16", PARENT_QUALITY, Path("/a"))
 # KV cache, tensor, pipeline and data parallelism, experts shared.
-COMBINATIONS = list(product(("auto", "bfloat16", "fp8", "fp8_e5m2"), (1, 2, 4, 8), (1, 2, 4), (1, 2, 3), (False, True)))
+COMBINATIONS = list(product(("auto", "bfloat16", "fp8"), (1, 2, 8), (1, 4), (1, 2), (False, True)))
 
 
 def settings_of(cache: Any, tensor: int, pipeline: int, data: int, experts: bool, **more: Any) -> ReplicaSettings:
