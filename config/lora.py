@@ -14,7 +14,9 @@ from config.errors import ManifestError
 # Values of --max-lora-rank (vllm/config/lora.py).
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # Initializations that leave the weights of the base model as they are (vllm/lora/peft_helper.py).
-_PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
+PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica", "lora_ga"})
+# Options of PEFT that change what an adapter computes, and that vLLM lacks.
+UNSUPPORTED_OPTIONS = ("use_dora", "use_bdlora", "use_qalora", "alora_invocation_tokens", "layer_replication")
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "adapter_model.pt")
 
@@ -57,11 +59,11 @@ def unsupported(config: Mapping[str, Any]) -> str | None:
         return "modules_to_save is not supported by vLLM; train the adapter without it"
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         return "an adapter with bias is not supported by vLLM; train it with bias: none"
-    for option in ("use_dora", "use_bdlora", "use_qalora", "alora_invocation_tokens", "layer_replication"):
+    for option in UNSUPPORTED_OPTIONS:
         if config.get(option):
             return f"{option} is not supported by vLLM; train the adapter without it"
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
         return f"init_lora_weights {init} changes the base model and is not supported by vLLM; convert the adapter"
     return None
 
