@@ -29,34 +29,34 @@ LAUNCH = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Tells a usage error in one line."""
+    """Prints a usage error as one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Leave with exit code 2."""
+        """Exit with code 2."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def read_flags(arguments: list[str]) -> argparse.Namespace:
-    """Parse, and refuse what doesn't go together."""
+    """Parse the command line; options that exclude each other are a usage error."""
     parser = _parser()
-    given = parser.parse_args(arguments)
-    if given.out and (len(given.variants) > 1 or given.plot):
+    options = parser.parse_args(arguments)
+    if options.out and (len(options.variants) > 1 or options.plot):
         parser.error("--out takes the measurement of one VARIANT")
-    if given.url and (given.config or len(given.variants) > 1):
+    if options.url and (options.config or len(options.variants) > 1):
         parser.error("--url is the replica of one VARIANT; a configuration names its own")
-    if given.ca and not (given.url or "").startswith("https://"):
+    if options.ca and not (options.url or "").startswith("https://"):
         parser.error("--ca is for --url https://...; a configuration names its own")
-    described = [f"--{name.replace('_', '-')}" for name in (*LAUNCH, "gpus", "arg") if getattr(given, name)]
-    if given.config and described:
+    described = [f"--{name.replace('_', '-')}" for name in (*LAUNCH, "gpus", "arg") if getattr(options, name)]
+    if options.config and described:
         parser.error(f"{described[0]}: --config says how a variant is run; use one of them")
-    return given
+    return options
 
 
-def launch_settings(given: argparse.Namespace) -> dict[str, object]:
-    """The flags that say how vLLM is started, as a replica of the configuration would have them."""
-    options = {name: getattr(given, name) for name in LAUNCH if getattr(given, name) is not None}
-    chosen = {"gpus": given.gpus, "args": tuple(given.arg), "url": given.url, "ca": given.ca}
-    return {**options, **{name: value for name, value in chosen.items() if value}}
+def launch_settings(options: argparse.Namespace) -> dict[str, object]:
+    """Return the launch options as the settings of a configured replica."""
+    settings = {name: getattr(options, name) for name in LAUNCH if getattr(options, name) is not None}
+    others = {"gpus": options.gpus, "args": tuple(options.arg), "url": options.url, "ca": options.ca}
+    return settings | {name: value for name, value in others.items() if value}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -125,7 +125,7 @@ def _gpus(text: str) -> tuple[int, ...]:
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Keep the parser's own words, which argparse would replace."""
+    """Keep the message of a ValueError, which argparse would replace."""
 
     def read(text: str) -> Any:
         try:
