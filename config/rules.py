@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from config.field_types import LAST_PORT, is_loopback
 from config.lora import lora_variant
 from config.reserved_flags import RESERVED_FLAGS, reserved_flag
-from config.schema import LAST_PORT, LoraSettings, ReplicaSettings, Settings, is_loopback
+from config.schema import LoraSettings, ReplicaSettings, Settings
 
 Location = tuple[str | int, ...]
 CERTIFICATES = ("ca", "certificate", "key_file")

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from config.schema import is_loopback
+from config.field_types import is_loopback
 from serving.duration import duration
 from serving.probe import Probe
 from serving.replica import Replica, State

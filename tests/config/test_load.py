@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from config.errors import SettingsError
 from config.explain import known_keys
+from config.field_types import PATTERNS, check_url, parse_size_bytes
 from config.load import load_settings
-from config.schema import PATTERNS, Settings, Table, check_url, parse_size_bytes
+from config.schema import Settings, Table
 
 EXAMPLE = Path(__file__).parents[2] / "config" / "example.yaml"
 SECRETS = {"REPLICA_KEY": "s3cret", "ADMIN_KEY": "operators"}
