@@ -1,4 +1,4 @@
-"""LoRA adapters of a variant: an adapter is a variant of its own, and the replicas of its base variant answer it.
+"""LoRA adapters of a variant: an adapter is a variant, too, and the replicas of its base variant answer it.
 
 `lora: {math: PATH}` of the variant `qwq-int4` makes the variant `qwq-int4-math`. vLLM serves it under the name `math`.
 """

@@ -95,7 +95,7 @@ def _variants(settings: Settings) -> Iterator[Violation]:
 
 
 def _lora(where: Location, lora: LoraSettings, base: str, settings: Settings) -> Iterator[Violation]:
-    """An adapter has a name of its own, both in its engine and here."""
+    """The name of an adapter is unique, both in its engine and among variants."""
     adapter = str(where[-1])
     if lora.path is None and settings.variants[base].path is not None:
         yield Violation((*where, "path"), "is missing, but quantgate starts replicas of its base", "set it")
@@ -196,7 +196,7 @@ def _addresses(settings: Settings) -> tuple[tuple[str, str], ...]:
 
 
 def _ports(settings: Settings) -> Iterator[Violation]:
-    """Each own replica has a port of its own. `count` replicas take that many, from `port` on."""
+    """No two supervised replicas have the same port. `count` replicas take that many, from `port` on."""
     owner: dict[int, str] = {}
     # With a state database on a server, the gateway may run on another machine than the replicas.
     if settings.gateway.state.startswith("sqlite"):

@@ -52,7 +52,7 @@ class Machine:
 
 
 def build_command(launch: Launch, port: int, machine: Machine) -> Command:
-    """Say how to start one replica on `127.0.0.1:port`."""
+    """Return the command that starts one replica on `127.0.0.1:port`."""
     # `vllm serve MODEL`, but only its module's parser knows `--model`.
     model = (str(launch.variant.path),) if machine.program[-1] == "serve" else ("--model", str(launch.variant.path))
     options = _arguments(launch, port, machine.log_format)

@@ -1,4 +1,4 @@
-"""Values of this room: what a replica is, how it is started, and how it fares."""
+"""Values: a replica, its launch, and its state."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ DIRECT = "direct"  # written without a handle, by tests and benchmarks
 
 
 class State(StrEnum):
-    """Where a replica is in its life; only READY answers requests."""
+    """States of a replica, described in serving/README.md; only READY gets requests."""
 
     STOPPED = "stopped"
     STARTING = "starting"
@@ -108,7 +108,7 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One server that we start ourselves: which variant, on what, and how.
+    """One server that quantgate starts: its variant, engine, devices and settings.
 
     `tool_parser` is vLLM's parser for calls of tools; None: none, or what the replica's `args` say.
     """
@@ -128,7 +128,7 @@ class Launch:
 def plan_launches(
     replicas: tuple[ReplicaSettings, ...], variants: dict[str, Variant], engine: Engine
 ) -> tuple[Launch, ...]:
-    """Spread configured replicas into single servers with ids, GPUs and ports; those with a url are not ours."""
+    """Expand the configured replicas to single servers with ids, GPUs and ports, without those that have a `url`."""
     numbers: dict[str, int] = {}
     launches = []
     for settings in replicas:

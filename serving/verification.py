@@ -7,7 +7,7 @@ from serving.errors import ProbeFailed
 from serving.golden import compare
 from serving.probe import Probe
 from serving.replica import Launch, Replica
-from serving.thinking import thinking_verified
+from serving.thinking import verify_thinking
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ async def verified(launch: Launch, replica: Replica, probe: Probe) -> Replica:
     if fingerprint != launch.variant.id:
         raise ProbeFailed(f"{replica.id}: {replica.url} calls itself {fingerprint!r}, not {launch.variant.id!r}")
     await _check_golden_prompt(launch, replica, probe, served.max_model_len_tokens)
-    replica = await thinking_verified(probe, replica, launch.thinking)
+    replica = await verify_thinking(probe, replica, launch.thinking)
     return dataclasses.replace(replica, max_model_len_tokens=served.max_model_len_tokens)
 
 

@@ -10,10 +10,10 @@ from config.command_line import exit_codes
 from serving.measuring.mix import parse_mix
 
 DESCRIPTION = """\
-Run each VARIANT with vLLM on this machine (or use a replica that runs already: --url), keep so many requests going at
-a time, and write what came of it to capacity.json beside the model: tokens a second, time to the first token and
-between tokens, KV capacity, memory. A second measurement of the same hardware, engine version and launch settings
-takes the place of the first; others stay. Every prompt is drawn anew, so the prefix cache can't help.
+Run each VARIANT with vLLM on this machine (or use a replica that runs already: --url), keep a number of requests
+running, and write the figures to capacity.json beside the model: tokens per second, time to first token, inter-token
+latency, KV cache capacity, memory. A second measurement of the same hardware, engine version and launch settings
+replaces the first; others stay. Every prompt is random, so that the prefix cache has no effect.
 """
 LAUNCH = {
     "tensor_parallel": ("N", "GPUs (or NUMA nodes) that share the model (default: 1)"),
@@ -68,13 +68,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--concurrency", type=_typed(_counts), metavar="N,...", help="default: 1,4,16; on GPUs 1,4,16,64")
     add("--mix", type=_typed(parse_mix), metavar="PROMPT:ANSWER:SHARE,...", help=_mix_help())
     add(
-        "--seconds", type=float, default=30.0, metavar="S", help="observe each level for so long (default: %(default)g)"
+        "--seconds",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="duration of each level (default: %(default)g)",
     )
     add(
         "--requests",
         type=_typed(_count),
         metavar="N",
-        help="and until so many were answered (default: twice the level)",
+        help="and until N requests were answered (default: twice the level)",
     )
     add("--out", type=Path, metavar="FILE", help="write this instead of capacity.json in the model's directory")
     add("--json", action="store_true", help="print JSON")
@@ -114,13 +118,13 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _count(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
-        raise ValueError(f"{text!r} is no positive number")
+        raise ValueError(f"{text!r} is not a positive number")
     return int(text)
 
 
 def _gpus(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise ValueError(f"{text!r} names no GPUs; write for example 0,1")
+        raise ValueError(f"{text!r} is not a list of GPUs; write for example 0,1")
     return tuple(map(int, text.split(",")))
 
 

@@ -42,7 +42,9 @@ def _row(part: str) -> tuple[int, int, float]:
     except (ValueError, IndexError):
         fits = False
     if not fits:
-        raise ValueError(f"{part!r} is no shape; write PROMPT:ANSWER:SHARE with positive numbers, such as 512:128:0.5")
+        raise ValueError(
+            f"{part!r} is not a shape; write PROMPT:ANSWER:SHARE with positive numbers, such as 512:128:0.5"
+        )
     return prompt, answer, share
 
 

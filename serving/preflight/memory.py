@@ -16,13 +16,13 @@ GIB = 2**30
 CPU_OVERHEAD_BYTES = int(1.75 * GIB)
 # CUDA's context, vLLM's workspace and the smallest batch of activations.
 GPU_OVERHEAD_BYTES = int(1.5 * GIB)
-# vLLM's default --gpu-memory-utilization: a GPU with less than that free is refused before anything is loaded.
+# vLLM's default --gpu-memory-utilization: a GPU with less than that free is refused before the model is loaded.
 GPU_SHARE = 0.92
 _SHARE_FLAG = "--gpu-memory-utilization"
 
 
 def cache_reason(launch: Launch, model: ModelFacts) -> str | None:
-    """Say why the KV cache can't hold one sequence of the longest length, or None; vLLM insists that it can."""
+    """Return why the KV cache does not hold one sequence of the longest length, as vLLM requires, or None."""
     cache_bytes = _cache_bytes(launch)
     tokens = launch.settings.max_model_len or model.longest_tokens
     per_token = model.cache_bytes_per_token(launch.settings)

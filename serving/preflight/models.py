@@ -16,13 +16,13 @@ _TRUST = "--trust-remote-code"
 
 
 def model_reasons(model: ModelFacts, settings: ReplicaSettings, parser: str | None) -> Iterator[str]:
-    """List what keeps a model from being served as configured."""
+    """Yield the reasons why a model cannot be served as configured."""
     if "modules.json" in model.files:
         yield "modules.json makes vLLM take it for a sentence-transformers model; move that file out of the directory"
     own = model.config.get("auto_map")
     if own and _TRUST not in settings.args:
         yield (
-            "its config.json names code of its own (auto_map), which vLLM doesn't run unasked; read that code, then "
+            "its config.json names its own code (auto_map), which vLLM does not run by default; read that code, then "
             f"add {_TRUST} to args, or remove auto_map if vLLM knows the architecture"
         )
     longest, wanted = model.longest_tokens, settings.max_model_len
@@ -33,7 +33,7 @@ def model_reasons(model: ModelFacts, settings: ReplicaSettings, parser: str | No
 
 
 def cache_dtype_reason(model: ModelFacts, settings: ReplicaSettings, engine: Engine) -> str | None:
-    """Say why the KV cache can't have the configured type, or None."""
+    """Return why the KV cache cannot have the configured type, or None."""
     fp8_weights = (model.quantization or {}).get("quant_method") in _FP8_CHECKPOINTS
     if settings.kv_cache_dtype == "fp8_e5m2" and (fp8_weights or model.has_cache_scales):
         return "kv_cache_dtype fp8_e5m2 is not supported with FP8 checkpoints; use fp8"
@@ -47,7 +47,7 @@ def cache_dtype_reason(model: ModelFacts, settings: ReplicaSettings, engine: Eng
 
 
 def sharing_reasons(model: ModelFacts, settings: ReplicaSettings) -> Iterator[str]:
-    """List what the ranks of a server can't share: layers by pipeline, heads and matrices by tensor parallelism."""
+    """Yield what the ranks of a server cannot share: layers by pipeline, heads and matrices by tensor parallelism."""
     layers, stages, ranks = (
         model.number("num_hidden_layers", "n_layer"),
         settings.pipeline_parallel,

@@ -1,4 +1,4 @@
-"""Reasons why launches cannot succeed, raised as LaunchRefused before anything is started."""
+"""Reasons why launches cannot succeed, raised as LaunchRefused before a process is started."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
