@@ -23,9 +23,9 @@ def exit_codes(*codes: int, **meanings: str) -> str:
 
     `codes` have their usual meaning; the others are given as `code_3="..."`.
     """
-    told = {code: MEANINGS[code] for code in codes}
-    told |= {int(name.removeprefix("code_")): meaning for name, meaning in meanings.items()}
-    return "exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in sorted(told.items()))
+    texts = {code: MEANINGS[code] for code in codes}
+    texts |= {int(name.removeprefix("code_")): meaning for name, meaning in meanings.items()}
+    return "exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in sorted(texts.items()))
 
 
 def add_config(parser: argparse.ArgumentParser, text: str = f"configuration file (default: {DEFAULT_CONFIG})") -> None:

@@ -17,7 +17,7 @@ from config.errors import Problem, SettingsError
 from config.rules import Location
 
 ENVIRONMENT_REFERENCE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
-# What other programs replace, and what looks like a reference of ours.
+# References of other programs, and text that looks like a reference of quantgate.
 _OTHER_REFERENCE = re.compile(r"\$\{(?:env:[^}]*|[A-Za-z_][A-Za-z0-9_]*)\}?")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 PASSWORD_IN_URL = re.compile(r"(://[^\s:/@]*:)[^\s@]+(@)")
@@ -127,7 +127,10 @@ def _compose(path: Path, text: str) -> yaml.Node | None:
     except (yaml.YAMLError, ValueError, OverflowError):
         wide = next((each for each in _WIDE_ESCAPE.finditer(text) if int(each[1], 16) > sys.maxunicode), None)
         line, column = _line_and_column(text, wide.start()) if wide else (0, 0)
-        what, hint = "is not YAML: it has an escape that is no character", "check the \\U escapes in its quoted texts"
+        what, hint = (
+            "is not YAML: it has an escape that is not a character",
+            "check the \\U escapes in its quoted texts",
+        )
     raise SettingsError([Problem(path, line, column, "", what, hint)]) from None
 
 
@@ -207,7 +210,7 @@ class _Reader:
                 continue
             here = (*location, key)
             if key in explicit:
-                # The first one counts, so that what refers to it causes no problems of its own.
+                # The first one counts, so that references to it cause no further problems.
                 self._report_at(key_node, here, "is a duplicate key", "keep one")
                 continue
             self.document.marks[here] = _place(key_node)

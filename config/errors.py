@@ -55,7 +55,7 @@ class OptionError(ConfigError):
 
 
 class ReloadRefused(ConfigError):
-    """A reload would leave nothing of what answers now; it is applied if it is asked for again."""
+    """A reload would leave no alias, variant or key that works now; it is applied if it is requested again."""
 
 
 class ManifestError(ConfigError):

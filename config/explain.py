@@ -10,8 +10,9 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
 
 from config.document import printable
+from config.field_types import PATTERNS
 from config.rules import Location, Violation, closest
-from config.schema import PATTERNS, Settings
+from config.schema import Settings
 
 # Describes a value as it is written in the file.
 Shown = Callable[[Location, object], str]

@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 from config.manifest import Record
 from config.measurements import EVALUATION_FILE
 
-# Of these log-probabilities, 512 are enough to tell a variant at a KL divergence of 0.0005 from its parent.
+# Of these log-probabilities, 512 are enough to distinguish a variant at a KL divergence of 0.0005 from its parent.
 LONGEST_TOKENS = 513
 
 
@@ -56,9 +56,9 @@ class GoldenAnswer:
         """Return the beginning that fits in a context, beside one token to generate."""
         if tokens is None or tokens > len(self.ids):
             return self
-        kept = max(tokens - 1, 2)
-        logprobs, alternative = self.logprobs[: kept - 1], self.alternative[: kept - 1]
-        return replace(self, ids=self.ids[:kept], logprobs=logprobs, alternative=alternative)
+        count = max(tokens - 1, 2)
+        logprobs, alternative = self.logprobs[: count - 1], self.alternative[: count - 1]
+        return replace(self, ids=self.ids[:count], logprobs=logprobs, alternative=alternative)
 
 
 def distance(served: Sequence[float], recorded: Sequence[float]) -> float:

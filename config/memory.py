@@ -10,7 +10,7 @@ _UNLIMITED_BYTES = 1 << 62  # cgroup v1 writes a huge number where v2 writes "ma
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Main memory: what there is, and what could be taken now without pushing anything out."""
+    """Main memory: total, and free or reclaimable without swapping."""
 
     total_bytes: int
     free_bytes: int

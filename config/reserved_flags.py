@@ -45,6 +45,9 @@ RESERVED_FLAGS: Mapping[str, str] = MappingProxyType(
         "--kv-cache-dtype": "use kv_cache_dtype",
         "--speculative-config": "use speculative",
         "-sc": "use speculative",
+        "--enable-lora": "use lora of the variant",
+        "--lora-modules": "use lora of the variant",
+        "--max-lora-rank": "quantgate derives it from the adapters; remove it",
     }
 )
 

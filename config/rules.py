@@ -6,8 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from config.field_types import LAST_PORT, is_loopback
+from config.lora import lora_variant
 from config.reserved_flags import RESERVED_FLAGS, reserved_flag
-from config.schema import LAST_PORT, ReplicaSettings, Settings, is_loopback
+from config.schema import LoraSettings, ReplicaSettings, Settings
 
 Location = tuple[str | int, ...]
 CERTIFICATES = ("ca", "certificate", "key_file")
@@ -67,7 +69,10 @@ def _gateway(settings: Settings) -> Iterator[Violation]:
 def _file_names(settings: Settings) -> Iterator[Violation]:
     """Shells replace `$HOME` in a path, quantgate does not."""
     names: list[tuple[Location, str | None]] = [(("gateway", "keys"), settings.gateway.keys)]
-    names += [(("variants", name, "path"), variant.path) for name, variant in settings.variants.items()]
+    for variant_name, variant in settings.variants.items():
+        where = ("variants", variant_name)
+        names.append(((*where, "path"), variant.path))
+        names += [((*where, "lora", adapter), lora.path) for adapter, lora in variant.lora.items()]
     for index, replica in enumerate(settings.replicas):
         names += [(("replicas", index, option), getattr(replica, option)) for option in CERTIFICATES]
     for location, name in names:
@@ -85,13 +90,32 @@ def _variants(settings: Settings) -> Iterator[Violation]:
             )
         if variant.path is None and variant.precision is None:
             yield Violation(where, "has neither path nor precision", "set one")
+        for adapter, lora in variant.lora.items():
+            yield from _lora((*where, "lora", adapter), lora, name, settings)
+
+
+def _lora(where: Location, lora: LoraSettings, base: str, settings: Settings) -> Iterator[Violation]:
+    """The name of an adapter is unique, both in its engine and among variants."""
+    adapter = str(where[-1])
+    if lora.path is None and settings.variants[base].path is not None:
+        yield Violation((*where, "path"), "is missing, but quantgate starts replicas of its base", "set it")
+    # vLLM serves the base under its variant's name and under the replica's id.
+    if re.fullmatch(rf"{re.escape(base)}(-\d+b?)?", adapter):
+        yield Violation(where, f"{adapter!r} is also a name of the base model in vLLM", "rename the adapter")
+    name = lora_variant(base, adapter)
+    if name in settings.variants or settings.loras[name] != (base, adapter):
+        yield Violation(where, f"is the variant {name!r}, which exists already", "rename one")
 
 
 def _replicas(settings: Settings) -> Iterator[Violation]:
     for index, replica in enumerate(settings.replicas):
         where = ("replicas", index)
         variant = settings.variants.get(replica.variant)
-        if variant is None:
+        if replica.variant in settings.loras:
+            base, adapter = settings.loras[replica.variant]
+            what = f"{replica.variant!r} is the adapter {adapter!r} of {base!r}, whose replicas serve it"
+            yield Violation((*where, "variant"), what, f"use {base!r}")
+        elif variant is None:
             hint = closest(replica.variant, settings.variants)
             yield Violation((*where, "variant"), f"unknown variant {replica.variant!r}", hint)
         elif replica.url is None and variant.path is None:
@@ -172,7 +196,7 @@ def _addresses(settings: Settings) -> tuple[tuple[str, str], ...]:
 
 
 def _ports(settings: Settings) -> Iterator[Violation]:
-    """Each own replica has a port of its own. `count` replicas take that many, from `port` on."""
+    """No two supervised replicas have the same port. `count` replicas take that many, from `port` on."""
     owner: dict[int, str] = {}
     # With a state database on a server, the gateway may run on another machine than the replicas.
     if settings.gateway.state.startswith("sqlite"):
@@ -203,15 +227,16 @@ def _gpus(settings: Settings) -> Iterator[Violation]:
 
 
 def _aliases(settings: Settings) -> Iterator[Violation]:
+    names = {*settings.variants, *settings.loras}
     for name, alias in settings.aliases.items():
         where: Location = ("aliases", name)
-        if name in settings.variants:
+        if name in names:
             yield Violation(
                 where, "is also the name of a variant, by which clients request the variant itself", "rename one"
             )
         for rung, variant in enumerate(alias.ladder):
-            if variant not in settings.variants:
-                hint = closest(variant, settings.variants)
+            if variant not in names:
+                hint = closest(variant, names)
                 yield Violation((*where, "ladder", rung), f"unknown variant {variant!r}", hint)
             elif variant in alias.ladder[:rung]:
                 yield Violation((*where, "ladder", rung), f"{variant!r} is on the ladder twice", "remove one")

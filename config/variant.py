@@ -1,15 +1,16 @@
 """Variants of a configuration: name, directory, precision and quality."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from config.errors import ManifestError
 from config.golden import Golden, GoldenAnswer
+from config.lora import Lora, lora_variant, read_lora
 from config.manifest import FILE_NAME, Manifest, Quality
-from config.schema import Floor, VariantSettings
+from config.schema import DeclaredQuality, Floor, LoraSettings, VariantSettings
 
 _UNQUANTIZED_BITS = 16
 MEASURES = tuple(Floor.model_fields)
@@ -69,7 +70,11 @@ PARENT_QUALITY = QualityMeasures(
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A model of some precision; the aliases order variants on ladders."""
+    """A model of some precision; the aliases order variants on ladders.
+
+    `loras` are its adapters. A variant that is an adapter (`lora`) has the precision and manifest of its base, which
+    has failed its evaluation for both, and no path: the replicas of its base answer it.
+    """
 
     name: str
     precision: str
@@ -77,6 +82,13 @@ class Variant:
     path: Path | None = None
     manifest: Manifest | None = None
     golden: GoldenAnswer | None = None
+    loras: tuple[Lora, ...] = ()
+    lora: Lora | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the variants that its replicas answer: its own, and those of its adapters."""
+        return frozenset([self.name, *(lora_variant(self.name, lora.name) for lora in self.loras)])
 
     @property
     def id(self) -> str:
@@ -96,22 +108,57 @@ class Variant:
 def read_variants(
     settings: Mapping[str, VariantSettings],
     relative_to: Path,
-    on_error: Callable[[str, ManifestError], None] | None = None,
+    on_error: Callable[[tuple[str, ...], ManifestError], None] | None = None,
 ) -> dict[str, Variant]:
-    """Read the manifests of all configured variants, by name.
+    """Read the manifests and adapters of all configured variants, by name; an adapter is a variant, too.
 
     Relative paths are resolved against `relative_to`, the directory of the configuration file. ManifestError if a
-    directory is missing or its manifest is invalid; with `on_error`, it is called instead, and the variant is left out.
+    directory is missing or its manifest is invalid; with `on_error`, it is called instead, with the location of the
+    option below `variants`, and the variant or adapter is left out.
     """
     variants = {}
     for name, variant in settings.items():
         try:
-            variants[name] = _read_variant(name, variant, relative_to)
+            base = _read_variant(name, variant, relative_to)
         except ManifestError as error:
             if on_error is None:
                 raise
-            on_error(name, error)
-    return {name: _with_golden(variant, variants) for name, variant in variants.items()}
+            on_error((name, "path"), error)
+            continue
+        loras = tuple(_read_loras(name, variant, relative_to, on_error))
+        variants[name] = replace(base, loras=loras)
+    based = {name: _with_golden(variant, variants) for name, variant in variants.items()}
+    return based | {
+        adapter.name: adapter
+        for name, base in based.items()
+        for adapter in (_adapted(base, lora, settings[name].lora[lora.name]) for lora in base.loras)
+    }
+
+
+def _read_loras(
+    name: str,
+    settings: VariantSettings,
+    relative_to: Path,
+    on_error: Callable[[tuple[str, ...], ManifestError], None] | None,
+) -> Iterator[Lora]:
+    for adapter, lora in settings.lora.items():
+        try:
+            path = None if lora.path is None else _resolved(lora.path, relative_to)
+            yield Lora(adapter) if path is None else read_lora(adapter, path)
+        except ManifestError as error:
+            if on_error is None:
+                raise
+            on_error((name, "lora", adapter), error)
+
+
+def _adapted(base: Variant, lora: Lora, settings: LoraSettings) -> Variant:
+    """Return the variant that an adapter is: on an unquantized base it is the reference for all others."""
+    if settings.quality is not None:
+        quality = _declared(settings.quality)
+    else:
+        quality = PARENT_QUALITY if base.quality.source == "parent" else QualityMeasures("unknown")
+    name = lora_variant(base.name, lora.name)
+    return Variant(name, base.precision, quality, manifest=base.manifest, lora=lora)
 
 
 def measured_quality(quality: Quality) -> QualityMeasures:
@@ -150,17 +197,30 @@ def _is_exact(manifest: Manifest) -> bool:
     return manifest.scheme.activation_bits >= _UNQUANTIZED_BITS
 
 
+def _declared(quality: DeclaredQuality) -> QualityMeasures:
+    return QualityMeasures("declared", **quality.model_dump())
+
+
+def _resolved(path: str, relative_to: Path) -> Path:
+    """Resolve a configured path; ManifestError for a name that is too long, a closed folder, an unknown ~user."""
+    try:
+        resolved = (relative_to / Path(path).expanduser()).resolve()
+        resolved.exists()
+    except (OSError, RuntimeError) as error:
+        what = error.strerror if isinstance(error, OSError) else str(error)
+        raise ManifestError(f"{path}: {what}; write the path of a model directory") from error
+    return resolved
+
+
 def _read_variant(name: str, settings: VariantSettings, relative_to: Path) -> Variant:
     if settings.path is None:
-        declared = settings.quality
-        quality = QualityMeasures("declared", **declared.model_dump()) if declared else QualityMeasures("unknown")
+        quality = _declared(settings.quality) if settings.quality else QualityMeasures("unknown")
         return Variant(name, settings.precision or "unknown", quality)
+    path = _resolved(settings.path, relative_to)
     try:
-        path = (relative_to / Path(settings.path).expanduser()).resolve()
         has_manifest = (path / FILE_NAME).exists()
-    except (OSError, RuntimeError) as error:  # a name that is too long, a folder that is closed, an unknown ~user
-        what = error.strerror if isinstance(error, OSError) else str(error)
-        raise ManifestError(f"{settings.path}: {what}; write the path of a model directory") from error
+    except OSError as error:
+        raise ManifestError(f"{settings.path}: {error.strerror}; write the path of a model directory") from error
     if has_manifest:
         manifest = Manifest.read(path)
         quality = measured_quality(manifest.quality)

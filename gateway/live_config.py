@@ -11,7 +11,6 @@ from gateway.keys import Caller, Keys
 from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights, variant_names
 from gateway.routing.target import Catalog, Target
 from serving.registry import Registry
-from serving.replica import State
 
 MAX_ROUTES = 10_000
 
@@ -117,7 +116,7 @@ def nothing_remains(before: Catalog, after: Catalog, ready: Iterable[str], wante
 
 def ready_variants(catalog: Catalog, registry: Registry) -> dict[str, list[str]]:
     """List for each alias the permitted variants that have a ready replica; without aliases, for each variant."""
-    ready = {status.replica.variant for status in registry.snapshot() if status.state is State.READY}
+    ready = registry.ready
     names = catalog.aliases or catalog.variants
     permitted = {
         name: [variant.name for rung in catalog.resolve(name).permitted for variant in rung.variants] for name in names

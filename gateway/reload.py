@@ -73,9 +73,9 @@ class ConfigReload:
     def _check_remaining(self, deployment: Deployment) -> None:
         after = Catalog(deployment.settings.aliases, deployment.variants)
         statuses = self.registry.snapshot()
-        ready = {status.replica.variant for status in statuses if status.state is State.READY}
-        wanted = {replica.variant for replica in deployment.settings.replicas}
-        wanted |= {status.replica.variant for status in statuses if status.source not in (SUPERVISOR, CONFIGURATION)}
+        ready = {name for status in statuses if status.state is State.READY for name in status.replica.variants}
+        others = [status.replica for status in statuses if status.source not in (SUPERVISOR, CONFIGURATION)]
+        wanted = deployment.settings.served_variants.union(*(replica.variants for replica in others))
         if reason := nothing_remains(self.live_config.catalog, after, ready, wanted):
             raise ReloadRefused(f"{self.path}: {reason}")
         if self.live_config.keys.replaced_by(deployment.keys):
@@ -138,4 +138,5 @@ class FollowerReload:
             log.warning("no ready replica for %s after %g s; applying the configuration", names, self.wait_seconds)
 
     def _ready_variants(self) -> set[str]:
-        return {status.replica.variant for status in self.registry.snapshot() if status.state is State.READY}
+        statuses = self.registry.snapshot()
+        return {name for status in statuses if status.state is State.READY for name in status.replica.variants}

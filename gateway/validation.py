@@ -72,9 +72,9 @@ def notices(deployment: Deployment) -> Iterator[Notice]:
     """Yield aliases and variants that nobody can answer, and rungs that are never chosen; pure."""
     settings = deployment.settings
     catalog = Catalog(settings.aliases, deployment.variants)
-    served = {replica.variant for replica in settings.replicas}
+    served = settings.served_variants
     if "state" in settings.gateway.model_fields_set:
-        served = set(settings.variants)  # other processes may publish replicas in the state database
+        served = frozenset(deployment.variants)  # other processes may publish replicas in the state database
     reported = set[str]()
     for name, alias in settings.aliases.items():
         target = catalog.resolve(name)

@@ -27,8 +27,8 @@ def serve_main(arguments: list[str]) -> int:
     """Run this machine's replicas."""
     parser = argparse.ArgumentParser(
         prog="quantgate serve",
-        description="Run the replicas of a configuration on this machine and tell the state database (gateway.state), "
-        "where `quantgate gateway` finds them. One per home directory ($QUANTGATE_HOME).",
+        description="Run the replicas of a configuration on this machine and publish them to the state database "
+        "(gateway.state), where `quantgate gateway` finds them. One per home directory ($QUANTGATE_HOME).",
         epilog=exit_codes(0, 2, 4),
     )
     add_config(parser)
@@ -42,7 +42,7 @@ def serve_main(arguments: list[str]) -> int:
 
 
 def ps_main(arguments: list[str]) -> int:
-    """List the replicas that supervisors tell of."""
+    """List the replicas that supervisors have published."""
     parser = argparse.ArgumentParser(
         prog="quantgate ps",
         description="List the replicas that `quantgate serve` and `quantgate up` run, as the state database has them, "

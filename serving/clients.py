@@ -19,7 +19,7 @@ class Clients:
     _clients: dict[tuple[str, Tls | None], httpx.AsyncClient] = field(default_factory=dict)
 
     def reaching(self, url: str, tls: Tls | None = None) -> httpx.AsyncClient:
-        """Give the client whose requests get to this address; `root_of` tells what their urls begin with."""
+        """Return the client for an address; the URLs of its requests begin with `root_of`."""
         key = (address_of(url).path, tls)
         client = self._clients.get(key)
         if client is None:
@@ -35,7 +35,7 @@ class Clients:
 
 
 def root_of(url: str) -> str:
-    """What the urls of requests to a replica begin with."""
+    """Return the beginning of the URLs of requests to a replica."""
     return address_of(url).root
 
 
@@ -45,6 +45,6 @@ def _client(path: str, tls: Tls | None, timeout: httpx.Timeout) -> httpx.AsyncCl
         no_tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         transport = httpx.AsyncHTTPTransport(uds=path, verify=no_tls, limits=PLENTY)
         return httpx.AsyncClient(transport=transport, timeout=timeout, trust_env=False)
-    # What the machine trusts, as for clients' requests; httpx alone would go by a list of its own.
+    # The system's CAs, as in the gateway; httpx alone would use those of certifi.
     trust = tls.context if tls else ssl.create_default_context()
     return httpx.AsyncClient(verify=trust, timeout=timeout, limits=PLENTY, trust_env=False)

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Literal
 
 from config.hardware import Core
+from config.lora import engine_rank
+from config.variant import Variant
 from serving.cores import cpu_list
 from serving.replica import Launch
 
@@ -22,6 +24,8 @@ CPU_KV_CACHE_BYTES = 512 * 2**20
 # running. So the timeout lies beyond our own deadline, at which the whole session is killed.
 SHUTDOWN_MARGIN_SECONDS = 30
 LogFormat = Literal["plain", "json"]
+# Adapters in one batch: vLLM reserves memory for each.
+MAX_LORAS = 8
 QUIET_ENDPOINTS = "/health,/metrics,/load,/v1/models"
 
 
@@ -48,7 +52,7 @@ class Machine:
 
 
 def build_command(launch: Launch, port: int, machine: Machine) -> Command:
-    """Say how to start one replica on `127.0.0.1:port`."""
+    """Return the command that starts one replica on `127.0.0.1:port`."""
     # `vllm serve MODEL`, but only its module's parser knows `--model`.
     model = (str(launch.variant.path),) if machine.program[-1] == "serve" else ("--model", str(launch.variant.path))
     options = _arguments(launch, port, machine.log_format)
@@ -91,9 +95,20 @@ def _arguments(launch: Launch, port: int, log_format: str) -> Sequence[str]:
         switches.append("--no-enable-prefix-caching")
     if settings.expert_parallel:
         switches.append("--enable-expert-parallel")
+    switches += _lora_options(launch.variant)
     # The gateway refuses other URLs; without domains, all but `data:`.
     media = ["--allowed-media-domains", *launch.media_domains] if launch.media_domains else []
     return [*named, *media, *switches, "--served-model-name", launch.replica_id, launch.variant.name]
+
+
+def _lora_options(variant: Variant) -> list[str]:
+    """Serve the adapters of a variant; `--max-loras` in `args` changes how many of them one batch can mix."""
+    modules = [f"{lora.name}={lora.path}" for lora in variant.loras if lora.path]
+    if not modules:
+        return []
+    rank = engine_rank(max(lora.rank for lora in variant.loras))
+    slots = min(len(modules), MAX_LORAS)
+    return ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(slots), "--lora-modules", *modules]
 
 
 def _if_several(ranks: int) -> int | None:

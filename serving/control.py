@@ -31,7 +31,7 @@ Action = Literal["status", "reload", "restart", "stop"]
 
 
 class ControlRequest(msgspec.Struct, frozen=True):
-    """What is asked of a process; `replica` is for a restart."""
+    """A request to a process; `replica` is for a restart."""
 
     action: Action
     replica: str = ""

@@ -12,7 +12,7 @@ ServingError
 ├── StateAway         the state database is unavailable or not usable; callers continue with the last known state
 ├── LockHeld          another supervisor uses this home directory (exit code 4)
 ├── NoSuchReplica     the replica is not in the registry, or has left it
-├── ControlRefused    a running process cannot do what was asked of it now
+├── ControlRefused    a running process cannot do what is requested now
 ├── NoAnswer          a running process does not answer on its control socket
 └── ReplicaConflict   two sources use the same replica id; the registry keeps the replica of the first
 """
@@ -67,7 +67,7 @@ class NoSuchReplica(ServingError):
 
 
 class ControlRefused(ServingError):
-    """A running process cannot do what was asked of it; the message says why."""
+    """A running process cannot do what is requested; the message says why."""
 
 
 class NoAnswer(ServingError):

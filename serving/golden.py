@@ -1,7 +1,7 @@
-"""Which model answers: the recorded one, or the one that it is most easily taken for?
+"""Decide which model a replica serves: the recorded one, or the nearest alternative.
 
-A replica is asked how likely each token of the golden prompt is. Its answer s [T] is placed on the line from the record
-of the alternative a (for a variant its parent) to the own record v:
+A replica computes the log-probability of each token of the golden prompt. Its answer s [T] is placed on the line from
+the record of the alternative a (for a variant its parent) to the own record v:
 
     position = sum((v - a) (s - a)) / sum((v - a)^2)        0: the alternative, 1: the recorded model
     noise    = rms(s - a - position (v - a))                what engines differ by, in nats
@@ -44,7 +44,7 @@ class GoldenResult:
 
 
 def compare(served: Sequence[float], golden: GoldenAnswer) -> GoldenResult:
-    """Tell which model has given an answer: log-probabilities of all tokens of the golden prompt but the first."""
+    """Decide which model has given an answer: log-probabilities of all tokens of the golden prompt but the first."""
     if len(served) != len(golden.logprobs) or not served:
         return GoldenResult("different", f"{len(served)} log-probabilities, {len(golden.logprobs)} are recorded")
     if not all(map(isfinite, served)):

@@ -1,29 +1,29 @@
-"""What makes two launches the same: whether a running replica is still the one that is wanted."""
+"""Identity of launches: whether a running replica still is the configured one."""
 
 import hashlib
 import json
 
 from serving.replica import Launch
 
-# A replacement runs beside what it replaces, so it needs another name; names alternate, so there are never more.
+# A successor runs beside the old replica, so it needs another id; two ids alternate.
 _SUCCESSOR = "b"
 
 
 def slot_of(replica_id: str) -> str:
-    """The name that the configuration gives a replica, whichever of its two names it runs under."""
+    """The id that the configuration gives a replica, whichever of its two ids it runs under."""
     return replica_id.removesuffix(_SUCCESSOR)
 
 
 def successor_id(replica_id: str) -> str:
-    """The name for what replaces a running replica. Planned names end in a digit, so the suffix is never theirs."""
+    """The id of the successor of a running replica. Planned ids end in a digit, so none has the suffix."""
     slot = slot_of(replica_id)
     return slot if replica_id != slot else slot + _SUCCESSOR
 
 
 def launch_digest(launch: Launch) -> str:
-    """Digest everything that a server is started with, its variant's content included, but for its own name.
+    """Return a digest of what a server is started with, its variant's manifest included, but not its own id.
 
-    Not in it: the environment that we happened to be started in, and how patient we are with the replica.
+    The supervisor's environment and time limits are not part of it.
     """
     settings = launch.settings.model_dump(
         mode="json",
@@ -48,4 +48,6 @@ def launch_digest(launch: Launch) -> str:
     ]
     if launch.media_domains:
         fields.append(sorted(launch.media_domains))
+    if launch.variant.loras:
+        fields.append([[lora.name, str(lora.path), lora.rank] for lora in launch.variant.loras])
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

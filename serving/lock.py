@@ -15,7 +15,7 @@ LOCK_NAME, IDENTITY_NAME = "supervisor.lock", "supervisor.id"
 
 @contextmanager
 def sole_supervisor(home: Path) -> Iterator[str]:
-    """Hold a home directory while the block runs, and tell the name that its supervisor always has.
+    """Hold a home directory while the block runs, and return the name that its supervisor always has.
 
     LockHeld names the process that holds it. The kernel gives the lock back when its holder dies, however it dies.
     """

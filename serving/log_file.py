@@ -23,7 +23,7 @@ class LogFile:
     settings: LogSettings
 
     def rotate(self) -> bool:
-        """Set a log that has grown too long aside and go on with an empty one; tells whether it did.
+        """Rotate a log that has grown too long (copy, then truncate); return whether it did.
 
         Lines that are written in the moment between copy and cut are lost. OSError where there is no room for the
         copy: then the log is cut all the same, since a full disk would stop what matters more.
@@ -38,10 +38,10 @@ class LogFile:
         return True
 
     def _set_aside(self) -> None:
-        kept = self.settings.keep
-        if not kept:
+        count = self.settings.keep
+        if not count:
             return
-        for number in range(kept - 1, 0, -1):
+        for number in range(count - 1, 0, -1):
             older = self._numbered(number)
             if older.exists():
                 older.replace(self._numbered(number + 1))

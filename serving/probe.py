@@ -1,9 +1,9 @@
 """Control requests to a replica: health, served model, generation, metrics."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,11 +22,15 @@ UNKNOWN_PATH = (404, 405, 501)
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model that a replica reports; `max_model_len_tokens` is None if it does not report it."""
+    """The model that a replica reports; `max_model_len_tokens` is None if it does not report it.
+
+    `adapters` are the directories of its LoRA adapters, by name.
+    """
 
     name: str
     root: str
     max_model_len_tokens: int | None
+    adapters: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +82,14 @@ class Probe:
         return reply.status_code == httpx.codes.OK
 
     async def served_model(self, replica: Replica) -> ServedModel:
-        """Return the first model of `/v1/models`; ProbeFailed if that fails."""
+        """Return the first model of `/v1/models`, and the adapters of it; ProbeFailed if that fails."""
         with _translated(replica, "/v1/models"):
             reply = await self._get(replica, "/v1/models")
             reply.raise_for_status()
-            first = reply.json()["data"][0]
-            return ServedModel(first["id"], first.get("root") or "", first.get("max_model_len"))
+            first, *others = reply.json()["data"]
+            # Cards of further names of the base model have no parent.
+            adapters = {other["id"]: other.get("root") or "" for other in others if other.get("parent")}
+            return ServedModel(first["id"], first.get("root") or "", first.get("max_model_len"), adapters)
 
     async def generate_one_token(self, replica: Replica, timeout_seconds: float = 60.0) -> str | None:
         """Generate one token (which warms the engine up) and return the system fingerprint; ProbeFailed if it fails."""

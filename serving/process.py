@@ -1,4 +1,4 @@
-"""One child process in a session of its own, as a state machine; what it started goes with it.
+"""One child process in its own session, as a state machine; its descendants end with it.
 
 vLLM is three processes. Killing the first one leaves the others behind for ever (vllm#55510), SIGTERM can hang while
 requests run, and during start-up it may be swallowed. So stopping is: SIGTERM, a deadline, SIGKILL for every process
@@ -32,7 +32,7 @@ _GATE = ("/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "gate")
 
 @dataclass(slots=True)
 class Child:
-    """A command in a session of its own that is stopped, whole, when the `async with` block ends.
+    """A command in its own session, which is stopped, whole, when the `async with` block ends.
 
     It starts behind a gate: its number is known, but it does nothing until `release()`.
 
@@ -93,7 +93,7 @@ class Child:
         return self._process.returncode if self._process else None
 
     async def wait(self) -> str:
-        """Wait until the first process has ended, however long that takes; tells how it did."""
+        """Wait without a limit until the first process has ended; return how it ended."""
         assert self._process is not None
         return f"exit code {await self._process.wait()}"
 
@@ -112,7 +112,7 @@ class Child:
             await self._process.wait()
 
     def last_words(self) -> str:
-        """The line of the log that tells best why it ended."""
+        """The line of the log that explains best why it ended."""
         return last_words(self.log)
 
 
@@ -166,7 +166,7 @@ class Adopted:
         await kill_session(self.pid)
 
     def last_words(self) -> str:
-        """The line of the log that tells best why it ended."""
+        """The line of the log that explains best why it ended."""
         return last_words(self.log)
 
 
@@ -204,7 +204,7 @@ def _message(line: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ProcessFacts:
-    """What /proc/PID/stat tells of a process (proc(5)): state, session, and start in clock ticks since boot."""
+    """Fields of /proc/PID/stat (proc(5)): state, session, and start in clock ticks since boot."""
 
     pid: int
     state: str

@@ -27,10 +27,10 @@ def progress_lines(before: Mapping[str, ReplicaStatus], now: Sequence[ReplicaSta
 
 @dataclass(slots=True)
 class StateChanges:
-    """Calls `tell` with a line for each change of a replica that this process runs, while the `with` block runs."""
+    """Calls `log` with a line for each change of a replica that this process runs, while the `with` block runs."""
 
     registry: Registry
-    tell: Callable[[str], None]
+    log: Callable[[str], None]
     _seen: dict[str, ReplicaStatus] = field(default_factory=dict)
     _observing: ExitStack = field(default_factory=ExitStack)
 
@@ -51,4 +51,4 @@ class StateChanges:
         lines = progress_lines(self._seen, now)
         self._seen = {status.replica.id: status for status in now}
         for line in lines:
-            self.tell(line)
+            self.log(line)

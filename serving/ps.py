@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from config.schema import is_loopback
+from config.field_types import is_loopback
 from serving.duration import duration
 from serving.probe import Probe
 from serving.replica import Replica, State
@@ -80,16 +80,16 @@ def watch(listing: Listing, *, as_json: bool, wide: bool) -> None:
 
 
 async def requests_in_engines(snapshot: Snapshot, keys: Mapping[str, str]) -> dict[tuple[str, str], int | None]:
-    """Ask the engines how many requests they have, from all senders, by owner and replica; None if one can't tell."""
+    """Read the number of requests in each engine, from all senders, by owner and replica; None if it cannot be read."""
     owners = {owner.id: owner for owner in snapshot.heartbeat.owners}
-    asked = {
+    replicas = {
         (owner_id, record.replica.id): _with_key(record.replica, keys)
         for owner_id, record in snapshot.records
         if record.state in ANSWERING and _is_reachable(record, owners[owner_id])
     }
     async with Probe(ENGINE_SECONDS) as probe:
-        counts = await asyncio.gather(*map(probe.requests_in_engine, asked.values()))
-    return dict(zip(asked, counts, strict=True))
+        counts = await asyncio.gather(*map(probe.requests_in_engine, replicas.values()))
+    return dict(zip(replicas, counts, strict=True))
 
 
 def _with_key(replica: Replica, keys: Mapping[str, str]) -> Replica:

@@ -96,7 +96,10 @@ class Registry:
 
     @property
     def ready(self) -> Mapping[str, tuple[Replica, ...]]:
-        """The ready replicas by variant, sorted by id; a live view, always the same mapping object."""
+        """The ready replicas by variant, sorted by id; a live view, always the same mapping object.
+
+        A replica with LoRA adapters is there under its variant and, as a view, under that of each adapter.
+        """
         return self._ready
 
     @property
@@ -150,8 +153,9 @@ class Registry:
         ready: dict[str, tuple[Replica, ...]] = {}
         for _, entry in sorted(self._entries.items()):
             if entry.state is State.READY:
-                variant = entry.replica.variant
-                ready[variant] = (*ready.get(variant, ()), entry.replica)
+                replica = entry.replica
+                for each in (replica, *(replica.with_adapter(adapter) for adapter in replica.adapters)):
+                    ready[each.variant] = (*ready.get(each.variant, ()), each)
         self._ready.clear()
         self._ready.update(ready)
         for observer in self._observers:

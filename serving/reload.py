@@ -40,14 +40,14 @@ class ReloadResult(msgspec.Struct, frozen=True):
 class Reload:
     """Looks at `files` while the `async with` block runs and calls `apply` when one has changed, one call at a time.
 
-    An error of `apply` is logged, reported to `tell` and kept in `last`, and the previous configuration stays:
+    An error of `apply` is logged, passed to `report` and stored in `last`, and the previous configuration stays:
     ConfigError and LaunchRefused before any change, another ServingError after some. `apply` gets True if the operator
     has confirmed what was refused before.
     """
 
     files: Callable[[], Iterable[Path]]
     apply: Callable[[bool], Awaitable[None]]
-    tell: Callable[[Outcome], None] = lambda _: None
+    report: Callable[[Outcome], None] = lambda _: None
     every_seconds: float = 1.0
     clock: Callable[[], float] = time.monotonic
     _refused: tuple[list[object], float] | None = None  # at a SIGHUP: the state of the files, and when
@@ -94,7 +94,7 @@ class Reload:
         else:
             log.info("the configuration is in force")
         self.last = ReloadResult(self.last.handled + by_signal, outcome, message, refused)
-        self.tell(outcome)
+        self.report(outcome)
 
     async def _outcome(self, confirmed: bool, *, by_signal: bool) -> tuple[Outcome | Literal["unconfirmed"], str]:
         """Apply the configuration; returns the outcome and the error, which is empty if it was applied."""

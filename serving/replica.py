@@ -1,12 +1,13 @@
-"""Values of this room: what a replica is, how it is started, and how it fares."""
+"""Values: a replica, its launch, and its state."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from config.lora import lora_variant
 from config.manifest import Engine
 from config.schema import ReplicaSettings
 from config.variant import Variant
@@ -20,7 +21,7 @@ DIRECT = "direct"  # written without a handle, by tests and benchmarks
 
 
 class State(StrEnum):
-    """Where a replica is in its life; only READY answers requests."""
+    """States of a replica, described in serving/README.md; only READY gets requests."""
 
     STOPPED = "stopped"
     STARTING = "starting"
@@ -60,6 +61,8 @@ class Replica:
     `max_model_len_tokens` and `think` are None until the replica is probed. `think_token` is the id of `<think>`, None
     if that is several tokens. `tools` is whether it accepts requests with tools, None if unknown. At most
     `max_in_flight` requests at once are sent to it. `tls` is None for the system's CAs or without encryption.
+    `adapters` are the LoRA adapters that it serves beside its variant, each under its own model name. `base` is set
+    only in the view of a server as a replica of the variant that an adapter is: the server's own variant.
     """
 
     id: str
@@ -74,6 +77,18 @@ class Replica:
     max_in_flight: int = 512
     tls: Tls | None = None
     tools: bool | None = None
+    adapters: tuple[str, ...] = ()
+    base: str | None = None
+
+    @property
+    def variants(self) -> frozenset[str]:
+        """The names of all variants that it answers."""
+        return frozenset([self.variant, *(lora_variant(self.variant, each) for each in self.adapters)])
+
+    def with_adapter(self, adapter: str) -> "Replica":
+        """Return the same server as a replica of the variant that an adapter is."""
+        name = lora_variant(self.variant, adapter)
+        return replace(self, variant=name, served_name=adapter, adapters=(), base=self.variant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +108,7 @@ class ReplicaStatus:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One server that we start ourselves: which variant, on what, and how.
+    """One server that quantgate starts: its variant, engine, devices and settings.
 
     `tool_parser` is vLLM's parser for calls of tools; None: none, or what the replica's `args` say.
     """
@@ -113,7 +128,7 @@ class Launch:
 def plan_launches(
     replicas: tuple[ReplicaSettings, ...], variants: dict[str, Variant], engine: Engine
 ) -> tuple[Launch, ...]:
-    """Spread configured replicas into single servers with ids, GPUs and ports; those with a url are not ours."""
+    """Expand the configured replicas to single servers with ids, GPUs and ports, without those that have a `url`."""
     numbers: dict[str, int] = {}
     launches = []
     for settings in replicas:
@@ -148,18 +163,19 @@ def external_replicas(
         numbers[settings.variant] = numbers.get(settings.variant, 0) + 1
         key = settings.api_key.get_secret_value() if settings.api_key else None
         replica_id = f"{settings.variant}-url-{numbers[settings.variant]}"
-        precision = variants[settings.variant].precision
+        variant = variants[settings.variant]
         found.append(
             Replica(
                 replica_id,
                 settings.variant,
-                precision,
+                variant.precision,
                 settings.url,
                 settings.variant,
                 key,
                 max_in_flight=settings.max_in_flight,
                 tls=tls.get(place),
                 tools=None if settings.tool_calling == "auto" else settings.tool_calling != "off",
+                adapters=tuple([lora.name for lora in variant.loras]),
             )
         )
     return tuple(found)

@@ -122,6 +122,7 @@ def replica_spec(launch: Launch, port: int) -> Replica:
         key,
         max_in_flight=launch.settings.max_in_flight,
         tools=takes_tools(launch),
+        adapters=tuple([lora.name for lora in variant.loras]),
     )
 
 

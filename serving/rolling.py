@@ -1,7 +1,7 @@
-"""From what runs to what is wanted, one step at a time: a pure decision, asked again after every step.
+"""The next step of a rolling update, from running to wanted launches: a pure decision, made again after every step.
 
-Replace before retire: what is new gets ready first, and only then what it replaces goes. Where both can't be there
-at once (their GPUs or ports overlap), the least loaded goes first, one at a time.
+Surge: the successor becomes ready first, then the old replica stops. Where both cannot run at once (their GPUs or
+ports overlap), the least loaded stops first, one at a time.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from serving.replica import Launch
 
 @dataclass(frozen=True, slots=True)
 class Current:
-    """A replica that runs, or tries to."""
+    """A replica that runs, starts or waits for its next start."""
 
     launch: Launch
     ready: bool
@@ -47,7 +47,7 @@ Step = Start | Replace | Retire
 
 
 def next_step(running: Sequence[Current], wanted: Sequence[Launch]) -> Step | None:
-    """Say what to do first, or None if all is as wanted."""
+    """Return the next step, or None if the wanted launches run."""
     slots = {slot_of(each.launch.replica_id): each for each in running}
     unwanted = [each for each in running if slot_of(each.launch.replica_id) not in {want.replica_id for want in wanted}]
     for launch in wanted:
@@ -81,7 +81,7 @@ def _replacement(
 
 
 def _clashes(launch: Launch, running: Sequence[Current]) -> bool:
-    """Tell whether something that runs holds a GPU or the port that a launch needs."""
+    """Return whether a running replica holds a GPU or the port that a launch needs."""
     return any(
         set(launch.gpus) & set(each.launch.gpus) or (launch.port is not None and launch.port == each.launch.port)
         for each in running

@@ -1,4 +1,4 @@
-"""How long each variant took to start here, kept in a file: the next start says how long it usually takes."""
+"""Durations of starts by variant, in a file: the reason of a starting replica names the usual duration."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ MAX_VARIANTS = 200
 
 @dataclass(frozen=True, slots=True)
 class StartTimes:
-    """Durations of successful starts in seconds, by engine and variant; without a file, none are known or kept."""
+    """Durations of successful starts in seconds, by engine and variant; without a file, none are known or recorded."""
 
     file: Path | None = None
 
@@ -31,10 +31,10 @@ class StartTimes:
             return
         known, key = self._read(), _key(launch)
         latest = [*known.pop(key, []), round(seconds, 1)][-STARTS_PER_VARIANT:]
-        kept = dict([*known.items(), (key, latest)][-MAX_VARIANTS:])
+        entries = dict([*known.items(), (key, latest)][-MAX_VARIANTS:])
         draft = self.file.with_suffix(".draft")
         try:
-            draft.write_text(json.dumps(kept))
+            draft.write_text(json.dumps(entries))
             draft.replace(self.file)
         except OSError as error:
             log.debug("%s can't be written: %s", self.file, error.strerror)

@@ -213,11 +213,11 @@ class Supervisor:
             seconds = running.loop.launch.settings.drain_seconds
             self._source.move(replica_id, State.DRAINING, f"finishes its requests, for at most {seconds:g} s")
             await self._drain(replica_id, seconds)
-        self._source.move(replica_id, State.STOPPING, "asked to stop")
+        self._source.move(replica_id, State.STOPPING, "stop requested")
         running.task.cancel()
         await asyncio.gather(running.task, return_exceptions=True)
         del self._replicas[replica_id]
-        self._source.move(replica_id, State.STOPPED, "asked to stop")
+        self._source.move(replica_id, State.STOPPED, "stop requested")
 
     async def _drain(self, replica_id: str, limit_seconds: float) -> None:
         replica = self.registry.status(replica_id).replica

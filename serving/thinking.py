@@ -14,10 +14,10 @@ THINK = "<think>"
 ON, OFF = {"enable_thinking": True}, {"enable_thinking": False}
 
 
-async def thinking_verified(probe: Probe, replica: Replica, wanted: Thinking) -> Replica:
-    """See how a replica of ours thinks; ProbeFailed if its template doesn't do what it was started for."""
+async def verify_thinking(probe: Probe, replica: Replica, wanted: Thinking) -> Replica:
+    """Detect how a supervised replica thinks; ProbeFailed if its template does not do what it was started for."""
     if wanted.tag != "injected" and not wanted.switch:
-        return await thinking_seen(probe, replica, wanted.tag)
+        return await detect_thinking(probe, replica, wanted.tag)
     on = await probe.prompt_end(replica, ON)
     if wanted.tag == "injected" and not _opens(on):
         raise _refusal(replica, wanted, f"its prompts must end in {THINK}, but they end in {on[-40:]!r}")
@@ -26,20 +26,20 @@ async def thinking_verified(probe: Probe, replica: Replica, wanted: Thinking) ->
     return await _with_tag(probe, replica, "injected" if _opens(on) else "model")
 
 
-async def thinking_seen(probe: Probe, replica: Replica, known: ThinkTag | None = None) -> Replica:
-    """See how a replica thinks of which nothing is demanded: one that doesn't tell answers all the same.
+async def detect_thinking(probe: Probe, replica: Replica, known: ThinkTag | None = None) -> Replica:
+    """Detect how a replica thinks if nothing is required of it: it is used also if that cannot be detected.
 
-    That may be another engine's, or a model without a chat template. `known` decides where no thought is open.
+    It may be another engine, or a model without a chat template. `known` decides where no prompt opens a thought.
     """
     try:
-        return await _with_tag(probe, replica, await seen_thinking(probe, replica, known))
+        return await _with_tag(probe, replica, await think_tag(probe, replica, known))
     except ProbeFailed as error:
-        log.info("replica %s doesn't tell how its prompts end: %s", replica.id, error)
+        log.info("replica %s: the end of its prompts cannot be read: %s", replica.id, error)
         return replace(replica, think=known)
 
 
-async def seen_thinking(probe: Probe, replica: Replica, known: ThinkTag | None = None) -> ThinkTag:
-    """Tell who opens its thoughts: the template if a prompt ends in the tag, else the model if it has a word for it."""
+async def think_tag(probe: Probe, replica: Replica, known: ThinkTag | None = None) -> ThinkTag:
+    """Return what opens a thought: the template if a prompt ends in the tag, else the model if the tag is one token."""
     if _opens(await probe.prompt_end(replica, ON)):
         return "injected"
     if known in {"model", "none"}:
@@ -48,13 +48,13 @@ async def seen_thinking(probe: Probe, replica: Replica, known: ThinkTag | None =
 
 
 async def _with_tag(probe: Probe, replica: Replica, tag: ThinkTag) -> Replica:
-    """Keep the tag's token where the model writes it: there the first token of an answer says whether it thinks."""
+    """Add the tag's token if the model writes it: then the first token of an answer shows whether it thinks."""
     tokens = await probe.token_ids(replica, THINK) if tag == "model" else ()
     return replace(replica, think=tag, think_token=tokens[0] if len(tokens) == 1 else None)
 
 
 def _refusal(replica: Replica, wanted: Thinking, what: str) -> ProbeFailed:
-    return ProbeFailed(f"{replica.id}: {what}; look at its template, {wanted.template or 'the own one of the model'}")
+    return ProbeFailed(f"{replica.id}: {what}; look at its template, {wanted.template or 'that of the model'}")
 
 
 def _opens(prompt: str) -> bool:

@@ -13,7 +13,7 @@ from config.schema import ReplicaSettings
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """What a replica's certificate files said when they were read; equal to another with the same files and contents.
+    """The certificates of a replica, as read from their files; equal if files and contents are equal.
 
     The context is shared by every connection: to make one takes milliseconds. `expirations` are the files with the
     time at which the first certificate in each expires, in seconds since 1970.
@@ -91,7 +91,7 @@ def _trusting(file: Path, option: Location) -> ssl.SSLContext:
 
 
 def _show(context: ssl.SSLContext, certificate: Path, key: Path | None, option: Location) -> None:
-    """Have a context show a client certificate; a key with a password would be asked for at the terminal."""
+    """Load a client certificate into a context; OpenSSL would prompt for the password of a key that has one."""
     try:
         context.load_cert_chain(certificate, key, password="")
     except OSError as error:

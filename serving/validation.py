@@ -28,12 +28,12 @@ def read_named_files(file: LoadedFile[Settings], folder: Path) -> NamedFiles:
     """Read manifests and certificates; relative paths are resolved against `folder`."""
     problems: list[Problem] = []
 
-    def on_variant_error(name: str, error: ManifestError) -> None:
+    def on_variant_error(location: tuple[str, ...], error: ManifestError) -> None:
         what, _, hint = str(error).partition("; ")
-        problems.append(file.problem(("variants", name, "path"), what, hint or "restore the directory"))
+        problems.append(file.problem(("variants", *location), what, hint or "restore the directory"))
 
     variants = read_variants(file.settings.variants, folder, on_variant_error)
-    problems += [problem for name in variants if (problem := _contradiction(file, variants[name]))]
+    problems += [problem for variant in variants.values() if (problem := _contradiction(file, variant))]
 
     def on_tls_error(error: OptionError) -> None:
         problems.append(file.problem(error.location, error.what, error.hint))
@@ -43,6 +43,8 @@ def read_named_files(file: LoadedFile[Settings], folder: Path) -> NamedFiles:
 
 def _contradiction(file: LoadedFile[Settings], variant: Variant) -> Problem | None:
     """Requests choose a variant by its precision, so a wrong one would mislead them."""
+    if variant.lora is not None:
+        return None  # it has its base's
     stated = file.settings.variants[variant.name].precision
     measured = variant.manifest.scheme.precision if variant.manifest else None
     if stated is None or measured is None or stated == measured:

@@ -7,7 +7,7 @@ from serving.errors import ProbeFailed
 from serving.golden import compare
 from serving.probe import Probe
 from serving.replica import Launch, Replica
-from serving.thinking import thinking_verified
+from serving.thinking import verify_thinking
 
 log = logging.getLogger(__name__)
 
@@ -17,6 +17,10 @@ async def verified(launch: Launch, replica: Replica, probe: Probe) -> Replica:
     served = await probe.served_model(replica)
     if served.name != replica.served_name or served.root != str(launch.variant.path):
         raise ProbeFailed(f"{replica.id}: {replica.url} serves {served.name} from {served.root}, not this replica")
+    for lora in launch.variant.loras:
+        if (root := served.adapters.get(lora.name)) != str(lora.path):
+            what = "does not serve" if root is None else f"serves another directory, {root}, as"
+            raise ProbeFailed(f"{replica.id}: {replica.url} {what} the LoRA adapter {lora.name} of {lora.path}")
     wanted = launch.settings.max_model_len
     if wanted is not None and served.max_model_len_tokens != wanted:
         raise ProbeFailed(f"{replica.id}: max_model_len is {served.max_model_len_tokens}, not {wanted} as configured")
@@ -24,7 +28,7 @@ async def verified(launch: Launch, replica: Replica, probe: Probe) -> Replica:
     if fingerprint != launch.variant.id:
         raise ProbeFailed(f"{replica.id}: {replica.url} calls itself {fingerprint!r}, not {launch.variant.id!r}")
     await _check_golden_prompt(launch, replica, probe, served.max_model_len_tokens)
-    replica = await thinking_verified(probe, replica, launch.thinking)
+    replica = await verify_thinking(probe, replica, launch.thinking)
     return dataclasses.replace(replica, max_model_len_tokens=served.max_model_len_tokens)
 
 

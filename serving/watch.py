@@ -17,7 +17,7 @@ from serving.golden import compare
 from serving.probe import Probe
 from serving.registry import Registry, ReplicaSource
 from serving.replica import CONFIGURATION, Replica, State
-from serving.thinking import thinking_seen
+from serving.thinking import detect_thinking
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,14 @@ class Watch:
         except ProbeFailed as error:
             self._source.move(replica.id, State.FAILED, str(error))
             return
-        seen = replace(replica, served_name=served.name, max_model_len_tokens=served.max_model_len_tokens)
+        seen = replace(
+            replica,
+            served_name=served.name,
+            max_model_len_tokens=served.max_model_len_tokens,
+            adapters=tuple([adapter for adapter in replica.adapters if adapter in served.adapters]),
+        )
+        if missing := [adapter for adapter in replica.adapters if adapter not in seen.adapters]:
+            log.warning("replica %s at %s does not serve its adapters %s", replica.id, replica.url, ", ".join(missing))
         if reason := await self._golden_mismatch(seen):
             # Not checked again until it was unhealthy: only a restart can change the model.
             self._rejected.add(replica.id)
@@ -124,11 +131,11 @@ class Watch:
             return
         if seen.tools is None:
             seen = replace(seen, tools=await self.probe.takes_tools(seen))
-        self._source.put(await thinking_seen(self.probe, seen), State.READY)
+        self._source.put(await detect_thinking(self.probe, seen), State.READY)
         log.info("replica %s at %s is ready", replica.id, replica.url)
 
     async def _golden_mismatch(self, replica: Replica) -> str | None:
-        """Say how the golden answer differs; None if it matches, is not recorded, or the engine cannot provide it."""
+        """Return how the golden answer differs; None if it matches, is not recorded, or is not supported."""
         golden = self.goldens.get(replica.variant)
         if golden is None:
             return None

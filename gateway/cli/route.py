@@ -9,7 +9,7 @@ import msgspec
 
 from config.command_line import DEFAULT_CONFIG, exit_codes
 from config.errors import ConfigError
-from config.schema import check_address
+from config.field_types import check_address
 from gateway.cli.admin_client import AdminClient, AdminUnavailable
 from gateway.cli.route_table import show
 from gateway.errors import GatewayError, RequestError

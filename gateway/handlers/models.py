@@ -69,7 +69,7 @@ def _model(target: Target, rungs: tuple[Rung, ...], registry: Registry, created:
     lengths = [
         status.replica.max_model_len_tokens
         for status in registry.snapshot()
-        if status.replica.variant in variants and status.replica.max_model_len_tokens
+        if not variants.keys().isdisjoint(status.replica.variants) and status.replica.max_model_len_tokens
     ]
     model: dict[str, Any] = {"id": target.name, "object": "model", "created": created, "owned_by": "quantgate"}
     model |= {"root": next(iter(variants)), "parent": None, "permission": [_permission(target.name, created)]}

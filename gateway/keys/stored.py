@@ -13,8 +13,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from config.document import Document, dotted, read_document
 from config.errors import Problem, SettingsError
 from config.explain import Explainer
+from config.field_types import PATTERNS, Name
 from config.rules import Violation
-from config.schema import NO_FLOOR, PATTERNS, Floor, Name
+from config.schema import NO_FLOOR, Floor
 from gateway.keys.authentication import Caller, IssuedKey, Keys
 
 SHAPE = "name: {sha256: ...}"

@@ -159,7 +159,8 @@ def _gates_of(request: RoutingRequest, cluster: ClusterState) -> Mapping[RungKey
 def _absent(registry: Registry) -> Iterable[AbsentReplica]:
     for status in registry.snapshot():
         if status.state is not State.READY:
-            yield AbsentReplica(status.replica.id, status.replica.variant, status.state.value, status.reason)
+            for variant in sorted(status.replica.variants):
+                yield AbsentReplica(status.replica.id, variant, status.state.value, status.reason)
 
 
 def _callers(keys: Keys) -> dict[str, CallerView]:

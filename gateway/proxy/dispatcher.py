@@ -202,7 +202,7 @@ class Dispatcher:
         """Apply what an engine says of its load."""
         self._load.polled(replica_id, polled_at, poll)
         self.affinity.set_capacity(replica_id, poll.kv_capacity_tokens)
-        if (variant := self._load.variant_of(replica_id)) is not None:
+        for variant in self._load.variants_of(replica_id):
             self._spill.observe(variant, self._load.estimates(variant), self._clock())
 
     def poll_failed(self, replica_id: str) -> None:

@@ -141,7 +141,8 @@ class RegistryLedger:
 
     def enter(self, lease: Lease) -> None:
         """Count the request, and look the replica up; NoSuchReplica if it has left."""
-        lease.replica = self.registry.take(lease.candidate.replica.id)
+        replica, lora = self.registry.take(lease.candidate.replica.id), lease.candidate.variant.lora
+        lease.replica = replica if lora is None else replica.with_adapter(lora.name)
 
     def leave(self, lease: Lease) -> None:
         """Count it down."""

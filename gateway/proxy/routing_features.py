@@ -91,7 +91,7 @@ def routing_request(
         if spilling_seconds is not None and placement is None:
             session, placement = _from_opening(context, rungs, affinity, spilling_seconds, session)
         if with_blocks:
-            blocks = block_hashes(parts, fields.get("cache_salt", b""))
+            blocks = block_hashes(parts, bytes(fields.get("cache_salt", b"")) + route.target.cache_salt)
             if blocks:
                 cached_tokens = affinity.cached_tokens(model, rungs, blocks)
     return RoutingRequest(

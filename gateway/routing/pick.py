@@ -234,13 +234,13 @@ def shortest_fitting_context(
 def any_pending(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatus]) -> bool:
     """Return whether a replica of these variants is starting."""
     names = frozenset(variant_names)
-    return any(status.state in PENDING and status.replica.variant in names for status in snapshot)
+    return any(status.state in PENDING and not names.isdisjoint(status.replica.variants) for status in snapshot)
 
 
 def unready_counts(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatus]) -> str:
     """Describe replicas of which none is ready: how many are starting, have failed, or are stopping."""
     names = frozenset(variant_names)
-    states = [status.state for status in snapshot if status.replica.variant in names]
+    states = [status.state for status in snapshot if not names.isdisjoint(status.replica.variants)]
     counts = {
         "starting": sum(state in PENDING for state in states),
         "failed": sum(state is State.FAILED for state in states),
@@ -253,7 +253,8 @@ def unready_counts(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatu
 def none_takes_tools(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatus]) -> bool:
     """Return whether these variants have replicas, ready or starting, and all of them are known to take no tools."""
     names = frozenset(variant_names)
-    there = [each.replica for each in snapshot if each.state in ANSWERING and each.replica.variant in names]
+    answering = [each.replica for each in snapshot if each.state in ANSWERING]
+    there = [replica for replica in answering if not names.isdisjoint(replica.variants)]
     return bool(there) and all(replica.tools is False for replica in there)
 
 

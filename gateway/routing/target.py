@@ -36,7 +36,8 @@ class Target:
     """What a model name stands for: an alias with its ladder, or one pinned variant.
 
     `rungs` is the ladder without the variants that are `excluded` by their own evaluation; `permitted` are the rungs
-    that satisfy the alias' own floor.
+    that satisfy the alias' own floor. `cache_salt` differs between targets whose prompts are not cached together: a
+    LoRA adapter has a KV cache of its own, in the same engine.
     """
 
     name: str
@@ -52,10 +53,13 @@ class Target:
     permitted: tuple[Rung, ...] = field(init=False, repr=False, compare=False)
     stream_timeouts: Timeouts = field(init=False, repr=False, compare=False)
     unary_timeouts: Timeouts = field(init=False, repr=False, compare=False)
+    cache_salt: bytes = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         permitted = self.rungs if self.floor is NO_FLOOR else self.filter((), None).permitted
         object.__setattr__(self, "permitted", permitted)
+        loras = [variant.name for rung in self.rungs for variant in rung.variants if variant.lora is not None]
+        object.__setattr__(self, "cache_salt", ",".join(loras).encode())
         for stream in (True, False):
             name = "stream_timeouts" if stream else "unary_timeouts"
             object.__setattr__(self, name, reply_timeouts(self.timeouts, stream=stream))

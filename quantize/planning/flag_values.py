@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from config.schema import check_url, parse_size_bytes
+from config.field_types import check_url, parse_size_bytes
 from quantize.planning.recipe_file import limit_names
 from quantize.planning.recipe_schema import OverrideTable, parse_share
 from quantize.planning.request import TextFile

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from config.field_types import ReplicaUrl, SizeBytes
 from config.manifest import Override
-from config.schema import ReplicaUrl, SizeBytes
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]

@@ -1,1 +1,1 @@
-"""How fast a variant is: a vLLM server under a known load, and `capacity.json` with what came of it."""
+"""`quantgate measure`: a vLLM server under a known load, and its figures in `capacity.json`."""

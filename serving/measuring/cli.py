@@ -1,4 +1,4 @@
-"""`quantgate measure`: how fast variants are on this machine, or what is known of it as a plot."""
+"""`quantgate measure`: measure the speed of variants on this machine, or plot their measurements."""
 
 import argparse
 import asyncio
@@ -32,14 +32,15 @@ from serving.measuring.target import BenchmarkTarget, configured_targets, target
 
 DONE, FAILED, USAGE = 0, 1, 2
 CPU_CONCURRENCIES, GPU_CONCURRENCIES = (1, 4, 16), (1, 4, 16, 64)
-ROOM_IN_THE_QUEUE = 256
+MIN_QUEUED = 256
+CLEAR_LINE = "\r\033[K"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 _Result = TypeVar("_Result")
 
 
 class Stopped(Exception):
-    """A signal ended the work; everything that was started is gone."""
+    """A signal ended the measurement; everything that was started is gone."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -47,97 +48,97 @@ class Stopped(Exception):
 
 
 def measure_main(arguments: list[str]) -> int:
-    """Measure variants, or plot what was measured."""
-    given = read_flags(arguments)
+    """Measure variants, or plot their measurements."""
+    options = read_flags(arguments)
     try:
-        return _plot(given) if given.plot else _measure(given)
+        return _plot(options) if options.plot else _measure(options)
     except (ConfigError, LaunchRefused, MeasuringRefused) as error:
-        _tell(str(error))
+        _log(str(error))
         return USAGE
     except (ServingError, OSError) as error:
-        _tell(str(error))
+        _log(str(error))
         return FAILED
     except Stopped as stopped:
-        _tell(f"stopped by {stopped}; nothing was written, nothing is left running")
+        _log(f"stopped by {stopped}; nothing was written, nothing is left running")
         return stopped.exit_code
 
 
-def _measure(given: argparse.Namespace) -> int:
-    place = BenchmarkContext(this_machine(home_directory(), process_environment()), home_directory())
-    done = []
-    for subject in _subjects(given):
-        file = given.out or subject.capacity_file
-        _require_place(file)
-        hardware = given.hardware or _hardware(subject)
-        usual = CPU_CONCURRENCIES if hardware.unit == "core" else GPU_CONCURRENCIES
-        settings = MeasurementSettings(given.concurrency or usual, given.seconds, given.requests, given.mix)
-        reporter = Reporter(_tell, _live)
-        measured = uvloop.run(_stoppable(measure(subject, hardware, settings, place, reporter)))
-        done.append({"file": str(file), **measured.model_dump(mode="json")})
-        if not given.json:
-            sys.stdout.write(f"{measurement_text(_name(subject.directory), measured)}\n\n")
+def _measure(options: argparse.Namespace) -> int:
+    context = BenchmarkContext(this_machine(home_directory(), process_environment()), home_directory())
+    reporter = Reporter(_log, _progress)
+    results = []
+    for target in _targets(options):
+        file = options.out or target.capacity_file
+        _require_writable(file)
+        hardware = options.hardware or _hardware(target)
+        default = CPU_CONCURRENCIES if hardware.unit == "core" else GPU_CONCURRENCIES
+        settings = MeasurementSettings(options.concurrency or default, options.seconds, options.requests, options.mix)
+        measured = uvloop.run(_stoppable(measure(target, hardware, settings, context, reporter)))
+        results.append({"file": str(file), **measured.model_dump(mode="json")})
+        if not options.json:
+            sys.stdout.write(f"{measurement_text(_name(target.directory), measured)}\n\n")
             sys.stdout.flush()
-        # Read only now: another measurement may have been written meanwhile.
+        # Read again: another measurement may have been written meanwhile.
         write_capacity(file, read_capacity(file).merged(measured))
-        _tell(f"written to {file}")
-    if given.json:
-        sys.stdout.write(json.dumps(done, indent=2, ensure_ascii=False) + "\n")
+        _log(f"written to {file}")
+    if options.json:
+        sys.stdout.write(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return DONE
 
 
-def _subjects(given: argparse.Namespace) -> list[BenchmarkTarget]:
-    if given.config:
-        return configured_targets(given.config, given.variants, installed_engine)
-    options = launch_settings(given)
-    if given.url:
-        options["api_key"] = process_environment().get("VLLM_API_KEY")
+def _targets(options: argparse.Namespace) -> list[BenchmarkTarget]:
+    if options.config:
+        return configured_targets(options.config, options.variants, installed_engine)
+    settings = launch_settings(options)
+    if options.url:
+        settings["api_key"] = process_environment().get("VLLM_API_KEY")
     else:
-        options["max_queued"] = max(ROOM_IN_THE_QUEUE, 2 * max(given.concurrency or GPU_CONCURRENCIES))
-    return [target_of_flags(Path(each), options, installed_engine) for each in given.variants]
+        settings["max_queued"] = max(MIN_QUEUED, 2 * max(options.concurrency or GPU_CONCURRENCIES))
+    return [target_of_flags(Path(each), settings, installed_engine) for each in options.variants]
 
 
-def _hardware(subject: BenchmarkTarget) -> Hardware:
-    if subject.launch is not None:
-        return launch_hardware(subject.launch)
-    assert subject.replica is not None
-    address = address_of(subject.replica.url)
+def _hardware(target: BenchmarkTarget) -> Hardware:
+    if target.launch is not None:
+        return launch_hardware(target.launch)
+    assert target.replica is not None
+    address = address_of(target.replica.url)
     if not address.path and address.host not in LOCAL_HOSTS:
         raise MeasuringRefused(
-            f"{subject.replica.url} is another machine; tell its hardware: --hardware 'NVIDIA H100, 2 GPUs'"
+            f"{target.replica.url} is another machine; tell its hardware: --hardware 'NVIDIA H100, 2 GPUs'"
         )
-    return local_hardware(subject.settings)
+    return local_hardware(target.settings)
 
 
-def _require_place(file: Path) -> None:
-    """Find out before minutes of measuring that the result could not be kept; CapacityError says why."""
+def _require_writable(file: Path) -> None:
+    """Check before the measurement that its result can be written; CapacityError if not."""
     read_capacity(file)
     if not os.access(file.resolve().parent, os.W_OK):
         raise CapacityError(f"{file.parent}: can't be written; choose another place with --out FILE")
 
 
-def _plot(given: argparse.Namespace) -> int:
+def _plot(options: argparse.Namespace) -> int:
     if find_spec("matplotlib") is None:
         raise MeasuringRefused("--plot needs matplotlib; install quantgate[plots]")
-    capacities = _capacities(list(map(Path, given.variants)))
+    capacities = _capacities(list(map(Path, options.variants)))
     machines = curves_by_machine(capacities)
     if not machines:
         raise MeasuringRefused("--plot: nothing to draw: measure these variants first, without --plot")
     for name, capacity in capacities.items():
         if not capacity.measurements:
-            _tell(f"{name}: not measured, not drawn")
+            _log(f"{name}: not measured, not drawn")
     if len(mixes(list(capacities.values()))) > 1:
-        _tell("measured with different mixes of requests: the lines are no fair comparison")
-    import_module("serving.measuring.plot").write_plot(machines, given.plot)
-    sys.stdout.write(f"{given.plot}\n")
+        _log("measured with different mixes of requests: the lines are no fair comparison")
+    import_module("serving.measuring.plot").write_plot(machines, options.plot)
+    sys.stdout.write(f"{options.plot}\n")
     return DONE
 
 
-def _capacities(places: Sequence[Path]) -> dict[str, Capacity]:
-    """Read what was measured; directories that would have the same name go by their paths."""
-    names = [_name(place) for place in places]
+def _capacities(paths: Sequence[Path]) -> dict[str, Capacity]:
+    """Read measurements by name; directories of the same name go by their paths."""
+    names = [_name(path) for path in paths]
     return {
-        name if names.count(name) == 1 else str(place): read_capacity(place / FILE_NAME if place.is_dir() else place)
-        for name, place in zip(names, places, strict=True)
+        name if names.count(name) == 1 else str(path): read_capacity(path / FILE_NAME if path.is_dir() else path)
+        for name, path in zip(names, paths, strict=True)
     }
 
 
@@ -147,34 +148,34 @@ def _name(directory: Path) -> str:
 
 
 async def _stoppable(work: Coroutine[object, object, _Result]) -> _Result:
-    """Cancel the work at the first SIGINT or SIGTERM; those that follow don't hurry its clean-up."""
+    """Cancel the work at the first SIGINT or SIGTERM; later ones do not interrupt its clean-up."""
     loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
-    heard: list[int] = []
+    signals: list[int] = []
 
     def stop(number: int) -> None:
-        if not heard:
-            heard.append(number)
+        if not signals:
             task.cancel()
+        signals.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
     try:
         return await task
     except asyncio.CancelledError:
-        if heard:
-            raise Stopped(heard[0]) from None
+        if signals:
+            raise Stopped(signals[0]) from None
         raise
 
 
-def _tell(line: str) -> None:
-    """Say something that is not data."""
-    clear = "\r\033[K" if sys.stderr.isatty() else ""
+def _log(line: str) -> None:
+    """Print a line that is not data."""
+    clear = CLEAR_LINE if sys.stderr.isatty() else ""
     sys.stderr.write(f"{clear}quantgate measure: {line}\n")
     sys.stderr.flush()
 
 
-def _live(line: str) -> None:
-    """Show how far it is, where that can be overwritten."""
+def _progress(line: str) -> None:
+    """Update the status line of a terminal."""
     if sys.stderr.isatty():
-        sys.stderr.write(f"\r\033[K{line}")
+        sys.stderr.write(f"{CLEAR_LINE}{line}")
         sys.stderr.flush()

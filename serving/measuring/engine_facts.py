@@ -1,4 +1,4 @@
-"""What a vLLM server tells of itself besides its model: its version, and how many tokens its KV cache holds."""
+"""Version and KV cache capacity of a vLLM server."""
 
 import re
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """Version and KV capacity; the latter is None where /metrics doesn't tell."""
+    """Version and KV cache capacity; the latter is None if /metrics does not report it."""
 
     version: str
     kv_capacity_tokens: int | None
 
 
 async def engine_facts(client: httpx.AsyncClient, url: str) -> EngineFacts:
-    """Ask a server; ProbeFailed if it isn't vLLM."""
+    """Read the facts of a server; ProbeFailed if it is not vLLM."""
     try:
         reply = await client.get(f"{root_of(url)}/version")
         reply.raise_for_status()
@@ -34,7 +34,7 @@ async def engine_facts(client: httpx.AsyncClient, url: str) -> EngineFacts:
 
 
 def kv_capacity_tokens(page: str) -> int | None:
-    """Find the size of the KV cache in a page of metrics; several engines behind one address add up."""
+    """Return the size of the KV cache in a page of metrics; several engines of one server add up."""
     sizes = [_tokens(dict(LABEL.findall(labels))) for labels in CACHE_INFO.findall(page)]
     known = [size for size in sizes if size]
     return sum(known) or None

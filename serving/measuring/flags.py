@@ -10,10 +10,10 @@ from config.command_line import exit_codes
 from serving.measuring.mix import parse_mix
 
 DESCRIPTION = """\
-Run each VARIANT with vLLM on this machine (or use a replica that runs already: --url), keep so many requests going at
-a time, and write what came of it to capacity.json beside the model: tokens a second, time to the first token and
-between tokens, KV capacity, memory. A second measurement of the same hardware, engine version and launch settings
-takes the place of the first; others stay. Every prompt is drawn anew, so the prefix cache can't help.
+Run each VARIANT with vLLM on this machine (or use a replica that runs already: --url), keep a number of requests
+running, and write the figures to capacity.json beside the model: tokens per second, time to first token, inter-token
+latency, KV cache capacity, memory. A second measurement of the same hardware, engine version and launch settings
+replaces the first; others stay. Every prompt is random, so that the prefix cache has no effect.
 """
 LAUNCH = {
     "tensor_parallel": ("N", "GPUs (or NUMA nodes) that share the model (default: 1)"),
@@ -29,34 +29,34 @@ LAUNCH = {
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Tells a usage error in one line."""
+    """Prints a usage error as one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Leave with exit code 2."""
+        """Exit with code 2."""
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def read_flags(arguments: list[str]) -> argparse.Namespace:
-    """Parse, and refuse what doesn't go together."""
+    """Parse the command line; options that exclude each other are a usage error."""
     parser = _parser()
-    given = parser.parse_args(arguments)
-    if given.out and (len(given.variants) > 1 or given.plot):
+    options = parser.parse_args(arguments)
+    if options.out and (len(options.variants) > 1 or options.plot):
         parser.error("--out takes the measurement of one VARIANT")
-    if given.url and (given.config or len(given.variants) > 1):
+    if options.url and (options.config or len(options.variants) > 1):
         parser.error("--url is the replica of one VARIANT; a configuration names its own")
-    if given.ca and not (given.url or "").startswith("https://"):
+    if options.ca and not (options.url or "").startswith("https://"):
         parser.error("--ca is for --url https://...; a configuration names its own")
-    described = [f"--{name.replace('_', '-')}" for name in (*LAUNCH, "gpus", "arg") if getattr(given, name)]
-    if given.config and described:
+    described = [f"--{name.replace('_', '-')}" for name in (*LAUNCH, "gpus", "arg") if getattr(options, name)]
+    if options.config and described:
         parser.error(f"{described[0]}: --config says how a variant is run; use one of them")
-    return given
+    return options
 
 
-def launch_settings(given: argparse.Namespace) -> dict[str, object]:
-    """The flags that say how vLLM is started, as a replica of the configuration would have them."""
-    options = {name: getattr(given, name) for name in LAUNCH if getattr(given, name) is not None}
-    chosen = {"gpus": given.gpus, "args": tuple(given.arg), "url": given.url, "ca": given.ca}
-    return {**options, **{name: value for name, value in chosen.items() if value}}
+def launch_settings(options: argparse.Namespace) -> dict[str, object]:
+    """Return the launch options as the settings of a configured replica."""
+    settings = {name: getattr(options, name) for name in LAUNCH if getattr(options, name) is not None}
+    others = {"gpus": options.gpus, "args": tuple(options.arg), "url": options.url, "ca": options.ca}
+    return settings | {name: value for name, value in others.items() if value}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,13 +68,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--concurrency", type=_typed(_counts), metavar="N,...", help="default: 1,4,16; on GPUs 1,4,16,64")
     add("--mix", type=_typed(parse_mix), metavar="PROMPT:ANSWER:SHARE,...", help=_mix_help())
     add(
-        "--seconds", type=float, default=30.0, metavar="S", help="observe each level for so long (default: %(default)g)"
+        "--seconds",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="duration of each level (default: %(default)g)",
     )
     add(
         "--requests",
         type=_typed(_count),
         metavar="N",
-        help="and until so many were answered (default: twice the level)",
+        help="and until N requests were answered (default: twice the level)",
     )
     add("--out", type=Path, metavar="FILE", help="write this instead of capacity.json in the model's directory")
     add("--json", action="store_true", help="print JSON")
@@ -114,18 +118,18 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _count(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
-        raise ValueError(f"{text!r} is no positive number")
+        raise ValueError(f"{text!r} is not a positive number")
     return int(text)
 
 
 def _gpus(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise ValueError(f"{text!r} names no GPUs; write for example 0,1")
+        raise ValueError(f"{text!r} is not a list of GPUs; write for example 0,1")
     return tuple(map(int, text.split(",")))
 
 
 def _typed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Keep the parser's own words, which argparse would replace."""
+    """Keep the message of a ValueError, which argparse would replace."""
 
     def read(text: str) -> Any:
         try:

@@ -21,7 +21,7 @@ class PeakMemory:
     gpu_bytes: int | None = None
 
     def sample(self) -> None:
-        """Take a sample; of an external server (no session) nothing is known."""
+        """Take a sample; none of an external server, which has no session here."""
         if self.session is None:
             return
         self.host_bytes = max(session_memory_bytes(self.session), self.host_bytes or 0) or None

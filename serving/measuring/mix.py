@@ -1,8 +1,7 @@
-"""Which requests are sent: shapes with shares, spread evenly, their lengths a little apart; pure.
+"""Lengths of requests: shapes by share, evenly interleaved, each length varied a little; pure.
 
-Every level and every variant gets the same lengths in the same order, so that figures can be compared. The tokens of
-a prompt are drawn anew each time: a prompt that was sent before, even by an earlier measurement, would be answered
-from the prefix cache.
+Every level and every variant gets the same lengths in the same order, so that figures are comparable. The tokens of a
+prompt are random each time: a prompt that was sent before would be answered from the prefix cache.
 """
 
 import random
@@ -20,14 +19,14 @@ CPU_DIVISOR = 8
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """One request: so many tokens in, so many out."""
+    """Prompt and answer of one request, in tokens."""
 
     prompt_tokens: int
     answer_tokens: int
 
 
 def parse_mix(text: str) -> tuple[Shape, ...]:
-    """Read `PROMPT:ANSWER:SHARE,...`; shares are relative, ValueError says what is no shape."""
+    """Parse `PROMPT:ANSWER:SHARE,...`; shares are relative. ValueError for a shape that is not valid."""
     rows = [_row(part) for part in text.split(",")]
     total = sum(share for _, _, share in rows)
     return tuple(
@@ -43,7 +42,9 @@ def _row(part: str) -> tuple[int, int, float]:
     except (ValueError, IndexError):
         fits = False
     if not fits:
-        raise ValueError(f"{part!r} is no shape; write PROMPT:ANSWER:SHARE with positive numbers, such as 512:128:0.5")
+        raise ValueError(
+            f"{part!r} is not a shape; write PROMPT:ANSWER:SHARE with positive numbers, such as 512:128:0.5"
+        )
     return prompt, answer, share
 
 
@@ -60,7 +61,7 @@ def default_mix(hardware: Hardware, max_model_len_tokens: int | None) -> tuple[S
 
 
 def too_long(mix: Sequence[Shape], max_model_len_tokens: int | None) -> str | None:
-    """Say which shape doesn't fit into the context, or None if all do."""
+    """Return the first shape that does not fit into the context, or None if all do."""
     for shape in mix:
         tokens = shape.prompt_tokens + shape.answer_tokens
         if max_model_len_tokens is not None and tokens > max_model_len_tokens:
@@ -69,7 +70,7 @@ def too_long(mix: Sequence[Shape], max_model_len_tokens: int | None) -> str | No
 
 
 def request_lengths(mix: Sequence[Shape], max_model_len_tokens: int | None) -> Iterator[Lengths]:
-    """Endless requests; after any number of them, each shape has had its share as nearly as can be."""
+    """Yield requests for ever; after each of them, every shape has had its share as nearly as possible."""
     # Not for secrets: the same lengths every time are the point.
     spread = random.Random(LENGTHS_SEED)  # noqa: S311
     sent = [0] * len(mix)
@@ -91,5 +92,5 @@ def _around(shape: Shape, spread: random.Random, max_model_len_tokens: int | Non
 
 
 def unique_prompt(tokens: int, vocabulary: int, chance: random.Random) -> list[int]:
-    """Draw a prompt as token ids, away from both ends of the vocabulary, where special tokens are."""
+    """Draw a prompt as token ids, not from both ends of the vocabulary, where special tokens are."""
     return chance.choices(range(vocabulary // 4, vocabulary - vocabulary // 16), k=tokens)

@@ -1,4 +1,4 @@
-"""Latency against throughput as a PNG, by matplotlib (quantgate[plots]): a row for each machine, a line a variant."""
+"""Latency against throughput as a PNG (matplotlib, quantgate[plots]): a row per machine, a line per variant."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from config.capacity import Percentiles
 from config.curves import Curve, LoadPoint
 
-# Distinguishable without seeing colours, too: each line has a marker of its own (colours by Okabe and Ito).
+# Colours by Okabe and Ito; markers distinguish lines without colour, too.
 LOOKS = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#9a4d8e", "D"), ("#b58900", "v"), ("#444c56", "P"))
 PANEL_INCHES = (6.2, 4.4)
 DOTS_PER_INCH = 130
@@ -28,7 +28,7 @@ PANELS: tuple[tuple[str, bool, _Latency], ...] = (
 
 
 def write_plot(machines: Mapping[str, Sequence[Curve]], out: Path) -> None:
-    """Draw all machines into one picture; it replaces an older one at once."""
+    """Draw all machines into one picture, and write it atomically."""
     width, height = PANEL_INCHES
     figure = Figure(figsize=(len(PANELS) * width, len(machines) * height), layout="constrained")
     rows = figure.subfigures(len(machines), 1, squeeze=False)[:, 0]

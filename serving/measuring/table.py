@@ -14,7 +14,7 @@ TTFT, ITL: milliseconds to the first token, and from token to token"""
 
 
 def measurement_text(name: str, measured: Measurement) -> str:
-    """Tell a measurement: what was measured, and a row for each concurrency."""
+    """Format a measurement: its setup, and a row for each concurrency."""
     facts = [
         ("KV cache", _tokens(measured.kv_capacity_tokens)),
         ("context", _tokens(measured.max_model_len_tokens)),
@@ -22,7 +22,7 @@ def measurement_text(name: str, measured: Measurement) -> str:
         ("GPU memory", _gigabytes(measured.gpu_memory_bytes)),
     ]
     known = ", ".join(f"{fact} {value}" for fact, value in facts if value)
-    mix = ", ".join(f"{one.share:.0%} {one.prompt_tokens}+{one.answer_tokens}" for one in measured.mix)
+    mix = ", ".join(f"{shape.share:.0%} {shape.prompt_tokens}+{shape.answer_tokens}" for shape in measured.mix)
     lines = [f"{name} on {measured.setup.machine}", *([known] if known else []), f"requests (prompt+answer): {mix}"]
     return "\n".join([*lines, "", *_aligned([HEADINGS, *map(_row, measured.loads)]), LEGEND])
 

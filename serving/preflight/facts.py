@@ -18,12 +18,16 @@ _FP8 = "fp8"
 
 @dataclass(frozen=True, slots=True)
 class MachineFacts:
-    """Resources that replicas share; `gpus` is empty if there are none."""
+    """Resources that replicas share; `gpus` is empty if there are none.
+
+    `fp8_cache`: vLLM's kernels for an FP8 KV cache run on this CPU.
+    """
 
     free_bytes: int
     numa_nodes: int = 1
     gpus: tuple[Gpu, ...] = ()
     busy_ports: frozenset[int] = frozenset()
+    fp8_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,40 @@ class ModelFacts:
             return None
         own_layers = -(-layers // settings.pipeline_parallel)
         own_heads = max(1, heads // settings.tensor_parallel)
-        return 2 * own_layers * own_heads * size * _value_bytes(settings)
+        return 2 * own_layers * own_heads * size * self._cache_value_bytes(settings)
 
+    def has_fp8_cache(self, settings: ReplicaSettings) -> bool:
+        """Whether the KV cache is FP8: as configured, or with `auto` if the checkpoint has scales for it."""
+        if settings.kv_cache_dtype == "auto":
+            return self.has_cache_scales
+        return settings.kv_cache_dtype.startswith(_FP8)
 
-def _value_bytes(settings: ReplicaSettings) -> int:
-    """Bytes of one number in the KV cache."""
-    if settings.kv_cache_dtype.startswith(_FP8):
-        return 1
-    return _DTYPE_BYTES.get(settings.dtype, 2) if settings.kv_cache_dtype == "auto" else 2
+    @property
+    def has_cache_scales(self) -> bool:
+        """Whether the checkpoint has scales of an FP8 KV cache (vllm/model_executor/layers/attention/attention.py)."""
+        return bool((self.quantization or {}).get("kv_cache_scheme"))
+
+    def _cache_value_bytes(self, settings: ReplicaSettings) -> int:
+        """Bytes of one number in the KV cache."""
+        if self.has_fp8_cache(settings):
+            return 1
+        return _DTYPE_BYTES.get(settings.dtype, 2) if settings.kv_cache_dtype == "auto" else 2
+
+    def lora_bytes(self, rank: int, tensor_parallel: int) -> int | None:
+        """Memory that each rank reserves for one LoRA adapter of a rank; None for an unusual architecture.
+
+        Every linear layer of a decoder layer has `A` [rank, inputs], which all ranks have, and `B` [outputs, rank],
+        which they share (vllm/lora/layers/column_parallel_linear.py), in 16 bits.
+        """
+        layers, hidden = self.number("num_hidden_layers", "n_layer"), self.number("hidden_size", "n_embd")
+        heads, key_value, size, inner = (
+            *(self.heads, self.key_value_heads, self.head_size),
+            self.number("intermediate_size"),
+        )
+        if not (layers and hidden and heads and key_value and size and inner):
+            return None
+        queries, keys = heads * size, key_value * size
+        shapes = [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
+        shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
+        elements = sum(inputs + -(-outputs // tensor_parallel) for inputs, outputs in shapes)
+        return 2 * layers * rank * elements

@@ -3,8 +3,10 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from config.hardware import Gpu
+from config.lora import engine_rank
 from config.schema import ReplicaSettings
-from serving.command import CPU_KV_CACHE_BYTES
+from serving.arguments import option
+from serving.command import CPU_KV_CACHE_BYTES, MAX_LORAS
 from serving.preflight.facts import MachineFacts, ModelFacts
 from serving.replica import Launch
 
@@ -14,13 +16,13 @@ GIB = 2**30
 CPU_OVERHEAD_BYTES = int(1.75 * GIB)
 # CUDA's context, vLLM's workspace and the smallest batch of activations.
 GPU_OVERHEAD_BYTES = int(1.5 * GIB)
-# vLLM's default --gpu-memory-utilization: a GPU with less than that free is refused before anything is loaded.
+# vLLM's default --gpu-memory-utilization: a GPU with less than that free is refused before the model is loaded.
 GPU_SHARE = 0.92
 _SHARE_FLAG = "--gpu-memory-utilization"
 
 
 def cache_reason(launch: Launch, model: ModelFacts) -> str | None:
-    """Say why the KV cache can't hold one sequence of the longest length, or None; vLLM insists that it can."""
+    """Return why the KV cache does not hold one sequence of the longest length, as vLLM requires, or None."""
     cache_bytes = _cache_bytes(launch)
     tokens = launch.settings.max_model_len or model.longest_tokens
     per_token = model.cache_bytes_per_token(launch.settings)
@@ -50,14 +52,26 @@ def memory_reasons(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineF
 def cpu_bytes(launch: Launch, model: ModelFacts) -> int:
     """Main memory that one CPU replica takes."""
     settings = launch.settings
-    weights = model.weight_bytes * settings.data_parallel
-    return weights + settings.ranks * (_cache_bytes(launch) or 0) + CPU_OVERHEAD_BYTES
+    weights = model.weight_bytes * settings.ranks // _weight_shares(settings)
+    cache, adapters = _cache_bytes(launch) or 0, adapters_bytes(launch, model)
+    return weights + settings.ranks * (cache + adapters) + CPU_OVERHEAD_BYTES
+
+
+def adapters_bytes(launch: Launch, model: ModelFacts) -> int:
+    """Memory that each rank reserves for the LoRA adapters of one batch; 0 where that is unknown."""
+    loras = [lora for lora in launch.variant.loras if lora.path is not None]
+    if not loras:
+        return 0
+    slots = option(launch.settings.args, "--max-loras") or ""
+    count = int(slots) if slots.isdecimal() else min(len(loras), MAX_LORAS)
+    rank = engine_rank(max(lora.rank for lora in loras))
+    return count * (model.lora_bytes(rank, launch.settings.tensor_parallel) or 0)
 
 
 def _gpu_reasons(pairs: Iterable[tuple[Launch, ModelFacts]], gpus: Sequence[Gpu]) -> Iterator[str]:
     known = {gpu.index: gpu for gpu in gpus}
     for launch, model in pairs:
-        for gpu in (known[index] for index in launch.gpus or tuple(known)[:1] if index in known):
+        for gpu in (known[index] for index in launch.gpus or tuple(known)[: launch.settings.ranks] if index in known):
             reason = _gpu_reason(launch, model, gpu)
             if reason:
                 yield f"{launch.replica_id}: GPU {gpu.index} ({gpu.name}): {reason}"
@@ -76,14 +90,19 @@ def _gpu_reason(launch: Launch, model: ModelFacts, gpu: Gpu) -> str | None:
     tokens = settings.max_model_len or model.longest_tokens or 0
     cache = settings.kv_cache_bytes or per_token * tokens
     weights = model.weight_bytes // _weight_shares(settings)
-    needed = weights + cache + GPU_OVERHEAD_BYTES
+    adapters = adapters_bytes(launch, model)
+    needed = weights + cache + adapters + GPU_OVERHEAD_BYTES
     if needed <= (gpu.free_bytes if settings.kv_cache_bytes else claimed):
         return None
+    parts = f"weights {_size(weights)}, KV cache {_size(cache)}{_with_adapters(adapters)} and overhead"
     return (
-        f"weights {_size(weights)}, KV cache {_size(cache)} and overhead need {_size(needed)}, {_size(claimed)} may be "
-        "used; use more tensor_parallel or pipeline_parallel, kv_cache_dtype: fp8, a smaller max_model_len, or a "
-        "variant of fewer bits"
+        f"{parts} need {_size(needed)}, {_size(claimed)} may be used; use more tensor_parallel or pipeline_parallel, "
+        "kv_cache_dtype: fp8, a smaller max_model_len, or a variant of fewer bits"
     )
+
+
+def _with_adapters(adapters: int) -> str:
+    return f", LoRA adapters {_size(adapters)}" if adapters else ""
 
 
 def _weight_shares(settings: ReplicaSettings) -> int:
@@ -119,12 +138,8 @@ def _cache_bytes(launch: Launch) -> int | None:
 
 
 def _gpu_share(arguments: Sequence[str]) -> float:
-    for index, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        if flag == _SHARE_FLAG:
-            text = value or (arguments[index + 1] if index + 1 < len(arguments) else "")
-            return float(text) if text.replace(".", "", 1).isdecimal() else GPU_SHARE
-    return GPU_SHARE
+    text = option(arguments, _SHARE_FLAG) or ""
+    return float(text) if text.replace(".", "", 1).isdecimal() else GPU_SHARE
 
 
 def _rounded_share(gpu: Gpu) -> str:

@@ -5,13 +5,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from config.hardware import read_cores, read_gpus
+from config.hardware import read_cores, read_gpus, read_processor
 from config.memory import read_memory
 from config.variant import read_model_config
 from serving.machine import port_is_free
 from serving.preflight.facts import MachineFacts, ModelFacts
 from serving.replica import Launch
 
+# Instruction sets with a kernel for an FP8 KV cache (vllm/v1/attention/backends/cpu_attn.py).
+_FP8_CACHE_FLAGS = frozenset({"avx512f", "amx_tile"})
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -27,7 +29,8 @@ def read_machine(launches: Iterable[Launch]) -> MachineFacts:
     gpus = read_gpus() if any(launch.engine == "cuda" for launch in launches) else ()
     nodes = len({core.node for core in read_cores()})
     busy = {launch.port for launch in launches if launch.port is not None and not port_is_free(launch.port)}
-    return MachineFacts(read_memory().free_bytes, nodes, gpus, frozenset(busy))
+    fp8_cache = bool(read_processor().flags & _FP8_CACHE_FLAGS)
+    return MachineFacts(read_memory().free_bytes, nodes, gpus, frozenset(busy), fp8_cache)
 
 
 def _weight_bytes(directory: Path) -> int:

@@ -1,4 +1,4 @@
-"""Reasons why launches cannot succeed, raised as LaunchRefused before anything is started."""
+"""Reasons why launches cannot succeed, raised as LaunchRefused before a process is started."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +8,7 @@ from config.errors import ManifestError
 from serving.errors import LaunchRefused
 from serving.preflight.facts import MachineFacts, ModelFacts
 from serving.preflight.memory import cache_reason, memory_reasons, oversubscribed_gpus
-from serving.preflight.models import model_reasons, sharing_reasons
+from serving.preflight.models import cache_dtype_reason, model_reasons, sharing_reasons
 from serving.preflight.reading import read_machine, read_model
 from serving.preflight.schemes import computes_in, unfit_shape, unloadable
 from serving.replica import Launch
@@ -56,6 +56,7 @@ def unservable(launch: Launch, model: ModelFacts) -> list[str]:
         *(sharing := list(sharing_reasons(model, settings))),
         # Without a valid split there is no shape per rank.
         None if sharing else unfit_shape(model, engine, settings.tensor_parallel),
+        cache_dtype_reason(model, settings, engine),
         cache_reason(launch, model),
     ]
     return [reason for reason in reasons if reason]
@@ -68,6 +69,7 @@ def oversubscribed(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineF
         *_ports(launches, machine),
         *oversubscribed_gpus(launches, machine.gpus),
         *_nodes(launches, machine),
+        *_fp8_caches(pairs, machine),
         *memory_reasons(pairs, machine),
     ]
 
@@ -89,6 +91,12 @@ def _nodes(launches: Sequence[Launch], machine: MachineFacts) -> Iterator[str]:
                 f"{launch.replica_id}: with cores: auto each of the {ranks} ranks needs a NUMA node, there are "
                 f"{machine.numa_nodes}; leave cores out, or lower tensor_parallel"
             )
+
+
+def _fp8_caches(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineFacts) -> Iterator[str]:
+    for launch, model in pairs:
+        if launch.engine == "cpu" and model.has_fp8_cache(launch.settings) and not machine.fp8_cache:
+            yield f"{launch.replica_id}: an FP8 KV cache needs a CPU with AVX-512; set kv_cache_dtype: bfloat16"
 
 
 def _model(launch: Launch) -> ModelFacts:

@@ -237,6 +237,7 @@ def _row(owner_id: str, record: ReplicaRecord, revision: int) -> dict[str, Any]:
         "think": replica.think,
         "think_token": replica.think_token,
         "tools": replica.tools,
+        "adapters": ",".join(replica.adapters),
         "state": record.state.value,
         "reason": record.reason,
         "since": record.since,
@@ -256,7 +257,8 @@ def _records(connection: Connection, owner_id: str | None = None) -> tuple[tuple
         query = query.where(REPLICAS.c.owner == owner_id)
     records = []
     for row in connection.execute(query).mappings():
-        replica = Replica(**{name: row[name] for name in _REPLICA_COLUMNS})
+        adapters = tuple(filter(None, row["adapters"].split(",")))
+        replica = Replica(**{name: row[name] for name in _REPLICA_COLUMNS}, adapters=adapters)
         record = ReplicaRecord(replica, State(row["state"]), row["reason"], row["since"], row["pid"], row["revision"])
         records.append((row["owner"], record))
     return tuple(records)

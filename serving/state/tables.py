@@ -2,7 +2,7 @@
 
 from sqlalchemy import Boolean, Column, Float, Integer, MetaData, String, Table, Text
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 METADATA = MetaData()
 
@@ -43,6 +43,7 @@ REPLICAS = Table(
     Column("think", String(20)),
     Column("think_token", Integer),
     Column("tools", Boolean),
+    Column("adapters", Text, nullable=False),  # names, separated by commas
     Column("state", String(20), nullable=False),
     Column("reason", Text, nullable=False),
     Column("since", Float, nullable=False),

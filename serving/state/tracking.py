@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from config.schema import is_loopback
+from config.field_types import is_loopback
 from serving.replica import PENDING, State
 from serving.state.database import Owner, ReplicaRecord, Snapshot
 

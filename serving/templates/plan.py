@@ -10,9 +10,9 @@ from pathlib import Path
 
 from config.schema import AliasSettings
 from config.variant import Variant
+from serving.arguments import option
 from serving.errors import LaunchRefused
 from serving.replica import Launch, Thinking
-from serving.templates.arguments import option
 from serving.templates.capabilities import TemplateCapabilities, template_capabilities
 from serving.templates.derive import TemplateRequirements, derived
 from serving.templates.render import TemplateUnusable
@@ -42,7 +42,7 @@ def plan_thinking(
     if variant.path is None:
         return Thinking()
     _refuse_missing_tokens(variant.name, variant.path, args)
-    wanted = {alias.think for alias in aliases.values() if variant.name in alias.ladder}
+    wanted = {alias.think for alias in aliases.values() if not variant.names.isdisjoint(alias.ladder)}
     chosen = option(args, "--chat-template")
     template = chosen_template(read_chat_template(variant.path), chosen)
     try:

@@ -21,7 +21,7 @@ class ChatTemplate:
 
     @property
     def mentions_thinking(self) -> bool:
-        """Tell whether it would be worth a look: most models never think."""
+        """Whether it mentions thinking at all; most templates do not."""
         text = self.text or ""
         return any(word in text for word in (THINK, END_THINK, "enable_thinking"))
 
@@ -40,7 +40,7 @@ def chosen_template(own: ChatTemplate, chosen: str | None) -> ChatTemplate:
 
 
 def has_tokens(directory: Path, *tokens: str) -> bool:
-    """Tell whether the tokenizer has each of these words as one token.
+    """Return whether the tokenizer has each of these words as one token.
 
     As bytes: in these files a JSON string that is exactly such a word is a token, and parsing 10 MB says no more.
     """

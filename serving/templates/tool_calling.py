@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from serving.arguments import option
 from serving.replica import Launch
-from serving.templates.arguments import option
 from serving.templates.capabilities import PROBE
 from serving.templates.render import TemplateUnusable, renderer
 from serving.templates.source import ChatTemplate, chosen_template, has_tokens, read_chat_template
@@ -80,9 +80,9 @@ FLAGS = ("--tool-call-parser", "--enable-auto-tool-choice")
 
 
 def with_tool_calling(launches: Iterable[Launch], parsers: AbstractSet[str] = frozenset()) -> tuple[Launch, ...]:
-    """Say of each launch with which tool parser its server starts; `parsers` are those of the installed vLLM, if known.
+    """Set the tool parser of each launch; `parsers` are those of the installed vLLM, if known.
 
-    What the `args` of a replica say of tools is the operator's own choice, and nothing is added to it.
+    Flags for tools in the `args` of a replica are the operator's choice, and nothing is added to them.
     """
     return tuple(replace(each, tool_parser=_parser_of(each, parsers)) for each in launches)
 
@@ -117,7 +117,7 @@ def without_tools(launches: Iterable[Launch]) -> tuple[str, ...]:
 
 
 def takes_tools(launch: Launch) -> bool:
-    """Tell whether the server of a launch reads calls of tools."""
+    """Return whether the server of a launch parses tool calls."""
     return launch.tool_parser is not None or _in_args(launch.settings.args)
 
 

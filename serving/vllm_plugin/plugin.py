@@ -6,6 +6,9 @@
 | int8 matmul | 16-bit sums overflow: 13 to 19 % error in the output of a layer | x86, builds for AVX2 |
 | seeded generator | `seed` with a prompt of several batches terminates the engine | every CPU |
 | busy wait | processes of the engine poll with `sched_yield` and starve others | every CPU |
+
+Reported in vllm#55613, oneDNN#717, vllm#43028 (for XPU) and vllm#52848. The plugin changes nothing on GPUs and in
+unsupported versions of vLLM.
 """
 
 import logging

@@ -88,7 +88,7 @@ def test_data(tmp_path: Path, content: str, data: object) -> None:
         ("a: *b", "file.yaml:1:4: is not YAML: found undefined alias 'b'; define the anchor with & before it"),
         (
             'a: "\\UFFFFFFFF"',
-            "file.yaml:1:5: is not YAML: it has an escape that is no character; check the \\U escapes",
+            "file.yaml:1:5: is not YAML: it has an escape that is not a character; check the \\U escapes",
         ),
         ('a: "\\ud800"', "file.yaml:1:1: a: contains \\ud800, which is not text; remove it"),
         ('a: "x\\0"', "file.yaml:1:1: a: contains \\x00, which is not text; remove it"),

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from config.errors import SettingsError
 from config.explain import known_keys
+from config.field_types import PATTERNS, check_url, parse_size_bytes
 from config.load import load_settings
-from config.schema import PATTERNS, Settings, Table, check_url, parse_size_bytes
+from config.schema import Settings, Table
 
 EXAMPLE = Path(__file__).parents[2] / "config" / "example.yaml"
 SECRETS = {"REPLICA_KEY": "s3cret", "ADMIN_KEY": "operators"}
@@ -181,6 +182,30 @@ def test_empty_mapping_is_all_defaults(tmp_path: Path) -> None:
         (
             "variants: {a: {path: /m}}\naliases: {x: {ladder: [a], spill: {after_seconds: 0.1}}}\n",
             ["f:2:28: aliases.x.spill.return_below_seconds: is greater than after_seconds; choose a smaller number"],
+        ),
+        (
+            "variants: {a: {path: /m, lora: {x: /x}}}\nreplicas: [{variant: a-x}]\naliases: {a-x: {ladder: [a-y]}}\n",
+            [
+                "f:2:13: replicas.0.variant: 'a-x' is the adapter 'x' of 'a', whose replicas serve it; use 'a'",
+                "f:3:11: aliases.a-x: is also the name of a variant, by which clients request the variant itself; "
+                "rename one",
+                "f:3:26: aliases.a-x.ladder.0: unknown variant 'a-y'; did you mean 'a-x'?",
+            ],
+        ),
+        (
+            "variants: {a: {path: /m, lora: {x: {}, a: /x, a-1: /y, b: /z}}, a-b: {path: /n}}\n",
+            [
+                "f:1:33: variants.a.lora.x.path: is missing, but quantgate starts replicas of its base; set it",
+                "f:1:40: variants.a.lora.a: 'a' is also a name of the base model in vLLM; rename the adapter",
+                "f:1:47: variants.a.lora.a-1: 'a-1' is also a name of the base model in vLLM; rename the adapter",
+                "f:1:56: variants.a.lora.b: is the variant 'a-b', which exists already; rename one",
+            ],
+        ),
+        (
+            "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, args: [--enable-lora]}\n",
+            [
+                "f:3:23: replicas.0.args.0: '--enable-lora' is set by quantgate; use lora of the variant",
+            ],
         ),
         (
             "variants: {'a b': {path: /m}}\n",

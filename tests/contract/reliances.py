@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from config.lora import LORA_RANKS, PLAIN_INITS, UNSUPPORTED_OPTIONS, Lora
 from config.reserved_flags import RESERVED_FLAGS
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
@@ -28,7 +29,7 @@ Kind = Literal[
 
 LAUNCH = Launch(
     "int4-1",
-    Variant("int4", "int4", PARENT_QUALITY, Path("/models/int4")),
+    Variant("int4", "int4", PARENT_QUALITY, Path("/models/int4"), loras=(Lora("math", Path("/adapters/math"), 8),)),
     "cpu",
     ReplicaSettings(
         variant="int4",
@@ -64,7 +65,10 @@ REQUEST_FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             *(*CHAT.length_keys, *CHAT.prompt_keys),
             *("chat_template_kwargs", "stream_options", "return_token_ids", "n", "stop", "include_reasoning"),
         ),
-        "CompletionRequest": (*COMPLETIONS.length_keys, *COMPLETIONS.prompt_keys, "prompt_logprobs", "n", "echo"),
+        "CompletionRequest": (
+            *(*COMPLETIONS.length_keys, *COMPLETIONS.prompt_keys),
+            *("prompt_logprobs", "return_token_ids", "ignore_eos", "stream_options", "n", "echo"),
+        ),
         "ResponsesRequest": (
             *(*RESPONSES.length_keys, *RESPONSES.prompt_keys),
             *("store", "background", "previous_response_id", "chat_template_kwargs"),
@@ -73,7 +77,7 @@ REQUEST_FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "AnthropicCountTokensRequest": ("messages", "tools", "chat_template_kwargs"),
         "EmbeddingCompletionRequest": ("input", "encoding_format"),
         "EmbeddingChatRequest": ("messages", "encoding_format"),
-        "TokenizeChatRequest": ("messages", "chat_template_kwargs"),
+        "TokenizeChatRequest": ("messages", "chat_template_kwargs", "add_generation_prompt"),
         "TokenizeCompletionRequest": ("prompt", "add_special_tokens"),
         "DetokenizeRequest": ("tokens",),
     }
@@ -85,13 +89,15 @@ RESPONSE_FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "ChatMessage": ("reasoning", "content", "tool_calls"),
         "DeltaMessage": ("reasoning", "content", "tool_calls"),
         "ChatCompletionResponseStreamChoice": ("delta", "finish_reason", "token_ids"),
-        "CompletionResponseChoice": ("prompt_logprobs", "finish_reason"),
+        "CompletionResponse": ("model", "choices", "usage", "system_fingerprint"),
+        "CompletionResponseChoice": ("prompt_logprobs", "prompt_token_ids", "token_ids", "finish_reason"),
         "UsageInfo": ("prompt_tokens", "completion_tokens", "prompt_tokens_details"),
         "ResponsesResponse": ("status", "output", "incomplete_details", "usage"),
         "AnthropicMessagesResponse": ("stop_reason", "usage", "content"),
-        "TokenizeResponse": ("tokens", "count"),
+        "TokenizeResponse": ("tokens", "count", "max_model_len"),
         "DetokenizeResponse": ("prompt",),
-        "ModelCard": ("id", "root", "max_model_len"),
+        "ModelCard": ("id", "root", "parent", "max_model_len"),
+        "LoRAModulePath": ("name", "path"),
     }
 )
 CONTROL_ENDPOINTS = ("/health", "/load", "/metrics", "/version", "/v1/models")
@@ -109,6 +115,16 @@ TEXTS: tuple[tuple[str, str, str], ...] = (
     ("entrypoints/serve/instrumentator/basic.py", "server_load", "serving: requests of a replica that drains"),
     ("entrypoints/serve/middleware/x_request_id.py", "X-Request-Id", "gateway: request ids in replicas' logs"),
     ("plugins/__init__.py", "vllm.general_plugins", "serving: the plugin for CPUs"),
+    ("config/lora.py", f"MaxLoRARanks = Literal[{', '.join(map(str, LORA_RANKS))}]", "config: ranks of LoRA adapters"),
+    ("lora/peft_helper.py", "adapter_config.json", "config: reads the same file"),
+    *(("lora/peft_helper.py", name, "config: refused adapters") for name in (*UNSUPPORTED_OPTIONS, *PLAIN_INITS)),
+    ("v1/attention/backends/cpu_attn.py", "head_size divisible by 32", "preflight: FP8 KV cache on CPUs"),
+    ("v1/attention/backends/cpu_attn.py", "requires x86 with AVX-512 or AMX", "preflight: FP8 KV cache on CPUs"),
+    (
+        "model_executor/layers/attention/attention.py",
+        "fp8_e5m2 kv-cache is not supported with fp8 checkpoints",
+        "preflight: types of the KV cache",
+    ),
 )
 
 

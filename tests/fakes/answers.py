@@ -80,12 +80,12 @@ def usage(ask: Ask, steps: int) -> dict[str, Any]:
 
 
 def models(options: Options, created: int) -> dict[str, Any]:
-    """All names this replica answers to."""
+    """All names this replica answers to: those of the model, then its adapters."""
     card = {"object": "model", "created": created, "owned_by": "vllm", "root": options.model, "parent": None}
-    return {
-        "object": "list",
-        "data": [{"id": name, **card, "max_model_len": options.max_model_len} for name in options.served],
-    }
+    names = [{"id": name, **card, "max_model_len": options.max_model_len} for name in options.served]
+    changed = {"parent": options.served[0], "max_model_len": None}
+    adapters = [{"id": name, **card, "root": root, **changed} for name, root in options.adapters.items()]
+    return {"object": "list", "data": [*names, *adapters]}
 
 
 def metrics(model: str, gauges: Mapping[str, float], counters: Mapping[str, float]) -> str:

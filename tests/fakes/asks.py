@@ -76,7 +76,7 @@ def read_json(request: Request) -> dict[str, Any]:
 
 def check_model(body: Mapping[str, Any], options: Options) -> None:
     """Any served name will do, and so does none at all."""
-    if (name := body.get("model")) and name not in options.served:
+    if (name := body.get("model")) and name not in (*options.served, *options.adapters):
         message = f"The model `{name}` does not exist. Valid aliases: {', '.join(options.served)}."
         raise ApiError(404, "NotFoundError", message, "model")
 
@@ -114,7 +114,7 @@ def read_ask(kind: Kind, request: Request, options: Options) -> Ask:
         kind=kind,
         id=_id(kind, request),
         created=int(time.time()),
-        model=options.served[0],
+        model=name if (name := body.get("model")) in options.adapters else options.served[0],
         prompt_tokens=prompt_tokens,
         choices=choices,
         steps=steps,

@@ -49,6 +49,7 @@ class Options:
     model: str
     chat_template: Path | None
     served: tuple[str, ...]
+    adapters: dict[str, str]  # directories of LoRA adapters by name
     host: str
     port: int
     max_model_len: int
@@ -76,6 +77,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         model=given.model,
         chat_template=given.chat_template,
         served=tuple(given.served_model_name or [given.model]),
+        adapters=_adapters(given.lora_modules) if given.enable_lora else {},
         host=given.host,
         port=given.port,
         max_model_len=given.max_model_len,
@@ -107,6 +109,8 @@ def _add_vllm_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="fake-model")
     parser.add_argument("--chat-template", type=Path)
     parser.add_argument("--served-model-name", nargs="+")
+    parser.add_argument("--enable-lora", action="store_true")
+    parser.add_argument("--lora-modules", nargs="+", default=[])
     parser.add_argument("--host", default="")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max-model-len", type=_length, default=32768)
@@ -160,6 +164,11 @@ def _add_life_flags(parser: argparse.ArgumentParser) -> None:
     fake.add_argument("--fake-spawn-child", dest="spawn_child", action="store_true")
     fake.add_argument("--fake-port-file", dest="port_file", type=Path)
     fake.add_argument("--fake-log-requests", dest="log_requests", type=Path)
+
+
+def _adapters(modules: Sequence[str]) -> dict[str, str]:
+    """Read `name=directory`, as vLLM does."""
+    return dict(module.split("=", 1) for module in modules)
 
 
 def _length(text: str) -> int:

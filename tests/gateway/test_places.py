@@ -23,7 +23,8 @@ from gateway.routing.target import Timeouts
 from serving.address import Address, address_of
 from serving.clients import Clients
 from serving.measuring.engine_facts import engine_facts
-from serving.measuring.streaming import Ongoing, Target, complete
+from serving.measuring.figures import Exchange
+from serving.measuring.streaming import Target, complete
 from serving.probe import Probe
 from serving.replica import Replica, State, external_replicas
 from serving.tls import Tls, read_tls
@@ -345,7 +346,7 @@ async def test_every_control_request(kind: str, fake: FakeReplica, tmp_path: Pat
         async with aclosing(Clients(httpx.Timeout(DEADLINE_SECONDS))) as http_clients:
             client = http_clients.reaching(replica.url, replica.tls)
             assert (await engine_facts(client, replica.url)).version
-            ongoing = Ongoing(0.0, 1)
+            ongoing = Exchange(0.0, 1)
             await complete(Target(client, replica.url, "m1"), [65], 3, ongoing, lambda: None)
             assert (ongoing.failure, len(ongoing.chunks)) == (None, 3)
             assert len(forwarded.peers) == 2

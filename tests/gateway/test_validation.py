@@ -7,9 +7,12 @@ import pytest
 import yaml
 
 from gateway.cli.doctor import doctor_main
+from gateway.validation import notices
 from quantgate import main
 from tests.config.sealed import seal
+from tests.gateway.fleet import deployment
 from tests.gateway.mistakes import FINE, MISTAKES, OWN, VALID, VARIANTS, document, listening, replica
+from tests.gateway.test_lora import TABLES as LORA_TABLES
 from tests.serving.supervised import model_directory
 
 
@@ -117,3 +120,13 @@ def test_doctor_tells_notices(folder: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_valid_document_is_what_it_seems() -> None:
     """The document that all mistakes start from has one replica behind one alias."""
     assert yaml.safe_load(VALID)["aliases"] == {"m": {"ladder": ["a"]}}
+
+
+def test_a_served_adapter_is_not_reported() -> None:
+    """An alias of adapters is answered by the replicas of their bases; one without any is unservable."""
+    found = {each.location: each.what for each in notices(deployment(LORA_TABLES))}
+    assert ("aliases", "math") not in found
+    assert ("aliases", "plain") not in found
+    assert found[("variants", "hi")] == "no replica serves it"
+    without = notices(deployment({**LORA_TABLES, "replicas": []}))
+    assert ("aliases", "math") in {each.location for each in without if each.unservable}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from config.hardware import Core
+from config.lora import Lora
 from config.reserved_flags import reserved_flag
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
@@ -171,3 +172,35 @@ def test_the_tool_parser() -> None:
     assert option(command, "--tool-call-parser") == "hermes"
     assert "--enable-auto-tool-choice" in command.argv
     assert not {"--tool-call-parser", "--enable-auto-tool-choice"} & set(built().argv)
+
+
+@pytest.mark.parametrize(
+    "loras,flags",
+    [
+        ((), ()),
+        (
+            (Lora("math", Path("/m"), 8),),
+            ("--enable-lora", "--max-lora-rank", "8", "--max-loras", "1", "--lora-modules", "math=/m"),
+        ),
+        (
+            (Lora("math", Path("/m"), 8), Lora("law", Path("/l"), 20)),
+            ("--enable-lora", "--max-lora-rank", "32", "--max-loras", "2", "--lora-modules", "math=/m", "law=/l"),
+        ),
+    ],
+)
+def test_lora_adapters(loras: tuple[Lora, ...], flags: tuple[str, ...]) -> None:
+    """All adapters of a variant, and room for the largest of them."""
+    variant = dataclasses.replace(VARIANT, loras=loras)
+    argv = build_command(Launch("qwq-int4-2", variant, "cuda", ReplicaSettings(variant="qwq-int4")), 8101, MACHINE).argv
+    found = argv[argv.index("--enable-lora") :] if loras else ()
+    assert found[: len(flags)] == flags
+    assert ("--enable-lora" in argv) is bool(loras)
+
+
+def test_a_batch_mixes_no_more_adapters_than_it_has_memory_for() -> None:
+    """vLLM reserves memory for each."""
+    loras = tuple([Lora(f"a{number}", Path("/m"), 8) for number in range(40)])
+    launch = Launch(
+        "qwq-int4-2", dataclasses.replace(VARIANT, loras=loras), "cuda", ReplicaSettings(variant="qwq-int4")
+    )
+    assert option(build_command(launch, 8101, MACHINE), "--max-loras") == "8"

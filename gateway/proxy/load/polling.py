@@ -123,7 +123,8 @@ class MetricsPoller:
         return self._results
 
     def _follow_registry(self) -> None:
-        ready = {replica.id: replica for replicas in self.registry.ready.values() for replica in replicas}
+        replicas = (replica for group in self.registry.ready.values() for replica in group)
+        ready = {replica.id: replica for replica in replicas if replica.base is None}
         for replica_id, (replica, _) in list(self._tasks.items()):
             now = ready.get(replica_id)
             if now is not replica and now != replica:

@@ -4,7 +4,7 @@ The only owner of both; the formulas are gateway.routing's, and counts of reques
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,14 @@ class _VariantLoad:
         self.answer_tokens += max(1 / self.answers, LENGTH_SHARE) * (answer_tokens - self.answer_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class _AdapterReplicas:
+    """The ready replicas of one variant that serve one of its LoRA adapters: their load is that of the variant."""
+
+    base: str
+    replica_ids: frozenset[str]
+
+
 class LoadTracker:
     """Tracks the load of ready replicas; `in_flight` (by replica) and `speeds` (by variant) have other owners."""
 
@@ -57,17 +65,18 @@ class LoadTracker:
         self._clock = clock
         self._loads: dict[str, ReplicaLoad] = {}  # by replica
         self._variants: dict[str, _VariantLoad] = {}
+        self._adapters: dict[str, _AdapterReplicas] = {}  # by the variant that the adapter is
 
-    def variant_of(self, replica_id: str) -> str | None:
-        """The variant of a ready replica; None if it is not ready."""
+    def variants_of(self, replica_id: str) -> Collection[str]:
+        """The variants that a ready replica answers; none if it is not ready."""
         load = self._loads.get(replica_id)
-        return None if load is None else load.replica.variant
+        return () if load is None else load.replica.variants
 
     def estimates(self, variant: str) -> tuple[LatencyEstimate, ...]:
         """The latency estimates of a variant's ready replicas, up to date; the tuple does not change later."""
         group = self._variants.get(variant)
         if group is None:
-            return ()
+            return self._adapter_estimates(variant)
         if group.outdated:
             self._renew(group)
         return group.estimates
@@ -83,8 +92,11 @@ class LoadTracker:
     def keep_only(self, ready: Mapping[str, tuple[Replica, ...]]) -> None:
         """Follow the registry; a replica that differs from the one before starts anew."""
         known, groups = self._loads, {}
-        self._loads = {}
+        self._loads, self._adapters = {}, {}
         for variant, replicas in ready.items():
+            if (base := replicas[0].base) is not None:
+                self._adapters[variant] = _AdapterReplicas(base, frozenset([replica.id for replica in replicas]))
+                continue
             group = groups[variant] = self._group(variant)
             for place, replica in enumerate(replicas):
                 load = known.get(replica.id)
@@ -162,6 +174,12 @@ class LoadTracker:
         if speed is not None:
             return _VariantLoad(variant, SharedEstimate(), speed.answer_tokens, MIX_ANSWERS)
         return _VariantLoad(variant, SharedEstimate(), DEFAULT_ANSWER_TOKENS, 0)
+
+    def _adapter_estimates(self, variant: str) -> tuple[LatencyEstimate, ...]:
+        adapter = self._adapters.get(variant)
+        if adapter is None:
+            return ()
+        return tuple([each for each in self.estimates(adapter.base) if each.id in adapter.replica_ids])
 
     def _renew(self, group: _VariantLoad) -> None:
         """Estimate anew what is out of date, in a new tuple: the decision log keeps the one of each decision."""

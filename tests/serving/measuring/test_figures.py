@@ -5,11 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serving.measuring.figures import (
-    Arrival,
     Chunk,
     Exchange,
     Window,
-    arrivals,
     load_figures,
     percentile,
     percentiles,
@@ -31,14 +29,15 @@ from serving.measuring.figures import (
 )
 def test_tokens_of_chunks(chunks: list[tuple[float, int | None]], total: int | None, tokens: list[int]) -> None:
     """Counts come from usage; a chunk without a new token is none, and without usage a chunk is one."""
-    seen = arrivals([Chunk(at, so_far) for at, so_far in chunks], total)
-    assert [each.tokens for each in seen] == tokens
+    exchange = Exchange(0, 10, [Chunk(at, so_far) for at, so_far in chunks], total)
+    assert [each.tokens for each in exchange.arrivals()] == tokens
 
 
 @given(st.integers(1, 50), st.integers(0, 500))
 def test_no_token_is_lost(chunks: int, total: int) -> None:
     """However a total is spread over chunks, it stays the total."""
-    assert sum(each.tokens for each in arrivals([Chunk(n, None) for n in range(chunks)], total)) == total
+    exchange = Exchange(0, 10, [Chunk(n, None) for n in range(chunks)], total)
+    assert sum(each.tokens for each in exchange.arrivals()) == total
 
 
 @pytest.mark.parametrize(
@@ -66,8 +65,8 @@ def test_percentiles_of_nothing() -> None:
 
 def answer(sent: float, *tokens: float, prompt: int = 10, failure: str | None = None) -> Exchange:
     """A request whose tokens came one by one."""
-    seen = tuple(Arrival(at, 1) for at in tokens)
-    return Exchange(sent, prompt, seen, tokens[-1] if tokens else None, failure)
+    seen = [Chunk(at, number) for number, at in enumerate(tokens, 1)]
+    return Exchange(sent, prompt, seen, None, tokens[-1] if tokens else None, failure)
 
 
 def test_the_figures_of_a_level() -> None:
@@ -93,7 +92,7 @@ def test_the_figures_of_a_level() -> None:
 
 def test_tokens_that_come_at_once_share_the_time() -> None:
     """Four tokens a second after the first are four gaps of a quarter, not one of a second and three of none."""
-    together = Exchange(0.5, 10, (Arrival(1, 1), Arrival(2, 4)))
+    together = Exchange(0.5, 10, [Chunk(1, 1), Chunk(2, 5)])
     load = load_figures(1, [together], Window(0, 3))
     assert load.inter_token_seconds is not None
     assert load.inter_token_seconds.p50 == load.inter_token_seconds.p99 == 0.25

@@ -74,7 +74,7 @@ async def test_counts_come_from_usage() -> None:
     assert len(finished) >= 4
     for exchange, body in zip(finished, bodies, strict=False):
         assert exchange.failure is None
-        assert sum(arrival.tokens for arrival in exchange.arrivals) <= body["max_tokens"]
+        assert sum(arrival.tokens for arrival in exchange.arrivals()) <= body["max_tokens"]
         assert exchange.prompt_tokens == len(body["prompt"])
 
 

@@ -22,7 +22,8 @@ ME = Owner("box-1", "box", 17)
 
 def record(name: str = "int4-1", state: State = State.READY, reason: str = "", since: float = NOW) -> ReplicaRecord:
     """One replica's entry."""
-    replica = Replica(name, "int4", "int4", "http://127.0.0.1:9", name, "the-key", 4096, "injected")
+    adapters = ("math", "law")
+    replica = Replica(name, "int4", "int4", "http://127.0.0.1:9", name, "the-key", 4096, "injected", adapters=adapters)
     return ReplicaRecord(replica, state, reason, since, pid=99)
 
 
@@ -112,7 +113,7 @@ def test_unknown_tables_are_refused(state: str) -> None:
         connection.execute(update(STATE).values(version=7))
     database.close()
     other = StateDatabase.at(state)
-    with pytest.raises(StateAway, match=r"version 7, this quantgate needs 2; run the same quantgate everywhere"):
+    with pytest.raises(StateAway, match=r"version 7, this quantgate needs 3; run the same quantgate everywhere"):
         other.publish(ME, [record()], NOW)
     other.close()
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -130,11 +129,9 @@ def test_the_installed_vllm_has_every_parser() -> None:
     assert {each.parser for each in TOOL_FORMATS} <= installed_tool_parsers()
 
 
-def test_the_documents_have_the_table() -> None:
-    """serving/README.md lists every format, with its families and its source."""
-    table = (ROOT / "serving" / "README.md").read_text().partition("| parser | families | source |")[2]
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", table.partition("\n\n")[0], re.MULTILINE)
-    assert rows == [(each.parser, each.families, each.source) for each in TOOL_FORMATS]
+def test_the_documents_count_the_formats() -> None:
+    """gateway/README.md says how many formats `auto` knows."""
+    assert f"[{len(TOOL_FORMATS)} formats]" in (ROOT / "gateway" / "README.md").read_text()
 
 
 @pytest.mark.skipif(not installed_tool_parsers(), reason="vLLM is not installed")
