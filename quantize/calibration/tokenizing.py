@@ -27,6 +27,7 @@ class Sample:
     `reasoning` are the ranges [first, last) of token positions in think spans, tags included, together
     `reasoning_tokens`; `answer` is the range of the last answer without its reasoning. `reasoning_from` is the
     position where reasoning begins in the whole row, also beyond the cut; None where the rendered text has none.
+    `is_text`: the row is bare text, without turns.
     """
 
     ids: tuple[int, ...]
@@ -38,6 +39,7 @@ class Sample:
     cut_tokens: int = 0
     generated: bool = False
     reasoning_from: int | None = None
+    is_text: bool = False
 
 
 def encode(record: Record, tokenizer: Tokenizer, max_tokens: int, literals: Literals | None = None) -> Sample:
@@ -70,6 +72,7 @@ def encode(record: Record, tokenizer: Tokenizer, max_tokens: int, literals: Lite
         cut_tokens=max(len(ids) - max_tokens, 0),
         generated=record.generated,
         reasoning_from=every[0] if every else None,
+        is_text=bool(record.text),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from quantize.calibration.thinking import markers_of
 from quantize.evaluation.paired_completions import CompletionOutcome
 from quantize.evaluation.sampling import Completion, GenerationRequest, SamplingParameters, read_sampling
-from quantize.evaluation.spans import Range, is_open, last_prompt
+from quantize.evaluation.spans import Range, flags, is_open, last_prompt
 from quantize.evaluation.tasks import question_from
 
 
@@ -30,13 +30,14 @@ class GenerationTask:
 class EvalInputs:
     """Samples of at least two tokens, prompts to continue with every seed, and questions.
 
-    `reasoning` and `answers` are ranges of token indices of each sample.
+    `reasoning` and `answers` are ranges of token indices of each sample; `texts` tells which are bare text.
     """
 
     samples: tuple[tuple[int, ...], ...]
     names: tuple[str, ...]
     reasoning: tuple[tuple[Range, ...], ...]
     answers: tuple[Range, ...]
+    texts: tuple[bool, ...]
     prompts: GenerationTask
     questions: GenerationTask
 
@@ -44,6 +45,14 @@ class EvalInputs:
     def tokens(self) -> int:
         """Tokens that are predicted: all but the first of each sample."""
         return sum(len(ids) - 1 for ids in self.samples)
+
+    def subsets(self, number: int) -> dict[str, list[bool]]:
+        """Mark the predicted tokens of a sample by the subsets of `config.measurements.ChatMetrics`."""
+        size = len(self.samples[number])
+        reasoning, answer = flags(self.reasoning[number], size), flags([self.answers[number]], size)
+        generated = [self.texts[number] or one or other for one, other in zip(reasoning, answer, strict=True)]
+        prompt = [not one for one in generated]
+        return {"generated": generated, "prompt": prompt, "reasoning": reasoning, "answer": answer}
 
 
 def prepare(job: Mapping[str, Any], tokenizer: Any) -> EvalInputs:
@@ -57,6 +66,7 @@ def prepare(job: Mapping[str, Any], tokenizer: Any) -> EvalInputs:
         names=tuple(sample["sha256"][:12] for sample in samples),
         reasoning=tuple(tuple((start, end) for start, end in sample.get("reasoning", ())) for sample in samples),
         answers=tuple(tuple(sample.get("answer", (0, 0))) for sample in samples),
+        texts=tuple(bool(sample.get("is_text")) for sample in samples),
         prompts=GenerationTask(
             tuple(
                 GenerationRequest(ids, seed, number)
