@@ -45,7 +45,7 @@ def require_not_swapped(golden: Golden, variant: Sequence[float], parent: Sequen
 
 
 def _same_model(directory: Path, other: Path) -> bool:
-    """Tell whether two directories hold the same model: they are one, or have equal configs and weights of equal size."""
+    """Tell whether two directories are one, or have equal configs and weights of equal sizes."""
     return directory.resolve() == other.resolve() or _outline(directory) == _outline(other)
 
 
