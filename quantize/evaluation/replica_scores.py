@@ -93,12 +93,13 @@ class ServedModel:
 class ReplicaScorer:
     """One running vLLM server. ReplicaError, which names its URL, from every method where the server can't.
 
-    Each request ends at a deadline. `served` is None until `identify` has asked.
+    Each request ends at a deadline. `identify` comes first: it learns the model's name, which others send.
     """
 
-    def __init__(self, url: str, client: httpx.AsyncClient) -> None:
+    def __init__(self, url: str, client: httpx.AsyncClient, pause_seconds: float = _PAUSE_SECONDS) -> None:
         self.url = url
         self._client = client
+        self._pause_seconds = pause_seconds
         self._name = ""
 
     async def identify(self) -> ServedModel:
@@ -136,7 +137,7 @@ class ReplicaScorer:
         self, requests: Sequence[GenerationRequest], sampling: SamplingParameters, on_tokens: Any
     ) -> list[Completion]:
         """Complete all prompts, each with the noise of its seed; a few at a time."""
-        window = _PromptWindow(CONCURRENT_COMPLETIONS, IN_FLIGHT_TOKENS)
+        window = PromptWindow(CONCURRENT_COMPLETIONS, IN_FLIGHT_TOKENS)
 
         async def complete(request: GenerationRequest) -> Completion:
             async with window.holding(len(request.ids)):
@@ -163,7 +164,7 @@ class ReplicaScorer:
             except httpx.HTTPStatusError as error:
                 if error.response.status_code not in _BUSY or attempt == _TRIES:
                     raise
-            await asyncio.sleep(attempt * _PAUSE_SECONDS)
+            await asyncio.sleep(attempt * self._pause_seconds)
         raise AssertionError("the last try returns or raises")
 
     async def _get(self, path: str, kind: type[_Answer]) -> _Answer:
@@ -182,7 +183,7 @@ class ReplicaScorer:
         return msgspec.json.decode(content, type=kind)
 
 
-class _PromptWindow:
+class PromptWindow:
     """Admits requests while they are few and their prompts short together; a long prompt waits until it is alone."""
 
     def __init__(self, requests: int, tokens: int) -> None:
@@ -209,13 +210,16 @@ class _PromptWindow:
 
 
 @asynccontextmanager
-async def scorer(url: str, api_key: str | None) -> AsyncIterator[ReplicaScorer]:
-    """Lend a server's client; `api_key` is that of vLLM's `--api-key`, if it has one."""
+async def scorer(url: str, api_key: str | None, pause_seconds: float = _PAUSE_SECONDS) -> AsyncIterator[ReplicaScorer]:
+    """Lend a server's client; `api_key` is that of vLLM's `--api-key`, if it has one.
+
+    A busy server is asked again after `pause_seconds`, each time a little later.
+    """
     timeout = httpx.Timeout(_REQUEST_SECONDS, connect=_CONNECT_SECONDS)
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     limits = httpx.Limits(max_connections=CONCURRENT_COMPLETIONS)
     async with httpx.AsyncClient(timeout=timeout, limits=limits, headers=headers, trust_env=False) as client:
-        yield ReplicaScorer(url, client)
+        yield ReplicaScorer(url, client, pause_seconds)
 
 
 async def gather_all(work: Sequence[Any]) -> list[Any]:

@@ -41,8 +41,8 @@ class SampleScores:
     """
 
     width: int
-    ids: array[int]
-    logprobs: array[float]
+    ids: "array[int]"
+    logprobs: "array[float]"
 
     @classmethod
     def empty(cls, width: int) -> "SampleScores":
@@ -104,8 +104,8 @@ class WorstPosition:
 class SampleDistances:
     """The distances at a sample's positions, one behind the other."""
 
-    divergence: array[float] = field(default_factory=lambda: array("d"))
-    excess_nll: array[float] = field(default_factory=lambda: array("d"))
+    divergence: "array[float]" = field(default_factory=lambda: array("d"))
+    excess_nll: "array[float]" = field(default_factory=lambda: array("d"))
     agreed: bytearray = field(default_factory=bytearray)
     parent_rest: float = 0.0
     variant_rest: float = 0.0

@@ -212,7 +212,7 @@ def _token_ids(body: Mapping[str, Any], steps: int, finish_reason: str) -> list[
         return None
     ends = body.get("stop_token_ids") or []
     first = int(body.get("seed") or 0) % 50
-    tokens = [1 + (first + step) % 50 for step in range(steps)]
+    tokens = [100 + (first + step) % 50 for step in range(steps)]
     return [*tokens[:-1], ends[0]] if ends and finish_reason == "stop" else tokens
 
 
