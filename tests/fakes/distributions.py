@@ -23,8 +23,13 @@ def prompt_logprobs(tokens: list[int], top: int, vocabulary: int, noise: float) 
     return [None, *(_position(a, b, top, vocabulary, noise) for a, b in pairwise(tokens))]
 
 
+def ranked(logprobs: list[float]) -> list[int]:
+    """All tokens, the likeliest first."""
+    return sorted(range(len(logprobs)), key=logprobs.__getitem__, reverse=True)
+
+
 def _position(previous: int, token: int, top: int, vocabulary: int, noise: float) -> dict[str, Any]:
     logprobs = next_logprobs(previous, vocabulary, noise)
-    ordered = sorted(range(vocabulary), key=lambda one: -logprobs[one])
-    ranked = [(token, ordered.index(token) + 1), *((one, rank) for rank, one in enumerate(ordered[:top], 1))]
-    return {str(one): {"logprob": logprobs[one], "rank": rank, "decoded_token": f"<{one}>"} for one, rank in ranked}
+    ordered = ranked(logprobs)
+    entries = [(token, ordered.index(token) + 1), *((one, rank) for rank, one in enumerate(ordered[:top], 1))]
+    return {str(one): {"logprob": logprobs[one], "rank": rank, "decoded_token": f"<{one}>"} for one, rank in entries}

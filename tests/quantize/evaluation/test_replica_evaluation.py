@@ -19,7 +19,7 @@ from quantize.evaluation.inputs import EvalInputs, GenerationTask
 from quantize.evaluation.replica_evaluation import cut_lines, measure, within_context
 from quantize.evaluation.sampling import GenerationRequest, SamplingParameters
 from quantize.running.worker import WorkerChannel
-from tests.fakes.distributions import next_logprobs
+from tests.fakes.distributions import next_logprobs, ranked
 from tests.fakes.running import FakeReplica, running_fake
 from tests.quantize.chats import chat
 from tests.quantize.models import write_hollow_model, write_tokenizer
@@ -90,7 +90,7 @@ async def both(variant: tuple[str, ...] = VARIANT) -> AsyncIterator[tuple[FakeRe
 def expected_divergence(previous: int, token: int) -> float:
     """KL over the tokens that both fakes name, each alone, and the rest."""
     p, q = next_logprobs(previous, VOCABULARY, 0.0), next_logprobs(previous, VOCABULARY, NOISE)
-    named = [set(sorted(range(VOCABULARY), key=lambda one, of=of: -of[one])[:TOP_K]) | {token} for of in (p, q)]
+    named = [set(ranked(of)[:TOP_K]) | {token} for of in (p, q)]
     known = named[0] & named[1]
     rest = [1 - sum(math.exp(of[one]) for one in known) for of in (p, q)]
     return sum(math.exp(p[one]) * (p[one] - q[one]) for one in known) + rest[0] * math.log(rest[0] / rest[1])

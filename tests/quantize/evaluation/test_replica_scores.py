@@ -12,7 +12,7 @@ from quantize.errors import ReplicaError
 from quantize.evaluation.replica_scores import PromptWindow, ReplicaScorer, gather_all, scorer, without_end
 from quantize.evaluation.sampling import GenerationRequest, SamplingParameters, noise_seed
 from quantize.evaluation.top_k_metrics import sample_distances
-from tests.fakes.distributions import next_logprobs
+from tests.fakes.distributions import next_logprobs, ranked
 from tests.fakes.running import running_fake
 
 VOCABULARY = 40
@@ -66,7 +66,7 @@ async def test_scores_are_those_of_the_distribution(top: int) -> None:
     assert len(scores) == len(IDS) - 1
     for place, prediction in enumerate(scores.predictions()):
         expected = next_logprobs(IDS[place], VOCABULARY, 0.0)
-        ordered = sorted(range(VOCABULARY), key=lambda token, of=expected: -of[token])
+        ordered = ranked(expected)
         assert (prediction.came, prediction.first) == (IDS[place + 1], ordered[0])
         assert set(prediction.logprobs) == {IDS[place + 1], *ordered[:top]}
         for token, logprob in prediction.logprobs.items():
