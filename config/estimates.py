@@ -78,20 +78,22 @@ def percentile(values: Sequence[Sequence[float]], share: float) -> Estimate:
     )
 
 
-def median(ranges: Sequence[tuple[float, float]]) -> Estimate:
-    """Estimate the median of values of which only ranges (low, high) are known; equal ends where they are known.
+def median(values: Sequence[tuple[float, float, float]]) -> Estimate:
+    """Estimate the median of positive values that are known up to (low, value, high): 0 and inf are unknown ends.
 
     The interval is that of order statistics, whatever the distribution; unknown values lie at its far ends, so that it
-    is (0, inf) or wider where half of the values are unknown.
+    is (0, inf) where too many are unknown. Values with two unknown ends count for the interval alone.
     """
-    lows, highs = sorted(low for low, _ in ranges), sorted(high for _, high in ranges)
-    units = len(ranges)
+    units = len(values)
+    known = sorted(value for low, value, high in values if low > 0 or math.isfinite(high))
+    middle = _middle(known or sorted(value for _, value, _ in values))
+    if units < 2:
+        return Estimate(middle, -math.inf, math.inf, units)
+    lows, highs = sorted(low for low, _, _ in values), sorted(high for _, _, high in values)
     reach = _Z * math.sqrt(units) / 2
     first = max(0, math.floor((units - 1) / 2 - reach))
     last = min(units - 1, math.ceil((units - 1) / 2 + reach))
-    middle = _middle(sorted((low + high) / 2 if math.isfinite(high) else low for low, high in ranges))
-    low = lows[first] if units > 1 else -math.inf
-    return Estimate(middle, low, highs[last] if units > 1 else math.inf, units)
+    return Estimate(middle, min(lows[first], middle), max(highs[last], middle), units)
 
 
 def sign_flip_p(differences: Sequence[float]) -> float:
@@ -124,7 +126,7 @@ def student_quantile(degrees: int) -> float:
     """97.5 % quantile of Student's t by the Cornish-Fisher expansion; within 1 % from 3 degrees of freedom on."""
     if degrees == 1:
         return 12.706
-    if degrees == 2:  # noqa: PLR2004
+    if degrees == 2:
         return 4.303
     z, n = _Z, degrees
     return (
@@ -137,7 +139,7 @@ def student_quantile(degrees: int) -> float:
 
 def _hall(quantile: float, skew: float) -> float:
     """Turn a quantile of the symmetric statistic into one of the skewed; `skew` is over the root of the units."""
-    if abs(skew) < 1e-6:  # noqa: PLR2004
+    if abs(skew) < 1e-6:
         return quantile
     return 3 / skew * (math.cbrt(1 + skew * (quantile - skew / 6)) - 1)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from config.manifest import Record
+from config.measurements import EVALUATION_FILE
 
-EVALUATION_FILE = "evaluation.json"
 # Of these log-probabilities, 512 are enough to tell a variant at a KL divergence of 0.0005 from its parent.
 LONGEST_TOKENS = 513
 

@@ -16,7 +16,11 @@ EVALUATION_FILE = "evaluation.json"
 
 
 class TokenSums(Record):
-    """Sums over predicted tokens: KL(parent || variant) in nats, nll of the variant minus the parent's, equal argmax."""
+    """Sums over predicted tokens.
+
+    `divergence`: KL(parent || variant); `excess_nll`: the variant's negative log-likelihood minus the parent's, both in
+    nats; `agreed`: tokens for which both have the same argmax.
+    """
 
     tokens: int = 0
     divergence: float = 0.0

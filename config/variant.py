@@ -2,13 +2,13 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from config.errors import ManifestError
 from config.golden import Golden, GoldenAnswer
-from config.manifest import FILE_NAME, Manifest
+from config.manifest import FILE_NAME, Manifest, Quality
 from config.schema import Floor, VariantSettings
 
 _UNQUANTIZED_BITS = 16
@@ -20,7 +20,11 @@ DTYPE_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 @dataclass(frozen=True, slots=True)
 class QualityMeasures:
-    """Quality relative to the parent; None is unknown, which does not meet any floor."""
+    """Quality relative to the parent; None is unknown, which does not meet any floor.
+
+    `bounds` are the worse ends of the 95 % intervals, by measure: floors are held against them. Declared quality and
+    that of older manifests has none.
+    """
 
     source: Literal["measured", "declared", "parent", "unknown"]
     kl_mean: float | None = None
@@ -28,6 +32,12 @@ class QualityMeasures:
     perplexity_ratio: float | None = None
     kl_p99: float | None = None
     length_ratio: float | None = None
+    bounds: Mapping[str, float] = field(default_factory=dict)
+
+    def bound(self, measure: str) -> float | None:
+        """Return what a measure is at worst: the end of its interval, or the value itself without one."""
+        value: float | None = getattr(self, measure)
+        return self.bounds.get(measure, value)
 
     def shortfall(self, floor: Floor, *, trust_declared: bool = False) -> str | None:
         """Return why a floor is not met, or None if it is; declared values count only with `trust_declared`."""
@@ -35,14 +45,21 @@ class QualityMeasures:
             limit = getattr(floor, measure)
             if limit is None:
                 continue
-            value = getattr(self, measure)
-            if value is None:
+            value, bound = getattr(self, measure), self.bound(measure)
+            if value is None or bound is None:
                 return f"{measure} is unknown, the floor is {limit}"
-            if (value < limit) if measure in AT_LEAST else (value > limit):
-                return f"{measure} {value:.4g} misses the floor {limit}"
+            if (bound < limit) if measure in AT_LEAST else (bound > limit):
+                return f"{measure} {self._described(measure)} misses the floor {limit}"
             if self.source == "declared" and not trust_declared:
                 return f"{measure} {value:.4g} is declared, not measured (an alias can trust it: trust_declared)"
         return None
+
+    def _described(self, measure: str) -> str:
+        value, bound = getattr(self, measure), self.bound(measure)
+        if value == bound:
+            return f"{value:.4g}"
+        side = "at least" if measure in AT_LEAST else "at most"
+        return f"{value:.4g}, {side} {bound:.4g} with 95 % confidence,"
 
 
 PARENT_QUALITY = QualityMeasures(
@@ -71,7 +88,7 @@ class Variant:
         """The limits that its evaluation missed, or None if its verdict is not "fail" or it has no manifest."""
         if self.manifest is None or self.manifest.quality.verdict != "fail":
             return None
-        missed = [check for check in self.manifest.quality.checks if not check.passed]
+        missed = [check for check in self.manifest.quality.checks if check.verdict == "fail"]
         limits = ", ".join(f"{check.name} {check.value:.4g} misses {check.limit:.4g}" for check in missed)
         return f"its verdict is fail: {limits}" if limits else "its verdict is fail"
 
@@ -95,6 +112,14 @@ def read_variants(
                 raise
             on_error(name, error)
     return {name: _with_golden(variant, variants) for name, variant in variants.items()}
+
+
+def measured_quality(quality: Quality) -> QualityMeasures:
+    """Take the measures of floors from a manifest, each with the worse end of its interval."""
+    values: dict[str, float | None] = {measure: getattr(quality, measure) for measure in MEASURES}
+    bounds = {measure: quality.bound(measure, upper=measure not in AT_LEAST) for measure in quality.intervals}
+    known = {measure: bound for measure, bound in bounds.items() if bound is not None and measure in MEASURES}
+    return QualityMeasures("measured", **values, bounds=known)
 
 
 def goldens(variants: Mapping[str, Variant]) -> dict[str, GoldenAnswer]:
@@ -138,7 +163,7 @@ def _read_variant(name: str, settings: VariantSettings, relative_to: Path) -> Va
         raise ManifestError(f"{settings.path}: {what}; write the path of a model directory") from error
     if has_manifest:
         manifest = Manifest.read(path)
-        quality = QualityMeasures("measured", **{measure: getattr(manifest.quality, measure) for measure in MEASURES})
+        quality = measured_quality(manifest.quality)
         return Variant(name, settings.precision or manifest.scheme.precision, quality, path, manifest)
     return _without_manifest(name, settings, path)
 

@@ -82,7 +82,7 @@ def _make(request: Request, options: argparse.Namespace) -> int:
     with run_log(request.log) as log:
         manifest, out = _made(request, _run_options(request, log))
     print(manifest.to_json() if options.json else summary_line(manifest, out))
-    return GATE if options.gate and manifest.quality.verdict == "fail" else DONE
+    return GATE if options.gate and manifest.quality.verdict != "pass" else DONE
 
 
 def _made(request: Request, options: RunOptions) -> tuple[Manifest, Path]:
@@ -140,4 +140,4 @@ def _evaluate(options: argparse.Namespace) -> int:
         every_row=options.every_row,
     )
     print(quality.model_dump_json(indent=2) if options.json else quality_line(quality))
-    return GATE if options.gate and quality.verdict == "fail" else DONE
+    return GATE if options.gate and quality.verdict != "pass" else DONE

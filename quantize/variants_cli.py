@@ -13,10 +13,10 @@ from config.command_line import exit_codes
 from config.errors import ConfigError, ManifestError
 from config.load import load_settings, process_environment
 from config.manifest import FILE_NAME, Manifest, Quality
+from config.measurements import EVALUATION_FILE, read_measurements
 from quantize.base import read_base
 from quantize.calibration.datasets import shipped_files
 from quantize.errors import VariantError
-from quantize.evaluation.evaluate import EVIDENCE_FILE
 from quantize.module_tree import with_module_tree
 from quantize.options import RunOptions
 from quantize.pipeline import evaluate_directory
@@ -85,8 +85,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    left, right = (Manifest.read(_named(options.config, each)) for each in (options.left, options.right))
-    comparison = compare(left, right)
+    places = [_named(options.config, each) for each in (options.left, options.right)]
+    left, right = (Manifest.read(place) for place in places)
+    before, after = (read_measurements(place) for place in places)
+    comparison = compare(left, right, (before, after) if before and after else None)
     print(comparison_json(comparison) if options.json else comparison_text(comparison))
     return DONE
 
@@ -156,7 +158,7 @@ def _adopt(options: argparse.Namespace) -> int:
             run_options,
             max_tokens=options.max_tokens or DEFAULT_TEXT[present_engine()].max_tokens,
             every_row=options.every_row,
-            evidence=options.directory / EVIDENCE_FILE,
+            evidence=options.directory / EVALUATION_FILE,
         )
 
     manifest = adopt(options.directory, base, measure, print_stderr)

@@ -1,12 +1,14 @@
 """What lies behind an evaluation's figures, for people to look at: `evaluation.json` beside the weights."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from config.golden import LONGEST_TOKENS
 from quantize.evaluation.inputs import EvalInputs, text_of
-from quantize.evaluation.paired_completions import PairedCompletions, Ratio, ends_in_run
+from quantize.evaluation.paired_completions import CompletionOutcome, ends_in_run
 from quantize.evaluation.sample_metrics import SampleMetrics, WorstToken
-from quantize.evaluation.token_metrics import histogram, percentiles, standard_error
+from quantize.evaluation.sampling import GenerationRequest
+from quantize.evaluation.token_metrics import histogram, percentiles
 
 _WORST_SAMPLES = 10
 _SHOWN_PAIRS = 6
@@ -15,14 +17,11 @@ _GOLDEN_DIGITS = 4  # a server's bf16 differs in the second
 
 
 def divergence_artefacts(reading: SampleMetrics) -> dict[str, Any]:
-    """Tell the distribution of divergences."""
+    """Describe the distribution of the divergences of all tokens, those of prompts included."""
     every = reading.every.divergence
-    sums = [float(metrics.divergence.sum()) for metrics in reading.samples]
-    counts = [len(metrics.divergence) for metrics in reading.samples]
     return {
         "tokens": len(every),
-        "samples": len(sums),
-        "kl_standard_error": standard_error(sums, counts),
+        "samples": len(reading.samples),
         "kl_percentiles": percentiles(every),
         "kl_histogram": histogram(every),
     }
@@ -45,36 +44,29 @@ def worst_artefacts(reading: SampleMetrics, inputs: EvalInputs, tokenizer: Any) 
     return [_sample_artefacts(means[index], reading.worst[index], index, inputs, tokenizer) for index in order]
 
 
-def pair_artefacts(pairs: PairedCompletions, inputs: EvalInputs, tokenizer: Any) -> list[dict[str, Any]]:
-    """Tell the first paired generations side by side."""
-    rows = zip(inputs.prompts.requests, pairs.parent, pairs.variant, strict=True)
+def pair_artefacts(
+    requests: Sequence[GenerationRequest],
+    parent: Sequence[CompletionOutcome],
+    variant: Sequence[CompletionOutcome],
+    tokenizer: Any,
+) -> list[dict[str, Any]]:
+    """Describe the first paired completions side by side."""
+    rows = zip(requests, parent, variant, strict=True)
     return [
         {
             "prompt": text_of(request.ids, tokenizer),
             "seed": request.seed,
-            "parent": text_of(ours.ids, tokenizer),
-            "variant": text_of(theirs.ids, tokenizer),
-            "parent_tokens": len(ours.ids),
-            "variant_tokens": len(theirs.ids),
-            "parent_finished": ours.finished,
-            "variant_finished": theirs.finished,
-            "parent_repeating": ends_in_run(ours.ids),
-            "variant_repeating": ends_in_run(theirs.ids),
+            "parent": text_of(before.ids, tokenizer),
+            "variant": text_of(after.ids, tokenizer),
+            "parent_tokens": len(before.ids),
+            "variant_tokens": len(after.ids),
+            "parent_finished": before.finished,
+            "variant_finished": after.finished,
+            "parent_repeating": ends_in_run(before.ids),
+            "variant_repeating": ends_in_run(after.ids),
         }
-        for request, ours, theirs in list(rows)[:_SHOWN_PAIRS]
+        for request, before, after in list(rows)[:_SHOWN_PAIRS]
     ]
-
-
-def ratio_artefacts(ratio: Ratio) -> dict[str, Any]:
-    """Tell how sure the ratio of lengths is."""
-    return {
-        "value": ratio.value,
-        "interval_95": [ratio.low, ratio.high],
-        "pairs": ratio.pairs,
-        "note": "no generation ended itself: all were cut at the same length"
-        if ratio.truncated
-        else "pairs in which parent or variant ended itself",
-    }
 
 
 def _sample_artefacts(mean: float, worst: WorstToken, index: int, inputs: EvalInputs, tokenizer: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import Quality
+from config.measurements import Measurements
 from quantize.calibration.datasets import contents_digest
 from quantize.calibration.samples import within
 from quantize.evaluation.module_checks import loss_outliers, module_figures, read_modules
@@ -16,10 +17,7 @@ from quantize.running.stage_store import stage_store
 from quantize.running.worker import run_worker
 from quantize.variants.checkpoint import write_json
 
-EVIDENCE_FILE = "evaluation.json"
-# Held-out tokens that both models read; on two CPU cores 135M parameters take about 2 s per thousand and model.
-EVALUATION_TOKENS = 4000
-_SAMPLE_KEYS = ("ids", "sha256", "reasoning", "answer")
+_SAMPLE_KEYS = ("ids", "sha256", "reasoning", "answer", "is_text")
 # Some held-out rows have no prompt, some the same one: so many are looked at for each that is wanted.
 _TRIES_A_PROMPT = 4
 
@@ -28,14 +26,16 @@ _TRIES_A_PROMPT = 4
 class EvaluationPlan:
     """How much an evaluation measures, and which limits differ from those of the variant's precision.
 
-    `tokens` held-out tokens are read; `prompts` of the held-out chats (0: none) are continued with each of `seeds`
-    seeds for at most `new_tokens`; `tasks` is a JSONL file of questions, answered in at most `task_tokens` each.
+    `chats` held-out samples are read, or fewer where they have more than `tokens` tokens together; `prompts` of the
+    held-out chats (0: none) are completed with each of `seeds` seeds in at most `new_tokens`; `tasks` is a JSONL file
+    of questions, answered in at most `task_tokens` each.
     """
 
-    tokens: int = EVALUATION_TOKENS
-    prompts: int = 8
-    seeds: int = 3
-    new_tokens: int = 128
+    chats: int = 96
+    tokens: int | None = None
+    prompts: int = 96
+    seeds: int = 1
+    new_tokens: int = 512
     tasks: Path | None = None
     task_tokens: int = 512
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -45,12 +45,15 @@ DEFAULT_PLAN = EvaluationPlan()
 
 
 @dataclass(frozen=True, slots=True)
-class Measurement:
-    """Figures by the names of `config.manifest.Quality`, their 95 % half widths, and what lies behind them."""
+class Evaluation:
+    """What was measured of a variant, and what lies behind it: the content of `evaluation.json`."""
 
-    figures: dict[str, Any]
-    errors: dict[str, float]
-    evidence: dict[str, Any]
+    measured: Measurements
+    evidence: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Give both as one JSON object."""
+        return {**self.evidence, "measurements": self.measured.model_dump(mode="json")}
 
 
 def evaluate(
@@ -71,10 +74,10 @@ def evaluate(
     broken questions or no text, VariantError for a variant that can't be measured.
     """
     limits_for(bits, plan.limits)
-    measured = measure(variant, base, held_out, context, plan=plan, base_digest=base_digest)
+    evaluation = measure(variant, base, held_out, context, plan=plan, base_digest=base_digest)
     if evidence:
-        write_json(evidence, measured.evidence)
-    return judged(measured, variant, held_out, bits, plan)
+        write_json(evidence, evaluation.to_json())
+    return judged(evaluation.measured, variant, held_out, bits, plan)
 
 
 def measure(
@@ -85,10 +88,10 @@ def measure(
     *,
     plan: EvaluationPlan,
     base_digest: str,
-) -> Measurement:
+) -> Evaluation:
     """Run the evaluation in a child process."""
     job = _job(variant, base, plan, base_digest, context) | {
-        "samples": [_slim(sample) for sample in within(held_out, plan.tokens)],
+        "samples": [_slim(sample) for sample in samples_of(held_out, plan)],
         "prompted": [_slim(sample) for sample in held_out[: _TRIES_A_PROMPT * plan.prompts]],
     }
     with context.progress.stage("evaluation", "tokens") as advance:
@@ -100,26 +103,31 @@ def measure(
             on_progress=advance,
         )
     evidence = result["evidence"] | {"loss_outliers": loss_outliers(read_modules(variant))}
-    return Measurement(result["figures"], result["errors"], evidence)
+    return Evaluation(Measurements.model_validate(result["measurements"]), evidence)
 
 
 def judged(
-    measured: Measurement, variant: Path, held_out: Sequence[dict[str, Any]], bits: int, plan: EvaluationPlan
+    measured: Measurements, variant: Path, held_out: Sequence[dict[str, Any]], bits: int, plan: EvaluationPlan
 ) -> Quality:
     """Hold the figures of a variant, and those of its quant log, against the limits of its lowest bits."""
     return judge(
-        measured.figures,
+        measured,
         bits,
-        contents_digest(sample["sha256"] for sample in within(held_out, plan.tokens)),
+        contents_digest(sample["sha256"] for sample in samples_of(held_out, plan)),
         plan.limits,
-        errors=measured.errors,
         modules=module_figures(read_modules(variant)),
     )
 
 
+def samples_of(held_out: Sequence[dict[str, Any]], plan: EvaluationPlan) -> Sequence[dict[str, Any]]:
+    """Return the held-out samples that an evaluation reads."""
+    chats = held_out[: plan.chats]
+    return chats if plan.tokens is None else within(chats, plan.tokens)
+
+
 def within_plan(held_out: Sequence[dict[str, Any]], plan: EvaluationPlan) -> Sequence[dict[str, Any]]:
     """Return the held-out samples that an evaluation looks at: as text to read, or for their prompts."""
-    return held_out[: max(len(within(held_out, plan.tokens)), _TRIES_A_PROMPT * plan.prompts)]
+    return held_out[: max(len(samples_of(held_out, plan)), _TRIES_A_PROMPT * plan.prompts)]
 
 
 def _job(variant: Path, base: Path, plan: EvaluationPlan, base_digest: str, context: RunContext) -> dict[str, Any]:

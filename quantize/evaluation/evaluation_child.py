@@ -7,9 +7,12 @@ First the parent runs, if the cache doesn't know what it says, then the variant;
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from config.estimates import percentile
+from config.measurements import ChatMetrics
 from quantize.calibration.thinking import markers_of
 from quantize.calibration.tokenizing import load_tokenizer
 from quantize.dense_models import layered_variant, load_variant, reclaim
@@ -18,22 +21,20 @@ from quantize.evaluation.artefacts import (
     divergence_artefacts,
     golden_artefacts,
     pair_artefacts,
-    ratio_artefacts,
     worst_artefacts,
 )
 from quantize.evaluation.inputs import EvalInputs, completion_outcome, prepare, text_of
 from quantize.evaluation.lm_head import find_lm_head
-from quantize.evaluation.paired_completions import PairedCompletions, increase_errors, length_ratio, rates
+from quantize.evaluation.paired_completions import pair_metrics
 from quantize.evaluation.parent_outputs import ParentCaches, ParentOutputs, read_parent
 from quantize.evaluation.sample_metrics import LmHeads, SampleMetrics, read_samples
 from quantize.evaluation.sampling import Completion, generate
-from quantize.evaluation.spans import flags
-from quantize.evaluation.tasks import dataset_digest, is_right, question_from, tally, tally_errors
-from quantize.evaluation.token_metrics import percentile, subset_metrics
+from quantize.evaluation.tasks import dataset_digest, is_right, question_from
+from quantize.evaluation.token_metrics import token_sums
 from quantize.running.worker import WorkerChannel, run_child
 
-# Figures by the names of `config.manifest.Quality`, how sure they are (95 % half widths), and what lies behind them.
-_PARTS = ("figures", "errors", "evidence")
+# Parts of `config.measurements.Measurements`, and what lies behind them.
+_PARTS = ("measurements", "evidence")
 
 
 @dataclass(slots=True)
@@ -56,11 +57,13 @@ class Meter:
 
 
 def measure(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
-    """Child's work: a job of `quantize.evaluation.evaluate` -> `{figures, errors, evidence}`."""
+    """Child's work: a job of `quantize.evaluation.evaluate` -> `{measurements, evidence}`."""
     tokenizer = load_tokenizer(Path(job["base"]), chats=bool(job["questions"]))
     inputs = prepare(job, tokenizer)
     if not inputs.tokens:
         raise CalibrationError(["no held-out sample has two tokens or more; pass more text with --data"])
+    if not any(any(inputs.subsets(number)["generated"]) for number in range(len(inputs.samples))):
+        raise CalibrationError(["no held-out chat has tokens of its answer; raise --max-tokens, or pass more text"])
     parts = list(_measured(job, inputs, tokenizer, channel))
     return {part: {key: value for one in parts for key, value in one[part].items()} for part in _PARTS}
 
@@ -78,17 +81,17 @@ def _measured(
     with torch.inference_mode():
         reading = _read_variant(variant, base, parent, inputs, meter)
         require_finite_metrics(reading, job)
-        yield token_figures(reading, inputs, tokenizer)
+        yield read_measurements(reading, inputs, tokenizer, parent.kl_floor)
         reclaim()
         if not prompts.requests and not questions.requests:
             return
         model = load_variant(variant, base)
         if prompts.requests:
             texts = generate(model, prompts.requests, prompts.sampling, meter)
-            yield generation_figures(parent.texts, texts, inputs, tokenizer)
+            yield completion_measurements(parent.texts, texts, inputs, tokenizer)
         if questions.requests:
             answers = generate(model, questions.requests, questions.sampling, meter)
-            yield task_figures(parent.answers, answers, job["questions"], tokenizer)
+            yield task_measurements(parent.answers, answers, job["questions"], tokenizer)
 
 
 def _read_variant(variant: Path, base: Path, parent: ParentOutputs, inputs: EvalInputs, meter: Meter) -> SampleMetrics:
@@ -111,60 +114,49 @@ def require_finite_metrics(reading: SampleMetrics, job: dict[str, Any]) -> None:
             raise VariantError(f"{whose}: gives logits that are no numbers; {what}")
 
 
-def token_figures(reading: SampleMetrics, inputs: EvalInputs, tokenizer: Any) -> dict[str, dict[str, Any]]:
-    """Tell the distance on all tokens, on those of reasoning and on those of answers."""
+def read_measurements(
+    reading: SampleMetrics, inputs: EvalInputs, tokenizer: Any, kl_floor: float | None
+) -> dict[str, dict[str, Any]]:
+    """Give the sums of each sample's tokens, and what is worth looking at."""
     import torch  # noqa: PLC0415
 
-    every = reading.every
-    sizes = [len(ids) for ids in inputs.samples]
-    thinking = [flag for size, ranges in zip(sizes, inputs.reasoning, strict=True) for flag in flags(ranges, size)]
-    answering = [flag for size, one in zip(sizes, inputs.answers, strict=True) for flag in flags([one], size)]
-    figures = {
-        **(subset_metrics(every, torch.ones(len(thinking), dtype=torch.bool)) or {}),
-        "kl_p99": percentile(every.divergence.sort().values, 0.99),
-        "reasoning": subset_metrics(every, torch.tensor(thinking)),
-        "answer": subset_metrics(every, torch.tensor(answering)),
+    chats, divergences = [], []
+    for number, metrics in enumerate(reading.samples):
+        subsets = {name: torch.tensor(marked) for name, marked in inputs.subsets(number).items()}
+        sums = {name: token_sums(metrics, marked) for name, marked in subsets.items()}
+        chats.append(ChatMetrics(chat=inputs.names[number], positions=len(metrics.divergence), **sums))
+        divergences.append(metrics.divergence[subsets["generated"]].tolist())
+    p99 = percentile([values for values in divergences if values], 0.99)
+    measured = {
+        "method": f"transformers {version('transformers')}",
+        "chats": [chat.model_dump() for chat in chats],
+        "kl_p99": {"value": p99.value, "low": p99.low, "high": p99.high},
+        "kl_floor": kl_floor,
     }
     worst, golden = worst_artefacts(reading, inputs, tokenizer), golden_artefacts(reading, inputs)
-    evidence = divergence_artefacts(reading) | {"worst": worst, "golden": golden}
-    return {"figures": figures, "errors": {}, "evidence": evidence}
+    return {"measurements": measured, "evidence": divergence_artefacts(reading) | {"worst": worst, "golden": golden}}
 
 
-def generation_figures(
+def completion_measurements(
     ours: Sequence[Completion], theirs: Sequence[Completion], inputs: EvalInputs, tokenizer: Any
 ) -> dict[str, dict[str, Any]]:
-    """Tell how parent and variant wrote on from the same prompts."""
-    requests, sampling = inputs.prompts.requests, inputs.prompts.sampling
-    pairs = PairedCompletions(
-        [
-            completion_outcome(completion, request, tokenizer)
-            for completion, request in zip(ours, requests, strict=True)
-        ],
-        [
-            completion_outcome(completion, request, tokenizer)
-            for completion, request in zip(theirs, requests, strict=True)
-        ],
+    """Give how parent and variant completed the same prompts."""
+    requests = inputs.prompts.requests
+    parent, variant = (
+        [completion_outcome(one, request, tokenizer) for one, request in zip(completions, requests, strict=True)]
+        for completions in (ours, theirs)
     )
-    ratio = length_ratio(pairs)
-    seeds = len({request.seed for request in requests})
-    generation = {
-        "prompts": len(requests) // seeds,
-        "seeds": seeds,
-        "new_tokens": sampling.new_tokens,
-        "length_ratio": ratio.value,
-        **rates(pairs),
-    }
+    pairs = [pair.model_dump() for pair in pair_metrics(requests, parent, variant)]
     return {
-        "figures": {"length_ratio": ratio.value, "generation": generation},
-        "errors": {"length_ratio": (ratio.high - ratio.low) / 2, **increase_errors(pairs)},
-        "evidence": {"length_ratio": ratio_artefacts(ratio), "generations": pair_artefacts(pairs, inputs, tokenizer)},
+        "measurements": {"new_tokens": inputs.prompts.sampling.new_tokens, "completions": pairs},
+        "evidence": {"generations": pair_artefacts(requests, parent, variant, tokenizer)},
     }
 
 
-def task_figures(
+def task_measurements(
     ours: Sequence[Completion], theirs: Sequence[Completion], questions: Sequence[dict[str, Any]], tokenizer: Any
 ) -> dict[str, dict[str, Any]]:
-    """Tell how many questions parent and variant answer rightly."""
+    """Give which questions parent and variant answer correctly."""
     asked, markers = [question_from(told) for told in questions], markers_of(tokenizer)
     parent, variant = (
         [
@@ -173,8 +165,8 @@ def task_figures(
         ]
         for said in (ours, theirs)
     )
-    tasks = tally(parent, variant, dataset_digest(asked))
-    return {"figures": {"tasks": tasks.model_dump()}, "errors": tally_errors(parent, variant), "evidence": {}}
+    tasks = {"dataset_sha256": dataset_digest(asked), "parent": parent, "variant": variant}
+    return {"measurements": {"tasks": tasks}, "evidence": {}}
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ The model is loaded only if something is missing, and is gone from memory before
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from quantize.dense_models import layered_base, load_base, reclaim, runtime_fing
 from quantize.evaluation.inputs import EvalInputs, GenerationTask
 from quantize.evaluation.lm_head import WHOLE, LmHead, describe_lm_head, find_lm_head, last_hidden_states, load_lm_head
 from quantize.evaluation.sampling import Completion, generate
+from quantize.evaluation.token_metrics import compare
 from quantize.running.stage_store import StageKey, StageResult, StageStore, stage_key
 
 Advance = Callable[[int], None]
 
 _STATES_FILE = "states.bin"
 # Raise this when a base's states are computed otherwise, and differ in their last digits.
-_STATES_REVISION = 2
+_STATES_REVISION = 3
+# Tokens that are read twice to see how far a model is from itself.
+_FLOOR_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,12 @@ class ParentOutputs:
         kind = getattr(torch, self.states.facts["dtype"])
         flat = torch.from_file(str(self.states.directory / _STATES_FILE), shared=False, size=tokens * width, dtype=kind)
         return flat.view(tokens, width)
+
+    @property
+    def kl_floor(self) -> float | None:
+        """Mean divergence in nats of the parent from itself, read one sample at a time instead of several."""
+        floor: float | None = self.states.facts["kl_floor"]
+        return floor
 
     def lm_head(self, model: Any, base: Path) -> LmHead:
         """How the states become logits, beside a model that is loaded."""
@@ -138,20 +148,37 @@ def _keep_states(inputs: EvalInputs, parent_caches: ParentCaches, key: StageKey,
     # Whole logits are for this evaluation alone: they would fill the cache with a single base.
     cache = parent_caches.room(needed, lasting=description is not None)
     with cache.staging(key) as staged, layered.reading() as model:
-        shape, kind = _write_states(staged / _STATES_FILE, last_hidden_states(model, lm_head, inputs.samples), advance)
-        return cache.keep(key, staged, {"readout": description, "shape": shape, "dtype": kind})
+        states = last_hidden_states(model, lm_head, inputs.samples)
+        shape, kind, first = _write_states(staged / _STATES_FILE, states, advance)
+        floor = _divergence_from_itself(model, lm_head, first, inputs.samples[0])
+        return cache.keep(key, staged, {"readout": description, "shape": shape, "dtype": kind, "kl_floor": floor})
 
 
-def _write_states(path: Path, chunks: Iterable[Any], advance: Advance) -> tuple[tuple[int, int], str]:
+def _divergence_from_itself(model: Any, lm_head: LmHead, states: Any, ids: Sequence[int]) -> float:
+    """Read a sample again, alone and cut, and hold it against its states [T, H] from a batch."""
+    import torch  # noqa: PLC0415
+
+    kept = ids[: _FLOOR_TOKENS + 1]
+    again = next(iter(last_hidden_states(model, lm_head, [kept])))
+    before = states[: len(again)].to(again.device)
+    targets = torch.tensor(kept[1:], device=again.device)
+    both = partial(lm_head.logits, before), partial(lm_head.logits, again)
+    return float(compare(*both, targets, lm_head.vocabulary(again)).divergence.mean())
+
+
+def _write_states(path: Path, chunks: Iterable[Any], advance: Advance) -> tuple[tuple[int, int], str, Any]:
+    """Write states one behind the other; give their shape, their dtype and those of the first sample."""
     import torch  # noqa: PLC0415
 
     tokens, width, kind = 0, 0, ""
+    first = None
     with path.open("wb") as file:
         for states in chunks:
             file.write(states.cpu().contiguous().view(torch.uint8).numpy().data)
+            first = states.cpu() if first is None else first
             tokens, width, kind = tokens + states.shape[0], states.shape[1], str(states.dtype).rpartition(".")[2]
             advance(states.shape[0])
-    return (tokens, width), kind
+    return (tokens, width), kind, first
 
 
 def _keep_texts(

@@ -10,10 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from config.manifest import Tasks
 from quantize.calibration.thinking import THINK, Markers
 from quantize.errors import CalibrationError
-from quantize.evaluation.paired_completions import mean_error
 
 _PROBLEMS_SHOWN = 10
 _BOXED = "\\boxed{"
@@ -91,30 +89,6 @@ def is_right(said: str, expected: str, markers: Markers = THINK) -> bool:
     if boxed is not None:
         return _normal(boxed) == _normal(wanted)
     return re.search(rf"(?:^|\W){re.escape(_normal(wanted))}$", _normal(given)) is not None
-
-
-def tally(parent: Sequence[bool], variant: Sequence[bool], dataset_sha256: str) -> Tasks:
-    """Count right answers and those that changed; a parent that has none right leaves nothing to recover."""
-    items, ours, theirs = len(parent), sum(parent), sum(variant)
-    return Tasks(
-        dataset_sha256=dataset_sha256,
-        items=items,
-        parent_accuracy=ours / items,
-        accuracy=theirs / items,
-        recovery=theirs / ours if ours else 1.0,
-        flips=sum(before != after for before, after in zip(parent, variant, strict=True)) / items,
-    )
-
-
-def tally_errors(parent: Sequence[bool], variant: Sequence[bool]) -> dict[str, float]:
-    """95 % half widths of recovery and flips, by item and paired; without right answers recovery isn't known at all."""
-    pairs = list(zip(parent, variant, strict=True))
-    accuracy = sum(parent) / len(parent)
-    change = mean_error([int(after) - int(before) for before, after in pairs])
-    return {
-        "recovery": change / accuracy if accuracy else float("inf"),
-        "flips": mean_error([int(before != after) for before, after in pairs]),
-    }
 
 
 def _conclusion(said: str, markers: Markers) -> str:

@@ -1,12 +1,13 @@
-"""Two models' logits over the same tokens -> how far apart they are, token by token, and the figures of all tokens.
+"""Two models' logits over the same tokens -> how far apart they are, token by token, and sums of them.
 
 The vocabulary is read in slices with running sums, so that no softmax over it ever exists as a whole.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from config.measurements import TokenSums
 
 # Entries of the vocabulary at a time: 512 positions of it are 8 MB, which fits a CPU's cache.
 VOCABULARY_SLICE = 4096
@@ -99,18 +100,15 @@ def joined(parts: Sequence[TokenMetrics]) -> TokenMetrics:
     return TokenMetrics(joint("divergence"), joint("nll_parent"), joint("nll_variant"), joint("agreed"))
 
 
-def subset_metrics(metrics: TokenMetrics, flags: Any) -> dict[str, Any] | None:
-    """Figures of the tokens whose flag [T] is set; None where there is none."""
+def token_sums(metrics: TokenMetrics, flags: Any) -> TokenSums:
+    """Sum up the tokens whose flag [T] is set."""
     tokens = int(flags.sum())
-    if not tokens:
-        return None
-    likelier = (metrics.nll_variant - metrics.nll_parent)[flags].mean()
-    return {
-        "tokens": tokens,
-        "kl_mean": float(metrics.divergence[flags].mean()),
-        "top1_agreement": int(metrics.agreed[flags].sum()) / tokens,
-        "perplexity_ratio": float(likelier.exp()),
-    }
+    return TokenSums(
+        tokens=tokens,
+        divergence=float(metrics.divergence[flags].sum()),
+        excess_nll=float((metrics.nll_variant - metrics.nll_parent)[flags].sum()),
+        agreed=int(metrics.agreed[flags].sum()),
+    )
 
 
 def percentile(sorted_values: Any, share: float) -> float:
@@ -134,15 +132,6 @@ def histogram(divergence: Any) -> dict[str, list[Any]]:
     inner = torch.tensor(edges[1:-1], dtype=divergence.dtype)
     counts = torch.bucketize(divergence, inner, right=True).bincount(minlength=len(edges) - 1)
     return {"edges": edges, "counts": counts.tolist()}
-
-
-def standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:
-    """Standard error of the mean over tokens, whose samples are what varies: sums and counts per sample."""
-    if len(sums) < 2:
-        return None
-    mean = sum(sums) / sum(counts)
-    spread = sum((total - count * mean) ** 2 for total, count in zip(sums, counts, strict=True))
-    return math.sqrt(spread * len(sums) / (len(sums) - 1)) / sum(counts)
 
 
 def _empty(targets: Any) -> _Softmax:

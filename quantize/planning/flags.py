@@ -91,8 +91,12 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say what is measured, and which limits replace the scheme's own."""
     add = parser.add_argument_group("evaluation").add_argument
     add(
-        "--eval-tokens", type=positive, metavar="N", help=f"held-out tokens to compare (default: {DEFAULT_PLAN.tokens})"
+        "--eval-chats",
+        type=positive,
+        metavar="N",
+        help=f"held-out chats to compare on; more give narrower intervals (default: {DEFAULT_PLAN.chats})",
     )
+    add("--eval-tokens", type=positive, metavar="N", help="fewer chats where they have more tokens than this together")
     add(
         "--eval-prompts",
         type=count,
@@ -243,7 +247,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_gate(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--gate", action="store_true", help="exit with 3 if a limit was missed")
+    group.add_argument("--gate", action="store_true", help="exit with 3 unless all limits are shown to be met")
     group.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -121,6 +121,7 @@ class DevicesTable(Part):
 class EvaluationTable(Part):
     """How much is measured, and the limits that replace the scheme's own."""
 
+    chats: Positive | None = None
     tokens: Positive | None = None
     prompts: Count | None = None
     seeds: Positive | None = None

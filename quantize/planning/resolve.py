@@ -92,6 +92,7 @@ def chosen_evaluation(options: argparse.Namespace, table: EvaluationTable) -> Ev
     default = DEFAULT_PLAN
     tasks = first(options.tasks, table.tasks, None)
     return EvaluationPlan(
+        chats=first(options.eval_chats, table.chats, default.chats),
         tokens=first(options.eval_tokens, table.tokens, default.tokens),
         prompts=first(options.eval_prompts, table.prompts, default.prompts),
         seeds=first(options.eval_seeds, table.seeds, default.seeds),

@@ -9,6 +9,7 @@ from quantize.calibration.datasets import CalibrationSplit
 from quantize.calibration.records import Record, prompt_of
 from quantize.errors import MachineError
 from quantize.evaluation.evaluate import EvaluationPlan
+from quantize.evaluation.lm_head import PASS_TOKENS
 from quantize.planning.cost_estimate import CostEstimate, Room, estimate_cost
 from quantize.planning.recipe import Budget, Devices, Recipe
 from quantize.planning.request import Request
@@ -72,7 +73,7 @@ def require_evaluation_room(base: BaseModel, plan: EvaluationPlan, variant_bytes
         tokens=0,
         longest_tokens=0,
         evaluation=plan,
-        held_out_tokens=plan.tokens,
+        held_out_tokens=PASS_TOKENS,  # memory does not grow with more passes
         prompt_tokens=0,
         variant_bytes=variant_bytes,
         memory_bytes=sum(machine.gpu_bytes) or machine.total_bytes,
@@ -128,7 +129,7 @@ def _workload(
         tokens=expected_tokens(request, split),
         longest_tokens=request.max_tokens if request.self_generate else max([*lengths, *held_out]),
         evaluation=request.evaluation,
-        held_out_tokens=min(request.evaluation.tokens, sum(held_out) or request.evaluation.tokens),
+        held_out_tokens=_read_tokens(request.evaluation, held_out),
         prompt_tokens=max(prompts[: request.evaluation.prompts], default=0),
         variant_bytes=predicted_bytes(base, scheme),
         memory_bytes=_generation_memory(request, machine, engine),
@@ -137,6 +138,11 @@ def _workload(
         by_replica=request.replica is not None,
         groups=len({fused_name(name) for name in base.shapes}) if isinstance(request.scheme, Budget) else 0,
     )
+
+
+def _read_tokens(plan: EvaluationPlan, lengths: Sequence[int]) -> int:
+    total = sum(lengths[: plan.chats])
+    return total if plan.tokens is None else min(plan.tokens, total)
 
 
 def _generation_memory(request: Request, machine: Machine, engine: Engine) -> int:

@@ -48,7 +48,11 @@ def quality_figure(name: str, records: Sequence[VariantRecord]) -> Figure:
             tuple(_quality_point(record) for record in records if record.manifest.quality.verdict == verdict),
             hollow=verdict == "fail",
         )
-        for verdict, words in (("pass", "passed all limits"), ("fail", "missed a limit"))
+        for verdict, words in (
+            ("pass", "passed all limits"),
+            ("not shown", "too little text to decide a limit"),
+            ("fail", "missed a limit"),
+        )
     )
     description = f"Mean KL divergence of {len(records)} variants against their size in MB."
     chart = Chart("Quality against size", description, Axis("size, MB"), KL_AXIS, series)

@@ -129,7 +129,7 @@ def _article(anchor: str, record: VariantRecord) -> Article:
     return Article(
         anchor=anchor,
         id=record.manifest.id,
-        verdict=verdict(passed=quality.verdict == "pass"),
+        verdict=verdict(quality.verdict),
         blocks=(
             *quality_tables(quality),
             loss or "Losses: not recorded (no quant_log.json).",

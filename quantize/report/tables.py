@@ -1,10 +1,10 @@
 """Tables of the HTML report, from manifests alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from config.manifest import Generation, Manifest, Quality, Tasks
-from quantize.report.text_report import coverage_line
+from config.manifest import Generation, Manifest, Quality, Tasks, Verdict
+from quantize.report.text_report import coverage_line, interval_text
 from quantize.report.variant_record import VariantRecord
 
 
@@ -39,23 +39,24 @@ def overview(records: Sequence[tuple[str, VariantRecord]]) -> Table:
             f"{record.manifest.quality.top1_agreement:.2%}",
             f"x{record.manifest.quality.perplexity_ratio:.4f}",
             _ratio(record.manifest.quality.length_ratio),
-            verdict(passed=record.manifest.quality.verdict == "pass"),
+            verdict(record.manifest.quality.verdict),
         )
         for anchor, record in records
     )
     return Table("Variants by mean KL divergence from the base", headings, rows, first_number=2)
 
 
-def verdict(*, passed: bool) -> Cell:
+def verdict(given: Verdict) -> Cell:
     """A verdict as a mark and a word, not only a colour."""
-    return Cell("✓ pass" if passed else "✗ fail", passed=passed)
+    marks: Mapping[Verdict, str] = {"pass": "✓", "fail": "✗", "not shown": "?"}
+    return Cell(f"{marks[given]} {given}", passed=None if given == "not shown" else given == "pass")
 
 
 def quality_tables(quality: Quality) -> Iterator[Table | str]:
     """Checks, subsets of the tokens, paired completions and tasks; a sentence for what was not measured."""
     yield _checks(quality) if quality.checks else "No limits were set."
     subsets = _subsets(quality)
-    yield subsets if subsets.rows else "Not measured for reasoning and answers separately."
+    yield subsets if subsets.rows else "Not measured for reasoning, answers and prompts separately."
     generation = quality.generation
     yield _generation(generation, quality.length_ratio) if generation else "No paired generations."
     if quality.tasks:
@@ -91,16 +92,19 @@ def _ratio(value: float | None) -> str:
 
 def _checks(quality: Quality) -> Table:
     rows = tuple(
-        (check.name, f"{check.value:.4g}", f"{check.limit:g}", verdict(passed=check.passed)) for check in quality.checks
+        (check.name, f"{check.value:.4g}", interval_text(check.interval), f"{check.limit:g}", verdict(check.verdict))
+        for check in quality.checks
     )
-    return Table(f"Checks, on {quality.tokens:,} held-out tokens", ("check", "value", "limit", "verdict"), rows)
+    chats = f" of {quality.chats:,} chats" if quality.chats else ""
+    caption = f"Checks, on {quality.tokens:,} held-out tokens{chats}"
+    return Table(caption, ("check", "value", "95 % interval", "limit", "verdict"), rows)
 
 
 def _subsets(quality: Quality) -> Table:
     headings = ("tokens of", "tokens", "mean KL", "top-1", "perplexity")
     rows = tuple(
         (name, f"{part.tokens:,}", f"{part.kl_mean:.4f}", f"{part.top1_agreement:.2%}", f"x{part.perplexity_ratio:.4f}")
-        for name, part in (("reasoning", quality.reasoning), ("answer", quality.answer))
+        for name, part in (("reasoning", quality.reasoning), ("answer", quality.answer), ("prompt", quality.prompt))
         if part
     )
     return Table("Quality on subsets of the tokens", headings, rows)

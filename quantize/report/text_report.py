@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from config.manifest import Calibration, ExpertCoverage, Manifest, Quality
+from config.manifest import Calibration, Check, ExpertCoverage, Interval, Manifest, Quality
 from quantize.running.stage_store import StageEntry
 from quantize.variants.pruning import Disposable
 
 _NAMES_SHOWN = 5
+_OF_COMPLETIONS = ("length_ratio", "unfinished_increase", "repeating_increase", "unclosed_increase")
 _HEADINGS = ("variant", "scheme", "size", "KL mean", "top-1", "perplexity", "verdict", "directory")
 
 
@@ -18,13 +19,45 @@ def summary_line(manifest: Manifest, directory: Path) -> str:
 
 
 def quality_line(quality: Quality) -> str:
-    """Format quality and verdict as one line, with the names of missed limits."""
-    failed = [check.name for check in quality.checks if not check.passed]
-    because = f" ({', '.join(failed)})" if failed else ""
+    """Format quality and verdict as one line, with the checks that did not pass and what would decide them."""
+    reasons = [_reason(check) for check in quality.checks if check.verdict == quality.verdict != "pass"]
+    because = f" ({', '.join(reasons)})" if reasons else ""
     return (
-        f"KL {quality.kl_mean:.4f}  top-1 {quality.top1_agreement:.1%}  "
+        f"KL {quality.kl_mean:.4f}{_at(quality, 'kl_mean', '.4f')}  "
+        f"top-1 {quality.top1_agreement:.1%}{_at(quality, 'top1_agreement', '.1%')}  "
         f"perplexity x{quality.perplexity_ratio:.4f}  {quality.verdict}{because}"
     )
+
+
+def interval_text(interval: Interval | None) -> str:
+    """Format an interval; nothing for a figure that has none."""
+    if interval is None:
+        return ""
+    low, high = ("unknown" if end is None else f"{end:.4g}" for end in (interval.low, interval.high))
+    return f"{low} to {high}"
+
+
+def needed_text(check: Check) -> str:
+    """Say what would decide a check that is not shown."""
+    if check.more_chats is None and check.interval and check.interval.high is None:
+        cut = "too many completions were cut; raise --eval-new-tokens"
+        return cut if check.name in _OF_COMPLETIONS else "a single chat or question has no interval"
+    if check.more_chats is None:
+        return "the value lies at the limit"
+    what = "questions" if check.name in ("recovery", "flips") else "chats"
+    return f"needs about {check.more_chats:,} more {what}"
+
+
+def _reason(check: Check) -> str:
+    return f"{check.name}: {needed_text(check)}" if check.verdict == "not shown" else check.name
+
+
+def _at(quality: Quality, figure: str, form: str) -> str:
+    """Format how far a figure's interval reaches to either side."""
+    interval = quality.intervals.get(figure)
+    if interval is None or interval.low is None or interval.high is None:
+        return ""
+    return f" ({interval.low:{form}} to {interval.high:{form}})"
 
 
 def variant_table(variants: Sequence[tuple[Path, Manifest]]) -> str:
@@ -91,15 +124,22 @@ def coverage_line(coverage: ExpertCoverage) -> str:
 
 
 def _quality(quality: Quality) -> Iterator[tuple[str, str]]:
-    yield "evaluation", f"{quality.tokens} held-out tokens"
+    chats = f" of {quality.chats} chats" if quality.chats else ""
+    method = f", measured by {quality.method}" if quality.method else ""
+    yield "evaluation", f"{quality.tokens} held-out tokens{chats}{method}"
+    if quality.longest_position is not None:
+        yield "position", f"{quality.longest_position}, the longest context that was compared"
+    if quality.kl_floor is not None:
+        yield "kl_floor", f"{quality.kl_floor:.2g}, the parent's divergence from itself"
     yield "kl_p99", f"{quality.kl_p99:.4f}"
-    for name, part in (("reasoning", quality.reasoning), ("answer", quality.answer)):
+    for name, part in (("reasoning", quality.reasoning), ("answer", quality.answer), ("prompt", quality.prompt)):
         if part:
             metrics = f"KL {part.kl_mean:.4f}, top-1 {part.top1_agreement:.1%}, perplexity x{part.perplexity_ratio:.4f}"
             yield name, f"{part.tokens} tokens: {metrics}"
     for check in quality.checks:
-        result = "passed" if check.passed else "failed"
-        yield "check", f"{check.name} {check.value:.4f}, limit {check.limit:g}: {result}"
+        interval = f" ({interval_text(check.interval)})" if check.interval else ""
+        needs = f", {needed_text(check)}" if check.verdict == "not shown" else ""
+        yield "check", f"{check.name} {check.value:.4f}{interval}, limit {check.limit:g}: {check.verdict}{needs}"
     yield "verdict", quality.verdict
 
 

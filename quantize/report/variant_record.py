@@ -9,10 +9,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from config.capacity import FILE_NAME as CAPACITY_FILE
 from config.capacity import Capacity, read_capacity
 from config.manifest import Manifest
+from config.measurements import EVALUATION_FILE
 from quantize.errors import VariantError
 from quantize.variants.quant_log import quant_log_file
-
-EVALUATION_FILE = "evaluation.json"
 
 
 class _Shown(BaseModel):

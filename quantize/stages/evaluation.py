@@ -3,7 +3,8 @@
 from dataclasses import asdict, replace
 from importlib import metadata
 
-from quantize.evaluation.evaluate import EVIDENCE_FILE, EvaluationPlan, Measurement, measure, within_plan
+from config.measurements import EVALUATION_FILE
+from quantize.evaluation.evaluate import EvaluationPlan, measure, within_plan
 from quantize.evaluation.tasks import dataset_digest, read_questions
 from quantize.planning.recipe import Recipe
 from quantize.running.stage_store import StageResult, stage_key
@@ -12,7 +13,7 @@ from quantize.stages.variant_run import VariantRun
 from quantize.variants.checkpoint import write_json
 
 # Raise this when the same models are measured otherwise.
-_REVISION = 1
+_REVISION = 2
 _LIBRARIES = ("torch", "transformers")
 
 
@@ -33,7 +34,7 @@ def measure_variant(run: VariantRun, tokens: Tokens, checkpoint: StageResult) ->
     found = run.find(key)
     if found is not None:
         return found
-    measured = measure(
+    evaluation = measure(
         checkpoint.directory,
         run.recipe.base.directory,
         tokens.samples.held_out,
@@ -42,14 +43,8 @@ def measure_variant(run: VariantRun, tokens: Tokens, checkpoint: StageResult) ->
         base_digest=run.recipe.base.digest,
     )
     with run.store.staging(key) as staged:
-        write_json(staged / EVIDENCE_FILE, measured.evidence)
-        facts = {"figures": measured.figures, "errors": measured.errors}
-        return run.store.keep(key, staged, facts, subject=run.recipe.variant_id, cache=False)
-
-
-def measurement(evaluated: StageResult) -> Measurement:
-    """Read the figures of an evaluation."""
-    return Measurement(evaluated.facts["figures"], evaluated.facts["errors"], {})
+        write_json(staged / EVALUATION_FILE, evaluation.to_json())
+        return run.store.keep(key, staged, {}, subject=run.recipe.variant_id, cache=False)
 
 
 def with_recipe_limits(plan: EvaluationPlan, recipe: Recipe, fallbacks: int) -> EvaluationPlan:

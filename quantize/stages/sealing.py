@@ -4,15 +4,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from config.manifest import Base, Calibration, Manifest, Quality, Quantizer
+from config.measurements import EVALUATION_FILE, read_measurements
 from quantize.backends.protocol import QuantizeResult
 from quantize.calibration.datasets import contents_digest
 from quantize.calibration.samples import Samples
-from quantize.evaluation.evaluate import EVIDENCE_FILE, judged
+from quantize.evaluation.evaluate import judged
 from quantize.planning.dry_run import lowest_bits
 from quantize.planning.recipe import Recipe
 from quantize.running.files import link_or_copy
 from quantize.running.stage_store import StageResult
-from quantize.stages.evaluation import measurement, with_recipe_limits
+from quantize.stages.evaluation import with_recipe_limits
 from quantize.stages.solve import SolvedLayers
 from quantize.stages.tokens import Tokens
 from quantize.stages.variant_run import VariantRun
@@ -31,8 +32,10 @@ def seal_variant(
     with staging(out) as variant:
         for file in checkpoint.files():
             link_or_copy(file, variant / file.name)
-        link_or_copy(evaluated.directory / EVIDENCE_FILE, variant / EVIDENCE_FILE)
-        quality = judged(measurement(evaluated), variant, tokens.samples.held_out, lowest_bits(recipe.scheme), plan)
+        link_or_copy(evaluated.directory / EVALUATION_FILE, variant / EVALUATION_FILE)
+        measured = read_measurements(variant)
+        assert measured is not None
+        quality = judged(measured, variant, tokens.samples.held_out, lowest_bits(recipe.scheme), plan)
         manifest = seal(variant, describe(recipe, tokens.samples, solved.result, quality))
     for key in (solved.key, checkpoint.key, evaluated.key):
         run.store.release(key)

@@ -1,11 +1,13 @@
-"""Comparison of two variants by their manifests: differing values, and which metrics are better."""
+"""Comparison of two variants: differing values of their manifests, and which is nearer to its parent."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, TypeVar
 
 from config.manifest import Manifest
+from config.measurements import Measurements
+from config.paired_comparison import PairedComparison, compare_paired
 
 Json = str | int | float | bool | None
 
@@ -60,6 +62,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     files: tuple[FileDifference, ...]
     same_files: tuple[str, ...]
+    paired: PairedComparison | None = None
 
     @property
     def comparable(self) -> bool:
@@ -69,8 +72,8 @@ class Comparison:
         return same_text and self.left.base.digest == self.right.base.digest
 
 
-def compare(left: Manifest, right: Manifest) -> Comparison:
-    """Compare two variants by their manifests alone."""
+def compare(left: Manifest, right: Manifest, measured: tuple[Measurements, Measurements] | None = None) -> Comparison:
+    """Compare two variants by their manifests, and if both were measured against one parent also chat by chat."""
     left_parts, right_parts = left.model_dump(mode="json"), right.model_dump(mode="json")
     differences = tuple(
         Difference(part, key, before, after)
@@ -90,6 +93,7 @@ def compare(left: Manifest, right: Manifest) -> Comparison:
             if left_file != right_file
         ),
         same_files=tuple(name for name, left_file, right_file in pairs if left_file == right_file),
+        paired=compare_paired(*measured) if measured and left.base.digest == right.base.digest else None,
     )
 
 
@@ -104,11 +108,26 @@ def comparison_text(comparison: Comparison) -> str:
         lines.extend(f"{part if first else '':<12} {_line(difference)}" for first, difference in _first(differences))
     if not comparison.comparable:
         lines.append(f"{'':<12} evaluated against different parents or on different text: metrics are not comparable")
+    lines.extend(f"{'paired' if first else '':<12} {line}" for first, line in _first(paired_lines(comparison.paired)))
     lines.extend(f"{'files' if first else '':<12} {_file_line(file)}" for first, file in _first(comparison.files))
     if comparison.same_files:
         label = "" if comparison.files else "files"
         lines.append(f"{label:<12} the same: {', '.join(comparison.same_files)}")
     return "\n".join(lines)
+
+
+def paired_lines(paired: PairedComparison | None) -> list[str]:
+    """Format the differences on the same chats, one per line; nothing if there are no chats that both read."""
+    if paired is None:
+        return []
+    lines = [f"{paired.chats} chats, {paired.tokens} generated tokens that both read; right minus left:"]
+    for row in paired.differences:
+        found, nearer = row.difference, "not shown which" if row.better == "not shown" else row.better
+        lines.append(
+            f"{row.figure}: {found.value:+.4g} (95 % interval {found.low:+.4g} to {found.high:+.4g}, "
+            f"p {row.p_value:.2g}); nearer to the parent: {nearer}"
+        )
+    return lines
 
 
 def comparison_json(comparison: Comparison) -> str:
@@ -128,6 +147,7 @@ def comparison_json(comparison: Comparison) -> str:
             }
             for difference in comparison.differences
         ],
+        "paired": asdict(comparison.paired) if comparison.paired else None,
         "files": [
             {"name": file.name, "left_bytes": file.left_bytes, "right_bytes": file.right_bytes}
             for file in comparison.files

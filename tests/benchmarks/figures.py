@@ -8,6 +8,14 @@ LogProbabilities = Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True)
+class TokenSample:
+    """Token ids, and for each but the first whether it counts."""
+
+    ids: list[int]
+    counts: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """How far a variant is from its base, over so many predicted tokens."""
 

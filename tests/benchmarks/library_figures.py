@@ -6,10 +6,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from tests.benchmarks.figures import Figures, Sums
+from tests.benchmarks.figures import Figures, Sums, TokenSample
 
 
-def figures_of(variant: Path, base: Path, samples: list[list[int]]) -> Figures:
+def figures_of(variant: Path, base: Path, samples: list[TokenSample]) -> Figures:
     """Run both models on token samples and compare what they predict for every token after the first."""
     import torch  # noqa: PLC0415
 
@@ -20,10 +20,10 @@ def figures_of(variant: Path, base: Path, samples: list[list[int]]) -> Figures:
         with chdir(folder):
             parent, child = load_dense(places[1]), load_as_library_reads(*places)
     with torch.inference_mode():
-        for ids in samples:
-            tokens = torch.tensor([ids])
-            p, q = (model(tokens).logits[0, :-1].double().log_softmax(-1) for model in (parent, child))
-            came = tokens[0, 1:, None]
+        for sample in samples:
+            tokens, counts = torch.tensor([sample.ids]), torch.tensor(sample.counts)
+            p, q = (model(tokens).logits[0, :-1].double().log_softmax(-1)[counts] for model in (parent, child))
+            came = tokens[0, 1:, None][counts]
             sums.add(
                 float((p.exp() * (p - q)).sum()),
                 float((p.gather(-1, came) - q.gather(-1, came)).sum()),

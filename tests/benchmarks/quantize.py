@@ -23,7 +23,7 @@ from quantize.backends.gptqmodel import settings
 from quantize.base import read_base
 from quantize.calibration.datasets import read_datasets, shipped_files, split_records
 from quantize.calibration.samples import Samples, tokenize_samples
-from quantize.evaluation.evaluate import EVALUATION_TOKENS, EvaluationPlan, evaluate
+from quantize.evaluation.evaluate import EvaluationPlan, evaluate
 from quantize.planning.plan import present_engine
 from quantize.running.context import RunContext
 from quantize.running.progress import ProgressReporter
@@ -160,7 +160,7 @@ def job_of(options: argparse.Namespace, samples: list[list[int]], into: Path) ->
 def evaluated(options: argparse.Namespace, samples: Samples, variant: Path, context: RunContext) -> str:
     """Evaluate our variant as the pipeline does, and tell the time."""
     started = time.monotonic()
-    plan = EvaluationPlan(tokens=options.eval_tokens)
+    plan = EvaluationPlan(tokens=options.eval_tokens, prompts=8, seeds=3, new_tokens=128)
     quality = evaluate(variant, options.model, samples.held_out, preset(options.scheme).bits, context, plan=plan)
     seconds = time.monotonic() - started
     return (
@@ -194,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=int, default=16, metavar="N")
     add("--max-tokens", type=int, default=512, metavar="N")
     add("--rounds", type=int, default=2, metavar="N")
-    add("--eval-tokens", type=int, default=EVALUATION_TOKENS, metavar="N", help="0: no evaluation")
+    add("--eval-tokens", type=int, default=4000, metavar="N", help="0: no evaluation")
     add("--qwq", action="store_true", help="two layers of QwQ-32B's shape on a GPU instead")
     add("--work", type=Path, metavar="DIR", help="where the variants are written (default: a temporary directory)")
     return described

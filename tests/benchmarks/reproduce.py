@@ -1,7 +1,8 @@
 """Check a manifest's figures without the code that measured them.
 
-`python -m tests.benchmarks.reproduce VARIANT --against BASE [--data FILE ...] [--eval-tokens N]` computes mean KL,
-top-1 agreement and perplexity ratio anew and exits with 1 if one differs from the manifest's by more than 1 %.
+`python -m tests.benchmarks.reproduce VARIANT --against BASE [--data FILE ...] [--eval-chats N]` computes mean KL,
+top-1 agreement and perplexity ratio of the generated tokens anew and exits with 1 if one differs from the manifest's
+by more than 1 %.
 
 What is shared with quantize/: which held-out samples are read, and their token ids; the manifest's
 `dataset_sha256` proves that they are the same. What is not: everything after that.
@@ -27,12 +28,12 @@ from quantize.calibration.datasets import (
     shipped_files,
     split_records,
 )
-from quantize.calibration.samples import tokenize_samples, within
-from quantize.evaluation.evaluate import EVALUATION_TOKENS
+from quantize.calibration.samples import tokenize_samples
+from quantize.evaluation.evaluate import DEFAULT_PLAN, EvaluationPlan, samples_of
 from quantize.running.context import RunContext
 from quantize.running.progress import ProgressReporter
 from quantize.running.worker import child_environ
-from tests.benchmarks.figures import Figures
+from tests.benchmarks.figures import Figures, TokenSample
 
 _TOLERANCE = 0.01
 _DEFAULT_MAX_TOKENS = 512
@@ -65,7 +66,7 @@ def table(found: Sequence[Difference]) -> str:
     return "\n".join(["| figure | manifest | again | difference |", "| --- | --- | --- | --- |", *rows])
 
 
-def held_out_ids(manifest: Manifest, options: argparse.Namespace) -> list[list[int]]:
+def held_out_samples(manifest: Manifest, options: argparse.Namespace) -> list[TokenSample]:
     """Read the samples that the manifest was measured on; exits where the files give others."""
     datasets, rows = read_datasets(options.data or shipped_files())
     seen = manifest.calibration
@@ -76,25 +77,33 @@ def held_out_ids(manifest: Manifest, options: argparse.Namespace) -> list[list[i
     with TemporaryDirectory(prefix="reproduce-") as folder:
         context = RunContext(Path(folder), child_environ(process_environment()), ProgressReporter(sys.stderr))
         samples = tokenize_samples(options.against, CalibrationSplit((), held_out), max_tokens, context)
-    chosen = within(samples.held_out, options.eval_tokens)
+    plan = EvaluationPlan(chats=options.eval_chats, tokens=options.eval_tokens)
+    chosen = samples_of(samples.held_out, plan)
     if contents_digest(sample["sha256"] for sample in chosen) != manifest.quality.dataset_sha256:
         sys.exit(
-            "reproduce: these files and --eval-tokens give other samples than the manifest was measured on; "
+            "reproduce: these files and flags give other samples than the manifest was measured on; "
             "pass those of the variant's own making",
         )
-    return [sample["ids"] for sample in chosen]
+    return [TokenSample(sample["ids"], generated(sample)) for sample in chosen]
 
 
-def measured(manifest: Manifest, options: argparse.Namespace, ids: list[list[int]]) -> Figures:
+def generated(sample: dict[str, Any]) -> list[bool]:
+    """Mark the predicted tokens (all but the first) that the model would write itself: reasoning and the answer."""
+    spans = [*sample["reasoning"], sample["answer"]]
+    places = range(1, len(sample["ids"]))
+    return [sample["is_text"] or any(start <= place < end for start, end in spans) for place in places]
+
+
+def measured(manifest: Manifest, options: argparse.Namespace, samples: list[TokenSample]) -> Figures:
     """Compute the figures by the way that fits the format."""
     if manifest.scheme.format == "gptq":
         from tests.benchmarks.library_figures import figures_of  # noqa: PLC0415  it loads torch
 
-        return figures_of(options.variant, options.against, ids)
+        return figures_of(options.variant, options.against, samples)
     from tests.benchmarks.vllm_figures import Engine, figures_through_vllm  # noqa: PLC0415
 
     engine = Engine(options.dtype, options.top)
-    return figures_through_vllm(options.variant, options.against, ids, engine)
+    return figures_through_vllm(options.variant, options.against, samples, engine)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,7 +113,8 @@ def parser() -> argparse.ArgumentParser:
     add("variant", type=Path, metavar="VARIANT")
     add("--against", type=Path, metavar="BASE", required=True)
     add("--data", type=Path, nargs="+", metavar="FILE", help="the files of the variant's making (default: the shipped)")
-    add("--eval-tokens", type=int, default=EVALUATION_TOKENS, metavar="N")
+    add("--eval-chats", type=int, default=DEFAULT_PLAN.chats, metavar="N")
+    add("--eval-tokens", type=int, metavar="N")
     add("--max-tokens", type=int, metavar="N", help="of a sample (default: the manifest's)")
     add("--dtype", default="auto", help="what vLLM computes w8a8 in (default: auto, which is the base's own)")
     add("--top", type=int, default=512, metavar="K", help="log-probabilities a token from vLLM (-1: all; default: 512)")
@@ -115,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare, print, and give the exit code."""
     options: Any = parser().parse_args(arguments)
     manifest = Manifest.read(options.variant)
-    found = differences(manifest.quality, measured(manifest, options, held_out_ids(manifest, options)))
+    found = differences(manifest.quality, measured(manifest, options, held_out_samples(manifest, options)))
     print(f"{manifest.id} against {options.against.name}\n\n{table(found)}")
     return 1 if any(one.relative > _TOLERANCE for one in found) else 0
 

@@ -23,7 +23,7 @@ import httpx
 from config.load import process_environment
 from quantize.running.worker import child_environ
 from serving.command import VLLM_MODULE
-from tests.benchmarks.figures import Figures, LogProbabilities, Sums, lumped_divergence
+from tests.benchmarks.figures import Figures, LogProbabilities, Sums, TokenSample, lumped_divergence
 
 _START_SECONDS = 600.0
 _POLL_SECONDS = 1.0
@@ -47,19 +47,22 @@ class Place:
     logprobs: LogProbabilities
 
 
-def figures_through_vllm(variant: Path, base: Path, samples: list[list[int]], engine: Engine) -> Figures:
+def figures_through_vllm(variant: Path, base: Path, samples: list[TokenSample], engine: Engine) -> Figures:
     """Ask both models about the same token samples and compare their answers."""
-    parents = list(predictions(base, samples, engine))
-    variants = list(predictions(variant, samples, engine))
+    ids = [sample.ids for sample in samples]
+    parents = list(predictions(base, ids, engine))
+    variants = list(predictions(variant, ids, engine))
     sums = Sums()
-    for ids, parent, child in zip(samples, parents, variants, strict=True):
-        add_sample(sums, ids, parent, child)
+    for sample, parent, child in zip(samples, parents, variants, strict=True):
+        add_sample(sums, sample, parent, child)
     return sums.figures()
 
 
-def add_sample(sums: Sums, ids: list[int], parent: list[Place], variant: list[Place]) -> None:
-    """Compare two models on one sample, at every token after the first."""
-    for token, p, q in zip(ids[1:], parent, variant, strict=True):
+def add_sample(sums: Sums, sample: TokenSample, parent: list[Place], variant: list[Place]) -> None:
+    """Compare two models on one sample, at every token that counts."""
+    for token, counts, p, q in zip(sample.ids[1:], sample.counts, parent, variant, strict=True):
+        if not counts:
+            continue
         divergence = lumped_divergence(p.logprobs, q.logprobs)
         sums.add(divergence, p.logprobs[token] - q.logprobs[token], tokens=1, agreed=int(p.first == q.first))
 

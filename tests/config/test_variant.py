@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import ManifestError
+from config.manifest import Interval, Quality
 from config.schema import DeclaredQuality, Floor, VariantSettings
-from config.variant import PARENT_QUALITY, QualityMeasures, Variant, read_variants
+from config.variant import PARENT_QUALITY, QualityMeasures, Variant, measured_quality, read_variants
 from tests.config.sealed import seal
 
 
@@ -62,6 +63,31 @@ def test_directory_without_model(tmp_path: Path, content: str | None, word: str)
         read(VariantSettings(path=str(tmp_path)))
     with pytest.raises(ManifestError, match="no such directory"):
         read(VariantSettings(path=str(tmp_path / "nowhere")))
+
+
+def test_floors_are_held_against_the_worse_end_of_the_interval() -> None:
+    """A value that meets its floor by chance does not meet it; the message has both, an end without bound, too."""
+    quality = Quality(
+        dataset_sha256="d",
+        tokens=100,
+        kl_mean=0.02,
+        kl_p99=0.4,
+        top1_agreement=0.95,
+        perplexity_ratio=1.01,
+        length_ratio=1.0,
+        intervals={
+            "kl_mean": Interval(low=0.015, high=0.026),
+            "top1_agreement": Interval(low=0.94, high=0.96),
+            "length_ratio": Interval(low=0.0, high=None),
+        },
+        verdict="not shown",
+    )
+    measured = measured_quality(quality)
+    assert measured.shortfall(Floor(kl_mean=0.026, top1_agreement=0.94, kl_p99=0.4)) is None
+    missed = "kl_mean 0.02, at most 0.026 with 95 % confidence, misses the floor 0.025"
+    assert measured.shortfall(Floor(kl_mean=0.025)) == missed
+    assert "0.95, at least 0.94 with" in str(measured.shortfall(Floor(top1_agreement=0.945)))
+    assert "at most inf" in str(measured.shortfall(Floor(length_ratio=100)))
 
 
 MEASURED = QualityMeasures("measured", kl_mean=0.02, top1_agreement=0.95, perplexity_ratio=1.01, kl_p99=0.4)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.manifest import Quality
-from tests.benchmarks.figures import Figures, Sums, lumped_divergence
+from tests.benchmarks.figures import Figures, Sums, TokenSample, lumped_divergence
 from tests.benchmarks.machine import Usage
 from tests.benchmarks.quantize import LayerTime, Round, last_layer, order_of, qwq_table, rounds_table
 from tests.benchmarks.reproduce import differences, table
@@ -45,7 +45,7 @@ def test_a_sample_of_prompt_logprobs() -> None:
     assert parent == Place(5, {5: math.log(0.75), 9: math.log(0.25)})
     variant = Place(9, {5: math.log(0.25), 9: math.log(0.75)})
     sums = Sums()
-    add_sample(sums, [1, 9], [parent], [variant])
+    add_sample(sums, TokenSample([1, 9, 9], [True, False]), [parent, variant], [variant, variant])
     figures = sums.figures()
     assert figures.kl_mean == pytest.approx(0.5 * math.log(3))
     assert figures.perplexity_ratio == pytest.approx(1 / 3)

@@ -52,21 +52,23 @@ class FleetCollector(Collector):
         yield from _replicas(snapshot)
         yield _current(table.REPLICA_BREAKER, BREAKER_STATES, snapshot, self.breaker_states())
         yield _current(table.REPLICA_SILENCE, SILENCE_STATES, snapshot, self.silences())
-        yield self._quality()
+        yield from self._quality()
         waiting = table.WAITING.gauge_family()
         for alias, count in self.queue_lengths().items():
             waiting.add_metric([alias], count)
         yield waiting
         yield _certificates(snapshot)
 
-    def _quality(self) -> GaugeMetricFamily:
-        family = table.VARIANT_QUALITY.gauge_family()
+    def _quality(self) -> tuple[GaugeMetricFamily, GaugeMetricFamily]:
+        values, bounds = table.VARIANT_QUALITY.gauge_family(), table.VARIANT_QUALITY_BOUND.gauge_family()
         for variant in self.variants():
             for measure in MEASURES:
-                value = getattr(variant.quality, measure)
-                if value is not None:
-                    family.add_metric([variant.name, variant.precision, measure, variant.quality.source], value)
-        return family
+                value, bound = getattr(variant.quality, measure), variant.quality.bound(measure)
+                labels = [variant.name, variant.precision, measure, variant.quality.source]
+                if value is not None and bound is not None:
+                    values.add_metric(labels, value)
+                    bounds.add_metric(labels, bound)
+        return values, bounds
 
 
 def _current(

@@ -255,6 +255,12 @@ VARIANT_QUALITY = MetricSpec(
     ("variant", "precision", "measure", "source"),
     "Quality of a variant relative to its parent model, by measure." + _MAX,
 )
+VARIANT_QUALITY_BOUND = MetricSpec(
+    "quantgate_variant_quality_bound",
+    "gauge",
+    ("variant", "precision", "measure", "source"),
+    "Worse end of the 95 % interval of a variant's quality, which floors are held against." + _MAX,
+)
 
 # Client connections
 
@@ -355,7 +361,7 @@ GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
             *(REPLICA_POLLS, REPLICA_POLL_AGE_SECONDS, REPLICA_METRIC_MISSING),
             *(REPLICA_ENGINE_REQUESTS, REPLICA_KV_USAGE_RATIO),
         ),
-        "Variants": (VARIANT_QUALITY,),
+        "Variants": (VARIANT_QUALITY, VARIANT_QUALITY_BOUND),
         "Client connections": (
             *(HEARTBEATS, CLIENTS_CUT, CLIENT_CONNECTIONS),
             *(REQUEST_BODY_BYTES, CERTIFICATE_EXPIRATION_SECONDS),

@@ -167,6 +167,7 @@ async def test_fleet_collector() -> None:
     quality = {"variant": "odd", "precision": "fp8", "source": "declared"}
     assert value("variant_quality", **quality, measure="kl_mean") == 0.02
     assert value("variant_quality", **quality, measure="top1_agreement") is None
+    assert value("variant_quality_bound", **quality, measure="kl_mean") == 0.02  # what is declared has no interval
     perfect = {"variant": "hi", "precision": "bf16", "source": "parent"}
     assert [value("variant_quality", **perfect, measure=measure) for measure in MEASURES] == [1, 0, 1, 0, 1]
     registry.remove("hi-1")

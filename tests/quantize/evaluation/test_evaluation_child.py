@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from config.manifest import Quality
+from config.measurements import Measurements
 from quantize.errors import CalibrationError, VariantError
 from quantize.evaluation.evaluate import EvaluationPlan, evaluate
 from quantize.evaluation.spans import flags
@@ -111,7 +112,7 @@ def exact(folder: Path) -> dict[str, Any]:
     dense, _ = read_dense(folder / "variant")
     config = LlamaConfig.from_pretrained(folder / "base")
     child = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=dense, dtype=torch.float32)
-    divergence, likelihood, agreed, thinking = [], [], [], []
+    divergence, likelihood, agreed, thinking, generated = [], [], [], [], []
     with torch.inference_mode():
         for sample in samples(folder / "base"):
             tokens = torch.tensor([sample["ids"]])
@@ -120,12 +121,14 @@ def exact(folder: Path) -> dict[str, Any]:
             likelihood.append((ours - theirs).gather(-1, tokens[0, 1:, None])[:, 0])
             agreed.append((ours.argmax(-1) == theirs.argmax(-1)).double())
             thinking.append(torch.tensor(flags(sample["reasoning"], len(sample["ids"]))))
-    every, inside = torch.cat(divergence), torch.cat(thinking)
+            generated.append(torch.tensor(flags([*sample["reasoning"], sample["answer"]], len(sample["ids"]))))
+    every, inside, counts = torch.cat(divergence), torch.cat(thinking), torch.cat(generated)
     return {
-        "tokens": len(every),
-        "kl_mean": float(every.mean()),
-        "top1_agreement": float(torch.cat(agreed).mean()),
-        "perplexity_ratio": float(torch.cat(likelihood).mean().exp()),
+        "tokens": int(counts.sum()),
+        "kl_mean": float(every[counts].mean()),
+        "top1_agreement": float(torch.cat(agreed)[counts].mean()),
+        "perplexity_ratio": float(torch.cat(likelihood)[counts].mean().exp()),
+        "prompt_kl": float(every[~counts].mean()),
         "reasoning_kl": float(every[inside].mean()),
     }
 
@@ -140,7 +143,15 @@ def test_figures_are_exact(folder: Path, tmp_path: Path) -> None:
     assert quality.reasoning is not None
     assert quality.reasoning.kl_mean == pytest.approx(wanted["reasoning_kl"], rel=1e-3)
     assert quality.answer is not None
-    assert quality.reasoning.tokens + quality.answer.tokens < quality.tokens
+    assert quality.reasoning.tokens + quality.answer.tokens == quality.tokens
+    assert quality.prompt is not None
+    assert quality.prompt.kl_mean == pytest.approx(wanted["prompt_kl"], rel=1e-3)
+    assert (quality.chats, quality.longest_position) == (7, 599)
+    assert quality.kl_floor == pytest.approx(0, abs=1e-9)
+    interval = quality.intervals["kl_mean"]
+    assert interval.low is not None
+    assert interval.high is not None
+    assert interval.low < quality.kl_mean < interval.high
 
 
 def test_the_parents_words_are_used_again(folder: Path, tmp_path: Path) -> None:
@@ -170,8 +181,8 @@ def test_generations_are_paired(folder: Path, tmp_path: Path) -> None:
     assert len({pair["parent"] for pair in told["generations"]}) == 6
     assert all(pair["prompt"].endswith("<|im_start|>assistant\n") for pair in told["generations"])
     assert all(pair["parent_tokens"] <= 12 for pair in told["generations"])
-    assert sum(told["kl_histogram"]["counts"]) == told["tokens"] == quality.tokens
-    assert told["kl_standard_error"] > 0
+    assert sum(told["kl_histogram"]["counts"]) == told["tokens"] > quality.tokens
+    assert Measurements.model_validate(told["measurements"]).chats[-1].positions == 599
     assert len(told["worst"]) == 7
     assert {"where", "kl_mean", "text", "next", "parent", "variant"} <= told["worst"][0].keys()
     assert told["worst"][0]["kl_mean"] >= told["worst"][-1]["kl_mean"]
@@ -185,7 +196,11 @@ def test_a_model_is_no_distance_from_itself(folder: Path, tmp_path: Path) -> Non
     (folder / "same" / "config.json").write_text(json.dumps({**config, "quantization_config": told}))
     quality = measured(folder, tmp_path, "same")
     assert quality.kl_mean == pytest.approx(0, abs=1e-6)
-    assert (quality.top1_agreement, quality.length_ratio, quality.verdict) == (1.0, 1.0, "pass")
+    assert (quality.top1_agreement, quality.length_ratio, quality.verdict) == (1.0, 1.0, "not shown")
+    assert [check.name for check in quality.checks if check.verdict == "not shown"] == [
+        "length_ratio",
+        "unfinished_increase",
+    ]
 
 
 def test_questions_are_put_to_both(folder: Path, tmp_path: Path) -> None:

@@ -1,21 +1,21 @@
 """Paired generations: figures of pairs, sampling, prompts."""
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from config.measurements import PairMetrics
 from quantize.calibration.thinking import HARMONY, joined
+from quantize.evaluation.figures import RATES, increase, length_ratio
 from quantize.evaluation.paired_completions import (
     CompletionOutcome,
-    PairedCompletions,
     ends_in_run,
-    increase_errors,
-    length_ratio,
-    mean_error,
-    rates,
+    pair_metrics,
 )
 from quantize.evaluation.sampling import Completion, GenerationRequest, cut, noise_seed, read_sampling, rows_at_once
 from quantize.evaluation.spans import flags, is_open, last_prompt
@@ -54,46 +54,43 @@ def test_every_loop_is_found(unit: list[int], before: list[int]) -> None:
     assert ends_in_run([*before, *unit * (24 // len(unit) + 3)])
 
 
+def paired(parent: Sequence[CompletionOutcome], variant: Sequence[CompletionOutcome]) -> list[PairMetrics]:
+    """Metrics of completions of different prompts."""
+    requests = [GenerationRequest((), 0, number) for number in range(len(parent))]
+    return pair_metrics(requests, parent, variant)
+
+
 def test_the_length_ratio_is_the_median_of_pairs() -> None:
     """Each pair is compared with itself; pairs that were both cut say nothing."""
     parent = [text(10), text(100), text(50, finished=False), text(50)]
     variant = [text(20), text(100), text(50, finished=False), text(50, finished=False)]
-    ratio = length_ratio(PairedCompletions(parent, variant))
-    assert (ratio.value, ratio.pairs, ratio.truncated) == (1.0, 3, False)
-    assert ratio.low <= ratio.value <= ratio.high
+    ratio = length_ratio(paired(parent, variant))
+    assert (ratio.value, ratio.units) == (1.0, 4)
+    assert (ratio.low, ratio.high) == (0.0, math.inf)
 
 
-def test_a_ratio_of_nothing_but_cut_texts_says_so() -> None:
-    """When no text ended itself the ratio is what there is, and is marked."""
-    cut_short = [text(8, finished=False)] * 4
-    ratio = length_ratio(PairedCompletions(cut_short, cut_short))
-    assert (ratio.value, ratio.truncated) == (1.0, True)
+def test_a_ratio_of_nothing_but_cut_texts_is_unknown() -> None:
+    """When no text ended itself its length is not known."""
+    cut_short = [text(8, finished=False)] * 40
+    ratio = length_ratio(paired(cut_short, cut_short))
+    assert (ratio.low, ratio.high) == (0.0, math.inf)
 
 
 def test_empty_texts_have_a_length_ratio() -> None:
     """A text that ends at once counts as one token."""
-    assert length_ratio(PairedCompletions([text(0)], [text(4)])).value == 4.0
+    assert length_ratio(paired([text(0)], [text(4)])).value == 4.0
 
 
-def test_rates_are_shares_of_all_texts() -> None:
-    """Unfinished, looping and unclosed texts are counted on both sides."""
+def test_increases_are_among_the_pairs_that_tell() -> None:
+    """Looping completions of the variant alone are an increase, of both no evidence."""
     looping = CompletionOutcome((5,) * 30, finished=False, unclosed=True)
-    pairs = PairedCompletions([text(9)] * 4, [text(9), text(9), looping, looping])
-    assert rates(pairs) == {
-        "unfinished": 0.5,
-        "repeating": 0.5,
-        "unclosed": 0.5,
-        "parent_unfinished": 0.0,
-        "parent_repeating": 0.0,
-        "parent_unclosed": 0.0,
-    }
-    assert set(increase_errors(pairs)) == {"unfinished_increase", "repeating_increase", "unclosed_increase"}
-
-
-@given(st.lists(st.sampled_from([-1, 0, 1]), min_size=1, max_size=200))
-def test_an_error_is_never_less_than_one_item(values: list[int]) -> None:
-    """However alike the items are, a share can't be known better than to one of them."""
-    assert mean_error(values) >= 1 / len(values)
+    pairs = paired([text(9)] * 4 + [looping] * 4, [text(9), text(9), looping, looping] + [looping] * 4)
+    for event in RATES:
+        assert increase(pairs, event).value == 0.5
+    assert increase(paired([looping] * 9, [looping] * 9), "repeating").high == math.inf
+    better = increase(paired([looping] * 9, [text(9)] * 9), "unclosed")
+    assert better.value == -1.0
+    assert better.low <= -1.0 <= better.high < 0
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """Questions with answers: what a line may look like, what counts as right, what is counted."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from config.measurements import TaskMetrics
 from quantize.calibration.thinking import HARMONY, MARKERS, joined
 from quantize.errors import CalibrationError
-from quantize.evaluation.tasks import TaskItem, dataset_digest, is_right, read_questions, tally, tally_errors
+from quantize.evaluation.figures import task_figures, tasks_of
+from quantize.evaluation.tasks import TaskItem, dataset_digest, is_right, read_questions
 from tests.quantize.chats import write_lines
 
 
@@ -95,16 +98,20 @@ def test_the_reasoning_of_other_families_does_not_count() -> None:
 
 def test_recovery_and_flips_are_paired() -> None:
     """As many right answers as before can hide that others are right now."""
-    told = tally([True, True, False, False], [True, False, True, False], "d")
+    answers = TaskMetrics(dataset_sha256="d", parent=(True, True, False, False), variant=(True, False, True, False))
+    told = tasks_of(answers)
     assert (told.items, told.parent_accuracy, told.accuracy, told.recovery, told.flips) == (4, 0.5, 0.5, 1.0, 0.5)
-    errors = tally_errors([True, True, False, False], [True, False, True, False])
-    assert errors["recovery"] > errors["flips"] > 0
+    figures = task_figures(answers)
+    assert (figures["recovery"].value, figures["flips"].value) == (1.0, 0.5)
+    assert figures["recovery"].low < 0.5
+    assert figures["recovery"].high > 1.5
 
 
 def test_a_parent_without_right_answers_leaves_nothing_to_recover() -> None:
-    """Recovery is then 1, and nobody can be held against it."""
-    assert tally([False], [True], "d").recovery == 1.0
-    assert tally_errors([False], [True])["recovery"] == float("inf")
+    """Recovery is then unknown, and nobody can be held against it."""
+    answers = TaskMetrics(dataset_sha256="d", parent=(False,), variant=(True,))
+    assert tasks_of(answers).recovery == 1.0
+    assert task_figures(answers)["recovery"].low == -math.inf
 
 
 def test_a_set_of_questions_is_named_by_its_contents() -> None:

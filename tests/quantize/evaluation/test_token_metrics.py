@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from config.measurements import TokenSums
 from tests.quantize.command_line import ROOT, environ
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
@@ -20,8 +21,7 @@ from quantize.evaluation.token_metrics import (  # noqa: E402
     compare,
     histogram,
     percentiles,
-    standard_error,
-    subset_metrics,
+    token_sums,
 )
 
 
@@ -84,15 +84,14 @@ def test_logits_that_are_no_numbers_show(bad: float) -> None:
 
 
 def test_figures_can_be_restricted_to_some_tokens() -> None:
-    """Means are over the flagged tokens alone; no token, no figures."""
+    """Sums are over the flagged tokens alone."""
     agreed = torch.tensor([True, False, True])
     nll = torch.zeros(3, dtype=torch.float64)
     found = TokenMetrics(torch.tensor([1.0, 3.0, 100.0]).double(), nll, nll + math.log(2), agreed)
-    told = subset_metrics(found, torch.tensor([True, True, False]))
-    assert told is not None
-    assert (told["tokens"], told["kl_mean"], told["top1_agreement"]) == (2, 2.0, 0.5)
-    assert told["perplexity_ratio"] == pytest.approx(2.0)
-    assert subset_metrics(found, torch.tensor([False, False, False])) is None
+    told = token_sums(found, torch.tensor([True, True, False]))
+    assert (told.tokens, told.divergence, told.agreed) == (2, 4.0, 1)
+    assert told.excess_nll == pytest.approx(2 * math.log(2))
+    assert token_sums(found, torch.tensor([False, False, False])) == TokenSums()
 
 
 def test_a_histogram_counts_every_token_once() -> None:
@@ -108,13 +107,6 @@ def test_percentiles_are_values_that_occur() -> None:
     """The 99th of a hundred values is the largest but one."""
     told = percentiles(torch.arange(100).double())
     assert (told["p50"], told["p99"], told["max"]) == (49.0, 98.0, 99.0)
-
-
-def test_the_standard_error_takes_samples_for_what_varies() -> None:
-    """Equal samples leave no doubt, one sample tells nothing, and two that differ tell how much."""
-    assert standard_error([5.0, 5.0], [10, 10]) == 0
-    assert standard_error([5.0], [10]) is None
-    assert standard_error([0.0, 10.0], [10, 10]) == pytest.approx(0.5)
 
 
 PEAK = """

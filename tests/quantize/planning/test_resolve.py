@@ -95,7 +95,7 @@ def asked(recipe: RecipeFile, *flags: str) -> Request:
         (
             ["--limit", "kl_mean=0.1", "--tasks", "t.jsonl"],
             "evaluation",
-            EvaluationPlan(99, tasks=Path("t.jsonl"), limits={"kl_mean": 0.1, "top1_agreement": 0.5}),
+            EvaluationPlan(tokens=99, tasks=Path("t.jsonl"), limits={"kl_mean": 0.1, "top1_agreement": 0.5}),
         ),
     ],
 )
@@ -229,7 +229,19 @@ def test_a_file_name_may_end_like_a_weight(tmp_path: Path) -> None:
 
 def test_evaluate_takes_the_same_flags() -> None:
     """A variant that is judged again can be judged by other limits."""
-    flags = ["v", "--against", "b", "--eval-tokens", "9", "--eval-prompts", "0", "--eval-seeds", "5"]
+    flags = [
+        "v",
+        "--against",
+        "b",
+        "--eval-chats",
+        "8",
+        "--eval-tokens",
+        "9",
+        "--eval-prompts",
+        "0",
+        "--eval-seeds",
+        "5",
+    ]
     flags += ["--eval-new-tokens", "7", "--tasks", "t.jsonl", "--task-tokens", "3", "--limit", "flips=0.5"]
     wanted = chosen_evaluation(evaluate_parser().parse_args(flags), EvaluationTable())
-    assert wanted == EvaluationPlan(9, 0, 5, 7, Path("t.jsonl"), 3, {"flips": 0.5})
+    assert wanted == EvaluationPlan(8, 9, 0, 5, 7, Path("t.jsonl"), 3, {"flips": 0.5})

@@ -107,12 +107,12 @@ def test_answers_of_its_own_are_planned_unless_a_replica_writes_them() -> None:
     [
         (
             replace(SERVER, gpu_bytes=(48 * GIGA,)),
-            r"too little GPU memory for stage 'evaluate: both write': about 6\d\.\d GB needed, 43.2 GB usable on 1 "
+            r"too little GPU memory for stage 'evaluate: both write': about 7\d\.\d GB needed, 43.2 GB usable on 1 "
             r"GPU; it fits 4 x 24 GB, 2 x 40 GB, 2 x 48 GB, 1 x 80 GB, .*; or leave out generation: --eval-prompts 0",
         ),
         (
             replace(SERVER, gpu_bytes=(), memory_bytes=30 * GIGA),
-            r"too little memory for stage 'evaluate: both write': about 13\d\.\d GB needed, 30\.0 GB available",
+            r"too little memory for stage 'evaluate: both write': about 14\d\.\d GB needed, 30\.0 GB available",
         ),
     ],
 )

@@ -54,7 +54,7 @@ MISSED = Check(name="kl_mean", value=0.07, limit=0.05, passed=False)
             "settings     scale_norm 2.4",
         ),
         ({"quality": quality(answer=PART)}, "answer       10 tokens: KL 0.0100, top-1 97.0%, perplexity x1.0100"),
-        ({"quality": quality(checks=(MISSED,))}, "check        kl_mean 0.0700, limit 0.05: failed"),
+        ({"quality": quality(checks=(MISSED,))}, "check        kl_mean 0.0700, limit 0.05: fail"),
     ],
 )
 def test_a_known_fact_is_a_line(changes: dict[str, Any], line: str) -> None:
