@@ -27,11 +27,10 @@ from quantize.errors import ReplicaError
 from quantize.evaluation.sampling import Completion, GenerationRequest, SamplingParameters, noise_seed
 from quantize.evaluation.top_k_metrics import SampleScores
 
-# Tokens of a sample: what a server reads in one step, by the default `--max-num-batched-tokens` of a CPU.
-SAMPLE_TOKENS = 2048
 CONCURRENT_COMPLETIONS = 8
-# Of all prompts that are completed at once, with room for the tokens that others decode in the same step.
-IN_FLIGHT_TOKENS = SAMPLE_TOKENS - 64
+# Tokens of all prompts that are completed at once: what a server on a CPU reads in one step (`--max-num-batched-tokens`
+# 2048 by default), with room for the tokens that others decode in that step.
+IN_FLIGHT_TOKENS = 2048 - 64
 _CONNECT_SECONDS = 10.0
 _REQUEST_SECONDS = 600.0
 _PAUSE_SECONDS = 2.0

@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 from config.golden import Golden
+from config.manifest import Quality
 from config.measurements import Measurements
 from quantize.errors import CalibrationError, ReplicaError
 from quantize.evaluation.inputs import EvalInputs, GenerationTask
@@ -21,7 +22,8 @@ from quantize.evaluation.sampling import GenerationRequest, SamplingParameters
 from quantize.running.worker import WorkerChannel
 from tests.fakes.distributions import next_logprobs, ranked
 from tests.fakes.running import FakeReplica, running_fake
-from tests.quantize.chats import chat
+from tests.quantize.chats import chat, write_chats
+from tests.quantize.command_line import run
 from tests.quantize.models import write_hollow_model, write_tokenizer
 
 pytest.importorskip("transformers", reason="needs transformers: install the quantize extra")
@@ -212,3 +214,28 @@ def chat_sample(base: Path, number: int) -> dict[str, Any]:
 
     text = load_tokenizer(base).apply_chat_template(chat(number)["messages"], tokenize=False)
     return {**sample_of(number), "ids": load_tokenizer(base)(text, add_special_tokens=False)["input_ids"]}
+
+
+async def test_evaluate_through_replicas(base: Path, tmp_path: Path) -> None:
+    """The command measures a format that this package can't read, and prints figures with intervals."""
+    variant = write_hollow_model(tmp_path / "fp8", quantization_config={"quant_method": "fp8"})
+    scope = ("--data", write_chats(tmp_path / "chats.jsonl", 12), "--every-row", "--eval-prompts", 3, "--json")
+    async with both() as (served, parent):
+        urls = ("--replica", served.url, "--parent-replica", parent.url)
+        done = await asyncio.to_thread(run, "evaluate_main", variant, "--against", base, *scope, *urls)
+        again = await asyncio.to_thread(run, "evaluate_main", variant, "--against", base, *scope, *urls[:2])
+    assert done.returncode == 0, done.stderr
+    quality = Quality.model_validate_json(done.stdout)
+    assert (quality.method, quality.top_k, quality.chats) == ("vllm 0.32.0", TOP_K, 12)
+    assert (quality.bound("kl_mean", upper=False) or 0) < quality.kl_mean
+    assert quality.generation is not None
+    assert again.stdout == done.stdout
+
+
+async def test_a_parent_alone_is_refused(base: Path, tmp_path: Path) -> None:
+    """One line on stderr, exit code 2."""
+    done = await asyncio.to_thread(
+        run, "evaluate_main", tmp_path, "--against", base, "--parent-replica", "http://127.0.0.1:1"
+    )
+    assert done.returncode == 2
+    assert "--parent-replica needs --replica" in done.stderr
