@@ -18,7 +18,7 @@ _GOLDEN_DIGITS = 4
 
 
 def top_k_artefacts(distances: Sequence[SampleDistances], served: ServedModel, parent: str) -> dict[str, Any]:
-    """Describe the distribution of the divergences of all tokens, and how much probability was lumped."""
+    """Describe the distribution of all tokens' divergences, what of it is certain, and how much was lumped."""
     every = array("d")
     for one in distances:
         every.extend(one.divergence)
@@ -28,6 +28,7 @@ def top_k_artefacts(distances: Sequence[SampleDistances], served: ServedModel, p
         "kl_percentiles": percentiles(every),
         "kl_histogram": histogram(every),
         "engines": {"parent": parent, "variant": served.engine},
+        "kl_lower_bound": math.fsum(one.lower_bound for one in distances) / len(every),
         "lumped": {
             "parent": math.fsum(one.parent_rest for one in distances) / len(every),
             "variant": math.fsum(one.variant_rest for one in distances) / len(every),

@@ -39,7 +39,11 @@ from quantize.running.stage_store import StageStore
 from quantize.running.worker import WorkerChannel, run_child
 
 # Log-probabilities per position that are asked for; a server gives at most its --max-logprobs.
-TOP_K = 128
+TOP_K = 1024
+# Of one answer: 75 MB of JSON, and a few hundred MB of objects in the server.
+_MOST_ENTRIES = 1 << 20
+# More than this share of the probability lumped is worth a line.
+_MUCH_LUMPED = 0.05
 _API_KEY = "VLLM_API_KEY"
 
 
@@ -155,7 +159,7 @@ async def _token_part(
     servers: Servers, store: ParentStore, inputs: EvalInputs, tokenizer: Any, progress: Progress
 ) -> dict[str, dict[str, Any]]:
     """Let both sides score the samples, and give the sums of each."""
-    wanted = min(TOP_K, len(tokenizer))
+    wanted = min(TOP_K, len(tokenizer), _MOST_ENTRIES // max(map(len, inputs.samples)))
     top_k = await servers.variant.scorer.most_logprobs(wanted)
     key = store.scores_key(inputs.samples)
     facts: dict[str, Any] = {"lengths": [len(ids) - 1 for ids in inputs.samples]}
@@ -177,6 +181,7 @@ async def _token_part(
         "kl_floor": facts["kl_floor"],
     }
     evidence = top_k_artefacts(reading.distances, servers.variant.model, facts["engine"])
+    progress.log(lumped_line(evidence, measured["top_k"]))
     evidence["worst"] = worst_artefacts(reading.distances, inputs, tokenizer)
     if reading.longest:
         number, ours, theirs = reading.longest
@@ -255,6 +260,14 @@ def cut_lines(given: EvalInputs, kept: EvalInputs) -> list[str]:
     left_out = len(given.prompts.requests) - len(kept.prompts.requests)
     lines = [f"{cut} of {len(kept.samples)} samples were cut to the servers' max_model_len"] if cut else []
     return [*lines, f"{left_out} prompts are too long for the servers, and left out"] if left_out else lines
+
+
+def lumped_line(evidence: dict[str, Any], top_k: int) -> str:
+    """Say of how much of the probability the KL is an estimate, and what to do about much."""
+    share = evidence["lumped"]["parent"]
+    line = f"{top_k} log-probabilities per position, {share:.1%} of the probability in other tokens"
+    advice = "; the KL there is an estimate: start both servers with --max-logprobs 1024"
+    return line + advice if share > _MUCH_LUMPED and top_k < TOP_K else line
 
 
 def _method(variant: str, parent: str) -> str:

@@ -1,11 +1,19 @@
 """Two models' likeliest tokens at each position -> how far apart the models are. Pure, without torch.
 
 A server names the log-probabilities of the k likeliest tokens and of the token that came, not of the whole vocabulary.
-KL is taken over the coarser outcomes {each token that both name, all other tokens together}:
+With p of the parent, q of the variant, and the tokens that both name, the chain rule of KL splits it into
 
-    KL = sum(p_t log(p_t / q_t)) + p_rest log(p_rest / q_rest)        p: parent, q: variant
+    KL = sum(p_t log(p_t / q_t)) + p_rest log(p_rest / q_rest)  over the named tokens and one rest
+       + p_rest KL(p in the rest || q in the rest)
 
-By the data processing inequality this is a lower bound of the KL over the vocabulary, and approaches it as k grows.
+The first line is known, and a lower bound (data processing inequality). The KL inside the rest is not: that of the
+named tokens among themselves stands for it. Of SmolLM2-135M, whose rest is large, this is so much of the true KL:
+
+| k | rest | KL 0.006 (int8): bound, estimate | KL 0.16 (int4): bound, estimate |
+| --- | --- | --- | --- |
+| 20 | 0.19 | 0.75, 0.92 | 0.70, 0.86 |
+| 128 | 0.08 | 0.91, 0.98 | 0.88, 0.95 |
+| 1024 | 0.02 | 0.98, 1.00 | 0.97, 0.99 |
 """
 
 import math
@@ -80,10 +88,12 @@ class SampleScores:
 class TokenDistance:
     """How far two models are apart at one position: KL(parent || variant) and nll difference in nats, equal argmax.
 
-    `parent_rest` and `variant_rest` are the probabilities that were lumped.
+    `lower_bound` is the part of the KL that is known; `parent_rest` and `variant_rest` are the probabilities that were
+    lumped.
     """
 
     divergence: float
+    lower_bound: float
     excess_nll: float
     agreed: bool
     parent_rest: float
@@ -102,11 +112,12 @@ class WorstPosition:
 
 @dataclass(slots=True)
 class SampleDistances:
-    """The distances at a sample's positions, one behind the other."""
+    """The distances at a sample's positions, one behind the other, and sums of the bounds and of the rests."""
 
     divergence: "array[float]" = field(default_factory=lambda: array("d"))
     excess_nll: "array[float]" = field(default_factory=lambda: array("d"))
     agreed: bytearray = field(default_factory=bytearray)
+    lower_bound: float = 0.0
     parent_rest: float = 0.0
     variant_rest: float = 0.0
     worst: WorstPosition | None = None
@@ -123,6 +134,7 @@ class SampleDistances:
         self.divergence.append(distance.divergence)
         self.excess_nll.append(distance.excess_nll)
         self.agreed.append(distance.agreed)
+        self.lower_bound += distance.lower_bound
         self.parent_rest += distance.parent_rest
         self.variant_rest += distance.variant_rest
 
@@ -139,18 +151,27 @@ class SampleDistances:
 
 def token_distance(parent: Prediction, variant: Prediction) -> TokenDistance:
     """Compare two predictions of one token, of which both name at least the token that came."""
-    known = parent.logprobs.keys() & variant.logprobs.keys()
-    pairs = [(parent.logprobs[token], variant.logprobs[token]) for token in known]
-    parent_rest = max(1 - math.fsum(math.exp(p) for p, _ in pairs), _LEAST_MASS)
-    variant_rest = max(1 - math.fsum(math.exp(q) for _, q in pairs), _LEAST_MASS)
-    divergence = math.fsum(math.exp(p) * (p - q) for p, q in pairs) + parent_rest * math.log(parent_rest / variant_rest)
+    pairs = [(parent.logprobs[token], variant.logprobs[token]) for token in parent.logprobs.keys() & variant.logprobs]
+    parent_known = math.fsum(math.exp(p) for p, _ in pairs)
+    variant_known = math.fsum(math.exp(q) for _, q in pairs)
+    parent_rest, variant_rest = max(1 - parent_known, _LEAST_MASS), max(1 - variant_known, _LEAST_MASS)
+    known = math.fsum(math.exp(p) * (p - q) for p, q in pairs)
+    lower_bound = max(known + parent_rest * math.log(parent_rest / variant_rest), 0.0)
     return TokenDistance(
-        divergence=max(divergence, 0.0),
+        divergence=lower_bound + parent_rest * _among(known, parent_known, variant_known),
+        lower_bound=lower_bound,
         excess_nll=parent.logprobs[parent.came] - variant.logprobs[variant.came],
         agreed=parent.first == variant.first,
         parent_rest=parent_rest,
         variant_rest=variant_rest,
     )
+
+
+def _among(known: float, parent_known: float, variant_known: float) -> float:
+    """KL of the named tokens among themselves: both distributions restricted to them, and scaled to 1."""
+    if not parent_known or not variant_known:
+        return 0.0
+    return max(known / parent_known - math.log(parent_known / variant_known), 0.0)
 
 
 def sample_distances(parent: SampleScores, variant: SampleScores) -> SampleDistances:

@@ -7,8 +7,9 @@ It has its own HTTP, chats, token ids (the parent's server renders and tokenizes
 the bootstrap's draws. With `--against` it compares itself with the measurements of `quantgate evaluate --every-row
 --data CHATS.jsonl`, and exits with 1 if either mean lies outside the other's interval.
 
-KL is over the tokens that both servers name and one rest, at the tokens of the last answer of each chat. The interval
-is the 95 % bootstrap over chats.
+KL is that over the tokens which both servers name and one rest, plus, for what lies inside the rest, the KL of the
+named tokens among themselves times the rest; at the tokens of the last answer of each chat. The interval is the 95 %
+bootstrap over chats.
 """
 
 import argparse
@@ -89,12 +90,16 @@ def argmax(position: dict[str, Any]) -> str:
 
 
 def divergence(p: dict[str, float], q: dict[str, float]) -> float:
-    """KL(p || q) over the shared tokens and the rest."""
+    """KL(p || q): of the shared tokens and the rest, and as an estimate of that inside the rest."""
     shared = np.array([(p[token], q[token]) for token in p if token in q])
     masses = np.exp(shared)
-    rest = np.maximum(1 - masses.sum(axis=0), LEAST_MASS)
-    inside = float((masses[:, 0] * (shared[:, 0] - shared[:, 1])).sum())
-    return max(inside + float(rest[0] * np.log(rest[0] / rest[1])), 0.0)
+    known = masses.sum(axis=0)
+    rest = np.maximum(1 - known, LEAST_MASS)
+    scaled = np.vstack([np.column_stack([masses, shared]), [*rest, *np.log(rest)]])
+    coarse = float((scaled[:, 0] * (scaled[:, 2] - scaled[:, 3])).sum())
+    among = masses / known
+    inside = float((among[:, 0] * np.log(among[:, 0] / among[:, 1])).sum())
+    return max(coarse, 0.0) + float(rest[0]) * max(inside, 0.0)
 
 
 def mean_with_interval(sums: Any, counts: Any) -> tuple[float, float, float]:

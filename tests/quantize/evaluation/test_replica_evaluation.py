@@ -90,12 +90,15 @@ async def both(variant: tuple[str, ...] = VARIANT) -> AsyncIterator[tuple[FakeRe
 
 
 def expected_divergence(previous: int, token: int) -> float:
-    """KL over the tokens that both fakes name, each alone, and the rest."""
+    """KL over the tokens that both fakes name and the rest; inside the rest as among the named."""
     p, q = next_logprobs(previous, VOCABULARY, 0.0), next_logprobs(previous, VOCABULARY, NOISE)
     named = [set(ranked(of)[:TOP_K]) | {token} for of in (p, q)]
     known = named[0] & named[1]
-    rest = [1 - sum(math.exp(of[one]) for one in known) for of in (p, q)]
-    return sum(math.exp(p[one]) * (p[one] - q[one]) for one in known) + rest[0] * math.log(rest[0] / rest[1])
+    p_known, q_known = (sum(math.exp(of[one]) for one in known) for of in (p, q))
+    among = sum(math.exp(p[one]) / p_known * (p[one] - math.log(p_known) - q[one] + math.log(q_known)) for one in known)
+    rest = 1 - p_known
+    inside = sum(math.exp(p[one]) * (p[one] - q[one]) for one in known)
+    return inside + rest * math.log(rest / (1 - q_known)) + rest * among
 
 
 async def test_every_figure_is_that_of_the_distributions(base: Path, tmp_path: Path) -> None:
