@@ -64,7 +64,10 @@ REQUEST_FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             *(*CHAT.length_keys, *CHAT.prompt_keys),
             *("chat_template_kwargs", "stream_options", "return_token_ids", "n", "stop", "include_reasoning"),
         ),
-        "CompletionRequest": (*COMPLETIONS.length_keys, *COMPLETIONS.prompt_keys, "prompt_logprobs", "n", "echo"),
+        "CompletionRequest": (
+            *(*COMPLETIONS.length_keys, *COMPLETIONS.prompt_keys, "prompt_logprobs", "n", "echo"),
+            *("seed", "top_k", "repetition_penalty", "stop_token_ids", "skip_special_tokens", "return_token_ids"),
+        ),
         "ResponsesRequest": (
             *(*RESPONSES.length_keys, *RESPONSES.prompt_keys),
             *("store", "background", "previous_response_id", "chat_template_kwargs"),
@@ -85,7 +88,7 @@ RESPONSE_FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "ChatMessage": ("reasoning", "content", "tool_calls"),
         "DeltaMessage": ("reasoning", "content", "tool_calls"),
         "ChatCompletionResponseStreamChoice": ("delta", "finish_reason", "token_ids"),
-        "CompletionResponseChoice": ("prompt_logprobs", "finish_reason"),
+        "CompletionResponseChoice": ("prompt_logprobs", "finish_reason", "token_ids"),
         "UsageInfo": ("prompt_tokens", "completion_tokens", "prompt_tokens_details"),
         "ResponsesResponse": ("status", "output", "incomplete_details", "usage"),
         "AnthropicMessagesResponse": ("stop_reason", "usage", "content"),
@@ -108,6 +111,7 @@ TEXTS: tuple[tuple[str, str, str], ...] = (
     ("v1/engine/exceptions.py", "EngineCore", "gateway: errors of a dead engine are not passed on"),
     ("entrypoints/serve/instrumentator/basic.py", "server_load", "serving: requests of a replica that drains"),
     ("entrypoints/serve/middleware/x_request_id.py", "X-Request-Id", "gateway: request ids in replicas' logs"),
+    ("sampling_params.py", "greater than max allowed: ", "quantize: evaluation through replicas"),
     ("plugins/__init__.py", "vllm.general_plugins", "serving: the plugin for CPUs"),
 )
 
