@@ -8,7 +8,6 @@ from typing import Any
 
 from config.golden import LONGEST_TOKENS
 from quantize.evaluation.inputs import EvalInputs, text_of
-from quantize.evaluation.replica_scores import ServedModel
 from quantize.evaluation.top_k_metrics import Prediction, SampleDistances, WorstPosition, histogram, percentiles
 
 _WORST_SAMPLES = 10
@@ -17,7 +16,7 @@ _CONTEXT_TOKENS = 60
 _GOLDEN_DIGITS = 4
 
 
-def top_k_artefacts(distances: Sequence[SampleDistances], served: ServedModel, parent: str) -> dict[str, Any]:
+def top_k_artefacts(distances: Sequence[SampleDistances], engine: str, parent_engine: str) -> dict[str, Any]:
     """Describe the distribution of all tokens' divergences, what of it is certain, and how much was lumped."""
     every = array("d")
     for one in distances:
@@ -27,7 +26,7 @@ def top_k_artefacts(distances: Sequence[SampleDistances], served: ServedModel, p
         "samples": len(distances),
         "kl_percentiles": percentiles(every),
         "kl_histogram": histogram(every),
-        "engines": {"parent": parent, "variant": served.engine},
+        "engines": {"parent": parent_engine, "variant": engine},
         "kl_lower_bound": math.fsum(one.lower_bound for one in distances) / len(every),
         "lumped": {
             "parent": math.fsum(one.parent_rest for one in distances) / len(every),

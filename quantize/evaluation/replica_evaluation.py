@@ -28,11 +28,12 @@ from quantize.evaluation.replica_parent import (
     ServedParent,
     StoredParent,
     keep_completions,
-    kept_scores,
+    served_parent,
     stored_completions,
-    stored_scores,
+    stored_parent,
 )
-from quantize.evaluation.replica_scores import IN_FLIGHT_TOKENS, ReplicaScorer, ServedModel, gather_all, scorer
+from quantize.evaluation.replica_scores import IN_FLIGHT_TOKENS, ReplicaScorer, ServedModel, scorer
+from quantize.evaluation.request_window import gather_all
 from quantize.evaluation.sampling import Completion
 from quantize.evaluation.top_k_metrics import SampleDistances, SampleScores, sample_distances
 from quantize.running.stage_store import StageStore
@@ -89,16 +90,17 @@ class Progress:
 
 @dataclass(slots=True)
 class Reading:
-    """The distances of all samples, and the scores of the longest one, which become the golden prompt."""
+    """The distances of all samples, and both sides' scores of the longest one, which become the golden prompt."""
 
     distances: list[SampleDistances]
-    longest: tuple[int, list[float], list[float]] | None = None
+    longest: int = 0
+    longest_scores: tuple[list[float], list[float]] = ([], [])
 
-    def add(self, number: int, parent: SampleScores, variant: SampleScores) -> None:
-        """Take in a sample."""
+    def add(self, parent: SampleScores, variant: SampleScores) -> None:
+        """Take in the next sample."""
+        if len(parent) > len(self.longest_scores[0]):
+            self.longest, self.longest_scores = len(self.distances), (parent.came(), variant.came())
         self.distances.append(sample_distances(parent, variant))
-        if self.longest is None or len(parent) > len(self.longest[1]):
-            self.longest = (number, parent.came(), variant.came())
 
 
 def measure(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
@@ -161,32 +163,32 @@ async def _token_part(
     """Let both sides score the samples, and give the sums of each."""
     wanted = min(TOP_K, len(tokenizer), _MOST_ENTRIES // max(map(len, inputs.samples)))
     top_k = await servers.variant.scorer.most_logprobs(wanted)
-    key = store.scores_key(inputs.samples)
-    facts: dict[str, Any] = {"lengths": [len(ids) - 1 for ids in inputs.samples]}
-    if servers.parent is None:
-        entry = store.require(key, "scores")
-        facts = entry.facts
-        with stored_scores(entry) as stored:
-            reading = await _read_samples(servers.variant.scorer, stored, inputs, top_k, progress)
-    else:
-        parent = servers.parent
-        facts |= {"top_k": await parent.scorer.most_logprobs(wanted), "engine": parent.model.engine}
-        with kept_scores(store.store, key, facts) as file:
-            served = ServedParent(parent.scorer, inputs, facts["top_k"], file)
-            reading = await _read_samples(servers.variant.scorer, served, inputs, top_k, progress)
-            facts["kl_floor"] = await served.kl_floor()
-    measured = token_measurements(reading.distances, inputs) | {
-        "method": _method(servers.variant.model.engine, facts["engine"]),
-        "top_k": min(top_k, facts["top_k"]),
-        "kl_floor": facts["kl_floor"],
-    }
-    evidence = top_k_artefacts(reading.distances, servers.variant.model, facts["engine"])
-    progress.log(lumped_line(evidence, measured["top_k"]))
+    async with _parent_side(servers, store, inputs, wanted) as parent:
+        reading = await _read_samples(servers.variant.scorer, parent, inputs, top_k, progress)
+        kl_floor = await parent.kl_floor()
+    engine, top_k = servers.variant.model.engine, min(top_k, parent.top_k)
+    described = {"method": _method(engine, parent.engine), "top_k": top_k, "kl_floor": kl_floor}
+    evidence = top_k_artefacts(reading.distances, engine, parent.engine)
+    progress.log(lumped_line(evidence, top_k))
     evidence["worst"] = worst_artefacts(reading.distances, inputs, tokenizer)
-    if reading.longest:
-        number, ours, theirs = reading.longest
-        evidence["golden"] = golden_artefacts(inputs.samples[number], ours, theirs)
-    return {"measurements": measured, "evidence": evidence}
+    evidence["golden"] = golden_artefacts(inputs.samples[reading.longest], *reading.longest_scores)
+    return {"measurements": described | token_measurements(reading.distances, inputs), "evidence": evidence}
+
+
+@asynccontextmanager
+async def _parent_side(
+    servers: Servers, store: ParentStore, inputs: EvalInputs, wanted: int
+) -> AsyncIterator[ServedParent | StoredParent]:
+    """Lend the parent's server, or without one its answers of an earlier evaluation."""
+    key = store.scores_key(inputs.samples)
+    if servers.parent is None:
+        with stored_parent(store.require(key, "scores")) as stored:
+            yield stored
+        return
+    scorer, engine = servers.parent.scorer, servers.parent.model.engine
+    top_k = await scorer.most_logprobs(wanted)
+    with served_parent(store.store, key, scorer, engine, inputs, top_k) as served:
+        yield served
 
 
 async def _read_samples(
@@ -200,7 +202,7 @@ async def _read_samples(
     reading = Reading([])
     for number, ids in enumerate(inputs.samples):
         ours, theirs = await gather_all([parent.score(number), variant.score(ids, top_k)])
-        reading.add(number, ours, theirs)
+        reading.add(ours, theirs)
         progress(len(ids) - 1)
     return reading
 

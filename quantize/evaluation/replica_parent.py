@@ -11,7 +11,8 @@ from typing import Any, BinaryIO
 
 from quantize.errors import ReplicaError
 from quantize.evaluation.inputs import EvalInputs, GenerationTask
-from quantize.evaluation.replica_scores import ReplicaScorer, gather_all
+from quantize.evaluation.replica_scores import ReplicaScorer
+from quantize.evaluation.request_window import gather_all
 from quantize.evaluation.sampling import Completion
 from quantize.evaluation.top_k_metrics import SampleScores, sample_distances
 from quantize.running.stage_store import StageKey, StageResult, StageStore, stage_key
@@ -57,10 +58,11 @@ class ParentStore:
 class ServedParent:
     """The parent's server, and a file that takes what it says."""
 
-    def __init__(self, scorer: ReplicaScorer, inputs: EvalInputs, top_k: int, file: BinaryIO) -> None:
-        self.top_k = top_k
+    def __init__(self, scorer: ReplicaScorer, engine: str, inputs: EvalInputs, top_k: int, file: BinaryIO) -> None:
+        self.engine, self.top_k = engine, top_k
         self._scorer, self._inputs, self._file = scorer, inputs, file
         self._first: list[SampleScores] = []
+        self._kl_floor: float | None = None
 
     async def score(self, number: int) -> SampleScores:
         """Score one sample, and keep it; called once for each, in order."""
@@ -75,34 +77,48 @@ class ServedParent:
         cut = [self._inputs.samples[number][: _FLOOR_TOKENS + 1] for number in range(len(self._first))]
         again = await gather_all([self._scorer.score(ids, self.top_k) for ids in cut])
         distances = [sample_distances(first, second) for first, second in zip(self._first, again, strict=True)]
-        return sum(sum(one.divergence) for one in distances) / sum(map(len, distances))
+        self._kl_floor = sum(sum(one.divergence) for one in distances) / sum(map(len, distances))
+        return self._kl_floor
+
+    def facts(self) -> dict[str, Any]:
+        """Give what is kept beside the file."""
+        lengths = [len(ids) - 1 for ids in self._inputs.samples]
+        return {"engine": self.engine, "top_k": self.top_k, "lengths": lengths, "kl_floor": self._kl_floor}
 
 
 class StoredParent:
     """What the parent's server said in an earlier evaluation of the same samples."""
 
     def __init__(self, entry: StageResult, file: BinaryIO) -> None:
+        self.engine: str = entry.facts["engine"]
         self.top_k: int = entry.facts["top_k"]
-        self._lengths: list[int] = entry.facts["lengths"]
-        self._file = file
+        self._facts, self._file = entry.facts, file
 
     async def score(self, number: int) -> SampleScores:
         """Read one sample's scores; called once for each, in order."""
-        return read_stored(self._file, self._lengths[number], self.top_k + 1)
+        return read_stored(self._file, self._facts["lengths"][number], self.top_k + 1)
+
+    async def kl_floor(self) -> float | None:
+        """Give the divergence of the parent from itself in that evaluation."""
+        floor: float | None = self._facts["kl_floor"]
+        return floor
 
 
 @contextmanager
-def kept_scores(store: StageStore, key: StageKey, facts: dict[str, Any]) -> Iterator[BinaryIO]:
-    """Lend a file for the parent's scores; it is kept with `facts`, which the body fills, if the body succeeds."""
+def served_parent(
+    store: StageStore, key: StageKey, scorer: ReplicaScorer, engine: str, inputs: EvalInputs, top_k: int
+) -> Iterator[ServedParent]:
+    """Lend the parent's server; what it says is kept if the body succeeds."""
     with store.staging(key) as staged:
         with (staged / _SCORES_FILE).open("wb") as file:
-            yield file
-        store.keep(key, staged, facts)
+            parent = ServedParent(scorer, engine, inputs, top_k, file)
+            yield parent
+        store.keep(key, staged, parent.facts())
 
 
 @contextmanager
-def stored_scores(entry: StageResult) -> Iterator[StoredParent]:
-    """Lend the scores of an earlier evaluation."""
+def stored_parent(entry: StageResult) -> Iterator[StoredParent]:
+    """Lend what the parent said in an earlier evaluation."""
     with (entry.directory / _SCORES_FILE).open("rb") as file:
         yield StoredParent(entry, file)
 

@@ -24,6 +24,7 @@ import httpx
 import msgspec
 
 from quantize.errors import ReplicaError
+from quantize.evaluation.request_window import PromptWindow, gather_all
 from quantize.evaluation.sampling import Completion, GenerationRequest, SamplingParameters, noise_seed
 from quantize.evaluation.top_k_metrics import SampleScores
 
@@ -182,32 +183,6 @@ class ReplicaScorer:
         return msgspec.json.decode(content, type=kind)
 
 
-class PromptWindow:
-    """Admits requests while they are few and their prompts short together; a long prompt waits until it is alone."""
-
-    def __init__(self, requests: int, tokens: int) -> None:
-        self._requests, self._tokens = requests, tokens
-        self._running: list[int] = []
-        self._changed = asyncio.Condition()
-
-    @asynccontextmanager
-    async def holding(self, tokens: int) -> AsyncIterator[None]:
-        """Wait for room for a prompt of so many tokens, and take it."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._has_room(tokens))
-            self._running.append(tokens)
-        try:
-            yield
-        finally:
-            async with self._changed:
-                self._running.remove(tokens)
-                self._changed.notify_all()
-
-    def _has_room(self, tokens: int) -> bool:
-        fits = len(self._running) < self._requests and sum(self._running) + tokens <= self._tokens
-        return fits or not self._running
-
-
 @asynccontextmanager
 async def scorer(url: str, api_key: str | None, pause_seconds: float = _PAUSE_SECONDS) -> AsyncIterator[ReplicaScorer]:
     """Lend a server's client; `api_key` is that of vLLM's `--api-key`, if it has one.
@@ -219,16 +194,6 @@ async def scorer(url: str, api_key: str | None, pause_seconds: float = _PAUSE_SE
     limits = httpx.Limits(max_connections=CONCURRENT_COMPLETIONS)
     async with httpx.AsyncClient(timeout=timeout, limits=limits, headers=headers, trust_env=False) as client:
         yield ReplicaScorer(url, client, pause_seconds)
-
-
-async def gather_all(work: Sequence[Any]) -> list[Any]:
-    """Await coroutines side by side and return their results; the first error ends all and is raised."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one) for one in work]
-    except BaseExceptionGroup as failed:
-        raise failed.exceptions[0] from None
-    return [task.result() for task in tasks]
 
 
 def read_scores(ids: Sequence[int], positions: Sequence[msgspec.Raw], top_k: int) -> SampleScores:
@@ -275,20 +240,20 @@ def _root(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1")
 
 
-async def _read(response: httpx.Response, most_bytes: int) -> bytes:
+async def _read(response: httpx.Response, most_bytes: int) -> bytearray:
     content = bytearray()
     async for chunk in response.aiter_bytes():
         content += chunk
         if len(content) > most_bytes:
             raise ValueError(f"an answer of more than {most_bytes} bytes")
-    return bytes(content)
+    return content
 
 
-def _kept(response: httpx.Response, content: bytes) -> httpx.Response:
-    return httpx.Response(response.status_code, content=content)
+def _kept(response: httpx.Response, content: bytearray) -> httpx.Response:
+    return httpx.Response(response.status_code, content=bytes(content))
 
 
-def _said(content: bytes) -> str:
+def _said(content: bytearray) -> str:
     """Return the message of vLLM's error body, or its beginning."""
     try:
         text = str(msgspec.json.decode(content)["error"]["message"])

@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 
 from quantize.errors import ReplicaError
-from quantize.evaluation.replica_scores import PromptWindow, ReplicaScorer, gather_all, scorer, without_end
+from quantize.evaluation.replica_scores import ReplicaScorer, scorer, without_end
+from quantize.evaluation.request_window import PromptWindow, gather_all
 from quantize.evaluation.sampling import GenerationRequest, SamplingParameters, noise_seed
 from quantize.evaluation.top_k_metrics import sample_distances
 from tests.fakes.distributions import next_logprobs, ranked
