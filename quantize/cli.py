@@ -29,9 +29,9 @@ from quantize.planning.plan import (
     this_cpu_has_amx,
 )
 from quantize.planning.recipe_file import load_recipe, purpose_of, shipped_recipes
-from quantize.planning.recipe_schema import EvaluationTable, RecipeFile
-from quantize.planning.request import DEFAULT_TEXT, Request
-from quantize.planning.resolve import chosen_evaluation, resolve
+from quantize.planning.recipe_schema import RecipeFile
+from quantize.planning.request import Request
+from quantize.planning.resolve import evaluation_max_tokens, evaluation_of, resolve
 from quantize.report.text_report import quality_line, summary_line
 from quantize.running.memory import present_machine
 from quantize.running.progress import ProgressReporter
@@ -129,14 +129,14 @@ def run_log(path: Path | None) -> Iterator[TextIO | None]:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    evaluation = chosen_evaluation(options, EvaluationTable())
+    evaluation = evaluation_of(options)
     run_options = RunOptions(child_environ(process_environment()), ProgressReporter(sys.stderr), evaluation)
     quality = evaluate_directory(
         options.variant,
         options.against,
         options.data or shipped_files(),
         run_options,
-        max_tokens=options.max_tokens or DEFAULT_TEXT[present_engine()].max_tokens,
+        max_tokens=evaluation_max_tokens(options, present_engine()),
         every_row=options.every_row,
     )
     print(quality.model_dump_json(indent=2) if options.json else quality_line(quality))

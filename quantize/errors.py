@@ -10,6 +10,7 @@ QuantizeError                 exit code 1
 ├── BusyError                 exit code 4: another process makes the same variant
 ├── SpaceError                the disk filled up on the way
 ├── WorkerError               a child process ended without a result
+├── ReplicaError              a running server can't be reached, refuses, dies, or serves another model
 ├── SolveError                GPTQ fell back or diverged in named modules
 ├── WeightFileError           a weight file is missing, damaged or truncated
 └── VariantError              a variant directory can't be read back, or was altered
@@ -68,6 +69,10 @@ class SpaceError(QuantizeError):
 
 class WorkerError(QuantizeError):
     """A child process ended without a result."""
+
+
+class ReplicaError(QuantizeError):
+    """A running server can't be measured; the message names its URL."""
 
 
 class SolveError(QuantizeError):

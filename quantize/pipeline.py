@@ -42,6 +42,7 @@ from quantize.stages.sealing import seal_variant
 from quantize.stages.solve import settle_scheme, solve
 from quantize.stages.tokens import tokenize
 from quantize.stages.variant_run import VariantRun, kept_after_failure
+from quantize.variants.weight_bits import read_weight_bits
 from quantize.variants.weights import read_packing
 
 
@@ -84,8 +85,12 @@ def evaluate_directory(
     every_row: bool = False,
     evidence: Path | None = None,
 ) -> Quality:
-    """Measure any readable variant against a base, on the held-out rows of `data` or on all of them."""
-    bits = read_packing(variant).bits
+    """Measure a variant against a base, on the held-out rows of `data` or on all of them.
+
+    Any that transformers or this package can read; through a replica, any that the replica serves.
+    """
+    served = options.evaluation.replica is not None
+    bits = read_weight_bits(variant) if served else read_packing(variant).bits
     limits_for(bits, options.evaluation.limits)
     if options.evaluation.tasks:
         read_questions(options.evaluation.tasks)
@@ -95,8 +100,9 @@ def evaluate_directory(
     if not held_out:
         raise CalibrationError(["no held-out rows to evaluate on; pass more text with --data, or --every-row"])
     parent = read_base(base, digested=False)
-    variant_bytes = sum(file.stat().st_size for file in weight_files(variant))
-    require_evaluation_room(parent, options.evaluation, variant_bytes, present_machine())
+    if not served:
+        variant_bytes = sum(file.stat().st_size for file in weight_files(variant))
+        require_evaluation_room(parent, options.evaluation, variant_bytes, present_machine())
     parent = with_digest(parent)
     with run_context(options) as context:
         samples = tokenize_samples(base, CalibrationSplit((), held_out), max_tokens, context).held_out

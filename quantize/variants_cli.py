@@ -21,11 +21,9 @@ from quantize.module_tree import with_module_tree
 from quantize.options import RunOptions
 from quantize.pipeline import evaluate_directory
 from quantize.planning.flag_values import size
-from quantize.planning.flags import add_evaluation
+from quantize.planning.flags import add_evaluation, add_replicas
 from quantize.planning.plan import present_engine
-from quantize.planning.recipe_schema import EvaluationTable
-from quantize.planning.request import DEFAULT_TEXT
-from quantize.planning.resolve import chosen_evaluation
+from quantize.planning.resolve import evaluation_max_tokens, evaluation_of
 from quantize.report.text_report import disposal_lines, stage_listing, summary_line, variant_table, variant_text
 from quantize.running.progress import ProgressReporter
 from quantize.running.stage_store import stage_store
@@ -145,7 +143,7 @@ def _adopt(options: argparse.Namespace) -> int:
     run_options = RunOptions(
         child_environ(process_environment()),
         ProgressReporter(sys.stderr),
-        chosen_evaluation(options, EvaluationTable()),
+        evaluation_of(options),
     )
 
     base = with_module_tree(read_base(options.against), run_options.environ)
@@ -156,7 +154,7 @@ def _adopt(options: argparse.Namespace) -> int:
             options.against,
             options.data or shipped_files(),
             run_options,
-            max_tokens=options.max_tokens or DEFAULT_TEXT[present_engine()].max_tokens,
+            max_tokens=evaluation_max_tokens(options, present_engine()),
             every_row=options.every_row,
             evidence=options.directory / EVALUATION_FILE,
         )
@@ -304,7 +302,7 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
 
 def _add_adopt(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("directory", type=Path, metavar="DIR", help="made by AutoGPTQ, GPTQModel or llm-compressor")
+    add("directory", type=Path, metavar="DIR", help="made by AutoGPTQ, GPTQModel, llm-compressor, ...")
     add("--against", type=Path, required=True, metavar="BASE", help="its unquantized parent")
     add(
         "--data",
@@ -317,6 +315,7 @@ def _add_adopt(parser: argparse.ArgumentParser) -> None:
     add("--every-row", action="store_true", help="evaluate on all rows: none was used for its calibration")
     add("--max-tokens", type=int, metavar="N", help="truncate each chat (default: 4096 on a GPU, 2048 on a CPU)")
     add("--json", action="store_true", help="print JSON")
+    add_replicas(parser)
     add_evaluation(parser)
 
 

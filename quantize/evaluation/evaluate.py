@@ -17,6 +17,9 @@ from quantize.running.stage_store import stage_store
 from quantize.running.worker import run_worker
 from quantize.variants.checkpoint import write_json
 
+# Of a chat that replicas score: what a vLLM server on a CPU reads in one step. Longer ones may need more memory than a
+# server has, since its memory profile does not see the logits of a prompt.
+REPLICA_SAMPLE_TOKENS = 2048
 _SAMPLE_KEYS = ("ids", "sha256", "reasoning", "answer", "is_text")
 # Some held-out rows have no prompt, some the same one: so many are looked at for each that is wanted.
 _TRIES_A_PROMPT = 4
@@ -29,6 +32,9 @@ class EvaluationPlan:
     `chats` held-out samples are read, or fewer where they have more than `tokens` tokens together; `prompts` of the
     held-out chats (0: none) are completed with each of `seeds` seeds in at most `new_tokens`; `tasks` is a JSONL file
     of questions, answered in at most `task_tokens` each.
+
+    `replica` is the URL of a vLLM server of the variant, through which it is measured, and `parent_replica` that of its
+    parent; without the latter, the parent's answers of an earlier evaluation are used. None: transformers measures.
     """
 
     chats: int = 96
@@ -39,6 +45,8 @@ class EvaluationPlan:
     tasks: Path | None = None
     task_tokens: int = 512
     limits: Mapping[str, float] = field(default_factory=dict)
+    replica: str | None = None
+    parent_replica: str | None = None
 
 
 DEFAULT_PLAN = EvaluationPlan()
@@ -71,7 +79,7 @@ def evaluate(
 
     The parent's outputs are kept under `base_digest` for its other variants; without one they are not. What lies
     behind the figures is written to the file `evidence`. RecipeError for an unknown limit, CalibrationError for
-    broken questions or no text, VariantError for a variant that can't be measured.
+    broken questions or no text, VariantError for a variant that can't be measured, ReplicaError for a server.
     """
     limits_for(bits, plan.limits)
     evaluation = measure(variant, base, held_out, context, plan=plan, base_digest=base_digest)
@@ -89,18 +97,19 @@ def measure(
     plan: EvaluationPlan,
     base_digest: str,
 ) -> Evaluation:
-    """Run the evaluation in a child process."""
+    """Run the evaluation in a child process: by transformers, or through replicas."""
     job = _job(variant, base, plan, base_digest, context) | {
         "samples": [_slim(sample) for sample in samples_of(held_out, plan)],
         "prompted": [_slim(sample) for sample in held_out[: _TRIES_A_PROMPT * plan.prompts]],
     }
     with context.progress.stage("evaluation", "tokens") as advance:
         result = run_worker(
-            "quantize.evaluation.evaluation_child",
+            "quantize.evaluation.replica_evaluation" if plan.replica else "quantize.evaluation.evaluation_child",
             job,
             folder=context.folder,
             environ=context.environ,
             on_progress=advance,
+            on_event=lambda event: context.progress.log(event["line"]),
         )
     evidence = result["evidence"] | {"loss_outliers": loss_outliers(read_modules(variant))}
     return Evaluation(Measurements.model_validate(result["measurements"]), evidence)
@@ -143,6 +152,8 @@ def _job(variant: Path, base: Path, plan: EvaluationPlan, base_digest: str, cont
         "new_tokens": plan.new_tokens,
         "questions": [asdict(question) for question in questions],
         "task_tokens": plan.task_tokens,
+        "replica": plan.replica,
+        "parent_replica": plan.parent_replica,
     }
 
 

@@ -5,7 +5,7 @@ First the parent runs, if the cache doesn't know what it says, then the variant;
 """
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,23 +13,20 @@ from typing import Any
 
 from config.estimates import percentile
 from config.measurements import ChatMetrics
-from quantize.calibration.thinking import markers_of
 from quantize.calibration.tokenizing import load_tokenizer
 from quantize.dense_models import layered_variant, load_variant, reclaim
 from quantize.errors import CalibrationError, VariantError
 from quantize.evaluation.artefacts import (
     divergence_artefacts,
     golden_artefacts,
-    pair_artefacts,
     worst_artefacts,
 )
-from quantize.evaluation.inputs import EvalInputs, completion_outcome, prepare, text_of
+from quantize.evaluation.completion_measurements import completion_measurements, task_measurements
+from quantize.evaluation.inputs import EvalInputs, prepare
 from quantize.evaluation.lm_head import find_lm_head
-from quantize.evaluation.paired_completions import pair_metrics
 from quantize.evaluation.parent_outputs import ParentCaches, ParentOutputs, read_parent
 from quantize.evaluation.sample_metrics import LmHeads, SampleMetrics, read_samples
-from quantize.evaluation.sampling import Completion, generate
-from quantize.evaluation.tasks import dataset_digest, is_right, question_from
+from quantize.evaluation.sampling import generate
 from quantize.evaluation.token_metrics import token_sums
 from quantize.running.worker import WorkerChannel, run_child
 
@@ -135,38 +132,6 @@ def read_measurements(
     }
     worst, golden = worst_artefacts(reading, inputs, tokenizer), golden_artefacts(reading, inputs)
     return {"measurements": measured, "evidence": divergence_artefacts(reading) | {"worst": worst, "golden": golden}}
-
-
-def completion_measurements(
-    ours: Sequence[Completion], theirs: Sequence[Completion], inputs: EvalInputs, tokenizer: Any
-) -> dict[str, dict[str, Any]]:
-    """Give how parent and variant completed the same prompts."""
-    requests = inputs.prompts.requests
-    parent, variant = (
-        [completion_outcome(one, request, tokenizer) for one, request in zip(completions, requests, strict=True)]
-        for completions in (ours, theirs)
-    )
-    pairs = [pair.model_dump() for pair in pair_metrics(requests, parent, variant)]
-    return {
-        "measurements": {"new_tokens": inputs.prompts.sampling.new_tokens, "completions": pairs},
-        "evidence": {"generations": pair_artefacts(requests, parent, variant, tokenizer)},
-    }
-
-
-def task_measurements(
-    ours: Sequence[Completion], theirs: Sequence[Completion], questions: Sequence[dict[str, Any]], tokenizer: Any
-) -> dict[str, dict[str, Any]]:
-    """Give which questions parent and variant answer correctly."""
-    asked, markers = [question_from(told) for told in questions], markers_of(tokenizer)
-    parent, variant = (
-        [
-            is_right(text_of(completion.ids, tokenizer), question.answer, markers)
-            for completion, question in zip(said, asked, strict=True)
-        ]
-        for said in (ours, theirs)
-    )
-    tasks = {"dataset_sha256": dataset_digest(asked), "parent": parent, "variant": variant}
-    return {"measurements": {"tasks": tasks}, "evidence": {}}
 
 
 if __name__ == "__main__":

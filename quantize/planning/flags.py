@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from quantize.calibration.datasets import MAX_BAD
-from quantize.evaluation.evaluate import DEFAULT_PLAN
+from quantize.evaluation.evaluate import DEFAULT_PLAN, REPLICA_SAMPLE_TOKENS
 from quantize.planning.flag_values import (
     address,
     count,
@@ -38,8 +38,9 @@ exit codes: 0 done (or this very variant was there already), 1 failed, 2 usage, 
 """
 _EVALUATE = "Measure how far a variant is from its base, whoever made it."
 _EVALUATE_EXAMPLES = """\
-example:
+examples:
   quantgate evaluate variants/qwq-int4 --against models/QwQ-32B --data chats.jsonl --limit kl_mean=0.03 --gate
+  quantgate evaluate variants/qwq-fp8 --against models/QwQ-32B --replica http://h:8001 --parent-replica http://h:8000
 
 exit codes: 0 done, 1 failed, 2 usage, 3 --gate and a limit was missed
 """
@@ -65,7 +66,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     """Describe `quantgate evaluate`."""
     parser = _parser("quantgate evaluate", _EVALUATE, _EVALUATE_EXAMPLES)
     add = parser.add_argument
-    add("variant", type=Path, help="quantized model directory: GPTQ 4/8 bits or w8a8")
+    add("variant", type=Path, help="quantized model directory: GPTQ 4/8 bits or w8a8; with --replica any format")
     add("--against", type=Path, required=True, metavar="BASE", help="its unquantized parent")
     add(
         "--data",
@@ -80,11 +81,29 @@ def evaluate_parser() -> argparse.ArgumentParser:
         "--max-tokens",
         type=int,
         metavar="N",
-        help=f"cut each chat to this (default: {_by_device('max_tokens')})",
+        help=f"cut each chat to this (default: {_by_device('max_tokens')}; with --replica {REPLICA_SAMPLE_TOKENS})",
     )
+    add_replicas(parser)
     add_evaluation(parser)
     _add_gate(parser.add_argument_group("output"))
     return parser
+
+
+def add_replicas(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name the servers through which a variant is measured."""
+    group = parser.add_argument_group(
+        "replicas",
+        "Measure through running vLLM servers instead of transformers: any format that vLLM serves, without a model in "
+        "this machine's memory. Start both with --max-logprobs 1024 if you can: of less, the KL divergence is a looser "
+        "lower bound. VLLM_API_KEY is their key, if they have one. Keep other requests off them meanwhile.",
+    )
+    group.add_argument("--replica", type=address, metavar="URL", help="a server of the variant, http://host:port")
+    group.add_argument(
+        "--parent-replica",
+        type=address,
+        metavar="URL",
+        help="a server of its parent (default: what it answered in an earlier evaluation on the same chats)",
+    )
 
 
 def add_evaluation(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 from config.manifest import Engine, Override, Scheme
 from quantize.calibration.datasets import MAX_BAD
 from quantize.errors import RecipeError
-from quantize.evaluation.evaluate import DEFAULT_PLAN, EvaluationPlan
+from quantize.evaluation.evaluate import DEFAULT_PLAN, REPLICA_SAMPLE_TOKENS, EvaluationPlan
 from quantize.planning.recipe import Budget, Devices
 from quantize.planning.recipe_file import AUTO, scheme_of
 from quantize.planning.recipe_schema import EvaluationTable, OverrideTable, RecipeFile, SchemeTable, SolverTable
@@ -101,6 +101,23 @@ def chosen_evaluation(options: argparse.Namespace, table: EvaluationTable) -> Ev
         task_tokens=first(options.task_tokens, table.task_tokens, default.task_tokens),
         limits={**table.limits, **dict(options.limit or ())},
     )
+
+
+def evaluation_of(options: argparse.Namespace) -> EvaluationPlan:
+    """Take what is measured from the flags of `evaluate` and `adopt`, URLs of replicas included.
+
+    RecipeError for the URL of a parent without that of its variant.
+    """
+    if options.parent_replica and not options.replica:
+        raise RecipeError("--parent-replica needs --replica, the URL of a server of the variant")
+    plan = chosen_evaluation(options, EvaluationTable())
+    return replace(plan, replica=options.replica, parent_replica=options.parent_replica)
+
+
+def evaluation_max_tokens(options: argparse.Namespace, present: Engine) -> int:
+    """Tell to how many tokens `evaluate` and `adopt` cut a chat."""
+    given: int | None = options.max_tokens
+    return given or (REPLICA_SAMPLE_TOKENS if options.replica else DEFAULT_TEXT[present].max_tokens)
 
 
 def first(flag: Any, said: Any, default: _Value) -> _Value:

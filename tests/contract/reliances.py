@@ -67,7 +67,8 @@ REQUEST_FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "CompletionRequest": (
             *(*COMPLETIONS.length_keys, *COMPLETIONS.prompt_keys),
-            *("prompt_logprobs", "return_token_ids", "ignore_eos", "stream_options", "n", "echo"),
+            *("prompt_logprobs", "ignore_eos", "stream_options", "n", "echo"),
+            *("seed", "top_k", "repetition_penalty", "stop_token_ids", "skip_special_tokens", "return_token_ids"),
         ),
         "ResponsesRequest": (
             *(*RESPONSES.length_keys, *RESPONSES.prompt_keys),
@@ -114,6 +115,7 @@ TEXTS: tuple[tuple[str, str, str], ...] = (
     ("v1/engine/exceptions.py", "EngineCore", "gateway: errors of a dead engine are not passed on"),
     ("entrypoints/serve/instrumentator/basic.py", "server_load", "serving: requests of a replica that drains"),
     ("entrypoints/serve/middleware/x_request_id.py", "X-Request-Id", "gateway: request ids in replicas' logs"),
+    ("sampling_params.py", "greater than max allowed: ", "quantize: evaluation through replicas"),
     ("plugins/__init__.py", "vllm.general_plugins", "serving: the plugin for CPUs"),
     ("config/lora.py", f"MaxLoRARanks = Literal[{', '.join(map(str, LORA_RANKS))}]", "config: ranks of LoRA adapters"),
     ("lora/peft_helper.py", "adapter_config.json", "config: reads the same file"),

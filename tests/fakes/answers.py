@@ -43,7 +43,7 @@ def usage_chunk(ask: Ask) -> dict[str, Any]:
 
 def whole(ask: Ask) -> dict[str, Any]:
     """The answer to a client who did not ask for a stream."""
-    ending = {"finish_reason": ask.finish_reason, "stop_reason": None, "token_ids": None}
+    ending = {"finish_reason": ask.finish_reason, "stop_reason": None, "token_ids": ask.token_ids}
     return {
         **_envelope(ask, WHOLE_OBJECTS[ask.kind]),
         "choices": [

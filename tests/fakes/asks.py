@@ -14,6 +14,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import TypeAdapter, ValidationError
 
 from config.golden import Golden
+from tests.fakes.distributions import prompt_logprobs
 from tests.fakes.http_server import Request
 from tests.fakes.options import Options
 
@@ -54,6 +55,7 @@ class Ask:
     continuous_usage: bool
     fingerprint: str | None
     prompt_logprobs: list[dict[str, Any] | None] | None
+    token_ids: list[int] | None
     logprobs: bool
     tool: str | None  # called instead of saying something; the tokens are pieces of its arguments
     body: Mapping[str, Any]  # what was asked, for dialects that repeat it
@@ -125,6 +127,7 @@ def read_ask(kind: Kind, request: Request, options: Options) -> Ask:
         continuous_usage=options.force_usage or bool(asked_usage.get("continuous_usage_stats")),
         fingerprint=options.fingerprint,
         prompt_logprobs=_prompt_logprobs(body, options),
+        token_ids=_token_ids(body, steps, finish_reason),
         logprobs=body.get("logprobs") not in (None, False),
         tool=tool,
         body=asked,
@@ -181,13 +184,19 @@ def detokenize(tokens: list[int]) -> str:
 
 
 def _prompt_logprobs(body: Mapping[str, Any], options: Options) -> list[dict[str, Any] | None] | None:
-    """What this model says of a prompt's tokens: what its directory's golden prompt has, or -1; shifted by a fault."""
-    tokens = body.get("prompt")
-    if body.get("prompt_logprobs") is None or not isinstance(tokens, list):
+    """What this model says of a prompt's tokens: its known distribution, its directory's golden prompt, or -1."""
+    tokens, top, faults = body.get("prompt"), body.get("prompt_logprobs"), options.faults
+    if top is None or not isinstance(tokens, list) or faults.no_prompt_logprobs:
         return None
+    if top > options.max_logprobs:
+        allowed = options.max_logprobs
+        message = f"Requested prompt logprobs of {top}, which is greater than max allowed: {allowed}"
+        raise ApiError(400, "BadRequestError", message, "prompt_logprobs")
+    if faults.vocabulary:
+        return prompt_logprobs(tokens, top, faults.vocabulary, faults.noise)
     golden = Golden.read(Path(options.model))
     known = golden.variant if golden and list(golden.ids) == tokens else (-1.0,) * (len(tokens) - 1)
-    shift = options.faults.logprob_shift
+    shift = faults.logprob_shift
     return [
         None,
         *(
@@ -195,6 +204,16 @@ def _prompt_logprobs(body: Mapping[str, Any], options: Options) -> list[dict[str
             for token, logprob in zip(tokens[1:], known, strict=True)
         ),
     ]
+
+
+def _token_ids(body: Mapping[str, Any], steps: int, finish_reason: str) -> list[int] | None:
+    """Tokens of the first choice, which follow the seed; one that stops ends with a token that it was to stop at."""
+    if not body.get("return_token_ids"):
+        return None
+    ends = body.get("stop_token_ids") or []
+    first = int(body.get("seed") or 0) % 50
+    tokens = [100 + (first + step) % 50 for step in range(steps)]
+    return [*tokens[:-1], ends[0]] if ends and finish_reason == "stop" else tokens
 
 
 def _as_chat(kind: Kind, body: dict[str, Any]) -> dict[str, Any]:

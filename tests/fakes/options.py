@@ -25,6 +25,9 @@ class Faults:
     first_token_seconds: float
     drop_after_tokens: int | None
     logprob_shift: float
+    vocabulary: int
+    noise: float
+    no_prompt_logprobs: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Options:
     port: int
     max_model_len: int
     max_num_seqs: int
+    max_logprobs: int
     api_keys: frozenset[str]
     shutdown_timeout_seconds: float
     keep_alive_seconds: float
@@ -82,6 +86,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str]) -> Options:
         port=given.port,
         max_model_len=given.max_model_len,
         max_num_seqs=given.max_num_seqs,
+        max_logprobs=given.max_logprobs,
         api_keys=frozenset(given.api_key or ([environment_key] if environment_key else [])),
         shutdown_timeout_seconds=given.shutdown_timeout,
         keep_alive_seconds=float(environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "5")),
@@ -116,6 +121,7 @@ def _add_vllm_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=_length, default=32768)
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--max-num-queued-reqs", type=int)
+    parser.add_argument("--max-logprobs", type=int, default=20)
     parser.add_argument("--api-key", nargs="*")
     parser.add_argument("--shutdown-timeout", type=float, default=0.0)
     parser.add_argument("--fingerprint-value")
@@ -133,6 +139,8 @@ def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
     fake.add_argument("--fake-reasoning-tokens", dest="reasoning_tokens", type=int, default=0)
     fake.add_argument("--fake-think-prefix", dest="think_prefix", action="store_true")
     fake.add_argument("--fake-think-tokens", dest="think_tokens", action="store_true")
+    fake.add_argument("--fake-vocabulary", dest="vocabulary", type=int, default=0)
+    fake.add_argument("--fake-noise", dest="noise", type=float, default=0.0)
     fake.add_argument("--fake-split-bytes", dest="split_bytes", type=int)
 
 
@@ -146,6 +154,7 @@ def _add_fault_flags(parser: argparse.ArgumentParser) -> None:
     fake.add_argument("--fake-stall-before-first-byte", dest="stall_before_first_byte", action="store_true")
     fake.add_argument("--fake-stall-after-tokens", dest="stall_after_tokens", type=int)
     fake.add_argument("--fake-first-token-seconds", dest="first_token_seconds", type=float, default=0.0)
+    fake.add_argument("--fake-no-prompt-logprobs", dest="no_prompt_logprobs", action="store_true")
     fake.add_argument("--fake-logprob-shift", dest="logprob_shift", type=float, default=0.0)
     fake.add_argument("--fake-drop-after-tokens", dest="drop_after_tokens", type=int)
 
