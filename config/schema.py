@@ -13,6 +13,8 @@ from urllib.parse import unquote_to_bytes
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
 
+from config.vllm import KvCacheDtype
+
 SIZE_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 # RFC 1123 host names and underscores. Resolvers differ in how they handle others, so they are rejected here.
 HOST_NAME = r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?"
@@ -138,7 +140,6 @@ Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 # A value in a configuration of the engine that is passed on as it is.
 EngineValue = str | bool | Annotated[int, Field(ge=0, le=MAX_COUNT)] | float
-KvCacheDtype = Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"]
 Servers = Annotated[int, Field(ge=1, le=MAX_SERVERS)]
 
 
@@ -227,7 +228,7 @@ class VariantSettings(Table):
     """A model directory, or the declared properties of a variant whose replicas have a `url`."""
 
     path: FileName | None = None
-    precision: Literal["bf16", "fp16", "fp32", "fp8", "int8", "int4"] | None = None
+    precision: Literal["bf16", "fp16", "fp32", "fp8", "fp4", "int8", "int4"] | None = None
     quality: DeclaredQuality | None = None
 
 

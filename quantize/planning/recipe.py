@@ -73,7 +73,7 @@ class Recipe:
         payload = {
             "revision": _REVISION,
             "base": self.base.digest,
-            "scheme": self.scheme.model_dump(mode="json") if self.budget is None else _told(self.budget),
+            "scheme": self.scheme.identity() if self.budget is None else _told(self.budget),
             "calibration": sorted((dataset.sha256, dataset.weight) for dataset in self.datasets),
             "samples": self.samples,
             "max_tokens": self.max_tokens,

@@ -69,7 +69,7 @@ def solve_key(recipe: Recipe, samples: Samples, expert_fallback: str) -> StageKe
     return stage_key(
         "solve",
         recipe=recipe.digest(),
-        scheme=recipe.scheme.model_dump(mode="json"),
+        scheme=recipe.scheme.identity(),
         samples=[sample["ids"] for sample in samples.calibration],
         expert_fallback=expert_fallback,
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from config.hardware import read_cores, read_gpus
+from config.hardware import read_cores, read_gpus, read_processor
 from config.memory import read_memory
 from config.variant import read_model_config
 from serving.machine import port_is_free
@@ -27,7 +27,13 @@ def read_machine(launches: Iterable[Launch]) -> MachineFacts:
     gpus = read_gpus() if any(launch.engine == "cuda" for launch in launches) else ()
     nodes = len({core.node for core in read_cores()})
     busy = {launch.port for launch in launches if launch.port is not None and not port_is_free(launch.port)}
-    return MachineFacts(read_memory().free_bytes, nodes, gpus, frozenset(busy))
+    return MachineFacts(read_memory().free_bytes, nodes, gpus, frozenset(busy), _flags())
+
+
+def _flags() -> frozenset[str] | None:
+    """Return the instruction sets of an x86 CPU; None: the table of formats names none of others."""
+    processor = read_processor()
+    return processor.flags if processor.architecture == "x86_64" else None
 
 
 def _weight_bytes(directory: Path) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from config.errors import ManifestError
+from config.vllm import kv_cache_refusal
 from serving.errors import LaunchRefused
 from serving.preflight.facts import MachineFacts, ModelFacts
 from serving.preflight.memory import cache_reason, memory_reasons, oversubscribed_gpus
@@ -56,6 +57,7 @@ def unservable(launch: Launch, model: ModelFacts) -> list[str]:
         *(sharing := list(sharing_reasons(model, settings))),
         # Without a valid split there is no shape per rank.
         None if sharing else unfit_shape(model, engine, settings.tensor_parallel),
+        kv_cache_refusal(settings.kv_cache_dtype, engine),
         cache_reason(launch, model),
     ]
     return [reason for reason in reasons if reason]
@@ -68,6 +70,7 @@ def oversubscribed(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineF
         *_ports(launches, machine),
         *oversubscribed_gpus(launches, machine.gpus),
         *_nodes(launches, machine),
+        *_instructions(pairs, machine),
         *memory_reasons(pairs, machine),
     ]
 
@@ -89,6 +92,18 @@ def _nodes(launches: Sequence[Launch], machine: MachineFacts) -> Iterator[str]:
                 f"{launch.replica_id}: with cores: auto each of the {ranks} ranks needs a NUMA node, there are "
                 f"{machine.numa_nodes}; leave cores out, or lower tensor_parallel"
             )
+
+
+def _instructions(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineFacts) -> Iterator[str]:
+    """List the launches for whose weights or KV cache this CPU has no instructions."""
+    for launch, model in pairs:
+        if launch.engine != "cpu" or machine.flags is None:
+            continue
+        reasons = (
+            None if unloadable(model.quantization, "cpu") else unloadable(model.quantization, "cpu", machine.flags),
+            kv_cache_refusal(launch.settings.kv_cache_dtype, "cpu", machine.flags),
+        )
+        yield from (f"{launch.replica_id}: {reason}" for reason in reasons if reason)
 
 
 def _model(launch: Launch) -> ModelFacts:
