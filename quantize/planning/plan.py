@@ -28,7 +28,9 @@ from quantize.schemes.scheme import PRESETS, require_loadable
 from quantize.schemes.settings import SolverSettings
 
 _FEWEST_TOKENS = 32
-_FOUR_BITS = [scheme for scheme in PRESETS.values() if scheme.bits == 4]  # widest groups, and so smallest, first
+_FOUR_BITS = [
+    scheme for scheme in PRESETS.values() if scheme.bits == 4 and scheme.compression == "gptq"
+]  # widest groups, and so smallest, first
 _CPU_INFO = Path("/proc/cpuinfo")
 
 

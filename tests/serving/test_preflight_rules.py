@@ -72,7 +72,11 @@ def launch(name: str = "a-1", engine: Any = "cpu", gpus: tuple[int, ...] = (), *
         ({"quantization_config": GPTQ}, {}, ""),
         ({"quantization_config": GPTQ}, {"dtype": "float32"}, "GPTQ does not compute in float32"),
         ({"quantization_config": GPTQ}, {"dtype": "float16"}, ""),
-        ({"quantization_config": {**GPTQ, "dynamic": {"+:x": {"bits": 8}}}}, {}, "GPTQ (rule '+:x') of 4 bits, not of 8"),
+        (
+            {"quantization_config": {**GPTQ, "dynamic": {"+:x": {"bits": 8}}}},
+            {},
+            "GPTQ (rule '+:x') of 4 bits, not of 8",
+        ),
         ({"quantization_config": {**GPTQ, "dynamic": {"-:x": {}}}}, {}, ""),
         ({"quantization_config": {**GPTQ, "dynamic": {"x": {"desc_act": True}}}}, {}, "GPTQ (rule 'x') with desc_act"),
         ({"quantization_config": {**GPTQ, "group_size": 64}, "intermediate_size": 480}, {}, "down_proj: 480 inputs"),

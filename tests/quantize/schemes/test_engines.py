@@ -39,7 +39,7 @@ def test_cpu_refuses_8_bit_gptq_and_fp4(name: str, loads: bool) -> None:
     """8-bit GPTQ and 4-bit floats have no CPU kernel; the reason says what to do."""
     assert ("cpu" not in refusals(preset(name))) == loads
     if not loads:
-        with pytest.raises(RecipeError, match="w8a8|serve it on a GPU"):
+        with pytest.raises(RecipeError, match=r"w8a8|serve it on a GPU"):
             require_engine(preset(name), "cpu")
 
 

@@ -70,12 +70,13 @@ def test_harmless_findings_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "told,tensors,problem",
     [
-        ({"desc_act": True}, {}, "desc_act is true; vLLM 0.32 does not support activation order"),
-        ({"sym": False}, {}, "sym is not true; vLLM supports symmetric GPTQ only"),
+        ({"desc_act": True}, {}, "vLLM no longer loads GPTQ with desc_act"),
+        ({"sym": False}, {}, "vLLM loads symmetric GPTQ only"),
         ({}, {f"{BLOCK}.mlp.up_proj.scales": None}, "up_proj.scales: is missing"),
         ({}, {f"{BLOCK}.mlp.up_proj.g_idx": ("I32", (64,), b"\1\0\0\0" * 64)}, "vLLM discards g_idx"),
-        ({"bits": 3}, {}, "gptq layers are not supported; only GPTQ"),
-        ({"quant_method": "awq"}, {}, "awq layers are not supported"),
+        ({"bits": 3}, {}, "gptq layers are not supported; GPTQ, AWQ"),
+        ({"quant_method": "quark"}, {}, "quark layers are not supported"),
+        ({"quant_method": "awq"}, {}, "qweight: has shape 16x64, not 128x8"),
     ],
 )
 def test_what_vllm_would_stumble_over_is_refused(
@@ -108,7 +109,9 @@ def test_the_same_files_get_the_same_name(tmp_path: Path) -> None:
     assert first.id == second.id != other.id
 
 
-@pytest.mark.parametrize("name", ["w4a16-g64", "w4a16-g32", "w8a16-channel", "w8a8"])
+@pytest.mark.parametrize(
+    "name", ["w4a16-g64", "w4a16-g32", "w8a16-channel", "w8a8", "fp8-dynamic", "fp8-block", "nvfp4a16", "mxfp4"]
+)
 def test_presets_are_recognized(tmp_path: Path, name: str) -> None:
     """A directory with a preset's numbers gets its name."""
     assert scheme_told(read_artefact(write_quantized(tmp_path / "v", preset(name))), MATRICES) == preset(name)
