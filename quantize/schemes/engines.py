@@ -49,7 +49,7 @@ def expert_refusals(scheme: Scheme, base: BaseModel, *, amx: bool) -> dict[Engin
     if not any(layer.is_expert and weight_args_of(layer.stored_name, scheme) for layer in base.modules.layers):
         return {}
     family = str(base.config.get("model_type"))
-    if family in _OTHER_EXPERTS and scheme.weights.type == "int":
+    if family in _OTHER_EXPERTS:
         reason = f"{_OTHER_EXPERTS[family]}; {_KEEP_EXPERTS}"
         return {"cpu": reason, "cuda": reason}
     if amx:

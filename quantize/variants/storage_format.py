@@ -37,11 +37,8 @@ MARKERS: Mapping[Kind, tuple[str, ...]] = MappingProxyType(
         "mxfp4": ("_blocks",),
     },
 )
-# What measures a variant: transformers, where this package reads its weights back, or a replica that serves it.
-MEASURABLE_BY: Mapping[Kind, Literal["transformers", "replica"]] = MappingProxyType(
-    dict.fromkeys(MARKERS, "replica")
-    | dict.fromkeys(("gptq", "int-quantized", "pack-quantized", "float-quantized", "fp8"), "transformers")
-)
+# Formats that `quantize.variants.weights` reads as dense weights.
+_READ_BACK: frozenset[Kind] = frozenset({"gptq", "int-quantized", "pack-quantized", "float-quantized", "fp8"})
 # Keys of module names that a method leaves alone.
 _SKIPPED = ("modules_to_not_convert", "ignored_layers", "llm_int8_skip_modules", "exclude_modules", "ignore")
 
@@ -82,6 +79,11 @@ class StorageFormat:
         )
 
 
+def measurable_by(kind: Kind) -> Literal["transformers", "replica"]:
+    """Tell what measures a variant: transformers, where this package reads its weights back, else a running replica."""
+    return "transformers" if kind in _READ_BACK else "replica"
+
+
 def kind_of(config: Mapping[str, Any]) -> Kind | None:
     """Tell how a quantization_config's layers are stored, or None if this package can't read them."""
     if str(config.get("quant_method", "")).lower() == "gptq":
@@ -98,7 +100,7 @@ def configured_format(config: Mapping[str, Any], layer: str) -> StorageFormat | 
     kind = kind_of(config)
     if kind == "gptq":
         return _gptq_format(config, layer)
-    if kind in COMPRESSED_TENSORS:
+    if kind is not None and kind in COMPRESSED_TENSORS:
         return _compressed_format(config, layer, kind)
     if kind is None or _is_skipped(config, layer):
         return None
@@ -154,7 +156,7 @@ def _gptq_format(config: Mapping[str, Any], layer: str) -> StorageFormat | None:
     return StorageFormat("gptq", bits, size, bool(sym))
 
 
-def _compressed_format(config: Mapping[str, Any], layer: str, kind: Kind | None) -> StorageFormat | None:
+def _compressed_format(config: Mapping[str, Any], layer: str, kind: Kind) -> StorageFormat | None:
     if any(_is_target(layer, target) for target in config.get("ignore") or ()):
         return None
     groups = list((config.get("config_groups") or {}).values())
