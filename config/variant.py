@@ -9,6 +9,7 @@ from typing import Any, Literal
 from config.errors import ManifestError
 from config.golden import Golden, GoldenAnswer
 from config.manifest import FILE_NAME, Manifest
+from config.quantization import precision_of
 from config.schema import Floor, VariantSettings
 
 _UNQUANTIZED_BITS = 16
@@ -149,7 +150,7 @@ def _without_manifest(name: str, settings: VariantSettings, path: Path) -> Varia
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict):
         bits = quantization.get("bits")
-        precision = settings.precision or (f"int{bits}" if bits else "unknown")
+        precision = settings.precision or precision_of(quantization) or (f"int{bits}" if bits else "unknown")
         return Variant(name, precision, QualityMeasures("unknown"), path)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     return Variant(name, settings.precision or DTYPE_PRECISIONS.get(str(dtype), str(dtype)), PARENT_QUALITY, path)

@@ -44,6 +44,8 @@ def packed_bytes(
     if weights is not None and weights.block_structure is not None:
         blocks = -(-rows // weights.block_structure[0]) * -(-columns // weights.block_structure[1])
         return {f"{module}.weight": rows * columns, f"{module}.weight_scale_inv": blocks * _FP32_BYTES}
+    if weights is not None and weights.strategy == "tensor":
+        return {f"{module}.weight": rows * columns, f"{module}.weight_scale": _FP32_BYTES}
     if compression in ("int-quantized", "float-quantized"):
         return {f"{module}.weight": rows * columns, f"{module}.weight_scale": rows * _FP32_BYTES}
     groups = 1 if weight_args.group_size < 0 else -(-columns // weight_args.group_size)
