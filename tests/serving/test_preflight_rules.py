@@ -136,6 +136,35 @@ def test_gpus_load_more(quantization: dict[str, Any]) -> None:
     assert reasons({"quantization_config": quantization}, {}, "cuda") == ""
 
 
+def test_a_kv_cache_that_the_engine_lacks() -> None:
+    """A CPU has no 16-bit KV cache but the model's own; an FP8 one needs wide vectors."""
+    assert "kv_cache_dtype bfloat16 is not supported on CPU" in reasons({}, {"kv_cache_dtype": "bfloat16"})
+    assert reasons({}, {"kv_cache_dtype": "bfloat16"}, "cuda") == ""
+    assert reasons({}, {"kv_cache_dtype": "fp8"}) == ""
+
+
+@pytest.mark.parametrize(
+    "quantization,settings,flags,word",
+    [
+        (None, {}, {"avx2"}, ""),
+        (FP8_DYNAMIC, {}, {"avx2"}, ""),
+        (FP8_BLOCK, {}, {"avx512f", "amx_tile"}, ""),
+        (FP8_BLOCK, {}, {"avx512f"}, "a-1: FP8 needs a CPU with amx_tile"),
+        (None, {"kv_cache_dtype": "fp8"}, {"avx512f"}, ""),
+        (None, {"kv_cache_dtype": "fp8"}, {"avx2"}, "a-1: kv_cache_dtype fp8 needs AVX-512 or AMX"),
+    ],
+)
+def test_instruction_sets(
+    quantization: dict[str, Any] | None, settings: dict[str, Any], flags: set[str], word: str
+) -> None:
+    """What only some CPUs load is held against this one."""
+    config = {"quantization_config": quantization} if quantization else {}
+    machine = MachineFacts(99 * GIB, flags=frozenset(flags))
+    found = oversubscribed([(launch(**settings), model(**config))], machine)
+    assert word in "\n".join(found)
+    assert bool(found) == bool(word)
+
+
 def test_files_that_mislead() -> None:
     """A stray modules.json is told, because vLLM would take the model for an embedder."""
     assert "modules.json" in reasons({}, {}, files=frozenset({"modules.json", "config.json"}))
