@@ -78,6 +78,8 @@ _MODELOPT = "layers/quantization/modelopt.py"
 _WHOLE: tuple[Strategy, ...] = ("tensor", "channel")
 _WHOLE_OR_BLOCK: tuple[Strategy, ...] = ("tensor", "channel", "block")
 _BOTH = (True, False)
+# cpu_gemm_wna16 is built for AVX-512. Without it, quantgate's plugin computes symmetric weights (serving/vllm_plugin).
+_AVX512 = frozenset({"avx512f"})
 _INTEGERS = "Machete on Hopper, else Marlin"
 _CPU_INTEGERS = "CPUWNA16"
 _CUTLASS_INT8 = "CUTLASS or Triton int8"
@@ -91,11 +93,12 @@ SUPPORTED: tuple[Support, ...] = (
     Support("gptq", "cuda", (4, 8), _INTEGERS, _GPTQ, groups=GPTQ_GROUPS),
     Support("gptq", "cpu", (4,), _CPU_INTEGERS, _GPTQ, groups=GPTQ_GROUPS),
     Support("awq", "cuda", (4,), _INTEGERS, _AWQ, groups=GPTQ_GROUPS, symmetric=_BOTH),
-    Support("awq", "cpu", (4,), _CPU_INTEGERS, _AWQ, symmetric=_BOTH),
+    Support("awq", "cpu", (4,), _CPU_INTEGERS, _AWQ, symmetric=_BOTH, flags=_AVX512),
     # 2 to 8 bits are declared; kernels of vLLM's own are for 4 and 8, others need the package humming.
     Support("pack-quantized", "cuda", (4,), _INTEGERS, _WNA16, groups=_PACKED_GROUPS, symmetric=_BOTH),
     Support("pack-quantized", "cuda", (8,), _INTEGERS, _WNA16, groups=GPTQ_GROUPS),
-    Support("pack-quantized", "cpu", (4,), _CPU_INTEGERS, _WNA16, symmetric=_BOTH),
+    Support("pack-quantized", "cpu", (4,), _CPU_INTEGERS, _WNA16),
+    Support("pack-quantized", "cpu", (4,), _CPU_INTEGERS, _WNA16, symmetric=(False,), flags=_AVX512),
     Support("int-quantized", "cuda", (8,), _CUTLASS_INT8, _W8A8_INT8, _WHOLE, inputs=("int8",)),
     Support("int-quantized", "cpu", (8,), _CPU_INT8, _W8A8_INT8, _WHOLE, inputs=("int8",)),
     Support("float-quantized", "cuda", (8,), _CUDA_FP8, _W8A8_FP8, _WHOLE_OR_BLOCK, inputs=("fp8", "none")),
@@ -259,12 +262,15 @@ def _without_rows(scheme: QuantizationScheme, engine: Engine) -> str:
 def _lacking(scheme: QuantizationScheme, row: Support, flags: frozenset[str]) -> str | None:
     if not row.flags or row.flags & flags:
         return None
-    return f"{_words(scheme)} needs a CPU with {' or '.join(sorted(row.flags))}, which this one lacks; use fp8-dynamic"
+    instead = "fp8-dynamic" if scheme.weights.type == "float" else "symmetric weights, as of w4a16-g128"
+    asymmetric = "" if scheme.weights.symmetric else " with zero points"
+    needs = f"needs a CPU with {' or '.join(sorted(row.flags))}, which this one lacks"
+    return f"{_words(scheme)}{asymmetric} {needs}; use {instead}"
 
 
 def _eight_bits(scheme: QuantizationScheme, row: Support) -> str:
     eight = scheme.weights.num_bits == 8 and scheme.weights.type == "int" and row.engine == "cpu"
-    return "; use scheme w8a8, which loads on CPU and CUDA" if eight else "; quantize to 4 or 8 bits"
+    return f"; {'use scheme w8a8, which loads on CPU and CUDA' if eight else f'quantize to {_listed(row.bits)} bits'}"
 
 
 def _w8a8(scheme: QuantizationScheme) -> str:

@@ -130,16 +130,19 @@ def _instructions(hardware: Hardware) -> Finding:
 
 
 def _formats(hardware: Hardware, engine: Engine) -> Finding:
-    """List the weight formats that the engine loads here, and those that this CPU lacks instructions for."""
+    """List the weight formats that the engine loads here, and those that this CPU lacks instruction sets for."""
     loaded: dict[str, None] = {}
-    lacking: dict[str, None] = {}
+    lacking: dict[str, str] = {}
     for row in SUPPORTED_FORMATS:
         if row.engine == engine:
             has_flags = engine == "cuda" or not row.flags or row.flags & hardware.processor.flags
-            name = f"{row.compression} {' and '.join(map(str, row.bits))} bit"
-            (loaded if has_flags else lacking)[name] = None
-    without = [name for name in lacking if name not in loaded]
-    missing = f"; not here, for want of AMX: {', '.join(without)}" if without else ""
+            name = f"{row.compression} of {' or '.join(map(str, row.bits))} bits"
+            if has_flags:
+                loaded[name] = None
+            else:
+                lacking[name] = "/".join(sorted(row.flags))
+    without = [f"{name} ({flags})" for name, flags in lacking.items() if name not in loaded]
+    missing = f"; this CPU lacks what is needed for {', '.join(without)}" if without else ""
     return Finding("ok", "formats", f"{', '.join(loaded)}{missing}")
 
 

@@ -18,7 +18,7 @@ CASES: Mapping[str, QuantizationScheme] = MappingProxyType(
     {name: layer_schemes(preset)[0] for name, preset in PRESETS.items()}
     | {
         "gptq-channel": QuantizationScheme("gptq", grouped(4, -1)),
-        "gptq-3-bits": QuantizationScheme("gptq", grouped(2, 128)),
+        "gptq-2-bits": QuantizationScheme("gptq", grouped(2, 128)),
         "gptq-asym": QuantizationScheme("gptq", grouped(4, 128, symmetric=False)),
         "gptq-desc-act": QuantizationScheme("gptq", grouped(4, 128, actorder="group")),
         "gptq-g16": QuantizationScheme("gptq", grouped(4, 16)),
