@@ -18,16 +18,13 @@ _FP8 = "fp8"
 
 @dataclass(frozen=True, slots=True)
 class MachineFacts:
-    """Resources that replicas share; `gpus` is empty if there are none.
-
-    `fp8_cache`: vLLM's kernels for an FP8 KV cache run on this CPU.
-    """
+    """Resources that replicas share; `gpus` is empty if there are none, `flags` are instruction sets of the CPU."""
 
     free_bytes: int
     numa_nodes: int = 1
     gpus: tuple[Gpu, ...] = ()
     busy_ports: frozenset[int] = frozenset()
-    fp8_cache: bool = True
+    flags: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)

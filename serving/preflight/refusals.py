@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from config.errors import ManifestError
+from config.vllm import kv_cache_refusal
 from serving.errors import LaunchRefused
 from serving.preflight.facts import MachineFacts, ModelFacts
 from serving.preflight.memory import cache_reason, memory_reasons, oversubscribed_gpus
@@ -57,6 +58,7 @@ def unservable(launch: Launch, model: ModelFacts) -> list[str]:
         # Without a valid split there is no shape per rank.
         None if sharing else unfit_shape(model, engine, settings.tensor_parallel),
         cache_dtype_reason(model, settings, engine),
+        kv_cache_refusal(settings.kv_cache_dtype, engine),
         cache_reason(launch, model),
     ]
     return [reason for reason in reasons if reason]
@@ -69,7 +71,7 @@ def oversubscribed(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineF
         *_ports(launches, machine),
         *oversubscribed_gpus(launches, machine.gpus),
         *_nodes(launches, machine),
-        *_fp8_caches(pairs, machine),
+        *_instructions(pairs, machine),
         *memory_reasons(pairs, machine),
     ]
 
@@ -93,10 +95,21 @@ def _nodes(launches: Sequence[Launch], machine: MachineFacts) -> Iterator[str]:
             )
 
 
-def _fp8_caches(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineFacts) -> Iterator[str]:
+def _instructions(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineFacts) -> Iterator[str]:
+    """List the launches for whose weights or KV cache this CPU has no instructions."""
     for launch, model in pairs:
-        if launch.engine == "cpu" and model.has_fp8_cache(launch.settings) and not machine.fp8_cache:
-            yield f"{launch.replica_id}: an FP8 KV cache needs a CPU with AVX-512; set kv_cache_dtype: bfloat16"
+        if launch.engine != "cpu" or machine.flags is None:
+            continue
+        reasons = (
+            None if unloadable(model.quantization, "cpu") else unloadable(model.quantization, "cpu", machine.flags),
+            kv_cache_refusal(_kv_cache_dtype(launch, model), "cpu", machine.flags),
+        )
+        yield from (f"{launch.replica_id}: {reason}" for reason in reasons if reason)
+
+
+def _kv_cache_dtype(launch: Launch, model: ModelFacts) -> str:
+    """Return the type of the KV cache: `auto` is FP8 where the checkpoint has scales for it."""
+    return "fp8" if model.has_fp8_cache(launch.settings) else launch.settings.kv_cache_dtype
 
 
 def _model(launch: Launch) -> ModelFacts:

@@ -37,6 +37,9 @@ def test_sealed_variant_is_measured(tmp_path: Path) -> None:
         ({"torch_dtype": "float16"}, "fp16", "parent"),
         ({}, "fp32", "parent"),
         ({"quantization_config": {"bits": 4}}, "int4", "unknown"),
+        ({"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}, "fp8", "unknown"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}, "int4", "unknown"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "fp4", "unknown"),
         ({"quantization_config": {}}, "unknown", "unknown"),
     ],
 )

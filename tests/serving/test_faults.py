@@ -16,7 +16,8 @@ from typing import Any
 import httpx
 import pytest
 
-from config.golden import EVALUATION_FILE, GoldenAnswer
+from config.golden import GoldenAnswer
+from config.measurements import EVALUATION_FILE
 from serving.backoff import Backoff
 from serving.machine import free_port
 from serving.process import session_processes

@@ -122,7 +122,7 @@ def test_the_longest_request_fits(combination: tuple[Any, ...], engine: Any) -> 
     [
         ("cpu", {"kv_cache_dtype": "fp8"}, {"head_dim": 80}, "multiple of 32, not 80"),
         ("cuda", {"kv_cache_dtype": "fp8"}, {"head_dim": 80}, ""),
-        ("cpu", {"kv_cache_dtype": "bfloat16"}, {"head_dim": 80}, ""),
+        ("cpu", {"kv_cache_dtype": "bfloat16"}, {}, "kv_cache_dtype bfloat16 is not supported on CPU"),
         ("cuda", {"kv_cache_dtype": "fp8_e5m2"}, {"quantization_config": {"quant_method": "fp8"}}, "use fp8"),
         ("cuda", {"kv_cache_dtype": "fp8"}, {"quantization_config": {"quant_method": "fp8"}}, ""),
         ("cuda", {"pipeline_parallel": 7}, {}, "6 layers can't be shared by pipeline_parallel 7"),
@@ -140,8 +140,8 @@ def test_what_vllm_refuses(engine: Any, settings: dict[str, Any], config: dict[s
 def test_fp8_cache_needs_a_kernel() -> None:
     """vLLM has one for CPUs with AVX-512."""
     launch = Launch("a-1", VARIANT, "cpu", ReplicaSettings(variant="a", kv_cache_dtype="fp8"))
-    (reason,) = oversubscribed([(launch, MODEL)], MachineFacts(2**40, fp8_cache=False))
-    assert "needs a CPU with AVX-512" in reason
+    (reason,) = oversubscribed([(launch, MODEL)], MachineFacts(2**40, flags=frozenset({"avx2"})))
+    assert "needs AVX-512 or AMX, which this CPU lacks" in reason
     assert oversubscribed([(launch, MODEL)], MachineFacts(2**40)) == []
 
 
