@@ -104,14 +104,17 @@ class MeanDifference:
 
 # The variance of one value is estimated from as many values of each arm before any block counts.
 MIN_VALUES = 30
+# Of one value, a logarithm: answers that all have the same length are no exact proof of anything.
+MIN_VARIANCE = 1e-4
 
 
 def with_block(test: MeanDifference, canary: Moments, stable: Moments) -> MeanDifference:
     """Add a block of time; without values of both arms it only adds to the estimate of the variance."""
-    ready = min(test.canary, test.stable) >= MIN_VALUES and test.squares > 0
+    ready = min(test.canary, test.stable) >= MIN_VALUES
     precision = excess = difference = 0.0
     if ready and canary.count and stable.count:
-        variance = test.squares / test.freedom * (1 / canary.count + 1 / stable.count)
+        spread = max(test.squares / max(test.freedom, 1), MIN_VARIANCE)
+        variance = spread * (1 / canary.count + 1 / stable.count)
         precision = 1 / variance
         difference = (canary.mean - stable.mean) * precision
         excess = difference - test.margin * precision
