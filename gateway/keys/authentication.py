@@ -37,7 +37,10 @@ class Caller:
 
     def allows(self, model: str) -> bool:
         """Whether the caller may use a model name."""
-        return self.aliases is None or model in self.aliases
+        if self.aliases is None or model in self.aliases:
+            return True
+        # ALIAS@VARIANT belongs to the alias.
+        return "@" in model and model.rpartition("@")[0] in self.aliases
 
     def check_model(self, model: str) -> None:
         """Raise NotAllowed unless the caller may use a model name.

@@ -152,13 +152,16 @@ class RolloutDatabase:
 
     # Records
 
-    def start(self, record: RolloutRecord, entry: LogEntry) -> None:
-        """Record a new rollout; RolloutExists if the alias has an active one."""
+    def start(self, record: RolloutRecord, entry: LogEntry, revision: str | None = None) -> None:
+        """Record a new rollout, with the first revision of its alias; RolloutExists if the alias has an active one."""
         with self.database.writing() as connection:
             _changed(connection)
             if (other := _active(connection, record.alias)) is not None:
                 raise RolloutExists(_exists(other))
             connection.execute(insert(ROLLOUTS).values(**_values(record)))
+            if revision is not None:
+                new = RevisionRecord(record.alias, 0, revision, entry.why, entry.by, entry.at, record.id)
+                _add_revision(connection, new)
             _log(connection, (entry,))
 
     def change(self, rollout_id: str, version: int, change: Change, by: str, now: float, fence: int | None) -> None:
@@ -306,11 +309,14 @@ class RolloutDatabase:
             return tuple(BlockRecord(row.rollout, row.worker, row.block, row.at, row.document) for row in rows)
 
     def draws(self, rollout_id: str, after: int = 0) -> tuple[int, tuple[DrawRecord, ...]]:
-        """The draws with a number above `after`, less SEQ_OVERLAP, at most MAX_DRAWS; and the highest number."""
+        """The highest number of a draw, and draws above `after` less SEQ_OVERLAP, at most MAX_DRAWS; none if equal."""
         with self.database.reading() as connection:
             if connection is None:
                 return after, ()
-            where = (ROLLOUT_DRAWS.c.rollout == rollout_id) & (ROLLOUT_DRAWS.c.seq > after - SEQ_OVERLAP)
+            mine = ROLLOUT_DRAWS.c.rollout == rollout_id
+            if (connection.scalar(select(func.max(ROLLOUT_DRAWS.c.seq)).where(mine)) or 0) == after:
+                return after, ()
+            where = mine & (ROLLOUT_DRAWS.c.seq > after - SEQ_OVERLAP)
             query = select(ROLLOUT_DRAWS).where(where).order_by(ROLLOUT_DRAWS.c.seq.desc()).limit(MAX_DRAWS)
             rows = connection.execute(query).all()
             highest = max([after, *(row.seq for row in rows)])

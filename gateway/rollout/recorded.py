@@ -1,0 +1,98 @@
+"""Puts recorded revisions of aliases in force: ladders into the live configuration, arms into the path of requests."""
+
+import logging
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from gateway.deployment import Deployment
+from gateway.http.cors import cors_for
+from gateway.live_config import LiveConfig
+from gateway.rollout.arms import AliasArms, Estimates, Rollouts
+from gateway.rollout.follower import RolloutFollower
+from gateway.rollout.lottery import Lottery
+from gateway.rollout.revision import in_force, revisions_of, splits
+from gateway.routing.target import Catalog
+from gateway.validation import notices
+from serving.state.database import StateDatabase
+from serving.state.link import Link
+from serving.state.rollouts import EMPTY, RolloutSnapshot
+
+log = logging.getLogger(__name__)
+
+
+class RecordedAliases:
+    """The only writer of the live configuration: the configured one, with what rollouts have recorded."""
+
+    def __init__(
+        self, deployment: Deployment, live_config: LiveConfig, rollouts: Rollouts, estimates: Estimates
+    ) -> None:
+        self.deployment = deployment  # as configured
+        self.snapshot: RolloutSnapshot = EMPTY
+        self._live_config = live_config
+        self._rollouts = rollouts
+        self._estimates = estimates
+
+    @property
+    def in_force(self) -> Deployment:
+        """The configuration with what is recorded."""
+        return in_force(self.deployment, self.snapshot)
+
+    def configure(self, deployment: Deployment) -> None:
+        """Use another configuration; recorded ladders stay."""
+        self.deployment = deployment
+        log_notices(self.in_force)
+        self._apply()
+
+    def record(self, snapshot: RolloutSnapshot) -> None:
+        """Use what is recorded now, from the next request on."""
+        if snapshot == self.snapshot:
+            return
+        self.snapshot = snapshot
+        self._apply()
+
+    def _apply(self) -> None:
+        deployment = self.in_force
+        self._live_config.replace(live_config_of(deployment))
+        catalog = self._live_config.catalog
+        for alias, revision in revisions_of(self.snapshot).items():
+            catalog.pin(alias, tuple(filter(None, (revision.new, revision.old))))
+        before = {arms.rollout: arms for arms in (self._rollouts.active or {}).values()}
+        active = {}
+        for alias, (rollout, revision) in splits(deployment, self.snapshot).items():
+            assert revision.canary is not None
+            canary = catalog.canary(alias, revision.canary, revision.new)
+            arms = before.get(rollout) or AliasArms(rollout, revision.old, canary, Lottery(rollout), self._estimates)
+            arms.use(canary, revision.weight, revision.step)
+            active[alias] = arms
+        self._rollouts.active = active or None
+
+
+def live_config_of(deployment: Deployment) -> LiveConfig:
+    """What requests go by under a configuration."""
+    catalog = Catalog(deployment.settings.aliases, deployment.variants)
+    settings = deployment.settings.gateway
+    cors = cors_for(settings.cors.origins) if settings.cors else None
+    return LiveConfig(catalog, deployment.keys, settings.limits, cors, frozenset(settings.media_domains))
+
+
+def log_notices(deployment: Deployment) -> None:
+    """Log which aliases, rungs and variants have no effect."""
+    for notice in notices(deployment):
+        log.warning("%s", notice)
+
+
+@asynccontextmanager
+async def followed_rollouts(
+    state: str | None, recorded: RecordedAliases, rollouts: Rollouts
+) -> AsyncIterator[RolloutFollower | None]:
+    """Follow the rollouts of a state database, if there is one; it is not created."""
+    if state is None:
+        yield None
+        return
+    link = Link(StateDatabase.at(state, create=False))
+    worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    async with RolloutFollower(link, rollouts, recorded.record, worker) as follower:
+        yield follower
