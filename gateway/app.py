@@ -143,7 +143,7 @@ async def gateway(
         proxy = Proxy(dispatcher, upstream)
         rollouts = Rollouts(dispatcher.affinity.placement)
         recorded = RecordedAliases(deployment, live_config, rollouts, dispatcher.cluster.estimates)
-        follower = await stack.enter_async_context(followed_rollouts(deployment.state, recorded, rollouts))
+        follower = await stack.enter_async_context(followed_rollouts(deployment.state, recorded, rollouts, registry))
         observers = Observers(metrics, access_log.append, traced)
         endpoints = {
             endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers, rollouts)

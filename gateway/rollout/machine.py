@@ -93,17 +93,15 @@ class Refused(Exception):
 class RolloutState:
     """The state of a rollout.
 
-    `since` is when the phase began, `step_since` when the step did; `progress_at` when the canary last had a new
-    conversation. Times are seconds since 1970. `failure` is why it failed, `pause` why it is paused; `before` is the
-    phase that a pause interrupted. `promoted`: every new conversation uses the new variant. `stuck` is set while a
-    deadline has passed and nothing but an operator helps.
+    `since` is when the phase began, `step_since` when the step did, in seconds since 1970. `failure` is why it failed,
+    `pause` why it is paused; `before` is the phase that a pause interrupted. `promoted`: every new conversation uses
+    the new variant. `stuck` is set while a deadline has passed and nothing but an operator helps.
     """
 
     phase: Phase = Phase.PREFLIGHT
     since: float = 0.0
     step: int = 0
     step_since: float = 0.0
-    progress_at: float = 0.0
     failure: str = ""
     pause: str = ""
     before: Phase | None = None
@@ -224,11 +222,10 @@ def split(state: RolloutState, plan: RolloutPlan) -> Split:
     return Split(plan.stable, plan.canary, 0.0, step)
 
 
-def is_stalled(state: RolloutState, plan: RolloutPlan, now: float) -> bool:
-    """Whether a step has had no new conversation of the canary for `stall_seconds`."""
-    settings = plan.settings
-    quiet_since = max(state.progress_at, state.step_since)
-    return state.phase is Phase.CANARY and now - quiet_since >= settings.stall_seconds
+def is_stalled(state: RolloutState, plan: RolloutPlan, progress_at: float, now: float) -> bool:
+    """Whether a step has had no new conversation of the canary, the last one at `progress_at`, for `stall_seconds`."""
+    quiet_since = max(progress_at, state.step_since)
+    return state.phase is Phase.CANARY and now - quiet_since >= plan.settings.stall_seconds
 
 
 def _next(state: RolloutState, event: Event, plan: RolloutPlan, ready: Readiness) -> Phase:
@@ -289,7 +286,7 @@ def _step(state: RolloutState, event: Event, phase: Phase, plan: RolloutPlan, no
         return replace(state, phase=phase, since=now, promoted=state.promoted or phase is Phase.DRAINING)
     began = Phase.CANARY in (state.phase, state.before)
     step = state.step if not began else min(state.step + (event is not Event.RESUME), len(plan.settings.steps) - 1)
-    return replace(state, phase=phase, since=now, step=step, step_since=now, progress_at=now)
+    return replace(state, phase=phase, since=now, step=step, step_since=now)
 
 
 def _weight(state: RolloutState, plan: RolloutPlan) -> float:

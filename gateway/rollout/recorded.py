@@ -11,11 +11,13 @@ from gateway.deployment import Deployment
 from gateway.http.cors import cors_for
 from gateway.live_config import LiveConfig
 from gateway.rollout.arms import AliasArms, Estimates, Rollouts
+from gateway.rollout.controller import Driver, DriverContext
 from gateway.rollout.follower import RolloutFollower
 from gateway.rollout.lottery import Lottery
 from gateway.rollout.revision import in_force, revisions_of, splits
 from gateway.routing.target import Catalog
 from gateway.validation import notices
+from serving.registry import Registry
 from serving.state.database import StateDatabase
 from serving.state.link import Link
 from serving.state.rollouts import EMPTY, RolloutSnapshot
@@ -33,7 +35,7 @@ class RecordedAliases:
         self.snapshot: RolloutSnapshot = EMPTY
         self._live_config = live_config
         self._rollouts = rollouts
-        self._estimates = estimates
+        self.estimates = estimates
 
     @property
     def in_force(self) -> Deployment:
@@ -64,7 +66,7 @@ class RecordedAliases:
         for alias, (rollout, revision) in splits(deployment, self.snapshot).items():
             assert revision.canary is not None
             canary = catalog.canary(alias, revision.canary, revision.new)
-            arms = before.get(rollout) or AliasArms(rollout, revision.old, canary, Lottery(rollout), self._estimates)
+            arms = before.get(rollout) or AliasArms(rollout, revision.old, canary, Lottery(rollout), self.estimates)
             arms.use(canary, revision.weight, revision.step)
             active[alias] = arms
         self._rollouts.active = active or None
@@ -86,13 +88,21 @@ def log_notices(deployment: Deployment) -> None:
 
 @asynccontextmanager
 async def followed_rollouts(
-    state: str | None, recorded: RecordedAliases, rollouts: Rollouts
+    state: str | None, recorded: RecordedAliases, rollouts: Rollouts, registry: Registry
 ) -> AsyncIterator[RolloutFollower | None]:
-    """Follow the rollouts of a state database, if there is one; it is not created."""
+    """Follow and drive the rollouts of a state database, if there is one; it is not created."""
     if state is None:
         yield None
         return
-    link = Link(StateDatabase.at(state, create=False))
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    async with RolloutFollower(link, rollouts, recorded.record, worker) as follower:
+    context = DriverContext(
+        Link(StateDatabase.at(state, create=False)),
+        registry,
+        lambda: recorded.deployment,
+        lambda: recorded.snapshot,
+        lambda variant: sum(estimate.requests for estimate in recorded.estimates(variant)),
+        worker,
+    )
+    link = Link(StateDatabase.at(state, create=False))
+    async with RolloutFollower(link, rollouts, recorded.record, worker) as follower, Driver(context):
         yield follower

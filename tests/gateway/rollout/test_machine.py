@@ -99,7 +99,7 @@ CELLS = [*cells(PROGRESS), *cells(TROUBLE), *cells(OPERATORS)]
 def state(phase: Phase, **fields: object) -> RolloutState:
     """A state that began now."""
     before = Phase.CANARY if phase is Phase.PAUSED else None
-    began = RolloutState(phase, since=NOW, step_since=NOW, progress_at=NOW, before=before)
+    began = RolloutState(phase, since=NOW, step_since=NOW, before=before)
     return replace(began, **fields)  # type: ignore[arg-type]
 
 
@@ -245,10 +245,10 @@ def test_promotion_out_of_a_pause() -> None:
 def test_stalled() -> None:
     """A step without a new conversation for ten minutes; other phases don't stall."""
     began = state(Phase.CANARY)
-    assert not is_stalled(began, PLAN, NOW + 599)
-    assert is_stalled(began, PLAN, NOW + 600)
-    assert not is_stalled(replace(began, progress_at=NOW + 500), PLAN, NOW + 600)
-    assert not is_stalled(state(Phase.SHADOW), PLAN, NOW + 10_000)
+    assert not is_stalled(began, PLAN, 0.0, NOW + 599)
+    assert is_stalled(began, PLAN, 0.0, NOW + 600)
+    assert not is_stalled(began, PLAN, NOW + 500, NOW + 600)
+    assert not is_stalled(state(Phase.SHADOW), PLAN, 0.0, NOW + 10_000)
 
 
 @pytest.mark.parametrize("phase", [Phase.PREFLIGHT, Phase.STARTING, Phase.SMOKE, Phase.SHADOW])
