@@ -142,8 +142,12 @@ async def gateway(
             metrics.registry.register(collector)
         proxy = Proxy(dispatcher, upstream)
         rollouts = Rollouts(dispatcher.affinity.placement)
-        recorded = RecordedAliases(deployment, live_config, rollouts, dispatcher.cluster.estimates)
-        follower = await stack.enter_async_context(followed_rollouts(deployment.state, recorded, rollouts, registry))
+        recorded = RecordedAliases(
+            deployment, live_config, rollouts, dispatcher.cluster.estimates, metrics.rollout_conversations
+        )
+        service = await stack.enter_async_context(
+            followed_rollouts(deployment.state, recorded, rollouts, registry, metrics)
+        )
         observers = Observers(metrics, access_log.append, traced)
         endpoints = {
             endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers, rollouts)
@@ -155,7 +159,7 @@ async def gateway(
         )
         router = Router(endpoints, client_app(live_config, registry), live_config, quota, client_hosts)
         context = AdminContext(
-            live_config, registry, metrics, router, dispatcher, lambda: follower.away if follower else None
+            live_config, registry, metrics, router, dispatcher, lambda: service.follower.away if service else None
         )
         secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
         await stack.enter_async_context(listen(secured, taken.admin))
@@ -259,6 +263,8 @@ async def following(
     if path is None:
         yield None
         return
-    config = ConfigReload(path, started, registry, served.live_config, served.switch, replicas.apply)
+    config = ConfigReload(
+        path, started, registry, served.live_config, served.switch, replicas.apply, served.recorded.with_recorded
+    )
     async with Reload(config.files, config.apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()) as it:
         yield it

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from gateway.keys import Caller
 from gateway.live_config import Route
+from gateway.observability.metrics.instruments import Counter, Family
 from gateway.openai.request import InferenceRequest
 from gateway.proxy.context import RequestContext
 from gateway.proxy.leases import Lease
@@ -28,18 +29,22 @@ MAX_ROUTES = 10_000
 SERVER_ERRORS = 500
 
 Estimates = Callable[[str], Sequence[LatencyEstimate]]
+Counters = Family[Counter]
 
 
 class AliasArms:
     """The two arms of an alias in this process, with the lottery and the evidence of its rollout."""
 
-    def __init__(self, rollout: str, old: str, canary: Target, lottery: Lottery, estimates: Estimates) -> None:
+    def __init__(
+        self, rollout: str, old: str, canary: Target, lottery: Lottery, estimates: Estimates, counters: Counters
+    ) -> None:
         self.rollout = rollout
         self.old = old
         self.lottery = lottery
         self.collection = Collection()
         self._canary = canary
         self._estimates = estimates
+        self._counters = counters
         self._routes: dict[str | None, Route] = {}
 
     def use(self, canary: Target, weight: float, step: int) -> None:
@@ -52,6 +57,8 @@ class AliasArms:
         draw, new = self.lottery.draw(key, later=later)
         if new:
             self.collection.drawn(draw)
+            if draw.counts:
+                self._counters.labels(route.target.name, draw.arm).inc()
         return (self._canary_route(caller, route) if draw.arm == "canary" else route), draw
 
     def expected_first_token_seconds(self, tokens: float) -> float:

@@ -37,6 +37,7 @@ DRIVE_SECONDS = 1.0
 LEASE_SECONDS = 10.0
 # Blocks are read again for so long: the clocks of workers differ, and a worker may write late.
 REREAD_SECONDS = 300.0
+BY_OPERATOR = (f"{Event.ABORT.value}:", f"{Event.UNDO.value}:")
 
 Check = asyncio.Task[tuple[str, ...]]
 
@@ -51,6 +52,7 @@ class DriverContext:
     snapshot: Callable[[], RolloutSnapshot]
     requests: Callable[[str], float]  # in flight on the replicas of a variant, from all senders
     holder: str
+    rolled_back: Callable[[str, str], None]  # counts an alias' rollback, with its cause
     compare: Comparison = compare_manifests
     wall_clock: Callable[[], float] = time.time
 
@@ -67,6 +69,7 @@ class Job:
     check: Check | None = None
     checked: tuple[Phase, float] | None = None  # the phase that the check belongs to, and when that began
     hooks: asyncio.Task[None] | None = None
+    by_operator: bool = False  # an operator sent it back, which has been counted
 
     def cancel(self) -> None:
         """End what runs for this rollout."""
@@ -151,6 +154,9 @@ class Driver:
         await self._read_evidence(job, record.id, now)
         self._run_hooks(job, record.id)
         state = read_state(current)
+        if state.phase is Phase.ROLLING_BACK and state.failure.startswith(BY_OPERATOR) and not job.by_operator:
+            job.by_operator = True
+            context.rolled_back(record.alias, "operator")
         self._check(job, state)
         found = next_event(state, job.plan, job.progress, self._facts(job), now)
         if found is not None:
@@ -171,6 +177,8 @@ class Driver:
         await context.link.call(
             self._database.change, record.id, record.version, change, context.holder, now, job.fence
         )
+        if state.phase in (Phase.FAILED, Phase.ROLLING_BACK):
+            context.rolled_back(plan.alias, cause_of(event, Phase(record.phase)))
         level = logging.WARNING if event in (Event.FAILED, Event.MISMATCH, Event.DEADLINE) else logging.INFO
         log.log(level, "rollout %s of %s: %s -> %s: %s", record.id, plan.alias, event, state.phase.value, why)
 
@@ -262,6 +270,14 @@ def variants_in_use(deployment: Deployment, snapshot: RolloutSnapshot, alias: st
     """The variants in the ladders of all other aliases, configured and recorded."""
     aliases = in_force(deployment, snapshot).settings.aliases
     return frozenset(variant for name, other in aliases.items() if name != alias for variant in other.ladder)
+
+
+def cause_of(event: Event, before: Phase) -> str:
+    """Why a rollout went back, in a word, for the metric."""
+    if event is Event.DEADLINE:
+        return "deadline"
+    early = (Phase.PREFLIGHT, Phase.STARTING, Phase.SMOKE, Phase.SHADOW)
+    return before.value if before in early else "gate"
 
 
 def figures(progress: Progress) -> str:

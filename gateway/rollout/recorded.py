@@ -6,14 +6,17 @@ import secrets
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from gateway.deployment import Deployment
 from gateway.http.cors import cors_for
 from gateway.live_config import LiveConfig
-from gateway.rollout.arms import AliasArms, Estimates, Rollouts
+from gateway.observability.metrics import Metrics
+from gateway.rollout.arms import AliasArms, Counters, Estimates, Rollouts
 from gateway.rollout.controller import Driver, DriverContext
 from gateway.rollout.follower import RolloutFollower
 from gateway.rollout.lottery import Lottery
+from gateway.rollout.metrics import RolloutCollector
 from gateway.rollout.revision import in_force, revisions_of, splits
 from gateway.routing.target import Catalog
 from gateway.validation import notices
@@ -29,18 +32,28 @@ class RecordedAliases:
     """The only writer of the live configuration: the configured one, with what rollouts have recorded."""
 
     def __init__(
-        self, deployment: Deployment, live_config: LiveConfig, rollouts: Rollouts, estimates: Estimates
+        self,
+        deployment: Deployment,
+        live_config: LiveConfig,
+        rollouts: Rollouts,
+        estimates: Estimates,
+        counters: Counters,
     ) -> None:
         self.deployment = deployment  # as configured
         self.snapshot: RolloutSnapshot = EMPTY
         self._live_config = live_config
         self._rollouts = rollouts
         self.estimates = estimates
+        self._counters = counters
 
     @property
     def in_force(self) -> Deployment:
         """The configuration with what is recorded."""
-        return in_force(self.deployment, self.snapshot)
+        return self.with_recorded(self.deployment)
+
+    def with_recorded(self, deployment: Deployment) -> Deployment:
+        """Another configuration with what is recorded."""
+        return in_force(deployment, self.snapshot)
 
     def configure(self, deployment: Deployment) -> None:
         """Use another configuration; recorded ladders stay."""
@@ -66,7 +79,9 @@ class RecordedAliases:
         for alias, (rollout, revision) in splits(deployment, self.snapshot).items():
             assert revision.canary is not None
             canary = catalog.canary(alias, revision.canary, revision.new)
-            arms = before.get(rollout) or AliasArms(rollout, revision.old, canary, Lottery(rollout), self.estimates)
+            arms = before.get(rollout) or AliasArms(
+                rollout, revision.old, canary, Lottery(rollout), self.estimates, self._counters
+            )
             arms.use(canary, revision.weight, revision.step)
             active[alias] = arms
         self._rollouts.active = active or None
@@ -86,10 +101,18 @@ def log_notices(deployment: Deployment) -> None:
         log.warning("%s", notice)
 
 
+@dataclass(frozen=True, slots=True)
+class RolloutService:
+    """What follows rollouts in this process, and what drives them."""
+
+    follower: RolloutFollower
+    driver: Driver
+
+
 @asynccontextmanager
 async def followed_rollouts(
-    state: str | None, recorded: RecordedAliases, rollouts: Rollouts, registry: Registry
-) -> AsyncIterator[RolloutFollower | None]:
+    state: str | None, recorded: RecordedAliases, rollouts: Rollouts, registry: Registry, metrics: Metrics
+) -> AsyncIterator[RolloutService | None]:
     """Follow and drive the rollouts of a state database, if there is one; it is not created."""
     if state is None:
         yield None
@@ -102,7 +125,9 @@ async def followed_rollouts(
         lambda: recorded.snapshot,
         lambda variant: sum(estimate.requests for estimate in recorded.estimates(variant)),
         worker,
+        lambda alias, cause: metrics.rollout_rollbacks.labels(alias, cause).inc(),
     )
     link = Link(StateDatabase.at(state, create=False))
-    async with RolloutFollower(link, rollouts, recorded.record, worker) as follower, Driver(context):
-        yield follower
+    async with RolloutFollower(link, rollouts, recorded.record, worker) as follower, Driver(context) as driver:
+        metrics.registry.register(RolloutCollector(follower, driver))
+        yield RolloutService(follower, driver)
