@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import msgspec
 
@@ -40,6 +40,16 @@ REREAD_SECONDS = 300.0
 BY_OPERATOR = (f"{Event.ABORT.value}:", f"{Event.UNDO.value}:")
 
 Check = asyncio.Task[tuple[str, ...]]
+
+
+class SmokeTest(Protocol):
+    """Asks a fixed set of prompts of a new variant."""
+
+    async def problems(self, new: Replica, old: Replica | None) -> tuple[str, ...]:
+        """Return what is wrong with a replica of the new variant, beside one of the old variant."""
+
+    async def aclose(self) -> None:
+        """Close the connections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +93,7 @@ class Driver:
     """Drives rollouts while the `async with` block runs."""
 
     context: DriverContext
-    smoke: SmokeClient = field(default_factory=SmokeClient)
+    smoke: SmokeTest = field(default_factory=SmokeClient)
     jobs: dict[str, Job] = field(default_factory=dict)
     _task: asyncio.Task[None] | None = None
 

@@ -4,7 +4,7 @@ import getpass
 import json
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,7 @@ class Operator:
     deployment: Deployment
     database: RolloutDatabase
     by: str
+    wall_clock: Callable[[], float] = time.time
 
     @classmethod
     def of(cls, path: Path, *, create: bool = False) -> "Operator":
@@ -106,7 +107,7 @@ class Operator:
         if problems := self.problems(plan):
             raise GateRefused("\n".join(problems))
         configured = self._alias(plan.alias).ladder
-        new = new_rollout(plan, configured, self.by, why or "started", time.time())
+        new = new_rollout(plan, configured, self.by, why or "started", self.wall_clock())
         self.database.start(new.record, new.entry, new.revision)
         return new.record
 
@@ -132,7 +133,7 @@ class Operator:
                 raise Refused(f"rollout {record.id} of {alias} has ended (phase {record.phase})")
             progress = Progress(plan)
             progress.add(self.database.blocks(record.id))
-            now = time.time()
+            now = self.wall_clock()
             what = Happening(event, why or f"by {self.by}", self.by, now, figures(progress))
             in_use = variants_in_use(self.deployment, self.database.snapshot(), alias)
             configured = self._alias(alias).ladder
@@ -160,7 +161,7 @@ class Operator:
             raise Refused(
                 f"no variant of revision {found} ({', '.join(ladder)}) has a ready replica: nothing would answer"
             )
-        now, configured = time.time(), self._alias(alias).ladder
+        now, configured = self.wall_clock(), self._alias(alias).ladder
         cause = why or f"undo to revision {found}"
         entry = LogEntry(alias, now, self.by, "undo", "undone", cause, json.dumps({"ladder": ladder}))
         document = revision_of_split(ladder, configured)
@@ -188,7 +189,7 @@ class Operator:
 
     def is_ready(self, variant: str) -> bool:
         """Whether a supervisor has a ready replica of a variant, or one with a `url` is healthy."""
-        snapshot, now = self.database.database.snapshot(), time.time()
+        snapshot, now = self.database.database.snapshot(), self.wall_clock()
         living = {owner.id for owner in snapshot.heartbeat.owners if now - owner.beat_at < SILENT_SECONDS}
         if any(
             record.replica.variant == variant and record.state is State.READY and owner in living

@@ -268,7 +268,7 @@ class RolloutDatabase:
                 return 1 if _insert_missing(connection, ROLLOUT_LEASES, [values]) else None
             if row.holder != holder and row.expires_at > now:
                 return None
-            fence: int = row.fence if row.holder == holder and row.expires_at > now else row.fence + 1
+            fence: int = row.fence + (row.holder != holder)
             changed = update(ROLLOUT_LEASES).where(ROLLOUT_LEASES.c.alias == alias)
             connection.execute(changed.values(holder=holder, fence=fence, expires_at=now + seconds))
             return fence
