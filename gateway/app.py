@@ -142,9 +142,7 @@ async def gateway(
             metrics.registry.register(collector)
         proxy = Proxy(dispatcher, upstream)
         rollouts = Rollouts(dispatcher.affinity.placement)
-        recorded = RecordedAliases(
-            deployment, live_config, rollouts, dispatcher.cluster.estimates, metrics.rollout_conversations
-        )
+        recorded = RecordedAliases(deployment, live_config, rollouts, dispatcher.cluster, metrics.rollout_conversations)
         service = await stack.enter_async_context(
             followed_rollouts(deployment.state, recorded, rollouts, registry, metrics)
         )

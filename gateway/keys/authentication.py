@@ -26,6 +26,7 @@ class Caller:
     tokens_per_minute: int | None = None
     concurrency: int | None = None
     may: frozenset[str] = frozenset()  # guarded engine fields it may send
+    shadow: bool = True  # its answers may be scored on the new variant of a rollout
     rate_limited: bool = field(init=False)
     limited: bool = field(init=False)
 

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from gateway.keys import Caller
 from gateway.live_config import Route
 from gateway.observability.metrics.instruments import Counter, Family
+from gateway.openai.endpoints import CHAT
 from gateway.openai.request import InferenceRequest
 from gateway.proxy.context import RequestContext
 from gateway.proxy.leases import Lease
 from gateway.proxy.routing_features import conversation_of
+from gateway.proxy.shadow import Sample, Sampling, Shadow
 from gateway.proxy.stats import CLIENT_CLOSED_REQUEST, FINISH_REASONS, RequestStats
 from gateway.proxy.upstream.protocol import Sink
 from gateway.rollout.collection import Collection, Outcome, logarithm
@@ -46,6 +48,8 @@ class AliasArms:
         self._estimates = estimates
         self._counters = counters
         self._routes: dict[str | None, Route] = {}
+        self.sampling = Sampling(0.0)
+        self.shadow: Shadow | None = None
 
     def use(self, canary: Target, weight: float, step: int) -> None:
         """Follow a new revision, or a new configuration."""
@@ -99,19 +103,21 @@ class Rollouts:
             # One that the client names may go on without its earlier turns in the request.
             later = self._placement(key) is not None
         chosen, draw = arms.draw(key or context.stats.request_id, context.caller, route, later=later)
-        context.observation = ObservedRequest(arms, draw)
+        may_shadow = context.caller.shadow and inference.endpoint is CHAT
+        context.observation = ObservedRequest(arms, draw, may_shadow=may_shadow)
         return chosen
 
 
 class ObservedRequest:
     """Records what becomes of one request; implements `Observation`."""
 
-    __slots__ = ("_arms", "_draw", "_sink", "_tokens")
+    __slots__ = ("_arms", "_draw", "_shadowed", "_sink", "_tokens")
 
-    def __init__(self, arms: AliasArms, draw: Draw) -> None:
+    def __init__(self, arms: AliasArms, draw: Draw, *, may_shadow: bool) -> None:
         self._arms = arms
         self._draw = draw
         self._sink: ObservedSink | None = None
+        self._shadowed = may_shadow and arms.shadow is not None and draw.arm == "stable" and arms.sampling.take()
         self._tokens = 0.0
 
     def leased(self, lease: Lease) -> None:
@@ -119,19 +125,27 @@ class ObservedRequest:
         self._tokens = lease.in_flight.tokens + lease.in_flight.tokens_ahead
 
     def observe(self, sink: Sink) -> Sink:
-        """Put an observer in front of the client; only answers that count are looked at."""
-        if not self._draw.counts:
+        """Put an observer in front of the client; only answers that count, or are shadowed, are looked at."""
+        if not self._draw.counts and not self._shadowed:
             return sink
         self._sink = ObservedSink(sink)
         return self._sink
 
     def ended(self, context: RequestContext) -> None:
         """Count what became of the request."""
-        if not self._draw.counts or not hasattr(context, "inference"):
-            return
         content = None if self._sink is None else self._sink.content()
+        if self._shadowed and content is not None and context.stats.code == "200":
+            self._offer(context.inference, content)
+        if not self._draw.counts:
+            return
         expected = self._arms.expected_first_token_seconds(self._tokens)
         self._arms.collection.ended(self._draw, outcome_of(context, content, expected))
+
+    def _offer(self, inference: InferenceRequest, content: Content) -> None:
+        messages, shadow = inference.fields.get("messages"), self._arms.shadow
+        if messages is not None and shadow is not None and not content.calls:
+            thought = f"<think>\n{content.reasoning}\n</think>\n\n" if content.reasoning else ""
+            shadow.offer(Sample(bytes(messages), thought + content.text))
 
 
 class ObservedSink:

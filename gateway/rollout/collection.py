@@ -5,7 +5,7 @@ error in step 4 is evidence at the weight of step 2.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -60,7 +60,14 @@ class _StepDocument(msgspec.Struct):
     stable: _ArmDocument = msgspec.field(default_factory=_ArmDocument)
 
 
-_DECODER = msgspec.json.Decoder(list[_StepDocument])
+class _Document(msgspec.Struct):
+    """A block: evidence by step, and (difference, agreement, agreement of the old variant) of each shadowed answer."""
+
+    steps: list[_StepDocument] = []
+    shadow: list[tuple[float, float, float]] = []
+
+
+_DECODER = msgspec.json.Decoder(_Document)
 
 
 class Collection:
@@ -72,6 +79,7 @@ class Collection:
         self._new_first_tokens: list[float] = []
         self.slow_first_token: float | None = None  # the logarithm from which one is slow; None: not known yet
         self.totals: dict[Arm, int] = {"canary": 0, "stable": 0}
+        self._shadow: list[tuple[float, float, float]] = []
 
     def drawn(self, draw: Draw) -> None:
         """Count a new conversation."""
@@ -99,6 +107,10 @@ class Collection:
             for name, value in outcome.values.items():
                 tally.values.setdefault(name, []).append(value)
 
+    def shadowed(self, difference: float, agreement: float, old_agreement: float) -> None:
+        """Add a shadowed answer; see gateway.proxy.shadow."""
+        self._shadow.append((difference, agreement, old_agreement))
+
     def take_block(self) -> bytes | None:
         """End a block and return its document; None if nothing happened."""
         self._first_tokens = [*self._first_tokens, *self._new_first_tokens][-MAX_FIRST_TOKENS:]
@@ -106,23 +118,33 @@ class Collection:
         if len(self._first_tokens) >= MIN_FIRST_TOKENS:
             ordered = sorted(self._first_tokens)
             self.slow_first_token = ordered[min(int(SLOW_SHARE * len(ordered)), len(ordered) - 1)]
-        if not self._tallies:
+        if not self._tallies and not self._shadow:
             return None
         steps: dict[int, _StepDocument] = {}
         for (step, arm), tally in sorted(self._tallies.items()):
             setattr(steps.setdefault(step, _StepDocument(step)), arm, tally.document())
-        self._tallies = {}
-        return msgspec.json.encode(list(steps.values()))
+        document = _Document(list(steps.values()), self._shadow)
+        self._tallies, self._shadow = {}, []
+        return msgspec.json.encode(document)
 
     def _tally(self, draw: Draw) -> _Tally:
         key = draw.step, draw.arm
         return self._tallies.get(key) or self._tallies.setdefault(key, _Tally())
 
 
-def read_blocks(document: str | bytes, weights: tuple[float, ...]) -> Iterable[tuple[int, Block]]:
-    """Read the document of a block of time: for each step the evidence, at the weight that it was drawn with."""
-    for each in _DECODER.decode(document):
-        yield each.step, Block(weights[each.step], each.canary.block(), each.stable.block())
+@dataclass(frozen=True, slots=True)
+class BlockEvidence:
+    """A block of time: evidence by the step that it was drawn in, and shadowed answers."""
+
+    steps: tuple[tuple[int, Block], ...]
+    shadow: tuple[tuple[float, float, float], ...]
+
+
+def read_block(document: str | bytes, weights: tuple[float, ...]) -> BlockEvidence:
+    """Read the document of a block; evidence counts at the weight that it was drawn with."""
+    read = _DECODER.decode(document)
+    steps = [(each.step, Block(weights[each.step], each.canary.block(), each.stable.block())) for each in read.steps]
+    return BlockEvidence(tuple(steps), tuple(read.shadow))
 
 
 def logarithm(value: float) -> float:

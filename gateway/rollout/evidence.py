@@ -148,6 +148,31 @@ def normal_mixture(excess: float, precision: float, rho: float) -> float:
     return 0.5 * math.log(4 * rho / total) + z * z / 2 + log_probability
 
 
+@dataclass(frozen=True, slots=True)
+class MeanAbove:
+    """Evidence that a mean is above a budget: the same mixture, of one sample whose variance is estimated from it."""
+
+    budget: float
+    rho: float
+    values: Moments = Moments()
+
+    @property
+    def log_e(self) -> float:
+        """The logarithm of the e-value; 0 before there are enough values to know their variance."""
+        count = self.values.count
+        if count < MIN_VALUES:
+            return 0.0
+        variance = max(self.values.squares / (count - 1), MIN_VARIANCE)
+        return normal_mixture(count * (self.values.mean - self.budget) / variance, count / variance, self.rho)
+
+
+def with_value(moments: Moments, value: float) -> Moments:
+    """Add one value (Welford)."""
+    count = moments.count + 1
+    mean = moments.mean + (value - moments.mean) / count
+    return Moments(count, mean, moments.squares + (value - moments.mean) * (value - mean))
+
+
 def target_precision(alpha: float, effect: float, power: float = 0.95) -> float:
     """Return the precision at which a test with one look finds an effect beyond the margin with some power."""
     return ((_NORMAL.inv_cdf(1 - alpha) + _NORMAL.inv_cdf(power)) / effect) ** 2

@@ -121,13 +121,14 @@ class Readiness:
 class Split:
     """How an alias divides its conversations: a share of `weight` uses the canary's ladder, in a step.
 
-    `canary` None: there is one ladder, and no draw.
+    `canary` None: there is one ladder, and no draw. A share of `shadow` of the old variant's answers is scored.
     """
 
     stable: tuple[str, ...]
     canary: tuple[str, ...] | None = None
     weight: float = 0.0
     step: int = 0
+    shadow: float = 0.0
 
 
 START = RolloutState()
@@ -218,8 +219,9 @@ def split(state: RolloutState, plan: RolloutPlan) -> Split:
         # Conversations of the old variant end there; where it has no replica, the new one answers them.
         return Split(_with_fallback(plan), plan.canary, 1.0, step)
     if phase in (Phase.CANARY, Phase.HOLDING):
-        return Split(plan.stable, plan.canary, _weight(state, plan), step)
-    return Split(plan.stable, plan.canary, 0.0, step)
+        shadow = plan.settings.shadow if phase is Phase.CANARY else 0.0
+        return Split(plan.stable, plan.canary, _weight(state, plan), step, shadow)
+    return Split(plan.stable, plan.canary, 0.0, step, plan.settings.shadow if phase is Phase.SHADOW else 0.0)
 
 
 def is_stalled(state: RolloutState, plan: RolloutPlan, progress_at: float, now: float) -> bool:

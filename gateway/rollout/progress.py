@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from gateway.rollout.collection import read_blocks
-from gateway.rollout.evidence import EventCounts, with_events
+from gateway.rollout.collection import read_block
+from gateway.rollout.evidence import EventCounts, MeanAbove, mixture_rho, with_events, with_value
 from gateway.rollout.gates import EventGate, Gate, Verdict, begin_step, new_gates, observe, verdict
 from gateway.rollout.machine import (
     FINAL,
@@ -23,6 +23,8 @@ from serving.state.rollouts import BlockRecord
 # Sample-ratio mismatch: shares of conversations that differ by these factors, at this risk of a false alarm.
 _SHARE_RATIOS = (0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0)
 _SHARE_ALPHA = 0.001
+# Shadowing is tested apart from the gates: its risk of a false alarm, and the excess (nats) that it is tuned for.
+_SHADOW_ALPHA, _SHADOW_EFFECT = 0.005, 0.02
 # A variant counts as lost when it has had no ready replica for so long.
 LOST_SECONDS = 30.0
 # So old is a phase before a variant counts as drained: every gateway has read the revision by then.
@@ -36,6 +38,10 @@ class Progress:
     plan: RolloutPlan
     gates: tuple[Gate, ...] = field(init=False)
     shares: EventCounts = field(init=False)
+    shadow: MeanAbove = field(init=False)
+    agreement: float = 0.0  # sums over shadowed answers
+    old_agreement: float = 0.0
+    shadow_failed: bool = False
     canary: int = 0  # conversations
     stable: int = 0
     canary_by_step: dict[int, int] = field(default_factory=dict)
@@ -47,6 +53,7 @@ class Progress:
         settings = self.plan.settings
         self.gates = new_gates(settings.gates(), len(settings.steps), settings.alpha)
         self.shares = EventCounts(1.0, _SHARE_RATIOS, (0.0,) * len(_SHARE_RATIOS))
+        self.shadow = MeanAbove(settings.shadow_budget, mixture_rho(_SHADOW_ALPHA, _SHADOW_EFFECT))
 
     def add(self, records: Iterable[BlockRecord]) -> None:
         """Add blocks; those that are known already are skipped."""
@@ -54,7 +61,9 @@ class Progress:
             if (record.worker, record.block) in self._seen:
                 continue
             self._seen.add((record.worker, record.block))
-            for step, block in read_blocks(record.document, self.plan.settings.weights):
+            evidence = read_block(record.document, self.plan.settings.weights)
+            self._add_shadow(evidence.shadow)
+            for step, block in evidence.steps:
                 while self._step < step:
                     self.gates, self._step = begin_step(self.gates), self._step + 1
                 self.gates = observe(self.gates, block)
@@ -64,6 +73,21 @@ class Progress:
                 self.canary_by_step[step] = self.canary_by_step.get(step, 0) + drawn
                 if drawn:
                     self.progress_at = max(self.progress_at, record.at)
+
+    def _add_shadow(self, answers: Iterable[tuple[float, float, float]]) -> None:
+        for difference, agreement, old_agreement in answers:
+            self.shadow = replace(self.shadow, values=with_value(self.shadow.values, difference))
+            self.agreement += agreement
+            self.old_agreement += old_agreement
+            # Once it has failed, it stays so, as a gate does.
+            self.shadow_failed = self.shadow_failed or self.shadow.log_e >= -math.log(_SHADOW_ALPHA)
+
+    @property
+    def shadow_verdict(self) -> Verdict:
+        """What shadowed answers say."""
+        if self.shadow_failed:
+            return "fail"
+        return "pass" if self.shadow.values.count >= self.plan.settings.shadow_requests else "more"
 
     @property
     def verdict(self) -> Verdict:
@@ -80,15 +104,27 @@ class Progress:
 
     @property
     def failure(self) -> str:
-        """The gates that failed, with their figures."""
-        return "; ".join(describe(gate) for gate in self.gates if gate.verdict == "fail")
+        """The gates that failed, with their figures; shadowing is one of them."""
+        failed = [describe(gate) for gate in self.gates if gate.verdict == "fail"]
+        return "; ".join([*failed, self.describe_shadow()] if self.shadow_failed else failed)
+
+    def describe_shadow(self) -> str:
+        """What shadowed answers show, for people."""
+        values, count = self.shadow.values, max(self.shadow.values.count, 1)
+        shares = (
+            f"first choice {self.agreement / count:.1%}, of the old variant itself {self.old_agreement / count:.1%}"
+        )
+        return (
+            f"shadow: {values.mean:.4f} nats per token further from the old variant than that itself, the budget is "
+            f"{self.shadow.budget:g}; {shares}; {values.count} answers"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What a driver knows besides the evidence.
 
-    `problems` is the result of the check that belongs to the phase (preflight, smoke, shadow): None while it runs.
+    `problems` is the result of the check that belongs to the phase (preflight, smoke): None while it runs.
     `lost_seconds` is how long the new variant has had no ready replica, `drained` whether the leaving one is idle.
     """
 
@@ -98,7 +134,7 @@ class Facts:
     drained: bool = False
 
 
-_CHECKED = {Phase.PREFLIGHT: Event.VERIFIED, Phase.SMOKE: Event.CHECKED, Phase.SHADOW: Event.CHECKED}
+_CHECKED = {Phase.PREFLIGHT: Event.VERIFIED, Phase.SMOKE: Event.CHECKED}
 
 
 def next_event(
@@ -109,7 +145,7 @@ def next_event(
         return None
     if why := _failed(state, plan, progress, facts):
         return Event.FAILED, why
-    found = _checked(state, facts) or _moved(state, plan, progress, facts, now)
+    found = _checked(state, facts) or _shadowed(state, progress) or _moved(state, plan, progress, facts, now)
     if found is None and now >= deadline(state, plan):
         return Event.DEADLINE, f"nothing has ended the phase {state.phase.value} in time"
     return found
@@ -128,6 +164,13 @@ def _checked(state: RolloutState, facts: Facts) -> tuple[Event, str] | None:
     if event is None or facts.problems is None:
         return None
     return (Event.FAILED, "; ".join(facts.problems)) if facts.problems else (event, "all checks passed")
+
+
+def _shadowed(state: RolloutState, progress: Progress) -> tuple[Event, str] | None:
+    if state.phase is not Phase.SHADOW or progress.shadow_verdict == "more":
+        return None
+    event = Event.CHECKED if progress.shadow_verdict == "pass" else Event.FAILED
+    return event, progress.describe_shadow()
 
 
 def _moved(

@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -12,15 +12,19 @@ from gateway.deployment import Deployment
 from gateway.http.cors import cors_for
 from gateway.live_config import LiveConfig
 from gateway.observability.metrics import Metrics
-from gateway.rollout.arms import AliasArms, Counters, Estimates, Rollouts
+from gateway.proxy.shadow import Agreement, Scorer, Shadow
+from gateway.rollout.arms import AliasArms, Counters, Rollouts
 from gateway.rollout.controller import Driver, DriverContext
 from gateway.rollout.follower import RolloutFollower
 from gateway.rollout.lottery import Lottery
 from gateway.rollout.metrics import RolloutCollector
-from gateway.rollout.revision import in_force, revisions_of, splits
+from gateway.rollout.revision import AliasRevision, in_force, revisions_of, splits
+from gateway.routing.cluster_state import ClusterState
 from gateway.routing.target import Catalog
 from gateway.validation import notices
+from serving.probe import Probe
 from serving.registry import Registry
+from serving.replica import Replica
 from serving.state.database import StateDatabase
 from serving.state.link import Link
 from serving.state.rollouts import EMPTY, RolloutSnapshot
@@ -36,14 +40,15 @@ class RecordedAliases:
         deployment: Deployment,
         live_config: LiveConfig,
         rollouts: Rollouts,
-        estimates: Estimates,
+        cluster: ClusterState,
         counters: Counters,
     ) -> None:
         self.deployment = deployment  # as configured
         self.snapshot: RolloutSnapshot = EMPTY
         self._live_config = live_config
         self._rollouts = rollouts
-        self.estimates = estimates
+        self.cluster = cluster
+        self.scorer: ShadowScorer | None = None  # None: nothing is shadowed
         self._counters = counters
 
     @property
@@ -80,11 +85,34 @@ class RecordedAliases:
             assert revision.canary is not None
             canary = catalog.canary(alias, revision.canary, revision.new)
             arms = before.get(rollout) or AliasArms(
-                rollout, revision.old, canary, Lottery(rollout), self.estimates, self._counters
+                rollout, revision.old, canary, Lottery(rollout), self.cluster.estimates, self._counters
             )
             arms.use(canary, revision.weight, revision.step)
+            self._use_shadow(arms, alias, revision)
             active[alias] = arms
+        for rollout, arms in before.items():
+            if all(each.rollout != rollout for each in active.values()) and arms.shadow is not None:
+                arms.shadow.stop()
         self._rollouts.active = active or None
+
+    def close(self) -> None:
+        """Stop what runs for rollouts."""
+        for arms in (self._rollouts.active or {}).values():
+            if arms.shadow is not None:
+                arms.shadow.stop()
+
+    def _use_shadow(self, arms: AliasArms, alias: str, revision: AliasRevision) -> None:
+        """Shadow a share of the alias' answers, from the revision that wants it to the end of the rollout."""
+        arms.sampling.share = revision.shadow
+        if not revision.shadow or arms.shadow is not None or self.scorer is None:
+            return
+        gates = self.cluster.gates
+        arms.shadow = self.scorer.shadow(
+            *(revision.new, revision.old),
+            lambda: any(gate.spilling for (name, _), gate in gates.items() if name == alias),
+            lambda result: arms.collection.shadowed(*result),
+        )
+        arms.shadow.start()
 
 
 def live_config_of(deployment: Deployment) -> LiveConfig:
@@ -102,11 +130,43 @@ def log_notices(deployment: Deployment) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class ShadowScorer:
+    """Makes shadows over the replicas of a registry."""
+
+    registry: Registry
+    scorer: Scorer
+
+    def shadow(
+        self, new: str, old: str, is_spilling: Callable[[], bool], report: Callable[[Agreement], None]
+    ) -> Shadow:
+        """Make a shadow of a new variant beside an old one."""
+
+        def pair() -> tuple[Replica, Replica] | None:
+            ready = self.registry.ready
+            return (ready[new][0], ready[old][0]) if new in ready and old in ready else None
+
+        def is_ready(replica: Replica) -> bool:
+            return replica in self.registry.ready.get(replica.variant, ())
+
+        return Shadow(self.scorer, pair, is_spilling, is_ready, report)
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutService:
     """What follows rollouts in this process, and what drives them."""
 
     follower: RolloutFollower
     driver: Driver
+
+
+@asynccontextmanager
+async def shadowed(recorded: RecordedAliases, scorer: ShadowScorer) -> AsyncIterator[None]:
+    """Let rollouts shadow answers while the block runs."""
+    recorded.scorer = scorer
+    try:
+        yield
+    finally:
+        recorded.close()
 
 
 @asynccontextmanager
@@ -123,11 +183,16 @@ async def followed_rollouts(
         registry,
         lambda: recorded.deployment,
         lambda: recorded.snapshot,
-        lambda variant: sum(estimate.requests for estimate in recorded.estimates(variant)),
+        lambda variant: sum(estimate.requests for estimate in recorded.cluster.estimates(variant)),
         worker,
         lambda alias, cause: metrics.rollout_rollbacks.labels(alias, cause).inc(),
     )
     link = Link(StateDatabase.at(state, create=False))
-    async with RolloutFollower(link, rollouts, recorded.record, worker) as follower, Driver(context) as driver:
+    async with (
+        Probe() as probe,
+        shadowed(recorded, ShadowScorer(registry, probe)),
+        RolloutFollower(link, rollouts, recorded.record, worker) as follower,
+        Driver(context) as driver,
+    ):
         metrics.registry.register(RolloutCollector(follower, driver))
         yield RolloutService(follower, driver)

@@ -37,11 +37,12 @@ class AliasRevision(msgspec.Struct, frozen=True):
     step: int = 0
     new: str = ""
     old: str = ""
+    shadow: float = 0.0  # the share of the old variant's answers that are scored on the new one
 
     @classmethod
     def of(cls, split: Split, configured: Ladder, new: str, old: str) -> "AliasRevision":
         """Record how an alias divides its conversations."""
-        return cls(configured, split.stable, split.canary, split.weight, split.step, new, old)
+        return cls(configured, split.stable, split.canary, split.weight, split.step, new, old, split.shadow)
 
     def document(self) -> str:
         """Encode it."""

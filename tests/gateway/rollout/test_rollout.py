@@ -1,6 +1,7 @@
 """A whole rollout: a gateway with its driver, two fake replicas, and clients that go on talking."""
 
 import asyncio
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -146,3 +147,29 @@ async def test_alias_at_variant(state: str) -> None:
         assert (await scene.fleet.ask({**HELLO, "model": "smol@mid"})).status_code == 404
         scene.operator.steer("smol", Event.ABORT, "enough")
         await scene.reached(Phase.ROLLED_BACK, Phase.FAILED)
+
+
+@session_loop
+async def test_damage_that_only_the_shadow_sees(state: str) -> None:
+    """It answers as fast and as well-formed as the old variant; its log-probabilities are others."""
+    async with stage(state, "--fake-logprob-shift", "-0.2") as scene:
+        scene.start(shadow=1.0, shadow_requests=40)
+        async with scene.load():
+            record = await scene.reached(Phase.ROLLED_BACK)
+        assert "shadow: 0.2000 nats per token" in record.state
+        assert {variant for _, variant, _ in scene.answers} == {"hi"}
+        assert "rolling_back" in [entry.phase for entry in scene.operator.database.entries("smol")]
+
+
+@session_loop
+async def test_a_variant_that_fails_for_clients_only(state: str) -> None:
+    """What passes the smoke test and fails later is found by its errors, though the old one answers every request."""
+    async with stage(state) as scene:
+        scene.start(steps=(30, 50, 100), step_seconds=30)
+        await scene.reached(Phase.CANARY)
+        scene.new.process.send_signal(signal.SIGKILL)
+        async with scene.load():
+            record = await scene.reached(Phase.ROLLED_BACK)
+        assert "errors: canary" in record.state
+        assert {status for _, _, status in scene.answers} == {200}
+        assert await scene.fleet.total("quantgate_rollout_rollbacks_total", cause="gate") == 1

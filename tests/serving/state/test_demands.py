@@ -50,7 +50,7 @@ def test_what_runs(
 async def test_demands_are_followed(state: str) -> None:
     """A change is told once."""
     follower = await DemandFollower.read(state)
-    assert len(follower.current) == 0
+    assert list(follower.current) == []
     database = RolloutDatabase(StateDatabase.at(state))
     database.start(FIRST, entry())
     assert not await follower.follow()
