@@ -43,7 +43,7 @@ def test_example_loads() -> None:
 def test_example_names_every_option() -> None:
     """No option of the schema is missing from the example."""
     text = EXAMPLE.read_text()
-    tables: list[type[Table]] = [Settings, *Table.__subclasses__()]
+    tables: list[type[Table]] = [table for table in Table.__subclasses__() if table.__module__ == Settings.__module__]
     missing = {name for table in tables for name in table.model_fields if f"{name}:" not in text}
     assert not missing
 
