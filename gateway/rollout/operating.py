@@ -75,10 +75,10 @@ class Operator:
         """Return the plan of a rollout; ConfigError if the names don't fit the configuration."""
         variants = self.deployment.variants
         current = self.ladder(target.alias)
-        new, old, canary, final = _ladders(target, current, variants)
-        for name in (new, old, *final):
+        for name in filter(None, (target.new, target.replaces, *target.ladder)):
             if name not in variants:
                 raise ConfigError(f"there is no variant {name!r} in the configuration; known: {', '.join(variants)}")
+        new, old, canary, final = _ladders(target, current, variants)
         return RolloutPlan(
             alias=target.alias,
             new=new,
@@ -221,7 +221,8 @@ class Operator:
                 raise Refused(f"{alias} has no revision {number}; `quantgate rollout history {alias}` lists them")
             return found.stable, number
         for each, revision in whole:
-            if revision.stable != current:
+            # The ladder of a promotion is a passing one: both variants, until the old one is drained.
+            if revision.stable != current and not (revision.canary and revision.weight == 1):
                 return revision.stable, each
         raise Refused(f"{alias} has no earlier revision with another ladder than {', '.join(current)}")
 
