@@ -20,7 +20,7 @@ from gateway.deployment import Deployment
 from gateway.rollout.hooks import run_hooks
 from gateway.rollout.machine import FINAL, Event, Phase, Readiness, Refused, RolloutState
 from gateway.rollout.plan import RolloutPlan
-from gateway.rollout.preflight import Comparison, Preflight, compare_manifests, fingerprint
+from gateway.rollout.preflight import Comparison, Preflight, compare_quality, fingerprint
 from gateway.rollout.progress import Facts, Progress, next_event
 from gateway.rollout.record import Happening, change_of, read_plan, read_state
 from gateway.rollout.revision import in_force
@@ -63,7 +63,7 @@ class DriverContext:
     requests: Callable[[str], float]  # in flight on the replicas of a variant, from all senders
     holder: str
     rolled_back: Callable[[str, str], None]  # counts an alias' rollback, with its cause
-    compare: Comparison = compare_manifests
+    compare: Comparison = compare_quality
     wall_clock: Callable[[], float] = time.time
 
 

@@ -17,7 +17,7 @@ from gateway.deployment import Deployment, read_deployment
 from gateway.rollout.controller import figures, variants_in_use
 from gateway.rollout.machine import Event, Phase, Readiness, Refused, RolloutState
 from gateway.rollout.plan import PlanSettings, RolloutPlan, compared, replacement
-from gateway.rollout.preflight import compare_manifests, fingerprint, plan_problems
+from gateway.rollout.preflight import compare_quality, fingerprint, plan_problems
 from gateway.rollout.progress import Progress
 from gateway.rollout.record import Happening, change_of, new_rollout, read_plan, revision_of_split
 from gateway.rollout.revision import in_force, read_revision
@@ -75,10 +75,10 @@ class Operator:
         """Return the plan of a rollout; ConfigError if the names don't fit the configuration."""
         variants = self.deployment.variants
         current = self.ladder(target.alias)
-        new, old, canary, final = _ladders(target, current, variants)
-        for name in (new, old, *final):
+        for name in filter(None, (target.new, target.replaces, *target.ladder)):
             if name not in variants:
                 raise ConfigError(f"there is no variant {name!r} in the configuration; known: {', '.join(variants)}")
+        new, old, canary, final = _ladders(target, current, variants)
         return RolloutPlan(
             alias=target.alias,
             new=new,
@@ -93,7 +93,7 @@ class Operator:
 
     def problems(self, plan: RolloutPlan) -> tuple[str, ...]:
         """Return what preflight would say, without reading the files of the variant."""
-        return plan_problems(plan, self.deployment.variants, self.deployment.settings.aliases, compare_manifests)
+        return plan_problems(plan, self.deployment.variants, self.deployment.settings.aliases, compare_quality)
 
     def ladder(self, alias: str) -> tuple[str, ...]:
         """The ladder of an alias that is in force now."""
@@ -221,7 +221,8 @@ class Operator:
                 raise Refused(f"{alias} has no revision {number}; `quantgate rollout history {alias}` lists them")
             return found.stable, number
         for each, revision in whole:
-            if revision.stable != current:
+            # The ladder of a promotion is a passing one: both variants, until the old one is drained.
+            if revision.stable != current and not (revision.canary and revision.weight == 1):
                 return revision.stable, each
         raise Refused(f"{alias} has no earlier revision with another ladder than {', '.join(current)}")
 

@@ -2,21 +2,25 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from config.manifest import Manifest
+from config.errors import ManifestError
+from config.manifest import Quality
+from config.measurements import read_measurements
+from config.paired_comparison import PairedComparison, compare_paired
 from config.schema import AliasSettings
 from config.variant import Variant
 from gateway.rollout.plan import QualityBudget, RolloutPlan
 
 # Compares the measured quality of the old variant and the new one, on the same held-out text; returns the problems.
-Comparison = Callable[[Manifest, Manifest, QualityBudget], tuple[str, ...]]
+Comparison = Callable[[Variant, Variant, QualityBudget], tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What preflight looks at; `compare` is the paired comparison of two manifests."""
+    """What preflight looks at; `compare` is the paired comparison of two variants."""
 
     variants: Mapping[str, Variant]
     aliases: Mapping[str, AliasSettings]
@@ -46,34 +50,65 @@ def plan_problems(
     if fingerprint(new) != plan.fingerprint:
         return (f"{plan.new}: its content has changed since the rollout was started; `retry` takes the new one",)
     problems = []
-    if new.failure is not None and not alias.admit_failed:
-        problems.append(f"{plan.new}: {new.failure}")
+    if new.manifest is not None and new.manifest.quality.verdict != "pass" and not alias.admit_failed:
+        reason = new.failure or "its verdict is not shown: evaluate it on more chats, or set admit_failed"
+        problems.append(f"{plan.new}: {reason}")
     trusted = alias.trust_declared
     if (shortfall := new.quality.shortfall(alias.floor, trust_declared=trusted)) is not None:
         problems.append(f"{plan.new} does not meet the floor of {plan.alias}: {shortfall}")
     if plan.settings.compare and old.manifest is not None and new.manifest is not None:
-        problems += compare(old.manifest, new.manifest, plan.settings.budget)
+        problems += compare(old, new, plan.settings.budget)
     return tuple(problems)
 
 
-def compare_manifests(old: Manifest, new: Manifest, budget: QualityBudget) -> tuple[str, ...]:
-    """Compare two measurements by their bounds; they must have been made on the same text of the same parent."""
-    if old.base.digest != new.base.digest:
-        return (
-            f"{new.id} was made from another base than {old.id}; `compare: false` in the plan skips the comparison",
-        )
-    if old.quality.dataset_sha256 != new.quality.dataset_sha256:
-        return (f"{new.id} was measured on another text than {old.id}: measure both with `quantgate evaluate`",)
+def compare_quality(old: Variant, new: Variant, budget: QualityBudget) -> tuple[str, ...]:
+    """Compare two variants of one parent on the same held-out text, chat by chat; return what is not shown to fit.
+
+    The worse end of the 95 % interval of each difference must fit the budget. Variants whose chats were not kept are
+    compared by their figures.
+    """
+    assert old.manifest is not None
+    assert new.manifest is not None
+    before, after = old.manifest, new.manifest
+    if before.base.digest != after.base.digest:
+        return (f"{new.name} has another base than {old.name}; `compare: false` in the plan skips the comparison",)
+    try:
+        measured = [read_measurements(variant.path) if variant.path else None for variant in (old, new)]
+    except ManifestError as error:
+        return (str(error),)
+    paired = compare_paired(measured[0], measured[1]) if measured[0] and measured[1] else None
+    if paired is not None:
+        return tuple(_paired_problems(old.name, new.name, paired, budget))
+    if before.quality.dataset_sha256 != after.quality.dataset_sha256:
+        return (f"{new.name} was measured on another text than {old.name}: measure both with `quantgate evaluate`",)
+    return tuple(_figure_problems(old.name, new.name, before.quality, after.quality, budget))
+
+
+def _paired_problems(old: str, new: str, paired: PairedComparison, budget: QualityBudget) -> Iterator[str]:
+    by_figure = {row.figure: row.difference for row in paired.differences}
+    ratio = by_figure["excess_nll"]
     worse = {
-        "kl_mean": (new.quality.kl_mean - old.quality.kl_mean, budget.kl_mean),
-        "top1_agreement": (old.quality.top1_agreement - new.quality.top1_agreement, budget.top1_agreement),
-        "perplexity_ratio": (new.quality.perplexity_ratio - old.quality.perplexity_ratio, budget.perplexity_ratio),
+        "kl_mean": (by_figure["kl_mean"].value, by_figure["kl_mean"].high, budget.kl_mean),
+        "top1_agreement": (-by_figure["top1_agreement"].value, -by_figure["top1_agreement"].low, budget.top1_agreement),
+        "perplexity_ratio": (math.expm1(ratio.value), math.expm1(min(ratio.high, 700.0)), budget.perplexity_ratio),
     }
-    return tuple(
-        f"{new.id}: {name} is worse than that of {old.id} by {by:.4g}, the budget is {limit:.4g}"
-        for name, (by, limit) in worse.items()
-        if by > limit
-    )
+    for figure, (value, bound, limit) in worse.items():
+        if bound > limit:
+            yield (
+                f"{new}: {figure} is worse than that of {old} by {value:.4g}, at most {bound:.4g} with 95 % confidence "
+                f"on {paired.chats} chats; the budget is {limit:.4g}"
+            )
+
+
+def _figure_problems(old: str, new: str, before: Quality, after: Quality, budget: QualityBudget) -> Iterator[str]:
+    worse = {
+        "kl_mean": (after.kl_mean - before.kl_mean, budget.kl_mean),
+        "top1_agreement": (before.top1_agreement - after.top1_agreement, budget.top1_agreement),
+        "perplexity_ratio": (after.perplexity_ratio - before.perplexity_ratio, budget.perplexity_ratio),
+    }
+    for figure, (by, limit) in worse.items():
+        if by > limit:
+            yield f"{new}: {figure} is worse than that of {old} by {by:.4g}, the budget is {limit:.4g}"
 
 
 def fingerprint(variant: Variant) -> str:
