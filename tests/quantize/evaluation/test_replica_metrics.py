@@ -62,7 +62,7 @@ def test_the_estimate_is_nearer_than_the_bound(seed: int) -> None:
         found = token_distance(prediction(p, 20, 0), prediction(q, 20, 0))
         whole, bound, estimate = (whole + full_divergence(p, q), bound + found.lower_bound, estimate + found.divergence)
     assert abs(estimate - whole) < abs(bound - whole)
-    assert estimate == pytest.approx(whole, rel=0.15)
+    assert estimate == pytest.approx(whole, rel=0.2)
 
 
 @given(LOGITS, st.integers(1, 12), st.integers(0, 11))
