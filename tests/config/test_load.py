@@ -193,7 +193,8 @@ def test_empty_mapping_is_all_defaults(tmp_path: Path) -> None:
             ],
         ),
         (
-            "variants: {a: {path: /m, lora: {x: {}, a: /x, a-1: /y, b: /z}}, a-b: {path: /n}}\n",
+            "variants: {a: {path: /m, lora: {x: {}, a: /x, a-1: /y, b: /z}}, a-b: {path: /n}}\n"
+            "replicas: [{variant: a}]\n",
             [
                 "f:1:33: variants.a.lora.x.path: is missing, but quantgate starts replicas of its base; set it",
                 "f:1:40: variants.a.lora.a: 'a' is also a name of the base model in vLLM; rename the adapter",
