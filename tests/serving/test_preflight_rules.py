@@ -158,7 +158,7 @@ def test_instruction_sets(
     quantization: dict[str, Any] | None, settings: dict[str, Any], flags: set[str], word: str
 ) -> None:
     """What only some CPUs load is held against this one."""
-    config = {"quantization_config": quantization} if quantization else {}
+    config: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
     machine = MachineFacts(99 * GIB, flags=frozenset(flags))
     found = oversubscribed([(launch(**settings), model(**config))], machine)
     assert word in "\n".join(found)
