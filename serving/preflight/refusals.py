@@ -57,7 +57,6 @@ def unservable(launch: Launch, model: ModelFacts) -> list[str]:
         *(sharing := list(sharing_reasons(model, settings))),
         # Without a valid split there is no shape per rank.
         None if sharing else unfit_shape(model, engine, settings.tensor_parallel),
-        kv_cache_refusal(settings.kv_cache_dtype, engine),
         cache_reason(launch, model),
     ]
     return [reason for reason in reasons if reason]

@@ -136,13 +136,6 @@ def test_gpus_load_more(quantization: dict[str, Any]) -> None:
     assert reasons({"quantization_config": quantization}, {}, "cuda") == ""
 
 
-def test_a_kv_cache_that_the_engine_lacks() -> None:
-    """A CPU has no 16-bit KV cache but the model's own; an FP8 one needs wide vectors."""
-    assert "kv_cache_dtype bfloat16 is not supported on CPU" in reasons({}, {"kv_cache_dtype": "bfloat16"})
-    assert reasons({}, {"kv_cache_dtype": "bfloat16"}, "cuda") == ""
-    assert reasons({}, {"kv_cache_dtype": "fp8"}) == ""
-
-
 @pytest.mark.parametrize(
     "quantization,settings,flags,word",
     [
