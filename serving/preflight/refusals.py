@@ -100,7 +100,7 @@ def _instructions(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineFa
             continue
         reasons = (
             None if unloadable(model.quantization, "cpu") else unloadable(model.quantization, "cpu", machine.flags),
-            kv_cache_refusal(launch.settings.kv_cache_dtype, "cpu", machine.flags),
+            kv_cache_refusal(model.kv_cache_dtype(launch.settings), "cpu", machine.flags),
         )
         yield from (f"{launch.replica_id}: {reason}" for reason in reasons if reason)
 
