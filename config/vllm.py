@@ -43,8 +43,7 @@ CPU_EXPERT_FLAG = AMX
 # and the down-projections of latent attention. The first two are never quantized.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 REPLICATED = ROUTERS | {"kv_a_proj_with_mqa", "q_a_proj", "fused_qkv_a_proj"}
-# v1/attention/backends/cpu_attn.py: supported_kv_cache_dtypes and _get_attn_isa; on x86 FP8 needs one of the flags.
-CPU_KV_CACHE_DTYPES: frozenset[KvCacheDtype] = frozenset({"auto", "fp8", "fp8_e4m3", "fp8_e5m2"})
+# v1/attention/backends/cpu_attn.py, _get_attn_isa: on x86 an FP8 KV cache needs one of these.
 CPU_FP8_KV_CACHE_FLAGS = frozenset({"avx512f", AMX})
 
 
@@ -103,6 +102,7 @@ SUPPORTED: tuple[Support, ...] = (
     Support("int-quantized", "cpu", (8,), _CPU_INT8, _W8A8_INT8, _WHOLE, inputs=("int8",)),
     Support("float-quantized", "cuda", (8,), _CUDA_FP8, _W8A8_FP8, _WHOLE_OR_BLOCK, inputs=("fp8", "none")),
     # One scale for a whole matrix: q, k and v are requantized to a common one, by an operator for GPUs only.
+    # 0.33 adds CPUFp8ChannelWiseScaledMM for AMX.
     Support("float-quantized", "cpu", (8,), _CPU_FP8, _W8A8_FP8, ("channel",), inputs=("fp8",)),
     Support(
         "float-quantized",
@@ -205,13 +205,9 @@ def kernels(scheme: QuantizationScheme, engine: Engine) -> str:
 
 def kv_cache_refusal(dtype: str, engine: Engine, flags: frozenset[str] | None = None) -> str | None:
     """Say why an engine has no KV cache of a dtype; None if it has."""
-    if engine == "cuda":
+    if engine == "cuda" or not dtype.startswith("fp8") or flags is None or flags & CPU_FP8_KV_CACHE_FLAGS:
         return None
-    if dtype not in CPU_KV_CACHE_DTYPES:
-        return f"kv_cache_dtype {dtype} is not supported on CPU; use auto, which is the dtype of the model"
-    if dtype != "auto" and flags is not None and not flags & CPU_FP8_KV_CACHE_FLAGS:
-        return f"kv_cache_dtype {dtype} needs AVX-512 or AMX, which this CPU lacks; use auto"
-    return None
+    return f"kv_cache_dtype {dtype} needs AVX-512 or AMX, which this CPU lacks; use auto"
 
 
 def float32_refusal(scheme: QuantizationScheme, engine: Engine) -> str | None:

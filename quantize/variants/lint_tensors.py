@@ -161,8 +161,7 @@ def _is_part(name: str, quantized: set[str], kind: Kind) -> bool:
     """Whether a tensor belongs to a quantized layer; bitsandbytes names parts of `weight`, MXFP4 parts of experts."""
     if kind == "mxfp4" and name.endswith(("_blocks", "_scales")):
         return name.removesuffix("_blocks").removesuffix("_scales") in quantized
-    parent = name.rpartition(".")[0]
-    return parent in quantized or (parent.endswith(".weight") and parent.removesuffix(".weight") in quantized)
+    return name.rpartition(".")[0] in quantized or name.partition(".weight.")[0] in quantized
 
 
 def _is_bias(name: str) -> bool:

@@ -58,7 +58,6 @@ def unservable(launch: Launch, model: ModelFacts) -> list[str]:
         # Without a valid split there is no shape per rank.
         None if sharing else unfit_shape(model, engine, settings.tensor_parallel),
         cache_dtype_reason(model, settings, engine),
-        kv_cache_refusal(settings.kv_cache_dtype, engine),
         cache_reason(launch, model),
     ]
     return [reason for reason in reasons if reason]
@@ -102,14 +101,9 @@ def _instructions(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineFa
             continue
         reasons = (
             None if unloadable(model.quantization, "cpu") else unloadable(model.quantization, "cpu", machine.flags),
-            kv_cache_refusal(_kv_cache_dtype(launch, model), "cpu", machine.flags),
+            kv_cache_refusal(model.kv_cache_dtype(launch.settings), "cpu", machine.flags),
         )
         yield from (f"{launch.replica_id}: {reason}" for reason in reasons if reason)
-
-
-def _kv_cache_dtype(launch: Launch, model: ModelFacts) -> str:
-    """Return the type of the KV cache: `auto` is FP8 where the checkpoint has scales for it."""
-    return "fp8" if model.has_fp8_cache(launch.settings) else launch.settings.kv_cache_dtype
 
 
 def _model(launch: Launch) -> ModelFacts:

@@ -122,7 +122,7 @@ def test_the_longest_request_fits(combination: tuple[Any, ...], engine: Any) -> 
     [
         ("cpu", {"kv_cache_dtype": "fp8"}, {"head_dim": 80}, "multiple of 32, not 80"),
         ("cuda", {"kv_cache_dtype": "fp8"}, {"head_dim": 80}, ""),
-        ("cpu", {"kv_cache_dtype": "bfloat16"}, {}, "kv_cache_dtype bfloat16 is not supported on CPU"),
+        ("cpu", {"kv_cache_dtype": "bfloat16"}, {"head_dim": 80}, ""),
         ("cuda", {"kv_cache_dtype": "fp8_e5m2"}, {"quantization_config": {"quant_method": "fp8"}}, "use fp8"),
         ("cuda", {"kv_cache_dtype": "fp8"}, {"quantization_config": {"quant_method": "fp8"}}, ""),
         ("cuda", {"pipeline_parallel": 7}, {}, "6 layers can't be shared by pipeline_parallel 7"),

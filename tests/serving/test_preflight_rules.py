@@ -115,6 +115,8 @@ def launch(name: str = "a-1", engine: Any = "cpu", gpus: tuple[int, ...] = (), *
         ({}, {"kv_cache_bytes": "4MiB"}, ""),
         ({}, {"kv_cache_bytes": "3MiB"}, "set kv_cache_bytes to 4MiB or more, or max_model_len to 3072 or less"),
         ({}, {"kv_cache_bytes": "4MiB", "dtype": "float32"}, "kv_cache_bytes to 8MiB"),
+        ({}, {"kv_cache_bytes": "2MiB", "kv_cache_dtype": "fp8"}, ""),
+        ({"quantization_config": {**FP8_DYNAMIC, "kv_cache_scheme": FP8}}, {"kv_cache_bytes": "2MiB"}, ""),
         ({"sliding_window": 128}, {"kv_cache_bytes": "3MiB"}, ""),
         ({"sliding_window": 128, "use_sliding_window": False}, {"kv_cache_bytes": "3MiB"}, "kv_cache_bytes to 4MiB"),
         ({"max_position_embeddings": 2**20}, {}, "there is 512 MiB"),
@@ -136,13 +138,6 @@ def test_gpus_load_more(quantization: dict[str, Any]) -> None:
     assert reasons({"quantization_config": quantization}, {}, "cuda") == ""
 
 
-def test_a_kv_cache_that_the_engine_lacks() -> None:
-    """A CPU has no 16-bit KV cache but the model's own; an FP8 one needs wide vectors."""
-    assert "kv_cache_dtype bfloat16 is not supported on CPU" in reasons({}, {"kv_cache_dtype": "bfloat16"})
-    assert reasons({}, {"kv_cache_dtype": "bfloat16"}, "cuda") == ""
-    assert reasons({}, {"kv_cache_dtype": "fp8"}) == ""
-
-
 @pytest.mark.parametrize(
     "quantization,settings,flags,word",
     [
@@ -151,6 +146,7 @@ def test_a_kv_cache_that_the_engine_lacks() -> None:
         (FP8_BLOCK, {}, {"avx512f", "amx_tile"}, ""),
         (FP8_BLOCK, {}, {"avx512f"}, "a-1: FP8 needs a CPU with amx_tile"),
         (None, {"kv_cache_dtype": "fp8"}, {"avx512f"}, ""),
+        ({**FP8_DYNAMIC, "kv_cache_scheme": FP8}, {}, {"avx2"}, "a-1: kv_cache_dtype fp8 needs AVX-512"),
         (None, {"kv_cache_dtype": "fp8"}, {"avx2"}, "a-1: kv_cache_dtype fp8 needs AVX-512 or AMX"),
     ],
 )

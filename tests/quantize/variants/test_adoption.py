@@ -105,6 +105,8 @@ def foreign(tmp_path: Path, scheme: QuantizationScheme) -> Path:
         for part, (dtypes, shape) in parts_of(form, outputs, inputs).items():
             dtype = "F32" if "F32" in dtypes else dtypes[0]
             gone[f"{layer}.{part}"] = (dtype, shape, ONES[dtype] * math.prod(shape))
+        if scheme.compression == "bitsandbytes":
+            gone[f"{layer}.weight.quant_state.bitsandbytes__nf4"] = ("U8", (9,), bytes(9))
     variant = write_quantized(tmp_path / "v", tensors=gone)
     config = json.loads((variant / "config.json").read_bytes())
     (variant / "config.json").write_text(json.dumps({**config, "quantization_config": quantization_config(scheme)}))
