@@ -7,7 +7,7 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated
 from urllib.parse import unquote_to_bytes
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -137,5 +137,4 @@ Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 # A value in a configuration of the engine that is passed on as it is.
 EngineValue = str | bool | Annotated[int, Field(ge=0, le=MAX_COUNT)] | float
-KvCacheDtype = Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2"]
 Servers = Annotated[int, Field(ge=1, le=MAX_SERVERS)]

@@ -8,16 +8,24 @@ import json
 import math
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field, model_validator
 
 from config.errors import ManifestError
+from config.quantization import (
+    COMPRESSED_TENSORS,
+    REORDERING,
+    UNQUANTIZED_BITS,
+    Compression,
+    QuantizationArgs,
+    grouped,
+)
+from config.vllm import Engine as Engine  # noqa: PLC0414 - re-exported
 
 FILE_NAME = "manifest.json"
 
-Precision = str  # "bf16", "fp16", "fp32", "int8", "int4": the names in headers, labels and requests
-Engine = Literal["cpu", "cuda"]
+Precision = str  # "bf16", "fp16", "fp32", "fp8", "int8", "int4", "fp4": the names in headers, labels and requests
 Verdict = Literal["pass", "fail", "not shown"]
 
 
@@ -47,21 +55,106 @@ class Override(Record):
 
 
 class Scheme(Record):
-    """Number format of a variant's weights and activations; `overrides` are exceptions from bits and group size."""
+    """Number format of a variant, in the words of compressed-tensors; `overrides` are exceptions for some modules.
+
+    `compression` is how weights are stored; `targets` and `ignore` name classes and modules as compressed-tensors does.
+    Manifests also have the keys of format 1 as it was published (`bits`, `group_size`, `sym`, `desc_act`,
+    `activation_bits`, `format`); they are derived from the others when written, and read where the others are missing.
+    """
 
     name: str
-    bits: int
-    group_size: int
-    sym: bool
-    desc_act: bool
-    activation_bits: int
-    format: Literal["gptq", "compressed-tensors"]
+    compression: Compression
+    weights: QuantizationArgs
+    input_activations: QuantizationArgs | None = None
+    kv_cache: QuantizationArgs | None = None
+    targets: tuple[str, ...] = ("Linear",)
+    ignore: tuple[str, ...] = ("lm_head",)
     overrides: tuple[Override, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_first_keys(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not _FIRST_KEYS & value.keys():
+            return value
+        rest = {key: value[key] for key in value.keys() - _FIRST_KEYS}
+        return rest if "weights" in rest else _from_first_keys(value) | rest
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def bits(self) -> int:
+        """Bits of a weight."""
+        return self.weights.num_bits
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale; -1: all of them."""
+        return self.weights.columns
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def sym(self) -> bool:
+        """Whether there are no zero points."""
+        return self.weights.symmetric
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def desc_act(self) -> bool:
+        """Whether inputs are grouped in the order of their activations."""
+        return self.weights.actorder in REORDERING
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def activation_bits(self) -> int:
+        """Bits of an activation; 16: not quantized."""
+        return self.input_activations.num_bits if self.input_activations else UNQUANTIZED_BITS
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def format(self) -> str:
+        """The quantization method of config.json: gptq, compressed-tensors, awq, fp8, ..."""
+        return "compressed-tensors" if self.compression in COMPRESSED_TENSORS else self.compression
 
     @property
     def precision(self) -> Precision:
-        """Precision of the weights: "int4" or "int8"."""
-        return f"int{self.bits}"
+        """Precision of the weights: "int4", "int8", "fp8" or "fp4"."""
+        return self.weights.precision
+
+    def with_weights(self, **changes: object) -> Self:
+        """Return the scheme with other arguments for its weights."""
+        return self.model_copy(update={"weights": self.weights.model_copy(update=changes)})
+
+    def identity(self) -> dict[str, object]:
+        """Return what a digest of the scheme covers.
+
+        The first keys alone where they say everything, so that recipes keep their digests.
+        """
+        first = self.model_dump(mode="json", include=set(_FIRST_KEYS | {"name", "overrides"}))
+        if first["format"] in _FIRST_FORMATS and Scheme.model_validate(first) == self:
+            return first
+        return self.model_dump(mode="json")
+
+
+_FIRST_KEYS = frozenset({"bits", "group_size", "sym", "desc_act", "activation_bits", "format"})
+_FIRST_FORMATS = frozenset({"gptq", "compressed-tensors"})
+
+
+def _from_first_keys(value: dict[str, Any]) -> dict[str, Any]:
+    """Translate the keys of manifests that have no other ones."""
+    activation_bits = value.get("activation_bits", UNQUANTIZED_BITS)
+    weights = grouped(
+        value["bits"],
+        value["group_size"],
+        symmetric=value.get("sym", True),
+        actorder="group" if value.get("desc_act") else None,
+    )
+    integers = "int-quantized" if activation_bits < UNQUANTIZED_BITS else "pack-quantized"
+    tokens = QuantizationArgs(num_bits=activation_bits, strategy="token", dynamic=True)
+    return {
+        "compression": integers if value.get("format") == "compressed-tensors" else value.get("format"),
+        "weights": weights,
+        "input_activations": tokens if activation_bits < UNQUANTIZED_BITS else None,
+    }
 
 
 class Calibration(Record):

@@ -97,7 +97,7 @@ def _variants(settings: Settings) -> Iterator[Violation]:
 def _lora(where: Location, lora: LoraSettings, base: str, settings: Settings) -> Iterator[Violation]:
     """The name of an adapter is unique, both in its engine and among variants."""
     adapter = str(where[-1])
-    if lora.path is None and settings.variants[base].path is not None:
+    if lora.path is None and any(each.variant == base and each.url is None for each in settings.replicas):
         yield Violation((*where, "path"), "is missing, but quantgate starts replicas of its base", "set it")
     # vLLM serves the base under its variant's name and under the replica's id.
     if re.fullmatch(rf"{re.escape(base)}(-\d+b?)?", adapter):

@@ -21,7 +21,6 @@ from config.field_types import (
     EngineValue,
     Entries,
     FileName,
-    KvCacheDtype,
     Measure,
     Name,
     Origin,
@@ -35,6 +34,7 @@ from config.field_types import (
     ToolCalling,
 )
 from config.lora import lora_variant
+from config.vllm import KvCacheDtype
 
 
 class Table(BaseModel):
@@ -137,7 +137,7 @@ class VariantSettings(Table):
     """A model directory, or the declared properties of a variant whose replicas have a `url`."""
 
     path: FileName | None = None
-    precision: Literal["bf16", "fp16", "fp32", "fp8", "int8", "int4"] | None = None
+    precision: Literal["bf16", "fp16", "fp32", "fp8", "fp4", "int8", "int4"] | None = None
     quality: DeclaredQuality | None = None
     lora: dict[Name, Annotated[LoraSettings, BeforeValidator(_path_as_lora)]] = {}
 

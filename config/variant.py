@@ -10,6 +10,7 @@ from config.errors import ManifestError
 from config.golden import Golden, GoldenAnswer
 from config.lora import Lora, lora_variant, read_lora
 from config.manifest import FILE_NAME, Manifest, Quality
+from config.quantization import precision_of
 from config.schema import DeclaredQuality, Floor, LoraSettings, VariantSettings
 
 _UNQUANTIZED_BITS = 16
@@ -234,7 +235,7 @@ def _without_manifest(name: str, settings: VariantSettings, path: Path) -> Varia
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict):
         bits = quantization.get("bits")
-        precision = settings.precision or (f"int{bits}" if bits else "unknown")
+        precision = settings.precision or precision_of(quantization) or (f"int{bits}" if bits else "unknown")
         return Variant(name, precision, QualityMeasures("unknown"), path)
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     return Variant(name, settings.precision or DTYPE_PRECISIONS.get(str(dtype), str(dtype)), PARENT_QUALITY, path)

@@ -19,7 +19,6 @@ from gateway.handlers.inference import InferenceHandler, Observers
 from gateway.handlers.models import client_app
 from gateway.handlers.router import Router
 from gateway.http.collector import ConnectionCollector
-from gateway.http.cors import cors_for
 from gateway.http.hosts import allowed_hosts
 from gateway.http.listener import address_of, bind, listen
 from gateway.http.server import HttpServer, serve_clients
@@ -38,8 +37,8 @@ from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
 from gateway.reload import ConfigReload, FollowerReload, SupervisedReload
-from gateway.routing.target import Catalog
-from gateway.validation import notices
+from gateway.rollout.arms import Rollouts
+from gateway.rollout.recorded import RecordedAliases, followed_rollouts, live_config_of, log_notices
 from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
 from serving.app import followed_replicas, local_replicas, sole_owner
 from serving.command import Machine
@@ -67,6 +66,7 @@ class Gateway:
     addresses: Addresses
     live_config: LiveConfig
     weights: LiveWeights
+    recorded: RecordedAliases
     server: HttpServer
     quota: Quota
     metrics: Metrics
@@ -76,7 +76,7 @@ class Gateway:
     def switch(self, deployment: Deployment) -> None:
         """Use another configuration from the next request on; `config/reload_effects.py` says for which options."""
         settings = deployment.settings.gateway
-        self.live_config.replace(live_config_for(deployment))
+        self.recorded.configure(deployment)
         self.load.set_speeds(deployment.speeds)
         self.dispatcher.keep_only(self.live_config.catalog)
         self.dispatcher.set_limits(settings.queue, settings.retries)
@@ -141,9 +141,14 @@ async def gateway(
         for collector in collectors(registry, live_config, dispatcher, poller, load):
             metrics.registry.register(collector)
         proxy = Proxy(dispatcher, upstream)
+        rollouts = Rollouts(dispatcher.affinity.placement)
+        recorded = RecordedAliases(deployment, live_config, rollouts, dispatcher.cluster, metrics.rollout_conversations)
+        service = await stack.enter_async_context(
+            followed_rollouts(deployment.state, recorded, rollouts, registry, metrics)
+        )
         observers = Observers(metrics, access_log.append, traced)
         endpoints = {
-            endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers)
+            endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers, rollouts)
             for endpoint in ENDPOINTS.values()
         }
         addresses = Addresses(address_of(taken.client), address_of(taken.admin))
@@ -151,7 +156,9 @@ async def gateway(
             allowed_hosts(address, settings.allowed_hosts) for address in (addresses.client, addresses.admin)
         )
         router = Router(endpoints, client_app(live_config, registry), live_config, quota, client_hosts)
-        context = AdminContext(live_config, registry, metrics, router, dispatcher)
+        context = AdminContext(
+            live_config, registry, metrics, router, dispatcher, lambda: service.follower.away if service else None
+        )
         secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
         await stack.enter_async_context(listen(secured, taken.admin))
         server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)
@@ -159,7 +166,7 @@ async def gateway(
         await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
-            yield Gateway(addresses, live_config, weights, server, quota, metrics, load, dispatcher)
+            yield Gateway(addresses, live_config, weights, recorded, server, quota, metrics, load, dispatcher)
         finally:
             router.draining = True
 
@@ -175,13 +182,9 @@ def collectors(
 
 
 def live_config_for(deployment: Deployment) -> LiveConfig:
-    """What requests go by under a configuration; aliases, rungs and variants without effect are logged."""
-    catalog = Catalog(deployment.settings.aliases, deployment.variants)
-    for notice in notices(deployment):
-        log.warning("%s", notice)
-    settings = deployment.settings.gateway
-    cors = cors_for(settings.cors.origins) if settings.cors else None
-    return LiveConfig(catalog, deployment.keys, settings.limits, cors, frozenset(settings.media_domains))
+    """What requests go by at the start; aliases, rungs and variants without effect are logged."""
+    log_notices(deployment)
+    return live_config_of(deployment)
 
 
 @asynccontextmanager
@@ -258,6 +261,8 @@ async def following(
     if path is None:
         yield None
         return
-    config = ConfigReload(path, started, registry, served.live_config, served.switch, replicas.apply)
+    config = ConfigReload(
+        path, started, registry, served.live_config, served.switch, replicas.apply, served.recorded.with_recorded
+    )
     async with Reload(config.files, config.apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()) as it:
         yield it

@@ -32,7 +32,8 @@ ApplyDeployment = Callable[[Deployment, Callable[[], None]], Awaitable[None]]
 class ConfigReload:
     """Reads a changed configuration and applies it to a running gateway.
 
-    `started` is what the gateway was started with, `switch` gives requests another configuration.
+    `started` is what the gateway was started with, `switch` gives requests another configuration. `with_recorded` adds
+    the ladders and replicas that rollouts have recorded.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class ConfigReload:
     live_config: LiveConfig
     switch: Callable[[Deployment], None]
     apply_replicas: ApplyDeployment
+    with_recorded: Callable[[Deployment], Deployment] = lambda deployment: deployment
     _keys_file: str | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -57,11 +59,11 @@ class ConfigReload:
         """
         deployment = self._with_keys(read_deployment(self.path))
         if not confirmed:
-            self._check_remaining(deployment)
+            self._check_remaining(self.with_recorded(deployment))
         for option in pending_options(self.started.settings, deployment.settings):
             log.warning("%s has changed; it takes effect at the next start", option)
         self._keys_file = deployment.settings.gateway.keys or self._keys_file
-        await self.apply_replicas(deployment, lambda: self.switch(deployment))
+        await self.apply_replicas(self.with_recorded(deployment), lambda: self.switch(deployment))
 
     def _with_keys(self, deployment: Deployment) -> Deployment:
         """Keep the keys file if the option is removed: the port may be open to other machines."""

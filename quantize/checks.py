@@ -23,6 +23,7 @@ from quantize.planning.run_costs import require_room, run_costs
 from quantize.running.memory import Machine
 from quantize.running.stage_store import stage_store
 from quantize.schemes.forecast import disk_bytes, predicted_bytes
+from quantize.schemes.makers import is_data_free
 from quantize.variants.store import require_space, require_target
 
 
@@ -60,6 +61,8 @@ def check_request(request: Request, options: RunOptions, machine: Machine) -> Ba
 
 def check_backend(request: Request) -> None:
     """Reject a backend that is not installed, and recipes that use features which it lacks."""
+    if isinstance(request.scheme, Scheme) and is_data_free(request.scheme):
+        return
     chosen_backend(request.backend)
     if request.backend != "auto-gptq":
         return

@@ -37,6 +37,7 @@ from quantize.running.memory import present_machine
 from quantize.running.progress import ProgressReporter
 from quantize.running.terminal import DONE, GATE, print_stderr, run_command
 from quantize.running.worker import child_environ
+from quantize.schemes.makers import is_data_free
 from quantize.variants.store import reusable
 
 
@@ -95,7 +96,8 @@ def _made(request: Request, options: RunOptions) -> tuple[Manifest, Path]:
         print_stderr(f"{out}: reused, it already holds {manifest.id}")
         return manifest, out
     if not request.data:
-        print_stderr(f"no --data given: calibrating on the shipped {', '.join(path.name for path in shipped_files())}")
+        use = "evaluating" if is_data_free(recipe.scheme) else "calibrating"
+        print_stderr(f"no --data given: {use} on the shipped {', '.join(path.name for path in shipped_files())}")
     log_datasets(recipe.datasets, options.progress)
     if recipe.settings.gptaq != request.settings.gptaq:
         why = "the model has experts" if base.modules.has_experts else "the inputs that it keeps don't fit into memory"

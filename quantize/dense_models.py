@@ -1,4 +1,7 @@
-"""A base and its variant as dense transformers models: fp32 on a CPU, bf16 on CUDA, with w8a8's rounding of inputs."""
+"""A base and its variant as dense transformers models: fp32 on a CPU, bf16 on CUDA.
+
+The inputs of w8a8 and FP8 layers are rounded as kernels round them.
+"""
 
 import gc
 import re
@@ -14,9 +17,11 @@ from quantize.layered_models import LayeredModel, open_layered
 from quantize.model_class import model_class
 from quantize.model_files.weight_files import stored_tensors
 from quantize.modules import is_expert
-from quantize.variants.weights import LazyTensor, lazy_dense, lazy_tensors, read_packing, with_base_matrices
+from quantize.variants.weights import LazyTensor, Packing, lazy_dense, lazy_tensors, read_packing, with_base_matrices
 
 _INT8_MAX = 127
+_FP8_MAX = 448.0  # of E4M3
+INT8_TOKENS = Packing("int-quantized", 8, 8)
 _PREFIX = re.compile(r"^.*?\b(?=(layers|h|blocks)\.\d+\.)")
 # Parts of one matrix in some families: it is rounded once for each of them, which changes nothing.
 _MATRIX_PART = re.compile(r"(gate|up)_proj$")
@@ -76,10 +81,20 @@ def layered_variant(variant: Path, base: Path) -> LayeredModel:
     return layered
 
 
-def fake_quantize_tokens(activations: Any) -> Any:
-    """[..., K] -> the same, rounded to symmetric int8 with one scale a token, as w8a8 kernels do."""
-    scale = (activations.abs().amax(dim=-1, keepdim=True) / _INT8_MAX).clamp(min=1e-10)
-    return (activations / scale).round().clamp(-_INT8_MAX - 1, _INT8_MAX) * scale
+def fake_quantize_tokens(activations: Any, packing: Packing = INT8_TOKENS) -> Any:
+    """[..., K] -> the same, rounded to int8 or FP8 with one scale a token (or group of it), as kernels do."""
+    import torch  # noqa: PLC0415
+
+    group = packing.activation_group if packing.activation_group > 0 else activations.shape[-1]
+    grouped = activations.reshape(*activations.shape[:-1], -1, group)
+    largest = grouped.abs().amax(dim=-1, keepdim=True)
+    if packing.activation_type == "float":
+        scale = (largest / _FP8_MAX).clamp(min=1e-10)
+        rounded = (grouped / scale).to(torch.float8_e4m3fn).to(activations.dtype)
+    else:
+        scale = (largest / _INT8_MAX).clamp(min=1e-10)
+        rounded = (grouped / scale).round().clamp(-_INT8_MAX - 1, _INT8_MAX)
+    return (rounded * scale).reshape(activations.shape)
 
 
 def runtime_fingerprint() -> str:
@@ -141,16 +156,18 @@ def _where_layers_run() -> tuple[Any, str]:
 
 
 def _round_activations(model: Any, variant: Path, names: Iterable[str]) -> None:
-    if read_packing(variant).activation_bits != 8:
+    packing = read_packing(variant)
+    if packing.activation_bits != 8:
         return
     layers = set(names)
+    tokens = partial(fake_quantize_tokens, packing=packing)
 
     def rounded(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (fake_quantize_tokens(inputs[0]), *inputs[1:])
+        return (tokens(inputs[0]), *inputs[1:])
 
     found = {_inside_blocks(name): module for name, module in model.named_modules() if not _VISION.search(name)}
     if any(map(is_expert, layers)):
-        round_expert_inputs(model, fake_quantize_tokens)
+        round_expert_inputs(model, tokens)
     for layer in sorted(layers):
         name = _inside_blocks(layer)
         module = found.get(name) or found.get(_MATRIX_PART.sub("gate_up_proj", name))

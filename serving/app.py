@@ -29,9 +29,11 @@ from serving.reload import Reload
 from serving.replica import Launch, Replica, State, external_replicas, own_keys, plan_launches
 from serving.start_times import StartTimes
 from serving.state.database import Owner, StateDatabase, state_url
+from serving.state.demands import DemandFollower, with_demands
 from serving.state.follower import Follower
 from serving.state.link import Link
 from serving.state.publisher import Publisher
+from serving.state.rollouts import Demand
 from serving.supervisor import Supervisor
 from serving.templates.plan import with_thinking
 from serving.templates.tool_calling import with_tool_calling, without_tools
@@ -136,7 +138,8 @@ async def local_replicas(
     if warning:
         log.warning("%s", warning)
     ledger = ProcessLedger(home / "running")
-    launches = planned_launches(wanted, machine, engine)
+    demands = await DemandFollower.read(wanted.state)
+    launches = planned_launches(wanted, machine, engine, demands.current)
     at_once = serving.parallel_starts or PARALLEL_STARTS[engine]
     log.info("starting %d replicas, %d at a time; %s", len(launches), at_once, SIGNALS)
     with StateChanges(registry, log.info):
@@ -156,17 +159,24 @@ async def local_replicas(
                 start_times=StartTimes(home / "starts.json"),
             ) as supervisor,
         ):
-            yield LocalReplicas(machine, engine, supervisor, publisher)
+            own = LocalReplicas(machine, engine, supervisor, publisher, demands, wanted)
+            async with demands.applied(own.follow_demands):
+                yield own
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LocalReplicas:
-    """The supervisor and publisher of this machine's replicas; None where the configuration has none."""
+    """The supervisor and publisher of this machine's replicas; None where the configuration has none.
+
+    `demands` are what rollouts want besides `wanted`, the configuration in force.
+    """
 
     machine: Machine
     engine: Engine = "cpu"
     supervisor: Supervisor | None = None
     publisher: Publisher | None = None
+    demands: DemandFollower = field(default_factory=DemandFollower)
+    wanted: Wanted | None = None
 
     def restart(self, replica_id: str) -> str:
         """Restart a replica; see `Supervisor.restart`."""
@@ -183,7 +193,14 @@ class LocalReplicas:
             return
         if self.publisher is not None:
             self.publisher.external |= external_ids(wanted)
-        await self.supervisor.update(planned_launches(wanted, self.machine, self.engine), ready)
+        self.wanted = wanted
+        launches = planned_launches(wanted, self.machine, self.engine, self.demands.current)
+        await self.supervisor.update(launches, ready)
+
+    async def follow_demands(self) -> None:
+        """Change to what rollouts want now."""
+        if self.wanted is not None:
+            await self.update(self.wanted)
 
 
 def external_ids(wanted: Wanted) -> frozenset[str]:
@@ -191,10 +208,13 @@ def external_ids(wanted: Wanted) -> frozenset[str]:
     return frozenset(replica.id for replica in wanted.external)
 
 
-def planned_launches(wanted: Wanted, machine: Machine, engine: Engine) -> tuple[Launch, ...]:
+def planned_launches(
+    wanted: Wanted, machine: Machine, engine: Engine, demands: tuple[Demand, ...] = ()
+) -> tuple[Launch, ...]:
     """Plan the launches of this machine: cores, chat templates and tool parsers included."""
     domains = wanted.settings.gateway.media_domains
-    planned = plan_launches(wanted.settings.replicas, dict(wanted.variants), engine)
+    replicas = with_demands(wanted.settings.replicas, demands, wanted.variants)
+    planned = plan_launches(replicas, dict(wanted.variants), engine)
     launches = tuple(replace(launch, media_domains=domains) for launch in planned)
     thinking = with_thinking(launches, wanted.settings.aliases, wanted.folder / "templates")
     with_tools = with_tool_calling(thinking, installed_tool_parsers())

@@ -11,6 +11,9 @@ ServingError
 ├── MeasuringFailed   all requests of a load level failed
 ├── StateAway         the state database is unavailable or not usable; callers continue with the last known state
 ├── LockHeld          another supervisor uses this home directory (exit code 4)
+├── RolloutExists     the alias has an active rollout (exit code 4)
+├── RolloutChanged    a change of a rollout was made on an older version of it; read it again
+├── LeaseLost         another process drives this rollout now
 ├── NoSuchReplica     the replica is not in the registry, or has left it
 ├── ControlRefused    a running process cannot do what is requested now
 ├── NoAnswer          a running process does not answer on its control socket
@@ -60,6 +63,18 @@ class StateAway(ServingError):
 
 class LockHeld(ServingError):
     """Another process is the supervisor of this home directory; there can be only one."""
+
+
+class RolloutExists(ServingError):
+    """An alias has one rollout at a time; the message says whose it is."""
+
+
+class RolloutChanged(ServingError):
+    """Another change of the rollout was written first."""
+
+
+class LeaseLost(ServingError):
+    """The lease of a rollout has another fencing number: another process has taken over."""
 
 
 class NoSuchReplica(ServingError):

@@ -109,6 +109,21 @@ class Probe:
             positions = completion["choices"][0]["prompt_logprobs"][1:]
             return [float(position[str(token)]["logprob"]) for token, position in zip(ids[1:], positions, strict=True)]
 
+    async def scored_tokens(
+        self, replica: Replica, ids: Sequence[int], timeout_seconds: float = 120.0
+    ) -> list[tuple[float, int]]:
+        """Return log-probability and rank (1: most likely) of each prompt token but the first, given those before."""
+        with _translated(replica, "/v1/completions"):
+            completion = await self._complete(replica, timeout_seconds, prompt=list(ids), prompt_logprobs=0)
+            positions = completion["choices"][0]["prompt_logprobs"][1:]
+            found = [position[str(token)] for token, position in zip(ids[1:], positions, strict=True)]
+            return [(float(each["logprob"]), int(each["rank"])) for each in found]
+
+    async def chat_tokens(self, replica: Replica, messages: Any) -> list[int]:
+        """Return the tokens of a chat's prompt."""
+        with _translated(replica, "/tokenize"):
+            return [int(token) for token in (await self._post(replica, "/tokenize", {"messages": messages}))["tokens"]]
+
     async def activity(self, replica: Replica) -> Activity:
         """Return the requests and tokens of a replica; ProbeFailed if its metrics cannot be read."""
         with _translated(replica, "/metrics"):

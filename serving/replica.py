@@ -153,18 +153,18 @@ def external_replicas(
 ) -> tuple[Replica, ...]:
     """Return the external replicas, those with a `url`; probing finds their served names.
 
-    `tls` is by position in the configuration.
+    `tls` is by index in the configuration.
     """
     numbers: dict[str, int] = {}
-    found = []
-    for place, settings in enumerate(replicas):
+    external = []
+    for index, settings in enumerate(replicas):
         if settings.url is None:
             continue
         numbers[settings.variant] = numbers.get(settings.variant, 0) + 1
         key = settings.api_key.get_secret_value() if settings.api_key else None
         replica_id = f"{settings.variant}-url-{numbers[settings.variant]}"
         variant = variants[settings.variant]
-        found.append(
+        external.append(
             Replica(
                 replica_id,
                 settings.variant,
@@ -173,12 +173,12 @@ def external_replicas(
                 settings.variant,
                 key,
                 max_in_flight=settings.max_in_flight,
-                tls=tls.get(place),
+                tls=tls.get(index),
                 tools=None if settings.tool_calling == "auto" else settings.tool_calling != "off",
                 adapters=tuple([lora.name for lora in variant.loras]),
             )
         )
-    return tuple(found)
+    return tuple(external)
 
 
 def own_keys(replicas: tuple[ReplicaSettings, ...]) -> dict[str, str]:

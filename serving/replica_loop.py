@@ -86,7 +86,7 @@ class ReplicaLoop:
         while not self.leaving:
             pause = 0.0
             try:
-                async with self._life(record) as (child, replica):
+                async with self._started_or_adopted(record) as (child, replica):
                     began = self.clock()
                     reason = await self._serve(child, replica)
                     if self.leaving:
@@ -151,9 +151,10 @@ class ReplicaLoop:
         return True
 
     @asynccontextmanager
-    async def _life(self, record: ProcessRecord | None) -> AsyncIterator[tuple[Child | Adopted, Replica]]:
-        life = adopt_replica(self.launch, record, self.context) if record else start_replica(self.launch, self.context)
-        async with life as (child, replica):
+    async def _started_or_adopted(self, record: ProcessRecord | None) -> AsyncIterator[tuple[Child | Adopted, Replica]]:
+        launch, context = self.launch, self.context
+        process = adopt_replica(launch, record, context) if record else start_replica(launch, context)
+        async with process as (child, replica):
             yield child, replica
 
     def _start_failed(self, reason: str) -> float:

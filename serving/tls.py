@@ -33,7 +33,7 @@ def read_tls(
     with `on_error`, it is called instead.
     """
     known: dict[tuple[str | None, ...], Tls] = {}
-    found = {}
+    by_index = {}
     for index, settings in enumerate(replicas):
         named = (settings.ca, settings.certificate, settings.key_file)
         try:
@@ -44,8 +44,8 @@ def read_tls(
             on_error(error)
             continue
         if tls is not None:
-            found[index] = known[named] = tls
-    return found
+            by_index[index] = known[named] = tls
+    return by_index
 
 
 def tls_of(settings: ReplicaSettings, folder: Path, where: Location) -> Tls | None:

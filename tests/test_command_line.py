@@ -10,6 +10,7 @@ from quantgate import COMMANDS, main
 SUBCOMMANDS = {
     "config": ["check", "schema", "show"],
     "keys": ["create", "list", "revoke", "rotate"],
+    "rollout": ["abort", "history", "pause", "plan", "promote", "resume", "retry", "start", "status", "undo"],
     "route": ["explain", "state"],
     "variants": ["adopt", "diff", "lint", "list", "prune", "report", "show", "stages", "verify"],
 }

@@ -1,6 +1,7 @@
 """The admin port: probes, metrics, and the state of replicas, queues and decisions."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ class AdminContext:
     metrics: Metrics
     router: Router
     dispatcher: Dispatcher
+    state_away: Callable[[], str | None] = lambda: None  # why the state database cannot be read
 
 
 def with_auth(app: FastAPI, key: SecretStr | None, hosts: AllowedHosts) -> AdminAuth:
@@ -115,8 +117,14 @@ def _add_probes(app: FastAPI, context: AdminContext) -> None:
 
     @app.get("/readyz", responses={503: {"description": "No alias can be answered, or the gateway is about to stop."}})
     async def readyz() -> JSONResponse:
-        """200 if any alias can be answered, else 503; lists the ready variants of each alias."""
+        """200 if any alias can be answered, else 503; lists the ready variants of each alias.
+
+        A state database that is away stops no request; `state` says so.
+        """
         aliases = ready_variants(context.live_config.catalog, context.registry)
+        body: dict[str, Any] = {"aliases": aliases}
+        if away := context.state_away():
+            body["state"] = f"the last revision of each alias stays in force: {away}"
         if context.router.draining:
-            return JSONResponse({"aliases": aliases, "draining": True}, 503)
-        return JSONResponse({"aliases": aliases}, 200 if any(aliases.values()) else 503)
+            return JSONResponse({**body, "draining": True}, 503)
+        return JSONResponse(body, 200 if any(aliases.values()) else 503)

@@ -19,6 +19,7 @@ from gateway.proxy.context import RequestContext
 from gateway.proxy.exchange import Proxy
 from gateway.proxy.stats import RequestStats
 from gateway.quota import Quota
+from gateway.rollout.arms import Rollouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class InferenceHandler:
     proxy: Proxy
     quota: Quota
     observers: Observers
+    rollouts: Rollouts
 
     async def handle(self, request: Request, response: ResponseWriter) -> None:
         """Answer one request; cancelled when its client leaves, or when the gateway stops."""
@@ -109,6 +111,8 @@ class InferenceHandler:
     def _resolve(self, context: RequestContext) -> None:
         inference = context.inference
         route = self.live_config.route(context.caller, inference.model)
+        if self.rollouts.active is not None:
+            route = self.rollouts.draw(route, context)
         context.use(route)
         if inference.stream:
             context.response.keep_alive(route.target.timeouts.heartbeat_seconds)

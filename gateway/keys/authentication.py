@@ -26,6 +26,7 @@ class Caller:
     tokens_per_minute: int | None = None
     concurrency: int | None = None
     may: frozenset[str] = frozenset()  # guarded engine fields it may send
+    shadow: bool = True  # its answers may be scored on the new variant of a rollout
     rate_limited: bool = field(init=False)
     limited: bool = field(init=False)
 
@@ -37,7 +38,10 @@ class Caller:
 
     def allows(self, model: str) -> bool:
         """Whether the caller may use a model name."""
-        return self.aliases is None or model in self.aliases
+        if self.aliases is None or model in self.aliases:
+            return True
+        # ALIAS@VARIANT belongs to the alias.
+        return "@" in model and model.rpartition("@")[0] in self.aliases
 
     def check_model(self, model: str) -> None:
         """Raise NotAllowed unless the caller may use a model name.

@@ -81,6 +81,7 @@ class StoredKey(KeyLimits):
     sha256: Annotated[
         tuple[Digest, ...], BeforeValidator(parse_digests), Field(min_length=1, max_length=MAX_KEYS_PER_NAME)
     ]
+    shadow: bool = True  # false: its answers are never scored on the new variant of a rollout
 
 
 _Entries = dict[KeyName, StoredKey]
@@ -168,4 +169,5 @@ def _caller(name: str, key: StoredKey) -> Caller:
         tokens_per_minute=key.tokens_per_minute,
         concurrency=key.concurrency,
         may=frozenset(key.may),
+        shadow=key.shadow,
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from gateway.errors import GatewayError
 from gateway.keys import Caller
@@ -11,8 +11,22 @@ from gateway.openai.request import InferenceRequest
 from gateway.proxy.client_response import ClientResponse
 from gateway.proxy.leases import Lease
 from gateway.proxy.stats import RequestStats
+from gateway.proxy.upstream.protocol import Sink
 from gateway.routing.request import NO_REPLICAS
 from gateway.routing.retry import Failure
+
+
+class Observation(Protocol):
+    """What a rollout records of one request."""
+
+    def leased(self, lease: Lease) -> None:
+        """A replica is about to be asked."""
+
+    def observe(self, sink: Sink) -> Sink:
+        """Return where the answer goes: to the client, maybe by way of an observer."""
+
+    def ended(self, context: "RequestContext") -> None:
+        """The request has ended, however it did."""
 
 
 class RequestContext:
@@ -20,7 +34,8 @@ class RequestContext:
 
     `inference` is set once the request is parsed, `route` by `use`. The rest is the history of its attempts: replicas
     that failed it (`tried`), their leases (`failed`) and `failures`, replicas that died of it, refusals, the last
-    failure of a replica, the last error, and whether a retry after it is free.
+    failure of a replica, the last error, and whether a retry after it is free. `observation` is set while a rollout of
+    its alias runs.
     """
 
     __slots__ = (
@@ -35,6 +50,7 @@ class RequestContext:
         "headers",
         "inference",
         "last_error",
+        "observation",
         "refusals",
         "response",
         "route",
@@ -58,6 +74,7 @@ class RequestContext:
         self.free_retry = False
         self.failure: GatewayError | None = None
         self.last_error: GatewayError | None = None
+        self.observation: Observation | None = None
 
     def __enter__(self) -> Self:
         self.stats.__enter__()
@@ -67,6 +84,8 @@ class RequestContext:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.response.close()
+        if self.observation is not None:
+            self.observation.ended(self)
         self.stats.__exit__(kind, error, trace)
 
     def use(self, route: Route) -> None:

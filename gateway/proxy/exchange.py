@@ -72,10 +72,14 @@ class Proxy:
                 lease = dispatcher.try_lease(request, wait_seconds) or await self._wait(request, context, wait_seconds)
                 with lease:
                     stats.attempt(lease.candidate, lease.in_flight.first_token)
+                    sink: Sink = context.response
+                    if context.observation is not None:
+                        context.observation.leased(lease)
+                        sink = context.observation.observe(sink)
                     if context.last_error is not None:
                         self._count_retry(context.last_error, context)
                     try:
-                        await self._exchange(inference, target, lease.replica, stats, context.response)
+                        await self._exchange(inference, target, lease.replica, stats, sink)
                     except GatewayError as error:
                         self._after_failure(error, lease, context)
                     else:

@@ -312,3 +312,19 @@ def _ends(text: bytes) -> bytes:
 def _hashed(kind: bytes, key_name: str | None, text: bytes) -> str:
     name = (key_name or "").encode()
     return blake2b(b"%b %d %b %b" % (kind, len(name), name, _ends(text)), digest_size=16).hexdigest()
+
+
+def conversation_of(
+    inference: InferenceRequest, headers: Mapping[bytes, bytes], key_name: str | None
+) -> tuple[str, bool]:
+    """Identify a conversation from its first turn on, and say whether this is a later turn; "" if it has no identity.
+
+    A conversation that the client does not name is identified by its opening: those that open with the same words are
+    one conversation to a lottery.
+    """
+    name = _name(inference, headers)
+    later = _first_turns(inference) is not None
+    if name:
+        return session_from_name(name, key_name), later
+    opening = _turns_before_model(inference)
+    return ("" if opening is None else _hashed(b"opening", key_name, opening)), later

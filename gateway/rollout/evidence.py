@@ -104,14 +104,17 @@ class MeanDifference:
 
 # The variance of one value is estimated from as many values of each arm before any block counts.
 MIN_VALUES = 30
+# Of one value, a logarithm: answers that all have the same length are no exact proof of anything.
+MIN_VARIANCE = 1e-4
 
 
 def with_block(test: MeanDifference, canary: Moments, stable: Moments) -> MeanDifference:
     """Add a block of time; without values of both arms it only adds to the estimate of the variance."""
-    ready = min(test.canary, test.stable) >= MIN_VALUES and test.squares > 0
+    ready = min(test.canary, test.stable) >= MIN_VALUES
     precision = excess = difference = 0.0
     if ready and canary.count and stable.count:
-        variance = test.squares / test.freedom * (1 / canary.count + 1 / stable.count)
+        spread = max(test.squares / max(test.freedom, 1), MIN_VARIANCE)
+        variance = spread * (1 / canary.count + 1 / stable.count)
         precision = 1 / variance
         difference = (canary.mean - stable.mean) * precision
         excess = difference - test.margin * precision
@@ -143,6 +146,31 @@ def normal_mixture(excess: float, precision: float, rho: float) -> float:
     z = excess / math.sqrt(total)
     log_probability = math.log(max(0.5 * math.erfc(-z / math.sqrt(2)), _TINY))
     return 0.5 * math.log(4 * rho / total) + z * z / 2 + log_probability
+
+
+@dataclass(frozen=True, slots=True)
+class MeanAbove:
+    """Evidence that a mean is above a budget: the same mixture, of one sample whose variance is estimated from it."""
+
+    budget: float
+    rho: float
+    values: Moments = Moments()
+
+    @property
+    def log_e(self) -> float:
+        """The logarithm of the e-value; 0 before there are enough values to know their variance."""
+        count = self.values.count
+        if count < MIN_VALUES:
+            return 0.0
+        variance = max(self.values.squares / (count - 1), MIN_VARIANCE)
+        return normal_mixture(count * (self.values.mean - self.budget) / variance, count / variance, self.rho)
+
+
+def with_value(moments: Moments, value: float) -> Moments:
+    """Add one value (Welford)."""
+    count = moments.count + 1
+    mean = moments.mean + (value - moments.mean) / count
+    return Moments(count, mean, moments.squares + (value - moments.mean) * (value - mean))
 
 
 def target_precision(alpha: float, effect: float, power: float = 0.95) -> float:

@@ -8,7 +8,8 @@ mean of both.
 verdict             when
 ==================  ======================================================================================
 fail                the e-value has reached 1 / alpha once; it stays so
-pass                enough evidence that there is no effect of the size that the gate looks for
+pass                enough evidence that there is no effect of the size that the gate looks for; or hardly any
+                    conversation has the quantity, such as reasoning tokens: then there is nothing to show
 more                neither; `needed_conversations` says how many more of the canary's it takes, at its rate
 ==================  ======================================================================================
 """
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gateway.rollout.evidence import (
+    MIN_VALUES,
     EventCounts,
     MeanDifference,
     Moments,
@@ -37,6 +39,8 @@ _PASS_FACTOR = 1.6
 # What shows that events of the canary are not more frequent than those of the stable variant plus a margin.
 _PASS_LOG_E = math.log(20)
 MAX_NEEDED = 10_000_000
+# A mean has to be shown only if so large a share of the stable variant's conversations has the quantity.
+_MIN_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +163,7 @@ class MeanGate:
     whole: MeanDifference
     since: tuple[MeanDifference, ...] = ()
     failed: bool = False
+    stable_conversations: int = 0
 
     @property
     def log_e(self) -> float:
@@ -175,7 +180,12 @@ class MeanGate:
         """What the evidence says."""
         if self.failed:
             return "fail"
-        return "pass" if self.whole.precision >= self.target else "more"
+        return "pass" if self.whole.precision >= self.target or self._rare else "more"
+
+    @property
+    def _rare(self) -> bool:
+        """Whether hardly any conversation has the quantity, as far as that is known."""
+        return self.stable_conversations >= MIN_VALUES and self.whole.stable < _MIN_SHARE * self.stable_conversations
 
     @property
     def interval(self) -> tuple[float, float, float] | None:
@@ -262,7 +272,8 @@ def _with_means(gate: MeanGate, block: Block) -> MeanGate:
     def added(test: MeanDifference) -> MeanDifference:
         return with_block(test, canary, stable)
 
-    after = replace(gate, whole=added(gate.whole), since=tuple(map(added, gate.since)))
+    seen = gate.stable_conversations + block.stable.conversations
+    after = replace(gate, whole=added(gate.whole), since=tuple(map(added, gate.since)), stable_conversations=seen)
     return replace(after, failed=gate.failed or _exceeds(after.log_e, gate.alpha))
 
 

@@ -378,7 +378,7 @@ def _reason(place: int, variant: Variant, request: RoutingRequest, passed_over: 
         return "pinned"
     if not place:
         rung = request.rungs[0]
-        if rung.only is None and not _is_stable(variant, rung, target):
+        if variant.name == target.canary or (rung.only is None and not _is_stable(variant, rung, target)):
             return "canary"
         # `floor`: the caller, the key or the alias ruled a better rung out.
         return "preferred" if rung.name == target.rungs[0].name else "floor"

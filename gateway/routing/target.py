@@ -1,7 +1,7 @@
 """A model name, and the rungs that may answer it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Literal
 
@@ -15,6 +15,7 @@ from gateway.routing.split import Rung
 
 DEFAULT_TIMEOUTS = TimeoutSettings()
 DEFAULT_SPILL = Spill()
+PIN = "@"  # in no name of an alias or a variant
 
 
 class Timeouts(msgspec.Struct, frozen=True):
@@ -37,7 +38,8 @@ class Target:
 
     `rungs` is the ladder without the variants that are `excluded` by their own evaluation; `permitted` are the rungs
     that satisfy the alias' own floor. `cache_salt` differs between targets whose prompts are not cached together: a
-    LoRA adapter has a KV cache of its own, in the same engine.
+    LoRA adapter has a KV cache of its own, in the same engine. `canary` is the new variant, if this is the ladder of a
+    rollout's canary arm.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Target:
     spill: Spill = DEFAULT_SPILL
     trust_declared: bool = False
     excluded: tuple[Rejection, ...] = ()
+    canary: str | None = None
     permitted: tuple[Rung, ...] = field(init=False, repr=False, compare=False)
     stream_timeouts: Timeouts = field(init=False, repr=False, compare=False)
     unary_timeouts: Timeouts = field(init=False, repr=False, compare=False)
@@ -87,6 +90,7 @@ class Catalog:
 
     aliases: Mapping[str, AliasSettings]
     variants: Mapping[str, Variant]
+    pins: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _targets: dict[str, Target] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -96,8 +100,10 @@ class Catalog:
             self._targets[name] = _target(name, alias, tuple([Rung.of(self.variants[rung]) for rung in alias.ladder]))
 
     def resolve(self, model: str) -> Target:
-        """Look a model name up; UnknownModel if it is neither an alias nor a variant."""
+        """Look a model name up; UnknownModel if it is neither an alias nor a variant, nor `ALIAS@VARIANT`."""
         target = self._targets.get(model)
+        if target is None and PIN in model:
+            target = self._pinned(model)
         if target is None:
             what = f"the model {model[:100]!r} does not exist; GET /v1/models lists the names"
             raise UnknownModel(what, param="model")
@@ -106,6 +112,25 @@ class Catalog:
     def names(self) -> list[str]:
         """All names, aliases first."""
         return [*self.aliases, *self.variants]
+
+    def canary(self, alias: str, ladder: Sequence[str], new: str) -> Target:
+        """Make the target of a rollout's canary arm: an alias' settings with another ladder."""
+        rungs = tuple([Rung.of(self.variants[name]) for name in ladder])
+        return replace(_target(alias, self.aliases[alias], rungs), canary=new)
+
+    def pin(self, alias: str, variants: Sequence[str]) -> None:
+        """Let clients pin these variants of an alias as `ALIAS@VARIANT`, beside those of its ladder."""
+        self.pins[alias] = tuple(variants)
+
+    def _pinned(self, model: str) -> Target | None:
+        """Make the target of `ALIAS@VARIANT`: one variant, with the settings of the alias but not its floor."""
+        alias, _, name = model.rpartition(PIN)
+        settings = self.aliases.get(alias)
+        if settings is None or name not in (*settings.ladder, *self.pins.get(alias, ())) or name not in self.variants:
+            return None
+        plain = settings.model_copy(update={"admit_failed": True})
+        made = replace(_target(model, plain, (Rung.of(self.variants[name]),)), floor=NO_FLOOR, pinned=True)
+        return self._targets.setdefault(model, made)
 
 
 def reply_timeouts(timeouts: TimeoutSettings, *, stream: bool) -> Timeouts:

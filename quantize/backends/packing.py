@@ -1,9 +1,9 @@
-"""Solved modules -> GPTQ tensors by name, read and packed one module at a time.
+"""Solved modules -> the tensors of the checkpoint by name, read and packed one module at a time.
 
 Format 1 of GPTQ, as `quantize.variants.weights` describes it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,6 +45,24 @@ def packed_tensors(
         f"{module}.{part}": LazyTensor(partial(modules.part, module, part))
         for module in sorted(bits)
         for part in _PARTS
+    }
+
+
+def rounded_tensors(solved: Path, modules: Iterable[str], on_module: Callable[[str], None]) -> dict[str, LazyTensor]:
+    """Map `<module>.weight` [N, K] and `<module>.scale` to readers, as `quantize.backends.fp8_child` wrote them."""
+
+    def read(module: str, part: str) -> Any:
+        from safetensors import safe_open  # noqa: PLC0415
+
+        if part == "weight":
+            on_module(module)
+        with safe_open(solved / f"{module}.safetensors", framework="pt") as file:
+            return file.get_tensor(part)
+
+    return {
+        f"{module}.{part}": LazyTensor(partial(read, module, part))
+        for module in sorted(modules)
+        for part in ("weight", "scale")
     }
 
 

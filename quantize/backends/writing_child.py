@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import Scheme
-from quantize.backends.packing import packed_tensors
+from quantize.backends.packing import packed_tensors, rounded_tensors
 from quantize.modules import ModuleTree
 from quantize.running.worker import WorkerChannel, run_child
+from quantize.schemes.makers import is_data_free
 from quantize.variants.checkpoint import write_checkpoint
 
 
@@ -20,7 +21,11 @@ def write(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
         channel.progress(len(written), len(job["bits"]))
 
     scheme = Scheme.model_validate(job["scheme"])
-    packed = packed_tensors(Path(job["solved"]), job["bits"], on_module)
+    folder = Path(job["solved"])
+    if is_data_free(scheme):
+        packed = rounded_tensors(folder, job["bits"], on_module)
+    else:
+        packed = packed_tensors(folder, job["bits"], on_module)
     tree = ModuleTree.from_json(job["tree"])
     write_checkpoint(Path(job["base"]), packed, scheme, job["damp"], Path(job["into"]), tree)
     return {}

@@ -9,6 +9,7 @@ from os.path import commonprefix
 from typing import Any, Literal, TypeVar
 
 from config.manifest import Engine, Override, Scheme
+from config.quantization import grouped
 from quantize.errors import RecipeError
 from quantize.schemes.engines import choices
 from quantize.schemes.fit import Heads, Shapes, uneven_share
@@ -62,16 +63,8 @@ def module_groups_of(
 
 def uniform_scheme(weight_args: WeightArgs, overrides: Iterable[Override] = ()) -> Scheme:
     """Give the scheme that a search writes its numbers into."""
-    return Scheme(
-        name="auto",
-        bits=weight_args.bits,
-        group_size=weight_args.group_size,
-        sym=True,
-        desc_act=False,
-        activation_bits=16,
-        format="gptq",
-        overrides=tuple(overrides),
-    )
+    weights = grouped(weight_args.bits, weight_args.group_size)
+    return Scheme(name="auto", compression="gptq", weights=weights, overrides=tuple(overrides))
 
 
 def written(module_groups: Sequence[ModuleGroup], chosen: Mapping[str, WeightArgs], modules: Sequence[str]) -> Scheme:

@@ -26,6 +26,10 @@ _FP32_BYTES = 4
 _ITEM_BYTES: Mapping[Engine, int] = MappingProxyType({"cpu": 4, "cuda": 2})
 # Resident memory of the solver's process after its imports, as measured with torch 2.13 and GPTQModel 7.6.
 _SOLVER_LIBRARY_BYTES = 740_000_000
+# A child that has imported torch alone; fp32 weights, absolute values, quotients and FP8 of a matrix (a weight).
+_TORCH_BYTES = 300_000_000
+_ROUNDING_BYTES = 18
+_ROUNDED_WEIGHTS_PER_SECOND = 100e6
 # fp32 copies of a matrix while it is solved: weights, quantized weights, losses, and those of the block at hand.
 _MATRIX_COPIES = 6
 # What a layer's inputs and outputs of all samples are kept in.
@@ -90,6 +94,20 @@ class Room:
 
     host_bytes: int | None = None
     gpu_bytes: int | None = None
+
+
+def rounding_cost(base: BaseModel) -> CostEstimate:
+    """Estimate the rounding of all weights to FP8 on one core: one matrix in memory at a time, with its copies."""
+    sizes = sizes_of(base)
+    largest = max((tensor.bytes for tensor in base.tensors.values()), default=0)
+    return CostEstimate(
+        blocks=sizes.layers,
+        block_seconds=sizes.layer / _ROUNDED_WEIGHTS_PER_SECOND,
+        host_bytes=_TORCH_BYTES + largest + sizes.matrix * _ROUNDING_BYTES,
+        gpu_bytes=0,
+        assumed="one core",
+        by_layers=True,
+    )
 
 
 def estimate_cost(

@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 from config.manifest import Engine, Override, Scheme
+from config.vllm import ENGINES
 from quantize.base import BaseModel
 from quantize.calibration.datasets import CalibrationSplit, Dataset
 from quantize.evaluation.evaluate import EvaluationPlan
@@ -17,9 +18,10 @@ from quantize.planning.request import Request
 from quantize.planning.run_costs import expected_tokens, run_costs
 from quantize.planning.stage_costs import StageCost
 from quantize.running.memory import Machine
-from quantize.schemes.engines import ENGINES, expert_refusals, kernels, refusals
+from quantize.schemes.engines import expert_refusals, kernels, refusals
 from quantize.schemes.fit import heads_of, tensor_parallel_degrees
 from quantize.schemes.forecast import disk_bytes, predicted_tensors
+from quantize.schemes.makers import RTN_FP8, is_data_free
 from quantize.schemes.module_config import weight_args_of
 from quantize.schemes.settings import SolverSettings
 
@@ -163,9 +165,7 @@ def as_text(plan: DryRunPlan) -> str:
         ("size", _size_line(plan)),
         *((("experts", plan.experts),) if plan.experts else ()),
         *(("data", line) for line in plan.data),
-        ("calibration", f"{plan.samples} samples, about {plan.tokens:,} tokens"),
-        ("solver", f"{plan.backend}, {_settings_line(plan.settings)}"),
-        *((("GPTAQ", _kept_inputs_line(plan.cost)),) if plan.settings.gptaq else ()),
+        *_solver_rows(plan),
         ("time", _time_line(plan.cost, plan.stages)),
         ("memory", _memory_line(plan.stages)),
         *_stage_rows(plan.stages),
@@ -177,6 +177,16 @@ def as_text(plan: DryRunPlan) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {told}" for name, told in rows)
+
+
+def _solver_rows(plan: DryRunPlan) -> list[tuple[str, str]]:
+    if is_data_free(plan.scheme):
+        return [("solver", f"{RTN_FP8}: weights are rounded to nearest, without calibration data")]
+    rows = [
+        ("calibration", f"{plan.samples} samples, about {plan.tokens:,} tokens"),
+        ("solver", f"{plan.backend}, {_settings_line(plan.settings)}"),
+    ]
+    return [*rows, ("GPTAQ", _kept_inputs_line(plan.cost))] if plan.settings.gptaq else rows
 
 
 def _scheme_line(plan: DryRunPlan) -> str:

@@ -23,12 +23,15 @@ from quantize.running.memory import Machine
 from quantize.schemes.engines import choices, expert_refusals, has_amx, refusals, require_engine
 from quantize.schemes.fit import fitted, heads_of, matching, misfit, tensor_parallel_degrees, uneven_share
 from quantize.schemes.forecast import predicted_bytes
+from quantize.schemes.makers import RTN_FP8, is_data_free, require_made
 from quantize.schemes.module_config import WeightArgs
 from quantize.schemes.scheme import PRESETS, require_loadable
 from quantize.schemes.settings import SolverSettings
 
 _FEWEST_TOKENS = 32
-_FOUR_BITS = [scheme for scheme in PRESETS.values() if scheme.bits == 4]  # widest groups, and so smallest, first
+_FOUR_BITS = [
+    scheme for scheme in PRESETS.values() if scheme.bits == 4 and scheme.compression == "gptq"
+]  # widest groups, and so smallest, first
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -42,6 +45,7 @@ def plan_variant(request: Request, base: BaseModel, machine: Machine) -> tuple[R
     datasets, split = calibration_split(request)
     request = replace(request, settings=settled_settings(request.settings, base))
     costs = run_costs(request, base, scheme, split, machine, engine=machine.engine)
+    free = is_data_free(scheme)
     recipe = Recipe(
         base=base,
         scheme=scheme,
@@ -49,8 +53,8 @@ def plan_variant(request: Request, base: BaseModel, machine: Machine) -> tuple[R
         samples=request.samples,
         max_tokens=request.max_tokens,
         seed=request.seed,
-        settings=request.settings if costs.solving.kept_inputs else replace(request.settings, gptaq=0.0),
-        backend=chosen_backend(request.backend),
+        settings=request.settings if costs.solving.kept_inputs or free else replace(request.settings, gptaq=0.0),
+        backend=chosen_backend(RTN_FP8 if free else request.backend),
         devices=request.devices,
         budget=request.scheme if isinstance(request.scheme, Budget) else None,
         split_by_prompt=split.moved_rows > 0,
@@ -69,10 +73,11 @@ def this_cpu_has_amx() -> bool:
 
 
 def check_numbers(request: Request) -> None:
-    """Refuse what no base could do: a scheme that doesn't load, too few samples, damping out of range."""
+    """Refuse what no base could do: a scheme that doesn't load or isn't made, too few samples, damping out of range."""
     if isinstance(request.scheme, Scheme):
         require_loadable(request.scheme)
         require_engine(request.scheme, request.engine)
+        require_made(request.scheme)
     _require_ranges(request.samples, request.max_tokens, request.settings.damp)
     if request.backend == "auto-gptq" and present_engine() != "cuda":
         raise RecipeError("backend auto-gptq needs an NVIDIA GPU, and this machine has none; use --backend gptqmodel")

@@ -10,6 +10,7 @@ from quantize.base import BaseModel, slug
 from quantize.calibration.datasets import Dataset
 from quantize.calibration.formats import NATIVE
 from quantize.errors import RecipeError
+from quantize.schemes.makers import RTN_FP8, RTN_FP8_VERSION, is_data_free
 from quantize.schemes.settings import SolverSettings
 
 # Raise this when the same recipe would give other bytes because this package has changed.
@@ -70,10 +71,12 @@ class Recipe:
 
     def digest(self) -> str:
         """Digest contents, never paths, so that every machine gives a recipe the same name."""
+        if is_data_free(self.scheme) and self.budget is None:
+            return self._data_free_digest()
         payload = {
             "revision": _REVISION,
             "base": self.base.digest,
-            "scheme": self.scheme.model_dump(mode="json") if self.budget is None else _told(self.budget),
+            "scheme": self.scheme.identity() if self.budget is None else _told(self.budget),
             "calibration": sorted((dataset.sha256, dataset.weight) for dataset in self.datasets),
             "samples": self.samples,
             "max_tokens": self.max_tokens,
@@ -81,6 +84,14 @@ class Recipe:
             "settings": asdict(self.settings),
             "backend": [self.backend.name, self.backend.version],
             **self._reading(),
+        }
+        return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+    def _data_free_digest(self) -> str:
+        payload = {
+            "base": self.base.digest,
+            "scheme": self.scheme.identity(),
+            "backend": [self.backend.name, self.backend.version],
         }
         return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
@@ -105,6 +116,8 @@ def _told(budget: Budget) -> dict[str, object]:
 
 def chosen_backend(name: str) -> Backend:
     """Give the backend of a name its version: AutoGPTQ's last one, which has an environment of its own, or ours."""
+    if name == RTN_FP8:
+        return Backend(name, RTN_FP8_VERSION)
     return Backend(name, _AUTO_GPTQ_VERSION) if name == "auto-gptq" else installed_backend(name)
 
 

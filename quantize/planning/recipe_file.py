@@ -1,18 +1,20 @@
 """A recipe file: found by path or by the name of a shipped one, read, and held against its rules with line numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from config.errors import SettingsError
 from config.load import load_file
 from config.manifest import Scheme
 from config.rules import Location, Violation, closest
+from config.vllm import GPTQ_BITS
 from quantize.errors import RecipeError, RecipeFileError
 from quantize.evaluation.verdict import Limits
 from quantize.planning.recipe_schema import OverrideTable, RecipeFile, SchemeTable
-from quantize.schemes.scheme import GPTQ_BITS, PRESETS, faults, named, nearest_loadable
+from quantize.schemes.scheme import PRESETS, faults, named, nearest_loadable
 
 AUTO = "auto"
 _SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -66,7 +68,7 @@ def scheme_of(table: SchemeTable) -> Scheme:
     """Turn a table that passed its rules into a scheme, with its preset's numbers where it says none."""
     values = table.model_dump(exclude_none=True, exclude={"preset"})
     if table.preset is not None:
-        return named(PRESETS[table.preset].model_copy(update=values))
+        return named(_with_first_keys(PRESETS[table.preset], values))
     integers = values.get("activation_bits") == 8
     defaults = {
         "name": "",
@@ -76,6 +78,15 @@ def scheme_of(table: SchemeTable) -> Scheme:
         "format": "compressed-tensors" if integers else "gptq",
     }
     return named(Scheme.model_validate({**defaults, **values}))
+
+
+def _with_first_keys(scheme: Scheme, values: Mapping[str, Any]) -> Scheme:
+    """Replace numbers of a scheme by those of a table, which has the keys of manifests before compressed-tensors'."""
+    if not values:
+        return scheme
+    keys = ("bits", "group_size", "sym", "desc_act", "activation_bits", "format")
+    first = {key: getattr(scheme, key) for key in keys}
+    return Scheme.model_validate({**first, **values, "name": scheme.name, "overrides": scheme.overrides})
 
 
 def violations(recipe: RecipeFile) -> list[Violation]:

@@ -10,12 +10,13 @@ from quantize.calibration.records import Record, prompt_of
 from quantize.errors import MachineError
 from quantize.evaluation.evaluate import EvaluationPlan
 from quantize.evaluation.lm_head import PASS_TOKENS
-from quantize.planning.cost_estimate import CostEstimate, Room, estimate_cost
+from quantize.planning.cost_estimate import CostEstimate, Room, estimate_cost, rounding_cost
 from quantize.planning.recipe import Budget, Devices, Recipe
 from quantize.planning.request import Request
 from quantize.planning.stage_costs import StageCost, Workload, evaluation_costs, stage_costs
 from quantize.running.memory import Machine
 from quantize.schemes.forecast import predicted_bytes
+from quantize.schemes.makers import is_data_free
 from quantize.schemes.module_config import fused_name
 
 _BYTES_PER_TOKEN = 4  # of UTF-8 text; holds about for European and for East Asian languages alike
@@ -53,7 +54,10 @@ def run_costs(
     gpus = usable_gpus(request.devices, machine) if present else ()
     room = Room(present.memory_bytes, int(GPU_SHARE * gpus[0]) if gpus else None) if present else Room()
     tokens = expected_tokens(request, split)
-    solving = estimate_cost(base, tokens, request.settings, engine, machine.cores, room)
+    if is_data_free(scheme):
+        solving = rounding_cost(base)
+    else:
+        solving = estimate_cost(base, tokens, request.settings, engine, machine.cores, room)
     work = _workload(request, base, scheme, split, machine, engine)
     stages = stage_costs(base, solving, work)
     return RunCosts(solving, stages, tuple(_shortages(stages, present, gpus)) if present else ())

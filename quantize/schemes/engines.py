@@ -1,18 +1,20 @@
-"""Which engines load a scheme, with which kernels, and what a search may choose from for them. From vLLM 0.32 on."""
+"""Which engines load a scheme, with which kernels, and what a search may choose from for them (`config.vllm`)."""
 
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from config.manifest import Engine, Scheme
+from config.quantization import QuantizationScheme, grouped
+from config.vllm import CPU_EXPERT_FLAG, ENGINES, GPTQ_BITS, GPTQ_GROUPS, refusal, supports
+from config.vllm import kernels as kernels_of
 from quantize.base import BaseModel
 from quantize.errors import RecipeError
 from quantize.schemes.module_config import WeightArgs, weight_args_of
-from quantize.schemes.scheme import GPTQ_BITS, GPTQ_GROUPS, faults
-
-ENGINES: tuple[Engine, ...] = ("cuda", "cpu")
+from quantize.schemes.scheme import faults, layer_schemes
 
 _KEEP_EXPERTS = "keep them with --override '*.experts.*=keep'"
+_ELSEWHERE = "or --engine cuda for another machine"
 # Families whose experts vLLM 0.32 loads in other formats than these (gpt_oss.py: no `qweight`; llama4.py: transposed).
 _OTHER_EXPERTS: Mapping[str, str] = MappingProxyType(
     {
@@ -21,21 +23,22 @@ _OTHER_EXPERTS: Mapping[str, str] = MappingProxyType(
         "llama4_text": "vLLM loads the experts of llama4 unquantized or in FP8",
     }
 )
-_AMX = re.compile(r"^flags\s*:.*\bamx_tile\b", re.MULTILINE)
 
 
-def refusals(scheme: Scheme) -> dict[Engine, str]:
-    """Tell which engines can't load a scheme, and why; an engine that is not named loads it."""
+def refusals(scheme: Scheme, flags: frozenset[str] | None = None) -> dict[Engine, str]:
+    """Tell which engines can't load a scheme, and why; an engine that is not named loads it.
+
+    `flags` are instruction sets of the CPU that is asked about; None: of any CPU.
+    """
     problems = faults(scheme)
     if problems:
-        return {"cpu": "; ".join(problems), "cuda": "; ".join(problems)}
-    if scheme.format == "gptq" and scheme.bits == 8:
-        return {"cpu": "vLLM has no CPU kernel for 8-bit GPTQ; use w8a8, or --engine cuda for another machine"}
-    wide = [override.modules for override in scheme.overrides if override.bits == 8]
-    if scheme.format == "gptq" and wide:
-        reason = f"vLLM has no CPU kernel for 8-bit GPTQ, and {wide[0]} asks for it"
-        return {"cpu": f"{reason}; keep these modules, or --engine cuda for another machine"}
-    return {}
+        return dict.fromkeys(ENGINES, "; ".join(problems))
+    found: dict[Engine, str] = {}
+    for engine in ENGINES:
+        reasons = [reason for layer in layer_schemes(scheme) if (reason := refusal(layer, engine, flags))]
+        if reasons:
+            found[engine] = f"{reasons[0]}, {_ELSEWHERE}" if engine == "cpu" else reasons[0]
+    return found
 
 
 def expert_refusals(scheme: Scheme, base: BaseModel, *, amx: bool) -> dict[Engine, str]:
@@ -52,14 +55,13 @@ def expert_refusals(scheme: Scheme, base: BaseModel, *, amx: bool) -> dict[Engin
     if amx:
         return {}
     return {
-        "cpu": f"vLLM has no kernel for int{scheme.bits} experts on a CPU without AMX; {_KEEP_EXPERTS}, "
-        "or --engine cuda for another machine"
+        "cpu": f"vLLM has no kernel for {scheme.precision} experts on a CPU without AMX; {_KEEP_EXPERTS}, {_ELSEWHERE}"
     }
 
 
 def has_amx(cpuinfo: str) -> bool:
     """Tell from the text of /proc/cpuinfo whether a CPU has AMX tiles."""
-    return _AMX.search(cpuinfo) is not None
+    return re.search(rf"^flags\s*:.*\b{CPU_EXPERT_FLAG}\b", cpuinfo, re.MULTILINE) is not None
 
 
 def require_engine(scheme: Scheme, engine: Engine) -> None:
@@ -71,15 +73,9 @@ def require_engine(scheme: Scheme, engine: Engine) -> None:
 
 def kernels(scheme: Scheme, engine: Engine) -> str:
     """Name the kernels that an engine which loads a scheme will run it with."""
-    if scheme.format == "compressed-tensors":
-        return "CUTLASS or Triton int8, from Turing on" if engine == "cuda" else "CPUInt8ScaledMM"
-    if engine == "cpu":
-        return "CPUWNA16"
-    groups = {
-        scheme.group_size,
-        *(override.group_size for override in scheme.overrides if override.group_size is not None),
-    }
-    return "Marlin, from Turing on" if 32 in groups else "Machete on Hopper, else Marlin, from Turing on"
+    layers = layer_schemes(scheme)
+    # The narrowest groups of a mixed scheme decide: they have the fewest kernels.
+    return kernels_of(min(layers, key=lambda layer: layer.weights.columns % (1 << 30)), engine)
 
 
 def choices(engine: Engine, shape: tuple[int, int]) -> tuple[WeightArgs, ...]:
@@ -89,5 +85,5 @@ def choices(engine: Engine, shape: tuple[int, int]) -> tuple[WeightArgs, ...]:
         WeightArgs(bits, group_size)
         for bits in GPTQ_BITS
         for group_size in sorted(GPTQ_GROUPS[1:], reverse=True)
-        if columns % group_size == 0 and (bits == 4 or engine == "cuda")
+        if columns % group_size == 0 and supports(QuantizationScheme("gptq", grouped(bits, group_size)), engine)
     )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from config.manifest import Override, Scheme
+from config.vllm import REPLICATED, ROUTERS, tile
 from quantize.base import BaseModel
 from quantize.errors import RecipeError
 from quantize.schemes.module_config import WeightArgs, fused_name, weight_args_of
@@ -12,8 +13,6 @@ from quantize.schemes.scheme import PRESETS, named
 
 Shapes = Mapping[str, tuple[int, int]]
 
-# The kernels that vLLM 0.32 has for these formats want both sides of a matrix in multiples of this.
-KERNEL_TILE = 32
 # Packed words and int8 kernels need each GPU's share of the outputs in multiples of this.
 _SHARE_TILE = 16
 _MOST_GPUS = 16
@@ -48,14 +47,16 @@ def misfit(scheme: Scheme, shapes: Shapes, sizes: Mapping[str, int]) -> str | No
     words = {size: word for word, size in sizes.items()}
     for name, (rows, columns) in shapes.items():
         weight_args = weight_args_of(name, scheme)
-        if weight_args is None:
+        if weight_args is None or _leaf(name) in ROUTERS:
             continue
-        step = weight_args.group_size if weight_args.group_size > 0 else KERNEL_TILE
+        step = weight_args.group_size if weight_args.group_size > 0 else tile(scheme.weights)
         if columns % step:
             subject = words.get(columns, f"the input of {name},")
-            return f"{subject} {columns} is not divisible by {step}; {_advice(weight_args, shapes)}"
-        if rows % KERNEL_TILE:
-            return f"the output of {name}, {rows}, is not divisible by {KERNEL_TILE}; vLLM has no kernel for it"
+            return f"{subject} {columns} is not divisible by {step}; {_advice(scheme, weight_args, shapes)}"
+        if rows % tile(scheme.weights):
+            return (
+                f"the output of {name}, {rows}, is not divisible by {tile(scheme.weights)}; vLLM has no kernel for it"
+            )
     return unevenly_fused(scheme, shapes)
 
 
@@ -112,7 +113,9 @@ def uneven_share(shapes: Shapes, scheme: Scheme, degree: int, heads: Heads | Non
 
 def _uneven(name: str, shape: tuple[int, int], weight_args: WeightArgs | None, degree: int, heads: Heads) -> str | None:
     rows, columns = shape
-    last = name.rpartition(".")[2]
+    last = _leaf(name)
+    if last in REPLICATED:
+        return None
     if last in _ROW_PARALLEL:
         if weight_args and weight_args.group_size > 0 and columns % (degree * weight_args.group_size):
             return (
@@ -128,14 +131,19 @@ def _uneven(name: str, shape: tuple[int, int], weight_args: WeightArgs | None, d
     return f"{name}: {rows} outputs can't be shared by {degree} GPUs" if rows % step else None
 
 
-def _advice(weight_args: WeightArgs, shapes: Shapes) -> str:
-    fitting = [other.name for other in PRESETS.values() if other.bits == weight_args.bits and _fits(other, shapes)]
+def _advice(scheme: Scheme, weight_args: WeightArgs, shapes: Shapes) -> str:
+    alike = [other for other in PRESETS.values() if other.compression in (scheme.compression, "gptq")]
+    fitting = [other.name for other in alike if other.bits == weight_args.bits and _fits(other, shapes)]
     return f"use {fitting[0]}" if fitting else "no preset of these bits fits this model"
 
 
 def _fits(scheme: Scheme, shapes: Shapes) -> bool:
-    step = scheme.group_size if scheme.group_size > 0 else KERNEL_TILE
-    return all(columns % step == 0 for _, columns in shapes.values())
+    step = scheme.group_size if scheme.group_size > 0 else tile(scheme.weights)
+    return all(columns % step == 0 for name, (_, columns) in shapes.items() if _leaf(name) not in ROUTERS)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _told(weight_args: WeightArgs | None) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from math import prod
 
 from config.manifest import Scheme
+from config.quantization import Compression, QuantizationArgs
 from quantize.base import BaseModel
 from quantize.schemes.module_config import WeightArgs, weight_args_of
 
@@ -27,14 +28,25 @@ def predicted_tensors(base: BaseModel, scheme: Scheme) -> dict[str, int]:
             sizes[name] = tensor.bytes
         for module, weight_args in args.items():
             if weight_args:
-                sizes.update(packed_bytes(module, base.shapes[module], weight_args, scheme.format))
+                sizes.update(packed_bytes(module, base.shapes[module], weight_args, scheme.compression, scheme.weights))
     return sizes
 
 
-def packed_bytes(module: str, shape: tuple[int, int], weight_args: WeightArgs, form: str) -> dict[str, int]:
-    """Bytes of one quantized layer's tensors; `shape` is (out_features, in_features)."""
+def packed_bytes(
+    module: str,
+    shape: tuple[int, int],
+    weight_args: WeightArgs,
+    compression: Compression = "gptq",
+    weights: QuantizationArgs | None = None,
+) -> dict[str, int]:
+    """Bytes of one quantized layer's tensors; `shape` is (out_features, in_features), `weights` those of the scheme."""
     rows, columns = shape
-    if form == "compressed-tensors":
+    if weights is not None and weights.block_structure is not None:
+        blocks = -(-rows // weights.block_structure[0]) * -(-columns // weights.block_structure[1])
+        return {f"{module}.weight": rows * columns, f"{module}.weight_scale_inv": blocks * _FP32_BYTES}
+    if weights is not None and weights.strategy == "tensor":
+        return {f"{module}.weight": rows * columns, f"{module}.weight_scale": _FP32_BYTES}
+    if compression in ("int-quantized", "float-quantized"):
         return {f"{module}.weight": rows * columns, f"{module}.weight_scale": rows * _FP32_BYTES}
     groups = 1 if weight_args.group_size < 0 else -(-columns // weight_args.group_size)
     return {

@@ -1,33 +1,27 @@
-"""Schemes are data: named presets, exceptions by module, and what vLLM loads of them."""
+"""Schemes are data: named presets, exceptions by module, and what vLLM loads of them (`config.vllm`)."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
 from types import MappingProxyType
 
 from config.manifest import Override, Scheme
+from config.quantization import COMPRESSED_TENSORS, QuantizationArgs, QuantizationScheme, grouped
+from config.vllm import GPTQ_GROUPS, loaded_anywhere, refusal
 from quantize.errors import RecipeError
+
+_INT8_TOKENS = QuantizationArgs(strategy="token", dynamic=True)
+_FP8_TOKENS = QuantizationArgs(type="float", strategy="token", dynamic=True)
 
 
 def _gptq(name: str, bits: int, group_size: int) -> Scheme:
-    return Scheme(
-        name=name,
-        bits=bits,
-        group_size=group_size,
-        sym=True,
-        desc_act=False,
-        activation_bits=16,
-        format="gptq",
-    )
+    return Scheme(name=name, compression="gptq", weights=grouped(bits, group_size))
 
 
 _W8A8 = Scheme(
     name="w8a8",
-    bits=8,
-    group_size=-1,
-    sym=True,
-    desc_act=False,
-    activation_bits=8,
-    format="compressed-tensors",
+    compression="int-quantized",
+    weights=QuantizationArgs(strategy="channel"),
+    input_activations=_INT8_TOKENS,
 )
 
 PRESETS: Mapping[str, Scheme] = MappingProxyType(
@@ -40,13 +34,33 @@ PRESETS: Mapping[str, Scheme] = MappingProxyType(
             _gptq("w8a16-g128", 8, 128),
             _gptq("w8a16-channel", 8, -1),
             _W8A8,
+            Scheme(
+                name="fp8-dynamic",
+                compression="float-quantized",
+                weights=QuantizationArgs(type="float", strategy="channel"),
+                input_activations=_FP8_TOKENS,
+            ),
+            # As DeepSeek and Qwen publish them.
+            Scheme(
+                name="fp8-block",
+                compression="fp8",
+                weights=QuantizationArgs(type="float", strategy="block", block_structure=(128, 128)),
+                input_activations=QuantizationArgs(type="float", strategy="group", group_size=128, dynamic=True),
+            ),
+            Scheme(name="w4a16-asym", compression="pack-quantized", weights=grouped(4, 128, symmetric=False)),
+            Scheme(
+                name="nvfp4a16",
+                compression="nvfp4-pack-quantized",
+                weights=QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16),
+            ),
+            Scheme(
+                name="mxfp4",
+                compression="mxfp4-pack-quantized",
+                weights=QuantizationArgs(num_bits=4, type="float", strategy="group", group_size=32),
+            ),
         )
     },
 )
-
-# What vLLM 0.32's GPTQ loader takes; everything else is a ValueError when the server starts.
-GPTQ_BITS = (4, 8)
-GPTQ_GROUPS = (-1, 32, 64, 128)
 
 
 def preset(name: str) -> Scheme:
@@ -61,64 +75,70 @@ def preset(name: str) -> Scheme:
 def named(scheme: Scheme) -> Scheme:
     """Give a scheme the name of the preset with the same numbers, or a name made of its numbers."""
     for known in PRESETS.values():
-        if scheme.model_copy(update={"name": known.name, "overrides": ()}) == known:
+        if scheme.model_copy(update={"name": known.name, "overrides": (), "ignore": known.ignore}) == known:
             return scheme.model_copy(update={"name": _suffixed(known.name, scheme)})
-    grouping = "channel" if scheme.group_size == -1 else f"g{scheme.group_size}"
-    return scheme.model_copy(
-        update={"name": _suffixed(f"w{scheme.bits}a{scheme.activation_bits}-{grouping}", scheme)},
-    )
+    return scheme.model_copy(update={"name": _suffixed(_name_of_numbers(scheme), scheme)})
+
+
+def _name_of_numbers(scheme: Scheme) -> str:
+    weights = scheme.weights
+    if weights.type == "int":
+        grouping = "channel" if scheme.group_size == -1 else f"g{scheme.group_size}"
+        asymmetric = "" if weights.symmetric or scheme.compression == "gptq" else "-asym"
+        return f"w{scheme.bits}a{scheme.activation_bits}-{grouping}{asymmetric}"
+    if scheme.compression == "bitsandbytes":
+        return "nf4"
+    if weights.strategy == "tensor_group":
+        return "nvfp4" if scheme.input_activations else "nvfp4a16"
+    if weights.num_bits == 4:
+        return "mxfp4"
+    if scheme.input_activations is None:
+        return f"fp8a16-{weights.strategy}"
+    dynamic = "" if weights.strategy == "block" or scheme.input_activations.dynamic else "-static"
+    return "fp8-dynamic" if weights.strategy == "channel" and not dynamic else f"fp8-{weights.strategy}{dynamic}"
 
 
 def _suffixed(name: str, scheme: Scheme) -> str:
     return f"{name}-mixed" if scheme.overrides else name
 
 
+def layer_schemes(scheme: Scheme) -> tuple[QuantizationScheme, ...]:
+    """List how layers of a scheme are stored: those without an exception first, then those of each exception."""
+    plain = QuantizationScheme(scheme.compression, scheme.weights, scheme.input_activations)
+    return (plain, *(_of_override(scheme, override) for override in scheme.overrides if override.bits is not None))
+
+
+def _of_override(scheme: Scheme, override: Override) -> QuantizationScheme:
+    size = scheme.group_size if override.group_size is None else override.group_size
+    bits = scheme.bits if override.bits is None else override.bits
+    weights = grouped(bits, size, symmetric=scheme.sym, actorder=scheme.weights.actorder)
+    return QuantizationScheme(scheme.compression, weights, scheme.input_activations, f" ({override.modules})")
+
+
 def faults(scheme: Scheme) -> list[str]:
-    """Say what no vLLM from 0.32 on loads of a scheme, on any engine."""
-    if scheme.format == "compressed-tensors":
-        return _w8a8_faults(scheme)
-    problems = []
-    if scheme.bits not in GPTQ_BITS:
-        problems.append(f"vLLM loads GPTQ of 4 or 8 bits, not of {scheme.bits}")
-    if scheme.group_size not in GPTQ_GROUPS:
-        problems.append(f"vLLM loads groups of 32, 64, 128 or -1 (all inputs), not of {scheme.group_size}")
-    if not scheme.sym:
-        problems.append("vLLM loads symmetric GPTQ only")
-    if scheme.desc_act and scheme.group_size != -1:
-        problems.append("vLLM no longer loads GPTQ with desc_act and groups")
-    if scheme.activation_bits != 16:
-        problems.append(f"GPTQ's format has 16-bit activations, not {scheme.activation_bits}-bit ones")
-    return problems + [fault for override in scheme.overrides if (fault := _override_fault(override))]
-
-
-def _w8a8_faults(scheme: Scheme) -> list[str]:
-    problems = []
-    if scheme.model_copy(update={"name": "w8a8", "overrides": ()}) != _W8A8:
-        problems.append("compressed-tensors is written as w8a8: symmetric, 8-bit weights by channel, 8-bit activations")
+    """Say what no supported vLLM loads of a scheme, on any engine."""
     mixed = [override.modules for override in scheme.overrides if override.bits is not None]
-    if mixed:
-        problems.append(f"w8a8 has no exceptions but `keep`, and {mixed[0]} asks for other numbers")
-    return problems
-
-
-def _override_fault(override: Override) -> str:
-    if override.bits is None or override.group_size is None or override.group_size in GPTQ_GROUPS:
-        return ""
-    return f"vLLM loads groups of 32, 64, 128 or -1, and {override.modules} asks for {override.group_size}"
+    if mixed and scheme.compression != "gptq":
+        return [f"{scheme.name} has no exceptions but `keep`, and {mixed[0]} asks for other numbers"]
+    return [str(refusal(layer, "cuda")) for layer in layer_schemes(scheme) if not loaded_anywhere(layer)]
 
 
 def nearest_loadable(scheme: Scheme) -> Scheme:
     """Change as little as makes vLLM load a scheme: enough bits, the nearest group, symmetric, no desc_act."""
-    if scheme.format == "compressed-tensors" or (scheme.activation_bits == 8 and scheme.bits > 4):
-        kept = tuple(override for override in scheme.overrides if override.bits is None)
+    if not faults(scheme):
+        return named(scheme)
+    kept = tuple(override for override in scheme.overrides if override.bits is None)
+    without = scheme.model_copy(update={"overrides": kept})
+    if scheme.compression != "gptq" and not faults(without):
+        return named(without)
+    if scheme.compression in COMPRESSED_TENSORS or (scheme.activation_bits == 8 and scheme.bits > 4):
         return named(_W8A8.model_copy(update={"overrides": kept}))
     group_size = _nearest_group(scheme.group_size)
+    order = scheme.weights.actorder if group_size == -1 else None
     changes = {
-        "bits": 4 if scheme.bits <= 4 else 8,
-        "group_size": group_size,
-        "sym": True,
-        "desc_act": scheme.desc_act and group_size == -1,
-        "activation_bits": 16,
+        "compression": "gptq",
+        "weights": grouped(4 if scheme.bits <= 4 else 8, group_size, actorder=order),
+        "input_activations": None,
         "overrides": tuple(map(_loadable_override, scheme.overrides)),
     }
     return named(scheme.model_copy(update=changes))
@@ -137,15 +157,15 @@ def _nearest_group(group_size: int) -> int:
 
 
 def require_loadable(scheme: Scheme) -> None:
-    """Raise RecipeError for a scheme that no vLLM from 0.32 on loads, with the reasons and the nearest that loads."""
+    """Raise RecipeError for a scheme that no supported vLLM loads, with the reasons and the nearest that loads."""
     reasons = faults(scheme)
     if reasons:
         raise RecipeError(
             f"scheme {scheme.name} loads nowhere: {'; '.join(reasons)}; the nearest that loads is "
-            f"{_told(nearest_loadable(scheme))}",
+            f"{_described(nearest_loadable(scheme))}",
         )
 
 
-def _told(scheme: Scheme) -> str:
+def _described(scheme: Scheme) -> str:
     weight_args = f"{scheme.bits} bits, group_size {scheme.group_size}, sym {str(scheme.sym).lower()}"
     return scheme.name if scheme.name in PRESETS else f"{scheme.name} ({weight_args})"

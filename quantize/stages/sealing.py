@@ -13,6 +13,7 @@ from quantize.planning.dry_run import lowest_bits
 from quantize.planning.recipe import Recipe
 from quantize.running.files import link_or_copy
 from quantize.running.stage_store import StageResult
+from quantize.schemes.makers import is_data_free
 from quantize.stages.evaluation import with_recipe_limits
 from quantize.stages.solve import SolvedLayers
 from quantize.stages.tokens import Tokens
@@ -46,6 +47,7 @@ def seal_variant(
 def describe(recipe: Recipe, samples: Samples, result: QuantizeResult, quality: Quality) -> dict[str, object]:
     """Describe where a variant comes from, how it was made and how good it is: a manifest without its checksums."""
     taken = samples.calibration
+    free = is_data_free(recipe.scheme)
     calibration = Calibration(
         sha256=contents_digest(sample["sha256"] for sample in taken),
         samples=len(taken),
@@ -60,7 +62,7 @@ def describe(recipe: Recipe, samples: Samples, result: QuantizeResult, quality: 
         backend=recipe.backend.name,
         version=recipe.backend.version,
         seconds=result.seconds,
-        settings=settings_payload(recipe),
+        settings={} if free else settings_payload(recipe),
         damp=dict(result.damp),
         modules=len(result.modules),
         fallback_modules=result.fallback_modules,
@@ -70,7 +72,7 @@ def describe(recipe: Recipe, samples: Samples, result: QuantizeResult, quality: 
         "id": recipe.variant_id,
         "base": Base(name=recipe.base.name, digest=recipe.base.digest, dtype=recipe.base.dtype),
         "scheme": recipe.scheme,
-        "calibration": calibration,
+        "calibration": None if free else calibration,
         "quantizer": quantizer,
         "quality": quality,
     }

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from quantize.backends import autogptq, gptqmodel
+from quantize.backends import autogptq, fp8, gptqmodel
 from quantize.backends.losses import SolvedModule, require_solved
 from quantize.backends.protocol import QuantizeResult, SolveJob, Solver
 from quantize.calibration import preflight
@@ -16,10 +16,13 @@ from quantize.mixed_precision.auto_scheme import resolve_auto
 from quantize.planning.recipe import Recipe
 from quantize.running.progress import ProgressReporter
 from quantize.running.stage_store import StageKey, StageResult, stage_key
+from quantize.schemes.makers import RTN_FP8, is_data_free
 from quantize.stages.tokens import Tokens
 from quantize.stages.variant_run import VariantRun, kept_after_failure
 
-SOLVERS: Mapping[str, Solver] = MappingProxyType({"gptqmodel": gptqmodel.solve, "auto-gptq": autogptq.solve})
+SOLVERS: Mapping[str, Solver] = MappingProxyType(
+    {"gptqmodel": gptqmodel.solve, "auto-gptq": autogptq.solve, RTN_FP8: fp8.solve}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +64,20 @@ def solve(run: VariantRun, tokens: Tokens) -> SolvedLayers:
     modules = [SolvedModule(**row) for row in found.facts["modules"]]
     with kept_after_failure(run, "solve: all layers are"):
         require_solved(modules, run.options.allow_fallback)
-    return SolvedLayers(found.directory, QuantizeResult.of(found.facts["seconds"], modules), key)
+    seconds = found.facts["seconds"]
+    if is_data_free(run.recipe.scheme):
+        return SolvedLayers(found.directory, QuantizeResult(seconds, tuple(modules), {}), key)
+    return SolvedLayers(found.directory, QuantizeResult.of(seconds, modules), key)
 
 
 def solve_key(recipe: Recipe, samples: Samples, expert_fallback: str) -> StageKey:
     """Digest what decides the solved layers: the recipe, the scheme that a search found, and the very tokens."""
+    if is_data_free(recipe.scheme):
+        return stage_key("solve", recipe=recipe.digest())
     return stage_key(
         "solve",
         recipe=recipe.digest(),
-        scheme=recipe.scheme.model_dump(mode="json"),
+        scheme=recipe.scheme.identity(),
         samples=[sample["ids"] for sample in samples.calibration],
         expert_fallback=expert_fallback,
     )
@@ -82,7 +90,8 @@ def completed_layers(folder: Path) -> int:
 
 def _solved(run: VariantRun, samples: Samples, key: StageKey) -> StageResult:
     """Check the samples, then run the solver in the folder that a stopped run may have left."""
-    preflight.check(run.recipe.base, samples, run.context)
+    if not is_data_free(run.recipe.scheme):
+        preflight.check(run.recipe.base, samples, run.context)
     progress = run.context.progress
     with run.store.resumable(key) as folder:
         if completed_layers(folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import FILE_NAME, Base, Manifest, Override, Quality, Quantizer, Scheme
+from config.quantization import QuantizationScheme, kv_cache_of, schemes_of
 from quantize.base import BaseModel, digest_of, slug
 from quantize.errors import TargetError, VariantError
 from quantize.schemes.scheme import named
@@ -18,7 +19,8 @@ from quantize.variants.storage_format import StorageFormat, configured_format, k
 from quantize.variants.store import seal, sealed_files
 
 # Checks whose findings are warnings. With any other, vLLM would fail or serve wrong results.
-_HARMLESS = frozenset({"quantize_config", "kept", "machine", "stray", "size"})
+# `engine`: no vLLM that is supported has the format, but whatever serves it may.
+_HARMLESS = frozenset({"quantize_config", "kept", "machine", "stray", "size", "engine"})
 _READABLE_BITS = (4, 8)
 _RECORDED_SETTINGS = ("damp_percent", "true_sequential", "static_groups")
 
@@ -68,43 +70,46 @@ def scheme_told(artefact: Artefact, linear_layers: Mapping[str, tuple[int, int]]
 
     VariantError for an unsupported format.
     """
-    kind = kind_of(artefact.quantization_config)
+    config = artefact.quantization_config
+    kind = kind_of(config)
     layers = quantized_layers(artefact.entries, kind) if kind else ()
-    formats = {
-        layer: storage_format
-        for layer in layers
-        if (storage_format := configured_format(artefact.quantization_config, layer))
-    }
-    if (
-        kind is None
-        or not formats
-        or any(storage_format.bits not in _READABLE_BITS for storage_format in formats.values())
-    ):
-        config = artefact.quantization_config
+    formats = {layer: stored for layer in layers if (stored := configured_format(config, layer))}
+    if kind is None or not formats or any(stored.bits not in _READABLE_BITS for stored in formats.values()):
         what = f"{config.get('quant_method')} {config.get('format', '')}".strip()
         raise VariantError(
-            f"{artefact.directory}: {what} layers are not supported; only GPTQ and compressed-tensors, 4 or 8 bits, are"
+            f"{artefact.directory}: {what} layers are not supported; GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes, "
+            "NVFP4 and MXFP4 of 4 or 8 bits are"
         )
-    # A GPTQ config has defaults for all layers; compressed-tensors only has groups.
-    ((common, _),) = Counter(formats.values()).most_common(1)
-    common = (
-        configured_format({**artefact.quantization_config, "dynamic": {}}, min(formats)) or common
-        if kind == "gptq"
-        else common
-    )
-    every = {layer: formats.get(layer) for layer in sorted({*linear_layers, *formats})}
+    common = _common_format(config, formats)
+    described = _described_as(config, common)
+    every = {layer: formats.get(layer) for layer in sorted({*linear_layers, *formats})} if kind != "mxfp4" else {}
     return named(
         Scheme(
             name="",
-            bits=common.bits,
-            group_size=common.group_size,
-            sym=common.sym,
-            desc_act=bool(artefact.quantization_config.get("desc_act", False)),
-            activation_bits=8 if kind == "int-quantized" else 16,
-            format="gptq" if kind == "gptq" else "compressed-tensors",
+            compression=described.compression,
+            weights=described.weights,
+            input_activations=described.input_activations,
+            kv_cache=kv_cache_of(config),
             overrides=exceptions(every, common),
         ),
     )
+
+
+def _common_format(config: Mapping[str, Any], formats: Mapping[str, StorageFormat]) -> StorageFormat:
+    """Return the format of most layers; a GPTQ configuration has defaults for all layers."""
+    ((common, _),) = Counter(formats.values()).most_common(1)
+    if common.kind == "gptq":
+        return configured_format({**config, "dynamic": {}}, min(formats)) or common
+    other = next((stored for stored in formats.values() if stored.type != common.type), None)
+    if other is not None:
+        raise VariantError(f"its layers are {common} and {other}; a variant has integers or floats, not both")
+    return common
+
+
+def _described_as(config: Mapping[str, Any], common: StorageFormat) -> QuantizationScheme:
+    """Find the part of a configuration that describes layers of a format."""
+    found = [scheme for scheme in schemes_of(config) if StorageFormat.of(scheme.compression, scheme.weights) == common]
+    return found[0] if found else schemes_of(config)[0]
 
 
 def exceptions(formats: Mapping[str, StorageFormat | None], common: StorageFormat) -> tuple[Override, ...]:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import Scheme
+from config.quantization import QuantizationArgs
 from quantize.errors import SolveError
 from quantize.model_files.directory_rules import portable_config
 from quantize.model_files.kept_files import kept_files
 from quantize.model_files.safetensors_header import StoredTensor
 from quantize.model_files.weight_files import INDEX_FILE, WHOLE_FILE, stored_tensors
 from quantize.modules import ModuleTree, is_expert
+from quantize.schemes.makers import is_data_free
 from quantize.schemes.module_config import dynamic_rules, weight_args_of
 from quantize.variants.weights import LazyTensor, Tensors, packed_module, read_tensors
 
@@ -23,7 +25,7 @@ _UNNAMED = ".shard"
 def write_checkpoint(
     base: Path, packed: Mapping[str, LazyTensor], scheme: Scheme, damp: float, into: Path, tree: ModuleTree
 ) -> None:
-    """Write a variant of `base` from the GPTQ tensors of its quantized modules; all other tensors are the base's."""
+    """Write a variant of `base` from the tensors of its quantized modules; all other tensors are the base's."""
     write_shards(_variant_tensors(base, packed, scheme, tree), into)
     _write_configs(base, scheme, damp, into, tree)
     for file in kept_files(base):
@@ -37,9 +39,10 @@ def quantization_config(
 
     `layers` are all linear layers of the base that the scheme could be about, `others` those that it never is.
     """
-    if scheme.format == "compressed-tensors":
+    if scheme.compression != "gptq":
         kept = [layer for layer in layers if weight_args_of(layer, scheme) is None]
-        return _compressed_tensors_config(_ignored(kept, layers) + list(others))
+        ignored = _ignored(kept, layers) + list(others)
+        return _fp8_config(scheme, ignored) if scheme.compression == "fp8" else _compressed_config(scheme, ignored)
     dynamic = dynamic_rules(scheme, layers)
     return {
         "quant_method": "gptq",
@@ -80,29 +83,51 @@ def _ignored(kept: Sequence[str], layers: Sequence[str]) -> list[str]:
     return [*(name for name in kept if name not in experts), r"re:.*\.experts\.\d+\..*"]
 
 
-def _compressed_tensors_config(kept: Sequence[str]) -> dict[str, Any]:
-    number = {"num_bits": 8, "type": "int", "symmetric": True}
+def _compressed_config(scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
+    inputs = scheme.input_activations
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": scheme.compression,
         "quantization_status": "compressed",
         "ignore": ["lm_head", *kept],
         "kv_cache_scheme": None,
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "weights": {**number, "strategy": "channel", "dynamic": False},
-                "input_activations": {**number, "strategy": "token", "dynamic": True},
+                "weights": _written_args(scheme.weights),
+                "input_activations": _written_args(inputs) if inputs else None,
                 "output_activations": None,
             },
         },
     }
 
 
+def _written_args(args: QuantizationArgs) -> dict[str, Any]:
+    return {
+        "num_bits": args.num_bits,
+        "type": args.type,
+        "symmetric": args.symmetric,
+        "strategy": args.strategy,
+        "dynamic": args.dynamic,
+    }
+
+
+def _fp8_config(scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
+    """Describe block FP8 as DeepSeek and Qwen do, which transformers reads, too (FineGrainedFP8Config)."""
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(scheme.weights.block_structure or ()),
+        "modules_to_not_convert": ["lm_head", *kept],
+    }
+
+
 def _variant_tensors(
     base: Path, packed: Mapping[str, LazyTensor], scheme: Scheme, tree: ModuleTree
 ) -> Iterator[tuple[str, Any]]:
-    missing = {name.removesuffix(".qweight") for name in packed if name.endswith(".qweight")}
+    marker = ".scale" if is_data_free(scheme) else ".qweight"
+    missing = {name.removesuffix(marker) for name in packed if name.endswith(marker)}
     for name, tensor in read_tensors(base):
         solved = False
         for module in tree.stored_in.get(name, ()):

@@ -29,6 +29,8 @@ from quantize.variants.storage_format import kind_of
 
 SIDECARS = (QUANT_LOG, OLD_QUANT_LOG, "evaluation.json")
 _NAMES_SHOWN = 3
+# Formats whose size `predicted_bytes` computes.
+_FORECAST = frozenset({"gptq", "int-quantized", "float-quantized", "fp8"})
 _EXPECTED = frozenset({"config.json", "model.safetensors.index.json", FILE_NAME, "capacity.json", *SIDECARS})
 _COURTESIES = frozenset({"README.md", "LICENSE", ".gitattributes"})
 # Text of samples: what looks like a path in it is the sample's.
@@ -97,7 +99,7 @@ def _twin_findings(artefact: Artefact) -> Iterator[Finding]:
 
 
 def _size_findings(artefact: Artefact, base: BaseModel | None, scheme: Scheme) -> Iterator[Finding]:
-    if base is not None and kind_of(artefact.quantization_config) in ("gptq", "int-quantized"):
+    if base is not None and kind_of(artefact.quantization_config) in _FORECAST:
         yield from size_findings(artefact.weight_bytes, predicted_bytes(base, scheme))
 
 

@@ -1,6 +1,6 @@
 """Lint rules for the configuration, index, size and strings of a quantized directory; pure.
 
-Rules of vLLM 0.32: auto_gptq.py and gptq_utils.py under vllm/model_executor/layers/quantization.
+What vLLM loads is asked of `config.vllm`.
 """
 
 import re
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from config.manifest import Scheme
+from config.quantization import Compression, QuantizationScheme, missing_keys, schemes_of
+from config.vllm import inputs_of, loaded_anywhere, refusal, rows
 from quantize.variants.artefact import Artefact
 from quantize.variants.storage_format import kind_of
 
 SIZE_TOLERANCE = 0.05
-_GROUP_SIZES = (-1, 32, 64, 128)
+_METHODS = "GPTQ, AWQ, compressed-tensors, FP8, bitsandbytes, ModelOpt FP8 and NVFP4, MXFP4"
 _LOCAL_PATH = re.compile(r"(^|[\s\"'=,;(])((/[\w.+@~-]+){2,}|[A-Za-z]:\\\w)")
 
 
@@ -30,47 +32,44 @@ class Finding:
 
 
 def config_findings(config: Mapping[str, Any], scheme: Scheme) -> Iterator[Finding]:
-    """Compare a quantization_config with what vLLM accepts, and with the scheme."""
+    """Compare a quantization_config with what vLLM loads on any engine, and with the scheme.
+
+    The check `engine`: vLLM has no loader for the format at all.
+    """
     where, kind = "config.json", kind_of(config)
-    if kind is None:
-        method = f"{config.get('quant_method')} {config.get('format', '')}".strip()
-        yield Finding("config", where, f"{method} is not supported; supported are GPTQ and compressed-tensors")
+    missing = missing_keys(config)
+    yield from (Finding("config", where, f"has no {key}, which vLLM requires") for key in missing)
+    if kind is None or missing:
+        if not missing:
+            yield Finding("config", where, f"{_described(config)} is not supported; supported are {_METHODS}")
         return
-    if kind == "gptq":
-        yield from (Finding("config", where, problem) for problem in _gptq_problems(config))
-        wanted = {key: getattr(scheme, key) for key in ("bits", "group_size", "sym", "desc_act")}
-        for key, value in wanted.items():
-            if config.get(key) != value:
-                yield Finding("config", where, f"{key} is {config.get(key)}; the scheme has {value}")
-    elif any((group.get("weights") or {}).get("actorder") in ("group", "dynamic") for group in _groups(config)):
-        yield Finding("config", where, "actorder is group; vLLM 0.32 does not support activation order across groups")
-    activation_bits = 8 if kind == "int-quantized" else 16
-    if scheme.activation_bits != activation_bits or (kind == "gptq") != (scheme.format == "gptq"):
-        yield Finding("config", where, f"has {kind} weights; the scheme is {scheme.name} ({scheme.format})")
-
-
-def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return list((config.get("config_groups") or {}).values())
-
-
-def _gptq_problems(config: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("bits", "group_size", "sym", "desc_act"):
-        if key not in config:
-            yield f"has no {key}, which vLLM requires"
-    if config.get("bits") not in (4, 8):
-        yield f"bits is {config.get('bits')}; vLLM supports GPTQ with 4 or 8"
-    if config.get("group_size") not in _GROUP_SIZES:
-        yield f"group_size is {config.get('group_size')}; vLLM supports {', '.join(map(str, _GROUP_SIZES))}"
-    if config.get("sym") is not True:
-        yield "sym is not true; vLLM supports symmetric GPTQ only"
-    rules = [change for pattern, change in (config.get("dynamic") or {}).items() if not pattern.startswith("-:")]
-    for rule in ({}, *rules):
-        merged = {**config, **rule}
-        if merged.get("desc_act") and merged.get("group_size") != -1:
-            yield "desc_act is true; vLLM 0.32 does not support activation order across groups"
-            break
+    for layers in schemes_of(config):
+        if not loaded_anywhere(layers):
+            check = "config" if rows(layers.compression, "cuda") else "engine"
+            yield Finding(check, where, str(refusal(layers, "cuda")))
     if config.get("checkpoint_format", "gptq") not in ("gptq", None):
-        yield f"checkpoint_format is {config['checkpoint_format']}; save it as gptq, which any vLLM supports"
+        yield Finding(
+            "config",
+            where,
+            f"checkpoint_format is {config['checkpoint_format']}; save it as gptq, which any vLLM loads",
+        )
+    yield from _scheme_findings(config, scheme, kind)
+
+
+def _scheme_findings(config: Mapping[str, Any], scheme: Scheme, kind: Compression) -> Iterator[Finding]:
+    where = "config.json"
+    if kind == "gptq":
+        for key in ("bits", "group_size", "sym", "desc_act"):
+            if config.get(key) != getattr(scheme, key):
+                yield Finding("config", where, f"{key} is {config.get(key)}; the scheme has {getattr(scheme, key)}")
+    inputs = {inputs_of(layers) for layers in schemes_of(config)}
+    wanted = inputs_of(QuantizationScheme(scheme.compression, scheme.weights, scheme.input_activations))
+    if kind != scheme.compression or wanted not in inputs:
+        yield Finding("config", where, f"has {kind} weights; the scheme is {scheme.name} ({scheme.compression})")
+
+
+def _described(config: Mapping[str, Any]) -> str:
+    return f"{config.get('quant_method')} {config.get('format', '')}".strip()
 
 
 def index_findings(artefact: Artefact) -> Iterator[Finding]:

@@ -19,6 +19,7 @@ from quantize.variants.storage_format import (
 )
 
 _NO_WEIGHTS = ("rotary_emb.inv_freq",)
+_DTYPE_BITS = {"I32": 32, "I8": 8, "U8": 8, "F8_E4M3": 8}
 
 
 def tensor_findings(artefact: Artefact, base: BaseModel | None, scheme: Scheme) -> Iterator[Finding]:
@@ -30,13 +31,15 @@ def tensor_findings(artefact: Artefact, base: BaseModel | None, scheme: Scheme) 
     if not layers:
         yield Finding("tensors", "model.safetensors", "holds no quantized layer")
     quantized = set(layers)
-    owned = {name for name in artefact.entries if name.rpartition(".")[0] in quantized and not _is_bias(name)}
+    owned = {name for name in artefact.entries if _is_part(name, quantized, kind) and not _is_bias(name)}
     shapes = base.shapes if base else {}
     for layer in layers:
         storage_format = configured_format(artefact.quantization_config, layer)
         if storage_format is None:
             yield Finding("tensors", layer, "is quantized, and config.json says that it is not")
             continue
+        if kind == "mxfp4":
+            continue  # all experts of a block in one tensor
         yield from _layer_findings(artefact, layer, storage_format, shapes if base else None)
         wanted = scheme_format(scheme, layer, kind)
         if wanted != storage_format:
@@ -52,6 +55,8 @@ def _layer_findings(
     artefact: Artefact, layer: str, storage_format: StorageFormat, shapes: Mapping[str, tuple[int, int]] | None
 ) -> Iterator[Finding]:
     shape = _own_shape(artefact.entries, layer, storage_format) if shapes is None else shapes.get(layer)
+    if shape is None and shapes is None and storage_format.kind == "bitsandbytes":
+        return  # flattened
     if shape is None:
         yield Finding("tensors", layer, "is quantized, and the base has no matrix of that name")
         return
@@ -60,7 +65,7 @@ def _layer_findings(
         entry = artefact.entries.get(f"{layer}.{part}")
         if entry is None:
             yield Finding("tensors", f"{layer}.{part}", "is missing")
-        elif entry.shape != wanted:
+        elif entry.shape != wanted and not (wanted == () and entry.shape == (1,)):
             yield Finding(
                 "tensors", f"{layer}.{part}", f"has shape {_x(entry.shape)}, not {_x(wanted)} ({storage_format})"
             )
@@ -105,11 +110,17 @@ def _own_shape(
     if storage_format.kind == "gptq":
         scales, g_idx = entries.get(f"{layer}.scales"), entries.get(f"{layer}.g_idx")
         return (scales.shape[-1], g_idx.shape[0]) if scales and g_idx else None
-    if storage_format.kind == "int-quantized":
-        weight = entries.get(f"{layer}.weight")
-        return (weight.shape[0], weight.shape[-1]) if weight else None
+    if storage_format.kind == "awq":
+        scales, words = entries.get(f"{layer}.scales"), entries.get(f"{layer}.qweight")
+        return (scales.shape[-1], words.shape[0]) if scales and words else None
     packed = entries.get(f"{layer}.weight_packed")
-    return (packed.shape[0], packed.shape[-1] * (32 // storage_format.bits)) if packed else None
+    if packed:
+        word_bits = _DTYPE_BITS.get(packed.dtype, 32)
+        return packed.shape[0], packed.shape[-1] * (word_bits // storage_format.bits)
+    weight = entries.get(f"{layer}.weight")
+    if weight is None or storage_format.kind == "bitsandbytes":
+        return None
+    return weight.shape[0], weight.shape[-1] * (_DTYPE_BITS.get(weight.dtype, 8) // storage_format.bits)
 
 
 def fused_findings(artefact: Artefact) -> Iterator[Finding]:
@@ -144,6 +155,13 @@ def fused_findings(artefact: Artefact) -> Iterator[Finding]:
                 f"its parts are {storage_format}"
             )
             yield Finding("fused", fused, problem)
+
+
+def _is_part(name: str, quantized: set[str], kind: Kind) -> bool:
+    """Whether a tensor belongs to a quantized layer; bitsandbytes names parts of `weight`, MXFP4 parts of experts."""
+    if kind == "mxfp4" and name.endswith(("_blocks", "_scales")):
+        return name.removesuffix("_blocks").removesuffix("_scales") in quantized
+    return name.rpartition(".")[0] in quantized or name.partition(".weight.")[0] in quantized
 
 
 def _is_bias(name: str) -> bool:

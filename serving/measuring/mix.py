@@ -76,7 +76,7 @@ def request_lengths(mix: Sequence[Shape], max_model_len_tokens: int | None) -> I
     sent = [0] * len(mix)
     while True:
         number = sum(sent) + 1
-        chosen = max(range(len(mix)), key=lambda place: mix[place].share * number - sent[place])
+        chosen = max(range(len(mix)), key=lambda index: mix[index].share * number - sent[index])
         sent[chosen] += 1
         yield _around(mix[chosen], spread, max_model_len_tokens)
 

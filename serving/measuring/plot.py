@@ -56,8 +56,8 @@ def _draw(panel: Axes, curves: Sequence[Curve], latency: _Latency) -> None:
         panel.plot(across, medians, color=colour, marker=marker)
         panel.plot(across, rare, color=colour, linestyle=":", linewidth=1.2, marker=marker, markersize=3.5)
         for point, x, y in zip(curve.points, across, medians, strict=True):
-            place: dict[str, Any] = {"xytext": (0, -15), "textcoords": "offset points", "ha": "center"}
-            panel.annotate(str(point.concurrency), (x, y), color=colour, fontsize=9, **place)
+            style: dict[str, Any] = {"xytext": (0, -15), "textcoords": "offset points", "ha": "center"}
+            panel.annotate(str(point.concurrency), (x, y), color=colour, fontsize=9, **style)
 
 
 def _label(panel: Axes, label: str, *, logarithmic: bool) -> None:

@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from config.hardware import Gpu
+from config.quantization import kv_cache_of
 from config.schema import ReplicaSettings
 
 # vLLM's names for the length of a model (transformers_utils/model_arch_config_convertor.py).
@@ -18,16 +19,13 @@ _FP8 = "fp8"
 
 @dataclass(frozen=True, slots=True)
 class MachineFacts:
-    """Resources that replicas share; `gpus` is empty if there are none.
-
-    `fp8_cache`: vLLM's kernels for an FP8 KV cache run on this CPU.
-    """
+    """Resources that replicas share; `gpus` is empty if there are none, `flags` are instruction sets of the CPU."""
 
     free_bytes: int
     numa_nodes: int = 1
     gpus: tuple[Gpu, ...] = ()
     busy_ports: frozenset[int] = frozenset()
-    fp8_cache: bool = True
+    flags: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,24 +87,22 @@ class ModelFacts:
             return None
         own_layers = -(-layers // settings.pipeline_parallel)
         own_heads = max(1, heads // settings.tensor_parallel)
-        return 2 * own_layers * own_heads * size * self._cache_value_bytes(settings)
+        return 2 * own_layers * own_heads * size * _value_bytes(self.kv_cache_dtype(settings), settings.dtype)
+
+    def kv_cache_dtype(self, settings: ReplicaSettings) -> str:
+        """Return the dtype of the KV cache; `auto` is FP8 for a checkpoint with scales for that."""
+        # vllm/model_executor/layers/attention/attention.py: kv_cache_scheme
+        scheme = kv_cache_of(self.quantization) if settings.kv_cache_dtype == "auto" else None
+        return _FP8 if scheme is not None and scheme.precision == _FP8 else settings.kv_cache_dtype
 
     def has_fp8_cache(self, settings: ReplicaSettings) -> bool:
         """Whether the KV cache is FP8: as configured, or with `auto` if the checkpoint has scales for it."""
-        if settings.kv_cache_dtype == "auto":
-            return self.has_cache_scales
-        return settings.kv_cache_dtype.startswith(_FP8)
+        return self.kv_cache_dtype(settings).startswith(_FP8)
 
     @property
     def has_cache_scales(self) -> bool:
         """Whether the checkpoint has scales of an FP8 KV cache (vllm/model_executor/layers/attention/attention.py)."""
         return bool((self.quantization or {}).get("kv_cache_scheme"))
-
-    def _cache_value_bytes(self, settings: ReplicaSettings) -> int:
-        """Bytes of one number in the KV cache."""
-        if self.has_fp8_cache(settings):
-            return 1
-        return _DTYPE_BYTES.get(settings.dtype, 2) if settings.kv_cache_dtype == "auto" else 2
 
     def lora_bytes(self, rank: int, tensor_parallel: int) -> int | None:
         """Memory that each rank reserves for one LoRA adapter of a rank; None for an unusual architecture.
@@ -126,3 +122,10 @@ class ModelFacts:
         shapes += [(hidden, inner), (hidden, inner), (inner, hidden)]
         elements = sum(inputs + -(-outputs // tensor_parallel) for inputs, outputs in shapes)
         return 2 * layers * rank * elements
+
+
+def _value_bytes(kv_cache_dtype: str, dtype: str) -> int:
+    """Bytes of one number in the KV cache."""
+    if kv_cache_dtype.startswith(_FP8):
+        return 1
+    return _DTYPE_BYTES.get(dtype, 2) if kv_cache_dtype == "auto" else 2

@@ -40,8 +40,8 @@ def cache_dtype_reason(model: ModelFacts, settings: ReplicaSettings, engine: Eng
     size = model.head_size
     if engine == "cpu" and size and size % CPU_FP8_HEAD and model.has_fp8_cache(settings):
         return (
-            f"an FP8 KV cache on CPU needs a head size that is a multiple of {CPU_FP8_HEAD}, not {size}; set "
-            "kv_cache_dtype: bfloat16"
+            f"an FP8 KV cache on CPU needs a head size that is a multiple of {CPU_FP8_HEAD}, not {size}; serve it on "
+            "CUDA, or without an FP8 cache"
         )
     return None
 

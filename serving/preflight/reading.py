@@ -13,7 +13,6 @@ from serving.preflight.facts import MachineFacts, ModelFacts
 from serving.replica import Launch
 
 # Instruction sets with a kernel for an FP8 KV cache (vllm/v1/attention/backends/cpu_attn.py).
-_FP8_CACHE_FLAGS = frozenset({"avx512f", "amx_tile"})
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 
 
@@ -29,8 +28,13 @@ def read_machine(launches: Iterable[Launch]) -> MachineFacts:
     gpus = read_gpus() if any(launch.engine == "cuda" for launch in launches) else ()
     nodes = len({core.node for core in read_cores()})
     busy = {launch.port for launch in launches if launch.port is not None and not port_is_free(launch.port)}
-    fp8_cache = bool(read_processor().flags & _FP8_CACHE_FLAGS)
-    return MachineFacts(read_memory().free_bytes, nodes, gpus, frozenset(busy), fp8_cache)
+    return MachineFacts(read_memory().free_bytes, nodes, gpus, frozenset(busy), _flags())
+
+
+def _flags() -> frozenset[str] | None:
+    """Return the instruction sets of an x86 CPU; None: the table of formats names none of others."""
+    processor = read_processor()
+    return processor.flags if processor.architecture == "x86_64" else None
 
 
 def _weight_bytes(directory: Path) -> int:

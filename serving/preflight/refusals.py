@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from config.errors import ManifestError
+from config.vllm import kv_cache_refusal
 from serving.errors import LaunchRefused
 from serving.preflight.facts import MachineFacts, ModelFacts
 from serving.preflight.memory import cache_reason, memory_reasons, oversubscribed_gpus
@@ -69,7 +70,7 @@ def oversubscribed(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineF
         *_ports(launches, machine),
         *oversubscribed_gpus(launches, machine.gpus),
         *_nodes(launches, machine),
-        *_fp8_caches(pairs, machine),
+        *_instructions(pairs, machine),
         *memory_reasons(pairs, machine),
     ]
 
@@ -93,10 +94,16 @@ def _nodes(launches: Sequence[Launch], machine: MachineFacts) -> Iterator[str]:
             )
 
 
-def _fp8_caches(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineFacts) -> Iterator[str]:
+def _instructions(pairs: Sequence[tuple[Launch, ModelFacts]], machine: MachineFacts) -> Iterator[str]:
+    """List the launches for whose weights or KV cache this CPU has no instructions."""
     for launch, model in pairs:
-        if launch.engine == "cpu" and model.has_fp8_cache(launch.settings) and not machine.fp8_cache:
-            yield f"{launch.replica_id}: an FP8 KV cache needs a CPU with AVX-512; set kv_cache_dtype: bfloat16"
+        if launch.engine != "cpu" or machine.flags is None:
+            continue
+        reasons = (
+            None if unloadable(model.quantization, "cpu") else unloadable(model.quantization, "cpu", machine.flags),
+            kv_cache_refusal(model.kv_cache_dtype(launch.settings), "cpu", machine.flags),
+        )
+        yield from (f"{launch.replica_id}: {reason}" for reason in reasons if reason)
 
 
 def _model(launch: Launch) -> ModelFacts:

@@ -17,11 +17,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from serving.errors import StateAway
 from serving.replica import Replica, State
 from serving.state.engine import StateEngine
-from serving.state.tables import FOLLOWERS, METADATA, OWNERS, REPLICAS, SCHEMA_VERSION, STATE
+from serving.state.tables import FOLLOWERS, OWNERS, REPLICAS, SCHEMA_VERSION, STATE
 
 EXPIRE_OWNER_SECONDS = 86400.0
 EXPIRE_FOLLOWER_SECONDS = 3600.0
 SINCE_TOLERANCE_SECONDS = 2.0  # computed from a monotonic clock at each publish
+UPGRADABLE = frozenset({2})  # older schema versions that migrations bring up to date
 MIGRATION_LOCK = 7_165_203  # an arbitrary key of a PostgreSQL advisory lock
 
 
@@ -106,7 +107,7 @@ class StateDatabase:
 
     def publish(self, owner: Owner, records: Sequence[ReplicaRecord], now: float) -> PublishReceipt:
         """Write a heartbeat of the owner, and replace the records of its replicas."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             _beat(connection, OWNERS, now, id=owner.id, host=owner.host, pid=owner.pid, joined_at=now)
             expired = _remove_expired(connection, now)
             known = {record.replica.id: record for _, record in _records(connection, owner.id)}
@@ -118,41 +119,42 @@ class StateDatabase:
 
     def withdraw(self, owner_id: str) -> None:
         """Remove an owner that shuts down, and its replicas."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             _next_revision(connection)
             _remove_owners(connection, [owner_id])
 
     def heartbeat(self) -> Heartbeat:
         """Read the revision and the heartbeats of supervisors."""
-        with self._reading() as connection:
+        with self.reading() as connection:
             return _heartbeat(connection) if connection else EMPTY.heartbeat
 
     def snapshot(self) -> Snapshot:
         """Read all records at one revision."""
-        with self._reading() as connection:
+        with self.reading() as connection:
             return Snapshot(_heartbeat(connection), _records(connection)) if connection else EMPTY
 
     def acknowledge(self, follower_id: str, epoch: str, revision: int, now: float) -> None:
         """Record that a gateway worker acts on a revision; also its heartbeat."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             # A database that was recreated in between counts from 0 again.
             if _heartbeat(connection).epoch == epoch:
                 _beat(connection, FOLLOWERS, now, id=follower_id, seen=revision)
 
     def leave(self, follower_id: str) -> None:
         """Remove a gateway worker that shuts down."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             connection.execute(delete(FOLLOWERS).where(FOLLOWERS.c.id == follower_id))
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
+    def writing(self) -> Iterator[Connection]:
+        """A transaction that excludes other writers (SQLite) or locks what it changes; creates missing tables."""
         with self._translated():
             self._prepare()
             with self.engine.transaction(writing=True) as connection:
                 yield connection
 
     @contextmanager
-    def _reading(self) -> Iterator[Connection | None]:
+    def reading(self) -> Iterator[Connection | None]:
         """A read transaction; None if the tables do not exist and must not be created."""
         with self._translated():
             if not self.create and not self._exists():
@@ -178,11 +180,9 @@ class StateDatabase:
         with self.engine.transaction(writing=True) as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
-            METADATA.create_all(connection)
-            version = connection.scalar(select(STATE.c.version))
-            if version is None:
-                first = {"id": 1, "version": SCHEMA_VERSION, "epoch": secrets.token_hex(8), "revision": 0}
-                connection.execute(insert(STATE).values(first))
+            version = _version(connection)
+            if version is None or version in UPGRADABLE:
+                _upgrade(connection, version)
             elif version != SCHEMA_VERSION:
                 raise StateAway(
                     f"state database {self.engine.name} has schema version {version}, this quantgate needs "
@@ -199,6 +199,23 @@ class StateDatabase:
             self._prepared = False
             reason = str(getattr(error, "orig", None) or error).strip().partition("\n")[0]
             raise StateAway(f"state database {self.engine.name} is unavailable: {reason}") from error
+
+
+def _version(connection: Connection) -> int | None:
+    """The schema version of a database; None if it has no tables of ours."""
+    if not inspect(connection).has_table(STATE.name):
+        return None
+    return connection.scalar(select(STATE.c.version))
+
+
+def _upgrade(connection: Connection, version: int | None) -> None:
+    # Alembic takes as long to import as the rest of a short command; most processes find the tables as they are.
+    from serving.state.migrations import migrate  # noqa: PLC0415
+
+    migrate(connection, version)
+    if version is None:
+        first = {"id": 1, "version": SCHEMA_VERSION, "epoch": secrets.token_hex(8), "revision": 0}
+        connection.execute(insert(STATE).values(first))
 
 
 def differences(

@@ -1,6 +1,6 @@
-"""Tables of the state database. A change of them needs a new SCHEMA_VERSION."""
+"""Tables of the state database. A change of them needs a migration (migrations/versions) and a new SCHEMA_VERSION."""
 
-from sqlalchemy import Boolean, Column, Float, Integer, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
 
 SCHEMA_VERSION = 3
 
@@ -15,6 +15,8 @@ STATE = Table(
     Column("version", Integer, nullable=False),
     Column("epoch", String(32), nullable=False),
     Column("revision", Integer, nullable=False),
+    # Counts the changes of rollouts and of the revisions of aliases.
+    Column("rollout_revision", Integer, nullable=False, server_default="0"),
 )
 
 # Supervisors. `beat` counts their heartbeats; `beat_at` is on their own wall clocks, for display only.
@@ -43,7 +45,7 @@ REPLICAS = Table(
     Column("think", String(20)),
     Column("think_token", Integer),
     Column("tools", Boolean),
-    Column("adapters", Text, nullable=False),  # names, separated by commas
+    Column("adapters", Text, nullable=False, server_default=""),  # names, separated by commas
     Column("state", String(20), nullable=False),
     Column("reason", Text, nullable=False),
     Column("since", Float, nullable=False),
@@ -59,4 +61,103 @@ FOLLOWERS = Table(
     Column("seen", Integer, nullable=False),
     Column("beat", Integer, nullable=False),
     Column("beat_at", Float, nullable=False),
+)
+
+# Rollouts. `plan` and `state` are JSON of gateway.rollout; `version` counts the changes of the row.
+ROLLOUTS = Table(
+    "quantgate_rollouts",
+    METADATA,
+    Column("id", String(40), primary_key=True),
+    Column("alias", String(200), nullable=False),
+    Column("active", Boolean, nullable=False),
+    Column("phase", String(20), nullable=False),
+    Column("version", Integer, nullable=False),
+    Column("plan", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("started_by", String(200), nullable=False),
+    Column("started_at", Float, nullable=False),
+    # One at a time per alias.
+    Index(
+        "quantgate_one_active_rollout",
+        "alias",
+        unique=True,
+        sqlite_where=text("active = 1"),
+        postgresql_where=text("active"),
+    ),
+)
+
+# Revisions of an alias: never changed, only added. `document` is JSON: ladders, weight, step.
+ALIAS_REVISIONS = Table(
+    "quantgate_alias_revisions",
+    METADATA,
+    Column("alias", String(200), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("rollout", String(40)),
+    Column("document", Text, nullable=False),
+    Column("cause", Text, nullable=False),
+    Column("created_by", String(200), nullable=False),
+    Column("created_at", Float, nullable=False),
+)
+
+# The audit log: never changed, only added, but for `hooked`: its hooks have run.
+ROLLOUT_EVENTS = Table(
+    "quantgate_rollout_events",
+    METADATA,
+    Column("seq", Integer, primary_key=True),
+    Column("rollout", String(40)),
+    Column("alias", String(200), nullable=False),
+    Column("at", Float, nullable=False),
+    Column("by", String(200), nullable=False),
+    Column("event", String(40), nullable=False),
+    Column("phase", String(20), nullable=False),
+    Column("why", Text, nullable=False),
+    Column("figures", Text, nullable=False),
+    Column("hooked", Boolean, nullable=False),
+    Index("quantgate_rollout_events_of", "alias", "seq"),
+)
+
+# Who drives the rollout of an alias. `fence` grows with every change of the holder: writes with an older one are
+# refused.
+ROLLOUT_LEASES = Table(
+    "quantgate_rollout_leases",
+    METADATA,
+    Column("alias", String(200), primary_key=True),
+    Column("holder", String(200), nullable=False),
+    Column("fence", Integer, nullable=False),
+    Column("expires_at", Float, nullable=False),
+)
+
+# Evidence: what a gateway worker saw in a block of 10 s, of the conversations that were drawn in one step.
+ROLLOUT_BLOCKS = Table(
+    "quantgate_rollout_blocks",
+    METADATA,
+    Column("seq", Integer, primary_key=True),
+    Column("rollout", String(40), nullable=False),
+    Column("worker", String(200), nullable=False),
+    Column("block", Integer, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("document", Text, nullable=False),
+    Index("quantgate_rollout_blocks_once", "rollout", "worker", "block", unique=True),
+)
+
+# Which arm conversations were drawn to; `conversation` is a hash. Workers learn of the draws of others from here.
+ROLLOUT_DRAWS = Table(
+    "quantgate_rollout_draws",
+    METADATA,
+    Column("seq", Integer, primary_key=True),
+    Column("rollout", String(40), nullable=False),
+    Column("conversation", BigInteger, nullable=False),
+    Column("arm", String(10), nullable=False),
+    Column("step", Integer, nullable=False),
+    Index("quantgate_rollout_draws_once", "rollout", "conversation", unique=True),
+)
+
+# Replicas that rollouts want beside, or instead of, the configured ones: `run` like those of another variant, or not.
+REPLICA_DEMANDS = Table(
+    "quantgate_replica_demands",
+    METADATA,
+    Column("variant", String(200), primary_key=True),
+    Column("modeled_on", String(200), nullable=False),
+    Column("run", Boolean, nullable=False),
+    Column("rollout", String(40), nullable=False),
 )

@@ -63,8 +63,8 @@ def _default(named: Any) -> str | None:
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """Tokens by role; older files keep each as an object with its text in `content`."""
-    found = {name: config.get(name) for name in SPECIAL_TOKENS}
-    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+    tokens = {name: config.get(name) for name in SPECIAL_TOKENS}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 

@@ -127,17 +127,17 @@ def _parser_of(launch: Launch, parsers: AbstractSet[str]) -> str | None:
         return None
     if choice != "auto":
         return choice
-    found = _found(path, launch.settings.args)
-    return found if not parsers or found in parsers else None
+    parser = _detected_parser(path, launch.settings.args)
+    return parser if not parsers or parser in parsers else None
 
 
-def _found(path: Path, args: Sequence[str]) -> str | None:
+def _detected_parser(path: Path, args: Sequence[str]) -> str | None:
     if (path / MISTRAL_TOKENIZER).is_file():
         return "mistral"
     template = chosen_template(read_chat_template(path), option(args, "--chat-template"))
     tokens = {token for each in TOOL_FORMATS for token in each.tokens}
-    found = tool_format(template, _model_type(path), {token for token in tokens if has_tokens(path, token)})
-    return found.parser if found else None
+    detected = tool_format(template, _model_type(path), {token for token in tokens if has_tokens(path, token)})
+    return detected.parser if detected else None
 
 
 def _shows_tools(template: ChatTemplate) -> bool:

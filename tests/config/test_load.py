@@ -43,7 +43,7 @@ def test_example_loads() -> None:
 def test_example_names_every_option() -> None:
     """No option of the schema is missing from the example."""
     text = EXAMPLE.read_text()
-    tables: list[type[Table]] = [Settings, *Table.__subclasses__()]
+    tables: list[type[Table]] = [table for table in Table.__subclasses__() if table.__module__ == Settings.__module__]
     missing = {name for table in tables for name in table.model_fields if f"{name}:" not in text}
     assert not missing
 
@@ -193,7 +193,8 @@ def test_empty_mapping_is_all_defaults(tmp_path: Path) -> None:
             ],
         ),
         (
-            "variants: {a: {path: /m, lora: {x: {}, a: /x, a-1: /y, b: /z}}, a-b: {path: /n}}\n",
+            "variants: {a: {path: /m, lora: {x: {}, a: /x, a-1: /y, b: /z}}, a-b: {path: /n}}\n"
+            "replicas: [{variant: a}]\n",
             [
                 "f:1:33: variants.a.lora.x.path: is missing, but quantgate starts replicas of its base; set it",
                 "f:1:40: variants.a.lora.a: 'a' is also a name of the base model in vLLM; rename the adapter",

@@ -12,7 +12,7 @@ from config.errors import ManifestError
 from config.manifest import Interval, Quality
 from config.schema import DeclaredQuality, Floor, VariantSettings
 from config.variant import PARENT_QUALITY, QualityMeasures, Variant, measured_quality, read_variants
-from tests.config.sealed import seal
+from tests.config.sealed import manifest_of, seal
 
 
 def read(settings: VariantSettings, relative_to: Path = Path("/")) -> Variant:
@@ -30,6 +30,33 @@ def test_sealed_variant_is_measured(tmp_path: Path) -> None:
     assert variant.failure is None
 
 
+def test_a_ladder_of_precisions(tmp_path: Path) -> None:
+    """A parent, FP8, int8 and int4: each has the precision of its weights, and floors that it meets or misses."""
+    schemes: dict[str, dict[str, Any]] = {
+        "fp8": {
+            "name": "fp8-dynamic",
+            "compression": "float-quantized",
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+            "input_activations": {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True},
+        },
+        "int8": {**manifest_of(8)["scheme"], "format": "compressed-tensors", "activation_bits": 8, "group_size": -1},
+        "int4": manifest_of(4)["scheme"],
+    }
+    (tmp_path / "bf16").mkdir()
+    (tmp_path / "bf16" / "config.json").write_text('{"dtype": "bfloat16"}')
+    for name, scheme in schemes.items():
+        (tmp_path / name).mkdir()
+        manifest = seal(tmp_path / name, bits=4)
+        written = {**json.loads(manifest.to_json()), "scheme": scheme}
+        (tmp_path / name / "manifest.json").write_text(json.dumps(written))
+    variants = read_variants({name: VariantSettings(path=name) for name in ("bf16", *schemes)}, tmp_path)
+    assert {name: variant.precision for name, variant in variants.items()} == {name: name for name in variants}
+    assert all(variant.quality.shortfall(Floor(top1_agreement=0.9)) is None for variant in variants.values())
+    assert [name for name, each in variants.items() if not each.quality.shortfall(Floor(top1_agreement=0.99))] == [
+        "bf16"
+    ]
+
+
 @pytest.mark.parametrize(
     "config,precision,source",
     [
@@ -37,6 +64,9 @@ def test_sealed_variant_is_measured(tmp_path: Path) -> None:
         ({"torch_dtype": "float16"}, "fp16", "parent"),
         ({}, "fp32", "parent"),
         ({"quantization_config": {"bits": 4}}, "int4", "unknown"),
+        ({"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}, "fp8", "unknown"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}, "int4", "unknown"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, "fp4", "unknown"),
         ({"quantization_config": {}}, "unknown", "unknown"),
     ],
 )

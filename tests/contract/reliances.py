@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 from config.lora import LORA_RANKS, PLAIN_INITS, UNSUPPORTED_OPTIONS, Lora
 from config.reserved_flags import RESERVED_FLAGS
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
+from config.vllm import SUPPORTED, KvCacheDtype
 from gateway.openai.endpoints import CHAT, COMPLETIONS, ENDPOINTS, MESSAGES, RESPONSES
 from gateway.openai.limits import GUARDED_FIELDS
 from gateway.openai.response import CONTEXT_LENGTH_EXCEEDED
@@ -24,7 +25,17 @@ from serving.templates.tool_calling import TOOL_FORMATS
 from tests.contract.sources import Sources
 
 Kind = Literal[
-    "flag", "variable", "metric", "label", "endpoint", "field", "tool parser", "reasoning parser", "name", "text"
+    "flag",
+    "variable",
+    "metric",
+    "label",
+    "endpoint",
+    "field",
+    "tool parser",
+    "reasoning parser",
+    "name",
+    "text",
+    "file",
 ]
 
 LAUNCH = Launch(
@@ -164,6 +175,11 @@ def reliances() -> Iterator[Reliance]:
     yield from (Reliance("reasoning parser", name, "serving: thinking") for name in (PARSER, *PARSERS_OF_TOKENS))
     yield from (Reliance("name", name, "serving: imported or patched", path) for path, name in NAMES)
     yield from (Reliance("text", text, user, path) for path, text, user in TEXTS)
+    files = sorted({f"model_executor/{row.source}" for row in SUPPORTED})
+    yield from (Reliance("file", path, "config: the table of weight formats") for path in files)
+    yield from (
+        Reliance("text", dtype, "config: KV cache dtypes", "config/cache.py") for dtype in get_args(KvCacheDtype)
+    )
 
 
 def missing(sources: Sources) -> list[Reliance]:
@@ -220,5 +236,6 @@ FINDERS: Mapping[Kind, Callable[[Sources, Reliance], bool]] = MappingProxyType(
         "reasoning parser": lambda sources, each: each.name in sources.strings("reasoning/__init__.py"),
         "name": lambda sources, each: each.name in sources.names(each.where),
         "text": _has_text,
+        "file": lambda sources, each: any(sources.matching(each.name)),
     }
 )

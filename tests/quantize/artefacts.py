@@ -10,6 +10,7 @@ from typing import Any
 
 from config.manifest import Scheme
 from quantize.schemes.scheme import preset
+from quantize.variants.storage_format import StorageFormat, parts_of
 
 Stored = tuple[str, tuple[int, ...], bytes]  # dtype in safetensors' words, shape, data
 
@@ -55,7 +56,7 @@ def write_quantized(
         stored |= packed(name, shape, scheme)
     stored = {name: tensor for name, tensor in {**stored, **(tensors or {})}.items() if tensor}
     write_tensors(directory / "model.safetensors", stored)
-    config = {**(gptq_told(scheme) if scheme.format == "gptq" else w8a8_told()), **told}
+    config = {**told_of(scheme), **told}
     (directory / "config.json").write_text(json.dumps({**CONFIG, "quantization_config": config}))
     if scheme.format == "gptq":
         (directory / "quantize_config.json").write_text(json.dumps(config))
@@ -70,13 +71,22 @@ def gptq_told(scheme: Scheme) -> dict[str, Any]:
     return {"quant_method": "gptq", **told, "checkpoint_format": "gptq"}
 
 
-def w8a8_told() -> dict[str, Any]:
-    """What a w8a8 variant's configuration tells."""
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    group = {"targets": ["Linear"], "weights": weights}
+def told_of(scheme: Scheme) -> dict[str, Any]:
+    """What a variant's configuration tells."""
+    if scheme.compression == "gptq":
+        return gptq_told(scheme)
+    if scheme.compression == "fp8":
+        block = list(scheme.weights.block_structure or ())
+        return {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
+    inputs = scheme.input_activations
+    group = {
+        "targets": ["Linear"],
+        "weights": scheme.weights.model_dump(exclude_none=True),
+        "input_activations": inputs.model_dump(exclude_none=True) if inputs else None,
+    }
     return {
         "quant_method": "compressed-tensors",
-        "format": "int-quantized",
+        "format": scheme.compression,
         "ignore": ["lm_head"],
         "config_groups": {"group_0": group},
     }
@@ -85,10 +95,11 @@ def w8a8_told() -> dict[str, Any]:
 def packed(name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, Stored]:
     """One quantized matrix: every integer zero, every scale one."""
     outputs, inputs = shape
-    if scheme.format == "compressed-tensors":
+    if scheme.compression != "gptq":
+        parts = parts_of(StorageFormat.of(scheme.compression, scheme.weights), outputs, inputs)
         return {
-            f"{name}.weight": ("I8", (outputs, inputs), bytes(outputs * inputs)),
-            f"{name}.weight_scale": ("F32", (outputs, 1), ONE_FP32 * outputs),
+            f"{name}.{part}": (_dtype(dtypes), shape, _ones(_dtype(dtypes)) * math.prod(shape))
+            for part, (dtypes, shape) in parts.items()
         }
     size = scheme.group_size if scheme.group_size > 0 else inputs
     groups, words = inputs // size, outputs * scheme.bits // 32
@@ -103,6 +114,14 @@ def packed(name: str, shape: tuple[int, int], scheme: Scheme) -> dict[str, Store
         f"{name}.scales": ("F16", (groups, outputs), ONE_FP16 * (groups * outputs)),
         f"{name}.g_idx": ("I32", (inputs,), array("i", (column // size for column in range(inputs))).tobytes()),
     }
+
+
+def _dtype(dtypes: tuple[str, ...]) -> str:
+    return "F32" if "F32" in dtypes else dtypes[0]
+
+
+def _ones(dtype: str) -> bytes:
+    return {"F32": ONE_FP32, "F8_E4M3": b"\x38", "I32": bytes(4), "I64": bytes(8)}.get(dtype, b"\0")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Stored]) -> None:

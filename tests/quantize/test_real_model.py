@@ -77,6 +77,20 @@ def test_nothing_tells_where_it_was_made(tiny_variants: Path, scheme: str) -> No
         assert "/tmp" not in file.read_text(), file.name
 
 
+def test_fp8_needs_no_calibration(tiny_base: Path) -> None:
+    """Made and measured like every variant, from the base alone: another seed is the same variant."""
+    out = tiny_base / "fp8-dynamic"
+    made = quantize(tiny_base, "fp8-dynamic", out, "--eval-prompts", 0)
+    assert made.returncode == 0, made.stderr
+    manifest = Manifest.read(out)
+    assert (manifest.scheme.name, manifest.scheme.precision) == ("fp8-dynamic", "fp8")
+    assert (manifest.quantizer.backend, manifest.quantizer.modules, manifest.calibration) == ("rtn-fp8", 14, None)
+    assert 0 < manifest.quality.kl_mean < 0.1
+    again = quantize(tiny_base, "fp8-dynamic", out, "--eval-prompts", 0, "--seed", 1)
+    assert again.returncode == 0
+    assert "reused" in again.stderr
+
+
 def test_gptq_configs_agree(tiny_variants: Path) -> None:
     """Both places where a GPTQ reader may look say the same, in AutoGPTQ's words."""
     out = tiny_variants / "w4a16-g64"

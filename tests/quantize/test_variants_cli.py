@@ -177,6 +177,6 @@ def test_adopting_what_vllm_cant_load_is_refused(tmp_path: Path) -> None:
     base, variant = write_base(tmp_path / "base"), write_quantized(tmp_path / "v", desc_act=True)
     done = run("variants_main", "adopt", variant, "--against", base)
     assert done.returncode == 1
-    assert "desc_act is true; vLLM 0.32 does not support activation order across groups" in done.stderr
+    assert "vLLM no longer loads GPTQ with desc_act (actorder: group) and groups" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (variant / "manifest.json").exists()

@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from config.manifest import FILE_NAME, Base, Manifest, Quality, Quantizer, Scheme, SealedFile, sha256_of
+from config.quantization import grouped
 
 
 def seal_directory(directory: Path) -> Manifest:
@@ -18,9 +19,7 @@ def seal_directory(directory: Path) -> Manifest:
         id="smol-int4-01234567",
         created=datetime(2026, 1, 1, tzinfo=UTC),
         base=Base(name="smol", digest="0" * 64, dtype="bf16"),
-        scheme=Scheme(
-            name="w4a16-g64", bits=4, group_size=64, sym=True, desc_act=False, activation_bits=16, format="gptq"
-        ),
+        scheme=Scheme(name="w4a16-g64", compression="gptq", weights=grouped(4, 64)),
         quantizer=Quantizer(backend="gptqmodel", version="7.6.0", modules=7),
         quality=Quality(dataset_sha256="0", tokens=9, verdict="pass", **figures),
         files=files,

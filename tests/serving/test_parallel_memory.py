@@ -140,8 +140,8 @@ def test_what_vllm_refuses(engine: Any, settings: dict[str, Any], config: dict[s
 def test_fp8_cache_needs_a_kernel() -> None:
     """vLLM has one for CPUs with AVX-512."""
     launch = Launch("a-1", VARIANT, "cpu", ReplicaSettings(variant="a", kv_cache_dtype="fp8"))
-    (reason,) = oversubscribed([(launch, MODEL)], MachineFacts(2**40, fp8_cache=False))
-    assert "needs a CPU with AVX-512" in reason
+    (reason,) = oversubscribed([(launch, MODEL)], MachineFacts(2**40, flags=frozenset({"avx2"})))
+    assert "needs AVX-512 or AMX, which this CPU lacks" in reason
     assert oversubscribed([(launch, MODEL)], MachineFacts(2**40)) == []
 
 

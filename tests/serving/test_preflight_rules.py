@@ -23,12 +23,26 @@ CONFIG = {
     "num_hidden_layers": 2,
     "max_position_embeddings": 4096,
 }
+FP8 = {"num_bits": 8, "type": "float"}
+FP8_DYNAMIC = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**FP8, "strategy": "channel"},
+            "input_activations": {**FP8, "strategy": "token", "dynamic": True},
+        }
+    },
+}
+FP8_BLOCK = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 
 
 def compressed(bits: int, **weights: Any) -> dict[str, Any]:
     """A compressed-tensors config with plain weights of so many bits."""
-    group = {"weights": {"num_bits": bits, "type": "int", **weights}, "input_activations": None}
+    strategy = "group" if "group_size" in weights else "channel"
+    group = {"weights": {"num_bits": bits, "type": "int", "strategy": strategy, **weights}, "input_activations": None}
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
 
 
@@ -58,18 +72,29 @@ def launch(name: str = "a-1", engine: Any = "cpu", gpus: tuple[int, ...] = (), *
         ({"quantization_config": GPTQ}, {}, ""),
         ({"quantization_config": GPTQ}, {"dtype": "float32"}, "GPTQ does not compute in float32"),
         ({"quantization_config": GPTQ}, {"dtype": "float16"}, ""),
-        ({"quantization_config": {**GPTQ, "dynamic": {"+:x": {"bits": 8}}}}, {}, "GPTQ int8 (rule '+:x')"),
+        (
+            {"quantization_config": {**GPTQ, "dynamic": {"+:x": {"bits": 8}}}},
+            {},
+            "GPTQ (rule '+:x') of 4 bits, not of 8",
+        ),
         ({"quantization_config": {**GPTQ, "dynamic": {"-:x": {}}}}, {}, ""),
-        ({"quantization_config": {**GPTQ, "dynamic": {"x": {"desc_act": True}}}}, {}, "desc_act (rule 'x')"),
+        ({"quantization_config": {**GPTQ, "dynamic": {"x": {"desc_act": True}}}}, {}, "GPTQ (rule 'x') with desc_act"),
         ({"quantization_config": {**GPTQ, "group_size": 64}, "intermediate_size": 480}, {}, "down_proj: 480 inputs"),
         ({"quantization_config": {**GPTQ, "group_size": -1}, "hidden_size": 264}, {}, "not both multiples of 32"),
         ({"quantization_config": compressed(4, group_size=32)}, {}, ""),
         ({"quantization_config": compressed(4, group_size=32)}, {"dtype": "float32"}, "int4 on CPU does not compute"),
         ({"quantization_config": compressed(8)}, {}, "use scheme w8a8"),
-        ({"quantization_config": compressed(4, actorder="group")}, {}, "actorder"),
-        ({"quantization_config": compressed(4, actorder="static")}, {}, ""),
-        ({"quantization_config": compressed(3)}, {}, "3 bits"),
-        ({"quantization_config": compressed(8, type="float")}, {}, ""),
+        ({"quantization_config": compressed(4, group_size=32, actorder="group")}, {}, "actorder"),
+        ({"quantization_config": compressed(4, group_size=32, actorder="static")}, {}, ""),
+        ({"quantization_config": compressed(3)}, {}, "of 4 bits, not of 3"),
+        # FP8 weights without FP8 activations have kernels on GPUs only (_POSSIBLE_WFP8A16_KERNELS).
+        ({"quantization_config": compressed(8, type="float")}, {}, "use scheme fp8-dynamic"),
+        ({"quantization_config": FP8_DYNAMIC}, {}, ""),
+        ({"quantization_config": FP8_BLOCK}, {}, ""),
+        ({"quantization_config": {"quant_method": "fp8"}}, {}, "has no activation_scheme"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, {}, "does not load"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, {}, "no CPU kernel for MXFP4"),
+        ({"quantization_config": {"quant_method": "quark"}}, {}, ""),
         ({}, {"tensor_parallel": 4}, ""),
         ({}, {"tensor_parallel": 8}, ""),
         ({}, {"pipeline_parallel": 2}, ""),
@@ -90,6 +115,8 @@ def launch(name: str = "a-1", engine: Any = "cpu", gpus: tuple[int, ...] = (), *
         ({}, {"kv_cache_bytes": "4MiB"}, ""),
         ({}, {"kv_cache_bytes": "3MiB"}, "set kv_cache_bytes to 4MiB or more, or max_model_len to 3072 or less"),
         ({}, {"kv_cache_bytes": "4MiB", "dtype": "float32"}, "kv_cache_bytes to 8MiB"),
+        ({}, {"kv_cache_bytes": "2MiB", "kv_cache_dtype": "fp8"}, ""),
+        ({"quantization_config": {**FP8_DYNAMIC, "kv_cache_scheme": FP8}}, {"kv_cache_bytes": "2MiB"}, ""),
         ({"sliding_window": 128}, {"kv_cache_bytes": "3MiB"}, ""),
         ({"sliding_window": 128, "use_sliding_window": False}, {"kv_cache_bytes": "3MiB"}, "kv_cache_bytes to 4MiB"),
         ({"max_position_embeddings": 2**20}, {}, "there is 512 MiB"),
@@ -104,11 +131,34 @@ def test_reasons(config: dict[str, Any], settings: dict[str, Any], word: str) ->
 
 
 @pytest.mark.parametrize(
-    "quantization", [{**GPTQ, "bits": 8}, compressed(8), compressed(4, group_size=32), {"quant_method": "fp8"}]
+    "quantization", [{**GPTQ, "bits": 8}, compressed(8), compressed(4, group_size=32), compressed(8, type="float")]
 )
 def test_gpus_load_more(quantization: dict[str, Any]) -> None:
     """What only a CPU can't do is not refused on a GPU."""
     assert reasons({"quantization_config": quantization}, {}, "cuda") == ""
+
+
+@pytest.mark.parametrize(
+    "quantization,settings,flags,word",
+    [
+        (None, {}, {"avx2"}, ""),
+        (FP8_DYNAMIC, {}, {"avx2"}, ""),
+        (FP8_BLOCK, {}, {"avx512f", "amx_tile"}, ""),
+        (FP8_BLOCK, {}, {"avx512f"}, "a-1: FP8 needs a CPU with amx_tile"),
+        (None, {"kv_cache_dtype": "fp8"}, {"avx512f"}, ""),
+        ({**FP8_DYNAMIC, "kv_cache_scheme": FP8}, {}, {"avx2"}, "a-1: kv_cache_dtype fp8 needs AVX-512"),
+        (None, {"kv_cache_dtype": "fp8"}, {"avx2"}, "a-1: kv_cache_dtype fp8 needs AVX-512 or AMX"),
+    ],
+)
+def test_instruction_sets(
+    quantization: dict[str, Any] | None, settings: dict[str, Any], flags: set[str], word: str
+) -> None:
+    """What only some CPUs load is held against this one."""
+    config: dict[str, Any] = {"quantization_config": quantization} if quantization else {}
+    machine = MachineFacts(99 * GIB, flags=frozenset(flags))
+    found = oversubscribed([(launch(**settings), model(**config))], machine)
+    assert word in "\n".join(found)
+    assert bool(found) == bool(word)
 
 
 def test_files_that_mislead() -> None:

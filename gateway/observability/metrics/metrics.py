@@ -56,6 +56,8 @@ class Metrics:
         self.polls = instruments.counter(table.REPLICA_POLLS)
         self.heartbeats = instruments.counter(table.HEARTBEATS).labels()
         self.clients_cut = instruments.counter(table.CLIENTS_CUT)
+        self.rollout_conversations = instruments.counter(table.ROLLOUT_CONVERSATIONS)
+        self.rollout_rollbacks = instruments.counter(table.ROLLOUT_ROLLBACKS)
         self.key_requests = instruments.counter(table.KEY_REQUESTS)
         self.key_tokens = instruments.counter(table.KEY_TOKENS)
         self.reloads = instruments.counter(table.CONFIG_RELOADS)

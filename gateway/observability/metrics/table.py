@@ -4,7 +4,7 @@ Label values come from the configuration or from fixed sets in the code, never f
 bounded. Counters of configured aliases exist at 0 from the start (gateway/proxy/initial_series.py), because `increase`
 and `rate` do not see the first step of a series that appears with it. Labels that several metrics share:
 
-alias       a configured alias, a variant's name where the request named the variant itself, or `_unknown`
+alias       a configured alias, a variant's name or ALIAS@VARIANT where the request named that, or `_unknown`
 variant     a configured variant, or `none` if no replica was chosen
 precision   bf16, fp16, int8, int4, ... of the variant, or `none`
 replica     id of a replica: VARIANT-N, or VARIANT-url-N for one that is configured by its URL
@@ -36,7 +36,7 @@ _MAX = " Take the maximum over workers."
 # Requests
 
 # code: the HTTP status, 499 if the client disconnected, or an error code if a stream failed after its status was sent.
-# reason: why this variant was chosen: preferred, spill, floor, pinned, fallback, or none.
+# reason: why this variant was chosen: preferred, spill, floor, pinned, canary, fallback, or none.
 REQUESTS = MetricSpec(
     "quantgate_requests_total",
     "counter",
@@ -299,6 +299,63 @@ CERTIFICATE_EXPIRATION_SECONDS = MetricSpec(
     "When the first certificate of a configured PEM file expires, in seconds since 1970." + _MAX,
 )
 
+# Rollouts
+
+# The variant is the new one; there are no series while no rollout of the alias runs.
+ROLLOUT_STEP = MetricSpec(
+    "quantgate_rollout_step",
+    "gauge",
+    ("alias", "variant"),
+    "Step that a rollout is in, counted from 1; 0 before the first conversation is drawn to the new variant." + _MAX,
+)
+ROLLOUT_WEIGHT = MetricSpec(
+    "quantgate_rollout_weight",
+    "gauge",
+    ("alias", "variant"),
+    "Share of new conversations that are drawn to the new variant (0 to 1), as this gateway uses it." + _MAX,
+)
+# gate: a name of gateway/rollout/gates.py.
+ROLLOUT_GATE_LOG_EVIDENCE = MetricSpec(
+    "quantgate_rollout_gate_log_evidence",
+    "gauge",
+    ("alias", "gate"),
+    "Natural logarithm of the evidence (e-value) that a gate has against the new variant; only where the driver is."
+    + _MAX,
+)
+# state: pass, fail, more.
+ROLLOUT_GATE_STATE = MetricSpec(
+    "quantgate_rollout_gate_state",
+    "gauge",
+    ("alias", "gate", "state"),
+    "State of a gate: 1 for the current state, 0 for all others; only where the driver is." + _MAX,
+)
+ROLLOUT_CONVERSATIONS = MetricSpec(
+    "quantgate_rollout_conversations_total",
+    "counter",
+    ("alias", "arm"),
+    "Total number of conversations drawn while both arms of a rollout had a chance, by arm: stable, canary.",
+)
+# cause: preflight, starting, smoke, shadow, gate, deadline, operator.
+ROLLOUT_ROLLBACKS = MetricSpec(
+    "quantgate_rollout_rollbacks_total",
+    "counter",
+    ("alias", "cause"),
+    "Total number of rollouts that this gateway has ended or sent back, by cause.",
+)
+ROLLOUT_STUCK = MetricSpec(
+    "quantgate_rollout_stuck",
+    "gauge",
+    ("alias",),
+    "Whether a rollout is paused, or holds because nothing but the new variant could answer (1), or goes on (0)."
+    + _MAX,
+)
+STATE_DATABASE_UP = MetricSpec(
+    "quantgate_state_database_up",
+    "gauge",
+    (),
+    "Whether the state database can be read (1), or the last revision of each alias stays in force (0)." + _MAX,
+)
+
 # API keys, if gateway.per_key_metrics is set
 
 # key: its name in the keys file. code: as in quantgate_requests_total.
@@ -365,6 +422,10 @@ GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
         "Client connections": (
             *(HEARTBEATS, CLIENTS_CUT, CLIENT_CONNECTIONS),
             *(REQUEST_BODY_BYTES, CERTIFICATE_EXPIRATION_SECONDS),
+        ),
+        "Rollouts": (
+            *(ROLLOUT_STEP, ROLLOUT_WEIGHT, ROLLOUT_GATE_LOG_EVIDENCE, ROLLOUT_GATE_STATE),
+            *(ROLLOUT_CONVERSATIONS, ROLLOUT_ROLLBACKS, ROLLOUT_STUCK, STATE_DATABASE_UP),
         ),
         "API keys": (KEY_REQUESTS, KEY_TOKENS),
         "Process": (CONFIG_RELOADS, ACCESS_LOG_LINES_DROPPED, EVENT_LOOP_LAG_SECONDS, BUILD_INFO),

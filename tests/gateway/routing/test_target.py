@@ -40,3 +40,15 @@ def test_other_names_are_unknown(name: str) -> None:
 def test_names() -> None:
     """Aliases come first, so a client that takes the first name gets one with a ladder."""
     assert CATALOG.names() == ["smol", "strict", "team/small", "hopeless", "hi", "mid", "lo", "odd"]
+
+
+def test_adapters_do_not_share_a_prefix_cache_with_their_base() -> None:
+    """vLLM caches the prompts of each LoRA adapter apart, so their hashes are salted; other targets share theirs."""
+    table = {"precision": "int4", "lora": {"math": {}, "law": {}}}
+    aliases = {"x": {"ladder": ["lo-math"]}, "y": {"ladder": ["lo"]}}
+    deployed = deployment({"variants": {"lo": table}, "aliases": aliases})
+    catalog = Catalog(deployed.settings.aliases, deployed.variants)
+    salts = {name: catalog.resolve(name).cache_salt for name in catalog.names()}
+    assert salts["y"] == salts["lo"] == b""
+    assert salts["x"] == salts["lo-math"] != b""
+    assert len({salts[name] for name in ("lo", "lo-math", "lo-law")}) == 3

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from config.manifest import Override, Scheme
+from config.quantization import grouped
 from quantize.base import BaseModel, read_base
 from quantize.errors import RecipeError
 from quantize.mixed_precision.allocation import Allocation
@@ -77,15 +78,7 @@ def test_options_and_what_is_kept_are_the_forecast(weight_args: tuple[int, int])
         for option in options_of(module_group, QWQ_32B.shapes, [0.0] * 6)
         if option.weight_args == chosen
     ]
-    scheme = Scheme(
-        name="x",
-        bits=chosen.bits,
-        group_size=chosen.group_size,
-        sym=True,
-        desc_act=False,
-        activation_bits=16,
-        format="gptq",
-    )
+    scheme = Scheme(name="x", compression="gptq", weights=grouped(chosen.bits, chosen.group_size))
     assert sum(sizes) + kept_bytes(QWQ_32B, module_groups) == predicted_bytes(QWQ_32B, scheme)
 
 
@@ -152,7 +145,8 @@ SAMPLES = [{"ids": [7 * place % 250 for place in range(start, start + 90)]} for 
 def test_budgets_are_met_without_measuring_again(base: BaseModel, home: Path, tmp_path: Path) -> None:
     """More bytes never give a worse variant; every scheme loads, is named auto, and fits what it may weigh."""
     smallest, largest = (
-        predicted_bytes(base, Scheme(bits=bits, group_size=size, **REST)) for bits, size in ((4, 128), (8, 32))
+        predicted_bytes(base, Scheme(name="x", compression="gptq", weights=grouped(bits, size)))
+        for bits, size in ((4, 128), (8, 32))
     )
     kls = []
     for step in range(5):
@@ -198,12 +192,3 @@ def test_a_closed_home_stops_nothing(base: BaseModel, tmp_path: Path) -> None:
     assert weight_args_of("model.layers.1.mlp.down_proj", found) == FINE
     assert weight_args_of("model.layers.0.self_attn.q_proj", found) is None
     assert weight_args_of("model.layers.1.mlp.up_proj", found) == SMALL
-
-
-REST: dict[str, Any] = {
-    "name": "x",
-    "sym": True,
-    "desc_act": False,
-    "activation_bits": 16,
-    "format": "gptq",
-}

@@ -133,7 +133,7 @@ def test_the_page_tells_exceptions_and_refusals() -> None:
     page = as_text(dry_run_plan(replace(REQUEST, scheme=MIXED), QWQ_32B, MIXED, DRAWN, MACHINE))
     assert "*.layers.0.*  kept as the base has them" in page
     assert "*.down_proj   8 bits" in page
-    assert "won't load: vLLM has no CPU kernel for 8-bit GPTQ, and *.down_proj asks for it" in page
+    assert "won't load: vLLM on CPU loads GPTQ (*.down_proj) of 4 bits, not of 8" in page
 
 
 def test_many_exceptions_are_counted() -> None:

@@ -29,7 +29,7 @@ def test_a_plain_request_keeps_its_scheme() -> None:
 @pytest.mark.parametrize(
     "changed,problem",
     [
-        (replace(REQUEST, scheme=preset("w4a16-g128").model_copy(update={"bits": 3})), "not of 3"),
+        (replace(REQUEST, scheme=preset("w4a16-g128").with_weights(num_bits=3)), "not of 3"),
         (replace(REQUEST, scheme=preset("w8a16-g128"), engine="cpu"), "doesn't load on engine cpu"),
         (replace(REQUEST, samples=3), "3 samples are too few"),
         (replace(REQUEST, max_tokens=8), "8 tokens a sample are too few"),

@@ -12,6 +12,7 @@ from quantize.base import BaseModel, slug
 from quantize.calibration.datasets import Dataset
 from quantize.errors import RecipeError
 from quantize.planning.recipe import Backend, Budget, Recipe, chosen_backend, installed_backend
+from quantize.schemes.makers import RTN_FP8, is_data_free
 from quantize.schemes.scheme import PRESETS, preset
 from quantize.schemes.settings import SETTINGS, SolverSettings
 
@@ -29,7 +30,7 @@ RECIPE = Recipe(
 recipes = st.builds(
     replace,
     st.just(RECIPE),
-    scheme=st.sampled_from(list(PRESETS.values())),
+    scheme=st.sampled_from([preset for preset in PRESETS.values() if not is_data_free(preset)]),
     samples=st.integers(16, 64),
     max_tokens=st.integers(64, 4096),
     seed=st.integers(),
@@ -41,6 +42,15 @@ recipes = st.builds(
 def test_digests_are_equal_where_recipes_are(one: Recipe, two: Recipe) -> None:
     """No two different recipes share a digest."""
     assert (one.digest() == two.digest()) == (one == two)
+
+
+def test_without_calibration_only_base_scheme_and_program_decide() -> None:
+    """FP8 weights are the same whatever the variant is evaluated on."""
+    recipe = replace(RECIPE, scheme=preset("fp8-dynamic"), backend=chosen_backend(RTN_FP8))
+    assert replace(recipe, samples=64, seed=7, datasets=()).digest() == recipe.digest()
+    assert replace(recipe, base=replace(BASE, digest="e" * 64)).digest() != recipe.digest()
+    assert replace(recipe, scheme=preset("fp8-block")).digest() != recipe.digest()
+    assert recipe.variant_id.startswith("qwq-32b-fp8-")
 
 
 @given(recipes, st.sampled_from(["/tmp/x", "elsewhere"]))

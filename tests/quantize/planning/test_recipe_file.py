@@ -124,8 +124,14 @@ def test_overrides_in_the_manifests_words(tmp_path: Path) -> None:
         ("scheme: w4a16-g46", "r.yaml:1:1: scheme: there is no scheme 'w4a16-g46'; did you mean 'w4a16-g64'?"),
         ("scheme: [4]", "r.yaml:1:1: scheme: is no scheme; write a preset's name, auto, or a table of numbers"),
         ("scheme: {bits: 4}", "r.yaml:1:1: scheme.group_size: is missing"),
-        ("scheme: {bits: 3, group_size: 128}", "4 or 8 bits, not of 3; the nearest that loads is w4a16-g128"),
-        ("scheme: {bits: 4, group_size: 128, sym: false}", "scheme: vLLM loads symmetric GPTQ only; the nearest"),
+        (
+            "scheme: {bits: 3, group_size: 128}",
+            "4 or 8 bits, not of 3; quantize to 4 or 8 bits; the nearest that loads is w4a16-g128",
+        ),
+        (
+            "scheme: {bits: 4, group_size: 128, sym: false}",
+            "scheme: vLLM loads symmetric GPTQ only; quantize with symmetric weights (sym: true); the nearest",
+        ),
         ("scheme: {bits: 4, groups: 128}", "r.yaml:1:19: scheme.groups: unknown key; did you mean 'group_size'?"),
         ("scheme: w8a8\nmax_bytes: 70MB", "r.yaml:2:1: max_bytes: is a budget, and this scheme is fixed"),
         ("scheme: auto\nmax_bytes: 70MB\nmax_kl: 0.1", "r.yaml:3:1: max_kl: beside max_bytes"),

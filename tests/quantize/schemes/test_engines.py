@@ -28,26 +28,37 @@ def test_cuda_loads_every_preset(name: str) -> None:
         ("w8a8", True),
         ("w8a16-g128", False),
         ("w8a16-channel", False),
+        ("fp8-dynamic", True),
+        ("fp8-block", True),
+        ("w4a16-asym", True),
+        ("nvfp4a16", False),
+        ("mxfp4", False),
     ],
 )
-def test_cpu_refuses_8_bit_gptq_and_points_to_w8a8(name: str, loads: bool) -> None:
-    """8-bit GPTQ has no CPU kernel; the reason names the scheme that has."""
+def test_cpu_refuses_8_bit_gptq_and_fp4(name: str, loads: bool) -> None:
+    """8-bit GPTQ and 4-bit floats have no CPU kernel; the reason says what to do."""
     assert ("cpu" not in refusals(preset(name))) == loads
     if not loads:
-        with pytest.raises(RecipeError, match="w8a8"):
+        with pytest.raises(RecipeError, match=r"w8a8|serve it on a GPU"):
             require_engine(preset(name), "cpu")
+
+
+def test_block_fp8_needs_amx() -> None:
+    """Of a known CPU, its instruction sets count."""
+    assert "needs a CPU with amx_tile" in refusals(preset("fp8-block"), frozenset({"avx2"}))["cpu"]
+    assert refusals(preset("fp8-block"), frozenset({"amx_tile"})) == {}
 
 
 def test_cpu_refuses_single_modules_of_8_bits_too() -> None:
     """An exception that has no CPU kernel is named."""
     mixed = preset("w4a16-g64").model_copy(update={"overrides": (Override(modules="*.down_proj", bits=8),)})
     assert "cuda" not in refusals(mixed)
-    assert "*.down_proj asks for it" in refusals(mixed)["cpu"]
+    assert "GPTQ (*.down_proj) of 4 bits, not of 8" in refusals(mixed)["cpu"]
 
 
 def test_what_loads_nowhere_is_refused_by_all() -> None:
     """A scheme outside the format has the same reason everywhere."""
-    assert set(refusals(preset("w4a16-g64").model_copy(update={"bits": 3}))) == {"cpu", "cuda"}
+    assert set(refusals(preset("w4a16-g64").with_weights(num_bits=3))) == {"cpu", "cuda"}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +69,9 @@ def test_what_loads_nowhere_is_refused_by_all() -> None:
         ("w4a16-g32", "cpu", "CPUWNA16"),
         ("w8a8", "cpu", "CPUInt8ScaledMM"),
         ("w8a8", "cuda", "CUTLASS"),
+        ("fp8-dynamic", "cuda", "CUTLASS FP8 from Ada on, else Marlin"),
+        ("fp8-dynamic", "cpu", "torch._scaled_mm"),
+        ("nvfp4a16", "cuda", "FP4 of Blackwell"),
     ],
 )
 def test_kernels(name: str, engine: Engine, told: str) -> None:

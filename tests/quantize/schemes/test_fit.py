@@ -176,3 +176,20 @@ def test_unknown_heads_limit_nothing() -> None:
     """A config without heads has no say."""
     assert heads_of(replace(QWQ_32B, config={})) == Heads()
     assert heads_of(replace(QWQ_32B, config={"num_attention_heads": 4})) == Heads(4, 4)
+
+
+@pytest.mark.parametrize(
+    "shapes,degree,heads",
+    [
+        # Mixtral 8x7B, Qwen2-57B-A14B, DeepSeek-V3, Qwen3-235B-A22B
+        ({"model.layers.0.block_sparse_moe.gate": (8, 4096), "model.layers.0.self_attn.q_proj": (4096, 4096)}, 2, 32),
+        ({"model.layers.0.mlp.shared_expert_gate": (1, 3584), "model.layers.0.self_attn.q_proj": (3584, 3584)}, 4, 28),
+        ({"l.kv_a_proj_with_mqa": (576, 7168), "l.o_proj": (7168, 16384)}, 8, 128),
+        ({"model.layers.0.mlp.gate": (128, 4096), "model.layers.0.self_attn.q_proj": (8192, 4096)}, 16, 64),
+    ],
+)
+def test_replicated_layers_fit(shapes: dict[str, tuple[int, int]], degree: int, heads: int) -> None:
+    """Routers are never quantized, and each GPU has them whole, as the down-projections of latent attention."""
+    scheme = preset("w4a16-g128")
+    assert misfit(scheme, {name: shape for name, shape in shapes.items() if "kv_a_proj" not in name}, {}) is None
+    assert uneven_share(shapes, scheme, degree, Heads(heads, heads)) is None

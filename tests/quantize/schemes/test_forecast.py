@@ -29,7 +29,7 @@ def test_a_layer_in_bytes() -> None:
         "m.scales": 64 * 2 * 2,
         "m.g_idx": 256 * 4,
     }
-    assert packed_bytes("m", (64, 256), WeightArgs(8, -1), "compressed-tensors") == {
+    assert packed_bytes("m", (64, 256), WeightArgs(8, -1), "int-quantized") == {
         "m.weight": 64 * 256,
         "m.weight_scale": 64 * 4,
     }

@@ -9,7 +9,7 @@ from quantize.errors import RecipeError
 from quantize.schemes.scheme import PRESETS, faults, named, nearest_loadable, preset, require_loadable
 
 FREE = st.builds(
-    Scheme,
+    dict,
     name=st.just("free"),
     bits=st.integers(1, 16),
     group_size=st.integers(-1, 1024),
@@ -26,22 +26,33 @@ FREE = st.builds(
         ),
         max_size=2,
     ).map(tuple),
-)
+).map(Scheme.model_validate)
+GPTQ = preset("w4a16-g128").model_dump(include={"bits", "group_size", "sym", "desc_act", "activation_bits", "format"})
+
+
+def changed(**change: object) -> Scheme:
+    """w4a16-g128 with other numbers, in the keys of manifests that have no other ones."""
+    return Scheme.model_validate({**GPTQ, "name": "asked", **change})
 
 
 @pytest.mark.parametrize(
-    "name,bits,group_size,activation_bits,form",
+    "name,bits,group_size,activation_bits,form,precision",
     [
-        ("w4a16-g128", 4, 128, 16, "gptq"),
-        ("w4a16-g64", 4, 64, 16, "gptq"),
-        ("w4a16-g32", 4, 32, 16, "gptq"),
-        ("w8a16-g128", 8, 128, 16, "gptq"),
-        ("w8a16-channel", 8, -1, 16, "gptq"),
-        ("w8a8", 8, -1, 8, "compressed-tensors"),
+        ("w4a16-g128", 4, 128, 16, "gptq", "int4"),
+        ("w4a16-g64", 4, 64, 16, "gptq", "int4"),
+        ("w4a16-g32", 4, 32, 16, "gptq", "int4"),
+        ("w8a16-g128", 8, 128, 16, "gptq", "int8"),
+        ("w8a16-channel", 8, -1, 16, "gptq", "int8"),
+        ("w8a8", 8, -1, 8, "compressed-tensors", "int8"),
+        ("fp8-dynamic", 8, -1, 8, "compressed-tensors", "fp8"),
+        ("fp8-block", 8, 128, 8, "fp8", "fp8"),
+        ("w4a16-asym", 4, 128, 16, "compressed-tensors", "int4"),
+        ("nvfp4a16", 4, 16, 16, "compressed-tensors", "fp4"),
+        ("mxfp4", 4, 32, 16, "compressed-tensors", "fp4"),
     ],
 )
 def test_presets_say_what_their_names_say(
-    name: str, bits: int, group_size: int, activation_bits: int, form: str
+    name: str, bits: int, group_size: int, activation_bits: int, form: str, precision: str
 ) -> None:
     """A preset's numbers are those of its name, symmetric and without activation order."""
     scheme = preset(name)
@@ -51,9 +62,9 @@ def test_presets_say_what_their_names_say(
         activation_bits,
         form,
     )
-    assert scheme.sym
+    assert scheme.sym == (name != "w4a16-asym")
     assert not scheme.desc_act
-    assert scheme.precision == f"int{bits}"
+    assert scheme.precision == precision
 
 
 @pytest.mark.parametrize(
@@ -67,7 +78,7 @@ def test_a_misspelt_scheme_is_told_its_nearest_name(asked: str, meant: str) -> N
 
 def test_a_strange_scheme_gets_the_list() -> None:
     """A name that resembles nothing is answered with all names."""
-    with pytest.raises(RecipeError, match=r"w4a16-g128, .*w8a8, auto") as caught:
+    with pytest.raises(RecipeError, match=r"w4a16-g128, .*w8a8, .*, auto") as caught:
         preset("zzz")
     assert "did you mean" not in str(caught.value)
 
@@ -89,17 +100,17 @@ def test_every_preset_loads(name: str) -> None:
         ({"group_size": 1024}, "not of 1024", "w4a16-g128"),
         ({"group_size": 96}, "not of 96", "w4a16-g64"),
         ({"sym": False}, "symmetric GPTQ only", "w4a16-g128"),
-        ({"desc_act": True}, "no longer loads GPTQ with desc_act and groups", "w4a16-g128"),
-        ({"activation_bits": 8}, "16-bit activations, not 8-bit ones", "w4a16-g128"),
-        ({"bits": 8, "activation_bits": 8}, "16-bit activations", "w8a8"),
-        ({"format": "compressed-tensors"}, "is written as w8a8", "w8a8"),
-        ({"overrides": (Override(modules="*.q_proj", bits=4, group_size=48),)}, "*.q_proj asks for 48", "-mixed"),
+        ({"desc_act": True}, "no longer loads GPTQ with desc_act (actorder: group) and groups", "w4a16-g128"),
+        ({"activation_bits": 8}, "with none activations, not int8", "w4a16-g128"),
+        ({"bits": 8, "activation_bits": 8}, "with none activations, not int8", "w8a8"),
+        ({"format": "compressed-tensors", "activation_bits": 8}, "int-quantized of 8 bits, not of 4", "w8a8"),
+        ({"overrides": (Override(modules="*.q_proj", bits=4, group_size=48),)}, "GPTQ (*.q_proj) in groups", "-mixed"),
     ],
 )
 def test_what_no_vllm_loads_is_refused_with_the_nearest(change: dict[str, object], reason: str, nearest: str) -> None:
     """The message has the reason and a scheme that loads."""
     with pytest.raises(RecipeError) as caught:
-        require_loadable(preset("w4a16-g128").model_copy(update={**change, "name": "asked"}))
+        require_loadable(changed(**change))
     told = str(caught.value)
     assert told.startswith("scheme asked loads nowhere: ")
     assert reason in told
@@ -108,7 +119,7 @@ def test_what_no_vllm_loads_is_refused_with_the_nearest(change: dict[str, object
 
 def test_desc_act_with_one_group_changes_nothing_and_loads() -> None:
     """With one group for all inputs, their order is no matter of the file."""
-    assert faults(preset("w8a16-channel").model_copy(update={"desc_act": True})) == []
+    assert faults(preset("w8a16-channel").with_weights(actorder="group")) == []
 
 
 def test_w8a8_keeps_modules_but_has_no_other_numbers() -> None:
@@ -141,4 +152,4 @@ def test_the_nearest_always_loads_and_is_its_own_nearest(scheme: Scheme) -> None
 )
 def test_numbers_give_the_name(change: dict[str, object], name: str) -> None:
     """A preset's numbers have the preset's name, others one of the same kind; exceptions show in it."""
-    assert named(preset("w4a16-g128").model_copy(update={**change, "name": "?"})).name == name
+    assert named(changed(**change)).name == name

@@ -44,7 +44,10 @@ def found(variant: Path, base: Path | None, scheme: Scheme = SCHEME) -> list[str
     return [str(finding) for finding in lint(variant, read_base(base, digested=False) if base else None, scheme)]
 
 
-@pytest.mark.parametrize("name", ["w4a16-g64", "w4a16-g32", "w8a16-channel", "w8a8"])
+@pytest.mark.parametrize(
+    "name",
+    ["w4a16-g64", "w4a16-g32", "w8a16-channel", "w8a8", "fp8-dynamic", "fp8-block", "nvfp4a16", "mxfp4"],
+)
 def test_a_variant_in_order_has_no_findings(tmp_path: Path, name: str) -> None:
     """Every format passes, with its base and without."""
     base = write_base(tmp_path / "base")
@@ -58,16 +61,20 @@ def test_a_variant_in_order_has_no_findings(tmp_path: Path, name: str) -> None:
     "told,problem",
     [
         ({"bits": 8}, "config: config.json: bits is 8; the scheme has 4"),
-        ({"bits": 3}, "config: config.json: bits is 3; vLLM supports GPTQ with 4 or 8"),
-        ({"group_size": 16}, "config: config.json: group_size is 16; vLLM supports -1, 32, 64, 128"),
-        ({"sym": False}, "config: config.json: sym is not true; vLLM supports symmetric GPTQ only"),
-        ({"desc_act": True}, "config: config.json: desc_act is true; vLLM 0.32 does not support activation order"),
+        ({"bits": 3}, "config: config.json: vLLM loads GPTQ of 4 or 8 bits, not of 3"),
+        (
+            {"group_size": 16},
+            "config: config.json: vLLM loads GPTQ in groups of 32, 64, 128 or -1 (all inputs), not of",
+        ),
+        ({"sym": False}, "config: config.json: vLLM loads symmetric GPTQ only"),
+        ({"desc_act": True}, "config: config.json: vLLM no longer loads GPTQ with desc_act"),
+        ({"quant_method": "quark"}, "config: config.json: quark is not supported; supported are GPTQ, AWQ"),
         (
             {"dynamic": {"+:.*mlp": {"desc_act": True}}},
-            "config: config.json: desc_act is true; vLLM 0.32 does not support",
+            "config: config.json: vLLM no longer loads GPTQ (rule '+:.*mlp') with desc_act",
         ),
         ({"checkpoint_format": "marlin"}, "config: config.json: checkpoint_format is marlin; save it as gptq"),
-        ({"quant_method": "awq"}, "config: config.json: awq is not supported"),
+        ({"quant_method": "awq"}, "config: config.json: has awq weights; the scheme is w4a16-g64 (gptq)"),
         ({"dynamic": {"-:.*q_proj": {}}}, f"tensors: {Q}: is quantized, and config.json says that it is not"),
         ({"dynamic": {"+:.*down_proj": {"group_size": 32}}}, f"tensors: {DOWN}.scales: has shape 2x64, not 4x64"),
         ({"meta": {"offload": "/tmp/gptqmodel_ab/x"}}, "machine: config.json: quantization_config.meta.offload has"),
@@ -107,7 +114,7 @@ def test_tensors_are_checked(tmp_path: Path, tensors: dict[str, Any], problem: s
 def mixed(tmp_path: Path, pattern: str, modules: str) -> list[str]:
     """A variant whose matching modules have 8 bits, told by `pattern`; its scheme says so of `modules`."""
     scheme = SCHEME.model_copy(update={"overrides": (Override(modules=modules, bits=8),)})
-    eight = write_quantized(tmp_path / "eight", preset("w8a16-g128").model_copy(update={"group_size": 64}))
+    eight = write_quantized(tmp_path / "eight", preset("w8a16-g128").with_weights(group_size=64))
     variant = write_quantized(tmp_path / "v", dynamic={pattern: {"bits": 8}})
     _graft(eight, variant, modules)
     return found(variant, write_base(tmp_path / "base"), scheme)

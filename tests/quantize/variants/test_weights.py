@@ -146,9 +146,25 @@ def test_a_layers_final_names_follow_the_scheme() -> None:
 @pytest.mark.parametrize(
     "told,expected",
     [
-        ({"quant_method": "gptq", "bits": 4}, ("gptq", 4, 16)),
-        ({"quant_method": "gptq", "bits": 8}, ("gptq", 8, 16)),
-        ({"quant_method": "compressed-tensors", "format": "int-quantized"}, ("compressed-tensors", 8, 8)),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 64, "sym": True}, ("gptq", 4, 16)),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True}, ("gptq", 8, 16)),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "int-quantized",
+                "config_groups": {"a": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}},
+            },
+            ("int-quantized", 8, 8),
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": {"a": {"weights": {"num_bits": 8, "type": "float"}, "input_activations": None}},
+            },
+            ("float-quantized", 8, 16),
+        ),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, ("fp8", 8, 8)),
         (
             {
                 "quant_method": "compressed-tensors",
@@ -173,8 +189,8 @@ def test_packing_is_read_from_the_config(tmp_path: Path, told: dict[str, Any], e
         ("{}", "has no config.json with a quantization_config"),
         ('{"quantization_config": {"quant_method": "awq", "bits": 4}}', "awq with 4 bits can't be read back"),
         (
-            '{"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"}}',
-            "compressed-tensors with float-quantized can't be read back",
+            '{"quantization_config": {"quant_method": "compressed-tensors", "format": "marlin-24"}}',
+            "compressed-tensors with marlin-24 can't be read back",
         ),
     ],
 )

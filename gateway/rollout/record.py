@@ -1,0 +1,112 @@
+"""Writes the transitions of a rollout: its state, the alias' revision, wanted replicas and the log entry, in one step.
+
+Drivers and operators write through the same function; whoever was later reads the rollout again.
+"""
+
+import secrets
+from dataclasses import dataclass
+
+import msgspec
+
+from gateway.rollout.machine import (
+    FINAL,
+    START,
+    Event,
+    Phase,
+    Readiness,
+    RolloutState,
+    Split,
+    advance,
+    split,
+)
+from gateway.rollout.plan import RolloutPlan
+from gateway.rollout.revision import AliasRevision, Ladder
+from serving.state.rollouts import Change, Demand, LogEntry, RolloutRecord
+
+_STATES = msgspec.json.Decoder(RolloutState)
+
+
+def read_state(record: RolloutRecord) -> RolloutState:
+    """Decode the state of a rollout."""
+    return _STATES.decode(record.state)
+
+
+def read_plan(record: RolloutRecord) -> RolloutPlan:
+    """Decode the plan of a rollout."""
+    return RolloutPlan.model_validate_json(record.plan)
+
+
+@dataclass(frozen=True, slots=True)
+class NewRollout:
+    """What `start` writes."""
+
+    record: RolloutRecord
+    entry: LogEntry
+    revision: str
+
+
+def new_rollout(plan: RolloutPlan, configured: Ladder, by: str, why: str, now: float) -> NewRollout:
+    """Return the first record of a rollout, its log entry, and the first revision: weight 0."""
+    rollout_id = f"r-{secrets.token_hex(4)}"
+    state = RolloutState(START.phase, since=now)
+    record = RolloutRecord(
+        rollout_id, plan.alias, plan.model_dump_json(), _encoded(state), state.phase.value, True, 0, by, now
+    )
+    entry = LogEntry(plan.alias, now, by, "start", state.phase.value, why, plan.model_dump_json(), rollout_id)
+    revision = AliasRevision.of(split(state, plan), configured, plan.new, plan.old)
+    return NewRollout(record, entry, revision.document())
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """An event, why it happens, who caused it and when; `figures` is JSON for the log."""
+
+    event: Event
+    why: str
+    by: str
+    now: float
+    figures: str = "{}"
+
+
+def change_of(
+    record: RolloutRecord, what: Happening, ready: Readiness, configured: Ladder, in_use: frozenset[str]
+) -> tuple[RolloutState, Change]:
+    """Return the state after an event and the change to write; Refused if the event has no meaning now.
+
+    `configured` is the ladder in the configuration. Variants `in_use` by other aliases keep their replicas.
+    """
+    plan, before = read_plan(record), read_state(record)
+    after = advance(before, what.event, what.why, plan, ready, what.now)
+    entry = LogEntry(
+        *(record.alias, what.now, what.by, what.event.value, after.phase.value, what.why, what.figures, record.id)
+    )
+    revision = None
+    if (new := split(after, plan)) != split(before, plan):
+        revision = AliasRevision.of(new, configured, plan.new, plan.old).document()
+    demands = demands_of(after, plan, record.id, in_use)
+    active = after.phase not in FINAL
+    return after, Change(_encoded(after), after.phase.value, active, (entry,), revision, demands)
+
+
+def demands_of(state: RolloutState, plan: RolloutPlan, rollout_id: str, in_use: frozenset[str]) -> tuple[Demand, ...]:
+    """The replicas that a rollout wants in a phase: the new variant's from its start, the old one's to its end."""
+    new = Demand(plan.new, plan.old, True, rollout_id)
+    match state.phase:
+        case Phase.STARTING:
+            return (new,) if plan.added else ()
+        case Phase.DONE:
+            leaving = Demand(plan.old, plan.new, False, rollout_id)
+            return (leaving,) if plan.replaced and plan.old not in in_use else ()
+        case Phase.ROLLED_BACK:
+            leaving = Demand(plan.new, plan.old, False, rollout_id)
+            return (leaving,) if plan.added and plan.new not in in_use else ()
+    return ()
+
+
+def revision_of_split(ladder: Ladder, configured: Ladder) -> str:
+    """The document of a revision with one ladder, for `undo`."""
+    return AliasRevision.of(Split(ladder), configured, "", "").document()
+
+
+def _encoded(state: RolloutState) -> str:
+    return msgspec.json.encode(state).decode()

@@ -1,0 +1,146 @@
+"""The smoke test of a new variant: a fixed set of prompts, each answer judged by itself or beside the old variant's."""
+
+import asyncio
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from gateway.rollout.content import Content, is_looping, read_content
+from serving.clients import Clients, root_of
+from serving.replica import Replica
+
+TIMEOUT_SECONDS = 180.0
+MAX_TOKENS = 512
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SmokePrompt:
+    """A prompt; with `tools`, the answer should call one where the old variant's does."""
+
+    name: str
+    text: str
+    tools: bool = False
+
+
+PROMPTS = (
+    SmokePrompt("greeting", "Hello! Answer in one short sentence."),
+    SmokePrompt("arithmetic", "What is 17 + 25? Answer with the number."),
+    SmokePrompt("other language", "Wie heißt die Hauptstadt von Frankreich? Antworte kurz."),
+    SmokePrompt("code", "Write a Python function that returns the larger of two numbers. Only code."),
+    SmokePrompt("long prompt", "Summarize in one sentence: " + "The river rose, and the town moved uphill. " * 60),
+    SmokePrompt("tool", "What is the weather in Paris? Use the tool.", tools=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SmokeAnswer:
+    """An answer of a variant: its content, whether it stopped by itself, and whether log-probabilities are finite."""
+
+    content: Content | None = None
+    stopped: bool = False
+    finite: bool = True
+    error: str = ""
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is wrong with it."""
+        content = self.content
+        return not self.error and self.finite and self.stopped and content is not None and not content.events
+
+
+def judge(new: Sequence[SmokeAnswer], old: Sequence[SmokeAnswer]) -> tuple[str, ...]:
+    """Return the problems of the new variant's answers; what the old one cannot do either is none.
+
+    `old` may be empty: then every answer is judged by itself.
+    """
+    problems = []
+    for place, (prompt, answer) in enumerate(zip(PROMPTS, new, strict=True)):
+        other = old[place] if old else None
+        if prompt.tools:
+            calls = other is not None and other.content is not None and bool(other.content.calls) and other.is_sound
+            has_call = answer.content is not None and bool(answer.content.calls) and answer.is_sound
+            if calls and not has_call:
+                problems.append(f"smoke test {prompt.name!r}: no valid call of a tool, where the old variant makes one")
+            continue
+        if (problem := _problem(answer)) and (other is None or _problem(other) != problem):
+            problems.append(f"smoke test {prompt.name!r}: {problem}")
+    return tuple(problems)
+
+
+def _problem(answer: SmokeAnswer) -> str:
+    if answer.error:
+        return answer.error
+    if not answer.finite:
+        return "a log-probability is not finite"
+    content = answer.content
+    if content is None or content.is_empty:
+        return "the answer is empty"
+    if is_looping(content.text) or is_looping(content.reasoning):
+        return "the answer repeats itself"
+    if content.has_open_thinking:
+        return "<think> is not closed"
+    return "" if answer.stopped else f"the answer does not stop within {MAX_TOKENS} tokens"
+
+
+class SmokeClient:
+    """Sends the prompts to replicas; an async context manager."""
+
+    def __init__(self) -> None:
+        self._clients = Clients(httpx.Timeout(TIMEOUT_SECONDS))
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._clients.aclose()
+
+    async def problems(self, new: Replica, old: Replica | None) -> tuple[str, ...]:
+        """Run the smoke test of a replica, beside one of the old variant if there is one."""
+        answers = await self.answers(new)
+        return judge(answers, await self.answers(old) if old is not None else ())
+
+    async def answers(self, replica: Replica) -> list[SmokeAnswer]:
+        """Answer every prompt, one after the other."""
+        return [await self._answer(replica, prompt) for prompt in PROMPTS]
+
+    async def _answer(self, replica: Replica, prompt: SmokePrompt) -> SmokeAnswer:
+        body: dict[str, Any] = {
+            "model": replica.served_name,
+            "messages": [{"role": "user", "content": prompt.text}],
+            "max_tokens": MAX_TOKENS,
+            "temperature": 0,
+            "logprobs": True,
+        }
+        if prompt.tools:
+            body |= {"tools": [TOOL]}
+        headers = {"authorization": f"Bearer {replica.api_key}"} if replica.api_key else {}
+        client = self._clients.reaching(replica.url, replica.tls)
+        try:
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                reply = await client.post(f"{root_of(replica.url)}/v1/chat/completions", json=body, headers=headers)
+        except (httpx.HTTPError, TimeoutError) as error:
+            return SmokeAnswer(error=f"no answer: {error or type(error).__name__}")
+        if reply.is_error:
+            return SmokeAnswer(error=f"answered {reply.status_code}: {reply.text[:200]}")
+        return read_answer(reply.content)
+
+
+def read_answer(body: bytes) -> SmokeAnswer:
+    """Read a chat completion."""
+    try:
+        choice = json.loads(body)["choices"][0]
+        entries = (choice.get("logprobs") or {}).get("content") or []
+        finite = all(math.isfinite(float(entry["logprob"])) for entry in entries)
+        return SmokeAnswer(read_content(body), choice["finish_reason"] != "length", finite)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return SmokeAnswer(error="the answer is not a chat completion")

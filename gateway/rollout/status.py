@@ -1,0 +1,145 @@
+"""What `rollout status` and `rollout history` print."""
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gateway.rollout.gates import EventGate, Gate, MeanGate
+from gateway.rollout.machine import FINAL, Phase, deadline, split
+from gateway.rollout.progress import Progress, missing_for_step
+from gateway.rollout.record import read_plan, read_state
+from gateway.rollout.revision import read_revision
+from serving.state.rollouts import RolloutDatabase, RolloutRecord
+
+
+def status_of(database: RolloutDatabase, record: RolloutRecord, now: float) -> dict[str, Any]:
+    """Describe a rollout: from its record, and from the evidence that all workers wrote."""
+    plan, state = read_plan(record), read_state(record)
+    progress = Progress(plan)
+    progress.add(database.blocks(record.id))
+    seconds = max(now - state.step_since, 1.0) if state.step_since else 0.0
+    rate = progress.canary_by_step.get(state.step, 0) / seconds if seconds else 0.0
+    final = state.phase in FINAL
+    return {
+        "rollout": record.id,
+        "alias": record.alias,
+        "old": plan.old,
+        "new": plan.new,
+        "phase": state.phase.value,
+        "phase_seconds": round(now - state.since, 1),
+        "deadline_seconds": None if final else round(deadline(state, plan) - now, 1),
+        "step": state.step,
+        "steps": list(plan.settings.steps),
+        "weight": split(state, plan).weight,
+        "failure": state.failure,
+        "pause": state.pause,
+        "stuck": state.stuck,
+        "driver": database.lease_holder(record.alias, now),
+        "canary_conversations": progress.canary,
+        "stable_conversations": progress.stable,
+        "waits_for": missing_for_step(state, plan, progress, now) if state.phase is Phase.CANARY else "",
+        "gates": [_gate(gate, rate) for gate in progress.gates],
+    }
+
+
+def _gate(gate: Gate, conversations_per_second: float) -> dict[str, Any]:
+    told: dict[str, Any] = {
+        "name": gate.settings.name,
+        "verdict": gate.verdict,
+        "log_evidence": round(gate.log_e, 3),
+    }
+    if gate.verdict == "more":
+        needed = gate.needed_conversations()
+        minutes = needed / conversations_per_second / 60 if conversations_per_second else None
+        told |= {"needs_conversations": needed, "needs_minutes": None if minutes is None else round(minutes, 1)}
+    if isinstance(gate, EventGate):
+        return told | {"canary": list(gate.canary), "stable": list(gate.stable)}
+    assert isinstance(gate, MeanGate)
+    return told | {"ratio": None if gate.interval is None else [round(each, 4) for each in gate.interval]}
+
+
+def show_status(status: dict[str, Any], *, as_json: bool) -> None:
+    """Print a status: one line of JSON, or a table."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        console.print(json.dumps(status))
+        return
+    step = f"step {status['step'] + 1} of {len(status['steps'])}, {100 * status['weight']:g} %"
+    console.print(f"{status['rollout']} {status['alias']}: {status['old']} -> {status['new']}")
+    console.print(f"{status['phase']} for {status['phase_seconds']:.0f} s, {step}")
+    arms = f"{status['canary_conversations']} canary, {status['stable_conversations']} stable"
+    console.print(f"conversations: {arms}; driver: {status['driver'] or 'none (no gateway runs)'}")
+    for name in ("failure", "pause", "waits_for"):
+        if status[name]:
+            console.print(f"{name.replace('_', ' ')}: {status[name]}")
+    if status["canary_conversations"]:
+        console.print(_gates_table(status["gates"]))
+
+
+def _gates_table(gates: list[dict[str, Any]]) -> Table:
+    table = Table("gate", "verdict", "canary", "stable", "ratio", "needs", box=None, pad_edge=False)
+    for gate in gates:
+        canary, stable = (_share(gate.get(arm)) for arm in ("canary", "stable"))
+        ratio = gate.get("ratio")
+        needs = "" if "needs_conversations" not in gate else f"{gate['needs_conversations']} more conversations"
+        if gate.get("needs_minutes") is not None:
+            needs += f", about {gate['needs_minutes']:.0f} min"
+        interval = "" if ratio is None else f"{ratio[1]:.3f} ({ratio[0]:.3f} to {ratio[2]:.3f})"
+        table.add_row(gate["name"], gate["verdict"], canary, stable, interval, needs)
+    return table
+
+
+def _share(counts: list[int] | None) -> str:
+    return "" if counts is None else f"{counts[0]} of {counts[1]}"
+
+
+def history_rows(database: RolloutDatabase, alias: str, limit: int) -> dict[str, Any]:
+    """The revisions of an alias, newest first, and the latest entries of its log, oldest first."""
+    revisions = []
+    for record in database.revisions(alias, limit):
+        revision = read_revision(record)
+        revisions.append(
+            {
+                "revision": record.number,
+                "ladder": list(revision.stable),
+                "canary": None if revision.canary is None else list(revision.canary),
+                "weight": revision.weight,
+                "rollout": record.rollout,
+                "cause": record.cause,
+                "by": record.created_by,
+                "at": _time(record.created_at),
+            }
+        )
+    events = [
+        {
+            "at": _time(entry.at),
+            "by": entry.by,
+            "rollout": entry.rollout,
+            "event": entry.event,
+            "phase": entry.phase,
+            "why": entry.why,
+            "figures": json.loads(entry.figures),
+        }
+        for entry in database.entries(alias, limit)
+    ]
+    return {"alias": alias, "revisions": revisions, "events": events}
+
+
+def show_history(rows: dict[str, Any], *, as_json: bool) -> None:
+    """Print revisions and events."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        console.print(json.dumps(rows))
+        return
+    for each in rows["revisions"]:
+        share = "" if each["canary"] is None else f", {100 * each['weight']:g} % {each['canary'][0]}..."
+        console.print(f"revision {each['revision']}: {', '.join(each['ladder'])}{share} ({each['at']}, {each['by']})")
+    for each in rows["events"]:
+        console.print(f"{each['at']} {each['rollout'] or '-'} {each['event']} -> {each['phase']}: {each['why']}")
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")

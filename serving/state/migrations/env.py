@@ -1,0 +1,11 @@
+"""Alembic's environment: migrations run on the connection that `migrate` passes, in its transaction."""
+
+from alembic import context
+
+from serving.state.migrations import VERSION_TABLE
+from serving.state.tables import METADATA
+
+context.configure(
+    connection=context.config.attributes["connection"], target_metadata=METADATA, version_table=VERSION_TABLE
+)
+context.run_migrations()

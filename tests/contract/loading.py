@@ -1,0 +1,144 @@
+"""A program that loads a tiny model of every format in the installed vLLM: `python -m tests.contract.loading FOLDER`.
+
+It takes vLLM's own way from engine arguments to a model on the CPU, without an engine and without a KV cache, and runs
+one matrix. A line of JSON for each: `{"name", "kernel"}` or `{"name", "error"}`.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from config.quantization import QuantizationScheme
+from quantize.variants.storage_format import StorageFormat, parts_of
+from tests.contract.formats import CASES, quantization_config
+
+HIDDEN, INNER, HEADS, VOCABULARY = 256, 256, 4, 128
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 1,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+    "dtype": "bfloat16",
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+BLOCK = "model.layers.0"
+MATRICES: Mapping[str, tuple[int, int]] = {
+    **{f"{BLOCK}.self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
+    **{f"{BLOCK}.mlp.{name}_proj": (INNER, HIDDEN) for name in ("gate", "up")},
+    f"{BLOCK}.mlp.down_proj": (HIDDEN, INNER),
+}
+
+
+def write_model(folder: Path, scheme: QuantizationScheme) -> Path:
+    """Write a model of one layer with random weights, stored as the lint expects them."""
+    import torch  # noqa: PLC0415
+    from safetensors.torch import save_file  # noqa: PLC0415
+
+    folder.mkdir()
+    tensors: dict[str, Any] = {
+        name: torch.randn(VOCABULARY, HIDDEN).bfloat16() for name in ("model.embed_tokens.weight", "lm_head.weight")
+    }
+    norms = (f"{BLOCK}.input_layernorm", f"{BLOCK}.post_attention_layernorm", "model.norm")
+    tensors |= {f"{name}.weight": torch.ones(HIDDEN).bfloat16() for name in norms}
+    form = StorageFormat.of(scheme.compression, scheme.weights)
+    for name, (outputs, inputs) in MATRICES.items():
+        for part, (dtypes, shape) in parts_of(form, outputs, inputs).items():
+            tensors[f"{name}.{part}"] = _filled(part, dtypes, shape, outputs, inputs, form.group_size)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = {**CONFIG, "quantization_config": quantization_config(scheme)}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _filled(
+    part: str, dtypes: tuple[str, ...], shape: tuple[int, ...], outputs: int, inputs: int, group_size: int
+) -> Any:
+    import torch  # noqa: PLC0415
+
+    if part == "weight_shape":
+        return torch.tensor([outputs, inputs])
+    if part == "g_idx":
+        return (torch.arange(inputs) // (group_size if group_size > 0 else inputs)).int()
+    if "I32" in dtypes:
+        return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+    if "I8" in dtypes:
+        return torch.randint(-127, 128, shape, dtype=torch.int8)
+    if dtypes[0] == "U8":  # packed numbers, or exponents of scales
+        return torch.randint(110, 127, shape, dtype=torch.uint8)
+    random = torch.rand(shape) * 0.01
+    return random.to(torch.float8_e4m3fn) if "F8_E4M3" in dtypes else random.bfloat16()
+
+
+class Loader:
+    """vLLM's CPU platform in this process, with one rank."""
+
+    def __init__(self, folder: Path) -> None:
+        # Before vLLM is imported. The address of a group of one process is a file.
+        os.environ.update(VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1")
+        from vllm.plugins import load_general_plugins  # noqa: PLC0415
+        from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop  # noqa: PLC0415
+
+        load_general_plugins()
+        _set_torch_accelerator_to_noop()
+        self._group = f"file://{folder / 'group'}"
+        self._has_group = False
+
+    def kernel_of(self, model: Path) -> str:
+        """Load a model, multiply by its first matrix, and name the kernel."""
+        import torch  # noqa: PLC0415
+        from vllm.config import set_current_vllm_config  # noqa: PLC0415
+        from vllm.engine.arg_utils import EngineArgs  # noqa: PLC0415
+        from vllm.model_executor.model_loader import get_model  # noqa: PLC0415
+
+        config = EngineArgs(
+            model=str(model), skip_tokenizer_init=True, max_model_len=64, enforce_eager=True, dtype="bfloat16"
+        ).create_engine_config()
+        with set_current_vllm_config(config):
+            self._make_group()
+            loaded = get_model(vllm_config=config)
+            (layer,) = [module for name, module in loaded.named_modules() if name.endswith("qkv_proj")]
+            product, _ = layer(torch.randn(3, HIDDEN).bfloat16())
+        if product.shape != (3, 3 * HIDDEN) or not torch.isfinite(product).all():
+            raise ValueError("the product has NaN or Inf")
+        method = getattr(layer, "scheme", None) or layer.quant_method
+        kernel = getattr(method, "kernel", None) or getattr(method, "fp8_linear", None) or method
+        return type(kernel).__name__
+
+    def _make_group(self) -> None:
+        from vllm.distributed import (  # noqa: PLC0415
+            ensure_model_parallel_initialized,
+            init_distributed_environment,
+        )
+
+        if not self._has_group:
+            init_distributed_environment(1, 0, self._group, 0, backend="gloo")
+            ensure_model_parallel_initialized(1, 1)
+            self._has_group = True
+
+
+def main(folder: Path) -> None:
+    """Load every case and print what came of it."""
+    loader = Loader(folder)
+    for name, scheme in CASES.items():
+        model = write_model(folder / name, scheme)
+        try:
+            outcome = {"kernel": loader.kernel_of(model)}
+        except Exception as error:  # noqa: BLE001 - what vLLM raises is the result
+            outcome = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"name": name, **outcome}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

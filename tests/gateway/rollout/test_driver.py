@@ -1,0 +1,134 @@
+"""The driver of rollouts: phases from the record, killed at every transition, two operators, undo."""
+
+import pytest
+
+from gateway.rollout.machine import FINAL, Event, Phase
+from serving.errors import RolloutExists
+from serving.replica import State
+from serving.state.rollouts import Demand
+from tests.gateway.rollout.driving import theatre
+
+WHOLE = [
+    *("start", "verified", "ready", "checked", "step_done", "step_done", "passed", "deadline", "deadline"),
+]
+
+
+async def test_a_whole_rollout(state: str) -> None:
+    """Every transition is recorded in order, with the weight that it set."""
+    async with theatre(state) as scene:
+        scene.start()
+        assert await scene.end() is Phase.DONE
+        assert scene.events() == WHOLE
+        assert scene.weights() == [0.0, 0.1, 0.5, 1.0, 1.0, 0.0]
+        assert scene.operator.ladder("smol") == ("odd", "lo")
+        assert scene.snapshot().demands == (
+            Demand("hi", "odd", False, scene.record.id),
+            Demand("odd", "hi", True, scene.record.id),
+        )
+        assert scene.rollbacks == []
+
+
+@pytest.mark.parametrize("number", range(len(WHOLE)))
+async def test_a_driver_killed_after_each_transition(state: str, number: int) -> None:
+    """Another one goes on from the record: the same story, told once, and no half state."""
+    async with theatre(state) as scene:
+        scene.start()
+        await scene.until(lambda: len(scene.events()) > number, seconds=5.0)
+        await scene.kill()
+        assert scene.record.phase == scene.phase()
+        if scene.phase() not in FINAL:
+            assert await scene.end() is Phase.DONE
+        assert scene.events() == WHOLE
+        times = [entry.at for entry in scene.log()]
+        assert times[1:] == sorted(times[1:])
+
+
+@pytest.mark.parametrize("number", range(4, 9))
+async def test_a_driver_killed_on_the_way_back(state: str, number: int) -> None:
+    """A rollout that fails goes back whoever drives it; the gates' evidence is read again, and says the same."""
+    async with theatre(state) as scene:
+        scene.start()
+        for _ in range(number):
+            await scene.step(5.0)
+            if scene.phase() is Phase.CANARY:
+                scene.see(canary_errors=8)
+        await scene.kill()
+        assert await scene.end(canary_errors=8) is Phase.ROLLED_BACK
+        assert scene.rollout.failure.startswith("errors: canary")
+        assert scene.operator.ladder("smol") == ("hi", "lo")
+        assert scene.weights()[-1] == 0.0
+        assert Demand("odd", "hi", False, scene.record.id) in scene.snapshot().demands
+
+
+async def test_a_driver_that_was_slow_writes_nothing(state: str) -> None:
+    """Its lease has gone to another one: its fencing number is refused."""
+    async with theatre(state) as scene:
+        scene.start()
+        slow = scene.driver
+        await scene.step()
+        scene.driver = scene._driver()
+        scene.now += 11
+        await scene.step(count=3)
+        phase = scene.phase()
+        await slow.drive()
+        assert slow.jobs == {}
+        assert scene.phase() is phase
+        slow.context.link.close()
+
+
+async def test_two_operators(state: str) -> None:
+    """One wins, the other learns who; when the first rollout has ended, another may start from every final state."""
+    async with theatre(state) as scene:
+        first = scene.start()
+        with pytest.raises(RolloutExists, match=rf"anna already runs rollout {first.id} of smol \(phase preflight\)"):
+            scene.start()
+        scene.steer(Event.ABORT, "wrong one")
+        assert scene.phase() is Phase.FAILED
+        second = scene.retry()
+        assert second.id != first.id
+        scene.smoke.result = ("smoke test 'greeting': the answer is empty",)
+        assert await scene.end() is Phase.ROLLED_BACK
+        assert scene.rollout.failure == "smoke test 'greeting': the answer is empty"
+        scene.smoke.result = ()
+        scene.retry()
+        assert await scene.end() is Phase.DONE
+        assert scene.rollbacks == [("smol", "smoke")]
+
+
+async def test_undo_after_a_rollout(state: str) -> None:
+    """To the revision before, at once; it needs a variant that is ready."""
+    async with theatre(state, replicas=[{"variant": "hi", "url": "http://127.0.0.1:9"}]) as scene:
+        scene.start()
+        await scene.end()
+        with pytest.raises(Exception, match="has a ready replica: nothing would answer"):
+            scene.operator.undo("smol", None, "")
+        assert scene.operator.ladder("smol") == ("odd", "lo")
+
+
+async def test_a_replica_that_comes_later(state: str) -> None:
+    """A rollout waits for the address of the new variant, and goes back if it never comes."""
+    async with theatre(state, "hi", "lo") as scene:
+        scene.start(start_seconds=100)
+        await scene.step(5.0, count=5)
+        assert scene.phase() is Phase.STARTING
+        scene.put("odd", State.WARMING)
+        await scene.step(5.0)
+        assert scene.phase() is Phase.STARTING
+        scene.put("odd")
+        await scene.step(5.0)
+        assert scene.phase() is Phase.SMOKE
+
+
+async def test_a_variant_that_dies_after_promotion(state: str) -> None:
+    """Back is the other way there: the old one, kept warm, takes over; without it nothing changes."""
+    async with theatre(state) as scene:
+        scene.start()
+        await scene.reach(Phase.KEEPING)
+        scene.put("odd", State.FAILED)
+        scene.put("hi", State.FAILED)
+        await scene.step(10.0, count=6)
+        assert scene.phase() is Phase.HOLDING
+        assert scene.operator.ladder("smol") == ("hi", "odd", "lo")
+        scene.put("hi")
+        assert await scene.end() is Phase.ROLLED_BACK
+        assert scene.operator.ladder("smol") == ("hi", "lo")
