@@ -185,9 +185,9 @@ async def _parent_side(
         with stored_parent(store.require(key, "scores")) as stored:
             yield stored
         return
-    scorer, engine = servers.parent.scorer, servers.parent.model.engine
-    top_k = await scorer.most_logprobs(wanted)
-    with served_parent(store.store, key, scorer, engine, inputs, top_k) as served:
+    client, engine = servers.parent.scorer, servers.parent.model.engine
+    top_k = await client.most_logprobs(wanted)
+    with served_parent(store.store, key, client, engine, inputs, top_k) as served:
         yield served
 
 

@@ -22,7 +22,7 @@ _SCORES_FILE = "scores.bin"
 _REVISION = 1
 # Samples that are scored again, side by side, and how much of each.
 _FLOOR_SAMPLES = 4
-_FLOOR_TOKENS = 1024
+_FLOOR_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
