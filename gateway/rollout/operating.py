@@ -159,7 +159,8 @@ class Operator:
         ladder, found = self._earlier(alias, number)
         if not any(self.is_ready(variant) for variant in ladder):
             raise Refused(
-                f"no variant of revision {found} ({', '.join(ladder)}) has a ready replica: nothing would answer"
+                f"no variant of revision {found} ({', '.join(ladder)}) has a ready replica: nothing would answer; "
+                "`quantgate rollout start` brings it back"
             )
         now, configured = self.wall_clock(), self._alias(alias).ladder
         cause = why or f"undo to revision {found}"
