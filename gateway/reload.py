@@ -63,7 +63,10 @@ class ConfigReload:
         for option in pending_options(self.started.settings, deployment.settings):
             log.warning("%s has changed; it takes effect at the next start", option)
         self._keys_file = deployment.settings.gateway.keys or self._keys_file
-        await self.apply_replicas(self.with_recorded(deployment), lambda: self.switch(deployment))
+        # What rollouts want to run is not of this configuration: the supervisor follows that by itself.
+        recorded, replicas = self.with_recorded(deployment), {"replicas": deployment.settings.replicas}
+        applied = replace(recorded, settings=recorded.settings.model_copy(update=replicas))
+        await self.apply_replicas(applied, lambda: self.switch(deployment))
 
     def _with_keys(self, deployment: Deployment) -> Deployment:
         """Keep the keys file if the option is removed: the port may be open to other machines."""

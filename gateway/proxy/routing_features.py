@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import takewhile
+from typing import NamedTuple
 
 import msgspec
 
@@ -314,17 +315,22 @@ def _hashed(kind: bytes, key_name: str | None, text: bytes) -> str:
     return blake2b(b"%b %d %b %b" % (kind, len(name), name, _ends(text)), digest_size=16).hexdigest()
 
 
-def conversation_of(
-    inference: InferenceRequest, headers: Mapping[bytes, bytes], key_name: str | None
-) -> tuple[str, bool]:
-    """Identify a conversation from its first turn on, and say whether this is a later turn; "" if it has no identity.
+class Conversation(NamedTuple):
+    """A conversation's identity, "" if it has none; whether its client named it; whether this turn is a later one."""
+
+    key: str
+    named: bool
+    later: bool
+
+
+def conversation_of(inference: InferenceRequest, headers: Mapping[bytes, bytes], key_name: str | None) -> Conversation:
+    """Identify a conversation from its first turn on.
 
     A conversation that the client does not name is identified by its opening: those that open with the same words are
     one conversation to a lottery.
     """
-    name = _name(inference, headers)
     later = _first_turns(inference) is not None
-    if name:
-        return session_from_name(name, key_name), later
+    if name := _name(inference, headers):
+        return Conversation(session_from_name(name, key_name), named=True, later=later)
     opening = _turns_before_model(inference)
-    return ("" if opening is None else _hashed(b"opening", key_name, opening)), later
+    return Conversation("" if opening is None else _hashed(b"opening", key_name, opening), named=False, later=later)

@@ -13,7 +13,7 @@ from gateway.openai.endpoints import CHAT
 from gateway.openai.request import InferenceRequest
 from gateway.proxy.context import RequestContext
 from gateway.proxy.leases import Lease
-from gateway.proxy.routing_features import conversation_of
+from gateway.proxy.routing_features import Conversation, conversation_of
 from gateway.proxy.shadow import Sample, Sampling, Shadow
 from gateway.proxy.stats import CLIENT_CLOSED_REQUEST, FINISH_REASONS, RequestStats
 from gateway.proxy.upstream.protocol import Sink
@@ -56,9 +56,10 @@ class AliasArms:
         self._canary, self._routes = canary, {}
         self.lottery.weight, self.lottery.step = weight, step
 
-    def draw(self, key: str, caller: Caller, route: Route, *, later: bool) -> tuple[Route, Draw]:
-        """Draw a conversation, and return the route of its arm."""
-        draw, new = self.lottery.draw(key, later=later)
+    def draw(self, conversation: Conversation, request_id: str, caller: Caller, route: Route) -> tuple[Route, Draw]:
+        """Draw a conversation, and return the route of its arm; without an identity each request is one."""
+        key, named, later = conversation
+        draw, new = self.lottery.draw(key or request_id, later=later, named=named, recurs=bool(key))
         if new:
             self.collection.drawn(draw)
             if draw.counts:
@@ -98,11 +99,11 @@ class Rollouts:
         if arms is None or not inference.endpoint.generates:
             context.observation = None
             return route
-        key, later = conversation_of(inference, context.headers, context.caller.name)
-        if key and not later:
-            # One that the client names may go on without its earlier turns in the request.
-            later = self._placement(key) is not None
-        chosen, draw = arms.draw(key or context.stats.request_id, context.caller, route, later=later)
+        conversation = conversation_of(inference, context.headers, context.caller.name)
+        if conversation.named and not conversation.later:
+            # It may go on without its earlier turns in the request.
+            conversation = conversation._replace(later=self._placement(conversation.key) is not None)
+        chosen, draw = arms.draw(conversation, context.stats.request_id, context.caller, route)
         may_shadow = context.caller.shadow and inference.endpoint is CHAT
         context.observation = ObservedRequest(arms, draw, may_shadow=may_shadow)
         return chosen

@@ -209,7 +209,7 @@ Gate = EventGate | MeanGate
 
 def new_gates(settings: Sequence[GateSettings], steps: int, alpha: float = 0.05) -> tuple[Gate, ...]:
     """Create gates without evidence; `alpha`, the risk of stopping an identical variant, is split evenly over them."""
-    share = alpha / len(settings)
+    share = alpha / max(len(settings), 1)
     gates: list[Gate] = []
     for each in settings:
         if isinstance(each, EventSettings):

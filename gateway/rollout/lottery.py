@@ -12,10 +12,10 @@ not recorded   a later one                     stable: it began before the rollo
                                                and no evidence
 =============  ==============================  =====================================================================
 
-Every worker records what it draws, and shares it through the state database within a second; all others learn it from
-there, also after a restart. Between both, two workers draw alike, because hash and weight are the same; they can differ
-about a conversation only whose turns reach two workers within that second, around a change of the weight. Without the
-database each worker goes on with what it knows.
+Every worker records what it draws, and shares through the state database, within a second, what others cannot work out
+for themselves; they learn it from there, also after a restart. Between both, two workers draw alike, because hash and
+weight are the same; they can differ about a conversation only whose turns reach two workers within that second, or
+around a change of the weight. Without the database each worker goes on with what it knows.
 
 Memory is bounded: beyond `limit` conversations the ones that were used least recently are forgotten, which makes their
 later turns stable.
@@ -80,8 +80,12 @@ class Lottery:
     def __len__(self) -> int:
         return len(self._draws)
 
-    def draw(self, key: str, *, later: bool) -> tuple[Draw, bool]:
-        """Return the draw of a conversation, and whether it is new; `later`: this is not its first turn."""
+    def draw(self, key: str, *, later: bool, named: bool = True, recurs: bool = True) -> tuple[Draw, bool]:
+        """Return the draw of a conversation, and whether it is new; `later`: this is not its first turn.
+
+        One that never `recurs` is not recorded. A stable draw is shared only if the conversation is `named` by its
+        client: later turns of others show that they are later ones, and are stable without a record.
+        """
         conversation = conversation_hash(self.salt, key)
         known = self._draws.get(conversation)
         if known is not None:
@@ -90,10 +94,12 @@ class Lottery:
         weight = self.weight
         arm: Arm = "canary" if not later and is_below(conversation, weight) else "stable"
         made = Draw(conversation, arm, self.step, counts=not later and 0 < weight < 1)
-        self._record(made)
-        self._unshared[conversation] = made
-        if len(self._unshared) > self._limit:
-            self._unshared.popitem(last=False)
+        if recurs:
+            self._record(made)
+        if recurs and (named or arm == "canary"):
+            self._unshared[conversation] = made
+            if len(self._unshared) > self._limit:
+                self._unshared.popitem(last=False)
         return made, True
 
     def learn(self, draws: Iterable[tuple[int, Arm, int]]) -> None:

@@ -18,15 +18,19 @@ STUCK = frozenset({Phase.PAUSED, Phase.HOLDING})
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RolloutCollector(Collector):
-    """Exposes the active rollouts, the gates of those that this process drives, and whether the database is there."""
+    """Exposes the active rollouts, the gates of those that this process drives, and whether the database is there.
 
-    follower: RolloutFollower
-    driver: Driver
+    Without a state database, the families have no samples.
+    """
+
+    follower: RolloutFollower | None = None
+    driver: Driver | None = None
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the families; called once per scrape."""
         up = table.STATE_DATABASE_UP.gauge_family()
-        up.add_metric([], float(self.follower.away is None))
+        if self.follower is not None:
+            up.add_metric([], float(self.follower.away is None))
         yield up
         yield from self._states()
         yield from self._gates()
@@ -34,7 +38,7 @@ class RolloutCollector(Collector):
     def _states(self) -> Iterator[GaugeMetricFamily]:
         step, weight = table.ROLLOUT_STEP.gauge_family(), table.ROLLOUT_WEIGHT.gauge_family()
         stuck = table.ROLLOUT_STUCK.gauge_family()
-        for record in self.follower.snapshot.active:
+        for record in self.follower.snapshot.active if self.follower else ():
             state, plan = read_state(record), read_plan(record)
             labels = [record.alias, plan.new]
             step.add_metric(labels, state.step + 1 if carries_traffic(state) else 0)
@@ -44,7 +48,7 @@ class RolloutCollector(Collector):
 
     def _gates(self) -> Iterator[GaugeMetricFamily]:
         evidence, states = table.ROLLOUT_GATE_LOG_EVIDENCE.gauge_family(), table.ROLLOUT_GATE_STATE.gauge_family()
-        for job in self.driver.jobs.values():
+        for job in self.driver.jobs.values() if self.driver else ():
             for gate in job.progress.gates:
                 labels = [job.plan.alias, gate.settings.name]
                 evidence.add_metric(labels, gate.log_e)

@@ -14,12 +14,12 @@ from config.errors import ConfigError
 from config.schema import AliasSettings
 from config.variant import Variant
 from gateway.deployment import Deployment, read_deployment
-from gateway.rollout.controller import figures, variants_in_use
+from gateway.rollout.controller import BY_OPERATOR, figures, variants_in_use
 from gateway.rollout.machine import Event, Phase, Readiness, Refused, RolloutState
 from gateway.rollout.plan import PlanSettings, RolloutPlan, compared, replacement
 from gateway.rollout.preflight import compare_quality, fingerprint, plan_problems
 from gateway.rollout.progress import Progress
-from gateway.rollout.record import Happening, change_of, new_rollout, read_plan, revision_of_split
+from gateway.rollout.record import Happening, change_of, new_rollout, read_plan, read_state, revision_of_split
 from gateway.rollout.revision import in_force, read_revision
 from serving.errors import RolloutChanged
 from serving.replica import State
@@ -103,13 +103,13 @@ class Operator:
     # Changes
 
     def start(self, plan: RolloutPlan, why: str) -> RolloutRecord:
-        """Start a rollout. GateRefused: preflight says no. RolloutExists: another one of the alias is active."""
-        if problems := self.problems(plan):
-            raise GateRefused("\n".join(problems))
-        configured = self._alias(plan.alias).ladder
-        new = new_rollout(plan, configured, self.by, why or "started", self.wall_clock())
-        self.database.start(new.record, new.entry, new.revision)
-        return new.record
+        """Start a rollout. GateRefused: preflight says no, or the variant has failed before.
+
+        RolloutExists: another one of the alias is active.
+        """
+        if failure := self._failed_before(plan):
+            raise GateRefused(failure)
+        return self._start(plan, why or "started")
 
     def retry(self, alias: str, why: str) -> RolloutRecord:
         """Start the last rollout of an alias again, with the variants as they are now."""
@@ -122,7 +122,7 @@ class Operator:
         if current != plan.stable or plan.new not in variants or plan.old not in variants:
             raise Refused(f"the ladder of {alias} is {', '.join(current)} now; start a new rollout")
         marks = {"fingerprint": fingerprint(variants[plan.new]), "old_fingerprint": fingerprint(variants[plan.old])}
-        return self.start(plan.model_copy(update=marks), why or f"retry of {record.id}")
+        return self._start(plan.model_copy(update=marks), why or f"retry of {record.id}")
 
     def steer(self, alias: str, event: Event, why: str) -> RolloutState:
         """Pause, resume, promote, abort or undo the active rollout; Refused if that is not possible now."""
@@ -159,7 +159,8 @@ class Operator:
         ladder, found = self._earlier(alias, number)
         if not any(self.is_ready(variant) for variant in ladder):
             raise Refused(
-                f"no variant of revision {found} ({', '.join(ladder)}) has a ready replica: nothing would answer"
+                f"no variant of revision {found} ({', '.join(ladder)}) has a ready replica: nothing would answer; "
+                "`quantgate rollout start` brings it back"
             )
         now, configured = self.wall_clock(), self._alias(alias).ladder
         cause = why or f"undo to revision {found}"
@@ -177,6 +178,24 @@ class Operator:
         if record is None:
             raise Refused(f"there is no rollout of {alias}; `quantgate rollout start` begins one")
         return record
+
+    def _start(self, plan: RolloutPlan, why: str) -> RolloutRecord:
+        if problems := self.problems(plan):
+            raise GateRefused("\n".join(problems))
+        configured = self._alias(plan.alias).ladder
+        new = new_rollout(plan, configured, self.by, why, self.wall_clock())
+        self.database.start(new.record, new.entry, new.revision)
+        return new.record
+
+    def _failed_before(self, plan: RolloutPlan) -> str:
+        """Why the last rollout of the alias sent this very variant back; empty if it did not, or an operator did."""
+        record = self.database.latest(plan.alias)
+        if record is None or Phase(record.phase) not in (Phase.ROLLED_BACK, Phase.FAILED):
+            return ""
+        failure = read_state(record).failure
+        if read_plan(record).fingerprint != plan.fingerprint or failure.startswith(BY_OPERATOR):
+            return ""
+        return f"{plan.new} failed in rollout {record.id}: {failure}; `quantgate rollout retry` tries it again"
 
     # Replicas, as they are seen from outside a gateway
 

@@ -8,10 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from config.field_types import MAX_SECONDS, Name, Seconds, Share
-from config.schema import Table
 from gateway.rollout.gates import DEFAULT_GATES, EventGate, EventSettings, GateSettings, MeanSettings, new_gates
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -33,7 +32,13 @@ Duration = Annotated[float, BeforeValidator(parse_seconds), Field(ge=0, le=MAX_S
 Percent = Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
 
 
-class Hook(Table):
+class PlanTable(BaseModel):
+    """Base of all tables of a plan: frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Hook(PlanTable):
     """A command or a URL that is told of transitions: JSON on its stdin, or as the body of a POST."""
 
     command: tuple[str, ...] | None = None
@@ -48,7 +53,7 @@ class Hook(Table):
         return self
 
 
-class QualityBudget(Table):
+class QualityBudget(PlanTable):
     """How much worse than the replaced variant the new one may have been measured, relative to their parent."""
 
     kl_mean: Annotated[float, Field(ge=0)] = 0.01
@@ -56,7 +61,7 @@ class QualityBudget(Table):
     perplexity_ratio: Annotated[float, Field(ge=0)] = 0.01
 
 
-class Tolerances(Table):
+class Tolerances(PlanTable):
     """What the gates accept: the ratio of events, the relative increase of times, and the change of lengths."""
 
     events: Annotated[float, Field(ge=1, le=10)] = 1.1
@@ -64,7 +69,7 @@ class Tolerances(Table):
     lengths: Annotated[float, Field(ge=0, le=0.1)] = 0.05
 
 
-class PlanSettings(Table):
+class PlanSettings(PlanTable):
     """The options of a rollout, as in a plan file; those of the command line replace them.
 
     `steps` are percentages of conversations. `skip` names gates that are not judged. `compare: false` skips the
@@ -113,7 +118,7 @@ class PlanSettings(Table):
         return tuple(_with(self.tolerances, gate) for gate in DEFAULT_GATES if gate.name not in self.skip)
 
 
-class RolloutPlan(Table):
+class RolloutPlan(PlanTable):
     """A rollout of an alias: from the ladder `stable` to the ladder `final`.
 
     Conversations of the canary arm use `canary` meanwhile: it has the new variant directly above the one that it

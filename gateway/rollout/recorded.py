@@ -175,6 +175,7 @@ async def followed_rollouts(
 ) -> AsyncIterator[RolloutService | None]:
     """Follow and drive the rollouts of a state database, if there is one; it is not created."""
     if state is None:
+        metrics.registry.register(RolloutCollector())
         yield None
         return
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"

@@ -38,7 +38,10 @@ class VariantView(msgspec.Struct, frozen=True):
 
 
 class TargetView(msgspec.Struct, frozen=True):
-    """What a model name stands for; `rungs` has the weights of each rung's members by variant."""
+    """What a model name stands for; `rungs` has the weights of each rung's members by variant.
+
+    `canary` is the new variant, if this is the ladder of a rollout's canary arm.
+    """
 
     rungs: dict[str, dict[str, float]]
     pinned: bool
@@ -47,6 +50,7 @@ class TargetView(msgspec.Struct, frozen=True):
     spill: Limits
     trust_declared: bool
     excluded: dict[str, str]  # why, by variant
+    canary: str | None = None
 
     @classmethod
     def of(cls, target: Target, queue_seconds: float, weights: RungWeights) -> Self:
@@ -60,6 +64,7 @@ class TargetView(msgspec.Struct, frozen=True):
             target.spill.model_dump(),
             target.trust_declared,
             {rejection.variant.name: rejection.why for rejection in target.excluded},
+            target.canary,
         )
 
 
@@ -133,6 +138,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
             spill=Spill.model_validate(view.spill),
             trust_declared=view.trust_declared,
             excluded=tuple([Rejection(self._variant(variant), why) for variant, why in view.excluded.items()]),
+            canary=view.canary,
         )
 
     def cluster(self) -> ClusterState:

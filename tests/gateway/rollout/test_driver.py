@@ -3,6 +3,7 @@
 import pytest
 
 from gateway.rollout.machine import FINAL, Event, Phase
+from gateway.rollout.operating import GateRefused
 from serving.errors import RolloutExists
 from serving.replica import State
 from serving.state.rollouts import Demand
@@ -89,6 +90,9 @@ async def test_two_operators(state: str) -> None:
         scene.smoke.result = ("smoke test 'greeting': the answer is empty",)
         assert await scene.end() is Phase.ROLLED_BACK
         assert scene.rollout.failure == "smoke test 'greeting': the answer is empty"
+        scene.now += 1
+        with pytest.raises(GateRefused, match=r"odd failed in rollout r-\w+: smoke test .*`quantgate rollout retry`"):
+            scene.start()
         scene.smoke.result = ()
         scene.retry()
         assert await scene.end() is Phase.DONE

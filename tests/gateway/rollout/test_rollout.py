@@ -4,7 +4,7 @@ import asyncio
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +14,12 @@ from gateway.deployment import Deployment
 from gateway.rollout.machine import Event, Phase
 from gateway.rollout.operating import Operator, Target
 from gateway.rollout.plan import GATE_NAMES, PlanSettings
+from serving.errors import StateAway
 from serving.state.database import StateDatabase
 from serving.state.rollouts import RolloutDatabase, RolloutRecord
 from tests.fakes.running import FakeReplica, eventually, running_fake
 from tests.gateway.fleet import HELLO, Fleet, deployment, running_gateway
+from tests.serving.state.databases import PostgreSQL, away
 
 session_loop = pytest.mark.asyncio(loop_scope="session")
 pytestmark = [pytest.mark.timeout(180)]
@@ -44,8 +46,10 @@ class Stage:
         """The rollout, as soon as it is in one of these phases."""
 
         def look() -> RolloutRecord | None:
-            record = self.operator.latest("smol")
-            return record if record.phase in phases else None
+            with suppress(StateAway):
+                record = self.operator.latest("smol")
+                return record if record.phase in phases else None
+            return None
 
         return await eventually(look, PATIENCE)
 
@@ -173,3 +177,27 @@ async def test_a_variant_that_fails_for_clients_only(state: str) -> None:
         assert "errors: canary" in record.state
         assert {status for _, _, status in scene.answers} == {200}
         assert await scene.fleet.total("quantgate_rollout_rollbacks_total", cause="gate") == 1
+
+
+@session_loop
+async def test_the_database_is_away_in_the_middle(postgresql: PostgreSQL) -> None:
+    """Both arms go on as recorded, /readyz and the metric say so, and the rollout goes on when it is back."""
+    async with stage(postgresql.new_database()) as scene:
+        scene.start(steps=(50, 100), step_seconds=5)
+        await scene.reached(Phase.CANARY)
+        async with scene.load():
+            await eventually(lambda: {variant for _, variant, _ in scene.answers} == {"hi", "odd"}, PATIENCE)
+            with away(postgresql, "stopped"):
+
+                async def told() -> bool:
+                    return "state" in (await scene.fleet.admin.get("/readyz")).json()
+
+                await eventually(told, PATIENCE)
+                assert await scene.fleet.total("quantgate_state_database_up") == 0
+                assert (await scene.fleet.admin.get("/readyz")).status_code == 200
+                before = len(scene.answers)
+                await eventually(lambda: len(scene.answers) > before + 200, PATIENCE)
+                assert {variant for _, variant, _ in scene.answers[before:]} == {"hi", "odd"}
+            await scene.reached(Phase.DONE)
+        assert {status for _, _, status in scene.answers} == {200}
+        assert await scene.fleet.total("quantgate_state_database_up") == 1
