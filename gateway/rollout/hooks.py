@@ -9,7 +9,7 @@ import httpx
 import msgspec
 
 from gateway.rollout.plan import Hook
-from serving.state.rollouts import LogEntry
+from serving.state.rollout_records import LogEntry
 
 log = logging.getLogger(__name__)
 

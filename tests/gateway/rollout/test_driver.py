@@ -10,7 +10,7 @@ from gateway.rollout.operating import GateRefused, Target
 from gateway.rollout.plan import PlanSettings
 from serving.errors import RolloutExists
 from serving.replica import State
-from serving.state.rollouts import Demand
+from serving.state.rollout_records import Demand
 from tests.gateway.rollout.driving import FAST, theatre
 
 WHOLE = [
