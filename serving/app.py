@@ -33,7 +33,7 @@ from serving.state.demands import DemandFollower, with_demands
 from serving.state.follower import Follower
 from serving.state.link import Link
 from serving.state.publisher import Publisher
-from serving.state.rollouts import Demand
+from serving.state.rollout_records import Demand
 from serving.supervisor import Supervisor
 from serving.templates.plan import with_thinking
 from serving.templates.tool_calling import with_tool_calling, without_tools

@@ -26,6 +26,8 @@ SESSION_KEYS = ("prompt_cache_key", "user", "safety_identifier")
 _NAME_KEYS = frozenset({*SESSION_KEYS, "metadata"})
 # Longer conversations are not parsed for a session: that would take as long as reading the request did.
 MAX_TURNS_BYTES = 256 * 2**10
+# While a rollout of the alias runs, longer ones are, too: they must not change sides. Beyond that they are stable.
+MAX_DRAWN_BYTES = 8 * 2**20
 # No model is expected to answer with more; a client may write any number.
 MAX_ANSWER_TOKENS = 2**24
 
@@ -250,10 +252,10 @@ def _user_id(metadata: msgspec.Raw) -> bytes | None:
     return decoded.user_id.encode() if decoded is not None and decoded.user_id else None
 
 
-def _first_turns(inference: InferenceRequest) -> bytes | None:
+def _first_turns(inference: InferenceRequest, limit_bytes: int = MAX_TURNS_BYTES) -> bytes | None:
     """A conversation up to and with the model's first turn; None before there is one."""
     endpoint = inference.endpoint
-    turns = _turns(inference)
+    turns = _turns(inference, limit_bytes)
     # Spares the first turn of a conversation from being parsed; only the Responses API has items without a role.
     if turns is None or (b'"assistant"' not in turns and not (endpoint is RESPONSES and b'"type"' in turns)):
         return None
@@ -267,9 +269,9 @@ def _first_turns(inference: InferenceRequest) -> bytes | None:
     return None
 
 
-def _turns_before_model(inference: InferenceRequest) -> bytes | None:
+def _turns_before_model(inference: InferenceRequest, limit_bytes: int = MAX_TURNS_BYTES) -> bytes | None:
     """A conversation up to the model's first turn, or all of it before there is one."""
-    turns = _turns(inference)
+    turns = _turns(inference, limit_bytes)
     if turns is None:
         return None
     try:
@@ -279,11 +281,11 @@ def _turns_before_model(inference: InferenceRequest) -> bytes | None:
         return None
 
 
-def _turns(inference: InferenceRequest) -> bytes | None:
+def _turns(inference: InferenceRequest, limit_bytes: int) -> bytes | None:
     """The turns of a request; None if it has none, or they are too long to parse."""
     key = inference.endpoint.turns_key
     raw = inference.fields.get(key) if key else None
-    return None if raw is None or len(raw) > MAX_TURNS_BYTES else bytes(raw)
+    return None if raw is None or len(raw) > limit_bytes else bytes(raw)
 
 
 def _joined(inference: InferenceRequest, parts: Iterable[msgspec.Raw]) -> bytes:
@@ -329,8 +331,14 @@ def conversation_of(inference: InferenceRequest, headers: Mapping[bytes, bytes],
     A conversation that the client does not name is identified by its opening: those that open with the same words are
     one conversation to a lottery.
     """
-    later = _first_turns(inference) is not None
+    later = _first_turns(inference, MAX_DRAWN_BYTES) is not None or _is_too_long(inference)
     if name := _name(inference, headers):
         return Conversation(session_from_name(name, key_name), named=True, later=later)
-    opening = _turns_before_model(inference)
+    opening = _turns_before_model(inference, MAX_DRAWN_BYTES)
     return Conversation("" if opening is None else _hashed(b"opening", key_name, opening), named=False, later=later)
+
+
+def _is_too_long(inference: InferenceRequest) -> bool:
+    key = inference.endpoint.turns_key
+    raw = inference.fields.get(key) if key else None
+    return raw is not None and len(raw) > MAX_DRAWN_BYTES

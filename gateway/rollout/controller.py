@@ -29,7 +29,8 @@ from serving.errors import LeaseLost, RolloutChanged, StateAway
 from serving.registry import Registry
 from serving.replica import Replica
 from serving.state.link import Link
-from serving.state.rollouts import LogEntry, RolloutDatabase, RolloutRecord, RolloutSnapshot
+from serving.state.rollout_records import LogEntry, RolloutRecord, RolloutSnapshot
+from serving.state.rollouts import RolloutDatabase
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from gateway.rollout.collection import BLOCK_SECONDS
 from gateway.rollout.lottery import Arm
 from serving.errors import StateAway
 from serving.state.link import Link
-from serving.state.rollouts import EMPTY, BlockRecord, DrawRecord, RolloutDatabase, RolloutSnapshot
+from serving.state.rollout_records import EMPTY, BlockRecord, DrawRecord, RolloutSnapshot
+from serving.state.rollouts import RolloutDatabase
 
 log = logging.getLogger(__name__)
 

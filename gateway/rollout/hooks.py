@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
+import tempfile
 from collections.abc import Iterable
 
 import httpx
 import msgspec
 
 from gateway.rollout.plan import Hook
-from serving.state.rollouts import LogEntry
+from serving.state.rollout_records import LogEntry
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,19 @@ async def run_hooks(hooks: Iterable[Hook], entry: LogEntry) -> tuple[str, ...]:
 
 
 async def _run(command: tuple[str, ...], body: bytes) -> None:
-    pipe = asyncio.subprocess.PIPE
-    process = await asyncio.create_subprocess_exec(
-        *command, stdin=pipe, stdout=asyncio.subprocess.DEVNULL, stderr=pipe, start_new_session=True
-    )
+    # A file, not a pipe: a command may end without reading its stdin.
+    with tempfile.TemporaryFile() as stdin:
+        stdin.write(body)
+        stdin.seek(0)
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=stdin,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
     try:
-        _, errors = await process.communicate(body)
+        _, errors = await process.communicate()
     finally:
         if process.returncode is None:
             process.kill()

@@ -24,7 +24,8 @@ from gateway.rollout.revision import in_force, read_revision
 from serving.errors import RolloutChanged
 from serving.replica import State
 from serving.state.database import StateDatabase
-from serving.state.rollouts import Demand, LogEntry, RevisionRecord, RolloutDatabase, RolloutRecord
+from serving.state.rollout_records import Demand, LogEntry, RevisionRecord, RolloutRecord
+from serving.state.rollouts import RolloutDatabase
 
 HEALTH_SECONDS = 2.0
 # A supervisor beats each second; one that has not for so long does not vouch for its replicas.

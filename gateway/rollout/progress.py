@@ -18,7 +18,7 @@ from gateway.rollout.machine import (
     is_stalled,
 )
 from gateway.rollout.plan import RolloutPlan
-from serving.state.rollouts import BlockRecord
+from serving.state.rollout_records import BlockRecord
 
 # Sample-ratio mismatch: shares of conversations that differ by these factors, at this risk of a false alarm.
 _SHARE_RATIOS = (0.5, 0.67, 0.8, 0.9, 1.1, 1.25, 1.5, 2.0)

@@ -21,7 +21,7 @@ from gateway.rollout.machine import (
 )
 from gateway.rollout.plan import RolloutPlan
 from gateway.rollout.revision import AliasRevision, Ladder
-from serving.state.rollouts import Change, Demand, LogEntry, RolloutRecord
+from serving.state.rollout_records import Change, Demand, LogEntry, RolloutRecord
 
 _STATES = msgspec.json.Decoder(RolloutState)
 

@@ -27,7 +27,7 @@ from serving.registry import Registry
 from serving.replica import Replica
 from serving.state.database import StateDatabase
 from serving.state.link import Link
-from serving.state.rollouts import EMPTY, RolloutSnapshot
+from serving.state.rollout_records import EMPTY, RolloutSnapshot
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from config.schema import AliasSettings
 from gateway.deployment import Deployment
 from gateway.rollout.machine import Split
 from serving.state.demands import with_demands
-from serving.state.rollouts import RevisionRecord, RolloutSnapshot
+from serving.state.rollout_records import RevisionRecord, RolloutSnapshot
 
 Ladder = tuple[str, ...]
 

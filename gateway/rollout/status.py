@@ -12,7 +12,8 @@ from gateway.rollout.machine import FINAL, Phase, deadline, split
 from gateway.rollout.progress import Progress, missing_for_step
 from gateway.rollout.record import read_plan, read_state
 from gateway.rollout.revision import read_revision
-from serving.state.rollouts import RolloutDatabase, RolloutRecord
+from serving.state.rollout_records import RolloutRecord
+from serving.state.rollouts import RolloutDatabase
 
 
 def status_of(database: RolloutDatabase, record: RolloutRecord, now: float) -> dict[str, Any]:

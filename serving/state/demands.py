@@ -11,7 +11,8 @@ from config.schema import ReplicaSettings
 from serving.errors import ServingError, StateAway
 from serving.state.database import StateDatabase
 from serving.state.link import Link
-from serving.state.rollouts import Demand, RolloutDatabase
+from serving.state.rollout_records import Demand
+from serving.state.rollouts import RolloutDatabase
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,8 @@ from serving.registry import Registry
 from serving.replica import Replica, State
 from serving.state.database import StateDatabase
 from serving.state.link import Link
-from serving.state.rollouts import BlockRecord, LogEntry, RolloutDatabase, RolloutRecord, RolloutSnapshot
+from serving.state.rollout_records import BlockRecord, LogEntry, RolloutRecord, RolloutSnapshot
+from serving.state.rollouts import RolloutDatabase
 from tests.gateway.fleet import deployment
 
 ONLY_ERRORS = tuple(name for name in GATE_NAMES if name != "errors")

@@ -16,7 +16,7 @@ from gateway.rollout.plan import Hook
 from gateway.rollout.record import Happening, change_of
 from gateway.rollout.smoke import PROMPTS, SmokeAnswer, judge, read_answer
 from quantgate import main
-from serving.state.rollouts import LogEntry
+from serving.state.rollout_records import LogEntry
 from tests.fakes.running import running_fake
 
 QUALITY = {"kl_mean": 0.0, "top1_agreement": 0.97, "perplexity_ratio": 1.0}

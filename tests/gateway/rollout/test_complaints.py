@@ -18,7 +18,7 @@ from gateway.rollout.record import Happening, change_of, read_plan
 from gateway.rollout.revision import in_force, ladder_in_force, read_revision
 from serving.errors import LeaseLost, RolloutExists
 from serving.replica import State
-from serving.state.rollouts import EMPTY
+from serving.state.rollout_records import EMPTY
 from tests.gateway.rollout.driving import FAST, theatre
 from tests.gateway.rollout.plans import NOW, plan
 from tests.gateway.rollout.test_machine import state as phase_state

@@ -1,13 +1,17 @@
 """The driver of rollouts: phases from the record, killed at every transition, two operators, undo."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from gateway.rollout.machine import FINAL, Event, Phase
-from gateway.rollout.operating import GateRefused
+from gateway.rollout.operating import GateRefused, Target
+from gateway.rollout.plan import PlanSettings
 from serving.errors import RolloutExists
 from serving.replica import State
-from serving.state.rollouts import Demand
-from tests.gateway.rollout.driving import theatre
+from serving.state.rollout_records import Demand
+from tests.gateway.rollout.driving import FAST, theatre
 
 WHOLE = [
     *("start", "verified", "ready", "checked", "step_done", "step_done", "passed", "deadline", "deadline"),
@@ -136,3 +140,43 @@ async def test_a_variant_that_dies_after_promotion(state: str) -> None:
         scene.put("hi")
         assert await scene.end() is Phase.ROLLED_BACK
         assert scene.operator.ladder("smol") == ("hi", "lo")
+
+
+async def test_hooks_are_told_in_order_and_never_block(state: str, tmp_path: Path) -> None:
+    """Each transition is told once; a hook that fails is noted in the log, and the rollback goes on."""
+    seen = tmp_path / "seen"
+    hooks = [{"command": ["sh", "-c", f"cat >> {seen}; echo >> {seen}"]}, {"command": ["false"], "events": ["failed"]}]
+    async with theatre(state) as scene:
+        scene.smoke.result = ("bad",)
+        scene.start(hooks=hooks)
+        assert await scene.end() is Phase.ROLLED_BACK
+        await scene.step(count=4)
+        told = [json.loads(line) for line in seen.read_text().splitlines()]
+        assert [each["event"] for each in told] == ["start", "verified", "ready", "failed", "drained"]
+        assert told[3]["why"] == "bad"
+        failed = [each for each in scene.database.entries("smol") if each.event == "hook_failed"]
+        assert [each.why for each in failed] == ["false: exit code 1: "]
+
+
+async def test_a_change_of_ladder(state: str) -> None:
+    """Adding a rung is a rollout too: the canary's conversations have the new ladder."""
+    async with theatre(state) as scene:
+        plan = scene.operator.plan(Target("smol", ladder=("hi", "odd", "lo")), PlanSettings(**FAST))
+        assert (plan.old, plan.new, plan.canary) == ("lo", "odd", ("hi", "odd", "lo"))
+        scene.operator.start(plan, "one more rung")
+        assert await scene.end() is Phase.DONE
+        assert scene.operator.ladder("smol") == ("hi", "odd", "lo")
+        assert {demand.variant for demand in scene.snapshot().demands if not demand.run} == set()
+
+
+async def test_a_routing_fault_pauses(state: str) -> None:
+    """Shares that are not the lottery's judge no variant: an operator looks."""
+    async with theatre(state) as scene:
+        scene.start()
+        await scene.reach(Phase.CANARY)
+        for _ in range(3):
+            scene.see(canary=600, stable=60)
+        await scene.step(5.0)
+        assert scene.phase() is Phase.PAUSED
+        assert "sample-ratio mismatch" in scene.rollout.pause
+        assert scene.rollout.failure == ""

@@ -12,7 +12,7 @@ from gateway.rollout.content import Content, is_looping, read_content
 from gateway.rollout.evidence import MIN_VALUES, MeanAbove, Moments, mixture_rho, moments, with_value
 from gateway.rollout.lottery import Draw, Lottery, conversation_hash, is_below
 from gateway.rollout.progress import Progress
-from serving.state.rollouts import BlockRecord
+from serving.state.rollout_records import BlockRecord
 from tests.gateway.rollout.plans import NOW, plan
 
 # Draws

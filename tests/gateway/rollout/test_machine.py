@@ -253,5 +253,6 @@ def test_stalled() -> None:
 
 @pytest.mark.parametrize("phase", [Phase.PREFLIGHT, Phase.STARTING, Phase.SMOKE, Phase.SHADOW])
 def test_no_conversation_before_the_canary(phase: Phase) -> None:
-    """Conversations are recorded from the beginning, and none is drawn to the new variant."""
-    assert split(state(phase), PLAN) == Split(("old", "low"), ("new", "old", "low"), 0.0, 0)
+    """Conversations are recorded from the beginning, and none is drawn to the new variant; one phase shadows."""
+    shadow = 0.02 if phase is Phase.SHADOW else 0.0
+    assert split(state(phase), PLAN) == Split(("old", "low"), ("new", "old", "low"), 0.0, 0, shadow)

@@ -11,7 +11,7 @@ from gateway.rollout.plan import PlanSettings
 from gateway.rollout.preflight import compare_quality, plan_problems
 from gateway.rollout.revision import AliasRevision, in_force, ladder_in_force, splits
 from gateway.routing.target import Catalog
-from serving.state.rollouts import EMPTY, Demand, RevisionRecord, RolloutRecord
+from serving.state.rollout_records import EMPTY, Demand, RevisionRecord, RolloutRecord
 from tests.gateway.fleet import deployment
 from tests.gateway.rollout.plans import plan
 

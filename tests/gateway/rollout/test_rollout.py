@@ -16,7 +16,8 @@ from gateway.rollout.operating import Operator, Target
 from gateway.rollout.plan import GATE_NAMES, PlanSettings
 from serving.errors import StateAway
 from serving.state.database import StateDatabase
-from serving.state.rollouts import RolloutDatabase, RolloutRecord
+from serving.state.rollout_records import RolloutRecord
+from serving.state.rollouts import RolloutDatabase
 from tests.fakes.running import FakeReplica, eventually, running_fake
 from tests.gateway.fleet import HELLO, Fleet, deployment, running_gateway
 from tests.serving.state.databases import PostgreSQL, away

@@ -6,7 +6,8 @@ from config.schema import ReplicaSettings
 from serving.state.database import StateDatabase
 from serving.state.demands import DemandFollower, with_demands
 from serving.state.link import Link
-from serving.state.rollouts import Change, Demand, RolloutDatabase
+from serving.state.rollout_records import Change, Demand
+from serving.state.rollouts import RolloutDatabase
 from tests.serving.state.databases import PostgreSQL, away
 from tests.serving.state.test_rollouts import FIRST, entry
 

@@ -7,7 +7,7 @@ import pytest
 
 from serving.errors import LeaseLost, RolloutChanged, RolloutExists
 from serving.state.database import StateDatabase
-from serving.state.rollouts import (
+from serving.state.rollout_records import (
     EMPTY,
     BlockRecord,
     Change,
@@ -15,9 +15,9 @@ from serving.state.rollouts import (
     DrawRecord,
     LogEntry,
     RevisionRecord,
-    RolloutDatabase,
     RolloutRecord,
 )
+from serving.state.rollouts import RolloutDatabase
 
 NOW = 1_800_000_000.0
 FIRST = RolloutRecord("r-1", "smol", "{}", "{}", "preflight", True, 0, "anna", NOW)
