@@ -17,7 +17,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError
 
 from config.errors import CapacityError
-from config.manifest import Record
+from config.record import Record
 
 FILE_NAME = "capacity.json"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from config.manifest import Record
 from config.measurements import EVALUATION_FILE
+from config.record import Record
 
 # Of these log-probabilities, 512 are enough to distinguish a variant at a KL divergence of 0.0005 from its parent.
 LONGEST_TOKENS = 513

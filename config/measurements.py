@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from config.errors import ManifestError
-from config.manifest import Record
+from config.record import Record
 
 EVALUATION_FILE = "evaluation.json"
 

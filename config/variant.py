@@ -9,7 +9,8 @@ from typing import Any, Literal
 from config.errors import ManifestError
 from config.golden import Golden, GoldenAnswer
 from config.lora import Lora, lora_variant, read_lora
-from config.manifest import FILE_NAME, Manifest, Quality
+from config.manifest import FILE_NAME, Manifest
+from config.quality import Quality
 from config.quantization import precision_of
 from config.schema import DeclaredQuality, Floor, LoraSettings, VariantSettings
 

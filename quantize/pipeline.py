@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from config.manifest import Manifest, Quality
+from config.manifest import Manifest
+from config.quality import Quality
 from quantize.base import BaseModel, read_base, with_digest
 from quantize.calibration.datasets import (
     CalibrationSplit,

@@ -12,8 +12,9 @@ from pathlib import Path
 from config.command_line import exit_codes
 from config.errors import ConfigError, ManifestError
 from config.load import load_settings, process_environment
-from config.manifest import FILE_NAME, Manifest, Quality
+from config.manifest import FILE_NAME, Manifest
 from config.measurements import EVALUATION_FILE, read_measurements
+from config.quality import Quality
 from quantize.base import read_base
 from quantize.calibration.datasets import shipped_files
 from quantize.errors import VariantError

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from config.errors import ManifestError
-from config.manifest import Quality
 from config.measurements import read_measurements
 from config.paired_comparison import PairedComparison, compare_paired
+from config.quality import Quality
 from config.schema import AliasSettings
 from config.variant import Variant
 from gateway.rollout.plan import QualityBudget, RolloutPlan

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from config.manifest import Quality
 from config.measurements import Measurements
+from config.quality import Quality
 from quantize.calibration.datasets import contents_digest
 from quantize.calibration.samples import within
 from quantize.evaluation.module_checks import loss_outliers, module_figures, read_modules

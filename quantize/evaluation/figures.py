@@ -5,10 +5,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from config.estimates import Estimate, median, token_mean, token_share
-from config.manifest import Generation, Restricted, Tasks
 from config.measurements import ChatMetrics, CompletionMetrics, Measurements, PairMetrics, TaskMetrics, TokenSums
+from config.quality import Generation, Restricted, Tasks
 
-# The events that a rate is of, by the names of `config.manifest.Generation`.
+# The events that a rate is of, by the names of `config.quality.Generation`.
 RATES = ("unfinished", "repeating", "unclosed")
 # No event in n tries: the rate is below this over n with 97.5 % confidence (upper end of Poisson's score interval).
 _NO_EVENT = 3.84

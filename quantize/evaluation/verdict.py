@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 
 from config.estimates import Estimate, more_units
-from config.manifest import Check, Interval, Quality, Verdict
 from config.measurements import Measurements
+from config.quality import Check, Interval, Quality, Verdict
 from config.rules import closest
 from quantize.errors import RecipeError
 from quantize.evaluation.figures import (

@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from config.manifest import Generation, Manifest, Quality, Tasks, Verdict
+from config.manifest import Manifest
+from config.quality import Generation, Quality, Tasks, Verdict
 from quantize.report.text_report import coverage_line, interval_text
 from quantize.report.variant_record import VariantRecord
 

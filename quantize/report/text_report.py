@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from config.manifest import Calibration, Check, ExpertCoverage, Interval, Manifest, Quality
+from config.manifest import Calibration, ExpertCoverage, Manifest
+from config.quality import Check, Interval, Quality
 from quantize.running.stage_store import StageEntry
 from quantize.variants.pruning import Disposable
 

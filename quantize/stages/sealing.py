@@ -3,8 +3,9 @@
 from dataclasses import asdict
 from pathlib import Path
 
-from config.manifest import Base, Calibration, Manifest, Quality, Quantizer
+from config.manifest import Base, Calibration, Manifest, Quantizer
 from config.measurements import EVALUATION_FILE, read_measurements
+from config.quality import Quality
 from quantize.backends.protocol import QuantizeResult
 from quantize.calibration.datasets import contents_digest
 from quantize.calibration.samples import Samples

@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from config.manifest import FILE_NAME, Base, Manifest, Override, Quality, Quantizer, Scheme
+from config.manifest import FILE_NAME, Base, Manifest, Override, Quantizer, Scheme
+from config.quality import Quality
 from config.quantization import QuantizationScheme, kv_cache_of, schemes_of
 from quantize.base import BaseModel, digest_of, slug
 from quantize.errors import TargetError, VariantError

@@ -19,7 +19,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from config.load import process_environment
-from config.manifest import Manifest, Quality
+from config.manifest import Manifest
+from config.quality import Quality
 from quantize.calibration.datasets import (
     CalibrationSplit,
     contents_digest,

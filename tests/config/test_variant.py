@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.errors import ManifestError
-from config.manifest import Interval, Quality
+from config.quality import Interval, Quality
 from config.schema import DeclaredQuality, Floor, VariantSettings
 from config.variant import PARENT_QUALITY, QualityMeasures, Variant, measured_quality, read_variants
 from tests.config.sealed import manifest_of, seal

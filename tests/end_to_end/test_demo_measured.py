@@ -9,7 +9,7 @@ import httpx
 import pytest
 import yaml
 
-from config.manifest import Quality
+from config.quality import Quality
 from tests.end_to_end.running_demo import ROOT, Running, admin_address, environment
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.timeout(900)]

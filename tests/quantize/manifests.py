@@ -4,7 +4,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from config.manifest import Base, Calibration, Check, Manifest, Quality, Quantizer, SealedFile
+from config.manifest import Base, Calibration, Manifest, Quantizer, SealedFile
+from config.quality import Check, Quality
 from quantize.schemes.scheme import preset
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from config.manifest import Quality
+from config.quality import Quality
 from tests.benchmarks.figures import Figures, Sums, TokenSample, lumped_divergence
 from tests.benchmarks.machine import Usage
 from tests.benchmarks.quantize import LayerTime, Round, last_layer, order_of, qwq_table, rounds_table

@@ -3,7 +3,8 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
-from config.manifest import FILE_NAME, Base, Manifest, Quality, Quantizer, Scheme, SealedFile, sha256_of
+from config.manifest import FILE_NAME, Base, Manifest, Quantizer, Scheme, SealedFile, sha256_of
+from config.quality import Quality
 from config.quantization import grouped
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from config.manifest import Quality
 from config.measurements import Measurements
+from config.quality import Quality
 from quantize.errors import CalibrationError, VariantError
 from quantize.evaluation.evaluate import EvaluationPlan, evaluate
 from quantize.evaluation.spans import flags

@@ -13,8 +13,8 @@ from typing import Any, cast
 import pytest
 
 from config.golden import Golden
-from config.manifest import Quality
 from config.measurements import Measurements
+from config.quality import Quality
 from quantize.errors import CalibrationError, ReplicaError
 from quantize.evaluation.inputs import EvalInputs, GenerationTask
 from quantize.evaluation.replica_evaluation import cut_lines, measure, within_context

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from config.capacity import Capacity, Hardware, write_capacity
-from config.manifest import Base, Generation, Restricted, Tasks
+from config.manifest import Base
+from config.quality import Generation, Restricted, Tasks
 from quantize.errors import VariantError
 from quantize.report.html_report import visible, write_report
 from quantize.schemes.scheme import preset

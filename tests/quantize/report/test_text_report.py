@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from config.manifest import Calibration, Check, Override, Quantizer, Restricted
+from config.manifest import Calibration, Override, Quantizer
+from config.quality import Check, Restricted
 from quantize.report.text_report import disposal_lines, variant_text
 from quantize.schemes.scheme import preset
 from quantize.variants.pruning import Disposable

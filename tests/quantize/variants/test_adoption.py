@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from config.manifest import Manifest, Override, Quality
+from config.manifest import Manifest, Override
+from config.quality import Quality
 from config.quantization import QuantizationScheme, grouped
 from quantize.base import read_base
 from quantize.errors import TargetError, VariantError

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from config.manifest import FILE_NAME, Base, Calibration, Manifest, Quality, Quantizer
+from config.manifest import FILE_NAME, Base, Calibration, Manifest, Quantizer
+from config.quality import Quality
 from quantize.errors import TargetError
 from quantize.schemes.scheme import preset
 from quantize.variants.store import require_space, reusable, seal, sealed_files, staging, sweep, work_folder
