@@ -36,11 +36,11 @@ def token_mean(sums: Sequence[float], counts: Sequence[int]) -> Estimate:
     if units < 2:
         return Estimate(mean, -math.inf, math.inf, units)
     errors = [value - count * mean for value, count in zip(sums, counts, strict=True)]
-    variance = sum(error * error for error in errors) / (units - 1)
-    standard_error = math.sqrt(variance * units) / total
-    if not standard_error:
+    deviation = math.sqrt(sum(error * error for error in errors) / (units - 1))
+    if not deviation:
         return Estimate(mean, mean, mean, units)
-    skew = sum(error**3 for error in errors) / units / variance**1.5
+    standard_error = deviation * math.sqrt(units) / total
+    skew = sum((error / deviation) ** 3 for error in errors) / units
     reach = student_quantile(units - 1)
     low = mean - _hall(reach, skew / math.sqrt(units)) * standard_error
     high = mean - _hall(-reach, skew / math.sqrt(units)) * standard_error
