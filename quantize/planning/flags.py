@@ -33,7 +33,7 @@ A row of the data is {"messages": [{"role": "user", "content": ...}, {"role": "a
 Alpaca and other formats are recognized (`Data` in quantize/README.md). A third of the prompts is kept out of
 calibration and used for the evaluation. A flag wins over the recipe.
 
-exit codes: 0 done (or this very variant was there already), 1 failed, 2 usage, 3 --gate and a limit was missed,
+exit codes: 0 done (or this very variant was there already), 1 failed, 2 usage, 3 --gate: not shown to meet all limits,
             4 somebody else is making this variant
 """
 _EVALUATE = "Measure how far a variant is from its base, whoever made it."
@@ -42,7 +42,7 @@ examples:
   quantgate evaluate variants/qwq-int4 --against models/QwQ-32B --data chats.jsonl --limit kl_mean=0.03 --gate
   quantgate evaluate variants/qwq-fp8 --against models/QwQ-32B --replica http://h:8001 --parent-replica http://h:8000
 
-exit codes: 0 done, 1 failed, 2 usage, 3 --gate and a limit was missed
+exit codes: 0 done, 1 failed, 2 usage, 3 --gate: not shown to meet all limits
 """
 
 
