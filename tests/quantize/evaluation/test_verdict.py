@@ -19,6 +19,9 @@ from config.measurements import (
     TaskMetrics,
     TokenSums,
 )
+from config.quality import Quality
+from config.schema import Floor
+from config.variant import measured_quality
 from quantize.backends.gptqmodel import settings
 from quantize.calibration.samples import within
 from quantize.errors import RecipeError
@@ -184,11 +187,36 @@ def test_rates_of_both_errors_from_a_kl_of_half_a_thousandth_to_a_half() -> None
             assert verdicts.count(right) >= 36, (limit, factor, verdicts)
 
 
+@pytest.mark.parametrize("limit", [0.0005, 0.005, 0.05, 0.5])
+def test_a_variant_at_its_limit_seldom_passes_and_seldom_fails(limit: float) -> None:
+    """At the limit itself both verdicts are errors of an interval's end: 2.5 % each, here at most 7.5 % of 80 draws."""
+    draw = random.Random(11)
+    verdicts = [kl_verdict(draw, limit, limit) for _ in range(80)]
+    assert verdicts.count("pass") <= 6
+    assert verdicts.count("fail") <= 6
+
+
+@pytest.mark.parametrize("floor", [0.0005, 0.005, 0.05, 0.5])
+def test_a_floor_admits_no_variant_that_only_seems_to_meet_it(floor: float) -> None:
+    """Of variants that lie 20 % beyond a floor none is admitted, of those at a half nearly all are."""
+    draw = random.Random(5)
+    beyond = [quality_of_draw(draw, floor * 1.2) for _ in range(40)]
+    within_it = [quality_of_draw(draw, floor * 0.5) for _ in range(40)]
+    admitted = [measured_quality(one).shortfall(Floor(kl_mean=floor)) is None for one in (*beyond, *within_it)]
+    assert sum(admitted[:40]) <= 1
+    assert sum(admitted[40:]) >= 38
+
+
 def kl_verdict(draw: random.Random, kl: float, limit: float) -> str:
     """The verdict on 96 chats whose means are log-normal around `kl`, as different as those of a real variant."""
-    chats = [sums(kl=kl * draw.lognormvariate(-0.18, 0.6), tokens=draw.randint(50, 400)) for _ in range(CHATS)]
-    quality = judge(measured(chats), 4, "0", {"kl_mean": limit, "perplexity_ratio": 9.0})
+    quality = quality_of_draw(draw, kl, limit)
     return next(one for one in quality.checks if one.name == "kl_mean").verdict
+
+
+def quality_of_draw(draw: random.Random, kl: float, limit: float = 1.0) -> Quality:
+    """The quality that 96 chats show of a variant at a true KL."""
+    chats = [sums(kl=kl * draw.lognormvariate(-0.18, 0.6), tokens=draw.randint(50, 400)) for _ in range(CHATS)]
+    return judge(measured(chats), 4, "0", {"kl_mean": limit})
 
 
 def test_modules_are_held_against_their_limits() -> None:
