@@ -79,14 +79,14 @@ def _plan(options: argparse.Namespace) -> int:
     minutes = expected_minutes(plan.settings, rate or 0.0)
     running = active.id if active is not None and active.active else None
     if options.json:
-        told = {
+        payload = {
             "plan": plan.model_dump(mode="json"),
             "conversations_per_second": rate,
             "expected_minutes": [each if math.isfinite(each) else None for each in minutes],
             "problems": problems,
             "active": running,
         }
-        print(json.dumps(told))
+        print(json.dumps(payload))
     else:
         _show_plan(plan, rate, minutes, problems)
     if running:
@@ -166,8 +166,8 @@ def _steer(options: argparse.Namespace) -> int:
         state = operator.steer(options.alias, event, options.reason)
     finally:
         operator.close()
-    told = {"alias": options.alias, "event": event.value, "phase": state.phase.value, "step": state.step}
-    print(json.dumps(told) if options.json else f"{options.alias}: {state.phase.value}")
+    payload = {"alias": options.alias, "event": event.value, "phase": state.phase.value, "step": state.step}
+    print(json.dumps(payload) if options.json else f"{options.alias}: {state.phase.value}")
     return DONE
 
 

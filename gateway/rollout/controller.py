@@ -2,7 +2,7 @@
 
 Every gateway process has a driver; a lease with a fencing number lets one of them drive each alias. A driver keeps
 nothing that the next one could not read again: state and plan come from the record, evidence from the blocks, and what
-must be done in a phase (checks, hooks) is done again by whoever finds it undone.
+must be done in a phase (checks, hooks) is repeated by the next driver if it is not recorded as done.
 """
 
 import asyncio
@@ -253,12 +253,12 @@ class Driver:
             for entry in await link.call(self._database.without_hooks, rollout_id):
                 for problem in await run_hooks(plan.settings.hooks, entry):
                     log.warning("hook of rollout %s after %s: %s", rollout_id, entry.event, problem)
-                    told = LogEntry(
+                    failure = LogEntry(
                         *(entry.alias, self.context.wall_clock(), self.context.holder, "hook_failed", entry.phase),
                         problem,
                         rollout=None,
                     )
-                    await link.call(self._database.log, told)
+                    await link.call(self._database.log, failure)
                 await link.call(self._database.hooked, entry.seq)
 
     def _finish(self, job: Job, rollout_id: str) -> None:

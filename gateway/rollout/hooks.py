@@ -1,4 +1,4 @@
-"""Hooks: commands and URLs that are told of transitions; bounded in time, and never in the way of a rollout."""
+"""Hooks: commands and URLs that run on transitions, for a limited time; a failed hook does not stop a rollout."""
 
 import asyncio
 import logging
@@ -17,9 +17,9 @@ MAX_ERROR_BYTES = 500
 
 
 def payload(entry: LogEntry) -> bytes:
-    """What a hook is told: the log entry, as JSON."""
+    """Return the input of a hook: the log entry, as JSON."""
     figures = msgspec.Raw(entry.figures.encode())
-    told = {
+    payload = {
         "alias": entry.alias,
         "rollout": entry.rollout,
         "event": entry.event,
@@ -29,7 +29,7 @@ def payload(entry: LogEntry) -> bytes:
         "at": entry.at,
         "figures": figures,
     }
-    return msgspec.json.encode(told)
+    return msgspec.json.encode(payload)
 
 
 async def run_hooks(hooks: Iterable[Hook], entry: LogEntry) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ class Lottery:
                 self._record(made)
 
     def take_unshared(self) -> list[Draw]:
-        """Return draws that other workers have not been told, at most MAX_SHARED."""
+        """Return draws that other workers do not know yet, at most MAX_SHARED."""
         count = min(len(self._unshared), MAX_SHARED)
         return [self._unshared.popitem(last=False)[1] for _ in range(count)]
 

@@ -39,7 +39,7 @@ class PlanTable(BaseModel):
 
 
 class Hook(PlanTable):
-    """A command or a URL that is told of transitions: JSON on its stdin, or as the body of a POST."""
+    """A command or a URL that gets the transitions: JSON on its stdin, or as the body of a POST."""
 
     command: tuple[str, ...] | None = None
     url: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None

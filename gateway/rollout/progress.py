@@ -33,7 +33,7 @@ SETTLE_SECONDS = 5.0
 
 @dataclass(slots=True)
 class Progress:
-    """The evidence of a rollout, block by block; the same for whoever reads all blocks."""
+    """The evidence of a rollout, block by block; the same for each process that reads all blocks."""
 
     plan: RolloutPlan
     gates: tuple[Gate, ...] = field(init=False)

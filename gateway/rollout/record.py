@@ -1,6 +1,6 @@
 """Writes the transitions of a rollout: its state, the alias' revision, wanted replicas and the log entry, in one step.
 
-Drivers and operators write through the same function; whoever was later reads the rollout again.
+Drivers and operators write through the same function; the later one reads the rollout again.
 """
 
 import secrets

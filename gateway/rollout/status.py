@@ -47,7 +47,7 @@ def status_of(database: RolloutDatabase, record: RolloutRecord, now: float) -> d
 
 
 def _gate(gate: Gate, conversations_per_second: float) -> dict[str, Any]:
-    told: dict[str, Any] = {
+    payload: dict[str, Any] = {
         "name": gate.settings.name,
         "verdict": gate.verdict,
         "log_evidence": round(gate.log_e, 3),
@@ -55,11 +55,11 @@ def _gate(gate: Gate, conversations_per_second: float) -> dict[str, Any]:
     if gate.verdict == "more":
         needed = gate.needed_conversations()
         minutes = needed / conversations_per_second / 60 if conversations_per_second else None
-        told |= {"needs_conversations": needed, "needs_minutes": None if minutes is None else round(minutes, 1)}
+        payload |= {"needs_conversations": needed, "needs_minutes": None if minutes is None else round(minutes, 1)}
     if isinstance(gate, EventGate):
-        return told | {"canary": list(gate.canary), "stable": list(gate.stable)}
+        return payload | {"canary": list(gate.canary), "stable": list(gate.stable)}
     assert isinstance(gate, MeanGate)
-    return told | {"ratio": None if gate.interval is None else [round(each, 4) for each in gate.interval]}
+    return payload | {"ratio": None if gate.interval is None else [round(each, 4) for each in gate.interval]}
 
 
 def show_status(status: dict[str, Any], *, as_json: bool) -> None:

@@ -48,7 +48,7 @@ class Smoke:
 
 
 @dataclass
-class Theatre:
+class RolloutFixture:
     """An alias with its replicas, a clock, and a driver that may be killed and replaced."""
 
     state: str
@@ -187,10 +187,10 @@ class Theatre:
 
 
 @asynccontextmanager
-async def theatre(state: str, *ready: str, **tables: Any) -> AsyncIterator[Theatre]:
+async def rollout_fixture(state: str, *ready: str, **tables: Any) -> AsyncIterator[RolloutFixture]:
     """An alias whose variants `ready` have replicas."""
     configured = replace(deployment({"aliases": ALIASES, "replicas": [], **tables}), state=state)
-    made = Theatre(state, configured)
+    made = RolloutFixture(state, configured)
     for variant in ready or ("hi", "lo", "mid", "odd"):
         made.put(variant)
     try:

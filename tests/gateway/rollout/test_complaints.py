@@ -19,14 +19,14 @@ from gateway.rollout.revision import in_force, ladder_in_force, read_revision
 from serving.errors import LeaseLost, RolloutExists
 from serving.replica import State
 from serving.state.rollout_records import EMPTY
-from tests.gateway.rollout.driving import FAST, theatre
+from tests.gateway.rollout.driving import FAST, rollout_fixture
 from tests.gateway.rollout.plans import NOW, plan
 from tests.gateway.rollout.test_machine import state as phase_state
 
 
 async def test_1_no_data_is_no_failure_and_no_promotion(state: str) -> None:
     """argo#1905: without conversations a step waits, then pauses with what it misses, and goes on when they come."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start(stall_seconds=60)
         await scene.reach(Phase.CANARY)
         await scene.step(50.0)
@@ -42,7 +42,7 @@ async def test_1_no_data_is_no_failure_and_no_promotion(state: str) -> None:
 @pytest.mark.parametrize("paused", [True, False])
 async def test_2_a_failed_analysis_ends_the_rollout_in_every_state(state: str, paused: bool) -> None:
     """argo#1411, flagger#1801: the fail check runs while a rollout is paused, too."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start()
         await scene.reach(Phase.CANARY)
         if paused:
@@ -58,7 +58,7 @@ async def test_2_a_failed_analysis_ends_the_rollout_in_every_state(state: str, p
 
 async def test_3_rollback_never_sends_traffic_to_what_is_not_ready(state: str) -> None:
     """argo#777, flagger#1898: the weight goes to 0 when the old variant is ready, and not before."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start()
         await scene.reach(Phase.CANARY)
         scene.put("hi", State.FAILED)
@@ -75,7 +75,7 @@ async def test_3_rollback_never_sends_traffic_to_what_is_not_ready(state: str) -
 
 async def test_4_a_fix_forward_needs_no_stable_variant(state: str) -> None:
     """argo#1774, flagger#639: with the old variant dead, `promote --full` and a plan without comparison lead on."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.put("hi", State.FAILED)
         scene.start()
         await scene.reach(Phase.CANARY)
@@ -84,7 +84,7 @@ async def test_4_a_fix_forward_needs_no_stable_variant(state: str) -> None:
         after = advance(scene.rollout, Event.PROMOTE_FULL, "broken", read_plan(record), ready, scene.now)
         assert after.phase is Phase.DRAINING
         scene.steer(Event.ABORT)
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         assert scene.phase() is Phase.HOLDING
 
 
@@ -114,7 +114,7 @@ def test_5_nothing_is_stuck_for_ever(phase: Phase) -> None:
 
 async def test_6_something_new_during_a_rollout_waits(state: str) -> None:
     """argo#1372, flagger#30: one at a time; edits of the configuration take effect for the next one."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start()
         await scene.reach(Phase.CANARY)
         with pytest.raises(RolloutExists):
@@ -132,7 +132,7 @@ async def test_6_something_new_during_a_rollout_waits(state: str) -> None:
 @pytest.mark.parametrize("how", ["failed", "rolled_back", "done"])
 async def test_7_every_final_state_can_be_left(state: str, how: str) -> None:
     """flagger#1152, argo#3120: `retry`, or another variant, from each of them."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start()
         if how == "failed":
             scene.steer(Event.ABORT)
@@ -158,7 +158,7 @@ async def test_7_every_final_state_can_be_left(state: str, how: str) -> None:
 
 async def test_8_a_restart_changes_no_weight(state: str) -> None:
     """argo#1665: weights come from the record alone, and a driver that was replaced cannot change them."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start()
         await scene.reach(Phase.CANARY)
         before = scene.weights()
@@ -174,7 +174,7 @@ async def test_8_a_restart_changes_no_weight(state: str) -> None:
 
 async def test_9_old_replicas_do_not_count_as_new_ones(state: str) -> None:
     """dynamo#3567: what counts is a replica of the plan's content, not of its name, and never a number."""
-    async with theatre(state, "hi", "lo") as scene:
+    async with rollout_fixture(state, "hi", "lo") as scene:
         scene.start()
         scene.put("hi")
         await scene.step(5.0, count=4)
@@ -195,7 +195,7 @@ async def test_10_the_previous_revision_is_the_recorded_one(state: str) -> None:
     """kserve#2130: a revision is a record that is never changed, with its whole ladder; a ladder of unknown variants
     holds nothing.
     """
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start()
         await scene.end()
         first, *_, last = [read_revision(each) for each in scene.database.revisions("smol")][::-1]
@@ -207,7 +207,7 @@ async def test_10_the_previous_revision_is_the_recorded_one(state: str) -> None:
 
 async def test_11_some_want_a_freeze(state: str) -> None:
     """flagger#1186: `on_fail: pause` keeps the weight, and an operator decides."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start(on_fail="pause")
         await scene.reach(Phase.CANARY)
         for _ in range(4):

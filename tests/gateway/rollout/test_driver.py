@@ -11,7 +11,7 @@ from gateway.rollout.plan import PlanSettings
 from serving.errors import RolloutExists
 from serving.replica import State
 from serving.state.rollout_records import Demand
-from tests.gateway.rollout.driving import FAST, theatre
+from tests.gateway.rollout.driving import FAST, rollout_fixture
 
 WHOLE = [
     *("start", "verified", "ready", "checked", "step_done", "step_done", "passed", "deadline", "deadline"),
@@ -20,7 +20,7 @@ WHOLE = [
 
 async def test_a_whole_rollout(state: str) -> None:
     """Every transition is recorded in order, with the weight that it set."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start()
         assert await scene.end() is Phase.DONE
         assert scene.events() == WHOLE
@@ -36,7 +36,7 @@ async def test_a_whole_rollout(state: str) -> None:
 @pytest.mark.parametrize("number", range(len(WHOLE)))
 async def test_a_driver_killed_after_each_transition(state: str, number: int) -> None:
     """Another one goes on from the record: the same story, told once, and no half state."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start()
         await scene.until(lambda: len(scene.events()) > number, seconds=5.0)
         await scene.kill()
@@ -51,7 +51,7 @@ async def test_a_driver_killed_after_each_transition(state: str, number: int) ->
 @pytest.mark.parametrize("number", range(4, 9))
 async def test_a_driver_killed_on_the_way_back(state: str, number: int) -> None:
     """A rollout that fails goes back whoever drives it; the gates' evidence is read again, and says the same."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start()
         for _ in range(number):
             await scene.step(5.0)
@@ -67,7 +67,7 @@ async def test_a_driver_killed_on_the_way_back(state: str, number: int) -> None:
 
 async def test_a_driver_that_was_slow_writes_nothing(state: str) -> None:
     """Its lease has gone to another one: its fencing number is refused."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start()
         slow = scene.driver
         await scene.step()
@@ -83,7 +83,7 @@ async def test_a_driver_that_was_slow_writes_nothing(state: str) -> None:
 
 async def test_two_operators(state: str) -> None:
     """One wins, the other learns who; when the first rollout has ended, another may start from every final state."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         first = scene.start()
         with pytest.raises(RolloutExists, match=rf"anna already runs rollout {first.id} of smol \(phase preflight\)"):
             scene.start()
@@ -105,7 +105,7 @@ async def test_two_operators(state: str) -> None:
 
 async def test_undo_after_a_rollout(state: str) -> None:
     """To the revision before, at once; it needs a variant that is ready."""
-    async with theatre(state, replicas=[{"variant": "hi", "url": "http://127.0.0.1:9"}]) as scene:
+    async with rollout_fixture(state, replicas=[{"variant": "hi", "url": "http://127.0.0.1:9"}]) as scene:
         scene.start()
         await scene.end()
         with pytest.raises(Exception, match="has a ready replica: nothing would answer"):
@@ -115,7 +115,7 @@ async def test_undo_after_a_rollout(state: str) -> None:
 
 async def test_a_replica_that_comes_later(state: str) -> None:
     """A rollout waits for the address of the new variant, and goes back if it never comes."""
-    async with theatre(state, "hi", "lo") as scene:
+    async with rollout_fixture(state, "hi", "lo") as scene:
         scene.start(start_seconds=100)
         await scene.step(5.0, count=5)
         assert scene.phase() is Phase.STARTING
@@ -129,7 +129,7 @@ async def test_a_replica_that_comes_later(state: str) -> None:
 
 async def test_a_variant_that_dies_after_promotion(state: str) -> None:
     """Back is the other way there: the old one, kept warm, takes over; without it nothing changes."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start()
         await scene.reach(Phase.KEEPING)
         scene.put("odd", State.FAILED)
@@ -146,7 +146,7 @@ async def test_hooks_are_told_in_order_and_never_block(state: str, tmp_path: Pat
     """Each transition is told once; a hook that fails is noted in the log, and the rollback goes on."""
     seen = tmp_path / "seen"
     hooks = [{"command": ["sh", "-c", f"cat >> {seen}; echo >> {seen}"]}, {"command": ["false"], "events": ["failed"]}]
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.smoke.result = ("bad",)
         scene.start(hooks=hooks)
         assert await scene.end() is Phase.ROLLED_BACK
@@ -160,7 +160,7 @@ async def test_hooks_are_told_in_order_and_never_block(state: str, tmp_path: Pat
 
 async def test_a_change_of_ladder(state: str) -> None:
     """Adding a rung is a rollout too: the canary's conversations have the new ladder."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         plan = scene.operator.plan(Target("smol", ladder=("hi", "odd", "lo")), PlanSettings(**FAST))
         assert (plan.old, plan.new, plan.canary) == ("lo", "odd", ("hi", "odd", "lo"))
         scene.operator.start(plan, "one more rung")
@@ -171,7 +171,7 @@ async def test_a_change_of_ladder(state: str) -> None:
 
 async def test_a_routing_fault_pauses(state: str) -> None:
     """Shares that are not the lottery's judge no variant: an operator looks."""
-    async with theatre(state) as scene:
+    async with rollout_fixture(state) as scene:
         scene.start()
         await scene.reach(Phase.CANARY)
         for _ in range(3):
