@@ -202,6 +202,12 @@ def test_a_bad_answer(answer: SmokeAnswer, problem: str) -> None:
     assert len(judge(new, ())) == 1
 
 
+def test_a_smoke_test_without_answers() -> None:
+    """It shows nothing, whatever the old variant does: it does not pass."""
+    nothing = [SmokeAnswer(error="answered 400")] * len(PROMPTS)
+    assert judge(nothing, nothing) == ("smoke test: no prompt was answered; the first one: answered 400",)
+
+
 def test_a_call_that_the_old_variant_makes() -> None:
     """A new variant has to make it, too; one that the old one does not make is not wanted."""
     assert judge([*ANSWERS, CALL], [*ANSWERS, CALL]) == ()
