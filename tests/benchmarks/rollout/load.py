@@ -17,6 +17,31 @@ PLACES = ("France", "Italy", "Japan", "Spain", "Egypt", "Peru", "Kenya", "Norway
 # Where the arm's own variant has no replica in reach, another one answers: that is no move.
 ELSEWHERE = ("spill", "fallback")
 
+HEADINGS = ("rollout", "ended", "exit code", "seconds", "conversations", "saw it", "requests/s", "failed", "moved")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a rollout came to; conversations are those that began after `start`, `saw` those that the variant answered."""
+
+    name: str
+    ended: str
+    code: int
+    seconds: float
+    conversations: int
+    saw: int
+    requests_per_second: float
+    failed: int
+    moved: int
+
+    def cells(self) -> list[str]:
+        """The row as Markdown cells."""
+        saw = f"{self.saw} ({self.saw / max(self.conversations, 1):.1%})"
+        counts = [str(self.failed), str(self.moved)]
+        times = f"{self.seconds:.0f}"
+        rate = f"{self.requests_per_second:.1f}"
+        return [self.name, self.ended, str(self.code), times, str(self.conversations), saw, rate, *counts]
+
 
 @dataclass(slots=True)
 class Talk:

@@ -27,7 +27,7 @@ import yaml
 
 from tests.benchmarks.machine import machine_line
 from tests.benchmarks.rollout.damage import copy_variant, doubled_scales, flipped_codes
-from tests.benchmarks.rollout.load import MAX_TOKENS, Load
+from tests.benchmarks.rollout.load import HEADINGS, MAX_TOKENS, Load, Row
 from tests.end_to_end.running_demo import ROOT, environment
 from tests.fakes.running import HOST, eventually
 
@@ -36,30 +36,6 @@ START_SECONDS, ROLLOUT_SECONDS, STOP_SECONDS = 300.0, 600.0, 90.0
 # The last step with two arms waits for every gate, which takes hours at the rates of a small machine.
 PATIENCE_SECONDS = 150.0
 FLIPPED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-HEADINGS = ("rollout", "ended", "exit code", "seconds", "conversations", "saw it", "requests/s", "failed", "moved")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """What a rollout came to; `share` counts conversations that began after `start`."""
-
-    name: str
-    ended: str
-    code: int
-    seconds: float
-    conversations: int
-    saw: int
-    requests_per_second: float
-    failed: int
-    moved: int
-
-    def cells(self) -> list[str]:
-        """The row as Markdown cells."""
-        saw = f"{self.saw} ({self.saw / max(self.conversations, 1):.1%})"
-        counts = [str(self.failed), str(self.moved)]
-        times = f"{self.seconds:.0f}"
-        rate = f"{self.requests_per_second:.1f}"
-        return [self.name, self.ended, str(self.code), times, str(self.conversations), saw, rate, *counts]
 
 
 @dataclass(slots=True)
