@@ -22,7 +22,7 @@ HEADINGS = ("rollout", "ended", "exit code", "seconds", "conversations", "saw it
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a rollout came to; conversations are those that began after `start`, `saw` those that the variant answered."""
+    """What a rollout came to; of conversations after `start`, the variant answered `saw`."""
 
     name: str
     ended: str
