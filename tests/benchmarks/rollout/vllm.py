@@ -33,8 +33,6 @@ from tests.fakes.running import HOST, eventually
 
 ALIAS = "smol"
 START_SECONDS, ROLLOUT_SECONDS, STOP_SECONDS = 300.0, 600.0, 90.0
-# The last step with two arms waits for every gate, which takes hours at the rates of a small machine.
-PATIENCE_SECONDS = 150.0
 FLIPPED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
@@ -45,6 +43,7 @@ class Bench:
     work: Path
     port: int
     program: Sequence[str]
+    patience_seconds: float
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -102,10 +101,10 @@ class Bench:
         deadline = None
         while (status := await self.status())["phase"] not in ("draining", "keeping", "done", "rolled_back", "failed"):
             if status["phase"] == "canary" and status["step"] == len(status["steps"]) - 2:
-                deadline = deadline or time.monotonic() + PATIENCE_SECONDS
+                deadline = deadline or time.monotonic() + self.patience_seconds
                 if time.monotonic() > deadline:
                     verdicts = {gate["name"]: gate["verdict"] for gate in status["gates"]}
-                    print(f"after {PATIENCE_SECONDS:.0f} s: {verdicts}; {status['waits_for']}", flush=True)
+                    print(f"after {self.patience_seconds:.0f} s: {verdicts}; {status['waits_for']}", flush=True)
                     await self.command("promote", ALIAS, "--reason", "the gates need more traffic")
                     return
             await asyncio.sleep(2)
@@ -138,7 +137,7 @@ class Bench:
         return found
 
 
-def prepare(work: Path, variant: Path, layer: int, args: Sequence[str]) -> Bench:
+def prepare(work: Path, variant: Path, layer: int, args: Sequence[str], patience_seconds: float) -> Bench:
     """Make the variants and the configuration anew; the home stays, with the byte-code that vLLM starts faster with."""
     for name in ("v1", "v2", "v3", "v4"):
         shutil.rmtree(work / name, ignore_errors=True)
@@ -150,7 +149,7 @@ def prepare(work: Path, variant: Path, layer: int, args: Sequence[str]) -> Bench
     with socket.socket() as found:
         found.bind((HOST, 0))
         port = found.getsockname()[1]
-    bench = Bench(work, port, ())
+    bench = Bench(work, port, (), patience_seconds)
     bench.home.mkdir(exist_ok=True)
     replica = {"variant": "v1", "cores": "0", "max_model_len": 512, "kv_cache_bytes": "128MiB", "drain_seconds": 10}
     document = {
@@ -224,10 +223,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--users", type=int, default=4, help="conversations at a time (default: %(default)s)")
     parser.add_argument("--layer", type=int, default=15, help="the damaged layer (default: %(default)s)")
     parser.add_argument("--rollouts", default="v2,v3,v4", help="which of them, in this order (default: %(default)s)")
+    # The last step with two arms waits for every gate, which takes hours at the rates of a small machine.
+    patience = "seconds of the last step with two arms until it is promoted by hand (default: %(default)s)"
+    parser.add_argument("--patience", type=float, default=150, help=patience)
     parser.add_argument("--fake", action="store_true", help="with the fake in vLLM's place, to try this program")
     chosen = parser.parse_args(arguments)
     work = chosen.work.resolve()
-    bench = prepare(work, chosen.variant.resolve(), chosen.layer, () if chosen.fake else ("--enforce-eager",))
+    args = () if chosen.fake else ("--enforce-eager",)
+    bench = prepare(work, chosen.variant.resolve(), chosen.layer, args, chosen.patience)
     fake = ("-m", "tests.fakes.serve", str(bench.config), str(bench.home), "up")
     bench.program = fake if chosen.fake else ("-m", "quantgate", "up", str(bench.config))
     try:
