@@ -24,7 +24,7 @@ RATIOS = (1.1, 1.25, 1.6, 2.0, 3.0, 5.0, 9.0)
 # Alternatives of `passes_ceiling`, as shares of the ceiling.
 _SHARES = (0.0, 0.25, 0.5, 0.75)
 _NORMAL = NormalDist()
-_TINY = 1e-300
+_FAR = -20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +143,7 @@ def interval(test: MeanDifference, alpha: float = 0.05) -> tuple[float, float, f
 def normal_mixture(excess: float, precision: float, rho: float) -> float:
     """Return the log e-value of the one-sided normal mixture for a sum with a variance of `precision`."""
     total = precision + rho
-    z = excess / math.sqrt(total)
-    log_probability = math.log(max(0.5 * math.erfc(-z / math.sqrt(2)), _TINY))
-    return 0.5 * math.log(4 * rho / total) + z * z / 2 + log_probability
+    return 0.5 * math.log(4 * rho / total) + _log_scaled_probability(excess / math.sqrt(total))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +195,17 @@ def log_mean_exp(logarithms: Sequence[float]) -> float:
     if largest == -math.inf:
         return -math.inf
     return largest + math.log(math.fsum([math.exp(each - largest) for each in logarithms]) / len(logarithms))
+
+
+def _log_scaled_probability(z: float) -> float:
+    """Return log Phi(z) + z^2 / 2.
+
+    Far below 0, Phi(z) underflows while z^2 grows, as for answers that all have the same length. There it is the
+    asymptotic series of Mills' ratio.
+    """
+    if z < _FAR:
+        return math.log1p(-1 / z**2 + 3 / z**4) - math.log(-z * math.sqrt(2 * math.pi))
+    return z * z / 2 + math.log(0.5 * math.erfc(-z / math.sqrt(2)))
 
 
 def _canary_probability(weight: float, ratio: float) -> float:

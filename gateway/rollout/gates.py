@@ -8,8 +8,9 @@ mean of both.
 verdict             when
 ==================  ======================================================================================
 fail                the e-value has reached 1 / alpha once; it stays so
-pass                enough evidence that there is no effect of the size that the gate looks for; or hardly any
-                    conversation has the quantity, such as reasoning tokens: then there is nothing to show
+pass                enough evidence that there is no effect of the size that the gate looks for; or there is nothing
+                    to show: hardly any conversation has the quantity, such as reasoning tokens, or nearly all of
+                    the stable variant's have the event, such as answers cut where clients ask for one token
 more                neither; `needed_conversations` says how many more of the canary's it takes, at its rate
 ==================  ======================================================================================
 """
@@ -139,8 +140,16 @@ class EventGate:
         """What the evidence says."""
         if self.failed:
             return "fail"
+        if self._common:
+            return "pass"
         shown = self.stable[1] > 0 and passes_ceiling(*self.canary, self.ceiling) >= _PASS_LOG_E
         return "pass" if shown else "more"
+
+    @property
+    def _common(self) -> bool:
+        """Whether the stable variant has the event so often that the canary can't exceed that by the margin."""
+        events, conversations = self.stable
+        return conversations >= MIN_VALUES and events >= (1 - self.settings.margin) * conversations
 
     def needed_conversations(self) -> int:
         """How many more conversations of the canary it takes to pass, if its rate stays."""

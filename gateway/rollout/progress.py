@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from gateway.rollout.collection import read_block
 from gateway.rollout.evidence import EventCounts, MeanAbove, mixture_rho, with_events, with_value
-from gateway.rollout.gates import EventGate, Gate, Verdict, begin_step, new_gates, observe, verdict
+from gateway.rollout.gates import MAX_NEEDED, EventGate, Gate, Verdict, begin_step, new_gates, observe, verdict
 from gateway.rollout.machine import (
     FINAL,
     Event,
@@ -215,7 +215,7 @@ def missing_for_step(state: RolloutState, plan: RolloutPlan, progress: Progress,
     is_last = state.step + 1 >= len(settings.steps) or settings.weights[state.step + 1] == 1
     if is_last and settings.compare and progress.verdict != "pass":
         needed = max(gate.needed_conversations() for gate in progress.gates if gate.verdict == "more")
-        return f"{needed} more conversations of the canary for the gates"
+        return f"{needed if needed < MAX_NEEDED else 'many'} more conversations of the canary for the gates"
     left = settings.step_seconds - (now - state.step_since)
     return f"{left:.0f} more seconds" if left > 0 else ""
 

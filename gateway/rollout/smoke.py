@@ -4,16 +4,19 @@ import asyncio
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 
 from gateway.rollout.content import Content, is_looping, read_content
 from serving.clients import Clients, root_of
+from serving.errors import ProbeFailed
+from serving.probe import Probe
 from serving.replica import Replica
 
 TIMEOUT_SECONDS = 180.0
+# Of an answer; at most half of the engine's context.
 MAX_TOKENS = 512
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -52,6 +55,7 @@ class SmokeAnswer:
     stopped: bool = False
     finite: bool = True
     error: str = ""
+    max_tokens: int = MAX_TOKENS
 
     @property
     def is_sound(self) -> bool:
@@ -63,8 +67,10 @@ class SmokeAnswer:
 def judge(new: Sequence[SmokeAnswer], old: Sequence[SmokeAnswer]) -> tuple[str, ...]:
     """Return the problems of the new variant's answers; what the old one cannot do either is none.
 
-    `old` may be empty: then every answer is judged by itself.
+    `old` may be empty: then every answer is judged by itself. Without any answer nothing is shown.
     """
+    if all(answer.error for answer in new):
+        return (f"smoke test: no prompt was answered; the first one: {new[0].error}",)
     problems = []
     for place, (prompt, answer) in enumerate(zip(PROMPTS, new, strict=True)):
         other = old[place] if old else None
@@ -91,7 +97,7 @@ def _problem(answer: SmokeAnswer) -> str:
         return "the answer repeats itself"
     if content.has_open_thinking:
         return "<think> is not closed"
-    return "" if answer.stopped else f"the answer does not stop within {MAX_TOKENS} tokens"
+    return "" if answer.stopped else f"the answer does not stop within {answer.max_tokens} tokens"
 
 
 class SmokeClient:
@@ -111,13 +117,23 @@ class SmokeClient:
 
     async def answers(self, replica: Replica) -> list[SmokeAnswer]:
         """Answer every prompt, one after the other."""
-        return [await self._answer(replica, prompt) for prompt in PROMPTS]
+        max_tokens = await self._max_tokens(replica)
+        return [replace(await self._answer(replica, prompt, max_tokens), max_tokens=max_tokens) for prompt in PROMPTS]
 
-    async def _answer(self, replica: Replica, prompt: SmokePrompt) -> SmokeAnswer:
+    async def _max_tokens(self, replica: Replica) -> int:
+        """How long answers may be, so that they fit an engine's context beside the prompt."""
+        try:
+            async with Probe() as probe:
+                context = (await probe.served_model(replica)).max_model_len_tokens
+        except ProbeFailed:
+            context = None
+        return MAX_TOKENS if context is None else min(MAX_TOKENS, context // 2)
+
+    async def _answer(self, replica: Replica, prompt: SmokePrompt, max_tokens: int) -> SmokeAnswer:
         body: dict[str, Any] = {
             "model": replica.served_name,
             "messages": [{"role": "user", "content": prompt.text}],
-            "max_tokens": MAX_TOKENS,
+            "max_tokens": max_tokens,
             "temperature": 0,
             "logprobs": True,
         }

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gateway.rollout.gates import EventGate, Gate, MeanGate
+from gateway.rollout.gates import MAX_NEEDED, EventGate, Gate, MeanGate
 from gateway.rollout.machine import FINAL, Phase, deadline, split
 from gateway.rollout.progress import Progress, missing_for_step
 from gateway.rollout.record import read_plan, read_state
@@ -53,8 +53,9 @@ def _gate(gate: Gate, conversations_per_second: float) -> dict[str, Any]:
         "log_evidence": round(gate.log_e, 3),
     }
     if gate.verdict == "more":
-        needed = gate.needed_conversations()
-        minutes = needed / conversations_per_second / 60 if conversations_per_second else None
+        count = gate.needed_conversations()
+        needed = count if count < MAX_NEEDED else None  # None: nothing is known of its variance yet
+        minutes = needed / conversations_per_second / 60 if needed and conversations_per_second else None
         payload |= {"needs_conversations": needed, "needs_minutes": None if minutes is None else round(minutes, 1)}
     if isinstance(gate, EventGate):
         return payload | {"canary": list(gate.canary), "stable": list(gate.stable)}
@@ -85,7 +86,7 @@ def _gates_table(gates: list[dict[str, Any]]) -> Table:
     for gate in gates:
         canary, stable = (_share(gate.get(arm)) for arm in ("canary", "stable"))
         ratio = gate.get("ratio")
-        needs = "" if "needs_conversations" not in gate else f"{gate['needs_conversations']} more conversations"
+        needs = f"{gate['needs_conversations'] or 'many'} more conversations" if "needs_conversations" in gate else ""
         if gate.get("needs_minutes") is not None:
             needs += f", about {gate['needs_minutes']:.0f} min"
         interval = "" if ratio is None else f"{ratio[1]:.3f} ({ratio[0]:.3f} to {ratio[2]:.3f})"

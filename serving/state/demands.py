@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -24,17 +24,32 @@ def with_demands(
 ) -> tuple[ReplicaSettings, ...]:
     """Return what is to run: configured replicas, less those that are not wanted, and more of those that are.
 
-    A wanted variant without an entry of its own is launched like the variant that its demand names, on any free port.
-    Replicas with a `url` are never changed: other programs run them.
+    A wanted variant without an entry of its own is launched like the variant that its demand names, on any free port
+    and on cores that are free; where that one has no entry either, like the one it was launched like itself. Replicas
+    with a `url` are never changed: other programs run them.
     """
     wanted = {demand.variant: demand for demand in demands if demand.variant in variants}
     kept = [each for each in replicas if each.url or each.variant not in wanted or wanted[each.variant].run]
     configured = {each.variant for each in replicas}
     for variant, demand in wanted.items():
         if demand.run and variant not in configured:
-            models = [each for each in replicas if each.variant == demand.modeled_on and not each.url]
-            kept += [each.model_copy(update={"variant": variant, "port": None}) for each in models]
+            own = {"variant": variant, "port": None, "cores": None}
+            kept += [each.model_copy(update=own) for each in _models(demand, replicas, wanted)]
     return tuple(kept)
+
+
+def _models(
+    demand: Demand, replicas: tuple[ReplicaSettings, ...], wanted: Mapping[str, Demand]
+) -> list[ReplicaSettings]:
+    """The entries that a variant is launched like: those of the nearest variant before it that has some."""
+    seen = {demand.variant}
+    while True:
+        found = [each for each in replicas if each.variant == demand.modeled_on and not each.url]
+        earlier = wanted.get(demand.modeled_on)
+        if found or earlier is None or earlier.variant in seen:
+            return found
+        seen.add(earlier.variant)
+        demand = earlier
 
 
 @dataclass(slots=True)

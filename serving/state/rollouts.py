@@ -281,8 +281,19 @@ def _demands(connection: Connection) -> tuple[Demand, ...]:
 
 def _put_demands(connection: Connection, demands: Iterable[Demand]) -> None:
     for demand in demands:
+        models = {each.variant: each.modeled_on for each in _demands(connection)}
+        put = replace(demand, modeled_on=_model(demand, models))
         connection.execute(delete(REPLICA_DEMANDS).where(REPLICA_DEMANDS.c.variant == demand.variant))
-        connection.execute(insert(REPLICA_DEMANDS).values(**_values(demand)))
+        connection.execute(insert(REPLICA_DEMANDS).values(**_values(put)))
+
+
+def _model(demand: Demand, models: Mapping[str, str]) -> str:
+    """What a variant is launched like: as demanded, unless that one is launched like this very variant."""
+    before, seen = demand.modeled_on, {demand.variant}
+    while before not in seen and before in models:
+        seen.add(before)
+        before = models[before]
+    return models.get(demand.variant, demand.modeled_on) if before == demand.variant else demand.modeled_on
 
 
 def _log(connection: Connection, entries: Iterable[LogEntry]) -> None:

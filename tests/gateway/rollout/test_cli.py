@@ -14,8 +14,9 @@ from gateway.rollout.machine import Event, Phase, Readiness
 from gateway.rollout.operating import Operator
 from gateway.rollout.plan import Hook
 from gateway.rollout.record import Happening, change_of
-from gateway.rollout.smoke import PROMPTS, SmokeAnswer, judge, read_answer
+from gateway.rollout.smoke import PROMPTS, SmokeAnswer, SmokeClient, judge, read_answer
 from quantgate import main
+from serving.replica import Replica
 from serving.state.rollout_records import LogEntry
 from tests.fakes.running import running_fake
 
@@ -200,6 +201,23 @@ def test_a_bad_answer(answer: SmokeAnswer, problem: str) -> None:
     assert problem in told
     assert judge(new, new) == ()
     assert len(judge(new, ())) == 1
+
+
+async def test_a_smoke_test_of_a_small_context() -> None:
+    """Answers may take half of it; a prompt that does not fit is not answered by either variant."""
+    client = SmokeClient()
+    async with running_fake("--max-model-len", "400", "--fake-tokens", "1000") as fake:
+        answers = await client.answers(Replica("new-1", "new", "int4", fake.url, "m1"))
+    await client.aclose()
+    assert {answer.max_tokens for answer in answers} == {200}
+    assert [prompt.name for prompt, answer in zip(PROMPTS, answers, strict=True) if answer.error] == ["long prompt"]
+    assert not answers[0].stopped
+
+
+def test_a_smoke_test_without_answers() -> None:
+    """It shows nothing, whatever the old variant does: it does not pass."""
+    nothing = [SmokeAnswer(error="answered 400")] * len(PROMPTS)
+    assert judge(nothing, nothing) == ("smoke test: no prompt was answered; the first one: answered 400",)
 
 
 def test_a_call_that_the_old_variant_makes() -> None:

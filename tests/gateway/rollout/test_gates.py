@@ -15,6 +15,7 @@ from gateway.rollout.evidence import (
     interval,
     mixture_rho,
     moments,
+    normal_mixture,
     passes_ceiling,
     with_block,
     with_events,
@@ -94,6 +95,31 @@ def test_the_interval_covers_at_every_moment() -> None:
             inside &= bounds is None or bounds[0] <= 0.1 <= bounds[2]
         covered += inside
     assert covered >= 185
+
+
+@given(st.floats(-1e6, 1e6), st.floats(0.001, 1e3), st.floats(0, 1e7))
+def test_less_excess_is_less_evidence(excess: float, step: float, precision: float) -> None:
+    """Also far below the margin, where probabilities underflow."""
+    rho = mixture_rho(ALPHA, math.log(1.2))
+    less, more = (normal_mixture(each, precision, rho) for each in (excess - step, excess))
+    assert less <= more + 1e-9 * abs(more)
+    assert normal_mixture(-abs(excess), precision, rho) <= 1e-9
+
+
+def test_answers_of_one_length_are_alike() -> None:
+    """Thousands of equal values are no evidence of a difference, in neither direction."""
+    test = MeanDifference(0.05, mixture_rho(ALPHA, math.log(1.15)))
+    for _ in range(200):
+        test = with_block(test, Moments(20, math.log(17), 0.0), Moments(60, math.log(17), 0.0))
+    assert test.log_e < 0
+
+
+def test_what_nearly_every_conversation_has_cannot_become_more_frequent() -> None:
+    """Where clients ask for few tokens, every answer is cut: there is nothing to show."""
+    all_cut = {"cut_by_length": 40}
+    gates = new_gates([EventSettings("cut_by_length"), EventSettings("errors")], len(STEPS))
+    cut, errors = observe(begin_step(gates), Block(0.5, ArmBlock(40, all_cut), ArmBlock(40, all_cut)))
+    assert (cut.verdict, errors.verdict) == ("pass", "more")
 
 
 def test_a_rate_passes_without_any_event() -> None:

@@ -9,7 +9,9 @@ from pydantic import ValidationError
 from config.errors import SettingsError
 from config.load import load_file
 from gateway.rollout.gates import EventSettings, MeanSettings
+from gateway.rollout.machine import Phase, RolloutState
 from gateway.rollout.plan import (
+    GATE_NAMES,
     PlanSettings,
     RolloutPlan,
     compared,
@@ -18,7 +20,8 @@ from gateway.rollout.plan import (
     parse_seconds,
     replacement,
 )
-from tests.gateway.rollout.plans import plan
+from gateway.rollout.progress import Progress, missing_for_step
+from tests.gateway.rollout.plans import NOW, plan
 
 
 @pytest.mark.parametrize("text, seconds", [("90", 90), ("300s", 300), ("5m", 300), ("1h", 3600), ("1.5d", 129600)])
@@ -127,3 +130,11 @@ def test_the_gates_need_hundreds_of_conversations() -> None:
     assert 100 < needed_conversations(PlanSettings()) < 1000
     only_errors = PlanSettings(skip=tuple(gate.name for gate in PlanSettings().gates() if gate.name != "errors"))
     assert needed_conversations(only_errors) <= needed_conversations(PlanSettings())
+
+
+def test_what_a_gate_needs_may_not_be_known() -> None:
+    """Before the variance of a mean is known, no number is told."""
+    one = plan(steps=(50, 100), skip=tuple(name for name in GATE_NAMES if name != "token_time"))
+    progress = Progress(one, canary=20, canary_by_step={0: 20})
+    began = RolloutState(Phase.CANARY, since=NOW, step_since=NOW)
+    assert missing_for_step(began, one, progress, NOW) == "many more conversations of the canary for the gates"

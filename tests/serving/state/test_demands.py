@@ -48,6 +48,29 @@ def test_what_runs(
     assert with_demands(wanted, demands, VARIANTS) == wanted
 
 
+@pytest.mark.parametrize("stopped", [True, False], ids=["done", "in a rollout"])
+def test_a_variant_after_the_next(state: str, stopped: bool) -> None:
+    """A variant without an entry may replace one that has none either, and be replaced by it again."""
+    database = RolloutDatabase(StateDatabase.at(state))
+    database.start(FIRST, entry())
+    demands = [demand("new", run=True), demand("old", run=False, modeled_on="new")]
+    demands += [demand("newer", run=True, modeled_on="new")]
+    demands += [demand("new", run=False, modeled_on="newer")] if stopped else []
+    demands += [demand("new", run=True, modeled_on="newer"), demand("newer", run=True, modeled_on="newer")]
+    for version, each in enumerate(demands):
+        database.change("r-1", version, Change("{}", "starting", True, (entry(),), demands=(each,)), "d", 0.0, None)
+    pinned = OLD.model_copy(update={"cores": "0"})
+    wanted = with_demands((pinned,), database.snapshot().demands, (*VARIANTS, "newer"))
+    assert [(each.variant, each.count, each.cores) for each in wanted] == [("new", 2, None), ("newer", 2, None)]
+    database.database.close()
+
+
+def test_what_leads_nowhere() -> None:
+    """Demands that name each other start nothing."""
+    circle = (demand("new", run=True, modeled_on="newer"), demand("newer", run=True, modeled_on="new"))
+    assert with_demands((OLD,), circle, (*VARIANTS, "newer")) == (OLD,)
+
+
 async def test_demands_are_followed(state: str) -> None:
     """A change is told once."""
     follower = await DemandFollower.read(state)
