@@ -35,7 +35,7 @@ class QualityMeasures:
     perplexity_ratio: float | None = None
     kl_p99: float | None = None
     length_ratio: float | None = None
-    bounds: Mapping[str, float] = field(default_factory=dict)
+    bounds: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def bound(self, measure: str) -> float | None:
         """Return what a measure is at worst: the end of its interval, or the value itself without one."""

@@ -279,7 +279,8 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
         document(variants="variants:\n  a: {precision: int3}"),
         2,
         [
-            "f:3:7: variants.a.precision: must be 'bf16', 'fp16', 'fp32', 'fp8', 'int8' or 'int4', got 'int3'; "
+            "f:3:7: variants.a.precision: must be 'bf16', 'fp16', 'fp32', 'fp8', 'fp4', 'int8' or "
+            "'int4', got 'int3'; "
             "did you mean 'int8'?"
         ],
     ),

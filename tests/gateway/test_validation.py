@@ -83,11 +83,11 @@ def test_all_files_are_looked_at(folder: Path, capsys: pytest.CaptureFixture[str
 
 def test_replicas_that_vllm_cannot_serve(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What `up` would refuse to start is told with the line of the replica."""
-    quantization = {"quant_method": "gptq", "bits": 3, "group_size": 128, "sym": True}
+    quantization = {"quant_method": "gptq", "bits": 3, "group_size": 128, "sym": True, "desc_act": False}
     model_directory(folder / "model", quantization_config=quantization)
     code, _, err = check(folder, document(variants=OWN, replicas=replica("")), capsys)
     assert code == 2
-    assert "f:5:5: replicas.0: DIR/model: GPTQ with 3 bits is not served by vLLM; quantize to 4 or 8 bits" in err
+    assert "f:5:5: replicas.0: DIR/model: vLLM on CPU loads GPTQ of 4 bits, not of 3; quantize to 4 bits" in err
 
 
 @pytest.mark.parametrize("text", [text for text, code, _ in MISTAKES if code == 2])

@@ -117,14 +117,17 @@ def test_the_longest_request_fits(combination: tuple[Any, ...], engine: Any) -> 
         assert bool(found) is refused, found
 
 
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+
+
 @pytest.mark.parametrize(
     "engine,settings,config,word",
     [
         ("cpu", {"kv_cache_dtype": "fp8"}, {"head_dim": 80}, "multiple of 32, not 80"),
         ("cuda", {"kv_cache_dtype": "fp8"}, {"head_dim": 80}, ""),
         ("cpu", {"kv_cache_dtype": "bfloat16"}, {"head_dim": 80}, ""),
-        ("cuda", {"kv_cache_dtype": "fp8_e5m2"}, {"quantization_config": {"quant_method": "fp8"}}, "use fp8"),
-        ("cuda", {"kv_cache_dtype": "fp8"}, {"quantization_config": {"quant_method": "fp8"}}, ""),
+        ("cuda", {"kv_cache_dtype": "fp8_e5m2"}, {"quantization_config": FP8}, "use fp8"),
+        ("cuda", {"kv_cache_dtype": "fp8"}, {"quantization_config": FP8}, ""),
         ("cuda", {"pipeline_parallel": 7}, {}, "6 layers can't be shared by pipeline_parallel 7"),
         ("cuda", {"expert_parallel": True}, {"num_experts": None}, "has no experts"),
     ],

@@ -101,6 +101,7 @@ def test_keys_are_listed(path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "name": "old",
         "sha256": ["aaaaaaaa"],
         "aliases": [],
+        "shadow": True,
         "floor": {},
         "requests_per_minute": None,
         "tokens_per_minute": None,
