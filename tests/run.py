@@ -42,7 +42,7 @@ LIGHT = ("-m", "not real_vllm and not real_model")
 MODEL = ("-m", "real_model")
 VLLM = ("-m", "real_vllm")
 # A file stays in one process: its module fixtures are built once.
-PARALLEL = ("-n", "2", "--dist", "loadfile")
+PARALLEL = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 NO_TESTS_COLLECTED = 5
 
 

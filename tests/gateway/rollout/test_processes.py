@@ -25,7 +25,7 @@ from tests.gateway.rollout.driving import ONLY_ERRORS
 from tests.gateway.test_workers import free_ports
 from tests.serving.supervised import model_directory
 
-pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(240), pytest.mark.long_wait]
 PATIENCE = 150.0
 
 
