@@ -186,7 +186,8 @@ async def make_variant(demo: Demo, base: Path, scheme: str) -> Path:
             *("--scheme", scheme, "--out", str(folder / "{id}"), "--json"),
             *("--engine", "cpu"),  # the demo serves on the CPU, even if there is a GPU
             *("--samples", "16", "--max-tokens", "2048"),  # minutes on two cores, whatever the machine's defaults are
-            *("--eval-prompts", "0"),  # paired generations would take longer than all the rest
+            # Few chats and no completions, which would take longer than all the rest: wide intervals.
+            *("--eval-chats", "12", "--eval-prompts", "0"),
         )
         manifest = await run_module(f"quantizing to {scheme}", "quantgate", "quantize", str(base), *options)
     variant_id: str = json.loads(manifest)["id"]
