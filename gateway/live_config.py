@@ -73,7 +73,7 @@ class LiveConfig:
 class LiveWeights:
     """The weights of rungs with several members, apart from the configuration: a reload leaves them as they are.
 
-    Their only writer is a rollout.
+    Rollouts do not use them: an arm has a ladder of its own (gateway.rollout.arms).
     """
 
     current: RungWeights = NO_WEIGHTS

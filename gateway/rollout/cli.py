@@ -16,7 +16,7 @@ from config.errors import ConfigError
 from config.load import load_file
 from gateway.cli.admin_client import AdminClient, AdminUnavailable
 from gateway.rollout.machine import FINAL, Event, Phase, Refused
-from gateway.rollout.operating import GateRefused, Operator, Target
+from gateway.rollout.operating import GateRefused, Operator, Replacement
 from gateway.rollout.plan import PlanSettings, RolloutPlan, expected_minutes, parse_seconds
 from gateway.rollout.status import history_rows, show_history, show_status, status_of
 from serving.errors import RolloutChanged, RolloutExists, StateAway
@@ -195,11 +195,11 @@ def _history(options: argparse.Namespace) -> int:
 # Options
 
 
-def _target(options: argparse.Namespace) -> Target:
+def _target(options: argparse.Namespace) -> Replacement:
     ladder = tuple(filter(None, (options.ladder or "").split(",")))
     if bool(options.variant) == bool(ladder):
         raise ConfigError("name the new variant, or the new ladder with --ladder")
-    return Target(options.alias, options.variant, options.replaces, ladder)
+    return Replacement(options.alias, options.variant, options.replaces, ladder)
 
 
 def _settings(options: argparse.Namespace) -> PlanSettings:

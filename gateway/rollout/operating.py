@@ -39,7 +39,7 @@ class GateRefused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Replacement:
     """What a rollout changes: a new variant that replaces one of the ladder, or another ladder."""
 
     alias: str
@@ -72,7 +72,7 @@ class Operator:
 
     # Plans
 
-    def plan(self, target: Target, settings: PlanSettings) -> RolloutPlan:
+    def plan(self, target: Replacement, settings: PlanSettings) -> RolloutPlan:
         """Return the plan of a rollout; ConfigError if the names don't fit the configuration."""
         variants = self.deployment.variants
         current = self.ladder(target.alias)
@@ -248,7 +248,7 @@ class Operator:
 
 
 def _ladders(
-    target: Target, current: tuple[str, ...], variants: Mapping[str, Variant]
+    target: Replacement, current: tuple[str, ...], variants: Mapping[str, Variant]
 ) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
     """Return the new variant, the old one, the canary's ladder and the final one."""
     if target.ladder:

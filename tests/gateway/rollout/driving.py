@@ -12,7 +12,7 @@ from gateway.rollout.collection import Collection, Outcome
 from gateway.rollout.controller import Driver, DriverContext
 from gateway.rollout.lottery import Arm, Draw
 from gateway.rollout.machine import FINAL, Event, Phase, RolloutState
-from gateway.rollout.operating import Operator, Target
+from gateway.rollout.operating import Operator, Replacement
 from gateway.rollout.plan import GATE_NAMES, PlanSettings
 from gateway.rollout.record import read_plan, read_state
 from serving.registry import Registry
@@ -97,7 +97,7 @@ class RolloutFixture:
 
     def start(self, **settings: Any) -> RolloutRecord:
         """Start a rollout of `odd` in place of `hi`, by the clock of the test."""
-        plan = self.operator.plan(Target("smol", "odd", "hi"), PlanSettings(**{**FAST, **settings}))
+        plan = self.operator.plan(Replacement("smol", "odd", "hi"), PlanSettings(**{**FAST, **settings}))
         self.now += 1
         return self.operator.start(plan, "a test")
 

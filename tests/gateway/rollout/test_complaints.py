@@ -10,7 +10,7 @@ import pytest
 from gateway.rollout.collection import Collection
 from gateway.rollout.lottery import Lottery
 from gateway.rollout.machine import FINAL, Event, Phase, Readiness, Refused, advance, deadline
-from gateway.rollout.operating import Target
+from gateway.rollout.operating import Replacement
 from gateway.rollout.plan import PlanSettings
 from gateway.rollout.preflight import fingerprint
 from gateway.rollout.progress import Facts, Progress, next_event
@@ -146,7 +146,7 @@ async def test_7_every_final_state_can_be_left(state: str, how: str) -> None:
             with pytest.raises(Refused, match="was completed"):
                 scene.retry()
             scene.now += 1
-            back = scene.operator.plan(Target("smol", "hi", "odd"), PlanSettings(**FAST))
+            back = scene.operator.plan(Replacement("smol", "hi", "odd"), PlanSettings(**FAST))
             scene.operator.start(back, "back by a rollout")
             assert await scene.end() is Phase.DONE
             assert scene.operator.ladder("smol") == ("hi", "lo")

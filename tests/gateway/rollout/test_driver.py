@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gateway.rollout.machine import FINAL, Event, Phase
-from gateway.rollout.operating import GateRefused, Target
+from gateway.rollout.operating import GateRefused, Replacement
 from gateway.rollout.plan import PlanSettings
 from serving.errors import RolloutExists
 from serving.replica import State
@@ -161,7 +161,7 @@ async def test_hooks_are_told_in_order_and_never_block(state: str, tmp_path: Pat
 async def test_a_change_of_ladder(state: str) -> None:
     """Adding a rung is a rollout too: the canary's conversations have the new ladder."""
     async with rollout_fixture(state) as scene:
-        plan = scene.operator.plan(Target("smol", ladder=("hi", "odd", "lo")), PlanSettings(**FAST))
+        plan = scene.operator.plan(Replacement("smol", ladder=("hi", "odd", "lo")), PlanSettings(**FAST))
         assert (plan.old, plan.new, plan.canary) == ("lo", "odd", ("hi", "odd", "lo"))
         scene.operator.start(plan, "one more rung")
         assert await scene.end() is Phase.DONE

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from gateway.rollout.machine import Phase
-from gateway.rollout.operating import Operator, Target
+from gateway.rollout.operating import Operator, Replacement
 from gateway.rollout.plan import PlanSettings
 from serving.replica import State
 from tests.fakes.running import DEADLINE_SECONDS, HOST, ROOT, eventually
@@ -125,7 +125,7 @@ async def test_the_gateway_is_killed_in_the_middle(tmp_path: Path, together: boo
     try:
         await eventually(lambda: operator.is_ready("old"), PATIENCE)
         plan = operator.plan(
-            Target("smol", "new"),
+            Replacement("smol", "new"),
             PlanSettings(steps=(50, 100), step_seconds=2, keep=2, drain_seconds=2, skip=ONLY_ERRORS),
         )
         operator.start(plan, "")

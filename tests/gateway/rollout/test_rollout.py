@@ -12,7 +12,7 @@ import pytest
 
 from gateway.deployment import Deployment
 from gateway.rollout.machine import Event, Phase
-from gateway.rollout.operating import Operator, Target
+from gateway.rollout.operating import Operator, Replacement
 from gateway.rollout.plan import GATE_NAMES, PlanSettings
 from serving.errors import StateAway
 from serving.state.database import StateDatabase
@@ -40,7 +40,7 @@ class Stage:
     answers: list[tuple[str, str, int]] = field(default_factory=list)  # conversation, variant, status
 
     def start(self, **settings: Any) -> RolloutRecord:
-        plan = self.operator.plan(Target("smol", "odd", "hi"), PlanSettings(**{**FAST, **settings}))
+        plan = self.operator.plan(Replacement("smol", "odd", "hi"), PlanSettings(**{**FAST, **settings}))
         return self.operator.start(plan, "a test")
 
     async def reached(self, *phases: Phase) -> RolloutRecord:
