@@ -178,7 +178,7 @@ def collectors(
     breakers, silent = dispatcher.breaker_states, dispatcher.cluster.silent
     yield FleetCollector(registry, live_config.variants, breakers, dispatcher.waiting, lambda: silent)
     yield EngineCollector(registry, lambda: poller.results)
-    yield LadderCollector(dispatcher.cluster.gates, lambda: iter(registry.ready), load.estimates)
+    yield LadderCollector(dispatcher.cluster.gates, lambda: iter(registry.ready), load.estimates, lambda: load.speeds)
 
 
 def live_config_for(deployment: Deployment) -> LiveConfig:
