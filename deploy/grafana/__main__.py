@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     for path, text in files():
         if path in differing and not check:
             path.write_text(text, encoding="utf-8")
-    print("\n".join(f"{path.name}: {'differs' if check else 'written'}" for path in differing) or "no changes")  # noqa: T201
+    print("\n".join(f"{path.name}: {'differs' if check else 'written'}" for path in differing) or "no changes")
     return int(check and bool(differing))
 
 

@@ -39,7 +39,7 @@ def _now(made: Dashboard) -> Dashboard:
     query = QUERIES
     success = f"1 - {ratio(query.errors(), query.rate(table.REQUESTS))}"
     spilled = ratio(query.rate(table.SPILLS), query.rate(table.REQUESTS))
-    ready = query.total(table.REPLICA_STATE, "replica", where=READY)
+    ready = query.largest(table.REPLICA_STATE, "replica", where=READY)
     missing = query.largest(table.REPLICA_METRIC_MISSING, "replica", "metric")
     loss, wait = (GREEN, YELLOW, RED), query.quantile(0.95, table.TIME_TO_FIRST_TOKEN_SECONDS)
     panels = (
@@ -68,14 +68,14 @@ def _now(made: Dashboard) -> Dashboard:
             *((None, GREEN), (0.05, YELLOW), (0.25, ORANGE)),
         ),
         number(
-            *("Ready replicas", "Replicas that may get requests.", COUNT, target(f"count(({ready}) > 0) or vector(0)")),
+            *("Ready replicas", "Replicas that may get requests.", COUNT, target(f"sum({ready})")),
             *((None, RED), (1, GREEN)),
         ),
         number(
             "Engine metrics missing",
             "Metrics that routing reads and that an engine does not report, as after a rename in vLLM. Must be 0.",
             COUNT,
-            target(f"sum({missing}) or vector(0)"),
+            target(f"sum({missing})"),
             *((None, GREEN), (1, RED)),
         ),
     )
@@ -123,24 +123,24 @@ def _latency(made: Dashboard) -> Dashboard:
     limited = "Of streams, queue included. The line is the limit of the objective."
     made = (
         made.with_row(Row("Latency"))
-        .with_panel(graph("Time to first token", limited, SECONDS, *_percentiles(first), width=6, limit=2.5))
+        .with_panel(graph("Time to first token", limited, SECONDS, *_percentiles(first), limit=2.5))
         .with_panel(
-            graph(
-                *("Time between tokens", "Between consecutive events with tokens.", SECONDS, *_percentiles(between)),
-                width=6,
-            )
+            graph("Time between tokens", "Between consecutive events with tokens.", SECONDS, *_percentiles(between))
         )
-        .with_panel(graph("Whole request", "From arrival to the last byte.", SECONDS, *_percentiles(whole), width=6))
+        .with_panel(graph("Whole request", "From arrival to the last byte.", SECONDS, *_percentiles(whole)))
     )
-    wait = target(query.quantile(0.95, table.QUEUE_SECONDS, "alias"), "{{alias}} p95")
-    waiting = target(query.total(table.WAITING, "alias"), "{{alias}} waiting")
+    wait = query.quantile(0.95, table.QUEUE_SECONDS, "alias")
     return made.with_panel(
         graph(
-            "Wait for a replica",
-            "Seconds that requests waited before they were sent (p95), and how many wait now.",
-            SECONDS,
-            *(wait, waiting),
-            width=6,
+            *("Wait for a replica, p95", "Time that requests waited before they were sent.", SECONDS),
+            target(wait, "{{alias}}"),
+            width=12,
+        )
+    ).with_panel(
+        graph(
+            *("Requests waiting", "Requests in the queue of the gateway.", COUNT),
+            target(query.total(table.WAITING, "alias"), "{{alias}}"),
+            width=12,
         )
     )
 
@@ -170,7 +170,7 @@ def _errors(made: Dashboard) -> Dashboard:
                 "Rejections by reason",
                 "Requests that no replica saw.",
                 REQUESTS,
-                target(f"{rejections} > 0 or {query.rate(table.REJECTIONS)}", "{{reason}}"),
+                target(rejections, "{{reason}}"),
                 width=6,
             )
         )
