@@ -72,7 +72,7 @@ def _now(made: Dashboard) -> Dashboard:
             *((None, RED), (1, GREEN)),
         ),
         number(
-            "Engine metrics missing",
+            "Metrics missing",
             "Metrics that routing reads and that an engine does not report, as after a rename in vLLM. Must be 0.",
             COUNT,
             target(f"sum({missing})"),

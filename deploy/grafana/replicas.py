@@ -104,7 +104,7 @@ def _now(made: Dashboard) -> Dashboard:
         )
         .with_panel(
             number(
-                "Engine metrics missing",
+                "Metrics missing",
                 "Metrics that routing reads and that an engine does not report, as after a rename in vLLM.",
                 COUNT,
                 target(f"sum({missing})"),

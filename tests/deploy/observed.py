@@ -30,10 +30,11 @@ from tests.fakes.certificates import Authority
 from tests.fakes.running import ROOT, FakeReplica, eventually, running_fake
 from tests.gateway.fleet import CHAT, Fleet, running_gateway
 
-# Slots of each replica, and tokens per second of one answer, whatever runs beside it.
+# Of each replica: requests that routing takes for its capacity, and tokens per second of one answer. A fake takes more
+# without being slower; its KV cache is full at `--max-num-seqs`, which would be a long wait.
 SLOTS, TOKENS_PER_SECOND, ANSWER_TOKENS = 4, 40.0, 12
 FLAGS = (
-    *("--max-num-seqs", str(SLOTS), "--fake-tokens", str(ANSWER_TOKENS), "--fake-reasoning-tokens", "4"),
+    *("--max-num-seqs", str(4 * SLOTS), "--fake-tokens", str(ANSWER_TOKENS), "--fake-reasoning-tokens", "4"),
     *("--fake-tokens-per-second", str(TOKENS_PER_SECOND)),
 )
 SPEED = SpeedProfile(
@@ -62,9 +63,9 @@ class Observed:
     clients: "Clients"
     operator: Operator
 
-    async def start_rollout(self) -> None:
+    async def start_rollout(self, steps: tuple[float, ...] = (50.0, 100.0), step_seconds: float = 600) -> None:
         """Replace a variant of `assistant`; returns once conversations are drawn to the new one."""
-        settings = PlanSettings(steps=(50.0, 100.0), step_seconds=600, compare=False)
+        settings = PlanSettings(steps=steps, step_seconds=step_seconds, compare=False)
         self.operator.start(self.operator.plan(Replacement("assistant", "int8-v2", "int8"), settings), "a test")
         await eventually(lambda: self.operator.latest("assistant").phase == Phase.CANARY)
 
@@ -99,7 +100,7 @@ class Clients:
 
 
 @asynccontextmanager
-async def observed(executable: str, folder: Path) -> AsyncIterator[Observed]:
+async def observed(executable: str, folder: Path, scrape_seconds: int = 1) -> AsyncIterator[Observed]:
     """Run everything, without clients."""
     async with AsyncExitStack() as stack:
         fakes = await _replicas(stack)
@@ -112,7 +113,7 @@ async def observed(executable: str, folder: Path) -> AsyncIterator[Observed]:
         clients = Clients(fleet.client)
         engines = [fake.url.removeprefix("http://") for fake in fakes.values()]
         targets = {"quantgate": [fleet.served.addresses.admin], "vllm": engines}
-        prometheus = await stack.enter_async_context(running_prometheus(executable, targets))
+        prometheus = await stack.enter_async_context(running_prometheus(executable, targets, scrape_seconds))
         yield Observed(fleet, prometheus, clients, operator)
 
 

@@ -54,17 +54,19 @@ class Prometheus:
 
 
 @asynccontextmanager
-async def running_prometheus(executable: str, targets: Mapping[str, Sequence[str]]) -> AsyncIterator[Prometheus]:
-    """Run it on a free port; `targets` are host:port by job. It scrapes and evaluates rules each second."""
+async def running_prometheus(
+    executable: str, targets: Mapping[str, Sequence[str]], scrape_seconds: int = 1
+) -> AsyncIterator[Prometheus]:
+    """Run it on a free port; `targets` are host:port by job. Rules are evaluated as often as it scrapes."""
     address = f"{HOST}:{free_ports(1)[0]}"
     with tempfile.TemporaryDirectory(prefix="prometheus-") as name:
         folder = Path(name)
         config = folder / "prometheus.yml"
-        config.write_text(yaml.safe_dump(configuration(targets)))
+        config.write_text(yaml.safe_dump(configuration(targets, scrape_seconds)))
         with (folder / "log").open("wb") as log:
             process = await asyncio.create_subprocess_exec(
                 *(executable, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"),
-                *(f"--web.listen-address={address}", "--query.lookback-delta=5s"),
+                *(f"--web.listen-address={address}", "--query.lookback-delta=15s"),
                 stdin=DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -82,7 +84,7 @@ async def running_prometheus(executable: str, targets: Mapping[str, Sequence[str
             await process.wait()
 
 
-def configuration(targets: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def configuration(targets: Mapping[str, Sequence[str]], scrape_seconds: int) -> dict[str, Any]:
     """The configuration of deploy/prometheus with other targets, in a hurry."""
     document: dict[str, Any] = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text(encoding="utf-8"))
     jobs = [
@@ -90,7 +92,7 @@ def configuration(targets: Mapping[str, Sequence[str]]) -> dict[str, Any]:
         for job in document["scrape_configs"]
     ]
     return {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "global": {"scrape_interval": f"{scrape_seconds}s", "evaluation_interval": f"{scrape_seconds}s"},
         "rule_files": [str(path) for path in RULES],
         "scrape_configs": jobs,
     }
