@@ -211,7 +211,8 @@ def _quality(made: Dashboard) -> Dashboard:
                 target(query.served_quality("top1_agreement", "alias"), "{{alias}}"),
                 width=6,
                 most=1,
-            ).min(0.8)
+                soft_least=0.95,
+            )
         )
         .with_panel(
             graph(

@@ -60,17 +60,22 @@ def graph(
     stack: Stack = "none",
     limit: float | None = None,
     most: float | None = None,
+    soft_least: float | None = None,
 ) -> timeseries.Panel:
-    """Lines over time, from 0; `limit` draws a red line, `most` is the top of the axis."""
+    """Lines over time; `limit` draws a red line, `most` is the top of the axis.
+
+    The axis begins at 0, or with `soft_least` there or at the least value.
+    """
     panel = timeseries.Panel().title(title).description(description).datasource(SOURCE)
     panel = panel.targets([each.ref_id(name) for each, name in zip(targets, "ABCDEFGH", strict=False)])
-    panel = panel.unit(unit).min(0).span(width).height(8).line_width(1).show_points(models.VisibilityMode.NEVER)
+    panel = panel.unit(unit).span(width).height(8).line_width(1).show_points(models.VisibilityMode.NEVER)
     panel = panel.fill_opacity(10 if stack == "none" else 60)
     panel = panel.stacking(common.StackingConfig().mode(models.StackingMode(stack)).group("A"))
     legend = common.VizLegendOptions().display_mode(models.LegendDisplayMode.LIST)
     panel = panel.legend(legend.placement(models.LegendPlacement.BOTTOM).show_legend(True).calcs(["lastNotNull"]))
     tooltip = common.VizTooltipOptions().mode(models.TooltipDisplayMode.MULTI).sort(models.SortOrder.DESCENDING)
     panel = panel.tooltip(tooltip)
+    panel = panel.min(0) if soft_least is None else panel.axis_soft_min(soft_least)
     if most is not None:
         panel = panel.max(most)
     if limit is not None:

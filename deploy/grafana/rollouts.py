@@ -150,9 +150,8 @@ def _gates(made: Dashboard) -> Dashboard:
                 target(evidence, "{{alias}} {{gate}}"),
                 width=12,
                 limit=FAILED_LOG_EVIDENCE,
-            )
-            .height(12)
-            .min(-6)
+                soft_least=-3,
+            ).height(12)
         )
     )
 

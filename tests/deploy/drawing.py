@@ -173,11 +173,12 @@ def _graph(axes: Axes, panel: dict[str, Any], lines: list[Line]) -> None:
         axes.stackplot(lines[0].seconds, values, colors=[colors[line.name] for line in lines], alpha=0.7, linewidth=0)
     if custom.get("thresholdsStyle", {}).get("mode") == "dashed":
         axes.axhline(defaults["thresholds"]["steps"][-1]["value"], color=COLORS["red"], linewidth=1, linestyle="--")
-    axes.set_ylim(bottom=defaults["min"])
+    least = defaults.get("min", custom.get("axisSoftMin", 0.0))
+    axes.set_ylim(bottom=least if "min" in defaults else min(least, axes.get_ylim()[0]))
     if "max" in defaults:
         axes.set_ylim(top=defaults["max"])
     elif not any(value for line in lines for value in line.values if math.isfinite(value)):
-        axes.set_ylim(top=defaults["min"] + 1)
+        axes.set_ylim(top=least + 1)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatted(value, unit)))
     _time_axis(axes, lines)
