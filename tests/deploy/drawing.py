@@ -148,7 +148,7 @@ def _stat(axes: Axes, panel: dict[str, Any], lines: list[Line]) -> None:
         color = COLORS.get((passed or defaults["thresholds"]["steps"])[-1]["color"], TEXT)
         text = "none" if math.isnan(value) else formatted(value, defaults["unit"])
         at = (number + 0.5) / max(len(lines), 1)
-        text_of = {"ha": "center", "va": "center", "transform": axes.transAxes, "color": color}
+        text_of: dict[str, Any] = {"ha": "center", "va": "center", "transform": axes.transAxes, "color": color}
         axes.text(at, 0.62, text, fontsize=12.5, fontweight="bold", **text_of)
         if line.name not in ("", "value"):
             axes.text(at, 0.12, line.name, fontsize=7, **{**text_of, "color": TEXT})
