@@ -79,10 +79,12 @@ def _kv_usage(polled: Polled) -> GaugeMetricFamily:
 class LadderCollector(Collector):
     """Exposes which rungs spill, the estimated wait and the slots of each ready replica, and measured speeds.
 
-    `gates` are by alias and variant; `estimates` returns those of a variant's ready replicas, `speeds` are by variant.
+    `gates` are by alias and variant, as are `rungs`: those that may spill, also before they first do. `estimates`
+    returns those of a variant's ready replicas, `speeds` are by variant.
     """
 
     gates: Mapping[tuple[str, str], SpillGate]
+    rungs: Callable[[], Iterable[tuple[str, str]]]
     variants: Callable[[], Iterable[str]]
     estimates: Callable[[str], Sequence[LatencyEstimate]]
     speeds: Callable[[], Mapping[str, SpeedProfile]]
@@ -90,8 +92,9 @@ class LadderCollector(Collector):
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the families; called once per scrape."""
         spilling = table.LADDER_SPILLING.gauge_family()
-        for labels, gate in self.gates.items():
-            spilling.add_metric(labels, float(gate.spilling))
+        open_gates = {place: gate.spilling for place, gate in self.gates.items()}
+        for labels, is_open in {**dict.fromkeys(self.rungs(), False), **open_gates}.items():
+            spilling.add_metric(labels, float(is_open))
         yield spilling
         yield from self._replicas()
         throughput = table.VARIANT_THROUGHPUT.gauge_family()

@@ -43,6 +43,7 @@ async def test_counters_of_every_alias_exist_before_the_first_request() -> None:
         assert zeros("requests_total", alias=alias, endpoint="chat.completions", code="200") == rungs
         assert zeros("tokens_total", alias=alias) == 3 * rungs
         assert zeros("spills_total", alias=alias) == max(rungs - 1, 0)
+        assert zeros("ladder_spilling", alias=alias) == max(rungs - 1, 0)
         assert zeros("ladder_switches_total", alias=alias) == 2 * max(rungs - 1, 0)
         assert zeros("session_moves_total", alias=alias) == (2 if rungs > 1 else 0)
         assert zeros("floor_rejections_total", alias=alias) == 1
