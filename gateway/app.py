@@ -30,7 +30,7 @@ from gateway.openai.endpoints import ENDPOINTS
 from gateway.proxy.collectors import EngineCollector, LadderCollector
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.exchange import Proxy
-from gateway.proxy.initial_series import create_series, rungs_that_may_spill
+from gateway.proxy.initial_series import create_series
 from gateway.proxy.load.polling import MetricsPoller
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.upstream.pool import Pool
@@ -184,7 +184,7 @@ def collectors(
     yield EngineCollector(registry, lambda: poller.results)
     yield LadderCollector(
         dispatcher.cluster.gates,
-        lambda: rungs_that_may_spill(live_config.catalog),
+        lambda: live_config.catalog,
         lambda: iter(registry.ready),
         load.estimates,
         lambda: load.speeds,

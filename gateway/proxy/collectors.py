@@ -12,6 +12,7 @@ from gateway.routing.engine_metrics import WANTED, PollResult
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.speed import SpeedProfile
 from gateway.routing.spill import SpillGate
+from gateway.routing.target import Catalog
 from serving.registry import Registry
 from serving.replica import Replica
 
@@ -79,12 +80,11 @@ def _kv_usage(polled: Polled) -> GaugeMetricFamily:
 class LadderCollector(Collector):
     """Exposes which rungs spill, the estimated wait and the slots of each ready replica, and measured speeds.
 
-    `gates` are by alias and variant, as are `rungs`: those that may spill, also before they first do. `estimates`
-    returns those of a variant's ready replicas, `speeds` are by variant.
+    `gates` are by alias and variant; `estimates` returns those of a variant's ready replicas, `speeds` are by variant.
     """
 
     gates: Mapping[tuple[str, str], SpillGate]
-    rungs: Callable[[], Iterable[tuple[str, str]]]
+    catalog: Callable[[], Catalog]
     variants: Callable[[], Iterable[str]]
     estimates: Callable[[str], Sequence[LatencyEstimate]]
     speeds: Callable[[], Mapping[str, SpeedProfile]]
@@ -93,7 +93,7 @@ class LadderCollector(Collector):
         """Yield the families; called once per scrape."""
         spilling = table.LADDER_SPILLING.gauge_family()
         open_gates = {place: gate.spilling for place, gate in self.gates.items()}
-        for labels, is_open in {**dict.fromkeys(self.rungs(), False), **open_gates}.items():
+        for labels, is_open in {**dict.fromkeys(_upper_rungs(self.catalog()), False), **open_gates}.items():
             spilling.add_metric(labels, float(is_open))
         yield spilling
         yield from self._replicas()
@@ -114,3 +114,10 @@ class LadderCollector(Collector):
                 if estimate.slots is not None:
                     slots.add_metric(labels, estimate.slots)
         yield from (wait, load_unknown, slots)
+
+
+def _upper_rungs(catalog: Catalog) -> Iterator[tuple[str, str]]:
+    """Yield alias and variant of each rung that has a lower one: it may spill."""
+    for alias in catalog.aliases:
+        for rung in catalog.resolve(alias).permitted[:-1]:
+            yield alias, rung.name

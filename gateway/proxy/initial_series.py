@@ -31,13 +31,6 @@ def rejection_reasons() -> frozenset[str]:
     return frozenset(error.metric_reason for error in _subclasses(GatewayError))
 
 
-def rungs_that_may_spill(catalog: Catalog) -> Iterator[tuple[str, str]]:
-    """Yield the alias and the variant of each rung that has a lower one."""
-    for alias in catalog.aliases:
-        for rung in catalog.resolve(alias).permitted[:-1]:
-            yield alias, rung.name
-
-
 def _series(metrics: Metrics, catalog: Catalog, keys: Iterable[str]) -> Iterator[Series]:
     yield metrics.clients_cut, ("slow_reader",)
     for outcome in ("applied", "refused", "failed"):
