@@ -164,20 +164,21 @@ def _graph(axes: Axes, panel: dict[str, Any], lines: list[Line]) -> None:
     custom, unit = defaults["custom"], defaults["unit"]
     lines = sorted(lines, key=lambda line: line.name)
     colors = dict(zip([line.name for line in lines], PALETTE * 3, strict=False))
+    known = [value for line in lines for value in line.values if math.isfinite(value)]
+    least = defaults.get("min", min([custom.get("axisSoftMin", 0.0), *known]))
     if custom["stacking"]["mode"] == "none":
         for line in lines:
             axes.plot(line.seconds, line.values, color=colors[line.name], linewidth=1.1)
-            axes.fill_between(line.seconds, line.values, color=colors[line.name], alpha=0.06, linewidth=0)
+            axes.fill_between(line.seconds, line.values, least, color=colors[line.name], alpha=0.06, linewidth=0)
     elif lines:
         values = [[value if math.isfinite(value) else 0.0 for value in line.values] for line in lines]
         axes.stackplot(lines[0].seconds, values, colors=[colors[line.name] for line in lines], alpha=0.7, linewidth=0)
     if custom.get("thresholdsStyle", {}).get("mode") == "dashed":
         axes.axhline(defaults["thresholds"]["steps"][-1]["value"], color=COLORS["red"], linewidth=1, linestyle="--")
-    least = defaults.get("min", custom.get("axisSoftMin", 0.0))
-    axes.set_ylim(bottom=least if "min" in defaults else min(least, axes.get_ylim()[0]))
+    axes.set_ylim(bottom=least)
     if "max" in defaults:
         axes.set_ylim(top=defaults["max"])
-    elif not any(value for line in lines for value in line.values if math.isfinite(value)):
+    elif not any(known):
         axes.set_ylim(top=least + 1)
     axes.yaxis.set_major_locator(MaxNLocator(4))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: formatted(value, unit)))

@@ -44,7 +44,7 @@ async def scraped(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Obs
 
 async def _enough(prometheus: Prometheus) -> bool:
     scrapes = await prometheus.query("min(count_over_time(up[1m]))")
-    drawn = await prometheus.query('quantgate_rollout_conversations_total{arm="canary"} > 2')
+    drawn = await prometheus.query('rate(quantgate_rollout_conversations_total{arm="canary"}[10s]) > 0')
     return bool(scrapes and drawn) and float(scrapes[0]["value"][1]) >= SAMPLES
 
 
