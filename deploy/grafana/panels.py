@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Literal
 
 from grafana_foundation_sdk.builders import bargauge, common, prometheus, stat, statetimeline, table, timeseries
@@ -36,6 +37,16 @@ GREEN, YELLOW, ORANGE, RED, BLUE, GREY = "green", "yellow", "orange", "red", "bl
 # Units of Grafana; `suffix:` shows a text behind the number.
 RATIO, SECONDS, COUNT, BYTES, REQUESTS = "percentunit", "s", "short", "bytes", "reqps"
 TOKENS_PER_SECOND, PER_SECOND = "suffix: tokens/s", "cps"
+
+# Where the values of a variable come from.
+_VALUES = MappingProxyType(
+    {
+        "alias": (metrics.REQUESTS, "Models that clients ask for: aliases, and variants by name."),
+        "variant": (metrics.REPLICA_STATE, "Variants with replicas."),
+        "replica": (metrics.REPLICA_STATE, "Replicas."),
+        "instance": (metrics.BUILD_INFO, "Admin ports of the gateway's workers."),
+    }
+)
 
 Target = prometheus.Dataquery
 Stack = Literal["none", "normal"]
@@ -178,15 +189,6 @@ def dashboard(uid: str, title: str, description: str, variables: Sequence[str] =
     return made.annotation(_events("Rollbacks", RED, metrics.ROLLOUT_ROLLBACKS)).annotation(
         _events("Configuration reloads", BLUE, metrics.CONFIG_RELOADS)
     )
-
-
-# Where the values of a variable come from.
-_VALUES = {
-    "alias": (metrics.REQUESTS, "Models that clients ask for: aliases, and variants by name."),
-    "variant": (metrics.REPLICA_STATE, "Variants with replicas."),
-    "replica": (metrics.REPLICA_STATE, "Replicas."),
-    "instance": (metrics.BUILD_INFO, "Admin ports of the gateway's workers."),
-}
 
 
 def _variable(name: str, spec: MetricSpec, description: str) -> builders.QueryVariable:

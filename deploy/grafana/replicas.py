@@ -1,6 +1,7 @@
 """Replicas: state, load, and what routing knows about them."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
 
@@ -30,15 +31,17 @@ from gateway.observability.metrics.fleet import BREAKER_STATES, SILENCE_STATES
 from serving.replica import State
 
 QUERIES = Queries(("variant", "replica"))
-STATE_COLORS: Mapping[str, str] = {
-    State.STOPPED: GREY,
-    State.STARTING: BLUE,
-    State.WARMING: "light-blue",
-    State.READY: GREEN,
-    State.DRAINING: YELLOW,
-    State.STOPPING: ORANGE,
-    State.FAILED: RED,
-}
+STATE_COLORS: Mapping[str, str] = MappingProxyType(
+    {
+        State.STOPPED: GREY,
+        State.STARTING: BLUE,
+        State.WARMING: "light-blue",
+        State.READY: GREEN,
+        State.DRAINING: YELLOW,
+        State.STOPPING: ORANGE,
+        State.FAILED: RED,
+    }
+)
 
 
 def dashboard() -> Dashboard:

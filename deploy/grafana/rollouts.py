@@ -1,5 +1,7 @@
 """Rollouts: step, weight and gates, and both arms side by side."""
 
+from types import MappingProxyType
+
 from grafana_foundation_sdk.builders.dashboard import Dashboard, Row
 
 from deploy.grafana.panels import (
@@ -23,7 +25,7 @@ from gateway.observability.metrics import table
 QUERIES = Queries(("alias",))
 # -log(alpha) of the default plan: from here on, a gate has failed.
 FAILED_LOG_EVIDENCE = 3.0
-GATE_COLORS = {"pass": GREEN, "more": GREY, "fail": RED}
+GATE_COLORS = MappingProxyType({"pass": GREEN, "more": GREY, "fail": RED})
 
 
 def dashboard() -> Dashboard:
