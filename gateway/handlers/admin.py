@@ -11,6 +11,7 @@ from pydantic import SecretStr
 
 from gateway.handlers.admin_auth import AdminAuth
 from gateway.handlers.router import Router
+from gateway.handlers.status import add_status
 from gateway.http.hosts import AllowedHosts
 from gateway.live_config import LiveConfig, ready_variants
 from gateway.observability.metrics import Metrics
@@ -18,6 +19,7 @@ from gateway.observability.metrics.exposition import exposition
 from gateway.proxy.decision_log import MAX_DECISIONS, snapshot_now
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.routing.snapshot import Snapshot
+from gateway.status.source import StatusSource
 from serving.registry import Registry
 
 METRICS_TYPES: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
@@ -33,6 +35,7 @@ class AdminContext:
     metrics: Metrics
     router: Router
     dispatcher: Dispatcher
+    status: StatusSource
     state_away: Callable[[], str | None] = lambda: None  # why the state database cannot be read
 
 
@@ -48,6 +51,7 @@ def admin_app(context: AdminContext) -> FastAPI:
     app = FastAPI(title="quantgate admin", docs_url=None, redoc_url=None, openapi_url="/admin/openapi.json")
     _add_probes(app, context)
     _add_routing(app, context)
+    add_status(app, context.status)
 
     @app.get("/admin/replicas")
     async def replicas() -> list[dict[str, Any]]:
