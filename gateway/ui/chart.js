@@ -84,7 +84,7 @@ export class TrafficChart {
       series: [{}, ...series],
       // A lower area covers the part of a higher one that is not its own.
       bands: names.slice(1).map((_, place) => ({ series: [place + 1, place + 2] })),
-      axes: [{ ...axis, values: (_, ticks) => ticks.map(clock) }, { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => number(tick)) }],
+      axes: [{ ...axis, size: 28, values: (_, ticks) => ticks.map(clock) }, { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => number(tick)) }],
     };
   }
 }

@@ -32,7 +32,7 @@ function tables({ rungs, candidates, refused, absent }) {
   return rows.filter(([, , cells]) => cells.length).flatMap(([title, columns, cells]) => [h("h3", {}, title), table(title, columns, cells.map((each, key) => ({ key, cells: each })))]);
 }
 
-const named = (each) => h("span", { class: "pair" }, badge(each.precision), each.variant);
+const named = (each) => h("span", { class: "pair whole" }, badge(each.precision), each.variant);
 
 function rungCells(rung) {
   const gate = rung.spilling_seconds === null ? "closed" : `spilling for ${number(rung.spilling_seconds, 0)} s, ${percent(rung.share_down)} go down`;
@@ -41,5 +41,5 @@ function rungCells(rung) {
 
 function candidateCells(each) {
   const notes = [each.why_not, each.stale ? "no recent poll" : ""].filter(Boolean).join("; ");
-  return [each.rank ?? DASH, each.replica, number(each.requests, 0), ...TERMS.map((term) => cost(each.terms?.[term])), notes || chip("ok", "chosen")];
+  return [each.rank ?? DASH, h("span", { class: "pair whole" }, each.replica), number(each.requests, 0), ...TERMS.map((term) => cost(each.terms?.[term])), notes || chip("ok", "chosen")];
 }

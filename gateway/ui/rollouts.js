@@ -79,13 +79,19 @@ function notes(rollout) {
 function gates(rollout) {
   const arms = (counts) => (counts ? `${counts[0]} of ${counts[1]}` : DASH);
   const ratio = (interval) => (interval ? `${interval[1].toFixed(3)} (${interval[0].toFixed(3)}–${interval[2].toFixed(3)})` : DASH);
-  const needs = (gate) => (gate.needs_conversations ? `${number(gate.needs_conversations, 0)} more${gate.needs_minutes ? `, ${number(gate.needs_minutes, 0)} min` : ""}` : DASH);
   const rows = rollout.gates.map((gate) => ({
     key: gate.name,
     cells: [gate.name.replaceAll("_", " "), chip(VERDICTS[gate.verdict] ?? "idle", gate.verdict === "more" ? "not shown yet" : gate.verdict), arms(gate.canary), arms(gate.stable), ratio(gate.ratio), needs(gate)],
   }));
   const columns = ["gate", "verdict", { title: "new", numeric: true }, { title: "old", numeric: true }, { title: "ratio", numeric: true }, { title: "needs", numeric: true }];
-  return h("details", { open: true }, h("summary", {}, `Gates: ${summary(rollout.gates)}`), table(`Gates of the rollout of ${rollout.alias}`, columns, rows));
+  return h("details", { open: innerWidth > 680 }, h("summary", {}, `Gates: ${summary(rollout.gates)}`), table(`Gates of the rollout of ${rollout.alias}`, columns, rows));
+}
+
+// How many more conversations decide a gate; beyond a million it is a guess.
+function needs({ needs_conversations: count, needs_minutes: minutes }) {
+  if (count === undefined) return DASH;
+  if (count === null || count >= 1e6) return "many more";
+  return minutes ? `${number(count, 0)} more, ${duration(60 * minutes)}` : `${number(count, 0)} more`;
 }
 
 function summary(gates) {

@@ -20,8 +20,8 @@ function replicaRow(replica) {
   return {
     key: replica.id,
     cells: [
-      h("span", { class: "pair" }, badge(replica.precision), h("strong", {}, replica.id)),
-      h("span", { class: "pair" }, chip(STATES[replica.state] ?? "idle", replica.state), unwell, replica.reason ? h("span", { class: "why" }, replica.reason) : since),
+      h("span", { class: "pair whole" }, badge(replica.precision), h("strong", {}, replica.id)),
+      h("span", { class: "pair" }, chip(STATES[replica.state] ?? "idle", replica.state), unwell, replica.reason ? h("span", { class: replica.state === "failed" ? "problem" : "quiet" }, replica.reason) : since),
       `${replica.in_flight}`,
       number(replica.running, 0),
       number(replica.waiting, 0),
@@ -36,7 +36,7 @@ function replicaRow(replica) {
 function meter(share, label) {
   if (share === null) return DASH;
   const kind = share > 0.9 ? "bad" : share > 0.75 ? "warn" : "ok";
-  return h("span", { class: "pair" }, h("span", { class: `meter ${kind}`, role: "meter", "aria-label": label, "aria-valuenow": Math.round(100 * share), "aria-valuemin": 0, "aria-valuemax": 100, vars: { "--share": String(share) } }), percent(share));
+  return h("span", { class: "pair whole" }, h("span", { class: `meter ${kind}`, role: "meter", "aria-label": label, "aria-valuenow": Math.round(100 * share), "aria-valuemin": 0, "aria-valuemax": 100, vars: { "--share": String(share) } }), percent(share));
 }
 
 export function variantTable(status) {

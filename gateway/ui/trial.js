@@ -30,6 +30,7 @@ export class Trial {
     const answer = byId("trial-answer");
     answer.textContent = "";
     answer.hidden = false;
+    byId("trial-hint").hidden = true;
     show(byId("trial-outcome"));
     byId("trial-stop").hidden = false;
     try {
