@@ -42,7 +42,6 @@ function answersNow(alias) {
     h("strong", {}, now.replica),
     h("span", { class: "quiet" }, "answers now"),
     chip(kind, now.reason),
-    now.wait_seconds === null ? null : h("span", { class: "quiet" }, `wait ${seconds(now.wait_seconds)}`),
   );
 }
 
@@ -53,10 +52,14 @@ function rungRow(rung) {
     badge(rung.precision),
     h("span", { class: "name" }, rung.variant),
     rungState(rung),
-    bar(rung.share, rung.precision),
-    h("span", { class: "facts quiet" }, `${rung.replicas_ready}/${rung.replicas} ready`, rung.wait_seconds === null ? "" : ` · wait ${seconds(rung.wait_seconds)}`),
+    bar(rung.share, rung.precision, facts(rung)),
     rung.rejected ? h("span", { class: "why" }, rung.rejected) : null,
   );
+}
+
+function facts(rung) {
+  const ready = `${rung.replicas_ready}/${rung.replicas} ready`;
+  return rung.wait_seconds === null ? ready : `${ready} · wait ${seconds(rung.wait_seconds)}`;
 }
 
 function rungState(rung) {
@@ -74,17 +77,18 @@ function canaryRow(canary) {
     badge(canary.precision),
     h("span", { class: "name" }, canary.variant),
     chip("info", `canary ${percent(canary.weight)}`),
-    bar(canary.share, canary.precision),
+    bar(canary.share, canary.precision, "of new conversations"),
   );
 }
 
-function bar(share, precision) {
+function bar(share, precision, note) {
   const label = share === null ? DASH : percent(share);
   return h(
     "span",
     { class: "share", title: "share of the answers of the last minutes" },
     h("span", { class: `fill ${badge(precision).classList[1]}`, vars: { "--share": String(share ?? 0) } }),
     h("span", { class: "label" }, label),
+    h("span", { class: "quiet" }, note),
   );
 }
 

@@ -73,7 +73,7 @@ function quality(variant) {
 function measure(figure, text, sign) {
   if (!figure) return DASH;
   const bound = figure.bound === figure.value ? null : h("span", { class: "quiet bound", title: "with 95 % confidence; floors are held against it" }, `${sign} ${text(figure.bound)}`);
-  return [text(figure.value), bound].filter(Boolean);
+  return h("span", {}, text(figure.value), bound);
 }
 
 export function errorTable(status) {

@@ -95,17 +95,17 @@ def an_hour(until: float) -> Iterator[TrafficSample]:
     """Samples of an hour in which a peak spills from bf16 to int8 and int4, and comes back."""
     dice, totals = random.Random(4), dict[Served, Totals]()
     for number in range(int(3600 / SAMPLE_SECONDS)):
-        load = 1.2 + 2.6 * math.exp(-(((number - 330) / 130) ** 2)) + 0.25 * math.sin(number / 19)
-        for variant, precision, first, most in (
-            *(("qwq-bf16", "bf16", 0.0, 1.6), ("qwq-int8", "int8", 1.5, 1.3)),
-            *((OLD, "int4", 2.4, 9.0), ("coder-int4", "int4", 0.9, 0.25)),
+        load = 1.2 + 2.9 * math.exp(-(((number - 590) / 110) ** 2)) + 0.25 * math.sin(number / 19)
+        for variant, precision, first, most, part in (
+            *(("qwq-bf16", "bf16", 0.0, 1.6, 1.0), ("qwq-int8", "int8", 1.5, 1.3, 1.0)),
+            *((OLD, "int4", 2.4, 9.0, 0.7), (NEW, "int4", 2.4, 9.0, 0.3), ("coder-int4", "int4", 0.9, 0.25, 1.0)),
         ):
-            requests = max(min(load - first, most) + dice.gauss(0, 0.07), 0.0) * SAMPLE_SECONDS
+            requests = part * max(min(load - first, most) + dice.gauss(0, 0.07), 0.0) * SAMPLE_SECONDS
             served = (ALIAS if variant.startswith("qwq") else "coder", variant, precision)
             before = totals.get(served, Totals())
             totals[served] = Totals(
                 before.requests + requests,
-                before.failed + (0.02 * requests if 300 < number < 340 else 0.0),
+                before.failed + (0.02 * requests if 560 < number < 600 else 0.0),
                 before.prompt_tokens + 900 * requests,
                 before.answer_tokens + 130 * requests,
             )
