@@ -5,12 +5,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import Response, StreamingResponse
 
 from gateway.status.source import StatusSource
+from gateway.status.values import Status
 
-JSON_TYPE: dict[str, Any] = {"application/json": {}}
+SCHEMAS = "#/components/schemas/{name}"
+JSON_TYPE: dict[str, Any] = {"application/json": {"schema": {"$ref": SCHEMAS.format(name=Status.__name__)}}}
 NO_STORE = {"cache-control": "no-store"}
 EVENT_SECONDS = 1.0
 MAX_STREAMS = 32
@@ -58,3 +61,9 @@ def add_status(app: FastAPI, source: StatusSource, refresh: Callable[[], Awaitab
             why = "the gateway is about to stop" if source.draining() else f"{MAX_STREAMS} streams are open"
             raise HTTPException(503, f"{why}; retry", headers={"retry-after": "1"})
         return StreamingResponse(streams.events(), headers={"content-type": "text/event-stream", **NO_STORE})
+
+
+def schemas() -> dict[str, Any]:
+    """The JSON schemas of a status and its parts, by name, for the OpenAPI document."""
+    _, components = msgspec.json.schema_components((Status,), ref_template=SCHEMAS)
+    return components

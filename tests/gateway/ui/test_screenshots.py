@@ -15,9 +15,9 @@ async def test_pictures(browser: Browser, tmp_path: Path) -> None:
     """They can be taken: of the sizes in the repository, small, and with something on them."""
     await take(browser, tmp_path)
     for name in PICTURES:
-        taken, kept = Image.open(tmp_path / f"{name}.png"), Image.open(FOLDER / f"{name}.png")
-        assert taken.size == kept.size
-        assert len(taken.getcolors(1000) or ()) > 100
+        with Image.open(tmp_path / f"{name}.png") as taken, Image.open(FOLDER / f"{name}.png") as kept:
+            assert taken.size == kept.size
+            assert len(taken.getcolors(1000) or ()) > 100
         assert (tmp_path / f"{name}.png").stat().st_size < 150_000
 
 
