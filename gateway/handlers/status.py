@@ -15,6 +15,8 @@ from gateway.status.values import Status
 SCHEMAS = "#/components/schemas/{name}"
 JSON_TYPE: dict[str, Any] = {"application/json": {"schema": {"$ref": SCHEMAS.format(name=Status.__name__)}}}
 NO_STORE = {"cache-control": "no-store"}
+# A proxy such as nginx passes each event on at once then.
+UNBUFFERED = {"x-accel-buffering": "no"}
 EVENT_SECONDS = 1.0
 MAX_STREAMS = 32
 
@@ -60,7 +62,7 @@ def add_status(app: FastAPI, source: StatusSource, refresh: Callable[[], Awaitab
         if source.draining() or streams.open >= MAX_STREAMS:
             why = "the gateway is about to stop" if source.draining() else f"{MAX_STREAMS} streams are open"
             raise HTTPException(503, f"{why}; retry", headers={"retry-after": "1"})
-        return StreamingResponse(streams.events(), headers={"content-type": "text/event-stream", **NO_STORE})
+        return StreamingResponse(streams.events(), headers={"content-type": "text/event-stream", **NO_STORE, **UNBUFFERED})
 
 
 def schemas() -> dict[str, Any]:

@@ -4,7 +4,13 @@ import { h } from "./dom.js";
 import { DASH, percent, seconds } from "./format.js";
 import { badge, chip, empty } from "./parts.js";
 
-const MEASURES = { top1_agreement: "top-1 ≥", kl_mean: "KL ≤", kl_p99: "KL p99 ≤", perplexity_ratio: "ppl ≤", length_ratio: "length ≤" };
+const MEASURES = {
+  top1_agreement: "top-1 ≥",
+  kl_mean: "KL ≤",
+  kl_p99: "KL p99 ≤",
+  perplexity_ratio: "ppl ≤",
+  length_ratio: "length ≤",
+};
 
 export function aliasCards(status) {
   if (!status.aliases.length) return empty("No aliases are configured.");
@@ -20,7 +26,13 @@ function aliasCard(alias, recentSeconds) {
       "div",
       { class: "heading" },
       h("h3", {}, alias.name),
-      floor.length ? h("span", { class: "quiet", title: "the least measured quality that may answer" }, `floor ${floor.join(", ")}`) : null,
+      floor.length
+        ? h(
+            "span",
+            { class: "quiet", title: "the least measured quality that may answer" },
+            `floor ${floor.join(", ")}`,
+          )
+        : null,
     ),
     answersNow(alias),
     h("ol", { class: "ladder" }, alias.rungs.map(rungRow), alias.canary ? canaryRow(alias.canary) : null),
@@ -31,8 +43,7 @@ function aliasCard(alias, recentSeconds) {
 function answersNow(alias) {
   const now = alias.answers_now;
   if (!now) {
-    const why = alias.rungs.every((rung) => rung.rejected) ? "no variant meets the floor" : "no replica is ready";
-    return h("p", { class: "now" }, chip("bad", "nobody answers"), ` ${why}`);
+    return h("p", { class: "now" }, chip("bad", "nobody answers"), ` ${whyNobody(alias.rungs)}`);
   }
   const kind = now.reason === "preferred" ? "ok" : "warn";
   return h(
@@ -43,6 +54,12 @@ function answersNow(alias) {
     h("span", { class: "quiet" }, "answers now"),
     chip(kind, now.reason),
   );
+}
+
+function whyNobody(rungs) {
+  const permitted = rungs.filter((rung) => !rung.rejected);
+  if (!permitted.length) return "no variant meets the floor";
+  return permitted.some((rung) => rung.replicas_ready) ? "no replica has room: requests wait" : "no replica is ready";
 }
 
 function rungRow(rung) {

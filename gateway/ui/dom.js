@@ -14,7 +14,9 @@ export function h(tag, attributes = {}, ...children) {
       element.setAttribute(name, value === true ? "" : String(value));
     }
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
@@ -28,7 +30,9 @@ export function show(parent, ...children) {
 }
 
 function morphChildren(parent, wanted) {
-  const keyed = new Map([...parent.children].filter((each) => each.dataset.key).map((each) => [each.dataset.key, each]));
+  const keyed = new Map(
+    [...parent.children].filter((each) => each.dataset.key).map((each) => [each.dataset.key, each]),
+  );
   let place = parent.firstChild;
   for (const want of [...wanted.childNodes]) {
     const have = want.dataset?.key ? keyed.get(want.dataset.key) : place;

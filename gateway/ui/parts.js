@@ -16,7 +16,14 @@ export function table(caption, columns, rows) {
   const titles = columns.map((column) => (typeof column === "string" ? { title: column } : column));
   const cells = (row) =>
     row.cells.map((cell, place) =>
-      h("td", { "data-title": titles[place].title, class: classes(titles[place].numeric && "numeric", cell === DASH && "none") }, cell),
+      h(
+        "td",
+        {
+          "data-title": titles[place].title,
+          class: classes(titles[place].numeric && "numeric", cell === DASH && "none"),
+        },
+        cell,
+      ),
     );
   return h(
     "div",
@@ -25,8 +32,20 @@ export function table(caption, columns, rows) {
       "table",
       {},
       h("caption", { class: "hidden" }, caption),
-      h("thead", {}, h("tr", {}, titles.map(({ title, numeric }) => h("th", { scope: "col", class: numeric ? "numeric" : null }, title)))),
-      h("tbody", {}, rows.map((row) => h("tr", { "data-key": row.key, class: row.kind }, cells(row)))),
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          titles.map(({ title, numeric }) => h("th", { scope: "col", class: numeric ? "numeric" : null }, title)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        rows.map((row) => h("tr", { "data-key": row.key, class: row.kind }, cells(row))),
+      ),
     ),
   );
 }

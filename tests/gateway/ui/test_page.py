@@ -86,11 +86,12 @@ async def test_rollouts_are_steered(browser: Browser, engines: Engines, state: s
         await expect(card.locator("[aria-current=step]")).to_have_text("25 %")
         for leave in ("Escape", "Cancel"):
             await card.get_by_role("button", name="Pause").click()
-            await (page.keyboard.press("Escape") if leave == "Escape" else page.click("#confirm [value=no]"))
+            await (page.keyboard.press("Escape") if leave == "Escape" else page.click("#confirm-no"))
             await expect(page.locator("#confirm")).not_to_be_visible()
         await expect(card).to_contain_text("canary")
         for command, phase in (("Pause", "paused"), ("Resume", "canary"), ("Abort", "roll")):
             await card.get_by_role("button", name=command).click()
+            await expect(page.locator("#confirm")).to_contain_text(f"{OLD} → {NEW}")
             await page.fill("#confirm-reason", f"{command} by a test")
             await page.click("#confirm-yes")
             await expect(page.locator("#notice")).to_contain_text(f"{command}: the rollout of {ALIAS}")
@@ -209,8 +210,14 @@ async def test_by_keyboard(browser: Browser, engines: Engines, state: str) -> No
         assert await page.evaluate("document.activeElement.dataset.command") == "pause"
         await page.keyboard.press("Enter")
         await expect(page.locator("#confirm")).to_be_visible()
-        await page.keyboard.press("Escape")
-        assert await page.evaluate("document.activeElement.dataset.command") == "pause"
+        for leave in ("Enter", "Escape"):  # the focus is on Cancel
+            await page.keyboard.press(leave)
+            await expect(page.locator("#confirm")).not_to_be_visible()
+            assert await page.evaluate("document.activeElement.dataset.command") == "pause"
+            await page.keyboard.press("Enter")
+        await page.fill("#confirm-reason", "by keyboard")
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#notice")).to_contain_text("is in phase paused")
         await tab_to(page, "summary")
         await page.keyboard.press("Space")
         await expect(page.locator("#rollouts table")).not_to_be_visible()
