@@ -28,13 +28,14 @@ function showStatus(status) {
 
 function showGateway({ gateway, replicas }) {
   const { worker } = gateway;
+  const several = worker.of > 1 ? `worker ${worker.number} of ${worker.of}` : "";
   const ready = replicas.filter((replica) => replica.state === "ready").length;
   document.title = `${ready}/${replicas.length} ready · quantgate`;
   byId("gateway").textContent =
-    `${gateway.version} · up ${duration(gateway.now_at - gateway.started_at)}${worker.of > 1 ? ` · worker ${worker.number} of ${worker.of}` : ""}`;
+    `${gateway.version} · up ${duration(gateway.now_at - gateway.started_at)}${several && ` · ${several}`}`;
   const whole =
     worker.of > 1
-      ? `Traffic, errors and requests in flight are those of worker ${worker.number} of ${worker.of}; each has its own admin port.`
+      ? `Traffic, errors and requests in flight are those of ${several}; each has its own admin port.`
       : "";
   byId("footer").textContent = `${whole} Process ${worker.process_id}; data from /admin/status.`;
   notify(gateway.state_database ? `The state database is away: ${gateway.state_database}` : "", "state");

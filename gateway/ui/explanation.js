@@ -35,7 +35,8 @@ function request(explanation, recorded) {
     explanation.answer_tokens === null
       ? "an answer of any length"
       : `an answer of at most ${explanation.answer_tokens} tokens`;
-  return `A prompt of about ${number(explanation.prompt_tokens, 0)} tokens, ${answer}; decided at ${new Date(recorded).toLocaleString("en-GB")}.`;
+  const prompt = `A prompt of about ${number(explanation.prompt_tokens, 0)} tokens`;
+  return `${prompt}, ${answer}; decided at ${new Date(recorded).toLocaleString("en-GB")}.`;
 }
 
 function tables({ rungs, candidates, refused, absent }) {

@@ -94,7 +94,8 @@ function steps(rollout) {
 }
 
 function notes(rollout) {
-  const conversations = `${rollout.canary_conversations} conversations on ${rollout.new}, ${rollout.stable_conversations} on ${rollout.old}`;
+  const { canary_conversations: canary, stable_conversations: stable } = rollout;
+  const conversations = `${canary} conversations on ${rollout.new}, ${stable} on ${rollout.old}`;
   return h(
     "p",
     { class: "quiet" },

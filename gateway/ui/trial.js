@@ -84,7 +84,8 @@ export class Trial {
       if (text) first ??= performance.now() - started;
       append(answer, text, !delta.content);
     }
-    const times = `first token after ${number(first ?? 0, 0)} ms, all of it after ${number(performance.now() - started, 0)} ms`;
+    const all = performance.now() - started;
+    const times = `first token after ${number(first ?? all, 0)} ms, all of it after ${number(all, 0)} ms`;
     show(byId("trial-outcome"), h("p", { class: "quiet" }, times), headerList(response));
   }
 }
