@@ -137,9 +137,8 @@ def _add_routing(app: FastAPI, context: AdminContext) -> None:
 def _recorded(dispatcher: Dispatcher, request_id: str) -> Snapshot:
     record = dispatcher.decisions.find(request_id)
     if record is None:
-        raise HTTPException(
-            404, f"no decision on {request_id[:100]!r}; the latest {MAX_DECISIONS} of this process are kept"
-        )
+        why = f"it was refused before one, or is not among the latest {MAX_DECISIONS} of this process"
+        raise HTTPException(404, f"no decision on {request_id[:100]!r}: {why}")
     return record.snapshot(dispatcher.now())
 
 

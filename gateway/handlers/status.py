@@ -62,7 +62,9 @@ def add_status(app: FastAPI, source: StatusSource, refresh: Callable[[], Awaitab
         if source.draining() or streams.open >= MAX_STREAMS:
             why = "the gateway is about to stop" if source.draining() else f"{MAX_STREAMS} streams are open"
             raise HTTPException(503, f"{why}; retry", headers={"retry-after": "1"})
-        return StreamingResponse(streams.events(), headers={"content-type": "text/event-stream", **NO_STORE, **UNBUFFERED})
+        return StreamingResponse(
+            streams.events(), headers={"content-type": "text/event-stream", **NO_STORE, **UNBUFFERED}
+        )
 
 
 def schemas() -> dict[str, Any]:

@@ -26,7 +26,7 @@ class RecentErrors:
         key = alias, code, replica
         known = self._errors.pop(key, None)
         count = 1 if known is None else known.count + 1
-        text = message[:MAX_MESSAGE_CHARACTERS]
+        text = message if len(message) <= MAX_MESSAGE_CHARACTERS else f"{message[: MAX_MESSAGE_CHARACTERS - 3]}..."
         self._errors[key] = ErrorStatus(self._wall_clock(), alias, code, replica, request_id, text, count)
         if len(self._errors) > self._limit:
             self._errors.popitem(last=False)
