@@ -18,7 +18,7 @@ import msgspec
 
 from gateway.deployment import Deployment
 from gateway.rollout.hooks import run_hooks
-from gateway.rollout.machine import FINAL, Event, Phase, Readiness, Refused, RolloutState
+from gateway.rollout.machine import FINAL, PROMOTED, Event, Phase, Readiness, Refused, RolloutState
 from gateway.rollout.plan import RolloutPlan
 from gateway.rollout.preflight import Comparison, Preflight, compare_quality, fingerprint
 from gateway.rollout.progress import Facts, Progress, next_event
@@ -190,7 +190,9 @@ class Driver:
         )
         if state.phase in (Phase.FAILED, Phase.ROLLING_BACK):
             context.rolled_back(plan.alias, cause_of(event, Phase(record.phase)))
-        level = logging.WARNING if event in (Event.FAILED, Event.MISMATCH, Event.DEADLINE) else logging.INFO
+        # Draining and keeping end with a deadline in the normal way.
+        bad = event in (Event.FAILED, Event.MISMATCH, Event.DEADLINE) and state.phase not in PROMOTED
+        level = logging.WARNING if bad else logging.INFO
         log.log(level, "rollout %s of %s: %s -> %s: %s", record.id, plan.alias, event, state.phase.value, why)
 
     # Facts
