@@ -160,7 +160,9 @@ def prepare(work: Path, variant: Path, layer: int, args: Sequence[str], patience
         "aliases": {ALIAS: {"ladder": ["v1"], "admit_failed": True}},
     }
     bench.config.write_text(yaml.safe_dump(document))
-    plan = {"min_conversations": 5, "drain_seconds": 10, "keep": 15, "shadow_requests": 60}
+    # The default effects take thousands of conversations, which take hours at the rates of a small machine.
+    effects = {"events": 0.2, "times": 1.0, "lengths": 1.0}
+    plan = {"min_conversations": 5, "drain_seconds": 10, "keep": 15, "shadow_requests": 60, "effects": effects}
     (work / "plan.yaml").write_text(yaml.safe_dump(plan))
     return bench
 
