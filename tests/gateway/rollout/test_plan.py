@@ -95,7 +95,7 @@ def test_effects_reach_the_gates() -> None:
     assert (cut.margin, slow.margin) == pytest.approx((0.3, 0.5))
     assert (times.effect, longer.effect) == pytest.approx((log(2), log(1.5)))
     assert [gate.name for gate in PlanSettings().gates()] == [gate.name for gate in DEFAULT_GATES]
-    assert needed_conversations(coarse) < needed_conversations(PlanSettings()) / 20
+    assert needed_conversations(coarse) < needed_conversations(PlanSettings()) / 10
 
 
 @pytest.mark.parametrize(
