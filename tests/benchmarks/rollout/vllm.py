@@ -137,15 +137,17 @@ class Bench:
         return found
 
 
-def prepare(work: Path, variant: Path, layer: int, args: Sequence[str], patience_seconds: float) -> Bench:
+def prepare(work: Path, variant: Path, layer: int, patience_seconds: float, *, fake: bool) -> Bench:
     """Make the variants and the configuration anew; the home stays, with the byte-code that vLLM starts faster with."""
+    # A fake does not answer the golden prompt like the model.
+    left_out, args = (["evaluation.json"], []) if fake else ([], ["--enforce-eager"])
     for name in ("v1", "v2", "v3", "v4"):
         shutil.rmtree(work / name, ignore_errors=True)
     for old in work.glob("state.db*"):
         old.unlink()
     changes = {"v1": None, "v2": None, "v3": doubled_scales(layer), "v4": flipped_codes(layer, FLIPPED)}
     for name, change in changes.items():
-        copy_variant(variant, work / name, change)
+        copy_variant(variant, work / name, change, left_out)
     with socket.socket() as found:
         found.bind((HOST, 0))
         port = found.getsockname()[1]
@@ -155,7 +157,7 @@ def prepare(work: Path, variant: Path, layer: int, args: Sequence[str], patience
     document = {
         "gateway": {"listen": f"{HOST}:{port}", "admin": f"{HOST}:0", "state": f"sqlite:///{work}/state.db"},
         "variants": {name: {"path": str(work / name)} for name in changes},
-        "replicas": [replica | {"args": list(args)}],
+        "replicas": [replica | {"args": args}],
         # The variant may be a poor one: what counts here is how it compares with its copies.
         "aliases": {ALIAS: {"ladder": ["v1"], "admit_failed": True}},
     }
@@ -231,8 +233,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--fake", action="store_true", help="with the fake in vLLM's place, to try this program")
     chosen = parser.parse_args(arguments)
     work = chosen.work.resolve()
-    args = () if chosen.fake else ("--enforce-eager",)
-    bench = prepare(work, chosen.variant.resolve(), chosen.layer, args, chosen.patience)
+    bench = prepare(work, chosen.variant.resolve(), chosen.layer, chosen.patience, fake=chosen.fake)
     fake = ("-m", "tests.fakes.serve", str(bench.config), str(bench.home), "up")
     bench.program = fake if chosen.fake else ("-m", "quantgate", "up", str(bench.config))
     try:
