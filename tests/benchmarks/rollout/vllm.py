@@ -107,7 +107,8 @@ class Bench:
                     print(f"after {self.patience_seconds:.0f} s: {verdicts}; {status['waits_for']}", flush=True)
                     await self.command("promote", ALIAS, "--reason", "the gates need more traffic")
                     return
-            await asyncio.sleep(2)
+            # Each look is a process of a second on the cores of the engines.
+            await asyncio.sleep(15)
 
     async def force_and_undo(self) -> None:
         """Promote without gates as soon as that is possible, then take it back."""
