@@ -189,7 +189,8 @@ async def make_variant(demo: Demo, base: Path, scheme: str) -> Path:
         options = (
             *("--scheme", scheme, "--out", str(folder / "{id}"), "--json"),
             *("--engine", "cpu"),  # the demo serves on the CPU, even if there is a GPU
-            *("--samples", "16", "--max-tokens", str(demo.max_tokens)),  # minutes on two cores, whatever the machine's defaults are
+            # Minutes on two cores, whatever the machine's defaults are.
+            *("--samples", "16", "--max-tokens", str(demo.max_tokens)),
             # Few chats and no completions, which would take longer than all the rest: wide intervals.
             *("--eval-chats", "12", "--eval-prompts", "0"),
         )
