@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 from config.measurements import TokenSums
 
-# Sums of float32 probabilities are known to about this; a smaller rest can't be told from none.
+# Sums of float32 probabilities are known to about this; a smaller rest is indistinguishable from none.
 _LEAST_MASS = 1e-6
 
 

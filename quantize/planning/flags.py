@@ -34,9 +34,9 @@ Alpaca and other formats are recognized (`Data` in quantize/README.md). A third 
 calibration and used for the evaluation. A flag wins over the recipe.
 
 exit codes: 0 done (or this very variant was there already), 1 failed, 2 usage, 3 --gate: not shown to meet all limits,
-            4 somebody else is making this variant
+            4 another process is making this variant
 """
-_EVALUATE = "Measure how far a variant is from its base, whoever made it."
+_EVALUATE = "Measure how far a variant is from its base; any tool may have made it."
 _EVALUATE_EXAMPLES = """\
 examples:
   quantgate evaluate variants/qwq-int4 --against models/QwQ-32B --data chats.jsonl --limit kl_mean=0.03 --gate

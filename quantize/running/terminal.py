@@ -1,4 +1,4 @@
-"""What this room's command lines share: exit codes, errors told in one line, usage errors too."""
+"""What the command lines of this package share: exit codes, and errors in one line, usage errors too."""
 
 import argparse
 import sys
