@@ -37,8 +37,12 @@ from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
 from gateway.reload import ConfigReload, FollowerReload, SupervisedReload
+from gateway.rollout.administration import RolloutAdministration
 from gateway.rollout.arms import Rollouts
 from gateway.rollout.recorded import RecordedAliases, followed_rollouts, live_config_of, log_notices
+from gateway.status.recent_errors import RecentErrors
+from gateway.status.source import StatusSource, WorkerPlace
+from gateway.status.traffic import TrafficHistory
 from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
 from serving.app import followed_replicas, local_replicas, sole_owner
 from serving.command import Machine
@@ -72,6 +76,7 @@ class Gateway:
     metrics: Metrics
     load: LoadTracker
     dispatcher: Dispatcher
+    traffic: TrafficHistory
 
     def switch(self, deployment: Deployment) -> None:
         """Use another configuration from the next request on; `config/reload_effects.py` says for which options."""
@@ -146,7 +151,8 @@ async def gateway(
         service = await stack.enter_async_context(
             followed_rollouts(deployment.state, recorded, rollouts, registry, metrics)
         )
-        observers = Observers(metrics, access_log.append, traced)
+        errors = RecentErrors()
+        observers = Observers(metrics, access_log.append, traced, errors=errors)
         endpoints = {
             endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers, rollouts)
             for endpoint in ENDPOINTS.values()
@@ -156,9 +162,24 @@ async def gateway(
             allowed_hosts(address, settings.allowed_hosts) for address in (addresses.client, addresses.admin)
         )
         router = Router(endpoints, client_app(live_config, registry), live_config, quota, client_hosts)
-        context = AdminContext(
-            live_config, registry, metrics, router, dispatcher, lambda: service.follower.away if service else None
+        traffic = await stack.enter_async_context(TrafficHistory(metrics))
+        administration = await stack.enter_async_context(
+            RolloutAdministration(deployment.state, lambda: recorded.deployment, lambda: recorded.snapshot, registry)
         )
+
+        def state_away() -> str | None:
+            return service.follower.away if service else None
+
+        status = StatusSource(
+            *(registry, live_config, dispatcher, metrics, traffic, errors, rollouts),
+            polls=lambda: poller.results,
+            speeds=lambda: recorded.deployment.speeds,
+            rollouts=lambda: administration.statuses,
+            state_away=state_away,
+            draining=lambda: router.draining,
+            place=WorkerPlace(place.number, place.of),
+        )
+        context = AdminContext(live_config, registry, metrics, router, dispatcher, status, administration, state_away)
         secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
         await stack.enter_async_context(listen(secured, taken.admin))
         server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)
@@ -166,7 +187,7 @@ async def gateway(
         await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
-            yield Gateway(addresses, live_config, weights, recorded, server, quota, metrics, load, dispatcher)
+            yield Gateway(addresses, live_config, weights, recorded, server, quota, metrics, load, dispatcher, traffic)
         finally:
             router.draining = True
 
