@@ -39,6 +39,7 @@ COMMANDS = {
     "logs": Command("serving.cli", "logs_main", "print the log of a replica"),
     "gateway": Command("gateway.cli.serve", "gateway_main", "run the gateway in front of replicas that run elsewhere"),
     "route": Command("gateway.cli.route", "route_main", "explain which replica a request is routed to, and why"),
+    "usage": Command("gateway.cli.usage", "usage_main", "print requests, tokens and cost by API key and alias"),
     "rollout": Command(
         "gateway.rollout.cli", "rollout_main", "replace a variant behind an alias in steps gated by measurements"
     ),

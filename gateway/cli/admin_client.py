@@ -1,5 +1,6 @@
 """Client of a running gateway's admin port, for the command line."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -39,12 +40,12 @@ class AdminClient:
         key = settings.admin_key.get_secret_value() if settings.admin_key else None
         return cls(f"{LOOPBACK.get(host, host)}:{port}", key, file)
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, query: Mapping[str, str] | None = None) -> bytes:
         """GET a path and return the body; ConfigError if the key is refused, else AdminUnavailable for any failure."""
         headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
         try:
             url = f"http://{self.address}{quote(path)}"
-            response = httpx.get(url, headers=headers, timeout=TIMEOUT_SECONDS, trust_env=False)
+            response = httpx.get(url, params=query, headers=headers, timeout=TIMEOUT_SECONDS, trust_env=False)
         except httpx.TransportError as error:
             what = f"no gateway answers at {self.address} ({error or type(error).__name__})"
             raise AdminUnavailable(f"{what}; start it, or pass its admin address with --admin") from error

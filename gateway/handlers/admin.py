@@ -1,6 +1,7 @@
 """The admin port: probes, metrics, and the state of replicas, queues and decisions."""
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,12 @@ from pydantic import SecretStr
 
 from gateway.handlers.admin_auth import AdminAuth
 from gateway.handlers.router import Router
+from gateway.handlers.usage import add_usage
 from gateway.http.hosts import AllowedHosts
 from gateway.live_config import LiveConfig, ready_variants
 from gateway.observability.metrics import Metrics
 from gateway.observability.metrics.exposition import exposition
+from gateway.observability.usage import UsageRecorder
 from gateway.proxy.decision_log import MAX_DECISIONS, snapshot_now
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.routing.snapshot import Snapshot
@@ -34,6 +37,7 @@ class AdminContext:
     router: Router
     dispatcher: Dispatcher
     state_away: Callable[[], str | None] = lambda: None  # why the state database cannot be read
+    usage: UsageRecorder | None = None
 
 
 def with_auth(app: FastAPI, key: SecretStr | None, hosts: AllowedHosts) -> AdminAuth:
@@ -48,6 +52,7 @@ def admin_app(context: AdminContext) -> FastAPI:
     app = FastAPI(title="quantgate admin", docs_url=None, redoc_url=None, openapi_url="/admin/openapi.json")
     _add_probes(app, context)
     _add_routing(app, context)
+    add_usage(app, context.usage, time.time)
 
     @app.get("/admin/replicas")
     async def replicas() -> list[dict[str, Any]]:

@@ -36,9 +36,7 @@ _JSON = msgspec.json.Encoder()
 class AccessRecord(msgspec.Struct, frozen=True, gc=False):
     """One completed request.
 
-    `key` is the name of the API key. `code` is the HTTP status, or an error code if a stream failed after its status
-    was sent. `estimated` is true if the engine did not report usage and `completion_tokens` counts streamed events.
-    `first_token_seconds` is None if nothing was streamed. Text that does not apply is "none".
+    gateway/README.md has the meaning of each field. Text that does not apply is "none".
     """
 
     request_id: str
@@ -58,18 +56,37 @@ class AccessRecord(msgspec.Struct, frozen=True, gc=False):
     completion_tokens: int
     estimated: bool
     finish: str
+    stream: bool
+    reasoning_tokens: int
+    external_cost_usd: float
+
+
+class AccessLogLine(AccessRecord, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
+    """A line of the access log in JSON; `ts` is the time at which the request ended, RFC 3339 in UTC."""
+
+    ts: str
 
 
 # The fields of a record in their order, formatted in one step; `%.0s` skips the time of a token that never came.
 _STREAMED = (
     "ts=%s request_id=%s key=%s endpoint=%s alias=%s variant=%s precision=%s replica=%s reason=%s code=%s attempts=%d "
     "queued_seconds=%.3f first_token_seconds=%.3f seconds=%.3f prompt_tokens=%d completion_tokens=%d estimated=%d "
-    "finish=%s\n"
+    "finish=%s stream=%d reasoning_tokens=%d external_cost_usd=%g\n"
 )
 _UNSTREAMED = _STREAMED.replace("first_token_seconds=%.3f", "first_token_seconds=none%.0s")
 
 # Takes a record and the time at which the request ended, in seconds since 1970.
 LogSink = Callable[[AccessRecord, float], None]
+
+
+def both(first: LogSink, second: LogSink) -> LogSink:
+    """Return a sink that passes each record to two others."""
+
+    def sink(record: AccessRecord, at_seconds: float) -> None:
+        first(record, at_seconds)
+        second(record, at_seconds)
+
+    return sink
 
 
 def format_logfmt(record: AccessRecord, timestamp: str) -> bytes:

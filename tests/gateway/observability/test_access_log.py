@@ -46,7 +46,8 @@ def test_plain() -> None:
     assert format_logfmt(RECORD, STAMP).decode() == (
         f"ts={STAMP} request_id=r-1 key=team-a endpoint=chat.completions alias=smol variant=hi precision=bf16 "
         "replica=hi-1 reason=preferred code=200 attempts=1 queued_seconds=2.000 first_token_seconds=8.250 "
-        "seconds=10.250 prompt_tokens=10 completion_tokens=3 estimated=0 finish=stop\n"
+        "seconds=10.250 prompt_tokens=10 completion_tokens=3 estimated=0 finish=stop "
+        "stream=1 reasoning_tokens=1 external_cost_usd=0\n"
     )
 
 
@@ -114,7 +115,7 @@ async def test_a_stalled_reader(log_format: LogFormat) -> None:
         assert 0 < dropped.value < count
         lines = await asyncio.to_thread(read_lines, through.reading, count - int(dropped.value))
     assert len(lines) + dropped.value == count
-    assert all(line.endswith(b"finish=stop\n" if log_format == "plain" else b'"finish":"stop"}\n') for line in lines)
+    assert all(line.endswith(b"_usd=0\n" if log_format == "plain" else b'_usd":0.0}\n') for line in lines)
 
 
 def read_lines(reading: BinaryIO, count: int) -> list[bytes]:
