@@ -40,6 +40,9 @@ from gateway.quota import Quota
 from gateway.reload import ConfigReload, FollowerReload, SupervisedReload
 from gateway.rollout.arms import Rollouts
 from gateway.rollout.recorded import RecordedAliases, followed_rollouts, live_config_of, log_notices
+from gateway.status.recent_errors import RecentErrors
+from gateway.status.source import StatusSource, WorkerPlace
+from gateway.status.traffic import TrafficHistory
 from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
 from serving.app import followed_replicas, local_replicas, sole_owner
 from serving.command import Machine
@@ -149,7 +152,8 @@ async def gateway(
             followed_rollouts(deployment.state, recorded, rollouts, registry, metrics)
         )
         log_sink = access_log.append if usage is None else both(access_log.append, usage.add)
-        observers = Observers(metrics, log_sink, traced)
+        errors = RecentErrors()
+        observers = Observers(metrics, log_sink, traced, errors=errors)
         endpoints = {
             endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers, rollouts)
             for endpoint in ENDPOINTS.values()
@@ -159,15 +163,21 @@ async def gateway(
             allowed_hosts(address, settings.allowed_hosts) for address in (addresses.client, addresses.admin)
         )
         router = Router(endpoints, client_app(live_config, registry), live_config, quota, client_hosts)
-        context = AdminContext(
-            live_config,
-            registry,
-            metrics,
-            router,
-            dispatcher,
-            lambda: service.follower.away if service else None,
-            usage,
+        traffic = await stack.enter_async_context(TrafficHistory(metrics))
+
+        def state_away() -> str | None:
+            return service.follower.away if service else None
+
+        status = StatusSource(
+            *(registry, live_config, dispatcher, metrics, traffic, errors, rollouts),
+            polls=lambda: poller.results,
+            speeds=lambda: recorded.deployment.speeds,
+            rollouts=tuple,
+            state_away=state_away,
+            draining=lambda: router.draining,
+            place=WorkerPlace(place.number, place.of),
         )
+        context = AdminContext(live_config, registry, metrics, router, dispatcher, status, state_away, usage)
         secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
         await stack.enter_async_context(listen(secured, taken.admin))
         server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 
 from gateway.handlers.admin_auth import AdminAuth
 from gateway.handlers.router import Router
+from gateway.handlers.status import add_status
 from gateway.handlers.usage import add_usage
 from gateway.http.hosts import AllowedHosts
 from gateway.live_config import LiveConfig, ready_variants
@@ -21,6 +22,7 @@ from gateway.observability.usage import UsageRecorder
 from gateway.proxy.decision_log import MAX_DECISIONS, snapshot_now
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.routing.snapshot import Snapshot
+from gateway.status.source import StatusSource
 from serving.registry import Registry
 
 METRICS_TYPES: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
@@ -36,6 +38,7 @@ class AdminContext:
     metrics: Metrics
     router: Router
     dispatcher: Dispatcher
+    status: StatusSource
     state_away: Callable[[], str | None] = lambda: None  # why the state database cannot be read
     usage: UsageRecorder | None = None
 
@@ -52,6 +55,7 @@ def admin_app(context: AdminContext) -> FastAPI:
     app = FastAPI(title="quantgate admin", docs_url=None, redoc_url=None, openapi_url="/admin/openapi.json")
     _add_probes(app, context)
     _add_routing(app, context)
+    add_status(app, context.status)
     add_usage(app, context.usage, time.time)
 
     @app.get("/admin/replicas")

@@ -56,6 +56,11 @@ class AliasArms:
         self._canary, self._routes = canary, {}
         self.lottery.weight, self.lottery.step = weight, step
 
+    @property
+    def canary(self) -> tuple[str, float]:
+        """The new variant, and the share of new conversations that are drawn to it."""
+        return self._canary.canary or "", self.lottery.weight
+
     def draw(self, conversation: Conversation, request_id: str, caller: Caller, route: Route) -> tuple[Route, Draw]:
         """Draw a conversation, and return the route of its arm; without an identity each request is one."""
         key, named, later = conversation
