@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
 from config.command_line import add_config, chosen_config, exit_codes
@@ -14,6 +15,7 @@ from config.document import PASSWORD_IN_URL
 from config.errors import ConfigError, Problem
 from config.load import load_settings
 from config.schema import Settings
+from gateway.observability.access_log import AccessLogLine
 from gateway.validation import Report, validate
 from serving.foreground import USAGE
 
@@ -30,7 +32,8 @@ def config_main(arguments: list[str]) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.action == "schema":
-        print(json.dumps(Settings.model_json_schema(), indent=2))
+        schema = msgspec.json.schema(AccessLogLine) if options.access_log else Settings.model_json_schema()
+        print(json.dumps(schema, indent=2))
         return 0
     path = chosen_config(parser, options)
     if options.action == "check":
@@ -75,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     show = actions.add_parser("show", help=text, description=f"{text.capitalize()}.", epilog=CODES)
     for action in (check, show):
         add_config(action)
-    actions.add_parser("schema", help="print the JSON schema, for editors", epilog=CODES)
+    schema = actions.add_parser("schema", help="print the JSON schema, for editors", epilog=CODES)
+    schema.add_argument("--access-log", action="store_true", help="that of a line of the access log instead")
     return parser
 
 

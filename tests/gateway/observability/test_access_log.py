@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import pytest
 from gateway.observability.access_log import (
     FLUSH_RECORDS,
     AccessLog,
+    AccessLogLine,
+    AccessRecord,
     LogFormat,
     format_json,
     format_logfmt,
 )
 from gateway.observability.metrics import Counter
-from tests.fakes.running import eventually
+from tests.fakes.running import ROOT, eventually
 from tests.gateway.observability.records import RECORD
 
 STAMP = "2026-01-02T03:04:05.750Z"
@@ -56,6 +59,25 @@ def test_no_first_token() -> None:
     record = msgspec.structs.replace(RECORD, first_token_seconds=None)
     assert b" first_token_seconds=none " in format_logfmt(record, STAMP)
     assert json.loads(format_json(record, STAMP))["first_token_seconds"] is None
+
+
+def test_json_lines_are_of_the_documented_schema() -> None:
+    """A line decodes strictly as the type that gateway/README.md documents, field by field and in order."""
+    line = msgspec.json.decode(format_json(RECORD, STAMP), type=AccessLogLine)
+    assert line.ts == STAMP
+    assert all(getattr(line, name) == getattr(RECORD, name) for name in RECORD.__struct_fields__)
+    section = (ROOT / "gateway" / "README.md").read_text().partition("## Access log")[2].partition("## Code layout")[0]
+    documented = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", section, re.MULTILINE)
+    assert documented == list(schema_rows())
+    assert [name for name, _, _ in documented] == list(json.loads(format_json(RECORD, STAMP)))
+
+
+def schema_rows() -> Iterator[tuple[str, str, str]]:
+    """Name, type and description of each field in the schema."""
+    properties = msgspec.json.schema(AccessLogLine)["$defs"]["AccessLogLine"]["properties"]
+    for name in ("ts", *AccessRecord.__struct_fields__):
+        types = [each["type"] for each in properties[name].get("anyOf", [properties[name]])]
+        yield name, " or ".join(types), properties[name]["description"]
 
 
 def test_json() -> None:
