@@ -15,6 +15,12 @@ TIMEOUT_SECONDS = 10.0
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}  # noqa: S104 - looked up, not listened on
 
 
+def reachable(address: str) -> str:
+    """Return the address by which a listener is reached from this machine."""
+    host, _, port = address.rpartition(":")
+    return f"{LOOPBACK.get(host, host)}:{port}"
+
+
 class AdminUnavailable(Exception):
     """The admin port cannot be reached, or responded with an error."""
 
@@ -34,11 +40,11 @@ class AdminClient:
         Raises ConfigError.
         """
         settings = load_settings(file).gateway
-        host, _, port = (address or settings.admin).rpartition(":")
-        if port == "0":
+        chosen = address or settings.admin
+        if chosen.endswith(":0"):
             raise ConfigError(f"{file}: gateway.admin has port 0; pass the actual address with --admin")
         key = settings.admin_key.get_secret_value() if settings.admin_key else None
-        return cls(f"{LOOPBACK.get(host, host)}:{port}", key, file)
+        return cls(reachable(chosen), key, file)
 
     def read(self, path: str, query: Mapping[str, str] | None = None) -> bytes:
         """GET a path and return the body; ConfigError if the key is refused, else AdminUnavailable for any failure."""

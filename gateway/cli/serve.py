@@ -4,6 +4,7 @@ import argparse
 import gc
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
@@ -13,6 +14,7 @@ from config.errors import ConfigError
 from config.load import home_directory, load_settings, process_environment
 from config.schema import GatewaySettings
 from gateway.app import everything, gateway_alone
+from gateway.cli.next_steps import next_steps
 from gateway.deployment import read_deployment
 from gateway.workers import SINGLE_WORKER, WorkerIndex, check_ports, stop_with_parent, workers
 from serving.control import Controlled, ControlSocket
@@ -128,8 +130,11 @@ def up_main(arguments: list[str]) -> int:
     @asynccontextmanager
     async def start() -> AsyncIterator[None]:
         deployment = read_deployment(config)
-        async with everything(deployment, this_machine(home, environment), Registry(), home, config):
+        machine = this_machine(home, environment)
+        async with everything(deployment, machine, Registry(), home, config) as addresses:
             log.info("%s", _until_stopped(deployment.settings.gateway))
+            keys = deployment.keys.issued is not None
+            print(next_steps(deployment.settings, addresses, config, keys=keys), file=sys.stderr, flush=True)
             yield
 
     return run_until_signal(start)

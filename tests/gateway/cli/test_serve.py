@@ -38,11 +38,12 @@ class Outcome:
     err: str
 
 
-async def start(*arguments: str | Path) -> Process:
-    """Start the command line."""
+async def start(*arguments: str | Path, home: Path | None = None) -> Process:
+    """Start the command line, in a home of its own if one is given."""
+    environment = {**os.environ, **({"QUANTGATE_HOME": str(home)} if home else {})}
     argv = [sys.executable, str(ROOT / "quantgate.py"), *map(str, arguments)]
     return await asyncio.create_subprocess_exec(
-        *argv, cwd=ROOT, stdin=asyncio.subprocess.DEVNULL, stdout=PIPE, stderr=PIPE
+        *argv, cwd=ROOT, stdin=asyncio.subprocess.DEVNULL, stdout=PIPE, stderr=PIPE, env=environment
     )
 
 
