@@ -11,7 +11,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from config.command_line import DEFAULT_CONFIG, exit_codes
+from config.command_line import DEFAULT_CONFIG, CommandParser, exit_codes
 from config.errors import ConfigError
 from gateway.cli.admin_client import AdminClient, AdminUnavailable
 from gateway.observability.usage_report import DEFAULT_BY, DEFAULT_SINCE, UsageLine, UsageReport, parse_query
@@ -46,13 +46,17 @@ def usage_main(arguments: list[str]) -> int:
     return DONE
 
 
-def usage_parser() -> argparse.ArgumentParser:
-    """Build the parser of `quantgate usage`."""
-    parser = argparse.ArgumentParser(
+def usage_parser() -> CommandParser:
+    """Describe `quantgate usage`."""
+    parser = CommandParser(
         prog="quantgate usage",
         description="Print requests, tokens, seconds and external cost, added up over whole hours and over all "
         "gateways that share the state database. A running gateway is asked; what other workers have counted is at "
         "most 10 s old.",
+        examples=[
+            "quantgate usage --by key,alias",
+            "quantgate usage --by day,key --since 2026-11-01 --until 2026-12-01 --csv",
+        ],
         epilog=exit_codes(0, 2, code_1="no gateway answers, or the state database is unavailable"),
     )
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="default: %(default)s")
