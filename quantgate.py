@@ -33,6 +33,7 @@ COMMANDS = {
     "logs": Command("serving.cli", "print the log of a replica"),
     "gateway": Command("gateway.cli.serve", "run the gateway in front of replicas that run elsewhere"),
     "route": Command("gateway.cli.route", "explain which replica a request is routed to, and why"),
+    "top": Command("gateway.cli.top", "show the status of a gateway in a terminal, live or once"),
     "usage": Command("gateway.cli.usage", "print requests, tokens and cost by API key and alias"),
     "rollout": Command("gateway.rollout.cli", "replace a variant behind an alias in steps gated by measurements"),
     "config": Command("gateway.cli.config", "check or show a configuration file, or print the JSON schema"),

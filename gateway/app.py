@@ -38,6 +38,7 @@ from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
 from gateway.reload import ConfigReload, FollowerReload, SupervisedReload
+from gateway.rollout.administration import RolloutAdministration
 from gateway.rollout.arms import Rollouts
 from gateway.rollout.recorded import RecordedAliases, followed_rollouts, live_config_of, log_notices
 from gateway.status.recent_errors import RecentErrors
@@ -164,6 +165,9 @@ async def gateway(
         )
         router = Router(endpoints, client_app(live_config, registry), live_config, quota, client_hosts)
         traffic = await stack.enter_async_context(TrafficHistory(metrics))
+        administration = await stack.enter_async_context(
+            RolloutAdministration(deployment.state, lambda: recorded.deployment, lambda: recorded.snapshot, registry)
+        )
 
         def state_away() -> str | None:
             return service.follower.away if service else None
@@ -172,12 +176,14 @@ async def gateway(
             *(registry, live_config, dispatcher, metrics, traffic, errors, rollouts),
             polls=lambda: poller.results,
             speeds=lambda: recorded.deployment.speeds,
-            rollouts=tuple,
+            rollouts=lambda: administration.statuses,
             state_away=state_away,
             draining=lambda: router.draining,
             place=WorkerPlace(place.number, place.of),
         )
-        context = AdminContext(live_config, registry, metrics, router, dispatcher, status, state_away, usage)
+        context = AdminContext(
+            live_config, registry, metrics, router, dispatcher, status, administration, state_away, usage
+        )
         secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
         await stack.enter_async_context(listen(secured, taken.admin))
         server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)

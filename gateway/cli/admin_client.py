@@ -11,6 +11,7 @@ from config.errors import ConfigError
 from config.load import load_settings
 
 TIMEOUT_SECONDS = 10.0
+STATUS = "/admin/status"
 # Where a listener on a wildcard address is reached from this machine.
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}  # noqa: S104 - looked up, not listened on
 
@@ -48,13 +49,36 @@ class AdminClient:
 
     def read(self, path: str, query: Mapping[str, str] | None = None) -> bytes:
         """GET a path and return the body; ConfigError if the key is refused, else AdminUnavailable for any failure."""
-        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
         try:
             url = f"http://{self.address}{quote(path)}"
-            response = httpx.get(url, params=query, headers=headers, timeout=TIMEOUT_SECONDS, trust_env=False)
+            response = httpx.get(url, params=query, headers=self._headers, timeout=TIMEOUT_SECONDS, trust_env=False)
         except httpx.TransportError as error:
-            what = f"no gateway answers at {self.address} ({error or type(error).__name__})"
-            raise AdminUnavailable(f"{what}; start it, or pass its admin address with --admin") from error
+            raise self._unreachable(error) from error
+        return self._body(response)
+
+    def connection(self) -> httpx.AsyncClient:
+        """Make a connection to read from repeatedly, on an event loop."""
+        return httpx.AsyncClient(
+            base_url=f"http://{self.address}", headers=self._headers, timeout=TIMEOUT_SECONDS, trust_env=False
+        )
+
+    async def read_by(self, connection: httpx.AsyncClient, path: str) -> bytes:
+        """Do the same as `read`, by a connection."""
+        try:
+            response = await connection.get(quote(path))
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        return self._body(response)
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def _unreachable(self, error: httpx.TransportError) -> AdminUnavailable:
+        what = f"no gateway answers at {self.address} ({error or type(error).__name__})"
+        return AdminUnavailable(f"{what}; start it, or pass its admin address with --admin")
+
+    def _body(self, response: httpx.Response) -> bytes:
         if response.status_code == httpx.codes.UNAUTHORIZED:
             problem = "refuses gateway.admin_key" if self.key else "requires a key, but gateway.admin_key is not set"
             raise ConfigError(

@@ -16,7 +16,7 @@ from gateway.errors import GatewayError, RequestError
 from gateway.keys import Caller
 from gateway.openai.constraints import FLOOR_HEADER, PRECISION_HEADER, parse_floor, parse_precisions
 from gateway.proxy.routing_features import SESSION_HEADER, session_from_name
-from gateway.routing.explain import Explanation, explain
+from gateway.routing.explain import Explanation, explain, explain_recorded
 from gateway.routing.request import RoutingRequest
 from gateway.routing.snapshot import Snapshot, floor_from, read_snapshot
 from serving.foreground import USAGE
@@ -67,12 +67,6 @@ def explain_hypothetical(
         placement=None if session is None else snapshot.sessions.get(session),
     )
     wait_seconds = snapshot.models[model].wait_seconds
-    return explain(request, snapshot.cluster(), snapshot.now_seconds, absent=snapshot.absent, wait_seconds=wait_seconds)
-
-
-def explain_recorded(snapshot: Snapshot) -> Explanation:
-    """Explain a decision that was made."""
-    request, wait_seconds = snapshot.routing_request()
     return explain(request, snapshot.cluster(), snapshot.now_seconds, absent=snapshot.absent, wait_seconds=wait_seconds)
 
 

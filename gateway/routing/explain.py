@@ -13,7 +13,7 @@ from gateway.routing.overload import NOT_OVERLOADED
 from gateway.routing.pick import Candidate, RungResult, any_context_fits, decide, drawn_member, look_at_rung
 from gateway.routing.request import RoutingRequest
 from gateway.routing.score import CostTerms, cost_terms
-from gateway.routing.snapshot import AbsentReplica
+from gateway.routing.snapshot import AbsentReplica, Snapshot
 from gateway.routing.spill import CLOSED, SpillGate, free_seconds, longest_wait_seconds, share_down
 
 
@@ -91,6 +91,12 @@ def explain(
         tuple([RejectedVariant(each.variant.name, each.variant.precision, each.why) for each in rejected]),
         tuple(absent),
     )
+
+
+def explain_recorded(snapshot: Snapshot) -> Explanation:
+    """Explain a decision that was made."""
+    request, wait_seconds = snapshot.routing_request()
+    return explain(request, snapshot.cluster(), snapshot.now_seconds, absent=snapshot.absent, wait_seconds=wait_seconds)
 
 
 class _DecisionTrace:

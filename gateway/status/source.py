@@ -53,7 +53,7 @@ class StatusSource:
         self.started_at = self.traffic.wall_clock()
 
     def shared_json(self) -> bytes:
-        """The status as JSON; readers within `min_seconds` get the same one, so that many streams cost what one does."""
+        """The status as JSON; readers within `min_seconds` share one, so many streams cost what one does."""
         now = self.dispatcher.now()
         if now - self._read_at >= self.min_seconds:
             self._json, self._read_at = self.read().to_json(), now
