@@ -115,6 +115,8 @@ def test_recipes_are_listed() -> None:
     done = run("quantize_main", "--recipes")
     assert done.returncode == 0
     assert done.stdout.splitlines()[0].startswith("qwq-32b-int4     QwQ-32B")
+    listed = json.loads(run("quantize_main", "--recipes", "--json").stdout)
+    assert [each["name"] for each in listed] == [line.split()[0] for line in done.stdout.splitlines()]
 
 
 def test_a_plan_is_told_before_any_work(place: Path) -> None:

@@ -239,6 +239,10 @@ def test_configuration_is_checked_and_shown(tmp_path: Path, capsys: pytest.Captu
     assert values["gateway"]["state"] == "postgresql://quantgate:**********@db/quantgate"
     assert values["replicas"][0]["api_key"] == "**********"
     assert values["replicas"][0]["url"] == "http://10.0.0.5:8000"
+    assert main(["config", "show", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == values
+    assert main(["config", "schema", "--access-log"]) == 0
+    assert "request_id" in json.loads(capsys.readouterr().out)["$defs"]["AccessLogLine"]["properties"]
     assert main(["config", "schema"]) == 0
     tables = {"gateway", "serving", "variants", "replicas", "aliases"}
     assert set(json.loads(capsys.readouterr().out)["properties"]) == tables
