@@ -148,7 +148,8 @@ class UsageRecorder:
             await asyncio.sleep(self._flush_seconds)
             try:
                 await self._flush()
-                await self._prune()
+                if self._number:  # a database that nothing is written to is not created
+                    await self._prune()
             except StateAway as away:
                 if self.away is None:
                     log.warning("%s; usage is kept in memory; retrying", away)
