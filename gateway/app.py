@@ -77,6 +77,7 @@ class Gateway:
     metrics: Metrics
     load: LoadTracker
     dispatcher: Dispatcher
+    traffic: TrafficHistory
 
     def switch(self, deployment: Deployment) -> None:
         """Use another configuration from the next request on; `config/reload_effects.py` says for which options."""
@@ -191,7 +192,7 @@ async def gateway(
         await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
-            yield Gateway(addresses, live_config, weights, recorded, server, quota, metrics, load, dispatcher)
+            yield Gateway(addresses, live_config, weights, recorded, server, quota, metrics, load, dispatcher, traffic)
         finally:
             router.draining = True
 

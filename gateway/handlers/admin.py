@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from gateway.handlers.admin_auth import AdminAuth
 from gateway.handlers.rollouts import RolloutControl, add_rollouts
 from gateway.handlers.router import Router
-from gateway.handlers.status import add_status
+from gateway.handlers.status import add_status, schemas
 from gateway.handlers.trial import add_trial
 from gateway.handlers.ui import add_ui
 from gateway.handlers.usage import add_usage
@@ -56,9 +56,19 @@ def with_auth(app: FastAPI, key: SecretStr | None, hosts: AllowedHosts) -> Admin
     return AdminAuth(app, hashlib.sha256(key.get_secret_value().encode()).digest())
 
 
+class _AdminApp(FastAPI):
+    """Describes values of msgspec, too, which FastAPI does not know."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The description of the endpoints."""
+        document = super().openapi()
+        document["components"]["schemas"].update(schemas())
+        return document
+
+
 def admin_app(context: AdminContext) -> FastAPI:
     """Build the app of the admin port."""
-    app = FastAPI(title="quantgate admin", docs_url=None, redoc_url=None, openapi_url="/admin/openapi.json")
+    app = _AdminApp(title="quantgate admin", docs_url=None, redoc_url=None, openapi_url="/admin/openapi.json")
     _add_probes(app, context)
     _add_routing(app, context)
     add_usage(app, context.usage, time.time)

@@ -5,14 +5,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import Response, StreamingResponse
 
 from gateway.status.source import StatusSource
+from gateway.status.values import Status
 
-JSON_TYPE: dict[str, Any] = {"application/json": {}}
-STREAM_TYPE: dict[str, Any] = {"text/event-stream": {}}
+SCHEMAS = "#/components/schemas/{name}"
+JSON_TYPE: dict[str, Any] = {"application/json": {"schema": {"$ref": SCHEMAS.format(name=Status.__name__)}}}
 NO_STORE = {"cache-control": "no-store"}
+# A proxy such as nginx passes each event on at once then.
+UNBUFFERED = {"x-accel-buffering": "no"}
 EVENT_SECONDS = 1.0
 MAX_STREAMS = 32
 
@@ -51,10 +55,19 @@ def add_status(app: FastAPI, source: StatusSource, refresh: Callable[[], Awaitab
         await refresh()
         return Response(source.read().to_json(), headers={"content-type": "application/json", **NO_STORE})
 
-    @app.get("/admin/status/stream", response_class=Response, responses={200: {"content": STREAM_TYPE}, 503: {}})
-    async def stream() -> StreamingResponse:
+    # Not in the schema: a reader of that expects an end.
+    @app.get("/admin/status/stream", include_in_schema=False)
+    async def stream() -> Response:
         """The status each second as server-sent events; the event `end` closes it when the gateway drains."""
         if source.draining() or streams.open >= MAX_STREAMS:
             why = "the gateway is about to stop" if source.draining() else f"{MAX_STREAMS} streams are open"
             raise HTTPException(503, f"{why}; retry", headers={"retry-after": "1"})
-        return StreamingResponse(streams.events(), headers={"content-type": "text/event-stream", **NO_STORE})
+        return StreamingResponse(
+            streams.events(), headers={"content-type": "text/event-stream", **NO_STORE, **UNBUFFERED}
+        )
+
+
+def schemas() -> dict[str, Any]:
+    """The JSON schemas of a status and its parts, by name, for the OpenAPI document."""
+    _, components = msgspec.json.schema_components((Status,), ref_template=SCHEMAS)
+    return components

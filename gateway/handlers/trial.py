@@ -77,8 +77,9 @@ class MemoryTransport:
 def add_trial(app: FastAPI, router: Router) -> None:
     """Add the endpoint to the app of the admin port."""
 
-    @app.post("/admin/trial", response_class=Response, responses={413: {}, 415: {}})
-    async def trial(request: AdminRequest) -> StreamingResponse:
+    # Not in the schema: its responses are those of the clients' port.
+    @app.post("/admin/trial", include_in_schema=False)
+    async def trial(request: AdminRequest) -> Response:
         """A body of `/v1/chat/completions`; status, headers and body are those that a client gets."""
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             raise HTTPException(415, "send application/json")

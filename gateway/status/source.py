@@ -45,6 +45,7 @@ class StatusSource:
     draining: Callable[[], bool]
     place: WorkerPlace = WorkerPlace()
     min_seconds: float = 0.5
+    version: str = field(default_factory=own_version)
     started_at: float = field(init=False)
     _read_at: float = field(default=float("-inf"), init=False)
     _json: bytes = field(default=b"", init=False)
@@ -83,7 +84,7 @@ class StatusSource:
 
     def _gateway(self) -> GatewayStatus:
         return GatewayStatus(
-            version=own_version(),
+            version=self.version,
             started_at=self.started_at,
             now_at=self.traffic.wall_clock(),
             draining=self.draining(),

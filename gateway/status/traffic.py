@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from types import TracebackType
@@ -102,11 +102,19 @@ def point_between(before: TrafficSample, after: TrafficSample) -> TrafficPoint:
 
 
 def traffic_status(history: Sequence[TrafficSample], recent: Sequence[TrafficSample]) -> TrafficStatus:
-    """Rates of each interval of the history, the one that runs included, and of the recent samples as a whole."""
-    samples = [*history, *recent[-1:]] if history and recent and recent[-1].at > history[-1].at else history
-    points = tuple([point_between(before, after) for before, after in pairwise(samples)])
+    """Rates of each interval of the history, of the last INTERVAL_SECONDS, and of the recent samples as a whole."""
+    points = [point_between(before, after) for before, after in pairwise(history)]
     lately = point_between(recent[0], recent[-1]) if len(recent) > 1 else None
-    return TrafficStatus(INTERVAL_SECONDS, RECENT_SECONDS, lately, points)
+    if lately is not None:
+        # Not since the last interval ended: the rate of a few seconds is that of one answer.
+        since = next(sample for sample in reversed(recent) if is_before(sample, recent[-1]) or sample is recent[0])
+        points.append(point_between(since, recent[-1]))
+    return TrafficStatus(INTERVAL_SECONDS, RECENT_SECONDS, lately, tuple(points))
+
+
+def is_before(sample: TrafficSample, last: TrafficSample) -> bool:
+    """Whether an interval lies between two samples."""
+    return last.at - sample.at >= INTERVAL_SECONDS
 
 
 def answered_lately(recent: Sequence[TrafficSample]) -> Mapping[Served, Totals]:
@@ -147,12 +155,11 @@ class TrafficHistory:
         """Read the counters now."""
         self.add(self.current())
 
-    def add(self, samples: TrafficSample | Iterable[TrafficSample]) -> None:
-        """Keep samples, oldest first."""
-        for sample in [samples] if isinstance(samples, TrafficSample) else samples:
-            self._recent.append(sample)
-            if not self._history or sample.at - self._history[-1].at >= INTERVAL_SECONDS - SAMPLE_SECONDS / 2:
-                self._history.append(sample)
+    def add(self, sample: TrafficSample) -> None:
+        """Keep a sample; in the history, only one of each interval."""
+        self._recent.append(sample)
+        if not self._history or sample.at - self._history[-1].at >= INTERVAL_SECONDS - SAMPLE_SECONDS / 2:
+            self._history.append(sample)
 
     def current(self) -> TrafficSample:
         """The counters as they are now."""

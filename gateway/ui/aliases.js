@@ -4,7 +4,13 @@ import { h } from "./dom.js";
 import { DASH, percent, seconds } from "./format.js";
 import { badge, chip, empty } from "./parts.js";
 
-const MEASURES = { top1_agreement: "top-1 ≥", kl_mean: "KL ≤", kl_p99: "KL p99 ≤", perplexity_ratio: "ppl ≤", length_ratio: "length ≤" };
+const MEASURES = {
+  top1_agreement: "top-1 ≥",
+  kl_mean: "KL ≤",
+  kl_p99: "KL p99 ≤",
+  perplexity_ratio: "ppl ≤",
+  length_ratio: "length ≤",
+};
 
 export function aliasCards(status) {
   if (!status.aliases.length) return empty("No aliases are configured.");
@@ -20,7 +26,13 @@ function aliasCard(alias, recentSeconds) {
       "div",
       { class: "heading" },
       h("h3", {}, alias.name),
-      floor.length ? h("span", { class: "quiet", title: "the least measured quality that may answer" }, `floor ${floor.join(", ")}`) : null,
+      floor.length
+        ? h(
+            "span",
+            { class: "quiet", title: "the least measured quality that may answer" },
+            `floor ${floor.join(", ")}`,
+          )
+        : null,
     ),
     answersNow(alias),
     h("ol", { class: "ladder" }, alias.rungs.map(rungRow), alias.canary ? canaryRow(alias.canary) : null),
@@ -31,8 +43,7 @@ function aliasCard(alias, recentSeconds) {
 function answersNow(alias) {
   const now = alias.answers_now;
   if (!now) {
-    const why = alias.rungs.every((rung) => rung.rejected) ? "no variant meets the floor" : "no replica is ready";
-    return h("p", { class: "now" }, chip("bad", "nobody answers"), ` ${why}`);
+    return h("p", { class: "now" }, chip("bad", "nobody answers"), ` ${whyNobody(alias.rungs)}`);
   }
   const kind = now.reason === "preferred" ? "ok" : "warn";
   return h(
@@ -42,8 +53,13 @@ function answersNow(alias) {
     h("strong", {}, now.replica),
     h("span", { class: "quiet" }, "answers now"),
     chip(kind, now.reason),
-    now.wait_seconds === null ? null : h("span", { class: "quiet" }, `wait ${seconds(now.wait_seconds)}`),
   );
+}
+
+function whyNobody(rungs) {
+  const permitted = rungs.filter((rung) => !rung.rejected);
+  if (!permitted.length) return "no variant meets the floor";
+  return permitted.some((rung) => rung.replicas_ready) ? "no replica has room: requests wait" : "no replica is ready";
 }
 
 function rungRow(rung) {
@@ -53,10 +69,14 @@ function rungRow(rung) {
     badge(rung.precision),
     h("span", { class: "name" }, rung.variant),
     rungState(rung),
-    bar(rung.share, rung.precision),
-    h("span", { class: "facts quiet" }, `${rung.replicas_ready}/${rung.replicas} ready`, rung.wait_seconds === null ? "" : ` · wait ${seconds(rung.wait_seconds)}`),
+    bar(rung.share, rung.precision, facts(rung)),
     rung.rejected ? h("span", { class: "why" }, rung.rejected) : null,
   );
+}
+
+function facts(rung) {
+  const ready = `${rung.replicas_ready}/${rung.replicas} ready`;
+  return rung.wait_seconds === null ? ready : `${ready} · wait ${seconds(rung.wait_seconds)}`;
 }
 
 function rungState(rung) {
@@ -74,17 +94,18 @@ function canaryRow(canary) {
     badge(canary.precision),
     h("span", { class: "name" }, canary.variant),
     chip("info", `canary ${percent(canary.weight)}`),
-    bar(canary.share, canary.precision),
+    bar(canary.share, canary.precision, "of new conversations"),
   );
 }
 
-function bar(share, precision) {
+function bar(share, precision, note) {
   const label = share === null ? DASH : percent(share);
   return h(
     "span",
     { class: "share", title: "share of the answers of the last minutes" },
     h("span", { class: `fill ${badge(precision).classList[1]}`, vars: { "--share": String(share ?? 0) } }),
     h("span", { class: "label" }, label),
+    h("span", { class: "quiet" }, note),
   );
 }
 

@@ -13,7 +13,13 @@ export const storeKey = (key) => sessionStorage.setItem(STORED_KEY, key);
 export async function call(path, options = {}) {
   const headers = { ...options.headers };
   if (storedKey()) headers.authorization = `Bearer ${storedKey()}`;
-  const answer = await fetch(`../admin/${path}`, { ...options, headers, cache: "no-store", credentials: "omit", redirect: "error" });
+  const answer = await fetch(`../admin/${path}`, {
+    ...options,
+    headers,
+    cache: "no-store",
+    credentials: "omit",
+    redirect: "error",
+  });
   if (answer.status === 401 && !answer.headers.get("x-request-id")) throw new KeyNeeded();
   return answer;
 }
@@ -29,7 +35,12 @@ export async function problemOf(answer) {
 }
 
 export const post = (path, body, options = {}) =>
-  call(path, { ...options, method: "POST", body: JSON.stringify(body), headers: { ...options.headers, "content-type": "application/json" } });
+  call(path, {
+    ...options,
+    method: "POST",
+    body: JSON.stringify(body),
+    headers: { ...options.headers, "content-type": "application/json" },
+  });
 
 // The events of a stream: {event, data}.
 export async function* events(answer) {
@@ -42,7 +53,8 @@ export async function* events(answer) {
     rest = parts.pop();
     for (const part of parts) {
       const lines = part.split("\n");
-      const field = (name) => lines.filter((line) => line.startsWith(`${name}:`)).map((line) => line.slice(name.length + 1).trimStart());
+      const field = (name) =>
+        lines.filter((line) => line.startsWith(`${name}:`)).map((line) => line.slice(name.length + 1).trimStart());
       yield { event: field("event")[0] ?? "message", data: field("data").join("\n") };
     }
   }

@@ -30,8 +30,12 @@ function showGateway({ gateway, replicas }) {
   const { worker } = gateway;
   const ready = replicas.filter((replica) => replica.state === "ready").length;
   document.title = `${ready}/${replicas.length} ready · quantgate`;
-  byId("gateway").textContent = `${gateway.version} · up ${duration(gateway.now_at - gateway.started_at)}${worker.of > 1 ? ` · worker ${worker.number} of ${worker.of}` : ""}`;
-  const whole = worker.of > 1 ? `Traffic, errors and requests in flight are those of worker ${worker.number} of ${worker.of}; each has its own admin port.` : "";
+  byId("gateway").textContent =
+    `${gateway.version} · up ${duration(gateway.now_at - gateway.started_at)}${worker.of > 1 ? ` · worker ${worker.number} of ${worker.of}` : ""}`;
+  const whole =
+    worker.of > 1
+      ? `Traffic, errors and requests in flight are those of worker ${worker.number} of ${worker.of}; each has its own admin port.`
+      : "";
   byId("footer").textContent = `${whole} Process ${worker.process_id}; data from /admin/status.`;
   notify(gateway.state_database ? `The state database is away: ${gateway.state_database}` : "", "state");
   byId("key").hidden = !storedKey();
@@ -51,7 +55,9 @@ function figures({ traffic, gateway, aliases, replicas }) {
     ["Waiting", number(waiting, 0), "", waiting ? "warn" : null],
     ["Replicas ready", `${ready}`, ` of ${replicas.length}`, ready < replicas.length ? "warn" : null],
   ];
-  return rows.map(([title, value, unit, kind]) => h("div", { class: kind, "data-key": title }, h("dt", {}, title), h("dd", {}, value, h("small", {}, unit))));
+  return rows.map(([title, value, unit, kind]) =>
+    h("div", { class: kind, "data-key": title }, h("dt", {}, title), h("dd", {}, value, h("small", {}, unit))),
+  );
 }
 
 function showConnection(kind, text) {
@@ -84,7 +90,8 @@ async function steer(button) {
   if ((await answerOf(byId("confirm"))) !== "yes") return;
   try {
     const answer = await post(`rollouts/${command}`, { alias, reason: byId("confirm-reason").value });
-    if (answer.ok) notify(`${title}: the rollout of ${alias} is in phase ${(await answer.json()).phase}.`, "command", "ok");
+    if (answer.ok)
+      notify(`${title}: the rollout of ${alias} is in phase ${(await answer.json()).phase}.`, "command", "ok");
     else notify(await problemOf(answer), "command", "bad");
   } catch (error) {
     if (error instanceof KeyNeeded) askForKey();
@@ -114,6 +121,7 @@ async function explain(id) {
 async function askForKey() {
   const dialog = byId("key-dialog");
   if (dialog.open) return;
+  byId("key").hidden = false;
   byId("key-problem").hidden = !storedKey();
   byId("key-problem").textContent = "This key was refused.";
   byId("key-input").value = "";
@@ -138,4 +146,6 @@ byId("request-form").addEventListener("submit", (event) => {
 });
 document.querySelector(".choice").addEventListener("change", (event) => chart.use(event.target.value));
 byId("key").addEventListener("click", askForKey);
+// Not a submit button: Enter in the reason confirms, while Enter twice on a command is Cancel, which has the focus.
+byId("confirm-no").addEventListener("click", () => byId("confirm").close());
 stream.start();

@@ -66,7 +66,12 @@ export class TrafficChart {
   options(names) {
     const style = getComputedStyle(document.documentElement);
     const colour = (name) => style.getPropertyValue(name).trim();
-    const axis = { stroke: colour("--quiet"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false }, font: "12px system-ui" };
+    const axis = {
+      stroke: colour("--quiet"),
+      grid: { stroke: colour("--line"), width: 1 },
+      ticks: { show: false },
+      font: "12px system-ui",
+    };
     const series = names.toReversed().map((name, place) => ({
       label: name,
       stroke: colour(`--${hue(name)}-line`),
@@ -84,7 +89,10 @@ export class TrafficChart {
       series: [{}, ...series],
       // A lower area covers the part of a higher one that is not its own.
       bands: names.slice(1).map((_, place) => ({ series: [place + 1, place + 2] })),
-      axes: [{ ...axis, values: (_, ticks) => ticks.map(clock) }, { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => number(tick)) }],
+      axes: [
+        { ...axis, size: 28, values: (_, ticks) => ticks.map(clock) },
+        { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => number(tick)) },
+      ],
     };
   }
 }

@@ -1,5 +1,8 @@
-// Elements, and bringing a tree up to date in place: focus, selection and open <details> stay as they are.
+// Elements, and bringing a tree up to date in place: focus, selection and what a person opened or closed stay.
 // Text from outside becomes text nodes and attributes only, never markup.
+
+// `open` of <details> is the reader's; `style` is set below.
+const KEPT = ["open", "style"];
 
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
@@ -11,7 +14,9 @@ export function h(tag, attributes = {}, ...children) {
       element.setAttribute(name, value === true ? "" : String(value));
     }
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
@@ -25,7 +30,9 @@ export function show(parent, ...children) {
 }
 
 function morphChildren(parent, wanted) {
-  const keyed = new Map([...parent.children].filter((each) => each.dataset.key).map((each) => [each.dataset.key, each]));
+  const keyed = new Map(
+    [...parent.children].filter((each) => each.dataset.key).map((each) => [each.dataset.key, each]),
+  );
   let place = parent.firstChild;
   for (const want of [...wanted.childNodes]) {
     const have = want.dataset?.key ? keyed.get(want.dataset.key) : place;
@@ -54,10 +61,10 @@ function morph(have, want) {
     return;
   }
   for (const { name } of [...have.attributes]) {
-    if (!want.hasAttribute(name) && name !== "open" && name !== "style") have.removeAttribute(name);
+    if (!want.hasAttribute(name) && !KEPT.includes(name)) have.removeAttribute(name);
   }
   for (const { name, value } of want.attributes) {
-    if (name !== "style" && have.getAttribute(name) !== value) have.setAttribute(name, value);
+    if (!KEPT.includes(name) && have.getAttribute(name) !== value) have.setAttribute(name, value);
   }
   // Not as an attribute: the Content-Security-Policy forbids style attributes.
   if (have.style.cssText !== want.style.cssText) have.style.cssText = want.style.cssText;

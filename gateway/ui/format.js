@@ -23,13 +23,19 @@ export function duration(value) {
   const whole = Math.floor(value);
   if (whole < 60) return `${whole} s`;
   if (whole < 3600) return `${Math.floor(whole / 60)} min ${String(whole % 60).padStart(2, "0")} s`;
-  if (whole < 86400) return `${Math.floor(whole / 3600)} h ${String(Math.floor((whole % 3600) / 60)).padStart(2, "0")} min`;
+  if (whole < 86400)
+    return `${Math.floor(whole / 3600)} h ${String(Math.floor((whole % 3600) / 60)).padStart(2, "0")} min`;
   return `${Math.floor(whole / 86400)} d ${Math.floor((whole % 86400) / 3600)} h`;
 }
 
 export function bytes(value) {
   if (value === null || value === undefined) return DASH;
-  for (const [unit, size] of [["TB", 1e12], ["GB", 1e9], ["MB", 1e6], ["kB", 1e3]]) {
+  for (const [unit, size] of [
+    ["TB", 1e12],
+    ["GB", 1e9],
+    ["MB", 1e6],
+    ["kB", 1e3],
+  ]) {
     if (value >= size) return `${(value / size).toFixed(value >= 100 * size ? 0 : 1)} ${unit}`;
   }
   return `${value} B`;
@@ -37,7 +43,16 @@ export function bytes(value) {
 
 export const timeOfDay = (at) => new Date(1000 * at).toLocaleTimeString("en-GB");
 
-const HUES = { bf16: "blue", fp16: "blue", fp32: "blue", int8: "teal", fp8: "green", int4: "orange", fp4: "orange", external: "violet" };
+const HUES = {
+  bf16: "blue",
+  fp16: "blue",
+  fp32: "blue",
+  int8: "teal",
+  fp8: "green",
+  int4: "orange",
+  fp4: "orange",
+  external: "violet",
+};
 const ORDER = ["fp32", "bf16", "fp16", "int8", "fp8", "int4", "fp4", "external"];
 
 // The hue of a precision: one name everywhere, in badges, bars and the chart.

@@ -1,7 +1,9 @@
 // Parts that several sections use.
 
 import { h } from "./dom.js";
-import { hue } from "./format.js";
+import { DASH, hue } from "./format.js";
+
+const classes = (...names) => names.filter(Boolean).join(" ") || null;
 
 export const badge = (precision) => h("span", { class: `badge ${hue(precision)}` }, precision);
 
@@ -14,7 +16,14 @@ export function table(caption, columns, rows) {
   const titles = columns.map((column) => (typeof column === "string" ? { title: column } : column));
   const cells = (row) =>
     row.cells.map((cell, place) =>
-      h("td", { "data-title": titles[place].title, class: titles[place].numeric ? "numeric" : null }, cell),
+      h(
+        "td",
+        {
+          "data-title": titles[place].title,
+          class: classes(titles[place].numeric && "numeric", cell === DASH && "none"),
+        },
+        cell,
+      ),
     );
   return h(
     "div",
@@ -23,8 +32,20 @@ export function table(caption, columns, rows) {
       "table",
       {},
       h("caption", { class: "hidden" }, caption),
-      h("thead", {}, h("tr", {}, titles.map(({ title, numeric }) => h("th", { scope: "col", class: numeric ? "numeric" : null }, title)))),
-      h("tbody", {}, rows.map((row) => h("tr", { "data-key": row.key, class: row.kind }, cells(row)))),
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          titles.map(({ title, numeric }) => h("th", { scope: "col", class: numeric ? "numeric" : null }, title)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        rows.map((row) => h("tr", { "data-key": row.key, class: row.kind }, cells(row))),
+      ),
     ),
   );
 }

@@ -17,7 +17,11 @@ export const COMMANDS = {
 
 export function rolloutCards(status) {
   if (!status.rollouts.length) {
-    return h("div", { class: "card" }, empty("No rollout runs. ", h("code", {}, "quantgate rollout start ALIAS NEW"), " starts one."));
+    return h(
+      "div",
+      { class: "card" },
+      empty("No rollout runs. ", h("code", {}, "quantgate rollout start ALIAS NEW"), " starts one."),
+    );
   }
   return status.rollouts.map(rolloutCard);
 }
@@ -32,8 +36,17 @@ function rolloutCard(rollout) {
       { class: "heading" },
       h("h3", {}, rollout.alias, h("span", { class: "change" }, `${rollout.old} → ${rollout.new}`)),
       chip(KINDS[rollout.phase] ?? "info", rollout.phase.replace("_", " ")),
-      h("span", { class: "quiet" }, `for ${duration(rollout.phase_seconds)}`, left !== null && left > 0 ? `, at most ${duration(left)} more` : ""),
-      h("div", { class: "actions" }, commandsIn(rollout.phase).map((name) => commandButton(name, rollout))),
+      h(
+        "span",
+        { class: "quiet" },
+        `for ${duration(rollout.phase_seconds)}`,
+        left !== null && left > 0 ? `, at most ${duration(left)} more` : "",
+      ),
+      h(
+        "div",
+        { class: "actions" },
+        commandsIn(rollout.phase).map((name) => commandButton(name, rollout)),
+      ),
     ),
     steps(rollout),
     notes(rollout),
@@ -42,24 +55,41 @@ function rolloutCard(rollout) {
 }
 
 function commandsIn(phase) {
-  if (STEERABLE.includes(phase)) return phase === "canary" || phase === "shadow" ? ["promote", "pause", "abort"] : ["pause", "abort"];
+  if (STEERABLE.includes(phase))
+    return phase === "canary" || phase === "shadow" ? ["promote", "pause", "abort"] : ["pause", "abort"];
   if (phase === "paused") return ["resume", "promote", "abort"];
   return phase === "draining" || phase === "keeping" ? ["abort"] : [];
 }
 
 function commandButton(name, rollout) {
-  const attributes = { type: "button", "data-command": name, "data-alias": rollout.alias, "data-change": `${rollout.old} → ${rollout.new}` };
-  return h("button", { ...attributes, class: name === "abort" ? "danger" : null, "data-key": name }, COMMANDS[name].title);
+  const attributes = {
+    type: "button",
+    "data-command": name,
+    "data-alias": rollout.alias,
+    "data-change": `${rollout.old} → ${rollout.new}`,
+  };
+  return h(
+    "button",
+    { ...attributes, class: name === "abort" ? "danger" : null, "data-key": name },
+    COMMANDS[name].title,
+  );
 }
 
 function steps(rollout) {
   const done = ["draining", "keeping", "done"].includes(rollout.phase);
-  const kind = (place) => (done || place < rollout.step ? "past" : place === rollout.step && rollout.weight > 0 ? "current" : "future");
+  const kind = (place) =>
+    done || place < rollout.step ? "past" : place === rollout.step && rollout.weight > 0 ? "current" : "future";
   const label = (place) => ({ past: "passed", current: "current step", future: "to come" })[kind(place)];
   return h(
     "ol",
     { class: "steps", "aria-label": `weight ${percent(rollout.weight)}` },
-    rollout.steps.map((step, place) => h("li", { class: kind(place), "aria-current": kind(place) === "current" ? "step" : null, title: label(place) }, `${step} %`)),
+    rollout.steps.map((step, place) =>
+      h(
+        "li",
+        { class: kind(place), "aria-current": kind(place) === "current" ? "step" : null, title: label(place) },
+        `${step} %`,
+      ),
+    ),
   );
 }
 
@@ -78,17 +108,52 @@ function notes(rollout) {
 
 function gates(rollout) {
   const arms = (counts) => (counts ? `${counts[0]} of ${counts[1]}` : DASH);
-  const ratio = (interval) => (interval ? `${interval[1].toFixed(3)} (${interval[0].toFixed(3)}–${interval[2].toFixed(3)})` : DASH);
-  const needs = (gate) => (gate.needs_conversations ? `${number(gate.needs_conversations, 0)} more${gate.needs_minutes ? `, ${number(gate.needs_minutes, 0)} min` : ""}` : DASH);
+  const ratio = (interval) =>
+    interval ? `${interval[1].toFixed(3)} (${interval[0].toFixed(3)}–${interval[2].toFixed(3)})` : DASH;
   const rows = rollout.gates.map((gate) => ({
     key: gate.name,
-    cells: [gate.name.replaceAll("_", " "), chip(VERDICTS[gate.verdict] ?? "idle", gate.verdict === "more" ? "not shown yet" : gate.verdict), arms(gate.canary), arms(gate.stable), ratio(gate.ratio), needs(gate)],
+    cells: [
+      gate.name.replaceAll("_", " "),
+      chip(VERDICTS[gate.verdict] ?? "idle", gate.verdict === "more" ? "not shown yet" : gate.verdict),
+      arms(gate.canary),
+      arms(gate.stable),
+      ratio(gate.ratio),
+      needs(gate),
+    ],
   }));
-  const columns = ["gate", "verdict", { title: "new", numeric: true }, { title: "old", numeric: true }, { title: "ratio", numeric: true }, { title: "needs", numeric: true }];
-  return h("details", { open: true }, h("summary", {}, `Gates: ${summary(rollout.gates)}`), table(`Gates of the rollout of ${rollout.alias}`, columns, rows));
+  const columns = [
+    "gate",
+    "verdict",
+    { title: "new", numeric: true },
+    { title: "old", numeric: true },
+    { title: "ratio", numeric: true },
+    { title: "needs", numeric: true },
+  ];
+  return h(
+    "details",
+    { open: innerWidth > 680 },
+    h("summary", {}, `Gates: ${summary(rollout.gates)}`),
+    table(`Gates of the rollout of ${rollout.alias}`, columns, rows),
+  );
+}
+
+// How many more conversations decide a gate; beyond a million it is a guess.
+function needs({ needs_conversations: count, needs_minutes: minutes }) {
+  if (count === undefined) return DASH;
+  if (count === null || count >= 1e6) return "many more";
+  return minutes ? `${number(count, 0)} more, ${duration(60 * minutes)}` : `${number(count, 0)} more`;
 }
 
 function summary(gates) {
   const count = (verdict) => gates.filter((gate) => gate.verdict === verdict).length;
-  return [[count("pass"), "pass"], [count("more"), "not shown yet"], [count("fail"), "fail"]].filter(([many]) => many).map(([many, text]) => `${many} ${text}`).join(", ") || "none";
+  return (
+    [
+      [count("pass"), "pass"],
+      [count("more"), "not shown yet"],
+      [count("fail"), "fail"],
+    ]
+      .filter(([many]) => many)
+      .map(([many, text]) => `${many} ${text}`)
+      .join(", ") || "none"
+  );
 }

@@ -4,13 +4,36 @@ import { h } from "./dom.js";
 import { bytes, DASH, duration, number, percent, seconds, timeOfDay } from "./format.js";
 import { badge, chip, empty, table } from "./parts.js";
 
-const STATES = { ready: "ok", starting: "info", warming: "info", draining: "warn", stopping: "warn", stopped: "idle", failed: "bad" };
+const STATES = {
+  ready: "ok",
+  starting: "info",
+  warming: "info",
+  draining: "warn",
+  stopping: "warn",
+  stopped: "idle",
+  failed: "bad",
+};
 const VERDICTS = { pass: "ok", fail: "bad" };
 const right = (title) => ({ title, numeric: true });
 
 export function replicaTable(status) {
-  if (!status.replicas.length) return empty("There are no replicas: ", h("code", {}, "quantgate serve"), " starts them, or give one with its url.");
-  const columns = ["replica", "state", right("in flight"), right("running"), right("queue"), "KV cache", right("wait"), "breaker", "address"];
+  if (!status.replicas.length)
+    return empty(
+      "There are no replicas: ",
+      h("code", {}, "quantgate serve"),
+      " starts them, or give one with its url.",
+    );
+  const columns = [
+    "replica",
+    "state",
+    right("in flight"),
+    right("running"),
+    right("queue"),
+    "KV cache",
+    right("wait"),
+    "breaker",
+    "address",
+  ];
   return table("Replicas", columns, status.replicas.map(replicaRow));
 }
 
@@ -20,14 +43,22 @@ function replicaRow(replica) {
   return {
     key: replica.id,
     cells: [
-      h("span", { class: "pair" }, badge(replica.precision), h("strong", {}, replica.id)),
-      h("span", { class: "pair" }, chip(STATES[replica.state] ?? "idle", replica.state), unwell, replica.reason ? h("span", { class: "why" }, replica.reason) : since),
+      h("span", { class: "pair whole" }, badge(replica.precision), h("strong", {}, replica.id)),
+      h(
+        "span",
+        { class: "pair" },
+        chip(STATES[replica.state] ?? "idle", replica.state),
+        unwell,
+        replica.reason ? h("span", { class: replica.state === "failed" ? "problem" : "quiet" }, replica.reason) : since,
+      ),
       `${replica.in_flight}`,
       number(replica.running, 0),
       number(replica.waiting, 0),
       meter(replica.kv_usage, `KV cache of ${replica.id}`),
       replica.state === "ready" && !replica.load_known ? chip("warn", "load unknown") : seconds(replica.wait_seconds),
-      replica.breaker === "closed" ? h("span", { class: "quiet" }, "closed") : chip("bad", replica.breaker.replace("_", "-")),
+      replica.breaker === "closed"
+        ? h("span", { class: "quiet" }, "closed")
+        : chip("bad", replica.breaker.replace("_", "-")),
       h("span", { class: "quiet address" }, replica.url),
     ],
   };
@@ -36,12 +67,35 @@ function replicaRow(replica) {
 function meter(share, label) {
   if (share === null) return DASH;
   const kind = share > 0.9 ? "bad" : share > 0.75 ? "warn" : "ok";
-  return h("span", { class: "pair" }, h("span", { class: `meter ${kind}`, role: "meter", "aria-label": label, "aria-valuenow": Math.round(100 * share), "aria-valuemin": 0, "aria-valuemax": 100, vars: { "--share": String(share) } }), percent(share));
+  return h(
+    "span",
+    { class: "pair whole" },
+    h("span", {
+      class: `meter ${kind}`,
+      role: "meter",
+      "aria-label": label,
+      "aria-valuenow": Math.round(100 * share),
+      "aria-valuemin": 0,
+      "aria-valuemax": 100,
+      vars: { "--share": String(share) },
+    }),
+    percent(share),
+  );
 }
 
 export function variantTable(status) {
   if (!status.variants.length) return empty("No variants are configured.");
-  const columns = ["variant", "quality", right("top-1"), right("KL mean"), right("perplexity"), right("size"), right("one answer"), right("at most"), right("ready")];
+  const columns = [
+    "variant",
+    "quality",
+    right("top-1"),
+    right("KL mean"),
+    right("perplexity"),
+    right("size"),
+    right("one answer"),
+    right("at most"),
+    right("ready"),
+  ];
   return table("Variants", columns, status.variants.map(variantRow));
 }
 
@@ -51,7 +105,13 @@ function variantRow(variant) {
   return {
     key: variant.name,
     cells: [
-      h("span", { class: "pair" }, badge(variant.precision), h("strong", {}, variant.name), scheme ? h("span", { class: "quiet" }, scheme) : null),
+      h(
+        "span",
+        { class: "pair" },
+        badge(variant.precision),
+        h("strong", {}, variant.name),
+        scheme ? h("span", { class: "quiet" }, scheme) : null,
+      ),
       quality(variant),
       measure(measures.top1_agreement, (value) => percent(value, 1), "≥"),
       measure(measures.kl_mean, (value) => value.toFixed(4), "≤"),
@@ -72,8 +132,15 @@ function quality(variant) {
 // A figure, with the worse end of its interval where that differs: floors are held against it.
 function measure(figure, text, sign) {
   if (!figure) return DASH;
-  const bound = figure.bound === figure.value ? null : h("span", { class: "quiet bound", title: "with 95 % confidence; floors are held against it" }, `${sign} ${text(figure.bound)}`);
-  return [text(figure.value), bound].filter(Boolean);
+  const bound =
+    figure.bound === figure.value
+      ? null
+      : h(
+          "span",
+          { class: "quiet bound", title: "with 95 % confidence; floors are held against it" },
+          `${sign} ${text(figure.bound)}`,
+        );
+  return h("span", {}, text(figure.value), bound);
 }
 
 export function errorTable(status) {

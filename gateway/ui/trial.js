@@ -19,7 +19,10 @@ export class Trial {
   update(status) {
     const models = [...status.aliases, ...status.variants].map((each) => each.name);
     const precisions = [...new Set(status.variants.map((each) => each.precision))].sort(byPrecision);
-    options(byId("trial-model"), models.map((name) => [name, name]));
+    options(
+      byId("trial-model"),
+      models.map((name) => [name, name]),
+    );
     options(byId("trial-precision"), [["", "any"], ...precisions.map((name) => [name, name])]);
     byId("trial-key").hidden = !status.gateway.keys_required;
   }
@@ -30,12 +33,20 @@ export class Trial {
     const answer = byId("trial-answer");
     answer.textContent = "";
     answer.hidden = false;
+    byId("trial-hint").hidden = true;
     show(byId("trial-outcome"));
     byId("trial-stop").hidden = false;
     try {
       await this.stream(fields, abort.signal, answer);
     } catch (error) {
-      show(byId("trial-outcome"), h("p", { class: abort.signal.aborted ? "quiet" : "problem" }, abort.signal.aborted ? "Stopped." : `Not answered: ${error.message || "the admin key is missing"}`));
+      show(
+        byId("trial-outcome"),
+        h(
+          "p",
+          { class: abort.signal.aborted ? "quiet" : "problem" },
+          abort.signal.aborted ? "Stopped." : `Not answered: ${error.message || "the admin key is missing"}`,
+        ),
+      );
     } finally {
       if (this.abort === abort) byId("trial-stop").hidden = true;
     }
@@ -43,14 +54,23 @@ export class Trial {
 
   async stream(fields, signal, answer) {
     const started = performance.now();
-    const body = { model: fields.get("model"), messages: [{ role: "user", content: fields.get("message") }], max_tokens: Number(fields.get("tokens")) || 256, stream: true };
+    const body = {
+      model: fields.get("model"),
+      messages: [{ role: "user", content: fields.get("message") }],
+      max_tokens: Number(fields.get("tokens")) || 256,
+      stream: true,
+    };
     const headers = {};
     if (fields.get("key")) headers["x-quantgate-key"] = fields.get("key");
     if (fields.get("precision")) headers["x-quantgate-precision"] = fields.get("precision");
     const response = await post("trial", body, { headers, signal });
     if (!response.ok) {
       answer.hidden = true;
-      show(byId("trial-outcome"), h("p", { class: "problem" }, `${response.status}: ${await problemOf(response)}`), headerList(response));
+      show(
+        byId("trial-outcome"),
+        h("p", { class: "problem" }, `${response.status}: ${await problemOf(response)}`),
+        headerList(response),
+      );
       return;
     }
     show(byId("trial-outcome"), headerList(response));
@@ -84,7 +104,14 @@ function headerList(response) {
   return h(
     "div",
     { class: "headers" },
-    h("dl", {}, headers.map(([name, value]) => [h("dt", {}, name), h("dd", {}, name === "x-quantgate-precision" ? badge(value) : value)])),
+    h(
+      "dl",
+      {},
+      headers.map(([name, value]) => [
+        h("dt", {}, name),
+        h("dd", {}, name === "x-quantgate-precision" ? badge(value) : value),
+      ]),
+    ),
     id ? h("button", { type: "button", "data-explain": id }, "Why there?") : null,
   );
 }

@@ -58,6 +58,7 @@ class RolloutFixture:
     smoke: Smoke = field(default_factory=Smoke)
     requests: float = 0.0
     rollbacks: list[tuple[str, str]] = field(default_factory=list)
+    alias: str = "smol"
     _drivers: int = 0
     _numbers: int = 0
 
@@ -107,7 +108,7 @@ class RolloutFixture:
 
     @property
     def record(self) -> RolloutRecord:
-        return self.operator.latest("smol")
+        return self.operator.latest(self.alias)
 
     @property
     def rollout(self) -> RolloutState:

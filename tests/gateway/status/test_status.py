@@ -1,14 +1,18 @@
 """`/admin/status` of a running gateway."""
 
 import asyncio
+import os
 from typing import Any
 
 import pytest
 
+from gateway.app import gateway, listen_sockets
 from gateway.status.values import Status, read_status
+from gateway.workers import WorkerIndex
+from serving.registry import Registry
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS, POLL_SECONDS, FakeReplica
-from tests.gateway.fleet import HELLO, STREAM, Fleet, deployment, running_gateway
+from tests.gateway.fleet import HELLO, STREAM, Fleet, clients, deployment, running_gateway
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -121,3 +125,20 @@ async def test_needs_the_admin_key() -> None:
         assert (await fleet.admin.get("/admin/status")).status_code == 401
         headers = {"authorization": "Bearer operators"}
         assert (await fleet.admin.get("/admin/status", headers=headers)).status_code == 200
+
+
+async def test_one_of_several_workers() -> None:
+    """The status says which process it is of: its traffic and errors are not those of the others."""
+    setup = deployment()
+    with listen_sockets(setup.settings.gateway) as taken:
+        async with gateway(setup, Registry(), taken, WorkerIndex(2, 4)) as served, clients(served.addresses) as both:
+            worker = read_status((await both[1].get("/admin/status")).content).gateway.worker
+    assert (worker.number, worker.of, worker.process_id) == (2, 4, os.getpid())
+
+
+async def test_its_schema_is_described(fleet: Fleet) -> None:
+    """The OpenAPI document of the port has the schema of the status (tests/conformance holds answers against it)."""
+    document = (await fleet.admin.get("/admin/openapi.json")).json()
+    schema = document["components"]["schemas"]["Status"]
+    assert schema["properties"]["version"]["enum"] == [1]
+    assert set(schema["required"]) >= {"aliases", "replicas", "traffic"}

@@ -56,7 +56,8 @@ def test_rates_between_two_samples() -> None:
 def test_an_hour_is_kept_by_minutes() -> None:
     """However many samples are taken, the hour has 60 intervals, and the interval that runs is the last point."""
     history = TrafficHistory(Metrics(), wall_clock=lambda: 20_000.0)
-    history.add(TrafficSample(5.0 * number, {HI: Totals(5.0 * number)}) for number in range(3990))
+    for number in range(3990):
+        history.add(TrafficSample(5.0 * number, {HI: Totals(5.0 * number)}))
     status = traffic_status(history.history, history.recent)
     assert len(history.history) == HISTORY_SECONDS / INTERVAL_SECONDS + 1
     assert len(history.recent) == 62
