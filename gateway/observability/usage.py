@@ -143,6 +143,17 @@ class UsageRecorder:
         await self._flush()
         return await self._link.call(self._database.grouped, by, since_hour, until_hour)
 
+    async def external_cost_today(self) -> dict[str, float]:
+        """What each alias has cost since midnight (UTC), in US dollars, by all processes; empty if nobody knows."""
+        now_hour = int(self._wall_clock()) // HOUR_SECONDS
+        midnight_hour = now_hour - now_hour % HOURS_PER_DAY
+        try:
+            groups = await self.grouped(("alias",), midnight_hour, now_hour + 1)
+        except StateAway as away:
+            log.warning("%s; what external models have cost today is unknown", away)
+            return {}
+        return {group.alias: cost for group in groups if group.alias and (cost := group.usage.external_cost_usd)}
+
     async def _flush_regularly(self) -> None:
         while True:
             await asyncio.sleep(self._flush_seconds)

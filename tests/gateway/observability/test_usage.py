@@ -101,6 +101,24 @@ async def test_the_database_is_away(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert told[1:] == [f"usage is written to sqlite:///{tmp_path}/later/state.db again"]
 
 
+async def test_external_cost_of_a_day(state: str, tmp_path: Path) -> None:
+    """By alias, of all workers and since midnight; a database that is away knows nothing."""
+    one = Recording(state)
+    midnight = NOW - NOW % 86400
+    paid = msgspec.structs.replace(RECORD, external_cost_usd=0.25)
+    async with one.recorder("w1") as first, one.recorder("w2") as second:
+        first.add(msgspec.structs.replace(paid, alias="before"), midnight - 1)
+        first.add(msgspec.structs.replace(paid, alias="free", external_cost_usd=0.0), NOW)
+        first.add(paid, midnight)
+        first.add(paid, NOW)
+        await first.grouped((), 0, 1)
+        second.add(msgspec.structs.replace(paid, alias="gpt"), NOW)
+        assert await second.external_cost_today() == {"smol": 0.5, "gpt": 0.25}
+    async with Recording(f"sqlite:///{tmp_path}/never/state.db").recorder() as recorder:
+        recorder.add(paid, NOW)
+        assert await recorder.external_cost_today() == {}
+
+
 async def test_a_database_that_stays_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A gateway that stops meanwhile says how much is lost."""
     async with Recording(f"sqlite:///{tmp_path}/never/state.db").recorder() as recorder:
