@@ -22,6 +22,7 @@ EFFECTS: Mapping[str, tuple[Effect, str]] = MappingProxyType(
         "gateway.media_domains": ("reload", f"{_REQUESTS}; own replicas are replaced"),
         "gateway.access_log": ("start", ""),
         "gateway.per_key_metrics": ("start", ""),
+        "gateway.usage_days": ("start", ""),
         "gateway.tracing": ("start", ""),
         "gateway.limits": ("reload", _REQUESTS),
         "gateway.queue": ("reload", f"{_REQUESTS}; requests that wait already stay"),

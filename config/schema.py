@@ -101,6 +101,7 @@ class GatewaySettings(Table):
     access_log: Literal["plain", "json", "off"] = "plain"
     tracing: TracingSettings | None = None
     per_key_metrics: bool = False
+    usage_days: Annotated[int, Field(ge=0, le=3660)] = 400
     limits: LimitSettings = LimitSettings()
     queue: QueueSettings = QueueSettings()
     retries: RetrySettings = RetrySettings()

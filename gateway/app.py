@@ -23,9 +23,10 @@ from gateway.http.hosts import allowed_hosts
 from gateway.http.listener import address_of, bind, listen
 from gateway.http.server import HttpServer, serve_clients
 from gateway.live_config import LiveConfig, LiveWeights
-from gateway.observability.access_log import AccessLog
+from gateway.observability.access_log import AccessLog, both
 from gateway.observability.metrics import FleetCollector, LoopLag, Metrics
 from gateway.observability.tracing import tracing
+from gateway.observability.usage import recorded_usage
 from gateway.openai.endpoints import ENDPOINTS
 from gateway.proxy.collectors import EngineCollector, LadderCollector
 from gateway.proxy.dispatcher import Dispatcher
@@ -126,6 +127,7 @@ async def gateway(
     async with AsyncExitStack() as stack:
         stream = access_log_stream or sys.stderr.buffer
         access_log = stack.enter_context(AccessLog(stream, settings.access_log, metrics.log_lines_dropped))
+        usage = await stack.enter_async_context(recorded_usage(deployment.state, settings.usage_days, metrics))
         traced = await stack.enter_async_context(tracing(settings.tracing))
         await stack.enter_async_context(LoopLag(metrics.loop_lag_seconds))
         pool = await stack.enter_async_context(Pool())
@@ -151,8 +153,9 @@ async def gateway(
         service = await stack.enter_async_context(
             followed_rollouts(deployment.state, recorded, rollouts, registry, metrics)
         )
+        log_sink = access_log.append if usage is None else both(access_log.append, usage.add)
         errors = RecentErrors()
-        observers = Observers(metrics, access_log.append, traced, errors=errors)
+        observers = Observers(metrics, log_sink, traced, errors=errors)
         endpoints = {
             endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers, rollouts)
             for endpoint in ENDPOINTS.values()
@@ -179,7 +182,9 @@ async def gateway(
             draining=lambda: router.draining,
             place=WorkerPlace(place.number, place.of),
         )
-        context = AdminContext(live_config, registry, metrics, router, dispatcher, status, administration, state_away)
+        context = AdminContext(
+            live_config, registry, metrics, router, dispatcher, status, administration, state_away, usage
+        )
         secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
         await stack.enter_async_context(listen(secured, taken.admin))
         server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)

@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
+from config.command_line import CommandParser
 from config.errors import Problem, SettingsError
 from gateway.validation import validate
 from serving import doctor_cli
 from serving.doctor.findings import Finding, Level
+
+
+def doctor_parser() -> CommandParser:
+    """Describe `quantgate doctor`."""
+    return doctor_cli.doctor_parser()
 
 
 def doctor_main(arguments: list[str]) -> int:

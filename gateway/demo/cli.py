@@ -1,6 +1,5 @@
 """`quantgate demo`: base model, variants, replicas, gateway, chat requests, table."""
 
-import argparse
 import asyncio
 import importlib.util
 import json
@@ -17,7 +16,7 @@ import uvloop
 import yaml
 from rich.console import Console
 
-from config.command_line import exit_codes
+from config.command_line import CommandParser, exit_codes
 from config.errors import ConfigError
 from config.load import home_directory, process_environment
 from config.schema import GatewaySettings
@@ -76,19 +75,7 @@ def demo_main(arguments: list[str]) -> int:
 
     Others: 2 configuration, 4 another process uses the home directory, 1 or that of a child process for failed steps.
     """
-    parser = argparse.ArgumentParser(
-        prog="quantgate demo",
-        description="Quantize SmolLM2-135M to int8 and int4, serve all three precisions with vLLM on this machine's "
-        "CPU, and query the gateway through the OpenAI SDK. Results are stored in $QUANTGATE_HOME and reused, logs in "
-        "$QUANTGATE_HOME/logs.",
-        epilog=exit_codes(1, 2, 4, code_0="the table was printed", code_130="Ctrl-C before that"),
-    )
-    parser.add_argument("--once", action="store_true", help="exit after the table instead of serving until Ctrl-C")
-    parser.add_argument("--listen", default="127.0.0.1:8000", help="client address (default: %(default)s)")
-    parser.add_argument("--admin", default="127.0.0.1:8001", help="admin address (default: %(default)s)")
-    cut = "cut chats for calibration to N tokens: fewer are quicker and make worse variants (default: %(default)s)"
-    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=cut)
-    options = parser.parse_args(arguments)
+    options = demo_parser().parse_args(arguments)
     demo = Demo(home_directory(), options.listen, options.admin, options.max_tokens)
     log_to_file(demo.logs)
     raise_file_limit()
@@ -104,6 +91,24 @@ def demo_main(arguments: list[str]) -> int:
     except (SubprocessFailed, ServingError) as error:
         print(f"quantgate demo: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, SubprocessFailed) else 1
+
+
+def demo_parser() -> CommandParser:
+    """Describe `quantgate demo`."""
+    parser = CommandParser(
+        prog="quantgate demo",
+        description="Quantize SmolLM2-135M to int8 and int4, serve all three precisions with vLLM on this machine's "
+        "CPU, and query the gateway through the OpenAI SDK. Results are stored in $QUANTGATE_HOME and reused, logs in "
+        "$QUANTGATE_HOME/logs.",
+        examples=["quantgate demo --once"],
+        epilog=exit_codes(1, 2, 4, code_0="the table was printed", code_130="Ctrl-C before that"),
+    )
+    parser.add_argument("--once", action="store_true", help="exit after the table instead of serving until Ctrl-C")
+    parser.add_argument("--listen", default="127.0.0.1:8000", help="client address (default: %(default)s)")
+    parser.add_argument("--admin", default="127.0.0.1:8001", help="admin address (default: %(default)s)")
+    cut = "cut chats for calibration to N tokens: fewer are quicker and make worse variants (default: %(default)s)"
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=cut)
+    return parser
 
 
 def log_to_file(folder: Path) -> None:

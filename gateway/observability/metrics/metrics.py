@@ -60,6 +60,8 @@ class Metrics:
         self.rollout_rollbacks = instruments.counter(table.ROLLOUT_ROLLBACKS)
         self.key_requests = instruments.counter(table.KEY_REQUESTS)
         self.key_tokens = instruments.counter(table.KEY_TOKENS)
+        self.usage_pending = instruments.gauge(table.USAGE_PENDING_REQUESTS).labels()
+        self.usage_lost = instruments.counter(table.USAGE_LOST_REQUESTS).labels()
         self.reloads = instruments.counter(table.CONFIG_RELOADS)
         self.log_lines_dropped = instruments.counter(table.ACCESS_LOG_LINES_DROPPED).labels()
         self.loop_lag_seconds = instruments.histogram(table.EVENT_LOOP_LAG_SECONDS).labels()

@@ -372,6 +372,21 @@ KEY_TOKENS = MetricSpec(
     "Total number of tokens processed, by name of the API key and kind: prompt, completion.",
 )
 
+# Usage
+
+USAGE_PENDING_REQUESTS = MetricSpec(
+    "quantgate_usage_pending_requests",
+    "gauge",
+    (),
+    "Current number of requests whose usage is not in the state database yet; grows while that is away." + _SUM,
+)
+USAGE_LOST_REQUESTS = MetricSpec(
+    "quantgate_usage_lost_requests_total",
+    "counter",
+    (),
+    "Total number of requests missing in the usage, because the state database was away for too long.",
+)
+
 # Process
 
 # outcome: applied, refused (invalid; nothing was changed), failed (applied in part).
@@ -428,6 +443,7 @@ GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
             *(ROLLOUT_CONVERSATIONS, ROLLOUT_ROLLBACKS, ROLLOUT_STUCK, STATE_DATABASE_UP),
         ),
         "API keys": (KEY_REQUESTS, KEY_TOKENS),
+        "Usage": (USAGE_PENDING_REQUESTS, USAGE_LOST_REQUESTS),
         "Process": (CONFIG_RELOADS, ACCESS_LOG_LINES_DROPPED, EVENT_LOOP_LAG_SECONDS, BUILD_INFO),
     }
 )
