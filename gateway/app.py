@@ -202,9 +202,19 @@ def collectors(
 ) -> Iterator[Collector]:
     """What computes metrics at each scrape."""
     breakers, silent = dispatcher.breaker_states, dispatcher.cluster.silent
-    yield FleetCollector(registry, live_config.variants, breakers, dispatcher.waiting, lambda: silent)
+
+    def waiting() -> dict[str, int]:
+        return {**dict.fromkeys(live_config.catalog.aliases, 0), **dispatcher.waiting()}
+
+    yield FleetCollector(registry, live_config.variants, breakers, waiting, lambda: silent)
     yield EngineCollector(registry, lambda: poller.results)
-    yield LadderCollector(dispatcher.cluster.gates, lambda: iter(registry.ready), load.estimates)
+    yield LadderCollector(
+        dispatcher.cluster.gates,
+        lambda: live_config.catalog,
+        lambda: iter(registry.ready),
+        load.estimates,
+        lambda: load.speeds,
+    )
 
 
 def live_config_for(deployment: Deployment) -> LiveConfig:

@@ -15,7 +15,11 @@ from quantgate import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / folder / "README.md" for folder in (".", "gateway", "serving", "quantize")]
-DOCUMENTS = [*READMES, ROOT / "quantize" / "model-directories.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+DEPLOY = [ROOT / "deploy" / "README.md", ROOT / "deploy" / "prometheus" / "runbook.md"]
+DOCUMENTS = [
+    *(*READMES, *DEPLOY),
+    *(ROOT / name for name in ("quantize/model-directories.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+]
 
 
 def name_of(document: Path) -> str:

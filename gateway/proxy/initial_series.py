@@ -14,6 +14,9 @@ from gateway.openai.endpoints import CHAT
 from gateway.routing.split import Rung
 from gateway.routing.target import Catalog, Target
 
+# `cause_of` in gateway/rollout/controller.py.
+ROLLBACK_CAUSES = ("preflight", "starting", "smoke", "shadow", "gate", "deadline", "operator")
+
 Series = tuple[Family[Counter], tuple[str, ...]]
 
 
@@ -53,6 +56,8 @@ def _of_failures(metrics: Metrics, alias: str) -> Iterator[Series]:
         yield metrics.retries, (alias, code)
     for reason in ("poison", "attempts", "budget"):
         yield metrics.retries_refused, (alias, reason)
+    for cause in ROLLBACK_CAUSES:
+        yield metrics.rollout_rollbacks, (alias, cause)
 
 
 def _of_ladder(metrics: Metrics, target: Target) -> Iterator[Series]:

@@ -61,7 +61,7 @@ class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
 
     `known` is False where the speed of the replica is unknown: then `requests` is all there is to compare. A speed that
     was learned by watching is known, but not `measured`. `reading` is the slowdown of reading that the terms include.
-    `tools`: it may take requests with tools.
+    `tools`: it may take requests with tools. `slots` are requests that are processed at once, None if unknown.
     """
 
     id: str
@@ -85,6 +85,7 @@ class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
     answer_tokens: float = DEFAULT_ANSWER_TOKENS
     reading: float = 1.0
     tools: bool = True
+    slots: float | None = None
 
     @property
     def work_seconds(self) -> float:
@@ -136,6 +137,7 @@ def estimate_latency(metrics: ReplicaMetrics) -> LatencyEstimate:
         answer_tokens=metrics.answer_tokens,
         reading=reading,
         tools=tools,
+        slots=slots if slots < inf else None,
     )
 
 

@@ -209,6 +209,12 @@ REPLICA_LOAD_UNKNOWN = MetricSpec(
     ("replica", "variant"),
     "Whether a replica's load from other senders is unknown (1), as no recent poll reported it, or known (0)." + _MAX,
 )
+REPLICA_SLOTS = MetricSpec(
+    "quantgate_replica_slots",
+    "gauge",
+    ("replica", "variant"),
+    "Number of requests that a replica processes at once without more of them waiting; absent while unknown." + _MAX,
+)
 
 # Polls of the replicas' engines
 
@@ -260,6 +266,18 @@ VARIANT_QUALITY_BOUND = MetricSpec(
     "gauge",
     ("variant", "precision", "measure", "source"),
     "Worse end of the 95 % interval of a variant's quality, which floors are held against." + _MAX,
+)
+VARIANT_SIZE_BYTES = MetricSpec(
+    "quantgate_variant_size_bytes",
+    "gauge",
+    ("variant", "precision"),
+    "Total size of a variant's files, from its manifest; absent without one." + _MAX,
+)
+VARIANT_THROUGHPUT = MetricSpec(
+    "quantgate_variant_measured_output_tokens_per_second",
+    "gauge",
+    ("variant",),
+    "Output tokens per second of one replica at full load, from capacity.json; absent if it was not measured." + _MAX,
 )
 
 # Client connections
@@ -427,13 +445,13 @@ GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
         "Retries": (RETRIES, RETRIES_REFUSED, CLIENT_RETRIES),
         "Replicas": (
             *(REPLICA_STATE, REPLICA_STATE_SECONDS, REPLICA_IN_FLIGHT, REPLICA_BREAKER, REPLICA_SILENCE),
-            *(REPLICA_WAIT_SECONDS, REPLICA_LOAD_UNKNOWN),
+            *(REPLICA_WAIT_SECONDS, REPLICA_LOAD_UNKNOWN, REPLICA_SLOTS),
         ),
         "Polls of the replicas' engines": (
             *(REPLICA_POLLS, REPLICA_POLL_AGE_SECONDS, REPLICA_METRIC_MISSING),
             *(REPLICA_ENGINE_REQUESTS, REPLICA_KV_USAGE_RATIO),
         ),
-        "Variants": (VARIANT_QUALITY, VARIANT_QUALITY_BOUND),
+        "Variants": (VARIANT_QUALITY, VARIANT_QUALITY_BOUND, VARIANT_SIZE_BYTES, VARIANT_THROUGHPUT),
         "Client connections": (
             *(HEARTBEATS, CLIENTS_CUT, CLIENT_CONNECTIONS),
             *(REQUEST_BODY_BYTES, CERTIFICATE_EXPIRATION_SECONDS),
