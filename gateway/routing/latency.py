@@ -94,7 +94,9 @@ class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
 
 def estimate_latency(metrics: ReplicaMetrics) -> LatencyEstimate:
     """Estimate what one more request would cost."""
-    replica, in_flight, speed = metrics.replica, metrics.in_flight, metrics.speed
+    replica, in_flight = metrics.replica, metrics.in_flight
+    # Of an external model nobody here knows what else it does: it is never compared by seconds.
+    speed = metrics.speed if replica.external is None else None
     requests = in_flight + metrics.others
     context_tokens = float(replica.max_model_len_tokens or UNLIMITED_TOKENS)
     has_room = in_flight < replica.max_in_flight
