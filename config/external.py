@@ -8,6 +8,7 @@ from pydantic import SecretStr
 from config.schema import PriceSettings, VariantSettings
 
 TOKENS_PER_PRICE = 1_000_000
+MASK = "**********"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,12 @@ class ExternalModel:
     def address(self) -> str:
         """Where it is, for people: the address if the configuration has one, else its name."""
         return self.base_url or f"litellm:{self.name}"
+
+    def masked(self, text: str) -> str:
+        """Replace its secrets in a text that it did not write."""
+        for secret in filter(None, (self.api_key, *(value for _, value in self.credentials))):
+            text = text.replace(secret, MASK)
+        return text
 
 
 def external_model(settings: VariantSettings) -> ExternalModel | None:

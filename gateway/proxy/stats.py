@@ -58,6 +58,7 @@ class RequestStats:
         "code",
         "complete",
         "endpoint",
+        "external_cost_usd",
         "finish",
         "first_token_seconds",
         "last_event_at",
@@ -96,6 +97,7 @@ class RequestStats:
         self.usage: Usage | None = None
         self.attempts = self.token_events = 0
         self.started = self.complete = False
+        self.external_cost_usd = 0.0
         self.started_at = self.queued_seconds = self.last_event_at = 0.0
         self.sent_at: float | None = None
         self.first_token_seconds: float | None = None
@@ -140,6 +142,12 @@ class RequestStats:
             own_seconds = now - self.started_at - self.queued_seconds
             self.metrics.overhead_seconds.observe_with_exemplar(own_seconds, self.request_id, self.wall_clock())
         self.sent_at = now
+
+    def add_cost(self, usd: float) -> None:
+        """Record what an external model costs for an attempt, in the step in which it ends."""
+        self.external_cost_usd += usd
+        if usd and self.candidate is not None:
+            self.metrics.external_cost_usd.labels(self.alias, self.candidate.variant.name).inc(usd)
 
     def retried(self, code: str) -> None:
         """Record that an attempt failed with this code and another one follows."""
