@@ -9,6 +9,7 @@ from config.schema import PriceSettings, VariantSettings
 
 TOKENS_PER_PRICE = 1_000_000
 MASK = "**********"
+MIN_SECRET_CHARACTERS = 8  # of a shorter one, any text would have parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +50,9 @@ class ExternalModel:
 
     def masked(self, text: str) -> str:
         """Replace its secrets in a text that it did not write."""
-        for secret in filter(None, (self.api_key, *(value for _, value in self.credentials))):
-            text = text.replace(secret, MASK)
+        for secret in (self.api_key or "", *(value for _, value in self.credentials)):
+            if len(secret) >= MIN_SECRET_CHARACTERS:
+                text = text.replace(secret, MASK)
         return text
 
 

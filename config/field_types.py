@@ -37,7 +37,10 @@ PATTERNS: Mapping[str, tuple[str, str]] = MappingProxyType(
         STATE_PATTERN: ("is not a database URL", "write sqlite:///state.db, or postgresql://USER:PASSWORD@HOST/NAME"),
         ENDPOINT_PATTERN: ("is not a valid endpoint", "write http://host:port, without a slash at the end"),
         TOOL_PARSER_PATTERN: ("is not a tool parser", "write auto, off, or the name of one of vLLM's tool parsers"),
-        EXTERNAL_PATTERN: ("is not an external model", "write PROVIDER/MODEL as litellm names it, such as openai/gpt-4.1"),
+        EXTERNAL_PATTERN: (
+            "is not an external model",
+            "write PROVIDER/MODEL as litellm names it, such as openai/gpt-4.1",
+        ),
         PROVIDER_URL_PATTERN: ("is not a valid URL", "write http(s)://host/path, such as https://api.openai.com/v1"),
         CORES_PATTERN: ("is not a list of cores", "write auto, nobind, or cores such as 0-3 or 0-3|4-7"),
     }

@@ -158,8 +158,4 @@ class Publisher:
     def _states(self) -> list[tuple[object, ...]]:
         """What is published at once when it changes; the rest waits for the next heartbeat."""
         everything = self.registry.snapshot()
-        return [
-            (status.replica, status.state, status.reason)
-            for status in everything
-            if self._is_published(status)
-        ]
+        return [(status.replica, status.state, status.reason) for status in everything if self._is_published(status)]

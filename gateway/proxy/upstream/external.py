@@ -229,8 +229,9 @@ def translated_errors(replica: Replica, limit_seconds: float) -> Iterator[None]:
         raise UpstreamTimeout(f"a provider sent nothing for {limit_seconds:g} s") from None
     except Exception as error:  # noqa: BLE001 - litellm raises any exception of its providers' clients
         assert replica.external is not None
-        log.warning("replica=%s the provider said: %s", replica.id, replica.external.masked(words_of(str(error))))
-        raise error_of_provider(error) from None
+        words = replica.external.masked(words_of(str(error)))
+        log.warning("replica=%s the provider said: %s", replica.id, words)
+        raise error_of_provider(error, words) from None
 
 
 def _was_finished(stream: Any) -> bool:

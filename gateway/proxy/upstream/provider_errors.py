@@ -48,16 +48,18 @@ MAX_WORDS = 2000
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
-def error_of_provider(error: BaseException) -> GatewayError:
-    """Translate an exception of litellm."""
+def error_of_provider(error: BaseException, words: str) -> GatewayError:
+    """Translate an exception of litellm; `words` is what the provider said."""
     causes = list(_causes(error))
     names = {type(each).__name__ for each in causes}
+    begun = "MidStreamFallbackError" in names
     if names & UNREACHABLE:
         return UpstreamUnreachable("a connection to a provider failed")
-    status = next((code for each in causes if (code := _status(each))), 0)
+    # The innermost is the provider's own: litellm calls some of them by other names.
+    status = next((code for each in reversed(causes) if (code := _status(each))), 0)
     if names & TIMEOUTS or status == 408:
         return UpstreamTimeout("a provider sent nothing for too long")
-    if names & DISCONNECTED:
+    if names & DISCONNECTED or (begun and "APIConnectionError" in names):
         return UpstreamDisconnected("a provider closed the connection before its reply was complete")
     if "APIConnectionError" in names and not 400 <= status < 500:
         return UpstreamUnreachable("a connection to a provider failed")
@@ -67,7 +69,7 @@ def error_of_provider(error: BaseException) -> GatewayError:
         )
     if status in OVERLOADED:
         return ReplicaFull(backoff_seconds=next(filter(None, map(_backoff_seconds, causes)), None))
-    body = msgspec.json.encode({"error": {"message": words_of(str(error)), "param": _param(causes)}})
+    body = msgspec.json.encode({"error": {"message": words, "param": _param(causes)}})
     return error_from_response(status or UpstreamError.status, body)
 
 

@@ -39,6 +39,7 @@ def tables(url: str) -> dict[str, Any]:
         "claude": {"external": "anthropic/claude-sonnet-4-5", "base_url": url, **key},
         "nova": {"external": "bedrock/amazon.nova-pro-v1:0", "base_url": url, "credentials": AWS, "price": PRICE},
         "listed": {"external": "openai/gpt-4.1-mini", "base_url": f"{url}/v1", "api_key": "sk-secret"},
+        "limited": {"external": "openai/limited", "base_url": f"{url}/v1", **key},
         "gone": {"external": "openai/gone", "base_url": "http://127.0.0.1:9/v1", **key},
     }
     ends = {"trust_declared": True}

@@ -20,12 +20,15 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
-PIXEL = "data:image/png;base64," + base64.b64encode(
-    bytes.fromhex(
-        "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"
-        "0000000c4944415408d763f8cfc000000301010018dd8db00000000049454e44ae426082"
-    )
-).decode()
+PIXEL = (
+    "data:image/png;base64,"
+    + base64.b64encode(
+        bytes.fromhex(
+            "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"
+            "0000000c4944415408d763f8cfc000000301010018dd8db00000000049454e44ae426082"
+        )
+    ).decode()
+)
 providers = pytest.mark.parametrize("model", ["gpt", "claude", "nova"])
 CHUNK_KEYS = {"id", "object", "created", "model", "choices"}
 CHOICE_KEYS = {"index", "delta", "logprobs", "finish_reason"}
