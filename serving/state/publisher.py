@@ -11,7 +11,7 @@ from typing import Self
 
 from serving.errors import NoSuchReplica, StateAway
 from serving.registry import Registry
-from serving.replica import State, ReplicaStatus
+from serving.replica import ReplicaStatus, State
 from serving.state.database import FollowerAck, Owner, PublishReceipt, ReplicaRecord
 from serving.state.link import Link
 

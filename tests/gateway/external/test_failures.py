@@ -30,7 +30,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 async def test_an_error_of_the_provider(
     fleet: Fleet, provider: FakeReplica, model: str, stream: bool, said: str, status: int, code: str | None
 ) -> None:
-    """It is of the same tree as one of a replica; the request was sent once. Only a client's own error has its words."""
+    """It is of the same tree as one of a replica, and sent once; only a client's own error has its words."""
     before = len(provider.requests())
     answer = await fleet.ask(asking(model, said, stream=stream))
     assert answer.status_code == status, answer.text
