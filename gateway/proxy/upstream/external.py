@@ -82,6 +82,8 @@ class ExternalUpstream:
     ) -> None:
         await asyncio.gather(*self._closing, return_exceptions=True)
         await self.litellm.close_litellm_async_clients()
+        # It keeps those that are closed.
+        self.litellm.in_memory_llm_clients_cache.flush_cache()
 
     async def open(self, request: UpstreamRequest, replica: Replica, timeouts: Timeouts) -> "ExternalReply":
         """Send a request; the reply of a stream has begun, that of any other request is complete."""
