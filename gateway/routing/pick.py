@@ -316,7 +316,8 @@ def unready_counts(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatu
     counts = {
         "starting": sum(state in PENDING for state in states),
         "failed": sum(state is State.FAILED for state in states),
-        "stopping": sum(state not in PENDING and state is not State.FAILED for state in states),
+        "stopping": sum(state not in PENDING and state not in (State.FAILED, State.STOPPED) for state in states),
+        "stopped": sum(state is State.STOPPED for state in states),
     }
     told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     return f"{told}, of {len(states)}" if states else "none is running"

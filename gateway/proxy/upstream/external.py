@@ -34,6 +34,7 @@ CONNECT_SECONDS = 10.0
 CLOSE_SECONDS = 5.0
 # Read while litellm is imported: no table of prices from the network, and no `.env` of the working directory.
 ENVIRONMENT = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MODE": "PRODUCTION"}
+LOGGERS = ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy")
 # litellm's own behaviour: nothing is tried again, logged, sent or printed.
 OPTIONS: Mapping[str, Any] = MappingProxyType(
     {"num_retries": 0, "max_retries": 0, "drop_params": True, "no-log": True, "caching": False}
@@ -54,6 +55,10 @@ def load_litellm() -> Any:
     except ImportError as error:
         what = f"external models need litellm, which cannot be imported: {error}"
         raise ConfigError(f"{what}; install quantgate[external]") from error
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers.clear()  # they write to stdout
+        logger.setLevel(logging.CRITICAL)  # errors are raised, too; their texts may contain secrets
     litellm.telemetry = False
     litellm.suppress_debug_info = True  # else it prints to stdout at each error
     litellm.turn_off_message_logging = True
