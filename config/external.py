@@ -1,9 +1,6 @@
 """Values: a model that another provider runs, and what it costs."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from pydantic import SecretStr
 
 from config.schema import PriceSettings, VariantSettings
 
@@ -64,11 +61,7 @@ def external_model(settings: VariantSettings) -> ExternalModel | None:
         settings.external,
         settings.base_url,
         settings.api_key.get_secret_value() if settings.api_key else None,
-        tuple(sorted(_plain(settings.credentials))),
+        tuple(sorted([(name, value.get_secret_value()) for name, value in settings.credentials.items()])),
         settings.budget.usd_per_day if settings.budget else None,
         Price.of(settings.price) if settings.price else None,
     )
-
-
-def _plain(credentials: Mapping[str, SecretStr]) -> list[tuple[str, str]]:
-    return [(name, value.get_secret_value()) for name, value in credentials.items()]
