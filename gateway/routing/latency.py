@@ -100,7 +100,8 @@ def estimate_latency(metrics: ReplicaMetrics) -> LatencyEstimate:
     requests = in_flight + metrics.others
     context_tokens = float(replica.max_model_len_tokens or UNLIMITED_TOKENS)
     has_room = in_flight < replica.max_in_flight
-    stale, most, tools = metrics.stale, replica.max_in_flight, replica.tools is not False
+    stale = metrics.stale and replica.external is None
+    most, tools = replica.max_in_flight, replica.tools is not False
     if speed is None:
         known = (has_room, False, False, stale, in_flight, requests, most, context_tokens)
         return LatencyEstimate(replica.id, replica.variant, *known, tools=tools)
