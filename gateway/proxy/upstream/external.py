@@ -18,7 +18,7 @@ from config.errors import ConfigError
 from config.external import ExternalModel
 from config.load import default_environment
 from gateway.errors import GatewayError, RequestError, UpstreamDisconnected, UpstreamTimeout
-from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS
+from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS
 from gateway.openai.external_answer import END, AnswerForm, choice_indices, finishes, token_count
 from gateway.openai.external_request import external_fields
 from gateway.proxy.upstream.protocol import UpstreamRequest
@@ -95,7 +95,8 @@ class ExternalUpstream:
         assert model is not None
         name = CALLS.get(inference.endpoint.name)
         if name is None:
-            what = f"the model does not support this endpoint: {replica.variant} answers {', '.join(sorted(CALLS))}"
+            paths = ", ".join([endpoint.path for endpoint in ENDPOINTS.values() if endpoint.external])
+            what = f"the model does not support this endpoint: {replica.variant} is external, and answers {paths} only"
             raise RequestError(what, code="endpoint_not_supported")
         call: Call = getattr(self.litellm, name)
         arguments = {**external_fields(inference), **self._arguments(model, timeouts)}

@@ -158,10 +158,14 @@ async def test_completions_and_embeddings(fleet: Fleet) -> None:
 
 
 async def test_an_endpoint_that_providers_do_not_have(fleet: Fleet) -> None:
-    """The error names those that they have."""
+    """The error names those that they have; of an alias with replicas, only those are asked."""
     answer = await fleet.ask({"model": "gpt", "prompt": "hello"}, path="/tokenize")
     assert answer.status_code == 400
     assert error_of(answer)["code"] == "endpoint_not_supported"
+    assert "/v1/chat/completions, /v1/completions, /v1/embeddings" in error_of(answer)["message"]
+    answer = await fleet.ask({"model": "smol", "prompt": "hello"}, path="/tokenize")
+    assert answer.status_code == 503
+    assert error_of(answer)["code"] == "no_ready_replica"
 
 
 async def test_what_a_provider_gets(fleet: Fleet, provider: FakeReplica) -> None:
