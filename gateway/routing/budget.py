@@ -1,5 +1,6 @@
 """What an external model has cost today, against its budget; pure. Days begin at 00:00 UTC."""
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import msgspec
@@ -22,6 +23,19 @@ class DaySpend(msgspec.Struct, frozen=True):
     def exhausts(self, usd_per_day: float | None, day: int) -> bool:
         """Return whether nothing of a budget is left on a day; None is no budget."""
         return usd_per_day is not None and self.on(day).usd >= usd_per_day
+
+
+def spent_by_variant(cost_by_alias: Mapping[str, float], ladders: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Attribute what aliases have cost today to external variants, for the start of a process.
+
+    `ladders` are the external variants of each alias; a variant that clients pin is an alias of itself. An alias with
+    several of them counts for each, which is the safe side of a budget.
+    """
+    spent: dict[str, float] = {}
+    for alias, usd in cost_by_alias.items():
+        for variant in ladders.get(alias, (alias,)):
+            spent[variant] = spent.get(variant, 0.0) + usd
+    return spent
 
 
 def day_of(at_seconds: float) -> int:

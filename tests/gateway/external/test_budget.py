@@ -7,7 +7,7 @@ import pytest
 from config.external import ExternalModel, Price
 from gateway.observability.metrics import Metrics
 from gateway.proxy.external_models import ExternalModels
-from gateway.routing.budget import DaySpend, budget_spent, day_of, seconds_left
+from gateway.routing.budget import DaySpend, budget_spent, day_of, seconds_left, spent_by_variant
 from serving.registry import Registry
 from serving.replica import Replica, State
 
@@ -40,6 +40,13 @@ def test_costs_add_up_within_a_day() -> None:
         "its budget of 20 USD a day is spent; available again at 2024-10-05 00:00 UTC"
     )
     assert Price(2e-6, 8e-6).cost_usd(1000, 200) == pytest.approx(0.0036)
+
+
+def test_what_aliases_have_cost() -> None:
+    """By the external variants of each; a pinned variant is an alias of itself."""
+    ladders = {"smol": ["gpt"], "other": ["gpt", "claude"]}
+    spent = spent_by_variant({"smol": 1.0, "other": 2.0, "gpt": 0.5}, ladders)
+    assert spent == {"gpt": 3.5, "claude": 2.0}
 
 
 class Clock:
