@@ -82,6 +82,7 @@ RESPONSES = Endpoint(
     turns_key="input",
     chat_key="input",
     calls_tools=True,
+    external=True,
 )
 MESSAGES = Endpoint(
     "messages",

@@ -6,7 +6,7 @@ Reasoning is called `reasoning`, as vLLM calls it. Ids are made from the id of t
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -14,7 +14,6 @@ from gateway.openai.endpoints import CHAT, COMPLETIONS, Endpoint
 
 Fields = Mapping[str, Any]
 
-END = b"data: [DONE]\n\n"
 _PREFIXES = {CHAT.name: "chatcmpl-", COMPLETIONS.name: "cmpl-"}
 _DETAILS = {
     "prompt_tokens_details": ("cached_tokens", "audio_tokens"),
@@ -25,11 +24,29 @@ _REASONING = ("reasoning_content", "reasoning")
 _ENCODER = msgspec.json.Encoder()
 
 
-class AnswerForm(msgspec.Struct, frozen=True):
-    """What all parts of an answer share."""
+class AnswerForm(Protocol):
+    """Encodes an answer of litellm for one endpoint; `end` ends a stream."""
+
+    @property
+    def end(self) -> bytes:
+        """The last event of a stream; empty if another one ends it."""
+
+    def whole(self, answer: Fields) -> bytes:
+        """Encode a whole answer."""
+
+    def events(self, chunk: Fields, begun: frozenset[int]) -> Iterator[bytes]:
+        """Encode a part of a stream; `begun` are the choices that have sent their role."""
+
+    def usage(self, answer: Fields) -> Fields | None:
+        """The token counts of a whole answer or of a part, by the names of chats; None if it has none."""
+
+
+class ChoicesForm(msgspec.Struct, frozen=True):
+    """Implements AnswerForm for chats, completions and embeddings."""
 
     endpoint: Endpoint
     request_id: str
+    end: bytes = b"data: [DONE]\n\n"
 
     @property
     def id(self) -> str:
@@ -60,6 +77,11 @@ class AnswerForm(msgspec.Struct, frozen=True):
             suffix = ".chunk" if self.endpoint is CHAT else ""
             fields = {**self._head(chunk, suffix), "choices": [], "usage": usage_fields(usage)}
             yield b"data: %b\n\n" % _ENCODER.encode(fields)
+
+    def usage(self, answer: Fields) -> Fields | None:
+        """The token counts of a whole answer or of a part; None if it has none."""
+        usage = answer.get("usage")
+        return usage if isinstance(usage, dict) else None
 
     def _event(self, chunk: Fields, choices: list[dict[str, Any]], suffix: str) -> bytes:
         return b"data: %b\n\n" % _ENCODER.encode({**self._head(chunk, suffix), "choices": choices})

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS
+from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES
 from gateway.openai.request import InferenceRequest
 
 _SAMPLING = (
@@ -29,6 +29,12 @@ FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
             }
         ),
         COMPLETIONS.name: frozenset({*_SAMPLING, "prompt", "suffix", "echo", "best_of"}),
+        RESPONSES.name: frozenset(
+            {
+                *("input", "instructions", "max_output_tokens", "temperature", "top_p", "text", "reasoning"),
+                *("tools", "tool_choice", "parallel_tool_calls", "store"),
+            }
+        ),
         EMBEDDINGS.name: frozenset({"input", "dimensions", "encoding_format"}),
     }
 )
@@ -43,9 +49,15 @@ def external_fields(inference: InferenceRequest) -> dict[str, Any]:
     known = FIELDS[inference.endpoint.name]
     fields = _OBJECT.decode(inference.body_for(""))
     kept = {name: value for name, value in fields.items() if name in known and value is not None}
-    if "messages" in kept and isinstance(kept["messages"], list):
-        kept["messages"] = [_without_thoughts(message) for message in kept["messages"]]
+    for name in ("messages", "input"):
+        if isinstance(turns := kept.get(name), list):
+            kept[name] = [_without_thoughts(turn) for turn in turns if not _is_thought(turn)]
     return kept
+
+
+def _is_thought(item: Any) -> bool:
+    """Whether an item of `/v1/responses` is reasoning of an earlier turn."""
+    return isinstance(item, dict) and item.get("type") == "reasoning"
 
 
 def _without_thoughts(message: Any) -> Any:

@@ -18,9 +18,10 @@ from config.errors import ConfigError
 from config.external import ExternalModel
 from config.load import default_environment
 from gateway.errors import GatewayError, RequestError, UpstreamDisconnected, UpstreamTimeout
-from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS
-from gateway.openai.external_answer import END, AnswerForm, choice_indices, finishes, token_count
+from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS, RESPONSES, Endpoint
+from gateway.openai.external_answer import AnswerForm, ChoicesForm, choice_indices, finishes, token_count
 from gateway.openai.external_request import external_fields
+from gateway.openai.external_responses import ResponseForm
 from gateway.proxy.upstream.protocol import UpstreamRequest
 from gateway.proxy.upstream.provider_errors import error_of_provider, words_of
 from gateway.routing.target import Timeouts
@@ -39,7 +40,12 @@ OPTIONS: Mapping[str, Any] = MappingProxyType(
     {"num_retries": 0, "max_retries": 0, "drop_params": True, "no-log": True, "caching": False}
 )
 # Functions of litellm, by endpoint.
-CALLS = {CHAT.name: "acompletion", COMPLETIONS.name: "atext_completion", EMBEDDINGS.name: "aembedding"}
+CALLS = {
+    CHAT.name: "acompletion",
+    COMPLETIONS.name: "atext_completion",
+    EMBEDDINGS.name: "aembedding",
+    RESPONSES.name: "aresponses",
+}
 # Without usage, a token of the prompt is taken for so many bytes.
 BYTES_PER_TOKEN = 4
 
@@ -102,6 +108,8 @@ class ExternalUpstream:
         arguments = {**external_fields(inference), **self._arguments(model, timeouts)}
         if inference.stream:
             arguments["stream"] = True
+        if inference.endpoint is RESPONSES:
+            arguments["use_chat_completions_api"] = True  # else it answers whole where a provider has no such API
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + min(timeouts.total_seconds, timeouts.first_byte_seconds)
         with translated_errors(replica, timeouts.first_byte_seconds):
@@ -157,7 +165,7 @@ class ExternalReply:
         self._replica = replica
         self._answer = answer
         self._timeouts = timeouts
-        self._form = AnswerForm(request.inference.endpoint, request.request_id)
+        self._form = answer_form(request.inference.endpoint, request.request_id)
         self._events = self._read_events() if self.streams else None
         self._loop = asyncio.get_running_loop()
         self._ends_at = self._loop.time() + timeouts.total_seconds
@@ -181,8 +189,8 @@ class ExternalReply:
 
     async def read(self, limit_bytes: int) -> bytes:
         """Encode the whole answer; UpstreamDisconnected if it is longer than the limit."""
-        fields = self._answer.model_dump()
-        self._usage = fields.get("usage") or {}
+        fields = self._answer.model_dump(mode="json", exclude_none=True)
+        self._usage = self._form.usage(fields)
         body = self._form.whole(fields)
         if len(body) > limit_bytes:
             raise UpstreamDisconnected(f"a provider's reply is longer than {limit_bytes} bytes")
@@ -206,20 +214,26 @@ class ExternalReply:
     async def _read_events(self) -> AsyncIterator[bytes]:
         begun = frozenset[int]()
         async for part in self._answer:
-            chunk = part.model_dump()
+            chunk = part.model_dump(mode="json", exclude_none=True)
             if finishes(chunk) and not _was_finished(self._answer):
                 raise UpstreamDisconnected("a provider ended its stream before the answer was complete")
-            self._usage = chunk.get("usage") or self._usage
+            self._usage = self._form.usage(chunk) or self._usage
             self._parts += 1
             for event in self._form.events(chunk, begun):
                 yield event
             begun |= choice_indices(chunk)
-        yield END
+        if self._form.end:
+            yield self._form.end
 
     def _estimated_usage(self) -> Mapping[str, Any]:
         """What an answer that was not read to its end has cost, about: a token for each part that arrived."""
         prompt_bytes = sum([len(raw) for raw in self._request.inference.fields.values()])
         return {"prompt_tokens": prompt_bytes // BYTES_PER_TOKEN, "completion_tokens": self._parts}
+
+
+def answer_form(endpoint: Endpoint, request_id: str) -> AnswerForm:
+    """How an endpoint's answers are encoded."""
+    return ResponseForm(request_id) if endpoint is RESPONSES else ChoicesForm(endpoint, request_id)
 
 
 @contextlib.contextmanager
