@@ -112,10 +112,22 @@ class ExternalUpstream:
             arguments["use_chat_completions_api"] = True  # else it answers whole where a provider has no such API
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + min(timeouts.total_seconds, timeouts.first_byte_seconds)
-        with translated_errors(replica, timeouts.first_byte_seconds):
-            async with asyncio.timeout_at(ends_at if isfinite(ends_at) else None):
-                answer = await call(**arguments)
+        try:
+            with translated_errors(replica, timeouts.first_byte_seconds):
+                async with asyncio.timeout_at(ends_at if isfinite(ends_at) else None):
+                    answer = await call(**arguments)
+        except (asyncio.CancelledError, UpstreamTimeout):
+            # The provider has read the prompt, and may have answered it.
+            self.book_cost(request, replica, estimated_usage(request, 0))
+            raise
         return ExternalReply(self, request, replica, answer, timeouts)
+
+    def book_cost(self, request: UpstreamRequest, replica: Replica, usage: Mapping[str, Any]) -> None:
+        """Book what an answer costs, for its request and for its model."""
+        assert replica.external is not None
+        cost_usd = self.cost_usd(replica.external, usage)
+        request.book_cost(cost_usd)
+        self.book(replica.variant, cost_usd)
 
     def cost_usd(self, model: ExternalModel, usage: Mapping[str, Any]) -> float:
         """What an answer costs, by the configured price or litellm's table; 0 if neither has one."""
@@ -181,11 +193,8 @@ class ExternalReply:
     ) -> None:
         if not self._ended:
             self._upstream.close_later(self._answer)
-        model = self._replica.external
-        assert model is not None
-        cost_usd = self._upstream.cost_usd(model, self._usage or self._estimated_usage())
-        self._request.book_cost(cost_usd)
-        self._upstream.book(self._replica.variant, cost_usd)
+        usage = self._usage or estimated_usage(self._request, self._parts)
+        self._upstream.book_cost(self._request, self._replica, usage)
 
     async def read(self, limit_bytes: int) -> bytes:
         """Encode the whole answer; UpstreamDisconnected if it is longer than the limit."""
@@ -225,10 +234,11 @@ class ExternalReply:
         if self._form.end:
             yield self._form.end
 
-    def _estimated_usage(self) -> Mapping[str, Any]:
-        """What an answer that was not read to its end has cost, about: a token for each part that arrived."""
-        prompt_bytes = sum([len(raw) for raw in self._request.inference.fields.values()])
-        return {"prompt_tokens": prompt_bytes // BYTES_PER_TOKEN, "completion_tokens": self._parts}
+
+def estimated_usage(request: UpstreamRequest, parts: int) -> Mapping[str, Any]:
+    """What an answer that was not read to its end has cost, about: a token for each part that arrived."""
+    prompt_bytes = sum([len(raw) for raw in request.inference.fields.values()])
+    return {"prompt_tokens": prompt_bytes // BYTES_PER_TOKEN, "completion_tokens": parts}
 
 
 def answer_form(endpoint: Endpoint, request_id: str) -> AnswerForm:
