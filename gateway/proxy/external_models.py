@@ -8,7 +8,7 @@ stopped     a new day begins (UTC), or a larger budget      ready
 stopped     litellm is not loaded: the next start           stopped
 ==========  ==============================================  =========
 
-The cost of the day is kept in memory. `spent` is what was spent before this process started, by variant: whoever keeps
+The cost of the day is kept in memory. `spent` is what all processes have spent before this one started, by variant:
 a record of costs that outlives processes gives it here.
 """
 
@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from config.external import ExternalModel, external_model
-from config.schema import VariantSettings
+from config.schema import Settings, VariantSettings
 from config.variant import EXTERNAL
 from gateway.observability.metrics import Metrics
 from gateway.routing.budget import DaySpend, budget_spent, day_of, seconds_left
@@ -37,7 +37,7 @@ NOTHING_SPENT: Mapping[str, float] = {}
 class ExternalModels:
     """Owns the registry's entries of external models while the `with` block runs.
 
-    `share` is this process's part of each budget. `loaded`: there is an upstream for them.
+    `share` is this process's part of each budget, and of what was spent. `loaded`: there is an upstream for them.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ExternalModels:
         self._share = share
         self._wall_clock = wall_clock
         self._replicas: dict[str, Replica] = {}  # by variant
-        self._spends = {variant: DaySpend(self._today(), usd) for variant, usd in spent.items()}
+        self._spends = {variant: DaySpend(self._today(), usd * share) for variant, usd in spent.items()}
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
@@ -136,3 +136,11 @@ def external_model_replicas(variants: Mapping[str, VariantSettings]) -> tuple[Re
         )
         for name, model in models.items()
     )
+
+
+def external_ladders(settings: Settings) -> dict[str, tuple[str, ...]]:
+    """The external variants of each alias, for `gateway.routing.budget.spent_by_variant`."""
+    external = {name for name, variant in settings.variants.items() if variant.external is not None}
+    return {
+        name: tuple([rung for rung in alias.ladder if rung in external]) for name, alias in settings.aliases.items()
+    }

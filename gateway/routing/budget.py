@@ -5,6 +5,8 @@ from datetime import UTC, datetime, timedelta
 
 import msgspec
 
+from gateway.routing.target import PIN
+
 
 class DaySpend(msgspec.Struct, frozen=True):
     """US dollars that were spent on one day, as a number since 1970-01-01."""
@@ -28,12 +30,12 @@ class DaySpend(msgspec.Struct, frozen=True):
 def spent_by_variant(cost_by_alias: Mapping[str, float], ladders: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """Attribute what aliases have cost today to external variants, for the start of a process.
 
-    `ladders` are the external variants of each alias; a variant that clients pin is an alias of itself. An alias with
-    several of them counts for each, which is the safe side of a budget.
+    `ladders` are the external variants of each alias; a variant that clients pin is an alias of itself, also as
+    ALIAS@VARIANT. An alias with several of them counts for each, which is the safe side of a budget.
     """
     spent: dict[str, float] = {}
     for alias, usd in cost_by_alias.items():
-        for variant in ladders.get(alias, (alias,)):
+        for variant in ladders.get(alias, (alias.rpartition(PIN)[2],)):
             spent[variant] = spent.get(variant, 0.0) + usd
     return spent
 

@@ -6,10 +6,12 @@ import pytest
 
 from config.external import ExternalModel, Price
 from gateway.observability.metrics import Metrics
-from gateway.proxy.external_models import ExternalModels
+from gateway.proxy.external_models import ExternalModels, external_ladders
 from gateway.routing.budget import DaySpend, budget_spent, day_of, seconds_left, spent_by_variant
 from serving.registry import Registry
 from serving.replica import Replica, State
+from tests.gateway.external.conftest import tables
+from tests.gateway.fleet import deployment
 
 DAY = 86400.0
 NOON = 20_000 * DAY + DAY / 2
@@ -45,8 +47,9 @@ def test_costs_add_up_within_a_day() -> None:
 def test_what_aliases_have_cost() -> None:
     """By the external variants of each; a pinned variant is an alias of itself."""
     ladders = {"smol": ["gpt"], "other": ["gpt", "claude"]}
-    spent = spent_by_variant({"smol": 1.0, "other": 2.0, "gpt": 0.5}, ladders)
+    spent = spent_by_variant({"smol": 1.0, "other": 2.0, "gpt": 0.25, "smol@gpt": 0.25}, ladders)
     assert spent == {"gpt": 3.5, "claude": 2.0}
+    assert external_ladders(deployment(tables("http://127.0.0.1:1")).settings)["measured"] == ("claude",)
 
 
 class Clock:
@@ -80,9 +83,9 @@ async def test_a_new_day() -> None:
 
 
 async def test_what_was_spent_before_the_start() -> None:
-    """A start value counts for today; each worker has its share of a budget."""
+    """A start value of all workers counts for today; each has its share of it, and of a budget."""
     registry, clock = Registry(), Clock()
-    with ExternalModels(registry, Metrics(), loaded=True, share=0.5, spent={"gpt": 0.4}, wall_clock=clock) as models:
+    with ExternalModels(registry, Metrics(), loaded=True, share=0.5, spent={"gpt": 0.8}, wall_clock=clock) as models:
         models.replace((model(1.0),))
         assert registry.status("gpt-external").state is State.READY
         models.book("gpt", 0.2)
