@@ -30,7 +30,10 @@ EFFECTS: Mapping[str, tuple[Effect, str]] = MappingProxyType(
         "gateway.memory_bytes": ("reload", _REQUESTS),
         "gateway.drain_seconds": ("reload", "when the gateway stops"),
         "serving": ("start", ""),
-        "variants": ("reload", "own replicas of a changed variant are replaced"),
+        "variants": (
+            "reload",
+            "own replicas of a changed variant are replaced; the first external model: at the next start",
+        ),
         "replicas": ("reload", "new ones are started, changed ones replaced, missing ones drained and stopped"),
         "replicas.start_timeout_seconds": ("reload", "when the replica starts again"),
         "replicas.drain_seconds": ("reload", "when the replica stops"),

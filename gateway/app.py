@@ -31,9 +31,12 @@ from gateway.openai.endpoints import ENDPOINTS
 from gateway.proxy.collectors import EngineCollector, LadderCollector
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.exchange import Proxy
+from gateway.proxy.external_models import ExternalModels, external_model_replicas
 from gateway.proxy.initial_series import create_series
 from gateway.proxy.load.polling import MetricsPoller
 from gateway.proxy.load.tracker import LoadTracker
+from gateway.proxy.upstream.by_kind import UpstreamByKind
+from gateway.proxy.upstream.external import ExternalUpstream, load_litellm
 from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
@@ -78,11 +81,13 @@ class Gateway:
     load: LoadTracker
     dispatcher: Dispatcher
     traffic: TrafficHistory
+    external: ExternalModels
 
     def switch(self, deployment: Deployment) -> None:
         """Use another configuration from the next request on; `config/reload_effects.py` says for which options."""
         settings = deployment.settings.gateway
         self.recorded.configure(deployment)
+        self.external.replace(external_model_replicas(deployment.settings.variants))
         self.load.set_speeds(deployment.speeds)
         self.dispatcher.keep_only(self.live_config.catalog)
         self.dispatcher.set_limits(settings.queue, settings.retries)
@@ -132,7 +137,10 @@ async def gateway(
         await stack.enter_async_context(LoopLag(metrics.loop_lag_seconds))
         pool = await stack.enter_async_context(Pool())
         load = LoadTracker(registry.in_flight, deployment.speeds)
-        upstream = VllmUpstream(pool)
+        models = external_model_replicas(deployment.settings.variants)
+        external = stack.enter_context(ExternalModels(registry, metrics, loaded=bool(models), share=place.share))
+        providers = ExternalUpstream(load_litellm(), external.book) if models else None
+        upstream = UpstreamByKind(VllmUpstream(pool), await stack.enter_async_context(providers) if providers else None)
         dispatcher = stack.enter_context(
             Dispatcher(
                 *(registry, load, metrics, settings.queue, settings.retries),
@@ -140,6 +148,7 @@ async def gateway(
                 exchanges=upstream,
             )
         )
+        external.replace(models)
         # On connections of their own: polls and requests do not wait for each other.
         polls = await stack.enter_async_context(Pool())
         poller = await stack.enter_async_context(
@@ -192,7 +201,9 @@ async def gateway(
         await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
-            yield Gateway(addresses, live_config, weights, recorded, server, quota, metrics, load, dispatcher, traffic)
+            yield Gateway(
+                addresses, live_config, weights, recorded, server, quota, metrics, load, dispatcher, traffic, external
+            )
         finally:
             router.draining = True
 

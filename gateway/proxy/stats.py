@@ -145,6 +145,12 @@ class RequestStats:
             self.metrics.overhead_seconds.observe_with_exemplar(own_seconds, self.request_id, self.wall_clock())
         self.sent_at = now
 
+    def add_cost(self, usd: float) -> None:
+        """Record what an external model costs for an attempt, in the step in which it ends."""
+        self.external_cost_usd += usd
+        if usd and self.candidate is not None:
+            self.metrics.external_cost_usd.labels(self.alias, self.candidate.variant.name).inc(usd)
+
     def retried(self, code: str) -> None:
         """Record that an attempt failed with this code and another one follows."""
         self.metrics.retries.labels(self.alias, code).inc()
