@@ -23,16 +23,20 @@ from gateway.http.hosts import allowed_hosts
 from gateway.http.listener import address_of, bind, listen
 from gateway.http.server import HttpServer, serve_clients
 from gateway.live_config import LiveConfig, LiveWeights
-from gateway.observability.access_log import AccessLog
+from gateway.observability.access_log import AccessLog, both
 from gateway.observability.metrics import FleetCollector, LoopLag, Metrics
 from gateway.observability.tracing import tracing
+from gateway.observability.usage import recorded_usage
 from gateway.openai.endpoints import ENDPOINTS
 from gateway.proxy.collectors import EngineCollector, LadderCollector
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.exchange import Proxy
+from gateway.proxy.external_models import ExternalModels, external_model_replicas
 from gateway.proxy.initial_series import create_series
 from gateway.proxy.load.polling import MetricsPoller
 from gateway.proxy.load.tracker import LoadTracker
+from gateway.proxy.upstream.by_kind import UpstreamByKind
+from gateway.proxy.upstream.external import ExternalUpstream, load_litellm
 from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
@@ -77,11 +81,13 @@ class Gateway:
     load: LoadTracker
     dispatcher: Dispatcher
     traffic: TrafficHistory
+    external: ExternalModels
 
     def switch(self, deployment: Deployment) -> None:
         """Use another configuration from the next request on; `config/reload_effects.py` says for which options."""
         settings = deployment.settings.gateway
         self.recorded.configure(deployment)
+        self.external.replace(external_model_replicas(deployment.settings.variants))
         self.load.set_speeds(deployment.speeds)
         self.dispatcher.keep_only(self.live_config.catalog)
         self.dispatcher.set_limits(settings.queue, settings.retries)
@@ -126,11 +132,15 @@ async def gateway(
     async with AsyncExitStack() as stack:
         stream = access_log_stream or sys.stderr.buffer
         access_log = stack.enter_context(AccessLog(stream, settings.access_log, metrics.log_lines_dropped))
+        usage = await stack.enter_async_context(recorded_usage(deployment.state, settings.usage_days, metrics))
         traced = await stack.enter_async_context(tracing(settings.tracing))
         await stack.enter_async_context(LoopLag(metrics.loop_lag_seconds))
         pool = await stack.enter_async_context(Pool())
         load = LoadTracker(registry.in_flight, deployment.speeds)
-        upstream = VllmUpstream(pool)
+        models = external_model_replicas(deployment.settings.variants)
+        external = stack.enter_context(ExternalModels(registry, metrics, loaded=bool(models), share=place.share))
+        providers = ExternalUpstream(load_litellm(), external.book) if models else None
+        upstream = UpstreamByKind(VllmUpstream(pool), await stack.enter_async_context(providers) if providers else None)
         dispatcher = stack.enter_context(
             Dispatcher(
                 *(registry, load, metrics, settings.queue, settings.retries),
@@ -138,6 +148,7 @@ async def gateway(
                 exchanges=upstream,
             )
         )
+        external.replace(models)
         # On connections of their own: polls and requests do not wait for each other.
         polls = await stack.enter_async_context(Pool())
         poller = await stack.enter_async_context(
@@ -151,8 +162,9 @@ async def gateway(
         service = await stack.enter_async_context(
             followed_rollouts(deployment.state, recorded, rollouts, registry, metrics)
         )
+        log_sink = access_log.append if usage is None else both(access_log.append, usage.add)
         errors = RecentErrors()
-        observers = Observers(metrics, access_log.append, traced, errors=errors)
+        observers = Observers(metrics, log_sink, traced, errors=errors)
         endpoints = {
             endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers, rollouts)
             for endpoint in ENDPOINTS.values()
@@ -179,7 +191,9 @@ async def gateway(
             draining=lambda: router.draining,
             place=WorkerPlace(place.number, place.of),
         )
-        context = AdminContext(live_config, registry, metrics, router, dispatcher, status, administration, state_away)
+        context = AdminContext(
+            live_config, registry, metrics, router, dispatcher, status, administration, state_away, usage
+        )
         secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
         await stack.enter_async_context(listen(secured, taken.admin))
         server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)
@@ -187,7 +201,9 @@ async def gateway(
         await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
-            yield Gateway(addresses, live_config, weights, recorded, server, quota, metrics, load, dispatcher, traffic)
+            yield Gateway(
+                addresses, live_config, weights, recorded, server, quota, metrics, load, dispatcher, traffic, external
+            )
         finally:
             router.draining = True
 
@@ -197,9 +213,19 @@ def collectors(
 ) -> Iterator[Collector]:
     """What computes metrics at each scrape."""
     breakers, silent = dispatcher.breaker_states, dispatcher.cluster.silent
-    yield FleetCollector(registry, live_config.variants, breakers, dispatcher.waiting, lambda: silent)
+
+    def waiting() -> dict[str, int]:
+        return {**dict.fromkeys(live_config.catalog.aliases, 0), **dispatcher.waiting()}
+
+    yield FleetCollector(registry, live_config.variants, breakers, waiting, lambda: silent)
     yield EngineCollector(registry, lambda: poller.results)
-    yield LadderCollector(dispatcher.cluster.gates, lambda: iter(registry.ready), load.estimates)
+    yield LadderCollector(
+        dispatcher.cluster.gates,
+        lambda: live_config.catalog,
+        lambda: iter(registry.ready),
+        load.estimates,
+        lambda: load.speeds,
+    )
 
 
 def live_config_for(deployment: Deployment) -> LiveConfig:

@@ -15,7 +15,11 @@ from quantgate import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / folder / "README.md" for folder in (".", "gateway", "serving", "quantize")]
-DOCUMENTS = [*READMES, ROOT / "quantize" / "model-directories.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+DEPLOY = [ROOT / "deploy" / "README.md", ROOT / "deploy" / "prometheus" / "runbook.md"]
+DOCUMENTS = [
+    *(*READMES, *DEPLOY),
+    *(ROOT / name for name in ("quantize/model-directories.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+]
 
 
 def name_of(document: Path) -> str:
@@ -31,7 +35,7 @@ def anchors(document: Path) -> set[str]:
 
 def test_the_configuration_of_the_readme_is_valid(tmp_path: Path) -> None:
     """The smallest configuration of the README loads."""
-    (snippet,) = re.findall(r"```yaml\n(.*?)```", READMES[0].read_text(), re.DOTALL)
+    snippet, *_ = re.findall(r"```yaml\n(.*?)```", READMES[0].read_text(), re.DOTALL)
     path = tmp_path / "quantgate.yaml"
     path.write_text(snippet)
     assert load_settings(path, {}).aliases["qwq-32b"].ladder == ("qwq-bf16", "qwq-int4")

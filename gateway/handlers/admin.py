@@ -1,6 +1,7 @@
 """The admin port: probes, metrics, and the state of replicas, queues and decisions."""
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,12 @@ from gateway.handlers.router import Router
 from gateway.handlers.status import add_status, schemas
 from gateway.handlers.trial import add_trial
 from gateway.handlers.ui import add_ui
+from gateway.handlers.usage import add_usage
 from gateway.http.hosts import AllowedHosts
 from gateway.live_config import LiveConfig, ready_variants
 from gateway.observability.metrics import Metrics
 from gateway.observability.metrics.exposition import exposition
+from gateway.observability.usage import UsageRecorder
 from gateway.proxy.decision_log import MAX_DECISIONS, snapshot_now
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.routing.explain import explain_recorded
@@ -43,6 +46,7 @@ class AdminContext:
     status: StatusSource
     rollouts: RolloutControl
     state_away: Callable[[], str | None] = lambda: None  # why the state database cannot be read
+    usage: UsageRecorder | None = None
 
 
 def with_auth(app: FastAPI, key: SecretStr | None, hosts: AllowedHosts) -> AdminAuth:
@@ -67,6 +71,7 @@ def admin_app(context: AdminContext) -> FastAPI:
     app = _AdminApp(title="quantgate admin", docs_url=None, redoc_url=None, openapi_url="/admin/openapi.json")
     _add_probes(app, context)
     _add_routing(app, context)
+    add_usage(app, context.usage, time.time)
     add_status(app, context.status, context.rollouts.refresh)
     add_rollouts(app, context.rollouts)
     add_trial(app, context.router)

@@ -95,6 +95,7 @@ class InferenceHandler:
         )
         caller.check_model(inference.model)
         context.inference, context.body_bytes = inference, len(request.body)
+        context.stats.stream = inference.stream
         request.body = b""  # the parsed one is kept from here on
 
     async def _serve(self, context: RequestContext) -> None:

@@ -10,7 +10,9 @@ from prometheus_client.registry import Collector
 from gateway.observability.metrics import table
 from gateway.routing.engine_metrics import WANTED, PollResult
 from gateway.routing.latency import LatencyEstimate
+from gateway.routing.speed import SpeedProfile
 from gateway.routing.spill import SpillGate
+from gateway.routing.target import Catalog
 from serving.registry import Registry
 from serving.replica import Replica
 
@@ -76,25 +78,46 @@ def _kv_usage(polled: Polled) -> GaugeMetricFamily:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LadderCollector(Collector):
-    """Exposes which rungs spill, and the estimated wait on each ready replica.
+    """Exposes which rungs spill, the estimated wait and the slots of each ready replica, and measured speeds.
 
-    `gates` are by alias and variant; `estimates` returns those of a variant's ready replicas.
+    `gates` are by alias and variant; `estimates` returns those of a variant's ready replicas, `speeds` are by variant.
     """
 
     gates: Mapping[tuple[str, str], SpillGate]
+    catalog: Callable[[], Catalog]
     variants: Callable[[], Iterable[str]]
     estimates: Callable[[str], Sequence[LatencyEstimate]]
+    speeds: Callable[[], Mapping[str, SpeedProfile]]
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the families; called once per scrape."""
         spilling = table.LADDER_SPILLING.gauge_family()
-        for labels, gate in self.gates.items():
-            spilling.add_metric(labels, float(gate.spilling))
-        wait = table.REPLICA_WAIT_SECONDS.gauge_family()
+        open_gates = {place: gate.spilling for place, gate in self.gates.items()}
+        for labels, is_open in {**dict.fromkeys(_upper_rungs(self.catalog()), False), **open_gates}.items():
+            spilling.add_metric(labels, float(is_open))
+        yield spilling
+        yield from self._replicas()
+        throughput = table.VARIANT_THROUGHPUT.gauge_family()
+        for variant, speed in self.speeds().items():
+            throughput.add_metric([variant], max(speed.together))
+        yield throughput
+
+    def _replicas(self) -> Iterator[GaugeMetricFamily]:
+        wait, slots = table.REPLICA_WAIT_SECONDS.gauge_family(), table.REPLICA_SLOTS.gauge_family()
         load_unknown = table.REPLICA_LOAD_UNKNOWN.gauge_family()
         for variant in self.variants():
             for estimate in self.estimates(variant):
-                load_unknown.add_metric([estimate.id, variant], float(estimate.stale))
+                labels = [estimate.id, variant]
+                load_unknown.add_metric(labels, float(estimate.stale))
                 if estimate.known:
-                    wait.add_metric([estimate.id, variant], estimate.wait_seconds)
-        yield from (spilling, wait, load_unknown)
+                    wait.add_metric(labels, estimate.wait_seconds)
+                if estimate.slots is not None:
+                    slots.add_metric(labels, estimate.slots)
+        yield from (wait, load_unknown, slots)
+
+
+def _upper_rungs(catalog: Catalog) -> Iterator[tuple[str, str]]:
+    """Yield alias and variant of each rung that has a lower one: it may spill."""
+    for alias in catalog.aliases:
+        for rung in catalog.resolve(alias).permitted[:-1]:
+            yield alias, rung.name

@@ -14,6 +14,9 @@ from gateway.openai.endpoints import CHAT
 from gateway.routing.split import Rung
 from gateway.routing.target import Catalog, Target
 
+# `cause_of` in gateway/rollout/controller.py.
+ROLLBACK_CAUSES = ("preflight", "starting", "smoke", "shadow", "gate", "deadline", "operator")
+
 Series = tuple[Family[Counter], tuple[str, ...]]
 
 
@@ -53,6 +56,8 @@ def _of_failures(metrics: Metrics, alias: str) -> Iterator[Series]:
         yield metrics.retries, (alias, code)
     for reason in ("poison", "attempts", "budget"):
         yield metrics.retries_refused, (alias, reason)
+    for cause in ROLLBACK_CAUSES:
+        yield metrics.rollout_rollbacks, (alias, cause)
 
 
 def _of_ladder(metrics: Metrics, target: Target) -> Iterator[Series]:
@@ -73,6 +78,8 @@ def _of_rung(metrics: Metrics, alias: str, rung: Rung, reason: str) -> Iterator[
         yield metrics.requests, (*served, CHAT.name, "200", reason)
         for kind in ("prompt", "completion", "reasoning"):
             yield metrics.tokens, (*served, kind)
+        if variant.is_external:
+            yield metrics.external_cost_usd, (alias, variant.name)
 
 
 def _subclasses(kind: type[GatewayError]) -> Iterator[type[GatewayError]]:

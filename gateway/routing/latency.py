@@ -61,7 +61,7 @@ class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
 
     `known` is False where the speed of the replica is unknown: then `requests` is all there is to compare. A speed that
     was learned by watching is known, but not `measured`. `reading` is the slowdown of reading that the terms include.
-    `tools`: it may take requests with tools.
+    `tools`: it may take requests with tools. `slots` are requests that are processed at once, None if unknown.
     """
 
     id: str
@@ -85,6 +85,7 @@ class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
     answer_tokens: float = DEFAULT_ANSWER_TOKENS
     reading: float = 1.0
     tools: bool = True
+    slots: float | None = None
 
     @property
     def work_seconds(self) -> float:
@@ -94,11 +95,14 @@ class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
 
 def estimate_latency(metrics: ReplicaMetrics) -> LatencyEstimate:
     """Estimate what one more request would cost."""
-    replica, in_flight, speed = metrics.replica, metrics.in_flight, metrics.speed
+    replica, in_flight = metrics.replica, metrics.in_flight
+    # Of an external model nobody here knows what else it does: it is never compared by seconds.
+    speed = metrics.speed if replica.external is None else None
     requests = in_flight + metrics.others
     context_tokens = float(replica.max_model_len_tokens or UNLIMITED_TOKENS)
     has_room = in_flight < replica.max_in_flight
-    stale, most, tools = metrics.stale, replica.max_in_flight, replica.tools is not False
+    stale = metrics.stale and replica.external is None
+    most, tools = replica.max_in_flight, replica.tools is not False
     if speed is None:
         known = (has_room, False, False, stale, in_flight, requests, most, context_tokens)
         return LatencyEstimate(replica.id, replica.variant, *known, tools=tools)
@@ -136,6 +140,7 @@ def estimate_latency(metrics: ReplicaMetrics) -> LatencyEstimate:
         answer_tokens=metrics.answer_tokens,
         reading=reading,
         tools=tools,
+        slots=slots if slots < inf else None,
     )
 
 

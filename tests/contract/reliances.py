@@ -14,6 +14,7 @@ from config.reserved_flags import RESERVED_FLAGS
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
 from config.vllm import SUPPORTED, KvCacheDtype
+from deploy.grafana.queries import ENGINE_METRICS
 from gateway.openai.endpoints import CHAT, COMPLETIONS, ENDPOINTS, MESSAGES, RESPONSES
 from gateway.openai.limits import GUARDED_FIELDS
 from gateway.openai.response import CONTEXT_LENGTH_EXCEEDED
@@ -162,6 +163,7 @@ def reliances() -> Iterator[Reliance]:
     variables = sorted(command.environment.keys() - FOREIGN_VARIABLES)
     yield from (Reliance("variable", name, "serving: the environment of a replica") for name in variables)
     yield from (Reliance("metric", name, "gateway: the load of an engine") for name in WANTED)
+    yield from (Reliance("metric", name, "deploy: dashboards") for name in ENGINE_METRICS)
     yield Reliance("metric", CACHE_INFO.decode(), "gateway: the size of the KV cache")
     yield from (Reliance("label", name, "gateway: the size of the KV cache", "CacheConfig") for name in CACHE_LABELS)
     yield from (Reliance("endpoint", each.path, "gateway: inference") for each in ENDPOINTS.values())

@@ -53,6 +53,7 @@ class FleetCollector(Collector):
         yield _current(table.REPLICA_BREAKER, BREAKER_STATES, snapshot, self.breaker_states())
         yield _current(table.REPLICA_SILENCE, SILENCE_STATES, snapshot, self.silences())
         yield from self._quality()
+        yield _sizes(self.variants())
         waiting = table.WAITING.gauge_family()
         for alias, count in self.queue_lengths().items():
             waiting.add_metric([alias], count)
@@ -95,6 +96,14 @@ def _replicas(snapshot: Iterable[ReplicaStatus]) -> Iterator[GaugeMetricFamily]:
         state_seconds.add_metric(labels, time.monotonic() - status.since_seconds)
         in_flight.add_metric(labels, status.in_flight)
     yield from (states, state_seconds, in_flight)
+
+
+def _sizes(variants: Iterable[Variant]) -> GaugeMetricFamily:
+    family = table.VARIANT_SIZE_BYTES.gauge_family()
+    for variant in variants:
+        if variant.manifest is not None:
+            family.add_metric([variant.name, variant.precision], variant.manifest.bytes)
+    return family
 
 
 def _certificates(snapshot: Iterable[ReplicaStatus]) -> GaugeMetricFamily:

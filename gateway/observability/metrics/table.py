@@ -6,8 +6,8 @@ and `rate` do not see the first step of a series that appears with it. Labels th
 
 alias       a configured alias, a variant's name or ALIAS@VARIANT where the request named that, or `_unknown`
 variant     a configured variant, or `none` if no replica was chosen
-precision   bf16, fp16, int8, int4, ... of the variant, or `none`
-replica     id of a replica: VARIANT-N, or VARIANT-url-N for one that is configured by its URL
+precision   bf16, fp16, int8, int4, ..., external of the variant, or `none`
+replica     id of a replica: VARIANT-N, VARIANT-url-N for one that is configured by its URL, or VARIANT-external
 endpoint    chat.completions, completions, embeddings, responses, ... (names in gateway/openai/endpoints.py)
 """
 
@@ -209,6 +209,12 @@ REPLICA_LOAD_UNKNOWN = MetricSpec(
     ("replica", "variant"),
     "Whether a replica's load from other senders is unknown (1), as no recent poll reported it, or known (0)." + _MAX,
 )
+REPLICA_SLOTS = MetricSpec(
+    "quantgate_replica_slots",
+    "gauge",
+    ("replica", "variant"),
+    "Number of requests that a replica processes at once without more of them waiting; absent while unknown." + _MAX,
+)
 
 # Polls of the replicas' engines
 
@@ -260,6 +266,39 @@ VARIANT_QUALITY_BOUND = MetricSpec(
     "gauge",
     ("variant", "precision", "measure", "source"),
     "Worse end of the 95 % interval of a variant's quality, which floors are held against." + _MAX,
+)
+VARIANT_SIZE_BYTES = MetricSpec(
+    "quantgate_variant_size_bytes",
+    "gauge",
+    ("variant", "precision"),
+    "Total size of a variant's files, from its manifest; absent without one." + _MAX,
+)
+VARIANT_THROUGHPUT = MetricSpec(
+    "quantgate_variant_measured_output_tokens_per_second",
+    "gauge",
+    ("variant",),
+    "Output tokens per second of one replica at full load, from capacity.json; absent if it was not measured." + _MAX,
+)
+
+# External models
+
+EXTERNAL_COST_USD = MetricSpec(
+    "quantgate_external_cost_usd_total",
+    "counter",
+    ("alias", "variant"),
+    "Total cost of answers of external models in US dollars, by configured price or litellm's table.",
+)
+EXTERNAL_BUDGET_USD = MetricSpec(
+    "quantgate_external_budget_usd",
+    "gauge",
+    ("variant",),
+    "Budget of an external model per day (UTC) in US dollars, of this process." + _SUM,
+)
+EXTERNAL_SPENT_USD = MetricSpec(
+    "quantgate_external_spent_usd",
+    "gauge",
+    ("variant",),
+    "Cost of an external model today (UTC) in US dollars, as its budget counts it." + _SUM,
 )
 
 # Client connections
@@ -372,6 +411,21 @@ KEY_TOKENS = MetricSpec(
     "Total number of tokens processed, by name of the API key and kind: prompt, completion.",
 )
 
+# Usage
+
+USAGE_PENDING_REQUESTS = MetricSpec(
+    "quantgate_usage_pending_requests",
+    "gauge",
+    (),
+    "Current number of requests whose usage is not in the state database yet; grows while that is away." + _SUM,
+)
+USAGE_LOST_REQUESTS = MetricSpec(
+    "quantgate_usage_lost_requests_total",
+    "counter",
+    (),
+    "Total number of requests missing in the usage, because the state database was away for too long.",
+)
+
 # Process
 
 # outcome: applied, refused (invalid; nothing was changed), failed (applied in part).
@@ -412,13 +466,14 @@ GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
         "Retries": (RETRIES, RETRIES_REFUSED, CLIENT_RETRIES),
         "Replicas": (
             *(REPLICA_STATE, REPLICA_STATE_SECONDS, REPLICA_IN_FLIGHT, REPLICA_BREAKER, REPLICA_SILENCE),
-            *(REPLICA_WAIT_SECONDS, REPLICA_LOAD_UNKNOWN),
+            *(REPLICA_WAIT_SECONDS, REPLICA_LOAD_UNKNOWN, REPLICA_SLOTS),
         ),
         "Polls of the replicas' engines": (
             *(REPLICA_POLLS, REPLICA_POLL_AGE_SECONDS, REPLICA_METRIC_MISSING),
             *(REPLICA_ENGINE_REQUESTS, REPLICA_KV_USAGE_RATIO),
         ),
-        "Variants": (VARIANT_QUALITY, VARIANT_QUALITY_BOUND),
+        "Variants": (VARIANT_QUALITY, VARIANT_QUALITY_BOUND, VARIANT_SIZE_BYTES, VARIANT_THROUGHPUT),
+        "External models": (EXTERNAL_COST_USD, EXTERNAL_BUDGET_USD, EXTERNAL_SPENT_USD),
         "Client connections": (
             *(HEARTBEATS, CLIENTS_CUT, CLIENT_CONNECTIONS),
             *(REQUEST_BODY_BYTES, CERTIFICATE_EXPIRATION_SECONDS),
@@ -428,6 +483,7 @@ GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
             *(ROLLOUT_CONVERSATIONS, ROLLOUT_ROLLBACKS, ROLLOUT_STUCK, STATE_DATABASE_UP),
         ),
         "API keys": (KEY_REQUESTS, KEY_TOKENS),
+        "Usage": (USAGE_PENDING_REQUESTS, USAGE_LOST_REQUESTS),
         "Process": (CONFIG_RELOADS, ACCESS_LOG_LINES_DROPPED, EVENT_LOOP_LAG_SECONDS, BUILD_INFO),
     }
 )

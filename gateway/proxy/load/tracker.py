@@ -108,6 +108,11 @@ class LoadTracker:
                 self._loads[replica.id] = load
         self._variants = groups
 
+    @property
+    def speeds(self) -> Mapping[str, SpeedProfile]:
+        """The measured speeds, by variant."""
+        return self._speeds
+
     def set_speeds(self, speeds: Mapping[str, SpeedProfile]) -> None:
         """Use other measurements."""
         self._speeds = speeds

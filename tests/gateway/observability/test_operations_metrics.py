@@ -43,11 +43,14 @@ async def test_counters_of_every_alias_exist_before_the_first_request() -> None:
         assert zeros("requests_total", alias=alias, endpoint="chat.completions", code="200") == rungs
         assert zeros("tokens_total", alias=alias) == 3 * rungs
         assert zeros("spills_total", alias=alias) == max(rungs - 1, 0)
+        assert zeros("ladder_spilling", alias=alias) == max(rungs - 1, 0)
         assert zeros("ladder_switches_total", alias=alias) == 2 * max(rungs - 1, 0)
         assert zeros("session_moves_total", alias=alias) == (2 if rungs > 1 else 0)
         assert zeros("floor_rejections_total", alias=alias) == 1
         assert zeros("retries_total", alias=alias, code="upstream_disconnected") == 1
         assert zeros("retries_refused_total", alias=alias) == 3
+        assert zeros("rollout_rollbacks_total", alias=alias) == 7
+        assert zeros("waiting", alias=alias) == 1
         assert zeros("rejections_total", alias=alias) == len(rejection_reasons())
     assert zeros("rejections_total", alias=UNKNOWN) == len(rejection_reasons())
     assert zeros("config_reloads_total") == 3

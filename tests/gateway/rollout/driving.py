@@ -93,8 +93,8 @@ class RolloutFixture:
         self.driver = self._driver()
         self.now += 11
 
-    def put(self, variant: str, state: State = State.READY) -> None:
-        self.registry.put(Replica(f"{variant}-1", variant, "bf16", "http://127.0.0.1:9", variant), state)
+    def put(self, variant: str, state: State = State.READY, reason: str = "") -> None:
+        self.registry.put(Replica(f"{variant}-1", variant, "bf16", "http://127.0.0.1:9", variant), state, reason)
 
     def start(self, **settings: Any) -> RolloutRecord:
         """Start a rollout of `odd` in place of `hi`, by the clock of the test."""
