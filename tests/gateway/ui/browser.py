@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, Page, async_playwright, expect
 
+from tests.fakes.running import DEADLINE_SECONDS
 from tests.gateway.test_browser import PROGRAMS
 
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 900}}
@@ -24,6 +25,7 @@ async def running_browser() -> AsyncIterator[Browser]:
         pytest.skip("no Chromium; `apt-get install chromium-headless-shell` brings one")
     # It refuses to run as root with its sandbox.
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    expect.set_options(timeout=1000 * DEADLINE_SECONDS)
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=program, args=arguments)
         try:

@@ -174,7 +174,7 @@ async def test_a_restart_of_the_gateway(browser: Browser, engines: Engines) -> N
         await expect(page.locator("#connection.bad")).to_contain_text("retrying")
         registry.put(Replica("qwq-int8-9", "qwq-int8", "int8", "http://127.0.0.1:9", "m1"), State.READY)
         serving = asyncio.create_task(serve(second))
-        await expect(page.locator("#connection")).to_have_text("live", timeout=10_000)
+        await expect(page.locator("#connection")).to_have_text("live")
         await expect(page.locator("#replicas")).to_contain_text("qwq-int8-9")
         assert await page.evaluate("window.loadedOnce")
         assert await page.input_value("#request-id") == "req-typed"
