@@ -42,10 +42,19 @@ COMMANDS = {
 }
 
 
+EXAMPLES = (
+    "quantgate config check quantgate.yaml",
+    "quantgate up quantgate.yaml",
+    "quantgate top",
+)
+
+
 def usage() -> str:
     """Format the help: all commands."""
     rows = "\n".join(f"  {name:10} {command.help}" for name, command in COMMANDS.items())
-    return f"usage: quantgate COMMAND [...]\n\n{rows}\n\nRun `quantgate COMMAND --help` for its options."
+    examples = "\n".join(f"  {example}" for example in EXAMPLES)
+    more = "Run `quantgate COMMAND --help` for its options, examples and exit codes."
+    return f"usage: quantgate COMMAND [...]\n\n{rows}\n\nexamples:\n{examples}\n\n{more}"
 
 
 def parser_of(verb: str) -> ArgumentParser:

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from prometheus_client.registry import Collector
 
-from config.schema import GatewaySettings
+from config.schema import GatewaySettings, Settings
 from config.variant import goldens
 from gateway.deployment import Deployment
 from gateway.handlers.admin import AdminContext, admin_app, with_auth
@@ -26,12 +26,12 @@ from gateway.live_config import LiveConfig, LiveWeights
 from gateway.observability.access_log import AccessLog, both
 from gateway.observability.metrics import FleetCollector, LoopLag, Metrics
 from gateway.observability.tracing import tracing
-from gateway.observability.usage import recorded_usage
+from gateway.observability.usage import UsageRecorder, recorded_usage
 from gateway.openai.endpoints import ENDPOINTS
 from gateway.proxy.collectors import EngineCollector, LadderCollector
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.exchange import Proxy
-from gateway.proxy.external_models import ExternalModels, external_model_replicas
+from gateway.proxy.external_models import ExternalModels, external_ladders, external_model_replicas
 from gateway.proxy.initial_series import create_series
 from gateway.proxy.load.polling import MetricsPoller
 from gateway.proxy.load.tracker import LoadTracker
@@ -44,6 +44,7 @@ from gateway.reload import ConfigReload, FollowerReload, SupervisedReload
 from gateway.rollout.administration import RolloutAdministration
 from gateway.rollout.arms import Rollouts
 from gateway.rollout.recorded import RecordedAliases, followed_rollouts, live_config_of, log_notices
+from gateway.routing.budget import spent_by_variant
 from gateway.status.recent_errors import RecentErrors
 from gateway.status.source import StatusSource, WorkerPlace
 from gateway.status.traffic import TrafficHistory
@@ -138,7 +139,10 @@ async def gateway(
         pool = await stack.enter_async_context(Pool())
         load = LoadTracker(registry.in_flight, deployment.speeds)
         models = external_model_replicas(deployment.settings.variants)
-        external = stack.enter_context(ExternalModels(registry, metrics, loaded=bool(models), share=place.share))
+        spent = await spent_today(usage, deployment.settings) if models else {}
+        external = stack.enter_context(
+            ExternalModels(registry, metrics, loaded=bool(models), share=place.share, spent=spent)
+        )
         providers = ExternalUpstream(load_litellm(), external.book) if models else None
         upstream = UpstreamByKind(VllmUpstream(pool), await stack.enter_async_context(providers) if providers else None)
         dispatcher = stack.enter_context(
@@ -206,6 +210,11 @@ async def gateway(
             )
         finally:
             router.draining = True
+
+
+async def spent_today(usage: UsageRecorder | None, settings: Settings) -> Mapping[str, float]:
+    """What each external model has cost since midnight (UTC) before this start, by the usage of all processes."""
+    return {} if usage is None else spent_by_variant(await usage.external_cost_today(), external_ladders(settings))
 
 
 def collectors(

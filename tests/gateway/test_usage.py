@@ -164,7 +164,8 @@ async def test_workers_restarts_and_kills(tmp_path: Path, state: str, fake: Fake
         os.kill(running.pid, signal.SIGKILL)
     async with gateways(config, 1) as running:
         assert await running.requests(running.admins[0]) in range(25, 29)
-        await check_command(config)
+        if state.startswith("sqlite"):
+            await check_command(config)
 
 
 async def check_command(config: Path) -> None:

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -173,3 +175,17 @@ async def test_a_larger_budget_at_a_reload(frugal: Fleet, provider: FakeReplica)
     del changes["variants"]["nova"]
     frugal.served.switch(deployment(changes))
     assert "nova-external" not in {each["id"] for each in (await frugal.admin.get("/admin/replicas")).json()}
+
+
+async def test_a_budget_survives_a_restart(provider: FakeReplica, tmp_path: Path) -> None:
+    """What was spent today is in the usage of the state database."""
+    changes = tables(provider.url)
+    changes["variants"]["gpt"]["budget"] = {"usd_per_day": ANSWER_USD * 1.5}
+    recorded = replace(deployment(changes), state=f"sqlite:///{tmp_path}/state.db")
+    async with running_gateway(recorded) as fleet:
+        for model in ("smol", "gpt"):
+            assert (await fleet.ask(asking(model, "hello"))).status_code == 200
+        await fleet.at_rest()
+    async with running_gateway(recorded) as fleet:
+        assert await fleet.total("quantgate_external_spent_usd", variant="gpt") == pytest.approx(2 * ANSWER_USD)
+        assert (await fleet.ask(asking("smol", "hello"))).status_code == 503
