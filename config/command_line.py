@@ -1,9 +1,11 @@
-"""What the command lines of all packages share: the option for the configuration file, and exit codes in the help."""
+"""What the command lines of all packages share: examples and exit codes in the help, and the configuration file."""
 
 import argparse
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 DEFAULT_CONFIG = Path("quantgate.yaml")
 
@@ -16,6 +18,30 @@ MEANINGS: Mapping[int, str] = MappingProxyType(
         4: "another process runs the replicas of this home",
     }
 )
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Fills each paragraph of a description or epilog by itself; one that begins with `example` keeps its lines."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip().split("\n\n")
+        return "\n\n".join(
+            textwrap.indent(each, indent)
+            if each.startswith("example")
+            else super(HelpFormatter, self)._fill_text(each, width, indent)
+            for each in paragraphs
+        )
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser of a command, with examples in its help, each a line for a shell; subcommands get the same kind."""
+
+    def __init__(self, *, examples: Sequence[str] = (), epilog: str = "", **options: Any) -> None:
+        self.examples = tuple(examples)
+        title = "example:" if len(self.examples) == 1 else "examples:"
+        shown = "\n  ".join((title, *self.examples)) if self.examples else ""
+        text = "\n\n".join(filter(None, (shown, epilog)))
+        super().__init__(**{"formatter_class": HelpFormatter, **options}, epilog=text)
 
 
 def exit_codes(*codes: int, **meanings: str) -> str:

@@ -7,7 +7,7 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import unquote_to_bytes
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -28,6 +28,8 @@ STATE_PATTERN = r"^(sqlite|postgresql(\+\w+)?)://"
 ENDPOINT_PATTERN = r"^https?://[^\s?#]+[^\s?#/]$"
 CORES_PATTERN = r"^(nobind|auto|[\d,|-]+)$"
 TOOL_PARSER_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
+EXTERNAL_PATTERN = r"^[a-z0-9_]+/[A-Za-z0-9][A-Za-z0-9._:/@-]*$"
+PROVIDER_URL_PATTERN = r"^https?://[^\s?#]+$"
 # Of each pattern: what text that does not match it is not, and what to write.
 PATTERNS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -35,6 +37,11 @@ PATTERNS: Mapping[str, tuple[str, str]] = MappingProxyType(
         STATE_PATTERN: ("is not a database URL", "write sqlite:///state.db, or postgresql://USER:PASSWORD@HOST/NAME"),
         ENDPOINT_PATTERN: ("is not a valid endpoint", "write http://host:port, without a slash at the end"),
         TOOL_PARSER_PATTERN: ("is not a tool parser", "write auto, off, or the name of one of vLLM's tool parsers"),
+        EXTERNAL_PATTERN: (
+            "is not an external model",
+            "write PROVIDER/MODEL as litellm names it, such as openai/gpt-4.1",
+        ),
+        PROVIDER_URL_PATTERN: ("is not a valid URL", "write http(s)://host/path, such as https://api.openai.com/v1"),
         CORES_PATTERN: ("is not a list of cores", "write auto, nobind, or cores such as 0-3 or 0-3|4-7"),
     }
 )
@@ -137,4 +144,25 @@ Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 # A value in a configuration of the engine that is passed on as it is.
 EngineValue = str | bool | Annotated[int, Field(ge=0, le=MAX_COUNT)] | float
+ExternalModelName = Annotated[str, Field(pattern=EXTERNAL_PATTERN, max_length=256)]
+ProviderUrl = Annotated[str, Field(pattern=PROVIDER_URL_PATTERN)]
+# What litellm's providers take besides an API key. Anything else of litellm's parameters would change what it does.
+Credential = Literal[
+    "api_version",
+    "organization",
+    "aws_access_key_id",
+    "aws_secret_access_key",
+    "aws_session_token",
+    "aws_region_name",
+    "aws_profile_name",
+    "aws_role_name",
+    "aws_session_name",
+    "azure_ad_token",
+    "tenant_id",
+    "client_id",
+    "client_secret",
+    "vertex_project",
+    "vertex_location",
+    "vertex_credentials",
+]
 Servers = Annotated[int, Field(ge=1, le=MAX_SERVERS)]

@@ -87,3 +87,9 @@ def home_directory(environment: Mapping[str, str] | None = None) -> Path:
 def process_environment() -> dict[str, str]:
     """Return a copy of the process environment, to be passed to a child process."""
     return dict(os.environ)
+
+
+def default_environment(defaults: Mapping[str, str]) -> None:
+    """Set variables of this process that are not set: for a library that reads its options while it is imported."""
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)

@@ -83,7 +83,7 @@ class Measurements(Record):
     """Everything that was measured of a variant against its parent.
 
     `method` names what computed the probabilities. `kl_floor` is the mean divergence of the parent from itself, read
-    in another way by the same engine: less than that can't be told from 0. `top_k`: of each token only so many
+    in another way by the same engine: less than that is indistinguishable from 0. `top_k`: of each token only so many
     probabilities were seen, the others were lumped; None if all were. Completions have at most `new_tokens`.
     """
 

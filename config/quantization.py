@@ -206,8 +206,8 @@ def _bitsandbytes(config: Mapping[str, Any]) -> Iterator[QuantizationScheme]:
 
 
 def _modelopt(config: Mapping[str, Any]) -> Iterator[QuantizationScheme]:
-    told = config.get("quantization") if isinstance(config.get("quantization"), Mapping) else config
-    algorithm = str((told or {}).get("quant_algo", "")).upper()
+    settings = config.get("quantization") if isinstance(config.get("quantization"), Mapping) else config
+    algorithm = str((settings or {}).get("quant_algo", "")).upper()
     if algorithm == "FP8":
         yield QuantizationScheme("modelopt", QuantizationArgs(type="float"), QuantizationArgs(type="float"))
     elif algorithm.startswith("NVFP4"):

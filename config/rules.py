@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from config.field_types import LAST_PORT, is_loopback
 from config.lora import lora_variant
 from config.reserved_flags import RESERVED_FLAGS, reserved_flag
-from config.schema import LoraSettings, ReplicaSettings, Settings
+from config.schema import LoraSettings, ReplicaSettings, Settings, VariantSettings
 
 Location = tuple[str | int, ...]
 CERTIFICATES = ("ca", "certificate", "key_file")
@@ -88,10 +88,26 @@ def _variants(settings: Settings) -> Iterator[Violation]:
             yield Violation(
                 (*where, "quality"), "is set together with path; the quality comes from its manifest", "remove one"
             )
-        if variant.path is None and variant.precision is None:
+        if variant.path is None and variant.precision is None and variant.external is None:
             yield Violation(where, "has neither path nor precision", "set one")
+        yield from _external(where, variant)
         for adapter, lora in variant.lora.items():
             yield from _lora((*where, "lora", adapter), lora, name, settings)
+
+
+# Options of a variant that has replicas, and those of an external model.
+OF_DIRECTORIES, OF_EXTERNAL = ("path", "precision", "lora"), ("api_key", "base_url", "credentials", "budget", "price")
+
+
+def _external(where: Location, variant: VariantSettings) -> Iterator[Violation]:
+    if variant.external is not None:
+        for option in OF_DIRECTORIES:
+            if getattr(variant, option):
+                yield Violation((*where, option), "is set together with external", "remove one")
+        return
+    for option in (*OF_EXTERNAL, "max_in_flight"):
+        if option in variant.model_fields_set:
+            yield Violation((*where, option), "is an option of external models, but external is not set", "remove it")
 
 
 def _lora(where: Location, lora: LoraSettings, base: str, settings: Settings) -> Iterator[Violation]:
@@ -118,6 +134,9 @@ def _replicas(settings: Settings) -> Iterator[Violation]:
         elif variant is None:
             hint = closest(replica.variant, settings.variants)
             yield Violation((*where, "variant"), f"unknown variant {replica.variant!r}", hint)
+        elif variant.external is not None:
+            what = f"{replica.variant!r} is an external model, which needs no replica"
+            yield Violation((*where, "variant"), what, "remove this entry")
         elif replica.url is None and variant.path is None:
             what = f"variant {replica.variant!r} has no path, so quantgate cannot start it"
             yield Violation(where, what, "set the replica's url or the variant's path")
@@ -191,6 +210,10 @@ def _endpoint(url: str) -> tuple[str, int | None]:
     return ("localhost" if local else host), (default if parts.port is None else parts.port or None)
 
 
+def _is_external(variant: str, settings: Settings) -> bool:
+    return variant in settings.variants and settings.variants[variant].external is not None
+
+
 def _addresses(settings: Settings) -> tuple[tuple[str, str], ...]:
     return ("gateway.listen", settings.gateway.listen), ("gateway.admin", settings.gateway.admin)
 
@@ -240,6 +263,9 @@ def _aliases(settings: Settings) -> Iterator[Violation]:
                 yield Violation((*where, "ladder", rung), f"unknown variant {variant!r}", hint)
             elif variant in alias.ladder[:rung]:
                 yield Violation((*where, "ladder", rung), f"{variant!r} is on the ladder twice", "remove one")
+            elif rung and not _is_external(variant, settings) and _is_external(alias.ladder[rung - 1], settings):
+                what = f"{variant!r} is behind an external model, which only takes what no replica can"
+                yield Violation((*where, "ladder", rung), what, "put external models last")
         if alias.spill.return_below_seconds > alias.spill.after_seconds:
             what = "is greater than after_seconds"
             yield Violation((*where, "spill", "return_below_seconds"), what, "choose a smaller number")

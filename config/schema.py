@@ -17,14 +17,17 @@ from config.field_types import (
     STATE_PATTERN,
     Address,
     Count,
+    Credential,
     Domain,
     EngineValue,
     Entries,
+    ExternalModelName,
     FileName,
     Measure,
     Name,
     Origin,
     Positive,
+    ProviderUrl,
     Ratio,
     ReplicaUrl,
     Seconds,
@@ -101,6 +104,7 @@ class GatewaySettings(Table):
     access_log: Literal["plain", "json", "off"] = "plain"
     tracing: TracingSettings | None = None
     per_key_metrics: bool = False
+    usage_days: Annotated[int, Field(ge=0, le=3660)] = 400
     limits: LimitSettings = LimitSettings()
     queue: QueueSettings = QueueSettings()
     retries: RetrySettings = RetrySettings()
@@ -133,13 +137,37 @@ class LoraSettings(Table):
     quality: DeclaredQuality | None = None
 
 
+class BudgetSettings(Table):
+    """What an external model may cost; when that is spent, it is not available until the next day (UTC)."""
+
+    usd_per_day: Measure
+
+
+class PriceSettings(Table):
+    """What an external model costs, in US dollars per million tokens."""
+
+    prompt_usd: Measure
+    completion_usd: Measure
+
+
 class VariantSettings(Table):
-    """A model directory, or the declared properties of a variant whose replicas have a `url`."""
+    """A model directory, the declared properties of a variant whose replicas have a `url`, or an external model.
+
+    `external` is a model of another provider, as litellm names it: `PROVIDER/MODEL`. The options after it are for
+    external models only. `credentials` are those that a provider needs besides or instead of `api_key`.
+    """
 
     path: FileName | None = None
     precision: Literal["bf16", "fp16", "fp32", "fp8", "fp4", "int8", "int4"] | None = None
     quality: DeclaredQuality | None = None
     lora: dict[Name, Annotated[LoraSettings, BeforeValidator(_path_as_lora)]] = {}
+    external: ExternalModelName | None = None
+    api_key: SecretStr | None = None
+    base_url: ProviderUrl | None = None
+    credentials: dict[Credential, SecretStr] = {}
+    budget: BudgetSettings | None = None
+    price: PriceSettings | None = None
+    max_in_flight: Positive = 64
 
 
 class ReplicaSettings(Table):
@@ -264,6 +292,7 @@ class Settings(Table):
 
     @property
     def served_variants(self) -> frozenset[str]:
-        """The variants that a replica is configured for, those of its adapters included."""
+        """The variants that a replica is configured for, those of its adapters included, and external models."""
         served = {replica.variant for replica in self.replicas}
+        served |= {name for name, variant in self.variants.items() if variant.external is not None}
         return frozenset(served | {name for name, (base, _) in self.loras.items() if base in served})

@@ -18,6 +18,7 @@ _UNQUANTIZED_BITS = 16
 MEASURES = tuple(Floor.model_fields)
 # Measures for which higher is better; for all others, lower is.
 AT_LEAST = frozenset({"top1_agreement"})
+EXTERNAL = "external"  # the precision of models that other providers run
 DTYPE_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -96,6 +97,11 @@ class Variant:
     def id(self) -> str:
         """The id in the manifest, or the configured name without a manifest."""
         return self.manifest.id if self.manifest else self.name
+
+    @property
+    def is_external(self) -> bool:
+        """Whether another provider runs it."""
+        return self.precision == EXTERNAL
 
     @property
     def failure(self) -> str | None:
@@ -217,7 +223,7 @@ def _resolved(path: str, relative_to: Path) -> Path:
 def _read_variant(name: str, settings: VariantSettings, relative_to: Path) -> Variant:
     if settings.path is None:
         quality = _declared(settings.quality) if settings.quality else QualityMeasures("unknown")
-        return Variant(name, settings.precision or "unknown", quality)
+        return Variant(name, EXTERNAL if settings.external else settings.precision or "unknown", quality)
     path = _resolved(settings.path, relative_to)
     try:
         has_manifest = (path / FILE_NAME).exists()

@@ -29,7 +29,8 @@ CLIENTS = {
     "schemathesis": "schemathesis==4.32.5",
     "llama-index": "llama-index-llms-openai-like==0.8.1",
 }
-EXTRAS = {"core": [], "demo": ["quantize", "cpu", "demo"], "test": ["quantize", "cpu", "demo", "plots", "dev"]}
+DEMO = ["quantize", "cpu", "demo"]
+EXTRAS = {"core": [], "demo": DEMO, "test": [*DEMO, "plots", "dev", "external"]}
 
 
 def main(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from prometheus_client.registry import Collector
 
-from config.schema import GatewaySettings
+from config.schema import GatewaySettings, Settings
 from config.variant import goldens
 from gateway.deployment import Deployment
 from gateway.handlers.admin import AdminContext, admin_app, with_auth
@@ -23,22 +23,31 @@ from gateway.http.hosts import allowed_hosts
 from gateway.http.listener import address_of, bind, listen
 from gateway.http.server import HttpServer, serve_clients
 from gateway.live_config import LiveConfig, LiveWeights
-from gateway.observability.access_log import AccessLog
+from gateway.observability.access_log import AccessLog, both
 from gateway.observability.metrics import FleetCollector, LoopLag, Metrics
 from gateway.observability.tracing import tracing
+from gateway.observability.usage import UsageRecorder, recorded_usage
 from gateway.openai.endpoints import ENDPOINTS
 from gateway.proxy.collectors import EngineCollector, LadderCollector
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.exchange import Proxy
+from gateway.proxy.external_models import ExternalModels, external_ladders, external_model_replicas
 from gateway.proxy.initial_series import create_series
 from gateway.proxy.load.polling import MetricsPoller
 from gateway.proxy.load.tracker import LoadTracker
+from gateway.proxy.upstream.by_kind import UpstreamByKind
+from gateway.proxy.upstream.external import ExternalUpstream, load_litellm
 from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
 from gateway.reload import ConfigReload, FollowerReload, SupervisedReload
+from gateway.rollout.administration import RolloutAdministration
 from gateway.rollout.arms import Rollouts
 from gateway.rollout.recorded import RecordedAliases, followed_rollouts, live_config_of, log_notices
+from gateway.routing.budget import spent_by_variant
+from gateway.status.recent_errors import RecentErrors
+from gateway.status.source import StatusSource, WorkerPlace
+from gateway.status.traffic import TrafficHistory
 from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
 from serving.app import followed_replicas, local_replicas, sole_owner
 from serving.command import Machine
@@ -72,11 +81,14 @@ class Gateway:
     metrics: Metrics
     load: LoadTracker
     dispatcher: Dispatcher
+    traffic: TrafficHistory
+    external: ExternalModels
 
     def switch(self, deployment: Deployment) -> None:
         """Use another configuration from the next request on; `config/reload_effects.py` says for which options."""
         settings = deployment.settings.gateway
         self.recorded.configure(deployment)
+        self.external.replace(external_model_replicas(deployment.settings.variants))
         self.load.set_speeds(deployment.speeds)
         self.dispatcher.keep_only(self.live_config.catalog)
         self.dispatcher.set_limits(settings.queue, settings.retries)
@@ -121,11 +133,18 @@ async def gateway(
     async with AsyncExitStack() as stack:
         stream = access_log_stream or sys.stderr.buffer
         access_log = stack.enter_context(AccessLog(stream, settings.access_log, metrics.log_lines_dropped))
+        usage = await stack.enter_async_context(recorded_usage(deployment.state, settings.usage_days, metrics))
         traced = await stack.enter_async_context(tracing(settings.tracing))
         await stack.enter_async_context(LoopLag(metrics.loop_lag_seconds))
         pool = await stack.enter_async_context(Pool())
         load = LoadTracker(registry.in_flight, deployment.speeds)
-        upstream = VllmUpstream(pool)
+        models = external_model_replicas(deployment.settings.variants)
+        spent = await spent_today(usage, deployment.settings) if models else {}
+        external = stack.enter_context(
+            ExternalModels(registry, metrics, loaded=bool(models), share=place.share, spent=spent)
+        )
+        providers = ExternalUpstream(load_litellm(), external.book) if models else None
+        upstream = UpstreamByKind(VllmUpstream(pool), await stack.enter_async_context(providers) if providers else None)
         dispatcher = stack.enter_context(
             Dispatcher(
                 *(registry, load, metrics, settings.queue, settings.retries),
@@ -133,6 +152,7 @@ async def gateway(
                 exchanges=upstream,
             )
         )
+        external.replace(models)
         # On connections of their own: polls and requests do not wait for each other.
         polls = await stack.enter_async_context(Pool())
         poller = await stack.enter_async_context(
@@ -146,7 +166,9 @@ async def gateway(
         service = await stack.enter_async_context(
             followed_rollouts(deployment.state, recorded, rollouts, registry, metrics)
         )
-        observers = Observers(metrics, access_log.append, traced)
+        log_sink = access_log.append if usage is None else both(access_log.append, usage.add)
+        errors = RecentErrors()
+        observers = Observers(metrics, log_sink, traced, errors=errors)
         endpoints = {
             endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers, rollouts)
             for endpoint in ENDPOINTS.values()
@@ -156,8 +178,25 @@ async def gateway(
             allowed_hosts(address, settings.allowed_hosts) for address in (addresses.client, addresses.admin)
         )
         router = Router(endpoints, client_app(live_config, registry), live_config, quota, client_hosts)
+        traffic = await stack.enter_async_context(TrafficHistory(metrics))
+        administration = await stack.enter_async_context(
+            RolloutAdministration(deployment.state, lambda: recorded.deployment, lambda: recorded.snapshot, registry)
+        )
+
+        def state_away() -> str | None:
+            return service.follower.away if service else None
+
+        status = StatusSource(
+            *(registry, live_config, dispatcher, metrics, traffic, errors, rollouts),
+            polls=lambda: poller.results,
+            speeds=lambda: recorded.deployment.speeds,
+            rollouts=lambda: administration.statuses,
+            state_away=state_away,
+            draining=lambda: router.draining,
+            place=WorkerPlace(place.number, place.of),
+        )
         context = AdminContext(
-            live_config, registry, metrics, router, dispatcher, lambda: service.follower.away if service else None
+            live_config, registry, metrics, router, dispatcher, status, administration, state_away, usage
         )
         secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
         await stack.enter_async_context(listen(secured, taken.admin))
@@ -166,9 +205,16 @@ async def gateway(
         await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
-            yield Gateway(addresses, live_config, weights, recorded, server, quota, metrics, load, dispatcher)
+            yield Gateway(
+                addresses, live_config, weights, recorded, server, quota, metrics, load, dispatcher, traffic, external
+            )
         finally:
             router.draining = True
+
+
+async def spent_today(usage: UsageRecorder | None, settings: Settings) -> Mapping[str, float]:
+    """What each external model has cost since midnight (UTC) before this start, by the usage of all processes."""
+    return {} if usage is None else spent_by_variant(await usage.external_cost_today(), external_ladders(settings))
 
 
 def collectors(

@@ -1,11 +1,12 @@
 """Loads a configuration together with the files it refers to: manifests, keys, certificates, measured speeds."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from config.capacity import FILE_NAME, LAUNCH_OPTIONS, Setup, read_capacity
 from config.errors import CapacityError, Problem, SettingsError
+from config.external_prices import is_priced, litellm_directory
 from config.load import LoadedFile, load_settings_file
 from config.schema import ReplicaSettings, Settings
 from config.variant import Variant
@@ -59,8 +60,23 @@ def load_deployment(file: LoadedFile[Settings], path: Path) -> tuple[Deployment,
         except CapacityError as error:
             what, _, hint = str(error).partition("; ")
             problems.append(file.problem(("variants", name, "path"), what, hint or "remove the file"))
+    problems += external_problems(file)
     wanted = wanted_of(settings, named, path)
     return Deployment(settings, named.variants, keys, wanted.state, wanted.folder, wanted.tls, speeds), problems
+
+
+def external_problems(file: LoadedFile[Settings]) -> Iterator[Problem]:
+    """Yield why external models could not be asked, or not be held to their budgets."""
+    directory = litellm_directory()
+    for name, variant in file.settings.variants.items():
+        if variant.external is None:
+            continue
+        if directory is None:
+            what = "external models need litellm, which is not installed"
+            yield file.problem(("variants", name, "external"), what, "install quantgate[external]")
+        elif variant.budget is not None and variant.price is None and not is_priced(variant.external, directory):
+            what = f"litellm knows no price of {variant.external}, so nothing would be counted"
+            yield file.problem(("variants", name, "budget"), what, "set price, or remove budget")
 
 
 def _at_keys(file: LoadedFile[Settings], problem: Problem) -> Problem:

@@ -15,11 +15,14 @@ from gateway.live_config import LiveConfig, nothing_remains, unserved_aliases
 from gateway.routing.target import Catalog
 from serving.app import LocalReplicas
 from serving.registry import Registry
-from serving.replica import CONFIGURATION, SUPERVISOR, State, own_keys
+from serving.replica import CONFIGURATION, EXTERNAL_MODELS, SUPERVISOR, State, own_keys
 from serving.state.follower import Follower
 from serving.watch import Watch
 
 log = logging.getLogger(__name__)
+
+# Sources of replicas that the configuration decides on.
+LOCAL = (SUPERVISOR, CONFIGURATION, EXTERNAL_MODELS)
 
 # As long as a replica may take to start.
 WAIT_SECONDS = 900.0
@@ -79,7 +82,7 @@ class ConfigReload:
         after = Catalog(deployment.settings.aliases, deployment.variants)
         statuses = self.registry.snapshot()
         ready = {name for status in statuses if status.state is State.READY for name in status.replica.variants}
-        others = [status.replica for status in statuses if status.source not in (SUPERVISOR, CONFIGURATION)]
+        others = [status.replica for status in statuses if status.source not in LOCAL]
         wanted = deployment.settings.served_variants.union(*(replica.variants for replica in others))
         if reason := nothing_remains(self.live_config.catalog, after, ready, wanted):
             raise ReloadRefused(f"{self.path}: {reason}")

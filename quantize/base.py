@@ -198,8 +198,8 @@ def _require_unquantized(
 
 def _dtype_of(config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> str:
     """Tell a model's dtype from its config; from most of its weights where the config doesn't say."""
-    for told in (config, text_config(config)):
-        name = told.get("dtype") or told.get("torch_dtype")
+    for settings in (config, text_config(config)):
+        name = settings.get("dtype") or settings.get("torch_dtype")
         if isinstance(name, str):
             return _DTYPES.get(name, name)
     sizes: dict[str, int] = {}

@@ -41,7 +41,7 @@ from quantize.schemes.makers import is_data_free
 from quantize.variants.store import reusable
 
 
-def main(argv: list[str]) -> int:
+def quantize_main(argv: list[str]) -> int:
     """`quantgate quantize`: make a variant, or reuse the finished one."""
     options = quantize_parser().parse_args(argv)
     return run_command("quantgate quantize", lambda: _quantize(options))
@@ -55,15 +55,18 @@ def evaluate_main(argv: list[str]) -> int:
 
 def _quantize(options: argparse.Namespace) -> int:
     if options.recipes:
-        return _list_recipes()
+        return _list_recipes(as_json=options.json)
     recipe = load_recipe(options.recipe) if options.recipe else RecipeFile()
     request = resolve(options, recipe, present=present_engine())
     return _show_plan(request, options) if options.plan else _make(request, options)
 
 
-def _list_recipes() -> int:
-    for path in shipped_recipes():
-        print(f"{path.stem:<16} {purpose_of(path)}")
+def _list_recipes(*, as_json: bool) -> int:
+    purposes = {path.stem: purpose_of(path) for path in shipped_recipes()}
+    if as_json:
+        print(json.dumps([{"name": name, "purpose": purpose} for name, purpose in purposes.items()], indent=2))
+    else:
+        print("\n".join(f"{name:<16} {purpose}" for name, purpose in purposes.items()))
     return DONE
 
 

@@ -107,7 +107,7 @@ def runtime_fingerprint() -> str:
 
 
 def reclaim() -> None:
-    """Give back the memory of models that nobody names any more."""
+    """Give back the memory of models that are not referenced any more."""
     import torch  # noqa: PLC0415
 
     gc.collect()

@@ -56,5 +56,5 @@ def read_module_tree(base: Path, environ: Mapping[str, str]) -> ModuleTree:
     """Ask GPTQModel, in a child process; the base's weights are not read."""
     with TemporaryDirectory(prefix="quantgate-") as folder:
         job = {"base": str(base.resolve()), "scratch": str(Path(folder, "offloaded"))}
-        told = run_worker(_CHILD, job, folder=Path(folder), environ=environ, on_progress=lambda *_: None)
-    return ModuleTree.from_json(told)
+        tree = run_worker(_CHILD, job, folder=Path(folder), environ=environ, on_progress=lambda *_: None)
+    return ModuleTree.from_json(tree)

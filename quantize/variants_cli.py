@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
-from config.command_line import exit_codes
+from config.command_line import CommandParser, exit_codes
 from config.errors import ConfigError, ManifestError
 from config.load import load_settings, process_environment
 from config.manifest import FILE_NAME, Manifest
@@ -42,7 +42,7 @@ _PRUNE_AFTER_DAYS = 7.0
 
 def variants_main(argv: list[str]) -> int:
     """Run `quantgate variants VERB`; return the exit code."""
-    parser = _parser()
+    parser = variants_parser()
     options = parser.parse_args(argv)
     if "keep_bytes" in options and not options.directories and options.keep_bytes is None:
         parser.error("DIR is missing: a folder of variants; or pass --keep-bytes SIZE to prune stages")
@@ -119,7 +119,10 @@ def _prune(options: argparse.Namespace) -> int:
     if options.keep_bytes is not None:
         store = stage_store(process_environment())
         found += stage_disposables(store, keep_bytes=options.keep_bytes, older_than_days=options.older_than)
-    print("\n".join(disposal_lines(found)))
+    if options.json:
+        print(json.dumps([{**asdict(each), "path": str(each.path)} for each in found], indent=2))
+    else:
+        print("\n".join(disposal_lines(found)))
     if options.yes:
         for disposable in remove(found):
             print_stderr(f"{disposable.path}: removed")
@@ -227,15 +230,32 @@ def _as_json(variants: Sequence[tuple[Path, Manifest]]) -> str:
     return json.dumps(payload, indent=2, ensure_ascii=False)
 
 
-def _parser() -> argparse.ArgumentParser:
+_EXAMPLES = {
+    "list": ("quantgate variants list variants --json",),
+    "show": ("quantgate variants show variants/qwq-int4",),
+    "verify": ("quantgate variants verify variants",),
+    "diff": ("quantgate variants diff variants/qwq-int4 variants/qwq-int8",),
+    "lint": ("quantgate variants lint downloads/qwq-awq --against models/QwQ-32B",),
+    "stages": ("quantgate variants stages --json",),
+    "prune": ("quantgate variants prune variants --superseded --keep-bytes 20GB",),
+    "adopt": ("quantgate variants adopt downloads/qwq-awq --against models/QwQ-32B --data chats.jsonl",),
+    "report": ("quantgate variants report variants --out report.html",),
+}
+
+
+def variants_parser() -> CommandParser:
+    """Describe `quantgate variants`."""
     codes = exit_codes(0, 1, 2)
     parser = OneLineParser(
-        "quantgate variants", description="List, compare, verify, lint, prune and adopt variants.", epilog=codes
+        prog="quantgate variants",
+        description="List, compare, verify, lint, prune and adopt variants.",
+        examples=["quantgate variants list variants", "quantgate variants verify variants/qwq-int4"],
+        epilog=codes,
     )
     verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=OneLineParser)
 
     def verb(name: str, run: _Verb, text: str, codes: str = codes) -> argparse.ArgumentParser:
-        sub: argparse.ArgumentParser = verbs.add_parser(name, help=text, description=text, epilog=codes)
+        sub = verbs.add_parser(name, help=text, description=text, examples=_EXAMPLES[name], epilog=codes)
         sub.set_defaults(verb=run)
         return sub
 
@@ -299,6 +319,7 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
         help="keep for so long what a stopped run left for the next one (default: %(default)g)",
     )
     add("--yes", action="store_true", help="remove what is listed")
+    add("--json", action="store_true", help="print JSON")
 
 
 def _add_adopt(parser: argparse.ArgumentParser) -> None:

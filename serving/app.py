@@ -16,7 +16,7 @@ from config.schema import Settings
 from config.variant import Variant
 from serving.command import Machine
 from serving.control import Controlled, ControlSocket
-from serving.cores import share_cores
+from serving.cores import NOTHING_BOUND, share_cores
 from serving.engine_version import version_warning
 from serving.errors import LaunchRefused, NoSuchReplica
 from serving.lock import sole_supervisor
@@ -194,7 +194,8 @@ class LocalReplicas:
         if self.publisher is not None:
             self.publisher.external |= external_ids(wanted)
         self.wanted = wanted
-        launches = planned_launches(wanted, self.machine, self.engine, self.demands.current)
+        bound = self.supervisor.bound_cores()
+        launches = planned_launches(wanted, self.machine, self.engine, self.demands.current, bound)
         await self.supervisor.update(launches, ready)
 
     async def follow_demands(self) -> None:
@@ -209,9 +210,16 @@ def external_ids(wanted: Wanted) -> frozenset[str]:
 
 
 def planned_launches(
-    wanted: Wanted, machine: Machine, engine: Engine, demands: tuple[Demand, ...] = ()
+    wanted: Wanted,
+    machine: Machine,
+    engine: Engine,
+    demands: tuple[Demand, ...] = (),
+    bound: Mapping[str, str] = NOTHING_BOUND,
 ) -> tuple[Launch, ...]:
-    """Plan the launches of this machine: cores, chat templates and tool parsers included."""
+    """Plan the launches of this machine: cores, chat templates and tool parsers included.
+
+    `bound` has the cores of replicas that run, by id.
+    """
     domains = wanted.settings.gateway.media_domains
     replicas = with_demands(wanted.settings.replicas, demands, wanted.variants)
     planned = plan_launches(replicas, dict(wanted.variants), engine)
@@ -220,7 +228,7 @@ def planned_launches(
     with_tools = with_tool_calling(thinking, installed_tool_parsers())
     for notice in without_tools(with_tools):
         log.warning("%s", notice)
-    return share_cores(with_tools, machine.cores)
+    return share_cores(with_tools, machine.cores, bound)
 
 
 @asynccontextmanager

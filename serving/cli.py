@@ -1,12 +1,11 @@
 """The verbs of this room: serve, ps, logs."""
 
-import argparse
 import os
 import sys
 from contextlib import AbstractAsyncContextManager
 from difflib import get_close_matches
 
-from config.command_line import add_config, chosen_config, exit_codes
+from config.command_line import CommandParser, add_config, chosen_config, exit_codes
 from config.errors import ConfigError
 from config.load import home_directory, load_settings, process_environment
 from serving.app import read_wanted, replicas_alone
@@ -25,13 +24,7 @@ DEFAULT_LINES = 50
 
 def serve_main(arguments: list[str]) -> int:
     """Run this machine's replicas."""
-    parser = argparse.ArgumentParser(
-        prog="quantgate serve",
-        description="Run the replicas of a configuration on this machine and publish them to the state database "
-        "(gateway.state), where `quantgate gateway` finds them. One per home directory ($QUANTGATE_HOME).",
-        epilog=exit_codes(0, 2, 4),
-    )
-    add_config(parser)
+    parser = serve_parser()
     config = chosen_config(parser, parser.parse_args(arguments))
     home, environment = home_directory(), process_environment()
 
@@ -41,21 +34,22 @@ def serve_main(arguments: list[str]) -> int:
     return run_until_signal(start)
 
 
-def ps_main(arguments: list[str]) -> int:
-    """List the replicas that supervisors have published."""
-    parser = argparse.ArgumentParser(
-        prog="quantgate ps",
-        description="List the replicas that `quantgate serve` and `quantgate up` run, as the state database has them, "
-        "with the requests in each engine. On a terminal, a long reason is cut at the end of its line. Replicas with a "
-        "url are not in it: the gateway's /admin/replicas shows those, too.",
-        epilog=exit_codes(0, 2, code_1="the state database is unavailable"),
+def serve_parser() -> CommandParser:
+    """Describe `quantgate serve`."""
+    parser = CommandParser(
+        prog="quantgate serve",
+        description="Run the replicas of a configuration on this machine and publish them to the state database "
+        "(gateway.state), where `quantgate gateway` finds them. One per home directory ($QUANTGATE_HOME).",
+        examples=["quantgate serve quantgate.yaml"],
+        epilog=exit_codes(0, 2, 4),
     )
     add_config(parser)
-    parser.add_argument("--json", action="store_true", help="print a JSON array")
-    parser.add_argument("-w", "--watch", action="store_true", help="go on until Ctrl-C; with --json a line a change")
-    parser.add_argument(
-        "--wide", action="store_true", help="all columns, whole: variant, host, address and process too"
-    )
+    return parser
+
+
+def ps_main(arguments: list[str]) -> int:
+    """List the replicas that supervisors have published."""
+    parser = ps_parser()
     chosen = parser.parse_args(arguments)
     config = chosen_config(parser, chosen)
     try:
@@ -79,17 +73,28 @@ def ps_main(arguments: list[str]) -> int:
     return 0
 
 
+def ps_parser() -> CommandParser:
+    """Describe `quantgate ps`."""
+    parser = CommandParser(
+        prog="quantgate ps",
+        description="List the replicas that `quantgate serve` and `quantgate up` run, as the state database has them, "
+        "with the requests in each engine. On a terminal, a long reason is cut at the end of its line. Replicas with a "
+        "url are not in it: the gateway's /admin/replicas shows those, too.",
+        examples=["quantgate ps --watch", "quantgate ps quantgate.yaml --json"],
+        epilog=exit_codes(0, 2, code_1="the state database is unavailable"),
+    )
+    add_config(parser)
+    parser.add_argument("--json", action="store_true", help="print a JSON array")
+    parser.add_argument("-w", "--watch", action="store_true", help="go on until Ctrl-C; with --json a line a change")
+    parser.add_argument(
+        "--wide", action="store_true", help="all columns, whole: variant, host, address and process too"
+    )
+    return parser
+
+
 def logs_main(arguments: list[str]) -> int:
     """Print what a replica printed."""
-    parser = argparse.ArgumentParser(
-        prog="quantgate logs",
-        description="Print the end of a replica's log ($QUANTGATE_HOME/logs/REPLICA.log).",
-        epilog=exit_codes(0, code_1="the log can't be read", code_2="usage error, or no such log"),
-    )
-    parser.add_argument("replica", metavar="REPLICA", help="as `quantgate ps` names it")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until Ctrl-C")
-    parser.add_argument("-n", "--lines", type=_count, default=DEFAULT_LINES, help="how many (default: %(default)s)")
-    chosen = parser.parse_args(arguments)
+    chosen = logs_parser().parse_args(arguments)
     files = log_files(home_directory() / "logs")
     if chosen.replica not in files:
         print(f"quantgate logs: {_unknown(chosen.replica, list(files))}", file=sys.stderr)
@@ -108,6 +113,20 @@ def logs_main(arguments: list[str]) -> int:
         print(f"quantgate logs: {files[chosen.replica]}: {error.strerror}", file=sys.stderr)
         return FAILED
     return 0
+
+
+def logs_parser() -> CommandParser:
+    """Describe `quantgate logs`."""
+    parser = CommandParser(
+        prog="quantgate logs",
+        description="Print the end of a replica's log ($QUANTGATE_HOME/logs/REPLICA.log).",
+        examples=["quantgate logs qwq-int4-1 --follow"],
+        epilog=exit_codes(0, code_1="the log can't be read", code_2="usage error, or no such log"),
+    )
+    parser.add_argument("replica", metavar="REPLICA", help="as `quantgate ps` names it")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on as it grows, until Ctrl-C")
+    parser.add_argument("-n", "--lines", type=_count, default=DEFAULT_LINES, help="how many (default: %(default)s)")
+    return parser
 
 
 def _discard_output() -> None:

@@ -1,6 +1,5 @@
 """The verbs that reach running processes of this home: status, reload, restart, stop."""
 
-import argparse
 import json
 import sys
 import time
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from config.command_line import add_config, exit_codes, given_config
+from config.command_line import CommandParser, add_config, exit_codes, given_config
 from config.load import home_directory
 from serving.control import ControlReply, ControlRequest, ProcessStatus
 from serving.control_client import ControlClient, running_processes
@@ -33,14 +32,7 @@ NOT_RUNNING = "nothing runs in this home"
 
 def status_main(arguments: list[str]) -> int:
     """Show the running processes of this home."""
-    parser = _parser(
-        "status",
-        "Show the running `quantgate up`, `serve`, `gateway` and `demo` of this home ($QUANTGATE_HOME): process, "
-        "configuration, addresses, and which replicas are ready or what they wait for.",
-        exit_codes(2, code_0="all replicas are ready", code_1="a replica is not ready", code_7=NOT_RUNNING),
-    )
-    add_config(parser, "only processes with this configuration file")
-    parser.add_argument("--json", action="store_true", help="print a JSON array")
+    parser = status_parser()
     options = parser.parse_args(arguments)
 
     def show(answers: Answers) -> int:
@@ -55,25 +47,34 @@ def status_main(arguments: list[str]) -> int:
     return _ask(ControlRequest("status"), given_config(parser, options), show)
 
 
-def reload_main(arguments: list[str]) -> int:
-    """Have running processes read their configuration again."""
+def status_parser() -> CommandParser:
+    """Describe `quantgate status`."""
     parser = _parser(
-        "reload",
-        "Have the running processes of this home ($QUANTGATE_HOME) read their configuration again, as SIGHUP does. "
-        "Replicas that wait for their next start are started at once. Waits up to 10 s for the outcome; new replicas "
-        "may take longer to start, and workers do not report it: then the log has it.",
-        exit_codes(2, code_0="applied, or requested", code_1="refused, failed, or no answer", code_7=NOT_RUNNING),
+        "status",
+        "Show the running `quantgate up`, `serve`, `gateway` and `demo` of this home ($QUANTGATE_HOME): process, "
+        "configuration, addresses, and which replicas are ready or what they wait for.",
+        exit_codes(2, code_0="all replicas are ready", code_1="a replica is not ready", code_7=NOT_RUNNING),
+        "quantgate status --json",
     )
     add_config(parser, "only processes with this configuration file")
-    parser.add_argument(
-        "--force", action="store_true", help="as two SIGHUPs: apply what was refused because nothing would remain"
-    )
+    parser.add_argument("--json", action="store_true", help="print a JSON array")
+    return parser
+
+
+def reload_main(arguments: list[str]) -> int:
+    """Have running processes read their configuration again."""
+    parser = reload_parser()
     options = parser.parse_args(arguments)
 
     def show(answers: Answers) -> int:
+        results = [(reply, _reloaded(client, reply, force=options.force)) for client, reply in answers]
+        if options.json:
+            print(json.dumps([_reload_object(reply, result) for reply, result in results], indent=2))
         code = DONE
-        for client, reply in answers:
-            result = _reloaded(client, reply, force=options.force)
+        for reply, result in results:
+            applied = result is None or result.outcome == "applied"
+            if options.json and applied:
+                continue
             if result is None:
                 print(f"{_name(reply.status)}: reads {reply.status.config} again; its log has the outcome")
             elif result.outcome == "applied":
@@ -84,6 +85,37 @@ def reload_main(arguments: list[str]) -> int:
         return code
 
     return _ask(ControlRequest("reload"), given_config(parser, options), show)
+
+
+def _reload_object(reply: ControlReply, result: ReloadResult | None) -> dict[str, object]:
+    """A process of `reload --json`; without a result its outcome is `requested`."""
+    outcome, message = ("requested", "") if result is None else (result.outcome, result.message)
+    status = reply.status
+    return {
+        "command": status.command,
+        "pid": status.pid,
+        "config": status.config,
+        "outcome": outcome,
+        "message": message,
+    }
+
+
+def reload_parser() -> CommandParser:
+    """Describe `quantgate reload`."""
+    parser = _parser(
+        "reload",
+        "Have the running processes of this home ($QUANTGATE_HOME) read their configuration again, as SIGHUP does. "
+        "Replicas that wait for their next start are started at once. Waits up to 10 s for the outcome; new replicas "
+        "may take longer to start, and workers do not report it: then the log has it.",
+        exit_codes(2, code_0="applied, or requested", code_1="refused, failed, or no answer", code_7=NOT_RUNNING),
+        "quantgate reload quantgate.yaml",
+    )
+    add_config(parser, "only processes with this configuration file")
+    parser.add_argument(
+        "--force", action="store_true", help="as two SIGHUPs: apply what was refused because nothing would remain"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON array")
+    return parser
 
 
 def _reloaded(client: ControlClient, reply: ControlReply, *, force: bool) -> ReloadResult | None:
@@ -114,14 +146,7 @@ def _outcome(client: ControlClient, handled: int) -> ReloadResult | None:
 
 def restart_main(arguments: list[str]) -> int:
     """Start a replica again."""
-    parser = _parser(
-        "restart",
-        "Start a replica again: at once if it waits after a failure; if it is ready, it finishes its requests first. "
-        "`quantgate ps --watch` shows how it goes on.",
-        exit_codes(code_0="requested", code_1="no answer", code_2="no such replica", code_7=NOT_RUNNING),
-    )
-    parser.add_argument("replica", metavar="REPLICA", help="as `quantgate ps` names it")
-    replica: str = parser.parse_args(arguments).replica
+    replica: str = restart_parser().parse_args(arguments).replica
 
     def show(answers: Answers) -> int:
         for _, reply in answers:
@@ -131,18 +156,22 @@ def restart_main(arguments: list[str]) -> int:
     return _ask(ControlRequest("restart", replica), None, show)
 
 
+def restart_parser() -> CommandParser:
+    """Describe `quantgate restart`."""
+    parser = _parser(
+        "restart",
+        "Start a replica again: at once if it waits after a failure; if it is ready, it finishes its requests first. "
+        "`quantgate ps --watch` shows how it goes on.",
+        exit_codes(code_0="requested", code_1="no answer", code_2="no such replica", code_7=NOT_RUNNING),
+        "quantgate restart qwq-int4-1",
+    )
+    parser.add_argument("replica", metavar="REPLICA", help="as `quantgate ps` names it")
+    return parser
+
+
 def stop_main(arguments: list[str]) -> int:
     """Stop running processes, and wait until they have ended."""
-    parser = _parser(
-        "stop",
-        "Stop the running processes of this home ($QUANTGATE_HOME), as SIGTERM does, and wait until they have ended: "
-        "running requests finish first, for at most drain_seconds, then replicas stop.",
-        exit_codes(2, code_0="stopped", code_1="no answer", code_5="still stopping", code_7=NOT_RUNNING),
-    )
-    add_config(parser, "only processes with this configuration file")
-    parser.add_argument(
-        "--timeout", type=_seconds, default=STOP_SECONDS, metavar="SECONDS", help="how long to wait (default: 600)"
-    )
+    parser = stop_parser()
     options = parser.parse_args(arguments)
 
     def wait(answers: Answers) -> int:
@@ -159,6 +188,22 @@ def stop_main(arguments: list[str]) -> int:
         return DONE if ended else TIMED_OUT
 
     return _ask(ControlRequest("stop"), given_config(parser, options), wait)
+
+
+def stop_parser() -> CommandParser:
+    """Describe `quantgate stop`."""
+    parser = _parser(
+        "stop",
+        "Stop the running processes of this home ($QUANTGATE_HOME), as SIGTERM does, and wait until they have ended: "
+        "running requests finish first, for at most drain_seconds, then replicas stop.",
+        exit_codes(2, code_0="stopped", code_1="no answer", code_5="still stopping", code_7=NOT_RUNNING),
+        "quantgate stop --timeout 60",
+    )
+    add_config(parser, "only processes with this configuration file")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=STOP_SECONDS, metavar="SECONDS", help="how long to wait (default: 600)"
+    )
+    return parser
 
 
 def _ask(request: ControlRequest, config: Path | None, show: Callable[[Answers], int]) -> int:
@@ -213,8 +258,8 @@ def _name(status: ProcessStatus) -> str:
     return f"quantgate {status.command} (process {status.pid})"
 
 
-def _parser(verb: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"quantgate {verb}", description=description, epilog=epilog)
+def _parser(verb: str, description: str, epilog: str, *examples: str) -> CommandParser:
+    return CommandParser(prog=f"quantgate {verb}", description=description, epilog=epilog, examples=examples)
 
 
 def _seconds(text: str) -> float:

@@ -13,24 +13,42 @@ So neither of the last two is set: the first never helps, the second only a sing
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from types import MappingProxyType
 
 from config.hardware import Core, parse_cpus
 from serving.replica import Launch
 
+NOTHING_BOUND: Mapping[str, str] = MappingProxyType({})
 
-def share_cores(launches: Sequence[Launch], cores: Sequence[Core]) -> tuple[Launch, ...]:
+
+def share_cores(
+    launches: Sequence[Launch], cores: Sequence[Core], bound: Mapping[str, str] = NOTHING_BOUND
+) -> tuple[Launch, ...]:
     """Give each CPU replica its part of the machine's cores, or all of them where there are too few.
 
-    Replicas that the configuration binds keep that; the others share what those leave.
+    Replicas that the configuration binds keep that, and so do those that run: `bound` has their cores by id. The others
+    share what those leave. Where nothing is left, they share with those that run, which would have to be restarted to
+    change.
     """
     named = {cpu for launch in launches for cpu in parse_cpus(launch.settings.cores or "")}
-    left = [core for core in cores if not named & set(core.cpus)] or list(cores)
-    waiting = [launch for launch in launches if cores and launch.engine == "cpu" and launch.settings.cores is None]
+    taken = named | {cpu for cpus in bound.values() for rank in cpus.split("|") for cpu in parse_cpus(rank)}
+    if left := [core for core in cores if not taken & set(core.cpus)]:
+        kept = bound
+    else:
+        left, kept = [core for core in cores if not named & set(core.cpus)] or list(cores), NOTHING_BOUND
+    waiting = [
+        launch
+        for launch in launches
+        if cores and launch.engine == "cpu" and launch.settings.cores is None and launch.replica_id not in kept
+    ]
     parts = iter(_parts(left, len(waiting)))
-    bound = {launch.replica_id: _binding(next(parts), launch.settings.ranks) for launch in waiting}
-    return tuple(dataclasses.replace(launch, cores=bound.get(launch.replica_id)) for launch in launches)
+    shares = {launch.replica_id: _binding(next(parts), launch.settings.ranks) for launch in waiting}
+    return tuple(
+        dataclasses.replace(launch, cores=shares.get(launch.replica_id, kept.get(launch.replica_id)))
+        for launch in launches
+    )
 
 
 def cpu_list(cpus: Iterable[int]) -> str:

@@ -1,6 +1,5 @@
 """The verb `doctor`: what this machine has, what is wrong with it, and how to mend it."""
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from config.command_line import add_config, exit_codes, given_config
+from config.command_line import CommandParser, add_config, exit_codes, given_config
 from config.errors import ConfigError
 from config.load import home_directory, process_environment
 from serving.doctor.findings import Finding, findings, worst
@@ -24,14 +23,7 @@ def doctor_main(arguments: list[str], validate: Callable[[Path], list[Finding]] 
 
     `validate` returns what is wrong with a configuration beyond this machine; it raises ConfigError if it is invalid.
     """
-    parser = argparse.ArgumentParser(
-        prog="quantgate doctor",
-        description="Look at this machine as vLLM will: engine, CPU, GPUs, memory, limits. With a configuration, also "
-        "at its addresses, and at whatever would keep its replicas from starting.",
-        epilog=exit_codes(2, code_0="no errors, warnings perhaps", code_1="errors"),
-    )
-    add_config(parser, "a configuration file")
-    parser.add_argument("--json", action="store_true", help="print findings as JSON")
+    parser = doctor_parser()
     chosen = parser.parse_args(arguments)
     try:
         config = given_config(parser, chosen)
@@ -45,6 +37,20 @@ def doctor_main(arguments: list[str], validate: Callable[[Path], list[Finding]] 
     else:
         _show(found)
     return FAILED if worst(found) == "error" else 0
+
+
+def doctor_parser() -> CommandParser:
+    """Describe `quantgate doctor`."""
+    parser = CommandParser(
+        prog="quantgate doctor",
+        description="Look at this machine as vLLM will: engine, CPU, GPUs, memory, limits. With a configuration, also "
+        "at its addresses, and at whatever would keep its replicas from starting.",
+        examples=["quantgate doctor quantgate.yaml"],
+        epilog=exit_codes(2, code_0="no errors, warnings perhaps", code_1="errors"),
+    )
+    add_config(parser, "a configuration file")
+    parser.add_argument("--json", action="store_true", help="print findings as JSON")
+    return parser
 
 
 def _show(found: list[Finding]) -> None:

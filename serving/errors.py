@@ -10,6 +10,7 @@ ServingError
 ├── MeasuringRefused  this target cannot be measured (exit code 2)
 ├── MeasuringFailed   all requests of a load level failed
 ├── StateAway         the state database is unavailable or not usable; callers continue with the last known state
+├── TooMuchUsage      a report of usage would have too many rows
 ├── LockHeld          another supervisor uses this home directory (exit code 4)
 ├── RolloutExists     the alias has an active rollout (exit code 4)
 ├── RolloutChanged    a change of a rollout was made on an older version of it; read it again
@@ -59,6 +60,10 @@ class MeasuringFailed(ServingError):
 
 class StateAway(ServingError):
     """The state database did not answer, or is not one of quantgate's; the message says which one and why."""
+
+
+class TooMuchUsage(ServingError):
+    """A report of usage would have too many rows; the message says what to do."""
 
 
 class LockHeld(ServingError):

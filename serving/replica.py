@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from config.external import ExternalModel
 from config.lora import lora_variant
 from config.manifest import Engine
 from config.schema import ReplicaSettings
@@ -17,6 +18,7 @@ from serving.tls import Tls
 SUPERVISOR = "supervisor"  # runs on this machine, started by this process
 CONFIGURATION = "configuration"  # has a `url` in the configuration
 STATE_DATABASE = "state database"  # published by the supervisor of another process
+EXTERNAL_MODELS = "external models"  # run by other providers; each gateway adds those of its configuration
 DIRECT = "direct"  # written without a handle, by tests and benchmarks
 
 
@@ -62,7 +64,8 @@ class Replica:
     if that is several tokens. `tools` is whether it accepts requests with tools, None if unknown. At most
     `max_in_flight` requests at once are sent to it. `tls` is None for the system's CAs or without encryption.
     `adapters` are the LoRA adapters that it serves beside its variant, each under its own model name. `base` is set
-    only in the view of a server as a replica of the variant that an adapter is: the server's own variant.
+    only in the view of a server as a replica of the variant that an adapter is: the server's own variant. `external`
+    is set if it is no server of ours, but a model of another provider: it has neither polls nor probes.
     """
 
     id: str
@@ -79,6 +82,7 @@ class Replica:
     tools: bool | None = None
     adapters: tuple[str, ...] = ()
     base: str | None = None
+    external: ExternalModel | None = None
 
     @property
     def variants(self) -> frozenset[str]:

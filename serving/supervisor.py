@@ -97,6 +97,11 @@ class Supervisor:
             await asyncio.gather(self._housekeeping, return_exceptions=True)
         await asyncio.gather(*(self._retire(replica_id) for replica_id in tuple(self._replicas)))
 
+    def bound_cores(self) -> dict[str, str]:
+        """Return the cores of the replicas that run, by the id that a configuration gives them."""
+        launches = [running.loop.launch for running in self._replicas.values()]
+        return {slot_of(launch.replica_id): launch.cores for launch in launches if launch.cores}
+
     async def update(self, wanted: tuple[Launch, ...], ready: Callable[[], None] = lambda: None) -> None:
         """Change to other launches, one replica at a time; where there is room, a new one starts before the old stops.
 

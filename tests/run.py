@@ -10,7 +10,8 @@
 
 The lanes:
 
-* light: every test that is not marked `real_vllm` or `real_model`, in two processes.
+* light: every test that is not marked `real_vllm` or `real_model`, in three processes: a test waits most of its time,
+  for fakes and for deadlines.
 * model: `real_model`, in one process: torch on tiny models, which takes one core at a time.
 * vllm: `real_vllm`, in one process: the tests share one demo and its replicas, and engines take all cores. It begins
   with the quantization of the demo's model, which takes one core for minutes: the model lane runs beside that, and its
@@ -42,7 +43,7 @@ LIGHT = ("-m", "not real_vllm and not real_model")
 MODEL = ("-m", "real_model")
 VLLM = ("-m", "real_vllm")
 # A file stays in one process: its module fixtures are built once.
-PARALLEL = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+PARALLEL = ("-n", "3", "--dist", "loadfile", "--no-loadscope-reorder")
 NO_TESTS_COLLECTED = 5
 
 

@@ -1,11 +1,14 @@
-"""What all commands have in common: exit codes in the help, and the configuration as an argument or as an option."""
+"""What all commands have in common: examples and exit codes in the help, the configuration as argument or option."""
 
+import argparse
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from quantgate import COMMANDS, main
+from config.command_line import CommandParser
+from quantgate import COMMANDS, main, parser_of
 
 SUBCOMMANDS = {
     "config": ["check", "schema", "show"],
@@ -31,9 +34,33 @@ def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_help_has_exit_codes(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     """The help of every command and subcommand ends with its exit codes; 0 and 2 are among them."""
     _, _, codes = shown(capsys, *words).partition("\nexit codes: ")
-    numbers = [int(number) for number in re.findall(r"(?:^|[;,]\s+)(\d+) ", codes)]
+    numbers = [int(number) for number in re.findall(r"(?:^|[;,]\s+)(\d+)\s", codes)]
     assert numbers == sorted(set(numbers))
     assert {0, 2} <= set(numbers)
+
+
+def parser_at(words: list[str]) -> CommandParser:
+    """The parser of a command or subcommand."""
+    parser = parser_of(words[0])
+    for word in words[1:]:
+        (verbs,) = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
+        parser = verbs.choices[word]
+    assert isinstance(parser, CommandParser)
+    return parser
+
+
+@pytest.mark.parametrize("words", ALL, ids=" ".join)
+def test_help_has_examples(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    """The help of every command and subcommand has an example of it, as a line of its own, that its parser takes."""
+    examples = parser_at(words).examples
+    assert examples
+    text = shown(capsys, *words)
+    for example in examples:
+        assert f"\n  {example}\n" in text
+        program, verb, *arguments = shlex.split(example.partition(" > ")[0])
+        assert program == "quantgate"
+        assert [verb, *arguments][: len(words)] == words
+        parser_of(verb).parse_args(arguments)
 
 
 @pytest.mark.parametrize("verb", COMMANDS)

@@ -35,7 +35,7 @@ def anchors(document: Path) -> set[str]:
 
 def test_the_configuration_of_the_readme_is_valid(tmp_path: Path) -> None:
     """The smallest configuration of the README loads."""
-    (snippet,) = re.findall(r"```yaml\n(.*?)```", READMES[0].read_text(), re.DOTALL)
+    snippet, *_ = re.findall(r"```yaml\n(.*?)```", READMES[0].read_text(), re.DOTALL)
     path = tmp_path / "quantgate.yaml"
     path.write_text(snippet)
     assert load_settings(path, {}).aliases["qwq-32b"].ladder == ("qwq-bf16", "qwq-int4")

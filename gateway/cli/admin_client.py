@@ -1,5 +1,6 @@
 """Client of a running gateway's admin port, for the command line."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -10,8 +11,15 @@ from config.errors import ConfigError
 from config.load import load_settings
 
 TIMEOUT_SECONDS = 10.0
+STATUS = "/admin/status"
 # Where a listener on a wildcard address is reached from this machine.
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "": "127.0.0.1"}  # noqa: S104 - looked up, not listened on
+
+
+def reachable(address: str) -> str:
+    """Return the address by which a listener is reached from this machine."""
+    host, _, port = address.rpartition(":")
+    return f"{LOOPBACK.get(host, host)}:{port}"
 
 
 class AdminUnavailable(Exception):
@@ -33,21 +41,44 @@ class AdminClient:
         Raises ConfigError.
         """
         settings = load_settings(file).gateway
-        host, _, port = (address or settings.admin).rpartition(":")
-        if port == "0":
+        chosen = address or settings.admin
+        if chosen.endswith(":0"):
             raise ConfigError(f"{file}: gateway.admin has port 0; pass the actual address with --admin")
         key = settings.admin_key.get_secret_value() if settings.admin_key else None
-        return cls(f"{LOOPBACK.get(host, host)}:{port}", key, file)
+        return cls(reachable(chosen), key, file)
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, query: Mapping[str, str] | None = None) -> bytes:
         """GET a path and return the body; ConfigError if the key is refused, else AdminUnavailable for any failure."""
-        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
         try:
             url = f"http://{self.address}{quote(path)}"
-            response = httpx.get(url, headers=headers, timeout=TIMEOUT_SECONDS, trust_env=False)
+            response = httpx.get(url, params=query, headers=self._headers, timeout=TIMEOUT_SECONDS, trust_env=False)
         except httpx.TransportError as error:
-            what = f"no gateway answers at {self.address} ({error or type(error).__name__})"
-            raise AdminUnavailable(f"{what}; start it, or pass its admin address with --admin") from error
+            raise self._unreachable(error) from error
+        return self._body(response)
+
+    def connection(self) -> httpx.AsyncClient:
+        """Make a connection to read from repeatedly, on an event loop."""
+        return httpx.AsyncClient(
+            base_url=f"http://{self.address}", headers=self._headers, timeout=TIMEOUT_SECONDS, trust_env=False
+        )
+
+    async def read_by(self, connection: httpx.AsyncClient, path: str) -> bytes:
+        """Do the same as `read`, by a connection."""
+        try:
+            response = await connection.get(quote(path))
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        return self._body(response)
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def _unreachable(self, error: httpx.TransportError) -> AdminUnavailable:
+        what = f"no gateway answers at {self.address} ({error or type(error).__name__})"
+        return AdminUnavailable(f"{what}; start it, or pass its admin address with --admin")
+
+    def _body(self, response: httpx.Response) -> bytes:
         if response.status_code == httpx.codes.UNAUTHORIZED:
             problem = "refuses gateway.admin_key" if self.key else "requires a key, but gateway.admin_key is not set"
             raise ConfigError(

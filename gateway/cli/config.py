@@ -1,19 +1,20 @@
 """The command `config`: check or show a configuration file, or print the JSON schema."""
 
-import argparse
 import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
-from config.command_line import add_config, chosen_config, exit_codes
+from config.command_line import CommandParser, add_config, chosen_config, exit_codes
 from config.document import PASSWORD_IN_URL
 from config.errors import ConfigError, Problem
 from config.load import load_settings
 from config.schema import Settings
+from gateway.observability.access_log import AccessLogLine
 from gateway.validation import Report, validate
 from serving.foreground import USAGE
 
@@ -27,10 +28,11 @@ CHECK = (
 
 def config_main(arguments: list[str]) -> int:
     """Check or show a configuration file, or print the JSON schema; exit codes: 0, 2 invalid, 3 unservable alias."""
-    parser = _parser()
+    parser = config_parser()
     options = parser.parse_args(arguments)
     if options.action == "schema":
-        print(json.dumps(Settings.model_json_schema(), indent=2))
+        schema = msgspec.json.schema(AccessLogLine) if options.access_log else Settings.model_json_schema()
+        print(json.dumps(schema, indent=2))
         return 0
     path = chosen_config(parser, options)
     if options.action == "check":
@@ -45,7 +47,11 @@ def config_main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = settings.model_dump(mode="json")
+    if options.json:
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    else:
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     print(PASSWORD_IN_URL.sub(r"\1**********\2", text), end="")
     return 0
 
@@ -57,14 +63,22 @@ def exit_code(report: Report) -> int:
     return UNSERVABLE if report.unservable else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def config_parser() -> CommandParser:
+    """Describe `quantgate config`."""
+    parser = CommandParser(
         prog="quantgate config",
         description="Check a configuration file, show it with its defaults, or print the JSON schema.",
+        examples=["quantgate config check quantgate.yaml"],
         epilog=CODES,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="check|show|schema")
-    check = actions.add_parser("check", help="list all problems of a file", description=CHECK, epilog=CODES)
+    check = actions.add_parser(
+        "check",
+        help="list all problems of a file",
+        description=CHECK,
+        examples=["quantgate config check quantgate.yaml --json"],
+        epilog=CODES,
+    )
     check.add_argument("--json", action="store_true", help="print problems as a JSON array")
     check.add_argument(
         "--file-only",
@@ -72,10 +86,23 @@ def _parser() -> argparse.ArgumentParser:
         help="do not look at files, model directories and addresses: those of another machine",
     )
     text = "print a file with all defaults, secrets masked"
-    show = actions.add_parser("show", help=text, description=f"{text.capitalize()}.", epilog=CODES)
+    show = actions.add_parser(
+        "show",
+        help=text,
+        description=f"{text.capitalize()}.",
+        examples=["quantgate config show quantgate.yaml", "quantgate config show quantgate.yaml --json"],
+        epilog=CODES,
+    )
+    show.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     for action in (check, show):
         add_config(action)
-    actions.add_parser("schema", help="print the JSON schema, for editors", epilog=CODES)
+    schema = actions.add_parser(
+        "schema",
+        help="print the JSON schema, for editors",
+        examples=["quantgate config schema > quantgate.schema.json"],
+        epilog=CODES,
+    )
+    schema.add_argument("--access-log", action="store_true", help="that of a line of the access log instead")
     return parser
 
 

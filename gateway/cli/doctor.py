@@ -1,11 +1,21 @@
 """The command `doctor`, with what the gateway's validation says of a configuration among its findings."""
 
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
+from config.command_line import CommandParser
 from config.errors import Problem, SettingsError
+from config.external_prices import PACKAGE
+from config.schema import Settings
 from gateway.validation import validate
 from serving import doctor_cli
 from serving.doctor.findings import Finding, Level
+
+
+def doctor_parser() -> CommandParser:
+    """Describe `quantgate doctor`."""
+    return doctor_cli.doctor_parser()
 
 
 def doctor_main(arguments: list[str]) -> int:
@@ -19,9 +29,26 @@ def validated(path: Path) -> list[Finding]:
     if report.errors:
         raise SettingsError(list(report.errors))
     return [
+        *(_external(report.settings) if report.settings else ()),
         *(_finding("error", problem) for problem in report.unservable),
         *(_finding("warning", problem) for problem in report.warnings),
     ]
+
+
+def _external(settings: Settings) -> Iterator[Finding]:
+    """What external models are asked through, and what they may cost."""
+    models = {name: variant for name, variant in settings.variants.items() if variant.external is not None}
+    if models:
+        yield Finding("ok", "litellm", f"{version(PACKAGE)}, loaded when the gateway starts")
+    for name, variant in models.items():
+        if variant.budget is None:
+            yield Finding(
+                "warning", f"variants.{name}", f"{variant.external} has no budget", "set budget: {usd_per_day: ...}"
+            )
+        else:
+            yield Finding(
+                "ok", f"variants.{name}", f"{variant.external}, {variant.budget.usd_per_day:g} USD a day at most"
+            )
 
 
 def _finding(level: Level, problem: Problem) -> Finding:

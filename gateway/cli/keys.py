@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from config.command_line import exit_codes
+from config.command_line import CommandParser, exit_codes
 from config.errors import ConfigError
 from config.schema import Floor
 from gateway.keys.issuing import create_key, revoke_key, revoke_old_key, rotate_key
@@ -29,7 +29,7 @@ CODES = exit_codes(0, code_2="usage or configuration error; the file is unchange
 
 def keys_main(arguments: list[str]) -> int:
     """Create, list, rotate or revoke keys; exit code 2, with the file unchanged, on any error."""
-    options = _parser().parse_args(arguments)
+    options = keys_parser().parse_args(arguments)
     now = datetime.fromtimestamp(int(time.time()), UTC)
     try:
         if options.action == "create":
@@ -46,12 +46,22 @@ def keys_main(arguments: list[str]) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+EXAMPLES = {
+    "create": ("quantgate keys create alice --alias qwq-32b --floor top1_agreement=0.97 --requests-per-minute 60",),
+    "list": ("quantgate keys list --json",),
+    "rotate": ("quantgate keys rotate alice",),
+    "revoke": ("quantgate keys revoke alice --old", "quantgate keys revoke alice"),
+}
+
+
+def keys_parser() -> CommandParser:
+    """Describe `quantgate keys`."""
+    parser = CommandParser(
         prog="quantgate keys",
         description="Manage the API keys of clients. A key is printed once; the file stores its SHA-256 digest and its "
         "limits. Every change rewrites the file, without its comments and readable by its owner only. A running "
         "gateway reloads the file by itself.",
+        examples=["quantgate keys create alice --file keys.yaml"],
         epilog=CODES,
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="create|list|rotate|revoke")
@@ -67,7 +77,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _action(actions: Any, action: str, text: str, name_help: str | None) -> argparse.ArgumentParser:
     description = text[0].upper() + text[1:] + "."
-    parser: argparse.ArgumentParser = actions.add_parser(action, help=text, description=description, epilog=CODES)
+    parser: argparse.ArgumentParser = actions.add_parser(
+        action, help=text, description=description, examples=EXAMPLES[action], epilog=CODES
+    )
     if name_help is not None:
         parser.add_argument("name", metavar="NAME", help=name_help)
     parser.add_argument(

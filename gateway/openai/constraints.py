@@ -16,8 +16,8 @@ FLOOR_HEADER = "x-quantgate-floor"
 PROVIDER = "provider"
 
 MAX_QUANTIZATIONS_BYTES = 4096
-# OpenRouter's names, and fp32 of ours. Not every one is a precision that a variant can have.
-PRECISIONS = ("int4", "int8", "fp4", "fp6", "fp8", "fp16", "bf16", "fp32", "unknown")
+# OpenRouter's names, and fp32 and external of ours. Not every one is a precision that a variant can have.
+PRECISIONS = ("int4", "int8", "fp4", "fp6", "fp8", "fp16", "bf16", "fp32", "unknown", "external")
 
 _PRECISION_KEY, _FLOOR_KEY = PRECISION_HEADER.encode(), FLOOR_HEADER.encode()
 _STRINGS = msgspec.json.Decoder(list[str] | None)

@@ -34,6 +34,8 @@ class Endpoint:
     chat_key: str | None = None
     # The answer may call tools of the client.
     calls_tools: bool = False
+    # External models answer it, too.
+    external: bool = False
     # The values of `encoding_format` with which a response is JSON; others are bytes, which the gateway does not relay.
     json_encodings: tuple[str, ...] = ()
 
@@ -49,6 +51,7 @@ CHAT = Endpoint(
     turns_key="messages",
     chat_key="messages",
     calls_tools=True,
+    external=True,
 )
 COMPLETIONS = Endpoint(
     "completions",
@@ -59,6 +62,7 @@ COMPLETIONS = Endpoint(
     length_default_tokens=16,
     batch="prompt",
     prompt_keys=("prompt",),
+    external=True,
 )
 EMBEDDINGS = Endpoint(
     "embeddings",
@@ -66,6 +70,7 @@ EMBEDDINGS = Endpoint(
     batch="input",
     prompt_keys=("input", "messages"),
     json_encodings=("float", "base64"),
+    external=True,
 )
 RESPONSES = Endpoint(
     "responses",
@@ -77,6 +82,7 @@ RESPONSES = Endpoint(
     turns_key="input",
     chat_key="input",
     calls_tools=True,
+    external=True,
 )
 MESSAGES = Endpoint(
     "messages",

@@ -108,7 +108,7 @@ class Proxy:
         stats.sent()
         reasoning = reasoning_format(inference, target, replica)
         trace = b"".join([b"%b: %b\r\n" % header for header in stats.trace.headers]) if stats.trace.headers else b""
-        request = UpstreamRequest(inference, stats.request_id, trace, reasoning.hides_token_ids)
+        request = UpstreamRequest(inference, stats.request_id, trace, reasoning.hides_token_ids, stats.add_cost)
         timeouts = target.stream_timeouts if inference.stream else target.unary_timeouts
         with await self.upstream.open(request, replica, timeouts) as reply:
             if reply.status != 200:

@@ -78,6 +78,8 @@ def _of_rung(metrics: Metrics, alias: str, rung: Rung, reason: str) -> Iterator[
         yield metrics.requests, (*served, CHAT.name, "200", reason)
         for kind in ("prompt", "completion", "reasoning"):
             yield metrics.tokens, (*served, kind)
+        if variant.is_external:
+            yield metrics.external_cost_usd, (alias, variant.name)
 
 
 def _subclasses(kind: type[GatewayError]) -> Iterator[type[GatewayError]]:

@@ -60,11 +60,18 @@ _METADATA = msgspec.json.Decoder(_Metadata | None)
 
 
 def permitted_rungs(context: RequestContext) -> tuple[Rung, ...]:
-    """The rungs that satisfy alias, key and request; FloorUnmet if there are none."""
+    """The rungs that satisfy alias, key and request; FloorUnmet if there are none.
+
+    On endpoints that external models do not answer their rungs are left out, unless there are no others.
+    """
     route, inference = context.route, context.inference
     if route.rungs and inference.floor is NO_FLOOR and inference.precisions is None:
-        return route.rungs
-    return route.target.permitted_rungs((context.caller.floor, inference.floor), inference.precisions)
+        rungs = route.rungs
+    else:
+        rungs = route.target.permitted_rungs((context.caller.floor, inference.floor), inference.precisions)
+    if rungs[-1].external and not inference.endpoint.external:
+        return tuple([rung for rung in rungs if not rung.external]) or rungs
+    return rungs
 
 
 def routing_request(

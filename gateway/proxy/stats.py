@@ -40,7 +40,8 @@ class RequestStats:
     """Counts a request while the `with` block runs, then books it and writes its log line and span.
 
     `started`: the client has received a part of an answer. `complete`: the whole of a stream was written, so that a
-    client that leaves has not missed anything. `finish` is the engine's finish reason.
+    client that leaves has not missed anything. `finish` is the engine's finish reason. `stream`: the client asked for
+    one. `external_cost_usd`: what a provider outside charges for the answer.
     """
 
     __slots__ = (
@@ -58,6 +59,7 @@ class RequestStats:
         "code",
         "complete",
         "endpoint",
+        "external_cost_usd",
         "finish",
         "first_token_seconds",
         "last_event_at",
@@ -68,6 +70,7 @@ class RequestStats:
         "sent_at",
         "started",
         "started_at",
+        "stream",
         "token_events",
         "trace",
         "usage",
@@ -95,7 +98,8 @@ class RequestStats:
         self.candidate: Candidate | None = None
         self.usage: Usage | None = None
         self.attempts = self.token_events = 0
-        self.started = self.complete = False
+        self.started = self.complete = self.stream = False
+        self.external_cost_usd = 0.0
         self.started_at = self.queued_seconds = self.last_event_at = 0.0
         self.sent_at: float | None = None
         self.first_token_seconds: float | None = None
@@ -140,6 +144,12 @@ class RequestStats:
             own_seconds = now - self.started_at - self.queued_seconds
             self.metrics.overhead_seconds.observe_with_exemplar(own_seconds, self.request_id, self.wall_clock())
         self.sent_at = now
+
+    def add_cost(self, usd: float) -> None:
+        """Record what an external model costs for an attempt, in the step in which it ends."""
+        self.external_cost_usd += usd
+        if usd and self.candidate is not None:
+            self.metrics.external_cost_usd.labels(self.alias, self.candidate.variant.name).inc(usd)
 
     def retried(self, code: str) -> None:
         """Record that an attempt failed with this code and another one follows."""
@@ -210,4 +220,5 @@ class RequestStats:
         return AccessRecord(
             *(request_id, self.caller, endpoint, alias, variant, precision, replica, reason, code, self.attempts),
             *(self.queued_seconds, self.first_token_seconds, seconds, prompt, completion, estimated, finish),
+            *(self.stream, reasoning, self.external_cost_usd),
         )

@@ -29,6 +29,8 @@ from gateway.routing.target import Target
 MAX_OBSERVED_BYTES = 4 * 2**20
 MAX_ROUTES = 10_000
 SERVER_ERRORS = 500
+# Events that the gateway read together came at once, as far as it knows: their logarithm would outweigh all others.
+READ_TOGETHER_SECONDS = 1e-4
 
 Estimates = Callable[[str], Sequence[LatencyEstimate]]
 Counters = Family[Counter]
@@ -55,6 +57,11 @@ class AliasArms:
         """Follow a new revision, or a new configuration."""
         self._canary, self._routes = canary, {}
         self.lottery.weight, self.lottery.step = weight, step
+
+    @property
+    def canary(self) -> tuple[str, float]:
+        """The new variant, and the share of new conversations that are drawn to it."""
+        return self._canary.canary or "", self.lottery.weight
 
     def draw(self, conversation: Conversation, request_id: str, caller: Caller, route: Route) -> tuple[Route, Draw]:
         """Draw a conversation, and return the route of its arm; without an identity each request is one."""
@@ -232,14 +239,20 @@ def _times(
     first = stats.first_token_seconds
     if first is not None:
         values["first_token_seconds"] = logarithm((first - stats.queued_seconds) / expected_seconds)
-        if stats.token_events > 1:
-            seconds = stats.last_event_at - stats.started_at - first
-            values["token_seconds"] = logarithm(seconds / (stats.token_events - 1))
+        between = seconds_between_tokens(stats.last_event_at - stats.started_at - first, stats.token_events)
+        if between is not None:
+            values["token_seconds"] = logarithm(between)
     elif complete and stats.sent_at is not None:
         _, answer_tokens = stats.lengths(inference.stream)
         if answer_tokens:
             values["token_seconds"] = logarithm((stats.clock() - stats.sent_at) / answer_tokens)
     return values
+
+
+def seconds_between_tokens(seconds: float, events: int) -> float | None:
+    """The mean time between the events of a stream that took so long; None if it says nothing of the engine."""
+    between = seconds / (events - 1) if events > 1 else 0.0
+    return between if between >= READ_TOGETHER_SECONDS else None
 
 
 def _lengths(stats: RequestStats, inference: InferenceRequest, content: Content | None) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from config.command_line import DEFAULT_CONFIG, exit_codes
+from config.command_line import DEFAULT_CONFIG, CommandParser, exit_codes
 from config.errors import ConfigError
 from config.load import load_file
 from gateway.cli.admin_client import AdminClient, AdminUnavailable
@@ -41,7 +41,7 @@ STEERING = {
 
 def rollout_main(arguments: list[str]) -> int:
     """Run one of the verbs; exit codes as in the help."""
-    options = _parser().parse_args(arguments)
+    options = rollout_parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = options.run
     try:
         return run(options)
@@ -255,11 +255,27 @@ def _show_plan(plan: RolloutPlan, rate: float | None, minutes: tuple[float, ...]
         print(f"  no: {problem}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+EXAMPLES = {
+    "plan": ("quantgate rollout plan qwq-32b qwq-int4-v2 --rate 2",),
+    "start": ("quantgate rollout start qwq-32b qwq-int4-v2 --replaces qwq-int4 --wait",),
+    "status": ("quantgate rollout status qwq-32b --watch",),
+    "pause": ("quantgate rollout pause qwq-32b --reason 'incident 42'",),
+    "resume": ("quantgate rollout resume qwq-32b",),
+    "promote": ("quantgate rollout promote qwq-32b --full",),
+    "abort": ("quantgate rollout abort qwq-32b --reason 'answers are too long'",),
+    "retry": ("quantgate rollout retry qwq-32b",),
+    "undo": ("quantgate rollout undo qwq-32b --to-revision 3",),
+    "history": ("quantgate rollout history qwq-32b --limit 10",),
+}
+
+
+def rollout_parser() -> CommandParser:
+    """Describe `quantgate rollout`."""
+    parser = CommandParser(
         prog="quantgate rollout",
         description="Replace a variant behind an alias in steps that are gated by measurements. Gateways drive "
         "rollouts: this command records what you want, and may end.",
+        examples=["quantgate rollout start qwq-32b qwq-int4-v2 --wait", "quantgate rollout status qwq-32b"],
         epilog=CODES,
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -290,7 +306,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> argparse.ArgumentParser:
     description = purpose[0].upper() + purpose[1:] + "."
-    parser: argparse.ArgumentParser = verbs.add_parser(name, help=purpose, description=description, epilog=CODES)
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name, help=purpose, description=description, examples=EXAMPLES[name], epilog=CODES
+    )
     parser.add_argument("alias", metavar="ALIAS")
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -25,7 +25,7 @@ class _Call(msgspec.Struct):
     function: _Function | None = None
 
 
-class _Part(msgspec.Struct):
+class _ContentPart(msgspec.Struct):
     """A message, or a delta of one."""
 
     content: str | None = None
@@ -34,15 +34,15 @@ class _Part(msgspec.Struct):
     tool_calls: list[_Call] | None = None
 
 
-class _Choice(msgspec.Struct):
+class _AnswerChoice(msgspec.Struct):
     index: int = 0
-    delta: _Part | None = None
-    message: _Part | None = None
+    delta: _ContentPart | None = None
+    message: _ContentPart | None = None
     text: str | None = None
 
 
 class _Answer(msgspec.Struct):
-    choices: list[_Choice] = []
+    choices: list[_AnswerChoice] = []
 
 
 _DECODER = msgspec.json.Decoder(_Answer)

@@ -18,10 +18,10 @@ import msgspec
 
 from gateway.deployment import Deployment
 from gateway.rollout.hooks import run_hooks
-from gateway.rollout.machine import FINAL, Event, Phase, Readiness, Refused, RolloutState
+from gateway.rollout.machine import FINAL, PROMOTED, Event, Phase, Readiness, Refused, RolloutState
 from gateway.rollout.plan import RolloutPlan
 from gateway.rollout.preflight import Comparison, Preflight, compare_quality, fingerprint
-from gateway.rollout.progress import Facts, Progress, next_event
+from gateway.rollout.progress import NO_FAILED_STARTS, Facts, FailedStarts, Progress, next_event
 from gateway.rollout.record import Happening, change_of, read_plan, read_state
 from gateway.rollout.revision import in_force
 from gateway.rollout.smoke import SmokeClient
@@ -77,6 +77,7 @@ class Job:
     fence: int = 0
     read_until: float = 0.0
     lost_since: float | None = None
+    starts: FailedStarts = NO_FAILED_STARTS
     check: Check | None = None
     checked: tuple[Phase, float] | None = None  # the phase that the check belongs to, and when that began
     hooks: asyncio.Task[None] | None = None
@@ -190,7 +191,9 @@ class Driver:
         )
         if state.phase in (Phase.FAILED, Phase.ROLLING_BACK):
             context.rolled_back(plan.alias, cause_of(event, Phase(record.phase)))
-        level = logging.WARNING if event in (Event.FAILED, Event.MISMATCH, Event.DEADLINE) else logging.INFO
+        # Draining and keeping end with a deadline in the normal way.
+        bad = event in (Event.FAILED, Event.MISMATCH, Event.DEADLINE) and state.phase not in PROMOTED
+        level = logging.WARNING if bad else logging.INFO
         log.log(level, "rollout %s of %s: %s -> %s: %s", record.id, plan.alias, event, state.phase.value, why)
 
     # Facts
@@ -203,7 +206,9 @@ class Driver:
         problems = None
         if job.check is not None and job.check.done() and not job.check.cancelled():
             problems = _result(job.check)
-        return Facts(ready, problems, lost_seconds, self.context.requests(job.plan.new) == 0)
+        new = job.plan.new
+        job.starts = job.starts.after(each for each in self.context.registry.snapshot() if each.replica.variant == new)
+        return Facts(ready, problems, lost_seconds, self.context.requests(new) == 0, job.starts)
 
     def _ready(self, plan: RolloutPlan) -> Readiness:
         return Readiness(

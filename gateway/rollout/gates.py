@@ -40,6 +40,7 @@ _PASS_FACTOR = 1.6
 # What shows that events of the canary are not more frequent than those of the stable variant plus a margin.
 _PASS_LOG_E = math.log(20)
 MAX_NEEDED = 10_000_000
+EVENT_MARGIN = 0.03  # of rates
 # A mean has to be shown only if so large a share of the stable variant's conversations has the quantity.
 _MIN_SHARE = 0.1
 
@@ -53,7 +54,7 @@ class EventSettings:
 
     name: str
     tolerance: float = 1.1
-    margin: float = 0.03
+    margin: float = EVENT_MARGIN
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,15 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from config.field_types import MAX_SECONDS, Name, Seconds, Share
-from gateway.rollout.gates import DEFAULT_GATES, EventGate, EventSettings, GateSettings, MeanSettings, new_gates
+from gateway.rollout.gates import (
+    DEFAULT_GATES,
+    EVENT_MARGIN,
+    EventGate,
+    EventSettings,
+    GateSettings,
+    MeanSettings,
+    new_gates,
+)
 
 UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 GATE_NAMES = tuple(settings.name for settings in DEFAULT_GATES)
@@ -69,6 +77,17 @@ class Tolerances(PlanTable):
     lengths: Annotated[float, Field(ge=0, le=0.1)] = 0.05
 
 
+class Effects(PlanTable):
+    """What a gate that passes has ruled out; larger effects need fewer conversations.
+
+    `events` is a difference of rates (5/3 of it for late first tokens), the others are relative changes.
+    """
+
+    events: Annotated[float, Field(gt=0, le=0.5)] = EVENT_MARGIN
+    times: Annotated[float, Field(gt=0, le=4)] = 0.2
+    lengths: Annotated[float, Field(gt=0, le=4)] = 0.15
+
+
 class PlanSettings(PlanTable):
     """The options of a rollout, as in a plan file; those of the command line replace them.
 
@@ -87,6 +106,7 @@ class PlanSettings(PlanTable):
     budget: QualityBudget = QualityBudget()
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.05
     tolerances: Tolerances = Tolerances()
+    effects: Effects = Effects()
     skip: tuple[str, ...] = ()
     min_conversations: Annotated[int, Field(ge=1, le=10**6)] = 20  # of the canary, in each step
     stall_seconds: Duration = 600.0
@@ -106,6 +126,10 @@ class PlanSettings(PlanTable):
             raise ValueError("steps must increase, for example [1, 5, 25, 50, 100]")
         if unknown := sorted(set(self.skip) - set(GATE_NAMES)):
             raise ValueError(f"skip: no gate {unknown[0]!r}; there are: {', '.join(GATE_NAMES)}")
+        for name in ("times", "lengths"):
+            accepted, effect = getattr(self.tolerances, name), getattr(self.effects, name)
+            if effect <= accepted:
+                raise ValueError(f"effects.{name}: {effect:g} must exceed tolerances.{name}, {accepted:g}")
         return self
 
     @property
@@ -114,8 +138,10 @@ class PlanSettings(PlanTable):
         return tuple(percent / 100 for percent in self.steps)
 
     def gates(self) -> tuple[GateSettings, ...]:
-        """The gates that are judged, with the plan's tolerances."""
-        return tuple(_with(self.tolerances, gate) for gate in DEFAULT_GATES if gate.name not in self.skip)
+        """The gates that are judged, with the plan's tolerances and effects."""
+        return tuple(
+            [_with(self.tolerances, self.effects, gate) for gate in DEFAULT_GATES if gate.name not in self.skip]
+        )
 
 
 class RolloutPlan(PlanTable):
@@ -197,8 +223,10 @@ def _last_with_two_arms(settings: PlanSettings) -> int:
     return max((place for place, weight in enumerate(settings.weights) if weight < 1), default=0)
 
 
-def _with(tolerances: Tolerances, gate: GateSettings) -> GateSettings:
+def _with(tolerances: Tolerances, effects: Effects, gate: GateSettings) -> GateSettings:
     if isinstance(gate, EventSettings):
-        return EventSettings(gate.name, tolerances.events, gate.margin)
-    margin = math.log1p(tolerances.lengths if gate.name in LENGTH_GATES else tolerances.times)
-    return MeanSettings(gate.name, gate.quantity, margin, gate.effect, gate.sign)
+        return EventSettings(gate.name, tolerances.events, gate.margin * effects.events / EVENT_MARGIN)
+    is_length = gate.name in LENGTH_GATES
+    margin = math.log1p(tolerances.lengths if is_length else tolerances.times)
+    effect = math.log1p(effects.lengths if is_length else effects.times)
+    return MeanSettings(gate.name, gate.quantity, margin, effect, gate.sign)

@@ -47,6 +47,8 @@ def plan_problems(
         return tuple(f"{name}: there is no such variant in the configuration" for name in sorted(missing))
     assert new is not None
     assert old is not None
+    if outside := [variant.name for variant in (old, new) if variant.is_external]:
+        return tuple(f"{name}: is an external model, which has no replicas to roll out" for name in outside)
     if fingerprint(new) != plan.fingerprint:
         return (f"{plan.new}: its content has changed since the rollout was started; `retry` takes the new one",)
     problems = []

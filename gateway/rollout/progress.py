@@ -18,6 +18,7 @@ from gateway.rollout.machine import (
     is_stalled,
 )
 from gateway.rollout.plan import RolloutPlan
+from serving.replica import ReplicaStatus, State
 from serving.state.rollout_records import BlockRecord
 
 # Sample-ratio mismatch: shares of conversations that differ by these factors, at this risk of a false alarm.
@@ -27,6 +28,8 @@ _SHARE_ALPHA = 0.001
 _SHADOW_ALPHA, _SHADOW_EFFECT = 0.005, 0.02
 # A variant counts as lost when it has had no ready replica for so long.
 LOST_SECONDS = 30.0
+# A variant does not start when its replicas have failed so often; later attempts would take until the deadline.
+START_ATTEMPTS = 3
 # So old is a phase before a variant counts as drained: every gateway has read the revision by then.
 SETTLE_SECONDS = 5.0
 
@@ -121,6 +124,25 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedStarts:
+    """How often a variant's replicas have failed while a driver looked, and why the last one did."""
+
+    count: int = 0
+    reason: str = ""
+    failed: frozenset[str] = frozenset()  # the replicas that had failed at the last look
+
+    def after(self, replicas: Iterable[ReplicaStatus]) -> "FailedStarts":
+        """Return the count after another look at the variant's replicas."""
+        failed = {status.replica.id: status.reason for status in replicas if status.state is State.FAILED}
+        new = failed.keys() - self.failed
+        reason = failed[max(new)] if new else self.reason
+        return FailedStarts(self.count + len(new), reason, frozenset(failed))
+
+
+NO_FAILED_STARTS = FailedStarts()
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """What a driver knows besides the evidence.
 
@@ -132,6 +154,7 @@ class Facts:
     problems: tuple[str, ...] | None = None
     lost_seconds: float = 0.0
     drained: bool = False
+    starts: FailedStarts = NO_FAILED_STARTS  # of the new variant's replicas
 
 
 _CHECKED = {Phase.PREFLIGHT: Event.VERIFIED, Phase.SMOKE: Event.CHECKED}
@@ -179,6 +202,8 @@ def _moved(
     match state.phase:
         case Phase.STARTING if facts.ready.new:
             return Event.READY, f"{plan.new} has a ready, verified replica"
+        case Phase.STARTING if facts.starts.count >= START_ATTEMPTS:
+            return Event.FAILED, f"{plan.new} does not start: {facts.starts.reason}"
         case Phase.CANARY:
             return _canary(state, plan, progress, now)
         case Phase.HOLDING if facts.ready.old:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,25 +64,37 @@ class SmokeAnswer:
         return not self.error and self.finite and self.stopped and content is not None and not content.events
 
 
-def judge(new: Sequence[SmokeAnswer], old: Sequence[SmokeAnswer]) -> tuple[str, ...]:
+Answers = Mapping[str, SmokeAnswer]  # by the name of a prompt
+
+
+def in_question(new: Answers) -> tuple[SmokePrompt, ...]:
+    """Return the prompts that only the old variant's answers decide about: what it cannot do either is no problem."""
+    return tuple([prompt for prompt in PROMPTS if _problem_of(prompt, new[prompt.name])])
+
+
+def judge(new: Answers, old: Answers) -> tuple[str, ...]:
     """Return the problems of the new variant's answers; what the old one cannot do either is none.
 
-    `old` may be empty: then every answer is judged by itself. Without any answer nothing is shown.
+    `old` has answers to the prompts that are `in_question`, or to none: then every answer is judged by itself. Without
+    any answer of the new variant nothing is shown.
     """
-    if all(answer.error for answer in new):
-        return (f"smoke test: no prompt was answered; the first one: {new[0].error}",)
+    if all(answer.error for answer in new.values()):
+        return (f"smoke test: no prompt was answered; the first one: {new[PROMPTS[0].name].error}",)
     problems = []
-    for place, (prompt, answer) in enumerate(zip(PROMPTS, new, strict=True)):
-        other = old[place] if old else None
-        if prompt.tools:
-            calls = other is not None and other.content is not None and bool(other.content.calls) and other.is_sound
-            has_call = answer.content is not None and bool(answer.content.calls) and answer.is_sound
-            if calls and not has_call:
-                problems.append(f"smoke test {prompt.name!r}: no valid call of a tool, where the old variant makes one")
-            continue
-        if (problem := _problem(answer)) and (other is None or _problem(other) != problem):
+    for prompt in in_question(new):
+        problem, other = _problem_of(prompt, new[prompt.name]), old.get(prompt.name)
+        # Without an old variant nobody can say whether a tool should be called.
+        same = prompt.tools if other is None else _problem_of(prompt, other) == problem
+        if not same:
             problems.append(f"smoke test {prompt.name!r}: {problem}")
     return tuple(problems)
+
+
+def _problem_of(prompt: SmokePrompt, answer: SmokeAnswer) -> str:
+    if not prompt.tools:
+        return _problem(answer)
+    calls = answer.content is not None and bool(answer.content.calls) and answer.is_sound
+    return "" if calls else "no valid call of a tool, where the old variant makes one"
 
 
 def _problem(answer: SmokeAnswer) -> str:
@@ -111,14 +123,19 @@ class SmokeClient:
         await self._clients.aclose()
 
     async def problems(self, new: Replica, old: Replica | None) -> tuple[str, ...]:
-        """Run the smoke test of a replica, beside one of the old variant if there is one."""
-        answers = await self.answers(new)
-        return judge(answers, await self.answers(old) if old is not None else ())
+        """Run the smoke test of a replica; one of the old variant answers what the test leaves in question."""
+        answers = await self.answers(new, PROMPTS)
+        return judge(answers, {} if old is None else await self.answers(old, in_question(answers)))
 
-    async def answers(self, replica: Replica) -> list[SmokeAnswer]:
-        """Answer every prompt, one after the other."""
+    async def answers(self, replica: Replica, prompts: Sequence[SmokePrompt]) -> dict[str, SmokeAnswer]:
+        """Answer prompts, all at once: an engine batches them."""
+        if not prompts:
+            return {}
         max_tokens = await self._max_tokens(replica)
-        return [replace(await self._answer(replica, prompt, max_tokens), max_tokens=max_tokens) for prompt in PROMPTS]
+        answers = await asyncio.gather(*[self._answer(replica, prompt, max_tokens) for prompt in prompts])
+        return {
+            prompt.name: replace(answer, max_tokens=max_tokens) for prompt, answer in zip(prompts, answers, strict=True)
+        }
 
     async def _max_tokens(self, replica: Replica) -> int:
         """How long answers may be, so that they fit an engine's context beside the prompt."""

@@ -10,10 +10,20 @@ from gateway.routing.cluster_state import ClusterState
 from gateway.routing.filters import is_overloaded
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import NOT_OVERLOADED
-from gateway.routing.pick import Candidate, RungResult, any_context_fits, decide, drawn_member, look_at_rung
+from gateway.routing.pick import (
+    Candidate,
+    RungResult,
+    any_context_fits,
+    any_replica_able,
+    decide,
+    drawn_member,
+    look_at_external,
+    look_at_rung,
+    without_external,
+)
 from gateway.routing.request import RoutingRequest
 from gateway.routing.score import CostTerms, cost_terms
-from gateway.routing.snapshot import AbsentReplica
+from gateway.routing.snapshot import AbsentReplica, Snapshot
 from gateway.routing.spill import CLOSED, SpillGate, free_seconds, longest_wait_seconds, share_down
 
 
@@ -93,6 +103,12 @@ def explain(
     )
 
 
+def explain_recorded(snapshot: Snapshot) -> Explanation:
+    """Explain a decision that was made."""
+    request, wait_seconds = snapshot.routing_request()
+    return explain(request, snapshot.cluster(), snapshot.now_seconds, absent=snapshot.absent, wait_seconds=wait_seconds)
+
+
 class _DecisionTrace:
     """One decision with the result of every rung, also of those below the one that answers."""
 
@@ -100,7 +116,7 @@ class _DecisionTrace:
         self.request, self.cluster, self.now, self.limit_seconds = request, cluster, now, wait_seconds
         # A rung without a drawn member is shown as its stable one, which has no replica to ask then.
         self.variants = [drawn_member(rung, request, cluster) or rung.variants[0] for rung in request.rungs]
-        needed = request.needed_tokens
+        self.on_replicas, needed = without_external(request), request.needed_tokens
         self.needed_tokens = needed if any_context_fits(request.rungs, cluster, needed) else 0.0
         self.results = list(self._look_at_rungs())
         self.candidate = decide(request, cluster, now).candidate
@@ -125,10 +141,13 @@ class _DecisionTrace:
 
     def _look_at_rungs(self) -> Iterator[RungResult]:
         passed_over = False
-        for place in range(len(self.request.rungs)):
-            result = look_at_rung(place, self.request, self.cluster, self.needed_tokens, self.now, passed_over)
+        for place in range(len(self.on_replicas.rungs)):
+            result = look_at_rung(place, self.on_replicas, self.cluster, self.needed_tokens, self.now, passed_over)
             passed_over = passed_over or result.verdict != "no_replica"
             yield result
+        passed_over = any_replica_able(self.on_replicas, self.cluster, self.now)
+        for place in range(len(self.on_replicas.rungs), len(self.request.rungs)):
+            yield look_at_external(place, self.request, self.cluster, self.now, passed_over)
 
     # The decision
 
@@ -157,6 +176,8 @@ class _DecisionTrace:
         wait = f"its wait is {replica.wait_seconds:.3f} s"
         if self.refused:
             return f"refused (429): the soonest is {replica.id}, {wait}, the request may wait {self.limit_seconds:g} s"
+        if candidate.variant.is_external:
+            return self._because_external()
         if not replica.known:
             return "speed unknown: the shortest queue of the best rung that has a replica"
         if replica.wait_seconds > after_seconds and self._result(candidate).verdict == "answers":
@@ -167,6 +188,14 @@ class _DecisionTrace:
         above = range(self.variants.index(candidate.variant))
         passed = [f"{self.variants[place].name} {self._verdict(place)}" for place in above]
         return "; ".join([f"{wait}, spill.after_seconds is {after_seconds:g}", *passed])
+
+    def _because_external(self) -> str:
+        """Why an external model is asked: what each rung of replicas says."""
+        after_seconds = self.request.target.spill.after_seconds
+        rungs = [f"{self.variants[place].name} {self._verdict(place)}" for place in range(len(self.on_replicas.rungs))]
+        if not rungs:
+            return "external: no rung of replicas may answer"
+        return f"external: no replica can answer within spill.after_seconds ({after_seconds:g}); {'; '.join(rungs)}"
 
     # Rungs
 
@@ -263,6 +292,8 @@ class _DecisionTrace:
     def _outscored(self, place: int, replica: LatencyEstimate) -> str:
         candidate, result = self.candidate, self.results[place]
         assert candidate is not None, "a replica that can be asked is asked if no other is"
+        if self.variants[place].is_external and not candidate.variant.is_external:
+            return "external models are asked last: a replica answers soon enough"
         if candidate.variant is self.variants[place]:
             return self._costs_more(replica, candidate.replica)
         if result.verdict == "spills":

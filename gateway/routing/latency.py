@@ -95,11 +95,14 @@ class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
 
 def estimate_latency(metrics: ReplicaMetrics) -> LatencyEstimate:
     """Estimate what one more request would cost."""
-    replica, in_flight, speed = metrics.replica, metrics.in_flight, metrics.speed
+    replica, in_flight = metrics.replica, metrics.in_flight
+    # Of an external model nobody here knows what else it does: it is never compared by seconds.
+    speed = metrics.speed if replica.external is None else None
     requests = in_flight + metrics.others
     context_tokens = float(replica.max_model_len_tokens or UNLIMITED_TOKENS)
     has_room = in_flight < replica.max_in_flight
-    stale, most, tools = metrics.stale, replica.max_in_flight, replica.tools is not False
+    stale = metrics.stale and replica.external is None
+    most, tools = replica.max_in_flight, replica.tools is not False
     if speed is None:
         known = (has_room, False, False, stale, in_flight, requests, most, context_tokens)
         return LatencyEstimate(replica.id, replica.variant, *known, tools=tools)

@@ -6,6 +6,10 @@ there, and the best is picked; the rung's spill gate has the last word. The firs
 gateway.routing.spill lets it. If no rung is soon enough, the cheapest pick of all answers. At most half of a variant's
 replicas are left out behind open breakers; the least bad of the others are asked like any other, or, if they time out,
 as the last resort below every rung. Replicas that send nothing any more are left out, however many they are.
+
+External models are behind all of that, whatever is known of their speed: one answers only what no rung of replicas
+can, or what would wait there for longer than `spill.after_seconds`. They are part of no gate and no comparison, and no
+conversation lives on one.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -33,6 +37,7 @@ from gateway.routing.spill import (
     abandoned,
     evaluate,
     evaluate_last,
+    longest_wait_seconds,
     update,
 )
 from gateway.routing.split import Rung, RungKey, choose_member
@@ -90,6 +95,32 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
 def decide(request: RoutingRequest, cluster: ClusterState, now: float) -> Decision:
     """Choose a replica among those of the rungs that may answer."""
+    if request.rungs and request.rungs[-1].external:
+        return _decide_with_external(request, cluster, now)
+    return _decide_on_replicas(request, cluster, now)
+
+
+def _decide_with_external(request: RoutingRequest, cluster: ClusterState, now: float) -> Decision:
+    """Ask an external model if no rung of replicas answers soon enough; they are the last rungs."""
+    on_replicas = without_external(request)
+    decision = _descend(on_replicas, cluster, request.needed_tokens, now)
+    candidate = decision.candidate
+    if candidate is not None and not waits_too_long(candidate, on_replicas, now):
+        return decision
+    passed_over = any_replica_able(on_replicas, cluster, now)
+    for place in range(len(on_replicas.rungs), len(request.rungs)):
+        external = look_at_external(place, request, cluster, now, passed_over).candidate
+        if external is not None:
+            return Decision(external, decision.gates)
+    if candidate is not None:
+        return decision
+    decision = _decide_on_replicas(on_replicas, cluster, now)
+    if decision.candidate is not None:
+        return decision
+    return Decision(last_resort(request, cluster, 0.0, now), decision.gates)
+
+
+def _decide_on_replicas(request: RoutingRequest, cluster: ClusterState, now: float) -> Decision:
     needed_tokens = request.needed_tokens
     decision = _descend(request, cluster, needed_tokens, now)
     if decision.candidate is not None:
@@ -101,6 +132,47 @@ def decide(request: RoutingRequest, cluster: ClusterState, now: float) -> Decisi
     if decision.candidate is None and (cluster.breakers or cluster.silent):
         return Decision(last_resort(request, cluster, needed_tokens, now), decision.gates)
     return decision
+
+
+def without_external(request: RoutingRequest) -> RoutingRequest:
+    """The same request for the rungs of replicas only."""
+    return msgspec.structs.replace(request, rungs=tuple([rung for rung in request.rungs if not rung.external]))
+
+
+def waits_too_long(candidate: Candidate, request: RoutingRequest, now: float) -> bool:
+    """Return whether a request would wait for longer than its alias allows, so that an external model is worth it."""
+    replica, home = candidate.replica, home_place(request.placement, request.rungs, now)
+    at_home = home is not None and request.rungs[home].has(candidate.variant.name)
+    return replica.known and replica.wait_seconds > longest_wait_seconds(
+        request.target.spill, "here" if at_home else "none"
+    )
+
+
+def any_replica_able(request: RoutingRequest, cluster: ClusterState, now: float) -> bool:
+    """Return whether any replica could be asked if it had room: a request that passes it is spilled."""
+    for rung in request.rungs:
+        variant = drawn_member(rung, request, cluster)
+        ready = () if variant is None else admitted(cluster.estimates(variant.name), cluster, now)
+        if filter_replicas(ready, request.tried, request.needed_tokens, request.tools):
+            return True
+    return False
+
+
+def look_at_external(
+    place: int, request: RoutingRequest, cluster: ClusterState, now: float, passed_over: bool
+) -> RungResult:
+    """Filter and pick on one external rung: it has no gate, and its speed does not matter."""
+    rung = request.rungs[place]
+    variant = drawn_member(rung, request, cluster)
+    if variant is None:
+        return NO_REPLICA
+    able = filter_replicas(admitted(cluster.estimates(variant.name), cluster, now), request.tried, 0.0, request.tools)
+    roomy = [each for each in able if each.has_room]
+    if not roomy:
+        return RungResult(None, "too_slow") if able else NO_REPLICA
+    best = shortest_queue(roomy, request.turn)
+    candidate = Candidate(best, variant, _reason(place, variant, request, passed_over))
+    return RungResult(candidate, "answers", wait_seconds=0.0)
 
 
 def look_at_rung(
@@ -244,7 +316,8 @@ def unready_counts(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatu
     counts = {
         "starting": sum(state in PENDING for state in states),
         "failed": sum(state is State.FAILED for state in states),
-        "stopping": sum(state not in PENDING and state is not State.FAILED for state in states),
+        "stopping": sum(state not in PENDING and state not in (State.FAILED, State.STOPPED) for state in states),
+        "stopped": sum(state is State.STOPPED for state in states),
     }
     told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     return f"{told}, of {len(states)}" if states else "none is running"

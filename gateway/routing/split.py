@@ -30,11 +30,13 @@ class Rung:
     filtered: bool = False
     only: Variant | None = field(init=False, repr=False, compare=False)
     names: tuple[str, ...] = field(init=False, repr=False, compare=False)  # of the variants
+    external: bool = field(init=False, repr=False, compare=False)  # another provider runs its variants
 
     def __post_init__(self) -> None:
         alone = len(self.members) == 1 and not self.filtered
         object.__setattr__(self, "only", self.members[0][0] if alone else None)
         object.__setattr__(self, "names", tuple([variant.name for variant, _ in self.members]))
+        object.__setattr__(self, "external", any(variant.is_external for variant, _ in self.members))
 
     @classmethod
     def of(cls, variant: Variant) -> "Rung":

@@ -146,6 +146,7 @@ def _no_variant(target: Target, rejected: Sequence[Rejection]) -> str:
 
 
 def _target(name: str, alias: AliasSettings, ladder: tuple[Rung, ...]) -> Target:
+    ladder = tuple(sorted(ladder, key=lambda rung: rung.external))  # a rollout may name them in any order
     result = FilterResult(ladder, ()) if alias.admit_failed else filter_failed(ladder)
     return Target(
         name,

@@ -47,7 +47,7 @@ class RunRecord:
 
 
 class LossLog(logging.Handler):
-    """Catches a module's loss, which AutoGPTQ tells its log and nobody else."""
+    """Catches a module's loss, which AutoGPTQ writes to its log only."""
 
     loss = math.nan
 
@@ -178,7 +178,7 @@ def recording(solver: Any, run: RunRecord, layers: int) -> Any:
                 record(run, self.name, loss, damp, layers)
                 run.packed.update(packed(self.name, self.layer.weight.data, found, run.job["bits"]))
                 return found
-            raise Refused("SolveError", f"{self.name}: its Hessian doesn't factor with any damping of {told(run)}")
+            raise Refused("SolveError", f"{self.name}: its Hessian doesn't factor with any damping of {dampings(run)}")
 
     return RecordingGptq
 
@@ -207,7 +207,7 @@ def record(run: RunRecord, module: str, loss: float, damp: float, layers: int) -
     run.send({"event": {"module": module, "layer": layer, "loss": loss, "damp": damp}})
 
 
-def told(run: RunRecord) -> str:
+def dampings(run: RunRecord) -> str:
     return ", ".join(f"{damp:g}" for damp in run.job["damping"]) + "; add samples, or try a larger --damp"
 
 

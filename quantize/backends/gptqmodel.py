@@ -1,4 +1,4 @@
-"""GPTQModel 7.6 as a child process: what it is told, and what it found."""
+"""GPTQModel 7.6 as a child process: its job, and its result."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

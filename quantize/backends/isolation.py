@@ -104,7 +104,7 @@ def _run(command: list[str], environ: Mapping[str, str], log_file: Path, program
 
 
 def _publish(staged: Path, home: Path) -> None:
-    if (home / "bin" / "python").exists():  # somebody else was faster
+    if (home / "bin" / "python").exists():  # another process was faster
         return
     shutil.rmtree(home, ignore_errors=True)
     staged.rename(home)

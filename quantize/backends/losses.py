@@ -39,13 +39,13 @@ class SolvedModule:
         return self.module.rpartition(".")[2]
 
 
-def as_loss(told: Any) -> float | None:
-    """Read a loss as GPTQModel tells it: a number, or words where it rounded to nearest instead."""
+def as_loss(value: Any) -> float | None:
+    """Read a loss of GPTQModel's log: a number, or words where it rounded to nearest instead."""
     try:
-        value = float(told)
+        loss = float(value)
     except (TypeError, ValueError):
         return None
-    return value if math.isfinite(value) and value < _ABSURD_LOSS else None
+    return loss if math.isfinite(loss) and loss < _ABSURD_LOSS else None
 
 
 def fallbacks(modules: Iterable[SolvedModule]) -> tuple[str, ...]:

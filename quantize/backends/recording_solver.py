@@ -57,10 +57,10 @@ class SolverRecord:
     def _non_finite_line(self, module: str, sample: int, finite: Any) -> str:
         token = int(finite.logical_not().int().argmax())
         ids = self.ids[sample] if sample < len(self.ids) else ()
-        told = f" (id {ids[token]})" if token < len(ids) else ""
+        numbered = f" (id {ids[token]})" if token < len(ids) else ""
         return (
             f"{self.where[sample]}: non-finite activations (NaN or Inf), first in the input of {module}, at token "
-            f"{token}{told}; remove this line, or repair the base"
+            f"{token}{numbered}; remove this line, or repair the base"
         )
 
     def record(self, solved: SolvedModule) -> None:

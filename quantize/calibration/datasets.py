@@ -210,8 +210,8 @@ def _shortened(dataset: Dataset) -> list[str]:
     for mark, advice in _OF_THE_FILE.items():
         alike = [problem for problem in problems if mark in problem]
         if len(alike) >= _SAME_PROBLEM:
-            told = f"{alike[0]} ({len(alike)} rows of this file){advice}"
-            problems = [told, *(problem for problem in problems if problem not in alike)]
+            summary = f"{alike[0]} ({len(alike)} rows of this file){advice}"
+            problems = [summary, *(problem for problem in problems if problem not in alike)]
     return problems
 
 

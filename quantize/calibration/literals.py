@@ -1,6 +1,6 @@
 """Special tokens written out in a message's content (`What does <|im_end|> mean?`) stay text when a chat is encoded.
 
-A tokenizer turns every `<|im_end|>` of a rendered chat into its special token, whoever wrote it. Here the first
+A tokenizer turns every `<|im_end|>` of a rendered chat into its special token, a user's, too. Here the first
 character of those in contents is replaced, before the template runs, by a private one of the same length. A second
 tokenizer then knows the special tokens of the template by another private character, and the contents as they were.
 Only rows that contain such text go this way; all others are encoded by the base's tokenizer as ever.

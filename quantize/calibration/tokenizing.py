@@ -85,7 +85,7 @@ def adds_bos(tokenizer: Tokenizer) -> bool:
 def require_reasoning(records: Sequence[Record], samples: Sequence[Sample], markers: Markers = THINK) -> None:
     """Refuse samples that lost all of their source's reasoning: the Hessian would never see it.
 
-    What is cut off and what the template deletes are told apart.
+    What is cut off and what the template deletes are counted apart.
     """
     lost = [pair for pair in zip(records, samples, strict=True) if has_reasoning(pair[0], markers)]
     if not lost or any(sample.reasoning_tokens for sample in samples):

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from config.golden import LONGEST_TOKENS
+from quantize.evaluation.distribution import histogram, percentiles
 from quantize.evaluation.inputs import EvalInputs, text_of
 from quantize.evaluation.paired_completions import CompletionOutcome, ends_in_run
 from quantize.evaluation.sample_metrics import SampleMetrics, WorstToken
 from quantize.evaluation.sampling import GenerationRequest
-from quantize.evaluation.token_metrics import histogram, percentiles
 
 _WORST_SAMPLES = 10
 _SHOWN_PAIRS = 6
@@ -18,7 +18,7 @@ _GOLDEN_DIGITS = 4  # a server's bf16 differs in the second
 
 def divergence_artefacts(reading: SampleMetrics) -> dict[str, Any]:
     """Describe the distribution of the divergences of all tokens, those of prompts included."""
-    every = reading.every.divergence
+    every = reading.every.divergence.tolist()
     return {
         "tokens": len(every),
         "samples": len(reading.samples),

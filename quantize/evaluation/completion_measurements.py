@@ -31,7 +31,7 @@ def task_measurements(
     ours: Sequence[Completion], theirs: Sequence[Completion], questions: Sequence[dict[str, Any]], tokenizer: Any
 ) -> dict[str, dict[str, Any]]:
     """Give which questions parent and variant answer correctly."""
-    asked, markers = [question_from(told) for told in questions], markers_of(tokenizer)
+    asked, markers = [question_from(row) for row in questions], markers_of(tokenizer)
     parent, variant = (
         [
             is_right(text_of(completion.ids, tokenizer), question.answer, markers)

@@ -91,7 +91,7 @@ def greedy(sampling: SamplingParameters) -> SamplingParameters:
 
 
 def answer_header(tokenizer: Any) -> str:
-    """Find what a template writes before an answer; empty where it can't be told."""
+    """Find what a template writes before an answer; empty where that is unknown."""
     if not tokenizer.chat_template:
         return ""
     chat = [{"role": "user", "content": "?"}]

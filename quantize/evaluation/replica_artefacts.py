@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from config.golden import LONGEST_TOKENS
+from quantize.evaluation.distribution import histogram, percentiles
 from quantize.evaluation.inputs import EvalInputs, text_of
-from quantize.evaluation.top_k_metrics import Prediction, SampleDistances, WorstPosition, histogram, percentiles
+from quantize.evaluation.top_k_metrics import Prediction, SampleDistances, WorstPosition
 
 _WORST_SAMPLES = 10
 _TOP_TOKENS = 5

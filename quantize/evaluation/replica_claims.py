@@ -1,4 +1,4 @@
-"""Whether two servers serve what is claimed of them: the variant, and its parent. Reads configs, asks nobody."""
+"""Whether two servers serve what is claimed of them: the variant, and its parent. Reads configuration files only."""
 
 from collections.abc import Sequence
 from math import fsum

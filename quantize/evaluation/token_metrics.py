@@ -11,9 +11,6 @@ from config.measurements import TokenSums
 
 # Entries of the vocabulary at a time: 512 positions of it are 8 MB, which fits a CPU's cache.
 VOCABULARY_SLICE = 4096
-_HISTOGRAM_DECADES = (-6, 2)
-_BINS_A_DECADE = 4
-_PERCENTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
 
 # (first, last) of a slice of the vocabulary -> fp32 logits [T, last - first] of that slice.
 Logits = Callable[[int, int], Any]
@@ -114,24 +111,6 @@ def token_sums(metrics: TokenMetrics, flags: Any) -> TokenSums:
 def percentile(sorted_values: Any, share: float) -> float:
     """The value [T] that `share` of all values don't exceed."""
     return float(sorted_values[int(share * (len(sorted_values) - 1))])
-
-
-def percentiles(divergence: Any) -> dict[str, float]:
-    """The divergences that so many tokens don't exceed, and the largest."""
-    ordered = divergence.sort().values
-    return {f"p{100 * share:g}": percentile(ordered, share) for share in _PERCENTILES} | {"max": float(ordered[-1])}
-
-
-def histogram(divergence: Any) -> dict[str, list[Any]]:
-    """Count divergences between edges at equal ratios; the last bin also takes what lies beyond it."""
-    import torch  # noqa: PLC0415
-
-    low, high = _HISTOGRAM_DECADES
-    steps = range(_BINS_A_DECADE * low, _BINS_A_DECADE * high + 1)
-    edges = [0.0, *(float(f"{10 ** (step / _BINS_A_DECADE):.4g}") for step in steps)]
-    inner = torch.tensor(edges[1:-1], dtype=divergence.dtype)
-    counts = torch.bucketize(divergence, inner, right=True).bincount(minlength=len(edges) - 1)
-    return {"edges": edges, "counts": counts.tolist()}
 
 
 def _empty(targets: Any) -> _Softmax:

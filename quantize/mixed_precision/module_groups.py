@@ -86,10 +86,10 @@ def written(module_groups: Sequence[ModuleGroup], chosen: Mapping[str, WeightArg
             general.append(_override(pattern, usual))
         expected = usual if pattern else plain
         single += [
-            _override(told, given)
+            _override(pattern, given)
             for members, given in kind.items()
             if given != expected
-            for told in _patterns(members, modules)
+            for pattern in _patterns(members, modules)
         ]
     return uniform_scheme(plain, [*single, *general])
 

@@ -176,7 +176,7 @@ def layers_of(model: Any) -> Any:
 
 
 def layer_of(model: Any, module: str) -> int:
-    """Tell which layer a module belongs to; 0 where none can be told, so that everything is computed again."""
+    """Tell which layer a module belongs to; 0 where none is known, so that everything is computed again."""
     wanted = model.get_submodule(module)
     for number, layer in enumerate(layers_of(model)):
         if any(part is wanted for part in layer.modules()):

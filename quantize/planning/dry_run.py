@@ -176,7 +176,7 @@ def as_text(plan: DryRunPlan) -> str:
         *(("problem", line) for line in plan.shortages),
     ]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {told}" for name, told in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
 
 
 def _solver_rows(plan: DryRunPlan) -> list[tuple[str, str]]:

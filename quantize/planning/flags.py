@@ -1,8 +1,10 @@
 """The flags of `quantgate quantize` and `quantgate evaluate`: parsed values, None for what was not given."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from config.command_line import CommandParser
 from quantize.calibration.datasets import MAX_BAD
 from quantize.evaluation.evaluate import DEFAULT_PLAN, REPLICA_SAMPLE_TOKENS
 from quantize.planning.flag_values import (
@@ -23,32 +25,30 @@ from quantize.schemes.scheme import PRESETS
 from quantize.schemes.settings import DAMPING_LADDER, SETTINGS
 
 _QUANTIZE = "Make an int4 or int8 variant of a model and measure how far it is from its parent."
-_QUANTIZE_EXAMPLES = """\
-examples:
-  quantgate quantize models/QwQ-32B --scheme w4a16-g128 --data chats.jsonl --out variants/qwq-int4
-  quantgate quantize models/QwQ-32B --recipe reasoning-best --data chats.jsonl --plan
-  quantgate quantize --recipe qwq.yaml --override '*.down_proj=8' --gate
-
+_QUANTIZE_EXAMPLES = (
+    "quantgate quantize models/QwQ-32B --scheme w4a16-g128 --data chats.jsonl --out variants/qwq-int4",
+    "quantgate quantize models/QwQ-32B --recipe reasoning-best --data chats.jsonl --plan",
+    "quantgate quantize --recipe qwq.yaml --override '*.down_proj=8' --gate",
+)
+_QUANTIZE_EPILOG = """\
 A row of the data is {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}; ShareGPT,
 Alpaca and other formats are recognized (`Data` in quantize/README.md). A third of the prompts is kept out of
 calibration and used for the evaluation. A flag wins over the recipe.
 
 exit codes: 0 done (or this very variant was there already), 1 failed, 2 usage, 3 --gate: not shown to meet all limits,
-            4 somebody else is making this variant
+            4 another process is making this variant
 """
-_EVALUATE = "Measure how far a variant is from its base, whoever made it."
-_EVALUATE_EXAMPLES = """\
-examples:
-  quantgate evaluate variants/qwq-int4 --against models/QwQ-32B --data chats.jsonl --limit kl_mean=0.03 --gate
-  quantgate evaluate variants/qwq-fp8 --against models/QwQ-32B --replica http://h:8001 --parent-replica http://h:8000
-
-exit codes: 0 done, 1 failed, 2 usage, 3 --gate: not shown to meet all limits
-"""
+_EVALUATE = "Measure how far a variant is from its base; any tool may have made it."
+_EVALUATE_EXAMPLES = (
+    "quantgate evaluate variants/qwq-int4 --against models/QwQ-32B --data chats.jsonl --limit kl_mean=0.03 --gate",
+    "quantgate evaluate variants/qwq-fp8 --against models/QwQ-32B --replica http://h:8001 --parent-replica http://h:8000",
+)
+_EVALUATE_EPILOG = "exit codes: 0 done, 1 failed, 2 usage, 3 --gate: not shown to meet all limits"
 
 
-def quantize_parser() -> argparse.ArgumentParser:
+def quantize_parser() -> CommandParser:
     """Describe `quantgate quantize`."""
-    parser = _parser("quantgate quantize", _QUANTIZE, _QUANTIZE_EXAMPLES)
+    parser = _parser("quantgate quantize", _QUANTIZE, _QUANTIZE_EXAMPLES, _QUANTIZE_EPILOG)
     parser.add_argument(
         "model", type=Path, nargs="?", help="model directory: config.json, *.safetensors, tokenizer (recipe: base)"
     )
@@ -62,9 +62,9 @@ def quantize_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def evaluate_parser() -> argparse.ArgumentParser:
+def evaluate_parser() -> CommandParser:
     """Describe `quantgate evaluate`."""
-    parser = _parser("quantgate evaluate", _EVALUATE, _EVALUATE_EXAMPLES)
+    parser = _parser("quantgate evaluate", _EVALUATE, _EVALUATE_EXAMPLES, _EVALUATE_EPILOG)
     add = parser.add_argument
     add("variant", type=Path, help="quantized model directory: GPTQ 4/8 bits or w8a8; with --replica any format")
     add("--against", type=Path, required=True, metavar="BASE", help="its unquantized parent")
@@ -270,11 +270,11 @@ def _add_gate(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _parser(program: str, description: str, examples: str) -> OneLineParser:
+def _parser(program: str, description: str, examples: Sequence[str], epilog: str) -> OneLineParser:
     return OneLineParser(
-        program,
+        prog=program,
         usage="%(prog)s [MODEL] [--recipe FILE] [--scheme NAME] --out DIR [...]" if "quantize" in program else None,
         description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=examples,
+        epilog=epilog,
     )

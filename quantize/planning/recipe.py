@@ -76,7 +76,7 @@ class Recipe:
         payload = {
             "revision": _REVISION,
             "base": self.base.digest,
-            "scheme": self.scheme.identity() if self.budget is None else _told(self.budget),
+            "scheme": self.scheme.identity() if self.budget is None else _budget_identity(self.budget),
             "calibration": sorted((dataset.sha256, dataset.weight) for dataset in self.datasets),
             "samples": self.samples,
             "max_tokens": self.max_tokens,
@@ -109,7 +109,7 @@ class Recipe:
         return f"{slug(self.base.name)}-{self.scheme.precision}-{self.digest()[:8]}"
 
 
-def _told(budget: Budget) -> dict[str, object]:
+def _budget_identity(budget: Budget) -> dict[str, object]:
     kept = [override.model_dump(mode="json") for override in budget.overrides]
     return {"max_bytes": budget.max_bytes, "max_kl": budget.max_kl, "overrides": kept}
 

@@ -41,7 +41,7 @@ class TextFile:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One variant that somebody wants.
+    """One variant to make.
 
     base               directory of the unquantized model
     scheme             its numbers with all overrides, or the budget that the search for them has

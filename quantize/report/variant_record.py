@@ -70,7 +70,7 @@ class CompletionPair(_Shown):
     variant_finished: bool = False
 
 
-class Evaluation(_Shown):
+class EvaluationRecord(_Shown):
     """`evaluation.json`."""
 
     kl_histogram: KlHistogram | None = None
@@ -85,7 +85,7 @@ class VariantRecord:
     directory: Path
     manifest: Manifest
     modules: tuple[ModuleResult, ...]
-    evaluation: Evaluation
+    evaluation: EvaluationRecord
     capacity: Capacity
 
     @property
@@ -101,7 +101,7 @@ def read_variant_record(directory: Path, manifest: Manifest) -> VariantRecord:
         directory=directory,
         manifest=manifest,
         modules=_read(quant_log_file(directory), Modules).modules,
-        evaluation=_read(directory / EVALUATION_FILE, Evaluation),
+        evaluation=_read(directory / EVALUATION_FILE, EvaluationRecord),
         capacity=read_capacity(directory / CAPACITY_FILE),
     )
 

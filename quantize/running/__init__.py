@@ -1,1 +1,1 @@
-"""Long work in child processes: what it is told, what it tells, and how it stops and goes on."""
+"""Long work in child processes: its input, its output, and how it stops and resumes."""

@@ -1,10 +1,10 @@
-"""What this room's command lines share: exit codes, errors told in one line, usage errors too."""
+"""What the command lines of this package share: exit codes, and errors in one line, usage errors too."""
 
-import argparse
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from config.command_line import CommandParser
 from config.errors import CapacityError, ConfigError, ManifestError
 from quantize.errors import CalibrationError, QuantizeError, RecipeFileError
 from quantize.running.interrupt import Terminated, terminable
@@ -13,7 +13,7 @@ DONE, FAILED, USAGE, GATE = 0, 1, 2, 3
 _INTERRUPTED, _TERMINATED = 130, 143
 
 
-class OneLineParser(argparse.ArgumentParser):
+class OneLineParser(CommandParser):
     """Tells a usage error in one line."""
 
     def error(self, message: str) -> NoReturn:

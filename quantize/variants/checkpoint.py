@@ -182,7 +182,7 @@ def _save(tensors: Tensors, path: Path) -> None:
     from safetensors.torch import save_file  # noqa: PLC0415
 
     save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(0o644)  # safetensors makes it private; whoever serves may be somebody else
+    path.chmod(0o644)  # safetensors makes it private; the server may run as another user
 
 
 def _write_configs(base: Path, scheme: Scheme, damp: float, into: Path, tree: ModuleTree) -> None:

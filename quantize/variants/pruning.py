@@ -98,7 +98,7 @@ def _remains(folders: Sequence[Path], before_seconds: float) -> Iterator[tuple[P
             yield path, f"process {staged['pid']} that made {staged['name']} is gone"
         elif solving and _newest_seconds(path) < before_seconds and not is_locked(path):
             days = (time.time() - _newest_seconds(path)) / _DAY_SECONDS
-            yield path, f"nobody has resumed {solving['name']} for {days:.0f} days"
+            yield path, f"{solving['name']} was not resumed for {days:.0f} days"
 
 
 def _sealed(folders: Sequence[Path]) -> Iterator[tuple[Path, Manifest]]:
@@ -109,7 +109,7 @@ def _sealed(folders: Sequence[Path]) -> Iterator[tuple[Path, Manifest]]:
             manifest = Manifest.read(path)
         except ManifestError:
             continue  # whatever it is, it isn't ours to remove
-        # An adopted one is somebody else's work, and maybe the only copy.
+        # An adopted one was made by another tool, and may be the only copy.
         if manifest.calibration is not None:
             yield path, manifest
 

@@ -12,7 +12,7 @@ _BITS_BY_METHOD = {"fp8": 8, "fbgemm_fp8": 8, "mxfp4": 4, "modelopt": 8, "modelo
 
 
 def read_weight_bits(directory: Path) -> int:
-    """Read the fewest bits from a directory's config.json; VariantError if they can't be told."""
+    """Read the fewest bits from a directory's config.json; VariantError if they are unknown."""
     try:
         config = json.loads((directory / "config.json").read_bytes())
     except (OSError, ValueError):

@@ -23,12 +23,14 @@ from config.manifest import Manifest
 from serving.address import address_of
 from serving.errors import LaunchRefused, MeasuringRefused, ServingError
 from serving.machine import installed_engine, this_machine
-from serving.measuring.flags import launch_settings, read_flags
+from serving.measuring.flags import launch_settings, measure_parser, read_flags
 from serving.measuring.hardware import launch_hardware, local_hardware
 from serving.measuring.measuring import MeasurementSettings, Reporter, measure
 from serving.measuring.server import BenchmarkContext
 from serving.measuring.table import measurement_text
 from serving.measuring.target import BenchmarkTarget, configured_targets, target_of_flags
+
+__all__ = ["measure_main", "measure_parser"]
 
 DONE, FAILED, USAGE = 0, 1, 2
 CPU_CONCURRENCIES, GPU_CONCURRENCIES = (1, 4, 16), (1, 4, 16, 64)

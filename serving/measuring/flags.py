@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from config.capacity import Hardware
-from config.command_line import exit_codes
+from config.command_line import CommandParser, exit_codes
 from serving.measuring.mix import parse_mix
 
 DESCRIPTION = """\
@@ -28,7 +28,7 @@ LAUNCH = {
 }
 
 
-class OneLineParser(argparse.ArgumentParser):
+class OneLineParser(CommandParser):
     """Prints a usage error as one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -38,7 +38,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def read_flags(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line; options that exclude each other are a usage error."""
-    parser = _parser()
+    parser = measure_parser()
     options = parser.parse_args(arguments)
     if options.out and (len(options.variants) > 1 or options.plot):
         parser.error("--out takes the measurement of one VARIANT")
@@ -59,9 +59,16 @@ def launch_settings(options: argparse.Namespace) -> dict[str, object]:
     return settings | {name: value for name, value in others.items() if value}
 
 
-def _parser() -> argparse.ArgumentParser:
+def measure_parser() -> CommandParser:
+    """Describe `quantgate measure`."""
     parser = OneLineParser(
-        "quantgate measure", description=DESCRIPTION, epilog=exit_codes(0, 1, 2, code_130="Ctrl-C", code_143="SIGTERM")
+        prog="quantgate measure",
+        description=DESCRIPTION,
+        examples=[
+            "quantgate measure variants/qwq-int4 --gpus 0,1 --tensor-parallel 2",
+            "quantgate measure qwq-int4 --config quantgate.yaml --json",
+        ],
+        epilog=exit_codes(0, 1, 2, code_130="Ctrl-C", code_143="SIGTERM"),
     )
     add = parser.add_argument
     add("variants", nargs="+", metavar="VARIANT", help="a variant's directory, or its parent's; with --config a name")

@@ -22,7 +22,7 @@ from serving.state.tables import FOLLOWERS, OWNERS, REPLICAS, SCHEMA_VERSION, ST
 EXPIRE_OWNER_SECONDS = 86400.0
 EXPIRE_FOLLOWER_SECONDS = 3600.0
 SINCE_TOLERANCE_SECONDS = 2.0  # computed from a monotonic clock at each publish
-UPGRADABLE = frozenset({2})  # older schema versions that migrations bring up to date
+UPGRADABLE = frozenset({2, 3})  # older schema versions that migrations bring up to date
 MIGRATION_LOCK = 7_165_203  # an arbitrary key of a PostgreSQL advisory lock
 
 

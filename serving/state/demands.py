@@ -97,8 +97,8 @@ class DemandFollower:
             await asyncio.sleep(FOLLOW_SECONDS)
             if not await self.follow():
                 continue
-            told = ", ".join(f"{each.variant} {'runs' if each.run else 'stops'}" for each in self.current)
-            log.info("rollouts want other replicas: %s", told)
+            wanted = ", ".join(f"{each.variant} {'runs' if each.run else 'stops'}" for each in self.current)
+            log.info("rollouts want other replicas: %s", wanted)
             try:
                 await apply()
             except ServingError as error:

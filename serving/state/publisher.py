@@ -11,7 +11,7 @@ from typing import Self
 
 from serving.errors import NoSuchReplica, StateAway
 from serving.registry import Registry
-from serving.replica import State
+from serving.replica import ReplicaStatus, State
 from serving.state.database import FollowerAck, Owner, PublishReceipt, ReplicaRecord
 from serving.state.link import Link
 
@@ -138,8 +138,11 @@ class Publisher:
                 processes.get(status.replica.id),
             )
             for status in self.registry.snapshot()
-            if status.replica.id not in self.external
+            if self._is_published(status)
         )
+
+    def _is_published(self, status: ReplicaStatus) -> bool:
+        return status.replica.id not in self.external and status.replica.external is None
 
     def _update_followers(self, followers: tuple[FollowerAck, ...]) -> None:
         now, known = self.clock(), self._followers
@@ -155,8 +158,4 @@ class Publisher:
     def _states(self) -> list[tuple[object, ...]]:
         """What is published at once when it changes; the rest waits for the next heartbeat."""
         everything = self.registry.snapshot()
-        return [
-            (status.replica, status.state, status.reason)
-            for status in everything
-            if status.replica.id not in self.external
-        ]
+        return [(status.replica, status.state, status.reason) for status in everything if self._is_published(status)]

@@ -2,7 +2,7 @@
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 METADATA = MetaData()
 
@@ -160,4 +160,31 @@ REPLICA_DEMANDS = Table(
     Column("modeled_on", String(200), nullable=False),
     Column("run", Boolean, nullable=False),
     Column("rollout", String(40), nullable=False),
+)
+
+# What the requests of an hour used, added up over all gateway workers. `hour` counts hours since 1970 (UTC); text that
+# does not apply is "none", as in the access log.
+USAGE = Table(
+    "quantgate_usage",
+    METADATA,
+    Column("hour", Integer, primary_key=True, autoincrement=False),
+    Column("key", String(200), primary_key=True),
+    Column("alias", String(300), primary_key=True),
+    Column("precision", String(40), primary_key=True),
+    Column("requests", BigInteger, nullable=False),
+    Column("errors", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("seconds", Float, nullable=False),
+    Column("external_cost_usd", Float, nullable=False),
+)
+
+# The last batch of usage that each gateway worker has written: a batch that is written again, because its outcome was
+# unknown, is not added twice.
+USAGE_BATCHES = Table(
+    "quantgate_usage_batches",
+    METADATA,
+    Column("worker", String(200), primary_key=True),
+    Column("batch", Integer, nullable=False),
+    Column("at", Float, nullable=False),
 )

@@ -15,7 +15,7 @@ from config.load import load_settings
 from config.schema import Settings, Table
 
 EXAMPLE = Path(__file__).parents[2] / "config" / "example.yaml"
-SECRETS = {"REPLICA_KEY": "s3cret", "ADMIN_KEY": "operators"}
+SECRETS = {"REPLICA_KEY": "s3cret", "ADMIN_KEY": "operators", "OPENAI_KEY": "k3y", "OPENAI_ORGANIZATION": "org"}
 
 
 def write(folder: Path, text: str) -> Path:

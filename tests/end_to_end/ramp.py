@@ -8,8 +8,7 @@ from typing import Any
 
 import httpx
 
-from gateway.cli.route import explain_recorded
-from gateway.routing.explain import Explanation
+from gateway.routing.explain import Explanation, explain_recorded
 from gateway.routing.snapshot import read_snapshot
 
 ANSWER_TOKENS = 24

@@ -121,6 +121,20 @@ async def running_fake(
             await process.wait()
 
 
+@contextlib.asynccontextmanager
+async def running_provider() -> AsyncIterator[FakeReplica]:
+    """A fake of other providers, which listens on entry; see `tests.fakes.provider`."""
+    with tempfile.TemporaryDirectory(prefix="fake-provider-") as name:
+        folder = Path(name)
+        files = ["--port-file", str(folder / "port"), "--log", str(folder / "requests")]
+        process = await _start([sys.executable, "-m", "tests.fakes.provider", *files], folder / "stderr", {})
+        try:
+            yield FakeReplica(await _port(process, folder), process, folder)
+        finally:
+            kill_group(process.pid)
+            await process.wait()
+
+
 @overload
 async def eventually(look: Callable[[], Awaitable[T | None]], deadline_seconds: float = ...) -> T: ...
 @overload

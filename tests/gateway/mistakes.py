@@ -115,6 +115,67 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
         ],
     ),
     (
+        document(variants=VARIANTS + "\n  gpt: {external: gpt-4.1}"),
+        2,
+        [
+            "f:4:9: variants.gpt.external: 'gpt-4.1' is not an external model; "
+            "write PROVIDER/MODEL as litellm names it, such as openai/gpt-4.1"
+        ],
+    ),
+    (
+        document(variants=VARIANTS + "\n  gpt: {external: openai/gpt-4.1, precision: bf16, path: model}"),
+        2,
+        [
+            "f:4:35: variants.gpt.precision: is set together with external; remove one",
+            "f:4:52: variants.gpt.path: is set together with external; remove one",
+        ],
+    ),
+    (
+        document(variants="variants:\n  a: {precision: bf16, api_key: k, max_in_flight: 9}"),
+        2,
+        [
+            "f:3:24: variants.a.api_key: is an option of external models, but external is not set; remove it",
+            "f:3:36: variants.a.max_in_flight: is an option of external models, but external is not set; remove it",
+        ],
+    ),
+    (
+        document(variants=VARIANTS + "\n  gpt: {external: openai/gpt-4.1, credentials: {api_base: x}}"),
+        2,
+        ["f:4:49: variants.gpt.credentials.api_base: 'api_base' is not valid; config/example.yaml describes it"],
+    ),
+    (
+        document(
+            variants=VARIANTS + "\n  gpt: {external: openai/gpt-4.1}",
+            replicas=REPLICAS + "\n  - {variant: gpt}",
+            aliases="aliases:\n  m: {ladder: [gpt, a]}",
+        ),
+        2,
+        [
+            "f:7:6: replicas.1.variant: 'gpt' is an external model, which needs no replica; remove this entry",
+            "f:9:21: aliases.m.ladder.1: 'a' is behind an external model, which only takes what no replica can; "
+            "put external models last",
+        ],
+    ),
+    (
+        document(variants=VARIANTS + "\n  gpt: {external: openai/no-such-model, budget: {usd_per_day: 5}}"),
+        2,
+        [
+            "f:4:41: variants.gpt.budget: litellm knows no price of openai/no-such-model, so nothing would be counted; "
+            "set price, or remove budget"
+        ],
+    ),
+    (
+        document(
+            variants=VARIANTS + "\n  gpt: {external: openai/gpt-4.1, budget: {usd_per_day: 5}}",
+            aliases="aliases:\n  m: {ladder: [a, gpt], floor: {top1_agreement: 0.9}, trust_declared: true}",
+        ),
+        0,
+        [
+            "f:8:19: aliases.m.ladder.1: 'gpt' is never chosen: top1_agreement is unknown, the floor is 0.9; "
+            "remove it from the ladder [warning]"
+        ],
+    ),
+    (
         "- a\n- b\n",
         2,
         [

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.fakes.running import DEADLINE_SECONDS, FakeReplica, eventually, running_fake
-from tests.gateway.fleet import HELLO, STREAM, Fleet, deployment, running_gateway
+from tests.gateway.fleet import CONFIG, HELLO, STREAM, Fleet, deployment, running_gateway
 from tests.gateway.wire import Peer, connected, posted
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -20,6 +20,9 @@ CANCELS = 10_000
 CLIENTS = 48
 # Slow enough that most clients leave during an answer.
 SLOW = ("--fake-tokens", "30", "--fake-tokens-per-second", "600", "--max-num-seqs", "32")
+# On a busy machine one process accepts ten thousand connections slowly; whoever waits here waits for that.
+PATIENCE_SECONDS = 60.0
+PATIENT = {"aliases": {"smol": {**CONFIG["aliases"]["smol"], "timeouts": {"connect_seconds": PATIENCE_SECONDS}}}}
 ESTABLISHED = "01"
 
 UNARY, STREAMED = posted(HELLO), posted(STREAM)
@@ -82,7 +85,7 @@ async def pause(rng: random.Random) -> None:
 async def storm(url: str, ways: Iterator[Any], rng: random.Random, counts: Counter[str]) -> None:
     """Connect and leave, orderly or with a reset, until there are no more ways."""
     for way in ways:
-        async with connected(url) as peer:
+        async with connected(url, PATIENCE_SECONDS) as peer:
             await way(peer, rng)
             if rng.random() < 0.5:
                 peer.reset()
@@ -112,7 +115,7 @@ async def test_ten_thousand_cancels() -> None:
     counts: Counter[str] = Counter()
     # Idle connections close soon: only one that is in use, or leaked, could stay.
     short_keep_alive = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "1"}
-    async with running_fake(*SLOW, env=short_keep_alive) as replica, running_gateway(deployment()) as fleet:
+    async with running_fake(*SLOW, env=short_keep_alive) as replica, running_gateway(deployment(PATIENT)) as fleet:
         with fleet.replicas(("hi", replica.url)):
             async with asyncio.TaskGroup() as group:
                 for _ in range(CLIENTS):

@@ -130,3 +130,30 @@ def test_a_served_adapter_is_not_reported() -> None:
     assert found[("variants", "hi")] == "no replica serves it"
     without = notices(deployment({**LORA_TABLES, "replicas": []}))
     assert ("aliases", "math") in {each.location for each in without if each.unservable}
+
+
+def test_doctor_tells_of_external_models(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What they are asked through, what they may cost a day, and which have no limit."""
+    models = "\n  gpt: {external: openai/gpt-4.1, budget: {usd_per_day: 20}}\n  claude: {external: anthropic/claude-x}"
+    path = folder / "quantgate.yaml"
+    path.write_text(document(variants=VARIANTS + models))
+    doctor_main([str(path), "--json"])
+    found = {each["subject"]: each for each in json.loads(capsys.readouterr().out)}
+    assert found["litellm"]["what"].endswith(", loaded when the gateway starts")
+    assert found["variants.gpt"]["what"] == "openai/gpt-4.1, 20 USD a day at most"
+    assert (found["variants.claude"]["level"], found["variants.claude"]["what"]) == (
+        "warning",
+        "anthropic/claude-x has no budget",
+    )
+
+
+def test_secrets_of_external_models_are_masked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`config show` prints none of them."""
+    model = "\n  gpt: {external: bedrock/x, api_key: sk-1, credentials: {aws_secret_access_key: sk-2}}"
+    path = folder / "quantgate.yaml"
+    path.write_text(document(variants=VARIANTS + model))
+    assert main(["config", "show", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "sk-1" not in out
+    assert "sk-2" not in out
+    assert "aws_secret_access_key: '**********'" in out

@@ -20,13 +20,16 @@ POLL = b"GET /metrics "
 class Peer:
     """One connection, from the side that a test plays."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, deadline_seconds: float = DEADLINE_SECONDS
+    ) -> None:
         self._reader = reader
         self._writer = writer
+        self._deadline_seconds = deadline_seconds
 
     async def request(self) -> bytes:
         """Read one whole request, head and body."""
-        async with asyncio.timeout(DEADLINE_SECONDS):
+        async with asyncio.timeout(self._deadline_seconds):
             head = await self._reader.readuntil(HEAD_END)
             return head + await self._reader.readexactly(length_in(head))
 
@@ -42,17 +45,17 @@ class Peer:
 
     async def read_until(self, end: bytes) -> bytes:
         """Read up to some bytes, and those."""
-        async with asyncio.timeout(DEADLINE_SECONDS):
+        async with asyncio.timeout(self._deadline_seconds):
             return await self._reader.readuntil(end)
 
     async def read_some(self) -> bytes:
         """Read what has arrived, at least one byte; b"" at the end."""
-        async with asyncio.timeout(DEADLINE_SECONDS):
+        async with asyncio.timeout(self._deadline_seconds):
             return await self._reader.read(65536)
 
     async def read_all(self) -> bytes:
         """Read until the other side closes."""
-        async with asyncio.timeout(DEADLINE_SECONDS):
+        async with asyncio.timeout(self._deadline_seconds):
             return await self._reader.read()
 
     async def left(self) -> bool:
@@ -203,12 +206,12 @@ def answering(*replies: bytes, close: bool = True) -> Behaviour:
 
 
 @asynccontextmanager
-async def connected(url: str) -> AsyncIterator[Peer]:
-    """Open a connection as a client."""
+async def connected(url: str, deadline_seconds: float = DEADLINE_SECONDS) -> AsyncIterator[Peer]:
+    """Open a connection as a client, with a deadline for each read."""
     host, _, port = url.removeprefix("http://").rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
-        yield Peer(reader, writer)
+        yield Peer(reader, writer, deadline_seconds)
     finally:
         writer.close()
         with suppress(ConnectionError):

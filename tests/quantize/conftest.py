@@ -48,6 +48,6 @@ def tiny_variants(tiny_base: Path) -> Path:
     pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")
     for scheme in SCHEMES:
         options = ("--scheme", scheme, "--data", tiny_base / "chats.jsonl", "--out", tiny_base / scheme)
-        made = run("main", tiny_base / "tiny", *options)
+        made = run("quantize_main", tiny_base / "tiny", *options)
         assert made.returncode == 0, made.stderr
     return tiny_base

@@ -74,7 +74,7 @@ def test_bad_input_is_one_line_and_exit_code_2(place: Path, arguments: list[str]
     known = {path.name for path in place.iterdir()} | {"missing", "absent.jsonl"}
     told = [str(place / argument) if argument in known else argument for argument in arguments]
     data = [] if "--data" in told else ["--data", place / "good.jsonl"]
-    done = run("main", *told, *data, "--out", place / "out")
+    done = run("quantize_main", *told, *data, "--out", place / "out")
     assert done.returncode == 2
     assert problem in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -85,7 +85,9 @@ def test_bad_input_is_one_line_and_exit_code_2(place: Path, arguments: list[str]
 def test_something_else_under_the_name_is_told(place: Path) -> None:
     """Another variant in the way is named, and stays."""
     pytest.importorskip("gptqmodel", reason="a recipe names the backend's version: install the quantize extra")
-    done = run("main", place / "base", "--scheme", "w8a8", "--data", place / "good.jsonl", "--out", place / "taken")
+    done = run(
+        "quantize_main", place / "base", "--scheme", "w8a8", "--data", place / "good.jsonl", "--out", place / "taken"
+    )
     assert done.returncode == 2
     assert "taken: holds smol-int4-01234567, and this recipe makes base-int8-" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -94,7 +96,7 @@ def test_something_else_under_the_name_is_told(place: Path) -> None:
 
 def test_help_has_an_example() -> None:
     """A newcomer finds a complete command and the exit codes."""
-    done = run("main", "--help")
+    done = run("quantize_main", "--help")
     assert done.returncode == 0
     assert "quantgate quantize models/QwQ-32B --scheme w4a16-g128" in done.stdout
     assert "exit codes: 0 done" in done.stdout
@@ -103,22 +105,24 @@ def test_help_has_an_example() -> None:
 def test_every_problem_of_a_recipe_is_a_line(place: Path, tmp_path: Path) -> None:
     """A file is mended in one go."""
     (tmp_path / "r.yaml").write_text("scheme: {bits: 3, group_size: 128}\nsolver: {damp: 2}\n")
-    done = run("main", place / "base", "--recipe", tmp_path / "r.yaml", "--out", tmp_path / "out")
+    done = run("quantize_main", place / "base", "--recipe", tmp_path / "r.yaml", "--out", tmp_path / "out")
     assert done.returncode == 2
     assert [line.split(": ")[2] for line in done.stderr.splitlines()] == ["scheme", "solver.damp.0"]
 
 
 def test_recipes_are_listed() -> None:
     """Names and purposes of what ships."""
-    done = run("main", "--recipes")
+    done = run("quantize_main", "--recipes")
     assert done.returncode == 0
     assert done.stdout.splitlines()[0].startswith("qwq-32b-int4     QwQ-32B")
+    listed = json.loads(run("quantize_main", "--recipes", "--json").stdout)
+    assert [each["name"] for each in listed] == [line.split()[0] for line in done.stdout.splitlines()]
 
 
 def test_a_plan_is_told_before_any_work(place: Path) -> None:
     """Size, engines, shares and limits, from a recipe alone; nothing is written."""
     before = sorted(place.iterdir())
-    done = run("main", "--recipe", place / "good.yaml", "--plan")
+    done = run("quantize_main", "--recipe", place / "good.yaml", "--plan")
     assert (done.returncode, done.stderr) == (0, "")
     told = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert told["scheme"] == "w4a16-g64: 4 bits, group 64, gptq"
@@ -130,7 +134,9 @@ def test_a_plan_is_told_before_any_work(place: Path) -> None:
 
 def test_a_plan_tells_what_was_found_in_the_data(place: Path) -> None:
     """The format of the rows, the kind of file, and what is skipped."""
-    done = run("main", place / "base", "--scheme", "w4a16-g64", "--data", place / "array.json", "--plan", "--json")
+    done = run(
+        "quantize_main", place / "base", "--scheme", "w4a16-g64", "--data", place / "array.json", "--plan", "--json"
+    )
     assert json.loads(done.stdout)["data"] == [
         f"{place / 'array.json'}: 120 rows, JSON array, format: chat",
         f"{place / 'array.json'}: invalid rows skipped: 1 of 121: {place / 'array.json'}: item 121: "
@@ -141,7 +147,7 @@ def test_a_plan_tells_what_was_found_in_the_data(place: Path) -> None:
 def test_a_plan_for_scripts(place: Path) -> None:
     """The same as JSON, with every tensor's size; flags count."""
     flags = ("--scheme", "w8a16-channel", "--engine", "cuda", "--limit", "kl_mean=0.25")
-    done = run("main", "--recipe", place / "good.yaml", "--plan", "--json", *flags)
+    done = run("quantize_main", "--recipe", place / "good.yaml", "--plan", "--json", *flags)
     told = json.loads(done.stdout)
     assert told["bytes"] == sum(told["tensor_bytes"].values())
     assert told["engines"]["cuda"]["loads"]

@@ -45,12 +45,12 @@ def test_a_disk_that_fills_up_costs_one_stage(tiny_base: Path, small_disk: Path,
     solved = f"{stages}/.solve-*.partial/layer-1.json {stages}/solve-*"  # complete or about to be
     fill = f'until [ -n "$(ls -d {solved} 2>/dev/null)" ]; do :; done; cat /dev/zero > {taken}'
     with subprocess.Popen(["sh", "-c", fill], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
-        done = run("main", tiny_base / "tiny", *arguments, "--out", tmp_path / "v")
+        done = run("quantize_main", tiny_base / "tiny", *arguments, "--out", tmp_path / "v")
     assert done.returncode == 1
     assert f"no space left on the disk of {small_disk}" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "v").exists()
     taken.unlink()
-    again = run("main", tiny_base / "tiny", *arguments, "--out", tmp_path / "v")
+    again = run("quantize_main", tiny_base / "tiny", *arguments, "--out", tmp_path / "v")
     assert again.returncode == 0, again.stderr
     assert "solve: reusing" in again.stderr or "solve: continues after 2 completed layers" in again.stderr
     assert Manifest.read(tmp_path / "v").altered_files(tmp_path / "v") == []

@@ -29,7 +29,9 @@ pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]
 
 def quantize(folder: Path, scheme: str, out: Path, *options: object) -> subprocess.CompletedProcess[str]:
     """Quantize the tiny base."""
-    return run("main", folder / "tiny", "--scheme", scheme, "--data", folder / "chats.jsonl", "--out", out, *options)
+    return run(
+        "quantize_main", folder / "tiny", "--scheme", scheme, "--data", folder / "chats.jsonl", "--out", out, *options
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -192,7 +194,14 @@ def test_a_weight_that_is_no_number_is_an_error_by_name(tiny_variants: Path, tmp
     """A NaN in one matrix makes GPTQModel fall back silently; the solver names the module, and nothing is written."""
     base = _copy_with(tiny_variants / "tiny", tmp_path / "broken")
     done = run(
-        "main", base, "--scheme", "w4a16-g64", "--data", tiny_variants / "chats.jsonl", "--out", tmp_path / "out"
+        "quantize_main",
+        base,
+        "--scheme",
+        "w4a16-g64",
+        "--data",
+        tiny_variants / "chats.jsonl",
+        "--out",
+        tmp_path / "out",
     )
     assert done.returncode == 2
     told = "model.layers.0.mlp.up_proj: has non-finite weights (NaN or Inf); repair the base, or copy it again"
@@ -245,7 +254,7 @@ def _ended(watch: int) -> bool:
 
 def _started(tiny_variants: Path, folder: Path) -> "subprocess.Popen[str]":
     told = command(
-        "main",
+        "quantize_main",
         tiny_variants / "tiny",
         "--scheme",
         "w8a8",

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     write_tiny_llama(place / "tiny", text, layers=LAYERS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUANTGATE_HOME", str(place / "home"))
-        done = run("main", *arguments(place, "whole"))
+        done = run("quantize_main", *arguments(place, "whole"))
         assert done.returncode == 0, done.stderr
         shutil.rmtree(place / "home" / "stages")
         yield place
@@ -52,7 +52,7 @@ def stages(folder: Path) -> dict[str, Path]:
 
 def killed(folder: Path, until: str) -> None:
     """Run until `until` is logged, then kill the process; its child dies with it."""
-    argv = command("main", *arguments(folder, "v"))
+    argv = command("quantize_main", *arguments(folder, "v"))
     with subprocess.Popen(argv, cwd=ROOT, env=environ(), stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -73,11 +73,11 @@ def test_a_wrong_task_file_is_refused_before_any_work(folder: Path) -> None:
     """It is read in the last stage, and checked first; nothing is written, not even a stage."""
     (folder / "tasks.jsonl").write_text('{"question": "1+1?"}\n')
     for file, problem in (("tasks.jsonl", "tasks.jsonl:1: "), ("missing.jsonl", "missing.jsonl: ")):
-        done = run("main", *arguments(folder, "v", "--tasks", folder / file))
+        done = run("quantize_main", *arguments(folder, "v", "--tasks", folder / file))
         assert done.returncode == 2
         assert problem in done.stderr
         assert len(done.stderr.splitlines()) == 1
-    wrong = run("main", *arguments(folder, "v", "--limit", "kl_maen=1"))
+    wrong = run("quantize_main", *arguments(folder, "v", "--limit", "kl_maen=1"))
     assert (wrong.returncode, "kl_maen" in wrong.stderr) == (2, True)
     assert not (folder / "home" / "stages").exists()
 
@@ -90,7 +90,7 @@ def test_a_run_killed_while_solving_continues_after_its_completed_layers(folder:
     listed = run("variants_main", "stages")
     assert "solve" in listed.stdout
     assert "unfinished: the same command continues it" in listed.stdout
-    done = run("main", *arguments(folder, "v", "--log", folder / "log.txt"))
+    done = run("quantize_main", *arguments(folder, "v", "--log", folder / "log.txt"))
     assert done.returncode == 0, done.stderr
     assert f"solve: continues after {left} completed layers" in done.stderr
     assert "tokens: reusing" in done.stderr
@@ -110,7 +110,7 @@ def test_a_run_killed_in_its_evaluation_keeps_the_checkpoint(folder: Path) -> No
     shutil.rmtree(stages(folder)["evaluation"])
     killed(folder, "evaluation ...")
     assert not (folder / "v").exists()
-    done = run("main", *arguments(folder, "v"))
+    done = run("quantize_main", *arguments(folder, "v"))
     assert done.returncode == 0, done.stderr
     assert "checkpoint: reusing" in done.stderr
     assert "solve ..." not in done.stderr
@@ -120,7 +120,7 @@ def test_a_run_killed_in_its_evaluation_keeps_the_checkpoint(folder: Path) -> No
 
 def test_other_limits_and_another_name_cost_nothing(folder: Path) -> None:
     """Limits are applied when the variant is sealed: every stage is reused."""
-    done = run("main", *arguments(folder, "strict", "--limit", "kl_mean=1e-9", "--json"))
+    done = run("quantize_main", *arguments(folder, "strict", "--limit", "kl_mean=1e-9", "--json"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["quality"]["verdict"] == "fail"
     assert [line.partition(":")[0] for line in done.stderr.splitlines() if ": reusing " in line] == [
@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_written_again(folder: Path) -> None:
     content = weights.read_bytes()
     weights.unlink()
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    done = run("main", *arguments(folder, "v"))
+    done = run("quantize_main", *arguments(folder, "v"))
     assert done.returncode == 0, done.stderr
     assert "solve: reusing" in done.stderr
     assert "checkpoint ..." in done.stderr

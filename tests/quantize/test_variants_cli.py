@@ -118,6 +118,8 @@ def test_pruning_lists_before_it_removes(tmp_path: Path) -> None:
     assert f"{tmp_path / 'bad'}  its verdict is fail" in listed.stdout
     assert "pass --yes to remove" in listed.stderr
     assert (tmp_path / "bad").exists()
+    told = json.loads(run("variants_main", "prune", tmp_path, "--failed", "--json").stdout)
+    assert [(each["path"], each["reason"]) for each in told] == [(str(tmp_path / "bad"), "its verdict is fail")]
     done = run("variants_main", "prune", tmp_path, "--failed", "--yes")
     assert (done.returncode, done.stderr) == (0, f"{tmp_path / 'bad'}: removed\n")
     assert list(tmp_path.iterdir()) == []

@@ -172,6 +172,8 @@ async def test_the_outcome_of_a_reload(tmp_path: Path, verb: str) -> None:
         applied = await served.command("reload")
         named = f"quantgate {verb} (process {served.process.pid})"
         assert (applied.code, applied.out) == (0, f"{named}: {served.config} is in force\n")
+        (told,) = json.loads((await served.command("reload", "--json")).out)
+        assert (told["outcome"], told["pid"], told["config"]) == ("applied", served.process.pid, str(served.config))
         settings = served.config.read_text()
         served.config.write_text("replicas: 5\n")
         invalid = await served.command("reload", "--force")
@@ -186,7 +188,7 @@ async def test_the_outcome_of_a_reload(tmp_path: Path, verb: str) -> None:
         forced = await served.command("reload", "--force")
         assert (forced.code, forced.err) == (0, "")
         assert forced.out == f"{named}: {served.config} is in force\n"
-        await eventually(lambda: served.log().count("the configuration is in force") == 2)
+        await eventually(lambda: served.log().count("the configuration is in force") == 3)
 
 
 async def test_progress_is_logged(tmp_path: Path) -> None:

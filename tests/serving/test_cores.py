@@ -48,6 +48,22 @@ def test_shares(cores: tuple[Core, ...], settings: list[dict[str, Any]], expecte
     assert shares(cores, *settings) == expected
 
 
+@pytest.mark.parametrize(
+    "bound,count,expected",
+    [
+        ({"a-0": "4-7"}, 2, ["4-7", "0-3"]),  # it keeps what it has, whatever its place
+        ({"gone-0": "0-1"}, 1, ["2-7"]),  # it still runs
+        ({"a-0": "0-3|4-5"}, 2, ["0-3|4-5", "6-7"]),
+        ({"a-0": "0-7"}, 2, ["0-3", "4-7"]),  # nothing is left: half of it
+        ({"a-0": "0-3", "a-1": "4-7"}, 2, ["0-3", "4-7"]),
+    ],
+)
+def test_replicas_that_run_keep_their_cores(bound: dict[str, str], count: int, expected: list[str]) -> None:
+    """A new replica gets cores that no other one runs on, if there are any."""
+    launches = [Launch(f"a-{number}", VARIANT, "cpu", ReplicaSettings(variant="a")) for number in range(count)]
+    assert [launch.cores for launch in share_cores(launches, EIGHT, bound)] == expected
+
+
 def test_gpus_need_no_cores() -> None:
     """A replica on a GPU is left alone."""
     assert shares(EIGHT, {}, engine="cuda") == [None]

@@ -6,8 +6,8 @@ and `rate` do not see the first step of a series that appears with it. Labels th
 
 alias       a configured alias, a variant's name or ALIAS@VARIANT where the request named that, or `_unknown`
 variant     a configured variant, or `none` if no replica was chosen
-precision   bf16, fp16, int8, int4, ... of the variant, or `none`
-replica     id of a replica: VARIANT-N, or VARIANT-url-N for one that is configured by its URL
+precision   bf16, fp16, int8, int4, ..., external of the variant, or `none`
+replica     id of a replica: VARIANT-N, VARIANT-url-N for one that is configured by its URL, or VARIANT-external
 endpoint    chat.completions, completions, embeddings, responses, ... (names in gateway/openai/endpoints.py)
 """
 
@@ -280,6 +280,27 @@ VARIANT_THROUGHPUT = MetricSpec(
     "Output tokens per second of one replica at full load, from capacity.json; absent if it was not measured." + _MAX,
 )
 
+# External models
+
+EXTERNAL_COST_USD = MetricSpec(
+    "quantgate_external_cost_usd_total",
+    "counter",
+    ("alias", "variant"),
+    "Total cost of answers of external models in US dollars, by configured price or litellm's table.",
+)
+EXTERNAL_BUDGET_USD = MetricSpec(
+    "quantgate_external_budget_usd",
+    "gauge",
+    ("variant",),
+    "Budget of an external model per day (UTC) in US dollars, of this process." + _SUM,
+)
+EXTERNAL_SPENT_USD = MetricSpec(
+    "quantgate_external_spent_usd",
+    "gauge",
+    ("variant",),
+    "Cost of an external model today (UTC) in US dollars, as its budget counts it." + _SUM,
+)
+
 # Client connections
 
 HEARTBEATS = MetricSpec(
@@ -390,6 +411,21 @@ KEY_TOKENS = MetricSpec(
     "Total number of tokens processed, by name of the API key and kind: prompt, completion.",
 )
 
+# Usage
+
+USAGE_PENDING_REQUESTS = MetricSpec(
+    "quantgate_usage_pending_requests",
+    "gauge",
+    (),
+    "Current number of requests whose usage is not in the state database yet; grows while that is away." + _SUM,
+)
+USAGE_LOST_REQUESTS = MetricSpec(
+    "quantgate_usage_lost_requests_total",
+    "counter",
+    (),
+    "Total number of requests missing in the usage, because the state database was away for too long.",
+)
+
 # Process
 
 # outcome: applied, refused (invalid; nothing was changed), failed (applied in part).
@@ -437,6 +473,7 @@ GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
             *(REPLICA_ENGINE_REQUESTS, REPLICA_KV_USAGE_RATIO),
         ),
         "Variants": (VARIANT_QUALITY, VARIANT_QUALITY_BOUND, VARIANT_SIZE_BYTES, VARIANT_THROUGHPUT),
+        "External models": (EXTERNAL_COST_USD, EXTERNAL_BUDGET_USD, EXTERNAL_SPENT_USD),
         "Client connections": (
             *(HEARTBEATS, CLIENTS_CUT, CLIENT_CONNECTIONS),
             *(REQUEST_BODY_BYTES, CERTIFICATE_EXPIRATION_SECONDS),
@@ -446,6 +483,7 @@ GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
             *(ROLLOUT_CONVERSATIONS, ROLLOUT_ROLLBACKS, ROLLOUT_STUCK, STATE_DATABASE_UP),
         ),
         "API keys": (KEY_REQUESTS, KEY_TOKENS),
+        "Usage": (USAGE_PENDING_REQUESTS, USAGE_LOST_REQUESTS),
         "Process": (CONFIG_RELOADS, ACCESS_LOG_LINES_DROPPED, EVENT_LOOP_LAG_SECONDS, BUILD_INFO),
     }
 )

@@ -124,7 +124,7 @@ class MetricsPoller:
 
     def _follow_registry(self) -> None:
         replicas = (replica for group in self.registry.ready.values() for replica in group)
-        ready = {replica.id: replica for replica in replicas if replica.base is None}
+        ready = {each.id: each for each in replicas if each.base is None and each.external is None}
         for replica_id, (replica, _) in list(self._tasks.items()):
             now = ready.get(replica_id)
             if now is not replica and now != replica:

@@ -11,16 +11,22 @@ from gateway.routing.target import Timeouts
 from serving.replica import Replica
 
 
+def ignore_cost(_: float) -> None:
+    """Do nothing: replicas cost nothing by the answer."""
+
+
 class UpstreamRequest(msgspec.Struct, frozen=True, gc=False):
     """One request for a replica; `trace_headers` are lines that continue the client's trace.
 
-    `token_ids`: ask the engine for token ids, which the client does not see.
+    `token_ids`: ask the engine for token ids, which the client does not see. `book_cost` gets what an external model
+    costs, in US dollars.
     """
 
     inference: InferenceRequest
     request_id: str
     trace_headers: bytes = b""
     token_ids: bool = False
+    book_cost: Callable[[float], None] = ignore_cost
 
 
 class UpstreamReply(Protocol):

@@ -1,7 +1,7 @@
 """Copies of a sealed int4 variant: alike, or damaged behind a manifest that says nothing of it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,16 @@ _LOWEST_BITS = 0x11111111
 Change = Callable[["np.ndarray[Any, Any]"], "np.ndarray[Any, Any]"]
 
 
-def copy_variant(source: Path, target: Path, changes: dict[str, Change] | None = None) -> None:
+def copy_variant(
+    source: Path, target: Path, changes: dict[str, Change] | None = None, left_out: Sequence[str] = ()
+) -> None:
     """Copy and seal a variant under an id of its own; `changes` are by the end of a tensor's name.
 
-    The manifest keeps the quality that was measured of the source.
+    The manifest keeps the quality that was measured of the source. Files that are `left_out` are not copied.
     """
     target.mkdir(parents=True)
     for file in source.iterdir():
-        if file.name not in (FILE_NAME, WEIGHTS):
+        if file.name not in (FILE_NAME, WEIGHTS, *left_out):
             link_or_copy(file, target / file.name)
     if changes:
         (target / WEIGHTS).write_bytes((source / WEIGHTS).read_bytes())

@@ -4,8 +4,10 @@
 it, starts `quantgate up` with an alias of the first one under a steady load of conversations, and rolls the others out:
 
     v2  the same weights under another id: promoted, the old replica ends
-    v3  the scales of one layer doubled, behind the quality that was measured of v1: stopped; then forced, and undone
-    v4  the lowest bit of some weights flipped, which neither speed nor errors show: stopped by shadowing
+    v3  the scales of one layer doubled, behind the quality that was measured of v1: its golden prompt stops it
+    v3-unverified  the same without a golden prompt: gates stop it; then forced, and undone
+    v4  the lowest bit of some weights flipped, without a golden prompt; neither speed nor errors show it: stopped by
+        shadowing
 """
 
 import argparse
@@ -33,6 +35,7 @@ from tests.fakes.running import HOST, eventually
 
 ALIAS = "smol"
 START_SECONDS, ROLLOUT_SECONDS, STOP_SECONDS = 300.0, 600.0, 90.0
+GOLDEN_FILE = "evaluation.json"
 FLIPPED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
@@ -107,7 +110,8 @@ class Bench:
                     print(f"after {self.patience_seconds:.0f} s: {verdicts}; {status['waits_for']}", flush=True)
                     await self.command("promote", ALIAS, "--reason", "the gates need more traffic")
                     return
-            await asyncio.sleep(2)
+            # Each look is a process of a second on the cores of the engines.
+            await asyncio.sleep(15)
 
     async def force_and_undo(self) -> None:
         """Promote without gates as soon as that is possible, then take it back."""
@@ -137,15 +141,18 @@ class Bench:
         return found
 
 
-def prepare(work: Path, variant: Path, layer: int, args: Sequence[str], patience_seconds: float) -> Bench:
+def prepare(work: Path, variant: Path, layer: int, patience_seconds: float, *, fake: bool) -> Bench:
     """Make the variants and the configuration anew; the home stays, with the byte-code that vLLM starts faster with."""
-    for name in ("v1", "v2", "v3", "v4"):
+    damaged = doubled_scales(layer)
+    changes = {"v1": None, "v2": None, "v3": damaged, "v3-unverified": damaged, "v4": flipped_codes(layer, FLIPPED)}
+    # A fake does not answer the golden prompt like the model.
+    unverified = set(changes) if fake else {"v3-unverified", "v4"}
+    for name in changes:
         shutil.rmtree(work / name, ignore_errors=True)
     for old in work.glob("state.db*"):
         old.unlink()
-    changes = {"v1": None, "v2": None, "v3": doubled_scales(layer), "v4": flipped_codes(layer, FLIPPED)}
     for name, change in changes.items():
-        copy_variant(variant, work / name, change)
+        copy_variant(variant, work / name, change, [GOLDEN_FILE] if name in unverified else [])
     with socket.socket() as found:
         found.bind((HOST, 0))
         port = found.getsockname()[1]
@@ -155,12 +162,14 @@ def prepare(work: Path, variant: Path, layer: int, args: Sequence[str], patience
     document = {
         "gateway": {"listen": f"{HOST}:{port}", "admin": f"{HOST}:0", "state": f"sqlite:///{work}/state.db"},
         "variants": {name: {"path": str(work / name)} for name in changes},
-        "replicas": [replica | {"args": list(args)}],
+        "replicas": [replica | {"args": [] if fake else ["--enforce-eager"]}],
         # The variant may be a poor one: what counts here is how it compares with its copies.
         "aliases": {ALIAS: {"ladder": ["v1"], "admit_failed": True}},
     }
     bench.config.write_text(yaml.safe_dump(document))
-    plan = {"min_conversations": 5, "drain_seconds": 10, "keep": 15, "shadow_requests": 60}
+    # The default effects take thousands of conversations, which take hours at the rates of a small machine.
+    effects = {"events": 0.2, "times": 1.0, "lengths": 1.0}
+    plan = {"min_conversations": 5, "drain_seconds": 10, "keep": 15, "shadow_requests": 60, "effects": effects}
     (work / "plan.yaml").write_text(yaml.safe_dump(plan))
     return bench
 
@@ -183,6 +192,7 @@ async def carry_out(bench: Bench, users: int, wanted: Sequence[str]) -> None:
     """Carry the rollouts out, one after the other."""
     url, plan = f"http://{HOST}:{bench.port}", ("--file", str(bench.work / "plan.yaml"))
     steps = ("--steps", "5,25,100", "--step-seconds", "20")
+    words: Sequence[str]
     if "v2" in wanted:
         words = ("start", ALIAS, "v2", "--replaces", "v1", *steps, *plan)
         await bench.rollout("v1 -> v2", Load(url, ALIAS, users, 0.05), words, bench.promote_after_patience)
@@ -191,9 +201,12 @@ async def carry_out(bench: Bench, users: int, wanted: Sequence[str]) -> None:
             print("no process of v1 is left", flush=True)
     if "v3" in wanted:
         await bench.rollout("v3", Load(url, ALIAS, users, 0.05), ("start", ALIAS, "v3", *steps, *plan))
-        code, told = await bench.command("start", ALIAS, "v3")
+    if "v3-unverified" in wanted:
+        words = ("start", ALIAS, "v3-unverified", *steps, *plan)
+        await bench.rollout("v3-unverified", Load(url, ALIAS, users, 0.05), words)
+        code, told = await bench.command("start", ALIAS, "v3-unverified")
         print(f"start again: exit code {code}: {told}", flush=True)
-        await bench.rollout("v3, forced", Load(url, ALIAS, users, 0.05), ("retry", ALIAS), bench.force_and_undo)
+        await bench.rollout("the same, forced", Load(url, ALIAS, users, 0.05), ("retry", ALIAS), bench.force_and_undo)
     if "v4" in wanted:
         # One user who pauses: shadowing waits for idle engines.
         words = ("start", ALIAS, "v4", *steps, *plan, "--shadow", "0.5")
@@ -222,15 +235,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--work", type=Path, default=Path("rollout-vllm"), help="for all files (default: %(default)s)")
     parser.add_argument("--users", type=int, default=4, help="conversations at a time (default: %(default)s)")
     parser.add_argument("--layer", type=int, default=15, help="the damaged layer (default: %(default)s)")
-    parser.add_argument("--rollouts", default="v2,v3,v4", help="which of them, in this order (default: %(default)s)")
+    parser.add_argument(
+        "--rollouts", default="v2,v3,v3-unverified,v4", help="which of them, in this order (default: %(default)s)"
+    )
     # The last step with two arms waits for every gate, which takes hours at the rates of a small machine.
     patience = "seconds of the last step with two arms until it is promoted by hand (default: %(default)s)"
     parser.add_argument("--patience", type=float, default=150, help=patience)
     parser.add_argument("--fake", action="store_true", help="with the fake in vLLM's place, to try this program")
     chosen = parser.parse_args(arguments)
     work = chosen.work.resolve()
-    args = () if chosen.fake else ("--enforce-eager",)
-    bench = prepare(work, chosen.variant.resolve(), chosen.layer, args, chosen.patience)
+    bench = prepare(work, chosen.variant.resolve(), chosen.layer, chosen.patience, fake=chosen.fake)
     fake = ("-m", "tests.fakes.serve", str(bench.config), str(bench.home), "up")
     bench.program = fake if chosen.fake else ("-m", "quantgate", "up", str(bench.config))
     try:

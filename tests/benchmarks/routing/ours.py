@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from config.capacity import Measurement
+from config.external import ExternalModel
 from config.schema import AliasSettings, Floor, Spill
-from config.variant import QualityMeasures, Variant
+from config.variant import EXTERNAL, QualityMeasures, Variant
 from gateway.errors import Overloaded, Unavailable, UpstreamDisconnected
 from gateway.observability.metrics import Metrics
 from gateway.proxy.dispatcher import Dispatcher
@@ -118,6 +119,8 @@ class Ours:
 
     def polled(self, replica: str, poll: EngineMetrics) -> None:
         """Apply a poll; one that does not tell the load counts as failed."""
+        if self._replicas[replica].external is not None:
+            return  # nobody polls it
         if poll.tells_load:
             self.dispatch.polled(replica, poll.at_seconds, poll)
         else:
@@ -184,9 +187,10 @@ def _variant(member: Member) -> Variant:
 
 
 def _replica(member: Member) -> Replica:
-    return Replica(member.id, member.precision, member.precision, f"http://{member.id}", ALIAS)
+    outside = ExternalModel(f"provider/{member.id}") if member.precision == EXTERNAL else None
+    return Replica(member.id, member.precision, member.precision, f"http://{member.id}", ALIAS, external=outside)
 
 
 def _speeds(measurements: Mapping[str, Measurement], rungs: Sequence[str]) -> dict[str, SpeedProfile]:
-    speeds = {rung: SpeedProfile.measured(measurements[rung]) for rung in rungs}
+    speeds = {rung: SpeedProfile.measured(measurements[rung]) for rung in rungs if rung in measurements}
     return {rung: speed for rung, speed in speeds.items() if speed is not None}

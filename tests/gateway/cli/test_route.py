@@ -133,7 +133,10 @@ async def test_a_recorded_request(shell: Shell, keyed: Fleet, fake: FakeReplica)
     assert (code, err) == (2, "quantgate route: the request why-2 was for model 'smol', not 'lo'\n")
     code, _, err = await shell.route("explain", "--request", "unheard-of")
     assert code == 1
-    assert err.endswith("answers 404: no decision on 'unheard-of'; the latest 1000 of this process are kept\n")
+    assert err.endswith(
+        "answers 404: no decision on 'unheard-of': it was refused before one, or is not among the "
+        "latest 1000 of this process\n"
+    )
 
 
 async def test_another_version_decided_differently(shell: Shell, keyed: Fleet, fake: FakeReplica) -> None:

@@ -38,11 +38,12 @@ class Outcome:
     err: str
 
 
-async def start(*arguments: str | Path) -> Process:
-    """Start the command line."""
+async def start(*arguments: str | Path, home: Path | None = None) -> Process:
+    """Start the command line, in a home of its own if one is given."""
+    environment = {**os.environ, **({"QUANTGATE_HOME": str(home)} if home else {})}
     argv = [sys.executable, str(ROOT / "quantgate.py"), *map(str, arguments)]
     return await asyncio.create_subprocess_exec(
-        *argv, cwd=ROOT, stdin=asyncio.subprocess.DEVNULL, stdout=PIPE, stderr=PIPE
+        *argv, cwd=ROOT, stdin=asyncio.subprocess.DEVNULL, stdout=PIPE, stderr=PIPE, env=environment
     )
 
 
@@ -238,6 +239,10 @@ def test_configuration_is_checked_and_shown(tmp_path: Path, capsys: pytest.Captu
     assert values["gateway"]["state"] == "postgresql://quantgate:**********@db/quantgate"
     assert values["replicas"][0]["api_key"] == "**********"
     assert values["replicas"][0]["url"] == "http://10.0.0.5:8000"
+    assert main(["config", "show", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == values
+    assert main(["config", "schema", "--access-log"]) == 0
+    assert "request_id" in json.loads(capsys.readouterr().out)["$defs"]["AccessLogLine"]["properties"]
     assert main(["config", "schema"]) == 0
     tables = {"gateway", "serving", "variants", "replicas", "aliases"}
     assert set(json.loads(capsys.readouterr().out)["properties"]) == tables

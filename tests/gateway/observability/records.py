@@ -20,4 +20,7 @@ RECORD = AccessRecord(
     completion_tokens=3,
     estimated=False,
     finish="stop",
+    stream=True,
+    reasoning_tokens=1,
+    external_cost_usd=0.0,
 )

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import pytest
 from gateway.observability.access_log import (
     FLUSH_RECORDS,
     AccessLog,
+    AccessLogLine,
+    AccessRecord,
     LogFormat,
     format_json,
     format_logfmt,
 )
 from gateway.observability.metrics import Counter
-from tests.fakes.running import eventually
+from tests.fakes.running import ROOT, eventually
 from tests.gateway.observability.records import RECORD
 
 STAMP = "2026-01-02T03:04:05.750Z"
@@ -46,7 +49,8 @@ def test_plain() -> None:
     assert format_logfmt(RECORD, STAMP).decode() == (
         f"ts={STAMP} request_id=r-1 key=team-a endpoint=chat.completions alias=smol variant=hi precision=bf16 "
         "replica=hi-1 reason=preferred code=200 attempts=1 queued_seconds=2.000 first_token_seconds=8.250 "
-        "seconds=10.250 prompt_tokens=10 completion_tokens=3 estimated=0 finish=stop\n"
+        "seconds=10.250 prompt_tokens=10 completion_tokens=3 estimated=0 finish=stop "
+        "stream=1 reasoning_tokens=1 external_cost_usd=0\n"
     )
 
 
@@ -55,6 +59,25 @@ def test_no_first_token() -> None:
     record = msgspec.structs.replace(RECORD, first_token_seconds=None)
     assert b" first_token_seconds=none " in format_logfmt(record, STAMP)
     assert json.loads(format_json(record, STAMP))["first_token_seconds"] is None
+
+
+def test_json_lines_are_of_the_documented_schema() -> None:
+    """A line decodes strictly as the type that gateway/README.md documents, field by field and in order."""
+    line = msgspec.json.decode(format_json(RECORD, STAMP), type=AccessLogLine)
+    assert line.ts == STAMP
+    assert all(getattr(line, name) == getattr(RECORD, name) for name in RECORD.__struct_fields__)
+    section = (ROOT / "gateway" / "README.md").read_text().partition("## Access log")[2].partition("## Code layout")[0]
+    documented = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|$", section, re.MULTILINE)
+    assert documented == list(schema_rows())
+    assert [name for name, _, _ in documented] == list(json.loads(format_json(RECORD, STAMP)))
+
+
+def schema_rows() -> Iterator[tuple[str, str, str]]:
+    """Name, type and description of each field in the schema."""
+    properties = msgspec.json.schema(AccessLogLine)["$defs"]["AccessLogLine"]["properties"]
+    for name in ("ts", *AccessRecord.__struct_fields__):
+        types = [each["type"] for each in properties[name].get("anyOf", [properties[name]])]
+        yield name, " or ".join(types), properties[name]["description"]
 
 
 def test_json() -> None:
@@ -114,7 +137,7 @@ async def test_a_stalled_reader(log_format: LogFormat) -> None:
         assert 0 < dropped.value < count
         lines = await asyncio.to_thread(read_lines, through.reading, count - int(dropped.value))
     assert len(lines) + dropped.value == count
-    assert all(line.endswith(b"finish=stop\n" if log_format == "plain" else b'"finish":"stop"}\n') for line in lines)
+    assert all(line.endswith(b"_usd=0\n" if log_format == "plain" else b'_usd":0.0}\n') for line in lines)
 
 
 def read_lines(reading: BinaryIO, count: int) -> list[bytes]:

@@ -20,6 +20,13 @@ from tests.gateway.observability.records import RECORD
 from tests.gateway.wire import HEAD_END, Peer, scripted, whole
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+# Attributes of inference spans in open-telemetry/semantic-conventions-genai, and of HTTP servers, that are used here.
+CONVENTIONS = {
+    *("gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.model", "gen_ai.request.stream"),
+    *("gen_ai.response.model", "gen_ai.response.finish_reasons", "gen_ai.response.time_to_first_chunk"),
+    *("gen_ai.usage.input_tokens", "gen_ai.usage.output_tokens", "gen_ai.usage.reasoning.output_tokens"),
+    *("http.response.status_code", "error.type"),
+}
 PARENT = f"00-{TRACE}-{SPAN}-01".encode()
 
 
@@ -165,7 +172,7 @@ async def test_child_span_of_the_client() -> None:
             trace = tracer.begin("chat.completions", {b"traceparent": PARENT, b"tracestate": b"a=1"})
             trace.end(RECORD)
         (span,) = spans
-    assert (span.name, span.trace_id.hex(), span.parent_span_id.hex()) == ("chat.completions", TRACE, SPAN)
+    assert (span.name, span.trace_id.hex(), span.parent_span_id.hex()) == ("chat smol", TRACE, SPAN)
     assert dict(trace.headers) == {
         b"traceparent": f"00-{TRACE}-{span.span_id.hex()}-01".encode(),
         b"tracestate": b"a=1",
@@ -180,7 +187,45 @@ async def test_child_span_of_the_client() -> None:
         "200",
     )
     assert attributes["gen_ai.response.time_to_first_chunk"] == 8.25
+    assert attributes["gen_ai.usage.reasoning.output_tokens"] == 1
+    assert attributes["http.response.status_code"] == 200
+    assert set(attributes) <= CONVENTIONS | {name for name in attributes if name.startswith("quantgate.")}
     assert span.status.code == 0
+
+
+@needs_otel
+@pytest.mark.parametrize(
+    "endpoint,alias,name",
+    [
+        ("chat.completions", "smol", "chat smol"),
+        ("responses", "smol", "chat smol"),
+        ("messages", "smol", "chat smol"),
+        ("completions", "smol", "text_completion smol"),
+        ("embeddings", "smol", "embeddings smol"),
+        ("tokenize", "smol", "tokenize smol"),
+        ("chat.completions", "_unknown", "chat"),
+    ],
+)
+def test_span_names(endpoint: str, alias: str, name: str) -> None:
+    """The operation of the conventions, and the model if it is known."""
+    from gateway.observability.spans import attributes, span_name  # noqa: PLC0415 - an extra
+
+    record = msgspec.structs.replace(RECORD, endpoint=endpoint, alias=alias)
+    assert span_name(record) == name
+    assert attributes(record)["gen_ai.operation.name"] == name.partition(" ")[0]
+
+
+@needs_otel
+def test_what_is_unknown_is_left_out() -> None:
+    """A request that no replica was chosen for has no model of the answer, usage or finish reason."""
+    from gateway.observability.spans import attributes  # noqa: PLC0415 - an extra
+
+    none = dict.fromkeys(("variant", "precision", "replica", "reason", "finish"), "none")
+    record = msgspec.structs.replace(RECORD, alias="_unknown", code="404", **none)
+    assert set(attributes(record)) == {
+        *("gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.stream", "http.response.status_code"),
+        *("quantgate.request_id", "quantgate.attempts", "quantgate.code", "quantgate.queued_seconds"),
+    }
 
 
 @needs_otel
@@ -193,7 +238,9 @@ async def test_root_span() -> None:
                 assert valid_traceparent(dict(trace.headers)[b"traceparent"])
                 trace.end(msgspec.structs.replace(RECORD, code=code, first_token_seconds=None))
         codes = {attributes_of(span)["quantgate.code"]: span.status.code for span in spans}
+        types = {attributes_of(span).get("error.type") for span in spans}
     assert codes == {"503": 2, "upstream_error": 2, "404": 0}
+    assert types == {"503", "upstream_error", None}
     assert not any(span.parent_span_id for span in spans)
 
 

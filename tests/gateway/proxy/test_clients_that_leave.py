@@ -168,7 +168,7 @@ async def test_no_replica_may_become_ready(fleet: Fleet, state: State) -> None:
     """The request is refused at once."""
     with fleet.replicas(("hi", unused_url()), ("lo", unused_url()), state=state):
         answer = await fleet.ask()
-    word = "failed" if state is State.FAILED else "stopping"
+    word = {State.FAILED: "failed", State.STOPPED: "stopped"}.get(state, "stopping")
     message = f"no replica of 'smol' is ready: 2 {word}, of 2"
     assert (answer.status_code, error_of(answer)["message"]) == (503, message)
     assert "retry-after" in answer.headers

@@ -63,7 +63,7 @@ def test_a_stream() -> None:
             clock.now += seconds
             stats.token()
         stats.usage = Usage(10, 3, CompletionDetails(1))
-        stats.caller, stats.finish = "team-a", "stop"
+        stats.caller, stats.finish, stats.stream = "team-a", "stop", True
         stats.code = "200"
         clock.now += 1
     assert value(metrics, "requests_in_flight", endpoint="chat.completions") == 0

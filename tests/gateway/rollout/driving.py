@@ -58,6 +58,7 @@ class RolloutFixture:
     smoke: Smoke = field(default_factory=Smoke)
     requests: float = 0.0
     rollbacks: list[tuple[str, str]] = field(default_factory=list)
+    alias: str = "smol"
     _drivers: int = 0
     _numbers: int = 0
 
@@ -92,8 +93,8 @@ class RolloutFixture:
         self.driver = self._driver()
         self.now += 11
 
-    def put(self, variant: str, state: State = State.READY) -> None:
-        self.registry.put(Replica(f"{variant}-1", variant, "bf16", "http://127.0.0.1:9", variant), state)
+    def put(self, variant: str, state: State = State.READY, reason: str = "") -> None:
+        self.registry.put(Replica(f"{variant}-1", variant, "bf16", "http://127.0.0.1:9", variant), state, reason)
 
     def start(self, **settings: Any) -> RolloutRecord:
         """Start a rollout of `odd` in place of `hi`, by the clock of the test."""
@@ -107,7 +108,7 @@ class RolloutFixture:
 
     @property
     def record(self) -> RolloutRecord:
-        return self.operator.latest("smol")
+        return self.operator.latest(self.alias)
 
     @property
     def rollout(self) -> RolloutState:

@@ -8,15 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway.rollout.content import Content
 from gateway.rollout.hooks import payload, run_hooks
 from gateway.rollout.machine import Event, Phase, Readiness
 from gateway.rollout.operating import Operator
 from gateway.rollout.plan import Hook
 from gateway.rollout.record import Happening, change_of
-from gateway.rollout.smoke import PROMPTS, SmokeAnswer, SmokeClient, judge, read_answer
 from quantgate import main
-from serving.replica import Replica
 from serving.state.rollout_records import LogEntry
 from tests.fakes.running import running_fake
 
@@ -172,65 +169,3 @@ async def test_hooks_that_fail_are_only_told(hook: Hook, problem: str) -> None:
     """They are bounded in time, and raise nothing."""
     (told,) = await run_hooks([hook], ENTRY)
     assert problem in told
-
-
-# The smoke test
-
-
-GOOD = SmokeAnswer(Content("Fine."), stopped=True)
-CALL = SmokeAnswer(Content("", "", ('{"city": "Paris"}',)), stopped=True)
-NO_CALL = SmokeAnswer(Content("Sunny."), stopped=True)
-ANSWERS = [GOOD] * (len(PROMPTS) - 1)
-
-
-@pytest.mark.parametrize(
-    "answer, problem",
-    [
-        (SmokeAnswer(Content("Fine."), stopped=False), "does not stop within"),
-        (SmokeAnswer(Content("Fine."), stopped=True, finite=False), "is not finite"),
-        (SmokeAnswer(Content(" "), stopped=True), "is empty"),
-        (SmokeAnswer(Content("", "Hm."), stopped=True), "<think> is not closed"),
-        (SmokeAnswer(Content("no " * 200), stopped=True), "repeats itself"),
-        (SmokeAnswer(error="answered 500"), "answered 500"),
-    ],
-)
-def test_a_bad_answer(answer: SmokeAnswer, problem: str) -> None:
-    """It is a problem, unless the old variant has the same."""
-    new, old = [answer, *ANSWERS[1:], CALL], [*ANSWERS, CALL]
-    (told,) = judge(new, old)
-    assert problem in told
-    assert judge(new, new) == ()
-    assert len(judge(new, ())) == 1
-
-
-async def test_a_smoke_test_of_a_small_context() -> None:
-    """Answers may take half of it; a prompt that does not fit is not answered by either variant."""
-    client = SmokeClient()
-    async with running_fake("--max-model-len", "400", "--fake-tokens", "1000") as fake:
-        answers = await client.answers(Replica("new-1", "new", "int4", fake.url, "m1"))
-    await client.aclose()
-    assert {answer.max_tokens for answer in answers} == {200}
-    assert [prompt.name for prompt, answer in zip(PROMPTS, answers, strict=True) if answer.error] == ["long prompt"]
-    assert not answers[0].stopped
-
-
-def test_a_smoke_test_without_answers() -> None:
-    """It shows nothing, whatever the old variant does: it does not pass."""
-    nothing = [SmokeAnswer(error="answered 400")] * len(PROMPTS)
-    assert judge(nothing, nothing) == ("smoke test: no prompt was answered; the first one: answered 400",)
-
-
-def test_a_call_that_the_old_variant_makes() -> None:
-    """A new variant has to make it, too; one that the old one does not make is not wanted."""
-    assert judge([*ANSWERS, CALL], [*ANSWERS, CALL]) == ()
-    assert "no valid call of a tool" in judge([*ANSWERS, NO_CALL], [*ANSWERS, CALL])[0]
-    assert judge([*ANSWERS, NO_CALL], [*ANSWERS, NO_CALL]) == ()
-
-
-def test_reading_an_answer() -> None:
-    """NaN in log-probabilities is found; what is no chat completion is an error."""
-    choice = {"message": {"content": "Hi"}, "finish_reason": "stop", "logprobs": {"content": [{"logprob": -0.5}]}}
-    assert read_answer(json.dumps({"choices": [choice]}).encode()) == SmokeAnswer(Content("Hi"), stopped=True)
-    broken = json.dumps({"choices": [choice]}).replace("-0.5", "NaN")
-    assert not read_answer(broken.encode()).finite
-    assert read_answer(b"[]").error

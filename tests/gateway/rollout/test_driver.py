@@ -127,6 +127,22 @@ async def test_a_replica_that_comes_later(state: str) -> None:
         assert scene.phase() is Phase.SMOKE
 
 
+async def test_a_variant_that_does_not_start(state: str) -> None:
+    """Its rollout goes back after three attempts, with the reason, and not at the deadline an hour later."""
+    async with rollout_fixture(state, "hi", "lo") as scene:
+        scene.start()
+        for _ in range(3):
+            scene.put("odd", State.STARTING)
+            await scene.step(5.0, count=2)
+            assert scene.phase() in (Phase.PREFLIGHT, Phase.STARTING)
+            scene.put("odd", State.FAILED, "golden prompt: wrong results")
+            await scene.step(5.0, count=2)
+        assert scene.phase() in (Phase.ROLLING_BACK, Phase.ROLLED_BACK)
+        assert scene.rollout.failure == "odd does not start: golden prompt: wrong results"
+        assert await scene.end() is Phase.ROLLED_BACK
+        assert scene.rollbacks == [("smol", "starting")]
+
+
 async def test_a_variant_that_dies_after_promotion(state: str) -> None:
     """Back is the other way there: the old one, kept warm, takes over; without it nothing changes."""
     async with rollout_fixture(state) as scene:

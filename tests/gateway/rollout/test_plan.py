@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from config.errors import SettingsError
 from config.load import load_file
-from gateway.rollout.gates import EventSettings, MeanSettings
+from gateway.rollout.gates import DEFAULT_GATES, EventSettings, MeanSettings
 from gateway.rollout.machine import Phase, RolloutState
 from gateway.rollout.plan import (
     GATE_NAMES,
@@ -57,6 +57,7 @@ def test_a_plan_file(tmp_path: Path) -> None:
         ({"steps": [5, 1]}, "steps must increase"),
         ({"steps": [0, 1]}, "greater than 0"),
         ({"skip": ["speed"]}, "no gate 'speed'"),
+        ({"effects": {"times": 0.02}}, "effects.times: 0.02 must exceed tolerances.times, 0.03"),
         ({"hooks": [{}]}, "either a command or a url"),
     ],
 )
@@ -80,6 +81,21 @@ def test_tolerances_reach_the_gates() -> None:
     assert cut.tolerance == 1.5
     assert times.margin == pytest.approx(log(1.1))
     assert longer.margin == pytest.approx(log(1.02))
+
+
+def test_effects_reach_the_gates() -> None:
+    """Larger ones need fewer conversations: a service with little traffic chooses what it wants ruled out."""
+    coarse = PlanSettings.model_validate({"effects": {"events": 0.3, "times": 1.0, "lengths": 0.5}})
+    gates = {gate.name: gate for gate in coarse.gates()}
+    cut, slow, times, longer = (gates[n] for n in ("cut_by_length", "slow_first_token", "token_time", "longer_answer"))
+    assert isinstance(cut, EventSettings)
+    assert isinstance(slow, EventSettings)
+    assert isinstance(times, MeanSettings)
+    assert isinstance(longer, MeanSettings)
+    assert (cut.margin, slow.margin) == pytest.approx((0.3, 0.5))
+    assert (times.effect, longer.effect) == pytest.approx((log(2), log(1.5)))
+    assert [gate.name for gate in PlanSettings().gates()] == [gate.name for gate in DEFAULT_GATES]
+    assert needed_conversations(coarse) < needed_conversations(PlanSettings()) / 10
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_any_pending(state: State) -> None:
     [
         ([State.STARTING, State.WARMING, State.FAILED], "2 starting, 1 failed, of 3"),
         ([State.FAILED, State.FAILED], "2 failed, of 2"),
-        ([State.STARTING, State.DRAINING, State.STOPPED], "1 starting, 2 stopping, of 3"),
+        ([State.STARTING, State.DRAINING, State.STOPPED], "1 starting, 1 stopping, 1 stopped, of 3"),
         ([], "none is running"),
     ],
 )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from config.errors import ConfigError
 from config.schema import NO_FLOOR, Floor, LimitSettings, Spill, TimeoutSettings
-from gateway.cli.route import explain_hypothetical, explain_recorded
+from gateway.cli.route import explain_hypothetical
 from gateway.errors import NotAllowed, RequestError, UnknownModel
 from gateway.keys import Keys
 from gateway.live_config import LiveConfig
@@ -20,7 +20,7 @@ from gateway.proxy.decision_log import DecisionLog, snapshot_now
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.routing_features import session_from_name
 from gateway.routing.cluster_state import ClusterState
-from gateway.routing.explain import Explanation, explain
+from gateway.routing.explain import Explanation, explain, explain_recorded
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.pick import decide
 from gateway.routing.request import RoutingRequest

@@ -10,10 +10,9 @@ import pytest
 
 from config.schema import NO_FLOOR, Floor
 from config.variant import Variant
-from gateway.cli.route import explain_recorded
 from gateway.proxy.decision_log import DecisionLog
 from gateway.routing.cluster_state import ClusterState
-from gateway.routing.explain import explain
+from gateway.routing.explain import explain, explain_recorded
 from gateway.routing.filters import filter_failed, filter_rungs
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import Overload

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from quantize.evaluation.top_k_metrics import (
     Prediction,
     SampleScores,
-    histogram,
-    percentiles,
     sample_distances,
     token_distance,
 )
@@ -123,14 +121,3 @@ def test_scores_of_other_tokens_are_refused() -> None:
     one, other = scores([([3, 5], [-1.0, -0.5])]), scores([([4, 5], [-1.0, -0.5])])
     with pytest.raises(ValueError, match="token 3 and token 4 at the same position"):
         sample_distances(one, other)
-
-
-def test_histogram_and_percentiles() -> None:
-    """Every value lies in one bin, the largest ones in the last; percentiles are of the values themselves."""
-    values = [0.0, 5e-7, 0.01, 0.01, 1000.0]
-    found = histogram(values)
-    assert sum(found["counts"]) == len(values)
-    assert (found["counts"][0], found["counts"][-1]) == (2, 1)
-    assert len(found["edges"]) == len(found["counts"]) + 1
-    assert percentiles(values)["p50"] == 0.01
-    assert percentiles(values)["max"] == 1000.0

@@ -19,8 +19,6 @@ from quantize.evaluation import token_metrics  # noqa: E402
 from quantize.evaluation.token_metrics import (  # noqa: E402
     TokenMetrics,
     compare,
-    histogram,
-    percentiles,
     token_sums,
 )
 
@@ -92,21 +90,6 @@ def test_figures_can_be_restricted_to_some_tokens() -> None:
     assert (told.tokens, told.divergence, told.agreed) == (2, 4.0, 1)
     assert told.excess_nll == pytest.approx(2 * math.log(2))
     assert token_sums(found, torch.tensor([False, False, False])) == TokenSums()
-
-
-def test_a_histogram_counts_every_token_once() -> None:
-    """Zeros, tiny ones and those beyond the last edge have their bins, too."""
-    values = torch.tensor([0.0, 1e-9, 1e-6, 0.5, 99.0, 1000.0], dtype=torch.float64)
-    told = histogram(values)
-    assert len(told["edges"]) == len(told["counts"]) + 1
-    assert (sum(told["counts"]), told["counts"][0], told["counts"][1], told["counts"][-1]) == (6, 2, 1, 2)
-    assert told["edges"] == sorted(told["edges"])
-
-
-def test_percentiles_are_values_that_occur() -> None:
-    """The 99th of a hundred values is the largest but one."""
-    told = percentiles(torch.arange(100).double())
-    assert (told["p50"], told["p99"], told["max"]) == (49.0, 98.0, 99.0)
 
 
 PEAK = """

@@ -113,7 +113,7 @@ def test_unknown_tables_are_refused(state: str) -> None:
         connection.execute(update(STATE).values(version=7))
     database.close()
     other = StateDatabase.at(state)
-    with pytest.raises(StateAway, match=r"version 7, this quantgate needs 3; run the same quantgate everywhere"):
+    with pytest.raises(StateAway, match=r"version 7, this quantgate needs 4; run the same quantgate everywhere"):
         other.publish(ME, [record()], NOW)
     other.close()
 

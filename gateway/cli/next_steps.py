@@ -1,0 +1,37 @@
+"""What to do with a gateway that has just started."""
+
+import json
+import shlex
+from pathlib import Path
+
+from config.schema import Settings
+from gateway.app import Addresses
+from gateway.cli.admin_client import reachable
+
+
+def next_steps(settings: Settings, addresses: Addresses, config: Path, *, keys: bool) -> str:
+    """Return the lines that `quantgate up` prints: where it answers, a first request, and where to look.
+
+    `keys`: requests need one.
+    """
+    client, admin = reachable(addresses.client), reachable(addresses.admin)
+    file = shlex.quote(str(config))
+    page = f"http://{admin}/ui"
+    steps = [
+        (page, "what runs, live" + (" (needs gateway.admin_key)" if settings.gateway.admin_key else "")),
+        (f"quantgate top --config {file}", "the same in a terminal"),
+        (f"quantgate ps {file}", "replicas, while they start"),
+    ]
+    width = max(len(step) for step, _ in steps)
+    lines = [f"quantgate answers on http://{client}, its admin port is http://{admin}. Next steps:"]
+    lines += [f"  {step:{width}}  # {purpose}" for step, purpose in steps]
+    model = next(iter((*settings.aliases, *settings.variants)), None)
+    if model is not None:
+        lines.insert(1, f"  {_curl(client, model, keys=keys)}")
+    return "\n".join(lines)
+
+
+def _curl(address: str, model: str, *, keys: bool) -> str:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
+    key = ' -H "authorization: Bearer $QUANTGATE_KEY"' if keys else ""
+    return f"curl http://{address}/v1/chat/completions{key} -H 'content-type: application/json' -d {shlex.quote(body)}"
