@@ -245,8 +245,18 @@ def _configuration(made: Dashboard) -> Dashboard:
         .with_panel(
             graph(
                 *("Configuration reloads", "By outcome.", COUNT, target(reloads, "{{outcome}}")),
-                width=24,
+                width=12,
                 stack="normal",
+            ).height(6)
+        )
+        .with_panel(
+            graph(
+                "Usage not in the state database",
+                "Requests that wait to be written, and those that were lost as the database was away for too long.",
+                COUNT,
+                target(query.total(table.USAGE_PENDING_REQUESTS), "pending"),
+                target(query.increase(table.USAGE_LOST_REQUESTS, over="$__interval"), "lost"),
+                width=12,
             ).height(6)
         )
         .with_panel(

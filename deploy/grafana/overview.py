@@ -11,6 +11,7 @@ from deploy.grafana.panels import (
     REQUESTS,
     SECONDS,
     TOKENS_PER_SECOND,
+    US_DOLLARS,
     YELLOW,
     Target,
     graph,
@@ -30,7 +31,7 @@ READY = ['state="ready"']
 def dashboard() -> Dashboard:
     """Build the dashboard."""
     made = empty_dashboard("overview", "Overview", "Traffic, latency, errors and quality of all aliases.", ["alias"])
-    for add in (_now, _traffic, _latency, _errors, _quality, _keys):
+    for add in (_now, _traffic, _latency, _errors, _quality, _keys, _external):
         made = add(made)
     return made
 
@@ -260,4 +261,31 @@ def _keys(made: Dashboard) -> Dashboard:
     )
     return made.with_row(
         row.with_panel(graph("Tokens by key", "Tokens per second, by kind.", TOKENS_PER_SECOND, tokens, width=12))
+    )
+
+
+def _external(made: Dashboard) -> Dashboard:
+    query = QUERIES
+    cost = query.increase(table.EXTERNAL_COST_USD, "alias", "variant", over="1h")
+    spent, budget = (query.total(spec, "variant") for spec in (table.EXTERNAL_SPENT_USD, table.EXTERNAL_BUDGET_USD))
+    row = Row("External models").collapsed(True)
+    row = row.with_panel(
+        graph(
+            *("Cost per hour", "Of answers of external models, over the hour before.", US_DOLLARS),
+            target(cost, "{{alias}} {{variant}}"),
+            width=12,
+            stack="normal",
+        )
+    )
+    return made.with_row(
+        row.with_panel(
+            graph(
+                "Budget spent today",
+                "Share of the budget of a day (UTC). At 100 % the model gets no more requests until midnight.",
+                RATIO,
+                target(ratio(spent, budget), "{{variant}}"),
+                width=12,
+                limit=1,
+            )
+        )
     )

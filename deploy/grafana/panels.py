@@ -36,7 +36,7 @@ GREEN, YELLOW, ORANGE, RED, BLUE, GREY = "green", "yellow", "orange", "red", "bl
 
 # Units of Grafana; `suffix:` shows a text behind the number.
 RATIO, SECONDS, COUNT, BYTES, REQUESTS = "percentunit", "s", "short", "bytes", "reqps"
-TOKENS_PER_SECOND, PER_SECOND = "suffix: tokens/s", "cps"
+TOKENS_PER_SECOND, PER_SECOND, US_DOLLARS = "suffix: tokens/s", "cps", "currencyUSD"
 
 # Where the values of a variable come from.
 _VALUES = MappingProxyType(

@@ -50,6 +50,12 @@ MEASURED = {
     "int8-v2": (8, 34, 0.986, 0.982, 0.004, 1.01),
     "int4": (4, 19, 0.947, 0.941, 0.031, 1.03),
 }
+EXTERNAL = {
+    "external": "openai/gpt-4.1",
+    "api_key": "k",
+    "base_url": "http://127.0.0.1:9",
+    "budget": {"usd_per_day": 20},
+}
 KEYS = {"web": "qg-web", "batch": "qg-batch"}
 SPILL = {"after_seconds": 0.4, "return_below_seconds": 0.1, "dwell_seconds": 3}
 
@@ -122,9 +128,14 @@ def deployed(folder: Path, fakes: dict[str, FakeReplica]) -> Deployment:
     settings = Settings.model_validate(
         {
             "gateway": {"listen": "127.0.0.1:0", "admin": "127.0.0.1:0", "per_key_metrics": True, "access_log": "off"},
-            "variants": {"bf16": {"precision": "bf16"}, **{name: {"precision": f"int{bits}"} for name, bits in _BITS}},
+            "variants": {
+                "bf16": {"precision": "bf16"},
+                "gpt": EXTERNAL,
+                **{name: {"precision": f"int{bits}"} for name, bits in _BITS},
+            },
             "replicas": [{"variant": name, "url": fake.url} for name, fake in fakes.items()],
             "aliases": {
+                "anything": {"ladder": ["bf16", "gpt"]},
                 "qwq-32b": {"ladder": ["bf16", "int8", "int4"], "spill": SPILL},
                 "assistant": {"ladder": ["int8", "int4"], "spill": SPILL},
                 "exact": {"ladder": ["int4"], "floor": {"top1_agreement": 0.99}},
