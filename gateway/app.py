@@ -2,51 +2,29 @@
 
 import logging
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
 from typing import BinaryIO
 
-from prometheus_client.registry import Collector
-
-from config.schema import GatewaySettings, Settings
+from config.schema import GatewaySettings
 from config.variant import goldens
+from gateway.components import Routing, admin_port, observability, rollout_routing, router_for, routing
 from gateway.deployment import Deployment
-from gateway.handlers.admin import AdminContext, admin_app, with_auth
-from gateway.handlers.inference import InferenceHandler, Observers
-from gateway.handlers.models import client_app
-from gateway.handlers.router import Router
+from gateway.handlers.admin import with_auth
 from gateway.http.collector import ConnectionCollector
 from gateway.http.hosts import allowed_hosts
 from gateway.http.listener import address_of, bind, listen
 from gateway.http.server import HttpServer, serve_clients
-from gateway.live_config import LiveConfig, LiveWeights
-from gateway.observability.access_log import AccessLog, both
-from gateway.observability.metrics import FleetCollector, LoopLag, Metrics
-from gateway.observability.tracing import tracing
-from gateway.observability.usage import UsageRecorder, recorded_usage
-from gateway.openai.endpoints import ENDPOINTS
-from gateway.proxy.collectors import EngineCollector, LadderCollector
+from gateway.live_config import LiveConfig
+from gateway.observability.metrics import Metrics
 from gateway.proxy.dispatcher import Dispatcher
-from gateway.proxy.exchange import Proxy
-from gateway.proxy.external_models import ExternalModels, external_ladders, external_model_replicas
-from gateway.proxy.initial_series import create_series
-from gateway.proxy.load.polling import MetricsPoller
-from gateway.proxy.load.tracker import LoadTracker
-from gateway.proxy.upstream.by_kind import UpstreamByKind
-from gateway.proxy.upstream.external import ExternalUpstream, load_litellm
-from gateway.proxy.upstream.pool import Pool
-from gateway.proxy.upstream.vllm import VllmUpstream
+from gateway.proxy.external_models import external_model_replicas
 from gateway.quota import Quota
 from gateway.reload import ConfigReload, FollowerReload, SupervisedReload
-from gateway.rollout.administration import RolloutAdministration
-from gateway.rollout.arms import Rollouts
-from gateway.rollout.recorded import RecordedAliases, followed_rollouts, live_config_of, log_notices
-from gateway.routing.budget import spent_by_variant
-from gateway.status.recent_errors import RecentErrors
-from gateway.status.source import StatusSource, WorkerPlace
+from gateway.rollout.recorded import RecordedAliases, live_config_of, log_notices
 from gateway.status.traffic import TrafficHistory
 from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
 from serving.app import followed_replicas, local_replicas, sole_owner
@@ -74,22 +52,24 @@ class Gateway:
 
     addresses: Addresses
     live_config: LiveConfig
-    weights: LiveWeights
     recorded: RecordedAliases
     server: HttpServer
     quota: Quota
     metrics: Metrics
-    load: LoadTracker
-    dispatcher: Dispatcher
+    routing: Routing
     traffic: TrafficHistory
-    external: ExternalModels
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        """What chooses a replica for each request."""
+        return self.routing.dispatcher
 
     def switch(self, deployment: Deployment) -> None:
         """Use another configuration from the next request on; `config/reload_effects.py` says for which options."""
         settings = deployment.settings.gateway
         self.recorded.configure(deployment)
-        self.external.replace(external_model_replicas(deployment.settings.variants))
-        self.load.set_speeds(deployment.speeds)
+        self.routing.external.replace(external_model_replicas(deployment.settings.variants))
+        self.routing.load.set_speeds(deployment.speeds)
         self.dispatcher.keep_only(self.live_config.catalog)
         self.dispatcher.set_limits(settings.queue, settings.retries)
         self.quota.keep_only(deployment.keys.names())
@@ -127,114 +107,28 @@ async def gateway(
     The access log is written to `access_log_stream`, by default to stderr.
     """
     settings = deployment.settings.gateway
-    live_config, metrics = live_config_for(deployment), Metrics(per_key=settings.per_key_metrics)
-    quota, weights = Quota(place.share), LiveWeights()
-    create_series(metrics, live_config.catalog, live_config.keys.names())
+    live_config, quota = live_config_for(deployment), Quota(place.share)
+    addresses = Addresses(address_of(taken.client), address_of(taken.admin))
     async with AsyncExitStack() as stack:
-        stream = access_log_stream or sys.stderr.buffer
-        access_log = stack.enter_context(AccessLog(stream, settings.access_log, metrics.log_lines_dropped))
-        usage = await stack.enter_async_context(recorded_usage(deployment.state, settings.usage_days, metrics))
-        traced = await stack.enter_async_context(tracing(settings.tracing))
-        await stack.enter_async_context(LoopLag(metrics.loop_lag_seconds))
-        pool = await stack.enter_async_context(Pool())
-        load = LoadTracker(registry.in_flight, deployment.speeds)
-        models = external_model_replicas(deployment.settings.variants)
-        spent = await spent_today(usage, deployment.settings) if models else {}
-        external = stack.enter_context(
-            ExternalModels(registry, metrics, loaded=bool(models), share=place.share, spent=spent)
-        )
-        providers = ExternalUpstream(load_litellm(), external.book) if models else None
-        upstream = UpstreamByKind(VllmUpstream(pool), await stack.enter_async_context(providers) if providers else None)
-        dispatcher = stack.enter_context(
-            Dispatcher(
-                *(registry, load, metrics, settings.queue, settings.retries),
-                weights=lambda: weights.current,
-                exchanges=upstream,
-            )
-        )
-        external.replace(models)
-        # On connections of their own: polls and requests do not wait for each other.
-        polls = await stack.enter_async_context(Pool())
-        poller = await stack.enter_async_context(
-            MetricsPoller(registry, polls, dispatcher, metrics.polls, on_answer=dispatcher.poll_answered)
-        )
-        for collector in collectors(registry, live_config, dispatcher, poller, load):
-            metrics.registry.register(collector)
-        proxy = Proxy(dispatcher, upstream)
-        rollouts = Rollouts(dispatcher.affinity.placement)
-        recorded = RecordedAliases(deployment, live_config, rollouts, dispatcher.cluster, metrics.rollout_conversations)
-        service = await stack.enter_async_context(
-            followed_rollouts(deployment.state, recorded, rollouts, registry, metrics)
-        )
-        log_sink = access_log.append if usage is None else both(access_log.append, usage.add)
-        errors = RecentErrors()
-        observers = Observers(metrics, log_sink, traced, errors=errors)
-        endpoints = {
-            endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers, rollouts)
-            for endpoint in ENDPOINTS.values()
-        }
-        addresses = Addresses(address_of(taken.client), address_of(taken.admin))
-        client_hosts, admin_hosts = (
-            allowed_hosts(address, settings.allowed_hosts) for address in (addresses.client, addresses.admin)
-        )
-        router = Router(endpoints, client_app(live_config, registry), live_config, quota, client_hosts)
-        traffic = await stack.enter_async_context(TrafficHistory(metrics))
-        administration = await stack.enter_async_context(
-            RolloutAdministration(deployment.state, lambda: recorded.deployment, lambda: recorded.snapshot, registry)
-        )
-
-        def state_away() -> str | None:
-            return service.follower.away if service else None
-
-        status = StatusSource(
-            *(registry, live_config, dispatcher, metrics, traffic, errors, rollouts),
-            polls=lambda: poller.results,
-            speeds=lambda: recorded.deployment.speeds,
-            rollouts=lambda: administration.statuses,
-            state_away=state_away,
-            draining=lambda: router.draining,
-            place=WorkerPlace(place.number, place.of),
-        )
-        context = AdminContext(
-            live_config, registry, metrics, router, dispatcher, status, administration, state_away, usage
-        )
-        secured = with_auth(admin_app(context), settings.admin_key, admin_hosts)
-        await stack.enter_async_context(listen(secured, taken.admin))
+        enter = stack.enter_async_context
+        observed = await enter(observability(deployment, live_config, access_log_stream or sys.stderr.buffer))
+        metrics, observers = observed.metrics, observed.observers
+        routed = await enter(routing(deployment, registry, live_config, observed, place.share))
+        dispatcher, proxy = routed.dispatcher, routed.proxy
+        rollouts = await enter(rollout_routing(deployment, registry, live_config, dispatcher, metrics))
+        recorded, arms = rollouts.recorded, rollouts.arms
+        router = router_for(settings, addresses.client, live_config, registry, proxy, quota, observers, arms)
+        admin = await enter(admin_port(deployment, registry, live_config, observed, routed, rollouts, router, place))
+        admin_hosts = allowed_hosts(addresses.admin, settings.allowed_hosts)
+        await enter(listen(with_auth(admin.app, settings.admin_key, admin_hosts), taken.admin))
         server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)
         metrics.registry.register(ConnectionCollector(server))
-        await stack.enter_async_context(serve_clients(server, taken.client, settings.drain_seconds))
+        await enter(serve_clients(server, taken.client, settings.drain_seconds))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
-            yield Gateway(
-                addresses, live_config, weights, recorded, server, quota, metrics, load, dispatcher, traffic, external
-            )
+            yield Gateway(addresses, live_config, recorded, server, quota, metrics, routed, admin.traffic)
         finally:
             router.draining = True
-
-
-async def spent_today(usage: UsageRecorder | None, settings: Settings) -> Mapping[str, float]:
-    """What each external model has cost since midnight (UTC) before this start, by the usage of all processes."""
-    return {} if usage is None else spent_by_variant(await usage.external_cost_today(), external_ladders(settings))
-
-
-def collectors(
-    registry: Registry, live_config: LiveConfig, dispatcher: Dispatcher, poller: MetricsPoller, load: LoadTracker
-) -> Iterator[Collector]:
-    """What computes metrics at each scrape."""
-    breakers, silent = dispatcher.breaker_states, dispatcher.cluster.silent
-
-    def waiting() -> dict[str, int]:
-        return {**dict.fromkeys(live_config.catalog.aliases, 0), **dispatcher.waiting()}
-
-    yield FleetCollector(registry, live_config.variants, breakers, waiting, lambda: silent)
-    yield EngineCollector(registry, lambda: poller.results)
-    yield LadderCollector(
-        dispatcher.cluster.gates,
-        lambda: live_config.catalog,
-        lambda: iter(registry.ready),
-        load.estimates,
-        lambda: load.speeds,
-    )
 
 
 def live_config_for(deployment: Deployment) -> LiveConfig:

@@ -13,7 +13,7 @@ from gateway.errors import NotAllowed, UnknownModel
 from gateway.keys import Caller
 from gateway.live_config import MAX_ROUTES, LiveConfig, LiveWeights
 from gateway.routing.split import RungWeights
-from tests.gateway.fleet import deployment, running_gateway
+from tests.gateway.fleet import deployment
 
 WAIT_SECONDS = 7.0
 ALICE = Caller("alice", aliases=frozenset({"smol", "hopeless", "unknown"}), floor=Floor(top1_agreement=0.95))
@@ -140,16 +140,3 @@ def test_older_weights_are_refused(revision: int) -> None:
     with pytest.raises(ConfigError, match=words):
         live.replace(weights(revision, 0.5, 0.5))
     assert live.current == weights(2, 0.9, 0.1)
-
-
-@pytest.mark.asyncio(loop_scope="session")
-async def test_weights_outlive_a_reload() -> None:
-    """A reload replaces the configuration of a running gateway and leaves its weights, which decisions use."""
-    async with running_gateway(deployment()) as fleet:
-        served = fleet.served
-        served.weights.replace(weights(1, 0.9, 0.1))
-        served.live_config.replace(live_config(aliases=aliases(ladder=["mid", "lo"])))
-        assert served.weights.current == weights(1, 0.9, 0.1)
-        assert served.dispatcher.cluster.weights() is served.weights.current
-        served.weights.replace(weights(2, 1.0, 0.0))
-        assert served.dispatcher.cluster.weights() == weights(2, 1.0, 0.0)

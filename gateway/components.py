@@ -1,0 +1,226 @@
+"""The components of a gateway, each with what it owns and ends; `gateway.app` puts them together."""
+
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from fastapi import FastAPI
+from prometheus_client.registry import Collector
+
+from config.schema import GatewaySettings, Settings
+from gateway.deployment import Deployment
+from gateway.handlers.admin import AdminContext, admin_app
+from gateway.handlers.inference import InferenceHandler, Observers
+from gateway.handlers.models import client_app
+from gateway.handlers.router import Router
+from gateway.http.hosts import allowed_hosts
+from gateway.live_config import LiveConfig
+from gateway.observability.access_log import AccessLog, both
+from gateway.observability.metrics import FleetCollector, LoopLag, Metrics
+from gateway.observability.tracing import tracing
+from gateway.observability.usage import UsageRecorder, recorded_usage
+from gateway.openai.endpoints import ENDPOINTS
+from gateway.proxy.collectors import EngineCollector, LadderCollector
+from gateway.proxy.dispatcher import Dispatcher
+from gateway.proxy.exchange import Proxy
+from gateway.proxy.external_models import ExternalModels, external_ladders, external_model_replicas
+from gateway.proxy.initial_series import create_series
+from gateway.proxy.load.polling import MetricsPoller
+from gateway.proxy.load.tracker import LoadTracker
+from gateway.proxy.upstream.by_kind import UpstreamByKind
+from gateway.proxy.upstream.external import ExternalUpstream, load_litellm
+from gateway.proxy.upstream.pool import Pool
+from gateway.proxy.upstream.vllm import VllmUpstream
+from gateway.quota import Quota
+from gateway.rollout.administration import RolloutAdministration
+from gateway.rollout.arms import Rollouts
+from gateway.rollout.recorded import RecordedAliases, followed_rollouts
+from gateway.routing.budget import spent_by_variant
+from gateway.status.source import StatusSource, WorkerPlace
+from gateway.status.traffic import TrafficHistory
+from gateway.workers import WorkerIndex
+from serving.registry import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class Observability:
+    """Where requests are counted, logged and traced; `usage` is None without a state database."""
+
+    metrics: Metrics
+    usage: UsageRecorder | None
+    observers: Observers
+
+
+@asynccontextmanager
+async def observability(
+    deployment: Deployment, live_config: LiveConfig, access_log_stream: BinaryIO
+) -> AsyncIterator[Observability]:
+    """Open the access log, usage and traces; every series of the configured aliases exists at 0."""
+    settings = deployment.settings.gateway
+    metrics = Metrics(per_key=settings.per_key_metrics)
+    create_series(metrics, live_config.catalog, live_config.keys.names())
+    with AccessLog(access_log_stream, settings.access_log, metrics.log_lines_dropped) as access_log:
+        async with (
+            recorded_usage(deployment.state, settings.usage_days, metrics) as usage,
+            tracing(settings.tracing) as traced,
+            LoopLag(metrics.loop_lag_seconds),
+        ):
+            sink = access_log.append if usage is None else both(access_log.append, usage.add)
+            yield Observability(metrics, usage, Observers(metrics, sink, traced))
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What chooses a replica for each request and sends it there."""
+
+    load: LoadTracker
+    external: ExternalModels
+    dispatcher: Dispatcher
+    poller: MetricsPoller
+    proxy: Proxy
+
+
+@asynccontextmanager
+async def routing(
+    deployment: Deployment, registry: Registry, live_config: LiveConfig, observed: Observability, share: float
+) -> AsyncIterator[Routing]:
+    """Connect to replicas and external models, and poll replicas; `share` is this process' part of all budgets."""
+    settings, metrics = deployment.settings.gateway, observed.metrics
+    load = LoadTracker(registry.in_flight, deployment.speeds)
+    async with AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(Pool())
+        external, upstream = await external_models(stack, deployment, registry, observed, pool, share)
+        dispatcher = stack.enter_context(
+            Dispatcher(registry, load, metrics, settings.queue, settings.retries, exchanges=upstream)
+        )
+        external.replace(external_model_replicas(deployment.settings.variants))
+        # On connections of their own: polls and requests do not wait for each other.
+        polls = await stack.enter_async_context(Pool())
+        poller = await stack.enter_async_context(
+            MetricsPoller(registry, polls, dispatcher, metrics.polls, on_answer=dispatcher.poll_answered)
+        )
+        for collector in collectors(registry, live_config, dispatcher, poller, load):
+            metrics.registry.register(collector)
+        yield Routing(load, external, dispatcher, poller, Proxy(dispatcher, upstream))
+
+
+async def external_models(
+    stack: AsyncExitStack, deployment: Deployment, registry: Registry, observed: Observability, pool: Pool, share: float
+) -> tuple[ExternalModels, UpstreamByKind]:
+    """Connect to the models of other providers, if there are any: litellm is loaded only then."""
+    settings = deployment.settings
+    loaded = bool(external_model_replicas(settings.variants))
+    spent = await spent_today(observed.usage, settings) if loaded else {}
+    external = stack.enter_context(ExternalModels(registry, observed.metrics, loaded=loaded, share=share, spent=spent))
+    providers = None
+    if loaded:
+        providers = await stack.enter_async_context(ExternalUpstream(load_litellm(), external.book))
+    return external, UpstreamByKind(VllmUpstream(pool), providers)
+
+
+async def spent_today(usage: UsageRecorder | None, settings: Settings) -> Mapping[str, float]:
+    """What each external model has cost since midnight (UTC) before this start, by the usage of all processes."""
+    return {} if usage is None else spent_by_variant(await usage.external_cost_today(), external_ladders(settings))
+
+
+def collectors(
+    registry: Registry, live_config: LiveConfig, dispatcher: Dispatcher, poller: MetricsPoller, load: LoadTracker
+) -> Iterator[Collector]:
+    """What computes metrics at each scrape."""
+    breakers, silent = dispatcher.breaker_states, dispatcher.cluster.silent
+
+    def waiting() -> dict[str, int]:
+        return {**dict.fromkeys(live_config.catalog.aliases, 0), **dispatcher.waiting()}
+
+    yield FleetCollector(registry, live_config.variants, breakers, waiting, lambda: silent)
+    yield EngineCollector(registry, lambda: poller.results)
+    yield LadderCollector(
+        dispatcher.cluster.gates,
+        lambda: live_config.catalog,
+        lambda: iter(registry.ready),
+        load.estimates,
+        lambda: load.speeds,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRouting:
+    """What rollouts change of routing: the arms of aliases, and the revisions in force."""
+
+    arms: Rollouts
+    recorded: RecordedAliases
+    away: Callable[[], str | None]  # why the state database cannot be read
+
+
+@asynccontextmanager
+async def rollout_routing(
+    deployment: Deployment, registry: Registry, live_config: LiveConfig, dispatcher: Dispatcher, metrics: Metrics
+) -> AsyncIterator[RolloutRouting]:
+    """Follow the recorded revisions of aliases, and drive rollouts."""
+    arms = Rollouts(dispatcher.affinity.placement)
+    recorded = RecordedAliases(deployment, live_config, arms, dispatcher.cluster, metrics.rollout_conversations)
+    async with followed_rollouts(deployment.state, recorded, arms, registry, metrics) as service:
+        yield RolloutRouting(arms, recorded, lambda: service.follower.away if service else None)
+
+
+def router_for(
+    settings: GatewaySettings,
+    address: str,
+    live_config: LiveConfig,
+    registry: Registry,
+    proxy: Proxy,
+    quota: Quota,
+    observers: Observers,
+    arms: Rollouts,
+) -> Router:
+    """Build what answers on the clients' port."""
+    endpoints = {
+        endpoint.path.encode(): InferenceHandler(endpoint, live_config, proxy, quota, observers, arms)
+        for endpoint in ENDPOINTS.values()
+    }
+    hosts = allowed_hosts(address, settings.allowed_hosts)
+    return Router(endpoints, client_app(live_config, registry), live_config, quota, hosts)
+
+
+@dataclass(frozen=True, slots=True)
+class AdminPort:
+    """The app of the admin port, without authentication, and the traffic that it shows."""
+
+    app: FastAPI
+    traffic: TrafficHistory
+
+
+@asynccontextmanager
+async def admin_port(
+    deployment: Deployment,
+    registry: Registry,
+    live_config: LiveConfig,
+    observed: Observability,
+    routed: Routing,
+    rollouts: RolloutRouting,
+    router: Router,
+    place: WorkerIndex,
+) -> AsyncIterator[AdminPort]:
+    """Sample the traffic, and build the app."""
+    recorded, dispatcher = rollouts.recorded, routed.dispatcher
+    async with (
+        TrafficHistory(observed.metrics) as traffic,
+        RolloutAdministration(
+            deployment.state, lambda: recorded.deployment, lambda: recorded.snapshot, registry
+        ) as administration,
+    ):
+        status = StatusSource(
+            *(registry, live_config, dispatcher, observed.metrics, traffic, observed.observers.errors, rollouts.arms),
+            polls=lambda: routed.poller.results,
+            speeds=lambda: recorded.deployment.speeds,
+            rollouts=lambda: administration.statuses,
+            state_away=rollouts.away,
+            draining=lambda: router.draining,
+            place=WorkerPlace(place.number, place.of),
+        )
+        context = AdminContext(
+            *(live_config, registry, observed.metrics, router, dispatcher),
+            *(status, administration, rollouts.away, observed.usage),
+        )
+        yield AdminPort(admin_app(context), traffic)
