@@ -18,10 +18,10 @@ from typing import Any, TypeVar, overload
 ROOT = Path(__file__).resolve().parents[2]
 HOST = "127.0.0.1"
 POLL_SECONDS = 0.01
-DEADLINE_SECONDS = 10.0
+DEADLINE_SECONDS = 20.0
 TOOL_FLAGS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 # Of `eventually`: a failing test may take long, a slow machine must not fail one.
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 50.0
 
 T = TypeVar("T")
 

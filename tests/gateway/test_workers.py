@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import sys
@@ -26,10 +27,9 @@ session_loop = pytest.mark.asyncio(loop_scope="session")
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports in a row that nobody listens on now."""
+    """Ports in a row that nobody listens on now, below those that outgoing connections take."""
     while True:
-        with socket.create_server((HOST, 0)) as first:
-            begin = first.getsockname()[1]
+        begin = random.randrange(16_000, 32_000)
         with ExitStack() as taken, suppress(OSError):
             for number in range(count):
                 taken.enter_context(socket.create_server((HOST, begin + number)))
