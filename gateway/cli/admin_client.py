@@ -38,8 +38,10 @@ class AdminClient:
     def of(cls, file: Path, address: str | None = None) -> "AdminClient":
         """Read address and key from a configuration; `address` overrides it, for example with a second worker's.
 
-        Raises ConfigError.
+        With an address, there may be no such file: then there is no key. Raises ConfigError.
         """
+        if address is not None and not file.exists():
+            return cls(reachable(address), None, file)
         settings = load_settings(file).gateway
         chosen = address or settings.admin
         if chosen.endswith(":0"):

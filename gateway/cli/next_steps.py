@@ -17,9 +17,11 @@ def next_steps(settings: Settings, addresses: Addresses, config: Path, *, keys: 
     client, admin = reachable(addresses.client), reachable(addresses.admin)
     file = shlex.quote(str(config))
     page = f"http://{admin}/ui"
+    # The configuration does not say which port was free.
+    where = f" --admin {admin}" if settings.gateway.admin.endswith(":0") else ""
     steps = [
         (page, "what runs, live" + (" (needs gateway.admin_key)" if settings.gateway.admin_key else "")),
-        (f"quantgate top --config {file}", "the same in a terminal"),
+        (f"quantgate top --config {file}{where}", "the same in a terminal"),
         (f"quantgate ps {file}", "replicas, while they start"),
     ]
     width = max(len(step) for step, _ in steps)

@@ -30,6 +30,7 @@ VARIANTS = {"a": {"precision": "int4"}}
         ),
         ({}, False, "quantgate ps 'my file.yaml' "),
         ({}, False, "quantgate top --config 'my file.yaml'  # the same in a terminal"),
+        ({"gateway": {"admin": "127.0.0.1:0"}}, False, "--config 'my file.yaml' --admin 127.0.0.1:8001  # the same"),
     ],
 )
 def test_lines(tables: dict[str, object], keys: bool, expected: str) -> None:

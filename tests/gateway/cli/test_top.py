@@ -149,6 +149,8 @@ async def test_once(tmp_path: Path, fake: FakeReplica) -> None:
         assert (text.code, text.err) == (0, "")
         assert "Aliases" in text.out
         assert "\x1b" not in text.out
+        without = await run("top", "--config", str(tmp_path / "none.yaml"), "--admin", admin, "--once")
+        assert (without.code, "Aliases" in without.out) == (0, True)
         told = await run(*arguments, "--once", "--json")
         assert [alias["name"] for alias in json.loads(told.out)["aliases"]] == ["x"]
         assert (await run(*arguments)).err == "quantgate top: this is no terminal; use --once, or --once --json\n"
