@@ -84,6 +84,8 @@ class TopApp(App[str]):
         except ConfigError as error:
             self.exit(str(error))
             return
+        if not self.query("#sections"):
+            return  # the screen was closed meanwhile
         self._away_since = None
         self.query_one("#notice", Static).update("paused: p goes on" if self.paused else "")
         self.query_one("#heading", Static).update(heading(status, self._client.address))
@@ -106,12 +108,11 @@ class TopApp(App[str]):
     async def _show(self, section: Section) -> None:
         title, content = section
         name = title.lower()
-        found = self.query(f"#{name}")
-        if not found:
-            await self.query_one("#sections").mount(
-                Static(title, classes="title"), Static(id=name, classes="content", expand=False)
-            )
-        self.query_one(f"#{name}", Static).update(content)
+        if found := self.query(f"#{name}"):
+            found.first(Static).update(content)
+        elif parents := self.query("#sections"):
+            body = Static(content, id=name, classes="content", expand=False)
+            await parents.first().mount(Static(title, classes="title"), body)
 
     def _away(self, why: str) -> None:
         now = self._clock()

@@ -28,8 +28,9 @@ _SHARE_ALPHA = 0.001
 _SHADOW_ALPHA, _SHADOW_EFFECT = 0.005, 0.02
 # A variant counts as lost when it has had no ready replica for so long.
 LOST_SECONDS = 30.0
-# A variant does not start when its replicas have failed so often; later attempts would take until the deadline.
-START_ATTEMPTS = 3
+# A variant does not start when its replicas have failed so often: later attempts would take until the deadline. The
+# supervisor gives up after `serving.start_attempts`, and a driver may miss a failure that is short.
+FAILED_STARTS = 2
 # So old is a phase before a variant counts as drained: every gateway has read the revision by then.
 SETTLE_SECONDS = 5.0
 
@@ -125,18 +126,24 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class FailedStarts:
-    """How often a variant's replicas have failed while a driver looked, and why the last one did."""
+    """How often a variant's replicas have failed, or have gone before they were ready, and why the last one failed.
+
+    `failed` and `pending` are those of the last look: replicas that had failed, and all that were not ready.
+    """
 
     count: int = 0
-    reason: str = ""
-    failed: frozenset[str] = frozenset()  # the replicas that had failed at the last look
+    reason: str = "its replica was stopped while it started"
+    failed: frozenset[str] = frozenset()
+    pending: frozenset[str] = frozenset()
 
     def after(self, replicas: Iterable[ReplicaStatus]) -> "FailedStarts":
         """Return the count after another look at the variant's replicas."""
-        failed = {status.replica.id: status.reason for status in replicas if status.state is State.FAILED}
-        new = failed.keys() - self.failed
-        reason = failed[max(new)] if new else self.reason
-        return FailedStarts(self.count + len(new), reason, frozenset(failed))
+        states = {status.replica.id: status for status in replicas}
+        failed = frozenset(name for name, status in states.items() if status.state is State.FAILED)
+        pending = frozenset(name for name, status in states.items() if status.state is not State.READY)
+        new = failed - self.failed
+        reason = states[max(new)].reason if new else self.reason
+        return FailedStarts(self.count + len(new) + len(self.pending - states.keys()), reason, failed, pending)
 
 
 NO_FAILED_STARTS = FailedStarts()
@@ -202,7 +209,7 @@ def _moved(
     match state.phase:
         case Phase.STARTING if facts.ready.new:
             return Event.READY, f"{plan.new} has a ready, verified replica"
-        case Phase.STARTING if facts.starts.count >= START_ATTEMPTS:
+        case Phase.STARTING if facts.starts.count >= FAILED_STARTS:
             return Event.FAILED, f"{plan.new} does not start: {facts.starts.reason}"
         case Phase.CANARY:
             return _canary(state, plan, progress, now)

@@ -8,8 +8,9 @@ import pytest
 from gateway.rollout.machine import FINAL, Event, Phase
 from gateway.rollout.operating import GateRefused, Replacement
 from gateway.rollout.plan import PlanSettings
+from gateway.rollout.progress import NO_FAILED_STARTS
 from serving.errors import RolloutExists
-from serving.replica import State
+from serving.replica import Replica, ReplicaStatus, State
 from serving.state.rollout_records import Demand
 from tests.gateway.rollout.driving import FAST, rollout_fixture
 
@@ -128,19 +129,42 @@ async def test_a_replica_that_comes_later(state: str) -> None:
 
 
 async def test_a_variant_that_does_not_start(state: str) -> None:
-    """Its rollout goes back after three attempts, with the reason, and not at the deadline an hour later."""
+    """Its rollout goes back with the reason when its supervisor gives up, and not at the deadline an hour later."""
     async with rollout_fixture(state, "hi", "lo") as scene:
         scene.start()
-        for _ in range(3):
-            scene.put("odd", State.STARTING)
-            await scene.step(5.0, count=2)
-            assert scene.phase() in (Phase.PREFLIGHT, Phase.STARTING)
-            scene.put("odd", State.FAILED, "golden prompt: wrong results")
-            await scene.step(5.0, count=2)
+        scene.put("odd", State.STARTING)
+        await scene.step(5.0, count=2)
+        scene.put("odd", State.FAILED, "golden prompt: wrong results")
+        await scene.step(5.0, count=3)
+        assert scene.phase() is Phase.STARTING
+        scene.put("odd", State.WARMING)
+        await scene.step(5.0)
+        scene.registry.remove("odd-1")
+        await scene.step(5.0, count=2)
         assert scene.phase() in (Phase.ROLLING_BACK, Phase.ROLLED_BACK)
         assert scene.rollout.failure == "odd does not start: golden prompt: wrong results"
         assert await scene.end() is Phase.ROLLED_BACK
         assert scene.rollbacks == [("smol", "starting")]
+
+
+@pytest.mark.parametrize(
+    "looks, count",
+    [
+        ([State.STARTING, State.WARMING, State.READY], 0),
+        ([State.STARTING, State.FAILED, State.FAILED, State.STARTING], 1),
+        ([State.FAILED, State.STARTING, State.FAILED], 2),
+        ([State.STARTING, None, State.STARTING, State.READY], 1),  # its supervisor was restarted
+        ([State.READY, None], 0),
+        ([None, None], 0),
+    ],
+)
+def test_failed_starts(looks: list[State | None], count: int) -> None:
+    """A failure counts once, and so does a replica that goes before it was ready."""
+    starts = NO_FAILED_STARTS
+    replica = Replica("odd-1", "odd", "bf16", "http://127.0.0.1:9", "odd")
+    for state in looks:
+        starts = starts.after([ReplicaStatus(replica, state, "why", 0.0, 0)] if state else [])
+    assert starts.count == count
 
 
 async def test_a_variant_that_dies_after_promotion(state: str) -> None:
