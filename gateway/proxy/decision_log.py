@@ -103,13 +103,14 @@ class DecisionLog:
         self, request: RoutingRequest, cluster: ClusterState, decision: Decision, now: float, wait_seconds: float = inf
     ) -> None:
         """Keep a decision; what it was made on stays as it was."""
+        estimates = cluster.estimates
         self._records.append(
             DecisionRecord(
                 request,
                 decision,
                 now,
                 wait_seconds,
-                tuple([tuple(cluster.estimates(rung.name)) for rung in request.rungs]),
+                tuple([tuple(estimates(rung.name)) for rung in request.rungs]),
                 dict(cluster.breakers) if cluster.breakers else NONE,
                 dict(cluster.overloads) if cluster.overloads else NONE,
                 _gates_of(request, cluster) if cluster.gates else NONE,
