@@ -87,6 +87,11 @@ class Variant:
     golden: GoldenAnswer | None = None
     loras: tuple[Lora, ...] = ()
     lora: Lora | None = None
+    is_external: bool = field(init=False, repr=False, compare=False)  # another provider runs it
+
+    def __post_init__(self) -> None:
+        # Every decision reads it: a property would take longer.
+        object.__setattr__(self, "is_external", self.precision == EXTERNAL)
 
     @property
     def names(self) -> frozenset[str]:
@@ -97,11 +102,6 @@ class Variant:
     def id(self) -> str:
         """The id in the manifest, or the configured name without a manifest."""
         return self.manifest.id if self.manifest else self.name
-
-    @property
-    def is_external(self) -> bool:
-        """Whether another provider runs it."""
-        return self.precision == EXTERNAL
 
     @property
     def failure(self) -> str | None:

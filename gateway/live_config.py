@@ -3,12 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from config.errors import ConfigError
 from config.schema import LimitSettings
 from config.variant import Variant
 from gateway.http.cors import Cors
 from gateway.keys import Caller, Keys
-from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights, variant_names
 from gateway.routing.target import Catalog, Target
 from serving.registry import Registry
 
@@ -24,8 +22,7 @@ class Route:
 
     caller: Caller
     target: Target
-    rungs: tuple[Rung, ...]
-    variants: tuple[str, ...]  # the names of their members
+    rungs: tuple[Variant, ...]
     queue_seconds: float
 
 
@@ -65,25 +62,8 @@ class LiveConfig:
         if len(self._routes) >= MAX_ROUTES:
             self._routes.clear()
         rungs = target.filter((caller.floor,), None).permitted
-        route = self._routes[caller.name, model] = Route(caller, target, rungs, variant_names(rungs), queue_seconds)
+        route = self._routes[caller.name, model] = Route(caller, target, rungs, queue_seconds)
         return route
-
-
-@dataclass(slots=True)
-class LiveWeights:
-    """The weights of rungs with several members, apart from the configuration: a reload leaves them as they are.
-
-    Rollouts do not use them: an arm has a ladder of its own (gateway.rollout.arms).
-    """
-
-    current: RungWeights = NO_WEIGHTS
-
-    def replace(self, weights: RungWeights) -> None:
-        """Use other weights from the next decision on; ConfigError if their revision is not newer."""
-        if weights.revision <= self.current.revision:
-            have, given = self.current.revision, weights.revision
-            raise ConfigError(f"weights of revision {given} do not replace those of revision {have}; read them again")
-        self.current = weights
 
 
 def unserved_aliases(before: Catalog, after: Catalog, ready: Iterable[str]) -> list[str]:
@@ -118,11 +98,8 @@ def ready_variants(catalog: Catalog, registry: Registry) -> dict[str, list[str]]
     """List for each alias the permitted variants that have a ready replica; without aliases, for each variant."""
     ready = registry.ready
     names = catalog.aliases or catalog.variants
-    permitted = {
-        name: [variant.name for rung in catalog.resolve(name).permitted for variant in rung.variants] for name in names
-    }
-    return {name: [variant for variant in variants if variant in ready] for name, variants in permitted.items()}
+    return {name: [rung.name for rung in catalog.resolve(name).permitted if rung.name in ready] for name in names}
 
 
 def _answering(catalog: Catalog, alias: str) -> frozenset[str]:
-    return frozenset(variant.name for rung in catalog.resolve(alias).permitted for variant in rung.variants)
+    return frozenset(rung.name for rung in catalog.resolve(alias).permitted)

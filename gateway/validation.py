@@ -78,7 +78,7 @@ def notices(deployment: Deployment) -> Iterator[Notice]:
     reported = set[str]()
     for name, alias in settings.aliases.items():
         target = catalog.resolve(name)
-        permitted = [variant.name for rung in target.permitted for variant in rung.variants]
+        permitted = [rung.name for rung in target.permitted]
         if not permitted:
             rejected = "; ".join(map(str, target.filter((), None).rejected))
             what = f"no variant is good enough ({rejected})"

@@ -10,11 +10,11 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from config.variant import Variant
 from gateway.errors import GatewayError, RequestError
 from gateway.live_config import LiveConfig, ready_variants
 from gateway.observability.metrics.metrics import own_version
 from gateway.openai.endpoints import ENDPOINTS, expects_anthropic_errors
-from gateway.routing.split import Rung
 from gateway.routing.target import Target
 from serving.registry import Registry
 
@@ -59,13 +59,13 @@ def client_app(live_config: LiveConfig, registry: Registry) -> FastAPI:
     return app
 
 
-def _model(target: Target, rungs: tuple[Rung, ...], registry: Registry, created: int) -> dict[str, Any]:
+def _model(target: Target, rungs: tuple[Variant, ...], registry: Registry, created: int) -> dict[str, Any]:
     """Describe a model as vLLM does, with our own fields beside it: the precisions.
 
     `root` is the best variant that may answer, not its directory: paths are no business of clients. The context has the
     names of vLLM (`max_model_len`) and of OpenRouter (`context_length`).
     """
-    variants = {variant.name: variant.precision for rung in rungs for variant in rung.variants}
+    variants = {rung.name: rung.precision for rung in rungs}
     lengths = [
         status.replica.max_model_len_tokens
         for status in registry.snapshot()

@@ -5,13 +5,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import msgspec
 
+from config.variant import Variant
 from gateway.observability.metrics import Metrics
 from gateway.proxy.leases import Lease
 from gateway.routing.bytes_per_token import BytesPerToken, learned
 from gateway.routing.prefix_index import BLOCK_BYTES, PrefixIndex, blocks_that_fit
 from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.sessions import Placement, Sessions
-from gateway.routing.split import Rung
 from gateway.routing.target import Target
 from serving.replica import Replica
 
@@ -38,11 +38,11 @@ class Affinity:
         """Where a conversation was answered last."""
         return self._sessions.placement(session)
 
-    def cached_tokens(self, model: str, rungs: tuple[Rung, ...], blocks: tuple[int, ...]) -> Mapping[str, float]:
+    def cached_tokens(self, model: str, rungs: tuple[Variant, ...], blocks: tuple[int, ...]) -> Mapping[str, float]:
         """How many tokens of a prompt replicas have probably cached, at least those of some rungs that have any."""
         among: Sequence[frozenset[str]] = ()
         if self._prefixes.is_common(blocks[0]):
-            among = [self._ready.get(name, NO_REPLICAS) for rung in rungs for name in rung.names]
+            among = [self._ready.get(rung.name, NO_REPLICAS) for rung in rungs]
         matches = self._prefixes.matched(blocks, among)
         if not matches:
             return NOTHING_CACHED
@@ -110,6 +110,6 @@ class Affinity:
         self._tokens = {model: known for model, known in self._tokens.items() if model in models}
 
     def _count_move(self, target: Target, before: str, variant: str) -> None:
-        places = {name: place for place, rung in enumerate(target.rungs) for name in rung.names}
+        places = {rung.name: place for place, rung in enumerate(target.rungs)}
         if before in places and variant in places and (change := places[variant] - places[before]) != 0:
             self._metrics.session_moves.labels(target.name, "up" if change < 0 else "down").inc()

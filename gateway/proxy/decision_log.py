@@ -30,8 +30,7 @@ from gateway.routing.snapshot import (
     nested_gates,
     variant_views,
 )
-from gateway.routing.spill import SpillGate
-from gateway.routing.split import RungKey, RungWeights, variant_names
+from gateway.routing.spill import RungKey, SpillGate
 from serving.registry import Registry
 from serving.replica import State
 
@@ -42,7 +41,7 @@ NONE: Mapping[Any, Any] = {}
 class DecisionRecord(msgspec.Struct, frozen=True, eq=False, gc=False):
     """One decision, with everything that it was made on; `decided_at` is on the monotonic clock.
 
-    `estimates` are those of each variant of the request's rungs.
+    `estimates` are those of each of the request's rungs.
     """
 
     request: RoutingRequest
@@ -53,19 +52,18 @@ class DecisionRecord(msgspec.Struct, frozen=True, eq=False, gc=False):
     breakers: Mapping[str, Breaker]
     overloads: Mapping[str, Overload]
     gates: Mapping[RungKey, SpillGate]
-    weights: RungWeights
     silent: Mapping[str, Silence] = NONE
 
     def snapshot(self, now: float) -> Snapshot:
         """The state as it was; `now` is on the same clock."""
         target = self.request.target
-        rungs, excluded = target.rungs, [rejection.variant for rejection in target.excluded]
-        names = variant_names(self.request.rungs)
+        excluded = [rejection.variant for rejection in target.excluded]
+        names = [rung.name for rung in self.request.rungs]
         return Snapshot(
             recorded=datetime.fromtimestamp(time.time() - (now - self.decided_at), UTC),
             now_seconds=self.decided_at,
-            variants=variant_views([*(variant for rung in rungs for variant in rung.variants), *excluded]),
-            models={target.name: TargetView.of(target, 0.0, self.weights)},
+            variants=variant_views([*target.rungs, *excluded]),
+            models={target.name: TargetView.of(target, 0.0)},
             estimates=dict(zip(names, self.estimates, strict=True)),
             breakers=dict(self.breakers),
             overloads=dict(self.overloads),
@@ -105,18 +103,17 @@ class DecisionLog:
         self, request: RoutingRequest, cluster: ClusterState, decision: Decision, now: float, wait_seconds: float = inf
     ) -> None:
         """Keep a decision; what it was made on stays as it was."""
-        names = request.variants or variant_names(request.rungs)
+        estimates = cluster.estimates
         self._records.append(
             DecisionRecord(
                 request,
                 decision,
                 now,
                 wait_seconds,
-                tuple(map(tuple, map(cluster.estimates, names))),
+                tuple([tuple(estimates(rung.name)) for rung in request.rungs]),
                 dict(cluster.breakers) if cluster.breakers else NONE,
                 dict(cluster.overloads) if cluster.overloads else NONE,
                 _gates_of(request, cluster) if cluster.gates else NONE,
-                cluster.weights(),
                 dict(cluster.silent) if cluster.silent else NONE,
             )
         )
@@ -134,12 +131,12 @@ def snapshot_now(
     now: float,
 ) -> Snapshot:
     """The state of everything, to decide on requests of any model."""
-    catalog, queue_seconds, weights = live_config.catalog, live_config.limits.queue_seconds, cluster.weights()
+    catalog, queue_seconds = live_config.catalog, live_config.limits.queue_seconds
     return Snapshot(
         recorded=datetime.now(UTC),
         now_seconds=now,
         variants=variant_views(catalog.variants.values()),
-        models={name: TargetView.of(catalog.resolve(name), queue_seconds, weights) for name in catalog.names()},
+        models={name: TargetView.of(catalog.resolve(name), queue_seconds) for name in catalog.names()},
         estimates={name: tuple(cluster.estimates(name)) for name in catalog.variants},
         absent=tuple(_absent(registry)),
         breakers=dict(cluster.breakers),

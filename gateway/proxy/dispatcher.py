@@ -35,6 +35,7 @@ from typing import Self
 import msgspec
 
 from config.schema import QueueSettings, RetrySettings
+from config.variant import Variant
 from gateway.errors import GatewayError, Overloaded, QueueFull, QueueTimeout, ToolsUnsupported, Unavailable
 from gateway.observability.metrics import Metrics
 from gateway.proxy.affinity import Affinity
@@ -52,7 +53,6 @@ from gateway.routing.pick import (
     Candidate,
     any_pending,
     decide,
-    drawn_names,
     has_room,
     none_takes_tools,
     shortest_fitting_context,
@@ -60,7 +60,6 @@ from gateway.routing.pick import (
 )
 from gateway.routing.queue import QueueLimits, Queues
 from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
-from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights
 from gateway.routing.target import Catalog, Target
 from serving.registry import Registry
 
@@ -79,7 +78,6 @@ class Dispatcher:
         queue: QueueSettings = DEFAULT_QUEUE,
         retries: RetrySettings = DEFAULT_RETRIES,
         clock: Callable[[], float] = time.monotonic,
-        weights: Callable[[], RungWeights] = lambda: NO_WEIGHTS,
         exchanges: Exchanges = NO_EXCHANGES,
     ) -> None:
         self._registry = registry
@@ -96,7 +94,6 @@ class Dispatcher:
             self._outliers.breakers,
             self._outliers.overloads,
             self._spill.gates,
-            weights,
             self._silences.silent,
         )
         self._ledgers = (RegistryLedger(registry), load, self.affinity, self._outliers)
@@ -129,20 +126,19 @@ class Dispatcher:
         self.retries.earn()
         return next(self._turns)
 
-    def has_choice(self, rungs: Iterable[Rung]) -> bool:
+    def has_choice(self, rungs: Iterable[Variant]) -> bool:
         """Return whether more than one ready replica could answer."""
         ready = self._registry.ready
         count = 0
         for rung in rungs:
-            for name in rung.names:
-                count += len(ready.get(name, ()))
-                if count > 1:
-                    return True
+            count += len(ready.get(rung.name, ()))
+            if count > 1:
+                return True
         return False
 
-    def require_tools(self, target: Target, rungs: Iterable[Rung]) -> None:
+    def require_tools(self, target: Target, rungs: Iterable[Variant]) -> None:
         """Raise ToolsUnsupported if every replica of some rungs, ready or starting, is known to take no tools."""
-        names = [name for rung in rungs for name in rung.names]
+        names = [rung.name for rung in rungs]
         if not self._any_ready(names, tools=True) and none_takes_tools(names, self._registry.snapshot()):
             raise ToolsUnsupported(target.name)
 
@@ -268,7 +264,8 @@ class Dispatcher:
 
     def _queue_key(self, request: RoutingRequest) -> QueueKey:
         context_tokens = shortest_fitting_context(request.rungs, self.cluster, request.needed_tokens, request.tools)
-        return QueueKey(request.target.name, drawn_names(request, self.cluster), context_tokens, request.tools)
+        names = tuple([rung.name for rung in request.rungs])
+        return QueueKey(request.target.name, names, context_tokens, request.tools)
 
     def _join(self, waiter: Waiter) -> None:
         """Queue a request, which may evict others of keys that hold more than their share; or refuse it."""
@@ -285,12 +282,8 @@ class Dispatcher:
             if turn.result.done():
                 continue
             lease = self._lease_next(turn.request)
-            if lease is not None:
-                turn.result.set_result(lease)
-            else:
-                # It is drawn to another member since the weights of its rung changed: there it waits on.
-                turn.queue = self._queue_key(turn.request)
-                self._join(turn)
+            assert lease is not None, "a queue is served only while a replica has room for its requests"
+            turn.result.set_result(lease)
         self._set_timer()
 
     def _serves(self, key: QueueKey) -> bool:

@@ -7,11 +7,11 @@ the usual ones are created: chat completions that succeed.
 
 from collections.abc import Iterable, Iterator
 
+from config.variant import Variant
 from gateway.errors import GatewayError, UpstreamError
 from gateway.observability.metrics import UNKNOWN, Metrics
 from gateway.observability.metrics.instruments import Counter, Family
 from gateway.openai.endpoints import CHAT
-from gateway.routing.split import Rung
 from gateway.routing.target import Catalog, Target
 
 # `cause_of` in gateway/rollout/controller.py.
@@ -66,20 +66,18 @@ def _of_ladder(metrics: Metrics, target: Target) -> Iterator[Series]:
         yield metrics.ladder_switches, (target.name, rung.name, "spill")
         yield metrics.ladder_switches, (target.name, rung.name, "return")
     for rung in target.permitted[1:]:
-        for variant in rung.variants:
-            yield metrics.spills, (target.name, variant.name)
+        yield metrics.spills, (target.name, rung.name)
     for direction in ("up", "down") if len(target.permitted) > 1 else ():
         yield metrics.session_moves, (target.name, direction)
 
 
-def _of_rung(metrics: Metrics, alias: str, rung: Rung, reason: str) -> Iterator[Series]:
-    for variant in rung.variants:
-        served = (alias, variant.name, variant.precision)
-        yield metrics.requests, (*served, CHAT.name, "200", reason)
-        for kind in ("prompt", "completion", "reasoning"):
-            yield metrics.tokens, (*served, kind)
-        if variant.is_external:
-            yield metrics.external_cost_usd, (alias, variant.name)
+def _of_rung(metrics: Metrics, alias: str, rung: Variant, reason: str) -> Iterator[Series]:
+    served = (alias, rung.name, rung.precision)
+    yield metrics.requests, (*served, CHAT.name, "200", reason)
+    for kind in ("prompt", "completion", "reasoning"):
+        yield metrics.tokens, (*served, kind)
+    if rung.is_external:
+        yield metrics.external_cost_usd, (alias, rung.name)
 
 
 def _subclasses(kind: type[GatewayError]) -> Iterator[type[GatewayError]]:

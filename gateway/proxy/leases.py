@@ -153,7 +153,7 @@ class RegistryLedger:
 class QueueKey:
     """What a queue waits for: any replica of these variants with a context that is long enough, and that takes `tools`.
 
-    Requests of one alias that are drawn to the same variants and need the same of a replica wait in one queue.
+    Requests of one alias that the same variants may answer, and that need the same of a replica, wait in one queue.
     """
 
     alias: str

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from config.schema import NO_FLOOR
+from config.variant import Variant
 from gateway.errors import INVALID_JSON
 from gateway.openai.endpoints import MESSAGES, RESPONSES, Endpoint
 from gateway.openai.fields import INTEGER
@@ -18,7 +19,6 @@ from gateway.routing.prefix_index import block_hashes
 from gateway.routing.request import NOTHING_CACHED, RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.spill import PAUSE_SECONDS
-from gateway.routing.split import Rung
 
 SESSION_HEADER = b"x-session-id"
 # Names of a conversation, or of its user; `user` is what OpenAI's older clients send.
@@ -59,7 +59,7 @@ _TURN = msgspec.json.Decoder(_Turn)
 _METADATA = msgspec.json.Decoder(_Metadata | None)
 
 
-def permitted_rungs(context: RequestContext) -> tuple[Rung, ...]:
+def permitted_rungs(context: RequestContext) -> tuple[Variant, ...]:
     """The rungs that satisfy alias, key and request; FloorUnmet if there are none.
 
     On endpoints that external models do not answer their rungs are left out, unless there are no others.
@@ -69,14 +69,14 @@ def permitted_rungs(context: RequestContext) -> tuple[Rung, ...]:
         rungs = route.rungs
     else:
         rungs = route.target.permitted_rungs((context.caller.floor, inference.floor), inference.precisions)
-    if rungs[-1].external and not inference.endpoint.external:
-        return tuple([rung for rung in rungs if not rung.external]) or rungs
+    if rungs[-1].is_external and not inference.endpoint.external:
+        return tuple([rung for rung in rungs if not rung.is_external]) or rungs
     return rungs
 
 
 def routing_request(
     context: RequestContext,
-    rungs: tuple[Rung, ...],
+    rungs: tuple[Variant, ...],
     turn: int,
     affinity: Affinity,
     with_blocks: bool,
@@ -121,7 +121,6 @@ def routing_request(
         inference.precisions,
         placement,
         cached_tokens,
-        variants=route.variants if rungs is route.rungs else (),
         tools=inference.uses_tools,
     )
 
@@ -191,7 +190,11 @@ def _excess_bytes(text: bytes, mark: bytes) -> int:
 
 
 def _from_opening(
-    context: RequestContext, rungs: tuple[Rung, ...], affinity: Affinity, spilling_seconds: float, session: str | None
+    context: RequestContext,
+    rungs: tuple[Variant, ...],
+    affinity: Affinity,
+    spilling_seconds: float,
+    session: str | None,
 ) -> tuple[str | None, Placement | None]:
     """The session of a request that was not answered before, and where its opening was.
 
@@ -203,7 +206,7 @@ def _from_opening(
         return session, None
     placement = affinity.placement(opening)
     if placement is None and session is not None and spilling_seconds < PAUSE_SECONDS:
-        placement = Placement(rungs[0].names[0], replica_id="")
+        placement = Placement(rungs[0].name, replica_id="")
     return session or opening, placement
 
 

@@ -9,8 +9,7 @@ from gateway.observability.metrics import Metrics
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.pick import pick
 from gateway.routing.request import RoutingRequest
-from gateway.routing.spill import PAUSE_SECONDS, SpillGate, update
-from gateway.routing.split import RungKey
+from gateway.routing.spill import PAUSE_SECONDS, RungKey, SpillGate, update
 from gateway.routing.target import Target
 
 # A request without a prompt or a conversation: gates close by what it would meet.
@@ -25,8 +24,8 @@ class SpillState:
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._gates: dict[RungKey, SpillGate] = {}
-        # Those that spill, with the variants of their rungs and the settings by which each closes.
-        self._spilling: dict[RungKey, tuple[tuple[str, ...], Spill]] = {}
+        # The settings by which each closes, of those that spill.
+        self._spilling: dict[RungKey, Spill] = {}
         # Since when, and until when, it matters where conversations begin, by alias.
         self._periods: dict[str, tuple[float, float]] = {}
 
@@ -46,15 +45,14 @@ class SpillState:
     def apply(self, target: Target, gates: Mapping[RungKey, SpillGate]) -> None:
         """Take over what a decision changed."""
         for key, gate in gates.items():
-            names = next((rung.names for rung in target.rungs if rung.name == key[1]), ())
-            self._set(key, gate, names, target.spill)
+            self._set(key, gate, target.spill)
 
     def observe(self, variant: str, estimates: Sequence[LatencyEstimate], now: float) -> None:
         """Close the gates of a variant's rungs that no longer wait, so that they close also without requests."""
-        for key, (names, spill) in [*self._spilling.items()]:
-            best = pick(estimates, ANY_REQUEST, spill) if variant in names else None
+        for key, spill in [*self._spilling.items()]:
+            best = pick(estimates, ANY_REQUEST, spill) if key[1] == variant else None
             if best is not None and best.known:
-                self._set(key, update(self._gates[key], spill, best.wait_seconds, now), names, spill)
+                self._set(key, update(self._gates[key], spill, best.wait_seconds, now), spill)
 
     def keep_only(self, ladders: Mapping[str, AbstractSet[str]]) -> None:
         """Forget the gates of rungs that are in no ladder any more; `ladders` are the names of rungs by alias."""
@@ -71,14 +69,14 @@ class SpillState:
             if alias in (ladders if until < inf else spilling)
         }
 
-    def _set(self, key: RungKey, gate: SpillGate, names: tuple[str, ...], spill: Spill) -> None:
+    def _set(self, key: RungKey, gate: SpillGate, spill: Spill) -> None:
         before = self._gates.get(key)
         self._gates[key] = gate
         if gate.spilling == (before is not None and before.spilling):
             return
         self._metrics.ladder_switches.labels(*key, "spill" if gate.spilling else "return").inc()
         if gate.spilling:
-            self._spilling[key] = names, spill
+            self._spilling[key] = spill
         else:
             self._spilling.pop(key, None)
         self._extend_period(key[0], gate.since_seconds)

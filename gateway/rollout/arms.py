@@ -22,7 +22,6 @@ from gateway.rollout.content import Content, read_content
 from gateway.rollout.lottery import Draw, Lottery
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.sessions import Placement
-from gateway.routing.split import variant_names
 from gateway.routing.target import Target
 
 # A longer answer is judged by its beginning only as far as statistics go: not at all for loops.
@@ -87,7 +86,7 @@ class AliasArms:
         if len(self._routes) >= MAX_ROUTES:
             self._routes.clear()
         rungs = self._canary.filter((caller.floor,), None).permitted
-        made = Route(caller, self._canary, rungs, variant_names(rungs), route.queue_seconds)
+        made = Route(caller, self._canary, rungs, route.queue_seconds)
         self._routes[caller.name] = made
         return made
 

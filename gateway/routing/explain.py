@@ -16,7 +16,6 @@ from gateway.routing.pick import (
     any_context_fits,
     any_replica_able,
     decide,
-    drawn_member,
     look_at_external,
     look_at_rung,
     without_external,
@@ -114,8 +113,7 @@ class _DecisionTrace:
 
     def __init__(self, request: RoutingRequest, cluster: ClusterState, now: float, wait_seconds: float) -> None:
         self.request, self.cluster, self.now, self.limit_seconds = request, cluster, now, wait_seconds
-        # A rung without a drawn member is shown as its stable one, which has no replica to ask then.
-        self.variants = [drawn_member(rung, request, cluster) or rung.variants[0] for rung in request.rungs]
+        self.rungs = request.rungs
         self.on_replicas, needed = without_external(request), request.needed_tokens
         self.needed_tokens = needed if any_context_fits(request.rungs, cluster, needed) else 0.0
         self.results = list(self._look_at_rungs())
@@ -124,7 +122,7 @@ class _DecisionTrace:
 
     def explanation(self, rejected: tuple[RejectedVariant, ...], absent: tuple[AbsentReplica, ...]) -> Explanation:
         request = self.request
-        ladder = {variant.name for variant in self.variants} | {each.variant for each in rejected}
+        ladder = {rung.name for rung in self.rungs} | {each.variant for each in rejected}
         chosen = None if self.refused or self.candidate is None else _chosen(self.candidate)
         return Explanation(
             model=request.target.name,
@@ -133,7 +131,7 @@ class _DecisionTrace:
             prompt_tokens=request.prompt_tokens,
             answer_tokens=request.answer_tokens,
             spill_after_seconds=request.target.spill.after_seconds,
-            rungs=tuple([self._rung(place) for place in range(len(request.rungs))]),
+            rungs=tuple([self._rung(place) for place in range(len(self.rungs))]),
             candidates=self._replicas(),
             refused=rejected,
             absent=tuple([each for each in absent if each.variant in ladder]),
@@ -156,7 +154,7 @@ class _DecisionTrace:
         if not self.request.rungs:
             return "no variant is good enough"
         if candidate is None:
-            if any(self.cluster.estimates(variant.name) for variant in self.variants):
+            if any(self.cluster.estimates(rung.name) for rung in self.rungs):
                 return "no replica has room: the request waits in the queue"
             return "no replica that may answer is ready"
         return self._because_suspect(candidate.replica) or self._because_soon(candidate)
@@ -185,14 +183,14 @@ class _DecisionTrace:
             return f"{wait}, and the conversation stays on its rung up to {longest:g} s"
         if replica.wait_seconds > after_seconds:
             return f"lowest cost of all: {wait}, and no rung is within spill.after_seconds ({after_seconds:g})"
-        above = range(self.variants.index(candidate.variant))
-        passed = [f"{self.variants[place].name} {self._verdict(place)}" for place in above]
+        above = range(self.rungs.index(candidate.variant))
+        passed = [f"{self.rungs[place].name} {self._verdict(place)}" for place in above]
         return "; ".join([f"{wait}, spill.after_seconds is {after_seconds:g}", *passed])
 
     def _because_external(self) -> str:
         """Why an external model is asked: what each rung of replicas says."""
         after_seconds = self.request.target.spill.after_seconds
-        rungs = [f"{self.variants[place].name} {self._verdict(place)}" for place in range(len(self.on_replicas.rungs))]
+        rungs = [f"{self.rungs[place].name} {self._verdict(place)}" for place in range(len(self.on_replicas.rungs))]
         if not rungs:
             return "external: no rung of replicas may answer"
         return f"external: no replica can answer within spill.after_seconds ({after_seconds:g}); {'; '.join(rungs)}"
@@ -200,13 +198,13 @@ class _DecisionTrace:
     # Rungs
 
     def _rung(self, place: int) -> RungExplanation:
-        request, result, variant = self.request, self.results[place], self.variants[place]
+        request, result, rung = self.request, self.results[place], self.rungs[place]
         gate = self._gate(place)
         known = result.candidate is not None and result.candidate.replica.known
         wait_seconds = result.wait_seconds if known else None
         return RungExplanation(
-            variant.name,
-            variant.precision,
+            rung.name,
+            rung.precision,
             self._verdict(place),
             wait_seconds,
             self.now - gate.since_seconds if gate.spilling else None,
@@ -214,11 +212,11 @@ class _DecisionTrace:
         )
 
     def _result(self, candidate: Candidate) -> RungResult:
-        return self.results[self.variants.index(candidate.variant)]
+        return self.results[self.rungs.index(candidate.variant)]
 
     def _gate(self, place: int) -> SpillGate:
         """The gate of a rung as the decision left it."""
-        key = self.request.target.name, self.request.rungs[place].name
+        key = self.request.target.name, self.rungs[place].name
         return self.results[place].gate or self.cluster.gates.get(key, CLOSED)
 
     def _verdict(self, place: int) -> str:
@@ -227,7 +225,7 @@ class _DecisionTrace:
             return "has no replica to ask"
         if result.candidate is None:
             return "has no room"
-        if self.candidate is not None and self.variants[place] is self.candidate.variant:
+        if self.candidate is not None and self.rungs[place] is self.candidate.variant:
             return "answers"
         if result.verdict == "spills":
             return "spills this request"
@@ -246,15 +244,15 @@ class _DecisionTrace:
         explained = [
             ReplicaExplanation(
                 replica.id,
-                variant.name,
+                rung.name,
                 ranks.get(replica.id),
                 replica.requests,
                 cost_terms(replica, self.request) if replica.known else None,
                 replica.stale,
                 self._why_not(place, replica),
             )
-            for place, variant in enumerate(self.variants)
-            for replica in self.cluster.estimates(variant.name)
+            for place, rung in enumerate(self.rungs)
+            for replica in self.cluster.estimates(rung.name)
         ]
         return tuple(sorted(explained, key=lambda each: (each.rank or inf, each.terms.total if each.terms else inf)))
 
@@ -292,9 +290,9 @@ class _DecisionTrace:
     def _outscored(self, place: int, replica: LatencyEstimate) -> str:
         candidate, result = self.candidate, self.results[place]
         assert candidate is not None, "a replica that can be asked is asked if no other is"
-        if self.variants[place].is_external and not candidate.variant.is_external:
+        if self.rungs[place].is_external and not candidate.variant.is_external:
             return "external models are asked last: a replica answers soon enough"
-        if candidate.variant is self.variants[place]:
+        if candidate.variant is self.rungs[place]:
             return self._costs_more(replica, candidate.replica)
         if result.verdict == "spills":
             return "its rung spills this request"
@@ -305,7 +303,7 @@ class _DecisionTrace:
                 return self._costs_more(replica, candidate.replica)
             best = result.candidate.replica
             return f"its rung is too slow: the wait of {best.id} is {best.wait_seconds:.3f} s"
-        if self.variants.index(candidate.variant) < place:
+        if self.rungs.index(candidate.variant) < place:
             return f"{candidate.variant.name} is a better rung and answers"
         return "its rung is no sooner than the one above that spills this request"
 

@@ -16,7 +16,6 @@ from gateway.routing.breaker import in_rotation
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import NOT_OVERLOADED, Overload
-from gateway.routing.split import Rung
 
 # Variants of a ladder
 
@@ -36,23 +35,23 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True)
 class FilterResult:
-    """A ladder in two: rungs that may answer, in their order, and the variants that may not."""
+    """A ladder in two: the variants that may answer, in their order, and those that may not."""
 
-    permitted: tuple[Rung, ...]
+    permitted: tuple[Variant, ...]
     rejected: tuple[Rejection, ...]
 
 
-def filter_failed(ladder: Iterable[Rung]) -> FilterResult:
+def filter_failed(ladder: Iterable[Variant]) -> FilterResult:
     """Reject the variants whose own evaluation failed."""
 
     def why(variant: Variant) -> str | None:
         return None if variant.failure is None else f"{variant.failure} (an alias can take it: admit_failed)"
 
-    return _filter(ladder, why, by_request=False)
+    return _filter(ladder, why)
 
 
 def filter_rungs(
-    rungs: Iterable[Rung], floors: Sequence[Floor], precisions: frozenset[str] | None, *, trust_declared: bool
+    rungs: Iterable[Variant], floors: Sequence[Floor], precisions: frozenset[str] | None, *, trust_declared: bool
 ) -> FilterResult:
     """Reject variants that miss a floor, or whose precision is not accepted; None accepts every precision."""
 
@@ -62,19 +61,17 @@ def filter_rungs(
         shortfalls = (variant.quality.shortfall(floor, trust_declared=trust_declared) for floor in floors)
         return next(filter(None, shortfalls), None)
 
-    return _filter(rungs, why, by_request=True)
+    return _filter(rungs, why)
 
 
-def _filter(rungs: Iterable[Rung], check: Check, *, by_request: bool) -> FilterResult:
+def _filter(rungs: Iterable[Variant], check: Check) -> FilterResult:
     permitted, rejected = [], []
     for rung in rungs:
-        reasons = [(variant, check(variant)) for variant, _ in rung.members]
-        rejected += [Rejection(variant, why) for variant, why in reasons if why is not None]
-        left = tuple([member for member, (_, why) in zip(rung.members, reasons, strict=True) if why is None])
-        if len(left) == len(rung.members):
+        why = check(rung)
+        if why is None:
             permitted.append(rung)
-        elif left:
-            permitted.append(Rung(rung.name, left, filtered=by_request))
+        else:
+            rejected.append(Rejection(rung, why))
     return FilterResult(tuple(permitted), tuple(rejected))
 
 

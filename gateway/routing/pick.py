@@ -32,6 +32,7 @@ from gateway.routing.spill import (
     CLOSED,
     PAUSE_SECONDS,
     Home,
+    RungKey,
     SpillGate,
     Verdict,
     abandoned,
@@ -40,8 +41,6 @@ from gateway.routing.spill import (
     longest_wait_seconds,
     update,
 )
-from gateway.routing.split import Rung, RungKey, choose_member
-from gateway.routing.target import Target
 from serving.replica import PENDING, ReplicaStatus, State
 
 Reason = Literal["preferred", "spill", "floor", "pinned", "canary", "fallback"]
@@ -95,7 +94,7 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
 
 def decide(request: RoutingRequest, cluster: ClusterState, now: float) -> Decision:
     """Choose a replica among those of the rungs that may answer."""
-    if request.rungs and request.rungs[-1].external:
+    if request.rungs and request.rungs[-1].is_external:
         return _decide_with_external(request, cluster, now)
     return _decide_on_replicas(request, cluster, now)
 
@@ -136,13 +135,13 @@ def _decide_on_replicas(request: RoutingRequest, cluster: ClusterState, now: flo
 
 def without_external(request: RoutingRequest) -> RoutingRequest:
     """The same request for the rungs of replicas only."""
-    return msgspec.structs.replace(request, rungs=tuple([rung for rung in request.rungs if not rung.external]))
+    return msgspec.structs.replace(request, rungs=tuple([rung for rung in request.rungs if not rung.is_external]))
 
 
 def waits_too_long(candidate: Candidate, request: RoutingRequest, now: float) -> bool:
     """Return whether a request would wait for longer than its alias allows, so that an external model is worth it."""
     replica, home = candidate.replica, home_place(request.placement, request.rungs, now)
-    at_home = home is not None and request.rungs[home].has(candidate.variant.name)
+    at_home = home is not None and request.rungs[home] is candidate.variant
     return replica.known and replica.wait_seconds > longest_wait_seconds(
         request.target.spill, "here" if at_home else "none"
     )
@@ -151,8 +150,7 @@ def waits_too_long(candidate: Candidate, request: RoutingRequest, now: float) ->
 def any_replica_able(request: RoutingRequest, cluster: ClusterState, now: float) -> bool:
     """Return whether any replica could be asked if it had room: a request that passes it is spilled."""
     for rung in request.rungs:
-        variant = drawn_member(rung, request, cluster)
-        ready = () if variant is None else admitted(cluster.estimates(variant.name), cluster, now)
+        ready = admitted(cluster.estimates(rung.name), cluster, now)
         if filter_replicas(ready, request.tried, request.needed_tokens, request.tools):
             return True
     return False
@@ -163,15 +161,12 @@ def look_at_external(
 ) -> RungResult:
     """Filter and pick on one external rung: it has no gate, and its speed does not matter."""
     rung = request.rungs[place]
-    variant = drawn_member(rung, request, cluster)
-    if variant is None:
-        return NO_REPLICA
-    able = filter_replicas(admitted(cluster.estimates(variant.name), cluster, now), request.tried, 0.0, request.tools)
+    able = filter_replicas(admitted(cluster.estimates(rung.name), cluster, now), request.tried, 0.0, request.tools)
     roomy = [each for each in able if each.has_room]
     if not roomy:
         return RungResult(None, "too_slow") if able else NO_REPLICA
     best = shortest_queue(roomy, request.turn)
-    candidate = Candidate(best, variant, _reason(place, variant, request, passed_over))
+    candidate = Candidate(best, rung, _reason(place, request, passed_over))
     return RungResult(candidate, "answers", wait_seconds=0.0)
 
 
@@ -180,10 +175,7 @@ def look_at_rung(
 ) -> RungResult:
     """Filter, score and pick on one rung, then ask its gate; `passed_over`: a better rung could have answered."""
     rung, spill = request.rungs[place], request.target.spill
-    variant = rung.only or drawn_member(rung, request, cluster)
-    if variant is None:
-        return NO_REPLICA
-    ready = cluster.estimates(variant.name)
+    ready = cluster.estimates(rung.name)
     if cluster.breakers or cluster.overloads or cluster.silent:
         ready = admitted(ready, cluster, now)
     able = filter_replicas(ready, request.tried, needed_tokens, request.tools)
@@ -192,7 +184,7 @@ def look_at_rung(
     if not able:
         return NO_REPLICA if ready or rung is request.rungs[-1] else _abandoned(gate, request, place, now)
     best = pick(able, request, spill)
-    candidate = None if best is None else Candidate(best, variant, _reason(place, variant, request, passed_over))
+    candidate = None if best is None else Candidate(best, rung, _reason(place, request, passed_over))
     if best is not None and not best.known:
         after = update(gate, spill, 0.0, now) if gate.spilling else gate
         return RungResult(candidate, "answers", None if after is gate else after, 0.0)
@@ -229,15 +221,7 @@ def shortest_queue(roomy: Sequence[LatencyEstimate], turn: int) -> LatencyEstima
     return min([*roomy[first:], *roomy[:first]] if first else roomy, key=_requests)
 
 
-def drawn_member(rung: Rung, request: RoutingRequest, cluster: ClusterState) -> Variant | None:
-    """Draw the member of a rung that a conversation, or a request without one, belongs to; None if none has weight."""
-    if rung.only is not None:
-        return rung.only
-    weights = cluster.weights().by_rung.get((request.target.name, rung.name))
-    return choose_member(rung, request.session or request.request_id, weights)
-
-
-def home_of(placement: Placement | None, rungs: Sequence[Rung], place: int, now: float) -> Home:
+def home_of(placement: Placement | None, rungs: Sequence[Variant], place: int, now: float) -> Home:
     """Return where a conversation lives, seen from the rung at `place`."""
     home = home_place(placement, rungs, now)
     if home is None or home < place:
@@ -245,7 +229,7 @@ def home_of(placement: Placement | None, rungs: Sequence[Rung], place: int, now:
     return "here" if home == place else "below"
 
 
-def home_place(placement: Placement | None, rungs: Sequence[Rung], now: float) -> int | None:
+def home_place(placement: Placement | None, rungs: Sequence[Variant], now: float) -> int | None:
     """Return the rung that a conversation lives on: the one that answered it last.
 
     None if that may not answer, the conversation has paused, or the session is shared.
@@ -253,7 +237,7 @@ def home_place(placement: Placement | None, rungs: Sequence[Rung], now: float) -
     if placement is None or placement.running > MAX_CONCURRENT_TURNS or placement.idle_seconds(now) >= PAUSE_SECONDS:
         return None
     for place, rung in enumerate(rungs):
-        if rung.has(placement.variant):
+        if rung.name == placement.variant:
             return place
     return None
 
@@ -265,14 +249,11 @@ def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: f
     """
     all_silent = all(each.id in cluster.silent for each in _ready(request.rungs, cluster, request.tools))
     for place, rung in enumerate(request.rungs):
-        variant = drawn_member(rung, request, cluster)
-        if variant is None:
-            continue
-        barred = _last_resorts(variant.name, cluster, now, all_silent)
+        barred = _last_resorts(rung.name, cluster, now, all_silent)
         able = [each for each in filter_replicas(barred, request.tried, needed_tokens, request.tools) if each.has_room]
         if able:
             best = shortest_queue(able, request.turn)
-            return Candidate(best, variant, _reason(place, variant, request, False))
+            return Candidate(best, rung, _reason(place, request, False))
     return None
 
 
@@ -289,13 +270,15 @@ def _last_resorts(variant_name: str, cluster: ClusterState, now: float, all_sile
 # What waiting requests need to know
 
 
-def any_context_fits(rungs: Iterable[Rung], cluster: ClusterState, needed_tokens: float, tools: bool = False) -> bool:
+def any_context_fits(
+    rungs: Iterable[Variant], cluster: ClusterState, needed_tokens: float, tools: bool = False
+) -> bool:
     """Return whether the context of any ready replica, one that takes `tools`, is long enough."""
     return any(needed_tokens <= each.context_tokens for each in _ready(rungs, cluster, tools))
 
 
 def shortest_fitting_context(
-    rungs: Iterable[Rung], cluster: ClusterState, needed_tokens: float, tools: bool = False
+    rungs: Iterable[Variant], cluster: ClusterState, needed_tokens: float, tools: bool = False
 ) -> float:
     """Return the shortest context that a request fits in; 0 if it fits in all of them, or in none."""
     contexts = {each.context_tokens for each in _ready(rungs, cluster, tools)}
@@ -331,12 +314,6 @@ def none_takes_tools(variant_names: Iterable[str], snapshot: Iterable[ReplicaSta
     return bool(there) and all(replica.tools is False for replica in there)
 
 
-def drawn_names(request: RoutingRequest, cluster: ClusterState) -> tuple[str, ...]:
-    """The variants that a request is drawn to now, of each rung."""
-    drawn = [drawn_member(rung, request, cluster) for rung in request.rungs]
-    return tuple([variant.name for variant in drawn if variant is not None])
-
-
 def has_room(
     variant_names: Iterable[str], cluster: ClusterState, now: float, needed_tokens: float = 0.0, tools: bool = False
 ) -> bool:
@@ -356,8 +333,8 @@ def has_room(
     return any(each.has_room for each in able)
 
 
-def _ready(rungs: Iterable[Rung], cluster: ClusterState, tools: bool) -> Iterable[LatencyEstimate]:
-    ready = (each for rung in rungs for variant, _ in rung.members for each in cluster.estimates(variant.name))
+def _ready(rungs: Iterable[Variant], cluster: ClusterState, tools: bool) -> Iterable[LatencyEstimate]:
+    ready = (each for rung in rungs for each in cluster.estimates(rung.name))
     return (each for each in ready if each.tools) if tools else ready
 
 
@@ -445,20 +422,14 @@ def _cheapest(roomy: Sequence[LatencyEstimate], request: RoutingRequest) -> Late
     return roomy[place]
 
 
-def _reason(place: int, variant: Variant, request: RoutingRequest, passed_over: bool) -> Reason:
+def _reason(place: int, request: RoutingRequest, passed_over: bool) -> Reason:
     target = request.target
     if target.pinned:
         return "pinned"
     if not place:
         rung = request.rungs[0]
-        if variant.name == target.canary or (rung.only is None and not _is_stable(variant, rung, target)):
+        if rung.name == target.canary:
             return "canary"
         # `floor`: the caller, the key or the alias ruled a better rung out.
         return "preferred" if rung.name == target.rungs[0].name else "floor"
     return "spill" if passed_over else "fallback"
-
-
-def _is_stable(variant: Variant, rung: Rung, target: Target) -> bool:
-    """Return whether a variant is the first member of its rung in the whole ladder, before any filter."""
-    whole = next(each for each in target.rungs if each.name == rung.name)
-    return variant is whole.members[0][0]

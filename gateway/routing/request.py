@@ -6,8 +6,8 @@ from types import MappingProxyType
 import msgspec
 
 from config.schema import Floor
+from config.variant import Variant
 from gateway.routing.sessions import Placement
-from gateway.routing.split import Rung
 from gateway.routing.target import Target
 
 NO_REPLICAS: frozenset[str] = frozenset()
@@ -24,8 +24,7 @@ class RoutingRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
     Features: `prompt_tokens` is estimated from `prompt_bytes` (0 for token ids); `answer_tokens` is the longest answer
     that the client accepts, None if it sets no limit; `blocks` are chained hashes of the beginning of the prompt;
     `session` names the conversation, None if there is none. `body_bytes` is what the request holds while it waits.
-    Constraints: `rungs` are those of the target's ladder that satisfy `floors` and `precisions`; `variants` names their
-    members, or is empty.
+    Constraints: `rungs` are those of the target's ladder that satisfy `floors` and `precisions`.
     Affinity: `placement` is where the conversation was answered last, `cached_tokens` how much of the prompt replicas
     have probably in their prefix caches.
     `tools`: it has tools, which a replica must take.
@@ -33,7 +32,7 @@ class RoutingRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
     """
 
     target: Target
-    rungs: tuple[Rung, ...]
+    rungs: tuple[Variant, ...]
     turn: int = 0
     request_id: str = ""
     key: str = ""
@@ -49,7 +48,6 @@ class RoutingRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
     placement: Placement | None = None
     cached_tokens: Mapping[str, float] = NOTHING_CACHED
     tried: frozenset[str] = NO_REPLICAS
-    variants: tuple[str, ...] = ()
     tools: bool = False
 
     @property

@@ -22,8 +22,7 @@ from gateway.routing.overload import Overload
 from gateway.routing.request import RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.silence import Silence
-from gateway.routing.spill import SpillGate
-from gateway.routing.split import Rung, RungKey, RungWeights, Weights
+from gateway.routing.spill import RungKey, SpillGate
 from gateway.routing.target import Target
 
 Limits = dict[str, float]
@@ -38,12 +37,12 @@ class VariantView(msgspec.Struct, frozen=True):
 
 
 class TargetView(msgspec.Struct, frozen=True):
-    """What a model name stands for; `rungs` has the weights of each rung's members by variant.
+    """What a model name stands for; `rungs` names its variants, best first, and in format 2 is an object by variant.
 
     `canary` is the new variant, if this is the ladder of a rollout's canary arm.
     """
 
-    rungs: dict[str, dict[str, float]]
+    rungs: tuple[str, ...] | dict[str, dict[str, float]]
     pinned: bool
     wait_seconds: float  # how long its requests may wait for a replica
     floor: Limits
@@ -53,11 +52,11 @@ class TargetView(msgspec.Struct, frozen=True):
     canary: str | None = None
 
     @classmethod
-    def of(cls, target: Target, queue_seconds: float, weights: RungWeights) -> Self:
+    def of(cls, target: Target, queue_seconds: float) -> Self:
         """Describe a target; `queue_seconds` is the wait that holds where the target sets none."""
         wait_seconds = target.timeouts.queue_seconds
         return cls(
-            {rung.name: _members(rung, weights.by_rung.get((target.name, rung.name))) for rung in target.rungs},
+            tuple([rung.name for rung in target.rungs]),
             target.pinned,
             queue_seconds if wait_seconds is None else wait_seconds,
             floor_limits(target.floor),
@@ -110,7 +109,7 @@ class RequestView(msgspec.Struct, frozen=True):
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The state of everything that decisions depend on; with `request`, that of one decision."""
 
-    format: Literal[2] = 2
+    format: Literal[2, 3] = 3
     recorded: datetime
     now_seconds: float
     variants: dict[str, VariantView]
@@ -132,7 +131,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
             raise UnknownModel(f"no model {name!r}; there are: {', '.join(self.models) or 'none'}", param="model")
         return Target(
             name,
-            tuple([self._rung(rung, members) for rung, members in view.rungs.items()]),
+            tuple(map(self._variant, view.rungs)),
             floor_from(view.floor),
             view.pinned,
             spill=Spill.model_validate(view.spill),
@@ -174,9 +173,6 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
         """Encode it."""
         finite = {"breakers": _finite(self.breakers), "overloads": _finite(self.overloads)}
         return msgspec.json.encode({**msgspec.structs.asdict(self), **finite})
-
-    def _rung(self, name: str, members: Mapping[str, float]) -> Rung:
-        return Rung(name, tuple([(self._variant(variant), weight) for variant, weight in members.items()]))
 
     def _variant(self, name: str) -> Variant:
         view = self.variants[name]
@@ -227,11 +223,4 @@ def _finite(states: Mapping[str, Breaker | Overload]) -> dict[str, dict[str, obj
     return {
         replica_id: {name: value for name, value in msgspec.structs.asdict(state).items() if value not in (inf, -inf)}
         for replica_id, state in states.items()
-    }
-
-
-def _members(rung: Rung, weights: Weights | None) -> dict[str, float]:
-    """The weights that hold, by variant."""
-    return {
-        variant.name: weight if weights is None else weights.get(variant.name, 0.0) for variant, weight in rung.members
     }

@@ -45,6 +45,8 @@ class SpillGate(msgspec.Struct, frozen=True, gc=False):
 
 CLOSED = SpillGate()
 
+RungKey = tuple[str, str]  # an alias, and the variant that is one of its rungs
+
 # Where a conversation lives, seen from a rung: nowhere (or above it), on it, or below it.
 Home = Literal["none", "here", "below"]
 # `spills`: the rung could answer, but sends this request down so that its wait shrinks.

@@ -11,7 +11,6 @@ from config.schema import NO_FLOOR, AliasSettings, Floor, Spill, TimeoutSettings
 from config.variant import Variant
 from gateway.errors import FloorUnmet, UnknownModel
 from gateway.routing.filters import FilterResult, Rejection, filter_failed, filter_rungs
-from gateway.routing.split import Rung
 
 DEFAULT_TIMEOUTS = TimeoutSettings()
 DEFAULT_SPILL = Spill()
@@ -36,14 +35,14 @@ class Timeouts(msgspec.Struct, frozen=True):
 class Target:
     """What a model name stands for: an alias with its ladder, or one pinned variant.
 
-    `rungs` is the ladder without the variants that are `excluded` by their own evaluation; `permitted` are the rungs
-    that satisfy the alias' own floor. `cache_salt` differs between targets whose prompts are not cached together: a
-    LoRA adapter has a KV cache of its own, in the same engine. `canary` is the new variant, if this is the ladder of a
-    rollout's canary arm.
+    A rung is a variant: `rungs` is the ladder without those that are `excluded` by their own evaluation; `permitted`
+    are the rungs that satisfy the alias' own floor. `cache_salt` differs between targets whose prompts are not cached
+    together: a LoRA adapter has a KV cache of its own, in the same engine. `canary` is the new variant, if this is the
+    ladder of a rollout's canary arm.
     """
 
     name: str
-    rungs: tuple[Rung, ...]
+    rungs: tuple[Variant, ...]
     floor: Floor
     pinned: bool
     think: Literal["auto", "prefix", "none"] = "auto"
@@ -53,7 +52,7 @@ class Target:
     trust_declared: bool = False
     excluded: tuple[Rejection, ...] = ()
     canary: str | None = None
-    permitted: tuple[Rung, ...] = field(init=False, repr=False, compare=False)
+    permitted: tuple[Variant, ...] = field(init=False, repr=False, compare=False)
     stream_timeouts: Timeouts = field(init=False, repr=False, compare=False)
     unary_timeouts: Timeouts = field(init=False, repr=False, compare=False)
     cache_salt: bytes = field(init=False, repr=False, compare=False)
@@ -61,7 +60,7 @@ class Target:
     def __post_init__(self) -> None:
         permitted = self.rungs if self.floor is NO_FLOOR else self.filter((), None).permitted
         object.__setattr__(self, "permitted", permitted)
-        loras = [variant.name for rung in self.rungs for variant in rung.variants if variant.lora is not None]
+        loras = [rung.name for rung in self.rungs if rung.lora is not None]
         object.__setattr__(self, "cache_salt", ",".join(loras).encode())
         for stream in (True, False):
             name = "stream_timeouts" if stream else "unary_timeouts"
@@ -73,7 +72,7 @@ class Target:
         result = filter_rungs(self.rungs, limits, precisions, trust_declared=self.trust_declared)
         return FilterResult(result.permitted, (*result.rejected, *self.excluded))
 
-    def permitted_rungs(self, floors: Sequence[Floor], precisions: frozenset[str] | None) -> tuple[Rung, ...]:
+    def permitted_rungs(self, floors: Sequence[Floor], precisions: frozenset[str] | None) -> tuple[Variant, ...]:
         """Return the rungs that satisfy alias, key and request; FloorUnmet names why each of the others does not."""
         permitted = self.permitted
         limits = [floor for floor in floors if floor is not NO_FLOOR]
@@ -95,9 +94,9 @@ class Catalog:
 
     def __post_init__(self) -> None:
         for name, variant in self.variants.items():
-            self._targets[name] = Target(name, (Rung.of(variant),), NO_FLOOR, pinned=True)
+            self._targets[name] = Target(name, (variant,), NO_FLOOR, pinned=True)
         for name, alias in self.aliases.items():
-            self._targets[name] = _target(name, alias, tuple([Rung.of(self.variants[rung]) for rung in alias.ladder]))
+            self._targets[name] = _target(name, alias, tuple([self.variants[rung] for rung in alias.ladder]))
 
     def resolve(self, model: str) -> Target:
         """Look a model name up; UnknownModel if it is neither an alias nor a variant, nor `ALIAS@VARIANT`."""
@@ -115,7 +114,7 @@ class Catalog:
 
     def canary(self, alias: str, ladder: Sequence[str], new: str) -> Target:
         """Make the target of a rollout's canary arm: an alias' settings with another ladder."""
-        rungs = tuple([Rung.of(self.variants[name]) for name in ladder])
+        rungs = tuple([self.variants[name] for name in ladder])
         return replace(_target(alias, self.aliases[alias], rungs), canary=new)
 
     def pin(self, alias: str, variants: Sequence[str]) -> None:
@@ -129,7 +128,7 @@ class Catalog:
         if settings is None or name not in (*settings.ladder, *self.pins.get(alias, ())) or name not in self.variants:
             return None
         plain = settings.model_copy(update={"admit_failed": True})
-        made = replace(_target(model, plain, (Rung.of(self.variants[name]),)), floor=NO_FLOOR, pinned=True)
+        made = replace(_target(model, plain, (self.variants[name],)), floor=NO_FLOOR, pinned=True)
         return self._targets.setdefault(model, made)
 
 
@@ -145,8 +144,8 @@ def _no_variant(target: Target, rejected: Sequence[Rejection]) -> str:
     return f"no variant of {target.name!r} is good enough ({'; '.join(map(str, rejected))})"
 
 
-def _target(name: str, alias: AliasSettings, ladder: tuple[Rung, ...]) -> Target:
-    ladder = tuple(sorted(ladder, key=lambda rung: rung.external))  # a rollout may name them in any order
+def _target(name: str, alias: AliasSettings, ladder: tuple[Variant, ...]) -> Target:
+    ladder = tuple(sorted(ladder, key=lambda rung: rung.is_external))  # a rollout may name them in any order
     result = FilterResult(ladder, ()) if alias.admit_failed else filter_failed(ladder)
     return Target(
         name,

@@ -1,4 +1,4 @@
-"""The live configuration: routes are resolved once, and a rollout's weights outlive a reload."""
+"""The live configuration: routes are resolved once."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,18 +6,15 @@ from typing import Any
 
 import pytest
 
-from config.errors import ConfigError
 from config.schema import Floor, LimitSettings
 from gateway.app import live_config_for
 from gateway.errors import NotAllowed, UnknownModel
 from gateway.keys import Caller
-from gateway.live_config import MAX_ROUTES, LiveConfig, LiveWeights
-from gateway.routing.split import RungWeights
+from gateway.live_config import MAX_ROUTES, LiveConfig
 from tests.gateway.fleet import deployment
 
 WAIT_SECONDS = 7.0
 ALICE = Caller("alice", aliases=frozenset({"smol", "hopeless", "unknown"}), floor=Floor(top1_agreement=0.95))
-KEY = ("smol", "best")
 
 
 def live_config(**changes: Any) -> LiveConfig:
@@ -111,32 +108,3 @@ def test_routes_are_bounded() -> None:
         assert len(live._routes) <= MAX_ROUTES
     assert live.route(ALICE, "smol") is not first
     assert live.route(ALICE, "smol") == first
-
-
-# Weights
-
-
-def weights(revision: int, *shares: float) -> RungWeights:
-    """Weights of one rung."""
-    return RungWeights(revision, {KEY: dict(zip(("hi", "mid"), shares, strict=True))})
-
-
-def test_weights_are_replaced_by_newer_ones() -> None:
-    """They hold from the next decision on; before the first ones there are none."""
-    live = LiveWeights()
-    assert (live.current.revision, dict(live.current.by_rung)) == (0, {})
-    for revision in (1, 2, 7):
-        live.replace(weights(revision, 0.9, 0.1))
-        assert live.current.revision == revision
-    assert live.current.by_rung[KEY] == {"hi": 0.9, "mid": 0.1}
-
-
-@pytest.mark.parametrize("revision", [0, 1, 2])
-def test_older_weights_are_refused(revision: int) -> None:
-    """Weights of an older revision, or of the same one, change nothing; the error names both revisions."""
-    live = LiveWeights()
-    live.replace(weights(2, 0.9, 0.1))
-    words = f"weights of revision {revision} do not replace those of revision 2; read them again"
-    with pytest.raises(ConfigError, match=words):
-        live.replace(weights(revision, 0.5, 0.5))
-    assert live.current == weights(2, 0.9, 0.1)

@@ -15,13 +15,12 @@ from gateway.proxy.context import RequestContext
 from gateway.proxy.stats import RequestStats
 from gateway.routing.latency import ReplicaMetrics, estimate_latency
 from gateway.routing.pick import Candidate
-from gateway.routing.split import Rung, variant_names
 from gateway.routing.target import Target
 from serving.replica import Replica
 
 HI = Variant("hi", "bf16", QualityMeasures("measured", 0.0, 1.0, 1.0))
 LO = Variant("lo", "int4", QualityMeasures("measured", 0.05, 0.92, 1.05))
-SMOL = Target("smol", (Rung.of(HI), Rung.of(LO)), NO_FLOOR, pinned=False)
+SMOL = Target("smol", (HI, LO), NO_FLOOR, pinned=False)
 REPLICA = Replica("hi-1", "hi", "bf16", "http://hi-1", "m1")
 CANDIDATE = Candidate(estimate_latency(ReplicaMetrics(REPLICA)), HI, "preferred")
 METRICS = Metrics()  # of tests that look at no metric: making one takes milliseconds
@@ -71,5 +70,5 @@ def request_context(
     context = RequestContext(headers, caller, stats, client_response(inference, stats, RecordingTransport()))
     context.inference = inference
     rungs = target.filter((caller.floor,), None).permitted
-    context.use(Route(caller, target, rungs, variant_names(rungs), 30.0))
+    context.use(Route(caller, target, rungs, 30.0))
     return context

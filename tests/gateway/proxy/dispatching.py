@@ -1,7 +1,7 @@
 """A dispatcher with replicas that a test registers, and a clock that the test moves."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +14,6 @@ from gateway.proxy.leases import Lease
 from gateway.proxy.load.tracker import UNMEASURED, LoadTracker
 from gateway.routing.request import NO_REPLICAS, RoutingRequest
 from gateway.routing.speed import SpeedProfile
-from gateway.routing.split import NO_WEIGHTS, Rung, RungWeights
 from gateway.routing.target import Target
 from serving.registry import Registry
 from serving.replica import Replica, State
@@ -76,7 +75,7 @@ class DispatcherHarness:
         session: str | None = None,
     ) -> "asyncio.Task[Lease]":
         """Start a task that takes a lease for a request of an API key."""
-        rungs = tuple([Rung.of(variant) for variant in variants or (HI,)])
+        rungs = variants or (HI,)
 
         async def take() -> Lease:
             request = RoutingRequest(
@@ -116,14 +115,13 @@ async def running_dispatcher(
     queue: QueueSettings | None = None,
     retries: RetrySettings | None = None,
     speeds: Mapping[str, SpeedProfile] = UNMEASURED,
-    weights: Callable[[], RungWeights] = lambda: NO_WEIGHTS,
 ) -> AsyncIterator[DispatcherHarness]:
     """Run a dispatcher; at the end no request may wait, and nothing may be in flight."""
     now = [0.0]
     registry, metrics = Registry(), Metrics()
     load = LoadTracker(registry.in_flight, speeds, lambda: now[0])
     settings = queue or QueueSettings(), retries or RetrySettings()
-    with Dispatcher(registry, load, metrics, *settings, lambda: now[0], weights) as dispatcher:
+    with Dispatcher(registry, load, metrics, *settings, lambda: now[0]) as dispatcher:
         harness = DispatcherHarness(dispatcher, registry, now, load, metrics)
         yield harness
         await settle()

@@ -13,14 +13,13 @@ from gateway.routing.pick import Candidate
 from gateway.routing.prefix_index import BLOCK_BYTES
 from gateway.routing.request import RoutingRequest
 from gateway.routing.sessions import Placement
-from gateway.routing.split import Rung
 from gateway.routing.target import Target
 from serving.replica import Replica
 
 QUALITY = QualityMeasures("measured", 0.0, 1.0, 1.0)
 HI, LO, ELSE = (Variant(name, "any", QUALITY) for name in ("hi", "lo", "else"))
-SMOL = Target("smol", (Rung.of(HI), Rung.of(LO)), NO_FLOOR, pinned=False)
-OTHER = Target("other", (Rung.of(ELSE),), NO_FLOOR, pinned=False)
+SMOL = Target("smol", (HI, LO), NO_FLOOR, pinned=False)
+OTHER = Target("other", (ELSE,), NO_FLOOR, pinned=False)
 REPLICAS = {
     f"{each.name}-1": Replica(f"{each.name}-1", each.name, "any", "http://nowhere", "m1") for each in (HI, LO, ELSE)
 }

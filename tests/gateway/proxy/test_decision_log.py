@@ -11,13 +11,12 @@ from gateway.routing.latency import LatencyEstimate, ReplicaMetrics, estimate_la
 from gateway.routing.overload import Overload
 from gateway.routing.pick import Decision
 from gateway.routing.request import RoutingRequest
-from gateway.routing.spill import SpillGate
-from gateway.routing.split import Rung, RungKey
+from gateway.routing.spill import RungKey, SpillGate
 from gateway.routing.target import Target
 from serving.replica import Replica
 
 HI = Variant("hi", "bf16", QualityMeasures("measured", 0.0, 1.0, 1.0))
-TARGET = Target("smol", (Rung.of(HI),), NO_FLOOR, pinned=False)
+TARGET = Target("smol", (HI,), NO_FLOOR, pinned=False)
 IDLE = estimate_latency(ReplicaMetrics(Replica("hi-1", "hi", "bf16", "http://hi-1", "m1")))
 NO_CANDIDATE = Decision(None, {})
 

@@ -215,6 +215,24 @@ async def test_a_queue_of_length_0() -> None:
         end(lease)
 
 
+async def test_requests_wait_for_the_variants_that_may_answer() -> None:
+    """A free slot of one variant goes past the requests that need another one, whoever came first."""
+    async with running_dispatcher() as harness:
+        harness.add("hi-0")
+        harness.add("lo-0")
+        high, low = await harness.lease_now(HI), await harness.lease_now(LO)
+        on_high, on_low = harness.start("k", HI), harness.start("k", LO)
+        await settle()
+        end(low)
+        await settle()
+        assert (on_high.done(), on_low.done()) == (False, True)
+        end(high)
+        await settle()
+        assert [task.result().replica.id for task in (on_high, on_low)] == ["hi-0", "lo-0"]
+        for task in (on_high, on_low):
+            end(task.result())
+
+
 async def test_a_long_prompt_waits_for_a_long_context() -> None:
     """A replica with room whose context is too short does not get it; shorter prompts are not delayed by it."""
     async with running_dispatcher() as harness:

@@ -31,7 +31,6 @@ from gateway.proxy.routing_features import (
     routing_request,
 )
 from gateway.routing.prefix_index import BLOCK_BYTES, MAX_BLOCKS
-from gateway.routing.split import Rung
 from tests.gateway.proxy.contexts import LO, METRICS, SMOL, request_context
 from tests.gateway.proxy.features import JSON, LIMITS, TURNS, Body, parsed, routed, routed_inference, turn
 
@@ -44,7 +43,7 @@ def test_identity_and_constraints() -> None:
     context = request_context(inference, Caller("team-a", floor=floor), JSON)
     context.body_bytes = len(body)
     request = routing_request(context, permitted_rungs(context), 7, Affinity(METRICS), True)
-    assert (request.target, request.rungs) == (SMOL, (Rung.of(LO),))
+    assert (request.target, request.rungs) == (SMOL, (LO,))
     assert (request.turn, request.request_id, request.key) == (7, "r-1", "team-a")
     assert (request.streams, request.body_bytes, request.tried) == (True, len(body), frozenset())
     assert (request.floors, request.precisions) == ((floor, inference.floor), frozenset({"int4"}))

@@ -11,12 +11,11 @@ from gateway.observability.metrics import Metrics
 from gateway.proxy.spill import SpillState
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.spill import PAUSE_SECONDS, SpillGate
-from gateway.routing.split import Rung
 from gateway.routing.target import Target
 
 HI, LO = (Variant(name, "any", QualityMeasures("unknown")) for name in ("hi", "lo"))
 SPILL = Spill(after_seconds=2.0, return_below_seconds=0.5, dwell_seconds=10)
-TARGET = Target("smol", (Rung.of(HI), Rung.of(LO)), NO_FLOOR, pinned=False, spill=SPILL)
+TARGET = Target("smol", (HI, LO), NO_FLOOR, pinned=False, spill=SPILL)
 RUNG = ("smol", "hi")
 
 

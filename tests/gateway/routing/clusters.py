@@ -16,7 +16,6 @@ from gateway.routing.pick import Decision, decide
 from gateway.routing.request import RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.spill import SpillGate
-from gateway.routing.split import Rung
 from gateway.routing.target import Target
 
 HI = Variant("hi", "bf16", QualityMeasures("parent", 0.0, 1.0, 1.0))
@@ -24,8 +23,7 @@ MID = Variant("mid", "int8", QualityMeasures("measured", 0.01, 0.97, 1.01))
 LO = Variant("lo", "int4", QualityMeasures("measured", 0.05, 0.92, 1.05))
 BAD = Variant("bad", "int4", QualityMeasures("measured", 0.3, 0.7, 1.3))
 EXCLUDED = Rejection(BAD, "its verdict is fail")
-RUNGS = tuple(map(Rung.of, (HI, MID, LO)))
-HI_RUNG, MID_RUNG, LO_RUNG = RUNGS
+RUNGS = (HI, MID, LO)
 SPILL = Spill(after_seconds=2.0, return_below_seconds=0.5, dwell_seconds=10)
 TARGET = Target("smol", RUNGS, NO_FLOOR, pinned=False, spill=SPILL)
 SPILLING = {("smol", "hi"): SpillGate(spilling=True)}
@@ -33,7 +31,7 @@ NOW = 100.0
 
 
 def request(
-    *, target: Target = TARGET, rungs: tuple[Rung, ...] = RUNGS, prompt_tokens: float = 0.0, **fields: Any
+    *, target: Target = TARGET, rungs: tuple[Variant, ...] = RUNGS, prompt_tokens: float = 0.0, **fields: Any
 ) -> RoutingRequest:
     """A request for an alias with three rungs."""
     return RoutingRequest(target, rungs, prompt_tokens=prompt_tokens, **fields)
@@ -54,7 +52,7 @@ def estimate(name: str, wait: float | None = 0.0, *, requests: float = 0.0, **ch
 
 
 def cluster(*estimates: LatencyEstimate, **state: Any) -> ClusterState:
-    """A cluster with these replicas; `state` are breakers, overloads, gates and weights."""
+    """A cluster with these replicas; `state` are breakers, overloads and gates."""
     by_variant: dict[str, list[LatencyEstimate]] = {}
     for each in estimates:
         by_variant.setdefault(each.variant, []).append(each)

@@ -14,16 +14,15 @@ from config.variant import EXTERNAL, QualityMeasures, Variant
 from gateway.routing.explain import explain
 from gateway.routing.latency import LatencyEstimate, ReplicaMetrics, estimate_latency
 from gateway.routing.overload import Overload
-from gateway.routing.pick import decide, drawn_names, has_room, shortest_fitting_context
+from gateway.routing.pick import decide, has_room, shortest_fitting_context
 from gateway.routing.request import NO_REPLICAS, RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.speed import SpeedProfile
-from gateway.routing.split import Rung
 from gateway.routing.target import Target
 from serving.replica import Replica
 from tests.gateway.routing.clusters import (
-    HI_RUNG,
-    LO_RUNG,
+    HI,
+    LO,
     NOW,
     RUNGS,
     SPILL,
@@ -43,8 +42,7 @@ from tests.gateway.routing.clusters import (
 
 GPT = Variant("gpt", EXTERNAL, QualityMeasures("declared", top1_agreement=0.9))
 CLAUDE = Variant("claude", EXTERNAL, QualityMeasures("unknown"))
-GPT_RUNG, CLAUDE_RUNG = Rung.of(GPT), Rung.of(CLAUDE)
-LADDER = (HI_RUNG, LO_RUNG, GPT_RUNG)
+LADDER = (HI, LO, GPT)
 ENDS_OUTSIDE = Target("smol", LADDER, NO_FLOOR, pinned=False, spill=SPILL)
 OUTSIDE = estimate("gpt-1", None)
 
@@ -121,7 +119,7 @@ def test_what_concerns_the_request(
 
 def test_several_external_models() -> None:
     """In the order of the ladder, whatever the number of their requests."""
-    rungs = (HI_RUNG, CLAUDE_RUNG, GPT_RUNG)
+    rungs = (HI, CLAUDE, GPT)
     several = request(target=Target("smol", rungs, NO_FLOOR, pinned=False), rungs=rungs, prompt_tokens=100)
     both = estimate("claude-1", None, requests=40), OUTSIDE
     assert chosen(*both, request=several) == "claude-1 fallback"
@@ -131,12 +129,12 @@ def test_several_external_models() -> None:
 @pytest.mark.parametrize(
     "target, rungs, expected",
     [
-        (Target("gpt", (GPT_RUNG,), NO_FLOOR, pinned=True), (GPT_RUNG,), "gpt-1 pinned"),
-        (Target("outside", (GPT_RUNG,), NO_FLOOR, pinned=False), (GPT_RUNG,), "gpt-1 preferred"),
-        (ENDS_OUTSIDE, (GPT_RUNG,), "gpt-1 floor"),
+        (Target("gpt", (GPT,), NO_FLOOR, pinned=True), (GPT,), "gpt-1 pinned"),
+        (Target("outside", (GPT,), NO_FLOOR, pinned=False), (GPT,), "gpt-1 preferred"),
+        (ENDS_OUTSIDE, (GPT,), "gpt-1 floor"),
     ],
 )
-def test_nothing_else_may_answer(target: Target, rungs: tuple[Rung, ...], expected: str) -> None:
+def test_nothing_else_may_answer(target: Target, rungs: tuple[Variant, ...], expected: str) -> None:
     """An alias may consist of an external model, and a client may pin it."""
     assert chosen(estimate("hi-1"), OUTSIDE, request=request(target=target, rungs=rungs)) == expected
 
@@ -153,7 +151,7 @@ def test_nothing_else_may_answer(target: Target, rungs: tuple[Rung, ...], expect
 )
 def test_never_above_a_floor_that_it_does_not_declare(floor: Floor, trust_declared: bool, permitted: list[str]) -> None:
     """Unknown quality meets no floor, and declared quality only where the alias trusts it."""
-    rungs = (HI_RUNG, LO_RUNG, GPT_RUNG, CLAUDE_RUNG)
+    rungs = (HI, LO, GPT, CLAUDE)
     target = Target("smol", rungs, floor, pinned=False, trust_declared=trust_declared)
     assert [rung.name for rung in target.permitted] == permitted
 
@@ -186,11 +184,11 @@ def test_replicas_answer_as_without_external_models(
     outside: list[LatencyEstimate],
     any_request: RoutingRequest,
     state: dict[str, Any],
-    rungs: tuple[Rung, ...],
+    rungs: tuple[Variant, ...],
 ) -> None:
     """Whatever a replica answers soon enough, it answers with external models below it, too, by the same gates."""
     plain = msgspec.structs.replace(any_request, rungs=rungs)
-    extended = msgspec.structs.replace(any_request, rungs=(*rungs, GPT_RUNG, CLAUDE_RUNG))
+    extended = msgspec.structs.replace(any_request, rungs=(*rungs, GPT, CLAUDE))
     before = decide(plain, cluster(*fleet, **state), NOW)
     after = decide(extended, cluster(*fleet, *outside, **state), NOW)
     candidate = after.candidate
@@ -214,14 +212,14 @@ def test_has_room_agrees_with_the_decision(
     outside: list[LatencyEstimate],
     any_request: RoutingRequest,
     state: dict[str, Any],
-    rungs: tuple[Rung, ...],
+    rungs: tuple[Variant, ...],
     now: float,
 ) -> None:
     """Where a queue sees room, its requests find someone; so no queue goes round in circles."""
-    any_request = msgspec.structs.replace(any_request, rungs=(*rungs, GPT_RUNG, CLAUDE_RUNG), tried=NO_REPLICAS)
+    any_request = msgspec.structs.replace(any_request, rungs=(*rungs, GPT, CLAUDE), tried=NO_REPLICAS)
     state_now = cluster(*fleet, *outside, **state)
     context = shortest_fitting_context(any_request.rungs, state_now, any_request.needed_tokens, any_request.tools)
-    room = has_room(drawn_names(any_request, state_now), state_now, now, context, any_request.tools)
+    room = has_room([rung.name for rung in any_request.rungs], state_now, now, context, any_request.tools)
     assert not room or decide(any_request, state_now, now).candidate is not None
 
 
@@ -230,7 +228,7 @@ def test_an_explanation_tells_the_decision(
     fleet: list[LatencyEstimate], outside: list[LatencyEstimate], any_request: RoutingRequest, state: dict[str, Any]
 ) -> None:
     """It names the same replica, and says of each other one why not."""
-    rungs = (*RUNGS, GPT_RUNG, CLAUDE_RUNG)
+    rungs = (*RUNGS, GPT, CLAUDE)
     target = Target("smol", rungs, NO_FLOOR, pinned=False, spill=SPILL)
     any_request = msgspec.structs.replace(any_request, target=target, rungs=rungs)
     state_now = cluster(*fleet, *outside, **state)

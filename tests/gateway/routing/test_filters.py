@@ -11,7 +11,6 @@ from config.manifest import Manifest
 from config.schema import NO_FLOOR, AliasSettings, Floor
 from config.variant import AT_LEAST, MEASURES, PARENT_QUALITY, QualityMeasures, Variant
 from gateway.errors import FloorUnmet
-from gateway.routing.split import Rung
 from gateway.routing.target import Catalog, Target
 from tests.config.sealed import QUALITY, manifest_of
 
@@ -45,12 +44,12 @@ def catalog(*ladder: str, **options: Any) -> Catalog:
 
 def target(*ladder: Variant, floor: Floor = NO_FLOOR, trust_declared: bool = False) -> Target:
     """An alias with this ladder."""
-    return Target("smol", tuple(map(Rung.of, ladder)), floor, False, trust_declared=trust_declared)
+    return Target("smol", tuple(ladder), floor, False, trust_declared=trust_declared)
 
 
-def names(rungs: tuple[Rung, ...]) -> str:
+def names(rungs: tuple[Variant, ...]) -> str:
     """The variants of some rungs by name."""
-    return " ".join(variant.name for rung in rungs for variant in rung.variants)
+    return " ".join(rung.name for rung in rungs)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +222,7 @@ def test_no_floor_is_ever_breached(
             and (pinned or admits or not failed)
         )
 
-    expected = tuple(map(Rung.of, filter(good, several[:1] if pinned else several)))
+    expected = tuple(filter(good, several[:1] if pinned else several))
     if expected:
         assert resolved.permitted_rungs(limits[1:], accepted) == expected
     else:

@@ -4,11 +4,7 @@ import pytest
 
 from gateway.routing.pick import any_pending, unready_counts
 from serving.replica import Replica, ReplicaStatus, State
-from tests.gateway.routing.clusters import (
-    HI_RUNG,
-    LO_RUNG,
-    RUNGS,
-)
+from tests.gateway.routing.clusters import HI, LO, RUNGS
 
 
 @pytest.mark.parametrize("state", State)
@@ -17,7 +13,7 @@ def test_any_pending(state: State) -> None:
     pending = state in (State.STARTING, State.WARMING)
     status = ReplicaStatus(Replica("lo-1", "lo", "any", "http://lo-1", "m1"), state, "", 0.0, 0)
     assert any_pending([rung.name for rung in RUNGS], [status]) is pending
-    assert not any_pending([HI_RUNG.name], [status])
+    assert not any_pending([HI.name], [status])
 
 
 @pytest.mark.parametrize(
@@ -36,4 +32,4 @@ def test_unready_counts(states: list[State], words: str) -> None:
         for number, state in enumerate(states)
     ]
     other = ReplicaStatus(Replica("odd-1", "odd", "any", "http://odd", "m1"), State.STARTING, "", 0.0, 0)
-    assert unready_counts([LO_RUNG.name], [*snapshot, other]) == words
+    assert unready_counts([LO.name], [*snapshot, other]) == words

@@ -11,21 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config.schema import NO_FLOOR
+from config.variant import Variant
 from gateway.routing.breaker import failed
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import NOT_OVERLOADED, Overload, refused
-from gateway.routing.pick import decide, drawn_names, has_room, shortest_fitting_context
+from gateway.routing.pick import decide, has_room, shortest_fitting_context
 from gateway.routing.request import NO_REPLICAS, RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.spill import PAUSE_SECONDS, SpillGate
-from gateway.routing.split import Rung
 from gateway.routing.target import Target
 from tests.gateway.routing.clusters import (
-    HI_RUNG,
-    LO_RUNG,
+    HI,
+    LO,
     LONG,
-    MID_RUNG,
+    MID,
     NOW,
     RUNGS,
     SPILL,
@@ -46,7 +46,7 @@ from tests.gateway.routing.clusters import (
 
 def room(wanted: RoutingRequest, state: ClusterState, now: float, needed_tokens: float = 0.0) -> bool:
     """Return whether any replica that may answer a request takes one more."""
-    return has_room(drawn_names(wanted, state), state, now, needed_tokens, wanted.tools)
+    return has_room([rung.name for rung in wanted.rungs], state, now, needed_tokens, wanted.tools)
 
 
 @pytest.mark.parametrize(
@@ -77,17 +77,33 @@ def test_the_ladder(estimates: Sequence[LatencyEstimate], expected: str | None) 
     "rungs, permitted, pinned, expected",
     [
         (RUNGS, RUNGS, False, "hi-1 preferred"),
-        (RUNGS, (MID_RUNG, LO_RUNG), False, "mid-1 floor"),
-        (RUNGS, (HI_RUNG, LO_RUNG), False, "hi-1 preferred"),
-        ((LO_RUNG,), (LO_RUNG,), True, "lo-1 pinned"),
-        ((LO_RUNG,), (LO_RUNG,), False, "lo-1 preferred"),
+        (RUNGS, (MID, LO), False, "mid-1 floor"),
+        (RUNGS, (HI, LO), False, "hi-1 preferred"),
+        ((LO,), (LO,), True, "lo-1 pinned"),
+        ((LO,), (LO,), False, "lo-1 preferred"),
     ],
 )
-def test_reasons(rungs: tuple[Rung, ...], permitted: tuple[Rung, ...], pinned: bool, expected: str) -> None:
+def test_reasons(rungs: tuple[Variant, ...], permitted: tuple[Variant, ...], pinned: bool, expected: str) -> None:
     """The best permitted rung is `preferred`, or `floor` if a better one is not permitted; a variant is `pinned`."""
     estimates = [estimate(f"{rung.name}-1") for rung in RUNGS]
     target = Target("smol", rungs, NO_FLOOR, pinned)
     assert chosen(*estimates, request=request(target=target, rungs=permitted, prompt_tokens=100)) == expected
+
+
+@pytest.mark.parametrize(
+    "rungs, fleet, expected",
+    [
+        ((MID, LO), ["mid-1", "lo-1"], "mid-1 canary"),
+        ((MID, LO), ["lo-1"], "lo-1 fallback"),
+        # Lower down it is as any other variant.
+        ((HI, MID), ["hi-1", "mid-1"], "hi-1 preferred"),
+        ((HI, MID), ["mid-1"], "mid-1 fallback"),
+    ],
+)
+def test_the_new_variant_of_a_rollout(rungs: tuple[Variant, ...], fleet: list[str], expected: str) -> None:
+    """On the ladder of the canary arm it is `canary` where it is the best rung."""
+    target = Target("smol", rungs, NO_FLOOR, pinned=False, canary="mid")
+    assert chosen(*map(estimate, fleet), request=request(target=target, rungs=rungs)) == expected
 
 
 # Within a rung
@@ -216,7 +232,7 @@ def test_a_decision_returns_the_gates_that_changed() -> None:
     assert {key: gate.spilling for key, gate in made.gates.items()} == {("smol", "hi"): True, ("smol", "mid"): True}
     assert decision(estimate("hi-1", 0.1), estimate("mid-1", 5.0)).gates == {}
     assert decision(estimate("hi-1", has_room=False), estimate("lo-1")).gates["smol", "hi"].spilling
-    pinned = request(target=Target("lo", (LO_RUNG,), NO_FLOOR, pinned=True), rungs=(LO_RUNG,), prompt_tokens=100)
+    pinned = request(target=Target("lo", (LO,), NO_FLOOR, pinned=True), rungs=(LO,), prompt_tokens=100)
     assert decision(estimate("lo-1", 99.0), request=pinned).gates == {}
 
 
@@ -258,7 +274,7 @@ def test_has_room() -> None:
     full = estimate("hi-1", has_room=False)
     assert not room(request(), cluster(full), 0.0)
     assert room(request(), cluster(full, estimate("lo-1", 99.0)), 0.0)
-    assert not room(request(rungs=(HI_RUNG, MID_RUNG)), cluster(full, estimate("lo-1")), 0.0)
+    assert not room(request(rungs=(HI, MID)), cluster(full, estimate("lo-1")), 0.0)
     barred = {name: opened() for name in ("hi-1", "hi-2", "hi-3")}
     three = [estimate(name) for name in barred]
     assert room(request(), cluster(*three, breakers=barred), 0.5)
@@ -272,7 +288,7 @@ def test_only_permitted_rungs_answer(
     fleet: list[LatencyEstimate],
     any_request: RoutingRequest,
     state: dict[str, Any],
-    rungs: tuple[Rung, ...],
+    rungs: tuple[Variant, ...],
     now: float,
 ) -> None:
     """Under any load and fault only a permitted replica with room answers, and one does if there is any."""
@@ -280,7 +296,7 @@ def test_only_permitted_rungs_answer(
     state_now = cluster(*fleet, **state)
     candidate = decide(any_request, state_now, now).candidate
     if candidate is not None:
-        assert any(candidate.variant in rung.variants for rung in rungs)
+        assert candidate.variant in rungs
         assert candidate.replica.variant == candidate.variant.name
         assert candidate.replica.has_room
         assert candidate.replica.id not in any_request.tried
@@ -294,7 +310,7 @@ def test_has_room_agrees_with_the_decision(
     fleet: list[LatencyEstimate],
     any_request: RoutingRequest,
     state: dict[str, Any],
-    rungs: tuple[Rung, ...],
+    rungs: tuple[Variant, ...],
     now: float,
 ) -> None:
     """Where a queue sees room, its requests find a replica with a context that is long enough."""
@@ -374,7 +390,7 @@ def test_no_rung_above_the_choice_is_soon_enough(fleet: list[LatencyEstimate], a
     if candidate is None:
         return
     empty = msgspec.structs.replace(any_request, prompt_tokens=0.0, answer_tokens=None)
-    place = [rung.only for rung in RUNGS].index(candidate.variant)
+    place = RUNGS.index(candidate.variant)
     for rung in RUNGS[:place]:
         better = decision(*fleet, request=msgspec.structs.replace(empty, rungs=(rung,))).candidate
         slow = better is None or better.replica.wait_seconds > SPILL.after_seconds

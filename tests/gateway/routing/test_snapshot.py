@@ -35,7 +35,6 @@ from gateway.routing.snapshot import (
     variant_views,
 )
 from gateway.routing.spill import SpillGate
-from gateway.routing.split import NO_WEIGHTS
 from gateway.routing.target import Catalog, Target
 from serving.registry import Registry
 from serving.replica import Replica, State
@@ -43,11 +42,8 @@ from tests.gateway.routing.clusters import (
     BAD,
     EXCLUDED,
     HI,
-    HI_RUNG,
     LO,
-    LO_RUNG,
     MID,
-    MID_RUNG,
     NOW,
     RUNGS,
     SPILL,
@@ -72,12 +68,12 @@ def snapshot(
     by_variant: dict[str, tuple[LatencyEstimate, ...]] = {}
     for each in estimates:
         by_variant[each.variant] = (*by_variant.get(each.variant, ()), each)
-    pinned = Target("lo", (LO_RUNG,), NO_FLOOR, pinned=True)
+    pinned = Target("lo", (LO,), NO_FLOOR, pinned=True)
     return Snapshot(
         recorded=datetime(2026, 1, 1, tzinfo=UTC),
         now_seconds=NOW,
         variants=variant_views((HI, MID, LO, BAD)),
-        models={each.name: TargetView.of(each, 30.0, NO_WEIGHTS) for each in (target, pinned)},
+        models={each.name: TargetView.of(each, 30.0) for each in (target, pinned)},
         estimates=by_variant,
         gates=nested_gates(gates or {}),
         **fields,
@@ -112,8 +108,8 @@ def test_a_snapshot_decides_as_the_gateway_did(
             r"Invalid enum value 1 - at `\$.format`",
         ),
         (
-            msgspec.json.encode({**msgspec.to_builtins(snapshot()), "format": 3}),
-            r"Invalid enum value 3 - at `\$.format`",
+            msgspec.json.encode({**msgspec.to_builtins(snapshot()), "format": 4}),
+            r"Invalid enum value 4 - at `\$.format`",
         ),
         (msgspec.json.encode({**msgspec.to_builtins(snapshot()), "variants": {}}), "'hi'"),
         (msgspec.json.encode({**msgspec.to_builtins(snapshot()), "breakers": {"a": {"x": []}, "b": 1}}), "Expected"),
@@ -126,13 +122,23 @@ def test_invalid_snapshots(text: bytes, words: str) -> None:
     assert str(caught.value).endswith("; `quantgate route state` makes one")
 
 
+def test_a_snapshot_of_format_2() -> None:
+    """It is read, too: its ladders are objects, of the weights by variant of each rung."""
+    taken = msgspec.to_builtins(snapshot(estimate("hi-1")))
+    for model in taken["models"].values():
+        model["rungs"] = {name: {name: 1.0} for name in model["rungs"]}
+    read = read_snapshot(msgspec.json.encode({**taken, "format": 2}), "f")
+    assert read.target("smol") == TARGET
+    assert read_snapshot(read.to_json(), "f") == read
+
+
 @pytest.mark.parametrize("wait_seconds, chosen", [(inf, "hi-1"), (50.0, "hi-1"), (30.0, None)])
 @given(blocks=st.lists(st.integers(0), max_size=3).map(tuple))
 def test_a_recorded_decision(wait_seconds: float, chosen: str | None, blocks: tuple[int, ...]) -> None:
     """A record has what the decision was made on, without the prompt's hashes; a wait too long is not a choice."""
     state = cluster(estimate("hi-1", 40.0), estimate("mid-1", 41.0), breakers={"lo-1": opened()})
     recorded = request(
-        rungs=(HI_RUNG, MID_RUNG),
+        rungs=(HI, MID),
         prompt_tokens=100,
         turn=7,
         request_id="r",
@@ -254,6 +260,6 @@ def test_the_wait_of_a_model() -> None:
     """A request may wait as long as its model allows, or else as the gateway does."""
     short = TimeoutSettings(queue_seconds=0.5)
     own = Target("smol", RUNGS, NO_FLOOR, False, timeouts=short, spill=Spill())
-    assert TargetView.of(own, 30.0, NO_WEIGHTS).wait_seconds == 0.5
-    assert TargetView.of(TARGET, 30.0, NO_WEIGHTS).wait_seconds == 30.0
+    assert TargetView.of(own, 30.0).wait_seconds == 0.5
+    assert TargetView.of(TARGET, 30.0).wait_seconds == 30.0
     assert hypothetical("smol", snapshot=snapshot(estimate("hi-1", 1.6), target=own)).chosen is None
