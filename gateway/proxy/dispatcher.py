@@ -51,16 +51,12 @@ from gateway.routing.cluster_state import ClusterState
 from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.pick import (
     Candidate,
-    any_pending,
     decide,
-    has_room,
-    none_takes_tools,
-    shortest_fitting_context,
-    unready_counts,
 )
 from gateway.routing.queue import QueueLimits, Queues
 from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.target import Catalog, Target
+from gateway.routing.waiting import any_pending, has_room, none_takes_tools, shortest_fitting_context, unready_counts
 from serving.registry import Registry
 
 DEFAULT_QUEUE, DEFAULT_RETRIES = QueueSettings(), RetrySettings()

@@ -25,7 +25,7 @@ from gateway.routing.breaker import admissible
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.filters import admitted, filter_replicas, without_room_if_overloaded
 from gateway.routing.latency import LatencyEstimate
-from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
+from gateway.routing.request import NOTHING_CACHED, RoutingRequest
 from gateway.routing.score import cost, costs
 from gateway.routing.sessions import Placement
 from gateway.routing.spill import (
@@ -41,7 +41,6 @@ from gateway.routing.spill import (
     longest_wait_seconds,
     update,
 )
-from serving.replica import PENDING, ReplicaStatus, State
 
 Reason = Literal["preferred", "spill", "floor", "pinned", "canary", "fallback"]
 
@@ -79,7 +78,6 @@ class RungResult(msgspec.Struct, frozen=True, gc=False):
     wait_seconds: float = inf
 
 
-ANSWERING = PENDING | {State.READY}
 _requests = attrgetter("requests")
 NO_REPLICA = RungResult(None, "no_replica")
 NO_GATES: Mapping[RungKey, SpillGate] = {}
@@ -247,9 +245,9 @@ def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: f
 
     If no replica is responsive, those count that are silent, but not those that hang.
     """
-    all_silent = all(each.id in cluster.silent for each in _ready(request.rungs, cluster, request.tools))
+    all_silent = all(each.id in cluster.silent for each in ready_replicas(request.rungs, cluster, request.tools))
     for place, rung in enumerate(request.rungs):
-        barred = _last_resorts(rung.name, cluster, now, all_silent)
+        barred = last_resorts(rung.name, cluster, now, all_silent)
         able = [each for each in filter_replicas(barred, request.tried, needed_tokens, request.tools) if each.has_room]
         if able:
             best = shortest_queue(able, request.turn)
@@ -257,7 +255,7 @@ def last_resort(request: RoutingRequest, cluster: ClusterState, needed_tokens: f
     return None
 
 
-def _last_resorts(variant_name: str, cluster: ClusterState, now: float, all_silent: bool) -> Sequence[LatencyEstimate]:
+def last_resorts(variant_name: str, cluster: ClusterState, now: float, all_silent: bool) -> Sequence[LatencyEstimate]:
     estimates, silent = cluster.estimates(variant_name), cluster.silent
     if all_silent:
         barred: Collection[str] = [each.id for each in estimates if silent.get(each.id) == "silent"]
@@ -267,73 +265,14 @@ def _last_resorts(variant_name: str, cluster: ClusterState, now: float, all_sile
     return without_room_if_overloaded([each for each in estimates if each.id in barred], cluster, now)
 
 
-# What waiting requests need to know
-
-
 def any_context_fits(
     rungs: Iterable[Variant], cluster: ClusterState, needed_tokens: float, tools: bool = False
 ) -> bool:
     """Return whether the context of any ready replica, one that takes `tools`, is long enough."""
-    return any(needed_tokens <= each.context_tokens for each in _ready(rungs, cluster, tools))
+    return any(needed_tokens <= each.context_tokens for each in ready_replicas(rungs, cluster, tools))
 
 
-def shortest_fitting_context(
-    rungs: Iterable[Variant], cluster: ClusterState, needed_tokens: float, tools: bool = False
-) -> float:
-    """Return the shortest context that a request fits in; 0 if it fits in all of them, or in none."""
-    contexts = {each.context_tokens for each in _ready(rungs, cluster, tools)}
-    fitting = [tokens for tokens in contexts if tokens >= needed_tokens]
-    return min(fitting) if 0 < len(fitting) < len(contexts) else 0.0
-
-
-def any_pending(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatus]) -> bool:
-    """Return whether a replica of these variants is starting."""
-    names = frozenset(variant_names)
-    return any(status.state in PENDING and not names.isdisjoint(status.replica.variants) for status in snapshot)
-
-
-def unready_counts(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatus]) -> str:
-    """Describe replicas of which none is ready: how many are starting, have failed, or are stopping."""
-    names = frozenset(variant_names)
-    states = [status.state for status in snapshot if not names.isdisjoint(status.replica.variants)]
-    counts = {
-        "starting": sum(state in PENDING for state in states),
-        "failed": sum(state is State.FAILED for state in states),
-        "stopping": sum(state not in PENDING and state not in (State.FAILED, State.STOPPED) for state in states),
-        "stopped": sum(state is State.STOPPED for state in states),
-    }
-    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-    return f"{told}, of {len(states)}" if states else "none is running"
-
-
-def none_takes_tools(variant_names: Iterable[str], snapshot: Iterable[ReplicaStatus]) -> bool:
-    """Return whether these variants have replicas, ready or starting, and all of them are known to take no tools."""
-    names = frozenset(variant_names)
-    answering = [each.replica for each in snapshot if each.state in ANSWERING]
-    there = [replica for replica in answering if not names.isdisjoint(replica.variants)]
-    return bool(there) and all(replica.tools is False for replica in there)
-
-
-def has_room(
-    variant_names: Iterable[str], cluster: ClusterState, now: float, needed_tokens: float = 0.0, tools: bool = False
-) -> bool:
-    """Return whether a replica of these variants, with a context that is long enough, takes one more such request."""
-    names = tuple(variant_names)
-    if needed_tokens:
-        ready = [each for name in names for each in cluster.estimates(name)]
-        contexts = [each.context_tokens for each in filter_replicas(ready, NO_REPLICAS, 0.0, tools)]
-        needed_tokens = needed_tokens if contexts and needed_tokens <= max(contexts) else 0.0
-    ready = [each for name in names for each in admitted(cluster.estimates(name), cluster, now)]
-    able = filter_replicas(ready, NO_REPLICAS, needed_tokens, tools)
-    barred = cluster.breakers or cluster.silent
-    if not any(each.has_room for each in able) and barred:
-        all_silent = all(each.id in cluster.silent for name in names for each in cluster.estimates(name))
-        ready = [each for name in names for each in _last_resorts(name, cluster, now, all_silent)]
-        able = filter_replicas(ready, NO_REPLICAS, needed_tokens, tools)
-    return any(each.has_room for each in able)
-
-
-def _ready(rungs: Iterable[Variant], cluster: ClusterState, tools: bool) -> Iterable[LatencyEstimate]:
+def ready_replicas(rungs: Iterable[Variant], cluster: ClusterState, tools: bool) -> Iterable[LatencyEstimate]:
     ready = (each for rung in rungs for each in cluster.estimates(rung.name))
     return (each for each in ready if each.tools) if tools else ready
 

@@ -14,11 +14,12 @@ from config.variant import EXTERNAL, QualityMeasures, Variant
 from gateway.routing.explain import explain
 from gateway.routing.latency import LatencyEstimate, ReplicaMetrics, estimate_latency
 from gateway.routing.overload import Overload
-from gateway.routing.pick import decide, has_room, shortest_fitting_context
+from gateway.routing.pick import decide
 from gateway.routing.request import NO_REPLICAS, RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.speed import SpeedProfile
 from gateway.routing.target import Target
+from gateway.routing.waiting import has_room, shortest_fitting_context
 from serving.replica import Replica
 from tests.gateway.routing.clusters import (
     HI,

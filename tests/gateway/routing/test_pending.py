@@ -2,7 +2,7 @@
 
 import pytest
 
-from gateway.routing.pick import any_pending, unready_counts
+from gateway.routing.waiting import any_pending, unready_counts
 from serving.replica import Replica, ReplicaStatus, State
 from tests.gateway.routing.clusters import HI, LO, RUNGS
 

@@ -16,11 +16,12 @@ from gateway.routing.breaker import failed
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.latency import LatencyEstimate
 from gateway.routing.overload import NOT_OVERLOADED, Overload, refused
-from gateway.routing.pick import decide, has_room, shortest_fitting_context
+from gateway.routing.pick import decide
 from gateway.routing.request import NO_REPLICAS, RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.spill import PAUSE_SECONDS, SpillGate
 from gateway.routing.target import Target
+from gateway.routing.waiting import has_room, shortest_fitting_context
 from tests.gateway.routing.clusters import (
     HI,
     LO,

@@ -7,8 +7,9 @@ from hypothesis import given
 
 from gateway.routing.explain import explain
 from gateway.routing.latency import LatencyEstimate
-from gateway.routing.pick import decide, has_room, none_takes_tools
+from gateway.routing.pick import decide
 from gateway.routing.request import RoutingRequest
+from gateway.routing.waiting import has_room, none_takes_tools
 from serving.replica import Replica, ReplicaStatus, State
 from tests.gateway.routing.clusters import NOW, chosen, cluster, estimate, fleets, opened, request, requests, states
 
