@@ -25,7 +25,7 @@ Ladder = tuple[str, ...]
 
 
 class AliasRevision(msgspec.Struct, frozen=True):
-    """Ladder, members and weights of an alias at one revision; `configured` is the ladder in the configuration then.
+    """The ladders of an alias at one revision, and their weight; `configured` is the one in the configuration then.
 
     `canary` None: every conversation uses `stable`. Otherwise a share of `weight` is drawn to `canary`, in a step.
     """

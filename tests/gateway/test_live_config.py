@@ -29,9 +29,6 @@ def aliases(**options: Any) -> Mapping[str, Any]:
     return {"smol": {"ladder": ["hi", "mid", "lo"], "trust_declared": True, **options}}
 
 
-# Routes
-
-
 def test_a_route() -> None:
     """It has the caller, the target, the rungs that satisfy alias and key, and how long its requests may wait."""
     live = live_config()
