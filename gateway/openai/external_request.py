@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES
+from gateway.openai.external_content import chat_messages, embedding_input, response_input
 from gateway.openai.request import InferenceRequest
 
 _SAMPLING = (
@@ -38,29 +39,21 @@ FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
         EMBEDDINGS.name: frozenset({"input", "dimensions", "encoding_format"}),
     }
 )
-# Thoughts of one model are no input of another.
-_THOUGHTS = ("reasoning", "reasoning_content")
-
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
 def external_fields(inference: InferenceRequest) -> dict[str, Any]:
-    """Decode what a provider gets of a request."""
+    """Decode what a provider gets of a request; RequestError for what it must not get, or what has no such shape.
+
+    Thoughts of one model are no input of another: they are left out.
+    """
     known = FIELDS[inference.endpoint.name]
     fields = _OBJECT.decode(inference.body_for(""))
     kept = {name: value for name, value in fields.items() if name in known and value is not None}
-    for name in ("messages", "input"):
-        if isinstance(turns := kept.get(name), list):
-            kept[name] = [_without_thoughts(turn) for turn in turns if not _is_thought(turn)]
+    if inference.endpoint is CHAT:
+        kept["messages"] = chat_messages(kept.get("messages"))
+    elif inference.endpoint is RESPONSES:
+        kept["input"] = response_input(kept.get("input"))
+    elif inference.endpoint is EMBEDDINGS:
+        kept["input"] = embedding_input(kept.get("input"))
     return kept
-
-
-def _is_thought(item: Any) -> bool:
-    """Whether an item of `/v1/responses` is reasoning of an earlier turn."""
-    return isinstance(item, dict) and item.get("type") == "reasoning"
-
-
-def _without_thoughts(message: Any) -> Any:
-    if not isinstance(message, dict) or message.keys().isdisjoint(_THOUGHTS):
-        return message
-    return {name: value for name, value in message.items() if name not in _THOUGHTS}
