@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from gateway.errors import RequestError
+from gateway.openai.external_shapes import known, objects, refused, require_object, require_text
 from gateway.openai.fields import quoted
 
 Fields = Mapping[str, Any]
@@ -39,14 +39,14 @@ _HOLDERS: Mapping[str, str] = MappingProxyType(
 
 def chat_messages(messages: Any) -> list[dict[str, Any]]:
     """Check and copy the messages of a chat; RequestError for a shape or part that providers do not get."""
-    return [_message(entry, f"messages[{place}]") for place, entry in enumerate(_objects(messages, "messages"))]
+    return [_message(entry, f"messages[{place}]") for place, entry in enumerate(objects(messages, "messages"))]
 
 
 def response_input(given: Any) -> Any:
     """Check and copy the `input` of a response: a text, or items, of which reasoning of earlier turns is left out."""
     if isinstance(given, str):
         return given
-    items = enumerate(_objects(given, "input"))
+    items = enumerate(objects(given, "input"))
     return [_item(entry, f"input[{place}]") for place, entry in items if entry.get("type") != "reasoning"]
 
 
@@ -54,19 +54,19 @@ def embedding_input(given: Any) -> Any:
     """Check the `input` of embeddings: texts or token ids, none of which is a reference to a file."""
     for entry in given if isinstance(given, list) else [given]:
         if isinstance(entry, str) and _STORED.search(entry):
-            raise _refused("input", f"{quoted(entry)} names a file", "send its text")
+            raise refused("input", f"{quoted(entry)} names a file", "send its text")
         if isinstance(entry, dict):
-            raise _refused("input", "an entry is an object", "send texts or token ids")
+            raise refused("input", "an entry is an object", "send texts or token ids")
     return given
 
 
 def _message(message: Fields, where: str) -> dict[str, Any]:
-    _require_text(message.get("role"), f"{where}.role")
+    require_text(message.get("role"), f"{where}.role")
     kept = {key: message[key] for key in _MESSAGE_KEYS if message.get(key) is not None}
     if "content" in message:
         kept["content"] = _content(message["content"], f"{where}.content")
     if message.get("tool_calls") is not None:
-        kept["tool_calls"] = [dict(call) for call in _objects(message["tool_calls"], f"{where}.tool_calls")]
+        kept["tool_calls"] = [dict(call) for call in objects(message["tool_calls"], f"{where}.tool_calls")]
     return kept
 
 
@@ -74,9 +74,9 @@ def _item(item: Fields, where: str) -> dict[str, Any]:
     kind = item.get("type") or "message"
     keys = _ITEM_KEYS.get(kind) if isinstance(kind, str) else None
     if keys is None:
-        raise _refused(where, f"the item has the type {quoted(str(kind))}", f"send {', '.join(_ITEM_KEYS)}")
+        raise refused(where, f"the item has the type {quoted(str(kind))}", f"send {', '.join(_ITEM_KEYS)}")
     if kind == "message":
-        _require_text(item.get("role"), f"{where}.role")
+        require_text(item.get("role"), f"{where}.role")
     kept = {key: item[key] for key in keys if item.get(key) is not None}
     if (holder := _HOLDERS.get(kind)) is not None and holder in item:
         kept[holder] = _content(item[holder], f"{where}.{holder}")
@@ -86,55 +86,55 @@ def _item(item: Fields, where: str) -> dict[str, Any]:
 def _content(content: Any, where: str) -> Any:
     if content is None or isinstance(content, str):
         return content
-    return [_part(part, f"{where}[{place}]") for place, part in enumerate(_objects(content, where))]
+    return [_part(part, f"{where}[{place}]") for place, part in enumerate(objects(content, where))]
 
 
 def _part(part: Fields, where: str) -> dict[str, Any]:
     kind = part.get("type")
     copy = _PARTS.get(kind) if isinstance(kind, str) else None
     if copy is None:
-        raise _refused(where, f"the part has the type {quoted(str(kind))}", f"send {', '.join(_PARTS)}")
+        raise refused(where, f"the part has the type {quoted(str(kind))}", f"send {', '.join(_PARTS)}")
     return {"type": kind, **copy(part, where)}
 
 
 def _text(part: Fields, where: str) -> dict[str, Any]:
-    return {"text": _require_text(part.get("text"), f"{where}.text")}
+    return {"text": require_text(part.get("text"), f"{where}.text")}
 
 
 def _refusal(part: Fields, where: str) -> dict[str, Any]:
-    return {"refusal": _require_text(part.get("refusal"), f"{where}.refusal")}
+    return {"refusal": require_text(part.get("refusal"), f"{where}.refusal")}
 
 
 def _image_url(part: Fields, where: str) -> dict[str, Any]:
     image = part.get("image_url")
     url, detail = (image.get("url"), image.get("detail")) if isinstance(image, dict) else (image, None)
-    return {"image_url": {"url": _media_url(url, f"{where}.image_url"), **_known("detail", detail)}}
+    return {"image_url": {"url": _media_url(url, f"{where}.image_url"), **known("detail", detail)}}
 
 
 def _input_image(part: Fields, where: str) -> dict[str, Any]:
     _refuse_reference(part, where)
     url = _media_url(part.get("image_url"), f"{where}.image_url")
-    return {"image_url": url, **_known("detail", part.get("detail"))}
+    return {"image_url": url, **known("detail", part.get("detail"))}
 
 
 def _input_audio(part: Fields, where: str) -> dict[str, Any]:
-    audio = _require_object(part.get("input_audio"), f"{where}.input_audio")
-    data = _require_text(audio.get("data"), f"{where}.input_audio.data")
+    audio = require_object(part.get("input_audio"), f"{where}.input_audio")
+    data = require_text(audio.get("data"), f"{where}.input_audio.data")
     if not _BASE64.fullmatch(data):
-        raise _refused(f"{where}.input_audio.data", "it is not base64", "send the audio in base64")
-    return {"input_audio": {"data": data, **_known("format", audio.get("format"))}}
+        raise refused(f"{where}.input_audio.data", "it is not base64", "send the audio in base64")
+    return {"input_audio": {"data": data, **known("format", audio.get("format"))}}
 
 
 def _file(part: Fields, where: str) -> dict[str, Any]:
-    return {"file": _file_data(_require_object(part.get("file"), f"{where}.file"), f"{where}.file")}
+    return {"file": _file_data(require_object(part.get("file"), f"{where}.file"), f"{where}.file")}
 
 
 def _file_data(file: Fields, where: str) -> dict[str, Any]:
     _refuse_reference(file, where)
-    data = _require_text(file.get("file_data"), f"{where}.file_data")
+    data = require_text(file.get("file_data"), f"{where}.file_data")
     if not _DATA_URL.fullmatch(data):
-        raise _refused(f"{where}.file_data", "it is not a data: URL", "send data:TYPE;base64,DATA")
-    return {"file_data": data, **_known("filename", file.get("filename"))}
+        raise refused(f"{where}.file_data", "it is not a data: URL", "send data:TYPE;base64,DATA")
+    return {"file_data": data, **known("filename", file.get("filename"))}
 
 
 _PARTS: Mapping[str, Callable[[Fields, str], dict[str, Any]]] = MappingProxyType(
@@ -155,38 +155,11 @@ _PARTS: Mapping[str, Callable[[Fields, str], dict[str, Any]]] = MappingProxyType
 def _refuse_reference(holder: Fields, where: str) -> None:
     for key in ("file_id", "file_url"):
         if holder.get(key) is not None:
-            raise _refused(f"{where}.{key}", "it names a file that is not in the request", "send its data")
+            raise refused(f"{where}.{key}", "it names a file that is not in the request", "send its data")
 
 
 def _media_url(url: Any, where: str) -> str:
-    text = _require_text(url, where)
+    text = require_text(url, where)
     if not (_DATA_URL.fullmatch(text) or _WEB.match(text)):
-        raise _refused(where, f"{quoted(text)} is not a URL of media", "send data:TYPE;base64,DATA")
+        raise refused(where, f"{quoted(text)} is not a URL of media", "send data:TYPE;base64,DATA")
     return text
-
-
-def _known(key: str, value: Any) -> dict[str, str]:
-    """An optional text."""
-    return {key: value} if isinstance(value, str) else {}
-
-
-def _objects(value: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        raise _refused(where, "it is not a list of objects", "see OpenAI's API")
-    return value
-
-
-def _require_object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _refused(where, "it is not an object", "see OpenAI's API")
-    return value
-
-
-def _require_text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise _refused(where, "it is not a text", "see OpenAI's API")
-    return value
-
-
-def _refused(where: str, why: str, instead: str) -> RequestError:
-    return RequestError(f"{where!r} is not passed to an external model: {why}; {instead}", param=where)

@@ -5,7 +5,8 @@ fields are passed by an allow-list: those of OpenAI's API that concern the answe
 and sessions, stay here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +14,7 @@ import msgspec
 
 from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES
 from gateway.openai.external_content import chat_messages, embedding_input, response_input
+from gateway.openai.external_tools import client_function_call, client_functions, client_tool_choice, client_tools
 from gateway.openai.request import InferenceRequest
 
 _SAMPLING = (
@@ -39,6 +41,27 @@ FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
         EMBEDDINGS.name: frozenset({"input", "dimensions", "encoding_format"}),
     }
 )
+# How fields are checked and copied, by endpoint; the others are values without references.
+_COPIES: Mapping[str, Mapping[str, Callable[[Any], Any]]] = MappingProxyType(
+    {
+        CHAT.name: {
+            "messages": chat_messages,
+            "tools": partial(client_tools, nested=True),
+            "tool_choice": partial(client_tool_choice, nested=True),
+            "functions": client_functions,
+            "function_call": client_function_call,
+        },
+        COMPLETIONS.name: {},
+        RESPONSES.name: {
+            "input": response_input,
+            "tools": partial(client_tools, nested=False),
+            "tool_choice": partial(client_tool_choice, nested=False),
+        },
+        EMBEDDINGS.name: {"input": embedding_input},
+    }
+)
+_REQUIRED = frozenset({"messages", "input"})
+
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
@@ -50,10 +73,7 @@ def external_fields(inference: InferenceRequest) -> dict[str, Any]:
     known = FIELDS[inference.endpoint.name]
     fields = _OBJECT.decode(inference.body_for(""))
     kept = {name: value for name, value in fields.items() if name in known and value is not None}
-    if inference.endpoint is CHAT:
-        kept["messages"] = chat_messages(kept.get("messages"))
-    elif inference.endpoint is RESPONSES:
-        kept["input"] = response_input(kept.get("input"))
-    elif inference.endpoint is EMBEDDINGS:
-        kept["input"] = embedding_input(kept.get("input"))
+    for name, copy in _COPIES[inference.endpoint.name].items():
+        if name in kept or name in _REQUIRED:
+            kept[name] = copy(kept.get(name))
     return kept

@@ -100,3 +100,54 @@ def test_what_passes() -> None:
     kept_items = fields_of(RESPONSES, input=[*given["input"], thought, output])["input"]
     assert kept_items == [*given["input"], output]
     assert fields_of(EMBEDDINGS, input=["a", "https://example.com"])["input"] == ["a", "https://example.com"]
+
+
+FUNCTION = {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True}
+
+
+def with_tools(endpoint: Endpoint, **fields: Any) -> dict[str, Any]:
+    """A request with tools, or with what belongs to them."""
+    prompt = {"input": "hi"} if endpoint is RESPONSES else {"messages": [{"role": "user", "content": "hi"}]}
+    return fields_of(endpoint, **prompt, **fields)
+
+
+@pytest.mark.parametrize(
+    "endpoint, fields",
+    [
+        (RESPONSES, {"tools": [{"type": "file_search", "vector_store_ids": ["vs_1"]}]}),
+        (RESPONSES, {"tools": [{"type": "mcp", "server_url": "litellm_proxy"}]}),
+        (RESPONSES, {"tools": [{"type": "function", **FUNCTION}, {"type": "web_search"}]}),
+        (RESPONSES, {"tool_choice": {"type": "file_search"}}),
+        (RESPONSES, {"tool_choice": {"type": "mcp", "server_label": "x"}}),
+        (CHAT, {"tools": [{"type": "mcp", "server_url": "litellm_proxy"}]}),
+        (CHAT, {"tools": [{"type": "function", "googleSearch": {}}]}),
+        (CHAT, {"tools": [{"googleSearch": {}}]}),
+        (CHAT, {"tools": ["f"]}),
+        (CHAT, {"tool_choice": {"type": "web_search"}}),
+        (CHAT, {"tool_choice": "web_search"}),
+        (CHAT, {"functions": [{"googleSearch": {}}]}),
+        (CHAT, {"function_call": {"type": "web_search"}}),
+        (CHAT, {"function_call": [1]}),
+    ],
+)
+def test_tools_of_the_provider_are_refused(endpoint: Endpoint, fields: dict[str, Any]) -> None:
+    """They read with the operator's credentials, or cost what nothing counts."""
+    with pytest.raises(RequestError):
+        with_tools(endpoint, **fields)
+
+
+def test_tools_of_the_client() -> None:
+    """They pass, with known keys alone."""
+    tool = {"type": "function", "function": FUNCTION}
+    sent = with_tools(CHAT, tools=[{**tool, "googleSearch": {}}], tool_choice="auto")
+    assert (sent["tools"], sent["tool_choice"]) == ([tool], "auto")
+    chosen = {"type": "function", "function": {"name": "f"}}
+    assert with_tools(CHAT, tools=[tool], tool_choice=chosen)["tool_choice"] == chosen
+    custom = {"type": "custom", "custom": {"name": "g", "description": "d"}}
+    assert with_tools(CHAT, tools=[custom])["tools"] == [custom]
+    flat = {"type": "function", **FUNCTION}
+    sent = with_tools(RESPONSES, tools=[flat], tool_choice={"type": "function", "name": "f"})
+    assert (sent["tools"], sent["tool_choice"]) == ([flat], {"type": "function", "name": "f"})
+    older = with_tools(CHAT, functions=[FUNCTION], function_call={"name": "f"})
+    assert older["functions"] == [{key: FUNCTION[key] for key in ("name", "description", "parameters")}]
+    assert older["function_call"] == {"name": "f"}
