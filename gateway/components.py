@@ -115,7 +115,7 @@ async def external_models(
     external = stack.enter_context(ExternalModels(registry, observed.metrics, loaded=loaded, share=share, spent=spent))
     providers = None
     if loaded:
-        providers = await stack.enter_async_context(ExternalUpstream(load_litellm(), external.book))
+        providers = await stack.enter_async_context(ExternalUpstream(load_litellm(), external))
     return external, UpstreamByKind(VllmUpstream(pool), providers)
 
 

@@ -4,6 +4,8 @@
 state       event                                           next
 ==========  ==============================================  =========
 ready       the cost of the day reaches the budget          stopped
+ready       with what requests that run may cost it does    starting
+starting    such a request ends, and has cost less          ready
 stopped     a new day begins (UTC), or a larger budget      ready
 stopped     litellm is not loaded: the next start           stopped
 ==========  ==============================================  =========
@@ -15,6 +17,7 @@ a record of costs that outlives processes gives it here.
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
@@ -22,8 +25,9 @@ from typing import Self
 from config.external import ExternalModel, external_model
 from config.schema import Settings, VariantSettings
 from config.variant import EXTERNAL
+from gateway.errors import ReplicaFull
 from gateway.observability.metrics import Metrics
-from gateway.routing.budget import DaySpend, budget_spent, day_of, seconds_left
+from gateway.routing.budget import DaySpend, budget_reserved, budget_spent, day_of, seconds_left
 from serving.registry import Registry
 from serving.replica import EXTERNAL_MODELS, Replica, State
 
@@ -57,6 +61,8 @@ class ExternalModels:
         self._wall_clock = wall_clock
         self._replicas: dict[str, Replica] = {}  # by variant
         self._spends = {variant: DaySpend(self._today(), usd * share) for variant, usd in spent.items()}
+        self._reserved: dict[str, float] = {}  # US dollars, by variant
+        self._running = Counter[str]()
         self._timer: asyncio.TimerHandle | None = None
 
     def __enter__(self) -> Self:
@@ -81,9 +87,25 @@ class ExternalModels:
         if self._timer is None and self._replicas:
             self._set_timer()
 
-    def book(self, variant: str, usd: float) -> None:
-        """Add the cost of an answer; at the end of the budget the model gets no more requests today."""
+    def reserve(self, variant: str, usd: float) -> None:
+        """Count what a request may cost while it runs; ReplicaFull if others may cost all that is left."""
+        replica, reserved_usd = self._replicas.get(variant), self._reserved.get(variant, 0.0)
+        if replica is not None and reserved_usd and self._exhausted(replica, reserved_usd):
+            raise ReplicaFull  # it was leased in the same step as they were
+        self._reserved[variant] = self._reserved.get(variant, 0.0) + usd
+        self._running[variant] += 1
+        if usd:
+            self._updated(variant)
+
+    def settle(self, variant: str, reserved_usd: float, usd: float) -> None:
+        """Add the cost of an answer in place of what it reserved; when the budget is spent, the model gets no more."""
+        self._running[variant] -= 1
+        # Without requests nothing is reserved, whatever the sum of fractions says.
+        self._reserved[variant] = self._reserved[variant] - reserved_usd if self._running[variant] else 0.0
         self._spends[variant] = self._spends.get(variant, DaySpend()).plus(usd, self._today())
+        self._updated(variant)
+
+    def _updated(self, variant: str) -> None:
         if variant in self._replicas:
             self._update(variant)
 
@@ -100,8 +122,15 @@ class ExternalModels:
             reason = budget_spent(limit, today)
             log.warning("%s: %s", replica.id, reason)
             self._source.put(replica, State.STOPPED, reason)
+        elif limit is not None and self._exhausted(replica, self._reserved.get(variant, 0.0)):
+            self._source.put(replica, State.STARTING, budget_reserved(limit))
         else:
             self._source.put(replica, State.READY)
+
+    def _exhausted(self, replica: Replica, reserved_usd: float) -> bool:
+        assert replica.external is not None
+        spend, today = self._spends.get(replica.variant, DaySpend()), self._today()
+        return spend.plus(reserved_usd, today).exhausts(self._limit(replica.external), today)
 
     def _limit(self, model: ExternalModel) -> float | None:
         return None if model.usd_per_day is None else model.usd_per_day * self._share
