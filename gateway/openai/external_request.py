@@ -12,8 +12,9 @@ from typing import Any
 
 import msgspec
 
-from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES
+from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint
 from gateway.openai.external_content import chat_messages, embedding_input, response_input
+from gateway.openai.external_shapes import refused
 from gateway.openai.external_tools import client_function_call, client_functions, client_tool_choice, client_tools
 from gateway.openai.request import InferenceRequest
 
@@ -76,4 +77,15 @@ def external_fields(inference: InferenceRequest) -> dict[str, Any]:
     for name, copy in _COPIES[inference.endpoint.name].items():
         if name in kept or name in _REQUIRED:
             kept[name] = copy(kept.get(name))
-    return kept
+    return {**kept, **_lengths(inference.endpoint, kept)}
+
+
+def _lengths(endpoint: Endpoint, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the completion length, and state vLLM's default: providers have others, a key's `max_tokens` goes by it."""
+    given = {key: fields[key] for key in endpoint.length_keys if key in fields}
+    for key, length in given.items():
+        if not isinstance(length, int) or length < 1:
+            raise refused(key, "it is not a number of tokens", "send a positive integer")
+    if given or endpoint.length_default_tokens is None:
+        return given
+    return {endpoint.length_keys[0]: endpoint.length_default_tokens}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import RequestError
-from gateway.openai.endpoints import CHAT, EMBEDDINGS, RESPONSES, Endpoint
+from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint
 from gateway.openai.external_request import external_fields
 from tests.gateway.openai.parsing import parse
 
@@ -151,3 +151,29 @@ def test_tools_of_the_client() -> None:
     older = with_tools(CHAT, functions=[FUNCTION], function_call={"name": "f"})
     assert older["functions"] == [{key: FUNCTION[key] for key in ("name", "description", "parameters")}]
     assert older["function_call"] == {"name": "f"}
+
+
+@pytest.mark.parametrize(
+    "endpoint, fields, key_limit, sent",
+    [
+        (COMPLETIONS, {"prompt": "hi"}, 100, {"max_tokens": 16}),
+        (COMPLETIONS, {"prompt": "hi"}, None, {"max_tokens": 16}),
+        (COMPLETIONS, {"prompt": "hi"}, 10, {"max_tokens": 10}),
+        (COMPLETIONS, {"prompt": "hi", "max_tokens": 50}, 100, {"max_tokens": 50}),
+        (CHAT, {"messages": []}, 100, {"max_completion_tokens": 100}),
+        (CHAT, {"messages": []}, None, {}),
+    ],
+)
+def test_the_completion_length(
+    endpoint: Endpoint, fields: dict[str, Any], key_limit: int | None, sent: dict[str, int]
+) -> None:
+    """It is always sent where vLLM has a default: a provider may have none."""
+    inference = parse(json.dumps({"model": "gpt", **fields}), endpoint, max_tokens=key_limit)
+    assert {key: value for key, value in external_fields(inference).items() if "max_" in key} == sent
+
+
+@pytest.mark.parametrize("length", [0, -1, "5", 1.5, [1]])
+def test_a_length_that_is_none(length: Any) -> None:
+    """A provider may take it for no limit at all."""
+    with pytest.raises(RequestError):
+        fields_of(COMPLETIONS, prompt="hi", max_tokens=length)
