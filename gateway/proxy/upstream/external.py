@@ -114,7 +114,7 @@ class ExternalUpstream:
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + min(timeouts.total_seconds, timeouts.first_byte_seconds)
         try:
-            with translated_errors(replica, timeouts.first_byte_seconds, charge):
+            with translated_errors(replica, timeouts.first_byte_seconds, charge.was_sent):
                 async with asyncio.timeout_at(ends_at if isfinite(ends_at) else None):
                     answer = await call(**arguments)
         except (asyncio.CancelledError, UpstreamTimeout):
@@ -199,7 +199,7 @@ class ExternalReply:
         while True:
             limit_seconds = self._timeouts.idle_seconds if self._parts else self._timeouts.first_byte_seconds
             until = min(self._loop.time() + limit_seconds, self._ends_at)
-            with translated_errors(self._replica, limit_seconds, self._charge):
+            with translated_errors(self._replica, limit_seconds, self._charge.was_sent):
                 async with asyncio.timeout_at(until if isfinite(until) else None):
                     event = await anext(self._events, b"")
             if not event:
@@ -238,7 +238,7 @@ def answer_form(endpoint: Endpoint, request_id: str) -> AnswerForm:
 
 
 @contextlib.contextmanager
-def translated_errors(replica: Replica, limit_seconds: float, charge: Charge) -> Iterator[None]:
+def translated_errors(replica: Replica, limit_seconds: float, sent: Callable[[], bool]) -> Iterator[None]:
     """Translate what litellm raises; what the provider said is logged, without any secret.
 
     litellm's own exceptions are not kept as the cause: their text has its tracebacks, and links to report them.
@@ -251,9 +251,9 @@ def translated_errors(replica: Replica, limit_seconds: float, charge: Charge) ->
         raise UpstreamTimeout(f"a provider sent nothing for {limit_seconds:g} s") from None
     except Exception as error:  # noqa: BLE001 - litellm raises any exception of its providers' clients
         assert replica.external is not None
-        words = replica.external.masked(words_of(str(error)))
+        words = words_of(replica.external.masked(str(error)))  # a text that is cut might end in half a secret
         log.warning("replica=%s the provider said: %s", replica.id, words)
-        raise error_of_provider(error, words, sent=charge.sent) from None
+        raise error_of_provider(error, words, sent=sent()) from None
 
 
 def _was_finished(stream: Any) -> bool:

@@ -59,7 +59,7 @@ class PriceTable:
 class Charge:
     """One request's share of a budget: its estimate while it runs, its cost once it has ended.
 
-    `fields` are what the provider gets. `sent`: the provider may have read the prompt.
+    `fields` are what the provider gets. `sent`: litellm has reported that it sends the request, or has answered.
     """
 
     def __init__(
@@ -93,14 +93,15 @@ class Charge:
 
     def end(self, usage: Mapping[str, Any] | None, parts: int = 0) -> None:
         """Book what the answer has cost, for its request and for its model; None: it was not read to its end."""
-        if usage is None and not self._was_sent():
+        if usage is None and not self.was_sent():
             self.cancel()
             return
         cost_usd = self._prices.cost_usd(self._model, self._estimated_usage(parts) if usage is None else usage)
         self._request.book_cost(cost_usd)
         self._spending.settle(self._variant, self._reserved_usd, cost_usd)
 
-    def _was_sent(self) -> bool:
+    def was_sent(self) -> bool:
+        """Whether the provider may have read the prompt."""
         return self.sent or self._clock() - self._began_at >= PREPARE_SECONDS
 
     def _estimated_usage(self, parts: int) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """The cost of a day against a budget: values, and their owner on a clock of the test."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,14 +10,17 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from config.external import ExternalModel, Price
-from gateway.errors import ReplicaFull
+from config.field_types import ProviderUrl
+from gateway.errors import GatewayError, ReplicaFull
 from gateway.observability.metrics import Metrics
 from gateway.openai.external_estimate import answer_tokens_limit, prompt_tokens
 from gateway.proxy.external_models import ExternalModels, external_ladders
-from gateway.proxy.upstream.external import ExternalUpstream
+from gateway.proxy.upstream.external import ExternalUpstream, translated_errors
 from gateway.proxy.upstream.protocol import UpstreamRequest
+from gateway.proxy.upstream.provider_errors import MAX_WORDS
 from gateway.routing.budget import DaySpend, budget_spent, day_of, seconds_left, spent_by_variant
 from gateway.routing.target import Timeouts
 from serving.registry import Registry
@@ -203,3 +207,30 @@ def test_secrets() -> None:
     )
     assert "secret" not in repr(secret).replace("aws_secret_access_key", "")
     assert secret.masked("bad key sk-very-secret and also-secret") == "bad key ********** and **********"
+
+
+@pytest.mark.parametrize(
+    "url, valid",
+    [
+        ("https://api.openai.com/v1", True),
+        ("http://127.0.0.1:8000", True),
+        ("https://host/a@b/", True),
+        ("https://user:secret@host/v1", False),
+        ("https://secret@host", False),
+        ("https:///v1", False),
+        ("https://host/v1?key=secret", False),
+    ],
+)
+def test_no_credential_in_a_base_url(url: str, valid: bool) -> None:
+    """The address of a model is shown to operators; `api_key` is not."""
+    with contextlib.nullcontext() if valid else pytest.raises(ValidationError):
+        TypeAdapter(ProviderUrl).validate_python(url)
+
+
+async def test_a_secret_where_a_text_is_cut(caplog: pytest.LogCaptureFixture) -> None:
+    """No part of it is left at the end of a long text."""
+    replica = replace(model(None), external=ExternalModel("openai/m", api_key="sk-very-secret"))
+    text = f"{'x' * (MAX_WORDS - 8)}sk-very-secret"
+    with pytest.raises(GatewayError) as raised, translated_errors(replica, 1.0, lambda: True):
+        raise ValueError(text)
+    assert "sk-" not in raised.value.message + caplog.text
