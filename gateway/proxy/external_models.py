@@ -87,6 +87,12 @@ class ExternalModels:
         if self._timer is None and self._replicas:
             self._set_timer()
 
+    def available(self, replicas: tuple[Replica, ...]) -> frozenset[str]:
+        """The variants of models that would be ready at once, were they configured."""
+        if not self._loaded:
+            return frozenset()
+        return frozenset([each.variant for each in replicas if not self._exhausted(each, 0.0)])
+
     def reserve(self, variant: str, usd: float) -> None:
         """Count what a request may cost while it runs; ReplicaFull if others may cost all that is left."""
         replica, reserved_usd = self._replicas.get(variant), self._reserved.get(variant, 0.0)
