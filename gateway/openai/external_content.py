@@ -52,6 +52,8 @@ def response_input(given: Any) -> Any:
 
 def embedding_input(given: Any) -> Any:
     """Check the `input` of embeddings: texts or token ids, none of which is a reference to a file."""
+    if not given or not isinstance(given, str | list):
+        raise refused("input", "it is neither a text nor a list", "send texts or token ids")
     for entry in given if isinstance(given, list) else [given]:
         if isinstance(entry, str) and _STORED.search(entry):
             raise refused("input", f"{quoted(entry)} names a file", "send its text")

@@ -5,7 +5,7 @@ fields are passed by an allow-list: those of OpenAI's API that concern the answe
 and sessions, stay here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +15,7 @@ import msgspec
 from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint
 from gateway.openai.external_content import chat_messages, embedding_input, response_input
 from gateway.openai.external_shapes import refused
+from gateway.openai.external_support import LENGTHS
 from gateway.openai.external_tools import client_function_call, client_functions, client_tool_choice, client_tools
 from gateway.openai.request import InferenceRequest
 
@@ -77,6 +78,9 @@ def external_fields(inference: InferenceRequest) -> dict[str, Any]:
     for name, copy in _COPIES[inference.endpoint.name].items():
         if name in kept or name in _REQUIRED:
             kept[name] = copy(kept.get(name))
+    kept.pop("stream_options", None)
+    if inference.stream and inference.endpoint.takes_stream_options:
+        kept["stream_options"] = {"include_usage": True}
     return {**kept, **_lengths(inference.endpoint, kept)}
 
 
@@ -89,3 +93,11 @@ def _lengths(endpoint: Endpoint, fields: Mapping[str, Any]) -> dict[str, Any]:
     if given or endpoint.length_default_tokens is None:
         return given
     return {endpoint.length_keys[0]: endpoint.length_default_tokens}
+
+
+def with_length_parameter(fields: dict[str, Any], parameters: Collection[str] | None) -> dict[str, Any]:
+    """Call the completion length of a chat as the model does: litellm would drop it under another name."""
+    name, other = LENGTHS
+    if parameters is None or name not in fields or name in parameters:
+        return fields
+    return {other: fields[name], **{key: value for key, value in fields.items() if key not in LENGTHS}}

@@ -17,6 +17,7 @@ Fields = Mapping[str, Any]
 _KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"function": ("description", "parameters", "strict"), "custom": ("description", "format")}
 )
+CLIENT_KINDS = frozenset(_KEYS)
 _CHOICES = ("none", "auto", "required")
 
 

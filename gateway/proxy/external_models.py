@@ -18,15 +18,17 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Self
 
 from config.external import ExternalModel, external_model
 from config.schema import Settings, VariantSettings
 from config.variant import EXTERNAL
-from gateway.errors import ReplicaFull
+from gateway.errors import ReplicaFull, RequestError
 from gateway.observability.metrics import Metrics
+from gateway.openai.external_support import unsupported_field
+from gateway.openai.request import InferenceRequest
 from gateway.routing.budget import DaySpend, budget_reserved, budget_spent, day_of, seconds_left
 from serving.registry import Registry
 from serving.replica import EXTERNAL_MODELS, Replica, State
@@ -38,10 +40,16 @@ MAX_TIMER_SECONDS = 3600.0  # the clock may be set meanwhile
 NOTHING_SPENT: Mapping[str, float] = {}
 
 
+def unknown_parameters(_: ExternalModel) -> Collection[str] | None:
+    """None: nobody knows which parameters a model has."""
+    return None
+
+
 class ExternalModels:
     """Owns the registry's entries of external models while the `with` block runs.
 
     `share` is this process's part of each budget, and of what was spent. `loaded`: there is an upstream for them.
+    `parameters` are those of chats that a model has, None if they are not known.
     """
 
     def __init__(
@@ -52,12 +60,14 @@ class ExternalModels:
         loaded: bool,
         share: float = 1.0,
         spent: Mapping[str, float] = NOTHING_SPENT,
+        parameters: Callable[[ExternalModel], Collection[str] | None] = unknown_parameters,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._source = registry.source(EXTERNAL_MODELS)
         self._metrics = metrics
         self._loaded = loaded
         self._share = share
+        self._parameters = parameters
         self._wall_clock = wall_clock
         self._replicas: dict[str, Replica] = {}  # by variant
         self._spends = {variant: DaySpend(self._today(), usd * share) for variant, usd in spent.items()}
@@ -86,6 +96,17 @@ class ExternalModels:
             self._update(variant)
         if self._timer is None and self._replicas:
             self._set_timer()
+
+    def unsupported(self, variant: str, inference: InferenceRequest) -> RequestError | None:
+        """Return why a model can't answer a request as asked; None if it can."""
+        replica = self._replicas.get(variant)
+        if replica is None or replica.external is None:
+            return None
+        name = unsupported_field(inference, self._parameters(replica.external))
+        if name is None:
+            return None
+        what = f"{name!r} is not supported by {variant!r} as it is sent: the model is external, and would not see it"
+        return RequestError(what, param=name, code="unsupported")
 
     def available(self, replicas: tuple[Replica, ...]) -> frozenset[str]:
         """The variants of models that would be ready at once, were they configured."""

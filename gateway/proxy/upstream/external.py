@@ -20,9 +20,10 @@ from config.load import default_environment
 from gateway.errors import GatewayError, RequestError, UpstreamDisconnected, UpstreamTimeout
 from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS, RESPONSES, Endpoint
 from gateway.openai.external_answer import AnswerForm, ChoicesForm, choice_indices, finishes
-from gateway.openai.external_request import external_fields
+from gateway.openai.external_request import external_fields, with_length_parameter
 from gateway.openai.external_responses import ResponseForm
 from gateway.proxy.upstream.external_cost import Charge, PriceTable, Spending
+from gateway.proxy.upstream.external_parameters import ParameterTable
 from gateway.proxy.upstream.protocol import UpstreamRequest
 from gateway.proxy.upstream.provider_errors import error_of_provider, words_of
 from gateway.routing.target import Timeouts
@@ -81,6 +82,7 @@ class ExternalUpstream:
 
     litellm: Any
     spending: Spending
+    parameters: ParameterTable
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def __aenter__(self) -> Self:
@@ -104,7 +106,7 @@ class ExternalUpstream:
             what = f"the model does not support this endpoint: {replica.variant} is external, and answers {paths} only"
             raise RequestError(what, code="endpoint_not_supported")
         call: Call = getattr(self.litellm, name)
-        fields = external_fields(inference)
+        fields = with_length_parameter(external_fields(inference), self.parameters.of(model))
         charge = Charge(PriceTable(self.litellm), self.spending, request, replica, fields)
         arguments = {**fields, **self._arguments(model, timeouts), "logger_fn": _on_sent(charge)}
         if inference.stream:

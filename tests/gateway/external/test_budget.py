@@ -19,6 +19,7 @@ from gateway.observability.metrics import Metrics
 from gateway.openai.external_estimate import answer_tokens_limit, prompt_tokens
 from gateway.proxy.external_models import ExternalModels, external_ladders
 from gateway.proxy.upstream.external import ExternalUpstream, translated_errors
+from gateway.proxy.upstream.external_parameters import ParameterTable
 from gateway.proxy.upstream.protocol import UpstreamRequest
 from gateway.proxy.upstream.provider_errors import MAX_WORDS
 from gateway.routing.budget import DaySpend, budget_spent, day_of, seconds_left, spent_by_variant
@@ -154,7 +155,9 @@ async def test_a_cancelled_request(sends: bool, tokens: int) -> None:
     provider = Provider(sends=sends)
     with ExternalModels(registry, Metrics(), loaded=True) as models:
         models.replace((replica,))
-        task = asyncio.create_task(ExternalUpstream(provider, models).open(request, replica, Timeouts()))
+        task = asyncio.create_task(
+            ExternalUpstream(provider, models, ParameterTable(provider)).open(request, replica, Timeouts())
+        )
         await provider.begun.wait()
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)

@@ -84,7 +84,7 @@ def test_what_passes() -> None:
     image = {"type": "image_url", "image_url": {"url": PNG, "detail": "low"}}
     file = {"type": "file", "file": {"file_data": PDF, "filename": "x.pdf"}}
     audio = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
-    parts = [{"type": "text", "text": "see"}, image, file, audio]
+    parts: list[dict[str, Any]] = [{"type": "text", "text": "see"}, image, file, audio]
     assert fields_of(CHAT, **chat({**parts[0], "unknown": 1}, *parts[1:]))["messages"][0]["content"] == parts
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     turns = [
