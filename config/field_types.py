@@ -29,7 +29,7 @@ ENDPOINT_PATTERN = r"^https?://[^\s?#]+[^\s?#/]$"
 CORES_PATTERN = r"^(nobind|auto|[\d,|-]+)$"
 TOOL_PARSER_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 EXTERNAL_PATTERN = r"^[a-z0-9_]+/[A-Za-z0-9][A-Za-z0-9._:/@-]*$"
-PROVIDER_URL_PATTERN = r"^https?://[^\s?#]+$"
+PROVIDER_URL_PATTERN = r"^https?://[^\s?#/@]+(?:/[^\s?#]*)?$"
 # Of each pattern: what text that does not match it is not, and what to write.
 PATTERNS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -41,7 +41,10 @@ PATTERNS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "is not an external model",
             "write PROVIDER/MODEL as litellm names it, such as openai/gpt-4.1",
         ),
-        PROVIDER_URL_PATTERN: ("is not a valid URL", "write http(s)://host/path, such as https://api.openai.com/v1"),
+        PROVIDER_URL_PATTERN: (
+            "is not a valid URL",
+            "write http(s)://host/path without user and password, such as https://api.openai.com/v1",
+        ),
         CORES_PATTERN: ("is not a list of cores", "write auto, nobind, or cores such as 0-3 or 0-3|4-7"),
     }
 )

@@ -64,6 +64,10 @@ class Gateway:
         """What chooses a replica for each request."""
         return self.routing.dispatcher
 
+    def available_external(self, deployment: Deployment) -> frozenset[str]:
+        """The external variants of another configuration that answer as soon as it is in use."""
+        return self.routing.external.available(external_model_replicas(deployment.settings.variants))
+
     def switch(self, deployment: Deployment) -> None:
         """Use another configuration from the next request on; `config/reload_effects.py` says for which options."""
         settings = deployment.settings.gateway
@@ -156,7 +160,13 @@ async def gateway_alone(
             followed_replicas(wanted, registry, probe) as follower,
             gateway(deployment, registry, taken, place) as served,
             following(
-                path, started, registry, served, FollowerReload(watch, follower, registry, served.live_config)
+                path,
+                started,
+                registry,
+                served,
+                FollowerReload(
+                    watch, follower, registry, served.live_config, external_models=served.available_external
+                ),
             ) as reload,
         ):
             if control is not None and reload is not None:

@@ -30,6 +30,7 @@ from gateway.proxy.load.polling import MetricsPoller
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.upstream.by_kind import UpstreamByKind
 from gateway.proxy.upstream.external import ExternalUpstream, load_litellm
+from gateway.proxy.upstream.external_parameters import ParameterTable
 from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
@@ -102,7 +103,7 @@ async def routing(
         )
         for collector in collectors(registry, live_config, dispatcher, poller, load):
             metrics.registry.register(collector)
-        yield Routing(load, external, dispatcher, poller, Proxy(dispatcher, upstream))
+        yield Routing(load, external, dispatcher, poller, Proxy(dispatcher, upstream, external.unsupported))
 
 
 async def external_models(
@@ -111,11 +112,15 @@ async def external_models(
     """Connect to the models of other providers, if there are any: litellm is loaded only then."""
     settings = deployment.settings
     loaded = bool(external_model_replicas(settings.variants))
-    spent = await spent_today(observed.usage, settings) if loaded else {}
-    external = stack.enter_context(ExternalModels(registry, observed.metrics, loaded=loaded, share=share, spent=spent))
-    providers = None
-    if loaded:
-        providers = await stack.enter_async_context(ExternalUpstream(load_litellm(), external.book))
+    if not loaded:
+        external = stack.enter_context(ExternalModels(registry, observed.metrics, loaded=False, share=share))
+        return external, UpstreamByKind(VllmUpstream(pool), None)
+    spent, litellm = await spent_today(observed.usage, settings), load_litellm()
+    parameters = ParameterTable(litellm)
+    external = stack.enter_context(
+        ExternalModels(registry, observed.metrics, loaded=True, share=share, spent=spent, parameters=parameters.of)
+    )
+    providers = await stack.enter_async_context(ExternalUpstream(litellm, external, parameters))
     return external, UpstreamByKind(VllmUpstream(pool), providers)
 
 

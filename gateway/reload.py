@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -91,6 +91,11 @@ class ConfigReload:
             raise ReloadRefused(f"{keys}: none of the API keys in force would remain")
 
 
+def no_external_models(_: Deployment) -> Collection[str]:
+    """No external variants: what a process without litellm can ask."""
+    return ()
+
+
 @dataclass(frozen=True, slots=True)
 class SupervisedReload:
     """Reload where this process runs the replicas, beside external ones (`url`)."""
@@ -109,13 +114,17 @@ class SupervisedReload:
 
 @dataclass(frozen=True, slots=True)
 class FollowerReload:
-    """Reload where other processes run the replicas and decide when they start and stop."""
+    """Reload where other processes run the replicas and decide when they start and stop.
+
+    `external_models` are the external variants of a configuration that requests can be sent to as soon as it is in use.
+    """
 
     watch: Watch
     follower: Follower | None
     registry: Registry
     live_config: LiveConfig
     wait_seconds: float = WAIT_SECONDS
+    external_models: Callable[[Deployment], Collection[str]] = no_external_models
 
     async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """Call `swap` as soon as no alias would lose its last ready replica, or after `wait_seconds`."""
@@ -126,17 +135,17 @@ class FollowerReload:
             keys = {**self.follower.keys, **own_keys(deployment.settings.replicas)}
             self.follower.admit(self.follower.variants | frozenset(deployment.variants), keys)
         after = Catalog(deployment.settings.aliases, deployment.variants)
-        await self._wait_until_served(self.live_config.catalog, after)
+        await self._wait_until_served(self.live_config.catalog, after, frozenset(self.external_models(deployment)))
         swap()
         if self.follower is not None:
             self.follower.admit(frozenset(deployment.variants), own_keys(deployment.settings.replicas))
         self.watch.keep_only(external)
 
-    async def _wait_until_served(self, before: Catalog, after: Catalog) -> None:
+    async def _wait_until_served(self, before: Catalog, after: Catalog, external: frozenset[str]) -> None:
         try:
             async with asyncio.timeout(self.wait_seconds):
                 logged = False
-                while unserved := unserved_aliases(before, after, self._ready_variants()):
+                while unserved := unserved_aliases(before, after, self._ready_variants() | external):
                     if not logged:
                         log.info("reload waits for ready replicas of the new configuration for %s", ", ".join(unserved))
                         logged = True

@@ -5,13 +5,18 @@ fields are passed by an allow-list: those of OpenAI's API that concern the answe
 and sessions, stay here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
-from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES
+from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, Endpoint
+from gateway.openai.external_content import chat_messages, embedding_input, response_input
+from gateway.openai.external_shapes import refused
+from gateway.openai.external_support import LENGTHS
+from gateway.openai.external_tools import client_function_call, client_functions, client_tool_choice, client_tools
 from gateway.openai.request import InferenceRequest
 
 _SAMPLING = (
@@ -38,29 +43,61 @@ FIELDS: Mapping[str, frozenset[str]] = MappingProxyType(
         EMBEDDINGS.name: frozenset({"input", "dimensions", "encoding_format"}),
     }
 )
-# Thoughts of one model are no input of another.
-_THOUGHTS = ("reasoning", "reasoning_content")
+# How fields are checked and copied, by endpoint; the others are values without references.
+_COPIES: Mapping[str, Mapping[str, Callable[[Any], Any]]] = MappingProxyType(
+    {
+        CHAT.name: {
+            "messages": chat_messages,
+            "tools": partial(client_tools, nested=True),
+            "tool_choice": partial(client_tool_choice, nested=True),
+            "functions": client_functions,
+            "function_call": client_function_call,
+        },
+        COMPLETIONS.name: {},
+        RESPONSES.name: {
+            "input": response_input,
+            "tools": partial(client_tools, nested=False),
+            "tool_choice": partial(client_tool_choice, nested=False),
+        },
+        EMBEDDINGS.name: {"input": embedding_input},
+    }
+)
+_REQUIRED = frozenset({"messages", "input"})
 
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
 def external_fields(inference: InferenceRequest) -> dict[str, Any]:
-    """Decode what a provider gets of a request."""
+    """Decode what a provider gets of a request; RequestError for what it must not get, or what has no such shape.
+
+    Thoughts of one model are no input of another: they are left out.
+    """
     known = FIELDS[inference.endpoint.name]
     fields = _OBJECT.decode(inference.body_for(""))
     kept = {name: value for name, value in fields.items() if name in known and value is not None}
-    for name in ("messages", "input"):
-        if isinstance(turns := kept.get(name), list):
-            kept[name] = [_without_thoughts(turn) for turn in turns if not _is_thought(turn)]
-    return kept
+    for name, copy in _COPIES[inference.endpoint.name].items():
+        if name in kept or name in _REQUIRED:
+            kept[name] = copy(kept.get(name))
+    kept.pop("stream_options", None)
+    if inference.stream and inference.endpoint.takes_stream_options:
+        kept["stream_options"] = {"include_usage": True}
+    return {**kept, **_lengths(inference.endpoint, kept)}
 
 
-def _is_thought(item: Any) -> bool:
-    """Whether an item of `/v1/responses` is reasoning of an earlier turn."""
-    return isinstance(item, dict) and item.get("type") == "reasoning"
+def _lengths(endpoint: Endpoint, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Check the completion length, and state vLLM's default: providers have others, a key's `max_tokens` goes by it."""
+    given = {key: fields[key] for key in endpoint.length_keys if key in fields}
+    for key, length in given.items():
+        if not isinstance(length, int) or length < 1:
+            raise refused(key, "it is not a number of tokens", "send a positive integer")
+    if given or endpoint.length_default_tokens is None:
+        return given
+    return {endpoint.length_keys[0]: endpoint.length_default_tokens}
 
 
-def _without_thoughts(message: Any) -> Any:
-    if not isinstance(message, dict) or message.keys().isdisjoint(_THOUGHTS):
-        return message
-    return {name: value for name, value in message.items() if name not in _THOUGHTS}
+def with_length_parameter(fields: dict[str, Any], parameters: Collection[str] | None) -> dict[str, Any]:
+    """Call the completion length of a chat as the model does: litellm would drop it under another name."""
+    name, other = LENGTHS
+    if parameters is None or name not in fields or name in parameters:
+        return fields
+    return {other: fields[name], **{key: value for key, value in fields.items() if key not in LENGTHS}}

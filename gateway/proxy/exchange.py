@@ -31,7 +31,7 @@ from gateway.openai.stream import StreamFilter, expected_choices, stream_filter
 from gateway.proxy.context import RequestContext
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.leases import Lease
-from gateway.proxy.routing_features import permitted_rungs, routing_request
+from gateway.proxy.routing_features import Unsupported, permitted_rungs, routing_request, supports_all
 from gateway.proxy.stats import RequestStats
 from gateway.proxy.upstream.protocol import Sink, Upstream, UpstreamReply, UpstreamRequest
 from gateway.routing.request import RoutingRequest
@@ -49,15 +49,16 @@ MAX_REFUSALS = 16
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """Answers requests from replicas."""
+    """Answers requests from replicas; `unsupported` says why an external model can't answer one as asked."""
 
     dispatcher: Dispatcher
     upstream: Upstream
+    unsupported: Unsupported = supports_all
 
     async def serve(self, context: RequestContext) -> None:
         """Answer one request; GatewayError if no replica does."""
         dispatcher, stats, target, inference = self.dispatcher, context.stats, context.route.target, context.inference
-        rungs = permitted_rungs(context)
+        rungs = permitted_rungs(context, self.unsupported)
         # One turn per request: if retries took turns, too, two replicas would never alternate.
         turn, with_blocks = dispatcher.next_turn(), dispatcher.has_choice(rungs)
         spilling_seconds = dispatcher.spilled_lately_seconds(target.name) if dispatcher.cluster.gates else None

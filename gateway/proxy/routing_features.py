@@ -1,6 +1,6 @@
 """Derive what routing needs from the raw body: estimated prompt length, prefix hashes, and the conversation."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from itertools import takewhile
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import msgspec
 
 from config.schema import NO_FLOOR
 from config.variant import Variant
-from gateway.errors import INVALID_JSON
+from gateway.errors import INVALID_JSON, RequestError
 from gateway.openai.endpoints import MESSAGES, RESPONSES, Endpoint
 from gateway.openai.fields import INTEGER
 from gateway.openai.request import InferenceRequest
@@ -43,6 +43,10 @@ _EMPTY = (b"null", b'""')
 _MAX_EMPTY_BYTES = 4
 
 
+# Returns why an external variant can't answer a request as asked.
+Unsupported = Callable[[str, InferenceRequest], RequestError | None]
+
+
 class _Turn(msgspec.Struct):
     """What tells the model's turns from others: a role, or in the Responses API the type of an item without one."""
 
@@ -59,19 +63,31 @@ _TURN = msgspec.json.Decoder(_Turn)
 _METADATA = msgspec.json.Decoder(_Metadata | None)
 
 
-def permitted_rungs(context: RequestContext) -> tuple[Variant, ...]:
+def supports_all(_: str, __: InferenceRequest) -> RequestError | None:
+    """None: an external variant can answer every request."""
+    return None
+
+
+def permitted_rungs(context: RequestContext, unsupported: Unsupported = supports_all) -> tuple[Variant, ...]:
     """The rungs that satisfy alias, key and request; FloorUnmet if there are none.
 
-    On endpoints that external models do not answer their rungs are left out, unless there are no others.
+    External models are left out that do not answer the endpoint, or not as asked: `unsupported` says why, for an
+    external variant. RequestError if no others are left.
     """
     route, inference = context.route, context.inference
     if route.rungs and inference.floor is NO_FLOOR and inference.precisions is None:
         rungs = route.rungs
     else:
         rungs = route.target.permitted_rungs((context.caller.floor, inference.floor), inference.precisions)
-    if rungs[-1].is_external and not inference.endpoint.external:
+    if not rungs[-1].is_external:
+        return rungs
+    if not inference.endpoint.external:
         return tuple([rung for rung in rungs if not rung.is_external]) or rungs
-    return rungs
+    reasons = {rung.name: unsupported(rung.name, inference) for rung in rungs if rung.is_external}
+    able = tuple([rung for rung in rungs if reasons.get(rung.name) is None])
+    if not able and (reason := next(iter(reasons.values()))) is not None:
+        raise reason
+    return able
 
 
 def routing_request(

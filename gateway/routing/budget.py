@@ -54,3 +54,8 @@ def budget_spent(usd_per_day: float, day: int) -> str:
     """Why a model is not available."""
     until = datetime.fromtimestamp((day + 1) * timedelta(days=1).total_seconds(), UTC)
     return f"its budget of {usd_per_day:g} USD a day is spent; available again at {until:%Y-%m-%d %H:%M} UTC"
+
+
+def budget_reserved(usd_per_day: float) -> str:
+    """Why a model has to wait for requests that run."""
+    return f"requests that run may cost the rest of its budget of {usd_per_day:g} USD a day"

@@ -19,9 +19,11 @@ from config.external import ExternalModel
 from config.load import default_environment
 from gateway.errors import GatewayError, RequestError, UpstreamDisconnected, UpstreamTimeout
 from gateway.openai.endpoints import CHAT, COMPLETIONS, EMBEDDINGS, ENDPOINTS, RESPONSES, Endpoint
-from gateway.openai.external_answer import AnswerForm, ChoicesForm, choice_indices, finishes, token_count
-from gateway.openai.external_request import external_fields
+from gateway.openai.external_answer import AnswerForm, ChoicesForm, choice_indices, finishes
+from gateway.openai.external_request import external_fields, with_length_parameter
 from gateway.openai.external_responses import ResponseForm
+from gateway.proxy.upstream.external_cost import Charge, PriceTable, Spending
+from gateway.proxy.upstream.external_parameters import ParameterTable
 from gateway.proxy.upstream.protocol import UpstreamRequest
 from gateway.proxy.upstream.provider_errors import error_of_provider, words_of
 from gateway.routing.target import Timeouts
@@ -46,8 +48,6 @@ CALLS = {
     EMBEDDINGS.name: "aembedding",
     RESPONSES.name: "aresponses",
 }
-# Without usage, a token of the prompt is taken for so many bytes.
-BYTES_PER_TOKEN = 4
 
 Call = Callable[..., Awaitable[Any]]
 
@@ -77,11 +77,12 @@ def load_litellm() -> Any:
 class ExternalUpstream:
     """Implements Upstream; an async context manager, which closes litellm's connections at its end.
 
-    `book` gets the variant and the US dollars of each answer, also of those that were not read to their end.
+    `spending` gets what each answer costs, also of those that were not read to their end.
     """
 
     litellm: Any
-    book: Callable[[str, float], None]
+    spending: Spending
+    parameters: ParameterTable
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def __aenter__(self) -> Self:
@@ -105,7 +106,9 @@ class ExternalUpstream:
             what = f"the model does not support this endpoint: {replica.variant} is external, and answers {paths} only"
             raise RequestError(what, code="endpoint_not_supported")
         call: Call = getattr(self.litellm, name)
-        arguments = {**external_fields(inference), **self._arguments(model, timeouts)}
+        fields = with_length_parameter(external_fields(inference), self.parameters.of(model))
+        charge = Charge(PriceTable(self.litellm), self.spending, request, replica, fields)
+        arguments = {**fields, **self._arguments(model, timeouts), "logger_fn": _on_sent(charge)}
         if inference.stream:
             arguments["stream"] = True
         if inference.endpoint is RESPONSES:
@@ -113,35 +116,17 @@ class ExternalUpstream:
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + min(timeouts.total_seconds, timeouts.first_byte_seconds)
         try:
-            with translated_errors(replica, timeouts.first_byte_seconds):
+            with translated_errors(replica, timeouts.first_byte_seconds, charge.was_sent):
                 async with asyncio.timeout_at(ends_at if isfinite(ends_at) else None):
                     answer = await call(**arguments)
         except (asyncio.CancelledError, UpstreamTimeout):
-            # The provider has read the prompt, and may have answered it.
-            self.book_cost(request, replica, estimated_usage(request, 0))
+            charge.end(None)  # the provider may have answered it
             raise
-        return ExternalReply(self, request, replica, answer, timeouts)
-
-    def book_cost(self, request: UpstreamRequest, replica: Replica, usage: Mapping[str, Any]) -> None:
-        """Book what an answer costs, for its request and for its model."""
-        assert replica.external is not None
-        cost_usd = self.cost_usd(replica.external, usage)
-        request.book_cost(cost_usd)
-        self.book(replica.variant, cost_usd)
-
-    def cost_usd(self, model: ExternalModel, usage: Mapping[str, Any]) -> float:
-        """What an answer costs, by the configured price or litellm's table; 0 if neither has one."""
-        prompt, completion = token_count(usage, "prompt_tokens"), token_count(usage, "completion_tokens")
-        if model.price is not None:
-            return model.price.cost_usd(prompt, completion)
-        details = usage.get("prompt_tokens_details")
-        cached = token_count(details, "cached_tokens") if isinstance(details, dict) else 0
-        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "cache_read_input_tokens": cached}
-        try:
-            return float(sum(self.litellm.cost_per_token(model=model.name, **counts)))
-        except Exception as error:  # noqa: BLE001 - litellm raises plain Exception for a model that is not in its table
-            log.debug("no price for %s: %s", model.name, error)
-            return 0.0
+        except BaseException:
+            charge.cancel()
+            raise
+        charge.sent = True
+        return ExternalReply(self, request, replica, answer, timeouts, charge)
 
     def close_later(self, stream: Any) -> None:
         """Close a stream that was not read to its end: a lease ends in one step, and closing takes some."""
@@ -169,11 +154,17 @@ class ExternalReply:
     headers: Mapping[bytes, bytes] = MappingProxyType({})
 
     def __init__(
-        self, upstream: ExternalUpstream, request: UpstreamRequest, replica: Replica, answer: Any, timeouts: Timeouts
+        self,
+        upstream: ExternalUpstream,
+        request: UpstreamRequest,
+        replica: Replica,
+        answer: Any,
+        timeouts: Timeouts,
+        charge: Charge,
     ) -> None:
         self.streams = request.inference.stream
         self._upstream = upstream
-        self._request = request
+        self._charge = charge
         self._replica = replica
         self._answer = answer
         self._timeouts = timeouts
@@ -193,8 +184,7 @@ class ExternalReply:
     ) -> None:
         if not self._ended:
             self._upstream.close_later(self._answer)
-        usage = self._usage or estimated_usage(self._request, self._parts)
-        self._upstream.book_cost(self._request, self._replica, usage)
+        self._charge.end(self._usage, self._parts)
 
     async def read(self, limit_bytes: int) -> bytes:
         """Encode the whole answer; UpstreamDisconnected if it is longer than the limit."""
@@ -211,7 +201,7 @@ class ExternalReply:
         while True:
             limit_seconds = self._timeouts.idle_seconds if self._parts else self._timeouts.first_byte_seconds
             until = min(self._loop.time() + limit_seconds, self._ends_at)
-            with translated_errors(self._replica, limit_seconds):
+            with translated_errors(self._replica, limit_seconds, self._charge.was_sent):
                 async with asyncio.timeout_at(until if isfinite(until) else None):
                     event = await anext(self._events, b"")
             if not event:
@@ -235,10 +225,13 @@ class ExternalReply:
             yield self._form.end
 
 
-def estimated_usage(request: UpstreamRequest, parts: int) -> Mapping[str, Any]:
-    """What an answer that was not read to its end has cost, about: a token for each part that arrived."""
-    prompt_bytes = sum([len(raw) for raw in request.inference.fields.values()])
-    return {"prompt_tokens": prompt_bytes // BYTES_PER_TOKEN, "completion_tokens": parts}
+def _on_sent(charge: Charge) -> Callable[[Mapping[str, Any]], None]:
+    """What litellm calls before it sends a request; no method, since litellm copies its arguments deeply."""
+
+    def on_sent(_: Mapping[str, Any]) -> None:
+        charge.sent = True
+
+    return on_sent
 
 
 def answer_form(endpoint: Endpoint, request_id: str) -> AnswerForm:
@@ -247,7 +240,7 @@ def answer_form(endpoint: Endpoint, request_id: str) -> AnswerForm:
 
 
 @contextlib.contextmanager
-def translated_errors(replica: Replica, limit_seconds: float) -> Iterator[None]:
+def translated_errors(replica: Replica, limit_seconds: float, sent: Callable[[], bool]) -> Iterator[None]:
     """Translate what litellm raises; what the provider said is logged, without any secret.
 
     litellm's own exceptions are not kept as the cause: their text has its tracebacks, and links to report them.
@@ -260,9 +253,9 @@ def translated_errors(replica: Replica, limit_seconds: float) -> Iterator[None]:
         raise UpstreamTimeout(f"a provider sent nothing for {limit_seconds:g} s") from None
     except Exception as error:  # noqa: BLE001 - litellm raises any exception of its providers' clients
         assert replica.external is not None
-        words = replica.external.masked(words_of(str(error)))
+        words = words_of(replica.external.masked(str(error)))  # a text that is cut might end in half a secret
         log.warning("replica=%s the provider said: %s", replica.id, words)
-        raise error_of_provider(error, words) from None
+        raise error_of_provider(error, words, sent=sent()) from None
 
 
 def _was_finished(stream: Any) -> bool:

@@ -12,10 +12,12 @@ the connection ends in the middle   UpstreamDisconnected
 401, 402, 403, 404                  UpstreamError `upstream_misconfigured`: credential and model are the operator's
 429, 503, 529                       ReplicaFull, with its `retry-after`
 another 4xx                         RequestError, with the provider's words
+nothing, the request was not sent   RequestError, if its form is the reason
 5xx                                 EngineError, or UpstreamError without words
 ==================================  ======================================================================
 """
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +28,7 @@ from gateway.errors import (
     INVALID_JSON,
     GatewayError,
     ReplicaFull,
+    RequestError,
     UpstreamDisconnected,
     UpstreamError,
     UpstreamTimeout,
@@ -38,6 +41,10 @@ UNREACHABLE = frozenset({"ConnectError", "ConnectTimeout", "ClientConnectorError
 TIMEOUTS = frozenset({"ReadTimeout", "PoolTimeout", "WriteTimeout", "APITimeoutError", "Timeout", "TimeoutError"})
 DISCONNECTED = frozenset({"ReadError", "RemoteProtocolError", "ClientPayloadError", "ServerDisconnectedError"})
 MISCONFIGURED = frozenset({401, 402, 403, 404})
+MALFORMED = frozenset({400, 422})
+# Of code that meets a value of another type than it expects; a missing credential is none of these.
+FORM_ERRORS = (TypeError, AttributeError, LookupError, json.JSONDecodeError)
+CLIENTS = frozenset({"httpx", "httpcore", "openai", "anthropic", "aiohttp", "botocore", "google"})
 OVERLOADED = frozenset({429, 503, 529})
 # `litellm.BadRequestError: AnthropicException BadRequestError - `, in any of its forms.
 _PREFIX = re.compile(r"^(?:(?:litellm\.)?\w*(?:Error|Exception)\b[\s:-]*)+")
@@ -48,9 +55,13 @@ MAX_WORDS = 2000
 _OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
-def error_of_provider(error: BaseException, words: str) -> GatewayError:
-    """Translate an exception of litellm; `words` is what the provider said."""
+def error_of_provider(error: BaseException, words: str, *, sent: bool = True) -> GatewayError:
+    """Translate an exception of litellm; `words` is what the provider said, if the request was `sent` to it."""
     causes = list(_causes(error))
+    if not sent and _is_malformed(causes):
+        return RequestError(
+            "the request cannot be put into the form of the model's provider; check 'messages', 'tools' and parameters"
+        )
     names = {type(each).__name__ for each in causes}
     begun = "MidStreamFallbackError" in names
     if names & UNREACHABLE:
@@ -108,6 +119,14 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         yield each
         original = getattr(each, "original_exception", None)
         waiting += [original if isinstance(original, BaseException) else None, each.__cause__, each.__context__]
+
+
+def _is_malformed(causes: list[BaseException]) -> bool:
+    """Whether litellm itself could not read a request, so that no client of a provider has seen it."""
+    if any(type(each).__module__.partition(".")[0] in CLIENTS for each in causes):
+        return False
+    status = next((code for each in reversed(causes) if (code := _status(each))), 0)
+    return status in MALFORMED or any(isinstance(each, FORM_ERRORS) for each in causes)
 
 
 def _status(error: BaseException) -> int:

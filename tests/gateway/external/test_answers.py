@@ -168,6 +168,36 @@ async def test_an_endpoint_that_providers_do_not_have(fleet: Fleet) -> None:
     assert error_of(answer)["code"] == "no_ready_replica"
 
 
+@pytest.mark.parametrize(
+    "field, value, pinned", [("n", 2, "claude"), ("structured_outputs", {"json": {}}, "gpt"), ("min_tokens", 5, "nova")]
+)
+async def test_a_field_that_would_be_dropped(
+    fleet: Fleet, provider: FakeReplica, field: str, value: Any, pinned: str
+) -> None:
+    """It is refused where the model is pinned; of an alias with replicas, only those are asked."""
+    before = len(provider.requests())
+    answer = await fleet.ask(asking(pinned, "hello", **{field: value}))
+    assert answer.status_code == 400
+    assert (error_of(answer)["code"], error_of(answer)["param"]) == ("unsupported", field)
+    ladder = "measured" if pinned == "claude" else "smol"
+    answer = await fleet.ask(asking(ladder, "hello", **{field: value}))
+    assert (answer.status_code, error_of(answer)["code"]) == (503, "no_ready_replica")
+    assert len(provider.requests()) == before
+
+
+@pytest.mark.parametrize(
+    "messages", [["hi"], [{"role": "user", "content": [{"type": "file", "file": {"file_id": "f"}}]}]]
+)
+async def test_what_no_provider_gets(fleet: Fleet, provider: FakeReplica, messages: list[Any]) -> None:
+    """It is the client's error: nothing is sent, and the model has not failed."""
+    before = len(provider.requests())
+    answer = await fleet.ask({"model": "claude", "messages": messages})
+    assert answer.status_code == 400
+    assert error_of(answer)["param"].startswith("messages")
+    assert len(provider.requests()) == before
+    assert "claude-external" not in fleet.served.dispatcher.breaker_states()
+
+
 async def test_what_a_provider_gets(fleet: Fleet, provider: FakeReplica) -> None:
     """Only fields of OpenAI's API: none that changes where the request goes, of vLLM, or that names a user."""
     hostile = {

@@ -121,10 +121,10 @@ async def test_what_an_answer_costs(fleet: Fleet) -> None:
     assert await fleet.total("quantgate_tokens_total", alias="smol", variant="gpt", precision="external") >= 2400
     broken = await fleet.total(name, alias="claude")
     await fleet.ask(asking("claude", "begin and die", stream=True))
-    assert 0 < await fleet.total(name, alias="claude") - broken < ANSWER_USD / 10
+    assert 0 < await fleet.total(name, alias="claude") - broken < ANSWER_USD
     silent = await fleet.total(name, alias="hurried")
     assert (await fleet.ask(asking("hurried", "stall"))).status_code == 504
-    assert 0 < await fleet.total(name, alias="hurried") - silent < ANSWER_USD / 10
+    assert 0 < await fleet.total(name, alias="hurried") - silent < ANSWER_USD
 
 
 async def test_litellms_table_of_prices(fleet: Fleet) -> None:

@@ -1,5 +1,6 @@
 """Errors of providers as values: what litellm and its clients raise, and what the gateway makes of it."""
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -77,6 +78,47 @@ def test_errors(error: Exception, status: int, code: str) -> None:
     assert isinstance(translated, GatewayError)
     assert (translated.status, translated.code) == (status, code)
     assert ("its words" in translated.message) == (status == 422)
+
+
+class BadRequestError(Exception):
+    """litellm's own, of a request that it does not understand."""
+
+    status_code = 400
+
+
+class ClientError(Exception):
+    """As a client of a provider raises it."""
+
+    status_code = 400
+
+
+ClientError.__module__ = "openai._exceptions"
+
+
+@pytest.mark.parametrize(
+    "error, sent, status",
+    [
+        (raised(APIConnectionError(), AttributeError("'str' object has no attribute 'get'")), False, 400),
+        (raised(APIConnectionError(), KeyError("role")), False, 400),
+        (raised(APIConnectionError(), json.JSONDecodeError("x", "y", 0)), False, 400),
+        (BadRequestError("litellm's words"), False, 400),
+        (raised(APIConnectionError(), AttributeError("a defect")), True, 502),
+        (raised(APIConnectionError(), ValueError("no credentials")), False, 502),
+        (raised(APIConnectionError(), ConnectError()), False, 502),
+        (ProviderError(401), False, 502),
+    ],
+)
+def test_a_request_that_was_not_sent(error: Exception, sent: bool, status: int) -> None:
+    """Its form is the client's error, and litellm's words are no provider's; a credential is the operator's."""
+    translated = error_of_provider(error, "litellm's words", sent=sent)
+    assert translated.status == status
+    assert "words" not in translated.message or sent
+
+
+def test_what_a_client_of_a_provider_raises() -> None:
+    """The provider has said it, also where litellm did not report that it sent the request."""
+    translated = error_of_provider(raised(BadRequestError(), ClientError()), "its words", sent=False)
+    assert (translated.status, translated.message) == (400, "its words")
 
 
 def test_retry_after() -> None:
