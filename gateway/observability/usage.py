@@ -11,9 +11,10 @@ import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 from types import TracebackType
 from typing import Self
 
@@ -22,16 +23,19 @@ from gateway.observability.metrics import Metrics
 from serving.errors import StateAway
 from serving.state.database import StateDatabase
 from serving.state.link import Link
-from serving.state.usage import HOURS_PER_DAY, Dimension, Usage, UsageDatabase, UsageGroup, UsageRow
+from serving.state.usage import HOUR_SECONDS, HOURS_PER_DAY, Dimension, Usage, UsageDatabase, UsageGroup, UsageRow
 
 log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 10.0
-HOUR_SECONDS = 3600
 # About 10 MiB. While the database is away, each hour has a row for each key, alias and precision that were used.
 MAX_ROWS = 20_000
 # So that a batch takes a fraction of a second, and other writers of SQLite wait no longer.
 MAX_BATCH_ROWS = 1000
+# Engines and providers report tokens; a database adds up integers of 64 bits.
+MAX_TOKENS = 2**40
+# Tries to write what is left at the end; each has the deadline of `Link`.
+LAST_ATTEMPTS = 3
 
 RowKey = tuple[int, str, str, str]
 
@@ -49,10 +53,11 @@ class UsageCounts:
         """Count a request."""
         self.requests += 1
         self.errors += record.code != "200"
-        self.prompt_tokens += record.prompt_tokens
-        self.completion_tokens += record.completion_tokens
+        self.prompt_tokens += min(max(record.prompt_tokens, 0), MAX_TOKENS)
+        self.completion_tokens += min(max(record.completion_tokens, 0), MAX_TOKENS)
         self.seconds += record.seconds
-        self.external_cost_usd += record.external_cost_usd
+        if isfinite(record.external_cost_usd):
+            self.external_cost_usd += max(record.external_cost_usd, 0.0)
 
     def total(self) -> Usage:
         """As a value."""
@@ -120,11 +125,26 @@ class UsageRecorder:
         assert self._task is not None
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        for _ in range(1 if self.away else LAST_ATTEMPTS):
+            await self.flush()
+            if not self._pending.value:
+                break
+        else:
+            log.error("%s; the usage of %d requests is lost", self.away, self._pending.value)
+        self._link.close()
+
+    async def flush(self) -> None:
+        """Write all that was counted before the call; while the database is away, it stays in memory."""
         try:
             await self._flush()
         except StateAway as away:
-            log.error("%s; the usage of %d requests is lost", away, self._pending.value)  # noqa: TRY400 - it says why
-        self._link.close()
+            if self.away is None:
+                log.warning("%s; usage is kept in memory; retrying", away)
+            self.away = str(away)
+            return
+        if self.away is not None:
+            log.info("usage is written to %s again", self._link.database.engine.name)
+        self.away = None
 
     def add(self, record: AccessRecord, at_seconds: float) -> None:
         """Count a request that ended at `at_seconds` since 1970."""
@@ -158,17 +178,11 @@ class UsageRecorder:
         while True:
             await asyncio.sleep(self._flush_seconds)
             try:
-                await self._flush()
-                if self._number:  # a database that nothing is written to is not created
+                await self.flush()
+                if self._number and self.away is None:  # a database that nothing is written to is not created
                     await self._prune()
-            except StateAway as away:
-                if self.away is None:
-                    log.warning("%s; usage is kept in memory; retrying", away)
-                self.away = str(away)
-            else:
-                if self.away is not None:
-                    log.info("usage is written to %s again", self._link.database.engine.name)
-                self.away = None
+            except Exception:  # the outermost loop: one defect must not end the recording
+                log.exception("recording usage has a defect")
 
     async def _flush(self) -> None:
         """Write all that was counted before the call."""
@@ -194,8 +208,10 @@ class UsageRecorder:
         """Remove old rows, once an hour."""
         now = self._wall_clock()
         hour = int(now) // HOUR_SECONDS
-        if hour != self._pruned_hour:
-            await self._link.call(self._database.prune, hour - self._keep_hours, now)
+        if hour == self._pruned_hour:
+            return
+        with suppress(StateAway):
+            await self._link.call(self._database.prune, self._keep_hours, now)
             self._pruned_hour = hour
 
 

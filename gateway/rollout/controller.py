@@ -170,7 +170,7 @@ class Driver:
             job.by_operator = True
             context.rolled_back(record.alias, "operator")
         self._check(job, state)
-        found = next_event(state, job.plan, job.progress, self._facts(job), now)
+        found = next_event(state, job.plan, job.progress, self._facts(job, state), now)
         if found is not None:
             await self._write(current, job, *found)
 
@@ -198,7 +198,7 @@ class Driver:
 
     # Facts
 
-    def _facts(self, job: Job) -> Facts:
+    def _facts(self, job: Job, state: RolloutState) -> Facts:
         ready = self._ready(job.plan)
         now = self.context.wall_clock()
         job.lost_since = None if ready.new else job.lost_since or now
@@ -206,8 +206,10 @@ class Driver:
         problems = None
         if job.check is not None and job.check.done() and not job.check.cancelled():
             problems = _result(job.check)
-        new = job.plan.new
-        job.starts = job.starts.after(each for each in self.context.registry.snapshot() if each.replica.variant == new)
+        new, replicas = job.plan.new, self.context.registry.snapshot()
+        starting = state.phase is Phase.STARTING
+        own = [each for each in replicas if each.replica.variant == new]
+        job.starts = job.starts.after(own) if starting else NO_FAILED_STARTS
         return Facts(ready, problems, lost_seconds, self.context.requests(new) == 0, job.starts)
 
     def _ready(self, plan: RolloutPlan) -> Readiness:

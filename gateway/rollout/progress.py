@@ -1,7 +1,7 @@
 """What the evidence of a rollout shows so far, and which event follows from all that is known. Pure."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from gateway.rollout.collection import read_block
@@ -18,7 +18,7 @@ from gateway.rollout.machine import (
     is_stalled,
 )
 from gateway.rollout.plan import RolloutPlan
-from serving.replica import ReplicaStatus, State
+from serving.replica import PENDING, ReplicaStatus, State
 from serving.state.rollout_records import BlockRecord
 
 # Sample-ratio mismatch: shares of conversations that differ by these factors, at this risk of a false alarm.
@@ -28,8 +28,8 @@ _SHARE_ALPHA = 0.001
 _SHADOW_ALPHA, _SHADOW_EFFECT = 0.005, 0.02
 # A variant counts as lost when it has had no ready replica for so long.
 LOST_SECONDS = 30.0
-# A variant does not start when its replicas have failed so often: later attempts would take until the deadline. The
-# supervisor gives up after `serving.start_attempts`, and a driver may miss a failure that is short.
+# A variant does not start when one of its replicas has failed so often: later attempts would take until the deadline.
+# The supervisor gives up after `serving.start_attempts`, and a driver may miss a failure that is short.
 FAILED_STARTS = 2
 # So old is a phase before a variant counts as drained: every gateway has read the revision by then.
 SETTLE_SECONDS = 5.0
@@ -126,24 +126,30 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class FailedStarts:
-    """How often a variant's replicas have failed, or have gone before they were ready, and why the last one failed.
+    """How often each replica of a variant has failed, or has gone, while it started, and why the last one did.
 
-    `failed` and `pending` are those of the last look: replicas that had failed, and all that were not ready.
+    `pending` are those that were starting at the last look. A replica that another program runs (`url`) is waited for.
     """
 
-    count: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
     reason: str = "its replica was stopped while it started"
-    failed: frozenset[str] = frozenset()
     pending: frozenset[str] = frozenset()
 
+    @property
+    def most(self) -> int:
+        """The count of the replica that failed most often."""
+        return max(self.counts.values(), default=0)
+
     def after(self, replicas: Iterable[ReplicaStatus]) -> "FailedStarts":
-        """Return the count after another look at the variant's replicas."""
+        """Return the counts after another look at the variant's replicas."""
         states = {status.replica.id: status for status in replicas}
-        failed = frozenset(name for name, status in states.items() if status.state is State.FAILED)
-        pending = frozenset(name for name, status in states.items() if status.state is not State.READY)
-        new = failed - self.failed
-        reason = states[max(new)].reason if new else self.reason
-        return FailedStarts(self.count + len(new) + len(self.pending - states.keys()), reason, failed, pending)
+        over = [name for name in self.pending if name not in states or states[name].state is State.FAILED]
+        reasons = [states[name].reason for name in over if name in states]
+        return FailedStarts(
+            {**self.counts, **{name: self.counts.get(name, 0) + 1 for name in over}},
+            reasons[-1] if reasons else self.reason,
+            frozenset(name for name, status in states.items() if status.state in PENDING),
+        )
 
 
 NO_FAILED_STARTS = FailedStarts()
@@ -209,7 +215,7 @@ def _moved(
     match state.phase:
         case Phase.STARTING if facts.ready.new:
             return Event.READY, f"{plan.new} has a ready, verified replica"
-        case Phase.STARTING if facts.starts.count >= FAILED_STARTS:
+        case Phase.STARTING if facts.starts.most >= FAILED_STARTS:
             return Event.FAILED, f"{plan.new} does not start: {facts.starts.reason}"
         case Phase.CANARY:
             return _canary(state, plan, progress, now)

@@ -69,47 +69,52 @@ Answers = Mapping[str, SmokeAnswer]  # by the name of a prompt
 
 def in_question(new: Answers) -> tuple[SmokePrompt, ...]:
     """Return the prompts that only the old variant's answers decide about: what it cannot do either is no problem."""
-    return tuple([prompt for prompt in PROMPTS if _problem_of(prompt, new[prompt.name])])
+    return tuple([prompt for prompt in PROMPTS if _problem_of(prompt, new[prompt.name])[0]])
 
 
 def judge(new: Answers, old: Answers) -> tuple[str, ...]:
     """Return the problems of the new variant's answers; what the old one cannot do either is none.
 
-    `old` has answers to the prompts that are `in_question`, or to none: then every answer is judged by itself. Without
-    any answer of the new variant nothing is shown.
+    `old` has answers to the prompts that are `in_question`, or to none: then every answer is judged by itself, and
+    nobody can say whether a tool should be called. An old variant that did not answer excuses nothing. Without any
+    answer of the new variant nothing is shown.
     """
     if all(answer.error for answer in new.values()):
         return (f"smoke test: no prompt was answered; the first one: {new[PROMPTS[0].name].error}",)
     problems = []
     for prompt in in_question(new):
-        problem, other = _problem_of(prompt, new[prompt.name]), old.get(prompt.name)
-        # Without an old variant nobody can say whether a tool should be called.
-        same = prompt.tools if other is None else _problem_of(prompt, other) == problem
-        if not same:
+        kind, problem = _problem_of(prompt, new[prompt.name])
+        if (other := old.get(prompt.name)) is None:
+            if not prompt.tools:
+                problems.append(f"smoke test {prompt.name!r}: {problem}")
+        elif other.error:
+            problems.append(f"smoke test {prompt.name!r}: {problem}; the old variant did not answer: {other.error}")
+        elif _problem_of(prompt, other)[0] != kind:
             problems.append(f"smoke test {prompt.name!r}: {problem}")
     return tuple(problems)
 
 
-def _problem_of(prompt: SmokePrompt, answer: SmokeAnswer) -> str:
+def _problem_of(prompt: SmokePrompt, answer: SmokeAnswer) -> tuple[str, str]:
+    """The kind of an answer's problem, and a description; both are empty if there is none."""
     if not prompt.tools:
         return _problem(answer)
     calls = answer.content is not None and bool(answer.content.calls) and answer.is_sound
-    return "" if calls else "no valid call of a tool, where the old variant makes one"
+    return ("", "") if calls else ("no call", "no valid call of a tool, where the old variant makes one")
 
 
-def _problem(answer: SmokeAnswer) -> str:
+def _problem(answer: SmokeAnswer) -> tuple[str, str]:
     if answer.error:
-        return answer.error
+        return "error", answer.error
     if not answer.finite:
-        return "a log-probability is not finite"
+        return "not finite", "a log-probability is not finite"
     content = answer.content
     if content is None or content.is_empty:
-        return "the answer is empty"
+        return "empty", "the answer is empty"
     if is_looping(content.text) or is_looping(content.reasoning):
-        return "the answer repeats itself"
+        return "looping", "the answer repeats itself"
     if content.has_open_thinking:
-        return "<think> is not closed"
-    return "" if answer.stopped else f"the answer does not stop within {answer.max_tokens} tokens"
+        return "open thinking", "<think> is not closed"
+    return ("", "") if answer.stopped else ("endless", f"the answer does not stop within {answer.max_tokens} tokens")
 
 
 class SmokeClient:

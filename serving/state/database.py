@@ -95,6 +95,7 @@ class StateDatabase:
     engine: StateEngine
     create: bool = True
     _prepared: bool = field(default=False, init=False)
+    _used: bool = field(default=False, init=False)  # with a schema that this version knows
 
     @classmethod
     def at(cls, url: str, *, create: bool = True) -> "StateDatabase":
@@ -183,12 +184,13 @@ class StateDatabase:
             version = _version(connection)
             if version is None or version in UPGRADABLE:
                 _upgrade(connection, version)
-            elif version != SCHEMA_VERSION:
+            elif version != SCHEMA_VERSION and not (self._used and version == SCHEMA_VERSION + 1):
+                # Migrations only add: a process that runs goes on while the next version is rolled out.
                 raise StateAway(
                     f"state database {self.engine.name} has schema version {version}, this quantgate needs "
                     f"{SCHEMA_VERSION}; run the same quantgate everywhere, or choose another database in gateway.state"
                 )
-        self._prepared = True
+        self._prepared = self._used = True
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -12,6 +12,9 @@ from serving.state.database import StateDatabase
 from serving.state.tables import USAGE, USAGE_BATCHES
 
 HOURS_PER_DAY = 24
+HOUR_SECONDS = 3600
+# Of one statement: a batch takes a few round trips, and fewer parameters than SQLite permits.
+STATEMENT_ROWS = 500
 # A batch is repeated within seconds of the database's return; after so long, its number is forgotten.
 KEEP_BATCHES_SECONDS = 90 * 86400.0
 MAX_ROWS = 50_000
@@ -66,13 +69,20 @@ class UsageDatabase:
             if not _is_new(connection, worker, batch, now):
                 return
             # In one order, so that two workers do not wait for each other's rows.
-            for row in sorted(rows, key=lambda row: (row.hour, row.key, row.alias, row.precision)):
-                _add(connection, row)
+            ordered = sorted(rows, key=lambda row: (row.hour, row.key, row.alias, row.precision))
+            for first in range(0, len(ordered), STATEMENT_ROWS):
+                _add(connection, ordered[first : first + STATEMENT_ROWS])
 
-    def prune(self, before_hour: int, now: float) -> None:
-        """Remove the rows of earlier hours, and the numbers of batches that nothing repeats any more."""
+    def prune(self, keep_hours: int, now: float) -> None:
+        """Remove rows that are older, and the numbers of batches that nothing repeats any more.
+
+        `now` is the time of this machine; that of a database server is used instead, if there is one: a machine whose
+        clock is wrong would remove the rows of all others.
+        """
         with self.database.writing() as connection:
-            connection.execute(delete(USAGE).where(USAGE.c.hour < before_hour))
+            if connection.dialect.name == "postgresql":
+                now = float(connection.scalar(select(func.extract("epoch", func.now()))) or now)
+            connection.execute(delete(USAGE).where(USAGE.c.hour < int(now) // HOUR_SECONDS - keep_hours))
             connection.execute(delete(USAGE_BATCHES).where(USAGE_BATCHES.c.at < now - KEEP_BATCHES_SECONDS))
 
     def grouped(
@@ -116,9 +126,12 @@ def _is_new(connection: Connection, worker: str, batch: int, now: float) -> bool
     return before is None or batch > before
 
 
-def _add(connection: Connection, row: UsageRow) -> None:
+def _add(connection: Connection, rows: Sequence[UsageRow]) -> None:
     make = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    counts = asdict(row.usage)
-    new = make(USAGE).values(hour=row.hour, key=row.key, alias=row.alias, precision=row.precision, **counts)
-    added = {name: USAGE.c[name] + new.excluded[name] for name in counts}
+    values = [
+        {"hour": row.hour, "key": row.key, "alias": row.alias, "precision": row.precision, **asdict(row.usage)}
+        for row in rows
+    ]
+    new = make(USAGE).values(values)
+    added = {name: USAGE.c[name] + new.excluded[name] for name in COUNTS}
     connection.execute(new.on_conflict_do_update(index_elements=list(USAGE.primary_key), set_=added))

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from gateway.observability.metrics import Metrics
-from gateway.observability.usage import MAX_BATCH_ROWS, UsageRecorder
+from gateway.observability.usage import MAX_BATCH_ROWS, MAX_TOKENS, UsageRecorder
 from gateway.observability.usage_report import UsageQuery, parse_by, parse_query, parse_time, usage_report
 from serving.errors import StateAway
 from serving.state.database import StateDatabase
@@ -78,6 +78,17 @@ async def test_usage_is_written_regularly(tmp_path: Path) -> None:
         for number in range(2 * MAX_BATCH_ROWS + 1):
             recorder.add(msgspec.structs.replace(RECORD, key=f"k{number}"), NOW)
         await eventually(lambda: one.requests() == 2 * MAX_BATCH_ROWS + 1)
+
+
+async def test_absurd_reports_of_engines(state: str) -> None:
+    """They are cut to what a database can add up; the next request is recorded as well."""
+    one = Recording(state)
+    async with one.recorder() as recorder:
+        recorder.add(msgspec.structs.replace(RECORD, prompt_tokens=2**70, external_cost_usd=float("nan")), NOW)
+        recorder.add(msgspec.structs.replace(RECORD, completion_tokens=-5, external_cost_usd=-1.0), NOW)
+        (group,) = await recorder.grouped((), 0, HOUR + 1)
+    assert group.usage.prompt_tokens == MAX_TOKENS + RECORD.prompt_tokens
+    assert (group.usage.completion_tokens, group.usage.external_cost_usd) == (RECORD.completion_tokens, 0.0)
 
 
 async def test_the_database_is_away(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

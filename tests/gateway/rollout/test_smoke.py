@@ -40,7 +40,7 @@ def test_a_bad_answer(answer: SmokeAnswer, problem: str) -> None:
     (told,) = judge(new, SOUND)
     assert problem in told
     assert [prompt.name for prompt in in_question(new)] == ["greeting"]
-    assert judge(new, new) == ()
+    assert (judge(new, new) == ()) is (not answer.error)
     assert len(judge(new, {})) == 1
 
 
@@ -81,6 +81,19 @@ def test_a_call_that_the_old_variant_makes() -> None:
     assert judge(SOUND, SOUND) == ()
     assert "no valid call of a tool" in judge(without, SOUND)[0]
     assert judge(without, without) == judge(without, {}) == ()
+
+
+def test_an_old_variant_that_does_not_answer() -> None:
+    """It excuses nothing: the new one may be worse."""
+    away = SmokeAnswer(error="answered 503")
+    (told,) = judge(with_answer(TOOL.name, NO_CALL), with_answer(TOOL.name, away))
+    assert told.endswith("; the old variant did not answer: answered 503")
+
+
+def test_another_context() -> None:
+    """Two answers that do not stop are alike, whatever the limit of each was."""
+    short, long = (SmokeAnswer(Content("Fine."), max_tokens=tokens) for tokens in (200, 512))
+    assert judge(with_answer("greeting", short), with_answer("greeting", long)) == ()
 
 
 def test_reading_an_answer() -> None:

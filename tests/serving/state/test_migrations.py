@@ -1,10 +1,12 @@
 """Migrations of the state database: from nothing and from version 2, to exactly the tables of the code."""
 
+import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
-from sqlalchemy import select, text
+from sqlalchemy import select, text, update
 
+from serving.errors import StateAway
 from serving.replica import State
 from serving.state.database import StateDatabase
 from serving.state.migrations import VERSION_TABLE
@@ -48,3 +50,19 @@ def test_a_database_of_version_2_is_upgraded(state: str) -> None:
     again = StateDatabase.at(state)
     assert again.heartbeat().revision == 42
     again.close()
+
+
+def test_a_process_goes_on_while_the_next_version_is_rolled_out(state: str) -> None:
+    """Also after an error, when it looks at the schema again; a process that starts then is told to upgrade."""
+    running = StateDatabase.at(state)
+    running.publish(ME, [record()], NOW)
+    with running.engine.transaction(writing=True) as connection:
+        connection.execute(update(STATE).values(version=SCHEMA_VERSION + 1))
+    with pytest.raises(StateAway, match="is unavailable"), running.writing() as connection:
+        connection.execute(text("SELECT * FROM nothing"))
+    assert running.heartbeat().revision == 1
+    running.close()
+    late = StateDatabase.at(state)
+    with pytest.raises(StateAway, match=f"has schema version {SCHEMA_VERSION + 1}"):
+        late.heartbeat()
+    late.close()

@@ -1,6 +1,7 @@
 """Usage in the state database, of both kinds: sums are exact, whoever writes them and however often."""
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -13,7 +14,17 @@ from serving.errors import TooMuchUsage
 from serving.state.database import StateDatabase
 from serving.state.migrations.versions import v2_replicas, v3_rollouts
 from serving.state.tables import SCHEMA_VERSION, STATE, USAGE_BATCHES
-from serving.state.usage import KEEP_BATCHES_SECONDS, Dimension, Usage, UsageDatabase, UsageGroup, UsageRow
+from serving.state.usage import (
+    HOUR_SECONDS,
+    KEEP_BATCHES_SECONDS,
+    STATEMENT_ROWS,
+    Dimension,
+    Usage,
+    UsageDatabase,
+    UsageGroup,
+    UsageRow,
+)
+from tests.serving.state.databases import PostgreSQL
 
 NOW = 1_800_000_000.0
 HOUR = int(NOW // 3600)
@@ -86,13 +97,33 @@ def test_time_and_limit(database: UsageDatabase) -> None:
 
 def test_old_rows_are_removed(database: UsageDatabase) -> None:
     """And numbers of batches that nothing repeats."""
-    database.add("old", 1, [replace(ROW, hour=HOUR - 100)], NOW - KEEP_BATCHES_SECONDS - 1)
-    database.add("new", 1, [ROW], NOW)
-    database.prune(HOUR - 99, NOW)
-    assert total(database) == ROW.usage
+    now = time.time()
+    hour = int(now) // HOUR_SECONDS
+    database.add("old", 1, [replace(ROW, hour=hour - 100)], now - KEEP_BATCHES_SECONDS - 60)
+    database.add("new", 1, [replace(ROW, hour=hour - 98)], now)
+    database.prune(99, now)
+    assert [group.hour for group in database.grouped(("hour",), 0, hour + 1)] == [hour - 98]
     with database.database.reading() as connection:
         assert connection is not None
         assert connection.scalars(select(USAGE_BATCHES.c.worker)).all() == ["new"]
+
+
+def test_a_wrong_clock_removes_nothing_of_others(postgresql: PostgreSQL) -> None:
+    """Rows are as old as the database server says, where there is one for many machines."""
+    database = UsageDatabase(StateDatabase.at(postgresql.new_database()))
+    now = time.time()
+    database.add("w", 1, [replace(ROW, hour=int(now) // HOUR_SECONDS)], now)
+    database.prune(99, now + 365 * 86400)
+    assert len(database.grouped(("hour",), 0, int(now) // HOUR_SECONDS + 1)) == 1
+    database.database.close()
+
+
+def test_a_batch_of_many_rows(database: UsageDatabase) -> None:
+    """It takes several statements; a repeated row is added up, not replaced."""
+    rows = [replace(ROW, key=f"k{number}") for number in range(2 * STATEMENT_ROWS + 1)]
+    for worker in ("w1", "w2"):
+        database.add(worker, 1, rows, NOW)
+    assert total(database).requests == 2 * 2 * len(rows)
 
 
 def test_nothing_is_created_by_reading(state: str) -> None:
