@@ -17,14 +17,14 @@ from gateway.http.interfaces import ClientTimeouts
 
 # Short: the process may be killed KILL_AFTER_SECONDS after the clients' port has drained (gateway/workers.py).
 GRACE_SECONDS = 3
-# Then connections are aborted. For handlers that wait for something else and do not notice.
+# After that connections are aborted; a handler that does not notice is cancelled this much later.
 CANCEL_SECONDS = 1
 KEEP_ALIVE_SECONDS = 75
 START_SECONDS = 10
 
 
 class _Config(uvicorn.Config):
-    """Settings of the server; the first two are our own."""
+    """Settings of uvicorn, and for how long a connection waits for its reader."""
 
     def __init__(self, app: App, slow_reader_seconds: float) -> None:
         self.slow_reader_seconds = slow_reader_seconds

@@ -49,7 +49,7 @@ async def test_a_reader_that_leaves_the_queue(fleet: Fleet) -> None:
     """Its request leaves the queue at once."""
 
     async def waiting() -> bool:
-        return (await fleet.admin.get("/admin/queue")).json()["smol"] == 1
+        return bool((await fleet.admin.get("/admin/queue")).json()["smol"] == 1)
 
     with fleet.replicas(("hi", "http://127.0.0.1:9"), state=State.STARTING):
         async with connected(fleet.served.addresses.admin) as peer:
