@@ -6,7 +6,7 @@ from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 
 from config.errors import ConfigError
-from gateway.rollout.machine import Refused
+from gateway.rollout.machine import Phase, Preconditions, Refused
 from serving.errors import RolloutChanged, StateAway
 
 Command = Literal["pause", "resume", "promote", "abort"]
@@ -18,27 +18,31 @@ class RolloutControl(Protocol):
     async def refresh(self) -> None:
         """Read the rollouts again, unless that was a moment ago."""
 
-    async def steer(self, alias: str, command: Command, reason: str) -> dict[str, Any]:
+    async def steer(self, alias: str, command: Command, reason: str, preconditions: Preconditions) -> dict[str, Any]:
         """Apply a command to the active rollout of an alias, and describe its state.
 
-        ConfigError: there is no such alias, or no state database. Refused: not possible now. RolloutChanged, StateAway.
+        ConfigError: there is no such alias, or no state database. Refused: not possible now. RolloutChanged: also if
+        the preconditions do not hold. StateAway.
         """
 
 
 class SteeringRequest(BaseModel):
-    """Which rollout, and why."""
+    """Which alias, and why; `rollout`, `phase` and `step` as in the status, if the command is for no other state."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     alias: str = Field(max_length=200)
     reason: str = Field("", max_length=500)
+    rollout: str | None = Field(None, max_length=200)
+    phase: Phase | None = None
+    step: int | None = Field(None, ge=0)
 
 
 def add_rollouts(app: FastAPI, control: RolloutControl) -> None:
     """Add the endpoint to the app of the admin port."""
     described: dict[int | str, dict[str, Any]] = {
         404: {"description": "No such alias."},
-        409: {"description": "Not possible now."},
+        409: {"description": "Not possible now, or the rollout is not as the request says."},
         503: {"description": "The state database is away."},
     }
 
@@ -46,7 +50,8 @@ def add_rollouts(app: FastAPI, control: RolloutControl) -> None:
     async def steer(command: Command, body: SteeringRequest) -> dict[str, Any]:
         """Pause, resume, promote (begin the next step now) or abort the active rollout of an alias."""
         try:
-            return await control.steer(body.alias, command, body.reason)
+            preconditions = Preconditions(body.rollout, body.phase, body.step)
+            return await control.steer(body.alias, command, body.reason, preconditions)
         except ConfigError as error:
             raise HTTPException(404, str(error)) from error
         except (Refused, RolloutChanged) as error:

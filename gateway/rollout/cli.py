@@ -18,7 +18,7 @@ from gateway.cli.admin_client import AdminClient, AdminUnavailable
 from gateway.rollout.machine import FINAL, Event, Phase, Refused
 from gateway.rollout.operating import GateRefused, Operator, Replacement
 from gateway.rollout.plan import PlanSettings, RolloutPlan, expected_minutes, parse_seconds
-from gateway.rollout.status import history_rows, show_history, show_status, status_of
+from gateway.rollout.status import RolloutReader, history_rows, show_history, show_status
 from serving.errors import RolloutChanged, RolloutExists, StateAway
 
 DONE, FAILED, USAGE, GATE, LOCKED = 0, 1, 2, 3, 4
@@ -129,7 +129,7 @@ def _status(options: argparse.Namespace) -> int:
     try:
         if options.watch or options.wait:
             return _wait(operator, options, operator.latest(options.alias).id)
-        status = status_of(operator.database, operator.latest(options.alias), time.time())
+        status = RolloutReader(operator.database).status(operator.latest(options.alias), time.time())
         show_status(status, as_json=options.json)
         return _code(status["phase"])
     finally:
@@ -139,11 +139,12 @@ def _status(options: argparse.Namespace) -> int:
 def _wait(operator: Operator, options: argparse.Namespace, rollout_id: str) -> int:
     """Print a rollout whenever it changes, until it ends."""
     shown: object = None
+    reader = RolloutReader(operator.database)
     while True:
         record = operator.database.get(rollout_id)
         if record is None:
             raise Refused(f"rollout {rollout_id} is gone from the state database")
-        status = status_of(operator.database, record, time.time())
+        status = reader.status(record, time.time())
         mark = (record.version, status["canary_conversations"]) if options.watch else record.version
         if mark != shown:
             shown = mark

@@ -38,6 +38,7 @@ DRIVE_SECONDS = 1.0
 LEASE_SECONDS = 10.0
 # Blocks are read again for so long: the clocks of workers differ, and a worker may write late.
 REREAD_SECONDS = 300.0
+BLOCKS_AT_ONCE = 50  # a few milliseconds
 BY_OPERATOR = (f"{Event.ABORT.value}:", f"{Event.UNDO.value}:")
 
 Check = asyncio.Task[tuple[str, ...]]
@@ -176,7 +177,10 @@ class Driver:
 
     async def _read_evidence(self, job: Job, rollout_id: str, now: float) -> None:
         since = job.read_until - REREAD_SECONDS if job.read_until else 0.0
-        job.progress.add(await self.context.link.call(self._database.blocks, rollout_id, since))
+        blocks = await self.context.link.call(self._database.blocks, rollout_id, since)
+        for first in range(0, len(blocks), BLOCKS_AT_ONCE):
+            job.progress.add(blocks[first : first + BLOCKS_AT_ONCE])
+            await asyncio.sleep(0)  # requests share this event loop, and a rollout of a day has thousands of blocks
         job.read_until = now
 
     async def _write(self, record: RolloutRecord, job: Job, event: Event, why: str) -> None:

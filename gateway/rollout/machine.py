@@ -90,6 +90,15 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Preconditions:
+    """What a command was chosen for: the rollout's id, and its phase and step then. None: any."""
+
+    rollout: str | None = None
+    phase: Phase | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutState:
     """The state of a rollout.
 
@@ -132,6 +141,7 @@ class Split:
 
 
 START = RolloutState()
+ANY = Preconditions()
 # Phases by the plain event that leads there; what depends on more is in `_next`.
 _PLAIN: Mapping[tuple[Phase, Event], Phase] = MappingProxyType(
     {
@@ -205,6 +215,13 @@ def deadline(state: RolloutState, plan: RolloutPlan) -> float:
     if state.phase is Phase.CANARY:
         return state.step_since + settings.step_seconds + settings.evidence_seconds
     return state.since + _limits(settings)[state.phase]
+
+
+def holds(preconditions: Preconditions, rollout: str, state: RolloutState) -> bool:
+    """Whether a rollout is the one, and is where, the preconditions name."""
+    expected = (preconditions.rollout, preconditions.phase, preconditions.step)
+    actual = (rollout, state.phase, state.step)
+    return all(wanted is None or wanted == found for wanted, found in zip(expected, actual, strict=True))
 
 
 def split(state: RolloutState, plan: RolloutPlan) -> Split:

@@ -10,7 +10,7 @@ from gateway.observability.metrics import table
 from gateway.rollout.controller import Driver
 from gateway.rollout.follower import RolloutFollower
 from gateway.rollout.machine import Phase, carries_traffic, split
-from gateway.rollout.record import read_plan, read_state
+from gateway.rollout.record import UnreadableRecord, read_plan, read_state
 
 VERDICTS = ("pass", "fail", "more")
 STUCK = frozenset({Phase.PAUSED, Phase.HOLDING})
@@ -39,7 +39,10 @@ class RolloutCollector(Collector):
         step, weight = table.ROLLOUT_STEP.gauge_family(), table.ROLLOUT_WEIGHT.gauge_family()
         stuck = table.ROLLOUT_STUCK.gauge_family()
         for record in self.follower.snapshot.active if self.follower else ():
-            state, plan = read_state(record), read_plan(record)
+            try:
+                state, plan = read_state(record), read_plan(record)
+            except UnreadableRecord:
+                continue  # the driver's log and the status say so
             labels = [record.alias, plan.new]
             step.add_metric(labels, state.step + 1 if carries_traffic(state) else 0)
             weight.add_metric(labels, split(state, plan).weight)

@@ -14,11 +14,10 @@ from config.errors import ConfigError
 from config.schema import AliasSettings
 from config.variant import Variant
 from gateway.deployment import Deployment, read_deployment
-from gateway.rollout.controller import BY_OPERATOR, figures, variants_in_use
-from gateway.rollout.machine import Event, Phase, Readiness, Refused, RolloutState
+from gateway.rollout.controller import BY_OPERATOR, variants_in_use
+from gateway.rollout.machine import ANY, Event, Phase, Preconditions, Readiness, Refused, RolloutState, holds
 from gateway.rollout.plan import PlanSettings, RolloutPlan, compared, replacement
 from gateway.rollout.preflight import compare_quality, fingerprint, plan_problems
-from gateway.rollout.progress import Progress
 from gateway.rollout.record import Happening, change_of, new_rollout, read_plan, read_state, revision_of_split
 from gateway.rollout.revision import in_force, read_revision
 from serving.errors import RolloutChanged
@@ -125,17 +124,20 @@ class Operator:
         marks = {"fingerprint": fingerprint(variants[plan.new]), "old_fingerprint": fingerprint(variants[plan.old])}
         return self._start(plan.model_copy(update=marks), why or f"retry of {record.id}")
 
-    def steer(self, alias: str, event: Event, why: str) -> RolloutState:
-        """Pause, resume, promote, abort or undo the active rollout; Refused if that is not possible now."""
+    def steer(self, alias: str, event: Event, why: str, preconditions: Preconditions = ANY) -> RolloutState:
+        """Pause, resume, promote, abort or undo the active rollout; Refused if that is not possible now.
+
+        RolloutChanged: the preconditions do not hold, or others change the rollout all the time. No evidence is read,
+        so that an abort takes effect at once however long the rollout is.
+        """
         for attempt in range(ATTEMPTS):
             record = self.latest(alias)
             plan = read_plan(record)
             if not record.active:
                 raise Refused(f"rollout {record.id} of {alias} has ended (phase {record.phase})")
-            progress = Progress(plan)
-            progress.add(self.database.blocks(record.id))
+            _check(preconditions, record)
             now = self.wall_clock()
-            what = Happening(event, why or f"by {self.by}", self.by, now, figures(progress))
+            what = Happening(event, why or f"by {self.by}", self.by, now)
             in_use = variants_in_use(self.deployment, self.database.snapshot(), alias)
             configured = self._alias(alias).ladder
             state, change = change_of(record, what, self.readiness(plan), configured, in_use)
@@ -277,6 +279,14 @@ def _replaced(new: str, current: Sequence[str], variants: Mapping[str, Variant])
     if len(same) != 1:
         raise ConfigError(f"name the variant that {new} replaces with --replaces; the ladder is {', '.join(current)}")
     return same[0]
+
+
+def _check(preconditions: Preconditions, record: RolloutRecord) -> None:
+    """RolloutChanged if the preconditions of a command do not hold."""
+    state = read_state(record)
+    if not holds(preconditions, record.id, state):
+        where = f"rollout {record.id} of {record.alias}, in phase {state.phase.value}, step {state.step + 1}"
+        raise RolloutChanged(f"the command was for an earlier state; it is {where} now: look again")
 
 
 def _healthy(url: str) -> bool:

@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass
 
 import msgspec
+from pydantic import ValidationError
 
 from gateway.rollout.machine import (
     FINAL,
@@ -14,6 +15,7 @@ from gateway.rollout.machine import (
     Event,
     Phase,
     Readiness,
+    Refused,
     RolloutState,
     Split,
     advance,
@@ -26,14 +28,31 @@ from serving.state.rollout_records import Change, Demand, LogEntry, RolloutRecor
 _STATES = msgspec.json.Decoder(RolloutState)
 
 
+class UnreadableRecord(Refused):
+    """A record of a rollout, or its evidence, that another version has written; the message says what is wrong."""
+
+
 def read_state(record: RolloutRecord) -> RolloutState:
-    """Decode the state of a rollout."""
-    return _STATES.decode(record.state)
+    """Decode the state of a rollout; UnreadableRecord if another version wrote it."""
+    try:
+        return _STATES.decode(record.state)
+    except msgspec.DecodeError as error:
+        raise unreadable(f"the state of rollout {record.id}", str(error)) from error
 
 
 def read_plan(record: RolloutRecord) -> RolloutPlan:
-    """Decode the plan of a rollout."""
-    return RolloutPlan.model_validate_json(record.plan)
+    """Decode the plan of a rollout; UnreadableRecord if another version wrote it."""
+    try:
+        return RolloutPlan.model_validate_json(record.plan)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise unreadable(f"the plan of rollout {record.id}", f"{place}: {first['msg']}") from error
+
+
+def unreadable(what: str, why: str) -> UnreadableRecord:
+    """The error for something recorded that this version cannot read."""
+    return UnreadableRecord(f"{what} was recorded by another version of quantgate ({why}); use that version for it")
 
 
 @dataclass(frozen=True, slots=True)

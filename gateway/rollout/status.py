@@ -1,26 +1,94 @@
 """What `rollout status` and `rollout history` print."""
 
 import json
+from collections.abc import Container
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
+from gateway.rollout.controller import REREAD_SECONDS
 from gateway.rollout.gates import MAX_NEEDED, EventGate, Gate, MeanGate
-from gateway.rollout.machine import FINAL, Phase, deadline, split
+from gateway.rollout.machine import FINAL, Phase, RolloutState, deadline, split
+from gateway.rollout.plan import RolloutPlan
 from gateway.rollout.progress import Progress, missing_for_step
-from gateway.rollout.record import read_plan, read_state
+from gateway.rollout.record import UnreadableRecord, read_plan, read_state, unreadable
 from gateway.rollout.revision import read_revision
 from serving.state.rollout_records import RolloutRecord
 from serving.state.rollouts import RolloutDatabase
 
 
-def status_of(database: RolloutDatabase, record: RolloutRecord, now: float) -> dict[str, Any]:
-    """Describe a rollout: from its record, and from the evidence that all workers wrote."""
-    plan, state = read_plan(record), read_state(record)
-    progress = Progress(plan)
-    progress.add(database.blocks(record.id))
+@dataclass(slots=True)
+class Evidence:
+    """The evidence of a rollout that has been read; `problem` is why it cannot be."""
+
+    progress: Progress
+    read_until: float = 0.0
+    problem: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class RolloutReader:
+    """Describes rollouts. It keeps their evidence, so that each further look reads only blocks written since."""
+
+    database: RolloutDatabase
+    _evidence: dict[str, Evidence] = field(default_factory=dict, init=False)
+
+    def status(self, record: RolloutRecord, now: float) -> dict[str, Any]:
+        """Describe a rollout: from its record, and from the evidence that all workers wrote. UnreadableRecord."""
+        plan, state = read_plan(record), read_state(record)
+        progress = self._progress(record.id, plan, now)
+        return _status(record, plan, state, progress, self.database.lease_holder(record.alias, now), now)
+
+    def keep(self, rollouts: Container[str]) -> None:
+        """Forget the evidence of all rollouts but these."""
+        self._evidence = {name: each for name, each in self._evidence.items() if name in rollouts}
+
+    def _progress(self, rollout_id: str, plan: RolloutPlan, now: float) -> Progress:
+        evidence = self._evidence.setdefault(rollout_id, Evidence(Progress(plan)))
+        if evidence.problem:
+            raise UnreadableRecord(evidence.problem)
+        since = evidence.read_until - REREAD_SECONDS if evidence.read_until else 0.0
+        try:
+            evidence.progress.add(self.database.blocks(rollout_id, since))
+        except (msgspec.DecodeError, IndexError) as error:
+            problem = unreadable(f"the evidence of rollout {rollout_id}", str(error))
+            evidence.problem = str(problem)
+            raise problem from error
+        evidence.read_until = now
+        return evidence.progress
+
+
+def unreadable_status(record: RolloutRecord, error: UnreadableRecord) -> dict[str, Any]:
+    """Describe a rollout that this version cannot read, with the fields of any other; unknown ones are empty."""
+    return {
+        "rollout": record.id,
+        "alias": record.alias,
+        "old": "unknown",
+        "new": "unknown",
+        "phase": record.phase,
+        "phase_seconds": None,
+        "deadline_seconds": None,
+        "step": 0,
+        "steps": [],
+        "weight": 0.0,
+        "failure": f"unreadable: {error}",
+        "pause": "",
+        "stuck": False,
+        "driver": None,
+        "canary_conversations": 0,
+        "stable_conversations": 0,
+        "waits_for": "",
+        "gates": [],
+    }
+
+
+def _status(
+    record: RolloutRecord, plan: RolloutPlan, state: RolloutState, progress: Progress, driver: str | None, now: float
+) -> dict[str, Any]:
     seconds = max(now - state.step_since, 1.0) if state.step_since else 0.0
     rate = progress.canary_by_step.get(state.step, 0) / seconds if seconds else 0.0
     final = state.phase in FINAL
@@ -38,7 +106,7 @@ def status_of(database: RolloutDatabase, record: RolloutRecord, now: float) -> d
         "failure": state.failure,
         "pause": state.pause,
         "stuck": state.stuck,
-        "driver": database.lease_holder(record.alias, now),
+        "driver": driver,
         "canary_conversations": progress.canary,
         "stable_conversations": progress.stable,
         "waits_for": missing_for_step(state, plan, progress, now) if state.phase is Phase.CANARY else "",

@@ -47,9 +47,10 @@ NOTHING = Totals()
 
 
 class TrafficSample(msgspec.Struct, frozen=True):
-    """The counters at one moment, in seconds since 1970."""
+    """The counters at one moment: `at` in seconds since 1970, for people; intervals are between monotonic seconds."""
 
     at: float
+    monotonic_seconds: float
     totals: Mapping[Served, Totals]
 
 
@@ -87,7 +88,7 @@ def difference(before: TrafficSample, after: TrafficSample) -> dict[Served, Tota
 
 def point_between(before: TrafficSample, after: TrafficSample) -> TrafficPoint:
     """The rates between two samples, by precision."""
-    seconds = max(after.at - before.at, 1e-3)
+    seconds = max(after.monotonic_seconds - before.monotonic_seconds, 1e-3)
     sums: dict[str, list[float]] = {}
     failed = 0.0
     for (_, _, precision), counted in difference(before, after).items():
@@ -114,7 +115,7 @@ def traffic_status(history: Sequence[TrafficSample], recent: Sequence[TrafficSam
 
 def is_before(sample: TrafficSample, last: TrafficSample) -> bool:
     """Whether an interval lies between two samples."""
-    return last.at - sample.at >= INTERVAL_SECONDS
+    return last.monotonic_seconds - sample.monotonic_seconds >= INTERVAL_SECONDS
 
 
 def answered_lately(recent: Sequence[TrafficSample]) -> Mapping[Served, Totals]:
@@ -135,6 +136,7 @@ class TrafficHistory:
 
     metrics: Metrics
     wall_clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = time.monotonic
     _history: deque[TrafficSample] = field(default_factory=lambda: _ring(HISTORY_SECONDS, INTERVAL_SECONDS))
     _recent: deque[TrafficSample] = field(default_factory=lambda: _ring(RECENT_SECONDS, SAMPLE_SECONDS))
     _task: asyncio.Task[None] | None = field(default=None, init=False)
@@ -158,13 +160,15 @@ class TrafficHistory:
     def add(self, sample: TrafficSample) -> None:
         """Keep a sample; in the history, only one of each interval."""
         self._recent.append(sample)
-        if not self._history or sample.at - self._history[-1].at >= INTERVAL_SECONDS - SAMPLE_SECONDS / 2:
+        last = self._history[-1].monotonic_seconds if self._history else float("-inf")
+        if sample.monotonic_seconds - last >= INTERVAL_SECONDS - SAMPLE_SECONDS / 2:
             self._history.append(sample)
 
     def current(self) -> TrafficSample:
         """The counters as they are now."""
         metrics = self.metrics
-        return TrafficSample(self.wall_clock(), totals_of(metrics.requests.children, metrics.tokens.children))
+        totals = totals_of(metrics.requests.children, metrics.tokens.children)
+        return TrafficSample(self.wall_clock(), self.clock(), totals)
 
     @property
     def history(self) -> tuple[TrafficSample, ...]:

@@ -81,7 +81,9 @@ function notify(text, topic, kind = "") {
 // Commands
 
 async function steer(button) {
-  const { command, alias, change } = button.dataset;
+  // As they are now: the page goes on while the dialog is open.
+  const { command, alias, change, rollout, phase, step } = button.dataset;
+  const seen = command === "abort" ? { rollout } : { rollout, phase, step: Number(step) };
   const { title, text } = COMMANDS[command];
   byId("confirm-title").textContent = `${title} the rollout of ${alias}?`;
   byId("confirm-text").textContent = `${change}. ${text}`;
@@ -90,7 +92,7 @@ async function steer(button) {
   byId("confirm-reason").value = "";
   if ((await answerOf(byId("confirm"))) !== "yes") return;
   try {
-    const answer = await post(`rollouts/${command}`, { alias, reason: byId("confirm-reason").value });
+    const answer = await post(`rollouts/${command}`, { alias, reason: byId("confirm-reason").value, ...seen });
     if (answer.ok)
       notify(`${title}: the rollout of ${alias} is in phase ${(await answer.json()).phase}.`, "command", "ok");
     else notify(await problemOf(answer), "command", "bad");

@@ -39,13 +39,14 @@ function rolloutCard(rollout) {
       h(
         "span",
         { class: "quiet" },
-        `for ${duration(rollout.phase_seconds)}`,
+        rollout.phase_seconds === null ? "" : `for ${duration(rollout.phase_seconds)}`,
         left !== null && left > 0 ? `, at most ${duration(left)} more` : "",
       ),
       h(
         "div",
         { class: "actions" },
-        commandsIn(rollout.phase).map((name) => commandButton(name, rollout)),
+        // One that this version cannot read has no steps, and cannot be steered.
+        (rollout.steps.length ? commandsIn(rollout.phase) : []).map((name) => commandButton(name, rollout)),
       ),
     ),
     steps(rollout),
@@ -66,6 +67,9 @@ function commandButton(name, rollout) {
     type: "button",
     "data-command": name,
     "data-alias": rollout.alias,
+    "data-rollout": rollout.rollout,
+    "data-phase": rollout.phase,
+    "data-step": rollout.step,
     "data-change": `${rollout.old} → ${rollout.new}`,
   };
   return h(
@@ -95,7 +99,9 @@ function steps(rollout) {
 
 function notes(rollout) {
   const { canary_conversations: canary, stable_conversations: stable } = rollout;
-  const conversations = `${canary} conversations on ${rollout.new}, ${stable} on ${rollout.old}`;
+  const conversations = rollout.steps.length
+    ? `${canary} conversations on ${rollout.new}, ${stable} on ${rollout.old}`
+    : "no figures";
   return h(
     "p",
     { class: "quiet" },

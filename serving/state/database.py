@@ -178,19 +178,32 @@ class StateDatabase:
         if self._prepared:
             return
         self.engine.set_up()
+        with self.engine.transaction(writing=False) as connection:
+            current = _version(connection) == SCHEMA_VERSION
+        if not current:
+            self._upgrade()
+        self._prepared = self._used = True
+
+    def _upgrade(self) -> None:
+        # Alembic takes as long to import as the rest of a short command: most processes find the tables as they are,
+        # and nobody waits for the lock meanwhile.
+        from serving.state.migrations import migrate  # noqa: PLC0415
+
         with self.engine.transaction(writing=True) as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
             version = _version(connection)
             if version is None or version in UPGRADABLE:
-                _upgrade(connection, version)
+                migrate(connection, version)
+                if version is None:
+                    first = {"id": 1, "version": SCHEMA_VERSION, "epoch": secrets.token_hex(8), "revision": 0}
+                    connection.execute(insert(STATE).values(first))
             elif version != SCHEMA_VERSION and not (self._used and version == SCHEMA_VERSION + 1):
                 # Migrations only add: a process that runs goes on while the next version is rolled out.
                 raise StateAway(
                     f"state database {self.engine.name} has schema version {version}, this quantgate needs "
                     f"{SCHEMA_VERSION}; run the same quantgate everywhere, or choose another database in gateway.state"
                 )
-        self._prepared = self._used = True
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -208,16 +221,6 @@ def _version(connection: Connection) -> int | None:
     if not inspect(connection).has_table(STATE.name):
         return None
     return connection.scalar(select(STATE.c.version))
-
-
-def _upgrade(connection: Connection, version: int | None) -> None:
-    # Alembic takes as long to import as the rest of a short command; most processes find the tables as they are.
-    from serving.state.migrations import migrate  # noqa: PLC0415
-
-    migrate(connection, version)
-    if version is None:
-        first = {"id": 1, "version": SCHEMA_VERSION, "epoch": secrets.token_hex(8), "revision": 0}
-        connection.execute(insert(STATE).values(first))
 
 
 def differences(

@@ -19,8 +19,11 @@ from gateway.cli.admin_client import AdminClient, AdminUnavailable
 from gateway.cli.top import decoded
 from gateway.cli.top_app import TopApp
 from gateway.cli.top_tables import heading, plain, sections, share_bar, sparkline
+from gateway.rollout.record import UnreadableRecord
+from gateway.rollout.status import unreadable_status
 from gateway.status.values import RateStatus, Status, TrafficPoint, read_status
 from serving.replica import Replica, State
+from serving.state.rollout_records import RolloutRecord
 from tests.fakes.running import DEADLINE_SECONDS, ROOT, FakeReplica
 from tests.gateway.cli.test_serve import FREE, run, running, write
 from tests.gateway.fleet import HELLO, STREAM, Fleet, deployment, running_gateway
@@ -192,10 +195,25 @@ async def test_all_sections(fleet: Fleet) -> None:
         status,
         gateway=msgspec.structs.replace(status.gateway, worker=worker, draining=True, state_database="db is away"),
         traffic=msgspec.structs.replace(status.traffic, recent=TrafficPoint(9.0, 5.0, 0.5, rates), points=points),
-        rollouts=({**dict(rollout), "gates": [{"name": "errors", "verdict": "more"}], "waits_for": "evidence"},),
+        rollouts=(
+            {**dict(rollout), "gates": [{"name": "errors", "verdict": "more"}], "waits_for": "evidence"},
+            unreadable_status(
+                RolloutRecord("r-1", "smol", "", "", "shadow", True, 1, "anna", 0.0), UnreadableRecord("!")
+            ),
+        ),
     )
     text = printed(full)
-    for words in ("worker 2 of 4", "draining", "db is away", "lo -> lo2", "errors:more", "evidence", "1m01s", " ██"):
+    for words in (
+        "worker 2 of 4",
+        "draining",
+        "db is away",
+        "lo -> lo2",
+        "errors:more",
+        "evidence",
+        "unreadable: !",
+        "1m01s",
+        " ██",
+    ):
         assert words in text
 
 

@@ -54,6 +54,7 @@ class RolloutFixture:
     state: str
     configured: Deployment
     now: float = 1_800_000_000.0
+    monotonic: float = 0.0  # of what does not drive
     registry: Registry = field(default_factory=Registry)
     smoke: Smoke = field(default_factory=Smoke)
     requests: float = 0.0

@@ -101,7 +101,7 @@ def test_shares_of_traffic() -> None:
         ("smol", "bad", "int4"): Totals(10),
         ("other", "hi", "bf16"): Totals(1000),
     }
-    recent = (TrafficSample(0.0, before), TrafficSample(60.0, after))
+    recent = (TrafficSample(0.0, 0.0, before), TrafficSample(60.0, 60.0, after))
     status = alias(estimate("hi-1"), recent=recent, canaries={"smol": ("bad", 0.25)}, waiting={"smol": 4})
     assert [(rung.requests, rung.share) for rung in status.rungs] == [(60, 0.6), (30, 0.3), (0, 0.0)]
     assert status.canary is not None

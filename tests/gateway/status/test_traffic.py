@@ -46,8 +46,8 @@ def test_totals_of_the_counters() -> None:
 
 def test_rates_between_two_samples() -> None:
     """Answered requests and tokens by precision; failures of all of them together, a refused request among them."""
-    before = TrafficSample(100.0, {HI: Totals(10, 0, 100, 200)})
-    after = TrafficSample(110.0, {HI: Totals(20, 2, 150, 400), LO: Totals(5, 0, 10, 30), NONE: Totals(3, 3)})
+    before = TrafficSample(100.0, 3.0, {HI: Totals(10, 0, 100, 200)})
+    after = TrafficSample(110.0, 13.0, {HI: Totals(20, 2, 150, 400), LO: Totals(5, 0, 10, 30), NONE: Totals(3, 3)})
     point = point_between(before, after)
     assert (point.at, point.seconds, point.failed_per_second) == (110.0, 10.0, 0.5)
     assert point.precisions == {"bf16": RateStatus(0.8, 5.0, 20.0), "int4": RateStatus(0.5, 1.0, 3.0)}
@@ -55,15 +55,29 @@ def test_rates_between_two_samples() -> None:
 
 def test_an_hour_is_kept_by_minutes() -> None:
     """However many samples are taken, the hour has 60 intervals, and the interval that runs is the last point."""
-    history = TrafficHistory(Metrics(), wall_clock=lambda: 20_000.0)
+    history = TrafficHistory(Metrics(), wall_clock=lambda: 20_000.0, clock=lambda: 20_000.0)
     for number in range(3990):
-        history.add(TrafficSample(5.0 * number, {HI: Totals(5.0 * number)}))
+        history.add(TrafficSample(5.0 * number, 5.0 * number, {HI: Totals(5.0 * number)}))
     status = traffic_status(history.history, history.recent)
     assert len(history.history) == HISTORY_SECONDS / INTERVAL_SECONDS + 1
     assert len(history.recent) == 62
     assert {point.seconds for point in status.points[:-1]} == {60.0}
     assert {point.precisions["bf16"].requests_per_second for point in status.points[:-1]} == {1.0}
     assert status.points[-1].at == 20_000.0
+
+
+@pytest.mark.parametrize("jump", [-7200.0, 7200.0])
+def test_the_wall_clock_is_set(jump: float) -> None:
+    """Rates and intervals are those of the monotonic clock; only the times that are shown jump."""
+    history = TrafficHistory(Metrics(), wall_clock=lambda: 4000.0 + jump, clock=lambda: 300.0)
+    for second in range(0, 300, 5):
+        shown = 4000.0 if second < 100 else 4000.0 + jump
+        history.add(TrafficSample(shown, float(second), {HI: Totals(2.0 * second)}))
+    points = traffic_status(history.history, history.recent[:-1]).points
+    assert [point.seconds for point in points] == [60.0] * 5
+    assert {point.precisions["bf16"].requests_per_second for point in points} == {2.0}
+    assert points[-1].at == 4000.0 + jump
+    assert history.current().monotonic_seconds == 300.0
 
 
 def test_no_traffic_yet() -> None:

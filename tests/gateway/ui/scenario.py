@@ -93,7 +93,7 @@ def deployed(state: str | None = None, keys: Keys | None = None, **gateway: Any)
 
 def an_hour(until: float) -> Iterator[TrafficSample]:
     """Samples of an hour in which a peak spills from bf16 to int8 and int4, and comes back."""
-    dice, totals = random.Random(4), dict[Served, Totals]()
+    dice, totals, monotonic = random.Random(4), dict[Served, Totals](), time.monotonic()
     for number in range(int(3600 / SAMPLE_SECONDS)):
         load = 1.2 + 2.9 * math.exp(-(((number - 590) / 110) ** 2)) + 0.25 * math.sin(number / 19)
         for variant, precision, first, most, part in (
@@ -109,7 +109,8 @@ def an_hour(until: float) -> Iterator[TrafficSample]:
                 before.prompt_tokens + 900 * requests,
                 before.answer_tokens + 130 * requests,
             )
-        yield TrafficSample(until - 3600 + number * SAMPLE_SECONDS, dict(totals))
+        ago = 3600 - number * SAMPLE_SECONDS
+        yield TrafficSample(until - ago, monotonic - ago, dict(totals))
 
 
 def pretend(served: Gateway, samples: Iterable[TrafficSample]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from playwright.async_api import Browser, Page, expect
+from sqlalchemy import update
 
 from gateway.app import gateway, listen_sockets
 from gateway.keys import StoredKey, keys_in_force
@@ -15,6 +16,7 @@ from serving.registry import Registry
 from serving.replica import Replica, State
 from serving.state.database import StateDatabase
 from serving.state.rollouts import RolloutDatabase
+from serving.state.tables import ROLLOUTS
 from tests.fakes.running import eventually
 from tests.gateway.test_workers import free_ports
 from tests.gateway.ui.browser import shown
@@ -102,6 +104,36 @@ async def test_rollouts_are_steered(browser: Browser, engines: Engines, state: s
     assert [(entry.event, entry.why) for entry in steered] == [
         (name, f"{name.capitalize()} by a test") for name in ("pause", "resume", "abort")
     ]
+
+
+async def test_a_stale_page(browser: Browser, engines: Engines, state: str) -> None:
+    """A step that began while the dialog was open is not skipped; an abort of the same rollout is meant in any step."""
+    async with scene(engines, state) as made, shown(browser, made.url, expected="409") as page:
+        card = page.get_by_label(f"rollout of {ALIAS}", exact=True)
+        for command, outcome in (("Promote", "in phase canary, step 3 now"), ("Abort", "is in phase roll")):
+            await card.get_by_role("button", name=command).click()
+            if command == "Promote":
+                answer = await made.fleet.admin.post("/admin/rollouts/promote", json={"alias": ALIAS})
+                assert answer.json()["step"] == 2
+            await page.click("#confirm-yes")
+            await expect(page.locator("#notice")).to_contain_text(outcome)
+        await expect(card.locator(".heading .chip")).to_contain_text("roll")
+
+
+async def test_a_rollout_of_another_version(browser: Browser, engines: Engines, state: str) -> None:
+    """It is shown as unreadable, without commands; the status, the metrics and the rest of the page work."""
+    database = RolloutDatabase(StateDatabase.at(state))
+    with database.database.writing() as connection:
+        connection.execute(update(ROLLOUTS).values(plan="{}"))
+    database.database.close()
+    async with scene(engines, state) as made, shown(browser, made.url) as page:
+        card = page.get_by_label(f"rollout of {ALIAS}", exact=True)
+        await expect(card).to_contain_text("unreadable: the plan of rollout")
+        await expect(card.get_by_role("button")).to_have_count(0)
+        await expect(page.locator("#replicas tbody tr")).to_have_count(8)
+        assert (await made.fleet.admin.get("/metrics")).status_code == 200
+        answer = await made.fleet.admin.post("/admin/rollouts/abort", json={"alias": ALIAS})
+        assert (answer.status_code, "another version" in answer.json()["detail"]) == (409, True)
 
 
 async def test_a_request_is_tried_and_explained(browser: Browser, engines: Engines) -> None:
