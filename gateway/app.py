@@ -125,6 +125,8 @@ async def gateway(
         admin = await enter(admin_port(deployment, registry, live_config, observed, routed, rollouts, router, place))
         admin_hosts = allowed_hosts(addresses.admin, settings.allowed_hosts)
         await enter(listen(with_auth(admin.app, settings.admin_key, admin_hosts), taken.admin))
+        if observed.usage is not None:  # once more before the admin port closes, which may take too long
+            stack.push_async_callback(observed.usage.flush)
         server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)
         metrics.registry.register(ConnectionCollector(server))
         await enter(serve_clients(server, taken.client, settings.drain_seconds))

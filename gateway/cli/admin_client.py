@@ -1,14 +1,18 @@
 """Client of a running gateway's admin port, for the command line."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 import httpx
 
 from config.errors import ConfigError
+from config.field_types import check_address
 from config.load import load_settings
+
+T = TypeVar("T")
 
 TIMEOUT_SECONDS = 10.0
 STATUS = "/admin/status"
@@ -40,8 +44,10 @@ class AdminClient:
 
         With an address, there may be no such file: then there is no key. Raises ConfigError.
         """
-        if address is not None and not file.exists():
-            return cls(reachable(address), None, file)
+        if address is not None:
+            _check_option(address)
+            if not file.exists():
+                return cls(reachable(address), None, file)
         settings = load_settings(file).gateway
         chosen = address or settings.admin
         if chosen.endswith(":0"):
@@ -54,9 +60,19 @@ class AdminClient:
         try:
             url = f"http://{self.address}{quote(path)}"
             response = httpx.get(url, params=query, headers=self._headers, timeout=TIMEOUT_SECONDS, trust_env=False)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._unreachable(error) from error
         return self._body(response)
+
+    def decode(self, body: bytes, decoder: Callable[[bytes], T]) -> T:
+        """Decode a body; AdminUnavailable if the decoder raises ValueError or ConfigError."""
+        try:
+            return decoder(body)
+        except (ValueError, ConfigError) as error:
+            what = f"{self.address} gives another answer than this quantgate knows ({error})"
+            raise AdminUnavailable(
+                f"{what}; pass the admin address of a gateway with --admin, and use the version of the gateway"
+            ) from error
 
     def connection(self) -> httpx.AsyncClient:
         """Make a connection to read from repeatedly, on an event loop."""
@@ -68,7 +84,7 @@ class AdminClient:
         """Do the same as `read`, by a connection."""
         try:
             response = await connection.get(quote(path))
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise self._unreachable(error) from error
         return self._body(response)
 
@@ -76,7 +92,7 @@ class AdminClient:
     def _headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.key}"} if self.key else {}
 
-    def _unreachable(self, error: httpx.TransportError) -> AdminUnavailable:
+    def _unreachable(self, error: httpx.RequestError) -> AdminUnavailable:
         what = f"no gateway answers at {self.address} ({error or type(error).__name__})"
         return AdminUnavailable(f"{what}; start it, or pass its admin address with --admin")
 
@@ -89,6 +105,13 @@ class AdminClient:
         if response.status_code != httpx.codes.OK:
             raise AdminUnavailable(f"the gateway at {self.address} answers {response.status_code}: {_detail(response)}")
         return response.content
+
+
+def _check_option(address: str) -> None:
+    try:
+        check_address(address)
+    except ValueError as error:
+        raise ConfigError(f"--admin: {error}") from error
 
 
 def _detail(response: httpx.Response) -> str:

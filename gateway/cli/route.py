@@ -9,7 +9,6 @@ import msgspec
 
 from config.command_line import DEFAULT_CONFIG, CommandParser, exit_codes
 from config.errors import ConfigError
-from config.field_types import check_address
 from gateway.cli.admin_client import AdminClient, AdminUnavailable
 from gateway.cli.route_table import show
 from gateway.errors import GatewayError, RequestError
@@ -23,6 +22,7 @@ from serving.foreground import USAGE
 
 DONE, FAILED, GATE = 0, 1, 3
 ROUTING = "/admin/routing"
+ANSWER = "the gateway's answer"
 ROUTING_HEADERS = frozenset({SESSION_HEADER, FLOOR_HEADER.encode(), PRECISION_HEADER.encode()})
 SECRET_HEADERS = frozenset({b"authorization", b"x-api-key", b"api-key"})
 CODES = exit_codes(
@@ -82,7 +82,7 @@ def _caller(snapshot: Snapshot, key: str | None) -> Caller:
 
 def _explain(options: argparse.Namespace) -> int:
     text = options.state.read_bytes() if options.state else _fetch(options)
-    snapshot = read_snapshot(text, str(options.state or "the gateway's answer"))
+    snapshot = read_snapshot(text, str(options.state or ANSWER))
     if options.save:
         options.save.write_bytes(text)
     explanation = _explanation(snapshot, options)
@@ -122,7 +122,10 @@ def _state(options: argparse.Namespace) -> int:
 
 def _fetch(options: argparse.Namespace) -> bytes:
     path = f"{ROUTING}/{options.request}" if options.request else ROUTING
-    return AdminClient.of(options.config, options.admin).read(path)
+    client = AdminClient.of(options.config, options.admin)
+    text = client.read(path)
+    client.decode(text, lambda body: read_snapshot(body, ANSWER))
+    return text
 
 
 def _misuse(options: argparse.Namespace) -> str | None:
@@ -184,7 +187,6 @@ def _verb(verbs: Any, verb: str, purpose: str, description: str, *examples: str)
     parser.add_argument("--config", type=Path, default=DEFAULT_CONFIG, metavar="FILE", help="default: %(default)s")
     parser.add_argument(
         "--admin",
-        type=_address,
         metavar="HOST:PORT",
         help="admin port to ask, for example of another worker; default: gateway.admin",
     )
@@ -217,13 +219,6 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens")
     return int(text)
-
-
-def _address(text: str) -> str:
-    try:
-        return check_address(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _file(text: str) -> Path:

@@ -89,8 +89,4 @@ def _once(client: AdminClient, *, as_json: bool) -> int:
 
 def decoded(body: bytes, client: AdminClient) -> Status:
     """Decode a status; AdminUnavailable if the gateway is of another version."""
-    try:
-        return read_status(body)
-    except msgspec.DecodeError as error:
-        what = f"the gateway at {client.address} has another status than this quantgate knows ({error})"
-        raise AdminUnavailable(f"{what}; use the version of the gateway") from error
+    return client.decode(body, read_status)

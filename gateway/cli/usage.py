@@ -76,8 +76,8 @@ def usage_parser() -> CommandParser:
 
 def _read(options: argparse.Namespace) -> UsageReport:
     query = {"by": options.by, "since": options.since, **({"until": options.until} if options.until else {})}
-    text = AdminClient.of(options.config, options.admin).read("/admin/usage", query)
-    return msgspec.json.decode(text, type=UsageReport)
+    client = AdminClient.of(options.config, options.admin)
+    return client.decode(client.read("/admin/usage", query), msgspec.json.Decoder(UsageReport).decode)
 
 
 def columns(report: UsageReport) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 There are no cookies: what a browser sends by itself carries no credential. A page of another site is refused by
 `Origin` and `Sec-Fetch-Site`, and one that lets its name resolve to loopback by `Host` (gateway/http/hosts.py).
 
-HEAD is answered as GET, without the body, which the server leaves out.
+HEAD is answered as GET, with the headers only: its response is complete with them, even if the body has no end.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ class AdminAuth:
                 await _refuse(send, refusal)
                 return
             if scope["method"] == "HEAD":
-                scope = {**scope, "method": "GET"}
+                scope, send = {**scope, "method": "GET"}, _headers_only(send)
             send = _head_allowed(send)
         await self.app(scope, receive, send)
 
@@ -78,6 +78,17 @@ def _head_allowed(send: Send) -> Send:
         await send(message)
 
     return send_with_head
+
+
+def _headers_only(send: Send) -> Send:
+    """End a response after its headers; the app then learns from `receive` that nobody reads its body."""
+
+    async def send_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+            await send({"type": "http.response.body", "body": b""})
+
+    return send_headers
 
 
 async def _refuse(send: Send, refusal: GatewayError) -> None:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 
 from fastapi import FastAPI, HTTPException
 from fastapi import Request as AdminRequest
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from gateway.errors import GatewayError
-from gateway.handlers.router import SMALL_BODY_BYTES, Router
+from gateway.handlers.router import SMALL_BODY_BYTES
+from gateway.http.interfaces import ClientTimeouts, RequestHandler
 from gateway.http.request import Request
 from gateway.http.response_writer import ClientDisconnected, DateHeader, ResponseWriter
 
@@ -24,7 +26,7 @@ TARGET = b"/v1/chat/completions"
 KEY_HEADER = "x-quantgate-key"
 PASSED_HEADERS = ("x-quantgate-floor", "x-quantgate-precision", "x-session-id", "x-request-id")
 # The server in front of this one writes its own.
-FRAMING_HEADERS = frozenset({"date", "connection", "content-length", "transfer-encoding"})
+FRAMING_HEADERS = frozenset({b"date", b"connection", b"content-length", b"transfer-encoding"})
 HIGH_WATER_BYTES = 64 * 1024
 
 
@@ -32,6 +34,7 @@ HIGH_WATER_BYTES = 64 * 1024
 class MemoryTransport:
     """Implements WriteTransport: what is written can be read, in this process."""
 
+    slow_reader_seconds: float
     disconnected: bool = False
     write_paused: bool = False  # the reader is behind
     _chunks: deque[bytes] = field(default_factory=deque)
@@ -40,22 +43,32 @@ class MemoryTransport:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def write(self, data: bytes) -> None:
-        """Keep bytes for the reader."""
+        """Keep bytes for the reader; ignored after a disconnect."""
+        if self.disconnected:
+            return
         self._chunks.append(data)
         self._size_bytes += len(data)
         self.write_paused = self._size_bytes > HIGH_WATER_BYTES
         self._changed.set()
 
     async def drain(self) -> None:
-        """Wait for the reader; the task that writes is cancelled when it leaves."""
-        while self.write_paused:
-            self._changed.clear()
-            await self._changed.wait()
+        """Wait for the reader; ClientDisconnected if it does not read on in time.
+
+        The task that writes is cancelled when the reader leaves.
+        """
+        try:
+            async with asyncio.timeout(self.slow_reader_seconds):
+                while self.write_paused:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            self.disconnected = True
         if self.disconnected:
             raise ClientDisconnected
 
-    def end(self) -> None:
-        """Nothing more will be written."""
+    def end(self, *, complete: bool) -> None:
+        """Nothing more will be written; a response that is not complete must not look like one."""
+        self.disconnected = self.disconnected or not complete
         self._ended = True
         self._changed.set()
 
@@ -74,8 +87,9 @@ class MemoryTransport:
             await self._changed.wait()
 
 
-def add_trial(app: FastAPI, router: Router) -> None:
-    """Add the endpoint to the app of the admin port."""
+def add_trial(app: FastAPI, router: RequestHandler, timeouts: ClientTimeouts | None = None) -> None:
+    """Add the endpoint to the app of the admin port; of the timeouts, `slow_reader_seconds` is used."""
+    slow_reader_seconds = (timeouts or ClientTimeouts()).slow_reader_seconds
 
     # Not in the schema: its responses are those of the clients' port.
     @app.post("/admin/trial", include_in_schema=False)
@@ -88,11 +102,32 @@ def add_trial(app: FastAPI, router: Router) -> None:
             body += chunk
             if len(body) > SMALL_BODY_BYTES:
                 raise HTTPException(413, f"the body exceeds {SMALL_BODY_BYTES} bytes; use the clients' port")
-        transport = MemoryTransport()
-        task = asyncio.create_task(_handle(router, _client_request(request, bytes(body)), transport), name="trial")
-        chunks = transport.chunks()
-        status, headers, first = _read_head(await anext(chunks))
-        return StreamingResponse(_body(first, chunks, task, transport), status, headers)
+        return TrialResponse(router, _client_request(request, bytes(body)), MemoryTransport(slow_reader_seconds))
+
+
+class TrialResponse(Response):
+    """Handles a request and sends its response; when the reader leaves, the request is cancelled."""
+
+    def __init__(self, router: RequestHandler, request: Request, transport: MemoryTransport) -> None:
+        super().__init__()
+        self._router = router
+        self._request = request
+        self._transport = transport
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - Starlette's signature
+        """Run until the response is sent, or the reader has left."""
+        handling = asyncio.create_task(_handle(self._router, self._request, self._transport), name="trial")
+        sending = asyncio.create_task(_send(self._transport, send), name="send a trial")
+        leaving = asyncio.create_task(_disconnect(receive), name="disconnect of a trial")
+        try:
+            await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            self._transport.disconnected = True
+            for task in (handling, sending, leaving):
+                task.cancel()
+            await asyncio.gather(handling, sending, leaving, return_exceptions=True)
 
 
 def _client_request(request: AdminRequest, body: bytes) -> Request:
@@ -105,7 +140,7 @@ def _client_request(request: AdminRequest, body: bytes) -> Request:
     return made
 
 
-async def _handle(router: Router, request: Request, transport: MemoryTransport) -> None:
+async def _handle(router: RequestHandler, request: Request, transport: MemoryTransport) -> None:
     """Answer a request as a connection of the HTTP server does; without chunked framing."""
     response = ResponseWriter(transport, DateHeader(), keep_alive=False, supports_chunked=False, omit_body=False)
     try:
@@ -122,28 +157,33 @@ async def _handle(router: Router, request: Request, transport: MemoryTransport) 
     finally:
         if request.slot is not None:
             request.slot.release()
-        transport.end()
+        transport.end(complete=response.ended)
 
 
-def _read_head(data: bytes) -> tuple[int, dict[str, str], bytes]:
+async def _send(transport: MemoryTransport, send: Send) -> None:
+    """Send what is written; of a response that is not complete no end, so that the server closes its connection."""
+    started = False
+    async for chunk in transport.chunks():
+        body = chunk
+        if not started:
+            started, (status, headers, body) = True, _read_head(chunk)
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+        if body:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+    if not transport.disconnected:
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _disconnect(receive: Receive) -> None:
+    """Wait until the reader leaves."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _read_head(data: bytes) -> tuple[int, list[tuple[bytes, bytes]], bytes]:
     """Split the first write of a response into status, headers and the beginning of its body."""
     head, _, body = data.partition(b"\r\n\r\n")
-    status_line, *lines = head.decode("latin-1").split("\r\n")
-    headers = dict(line.split(": ", 1) for line in lines)
-    kept = {name: value for name, value in headers.items() if name not in FRAMING_HEADERS}
-    return int(status_line.split(" ", 2)[1]), kept, body
-
-
-async def _body(
-    first: bytes, chunks: AsyncIterator[bytes], task: "asyncio.Task[None]", transport: MemoryTransport
-) -> AsyncIterator[bytes]:
-    """The body; when the reader leaves, the request is cancelled as that of a client that leaves."""
-    try:
-        if first:
-            yield first
-        async for chunk in chunks:
-            yield chunk
-    finally:
-        transport.disconnected = True
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+    status_line, *lines = head.split(b"\r\n")
+    fields = (line.partition(b": ") for line in lines)
+    kept = [(name, value) for name, _, value in fields if name.lower() not in FRAMING_HEADERS]
+    return int(status_line.split(b" ", 2)[1]), kept, body

@@ -238,9 +238,13 @@ def _measured_rate(config: Path, alias: str) -> float | None:
 
 def _requests(client: AdminClient, alias: str) -> float:
     label = f'alias="{alias}"'
-    lines = client.read("/metrics").decode().splitlines()
-    counts = [line for line in lines if line.startswith("quantgate_requests_total{") and label in line]
-    return sum(float(line.rpartition(" ")[2]) for line in counts)
+
+    def total(page: bytes) -> float:
+        lines = page.decode().splitlines()
+        counts = [line for line in lines if line.startswith("quantgate_requests_total{") and label in line]
+        return sum(float(line.rpartition(" ")[2]) for line in counts)
+
+    return client.decode(client.read("/metrics"), total)
 
 
 def _show_plan(plan: RolloutPlan, rate: float | None, minutes: tuple[float, ...], problems: tuple[str, ...]) -> None:

@@ -7,9 +7,10 @@ import json
 import os
 import signal
 import sys
+import time
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,23 @@ import httpx
 import pytest
 import yaml
 
+from gateway.http.listener import GRACE_SECONDS
 from gateway.keys.issuing import create_key
-from tests.fakes.running import DEADLINE_SECONDS, HOST, PATIENCE_SECONDS, POLL_SECONDS, ROOT, FakeReplica
+from serving.state.database import StateDatabase
+from serving.state.usage import UsageDatabase
+from tests.fakes.running import (
+    DEADLINE_SECONDS,
+    HOST,
+    PATIENCE_SECONDS,
+    POLL_SECONDS,
+    ROOT,
+    FakeReplica,
+    eventually,
+    running_fake,
+)
 from tests.gateway.fleet import CHAT, HELLO, STREAM, Fleet, deployment, running_gateway
 from tests.gateway.test_workers import free_ports
+from tests.gateway.wire import connected, posted
 from tests.serving.state.conftest import postgresql, state
 
 __all__ = ["postgresql", "state"]
@@ -65,6 +79,29 @@ async def test_requests_of_a_gateway(tmp_path: Path, fake: FakeReplica) -> None:
             *[("bf16", None), ("int4", None), ("none", None)],
         ]
         assert await fleet.total("quantgate_usage_pending_requests") == 0
+
+
+async def test_written_before_the_admin_port_closes(tmp_path: Path, fake: FakeReplica) -> None:
+    """A trial holds up the end of the admin port, and not what was counted before."""
+    url = f"sqlite:///{tmp_path}/state.db"
+    database = UsageDatabase(StateDatabase.at(url, create=False))
+
+    async def written() -> float:
+        await eventually(lambda: any(group.usage.requests for group in database.grouped((), 0, 2**40)))
+        return time.monotonic()
+
+    async with running_fake("--fake-stall-before-first-byte") as stalling, AsyncExitStack() as peers:
+        async with running_gateway(replace(deployment(), state=url)) as fleet:
+            with fleet.replicas(("hi", fake.url)):
+                await fleet.ask()
+                await fleet.at_rest()
+            with fleet.replicas(("hi", stalling.url)):
+                peer = await peers.enter_async_context(connected(fleet.served.addresses.admin))
+                await peer.say(posted(HELLO, "/admin/trial"))
+                await stalling.requested(CHAT)
+            writing, began = asyncio.create_task(written()), time.monotonic()
+        ended = time.monotonic()
+    assert await writing < min(began + GRACE_SECONDS, ended - 1)
 
 
 async def test_refusals(fleet: Fleet, tmp_path: Path) -> None:

@@ -3,20 +3,27 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from hashlib import sha256
 from importlib import resources
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
 
-from gateway.handlers.status import MAX_STREAMS
+from gateway.handlers.status import MAX_STREAMS, StatusStreams
+from gateway.http.interfaces import ClientTimeouts
+from gateway.http.listener import address_of, bind, listen
 from gateway.keys import StoredKey, keys_in_force
 from gateway.routing.explain import explain_recorded
 from gateway.routing.snapshot import read_snapshot
+from gateway.status.source import StatusSource
 from gateway.status.values import read_status
-from tests.fakes.running import FakeReplica, running_fake
+from tests.fakes.running import FakeReplica, eventually, running_fake
 from tests.gateway.fleet import CHAT, HELLO, STREAM, Fleet, deployment, events_in, running_gateway, text_of
+from tests.gateway.wire import connected
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -171,6 +178,52 @@ async def test_streams_are_few(fleet: Fleet) -> None:
             async with fleet.admin.stream("GET", "/admin/status/stream") as answer:
                 if answer.status_code == 200:
                     break
+
+
+async def test_head_of_the_stream(fleet: Fleet) -> None:
+    """It has headers and an end, and takes no place."""
+    async with asyncio.timeout(10):
+        for _ in range(MAX_STREAMS + 1):
+            answer = await fleet.admin.head("/admin/status/stream")
+            assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream")
+        assert (await fleet.admin.head("/admin/status")).headers["content-type"] == "application/json"
+        async with fleet.admin.stream("GET", "/admin/status/stream") as stream:
+            assert stream.status_code == 200
+
+
+@dataclass
+class LongStatus:
+    """A status that fills every buffer on the way to a reader."""
+
+    text: bytes = b"x" * 2**24
+
+    def draining(self) -> bool:
+        """Go on."""
+        return False
+
+    def shared_json(self) -> bytes:
+        """The status."""
+        return self.text
+
+
+async def test_a_reader_that_does_not_read() -> None:
+    """Its place is free again after slow_reader_seconds."""
+
+    async def refresh() -> None:
+        """Nothing to read."""
+
+    app, streams = FastAPI(), StatusStreams(cast("StatusSource", LongStatus()), refresh)
+
+    @app.get("/")
+    async def stream() -> StreamingResponse:
+        return StreamingResponse(streams.events())
+
+    with bind("127.0.0.1:0", "test") as taken:
+        async with listen(app, taken, ClientTimeouts(slow_reader_seconds=0.2)), connected(address_of(taken)) as peer:
+            await peer.say(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            await peer.read_until(b"data: ")
+            assert streams.open == 1
+            await eventually(lambda: not streams.open, 5)
 
 
 # Trials and explanations

@@ -1,16 +1,25 @@
 """Ports: taken early, told clearly, given back."""
 
+import asyncio
 import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
 import pytest
 from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
 
 from config.errors import ConfigError
+from gateway.http.interfaces import ClientTimeouts
 from gateway.http.listener import address_of, bind, listen
-from tests.fakes.running import DEADLINE_SECONDS
+from tests.fakes.running import DEADLINE_SECONDS, eventually
+from tests.gateway.wire import connected
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:0", "[::1]:0"])
@@ -63,3 +72,59 @@ async def test_a_port_is_free_again_at_once() -> None:
             accepted.close()
             assert client.recv(1) == b""
     bind(address, "gateway.listen").close()
+
+
+@asynccontextmanager
+async def endless(timeouts: ClientTimeouts | None = None) -> AsyncIterator[tuple[str, list[str]]]:
+    """An app whose response has no end; its address, and a list with an entry for each that has ended."""
+    ended: list[str] = []
+
+    async def pieces() -> AsyncIterator[bytes]:
+        try:
+            while True:
+                yield b"x" * 2**16
+                await asyncio.sleep(0)
+        finally:
+            ended.append("ended")
+
+    app = FastAPI()
+
+    @app.get("/")
+    async def stream() -> StreamingResponse:
+        return StreamingResponse(pieces())
+
+    with bind("127.0.0.1:0", "test") as taken:
+        async with listen(app, taken, timeouts):
+            yield address_of(taken), ended
+
+
+async def test_a_reader_that_does_not_read() -> None:
+    """Its connection is aborted after slow_reader_seconds, and the app learns of it."""
+    async with endless(ClientTimeouts(slow_reader_seconds=0.2)) as (address, ended), connected(address) as peer:
+        await peer.say(GET)
+        assert await eventually(lambda: ended, 5)
+        assert not (await peer.read_all()).endswith(b"0\r\n\r\n")
+
+
+async def test_a_reader_that_reads_slowly() -> None:
+    """Who reads on has time again."""
+    async with endless(ClientTimeouts(slow_reader_seconds=0.5)) as (address, ended), connected(address) as peer:
+        await peer.say(GET)
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            assert await peer.read_some()
+        assert not ended
+
+
+async def test_readers_do_not_hold_up_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    """Requests that have no end, read or not, have GRACE_SECONDS."""
+    async with AsyncExitStack() as peers:
+        async with endless() as (address, ended):
+            for _ in range(2):
+                peer = await peers.enter_async_context(connected(address))
+                await peer.say(GET)
+                await peer.read_until(b"xxx")
+            began = time.monotonic()
+        assert time.monotonic() - began < 5
+        assert ended == ["ended"] * 2
+        assert not [record for record in caplog.records if record.exc_info]

@@ -1,5 +1,6 @@
 """The verb `rollout`, as a shell sees it."""
 
+import asyncio
 import json
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from gateway.rollout.record import Happening, change_of
 from quantgate import main
 from serving.state.rollout_records import LogEntry
 from tests.fakes.running import running_fake
+from tests.gateway.wire import answering, scripted, whole
 
 QUALITY = {"kl_mean": 0.0, "top1_agreement": 0.97, "perplexity_ratio": 1.0}
 
@@ -56,6 +58,17 @@ def test_plan(capsys: pytest.CaptureFixture[str], config: Path) -> None:
     assert len(told["expected_minutes"]) == 2
     assert told["problems"] == []
     assert not (config.parent / "state.db").exists()
+
+
+async def test_plan_beside_something_else(capsys: pytest.CaptureFixture[str], config: Path) -> None:
+    """Metrics that are none give no rate, and no traceback."""
+    page = whole(b'quantgate_requests_total{alias="smol"} many\n', kind="text/plain")
+    async with scripted(answering(page), polled=True) as other:
+        settings = yaml.safe_load(config.read_text())
+        settings["gateway"]["admin"] = other.url.removeprefix("http://")
+        config.write_text(yaml.safe_dump(settings))
+        code, told, _ = await asyncio.to_thread(run, capsys, config, "plan", "smol", "new")
+    assert (code, told["conversations_per_second"]) == (0, None)
 
 
 @pytest.mark.parametrize(
