@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.bytecode import share_bytecode
-from tests.end_to_end.conftest import PORTS
+from tests.end_to_end.conftest import PORTS, QUICK
 from tests.end_to_end.running_demo import Running, alive, noted_sessions, processes_of, start, until
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.timeout(2700)]
@@ -60,7 +60,7 @@ def test_interrupt_leaves_nothing(
     if stage == "loading, process":
         (place / "variants").symlink_to(home / "variants")
     made = set(place.rglob("*"))
-    running = start(tmp_path / "run", place, "demo", *PORTS)
+    running = start(tmp_path / "run", place, "demo", *QUICK, *PORTS)
     until(lambda: stage in running.stderr, 300, running)
     assert running.stop(sent) == 130
     assert processes_of(place) == []
