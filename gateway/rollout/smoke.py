@@ -16,6 +16,8 @@ from serving.probe import Probe
 from serving.replica import Replica
 
 TIMEOUT_SECONDS = 180.0
+# Client errors that another attempt may not get.
+TRANSIENT = (408, 409, 425, 429)
 # Of an answer; at most half of the engine's context.
 MAX_TOKENS = 512
 TOOL: dict[str, Any] = {
@@ -55,6 +57,7 @@ class SmokeAnswer:
     stopped: bool = False
     finite: bool = True
     error: str = ""
+    refused: bool = False  # the error is the engine's answer to the request: a repetition would change nothing
     max_tokens: int = MAX_TOKENS
 
     @property
@@ -76,8 +79,8 @@ def judge(new: Answers, old: Answers) -> tuple[str, ...]:
     """Return the problems of the new variant's answers; what the old one cannot do either is none.
 
     `old` has answers to the prompts that are `in_question`, or to none: then every answer is judged by itself, and
-    nobody can say whether a tool should be called. An old variant that did not answer excuses nothing. Without any
-    answer of the new variant nothing is shown.
+    nobody can say whether a tool should be called. An old variant that is away or overloaded excuses nothing.
+    Without any answer of the new variant nothing is shown.
     """
     if all(answer.error for answer in new.values()):
         return (f"smoke test: no prompt was answered; the first one: {new[PROMPTS[0].name].error}",)
@@ -87,7 +90,7 @@ def judge(new: Answers, old: Answers) -> tuple[str, ...]:
         if (other := old.get(prompt.name)) is None:
             if not prompt.tools:
                 problems.append(f"smoke test {prompt.name!r}: {problem}")
-        elif other.error:
+        elif other.error and not other.refused:
             problems.append(f"smoke test {prompt.name!r}: {problem}; the old variant did not answer: {other.error}")
         elif _problem_of(prompt, other)[0] != kind:
             problems.append(f"smoke test {prompt.name!r}: {problem}")
@@ -104,7 +107,7 @@ def _problem_of(prompt: SmokePrompt, answer: SmokeAnswer) -> tuple[str, str]:
 
 def _problem(answer: SmokeAnswer) -> tuple[str, str]:
     if answer.error:
-        return "error", answer.error
+        return "refused" if answer.refused else "error", answer.error
     if not answer.finite:
         return "not finite", "a log-probability is not finite"
     content = answer.content
@@ -169,7 +172,8 @@ class SmokeClient:
         except (httpx.HTTPError, TimeoutError) as error:
             return SmokeAnswer(error=f"no answer: {error or type(error).__name__}")
         if reply.is_error:
-            return SmokeAnswer(error=f"answered {reply.status_code}: {reply.text[:200]}")
+            refused = reply.is_client_error and reply.status_code not in TRANSIENT
+            return SmokeAnswer(error=f"answered {reply.status_code}: {reply.text[:200]}", refused=refused)
         return read_answer(reply.content)
 
 

@@ -32,6 +32,7 @@ def with_answer(name: str, answer: SmokeAnswer) -> Answers:
         (SmokeAnswer(Content("", "Hm."), stopped=True), "<think> is not closed"),
         (SmokeAnswer(Content("no " * 200), stopped=True), "repeats itself"),
         (SmokeAnswer(error="answered 500"), "answered 500"),
+        (SmokeAnswer(error="answered 400", refused=True), "answered 400"),
     ],
 )
 def test_a_bad_answer(answer: SmokeAnswer, problem: str) -> None:
@@ -40,7 +41,7 @@ def test_a_bad_answer(answer: SmokeAnswer, problem: str) -> None:
     (told,) = judge(new, SOUND)
     assert problem in told
     assert [prompt.name for prompt in in_question(new)] == ["greeting"]
-    assert (judge(new, new) == ()) is (not answer.error)
+    assert (judge(new, new) == ()) is (not answer.error or answer.refused)
     assert len(judge(new, {})) == 1
 
 
@@ -88,6 +89,17 @@ def test_an_old_variant_that_does_not_answer() -> None:
     away = SmokeAnswer(error="answered 503")
     (told,) = judge(with_answer(TOOL.name, NO_CALL), with_answer(TOOL.name, away))
     assert told.endswith("; the old variant did not answer: answered 503")
+
+
+async def test_an_old_variant_without_tools() -> None:
+    """It refuses them, as the new one does: nobody loses anything."""
+    client = SmokeClient()
+    async with running_fake("--fake-tokens", "8", tools=False) as fake:
+        replica = Replica("new-1", "new", "int4", fake.url, "m1")
+        answers = await client.answers(replica, [TOOL])
+        assert answers[TOOL.name].refused
+        assert await client.problems(replica, replica) == ()
+    await client.aclose()
 
 
 def test_another_context() -> None:
