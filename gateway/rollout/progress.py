@@ -88,10 +88,12 @@ class Progress:
 
     @property
     def shadow_verdict(self) -> Verdict:
-        """What shadowed answers say."""
+        """What shadowed answers say: enough of them pass if their mean is within the budget; above it, more decide."""
         if self.shadow_failed:
             return "fail"
-        return "pass" if self.shadow.values.count >= self.plan.settings.shadow_requests else "more"
+        values = self.shadow.values
+        enough = values.count >= self.plan.settings.shadow_requests and values.mean <= self.shadow.budget
+        return "pass" if enough else "more"
 
     @property
     def verdict(self) -> Verdict:

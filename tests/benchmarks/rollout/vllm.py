@@ -36,7 +36,7 @@ from tests.fakes.running import HOST, eventually
 ALIAS = "smol"
 START_SECONDS, ROLLOUT_SECONDS, STOP_SECONDS = 300.0, 600.0, 90.0
 GOLDEN_FILE = "evaluation.json"
-FLIPPED = ("mlp.gate_proj", "mlp.up_proj")
+FLIPPED = ("mlp.down_proj",)
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from config.errors import SettingsError
 from config.load import load_file
+from gateway.rollout.collection import Collection
 from gateway.rollout.gates import DEFAULT_GATES, EventSettings, MeanSettings
 from gateway.rollout.machine import Phase, RolloutState
 from gateway.rollout.plan import (
@@ -21,6 +22,7 @@ from gateway.rollout.plan import (
     replacement,
 )
 from gateway.rollout.progress import Progress, missing_for_step
+from serving.state.rollout_records import BlockRecord
 from tests.gateway.rollout.plans import NOW, plan
 
 
@@ -154,3 +156,26 @@ def test_what_a_gate_needs_may_not_be_known() -> None:
     progress = Progress(one, canary=20, canary_by_step={0: 20})
     began = RolloutState(Phase.CANARY, since=NOW, step_since=NOW)
     assert missing_for_step(began, one, progress, NOW) == "many more conversations of the canary for the gates"
+
+
+@pytest.mark.parametrize(
+    "mean, spread, count, verdict",
+    [
+        (0.0, 0.05, 59, "more"),
+        (0.0, 0.05, 60, "pass"),
+        # Seen with real engines: above the budget, and too few answers to be sure.
+        (0.028, 0.05, 60, "more"),
+        (0.2, 0.05, 60, "fail"),
+        (0.028, 0.002, 60, "fail"),
+    ],
+)
+def test_what_shadowed_answers_say(mean: float, spread: float, count: int, verdict: str) -> None:
+    """They pass only if their mean is within the budget; above it, more answers decide."""
+    collection = Collection()
+    for number in range(count):
+        collection.shadowed(mean + (spread if number % 2 else -spread), 0.9, 0.9)
+    document = collection.take_block()
+    assert document is not None
+    progress = Progress(plan(shadow=0.5, shadow_requests=60))
+    progress.add([BlockRecord("r", "w", 1, NOW, document.decode())])
+    assert progress.shadow_verdict == verdict
