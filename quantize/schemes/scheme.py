@@ -134,12 +134,14 @@ def nearest_loadable(scheme: Scheme) -> Scheme:
     if scheme.compression in COMPRESSED_TENSORS or (scheme.activation_bits == 8 and scheme.bits > 4):
         return named(_W8A8.model_copy(update={"overrides": kept}))
     group_size = _nearest_group(scheme.group_size)
-    order = scheme.weights.actorder if group_size == -1 else None
+    overrides = tuple(map(_loadable_override, scheme.overrides))
+    has_groups = any(size not in (None, -1) for size in (group_size, *(each.group_size for each in overrides)))
+    order = None if has_groups else scheme.weights.actorder
     changes = {
         "compression": "gptq",
         "weights": grouped(4 if scheme.bits <= 4 else 8, group_size, actorder=order),
         "input_activations": None,
-        "overrides": tuple(map(_loadable_override, scheme.overrides)),
+        "overrides": overrides,
     }
     return named(scheme.model_copy(update=changes))
 

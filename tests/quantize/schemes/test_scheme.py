@@ -1,7 +1,7 @@
 """Schemes: names, what vLLM loads of them, and the nearest that it loads."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from config.manifest import Override, Scheme
@@ -27,6 +27,12 @@ FREE = st.builds(
         max_size=2,
     ).map(tuple),
 ).map(Scheme.model_validate)
+GROUPS_IN_AN_OVERRIDE = Scheme.model_validate(
+    {
+        **{"name": "free", "bits": 1, "group_size": 0, "sym": False, "desc_act": True, "activation_bits": 8},
+        **{"format": "gptq", "overrides": (Override(modules="*.q_proj", bits=4, group_size=1),)},
+    }
+)
 GPTQ = preset("w4a16-g128").model_dump(include={"bits", "group_size", "sym", "desc_act", "activation_bits", "format"})
 
 
@@ -130,6 +136,7 @@ def test_w8a8_keeps_modules_but_has_no_other_numbers() -> None:
     assert faults(mixed) == ["w8a8 has no exceptions but `keep`, and *.o_proj asks for other numbers"]
 
 
+@example(GROUPS_IN_AN_OVERRIDE)
 @given(FREE)
 def test_the_nearest_always_loads_and_is_its_own_nearest(scheme: Scheme) -> None:
     """Whatever is asked for, the proposal is no dead end."""
