@@ -29,8 +29,14 @@ FREE = st.builds(
 ).map(Scheme.model_validate)
 GROUPS_IN_AN_OVERRIDE = Scheme.model_validate(
     {
-        **{"name": "free", "bits": 1, "group_size": 0, "sym": False, "desc_act": True, "activation_bits": 8},
-        **{"format": "gptq", "overrides": (Override(modules="*.q_proj", bits=4, group_size=1),)},
+        "name": "free",
+        "bits": 1,
+        "group_size": 0,
+        "sym": False,
+        "desc_act": True,
+        "activation_bits": 8,
+        "format": "gptq",
+        "overrides": (Override(modules="*.q_proj", bits=4, group_size=1),),
     }
 )
 GPTQ = preset("w4a16-g128").model_dump(include={"bits", "group_size", "sym", "desc_act", "activation_bits", "format"})
