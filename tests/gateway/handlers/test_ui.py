@@ -156,7 +156,7 @@ async def test_an_open_stream_does_not_delay_the_end() -> None:
         request = client.build_request("GET", "/admin/status/stream")
         answer = await client.send(request, stream=True)
         began = time.monotonic()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     assert (await answer.aread()).endswith(b"event: end\ndata: draining\n\n")
     await client.aclose()
 

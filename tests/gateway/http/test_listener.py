@@ -102,15 +102,15 @@ async def test_a_reader_that_does_not_read() -> None:
     """Its connection is aborted after slow_reader_seconds, and the app learns of it."""
     async with endless(ClientTimeouts(slow_reader_seconds=0.2)) as (address, ended), connected(address) as peer:
         await peer.say(GET)
-        assert await eventually(lambda: ended, 5)
+        assert await eventually(lambda: ended)
         assert not (await peer.read_all()).endswith(b"0\r\n\r\n")
 
 
 async def test_a_reader_that_reads_slowly() -> None:
     """Who reads on has time again."""
-    async with endless(ClientTimeouts(slow_reader_seconds=0.5)) as (address, ended), connected(address) as peer:
+    async with endless(ClientTimeouts(slow_reader_seconds=1.5)) as (address, ended), connected(address) as peer:
         await peer.say(GET)
-        until = time.monotonic() + 1.5
+        until = time.monotonic() + 3.5
         while time.monotonic() < until:
             assert await peer.read_some()
         assert not ended
@@ -125,6 +125,6 @@ async def test_readers_do_not_hold_up_the_end(caplog: pytest.LogCaptureFixture) 
                 await peer.say(GET)
                 await peer.read_until(b"xxx")
             began = time.monotonic()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
         assert ended == ["ended"] * 2
         assert not [record for record in caplog.records if record.exc_info]

@@ -202,7 +202,7 @@ async def test_a_restart_of_the_gateway(browser: Browser, engines: Engines) -> N
         began = time.monotonic()
         first.set()
         await serving
-        assert time.monotonic() - began < 5, "an open stream does not keep the gateway from stopping"
+        assert time.monotonic() - began < 20, "an open stream does not keep the gateway from stopping"
         await expect(page.locator("#connection.bad")).to_contain_text("retrying")
         registry.put(Replica("qwq-int8-9", "qwq-int8", "int8", "http://127.0.0.1:9", "m1"), State.READY)
         serving = asyncio.create_task(serve(second))
