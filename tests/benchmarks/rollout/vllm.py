@@ -1,13 +1,13 @@
-"""Rollouts with real vLLM: an identical variant, a damaged one, and one whose damage only shadowing sees.
+"""Rollouts with real vLLM: an identical variant, a damaged one, and one with a damage that the smoke test passes.
 
 `python -m tests.benchmarks.rollout.vllm --variant DIR [--work DIR]` takes a sealed int4 variant (GPTQ), makes copies of
 it, starts `quantgate up` with an alias of the first one under a steady load of conversations, and rolls the others out:
 
     v2  the same weights under another id: promoted, the old replica ends
     v3  the scales of one layer doubled, behind the quality that was measured of v1: its golden prompt stops it
-    v3-unverified  the same without a golden prompt: gates stop it; then forced, and undone
-    v4  the lowest bit of some weights flipped, without a golden prompt; neither speed nor errors show it: stopped by
-        shadowing
+    v3-unverified  the same without a golden prompt: the smoke test stops it; then forced, and undone
+    v4  the lowest bit of some weights flipped, without a golden prompt: neither speed nor errors show it, shadowing
+        measures it
 """
 
 import argparse
