@@ -29,6 +29,13 @@ deadline tick          closed          answering the   an incomplete request    
 drain                  closed          closed          finishes, or is          closed
                                                        cancelled after the
                                                        grace time; then closed
+hand over              closed after    finishes        finishes, as in drain    closed after the
+                       the response                                             grace time
+                       to its next
+                       request, when
+                       idle for too
+                       long, or after
+                       the grace time
 =====================  ====================================================================================
 
 While a refused request is being answered, its remaining bytes are dropped as in lingering. A client that does not read
@@ -43,6 +50,7 @@ HTTP/1.0 knows no interim responses; it has `linger_seconds` for its answer.
 import asyncio
 import logging
 import math
+import select
 import socket
 from collections import deque
 from typing import cast
@@ -77,7 +85,7 @@ class ClientConnection(asyncio.Protocol):
         self._incomplete_bytes = 0  # of its body
         self._body_until = 0.0
         self._linger_until = 0.0
-        self._deadline = self._loop.time() + server.timeouts.keep_alive_seconds
+        self._deadline = self._loop.time() + server.keep_alive_seconds
         self._timer: asyncio.TimerHandle | None = None
         self.write_paused = False
         self.disconnected = False
@@ -202,7 +210,7 @@ class ClientConnection(asyncio.Protocol):
         self._response = response = ResponseWriter(
             self,
             server.date_header,
-            request.keep_alive and not server.draining,
+            request.keep_alive and not (server.draining and not self._pipelined),
             request.supports_chunked,
             request.method == b"HEAD",
         )
@@ -236,7 +244,7 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
         elif response.keep_alive:
             if self._parser.request is None:
-                self._deadline = self._loop.time() + self._server.timeouts.keep_alive_seconds
+                self._deadline = self._loop.time() + self._server.keep_alive_seconds
         else:
             self._close_or_linger()
 
@@ -282,6 +290,17 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._transport.close()
 
+    def expire_earlier(self, seconds: float) -> None:
+        """Let it be idle for that much less, if it is idle."""
+        if self._task is None and self._parser.request is None:
+            self._deadline -= seconds
+
+    def _has_unread(self) -> bool:
+        """Whether bytes have arrived that the loop has not read yet: to close now would lose a request."""
+        arrived = select.poll()
+        arrived.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(arrived.poll(0))
+
     def _was_reset(self) -> bool:
         """Whether a reset arrived after a FIN: then nothing is read any more, so no event tells of it."""
         connection = self._transport.get_extra_info("socket")
@@ -299,5 +318,7 @@ class ClientConnection(asyncio.Protocol):
         if self._parser.reading_request:
             message = "request timeout: head or body did not arrive in time, or too slowly; send it without pauses"
             self._parser.refuse(RequestTooSlow(message))
+        elif self._task is None and self._parser.dropping is None and self._has_unread():
+            return  # they are read before the next tick
         elif self._task is None or (self._half_closed and self._response is not None and not self._response.started):
             self.close()
