@@ -1,6 +1,7 @@
 """The composition root: builds every object of the gateway and hands it on. Start reading here."""
 
 import logging
+import ssl
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
@@ -18,6 +19,7 @@ from gateway.http.hosts import allowed_hosts
 from gateway.http.listener import listen
 from gateway.http.server import HttpServer, serve_clients
 from gateway.http.sockets import ADMIN, CLIENT, InheritedSockets, ListenSockets, address_of
+from gateway.http.tls import context_with
 from gateway.live_config import LiveConfig
 from gateway.observability.metrics import Metrics
 from gateway.proxy.dispatcher import Dispatcher
@@ -137,10 +139,9 @@ async def gateway(
             stack.push_async_callback(observed.usage.flush)
         server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)
         metrics.registry.register(ConnectionCollector(server))
-        await enter(
-            serve_clients(server, taken.client, settings.drain_seconds, next_acceptor=lambda: taken.next_acceptor)
-        )
-        log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
+        tls = context_with(lambda: certificate_of(live_config)) if deployment.server_tls else None
+        await enter(serve_clients(server, taken.client, settings.drain_seconds, tls, lambda: taken.next_acceptor))
+        log.info("listening on %s, admin on http://%s", url_of(settings, addresses.client), addresses.admin)
         try:
             yield Gateway(addresses, live_config, recorded, server, quota, metrics, routed, admin.traffic)
         finally:
@@ -189,8 +190,9 @@ async def gateway_alone(
     deployment = with_worker_ports(deployment, place)
     wanted = deployment.wanted
     with listen_sockets(deployment.settings.gateway, process.inherited) as taken:
+        shown = controlled("gateway", path, registry, deployment.settings.gateway, taken)
         async with (
-            ControlSocket(home, controlled("gateway", path, registry, taken)) if home else nullcontext() as control,
+            ControlSocket(home, shown) if home else nullcontext() as control,
             Probe() as probe,
             Watch(wanted.external, registry, probe, goldens(deployment.variants)) as watch,
             followed_replicas(wanted, registry, probe) as follower,
@@ -247,9 +249,10 @@ async def everything(
     """
     wanted = deployment.wanted
     with sole_owner(wanted, home) as owner, listen_sockets(deployment.settings.gateway, process.inherited) as taken:
+        shown = controlled("up" if path else "demo", path, registry, deployment.settings.gateway, taken)
         async with (
             Probe() as probe,
-            ControlSocket(home, controlled("up" if path else "demo", path, registry, taken)) as control,
+            ControlSocket(home, shown) as control,
             local_replicas(wanted, machine, registry, probe, home, owner) as own,
             Watch(wanted.external, registry, probe, goldens(deployment.variants)) as watch,
             gateway(deployment, registry, taken, access_log_stream=access_log_stream) as served,
@@ -264,9 +267,22 @@ async def everything(
                 process.manager.stopping()
 
 
-def controlled(command: str, path: Path | None, registry: Registry, taken: ListenSockets) -> Controlled:
+def url_of(settings: GatewaySettings, address: str) -> str:
+    """Return the URL of the clients' port."""
+    return f"{'https' if settings.tls else 'http'}://{address}"
+
+
+def certificate_of(live_config: LiveConfig) -> ssl.SSLContext:
+    """Return what a new connection is shown."""
+    assert live_config.tls is not None, "a reload does not remove it"
+    return live_config.tls.context
+
+
+def controlled(
+    command: str, path: Path | None, registry: Registry, settings: GatewaySettings, taken: ListenSockets
+) -> Controlled:
     """What the control socket of a gateway shows."""
-    urls = {"clients": f"http://{address_of(taken.client)}", "admin": f"http://{address_of(taken.admin)}"}
+    urls = {"clients": url_of(settings, address_of(taken.client)), "admin": f"http://{address_of(taken.admin)}"}
     return Controlled(command, path, registry, urls)
 
 

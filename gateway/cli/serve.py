@@ -15,7 +15,7 @@ from config.command_line import CommandParser, add_config, chosen_config, exit_c
 from config.errors import ConfigError
 from config.load import home_directory, load_settings, process_environment
 from config.schema import GatewaySettings
-from gateway.app import ProcessContext, everything, gateway_alone
+from gateway.app import ProcessContext, everything, gateway_alone, url_of
 from gateway.cli.next_steps import next_steps
 from gateway.deployment import read_deployment
 from gateway.http.sockets import ADMIN, CLIENT, InheritedSockets, activated_sockets, sockets_of
@@ -168,7 +168,7 @@ async def _workers(
     config: Path, count: int, home: Path | None, origin: Origin, manager: ServiceManager
 ) -> AsyncIterator[None]:
     settings, predecessor = read_deployment(config).settings.gateway, origin.predecessor
-    addresses = {"clients": f"http://{settings.listen}", "admin of worker 1": f"http://{settings.admin}"}
+    addresses = {"clients": url_of(settings, settings.listen), "admin of worker 1": f"http://{settings.admin}"}
     process = Controlled("gateway", config, addresses=addresses)
     with worker_sockets(settings, count, origin.sockets) as sockets:
         async with (

@@ -79,7 +79,7 @@ class ClientConnection(asyncio.Protocol):
         self._pipelined: deque[Request] = deque()  # complete requests behind the one being answered
         self._task: asyncio.Task[None] | None = None
         self._response: ResponseWriter | None = None  # of the request being answered
-        self._half_closed = False
+        self._half_closed = self._encrypted = False
         self._drain_waiter: asyncio.Future[None] | None = None
         self._incomplete: Request | None = None  # the latest one that did not arrive in one piece
         self._incomplete_bytes = 0  # of its body
@@ -101,6 +101,7 @@ class ClientConnection(asyncio.Protocol):
         # uvloop's transports have the interface of asyncio's, but are not subclasses.
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
+        self._encrypted = transport.get_extra_info("ssl_object") is not None
         self._server.register(self)
         self._timer = self._loop.call_later(self._server.timeouts.tick_seconds, self._tick)
 
@@ -116,8 +117,8 @@ class ClientConnection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """Whether to keep the connection: its requests are still answered if the client may be reading."""
         response = self._response
-        if self._task is None or response is None or response.started:
-            return False
+        if self._task is None or response is None or response.started or self._encrypted:
+            return False  # TLS has no half-closed connections here: asyncio closes it
         self._half_closed = True
         self._parser.abandon()  # a request behind it will never be complete
         if response.supports_chunked:

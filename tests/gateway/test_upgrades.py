@@ -2,8 +2,6 @@
 
 import asyncio
 import os
-import signal
-import socket
 import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
@@ -16,7 +14,6 @@ import httpx
 import pytest
 import yaml
 
-from gateway.http.sockets import address_of
 from tests.fakes.running import DEADLINE_SECONDS, HOST, PATIENCE_SECONDS, ROOT, FakeReplica, eventually
 from tests.fakes.service_manager import service_manager, stopped
 from tests.gateway.fleet import CHAT, HELLO
@@ -157,8 +154,8 @@ async def test_takeovers_lose_nothing(tmp_path: Path, fake: FakeReplica, workers
 async def test_restarts_with_kept_sockets_lose_nothing(tmp_path: Path, fake: FakeReplica, workers: int) -> None:
     """While no process runs, connections wait in the sockets that the service manager keeps open."""
     async with service_manager(tmp_path, "client", "admin") as manager:
-        ports = [each.getsockname()[1] for each in manager.sockets.values()]
-        running = Service(tmp_path, *ports, workers)
+        client, admin = (each.getsockname()[1] for each in manager.sockets.values())
+        running = Service(tmp_path, client, admin, workers)
         running.configure(fake.url)
         process = await manager.start(running.arguments, running.environment)
         await running.ready()

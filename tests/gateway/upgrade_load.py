@@ -1,8 +1,7 @@
 """Clients that notice every request that a gateway loses: raw connections that are kept alive, and the OpenAI SDK.
 
 A lost request is one without a whole answer: the connection was refused or reset, ended before or inside the response,
-or the status is not 200. A connection that the server closes while no request is on it is opened again. A client may
-not: it sends a request on a connection that has been idle for less than `IDLE_SECONDS`, as HTTP clients do.
+or the status is not 200. A connection that the server has closed while no request was on it is opened again.
 """
 
 import asyncio
@@ -22,10 +21,9 @@ Answered = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @dataclass(slots=True)
 class Outcomes:
-    """How requests ended: `ok`, or what went wrong; and the running number of streams."""
+    """How requests ended: `ok` with the kind of client, or what went wrong."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    streams: int = 0
 
     @property
     def lost(self) -> dict[str, int]:
@@ -86,54 +84,57 @@ async def _response(reader: asyncio.StreamReader) -> tuple[int, bool]:
     return int(head.split(b" ")[1]), b"connection: close" not in head
 
 
+@dataclass(frozen=True, slots=True)
+class SdkClient:
+    """The OpenAI SDK without its retries, which would hide what is lost."""
+
+    client: AsyncOpenAI
+
+    async def chat(self) -> str:
+        """Send a request; returns what went wrong, or `ok sdk`."""
+        try:
+            await self.client.chat.completions.create(model="smol", messages=[{"role": "user", "content": "hello"}])
+        except OpenAIError as error:
+            return f"sdk: {error!r} {error.__cause__!r}"
+        return "ok sdk"
+
+    async def stream(self) -> str:
+        """Read a stream to its end; returns what went wrong, or `ok stream`."""
+        finished = None
+        try:
+            async for chunk in await self.client.chat.completions.create(**STREAM):
+                finished = chunk.choices[0].finish_reason if chunk.choices else finished
+        except OpenAIError as error:
+            return f"stream: {error!r} {error.__cause__!r}"
+        return "ok stream" if finished else "stream: truncated"
+
+
 @asynccontextmanager
 async def upgrade_load(
-    address: str, *, raw: int, sdk: int, streams: int, pause_seconds: float, scheme: str = "http"
+    address: str, *, raw: int, sdk: int, streams: int, pause_seconds: float
 ) -> AsyncIterator[Outcomes]:
     """Send requests from so many clients of each kind while the block runs; each pauses after an answer."""
     host, _, port = address.rpartition(":")
     outcomes, stop = Outcomes(), asyncio.Event()
-    raw_clients = [RawClient(host, int(port)) for _ in range(raw)]
-    async with AsyncOpenAI(
-        base_url=f"{scheme}://{address}/v1", api_key="any", max_retries=0, timeout=DEADLINE_SECONDS * 3
-    ) as client:
 
-        async def chat() -> str:
-            try:
-                await client.chat.completions.create(model="smol", messages=HELLO["messages"])
-            except OpenAIError as error:
-                return f"sdk: {error!r} {error.__cause__!r}"
-            return "ok sdk"
+    async def repeat(send: Callable[[], Awaitable[str]], seconds: float) -> None:
+        while not stop.is_set():
+            outcomes.counts[await send()] += 1
+            with suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await stop.wait()
 
-        async def stream() -> str:
-            outcomes.streams += 1
-            try:
-                finished = None
-                async for chunk in await client.chat.completions.create(**STREAM):
-                    finished = chunk.choices[0].finish_reason if chunk.choices else finished
-            except OpenAIError as error:
-                return f"stream: {error!r} {error.__cause__!r}"
-            finally:
-                outcomes.streams -= 1
-            return "ok stream" if finished else "stream: truncated"
-
-        async def repeat(send: Callable[[], Awaitable[str]], seconds: float) -> None:
-            while not stop.is_set():
-                outcomes.counts[await send()] += 1
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(seconds):
-                        await stop.wait()
-
+    url = f"http://{address}/v1"
+    async with AsyncOpenAI(base_url=url, api_key="any", max_retries=0, timeout=3 * DEADLINE_SECONDS) as client:
+        clients = SdkClient(client)
         async with asyncio.TaskGroup() as group:
-            for each in raw_clients:
-                group.create_task(repeat(each.chat, pause_seconds))
+            for _ in range(raw):
+                group.create_task(repeat(RawClient(host, int(port)).chat, pause_seconds))
             for _ in range(sdk):
-                group.create_task(repeat(chat, pause_seconds))
+                group.create_task(repeat(clients.chat, pause_seconds))
             for _ in range(streams):
-                group.create_task(repeat(stream, 0.0))
+                group.create_task(repeat(clients.stream, 0.0))
             try:
                 yield outcomes
             finally:
                 stop.set()
-    for each in raw_clients:
-        each.close()
