@@ -6,6 +6,7 @@ or the status is not 200. A connection that the server has closed while no reque
 
 import asyncio
 import json
+import select
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -41,6 +42,7 @@ class RawClient:
 
     host: str
     port: int
+    model: str
     _open: Answered | None = None
 
     async def chat(self) -> str:
@@ -49,7 +51,7 @@ class RawClient:
             reader, writer = await self._connection()
         except OSError as error:
             return f"raw: connecting failed: {error!r}"
-        body = json.dumps(HELLO).encode()
+        body = json.dumps({**HELLO, "model": self.model}).encode()
         head = f"POST {CHAT} HTTP/1.1\r\nhost: {self.host}\r\ncontent-type: application/json\r\n"
         try:
             async with asyncio.timeout(DEADLINE_SECONDS * 2):
@@ -63,8 +65,8 @@ class RawClient:
         return "ok raw" if status == 200 else f"raw: status {status}"
 
     async def _connection(self) -> Answered:
-        """The open connection, or a new one if the server has closed it."""
-        if self._open is not None and not self._open[0].at_eof():
+        """The open connection, or a new one if the server has closed it: HTTP clients look before they send, too."""
+        if self._open is not None and not _has_ended(*self._open):
             return self._open
         self.close()
         self._open = await asyncio.open_connection(self.host, self.port)
@@ -75,6 +77,13 @@ class RawClient:
         if self._open is not None:
             self._open[1].close()
             self._open = None
+
+
+def _has_ended(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    """Whether the server has closed a connection, even if the loop does not know yet."""
+    arrived = select.poll()
+    arrived.register(writer.get_extra_info("socket").fileno(), select.POLLIN)
+    return reader.at_eof() or writer.is_closing() or bool(arrived.poll(0))
 
 
 async def _response(reader: asyncio.StreamReader) -> tuple[int, bool]:
@@ -89,11 +98,12 @@ class SdkClient:
     """The OpenAI SDK without its retries, which would hide what is lost."""
 
     client: AsyncOpenAI
+    model: str
 
     async def chat(self) -> str:
         """Send a request; returns what went wrong, or `ok sdk`."""
         try:
-            await self.client.chat.completions.create(model="smol", messages=[{"role": "user", "content": "hello"}])
+            await self.client.chat.completions.create(model=self.model, messages=[{"role": "user", "content": "hi"}])
         except OpenAIError as error:
             return f"sdk: {error!r} {error.__cause__!r}"
         return "ok sdk"
@@ -111,9 +121,12 @@ class SdkClient:
 
 @asynccontextmanager
 async def upgrade_load(
-    address: str, *, raw: int, sdk: int, streams: int, pause_seconds: float
+    address: str, *, raw: int, sdk: int, streams: int, pause_seconds: float, model: str = "smol"
 ) -> AsyncIterator[Outcomes]:
-    """Send requests from so many clients of each kind while the block runs; each pauses after an answer."""
+    """Send requests from so many clients of each kind while the block runs; each pauses after an answer.
+
+    `model` is that of the requests that are not streams.
+    """
     host, _, port = address.rpartition(":")
     outcomes, stop = Outcomes(), asyncio.Event()
 
@@ -126,10 +139,10 @@ async def upgrade_load(
 
     url = f"http://{address}/v1"
     async with AsyncOpenAI(base_url=url, api_key="any", max_retries=0, timeout=3 * DEADLINE_SECONDS) as client:
-        clients = SdkClient(client)
+        clients = SdkClient(client, model)
         async with asyncio.TaskGroup() as group:
             for _ in range(raw):
-                group.create_task(repeat(RawClient(host, int(port)).chat, pause_seconds))
+                group.create_task(repeat(RawClient(host, int(port), model).chat, pause_seconds))
             for _ in range(sdk):
                 group.create_task(repeat(clients.chat, pause_seconds))
             for _ in range(streams):
