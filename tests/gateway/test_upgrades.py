@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ import httpx
 import pytest
 import yaml
 
+from gateway.http.sockets import address_of
 from tests.fakes.running import DEADLINE_SECONDS, HOST, PATIENCE_SECONDS, ROOT, FakeReplica, eventually
 from tests.fakes.service_manager import service_manager, stopped
 from tests.gateway.fleet import CHAT, HELLO
