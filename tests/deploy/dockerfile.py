@@ -24,7 +24,7 @@ class Instruction:
     @property
     def words(self) -> list[str]:
         """The value as words; that of an exec form is its list."""
-        return json.loads(self.value) if self.value.startswith("[") else shlex.split(self.value)
+        return list(json.loads(self.value)) if self.value.startswith("[") else shlex.split(self.value)
 
     def flag(self, name: str) -> str | None:
         """The value of a flag; None without it."""
@@ -45,9 +45,11 @@ class Stage:
         """All instructions, from the base image on."""
         return (*(self.parent.instructions if self.parent else ()), *self.own)
 
-    def last(self, name: str) -> Instruction | None:
-        """The instruction of a kind that is in force."""
-        return next((each for each in reversed(self.instructions) if each.name == name), None)
+    def last(self, name: str) -> Instruction:
+        """The instruction of a kind that is in force; AssertionError without one."""
+        found = [each for each in self.instructions if each.name == name]
+        assert found, f"{self.name} has no {name}"
+        return found[-1]
 
     def pairs(self, name: str) -> dict[str, str]:
         """The pairs of all instructions of a kind (ENV, LABEL, ARG), with references to earlier ones replaced."""
@@ -58,15 +60,10 @@ class Stage:
         return found
 
     @property
-    def command(self) -> list[str]:
-        """What a container runs without arguments."""
-        return [word for name in ("ENTRYPOINT", "CMD") if (each := self.last(name)) for word in each.words]
-
-    @property
-    def health_command(self) -> list[str] | None:
-        """What the health check runs; None without one."""
-        check = self.last("HEALTHCHECK")
-        return None if check is None or check.value == "NONE" else json.loads(check.value.removeprefix("CMD "))
+    def health_command(self) -> list[str]:
+        """What the health check runs; empty for an image without one."""
+        value = self.last("HEALTHCHECK").value
+        return [] if value == "NONE" else list(json.loads(value.removeprefix("CMD ")))
 
 
 def read_stages(path: Path = DOCKERFILE) -> dict[str, Stage]:

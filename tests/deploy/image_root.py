@@ -36,7 +36,9 @@ def image_roots(context: Path) -> Iterator["ImageRoots"]:
     """
     command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", HOLD]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as holder:
-        assert holder.stdin and holder.stdout and holder.stderr
+        assert holder.stdin
+        assert holder.stdout
+        assert holder.stderr
         if holder.stdout.readline() != b"ready\n":
             raise NotPermitted(holder.stderr.read().decode())
         try:
@@ -78,13 +80,13 @@ class ImageRoots:
         for directory in ("proc", "dev"):
             root.outside("mount", "--rbind", f"/{directory}", f"{root.directory}/{directory}")
         if parent is None:
-            # Where the official image of Python has it, and where every user finds it. Not a link: Python would look for
-            # its library beside that.
+            # Where the official image of Python has it, and where every user finds it. Not a link: Python would look
+            # for its library beside that.
             python = Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}").resolve()
             root.path("/usr/local/bin/python3").write_text(f'#!/bin/sh\nexec {python} "$@"\n')
             root.outside("chmod", "0755", f"{root.directory}/usr/local/bin/python3")
-            for directory in python.parents[:-1]:
-                root.outside("chmod", "o+x", f"{root.directory}{directory}")
+            for folder in python.parents[:-1]:
+                root.outside("chmod", "o+x", f"{root.directory}{folder}")
         return root
 
 
@@ -139,7 +141,7 @@ class ImageRoot:
 
     def _copy(self, names: Sequence[str], target: str, origin: "ImageRoot | None") -> None:
         """As COPY: files go into a directory that ends in a slash, directories give their content."""
-        destination = self.path(os.path.join(self.work_directory, target))
+        destination = self.path(str(Path(self.work_directory, target)))
         for name in names:
             source = origin.path(name) if origin else self.context / name
             assert source.exists(), f"COPY {name}: not in {'the stage' if origin else 'the build context'}"
