@@ -69,6 +69,8 @@ def _gateway(settings: Settings) -> Iterator[Violation]:
 def _file_names(settings: Settings) -> Iterator[Violation]:
     """Shells replace `$HOME` in a path, quantgate does not."""
     names: list[tuple[Location, str | None]] = [(("gateway", "keys"), settings.gateway.keys)]
+    if (tls := settings.gateway.tls) is not None:
+        names += [(("gateway", "tls", "certificate"), tls.certificate), (("gateway", "tls", "key_file"), tls.key_file)]
     for variant_name, variant in settings.variants.items():
         where = ("variants", variant_name)
         names.append(((*where, "path"), variant.path))
