@@ -67,7 +67,7 @@ class Wanted:
     @property
     def has_own_replicas(self) -> bool:
         """Whether a supervisor starts some replica, in this process or another."""
-        return any(replica.url is None for replica in self.settings.replicas)
+        return any(replica.supervised for replica in self.settings.replicas)
 
 
 def read_wanted(path: Path) -> Wanted:
@@ -91,7 +91,7 @@ async def replicas_alone(
 ) -> AsyncIterator[None]:
     """Run this machine's replicas for gateways in other processes; with a path, reload that file when it changes."""
     if not wanted.has_own_replicas:
-        raise LaunchRefused("the configuration has no replica to run here: all have a url")
+        raise LaunchRefused("the configuration has no replica to run here: all have a url or kubernetes")
     with sole_owner(wanted, home) as owner:
         async with (
             Probe() as probe,

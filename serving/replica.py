@@ -136,7 +136,7 @@ def plan_launches(
     numbers: dict[str, int] = {}
     launches = []
     for settings in replicas:
-        for index in range(0 if settings.url else settings.count):
+        for index in range(settings.count if settings.supervised else 0):
             numbers[settings.variant] = numbers.get(settings.variant, 0) + 1
             width = settings.ranks
             launches.append(
@@ -190,7 +190,7 @@ def own_keys(replicas: tuple[ReplicaSettings, ...]) -> dict[str, str]:
     numbers: dict[str, int] = {}
     keys: dict[str, str] = {}
     for settings in replicas:
-        for _ in range(0 if settings.url else settings.count):
+        for _ in range(settings.count if settings.supervised else 0):
             numbers[settings.variant] = numbers.get(settings.variant, 0) + 1
             if settings.api_key is not None:
                 keys[f"{settings.variant}-{numbers[settings.variant]}"] = settings.api_key.get_secret_value()

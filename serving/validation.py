@@ -56,7 +56,7 @@ def _contradiction(file: LoadedFile[Settings], variant: Variant) -> Problem | No
 def launch_problems(file: LoadedFile[Settings], variants: Mapping[str, Variant], engine: Engine) -> Iterator[Problem]:
     """Report the replicas that vLLM can't serve as configured, whatever else runs on the machine."""
     for index, replica in enumerate(file.settings.replicas):
-        if replica.url is not None or replica.variant not in variants:
+        if not replica.supervised or replica.variant not in variants:
             continue
         try:
             check_servable(plan_launches((replica,), dict(variants), engine)[0])
