@@ -8,7 +8,7 @@ must be done in a phase (checks, hooks) is repeated by the next driver if it is 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -66,6 +66,7 @@ class DriverContext:
     holder: str
     rolled_back: Callable[[str, str], None]  # counts an alias' rollback, with its cause
     compare: Comparison = compare_quality
+    workload_problems: Callable[[RolloutPlan], Awaitable[tuple[str, ...]]] | None = None
     wall_clock: Callable[[], float] = time.time
 
 
@@ -241,11 +242,15 @@ class Driver:
             job.check.cancel()
         job.check, job.checked = None, phase
         if state.phase is Phase.PREFLIGHT:
-            deployment = self.context.deployment()
-            preflight = Preflight(deployment.variants, deployment.settings.aliases, self.context.compare)
-            job.check = asyncio.create_task(preflight.problems(job.plan), name="preflight of a rollout")
+            job.check = asyncio.create_task(self._preflight(job.plan), name="preflight of a rollout")
         elif state.phase is Phase.SMOKE:
             job.check = asyncio.create_task(self._smoke(job.plan), name="smoke test of a rollout")
+
+    async def _preflight(self, plan: RolloutPlan) -> tuple[str, ...]:
+        context, deployment = self.context, self.context.deployment()
+        checks = Preflight(deployment.variants, deployment.settings.aliases, context.compare)
+        workloads = await context.workload_problems(plan) if context.workload_problems else ()
+        return (*await checks.problems(plan), *workloads)
 
     async def _smoke(self, plan: RolloutPlan) -> tuple[str, ...]:
         new = self._replica(plan.new, plan.fingerprint)

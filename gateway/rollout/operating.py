@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from gateway.rollout.plan import PlanSettings, RolloutPlan, compared, replacemen
 from gateway.rollout.preflight import compare_quality, fingerprint, plan_problems
 from gateway.rollout.record import Happening, change_of, new_rollout, read_plan, read_state, revision_of_split
 from gateway.rollout.revision import in_force, read_revision
+from gateway.rollout.scaling import UNDO
 from serving.errors import RolloutChanged
 from serving.replica import State
 from serving.state.database import StateDatabase
@@ -169,7 +171,8 @@ class Operator:
         cause = why or f"undo to revision {found}"
         entry = LogEntry(alias, now, self.by, "undo", "undone", cause, json.dumps({"ladder": ladder}))
         document = revision_of_split(ladder, configured)
-        demands = tuple(Demand(variant, variant, True, "undo") for variant in ladder)
+        undo = f"{UNDO}{secrets.token_hex(4)}"
+        demands = tuple(Demand(variant, variant, True, undo) for variant in ladder)
         revision = RevisionRecord(alias, 0, document, cause, self.by, now)
         made = self.database.revise(revision, entry, demands)
         return f"revision {made}: {', '.join(ladder)} (as revision {found})"
