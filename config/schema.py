@@ -200,6 +200,11 @@ class KubernetesSettings(Table):
     port: ServicePort | None = None
     workload: Workload | None = None
 
+    @property
+    def label_selector(self) -> str:
+        """The labels of the EndpointSlices: Kubernetes gives them the name of their Service."""
+        return self.selector or f"kubernetes.io/service-name={self.service}"
+
 
 class ReplicaSettings(Table):
     """Servers of one variant: an external one (`url`), pods (`kubernetes`), or `count` that quantgate starts."""

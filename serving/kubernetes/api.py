@@ -5,9 +5,10 @@ Lists are read in pages, and watches are lines of JSON, both as Kubernetes docum
 every minute, and when the server refuses it.
 """
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Generic, Literal, Self, TypeVar
@@ -168,6 +169,7 @@ class KubernetesApi:
                 return Listed(tuple(items), page.metadata.resource_version)
             position = {"continue": page.metadata.continue_}
 
+    @asynccontextmanager
     async def watch(
         self,
         resource: Resource,
@@ -175,8 +177,8 @@ class KubernetesApi:
         version: str,
         selector: str = "",
         timeout_seconds: int = WATCH_SECONDS,
-    ) -> AsyncIterator[Event[Kind]]:
-        """Yield every change after `version`, until the server ends the watch, usually after `timeout_seconds`.
+    ) -> AsyncIterator[AsyncIterator[Event[Kind]]]:
+        """Open a watch: every change after `version`, until the server ends it, usually after `timeout_seconds`.
 
         ApiExpired: the server has forgotten that version. A line that is cut off is not a change: it ends the watch.
         """
@@ -188,13 +190,22 @@ class KubernetesApi:
             "GET", resource.path(), params=query, headers=self._headers(), timeout=timeout
         )
         with self._translated():
-            reply = await self._client.send(request, stream=True)
-            async with aclosing(reply):
-                if reply.is_error:
+            async with asyncio.timeout(self.timeout_seconds):
+                reply = await self._client.send(request, stream=True)
+        async with aclosing(reply):
+            if reply.is_error:
+                with self._translated():
                     await reply.aread()
-                    self._check(reply, "watch", resource)
-                async for line in _lines(reply):
-                    yield self._event(line, kind, resource)
+                self._check(reply, "watch", resource)
+            async with aclosing(self._events(reply, kind, resource)) as events:
+                yield events
+
+    async def _events(
+        self, reply: httpx.Response, kind: type[Kind], resource: Resource
+    ) -> AsyncGenerator[Event[Kind], None]:
+        with self._translated():
+            async for line in _lines(reply):
+                yield self._event(line, kind, resource)
 
     async def get(self, resource: Resource, name: str, kind: type[Kind], subresource: str = "") -> Kind:
         """Return one object, or a subresource of it."""
@@ -281,7 +292,7 @@ class KubernetesApi:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, TimeoutError) as error:
             what = str(error) or type(error).__name__
             raise ApiServerAway(f"{self.access.server}: {what}") from error
 
