@@ -8,14 +8,15 @@ begun under a lost lease is harmless: the workload's version has changed, or the
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Container, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterable
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
+from config.schema import ReplicaSettings
 from gateway.rollout.machine import Refused
 from gateway.rollout.plan import RolloutPlan
 from gateway.rollout.record import read_plan
@@ -34,7 +35,9 @@ from gateway.rollout.scaling import (
     still_to_set,
 )
 from serving.errors import ApiConflict, ApiServerAway, ApiThrottled, KubernetesError, StateAway
-from serving.kubernetes.scale import Workload, WorkloadScale
+from serving.kubernetes.access import ClusterAccess
+from serving.kubernetes.api import KubernetesApi
+from serving.kubernetes.scale import Workload, Workloads, WorkloadScale, workloads_of
 from serving.state.link import Link
 from serving.state.rollout_records import LogEntry, RolloutSnapshot
 from serving.state.rollouts import RolloutDatabase
@@ -45,20 +48,21 @@ FOLLOW_SECONDS = 1.0
 # After an error of the API server, unless that says when to ask again.
 RETRY_SECONDS = 5.0
 # Longer than a request to the API server may take. No alias has such a name.
-LEASE_SECONDS, LEASE = 30.0, "@workloads"
+LEASE_SECONDS, LEASE = 15.0, "@workloads"
 # Other writers of a workload, such as its controller, may be faster so often.
 ATTEMPTS = 5
-
-Workloads = Mapping[str, tuple[Workload, ...]]  # by variant
 
 
 @dataclass(slots=True)
 class Scaler:
-    """Scales workloads while the `async with` block runs; `workloads` are those of the configuration."""
+    """Scales the workloads of configured replicas while the `async with` block runs.
+
+    `access` is called when there is a first workload; OptionError if there is no access to a cluster.
+    """
 
     link: Link
-    scale: WorkloadScale
-    workloads: Callable[[], Workloads]
+    access: Callable[[], ClusterAccess]
+    replicas: Callable[[], Iterable[ReplicaSettings]]
     snapshot: Callable[[], RolloutSnapshot]
     in_use: Callable[[], Container[str]]  # the variants of ladders in force
     holder: str
@@ -66,6 +70,9 @@ class Scaler:
     _done: set[StepKey] = field(default_factory=set)
     _failed: dict[StepKey, type[Exception]] = field(default_factory=dict)
     _pause_until: float = 0.0
+    _is_holder: bool = False
+    _scale: WorkloadScale | None = None
+    _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
     _task: asyncio.Task[None] | None = None
 
     @property
@@ -84,14 +91,19 @@ class Scaler:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        with suppress(StateAway):
-            await self.link.call(self._database.release, LEASE, self.holder)
+        if self._is_holder:
+            with suppress(StateAway):
+                await self.link.call(self._database.release, LEASE, self.holder)
         self.link.close()
+        await self._stack.aclose()
 
     async def follow(self) -> None:
         """Carry out the demands that are not, unless another process does."""
-        steps = steps_of(self.snapshot(), self.workloads(), self.in_use())
-        if all(step.key in self._done for step in steps) or self.wall_clock() < self._pause_until:
+        workloads = await self._workloads()
+        if not workloads or self.wall_clock() < self._pause_until:
+            return
+        steps = steps_of(self.snapshot(), workloads, self.in_use())
+        if all(step.key in self._done for step in steps):
             return
         with suppress(StateAway):  # the follower of rollouts says so
             self._done |= (await self._read_log()).done
@@ -102,7 +114,8 @@ class Scaler:
     async def problems(self, plan: RolloutPlan) -> tuple[str, ...]:
         """Return why the workloads of a rollout cannot be scaled; waits while the API server is away."""
         changed = [*((plan.new,) if plan.added else ()), *((plan.old,) if plan.replaced else ())]
-        workloads = [workload for variant in changed for workload in self.workloads().get(variant, ())]
+        by_variant = await self._workloads()
+        workloads = [workload for variant in changed for workload in by_variant.get(variant, ())]
         return tuple([problem for workload in workloads if (problem := await self._problem(workload))])
 
     async def _follow_regularly(self) -> None:
@@ -113,26 +126,38 @@ class Scaler:
                 log.exception("scaling workloads has a defect")
             await asyncio.sleep(FOLLOW_SECONDS)
 
+    async def _workloads(self) -> Workloads:
+        """The workloads of the configuration, by variant."""
+        replicas = [each for each in self.replicas() if each.kubernetes is not None and each.kubernetes.workload]
+        if replicas and self._scale is None:
+            self._scale = WorkloadScale(await self._stack.enter_async_context(KubernetesApi(self.access())))
+        return workloads_of(replicas, self._cluster.api.access.namespace) if replicas else {}
+
+    @property
+    def _cluster(self) -> WorkloadScale:
+        assert self._scale is not None
+        return self._scale
+
     async def _carry_out(self, step: Step) -> bool:
-        """Scale a workload; False if another process does, or nothing can be done for now."""
+        """Scale a workload, or say why not; False if nothing can be done now: another process works, or no server."""
         try:
             for _ in range(ATTEMPTS):
                 if not await self._leased():
                     return False
                 with suppress(ApiConflict):
-                    await self._scale(step, await self._read_log())
+                    await self._scale_step(step, await self._read_log())
                     return True
         except (KubernetesError, Refused) as error:
             await self._fail(step, error)
-            return False
+            return not isinstance(error, ApiServerAway | ApiThrottled)
         return True
 
-    async def _scale(self, step: Step, history: ScalingLog) -> None:
+    async def _scale_step(self, step: Step, history: ScalingLog) -> None:
         if step.key in history.done:
             self._done.add(step.key)
             return
-        await self.scale.check_manual(step.workload)
-        seen = await self.scale.read(step.workload)
+        await self._cluster.check_manual(step.workload)
+        seen = await self._cluster.read(step.workload)
         scaling = history.begun.get(step.key)
         if scaling is None:
             after = await self._replicas_after(step, seen.spec.replicas, history)
@@ -140,16 +165,16 @@ class Scaler:
             await self._write(step, SCALING, _described(scaling), scaling)
         replicas = still_to_set(scaling, seen.spec.replicas)
         if replicas != seen.spec.replicas:
-            await self.scale.write(step.workload, seen, replicas)
+            await self._cluster.write(step.workload, seen, replicas)
         await self._write(step, SCALED, f"{step.workload} has {replicas} replicas", scaling)
         log.info("%s in the namespace %s has %d replicas now", step.workload, step.workload.namespace, replicas)
         self._done.add(step.key)
         self._failed.pop(step.key, None)
 
     async def _replicas_after(self, step: Step, now: int, history: ScalingLog) -> int:
-        demand, workloads = step.demand, self.workloads()
+        demand, workloads = step.demand, await self._workloads()
         models = () if demand.modeled_on == demand.variant else workloads.get(demand.modeled_on, ())
-        together = sum([(await self.scale.read(model)).spec.replicas for model in models] if demand.run else [])
+        together = sum([(await self._cluster.read(model)).spec.replicas for model in models] if demand.run else [])
         model_replicas = shared_evenly(together, len(workloads[demand.variant])) if models else None
         record = await self.link.call(self._database.get, demand.rollout)
         is_new = record is not None and read_plan(record).new == demand.variant
@@ -158,8 +183,8 @@ class Scaler:
     async def _problem(self, workload: Workload) -> str:
         while True:
             try:
-                await self.scale.check_manual(workload)
-                await self.scale.read(workload)
+                await self._cluster.check_manual(workload)
+                await self._cluster.read(workload)
             except (ApiServerAway, ApiThrottled) as error:
                 # The phase of the rollout has a deadline.
                 log.warning("%s cannot be checked, trying again: %s", workload, error)
@@ -181,7 +206,9 @@ class Scaler:
 
     async def _leased(self) -> bool:
         now = self.wall_clock()
-        return await self.link.call(self._database.lease, LEASE, self.holder, now, LEASE_SECONDS) is not None
+        fence = await self.link.call(self._database.lease, LEASE, self.holder, now, LEASE_SECONDS)
+        self._is_holder = fence is not None
+        return self._is_holder
 
     async def _read_log(self) -> ScalingLog:
         return ScalingLog.of(await self.link.call(self._database.events, (SCALING, SCALED)))

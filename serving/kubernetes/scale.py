@@ -4,14 +4,14 @@ https://kubernetes.io/docs/tasks/run-application/horizontal-pod-autoscale/ and t
 describe what is used here. A change carries the version that was read, so that two writers do not overwrite each other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
-from config.schema import KubernetesSettings
+from config.schema import ReplicaSettings
 from serving.errors import WorkloadAutoscaled
 from serving.kubernetes.api import KubernetesApi, Resource
 
@@ -43,12 +43,19 @@ class Workload:
         return Resource(group, version, plural, self.namespace)
 
 
-def workload_of(settings: KubernetesSettings, namespace: str) -> Workload | None:
-    """Return the workload that a configuration names, if any; `namespace` is used where it names none."""
-    if settings.workload is None:
-        return None
-    kind, _, name = settings.workload.partition("/")
-    return Workload(kind, name, settings.namespace or namespace)
+Workloads = Mapping[str, tuple[Workload, ...]]  # by variant
+
+
+def workloads_of(replicas: Iterable[ReplicaSettings], namespace: str) -> Workloads:
+    """Return the workloads that a configuration names; `namespace` is used where an entry names none."""
+    found: dict[str, tuple[Workload, ...]] = {}
+    for entry in replicas:
+        pods = entry.kubernetes
+        if pods is not None and pods.workload is not None:
+            kind, _, name = pods.workload.partition("/")
+            workload = Workload(kind, name, pods.namespace or namespace)
+            found[entry.variant] = (*found.get(entry.variant, ()), workload)
+    return found
 
 
 class _Metadata(msgspec.Struct, frozen=True, rename="camel"):

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from config.schema import KubernetesSettings
+from config.schema import ReplicaSettings
 from serving.errors import ApiConflict, ApiForbidden, ApiNotFound, ApiServerAway, WorkloadAutoscaled
 from serving.kubernetes.access import ClusterAccess
 from serving.kubernetes.api import KubernetesApi
-from serving.kubernetes.scale import Workload, WorkloadScale, workload_of
+from serving.kubernetes.scale import Workload, WorkloadScale, workloads_of
 from tests.fakes.kubernetes.running import FakeCluster, WorkloadKind, running_cluster
 from tests.fakes.running import HOST
 
@@ -91,17 +91,16 @@ async def test_what_the_server_refuses() -> None:
             await scale.read(WEB)
 
 
-@pytest.mark.parametrize(
-    "settings, workload",
-    [
-        ({"service": "web"}, None),
-        ({"service": "web", "workload": "deployment/web"}, Workload("deployment", "web", "own")),
-        (
-            {"service": "web", "workload": "leaderworkerset/big", "namespace": "models"},
-            Workload("leaderworkerset", "big", "models"),
-        ),
-    ],
-)
-def test_the_workload_of_an_entry(settings: dict[str, Any], workload: Workload | None) -> None:
-    """The gateway's own namespace, where none is named."""
-    assert workload_of(KubernetesSettings(**settings), "own") == workload
+def test_the_workloads_of_a_configuration() -> None:
+    """By variant; an entry without a namespace is in the gateway's own."""
+    entries = [
+        {"variant": "lo", "url": "http://127.0.0.1:9"},
+        {"variant": "lo", "kubernetes": {"service": "web"}},
+        {"variant": "lo", "kubernetes": {"service": "web-a", "workload": "deployment/web-a"}},
+        {"variant": "lo", "kubernetes": {"service": "web-b", "workload": "deployment/web-b"}},
+        {"variant": "hi", "kubernetes": {"service": "big", "workload": "leaderworkerset/big", "namespace": "models"}},
+    ]
+    assert workloads_of(map(ReplicaSettings.model_validate, entries), "own") == {
+        "lo": (Workload("deployment", "web-a", "own"), Workload("deployment", "web-b", "own")),
+        "hi": (Workload("leaderworkerset", "big", "models"),),
+    }
