@@ -124,17 +124,14 @@ async def gateway(
         rollouts = await enter(rollout_routing(deployment, registry, live_config, dispatcher, metrics))
         recorded, arms = rollouts.recorded, rollouts.arms
         router = router_for(settings, addresses.client, live_config, registry, proxy, quota, observers, arms)
-        admin = await enter(
-            admin_port(deployment, registry, live_config, observed, routed, rollouts, router, place, discovery)
-        )
+        admin = await enter(admin_port(registry, live_config, observed, routed, rollouts, router, place, discovery))
         admin_hosts = allowed_hosts(addresses.admin, settings.allowed_hosts)
         await enter(listen(with_auth(admin.app, settings.admin_key, admin_hosts), taken.admin))
         if observed.usage is not None:  # once more before the admin port closes, which may take too long
             stack.push_async_callback(observed.usage.flush)
         server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)
         metrics.registry.register(ConnectionCollector(server))
-        if discovery is not None:
-            metrics.registry.register(DiscoveryCollector(lambda: discovery.statuses))
+        metrics.registry.register(DiscoveryCollector(lambda: discovery.statuses if discovery else ()))
         await enter(serve_clients(server, taken.client, settings.drain_seconds))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:

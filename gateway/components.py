@@ -199,7 +199,6 @@ class AdminPort:
 
 @asynccontextmanager
 async def admin_port(
-    deployment: Deployment,
     registry: Registry,
     live_config: LiveConfig,
     observed: Observability,
@@ -215,7 +214,7 @@ async def admin_port(
     async with (
         TrafficHistory(observed.metrics) as traffic,
         RolloutAdministration(
-            deployment.state, lambda: recorded.deployment, lambda: recorded.snapshot, registry
+            recorded.deployment.state, lambda: recorded.deployment, lambda: recorded.snapshot, registry
         ) as administration,
     ):
         status = StatusSource(
