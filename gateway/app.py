@@ -19,7 +19,7 @@ from gateway.http.hosts import allowed_hosts
 from gateway.http.listener import address_of, bind, listen
 from gateway.http.server import HttpServer, serve_clients
 from gateway.live_config import LiveConfig
-from gateway.observability.metrics import Metrics
+from gateway.observability.metrics import DiscoveryCollector, Metrics
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.external_models import external_model_replicas
 from gateway.quota import Quota
@@ -27,9 +27,10 @@ from gateway.reload import ConfigReload, FollowerReload, SupervisedReload
 from gateway.rollout.recorded import RecordedAliases, live_config_of, log_notices
 from gateway.status.traffic import TrafficHistory
 from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
-from serving.app import followed_replicas, local_replicas, sole_owner
+from serving.app import discovered_replicas, followed_replicas, local_replicas, sole_owner
 from serving.command import Machine
 from serving.control import Controlled, ControlSocket
+from serving.kubernetes.discovery import Discovery
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.reload import Reload
@@ -105,10 +106,11 @@ async def gateway(
     taken: ListenSockets,
     place: WorkerIndex = SINGLE_WORKER,
     access_log_stream: BinaryIO | None = None,
+    discovery: Discovery | None = None,
 ) -> AsyncIterator[Gateway]:
     """Serve clients and operators; when the block ends, running requests finish first.
 
-    The access log is written to `access_log_stream`, by default to stderr.
+    The access log is written to `access_log_stream`, by default to stderr. `discovery` is shown to operators.
     """
     settings = deployment.settings.gateway
     live_config, quota = live_config_for(deployment), Quota(place.share)
@@ -122,13 +124,14 @@ async def gateway(
         rollouts = await enter(rollout_routing(deployment, registry, live_config, dispatcher, metrics))
         recorded, arms = rollouts.recorded, rollouts.arms
         router = router_for(settings, addresses.client, live_config, registry, proxy, quota, observers, arms)
-        admin = await enter(admin_port(deployment, registry, live_config, observed, routed, rollouts, router, place))
+        admin = await enter(admin_port(registry, live_config, observed, routed, rollouts, router, place, discovery))
         admin_hosts = allowed_hosts(addresses.admin, settings.allowed_hosts)
         await enter(listen(with_auth(admin.app, settings.admin_key, admin_hosts), taken.admin))
         if observed.usage is not None:  # once more before the admin port closes, which may take too long
             stack.push_async_callback(observed.usage.flush)
         server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)
         metrics.registry.register(ConnectionCollector(server))
+        metrics.registry.register(DiscoveryCollector(lambda: discovery.statuses if discovery else ()))
         await enter(serve_clients(server, taken.client, settings.drain_seconds))
         log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
         try:
@@ -147,7 +150,7 @@ def live_config_for(deployment: Deployment) -> LiveConfig:
 async def gateway_alone(
     deployment: Deployment, path: Path | None = None, place: WorkerIndex = SINGLE_WORKER, home: Path | None = None
 ) -> AsyncIterator[Addresses]:
-    """Serve replicas that run elsewhere: those with a `url` in the configuration, and those in the state database.
+    """Serve replicas that run elsewhere: those with a `url` or `kubernetes`, and those in the state database.
 
     With a path, changes of that file are applied; with a home, the commands of `serving.control_cli` reach us there.
     """
@@ -160,14 +163,20 @@ async def gateway_alone(
             Probe() as probe,
             Watch(wanted.external, registry, probe, goldens(deployment.variants)) as watch,
             followed_replicas(wanted, registry, probe) as follower,
-            gateway(deployment, registry, taken, place) as served,
+            discovered_replicas(wanted, registry, probe) as discovery,
+            gateway(deployment, registry, taken, place, discovery=discovery) as served,
             following(
                 path,
                 started,
                 registry,
                 served,
                 FollowerReload(
-                    watch, follower, registry, served.live_config, external_models=served.available_external
+                    watch,
+                    follower,
+                    registry,
+                    served.live_config,
+                    external_models=served.available_external,
+                    discovery=discovery,
                 ),
             ) as reload,
         ):
@@ -196,8 +205,9 @@ async def everything(
             ControlSocket(home, controlled("up" if path else "demo", path, registry, taken)) as control,
             local_replicas(wanted, machine, registry, probe, home, owner) as own,
             Watch(wanted.external, registry, probe, goldens(deployment.variants)) as watch,
-            gateway(deployment, registry, taken, access_log_stream=access_log_stream) as served,
-            following(path, deployment, registry, served, SupervisedReload(watch, own)) as reload,
+            discovered_replicas(wanted, registry, probe) as discovery,
+            gateway(deployment, registry, taken, access_log_stream=access_log_stream, discovery=discovery) as served,
+            following(path, deployment, registry, served, SupervisedReload(watch, own, discovery)) as reload,
         ):
             control.restart = own.restart
             if reload is not None:

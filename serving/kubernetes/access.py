@@ -1,7 +1,7 @@
 """Where the API server of a Kubernetes cluster is, and how to prove who we are."""
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,18 @@ def cluster_access(
         raise OptionError((*OPTION, "server"), what, "set it, with ca and token_file")
     server = f"https://{f'[{host}]' if ':' in host else host}:{environment.get(PORT) or 443}"
     return ClusterAccess(server, ca or mounted / "ca.crt", token_file or mounted / "token", namespace)
+
+
+def access_problems(settings: ClusterSettings, folder: Path) -> Iterator[OptionError]:
+    """Yield the configured files that can't be used."""
+    if settings.ca is not None:
+        try:
+            ClusterAccess("", folder / settings.ca).context()
+        except OptionError as error:
+            yield error
+    if settings.token_file is not None and not _content(folder / settings.token_file):
+        what = f"{folder / settings.token_file} is empty or can't be read"
+        yield OptionError((*OPTION, "token_file"), what, "name a file with a bearer token")
 
 
 def _content(file: Path) -> str:

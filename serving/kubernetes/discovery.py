@@ -121,7 +121,7 @@ class Discovery:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop following; the entries of the registry stay as they are."""
-        tasks = [each.task for each in (*self._entries.values(), *self._removals.values())]
+        tasks = [entry.task for entry in self._entries.values()] + [each.task for each in self._removals.values()]
         self._entries.clear()
         for task in tasks:
             task.cancel()

@@ -53,6 +53,8 @@ REASONS: tuple[tuple[type[KubernetesError], str], ...] = (
     (ApiThrottled, "throttled"),
 )
 
+ERROR_REASONS = tuple(reason for _, reason in REASONS)
+
 
 @dataclass(frozen=True, slots=True)
 class Outage:
