@@ -18,7 +18,6 @@ import msgspec
 
 from config.schema import ReplicaSettings
 from gateway.rollout.machine import Refused
-from gateway.rollout.plan import RolloutPlan
 from gateway.rollout.record import read_plan
 from gateway.rollout.revision import read_revision
 from gateway.rollout.scaling import (
@@ -37,7 +36,8 @@ from gateway.rollout.scaling import (
 from serving.errors import ApiConflict, ApiServerAway, ApiThrottled, KubernetesError, StateAway
 from serving.kubernetes.access import ClusterAccess
 from serving.kubernetes.api import KubernetesApi
-from serving.kubernetes.scale import Workload, Workloads, WorkloadScale, workloads_of
+from serving.kubernetes.scale import WorkloadScale
+from serving.kubernetes.workloads import Workload, Workloads, workloads_of
 from serving.state.link import Link
 from serving.state.rollout_records import LogEntry, RolloutSnapshot
 from serving.state.rollouts import RolloutDatabase
@@ -49,6 +49,8 @@ FOLLOW_SECONDS = 1.0
 RETRY_SECONDS = 5.0
 # Longer than a request to the API server may take. No alias has such a name.
 LEASE_SECONDS, LEASE = 15.0, "@workloads"
+# A step ends before the lease does, so that no two processes work at a time.
+STEP_SECONDS = 12.0
 # Other writers of a workload, such as its controller, may be faster so often.
 ATTEMPTS = 5
 
@@ -111,11 +113,10 @@ class Scaler:
                 if step.key not in self._done and not await self._carry_out(step):
                     return
 
-    async def problems(self, plan: RolloutPlan) -> tuple[str, ...]:
-        """Return why the workloads of a rollout cannot be scaled; waits while the API server is away."""
-        changed = [*((plan.new,) if plan.added else ()), *((plan.old,) if plan.replaced else ())]
+    async def problems(self, variants: Iterable[str]) -> tuple[str, ...]:
+        """Return why the workloads of variants cannot be scaled; waits while the API server is away."""
         by_variant = await self._workloads()
-        workloads = [workload for variant in changed for workload in by_variant.get(variant, ())]
+        workloads = [workload for variant in variants for workload in by_variant.get(variant, ())]
         return tuple([problem for workload in workloads if (problem := await self._problem(workload))])
 
     async def _follow_regularly(self) -> None:
@@ -145,24 +146,26 @@ class Scaler:
                 if not await self._leased():
                     return False
                 with suppress(ApiConflict):
-                    await self._scale_step(step, await self._read_log())
+                    async with asyncio.timeout(STEP_SECONDS):
+                        await self._scale_step(step)
                     return True
-        except (KubernetesError, Refused) as error:
+        except (KubernetesError, Refused, TimeoutError) as error:
             await self._fail(step, error)
-            return not isinstance(error, ApiServerAway | ApiThrottled)
+            return not isinstance(error, ApiServerAway | ApiThrottled | TimeoutError)
         return True
 
-    async def _scale_step(self, step: Step, history: ScalingLog) -> None:
-        if step.key in history.done:
-            self._done.add(step.key)
-            return
+    async def _scale_step(self, step: Step) -> None:
+        snapshot, history = await self.link.call(self._database.snapshot), await self._read_log()
+        if step.key in history.done or step not in steps_of(snapshot, await self._workloads(), self.in_use()):
+            return  # meanwhile another process has done it, or the rollout wants something else
         await self._cluster.check_manual(step.workload)
         seen = await self._cluster.read(step.workload)
         scaling = history.begun.get(step.key)
         if scaling is None:
             after = await self._replicas_after(step, seen.spec.replicas, history)
             scaling = Scaling.of(step, seen.spec.replicas, after)
-            await self._write(step, SCALING, _described(scaling), scaling)
+            if scaling.after != scaling.before:
+                await self._write(step, SCALING, _described(scaling), scaling)
         replicas = still_to_set(scaling, seen.spec.replicas)
         if replicas != seen.spec.replicas:
             await self._cluster.write(step.workload, seen, replicas)
@@ -201,8 +204,9 @@ class Scaler:
         if self._failed.get(step.key) is type(error):
             return
         self._failed[step.key] = type(error)
-        log.warning("%s is not scaled for %s: %s", step.workload, step.demand.rollout, error)
-        await self._write(step, SCALE_FAILED, str(error), None)
+        why = str(error) or f"{step.workload} could not be scaled within {STEP_SECONDS:g} s"
+        log.warning("%s is not scaled for %s: %s", step.workload, step.demand.rollout, why)
+        await self._write(step, SCALE_FAILED, why, None)
 
     async def _leased(self) -> bool:
         now = self.wall_clock()

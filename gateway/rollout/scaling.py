@@ -21,7 +21,7 @@ from typing import Self
 
 import msgspec
 
-from serving.kubernetes.scale import Workload
+from serving.kubernetes.workloads import Workload
 from serving.state.rollout_records import Demand, LogEntry, RolloutSnapshot
 
 # Rollout, variant, whether it is to run, namespace and workload.

@@ -4,16 +4,16 @@ https://kubernetes.io/docs/tasks/run-application/horizontal-pod-autoscale/ and t
 describe what is used here. A change carries the version that was read, so that two writers do not overwrite each other.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
-from config.schema import ReplicaSettings
 from serving.errors import WorkloadAutoscaled
 from serving.kubernetes.api import KubernetesApi, Resource
+from serving.kubernetes.workloads import Workload
 
 # Group, version, plural and kind of what a rollout can scale, by its name in the configuration.
 KINDS: Mapping[str, tuple[str, str, str, str]] = MappingProxyType(
@@ -23,39 +23,6 @@ KINDS: Mapping[str, tuple[str, str, str, str]] = MappingProxyType(
     }
 )
 KEDA_LABEL = "scaledobject.keda.sh/name"
-
-
-@dataclass(frozen=True, slots=True)
-class Workload:
-    """A Deployment or LeaderWorkerSet; `kind` is `deployment` or `leaderworkerset`."""
-
-    kind: str
-    name: str
-    namespace: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}/{self.name}"
-
-    @property
-    def resource(self) -> Resource:
-        """Where objects of this kind are."""
-        group, version, plural, _ = KINDS[self.kind]
-        return Resource(group, version, plural, self.namespace)
-
-
-Workloads = Mapping[str, tuple[Workload, ...]]  # by variant
-
-
-def workloads_of(replicas: Iterable[ReplicaSettings], namespace: str) -> Workloads:
-    """Return the workloads that a configuration names; `namespace` is used where an entry names none."""
-    found: dict[str, tuple[Workload, ...]] = {}
-    for entry in replicas:
-        pods = entry.kubernetes
-        if pods is not None and pods.workload is not None:
-            kind, _, name = pods.workload.partition("/")
-            workload = Workload(kind, name, pods.namespace or namespace)
-            found[entry.variant] = (*found.get(entry.variant, ()), workload)
-    return found
 
 
 class _Metadata(msgspec.Struct, frozen=True, rename="camel"):
@@ -99,7 +66,7 @@ class WorkloadScale:
 
     async def read(self, workload: Workload) -> Scale:
         """Return the number of replicas now; ApiNotFound if there is no such workload."""
-        return await self.api.get(workload.resource, workload.name, Scale, "scale")
+        return await self.api.get(_resource(workload), workload.name, Scale, "scale")
 
     async def write(self, workload: Workload, seen: Scale, replicas: int) -> Scale:
         """Change the number of replicas; ApiConflict if the workload has changed since `seen` was read."""
@@ -107,7 +74,7 @@ class WorkloadScale:
             "metadata": {"resourceVersion": seen.metadata.resource_version},
             "spec": {"replicas": replicas},
         }
-        return await self.api.patch(workload.resource, workload.name, Scale, body, "scale")
+        return await self.api.patch(_resource(workload), workload.name, Scale, body, "scale")
 
     async def check_manual(self, workload: Workload) -> None:
         """Raise WorkloadAutoscaled if a HorizontalPodAutoscaler scales the workload: both would change the number."""
@@ -115,6 +82,11 @@ class WorkloadScale:
         for autoscaler in (await self.api.list(resource, _Autoscaler)).items:
             if _targets(autoscaler.spec.scale_target_ref, workload):
                 raise WorkloadAutoscaled(_autoscaled(autoscaler, workload))
+
+
+def _resource(workload: Workload) -> Resource:
+    group, version, plural, _ = KINDS[workload.kind]
+    return Resource(group, version, plural, workload.namespace)
 
 
 def _targets(target: _Target, workload: Workload) -> bool:

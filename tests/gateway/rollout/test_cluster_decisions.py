@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from gateway.rollout.record import changed_variants
 from gateway.rollout.scaling import (
     SCALED,
     SCALING,
@@ -15,8 +16,9 @@ from gateway.rollout.scaling import (
     steps_of,
     still_to_set,
 )
-from serving.kubernetes.scale import Workload
+from serving.kubernetes.workloads import Workload
 from serving.state.rollout_records import EMPTY, Demand, LogEntry, RolloutRecord, RolloutSnapshot
+from tests.gateway.rollout.plans import plan
 
 NEW, OLD = Workload("deployment", "new", "default"), Workload("deployment", "old", "default")
 UP, BACK, AWAY = (
@@ -106,6 +108,21 @@ def test_what_is_still_to_be_set(scaling: Scaling, now: int, replicas: int) -> N
 def test_which_demands_are_carried_out(found: RolloutSnapshot, in_use: frozenset[str], steps: tuple[Step, ...]) -> None:
     """Those to run while their rollout is active; those to stop unless an alias uses the variant."""
     assert steps_of(found, {"new": (NEW,), "old": (OLD,)}, in_use) == steps
+
+
+@pytest.mark.parametrize(
+    "ladder, in_use, variants",
+    [
+        (("old", "low"), frozenset(), ("new", "old")),
+        (("old", "low"), frozenset({"old"}), ("new",)),
+        (("old", "new"), frozenset(), ("old",)),
+    ],
+)
+def test_whose_replicas_a_rollout_changes(
+    ladder: tuple[str, ...], in_use: frozenset[str], variants: tuple[str, ...]
+) -> None:
+    """The new variant's, if it is new to the ladder; the old one's, unless another alias uses that."""
+    assert changed_variants(plan(ladder), in_use) == variants
 
 
 def test_several_workloads_share() -> None:

@@ -10,7 +10,8 @@ from config.schema import ReplicaSettings
 from serving.errors import ApiConflict, ApiForbidden, ApiNotFound, ApiServerAway, WorkloadAutoscaled
 from serving.kubernetes.access import ClusterAccess
 from serving.kubernetes.api import KubernetesApi
-from serving.kubernetes.scale import Workload, WorkloadScale, workloads_of
+from serving.kubernetes.scale import WorkloadScale
+from serving.kubernetes.workloads import Workload, workloads_of
 from tests.fakes.kubernetes.running import FakeCluster, WorkloadKind, running_cluster
 from tests.fakes.running import HOST
 
