@@ -23,8 +23,11 @@ from config.field_types import (
     Entries,
     ExternalModelName,
     FileName,
+    LabelSelector,
     Measure,
     Name,
+    Namespace,
+    ObjectName,
     Origin,
     Positive,
     ProviderUrl,
@@ -32,9 +35,11 @@ from config.field_types import (
     ReplicaUrl,
     Seconds,
     Servers,
+    ServicePort,
     Share,
     SizeBytes,
     ToolCalling,
+    Workload,
 )
 from config.lora import lora_variant
 from config.vllm import KvCacheDtype
@@ -97,6 +102,17 @@ class TlsSettings(Table):
     key_file: FileName | None = None
 
 
+class ClusterSettings(Table):
+    """Access to the API server of a Kubernetes cluster; an omitted option is that of the pod that the gateway runs in.
+
+    `server` is a URL, `ca` a PEM file with its CA, `token_file` has the bearer token, and may be replaced at any time.
+    """
+
+    server: Annotated[str, Field(pattern=ENDPOINT_PATTERN)] | None = None
+    ca: FileName | None = None
+    token_file: FileName | None = None
+
+
 class GatewaySettings(Table):
     """Settings of the gateway process."""
 
@@ -111,6 +127,7 @@ class GatewaySettings(Table):
     media_domains: tuple[Domain, ...] = ()
     access_log: Literal["plain", "json", "off"] = "plain"
     tracing: TracingSettings | None = None
+    kubernetes: ClusterSettings = ClusterSettings()
     per_key_metrics: bool = False
     usage_days: Annotated[int, Field(ge=0, le=3660)] = 400
     limits: LimitSettings = LimitSettings()
@@ -178,11 +195,31 @@ class VariantSettings(Table):
     max_in_flight: Positive = 64
 
 
+class KubernetesSettings(Table):
+    """The pods behind a Service: those of its EndpointSlices, which `service` names or `selector` selects by label.
+
+    `namespace` is by default the gateway's own, `port` (number or name) the only one that a slice has. `workload` is
+    what a rollout scales: `deployment/NAME` or `leaderworkerset/NAME`.
+    """
+
+    service: ObjectName | None = None
+    selector: LabelSelector | None = None
+    namespace: Namespace | None = None
+    port: ServicePort | None = None
+    workload: Workload | None = None
+
+    @property
+    def label_selector(self) -> str:
+        """The labels of the EndpointSlices: Kubernetes gives them the name of their Service."""
+        return self.selector or f"kubernetes.io/service-name={self.service}"
+
+
 class ReplicaSettings(Table):
-    """Servers of one variant: an external one (`url`), or `count` servers that quantgate starts."""
+    """Servers of one variant: an external one (`url`), pods (`kubernetes`), or `count` that quantgate starts."""
 
     variant: Name
     url: ReplicaUrl | None = None
+    kubernetes: KubernetesSettings | None = None
     api_key: SecretStr | None = None
     ca: FileName | None = None
     certificate: FileName | None = None
@@ -209,6 +246,11 @@ class ReplicaSettings(Table):
     hang_seconds: Seconds = 120.0
     tool_calling: ToolCalling = "auto"
     args: tuple[str, ...] = ()
+
+    @property
+    def supervised(self) -> bool:
+        """Whether quantgate starts these servers."""
+        return self.url is None and self.kubernetes is None
 
     @property
     def ranks(self) -> int:

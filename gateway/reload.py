@@ -15,15 +15,16 @@ from gateway.keys import read_keys
 from gateway.live_config import LiveConfig, nothing_remains, unserved_aliases
 from gateway.routing.target import Catalog
 from serving.app import LocalReplicas
+from serving.kubernetes.discovery import Discovery
 from serving.registry import Registry
-from serving.replica import CONFIGURATION, EXTERNAL_MODELS, SUPERVISOR, State, own_keys
+from serving.replica import CONFIGURATION, EXTERNAL_MODELS, KUBERNETES, SUPERVISOR, State, own_keys
 from serving.state.follower import Follower
 from serving.watch import Watch
 
 log = logging.getLogger(__name__)
 
 # Sources of replicas that the configuration decides on.
-LOCAL = (SUPERVISOR, CONFIGURATION, EXTERNAL_MODELS)
+LOCAL = (SUPERVISOR, CONFIGURATION, KUBERNETES, EXTERNAL_MODELS)
 
 # As long as a replica may take to start.
 WAIT_SECONDS = 900.0
@@ -104,18 +105,21 @@ def no_external_models(_: Deployment) -> Collection[str]:
 
 @dataclass(frozen=True, slots=True)
 class SupervisedReload:
-    """Reload where this process runs the replicas, beside external ones (`url`)."""
+    """Reload where this process runs the replicas, beside external ones (`url`, `kubernetes`)."""
 
     watch: Watch
     own: LocalReplicas
+    discovery: Discovery
 
     async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """Start new replicas, call `swap` when they are ready, then stop the old ones."""
-        external = deployment.wanted.external
+        external, pods = deployment.wanted.external, deployment.wanted.pods
+        await self.discovery.add(pods, goldens(deployment.variants))
         self.watch.goldens = goldens(deployment.variants)
         self.watch.add(external)
         await self.own.update(deployment.wanted, swap)
         self.watch.keep_only(external)
+        self.discovery.keep_only(pods)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +135,13 @@ class FollowerReload:
     live_config: LiveConfig
     wait_seconds: float = WAIT_SECONDS
     external_models: Callable[[Deployment], Collection[str]] = no_external_models
+    discovery: Discovery | None = None
 
     async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """Call `swap` as soon as no alias would lose its last ready replica, or after `wait_seconds`."""
-        external = deployment.wanted.external
+        external, pods = deployment.wanted.external, deployment.wanted.pods
+        if self.discovery is not None:
+            await self.discovery.add(pods, goldens(deployment.variants))
         self.watch.goldens = goldens(deployment.variants)
         self.watch.add(external)
         if self.follower is not None:
@@ -146,6 +153,8 @@ class FollowerReload:
         if self.follower is not None:
             self.follower.admit(frozenset(deployment.variants), own_keys(deployment.settings.replicas))
         self.watch.keep_only(external)
+        if self.discovery is not None:
+            self.discovery.keep_only(pods)
 
     async def _wait_until_served(self, before: Catalog, after: Catalog, external: frozenset[str]) -> None:
         try:

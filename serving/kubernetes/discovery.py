@@ -1,0 +1,266 @@
+"""Keeps the registry's replicas as the EndpointSlices of Kubernetes list them.
+
+What a pod's entry in the registry is, by what Kubernetes says of it:
+
+=====================  ==========================================================================================
+pod                    replica
+=====================  ==========================================================================================
+ready                  polled and verified like one with a `url` (serving/watch.py): starting, ready or failed
+not ready              starting, without polls
+terminating            draining
+gone                   as before for `removal_seconds`, in case another slice lists it; then draining until it is
+                       idle, then removed
+=====================  ==========================================================================================
+
+While the API server is away nothing changes. A list without any pod, where some were ready, is not believed before the
+polls of those pods have failed.
+"""
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from config.golden import GoldenAnswer
+from serving.errors import ReplicaConflict
+from serving.kubernetes.access import ClusterAccess
+from serving.kubernetes.api import KubernetesApi, Resource
+from serving.kubernetes.endpoints import (
+    PodEndpoint,
+    Slices,
+    Standing,
+    difference,
+    is_doubtful,
+    pod_endpoints,
+    port_problem,
+)
+from serving.kubernetes.reflector import Counts, Outage, Reflector
+from serving.kubernetes.sources import PodSource
+from serving.probe import Probe
+from serving.registry import Registry
+from serving.replica import KUBERNETES, State
+from serving.watch import Watch
+
+log = logging.getLogger(__name__)
+
+# A controller that puts endpoints into other slices may delete the old ones first.
+REMOVAL_SECONDS = 1.0
+# A pod that is gone has ended its connections; an entry that is not idle by then is removed all the same.
+IDLE_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class SourceStatus:
+    """What is known of one entry: whether its slices can be read, what was seen, and its pods by standing.
+
+    `problem` is why some pods can't be used; `doubted` is whether the last list is not believed.
+    """
+
+    source: PodSource
+    outage: Outage | None
+    counts: Counts
+    pods: Counter[Standing]
+    problem: str | None
+    doubted: bool
+
+
+@dataclass(slots=True)
+class _Entry:
+    """An entry of the configuration while its slices are followed."""
+
+    source: PodSource
+    reflector: Reflector
+    task: asyncio.Task[None]
+    slices: Slices = field(default_factory=dict)
+    pods: Mapping[str, PodEndpoint] = field(default_factory=dict)
+    problem: str | None = None
+    doubted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Removal:
+    """A pod that is gone, and the task that removes its replica."""
+
+    pod: PodEndpoint
+    task: asyncio.Task[None]
+
+
+@dataclass(slots=True)
+class Discovery:
+    """Follows the pods of `PodSource`s while the `async with` block runs; it owns their entries in the registry.
+
+    `access` is called when there is a first source; OptionError if there is no access to a cluster.
+    """
+
+    registry: Registry
+    probe: Probe
+    access: Callable[[], ClusterAccess]
+    every_seconds: float = 1.0
+    removal_seconds: float = REMOVAL_SECONDS
+    _watch: Watch = field(init=False)
+    _api: KubernetesApi | None = None
+    _entries: dict[tuple[str | None, str], _Entry] = field(default_factory=dict)
+    _removals: dict[str, _Removal] = field(default_factory=dict)
+    _conflicts: set[str] = field(default_factory=set)
+    _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+
+    def __post_init__(self) -> None:
+        self._watch = Watch((), self.registry, self.probe, every_seconds=self.every_seconds, owner=KUBERNETES)
+
+    async def __aenter__(self) -> Self:
+        """Follow nothing yet; see `add`."""
+        await self._stack.enter_async_context(self._watch)
+        self._stack.enter_context(self.registry.observed(self._confirm_removals))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop following; the entries of the registry stay as they are."""
+        tasks = [entry.task for entry in self._entries.values()] + [each.task for each in self._removals.values()]
+        self._entries.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._stack.aclose()
+
+    @property
+    def statuses(self) -> tuple[SourceStatus, ...]:
+        """What is known of each entry."""
+        return tuple(_status(entry) for entry in self._entries.values())
+
+    async def add(self, sources: tuple[PodSource, ...], goldens: Mapping[str, GoldenAnswer]) -> None:
+        """Follow sources that are new, and verify the pods of changed ones again.
+
+        OptionError: there is no access to a cluster, and nothing has changed.
+        """
+        if sources and self._api is None:
+            self._api = await self._stack.enter_async_context(KubernetesApi(self.access()))
+        self._watch.goldens = goldens
+        for source in sources:
+            entry = self._entries.get(source.key)
+            if entry is None:
+                self._follow(source)
+            elif entry.source != source:
+                self._change(entry, source)
+
+    def keep_only(self, sources: tuple[PodSource, ...]) -> None:
+        """Stop following all others; their pods drain."""
+        wanted = {source.key for source in sources}
+        for key in self._entries.keys() - wanted:
+            entry = self._entries.pop(key)
+            entry.task.cancel()
+            for pod in entry.pods.values():
+                self._begin_removal(entry.source, pod, grace_seconds=0.0)
+
+    def away(self) -> str | None:
+        """Return why the API server can't be read, and since when; None if all slices can be."""
+        outages = [entry.reflector.outage for entry in self._entries.values() if entry.reflector.outage]
+        return str(min(outages, key=lambda each: each.since_at)) if outages else None
+
+    def _follow(self, source: PodSource) -> None:
+        assert self._api is not None
+        namespace = source.namespace or self._api.access.namespace
+        resource = Resource("discovery.k8s.io", "v1", "endpointslices", namespace)
+
+        def on_slices(slices: Slices, from_list: bool) -> None:
+            self._take(entry, slices, from_list=from_list)
+
+        reflector = Reflector(self._api, resource, source.selector, on_slices)
+        task = asyncio.create_task(reflector.run(), name=f"follow {source.selector} in {namespace}")
+        entry = self._entries[source.key] = _Entry(source, reflector, task)
+
+    def _change(self, entry: _Entry, source: PodSource) -> None:
+        """Look at the same slices with another port, variant or other options."""
+        before, entry.pods, entry.source = entry.pods, {}, source
+        now = pod_endpoints(entry.slices, source.port, source.pod.variant)
+        self._update(entry, now)
+        for pod in before.values():
+            if pod.id not in now:
+                self._begin_removal(source, pod, grace_seconds=0.0)
+
+    def _take(self, entry: _Entry, slices: Slices, *, from_list: bool) -> None:
+        """Follow a new picture of the slices, unless it is a list that needs to be confirmed."""
+        source = entry.source
+        now = pod_endpoints(slices, source.port, source.pod.variant)
+        entry.slices, problem = slices, port_problem(slices, source.port)
+        if problem is not None and problem != entry.problem:
+            log.warning("pods of %s: %s", source.pod.variant, problem)
+        entry.problem = problem
+        entry.doubted = from_list and is_doubtful(entry.pods, now)
+        if entry.doubted:
+            log.warning(
+                "the list of EndpointSlices with %s is empty; %d pods stay until they do not answer any more",
+                source.selector,
+                len(entry.pods),
+            )
+        else:
+            self._update(entry, now)
+
+    def _update(self, entry: _Entry, now: Mapping[str, PodEndpoint]) -> None:
+        changes = difference(entry.pods, now)
+        for pod in changes.changed:
+            removal = self._removals.pop(pod.id, None)
+            if removal is not None:
+                removal.task.cancel()
+            before = removal.pod if removal else entry.pods.get(pod.id)
+            if before is not None and before.uid != pod.uid:
+                self._watch.remove(pod.id)  # another pod of the same name
+            self._put(entry.source, pod)
+        for pod in changes.gone:
+            self._begin_removal(entry.source, pod, self.removal_seconds if pod.standing == "ready" else 0.0)
+        entry.pods = now
+
+    def _put(self, source: PodSource, pod: PodEndpoint) -> None:
+        """Bring the registry's entry of a pod to what Kubernetes says; a pod that another source has is left to it."""
+        replica = source.replica(pod)
+        try:
+            if pod.standing == "ready":
+                self._watch.add((replica,))
+            elif pod.standing == "terminating":
+                self._watch.hold(replica, State.DRAINING, "its pod is terminating")
+            else:
+                self._watch.hold(replica, State.STARTING, "its pod is not ready")
+        except ReplicaConflict as conflict:
+            if pod.id not in self._conflicts:
+                log.warning("%s", conflict)
+            self._conflicts.add(pod.id)
+        else:
+            self._conflicts.discard(pod.id)
+
+    def _begin_removal(self, source: PodSource, pod: PodEndpoint, grace_seconds: float) -> None:
+        if pod.id in self._removals or pod.id in self._conflicts:
+            return
+        task = asyncio.create_task(self._remove(source, pod, grace_seconds), name=f"remove {pod.id}")
+        self._removals[pod.id] = _Removal(pod, task)
+
+    async def _remove(self, source: PodSource, pod: PodEndpoint, grace_seconds: float) -> None:
+        await asyncio.sleep(grace_seconds)
+        self._watch.hold(source.replica(pod), State.DRAINING, "its pod is gone")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(IDLE_SECONDS):
+                await self.registry.idle(pod.id)
+        self._watch.remove(pod.id)
+        del self._removals[pod.id]
+
+    def _confirm_removals(self) -> None:
+        """Remove the pods that an empty list lacks as they stop to answer; the list is believed when none is left."""
+        doubted = [entry for entry in self._entries.values() if entry.doubted]
+        if not doubted:
+            return
+        failed = {each.replica.id for each in self.registry.snapshot() if each.state is State.FAILED}
+        for entry in doubted:
+            remaining = {replica_id: pod for replica_id, pod in entry.pods.items() if replica_id not in failed}
+            entry.doubted = is_doubtful(remaining, {})
+            self._update(entry, remaining if entry.doubted else {})
+
+
+def _status(entry: _Entry) -> SourceStatus:
+    pods = Counter(pod.standing for pod in entry.pods.values())
+    return SourceStatus(
+        entry.source, entry.reflector.outage, entry.reflector.counts, pods, entry.problem, entry.doubted
+    )
