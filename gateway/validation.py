@@ -127,9 +127,7 @@ def _cluster_warnings(file: LoadedFile[Settings], deployment: Deployment) -> Ite
     try:
         _ = deployment.wanted.cluster
     except OptionError as error:
-        yield file.problem(
-            ("gateway",), f"kubernetes.server {error.what}", f"run the gateway in a pod, or {error.hint}"
-        )
+        yield file.problem(error.location, error.what, f"run the gateway in a pod, or {error.hint}")
 
 
 def _addresses(file: LoadedFile[Settings]) -> list[Problem]:

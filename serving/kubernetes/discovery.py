@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Self
 
 from config.golden import GoldenAnswer
+from serving.backoff import Backoff
 from serving.errors import ReplicaConflict
 from serving.kubernetes.access import ClusterAccess
 from serving.kubernetes.api import KubernetesApi, Resource
@@ -38,7 +39,7 @@ from serving.kubernetes.endpoints import (
     pod_endpoints,
     port_problem,
 )
-from serving.kubernetes.reflector import Counts, Outage, Reflector
+from serving.kubernetes.reflector import PAUSES, Counts, Outage, Reflector
 from serving.kubernetes.sources import PodSource
 from serving.probe import Probe
 from serving.registry import Registry
@@ -101,6 +102,7 @@ class Discovery:
     access: Callable[[], ClusterAccess]
     every_seconds: float = 1.0
     removal_seconds: float = REMOVAL_SECONDS
+    pauses: Backoff = PAUSES
     _watch: Watch = field(init=False)
     _api: KubernetesApi | None = None
     _entries: dict[tuple[str | None, str], _Entry] = field(default_factory=dict)
@@ -170,7 +172,7 @@ class Discovery:
         def on_slices(slices: Slices, from_list: bool) -> None:
             self._take(entry, slices, from_list=from_list)
 
-        reflector = Reflector(self._api, resource, source.selector, on_slices)
+        reflector = Reflector(self._api, resource, source.selector, on_slices, self.pauses)
         task = asyncio.create_task(reflector.run(), name=f"follow {source.selector} in {namespace}")
         entry = self._entries[source.key] = _Entry(source, reflector, task)
 
