@@ -29,7 +29,7 @@ from config.golden import GoldenAnswer
 from serving.backoff import Backoff
 from serving.errors import ReplicaConflict
 from serving.kubernetes.access import ClusterAccess
-from serving.kubernetes.api import KubernetesApi, Resource
+from serving.kubernetes.api import KubernetesApi
 from serving.kubernetes.endpoints import (
     PodEndpoint,
     Slices,
@@ -40,7 +40,7 @@ from serving.kubernetes.endpoints import (
     port_problem,
 )
 from serving.kubernetes.reflector import PAUSES, Counts, Outage, Reflector
-from serving.kubernetes.sources import PodSource
+from serving.kubernetes.sources import PodSource, endpoint_slices
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import KUBERNETES, State
@@ -167,12 +167,11 @@ class Discovery:
     def _follow(self, source: PodSource) -> None:
         assert self._api is not None
         namespace = source.namespace or self._api.access.namespace
-        resource = Resource("discovery.k8s.io", "v1", "endpointslices", namespace)
 
         def on_slices(slices: Slices, from_list: bool) -> None:
             self._take(entry, slices, from_list=from_list)
 
-        reflector = Reflector(self._api, resource, source.selector, on_slices, self.pauses)
+        reflector = Reflector(self._api, endpoint_slices(namespace), source.selector, on_slices, self.pauses)
         task = asyncio.create_task(reflector.run(), name=f"follow {source.selector} in {namespace}")
         entry = self._entries[source.key] = _Entry(source, reflector, task)
 

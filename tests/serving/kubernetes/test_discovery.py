@@ -9,7 +9,7 @@ from config.golden import GoldenAnswer
 from serving.kubernetes.discovery import Discovery
 from serving.replica import Replica, State
 from tests.fakes.running import FakeReplica, eventually, running_fake
-from tests.serving.kubernetes.faults import FAULTS, Fault, compact, refuse
+from tests.serving.kubernetes.faults import compact, refuse
 from tests.serving.kubernetes.pods import SERVICE, Scene, addresses, discovering, pods, sources
 
 GOLDEN = GoldenAnswer((65, 66, 67), (-1.0, -1.0))  # the log-probabilities of the fake
@@ -99,25 +99,6 @@ async def caught_up(scene: Scene) -> None:
     before = counts.events["bookmark"]
     await scene.cluster.streams("bookmark")
     await eventually(lambda: counts.events["bookmark"] > before)
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-async def test_faults_of_the_api_server(fault: Fault) -> None:
-    """Pods that were found stay ready throughout; what has changed meanwhile is seen afterwards."""
-    async with pods(3) as (one, two, three), discovering() as scene:
-        await scene.cluster.add_workload(SERVICE, 2, addresses((one, two, three)))
-        await settled(scene, one, two)
-        await fault.begin(scene.cluster)
-        if fault.answers:
-            await scene.cluster.scale(SERVICE, 3)
-        if fault.end is not None:
-            await eventually(scene.discovery.away)
-            await fault.end(scene.cluster)
-        if not fault.answers:
-            await scene.cluster.scale(SERVICE, 3)
-        await settled(scene, one, two, three)
-        await eventually(lambda: scene.discovery.away() is None)
-        assert [*scene.states.values()] == [[State.STARTING, State.READY]] * 3
 
 
 async def test_pods_that_left_while_the_history_was_forgotten() -> None:
