@@ -61,7 +61,7 @@ def _pods(wanted: Wanted) -> Iterator[Finding]:
     if not wanted.pods:
         return
     try:
-        access = wanted.cluster
+        access = wanted.cluster_access()
     except OptionError:
         return  # one of the warnings
     for check in asyncio.run(check_sources(access, wanted.pods)):

@@ -12,8 +12,8 @@ gone                   as before for `removal_seconds`, in case another slice li
                        idle, then removed
 =====================  ==========================================================================================
 
-While the API server is away nothing changes. A list without any pod, where some were ready, is not believed before the
-polls of those pods have failed.
+While the API server is away nothing changes. A list without any pod, where some were ready, is not believed: those are
+`unlisted` until their polls fail, or they are listed again.
 """
 
 import asyncio
@@ -58,15 +58,15 @@ IDLE_SECONDS = 600.0
 class SourceStatus:
     """What is known of one entry: whether its slices can be read, what was seen, and its pods by standing.
 
-    `problem` is why some pods can't be used; `doubted` is whether the last list is not believed.
+    `unlisted` is the number of pods that stay although an empty list lacks them, `problem` why some can't be used.
     """
 
     source: PodSource
     outage: Outage | None
     counts: Counts
     pods: Counter[Standing]
+    unlisted: int
     problem: str | None
-    doubted: bool
 
 
 @dataclass(slots=True)
@@ -78,8 +78,8 @@ class _Entry:
     task: asyncio.Task[None]
     slices: Slices = field(default_factory=dict)
     pods: Mapping[str, PodEndpoint] = field(default_factory=dict)
+    unlisted: Mapping[str, PodEndpoint] = field(default_factory=dict)  # some of `pods`
     problem: str | None = None
-    doubted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Discovery:
     async def __aenter__(self) -> Self:
         """Follow nothing yet; see `add`."""
         await self._stack.enter_async_context(self._watch)
-        self._stack.enter_context(self.registry.observed(self._confirm_removals))
+        self._stack.enter_context(self.registry.observed(self._drop_unlisted))
         return self
 
     async def __aexit__(
@@ -178,29 +178,32 @@ class Discovery:
     def _change(self, entry: _Entry, source: PodSource) -> None:
         """Look at the same slices with another port, variant or other options."""
         before, entry.pods, entry.source = entry.pods, {}, source
-        now = pod_endpoints(entry.slices, source.port, source.pod.variant)
-        self._update(entry, now)
+        self._update(entry, {**entry.unlisted, **self._listed(entry)})
         for pod in before.values():
-            if pod.id not in now:
+            if pod.id not in entry.pods:
                 self._begin_removal(source, pod, grace_seconds=0.0)
 
     def _take(self, entry: _Entry, slices: Slices, *, from_list: bool) -> None:
-        """Follow a new picture of the slices, unless it is a list that needs to be confirmed."""
-        source = entry.source
-        now = pod_endpoints(slices, source.port, source.pod.variant)
-        entry.slices, problem = slices, port_problem(slices, source.port)
+        """Follow a new picture of the slices; an empty list is no reason to remove pods that answer."""
+        entry.slices = slices
+        now = self._listed(entry)
+        entry.unlisted = {replica_id: pod for replica_id, pod in entry.unlisted.items() if replica_id not in now}
+        if from_list and is_doubtful(entry.pods, now):
+            entry.unlisted = {replica_id: pod for replica_id, pod in entry.pods.items() if pod.standing == "ready"}
+            log.warning(
+                "the list of EndpointSlices with %s is empty; %d pods stay until they do not answer any more",
+                entry.source.selector,
+                len(entry.unlisted),
+            )
+        self._update(entry, {**entry.unlisted, **now})
+
+    def _listed(self, entry: _Entry) -> Mapping[str, PodEndpoint]:
+        """Return the pods of the slices; if the port of some is not clear, that is logged once."""
+        source, problem = entry.source, port_problem(entry.slices, entry.source.port)
         if problem is not None and problem != entry.problem:
             log.warning("pods of %s: %s", source.pod.variant, problem)
         entry.problem = problem
-        entry.doubted = from_list and is_doubtful(entry.pods, now)
-        if entry.doubted:
-            log.warning(
-                "the list of EndpointSlices with %s is empty; %d pods stay until they do not answer any more",
-                source.selector,
-                len(entry.pods),
-            )
-        else:
-            self._update(entry, now)
+        return pod_endpoints(entry.slices, source.port, source.pod.variant)
 
     def _update(self, entry: _Entry, now: Mapping[str, PodEndpoint]) -> None:
         changes = difference(entry.pods, now)
@@ -248,20 +251,18 @@ class Discovery:
         self._watch.remove(pod.id)
         del self._removals[pod.id]
 
-    def _confirm_removals(self) -> None:
-        """Remove the pods that an empty list lacks as they stop to answer; the list is believed when none is left."""
-        doubted = [entry for entry in self._entries.values() if entry.doubted]
+    def _drop_unlisted(self) -> None:
+        """Remove the pods that an empty list lacks as soon as they do not answer."""
+        doubted = [entry for entry in self._entries.values() if entry.unlisted]
         if not doubted:
             return
         failed = {each.replica.id for each in self.registry.snapshot() if each.state is State.FAILED}
         for entry in doubted:
-            remaining = {replica_id: pod for replica_id, pod in entry.pods.items() if replica_id not in failed}
-            entry.doubted = is_doubtful(remaining, {})
-            self._update(entry, remaining if entry.doubted else {})
+            entry.unlisted = {name: pod for name, pod in entry.unlisted.items() if name not in failed}
+            self._update(entry, {**entry.unlisted, **self._listed(entry)})
 
 
 def _status(entry: _Entry) -> SourceStatus:
-    pods = Counter(pod.standing for pod in entry.pods.values())
-    return SourceStatus(
-        entry.source, entry.reflector.outage, entry.reflector.counts, pods, entry.problem, entry.doubted
-    )
+    pods = Counter(pod.standing for name, pod in entry.pods.items() if name not in entry.unlisted)
+    reflector = entry.reflector
+    return SourceStatus(entry.source, reflector.outage, reflector.counts, pods, len(entry.unlisted), entry.problem)

@@ -115,23 +115,25 @@ async def test_pods_that_left_while_the_history_was_forgotten() -> None:
 
 
 async def test_an_api_server_that_lost_its_data() -> None:
-    """An empty list is not believed while the pods answer; those that do not are removed."""
-    async with pods(2) as (one, two), discovering() as scene:
+    """An empty list is not believed while the pods answer, also when others come; those that do not are removed."""
+    async with pods(3) as (one, two, three), discovering() as scene:
         await scene.cluster.add_workload(SERVICE, 2, addresses((one, two)))
         await settled(scene, one, two)
         await scene.cluster.kill()
         (scene.cluster.folder / "state").unlink()
         scene.cluster.workloads.clear()
         await scene.cluster.start()
-        await eventually(lambda: scene.discovery.statuses[0].doubted)
+        await eventually(lambda: scene.discovery.statuses[0].unlisted == 2)
         assert scene.ready() == {one.url, two.url}
         one.process.kill()
         await settled(scene, two)
         await eventually(lambda: len(scene.registry.snapshot()) == 1)
-        assert scene.discovery.statuses[0].doubted
+        assert scene.discovery.statuses[0].unlisted == 1
+        await scene.cluster.add_workload(SERVICE, 1, addresses((three,)))
+        await settled(scene, two, three)
         two.process.kill()
-        await eventually(lambda: not scene.registry.snapshot())
-        assert not scene.discovery.statuses[0].doubted
+        await settled(scene, three)
+        assert scene.discovery.statuses[0].unlisted == 0
 
 
 async def test_what_is_missing_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
