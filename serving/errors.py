@@ -25,7 +25,8 @@ ServingError
 │   ├── ApiNotFound       there is no such object, or no such resource (404)
 │   ├── ApiConflict       somebody else has changed the object (409); read it again
 │   ├── ApiExpired        it has forgotten the version that a watch or page continues from (410); list again
-│   └── ApiThrottled      too many requests (429); ask again later
+│   ├── ApiThrottled      too many requests (429); ask again later
+│   └── WorkloadAutoscaled  an autoscaler scales the workload; a rollout must not
 └── ReplicaConflict   two sources use the same replica id; the registry keeps the replica of the first
 """
 
@@ -140,3 +141,7 @@ class ApiThrottled(KubernetesError):
     def __init__(self, message: str, retry_after_seconds: float | None) -> None:
         self.retry_after_seconds = retry_after_seconds
         super().__init__(message)
+
+
+class WorkloadAutoscaled(KubernetesError):
+    """An autoscaler changes the number of replicas of a workload; the message names it and what to do."""

@@ -19,6 +19,7 @@ from gateway.rollout.follower import RolloutFollower
 from gateway.rollout.lottery import Lottery
 from gateway.rollout.metrics import RolloutCollector
 from gateway.rollout.revision import AliasRevision, in_force, revisions_of, splits
+from gateway.rollout.scaler import Scaler
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.target import Catalog
 from gateway.validation import notices
@@ -123,6 +124,11 @@ def live_config_of(deployment: Deployment) -> LiveConfig:
     return LiveConfig(catalog, deployment.keys, settings.limits, cors, frozenset(settings.media_domains))
 
 
+def ladder_variants(deployment: Deployment) -> frozenset[str]:
+    """The variants in the ladders of aliases."""
+    return frozenset(variant for alias in deployment.settings.aliases.values() for variant in alias.ladder)
+
+
 def log_notices(deployment: Deployment) -> None:
     """Log which aliases, rungs and variants have no effect."""
     for notice in notices(deployment):
@@ -179,6 +185,14 @@ async def followed_rollouts(
         yield None
         return
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    scaler = Scaler(
+        Link(StateDatabase.at(state, create=False)),
+        lambda: recorded.deployment.wanted.cluster,
+        lambda: recorded.deployment.settings.replicas,
+        lambda: recorded.snapshot,
+        lambda: ladder_variants(recorded.in_force),
+        worker,
+    )
     context = DriverContext(
         Link(StateDatabase.at(state, create=False)),
         registry,
@@ -187,12 +201,14 @@ async def followed_rollouts(
         lambda variant: sum(estimate.requests for estimate in recorded.cluster.estimates(variant)),
         worker,
         lambda alias, cause: metrics.rollout_rollbacks.labels(alias, cause).inc(),
+        workload_problems=scaler.problems,
     )
     link = Link(StateDatabase.at(state, create=False))
     async with (
         Probe() as probe,
         shadowed(recorded, ShadowScorer(registry, probe)),
         RolloutFollower(link, rollouts, recorded.record, worker) as follower,
+        scaler,
         Driver(context) as driver,
     ):
         metrics.registry.register(RolloutCollector(follower, driver))

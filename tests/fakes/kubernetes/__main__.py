@@ -7,7 +7,7 @@ With a state file, a process that is started again knows what the last one knew.
 | ----------------- | ----------------------------------------------------------------------------------------- |
 | `/fake/workloads` | a `workloads.Workload`, and `replicas`                                                    |
 | `/fake/reshuffle` | `kind`, `namespace`, `name`, `endpoints_per_slice`, `delete_first`, `duplicated`          |
-| `/fake/faults`    | `tokens`, `refusals`, `silent`, `silence_seconds`, `expire_by_event`; see `faults.Faults` |
+| `/fake/faults`    | `tokens`, `refusals`, `silent`, ...; see `faults.Faults`                                  |
 | `/fake/streams`   | `action`: what every open watch does now; see `watches`                                   |
 | `/fake/compact`   | nothing: the history is forgotten                                                         |
 """

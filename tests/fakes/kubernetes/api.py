@@ -73,7 +73,11 @@ class Api:
         elif verb == "create":
             await reply.send_json(201, self._create(target, json.loads(request.body)))
         else:
-            await reply.send_json(200, self._one(verb, target, request))
+            found = self._one(verb, target, request)
+            if verb in self._faults.lose_answers:
+                reply.drop()
+            else:
+                await reply.send_json(200, found)
 
     def _list(self, target: Target, query: Mapping[str, str]) -> Object:
         store = self._store

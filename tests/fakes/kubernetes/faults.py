@@ -34,6 +34,7 @@ class Faults:
 
     tokens: frozenset[str] = frozenset()  # any token is good if empty
     refusals: list[Refusal] = field(default_factory=list)
+    lose_answers: frozenset[str] = frozenset()  # verbs that are carried out without an answer
     expire_by_event: bool = False  # a watch from a forgotten version begins, and then says 410
     _speaking: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -46,6 +47,8 @@ class Faults:
             self.tokens = frozenset(asked["tokens"])
         if "refusals" in asked:
             self.refusals = [Refusal(**each) for each in asked["refusals"]]
+        if "lose_answers" in asked:
+            self.lose_answers = frozenset(asked["lose_answers"])
         if "expire_by_event" in asked:
             self.expire_by_event = asked["expire_by_event"]
         if "silent" in asked:
@@ -73,10 +76,11 @@ class Faults:
 
 
 def _failure(refusal: Refusal, verb: str, resource: str) -> ApiFailure:
-    plural, _, group = resource.partition(".")
+    plural, _, rest = resource.partition(".")
+    group, slash, subresource = rest.partition("/")
     messages = {
         403: f'{resource} is forbidden: User "system:serviceaccount:default:quantgate" cannot {verb} resource '
-        f'"{plural}" in API group "{group}"',
+        f'"{plural}{slash}{subresource}" in API group "{group}"',
         429: "too many requests, please try again later",
     }
     headers = {} if refusal.retry_after is None else {"retry-after": refusal.retry_after}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import ssl
 import sys
 import tempfile
 from asyncio.subprocess import Process
@@ -157,9 +158,13 @@ class FakeCluster:
         refusal = {"status": status, "times": times, "verbs": verbs, "resources": resources, "retry_after": retry_after}
         await self._steer("faults", {"refusals": [refusal]})
 
+    async def lose_answers(self, *verbs: str) -> None:
+        """Carry such requests out, and break the connection before the answer; the test's own requests, too."""
+        await self._steer("faults", {"lose_answers": verbs})
+
     async def accept(self) -> None:
-        """Refuse nothing more."""
-        await self._steer("faults", {"refusals": []})
+        """Refuse nothing more, and lose no answers."""
+        await self._steer("faults", {"refusals": [], "lose_answers": []})
 
     async def set_tokens(self, *tokens: str) -> None:
         """Accept these tokens only; what the token file has is not changed."""
@@ -210,11 +215,18 @@ class FakeCluster:
         headers = {"authorization": f"Bearer {TOKEN}"}
         if body is not None:
             headers["content-type"] = MERGE_PATCH if method == "PATCH" else "application/json"
-        async with httpx.AsyncClient(base_url=self.url, verify=False) as client:  # noqa: S501 - the test's own server
+        async with httpx.AsyncClient(base_url=self.url, verify=_any_certificate()) as client:
             answer = await client.request(method, path, headers=headers, json=body, timeout=20.0)
         assert answer.is_success, answer.text
         found: dict[str, Any] = answer.json()
         return found
+
+
+def _any_certificate() -> ssl.SSLContext:
+    """For the test's own server; empty, because reading the CAs of the system takes long."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 @contextlib.asynccontextmanager

@@ -162,11 +162,12 @@ def scale_of(key: Key, document: Object) -> Object:
     metadata = document["metadata"]
     shown = ("name", "namespace", "uid", "resourceVersion", "creationTimestamp")
     status = {"replicas": document.get("status", {}).get("replicas", 0), "selector": f"app={key.name}"}
+    replicas = document["spec"]["replicas"]
     return {
         "kind": "Scale",
         "apiVersion": "autoscaling/v1",
         "metadata": {name: metadata[name] for name in shown},
-        "spec": {"replicas": document["spec"]["replicas"]},
+        "spec": {"replicas": replicas} if replicas else {},  # the API server omits a zero there
         "status": status,
     }
 
