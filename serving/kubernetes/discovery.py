@@ -206,18 +206,19 @@ class Discovery:
         return pod_endpoints(entry.slices, source.port, source.pod.variant)
 
     def _update(self, entry: _Entry, now: Mapping[str, PodEndpoint]) -> None:
-        changes = difference(entry.pods, now)
+        # Before the registry changes: its observers may come back here.
+        before, entry.pods = entry.pods, now
+        changes = difference(before, now)
         for pod in changes.changed:
             removal = self._removals.pop(pod.id, None)
             if removal is not None:
                 removal.task.cancel()
-            before = removal.pod if removal else entry.pods.get(pod.id)
-            if before is not None and before.uid != pod.uid:
+            predecessor = removal.pod if removal else before.get(pod.id)
+            if predecessor is not None and predecessor.uid != pod.uid:
                 self._watch.remove(pod.id)  # another pod of the same name
             self._put(entry.source, pod)
         for pod in changes.gone:
             self._begin_removal(entry.source, pod, self.removal_seconds if pod.standing == "ready" else 0.0)
-        entry.pods = now
 
     def _put(self, source: PodSource, pod: PodEndpoint) -> None:
         """Bring the registry's entry of a pod to what Kubernetes says; a pod that another source has is left to it."""
@@ -237,7 +238,10 @@ class Discovery:
             self._conflicts.discard(pod.id)
 
     def _begin_removal(self, source: PodSource, pod: PodEndpoint, grace_seconds: float) -> None:
-        if pod.id in self._removals or pod.id in self._conflicts:
+        if pod.id in self._conflicts:
+            self._conflicts.discard(pod.id)
+            return
+        if pod.id in self._removals:
             return
         task = asyncio.create_task(self._remove(source, pod, grace_seconds), name=f"remove {pod.id}")
         self._removals[pod.id] = _Removal(pod, task)
