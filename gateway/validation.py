@@ -128,11 +128,9 @@ def _cluster_warnings(file: LoadedFile[Settings], deployment: Deployment) -> Ite
     if not deployment.wanted.pods:
         return
     try:
-        _ = deployment.wanted.cluster
+        deployment.wanted.cluster_access()
     except OptionError as error:
-        yield file.problem(
-            ("gateway",), f"kubernetes.server {error.what}", f"run the gateway in a pod, or {error.hint}"
-        )
+        yield file.problem(error.location, error.what, f"run the gateway in a pod, or {error.hint}")
 
 
 def _addresses(file: LoadedFile[Settings]) -> list[Problem]:

@@ -72,9 +72,8 @@ class Wanted:
         """The entries with `kubernetes`, whose replicas are pods."""
         return pod_sources(self.settings.replicas, self.variants)
 
-    @property
-    def cluster(self) -> ClusterAccess:
-        """Access to the cluster that the pods run in; OptionError: none is configured, and this is no pod."""
+    def cluster_access(self) -> ClusterAccess:
+        """Return the access to the cluster of the pods; OptionError: none is configured, and this is no pod."""
         return cluster_access(self.settings.gateway.kubernetes, self.folder, process_environment())
 
     @property
@@ -272,6 +271,6 @@ async def followed_replicas(wanted: Wanted, registry: Registry, probe: Probe) ->
 @asynccontextmanager
 async def discovered_replicas(wanted: Wanted, registry: Registry, probe: Probe) -> AsyncIterator[Discovery]:
     """Find the replicas that run in a Kubernetes cluster; OptionError: there is no access to it."""
-    async with Discovery(registry, probe, lambda: wanted.cluster) as discovery:
+    async with Discovery(registry, probe, wanted.cluster_access) as discovery:
         await discovery.add(wanted.pods, goldens(wanted.variants))
         yield discovery

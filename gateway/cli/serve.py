@@ -74,7 +74,7 @@ def gateway_parser() -> CommandParser:
     """Describe `quantgate gateway`."""
     parser = _parser(
         "gateway",
-        "Serve clients from replicas that run elsewhere: those with a url, and those of `quantgate serve`.",
+        "Serve clients from replicas that run elsewhere: those with a url, pods, and those of `quantgate serve`.",
         exit_codes(0, 2),
         "quantgate gateway quantgate.yaml --workers 2",
         "quantgate gateway quantgate.yaml --takeover",

@@ -234,7 +234,7 @@ class Operator:
         wanted = self.deployment.wanted
         sources = [source for source in wanted.pods if source.pod.variant == variant]
         try:
-            return bool(sources) and asyncio.run(has_ready_pod(wanted.cluster, sources))
+            return bool(sources) and asyncio.run(has_ready_pod(wanted.cluster_access(), sources))
         except (KubernetesError, ConfigError) as error:
             log.warning("whether %s has a ready pod is not known: %s", variant, error)
             return False

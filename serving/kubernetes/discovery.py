@@ -12,8 +12,8 @@ gone                   as before for `removal_seconds`, in case another slice li
                        idle, then removed
 =====================  ==========================================================================================
 
-While the API server is away nothing changes. A list without any pod, where some were ready, is not believed before the
-polls of those pods have failed.
+While the API server is away nothing changes. A list without any pod, where some were ready, is not believed: those are
+`unlisted` until their polls fail, or they are listed again.
 """
 
 import asyncio
@@ -26,9 +26,10 @@ from types import TracebackType
 from typing import Self
 
 from config.golden import GoldenAnswer
+from serving.backoff import Backoff
 from serving.errors import ReplicaConflict
 from serving.kubernetes.access import ClusterAccess
-from serving.kubernetes.api import KubernetesApi, Resource
+from serving.kubernetes.api import KubernetesApi
 from serving.kubernetes.endpoints import (
     PodEndpoint,
     Slices,
@@ -38,8 +39,8 @@ from serving.kubernetes.endpoints import (
     pod_endpoints,
     port_problem,
 )
-from serving.kubernetes.reflector import Counts, Outage, Reflector
-from serving.kubernetes.sources import PodSource
+from serving.kubernetes.reflector import PAUSES, Counts, Outage, Reflector
+from serving.kubernetes.sources import PodSource, endpoint_slices
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import KUBERNETES, State
@@ -57,15 +58,15 @@ IDLE_SECONDS = 600.0
 class SourceStatus:
     """What is known of one entry: whether its slices can be read, what was seen, and its pods by standing.
 
-    `problem` is why some pods can't be used; `doubted` is whether the last list is not believed.
+    `unlisted` is the number of pods that stay although an empty list lacks them, `problem` why some can't be used.
     """
 
     source: PodSource
     outage: Outage | None
     counts: Counts
     pods: Counter[Standing]
+    unlisted: int
     problem: str | None
-    doubted: bool
 
 
 @dataclass(slots=True)
@@ -77,8 +78,8 @@ class _Entry:
     task: asyncio.Task[None]
     slices: Slices = field(default_factory=dict)
     pods: Mapping[str, PodEndpoint] = field(default_factory=dict)
+    unlisted: Mapping[str, PodEndpoint] = field(default_factory=dict)  # some of `pods`
     problem: str | None = None
-    doubted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +102,7 @@ class Discovery:
     access: Callable[[], ClusterAccess]
     every_seconds: float = 1.0
     removal_seconds: float = REMOVAL_SECONDS
+    pauses: Backoff = PAUSES
     _watch: Watch = field(init=False)
     _api: KubernetesApi | None = None
     _entries: dict[tuple[str | None, str], _Entry] = field(default_factory=dict)
@@ -114,7 +116,7 @@ class Discovery:
     async def __aenter__(self) -> Self:
         """Follow nothing yet; see `add`."""
         await self._stack.enter_async_context(self._watch)
-        self._stack.enter_context(self.registry.observed(self._confirm_removals))
+        self._stack.enter_context(self.registry.observed(self._drop_unlisted))
         return self
 
     async def __aexit__(
@@ -165,55 +167,58 @@ class Discovery:
     def _follow(self, source: PodSource) -> None:
         assert self._api is not None
         namespace = source.namespace or self._api.access.namespace
-        resource = Resource("discovery.k8s.io", "v1", "endpointslices", namespace)
 
         def on_slices(slices: Slices, from_list: bool) -> None:
             self._take(entry, slices, from_list=from_list)
 
-        reflector = Reflector(self._api, resource, source.selector, on_slices)
+        reflector = Reflector(self._api, endpoint_slices(namespace), source.selector, on_slices, self.pauses)
         task = asyncio.create_task(reflector.run(), name=f"follow {source.selector} in {namespace}")
         entry = self._entries[source.key] = _Entry(source, reflector, task)
 
     def _change(self, entry: _Entry, source: PodSource) -> None:
         """Look at the same slices with another port, variant or other options."""
         before, entry.pods, entry.source = entry.pods, {}, source
-        now = pod_endpoints(entry.slices, source.port, source.pod.variant)
-        self._update(entry, now)
+        self._update(entry, {**entry.unlisted, **self._listed(entry)})
         for pod in before.values():
-            if pod.id not in now:
+            if pod.id not in entry.pods:
                 self._begin_removal(source, pod, grace_seconds=0.0)
 
     def _take(self, entry: _Entry, slices: Slices, *, from_list: bool) -> None:
-        """Follow a new picture of the slices, unless it is a list that needs to be confirmed."""
-        source = entry.source
-        now = pod_endpoints(slices, source.port, source.pod.variant)
-        entry.slices, problem = slices, port_problem(slices, source.port)
+        """Follow a new picture of the slices; an empty list is no reason to remove pods that answer."""
+        entry.slices = slices
+        now = self._listed(entry)
+        entry.unlisted = {replica_id: pod for replica_id, pod in entry.unlisted.items() if replica_id not in now}
+        if from_list and is_doubtful(entry.pods, now):
+            entry.unlisted = {replica_id: pod for replica_id, pod in entry.pods.items() if pod.standing == "ready"}
+            log.warning(
+                "the list of EndpointSlices with %s is empty; %d pods stay until they do not answer any more",
+                entry.source.selector,
+                len(entry.unlisted),
+            )
+        self._update(entry, {**entry.unlisted, **now})
+
+    def _listed(self, entry: _Entry) -> Mapping[str, PodEndpoint]:
+        """Return the pods of the slices; if the port of some is not clear, that is logged once."""
+        source, problem = entry.source, port_problem(entry.slices, entry.source.port)
         if problem is not None and problem != entry.problem:
             log.warning("pods of %s: %s", source.pod.variant, problem)
         entry.problem = problem
-        entry.doubted = from_list and is_doubtful(entry.pods, now)
-        if entry.doubted:
-            log.warning(
-                "the list of EndpointSlices with %s is empty; %d pods stay until they do not answer any more",
-                source.selector,
-                len(entry.pods),
-            )
-        else:
-            self._update(entry, now)
+        return pod_endpoints(entry.slices, source.port, source.pod.variant)
 
     def _update(self, entry: _Entry, now: Mapping[str, PodEndpoint]) -> None:
-        changes = difference(entry.pods, now)
+        # Before the registry changes: its observers may come back here.
+        before, entry.pods = entry.pods, now
+        changes = difference(before, now)
         for pod in changes.changed:
             removal = self._removals.pop(pod.id, None)
             if removal is not None:
                 removal.task.cancel()
-            before = removal.pod if removal else entry.pods.get(pod.id)
-            if before is not None and before.uid != pod.uid:
+            predecessor = removal.pod if removal else before.get(pod.id)
+            if predecessor is not None and predecessor.uid != pod.uid:
                 self._watch.remove(pod.id)  # another pod of the same name
             self._put(entry.source, pod)
         for pod in changes.gone:
             self._begin_removal(entry.source, pod, self.removal_seconds if pod.standing == "ready" else 0.0)
-        entry.pods = now
 
     def _put(self, source: PodSource, pod: PodEndpoint) -> None:
         """Bring the registry's entry of a pod to what Kubernetes says; a pod that another source has is left to it."""
@@ -233,7 +238,10 @@ class Discovery:
             self._conflicts.discard(pod.id)
 
     def _begin_removal(self, source: PodSource, pod: PodEndpoint, grace_seconds: float) -> None:
-        if pod.id in self._removals or pod.id in self._conflicts:
+        if pod.id in self._conflicts:
+            self._conflicts.discard(pod.id)
+            return
+        if pod.id in self._removals:
             return
         task = asyncio.create_task(self._remove(source, pod, grace_seconds), name=f"remove {pod.id}")
         self._removals[pod.id] = _Removal(pod, task)
@@ -247,20 +255,18 @@ class Discovery:
         self._watch.remove(pod.id)
         del self._removals[pod.id]
 
-    def _confirm_removals(self) -> None:
-        """Remove the pods that an empty list lacks as they stop to answer; the list is believed when none is left."""
-        doubted = [entry for entry in self._entries.values() if entry.doubted]
+    def _drop_unlisted(self) -> None:
+        """Remove the pods that an empty list lacks as soon as they do not answer."""
+        doubted = [entry for entry in self._entries.values() if entry.unlisted]
         if not doubted:
             return
         failed = {each.replica.id for each in self.registry.snapshot() if each.state is State.FAILED}
         for entry in doubted:
-            remaining = {replica_id: pod for replica_id, pod in entry.pods.items() if replica_id not in failed}
-            entry.doubted = is_doubtful(remaining, {})
-            self._update(entry, remaining if entry.doubted else {})
+            entry.unlisted = {name: pod for name, pod in entry.unlisted.items() if name not in failed}
+            self._update(entry, {**entry.unlisted, **self._listed(entry)})
 
 
 def _status(entry: _Entry) -> SourceStatus:
-    pods = Counter(pod.standing for pod in entry.pods.values())
-    return SourceStatus(
-        entry.source, entry.reflector.outage, entry.reflector.counts, pods, entry.problem, entry.doubted
-    )
+    pods = Counter(pod.standing for name, pod in entry.pods.items() if name not in entry.unlisted)
+    reflector = entry.reflector
+    return SourceStatus(entry.source, reflector.outage, reflector.counts, pods, len(entry.unlisted), entry.problem)

@@ -8,7 +8,8 @@ listing    an error                               listing, after a pause
 watching   ADDED, MODIFIED, DELETED               watching; the picture changes
 watching   the server ends the watch              watching, from the last version
 watching   410, as status or as ERROR event       listing; the picture stays
-watching   another error                          watching, from the last version, after a pause
+watching   another error                          watching, from the last version, after a pause;
+                                                  after 5 without an event: listing
 =========  =====================================  =====================================================
 
 A pause is 0.5 to 30 s, or what the server asks for. Nothing that the server does not say changes the picture.
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 PAUSES = Backoff(first_seconds=0.5, longest_seconds=30.0)
 # A watch that ends sooner and without a change may do so again at once.
 SETTLED_SECONDS = 30.0
+# The history of an API server that was restored from a backup never reaches the last version: list again then.
+UNPRODUCTIVE_WATCHES = 5
 LONGEST_RETRY_AFTER_SECONDS = 300.0
 EVENT_TYPES = ("added", "modified", "deleted", "bookmark")
 # By class, the reason that metrics count an error under.
@@ -103,7 +106,7 @@ class Reflector:
         while True:
             self._failures += 1
             try:
-                if self._version is None:
+                if self._version is None or self._failures > UNPRODUCTIVE_WATCHES:
                     await self._list()
                 await self._watch(self._version or "")
                 pause_seconds = self._pause_seconds(self.pauses.after_crash)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from config.schema import ReplicaSettings
 from config.variant import Variant
+from serving.kubernetes.api import Resource
 from serving.kubernetes.endpoints import PodEndpoint
 from serving.replica import Replica, foreign_replica
 
@@ -29,6 +30,11 @@ class PodSource:
     def replica(self, endpoint: PodEndpoint) -> Replica:
         """Return the replica that an endpoint is."""
         return replace(self.pod, id=endpoint.id, url=endpoint.url)
+
+
+def endpoint_slices(namespace: str) -> Resource:
+    """Return the resource that lists the pods of Services."""
+    return Resource("discovery.k8s.io", "v1", "endpointslices", namespace)
 
 
 def pod_sources(replicas: tuple[ReplicaSettings, ...], variants: Mapping[str, Variant]) -> tuple[PodSource, ...]:

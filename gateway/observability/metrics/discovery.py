@@ -36,4 +36,5 @@ class DiscoveryCollector(Collector):
                 errors.add_metric([variant, reason], sum(each.counts.errors[reason] for each in statuses))
             for standing in STANDINGS:
                 pods.add_metric([variant, standing], sum(each.pods[standing] for each in statuses))
+            pods.add_metric([variant, "unlisted"], sum(each.unlisted for each in statuses))
         yield from (connected, lists, events, errors, pods)

@@ -261,12 +261,13 @@ DISCOVERY_CONNECTED = MetricSpec(
     ("variant",),
     "Whether the EndpointSlices of a variant can be read (1), or its pods stay as they were last seen (0)." + _MAX,
 )
-# state: ready, terminating, not_ready.
+# state: ready, terminating, not_ready, unlisted (in no EndpointSlice after an empty list, but it answers).
 DISCOVERY_PODS = MetricSpec(
     "quantgate_discovery_pods",
     "gauge",
     ("variant", "state"),
-    "Number of pods of a variant in its EndpointSlices, by state: ready, terminating, not_ready." + _MAX,
+    "Number of pods of a variant in its EndpointSlices, by state: ready, terminating, not_ready; unlisted: an empty "
+    "list lacks them, but they answer." + _MAX,
 )
 # type: added, modified, deleted, bookmark.
 DISCOVERY_EVENTS = MetricSpec(
