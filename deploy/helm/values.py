@@ -359,4 +359,3 @@ def _without(names: tuple[str, ...], value: Any, *, properties: bool = False) ->
         for key, each in value.items()
         if properties or key not in names
     }
-
