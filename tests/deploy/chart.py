@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -30,6 +31,7 @@ WORKER_INDEX = "leaderworkerset.sigs.k8s.io/worker-index"
 
 Object = dict[str, Any]
 Labels = Mapping[str, str]
+NO_CHANGES: Mapping[str, Any] = MappingProxyType({})
 
 
 class NoTools(Exception):
@@ -129,18 +131,18 @@ class Chart:
     kubectl: Path
     _rendered: dict[tuple[Path, tuple[str, ...]], Rendered] = field(default_factory=dict)
 
-    def rendered(self, values: Path = MINIMAL, **changed: Any) -> Rendered:
-        """Render values with changes (`gateway__replicas=2`); AssertionError with helm's message if it refuses."""
-        options = _options(changed)
+    def rendered(self, values: Path = MINIMAL, changes: Mapping[str, Any] = NO_CHANGES) -> Rendered:
+        """Render values with changes (`{"gateway.replicas": 2}`); AssertionError with helm's message if it refuses."""
+        options = _options(changes)
         if (values, options) not in self._rendered:
             result = self.template(values, *options)
             assert result.returncode == 0, result.stderr
             self._rendered[values, options] = Rendered(result.stdout)
         return self._rendered[values, options]
 
-    def refusal(self, values: Path = MINIMAL, **changed: Any) -> str:
-        """What helm says about values that it refuses."""
-        result = self.template(values, *_options(changed))
+    def refusal(self, changes: Mapping[str, Any]) -> str:
+        """What helm says about changes that it refuses."""
+        result = self.template(MINIMAL, *_options(changes))
         assert result.returncode != 0, "helm accepts it"
         return result.stderr
 
@@ -149,10 +151,9 @@ class Chart:
         return run(self.helm, "template", RELEASE, CHART, "--namespace", NAMESPACE, "--values", values, *options)
 
 
-def _options(changed: Mapping[str, Any]) -> tuple[str, ...]:
-    """Write changes as options: `__` separates keys, which may contain dashes (as `_-_`)."""
-    pairs = [(name.replace("__", "."), json.dumps(value)) for name, value in changed.items()]
-    return tuple(option for name, text in pairs for option in ("--set-json", f"{name}={text}"))
+def _options(changes: Mapping[str, Any]) -> tuple[str, ...]:
+    pairs = [f"{name}={json.dumps(value)}" for name, value in changes.items()]
+    return tuple(option for pair in pairs for option in ("--set-json", pair))
 
 
 def run(*command: object) -> "subprocess.CompletedProcess[str]":

@@ -16,7 +16,7 @@ from pydantic.alias_generators import to_camel
 
 from deploy.helm.__main__ import files, main
 from deploy.helm.values import ChartValues, Values, values_schema
-from tests.deploy.chart import CHART, EXAMPLES, MINIMAL, Chart, Object, run
+from tests.deploy.chart import CHART, EXAMPLES, Chart, Object, run
 from tests.deploy.custom_resources import SPECIFICATIONS, schema_of
 from tests.deploy.prometheus import program
 from tests.deploy.promql import RULES
@@ -138,42 +138,42 @@ def test_the_default_values_match_the_schema() -> None:
     "changed,message",
     [
         ({"gatway": {}}, "'gatway' not allowed"),
-        ({"gateway__replica": 2}, "'replica' not allowed"),
-        ({"variants__qwq-int4__option": {}}, "'option' not allowed"),
-        ({"variants__qwq-int4__options": {"tensor_paralel": 2}}, "'tensor_paralel' not allowed"),
-        ({"variants__qwq-int4__options": {"hang_seconds": 2}}, "'hang_seconds' not allowed"),
-        ({"variants__qwq-int4__options": {"args": ["--port=1"]}}, "'not' failed"),
-        ({"variants__qwq-int4__options": {"kv_cache_bytes": "24GB"}}, "does not match pattern"),
-        ({"variants__Q": {}}, "'Q' not allowed"),
-        ({"variants__qwq-int4__engine": "tpu"}, "value must be one of"),
-        ({"config__aliases__qwq-32b__ladder": []}, "minItems"),
-        ({"config__aliases__qwq-32b__spil": {}}, "'spil' not allowed"),
-        ({"config__aliases": None}, "aliases"),
-        ({"config__gateway": {"listen": "0.0.0.0:1"}}, "'listen' not allowed"),
-        ({"engines__runAsUser": 0}, "minimum"),
-        ({"gateway__image__tag": "a b"}, "does not match pattern"),
-        ({"gateway__existingSecret": ""}, "name a Secret with admin-key and keys.yaml"),
-        ({"gateway__replicas": 2}, "several gateways share a PostgreSQL database"),
-        ({"gateway__autoscaling__enabled": True}, "several gateways share a PostgreSQL database"),
-        ({"models__volume": None}, "models.volume: set it"),
-        ({"models__mountInGateway": False}, "the gateway does not see its manifest"),
+        ({"gateway.replica": 2}, "'replica' not allowed"),
+        ({"variants.qwq-int4.option": {}}, "'option' not allowed"),
+        ({"variants.qwq-int4.options": {"tensor_paralel": 2}}, "'tensor_paralel' not allowed"),
+        ({"variants.qwq-int4.options": {"hang_seconds": 2}}, "'hang_seconds' not allowed"),
+        ({"variants.qwq-int4.options": {"args": ["--port=1"]}}, "'not' failed"),
+        ({"variants.qwq-int4.options": {"kv_cache_bytes": "24GB"}}, "does not match pattern"),
+        ({"variants.Q": {}}, "'Q' not allowed"),
+        ({"variants.qwq-int4.engine": "tpu"}, "value must be one of"),
+        ({"config.aliases.qwq-32b.ladder": []}, "minItems"),
+        ({"config.aliases.qwq-32b.spil": {}}, "'spil' not allowed"),
+        ({"config.aliases": None}, "aliases"),
+        ({"config.gateway": {"listen": "0.0.0.0:1"}}, "'listen' not allowed"),
+        ({"engines.runAsUser": 0}, "minimum"),
+        ({"gateway.image.tag": "a b"}, "does not match pattern"),
+        ({"gateway.existingSecret": ""}, "name a Secret with admin-key and keys.yaml"),
+        ({"gateway.replicas": 2}, "several gateways share a PostgreSQL database"),
+        ({"gateway.autoscaling.enabled": True}, "several gateways share a PostgreSQL database"),
+        ({"models.volume": None}, "models.volume: set it"),
+        ({"models.mountInGateway": False}, "the gateway does not see its manifest"),
         (
-            {"variants__qwq-int4__nodes": 2, "variants__qwq-int4__options": {"tensor_parallel": 3}},
+            {"variants.qwq-int4.nodes": 2, "variants.qwq-int4.options": {"tensor_parallel": 3}},
             "3 GPUs cannot be divided equally among 2 nodes",
         ),
-        ({"inferencePool__enabled": True}, "name the Service of the endpoint picker"),
+        ({"inferencePool.enabled": True}, "name the Service of the endpoint picker"),
     ],
     ids=lambda value: "" if isinstance(value, str) else ",".join(value),
 )
 def test_refused_values(chart: Chart, changed: dict[str, Any], message: str) -> None:
     """Typos are refused by the schema, what does not fit together by the templates; both say what is wrong."""
-    assert message in chart.refusal(MINIMAL, **changed)
+    assert message in chart.refusal(changed)
 
 
 def test_sizes_are_text_in_the_configuration(chart: Chart) -> None:
     """The tables of quantgate.yaml take what the gateway takes."""
     limits = {"limits": {"body_bytes": "8MiB"}, "memory_bytes": 2**28}
-    assert chart.rendered(config__gateway=limits).config()["gateway"]["limits"] == limits["limits"]
+    assert chart.rendered(changes={"config.gateway": limits}).config()["gateway"]["limits"] == limits["limits"]
 
 
 def test_the_rules_are_valid(chart: Chart, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_the_configuration_is_valid(chart: Chart, values: Path, tmp_path: Path) 
 def test_the_configuration_is_valid_with_its_models(chart: Chart, tmp_path: Path) -> None:
     """With manifests on the volume: measured quality meets the floor, and the keys file is beside it."""
     models = tmp_path / "models"
-    rendered = chart.rendered(CHART / "examples" / "qwq-32b.yaml", models__mountPath=str(models))
+    rendered = chart.rendered(CHART / "examples" / "qwq-32b.yaml", {"models.mountPath": str(models)})
     model_directory(models / "QwQ-32B-finetuned")
     for name, bits in (("qwq-int8", 8), ("qwq-int4", 4)):
         (models / name).mkdir()
@@ -75,20 +75,20 @@ def test_declared_quality_is_configured(chart: Chart) -> None:
 def test_options_are_added_to_variants(chart: Chart) -> None:
     """`config` is merged into what the chart knows."""
     lora = {"math": {"quality": {"top1_agreement": 0.9}}}
-    config = chart.rendered(**{"config__variants": {"qwq-int4": {"lora": lora}}}).config()
+    config = chart.rendered(changes={"config.variants": {"qwq-int4": {"lora": lora}}}).config()
     assert config["variants"]["qwq-int4"] == {"path": "/models/qwq-int4", "lora": lora}
 
 
 def test_options_that_restart_the_gateway(chart: Chart) -> None:
     """Those that take effect at the next start change the pod template; all others are taken from the file."""
-    listed = re.findall(
-        r'"(\w+)"', re.search(r"pick \$gateway (.*) \| toJson", (CHART / "templates" / "_config.tpl").read_text())[1]
-    )  # type: ignore[index]
+    template = (CHART / "templates" / "_config.tpl").read_text()
+    (line,) = [line for line in template.splitlines() if "pick $gateway" in line]
+    listed = re.findall(r'"(\w+)"', line)
     at_start = {name.removeprefix("gateway.") for name, (when, _) in EFFECTS.items() if when == "start"} - {"serving"}
     assert set(listed) == at_start
 
     def restarts(**gateway: Any) -> bool:
-        changed = chart.rendered(config__gateway=gateway)
+        changed = chart.rendered(changes={"config.gateway": gateway})
         assert changed.config() != chart.rendered().config()
         return annotations(changed.of("Deployment")) != annotations(chart.rendered().of("Deployment"))
 
@@ -186,12 +186,13 @@ async def test_a_running_gateway_takes_a_new_config_map(chart: Chart, tmp_path: 
 
 def configuration(chart: Chart, url: str, ports: tuple[int, int], home: Path, aliases: tuple[str, ...]) -> str:
     """What the chart renders for a gateway in front of a replica elsewhere, with addresses of this machine."""
-    text = chart.rendered(
-        variants=None,
-        config__variants={"hi": {"precision": "bf16"}},
-        config__replicas=[{"variant": "hi", "url": url}],
-        config__aliases={alias: {"ladder": ["hi"]} for alias in aliases},
-    ).config_text()
+    changes = {
+        "variants": None,
+        "config.variants": {"hi": {"precision": "bf16"}},
+        "config.replicas": [{"variant": "hi", "url": url}],
+        "config.aliases": {alias: {"ladder": ["hi"]} for alias in aliases},
+    }
+    text = chart.rendered(changes=changes).config_text()
     places = {
         "0.0.0.0:8000": f"{HOST}:{ports[0]}",
         "0.0.0.0:8001": f"{HOST}:{ports[1]}",

@@ -135,11 +135,11 @@ def test_every_option_has_its_flag(chart: Chart, engine: str, tmp_path: Path) ->
 
 def test_gpus_of_a_pod(chart: Chart) -> None:
     """One for each rank, as request and limit; none on a CPU."""
-    rendered = chart.rendered(**{"variants__qwq-int4__options": {"tensor_parallel": 2, "data_parallel": 4}})
+    rendered = chart.rendered(changes={"variants.qwq-int4.options": {"tensor_parallel": 2, "data_parallel": 4}})
     (pod,) = rendered.engines()
     resources = pod.container["resources"]
     assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == 8
-    (pod,) = chart.rendered(**{"variants__qwq-int4__engine": "cpu"}).engines()
+    (pod,) = chart.rendered(changes={"variants.qwq-int4.engine": "cpu"}).engines()
     assert "nvidia.com/gpu" not in pod.container["resources"]["limits"]
 
 

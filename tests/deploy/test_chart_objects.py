@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -67,7 +66,7 @@ def test_images_are_pinned(chart: Chart, values: Path) -> None:
 def test_a_digest_takes_precedence(chart: Chart) -> None:
     """The tag is ignored then."""
     digest = f"sha256:{'0' * 64}"
-    rendered = chart.rendered(gateway__image={"tag": "1.2", "digest": digest})
+    rendered = chart.rendered(changes={"gateway.image": {"tag": "1.2", "digest": digest}})
     assert rendered.gateway().container["image"] == f"quantgate/gateway@{digest}"
 
 
@@ -176,7 +175,7 @@ def test_each_variant_is_discovered(chart: Chart, values: Path) -> None:
 
 
 def test_leaders_alone_answer(chart: Chart) -> None:
-    """A group has a leader that listens and workers that do not; they find each other by variables of the controller."""
+    """A group has a leader that listens and workers that do not; variables of the controller lead them together."""
     rendered = chart.rendered(GROUPS)
     (group,) = rendered.of("LeaderWorkerSet").values()
     assert group["spec"]["leaderWorkerTemplate"]["size"] == 2
@@ -194,8 +193,8 @@ def test_leaders_alone_answer(chart: Chart) -> None:
 @examples
 def test_names_are_unique_and_short(chart: Chart, values: Path) -> None:
     """Also with a long name of the release: controllers append to names, and pods have them in labels of 63."""
-    for changed in ({}, {"fullnameOverride": "a-release-with-a-very-long-name-of-forty"}):
-        rendered = chart.rendered(values, **changed)
+    for changes in ({}, {"fullnameOverride": "a-release-with-a-very-long-name-of-forty"}):
+        rendered = chart.rendered(values, changes)
         names = [(each["kind"], each["metadata"]["name"]) for each in rendered.objects]
         assert len(set(names)) == len(names)
         assert all(re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name) for _, name in names)
@@ -206,7 +205,7 @@ def test_names_are_unique_and_short(chart: Chart, values: Path) -> None:
 def test_long_names_of_variants_stay_apart(chart: Chart) -> None:
     """Two names that are equal in their first characters."""
     begin = "qwen3-235b-a22b-instruct-2507-finetuned-on-our-data"
-    rendered = chart.rendered(**{f"variants__{begin}-{scheme}": {} for scheme in ("fp8", "int4")})
+    rendered = chart.rendered(changes={f"variants.{begin}-{scheme}": {} for scheme in ("fp8", "int4")})
     assert len([name for name in rendered.of("Deployment") if name.startswith("qg-quantgate-qwen3")]) == 2
 
 
@@ -272,8 +271,8 @@ def environment(pod: Pod) -> dict[str, Object]:
 
 def test_a_pool_selects_the_pods_of_the_service(chart: Chart) -> None:
     """An InferencePool per variant, over the same pods and port, also for groups."""
-    pooled: Any = {"inferencePool": {"enabled": True, "endpointPickerRef": {"name": "epp"}}}
-    for rendered in (chart.rendered(POOL), chart.rendered(GROUPS, **pooled)):
+    pooled = {"inferencePool": {"enabled": True, "endpointPickerRef": {"name": "epp"}}}
+    for rendered in (chart.rendered(POOL), chart.rendered(GROUPS, pooled)):
         pools = rendered.of("InferencePool")
         assert pools.keys() == {entry["kubernetes"]["service"] for entry in rendered.config()["replicas"]}
         for name, pool in pools.items():
@@ -322,9 +321,10 @@ def test_who_reaches_gateways(chart: Chart, values: Path) -> None:
 
 def test_administrators_can_be_peers(chart: Chart) -> None:
     """`networkPolicy.admin`; with `enabled: false` there are no policies."""
-    rendered = chart.rendered(networkPolicy__admin=[{"podSelector": {"matchLabels": {"app": "anything"}}}])
+    peer = {"podSelector": {"matchLabels": {"app": "anything"}}}
+    rendered = chart.rendered(changes={"networkPolicy.admin": [peer]})
     assert permits(list(rendered.of("NetworkPolicy").values()), rendered.gateway().labels, 8001, STRANGER)
-    assert not chart.rendered(networkPolicy__enabled=False).of("NetworkPolicy")
+    assert not chart.rendered(changes={"networkPolicy.enabled": False}).of("NetworkPolicy")
 
 
 def test_egress_can_be_closed(chart: Chart) -> None:
