@@ -15,6 +15,7 @@ EFFECTS: Mapping[str, tuple[Effect, str]] = MappingProxyType(
         "gateway.listen": ("start", ""),
         "gateway.admin": ("start", ""),
         "gateway.admin_key": ("start", ""),
+        "gateway.tls": ("reload", "for new connections, also when a file changes; added or removed: at the next start"),
         "gateway.state": ("start", ""),
         "gateway.keys": ("reload", f"{_REQUESTS}; removed: at the next start"),
         "gateway.allowed_hosts": ("start", ""),

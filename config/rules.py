@@ -72,6 +72,8 @@ def _file_names(settings: Settings) -> Iterator[Violation]:
     names: list[tuple[Location, str | None]] = [(("gateway", "keys"), settings.gateway.keys)]
     cluster = settings.gateway.kubernetes
     names += [(("gateway", "kubernetes", option), getattr(cluster, option)) for option in ("ca", "token_file")]
+    if (tls := settings.gateway.tls) is not None:
+        names += [(("gateway", "tls", "certificate"), tls.certificate), (("gateway", "tls", "key_file"), tls.key_file)]
     for variant_name, variant in settings.variants.items():
         where = ("variants", variant_name)
         names.append(((*where, "path"), variant.path))

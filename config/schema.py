@@ -106,12 +106,20 @@ class ClusterSettings(Table):
     token_file: FileName | None = None
 
 
+class TlsSettings(Table):
+    """The certificate of the clients' port, with its chain; without `key_file`, its key is in the same file."""
+
+    certificate: FileName
+    key_file: FileName | None = None
+
+
 class GatewaySettings(Table):
     """Settings of the gateway process."""
 
     listen: Address = "127.0.0.1:8000"
     admin: Address = "127.0.0.1:8001"
     admin_key: SecretStr | None = None
+    tls: TlsSettings | None = None
     state: Annotated[str, Field(pattern=STATE_PATTERN)] = "sqlite:///state.db"
     keys: FileName | None = None
     allowed_hosts: tuple[Domain, ...] = ()

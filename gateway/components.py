@@ -138,7 +138,10 @@ def collectors(
     def waiting() -> dict[str, int]:
         return {**dict.fromkeys(live_config.catalog.aliases, 0), **dispatcher.waiting()}
 
-    yield FleetCollector(registry, live_config.variants, breakers, waiting, lambda: silent)
+    def certificates() -> dict[str, float]:
+        return {tls.certificate: tls.expiration} if (tls := live_config.tls) else {}
+
+    yield FleetCollector(registry, live_config.variants, breakers, waiting, lambda: silent, certificates)
     yield EngineCollector(registry, lambda: poller.results)
     yield LadderCollector(
         dispatcher.cluster.gates,

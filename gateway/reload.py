@@ -8,6 +8,7 @@ from pathlib import Path
 
 from config.errors import ReloadRefused
 from config.reload_effects import pending_options
+from config.schema import TlsSettings
 from config.variant import goldens
 from gateway.deployment import Deployment, read_deployment
 from gateway.keys import read_keys
@@ -47,13 +48,15 @@ class ConfigReload:
     apply_replicas: ApplyDeployment
     with_recorded: Callable[[Deployment], Deployment] = lambda deployment: deployment
     _keys_file: str | None = field(init=False)
+    _tls: TlsSettings | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._keys_file = self.started.settings.gateway.keys
+        self._keys_file, self._tls = self.started.settings.gateway.keys, self.started.settings.gateway.tls
 
     def files(self) -> list[Path]:
-        """The files to follow: the configuration, and its keys file."""
-        return [self.path, self.path.parent / self._keys_file] if self._keys_file else [self.path]
+        """The files to follow: the configuration, its keys file, and the certificate of the clients' port."""
+        named = [self._keys_file, *((self._tls.certificate, self._tls.key_file) if self._tls else ())]
+        return [self.path, *(self.path.parent / name for name in named if name)]
 
     async def apply(self, confirmed: bool) -> None:
         """Read the files and apply them; ConfigError if they are invalid.
@@ -65,6 +68,9 @@ class ConfigReload:
             self._check_remaining(self.with_recorded(deployment))
         for option in pending_options(self.started.settings, deployment.settings):
             log.warning("%s has changed; it takes effect at the next start", option)
+        if (deployment.server_tls is None) != (self.started.server_tls is None):
+            log.warning("gateway.tls is added or removed; it takes effect at the next start")
+        self._tls = deployment.settings.gateway.tls
         self._keys_file = deployment.settings.gateway.keys or self._keys_file
         # What rollouts want to run is not of this configuration: the supervisor follows that by itself.
         recorded, replicas = self.with_recorded(deployment), {"replicas": deployment.settings.replicas}

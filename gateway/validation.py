@@ -21,7 +21,7 @@ from serving.validation import launch_problems
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A part of a valid configuration that has no effect; `unservable`: a model name that nobody can answer."""
+    """A part of a valid configuration without effect, or a risk; `unservable`: a model name that nobody can answer."""
 
     location: Location
     what: str
@@ -69,13 +69,16 @@ def validate(path: Path, *, file_only: bool = False) -> Report:
 
 
 def notices(deployment: Deployment) -> Iterator[Notice]:
-    """Yield aliases and variants that nobody can answer, and rungs that are never chosen; pure."""
+    """Yield aliases and variants that nobody can answer, rungs that are never chosen, and readable keys; pure."""
     settings = deployment.settings
     catalog = Catalog(settings.aliases, deployment.variants)
     served = settings.served_variants
     if "state" in settings.gateway.model_fields_set:
         served = frozenset(deployment.variants)  # other processes may publish replicas in the state database
     reported = set[str]()
+    if (tls := deployment.server_tls) is not None and tls.open_key is not None:
+        what = f"every user of this machine can read the private key in {tls.open_key}"
+        yield Notice(("gateway", "tls"), what, f"chmod o= {tls.open_key}")
     for name, alias in settings.aliases.items():
         target = catalog.resolve(name)
         permitted = [rung.name for rung in target.permitted]

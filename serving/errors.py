@@ -17,6 +17,7 @@ ServingError
 ├── LeaseLost         another process drives this rollout now
 ├── NoSuchReplica     the replica is not in the registry, or has left it
 ├── ControlRefused    a running process cannot do what is requested now
+├── TakeoverRefused   no gateway can be taken over, or this process is not ready to (exit code 2)
 ├── NoAnswer          a running process does not answer on its control socket
 └── ReplicaConflict   two sources use the same replica id; the registry keeps the replica of the first
 """
@@ -48,6 +49,10 @@ class StopFailed(ServingError):
 
 class ProbeFailed(ServingError):
     """A replica did not answer a control request as expected."""
+
+
+class TakeoverRefused(ServingError):
+    """A running gateway cannot be taken over, so it goes on; the message says why."""
 
 
 class MeasuringRefused(ServingError):

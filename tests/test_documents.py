@@ -121,4 +121,7 @@ def test_installer_usage(words: list[str]) -> None:
     """An unknown task is a usage error, in one line."""
     command = [sys.executable, "deploy/install.py", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "usage: install.py core|demo|test\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "usage: install.py core|demo|test, or install.py --prefix FOLDER EXTRA..., or install.py --beside-vllm\n",
+    )

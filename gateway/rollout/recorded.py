@@ -120,7 +120,8 @@ def live_config_of(deployment: Deployment) -> LiveConfig:
     catalog = Catalog(deployment.settings.aliases, deployment.variants)
     settings = deployment.settings.gateway
     cors = cors_for(settings.cors.origins) if settings.cors else None
-    return LiveConfig(catalog, deployment.keys, settings.limits, cors, frozenset(settings.media_domains))
+    domains = frozenset(settings.media_domains)
+    return LiveConfig(catalog, deployment.keys, settings.limits, cors, domains, deployment.server_tls)
 
 
 def log_notices(deployment: Deployment) -> None:
