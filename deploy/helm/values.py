@@ -32,7 +32,7 @@ VariantName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?
 IntOrPercent = Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^[0-9]+%$")]
 
 # The chart sets these options of quantgate.yaml.
-CHART_OPTIONS = frozenset({"listen", "admin", "admin_key", "state"})
+CHART_OPTIONS = frozenset({"listen", "admin", "admin_key", "state", "tls"})
 # Options of `replicas` that templates/_engine.tpl turns into arguments of vLLM or fields of the pod.
 ENGINE_OPTIONS = frozenset(
     {
@@ -61,10 +61,15 @@ class ImageValues(Values):
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
 
 
-class SecretKeyValues(Values):
-    """One key of a Secret that exists."""
+class SecretValues(Values):
+    """A Secret that exists; an empty name: none."""
 
     existing_secret: str = ""
+
+
+class SecretKeyValues(SecretValues):
+    """One key of a Secret."""
+
     key: str = ""
 
 
@@ -142,6 +147,7 @@ class GatewayValues(PlacementValues):
     replicas: Count = 1
     state: SecretKeyValues = SecretKeyValues()
     persistence: PersistenceValues = PersistenceValues()
+    tls: SecretValues = SecretValues()
     service: ServiceValues = ServiceValues()
     pre_stop_seconds: AtLeastOne = 10
     resources: ResourceValues = ResourceValues()
@@ -195,7 +201,7 @@ class EnginesValues(Values):
     cuda: EngineValues
     cpu: EngineValues
     api_key: SecretKeyValues = SecretKeyValues()
-    run_as_user: UserId = 65532
+    run_as_user: UserId = 10001
     pre_stop_seconds: AtLeastOne = 5
 
 

@@ -8,6 +8,7 @@ import pytest
 from config.schema import GatewaySettings
 from tests.deploy.chart import CHART, EXAMPLES, WORKER_INDEX, Chart, Object, Pod, Rendered
 from tests.deploy.network_policy import Peer, permits
+from tests.fakes.running import ROOT
 
 examples = pytest.mark.parametrize("values", EXAMPLES, ids=lambda path: path.stem)
 FOLDER = CHART / "examples"
@@ -63,11 +64,31 @@ def test_images_are_pinned(chart: Chart, values: Path) -> None:
         assert re.fullmatch(r"[a-z0-9/._-]+(:v?\d[\w.-]*|@sha256:[0-9a-f]{64})", pod.container["image"])
 
 
+def test_pods_run_as_the_user_of_the_images(chart: Chart) -> None:
+    """So that they own what they write, and torch finds a name for the user."""
+    (number,) = set(
+        re.findall(r"^USER (\d+):\1$", (ROOT / "deploy" / "docker" / "Dockerfile").read_text(), re.MULTILINE)
+    )
+    rendered = chart.rendered()
+    assert {pod.spec["securityContext"]["runAsUser"] for pod in rendered.pods()} == {int(number)}
+    assert rendered.gateway().spec["securityContext"]["fsGroup"] == int(number)
+
+
+def test_the_certificate_is_mounted(chart: Chart) -> None:
+    """As a directory, so that a renewed one arrives; the port for probes is another one."""
+    rendered = chart.rendered(SEVERAL)
+    tls = rendered.config()["gateway"]["tls"]
+    (mount,) = [each for each in rendered.gateway().container["volumeMounts"] if each["name"] == "tls"]
+    assert [tls["certificate"], tls["key_file"]] == [f"{mount['mountPath']}/tls.{name}" for name in ("crt", "key")]
+    assert "subPath" not in mount
+    assert "tls" not in chart.rendered().config()["gateway"]
+
+
 def test_a_digest_takes_precedence(chart: Chart) -> None:
     """The tag is ignored then."""
     digest = f"sha256:{'0' * 64}"
     rendered = chart.rendered(changes={"gateway.image": {"tag": "1.2", "digest": digest}})
-    assert rendered.gateway().container["image"] == f"quantgate/gateway@{digest}"
+    assert rendered.gateway().container["image"] == f"quantgate-gateway@{digest}"
 
 
 @examples

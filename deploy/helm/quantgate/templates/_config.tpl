@@ -16,6 +16,9 @@
   "admin_key" "${env:QUANTGATE_ADMIN_KEY}"
   "keys" "keys.yaml"
   "state" (ternary "${env:QUANTGATE_STATE}" "sqlite:////var/lib/quantgate/state.db" (ne .Values.gateway.state.existingSecret "")) -}}
+{{- if .Values.gateway.tls.existingSecret -}}
+{{- $_ := set $gateway "tls" (dict "certificate" "/etc/quantgate-tls/tls.crt" "key_file" "/etc/quantgate-tls/tls.key") -}}
+{{- end -}}
 {{ toYaml (mergeOverwrite $gateway (deepCopy .Values.config.gateway)) }}
 {{- end }}
 
