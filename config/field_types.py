@@ -148,7 +148,9 @@ def check_service_port(value: int | str) -> int | str:
     return value
 
 
-SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(ge=0, le=MAX_BYTES)]
+SizeBytes = Annotated[
+    int, Field(ge=0, le=MAX_BYTES), BeforeValidator(parse_size_bytes, json_schema_input_type=int | str)
+]
 Address = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(check_address)]
 Origin = Annotated[str, AfterValidator(check_origin)]
 Domain = Annotated[str, AfterValidator(check_domain)]

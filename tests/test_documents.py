@@ -15,7 +15,7 @@ from quantgate import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / folder / "README.md" for folder in (".", "gateway", "serving", "quantize")]
-DEPLOY = [ROOT / "deploy" / "README.md", ROOT / "deploy" / "prometheus" / "runbook.md"]
+DEPLOY = [ROOT / "deploy" / name for name in ("README.md", "prometheus/runbook.md", "helm/quantgate/README.md")]
 DOCUMENTS = [
     *(*READMES, *DEPLOY),
     *(ROOT / name for name in ("quantize/model-directories.md", "CONTRIBUTING.md", "CHANGELOG.md")),
