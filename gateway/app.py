@@ -11,7 +11,15 @@ from typing import BinaryIO
 
 from config.schema import GatewaySettings
 from config.variant import goldens
-from gateway.components import Routing, admin_port, observability, rollout_routing, router_for, routing
+from gateway.components import (
+    Routing,
+    admin_port,
+    database_keys,
+    observability,
+    rollout_routing,
+    router_for,
+    routing,
+)
 from gateway.deployment import Deployment
 from gateway.handlers.admin import with_auth
 from gateway.http.collector import ConnectionCollector
@@ -76,7 +84,7 @@ class Gateway:
         self.routing.load.set_speeds(deployment.speeds)
         self.dispatcher.keep_only(self.live_config.catalog)
         self.dispatcher.set_limits(settings.queue, settings.retries)
-        self.quota.keep_only(deployment.keys.names())
+        self.quota.keep_only(self.live_config.keys.names())
         self.server.memory_bytes, self.server.grace_seconds = settings.memory_bytes, settings.drain_seconds
 
 
@@ -121,6 +129,7 @@ async def gateway(
         dispatcher, proxy = routed.dispatcher, routed.proxy
         rollouts = await enter(rollout_routing(deployment, registry, live_config, dispatcher, metrics))
         recorded, arms = rollouts.recorded, rollouts.arms
+        await enter(database_keys(deployment, recorded, quota))
         router = router_for(settings, addresses.client, live_config, registry, proxy, quota, observers, arms)
         admin = await enter(admin_port(deployment, registry, live_config, observed, routed, rollouts, router, place))
         admin_hosts = allowed_hosts(addresses.admin, settings.allowed_hosts)

@@ -15,6 +15,8 @@ from gateway.handlers.inference import InferenceHandler, Observers
 from gateway.handlers.models import client_app
 from gateway.handlers.router import Router
 from gateway.http.hosts import allowed_hosts
+from gateway.keys import Keys
+from gateway.keys.follower import followed_keys
 from gateway.live_config import LiveConfig
 from gateway.observability.access_log import AccessLog, both
 from gateway.observability.metrics import FleetCollector, LoopLag, Metrics
@@ -167,6 +169,21 @@ async def rollout_routing(
     recorded = RecordedAliases(deployment, live_config, arms, dispatcher.cluster, metrics.rollout_conversations)
     async with followed_rollouts(deployment.state, recorded, arms, registry, metrics) as service:
         yield RolloutRouting(arms, recorded, lambda: service.follower.away if service else None)
+
+
+@asynccontextmanager
+async def database_keys(deployment: Deployment, recorded: RecordedAliases, quota: Quota) -> AsyncIterator[None]:
+    """Follow the API keys in the state database, if they are there."""
+    if deployment.state is None or not deployment.settings.gateway.keys_in_database:
+        yield
+        return
+
+    def use(keys: Keys) -> None:
+        recorded.use_keys(keys)
+        quota.keep_only(keys.names())
+
+    async with followed_keys(deployment.state, use):
+        yield
 
 
 def router_for(

@@ -97,7 +97,7 @@ WAITING = MetricSpec(
     "quantgate_waiting", "gauge", ("alias",), "Current number of requests waiting for a replica." + _SUM
 )
 # reason: rate_limit, queue_full, queue_timeout, draining, too_large, too_slow, not_allowed, invalid_key,
-# invalid_request, unknown_model, floor, no_replica, other.
+# keys_unavailable, invalid_request, unknown_model, floor, no_replica, other.
 REJECTIONS = MetricSpec(
     "quantgate_rejections_total",
     "counter",
