@@ -19,6 +19,7 @@ from gateway.components import (
     rollout_routing,
     router_for,
     routing,
+    shared_quota,
 )
 from gateway.deployment import Deployment
 from gateway.handlers.admin import with_auth
@@ -130,6 +131,7 @@ async def gateway(
         rollouts = await enter(rollout_routing(deployment, registry, live_config, dispatcher, metrics))
         recorded, arms = rollouts.recorded, rollouts.arms
         await enter(database_keys(deployment, recorded, quota))
+        await enter(shared_quota(deployment, quota, live_config, metrics))
         router = router_for(settings, addresses.client, live_config, registry, proxy, quota, observers, arms)
         admin = await enter(admin_port(deployment, registry, live_config, observed, routed, rollouts, router, place))
         admin_hosts = allowed_hosts(addresses.admin, settings.allowed_hosts)

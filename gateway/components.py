@@ -36,6 +36,7 @@ from gateway.proxy.upstream.external_parameters import ParameterTable
 from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
+from gateway.quota_leases import CALL_SECONDS, QuotaLeases
 from gateway.rollout.administration import RolloutAdministration
 from gateway.rollout.arms import Rollouts
 from gateway.rollout.recorded import RecordedAliases, followed_rollouts
@@ -44,6 +45,8 @@ from gateway.status.source import StatusSource, WorkerPlace
 from gateway.status.traffic import TrafficHistory
 from gateway.workers import WorkerIndex
 from serving.registry import Registry
+from serving.state.database import StateDatabase
+from serving.state.link import Link
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +186,27 @@ async def database_keys(deployment: Deployment, recorded: RecordedAliases, quota
         quota.keep_only(keys.names())
 
     async with followed_keys(deployment.state, use):
+        yield
+
+
+@asynccontextmanager
+async def shared_quota(
+    deployment: Deployment, quota: Quota, live_config: LiveConfig, metrics: Metrics
+) -> AsyncIterator[None]:
+    """Share the limits of keys with other gateways if the state is in PostgreSQL.
+
+    SQLite is on one machine: its workers divide the limits equally.
+    """
+    database = None if deployment.state is None else StateDatabase.at(deployment.state)
+    if database is None or database.engine.file is not None:
+        yield
+        return
+
+    def is_needed() -> bool:
+        return any(issued.caller.limited for issued in (live_config.keys.issued or {}).values())
+
+    link = Link(database, CALL_SECONDS)
+    async with QuotaLeases(link, quota, is_needed, metrics.quota_local.labels()):
         yield
 
 

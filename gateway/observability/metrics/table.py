@@ -411,6 +411,15 @@ KEY_TOKENS = MetricSpec(
     "Total number of tokens processed, by name of the API key and kind: prompt, completion.",
 )
 
+# Without a sample unless gateways share the limits of keys in a PostgreSQL database.
+QUOTA_LOCAL = MetricSpec(
+    "quantgate_quota_local",
+    "gauge",
+    (),
+    "Whether this gateway admits a fixed share of the limits of API keys, because the state database is away (1), or "
+    "shares them with other gateways by demand (0)." + _MAX,
+)
+
 # Usage
 
 USAGE_PENDING_REQUESTS = MetricSpec(
@@ -482,7 +491,7 @@ GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
             *(ROLLOUT_STEP, ROLLOUT_WEIGHT, ROLLOUT_GATE_LOG_EVIDENCE, ROLLOUT_GATE_STATE),
             *(ROLLOUT_CONVERSATIONS, ROLLOUT_ROLLBACKS, ROLLOUT_STUCK, STATE_DATABASE_UP),
         ),
-        "API keys": (KEY_REQUESTS, KEY_TOKENS),
+        "API keys": (KEY_REQUESTS, KEY_TOKENS, QUOTA_LOCAL),
         "Usage": (USAGE_PENDING_REQUESTS, USAGE_LOST_REQUESTS),
         "Process": (CONFIG_RELOADS, ACCESS_LOG_LINES_DROPPED, EVENT_LOOP_LAG_SECONDS, BUILD_INFO),
     }
