@@ -113,8 +113,12 @@ class ClusterSettings(Table):
     token_file: FileName | None = None
 
 
+# As gateway.keys: the keys are in the state database. A file of this name is `./database`.
+KEYS_IN_DATABASE = "database"
+
+
 class GatewaySettings(Table):
-    """Settings of the gateway process."""
+    """Settings of the gateway process; `keys` is a file, or KEYS_IN_DATABASE."""
 
     listen: Address = "127.0.0.1:8000"
     admin: Address = "127.0.0.1:8001"
@@ -135,6 +139,16 @@ class GatewaySettings(Table):
     retries: RetrySettings = RetrySettings()
     memory_bytes: SizeBytes = 512 * 2**20
     drain_seconds: Seconds = 30.0
+
+    @property
+    def keys_in_database(self) -> bool:
+        """Whether the keys are in the state database."""
+        return self.keys == KEYS_IN_DATABASE
+
+    @property
+    def keys_file(self) -> str | None:
+        """The keys file; None: no keys, or those in the state database."""
+        return None if self.keys_in_database else self.keys
 
 
 class DeclaredQuality(Table):

@@ -11,7 +11,16 @@ from typing import BinaryIO
 
 from config.schema import GatewaySettings, Settings
 from config.variant import goldens
-from gateway.components import Routing, admin_port, observability, rollout_routing, router_for, routing
+from gateway.components import (
+    Routing,
+    admin_port,
+    database_keys,
+    observability,
+    rollout_routing,
+    router_for,
+    routing,
+    shared_quota,
+)
 from gateway.deployment import Deployment
 from gateway.handlers.admin import with_auth
 from gateway.http.collector import ConnectionCollector
@@ -88,7 +97,7 @@ class Gateway:
         self.routing.load.set_speeds(deployment.speeds)
         self.dispatcher.keep_only(self.live_config.catalog)
         self.dispatcher.set_limits(settings.queue, settings.retries)
-        self.quota.keep_only(deployment.keys.names())
+        self.quota.keep_only(self.live_config.keys.names())
         self.server.memory_bytes, self.server.grace_seconds = settings.memory_bytes, settings.drain_seconds
 
 
@@ -133,6 +142,8 @@ async def gateway(
         dispatcher, proxy = routed.dispatcher, routed.proxy
         rollouts = await enter(rollout_routing(deployment, registry, live_config, dispatcher, metrics))
         recorded, arms = rollouts.recorded, rollouts.arms
+        await enter(database_keys(deployment, recorded, quota))
+        await enter(shared_quota(deployment, quota, live_config, metrics))
         router = router_for(settings, addresses.client, live_config, registry, proxy, quota, observers, arms)
         admin = await enter(admin_port(registry, live_config, observed, routed, rollouts, router, place, discovery))
         admin_hosts = allowed_hosts(addresses.admin, settings.allowed_hosts)

@@ -52,7 +52,7 @@ class ConfigReload:
     _tls: TlsSettings | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._keys_file, self._tls = self.started.settings.gateway.keys, self.started.settings.gateway.tls
+        self._keys_file, self._tls = self.started.settings.gateway.keys_file, self.started.settings.gateway.tls
 
     def files(self) -> list[Path]:
         """The files to follow: the configuration, its keys file, and the certificate of the clients' port."""
@@ -72,18 +72,33 @@ class ConfigReload:
         if (deployment.server_tls is None) != (self.started.server_tls is None):
             log.warning("gateway.tls is added or removed; it takes effect at the next start")
         self._tls = deployment.settings.gateway.tls
-        self._keys_file = deployment.settings.gateway.keys or self._keys_file
+        self._keys_file = self._keys_file_of(deployment)
         # What rollouts want to run is not of this configuration: the supervisor follows that by itself.
         recorded, replicas = self.with_recorded(deployment), {"replicas": deployment.settings.replicas}
         applied = replace(recorded, settings=recorded.settings.model_copy(update=replicas))
         await self.apply_replicas(applied, lambda: self.switch(deployment))
 
     def _with_keys(self, deployment: Deployment) -> Deployment:
-        """Keep the keys file if the option is removed: the port may be open to other machines."""
-        if deployment.settings.gateway.keys or self._keys_file is None:
+        """Keep the keys file if the option is removed: the port may be open to other machines.
+
+        Where the keys are, in a file or in the state database, changes at the next start only.
+        """
+        in_database = self.started.settings.gateway.keys_in_database
+        if in_database != deployment.settings.gateway.keys_in_database:
+            log.warning("gateway.keys has changed from or to `database`; it takes effect at the next start")
+        if in_database:
+            return replace(deployment, keys=self.live_config.keys)
+        if deployment.settings.gateway.keys_file:
             return deployment
+        if self._keys_file is None:
+            return replace(deployment, keys=self.live_config.keys)
         log.warning("gateway.keys is removed; %s stays in force until the next start", self._keys_file)
         return replace(deployment, keys=read_keys(self.path.parent / self._keys_file))
+
+    def _keys_file_of(self, deployment: Deployment) -> str | None:
+        if self.started.settings.gateway.keys_in_database:
+            return None
+        return deployment.settings.gateway.keys_file or self._keys_file
 
     def _check_remaining(self, deployment: Deployment) -> None:
         after = Catalog(deployment.settings.aliases, deployment.variants)

@@ -6,10 +6,11 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway.deployment import Deployment
 from gateway.http.cors import cors_for
+from gateway.keys import Keys
 from gateway.live_config import LiveConfig
 from gateway.observability.metrics import Metrics
 from gateway.proxy.shadow import Agreement, Scorer, Shadow
@@ -51,6 +52,7 @@ class RecordedAliases:
         self.cluster = cluster
         self.scorer: ShadowScorer | None = None  # None: nothing is shadowed
         self._counters = counters
+        self._followed_keys: Keys | None = None  # None: the keys are those of the configuration
 
     @property
     def in_force(self) -> Deployment:
@@ -63,9 +65,15 @@ class RecordedAliases:
 
     def configure(self, deployment: Deployment) -> None:
         """Use another configuration; recorded ladders stay."""
-        self.deployment = deployment
+        self.deployment = self._with_followed_keys(deployment)
         log_notices(self.in_force)
         self._apply()
+
+    def use_keys(self, keys: Keys) -> None:
+        """Use the keys in the state database from the next request on; a later configuration does not change them."""
+        self._followed_keys = keys
+        self.deployment = self._with_followed_keys(self.deployment)
+        self._live_config.keys = keys
 
     def record(self, snapshot: RolloutSnapshot) -> None:
         """Use what is recorded now, from the next request on."""
@@ -73,6 +81,9 @@ class RecordedAliases:
             return
         self.snapshot = snapshot
         self._apply()
+
+    def _with_followed_keys(self, deployment: Deployment) -> Deployment:
+        return deployment if self._followed_keys is None else replace(deployment, keys=self._followed_keys)
 
     def _apply(self) -> None:
         deployment = self.in_force

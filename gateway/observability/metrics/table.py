@@ -98,7 +98,7 @@ WAITING = MetricSpec(
     "quantgate_waiting", "gauge", ("alias",), "Current number of requests waiting for a replica." + _SUM
 )
 # reason: rate_limit, queue_full, queue_timeout, draining, too_large, too_slow, not_allowed, invalid_key,
-# invalid_request, unknown_model, floor, no_replica, other.
+# keys_unavailable, invalid_request, unknown_model, floor, no_replica, other.
 REJECTIONS = MetricSpec(
     "quantgate_rejections_total",
     "counter",
@@ -450,6 +450,15 @@ KEY_TOKENS = MetricSpec(
     "Total number of tokens processed, by name of the API key and kind: prompt, completion.",
 )
 
+# Without a sample unless gateways share the limits of keys in a PostgreSQL database.
+QUOTA_LOCAL = MetricSpec(
+    "quantgate_quota_local",
+    "gauge",
+    (),
+    "Whether this gateway admits a fixed share of the limits of API keys, because the state database is away (1), or "
+    "shares them with other gateways by demand (0)." + _MAX,
+)
+
 # Usage
 
 USAGE_PENDING_REQUESTS = MetricSpec(
@@ -525,7 +534,7 @@ GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
             *(ROLLOUT_STEP, ROLLOUT_WEIGHT, ROLLOUT_GATE_LOG_EVIDENCE, ROLLOUT_GATE_STATE),
             *(ROLLOUT_CONVERSATIONS, ROLLOUT_ROLLBACKS, ROLLOUT_STUCK, STATE_DATABASE_UP),
         ),
-        "API keys": (KEY_REQUESTS, KEY_TOKENS),
+        "API keys": (KEY_REQUESTS, KEY_TOKENS, QUOTA_LOCAL),
         "Usage": (USAGE_PENDING_REQUESTS, USAGE_LOST_REQUESTS),
         "Process": (CONFIG_RELOADS, ACCESS_LOG_LINES_DROPPED, EVENT_LOOP_LAG_SECONDS, BUILD_INFO),
     }
