@@ -199,7 +199,7 @@ async def followed_rollouts(
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     scaler = Scaler(
         Link(StateDatabase.at(state, create=False)),
-        lambda: recorded.deployment.wanted.cluster_access(),
+        lambda: recorded.deployment.wanted.cluster_access(),  # noqa: PLW0108 - a reload replaces the deployment
         lambda: recorded.deployment.settings.replicas,
         lambda: recorded.snapshot,
         lambda: ladder_variants(recorded.in_force),
