@@ -31,13 +31,19 @@ mount -t tmpfs tmpfs $R/tmp
 # Nothing of this machine starts.
 rm -rf $R/etc/systemd/system $R/lib/systemd/system/*.wants
 mkdir $R/etc/systemd/system
+# The library of the tests' Python may be in a home, which services do not see.
+mkdir -p $R/etc/systemd/system.conf.d
+printf '[Manager]\\nDefaultEnvironment=LD_LIBRARY_PATH=/opt/python/lib\\n' >$R/etc/systemd/system.conf.d/python.conf
 printf '[Unit]\\nDefaultDependencies=no\\n' >$R/etc/systemd/system/nothing.target
 ip link set lo up
 # Not a chroot: no user namespace can be made in one.
 cd $R
 mkdir -p old
 pivot_root . old
+cd /
 umount --lazy /old
+# Credentials are mounted by a child of systemd, in a namespace that gives its mounts back.
+mount --make-rshared /
 exec env -i container=oci PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --unit=nothing.target
 """
 NAMESPACES = ("--mount", "--propagation", "private", "--pid", "--uts", "--ipc", "--cgroup", "--net")

@@ -1,4 +1,4 @@
-"""The units under a real systemd: the sandbox lets the gateway work, a restart refuses nobody, replicas outlive `serve`.
+"""The units under a real systemd: they let the gateway work, a restart refuses nobody, replicas outlive `serve`.
 
 systemd is the first process of namespaces on the root file system of an image (tests/deploy/booted.py).
 """
