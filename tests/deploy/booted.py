@@ -87,7 +87,11 @@ def booted(root: ImageRoot) -> Iterator[Machine]:
     command = [*enter, "unshare", *NAMESPACES, "--fork", "--kill-child", "sh", "-c", BOOT, "boot", root.directory]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         try:
-            yield Machine(wait_until(lambda: _first_process(process)))
+            try:
+                first = wait_until(lambda: _first_process(process))
+            except TimeoutError:
+                raise NotBooted("systemd does not answer") from None
+            yield Machine(first)
         finally:
             process.kill()
 

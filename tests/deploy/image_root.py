@@ -115,7 +115,8 @@ class ImageRoot:
         self, words: Sequence[str], environment: Mapping[str, str], user: str = "0:0", work_directory: str = "/"
     ) -> list[str]:
         """The command line that runs words in this root, as a user, with this environment alone."""
-        variables = [f"{key}={value}" for key, value in environment.items()]
+        # The library of the tests' Python may be where this user can't read it (`add_python`).
+        variables = [f"{key}={value}" for key, value in {"LD_LIBRARY_PATH": "/opt/python/lib", **environment}.items()]
         enter = ["nsenter", f"--mount=/proc/{self.holder}/ns/mnt", "chroot", f"--userspec={user}", "--groups="]
         cd = ["sh", "-c", 'cd "$0" && exec "$@"', work_directory]
         return [*enter, self.directory, "env", "-i", *variables, *cd, *words]

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -59,6 +60,11 @@ while not stop.exists():
 print(json.dumps(failures))
 """
 READY = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8001/readyz', timeout=5).status)"
+METRICS = """
+import urllib.request as u
+request = u.Request("http://127.0.0.1:8001/metrics", headers={"authorization": "Bearer s3cret"})
+print(u.urlopen(request, timeout=5).read().decode())
+"""
 # In place of `quantgate serve`: a process with a child in a session of its own, as each replica is.
 SUPERVISOR = "/bin/sh -c 'setsid sleep 86400 & exec sleep 86401'"
 
@@ -114,6 +120,15 @@ def test_the_gateway_is_confined(machine: Machine, gateway: int) -> None:
     assert re.search(r" / / ro,", mounts)
     assert f"/run/credentials/{GATEWAY}.service ro" in mounts
     assert (machine.path("/var/lib/quantgate/state.db")).exists()
+
+
+def test_the_gateway_knows_itself(machine: Machine, gateway: int) -> None:
+    """The sandbox hides nothing that metrics of the process are made from."""
+    metrics = machine.run("/opt/quantgate/bin/python", "-c", METRICS)
+    found = dict(re.findall(r"^(process_\w+) (\S+)$", metrics, re.MULTILINE))
+    assert abs(float(found["process_start_time_seconds"]) - time.time()) < 3600
+    assert float(found["process_resident_memory_bytes"]) > 0
+    assert float(found["process_open_fds"]) > 0
 
 
 def test_a_restart_refuses_nobody(machine: Machine, gateway: int) -> None:
