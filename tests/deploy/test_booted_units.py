@@ -177,12 +177,18 @@ def test_replicas_outlive_a_killed_supervisor(machine: Machine) -> None:
     unit.write_text(re.sub(r"^ExecStart=.*$", f"ExecStart={SUPERVISOR}", written, flags=re.MULTILINE))
     machine.run("systemctl", "daemon-reload")
     machine.run("systemctl", "start", "quantgate-serve")
-    first = wait_until(lambda: machine.run("pgrep", "-f", "^sleep 86400", check=False).split())
+    first = wait_until(lambda: sleeping(machine))
     machine.run("systemctl", "kill", "--kill-whom=main", "--signal=SIGKILL", "quantgate-serve")
     wait_until(lambda: machine.show("quantgate-serve", "NRestarts") == "1")
-    both = wait_until(lambda: len(found := machine.run("pgrep", "-f", "^sleep 86400").split()) == 2 and found)
+    wait_until(lambda: len(sleeping(machine)) == 2)
+    both = sleeping(machine)
     assert set(first) < set(both)
     machine.run("systemctl", "stop", "quantgate-serve")
-    assert machine.run("pgrep", "-f", "^sleep 86400").split() == both
+    assert sleeping(machine) == both
     machine.run("systemctl", "kill", "--signal=SIGKILL", "quantgate-serve")
-    wait_until(lambda: not machine.run("pgrep", "-f", "^sleep 86400", check=False).split())
+    wait_until(lambda: not sleeping(machine))
+
+
+def sleeping(machine: Machine) -> list[str]:
+    """The processes that stand for replicas."""
+    return machine.run("pgrep", "--full", "^sleep 86400", check=False).split()
