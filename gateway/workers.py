@@ -315,7 +315,9 @@ def handed_over_by_parent(taken: ListenSockets, index: WorkerIndex) -> Iterator[
     try:
         yield
     finally:
+        # Without a handler, the signal would end a process that drains.
         loop.remove_signal_handler(HANDED_OVER)
+        signal.signal(HANDED_OVER, signal.SIG_IGN)
 
 
 @asynccontextmanager
