@@ -37,7 +37,7 @@ COMMANDS = {
     "usage": Command("gateway.cli.usage", "print requests, tokens and cost by API key and alias"),
     "rollout": Command("gateway.rollout.cli", "replace a variant behind an alias in steps gated by measurements"),
     "config": Command("gateway.cli.config", "check or show a configuration file, or print the JSON schema"),
-    "keys": Command("gateway.cli.keys", "create, list, rotate and revoke API keys"),
+    "keys": Command("gateway.cli.keys", "create, import, list, rotate and revoke API keys"),
     "completion": Command("gateway.cli.completion", "print a script that completes this command line in a shell"),
 }
 

@@ -17,7 +17,7 @@ EFFECTS: Mapping[str, tuple[Effect, str]] = MappingProxyType(
         "gateway.admin_key": ("start", ""),
         "gateway.tls": ("reload", "for new connections, also when a file changes; added or removed: at the next start"),
         "gateway.state": ("start", ""),
-        "gateway.keys": ("reload", f"{_REQUESTS}; removed: at the next start"),
+        "gateway.keys": ("reload", f"{_REQUESTS}; removed, or from or to `database`: at the next start"),
         "gateway.allowed_hosts": ("start", ""),
         "gateway.cors": ("reload", _REQUESTS),
         "gateway.media_domains": ("reload", f"{_REQUESTS}; own replicas are replaced"),

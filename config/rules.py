@@ -70,10 +70,10 @@ def _gateway(settings: Settings) -> Iterator[Violation]:
 def _file_names(settings: Settings) -> Iterator[Violation]:
     """Shells replace `$HOME` in a path, quantgate does not."""
     names: list[tuple[Location, str | None]] = [(("gateway", "keys"), settings.gateway.keys)]
-    cluster = settings.gateway.kubernetes
-    names += [(("gateway", "kubernetes", option), getattr(cluster, option)) for option in ("ca", "token_file")]
     if (tls := settings.gateway.tls) is not None:
         names += [(("gateway", "tls", "certificate"), tls.certificate), (("gateway", "tls", "key_file"), tls.key_file)]
+    cluster = settings.gateway.kubernetes
+    names += [(("gateway", "kubernetes", option), getattr(cluster, option)) for option in ("ca", "token_file")]
     for variant_name, variant in settings.variants.items():
         where = ("variants", variant_name)
         names.append(((*where, "path"), variant.path))
@@ -225,16 +225,16 @@ def _urls(settings: Settings) -> Iterator[Violation]:
 
 
 def _services(settings: Settings) -> Iterator[Violation]:
-    """No pod is found by two entries that name the same Service."""
-    owner = dict[tuple[str, str | None], int]()
+    """No pod is found by two entries with the same EndpointSlices."""
+    owner = dict[tuple[str | None, str], int]()
     for index, replica in enumerate(settings.replicas):
         pods = replica.kubernetes
-        if pods is None or pods.service is None:
+        if pods is None:
             continue
-        first = owner.setdefault((pods.service, pods.namespace), index)
+        first = owner.setdefault((pods.namespace, pods.label_selector), index)
         if first != index:
-            what = f"is the Service of replicas.{first}, too"
-            yield Violation(("replicas", index, "kubernetes", "service"), what, "remove one: both find the same pods")
+            what = f"finds the same pods as replicas.{first}"
+            yield Violation(("replicas", index, "kubernetes"), what, "remove one, or choose another Service")
 
 
 def _endpoint(url: str) -> tuple[str, int | None]:

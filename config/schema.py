@@ -95,6 +95,13 @@ class CorsSettings(Table):
     origins: tuple[Origin, ...] = ()
 
 
+class TlsSettings(Table):
+    """The certificate of the clients' port, with its chain; without `key_file`, its key is in the same file."""
+
+    certificate: FileName
+    key_file: FileName | None = None
+
+
 class ClusterSettings(Table):
     """Access to the API server of a Kubernetes cluster; an omitted option is that of the pod that the gateway runs in.
 
@@ -106,15 +113,12 @@ class ClusterSettings(Table):
     token_file: FileName | None = None
 
 
-class TlsSettings(Table):
-    """The certificate of the clients' port, with its chain; without `key_file`, its key is in the same file."""
-
-    certificate: FileName
-    key_file: FileName | None = None
+# As gateway.keys: the keys are in the state database. A file of this name is `./database`.
+KEYS_IN_DATABASE = "database"
 
 
 class GatewaySettings(Table):
-    """Settings of the gateway process."""
+    """Settings of the gateway process; `keys` is a file, or KEYS_IN_DATABASE."""
 
     listen: Address = "127.0.0.1:8000"
     admin: Address = "127.0.0.1:8001"
@@ -135,6 +139,16 @@ class GatewaySettings(Table):
     retries: RetrySettings = RetrySettings()
     memory_bytes: SizeBytes = 512 * 2**20
     drain_seconds: Seconds = 30.0
+
+    @property
+    def keys_in_database(self) -> bool:
+        """Whether the keys are in the state database."""
+        return self.keys == KEYS_IN_DATABASE
+
+    @property
+    def keys_file(self) -> str | None:
+        """The keys file; None: no keys, or those in the state database."""
+        return None if self.keys_in_database else self.keys
 
 
 class DeclaredQuality(Table):
@@ -185,9 +199,7 @@ class VariantSettings(Table):
     path: FileName | None = None
     precision: Literal["bf16", "fp16", "fp32", "fp8", "fp4", "int8", "int4"] | None = None
     quality: DeclaredQuality | None = None
-    lora: dict[
-        Name, Annotated[LoraSettings, BeforeValidator(_path_as_lora, json_schema_input_type=LoraSettings | str)]
-    ] = {}
+    lora: dict[Name, Annotated[LoraSettings, BeforeValidator(_path_as_lora)]] = {}
     external: ExternalModelName | None = None
     api_key: SecretStr | None = None
     base_url: ProviderUrl | None = None
@@ -209,6 +221,11 @@ class KubernetesSettings(Table):
     namespace: Namespace | None = None
     port: ServicePort | None = None
     workload: Workload | None = None
+
+    @property
+    def label_selector(self) -> str:
+        """The labels of the EndpointSlices: Kubernetes gives them the name of their Service."""
+        return self.selector or f"kubernetes.io/service-name={self.service}"
 
 
 class ReplicaSettings(Table):

@@ -11,7 +11,16 @@ from typing import BinaryIO
 
 from config.schema import GatewaySettings, Settings
 from config.variant import goldens
-from gateway.components import Routing, admin_port, observability, rollout_routing, router_for, routing
+from gateway.components import (
+    Routing,
+    admin_port,
+    database_keys,
+    observability,
+    rollout_routing,
+    router_for,
+    routing,
+    shared_quota,
+)
 from gateway.deployment import Deployment
 from gateway.handlers.admin import with_auth
 from gateway.http.collector import ConnectionCollector
@@ -21,7 +30,7 @@ from gateway.http.server import HttpServer, serve_clients
 from gateway.http.sockets import ADMIN, CLIENT, InheritedSockets, ListenSockets, address_of
 from gateway.http.tls import context_with
 from gateway.live_config import LiveConfig
-from gateway.observability.metrics import Metrics
+from gateway.observability.metrics import DiscoveryCollector, Metrics
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.external_models import external_model_replicas
 from gateway.quota import Quota
@@ -35,9 +44,10 @@ from gateway.workers import (
     offered_to_successor,
     with_worker_ports,
 )
-from serving.app import followed_replicas, local_replicas, sole_owner
+from serving.app import discovered_replicas, followed_replicas, local_replicas, sole_owner
 from serving.command import Machine
 from serving.control import Controlled, ControlSocket
+from serving.kubernetes.discovery import Discovery
 from serving.probe import Probe
 from serving.readiness import verified_replicas
 from serving.registry import Registry
@@ -87,7 +97,7 @@ class Gateway:
         self.routing.load.set_speeds(deployment.speeds)
         self.dispatcher.keep_only(self.live_config.catalog)
         self.dispatcher.set_limits(settings.queue, settings.retries)
-        self.quota.keep_only(deployment.keys.names())
+        self.quota.keep_only(self.live_config.keys.names())
         self.server.memory_bytes, self.server.grace_seconds = settings.memory_bytes, settings.drain_seconds
 
 
@@ -112,13 +122,14 @@ async def gateway(
     taken: ListenSockets,
     place: WorkerIndex = SINGLE_WORKER,
     access_log_stream: BinaryIO | None = None,
+    discovery: Discovery | None = None,
 ) -> AsyncIterator[Gateway]:
     """Serve clients and operators; when the block ends, running requests finish first.
 
     Who accepts connections then is in `taken.next_acceptor`: without one, new requests are refused meanwhile. Otherwise
     this process accepts none any more, and its admin port closes first, so that its successor answers there.
 
-    The access log is written to `access_log_stream`, by default to stderr.
+    The access log is written to `access_log_stream`, by default to stderr. `discovery` is shown to operators.
     """
     settings = deployment.settings.gateway
     live_config, quota = live_config_for(deployment), Quota(place.share)
@@ -131,14 +142,17 @@ async def gateway(
         dispatcher, proxy = routed.dispatcher, routed.proxy
         rollouts = await enter(rollout_routing(deployment, registry, live_config, dispatcher, metrics))
         recorded, arms = rollouts.recorded, rollouts.arms
+        await enter(database_keys(deployment, recorded, quota))
+        await enter(shared_quota(deployment, quota, live_config, metrics))
         router = router_for(settings, addresses.client, live_config, registry, proxy, quota, observers, arms)
-        admin = await enter(admin_port(deployment, registry, live_config, observed, routed, rollouts, router, place))
+        admin = await enter(admin_port(registry, live_config, observed, routed, rollouts, router, place, discovery))
         admin_hosts = allowed_hosts(addresses.admin, settings.allowed_hosts)
         admin_server = await enter(listen(with_auth(admin.app, settings.admin_key, admin_hosts), taken.admin))
         if observed.usage is not None:  # once more before the admin port closes, which may take too long
             stack.push_async_callback(observed.usage.flush)
         server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)
         metrics.registry.register(ConnectionCollector(server))
+        metrics.registry.register(DiscoveryCollector(lambda: discovery.statuses if discovery else ()))
         tls = context_with(lambda: certificate_of(live_config)) if deployment.server_tls else None
         await enter(serve_clients(server, taken.client, settings.drain_seconds, tls, lambda: taken.next_acceptor))
         log.info("listening on %s, admin on http://%s", url_of(settings, addresses.client), addresses.admin)
@@ -180,7 +194,7 @@ STARTED_BY_HAND = ProcessContext()
 async def gateway_alone(
     deployment: Deployment, path: Path | None = None, process: ProcessContext = STARTED_BY_HAND
 ) -> AsyncIterator[Addresses]:
-    """Serve replicas that run elsewhere: those with a `url` in the configuration, and those in the state database.
+    """Serve replicas that run elsewhere: those with a `url` or `kubernetes`, and those in the state database.
 
     With a path, changes of that file are applied. A predecessor stops when this process accepts connections; it raises
     TakeoverRefused if replicas are not ready in time.
@@ -196,6 +210,7 @@ async def gateway_alone(
             Probe() as probe,
             Watch(wanted.external, registry, probe, goldens(deployment.variants)) as watch,
             followed_replicas(wanted, registry, probe) as follower,
+            discovered_replicas(wanted, registry, probe) as discovery,
             verified_replicas(
                 registry,
                 predecessor.ready if predecessor else frozenset(),
@@ -203,14 +218,19 @@ async def gateway_alone(
             )
             if process.verified
             else nullcontext(),
-            gateway(deployment, registry, taken, place) as served,
+            gateway(deployment, registry, taken, place, discovery=discovery) as served,
             following(
                 path,
                 started,
                 registry,
                 served,
                 FollowerReload(
-                    watch, follower, registry, served.live_config, external_models=served.available_external
+                    watch,
+                    follower,
+                    registry,
+                    served.live_config,
+                    external_models=served.available_external,
+                    discovery=discovery,
                 ),
                 process.manager,
             ) as reload,
@@ -255,8 +275,11 @@ async def everything(
             ControlSocket(home, shown) as control,
             local_replicas(wanted, machine, registry, probe, home, owner) as own,
             Watch(wanted.external, registry, probe, goldens(deployment.variants)) as watch,
-            gateway(deployment, registry, taken, access_log_stream=access_log_stream) as served,
-            following(path, deployment, registry, served, SupervisedReload(watch, own), process.manager) as reload,
+            discovered_replicas(wanted, registry, probe) as discovery,
+            gateway(deployment, registry, taken, access_log_stream=access_log_stream, discovery=discovery) as served,
+            following(
+                path, deployment, registry, served, SupervisedReload(watch, own, discovery), process.manager
+            ) as reload,
         ):
             control.restart = own.restart
             if reload is not None:

@@ -15,6 +15,8 @@ from gateway.handlers.inference import InferenceHandler, Observers
 from gateway.handlers.models import client_app
 from gateway.handlers.router import Router
 from gateway.http.hosts import allowed_hosts
+from gateway.keys import Keys
+from gateway.keys.follower import followed_keys
 from gateway.live_config import LiveConfig
 from gateway.observability.access_log import AccessLog, both
 from gateway.observability.metrics import FleetCollector, LoopLag, Metrics
@@ -34,6 +36,7 @@ from gateway.proxy.upstream.external_parameters import ParameterTable
 from gateway.proxy.upstream.pool import Pool
 from gateway.proxy.upstream.vllm import VllmUpstream
 from gateway.quota import Quota
+from gateway.quota_leases import CALL_SECONDS, QuotaLeases
 from gateway.rollout.administration import RolloutAdministration
 from gateway.rollout.arms import Rollouts
 from gateway.rollout.recorded import RecordedAliases, followed_rollouts
@@ -41,7 +44,10 @@ from gateway.routing.budget import spent_by_variant
 from gateway.status.source import StatusSource, WorkerPlace
 from gateway.status.traffic import TrafficHistory
 from gateway.workers import WorkerIndex
+from serving.kubernetes.discovery import Discovery
 from serving.registry import Registry
+from serving.state.database import StateDatabase
+from serving.state.link import Link
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +178,42 @@ async def rollout_routing(
         yield RolloutRouting(arms, recorded, lambda: service.follower.away if service else None)
 
 
+@asynccontextmanager
+async def database_keys(deployment: Deployment, recorded: RecordedAliases, quota: Quota) -> AsyncIterator[None]:
+    """Follow the API keys in the state database, if they are there."""
+    if deployment.state is None or not deployment.settings.gateway.keys_in_database:
+        yield
+        return
+
+    def use(keys: Keys) -> None:
+        recorded.use_keys(keys)
+        quota.keep_only(keys.names())
+
+    async with followed_keys(deployment.state, use):
+        yield
+
+
+@asynccontextmanager
+async def shared_quota(
+    deployment: Deployment, quota: Quota, live_config: LiveConfig, metrics: Metrics
+) -> AsyncIterator[None]:
+    """Share the limits of keys with other gateways if the state is in PostgreSQL.
+
+    SQLite is on one machine: its workers divide the limits equally.
+    """
+    database = None if deployment.state is None else StateDatabase.at(deployment.state)
+    if database is None or database.engine.file is not None:
+        yield
+        return
+
+    def is_needed() -> bool:
+        return any(issued.caller.limited for issued in (live_config.keys.issued or {}).values())
+
+    link = Link(database, CALL_SECONDS)
+    async with QuotaLeases(link, quota, is_needed, metrics.quota_local.labels()):
+        yield
+
+
 def router_for(
     settings: GatewaySettings,
     address: str,
@@ -201,7 +243,6 @@ class AdminPort:
 
 @asynccontextmanager
 async def admin_port(
-    deployment: Deployment,
     registry: Registry,
     live_config: LiveConfig,
     observed: Observability,
@@ -209,13 +250,15 @@ async def admin_port(
     rollouts: RolloutRouting,
     router: Router,
     place: WorkerIndex,
+    discovery: Discovery | None,
 ) -> AsyncIterator[AdminPort]:
     """Sample the traffic, and build the app."""
+    kubernetes_away = (lambda: None) if discovery is None else discovery.away
     recorded, dispatcher = rollouts.recorded, routed.dispatcher
     async with (
         TrafficHistory(observed.metrics) as traffic,
         RolloutAdministration(
-            deployment.state, lambda: recorded.deployment, lambda: recorded.snapshot, registry
+            recorded.deployment.state, lambda: recorded.deployment, lambda: recorded.snapshot, registry
         ) as administration,
     ):
         status = StatusSource(
@@ -224,11 +267,12 @@ async def admin_port(
             speeds=lambda: recorded.deployment.speeds,
             rollouts=lambda: administration.statuses,
             state_away=rollouts.away,
+            kubernetes_away=kubernetes_away,
             draining=lambda: router.draining,
             place=WorkerPlace(place.number, place.of),
         )
         context = AdminContext(
             *(live_config, registry, observed.metrics, router, dispatcher),
-            *(status, administration, rollouts.away, observed.usage),
+            *(status, administration, rollouts.away, observed.usage, kubernetes_away),
         )
         yield AdminPort(admin_app(context), traffic)

@@ -11,7 +11,7 @@ from config.load import LoadedFile, load_settings_file
 from config.schema import ReplicaSettings, Settings
 from config.variant import Variant
 from gateway.http.tls import ServerTls, read_server_tls
-from gateway.keys import Keys, read_keys
+from gateway.keys import UNKNOWN_KEYS, Keys, read_keys
 from gateway.routing.speed import SpeedProfile
 from serving.app import Wanted, wanted_of
 from serving.tls import Tls
@@ -20,7 +20,10 @@ from serving.validation import read_named_files
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """A configuration and the contents of the files it refers to; `folder` is the configuration's directory."""
+    """A configuration and the contents of the files it refers to; `folder` is the configuration's directory.
+
+    `keys` are unknown if they are in the state database: a gateway follows them there.
+    """
 
     settings: Settings
     variants: Mapping[str, Variant]
@@ -49,10 +52,10 @@ def load_deployment(file: LoadedFile[Settings], path: Path) -> tuple[Deployment,
     """Load the files that a valid configuration file refers to, as far as they can be used, and list the problems."""
     settings, named = file.settings, read_named_files(file, path.parent)
     problems = list(named.problems)
-    keys = Keys()
-    if settings.gateway.keys:
+    keys = UNKNOWN_KEYS if settings.gateway.keys_in_database else Keys()
+    if settings.gateway.keys_file:
         try:
-            keys = read_keys(path.parent / settings.gateway.keys)
+            keys = read_keys(path.parent / settings.gateway.keys_file)
         except SettingsError as error:
             problems += [problem if problem.line else _at_keys(file, problem) for problem in error.problems]
     server_tls = None

@@ -12,6 +12,7 @@ GatewayError
 │   └── HeadTooLarge          431
 ├── Unavailable               503  worth another try later
 │   ├── Draining              503  this gateway is about to stop
+│   ├── KeysUnavailable       503  the API keys in the state database were never read
 │   └── FloorUnmet            503  no variant that is good enough can answer
 ├── Overloaded                429  more requests than can be answered in time
 │   ├── QueueFull             429  too many requests wait
@@ -200,6 +201,13 @@ class Draining(Unavailable):
 
     metric_reason = "draining"
     code = "draining"
+
+
+class KeysUnavailable(Unavailable):
+    """The state database has been away since the start, so nobody can be authenticated."""
+
+    metric_reason = "keys_unavailable"
+    code = "keys_unavailable"
 
 
 class Overloaded(GatewayError):

@@ -1,11 +1,15 @@
-"""Rate limits per API key: requests and tokens per minute, and concurrent requests, counted in this process."""
+"""Rate limits per API key: requests and tokens per minute, and concurrent requests, counted in this process.
+
+Where several gateways share a state database, `quota_leases` changes what this process holds of each limit.
+"""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from gateway.errors import RateLimited
 from gateway.keys.authentication import Caller
+from gateway.quota_shares import Claim, KeyQuota, Limits, Use
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -16,6 +20,8 @@ MIN_TOKENS = 1e-3
 MINUTE_SECONDS = 60.0
 # Shorter waits are rounding errors of sums of times.
 _ROUNDING_SECONDS = 1e-6
+# A bucket that is never refilled would divide by zero.
+_LEAST_SHARE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +72,14 @@ def with_rate(bucket: Bucket | None, per_minute: float | None, now_seconds: floa
     return Bucket(per_minute).without(missing, now_seconds)
 
 
+def _bucket(per_minute: float | None, share: float, amount: float, now_seconds: float) -> Bucket | None:
+    """Return a bucket of a share of a rate that holds an amount; None if the rate is not limited."""
+    if per_minute is None:
+        return None
+    bucket = Bucket(per_minute * share)
+    return bucket.without(bucket.capacity - amount, now_seconds)
+
+
 def format_duration(seconds: float) -> bytes:
     """Format a duration as in OpenAI's rate-limit headers, rounded up: 12ms, 7s, 6m0s, 1h0m0s."""
     if seconds < 1:
@@ -79,27 +93,56 @@ def format_duration(seconds: float) -> bytes:
 
 @dataclass(slots=True)
 class Counts:
-    """Counters of one key: running requests, and its buckets of requests and tokens (None: not limited)."""
+    """Counters of one key: running requests, and its buckets of requests and tokens (None: not limited).
+
+    `share` and `slots` are what this process holds of the key's limits; None: the share of the quota. `asked`, `taken`,
+    `charged` and `wanted` count since the last report; see `Use`.
+    """
 
     running: int = 0
     requests: Bucket | None = None
     tokens: Bucket | None = None
+    share: float | None = None
+    slots: int | None = None
+    caller: Caller | None = None
+    asked: int = 0
+    taken: int = 0
+    charged: int = 0
+    wanted: int = 0
 
     def apply_limits(self, caller: Caller, share: float, now_seconds: float) -> None:
         """Adopt the key's current limits, which a reload may have changed; what was taken stays taken."""
+        share = share if self.share is None else self.share
         requests, tokens = caller.requests_per_minute, caller.tokens_per_minute
         self.requests = with_rate(self.requests, None if requests is None else requests * share, now_seconds)
         self.tokens = with_rate(self.tokens, None if tokens is None else tokens * share, now_seconds)
 
     def take_request(self, now_seconds: float) -> None:
         """Take one request."""
+        self.taken += 1
         if self.requests is not None:
             self.requests = self.requests.without(1, now_seconds)
 
     def charge(self, tokens: int, now_seconds: float) -> None:
         """Take the tokens of an answer, even if the bucket holds less; a debt delays the key's next requests."""
+        self.charged += tokens
         if self.tokens is not None:
             self.tokens = self.tokens.without(tokens, now_seconds)
+
+    def hold(self, claim: Claim, limits: Limits, now_seconds: float) -> None:
+        """Hold another part of the key's limits; what was used since the last report is taken from it."""
+        self.share, self.slots = max(claim.share, _LEAST_SHARE), claim.slots
+        self.requests = _bucket(limits.requests_per_minute, self.share, claim.requests - self.taken, now_seconds)
+        self.tokens = _bucket(limits.tokens_per_minute, self.share, claim.tokens - self.charged, now_seconds)
+
+    def take_use(self) -> Use | None:
+        """Return what was used since the last report, and count anew; None if nothing was."""
+        if not (self.asked or self.charged or self.wanted or self.running):
+            return None
+        use = Use(self.asked, self.taken, self.charged, self.running, self.wanted)
+        self.asked = self.taken = self.charged = 0
+        self.wanted = self.running
+        return use
 
 
 @dataclass(slots=True)
@@ -120,7 +163,8 @@ class Quota:
     """Owns the counters of every key that has limits.
 
     `share` is this process' part of each limit: with N processes, each gets 1/N of a key's requests and tokens per
-    minute and of its concurrency, but at least one request. All methods take times of the same monotonic clock.
+    minute and of its concurrency, but at least one request. A key may have another share; see `hold`. All methods take
+    times of the same monotonic clock.
     """
 
     share: float = 1.0
@@ -134,9 +178,13 @@ class Quota:
         if not caller.limited:
             return None
         counts = self._counts_of(caller)
-        if caller.concurrency is not None and counts.running >= concurrency_share(caller.concurrency, self.share):
-            raise _refusal(caller, f"{caller.concurrency} concurrent requests (concurrency)", BUSY_RETRY_SECONDS)
+        if caller.concurrency is not None:
+            slots = concurrency_share(caller.concurrency, self.share) if counts.slots is None else counts.slots
+            if counts.running >= slots:
+                counts.wanted += 1
+                raise _refusal(caller, f"{caller.concurrency} concurrent requests (concurrency)", BUSY_RETRY_SECONDS)
         counts.running += 1
+        counts.wanted = max(counts.wanted, counts.running)
         return RunningRequest(counts)
 
     def admit(self, caller: Caller, now_seconds: float) -> Counts | None:
@@ -147,6 +195,7 @@ class Quota:
         if not caller.rate_limited:
             return None
         counts = self._counts_of(caller)
+        counts.asked += 1
         counts.apply_limits(caller, self.share, now_seconds)
         check_limits(counts, caller, now_seconds)
         counts.take_request(now_seconds)
@@ -170,6 +219,29 @@ class Quota:
         """Drop the counters of all other keys, except those with running requests; called after a reload."""
         self._counts = {name: counts for name, counts in self._counts.items() if name in names or counts.running}
 
+    def take_report(self) -> dict[str, tuple[Limits, Use]]:
+        """Return what was used of each key since the last report, and count anew."""
+        report = {}
+        for name, counts in self._counts.items():
+            if counts.caller is not None and (use := counts.take_use()) is not None:
+                report[name] = _limits(counts.caller), use
+        return report
+
+    def hold(self, worker: str, quotas: Mapping[str, KeyQuota], share: float, now_seconds: float) -> None:
+        """Hold what a worker got of the keys that are used, and of all others a share."""
+        self.share = share
+        for name, counts in self._counts.items():
+            if name not in quotas:
+                counts.share = counts.slots = None
+        for name, quota in quotas.items():
+            if (claim := quota.claims.get(worker)) is not None:
+                self._counts.setdefault(name, Counts()).hold(claim, quota.limits, now_seconds)
+
+    def hold_share(self) -> None:
+        """Hold the same share of every key: nobody else is known to hold less."""
+        for counts in self._counts.values():
+            counts.share = counts.slots = None
+
     def __repr__(self) -> str:
         return f"<Quota [{', '.join(f'{name}: {counts.running} running' for name, counts in self._counts.items())}]>"
 
@@ -178,6 +250,7 @@ class Quota:
         counts = self._counts.get(name)
         if counts is None:
             counts = self._counts[name] = Counts()
+        counts.caller = caller
         return counts
 
 
@@ -206,6 +279,10 @@ def limit_headers(requests: Bucket | None, tokens: Bucket | None, now_seconds: f
                 (b"x-ratelimit-reset-" + kind, format_duration(bucket.seconds_until_full(now_seconds))),
             ]
     return headers
+
+
+def _limits(caller: Caller) -> Limits:
+    return Limits(caller.requests_per_minute, caller.tokens_per_minute, caller.concurrency)
 
 
 def _refusal(caller: Caller, limit: str, seconds: float) -> RateLimited:

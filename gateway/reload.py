@@ -15,15 +15,16 @@ from gateway.keys import read_keys
 from gateway.live_config import LiveConfig, nothing_remains, unserved_aliases
 from gateway.routing.target import Catalog
 from serving.app import LocalReplicas
+from serving.kubernetes.discovery import Discovery
 from serving.registry import Registry
-from serving.replica import CONFIGURATION, EXTERNAL_MODELS, SUPERVISOR, State, own_keys
+from serving.replica import CONFIGURATION, EXTERNAL_MODELS, KUBERNETES, SUPERVISOR, State, own_keys
 from serving.state.follower import Follower
 from serving.watch import Watch
 
 log = logging.getLogger(__name__)
 
 # Sources of replicas that the configuration decides on.
-LOCAL = (SUPERVISOR, CONFIGURATION, EXTERNAL_MODELS)
+LOCAL = (SUPERVISOR, CONFIGURATION, KUBERNETES, EXTERNAL_MODELS)
 
 # As long as a replica may take to start.
 WAIT_SECONDS = 900.0
@@ -51,7 +52,7 @@ class ConfigReload:
     _tls: TlsSettings | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._keys_file, self._tls = self.started.settings.gateway.keys, self.started.settings.gateway.tls
+        self._keys_file, self._tls = self.started.settings.gateway.keys_file, self.started.settings.gateway.tls
 
     def files(self) -> list[Path]:
         """The files to follow: the configuration, its keys file, and the certificate of the clients' port."""
@@ -71,18 +72,33 @@ class ConfigReload:
         if (deployment.server_tls is None) != (self.started.server_tls is None):
             log.warning("gateway.tls is added or removed; it takes effect at the next start")
         self._tls = deployment.settings.gateway.tls
-        self._keys_file = deployment.settings.gateway.keys or self._keys_file
+        self._keys_file = self._keys_file_of(deployment)
         # What rollouts want to run is not of this configuration: the supervisor follows that by itself.
         recorded, replicas = self.with_recorded(deployment), {"replicas": deployment.settings.replicas}
         applied = replace(recorded, settings=recorded.settings.model_copy(update=replicas))
         await self.apply_replicas(applied, lambda: self.switch(deployment))
 
     def _with_keys(self, deployment: Deployment) -> Deployment:
-        """Keep the keys file if the option is removed: the port may be open to other machines."""
-        if deployment.settings.gateway.keys or self._keys_file is None:
+        """Keep the keys file if the option is removed: the port may be open to other machines.
+
+        Where the keys are, in a file or in the state database, changes at the next start only.
+        """
+        in_database = self.started.settings.gateway.keys_in_database
+        if in_database != deployment.settings.gateway.keys_in_database:
+            log.warning("gateway.keys has changed from or to `database`; it takes effect at the next start")
+        if in_database:
+            return replace(deployment, keys=self.live_config.keys)
+        if deployment.settings.gateway.keys_file:
             return deployment
+        if self._keys_file is None:
+            return replace(deployment, keys=self.live_config.keys)
         log.warning("gateway.keys is removed; %s stays in force until the next start", self._keys_file)
         return replace(deployment, keys=read_keys(self.path.parent / self._keys_file))
+
+    def _keys_file_of(self, deployment: Deployment) -> str | None:
+        if self.started.settings.gateway.keys_in_database:
+            return None
+        return deployment.settings.gateway.keys_file or self._keys_file
 
     def _check_remaining(self, deployment: Deployment) -> None:
         after = Catalog(deployment.settings.aliases, deployment.variants)
@@ -104,18 +120,21 @@ def no_external_models(_: Deployment) -> Collection[str]:
 
 @dataclass(frozen=True, slots=True)
 class SupervisedReload:
-    """Reload where this process runs the replicas, beside external ones (`url`)."""
+    """Reload where this process runs the replicas, beside external ones (`url`, `kubernetes`)."""
 
     watch: Watch
     own: LocalReplicas
+    discovery: Discovery
 
     async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """Start new replicas, call `swap` when they are ready, then stop the old ones."""
-        external = deployment.wanted.external
+        external, pods = deployment.wanted.external, deployment.wanted.pods
+        await self.discovery.add(pods, goldens(deployment.variants))
         self.watch.goldens = goldens(deployment.variants)
         self.watch.add(external)
         await self.own.update(deployment.wanted, swap)
         self.watch.keep_only(external)
+        self.discovery.keep_only(pods)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +150,13 @@ class FollowerReload:
     live_config: LiveConfig
     wait_seconds: float = WAIT_SECONDS
     external_models: Callable[[Deployment], Collection[str]] = no_external_models
+    discovery: Discovery | None = None
 
     async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """Call `swap` as soon as no alias would lose its last ready replica, or after `wait_seconds`."""
-        external = deployment.wanted.external
+        external, pods = deployment.wanted.external, deployment.wanted.pods
+        if self.discovery is not None:
+            await self.discovery.add(pods, goldens(deployment.variants))
         self.watch.goldens = goldens(deployment.variants)
         self.watch.add(external)
         if self.follower is not None:
@@ -146,6 +168,8 @@ class FollowerReload:
         if self.follower is not None:
             self.follower.admit(frozenset(deployment.variants), own_keys(deployment.settings.replicas))
         self.watch.keep_only(external)
+        if self.discovery is not None:
+            self.discovery.keep_only(pods)
 
     async def _wait_until_served(self, before: Catalog, after: Catalog, external: frozenset[str]) -> None:
         try:

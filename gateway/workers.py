@@ -20,7 +20,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,10 +132,13 @@ class WorkerSockets:
         return {CLIENT: self.client, **named}
 
     def arguments(self, index: WorkerIndex) -> tuple[list[str], list[int]]:
-        """The options with which a worker inherits its sockets, and their file descriptors."""
+        """The options with which a worker inherits its sockets, and their file descriptors.
+
+        While the predecessor accepts connections, a worker begins only when its replicas are verified.
+        """
         descriptors = [self.client.fileno(), self.admin[index.number - 1].fileno()]
-        kept = ["--sockets-kept"] if self.next_acceptor == "next start" else []
-        return ["--sockets", *map(str, descriptors), *kept], descriptors
+        others = {"none": [], "next start": ["--sockets-kept"], "successor": ["--verified"]}
+        return ["--sockets", *map(str, descriptors), *others[self.next_acceptor]], descriptors
 
 
 def admin_name(number: int) -> str:
@@ -160,27 +163,20 @@ def worker_sockets(gateway: GatewaySettings, count: int, inherited: InheritedSoc
 
 @asynccontextmanager
 async def workers(
-    config: Path,
-    sockets: WorkerSockets,
-    drain_seconds: Callable[[], float],
-    manager: ServiceManager,
-    *,
-    verified: bool = False,
+    config: Path, sockets: WorkerSockets, drain_seconds: Callable[[], float], manager: ServiceManager
 ) -> AsyncIterator["Workers"]:
     """Run a gateway process for each admin socket while the block runs, and forward SIGHUP to them.
 
     On exit they drain. Those that are still running KILL_AFTER_SECONDS after `drain_seconds`, which a reload may have
-    changed, are killed. `verified`: they accept connections only when their replicas are verified.
+    changed, are killed.
     """
     # Each child polls the read end of this pipe: it becomes readable when the parent ends, for whatever reason.
     alive, parent_end = os.pipe()
     # Each child that accepts connections writes a byte into this one.
     listening, child_end = os.pipe()
-    options = [*(["--verified"] if verified else []), "--listening", str(child_end), "--alive", str(alive)]
     count = len(sockets.admin)
-    running = [
-        Worker(config, WorkerIndex(number + 1, count), sockets, options, (alive, child_end)) for number in range(count)
-    ]
+    indexes = [WorkerIndex(number, count) for number in range(1, count + 1)]
+    running = [Worker(config, index, sockets, alive, child_end) for index in indexes]
     loop = asyncio.get_running_loop()
     tasks = [asyncio.create_task(worker.run(), name=f"worker {worker.index}") for worker in running]
 
@@ -248,20 +244,16 @@ class Workers:
 
 
 class Worker:
-    """One gateway process and its restarts; it inherits `descriptors` for its `options`, and its sockets."""
+    """One gateway process and its restarts.
 
-    def __init__(
-        self,
-        config: Path,
-        index: WorkerIndex,
-        sockets: WorkerSockets,
-        options: Sequence[str],
-        descriptors: Sequence[int],
-    ) -> None:
+    `alive` is the read end of the parent's pipe, `listening` the write end of the one that says that it listens.
+    """
+
+    def __init__(self, config: Path, index: WorkerIndex, sockets: WorkerSockets, alive: int, listening: int) -> None:
         self.index = index
-        socket_options, socket_descriptors = sockets.arguments(index)
-        self._arguments = ("gateway", str(config), "--worker", str(index), *options, *socket_options)
-        self._descriptors = (*descriptors, *socket_descriptors)
+        self._config = config
+        self._sockets = sockets
+        self._alive, self._listening = alive, listening
         self._stopping = asyncio.Event()
         self._process: asyncio.subprocess.Process | None = None
 
@@ -295,9 +287,12 @@ class Worker:
                 backoff_seconds = min(2 * backoff_seconds, MAX_BACKOFF_SECONDS)
 
     async def _run_once(self) -> int:
+        arguments = ["gateway", str(self._config), "--worker", str(self.index)]
+        pipes = ["--alive", str(self._alive), "--listening", str(self._listening)]
+        sockets, descriptors = self._sockets.arguments(self.index)
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", BOOT, str(os.getpid()), *self._arguments),
-            pass_fds=self._descriptors,
+            *(sys.executable, "-c", BOOT, str(os.getpid()), *arguments, *pipes, *sockets),
+            pass_fds=(self._alive, self._listening, *descriptors),
             # Ctrl-C on a terminal then reaches the parent only, which stops the workers in order.
             start_new_session=True,
         )

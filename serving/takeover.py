@@ -49,7 +49,7 @@ def predecessor_of(home: Path, config: Path) -> Iterator[Predecessor | None]:
     When the block ends before `commit`, it goes on as if nothing had happened. Raises TakeoverRefused.
     """
     with running_processes(home) as processes, ExitStack() as stack:
-        found = [process for process in processes if _is_gateway_of(process, config)]
+        found = [process for process in processes if _can_be_taken_over(process, config)]
         if len(found) > 1:
             numbers = ", ".join(str(process.pid) for process in found)
             raise TakeoverRefused(f"the processes {numbers} are gateways of {config}; stop all but one of them")
@@ -58,13 +58,19 @@ def predecessor_of(home: Path, config: Path) -> Iterator[Predecessor | None]:
         yield stack.enter_context(_connected(found[0])) if found else None
 
 
-def _is_gateway_of(process: ControlClient, config: Path) -> bool:
+def _can_be_taken_over(process: ControlClient, config: Path) -> bool:
+    """Whether a process is a gateway of this configuration that serves; TakeoverRefused if it is `quantgate up`."""
     try:
         status = process.ask(ControlRequest("status")).status
     except NoAnswer as error:
         log.warning("%s", error)
         return False
-    return status.takeover and status.config == str(config.resolve())
+    if status.config != str(config.resolve()):
+        return False
+    if status.command == "up":
+        hint = "stop it and start it again, or run quantgate serve and quantgate gateway instead"
+        raise TakeoverRefused(f"process {process.pid} is quantgate up, which owns its replicas: {hint}")
+    return status.takeover
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from config.manifest import Engine
 from config.schema import Settings
 from config.variant import Variant, read_variants
 from serving.errors import LaunchRefused
+from serving.kubernetes.access import access_problems
 from serving.preflight import check_servable
 from serving.replica import plan_launches
 from serving.tls import Tls, read_tls
@@ -17,7 +18,7 @@ from serving.tls import Tls, read_tls
 
 @dataclass(frozen=True, slots=True)
 class NamedFiles:
-    """The manifests and certificates that a configuration names, and the problems of those that can't be used."""
+    """The manifests and certificates that a configuration names, and the problems of files that can't be used."""
 
     variants: Mapping[str, Variant]
     tls: Mapping[int, Tls] = field(default_factory=dict)  # by the replica's index in the configuration
@@ -38,6 +39,9 @@ def read_named_files(file: LoadedFile[Settings], folder: Path) -> NamedFiles:
     def on_tls_error(error: OptionError) -> None:
         problems.append(file.problem(error.location, error.what, error.hint))
 
+    if any(replica.kubernetes for replica in file.settings.replicas):
+        for each in access_problems(file.settings.gateway.kubernetes, folder):
+            problems.append(file.problem(each.location, each.what, each.hint))
     return NamedFiles(variants, read_tls(file.settings.replicas, folder, on_tls_error), tuple(problems))
 
 

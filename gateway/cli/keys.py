@@ -1,4 +1,4 @@
-"""The command `keys`: create, list, rotate and revoke API keys."""
+"""The command `keys`: create, import, list, rotate and revoke API keys, in a file or in the state database."""
 
 import argparse
 import json
@@ -7,47 +7,87 @@ import re
 import stat
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from config.command_line import CommandParser, exit_codes
+from config.command_line import DEFAULT_CONFIG, CommandParser, exit_codes
 from config.errors import ConfigError
+from config.load import load_settings
 from config.schema import Floor
-from gateway.keys.issuing import create_key, revoke_key, revoke_old_key, rotate_key
+from gateway.keys.database import KeyDatabase
+from gateway.keys.file import KeyFile
+from gateway.keys.issuing import KeyStore, create_key, import_keys, revoke_key, revoke_old_key, rotate_key
 from gateway.keys.stored import KeyLimits, StoredKey, parse_time, problems, read_stored
+from serving.errors import StateAway
 from serving.foreground import USAGE
+from serving.state.database import StateDatabase, state_url
 
 DEFAULT_FILE = Path("keys.yaml")
 AGES = {"d": timedelta(days=1), "h": timedelta(hours=1)}
 READABLE_BY_OTHERS = stat.S_IRGRP | stat.S_IROTH
 DIGEST_CHARACTERS = 8
-CODES = exit_codes(0, code_2="usage or configuration error; the file is unchanged")
+CODES = exit_codes(
+    0, code_1="the state database is unavailable", code_2="usage or configuration error; the keys are unchanged"
+)
+FAILED = 1
 
 
 def keys_main(arguments: list[str]) -> int:
-    """Create, list, rotate or revoke keys; exit code 2, with the file unchanged, on any error."""
-    options = keys_parser().parse_args(arguments)
-    now = datetime.fromtimestamp(int(time.time()), UTC)
+    """Create, import, list, rotate or revoke keys; after an error they are unchanged."""
+    parser = keys_parser()
+    options = parser.parse_args(arguments)
+    if options.file is not None and options.config is not None:
+        parser.error("--file and --config both say where the keys are; give one of them")
     try:
-        if options.action == "create":
-            print(create_key(options.file, options.name, parse_limits(options, now)))
-        elif options.action == "rotate":
-            print(rotate_key(options.file, options.name))
-        elif options.action == "revoke":
-            (revoke_old_key if options.old else revoke_key)(options.file, options.name)
-        else:
-            _list(options.file, now, as_json=options.json)
+        with key_store(options.file, options.config) as store:
+            _change_or_list(store, options, datetime.fromtimestamp(int(time.time()), UTC))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return USAGE
+    except StateAway as away:
+        print(f"quantgate keys: {away}", file=sys.stderr)
+        return FAILED
     return 0
+
+
+@contextmanager
+def key_store(file: Path | None, config: Path | None) -> Iterator[KeyStore]:
+    """Open the keys file that is given, or else where gateway.keys of the configuration says; by default keys.yaml."""
+    if file is None and (config is not None or DEFAULT_CONFIG.exists()):
+        config = config or DEFAULT_CONFIG
+        gateway = load_settings(config).gateway
+        if gateway.keys_in_database:
+            database = StateDatabase.at(state_url(gateway.state, config.parent))
+            try:
+                yield KeyDatabase(database)
+            finally:
+                database.close()
+            return
+        file = config.parent / (gateway.keys_file or DEFAULT_FILE)
+    yield KeyFile(file or DEFAULT_FILE)
+
+
+def _change_or_list(store: KeyStore, options: argparse.Namespace, now: datetime) -> None:
+    if options.action == "create":
+        print(create_key(store, options.name, parse_limits(options, now)))
+    elif options.action == "import":
+        import_keys(store, read_stored(options.source))
+    elif options.action == "rotate":
+        print(rotate_key(store, options.name))
+    elif options.action == "revoke":
+        (revoke_old_key if options.old else revoke_key)(store, options.name)
+    else:
+        _list(store, now, as_json=options.json)
 
 
 EXAMPLES = {
     "create": ("quantgate keys create alice --alias qwq-32b --floor top1_agreement=0.97 --requests-per-minute 60",),
+    "import": ("quantgate keys import keys.yaml --config quantgate.yaml",),
     "list": ("quantgate keys list --json",),
     "rotate": ("quantgate keys rotate alice",),
     "revoke": ("quantgate keys revoke alice --old", "quantgate keys revoke alice"),
@@ -58,15 +98,21 @@ def keys_parser() -> CommandParser:
     """Describe `quantgate keys`."""
     parser = CommandParser(
         prog="quantgate keys",
-        description="Manage the API keys of clients. A key is printed once; the file stores its SHA-256 digest and its "
-        "limits. Every change rewrites the file, without its comments and readable by its owner only. A running "
-        "gateway reloads the file by itself.",
-        examples=["quantgate keys create alice --file keys.yaml"],
+        description="Manage the API keys of clients. A key is printed once; its SHA-256 digest and its limits are "
+        "stored where gateway.keys of the configuration says: in a file, or in the state database (`database`). Every "
+        "change rewrites the file, without its comments and readable by its owner only. Running gateways follow a "
+        "change within a second.",
+        examples=[
+            "quantgate keys create alice --file keys.yaml",
+            "quantgate keys create alice --config quantgate.yaml",
+        ],
         epilog=CODES,
     )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="create|list|rotate|revoke")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="create|import|list|rotate|revoke")
     create = _action(actions, "create", "create a key and print it; only its digest is stored", "name of the key")
     _add_limits(create)
+    importing = _action(actions, "import", "add the keys of a keys file, with their digests and limits", None)
+    importing.add_argument("source", type=Path, metavar="FILE", help="keys file; it is not changed")
     listing = _action(actions, "list", "list names, digests, expiry and limits; never keys", None)
     listing.add_argument("--json", action="store_true", help="print a JSON array")
     _action(actions, "rotate", "add a second key to a name and print it; the first stays valid", "name of the key")
@@ -85,8 +131,10 @@ def _action(actions: Any, action: str, text: str, name_help: str | None) -> argp
     parser.add_argument(
         "--file",
         type=Path,
-        default=DEFAULT_FILE,
-        help="keys file, as in gateway.keys of the configuration (default: %(default)s)",
+        help="keys file (default: where gateway.keys of the configuration says, without one keys.yaml)",
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"configuration file (default: {DEFAULT_CONFIG}, if it exists)"
     )
     return parser
 
@@ -161,17 +209,22 @@ def parse_expiry(text: str, now: datetime) -> datetime:
     return when
 
 
-def _list(path: Path, now: datetime, *, as_json: bool) -> None:
-    stored = read_stored(path)
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & READABLE_BY_OTHERS:
-        print(f"{path}: readable by other users (mode {mode:o}); run chmod 600 {path}", file=sys.stderr)
+def _list(store: KeyStore, now: datetime, *, as_json: bool) -> None:
+    stored = store.read()
+    if isinstance(store, KeyFile):
+        _warn_of_readers(store.path)
     rows = [_row(name, key, now) for name, key in stored.items()]
     try:
         print(json.dumps(rows, indent=2) if as_json else _table(rows), flush=True)
     except BrokenPipeError:
         # The reader, such as `head`, has closed the pipe. /dev/null takes what Python still flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _warn_of_readers(path: Path) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & READABLE_BY_OTHERS:
+        print(f"{path}: readable by other users (mode {mode:o}); run chmod 600 {path}", file=sys.stderr)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

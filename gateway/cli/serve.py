@@ -74,7 +74,7 @@ def gateway_parser() -> CommandParser:
     """Describe `quantgate gateway`."""
     parser = _parser(
         "gateway",
-        "Serve clients from replicas that run elsewhere: those with a url, and those of `quantgate serve`.",
+        "Serve clients from replicas that run elsewhere: those with a url, pods, and those of `quantgate serve`.",
         exit_codes(0, 2),
         "quantgate gateway quantgate.yaml --workers 2",
         "quantgate gateway quantgate.yaml --takeover",
@@ -173,10 +173,7 @@ async def _workers(
     with worker_sockets(settings, count, origin.sockets) as sockets:
         async with (
             ControlSocket(home, process) if home else nullcontext() as control,
-            workers(
-                *(config, sockets, lambda: _drain_seconds(config, settings.drain_seconds), manager),
-                verified=predecessor is not None,
-            ) as running,
+            workers(config, sockets, lambda: _drain_seconds(config, settings.drain_seconds), manager) as running,
         ):
             if predecessor is not None:
                 await _replace(predecessor, running, sockets)

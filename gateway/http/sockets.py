@@ -139,17 +139,20 @@ def activated_sockets(environment: Mapping[str, str], pid: int) -> InheritedSock
 
 def sockets_of(descriptors: Mapping[str, int]) -> dict[str, socket.socket]:
     """Return the sockets of inherited file descriptors; ConfigError if one is no listening TCP socket."""
-    found = {}
-    for name, descriptor in descriptors.items():
-        try:
-            found[name] = inherited = socket.socket(fileno=descriptor)
-            listens = inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        except OSError as error:
-            raise ConfigError(f"file descriptor {descriptor} ({name}) is no socket: {error.strerror}") from error
-        if not listens or inherited.family not in (socket.AF_INET, socket.AF_INET6):
-            raise ConfigError(f"file descriptor {descriptor} ({name}) is no listening TCP socket; set ListenStream=")
-        inherited.set_inheritable(False)
-    return found
+    return {name: _listening_socket(name, descriptor) for name, descriptor in descriptors.items()}
+
+
+def _listening_socket(name: str, descriptor: int) -> socket.socket:
+    try:
+        inherited = socket.socket(fileno=descriptor)
+    except OSError as error:
+        raise ConfigError(f"file descriptor {descriptor} ({name}) is no socket: {error.strerror}") from error
+    is_tcp = inherited.family in (socket.AF_INET, socket.AF_INET6)
+    if not is_tcp or not inherited.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        inherited.close()
+        raise ConfigError(f"file descriptor {descriptor} ({name}) is no listening TCP socket; set ListenStream=")
+    inherited.set_inheritable(False)
+    return inherited
 
 
 def _parts(address: str) -> tuple[str, int]:

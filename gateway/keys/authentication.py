@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from config.schema import NO_FLOOR, Floor
-from gateway.errors import InvalidKey, NotAllowed
+from gateway.errors import InvalidKey, KeysUnavailable, NotAllowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +72,18 @@ class IssuedKey:
 class Keys:
     """The keys in force, by SHA-256 digest.
 
-    None: no authentication. The configuration allows that only if the client port listens on loopback.
+    None: no authentication. The configuration allows that only if the client port listens on loopback. `known` is false
+    until the keys in the state database have been read once.
     """
 
     issued: Mapping[bytes, IssuedKey] | None = None
+    known: bool = True
 
     def authenticate(self, headers: Mapping[bytes, bytes], now_seconds: float) -> Caller:
-        """Return the caller at a wall clock time; raises InvalidKey if the key is missing, unknown or expired."""
+        """Return the caller at a wall clock time; raises InvalidKey if the key is missing, unknown or expired.
+
+        KeysUnavailable: a key is there, but the keys are not known yet.
+        """
         if self.issued is None:
             return ANONYMOUS
         key = key_from(headers)
@@ -88,6 +93,8 @@ class Keys:
         # The lookup is not constant-time, but its timing depends on digests, and a key cannot be chosen by its digest.
         issued = self.issued.get(digest)
         if issued is None or not hmac.compare_digest(issued.digest, digest):
+            if not self.known:
+                raise KeysUnavailable("the API keys could not be read from the state database yet; retry")
             raise InvalidKey("the API key is not known")
         if now_seconds >= issued.expires_seconds:
             when = datetime.fromtimestamp(issued.expires_seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
@@ -106,6 +113,10 @@ class Keys:
     def names(self) -> frozenset[str]:
         """Names of all keys."""
         return frozenset(issued.caller.name for issued in (self.issued or {}).values() if issued.caller.name)
+
+
+# Nobody is admitted until the keys have been read.
+UNKNOWN_KEYS = Keys({}, known=False)
 
 
 def key_from(headers: Mapping[bytes, bytes]) -> bytes:

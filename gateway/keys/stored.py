@@ -109,7 +109,10 @@ def read_stored(path: Path) -> dict[str, StoredKey]:
     except ValidationError as error:
         found = [*Explainer(_Entries, patterns=_PATTERNS).violations(error)]
     else:
-        found = [*_shared(stored)]
+        found = [
+            Violation((name, "sha256"), f"same key as {other}", "create one key per name")
+            for name, other in shared_digests(stored)
+        ]
     unread = {problem.path for problem in document.problems}
     placed = [_placed(document, violation) for violation in found]
     if problems := [*document.problems, *(problem for problem in placed if problem.path not in unread)]:
@@ -144,18 +147,26 @@ def keys_in_force(stored: Mapping[str, StoredKey]) -> Keys:
     return Keys(issued)
 
 
-def problems(error: ValidationError) -> list[str]:
-    """Format validation errors of KeyLimits, one line per field."""
-    found = Explainer(KeyLimits, patterns=_PATTERNS).violations(error)
+def problems(error: ValidationError, model: type[KeyLimits] = KeyLimits) -> list[str]:
+    """Format validation errors of a model, one line per field."""
+    found = Explainer(model, patterns=_PATTERNS).violations(error)
     return [f"{dotted(each.location)}: {each.what}{f'; {each.hint}' if each.hint else ''}" for each in found]
 
 
-def _shared(stored: Mapping[str, StoredKey]) -> Iterator[Violation]:
+def plain_key(key: StoredKey) -> dict[str, object]:
+    """Return what is stored of a key: what differs from the defaults, as JSON and YAML have it."""
+    fields = key.model_dump(mode="json", exclude_defaults=True)
+    digests = fields.pop("sha256")
+    return {"sha256": digests if len(digests) > 1 else digests[0], **fields}
+
+
+def shared_digests(stored: Mapping[str, StoredKey]) -> Iterator[tuple[str, str]]:
+    """Yield the name of each key that another name has too, and that name."""
     names: dict[str, str] = {}
     for name, key in stored.items():
         for digest in key.sha256:
             if digest in names:
-                yield Violation((name, "sha256"), f"same key as {names[digest]}", "create one key per name")
+                yield name, names[digest]
             names[digest] = name
 
 

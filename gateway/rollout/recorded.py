@@ -6,10 +6,11 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway.deployment import Deployment
 from gateway.http.cors import cors_for
+from gateway.keys import Keys
 from gateway.live_config import LiveConfig
 from gateway.observability.metrics import Metrics
 from gateway.proxy.shadow import Agreement, Scorer, Shadow
@@ -19,6 +20,7 @@ from gateway.rollout.follower import RolloutFollower
 from gateway.rollout.lottery import Lottery
 from gateway.rollout.metrics import RolloutCollector
 from gateway.rollout.revision import AliasRevision, in_force, revisions_of, splits
+from gateway.rollout.scaler import Scaler
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.target import Catalog
 from gateway.validation import notices
@@ -50,6 +52,7 @@ class RecordedAliases:
         self.cluster = cluster
         self.scorer: ShadowScorer | None = None  # None: nothing is shadowed
         self._counters = counters
+        self._followed_keys: Keys | None = None  # None: the keys are those of the configuration
 
     @property
     def in_force(self) -> Deployment:
@@ -62,9 +65,15 @@ class RecordedAliases:
 
     def configure(self, deployment: Deployment) -> None:
         """Use another configuration; recorded ladders stay."""
-        self.deployment = deployment
+        self.deployment = self._with_followed_keys(deployment)
         log_notices(self.in_force)
         self._apply()
+
+    def use_keys(self, keys: Keys) -> None:
+        """Use the keys in the state database from the next request on; a later configuration does not change them."""
+        self._followed_keys = keys
+        self.deployment = self._with_followed_keys(self.deployment)
+        self._live_config.keys = keys
 
     def record(self, snapshot: RolloutSnapshot) -> None:
         """Use what is recorded now, from the next request on."""
@@ -72,6 +81,9 @@ class RecordedAliases:
             return
         self.snapshot = snapshot
         self._apply()
+
+    def _with_followed_keys(self, deployment: Deployment) -> Deployment:
+        return deployment if self._followed_keys is None else replace(deployment, keys=self._followed_keys)
 
     def _apply(self) -> None:
         deployment = self.in_force
@@ -122,6 +134,11 @@ def live_config_of(deployment: Deployment) -> LiveConfig:
     cors = cors_for(settings.cors.origins) if settings.cors else None
     domains = frozenset(settings.media_domains)
     return LiveConfig(catalog, deployment.keys, settings.limits, cors, domains, deployment.server_tls)
+
+
+def ladder_variants(deployment: Deployment) -> frozenset[str]:
+    """The variants in the ladders of aliases."""
+    return frozenset(variant for alias in deployment.settings.aliases.values() for variant in alias.ladder)
 
 
 def log_notices(deployment: Deployment) -> None:
@@ -180,6 +197,14 @@ async def followed_rollouts(
         yield None
         return
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    scaler = Scaler(
+        Link(StateDatabase.at(state, create=False)),
+        lambda: recorded.deployment.wanted.cluster_access(),  # noqa: PLW0108 - a reload replaces the deployment
+        lambda: recorded.deployment.settings.replicas,
+        lambda: recorded.snapshot,
+        lambda: ladder_variants(recorded.in_force),
+        worker,
+    )
     context = DriverContext(
         Link(StateDatabase.at(state, create=False)),
         registry,
@@ -188,12 +213,14 @@ async def followed_rollouts(
         lambda variant: sum(estimate.requests for estimate in recorded.cluster.estimates(variant)),
         worker,
         lambda alias, cause: metrics.rollout_rollbacks.labels(alias, cause).inc(),
+        workload_problems=scaler.problems,
     )
     link = Link(StateDatabase.at(state, create=False))
     async with (
         Probe() as probe,
         shadowed(recorded, ShadowScorer(registry, probe)),
         RolloutFollower(link, rollouts, recorded.record, worker) as follower,
+        scaler,
         Driver(context) as driver,
     ):
         metrics.registry.register(RolloutCollector(follower, driver))

@@ -11,18 +11,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Table, delete, func, insert, inspect, literal, select, update
+from sqlalchemy import (
+    Column,
+    Connection,
+    MetaData,
+    String,
+    Table,
+    delete,
+    func,
+    insert,
+    inspect,
+    literal,
+    select,
+    update,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 from serving.errors import StateAway
 from serving.replica import Replica, State
 from serving.state.engine import StateEngine
-from serving.state.tables import FOLLOWERS, OWNERS, REPLICAS, SCHEMA_VERSION, STATE
+from serving.state.tables import FOLLOWERS, METADATA, OWNERS, REPLICAS, SCHEMA_VERSION, STATE, VERSION_TABLE
 
 EXPIRE_OWNER_SECONDS = 86400.0
 EXPIRE_FOLLOWER_SECONDS = 3600.0
 SINCE_TOLERANCE_SECONDS = 2.0  # computed from a monotonic clock at each publish
-UPGRADABLE = frozenset({2, 3})  # older schema versions that migrations bring up to date
+UPGRADABLE = frozenset({2, 3, 4})  # older schema versions that migrations bring up to date
 MIGRATION_LOCK = 7_165_203  # an arbitrary key of a PostgreSQL advisory lock
 
 
@@ -185,19 +198,18 @@ class StateDatabase:
         self._prepared = self._used = True
 
     def _upgrade(self) -> None:
-        # Alembic takes as long to import as the rest of a short command: most processes find the tables as they are,
-        # and nobody waits for the lock meanwhile.
-        from serving.state.migrations import migrate  # noqa: PLC0415
-
+        """Create the tables in an empty database, or migrate an older one."""
         with self.engine.transaction(writing=True) as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
             version = _version(connection)
-            if version is None or version in UPGRADABLE:
+            if version is None:
+                _create(connection)
+            elif version in UPGRADABLE:
+                # Alembic takes 24 MiB and as long to import as the rest of a short command: only this needs it.
+                from serving.state.migrations import migrate  # noqa: PLC0415
+
                 migrate(connection, version)
-                if version is None:
-                    first = {"id": 1, "version": SCHEMA_VERSION, "epoch": secrets.token_hex(8), "revision": 0}
-                    connection.execute(insert(STATE).values(first))
             elif version != SCHEMA_VERSION and not (self._used and version == SCHEMA_VERSION + 1):
                 # Migrations only add: a process that runs goes on while the next version is rolled out.
                 raise StateAway(
@@ -221,6 +233,16 @@ def _version(connection: Connection) -> int | None:
     if not inspect(connection).has_table(STATE.name):
         return None
     return connection.scalar(select(STATE.c.version))
+
+
+def _create(connection: Connection) -> None:
+    """Create the tables as they are now, with the mark that Alembic leaves: a later migration starts from there."""
+    METADATA.create_all(connection)
+    schema = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32), primary_key=True))
+    schema.create(connection)
+    connection.execute(insert(schema).values(version_num=str(SCHEMA_VERSION)))
+    first = {"id": 1, "version": SCHEMA_VERSION, "epoch": secrets.token_hex(8), "revision": 0}
+    connection.execute(insert(STATE).values(first))
 
 
 def differences(

@@ -2,7 +2,9 @@
 
 from sqlalchemy import BigInteger, Boolean, Column, Float, Index, Integer, MetaData, String, Table, Text, text
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
+# Where Alembic keeps the version of the last migration.
+VERSION_TABLE = "quantgate_schema"
 
 METADATA = MetaData()
 
@@ -17,6 +19,8 @@ STATE = Table(
     Column("revision", Integer, nullable=False),
     # Counts the changes of rollouts and of the revisions of aliases.
     Column("rollout_revision", Integer, nullable=False, server_default="0"),
+    # Counts the changes of API keys.
+    Column("key_revision", Integer, nullable=False, server_default="0"),
 )
 
 # Supervisors. `beat` counts their heartbeats; `beat_at` is on their own wall clocks, for display only.
@@ -187,4 +191,31 @@ USAGE_BATCHES = Table(
     Column("worker", String(200), primary_key=True),
     Column("batch", Integer, nullable=False),
     Column("at", Float, nullable=False),
+)
+
+# API keys, if gateway.keys is `database`. `document` is JSON of gateway.keys: digests and limits, never a key.
+KEYS = Table(
+    "quantgate_keys",
+    METADATA,
+    Column("name", String(200), primary_key=True),
+    Column("document", Text, nullable=False),
+)
+
+# Gateway workers that share the limits of keys. `batch` is the last of their reports that was charged; `expires_at` is
+# on the clock of the database.
+QUOTA_WORKERS = Table(
+    "quantgate_quota_workers",
+    METADATA,
+    Column("worker", String(200), primary_key=True),
+    Column("batch", Integer, nullable=False),
+    Column("expires_at", Float, nullable=False),
+)
+
+# Limited keys that were used in the last minutes. `document` is JSON of gateway.quota_shares: levels of the limits, and
+# what each worker holds of them.
+QUOTAS = Table(
+    "quantgate_quotas",
+    METADATA,
+    Column("key", String(200), primary_key=True),
+    Column("document", Text, nullable=False),
 )

@@ -143,10 +143,7 @@ def test_empty_mapping_is_all_defaults(tmp_path: Path) -> None:
         (
             "variants: {a: {precision: int4}, b: {precision: int8}}\nreplicas:\n"
             "- {variant: a, kubernetes: {service: s}}\n- {variant: b, kubernetes: {service: s, port: 80}}\n",
-            [
-                "f:4:29: replicas.1.kubernetes.service: is the Service of replicas.0, too; "
-                "remove one: both find the same pods"
-            ],
+            ["f:4:16: replicas.1.kubernetes: finds the same pods as replicas.0; remove one, or choose another Service"],
         ),
         (
             "variants: {a: {precision: int4}}\nreplicas:\n- {variant: a, kubernetes: {service: s, workload: pod/p}}\n",

@@ -8,7 +8,7 @@ from config.schema import Settings
 from config.variant import read_variants
 from gateway.app import everything, live_config_for
 from gateway.deployment import Deployment, read_deployment
-from gateway.keys import Keys
+from gateway.keys import KeyFile, Keys
 from gateway.keys.issuing import create_key
 from serving.registry import Registry
 from tests.config.sealed import seal
@@ -74,7 +74,7 @@ async def test_access_log_goes_to_the_given_stream(tmp_path: Path, capfd: pytest
 async def test_files_beside_the_configuration(tmp_path: Path) -> None:
     """Paths of variants and keys are relative to the configuration."""
     model_directory(tmp_path / "models" / "own")
-    key = create_key(tmp_path / "keys.yaml", "alice")
+    key = create_key(KeyFile(tmp_path / "keys.yaml"), "alice")
     path = tmp_path / "quantgate.yaml"
     path.write_text("gateway: {keys: keys.yaml}\nvariants: {own: {path: models/own}}\n")
     deployment = read_deployment(path)

@@ -16,6 +16,7 @@ from config.schema import AliasSettings
 from config.variant import PARENT_QUALITY, Variant
 from gateway.app import gateway_alone
 from gateway.deployment import read_deployment
+from gateway.keys import KeyFile
 from gateway.keys.issuing import create_key, revoke_key, rotate_key
 from gateway.live_config import nothing_remains
 from gateway.routing.target import Catalog
@@ -124,8 +125,8 @@ async def test_keys_that_would_all_be_replaced(
 ) -> None:
     """A keys file that is empty, or has other keys only, changes nothing; a second SIGHUP applies the latter."""
     keys = tmp_path / "keys.yaml"
-    alice = create_key(keys, "alice")
-    bob = create_key(tmp_path / "other.yaml", "bob")
+    alice = create_key(KeyFile(keys), "alice")
+    bob = create_key(KeyFile(tmp_path / "other.yaml"), "bob")
     async with followed(tmp_path, document(fake.url, keys="keys.yaml")) as gateway:
         keys.write_text("")
         await eventually(lambda: "keys.yaml:1:1: is empty" in caplog.text)
@@ -141,12 +142,12 @@ async def test_keys_that_would_all_be_replaced(
 async def test_keys_that_are_rotated_or_revoked(tmp_path: Path, fake: FakeReplica) -> None:
     """A key under the same name, and the revocation of the last one, are in force at once."""
     keys = tmp_path / "keys.yaml"
-    old = create_key(keys, "alice")
+    old = create_key(KeyFile(keys), "alice")
     async with followed(tmp_path, document(fake.url, keys="keys.yaml")) as gateway:
-        new = rotate_key(keys, "alice")
+        new = rotate_key(KeyFile(keys), "alice")
         await gateway.reloaded("applied")
         assert (await gateway.status(old), await gateway.status(new)) == (200, 200)
-        revoke_key(keys, "alice")
+        revoke_key(KeyFile(keys), "alice")
         await gateway.reloaded("applied")
         assert (await gateway.status(old), await gateway.status(new)) == (401, 401)
 
@@ -155,19 +156,19 @@ async def test_keys_are_never_switched_off_by_a_reload(
     tmp_path: Path, fake: FakeReplica, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without `gateway.keys`, the keys in force stay; another keys file is used, and followed, at once."""
-    alice = create_key(tmp_path / "keys.yaml", "alice")
+    alice = create_key(KeyFile(tmp_path / "keys.yaml"), "alice")
     async with followed(tmp_path, document(fake.url, keys="keys.yaml")) as gateway:
         await gateway.reloaded("applied", yaml.safe_dump(document(fake.url)))
         assert "gateway.keys is removed; keys.yaml stays in force until the next start" in caplog.text
         assert (await gateway.status(), await gateway.status(alice)) == (401, 200)
-        dave = create_key(tmp_path / "keys.yaml", "dave")
+        dave = create_key(KeyFile(tmp_path / "keys.yaml"), "dave")
         await gateway.reloaded("applied")
         assert await gateway.status(dave) == 200
         (tmp_path / "other.yaml").write_text((tmp_path / "keys.yaml").read_text())
-        bob = create_key(tmp_path / "other.yaml", "bob")
+        bob = create_key(KeyFile(tmp_path / "other.yaml"), "bob")
         await gateway.reloaded("applied", yaml.safe_dump(document(fake.url, keys="other.yaml")))
         assert (await gateway.status(alice), await gateway.status(bob)) == (200, 200)
-        carol = create_key(tmp_path / "other.yaml", "carol")
+        carol = create_key(KeyFile(tmp_path / "other.yaml"), "carol")
         async with asyncio.timeout(10):
             while await gateway.status(carol) != 200:
                 pass

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from gateway.http.listener import GRACE_SECONDS
+from gateway.keys import KeyFile
 from gateway.keys.issuing import create_key
 from serving.state.database import StateDatabase
 from serving.state.usage import UsageDatabase
@@ -184,7 +185,7 @@ def configuration(folder: Path, state: str, fake: FakeReplica) -> tuple[Path, st
     }
     config = folder / "quantgate.yaml"
     config.write_text(yaml.safe_dump(settings))
-    return config, create_key(folder / "keys.yaml", "team-a")
+    return config, create_key(KeyFile(folder / "keys.yaml"), "team-a")
 
 
 async def test_workers_restarts_and_kills(tmp_path: Path, state: str, fake: FakeReplica) -> None:

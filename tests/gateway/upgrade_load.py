@@ -129,6 +129,7 @@ async def upgrade_load(
     """
     host, _, port = address.rpartition(":")
     outcomes, stop = Outcomes(), asyncio.Event()
+    raw_clients = [RawClient(host, int(port), model) for _ in range(raw)]
 
     async def repeat(send: Callable[[], Awaitable[str]], seconds: float) -> None:
         while not stop.is_set():
@@ -141,8 +142,8 @@ async def upgrade_load(
     async with AsyncOpenAI(base_url=url, api_key="any", max_retries=0, timeout=3 * DEADLINE_SECONDS) as client:
         clients = SdkClient(client, model)
         async with asyncio.TaskGroup() as group:
-            for _ in range(raw):
-                group.create_task(repeat(RawClient(host, int(port), model).chat, pause_seconds))
+            for each in raw_clients:
+                group.create_task(repeat(each.chat, pause_seconds))
             for _ in range(sdk):
                 group.create_task(repeat(clients.chat, pause_seconds))
             for _ in range(streams):
@@ -151,3 +152,5 @@ async def upgrade_load(
                 yield outcomes
             finally:
                 stop.set()
+    for each in raw_clients:
+        each.close()

@@ -2,8 +2,7 @@
 
 from alembic import context
 
-from serving.state.migrations import VERSION_TABLE
-from serving.state.tables import METADATA
+from serving.state.tables import METADATA, VERSION_TABLE
 
 context.configure(
     connection=context.config.attributes["connection"], target_metadata=METADATA, version_table=VERSION_TABLE

@@ -11,7 +11,7 @@ import pytest
 from config.errors import ConfigError
 from config.schema import Floor
 from gateway.errors import InvalidKey, NotAllowed
-from gateway.keys import ANONYMOUS, Caller, KeyLimits, Keys, StoredKey, keys_in_force, read_keys
+from gateway.keys import ANONYMOUS, Caller, KeyFile, KeyLimits, Keys, StoredKey, keys_in_force, read_keys
 from gateway.keys.issuing import create_key, revoke_key, revoke_old_key, rotate_key
 from tests.fakes.running import FakeReplica
 from tests.gateway.fleet import CHAT, TEXT, deployment, error_of, running_gateway
@@ -135,9 +135,9 @@ def test_models_out_of_reach(aliases: tuple[str, ...], words: str) -> None:
 def test_a_key_is_made_once_and_kept_nowhere(tmp_path: Path) -> None:
     """The file holds digests, is its owner's alone whatever it was, and keeps the keys that were there."""
     path = tmp_path / "keys.yaml"
-    alice = create_key(path, "alice", KeyLimits(aliases=(), concurrency=3))
+    alice = create_key(KeyFile(path), "alice", KeyLimits(aliases=(), concurrency=3))
     path.chmod(0o644)
-    bob = create_key(path, "bob")
+    bob = create_key(KeyFile(path), "bob")
     assert alice != bob
     assert alice.startswith("qg-")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -152,9 +152,9 @@ def test_a_key_is_made_once_and_kept_nowhere(tmp_path: Path) -> None:
 def test_a_name_is_given_once(tmp_path: Path) -> None:
     """A second key of the same name is refused, and the first one stays in force."""
     path = tmp_path / "keys.yaml"
-    key = create_key(path, "alice")
+    key = create_key(KeyFile(path), "alice")
     with pytest.raises(ConfigError, match="there is already a key named 'alice'; choose another name, or use "):
-        create_key(path, "alice")
+        create_key(KeyFile(path), "alice")
     assert name_of(read_keys(path), key) == "alice"
 
 
@@ -162,24 +162,24 @@ def test_a_name_is_given_once(tmp_path: Path) -> None:
 def test_names_that_logs_could_not_bear(tmp_path: Path, name: str) -> None:
     """A name is one word; nothing is made for another."""
     with pytest.raises(ConfigError, match="is not a valid key name"):
-        create_key(tmp_path / "keys.yaml", name)
+        create_key(KeyFile(tmp_path / "keys.yaml"), name)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_key_is_replaced_without_a_gap(tmp_path: Path) -> None:
     """Both keys of a name are its caller's, with the same terms, until the older one is dropped."""
     path = tmp_path / "keys.yaml"
-    old = create_key(path, "alice", KeyLimits(concurrency=3, expires=datetime(2099, 1, 1, tzinfo=UTC)))
+    old = create_key(KeyFile(path), "alice", KeyLimits(concurrency=3, expires=datetime(2099, 1, 1, tzinfo=UTC)))
     with pytest.raises(ConfigError, match="'alice' has only one key; `quantgate keys rotate alice` adds a second"):
-        revoke_old_key(path, "alice")
-    new = rotate_key(path, "alice")
+        revoke_old_key(KeyFile(path), "alice")
+    new = rotate_key(KeyFile(path), "alice")
     keys = read_keys(path)
     assert keys.authenticate({b"api-key": old.encode()}, NOW) == keys.authenticate({b"api-key": new.encode()}, NOW)
     with pytest.raises(
         ConfigError, match="already has two keys; remove the older one with `quantgate keys revoke alice"
     ):
-        rotate_key(path, "alice")
-    revoke_old_key(path, "alice")
+        rotate_key(KeyFile(path), "alice")
+    revoke_old_key(KeyFile(path), "alice")
     keys = read_keys(path)
     assert keys.authenticate({b"api-key": new.encode()}, NOW).concurrency == 3
     with pytest.raises(InvalidKey):
@@ -189,9 +189,9 @@ def test_a_key_is_replaced_without_a_gap(tmp_path: Path) -> None:
 def test_a_key_is_taken_back(tmp_path: Path) -> None:
     """A revoked name has no key any more; the last one leaves a file that admits nobody."""
     path = tmp_path / "keys.yaml"
-    key = create_key(path, "alice")
-    rotate_key(path, "alice")
-    revoke_key(path, "alice")
+    key = create_key(KeyFile(path), "alice")
+    rotate_key(KeyFile(path), "alice")
+    revoke_key(KeyFile(path), "alice")
     assert read_keys(path) == Keys({})
     with pytest.raises(InvalidKey):
         name_of(read_keys(path), key)
@@ -203,16 +203,16 @@ def test_names_that_nobody_has(tmp_path: Path, change: object) -> None:
     assert callable(change)
     path = tmp_path / "keys.yaml"
     with pytest.raises(ConfigError, match="keys can't be read: No such file or directory"):
-        change(path, "alice")
+        change(KeyFile(path), "alice")
     assert list(tmp_path.iterdir()) == []
-    create_key(path, "alice")
+    create_key(KeyFile(path), "alice")
     with pytest.raises(ConfigError, match="there is no key named 'alise'; did you mean 'alice'"):
-        change(path, "alise")
+        change(KeyFile(path), "alise")
 
 
 def _create_many(path: Path, who: str) -> None:
     for number in range(10):
-        create_key(path, f"p{who}-{number}")
+        create_key(KeyFile(path), f"p{who}-{number}")
 
 
 def test_keys_made_at_the_same_time(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_a_link_stays_one(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     path = tmp_path / "keys.yaml"
     path.symlink_to(tmp_path / "real" / "keys.yaml")
-    key = create_key(path, "alice")
+    key = create_key(KeyFile(path), "alice")
     assert path.is_symlink()
     assert name_of(read_keys(tmp_path / "real" / "keys.yaml"), key) == "alice"
 
@@ -328,7 +328,7 @@ def test_an_empty_file_of_keys(tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(ConfigError, match="is empty"):
         read_keys(path)
-    create_key(path, "alice")
+    create_key(KeyFile(path), "alice")
     assert read_keys(path).names() == {"alice"}
     path.write_text("{}\n")
     assert read_keys(path) == Keys({})

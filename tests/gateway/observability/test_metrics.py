@@ -27,6 +27,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 # Values of the label `reason` of quantgate_rejections_total.
 REJECTION_REASONS = (
     *("rate_limit", "queue_full", "queue_timeout", "draining", "too_large", "too_slow", "not_allowed"),
+    "keys_unavailable",
     *("invalid_key", "invalid_request", "unknown_model", "floor", "no_replica", "other"),
 )
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"

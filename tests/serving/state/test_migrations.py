@@ -9,9 +9,10 @@ from sqlalchemy import select, text, update
 from serving.errors import StateAway
 from serving.replica import State
 from serving.state.database import StateDatabase
-from serving.state.migrations import VERSION_TABLE
+from serving.state.keys import KeyTable
+from serving.state.migrations import migrate
 from serving.state.migrations.versions import v2_replicas
-from serving.state.tables import METADATA, SCHEMA_VERSION, STATE
+from serving.state.tables import METADATA, SCHEMA_VERSION, STATE, VERSION_TABLE
 from tests.serving.state.test_database import ME, NOW, record
 
 
@@ -26,9 +27,12 @@ def create_version_2(database: StateDatabase) -> None:
         connection.execute(text(row))
 
 
-def test_the_migrations_make_the_tables_of_the_code(state: str) -> None:
-    """Nothing is left to do for Alembic's own comparison."""
+@pytest.mark.parametrize("version", [None, 2])
+def test_the_migrations_make_the_tables_of_the_code(state: str, version: int | None) -> None:
+    """Nothing is left to do for Alembic's own comparison, whether tables were created as they are or migrated."""
     database = StateDatabase.at(state)
+    if version:
+        create_version_2(database)
     database.heartbeat()
     with database.engine.transaction(writing=False) as connection:
         context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
@@ -50,6 +54,33 @@ def test_a_database_of_version_2_is_upgraded(state: str) -> None:
     again = StateDatabase.at(state)
     assert again.heartbeat().revision == 42
     again.close()
+
+
+def test_a_database_of_version_4_is_upgraded(state: str) -> None:
+    """What is in it stays, and keys can be written."""
+    database = StateDatabase.at(state)
+    with database.engine.transaction(writing=True) as connection:
+        migrate(connection, None, "4")
+        row = "INSERT INTO quantgate_state (id, version, epoch, revision, rollout_revision) VALUES (1, 4, 'old', 41, 7)"
+        connection.execute(text(row))
+    with KeyTable(database).edited() as documents:
+        documents["alice"] = "{}"
+    assert KeyTable(database).read().documents == {"alice": "{}"}
+    assert database.heartbeat().revision == 41
+    with database.engine.transaction(writing=False) as connection:
+        assert connection.scalar(select(STATE.c.version)) == SCHEMA_VERSION
+        assert connection.scalar(select(STATE.c.rollout_revision)) == 7
+    database.close()
+
+
+def test_a_new_database_needs_no_migration_later(state: str) -> None:
+    """Alembic finds the newest version in tables that were created as they are."""
+    database = StateDatabase.at(state)
+    database.heartbeat()
+    with database.engine.transaction(writing=True) as connection:
+        migrate(connection, SCHEMA_VERSION)
+    assert database.heartbeat().revision == 0
+    database.close()
 
 
 def test_a_process_goes_on_while_the_next_version_is_rolled_out(state: str) -> None:
