@@ -18,7 +18,7 @@ import yaml
 
 from config.reload_effects import EFFECTS
 from tests.config.sealed import seal
-from tests.deploy.chart import CHART, EXAMPLES, Chart, Object
+from tests.deploy.chart import CHART, EXAMPLES, MINIMAL, Chart, Object
 from tests.fakes.running import DEADLINE_SECONDS, HOST, ROOT, eventually, running_fake
 from tests.gateway.fleet import CHAT, HELLO
 from tests.gateway.test_workers import free_ports
@@ -33,10 +33,14 @@ SECRETS = {
 }
 
 
+# Kubernetes sets them in every pod.
+IN_A_POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "KUBERNETES_SERVICE_PORT": "443"}
+
+
 def quantgate(*arguments: object) -> "subprocess.CompletedProcess[str]":
     """Run a command with the environment of the gateway's container."""
     command = [sys.executable, "-m", "quantgate", *map(str, arguments)]
-    environment = {**os.environ, **SECRETS}
+    environment = {**os.environ, **SECRETS, **IN_A_POD}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -63,6 +67,17 @@ def test_the_configuration_is_valid_with_its_models(chart: Chart, tmp_path: Path
     assert quantgate("keys", "create", "team-a", "--file", tmp_path / "keys.yaml").returncode == 0
     result = quantgate("config", "check", path)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_keys_are_mounted_unless_they_are_in_the_database(chart: Chart) -> None:
+    """The file is beside quantgate.yaml, in one volume, so that both change at the same moment."""
+
+    def sources(values: Path) -> list[str]:
+        volumes = {volume["name"]: volume for volume in chart.rendered(values).gateway().spec["volumes"]}
+        return [kind for source in volumes["config"]["projected"]["sources"] for kind in source]
+
+    assert sources(MINIMAL) == ["configMap", "secret"]
+    assert sources(CHART / "examples" / "several-gateways.yaml") == ["configMap"]
 
 
 def test_declared_quality_is_configured(chart: Chart) -> None:
