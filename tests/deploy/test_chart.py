@@ -15,7 +15,8 @@ from pydantic import BaseModel
 from pydantic.alias_generators import to_camel
 
 from deploy.helm.__main__ import files, main
-from deploy.helm.values import ChartValues, Values, values_schema
+from deploy.helm.schema import values_schema
+from deploy.helm.values import ChartValues, Values
 from tests.deploy.chart import CHART, EXAMPLES, Chart, Object, run
 from tests.deploy.custom_resources import SPECIFICATIONS, schema_of
 from tests.deploy.prometheus import program
