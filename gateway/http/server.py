@@ -9,15 +9,16 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
 
+from gateway.http.acceptor import Acceptor
 from gateway.http.connection import ClientConnection
 from gateway.http.interfaces import ClientTimeouts, RequestHandler, ServerConnection
 from gateway.http.limits import may_hold
 from gateway.http.request import Request
 from gateway.http.response_writer import DateHeader
-from gateway.http.sockets import BACKLOG, NextAcceptor
+from gateway.http.sockets import NextAcceptor
 
 CANCEL_SECONDS = 1.0  # for cancelled requests to clean up
-# Until TLS handshakes that have begun are over: their connections are not registered yet.
+# Until connections that are being opened are registered, TLS handshakes included.
 HANDSHAKES_END_SECONDS = 1.0
 # How long an idle connection stays open for its next request while another process accepts. Until the next start new
 # connections wait, so the drain must be short; httpx and undici do not use a connection that was idle for 5 s again.
@@ -160,27 +161,16 @@ async def serve_clients(
     refused meanwhile.
     """
     server.grace_seconds = grace_seconds
-    acceptor = await _accept(server, listening, tls)
-    try:
-        yield server
-    finally:
-        following = next_acceptor()
-        if following == "none":
-            await server.drain(server.grace_seconds)
-            acceptor.close()
-        else:
-            acceptor.close()
-            await asyncio.sleep(HANDSHAKES_END_SECONDS if tls else 0)
-            await server.hand_over(server.grace_seconds, IDLE_SECONDS[following])
-        await acceptor.wait_closed()
-
-
-async def _accept(server: HttpServer, listening: socket.socket, tls: ssl.SSLContext | None) -> asyncio.Server:
-    handshake_seconds = server.timeouts.head_seconds if tls else None
-    return await asyncio.get_running_loop().create_server(
-        lambda: ClientConnection(server),
-        sock=listening,
-        backlog=BACKLOG,
-        ssl=tls,
-        ssl_handshake_timeout=handshake_seconds,
-    )
+    async with Acceptor(
+        listening, lambda: ClientConnection(server), tls, server.timeouts.head_seconds if tls else None
+    ) as acceptor:
+        try:
+            yield server
+        finally:
+            following = next_acceptor()
+            if following == "none":
+                await server.drain(server.grace_seconds)
+            else:
+                acceptor.close()
+                await acceptor.opened(HANDSHAKES_END_SECONDS)
+                await server.hand_over(server.grace_seconds, IDLE_SECONDS[following])
