@@ -187,7 +187,7 @@ async def followed_rollouts(
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     scaler = Scaler(
         Link(StateDatabase.at(state, create=False)),
-        lambda: recorded.deployment.wanted.cluster_access(),
+        recorded.deployment.wanted.cluster_access,
         lambda: recorded.deployment.settings.replicas,
         lambda: recorded.snapshot,
         lambda: ladder_variants(recorded.in_force),
