@@ -105,24 +105,29 @@ class Reflector:
         """List and watch for ever."""
         while True:
             self._failures += 1
-            try:
-                if self._version is None or self._failures > UNPRODUCTIVE_WATCHES:
-                    await self._list()
-                await self._watch(self._version or "")
-                pause_seconds = self._pause_seconds(self.pauses.after_crash)
-            except ApiExpired as error:
-                self._version = None
-                self._count(error)
-                pause_seconds = self._pause_seconds(self.pauses.after_crash)
-            except KubernetesError as error:
-                self._count(error)
-                self._lost(error)
-                pause_seconds = self._pause_seconds(self.pauses.after_start_failure, error)
-            except Exception as error:  # the outermost loop: a defect at one event must not be the last
-                log.exception("following the EndpointSlices with %s has a defect", self.selector)
-                self._version, self.outage = None, Outage(f"a defect: {error!r}", self.wall_clock())
-                pause_seconds = self._pause_seconds(self.pauses.after_start_failure)
-            await asyncio.sleep(pause_seconds)
+            error = await self._attempt()
+            await asyncio.sleep(pause_seconds(self.pauses, self._failures, error, self.random))
+
+    async def _attempt(self) -> Exception | None:
+        """List if that is needed, and watch until the server ends it; return why it failed."""
+        try:
+            if self._version is None or self._failures > UNPRODUCTIVE_WATCHES:
+                await self._list()
+            await self._watch(self._version or "")
+        except ApiExpired as error:
+            self._version = None
+            self._count(error)
+            return error
+        except KubernetesError as error:
+            self._count(error)
+            self._lost(str(error))
+            return error
+        except Exception as error:  # the outermost loop: a defect at one event must not be the last
+            log.exception("following the EndpointSlices with %s has a defect", self.selector)
+            self._version = None
+            self._lost(f"a defect: {error!r}")
+            return error
+        return None
 
     async def _list(self) -> None:
         found = await self.api.list(self.resource, EndpointSlice, self.selector)
@@ -150,24 +155,30 @@ class Reflector:
             self._slices = applied(self._slices, event.type, event.object)
             self.on_slices(self._slices, False)
 
-    def _pause_seconds(self, pause: Callable[[int], float], error: KubernetesError | None = None) -> float:
-        """Return how long to wait: randomly, so that several gateways do not ask at once."""
-        if isinstance(error, ApiThrottled) and error.retry_after_seconds is not None:
-            return min(max(error.retry_after_seconds, self.pauses.first_seconds), LONGEST_RETRY_AFTER_SECONDS)
-        longest = pause(max(self._failures, 1))
-        return self.random.uniform(longest / 2, longest)
-
     def _count(self, error: KubernetesError) -> None:
         reason = next((name for kind, name in REASONS if isinstance(error, kind)), "away")
         self.counts.errors[reason] += 1
 
-    def _lost(self, error: KubernetesError) -> None:
-        if self.outage is None or self.outage.reason != str(error):
-            log.warning("%s; pods stay as they were last seen; retrying", error)
+    def _lost(self, reason: str) -> None:
+        if self.outage is None or self.outage.reason != reason:
+            log.warning("%s; pods stay as they were last seen; retrying", reason)
         since_at = self.wall_clock() if self.outage is None else self.outage.since_at
-        self.outage = Outage(str(error), since_at)
+        self.outage = Outage(reason, since_at)
 
     def _reached(self) -> None:
         if self.outage is not None:
             log.info("%s answers again", self.api.access.server)
         self.outage = None
+
+
+def pause_seconds(pauses: Backoff, failures: int, error: Exception | None, random: Random) -> float:
+    """Return how long to wait before the next attempt; random, so that several gateways do not ask at once.
+
+    `error` None: the server has ended the watch. The first of those, and the first version that is too old, are usual:
+    there is no pause. `failures` is the number of attempts since the last event.
+    """
+    if isinstance(error, ApiThrottled) and error.retry_after_seconds is not None:
+        return min(max(error.retry_after_seconds, pauses.first_seconds), LONGEST_RETRY_AFTER_SECONDS)
+    usual = error is None or isinstance(error, ApiExpired)
+    longest = (pauses.after_crash if usual else pauses.after_start_failure)(max(failures, 1))
+    return random.uniform(longest / 2, longest)

@@ -76,7 +76,8 @@ class Controllers:
             self._store.put(workload.key, _object(workload, replicas))
             self._write(workload)
             return
-        workload.pods = [pod for each in self._stored_slices(workload).values() for pod in _pods(each)]
+        listed = {pod.uid: pod for each in self._stored_slices(workload).values() for pod in _pods(each)}
+        workload.pods = list(listed.values())  # each once, in however many slices
         for pod in workload.pods:
             if pod.state != "ready":
                 self._later(workload, pod)

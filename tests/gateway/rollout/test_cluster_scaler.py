@@ -241,6 +241,25 @@ async def test_somebody_else_changes_the_workload(sqlite: str) -> None:
         assert all(patch["body"]["metadata"]["resourceVersion"] for patch in patches)
 
 
+async def test_the_api_server_is_away(sqlite: str) -> None:
+    """A rollout waits until its workload can be scaled; the log says so once."""
+    async with cluster_fixture(sqlite) as made:
+        made.scene.start()
+        await made.scene.step(5.0)
+        await made.cluster.kill()
+        await made.scene.step(5.0)
+        for _ in range(2):
+            made.scene.now += RETRY_SECONDS
+            await made.scaler.follow()
+        assert [event for event, _ in made.told()] == [SCALE_FAILED]
+        await made.cluster.start()
+        await made.scaler.follow()
+        assert await made.sizes() == (3, 0)
+        made.scene.now += RETRY_SECONDS
+        await made.scaler.follow()
+        assert await made.sizes() == (3, 3)
+
+
 def autoscaler(target: str) -> dict[str, Any]:
     reference = {"apiVersion": "apps/v1", "kind": "Deployment", "name": target}
     return {"metadata": {"name": f"{target}-load"}, "spec": {"scaleTargetRef": reference}}

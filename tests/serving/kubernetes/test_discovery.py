@@ -7,6 +7,7 @@ import pytest
 
 from config.golden import GoldenAnswer
 from serving.kubernetes.discovery import Discovery
+from serving.kubernetes.reflector import UNPRODUCTIVE_WATCHES
 from serving.replica import Replica, State
 from tests.fakes.running import FakeReplica, eventually, running_fake
 from tests.serving.kubernetes.faults import compact, refuse
@@ -122,6 +123,8 @@ async def test_an_api_server_that_lost_its_data() -> None:
         await scene.cluster.kill()
         (scene.cluster.folder / "state").unlink()
         scene.cluster.workloads.clear()
+        errors = scene.discovery.statuses[0].counts.errors
+        await eventually(lambda: errors["away"] > UNPRODUCTIVE_WATCHES)
         await scene.cluster.start()
         await eventually(lambda: scene.discovery.statuses[0].unlisted == 2)
         assert scene.ready() == {one.url, two.url}
