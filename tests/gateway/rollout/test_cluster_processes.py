@@ -18,6 +18,7 @@ import yaml
 from gateway.rollout.machine import Event, Phase
 from gateway.rollout.operating import Operator, Replacement
 from gateway.rollout.plan import PlanSettings
+from gateway.rollout.scaling import SCALED, SCALING
 from tests.fakes.kubernetes.running import FakeCluster, running_cluster
 from tests.fakes.running import HOST, FakeReplica, eventually, running_fake
 from tests.gateway.rollout.driving import ONLY_ERRORS
@@ -154,9 +155,13 @@ async def test_a_bad_variant_is_rolled_back(tmp_path: Path) -> None:
             assert await reached(operator, Phase.ROLLED_BACK, Phase.DONE) is Phase.ROLLED_BACK
             await made.sized(REPLICAS, 0)
         assert talk.failed == []
-        figures = [(entry.event, entry.why) for entry in operator.database.entries("smol") if "scal" in entry.event]
-        assert ("scaled", "deployment/new has 0 replicas") in figures
-        assert not any("deployment/old" in why for _, why in figures)
+
+        def told() -> list[str]:
+            """The entries about workloads; the last one is written after the workload has changed."""
+            return [entry.why for entry in operator.database.entries("smol") if entry.event in (SCALING, SCALED)]
+
+        await eventually(lambda: "deployment/new has 0 replicas" in told(), PATIENCE)
+        assert not any("deployment/old" in why for why in told())
         operator.close()
 
 
