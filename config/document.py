@@ -14,11 +14,9 @@ from typing import NoReturn
 import yaml
 
 from config.errors import Problem, SettingsError
+from config.references import other_references, replace_references
 from config.rules import Location
 
-ENVIRONMENT_REFERENCE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
-# References of other programs, and text that looks like a reference of quantgate.
-_OTHER_REFERENCE = re.compile(r"\$\{(?:env:[^}]*|[A-Za-z_][A-Za-z0-9_]*)\}?")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 PASSWORD_IN_URL = re.compile(r"(://[^\s:/@]*:)[^\s@]+(@)")
 
@@ -40,7 +38,7 @@ MAX_SHOWN = 80
 class Document:
     """The data of a YAML file: dict, list, str, int, float and None; booleans are text, as written.
 
-    `written` has the text of each scalar as it is in the file, before references to the environment are replaced.
+    `written` has the text of each scalar as it is in the file, before references are replaced.
     """
 
     file: Path
@@ -84,7 +82,7 @@ def printable(part: object) -> str:
 def read_document(path: Path, environment: Mapping[str, str]) -> Document:
     """Read a YAML file; SettingsError if it can't be read, isn't YAML, or is empty.
 
-    `${env:NAME}` inside a value is replaced from `environment`. Problems of single values are in `Document.problems`.
+    References inside a value (config/references.py) are replaced. Problems of single values are in `Document.problems`.
     """
     text = _text(path)
     root = _compose(path, text)
@@ -257,14 +255,11 @@ class _Reader:
         return replaced
 
     def _substituted(self, text: str, location: Location) -> str:
-        for name in ENVIRONMENT_REFERENCE.findall(text):
-            if name not in self.environment:
-                self._report(location, f"the environment variable {name} is not set", f"export {name}=...")
-        for reference in _OTHER_REFERENCE.findall(ENVIRONMENT_REFERENCE.sub("", text)):
+        for reference in other_references(text):
             name = reference[2:].rstrip("}")
             hint = f"write ${{env:{name if name.isidentifier() else 'NAME'}}} for an environment variable"
             self._report(location, f"{printable(reference)} is not replaced", hint)
-        return ENVIRONMENT_REFERENCE.sub(lambda match: self.environment.get(match[1], ""), text)
+        return replace_references(text, self.environment, lambda what, hint: self._report(location, what, hint))
 
     def _check_characters(self, text: str, location: Location) -> None:
         if match := _CONTROL.search(text):

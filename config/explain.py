@@ -29,7 +29,7 @@ _BOUNDS = {
 }
 _MAPPINGS = ("model_type", "dict_type", "mapping_type", "model_attributes_type")
 _LISTS = ("tuple_type", "list_type", "set_type")
-_NO_TLS = frozenset({"certificate", "key_file", "ca", "tls", "ssl_certfile", "ssl_keyfile"})
+_NO_TLS = frozenset({"certificate", "key_file", "ca", "ssl_certfile", "ssl_keyfile"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Explainer:
     def _unknown(self, location: Location) -> str:
         name = str(location[-1])
         if location[:-1] == ("gateway",) and name in _NO_TLS:
-            return "the gateway speaks plain HTTP: let a proxy in front of it, such as nginx, terminate TLS"
+            return "set certificate and key_file under gateway.tls"
         if len(location) == 1 and name.startswith(("x-", ".")):
             return "write the &anchor where it is used first, then <<: *anchor"
         return closest(name, known_keys(location[:-1], self.root))

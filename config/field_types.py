@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Annotated, Literal
 from urllib.parse import unquote_to_bytes
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 
 SIZE_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 # RFC 1123 host names and underscores. Resolvers differ in how they handle others, so they are rejected here.
@@ -30,6 +30,11 @@ CORES_PATTERN = r"^(nobind|auto|[\d,|-]+)$"
 TOOL_PARSER_PATTERN = r"^[a-z0-9][a-z0-9_-]*$"
 EXTERNAL_PATTERN = r"^[a-z0-9_]+/[A-Za-z0-9][A-Za-z0-9._:/@-]*$"
 PROVIDER_URL_PATTERN = r"^https?://[^\s?#/@]+(?:/[^\s?#]*)?$"
+# Kubernetes: RFC 1123 subdomains (objects) and labels (namespaces), and label selectors.
+OBJECT_PATTERN = r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
+NAMESPACE_PATTERN = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"
+SELECTOR_PATTERN = r"^[A-Za-z0-9!][A-Za-z0-9._/=!,() -]*$"
+WORKLOAD_PATTERN = r"^(deployment|leaderworkerset)/[a-z0-9]([a-z0-9.-]*[a-z0-9])?$"
 # Of each pattern: what text that does not match it is not, and what to write.
 PATTERNS: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
@@ -45,6 +50,10 @@ PATTERNS: Mapping[str, tuple[str, str]] = MappingProxyType(
             "is not a valid URL",
             "write http(s)://host/path without user and password, such as https://api.openai.com/v1",
         ),
+        OBJECT_PATTERN: ("is not a name in Kubernetes", "use lower-case letters, digits, - and ."),
+        NAMESPACE_PATTERN: ("is not a namespace", "use lower-case letters, digits and -"),
+        SELECTOR_PATTERN: ("is not a label selector", "write KEY=VALUE, several of them with commas"),
+        WORKLOAD_PATTERN: ("is not a workload", "write deployment/NAME or leaderworkerset/NAME"),
         CORES_PATTERN: ("is not a list of cores", "write auto, nobind, or cores such as 0-3 or 0-3|4-7"),
     }
 )
@@ -129,7 +138,19 @@ def check_domain(value: str) -> str:
     return value.lower().rstrip(".")
 
 
-SizeBytes = Annotated[int, BeforeValidator(parse_size_bytes), Field(ge=0, le=MAX_BYTES)]
+def check_service_port(value: int | str) -> int | str:
+    """Require the number of a port, or its name in a Service (RFC 6335); ValueError otherwise."""
+    named = isinstance(value, str) and re.fullmatch(r"[a-z0-9-]*[a-z][a-z0-9-]*", value) is not None
+    if not named and not (isinstance(value, int) and 0 < value <= LAST_PORT):
+        raise ValueError(
+            f"{value!r} is not a port; write its number, or its name in the Service: lower-case letters, digits, -"
+        )
+    return value
+
+
+SizeBytes = Annotated[
+    int, Field(ge=0, le=MAX_BYTES), BeforeValidator(parse_size_bytes, json_schema_input_type=int | str)
+]
 Address = Annotated[str, BeforeValidator(_number_as_text), AfterValidator(check_address)]
 Origin = Annotated[str, AfterValidator(check_origin)]
 Domain = Annotated[str, AfterValidator(check_domain)]
@@ -168,4 +189,13 @@ Credential = Literal[
     "vertex_location",
     "vertex_credentials",
 ]
+ObjectName = Annotated[str, Field(pattern=OBJECT_PATTERN, max_length=253)]
+Namespace = Annotated[str, Field(pattern=NAMESPACE_PATTERN, max_length=63)]
+ServicePort = Annotated[
+    int | str,
+    AfterValidator(check_service_port),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1, "maximum": LAST_PORT}, {"type": "string"}]}),
+]
+LabelSelector = Annotated[str, Field(pattern=SELECTOR_PATTERN, max_length=1024)]
+Workload = Annotated[str, Field(pattern=WORKLOAD_PATTERN, max_length=280)]
 Servers = Annotated[int, Field(ge=1, le=MAX_SERVERS)]

@@ -35,7 +35,7 @@ class LoadedFile(Generic[_Kind]):
 def load_settings(path: Path, environment: Mapping[str, str] | None = None) -> Settings:
     """Read a configuration file; SettingsError lists all of its problems.
 
-    `${env:NAME}` inside a string is replaced from `environment` (os.environ if None).
+    References inside a string (config/references.py) are replaced from `environment` (os.environ if None).
     """
     return load_settings_file(path, environment).settings
 

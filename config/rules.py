@@ -41,6 +41,7 @@ def violations(settings: Settings) -> list[Violation]:
         *_variants(settings),
         *_replicas(settings),
         *_urls(settings),
+        *_services(settings),
         *_ports(settings),
         *_gpus(settings),
         *_aliases(settings),
@@ -69,6 +70,10 @@ def _gateway(settings: Settings) -> Iterator[Violation]:
 def _file_names(settings: Settings) -> Iterator[Violation]:
     """Shells replace `$HOME` in a path, quantgate does not."""
     names: list[tuple[Location, str | None]] = [(("gateway", "keys"), settings.gateway.keys)]
+    if (tls := settings.gateway.tls) is not None:
+        names += [(("gateway", "tls", "certificate"), tls.certificate), (("gateway", "tls", "key_file"), tls.key_file)]
+    cluster = settings.gateway.kubernetes
+    names += [(("gateway", "kubernetes", option), getattr(cluster, option)) for option in ("ca", "token_file")]
     for variant_name, variant in settings.variants.items():
         where = ("variants", variant_name)
         names.append(((*where, "path"), variant.path))
@@ -113,7 +118,7 @@ def _external(where: Location, variant: VariantSettings) -> Iterator[Violation]:
 def _lora(where: Location, lora: LoraSettings, base: str, settings: Settings) -> Iterator[Violation]:
     """The name of an adapter is unique, both in its engine and among variants."""
     adapter = str(where[-1])
-    if lora.path is None and any(each.variant == base and each.url is None for each in settings.replicas):
+    if lora.path is None and any(each.variant == base and each.supervised for each in settings.replicas):
         yield Violation((*where, "path"), "is missing, but quantgate starts replicas of its base", "set it")
     # vLLM serves the base under its variant's name and under the replica's id.
     if re.fullmatch(rf"{re.escape(base)}(-\d+b?)?", adapter):
@@ -137,9 +142,10 @@ def _replicas(settings: Settings) -> Iterator[Violation]:
         elif variant.external is not None:
             what = f"{replica.variant!r} is an external model, which needs no replica"
             yield Violation((*where, "variant"), what, "remove this entry")
-        elif replica.url is None and variant.path is None:
+        elif replica.supervised and variant.path is None:
             what = f"variant {replica.variant!r} has no path, so quantgate cannot start it"
-            yield Violation(where, what, "set the replica's url or the variant's path")
+            yield Violation(where, what, "set the replica's url or kubernetes, or the variant's path")
+        yield from _pods((*where, "kubernetes"), replica)
         yield from _launch_options(where, replica)
         yield from _certificates(where, replica)
         yield from _arguments(where, replica)
@@ -147,16 +153,33 @@ def _replicas(settings: Settings) -> Iterator[Violation]:
 
 # Kinds of parallelism that are named only where they are used.
 PARALLEL = ("pipeline_parallel", "data_parallel")
-# Options that apply to an external replica, too.
-FOR_URLS = frozenset({"variant", "url", "api_key", "max_in_flight", "tool_calling", *CERTIFICATES})
+# Options that apply to servers that quantgate does not start, too.
+NOT_FOR_STARTING = frozenset(
+    {"variant", "url", "kubernetes", "api_key", "max_in_flight", "tool_calling", *CERTIFICATES}
+)
+
+
+def _pods(where: Location, replica: ReplicaSettings) -> Iterator[Violation]:
+    """An entry has one way to find its servers, and one to find its pods."""
+    pods = replica.kubernetes
+    if pods is None:
+        return
+    if replica.url is not None:
+        yield Violation(where, "is set together with url", "remove one")
+    if pods.service is not None and pods.selector is not None:
+        yield Violation((*where, "selector"), "is set together with service", "remove one")
+    if pods.service is None and pods.selector is None:
+        yield Violation(where, "has neither service nor selector", "set one")
 
 
 def _launch_options(where: Location, replica: ReplicaSettings) -> Iterator[Violation]:
-    if replica.url is not None:
+    if not replica.supervised:
         defaults = ReplicaSettings(variant=replica.variant)
-        options = ReplicaSettings.model_fields.keys() - FOR_URLS
+        options = ReplicaSettings.model_fields.keys() - NOT_FOR_STARTING
+        found = "url" if replica.url is not None else "kubernetes"
         for field in sorted(name for name in options if getattr(replica, name) != getattr(defaults, name)):
-            yield Violation((*where, field), "is an option for starting a replica, but url is set, too", "remove one")
+            what = f"is an option for starting a replica, but {found} is set, too"
+            yield Violation((*where, field), what, "remove one")
     needed = replica.count * replica.ranks
     if replica.gpus and len(replica.gpus) != needed:
         named = {name: getattr(replica, name) for name in ("count", "tensor_parallel", *PARALLEL)}
@@ -201,6 +224,19 @@ def _urls(settings: Settings) -> Iterator[Violation]:
             yield Violation(where, f"is the gateway itself ({option})", "write the address of a vLLM server")
 
 
+def _services(settings: Settings) -> Iterator[Violation]:
+    """No pod is found by two entries with the same EndpointSlices."""
+    owner = dict[tuple[str | None, str], int]()
+    for index, replica in enumerate(settings.replicas):
+        pods = replica.kubernetes
+        if pods is None:
+            continue
+        first = owner.setdefault((pods.namespace, pods.label_selector), index)
+        if first != index:
+            what = f"finds the same pods as replicas.{first}"
+            yield Violation(("replicas", index, "kubernetes"), what, "remove one, or choose another Service")
+
+
 def _endpoint(url: str) -> tuple[str, int | None]:
     """Return host and port of an address; all that lead to this machine have the same host."""
     parts = urlsplit(url)
@@ -225,7 +261,7 @@ def _ports(settings: Settings) -> Iterator[Violation]:
     if settings.gateway.state.startswith("sqlite"):
         owner = {int(address.rpartition(":")[2]): option for option, address in _addresses(settings)}
     for index, replica in enumerate(settings.replicas):
-        if replica.port is None or replica.url is not None:
+        if replica.port is None or not replica.supervised:
             continue
         where: Location = ("replicas", index, "port")
         last = replica.port + replica.count - 1

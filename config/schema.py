@@ -23,8 +23,11 @@ from config.field_types import (
     Entries,
     ExternalModelName,
     FileName,
+    LabelSelector,
     Measure,
     Name,
+    Namespace,
+    ObjectName,
     Origin,
     Positive,
     ProviderUrl,
@@ -32,9 +35,11 @@ from config.field_types import (
     ReplicaUrl,
     Seconds,
     Servers,
+    ServicePort,
     Share,
     SizeBytes,
     ToolCalling,
+    Workload,
 )
 from config.lora import lora_variant
 from config.vllm import KvCacheDtype
@@ -90,6 +95,24 @@ class CorsSettings(Table):
     origins: tuple[Origin, ...] = ()
 
 
+class TlsSettings(Table):
+    """The certificate of the clients' port, with its chain; without `key_file`, its key is in the same file."""
+
+    certificate: FileName
+    key_file: FileName | None = None
+
+
+class ClusterSettings(Table):
+    """Access to the API server of a Kubernetes cluster; an omitted option is that of the pod that the gateway runs in.
+
+    `server` is a URL, `ca` a PEM file with its CA, `token_file` has the bearer token, and may be replaced at any time.
+    """
+
+    server: Annotated[str, Field(pattern=ENDPOINT_PATTERN)] | None = None
+    ca: FileName | None = None
+    token_file: FileName | None = None
+
+
 # As gateway.keys: the keys are in the state database. A file of this name is `./database`.
 KEYS_IN_DATABASE = "database"
 
@@ -100,6 +123,7 @@ class GatewaySettings(Table):
     listen: Address = "127.0.0.1:8000"
     admin: Address = "127.0.0.1:8001"
     admin_key: SecretStr | None = None
+    tls: TlsSettings | None = None
     state: Annotated[str, Field(pattern=STATE_PATTERN)] = "sqlite:///state.db"
     keys: FileName | None = None
     allowed_hosts: tuple[Domain, ...] = ()
@@ -107,6 +131,7 @@ class GatewaySettings(Table):
     media_domains: tuple[Domain, ...] = ()
     access_log: Literal["plain", "json", "off"] = "plain"
     tracing: TracingSettings | None = None
+    kubernetes: ClusterSettings = ClusterSettings()
     per_key_metrics: bool = False
     usage_days: Annotated[int, Field(ge=0, le=3660)] = 400
     limits: LimitSettings = LimitSettings()
@@ -184,11 +209,31 @@ class VariantSettings(Table):
     max_in_flight: Positive = 64
 
 
+class KubernetesSettings(Table):
+    """The pods behind a Service: those of its EndpointSlices, which `service` names or `selector` selects by label.
+
+    `namespace` is by default the gateway's own, `port` (number or name) the only one that a slice has. `workload` is
+    what a rollout scales: `deployment/NAME` or `leaderworkerset/NAME`.
+    """
+
+    service: ObjectName | None = None
+    selector: LabelSelector | None = None
+    namespace: Namespace | None = None
+    port: ServicePort | None = None
+    workload: Workload | None = None
+
+    @property
+    def label_selector(self) -> str:
+        """The labels of the EndpointSlices: Kubernetes gives them the name of their Service."""
+        return self.selector or f"kubernetes.io/service-name={self.service}"
+
+
 class ReplicaSettings(Table):
-    """Servers of one variant: an external one (`url`), or `count` servers that quantgate starts."""
+    """Servers of one variant: an external one (`url`), pods (`kubernetes`), or `count` that quantgate starts."""
 
     variant: Name
     url: ReplicaUrl | None = None
+    kubernetes: KubernetesSettings | None = None
     api_key: SecretStr | None = None
     ca: FileName | None = None
     certificate: FileName | None = None
@@ -215,6 +260,11 @@ class ReplicaSettings(Table):
     hang_seconds: Seconds = 120.0
     tool_calling: ToolCalling = "auto"
     args: tuple[str, ...] = ()
+
+    @property
+    def supervised(self) -> bool:
+        """Whether quantgate starts these servers."""
+        return self.url is None and self.kubernetes is None
 
     @property
     def ranks(self) -> int:

@@ -1,15 +1,15 @@
 """The composition root: builds every object of the gateway and hands it on. Start reading here."""
 
 import logging
+import ssl
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from socket import socket
 from typing import BinaryIO
 
-from config.schema import GatewaySettings
+from config.schema import GatewaySettings, Settings
 from config.variant import goldens
 from gateway.components import (
     Routing,
@@ -25,23 +25,35 @@ from gateway.deployment import Deployment
 from gateway.handlers.admin import with_auth
 from gateway.http.collector import ConnectionCollector
 from gateway.http.hosts import allowed_hosts
-from gateway.http.listener import address_of, bind, listen
+from gateway.http.listener import listen
 from gateway.http.server import HttpServer, serve_clients
+from gateway.http.sockets import ADMIN, CLIENT, InheritedSockets, ListenSockets, address_of
+from gateway.http.tls import context_with
 from gateway.live_config import LiveConfig
-from gateway.observability.metrics import Metrics
+from gateway.observability.metrics import DiscoveryCollector, Metrics
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.external_models import external_model_replicas
 from gateway.quota import Quota
 from gateway.reload import ConfigReload, FollowerReload, SupervisedReload
 from gateway.rollout.recorded import RecordedAliases, live_config_of, log_notices
 from gateway.status.traffic import TrafficHistory
-from gateway.workers import SINGLE_WORKER, WorkerIndex, with_worker_ports
-from serving.app import followed_replicas, local_replicas, sole_owner
+from gateway.workers import (
+    SINGLE_WORKER,
+    WorkerIndex,
+    handed_over_by_parent,
+    offered_to_successor,
+    with_worker_ports,
+)
+from serving.app import discovered_replicas, followed_replicas, local_replicas, sole_owner
 from serving.command import Machine
 from serving.control import Controlled, ControlSocket
+from serving.kubernetes.discovery import Discovery
 from serving.probe import Probe
+from serving.readiness import verified_replicas
 from serving.registry import Registry
 from serving.reload import Reload
+from serving.service_manager import ServiceManager
+from serving.takeover import Predecessor
 from serving.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -89,22 +101,18 @@ class Gateway:
         self.server.memory_bytes, self.server.grace_seconds = settings.memory_bytes, settings.drain_seconds
 
 
-@dataclass(frozen=True, slots=True)
-class ListenSockets:
-    """Sockets that listen; connections wait in them until the server is there."""
-
-    client: socket
-    admin: socket
+NO_SOCKETS, NO_MANAGER = InheritedSockets(), ServiceManager()
 
 
 @contextmanager
-def listen_sockets(settings: GatewaySettings, place: WorkerIndex = SINGLE_WORKER) -> Iterator[ListenSockets]:
+def listen_sockets(settings: GatewaySettings, inherited: InheritedSockets = NO_SOCKETS) -> Iterator[ListenSockets]:
     """Take both ports before anything that costs time is started; ConfigError if one is in use."""
     with (
-        bind(settings.listen, "gateway.listen", shared=place.of > 1) as client,
-        bind(settings.admin, "gateway.admin") as admin,
+        inherited.take(CLIENT, settings.listen, "gateway.listen") as client,
+        inherited.take(ADMIN, settings.admin, "gateway.admin") as admin,
     ):
-        yield ListenSockets(client, admin)
+        inherited.close_unused(client, admin)
+        yield ListenSockets(client, admin, inherited.next_acceptor)
 
 
 @asynccontextmanager
@@ -114,10 +122,14 @@ async def gateway(
     taken: ListenSockets,
     place: WorkerIndex = SINGLE_WORKER,
     access_log_stream: BinaryIO | None = None,
+    discovery: Discovery | None = None,
 ) -> AsyncIterator[Gateway]:
     """Serve clients and operators; when the block ends, running requests finish first.
 
-    The access log is written to `access_log_stream`, by default to stderr.
+    Who accepts connections then is in `taken.next_acceptor`: without one, new requests are refused meanwhile. Otherwise
+    this process accepts none any more, and its admin port closes first, so that its successor answers there.
+
+    The access log is written to `access_log_stream`, by default to stderr. `discovery` is shown to operators.
     """
     settings = deployment.settings.gateway
     live_config, quota = live_config_for(deployment), Quota(place.share)
@@ -133,19 +145,24 @@ async def gateway(
         await enter(database_keys(deployment, recorded, quota))
         await enter(shared_quota(deployment, quota, live_config, metrics))
         router = router_for(settings, addresses.client, live_config, registry, proxy, quota, observers, arms)
-        admin = await enter(admin_port(deployment, registry, live_config, observed, routed, rollouts, router, place))
+        admin = await enter(admin_port(registry, live_config, observed, routed, rollouts, router, place, discovery))
         admin_hosts = allowed_hosts(addresses.admin, settings.allowed_hosts)
-        await enter(listen(with_auth(admin.app, settings.admin_key, admin_hosts), taken.admin))
+        admin_server = await enter(listen(with_auth(admin.app, settings.admin_key, admin_hosts), taken.admin))
         if observed.usage is not None:  # once more before the admin port closes, which may take too long
             stack.push_async_callback(observed.usage.flush)
         server = HttpServer(router, settings.memory_bytes, on_client_aborted=metrics.client_cut)
         metrics.registry.register(ConnectionCollector(server))
-        await enter(serve_clients(server, taken.client, settings.drain_seconds))
-        log.info("listening on http://%s, admin on http://%s", addresses.client, addresses.admin)
+        metrics.registry.register(DiscoveryCollector(lambda: discovery.statuses if discovery else ()))
+        tls = context_with(lambda: certificate_of(live_config)) if deployment.server_tls else None
+        await enter(serve_clients(server, taken.client, settings.drain_seconds, tls, lambda: taken.next_acceptor))
+        log.info("listening on %s, admin on http://%s", url_of(settings, addresses.client), addresses.admin)
         try:
             yield Gateway(addresses, live_config, recorded, server, quota, metrics, routed, admin.traffic)
         finally:
-            router.draining = True
+            if taken.next_acceptor == "none":
+                router.draining = True
+            else:
+                admin_server.stop_accepting()
 
 
 def live_config_for(deployment: Deployment) -> LiveConfig:
@@ -154,37 +171,86 @@ def live_config_for(deployment: Deployment) -> LiveConfig:
     return live_config_of(deployment)
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessContext:
+    """How a gateway process was started, and by whom.
+
+    `home`: where the commands of `serving.control_cli` and a successor reach it; None: nowhere. `verified`: it accepts
+    connections only when its replicas are verified, those that are ready at a `predecessor` among them.
+    """
+
+    place: WorkerIndex = SINGLE_WORKER
+    home: Path | None = None
+    inherited: InheritedSockets = NO_SOCKETS
+    predecessor: Predecessor | None = None
+    verified: bool = False
+    manager: ServiceManager = NO_MANAGER
+
+
+STARTED_BY_HAND = ProcessContext()
+
+
 @asynccontextmanager
 async def gateway_alone(
-    deployment: Deployment, path: Path | None = None, place: WorkerIndex = SINGLE_WORKER, home: Path | None = None
+    deployment: Deployment, path: Path | None = None, process: ProcessContext = STARTED_BY_HAND
 ) -> AsyncIterator[Addresses]:
-    """Serve replicas that run elsewhere: those with a `url` in the configuration, and those in the state database.
+    """Serve replicas that run elsewhere: those with a `url` or `kubernetes`, and those in the state database.
 
-    With a path, changes of that file are applied; with a home, the commands of `serving.control_cli` reach us there.
+    With a path, changes of that file are applied. A predecessor stops when this process accepts connections; it raises
+    TakeoverRefused if replicas are not ready in time.
     """
+    home, place, predecessor = process.home, process.place, process.predecessor
     registry, started = Registry(), deployment
     deployment = with_worker_ports(deployment, place)
     wanted = deployment.wanted
-    with listen_sockets(deployment.settings.gateway, place) as taken:
+    with listen_sockets(deployment.settings.gateway, process.inherited) as taken:
+        shown = controlled("gateway", path, registry, deployment.settings.gateway, taken)
         async with (
-            ControlSocket(home, controlled("gateway", path, registry, taken)) if home else nullcontext() as control,
+            ControlSocket(home, shown) if home else nullcontext() as control,
             Probe() as probe,
             Watch(wanted.external, registry, probe, goldens(deployment.variants)) as watch,
             followed_replicas(wanted, registry, probe) as follower,
-            gateway(deployment, registry, taken, place) as served,
+            discovered_replicas(wanted, registry, probe) as discovery,
+            verified_replicas(
+                registry,
+                predecessor.ready if predecessor else frozenset(),
+                required=needs_replicas(deployment.settings),
+            )
+            if process.verified
+            else nullcontext(),
+            gateway(deployment, registry, taken, place, discovery=discovery) as served,
             following(
                 path,
                 started,
                 registry,
                 served,
                 FollowerReload(
-                    watch, follower, registry, served.live_config, external_models=served.available_external
+                    watch,
+                    follower,
+                    registry,
+                    served.live_config,
+                    external_models=served.available_external,
+                    discovery=discovery,
                 ),
+                process.manager,
             ) as reload,
         ):
             if control is not None and reload is not None:
                 control.last_reload = lambda: reload.last
-            yield served.addresses
+            if predecessor is not None:
+                predecessor.commit()
+                taken.next_acceptor = "none"
+            sockets = {CLIENT: taken.client, ADMIN: taken.admin}
+            with (
+                offered_to_successor(control, sockets, taken, process.manager),
+                handed_over_by_parent(taken, place),
+            ):
+                yield served.addresses
+
+
+def needs_replicas(settings: Settings) -> bool:
+    """Whether requests can be answered by replicas only, not by models of other providers alone."""
+    return bool(settings.replicas) or "state" in settings.gateway.model_fields_set
 
 
 @asynccontextmanager
@@ -195,30 +261,51 @@ async def everything(
     home: Path,
     path: Path | None = None,
     access_log_stream: BinaryIO | None = None,
+    process: ProcessContext = STARTED_BY_HAND,
 ) -> AsyncIterator[Addresses]:
     """Gateway and replicas on one machine; requests end before their replicas do.
 
     With a path, that file is followed. The access log is written to `access_log_stream`, by default to stderr.
     """
     wanted = deployment.wanted
-    with sole_owner(wanted, home) as owner, listen_sockets(deployment.settings.gateway) as taken:
+    with sole_owner(wanted, home) as owner, listen_sockets(deployment.settings.gateway, process.inherited) as taken:
+        shown = controlled("up" if path else "demo", path, registry, deployment.settings.gateway, taken)
         async with (
             Probe() as probe,
-            ControlSocket(home, controlled("up" if path else "demo", path, registry, taken)) as control,
+            ControlSocket(home, shown) as control,
             local_replicas(wanted, machine, registry, probe, home, owner) as own,
             Watch(wanted.external, registry, probe, goldens(deployment.variants)) as watch,
-            gateway(deployment, registry, taken, access_log_stream=access_log_stream) as served,
-            following(path, deployment, registry, served, SupervisedReload(watch, own)) as reload,
+            discovered_replicas(wanted, registry, probe) as discovery,
+            gateway(deployment, registry, taken, access_log_stream=access_log_stream, discovery=discovery) as served,
+            following(
+                path, deployment, registry, served, SupervisedReload(watch, own, discovery), process.manager
+            ) as reload,
         ):
             control.restart = own.restart
             if reload is not None:
                 control.last_reload = lambda: reload.last
-            yield served.addresses
+            try:
+                yield served.addresses
+            finally:
+                process.manager.stopping()
 
 
-def controlled(command: str, path: Path | None, registry: Registry, taken: ListenSockets) -> Controlled:
+def url_of(settings: GatewaySettings, address: str) -> str:
+    """Return the URL of the clients' port."""
+    return f"{'https' if settings.tls else 'http'}://{address}"
+
+
+def certificate_of(live_config: LiveConfig) -> ssl.SSLContext:
+    """Return what a new connection is shown."""
+    assert live_config.tls is not None, "a reload does not remove it"
+    return live_config.tls.context
+
+
+def controlled(
+    command: str, path: Path | None, registry: Registry, settings: GatewaySettings, taken: ListenSockets
+) -> Controlled:
     """What the control socket of a gateway shows."""
-    urls = {"clients": f"http://{address_of(taken.client)}", "admin": f"http://{address_of(taken.admin)}"}
+    urls = {"clients": url_of(settings, address_of(taken.client)), "admin": f"http://{address_of(taken.admin)}"}
     return Controlled(command, path, registry, urls)
 
 
@@ -229,6 +316,7 @@ async def following(
     registry: Registry,
     served: Gateway,
     replicas: FollowerReload | SupervisedReload,
+    manager: ServiceManager,
 ) -> AsyncIterator[Reload | None]:
     """Apply a configuration file whenever it changes, and at SIGHUP; None: there is no file."""
     if path is None:
@@ -237,5 +325,10 @@ async def following(
     config = ConfigReload(
         path, started, registry, served.live_config, served.switch, replicas.apply, served.recorded.with_recorded
     )
-    async with Reload(config.files, config.apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()) as it:
+
+    async def apply(confirmed: bool) -> None:
+        with manager.reloading(f"listening on {served.addresses.client}"):
+            await config.apply(confirmed)
+
+    async with Reload(config.files, apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()) as it:
         yield it

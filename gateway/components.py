@@ -44,6 +44,7 @@ from gateway.routing.budget import spent_by_variant
 from gateway.status.source import StatusSource, WorkerPlace
 from gateway.status.traffic import TrafficHistory
 from gateway.workers import WorkerIndex
+from serving.kubernetes.discovery import Discovery
 from serving.registry import Registry
 from serving.state.database import StateDatabase
 from serving.state.link import Link
@@ -143,7 +144,10 @@ def collectors(
     def waiting() -> dict[str, int]:
         return {**dict.fromkeys(live_config.catalog.aliases, 0), **dispatcher.waiting()}
 
-    yield FleetCollector(registry, live_config.variants, breakers, waiting, lambda: silent)
+    def certificates() -> dict[str, float]:
+        return {tls.certificate: tls.expiration} if (tls := live_config.tls) else {}
+
+    yield FleetCollector(registry, live_config.variants, breakers, waiting, lambda: silent, certificates)
     yield EngineCollector(registry, lambda: poller.results)
     yield LadderCollector(
         dispatcher.cluster.gates,
@@ -239,7 +243,6 @@ class AdminPort:
 
 @asynccontextmanager
 async def admin_port(
-    deployment: Deployment,
     registry: Registry,
     live_config: LiveConfig,
     observed: Observability,
@@ -247,13 +250,15 @@ async def admin_port(
     rollouts: RolloutRouting,
     router: Router,
     place: WorkerIndex,
+    discovery: Discovery | None,
 ) -> AsyncIterator[AdminPort]:
     """Sample the traffic, and build the app."""
+    kubernetes_away = (lambda: None) if discovery is None else discovery.away
     recorded, dispatcher = rollouts.recorded, routed.dispatcher
     async with (
         TrafficHistory(observed.metrics) as traffic,
         RolloutAdministration(
-            deployment.state, lambda: recorded.deployment, lambda: recorded.snapshot, registry
+            recorded.deployment.state, lambda: recorded.deployment, lambda: recorded.snapshot, registry
         ) as administration,
     ):
         status = StatusSource(
@@ -262,11 +267,12 @@ async def admin_port(
             speeds=lambda: recorded.deployment.speeds,
             rollouts=lambda: administration.statuses,
             state_away=rollouts.away,
+            kubernetes_away=kubernetes_away,
             draining=lambda: router.draining,
             place=WorkerPlace(place.number, place.of),
         )
         context = AdminContext(
             *(live_config, registry, observed.metrics, router, dispatcher),
-            *(status, administration, rollouts.away, observed.usage),
+            *(status, administration, rollouts.away, observed.usage, kubernetes_away),
         )
         yield AdminPort(admin_app(context), traffic)

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config.capacity import FILE_NAME, LAUNCH_OPTIONS, Setup, read_capacity
-from config.errors import CapacityError, Problem, SettingsError
+from config.errors import CapacityError, OptionError, Problem, SettingsError
 from config.external_prices import is_priced, litellm_directory
 from config.load import LoadedFile, load_settings_file
 from config.schema import ReplicaSettings, Settings
 from config.variant import Variant
+from gateway.http.tls import ServerTls, read_server_tls
 from gateway.keys import UNKNOWN_KEYS, Keys, read_keys
 from gateway.routing.speed import SpeedProfile
 from serving.app import Wanted, wanted_of
@@ -31,6 +32,7 @@ class Deployment:
     folder: Path = Path()
     tls: Mapping[int, Tls] = field(default_factory=dict)  # by the replica's index in the configuration
     speeds: Mapping[str, SpeedProfile] = field(default_factory=dict)  # by variant, if measured
+    server_tls: ServerTls | None = None  # of the clients' port; None: it has none
 
     @property
     def wanted(self) -> Wanted:
@@ -56,6 +58,12 @@ def load_deployment(file: LoadedFile[Settings], path: Path) -> tuple[Deployment,
             keys = read_keys(path.parent / settings.gateway.keys_file)
         except SettingsError as error:
             problems += [problem if problem.line else _at_keys(file, problem) for problem in error.problems]
+    server_tls = None
+    if settings.gateway.tls is not None:
+        try:
+            server_tls = read_server_tls(settings.gateway.tls, path.parent)
+        except OptionError as error:
+            problems.append(file.problem(error.location, error.what, error.hint))
     speeds = {}
     for name, variant in named.variants.items():
         try:
@@ -65,7 +73,8 @@ def load_deployment(file: LoadedFile[Settings], path: Path) -> tuple[Deployment,
             problems.append(file.problem(("variants", name, "path"), what, hint or "remove the file"))
     problems += external_problems(file)
     wanted = wanted_of(settings, named, path)
-    return Deployment(settings, named.variants, keys, wanted.state, wanted.folder, wanted.tls, speeds), problems
+    deployment = Deployment(settings, named.variants, keys, wanted.state, wanted.folder, wanted.tls, speeds, server_tls)
+    return deployment, problems
 
 
 def external_problems(file: LoadedFile[Settings]) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from config.schema import LimitSettings
 from config.variant import Variant
 from gateway.http.cors import Cors
+from gateway.http.tls import ServerTls
 from gateway.keys import Caller, Keys
 from gateway.routing.target import Catalog, Target
 from serving.registry import Registry
@@ -35,6 +36,7 @@ class LiveConfig:
     limits: LimitSettings
     cors: Cors | None = None
     media_domains: frozenset[str] = frozenset()  # domains that engines may load media from
+    tls: ServerTls | None = None  # what new connections of clients are shown
     _routes: dict[tuple[str | None, str], Route] = field(default_factory=dict, repr=False)
 
     def variants(self) -> Iterable[Variant]:
@@ -52,6 +54,7 @@ class LiveConfig:
         """Use another configuration from the next request on."""
         self.catalog, self.keys, self.limits, self._routes = other.catalog, other.keys, other.limits, {}
         self.cors, self.media_domains = other.cors, other.media_domains
+        self.tls = other.tls or self.tls  # the port goes on with TLS until the next start
 
     def _resolve(self, caller: Caller, model: str) -> Route:
         # Checked before the lookup, so that a caller does not learn which other models exist.

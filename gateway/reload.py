@@ -8,21 +8,23 @@ from pathlib import Path
 
 from config.errors import ReloadRefused
 from config.reload_effects import pending_options
+from config.schema import TlsSettings
 from config.variant import goldens
 from gateway.deployment import Deployment, read_deployment
 from gateway.keys import read_keys
 from gateway.live_config import LiveConfig, nothing_remains, unserved_aliases
 from gateway.routing.target import Catalog
 from serving.app import LocalReplicas
+from serving.kubernetes.discovery import Discovery
 from serving.registry import Registry
-from serving.replica import CONFIGURATION, EXTERNAL_MODELS, SUPERVISOR, State, own_keys
+from serving.replica import CONFIGURATION, EXTERNAL_MODELS, KUBERNETES, SUPERVISOR, State, own_keys
 from serving.state.follower import Follower
 from serving.watch import Watch
 
 log = logging.getLogger(__name__)
 
 # Sources of replicas that the configuration decides on.
-LOCAL = (SUPERVISOR, CONFIGURATION, EXTERNAL_MODELS)
+LOCAL = (SUPERVISOR, CONFIGURATION, KUBERNETES, EXTERNAL_MODELS)
 
 # As long as a replica may take to start.
 WAIT_SECONDS = 900.0
@@ -47,13 +49,15 @@ class ConfigReload:
     apply_replicas: ApplyDeployment
     with_recorded: Callable[[Deployment], Deployment] = lambda deployment: deployment
     _keys_file: str | None = field(init=False)
+    _tls: TlsSettings | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self._keys_file = self.started.settings.gateway.keys_file
+        self._keys_file, self._tls = self.started.settings.gateway.keys_file, self.started.settings.gateway.tls
 
     def files(self) -> list[Path]:
-        """The files to follow: the configuration, and its keys file."""
-        return [self.path, self.path.parent / self._keys_file] if self._keys_file else [self.path]
+        """The files to follow: the configuration, its keys file, and the certificate of the clients' port."""
+        named = [self._keys_file, *((self._tls.certificate, self._tls.key_file) if self._tls else ())]
+        return [self.path, *(self.path.parent / name for name in named if name)]
 
     async def apply(self, confirmed: bool) -> None:
         """Read the files and apply them; ConfigError if they are invalid.
@@ -65,6 +69,9 @@ class ConfigReload:
             self._check_remaining(self.with_recorded(deployment))
         for option in pending_options(self.started.settings, deployment.settings):
             log.warning("%s has changed; it takes effect at the next start", option)
+        if (deployment.server_tls is None) != (self.started.server_tls is None):
+            log.warning("gateway.tls is added or removed; it takes effect at the next start")
+        self._tls = deployment.settings.gateway.tls
         self._keys_file = self._keys_file_of(deployment)
         # What rollouts want to run is not of this configuration: the supervisor follows that by itself.
         recorded, replicas = self.with_recorded(deployment), {"replicas": deployment.settings.replicas}
@@ -113,18 +120,21 @@ def no_external_models(_: Deployment) -> Collection[str]:
 
 @dataclass(frozen=True, slots=True)
 class SupervisedReload:
-    """Reload where this process runs the replicas, beside external ones (`url`)."""
+    """Reload where this process runs the replicas, beside external ones (`url`, `kubernetes`)."""
 
     watch: Watch
     own: LocalReplicas
+    discovery: Discovery
 
     async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """Start new replicas, call `swap` when they are ready, then stop the old ones."""
-        external = deployment.wanted.external
+        external, pods = deployment.wanted.external, deployment.wanted.pods
+        await self.discovery.add(pods, goldens(deployment.variants))
         self.watch.goldens = goldens(deployment.variants)
         self.watch.add(external)
         await self.own.update(deployment.wanted, swap)
         self.watch.keep_only(external)
+        self.discovery.keep_only(pods)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +150,13 @@ class FollowerReload:
     live_config: LiveConfig
     wait_seconds: float = WAIT_SECONDS
     external_models: Callable[[Deployment], Collection[str]] = no_external_models
+    discovery: Discovery | None = None
 
     async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:
         """Call `swap` as soon as no alias would lose its last ready replica, or after `wait_seconds`."""
-        external = deployment.wanted.external
+        external, pods = deployment.wanted.external, deployment.wanted.pods
+        if self.discovery is not None:
+            await self.discovery.add(pods, goldens(deployment.variants))
         self.watch.goldens = goldens(deployment.variants)
         self.watch.add(external)
         if self.follower is not None:
@@ -155,6 +168,8 @@ class FollowerReload:
         if self.follower is not None:
             self.follower.admit(frozenset(deployment.variants), own_keys(deployment.settings.replicas))
         self.watch.keep_only(external)
+        if self.discovery is not None:
+            self.discovery.keep_only(pods)
 
     async def _wait_until_served(self, before: Catalog, after: Catalog, external: frozenset[str]) -> None:
         try:

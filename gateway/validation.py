@@ -3,10 +3,10 @@
 import errno
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config.errors import Problem, SettingsError
+from config.errors import OptionError, Problem, SettingsError
 from config.load import LoadedFile, load_settings_file
 from config.rules import Location
 from config.schema import AliasSettings, Settings
@@ -21,7 +21,7 @@ from serving.validation import launch_problems
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """A part of a valid configuration that has no effect; `unservable`: a model name that nobody can answer."""
+    """A part of a valid configuration without effect, or a risk; `unservable`: a model name that nobody can answer."""
 
     location: Location
     what: str
@@ -65,17 +65,23 @@ def validate(path: Path, *, file_only: bool = False) -> Report:
     except LaunchRefused:
         launches = ()  # no vLLM here: the replicas run on another machine, or `doctor` and `up` tell of it
     report = Report(file.settings, tuple(problems), launches)
-    return report if problems else _with_notices(report, file, deployment)
+    if problems:
+        return report
+    report = _with_notices(report, file, deployment)
+    return replace(report, warnings=(*report.warnings, *_cluster_warnings(file, deployment)))
 
 
 def notices(deployment: Deployment) -> Iterator[Notice]:
-    """Yield aliases and variants that nobody can answer, and rungs that are never chosen; pure."""
+    """Yield aliases and variants that nobody can answer, rungs that are never chosen, and readable keys; pure."""
     settings = deployment.settings
     catalog = Catalog(settings.aliases, deployment.variants)
     served = settings.served_variants
     if "state" in settings.gateway.model_fields_set:
         served = frozenset(deployment.variants)  # other processes may publish replicas in the state database
     reported = set[str]()
+    if (tls := deployment.server_tls) is not None and tls.open_key is not None:
+        what = f"every user of this machine can read the private key in {tls.open_key}"
+        yield Notice(("gateway", "tls"), what, f"chmod o= {tls.open_key}")
     for name, alias in settings.aliases.items():
         target = catalog.resolve(name)
         permitted = [rung.name for rung in target.permitted]
@@ -115,6 +121,16 @@ def _declared(settings: Settings) -> Deployment:
     aliases = {name: alias for name, alias in settings.aliases.items() if declared.keys() >= set(alias.ladder)}
     known = settings.model_copy(update={"variants": declared, "aliases": aliases})
     return Deployment(known, read_variants(declared, Path()), Keys())
+
+
+def _cluster_warnings(file: LoadedFile[Settings], deployment: Deployment) -> Iterator[Problem]:
+    """Yield what keeps a gateway on this machine from finding pods; the file may be meant for another machine."""
+    if not deployment.wanted.pods:
+        return
+    try:
+        deployment.wanted.cluster_access()
+    except OptionError as error:
+        yield file.problem(error.location, error.what, f"run the gateway in a pod, or {error.hint}")
 
 
 def _addresses(file: LoadedFile[Settings]) -> list[Problem]:

@@ -9,16 +9,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from config.errors import ReloadRefused, SettingsError
-from config.load import load_settings_file
+from config.load import load_settings_file, process_environment
 from config.manifest import Engine
 from config.reload_effects import pending_options
 from config.schema import Settings
-from config.variant import Variant
+from config.variant import Variant, goldens
 from serving.command import Machine
 from serving.control import Controlled, ControlSocket
 from serving.cores import NOTHING_BOUND, share_cores
 from serving.engine_version import version_warning
 from serving.errors import LaunchRefused, NoSuchReplica
+from serving.kubernetes.access import ClusterAccess, cluster_access
+from serving.kubernetes.discovery import Discovery
+from serving.kubernetes.sources import PodSource, pod_sources
 from serving.lock import sole_supervisor
 from serving.machine import engine_distribution, installed_engine, installed_tool_parsers, installed_version
 from serving.probe import Probe
@@ -65,9 +68,18 @@ class Wanted:
         return external_replicas(self.settings.replicas, self.variants, self.tls)
 
     @property
+    def pods(self) -> tuple[PodSource, ...]:
+        """The entries with `kubernetes`, whose replicas are pods."""
+        return pod_sources(self.settings.replicas, self.variants)
+
+    def cluster_access(self) -> ClusterAccess:
+        """Return the access to the cluster of the pods; OptionError: none is configured, and this is no pod."""
+        return cluster_access(self.settings.gateway.kubernetes, self.folder, process_environment())
+
+    @property
     def has_own_replicas(self) -> bool:
         """Whether a supervisor starts some replica, in this process or another."""
-        return any(replica.url is None for replica in self.settings.replicas)
+        return any(replica.supervised for replica in self.settings.replicas)
 
 
 def read_wanted(path: Path) -> Wanted:
@@ -91,7 +103,7 @@ async def replicas_alone(
 ) -> AsyncIterator[None]:
     """Run this machine's replicas for gateways in other processes; with a path, reload that file when it changes."""
     if not wanted.has_own_replicas:
-        raise LaunchRefused("the configuration has no replica to run here: all have a url")
+        raise LaunchRefused("the configuration has no replica to run here: all have a url or kubernetes")
     with sole_owner(wanted, home) as owner:
         async with (
             Probe() as probe,
@@ -254,3 +266,11 @@ async def followed_replicas(wanted: Wanted, registry: Registry, probe: Probe) ->
     link = Link(StateDatabase.at(wanted.state))
     async with Follower(link, registry, probe, frozenset(wanted.variants), own_keys(settings.replicas)) as follower:
         yield follower
+
+
+@asynccontextmanager
+async def discovered_replicas(wanted: Wanted, registry: Registry, probe: Probe) -> AsyncIterator[Discovery]:
+    """Find the replicas that run in a Kubernetes cluster; OptionError: there is no access to it."""
+    async with Discovery(registry, probe, wanted.cluster_access) as discovery:
+        await discovery.add(wanted.pods, goldens(wanted.variants))
+        yield discovery

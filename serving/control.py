@@ -2,6 +2,17 @@
 
 Each process has one, `$QUANTGATE_HOME/control/PID.sock`, which only its user can open. A connection carries one request
 and one reply, each a JSON object on a line. `reload` and `stop` do what SIGHUP and SIGTERM do.
+
+`takeover` passes the listening sockets of a gateway to its successor (SCM_RIGHTS with the reply) and leaves the
+connection open. This process goes on as before; a second request on it, `commit`, makes it stop:
+
+============================  =============================  ==========================================
+event                         successor                      this process
+============================  =============================  ==========================================
+`takeover`                    has the sockets, and starts    accepts connections
+`commit`                      accepts connections            accepts no more, finishes its requests, ends
+end of the connection before  has failed                     accepts connections
+============================  =============================  ==========================================
 """
 
 import asyncio
@@ -9,8 +20,9 @@ import logging
 import os
 import signal
 import socket
+import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +39,9 @@ log = logging.getLogger(__name__)
 
 FOLDER = "control"
 REQUEST_SECONDS = 5.0
-Action = Literal["status", "reload", "restart", "stop"]
+# Longer than a successor takes to start.
+COMMIT_SECONDS = 300.0
+Action = Literal["status", "reload", "restart", "stop", "takeover", "commit"]
 
 
 class ControlRequest(msgspec.Struct, frozen=True):
@@ -49,7 +63,8 @@ class ReplicaSummary(msgspec.Struct, frozen=True):
 class ProcessStatus(msgspec.Struct, frozen=True):
     """A running process: its command, configuration file, addresses, replicas, and its last reload.
 
-    `reload` is None where the outcome is not known: a gateway with workers, or one that does not serve yet.
+    `reload` is None where the outcome is not known: a gateway with workers, or one that does not serve yet. `takeover`:
+    a successor can take its listening sockets over.
     """
 
     command: str
@@ -59,14 +74,27 @@ class ProcessStatus(msgspec.Struct, frozen=True):
     addresses: dict[str, str]
     replicas: list[ReplicaSummary]
     reload: ReloadResult | None = None
+    takeover: bool = False
 
 
 class ControlReply(msgspec.Struct, frozen=True):
-    """The process's status, and what was done or why it was refused."""
+    """The process's status, and what was done or why it was refused; `sockets` names those that come with it."""
 
     status: ProcessStatus
     message: str = ""
     error: str = ""
+    sockets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Takeover:
+    """The listening sockets that a successor gets, by name, and what to do when it accepts connections.
+
+    `commit` is called with the successor's process number.
+    """
+
+    sockets: Mapping[str, socket.socket]
+    commit: Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +112,17 @@ class Controlled:
 class ControlSocket:
     """Answers requests while the `async with` block runs; a home that can't be written costs a warning.
 
-    `restart` starts a replica again, `last_reload` returns the outcome of the last reload. Both are set once they are
-    there: the socket outlives them, so that `status` and `stop` see a process until its end.
+    `restart` starts a replica again, `last_reload` returns the outcome of the last reload, `takeover` is what a
+    successor gets. They are set while they are there: the socket outlives them, so that `status` and `stop` see a
+    process until its end.
     """
 
     home: Path
     controlled: Controlled
     restart: Callable[[str], str] | None = None
     last_reload: Callable[[], ReloadResult | None] = lambda: None
+    takeover: Takeover | None = None
+    _successor: bool = False  # one has the sockets, and has neither committed nor failed
     _began: float = 0.0
     _server: asyncio.Server | None = None
 
@@ -121,13 +152,40 @@ class ControlSocket:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(REQUEST_SECONDS):
-                reply = self._reply(await reader.readline())
-                writer.write(msgspec.json.encode(reply) + b"\n")
-                await writer.drain()
+                line = await reader.readline()
+                takeover = self._takeover_for(line)
+                if takeover is None:
+                    await _send(writer, self._reply(line))
+            if takeover is not None:
+                await self._hand_over(takeover, reader, writer)
         except (OSError, ValueError, TimeoutError):
             log.debug("a control connection ended early", exc_info=True)
         finally:
             writer.close()
+
+    def _takeover_for(self, line: bytes) -> Takeover | None:
+        """What a successor gets; None if the request is another one, or has to be refused."""
+        try:
+            request = msgspec.json.decode(line, type=ControlRequest)
+        except msgspec.DecodeError:
+            return None
+        return self.takeover if request.action == "takeover" and not self._successor else None
+
+    async def _hand_over(self, takeover: Takeover, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass the sockets to a successor, and stop when it commits; if it fails before, nothing has changed."""
+        self._successor = True
+        try:
+            async with asyncio.timeout(COMMIT_SECONDS):
+                reply = ControlReply(self._status(), sockets=tuple(takeover.sockets))
+                _send_sockets(writer, msgspec.json.encode(reply) + b"\n", list(takeover.sockets.values()))
+                line = await reader.readline()
+                if not line or msgspec.json.decode(line, type=ControlRequest).action != "commit":
+                    log.warning("the process that was to take over has ended before it was ready; going on")
+                    return
+                self.takeover = None
+                takeover.commit(_peer(writer))
+        finally:
+            self._successor = False
 
     def _reply(self, line: bytes) -> ControlReply:
         try:
@@ -151,7 +209,18 @@ class ControlSocket:
             os.kill(os.getpid(), signal.SIGHUP)
         if request.action == "stop":
             os.kill(os.getpid(), signal.SIGTERM)
+        if request.action in ("takeover", "commit"):
+            raise ControlRefused(self._no_takeover())
         return ""
+
+    def _no_takeover(self) -> str:
+        if self._successor:
+            return "another process is taking over already"
+        if self.controlled.command != "gateway":
+            return (
+                f"quantgate {self.controlled.command} owns replicas, which can't be taken over: stop it, and start it"
+            )
+        return "it is starting or stopping"
 
     def _status(self) -> ProcessStatus:
         controlled, clock = self.controlled, self.controlled.clock
@@ -162,7 +231,33 @@ class ControlSocket:
         config = None if controlled.config is None else str(controlled.config.resolve())
         seconds = round(clock() - self._began, 1)
         addresses, reload = dict(controlled.addresses), self.last_reload()
-        return ProcessStatus(controlled.command, os.getpid(), config, seconds, addresses, replicas, reload)
+        takeover = self.takeover is not None
+        return ProcessStatus(controlled.command, os.getpid(), config, seconds, addresses, replicas, reload, takeover)
+
+
+async def _send(writer: asyncio.StreamWriter, reply: ControlReply) -> None:
+    writer.write(msgspec.json.encode(reply) + b"\n")
+    await writer.drain()
+
+
+def _send_sockets(writer: asyncio.StreamWriter, line: bytes, sockets: list[socket.socket]) -> None:
+    """Send a line together with sockets; the transport's own socket can't, and nothing is buffered before."""
+    with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as connection:
+        sent = socket.send_fds(connection, [line], [each.fileno() for each in sockets])
+    writer.write(line[sent:])
+
+
+def _peer(writer: asyncio.StreamWriter) -> int:
+    """Return the process number at the other end."""
+    with socket.socket(fileno=os.dup(writer.get_extra_info("socket").fileno())) as connection:
+        return peer_pid(connection)
+
+
+def peer_pid(connection: socket.socket) -> int:
+    """Return the number of the process at the other end of a Unix socket, see SO_PEERCRED in unix(7)."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid: int = struct.unpack("3i", credentials)[0]
+    return pid
 
 
 @contextmanager

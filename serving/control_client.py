@@ -3,7 +3,6 @@
 import os
 import select
 import socket
-import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from serving.control import FOLDER, ControlReply, ControlRequest, short_path
+from serving.control import FOLDER, ControlReply, ControlRequest, peer_pid, short_path
 from serving.errors import NoAnswer
 
 ANSWER_SECONDS = 10.0
@@ -71,8 +70,7 @@ def _connect(path: Path) -> tuple[ControlClient, ...]:
             with short_path(path) as address:
                 connection.connect(address)
             # The kernel names the process that listens; the one in the file's name may be of another container.
-            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            pid: int = struct.unpack("3i", credentials)[0]
+            pid = peer_pid(connection)
             return (ControlClient(path, pid, os.pidfd_open(pid)),)
         except ConnectionRefusedError:
             path.unlink(missing_ok=True)

@@ -17,7 +17,17 @@ ServingError
 ├── LeaseLost         another process drives this rollout now
 ├── NoSuchReplica     the replica is not in the registry, or has left it
 ├── ControlRefused    a running process cannot do what is requested now
+├── TakeoverRefused   no gateway can be taken over, or this process is not ready to (exit code 2)
 ├── NoAnswer          a running process does not answer on its control socket
+├── KubernetesError   the API server of Kubernetes did not do what was asked
+│   ├── ApiServerAway     it is not reachable, fails, or answers something else
+│   ├── ApiUnauthorized   it refuses the token (401)
+│   ├── ApiForbidden      a role lacks a verb on a resource (403)
+│   ├── ApiNotFound       there is no such object, or no such resource (404)
+│   ├── ApiConflict       somebody else has changed the object (409); read it again
+│   ├── ApiExpired        it has forgotten the version that a watch or page continues from (410); list again
+│   ├── ApiThrottled      too many requests (429); ask again later
+│   └── WorkloadAutoscaled  an autoscaler scales the workload; a rollout must not
 └── ReplicaConflict   two sources use the same replica id; the registry keeps the replica of the first
 """
 
@@ -48,6 +58,10 @@ class StopFailed(ServingError):
 
 class ProbeFailed(ServingError):
     """A replica did not answer a control request as expected."""
+
+
+class TakeoverRefused(ServingError):
+    """A running gateway cannot be taken over, so it goes on; the message says why."""
 
 
 class MeasuringRefused(ServingError):
@@ -96,3 +110,43 @@ class NoAnswer(ServingError):
 
 class ReplicaConflict(ServingError):
     """A source wrote a replica id that another source owns; the message names both sources."""
+
+
+class KubernetesError(ServingError):
+    """The API server of Kubernetes did not do what was asked; the message names server, verb and resource."""
+
+
+class ApiServerAway(KubernetesError):
+    """The API server did not answer, failed, or answered something that is not Kubernetes'."""
+
+
+class ApiUnauthorized(KubernetesError):
+    """The token is refused, or its file can't be read."""
+
+
+class ApiForbidden(KubernetesError):
+    """The service account may not do this; the message has the verb and the resource that its role lacks."""
+
+
+class ApiNotFound(KubernetesError):
+    """There is no such object, or the cluster has no such resource."""
+
+
+class ApiConflict(KubernetesError):
+    """The object has another version than the one that the change is based on."""
+
+
+class ApiExpired(KubernetesError):
+    """The version that was to be continued from is too old: list again."""
+
+
+class ApiThrottled(KubernetesError):
+    """The API server has too much to do; `retry_after_seconds` is None if it does not say when to ask again."""
+
+    def __init__(self, message: str, retry_after_seconds: float | None) -> None:
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(message)
+
+
+class WorkloadAutoscaled(KubernetesError):
+    """An autoscaler changes the number of replicas of a workload; the message names it and what to do."""

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import uvloop
 
 from config.errors import ConfigError
-from serving.errors import LaunchRefused, LockHeld
+from serving.errors import LaunchRefused, LockHeld, TakeoverRefused
 
 USAGE, LOCKED = 2, 4
 
@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 def run_until_signal(start: Callable[[], AbstractAsyncContextManager[object]]) -> int:
     """Run until SIGINT or SIGTERM, then shut down in order.
 
-    Exit codes: 0; 2 if the configuration is at fault; 4 if another process holds the lock.
+    Exit codes: 0; 2 if the configuration is at fault, or a gateway cannot be taken over; 4 if another process holds the
+    lock.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     for chatty in ("httpx", "uvicorn.error"):
@@ -29,7 +30,7 @@ def run_until_signal(start: Callable[[], AbstractAsyncContextManager[object]]) -
     raise_file_limit()
     try:
         uvloop.run(_run(start))
-    except (ConfigError, LaunchRefused, LockHeld) as error:
+    except (ConfigError, LaunchRefused, LockHeld, TakeoverRefused) as error:
         print(f"quantgate: {error}", file=sys.stderr)  # noqa: T201
         return LOCKED if isinstance(error, LockHeld) else USAGE
     return 0

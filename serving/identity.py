@@ -28,8 +28,8 @@ def launch_digest(launch: Launch) -> str:
     settings = launch.settings.model_dump(
         mode="json",
         exclude={"count", "gpus", "port", "api_key", "start_timeout_seconds", "drain_seconds", "hang_seconds"}
-        # What it comes to is the parser.
-        | {"tool_calling"},
+        # Never of a server that quantgate starts; what `tool_calling` comes to is the parser.
+        | {"kubernetes", "tool_calling"},
     )
     key, manifest = launch.settings.api_key, launch.variant.manifest
     template = launch.thinking.template

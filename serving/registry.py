@@ -47,6 +47,10 @@ class Registry:
     # Separate from `_change`: under low load a replica becomes idle after every request, and few tasks wait for that.
     _idle: asyncio.Event | None = None
 
+    def __contains__(self, replica_id: str) -> bool:
+        """Whether a replica is in the registry, in any state."""
+        return replica_id in self._entries
+
     def source(self, name: str) -> "ReplicaSource":
         """Return the handle through which a source writes; handles of the same name own the same replicas."""
         return ReplicaSource(name, self)

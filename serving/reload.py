@@ -126,6 +126,7 @@ class Reload:
 
 
 def _stamp(path: Path) -> object:
+    # Links are followed: a ConfigMap of Kubernetes changes by a link to another directory (`..data`).
     try:
         status = path.stat()
     except OSError:

@@ -17,6 +17,7 @@ from serving.tls import Tls
 # Sources of registry entries (`Registry.source`).
 SUPERVISOR = "supervisor"  # runs on this machine, started by this process
 CONFIGURATION = "configuration"  # has a `url` in the configuration
+KUBERNETES = "kubernetes"  # a pod that an entry with `kubernetes` in the configuration finds
 STATE_DATABASE = "state database"  # published by the supervisor of another process
 EXTERNAL_MODELS = "external models"  # run by other providers; each gateway adds those of its configuration
 DIRECT = "direct"  # written without a handle, by tests and benchmarks
@@ -136,7 +137,7 @@ def plan_launches(
     numbers: dict[str, int] = {}
     launches = []
     for settings in replicas:
-        for index in range(0 if settings.url else settings.count):
+        for index in range(settings.count if settings.supervised else 0):
             numbers[settings.variant] = numbers.get(settings.variant, 0) + 1
             width = settings.ranks
             launches.append(
@@ -165,24 +166,27 @@ def external_replicas(
         if settings.url is None:
             continue
         numbers[settings.variant] = numbers.get(settings.variant, 0) + 1
-        key = settings.api_key.get_secret_value() if settings.api_key else None
         replica_id = f"{settings.variant}-url-{numbers[settings.variant]}"
-        variant = variants[settings.variant]
-        external.append(
-            Replica(
-                replica_id,
-                settings.variant,
-                variant.precision,
-                settings.url,
-                settings.variant,
-                key,
-                max_in_flight=settings.max_in_flight,
-                tls=tls.get(index),
-                tools=None if settings.tool_calling == "auto" else settings.tool_calling != "off",
-                adapters=tuple([lora.name for lora in variant.loras]),
-            )
-        )
+        external.append(foreign_replica(settings, variants[settings.variant], replica_id, settings.url, tls.get(index)))
     return tuple(external)
+
+
+def foreign_replica(
+    settings: ReplicaSettings, variant: Variant, replica_id: str, url: str, tls: Tls | None = None
+) -> Replica:
+    """Return a server of a variant that quantgate does not start, before it is probed."""
+    return Replica(
+        replica_id,
+        settings.variant,
+        variant.precision,
+        url,
+        settings.variant,
+        settings.api_key.get_secret_value() if settings.api_key else None,
+        max_in_flight=settings.max_in_flight,
+        tls=tls,
+        tools=None if settings.tool_calling == "auto" else settings.tool_calling != "off",
+        adapters=tuple([lora.name for lora in variant.loras]),
+    )
 
 
 def own_keys(replicas: tuple[ReplicaSettings, ...]) -> dict[str, str]:
@@ -190,7 +194,7 @@ def own_keys(replicas: tuple[ReplicaSettings, ...]) -> dict[str, str]:
     numbers: dict[str, int] = {}
     keys: dict[str, str] = {}
     for settings in replicas:
-        for _ in range(0 if settings.url else settings.count):
+        for _ in range(settings.count if settings.supervised else 0):
             numbers[settings.variant] = numbers.get(settings.variant, 0) + 1
             if settings.api_key is not None:
                 keys[f"{settings.variant}-{numbers[settings.variant]}"] = settings.api_key.get_secret_value()

@@ -13,7 +13,7 @@ from serving.duration import duration
 from serving.errors import NotAdopted, ServingError, StartFailed
 from serving.identity import launch_digest
 from serving.machine import free_port
-from serving.preflight import refuse_altered
+from serving.preflight import check_placement, refuse_altered
 from serving.probe import Probe
 from serving.process import Adopted, Child
 from serving.process_ledger import ProcessLedger, ProcessRecord
@@ -58,6 +58,8 @@ async def start_replica(launch: Launch, context: LaunchContext) -> AsyncIterator
         # The start slot is released when the replica is ready; the stack keeps its process.
         async with context.turns:
             await _verify_files(launch, context)
+            # What fitted at the first start may not fit any more; a start that exhausts memory could end others.
+            await asyncio.to_thread(check_placement, [launch])
             command = build_command(launch, port, context.machine)
             child = Child(command, _log(launch, context), STARTING_PATIENCE_SECONDS)
             await stack.enter_async_context(_recorded(child, launch, launch_digest(launch), port, context))

@@ -55,7 +55,7 @@ def tls_of(settings: ReplicaSettings, folder: Path, where: Location) -> Tls | No
     digest, contents = hashlib.sha256(), dict[str, bytes]()
     for option in ("ca", "certificate", "key_file"):
         named = getattr(settings, option)
-        content = _content(folder / named, (*where, option)) if named else b""
+        content = pem_content(folder / named, (*where, option)) if named else b""
         if named and option != "key_file":
             contents[named] = content
         digest.update(b"%s %s %d " % (option.encode(), str(named).encode(), len(content)) + content)
@@ -63,19 +63,20 @@ def tls_of(settings: ReplicaSettings, folder: Path, where: Location) -> Tls | No
     context = _trusting(folder / settings.ca, (*where, "ca")) if settings.ca else ssl.create_default_context()
     if settings.certificate:
         key = folder / settings.key_file if settings.key_file else None
-        _show(context, folder / settings.certificate, key, (*where, "certificate"))
-    expirations = tuple([(named, _expiration_seconds(content)) for named, content in contents.items()])
+        load_pair(context, folder / settings.certificate, key, (*where, "certificate"))
+    expirations = tuple([(named, expiration_seconds(content)) for named, content in contents.items()])
     return Tls(digest.hexdigest(), context, expirations)
 
 
-def _content(file: Path, option: Location) -> bytes:
+def pem_content(file: Path, option: Location) -> bytes:
+    """Read a PEM file; OptionError names the option."""
     try:
         return file.read_bytes()
     except OSError as error:
         raise OptionError(option, f"{file} can't be read: {error.strerror}", "name a PEM file") from error
 
 
-def _expiration_seconds(pem: bytes) -> float:
+def expiration_seconds(pem: bytes) -> float:
     """When the first of a file's certificates, which OpenSSL has accepted, expires."""
     # Imported where it is needed: it takes 0.1 s, and few configurations have certificates.
     from cryptography import x509  # noqa: PLC0415
@@ -90,8 +91,11 @@ def _trusting(file: Path, option: Location) -> ssl.SSLContext:
         raise OptionError(option, f"{file} has no certificate that can be read ({error})", "name a PEM file") from error
 
 
-def _show(context: ssl.SSLContext, certificate: Path, key: Path | None, option: Location) -> None:
-    """Load a client certificate into a context; OpenSSL would prompt for the password of a key that has one."""
+def load_pair(context: ssl.SSLContext, certificate: Path, key: Path | None, option: Location) -> None:
+    """Load a certificate into a context; OptionError if it does not match its key.
+
+    OpenSSL would prompt for the password of a key that has one.
+    """
     try:
         context.load_cert_chain(certificate, key, password="")
     except OSError as error:

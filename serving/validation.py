@@ -10,6 +10,7 @@ from config.manifest import Engine
 from config.schema import Settings
 from config.variant import Variant, read_variants
 from serving.errors import LaunchRefused
+from serving.kubernetes.access import access_problems
 from serving.preflight import check_servable
 from serving.replica import plan_launches
 from serving.tls import Tls, read_tls
@@ -17,7 +18,7 @@ from serving.tls import Tls, read_tls
 
 @dataclass(frozen=True, slots=True)
 class NamedFiles:
-    """The manifests and certificates that a configuration names, and the problems of those that can't be used."""
+    """The manifests and certificates that a configuration names, and the problems of files that can't be used."""
 
     variants: Mapping[str, Variant]
     tls: Mapping[int, Tls] = field(default_factory=dict)  # by the replica's index in the configuration
@@ -38,6 +39,9 @@ def read_named_files(file: LoadedFile[Settings], folder: Path) -> NamedFiles:
     def on_tls_error(error: OptionError) -> None:
         problems.append(file.problem(error.location, error.what, error.hint))
 
+    if any(replica.kubernetes for replica in file.settings.replicas):
+        for each in access_problems(file.settings.gateway.kubernetes, folder):
+            problems.append(file.problem(each.location, each.what, each.hint))
     return NamedFiles(variants, read_tls(file.settings.replicas, folder, on_tls_error), tuple(problems))
 
 
@@ -56,7 +60,7 @@ def _contradiction(file: LoadedFile[Settings], variant: Variant) -> Problem | No
 def launch_problems(file: LoadedFile[Settings], variants: Mapping[str, Variant], engine: Engine) -> Iterator[Problem]:
     """Report the replicas that vLLM can't serve as configured, whatever else runs on the machine."""
     for index, replica in enumerate(file.settings.replicas):
-        if replica.url is not None or replica.variant not in variants:
+        if not replica.supervised or replica.variant not in variants:
             continue
         try:
             check_servable(plan_launches((replica,), dict(variants), engine)[0])

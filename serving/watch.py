@@ -1,4 +1,4 @@
-"""Polls external replicas (`url`) of the configuration: ready while they are healthy, failed otherwise.
+"""Polls replicas that other programs run, configured by `url` or found: ready while healthy, failed otherwise.
 
 A quality floor holds only if the address serves the variant it should. If the variant's directory is available, its
 golden prompt is sent before the replica becomes ready.
@@ -34,7 +34,8 @@ class _Poll:
 class Watch:
     """Polls external replicas while the `async with` block runs, and updates their entries in the registry.
 
-    `replicas` are those at the start. `goldens` are the expected answers by variant.
+    `replicas` are those at the start. `goldens` are the expected answers by variant. `owner` is the source of the
+    entries.
     """
 
     replicas: tuple[Replica, ...]
@@ -42,12 +43,13 @@ class Watch:
     probe: Probe
     goldens: Mapping[str, GoldenAnswer] = field(default_factory=dict)
     every_seconds: float = 1.0
+    owner: str = CONFIGURATION
     _source: ReplicaSource = field(init=False)
     _rejected: set[str] = field(default_factory=set)
     _polls: dict[str, _Poll] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._source = self.registry.source(CONFIGURATION)
+        self._source = self.registry.source(self.owner)
 
     async def __aenter__(self) -> Self:
         """Start polling every replica; none is ready before it has answered. Raises ReplicaConflict."""
@@ -79,6 +81,23 @@ class Watch:
                 poll.task.cancel()
             task = asyncio.create_task(self._poll_regularly(replica), name=f"watch {replica.id}")
             self._polls[replica.id] = _Poll(replica, task)
+
+    def hold(self, replica: Replica, state: State, reason: str) -> None:
+        """Stop polling a replica; its entry stays, in this state. ReplicaConflict if another source owns its id."""
+        poll = self._polls.pop(replica.id, None)
+        if poll is not None:
+            poll.task.cancel()
+        if poll is not None and poll.replica == replica:
+            self._source.move(replica.id, state, reason)  # keeps what the last check has seen of it
+        else:
+            self._source.put(replica, state, reason)
+
+    def remove(self, replica_id: str) -> None:
+        """Stop polling a replica, and remove it from the registry."""
+        poll = self._polls.pop(replica_id, None)
+        if poll is not None:
+            poll.task.cancel()
+        self._source.remove(replica_id)
 
     def keep_only(self, replicas: tuple[Replica, ...]) -> None:
         """Stop polling all others and remove them from the registry; replicas of other sources stay."""

@@ -15,7 +15,7 @@ from quantgate import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / folder / "README.md" for folder in (".", "gateway", "serving", "quantize")]
-DEPLOY = [ROOT / "deploy" / "README.md", ROOT / "deploy" / "prometheus" / "runbook.md"]
+DEPLOY = [ROOT / "deploy" / name for name in ("README.md", "prometheus/runbook.md", "helm/quantgate/README.md")]
 DOCUMENTS = [
     *(*READMES, *DEPLOY),
     *(ROOT / name for name in ("quantize/model-directories.md", "CONTRIBUTING.md", "CHANGELOG.md")),
@@ -121,4 +121,7 @@ def test_installer_usage(words: list[str]) -> None:
     """An unknown task is a usage error, in one line."""
     command = [sys.executable, "deploy/install.py", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "usage: install.py core|demo|test\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "usage: install.py core|demo|test, or install.py --prefix FOLDER EXTRA..., or install.py --beside-vllm\n",
+    )

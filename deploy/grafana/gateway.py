@@ -92,7 +92,12 @@ def _now(made: Dashboard) -> Dashboard:
         )
         .with_panel(
             number(
-                *("Next certificate", "Until the first PEM file of a replica expires.", SECONDS, target(left)),
+                *(
+                    "Next certificate",
+                    "Until the first PEM file of a replica, or of the clients' port, expires.",
+                    SECONDS,
+                    target(left),
+                ),
                 *((None, RED), (14 * day, ORANGE), (30 * day, GREEN)),
             )
         )

@@ -48,7 +48,7 @@ def dashboard() -> Dashboard:
     """Build the dashboard."""
     description = "State of the replicas, their load, and what routing knows about them."
     made = empty_dashboard("replicas", "Replicas", description, ["variant", "replica"])
-    for add in (_now, _states, _load, _polls, _engine):
+    for add in (_now, _states, _load, _polls, _discovery, _engine):
         made = add(made)
     return made
 
@@ -240,6 +240,55 @@ def _polls(made: Dashboard) -> Dashboard:
                 "failed: no answer; missing: a metric was absent or invalid.",
                 PER_SECOND,
                 target(f"{failed} or 0 * {none}", "{{replica}} {{outcome}}"),
+                width=12,
+            )
+        )
+    )
+
+
+def _discovery(made: Dashboard) -> Dashboard:
+    query = QUERIES
+    connected = query.largest(table.DISCOVERY_CONNECTED, "variant")
+    pods = query.largest(table.DISCOVERY_PODS, "variant", "state")
+    events, lists = query.rate(table.DISCOVERY_EVENTS, "type"), query.rate(table.DISCOVERY_LISTS)
+    errors = query.rate(table.DISCOVERY_ERRORS, "variant", "reason")
+    return (
+        made.with_row(Row("Discovery in Kubernetes"))
+        .with_panel(
+            graph(
+                "Pods in EndpointSlices",
+                "As Kubernetes sees them; a pod that is ready there is verified before it is a ready replica.",
+                COUNT,
+                target(pods, "{{variant}} {{state}}"),
+                width=12,
+            )
+        )
+        .with_panel(
+            graph(
+                "Lists and watches that failed",
+                "Meanwhile the pods stay as they were last seen; expired is usual, and is followed by a list.",
+                PER_SECOND,
+                target(errors, "{{variant}} {{reason}}"),
+                width=12,
+            )
+        )
+        .with_panel(
+            graph(
+                "API server is read",
+                "1: the EndpointSlices of a variant are watched; 0: they can't be read.",
+                COUNT,
+                target(connected, "{{variant}}"),
+                most=1,
+                width=12,
+            )
+        )
+        .with_panel(
+            graph(
+                "Events and lists",
+                "Changes of EndpointSlices, bookmarks, and complete lists.",
+                PER_SECOND,
+                target(events, "{{type}}"),
+                target(lists, "list"),
                 width=12,
             )
         )

@@ -1,16 +1,20 @@
 """The command `doctor`, with what the gateway's validation says of a configuration among its findings."""
 
+import asyncio
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 from config.command_line import CommandParser
-from config.errors import Problem, SettingsError
+from config.errors import OptionError, Problem, SettingsError
 from config.external_prices import PACKAGE
 from config.schema import Settings
+from gateway.deployment import read_deployment
 from gateway.validation import validate
 from serving import doctor_cli
+from serving.app import Wanted
 from serving.doctor.findings import Finding, Level
+from serving.kubernetes.check import check_sources
 
 
 def doctor_parser() -> CommandParser:
@@ -30,6 +34,7 @@ def validated(path: Path) -> list[Finding]:
         raise SettingsError(list(report.errors))
     return [
         *(_external(report.settings) if report.settings else ()),
+        *_pods(read_deployment(path).wanted),
         *(_finding("error", problem) for problem in report.unservable),
         *(_finding("warning", problem) for problem in report.warnings),
     ]
@@ -49,6 +54,22 @@ def _external(settings: Settings) -> Iterator[Finding]:
             yield Finding(
                 "ok", f"variants.{name}", f"{variant.external}, {variant.budget.usd_per_day:g} USD a day at most"
             )
+
+
+def _pods(wanted: Wanted) -> Iterator[Finding]:
+    """Whether the pods of entries with `kubernetes` can be found."""
+    if not wanted.pods:
+        return
+    try:
+        access = wanted.cluster_access()
+    except OptionError:
+        return  # one of the warnings
+    for check in asyncio.run(check_sources(access, wanted.pods)):
+        subject = f"pods of {check.source.pod.variant}"
+        if check.problem is None:
+            yield Finding("ok", subject, f"{check.pods}, by the EndpointSlices with {check.source.selector}")
+        else:
+            yield Finding("error", subject, check.problem, "serving/README.md has the role that the gateway needs")
 
 
 def _finding(level: Level, problem: Problem) -> Finding:

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from config.schema import Settings
-from gateway.app import Addresses
+from gateway.app import Addresses, url_of
 from gateway.cli.admin_client import reachable
 
 
@@ -25,15 +25,17 @@ def next_steps(settings: Settings, addresses: Addresses, config: Path, *, keys: 
         (f"quantgate ps {file}", "replicas, while they start"),
     ]
     width = max(len(step) for step, _ in steps)
-    lines = [f"quantgate answers on http://{client}, its admin port is http://{admin}. Next steps:"]
+    url, tls = url_of(settings.gateway, client), settings.gateway.tls
+    options = f"--cacert {shlex.quote(str(config.parent / tls.certificate))} " if tls else ""
+    lines = [f"quantgate answers on {url}, its admin port is http://{admin}. Next steps:"]
     lines += [f"  {step:{width}}  # {purpose}" for step, purpose in steps]
     model = next(iter((*settings.aliases, *settings.variants)), None)
     if model is not None:
-        lines.insert(1, f"  {_curl(client, model, keys=keys)}")
+        lines.insert(1, "  " + _curl(options + url, model, keys=keys))
     return "\n".join(lines)
 
 
-def _curl(address: str, model: str, *, keys: bool) -> str:
+def _curl(target: str, model: str, *, keys: bool) -> str:
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "Hello"}]})
     key = ' -H "authorization: Bearer $QUANTGATE_KEY"' if keys else ""
-    return f"curl http://{address}/v1/chat/completions{key} -H 'content-type: application/json' -d {shlex.quote(body)}"
+    return f"curl {target}/v1/chat/completions{key} -H 'content-type: application/json' -d {shlex.quote(body)}"

@@ -1,28 +1,46 @@
 """The commands `gateway` and `up`."""
 
 import argparse
+import asyncio
 import gc
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from config.command_line import CommandParser, add_config, chosen_config, exit_codes
 from config.errors import ConfigError
 from config.load import home_directory, load_settings, process_environment
 from config.schema import GatewaySettings
-from gateway.app import everything, gateway_alone
+from gateway.app import ProcessContext, everything, gateway_alone, url_of
 from gateway.cli.next_steps import next_steps
 from gateway.deployment import read_deployment
-from gateway.workers import SINGLE_WORKER, WorkerIndex, check_ports, stop_with_parent, workers
+from gateway.http.sockets import ADMIN, CLIENT, InheritedSockets, activated_sockets, sockets_of
+from gateway.workers import (
+    SINGLE_WORKER,
+    WorkerIndex,
+    Workers,
+    WorkerSockets,
+    offered_to_successor,
+    stop_with_parent,
+    worker_sockets,
+    workers,
+)
 from serving.control import Controlled, ControlSocket
+from serving.errors import TakeoverRefused
 from serving.foreground import run_until_signal
 from serving.machine import this_machine
 from serving.registry import Registry
+from serving.service_manager import ServiceManager
+from serving.takeover import Predecessor, predecessor_of
 
 log = logging.getLogger(__name__)
+
+# Longer than one waits for its replicas.
+WORKERS_LISTEN_SECONDS = 90.0
 
 
 def gateway_main(arguments: list[str]) -> int:
@@ -32,19 +50,34 @@ def gateway_main(arguments: list[str]) -> int:
     config, cores = chosen_config(parser, options), len(os.sched_getaffinity(0))
     if options.workers > cores and not options.force:
         parser.error(f"--workers {options.workers}: more than the {cores} cores that this process may use; see --force")
-    home = control_home()
-    if options.workers > 1:
-        return run_until_signal(lambda: _workers(config, options.workers, home))
-    return run_until_signal(lambda: _worker(config, options.worker, options.alive, home))
+    if options.sockets is not None:
+        return run_until_signal(lambda: _worker(config, options))
+    environment, home = process_environment(), control_home()
+    if options.takeover and home is None:
+        parser.error("--takeover finds the gateway that runs by its home; set QUANTGATE_HOME")
+    manager = ServiceManager.of(environment)
+
+    @asynccontextmanager
+    async def start() -> AsyncIterator[None]:
+        with _origin(config, environment, home if options.takeover else None) as origin:
+            async with (
+                _workers(config, options.workers, home, origin, manager)
+                if options.workers > 1
+                else _single(config, home, origin, manager)
+            ):
+                yield
+
+    return run_until_signal(start)
 
 
 def gateway_parser() -> CommandParser:
     """Describe `quantgate gateway`."""
     parser = _parser(
         "gateway",
-        "Serve clients from replicas that run elsewhere: those with a url, and those of `quantgate serve`.",
+        "Serve clients from replicas that run elsewhere: those with a url, pods, and those of `quantgate serve`.",
         exit_codes(0, 2),
         "quantgate gateway quantgate.yaml --workers 2",
+        "quantgate gateway quantgate.yaml --takeover",
     )
     parser.add_argument(
         "--workers",
@@ -55,9 +88,20 @@ def gateway_parser() -> CommandParser:
         "worker K uses the configured admin port + K - 1 (default: %(default)s)",
     )
     parser.add_argument("--force", action="store_true", help="allow more workers than cores")
+    parser.add_argument(
+        "--takeover",
+        action="store_true",
+        help="take the listening sockets over from the gateway that runs with this configuration file: once this one "
+        "is ready, that one accepts no more connections, finishes its requests and ends. If this one is not ready "
+        "within a minute, it exits with code 2, and that one goes on",
+    )
     # Internal: passed by the parent process to its workers.
     parser.add_argument("--worker", type=WorkerIndex.parse, default=SINGLE_WORKER, help=argparse.SUPPRESS)
     parser.add_argument("--alive", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--listening", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--sockets", type=int, nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--sockets-kept", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--verified", action="store_true", help=argparse.SUPPRESS)
     add_config(parser)
     return parser
 
@@ -84,16 +128,71 @@ def settle() -> None:
     gc.set_threshold(50_000, 20, 20)
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the listening sockets of a gateway come from; without a predecessor, from a service manager or nowhere."""
+
+    sockets: InheritedSockets
+    predecessor: Predecessor | None = None
+
+
+@contextmanager
+def _origin(config: Path, environment: Mapping[str, str], takeover_home: Path | None) -> Iterator[Origin]:
+    with predecessor_of(takeover_home, config) if takeover_home else nullcontext() as predecessor:
+        if predecessor is None:
+            yield Origin(activated_sockets(environment, os.getpid()))
+        else:
+            # Until `commit`, and if this process fails, the predecessor accepts the connections.
+            yield Origin(InheritedSockets(predecessor.sockets, "successor", match=True), predecessor)
+
+
 @asynccontextmanager
-async def _workers(config: Path, count: int, home: Path | None) -> AsyncIterator[None]:
-    settings = read_deployment(config).settings.gateway
-    check_ports(settings, count)
-    addresses = {"clients": f"http://{settings.listen}", "admin of worker 1": f"http://{settings.admin}"}
-    process = Controlled("gateway", config, addresses=addresses)
-    control = ControlSocket(home, process) if home else nullcontext()
-    async with control, workers(config, count, lambda: _drain_seconds(config, settings.drain_seconds)):
-        log.info("%d workers; %s", count, _until_stopped(settings))
+async def _single(config: Path, home: Path | None, origin: Origin, manager: ServiceManager) -> AsyncIterator[None]:
+    deployment, predecessor = read_deployment(config), origin.predecessor
+    process = ProcessContext(
+        home=home,
+        inherited=origin.sockets,
+        predecessor=predecessor,
+        verified=predecessor is not None,
+        manager=manager,
+    )
+    async with gateway_alone(deployment, config, process) as addresses:
+        settle()
+        manager.ready(f"listening on {addresses.client}")
+        log.info("%s", _until_stopped(deployment.settings.gateway))
         yield
+
+
+@asynccontextmanager
+async def _workers(
+    config: Path, count: int, home: Path | None, origin: Origin, manager: ServiceManager
+) -> AsyncIterator[None]:
+    settings, predecessor = read_deployment(config).settings.gateway, origin.predecessor
+    addresses = {"clients": url_of(settings, settings.listen), "admin of worker 1": f"http://{settings.admin}"}
+    process = Controlled("gateway", config, addresses=addresses)
+    with worker_sockets(settings, count, origin.sockets) as sockets:
+        async with (
+            ControlSocket(home, process) if home else nullcontext() as control,
+            workers(config, sockets, lambda: _drain_seconds(config, settings.drain_seconds), manager) as running,
+        ):
+            if predecessor is not None:
+                await _replace(predecessor, running, sockets)
+            with offered_to_successor(control, sockets.by_name, sockets, manager):
+                async with running.announced(f"{count} workers on {settings.listen}"):
+                    log.info("%d workers; %s", count, _until_stopped(settings))
+                    yield
+
+
+async def _replace(predecessor: Predecessor, running: Workers, sockets: WorkerSockets) -> None:
+    """Let a predecessor stop once all workers accept connections; TakeoverRefused if they do not in time."""
+    try:
+        async with asyncio.timeout(WORKERS_LISTEN_SECONDS):
+            await running.listening()
+    except TimeoutError:
+        what = f"{running.missing} of {running.count} workers are not ready after {WORKERS_LISTEN_SECONDS:g} s"
+        raise TakeoverRefused(f"{what}; the gateway that runs goes on") from None
+    predecessor.commit()
+    sockets.next_acceptor = "none"
 
 
 def _drain_seconds(config: Path, before: float) -> float:
@@ -105,15 +204,13 @@ def _drain_seconds(config: Path, before: float) -> float:
 
 
 @asynccontextmanager
-async def _worker(config: Path, index: WorkerIndex, alive: int | None, home: Path | None) -> AsyncIterator[None]:
-    deployment = read_deployment(config)
-    async with (
-        stop_with_parent(alive),
-        gateway_alone(deployment, config, index, home if alive is None else None),
-    ):
+async def _worker(config: Path, options: argparse.Namespace) -> AsyncIterator[None]:
+    named = dict(zip((CLIENT, ADMIN), options.sockets, strict=True))
+    sockets = InheritedSockets(sockets_of(named), "next start" if options.sockets_kept else "none")
+    process = ProcessContext(options.worker, inherited=sockets, verified=options.verified)
+    async with stop_with_parent(options.alive), gateway_alone(read_deployment(config), config, process):
         settle()
-        if alive is None:
-            log.info("%s", _until_stopped(deployment.settings.gateway))
+        os.write(options.listening, b".")
         yield
 
 
@@ -133,7 +230,11 @@ def up_main(arguments: list[str]) -> int:
     async def start() -> AsyncIterator[None]:
         deployment = read_deployment(config)
         machine = this_machine(home, environment)
-        async with everything(deployment, machine, Registry(), home, config) as addresses:
+        process = ProcessContext(
+            inherited=activated_sockets(environment, os.getpid()), manager=ServiceManager.of(environment)
+        )
+        async with everything(deployment, machine, Registry(), home, config, process=process) as addresses:
+            process.manager.ready(f"listening on {addresses.client}")
             log.info("%s", _until_stopped(deployment.settings.gateway))
             keys = deployment.keys.issued is not None
             print(next_steps(deployment.settings, addresses, config, keys=keys), file=sys.stderr, flush=True)

@@ -40,8 +40,8 @@ def heading(status: Status, address: str) -> Text:
     text = Text(" · ".join(parts), style="bold")
     if gateway.draining:
         text.append(" · draining", style="yellow")
-    if gateway.state_database is not None:
-        text.append(plain(f" · {gateway.state_database}"), style="red")
+    for away in filter(None, (gateway.state_database, gateway.kubernetes)):
+        text.append(plain(f" · {away}"), style="red")
     return text
 
 

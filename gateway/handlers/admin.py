@@ -47,6 +47,7 @@ class AdminContext:
     rollouts: RolloutControl
     state_away: Callable[[], str | None] = lambda: None  # why the state database cannot be read
     usage: UsageRecorder | None = None
+    kubernetes_away: Callable[[], str | None] = lambda: None  # why the API server cannot be read
 
 
 def with_auth(app: FastAPI, key: SecretStr | None, hosts: AllowedHosts) -> AdminAuth:
@@ -161,12 +162,14 @@ def _add_probes(app: FastAPI, context: AdminContext) -> None:
     async def readyz() -> JSONResponse:
         """200 if any alias can be answered, else 503; lists the ready variants of each alias.
 
-        A state database that is away stops no request; `state` says so.
+        A state database or an API server of Kubernetes that is away stops no request; `state` or `kubernetes` says so.
         """
         aliases = ready_variants(context.live_config.catalog, context.registry)
         body: dict[str, Any] = {"aliases": aliases}
         if away := context.state_away():
             body["state"] = f"the last revision of each alias stays in force: {away}"
+        if away := context.kubernetes_away():
+            body["kubernetes"] = f"pods stay as they were last seen: {away}"
         if context.router.draining:
             return JSONResponse({**body, "draining": True}, 503)
         return JSONResponse(body, 200 if any(aliases.values()) else 503)

@@ -29,6 +29,13 @@ deadline tick          closed          answering the   an incomplete request    
 drain                  closed          closed          finishes, or is          closed
                                                        cancelled after the
                                                        grace time; then closed
+hand over              closed after    finishes        finishes, as in drain    closed after the
+                       the response                                             grace time
+                       to its next
+                       request, when
+                       idle for too
+                       long, or after
+                       the grace time
 =====================  ====================================================================================
 
 While a refused request is being answered, its remaining bytes are dropped as in lingering. A client that does not read
@@ -43,6 +50,7 @@ HTTP/1.0 knows no interim responses; it has `linger_seconds` for its answer.
 import asyncio
 import logging
 import math
+import select
 import socket
 from collections import deque
 from typing import cast
@@ -71,13 +79,13 @@ class ClientConnection(asyncio.Protocol):
         self._pipelined: deque[Request] = deque()  # complete requests behind the one being answered
         self._task: asyncio.Task[None] | None = None
         self._response: ResponseWriter | None = None  # of the request being answered
-        self._half_closed = False
+        self._half_closed = self._encrypted = False
         self._drain_waiter: asyncio.Future[None] | None = None
         self._incomplete: Request | None = None  # the latest one that did not arrive in one piece
         self._incomplete_bytes = 0  # of its body
         self._body_until = 0.0
         self._linger_until = 0.0
-        self._deadline = self._loop.time() + server.timeouts.keep_alive_seconds
+        self._deadline = self._loop.time() + server.keep_alive_seconds
         self._timer: asyncio.TimerHandle | None = None
         self.write_paused = False
         self.disconnected = False
@@ -93,6 +101,7 @@ class ClientConnection(asyncio.Protocol):
         # uvloop's transports have the interface of asyncio's, but are not subclasses.
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
+        self._encrypted = transport.get_extra_info("ssl_object") is not None
         self._server.register(self)
         self._timer = self._loop.call_later(self._server.timeouts.tick_seconds, self._tick)
 
@@ -108,8 +117,8 @@ class ClientConnection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """Whether to keep the connection: its requests are still answered if the client may be reading."""
         response = self._response
-        if self._task is None or response is None or response.started:
-            return False
+        if self._task is None or response is None or response.started or self._encrypted:
+            return False  # TLS has no half-closed connections here: asyncio closes it
         self._half_closed = True
         self._parser.abandon()  # a request behind it will never be complete
         if response.supports_chunked:
@@ -202,7 +211,7 @@ class ClientConnection(asyncio.Protocol):
         self._response = response = ResponseWriter(
             self,
             server.date_header,
-            request.keep_alive and not server.draining,
+            request.keep_alive and not (server.draining and not self._pipelined),
             request.supports_chunked,
             request.method == b"HEAD",
         )
@@ -236,7 +245,7 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()
         elif response.keep_alive:
             if self._parser.request is None:
-                self._deadline = self._loop.time() + self._server.timeouts.keep_alive_seconds
+                self._deadline = self._loop.time() + self._server.keep_alive_seconds
         else:
             self._close_or_linger()
 
@@ -282,6 +291,17 @@ class ClientConnection(asyncio.Protocol):
         else:
             self._transport.close()
 
+    def expire_earlier(self, seconds: float) -> None:
+        """Let it be idle for that much less, if it is idle."""
+        if self._task is None and self._parser.request is None:
+            self._deadline -= seconds
+
+    def _has_unread(self) -> bool:
+        """Whether bytes have arrived that the loop has not read yet: to close now would lose a request."""
+        arrived = select.poll()
+        arrived.register(self._transport.get_extra_info("socket").fileno(), select.POLLIN)
+        return bool(arrived.poll(0))
+
     def _was_reset(self) -> bool:
         """Whether a reset arrived after a FIN: then nothing is read any more, so no event tells of it."""
         connection = self._transport.get_extra_info("socket")
@@ -299,5 +319,7 @@ class ClientConnection(asyncio.Protocol):
         if self._parser.reading_request:
             message = "request timeout: head or body did not arrive in time, or too slowly; send it without pauses"
             self._parser.refuse(RequestTooSlow(message))
+        elif self._task is None and self._parser.dropping is None and self._has_unread():
+            return  # they are read before the next tick
         elif self._task is None or (self._half_closed and self._response is not None and not self._response.started):
             self.close()

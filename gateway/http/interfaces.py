@@ -64,11 +64,15 @@ class ServerConnection(Protocol):
     def close(self) -> None:
         """Close the connection; abort it if unsent bytes are buffered."""
 
+    def expire_earlier(self, seconds: float) -> None:
+        """Let it be idle for that much less, if it is idle."""
+
 
 class ServerContext(Protocol):
     """The server, as its connections use it."""
 
     timeouts: ClientTimeouts
+    keep_alive_seconds: float  # that of `timeouts`, or less while the server shuts down
     date_header: DateHeader
     handler: RequestHandler
     draining: bool  # responses close their connections

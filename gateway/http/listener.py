@@ -1,4 +1,4 @@
-"""Listening sockets, and uvicorn as an async context manager for the admin port."""
+"""Uvicorn as an async context manager for the admin port."""
 
 import asyncio
 import contextlib
@@ -11,9 +11,9 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from config.errors import ConfigError
 from gateway.http.asgi import App
 from gateway.http.interfaces import ClientTimeouts
+from gateway.http.sockets import address_of
 
 # Short: the process may be killed KILL_AFTER_SECONDS after the clients' port has drained (gateway/workers.py).
 GRACE_SECONDS = 3
@@ -76,12 +76,16 @@ class _Connection(HttpToolsProtocol):
             self._abort_timer = None
 
 
-class _Server(uvicorn.Server):
+class AdminServer(uvicorn.Server):
     """A uvicorn server that signals when it listens and installs no signal handlers: the process owns several."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+
+    def stop_accepting(self) -> None:
+        """Accept no more connections, close the idle ones, and the others after their responses."""
+        self.should_exit = True
 
     def abort_connections(self) -> None:
         """Close what is open without sending the rest; handlers learn that their client has left."""
@@ -97,50 +101,21 @@ class _Server(uvicorn.Server):
         yield
 
 
-def bind(address: str, option: str, *, shared: bool = False) -> socket.socket:
-    """Bind and listen on `host:port` at once: a port in use is reported before anything else starts.
-
-    `option` is the configuration key for the error message; `shared` sets SO_REUSEPORT, for several workers.
-    Raises ConfigError.
-    """
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if shared:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        listening.bind((host, int(port)))
-        # With SO_REUSEADDR two sockets can bind the same port, but only one of them can listen.
-        listening.listen()
-    except OSError as error:
-        listening.close()
-        raise ConfigError(
-            f"{option}: can't listen on {address}: {error.strerror}; free the port or change {option}"
-        ) from error
-    return listening
-
-
-def address_of(listening: socket.socket) -> str:
-    """Return `host:port` of a listening socket, with the port that the kernel chose for port 0."""
-    host, port = listening.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 @asynccontextmanager
-async def listen(app: App, listening: socket.socket, timeouts: ClientTimeouts | None = None) -> AsyncIterator[None]:
+async def listen(
+    app: App, listening: socket.socket, timeouts: ClientTimeouts | None = None
+) -> AsyncIterator[AdminServer]:
     """Serve an ASGI app with uvicorn; on exit, running requests have GRACE_SECONDS to finish.
 
     Of the timeouts, `slow_reader_seconds` is used.
     """
-    server = _Server(_Config(app, (timeouts or ClientTimeouts()).slow_reader_seconds))
+    server = AdminServer(_Config(app, (timeouts or ClientTimeouts()).slow_reader_seconds))
     task = asyncio.create_task(server.serve([listening]), name=f"listen {address_of(listening)}")
     try:
         await asyncio.wait_for(server.listening.wait(), START_SECONDS)
-        yield
+        yield server
     finally:
-        server.should_exit = True
+        server.stop_accepting()
         await asyncio.wait({task}, timeout=GRACE_SECONDS)
         server.abort_connections()
         await task

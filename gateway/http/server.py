@@ -1,18 +1,27 @@
 """The server on the client port: its open connections, its memory for request bodies, and graceful shutdown."""
 
 import asyncio
+import math
 import socket
+import ssl
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 
 from gateway.http.connection import ClientConnection
 from gateway.http.interfaces import ClientTimeouts, RequestHandler, ServerConnection
 from gateway.http.limits import may_hold
 from gateway.http.request import Request
 from gateway.http.response_writer import DateHeader
+from gateway.http.sockets import BACKLOG, NextAcceptor
 
 CANCEL_SECONDS = 1.0  # for cancelled requests to clean up
+# Until TLS handshakes that have begun are over: their connections are not registered yet.
+HANDSHAKES_END_SECONDS = 1.0
+# How long an idle connection stays open for its next request while another process accepts. Until the next start new
+# connections wait, so the drain must be short; httpx and undici do not use a connection that was idle for 5 s again.
+IDLE_SECONDS: Mapping[NextAcceptor, float] = MappingProxyType({"next start": 5.0, "successor": math.inf})
 
 
 class HttpServer:
@@ -30,6 +39,7 @@ class HttpServer:
     ) -> None:
         self.handler = handler
         self.timeouts = timeouts or ClientTimeouts()
+        self.keep_alive_seconds = self.timeouts.keep_alive_seconds
         self.date_header = DateHeader()
         self._on_client_aborted = on_client_aborted
         self.memory_bytes = memory_bytes
@@ -101,17 +111,35 @@ class HttpServer:
     async def drain(self, grace_seconds: float) -> None:
         """Shut down gracefully: wait for running requests, cancel those that remain, close every connection."""
         self.draining = True
-        await self._wait_idle(grace_seconds)
+        await self._wait_while(lambda: bool(self.busy), grace_seconds)
+        await self._close_connections()
+
+    async def hand_over(self, grace_seconds: float, keep_alive_seconds: float) -> None:
+        """Shut down where another process accepts new connections: requests on open connections are still answered.
+
+        A connection closes with its next response, which says so (`connection: close`), or when it has been idle for
+        `keep_alive_seconds`. If it were closed at once, a request that is on its way would be lost (RFC 9112, 9.3.1).
+        """
+        self.draining = True
+        earlier_seconds = max(0.0, self.keep_alive_seconds - keep_alive_seconds)
+        self.keep_alive_seconds -= earlier_seconds
+        for connection in self._connections:
+            connection.expire_earlier(earlier_seconds)
+        await self._wait_while(lambda: bool(self._connections), grace_seconds)
+        await self._close_connections()
+
+    async def _close_connections(self) -> None:
         for connection in tuple(self._connections):
             connection.cancel()
-        await self._wait_idle(CANCEL_SECONDS)
+        await self._wait_while(lambda: bool(self.busy), CANCEL_SECONDS)
         for connection in tuple(self._connections):
             connection.close()
 
-    async def _wait_idle(self, seconds: float) -> None:
+    async def _wait_while(self, condition: Callable[[], bool], seconds: float) -> None:
+        """Wait until a condition on the open connections is false, but no longer than `seconds`."""
         try:
             async with asyncio.timeout(seconds):
-                while self.busy:
+                while condition():
                     self._idle_waiter = asyncio.get_running_loop().create_future()
                     await self._idle_waiter
         except TimeoutError:
@@ -120,17 +148,39 @@ class HttpServer:
 
 @asynccontextmanager
 async def serve_clients(
-    server: HttpServer, listening: socket.socket, grace_seconds: float
+    server: HttpServer,
+    listening: socket.socket,
+    grace_seconds: float,
+    tls: ssl.SSLContext | None = None,
+    next_acceptor: Callable[[], NextAcceptor] = lambda: "none",
 ) -> AsyncIterator[HttpServer]:
     """Accept connections on a listening socket; on exit, drain for `server.grace_seconds` and close the socket.
 
-    The socket accepts until the drain is over, so the handler decides how new requests are refused meanwhile.
+    Without a next acceptor the socket accepts until the drain is over, so the handler decides how new requests are
+    refused meanwhile.
     """
     server.grace_seconds = grace_seconds
-    acceptor = await asyncio.get_running_loop().create_server(lambda: ClientConnection(server), sock=listening)
+    acceptor = await _accept(server, listening, tls)
     try:
         yield server
     finally:
-        await server.drain(server.grace_seconds)
-        acceptor.close()
+        following = next_acceptor()
+        if following == "none":
+            await server.drain(server.grace_seconds)
+            acceptor.close()
+        else:
+            acceptor.close()
+            await asyncio.sleep(HANDSHAKES_END_SECONDS if tls else 0)
+            await server.hand_over(server.grace_seconds, IDLE_SECONDS[following])
         await acceptor.wait_closed()
+
+
+async def _accept(server: HttpServer, listening: socket.socket, tls: ssl.SSLContext | None) -> asyncio.Server:
+    handshake_seconds = server.timeouts.head_seconds if tls else None
+    return await asyncio.get_running_loop().create_server(
+        lambda: ClientConnection(server),
+        sock=listening,
+        backlog=BACKLOG,
+        ssl=tls,
+        ssl_handshake_timeout=handshake_seconds,
+    )

@@ -8,7 +8,7 @@ must be done in a phase (checks, hooks) is repeated by the next driver if it is 
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -22,7 +22,7 @@ from gateway.rollout.machine import FINAL, PROMOTED, Event, Phase, Readiness, Re
 from gateway.rollout.plan import RolloutPlan
 from gateway.rollout.preflight import Comparison, Preflight, compare_quality, fingerprint
 from gateway.rollout.progress import NO_FAILED_STARTS, Facts, FailedStarts, Progress, next_event
-from gateway.rollout.record import Happening, change_of, read_plan, read_state
+from gateway.rollout.record import Happening, change_of, changed_variants, read_plan, read_state
 from gateway.rollout.revision import in_force
 from gateway.rollout.smoke import SmokeClient
 from serving.errors import LeaseLost, RolloutChanged, StateAway
@@ -66,6 +66,7 @@ class DriverContext:
     holder: str
     rolled_back: Callable[[str, str], None]  # counts an alias' rollback, with its cause
     compare: Comparison = compare_quality
+    workload_problems: Callable[[Iterable[str]], Awaitable[tuple[str, ...]]] | None = None
     wall_clock: Callable[[], float] = time.time
 
 
@@ -241,11 +242,18 @@ class Driver:
             job.check.cancel()
         job.check, job.checked = None, phase
         if state.phase is Phase.PREFLIGHT:
-            deployment = self.context.deployment()
-            preflight = Preflight(deployment.variants, deployment.settings.aliases, self.context.compare)
-            job.check = asyncio.create_task(preflight.problems(job.plan), name="preflight of a rollout")
+            job.check = asyncio.create_task(self._preflight(job.plan), name="preflight of a rollout")
         elif state.phase is Phase.SMOKE:
             job.check = asyncio.create_task(self._smoke(job.plan), name="smoke test of a rollout")
+
+    async def _preflight(self, plan: RolloutPlan) -> tuple[str, ...]:
+        context, deployment = self.context, self.context.deployment()
+        checks = Preflight(deployment.variants, deployment.settings.aliases, context.compare)
+        found = await checks.problems(plan)
+        if context.workload_problems is None:
+            return found
+        in_use = variants_in_use(deployment, context.snapshot(), plan.alias)
+        return (*found, *await context.workload_problems(changed_variants(plan, in_use)))
 
     async def _smoke(self, plan: RolloutPlan) -> tuple[str, ...]:
         new = self._replica(plan.new, plan.fingerprint)

@@ -1,7 +1,10 @@
 """What operators do to rollouts: start, steer, retry, undo. Each is one change of the state database."""
 
+import asyncio
 import getpass
 import json
+import logging
+import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +23,15 @@ from gateway.rollout.plan import PlanSettings, RolloutPlan, compared, replacemen
 from gateway.rollout.preflight import compare_quality, fingerprint, plan_problems
 from gateway.rollout.record import Happening, change_of, new_rollout, read_plan, read_state, revision_of_split
 from gateway.rollout.revision import in_force, read_revision
-from serving.errors import RolloutChanged
+from gateway.rollout.scaling import UNDO
+from serving.errors import KubernetesError, RolloutChanged
+from serving.kubernetes.readiness import has_ready_pod
 from serving.replica import State
 from serving.state.database import StateDatabase
 from serving.state.rollout_records import Demand, LogEntry, RevisionRecord, RolloutRecord
 from serving.state.rollouts import RolloutDatabase
+
+log = logging.getLogger(__name__)
 
 HEALTH_SECONDS = 2.0
 # A supervisor beats each second; one that has not for so long does not vouch for its replicas.
@@ -169,7 +176,8 @@ class Operator:
         cause = why or f"undo to revision {found}"
         entry = LogEntry(alias, now, self.by, "undo", "undone", cause, json.dumps({"ladder": ladder}))
         document = revision_of_split(ladder, configured)
-        demands = tuple(Demand(variant, variant, True, "undo") for variant in ladder)
+        undo = f"{UNDO}{secrets.token_hex(4)}"
+        demands = tuple(Demand(variant, variant, True, undo) for variant in ladder)
         revision = RevisionRecord(alias, 0, document, cause, self.by, now)
         made = self.database.revise(revision, entry, demands)
         return f"revision {made}: {', '.join(ladder)} (as revision {found})"
@@ -210,7 +218,7 @@ class Operator:
         )
 
     def is_ready(self, variant: str) -> bool:
-        """Whether a supervisor has a ready replica of a variant, or one with a `url` is healthy."""
+        """Whether a supervisor has a ready replica of a variant, one with a `url` is healthy, or a pod is ready."""
         snapshot, now = self.database.database.snapshot(), self.wall_clock()
         living = {owner.id for owner in snapshot.heartbeat.owners if now - owner.beat_at < SILENT_SECONDS}
         if any(
@@ -219,7 +227,17 @@ class Operator:
         ):
             return True
         urls = [each.url for each in self.deployment.settings.replicas if each.variant == variant and each.url]
-        return any(_healthy(url) for url in urls if url)
+        return any(_healthy(url) for url in urls if url) or self._has_ready_pod(variant)
+
+    def _has_ready_pod(self, variant: str) -> bool:
+        """Ask the API server of Kubernetes; a command that gives a rollout up must not fail because that is away."""
+        wanted = self.deployment.wanted
+        sources = [source for source in wanted.pods if source.pod.variant == variant]
+        try:
+            return bool(sources) and asyncio.run(has_ready_pod(wanted.cluster_access(), sources))
+        except (KubernetesError, ConfigError) as error:
+            log.warning("whether %s has a ready pod is not known: %s", variant, error)
+            return False
 
     def _stands_for(self, name: str, expected: str) -> bool:
         variant = self.deployment.variants.get(name)

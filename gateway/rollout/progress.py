@@ -260,6 +260,13 @@ def missing_for_step(state: RolloutState, plan: RolloutPlan, progress: Progress,
     return f"{left:.0f} more seconds" if left > 0 else ""
 
 
+def missing_for_shadow(plan: RolloutPlan, progress: Progress) -> str:
+    """What shadowing waits for: more answers, or such that decide while their mean is above the budget."""
+    missing = plan.settings.shadow_requests - progress.shadow.values.count
+    needs = f"{missing} more answers" if missing > 0 else "answers that decide whether the mean is above the budget"
+    return f"{needs}; {progress.describe_shadow()}"
+
+
 def describe(gate: Gate) -> str:
     """A gate with its figures, for people."""
     settings = gate.settings

@@ -122,6 +122,13 @@ def demands_of(state: RolloutState, plan: RolloutPlan, rollout_id: str, in_use: 
     return ()
 
 
+def changed_variants(plan: RolloutPlan, in_use: frozenset[str]) -> tuple[str, ...]:
+    """The variants whose replicas a rollout may want otherwise than they are, on its way or at its end."""
+    new = (plan.new,) if plan.added else ()
+    old = (plan.old,) if plan.replaced and plan.old not in in_use else ()
+    return (*new, *old)
+
+
 def revision_of_split(ladder: Ladder, configured: Ladder) -> str:
     """The document of a revision with one ladder, for `undo`."""
     return AliasRevision.of(Split(ladder), configured, "", "").document()

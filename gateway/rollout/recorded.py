@@ -20,6 +20,7 @@ from gateway.rollout.follower import RolloutFollower
 from gateway.rollout.lottery import Lottery
 from gateway.rollout.metrics import RolloutCollector
 from gateway.rollout.revision import AliasRevision, in_force, revisions_of, splits
+from gateway.rollout.scaler import Scaler
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.target import Catalog
 from gateway.validation import notices
@@ -131,7 +132,13 @@ def live_config_of(deployment: Deployment) -> LiveConfig:
     catalog = Catalog(deployment.settings.aliases, deployment.variants)
     settings = deployment.settings.gateway
     cors = cors_for(settings.cors.origins) if settings.cors else None
-    return LiveConfig(catalog, deployment.keys, settings.limits, cors, frozenset(settings.media_domains))
+    domains = frozenset(settings.media_domains)
+    return LiveConfig(catalog, deployment.keys, settings.limits, cors, domains, deployment.server_tls)
+
+
+def ladder_variants(deployment: Deployment) -> frozenset[str]:
+    """The variants in the ladders of aliases."""
+    return frozenset(variant for alias in deployment.settings.aliases.values() for variant in alias.ladder)
 
 
 def log_notices(deployment: Deployment) -> None:
@@ -190,6 +197,14 @@ async def followed_rollouts(
         yield None
         return
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    scaler = Scaler(
+        Link(StateDatabase.at(state, create=False)),
+        lambda: recorded.deployment.wanted.cluster_access(),  # noqa: PLW0108 - a reload replaces the deployment
+        lambda: recorded.deployment.settings.replicas,
+        lambda: recorded.snapshot,
+        lambda: ladder_variants(recorded.in_force),
+        worker,
+    )
     context = DriverContext(
         Link(StateDatabase.at(state, create=False)),
         registry,
@@ -198,12 +213,14 @@ async def followed_rollouts(
         lambda variant: sum(estimate.requests for estimate in recorded.cluster.estimates(variant)),
         worker,
         lambda alias, cause: metrics.rollout_rollbacks.labels(alias, cause).inc(),
+        workload_problems=scaler.problems,
     )
     link = Link(StateDatabase.at(state, create=False))
     async with (
         Probe() as probe,
         shadowed(recorded, ShadowScorer(registry, probe)),
         RolloutFollower(link, rollouts, recorded.record, worker) as follower,
+        scaler,
         Driver(context) as driver,
     ):
         metrics.registry.register(RolloutCollector(follower, driver))

@@ -14,7 +14,7 @@ from gateway.rollout.controller import REREAD_SECONDS
 from gateway.rollout.gates import MAX_NEEDED, EventGate, Gate, MeanGate
 from gateway.rollout.machine import FINAL, Phase, RolloutState, deadline, split
 from gateway.rollout.plan import RolloutPlan
-from gateway.rollout.progress import Progress, missing_for_step
+from gateway.rollout.progress import Progress, missing_for_shadow, missing_for_step
 from gateway.rollout.record import UnreadableRecord, read_plan, read_state, unreadable
 from gateway.rollout.revision import read_revision
 from serving.state.rollout_records import RolloutRecord
@@ -109,9 +109,15 @@ def _status(
         "driver": driver,
         "canary_conversations": progress.canary,
         "stable_conversations": progress.stable,
-        "waits_for": missing_for_step(state, plan, progress, now) if state.phase is Phase.CANARY else "",
+        "waits_for": _missing(state, plan, progress, now),
         "gates": [_gate(gate, rate) for gate in progress.gates],
     }
+
+
+def _missing(state: RolloutState, plan: RolloutPlan, progress: Progress, now: float) -> str:
+    if state.phase is Phase.SHADOW:
+        return missing_for_shadow(plan, progress)
+    return missing_for_step(state, plan, progress, now) if state.phase is Phase.CANARY else ""
 
 
 def _gate(gate: Gate, conversations_per_second: float) -> dict[str, Any]:

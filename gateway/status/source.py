@@ -42,6 +42,7 @@ class StatusSource:
     speeds: Callable[[], Mapping[str, SpeedProfile]]
     rollouts: Callable[[], Sequence[dict[str, Any]]]
     state_away: Callable[[], str | None]
+    kubernetes_away: Callable[[], str | None]
     draining: Callable[[], bool]
     place: WorkerPlace = WorkerPlace()
     min_seconds: float = 0.5
@@ -92,4 +93,5 @@ class StatusSource:
             in_flight=round(sum(gauge.value for gauge in self.metrics.in_flight.children.values())),
             keys_required=self.live_config.keys.issued is not None,
             state_database=self.state_away(),
+            kubernetes=self.kubernetes_away(),
         )

@@ -21,7 +21,10 @@ class WorkerStatus(msgspec.Struct, frozen=True):
 
 
 class GatewayStatus(msgspec.Struct, frozen=True):
-    """The gateway itself; `state_database` is why it cannot be read, None if it can, or if there is none."""
+    """The gateway itself.
+
+    `state_database` and `kubernetes`, the API server, are why these cannot be read; None if they can, or there is none.
+    """
 
     version: str
     started_at: float
@@ -31,6 +34,7 @@ class GatewayStatus(msgspec.Struct, frozen=True):
     in_flight: int
     keys_required: bool
     state_database: str | None
+    kubernetes: str | None = None
 
 
 class SpillGateStatus(msgspec.Struct, frozen=True):

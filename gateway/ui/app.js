@@ -38,7 +38,11 @@ function showGateway({ gateway, replicas }) {
       ? `Traffic, errors and requests in flight are those of ${several}; each has its own admin port.`
       : "";
   byId("footer").textContent = `${whole} Process ${worker.process_id}; data from /admin/status.`;
-  notify(gateway.state_database ? `The state database is away: ${gateway.state_database}` : "", "state");
+  const away = [
+    gateway.state_database && `The state database is away: ${gateway.state_database}`,
+    gateway.kubernetes && `Kubernetes is away: ${gateway.kubernetes}`,
+  ];
+  notify(away.filter(Boolean).join(" "), "state");
   byId("key").hidden = !storedKey();
 }
 

@@ -86,7 +86,8 @@ def configured_targets(file: Path, names: Sequence[str], engine: Callable[[], En
         if settings.variants[name].path is None:
             raise MeasuringRefused(f"{file}: variant {name!r} has no path for its {FILE_NAME}")
     variants = read_variants(settings.variants, file.parent)
-    firsts = {replica.variant: replica for replica in reversed(settings.replicas)}
+    # Pods that other entries find are measured by their URL.
+    firsts = {replica.variant: replica for replica in reversed(settings.replicas) if replica.kubernetes is None}
     targets = []
     for name in names:
         replica = firsts.get(name, ReplicaSettings(variant=name))

@@ -26,10 +26,10 @@ def with_demands(
 
     A wanted variant without an entry of its own is launched like the variant that its demand names, on any free port
     and on cores that are free; where that one has no entry either, like the one it was launched like itself. Replicas
-    with a `url` are never changed: other programs run them.
+    with a `url` or `kubernetes` are never changed: other programs run them.
     """
     wanted = {demand.variant: demand for demand in demands if demand.variant in variants}
-    kept = [each for each in replicas if each.url or each.variant not in wanted or wanted[each.variant].run]
+    kept = [each for each in replicas if not each.supervised or each.variant not in wanted or wanted[each.variant].run]
     configured = {each.variant for each in replicas}
     for variant, demand in wanted.items():
         if demand.run and variant not in configured:
@@ -44,7 +44,7 @@ def _models(
     """The entries that a variant is launched like: those of the nearest variant before it that has some."""
     seen = {demand.variant}
     while True:
-        found = [each for each in replicas if each.variant == demand.modeled_on and not each.url]
+        found = [each for each in replicas if each.variant == demand.modeled_on and each.supervised]
         earlier = wanted.get(demand.modeled_on)
         if found or earlier is None or earlier.variant in seen:
             return found

@@ -11,7 +11,7 @@ from typing import Self
 
 from serving.errors import NoSuchReplica, StateAway
 from serving.registry import Registry
-from serving.replica import ReplicaStatus, State
+from serving.replica import KUBERNETES, ReplicaStatus, State
 from serving.state.database import FollowerAck, Owner, PublishReceipt, ReplicaRecord
 from serving.state.link import Link
 
@@ -142,6 +142,8 @@ class Publisher:
         )
 
     def _is_published(self, status: ReplicaStatus) -> bool:
+        if status.source == KUBERNETES:
+            return False  # each gateway finds pods itself
         return status.replica.id not in self.external and status.replica.external is None
 
     def _update_followers(self, followers: tuple[FollowerAck, ...]) -> None:

@@ -149,6 +149,14 @@ class RolloutDatabase:
             rows = connection.execute(query.order_by(ROLLOUT_EVENTS.c.seq.desc()).limit(limit)).mappings()
             return tuple(_entry(row) for row in rows)[::-1]
 
+    def events(self, events: Sequence[str]) -> tuple[LogEntry, ...]:
+        """The entries of the audit log about some events, of all aliases, oldest first."""
+        with self.database.reading() as connection:
+            if connection is None:
+                return ()
+            query = select(ROLLOUT_EVENTS).where(ROLLOUT_EVENTS.c.event.in_(events)).order_by(ROLLOUT_EVENTS.c.seq)
+            return tuple(map(_entry, connection.execute(query).mappings()))
+
     def log(self, entry: LogEntry) -> None:
         """Add an entry that changes nothing."""
         with self.database.writing() as connection:

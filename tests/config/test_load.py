@@ -123,10 +123,47 @@ def test_empty_mapping_is_all_defaults(tmp_path: Path) -> None:
             ],
         ),
         (
+            "variants: {a: {path: /m}}\nreplicas:\n- {variant: a, kubernetes: {service: s}, count: 2}\n",
+            [
+                "f:3:42: replicas.0.count: is an option for starting a replica, but kubernetes is set, too; remove one",
+            ],
+        ),
+        (
+            "variants: {a: {precision: int4}}\nreplicas:\n- {variant: a, kubernetes: {service: s, selector: k=v}}\n",
+            ["f:3:41: replicas.0.kubernetes.selector: is set together with service; remove one"],
+        ),
+        (
+            "variants: {a: {precision: int4}}\nreplicas:\n- {variant: a, kubernetes: {namespace: n}}\n",
+            ["f:3:16: replicas.0.kubernetes: has neither service nor selector; set one"],
+        ),
+        (
+            "variants: {a: {precision: int4}}\nreplicas:\n- {variant: a, kubernetes: {service: s}, url: 'http://h:1'}\n",
+            ["f:3:16: replicas.0.kubernetes: is set together with url; remove one"],
+        ),
+        (
+            "variants: {a: {precision: int4}, b: {precision: int8}}\nreplicas:\n"
+            "- {variant: a, kubernetes: {service: s}}\n- {variant: b, kubernetes: {service: s, port: 80}}\n",
+            ["f:4:16: replicas.1.kubernetes: finds the same pods as replicas.0; remove one, or choose another Service"],
+        ),
+        (
+            "variants: {a: {precision: int4}}\nreplicas:\n- {variant: a, kubernetes: {service: s, workload: pod/p}}\n",
+            [
+                "f:3:41: replicas.0.kubernetes.workload: 'pod/p' is not a workload; "
+                "write deployment/NAME or leaderworkerset/NAME"
+            ],
+        ),
+        (
+            "variants: {a: {precision: int4}}\nreplicas:\n- {variant: a, kubernetes: {service: s, port: Http}}\n",
+            [
+                "f:3:41: replicas.0.kubernetes.port: 'Http' is not a port; "
+                "write its number, or its name in the Service: lower-case letters, digits, -"
+            ],
+        ),
+        (
             "variants: {a: {precision: int4}}\nreplicas:\n- {variant: a}\n",
             [
                 "f:3:3: replicas.0: variant 'a' has no path, so quantgate cannot start it; "
-                "set the replica's url or the variant's path"
+                "set the replica's url or kubernetes, or the variant's path"
             ],
         ),
         (

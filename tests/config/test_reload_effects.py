@@ -73,6 +73,9 @@ CHANGES: dict[str, Any] = {
     "gateway.allowed_hosts": ["llm.example.com"],
     "gateway.access_log": "json",
     "gateway.tracing.sample_share": {"endpoint": "http://c:4318", "sample_share": 0.5},
+    "gateway.kubernetes.server": "https://k:6443",
+    "gateway.kubernetes.ca": "ca.pem",
+    "gateway.kubernetes.token_file": "token",
     "gateway.tracing.endpoint": {"endpoint": "http://c:4318"},
     "serving.parallel_starts": 7,
     "serving.start_attempts": 7,
@@ -98,6 +101,7 @@ def test_a_change_that_waits_for_the_next_start_is_reported(option: str) -> None
 REPLICA_CHANGES: dict[str, Any] = {
     "variant": "b",
     "url": "http://h:1",
+    "kubernetes": {"service": "a"},
     "api_key": "secret",
     "count": 2,
     "gpus": (1,),

@@ -5,6 +5,7 @@ import contextlib
 import http
 import json
 import socket
+import ssl
 import traceback
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
@@ -24,6 +25,7 @@ class Request:
     path: str
     headers: Mapping[str, str]
     body: bytes
+    query: str = ""
 
 
 class Reply:
@@ -94,10 +96,10 @@ class Server:
         self._changed = asyncio.Event()
         self._listener: asyncio.Server | None = None
 
-    async def listen(self, bound: socket.socket) -> None:
+    async def listen(self, bound: socket.socket, tls: ssl.SSLContext | None = None) -> None:
         """Accept connections from now on; before, they are refused."""
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(lambda: Connection(self), sock=bound, backlog=2048)
+        self._listener = await loop.create_server(lambda: Connection(self), sock=bound, backlog=2048, ssl=tls)
 
     async def quiet(self) -> None:
         """Return when no request is being answered."""
@@ -201,8 +203,9 @@ class Connection(asyncio.Protocol):
         self._body += body
 
     def on_message_complete(self) -> None:
-        path = httptools.parse_url(self._url).path.decode("latin-1")
-        request = Request(self._parser.get_method().decode(), path, self._headers, bytes(self._body))
+        url = httptools.parse_url(self._url)
+        path, query = url.path.decode("latin-1"), (url.query or b"").decode("latin-1")
+        request = Request(self._parser.get_method().decode(), path, self._headers, bytes(self._body), query)
         self._waiting.append((request, Reply(self, keep_alive=self._parser.should_keep_alive())))
         self._answer_next()
 

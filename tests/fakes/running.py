@@ -110,9 +110,9 @@ async def running_fake(
         folder = Path(name)
         parser = TOOL_FLAGS if tools else ()
         kept = [*parser, "--fake-port-file", str(folder / "port"), "--fake-log-requests", str(folder / "requests")]
-        process = await _start(fake_argv(*kept, *flags, served=served), folder / "stderr", env or {})
+        process = await start_process(fake_argv(*kept, *flags, served=served), folder / "stderr", env or {})
         try:
-            replica = FakeReplica(await _port(process, folder), process, folder)
+            replica = FakeReplica(await announced_port(process, folder), process, folder)
             if wait:
                 await _until_healthy(replica)
             yield replica
@@ -127,9 +127,9 @@ async def running_provider() -> AsyncIterator[FakeReplica]:
     with tempfile.TemporaryDirectory(prefix="fake-provider-") as name:
         folder = Path(name)
         files = ["--port-file", str(folder / "port"), "--log", str(folder / "requests")]
-        process = await _start([sys.executable, "-m", "tests.fakes.provider", *files], folder / "stderr", {})
+        process = await start_process([sys.executable, "-m", "tests.fakes.provider", *files], folder / "stderr", {})
         try:
-            yield FakeReplica(await _port(process, folder), process, folder)
+            yield FakeReplica(await announced_port(process, folder), process, folder)
         finally:
             kill_group(process.pid)
             await process.wait()
@@ -179,14 +179,16 @@ def group_members(leader: int) -> list[int]:
     return members
 
 
-async def _start(argv: list[str], stderr: Path, env: Mapping[str, str]) -> Process:
+async def start_process(argv: list[str], stderr: Path, env: Mapping[str, str]) -> Process:
+    """Start a fake in a session of its own."""
     with stderr.open("wb") as written:
         return await asyncio.create_subprocess_exec(
             *argv, cwd=ROOT, env={**os.environ, **env}, stderr=written, start_new_session=True
         )
 
 
-async def _port(process: Process, folder: Path) -> int:
+async def announced_port(process: Process, folder: Path) -> int:
+    """Read the port of a fake from the file `port` in its folder, as soon as it is there."""
     announced = folder / "port"
 
     def look() -> int | None:

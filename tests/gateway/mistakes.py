@@ -276,8 +276,7 @@ MISTAKES: list[tuple[str, int, list[str]]] = [
         document(gateway=listening(certificate="c.pem")),
         2,
         [
-            "f:1:56: gateway.certificate: unknown key; the gateway speaks plain HTTP: let a proxy in front of it, "
-            "such as nginx, terminate TLS"
+            "f:1:56: gateway.certificate: unknown key; set certificate and key_file under gateway.tls",
         ],
     ),
     (

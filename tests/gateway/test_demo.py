@@ -15,7 +15,7 @@ from config.variant import PARENT_QUALITY, QualityMeasures, Variant
 from gateway.demo.cli import Demo, check_start, wait_until_ready, write_configuration
 from gateway.demo.report import Answer, show_answer, show_next_steps, show_variants
 from gateway.demo.subprocess import SubprocessFailed, run_module
-from gateway.http.listener import address_of, bind
+from gateway.http.sockets import address_of, bind
 from serving.errors import ServingError
 from serving.registry import Registry
 from serving.replica import SUPERVISOR, Replica, State

@@ -4,7 +4,6 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,10 @@ from serving.state.link import Link
 from serving.state.publisher import Publisher
 from tests.fakes.running import eventually, running_fake
 from tests.gateway.fleet import HELLO, clients
+from tests.gateway.load import CLIENTS, Load
 from tests.serving.supervised import fake_machine, model_directory, noted_sessions
 
 REQUESTS = 200
-CLIENTS = 8
 
 
 def write(folder: Path, replicas: list[dict[str, Any]], ladder: list[str], **gateway: Any) -> Path:
@@ -60,30 +59,6 @@ async def running(folder: Path, path: Path) -> AsyncIterator[tuple[Registry, htt
         clients(addresses) as (client, admin),
     ):
         yield registry, client, admin
-
-
-@dataclass(slots=True)
-class Load:
-    """Clients that send requests without a pause, unary and streaming; counts answers by replica."""
-
-    client: httpx.AsyncClient
-    answers: dict[str, int] = field(default_factory=dict)
-    broken: list[str] = field(default_factory=list)
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def run(self) -> None:
-        """Send requests until `stop` is set."""
-        await asyncio.gather(*(self._ask(number) for number in range(CLIENTS)))
-
-    async def _ask(self, number: int) -> None:
-        while not self.stop.is_set():
-            stream = bool(number % 2)
-            answer = await self.client.post("/v1/chat/completions", json={**HELLO, "stream": stream})
-            whole = answer.status_code == 200 and (not stream or answer.text.endswith("data: [DONE]\n\n"))
-            if not whole or '"error"' in answer.text:
-                self.broken.append(answer.text)
-            replica = answer.headers.get("x-quantgate-replica", "none")
-            self.answers[replica] = self.answers.get(replica, 0) + 1
 
 
 def ready(registry: Registry) -> set[str]:

@@ -156,10 +156,12 @@ async def test_a_worker_that_does_not_end(tmp_path: Path, fake: FakeReplica) -> 
 # The parent of a worker whose imports never end: a module of the folder stands in for the command line.
 NEVER_STARTED = "import os, pathlib, time\npathlib.Path('pid').write_text(str(os.getpid()))\ntime.sleep(600)\n"
 PARENT = """
-import asyncio, os
+import asyncio, os, socket
 from pathlib import Path
-from gateway.workers import Worker, WorkerIndex
-asyncio.run(Worker(Path("none.yaml"), WorkerIndex(), os.pipe()[0]).run())
+from gateway.workers import Worker, WorkerIndex, WorkerSockets
+taken = socket.create_server(("127.0.0.1", 0))
+sockets = WorkerSockets(taken, (taken,), "none")
+asyncio.run(Worker(Path("none.yaml"), WorkerIndex(), sockets, *os.pipe()).run())
 """
 
 

@@ -126,6 +126,10 @@ async def test_life_by_commands(tmp_path: Path, verb: str) -> None:
         unknown = await served.command("restart", "own-2")
         assert unknown.code == 2
         assert "there is no replica 'own-2'; did you mean 'own-1'? known: own-1" in unknown.err
+        if verb == "up":
+            refused = await served.command("gateway", served.config, "--takeover")
+            assert refused.code == 2
+            assert f"process {served.process.pid} is quantgate up, which owns its replicas" in refused.err
         stopped = await served.command("stop", "--config", served.config)
         assert (stopped.code, stopped.out) == (0, f"quantgate {verb} (process {served.process.pid}): stopped\n")
         assert await served.process.wait() == 0

@@ -109,6 +109,17 @@ async def test_fleet_grows_and_shrinks(tmp_path: Path) -> None:
         assert noted_sessions(tmp_path) == set()
 
 
+async def test_a_replica_without_room_is_not_started(tmp_path: Path) -> None:
+    """A new replica that memory does not hold beside the others says so, and what runs keeps its memory."""
+    old, large = launch(tmp_path), launch(tmp_path, "bf16", kv_cache_bytes="4000GiB")
+    async with supervising(tmp_path, old, start_attempts=1) as supervisor:
+        await ready(supervisor.registry)
+        with pytest.raises(UpdateFailed, match=r"bf16-1 does not start: .*replicas need about 4001\.\d GiB of memory"):
+            await supervisor.update((old, large))
+        assert states(supervisor) == {"int4-1": State.READY}
+        assert not (tmp_path / "logs" / "bf16-1.log").exists()
+
+
 async def test_update_while_a_replica_cannot_start(tmp_path: Path) -> None:
     """One that waits for its next start is replaced by what works."""
     broken = launch(tmp_path, "int4", "--fake-exit-while-starting", "1")

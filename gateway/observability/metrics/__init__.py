@@ -1,5 +1,6 @@
 """Prometheus metrics: `table.py` defines them all, `Metrics` and the collectors supply the values."""
 
+from gateway.observability.metrics.discovery import DiscoveryCollector
 from gateway.observability.metrics.fleet import FleetCollector
 from gateway.observability.metrics.instruments import Counter, Gauge, Histogram
 from gateway.observability.metrics.loop_lag import LoopLag
@@ -8,6 +9,7 @@ from gateway.observability.metrics.metrics import UNKNOWN, Metrics, ServedMetric
 __all__ = [
     "UNKNOWN",
     "Counter",
+    "DiscoveryCollector",
     "FleetCollector",
     "Gauge",
     "Histogram",

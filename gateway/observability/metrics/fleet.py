@@ -32,12 +32,18 @@ def no_queue() -> Mapping[str, int]:
     return {}
 
 
+def no_certificates() -> Mapping[str, float]:
+    """Certificates of a gateway without TLS."""
+    return {}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class FleetCollector(Collector):
     """Exposes state, load, breaker and silence of each replica, the quality of each variant, and the queue lengths.
 
     `breaker_states` returns one of BREAKER_STATES by replica id; an absent replica is closed. `silences` returns one of
-    SILENCE_STATES; an absent replica is responsive. `queue_lengths` returns the number of waiting requests by alias.
+    SILENCE_STATES; an absent replica is responsive. `queue_lengths` returns the number of waiting requests by alias,
+    `certificates` when those of this gateway expire, by file.
     """
 
     registry: Registry
@@ -45,6 +51,7 @@ class FleetCollector(Collector):
     breaker_states: Callable[[], Mapping[str, str]] = no_breakers
     queue_lengths: Callable[[], Mapping[str, int]] = no_queue
     silences: Callable[[], Mapping[str, str]] = no_silences
+    certificates: Callable[[], Mapping[str, float]] = no_certificates
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield the families; called once per scrape."""
@@ -58,7 +65,7 @@ class FleetCollector(Collector):
         for alias, count in self.queue_lengths().items():
             waiting.add_metric([alias], count)
         yield waiting
-        yield _certificates(snapshot)
+        yield _certificates(snapshot, self.certificates())
 
     def _quality(self) -> tuple[GaugeMetricFamily, GaugeMetricFamily]:
         values, bounds = table.VARIANT_QUALITY.gauge_family(), table.VARIANT_QUALITY_BOUND.gauge_family()
@@ -106,11 +113,11 @@ def _sizes(variants: Iterable[Variant]) -> GaugeMetricFamily:
     return family
 
 
-def _certificates(snapshot: Iterable[ReplicaStatus]) -> GaugeMetricFamily:
+def _certificates(snapshot: Iterable[ReplicaStatus], own: Mapping[str, float]) -> GaugeMetricFamily:
     family = table.CERTIFICATE_EXPIRATION_SECONDS.gauge_family()
     expirations = {
         file: seconds for status in snapshot if status.replica.tls for file, seconds in status.replica.tls.expirations
     }
-    for file, seconds in expirations.items():
+    for file, seconds in (expirations | dict(own)).items():
         family.add_metric([file], seconds)
     return family

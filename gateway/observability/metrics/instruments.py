@@ -108,6 +108,12 @@ class Family(Generic[Child]):
         if len(self.children) < self.max_children // 2:
             self.labels(*values)
 
+    def remove(self, label: str, value: str) -> None:
+        """Remove the children with a label value that will not occur again."""
+        position = self.label_names.index(label)
+        for values in [values for values in self.children if values[position] == value]:
+            del self.children[values]
+
     def _create_child(self, values: tuple[str, ...]) -> Child:
         assert len(values) == len(self.label_names)
         key = values if len(self.children) < self.max_children else (OTHER,) * len(values)

@@ -7,7 +7,8 @@ and `rate` do not see the first step of a series that appears with it. Labels th
 alias       a configured alias, a variant's name or ALIAS@VARIANT where the request named that, or `_unknown`
 variant     a configured variant, or `none` if no replica was chosen
 precision   bf16, fp16, int8, int4, ..., external of the variant, or `none`
-replica     id of a replica: VARIANT-N, VARIANT-url-N for one that is configured by its URL, or VARIANT-external
+replica     id of a replica: VARIANT-N, VARIANT-url-N for one that is configured by its URL, the name of a pod,
+            or VARIANT-external
 endpoint    chat.completions, completions, embeddings, responses, ... (names in gateway/openai/endpoints.py)
 """
 
@@ -252,6 +253,44 @@ REPLICA_KV_USAGE_RATIO = MetricSpec(
     "Fraction of a replica's KV cache in use at the last poll (0 to 1)." + _MAX,
 )
 
+# Discovery in Kubernetes
+
+DISCOVERY_CONNECTED = MetricSpec(
+    "quantgate_discovery_connected",
+    "gauge",
+    ("variant",),
+    "Whether the EndpointSlices of a variant can be read (1), or its pods stay as they were last seen (0)." + _MAX,
+)
+# state: ready, terminating, not_ready, unlisted (in no EndpointSlice after an empty list, but it answers).
+DISCOVERY_PODS = MetricSpec(
+    "quantgate_discovery_pods",
+    "gauge",
+    ("variant", "state"),
+    "Number of pods of a variant in its EndpointSlices, by state: ready, terminating, not_ready; unlisted: an empty "
+    "list lacks them, but they answer." + _MAX,
+)
+# type: added, modified, deleted, bookmark.
+DISCOVERY_EVENTS = MetricSpec(
+    "quantgate_discovery_events_total",
+    "counter",
+    ("variant", "type"),
+    "Total number of events of EndpointSlices, by type: added, modified, deleted, bookmark.",
+)
+DISCOVERY_LISTS = MetricSpec(
+    "quantgate_discovery_lists_total",
+    "counter",
+    ("variant",),
+    "Total number of complete lists of EndpointSlices: one at the start, and one whenever the history was too old.",
+)
+# reason: away, unauthorized, forbidden, not_found, expired, throttled.
+DISCOVERY_ERRORS = MetricSpec(
+    "quantgate_discovery_errors_total",
+    "counter",
+    ("variant", "reason"),
+    "Total number of lists and watches that failed, by reason: away, unauthorized, forbidden, not_found, expired, "
+    "throttled.",
+)
+
 # Variants
 
 # measure: kl_mean, top1_agreement, perplexity_ratio, kl_p99, length_ratio. source: measured, declared, parent.
@@ -480,6 +519,10 @@ GROUPS: Mapping[str, tuple[MetricSpec, ...]] = MappingProxyType(
         "Polls of the replicas' engines": (
             *(REPLICA_POLLS, REPLICA_POLL_AGE_SECONDS, REPLICA_METRIC_MISSING),
             *(REPLICA_ENGINE_REQUESTS, REPLICA_KV_USAGE_RATIO),
+        ),
+        "Discovery in Kubernetes": (
+            *(DISCOVERY_CONNECTED, DISCOVERY_PODS),
+            *(DISCOVERY_EVENTS, DISCOVERY_LISTS, DISCOVERY_ERRORS),
         ),
         "Variants": (VARIANT_QUALITY, VARIANT_QUALITY_BOUND, VARIANT_SIZE_BYTES, VARIANT_THROUGHPUT),
         "External models": (EXTERNAL_COST_USD, EXTERNAL_BUDGET_USD, EXTERNAL_SPENT_USD),

@@ -95,6 +95,7 @@ class MetricsPoller:
     clock: Callable[[], float] = time.monotonic
     on_answer: OnAnswer = ignore_answers
     _unanswered: dict[str, int] = field(default_factory=dict)  # polls in a row
+    _counted: set[str] = field(default_factory=set)  # replicas that `polls` has counters of
     _results: dict[str, PollResult] = field(default_factory=dict)
     _tasks: dict[str, tuple[Replica, asyncio.Task[None]]] = field(default_factory=dict)
     _ending: set[asyncio.Task[None]] = field(default_factory=set)
@@ -131,6 +132,10 @@ class MetricsPoller:
                 self._end(replica_id)
         for replica_id in ready.keys() - self._tasks.keys():
             self._begin(ready[replica_id])
+        # Replicas that have left may never return: pods have other names each time.
+        for replica_id in [each for each in self._counted if each not in self.registry]:
+            self._counted.discard(replica_id)
+            self.polls.remove("replica", replica_id)
 
     def _begin(self, replica: Replica) -> None:
         task = asyncio.create_task(self._follow(replica), name=f"poll {replica.id}")
@@ -213,6 +218,7 @@ class MetricsPoller:
 
     def _count(self, replica: Replica, outcome: Outcome) -> None:
         if replica.id not in self._results:
+            self._counted.add(replica.id)
             for each in get_args(Outcome):  # a first failure is a step from 0 then
                 self.polls.exists(replica.id, replica.variant, each)
         self.polls.labels(replica.id, replica.variant, outcome).inc()

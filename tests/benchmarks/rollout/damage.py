@@ -44,9 +44,9 @@ def doubled_scales(layer: int) -> dict[str, Change]:
     return {f"layers.{layer}.{module}.scales": lambda scales: scales * 2 for module in _MODULES}
 
 
-def flipped_codes(layer: int, modules: tuple[str, ...]) -> dict[str, Change]:
-    """Flip the lowest bit of every weight of some modules: each is off by one step, nothing is slower or fails."""
-    return {f"layers.{layer}.{module}.qweight": lambda codes: codes ^ _LOWEST_BITS for module in modules}
+def flipped_codes(layers: Sequence[int], module: str) -> dict[str, Change]:
+    """Flip the lowest bit of every weight of a module: each is off by one step, nothing is slower or fails."""
+    return {f"layers.{layer}.{module}.qweight": lambda codes: codes ^ _LOWEST_BITS for layer in layers}
 
 
 _MODULES = (

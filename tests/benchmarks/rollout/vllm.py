@@ -34,9 +34,11 @@ from tests.end_to_end.running_demo import ROOT, environment
 from tests.fakes.running import HOST, eventually
 
 ALIAS = "smol"
-START_SECONDS, ROLLOUT_SECONDS, STOP_SECONDS = 300.0, 600.0, 90.0
+START_SECONDS, ROLLOUT_SECONDS, STOP_SECONDS = 300.0, 1800.0, 90.0
 GOLDEN_FILE = "evaluation.json"
-FLIPPED = ("mlp.down_proj",)
+# Found by trying: the mean difference is about 0.07 nats a token, and this model still passes the smoke test. One
+# module of one layer makes 0.03 at most, which hundreds of answers tell from the budget of 0.02.
+FLIPPED_LAYERS, FLIPPED_MODULE = (5, 7, 17, 22, 25, 27), "mlp.gate_proj"
 
 
 @dataclass(slots=True)
@@ -144,7 +146,13 @@ class Bench:
 def prepare(work: Path, variant: Path, layer: int, patience_seconds: float, *, fake: bool) -> Bench:
     """Make the variants and the configuration anew; the home stays, with the byte-code that vLLM starts faster with."""
     damaged = doubled_scales(layer)
-    changes = {"v1": None, "v2": None, "v3": damaged, "v3-unverified": damaged, "v4": flipped_codes(layer, FLIPPED)}
+    changes = {
+        "v1": None,
+        "v2": None,
+        "v3": damaged,
+        "v3-unverified": damaged,
+        "v4": flipped_codes(FLIPPED_LAYERS, FLIPPED_MODULE),
+    }
     # A fake does not answer the golden prompt like the model.
     unverified = set(changes) if fake else {"v3-unverified", "v4"}
     for name in changes:
@@ -209,7 +217,7 @@ async def carry_out(bench: Bench, users: int, wanted: Sequence[str]) -> None:
         await bench.rollout("the same, forced", Load(url, ALIAS, users, 0.05), ("retry", ALIAS), bench.force_and_undo)
     if "v4" in wanted:
         # One user who pauses: shadowing waits for idle engines.
-        words = ("start", ALIAS, "v4", *steps, *plan, "--shadow", "0.5")
+        words = ("start", ALIAS, "v4", *steps, *plan, "--shadow", "1")
         await bench.rollout("v4", Load(url, ALIAS, 1, 0.7), words)
 
 

@@ -28,6 +28,8 @@ VARIANTS = {"a": {"precision": "int4"}}
             False,
             "# what runs, live (needs gateway.admin_key)",
         ),
+        ({"gateway": {"tls": {"certificate": "c.pem"}}}, False, "curl --cacert c.pem https://127.0.0.1:8000/v1/"),
+        ({"gateway": {"tls": {"certificate": "c.pem"}}}, False, "answers on https://127.0.0.1:8000, its admin port"),
         ({}, False, "quantgate ps 'my file.yaml' "),
         ({}, False, "quantgate top --config 'my file.yaml'  # the same in a terminal"),
         ({"gateway": {"admin": "127.0.0.1:0"}}, False, "--config 'my file.yaml' --admin 127.0.0.1:8001  # the same"),

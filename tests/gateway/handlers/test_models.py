@@ -8,10 +8,10 @@ import pytest
 
 from config.schema import Floor, LimitSettings
 from gateway.handlers.router import Router
-from gateway.http.listener import address_of, bind
 from gateway.http.request import Request
 from gateway.http.response_writer import ResponseWriter
 from gateway.http.server import HttpServer, serve_clients
+from gateway.http.sockets import address_of, bind
 from gateway.keys import Keys, StoredKey, keys_in_force
 from gateway.live_config import LiveConfig
 from gateway.quota import Quota

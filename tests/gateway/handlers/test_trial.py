@@ -10,9 +10,10 @@ from fastapi import FastAPI
 from gateway.errors import GatewayError
 from gateway.handlers.trial import add_trial
 from gateway.http.interfaces import ClientTimeouts
-from gateway.http.listener import address_of, bind, listen
+from gateway.http.listener import listen
 from gateway.http.request import Request
 from gateway.http.response_writer import ClientDisconnected, ResponseWriter
+from gateway.http.sockets import address_of, bind
 from serving.replica import State
 from tests.fakes.running import eventually, running_fake
 from tests.gateway.fleet import CHAT, HELLO, Fleet, deployment, running_gateway

@@ -15,7 +15,8 @@ from fastapi.responses import StreamingResponse
 
 from gateway.handlers.status import MAX_STREAMS, StatusStreams
 from gateway.http.interfaces import ClientTimeouts
-from gateway.http.listener import address_of, bind, listen
+from gateway.http.listener import listen
+from gateway.http.sockets import address_of, bind
 from gateway.keys import StoredKey, keys_in_force
 from gateway.routing.explain import explain_recorded
 from gateway.routing.snapshot import read_snapshot

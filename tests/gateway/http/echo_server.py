@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from gateway.errors import InvalidKey
 from gateway.http.interfaces import ClientTimeouts
-from gateway.http.listener import address_of, bind
 from gateway.http.request import Request
 from gateway.http.response_writer import ResponseWriter
 from gateway.http.server import HttpServer, serve_clients
+from gateway.http.sockets import address_of, bind
 from tests.gateway.wire import Peer
 
 LIMIT_BYTES = 300_000

@@ -13,7 +13,8 @@ from fastapi.responses import StreamingResponse
 
 from config.errors import ConfigError
 from gateway.http.interfaces import ClientTimeouts
-from gateway.http.listener import address_of, bind, listen
+from gateway.http.listener import listen
+from gateway.http.sockets import address_of, bind
 from tests.fakes.running import DEADLINE_SECONDS, eventually
 from tests.gateway.wire import connected
 

@@ -9,10 +9,10 @@ import httpx
 import pytest
 
 from gateway.errors import RequestError
-from gateway.http.listener import address_of, bind
 from gateway.http.request import Request
 from gateway.http.response_writer import ResponseWriter
 from gateway.http.server import HttpServer, serve_clients
+from gateway.http.sockets import address_of, bind
 from tests.fakes.running import DEADLINE_SECONDS, eventually
 from tests.gateway.http.echo_server import HASTY, HEAD, MEMORY_BYTES, Echo, Served, said, served
 from tests.gateway.wire import connected

@@ -21,7 +21,7 @@ from gateway.rollout.plan import (
     parse_seconds,
     replacement,
 )
-from gateway.rollout.progress import Progress, missing_for_step
+from gateway.rollout.progress import Progress, missing_for_shadow, missing_for_step
 from serving.state.rollout_records import BlockRecord
 from tests.gateway.rollout.plans import NOW, plan
 
@@ -179,3 +179,6 @@ def test_what_shadowed_answers_say(mean: float, spread: float, count: int, verdi
     progress = Progress(plan(shadow=0.5, shadow_requests=60))
     progress.add([BlockRecord("r", "w", 1, NOW, document.decode())])
     assert progress.shadow_verdict == verdict
+    missing = missing_for_shadow(progress.plan, progress)
+    assert missing.startswith("1 more answers" if count < 60 else "answers that decide")
+    assert "nats per token further from the old variant" in missing

@@ -1,0 +1,236 @@
+"""Scales the workloads of a Kubernetes cluster as rollouts demand it, as a supervisor does with processes.
+
+Every gateway process with workloads in its configuration has a scaler; a lease of the state database lets one of them
+work at a time. It holds nothing that another one could not read again: see `gateway.rollout.scaling`. A step that was
+begun under a lost lease is harmless: the workload's version has changed, or the number is the recorded one.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Container, Iterable
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from config.schema import ReplicaSettings
+from gateway.rollout.machine import Refused
+from gateway.rollout.record import read_plan
+from gateway.rollout.revision import read_revision
+from gateway.rollout.scaling import (
+    SCALE_FAILED,
+    SCALED,
+    SCALING,
+    Scaling,
+    ScalingLog,
+    Step,
+    StepKey,
+    replicas_after,
+    shared_evenly,
+    steps_of,
+    still_to_set,
+)
+from serving.errors import ApiConflict, ApiServerAway, ApiThrottled, KubernetesError, StateAway
+from serving.kubernetes.access import ClusterAccess
+from serving.kubernetes.api import KubernetesApi
+from serving.kubernetes.scale import WorkloadScale
+from serving.kubernetes.workloads import Workload, Workloads, workloads_of
+from serving.state.link import Link
+from serving.state.rollout_records import LogEntry, RolloutSnapshot
+from serving.state.rollouts import RolloutDatabase
+
+log = logging.getLogger(__name__)
+
+FOLLOW_SECONDS = 1.0
+# After an error of the API server, unless that says when to ask again.
+RETRY_SECONDS = 5.0
+# Longer than a request to the API server may take. No alias has such a name.
+LEASE_SECONDS, LEASE = 15.0, "@workloads"
+# A step ends before the lease does, so that no two processes work at a time.
+STEP_SECONDS = 12.0
+# Other writers of a workload, such as its controller, may be faster so often.
+ATTEMPTS = 5
+
+
+@dataclass(slots=True)
+class Scaler:
+    """Scales the workloads of configured replicas while the `async with` block runs.
+
+    `access` is called when there is a first workload; OptionError if there is no access to a cluster.
+    """
+
+    link: Link
+    access: Callable[[], ClusterAccess]
+    replicas: Callable[[], Iterable[ReplicaSettings]]
+    snapshot: Callable[[], RolloutSnapshot]
+    in_use: Callable[[], Container[str]]  # the variants of ladders in force
+    holder: str
+    wall_clock: Callable[[], float] = time.time
+    _done: set[StepKey] = field(default_factory=set)
+    _failed: dict[StepKey, type[Exception]] = field(default_factory=dict)
+    _pause_until: float = 0.0
+    _is_holder: bool = False
+    _scale: WorkloadScale | None = None
+    _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+    _task: asyncio.Task[None] | None = None
+
+    @property
+    def _database(self) -> RolloutDatabase:
+        return RolloutDatabase(self.link.database)
+
+    async def __aenter__(self) -> Self:
+        """Begin to follow what rollouts demand."""
+        self._task = asyncio.create_task(self._follow_regularly(), name="scale workloads")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop, and give the lease back."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._is_holder:
+            with suppress(StateAway):
+                await self.link.call(self._database.release, LEASE, self.holder)
+        self.link.close()
+        await self._stack.aclose()
+
+    async def follow(self) -> None:
+        """Carry out the demands that are not, unless another process does."""
+        workloads = await self._workloads()
+        if not workloads or self.wall_clock() < self._pause_until:
+            return
+        steps = steps_of(self.snapshot(), workloads, self.in_use())
+        if all(step.key in self._done for step in steps):
+            return
+        with suppress(StateAway):  # the follower of rollouts says so
+            self._done |= (await self._read_log()).done
+            for step in steps:
+                if step.key not in self._done and not await self._carry_out(step):
+                    return
+
+    async def problems(self, variants: Iterable[str]) -> tuple[str, ...]:
+        """Return why the workloads of variants cannot be scaled; waits while the API server is away."""
+        by_variant = await self._workloads()
+        workloads = [workload for variant in variants for workload in by_variant.get(variant, ())]
+        return tuple([problem for workload in workloads if (problem := await self._problem(workload))])
+
+    async def _follow_regularly(self) -> None:
+        while True:
+            try:
+                await self.follow()
+            except Exception:  # the outermost loop: a defect in one step must not end the others
+                log.exception("scaling workloads has a defect")
+            await asyncio.sleep(FOLLOW_SECONDS)
+
+    async def _workloads(self) -> Workloads:
+        """The workloads of the configuration, by variant."""
+        replicas = [each for each in self.replicas() if each.kubernetes is not None and each.kubernetes.workload]
+        if replicas and self._scale is None:
+            self._scale = WorkloadScale(await self._stack.enter_async_context(KubernetesApi(self.access())))
+        return workloads_of(replicas, self._cluster.api.access.namespace) if replicas else {}
+
+    @property
+    def _cluster(self) -> WorkloadScale:
+        assert self._scale is not None
+        return self._scale
+
+    async def _carry_out(self, step: Step) -> bool:
+        """Scale a workload, or say why not; False if nothing can be done now: another process works, or no server."""
+        try:
+            for _ in range(ATTEMPTS):
+                if not await self._leased():
+                    return False
+                with suppress(ApiConflict):
+                    async with asyncio.timeout(STEP_SECONDS):
+                        await self._scale_step(step)
+                    return True
+        except (KubernetesError, Refused, TimeoutError) as error:
+            await self._fail(step, error)
+            return not isinstance(error, ApiServerAway | ApiThrottled | TimeoutError)
+        return True
+
+    async def _scale_step(self, step: Step) -> None:
+        snapshot, history = await self.link.call(self._database.snapshot), await self._read_log()
+        if step.key in history.done or step not in steps_of(snapshot, await self._workloads(), self.in_use()):
+            return  # meanwhile another process has done it, or the rollout wants something else
+        await self._cluster.check_manual(step.workload)
+        seen = await self._cluster.read(step.workload)
+        scaling = history.begun.get(step.key)
+        if scaling is None:
+            after = await self._replicas_after(step, seen.spec.replicas, history)
+            scaling = Scaling.of(step, seen.spec.replicas, after)
+            if scaling.after != scaling.before:
+                await self._write(step, SCALING, _described(scaling), scaling)
+        replicas = still_to_set(scaling, seen.spec.replicas)
+        if replicas != seen.spec.replicas:
+            await self._cluster.write(step.workload, seen, replicas)
+        await self._write(step, SCALED, f"{step.workload} has {replicas} replicas", scaling)
+        log.info("%s in the namespace %s has %d replicas now", step.workload, step.workload.namespace, replicas)
+        self._done.add(step.key)
+        self._failed.pop(step.key, None)
+
+    async def _replicas_after(self, step: Step, now: int, history: ScalingLog) -> int:
+        demand, workloads = step.demand, await self._workloads()
+        models = () if demand.modeled_on == demand.variant else workloads.get(demand.modeled_on, ())
+        together = sum([(await self._cluster.read(model)).spec.replicas for model in models] if demand.run else [])
+        model_replicas = shared_evenly(together, len(workloads[demand.variant])) if models else None
+        record = await self.link.call(self._database.get, demand.rollout)
+        is_new = record is not None and read_plan(record).new == demand.variant
+        return replicas_after(step, now, history, model_replicas=model_replicas, is_new=is_new)
+
+    async def _problem(self, workload: Workload) -> str:
+        while True:
+            try:
+                await self._cluster.check_manual(workload)
+                await self._cluster.read(workload)
+            except (ApiServerAway, ApiThrottled) as error:
+                # The phase of the rollout has a deadline.
+                log.warning("%s cannot be checked, trying again: %s", workload, error)
+                await asyncio.sleep(RETRY_SECONDS)
+            except KubernetesError as error:
+                return str(error)
+            else:
+                return ""
+
+    async def _fail(self, step: Step, error: Exception) -> None:
+        """Pause, and say why, once for each kind of error."""
+        retry_after = error.retry_after_seconds if isinstance(error, ApiThrottled) else None
+        self._pause_until = self.wall_clock() + (RETRY_SECONDS if retry_after is None else retry_after)
+        if self._failed.get(step.key) is type(error):
+            return
+        self._failed[step.key] = type(error)
+        why = str(error) or f"{step.workload} could not be scaled within {STEP_SECONDS:g} s"
+        log.warning("%s is not scaled for %s: %s", step.workload, step.demand.rollout, why)
+        await self._write(step, SCALE_FAILED, why, None)
+
+    async def _leased(self) -> bool:
+        now = self.wall_clock()
+        fence = await self.link.call(self._database.lease, LEASE, self.holder, now, LEASE_SECONDS)
+        self._is_holder = fence is not None
+        return self._is_holder
+
+    async def _read_log(self) -> ScalingLog:
+        return ScalingLog.of(await self.link.call(self._database.events, (SCALING, SCALED)))
+
+    async def _write(self, step: Step, event: str, why: str, scaling: Scaling | None) -> None:
+        """Add an entry to the log of the rollout's alias; it has no hooks."""
+        demand = step.demand
+        record = await self.link.call(self._database.get, demand.rollout)
+        alias, phase = (record.alias, record.phase) if record else (alias_of(demand.variant, self.snapshot()), "undone")
+        figures = "{}" if scaling is None else msgspec.json.encode(scaling).decode()
+        entry = LogEntry(alias, self.wall_clock(), self.holder, event, phase, why, figures)
+        await self.link.call(self._database.log, entry)
+
+
+def _described(scaling: Scaling) -> str:
+    return f"{scaling.workload} from {scaling.before} to {scaling.after} replicas, for {scaling.rollout}"
+
+
+def alias_of(variant: str, snapshot: RolloutSnapshot) -> str:
+    """The first alias whose recorded ladder has a variant; empty if none has."""
+    return next((each.alias for each in snapshot.aliases if variant in read_revision(each).stable), "")

@@ -1,0 +1,1 @@
+"""Finds replicas in Kubernetes: the pods behind Services, by their EndpointSlices."""
