@@ -52,7 +52,8 @@ def _credential(name: str, environment: Mapping[str, str], report: Callable[[str
             content = file.read(MAX_CREDENTIAL_BYTES)
         return content.decode().rstrip("\r\n")
     except OSError as error:
-        report(f"the credential {name} can't be read: {path}: {error.strerror}", "create the file")
+        hint = "create the file" if isinstance(error, FileNotFoundError) else "check its permissions"
+        report(f"the credential {name} can't be read: {path}: {error.strerror}", hint)
     except UnicodeDecodeError:
         report(f"the credential {name} can't be read: {path} is not UTF-8 text", "save it as UTF-8")
     return ""

@@ -199,7 +199,9 @@ class VariantSettings(Table):
     path: FileName | None = None
     precision: Literal["bf16", "fp16", "fp32", "fp8", "fp4", "int8", "int4"] | None = None
     quality: DeclaredQuality | None = None
-    lora: dict[Name, Annotated[LoraSettings, BeforeValidator(_path_as_lora)]] = {}
+    lora: dict[
+        Name, Annotated[LoraSettings, BeforeValidator(_path_as_lora, json_schema_input_type=LoraSettings | str)]
+    ] = {}
     external: ExternalModelName | None = None
     api_key: SecretStr | None = None
     base_url: ProviderUrl | None = None

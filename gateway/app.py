@@ -23,6 +23,7 @@ from gateway.components import (
 )
 from gateway.deployment import Deployment
 from gateway.handlers.admin import with_auth
+from gateway.handover import offered_to_successor
 from gateway.http.collector import ConnectionCollector
 from gateway.http.hosts import allowed_hosts
 from gateway.http.listener import listen
@@ -41,7 +42,6 @@ from gateway.workers import (
     SINGLE_WORKER,
     WorkerIndex,
     handed_over_by_parent,
-    offered_to_successor,
     with_worker_ports,
 )
 from serving.app import discovered_replicas, followed_replicas, local_replicas, sole_owner

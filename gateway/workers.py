@@ -20,7 +20,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,6 @@ from config.errors import ConfigError
 from config.schema import GatewaySettings
 from gateway.deployment import Deployment
 from gateway.http.sockets import ADMIN, CLIENT, InheritedSockets, ListenSockets, NextAcceptor
-from serving.control import ControlSocket, Takeover
 from serving.service_manager import ServiceManager
 
 log = logging.getLogger(__name__)
@@ -302,36 +301,6 @@ class Worker:
 
 
 @contextmanager
-def offered_to_successor(
-    control: ControlSocket | None,
-    sockets: Mapping[str, socket.socket],
-    taken: ListenSockets | WorkerSockets,
-    manager: ServiceManager,
-) -> Iterator[None]:
-    """Let a successor get `sockets` through the control socket, if there is one, while the block runs.
-
-    When it accepts connections, this process stops. Otherwise the service manager learns at the end of the block that
-    the service does.
-    """
-
-    def commit(pid: int) -> None:
-        log.info("process %d takes over", pid)
-        taken.next_acceptor = "successor"
-        manager.succeeded_by(pid)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    if control is not None:
-        control.takeover = Takeover(sockets, commit)
-    try:
-        yield
-    finally:
-        if control is not None:
-            control.takeover = None
-        if taken.next_acceptor != "successor":
-            manager.stopping()
-
-
-@contextmanager
 def handed_over_by_parent(taken: ListenSockets, index: WorkerIndex) -> Iterator[None]:
     """Learn from the parent of several workers that its successor accepts connections, while the block runs."""
     if index.of == 1:
@@ -346,7 +315,9 @@ def handed_over_by_parent(taken: ListenSockets, index: WorkerIndex) -> Iterator[
     try:
         yield
     finally:
+        # Without a handler, the signal would end a process that drains.
         loop.remove_signal_handler(HANDED_OVER)
+        signal.signal(HANDED_OVER, signal.SIG_IGN)
 
 
 @asynccontextmanager

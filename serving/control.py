@@ -158,7 +158,7 @@ class ControlSocket:
                     await _send(writer, self._reply(line))
             if takeover is not None:
                 await self._hand_over(takeover, reader, writer)
-        except (OSError, ValueError, TimeoutError):
+        except (OSError, ValueError, TimeoutError, msgspec.DecodeError):
             log.debug("a control connection ended early", exc_info=True)
         finally:
             writer.close()

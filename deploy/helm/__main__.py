@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from deploy.helm.values import values_schema
+from deploy.helm.schema import values_schema
 
 CHART = Path(__file__).with_name("quantgate")
 DEPLOY = CHART.parents[1]

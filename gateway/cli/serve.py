@@ -6,9 +6,8 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 from config.command_line import CommandParser, add_config, chosen_config, exit_codes
@@ -18,13 +17,13 @@ from config.schema import GatewaySettings
 from gateway.app import ProcessContext, everything, gateway_alone, url_of
 from gateway.cli.next_steps import next_steps
 from gateway.deployment import read_deployment
+from gateway.handover import Origin, offered_to_successor, origin_of
 from gateway.http.sockets import ADMIN, CLIENT, InheritedSockets, activated_sockets, sockets_of
 from gateway.workers import (
     SINGLE_WORKER,
     WorkerIndex,
     Workers,
     WorkerSockets,
-    offered_to_successor,
     stop_with_parent,
     worker_sockets,
     workers,
@@ -35,7 +34,7 @@ from serving.foreground import run_until_signal
 from serving.machine import this_machine
 from serving.registry import Registry
 from serving.service_manager import ServiceManager
-from serving.takeover import Predecessor, predecessor_of
+from serving.takeover import Predecessor
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def gateway_main(arguments: list[str]) -> int:
 
     @asynccontextmanager
     async def start() -> AsyncIterator[None]:
-        with _origin(config, environment, home if options.takeover else None) as origin:
+        with origin_of(config, environment, home if options.takeover else None) as origin:
             async with (
                 _workers(config, options.workers, home, origin, manager)
                 if options.workers > 1
@@ -126,24 +125,6 @@ def settle() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 20)
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where the listening sockets of a gateway come from; without a predecessor, from a service manager or nowhere."""
-
-    sockets: InheritedSockets
-    predecessor: Predecessor | None = None
-
-
-@contextmanager
-def _origin(config: Path, environment: Mapping[str, str], takeover_home: Path | None) -> Iterator[Origin]:
-    with predecessor_of(takeover_home, config) if takeover_home else nullcontext() as predecessor:
-        if predecessor is None:
-            yield Origin(activated_sockets(environment, os.getpid()))
-        else:
-            # Until `commit`, and if this process fails, the predecessor accepts the connections.
-            yield Origin(InheritedSockets(predecessor.sockets, "successor", match=True), predecessor)
 
 
 @asynccontextmanager

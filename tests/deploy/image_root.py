@@ -61,14 +61,14 @@ class ImageRoots:
             return self._built[name]
         stage = stages[name]
         parent = self.build(stages, stage.parent.name) if stage.parent else None
-        root = self._layer(name, parent)
+        root = self.layer(name, parent)
         for instruction in stage.own:
             sources = {flag: self.build(stages, flag) for flag in _stages_of(instruction)}
             root.apply(stage, instruction, sources)
         self._built[name] = root
         return root
 
-    def _layer(self, name: str, parent: "ImageRoot | None") -> "ImageRoot":
+    def layer(self, name: str, parent: "ImageRoot | None") -> "ImageRoot":
         """A root file system with the directories of its parent below; without one, this machine's."""
         layer = f"{PLACE}/{name}"
         lower = f"{parent.upper}:{parent.lower}" if parent else "/"
@@ -79,14 +79,7 @@ class ImageRoots:
         root.outside("mount", "-t", "overlay", "overlay", "-o", options, root.directory)
         for directory in ("proc", "dev"):
             root.outside("mount", "--rbind", f"/{directory}", f"{root.directory}/{directory}")
-        if parent is None:
-            # Where the official image of Python has it, and where every user finds it. Not a link: Python would look
-            # for its library beside that.
-            python = Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}").resolve()
-            root.path("/usr/local/bin/python3").write_text(f'#!/bin/sh\nexec {python} "$@"\n')
-            root.outside("chmod", "0755", f"{root.directory}/usr/local/bin/python3")
-            for folder in python.parents[:-1]:
-                root.outside("chmod", "o+x", f"{root.directory}{folder}")
+        root.add_python()
         return root
 
 
@@ -122,10 +115,22 @@ class ImageRoot:
         self, words: Sequence[str], environment: Mapping[str, str], user: str = "0:0", work_directory: str = "/"
     ) -> list[str]:
         """The command line that runs words in this root, as a user, with this environment alone."""
-        variables = [f"{key}={value}" for key, value in environment.items()]
+        # The library of the tests' Python may be where this user can't read it (`add_python`).
+        variables = [f"{key}={value}" for key, value in {"LD_LIBRARY_PATH": "/opt/python/lib", **environment}.items()]
         enter = ["nsenter", f"--mount=/proc/{self.holder}/ns/mnt", "chroot", f"--userspec={user}", "--groups="]
         cd = ["sh", "-c", 'cd "$0" && exec "$@"', work_directory]
         return [*enter, self.directory, "env", "-i", *variables, *cd, *words]
+
+    def add_python(self) -> None:
+        """Bring the Python of the tests to where the official image has it, also if it is in somebody's home."""
+        home = "/opt/python"
+        self.outside("mkdir", "-p", f"{self.directory}{home}")
+        self.outside("mount", "--bind", sys.base_prefix, f"{self.directory}{home}")
+        # Not a link: Python would look for its library beside that.
+        script = self.path("/usr/local/bin/python3")
+        script.unlink(missing_ok=True)
+        script.write_text(f'#!/bin/sh\nexec {home}/bin/python3.{sys.version_info.minor} "$@"\n')
+        script.chmod(0o755)
 
     def make_read_only(self, volumes: Sequence[str]) -> None:
         """Remount the root read-only, with empty file systems of the user 10001 at `volumes`, and one at /tmp."""

@@ -9,7 +9,7 @@ import pytest
 from config.reserved_flags import RESERVED_FLAGS
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
-from deploy.helm.values import ADAPTER_FLAGS, ENGINE_OPTIONS
+from deploy.helm.schema import ADAPTER_FLAGS, ENGINE_OPTIONS
 from serving.command import Command, Machine, build_command
 from serving.replica import Launch, Thinking
 from tests.contract.reliances import FINDERS, Kind, Reliance

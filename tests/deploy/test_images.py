@@ -33,6 +33,7 @@ gateway:
   admin: {host}:{admin}
   admin_key: ${{credential:admin-key}}
   state: sqlite:////var/lib/quantgate/state.db
+  keys: /var/lib/quantgate/keys.yaml
 variants:
   m1: {{precision: int4}}
 replicas:
@@ -105,6 +106,14 @@ def healthy(root: ImageRoot, image: str, url: str) -> bool:
     return subprocess.run(root.command(command, environment, USER), capture_output=True, check=False).returncode == 0
 
 
+def create_key(root: ImageRoot) -> str:
+    """Create an API key as the service `keys` of compose.yaml does."""
+    stage = STAGES["gateway"]
+    words = ["quantgate", "keys", "create", "alice"]
+    command = root.command(words, stage.pairs("ENV"), USER, stage.last("WORKDIR").value)
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 async def test_the_gateway_runs_as_in_a_container(gateway: ImageRoot, fake_engine: ImageRoot, tmp_path: Path) -> None:
     """Without privileges, on a read-only file system; healthy, it answers through the fake; SIGTERM ends it with 0."""
     client, admin, engine = free_port(), free_port(), free_port()
@@ -114,6 +123,7 @@ async def test_the_gateway_runs_as_in_a_container(gateway: ImageRoot, fake_engin
     gateway.path("/run/secrets").mkdir(parents=True)
     gateway.path("/run/secrets/admin-key").write_text("s3cret\n")
     gateway.make_read_only(["/var/lib/quantgate"])
+    bearer = {"authorization": f"Bearer {create_key(gateway)}"}
     flags = ["--host", HOST, "--port", str(engine), "--served-model-name", "m1"]
     async with (
         container(fake_engine, "fake-vllm", flags, tmp_path / "engine"),
@@ -128,7 +138,7 @@ async def test_the_gateway_runs_as_in_a_container(gateway: ImageRoot, fake_engin
         assert healthy(fake_engine, "fake-vllm", f"http://{HOST}:{engine}/health")
         assert not healthy(gateway, "gateway", f"http://{HOST}:{admin}/nowhere")
         body = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
-        reply = await http.post(f"http://{HOST}:{client}/v1/chat/completions", json=body)
+        reply = await http.post(f"http://{HOST}:{client}/v1/chat/completions", json=body, headers=bearer)
         assert reply.status_code == 200
         metrics = await http.get(f"http://{HOST}:{admin}/metrics", headers={"authorization": "Bearer s3cret"})
         assert metrics.status_code == 200

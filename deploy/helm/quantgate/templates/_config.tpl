@@ -45,12 +45,14 @@
 {{- $replicas := list -}}
 {{- range $name, $variant := include "quantgate.variants" . | fromYaml -}}
 {{- $names := dict "root" $root "name" $name "variant" $variant -}}
-{{- $kind := ternary "leaderworkerset" "deployment" (gt (int $variant.nodes) 1) -}}
 {{- $pods := dict
   "service" (include "quantgate.variantName" $names)
   "namespace" $root.Release.Namespace
-  "port" "http"
-  "workload" (printf "%s/%s" $kind (include "quantgate.workloadName" $names)) -}}
+  "port" "http" -}}
+{{- if $root.Values.rollouts.scale -}}
+{{- $kind := ternary "leaderworkerset" "deployment" (gt (int $variant.nodes) 1) -}}
+{{- $_ := set $pods "workload" (printf "%s/%s" $kind (include "quantgate.workloadName" $names)) -}}
+{{- end -}}
 {{- $entry := dict "variant" $name "kubernetes" $pods -}}
 {{- if $root.Values.engines.apiKey.existingSecret }}{{ $_ := set $entry "api_key" "${env:QUANTGATE_ENGINE_KEY}" }}{{ end -}}
 {{- if hasKey $variant.options "max_in_flight" }}{{ $_ := set $entry "max_in_flight" $variant.options.max_in_flight }}{{ end -}}

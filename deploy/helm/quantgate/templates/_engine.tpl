@@ -191,7 +191,7 @@ spec:
     - name: shm
       emptyDir: {medium: Memory, sizeLimit: {{ $variant.sharedMemory }}}
     - name: tmp
-      emptyDir: {sizeLimit: 1Gi}
+      emptyDir: {sizeLimit: 10Gi}
     - name: cache
       emptyDir: {sizeLimit: {{ $variant.cacheSize }}}
     {{- if $variant.volume }}
