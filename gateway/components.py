@@ -210,7 +210,7 @@ async def shared_quota(
         return any(issued.caller.limited for issued in (live_config.keys.issued or {}).values())
 
     link = Link(database, CALL_SECONDS)
-    async with QuotaLeases(link, quota, is_needed, metrics.quota_local.labels()):
+    async with QuotaLeases(link, quota, is_needed, metrics.quota_local):
         yield
 
 

@@ -81,18 +81,18 @@ class ConfigReload:
     def _with_keys(self, deployment: Deployment) -> Deployment:
         """Keep the keys file if the option is removed: the port may be open to other machines.
 
-        Where the keys are, in a file or in the state database, changes at the next start only.
+        Whether keys are in a file or in the state database changes at the next start only.
         """
-        in_database = self.started.settings.gateway.keys_in_database
-        if in_database != deployment.settings.gateway.keys_in_database:
+        gateway, in_database = deployment.settings.gateway, self.started.settings.gateway.keys_in_database
+        is_moved = in_database != gateway.keys_in_database
+        if is_moved:
             log.warning("gateway.keys has changed from or to `database`; it takes effect at the next start")
-        if in_database:
+        if in_database or (is_moved and self._keys_file is None):
             return replace(deployment, keys=self.live_config.keys)
-        if deployment.settings.gateway.keys_file:
+        if gateway.keys_file or self._keys_file is None:
             return deployment
-        if self._keys_file is None:
-            return replace(deployment, keys=self.live_config.keys)
-        log.warning("gateway.keys is removed; %s stays in force until the next start", self._keys_file)
+        if not is_moved:
+            log.warning("gateway.keys is removed; %s stays in force until the next start", self._keys_file)
         return replace(deployment, keys=read_keys(self.path.parent / self._keys_file))
 
     def _keys_file_of(self, deployment: Deployment) -> str | None:

@@ -12,7 +12,7 @@ from quantgate import COMMANDS, main, parser_of
 
 SUBCOMMANDS = {
     "config": ["check", "schema", "show"],
-    "keys": ["create", "list", "revoke", "rotate"],
+    "keys": ["create", "import", "list", "revoke", "rotate"],
     "rollout": ["abort", "history", "pause", "plan", "promote", "resume", "retry", "start", "status", "undo"],
     "route": ["explain", "state"],
     "variants": ["adopt", "diff", "lint", "list", "prune", "report", "show", "stages", "verify"],

@@ -78,6 +78,13 @@ def _now(made: Dashboard) -> Dashboard:
         )
         .with_panel(
             number(
+                *("Quotas local", "1: without the state database, limits of keys are not shared.", COUNT),
+                target(f"max({query.largest(table.QUOTA_LOCAL, 'instance')})"),
+                *((None, GREEN), (1, RED)),
+            )
+        )
+        .with_panel(
+            number(
                 *("Reloads refused", "Configurations refused or applied in part, in the time shown.", COUNT),
                 target(refused),
                 *((None, GREEN), (1, RED)),

@@ -206,7 +206,7 @@ class StateDatabase:
             if version is None:
                 _create(connection)
             elif version in UPGRADABLE:
-                # Alembic takes 24 MiB and as long to import as the rest of a short command: only this needs it.
+                # Alembic takes 12 MiB and as long to import as the rest of a short command: only this needs it.
                 from serving.state.migrations import migrate  # noqa: PLC0415
 
                 migrate(connection, version)

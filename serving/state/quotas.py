@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from serving.state.database import StateDatabase
 from serving.state.tables import QUOTA_WORKERS, QUOTAS
@@ -103,9 +103,10 @@ def _write(connection: Connection, before: Mapping[str, str], changes: Mapping[s
     after = {key: document for key, document in {**before, **changes}.items() if document is not None}
     for key in before.keys() - after.keys():
         connection.execute(delete(QUOTAS).where(QUOTAS.c.key == key))
-    for key, document in after.items():
-        if key not in before:
-            connection.execute(insert(QUOTAS).values(key=key, document=document))
-        elif before[key] != document:
-            connection.execute(update(QUOTAS).where(QUOTAS.c.key == key).values(document=document))
+    changed = [(key, document) for key, document in after.items() if before.get(key) != document]
+    if new := [{"key": key, "document": document} for key, document in changed if key not in before]:
+        connection.execute(insert(QUOTAS), new)
+    if old := [{"name": key, "text": document} for key, document in changed if key in before]:
+        row = update(QUOTAS).where(QUOTAS.c.key == bindparam("name"))
+        connection.execute(row.values(document=bindparam("text")), old)
     return after

@@ -17,9 +17,11 @@ from config.variant import PARENT_QUALITY, Variant
 from gateway.app import gateway_alone
 from gateway.deployment import read_deployment
 from gateway.keys import KeyFile
+from gateway.keys.database import KeyDatabase
 from gateway.keys.issuing import create_key, revoke_key, rotate_key
 from gateway.live_config import nothing_remains
 from gateway.routing.target import Catalog
+from serving.state.database import StateDatabase
 from tests.fakes.running import FakeReplica, eventually
 from tests.gateway.fleet import HELLO, clients
 
@@ -202,3 +204,34 @@ async def test_nothing_remains(
     """What answers now remains if one of its names is answered afterwards, by whatever variant."""
     reason = nothing_remains(catalog(**before), catalog(**after), ready, wanted)
     assert (reason is None) == remains
+
+
+async def test_keys_move_to_the_database_at_the_next_start(
+    tmp_path: Path, fake: FakeReplica, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until then those of the file stay in force and are followed."""
+    alice = create_key(KeyFile(tmp_path / "keys.yaml"), "alice")
+    async with followed(tmp_path, document(fake.url, keys="keys.yaml")) as gateway:
+        await gateway.reloaded("applied", yaml.safe_dump(document(fake.url, keys="database")))
+        assert "gateway.keys has changed from or to `database`; it takes effect at the next start" in caplog.text
+        assert (await gateway.status(), await gateway.status(alice)) == (401, 200)
+        revoke_key(KeyFile(tmp_path / "keys.yaml"), "alice")
+        await gateway.reloaded("applied")
+        assert await gateway.status(alice) == 401
+
+
+async def test_keys_move_from_the_database_at_the_next_start(tmp_path: Path, fake: FakeReplica) -> None:
+    """Until then those of the database stay in force and are followed, also while a reload waits."""
+    file = create_key(KeyFile(tmp_path / "keys.yaml"), "bob")
+    database = StateDatabase.at(f"sqlite:///{tmp_path}/state.db")
+    alice = create_key(KeyDatabase(database), "alice")
+    async with followed(tmp_path, document(fake.url, keys="database")) as gateway:
+        await gateway.reloaded("applied", yaml.safe_dump(document(fake.url, keys="keys.yaml")))
+        assert (await gateway.status(alice), await gateway.status(file)) == (200, 401)
+        revoke_key(KeyDatabase(database), "alice")
+        async with asyncio.timeout(10):
+            while await gateway.status(alice) != 401:
+                pass
+        await gateway.reloaded("applied")
+        assert (await gateway.status(alice), await gateway.status(file)) == (401, 401)
+    database.close()

@@ -63,7 +63,7 @@ class Metrics:
         self.rollout_rollbacks = instruments.counter(table.ROLLOUT_ROLLBACKS)
         self.key_requests = instruments.counter(table.KEY_REQUESTS)
         self.key_tokens = instruments.counter(table.KEY_TOKENS)
-        self.quota_local = instruments.gauge(table.QUOTA_LOCAL)
+        self.quota_local = instruments.gauge(table.QUOTA_LOCAL).labels()
         self.usage_pending = instruments.gauge(table.USAGE_PENDING_REQUESTS).labels()
         self.usage_lost = instruments.counter(table.USAGE_LOST_REQUESTS).labels()
         self.reloads = instruments.counter(table.CONFIG_RELOADS)

@@ -450,13 +450,13 @@ KEY_TOKENS = MetricSpec(
     "Total number of tokens processed, by name of the API key and kind: prompt, completion.",
 )
 
-# Without a sample unless gateways share the limits of keys in a PostgreSQL database.
+# 0 where nothing is shared: with SQLite, and while no key has limits.
 QUOTA_LOCAL = MetricSpec(
     "quantgate_quota_local",
     "gauge",
     (),
-    "Whether this gateway admits a fixed share of the limits of API keys, because the state database is away (1), or "
-    "shares them with other gateways by demand (0)." + _MAX,
+    "Whether this gateway admits a fixed share of the limits of API keys, because the state database through which it "
+    "shares them is away (1), or not (0)." + _MAX,
 )
 
 # Usage

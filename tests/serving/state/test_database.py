@@ -13,7 +13,7 @@ from config.errors import ConfigError
 from serving.errors import StateAway
 from serving.replica import Replica, State
 from serving.state.database import EMPTY, Owner, ReplicaRecord, StateDatabase, differences, state_url
-from serving.state.tables import STATE
+from serving.state.tables import SCHEMA_VERSION, STATE
 from tests.fakes.running import ROOT
 
 NOW = 1_800_000_000.0
@@ -113,7 +113,7 @@ def test_unknown_tables_are_refused(state: str) -> None:
         connection.execute(update(STATE).values(version=7))
     database.close()
     other = StateDatabase.at(state)
-    with pytest.raises(StateAway, match=r"version 7, this quantgate needs 4; run the same quantgate everywhere"):
+    with pytest.raises(StateAway, match=rf"version 7, this quantgate needs {SCHEMA_VERSION}; run the same"):
         other.publish(ME, [record()], NOW)
     other.close()
 
