@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.alias_generators import to_camel
 
-from deploy.helm.__main__ import files, main
+from deploy.helm.__main__ import main
 from deploy.helm.schema import values_schema
 from deploy.helm.values import ChartValues, Values
 from tests.deploy.chart import CHART, EXAMPLES, Chart, Object, run
@@ -27,11 +27,18 @@ KUBERNETES = "1.37"
 examples = pytest.mark.parametrize("values", EXAMPLES, ids=lambda path: path.stem)
 
 
-def test_generated_files_are_up_to_date() -> None:
-    """`python -m deploy.helm` writes the schema, and the copies of rules and dashboards."""
+def test_the_schema_is_up_to_date() -> None:
+    """`python -m deploy.helm` writes it."""
     assert main(["--check"]) == 0
-    copied = {path.name for path, _ in files()}
-    assert {path.name for path in (*RULES, *DASHBOARDS)} < copied
+
+
+def test_rules_and_dashboards_are_links() -> None:
+    """The chart has the files of deploy/prometheus and deploy/grafana, through links that leave no repository."""
+    for path in (*RULES, *DASHBOARDS):
+        linked = CHART / "files" / path.parent.name
+        assert linked.is_symlink()
+        assert not linked.readlink().is_absolute()
+        assert (linked / path.name).samefile(path)
 
 
 def test_the_chart_has_the_version_of_the_project() -> None:
