@@ -20,6 +20,7 @@ from gateway.rollout.machine import Phase
 from gateway.rollout.operating import Operator, Replacement
 from gateway.rollout.plan import PlanSettings
 from gateway.routing.speed import SpeedProfile
+from serving.registry import Registry
 from serving.replica import Replica, State
 from serving.state.database import StateDatabase
 from serving.state.rollouts import RolloutDatabase
@@ -29,6 +30,7 @@ from tests.deploy.prometheus import Prometheus, running_prometheus
 from tests.fakes.certificates import Authority
 from tests.fakes.running import ROOT, FakeReplica, eventually, running_fake
 from tests.gateway.fleet import CHAT, Fleet, running_gateway
+from tests.serving.kubernetes.pods import SERVICE, addresses, discovering
 
 # Of each replica: requests that routing takes for its capacity, and tokens per second of one answer. A fake takes more
 # without being slower; its KV cache is full at `--max-num-seqs`, which would be a long wait.
@@ -114,7 +116,12 @@ async def observed(executable: str, folder: Path, scrape_seconds: int = 1) -> As
         operator = Operator(deployment, RolloutDatabase(StateDatabase.at(deployment.state or "")), "anna")
         stack.callback(operator.close)
         operator.database.revision()
-        fleet = await stack.enter_async_context(running_gateway(deployment))
+        # A pod that is listed and never ready: it takes no requests from the replicas.
+        registry = Registry()
+        scene = await stack.enter_async_context(discovering(registry=registry))
+        await scene.cluster.add_workload(SERVICE, 0, addresses((fakes["int8"],)), start_seconds=3600)
+        await scene.cluster.scale(SERVICE, 1)
+        fleet = await stack.enter_async_context(running_gateway(deployment, registry, scene.discovery))
         _register(fleet, fakes, folder)
         clients = Clients(fleet.client)
         engines = [fake.url.removeprefix("http://") for fake in fakes.values()]

@@ -15,6 +15,7 @@ from config.variant import read_variants
 from gateway.app import Addresses, Gateway, gateway, listen_sockets
 from gateway.deployment import Deployment
 from gateway.keys import Keys
+from serving.kubernetes.discovery import Discovery
 from serving.registry import Registry
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS, POLL_SECONDS, ROOT
@@ -117,11 +118,14 @@ class Fleet:
 
 
 @asynccontextmanager
-async def running_gateway(deployed: Deployment, registry: Registry | None = None) -> AsyncIterator[Fleet]:
-    """Run a gateway on free ports."""
+async def running_gateway(
+    deployed: Deployment, registry: Registry | None = None, discovery: Discovery | None = None
+) -> AsyncIterator[Fleet]:
+    """Run a gateway on free ports; a `discovery` is one that runs."""
     registry = registry or Registry()
     with listen_sockets(deployed.settings.gateway) as taken:
-        async with gateway(deployed, registry, taken) as served, clients(served.addresses) as (client, admin):
+        gateway_context = gateway(deployed, registry, taken, discovery=discovery)
+        async with gateway_context as served, clients(served.addresses) as (client, admin):
             yield Fleet(served, registry, client, admin)
 
 

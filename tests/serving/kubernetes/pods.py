@@ -66,9 +66,10 @@ async def discovering(
     *wanted: PodSource,
     goldens: Mapping[str, GoldenAnswer] = NO_GOLDENS,
     removal_seconds: float = 1.0,
+    registry: Registry | None = None,
 ) -> AsyncIterator[Scene]:
     """Run a fake cluster, and a discovery of the service in it."""
-    registry = Registry()
+    registry = Registry() if registry is None else registry
     async with running_cluster() as cluster, Probe() as probe:
         access = ClusterAccess(cluster.url, token_file=cluster.token_file)
         discovery = Discovery(
