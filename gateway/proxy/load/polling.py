@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 JITTER = 0.2
 # First polls are spread over this time for each one that is due.
 START_SECONDS = 0.01
+# Several workers poll a replica together no more often than this, at the shortest of their intervals.
+SHARED_POLL_SECONDS = 1.0
 PAGE_LIMIT_BYTES = 4 * 2**20
 
 # A replica that did not answer several polls in time may be slow, rather than hang.
@@ -49,19 +51,39 @@ class PollObserver(Protocol):
 
 
 class PollIntervals(msgspec.Struct, frozen=True):
-    """From the start of one poll to the next, at rest and while a replica is busy; and how long one may take."""
+    """From the start of one poll to the next, at rest and while a replica is busy; and how long one may take.
+
+    `unanswered_seconds` is the interval while a replica does not answer: who cannot answer is not kept from work, and
+    must be known to hang soon.
+    """
 
     rest_seconds: float = 1.0
     busy_seconds: float = 0.25
+    unanswered_seconds: float = 1.0
     deadline_seconds: float = 1.0
 
 
 DEFAULT_INTERVALS = PollIntervals()
 
 
-def next_poll_seconds(*, busy: bool, jitter: float, intervals: PollIntervals = DEFAULT_INTERVALS) -> float:
-    """From the start of one poll to that of the next; `jitter` is within 0 and 1."""
-    return (intervals.busy_seconds if busy else intervals.rest_seconds) * (1 - JITTER * jitter)
+def intervals_of(workers: int) -> PollIntervals:
+    """The intervals of one of several workers: together, they poll a replica at most once a second.
+
+    Each counts its own requests exactly, also between its polls; the older a poll, the older is only what it says of
+    the others. A single worker polls a busy replica four times a second.
+    """
+    if workers == 1:
+        return DEFAULT_INTERVALS
+    seconds = workers * SHARED_POLL_SECONDS / (1 - JITTER)
+    return PollIntervals(seconds, seconds)
+
+
+def next_poll_seconds(
+    *, busy: bool, jitter: float, intervals: PollIntervals = DEFAULT_INTERVALS, answered: bool = True
+) -> float:
+    """From the start of one poll to that of the next; `jitter` is within 0 and 1, `answered` is about the last poll."""
+    seconds = intervals.busy_seconds if busy else intervals.rest_seconds
+    return (seconds if answered else min(seconds, intervals.unanswered_seconds)) * (1 - JITTER * jitter)
 
 
 def first_poll_seconds(starting: int, jitter: float, intervals: PollIntervals = DEFAULT_INTERVALS) -> float:
@@ -154,8 +176,9 @@ class MetricsPoller:
                 polled_at = self.clock()
                 await self._poll(replica, request, polled_at)
                 busy = self.observer.busy(replica.id)
-                due = polled_at + next_poll_seconds(busy=busy, jitter=self.random.random(), intervals=self.intervals)
-                await asyncio.sleep(due - self.clock())
+                answered, jitter = not self._unanswered.get(replica.id), self.random.random()
+                seconds = next_poll_seconds(busy=busy, jitter=jitter, intervals=self.intervals, answered=answered)
+                await asyncio.sleep(polled_at + seconds - self.clock())
         finally:
             self.pool.drop(replica.url, replica.tls)
 
