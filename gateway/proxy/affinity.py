@@ -41,13 +41,14 @@ class Affinity:
         """Where a conversation was answered last."""
         return self._sessions.placement(session)
 
-    def session_hash(self, session: str) -> int | None:
-        """The hash of a conversation that every gateway chooses by.
+    @property
+    def shared(self) -> bool:
+        """Whether other gateways answer turns of the same conversations: later turns of some were not seen here."""
+        return self._unseen_share >= SHARED_FROM
 
-        None while this gateway has seen the conversations of nearly all later turns: then it is the only one, and its
-        own placements say more.
-        """
-        return None if self._unseen_share < SHARED_FROM else hash_of(session)
+    def session_hash(self, session: str) -> int | None:
+        """The hash of a conversation that every gateway chooses by; None if this is the only one: it knows more."""
+        return hash_of(session) if self.shared else None
 
     def with_homes(
         self, cached_tokens: Mapping[str, float], session_hash: int, rungs: tuple[Variant, ...], prompt_tokens: float

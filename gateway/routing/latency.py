@@ -62,8 +62,8 @@ class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
 
     `known` is False where the speed of the replica is unknown: then `requests` is all there is to compare. A speed that
     was learned by watching is known, but not `measured`. `reading` is the slowdown of reading that the terms include.
-    `tools`: it may take requests with tools. `slots` are requests that are processed at once, None if unknown. `hash` is
-    that of its id, for gateway.routing.rendezvous.
+    `tools`: it may take requests with tools. `slots` are requests that are processed at once, None if unknown.
+    `hash` is that of its id (gateway.routing.rendezvous).
     """
 
     id: str

@@ -335,7 +335,11 @@ def _waits_for_its_cache(
     best: LatencyEstimate | None, able: Sequence[LatencyEstimate], request: RoutingRequest, spill: Spill
 ) -> bool:
     """Return whether a rung is slow for this request alone: it waits where its prompt is cached, others need not."""
-    if best is None or (not request.cached_tokens and request.session_hash is None) or best.wait_seconds <= spill.after_seconds:
+    if (
+        best is None
+        or (not request.cached_tokens and request.session_hash is None)
+        or best.wait_seconds <= spill.after_seconds
+    ):
         return False
     uncached = msgspec.structs.replace(request, placement=None, session_hash=None, cached_tokens=NOTHING_CACHED)
     other = pick(able, uncached, spill)

@@ -45,7 +45,6 @@ class RendezvousTable(msgspec.Struct, frozen=True, gc=False):
 EMPTY_TABLE = RendezvousTable((), ())
 
 
-
 def highest_weight(session_hash: int, hashes: Sequence[int]) -> int:
     """Return the place of the replica, by its hash, with the highest weight for a session."""
     weights = [(session_hash ^ each) * _MULTIPLIER & _MASK for each in hashes]
@@ -61,7 +60,7 @@ def with_homes(cached_tokens: Mapping[str, float], homes: Sequence[str], prompt_
 
 def unseen_share(share: float, *, unseen: bool) -> float:
     """Update the share of later turns whose conversations this gateway had not seen: an exponential mean."""
-    return share + _UNSEEN_WEIGHT * (unseen - share)
+    return share + _UNSEEN_WEIGHT * (float(unseen) - share)
 
 
 def hash_of(text: str) -> int:

@@ -1,11 +1,23 @@
 """Several gateways in front of one fleet: each with its own state, and every turn at any of them."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from tests.benchmarks.routing.ours import Ours
+from config.capacity import Measurement
+from gateway.proxy.load.polling import DEFAULT_INTERVALS, PollIntervals, intervals_of
+from tests.benchmarks.routing.figures import Figures, Objective, figures_of
+from tests.benchmarks.routing.ours import Options, Ours
 from tests.benchmarks.routing.policy import NOBODY, Decision, MetricsReader, Usage
+from tests.benchmarks.routing.profiles import Fleet, fleet_of
+from tests.benchmarks.routing.runs import Run, Scenario
+from tests.benchmarks.routing.scenarios import Ground, steady
+from tests.benchmarks.routing.simulation import simulate
 from tests.benchmarks.routing.workloads import Turn
+
+# 25 times the fleet whose best rung's capacity is searched for.
+BESIDE_TIMES, BESIDE_SECONDS, BESIDE_TURNS = 25, 120.0, 3.0
+BESIDE_LOADS = (0.7, 1.0, 1.25)
 
 
 class Gateways:
@@ -48,3 +60,42 @@ class Gateways:
     def switches(self) -> Sequence[float]:
         """When a gate of any gateway opened or closed."""
         return sorted(at for gateway in self.gateways for at in gateway.switches())
+
+
+def beside_fleet(model: str) -> Fleet:
+    """The 100 replicas that 8 gateways share."""
+    return fleet_of(model, {"bf16": 2 * BESIDE_TIMES, "int8": BESIDE_TIMES, "int4": BESIDE_TIMES})
+
+
+def beside_one(
+    ground: Ground,
+    measurements: Mapping[str, Measurement],
+    objective: Objective,
+    count: int = 8,
+    loads: Sequence[float] = BESIDE_LOADS,
+) -> dict[str, list[Figures]]:
+    """Compare one gateway with several: in processes of their own, and as workers of which four share a node."""
+    ground = replace(ground, mix=replace(ground.mix, mean_turns=BESIDE_TURNS))
+    tables = {}
+    for times in loads:
+        scenario = steady(ground, times, 1)
+        runs = [
+            run_several(scenario, measurements, 1, DEFAULT_INTERVALS, "1 gateway"),
+            run_several(scenario, measurements, count, DEFAULT_INTERVALS, f"{count} gateways"),
+            run_several(scenario, measurements, count, intervals_of(4), f"{count} as workers, 4 on a node"),
+        ]
+        title = f"{count} gateways beside 1, {len(ground.fleet.members)} replicas: {times:g} times the best rung"
+        tables[title] = [figures_of(run, objective) for run in runs]
+    return tables
+
+
+def run_several(
+    scenario: Scenario, measurements: Mapping[str, Measurement], count: int, intervals: PollIntervals, name: str
+) -> Run:
+    """Run a scenario with so many gateways, each with its own polls at these intervals."""
+    options = Options(intervals=intervals)
+    run = simulate(
+        scenario,
+        lambda it: Gateways([Ours(it.fleet, measurements, options) for _ in range(count)], it.seed),
+    )
+    return replace(run, policy=name)

@@ -20,6 +20,7 @@ from gateway.proxy.load.polling import (
     MetricsPoller,
     PollIntervals,
     first_poll_seconds,
+    intervals_of,
     metrics_request,
     next_poll_seconds,
 )
@@ -140,6 +141,27 @@ async def test_intervals(jitter: float) -> None:
     assert 0.2 <= next_poll_seconds(busy=True, jitter=jitter) <= 0.25
     assert first_poll_seconds(1, jitter) <= 0.01
     assert first_poll_seconds(1000, jitter) == jitter
+
+
+@pytest.mark.parametrize("workers", [2, 4, 16])
+@pytest.mark.parametrize("busy", [False, True])
+async def test_workers_of_a_node_poll_a_replica_together_once_a_second(workers: int, busy: bool) -> None:
+    """At most, that is at their shortest intervals; one that does not answer is asked as often as by one worker."""
+    intervals = intervals_of(workers)
+    shortest = next_poll_seconds(busy=busy, jitter=1.0, intervals=intervals)
+    assert workers / shortest <= 1.0 + 1e-9
+    assert next_poll_seconds(busy=busy, jitter=0.0, intervals=intervals, answered=False) <= 1.0
+    assert intervals_of(1) == PollIntervals()
+
+
+async def test_a_replica_that_does_not_answer_is_polled_sooner() -> None:
+    """It must be known to hang within seconds, however many workers share its polls."""
+    rare = PollIntervals(rest_seconds=1000.0, busy_seconds=1000.0, unanswered_seconds=0.01, deadline_seconds=0.02)
+    async with running_fake() as fake:
+        await fake.change_metrics(stall=True)
+        async with polling(replica(fake.url), intervals=rare) as harness:
+            for _ in range(3):
+                assert await harness.observer.next(failed=True) is None
 
 
 async def test_an_idle_engine(fake: FakeReplica) -> None:
