@@ -26,6 +26,7 @@ from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.exchange import Proxy
 from gateway.proxy.external_models import ExternalModels, external_ladders, external_model_replicas
 from gateway.proxy.initial_series import create_series
+from gateway.proxy.load.poll_share import PollShare
 from gateway.proxy.load.polling import MetricsPoller, intervals_of
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.upstream.by_kind import UpstreamByKind
@@ -102,6 +103,7 @@ async def routing(
             MetricsPoller(
                 *(registry, polls, dispatcher, metrics.polls),
                 intervals=intervals_of(place.of),
+                share=PollShare(place.number, place.of, place.polls) if place.polls else None,
                 on_answer=dispatcher.poll_answered,
             )
         )

@@ -27,6 +27,7 @@ from config.errors import ConfigError
 from config.schema import GatewaySettings
 from gateway.deployment import Deployment
 from gateway.http.listener import bind
+from gateway.proxy.load.poll_share import descriptors_of, poll_sockets
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +55,14 @@ sys.exit(main())
 
 @dataclass(frozen=True, slots=True)
 class WorkerIndex:
-    """Position of a worker among all workers, counted from 1; as text `2/4`."""
+    """Position of a worker among all workers, counted from 1; as text `2/4`.
+
+    `polls` are the descriptors of the sockets on which workers share polls (gateway.proxy.load.poll_share).
+    """
 
     number: int = 1
     of: int = 1
+    polls: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -121,7 +126,9 @@ async def workers(config: Path, count: int, drain_seconds: Callable[[], float]) 
     """
     # Each child polls the read end of this pipe: it becomes readable when the parent ends, for whatever reason.
     alive, parent_end = os.pipe()
-    running = [Worker(config, WorkerIndex(number + 1, count), alive) for number in range(count)]
+    pairs = poll_sockets(count)
+    places = [WorkerIndex(number + 1, count, descriptors_of(number, pairs)) for number in range(count)]
+    running = [Worker(config, place, alive) for place in places]
     loop = asyncio.get_running_loop()
     tasks = [asyncio.create_task(worker.run(), name=f"worker {worker.index}") for worker in running]
 
@@ -144,6 +151,9 @@ async def workers(config: Path, count: int, drain_seconds: Callable[[], float]) 
         await asyncio.gather(*tasks)
         os.close(parent_end)
         os.close(alive)
+        for pair in pairs:
+            for each in pair:
+                each.close()
 
 
 class Worker:
@@ -185,9 +195,10 @@ class Worker:
 
     async def _run_once(self) -> int:
         arguments = ("gateway", str(self._config), "--worker", str(self.index), "--alive", str(self._alive))
+        polls = self.index.polls
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", BOOT, str(os.getpid()), *arguments),
-            pass_fds=(self._alive,),
+            *(sys.executable, "-c", BOOT, str(os.getpid()), *arguments, "--polls", ",".join(map(str, polls))),
+            pass_fds=(self._alive, *polls),
             # Ctrl-C on a terminal then reaches the parent only, which stops the workers in order.
             start_new_session=True,
         )

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from config.command_line import CommandParser, add_config, chosen_config, exit_codes
@@ -35,7 +36,8 @@ def gateway_main(arguments: list[str]) -> int:
     home = control_home()
     if options.workers > 1:
         return run_until_signal(lambda: _workers(config, options.workers, home))
-    return run_until_signal(lambda: _worker(config, options.worker, options.alive, home))
+    place = replace(options.worker, polls=options.polls)
+    return run_until_signal(lambda: _worker(config, place, options.alive, home))
 
 
 def gateway_parser() -> CommandParser:
@@ -58,8 +60,14 @@ def gateway_parser() -> CommandParser:
     # Internal: passed by the parent process to its workers.
     parser.add_argument("--worker", type=WorkerIndex.parse, default=SINGLE_WORKER, help=argparse.SUPPRESS)
     parser.add_argument("--alive", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--polls", type=descriptors, default=(), help=argparse.SUPPRESS)
     add_config(parser)
     return parser
+
+
+def descriptors(text: str) -> tuple[int, ...]:
+    """Parse descriptors such as `5,6`; ValueError if one is not a number."""
+    return tuple([int(number) for number in text.split(",")])
 
 
 def control_home() -> Path | None:

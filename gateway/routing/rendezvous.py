@@ -17,7 +17,7 @@ CACHED_SHARE = 0.5
 # 60 bits are two digits of CPython's integers. The multiplier is odd, its bits are well mixed.
 HASH_BITS = 60
 _MULTIPLIER = 0x1342543DE82EF95
-_MASK = 2**HASH_BITS - 1
+_MASK: int = 2**HASH_BITS - 1
 
 
 # Where other gateways take turns of the same conversations, this share of later turns is of ones not seen here before.
@@ -65,4 +65,5 @@ def unseen_share(share: float, *, unseen: bool) -> float:
 
 def hash_of(text: str) -> int:
     """Hash a session or the id of a replica to HASH_BITS bits, the same in every process."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big") & _MASK
+    digest = blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") & _MASK

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from config.capacity import Measurement
-from gateway.proxy.load.polling import DEFAULT_INTERVALS, PollIntervals, intervals_of
+from gateway.proxy.load.polling import intervals_of
+from gateway.routing.engine_metrics import EngineMetrics
 from tests.benchmarks.routing.figures import Figures, Objective, figures_of
 from tests.benchmarks.routing.ours import Options, Ours
 from tests.benchmarks.routing.policy import NOBODY, Decision, MetricsReader, Usage
@@ -18,14 +19,37 @@ from tests.benchmarks.routing.workloads import Turn
 # 25 times the fleet whose best rung's capacity is searched for.
 BESIDE_TIMES, BESIDE_SECONDS, BESIDE_TURNS = 25, 120.0, 3.0
 BESIDE_LOADS = (0.7, 1.0, 1.25)
+WORKERS = 4
+
+
+class Node:
+    """Workers that share polls: one of them reads, and tells the others."""
+
+    intervals = intervals_of(WORKERS)
+
+    def __init__(self, workers: Sequence[Ours]) -> None:
+        self._workers = workers
+
+    def busy(self, replica: str) -> bool:
+        return any(each.busy(replica) for each in self._workers)
+
+    def polled(self, replica: str, poll: EngineMetrics) -> None:
+        for each in self._workers:
+            each.polled(replica, poll)
+
+    def unanswered(self, replica: str, now: float) -> None:
+        for each in self._workers:
+            each.unanswered(replica, now)
 
 
 class Gateways:
-    """Gateways behind a load balancer that knows nothing of conversations."""
+    """Gateways behind a load balancer that knows nothing of conversations; on nodes of so many, they share polls."""
 
-    def __init__(self, gateways: Sequence[Ours], seed: int = 1) -> None:
+    def __init__(self, gateways: Sequence[Ours], seed: int = 1, on_a_node: int = 1) -> None:
         self.name = f"{len(gateways)} gateways"
         self.gateways = gateways
+        nodes = [gateways[first : first + on_a_node] for first in range(0, len(gateways), on_a_node)]
+        self._readers: Sequence[MetricsReader] = gateways if on_a_node == 1 else [Node(node) for node in nodes]
         self._chance = random.Random(seed)
         self._asked: dict[int, Ours] = {}  # by turn
 
@@ -51,7 +75,7 @@ class Gateways:
         self._asked[turn.key].failed(turn, replica, now)
 
     def readers(self) -> Sequence[MetricsReader]:
-        return self.gateways
+        return self._readers
 
     def ready(self, replicas: Sequence[str], now: float) -> None:
         for gateway in self.gateways:
@@ -80,9 +104,9 @@ def beside_one(
     for times in loads:
         scenario = steady(ground, times, 1)
         runs = [
-            run_several(scenario, measurements, 1, DEFAULT_INTERVALS, "1 gateway"),
-            run_several(scenario, measurements, count, DEFAULT_INTERVALS, f"{count} gateways"),
-            run_several(scenario, measurements, count, intervals_of(4), f"{count} as workers, 4 on a node"),
+            run_several(scenario, measurements, 1, "1 gateway"),
+            run_several(scenario, measurements, count, f"{count} gateways"),
+            run_several(scenario, measurements, count, f"{count} workers, {WORKERS} on a node", WORKERS),
         ]
         title = f"{count} gateways beside 1, {len(ground.fleet.members)} replicas: {times:g} times the best rung"
         tables[title] = [figures_of(run, objective) for run in runs]
@@ -90,12 +114,11 @@ def beside_one(
 
 
 def run_several(
-    scenario: Scenario, measurements: Mapping[str, Measurement], count: int, intervals: PollIntervals, name: str
+    scenario: Scenario, measurements: Mapping[str, Measurement], count: int, name: str, on_a_node: int = 1
 ) -> Run:
-    """Run a scenario with so many gateways, each with its own polls at these intervals."""
-    options = Options(intervals=intervals)
-    run = simulate(
-        scenario,
-        lambda it: Gateways([Ours(it.fleet, measurements, options) for _ in range(count)], it.seed),
-    )
-    return replace(run, policy=name)
+    """Run a scenario with so many gateways, of which those on one node share polls."""
+
+    def make(it: Scenario) -> Gateways:
+        return Gateways([Ours(it.fleet, measurements, Options()) for _ in range(count)], it.seed, on_a_node)
+
+    return replace(simulate(scenario, make), policy=name)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -41,7 +42,7 @@ def test_a_replica_that_leaves_or_joins_moves_only_its_own_conversations(
 
 
 @given(replica_ids, st.integers(0, 2**60 - 1), st.randoms())
-def test_the_order_of_replicas_does_not_matter(ids: list[str], session_hash: int, chance: "st.Random") -> None:
+def test_the_order_of_replicas_does_not_matter(ids: list[str], session_hash: int, chance: Random) -> None:
     """Gateways learn of replicas in any order."""
     shuffled = list(ids)
     chance.shuffle(shuffled)
