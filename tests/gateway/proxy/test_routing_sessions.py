@@ -210,7 +210,9 @@ def test_turns_of_conversations_that_began_elsewhere(turns: int, name: str | Non
     """A later turn without a placement shows that another gateway has answered the ones before."""
     said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
     fields = {} if name is None else {"prompt_cache_key": name}
-    context = request_context(parsed(CHAT, {"messages": [*said[:turns], {"role": "user"}], **fields}), Caller("team-a"), JSON)
+    context = request_context(
+        parsed(CHAT, {"messages": [*said[:turns], {"role": "user"}], **fields}), Caller("team-a"), JSON
+    )
     known = Affinity(METRICS)
     asked = routing_request(context, permitted_rungs(context), 0, known, True)
     assert (asked.later, asked.session_hash) == (later, None)
