@@ -150,6 +150,7 @@ class Ours:
         prompt_bytes = round(turn.prompt_tokens * BYTES_PER_TOKEN * (1 + BYTES_SPREAD * _chance(turn.key)))
         target = self._target_of(turn)
         session, placement = self._conversation(turn)
+        first_later = 1 if self._options.named else 2  # the second turn is the first with a session
         return RoutingRequest(
             target,
             target.permitted_rungs(floors, None),
@@ -160,7 +161,7 @@ class Ours:
             prompt_bytes=prompt_bytes,
             blocks=turn.prompt_blocks[_BLOCKS_IN_ONE - 1 :: _BLOCKS_IN_ONE][:MAX_BLOCKS],
             session=session,
-            later=turn.number > 0 and self.dispatch.affinity.placement(turn.session) is None,
+            later=turn.number >= first_later and self.dispatch.affinity.placement(turn.session) is None,
             floors=floors,
             placement=placement,
         )
