@@ -55,13 +55,13 @@ class PollIntervals(msgspec.Struct, frozen=True):
     """From the start of one poll to the next, at rest and while a replica is busy; and how long one may take.
 
     `unanswered_seconds` is the interval while a replica does not answer: who cannot answer is not kept from work, and
-    must be known to hang soon. After `untold_seconds` without a report, a worker polls a replica of another one's.
+    must be known to hang soon. After `report_timeout_seconds` without a report, a worker polls a replica of another one's.
     """
 
     rest_seconds: float = 1.0
     busy_seconds: float = 0.25
     unanswered_seconds: float = 1.0
-    untold_seconds: float = 3.0
+    report_timeout_seconds: float = 3.0
     deadline_seconds: float = 1.0
 
 
@@ -125,12 +125,12 @@ class MetricsPoller:
     _tasks: dict[str, tuple[Replica, asyncio.Task[None]]] = field(default_factory=dict)
     _ending: set[asyncio.Task[None]] = field(default_factory=set)
     _starting: int = 0
-    _told_at: dict[str, float] = field(default_factory=dict)  # by other workers
+    _reported_at: dict[str, float] = field(default_factory=dict)  # by other workers
     _observed: ExitStack = field(default_factory=ExitStack)
 
     async def __aenter__(self) -> Self:
         if self.share is not None:
-            self.share.on_report = self._told
+            self.share.on_report = self._on_report
             self._observed.enter_context(self.share)
         self._observed.enter_context(self.registry.observed(self._follow_registry))
         self._follow_registry()
@@ -172,7 +172,7 @@ class MetricsPoller:
         _, task = self._tasks.pop(replica_id)
         self._results.pop(replica_id, None)
         self._unanswered.pop(replica_id, None)
-        self._told_at.pop(replica_id, None)
+        self._reported_at.pop(replica_id, None)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
         task.cancel()
@@ -182,7 +182,7 @@ class MetricsPoller:
         try:
             await self._wait_for_first()
             while True:
-                await self._wait_while_told(replica.id)
+                await self._wait_while_reported(replica.id)
                 polled_at = self.clock()
                 await self._poll(replica, request, polled_at)
                 busy = self.observer.busy(replica.id)
@@ -217,21 +217,21 @@ class MetricsPoller:
         if self.share is not None:
             self.share.send(report)
 
-    def _told(self, report: PollReport) -> None:
+    def _on_report(self, report: PollReport) -> None:
         """Apply a poll of another worker, if its replica is ready here."""
         known = self._tasks.get(report.replica_id)
         if known is not None:
-            self._told_at[report.replica_id] = self.clock()
+            self._reported_at[report.replica_id] = self.clock()
             self._apply(known[0], report, "as another worker has found")
 
-    async def _wait_while_told(self, replica_id: str) -> None:
+    async def _wait_while_reported(self, replica_id: str) -> None:
         """Wait until this worker has to poll a replica by itself."""
         if self.share is None or self.share.is_poller(replica_id):
             return
-        told_at = self._told_at.setdefault(replica_id, self.clock())
-        while (left := told_at + self.intervals.untold_seconds - self.clock()) > 0:
+        reported_at = self._reported_at.setdefault(replica_id, self.clock())
+        while (left := reported_at + self.intervals.report_timeout_seconds - self.clock()) > 0:
             await asyncio.sleep(left)
-            told_at = self._told_at[replica_id]
+            reported_at = self._reported_at[replica_id]
 
     def _apply(self, replica: Replica, report: PollReport, reason: str) -> None:
         """Pass on what a poll says; `reason` is why it says nothing."""

@@ -41,7 +41,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 QUICK = PollIntervals(rest_seconds=0.02, busy_seconds=0.01, deadline_seconds=DEADLINE_SECONDS)
 SHORT_DEADLINE = PollIntervals(rest_seconds=0.02, busy_seconds=0.01, deadline_seconds=0.1)
-UNTOLD = PollIntervals(rest_seconds=0.02, busy_seconds=0.01, untold_seconds=0.05, deadline_seconds=DEADLINE_SECONDS)
+NO_REPORTS = PollIntervals(
+    rest_seconds=0.02, busy_seconds=0.01, report_timeout_seconds=0.05, deadline_seconds=DEADLINE_SECONDS
+)
 ONLY_WHILE_BUSY = PollIntervals(rest_seconds=3600.0, busy_seconds=0.01, deadline_seconds=DEADLINE_SECONDS)
 
 
@@ -198,7 +200,7 @@ async def test_a_worker_that_is_told_nothing_polls_by_itself(fake: FakeReplica) 
     """As long as the poller of a replica is away."""
     with poll_shares(2) as shares:
         poller, other = sorted(shares, key=lambda share: not share.is_poller("hi-1"))
-        async with polling(replica(fake.url), intervals=UNTOLD, share=other) as alone:
+        async with polling(replica(fake.url), intervals=NO_REPORTS, share=other) as alone:
             assert await alone.observer.next()
             assert (alone.value("polls_total", outcome="ok") or 0) > 0
         with poller:  # ends its descriptors
