@@ -55,7 +55,7 @@ class PollIntervals(msgspec.Struct, frozen=True):
     """From the start of one poll to the next, at rest and while a replica is busy; and how long one may take.
 
     `unanswered_seconds` is the interval while a replica does not answer: who cannot answer is not kept from work, and
-    must be known to hang soon. After `report_timeout_seconds` without a report, a worker polls a replica of another one's.
+    must be known to hang soon. A worker polls a replica of another one after `report_timeout_seconds` without a report.
     """
 
     rest_seconds: float = 1.0
