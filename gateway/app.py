@@ -138,7 +138,7 @@ async def gateway(
         enter = stack.enter_async_context
         observed = await enter(observability(deployment, live_config, access_log_stream or sys.stderr.buffer))
         metrics, observers = observed.metrics, observed.observers
-        routed = await enter(routing(deployment, registry, live_config, observed, place.share))
+        routed = await enter(routing(deployment, registry, live_config, observed, place))
         dispatcher, proxy = routed.dispatcher, routed.proxy
         rollouts = await enter(rollout_routing(deployment, registry, live_config, dispatcher, metrics))
         recorded, arms = rollouts.recorded, rollouts.arms

@@ -28,7 +28,8 @@ from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.exchange import Proxy
 from gateway.proxy.external_models import ExternalModels, external_ladders, external_model_replicas
 from gateway.proxy.initial_series import create_series
-from gateway.proxy.load.polling import MetricsPoller
+from gateway.proxy.load.poll_share import PollShare
+from gateway.proxy.load.polling import MetricsPoller, intervals_of
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.proxy.upstream.by_kind import UpstreamByKind
 from gateway.proxy.upstream.external import ExternalUpstream, load_litellm
@@ -90,14 +91,14 @@ class Routing:
 
 @asynccontextmanager
 async def routing(
-    deployment: Deployment, registry: Registry, live_config: LiveConfig, observed: Observability, share: float
+    deployment: Deployment, registry: Registry, live_config: LiveConfig, observed: Observability, place: WorkerIndex
 ) -> AsyncIterator[Routing]:
-    """Connect to replicas and external models, and poll replicas; `share` is this process' part of all budgets."""
+    """Connect to replicas and external models, and poll replicas; workers share budgets and polls equally."""
     settings, metrics = deployment.settings.gateway, observed.metrics
     load = LoadTracker(registry.in_flight, deployment.speeds)
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(Pool())
-        external, upstream = await external_models(stack, deployment, registry, observed, pool, share)
+        external, upstream = await external_models(stack, deployment, registry, observed, pool, place.share)
         dispatcher = stack.enter_context(
             Dispatcher(registry, load, metrics, settings.queue, settings.retries, exchanges=upstream)
         )
@@ -105,7 +106,12 @@ async def routing(
         # On connections of their own: polls and requests do not wait for each other.
         polls = await stack.enter_async_context(Pool())
         poller = await stack.enter_async_context(
-            MetricsPoller(registry, polls, dispatcher, metrics.polls, on_answer=dispatcher.poll_answered)
+            MetricsPoller(
+                *(registry, polls, dispatcher, metrics.polls),
+                intervals=intervals_of(place.of),
+                share=PollShare(place.number, place.of, place.polls) if place.polls else None,
+                on_answer=dispatcher.poll_answered,
+            )
         )
         for collector in collectors(registry, live_config, dispatcher, poller, load):
             metrics.registry.register(collector)

@@ -23,6 +23,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Self
 
@@ -30,6 +31,7 @@ from config.errors import ConfigError
 from config.schema import GatewaySettings
 from gateway.deployment import Deployment
 from gateway.http.sockets import ADMIN, CLIENT, InheritedSockets, ListenSockets, NextAcceptor
+from gateway.proxy.load.poll_share import descriptors_of, poll_sockets
 from serving.service_manager import ServiceManager
 
 log = logging.getLogger(__name__)
@@ -61,10 +63,14 @@ sys.exit(main())
 
 @dataclass(frozen=True, slots=True)
 class WorkerIndex:
-    """Position of a worker among all workers, counted from 1; as text `2/4`."""
+    """Position of a worker among all workers, counted from 1; as text `2/4`.
+
+    `polls` are the descriptors of the sockets on which workers share polls (gateway.proxy.load.poll_share).
+    """
 
     number: int = 1
     of: int = 1
+    polls: tuple[int, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -174,8 +180,9 @@ async def workers(
     # Each child that accepts connections writes a byte into this one.
     listening, child_end = os.pipe()
     count = len(sockets.admin)
-    indexes = [WorkerIndex(number, count) for number in range(1, count + 1)]
-    running = [Worker(config, index, sockets, alive, child_end) for index in indexes]
+    pairs = poll_sockets(count)
+    places = [WorkerIndex(number + 1, count, descriptors_of(number, pairs)) for number in range(count)]
+    running = [Worker(config, place, sockets, alive, child_end) for place in places]
     loop = asyncio.get_running_loop()
     tasks = [asyncio.create_task(worker.run(), name=f"worker {worker.index}") for worker in running]
 
@@ -199,6 +206,8 @@ async def workers(
         await asyncio.gather(*tasks)
         for descriptor in (parent_end, alive, listening, child_end):
             os.close(descriptor)
+        for each in chain.from_iterable(pairs):
+            each.close()
 
 
 @dataclass(slots=True)
@@ -288,10 +297,11 @@ class Worker:
     async def _run_once(self) -> int:
         arguments = ["gateway", str(self._config), "--worker", str(self.index)]
         pipes = ["--alive", str(self._alive), "--listening", str(self._listening)]
+        polls = ["--polls", ",".join(map(str, self.index.polls))]
         sockets, descriptors = self._sockets.arguments(self.index)
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", BOOT, str(os.getpid()), *arguments, *pipes, *sockets),
-            pass_fds=(self._alive, self._listening, *descriptors),
+            *(sys.executable, "-c", BOOT, str(os.getpid()), *arguments, *pipes, *polls, *sockets),
+            pass_fds=(self._alive, self._listening, *self.index.polls, *descriptors),
             # Ctrl-C on a terminal then reaches the parent only, which stops the workers in order.
             start_new_session=True,
         )

@@ -17,7 +17,7 @@ A source may clean up late, when another one already uses the id again. Hence `r
 import asyncio
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 from serving.errors import NoSuchReplica, ReplicaConflict
@@ -44,6 +44,8 @@ class Registry:
     _ready: dict[str, tuple[Replica, ...]] = field(default_factory=dict)
     _change: asyncio.Event = field(default_factory=asyncio.Event)
     _observers: list[Callable[[], None]] = field(default_factory=list)
+    _deferring: bool = False  # within a block of `changing`
+    _deferred: bool = False  # something has changed in it
     # Separate from `_change`: under low load a replica becomes idle after every request, and few tasks wait for that.
     _idle: asyncio.Event | None = None
 
@@ -137,6 +139,21 @@ class Registry:
         finally:
             self._observers.remove(observer)
 
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Announce all changes of a block at its end, as one; the block must not await."""
+        if self._deferring:
+            yield
+            return
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+            if self._deferred:
+                self._deferred = False
+                self._announce()
+
     async def changed(self) -> None:
         """Wait until a replica is added, changed or removed."""
         await self._change.wait()
@@ -154,14 +171,17 @@ class Registry:
             raise NoSuchReplica(f"replica {replica_id!r} is not in the registry") from None
 
     def _announce(self) -> None:
-        ready: dict[str, tuple[Replica, ...]] = {}
+        if self._deferring:
+            self._deferred = True
+            return
+        ready: dict[str, list[Replica]] = {}
         for _, entry in sorted(self._entries.items()):
             if entry.state is State.READY:
                 replica = entry.replica
                 for each in (replica, *(replica.with_adapter(adapter) for adapter in replica.adapters)):
-                    ready[each.variant] = (*ready.get(each.variant, ()), each)
+                    ready.setdefault(each.variant, []).append(each)
         self._ready.clear()
-        self._ready.update(ready)
+        self._ready.update({variant: tuple(replicas) for variant, replicas in ready.items()})
         for observer in self._observers:
             observer()
         waiting, self._change = self._change, asyncio.Event()
@@ -186,6 +206,10 @@ class ReplicaSource:
     def remove(self, replica_id: str) -> None:
         """Remove a replica; see `Registry.remove`."""
         self._registry.remove(replica_id, source=self.name)
+
+    def changing(self) -> AbstractContextManager[None]:
+        """Announce several changes as one; see `Registry.changing`."""
+        return self._registry.changing()
 
     def keep_only(self, replica_ids: Collection[str]) -> None:
         """Remove the replicas of this source whose ids are not among `replica_ids`."""

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from config.command_line import CommandParser, add_config, chosen_config, exit_codes
@@ -101,8 +102,14 @@ def gateway_parser() -> CommandParser:
     parser.add_argument("--sockets", type=int, nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--sockets-kept", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--verified", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--polls", type=descriptors, default=(), help=argparse.SUPPRESS)
     add_config(parser)
     return parser
+
+
+def descriptors(text: str) -> tuple[int, ...]:
+    """Parse descriptors such as `5,6`; ValueError if one is not a number."""
+    return tuple([int(number) for number in text.split(",")])
 
 
 def control_home() -> Path | None:
@@ -188,7 +195,8 @@ def _drain_seconds(config: Path, before: float) -> float:
 async def _worker(config: Path, options: argparse.Namespace) -> AsyncIterator[None]:
     named = dict(zip((CLIENT, ADMIN), options.sockets, strict=True))
     sockets = InheritedSockets(sockets_of(named), "next start" if options.sockets_kept else "none")
-    process = ProcessContext(options.worker, inherited=sockets, verified=options.verified)
+    place = replace(options.worker, polls=options.polls)
+    process = ProcessContext(place, inherited=sockets, verified=options.verified)
     async with stop_with_parent(options.alive), gateway_alone(read_deployment(config), config, process):
         settle()
         os.write(options.listening, b".")

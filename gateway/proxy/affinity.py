@@ -10,6 +10,7 @@ from gateway.observability.metrics import Metrics
 from gateway.proxy.leases import Lease
 from gateway.routing.bytes_per_token import BytesPerToken, learned
 from gateway.routing.prefix_index import BLOCK_BYTES, PrefixIndex, blocks_that_fit
+from gateway.routing.rendezvous import EMPTY_TABLE, SHARED_FROM, RendezvousTable, hash_of, unseen_share, with_homes
 from gateway.routing.request import NO_REPLICAS, NOTHING_CACHED, RoutingRequest
 from gateway.routing.sessions import Placement, Sessions
 from gateway.routing.target import Target
@@ -29,6 +30,8 @@ class Affinity:
         self._tokens: dict[str, BytesPerToken] = {}
         self._capacity_tokens: dict[str, int] = {}
         self._ready: Mapping[str, frozenset[str]] = {}  # ids of replicas, by variant
+        self._tables: Mapping[str, RendezvousTable] = {}  # of the same
+        self._unseen_share = 0.0
 
     def bytes_per_token(self, model: str) -> float:
         """How many bytes of a prompt make a token of this model, on average."""
@@ -37,6 +40,22 @@ class Affinity:
     def placement(self, session: str) -> Placement | None:
         """Where a conversation was answered last."""
         return self._sessions.placement(session)
+
+    @property
+    def shared(self) -> bool:
+        """Whether other gateways answer turns of the same conversations: later turns of some were not seen here."""
+        return self._unseen_share >= SHARED_FROM
+
+    def session_hash(self, session: str) -> int | None:
+        """The hash of a conversation that every gateway chooses by; None if this is the only one: it knows more."""
+        return hash_of(session) if self.shared else None
+
+    def with_homes(
+        self, cached_tokens: Mapping[str, float], session_hash: int, rungs: tuple[Variant, ...], prompt_tokens: float
+    ) -> Mapping[str, float]:
+        """Add what the home of a conversation on each rung has cached of the turns that other gateways sent there."""
+        homes = [self._tables.get(rung.name, EMPTY_TABLE).home(session_hash) for rung in rungs]
+        return with_homes(cached_tokens, [home for home in homes if home is not None], prompt_tokens)
 
     def cached_tokens(self, model: str, rungs: tuple[Variant, ...], blocks: tuple[int, ...]) -> Mapping[str, float]:
         """How many tokens of a prompt replicas have probably cached, at least those of some rungs that have any."""
@@ -53,12 +72,19 @@ class Affinity:
 
     def refreshed(self, request: RoutingRequest, tried: frozenset[str] | None = None) -> RoutingRequest:
         """The same request with the affinity of now, for another attempt after it waited or failed."""
+        placement, session_hash, cached_tokens = None, None, NOTHING_CACHED
+        if request.session is not None:
+            placement = self.placement(request.session) or request.placement
+            session_hash = self.session_hash(request.session)
+        if request.blocks:
+            cached_tokens = self.cached_tokens(request.target.name, request.rungs, request.blocks)
+        if session_hash is not None and request.later:
+            cached_tokens = self.with_homes(cached_tokens, session_hash, request.rungs, request.prompt_tokens)
         return msgspec.structs.replace(
             request,
-            placement=None if request.session is None else self.placement(request.session) or request.placement,
-            cached_tokens=self.cached_tokens(request.target.name, request.rungs, request.blocks)
-            if request.blocks
-            else NOTHING_CACHED,
+            placement=placement,
+            session_hash=session_hash,
+            cached_tokens=cached_tokens,
             tried=request.tried if tried is None else tried,
         )
 
@@ -69,6 +95,8 @@ class Affinity:
             self._prefixes.remember(lease.replica.id, request.blocks)
         if request.session is not None:
             variant = lease.replica.variant
+            if request.later or request.placement is not None:
+                self._unseen_share = unseen_share(self._unseen_share, unseen=request.later)
             before = self._sessions.begin(request.session, variant, lease.replica.id) or request.placement
             if before is not None and before.variant != variant:
                 self._count_move(request.target, before.variant, variant)
@@ -101,6 +129,7 @@ class Affinity:
     def keep_only(self, ready: Mapping[str, Collection[Replica]]) -> None:
         """Follow the registry: forget what replicas had cached that are gone."""
         self._ready = {variant: frozenset([each.id for each in replicas]) for variant, replicas in ready.items()}
+        self._tables = {variant: RendezvousTable.of(sorted(ids)) for variant, ids in self._ready.items()}
         replica_ids = frozenset[str]().union(*self._ready.values())
         self._prefixes.keep_only(replica_ids)
         self._capacity_tokens = {each: tokens for each, tokens in self._capacity_tokens.items() if each in replica_ids}

@@ -90,6 +90,7 @@ class DecisionRecord(msgspec.Struct, frozen=True, eq=False, gc=False):
             chosen,
             self.wait_seconds if isfinite(self.wait_seconds) else None,
             request.tools,
+            request.session_hash,
         )
 
 

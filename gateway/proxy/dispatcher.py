@@ -187,8 +187,8 @@ class Dispatcher:
     # What polls say (gateway.proxy.load.polling.PollObserver)
 
     def busy(self, replica_id: str) -> bool:
-        """Return whether a replica's load changes fast enough for frequent polls."""
-        return self._load.busy(replica_id)
+        """Return whether a replica's load changes fast enough for frequent polls: not if other gateways poll it."""
+        return self._load.busy(replica_id) and not self.affinity.shared
 
     def polled(self, replica_id: str, polled_at: float, poll: EngineMetrics) -> None:
         """Apply what an engine says of its load."""

@@ -109,8 +109,9 @@ def routing_request(
     parts = prompt_parts(inference)
     prompt_bytes = text_bytes(parts)
     token_ids = count_token_ids(inference) if endpoint.batch else 0
+    prompt_tokens = token_ids or prompt_bytes / affinity.bytes_per_token(model)
     blocks: tuple[int, ...] = ()
-    session, placement, cached_tokens = None, None, NOTHING_CACHED
+    session, placement, session_hash, later, cached_tokens = None, None, None, False, NOTHING_CACHED
     if endpoint.generates:
         session = session_of(inference, context.headers, caller.name)
         placement = None if session is None else affinity.placement(session)
@@ -120,6 +121,11 @@ def routing_request(
             blocks = block_hashes(parts, bytes(fields.get("cache_salt", b"")) + route.target.cache_salt)
             if blocks:
                 cached_tokens = affinity.cached_tokens(model, rungs, blocks)
+        if session is not None:
+            later = (placement is None or not placement.replica_id) and is_later(inference, context.headers)
+            session_hash = affinity.session_hash(session)
+            if later and session_hash is not None:
+                cached_tokens = affinity.with_homes(cached_tokens, session_hash, rungs, prompt_tokens)
     return RoutingRequest(
         route.target,
         rungs,
@@ -128,14 +134,16 @@ def routing_request(
         caller.name or "",
         inference.stream,
         context.body_bytes,
-        token_ids or prompt_bytes / affinity.bytes_per_token(model),
+        prompt_tokens,
         0 if token_ids else prompt_bytes,
         max_answer_tokens(inference),
         blocks,
         session,
         (caller.floor, inference.floor),
         inference.precisions,
+        later,
         placement,
+        session_hash,
         cached_tokens,
         tools=inference.uses_tools,
     )
@@ -236,6 +244,16 @@ def session_of(inference: InferenceRequest, headers: Mapping[bytes, bytes], key_
         return session_from_name(name, key_name)
     turns = _first_turns(inference)
     return None if turns is None else _hashed(b"turns", key_name, turns)
+
+
+def is_later(inference: InferenceRequest, headers: Mapping[bytes, bytes]) -> bool:
+    """Tell whether an earlier turn of a conversation had the same session.
+
+    The session of a conversation that the client does not name begins with its second turn, so the third is the first
+    later one. The model's turns are counted without parsing them.
+    """
+    turns = _turns(inference, MAX_TURNS_BYTES)
+    return turns is not None and turns.count(b'"assistant"') >= (1 if _name(inference, headers) else 2)
 
 
 def opening_of(inference: InferenceRequest, headers: Mapping[bytes, bytes], key_name: str | None) -> str | None:

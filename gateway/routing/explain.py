@@ -315,6 +315,8 @@ class _DecisionTrace:
             return f"{seconds:.3f} s later than {chosen.id}"
         if seconds < 0 and self.request.placement is not None:
             return f"{-seconds:.3f} s sooner, but the conversation stays on {chosen.id}"
+        if self.request.session_hash is not None:
+            return f"{-seconds:.3f} s sooner, but every gateway sends the conversation to {chosen.id}"
         return f"same cost as {chosen.id}; equal replicas take turns"
 
     def _is_barred(self, replica: LatencyEstimate) -> bool:

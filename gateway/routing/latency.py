@@ -54,6 +54,7 @@ class ReplicaMetrics(msgspec.Struct, frozen=True, gc=False):
     slowdown: Slowdown = NO_SLOWDOWN
     speed: SpeedProfile | None = None
     answer_tokens: float = DEFAULT_ANSWER_TOKENS
+    hash: int = 0
 
 
 class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
@@ -62,6 +63,7 @@ class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
     `known` is False where the speed of the replica is unknown: then `requests` is all there is to compare. A speed that
     was learned by watching is known, but not `measured`. `reading` is the slowdown of reading that the terms include.
     `tools`: it may take requests with tools. `slots` are requests that are processed at once, None if unknown.
+    `hash` is that of its id (gateway.routing.rendezvous).
     """
 
     id: str
@@ -86,6 +88,7 @@ class LatencyEstimate(msgspec.Struct, frozen=True, gc=False):
     reading: float = 1.0
     tools: bool = True
     slots: float | None = None
+    hash: int = 0
 
     @property
     def work_seconds(self) -> float:
@@ -105,7 +108,7 @@ def estimate_latency(metrics: ReplicaMetrics) -> LatencyEstimate:
     most, tools = replica.max_in_flight, replica.tools is not False
     if speed is None:
         known = (has_room, False, False, stale, in_flight, requests, most, context_tokens)
-        return LatencyEstimate(replica.id, replica.variant, *known, tools=tools)
+        return LatencyEstimate(replica.id, replica.variant, *known, tools=tools, hash=metrics.hash)
     slowdown, reading = metrics.slowdown, metrics.slowdown.reading
     slots = min(speed.slots or inf, metrics.observed_slots, _slots_in_cache(metrics))
     queue_seconds = 0.0
@@ -141,6 +144,7 @@ def estimate_latency(metrics: ReplicaMetrics) -> LatencyEstimate:
         reading=reading,
         tools=tools,
         slots=slots if slots < inf else None,
+        hash=metrics.hash,
     )
 
 

@@ -25,6 +25,7 @@ from gateway.routing.breaker import admissible
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.filters import admitted, filter_replicas, without_room_if_overloaded
 from gateway.routing.latency import LatencyEstimate
+from gateway.routing.rendezvous import highest_weight
 from gateway.routing.request import NOTHING_CACHED, RoutingRequest
 from gateway.routing.score import cost, costs
 from gateway.routing.sessions import Placement
@@ -49,6 +50,9 @@ MAX_CONCURRENT_TURNS = 4
 # A conversation stays on its replica unless another is cheaper by this share and this much.
 STICKY_SHARE = 1.1
 STICKY_SECONDS = 0.05
+# One that this gateway has not seen goes to the replica of the highest weight within a wider margin: all gateways must
+# choose the same one, on loads that each of them knows a little differently; and not all of them the least loaded one.
+HOME_SHARE = 1.6
 # A shorter wait refuses no request: estimates are not better than this.
 MIN_REFUSED_WAIT_SECONDS = 1.0
 
@@ -331,9 +335,13 @@ def _waits_for_its_cache(
     best: LatencyEstimate | None, able: Sequence[LatencyEstimate], request: RoutingRequest, spill: Spill
 ) -> bool:
     """Return whether a rung is slow for this request alone: it waits where its prompt is cached, others need not."""
-    if best is None or not request.cached_tokens or best.wait_seconds <= spill.after_seconds:
+    if (
+        best is None
+        or (not request.cached_tokens and request.session_hash is None)
+        or best.wait_seconds <= spill.after_seconds
+    ):
         return False
-    uncached = msgspec.structs.replace(request, placement=None, cached_tokens=NOTHING_CACHED)
+    uncached = msgspec.structs.replace(request, placement=None, session_hash=None, cached_tokens=NOTHING_CACHED)
     other = pick(able, uncached, spill)
     return other is not None and other.wait_seconds <= spill.after_seconds
 
@@ -347,7 +355,7 @@ def _best(roomy: Sequence[LatencyEstimate], request: RoutingRequest) -> LatencyE
 
 
 def _cheapest(roomy: Sequence[LatencyEstimate], request: RoutingRequest) -> LatencyEstimate:
-    """Pick the lowest cost; equals take turns, and a conversation stays where that costs hardly more."""
+    """Pick the lowest cost; equals take turns, and a conversation stays, or goes home, where that costs hardly more."""
     scores = costs(roomy, request)
     count = len(roomy)
     first = request.turn % count
@@ -357,6 +365,10 @@ def _cheapest(roomy: Sequence[LatencyEstimate], request: RoutingRequest) -> Late
         for each, seconds in zip(roomy, scores, strict=True):
             if each.id == placement.replica_id and seconds <= STICKY_SHARE * lowest + STICKY_SECONDS:
                 return each
+    if request.session_hash is not None and (placement is None or not placement.running):
+        limit = HOME_SHARE * lowest + STICKY_SECONDS
+        near = [each for each, seconds in zip(roomy, scores, strict=True) if seconds <= limit]
+        return near[highest_weight(request.session_hash, [each.hash for each in near])]
     place = scores.index(lowest, first) if lowest in scores[first:] else scores.index(lowest)
     return roomy[place]
 

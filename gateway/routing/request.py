@@ -23,10 +23,12 @@ class RoutingRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
     Identity: `turn` counts requests and rotates among equal replicas; `key` is the name of the API key.
     Features: `prompt_tokens` is estimated from `prompt_bytes` (0 for token ids); `answer_tokens` is the longest answer
     that the client accepts, None if it sets no limit; `blocks` are chained hashes of the beginning of the prompt;
-    `session` names the conversation, None if there is none. `body_bytes` is what the request holds while it waits.
+    `session` names the conversation, None if there is none; `later`: this gateway has not
+    seen it, and another one has. `body_bytes` is what the request holds while it waits.
     Constraints: `rungs` are those of the target's ladder that satisfy `floors` and `precisions`.
-    Affinity: `placement` is where the conversation was answered last, `cached_tokens` how much of the prompt replicas
-    have probably in their prefix caches.
+    Affinity: `placement` is where this gateway sent the conversation last; `session_hash` is the same at every gateway,
+    and None where this is the only one. `cached_tokens` is how much of the prompt replicas have probably in their
+    prefix caches.
     `tools`: it has tools, which a replica must take.
     Retry: replicas in `tried` have failed this request.
     """
@@ -45,7 +47,9 @@ class RoutingRequest(msgspec.Struct, frozen=True, gc=False, eq=False):
     session: str | None = None
     floors: tuple[Floor, ...] = ()
     precisions: frozenset[str] | None = None
+    later: bool = False
     placement: Placement | None = None
+    session_hash: int | None = None
     cached_tokens: Mapping[str, float] = NOTHING_CACHED
     tried: frozenset[str] = NO_REPLICAS
     tools: bool = False

@@ -104,6 +104,7 @@ class RequestView(msgspec.Struct, frozen=True):
     chosen: str | None
     wait_seconds: float | None
     tools: bool = False
+    session_hash: int | None = None
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,6 +164,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
             floors=floors,
             precisions=view.precisions,
             placement=view.placement,
+            session_hash=view.session_hash,
             cached_tokens=view.cached_tokens,
             tried=view.tried,
             tools=view.tools,

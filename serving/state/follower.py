@@ -162,6 +162,11 @@ class Follower:
 
     def _update_registry(self) -> None:
         """Write the effective state of each tracked replica, and remove the others."""
+        with self._source.changing():
+            self._write_states()
+        self._conflicts &= self._tracked.keys()
+
+    def _write_states(self) -> None:
         for name, tracked in list(self._tracked.items()):
             silence = self._silence(tracked)
             if silence is None:
@@ -173,7 +178,6 @@ class Follower:
                 continue
             self._put_or_log(tracked, effective_state(tracked, silence, misses))
         self._source.keep_only(self._tracked)
-        self._conflicts &= self._tracked.keys()
 
     def _put_or_log(self, tracked: TrackedReplica, effective: EffectiveState) -> None:
         """Update a replica's entry in the registry; while another source owns the id, skip it and log that once."""

@@ -199,3 +199,29 @@ async def test_a_change_wakes_all_waiters() -> None:
     await asyncio.wait(waiting, timeout=0)
     registry.put(ONE, State.STARTING)
     await asyncio.wait_for(asyncio.gather(*waiting), 1)
+
+
+def test_changes_of_a_block_are_announced_as_one() -> None:
+    """Observers see the registry as it is at the end of the block, once; a block without a change is silent."""
+    registry, seen = Registry(), list[list[str]]()
+    with registry.observed(lambda: seen.append([each.id for each in registry.ready.get("int4", ())])):
+        with registry.changing():
+            registry.put(ONE, State.READY)
+            with registry.source(DIRECT).changing():
+                registry.put(TWO, State.READY)
+            assert seen == []
+        with registry.changing():
+            pass
+        registry.remove(ONE.id)
+    assert seen == [["int4-1", "int4-2"], ["int4-2"]]
+
+
+def test_a_block_that_fails_announces_what_it_changed() -> None:
+    """The next change is announced as usual."""
+    registry, seen = Registry(), list[int]()
+    with registry.observed(lambda: seen.append(len(registry.ready.get("int4", ())))):
+        with pytest.raises(NoSuchReplica), registry.changing():
+            registry.put(ONE, State.READY)
+            registry.move(TWO.id, State.FAILED)
+        registry.put(TWO, State.READY)
+    assert seen == [1, 2]

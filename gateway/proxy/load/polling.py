@@ -12,8 +12,9 @@ from typing import Literal, Protocol, Self, get_args
 
 import msgspec
 
-from gateway.errors import UpstreamDisconnected, UpstreamError, UpstreamTimeout
+from gateway.errors import UpstreamError, UpstreamTimeout
 from gateway.observability.metrics.instruments import Counter, Family
+from gateway.proxy.load.poll_share import PollReport, PollShare
 from gateway.proxy.upstream.pool import Pool
 from gateway.routing.engine_metrics import EngineMetrics, PollResult, parse_metrics
 from gateway.routing.silence import MIN_TIMEOUTS
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 JITTER = 0.2
 # First polls are spread over this time for each one that is due.
 START_SECONDS = 0.01
+# From one poll of a replica to the next, at the shortest, where workers share polls.
+SHARED_POLL_SECONDS = 1.0
 PAGE_LIMIT_BYTES = 4 * 2**20
 
 # A replica that did not answer several polls in time may be slow, rather than hang.
@@ -49,19 +52,40 @@ class PollObserver(Protocol):
 
 
 class PollIntervals(msgspec.Struct, frozen=True):
-    """From the start of one poll to the next, at rest and while a replica is busy; and how long one may take."""
+    """From the start of one poll to the next, at rest and while a replica is busy; and how long one may take.
+
+    `unanswered_seconds` is the interval while a replica does not answer: who cannot answer is not kept from work, and
+    must be known to hang soon. A worker polls a replica of another one after `report_timeout_seconds` without a report.
+    """
 
     rest_seconds: float = 1.0
     busy_seconds: float = 0.25
+    unanswered_seconds: float = 1.0
+    report_timeout_seconds: float = 3.0
     deadline_seconds: float = 1.0
 
 
 DEFAULT_INTERVALS = PollIntervals()
 
 
-def next_poll_seconds(*, busy: bool, jitter: float, intervals: PollIntervals = DEFAULT_INTERVALS) -> float:
-    """From the start of one poll to that of the next; `jitter` is within 0 and 1."""
-    return (intervals.busy_seconds if busy else intervals.rest_seconds) * (1 - JITTER * jitter)
+def intervals_of(workers: int) -> PollIntervals:
+    """The intervals of a worker: several of them, which share polls, poll a replica at most once a second.
+
+    Each counts its own requests exactly, also between polls; the older a poll, the older is only what it says of the
+    others. A single worker has no others here, and polls a busy replica four times a second.
+    """
+    if workers == 1:
+        return DEFAULT_INTERVALS
+    seconds = SHARED_POLL_SECONDS / (1 - JITTER)
+    return PollIntervals(seconds, seconds)
+
+
+def next_poll_seconds(
+    *, busy: bool, jitter: float, intervals: PollIntervals = DEFAULT_INTERVALS, answered: bool = True
+) -> float:
+    """From the start of one poll to that of the next; `jitter` is within 0 and 1, `answered` is about the last poll."""
+    seconds = intervals.busy_seconds if busy else intervals.rest_seconds
+    return (seconds if answered else min(seconds, intervals.unanswered_seconds)) * (1 - JITTER * jitter)
 
 
 def first_poll_seconds(starting: int, jitter: float, intervals: PollIntervals = DEFAULT_INTERVALS) -> float:
@@ -83,7 +107,8 @@ class MetricsPoller:
     """Polls while the `async with` block runs, with one task for each ready replica.
 
     `polls` counts them by replica, variant and Outcome. A replica that does not answer is polled as often as any other,
-    but has more time for each answer: it may be slow. `on_answer` is told whether a poll was answered at all.
+    but has more time for each answer: it may be slow. `on_answer` is told whether a poll was answered at all. With a
+    `share`, only some replicas are polled, and reports of the other workers are applied like own polls.
     """
 
     registry: Registry
@@ -94,15 +119,20 @@ class MetricsPoller:
     intervals: PollIntervals = DEFAULT_INTERVALS
     clock: Callable[[], float] = time.monotonic
     on_answer: OnAnswer = ignore_answers
+    share: PollShare | None = None
     _unanswered: dict[str, int] = field(default_factory=dict)  # polls in a row
     _counted: set[str] = field(default_factory=set)  # replicas that `polls` has counters of
     _results: dict[str, PollResult] = field(default_factory=dict)
     _tasks: dict[str, tuple[Replica, asyncio.Task[None]]] = field(default_factory=dict)
     _ending: set[asyncio.Task[None]] = field(default_factory=set)
     _starting: int = 0
+    _reported_at: dict[str, float] = field(default_factory=dict)  # by other workers
     _observed: ExitStack = field(default_factory=ExitStack)
 
     async def __aenter__(self) -> Self:
+        if self.share is not None:
+            self.share.on_report = self._on_report
+            self._observed.enter_context(self.share)
         self._observed.enter_context(self.registry.observed(self._follow_registry))
         self._follow_registry()
         return self
@@ -147,6 +177,7 @@ class MetricsPoller:
         _, task = self._tasks.pop(replica_id)
         self._results.pop(replica_id, None)
         self._unanswered.pop(replica_id, None)
+        self._reported_at.pop(replica_id, None)
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
         task.cancel()
@@ -156,11 +187,13 @@ class MetricsPoller:
         try:
             await self._wait_for_first()
             while True:
+                await self._wait_while_reported(replica.id)
                 polled_at = self.clock()
                 await self._poll(replica, request, polled_at)
                 busy = self.observer.busy(replica.id)
-                due = polled_at + next_poll_seconds(busy=busy, jitter=self.random.random(), intervals=self.intervals)
-                await asyncio.sleep(due - self.clock())
+                answered, jitter = not self._unanswered.get(replica.id), self.random.random()
+                seconds = next_poll_seconds(busy=busy, jitter=jitter, intervals=self.intervals, answered=answered)
+                await asyncio.sleep(polled_at + seconds - self.clock())
         finally:
             self.pool.drop(replica.url, replica.tls)
 
@@ -174,19 +207,45 @@ class MetricsPoller:
     async def _poll(self, replica: Replica, request: bytes, polled_at: float) -> None:
         unanswered = self._unanswered.get(replica.id, 0)
         deadline_seconds = poll_deadline_seconds(unanswered, self.intervals)
+        report, reason = PollReport(replica.id, polled_at, answered=True), ""
         try:
             status, page = await self._page(replica, request, deadline_seconds)
+            if status == 200:
+                poll, missing = parse_metrics(page, self.clock())
+                report = PollReport(replica.id, polled_at, True, poll, missing)
+            else:
+                reason = f"status {status}"
         except UpstreamError as error:
-            self._unanswered[replica.id] = unanswered + 1
-            self._failed(replica, error)
-            self.on_answer(replica.id, False)
+            report, reason = PollReport(replica.id, polled_at, answered=False), str(error)
+        self._count(replica, "failed" if report.poll is None else "missing" if report.missing else "ok")
+        self._apply(replica, report, reason)
+        if self.share is not None:
+            self.share.send(report)
+
+    def _on_report(self, report: PollReport) -> None:
+        """Apply a poll of another worker, if its replica is ready here."""
+        known = self._tasks.get(report.replica_id)
+        if known is not None:
+            self._reported_at[report.replica_id] = self.clock()
+            self._apply(known[0], report, "as another worker has found")
+
+    async def _wait_while_reported(self, replica_id: str) -> None:
+        """Wait until this worker has to poll a replica by itself."""
+        if self.share is None or self.share.is_poller(replica_id):
             return
-        self._unanswered[replica.id] = 0
-        if status == 200:
-            self._read(replica, polled_at, page)
+        reported_at = self._reported_at.setdefault(replica_id, self.clock())
+        while (left := reported_at + self.intervals.report_timeout_seconds - self.clock()) > 0:
+            await asyncio.sleep(left)
+            reported_at = self._reported_at[replica_id]
+
+    def _apply(self, replica: Replica, report: PollReport, reason: str) -> None:
+        """Pass on what a poll says; `reason` is why it says nothing."""
+        self._unanswered[replica.id] = 0 if report.answered else self._unanswered.get(replica.id, 0) + 1
+        if report.poll is None:
+            self._failed(replica, reason)
         else:
-            self._failed(replica, UpstreamDisconnected(f"status {status}"))
-        self.on_answer(replica.id, True)
+            self._read(replica, report.polled_at, report.poll, report.missing)
+        self.on_answer(replica.id, report.answered)
 
     async def _page(self, replica: Replica, request: bytes, deadline_seconds: float) -> tuple[int, bytes]:
         try:
@@ -196,20 +255,17 @@ class MetricsPoller:
         except TimeoutError as error:
             raise UpstreamTimeout(f"no complete page after {deadline_seconds:g} s") from error
 
-    def _failed(self, replica: Replica, error: UpstreamError) -> None:
+    def _failed(self, replica: Replica, reason: str) -> None:
         before = self._results.get(replica.id) or PollResult()
         if before.answers:
             text = "replica %s: cannot read its metrics (%s); its load is unknown until %s/metrics answers again"
-            log.warning(text, replica.id, error, replica.url)
-        self._count(replica, "failed")
+            log.warning(text, replica.id, reason, replica.url)
         self._results[replica.id] = before.unanswered()
         self.observer.poll_failed(replica.id)
 
-    def _read(self, replica: Replica, polled_at: float, page: bytes) -> None:
-        poll, missing = parse_metrics(page, self.clock())
+    def _read(self, replica: Replica, polled_at: float, poll: EngineMetrics, missing: frozenset[str]) -> None:
         before = self._results.get(replica.id) or PollResult()
         _log_changes(replica, before, missing)
-        self._count(replica, "missing" if missing else "ok")
         self._results[replica.id] = PollResult(poll, polled_at if poll.tells_load else before.polled_at, missing)
         if poll.tells_load:
             self.observer.polled(replica.id, polled_at, poll)

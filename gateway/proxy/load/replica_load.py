@@ -12,6 +12,7 @@ import msgspec
 
 from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.latency import LatencyEstimate
+from gateway.routing.rendezvous import hash_of
 from gateway.routing.speed import (
     NO_ESTIMATE,
     NO_SLOWDOWN,
@@ -94,6 +95,10 @@ class ReplicaLoad:
     estimate: Estimate = NO_ESTIMATE
     was_idle: bool = True  # at any moment since the poll
     endings: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_ENDINGS))
+    hash: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.hash = hash_of(self.replica.id)
 
     def send(self, latency: LatencyEstimate, tokens: float, streams: bool) -> InFlight:
         """Count a request in; `tokens` of its prompt have to be read, `latency` is what it was chosen by."""

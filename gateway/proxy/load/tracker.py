@@ -214,4 +214,5 @@ class LoadTracker:
             load.slowdown,
             self._speeds.get(group.variant) or load.estimate.speed(group.answer_tokens),
             group.answer_tokens,
+            load.hash,
         )

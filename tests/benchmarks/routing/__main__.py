@@ -22,12 +22,14 @@ from tests.benchmarks.routing.calibration import measured
 from tests.benchmarks.routing.deciding import decision_costs
 from tests.benchmarks.routing.engine_server import counts_of
 from tests.benchmarks.routing.figures import Objective, figures_of
+from tests.benchmarks.routing.fleet import Size, fleet_figures
 from tests.benchmarks.routing.ours import Options, Ours
 from tests.benchmarks.routing.policy import Policy
 from tests.benchmarks.routing.profiles import MODELS, QUALITY, Fleet, fleet_of
 from tests.benchmarks.routing.report import Report
 from tests.benchmarks.routing.runs import Run, Scenario
 from tests.benchmarks.routing.scenarios import Ground
+from tests.benchmarks.routing.several import BESIDE_SECONDS, BESIDE_TIMES, beside_fleet, beside_one
 from tests.benchmarks.routing.simulation import simulate
 from tests.benchmarks.routing.sockets import Setting, contenders, run_over_sockets
 from tests.benchmarks.routing.workloads import CHATS, Mix
@@ -35,6 +37,7 @@ from tests.benchmarks.routing.workloads import CHATS, Mix
 PARTS = ("capacity", "steady", "square", "ramp", "faults", "overload", "burst")
 SOCKETS = "sockets"
 DECISION = "decision"
+GATEWAYS, FLEET = "gateways", "fleet"
 OVERLOAD = 6.0
 PEERS_FOLDER = ROOT / ".venv" / "peers"
 PLOTTED = ("least in flight", "static ladder")
@@ -98,6 +101,11 @@ def main(arguments: Sequence[str]) -> int:
     bench.fill(report, options.parts)
     if DECISION in options.parts:
         report.decisions = decision_costs()
+    if GATEWAYS in options.parts:
+        ground = Ground(beside_fleet(options.model), BESIDE_TIMES * capacity, BESIDE_SECONDS, _mix(options))
+        report.tables |= beside_one(ground, measurements, objective)
+    if FLEET in options.parts:
+        report.fleets = [fleet_figures(size, objective) for size in (Size(aliases=10, turns_per_second=500.0), Size())]
     if SOCKETS in options.parts:
         setting = Setting(options.model, fleet, measurements, _ours(options), options.peers_folder)
         _compare_over_sockets(report, setting, options, objective)
@@ -196,7 +204,7 @@ def _compare_over_sockets(report: Report, setting: Setting, options: argparse.Na
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.routing", description=__doc__)
     known = tuple(_makers(Objective(), Options()))
-    parts = (*PARTS, DECISION, SOCKETS)
+    parts = (*PARTS, DECISION, GATEWAYS, FLEET, SOCKETS)
     parser.add_argument("--parts", type=_words(parts), default=list(PARTS), help=f"of {','.join(parts)}")
     parser.add_argument("--policies", type=_words(known), default=list(known), help=f"of {','.join(known)}")
     parser.add_argument("--model", choices=list(MODELS), default="32b", help="(default: %(default)s)")

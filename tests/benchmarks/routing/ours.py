@@ -8,6 +8,7 @@ import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 from config.capacity import Measurement
 from config.external import ExternalModel
@@ -17,6 +18,7 @@ from gateway.errors import Overloaded, Unavailable, UpstreamDisconnected
 from gateway.observability.metrics import Metrics
 from gateway.proxy.dispatcher import Dispatcher
 from gateway.proxy.leases import Lease
+from gateway.proxy.load.polling import DEFAULT_INTERVALS, PollIntervals
 from gateway.proxy.load.tracker import LoadTracker
 from gateway.routing.engine_metrics import EngineMetrics
 from gateway.routing.pick import decide
@@ -25,10 +27,10 @@ from gateway.routing.request import RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.speed import SpeedProfile
 from gateway.routing.spill import PAUSE_SECONDS
-from gateway.routing.target import DEFAULT_SPILL, Catalog
+from gateway.routing.target import DEFAULT_SPILL, Catalog, Target
 from serving.registry import Registry
 from serving.replica import Replica, State
-from tests.benchmarks.routing.policy import NOBODY, Decision, Refused, Usage
+from tests.benchmarks.routing.policy import NOBODY, Decision, MetricsReader, Refused, Usage
 from tests.benchmarks.routing.profiles import BLOCK_TOKENS, Fleet, Member
 from tests.benchmarks.routing.workloads import Turn
 from tests.gateway.proxy.dispatching import lease_or_wait
@@ -51,6 +53,7 @@ class Options:
     patience_seconds: float = 30.0
     measured: bool = True  # there is a capacity.json
     named: bool = True
+    intervals: PollIntervals = DEFAULT_INTERVALS
 
 
 class Ours:
@@ -60,12 +63,11 @@ class Ours:
 
     def __init__(self, fleet: Fleet, measurements: Mapping[str, Measurement], options: Options) -> None:
         self._options = options
+        self.intervals = options.intervals
         clock = asyncio.get_running_loop().time
         self._registry = Registry(clock)
-        variants = {rung: _variant(fleet.only(rung).members[0]) for rung in fleet.rungs}
-        alias = AliasSettings(ladder=fleet.rungs, spill=options.spill)
-        self._target = Catalog({ALIAS: alias}, variants).resolve(ALIAS)
-        speeds = _speeds(measurements, fleet.rungs) if options.measured else {}
+        self._targets = targets_of(fleet, options.spill)
+        speeds = _speeds(measurements, fleet) if options.measured else {}
         self._loads = LoadTracker(self._registry.in_flight, speeds, clock)
         self.dispatch = Dispatcher(self._registry, self._loads, Metrics(), clock=clock)
         self._replicas = {member.id: _replica(member) for member in fleet.members}
@@ -129,6 +131,12 @@ class Ours:
     def unanswered(self, replica: str, now: float) -> None:
         self.dispatch.poll_failed(replica)
 
+    def busy(self, replica: str) -> bool:
+        return self.dispatch.busy(replica)
+
+    def readers(self) -> Sequence[MetricsReader]:
+        return (self,)
+
     def ready(self, replicas: Sequence[str], now: float) -> None:
         for name, replica in self._replicas.items():
             self._registry.put(replica, State.READY if name in replicas else State.FAILED)
@@ -140,33 +148,41 @@ class Ours:
     def _request(self, turn: Turn, number: int) -> RoutingRequest:
         floors = () if turn.floor is None else (Floor(top1_agreement=turn.floor),)
         prompt_bytes = round(turn.prompt_tokens * BYTES_PER_TOKEN * (1 + BYTES_SPREAD * _chance(turn.key)))
+        target = self._target_of(turn)
         session, placement = self._conversation(turn)
+        first_later = 1 if self._options.named else 2  # the second turn is the first with a session
         return RoutingRequest(
-            self._target,
-            self._target.permitted_rungs(floors, None),
+            target,
+            target.permitted_rungs(floors, None),
             number,
             request_id=str(turn.key),
             streams=True,
-            prompt_tokens=prompt_bytes / self.dispatch.affinity.bytes_per_token(ALIAS),
+            prompt_tokens=prompt_bytes / self.dispatch.affinity.bytes_per_token(target.name),
             prompt_bytes=prompt_bytes,
             blocks=turn.prompt_blocks[_BLOCKS_IN_ONE - 1 :: _BLOCKS_IN_ONE][:MAX_BLOCKS],
             session=session,
+            later=turn.number >= first_later and self.dispatch.affinity.placement(turn.session) is None,
             floors=floors,
             placement=placement,
         )
+
+    def _target_of(self, turn: Turn) -> Target:
+        """Every conversation is of one alias."""
+        return self._targets[crc32(turn.session.encode()) % len(self._targets)]
 
     def _conversation(self, turn: Turn) -> tuple[str | None, Placement | None]:
         """What gateway.proxy.routing_features finds: `Affinity.refreshed` looks the placement of the session up."""
         if self._options.named:
             return turn.session, None
-        spilling_seconds, known = self.dispatch.spilled_lately_seconds(ALIAS), self.dispatch.affinity.placement
+        target = self._target_of(turn)
+        spilling_seconds, known = self.dispatch.spilled_lately_seconds(target.name), self.dispatch.affinity.placement
         if spilling_seconds is None or known(turn.session) is not None:
             return turn.session if turn.number else None, None
         opening = f"opening {turn.session}"
         if not turn.number:
             return opening, None
         began_before = spilling_seconds < PAUSE_SECONDS
-        placement = known(opening) or (Placement(self._target.rungs[0].name, "") if began_before else None)
+        placement = known(opening) or (Placement(target.rungs[0].name, "") if began_before else None)
         return turn.session, placement
 
     def _note_switches(self, now: float) -> None:
@@ -181,16 +197,28 @@ def _chance(key: int) -> float:
     return (key * 2654435761 % 2**32) / 2**31 - 1
 
 
+def targets_of(fleet: Fleet, spill: Spill) -> list[Target]:
+    """Every alias with a ladder of its own variants."""
+    variants = {member.variant: _variant(member) for member in fleet.members}
+    aliases = {}
+    for alias in range(fleet.aliases):
+        ladder = dict.fromkeys(member.variant for rung in fleet.rungs for member in fleet.of(rung, alias))
+        aliases[f"{ALIAS}.{alias}" if alias else ALIAS] = AliasSettings(ladder=tuple(ladder), spill=spill)
+    catalog = Catalog(aliases, variants)
+    return [catalog.resolve(name) for name in aliases]
+
+
 def _variant(member: Member) -> Variant:
     quality = QualityMeasures("measured", kl_mean=1 - member.agreement, top1_agreement=member.agreement)
-    return Variant(member.precision, member.precision, quality)
+    return Variant(member.variant, member.precision, quality)
 
 
 def _replica(member: Member) -> Replica:
     outside = ExternalModel(f"provider/{member.id}") if member.precision == EXTERNAL else None
-    return Replica(member.id, member.precision, member.precision, f"http://{member.id}", ALIAS, external=outside)
+    return Replica(member.id, member.variant, member.precision, f"http://{member.id}", ALIAS, external=outside)
 
 
-def _speeds(measurements: Mapping[str, Measurement], rungs: Sequence[str]) -> dict[str, SpeedProfile]:
-    speeds = {rung: SpeedProfile.measured(measurements[rung]) for rung in rungs if rung in measurements}
-    return {rung: speed for rung, speed in speeds.items() if speed is not None}
+def _speeds(measurements: Mapping[str, Measurement], fleet: Fleet) -> dict[str, SpeedProfile]:
+    speeds = {rung: SpeedProfile.measured(measurements[rung]) for rung in fleet.rungs if rung in measurements}
+    known = {member.variant: speeds.get(member.precision) for member in fleet.members}
+    return {variant: speed for variant, speed in known.items() if speed is not None}

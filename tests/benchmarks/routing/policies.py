@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gateway.proxy.load.polling import DEFAULT_INTERVALS
 from gateway.routing.engine_metrics import EngineMetrics
-from tests.benchmarks.routing.policy import NOBODY, Decision, Refused, Usage
+from tests.benchmarks.routing.policy import NOBODY, Decision, MetricsReader, Refused, Usage
 from tests.benchmarks.routing.profiles import Fleet
 from tests.benchmarks.routing.workloads import Turn
 
@@ -20,6 +21,7 @@ class Counting:
     """What all of them share: who is ready, and how much is in flight where."""
 
     name = "counting"
+    intervals = DEFAULT_INTERVALS
 
     def __init__(self, fleet: Fleet, seed: int = 1) -> None:
         self.fleet = fleet
@@ -58,6 +60,12 @@ class Counting:
 
     def unanswered(self, replica: str, now: float) -> None:
         pass
+
+    def busy(self, replica: str) -> bool:
+        return self.in_flight[replica] > 0
+
+    def readers(self) -> Sequence[MetricsReader]:
+        return (self,)
 
     def ready(self, replicas: Sequence[str], now: float) -> None:
         self._ready = tuple(replicas)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from gateway.proxy.load.polling import PollIntervals
 from gateway.routing.engine_metrics import EngineMetrics
 from tests.benchmarks.routing.workloads import Turn
 
@@ -27,6 +28,21 @@ class Usage:
 
 
 Decision = str | Refused
+
+
+class MetricsReader(Protocol):
+    """Polls the metrics of every replica, as often as it likes."""
+
+    intervals: PollIntervals
+
+    def busy(self, replica: str) -> bool:
+        """Tell whether a replica is polled often."""
+
+    def polled(self, replica: str, poll: EngineMetrics) -> None:
+        """The replica's metrics were read."""
+
+    def unanswered(self, replica: str, now: float) -> None:
+        """The replica's metrics could not be read."""
 
 
 class Policy(Protocol):
@@ -55,11 +71,8 @@ class Policy(Protocol):
     def failed(self, turn: Turn, replica: str, now: float) -> None:
         """The replica failed it."""
 
-    def polled(self, replica: str, poll: EngineMetrics) -> None:
-        """The replica's metrics were read."""
-
-    def unanswered(self, replica: str, now: float) -> None:
-        """The replica's metrics could not be read."""
+    def readers(self) -> Sequence[MetricsReader]:
+        """Who polls: each of them by itself."""
 
     def ready(self, replicas: Sequence[str], now: float) -> None:
         """These replicas pass their health checks from now on, and no others."""

@@ -87,23 +87,34 @@ QUALITY: Mapping[str, float] = {"bf16": 1.0, "int8": 0.985, "int4": 0.93, "exter
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One replica of the fleet that is simulated."""
+    """One replica of the fleet that is simulated; `alias` is the number of the only alias that it answers."""
 
     id: str
     profile: Profile
     agreement: float
+    alias: int = 0
 
     @property
     def precision(self) -> str:
-        """Its variant's precision, which here is the variant's name, too."""
+        """Its variant's precision."""
         return self.profile.precision
+
+    @property
+    def variant(self) -> str:
+        """Its variant's name: the precision, where there is one alias only."""
+        return f"{self.precision}.{self.alias}" if self.alias else self.precision
 
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """The replicas of one alias; rungs are precisions, the best first."""
+    """The replicas of one alias, or of several that are alike; rungs are precisions, the best first."""
 
     members: tuple[Member, ...]
+
+    @property
+    def aliases(self) -> int:
+        """How many aliases it has."""
+        return 1 + max(member.alias for member in self.members)
 
     @property
     def rungs(self) -> tuple[str, ...]:
@@ -115,6 +126,10 @@ class Fleet:
         """The replicas of one rung."""
         return Fleet(tuple(member for member in self.members if member.precision == precision))
 
+    def of(self, precision: str, alias: int) -> tuple[Member, ...]:
+        """The replicas of one rung of one alias."""
+        return tuple(member for member in self.members if (member.precision, member.alias) == (precision, alias))
+
     def named(self, replica: str) -> Member:
         """One of its replicas."""
         return next(member for member in self.members if member.id == replica)
@@ -123,11 +138,17 @@ class Fleet:
         return ", ".join(f"{rung} x{len(self.only(rung).members)}" for rung in self.rungs)
 
 
-def fleet_of(model: str, counts: Mapping[str, int]) -> Fleet:
-    """Make a fleet of so many replicas of each precision."""
+def fleet_of(model: str, counts: Mapping[str, int], aliases: int = 1) -> Fleet:
+    """Make a fleet of so many replicas of each precision for each alias."""
     return Fleet(
         tuple(
-            Member(f"{precision}-{number + 1}", MODELS[model][precision], QUALITY[precision])
+            Member(
+                f"{precision}.{alias}-{number + 1}" if alias else f"{precision}-{number + 1}",
+                MODELS[model][precision],
+                QUALITY[precision],
+                alias,
+            )
+            for alias in range(aliases)
             for precision, count in counts.items()
             for number in range(count)
         )

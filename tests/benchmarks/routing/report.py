@@ -9,6 +9,7 @@ from config.capacity import Measurement
 from tests.benchmarks.overhead.report import table
 from tests.benchmarks.routing.deciding import PROMPTS, Cost
 from tests.benchmarks.routing.figures import Figures, Objective
+from tests.benchmarks.routing.fleet import FleetFigures
 from tests.benchmarks.routing.sockets import Lateness
 
 METHOD = """\
@@ -35,6 +36,7 @@ class Report:
     spreads: dict[str, float] = field(default_factory=dict)
     decisions: list[Cost] = field(default_factory=list)
     late: dict[str, Lateness] = field(default_factory=dict)
+    fleets: list[FleetFigures] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Every figure; what there was none of is null."""
@@ -49,6 +51,7 @@ class Report:
             "capacity": curves,
             "burst_spread": self.spreads,
             "decision_microseconds": [asdict(each) for each in self.decisions],
+            "fleets": [asdict(each) for each in self.fleets],
             "late": {name: asdict(late) for name, late in self.late.items()},
         }
 
@@ -69,12 +72,35 @@ class Report:
         if self.decisions:
             costs = [[each.fleet, *(f"{one:.1f}" for one in each.prompts)] for each in self.decisions]
             parts.append("### A decision and its end, in microseconds\n\n" + table(["fleet", *PROMPTS], costs))
+        if self.fleets:
+            parts.append("### A large fleet behind many gateways\n\n" + fleet_table(self.fleets))
         if self.late:
             late = [
                 [name, f"{1000 * each.clients:.1f}", f"{1000 * each.engines:.1f}"] for name, each in self.late.items()
             ]
             parts.append("How late they were, p99 in ms:\n\n" + table(["run", "clients", "engines"], late))
         return "\n\n".join(parts)
+
+
+def fleet_table(found: Sequence[FleetFigures]) -> str:
+    """Write the figures of large fleets, one column each."""
+    rows = [
+        ["replicas / aliases / gateways", *(f"{len(each.size.fleet.members)} / {each.size.aliases} / "
+         f"{each.size.gateways}" for each in found)],
+        ["turns/s", *(f"{each.size.turns_per_second:g}" for each in found)],
+        ["good", *(f"{100 * each.figures.good_share:.1f} %" for each in found)],
+        ["prefix hits", *(f"{100 * each.figures.hit_share:.0f} %" for each in found)],
+        ["decision p50 / p99, us", *(f"{each.decision_p50:.0f} / {each.decision_p99:.0f}" for each in found)],
+        ["polls/s of a gateway", *(f"{each.polls_per_second_of_gateway:.0f}" for each in found)],
+        ["polls/s of a replica", *(f"{each.polls_per_second_of_replica:.1f}" for each in found)],
+        ["state database, queries/s", *(f"{each.queries_per_second:.0f}" for each in found)],
+        ["memory of a gateway at rest / full, MB", *(f"{each.memory_at_rest_bytes / 1e6:.1f} / "
+         f"{each.memory_full_bytes / 1e6:.0f}" for each in found)],
+        ["a replica changes state, ms", *(f"{1000 * each.change_seconds:.1f}" for each in found)],
+        ["all replicas do, in one snapshot, ms", *(f"{1000 * each.restart_seconds:.1f}" for each in found)],
+        ["spread in a rung, median", *(f"{each.spread:.2f}" for each in found)],
+    ]  # fmt: skip
+    return table(["", *(f"fleet {number}" for number in range(1, len(found) + 1))], rows)
 
 
 def _figures(found: Sequence[Figures]) -> str:

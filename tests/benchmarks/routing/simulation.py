@@ -7,7 +7,7 @@ from functools import partial
 
 from gateway.proxy.load.polling import first_poll_seconds, next_poll_seconds
 from tests.benchmarks.routing.engine import Engine, Gauges, Job
-from tests.benchmarks.routing.policy import NOBODY, Policy, Refused, Usage
+from tests.benchmarks.routing.policy import NOBODY, MetricsReader, Policy, Refused, Usage
 from tests.benchmarks.routing.replica import Replica
 from tests.benchmarks.routing.runs import Fault, Outcome, Refusal, Run, Scenario
 from tests.benchmarks.routing.virtual_time import VirtualLoop, run_in_virtual_time
@@ -59,8 +59,10 @@ class Simulation:
             self._at(conversation.at_seconds, partial(self._arrive, conversation, 0))
         for fault in self.scenario.faults:
             self._at(fault.at_seconds, partial(self._befall, fault))
-        for number, replica in enumerate(self.replicas.values(), 1):
-            self._at(first_poll_seconds(number, self._chance.random()), partial(self._poll, replica))
+        for reader in self.policy.readers():
+            for number, replica in enumerate(self.replicas.values(), 1):
+                first = first_poll_seconds(number, self._chance.random(), reader.intervals)
+                self._at(first, partial(self._poll, reader, replica))
         self._at(self.scenario.seconds, self._look_for_end)
         self._at(self.scenario.seconds + DRAIN_SECONDS, self._over.set)
 
@@ -178,14 +180,15 @@ class Simulation:
             self._follow(outcome)
         self._step(replica)
 
-    def _poll(self, replica: Replica) -> None:
+    def _poll(self, reader: MetricsReader, replica: Replica) -> None:
         """Read its metrics as often as our gateway does."""
-        apart = next_poll_seconds(busy=bool(replica.jobs), jitter=self._chance.random())
-        self._at(self.now + apart, partial(self._poll, replica))
+        name, jitter = replica.member.id, self._chance.random()
+        apart = next_poll_seconds(busy=reader.busy(name), jitter=jitter, intervals=reader.intervals)
+        self._at(self.now + apart, partial(self._poll, reader, replica))
         if replica.alive and replica.polled:
-            self.policy.polled(replica.member.id, replica.poll(self.now))
+            reader.polled(name, replica.poll(self.now))
         else:
-            self.policy.unanswered(replica.member.id, self.now)
+            reader.unanswered(name, self.now)
 
     def _befall(self, fault: Fault) -> None:
         replica = self.replicas[fault.replica]

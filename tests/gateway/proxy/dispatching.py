@@ -73,6 +73,7 @@ class DispatcherHarness:
         failure: GatewayError | None = None,
         prompt_tokens: float = 0.0,
         session: str | None = None,
+        later: bool = False,
     ) -> "asyncio.Task[Lease]":
         """Start a task that takes a lease for a request of an API key."""
         rungs = variants or (HI,)
@@ -86,6 +87,7 @@ class DispatcherHarness:
                 body_bytes=body_bytes,
                 prompt_tokens=prompt_tokens,
                 session=session,
+                later=later,
             )
             lease = await lease_or_wait(self.dispatcher, request, wait_seconds, tried=tried, failure=failure)
             self.order.append(key)

@@ -11,6 +11,7 @@ from gateway.proxy.leases import Lease
 from gateway.routing.latency import ReplicaMetrics, estimate_latency
 from gateway.routing.pick import Candidate
 from gateway.routing.prefix_index import BLOCK_BYTES
+from gateway.routing.rendezvous import CACHED_SHARE, hash_of
 from gateway.routing.request import RoutingRequest
 from gateway.routing.sessions import Placement
 from gateway.routing.target import Target
@@ -127,3 +128,37 @@ def test_the_bytes_of_a_token_are_learned_for_each_model() -> None:
         known.leave(lease_of(request(OTHER, prompt_bytes=600), ELSE, prompt_tokens=0))
     assert known.bytes_per_token("smol") == pytest.approx(2.0, rel=0.05)
     assert known.bytes_per_token("other") == DEFAULT_BYTES_PER_TOKEN.ratio
+
+
+def unseen(known: Affinity, count: int = 5) -> None:
+    """Answer later turns of conversations that began at another gateway."""
+    for number in range(count):
+        later = msgspec.structs.replace(request(session=f"elsewhere {number}"), later=True)
+        lease = lease_of(known.refreshed(later), HI)
+        known.enter(lease)
+        known.leave(lease)
+
+
+def test_a_gateway_by_itself_needs_no_homes() -> None:
+    """While it has seen every conversation, nothing but its own placements and its prefix index count."""
+    known, turn = affinity(), request(session="s", blocks=BLOCKS)
+    for _ in range(3):
+        lease = lease_of(known.refreshed(turn), HI)
+        known.enter(lease)
+        known.leave(lease)
+    assert not known.shared
+    assert known.refreshed(turn).session_hash is None
+
+
+def test_gateways_of_the_same_conversations_choose_by_the_same_hash() -> None:
+    """Also for what they expect in the cache of the home; a first turn has nothing cached."""
+    gateways = affinity(), affinity()
+    later = msgspec.structs.replace(request(session="s"), later=True)
+    for each in gateways:
+        unseen(each)
+        assert each.shared
+    routed = [each.refreshed(later) for each in gateways]
+    assert [each.session_hash for each in routed] == [hash_of("s")] * 2
+    expected = {"hi-1": CACHED_SHARE * later.prompt_tokens, "lo-1": CACHED_SHARE * later.prompt_tokens}
+    assert [dict(each.cached_tokens) for each in routed] == [expected, expected]
+    assert dict(gateways[0].refreshed(request(session="s")).cached_tokens) == {}

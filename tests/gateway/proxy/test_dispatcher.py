@@ -40,6 +40,21 @@ async def test_a_free_slot_is_leased_in_the_same_step() -> None:
         end(late.result())
 
 
+async def test_busy_replicas_are_polled_often_by_a_single_gateway_only() -> None:
+    """Where others answer turns of the same conversations, too, they also poll."""
+    async with running_dispatcher() as harness:
+        harness.add(max_in_flight=9)
+        assert not harness.dispatcher.busy("hi-0")
+        lease = await harness.lease_now()
+        assert harness.dispatcher.busy("hi-0")
+        for number in range(5):
+            task = harness.start(session=f"elsewhere {number}", later=True)
+            await settle()
+            end(task.result())
+        assert not harness.dispatcher.busy("hi-0")
+        end(lease)
+
+
 async def test_keys_take_turns() -> None:
     """Many requests of one key do not delay another key; those of one key are served in their order."""
     async with running_dispatcher() as harness:

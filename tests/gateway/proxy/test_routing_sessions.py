@@ -194,3 +194,35 @@ def test_instructions_identify_a_conversation_and_tools_do_not() -> None:
 def test_no_session(endpoint: Endpoint, body: Body) -> None:
     """There is no name and no turn of the model, or they are too long to parse, or the endpoint has no sessions."""
     assert session(body, endpoint) is None
+
+
+@pytest.mark.parametrize(
+    "turns, name, later",
+    [
+        (1, None, False),
+        (2, None, False),  # the first turn with this session: the one before had none
+        (4, None, True),
+        (1, "mine", False),
+        (2, "mine", True),
+    ],
+)
+def test_turns_of_conversations_that_began_elsewhere(turns: int, name: str | None, later: bool) -> None:
+    """A later turn without a placement shows that another gateway has answered the ones before."""
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2
+    fields = {} if name is None else {"prompt_cache_key": name}
+    context = request_context(
+        parsed(CHAT, {"messages": [*said[:turns], {"role": "user"}], **fields}), Caller("team-a"), JSON
+    )
+    known = Affinity(METRICS)
+    asked = routing_request(context, permitted_rungs(context), 0, known, True)
+    assert (asked.later, asked.session_hash) == (later, None)
+    if asked.session is not None:
+        known.enter(lease_of(asked))
+        assert not routing_request(context, permitted_rungs(context), 0, known, True).later
+
+
+def lease_of(request: RoutingRequest) -> Lease:
+    """A lease of the only replica."""
+    lease = Lease(CANDIDATE, request, 0.0, (), lambda _: None)
+    lease.replica = REPLICA
+    return lease

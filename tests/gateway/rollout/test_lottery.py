@@ -1,6 +1,8 @@
 """The lottery, the evidence of requests, and what an answer shows."""
 
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from gateway.rollout.evidence import MIN_VALUES, MeanAbove, Moments, mixture_rho
 from gateway.rollout.lottery import Draw, Lottery, conversation_hash, is_below
 from gateway.rollout.progress import Progress
 from serving.state.rollout_records import BlockRecord
+from tests.fakes.running import ROOT
 from tests.gateway.rollout.plans import NOW, plan
 
 # Draws
@@ -32,6 +35,17 @@ def test_another_salt_draws_others() -> None:
         for number in range(20_000)
     )
     assert both / 20_000 == pytest.approx(0.0625, abs=0.01)
+
+
+def test_every_process_draws_alike() -> None:
+    """Two gateways do not need to ask each other about a new conversation."""
+    program = (
+        "from gateway.rollout.lottery import Lottery; lottery = Lottery('r-1', 0.5); "
+        "print(*(lottery.draw(str(number), later=False)[0].arm for number in range(50)))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    lottery = Lottery("r-1", 0.5)
+    assert out.stdout.split() == [lottery.draw(str(number), later=False)[0].arm for number in range(50)]
 
 
 @given(st.lists(st.tuples(st.text(min_size=1, max_size=3), st.floats(0, 1)), max_size=60))

@@ -194,6 +194,12 @@ DOWN = {("smol", "hi"): SpillGate(spilling=True, since_seconds=88, owed=0.99)}
             {"hi-2": "", "hi-1": "0.050 s sooner, but the conversation stays on hi-2"},
         ),
         (
+            [estimate("hi-1", hash=1), estimate("hi-2", 0.05, hash=0)],
+            {"request": request(prompt_tokens=100, session_hash=1)},
+            "its wait is 0.050 s, spill.after_seconds is 2",
+            {"hi-2": "", "hi-1": "0.050 s sooner, but every gateway sends the conversation to hi-2"},
+        ),
+        (
             [estimate("hi-1"), estimate("hi-2")],
             {"request": request(tried=frozenset({"hi-1"}))},
             NO_WAIT,

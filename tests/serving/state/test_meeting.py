@@ -102,6 +102,23 @@ async def test_a_gateway_that_comes_later_knows_at_once(state: str) -> None:
                 assert late.status("bf16-1").since_seconds == pytest.approx(-100.0, abs=2)
 
 
+async def test_a_thousand_replicas_change_as_one(state: str) -> None:
+    """However many replicas change in one revision, a gateway's registry announces it once."""
+    replicas = [Replica(f"int4-{number}", "int4", "int4", f"http://127.0.0.1:{number}", "x") for number in range(1000)]
+    async with supervisor(state) as publisher, gateway(state) as registry:
+        changes: list[int] = []
+        with registry.observed(lambda: changes.append(len(registry.ready.get("int4", ())))):
+            with publisher.registry.changing():
+                for each in replicas:
+                    publisher.registry.put(each, State.READY)
+            await eventually(lambda: bool(changes))
+            with publisher.registry.changing():
+                for each in replicas:
+                    publisher.registry.move(each.id, State.FAILED, "crashed")
+            await eventually(lambda: len(changes) > 1)
+        assert changes == [1000, 0]
+
+
 async def test_replicas_that_others_serve_are_not_told(state: str) -> None:
     """Those with a url come from each process' own configuration."""
     async with supervisor(state, foreign=frozenset({"int4-url-1"})) as publisher, gateway(state) as registry:

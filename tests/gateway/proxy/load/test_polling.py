@@ -2,9 +2,10 @@
 
 import asyncio
 import logging
+import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -16,10 +17,12 @@ import pytest
 from config.schema import ReplicaSettings
 from gateway.observability.metrics import Metrics
 from gateway.proxy.collectors import EngineCollector
+from gateway.proxy.load.poll_share import PollShare, descriptors_of, is_poller, poll_sockets
 from gateway.proxy.load.polling import (
     MetricsPoller,
     PollIntervals,
     first_poll_seconds,
+    intervals_of,
     metrics_request,
     next_poll_seconds,
 )
@@ -38,6 +41,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 QUICK = PollIntervals(rest_seconds=0.02, busy_seconds=0.01, deadline_seconds=DEADLINE_SECONDS)
 SHORT_DEADLINE = PollIntervals(rest_seconds=0.02, busy_seconds=0.01, deadline_seconds=0.1)
+NO_REPORTS = PollIntervals(
+    rest_seconds=0.02, busy_seconds=0.01, report_timeout_seconds=0.05, deadline_seconds=DEADLINE_SECONDS
+)
 ONLY_WHILE_BUSY = PollIntervals(rest_seconds=3600.0, busy_seconds=0.01, deadline_seconds=DEADLINE_SECONDS)
 
 
@@ -120,15 +126,20 @@ def replica(url: str, number: int = 1, **other: Any) -> Replica:
 
 
 @asynccontextmanager
-async def polling(*replicas: Replica, intervals: PollIntervals = QUICK) -> AsyncIterator[PollerHarness]:
+async def polling(
+    *replicas: Replica, intervals: PollIntervals = QUICK, share: PollShare | None = None
+) -> AsyncIterator[PollerHarness]:
     """Poll ready replicas; at the end no task and no connection may be left."""
     observer, registry, metrics = RecordingObserver(), Registry(), Metrics()
     for each in replicas:
         registry.put(each, State.READY)
-    async with Pool() as pool, MetricsPoller(registry, pool, observer, metrics.polls, Random(6), intervals) as poller:
+    async with (
+        Pool() as pool,
+        MetricsPoller(registry, pool, observer, metrics.polls, Random(6), intervals, share=share) as poller,
+    ):
         metrics.registry.register(EngineCollector(registry, lambda: poller.results))
         yield PollerHarness(observer, registry, pool, metrics, poller)
-    assert not poll_tasks()
+    assert share is not None or not poll_tasks()
     assert repr(pool) == "<Pool []>"
     assert repr(poller) == "<MetricsPoller 0 replicas>"
 
@@ -140,6 +151,70 @@ async def test_intervals(jitter: float) -> None:
     assert 0.2 <= next_poll_seconds(busy=True, jitter=jitter) <= 0.25
     assert first_poll_seconds(1, jitter) <= 0.01
     assert first_poll_seconds(1000, jitter) == jitter
+
+
+@pytest.mark.parametrize("workers", [2, 4, 16])
+@pytest.mark.parametrize("busy", [False, True])
+async def test_workers_of_a_node_poll_a_replica_together_once_a_second(workers: int, busy: bool) -> None:
+    """At most, that is at their shortest intervals, and one of them polls for all."""
+    intervals = intervals_of(workers)
+    assert next_poll_seconds(busy=busy, jitter=1.0, intervals=intervals) >= 1.0 - 1e-9
+    assert [is_poller("hi-1", number + 1, workers) for number in range(workers)].count(True) == 1
+    assert next_poll_seconds(busy=busy, jitter=0.0, intervals=intervals, answered=False) <= 1.0
+    assert intervals_of(1) == PollIntervals()
+
+
+@contextmanager
+def poll_shares(workers: int) -> Iterator[list[PollShare]]:
+    """The ends of so many workers, with descriptors of their own as in processes of their own."""
+    pairs = poll_sockets(workers)
+    try:
+        yield [
+            PollShare(place + 1, workers, [os.dup(each) for each in descriptors_of(place, pairs)])
+            for place in range(workers)
+        ]
+    finally:
+        for pair in pairs:
+            for each in pair:
+                each.close()
+
+
+async def test_one_worker_polls_a_replica_for_all() -> None:
+    """The others apply what it tells them, and count no polls."""
+    async with running_fake() as fake, AsyncExitStack() as stack:
+        shares = stack.enter_context(poll_shares(2))
+        poller, other = sorted(shares, key=lambda share: not share.is_poller("hi-1"))
+        async with (
+            polling(replica(fake.url), intervals=SHORT_DEADLINE, share=poller) as own,
+            polling(replica(fake.url), intervals=SHORT_DEADLINE, share=other) as told,
+        ):
+            polls = [await told.observer.next() for _ in range(3)]
+            assert all(polls)
+            assert set(told.observer.polled_at) <= set(own.observer.polled_at)
+            assert told.value("polls_total", outcome="ok") is None
+            await fake.change_metrics(stall=True)
+            assert await told.observer.next(failed=True) is None
+
+
+async def test_a_worker_that_is_told_nothing_polls_by_itself(fake: FakeReplica) -> None:
+    """As long as the poller of a replica is away."""
+    with poll_shares(2) as shares:
+        poller, other = sorted(shares, key=lambda share: not share.is_poller("hi-1"))
+        async with polling(replica(fake.url), intervals=NO_REPORTS, share=other) as alone:
+            assert await alone.observer.next()
+            assert (alone.value("polls_total", outcome="ok") or 0) > 0
+        with poller:  # ends its descriptors
+            pass
+
+
+async def test_a_replica_that_does_not_answer_is_polled_sooner() -> None:
+    """It must be known to hang within seconds, however many workers share its polls."""
+    rare = PollIntervals(rest_seconds=1000.0, busy_seconds=1000.0, unanswered_seconds=0.01, deadline_seconds=0.02)
+    async with running_fake() as fake:
+        await fake.change_metrics(stall=True)
+        async with polling(replica(fake.url), intervals=rare) as harness:
+            for _ in range(3):
+                assert await harness.observer.next(failed=True) is None
 
 
 async def test_an_idle_engine(fake: FakeReplica) -> None:
