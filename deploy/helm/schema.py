@@ -19,11 +19,16 @@ ENGINE_OPTIONS = frozenset(
 )
 # The chart has no option for adapters: `args` start them.
 ADAPTER_FLAGS = frozenset({"--enable-lora", "--lora-modules", "--max-lora-rank"})
+# Names of variants that would give two Services one name: that of the admin port, and those of LeaderWorkerSets.
+RESERVED_VARIANTS = "^admin$|-lws$"
+# quantgate.yaml is a ConfigMap, so it refers to its secrets.
+REFERENCE_PATTERN = r"^\$\{(env:[A-Za-z_][A-Za-z0-9_]*|credential:[A-Za-z0-9_.-]+)\}$"
 
 
 def values_schema() -> dict[str, Any]:
     """Return the JSON schema of the values; what is optional has its default in values.yaml."""
     schema: dict[str, Any] = _without(("title", "default"), ChartValues.model_json_schema(by_alias=True))
+    schema = _with_references(schema)
     tables: dict[str, Any] = schema["$defs"]
     for table in (schema, *(tables[name] for name in _partial(tables))):
         table.pop("required", None)
@@ -34,6 +39,7 @@ def values_schema() -> dict[str, Any]:
     options["properties"]["kv_cache_bytes"] = {"anyOf": [{"type": "integer"}, size]}
     options["properties"]["args"]["items"] = {"type": "string", "not": {"pattern": _refused_flags()}}
     schema["properties"]["variants"]["additionalProperties"] = False
+    schema["properties"]["variants"]["propertyNames"] = {"not": {"pattern": RESERVED_VARIANTS}}
     # Of charts that this one is a part of.
     schema["properties"]["global"] = {"type": "object"}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
@@ -51,6 +57,17 @@ def _keep(table: dict[str, Any], names: frozenset[str] | set[str]) -> None:
 def _refused_flags() -> str:
     flags = sorted(RESERVED_FLAGS.keys() - ADAPTER_FLAGS)
     return f"^({'|'.join(flags)})(=|$)"
+
+
+def _with_references(value: Any) -> Any:
+    """Accept references instead of secrets."""
+    if isinstance(value, list):
+        return [_with_references(each) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    if value.get("format") == "password":
+        return {"type": "string", "pattern": REFERENCE_PATTERN}
+    return {key: _with_references(each) for key, each in value.items()}
 
 
 def _without(names: tuple[str, ...], value: Any, *, properties: bool = False) -> Any:

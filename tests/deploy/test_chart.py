@@ -17,7 +17,7 @@ from pydantic.alias_generators import to_camel
 from deploy.helm.__main__ import main
 from deploy.helm.schema import values_schema
 from deploy.helm.values import ChartValues, Values
-from tests.deploy.chart import CHART, EXAMPLES, Chart, Object, run
+from tests.deploy.chart import CHART, EXAMPLES, Chart, Object, Rendered, run
 from tests.deploy.custom_resources import SPECIFICATIONS, schema_of
 from tests.deploy.prometheus import program
 from tests.deploy.promql import DASHBOARDS, RULES
@@ -60,12 +60,57 @@ def test_lint(chart: Chart, values: Path) -> None:
 def test_objects_are_valid(chart: Chart, values: Path) -> None:
     """By the schemas of Kubernetes, which know every field, and of the custom resources."""
     for each in chart.rendered(values).objects:
-        try:
-            schema = schema_of(each["apiVersion"], each["kind"])
-        except KeyError:
-            kubernetes_validate.validate(each, KUBERNETES, strict=True)
-        else:
-            jsonschema.Draft202012Validator(schema).validate(each)
+        validate(each)
+
+
+def validate(each: Object) -> None:
+    """Validate an object by the schema of its kind."""
+    try:
+        schema = schema_of(each["apiVersion"], each["kind"])
+    except KeyError:
+        kubernetes_validate.validate(each, KUBERNETES, strict=True)
+    else:
+        jsonschema.Draft202012Validator(schema).validate(each)
+
+
+# YAML reads each of them as something other than text, if it is without quotes.
+NUMBER_LIKE: dict[str, Any] = {
+    "nameOverride": "on",
+    "fullnameOverride": "true",
+    "gateway.existingSecret": "4",
+    "gateway.persistence": {"size": "20", "storageClassName": "21"},
+    "gateway.tls.existingSecret": "7",
+    "gateway.autoscaling.inFlight.metric": "yes",
+    "engines.apiKey": {"existingSecret": "8", "key": "9"},
+    "models": {"volume": None, "claim": {"create": True, "size": "10", "storageClassName": "11"}},
+    "variantDefaults.runtimeClassName": "12",
+    "variantDefaults.priorityClassName": "0x13",
+    "variantDefaults.sharedMemory": "14",
+    "variantDefaults.cacheSize": "15",
+    "variants": {"4": {}, "true": {"nodes": 2, "options": {"tensor_parallel": 2}}, "null": {"chatTemplate": "16"}},
+    "rollouts.scale": True,
+    "inferencePool": {"enabled": True, "endpointPickerRef": {"name": "17"}},
+}
+
+
+SHARED = {"gateway.state": {"existingSecret": "5", "key": "6"}}
+ALONE = {"gateway.state": {"existingSecret": ""}, "gateway.autoscaling.enabled": False}
+
+
+@pytest.mark.parametrize("state", [SHARED, ALONE], ids=["shared", "alone"])
+def test_names_are_text(chart: Chart, state: Object) -> None:
+    """Kubernetes permits names of digits, and names such as `true`."""
+    changes = {**NUMBER_LIKE, **state}
+    options = [option for name, value in changes.items() for option in ("--set-json", f"{name}={json.dumps(value)}")]
+    values = CHART / "examples" / "several-gateways.yaml"
+    result = run(chart.helm, "template", "18", CHART, "--namespace", "19", "--values", values, *options)
+    assert result.returncode == 0, result.stderr
+    for each in Rendered(result.stdout).objects:
+        validate(each)
+        metadata = each["metadata"]
+        assert {type(value) for value in (metadata["name"], metadata["namespace"])} == {str}
+        assert {type(value) for value in metadata["labels"].values()} == {str}
+    assert 'quantgate.io/variant: "4"' in result.stdout
 
 
 @examples
@@ -154,6 +199,11 @@ def test_the_default_values_match_the_schema() -> None:
         ({"variants.qwq-int4.options": {"args": ["--port=1"]}}, "'not' failed"),
         ({"variants.qwq-int4.options": {"kv_cache_bytes": "24GB"}}, "does not match pattern"),
         ({"variants.Q": {}}, "'Q' not allowed"),
+        ({"variants.admin": {}}, "invalid propertyName 'admin'"),
+        ({"variants.qwq-lws": {}}, "invalid propertyName 'qwq-lws'"),
+        ({"config.variants": {"gpt": {"external": "openai/gpt", "api_key": "sk-1"}}}, "does not match pattern"),
+        ({"config.variants": {"gpt": {"credentials": {"client_secret": "s${env:A}"}}}}, "does not match pattern"),
+        ({"config.replicas": [{"variant": "a", "url": "http://a", "api_key": "sk-1"}]}, "does not match pattern"),
         ({"variants.qwq-int4.engine": "tpu"}, "value must be one of"),
         ({"config.aliases.qwq-32b.ladder": []}, "minItems"),
         ({"config.aliases.qwq-32b.spil": {}}, "'spil' not allowed"),
@@ -171,12 +221,18 @@ def test_the_default_values_match_the_schema() -> None:
             "3 GPUs cannot be divided equally among 2 nodes",
         ),
         ({"inferencePool.enabled": True}, "name the Service of the endpoint picker"),
+        ({"variants.qwq-int4": {"autoscaled": True, "replicas": 0}}, "a new workload starts with 1 pod"),
     ],
     ids=lambda value: "" if isinstance(value, str) else ",".join(value),
 )
 def test_refused_values(chart: Chart, changed: dict[str, Any], message: str) -> None:
     """Typos are refused by the schema, what does not fit together by the templates; both say what is wrong."""
     assert message in chart.refusal(changed)
+
+
+def test_secrets_are_references() -> None:
+    """No value is a secret itself: tables of quantgate.yaml are in a ConfigMap."""
+    assert '"password"' not in json.dumps(values_schema())
 
 
 def test_sizes_are_text_in_the_configuration(chart: Chart) -> None:

@@ -104,6 +104,16 @@ def test_options_that_restart_the_gateway(chart: Chart) -> None:
     assert not restarts(cors={"origins": ["*"]})
 
 
+def test_the_first_external_model_restarts_the_gateway(chart: Chart) -> None:
+    """A process that has started without one cannot ask it; a second one needs no restart."""
+
+    def pods(*models: str) -> Object:
+        variants = {name: {"external": f"openai/{name}", "api_key": "${env:OPENAI_KEY}"} for name in models}
+        return annotations(chart.rendered(changes={"config.variants": variants}).of("Deployment"))
+
+    assert pods() != pods("gpt-a") == pods("gpt-a", "gpt-b")
+
+
 def annotations(deployments: Mapping[str, Object]) -> Object:
     """The annotations of the gateway's pods."""
     found: Object = deployments["qg-quantgate"]["spec"]["template"]["metadata"]["annotations"]

@@ -168,6 +168,16 @@ def test_every_selector_finds_pods(chart: Chart, values: Path) -> None:
 
 
 @examples
+def test_a_budget_covers_all_pods_of_a_variant(chart: Chart, values: Path) -> None:
+    """Those of a group, too: it is gone with any of its pods."""
+    rendered = chart.rendered(values)
+    budgets = [each["spec"] for each in rendered.of("PodDisruptionBudget").values()]
+    covered = [pod for each in budgets for pod in rendered.selected(each["selector"]["matchLabels"])]
+    assert sorted(covered, key=repr) == sorted(rendered.pods(), key=repr)
+    assert {each["maxUnavailable"] for each in budgets} == {1}
+
+
+@examples
 def test_services_lead_to_ports(chart: Chart, values: Path) -> None:
     """The target of each is a port of every pod that it selects."""
     rendered = chart.rendered(values)

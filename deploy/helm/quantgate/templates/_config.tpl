@@ -61,8 +61,10 @@
 {{ toYaml $replicas }}
 {{- end }}
 
-{{/* The options that take effect at the next start only: their change restarts the pods. */}}
+{{/* What takes effect at the next start only, and so restarts the pods: these options, and the first external model. */}}
 {{- define "quantgate.config.restart" -}}
 {{- $gateway := include "quantgate.config.gateway" . | fromYaml -}}
-{{ pick $gateway "listen" "admin" "admin_key" "state" "allowed_hosts" "access_log" "per_key_metrics" "usage_days" "tracing" "kubernetes" | toJson | sha256sum }}
+{{- $options := pick $gateway "listen" "admin" "admin_key" "state" "allowed_hosts" "access_log" "per_key_metrics" "usage_days" "tracing" "kubernetes" -}}
+{{- range .Values.config.variants }}{{ if .external }}{{ $_ := set $options "external" true }}{{ end }}{{ end -}}
+{{ $options | toJson | sha256sum }}
 {{- end }}

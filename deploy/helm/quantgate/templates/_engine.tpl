@@ -82,7 +82,7 @@
 {{- with .root.Values.engines.apiKey }}
 {{- if .existingSecret }}
 - name: VLLM_API_KEY
-  valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .key }}}}
+  valueFrom: {secretKeyRef: {name: {{ .existingSecret | quote }}, key: {{ .key | quote }}}}
 {{- end }}
 {{- end }}
 {{- if eq .variant.engine "cpu" }}
@@ -137,7 +137,7 @@ metadata:
   {{- if or $variant.chatTemplate $variant.podAnnotations }}
   annotations:
     {{- if $variant.chatTemplate }}
-    checksum/chat-template: {{ $variant.chatTemplate | sha256sum }}
+    checksum/chat-template: {{ $variant.chatTemplate | sha256sum | quote }}
     {{- end }}
     {{- with $variant.podAnnotations }}{{ toYaml . | nindent 4 }}{{ end }}
   {{- end }}
@@ -150,16 +150,16 @@ spec:
   securityContext:
     {{- include "quantgate.podSecurity" $root.Values.engines.runAsUser | nindent 4 }}
   {{- with $variant.runtimeClassName }}
-  runtimeClassName: {{ . }}
+  runtimeClassName: {{ . | quote }}
   {{- end }}
   {{- with $variant.priorityClassName }}
-  priorityClassName: {{ . }}
+  priorityClassName: {{ . | quote }}
   {{- end }}
   # Kubernetes kills what is left; requests have the time of drain_seconds until then.
   terminationGracePeriodSeconds: {{ add $root.Values.engines.preStopSeconds (include "quantgate.drainSeconds" . | int64) 15 }}
   containers:
     - name: engine
-      image: {{ include "quantgate.image" (dict "root" $root "image" $engine.image) }}
+      image: {{ include "quantgate.image" (dict "root" $root "image" $engine.image) | quote }}
       imagePullPolicy: {{ $engine.image.pullPolicy }}
       command: {{ toYaml $engine.command | nindent 8 }}
       args: {{ include "quantgate.engineArguments" . | nindent 8 }}
@@ -189,11 +189,11 @@ spec:
         {{- end }}
   volumes:
     - name: shm
-      emptyDir: {medium: Memory, sizeLimit: {{ $variant.sharedMemory }}}
+      emptyDir: {medium: Memory, sizeLimit: {{ $variant.sharedMemory | quote }}}
     - name: tmp
       emptyDir: {sizeLimit: 10Gi}
     - name: cache
-      emptyDir: {sizeLimit: {{ $variant.cacheSize }}}
+      emptyDir: {sizeLimit: {{ $variant.cacheSize | quote }}}
     {{- if $variant.volume }}
     - name: model
       {{- toYaml $variant.volume | nindent 6 }}

@@ -33,10 +33,22 @@ and StatefulSets append to it, and pods have it in labels of 63. A longer name e
 {{ include "quantgate.variantName" . }}{{ if gt (int .variant.nodes) 1 }}-lws{{ end }}
 {{- end }}
 
+{{/*
+`replicas` of a variant's workload, from {root, name, variant}. With `autoscaled` no revision of the release has it, so
+neither upgrades nor rollbacks of the release change the number.
+*/}}
+{{- define "quantgate.replicas" -}}
+{{- if not .variant.autoscaled -}}
+replicas: {{ .variant.replicas }}
+{{- else if ne (int .variant.replicas) 1 -}}
+{{- fail (printf "variants.%s.replicas: with autoscaled, a new workload starts with 1 pod; leave replicas out, and use kubectl scale" .name) -}}
+{{- end -}}
+{{- end }}
+
 {{/* Labels that never change: selectors are immutable. */}}
 {{- define "quantgate.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "quantgate.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "quantgate.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
 {{- define "quantgate.gatewaySelector" -}}
@@ -47,7 +59,7 @@ app.kubernetes.io/component: gateway
 {{- define "quantgate.engineSelector" -}}
 {{ include "quantgate.selectorLabels" .root }}
 app.kubernetes.io/component: engine
-quantgate.io/variant: {{ .name }}
+quantgate.io/variant: {{ .name | quote }}
 {{- end }}
 
 {{/* Labels of objects. Pod templates do not have them: a new version of the chart would restart engines. */}}
