@@ -134,7 +134,7 @@ async def test_port_taken_while_a_replica_was_down(tmp_path: Path) -> None:
         await ready(registry)
         os.killpg(noted_session(tmp_path), signal.SIGKILL)
         with _taken(port):
-            status = await until(registry, lambda status: "Address already in use" in status.reason)
+            status = await until(registry, lambda status: f"port {port} is in use" in status.reason)
     assert "next start at" in status.reason
 
 
