@@ -10,8 +10,7 @@ import pytest
 
 from gateway.rollout.administration import GatewayOperator
 from gateway.rollout.machine import Event, Phase
-from gateway.rollout.recorded import ladder_variants
-from gateway.rollout.revision import in_force
+from gateway.rollout.revision import use_of
 from gateway.rollout.scaler import RETRY_SECONDS, Scaler
 from gateway.rollout.scaling import SCALE_FAILED, SCALED, SCALING
 from serving.kubernetes.access import ClusterAccess
@@ -57,7 +56,7 @@ class ClusterFixture:
             lambda: ClusterAccess(self.cluster.url, token_file=self.cluster.token_file),
             lambda: scene.configured.settings.replicas,
             scene.snapshot,
-            lambda: ladder_variants(in_force(scene.configured, scene.snapshot())),
+            lambda snapshot: use_of(scene.configured, snapshot),
             f"scaler-{self.scalers}",
             wall_clock=lambda: scene.now,
         )
