@@ -199,7 +199,7 @@ class Scaler:
         return replicas_after(step, now, history, model_replicas=model_replicas, before=before)
 
     async def _before(self, step: Step, now: int, history: ScalingLog) -> int:
-        """The replicas before rollouts scaled a workload up that did not promote it; none of a variant replaced."""
+        """The fewest replicas before rollouts scaled a workload up and went back; 0 if its variant was replaced."""
         record = await self.link.call(self._database.get, step.demand.rollout)
         if record is None or self.use(self.snapshot()).base(read_plan(record).new) != step.demand.variant:
             return 0
@@ -208,7 +208,7 @@ class Scaler:
             record = await self.link.call(self._database.get, up.rollout)
             if record is None or record.phase == Phase.DONE:
                 break  # what an undo or a promotion brought up stays
-            before = up.before
+            before = min(before, up.before)
         return before
 
     async def _problem(self, workload: Workload) -> str:

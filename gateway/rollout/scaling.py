@@ -127,7 +127,7 @@ def replicas_after(step: Step, now: int, log: ScalingLog, *, model_replicas: int
     """Return how many replicas a workload gets that has `now`.
 
     Up: as many as the variant that it is started like (`model_replicas`, None if no workload of it is known), else as
-    many as a rollout took from it, never fewer than it has. Down: as many as it had `before` rollouts scaled it up.
+    many as a rollout took from it, never fewer than it has. Down: as many as it had `before`, and no more than now.
     """
     if not step.demand.run:
         return min(now, before)
