@@ -20,7 +20,9 @@ ServingError
 ├── TakeoverRefused   no gateway can be taken over, or this process is not ready to (exit code 2)
 ├── NoAnswer          a running process does not answer on its control socket
 ├── KubernetesError   the API server of Kubernetes did not do what was asked
-│   ├── ApiServerAway     it is not reachable, fails, or answers something else
+│   ├── ApiServerAway     it is not reachable, or answers something else
+│   │   └── ApiServerFailed   it fails at this request (5xx), perhaps not at others, or not later
+│   ├── ApiRejected       the request is not valid, so it will be refused again (400, 422 and other 4xx)
 │   ├── ApiUnauthorized   it refuses the token (401)
 │   ├── ApiForbidden      a role lacks a verb on a resource (403)
 │   ├── ApiNotFound       there is no such object, or no such resource (404)
@@ -117,7 +119,15 @@ class KubernetesError(ServingError):
 
 
 class ApiServerAway(KubernetesError):
-    """The API server did not answer, failed, or answered something that is not Kubernetes'."""
+    """The API server did not answer, or answered something that is not Kubernetes'."""
+
+
+class ApiServerFailed(ApiServerAway):
+    """The API server answered that it failed at this request, for example because a webhook did."""
+
+
+class ApiRejected(KubernetesError):
+    """The API server does not accept this request, and will not when it is repeated."""
 
 
 class ApiUnauthorized(KubernetesError):

@@ -23,7 +23,7 @@ from gateway.rollout.plan import RolloutPlan
 from gateway.rollout.preflight import Comparison, Preflight, compare_quality, fingerprint
 from gateway.rollout.progress import NO_FAILED_STARTS, Facts, FailedStarts, Progress, next_event
 from gateway.rollout.record import Happening, change_of, changed_variants, read_plan, read_state
-from gateway.rollout.revision import in_force
+from gateway.rollout.revision import use_of
 from gateway.rollout.smoke import SmokeClient
 from serving.errors import LeaseLost, RolloutChanged, StateAway
 from serving.registry import Registry
@@ -189,10 +189,11 @@ class Driver:
         now, deployment = context.wall_clock(), context.deployment()
         what = Happening(event, why, context.holder, now, figures(job.progress))
         configured = deployment.settings.aliases[plan.alias].ladder if plan.alias in deployment.settings.aliases else ()
-        in_use = variants_in_use(deployment, context.snapshot(), plan.alias)
-        state, change = change_of(record, what, self._ready(plan), configured, in_use)
+        snapshot = await context.link.call(self._database.snapshot)
+        others = use_of(deployment, snapshot, without=plan.alias)
+        state, change = change_of(record, what, self._ready(plan), configured, others)
         await context.link.call(
-            self._database.change, record.id, record.version, change, context.holder, now, job.fence
+            self._database.change, record.id, record.version, change, context.holder, now, job.fence, snapshot.revision
         )
         if state.phase in (Phase.FAILED, Phase.ROLLING_BACK):
             context.rolled_back(plan.alias, cause_of(event, Phase(record.phase)))
@@ -252,8 +253,8 @@ class Driver:
         found = await checks.problems(plan)
         if context.workload_problems is None:
             return found
-        in_use = variants_in_use(deployment, context.snapshot(), plan.alias)
-        return (*found, *await context.workload_problems(changed_variants(plan, in_use)))
+        others = use_of(deployment, context.snapshot(), without=plan.alias)
+        return (*found, *await context.workload_problems(changed_variants(plan, others)))
 
     async def _smoke(self, plan: RolloutPlan) -> tuple[str, ...]:
         new = self._replica(plan.new, plan.fingerprint)
@@ -294,12 +295,6 @@ class Driver:
         job = self.jobs.pop(rollout_id, None)
         if job is not None:
             job.cancel()
-
-
-def variants_in_use(deployment: Deployment, snapshot: RolloutSnapshot, alias: str) -> frozenset[str]:
-    """The variants in the ladders of all other aliases, configured and recorded."""
-    aliases = in_force(deployment, snapshot).settings.aliases
-    return frozenset(variant for name, other in aliases.items() if name != alias for variant in other.ladder)
 
 
 def cause_of(event: Event, before: Phase) -> str:

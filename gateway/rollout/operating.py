@@ -17,12 +17,12 @@ from config.errors import ConfigError
 from config.schema import AliasSettings
 from config.variant import Variant
 from gateway.deployment import Deployment, read_deployment
-from gateway.rollout.controller import BY_OPERATOR, variants_in_use
+from gateway.rollout.controller import BY_OPERATOR
 from gateway.rollout.machine import ANY, Event, Phase, Preconditions, Readiness, Refused, RolloutState, holds
 from gateway.rollout.plan import PlanSettings, RolloutPlan, compared, replacement
 from gateway.rollout.preflight import compare_quality, fingerprint, plan_problems
 from gateway.rollout.record import Happening, change_of, new_rollout, read_plan, read_state, revision_of_split
-from gateway.rollout.revision import in_force, read_revision
+from gateway.rollout.revision import in_force, read_revision, use_of
 from gateway.rollout.scaling import UNDO
 from serving.errors import KubernetesError, RolloutChanged
 from serving.kubernetes.readiness import has_ready_pod
@@ -145,11 +145,12 @@ class Operator:
             _check(preconditions, record)
             now = self.wall_clock()
             what = Happening(event, why or f"by {self.by}", self.by, now)
-            in_use = variants_in_use(self.deployment, self.database.snapshot(), alias)
+            snapshot = self.database.snapshot()
+            others = use_of(self.deployment, snapshot, without=alias)
             configured = self._alias(alias).ladder
-            state, change = change_of(record, what, self.readiness(plan), configured, in_use)
+            state, change = change_of(record, what, self.readiness(plan), configured, others)
             try:
-                self.database.change(record.id, record.version, change, self.by, now, None)
+                self.database.change(record.id, record.version, change, self.by, now, None, snapshot.revision)
             except RolloutChanged:
                 if attempt + 1 == ATTEMPTS:
                     raise
@@ -177,7 +178,8 @@ class Operator:
         entry = LogEntry(alias, now, self.by, "undo", "undone", cause, json.dumps({"ladder": ladder}))
         document = revision_of_split(ladder, configured)
         undo = f"{UNDO}{secrets.token_hex(4)}"
-        demands = tuple(Demand(variant, variant, True, undo) for variant in ladder)
+        served_by = use_of(self.deployment, self.database.snapshot()).bases_of(ladder)
+        demands = tuple(Demand(variant, variant, True, undo) for variant in sorted(served_by))
         revision = RevisionRecord(alias, 0, document, cause, self.by, now)
         made = self.database.revise(revision, entry, demands)
         return f"revision {made}: {', '.join(ladder)} (as revision {found})"

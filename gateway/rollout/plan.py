@@ -163,11 +163,6 @@ class RolloutPlan(PlanTable):
     settings: PlanSettings = PlanSettings()
 
     @property
-    def replaced(self) -> bool:
-        """Whether the old variant leaves the ladder."""
-        return self.old not in self.final
-
-    @property
     def added(self) -> bool:
         """Whether the new variant is new to the ladder."""
         return self.new not in self.stable

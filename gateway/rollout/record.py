@@ -22,6 +22,7 @@ from gateway.rollout.machine import (
     split,
 )
 from gateway.rollout.plan import RolloutPlan
+from gateway.rollout.replica_use import ReplicaUse
 from gateway.rollout.revision import AliasRevision, Ladder
 from serving.state.rollout_records import Change, Demand, LogEntry, RolloutRecord
 
@@ -88,11 +89,12 @@ class Happening:
 
 
 def change_of(
-    record: RolloutRecord, what: Happening, ready: Readiness, configured: Ladder, in_use: frozenset[str]
+    record: RolloutRecord, what: Happening, ready: Readiness, configured: Ladder, others: ReplicaUse
 ) -> tuple[RolloutState, Change]:
     """Return the state after an event and the change to write; Refused if the event has no meaning now.
 
-    `configured` is the ladder in the configuration. Variants `in_use` by other aliases keep their replicas.
+    `configured` is the ladder in the configuration. Variants that the `others`, aliases and their rollouts, use keep
+    their replicas.
     """
     plan, before = read_plan(record), read_state(record)
     after = advance(before, what.event, what.why, plan, ready, what.now)
@@ -102,31 +104,39 @@ def change_of(
     revision = None
     if (new := split(after, plan)) != split(before, plan):
         revision = AliasRevision.of(new, configured, plan.new, plan.old).document()
-    demands = demands_of(after, plan, record.id, in_use)
+    demands = demands_of(after, plan, record.id, others)
     active = after.phase not in FINAL
     return after, Change(_encoded(after), after.phase.value, active, (entry,), revision, demands)
 
 
-def demands_of(state: RolloutState, plan: RolloutPlan, rollout_id: str, in_use: frozenset[str]) -> tuple[Demand, ...]:
+def demands_of(state: RolloutState, plan: RolloutPlan, rollout_id: str, others: ReplicaUse) -> tuple[Demand, ...]:
     """The replicas that a rollout wants in a phase: the new variant's from its start, the old one's to its end."""
-    new = Demand(plan.new, plan.old, True, rollout_id)
+    new, old = others.base(plan.new), others.base(plan.old)
     match state.phase:
-        case Phase.STARTING:
-            return (new,) if plan.added else ()
-        case Phase.DONE:
-            leaving = Demand(plan.old, plan.new, False, rollout_id)
-            return (leaving,) if plan.replaced and plan.old not in in_use else ()
-        case Phase.ROLLED_BACK:
-            leaving = Demand(plan.new, plan.old, False, rollout_id)
-            return (leaving,) if plan.added and plan.new not in in_use else ()
+        case Phase.STARTING if is_added(plan, others):
+            return (Demand(new, old, True, rollout_id),)
+        case Phase.DONE if is_replaced(plan, others):
+            return (Demand(old, new, False, rollout_id),)
+        case Phase.ROLLED_BACK if is_added(plan, others) and new not in others.in_use:
+            return (Demand(new, old, False, rollout_id),)
     return ()
 
 
-def changed_variants(plan: RolloutPlan, in_use: frozenset[str]) -> tuple[str, ...]:
+def changed_variants(plan: RolloutPlan, others: ReplicaUse) -> tuple[str, ...]:
     """The variants whose replicas a rollout may want otherwise than they are, on its way or at its end."""
-    new = (plan.new,) if plan.added else ()
-    old = (plan.old,) if plan.replaced and plan.old not in in_use else ()
+    new = (others.base(plan.new),) if is_added(plan, others) else ()
+    old = (others.base(plan.old),) if is_replaced(plan, others) else ()
     return (*new, *old)
+
+
+def is_added(plan: RolloutPlan, others: ReplicaUse) -> bool:
+    """Whether no variant of the ladder before the rollout has the replicas of the new one."""
+    return others.base(plan.new) not in others.bases_of(plan.stable)
+
+
+def is_replaced(plan: RolloutPlan, others: ReplicaUse) -> bool:
+    """Whether nothing needs the replicas of the old variant after the rollout."""
+    return others.base(plan.old) not in others.in_use | others.bases_of(plan.final)
 
 
 def revision_of_split(ladder: Ladder, configured: Ladder) -> str:

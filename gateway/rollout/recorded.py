@@ -19,7 +19,7 @@ from gateway.rollout.controller import Driver, DriverContext
 from gateway.rollout.follower import RolloutFollower
 from gateway.rollout.lottery import Lottery
 from gateway.rollout.metrics import RolloutCollector
-from gateway.rollout.revision import AliasRevision, in_force, revisions_of, splits
+from gateway.rollout.revision import AliasRevision, in_force, revisions_of, splits, use_of
 from gateway.rollout.scaler import Scaler
 from gateway.routing.cluster_state import ClusterState
 from gateway.routing.target import Catalog
@@ -136,11 +136,6 @@ def live_config_of(deployment: Deployment) -> LiveConfig:
     return LiveConfig(catalog, deployment.keys, settings.limits, cors, domains, deployment.server_tls)
 
 
-def ladder_variants(deployment: Deployment) -> frozenset[str]:
-    """The variants in the ladders of aliases."""
-    return frozenset(variant for alias in deployment.settings.aliases.values() for variant in alias.ladder)
-
-
 def log_notices(deployment: Deployment) -> None:
     """Log which aliases, rungs and variants have no effect."""
     for notice in notices(deployment):
@@ -202,7 +197,7 @@ async def followed_rollouts(
         lambda: recorded.deployment.wanted.cluster_access(),  # noqa: PLW0108 - a reload replaces the deployment
         lambda: recorded.deployment.settings.replicas,
         lambda: recorded.snapshot,
-        lambda: ladder_variants(recorded.in_force),
+        lambda snapshot: use_of(recorded.deployment, snapshot),
         worker,
     )
     context = DriverContext(

@@ -17,7 +17,8 @@ import msgspec
 
 from config.schema import AliasSettings
 from gateway.deployment import Deployment
-from gateway.rollout.machine import Split
+from gateway.rollout.machine import Phase, Split
+from gateway.rollout.replica_use import ReplicaUse
 from serving.state.demands import with_demands
 from serving.state.rollout_records import RevisionRecord, RolloutSnapshot
 
@@ -85,6 +86,23 @@ def in_force(deployment: Deployment, snapshot: RolloutSnapshot) -> Deployment:
     }
     replicas = with_demands(settings.replicas, snapshot.demands, deployment.variants)
     return replace(deployment, settings=settings.model_copy(update={"aliases": aliases, "replicas": replicas}))
+
+
+def use_of(deployment: Deployment, snapshot: RolloutSnapshot, *, without: str | None = None) -> ReplicaUse:
+    """Return what aliases and their active rollouts use, all of them or all but one alias.
+
+    A rollout in preflight needs its new variant no more than one that has not been started: it demands that later.
+    """
+    bases = {name: base for name, (base, _) in deployment.settings.loras.items()}
+    revisions = revisions_of(snapshot)
+    rollouts = [each for each in snapshot.active if each.phase != Phase.PREFLIGHT and each.alias != without]
+    active = [revisions[each.alias] for each in rollouts if each.alias in revisions]
+    aliases = in_force(deployment, snapshot).settings.aliases
+    used = [name for alias, each in aliases.items() if alias != without for name in each.ladder]
+    # A promoted rollout keeps its old variant for the way back, while that is in no ladder.
+    used += [name for each in active for name in (*each.stable, *(each.canary or ()), each.new, each.old)]
+    plain = ReplicaUse(bases=bases)
+    return ReplicaUse(plain.bases_of(used), plain.bases_of(each.new for each in active), bases)
 
 
 def splits(deployment: Deployment, snapshot: RolloutSnapshot) -> Mapping[str, tuple[str, AliasRevision]]:

@@ -8,7 +8,7 @@ begun under a lost lease is harmless: the workload's version has changed, or the
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,8 +17,9 @@ from typing import Self
 import msgspec
 
 from config.schema import ReplicaSettings
-from gateway.rollout.machine import Refused
+from gateway.rollout.machine import Phase, Refused
 from gateway.rollout.record import read_plan
+from gateway.rollout.replica_use import ReplicaUse
 from gateway.rollout.revision import read_revision
 from gateway.rollout.scaling import (
     SCALE_FAILED,
@@ -33,7 +34,14 @@ from gateway.rollout.scaling import (
     steps_of,
     still_to_set,
 )
-from serving.errors import ApiConflict, ApiServerAway, ApiThrottled, KubernetesError, StateAway
+from serving.errors import (
+    ApiConflict,
+    ApiServerAway,
+    ApiServerFailed,
+    ApiThrottled,
+    KubernetesError,
+    StateAway,
+)
 from serving.kubernetes.access import ClusterAccess
 from serving.kubernetes.api import KubernetesApi
 from serving.kubernetes.scale import WorkloadScale
@@ -66,11 +74,12 @@ class Scaler:
     access: Callable[[], ClusterAccess]
     replicas: Callable[[], Iterable[ReplicaSettings]]
     snapshot: Callable[[], RolloutSnapshot]
-    in_use: Callable[[], Container[str]]  # the variants of ladders in force
+    use: Callable[[RolloutSnapshot], ReplicaUse]
     holder: str
     wall_clock: Callable[[], float] = time.time
     _done: set[StepKey] = field(default_factory=set)
     _failed: dict[StepKey, type[Exception]] = field(default_factory=dict)
+    _retry_at: dict[StepKey, float] = field(default_factory=dict)
     _pause_until: float = 0.0
     _is_holder: bool = False
     _scale: WorkloadScale | None = None
@@ -104,8 +113,8 @@ class Scaler:
         workloads = await self._workloads()
         if not workloads or self.wall_clock() < self._pause_until:
             return
-        steps = steps_of(self.snapshot(), workloads, self.in_use())
-        if all(step.key in self._done for step in steps):
+        steps = self._due(workloads)
+        if not steps:
             return
         with suppress(StateAway):  # the follower of rollouts says so
             self._done |= (await self._read_log()).done
@@ -118,6 +127,13 @@ class Scaler:
         by_variant = await self._workloads()
         workloads = [workload for variant in variants for workload in by_variant.get(variant, ())]
         return tuple([problem for workload in workloads if (problem := await self._problem(workload))])
+
+    def _due(self, workloads: Workloads) -> list[Step]:
+        """The steps to carry out now; one that failed comes last, so that it does not keep others waiting."""
+        snapshot, now = self.snapshot(), self.wall_clock()
+        steps = [step for step in steps_of(snapshot, workloads, self.use(snapshot)) if step.key not in self._done]
+        due = [step for step in steps if self._retry_at.get(step.key, 0.0) <= now]
+        return sorted(due, key=lambda step: self._retry_at.get(step.key, 0.0))
 
     async def _follow_regularly(self) -> None:
         while True:
@@ -151,12 +167,12 @@ class Scaler:
                     return True
         except (KubernetesError, Refused, TimeoutError) as error:
             await self._fail(step, error)
-            return not isinstance(error, ApiServerAway | ApiThrottled | TimeoutError)
+            return not _is_away(error)
         return True
 
     async def _scale_step(self, step: Step) -> None:
         snapshot, history = await self.link.call(self._database.snapshot), await self._read_log()
-        if step.key in history.done or step not in steps_of(snapshot, await self._workloads(), self.in_use()):
+        if step.key in history.done or step not in steps_of(snapshot, await self._workloads(), self.use(snapshot)):
             return  # meanwhile another process has done it, or the rollout wants something else
         await self._cluster.check_manual(step.workload)
         seen = await self._cluster.read(step.workload)
@@ -179,9 +195,21 @@ class Scaler:
         models = () if demand.modeled_on == demand.variant else workloads.get(demand.modeled_on, ())
         together = sum([(await self._cluster.read(model)).spec.replicas for model in models] if demand.run else [])
         model_replicas = shared_evenly(together, len(workloads[demand.variant])) if models else None
-        record = await self.link.call(self._database.get, demand.rollout)
-        is_new = record is not None and read_plan(record).new == demand.variant
-        return replicas_after(step, now, history, model_replicas=model_replicas, is_new=is_new)
+        before = 0 if demand.run else await self._before(step, now, history)
+        return replicas_after(step, now, history, model_replicas=model_replicas, before=before)
+
+    async def _before(self, step: Step, now: int, history: ScalingLog) -> int:
+        """The fewest replicas before rollouts scaled a workload up and went back; 0 if its variant was replaced."""
+        record = await self.link.call(self._database.get, step.demand.rollout)
+        if record is None or self.use(self.snapshot()).base(read_plan(record).new) != step.demand.variant:
+            return 0
+        before = now
+        for up in reversed(history.ups(step.workload)):
+            record = await self.link.call(self._database.get, up.rollout)
+            if record is None or record.phase == Phase.DONE:
+                break  # what an undo or a promotion brought up stays
+            before = min(before, up.before)
+        return before
 
     async def _problem(self, workload: Workload) -> str:
         while True:
@@ -198,9 +226,11 @@ class Scaler:
                 return ""
 
     async def _fail(self, step: Step, error: Exception) -> None:
-        """Pause, and say why, once for each kind of error."""
+        """Wait before the next attempt, and say why, once for each kind of error."""
         retry_after = error.retry_after_seconds if isinstance(error, ApiThrottled) else None
-        self._pause_until = self.wall_clock() + (RETRY_SECONDS if retry_after is None else retry_after)
+        self._retry_at[step.key] = self.wall_clock() + (RETRY_SECONDS if retry_after is None else retry_after)
+        if _is_away(error):
+            self._pause_until = self._retry_at[step.key]
         if self._failed.get(step.key) is type(error):
             return
         self._failed[step.key] = type(error)
@@ -221,16 +251,23 @@ class Scaler:
         """Add an entry to the log of the rollout's alias; it has no hooks."""
         demand = step.demand
         record = await self.link.call(self._database.get, demand.rollout)
-        alias, phase = (record.alias, record.phase) if record else (alias_of(demand.variant, self.snapshot()), "undone")
+        alias, phase = (record.alias, record.phase) if record else (self._alias(demand.variant), "undone")
         figures = "{}" if scaling is None else msgspec.json.encode(scaling).decode()
         entry = LogEntry(alias, self.wall_clock(), self.holder, event, phase, why, figures)
         await self.link.call(self._database.log, entry)
+
+    def _alias(self, variant: str) -> str:
+        """The first alias whose recorded ladder is served by a variant; empty if none is."""
+        snapshot = self.snapshot()
+        ladders = {each.alias: read_revision(each).stable for each in snapshot.aliases}
+        use = self.use(snapshot)
+        return next((alias for alias, ladder in ladders.items() if variant in use.bases_of(ladder)), "")
 
 
 def _described(scaling: Scaling) -> str:
     return f"{scaling.workload} from {scaling.before} to {scaling.after} replicas, for {scaling.rollout}"
 
 
-def alias_of(variant: str, snapshot: RolloutSnapshot) -> str:
-    """The first alias whose recorded ladder has a variant; empty if none has."""
-    return next((each.alias for each in snapshot.aliases if variant in read_revision(each).stable), "")
+def _is_away(error: Exception) -> bool:
+    """Whether the API server answers nothing: other workloads could not be scaled, either."""
+    return isinstance(error, ApiServerAway | TimeoutError) and not isinstance(error, ApiServerFailed)

@@ -15,12 +15,13 @@ and what an operator scales afterwards stays.
 """
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import msgspec
 
+from gateway.rollout.replica_use import ReplicaUse
 from serving.kubernetes.workloads import Workload
 from serving.state.rollout_records import Demand, LogEntry, RolloutSnapshot
 
@@ -87,46 +88,51 @@ class ScalingLog:
                     done.add(scaling.key)
         return cls(begun, frozenset(done))
 
-    def last_down(self, step: Step) -> Scaling | None:
-        """The last time that a rollout took replicas from the workload of a step."""
-        found = [each for each in self.begun.values() if each.workload == str(step.workload)]
-        same = [each for each in found if each.namespace == step.workload.namespace]
-        return next((each for each in reversed(same) if each.after < each.before), None)
+    def last_down(self, workload: Workload) -> Scaling | None:
+        """The last time that a rollout took replicas from a workload."""
+        return next((each for each in reversed(self._of(workload)) if each.after < each.before), None)
+
+    def ups(self, workload: Workload) -> tuple[Scaling, ...]:
+        """The steps up of a workload since its last step down that was completed, in order."""
+        steps = self._of(workload)
+        downs = [index for index, each in enumerate(steps) if not each.run and each.key in self.done]
+        return tuple(each for each in steps[downs[-1] + 1 if downs else 0 :] if each.run)
+
+    def _of(self, workload: Workload) -> list[Scaling]:
+        where = (workload.namespace, str(workload))
+        return [each for each in self.begun.values() if (each.namespace, each.workload) == where]
 
 
 def steps_of(
-    snapshot: RolloutSnapshot, workloads: Mapping[str, Sequence[Workload]], in_use: Container[str]
+    snapshot: RolloutSnapshot, workloads: Mapping[str, Sequence[Workload]], use: ReplicaUse
 ) -> tuple[Step, ...]:
     """Return what the demands come to, scaling up first.
 
-    A demand to run ends with its rollout. A variant `in_use`, in a ladder in force, is not scaled down: a demand may be
-    older than the workload, from the time when a supervisor ran the variant.
+    A demand to run ends with the last rollout of the new variant: it may be an earlier one's. The workload of a variant
+    in use is not scaled down: a demand may be older than the workload, from the time when a supervisor ran the variant.
     """
     active = {record.id for record in snapshot.active}
-    demands = [
-        demand
-        for demand in snapshot.demands
-        if (demand.rollout in active or demand.rollout.startswith(UNDO) if demand.run else demand.variant not in in_use)
+    used = {workload for variant in use.in_use for workload in workloads.get(variant, ())}
+    steps = [Step(demand, workload) for demand in snapshot.demands for workload in workloads.get(demand.variant, ())]
+    up = [
+        step
+        for step in steps
+        if step.demand.run
+        and (step.demand.rollout in active or step.demand.rollout.startswith(UNDO) or step.demand.variant in use.new)
     ]
-    steps = [Step(demand, workload) for demand in demands for workload in workloads.get(demand.variant, ())]
-    return tuple(sorted(steps, key=lambda step: not step.demand.run))
+    return (*up, *(step for step in steps if not step.demand.run and step.workload not in used))
 
 
-def replicas_after(step: Step, now: int, log: ScalingLog, *, model_replicas: int | None, is_new: bool) -> int:
+def replicas_after(step: Step, now: int, log: ScalingLog, *, model_replicas: int | None, before: int) -> int:
     """Return how many replicas a workload gets that has `now`.
 
     Up: as many as the variant that it is started like (`model_replicas`, None if no workload of it is known), else as
-    many as a rollout took from it, never fewer than it has. Down: as many as it had before its rollout brought it up
-    (`is_new`: it is the rollout's new variant), else none.
+    many as a rollout took from it, never fewer than it has. Down: as many as it had `before`, and no more than now.
     """
-    demand = step.demand
-    if demand.run:
-        taken = log.last_down(step)
-        return max(now, 1, model_replicas if model_replicas is not None else taken.before if taken else 1)
-    brought_up = log.begun.get(Step(Demand(demand.variant, "", True, demand.rollout), step.workload).key)
-    if brought_up is not None:
-        return min(now, brought_up.before)
-    return now if is_new else 0
+    if not step.demand.run:
+        return min(now, before)
+    taken = log.last_down(step.workload)
+    return max(now, 1, model_replicas if model_replicas is not None else taken.before if taken else 1)
 
 
 def still_to_set(scaling: Scaling, now: int) -> int:

@@ -6,6 +6,7 @@ every minute, and when the server refuses it.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
@@ -21,7 +22,9 @@ from serving.errors import (
     ApiExpired,
     ApiForbidden,
     ApiNotFound,
+    ApiRejected,
     ApiServerAway,
+    ApiServerFailed,
     ApiThrottled,
     ApiUnauthorized,
     KubernetesError,
@@ -38,6 +41,12 @@ WATCH_SECONDS = 290
 # The server sends a bookmark about once a minute; a connection without one for longer is taken for dead.
 SILENCE_SECONDS = 120.0
 MAX_LINE_BYTES = 64 * 2**20
+# Whatever the server says, nothing waits longer before it asks again.
+LONGEST_RETRY_AFTER_SECONDS = 300.0
+# Characters that a header can have; an empty header is none.
+TOKEN = re.compile(r"[\x21-\x7e]+")
+# What the decoder raises for content that is no JSON, no UTF-8, or nested too deeply.
+UNREADABLE = (ValueError, RecursionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +202,7 @@ class KubernetesApi:
             async with asyncio.timeout(self.timeout_seconds):
                 reply = await self._client.send(request, stream=True)
         async with aclosing(reply):
-            if reply.is_error:
+            if not reply.is_success:
                 with self._translated():
                     await reply.aread()
                 self._check(reply, "watch", resource)
@@ -260,9 +269,12 @@ class KubernetesApi:
         file = self.access.token_file
         assert file is not None
         try:
-            self._token = file.read_text().strip()
+            token = file.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
             raise ApiUnauthorized(f"{file} with the token for {self.access.server} can't be read: {error}") from error
+        if not TOKEN.fullmatch(token):
+            raise ApiUnauthorized(f"{file} for {self.access.server} has no token, or not only a token")
+        self._token = token
         self._token_read_at = self.clock()
 
     def _check(self, reply: httpx.Response, verb: Verb, resource: Resource, subresource: str = "") -> None:
@@ -285,7 +297,7 @@ class KubernetesApi:
     def _decoded(self, content: bytes | msgspec.Raw, kind: type[Kind]) -> Kind:
         try:
             return msgspec.json.decode(content, type=kind)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise ApiServerAway(f"{self.access.server}: answered something that is not Kubernetes': {error}") from error
 
     @contextmanager
@@ -313,20 +325,24 @@ def error_of(status: int, where: str, message: str, headers: Mapping[str, str]) 
             return ApiExpired(said)
         case 429:
             return ApiThrottled(said, _retry_after_seconds(headers))
+        case _ if status >= 500 or status == httpx.codes.REQUEST_TIMEOUT:
+            return ApiServerFailed(said)
+        case _ if status >= 400:
+            return ApiRejected(said)
     return ApiServerAway(said)
 
 
 def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """Read Retry-After (RFC 9110) in seconds; the API server sends no dates."""
+    """Read Retry-After (RFC 9110) in seconds, and limit it; the API server sends no dates."""
     value = headers.get("retry-after", "")
-    return float(value) if value.isascii() and value.isdigit() else None
+    return min(float(value), LONGEST_RETRY_AFTER_SECONDS) if value.isascii() and value.isdigit() else None
 
 
 def _message(reply: httpx.Response) -> str:
     """Return what the server says about an error, or the beginning of its answer."""
     try:
         return msgspec.json.decode(reply.content, type=_Status).message
-    except msgspec.DecodeError:
+    except UNREADABLE:
         return reply.text[:200]
 
 

@@ -29,6 +29,7 @@ from serving.errors import (
     ApiExpired,
     ApiForbidden,
     ApiNotFound,
+    ApiRejected,
     ApiServerAway,
     ApiThrottled,
     ApiUnauthorized,
@@ -44,7 +45,6 @@ PAUSES = Backoff(first_seconds=0.5, longest_seconds=30.0)
 SETTLED_SECONDS = 30.0
 # The history of an API server that was restored from a backup never reaches the last version: list again then.
 UNPRODUCTIVE_WATCHES = 5
-LONGEST_RETRY_AFTER_SECONDS = 300.0
 EVENT_TYPES = ("added", "modified", "deleted", "bookmark")
 # By class, the reason that metrics count an error under.
 REASONS: tuple[tuple[type[KubernetesError], str], ...] = (
@@ -52,6 +52,7 @@ REASONS: tuple[tuple[type[KubernetesError], str], ...] = (
     (ApiUnauthorized, "unauthorized"),
     (ApiForbidden, "forbidden"),
     (ApiNotFound, "not_found"),
+    (ApiRejected, "rejected"),
     (ApiExpired, "expired"),
     (ApiThrottled, "throttled"),
 )
@@ -178,7 +179,7 @@ def pause_seconds(pauses: Backoff, failures: int, error: Exception | None, rando
     there is no pause. `failures` is the number of attempts since the last event.
     """
     if isinstance(error, ApiThrottled) and error.retry_after_seconds is not None:
-        return min(max(error.retry_after_seconds, pauses.first_seconds), LONGEST_RETRY_AFTER_SECONDS)
+        return max(error.retry_after_seconds, pauses.first_seconds)
     usual = error is None or isinstance(error, ApiExpired)
     longest = (pauses.after_crash if usual else pauses.after_start_failure)(max(failures, 1))
     return random.uniform(longest / 2, longest)

@@ -76,13 +76,25 @@ class RolloutDatabase:
                 _add_revision(connection, new)
             _log(connection, (entry,))
 
-    def change(self, rollout_id: str, version: int, change: Change, by: str, now: float, fence: int | None) -> None:
+    def change(
+        self,
+        rollout_id: str,
+        version: int,
+        change: Change,
+        by: str,
+        now: float,
+        fence: int | None,
+        revision: int | None = None,
+    ) -> None:
         """Write a change. RolloutChanged: another one was written before. LeaseLost: `fence` is not the lease's.
 
-        A `fence` of None is an operator's, who needs no lease.
+        A `fence` of None is an operator's, who needs no lease. A `revision` is that of the snapshot that the change is
+        based on: what other rollouts use may have changed since then, too.
         """
         with self.database.writing() as connection:
             _changed(connection)
+            if revision is not None and _revision(connection)[1] != revision + 1:
+                raise RolloutChanged("another rollout has changed meanwhile; read them again")
             where = (ROLLOUTS.c.id == rollout_id) & (ROLLOUTS.c.version == version)
             row = (
                 update(ROLLOUTS)

@@ -282,13 +282,13 @@ DISCOVERY_LISTS = MetricSpec(
     ("variant",),
     "Total number of complete lists of EndpointSlices: one at the start, and one whenever the history was too old.",
 )
-# reason: away, unauthorized, forbidden, not_found, expired, throttled.
+# reason: away, unauthorized, forbidden, not_found, rejected, expired, throttled.
 DISCOVERY_ERRORS = MetricSpec(
     "quantgate_discovery_errors_total",
     "counter",
     ("variant", "reason"),
-    "Total number of lists and watches that failed, by reason: away, unauthorized, forbidden, not_found, expired, "
-    "throttled.",
+    "Total number of lists and watches that failed, by reason: away, unauthorized, forbidden, not_found, rejected, "
+    "expired, throttled.",
 )
 
 # Variants

@@ -59,7 +59,7 @@ class RolloutFixture:
     smoke: Smoke = field(default_factory=Smoke)
     requests: float = 0.0
     rollbacks: list[tuple[str, str]] = field(default_factory=list)
-    alias: str = "smol"
+    alias: str = "smol"  # whose rollout is started, steered and looked at
     _drivers: int = 0
     _numbers: int = 0
 
@@ -97,15 +97,15 @@ class RolloutFixture:
     def put(self, variant: str, state: State = State.READY, reason: str = "") -> None:
         self.registry.put(Replica(f"{variant}-1", variant, "bf16", "http://127.0.0.1:9", variant), state, reason)
 
-    def start(self, **settings: Any) -> RolloutRecord:
-        """Start a rollout of `odd` in place of `hi`, by the clock of the test."""
-        plan = self.operator.plan(Replacement("smol", "odd", "hi"), PlanSettings(**{**FAST, **settings}))
+    def start(self, new: str = "odd", old: str = "hi", **settings: Any) -> RolloutRecord:
+        """Start a rollout of a variant in place of another one, by the clock of the test."""
+        plan = self.operator.plan(Replacement(self.alias, new, old), PlanSettings(**{**FAST, **settings}))
         self.now += 1
         return self.operator.start(plan, "a test")
 
     def retry(self) -> RolloutRecord:
         self.now += 1
-        return self.operator.retry("smol", "")
+        return self.operator.retry(self.alias, "")
 
     @property
     def record(self) -> RolloutRecord:
@@ -185,7 +185,7 @@ class RolloutFixture:
         return [msgspec.json.decode(each.document)["weight"] for each in self.database.revisions("smol")][::-1]
 
     def steer(self, event: Event, why: str = "") -> RolloutState:
-        return self.operator.steer("smol", event, why)
+        return self.operator.steer(self.alias, event, why)
 
 
 @asynccontextmanager

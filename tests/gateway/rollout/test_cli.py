@@ -14,6 +14,7 @@ from gateway.rollout.machine import Event, Phase, Readiness
 from gateway.rollout.operating import Operator
 from gateway.rollout.plan import Hook
 from gateway.rollout.record import Happening, change_of
+from gateway.rollout.replica_use import ReplicaUse
 from quantgate import main
 from serving.state.rollout_records import LogEntry
 from tests.fakes.running import running_fake
@@ -140,7 +141,7 @@ async def test_undo(capsys: pytest.CaptureFixture[str], config: Path) -> None:
             record = operator.latest("smol")
             what = Happening(event, "a test", "anna", time.time())
             ready = Readiness(old=True, new=True)
-            _, change = change_of(record, what, ready, ("old", "low"), frozenset())
+            _, change = change_of(record, what, ready, ("old", "low"), ReplicaUse())
             operator.database.change(record.id, record.version, change, "anna", time.time(), None)
         assert operator.latest("smol").phase == Phase.DONE
         assert operator.ladder("smol") == ("new", "low")

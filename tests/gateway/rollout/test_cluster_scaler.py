@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from config.schema import Settings
 from gateway.rollout.administration import GatewayOperator
 from gateway.rollout.machine import Event, Phase
-from gateway.rollout.recorded import ladder_variants
-from gateway.rollout.revision import in_force
+from gateway.rollout.revision import use_of
 from gateway.rollout.scaler import RETRY_SECONDS, Scaler
 from gateway.rollout.scaling import SCALE_FAILED, SCALED, SCALING
 from serving.kubernetes.access import ClusterAccess
@@ -57,7 +57,7 @@ class ClusterFixture:
             lambda: ClusterAccess(self.cluster.url, token_file=self.cluster.token_file),
             lambda: scene.configured.settings.replicas,
             scene.snapshot,
-            lambda: ladder_variants(in_force(scene.configured, scene.snapshot())),
+            lambda snapshot: use_of(scene.configured, snapshot),
             f"scaler-{self.scalers}",
             wall_clock=lambda: scene.now,
         )
@@ -104,10 +104,17 @@ def _with_problems(scene: RolloutFixture, scaler: Scaler) -> Any:
 
 @asynccontextmanager
 async def cluster_fixture(
-    state: str, *, old: int = 3, new: int = 0, kind: WorkloadKind = "deployment"
+    state: str,
+    *,
+    old: int = 3,
+    new: int = 0,
+    kind: WorkloadKind = "deployment",
+    entries: list[dict[str, Any]] | None = None,
+    **tables: Any,
 ) -> AsyncIterator[ClusterFixture]:
-    """Workloads with these numbers of replicas."""
-    async with running_cluster() as cluster, rollout_fixture(state, "hi", "lo", replicas=replicas(kind)) as scene:
+    """Workloads with these numbers of replicas; `entries` are the configured replicas, instead of `replicas(kind)`."""
+    configured = {"replicas": replicas(kind) if entries is None else entries, **tables}
+    async with running_cluster() as cluster, rollout_fixture(state, "hi", "lo", **configured) as scene:
         for name, count in (("hi", old), ("odd", new)):
             await cluster.add_workload(name, count, PLACES[name], kind=kind)
         made = ClusterFixture(scene, cluster, kind)
@@ -258,6 +265,118 @@ async def test_the_api_server_is_away(sqlite: str) -> None:
         made.scene.now += RETRY_SECONDS
         await made.scaler.follow()
         assert await made.sizes() == (3, 3)
+
+
+async def test_two_rollouts_of_one_variant(sqlite: str) -> None:
+    """The workload keeps its replicas while one of them needs it, and has as many as before when both went back."""
+    async with cluster_fixture(sqlite) as made:
+        scene = made.scene
+        scene.put("mid")
+        for scene.alias, old in (("smol", "hi"), ("other", "mid")):
+            scene.start("odd", old)
+            await made.until(Phase.CANARY)
+        for scene.alias, sizes in (("smol", (3, 3)), ("other", (3, 0))):
+            scene.steer(Event.ABORT)
+            await made.until(Phase.ROLLED_BACK)
+            assert await made.sizes() == sizes
+
+
+async def test_the_second_rollout_of_a_variant_ends_first(sqlite: str) -> None:
+    """What the first one waits for is still brought up, although the second one wanted it last."""
+    async with cluster_fixture(sqlite) as made:
+        scene = made.scene
+        scene.put("mid")
+        for scene.alias, old in (("smol", "hi"), ("other", "mid")):
+            scene.start("odd", old)
+            await scene.step(5.0, count=2)
+            assert scene.phase() is Phase.STARTING
+        scene.steer(Event.ABORT)
+        await scene.reach(Phase.ROLLED_BACK)
+        await made.scaler.follow()
+        assert (await made.sizes())[1] > 0
+        scene.alias = "smol"
+        assert scene.phase() is Phase.STARTING
+
+
+@pytest.mark.parametrize("new, meanwhile, after", [(0, 3, 0), (2, 3, 2), (2, 1, 1)])
+async def test_a_retry_before_the_workload_was_scaled_down(sqlite: str, new: int, meanwhile: int, after: int) -> None:
+    """The second rollback has the number before the first rollout, or that of an operator who took more."""
+    async with cluster_fixture(sqlite, new=new) as made:
+        scene = made.scene
+        scene.start()
+        await made.until(Phase.CANARY)
+        scene.steer(Event.ABORT)
+        await scene.reach(Phase.ROLLED_BACK)
+        await made.cluster.scale("odd", meanwhile)
+        scene.retry()
+        await scene.step(count=2)
+        assert (scene.phase(), await made.sizes()) == (Phase.STARTING, (3, meanwhile))
+        await made.follow()
+        scene.steer(Event.ABORT)
+        await made.until(Phase.ROLLED_BACK)
+        assert await made.sizes() == (3, after)
+
+
+async def test_a_promotion_keeps_what_it_brought_up(sqlite: str) -> None:
+    """A later rollout of the variant goes back to the number at its own start."""
+    async with cluster_fixture(sqlite) as made:
+        scene = made.scene
+        scene.put("mid")
+        scene.start()
+        await made.until(Phase.DONE)
+        scene.configured = replace(scene.configured, settings=_without(scene, "smol"))
+        scene.operator = replace(scene.operator, deployment=scene.configured)
+        await made.cluster.scale("odd", 2)
+        scene.alias = "other"
+        scene.start("odd", "mid")
+        await made.until(Phase.CANARY)
+        scene.steer(Event.ABORT)
+        await made.until(Phase.ROLLED_BACK)
+        assert (await made.sizes())[1] == 2
+
+
+def _without(scene: RolloutFixture, alias: str) -> Settings:
+    settings = scene.configured.settings
+    return settings.model_copy(update={"aliases": {k: v for k, v in settings.aliases.items() if k != alias}})
+
+
+async def test_a_workload_of_two_variants(sqlite: str) -> None:
+    """It is not scaled down for the one that leaves, because it serves the other one."""
+    entries = [
+        {"variant": name, "kubernetes": {"service": name, "workload": "deployment/hi"}} for name in ("hi", "odd")
+    ]
+    async with cluster_fixture(sqlite, entries=entries) as made:
+        made.scene.put("odd")
+        made.scene.start()
+        await made.until(Phase.DONE)
+        assert await made.sizes() == (3, 0)
+
+
+@pytest.mark.parametrize("status", [302, 400, 429, 500])
+async def test_a_workload_that_fails_keeps_no_other_waiting(sqlite: str, status: int) -> None:
+    """The other rollout's workload is scaled; without an answer for this one (302 is none) in the next round."""
+    workloads = {"hi": "deployment/hi", "odd": "deployment/odd", "lo": "leaderworkerset/lo"}
+    entries = [{"variant": name, "kubernetes": {"service": name, "workload": each}} for name, each in workloads.items()]
+    aliases = {"smol": {"ladder": ["hi"]}, "other": {"ladder": ["mid"]}}
+    async with cluster_fixture(sqlite, entries=entries, aliases=aliases) as made:
+        scene = made.scene
+        await made.cluster.add_workload("lo", 0, [(HOST, 8021)], kind="leaderworkerset")
+        scene.registry.remove("lo-1")
+        scene.start()
+        scene.alias = "other"
+        scene.start("lo", "mid")
+        await scene.step(count=3)
+        failing = ["leaderworkersets.leaderworkerset.x-k8s.io/scale"]
+        await made.cluster.refuse(status, resources=failing, retry_after="9" * 400)
+        await made.scaler.follow()
+        if status == 302:
+            scene.now += RETRY_SECONDS
+            await made.scaler.follow()
+        assert await made.sizes() == (3, 3)
+        await made.cluster.accept()
+        scene.now += 300.0
+        await made.scaler.follow()
+        assert await made.cluster.replicas("lo", "leaderworkerset") == 1
 
 
 def autoscaler(target: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from gateway.rollout.plan import PlanSettings
 from gateway.rollout.preflight import fingerprint
 from gateway.rollout.progress import Facts, Progress, next_event
 from gateway.rollout.record import Happening, change_of, read_plan
+from gateway.rollout.replica_use import ReplicaUse
 from gateway.rollout.revision import in_force, ladder_in_force, read_revision
 from serving.errors import LeaseLost, RolloutExists
 from serving.replica import State
@@ -167,7 +168,7 @@ async def test_8_a_restart_changes_no_weight(state: str) -> None:
         assert scene.weights() == before
         record = scene.record
         late = Happening(Event.STEP_DONE, "", "the dead one", scene.now)
-        _, change = change_of(record, late, Readiness(old=True, new=True), ("hi", "lo"), frozenset())
+        _, change = change_of(record, late, Readiness(old=True, new=True), ("hi", "lo"), ReplicaUse())
         with pytest.raises(LeaseLost):
             scene.database.change(record.id, record.version, change, "the dead one", scene.now, 1)
 

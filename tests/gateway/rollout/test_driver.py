@@ -2,17 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gateway.rollout.administration import GatewayOperator
 from gateway.rollout.machine import FINAL, Event, Phase
 from gateway.rollout.operating import GateRefused, Replacement
 from gateway.rollout.plan import PlanSettings
 from gateway.rollout.progress import NO_FAILED_STARTS
+from gateway.rollout.revision import in_force
 from serving.errors import RolloutExists
 from serving.replica import Replica, ReplicaStatus, State
 from serving.state.rollout_records import Demand
-from tests.gateway.rollout.driving import FAST, rollout_fixture
+from tests.gateway.fleet import CONFIG
+from tests.gateway.rollout.driving import FAST, RolloutFixture, rollout_fixture
 
 WHOLE = [
     *("start", "verified", "ready", "checked", "step_done", "step_done", "passed", "deadline", "deadline"),
@@ -112,6 +116,69 @@ async def test_undo_after_a_rollout(state: str) -> None:
         with pytest.raises(Exception, match="has a ready replica: nothing would answer"):
             scene.operator.undo("smol", None, "")
         assert scene.operator.ladder("smol") == ("odd", "lo")
+
+
+def running(scene: RolloutFixture) -> set[str]:
+    """The variants that supervisors run."""
+    return {each.variant for each in in_force(scene.configured, scene.snapshot()).settings.replicas}
+
+
+@pytest.mark.parametrize("first, second", [("smol", "other"), ("other", "smol")])
+async def test_two_rollouts_of_one_variant(state: str, first: str, second: str) -> None:
+    """Whichever goes back first, the replicas run until the other one does not need them, either."""
+    async with rollout_fixture(state, replicas=[{"variant": name} for name in ("hi", "mid")]) as scene:
+        for scene.alias, old in (("smol", "hi"), ("other", "mid")):
+            scene.start("odd", old)
+            await scene.reach(Phase.CANARY)
+        for scene.alias, expected in ((first, {"hi", "mid", "odd"}), (second, {"hi", "mid"})):
+            scene.steer(Event.ABORT)
+            await scene.reach(Phase.ROLLED_BACK)
+            assert running(scene) == expected
+
+
+async def test_a_variant_that_another_rollout_keeps(state: str) -> None:
+    """It is in no ladder after the promotion, and runs to the end of `keep`."""
+    aliases = {"smol": {"ladder": ["hi", "lo"]}, "other": {"ladder": ["hi"]}}
+    replicas = [{"variant": name} for name in ("hi", "mid")]
+    async with rollout_fixture(state, aliases=aliases, replicas=replicas) as scene:
+        scene.start(keep=1e6)
+        await scene.reach(Phase.KEEPING)
+        scene.alias = "other"
+        scene.start("mid", "hi", keep=0)
+        await scene.reach(Phase.DONE)
+        assert running(scene) == {"hi", "mid", "odd"}
+        scene.now += 1e6
+        scene.alias = "smol"
+        await scene.end()
+        assert running(scene) == {"mid", "odd"}
+
+
+def adapted(*ladders: list[str]) -> dict[str, Any]:
+    """Aliases with these ladders, where `hi` has the adapter `law`."""
+    variants = {**CONFIG["variants"], "hi": {**CONFIG["variants"]["hi"], "lora": {"law": {}}}}
+    aliases = {name: {"ladder": ladder} for name, ladder in zip(("smol", "tuned"), ladders, strict=False)}
+    replicas = [{"variant": name, "kubernetes": {"service": name}} for name in ("hi", "odd")]
+    return {"variants": variants, "aliases": aliases, "replicas": replicas}
+
+
+async def test_an_adapter_of_another_alias(state: str) -> None:
+    """The base stays, because it serves the adapter."""
+    async with rollout_fixture(state, **adapted(["hi", "lo"], ["hi-law"])) as scene:
+        scene.start()
+        assert await scene.end() is Phase.DONE
+        assert {each.variant for each in scene.snapshot().demands} == {"odd"}
+
+
+async def test_an_adapter_that_is_replaced(state: str) -> None:
+    """The replicas that leave are those of its base; `undo` wants them back."""
+    async with rollout_fixture(state, "hi-law", "odd", **adapted(["hi-law"])) as scene:
+        rollout = scene.start("odd", "hi-law").id
+        assert await scene.end() is Phase.DONE
+        assert scene.snapshot().demands == (Demand("hi", "odd", False, rollout), Demand("odd", "hi", True, rollout))
+        ready = frozenset(scene.configured.variants)
+        GatewayOperator(scene.configured, scene.database, "anna", lambda: scene.now, ready).undo("smol", None, "")
+        assert [each.run for each in scene.snapshot().demands if each.variant == "hi"] == [True]
+        assert {each.variant for each in scene.snapshot().demands} == {"hi", "odd"}
 
 
 async def test_a_replica_that_comes_later(state: str) -> None:

@@ -9,10 +9,10 @@ from gateway.keys import Caller
 from gateway.rollout.machine import Split
 from gateway.rollout.plan import PlanSettings
 from gateway.rollout.preflight import compare_quality, plan_problems
-from gateway.rollout.revision import AliasRevision, in_force, ladder_in_force, splits
+from gateway.rollout.revision import AliasRevision, in_force, ladder_in_force, splits, use_of
 from gateway.routing.target import Catalog
 from serving.state.rollout_records import EMPTY, Demand, RevisionRecord, RolloutRecord
-from tests.gateway.fleet import deployment
+from tests.gateway.fleet import CONFIG, deployment
 from tests.gateway.rollout.plans import plan
 
 VARIANTS = {"old", "new", "low"}
@@ -93,3 +93,31 @@ def test_preflight_names_what_is_wrong() -> None:
     (problem,) = plan_problems(changed, made.variants, aliases, compare_quality)
     assert "its content has changed since the rollout was started" in problem
     assert PlanSettings().compare
+
+
+CANARY = AliasRevision.of(Split(("hi",), ("odd", "hi"), 0.25, 2), ("hi",), "odd", "hi")
+KEPT = AliasRevision.of(Split(("odd",)), ("hi",), "odd", "hi")
+
+
+@pytest.mark.parametrize(
+    "phase, revision, without, in_use, new",
+    [
+        ("preflight", CANARY, None, {"hi", "lo", "mid"}, set()),
+        ("starting", CANARY, None, {"hi", "lo", "mid", "odd"}, {"odd"}),
+        ("keeping", KEPT, None, {"hi", "lo", "mid", "odd"}, {"odd"}),
+        ("keeping", KEPT, "smol", {"lo", "mid"}, set()),
+        ("keeping", KEPT, "x", {"hi", "mid", "odd"}, {"odd"}),
+        ("", KEPT, None, {"lo", "mid", "odd"}, set()),  # it has ended
+    ],
+)
+def test_whose_replicas_are_in_use(
+    phase: str, revision: AliasRevision, without: str | None, in_use: set[str], new: set[str]
+) -> None:
+    """Those of ladders in force, of active rollouts after preflight, and of the bases of adapters."""
+    variants = {**CONFIG["variants"], "mid": {**CONFIG["variants"]["mid"], "lora": {"law": {}}}}
+    aliases = {"smol": {"ladder": ["hi"]}, "x": {"ladder": ["lo"]}, "tuned": {"ladder": ["mid-law"]}}
+    made = deployment({"variants": variants, "aliases": aliases})
+    record = RolloutRecord("r-1", "smol", "{}", "{}", phase, True, 3, "anna", 0.0)
+    recorded = RevisionRecord("smol", 7, revision.document(), "", "anna", 0.0, "r-1")
+    found = use_of(made, replace(EMPTY, active=(record,) if phase else (), aliases=(recorded,)), without=without)
+    assert (set(found.in_use), set(found.new)) == (in_use, new)

@@ -13,7 +13,9 @@ from serving.errors import (
     ApiExpired,
     ApiForbidden,
     ApiNotFound,
+    ApiRejected,
     ApiServerAway,
+    ApiServerFailed,
     ApiThrottled,
     ApiUnauthorized,
     KubernetesError,
@@ -104,6 +106,16 @@ async def test_a_token_file_that_is_missing(tmp_path: Path) -> None:
                 await api.list(SLICES, EndpointSlice)
 
 
+@pytest.mark.parametrize("content", ["", "t\u00f6ken", "two\nlines", "a b"])
+async def test_a_file_without_a_token(tmp_path: Path, content: str) -> None:
+    """What can't be sent is an error that names the file."""
+    file = tmp_path / "token"
+    file.write_text(content)
+    async with KubernetesApi(ClusterAccess("http://127.0.0.1:9", token_file=file)) as api:
+        with pytest.raises(ApiUnauthorized, match=f"{file} .* has no token"):
+            await api.list(SLICES, EndpointSlice)
+
+
 async def test_what_a_role_lacks() -> None:
     """The error names verb and resource."""
     async with running_cluster() as cluster, api_of(cluster) as api:
@@ -113,9 +125,12 @@ async def test_what_a_role_lacks() -> None:
             await api.list(SLICES, EndpointSlice)
 
 
-@pytest.mark.parametrize("retry_after, seconds", [("7", 7.0), (None, None), ("Wed, 21 Oct 2026 07:28:00 GMT", None)])
+@pytest.mark.parametrize(
+    "retry_after, seconds",
+    [("7", 7.0), (None, None), ("Wed, 21 Oct 2026 07:28:00 GMT", None), ("301", 300.0), ("9" * 400, 300.0)],
+)
 async def test_too_many_requests(retry_after: str | None, seconds: float | None) -> None:
-    """Retry-After is passed on, if it is in seconds."""
+    """Retry-After is passed on, if it is in seconds, up to 300."""
     async with running_cluster() as cluster, api_of(cluster) as api:
         await cluster.refuse(429, retry_after=retry_after)
         with pytest.raises(ApiThrottled) as caught:
@@ -183,14 +198,23 @@ async def test_a_list_that_expires_between_pages_begins_again() -> None:
                 await api.list(SLICES, EndpointSlice)
 
 
-async def test_something_else_than_kubernetes() -> None:
-    """A proxy's page is not an empty cluster."""
-    async with (
-        scripted(answering(whole(b"<html>hello</html>"))) as server,
-        KubernetesApi(ClusterAccess(server.url)) as api,
-    ):
-        with pytest.raises(ApiServerAway, match="not Kubernetes'"):
+@pytest.mark.parametrize(
+    "content", [b"<html>hello</html>", b'{"metadata": {"resourceVersion": "\xff"}}', b'{"a": ' * 100_000]
+)
+@pytest.mark.parametrize("status", ["200 OK", "500 Internal Server Error"])
+async def test_something_else_than_kubernetes(content: bytes, status: str) -> None:
+    """A proxy's page is not an empty cluster, and no text that can't be decoded is a defect."""
+    async with scripted(answering(whole(content, status))) as server, KubernetesApi(ClusterAccess(server.url)) as api:
+        with pytest.raises(ApiServerAway, match="not Kubernetes'" if status == "200 OK" else "500"):
             await api.list(SLICES, EndpointSlice)
+
+
+async def test_a_redirect_is_no_watch() -> None:
+    """It has no events, and is an error."""
+    redirect = b"HTTP/1.1 302 Found\r\nlocation: /login\r\ncontent-length: 0\r\n\r\n"
+    async with scripted(answering(redirect)) as server, KubernetesApi(ClusterAccess(server.url)) as api:
+        with pytest.raises(ApiServerAway, match="302"):
+            await next_type(api, "1")
 
 
 @pytest.mark.parametrize(
@@ -202,13 +226,17 @@ async def test_something_else_than_kubernetes() -> None:
         (409, ApiConflict),
         (410, ApiExpired),
         (429, ApiThrottled),
-        (500, ApiServerAway),
-        (503, ApiServerAway),
+        (400, ApiRejected),
+        (405, ApiRejected),
+        (422, ApiRejected),
+        (408, ApiServerFailed),
+        (500, ApiServerFailed),
+        (503, ApiServerFailed),
         (302, ApiServerAway),
     ],
 )
 def test_errors_by_status(status: int, kind: type[KubernetesError]) -> None:
-    """Whatever is not known is a server that is away."""
+    """What is no answer of an API server is a server that is away."""
     assert type(error_of(status, "https://k: list pods", "because", {})) is kind
 
 

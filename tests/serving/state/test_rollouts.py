@@ -141,3 +141,16 @@ def test_who_only_looks_makes_nothing(tmp_path: Path) -> None:
     database = RolloutDatabase(StateDatabase.at(f"sqlite:///{tmp_path}/state.db", create=False))
     assert (database.snapshot(), database.revision(), database.latest("smol")) == (EMPTY, ("", 0), None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_change_that_another_rollout_has_overtaken(database: RolloutDatabase) -> None:
+    """What is based on a snapshot is refused after any other change: the other rollout may use the same replicas."""
+    database.start(FIRST, entry())
+    seen = database.snapshot().revision
+    database.start(replace(FIRST, id="r-2", alias="big"), entry(rollout="r-2"))
+    with pytest.raises(RolloutChanged, match="another rollout has changed meanwhile"):
+        database.change("r-1", 0, change(), "driver", NOW, None, seen)
+    seen = database.snapshot().revision
+    database.change("r-1", 0, change(), "driver", NOW, None, seen)
+    assert database.snapshot().revision == seen + 1
+    database.database.close()
