@@ -180,6 +180,7 @@ def test_unserved_aliases_with_a_floor() -> None:
     def catalog(name: str) -> Catalog:
         return Catalog({"smol": AliasSettings(ladder=(name,), floor=Floor(kl_mean=0.1))}, variants)
 
+    assert unserved_aliases(catalog("a"), catalog("a"), {"a"}, set()) == ["smol"]  # another replica of it is to come
     assert unserved_aliases(catalog("b"), catalog("a"), {"b"}, {"b"}) == []
     assert unserved_aliases(catalog("a"), catalog("b"), {"a", "b"}, {"a", "b"}) == ["smol"]
 
