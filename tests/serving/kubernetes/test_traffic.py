@@ -154,7 +154,7 @@ async def test_the_only_pod_stays_when_its_entry_changes(tmp_path: Path, change:
         async def changed() -> bool:
             (found,) = (await scene.status())["replicas"]
             assert found["state"] == "ready"
-            return found["max_in_flight"] == 7 and found["variant"] == change.get("variant", "int8")
+            return (found["max_in_flight"], found["variant"]) == (7, change.get("variant", "int8"))
 
         await eventually(changed)
         await scene.answered()
