@@ -37,7 +37,10 @@ EFFECTS: Mapping[str, tuple[Effect, str]] = MappingProxyType(
             "own replicas of a changed variant are replaced; the first external model: at the next start",
         ),
         "replicas": ("reload", "new ones are started, changed ones replaced, missing ones drained and stopped"),
-        "replicas.kubernetes": ("reload", "pods of a changed entry are found and verified again"),
+        "replicas.kubernetes": (
+            "reload",
+            "ready pods stay; those of another variant or port are verified before they change",
+        ),
         "replicas.start_timeout_seconds": ("reload", "when the replica starts again"),
         "replicas.drain_seconds": ("reload", "when the replica stops"),
         "replicas.hang_seconds": ("reload", "when the replica starts again"),

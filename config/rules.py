@@ -225,8 +225,8 @@ def _urls(settings: Settings) -> Iterator[Violation]:
 
 
 def _services(settings: Settings) -> Iterator[Violation]:
-    """No pod is found by two entries with the same EndpointSlices."""
-    owner = dict[tuple[str | None, str], int]()
+    """No pod is found by two entries with the same EndpointSlices, and no workload is scaled for two entries."""
+    owner, scaler = dict[tuple[str | None, str], int](), dict[tuple[str | None, str], int]()
     for index, replica in enumerate(settings.replicas):
         pods = replica.kubernetes
         if pods is None:
@@ -235,6 +235,12 @@ def _services(settings: Settings) -> Iterator[Violation]:
         if first != index:
             what = f"finds the same pods as replicas.{first}"
             yield Violation(("replicas", index, "kubernetes"), what, "remove one, or choose another Service")
+        if pods.workload is None:
+            continue
+        first = scaler.setdefault((pods.namespace, pods.workload), index)
+        if first != index:
+            what = f"is the workload of replicas.{first}, too, so a rollout would scale it for both"
+            yield Violation(("replicas", index, "kubernetes", "workload"), what, "name it in one entry only")
 
 
 def _endpoint(url: str) -> tuple[str, int | None]:

@@ -69,13 +69,16 @@ class LiveConfig:
         return route
 
 
-def unserved_aliases(before: Catalog, after: Catalog, ready: Iterable[str]) -> list[str]:
-    """Name the aliases of both catalogs that ready variants answer under the first, and none under the second."""
-    there = frozenset(ready)
+def unserved_aliases(before: Catalog, after: Catalog, ready: Iterable[str], then: Iterable[str]) -> list[str]:
+    """Name the aliases of both catalogs that ready variants answer under the first, and none under the second.
+
+    `ready` are the variants with a ready replica now, `then` those with one that remains afterwards.
+    """
+    now, remaining = frozenset(ready), frozenset(then)
     return [
         name
         for name in before.aliases
-        if name in after.aliases and there & _answering(before, name) and not there & _answering(after, name)
+        if name in after.aliases and now & _answering(before, name) and not remaining & _answering(after, name)
     ]
 
 

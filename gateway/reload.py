@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from gateway.routing.target import Catalog
 from serving.app import LocalReplicas
 from serving.kubernetes.discovery import Discovery
 from serving.registry import Registry
-from serving.replica import CONFIGURATION, EXTERNAL_MODELS, KUBERNETES, SUPERVISOR, State, own_keys
+from serving.replica import CONFIGURATION, EXTERNAL_MODELS, KUBERNETES, SUPERVISOR, Replica, State, own_keys
 from serving.state.follower import Follower
 from serving.watch import Watch
 
@@ -131,10 +132,14 @@ class SupervisedReload:
         external, pods = deployment.wanted.external, deployment.wanted.pods
         await self.discovery.add(pods, goldens(deployment.variants))
         self.watch.goldens = goldens(deployment.variants)
-        self.watch.add(external)
-        await self.own.update(deployment.wanted, swap)
-        self.watch.keep_only(external)
-        self.discovery.keep_only(pods)
+        self.watch.prepare(external)
+
+        def switch() -> None:
+            swap()
+            self.watch.keep_only(external)
+            self.discovery.keep_only(pods)
+
+        await self.own.update(deployment.wanted, switch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +163,12 @@ class FollowerReload:
         if self.discovery is not None:
             await self.discovery.add(pods, goldens(deployment.variants))
         self.watch.goldens = goldens(deployment.variants)
-        self.watch.add(external)
+        self.watch.prepare(external)
         if self.follower is not None:
             keys = {**self.follower.keys, **own_keys(deployment.settings.replicas)}
             self.follower.admit(self.follower.variants | frozenset(deployment.variants), keys)
         after = Catalog(deployment.settings.aliases, deployment.variants)
-        await self._wait_until_served(self.live_config.catalog, after, frozenset(self.external_models(deployment)))
+        await self._wait_until_served(after, deployment)
         swap()
         if self.follower is not None:
             self.follower.admit(frozenset(deployment.variants), own_keys(deployment.settings.replicas))
@@ -171,19 +176,46 @@ class FollowerReload:
         if self.discovery is not None:
             self.discovery.keep_only(pods)
 
-    async def _wait_until_served(self, before: Catalog, after: Catalog, external: frozenset[str]) -> None:
+    async def _wait_until_served(self, after: Catalog, deployment: Deployment) -> None:
+        before, external = self.live_config.catalog, frozenset(self.external_models(deployment))
+        changed, logged = asyncio.Event(), False
         try:
-            async with asyncio.timeout(self.wait_seconds):
-                logged = False
-                while unserved := unserved_aliases(before, after, self._ready_variants() | external):
-                    if not logged:
-                        log.info("reload waits for ready replicas of the new configuration for %s", ", ".join(unserved))
-                        logged = True
-                    await self.registry.changed()
+            with ExitStack() as stack:
+                for registry in (self.registry, *self._successors()):
+                    stack.enter_context(registry.observed(changed.set))
+                async with asyncio.timeout(self.wait_seconds):
+                    while unserved := unserved_aliases(
+                        before,
+                        after,
+                        self._ready_variants() | external,
+                        self._remaining_variants(deployment) | external,
+                    ):
+                        if not logged:
+                            names = ", ".join(unserved)
+                            log.info("reload waits for ready replicas of the new configuration for %s", names)
+                            logged = True
+                        await changed.wait()
+                        changed.clear()
         except TimeoutError:
             names = ", ".join(unserved)
             log.warning("no ready replica for %s after %g s; applying the configuration", names, self.wait_seconds)
 
+    def _successors(self) -> tuple[Registry, ...]:
+        found = self.discovery.successors if self.discovery is not None else None
+        return (self.watch.successors,) if found is None else (self.watch.successors, found)
+
     def _ready_variants(self) -> set[str]:
-        statuses = self.registry.snapshot()
-        return {name for status in statuses if status.state is State.READY for name in status.replica.variants}
+        return {name for replica in _ready(self.registry) for name in replica.variants}
+
+    def _remaining_variants(self, deployment: Deployment) -> set[str]:
+        """Return the ready variants, without replicas that others of their variant are about to replace."""
+        wanted = deployment.wanted
+        replaced = {each.variant for each in wanted.external} | {each.pod.variant for each in wanted.pods}
+        leaving = self.watch.leaving(wanted.external) | (self.discovery.leaving() if self.discovery else set())
+        staying = [each for each in _ready(self.registry) if each.id not in leaving or each.variant not in replaced]
+        coming = [each for registry in self._successors() for each in _ready(registry)]
+        return {name for replica in (*staying, *coming) for name in replica.variants}
+
+
+def _ready(registry: Registry) -> list[Replica]:
+    return [status.replica for status in registry.snapshot() if status.state is State.READY]

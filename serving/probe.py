@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import httpx
+import msgspec
 
 from serving.clients import Clients, root_of
 from serving.errors import ProbeFailed
@@ -31,6 +32,17 @@ class ServedModel:
     root: str
     max_model_len_tokens: int | None
     adapters: Mapping[str, str] = field(default_factory=dict)
+
+
+class _Card(msgspec.Struct, frozen=True):
+    id: str
+    root: str | None = None
+    parent: str | None = None
+    max_model_len: int | None = None
+
+
+class _Models(msgspec.Struct, frozen=True):
+    data: tuple[_Card, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +98,10 @@ class Probe:
         with _translated(replica, "/v1/models"):
             reply = await self._get(replica, "/v1/models")
             reply.raise_for_status()
-            first, *others = reply.json()["data"]
+            first, *others = msgspec.json.decode(reply.content, type=_Models).data
             # Cards of further names of the base model have no parent.
-            adapters = {other["id"]: other.get("root") or "" for other in others if other.get("parent")}
-            return ServedModel(first["id"], first.get("root") or "", first.get("max_model_len"), adapters)
+            adapters = {other.id: other.root or "" for other in others if other.parent}
+            return ServedModel(first.id, first.root or "", first.max_model_len, adapters)
 
     async def generate_one_token(self, replica: Replica, timeout_seconds: float = 60.0) -> str | None:
         """Generate one token (which warms the engine up) and return the system fingerprint; ProbeFailed if it fails."""
@@ -212,7 +224,7 @@ def engine_requests(exposition: str) -> int:
 def _server_load(reply: httpx.Response) -> int:
     try:
         return int(reply.json()["server_load"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return 0
 
 
@@ -228,5 +240,5 @@ def _translated(replica: Replica, what: str) -> Iterator[None]:
         raise ProbeFailed(f"{replica.id}: {what} answered {error.response.status_code}") from error
     except httpx.HTTPError as error:
         raise ProbeFailed(f"{replica.id}: {what}: {error or type(error).__name__}") from error
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ProbeFailed(f"{replica.id}: {what} answered something that is not vLLM's") from error

@@ -1,33 +1,43 @@
 """Polls replicas that other programs run, configured by `url` or found: ready while healthy, failed otherwise.
 
 A quality floor holds only if the address serves the variant it should. If the variant's directory is available, its
-golden prompt is sent before the replica becomes ready.
+golden prompt is sent before the replica becomes ready. What a change of a replica does, by its entry:
+
+==========  ============================  =================================  =======================================
+call        it is not ready               ready, the same server and         ready, another server or variant
+                                          variant
+==========  ============================  =================================  =======================================
+`add`       verified, then ready          ready while it is verified again   verified, then ready
+`prepare`   verified, then ready          ready while it is verified again   ready; the successor is verified beside
+                                                                             it, and takes over at `keep_only`
+==========  ============================  =================================  =======================================
 """
 
 import asyncio
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from config.golden import GoldenAnswer
-from serving.errors import ProbeFailed, ReplicaConflict
-from serving.golden import compare
+from serving.errors import ReplicaConflict
+from serving.poller import Poller
 from serving.probe import Probe
 from serving.registry import Registry, ReplicaSource
 from serving.replica import CONFIGURATION, Replica, State
-from serving.thinking import detect_thinking
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Poll:
-    """A replica as configured, and the task that polls it."""
+    """A poller, and the task that runs it."""
 
-    replica: Replica
+    poller: Poller
     task: asyncio.Task[None]
+
+    @property
+    def replica(self) -> Replica:
+        """The replica as configured."""
+        return self.poller.replica
 
 
 @dataclass(slots=True)
@@ -35,7 +45,7 @@ class Watch:
     """Polls external replicas while the `async with` block runs, and updates their entries in the registry.
 
     `replicas` are those at the start. `goldens` are the expected answers by variant. `owner` is the source of the
-    entries.
+    entries. `successors` has the replicas that are prepared, in a registry that no request sees.
     """
 
     replicas: tuple[Replica, ...]
@@ -44,9 +54,10 @@ class Watch:
     goldens: Mapping[str, GoldenAnswer] = field(default_factory=dict)
     every_seconds: float = 1.0
     owner: str = CONFIGURATION
+    successors: Registry = field(init=False, default_factory=Registry)
     _source: ReplicaSource = field(init=False)
-    _rejected: set[str] = field(default_factory=set)
     _polls: dict[str, _Poll] = field(default_factory=dict)
+    _prepared: dict[str, _Poll] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._source = self.registry.source(self.owner)
@@ -72,21 +83,31 @@ class Watch:
         Raises ReplicaConflict if another source owns an id; the replicas after it in the tuple are not added.
         """
         for replica in replicas:
+            self._end_preparation(replica.id)
             poll = self._polls.get(replica.id)
             if poll is not None and poll.replica == replica:
                 continue
-            self._source.put(replica, State.STARTING, "not reached yet")
-            self._rejected.discard(replica.id)
-            if poll is not None:
-                poll.task.cancel()
-            task = asyncio.create_task(self._poll_regularly(replica), name=f"watch {replica.id}")
-            self._polls[replica.id] = _Poll(replica, task)
+            if not (self._is_ready(replica.id) and poll is not None and _same_server(poll.replica, replica)):
+                self._source.put(replica, State.STARTING, "not reached yet")
+            self._end_poll(replica.id)
+            self._polls[replica.id] = self._poll(replica, self.registry)
+
+    def prepare(self, replicas: tuple[Replica, ...]) -> None:
+        """Like `add`, but a ready replica stays until `keep_only` if its successor is another server or variant."""
+        for replica in replicas:
+            poll, prepared = self._polls.get(replica.id), self._prepared.get(replica.id)
+            stays = poll is not None and self._is_ready(replica.id) and not _same_server(poll.replica, replica)
+            if not stays:
+                self.add((replica,))
+            elif prepared is None or prepared.replica != replica:
+                self._end_preparation(replica.id)
+                self.successors.source(self.owner).put(replica, State.STARTING, "not reached yet")
+                self._prepared[replica.id] = self._poll(replica, self.successors)
 
     def hold(self, replica: Replica, state: State, reason: str) -> None:
         """Stop polling a replica; its entry stays, in this state. ReplicaConflict if another source owns its id."""
-        poll = self._polls.pop(replica.id, None)
-        if poll is not None:
-            poll.task.cancel()
+        self._end_preparation(replica.id)
+        poll = self._end_poll(replica.id)
         if poll is not None and poll.replica == replica:
             self._source.move(replica.id, state, reason)  # keeps what the last check has seen of it
         else:
@@ -94,76 +115,59 @@ class Watch:
 
     def remove(self, replica_id: str) -> None:
         """Stop polling a replica, and remove it from the registry."""
-        poll = self._polls.pop(replica_id, None)
-        if poll is not None:
-            poll.task.cancel()
+        self._end_preparation(replica_id)
+        self._end_poll(replica_id)
         self._source.remove(replica_id)
 
     def keep_only(self, replicas: tuple[Replica, ...]) -> None:
-        """Stop polling all others and remove them from the registry; replicas of other sources stay."""
+        """Let successors take over, and remove all others from the registry; replicas of other sources stay."""
         wanted = {replica.id for replica in replicas}
         for replica_id in self._polls.keys() - wanted:
-            self._polls.pop(replica_id).task.cancel()
+            self._end_preparation(replica_id)
+            self._end_poll(replica_id)
         self._source.keep_only(wanted)
+        self.switch()
+
+    def switch(self) -> None:
+        """Let the successors that are prepared take over, as ready as they are."""
+        for replica_id, poll in [*self._prepared.items()]:
+            status = self.successors.status(replica_id)
+            self._end_preparation(replica_id)
+            self._source.put(status.replica, status.state, status.reason)
+            self._end_poll(replica_id)
+            self._polls[replica_id] = self._poll(poll.replica, self.registry)
+
+    def leaving(self, replicas: tuple[Replica, ...]) -> set[str]:
+        """Return the ids of replicas that `keep_only` would replace or remove."""
+        return (self._polls.keys() - {replica.id for replica in replicas}) | self._prepared.keys()
 
     async def _stop(self) -> None:
-        tasks = [poll.task for poll in self._polls.values()]
+        tasks = [poll.task for poll in (*self._polls.values(), *self._prepared.values())]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _poll_regularly(self, replica: Replica) -> None:
-        while True:
-            await self._poll(replica)
-            await asyncio.sleep(self.every_seconds)
+    def _is_ready(self, replica_id: str) -> bool:
+        return replica_id in self.registry and self.registry.status(replica_id).state is State.READY
 
-    async def _poll(self, replica: Replica) -> None:
-        state = self.registry.status(replica.id).state
-        if not await self.probe.healthy(replica.url, replica.tls):
-            if state is not State.FAILED:
-                log.warning("replica %s at %s is not healthy", replica.id, replica.url)
-            self._source.move(replica.id, State.FAILED, f"{replica.url} is not healthy")
-            self._rejected.discard(replica.id)
-        elif state is not State.READY and replica.id not in self._rejected:
-            await self._verify(replica)
-
-    async def _verify(self, replica: Replica) -> None:
-        """Read the served model's name, which may have changed, and check the golden prompt; then it is ready."""
-        try:
-            served = await self.probe.served_model(replica)
-        except ProbeFailed as error:
-            self._source.move(replica.id, State.FAILED, str(error))
-            return
-        seen = replace(
-            replica,
-            served_name=served.name,
-            max_model_len_tokens=served.max_model_len_tokens,
-            adapters=tuple([adapter for adapter in replica.adapters if adapter in served.adapters]),
+    def _poll(self, replica: Replica, registry: Registry) -> _Poll:
+        poller = Poller(
+            replica, registry, self.owner, self.probe, lambda: self.goldens.get(replica.variant), self.every_seconds
         )
-        if missing := [adapter for adapter in replica.adapters if adapter not in seen.adapters]:
-            log.warning("replica %s at %s does not serve its adapters %s", replica.id, replica.url, ", ".join(missing))
-        if reason := await self._golden_mismatch(seen):
-            # Not checked again until it was unhealthy: only a restart can change the model.
-            self._rejected.add(replica.id)
-            log.error("replica %s at %s is not %s: %s", replica.id, replica.url, replica.variant, reason)
-            self._source.move(replica.id, State.FAILED, f"is not {replica.variant}: golden prompt {reason}")
-            return
-        if seen.tools is None:
-            seen = replace(seen, tools=await self.probe.takes_tools(seen))
-        self._source.put(await detect_thinking(self.probe, seen), State.READY)
-        log.info("replica %s at %s is ready", replica.id, replica.url)
+        return _Poll(poller, asyncio.create_task(poller.run(), name=f"watch {replica.id}"))
 
-    async def _golden_mismatch(self, replica: Replica) -> str | None:
-        """Return how the golden answer differs; None if it matches, is not recorded, or is not supported."""
-        golden = self.goldens.get(replica.variant)
-        if golden is None:
-            return None
-        try:
-            golden = golden.shortened(replica.max_model_len_tokens)
-            result = compare(await self.probe.prompt_logprobs(replica, golden.ids), golden)
-        except ProbeFailed as error:
-            log.info("replica %s does not support the golden prompt check: %s", replica.id, error)
-            return None
-        if result.verdict == "indistinguishable":
-            log.info("replica %s: golden prompt: %s", replica.id, result.reason)
-        return result.reason if result.verdict == "different" else None
+    def _end_poll(self, replica_id: str) -> _Poll | None:
+        poll = self._polls.pop(replica_id, None)
+        if poll is not None:
+            poll.task.cancel()
+        return poll
+
+    def _end_preparation(self, replica_id: str) -> None:
+        poll = self._prepared.pop(replica_id, None)
+        if poll is not None:
+            poll.task.cancel()
+            self.successors.source(self.owner).remove(replica_id)
+
+
+def _same_server(one: Replica, other: Replica) -> bool:
+    return (one.url, one.variant) == (other.url, other.variant)

@@ -12,13 +12,15 @@ gone                   as before for `removal_seconds`, in case another slice li
                        idle, then removed
 =====================  ==========================================================================================
 
+A pod that several entries have found belongs to the first of them. While the configuration changes, from `add` to
+`keep_only`, ready pods stay what they are; see `Watch.prepare`.
+
 While the API server is away nothing changes. A list without any pod, where some were ready, is not believed: those are
 `unlisted` until their polls fail, or they are listed again.
 """
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
@@ -30,17 +32,10 @@ from serving.backoff import Backoff
 from serving.errors import ReplicaConflict
 from serving.kubernetes.access import ClusterAccess
 from serving.kubernetes.api import KubernetesApi
-from serving.kubernetes.endpoints import (
-    PodEndpoint,
-    Slices,
-    Standing,
-    difference,
-    is_doubtful,
-    pod_endpoints,
-    port_problem,
-)
-from serving.kubernetes.reflector import PAUSES, Counts, Outage, Reflector
-from serving.kubernetes.sources import PodSource, endpoint_slices
+from serving.kubernetes.endpoints import Slices, difference
+from serving.kubernetes.entry import Entry, SourceStatus
+from serving.kubernetes.reflector import PAUSES, Reflector
+from serving.kubernetes.sources import FoundPod, PodSource, endpoint_slices, merged
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import KUBERNETES, State
@@ -55,38 +50,10 @@ IDLE_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class SourceStatus:
-    """What is known of one entry: whether its slices can be read, what was seen, and its pods by standing.
-
-    `unlisted` is the number of pods that stay although an empty list lacks them, `problem` why some can't be used.
-    """
-
-    source: PodSource
-    outage: Outage | None
-    counts: Counts
-    pods: Counter[Standing]
-    unlisted: int
-    problem: str | None
-
-
-@dataclass(slots=True)
-class _Entry:
-    """An entry of the configuration while its slices are followed."""
-
-    source: PodSource
-    reflector: Reflector
-    task: asyncio.Task[None]
-    slices: Slices = field(default_factory=dict)
-    pods: Mapping[str, PodEndpoint] = field(default_factory=dict)
-    unlisted: Mapping[str, PodEndpoint] = field(default_factory=dict)  # some of `pods`
-    problem: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class _Removal:
     """A pod that is gone, and the task that removes its replica."""
 
-    pod: PodEndpoint
+    found: FoundPod
     task: asyncio.Task[None]
 
 
@@ -105,7 +72,11 @@ class Discovery:
     pauses: Backoff = PAUSES
     _watch: Watch = field(init=False)
     _api: KubernetesApi | None = None
-    _entries: dict[tuple[str | None, str], _Entry] = field(default_factory=dict)
+    _entries: dict[tuple[str | None, str], Entry] = field(default_factory=dict)
+    _wanted: tuple[tuple[str | None, str], ...] = ()  # the keys of entries, in the order of the configuration
+    _is_changing: bool = False  # between `add` and `keep_only`
+    _found: Mapping[str, FoundPod] = field(default_factory=dict)
+    _ambiguous: tuple[str, ...] = ()
     _removals: dict[str, _Removal] = field(default_factory=dict)
     _conflicts: set[str] = field(default_factory=set)
     _stack: AsyncExitStack = field(default_factory=AsyncExitStack)
@@ -133,31 +104,48 @@ class Discovery:
     @property
     def statuses(self) -> tuple[SourceStatus, ...]:
         """What is known of each entry."""
-        return tuple(_status(entry) for entry in self._entries.values())
+        return tuple(entry.status for entry in self._entries.values())
 
     async def add(self, sources: tuple[PodSource, ...], goldens: Mapping[str, GoldenAnswer]) -> None:
-        """Follow sources that are new, and verify the pods of changed ones again.
+        """Follow sources that are new, and prepare what has changed; `keep_only` completes the change.
 
-        OptionError: there is no access to a cluster, and nothing has changed.
+        A ready pod stays as it is until then if its variant or port is another one. OptionError: there is no access to
+        a cluster, and nothing has changed.
         """
         if sources and self._api is None:
             self._api = await self._stack.enter_async_context(KubernetesApi(self.access()))
         self._watch.goldens = goldens
+        self._wanted, self._is_changing = tuple([source.key for source in sources]), bool(self._entries)
         for source in sources:
             entry = self._entries.get(source.key)
             if entry is None:
                 self._follow(source)
             elif entry.source != source:
-                self._change(entry, source)
+                entry.change(source)
+        self._update()
 
     def keep_only(self, sources: tuple[PodSource, ...]) -> None:
-        """Stop following all others; their pods drain."""
-        wanted = {source.key for source in sources}
-        for key in self._entries.keys() - wanted:
-            entry = self._entries.pop(key)
-            entry.task.cancel()
-            for pod in entry.pods.values():
-                self._begin_removal(entry.source, pod, grace_seconds=0.0)
+        """Complete a change: what is prepared takes over, and other sources are not followed; their pods drain.
+
+        A source is followed until those that remain for its variant have been listed.
+        """
+        self._wanted, self._is_changing = tuple([source.key for source in sources]), False
+        self._watch.switch()
+        for entry in self._entries.values():
+            entry.complete_change()
+        self._end_others()
+        self._update()
+
+    @property
+    def successors(self) -> Registry:
+        """The replicas that `keep_only` puts in place of others, in a registry that no request sees."""
+        return self._watch.successors
+
+    def leaving(self) -> set[str]:
+        """Return the ids of replicas that `keep_only` replaces or removes."""
+        sources = [entry.source for key, entry in self._entries.items() if key in self._wanted]
+        unwanted = {name for name, found in self._found.items() if found.source not in sources}
+        return unwanted | {each.replica.id for each in self.successors.snapshot()}
 
     def away(self) -> str | None:
         """Return why the API server can't be read, and since when; None if all slices can be."""
@@ -166,66 +154,72 @@ class Discovery:
 
     def _follow(self, source: PodSource) -> None:
         assert self._api is not None
-        namespace = source.namespace or self._api.access.namespace
+        own = self._api.access.namespace
+        namespace = source.namespace or own
 
         def on_slices(slices: Slices, from_list: bool) -> None:
             self._take(entry, slices, from_list=from_list)
 
         reflector = Reflector(self._api, endpoint_slices(namespace), source.selector, on_slices, self.pauses)
         task = asyncio.create_task(reflector.run(), name=f"follow {source.selector} in {namespace}")
-        entry = self._entries[source.key] = _Entry(source, reflector, task)
+        entry = self._entries[source.key] = Entry(source, None if namespace == own else namespace, reflector, task)
 
-    def _change(self, entry: _Entry, source: PodSource) -> None:
-        """Look at the same slices with another port, variant or other options."""
-        before, entry.pods, entry.source = entry.pods, {}, source
-        self._update(entry, {**entry.unlisted, **self._listed(entry)})
-        for pod in before.values():
-            if pod.id not in entry.pods:
-                self._begin_removal(source, pod, grace_seconds=0.0)
+    def _end_others(self) -> None:
+        """End the entries that are not wanted, unless it is not known yet which pods of their variant remain."""
+        awaited = {
+            entry.source.pod.variant
+            for key, entry in self._entries.items()
+            if key in self._wanted and not entry.is_listed
+        }
+        for key, entry in [*self._entries.items()]:
+            if key not in self._wanted and entry.source.pod.variant not in awaited:
+                del self._entries[key]
+                entry.task.cancel()
 
-    def _take(self, entry: _Entry, slices: Slices, *, from_list: bool) -> None:
-        """Follow a new picture of the slices; an empty list is no reason to remove pods that answer."""
-        entry.slices = slices
-        now = self._listed(entry)
-        entry.unlisted = {replica_id: pod for replica_id, pod in entry.unlisted.items() if replica_id not in now}
-        if from_list and is_doubtful(entry.pods, now):
-            entry.unlisted = {replica_id: pod for replica_id, pod in entry.pods.items() if pod.standing == "ready"}
-            log.warning(
-                "the list of EndpointSlices with %s is empty; %d pods stay until they do not answer any more",
-                entry.source.selector,
-                len(entry.unlisted),
-            )
-        self._update(entry, {**entry.unlisted, **now})
+    def _take(self, entry: Entry, slices: Slices, *, from_list: bool) -> None:
+        entry.take(slices, from_list=from_list)
+        if not self._is_changing:
+            self._end_others()
+        self._update()
 
-    def _listed(self, entry: _Entry) -> Mapping[str, PodEndpoint]:
-        """Return the pods of the slices; if the port of some is not clear, that is logged once."""
-        source, problem = entry.source, port_problem(entry.slices, entry.source.port)
-        if problem is not None and problem != entry.problem:
-            log.warning("pods of %s: %s", source.pod.variant, problem)
-        entry.problem = problem
-        return pod_endpoints(entry.slices, source.port, source.pod.variant)
-
-    def _update(self, entry: _Entry, now: Mapping[str, PodEndpoint]) -> None:
+    def _update(self) -> None:
+        """Bring the registry to what the entries have found together; those of the new configuration come first."""
+        entries = [self._entries[key] for key in sorted(self._entries, key=self._precedence)]
+        pictures = [*((each.source, each.pods) for each in entries), *(each.replaced for each in entries)]
         # Before the registry changes: its observers may come back here.
-        before, entry.pods = entry.pods, now
-        changes = difference(before, now)
-        for pod in changes.changed:
-            removal = self._removals.pop(pod.id, None)
+        before, (self._found, ambiguous) = self._found, merged(pictures)
+        self._log_ambiguities(ambiguous)
+        changes = difference(before, self._found)
+        for found in changes.changed:
+            removal = self._removals.pop(found.pod.id, None)
             if removal is not None:
                 removal.task.cancel()
-            predecessor = removal.pod if removal else before.get(pod.id)
-            if predecessor is not None and predecessor.uid != pod.uid:
-                self._watch.remove(pod.id)  # another pod of the same name
-            self._put(entry.source, pod)
-        for pod in changes.gone:
-            self._begin_removal(entry.source, pod, self.removal_seconds if pod.standing == "ready" else 0.0)
+            predecessor = removal.found if removal else before.get(found.pod.id)
+            if predecessor is not None and predecessor.pod.uid != found.pod.uid:
+                self._watch.remove(found.pod.id)  # another pod of the same name
+            is_other_entry = predecessor is not None and predecessor.source != found.source
+            self._put(found, prepare=self._is_changing and is_other_entry)
+        for found in changes.gone:
+            self._begin_removal(found)
 
-    def _put(self, source: PodSource, pod: PodEndpoint) -> None:
+    def _precedence(self, key: tuple[str | None, str]) -> int:
+        return self._wanted.index(key) if key in self._wanted else len(self._wanted)
+
+    def _log_ambiguities(self, ambiguous: tuple[str, ...]) -> None:
+        """Log what is new; while the configuration changes, two entries may have the same pods for a moment."""
+        if self._is_changing:
+            return
+        for what in ambiguous:
+            if what not in self._ambiguous:
+                log.warning("%s", what)
+        self._ambiguous = ambiguous
+
+    def _put(self, found: FoundPod, *, prepare: bool) -> None:
         """Bring the registry's entry of a pod to what Kubernetes says; a pod that another source has is left to it."""
-        replica = source.replica(pod)
+        replica, pod = found.replica, found.pod
         try:
             if pod.standing == "ready":
-                self._watch.add((replica,))
+                (self._watch.prepare if prepare else self._watch.add)((replica,))
             elif pod.standing == "terminating":
                 self._watch.hold(replica, State.DRAINING, "its pod is terminating")
             else:
@@ -237,36 +231,30 @@ class Discovery:
         else:
             self._conflicts.discard(pod.id)
 
-    def _begin_removal(self, source: PodSource, pod: PodEndpoint, grace_seconds: float) -> None:
-        if pod.id in self._conflicts:
-            self._conflicts.discard(pod.id)
+    def _begin_removal(self, found: FoundPod) -> None:
+        if found.pod.id in self._conflicts:
+            self._conflicts.discard(found.pod.id)
             return
-        if pod.id in self._removals:
+        if found.pod.id in self._removals:
             return
-        task = asyncio.create_task(self._remove(source, pod, grace_seconds), name=f"remove {pod.id}")
-        self._removals[pod.id] = _Removal(pod, task)
+        task = asyncio.create_task(self._remove(found), name=f"remove {found.pod.id}")
+        self._removals[found.pod.id] = _Removal(found, task)
 
-    async def _remove(self, source: PodSource, pod: PodEndpoint, grace_seconds: float) -> None:
-        await asyncio.sleep(grace_seconds)
-        self._watch.hold(source.replica(pod), State.DRAINING, "its pod is gone")
+    async def _remove(self, found: FoundPod) -> None:
+        await asyncio.sleep(self.removal_seconds if found.pod.standing == "ready" else 0.0)
+        self._watch.hold(found.replica, State.DRAINING, "its pod is gone")
         with suppress(TimeoutError):
             async with asyncio.timeout(IDLE_SECONDS):
-                await self.registry.idle(pod.id)
-        self._watch.remove(pod.id)
-        del self._removals[pod.id]
+                await self.registry.idle(found.pod.id)
+        self._watch.remove(found.pod.id)
+        del self._removals[found.pod.id]
 
     def _drop_unlisted(self) -> None:
         """Remove the pods that an empty list lacks as soon as they do not answer."""
-        doubted = [entry for entry in self._entries.values() if entry.unlisted]
+        doubted = [entry for entry in self._entries.values() if entry.is_doubted]
         if not doubted:
             return
         failed = {each.replica.id for each in self.registry.snapshot() if each.state is State.FAILED}
         for entry in doubted:
-            entry.unlisted = {name: pod for name, pod in entry.unlisted.items() if name not in failed}
-            self._update(entry, {**entry.unlisted, **self._listed(entry)})
-
-
-def _status(entry: _Entry) -> SourceStatus:
-    pods = Counter(pod.standing for name, pod in entry.pods.items() if name not in entry.unlisted)
-    reflector = entry.reflector
-    return SourceStatus(entry.source, reflector.outage, reflector.counts, pods, len(entry.unlisted), entry.problem)
+            entry.drop(failed)
+        self._update()

@@ -15,11 +15,12 @@ A missing condition is true; a missing `terminating` is false. Of a pod with sev
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 
+Pod = TypeVar("Pod")
 Standing = Literal["ready", "terminating", "not_ready"]
 STANDINGS: tuple[Standing, ...] = ("ready", "terminating", "not_ready")
 
@@ -108,6 +109,11 @@ def pod_endpoints(slices: Slices, port: int | str | None, variant: str) -> Mappi
     return by_id
 
 
+def qualified(pods: Mapping[str, PodEndpoint], namespace: str) -> Mapping[str, PodEndpoint]:
+    """Return pods of another namespace than the gateway's under NAME.NAMESPACE: each may have a pod of that name."""
+    return {(name := f"{replica_id}.{namespace}"): replace(pod, id=name) for replica_id, pod in pods.items()}
+
+
 def _precedence(pod: PodEndpoint) -> tuple[int, bool, str, str]:
     """Order the endpoints of one pod: the best standing first, then IPv4."""
     return STANDINGS.index(pod.standing), "[" in pod.url, pod.url, pod.uid
@@ -158,14 +164,14 @@ def port_problem(slices: Slices, port: int | str | None) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(Generic[Pod]):
     """What has changed between two pictures of the pods: new and changed ones, and those that are gone."""
 
-    changed: tuple[PodEndpoint, ...]
-    gone: tuple[PodEndpoint, ...]
+    changed: tuple[Pod, ...]
+    gone: tuple[Pod, ...]
 
 
-def difference(before: Mapping[str, PodEndpoint], now: Mapping[str, PodEndpoint]) -> Difference:
+def difference(before: Mapping[str, Pod], now: Mapping[str, Pod]) -> Difference[Pod]:
     """Compare two pictures."""
     return Difference(
         tuple(pod for replica_id, pod in now.items() if before.get(replica_id) != pod),

@@ -1,6 +1,6 @@
 """What the entries of the configuration with `kubernetes` look for. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from config.schema import ReplicaSettings
@@ -27,9 +27,43 @@ class PodSource:
         """Which slices it reads; unique in a configuration."""
         return self.namespace, self.selector
 
-    def replica(self, endpoint: PodEndpoint) -> Replica:
-        """Return the replica that an endpoint is."""
-        return replace(self.pod, id=endpoint.id, url=endpoint.url)
+
+@dataclass(frozen=True, slots=True)
+class FoundPod:
+    """A pod, and the entry of the configuration that it belongs to."""
+
+    source: PodSource
+    pod: PodEndpoint
+
+    @property
+    def replica(self) -> Replica:
+        """The replica that it is."""
+        return replace(self.source.pod, id=self.pod.id, url=self.pod.url)
+
+
+Pods = Mapping[str, PodEndpoint]  # by the id of the replica
+
+
+def merged(entries: Iterable[tuple[PodSource, Pods]]) -> tuple[Mapping[str, FoundPod], tuple[str, ...]]:
+    """Return the pods of all entries by id, and what is ambiguous: an id belongs to the first entry that has it.
+
+    That an entry of the same variant has found the same pod is not ambiguous.
+    """
+    found, ambiguous = dict[str, FoundPod](), list[str]()
+    for source, pods in entries:
+        for replica_id, pod in pods.items():
+            first = found.setdefault(replica_id, FoundPod(source, pod))
+            if (first.source.pod.variant, first.pod.uid) != (source.pod.variant, pod.uid):
+                ambiguous.append(_ambiguity(first, FoundPod(source, pod)))
+    return found, tuple(ambiguous)
+
+
+def _ambiguity(first: FoundPod, other: FoundPod) -> str:
+    what = "the pod" if first.pod.uid == other.pod.uid else "another pod of that name"
+    return (
+        f"the pod {first.pod.id} is a replica of {first.source.pod.variant} ({first.source.selector}); {what} is found "
+        f"for {other.source.pod.variant} ({other.source.selector}), too, and not used there; change one of the entries"
+    )
 
 
 def endpoint_slices(namespace: str) -> Resource:

@@ -146,6 +146,16 @@ def test_empty_mapping_is_all_defaults(tmp_path: Path) -> None:
             ["f:4:16: replicas.1.kubernetes: finds the same pods as replicas.0; remove one, or choose another Service"],
         ),
         (
+            "variants: {a: {precision: int4}, b: {precision: int8}}\nreplicas:\n"
+            "- {variant: a, kubernetes: {service: s, namespace: n, workload: deployment/w}}\n"
+            "- {variant: a, kubernetes: {service: s, namespace: m, workload: deployment/w}}\n"
+            "- {variant: b, kubernetes: {service: t, namespace: n, workload: deployment/w}}\n",
+            [
+                "f:5:55: replicas.2.kubernetes.workload: is the workload of replicas.0, too, so a rollout would scale "
+                "it for both; name it in one entry only"
+            ],
+        ),
+        (
             "variants: {a: {precision: int4}}\nreplicas:\n- {variant: a, kubernetes: {service: s, workload: pod/p}}\n",
             [
                 "f:3:41: replicas.0.kubernetes.workload: 'pod/p' is not a workload; "

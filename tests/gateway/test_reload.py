@@ -167,7 +167,7 @@ def test_unserved_aliases(
         aliases = {} if ladder is None else {"smol": AliasSettings(ladder=tuple(ladder))}
         return Catalog(aliases, {name: Variant(name, "bf16", PARENT_QUALITY) for name in ladder or ()})
 
-    assert unserved_aliases(catalog(before), catalog(after), ready_variants) == unserved
+    assert unserved_aliases(catalog(before), catalog(after), ready_variants, ready_variants) == unserved
 
 
 def test_unserved_aliases_with_a_floor() -> None:
@@ -180,8 +180,9 @@ def test_unserved_aliases_with_a_floor() -> None:
     def catalog(name: str) -> Catalog:
         return Catalog({"smol": AliasSettings(ladder=(name,), floor=Floor(kl_mean=0.1))}, variants)
 
-    assert unserved_aliases(catalog("b"), catalog("a"), {"b"}) == []
-    assert unserved_aliases(catalog("a"), catalog("b"), {"a", "b"}) == ["smol"]
+    assert unserved_aliases(catalog("a"), catalog("a"), {"a"}, set()) == ["smol"]  # another replica of it is to come
+    assert unserved_aliases(catalog("b"), catalog("a"), {"b"}, {"b"}) == []
+    assert unserved_aliases(catalog("a"), catalog("b"), {"a", "b"}, {"a", "b"}) == ["smol"]
 
 
 def external_settings(url: str) -> dict[str, Any]:

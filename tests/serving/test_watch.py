@@ -1,7 +1,7 @@
 """External replicas (`url`) of the configuration."""
 
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -10,9 +10,10 @@ from serving.errors import ReplicaConflict
 from serving.probe import Probe
 from serving.registry import Registry
 from serving.replica import Replica, State
+from serving.tls import Tls
 from serving.watch import Watch
 from tests.fakes.running import running_fake
-from tests.gateway.wire import answering, scripted
+from tests.gateway.wire import answering, scripted, whole
 from tests.serving.supervised import ready, until
 
 
@@ -72,6 +73,139 @@ async def test_another_address_is_verified_anew() -> None:
             await until(registry, lambda status: "golden prompt" in status.reason)
             watch.add((replace(far, url=right.url),))
             assert (await ready(registry)).replica.url == right.url
+
+
+@dataclass(slots=True)
+class States:
+    """The states that the replicas of a registry have been in, in order."""
+
+    registry: Registry
+    seen: list[State] = field(default_factory=list)
+
+    def note(self) -> None:
+        """Note the states that are new."""
+        for status in self.registry.snapshot():
+            if not self.seen or self.seen[-1] is not status.state:
+                self.seen.append(status.state)
+
+
+async def test_a_change_of_options_keeps_a_replica_ready() -> None:
+    """It is the same server, and is verified again meanwhile."""
+    registry = Registry()
+    states = States(registry)
+    async with running_fake() as fake, Probe() as probe:
+        far = Replica("int4-1", "int4", "int4", fake.url, "int4")
+        async with Watch((far,), registry, probe, every_seconds=0.02) as watch:
+            await ready(registry)
+            with registry.observed(states.note):
+                watch.add((replace(far, max_in_flight=7),))
+                await until(registry, lambda status: status.replica.max_in_flight == 7)
+                await fake.requested("/v1/models", 2)
+                watch.add((replace(far, max_in_flight=7, api_key="other"),))
+                await until(registry, lambda status: status.replica.api_key == "other")
+    assert states.seen == [State.READY]
+
+
+@pytest.mark.parametrize("option", ["variant", "url"])
+async def test_a_successor_takes_over_when_it_is_told_to(option: str) -> None:
+    """Until then the replica is as ready as it was; the successor is verified, so it is ready at once."""
+    registry = Registry()
+    states = States(registry)
+    async with running_fake() as left, running_fake() as right, Probe() as probe:
+        far = Replica("one", "int4", "int4", left.url, "int4")
+        successor = replace(far, url=right.url) if option == "url" else replace(far, variant="int8")
+        async with Watch((far,), registry, probe, every_seconds=0.02) as watch:
+            before = await ready(registry, "one")
+            with registry.observed(states.note):
+                watch.prepare((successor,))
+                assert watch.leaving((successor,)) == {"one"}
+                await until(watch.successors, lambda status: status.state is State.READY, "one")
+                assert registry.status("one").replica == before.replica
+                watch.keep_only((successor,))
+                status = registry.status("one")
+                assert (status.replica.url, status.replica.variant) == (successor.url, successor.variant)
+                assert not watch.successors.snapshot()
+                assert not watch.leaving((successor,))
+                served = right if option == "url" else left
+                await served.requested("/health", len(served.requests("/health")) + 3)
+    assert states.seen == [State.READY]
+
+
+async def test_a_change_that_is_undone() -> None:
+    """The successor is forgotten, and the replica stays."""
+    registry = Registry()
+    async with running_fake() as fake, Probe() as probe:
+        far = Replica("one", "int4", "int4", fake.url, "int4")
+        async with Watch((far,), registry, probe, every_seconds=0.02) as watch:
+            before = await ready(registry, "one")
+            watch.prepare((replace(far, variant="int8"),))
+            watch.prepare((far,))
+            watch.keep_only((far,))
+            assert not watch.successors.snapshot()
+            assert registry.status("one") == before
+
+
+async def test_a_successor_that_is_not_ready() -> None:
+    """It takes over as it is, as the configuration says."""
+    registry = Registry()
+    async with running_fake() as fake, Probe() as probe:
+        far = Replica("one", "int4", "int4", fake.url, "int4")
+        async with Watch((far,), registry, probe, every_seconds=0.02) as watch:
+            await ready(registry, "one")
+            successor = replace(far, url="http://127.0.0.1:9")
+            watch.prepare((successor,))
+            await until(watch.successors, lambda status: status.state is State.FAILED, "one")
+            watch.keep_only((successor,))
+            assert registry.status("one").state is State.FAILED
+            watch.add((far,))
+            await ready(registry, "one")
+
+
+@pytest.mark.parametrize(
+    "models",
+    [b'{"data": [{"id": "m"}, "x"]}', b'{"data": [{"id": 7}]}', b'{"data": []}', b"[]", b'"\xff"', b"[" * 100_000],
+)
+async def test_models_that_cannot_be_read(models: bytes) -> None:
+    """The replica is not ready, and is asked again."""
+    registry = Registry()
+    healthy = whole(b"")
+    replies = (healthy, whole(models), healthy, whole(models), healthy, whole(b'{"data": [{"id": "m"}]}'))
+    async with scripted(answering(*replies, close=False)) as engine, Probe() as probe:
+        far = Replica("int4-1", "int4", "int4", engine.url, "int4")
+        async with Watch((far,), registry, probe, every_seconds=0.02):
+            await until(registry, lambda status: "/v1/models answered something" in status.reason)
+            await ready(registry)
+
+
+@dataclass
+class BrokenProbe(Probe):
+    """A probe with a defect while `is_broken`."""
+
+    is_broken: bool = True
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    async def healthy(self, url: str, tls: Tls | None = None) -> bool:
+        """Fail, or ask."""
+        if self.is_broken:
+            raise AttributeError("'str' object has no attribute 'get'")
+        return await super().healthy(url, tls)
+
+
+async def test_a_defect_is_not_the_last_poll(caplog: pytest.LogCaptureFixture) -> None:
+    """A replica whose poll has one gets no request; the log says so once, and polls go on."""
+    registry = Registry()
+    async with running_fake() as fake, BrokenProbe() as probe:
+        far = Replica("int4-1", "int4", "int4", fake.url, "int4")
+        async with Watch((far,), registry, probe, every_seconds=0.02):
+            probe.is_broken = False
+            await ready(registry)
+            probe.is_broken = True
+            await until(registry, lambda status: "its poll has a defect" in status.reason)
+            probe.is_broken = False
+            await ready(registry)
+    assert [each for each in caplog.messages if "has a defect" in each]
 
 
 async def test_id_of_another_source_is_a_conflict() -> None:

@@ -8,8 +8,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from gateway.observability.metrics import table
-from serving.kubernetes.discovery import SourceStatus
 from serving.kubernetes.endpoints import STANDINGS
+from serving.kubernetes.entry import SourceStatus
 from serving.kubernetes.reflector import ERROR_REASONS, EVENT_TYPES
 
 

@@ -101,9 +101,9 @@ class FakeCluster:
         found = await self._ask("GET", self.path(f"{kind}s", name))
         return int(found["spec"]["replicas"])
 
-    async def create(self, plural: str, document: dict[str, Any]) -> None:
+    async def create(self, plural: str, document: dict[str, Any], namespace: str = "default") -> None:
         """Create any object, for example a slice by hand or a HorizontalPodAutoscaler."""
-        await self._ask("POST", self.path(plural), document)
+        await self._ask("POST", self.path(plural, namespace=namespace), document)
 
     async def delete(self, plural: str, name: str) -> None:
         """Delete an object."""
@@ -132,15 +132,15 @@ class FakeCluster:
         await self._steer("reshuffle", {"kind": kind, "namespace": "default", "name": name, **how})
 
     @staticmethod
-    def path(plural: str, name: str | None = None) -> str:
-        """The path of a resource in the namespace `default`, or of one object of it."""
+    def path(plural: str, name: str | None = None, namespace: str = "default") -> str:
+        """The path of a resource in a namespace, or of one object of it."""
         versions = {
             "endpointslices": "discovery.k8s.io/v1",
             "horizontalpodautoscalers": "autoscaling/v2",
             "leases": "coordination.k8s.io/v1",
             **{f"{kind}s": version for kind, version in API_VERSIONS.items()},
         }
-        base = f"/apis/{versions[plural]}/namespaces/default/{plural}"
+        base = f"/apis/{versions[plural]}/namespaces/{namespace}/{plural}"
         return base if name is None else f"{base}/{name}"
 
     # What goes wrong

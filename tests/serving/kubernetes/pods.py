@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from config.golden import GoldenAnswer
 from config.schema import ReplicaSettings
@@ -22,10 +23,11 @@ NO_GOLDENS: Mapping[str, GoldenAnswer] = {}
 QUICK = Backoff(first_seconds=0.02, longest_seconds=0.1)
 
 
-def sources(**kubernetes: object) -> tuple[PodSource, ...]:
-    """The entry of a configuration that finds the pods of the service."""
-    entry = {"variant": "int8", "kubernetes": {"service": SERVICE, **kubernetes}}
-    return pod_sources((ReplicaSettings.model_validate(entry),), {"int8": Variant("int8", "int8", PARENT_QUALITY)})
+def sources(variant: str = "int8", **kubernetes: object) -> tuple[PodSource, ...]:
+    """The entry of a configuration that finds the pods of the service, or what `kubernetes` says."""
+    found = kubernetes if "selector" in kubernetes else {"service": SERVICE, **kubernetes}
+    entry = {"variant": variant, "kubernetes": found}
+    return pod_sources((ReplicaSettings.model_validate(entry),), {variant: Variant(variant, variant, PARENT_QUALITY)})
 
 
 @asynccontextmanager
@@ -59,6 +61,17 @@ class Scene:
     def ready(self) -> set[str]:
         """The addresses of the ready replicas."""
         return {each.replica.url for each in self.registry.snapshot() if each.state is State.READY}
+
+
+def slice_of(name: str, service: str, uid: str, fake: FakeReplica, pod: str = "qwq-0") -> dict[str, Any]:
+    """An EndpointSlice that somebody has written by hand, with one pod; without a name, it is an address."""
+    target = {"targetRef": {"name": pod, "uid": uid}} if pod else {}
+    return {
+        "metadata": {"name": name, "labels": {"kubernetes.io/service-name": service, "app": service}},
+        "addressType": "IPv4",
+        "endpoints": [{"addresses": [HOST], **target}],
+        "ports": [{"name": "http", "port": fake.port}],
+    }
 
 
 @asynccontextmanager

@@ -11,7 +11,7 @@ from serving.kubernetes.reflector import UNPRODUCTIVE_WATCHES
 from serving.replica import Replica, State
 from tests.fakes.running import FakeReplica, eventually, running_fake
 from tests.serving.kubernetes.faults import compact, refuse
-from tests.serving.kubernetes.pods import SERVICE, Scene, addresses, discovering, pods, sources
+from tests.serving.kubernetes.pods import SERVICE, Scene, addresses, discovering, pods, slice_of, sources
 
 GOLDEN = GoldenAnswer((65, 66, 67), (-1.0, -1.0))  # the log-probabilities of the fake
 
@@ -204,6 +204,81 @@ async def test_a_changed_entry() -> None:
         scene.discovery.keep_only(())
         await eventually(lambda: not scene.registry.snapshot())
         assert scene.discovery.statuses == ()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("entry", [{"namespace": "default"}, {"selector": f"app={SERVICE}"}, {"port": "http"}])
+async def test_another_entry_with_the_same_pods(entry: dict[str, str], waits: bool) -> None:
+    """They stay ready, whether the new entry has been listed when the old one goes, or not."""
+    async with pods(1) as (one,), discovering() as scene:
+        await scene.cluster.create("endpointslices", slice_of("by-hand", SERVICE, "u", one))
+        await settled(scene, one)
+        new = sources(**entry)
+        await scene.discovery.add(new, {})
+        if waits:
+            await eventually(lambda: not scene.discovery.leaving())
+        scene.discovery.keep_only(new)
+        await eventually(lambda: [each.source for each in scene.discovery.statuses] == [*new])
+        await one.requested("/health", len(one.requests("/health")) + 3)
+        assert scene.states == {"qwq-0": [State.STARTING, State.READY]}
+        await scene.cluster.delete("endpointslices", "by-hand")
+        await eventually(lambda: not scene.registry.snapshot())
+
+
+async def test_another_entry_while_the_api_server_is_away() -> None:
+    """What the old one has found stays until the new one is listed."""
+    async with pods(1) as (one,), discovering() as scene:
+        await scene.cluster.create("endpointslices", slice_of("by-hand", SERVICE, "u", one))
+        await settled(scene, one)
+        await scene.cluster.kill()
+        new = sources(namespace="default")
+        await scene.discovery.add(new, {})
+        scene.discovery.keep_only(new)
+        await eventually(lambda: scene.discovery.statuses[-1].counts.errors["away"] > 2)
+        assert scene.ready() == {one.url}
+        await scene.cluster.start()
+        await eventually(lambda: len(scene.discovery.statuses) == 1)
+        assert scene.states == {"qwq-0": [State.STARTING, State.READY]}
+
+
+@pytest.mark.parametrize("pod", ["qwq-0", ""])
+async def test_an_entry_of_another_variant(pod: str) -> None:
+    """Its pods are verified before the change, and change with it."""
+    async with pods(1) as (one,), discovering() as scene:
+        await scene.cluster.create("endpointslices", slice_of("by-hand", SERVICE, "u", one, pod))
+        await settled(scene, one)
+        new, ready = sources("int4"), scene.registry.ready
+        await scene.discovery.add(new, {})
+        registry = scene.discovery.successors if pod else scene.registry
+        await eventually(lambda: registry.ready.get("int4"))
+        assert ready.get("int8")
+        scene.discovery.keep_only(new)
+        assert ready.get("int4")
+        await eventually(lambda: not ready.get("int8"))
+        await eventually(lambda: len(scene.registry.snapshot()) == 1)
+        assert scene.ready() == {one.url}
+
+
+async def test_two_pods_of_one_name(caplog: pytest.LogCaptureFixture) -> None:
+    """The first entry has the id, which is logged; when its pod is gone, the other one is verified."""
+    async with pods(2) as (one, two), discovering(*sources(), *sources("int4", service="other")) as scene:
+        await scene.cluster.create("endpointslices", slice_of("second", "other", "two", two))
+        await settled(scene, two)
+        await scene.cluster.create("endpointslices", slice_of("first", SERVICE, "one", one))
+        await settled(scene, one)
+        assert "another pod of that name is found for int4" in caplog.text
+        await scene.cluster.delete("endpointslices", "first")
+        await settled(scene, two)
+        assert scene.registry.ready.keys() == {"int4"}
+
+
+async def test_pods_of_another_namespace() -> None:
+    """Their ids have its name: the gateway's own may have pods of the same names."""
+    async with pods(2) as (one, two), discovering(*sources(), *sources(namespace="models")) as scene:
+        await scene.cluster.create("endpointslices", slice_of("first", SERVICE, "one", one))
+        await scene.cluster.create("endpointslices", slice_of("second", SERVICE, "two", two), namespace="models")
+        await settled(scene, one, two)
+        assert [each.replica.id for each in scene.registry.snapshot()] == ["qwq-0", "qwq-0.models"]
 
 
 async def test_a_port_that_is_not_clear(caplog: pytest.LogCaptureFixture) -> None:

@@ -30,15 +30,16 @@ REQUESTS = 150
 def write(folder: Path, cluster: FakeCluster, **entry: Any) -> Path:
     """Write a configuration whose replicas are pods."""
     found = {"variant": "int8", "kubernetes": {"service": SERVICE}, **entry}
+    variant = found["variant"]
     document = {
         "gateway": {
             "listen": "127.0.0.1:0",
             "admin": "127.0.0.1:0",
             "kubernetes": {"server": cluster.url, "token_file": str(cluster.token_file)},
         },
-        "variants": {"int8": {"precision": "int8"}},
+        "variants": {variant: {"precision": "int8"}},
         "replicas": [found],
-        "aliases": {"smol": {"ladder": ["int8"]}},
+        "aliases": {"smol": {"ladder": [variant]}},
     }
     path, draft = folder / "quantgate.yaml", folder / "draft"
     draft.write_text(yaml.safe_dump(document))
@@ -140,6 +141,24 @@ async def test_a_pod_that_terminates_breaks_no_request(tmp_path: Path) -> None:
         await scene.answered()
         assert len(fakes[2].requests("/v1/chat/completions")) == before
         assert f'replica="{gone}"' not in (await scene.admin.get("/metrics")).text
+
+
+@pytest.mark.parametrize(
+    "change", [{"variant": "renamed"}, {"kubernetes": {"service": SERVICE, "namespace": "default"}}]
+)
+async def test_the_only_pod_stays_when_its_entry_changes(tmp_path: Path, change: dict[str, Any]) -> None:
+    """At no time there is no ready replica, and in the end it is what the entry says."""
+    async with pods(1) as fakes, under_load(tmp_path, fakes, 1) as scene:
+        write(tmp_path, scene.cluster, max_in_flight=7, **change)
+
+        async def changed() -> bool:
+            (found,) = (await scene.status())["replicas"]
+            assert found["state"] == "ready"
+            return (found["max_in_flight"], found["variant"]) == (7, change.get("variant", "int8"))
+
+        await eventually(changed)
+        await scene.answered()
+        await scene.settled(*fakes)
 
 
 async def test_a_changed_entry_breaks_no_request(tmp_path: Path) -> None:
