@@ -189,3 +189,20 @@ async def test_a_successor_that_fails(tmp_path: Path, fake: FakeReplica) -> None
                     assert await invalid.wait() == 2
                 assert first.returncode is None
             check(outcomes)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+async def test_a_successor_that_is_stopped_while_it_starts(tmp_path: Path, fake: FakeReplica, workers: int) -> None:
+    """It ends at once, and does not take over; the gateway goes on."""
+    with socket.create_server((HOST, 0)) as silent:
+        async with service(tmp_path, workers) as running:
+            running.configure(fake.url, f"http://{address_of(silent)}")
+            first = await running.start()
+            await running.ready()
+            second = await running.start("--takeover")
+            await eventually((tmp_path / "home" / "control" / f"{second.pid}.sock").exists)
+            assert await stopped(second) == 0
+            assert running.said("took over from process") == 0
+            await eventually(lambda: running.said("the process that was to take over has ended") > 0)
+            assert first.returncode is None
+            await running.ready()
