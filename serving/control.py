@@ -64,7 +64,7 @@ class ProcessStatus(msgspec.Struct, frozen=True):
     """A running process: its command, configuration file, addresses, replicas, and its last reload.
 
     `reload` is None where the outcome is not known: a gateway with workers, or one that does not serve yet. `takeover`:
-    a successor can take its listening sockets over.
+    a successor can ask for its listening sockets.
     """
 
     command: str
@@ -90,11 +90,12 @@ class ControlReply(msgspec.Struct, frozen=True):
 class Takeover:
     """The listening sockets that a successor gets, by name, and what to do when it accepts connections.
 
-    `commit` is called with the successor's process number.
+    `commit` is called with the successor's process number. `refusal` says why no successor gets them; empty: it does.
     """
 
     sockets: Mapping[str, socket.socket]
     commit: Callable[[int], None]
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,10 @@ class ControlSocket:
             request = msgspec.json.decode(line, type=ControlRequest)
         except msgspec.DecodeError:
             return None
-        return self.takeover if request.action == "takeover" and not self._successor else None
+        takeover = self.takeover
+        if request.action != "takeover" or takeover is None or takeover.refusal or self._successor:
+            return None
+        return takeover
 
     async def _hand_over(self, takeover: Takeover, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass the sockets to a successor, and stop when it commits; if it fails before, nothing has changed."""
@@ -216,6 +220,8 @@ class ControlSocket:
     def _no_takeover(self) -> str:
         if self._successor:
             return "another process is taking over already"
+        if self.takeover is not None:
+            return self.takeover.refusal
         if self.controlled.command != "gateway":
             return (
                 f"quantgate {self.controlled.command} owns replicas, which can't be taken over: stop it, and start it"

@@ -170,6 +170,20 @@ async def test_restarts_with_kept_sockets_lose_nothing(tmp_path: Path, fake: Fak
         assert manager.messages().count("STOPPING=1") == 3
 
 
+async def test_a_service_is_not_taken_over(tmp_path: Path, fake: FakeReplica) -> None:
+    """Its service manager would start another one: the successor says how to restart it, and the gateway goes on."""
+    async with service_manager(tmp_path, "client", "admin") as manager, service(tmp_path) as running:
+        running.client, running.admin = (each.getsockname()[1] for each in manager.sockets.values())
+        running.configure(fake.url)
+        process = await manager.start(running.arguments, running.environment)
+        successor = await running.start("--takeover")
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            assert await successor.wait() == 2
+        assert running.said("a service manager runs it, and would start another one: use systemctl restart") == 1
+        await running.ready()
+        assert await stopped(process) == 0
+
+
 async def test_a_successor_that_fails(tmp_path: Path, fake: FakeReplica) -> None:
     """If it is killed before it is ready, or its configuration is invalid, the gateway goes on."""
     # The kernel connects, and nobody answers: the successor does not know of this replica for a while.
