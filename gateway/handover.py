@@ -55,7 +55,8 @@ def offered_to_successor(
 ) -> Iterator[None]:
     """Let a successor get `sockets` through the control socket, if there is one, while the block runs.
 
-    When it accepts connections, this process stops. At the end of the block the service manager learns that the service
+    When it accepts connections, this process stops. If this process stops before, connections wait for the successor
+    that starts: it will accept them, whereas this process would refuse new requests on the same socket. At the end of the block the service manager learns that the service
     does.
     """
 
@@ -70,6 +71,8 @@ def offered_to_successor(
         yield
     finally:
         if control is not None:
+            if control.successor_starts:
+                taken.next_acceptor = "successor"
             control.takeover = None
         manager.stopping()
 

@@ -220,3 +220,21 @@ async def test_a_successor_that_is_stopped_while_it_starts(tmp_path: Path, fake:
             await eventually(lambda: running.said("the process that was to take over has ended") > 0)
             assert first.returncode is None
             await running.ready()
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+async def test_a_predecessor_that_is_stopped_first(tmp_path: Path, fake: FakeReplica, workers: int) -> None:
+    """While its successor starts, connections wait for that one: nothing is refused or lost."""
+    silent = socket.create_server((HOST, 0))
+    async with service(tmp_path, workers) as running:
+        running.configure(fake.url, f"http://{address_of(silent)}")
+        first = await running.start()
+        await running.ready()
+        async with upgrade_load(running.address, raw=2, sdk=2, streams=2, pause_seconds=0.1) as outcomes:
+            second = await running.start("--takeover")
+            await eventually((tmp_path / "home" / "control" / f"{second.pid}.sock").exists)
+            assert await stopped(first) == 0
+            silent.close()
+            await eventually(lambda: running.said("has ended by itself") > 0)
+        check(outcomes)
+        assert running.said("Traceback") == 0
