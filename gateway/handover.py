@@ -56,8 +56,8 @@ def offered_to_successor(
     """Let a successor get `sockets` through the control socket, if there is one, while the block runs.
 
     When it accepts connections, this process stops. If this process stops before, connections wait for the successor
-    that starts: it will accept them, whereas this process would refuse new requests on the same socket. At the end of the block the service manager learns that the service
-    does.
+    that starts: it will accept them, whereas this process would refuse new requests on the same socket. At the end of
+    the block the service manager learns that the service does.
     """
 
     def commit(pid: int) -> None:

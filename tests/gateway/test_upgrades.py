@@ -21,6 +21,7 @@ from tests.fakes.service_manager import service_manager, stopped
 from tests.gateway.fleet import CHAT, HELLO
 from tests.gateway.test_workers import free_ports
 from tests.gateway.upgrade_load import Outcomes, upgrade_load
+from tests.gateway.wire import connected, posted
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -230,11 +231,20 @@ async def test_a_predecessor_that_is_stopped_first(tmp_path: Path, fake: FakeRep
         running.configure(fake.url, f"http://{address_of(silent)}")
         first = await running.start()
         await running.ready()
-        async with upgrade_load(running.address, raw=2, sdk=2, streams=2, pause_seconds=0.1) as outcomes:
+        async with (
+            connected(f"http://{running.address}") as slow,
+            upgrade_load(running.address, raw=2, sdk=2, streams=2, pause_seconds=0.1) as outcomes,
+        ):
             second = await running.start("--takeover")
             await eventually((tmp_path / "home" / "control" / f"{second.pid}.sock").exists)
-            assert await stopped(first) == 0
+            request = posted(HELLO)
+            await slow.say(request[:-1])  # the first one ends after its answer
+            first.terminate()
+            await eventually(lambda: running.said("SIGTERM: stopping") > 0)
             silent.close()
-            await eventually(lambda: running.said("has ended by itself") > 0)
+            await eventually(lambda: running.said("took over from process") > 0)
+            await slow.say(request[-1:])
+            assert b"HTTP/1.1 200 OK" in await slow.read_all()
+            assert await first.wait() == 0
         check(outcomes)
         assert running.said("Traceback") == 0
