@@ -134,7 +134,8 @@ def activated_sockets(environment: Mapping[str, str], pid: int) -> InheritedSock
             f"the socket unit passes {count} sockets named {':'.join(names)!r}; "
             f"set FileDescriptorName=client, and FileDescriptorName=admin in a second socket unit"
         )
-    return InheritedSockets(sockets_of(named), "next start")
+    # A client port that this process opens ends with it.
+    return InheritedSockets(sockets_of(named), "next start" if CLIENT in named else "none")
 
 
 def sockets_of(descriptors: Mapping[str, int]) -> dict[str, socket.socket]:
