@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from asyncio.subprocess import Process
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from gateway.http.sockets import address_of
-from tests.fakes.running import DEADLINE_SECONDS, HOST, PATIENCE_SECONDS, ROOT, FakeReplica, eventually
+from tests.fakes.running import DEADLINE_SECONDS, HOST, PATIENCE_SECONDS, ROOT, FakeReplica, eventually, running_fake
 from tests.fakes.service_manager import service_manager, stopped
 from tests.gateway.fleet import CHAT, HELLO
 from tests.gateway.test_workers import free_ports
@@ -104,6 +105,16 @@ class Service:
                 return response.status_code == 200
 
             await eventually(answers)
+
+    async def workers_ready(self) -> bool:
+        """Whether each worker has a replica."""
+        async with httpx.AsyncClient(timeout=DEADLINE_SECONDS, trust_env=False) as client:
+            try:
+                ports = range(self.admin, self.admin + self.workers)
+                answers = [await client.get(f"http://{HOST}:{port}/readyz") for port in ports]
+            except httpx.TransportError:
+                return False
+            return all(answer.status_code == 200 for answer in answers)
 
     def said(self, text: str) -> int:
         """How often a text is in the output."""
@@ -248,3 +259,49 @@ async def test_a_predecessor_that_is_stopped_first(tmp_path: Path, fake: FakeRep
             assert await first.wait() == 0
         check(outcomes)
         assert running.said("Traceback") == 0
+
+
+def listening_sockets(pid: int) -> dict[str, bool]:
+    """The listening TCP sockets of a process, by inode, and whether its children inherit them."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A"}
+    found = {}
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        if (target := str(link.readlink())) in listening:
+            _, _, flags = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text().partition("flags:")
+            found[target] = not int(flags.split()[0], 8) & os.O_CLOEXEC
+    return found
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+async def test_who_has_the_sockets_after_a_takeover(tmp_path: Path, fake: FakeReplica, workers: int) -> None:
+    """The successor, and each of its workers its own; no other child inherits them."""
+    async with service(tmp_path, workers) as running:
+        running.configure(fake.url)
+        await running.start()
+        await running.ready()
+        await taken_over(running)
+        await running.ready()
+        pid = running.processes[-1].pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        of_processes = [listening_sockets(int(each)) for each in (pid, *children)]
+        assert [len(sockets) for sockets in of_processes] == ([2] if workers == 1 else [3, 2, 2])
+        assert not any(any(sockets.values()) for sockets in of_processes)
+
+
+async def test_a_reload_while_workers_drain(tmp_path: Path) -> None:
+    """SIGHUP does not end the parent: the running request is answered."""
+    async with running_fake("--fake-stall-after-tokens", "2", served="hi") as stalled, service(tmp_path, 2) as running:
+        running.configure(stalled.url)
+        parent = await running.start()
+        await eventually(running.workers_ready)
+        async with connected(f"http://{running.address}") as slow:
+            await slow.say(posted({**HELLO, "stream": True}))
+            await slow.read_until(b"data: ")
+            parent.terminate()
+            await eventually(lambda: running.said("SIGTERM: stopping") == 3)  # the parent and its workers
+            parent.send_signal(signal.SIGHUP)
+            await eventually(lambda: running.said("SIGHUP: stopping, nothing to reload") > 0)
+            stalled.resume()
+            await slow.read_until(b"[DONE]")
+        assert await parent.wait() == 0
