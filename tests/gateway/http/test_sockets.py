@@ -98,3 +98,14 @@ def test_another_address(listening: socket.socket, caplog: pytest.LogCaptureFixt
         inherited.close_unused(taken)
     assert given.fileno() == -1
     assert f"gateway.listen is {wanted}, but the inherited socket is on {address_of(listening)}" in caplog.text
+
+
+def test_an_address_that_includes_the_one_of_the_predecessor(listening: socket.socket) -> None:
+    """It can't be bound while that one listens: the message says who does, and what to do."""
+    inherited = InheritedSockets({CLIENT: listening.dup()}, match=True)
+    wanted = address_of(listening).replace(HOST, "0.0.0.0")
+    with (
+        pytest.raises(ConfigError, match=f"listens on {address_of(listening)}: if that is in the way, stop it"),
+        inherited.take(CLIENT, wanted, "gateway.listen"),
+    ):
+        pass
