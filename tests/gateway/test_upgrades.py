@@ -265,11 +265,11 @@ def listening_sockets(pid: int) -> dict[str, bool]:
     """The listening TCP sockets of a process, by inode, and whether its children inherit them."""
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     listening = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A"}
-    found = {}
+    found = dict[str, bool]()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         if (target := str(link.readlink())) in listening:
             _, _, flags = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text().partition("flags:")
-            found[target] = not int(flags.split()[0], 8) & os.O_CLOEXEC
+            found[target] = not (int(flags.split()[0], 8) & os.O_CLOEXEC)
     return found
 
 
@@ -283,8 +283,8 @@ async def test_who_has_the_sockets_after_a_takeover(tmp_path: Path, fake: FakeRe
         await taken_over(running)
         await running.ready()
         pid = running.processes[-1].pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        of_processes = [listening_sockets(int(each)) for each in (pid, *children)]
+        children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        of_processes = [listening_sockets(each) for each in (pid, *children)]
         assert [len(sockets) for sockets in of_processes] == ([2] if workers == 1 else [3, 2, 2])
         assert not any(any(sockets.values()) for sockets in of_processes)
 

@@ -125,6 +125,21 @@ async def test_a_renewed_certificate(tmp_path: Path, fake: FakeReplica) -> None:
         assert abs(seconds - expiration.timestamp()) < DAY.total_seconds() / 2
 
 
+async def test_files_that_are_written_after_the_configuration(tmp_path: Path, fake: FakeReplica) -> None:
+    """A configuration that names them is refused once, and comes into force when they are there."""
+    authority = Authority(tmp_path, "ca")
+    trust = ssl.create_default_context(cafile=authority.file)
+    install(tmp_path, authority.issue())
+    async with secured(tmp_path, fake.url) as (address, followed):
+        before = await shown(address, trust)
+        await followed.reloaded("refused", followed.path.read_text().replace("server.", "renewed."))
+        issued = authority.issue()
+        shutil.copyfile(issued.certificate, tmp_path / "renewed.pem")
+        shutil.copyfile(issued.key, tmp_path / "renewed.key")
+        await eventually(lambda: _reloads(followed, "applied", 1))
+        assert await shown(address, trust) != before
+
+
 async def _reloads(followed: Followed, outcome: str, count: int) -> bool:
     return await followed.reloads(outcome) >= count
 
