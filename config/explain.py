@@ -122,7 +122,7 @@ def _of_value(details: ErrorDetails, given: str) -> tuple[str, str]:
             expected = context["expected"].lower()
             return f"must be {expected}{got}", _nearest(str(details.get("input")), expected)
         case "string_too_short" | "too_short":
-            return "is empty", "write a value" if kind == "string_too_short" else "add an entry"
+            return "is empty", "write a value" if isinstance(details.get("input"), str) else "add an entry"
         case "string_too_long":
             return f"has more than {context['max_length']} characters", "shorten it"
         case "too_long":
@@ -169,8 +169,11 @@ def known_keys(location: Location, root: Any = Settings) -> list[str]:
 
 
 def _is_secret(location: Location, root: Any) -> bool:
-    kind = _type_at(location, root)
-    return kind is SecretStr or SecretStr in get_args(kind)
+    return _has_secret(_type_at(location, root))
+
+
+def _has_secret(kind: Any) -> bool:
+    return kind is SecretStr or any(map(_has_secret, get_args(kind)))
 
 
 def _type_at(location: Location, root: Any) -> Any:

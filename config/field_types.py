@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Annotated, Literal
 from urllib.parse import unquote_to_bytes
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, WithJsonSchema
 
 SIZE_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 # RFC 1123 host names and underscores. Resolvers differ in how they handle others, so they are rejected here.
@@ -157,6 +157,8 @@ Domain = Annotated[str, AfterValidator(check_domain)]
 ReplicaUrl = Annotated[str, AfterValidator(check_url)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN, max_length=128)]
 FileName = Annotated[str, Field(min_length=1)]
+# Empty, such as from a variable without a value, it would protect nothing.
+Secret = Annotated[SecretStr, Field(min_length=1)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, le=MAX_SECONDS, allow_inf_nan=False)]
 Measure = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -46,14 +46,16 @@ def _credential(name: str, environment: Mapping[str, str], report: Callable[[str
         hint = f"set {CREDENTIALS_DIRECTORY} to the directory of the secret files"
         report(f"the credential {name} can't be read: {CREDENTIALS_DIRECTORY} is not set", hint)
         return ""
-    path = Path(directory, name)
+    path, content = Path(directory, name), ""
     try:
         with path.open("rb") as file:
-            content = file.read(MAX_CREDENTIAL_BYTES)
-        return content.decode().rstrip("\r\n")
+            content = file.read(MAX_CREDENTIAL_BYTES).decode().rstrip("\r\n")
     except OSError as error:
         hint = "create the file" if isinstance(error, FileNotFoundError) else "check its permissions"
         report(f"the credential {name} can't be read: {path}: {error.strerror}", hint)
     except UnicodeDecodeError:
         report(f"the credential {name} can't be read: {path} is not UTF-8 text", "save it as UTF-8")
-    return ""
+    else:
+        if not content:
+            report(f"the credential {name} is empty: {path}", "write the secret into the file")
+    return content

@@ -6,7 +6,7 @@ each option.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from config.field_types import (
     CORES_PATTERN,
@@ -34,6 +34,7 @@ from config.field_types import (
     Ratio,
     ReplicaUrl,
     Seconds,
+    Secret,
     Servers,
     ServicePort,
     Share,
@@ -122,7 +123,7 @@ class GatewaySettings(Table):
 
     listen: Address = "127.0.0.1:8000"
     admin: Address = "127.0.0.1:8001"
-    admin_key: SecretStr | None = None
+    admin_key: Secret | None = None
     tls: TlsSettings | None = None
     state: Annotated[str, Field(pattern=STATE_PATTERN)] = "sqlite:///state.db"
     keys: FileName | None = None
@@ -203,9 +204,9 @@ class VariantSettings(Table):
         Name, Annotated[LoraSettings, BeforeValidator(_path_as_lora, json_schema_input_type=LoraSettings | str)]
     ] = {}
     external: ExternalModelName | None = None
-    api_key: SecretStr | None = None
+    api_key: Secret | None = None
     base_url: ProviderUrl | None = None
-    credentials: dict[Credential, SecretStr] = {}
+    credentials: dict[Credential, Secret] = {}
     budget: BudgetSettings | None = None
     price: PriceSettings | None = None
     max_in_flight: Positive = 64
@@ -236,7 +237,7 @@ class ReplicaSettings(Table):
     variant: Name
     url: ReplicaUrl | None = None
     kubernetes: KubernetesSettings | None = None
-    api_key: SecretStr | None = None
+    api_key: Secret | None = None
     ca: FileName | None = None
     certificate: FileName | None = None
     key_file: FileName | None = None

@@ -55,22 +55,34 @@ def offered_to_successor(
 ) -> Iterator[None]:
     """Let a successor get `sockets` through the control socket, if there is one, while the block runs.
 
-    When it accepts connections, this process stops. Otherwise the service manager learns at the end of the block that
-    the service does.
+    When it accepts connections, this process stops. If this process stops before, connections wait for the successor
+    that starts: it will accept them, whereas this process would refuse new requests on the same socket. At the end of
+    the block the service manager learns that the service does.
     """
 
     def commit(pid: int) -> None:
         log.info("process %d takes over", pid)
         taken.next_acceptor = "successor"
-        manager.succeeded_by(pid)
         os.kill(os.getpid(), signal.SIGTERM)
 
     if control is not None:
-        control.takeover = Takeover(sockets, commit)
+        control.takeover = Takeover(sockets, commit, takeover_refusal(taken.next_acceptor, manager))
     try:
         yield
     finally:
         if control is not None:
+            if control.successor_starts:
+                taken.next_acceptor = "successor"
             control.takeover = None
-        if taken.next_acceptor != "successor":
-            manager.stopping()
+        manager.stopping()
+
+
+def takeover_refusal(next_acceptor: NextAcceptor, manager: ServiceManager) -> str:
+    """Return why a successor can't take a process over; empty if it can.
+
+    When the main process of a unit ends, systemd starts the next one. It accepts no process outside of the unit's
+    cgroup as the main process instead (`MAINPID=` in sd_notify(3)), so there would be two.
+    """
+    if manager.address or next_acceptor == "next start":
+        return "a service manager runs it, and would start another one: use systemctl restart instead of --takeover"
+    return ""

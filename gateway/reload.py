@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from config.errors import ReloadRefused
+from config.load import load_settings
 from config.reload_effects import pending_options
-from config.schema import TlsSettings
+from config.schema import GatewaySettings, TlsSettings
 from config.variant import goldens
 from gateway.deployment import Deployment, read_deployment
 from gateway.keys import read_keys
@@ -51,21 +52,29 @@ class ConfigReload:
     with_recorded: Callable[[Deployment], Deployment] = lambda deployment: deployment
     _keys_file: str | None = field(init=False)
     _tls: TlsSettings | None = field(init=False)
+    _unread: GatewaySettings | None = None  # of a configuration whose files could not be read
 
     def __post_init__(self) -> None:
         self._keys_file, self._tls = self.started.settings.gateway.keys_file, self.started.settings.gateway.tls
 
     def files(self) -> list[Path]:
-        """The files to follow: the configuration, its keys file, and the certificate of the clients' port."""
-        named = [self._keys_file, *((self._tls.certificate, self._tls.key_file) if self._tls else ())]
-        return [self.path, *(self.path.parent / name for name in named if name)]
+        """The files to follow: the configuration, its keys file, and the certificate of the clients' port.
+
+        A configuration is read again when the files that it names are there.
+        """
+        named = _files(self._keys_file, self._tls)
+        if self._unread is not None:
+            named += _files(self._unread.keys_file, self._unread.tls)
+        return [self.path, *(self.path.parent / name for name in named)]
 
     async def apply(self, confirmed: bool) -> None:
         """Read the files and apply them; ConfigError if they are invalid.
 
         ReloadRefused, unless `confirmed`, if nothing that answers now would remain, or no API key.
         """
+        self._unread = load_settings(self.path).gateway
         deployment = self._with_keys(read_deployment(self.path))
+        self._unread = None
         if not confirmed:
             self._check_remaining(self.with_recorded(deployment))
         for option in pending_options(self.started.settings, deployment.settings):
@@ -112,6 +121,10 @@ class ConfigReload:
         if self.live_config.keys.replaced_by(deployment.keys):
             keys = self.path.parent / (deployment.settings.gateway.keys or "")
             raise ReloadRefused(f"{keys}: none of the API keys in force would remain")
+
+
+def _files(keys_file: str | None, tls: TlsSettings | None) -> list[str]:
+    return [name for name in (keys_file, *((tls.certificate, tls.key_file) if tls else ())) if name]
 
 
 def no_external_models(_: Deployment) -> Collection[str]:

@@ -195,7 +195,8 @@ async def workers(
     try:
         yield Workers(listening, count, count, manager)
     finally:
-        loop.remove_signal_handler(signal.SIGHUP)
+        # Without a handler, a SIGHUP would end the process in the middle of draining.
+        loop.add_signal_handler(signal.SIGHUP, log.info, "SIGHUP: stopping, nothing to reload")
         for worker in running:
             worker.stop(handed_over=sockets.next_acceptor == "successor")
         _, late = await asyncio.wait(tasks, timeout=drain_seconds() + KILL_AFTER_SECONDS)

@@ -12,6 +12,7 @@ event                         successor                      this process
 `takeover`                    has the sockets, and starts    accepts connections
 `commit`                      accepts connections            accepts no more, finishes its requests, ends
 end of the connection before  has failed                     accepts connections
+a stop before                 starts                         accepts no more, finishes its requests, ends
 ============================  =============================  ==========================================
 """
 
@@ -64,7 +65,7 @@ class ProcessStatus(msgspec.Struct, frozen=True):
     """A running process: its command, configuration file, addresses, replicas, and its last reload.
 
     `reload` is None where the outcome is not known: a gateway with workers, or one that does not serve yet. `takeover`:
-    a successor can take its listening sockets over.
+    a successor can ask for its listening sockets.
     """
 
     command: str
@@ -90,11 +91,12 @@ class ControlReply(msgspec.Struct, frozen=True):
 class Takeover:
     """The listening sockets that a successor gets, by name, and what to do when it accepts connections.
 
-    `commit` is called with the successor's process number.
+    `commit` is called with the successor's process number. `refusal` says why no successor gets them; empty: it does.
     """
 
     sockets: Mapping[str, socket.socket]
     commit: Callable[[int], None]
+    refusal: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +124,10 @@ class ControlSocket:
     restart: Callable[[str], str] | None = None
     last_reload: Callable[[], ReloadResult | None] = lambda: None
     takeover: Takeover | None = None
-    _successor: bool = False  # one has the sockets, and has neither committed nor failed
+    successor_starts: bool = False  # one has the sockets, and has neither committed nor failed
     _began: float = 0.0
     _server: asyncio.Server | None = None
+    _connections: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def __aenter__(self) -> Self:
         """Listen."""
@@ -134,20 +137,29 @@ class ControlSocket:
         except OSError as error:
             log.warning("%s: %s; quantgate status, reload, restart and stop can't reach us", self._path, error.strerror)
             return self
-        self._server = await asyncio.start_unix_server(self._serve, sock=listening)
+        self._server = await asyncio.start_unix_server(self._accept, sock=listening)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop listening."""
+        """Stop listening, and end the connections."""
         if self._server is not None:
             self._server.close()
             self._path.unlink(missing_ok=True)
+        for task in self._connections:
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
 
     @property
     def _path(self) -> Path:
         return self.home / FOLDER / f"{os.getpid()}.sock"
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # asyncio's own task for a connection logs a traceback when the event loop cancels it at its end.
+        task = asyncio.create_task(self._serve(reader, writer), name="control connection")
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -169,23 +181,27 @@ class ControlSocket:
             request = msgspec.json.decode(line, type=ControlRequest)
         except msgspec.DecodeError:
             return None
-        return self.takeover if request.action == "takeover" and not self._successor else None
+        takeover = self.takeover
+        if request.action != "takeover" or takeover is None or takeover.refusal or self.successor_starts:
+            return None
+        return takeover
 
     async def _hand_over(self, takeover: Takeover, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Pass the sockets to a successor, and stop when it commits; if it fails before, nothing has changed."""
-        self._successor = True
+        self.successor_starts = True
         try:
             async with asyncio.timeout(COMMIT_SECONDS):
                 reply = ControlReply(self._status(), sockets=tuple(takeover.sockets))
                 _send_sockets(writer, msgspec.json.encode(reply) + b"\n", list(takeover.sockets.values()))
                 line = await reader.readline()
                 if not line or msgspec.json.decode(line, type=ControlRequest).action != "commit":
-                    log.warning("the process that was to take over has ended before it was ready; going on")
+                    then = "going on" if self.takeover else "nobody accepts connections"
+                    log.warning("the process that was to take over has ended before it was ready; %s", then)
                     return
                 self.takeover = None
                 takeover.commit(_peer(writer))
         finally:
-            self._successor = False
+            self.successor_starts = False
 
     def _reply(self, line: bytes) -> ControlReply:
         try:
@@ -214,8 +230,10 @@ class ControlSocket:
         return ""
 
     def _no_takeover(self) -> str:
-        if self._successor:
+        if self.successor_starts:
             return "another process is taking over already"
+        if self.takeover is not None:
+            return self.takeover.refusal
         if self.controlled.command != "gateway":
             return (
                 f"quantgate {self.controlled.command} owns replicas, which can't be taken over: stop it, and start it"

@@ -6,7 +6,7 @@ import resource
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 import uvloop
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def run_until_signal(start: Callable[[], AbstractAsyncContextManager[object]]) -> int:
-    """Run until SIGINT or SIGTERM, then shut down in order.
+    """Run until SIGINT or SIGTERM, then shut down in order; a start that has not ended by then is cancelled.
 
     Exit codes: 0; 2 if the configuration is at fault, or a gateway cannot be taken over; 4 if another process holds the
     lock.
@@ -49,9 +49,35 @@ def raise_file_limit() -> None:
 
 async def _run(start: Callable[[], AbstractAsyncContextManager[object]]) -> None:
     async with stop_signal() as stop:
-        async with start():
+        async with AsyncExitStack() as running:
+            async with cancelled_at(stop):
+                await running.enter_async_context(start())
             await stop.wait()
         log.info("stopped")
+
+
+@asynccontextmanager
+async def cancelled_at(stop: asyncio.Event) -> AsyncIterator[None]:
+    """Cancel the block when the event is set, and go on after it.
+
+    A process that is stopped while it starts must not finish that first: it may take over from another one.
+    """
+    loop = asyncio.get_running_loop()
+
+    async def watch(limit: asyncio.Timeout) -> None:
+        await stop.wait()
+        limit.reschedule(loop.time())
+
+    try:
+        async with asyncio.timeout(None) as limit:
+            watching = asyncio.create_task(watch(limit), name="stop signal")
+            try:
+                yield
+            finally:
+                watching.cancel()
+    except TimeoutError:
+        if not limit.expired():
+            raise
 
 
 @asynccontextmanager

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 Outcome = Literal["applied", "refused", "failed"]
 
 CONFIRM_SECONDS = 10.0
+
+# What differs when a file has changed, by its path; None: there is no such file.
+Stamps = Mapping[Path, object]
 
 
 class ReloadResult(msgspec.Struct, frozen=True):
@@ -50,7 +53,7 @@ class Reload:
     report: Callable[[Outcome], None] = lambda _: None
     every_seconds: float = 1.0
     clock: Callable[[], float] = time.monotonic
-    _refused: tuple[list[object], float] | None = None  # at a SIGHUP: the state of the files, and when
+    _refused: tuple[Stamps, float] | None = None  # at a SIGHUP: the state of the files, and when
     last: ReloadResult = field(default_factory=ReloadResult)
     _asked: asyncio.Event = field(default_factory=asyncio.Event)
     _task: asyncio.Task[None] | None = None
@@ -71,19 +74,19 @@ class Reload:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
-    async def _follow(self, seen: list[object]) -> None:
+    async def _follow(self, seen: Stamps) -> None:
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.every_seconds):
                     await self._asked.wait()
             now = self._stamps()
             by_signal = self._asked.is_set()
-            if by_signal or now != seen:
+            if by_signal or any(seen.get(path) != stamp for path, stamp in now.items()):
                 self._asked.clear()
                 seen = now
                 await self._reload(now, by_signal=by_signal)
 
-    async def _reload(self, stamps: list[object], *, by_signal: bool) -> None:
+    async def _reload(self, stamps: Stamps, *, by_signal: bool) -> None:
         confirmed = by_signal and self._confirms(stamps)
         self._refused = None
         outcome, message = await self._outcome(confirmed, by_signal=by_signal)
@@ -114,15 +117,15 @@ class Reload:
             return "failed", f"reloading has a defect: {error!r}"
         return "applied", ""
 
-    def _confirms(self, stamps: list[object]) -> bool:
+    def _confirms(self, stamps: Stamps) -> bool:
         """Whether a SIGHUP asks again for what was refused at the one before: the same files, within the time."""
         if self._refused is None:
             return False
         refused, at_seconds = self._refused
         return refused == stamps and self.clock() - at_seconds <= CONFIRM_SECONDS
 
-    def _stamps(self) -> list[object]:
-        return [_stamp(path) for path in self.files()]
+    def _stamps(self) -> Stamps:
+        return {path: _stamp(path) for path in self.files()}
 
 
 def _stamp(path: Path) -> object:

@@ -29,10 +29,6 @@ class ServiceManager:
         """Say that the service shuts down."""
         self._notify("STOPPING=1", "STATUS=running requests finish")
 
-    def succeeded_by(self, pid: int) -> None:
-        """Say that another process is the service from now on."""
-        self._notify(f"MAINPID={pid}", f"STATUS=process {pid} has taken over")
-
     @contextmanager
     def reloading(self, status: str) -> Iterator[None]:
         """Say that the configuration is read again while the block runs."""

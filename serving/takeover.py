@@ -4,6 +4,7 @@ The predecessor goes on until `commit`. Until then the connection tells it that 
 """
 
 import logging
+import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -101,7 +102,9 @@ def _read(connection: socket.socket) -> tuple[ControlReply, list[socket.socket]]
     line, sockets = b"", list[socket.socket]()
     while not line.endswith(b"\n"):
         data, descriptors, _, _ = socket.recv_fds(connection, LONGEST_LINE_BYTES, MOST_SOCKETS)
-        sockets += [socket.socket(fileno=descriptor) for descriptor in descriptors]
+        for descriptor in descriptors:
+            os.set_inheritable(descriptor, False)  # otherwise every child of this process would have it, too
+            sockets.append(socket.socket(fileno=descriptor))
         if not data:
             raise ConnectionError("it closed the connection")
         line += data

@@ -6,8 +6,11 @@ directory="$(cd "$(dirname "$0")" && pwd)/secrets"
 install -d -m 0700 "$directory"
 for name in admin-key grafana-password; do
     file="$directory/$name"
-    if [ ! -e "$file" ]; then
-        head -c 24 /dev/urandom | base64 | tr '+/' '-_' >"$file"
-        chmod 0444 "$file"
+    if [ ! -s "$file" ]; then
+        # Under another name first: a disk that is full leaves no empty secret.
+        secret="$(head -c 24 /dev/urandom | base64 | tr '+/' '-_')"
+        printf '%s\n' "$secret" >"$file.new"
+        chmod 0444 "$file.new"
+        mv -f "$file.new" "$file"
     fi
 done

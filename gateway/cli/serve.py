@@ -193,6 +193,8 @@ def _drain_seconds(config: Path, before: float) -> float:
 
 @asynccontextmanager
 async def _worker(config: Path, options: argparse.Namespace) -> AsyncIterator[None]:
+    for descriptor in (options.alive, options.listening, *options.polls):
+        os.set_inheritable(descriptor, False)
     named = dict(zip((CLIENT, ADMIN), options.sockets, strict=True))
     sockets = InheritedSockets(sockets_of(named), "next start" if options.sockets_kept else "none")
     place = replace(options.worker, polls=options.polls)

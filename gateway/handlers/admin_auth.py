@@ -61,7 +61,7 @@ class AdminAuth:
             return
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         given = token.strip() if scheme.lower() == b"bearer" else b""
-        if not hmac.compare_digest(hashlib.sha256(given).digest(), self.digest):
+        if not given or not hmac.compare_digest(hashlib.sha256(given).digest(), self.digest):
             raise InvalidKey("send 'authorization: Bearer KEY' with the key of gateway.admin_key")
 
 

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 CONNECTIONS_PER_TURN = 2
 # Until descriptors or memory may be free again.
 EXHAUSTED_SECONDS = 0.5
+# For a client to end its direction of a TLS connection, too; one that reads nothing never does.
+TLS_SHUTDOWN_SECONDS = 1.0
 EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
@@ -89,7 +91,11 @@ class Acceptor:
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await self._loop.connect_accepted_socket(
-                self.protocol, connection, ssl=self.tls, ssl_handshake_timeout=self.handshake_seconds
+                self.protocol,
+                connection,
+                ssl=self.tls,
+                ssl_handshake_timeout=self.handshake_seconds,
+                ssl_shutdown_timeout=TLS_SHUTDOWN_SECONDS if self.tls else None,
             )
         except OSError as error:  # the client has left, or its TLS handshake has failed
             log.debug("a connection was not opened: %s", error)

@@ -5,7 +5,7 @@ import math
 import socket
 import ssl
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from types import MappingProxyType
 
@@ -18,8 +18,6 @@ from gateway.http.response_writer import DateHeader
 from gateway.http.sockets import NextAcceptor
 
 CANCEL_SECONDS = 1.0  # for cancelled requests to clean up
-# Until connections that are being opened are registered, TLS handshakes included.
-HANDSHAKES_END_SECONDS = 1.0
 # How long an idle connection stays open for its next request while another process accepts. Until the next start new
 # connections wait, so the drain must be short; httpx and undici do not use a connection that was idle for 5 s again.
 IDLE_SECONDS: Mapping[NextAcceptor, float] = MappingProxyType({"next start": 5.0, "successor": math.inf})
@@ -115,18 +113,24 @@ class HttpServer:
         await self._wait_while(lambda: bool(self.busy), grace_seconds)
         await self._close_connections()
 
-    async def hand_over(self, grace_seconds: float, keep_alive_seconds: float) -> None:
+    async def hand_over(
+        self, grace_seconds: float, keep_alive_seconds: float, opened: Callable[[float], Awaitable[None]]
+    ) -> None:
         """Shut down where another process accepts new connections: requests on open connections are still answered.
 
         A connection closes with its next response, which says so (`connection: close`), or when it has been idle for
         `keep_alive_seconds`. If it were closed at once, a request that is on its way would be lost (RFC 9112, 9.3.1).
+        `opened` waits, up to a limit, for the TLS handshakes of connections that are accepted, but not registered yet.
         """
         self.draining = True
         earlier_seconds = max(0.0, self.keep_alive_seconds - keep_alive_seconds)
         self.keep_alive_seconds -= earlier_seconds
         for connection in self._connections:
             connection.expire_earlier(earlier_seconds)
-        await self._wait_while(lambda: bool(self._connections), grace_seconds)
+        loop = asyncio.get_running_loop()
+        end_seconds = loop.time() + grace_seconds
+        await opened(min(grace_seconds, keep_alive_seconds))
+        await self._wait_while(lambda: bool(self._connections), end_seconds - loop.time())
         await self._close_connections()
 
     async def _close_connections(self) -> None:
@@ -172,5 +176,4 @@ async def serve_clients(
                 await server.drain(server.grace_seconds)
             else:
                 acceptor.close()
-                await acceptor.opened(HANDSHAKES_END_SECONDS)
-                await server.hand_over(server.grace_seconds, IDLE_SECONDS[following])
+                await server.hand_over(server.grace_seconds, IDLE_SECONDS[following], acceptor.opened)

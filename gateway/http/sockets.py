@@ -67,8 +67,7 @@ class InheritedSockets:
         if listening is not None and not is_bound_to(listening, address):
             log.warning("%s is %s, but the inherited socket is on %s", option, address, address_of(listening))
             if self.match:
-                listening.close()
-                listening = None
+                listening = _bind_beside(listening, address, option)
         with bind(address, option) if listening is None else listening as taken:
             yield taken
 
@@ -97,6 +96,18 @@ def bind(address: str, option: str) -> socket.socket:
             f"{option}: can't listen on {address}: {error.strerror}; free the port or change {option}"
         ) from error
     return listening
+
+
+def _bind_beside(inherited: socket.socket, address: str, option: str) -> socket.socket:
+    """Close a predecessor's socket, which goes on listening there, and bind another address."""
+    with inherited:
+        try:
+            return bind(address, option)
+        except ConfigError as error:
+            other = f"the gateway to be taken over listens on {address_of(inherited)}"
+            raise ConfigError(
+                f"{error}; {other}: if that is in the way, stop it, and start without --takeover"
+            ) from error
 
 
 def address_of(listening: socket.socket) -> str:
@@ -134,7 +145,8 @@ def activated_sockets(environment: Mapping[str, str], pid: int) -> InheritedSock
             f"the socket unit passes {count} sockets named {':'.join(names)!r}; "
             f"set FileDescriptorName=client, and FileDescriptorName=admin in a second socket unit"
         )
-    return InheritedSockets(sockets_of(named), "next start")
+    # A client port that this process opens ends with it.
+    return InheritedSockets(sockets_of(named), "next start" if CLIENT in named else "none")
 
 
 def sockets_of(descriptors: Mapping[str, int]) -> dict[str, socket.socket]:

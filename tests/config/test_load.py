@@ -92,6 +92,17 @@ def test_empty_mapping_is_all_defaults(tmp_path: Path) -> None:
             ],
         ),
         (
+            "gateway: {admin: '0.0.0.0:8001', admin_key: ''}\n",
+            ["f:1:34: gateway.admin_key: is empty; write a value"],
+        ),
+        (
+            "variants: {a: {external: x/y, api_key: '', credentials: {organization: ''}}}\n",
+            [
+                "f:1:31: variants.a.api_key: is empty; write a value",
+                "f:1:58: variants.a.credentials.organization: is empty; write a value",
+            ],
+        ),
+        (
             "gateway: {limits: {body_bytes: 3 kg}}\n",
             [
                 "f:1:20: gateway.limits.body_bytes: '3 kg' is not a valid size; write a number "

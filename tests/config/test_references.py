@@ -36,6 +36,9 @@ def test_a_credential_that_cannot_be_read_is_a_problem(tmp_path: Path) -> None:
     assert replaced("${credential:key}", **directory) == ("", [missing])
     binary = f"the credential binary can't be read: {tmp_path}/binary is not UTF-8 text; save it as UTF-8"
     assert replaced("${credential:binary}", **directory) == ("", [binary])
+    (tmp_path / "none").write_text("\n")
+    empty = f"the credential none is empty: {tmp_path}/none; write the secret into the file"
+    assert replaced("${credential:none}", **directory) == ("", [empty])
     unset = "the credential key can't be read: CREDENTIALS_DIRECTORY is not set; "
     assert replaced("${credential:key}") == (
         "",

@@ -215,7 +215,12 @@ def test_grafana_finds_prometheus_and_the_dashboards() -> None:
 
 
 def test_secrets_are_made_once(tmp_path: Path) -> None:
-    """The script creates each secret that the file names, readable for containers; those that exist stay."""
+    """The script creates each secret that the file names, readable for containers; those that exist stay.
+
+    An empty one, which a full disk may have left, is replaced.
+    """
+    (tmp_path / "secrets").mkdir()
+    (tmp_path / "secrets" / "admin-key").touch()
     script = tmp_path / "make-secrets.sh"
     script.write_bytes((DEPLOY / "compose" / "make-secrets.sh").read_bytes())
     made = []

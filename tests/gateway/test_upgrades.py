@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import sys
 from asyncio.subprocess import Process
@@ -16,11 +17,12 @@ import pytest
 import yaml
 
 from gateway.http.sockets import address_of
-from tests.fakes.running import DEADLINE_SECONDS, HOST, PATIENCE_SECONDS, ROOT, FakeReplica, eventually
+from tests.fakes.running import DEADLINE_SECONDS, HOST, PATIENCE_SECONDS, ROOT, FakeReplica, eventually, running_fake
 from tests.fakes.service_manager import service_manager, stopped
 from tests.gateway.fleet import CHAT, HELLO
 from tests.gateway.test_workers import free_ports
 from tests.gateway.upgrade_load import Outcomes, upgrade_load
+from tests.gateway.wire import connected, posted
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -104,6 +106,16 @@ class Service:
 
             await eventually(answers)
 
+    async def workers_ready(self) -> bool:
+        """Whether each worker has a replica."""
+        async with httpx.AsyncClient(timeout=DEADLINE_SECONDS, trust_env=False) as client:
+            try:
+                ports = range(self.admin, self.admin + self.workers)
+                answers = [await client.get(f"http://{HOST}:{port}/readyz") for port in ports]
+            except httpx.TransportError:
+                return False
+            return all(answer.status_code == 200 for answer in answers)
+
     def said(self, text: str) -> int:
         """How often a text is in the output."""
         return self.stderr.read_text().count(text)
@@ -170,6 +182,20 @@ async def test_restarts_with_kept_sockets_lose_nothing(tmp_path: Path, fake: Fak
         assert manager.messages().count("STOPPING=1") == 3
 
 
+async def test_a_service_is_not_taken_over(tmp_path: Path, fake: FakeReplica) -> None:
+    """Its service manager would start another one: the successor says how to restart it, and the gateway goes on."""
+    async with service_manager(tmp_path, "client", "admin") as manager, service(tmp_path) as running:
+        running.client, running.admin = (each.getsockname()[1] for each in manager.sockets.values())
+        running.configure(fake.url)
+        process = await manager.start(running.arguments, running.environment)
+        successor = await running.start("--takeover")
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            assert await successor.wait() == 2
+        assert running.said("a service manager runs it, and would start another one: use systemctl restart") == 1
+        await running.ready()
+        assert await stopped(process) == 0
+
+
 async def test_a_successor_that_fails(tmp_path: Path, fake: FakeReplica) -> None:
     """If it is killed before it is ready, or its configuration is invalid, the gateway goes on."""
     # The kernel connects, and nobody answers: the successor does not know of this replica for a while.
@@ -189,3 +215,93 @@ async def test_a_successor_that_fails(tmp_path: Path, fake: FakeReplica) -> None
                     assert await invalid.wait() == 2
                 assert first.returncode is None
             check(outcomes)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+async def test_a_successor_that_is_stopped_while_it_starts(tmp_path: Path, fake: FakeReplica, workers: int) -> None:
+    """It ends at once, and does not take over; the gateway goes on."""
+    with socket.create_server((HOST, 0)) as silent:
+        async with service(tmp_path, workers) as running:
+            running.configure(fake.url, f"http://{address_of(silent)}")
+            first = await running.start()
+            await running.ready()
+            second = await running.start("--takeover")
+            await eventually((tmp_path / "home" / "control" / f"{second.pid}.sock").exists)
+            assert await stopped(second) == 0
+            assert running.said("took over from process") == 0
+            await eventually(lambda: running.said("the process that was to take over has ended") > 0)
+            assert first.returncode is None
+            await running.ready()
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+async def test_a_predecessor_that_is_stopped_first(tmp_path: Path, fake: FakeReplica, workers: int) -> None:
+    """While its successor starts, connections wait for that one: nothing is refused or lost."""
+    silent = socket.create_server((HOST, 0))
+    async with service(tmp_path, workers) as running:
+        running.configure(fake.url, f"http://{address_of(silent)}")
+        first = await running.start()
+        await running.ready()
+        async with (
+            connected(f"http://{running.address}") as slow,
+            upgrade_load(running.address, raw=2, sdk=2, streams=2, pause_seconds=0.1) as outcomes,
+        ):
+            second = await running.start("--takeover")
+            await eventually((tmp_path / "home" / "control" / f"{second.pid}.sock").exists)
+            request = posted(HELLO)
+            await slow.say(request[:-1])  # the first one ends after its answer
+            first.terminate()
+            await eventually(lambda: running.said("SIGTERM: stopping") > 0)
+            silent.close()
+            await eventually(lambda: running.said("took over from process") > 0)
+            await slow.say(request[-1:])
+            assert b"HTTP/1.1 200 OK" in await slow.read_all()
+            assert await first.wait() == 0
+        check(outcomes)
+        assert running.said("Traceback") == 0
+
+
+def listening_sockets(pid: int) -> dict[str, bool]:
+    """The listening TCP sockets of a process, by inode, and whether its children inherit them."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    listening = {f"socket:[{row[9]}]" for row in rows if row[3] == "0A"}
+    found = dict[str, bool]()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        if (target := str(link.readlink())) in listening:
+            _, _, flags = Path(f"/proc/{pid}/fdinfo/{link.name}").read_text().partition("flags:")
+            found[target] = not (int(flags.split()[0], 8) & os.O_CLOEXEC)
+    return found
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+async def test_who_has_the_sockets_after_a_takeover(tmp_path: Path, fake: FakeReplica, workers: int) -> None:
+    """The successor, and each of its workers its own; no other child inherits them."""
+    async with service(tmp_path, workers) as running:
+        running.configure(fake.url)
+        await running.start()
+        await running.ready()
+        await taken_over(running)
+        await running.ready()
+        pid = running.processes[-1].pid
+        children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        of_processes = [listening_sockets(each) for each in (pid, *children)]
+        assert [len(sockets) for sockets in of_processes] == ([2] if workers == 1 else [3, 2, 2])
+        assert not any(any(sockets.values()) for sockets in of_processes)
+
+
+async def test_a_reload_while_workers_drain(tmp_path: Path) -> None:
+    """SIGHUP does not end the parent: the running request is answered."""
+    async with running_fake("--fake-stall-after-tokens", "2", served="hi") as stalled, service(tmp_path, 2) as running:
+        running.configure(stalled.url)
+        parent = await running.start()
+        await eventually(running.workers_ready)
+        async with connected(f"http://{running.address}") as slow:
+            await slow.say(posted({**HELLO, "stream": True}))
+            await slow.read_until(b"data: ")
+            parent.terminate()
+            await eventually(lambda: running.said("SIGTERM: stopping") == 3)  # the parent and its workers
+            parent.send_signal(signal.SIGHUP)
+            await eventually(lambda: running.said("SIGHUP: stopping, nothing to reload") > 0)
+            stalled.resume()
+            await slow.read_until(b"[DONE]")
+        assert await parent.wait() == 0

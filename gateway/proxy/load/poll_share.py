@@ -85,7 +85,8 @@ class PollShare:
         """Tell the other workers of a poll."""
         data = _ENCODER.encode(report)
         for each in self._others:
-            with suppress(BlockingIOError, ConnectionError):
+            # The buffer is full, or nobody has the other end open any more: ECONNREFUSED, then ENOTCONN.
+            with suppress(OSError):
                 each.send(data)
 
     def _discard(self) -> None:

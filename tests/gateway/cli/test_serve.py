@@ -215,6 +215,24 @@ def test_running_until_a_signal(number: signal.Signals) -> None:
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_cancels_the_start() -> None:
+    """What follows in a start does not happen, what was started ends, and that is a success."""
+    story: list[str] = []
+
+    @asynccontextmanager
+    async def start() -> AsyncIterator[None]:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.Event().wait()
+            story.append("started")
+            yield
+        finally:
+            story.append("ended")
+
+    assert run_until_signal(start) == 0
+    assert story == ["ended"]
+
+
 SECRETS = """\
 gateway:
   state: "postgresql://quantgate:hunter2@db/quantgate"

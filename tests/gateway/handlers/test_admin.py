@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from gateway.app import gateway_alone
+from gateway.handlers.admin_auth import AdminAuth
 from gateway.keys import StoredKey, keys_in_force
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS, POLL_SECONDS, running_fake
@@ -94,6 +95,25 @@ async def test_the_admin_key() -> None:
             assert (await fleet.admin.get("/livez", headers=headers)).status_code == 200
             assert (await fleet.admin.get("/readyz", headers=headers)).status_code == 503
         assert (await fleet.client.get("/v1/models", headers={"x-api-key": "operators"})).status_code == 401
+
+
+@pytest.mark.parametrize("headers", [[], [(b"authorization", b"Bearer ")], [(b"authorization", b"Basic ")]])
+async def test_no_key_is_no_key(headers: list[tuple[bytes, bytes]]) -> None:
+    """A request without a key is refused, even if the key in force were empty."""
+    sent: list[dict[str, Any]] = []
+
+    async def app(*_: object) -> None:
+        raise AssertionError("the request was passed on")
+
+    async def receive() -> dict[str, Any]:
+        return {}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/metrics", "headers": headers}
+    await AdminAuth(app, sha256(b"").digest())(scope, receive, send)
+    assert sent[0]["status"] == 401
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/docs", "/openapi.json"])

@@ -1,15 +1,19 @@
 """The connections of a server that shuts down while another process accepts new ones."""
 
 import asyncio
+import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 from gateway.http.interfaces import ClientTimeouts
 from gateway.http.server import HttpServer, serve_clients
 from gateway.http.sockets import NextAcceptor, address_of, bind
+from tests.fakes.certificates import Authority
 from tests.fakes.running import DEADLINE_SECONDS, HOST, eventually
 from tests.gateway.http.echo_server import MEMORY_BYTES, Echo
 from tests.gateway.wire import HEAD_END, connected
@@ -37,7 +41,9 @@ class Replaced:
 
 @asynccontextmanager
 async def replaced(
-    next_acceptor: NextAcceptor = "successor", timeouts: ClientTimeouts | None = None
+    next_acceptor: NextAcceptor = "successor",
+    timeouts: ClientTimeouts | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[Replaced]:
     """A server whose socket is kept open; it has shut down on exit."""
     handler = Echo()
@@ -47,7 +53,7 @@ async def replaced(
 
         async def serve() -> None:
             with kept.dup() as taken:
-                async with serve_clients(server, taken, DEADLINE_SECONDS, next_acceptor=lambda: next_acceptor):
+                async with serve_clients(server, taken, DEADLINE_SECONDS, tls, lambda: next_acceptor):
                     await made.stop.wait()
 
         task = asyncio.create_task(serve())
@@ -104,3 +110,21 @@ async def test_a_new_connection_waits() -> None:
             made.handler.go.set()
             await first.read_until(b"/wait 0")
             assert (made.server.connections, made.handler.started) == (1, [b"/wait"])
+
+
+async def test_a_handshake_that_has_not_begun(tmp_path: Path) -> None:
+    """It takes place after the server has stopped accepting, within the grace time, and the request is answered."""
+    authority = Authority(tmp_path, "ca")
+    trust = ssl.create_default_context(cafile=authority.file)
+    async with replaced(tls=authority.issue().server_context()) as made:
+        host, _, port = made.url.removeprefix("http://").rpartition(":")
+        early = socket.create_connection((host, int(port)))
+        # Connections are accepted in the order in which they came.
+        _, later = await asyncio.open_connection(host, int(port), ssl=trust)
+        later.transport.abort()
+        await eventually(lambda: not made.server.connections)
+        await made.drain()
+        reader, writer = await asyncio.open_connection(sock=early, ssl=trust, server_hostname=HOST)
+        writer.write(GET)
+        assert (await reader.read()).endswith(b"/x 0")
+        writer.close()

@@ -49,6 +49,19 @@ def test_names_of_sockets(names: str) -> None:
         activated_sockets(environment, 7)
 
 
+@pytest.mark.parametrize("name, next_acceptor", [(CLIENT, "next start"), (ADMIN, "none")])
+def test_who_accepts_next(
+    listening: socket.socket, monkeypatch: pytest.MonkeyPatch, name: str, next_acceptor: str
+) -> None:
+    """A client port that the gateway has opened itself is not there until the next start."""
+    given = listening.dup()
+    monkeypatch.setattr("gateway.http.sockets.FIRST_ACTIVATED_DESCRIPTOR", given.detach())
+    environment = {"LISTEN_PID": "7", "LISTEN_FDS": "1", "LISTEN_FDNAMES": name}
+    inherited = activated_sockets(environment, 7)
+    assert inherited.next_acceptor == next_acceptor
+    inherited.close_unused()
+
+
 def test_a_socket_that_does_not_listen() -> None:
     """It is refused by its name, as is a descriptor that is no socket."""
     with socket.socket() as made, pytest.raises(ConfigError, match=r"\(client\) is no listening TCP socket"):
@@ -85,3 +98,14 @@ def test_another_address(listening: socket.socket, caplog: pytest.LogCaptureFixt
         inherited.close_unused(taken)
     assert given.fileno() == -1
     assert f"gateway.listen is {wanted}, but the inherited socket is on {address_of(listening)}" in caplog.text
+
+
+def test_an_address_that_includes_the_one_of_the_predecessor(listening: socket.socket) -> None:
+    """It can't be bound while that one listens: the message says who does, and what to do."""
+    inherited = InheritedSockets({CLIENT: listening.dup()}, match=True)
+    wanted = address_of(listening).replace(HOST, "0.0.0.0")
+    with (
+        pytest.raises(ConfigError, match=f"listens on {address_of(listening)}: if that is in the way, stop it"),
+        inherited.take(CLIENT, wanted, "gateway.listen"),
+    ):
+        pass

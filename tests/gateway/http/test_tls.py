@@ -3,6 +3,7 @@
 import asyncio
 import datetime as dt
 import shutil
+import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -124,6 +125,21 @@ async def test_a_renewed_certificate(tmp_path: Path, fake: FakeReplica) -> None:
         assert abs(seconds - expiration.timestamp()) < DAY.total_seconds() / 2
 
 
+async def test_files_that_are_written_after_the_configuration(tmp_path: Path, fake: FakeReplica) -> None:
+    """A configuration that names them is refused once, and comes into force when they are there."""
+    authority = Authority(tmp_path, "ca")
+    trust = ssl.create_default_context(cafile=authority.file)
+    install(tmp_path, authority.issue())
+    async with secured(tmp_path, fake.url) as (address, followed):
+        before = await shown(address, trust)
+        await followed.reloaded("refused", followed.path.read_text().replace("server.", "renewed."))
+        issued = authority.issue()
+        shutil.copyfile(issued.certificate, tmp_path / "renewed.pem")
+        shutil.copyfile(issued.key, tmp_path / "renewed.key")
+        await eventually(lambda: _reloads(followed, "applied", 1))
+        assert await shown(address, trust) != before
+
+
 async def _reloads(followed: Followed, outcome: str, count: int) -> bool:
     return await followed.reloads(outcome) >= count
 
@@ -159,6 +175,23 @@ async def test_a_handshake_that_does_not_end(tmp_path: Path) -> None:
                         assert not (await reader.read()).startswith(b"HTTP")
                 writer.close()
             assert server.connections == 0
+
+
+async def test_an_idle_client_that_reads_nothing(tmp_path: Path) -> None:
+    """It does not end its direction of the connection, and is disconnected nevertheless, long before 30 s."""
+    authority = Authority(tmp_path, "ca")
+    context, trust = authority.issue().server_context(), ssl.create_default_context(cafile=authority.file)
+    server = HttpServer(Echo(), MEMORY_BYTES, ClientTimeouts(keep_alive_seconds=0.1))
+    with bind(f"{HOST}:0", "test") as taken:
+        async with serve_clients(server, taken, 0, context_with(lambda: context)):
+            with await asyncio.to_thread(connected, address_of(taken), trust):
+                await eventually(lambda: server.connections == 0, DEADLINE_SECONDS)
+
+
+def connected(address: str, trust: ssl.SSLContext) -> ssl.SSLSocket:
+    """A connection that nobody reads from."""
+    host, _, port = address.rpartition(":")
+    return trust.wrap_socket(socket.create_connection((host, int(port))), server_hostname=HOST)
 
 
 async def test_files_that_do_not_match(tmp_path: Path) -> None:

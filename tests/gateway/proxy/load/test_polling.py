@@ -17,7 +17,7 @@ import pytest
 from config.schema import ReplicaSettings
 from gateway.observability.metrics import Metrics
 from gateway.proxy.collectors import EngineCollector
-from gateway.proxy.load.poll_share import PollShare, descriptors_of, is_poller, poll_sockets
+from gateway.proxy.load.poll_share import PollReport, PollShare, descriptors_of, is_poller, poll_sockets
 from gateway.proxy.load.polling import (
     MetricsPoller,
     PollIntervals,
@@ -205,6 +205,17 @@ async def test_a_worker_that_is_told_nothing_polls_by_itself(fake: FakeReplica) 
             assert (alone.value("polls_total", outcome="ok") or 0) > 0
         with poller:  # ends its descriptors
             pass
+
+
+async def test_reports_to_a_worker_that_is_gone() -> None:
+    """They are dropped, however many they are: it is restarted, and the poller goes on."""
+    own, told = poll_sockets(2)
+    share = PollShare(1, 2, [os.dup(own[0].fileno()), os.dup(told[1].fileno())])
+    for each in (*own, *told):
+        each.close()
+    with share:
+        for _ in range(2):
+            share.send(PollReport("hi-1", 0.0, answered=False))
 
 
 async def test_a_replica_that_does_not_answer_is_polled_sooner() -> None:
