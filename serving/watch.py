@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from config.golden import GoldenAnswer
+from serving.defects import logged_defects
 from serving.errors import ProbeFailed, ReplicaConflict
 from serving.golden import compare
 from serving.probe import Probe
@@ -114,7 +115,8 @@ class Watch:
 
     async def _poll_regularly(self, replica: Replica) -> None:
         while True:
-            await self._poll(replica)
+            with logged_defects(f"watching replica {replica.id}"):
+                await self._poll(replica)
             await asyncio.sleep(self.every_seconds)
 
     async def _poll(self, replica: Replica) -> None:

@@ -1,4 +1,4 @@
-"""Follows the keys file: a change is in force within about a second, whatever a reload of the configuration waits for."""
+"""Follows the keys file: a change is in force within a second, whatever a reload of the configuration waits for."""
 
 import asyncio
 import logging
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 class KeyFileFollower:
     """Calls `apply` when the keys file is another one while the `async with` block runs.
 
-    `path` may change, and is None while there is no keys file. An error of `apply` (ConfigError) is logged. It is called
-    once at the beginning: the file may have changed since it was read.
+    `path` may change, and is None while there is no keys file. A ConfigError of `apply` is logged. It is called once at
+    the beginning: the file may have changed since it was read.
     """
 
     path: Callable[[], Path | None]
