@@ -20,6 +20,7 @@ from gateway.components import (
     router_for,
     routing,
     shared_quota,
+    use_keys,
 )
 from gateway.deployment import Deployment
 from gateway.handlers.admin import with_auth
@@ -30,6 +31,8 @@ from gateway.http.listener import listen
 from gateway.http.server import HttpServer, serve_clients
 from gateway.http.sockets import ADMIN, CLIENT, InheritedSockets, ListenSockets, address_of
 from gateway.http.tls import context_with
+from gateway.keys import Keys
+from gateway.keys.file_follower import KeyFileFollower
 from gateway.live_config import LiveConfig
 from gateway.observability.metrics import DiscoveryCollector, Metrics
 from gateway.proxy.dispatcher import Dispatcher
@@ -97,8 +100,11 @@ class Gateway:
         self.routing.load.set_speeds(deployment.speeds)
         self.dispatcher.keep_only(self.live_config.catalog)
         self.dispatcher.set_limits(settings.queue, settings.retries)
-        self.quota.keep_only(self.live_config.keys.names())
         self.server.memory_bytes, self.server.grace_seconds = settings.memory_bytes, settings.drain_seconds
+
+    def use_keys(self, keys: Keys) -> None:
+        """Use other API keys from the next request on."""
+        use_keys(self.recorded, self.quota, keys)
 
 
 NO_SOCKETS, NO_MANAGER = InheritedSockets(), ServiceManager()
@@ -318,17 +324,30 @@ async def following(
     replicas: FollowerReload | SupervisedReload,
     manager: ServiceManager,
 ) -> AsyncIterator[Reload | None]:
-    """Apply a configuration file whenever it changes, and at SIGHUP; None: there is no file."""
+    """Apply a configuration file whenever it changes, and at SIGHUP; None: there is no file.
+
+    The keys file is followed by itself, too: a revoked key must not wait for replicas, nor for a valid configuration.
+    """
     if path is None:
         yield None
         return
     config = ConfigReload(
-        path, started, registry, served.live_config, served.switch, replicas.apply, served.recorded.with_recorded
+        path,
+        started,
+        registry,
+        served.live_config,
+        served.use_keys,
+        served.switch,
+        replicas.apply,
+        served.recorded.with_recorded,
     )
 
     async def apply(confirmed: bool) -> None:
         with manager.reloading(f"listening on {served.addresses.client}"):
             await config.apply(confirmed)
 
-    async with Reload(config.files, apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()) as it:
+    async with (
+        Reload(config.files, apply, lambda outcome: served.metrics.reloads.labels(outcome).inc()) as it,
+        KeyFileFollower(lambda: config.keys_path, config.apply_keys),
+    ):
         yield it

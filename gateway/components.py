@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import BinaryIO
 
 from fastapi import FastAPI
@@ -191,12 +192,14 @@ async def database_keys(deployment: Deployment, recorded: RecordedAliases, quota
         yield
         return
 
-    def use(keys: Keys) -> None:
-        recorded.use_keys(keys)
-        quota.keep_only(keys.names())
-
-    async with followed_keys(deployment.state, use):
+    async with followed_keys(deployment.state, partial(use_keys, recorded, quota)):
         yield
+
+
+def use_keys(recorded: RecordedAliases, quota: Quota, keys: Keys) -> None:
+    """Use other keys from the next request on, and forget what those that are gone have used."""
+    recorded.use_keys(keys)
+    quota.keep_only(keys.names())
 
 
 @asynccontextmanager

@@ -25,6 +25,7 @@ from typing import Protocol, Self
 
 from gateway.quota import Quota
 from gateway.quota_shares import Report, changes, decoded
+from serving.defects import logged_defects
 from serving.errors import StateAway
 from serving.state.link import Link
 from serving.state.quotas import QuotaTable
@@ -111,7 +112,8 @@ class QuotaLeases:
     async def _renew_regularly(self) -> None:
         while True:
             await asyncio.sleep(self._renew_seconds)
-            await self.renew()
+            with logged_defects("sharing quotas"):
+                await self.renew()
 
     async def _exchange(self) -> None:
         asked_at = self._clock()

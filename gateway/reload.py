@@ -13,7 +13,7 @@ from config.reload_effects import pending_options
 from config.schema import GatewaySettings, TlsSettings
 from config.variant import goldens
 from gateway.deployment import Deployment, read_deployment
-from gateway.keys import read_keys
+from gateway.keys import Keys, read_keys
 from gateway.live_config import LiveConfig, nothing_remains, unserved_aliases
 from gateway.routing.target import Catalog
 from serving.app import LocalReplicas
@@ -39,14 +39,15 @@ ApplyDeployment = Callable[[Deployment, Callable[[], None]], Awaitable[None]]
 class ConfigReload:
     """Reads a changed configuration and applies it to a running gateway.
 
-    `started` is what the gateway was started with, `switch` gives requests another configuration. `with_recorded` adds
-    the ladders and replicas that rollouts have recorded.
+    `started` is what the gateway was started with; `use_keys` gives requests other API keys, `switch` another
+    configuration except for its keys. `with_recorded` adds the ladders and replicas that rollouts have recorded.
     """
 
     path: Path
     started: Deployment
     registry: Registry
     live_config: LiveConfig
+    use_keys: Callable[[Keys], None]
     switch: Callable[[Deployment], None]
     apply_replicas: ApplyDeployment
     with_recorded: Callable[[Deployment], Deployment] = lambda deployment: deployment
@@ -67,8 +68,23 @@ class ConfigReload:
             named += _files(self._unread.keys_file, self._unread.tls)
         return [self.path, *(self.path.parent / name for name in named)]
 
+    @property
+    def keys_path(self) -> Path | None:
+        """The keys file, if there is one."""
+        return self.path.parent / self._keys_file if self._keys_file else None
+
+    def apply_keys(self) -> None:
+        """Read the keys file alone, and apply it: a key is revoked although the configuration is invalid, or waits.
+
+        ConfigError if it is invalid; ReloadRefused if no API key in force would remain.
+        """
+        assert self.keys_path is not None
+        keys = read_keys(self.keys_path)
+        self._check_keys(self.keys_path, keys)
+        self.use_keys(keys)
+
     async def apply(self, confirmed: bool) -> None:
-        """Read the files and apply them; ConfigError if they are invalid.
+        """Read the files and apply them, the API keys at once; ConfigError if they are invalid.
 
         ReloadRefused, unless `confirmed`, if nothing that answers now would remain, or no API key.
         """
@@ -83,6 +99,7 @@ class ConfigReload:
             log.warning("gateway.tls is added or removed; it takes effect at the next start")
         self._tls = deployment.settings.gateway.tls
         self._keys_file = self._keys_file_of(deployment)
+        self.use_keys(deployment.keys)
         # What rollouts want to run is not of this configuration: the supervisor follows that by itself.
         recorded, replicas = self.with_recorded(deployment), {"replicas": deployment.settings.replicas}
         applied = replace(recorded, settings=recorded.settings.model_copy(update=replicas))
@@ -118,9 +135,11 @@ class ConfigReload:
         wanted = deployment.settings.served_variants.union(*(replica.variants for replica in others))
         if reason := nothing_remains(self.live_config.catalog, after, ready, wanted):
             raise ReloadRefused(f"{self.path}: {reason}")
-        if self.live_config.keys.replaced_by(deployment.keys):
-            keys = self.path.parent / (deployment.settings.gateway.keys or "")
-            raise ReloadRefused(f"{keys}: none of the API keys in force would remain")
+        self._check_keys(self.path.parent / (deployment.settings.gateway.keys or ""), deployment.keys)
+
+    def _check_keys(self, path: Path, keys: Keys) -> None:
+        if self.live_config.keys.replaced_by(keys):
+            raise ReloadRefused(f"{path}: none of the API keys in force would remain")
 
 
 def _files(keys_file: str | None, tls: TlsSettings | None) -> list[str]:

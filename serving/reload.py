@@ -125,10 +125,11 @@ class Reload:
         return refused == stamps and self.clock() - at_seconds <= CONFIRM_SECONDS
 
     def _stamps(self) -> Stamps:
-        return {path: _stamp(path) for path in self.files()}
+        return {path: stamp_of(path) for path in self.files()}
 
 
-def _stamp(path: Path) -> object:
+def stamp_of(path: Path) -> object:
+    """Return what differs when a file was changed or replaced; None if it cannot be read."""
     # Links are followed: a ConfigMap of Kubernetes changes by a link to another directory (`..data`).
     try:
         status = path.stat()

@@ -21,6 +21,7 @@ from typing import Self
 from config.errors import ConfigError
 from gateway.keys.authentication import Keys
 from gateway.keys.database import keys_of
+from serving.defects import logged_defects
 from serving.errors import StateAway
 from serving.state.database import StateDatabase
 from serving.state.keys import KeyRecords, KeyTable
@@ -74,7 +75,8 @@ class KeyFollower:
     async def _follow_regularly(self) -> None:
         while True:
             await asyncio.sleep(AWAY_SECONDS if self.problem else FOLLOW_SECONDS)
-            await self.follow()
+            with logged_defects("following API keys"):
+                await self.follow()
 
     async def _read_change(self) -> str | None:
         """Apply a change; return why it is not applied."""

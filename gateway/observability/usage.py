@@ -20,6 +20,7 @@ from typing import Self
 
 from gateway.observability.access_log import AccessRecord
 from gateway.observability.metrics import Metrics
+from serving.defects import logged_defects
 from serving.errors import StateAway
 from serving.state.database import StateDatabase
 from serving.state.link import Link
@@ -177,12 +178,10 @@ class UsageRecorder:
     async def _flush_regularly(self) -> None:
         while True:
             await asyncio.sleep(self._flush_seconds)
-            try:
+            with logged_defects("recording usage"):
                 await self.flush()
                 if self._number and self.away is None:  # a database that nothing is written to is not created
                     await self._prune()
-            except Exception:  # the outermost loop: one defect must not end the recording
-                log.exception("recording usage has a defect")
 
     async def _flush(self) -> None:
         """Write all that was counted before the call."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from serving.defects import logged_defects
 from serving.errors import ProbeFailed
 from serving.replica import Replica
 
@@ -142,19 +143,23 @@ class Shadow:
         while not self.ended:
             await self._offered.wait()
             self._offered.clear()
-            sample, pair = self._waiting, self._replicas()
+            sample = self._waiting
             if sample is None:
                 continue
-            try:
-                result = await self.score(sample)
-            except ProbeFailed as error:
-                log.info("an answer could not be scored: %s", error)
-                self._end_if_dead(pair, error)
-            else:
-                if result is not None:
-                    self._report(result)
-            finally:
-                self._waiting = None
+            with logged_defects("scoring answers"):
+                await self._score_and_report(sample)
+            self._waiting = None
+
+    async def _score_and_report(self, sample: Sample) -> None:
+        pair = self._replicas()
+        try:
+            result = await self.score(sample)
+        except ProbeFailed as error:
+            log.info("an answer could not be scored: %s", error)
+            self._end_if_dead(pair, error)
+        else:
+            if result is not None:
+                self._report(result)
 
     def _end_if_dead(self, pair: tuple[Replica, Replica] | None, error: ProbeFailed) -> None:
         """The breaker: an engine that fails while it scores ends shadowing; a refusal (4xx) does not."""

@@ -25,6 +25,7 @@ from gateway.rollout.progress import NO_FAILED_STARTS, Facts, FailedStarts, Prog
 from gateway.rollout.record import Happening, change_of, changed_variants, read_plan, read_state
 from gateway.rollout.revision import use_of
 from gateway.rollout.smoke import SmokeClient
+from serving.defects import logged_defects
 from serving.errors import LeaseLost, RolloutChanged, StateAway
 from serving.registry import Registry
 from serving.replica import Replica
@@ -144,10 +145,8 @@ class Driver:
 
     async def _drive_regularly(self) -> None:
         while True:
-            try:
+            with logged_defects("driving rollouts"):
                 await self.drive()
-            except Exception:  # the outermost loop: a defect in one rollout must not end the others
-                log.exception("driving rollouts has a defect")
             await asyncio.sleep(DRIVE_SECONDS)
 
     async def _drive_one(self, record: RolloutRecord) -> None:

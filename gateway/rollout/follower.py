@@ -14,6 +14,7 @@ from typing import Self, cast
 from gateway.rollout.arms import AliasArms, Rollouts
 from gateway.rollout.collection import BLOCK_SECONDS
 from gateway.rollout.lottery import Arm
+from serving.defects import logged_defects
 from serving.errors import StateAway
 from serving.state.link import Link
 from serving.state.rollout_records import EMPTY, BlockRecord, DrawRecord, RolloutSnapshot
@@ -81,7 +82,8 @@ class RolloutFollower:
     async def _follow_regularly(self) -> None:
         while True:
             await asyncio.sleep(FOLLOW_SECONDS if self.away is None else AWAY_SECONDS)
-            await self.follow()
+            with logged_defects("following rollouts"):
+                await self.follow()
 
     async def _reached(self, step: Callable[[], Awaitable[None]]) -> None:
         try:

@@ -52,7 +52,6 @@ class RecordedAliases:
         self.cluster = cluster
         self.scorer: ShadowScorer | None = None  # None: nothing is shadowed
         self._counters = counters
-        self._followed_keys: Keys | None = None  # None: the keys are those of the configuration
 
     @property
     def in_force(self) -> Deployment:
@@ -64,15 +63,14 @@ class RecordedAliases:
         return in_force(deployment, self.snapshot)
 
     def configure(self, deployment: Deployment) -> None:
-        """Use another configuration; recorded ladders stay."""
-        self.deployment = self._with_followed_keys(deployment)
+        """Use another configuration; recorded ladders stay, and so do the keys in force."""
+        self.deployment = replace(deployment, keys=self._live_config.keys)
         log_notices(self.in_force)
         self._apply()
 
     def use_keys(self, keys: Keys) -> None:
-        """Use the keys in the state database from the next request on; a later configuration does not change them."""
-        self._followed_keys = keys
-        self.deployment = self._with_followed_keys(self.deployment)
+        """Use other keys from the next request on; a later configuration does not change them."""
+        self.deployment = replace(self.deployment, keys=keys)
         self._live_config.keys = keys
 
     def record(self, snapshot: RolloutSnapshot) -> None:
@@ -81,9 +79,6 @@ class RecordedAliases:
             return
         self.snapshot = snapshot
         self._apply()
-
-    def _with_followed_keys(self, deployment: Deployment) -> Deployment:
-        return deployment if self._followed_keys is None else replace(deployment, keys=self._followed_keys)
 
     def _apply(self) -> None:
         deployment = self.in_force

@@ -34,6 +34,7 @@ from gateway.rollout.scaling import (
     steps_of,
     still_to_set,
 )
+from serving.defects import logged_defects
 from serving.errors import (
     ApiConflict,
     ApiServerAway,
@@ -137,10 +138,8 @@ class Scaler:
 
     async def _follow_regularly(self) -> None:
         while True:
-            try:
+            with logged_defects("scaling workloads"):
                 await self.follow()
-            except Exception:  # the outermost loop: a defect in one step must not end the others
-                log.exception("scaling workloads has a defect")
             await asyncio.sleep(FOLLOW_SECONDS)
 
     async def _workloads(self) -> Workloads:

@@ -13,6 +13,7 @@ import msgspec
 
 from gateway.observability.metrics import Counter, Metrics
 from gateway.status.values import RateStatus, TrafficPoint, TrafficStatus
+from serving.defects import logged_defects
 
 INTERVAL_SECONDS = 60.0
 HISTORY_SECONDS = 3600.0
@@ -183,4 +184,5 @@ class TrafficHistory:
     async def _sample_regularly(self) -> None:
         while True:
             await asyncio.sleep(SAMPLE_SECONDS)
-            self.sample()
+            with logged_defects("sampling traffic"):
+                self.sample()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from config.schema import ReplicaSettings
+from serving.defects import logged_defects
 from serving.errors import ServingError, StateAway
 from serving.state.database import StateDatabase
 from serving.state.link import Link
@@ -95,11 +96,14 @@ class DemandFollower:
     async def _apply_regularly(self, apply: Callable[[], Awaitable[None]]) -> None:
         while True:
             await asyncio.sleep(FOLLOW_SECONDS)
-            if not await self.follow():
-                continue
-            wanted = ", ".join(f"{each.variant} {'runs' if each.run else 'stops'}" for each in self.current)
-            log.info("rollouts want other replicas: %s", wanted)
-            try:
-                await apply()
-            except ServingError as error:
-                log.error("%s", error)  # noqa: TRY400 - the message says it; the rollout has a deadline
+            with logged_defects("following what rollouts want"):
+                if await self.follow():
+                    await self._apply(apply)
+
+    async def _apply(self, apply: Callable[[], Awaitable[None]]) -> None:
+        wanted = ", ".join(f"{each.variant} {'runs' if each.run else 'stops'}" for each in self.current)
+        log.info("rollouts want other replicas: %s", wanted)
+        try:
+            await apply()
+        except ServingError as error:
+            log.error("%s", error)  # noqa: TRY400 - the message says it; the rollout has a deadline

@@ -12,6 +12,8 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from config.errors import ConfigError
 
 WAIT_SECONDS = 2  # for a lock, for a connection, for an answer
+# Between two statements of a transaction; PostgreSQL ends it after that, so that a frozen process keeps no lock.
+IDLE_SECONDS = 4
 
 
 @dataclass(slots=True)
@@ -77,7 +79,10 @@ class StateEngine:
             options["isolation_level"] = "REPEATABLE READ"
         with self.engine.connect().execution_options(**options) as connection, connection.begin():
             if self.file is None:
-                connection.exec_driver_sql(f"SET LOCAL statement_timeout = '{WAIT_SECONDS}s'")
+                connection.exec_driver_sql(
+                    f"SET LOCAL statement_timeout = '{WAIT_SECONDS}s';"
+                    f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_SECONDS}s'"
+                )
             yield connection
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from serving.defects import logged_defects
 from serving.errors import ReplicaConflict, StateAway
 from serving.probe import Probe
 from serving.registry import Registry, ReplicaSource
@@ -95,7 +96,9 @@ class Follower:
         pause = POLL_SECONDS
         while True:
             await asyncio.sleep(pause)
-            reached = await self._poll()
+            reached = False
+            with logged_defects("following the state database"):
+                reached = await self._poll()
             pause = POLL_SECONDS if reached else min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     async def _poll(self) -> bool:
@@ -213,15 +216,19 @@ class Follower:
     async def _check_doubtful(self) -> None:
         """Health-check ready replicas while their supervisor or the database is silent."""
         while True:
-            doubtful = [
-                tracked
-                for tracked in self._tracked.values()
-                if tracked.record.state is State.READY and self._silence(tracked)
-            ]
-            replicas = [tracked.record.replica for tracked in doubtful]
-            answers = await asyncio.gather(*(self.probe.healthy(replica.url, replica.tls) for replica in replicas))
-            for replica, healthy in zip(replicas, answers, strict=True):
-                self._misses[replica.id] = 0 if healthy else self._misses.get(replica.id, 0) + 1
-            if doubtful:
-                self._update_registry()
+            with logged_defects("checking replicas whose supervisor is silent"):
+                await self._check_doubtful_once()
             await asyncio.sleep(self.probe_seconds)
+
+    async def _check_doubtful_once(self) -> None:
+        doubtful = [
+            tracked
+            for tracked in self._tracked.values()
+            if tracked.record.state is State.READY and self._silence(tracked)
+        ]
+        replicas = [tracked.record.replica for tracked in doubtful]
+        answers = await asyncio.gather(*(self.probe.healthy(replica.url, replica.tls) for replica in replicas))
+        for replica, healthy in zip(replicas, answers, strict=True):
+            self._misses[replica.id] = 0 if healthy else self._misses.get(replica.id, 0) + 1
+        if doubtful:
+            self._update_registry()

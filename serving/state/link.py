@@ -34,7 +34,7 @@ class Link:
             async with asyncio.timeout(self.call_seconds):
                 while self._running is not None and not self._running.done():
                     await asyncio.wait({self._running})
-                running = self._running = _in_a_thread(self._call_and_clean_up, function, *arguments)
+                running = self._running = self._started(function, *arguments)
                 return await asyncio.shield(running)
         except TimeoutError:
             name = self.database.engine.name
@@ -45,6 +45,13 @@ class Link:
         self._closed.set()
         if self._running is None or self._running.done():
             self.database.close()
+
+    def _started(self, function: Callable[..., T], *arguments: object) -> "asyncio.Future[T]":
+        try:
+            return _in_a_thread(self._call_and_clean_up, function, *arguments)
+        except RuntimeError as error:  # such as at a limit of processes
+            name = self.database.engine.name
+            raise StateAway(f"state database {name} is not asked: {error}") from error
 
     def _call_and_clean_up(self, function: Callable[..., T], *arguments: object) -> T:
         try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from serving.defects import logged_defects
 from serving.errors import NoSuchReplica, StateAway
 from serving.registry import Registry
 from serving.replica import KUBERNETES, ReplicaStatus, State
@@ -95,20 +96,29 @@ class Publisher:
         pause = FIRST_PAUSE_SECONDS
         while True:
             self._changed.clear()
-            written = self._states()
-            try:
-                await self._exchange()
-            except StateAway as away:
-                if not self._away:
-                    log.warning("%s; replicas keep running; retrying", away)
-                self._away = True
+            written, reached = self._states(), False
+            with logged_defects("publishing replicas"):
+                reached = await self._publish()
+            if reached:
+                pause = FIRST_PAUSE_SECONDS
+                await self._wait_for_change_or_heartbeat(written)
+            else:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-                continue
-            if self._away:
-                log.info("the state database %s is available again", self.link.database.engine.name)
-            self._away, pause = False, FIRST_PAUSE_SECONDS
-            await self._wait_for_change_or_heartbeat(written)
+
+    async def _publish(self) -> bool:
+        """Publish the current state; return whether the database could be written."""
+        try:
+            await self._exchange()
+        except StateAway as away:
+            if not self._away:
+                log.warning("%s; replicas keep running; retrying", away)
+            self._away = True
+            return False
+        if self._away:
+            log.info("the state database %s is available again", self.link.database.engine.name)
+        self._away = False
+        return True
 
     async def _wait_for_change_or_heartbeat(self, written: list[tuple[object, ...]]) -> None:
         """Wait for a change to publish or the next heartbeat; ends of requests are announced, but not published."""

@@ -1,6 +1,7 @@
 """A reload that would leave nothing of what answers now is refused; a second SIGHUP applies it."""
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -22,8 +23,9 @@ from gateway.keys.issuing import create_key, revoke_key, rotate_key
 from gateway.live_config import nothing_remains
 from gateway.routing.target import Catalog
 from serving.state.database import StateDatabase
-from tests.fakes.running import FakeReplica, eventually
+from tests.fakes.running import FakeReplica, eventually, running_fake
 from tests.gateway.fleet import HELLO, clients
+from tests.gateway.test_workers import free_ports
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -50,6 +52,12 @@ class Followed:
         """The status of a request."""
         headers = {"x-api-key": key} if key else {}
         return (await self.client.post("/v1/chat/completions", json=HELLO, headers=headers)).status_code
+
+    async def until_status(self, status: int, key: str) -> None:
+        """Wait until requests with a key have this status."""
+        async with asyncio.timeout(10):
+            while await self.status(key) != status:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
 
     async def reloads(self, outcome: str) -> float:
         """How many reloads ended so."""
@@ -152,6 +160,41 @@ async def test_keys_that_are_rotated_or_revoked(tmp_path: Path, fake: FakeReplic
         revoke_key(KeyFile(keys), "alice")
         await gateway.reloaded("applied")
         assert (await gateway.status(old), await gateway.status(new)) == (401, 401)
+
+
+async def test_a_key_is_revoked_while_a_reload_waits(
+    tmp_path: Path, fake: FakeReplica, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new ladder has no ready replica yet; keys do not wait for it, and the reload does not bring them back."""
+    caplog.set_level(logging.INFO)
+    keys = KeyFile(tmp_path / "keys.yaml")
+    alice, bob = create_key(keys, "alice"), create_key(keys, "bob")
+    content = document(fake.url, keys="keys.yaml")
+    (port,) = free_ports(1)
+    async with followed(tmp_path, content) as gateway:
+        content["variants"]["b"] = {"precision": "fp8"}
+        content["replicas"].append({"variant": "b", "url": f"http://127.0.0.1:{port}"})
+        content["aliases"]["smol"]["ladder"] = ["b"]
+        gateway.path.write_text(yaml.safe_dump(content))
+        await eventually(lambda: "reload waits for ready replicas" in caplog.text)
+        revoke_key(keys, "alice")
+        await gateway.until_status(401, alice)
+        assert await gateway.status(bob) == 200
+        async with running_fake("--port", str(port)):
+            await eventually(lambda: "the configuration is in force" in caplog.text)
+            assert (await gateway.status(alice), await gateway.status(bob)) == (401, 200)
+
+
+async def test_a_key_is_revoked_while_the_configuration_is_invalid(tmp_path: Path, fake: FakeReplica) -> None:
+    """Nothing else of it is applied."""
+    keys = KeyFile(tmp_path / "keys.yaml")
+    alice, bob = create_key(keys, "alice"), create_key(keys, "bob")
+    content = document(fake.url, keys="keys.yaml")
+    async with followed(tmp_path, content) as gateway:
+        await gateway.reloaded("refused", yaml.safe_dump({**content, "bogus": 1}))
+        revoke_key(keys, "alice")
+        await gateway.until_status(401, alice)
+        assert await gateway.status(bob) == 200
 
 
 async def test_keys_are_never_switched_off_by_a_reload(

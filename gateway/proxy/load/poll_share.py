@@ -1,11 +1,12 @@
-"""Polls that the workers of one parent share: each replica is polled by one of them, which tells the others.
+"""Polls that the workers of one parent share: each replica is polled by one of them, whose answers all apply.
 
 ==============================  ====================================================================================
 a worker                        polls a replica
 ==============================  ====================================================================================
 is its poller                   always
 is not, and was told lately     never: it applies what it is told, as if it had polled itself
-is not, and was told nothing    by itself, until it is told again: its poller is being restarted, or hangs
+is not, and was told nothing    by itself, until it is told again: its poller is being restarted or hangs, or it gets
+                                no answer, because of the replica or because it has no file descriptor left
 ==============================  ====================================================================================
 
 Reports are datagrams on Unix sockets that the parent makes, so no other process can send any. One that does not fit

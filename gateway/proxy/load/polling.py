@@ -108,7 +108,7 @@ class MetricsPoller:
 
     `polls` counts them by replica, variant and Outcome. A replica that does not answer is polled as often as any other,
     but has more time for each answer: it may be slow. `on_answer` is told whether a poll was answered at all. With a
-    `share`, only some replicas are polled, and reports of the other workers are applied like own polls.
+    `share`, only some replicas are polled, and answers that other workers get are applied like own polls.
     """
 
     registry: Registry
@@ -219,7 +219,8 @@ class MetricsPoller:
             report, reason = PollReport(replica.id, polled_at, answered=False), str(error)
         self._count(replica, "failed" if report.poll is None else "missing" if report.missing else "ok")
         self._apply(replica, report, reason)
-        if self.share is not None:
+        # Without an answer, this worker may be at fault, not the replica: the others find out by themselves.
+        if self.share is not None and report.answered:
             self.share.send(report)
 
     def _on_report(self, report: PollReport) -> None:

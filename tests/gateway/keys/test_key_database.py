@@ -180,6 +180,22 @@ async def test_a_key_that_is_invalid(state: str, caplog: pytest.LogCaptureFixtur
     assert "secret" not in caplog.text
 
 
+async def test_a_defect_is_not_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged, and the next look applies the change."""
+    state, applied, failures = f"sqlite:///{tmp_path}/state.db", Applied(), [ZeroDivisionError()]
+
+    def apply(keys: Keys) -> None:
+        if keys.names() and failures:
+            raise failures.pop()
+        applied(keys)
+
+    async with KeyFollower(Link(StateDatabase.at(state, create=False)), apply):
+        with keys_of(state) as keys:
+            await asyncio.to_thread(create_key, keys, "alice")
+        await eventually(applied.has("alice"))
+    assert "following API keys has a defect" in caplog.text
+
+
 async def test_a_database_that_is_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One without keys changes nothing; one with keys does."""
     state = f"sqlite:///{tmp_path}/state.db"

@@ -15,6 +15,7 @@ from serving.replica import Replica, State
 from serving.state.database import EMPTY, Owner, ReplicaRecord, StateDatabase, differences, state_url
 from serving.state.tables import SCHEMA_VERSION, STATE
 from tests.fakes.running import ROOT
+from tests.serving.state.databases import PostgreSQL
 
 NOW = 1_800_000_000.0
 ME = Owner("box-1", "box", 17)
@@ -260,3 +261,30 @@ def test_a_server_that_is_not_there() -> None:
         database.heartbeat()
     assert time.monotonic() - began < 10
     assert "hunter2" not in str(caught.value)
+
+
+def test_a_process_that_freezes_in_a_transaction(postgresql: PostgreSQL) -> None:
+    """The server ends its transaction, so that others can write; the process can go on with a new one."""
+    url = postgresql.new_database()
+    frozen, other = StateDatabase.at(url), StateDatabase.at(url)
+    frozen.publish(ME, [], NOW)
+    with pytest.raises(StateAway, match="idle-in-transaction timeout"), frozen.writing() as connection:
+        connection.execute(update(STATE).values(revision=5))
+        began = time.monotonic()
+        while not can_write(other):
+            assert time.monotonic() - began < 60, "the lock is kept"
+        connection.execute(update(STATE).values(revision=6))
+    frozen.publish(ME, [], NOW)
+    assert other.snapshot().heartbeat.revision == 0
+    frozen.close()
+    other.close()
+
+
+def can_write(database: StateDatabase) -> bool:
+    """Whether nobody keeps the lock of the state for longer than a statement may take."""
+    try:
+        with database.writing() as connection:
+            connection.execute(update(STATE).values(revision=0))
+    except StateAway:
+        return False
+    return True

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import signal
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -323,6 +324,19 @@ async def test_one_call_at_a_time(tmp_path: Path) -> None:
     gate.set()
     await link.call(order.append, "in turn")
     assert order == ["slow", "in turn"]
+    link.close()
+
+
+async def test_no_thread_can_be_started(tmp_path: Path) -> None:
+    """Such as at a limit of processes: that is an outage, too."""
+    link = Link(StateDatabase.at(f"sqlite:///{tmp_path}/state.db"))
+    size_bytes = threading.stack_size(2**47)  # of the address space there is no more
+    try:
+        with pytest.raises(StateAway, match="can't start new thread"):
+            await link.call(list)
+    finally:
+        threading.stack_size(size_bytes)
+    assert await link.call(list) == []
     link.close()
 
 

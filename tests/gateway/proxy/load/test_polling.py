@@ -5,7 +5,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -194,6 +194,21 @@ async def test_one_worker_polls_a_replica_for_all() -> None:
             assert told.value("polls_total", outcome="ok") is None
             await fake.change_metrics(stall=True)
             assert await told.observer.next(failed=True) is None
+
+
+async def test_a_worker_that_gets_no_answers(fake: FakeReplica) -> None:
+    """It may have no file descriptor left: the others poll by themselves, and do not call the replica silent."""
+    with ExitStack() as stack:
+        shares = stack.enter_context(poll_shares(2))
+        poller, other = sorted(shares, key=lambda share: not share.is_poller("hi-1"))
+        async with (
+            polling(replica("http://127.0.0.1:1"), intervals=NO_REPORTS, share=poller) as broken,
+            polling(replica(fake.url), intervals=NO_REPORTS, share=other) as own,
+        ):
+            for _ in range(3):
+                await broken.observer.next(failed=True)
+                assert await own.observer.next()
+            assert all(poll for _, poll in own.observer.results)
 
 
 async def test_a_worker_that_is_told_nothing_polls_by_itself(fake: FakeReplica) -> None:
