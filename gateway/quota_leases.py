@@ -71,6 +71,7 @@ class QuotaLeases:
         self._lease_seconds = lease_seconds
         self._batch = 0
         self._report: Report | None = None  # sent, and not confirmed
+        self._report_since = self._counted_since = clock()
         self._expiry: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -125,8 +126,10 @@ class QuotaLeases:
         """Return the number of the report to send and what it changes; one that is not confirmed is sent again."""
         if self._report is None:
             self._report = self._quota.take_report()
+            self._report_since, self._counted_since = self._counted_since, self._clock()
             self._batch += 1
-        return self._batch, partial(changes, worker=self.worker, report=self._report)
+        age_seconds = self._clock() - self._report_since
+        return self._batch, partial(changes, worker=self.worker, report=self._report, age_seconds=age_seconds)
 
     def _begin_lease(self, seconds: float) -> None:
         if self._expiry is not None:

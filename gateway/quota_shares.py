@@ -76,19 +76,26 @@ class KeyQuota(msgspec.Struct, frozen=True):
 
 
 def renewed(
-    quota: KeyQuota | None, limits: Limits | None, worker: str, use: Use, workers: Collection[str], now: float
+    quota: KeyQuota | None,
+    limits: Limits | None,
+    worker: str,
+    use: Use,
+    workers: Collection[str],
+    now: float,
+    since: float | None = None,
 ) -> KeyQuota | None:
     """Charge the use of a worker and give it a new claim; None: the key is not used any more.
 
     `quota` is None for a key that was not used, `limits` if the worker has not seen the key. `workers` are those that
-    live; a worker that is not among them leaves.
+    live; a worker that is not among them leaves. The use is charged as if all of it was at the time `since`, the
+    beginning of the report (default: now): what was refilled meanwhile counts, even after an outage.
     """
     if quota is None:
         if limits is None:
             return None
         quota = unused(limits, {*workers, worker}, now)
     quota = msgspec.structs.replace(quota, limits=limits or quota.limits)
-    quota = _charged(quota, use.requests, use.tokens, now)
+    quota = _charged(quota, use.requests, use.tokens, now if since is None else min(since, now))
     quota = _without_dead(quota, {*workers, worker}, now)
     before = quota.claims.get(worker)
     others = {name: claim for name, claim in quota.claims.items() if name != worker}
@@ -103,10 +110,10 @@ def renewed(
 Report = Mapping[str, tuple[Limits, Use]]
 
 
-def changes(records: QuotaRecords, worker: str, report: Report) -> dict[str, str | None]:
+def changes(records: QuotaRecords, worker: str, report: Report, age_seconds: float = 0.0) -> dict[str, str | None]:
     """Return the documents after a worker's report; None for a key that is not used any more.
 
-    A repeated report is not charged again.
+    `age_seconds` is the time since the beginning of the report. A repeated report is not charged again.
     """
     found: dict[str, str | None] = {}
     for name in sorted(records.documents.keys() | report.keys()):
@@ -114,7 +121,7 @@ def changes(records: QuotaRecords, worker: str, report: Report) -> dict[str, str
         if records.repeated:
             use = msgspec.structs.replace(use, asked=0, requests=0, tokens=0)
         quota = decoded(records.documents.get(name))
-        after = renewed(quota, limits, worker, use, records.workers, records.now)
+        after = renewed(quota, limits, worker, use, records.workers, records.now, records.now - age_seconds)
         found[name] = None if after is None else msgspec.json.encode(after).decode()
     return found
 

@@ -118,6 +118,7 @@ async def test_a_database_that_is_away(postgresql: PostgreSQL, how: str, caplog:
     url = postgresql.new_database()
     async with running(url, lease_seconds=1.5) as first, running(url, lease_seconds=1.5) as second:
         await eventually(lambda: first.quota.share == second.quota.share == 0.5)
+        caplog.clear()
         first.admitted(1)
         await eventually(lambda: 58 < level(url) < 59.9)
         with away(postgresql, how):

@@ -54,6 +54,8 @@ class Cluster:
     now: float = 1e6
     documents: dict[str, str] = field(default_factory=dict)
     quotas: list[Quota] = field(init=False)
+    reported: dict[int, float] = field(default_factory=dict)
+    away: bool = False
     admitted: list[float] = field(default_factory=list)
     shares: list[dict[str, Claim]] = field(default_factory=list)
     ticks: int = 0
@@ -65,7 +67,9 @@ class Cluster:
         """Report what a gateway has used, as `QuotaLeases` does."""
         names = tuple(NAMES[: self.count])
         records = QuotaRecords(self.now + 5e8, names, self.documents)  # the clock of the database is another one
-        found = changes(records, NAMES[index], self.quotas[index].take_report())
+        age_seconds = self.now - self.reported.get(index, self.now)
+        found = changes(records, NAMES[index], self.quotas[index].take_report(), age_seconds)
+        self.reported[index] = self.now
         self.documents = {name: document for name, document in found.items() if document is not None}
         held = {name: quota for name, document in self.documents.items() if (quota := decoded(document))}
         self.quotas[index].hold(NAMES[index], held, 1 / self.count, self.now)
@@ -91,7 +95,7 @@ class Cluster:
         """Let time pass: in each tenth of a second, gateway `index` gets `requests(tick, index)` requests."""
         for tick in range(int(seconds * 10)):
             for index in range(self.count):
-                if self.ticks % 10 == (3 * index) % 10:
+                if self.ticks % 10 == (3 * index) % 10 and not self.away:
                     self.report(index)
                 for _ in range(requests(tick, index)):
                     if (running := self.ask(index)) is not None:
@@ -131,6 +135,20 @@ def test_the_limit_is_used(per_minute: int) -> None:
         cluster = Cluster(3, Caller("key", requests_per_minute=per_minute))
         cluster.run(120, lambda _, index, busy=busy: 3 * (index in busy))  # type: ignore[misc]
         assert len(cluster.admitted) >= 0.95 * 3 * per_minute - 3
+
+
+def test_what_is_refilled_during_an_outage_counts() -> None:
+    """A key that stays below its limit is not refused when the database is back."""
+    cluster = Cluster(2, Caller("key", requests_per_minute=600))
+    cluster.run(20, lambda *_: 0)
+    cluster.away = True
+    for quota in cluster.quotas:
+        quota.hold_share()
+    cluster.run(600, lambda tick, index: int(tick % 10 < 4))  # 480 a minute over both
+    cluster.away = False
+    before = len(cluster.admitted)
+    cluster.run(60, lambda tick, index: int(tick % 10 < 4))
+    assert len(cluster.admitted) - before == 480
 
 
 @pytest.mark.parametrize("tokens", [1, 10, 500])
