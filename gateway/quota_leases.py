@@ -24,14 +24,13 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from gateway.quota import Quota
-from gateway.quota_shares import Report, changes, decoded
+from gateway.quota_shares import RENEW_SECONDS, Report, changes, decoded
 from serving.errors import StateAway
 from serving.state.link import Link
 from serving.state.quotas import QuotaTable
 
 log = logging.getLogger(__name__)
 
-RENEW_SECONDS = 1.0
 # By this process' monotonic clock, from before the database was asked; it removes a worker after EXPIRE_SECONDS.
 LEASE_SECONDS = 5.0
 # Of one exchange: less than a lease, so that a database that hangs once does not end it.

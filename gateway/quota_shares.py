@@ -19,6 +19,8 @@ import msgspec
 
 from serving.state.quotas import QuotaRecords
 
+# A worker with a lease reports so often.
+RENEW_SECONDS = 1.0
 MINUTE_SECONDS = 60.0
 # Divided equally, whatever the demand.
 MIN_SHARE = 0.1

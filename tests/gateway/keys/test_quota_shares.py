@@ -151,6 +151,42 @@ def test_what_is_refilled_during_an_outage_counts() -> None:
     assert len(cluster.admitted) - before == 480
 
 
+@pytest.mark.parametrize(("count", "per_minute"), [(2, 6), (2, 60), (5, 30), (5, 600)])
+def test_retry_after_is_of_the_whole_limit(count: int, per_minute: int) -> None:
+    """A gateway whose part is small says when the key may send again, not when its part would be refilled."""
+    cluster = Cluster(count, Caller("key", requests_per_minute=per_minute))
+    cluster.run(90, lambda tick, index: 5 * (index == 0 and tick % 2 == 0))
+    quota = cluster.quotas[1]
+    with pytest.raises(RateLimited) as caught:
+        for _ in range(per_minute):
+            quota.admit(cluster.caller, cluster.now)
+    assert caught.value.retry_after_seconds <= max(1.0, 60 / per_minute)
+
+
+def test_retry_after_of_a_gateway_that_has_nothing() -> None:
+    """After a crash, another process holds nothing until the dead one is removed; it does not say: for days."""
+    caller, quota = Caller("key", requests_per_minute=600, tokens_per_minute=6000), Quota()
+    limits = Limits(600, 6000)
+    quota.hold("a", {"key": KeyQuota(limits, claims={"a": Claim(0.0, 1e9)})}, 0.5, 1.0)
+    with pytest.raises(RateLimited) as caught:
+        for _ in range(2):
+            quota.admit(caller, 1.0)
+    assert caught.value.retry_after_seconds == 1.0
+
+
+def test_retry_after_counts_a_debt() -> None:
+    """One that was reported is divided like the rate; an answer since then counts with the whole rate."""
+    caller, quota = Caller("key", tokens_per_minute=600), Quota()
+    claim = Claim(0.1, 1e9, tokens=-30.0)  # a tenth of a debt of 300
+    quota.hold("a", {"key": KeyQuota(Limits(None, 600), claims={"a": claim})}, 0.5, 1.0)
+    for tokens, seconds in ((0, 30), (100, 40)):
+        if tokens:
+            quota._counts["key"].charge(tokens, 1.0)  # noqa: SLF001 - an answer of a request before
+        with pytest.raises(RateLimited) as caught:
+            quota.admit(caller, 1.0)
+        assert caught.value.retry_after_seconds == pytest.approx(seconds, abs=0.01)
+
+
 @pytest.mark.parametrize("tokens", [1, 10, 500])
 def test_tokens_are_shared(tokens: int) -> None:
     """Each gateway may overdraw its balance by one answer; what is overdrawn is waited for."""
