@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # By this process' monotonic clock, from before the database was asked; it removes a worker after EXPIRE_SECONDS.
 LEASE_SECONDS = 5.0
+# A worker that joins waits for so many renewals of the others before its first request.
+JOIN_RENEWALS = 1.5
 # Of one exchange: less than a lease, so that a database that hangs once does not end it.
 CALL_SECONDS = 2.0
 
@@ -46,14 +48,14 @@ class Gauge(Protocol):
 class QuotaLeases:
     """Renews what this process holds of the keys' limits while the `async with` block runs.
 
-    `is_needed` is whether any key has limits; `local` is 1 while there is no lease although one is needed.
+    `local` is 1 while there is no lease. A lease is renewed without keys that have limits, too: the first one may come
+    at any time, and how many gateways share it is known then.
     """
 
     def __init__(
         self,
         link: Link,
         quota: Quota,
-        is_needed: Callable[[], bool],
         local: Gauge,
         clock: Callable[[], float] = time.monotonic,
         renew_seconds: float = RENEW_SECONDS,
@@ -63,7 +65,6 @@ class QuotaLeases:
         self._link = link
         self._table = QuotaTable(link.database)
         self._quota = quota
-        self._is_needed = is_needed
         self._local = local
         self._clock = clock
         self._renew_seconds = renew_seconds
@@ -75,8 +76,14 @@ class QuotaLeases:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Take part before the first request; an unavailable database is no error."""
+        """Take part before the first request; an unavailable database is no error.
+
+        Others hold parts of keys that nobody uses by the former number of workers until they report.
+        """
         await self.renew()
+        if self._expiry is not None and self._quota.share < 1:
+            await asyncio.sleep(JOIN_RENEWALS * self._renew_seconds)
+            await self.renew()
         self._task = asyncio.create_task(self._renew_regularly(), name="renew shares of quotas")
         return self
 
@@ -97,8 +104,6 @@ class QuotaLeases:
 
     async def renew(self) -> None:
         """Report what was used, and hold what this process gets; while the database is away, the lease runs out."""
-        if not self._is_needed():
-            return
         repeated = self._report is not None
         try:
             await self._exchange()

@@ -61,11 +61,11 @@ class Gateway:
 
 
 @asynccontextmanager
-async def running(url: str, lease_seconds: float = 60, needed: bool = True) -> AsyncIterator[Gateway]:
+async def running(url: str, lease_seconds: float = 60, renew_seconds: float = 0.05) -> AsyncIterator[Gateway]:
     """A gateway that renews its lease often."""
     quota, local = Quota(), Value()
     link = Link(StateDatabase.at(url), 0.5)
-    leases = QuotaLeases(link, quota, lambda: needed, local, renew_seconds=0.05, lease_seconds=lease_seconds)
+    leases = QuotaLeases(link, quota, local, renew_seconds=renew_seconds, lease_seconds=lease_seconds)
     async with leases:
         yield Gateway(quota, leases, local)
 
@@ -140,12 +140,19 @@ async def test_a_gateway_that_starts_while_the_database_is_away(postgresql: Post
             assert (alone.local.value, alone.admitted(100)) == (1, 60)
 
 
-async def test_nothing_to_share(postgresql: PostgreSQL) -> None:
-    """Without a key that has limits, the database is not asked."""
+async def test_a_gateway_that_joins(postgresql: PostgreSQL) -> None:
+    """It admits nothing before the others hold less of a key that nobody uses, not even once twice the limit."""
     url = postgresql.new_database()
-    async with running(url, needed=False) as idle:
-        assert (idle.quota.share, idle.local.value) == (1, 0)
-    database = StateDatabase.at(url, create=False)
-    with database.reading() as connection:
-        assert connection is None
-    database.close()
+    async with running(url, renew_seconds=1) as first, running(url, renew_seconds=1) as second:
+        assert first.admitted(100) + second.admitted(100) == 60
+
+
+async def test_the_first_key_with_limits(postgresql: PostgreSQL) -> None:
+    """How many gateways share it is known when it comes; without keys, a lease does not run out."""
+    url = postgresql.new_database()
+    async with running(url, lease_seconds=0.5) as first, running(url, lease_seconds=0.5) as second:
+        await eventually(lambda: first.quota.share == second.quota.share == 0.5)
+        now = asyncio.get_running_loop().time()
+        await eventually(lambda: asyncio.get_running_loop().time() > now + 1)
+        assert (first.local.value, second.local.value) == (0, 0)
+        assert first.admitted(100) + second.admitted(100) == 60

@@ -151,7 +151,7 @@ def test_what_is_refilled_during_an_outage_counts() -> None:
     assert len(cluster.admitted) - before == 480
 
 
-@pytest.mark.parametrize(("count", "per_minute"), [(2, 6), (2, 60), (5, 30), (5, 600)])
+@pytest.mark.parametrize("count, per_minute", [(2, 6), (2, 60), (5, 30), (5, 600)])
 def test_retry_after_is_of_the_whole_limit(count: int, per_minute: int) -> None:
     """A gateway whose part is small says when the key may send again, not when its part would be refilled."""
     cluster = Cluster(count, Caller("key", requests_per_minute=per_minute))
@@ -181,7 +181,7 @@ def test_retry_after_counts_a_debt() -> None:
     quota.hold("a", {"key": KeyQuota(Limits(None, 600), claims={"a": claim})}, 0.5, 1.0)
     for tokens, seconds in ((0, 30), (100, 40)):
         if tokens:
-            quota._counts["key"].charge(tokens, 1.0)  # noqa: SLF001 - an answer of a request before
+            quota._counts["key"].charge(tokens, 1.0)  # an answer of a request before
         with pytest.raises(RateLimited) as caught:
             quota.admit(caller, 1.0)
         assert caught.value.retry_after_seconds == pytest.approx(seconds, abs=0.01)
