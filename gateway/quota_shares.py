@@ -115,17 +115,41 @@ Report = Mapping[str, tuple[Limits, Use]]
 def changes(records: QuotaRecords, worker: str, report: Report, age_seconds: float = 0.0) -> dict[str, str | None]:
     """Return the documents after a worker's report; None for a key that is not used any more.
 
-    `age_seconds` is the time since the beginning of the report. A repeated report is not charged again.
+    `age_seconds` is the time since the beginning of the report. A repeated report is not charged again. A worker that
+    comes back after it was removed is charged with at most one full bucket: others have had the whole limit meanwhile.
     """
     found: dict[str, str | None] = {}
     for name in sorted(records.documents.keys() | report.keys()):
         limits, use = report.get(name, (None, Use()))
         if records.repeated:
             use = msgspec.structs.replace(use, asked=0, requests=0, tokens=0)
-        quota = decoded(records.documents.get(name))
+        if not records.known and limits is not None:
+            use = _at_most_a_bucket(use, limits)
+        quota = _moved(decoded(records.documents.get(name)), records.step_seconds)
         after = renewed(quota, limits, worker, use, records.workers, records.now, records.now - age_seconds)
         found[name] = None if after is None else msgspec.json.encode(after).decode()
     return found
+
+
+def _at_most_a_bucket(use: Use, limits: Limits) -> Use:
+    requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
+    return msgspec.structs.replace(
+        use,
+        requests=use.requests if requests is None else min(use.requests, int(requests)),
+        tokens=use.tokens if tokens is None else min(use.tokens, int(tokens)),
+    )
+
+
+def _moved(quota: KeyQuota | None, seconds: float) -> KeyQuota | None:
+    """Move all times of a document, to those of a clock that was set."""
+    if quota is None or not seconds:
+        return quota
+    return msgspec.structs.replace(
+        quota,
+        requests_full_at=quota.requests_full_at + seconds,
+        tokens_full_at=quota.tokens_full_at + seconds,
+        claims={name: msgspec.structs.replace(claim, at=claim.at + seconds) for name, claim in quota.claims.items()},
+    )
 
 
 def decoded(document: str | None) -> KeyQuota | None:

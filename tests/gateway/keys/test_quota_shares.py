@@ -270,6 +270,29 @@ def test_a_worker_that_died_is_charged_with_what_it_held() -> None:
     assert quota.claims["a"].slots >= 2
 
 
+def test_a_worker_that_was_removed_and_comes_back() -> None:
+    """It is charged with one bucket for what it used meanwhile, as one minute of everybody, not with hours."""
+    report = {"key": (Limits(60.0, 100.0), Use(asked=9000, requests=9000, tokens=9000))}
+    quota = decoded(changes(QuotaRecords(1e9, ("a", "b"), {}, known=False), "b", report, 3600)["key"])
+    assert quota is not None
+    assert quota.requests_full_at <= 1e9 + 60
+    assert quota.tokens_full_at <= 1e9 + 60
+
+
+def test_a_clock_that_was_set_back() -> None:
+    """What is held, and when buckets are full, is as before by the new clock."""
+    report = {"key": (Limits(60.0), Use(asked=30, requests=30))}
+    first = changes(QuotaRecords(1e9, ("a", "b"), {}), "a", report)
+    documents = {name: document for name, document in first.items() if document}
+    found = []
+    for step in (0, -3600):
+        records = QuotaRecords(1e9 + 2 + step, ("a", "b"), documents, step_seconds=step)
+        quota = decoded(changes(records, "a", {})["key"])
+        assert quota is not None
+        found.append((quota.requests_full_at - step, quota.claims["a"].requests, quota.claims["b"].at - step))
+    assert found[0] == pytest.approx(found[1])
+
+
 def test_a_repeated_report_is_not_charged_again() -> None:
     """Its answer was lost, not the report."""
     report = {"key": (Limits(60.0), Use(asked=10, requests=10))}
