@@ -33,10 +33,19 @@ log = logging.getLogger(__name__)
 
 # By this process' monotonic clock, from before the database was asked; it removes a worker after EXPIRE_SECONDS.
 LEASE_SECONDS = 5.0
+# A renewal takes longer the more keys are used, one worker at a time: so much of the time, together, and they are
+# renewed less often before it is more. LONGEST_RENEW_SECONDS and an exchange end before the lease.
+RENEW_LOAD = 0.5
+LONGEST_RENEW_SECONDS = 3.0
 # A worker that joins waits for so many renewals of the others before its first request.
 JOIN_RENEWALS = 1.5
 # Of one exchange: less than a lease, so that a database that hangs once does not end it.
 CALL_SECONDS = 2.0
+
+
+def renewal_seconds(least_seconds: float, report_seconds: float, workers: int) -> float:
+    """Return the time between two reports of a worker, of which each keeps the others waiting for `report_seconds`."""
+    return max(least_seconds, min(report_seconds * workers / RENEW_LOAD, LONGEST_RENEW_SECONDS))
 
 
 class Gauge(Protocol):
@@ -67,7 +76,7 @@ class QuotaLeases:
         self._quota = quota
         self._local = local
         self._clock = clock
-        self._renew_seconds = renew_seconds
+        self._least_renew_seconds = self._renew_seconds = renew_seconds
         self._lease_seconds = lease_seconds
         self._batch = 0
         self._report: Report | None = None  # sent, and not confirmed
@@ -122,8 +131,10 @@ class QuotaLeases:
         asked_at = self._clock()
         records = await self._link.call(self._table.report, self.worker, *self._next())
         self._report = None
+        workers = len(records.workers)
+        self._renew_seconds = renewal_seconds(self._least_renew_seconds, records.report_seconds, workers)
         quotas = {name: quota for name, document in records.documents.items() if (quota := decoded(document))}
-        self._quota.hold(self.worker, quotas, 1 / len(records.workers), self._clock())
+        self._quota.hold(self.worker, quotas, 1 / workers, self._clock())
         self._begin_lease(asked_at + self._lease_seconds - self._clock())
 
     def _next(self) -> tuple[int, object]:

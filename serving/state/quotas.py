@@ -17,7 +17,7 @@ QUOTA_LOCK = 7_165_204  # an arbitrary key of a PostgreSQL advisory lock
 # A worker is removed after so long without a report. It stops using what it holds earlier, by its own clock.
 EXPIRE_SECONDS = 10.0
 # Without a report of any worker for so long, the database was away: nobody is removed for that.
-OUTAGE_SECONDS = 3.0
+OUTAGE_SECONDS = 5.0
 # The clock of the database was set back if the last report is so much later than now, as after a failover.
 STEP_SECONDS = 1.0
 
@@ -28,6 +28,7 @@ class QuotaRecords:
 
     `repeated`: the report of the worker was added before, and its answer was lost. `known`: the worker was not removed
     since its report before. `step_seconds` (at most 0): times in the documents are of a clock that was set back since.
+    `report_seconds`: for how long the report kept other workers waiting.
     """
 
     now: float
@@ -36,6 +37,7 @@ class QuotaRecords:
     repeated: bool = False
     known: bool = True
     step_seconds: float = 0.0
+    report_seconds: float = 0.0
 
 
 # Returns the documents to write; None removes one.
@@ -54,13 +56,16 @@ class QuotaTable:
         Returns the records after the change.
         """
         with self.database.writing() as connection:
-            found = _renew(connection, worker, batch)
-            return replace(found, documents=_write(connection, found.documents, change(found)))
+            now = _lock(connection)
+            began = time.monotonic()
+            found = _renew(connection, worker, batch, now)
+            after = _write(connection, found.documents, change(found))
+            return replace(found, documents=after, report_seconds=time.monotonic() - began)
 
     def leave(self, worker: str, batch: int, change: QuotaChange) -> None:
         """Add the last report of a worker, and remove it."""
         with self.database.writing() as connection:
-            found = _renew(connection, worker, batch)
+            found = _renew(connection, worker, batch, _lock(connection))
             connection.execute(delete(QUOTA_WORKERS).where(QUOTA_WORKERS.c.worker == worker))
             found = replace(found, workers=_live(connection))
             _write(connection, found.documents, change(found))
@@ -74,9 +79,8 @@ def _lock(connection: Connection) -> float:
     return float(connection.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0.0)
 
 
-def _renew(connection: Connection, worker: str, batch: int) -> QuotaRecords:
+def _renew(connection: Connection, worker: str, batch: int, now: float) -> QuotaRecords:
     """Prolong the life of a worker, and remove those that are dead; return the records that its report changes."""
-    now = _lock(connection)
     step_seconds = _allow_for_clock(connection, now)
     connection.execute(delete(QUOTA_WORKERS).where(QUOTA_WORKERS.c.expires_at < now))
     before = _count_report(connection, worker, batch, now)

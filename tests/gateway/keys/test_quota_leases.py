@@ -13,7 +13,7 @@ from gateway import quota_shares
 from gateway.errors import RateLimited
 from gateway.keys import Caller
 from gateway.quota import Quota
-from gateway.quota_leases import QuotaLeases
+from gateway.quota_leases import LEASE_SECONDS, QuotaLeases, renewal_seconds
 from gateway.quota_shares import decoded
 from serving.state.database import StateDatabase
 from serving.state.link import Link
@@ -130,6 +130,16 @@ async def test_a_database_that_is_away(postgresql: PostgreSQL, how: str, caplog:
         assert first.admitted(100) + second.admitted(100) <= 50
     assert caplog.text.count("quotas are not shared, this process admits 50% of each limit") == 2
     assert caplog.text.count("quotas are shared again through") == 2
+
+
+@pytest.mark.parametrize(
+    "report_seconds, workers, seconds",
+    [(0.005, 4, 1), (0.01, 40, 1), (0.1, 8, 1.6), (0.2, 6, 2.4), (0.3, 20, 3)],
+)
+def test_leases_are_renewed_less_often_if_that_takes_long(report_seconds: float, workers: int, seconds: float) -> None:
+    """All together keep the database busy for half of the time, as long as a lease lasts."""
+    assert renewal_seconds(1, report_seconds, workers) == pytest.approx(seconds)
+    assert seconds < LEASE_SECONDS
 
 
 async def test_a_gateway_that_starts_while_the_database_is_away(postgresql: PostgreSQL) -> None:

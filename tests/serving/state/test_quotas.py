@@ -29,6 +29,7 @@ def test_a_report_is_counted_once(state: str) -> None:
     assert table.report("a", 2, add_one).documents == {"key": "2"}
     found = table.report("b", 1, add_one)
     assert (found.documents, found.workers) == ({"key": "3"}, ("a", "b"))
+    assert found.report_seconds > 0
     assert table.report("b", 2, lambda _: {"key": None}).documents == {}
     database.close()
 
