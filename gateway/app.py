@@ -149,7 +149,7 @@ async def gateway(
         rollouts = await enter(rollout_routing(deployment, registry, live_config, dispatcher, metrics))
         recorded, arms = rollouts.recorded, rollouts.arms
         await enter(database_keys(deployment, recorded, quota))
-        await enter(shared_quota(deployment, quota, live_config, metrics))
+        await enter(shared_quota(deployment, quota, metrics))
         router = router_for(settings, addresses.client, live_config, registry, proxy, quota, observers, arms)
         admin = await enter(admin_port(registry, live_config, observed, routed, rollouts, router, place, discovery))
         admin_hosts = allowed_hosts(addresses.admin, settings.allowed_hosts)

@@ -203,9 +203,7 @@ def use_keys(recorded: RecordedAliases, quota: Quota, keys: Keys) -> None:
 
 
 @asynccontextmanager
-async def shared_quota(
-    deployment: Deployment, quota: Quota, live_config: LiveConfig, metrics: Metrics
-) -> AsyncIterator[None]:
+async def shared_quota(deployment: Deployment, quota: Quota, metrics: Metrics) -> AsyncIterator[None]:
     """Share the limits of keys with other gateways if the state is in PostgreSQL.
 
     SQLite is on one machine: its workers divide the limits equally.
@@ -215,11 +213,8 @@ async def shared_quota(
         yield
         return
 
-    def is_needed() -> bool:
-        return any(issued.caller.limited for issued in (live_config.keys.issued or {}).values())
-
     link = Link(database, CALL_SECONDS)
-    async with QuotaLeases(link, quota, is_needed, metrics.quota_local):
+    async with QuotaLeases(link, quota, metrics.quota_local):
         yield
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from gateway.errors import RateLimited
 from gateway.keys.authentication import Caller
-from gateway.quota_shares import Claim, KeyQuota, Limits, Use
+from gateway.quota_shares import RENEW_SECONDS, Claim, KeyQuota, Limits, Use
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -257,9 +257,25 @@ class Quota:
 def check_limits(counts: Counts, caller: Caller, now_seconds: float) -> None:
     """Raise RateLimited, with the limit and the time to wait, if the key may not send another request now."""
     if counts.requests is not None and (seconds := counts.requests.seconds_until(1, now_seconds)):
+        if counts.share is not None:
+            seconds = lease_wait_seconds(counts.requests, counts.share, 1, counts.taken, now_seconds)
         raise _refusal(caller, f"{caller.requests_per_minute} requests per minute (requests_per_minute)", seconds)
     if counts.tokens is not None and (seconds := counts.tokens.seconds_until(MIN_TOKENS, now_seconds)):
+        if counts.share is not None:
+            seconds = lease_wait_seconds(counts.tokens, counts.share, MIN_TOKENS, counts.charged, now_seconds)
         raise _refusal(caller, f"{caller.tokens_per_minute} tokens per minute (tokens_per_minute)", seconds)
+
+
+def lease_wait_seconds(bucket: Bucket, share: float, amount: float, used: float, now_seconds: float) -> float:
+    """Estimate the time until a bucket that holds a share of a key's rate has an amount.
+
+    The share follows demand, so what is missing comes at the key's whole rate, with the next report or later. A debt
+    of the last report was divided like the rate; what was `used` since then was not.
+    """
+    remaining = bucket.remaining(now_seconds)
+    debt = max(-remaining - used, 0.0)
+    whole_seconds = (debt + (amount - remaining - debt) * share) * MINUTE_SECONDS / bucket.per_minute
+    return min(bucket.seconds_until(amount, now_seconds), max(whole_seconds, RENEW_SECONDS))
 
 
 def concurrency_share(concurrency: int, share: float) -> int:

@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from gateway.quota import Quota
-from gateway.quota_shares import Report, changes, decoded
+from gateway.quota_shares import RENEW_SECONDS, Report, changes, decoded
 from serving.defects import logged_defects
 from serving.errors import StateAway
 from serving.state.link import Link
@@ -32,11 +32,21 @@ from serving.state.quotas import QuotaTable
 
 log = logging.getLogger(__name__)
 
-RENEW_SECONDS = 1.0
 # By this process' monotonic clock, from before the database was asked; it removes a worker after EXPIRE_SECONDS.
 LEASE_SECONDS = 5.0
+# A renewal takes longer the more keys are used, one worker at a time: so much of the time, together, and they are
+# renewed less often before it is more. LONGEST_RENEW_SECONDS and an exchange end before the lease.
+RENEW_LOAD = 0.5
+LONGEST_RENEW_SECONDS = 3.0
+# A worker that joins waits for so many renewals of the others before its first request.
+JOIN_RENEWALS = 1.5
 # Of one exchange: less than a lease, so that a database that hangs once does not end it.
 CALL_SECONDS = 2.0
+
+
+def renewal_seconds(least_seconds: float, report_seconds: float, workers: int) -> float:
+    """Return the time between two reports of a worker, of which each keeps the others waiting for `report_seconds`."""
+    return max(least_seconds, min(report_seconds * workers / RENEW_LOAD, LONGEST_RENEW_SECONDS))
 
 
 class Gauge(Protocol):
@@ -48,14 +58,14 @@ class Gauge(Protocol):
 class QuotaLeases:
     """Renews what this process holds of the keys' limits while the `async with` block runs.
 
-    `is_needed` is whether any key has limits; `local` is 1 while there is no lease although one is needed.
+    `local` is 1 while there is no lease. A lease is renewed without keys that have limits, too: the first one may come
+    at any time, and how many gateways share it is known then.
     """
 
     def __init__(
         self,
         link: Link,
         quota: Quota,
-        is_needed: Callable[[], bool],
         local: Gauge,
         clock: Callable[[], float] = time.monotonic,
         renew_seconds: float = RENEW_SECONDS,
@@ -65,19 +75,25 @@ class QuotaLeases:
         self._link = link
         self._table = QuotaTable(link.database)
         self._quota = quota
-        self._is_needed = is_needed
         self._local = local
         self._clock = clock
-        self._renew_seconds = renew_seconds
+        self._least_renew_seconds = self._renew_seconds = renew_seconds
         self._lease_seconds = lease_seconds
         self._batch = 0
         self._report: Report | None = None  # sent, and not confirmed
+        self._report_since = self._counted_since = clock()
         self._expiry: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Take part before the first request; an unavailable database is no error."""
+        """Take part before the first request; an unavailable database is no error.
+
+        Others hold parts of keys that nobody uses by the former number of workers until they report.
+        """
         await self.renew()
+        if self._expiry is not None and self._quota.share < 1:
+            await asyncio.sleep(JOIN_RENEWALS * self._renew_seconds)
+            await self.renew()
         self._task = asyncio.create_task(self._renew_regularly(), name="renew shares of quotas")
         return self
 
@@ -98,8 +114,6 @@ class QuotaLeases:
 
     async def renew(self) -> None:
         """Report what was used, and hold what this process gets; while the database is away, the lease runs out."""
-        if not self._is_needed():
-            return
         repeated = self._report is not None
         try:
             await self._exchange()
@@ -119,16 +133,20 @@ class QuotaLeases:
         asked_at = self._clock()
         records = await self._link.call(self._table.report, self.worker, *self._next())
         self._report = None
+        workers = len(records.workers)
+        self._renew_seconds = renewal_seconds(self._least_renew_seconds, records.report_seconds, workers)
         quotas = {name: quota for name, document in records.documents.items() if (quota := decoded(document))}
-        self._quota.hold(self.worker, quotas, 1 / len(records.workers), self._clock())
+        self._quota.hold(self.worker, quotas, 1 / workers, self._clock())
         self._begin_lease(asked_at + self._lease_seconds - self._clock())
 
     def _next(self) -> tuple[int, object]:
         """Return the number of the report to send and what it changes; one that is not confirmed is sent again."""
         if self._report is None:
             self._report = self._quota.take_report()
+            self._report_since, self._counted_since = self._counted_since, self._clock()
             self._batch += 1
-        return self._batch, partial(changes, worker=self.worker, report=self._report)
+        age_seconds = self._clock() - self._report_since
+        return self._batch, partial(changes, worker=self.worker, report=self._report, age_seconds=age_seconds)
 
     def _begin_lease(self, seconds: float) -> None:
         if self._expiry is not None:

@@ -19,6 +19,8 @@ import msgspec
 
 from serving.state.quotas import QuotaRecords
 
+# A worker with a lease reports so often.
+RENEW_SECONDS = 1.0
 MINUTE_SECONDS = 60.0
 # Divided equally, whatever the demand.
 MIN_SHARE = 0.1
@@ -76,19 +78,26 @@ class KeyQuota(msgspec.Struct, frozen=True):
 
 
 def renewed(
-    quota: KeyQuota | None, limits: Limits | None, worker: str, use: Use, workers: Collection[str], now: float
+    quota: KeyQuota | None,
+    limits: Limits | None,
+    worker: str,
+    use: Use,
+    workers: Collection[str],
+    now: float,
+    since: float | None = None,
 ) -> KeyQuota | None:
     """Charge the use of a worker and give it a new claim; None: the key is not used any more.
 
     `quota` is None for a key that was not used, `limits` if the worker has not seen the key. `workers` are those that
-    live; a worker that is not among them leaves.
+    live; a worker that is not among them leaves. The use is charged as if all of it was at the time `since`, the
+    beginning of the report (default: now): what was refilled meanwhile counts, even after an outage.
     """
     if quota is None:
         if limits is None:
             return None
         quota = unused(limits, {*workers, worker}, now)
     quota = msgspec.structs.replace(quota, limits=limits or quota.limits)
-    quota = _charged(quota, use.requests, use.tokens, now)
+    quota = _charged(quota, use.requests, use.tokens, now if since is None else min(since, now))
     quota = _without_dead(quota, {*workers, worker}, now)
     before = quota.claims.get(worker)
     others = {name: claim for name, claim in quota.claims.items() if name != worker}
@@ -103,20 +112,44 @@ def renewed(
 Report = Mapping[str, tuple[Limits, Use]]
 
 
-def changes(records: QuotaRecords, worker: str, report: Report) -> dict[str, str | None]:
+def changes(records: QuotaRecords, worker: str, report: Report, age_seconds: float = 0.0) -> dict[str, str | None]:
     """Return the documents after a worker's report; None for a key that is not used any more.
 
-    A repeated report is not charged again.
+    `age_seconds` is the time since the beginning of the report. A repeated report is not charged again. A worker that
+    comes back after it was removed is charged with at most one full bucket: others have had the whole limit meanwhile.
     """
     found: dict[str, str | None] = {}
     for name in sorted(records.documents.keys() | report.keys()):
         limits, use = report.get(name, (None, Use()))
         if records.repeated:
             use = msgspec.structs.replace(use, asked=0, requests=0, tokens=0)
-        quota = decoded(records.documents.get(name))
-        after = renewed(quota, limits, worker, use, records.workers, records.now)
+        if not records.known and limits is not None:
+            use = _at_most_a_bucket(use, limits)
+        quota = _moved(decoded(records.documents.get(name)), records.step_seconds)
+        after = renewed(quota, limits, worker, use, records.workers, records.now, records.now - age_seconds)
         found[name] = None if after is None else msgspec.json.encode(after).decode()
     return found
+
+
+def _at_most_a_bucket(use: Use, limits: Limits) -> Use:
+    requests, tokens = limits.requests_per_minute, limits.tokens_per_minute
+    return msgspec.structs.replace(
+        use,
+        requests=use.requests if requests is None else min(use.requests, int(requests)),
+        tokens=use.tokens if tokens is None else min(use.tokens, int(tokens)),
+    )
+
+
+def _moved(quota: KeyQuota | None, seconds: float) -> KeyQuota | None:
+    """Move all times of a document, to those of a clock that was set."""
+    if quota is None or not seconds:
+        return quota
+    return msgspec.structs.replace(
+        quota,
+        requests_full_at=quota.requests_full_at + seconds,
+        tokens_full_at=quota.tokens_full_at + seconds,
+        claims={name: msgspec.structs.replace(claim, at=claim.at + seconds) for name, claim in quota.claims.items()},
+    )
 
 
 def decoded(document: str | None) -> KeyQuota | None:

@@ -17,20 +17,27 @@ QUOTA_LOCK = 7_165_204  # an arbitrary key of a PostgreSQL advisory lock
 # A worker is removed after so long without a report. It stops using what it holds earlier, by its own clock.
 EXPIRE_SECONDS = 10.0
 # Without a report of any worker for so long, the database was away: nobody is removed for that.
-OUTAGE_SECONDS = 3.0
+OUTAGE_SECONDS = 5.0
+# The clock of the database was set back if the last report is so much later than now, as after a failover.
+STEP_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class QuotaRecords:
     """The documents by key, and the workers that live; `now` is on the clock of the database.
 
-    `repeated`: the report of the worker was added before, and its answer was lost.
+    `repeated`: the report of the worker was added before, and its answer was lost. `known`: the worker was not removed
+    since its report before. `step_seconds` (at most 0): times in the documents are of a clock that was set back since.
+    `report_seconds`: for how long the report kept other workers waiting.
     """
 
     now: float
     workers: tuple[str, ...]
     documents: Mapping[str, str]
     repeated: bool = False
+    known: bool = True
+    step_seconds: float = 0.0
+    report_seconds: float = 0.0
 
 
 # Returns the documents to write; None removes one.
@@ -50,17 +57,17 @@ class QuotaTable:
         """
         with self.database.writing() as connection:
             now = _lock(connection)
-            before = _renew(connection, worker, batch, now)
-            found = QuotaRecords(now, _live(connection), _documents(connection), repeated=batch <= before)
-            return replace(found, documents=_write(connection, found.documents, change(found)))
+            began = time.monotonic()
+            found = _renew(connection, worker, batch, now)
+            after = _write(connection, found.documents, change(found))
+            return replace(found, documents=after, report_seconds=time.monotonic() - began)
 
     def leave(self, worker: str, batch: int, change: QuotaChange) -> None:
         """Add the last report of a worker, and remove it."""
         with self.database.writing() as connection:
-            now = _lock(connection)
-            before = _renew(connection, worker, batch, now)
+            found = _renew(connection, worker, batch, _lock(connection))
             connection.execute(delete(QUOTA_WORKERS).where(QUOTA_WORKERS.c.worker == worker))
-            found = QuotaRecords(now, _live(connection), _documents(connection), repeated=batch <= before)
+            found = replace(found, workers=_live(connection))
             _write(connection, found.documents, change(found))
 
 
@@ -72,22 +79,42 @@ def _lock(connection: Connection) -> float:
     return float(connection.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0.0)
 
 
-def _renew(connection: Connection, worker: str, batch: int, now: float) -> int:
-    """Prolong the life of a worker, and remove those that are dead; return the number of its last report."""
+def _renew(connection: Connection, worker: str, batch: int, now: float) -> QuotaRecords:
+    """Prolong the life of a worker, and remove those that are dead; return the records that its report changes."""
+    step_seconds = _allow_for_clock(connection, now)
+    connection.execute(delete(QUOTA_WORKERS).where(QUOTA_WORKERS.c.expires_at < now))
+    before = _count_report(connection, worker, batch, now)
+    return QuotaRecords(
+        now,
+        _live(connection),
+        _documents(connection),
+        repeated=before is not None and batch <= before,
+        known=before is not None,
+        step_seconds=step_seconds,
+    )
+
+
+def _allow_for_clock(connection: Connection, now: float) -> float:
+    """Move the lives of workers by an outage or a backward step of the clock; return the step, at most 0."""
     newest = connection.scalar(select(func.max(QUOTA_WORKERS.c.expires_at)))
     silence_seconds = now - (newest - EXPIRE_SECONDS) if newest is not None else 0.0
-    if silence_seconds > OUTAGE_SECONDS:
-        moved = {"expires_at": QUOTA_WORKERS.c.expires_at + silence_seconds}
-        connection.execute(update(QUOTA_WORKERS).values(moved))
-    connection.execute(delete(QUOTA_WORKERS).where(QUOTA_WORKERS.c.expires_at < now))
+    if -STEP_SECONDS <= silence_seconds <= OUTAGE_SECONDS:
+        return 0.0
+    moved = {"expires_at": QUOTA_WORKERS.c.expires_at + silence_seconds}
+    connection.execute(update(QUOTA_WORKERS).values(moved))
+    return min(silence_seconds, 0.0)
+
+
+def _count_report(connection: Connection, worker: str, batch: int, now: float) -> int | None:
+    """Prolong the life of a worker; return the number of its report before, None if it is not known."""
     mine = QUOTA_WORKERS.c.worker == worker
     before = connection.scalar(select(QUOTA_WORKERS.c.batch).where(mine))
     values = {"batch": batch, "expires_at": now + EXPIRE_SECONDS}
     if before is None:
         connection.execute(insert(QUOTA_WORKERS).values(worker=worker, **values))
-        return 0
-    connection.execute(update(QUOTA_WORKERS).where(mine).values(values))
-    return int(before)
+    else:
+        connection.execute(update(QUOTA_WORKERS).where(mine).values(values))
+    return before
 
 
 def _live(connection: Connection) -> tuple[str, ...]:

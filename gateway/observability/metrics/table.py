@@ -450,7 +450,7 @@ KEY_TOKENS = MetricSpec(
     "Total number of tokens processed, by name of the API key and kind: prompt, completion.",
 )
 
-# 0 where nothing is shared: with SQLite, and while no key has limits.
+# 0 where nothing is shared: with SQLite.
 QUOTA_LOCAL = MetricSpec(
     "quantgate_quota_local",
     "gauge",

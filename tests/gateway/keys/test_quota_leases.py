@@ -13,7 +13,7 @@ from gateway import quota_shares
 from gateway.errors import RateLimited
 from gateway.keys import Caller
 from gateway.quota import Quota
-from gateway.quota_leases import QuotaLeases
+from gateway.quota_leases import LEASE_SECONDS, QuotaLeases, renewal_seconds
 from gateway.quota_shares import decoded
 from serving.state.database import StateDatabase
 from serving.state.link import Link
@@ -61,11 +61,11 @@ class Gateway:
 
 
 @asynccontextmanager
-async def running(url: str, lease_seconds: float = 60, needed: bool = True) -> AsyncIterator[Gateway]:
+async def running(url: str, lease_seconds: float = 60, renew_seconds: float = 0.05) -> AsyncIterator[Gateway]:
     """A gateway that renews its lease often."""
     quota, local = Quota(), Value()
     link = Link(StateDatabase.at(url), 0.5)
-    leases = QuotaLeases(link, quota, lambda: needed, local, renew_seconds=0.05, lease_seconds=lease_seconds)
+    leases = QuotaLeases(link, quota, local, renew_seconds=renew_seconds, lease_seconds=lease_seconds)
     async with leases:
         yield Gateway(quota, leases, local)
 
@@ -118,6 +118,7 @@ async def test_a_database_that_is_away(postgresql: PostgreSQL, how: str, caplog:
     url = postgresql.new_database()
     async with running(url, lease_seconds=1.5) as first, running(url, lease_seconds=1.5) as second:
         await eventually(lambda: first.quota.share == second.quota.share == 0.5)
+        caplog.clear()
         first.admitted(1)
         await eventually(lambda: 58 < level(url) < 59.9)
         with away(postgresql, how):
@@ -131,6 +132,16 @@ async def test_a_database_that_is_away(postgresql: PostgreSQL, how: str, caplog:
     assert caplog.text.count("quotas are shared again through") == 2
 
 
+@pytest.mark.parametrize(
+    "report_seconds, workers, seconds",
+    [(0.005, 4, 1), (0.01, 40, 1), (0.1, 8, 1.6), (0.2, 6, 2.4), (0.3, 20, 3)],
+)
+def test_leases_are_renewed_less_often_if_that_takes_long(report_seconds: float, workers: int, seconds: float) -> None:
+    """All together keep the database busy for half of the time, as long as a lease lasts."""
+    assert renewal_seconds(1, report_seconds, workers) == pytest.approx(seconds)
+    assert seconds < LEASE_SECONDS
+
+
 async def test_a_gateway_that_starts_while_the_database_is_away(postgresql: PostgreSQL) -> None:
     """It admits all of each limit, since it knows of nobody else, and says so."""
     url = postgresql.new_database()
@@ -139,12 +150,19 @@ async def test_a_gateway_that_starts_while_the_database_is_away(postgresql: Post
             assert (alone.local.value, alone.admitted(100)) == (1, 60)
 
 
-async def test_nothing_to_share(postgresql: PostgreSQL) -> None:
-    """Without a key that has limits, the database is not asked."""
+async def test_a_gateway_that_joins(postgresql: PostgreSQL) -> None:
+    """It admits nothing before the others hold less of a key that nobody uses, not even once twice the limit."""
     url = postgresql.new_database()
-    async with running(url, needed=False) as idle:
-        assert (idle.quota.share, idle.local.value) == (1, 0)
-    database = StateDatabase.at(url, create=False)
-    with database.reading() as connection:
-        assert connection is None
-    database.close()
+    async with running(url, renew_seconds=1) as first, running(url, renew_seconds=1) as second:
+        assert first.admitted(100) + second.admitted(100) == 60
+
+
+async def test_the_first_key_with_limits(postgresql: PostgreSQL) -> None:
+    """How many gateways share it is known when it comes; without keys, a lease does not run out."""
+    url = postgresql.new_database()
+    async with running(url, lease_seconds=0.5) as first, running(url, lease_seconds=0.5) as second:
+        await eventually(lambda: first.quota.share == second.quota.share == 0.5)
+        now = asyncio.get_running_loop().time()
+        await eventually(lambda: asyncio.get_running_loop().time() > now + 1)
+        assert (first.local.value, second.local.value) == (0, 0)
+        assert first.admitted(100) + second.admitted(100) == 60

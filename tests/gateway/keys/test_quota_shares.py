@@ -54,6 +54,8 @@ class Cluster:
     now: float = 1e6
     documents: dict[str, str] = field(default_factory=dict)
     quotas: list[Quota] = field(init=False)
+    reported: dict[int, float] = field(default_factory=dict)
+    away: bool = False
     admitted: list[float] = field(default_factory=list)
     shares: list[dict[str, Claim]] = field(default_factory=list)
     ticks: int = 0
@@ -65,7 +67,9 @@ class Cluster:
         """Report what a gateway has used, as `QuotaLeases` does."""
         names = tuple(NAMES[: self.count])
         records = QuotaRecords(self.now + 5e8, names, self.documents)  # the clock of the database is another one
-        found = changes(records, NAMES[index], self.quotas[index].take_report())
+        age_seconds = self.now - self.reported.get(index, self.now)
+        found = changes(records, NAMES[index], self.quotas[index].take_report(), age_seconds)
+        self.reported[index] = self.now
         self.documents = {name: document for name, document in found.items() if document is not None}
         held = {name: quota for name, document in self.documents.items() if (quota := decoded(document))}
         self.quotas[index].hold(NAMES[index], held, 1 / self.count, self.now)
@@ -91,7 +95,7 @@ class Cluster:
         """Let time pass: in each tenth of a second, gateway `index` gets `requests(tick, index)` requests."""
         for tick in range(int(seconds * 10)):
             for index in range(self.count):
-                if self.ticks % 10 == (3 * index) % 10:
+                if self.ticks % 10 == (3 * index) % 10 and not self.away:
                     self.report(index)
                 for _ in range(requests(tick, index)):
                     if (running := self.ask(index)) is not None:
@@ -131,6 +135,56 @@ def test_the_limit_is_used(per_minute: int) -> None:
         cluster = Cluster(3, Caller("key", requests_per_minute=per_minute))
         cluster.run(120, lambda _, index, busy=busy: 3 * (index in busy))  # type: ignore[misc]
         assert len(cluster.admitted) >= 0.95 * 3 * per_minute - 3
+
+
+def test_what_is_refilled_during_an_outage_counts() -> None:
+    """A key that stays below its limit is not refused when the database is back."""
+    cluster = Cluster(2, Caller("key", requests_per_minute=600))
+    cluster.run(20, lambda *_: 0)
+    cluster.away = True
+    for quota in cluster.quotas:
+        quota.hold_share()
+    cluster.run(600, lambda tick, index: int(tick % 10 < 4))  # 480 a minute over both
+    cluster.away = False
+    before = len(cluster.admitted)
+    cluster.run(60, lambda tick, index: int(tick % 10 < 4))
+    assert len(cluster.admitted) - before == 480
+
+
+@pytest.mark.parametrize("count, per_minute", [(2, 6), (2, 60), (5, 30), (5, 600)])
+def test_retry_after_is_of_the_whole_limit(count: int, per_minute: int) -> None:
+    """A gateway whose part is small says when the key may send again, not when its part would be refilled."""
+    cluster = Cluster(count, Caller("key", requests_per_minute=per_minute))
+    cluster.run(90, lambda tick, index: 5 * (index == 0 and tick % 2 == 0))
+    quota = cluster.quotas[1]
+    with pytest.raises(RateLimited) as caught:
+        for _ in range(per_minute):
+            quota.admit(cluster.caller, cluster.now)
+    assert caught.value.retry_after_seconds <= max(1.0, 60 / per_minute)
+
+
+def test_retry_after_of_a_gateway_that_has_nothing() -> None:
+    """After a crash, another process holds nothing until the dead one is removed; it does not say: for days."""
+    caller, quota = Caller("key", requests_per_minute=600, tokens_per_minute=6000), Quota()
+    limits = Limits(600, 6000)
+    quota.hold("a", {"key": KeyQuota(limits, claims={"a": Claim(0.0, 1e9)})}, 0.5, 1.0)
+    with pytest.raises(RateLimited) as caught:
+        for _ in range(2):
+            quota.admit(caller, 1.0)
+    assert caught.value.retry_after_seconds == 1.0
+
+
+def test_retry_after_counts_a_debt() -> None:
+    """One that was reported is divided like the rate; an answer since then counts with the whole rate."""
+    caller, quota = Caller("key", tokens_per_minute=600), Quota()
+    claim = Claim(0.1, 1e9, tokens=-30.0)  # a tenth of a debt of 300
+    quota.hold("a", {"key": KeyQuota(Limits(None, 600), claims={"a": claim})}, 0.5, 1.0)
+    for tokens, seconds in ((0, 30), (100, 40)):
+        if tokens:
+            quota._counts["key"].charge(tokens, 1.0)  # an answer of a request before
+        with pytest.raises(RateLimited) as caught:
+            quota.admit(caller, 1.0)
+        assert caught.value.retry_after_seconds == pytest.approx(seconds, abs=0.01)
 
 
 @pytest.mark.parametrize("tokens", [1, 10, 500])
@@ -214,6 +268,29 @@ def test_a_worker_that_died_is_charged_with_what_it_held() -> None:
     assert set(quota.claims) == {"a"}
     assert quota.claims["a"].requests == pytest.approx(60 - 10 - 30 + 1)
     assert quota.claims["a"].slots >= 2
+
+
+def test_a_worker_that_was_removed_and_comes_back() -> None:
+    """It is charged with one bucket for what it used meanwhile, as one minute of everybody, not with hours."""
+    report = {"key": (Limits(60.0, 100.0), Use(asked=9000, requests=9000, tokens=9000))}
+    quota = decoded(changes(QuotaRecords(1e9, ("a", "b"), {}, known=False), "b", report, 3600)["key"])
+    assert quota is not None
+    assert quota.requests_full_at <= 1e9 + 60
+    assert quota.tokens_full_at <= 1e9 + 60
+
+
+def test_a_clock_that_was_set_back() -> None:
+    """What is held, and when buckets are full, is as before by the new clock."""
+    report = {"key": (Limits(60.0), Use(asked=30, requests=30))}
+    first = changes(QuotaRecords(1e9, ("a", "b"), {}), "a", report)
+    documents = {name: document for name, document in first.items() if document}
+    found = []
+    for step in (0, -3600):
+        records = QuotaRecords(1e9 + 2 + step, ("a", "b"), documents, step_seconds=step)
+        quota = decoded(changes(records, "a", {})["key"])
+        assert quota is not None
+        found.append((quota.requests_full_at - step, quota.claims["a"].requests, quota.claims["b"].at - step))
+    assert found[0] == pytest.approx(found[1])
 
 
 def test_a_repeated_report_is_not_charged_again() -> None:

@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from sqlalchemy import select, update
 
 from serving.state.database import StateDatabase
@@ -28,6 +29,7 @@ def test_a_report_is_counted_once(state: str) -> None:
     assert table.report("a", 2, add_one).documents == {"key": "2"}
     found = table.report("b", 1, add_one)
     assert (found.documents, found.workers) == ({"key": "3"}, ("a", "b"))
+    assert found.report_seconds > 0
     assert table.report("b", 2, lambda _: {"key": None}).documents == {}
     database.close()
 
@@ -83,6 +85,41 @@ def test_nobody_dies_of_an_outage(state: str) -> None:
     assert max(newest) - min(newest) < EXPIRE_SECONDS
     _turn_back(database, "a", EXPIRE_SECONDS + 1)
     assert table.report("b", 4, nothing).workers == ("b",)
+    database.close()
+
+
+def test_a_clock_that_was_set_back(state: str) -> None:
+    """As by a failover: workers live as long as before, and the step is told once, to whoever reports first."""
+    database = StateDatabase.at(state)
+    table = QuotaTable(database)
+    steps: list[float] = []
+
+    def note(records: QuotaRecords) -> dict[str, str | None]:
+        steps.append(records.step_seconds)
+        return {}
+
+    table.report("a", 1, note)
+    table.report("b", 1, note)
+    for worker in "ab":
+        _turn_back(database, worker, -3600)
+    table.report("b", 2, note)
+    table.report("a", 2, note)
+    assert steps == [0, 0, pytest.approx(-3600, abs=60), 0]
+    _turn_back(database, "a", EXPIRE_SECONDS + 1)
+    assert table.report("b", 3, note).workers == ("b",)
+    database.close()
+
+
+def test_a_worker_that_was_removed_is_not_known(state: str) -> None:
+    """Its next report says so."""
+    database = StateDatabase.at(state)
+    table = QuotaTable(database)
+    assert [table.report("a", batch, nothing).known for batch in (1, 2)] == [False, True]
+    table.report("b", 1, nothing)
+    _turn_back(database, "a", EXPIRE_SECONDS + 1)
+    table.report("b", 2, nothing)
+    found = table.report("a", 3, nothing)
+    assert (found.known, found.repeated) == (False, False)
     database.close()
 
 
