@@ -118,7 +118,7 @@ def foreign(tmp_path: Path, scheme: QuantizationScheme) -> Path:
 @pytest.mark.parametrize(
     "case,name,precision,measured_by,warning",
     [
-        ("awq", "w4a16-g32-asym", "int4", "replica", ""),
+        ("awq", "w4a16-asym-g32", "int4", "replica", ""),
         ("pack-4", "w4a16-g64", "int4", "transformers", ""),
         ("fp8-dynamic", "fp8-dynamic", "fp8", "transformers", ""),
         ("fp8-block", "fp8-block", "fp8", "transformers", ""),
