@@ -25,8 +25,13 @@ from tests.quantize.manifests import quality
 pytest.importorskip("numpy", reason="scales are read with numpy: install the quantize extra")
 
 ONES = {
-    **{"F32": struct.pack("<f", 1.0), "F16": struct.pack("<e", 1.0)},
-    **{"F8_E4M3": b"\x38", "I32": bytes(4), "I64": bytes(8), "I8": b"\1", "U8": b"\1"},
+    "F32": struct.pack("<f", 1.0),
+    "F16": struct.pack("<e", 1.0),
+    "F8_E4M3": b"\x38",
+    "I32": bytes(4),
+    "I64": bytes(8),
+    "I8": b"\1",
+    "U8": b"\1",
 }
 FOUR, EIGHT = StorageFormat("gptq", 4, 64), StorageFormat("gptq", 8, 64)
 
