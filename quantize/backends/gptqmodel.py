@@ -45,7 +45,7 @@ def settings(scheme: Scheme, chosen: SolverSettings, tree: ModuleTree) -> dict[s
     return {
         "bits": scheme.bits,
         "group_size": scheme.group_size,
-        "sym": True,
+        "sym": scheme.sym,
         "desc_act": False,
         # Order inside groups costs nothing at run time; it needs groups.
         "act_group_aware": chosen.group_order and scheme.group_size > 0,

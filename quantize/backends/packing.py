@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from quantize.variants.bit_packing import pack_columns, pack_rows
 from quantize.variants.weights import LazyTensor, lazy_tensors
 
 # The folder of a solver that packs by itself.
 PACKED = "packed"
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
-_WORD_BITS = 32
 
 
 @dataclass(slots=True)
@@ -67,26 +67,18 @@ def rounded_tensors(solved: Path, modules: Iterable[str], on_module: Callable[[s
 
 
 def pack(integers: Any, scale: Any, zero: Any, g_idx: Any, bits: int) -> dict[str, Any]:
-    """Pack a module: integers [N, K], scale and zero [N, G], g_idx [K]."""
+    """Pack a module: integers [N, K], scale and zero [N, G], g_idx [K].
+
+    A zero point of 0, which only asymmetric weights have, is stored as 2^bits - 1: readers add one and drop the carry.
+    """
     import torch  # noqa: PLC0415
 
     return {
-        "qweight": words(integers.t().to(torch.int32), bits).contiguous(),
-        "qzeros": words(zero.round().to(torch.int32) - 1, bits).t().contiguous(),
+        "qweight": pack_rows(integers.t().to(torch.int32), bits).contiguous(),
+        "qzeros": pack_columns((zero.round().to(torch.int32) - 1).t() & ((1 << bits) - 1), bits).contiguous(),
         "scales": scale.t().to(torch.float16).contiguous(),
         "g_idx": g_idx.to(torch.int32).contiguous(),
     }
-
-
-def words(values: Any, bits: int) -> Any:
-    """[R, C] int32 values -> [R*bits/32, C] int32 words of 32/bits consecutive rows, lowest bits first."""
-    import torch  # noqa: PLC0415
-
-    apart = values.reshape(-1, _WORD_BITS // bits, values.shape[1])
-    packed = torch.zeros_like(apart[:, 0])
-    for index in range(apart.shape[1]):
-        packed |= apart[:, index] << (bits * index)
-    return packed
 
 
 def _read_packed(path: Path, bits: int) -> dict[str, Any]:

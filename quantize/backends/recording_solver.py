@@ -12,7 +12,7 @@ from typing import Any
 
 from quantize.backends.layer_checkpoint import LayerCheckpoint, ModuleSolution
 from quantize.backends.losses import LossMedians, SolvedModule, as_loss
-from quantize.backends.scales import best_scales
+from quantize.backends.scales import best_scales, best_scales_and_zeros
 from quantize.errors import CalibrationError, QuantizeError, RecipeError, SolveError
 from quantize.modules import is_expert
 from quantize.running.worker import WorkerChannel
@@ -143,7 +143,8 @@ def recording(solver: Any, record: SolverRecord, *, weighted_scales: bool) -> ty
 
         def _charge(self, upper: Any) -> None:
             if weighted_scales and upper is not None:
-                self.quantizer.find_params = Search(self.quantizer, upper.diagonal().pow(-2), self.qcfg.bits)
+                charges = upper.diagonal().pow(-2)
+                self.quantizer.find_params = Search(self.quantizer, charges, self.qcfg.bits, symmetric=self.qcfg.sym)
 
         def quantize(self, blocksize: int = 128) -> tuple[Any, ...]:
             with _sent_first(record.channel):
@@ -174,17 +175,22 @@ def recording(solver: Any, record: SolverRecord, *, weighted_scales: bool) -> ty
 class Search:
     """Stands in for the library's search for scales: called once for each group, in the order of the inputs."""
 
-    def __init__(self, quantizer: Any, charges: Any, bits: int) -> None:
+    def __init__(self, quantizer: Any, charges: Any, bits: int, *, symmetric: bool = True) -> None:
         self._quantizer, self._charges, self._bits, self._next = quantizer, charges, bits, 0
+        self._symmetric = symmetric
 
     def __call__(self, weights: Any, **_options: Any) -> None:
         """Set the quantizer's scale and zero point, both [N, 1], for a group of weights [N, G]."""
         import torch  # noqa: PLC0415
 
         first, self._next = self._next, self._next + weights.shape[1]
-        scale = best_scales(weights.float(), self._charges[first : self._next], self._bits)
-        self._quantizer.scale = scale.unsqueeze(1)
-        self._quantizer.zero = torch.full_like(self._quantizer.scale, float(1 << (self._bits - 1)))
+        charges = self._charges[first : self._next]
+        if self._symmetric:
+            scale = best_scales(weights.float(), charges, self._bits)
+            zero = torch.full_like(scale, float(1 << (self._bits - 1)))
+        else:
+            scale, zero = best_scales_and_zeros(weights.float(), charges, self._bits)
+        self._quantizer.scale, self._quantizer.zero = scale.unsqueeze(1), zero.unsqueeze(1)
 
 
 @contextmanager

@@ -190,7 +190,8 @@ def _solver_rows(plan: DryRunPlan) -> list[tuple[str, str]]:
 
 
 def _scheme_line(plan: DryRunPlan) -> str:
-    numbers = f"{plan.scheme.bits} bits, group {plan.scheme.group_size}, {plan.scheme.format}"
+    zeros = "" if plan.scheme.sym else ", zero points"
+    numbers = f"{plan.scheme.bits} bits, group {plan.scheme.group_size}{zeros}, {plan.scheme.format}"
     if plan.budget is None:
         return f"{plan.scheme.name}: {numbers}"
     limit = f"max_kl {plan.budget.max_kl:g}" if plan.budget.max_kl else f"max_bytes {_size(plan.budget.max_bytes or 0)}"

@@ -132,7 +132,10 @@ def _uneven(name: str, shape: tuple[int, int], weight_args: WeightArgs | None, d
 
 
 def _advice(scheme: Scheme, weight_args: WeightArgs, shapes: Shapes) -> str:
-    alike = [other for other in PRESETS.values() if other.compression in (scheme.compression, "gptq")]
+    alike = sorted(
+        (other for other in PRESETS.values() if other.compression in (scheme.compression, "gptq")),
+        key=lambda other: other.compression != scheme.compression,
+    )
     fitting = [other.name for other in alike if other.bits == weight_args.bits and _fits(other, shapes)]
     return f"use {fitting[0]}" if fitting else "no preset of these bits fits this model"
 

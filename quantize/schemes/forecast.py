@@ -11,6 +11,7 @@ from quantize.schemes.module_config import WeightArgs, weight_args_of
 _FP16_BYTES = 2
 _FP32_BYTES = 4
 _INT32_BYTES = 4
+_INT64_BYTES = 8
 
 
 def predicted_bytes(base: BaseModel, scheme: Scheme) -> int:
@@ -49,6 +50,15 @@ def packed_bytes(
     if compression in ("int-quantized", "float-quantized"):
         return {f"{module}.weight": rows * columns, f"{module}.weight_scale": rows * _FP32_BYTES}
     groups = 1 if weight_args.group_size < 0 else -(-columns // weight_args.group_size)
+    if compression == "pack-quantized":
+        asymmetric = weights is not None and not weights.symmetric
+        zero_bytes = {f"{module}.weight_zero_point": rows * groups * weight_args.bits // 8} if asymmetric else {}
+        return {
+            f"{module}.weight_packed": rows * columns * weight_args.bits // 8,
+            f"{module}.weight_scale": rows * groups * _FP16_BYTES,
+            f"{module}.weight_shape": 2 * _INT64_BYTES,
+            **zero_bytes,
+        }
     return {
         f"{module}.qweight": rows * columns * weight_args.bits // 8,
         f"{module}.qzeros": rows * groups * weight_args.bits // 8,

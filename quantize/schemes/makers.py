@@ -30,6 +30,9 @@ def _is_made(scheme: Scheme) -> bool:
     weights = scheme.weights
     if scheme.compression == "gptq":
         return weights.symmetric
+    if scheme.compression == "pack-quantized":
+        # Symmetric int4 is made as GPTQ, which more engines load.
+        return not weights.symmetric
     plain = scheme.model_copy(update={"name": "", "overrides": ()})
     return any(plain == _unnamed(PRESETS[name]) for name in ("w8a8", "fp8-dynamic", "fp8-block"))
 

@@ -17,6 +17,10 @@ def _gptq(name: str, bits: int, group_size: int) -> Scheme:
     return Scheme(name=name, compression="gptq", weights=grouped(bits, group_size))
 
 
+def _asymmetric(name: str, bits: int, group_size: int) -> Scheme:
+    return Scheme(name=name, compression="pack-quantized", weights=grouped(bits, group_size, symmetric=False))
+
+
 _W8A8 = Scheme(
     name="w8a8",
     compression="int-quantized",
@@ -47,7 +51,8 @@ PRESETS: Mapping[str, Scheme] = MappingProxyType(
                 weights=QuantizationArgs(type="float", strategy="block", block_structure=(128, 128)),
                 input_activations=QuantizationArgs(type="float", strategy="group", group_size=128, dynamic=True),
             ),
-            Scheme(name="w4a16-asym", compression="pack-quantized", weights=grouped(4, 128, symmetric=False)),
+            _asymmetric("w4a16-asym", 4, 128),
+            _asymmetric("w4a16-asym-g64", 4, 64),
             Scheme(
                 name="nvfp4a16",
                 compression="nvfp4-pack-quantized",
@@ -85,7 +90,7 @@ def _name_of_numbers(scheme: Scheme) -> str:
     if weights.type == "int":
         grouping = "channel" if scheme.group_size == -1 else f"g{scheme.group_size}"
         asymmetric = "" if weights.symmetric or scheme.compression == "gptq" else "-asym"
-        return f"w{scheme.bits}a{scheme.activation_bits}-{grouping}{asymmetric}"
+        return f"w{scheme.bits}a{scheme.activation_bits}{asymmetric}-{grouping}"
     if scheme.compression == "bitsandbytes":
         return "nf4"
     if weights.strategy == "tensor_group":

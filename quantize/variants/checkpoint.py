@@ -108,6 +108,7 @@ def _written_args(args: QuantizationArgs) -> dict[str, Any]:
         "type": args.type,
         "symmetric": args.symmetric,
         "strategy": args.strategy,
+        **({} if args.group_size is None else {"group_size": args.group_size}),
         "dynamic": args.dynamic,
     }
 

@@ -30,7 +30,7 @@ from quantize.variants.storage_format import kind_of
 SIDECARS = (QUANT_LOG, OLD_QUANT_LOG, "evaluation.json")
 _NAMES_SHOWN = 3
 # Formats whose size `predicted_bytes` computes.
-_FORECAST = frozenset({"gptq", "int-quantized", "float-quantized", "fp8"})
+_FORECAST = frozenset({"gptq", "pack-quantized", "int-quantized", "float-quantized", "fp8"})
 _EXPECTED = frozenset({"config.json", "model.safetensors.index.json", FILE_NAME, "capacity.json", *SIDECARS})
 _COURTESIES = frozenset({"README.md", "LICENSE", ".gitattributes"})
 # Text of samples: what looks like a path in it is the sample's.

@@ -20,11 +20,10 @@ from config.quantization import UNQUANTIZED_BITS, Compression, schemes_of
 from quantize.errors import VariantError
 from quantize.model_files.weight_files import weight_files
 from quantize.schemes.makers import is_data_free
+from quantize.variants.bit_packing import WORD_BITS, pack_columns, pack_rows, unpack_columns, unpack_rows
 from quantize.variants.storage_format import quantized_layers
 
 Tensors = dict[str, Any]
-
-_WORD_BITS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,28 +40,19 @@ class Packing:
     activation_group: int = -1
 
 
-def unpack_rows(words: Any, bits: int) -> Any:
-    """[K*bits/32, N] int32 words -> [K, N] int32 values of `bits` bits, packed along the first axis."""
-    import torch  # noqa: PLC0415
-
-    shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32).view(1, -1, 1)
-    return ((words.unsqueeze(1) >> shifts) & ((1 << bits) - 1)).reshape(-1, words.shape[1])
-
-
-def unpack_columns(words: Any, bits: int) -> Any:
-    """[G, N*bits/32] int32 words -> [G, N] int32 values of `bits` bits, packed along the second axis."""
-    return unpack_rows(words.t().contiguous(), bits).t()
-
-
 def stored_bits(layer: Mapping[str, Any]) -> int:
     """Tell a GPTQ layer's bits from its own shapes: overrides may give each layer others."""
-    return int(layer["qweight"].shape[0]) * _WORD_BITS // int(layer["g_idx"].shape[0])
+    return int(layer["qweight"].shape[0]) * WORD_BITS // int(layer["g_idx"].shape[0])
+
+
+def gptq_zeros(layer: Mapping[str, Any], bits: int) -> Any:
+    """One GPTQ layer -> the zero points [G, N] int32 of its groups."""
+    return (unpack_columns(layer["qzeros"], bits) + 1) & ((1 << bits) - 1)
 
 
 def gptq_integers(layer: Mapping[str, Any], bits: int) -> Any:
     """One GPTQ layer -> [K, N] int32 signed integers: stored value less its group's zero point."""
-    zeros = (unpack_columns(layer["qzeros"], bits) + 1) & ((1 << bits) - 1)
-    return unpack_rows(layer["qweight"], bits) - zeros[layer["g_idx"].long()]
+    return unpack_rows(layer["qweight"], bits) - gptq_zeros(layer, bits)[layer["g_idx"].long()]
 
 
 def gptq_dense(layer: Mapping[str, Any], bits: int) -> Any:
@@ -77,6 +67,19 @@ def gptq_to_int8(layer: Mapping[str, Any]) -> tuple[Any, Any]:
 
     integers = gptq_integers(layer, bits=8)
     return integers.t().contiguous().to(torch.int8), layer["scales"].float().t().contiguous()
+
+
+def gptq_to_pack_quantized(layer: Mapping[str, Any], bits: int) -> Tensors:
+    """One GPTQ layer of consecutive groups -> the parts of an asymmetric `pack-quantized` layer, with equal weights."""
+    import torch  # noqa: PLC0415
+
+    stored = unpack_rows(layer["qweight"], bits).t()
+    return {
+        "weight_packed": pack_columns(stored, bits).contiguous(),
+        "weight_scale": layer["scales"].t().contiguous(),
+        "weight_zero_point": pack_rows(gptq_zeros(layer, bits).t(), bits).contiguous(),
+        "weight_shape": torch.tensor(stored.shape, dtype=torch.int64),
+    }
 
 
 def int8_dense(layer: Mapping[str, Any]) -> Any:
@@ -103,7 +106,7 @@ def pack_quantized_dense(layer: Mapping[str, Any]) -> Any:
 
     words, scale = layer["weight_packed"], layer["weight_scale"].float()
     outputs, inputs = layer["weight_shape"].tolist()
-    bits = words.shape[1] * _WORD_BITS // inputs
+    bits = words.shape[1] * WORD_BITS // inputs
     group = torch.arange(inputs) // -(-inputs // scale.shape[1])
     zeros = torch.full(scale.shape, 1 << (bits - 1), dtype=torch.int32)
     if "weight_zero_point" in layer:
@@ -212,6 +215,9 @@ def packed_module(tensors: Mapping[str, Any], layers: Sequence[str], module: str
     packed = _stacked([{part: tensors[f"{layer}.{part}"][...] for part in _GPTQ_PARTS} for layer in layers])
     if scheme.format == "gptq":
         return {f"{module}.{part}": tensor.contiguous() for part, tensor in packed.items()}
+    if scheme.compression == "pack-quantized":
+        parts = gptq_to_pack_quantized(packed, scheme.bits)
+        return {f"{module}.{part}": tensor for part, tensor in parts.items()}
     weight, scale = gptq_to_int8(packed)
     return {f"{module}.weight": weight, f"{module}.weight_scale": scale}
 

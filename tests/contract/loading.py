@@ -1,7 +1,8 @@
 """A program that loads a tiny model of every format in the installed vLLM: `python -m tests.contract.loading FOLDER`.
 
 It takes vLLM's own way from engine arguments to a model on the CPU, without an engine and without a KV cache, and runs
-one matrix. A line of JSON for each: `{"name", "kernel"}` or `{"name", "error"}`.
+one matrix: the product must be that of the weights as `quantize.variants.weights` reads them back. A line of JSON for
+each: `{"name", "kernel"}` or `{"name", "error"}`.
 """
 
 import json
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from config.quantization import QuantizationScheme
+from quantize.errors import VariantError
 from quantize.variants.storage_format import StorageFormat, parts_of
+from quantize.variants.weights import read_dense
 from tests.contract.formats import CASES, quantization_config
 
 HIDDEN, INNER, HEADS, VOCABULARY = 256, 256, 4, 128
@@ -34,6 +37,8 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 1,
 }
 BLOCK = "model.layers.0"
+# Beside int8 and FP8 activations, bf16 products: wrong scales, zero points or orders are off by their own size.
+_MOST_ERROR = 0.05
 MATRICES: Mapping[str, tuple[int, int]] = {
     **{f"{BLOCK}.self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"},
     **{f"{BLOCK}.mlp.{name}_proj": (INNER, HIDDEN) for name in ("gate", "up")},
@@ -55,7 +60,7 @@ def write_model(folder: Path, scheme: QuantizationScheme) -> Path:
     form = StorageFormat.of(scheme.compression, scheme.weights)
     for name, (outputs, inputs) in MATRICES.items():
         for part, (dtypes, shape) in parts_of(form, outputs, inputs).items():
-            tensors[f"{name}.{part}"] = _filled(part, dtypes, shape, outputs, inputs, form.group_size)
+            tensors[f"{name}.{part}"] = _filled(part, dtypes, shape, outputs, inputs, form)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = {**CONFIG, "quantization_config": quantization_config(scheme)}
     (folder / "config.json").write_text(json.dumps(config))
@@ -63,14 +68,16 @@ def write_model(folder: Path, scheme: QuantizationScheme) -> Path:
 
 
 def _filled(
-    part: str, dtypes: tuple[str, ...], shape: tuple[int, ...], outputs: int, inputs: int, group_size: int
+    part: str, dtypes: tuple[str, ...], shape: tuple[int, ...], outputs: int, inputs: int, form: StorageFormat
 ) -> Any:
     import torch  # noqa: PLC0415
 
     if part == "weight_shape":
         return torch.tensor([outputs, inputs])
     if part == "g_idx":
-        return (torch.arange(inputs) // (group_size if group_size > 0 else inputs)).int()
+        return (torch.arange(inputs) // (form.group_size if form.group_size > 0 else inputs)).int()
+    if part == "qzeros" and form.kind == "gptq":  # vLLM takes the middle, whatever is stored
+        return torch.full(shape, 0x7F7F7F7F if form.bits == 8 else 0x77777777, dtype=torch.int32)
     if "I32" in dtypes:
         return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
     if "I8" in dtypes:
@@ -79,6 +86,21 @@ def _filled(
         return torch.randint(110, 127, shape, dtype=torch.uint8)
     random = torch.rand(shape) * 0.01
     return random.to(torch.float8_e4m3fn) if "F8_E4M3" in dtypes else random.bfloat16()
+
+
+def require_same_product(model: Path, inputs: Any, product: Any) -> None:
+    """Raise ValueError if a product with q, k and v is not that of the weights that are read back from the files."""
+    import torch  # noqa: PLC0415
+
+    try:
+        dense, _ = read_dense(model)
+    except VariantError:
+        return  # measured where it is served
+    weight = torch.cat([dense[f"{BLOCK}.self_attn.{name}_proj.weight"].float() for name in "qkv"])
+    expected = inputs.float() @ weight.t()
+    error = float((product.float() - expected).norm() / expected.norm())
+    if error > _MOST_ERROR:
+        raise ValueError(f"the product is {error:.1%} off that of the weights as they are read back")
 
 
 class Loader:
@@ -109,9 +131,11 @@ class Loader:
             self._make_group()
             loaded = get_model(vllm_config=config)
             (layer,) = [module for name, module in loaded.named_modules() if name.endswith("qkv_proj")]
-            product, _ = layer(torch.randn(3, HIDDEN).bfloat16())
+            inputs = torch.randn(3, HIDDEN).bfloat16()
+            product, _ = layer(inputs)
         if product.shape != (3, 3 * HIDDEN) or not torch.isfinite(product).all():
             raise ValueError("the product has NaN or Inf")
+        require_same_product(model, inputs, product)
         method = getattr(layer, "scheme", None) or layer.quant_method
         kernel = getattr(method, "kernel", None) or getattr(method, "fp8_linear", None) or method
         return type(kernel).__name__

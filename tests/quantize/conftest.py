@@ -14,7 +14,7 @@ from tests.quantize.models import write_tiny_llama
 # GPTQModel reads it when it is imported, and cannot load models with one worker.
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
 
-SCHEMES = ("w4a16-g64", "w8a8")
+SCHEMES = ("w4a16-g64", "w4a16-asym-g64", "w8a8")
 CHATS = 60
 
 

@@ -34,6 +34,7 @@ WORKS = "yes"
 COLUMNS: Mapping[str, tuple[str, str]] = {
     "w4a16-g128": ("w4a16-g128", "best"),
     "w4a16-g128, classic": ("w4a16-g128", "classic"),
+    "w4a16-asym": ("w4a16-asym", "best"),
     "w8a16-g128": ("w8a16-g128", "best"),
     "w8a8": ("w8a8", "best"),
     "auto": ("auto", "best"),

@@ -46,6 +46,9 @@ def compressed(bits: int, **weights: Any) -> dict[str, Any]:
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
 
 
+INT4_WITH_ZEROS = compressed(4, group_size=32, symmetric=False)
+
+
 def reasons(
     config: dict[str, Any], settings: dict[str, Any], engine: Any = "cpu", parser: str | None = None, **facts: Any
 ) -> str:
@@ -143,6 +146,8 @@ def test_gpus_load_more(quantization: dict[str, Any]) -> None:
     [
         (None, {}, {"avx2"}, ""),
         (FP8_DYNAMIC, {}, {"avx2"}, ""),
+        (INT4_WITH_ZEROS, {}, {"avx2", "avx512f"}, ""),
+        (INT4_WITH_ZEROS, {}, {"avx2"}, "a-1: pack-quantized with zero points needs a CPU with avx512f"),
         (FP8_BLOCK, {}, {"avx512f", "amx_tile"}, ""),
         (FP8_BLOCK, {}, {"avx512f"}, "a-1: FP8 needs a CPU with amx_tile"),
         (None, {"kv_cache_dtype": "fp8"}, {"avx512f"}, ""),

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch", reason="needs torch: install the quantize e
 
 from quantize.backends.layer_checkpoint import LayerCheckpoint, ModuleSolution, dense_weight  # noqa: E402
 from quantize.backends.packing import pack, packed_tensors  # noqa: E402
-from quantize.variants.weights import gptq_dense, gptq_integers  # noqa: E402
+from quantize.variants.weights import gptq_dense, gptq_integers, gptq_zeros  # noqa: E402
 
 OUTPUTS, INPUTS = 32, 64
 
@@ -25,6 +25,16 @@ def test_integers_come_back(bits: int, group_size: int) -> None:
     assert packed["qzeros"].shape == (groups, OUTPUTS * bits // 32)
     assert torch.equal(gptq_integers(packed, bits), integers.t().int() - (1 << (bits - 1)))
     assert torch.equal(gptq_dense(packed, bits), dense_weight(integers, scale, zero, g_idx))
+
+
+def test_every_zero_point_comes_back() -> None:
+    """Of asymmetric groups, 0 and 15 are among them: what is stored is one less."""
+    zero = (torch.arange(OUTPUTS * 2) % 16).reshape(OUTPUTS, 2).float()
+    integers = torch.randint(0, 16, (OUTPUTS, INPUTS), generator=torch.Generator().manual_seed(4))
+    scale, g_idx = torch.rand(OUTPUTS, 2).half().float(), torch.arange(INPUTS) // 32
+    packed = pack(integers.to(torch.uint8), scale, zero, g_idx, 4)
+    assert torch.equal(gptq_zeros(packed, 4), zero.t().int())
+    assert torch.equal(gptq_dense(packed, 4), dense_weight(integers, scale, zero, g_idx))
 
 
 def test_modules_are_packed_when_they_are_asked_for(tmp_path: Path) -> None:

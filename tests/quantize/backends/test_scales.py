@@ -7,7 +7,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
 from quantize.backends.gptaq import moved  # noqa: E402
-from quantize.backends.scales import best_scales  # noqa: E402
+from quantize.backends.scales import best_scales, best_scales_and_zeros  # noqa: E402
 
 pytestmark = pytest.mark.real_model
 
@@ -46,6 +46,39 @@ def test_rows_of_zeros_have_a_usable_scale() -> None:
     found = best_scales(torch.zeros(2, 8), torch.ones(8), 4)
     assert found.isfinite().all()
     assert (found != 0).all()
+
+
+def cost_with_zeros(weights: Any, charges: Any, scale: Any, zero: Any, bits: int) -> Any:
+    """What rounding with these scales and zero points is charged, row by row."""
+    step, zero = scale.unsqueeze(1), zero.unsqueeze(1)
+    rounded = ((weights / step).round() + zero).clamp(0, (1 << bits) - 1) - zero
+    return (charges * (rounded * step - weights).square()).sum(dim=1)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.7, -3.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_zero_points_cost_less_than_none(seed: int, shift: float) -> None:
+    """The less, the further a group is from the middle; also than the whole range without a search."""
+    torch.manual_seed(seed)
+    weights = (torch.randn(32, 64) + shift) * torch.rand(32, 1)
+    charges = torch.rand(64).pow(4) + 1e-3
+    scale, zero = best_scales_and_zeros(weights, charges, 4)
+    assert (scale > 0).all()
+    assert torch.equal(zero, zero.round())
+    assert 0 <= zero.min() <= zero.max() <= 15
+    found = cost_with_zeros(weights, charges, scale, zero, 4)
+    low, high = weights.amin(1).clamp(max=0), weights.amax(1).clamp(min=0)
+    plain = (high - low) / 15
+    assert found.sum() < 0.95 * cost_with_zeros(weights, charges, plain, (-low / plain).round(), 4).sum()
+    symmetric = cost(weights, charges, best_scales(weights, charges, 4), 4)
+    assert found.sum() < (0.97 if shift == 0 else 0.9) * symmetric.sum()
+
+
+def test_rows_of_zeros_are_exact_with_zero_points() -> None:
+    """Padding rows have a scale that fp16 holds, and integers that give zeros."""
+    scale, zero = best_scales_and_zeros(torch.zeros(2, 8), torch.ones(8), 4)
+    assert scale.tolist() == [1.0, 1.0]
+    assert zero.tolist() == [0.0, 0.0]
 
 
 def test_a_weight_that_is_charged_more_is_met_better() -> None:

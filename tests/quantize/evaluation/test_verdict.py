@@ -263,9 +263,9 @@ def test_limits_can_be_changed_one_by_one(bits: int, value: float) -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_settings_are_loadable_ones(name: str) -> None:
-    """Symmetric, in natural order, and group-aware ordering only where there are groups."""
+    """Zero points as the scheme says, natural order, and group-aware ordering only where there are groups."""
     told = settings(PRESETS[name], SolverSettings(damp=(0.02, 0.1)), ModuleTree(()))
-    assert (told["sym"], told["desc_act"], told["true_sequential"]) == (True, False, True)
+    assert (told["sym"], told["desc_act"], told["true_sequential"]) == (PRESETS[name].sym, False, True)
     assert told["act_group_aware"] == (PRESETS[name].group_size > 0)
     assert told["damp_percent"] == 0.02
 

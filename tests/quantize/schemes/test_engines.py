@@ -31,6 +31,7 @@ def test_cuda_loads_every_preset(name: str) -> None:
         ("fp8-dynamic", True),
         ("fp8-block", True),
         ("w4a16-asym", True),
+        ("w4a16-asym-g64", True),
         ("nvfp4a16", False),
         ("mxfp4", False),
     ],
@@ -47,6 +48,12 @@ def test_block_fp8_needs_amx() -> None:
     """Of a known CPU, its instruction sets count."""
     assert "needs a CPU with amx_tile" in refusals(preset("fp8-block"), frozenset({"avx2"}))["cpu"]
     assert refusals(preset("fp8-block"), frozenset({"amx_tile"})) == {}
+
+
+def test_zero_points_need_avx512() -> None:
+    """Of a known CPU, its instruction sets count; symmetric weights are the way out."""
+    assert "use symmetric weights" in refusals(preset("w4a16-asym"), frozenset({"avx2"}))["cpu"]
+    assert refusals(preset("w4a16-asym"), frozenset({"avx512f"})) == {}
 
 
 def test_cpu_refuses_single_modules_of_8_bits_too() -> None:

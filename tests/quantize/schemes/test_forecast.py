@@ -56,6 +56,22 @@ def test_nothing_but_linear_layers_changes(name: str) -> None:
             assert told[tensor] == stored.bytes
 
 
+def test_zero_points_cost_half_a_byte_a_group() -> None:
+    """Beside the scales; the indices of groups, which GPTQ has and pack-quantized has not, are the other difference."""
+    module, shape = "m", (256, 1024)
+    weights = preset("w4a16-asym-g64").weights
+    found = packed_bytes(module, shape, WeightArgs(4, 64), "pack-quantized", weights)
+    assert found == {
+        "m.weight_packed": 256 * 1024 // 2,
+        "m.weight_scale": 256 * 16 * 2,
+        "m.weight_shape": 16,
+        "m.weight_zero_point": 256 * 16 // 2,
+    }
+    assert sum(found.values()) == sum(packed_bytes(module, shape, WeightArgs(4, 64)).values()) + 16 - 4 * 1024
+    symmetric = packed_bytes(module, shape, WeightArgs(4, 64), "pack-quantized", preset("w4a16-g64").weights)
+    assert found.keys() - symmetric.keys() == {"m.weight_zero_point"}
+
+
 def test_a_base_is_read_without_its_bytes_where_a_forecast_is_all(tmp_path: Path) -> None:
     """Shapes and sizes come from headers; the digest, which reads everything, is left out."""
     base = read_base(write_hollow_model(tmp_path / "base"), digested=False)

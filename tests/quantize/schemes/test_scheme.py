@@ -59,6 +59,7 @@ def changed(**change: object) -> Scheme:
         ("fp8-dynamic", 8, -1, 8, "compressed-tensors", "fp8"),
         ("fp8-block", 8, 128, 8, "fp8", "fp8"),
         ("w4a16-asym", 4, 128, 16, "compressed-tensors", "int4"),
+        ("w4a16-asym-g64", 4, 64, 16, "compressed-tensors", "int4"),
         ("nvfp4a16", 4, 16, 16, "compressed-tensors", "fp4"),
         ("mxfp4", 4, 32, 16, "compressed-tensors", "fp4"),
     ],
@@ -66,7 +67,7 @@ def changed(**change: object) -> Scheme:
 def test_presets_say_what_their_names_say(
     name: str, bits: int, group_size: int, activation_bits: int, form: str, precision: str
 ) -> None:
-    """A preset's numbers are those of its name, symmetric and without activation order."""
+    """A preset's numbers are those of its name, symmetric unless it says otherwise, and without activation order."""
     scheme = preset(name)
     assert (scheme.bits, scheme.group_size, scheme.activation_bits, scheme.format) == (
         bits,
@@ -74,7 +75,7 @@ def test_presets_say_what_their_names_say(
         activation_bits,
         form,
     )
-    assert scheme.sym == (name != "w4a16-asym")
+    assert scheme.sym == ("asym" not in name)
     assert not scheme.desc_act
     assert scheme.precision == precision
 

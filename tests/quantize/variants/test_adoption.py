@@ -24,7 +24,15 @@ from tests.quantize.manifests import quality
 
 pytest.importorskip("numpy", reason="scales are read with numpy: install the quantize extra")
 
-ONES = {"F32": struct.pack("<f", 1.0), "F8_E4M3": b"\x38", "I32": bytes(4), "I64": bytes(8), "I8": b"\1", "U8": b"\1"}
+ONES = {
+    "F32": struct.pack("<f", 1.0),
+    "F16": struct.pack("<e", 1.0),
+    "F8_E4M3": b"\x38",
+    "I32": bytes(4),
+    "I64": bytes(8),
+    "I8": b"\1",
+    "U8": b"\1",
+}
 FOUR, EIGHT = StorageFormat("gptq", 4, 64), StorageFormat("gptq", 8, 64)
 
 
@@ -104,7 +112,7 @@ def foreign(tmp_path: Path, scheme: QuantizationScheme) -> Path:
     gone: dict[str, Any] = {name: None for layer, shape in MATRICES.items() for name in packed(layer, shape, plain)}
     for layer, (outputs, inputs) in MATRICES.items():
         for part, (dtypes, shape) in parts_of(form, outputs, inputs).items():
-            dtype = "F32" if "F32" in dtypes else dtypes[0]
+            dtype = "F32" if "F32" in dtypes and scheme.compression != "pack-quantized" else dtypes[0]
             gone[f"{layer}.{part}"] = (dtype, shape, ONES[dtype] * math.prod(shape))
         if scheme.compression == "bitsandbytes":
             gone[f"{layer}.weight.quant_state.bitsandbytes__nf4"] = ("U8", (9,), bytes(9))
@@ -118,7 +126,7 @@ def foreign(tmp_path: Path, scheme: QuantizationScheme) -> Path:
 @pytest.mark.parametrize(
     "case,name,precision,measured_by,warning",
     [
-        ("awq", "w4a16-g32-asym", "int4", "replica", ""),
+        ("awq", "w4a16-asym-g32", "int4", "replica", ""),
         ("pack-4", "w4a16-g64", "int4", "transformers", ""),
         ("fp8-dynamic", "fp8-dynamic", "fp8", "transformers", ""),
         ("fp8-block", "fp8-block", "fp8", "transformers", ""),

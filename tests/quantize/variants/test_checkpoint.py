@@ -22,6 +22,7 @@ from quantize.variants.weights import (  # noqa: E402
     LazyTensor,
     Tensors,
     gptq_dense,
+    pack_quantized_dense,
     packed_module,
     read_tensors,
     with_base_matrices,
@@ -50,6 +51,27 @@ def test_layers_of_one_matrix_are_stacked() -> None:
     packed = packed_module(tensors, ["gate", "up"], "gate_up_proj", preset("w4a16-g64"))
     halves = [gptq_dense(parts_of(tensors, name), 4) for name in ("gate", "up")]
     assert torch.equal(gptq_dense(parts_of(packed, "gate_up_proj"), 4), torch.cat(halves))
+
+
+def test_zero_points_are_packed_along_the_outputs() -> None:
+    """As compressed-tensors has them, for parts that share a matrix too: the same weights as the GPTQ layers'."""
+    scheme = preset("w4a16-asym-g64")
+    tensors: Tensors = {}
+    for seed, name in enumerate(("gate", "up")):
+        generator = torch.Generator().manual_seed(seed)
+        stored, zeros = (torch.randint(0, 16, (rows, 8), generator=generator, dtype=torch.int32) for rows in (16, 2))
+        zeros[0, :2] = torch.tensor([0, 15])
+        layer = layer_of(stored, zeros, torch.rand((2, 8), generator=generator), 8, bits=4)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in layer.items()}
+    parts = parts_of(packed_module(tensors, ["gate", "up"], "gate_up_proj", scheme), "gate_up_proj")
+    assert {part: (str(tensor.dtype), tuple(tensor.shape)) for part, tensor in parts.items()} == {
+        "weight_packed": ("torch.int32", (16, 2)),
+        "weight_scale": ("torch.float16", (16, 2)),
+        "weight_zero_point": ("torch.int32", (2, 2)),
+        "weight_shape": ("torch.int64", (2,)),
+    }
+    halves = [gptq_dense(parts_of(tensors, name), 4) for name in ("gate", "up")]
+    assert torch.equal(pack_quantized_dense(parts), torch.cat(halves))
 
 
 def test_layers_with_other_groups_cant_share_a_matrix() -> None:

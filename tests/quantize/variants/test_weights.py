@@ -14,7 +14,8 @@ from quantize.variants.weights import gptq_dense, gptq_integers, gptq_to_int8, p
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
-from quantize.variants.weights import int8_dense, pack_quantized_dense, unpack_columns, unpack_rows  # noqa: E402
+from quantize.variants.bit_packing import unpack_columns, unpack_rows  # noqa: E402
+from quantize.variants.weights import int8_dense, pack_quantized_dense  # noqa: E402
 
 
 def pack_rows(values: Any, bits: int) -> Any:
