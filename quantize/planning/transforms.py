@@ -1,5 +1,7 @@
 """Transforms of the base before it is solved: their names, and why a base is refused. Pure; no torch."""
 
+from dataclasses import replace
+from math import prod
 from typing import Literal, get_args
 
 from config.manifest import Scheme
@@ -27,6 +29,7 @@ FAMILIES = frozenset(
         "smollm3",
     }
 )
+_FP32_BYTES = 4
 
 
 def in_order(names: tuple[TransformName, ...]) -> tuple[TransformName, ...]:
@@ -48,9 +51,16 @@ def require_transformable(base: BaseModel, scheme: Scheme | None, names: tuple[T
         )
 
 
-def untied_bytes(base: BaseModel, names: tuple[TransformName, ...]) -> int:
-    """Bytes that a variant gets more because its output matrix is no longer its embeddings."""
-    if "rotate-r1" not in names or "lm_head.weight" in base.tensors:
-        return 0
+def planned_base(base: BaseModel, names: tuple[TransformName, ...]) -> BaseModel:
+    """Give a base the tensors that its variant will have: R1 makes an output matrix out of tied embeddings."""
     embeddings = base.tensors.get("model.embed_tokens.weight")
-    return embeddings.bytes if embeddings else 0
+    if "rotate-r1" not in names or embeddings is None:
+        return base
+    return replace(base, tensors={**base.tensors, "lm_head.weight": embeddings})
+
+
+def transform_bytes(base: BaseModel, names: tuple[TransformName, ...]) -> int:
+    """Bytes on the disk of the stages while a base is transformed, in fp32: twice where scales follow a rotation."""
+    steps = ("smooth" in names) + (len(set(names) - {"smooth"}) > 0)
+    tensors = planned_base(base, names).tensors.values()
+    return steps * _FP32_BYTES * sum(prod(tensor.shape) for tensor in tensors)

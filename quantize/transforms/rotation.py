@@ -45,7 +45,7 @@ def orthogonal(size: int, generator: Any) -> Any:
     while hadamard.shape[0] < power:
         hadamard = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), hadamard)
     mixed, triangle = torch.linalg.qr(torch.randn(odd, odd, dtype=torch.float64, generator=generator))
-    mixed = mixed * triangle.diagonal().sign()
+    mixed = (mixed * triangle.diagonal().sign()).contiguous()  # kron takes no other layout
     signs = torch.randint(0, 2, (size, 1), generator=generator) * 2.0 - 1.0
     return signs * torch.kron(hadamard / power**0.5, mixed)
 

@@ -6,7 +6,7 @@ of the channel's activations a and its largest weight w; alpha, and whether a is
 square, are those with the least error of the rounded layer's output (arXiv 2306.00978), per group of layers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,11 +73,10 @@ def best_scales(
     activations: ChannelActivations,
     weights: Mapping[str, Any],
     roundings: Mapping[str, Rounding],
-    round_weight: Callable[[Any, Any, WeightArgs], Any],
 ) -> Any:
     """Search the scales [outputs of the source] with the least error; ones where none is better than no scales.
 
-    `weights` are those of the group's layers [N, K]; `round_weight(weight, mean_square, args)` rounds one.
+    `weights` are those of the group's layers [N, K].
     """
     import torch  # noqa: PLC0415
 
@@ -87,8 +86,7 @@ def best_scales(
     for scales in (plain, *candidates(group, activations, weights.values())):
         channel = group.spread(scales)
         error = sum(
-            _error(wanted[name], activations, channel, weight, roundings[name], round_weight)
-            for name, weight in weights.items()
+            _error(wanted[name], activations, channel, weight, roundings[name]) for name, weight in weights.items()
         )
         if error < least:
             best, least = scales, error
@@ -114,7 +112,6 @@ def _error(
     channel: Any,
     weight: Any,
     rounding: Rounding,
-    round_weight: Callable[[Any, Any, WeightArgs], Any],
 ) -> float:
     """Mean over tokens of the squared error of a layer's output, relative to the output.
 
@@ -122,10 +119,18 @@ def _error(
     """
     tokens, changed = activations.tokens / channel, weight * channel
     if rounding.weights is not None:
-        changed = round_weight(changed, activations.mean_square / channel.square(), rounding.weights)
+        changed = rounded_to_nearest(changed, rounding.weights)
         tokens = fake_quantize_tokens(tokens) if rounding.activation_bits == 8 else tokens
     error = (tokens @ changed.T - wanted).square().sum(1)
     return float((error / wanted.square().sum(1).clamp(min=_SMALLEST)).mean())
+
+
+def rounded_to_nearest(weight: Any, args: WeightArgs) -> Any:
+    """Round a weight [N, K] in its groups, scaled by the largest: a cheap stand-in for what the solver does."""
+    size = weight.shape[1] if args.group_size < 0 else args.group_size
+    grouped = weight.reshape(weight.shape[0], -1, size)
+    scale = (grouped.abs().amax(2, keepdim=True) / ((1 << (args.bits - 1)) - 1)).clamp(min=1e-12)
+    return ((grouped / scale).round() * scale).reshape(weight.shape)
 
 
 def smoothed(

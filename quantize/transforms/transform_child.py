@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantize.mixed_precision.sensitivity import rounded
 from quantize.model_files.kept_files import kept_files
 from quantize.model_files.safetensors_header import StoredTensor
 from quantize.model_files.weight_files import stored_tensors
@@ -68,7 +67,7 @@ def search_scales(
         for done, group in enumerate(groups, 1):
             read = activations.pop(group.layers[0])
             weights = {name: tensors[f"{name}.weight"][...].float() for name in group.layers}
-            scales[group.source] = best_scales(group, read, weights, roundings, rounded)
+            scales[group.source] = best_scales(group, read, weights, roundings)
             channel.progress(done, len(groups))
     return groups, scales
 
