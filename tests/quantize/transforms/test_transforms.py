@@ -7,20 +7,22 @@ from typing import Any
 
 import pytest
 
+from config.manifest import Manifest
 from quantize.base import read_base
 from quantize.errors import RecipeError
 from quantize.model_files.safetensors_header import StoredTensor
 from quantize.planning.transforms import FAMILIES as SUPPORTED
 from quantize.planning.transforms import TRANSFORMS, planned_base, require_transformable, transform_bytes
 from quantize.schemes.scheme import preset
-from tests.quantize.chats import chat
+from tests.quantize.chats import chat, write_chats
+from tests.quantize.command_line import run
 from tests.quantize.families import FAMILIES, write_family
-from tests.quantize.models import write_hollow_model
+from tests.quantize.models import write_hollow_model, write_tiny_llama
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 transformers = pytest.importorskip("transformers", reason="needs transformers: install the quantize extra")
 
-pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(400)]
 
 TEXT = [message["content"] for number in range(60) for message in chat(number)["messages"]]
 # Of the largest logit, between two fp32 models of two layers.
@@ -79,6 +81,22 @@ def logits(directory: Path, tokens: Any) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.inference_mode():
         return model(tokens).logits
+
+
+def test_a_variant_of_a_transformed_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Solved, written, linted, and measured against the original; the manifest names the transforms."""
+    monkeypatch.setenv("QUANTGATE_HOME", str(tmp_path / "home"))
+    write_tiny_llama(tmp_path / "tiny", TEXT)
+    write_chats(tmp_path / "chats.jsonl", 60)
+    flags = [flag for name in TRANSFORMS for flag in ("--transform", name)]
+    evaluation = ("--eval-prompts", 0, "--eval-tokens", 500)
+    data, out = ("--data", tmp_path / "chats.jsonl"), tmp_path / "variant"
+    done = run("quantize_main", tmp_path / "tiny", "--scheme", "w8a8", *flags, *data, *evaluation, "--out", out)
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.read(out)
+    assert manifest.quantizer.settings["transforms"] == "rotate-r1 rotate-r2 smooth"
+    assert manifest.base.digest == read_base(tmp_path / "tiny").digest
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_smoothing_lowers_the_error_of_rounded_inputs(tmp_path: Path) -> None:
