@@ -22,7 +22,12 @@ from tests.quantize.models import write_hollow_model, write_tiny_llama
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 transformers = pytest.importorskip("transformers", reason="needs transformers: install the quantize extra")
 
-pytestmark = [pytest.mark.real_model, pytest.mark.timeout(400)]
+pytestmark = [
+    pytest.mark.real_model,
+    pytest.mark.timeout(400),
+    # transformers loads torchao, whose docstrings say "\\." when they are first compiled.
+    pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning"),
+]
 
 TEXT = [message["content"] for number in range(60) for message in chat(number)["messages"]]
 # Of the largest logit, between two fp32 models of two layers.
