@@ -20,6 +20,7 @@ from quantize.planning.plan import calibration_split, check_numbers, settled_sch
 from quantize.planning.recipe import chosen_backend
 from quantize.planning.request import Request, TextFile
 from quantize.planning.run_costs import require_room, run_costs
+from quantize.planning.transforms import planned_base, transform_bytes
 from quantize.running.memory import Machine
 from quantize.running.stage_store import stage_store
 from quantize.schemes.forecast import disk_bytes, predicted_bytes
@@ -45,13 +46,14 @@ def check_request(request: Request, options: RunOptions, machine: Machine) -> Ba
     scheme = settled_scheme(request, base)
     settled = replace(request, settings=settled_settings(request.settings, base))
     require_room(run_costs(settled, base, scheme, split, machine, engine=machine.engine))
+    planned = planned_base(base, request.transforms)
     require_space(
         {
             stage_store(options.environ).root: (
-                disk_bytes(base, scheme),
+                disk_bytes(planned, scheme) + transform_bytes(base, request.transforms),
                 "set QUANTGATE_HOME to a directory on a larger disk",
             ),
-            request.out: (predicted_bytes(base, scheme), "choose another --out"),
+            request.out: (predicted_bytes(planned, scheme), "choose another --out"),
         }
     )
     if not request.out.exists():  # else it is this variant, which is reused, or something in the way

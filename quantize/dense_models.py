@@ -4,6 +4,7 @@ The inputs of w8a8 and FP8 layers are rounded as kernels round them.
 """
 
 import gc
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -59,7 +60,7 @@ def load_base(base: Path) -> Any:
 def load_variant(variant: Path, base: Path) -> Any:
     """Load a variant whole, as the dense model that it stands for; VariantError where it doesn't fit its base."""
     dense, layers = _dense_tensors(variant, base)
-    kind, config = _class_of(base)
+    kind, config = _class_for(variant, base)
     try:
         model = _placed(partial(kind.from_pretrained, None), base, config=config, state_dict=dense)
     except RuntimeError as error:
@@ -76,7 +77,7 @@ def layered_base(base: Path) -> LayeredModel:
 def layered_variant(variant: Path, base: Path) -> LayeredModel:
     """Open a variant for reading text as the dense model that it stands for, one layer in memory at a time."""
     dense, layers = _dense_tensors(variant, base)
-    layered = open_layered(_class_of(base), dense, variant, *_where_layers_run())
+    layered = open_layered(_class_for(variant, base), dense, variant, *_where_layers_run())
     _round_activations(layered.model, variant, layers)
     return layered
 
@@ -123,6 +124,14 @@ def _class_of(base: Path) -> tuple[Any, Any]:
     kind = model_class(config)
     if kind is None:
         raise RecipeError(f"{base}: transformers has no language model of type {config.model_type}")
+    return kind, config
+
+
+def _class_for(variant: Path, base: Path) -> tuple[Any, Any]:
+    """Give the base's model class and config, with an output matrix of its own where the variant says that it has."""
+    kind, config = _class_of(base)
+    if json.loads((variant / "config.json").read_bytes()).get("tie_word_embeddings") is False:
+        config.tie_word_embeddings = False
     return kind, config
 
 

@@ -1,5 +1,7 @@
 """Base + recipe -> a sealed variant, in five stages: tokens -> solve -> checkpoint -> evaluation -> seal.
 
+A recipe with transforms has one more, after the tokens: solve and checkpoint then read the transformed base.
+
 Each stage keeps its result in `$QUANTGATE_HOME/stages` (`quantize.running.stage_store`) under a digest of its inputs.
 A run that stops loses only the stage that it was in: the same command continues there.
 """
@@ -42,6 +44,7 @@ from quantize.stages.evaluation import measure_variant
 from quantize.stages.sealing import seal_variant
 from quantize.stages.solve import settle_scheme, solve
 from quantize.stages.tokens import tokenize
+from quantize.stages.transform import transform
 from quantize.stages.variant_run import VariantRun, kept_after_failure
 from quantize.variants.weight_bits import read_weight_bits
 from quantize.variants.weights import read_packing
@@ -51,10 +54,11 @@ def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, options: R
     """Turn a base into a sealed variant directory; `out` appears as a whole or not at all."""
     with variant_run(recipe, options) as begun:
         tokens = tokenize(begun, split)
-        run = settle_scheme(begun, tokens)
-        solved = solve(run, tokens)
+        solving = settle_scheme(transform(begun, tokens), tokens)
+        run = replace(begun, recipe=replace(begun.recipe, scheme=solving.recipe.scheme))
+        solved = solve(solving, tokens)
         with kept_after_failure(run, "the solved layers are"):
-            checkpoint = write(run, solved)
+            checkpoint = write(solving, solved)
             evaluated = measure_variant(run, tokens, checkpoint)
             return seal_variant(run, out, tokens, solved, checkpoint, evaluated)
 

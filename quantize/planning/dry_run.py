@@ -17,6 +17,7 @@ from quantize.planning.recipe import Budget
 from quantize.planning.request import Request
 from quantize.planning.run_costs import expected_tokens, run_costs
 from quantize.planning.stage_costs import StageCost
+from quantize.planning.transforms import TransformName, planned_base, transform_bytes
 from quantize.running.memory import Machine
 from quantize.schemes.engines import expert_refusals, kernels, refusals
 from quantize.schemes.fit import heads_of, tensor_parallel_degrees
@@ -68,6 +69,7 @@ class DryRunPlan:
     data: tuple[str, ...] = ()
     experts: str = ""
     shortages: tuple[str, ...] = ()
+    transforms: tuple[TransformName, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -88,14 +90,15 @@ def dry_run_plan(
     """Tell what a request will make of a base; `scheme` is the settled one, `amx` a feature of the CPU."""
     modules = {name for name in base.shapes if weight_args_of(name, scheme)}
     stored_in = base.modules.stored_in
-    kept = [tensor.bytes for name, tensor in base.tensors.items() if modules.isdisjoint(stored_in.get(name, ()))]
+    planned = planned_base(base, request.transforms)
+    kept = [tensor.bytes for name, tensor in planned.tensors.items() if modules.isdisjoint(stored_in.get(name, ()))]
     costs = run_costs(request, base, scheme, split, machine)
     return DryRunPlan(
         base=f"{base.name} ({base.dtype})",
         base_bytes=base.bytes,
         scheme=scheme,
         budget=request.scheme if isinstance(request.scheme, Budget) else None,
-        tensor_bytes=predicted_tensors(base, scheme),
+        tensor_bytes=predicted_tensors(planned, scheme),
         kept_bytes=sum(kept),
         quantized_modules=len(modules),
         quantized_parameters=sum(prod(base.shapes[name]) for name in modules),
@@ -107,11 +110,12 @@ def dry_run_plan(
         stages=costs.stages,
         engines=engine_support(scheme, base, amx=amx),
         tensor_parallel=tensor_parallel_degrees(base.shapes, scheme, heads_of(base)),
-        disk_bytes=disk_bytes(base, scheme),
+        disk_bytes=disk_bytes(planned, scheme) + transform_bytes(base, request.transforms),
         limits=applied_limits(lowest_bits(scheme), request.evaluation),
         data=tuple(line for dataset in datasets for line in dataset.summary()),
         experts=experts_line(base.modules, scheme),
         shortages=costs.shortages,
+        transforms=request.transforms,
     )
 
 
@@ -184,6 +188,7 @@ def _solver_rows(plan: DryRunPlan) -> list[tuple[str, str]]:
         return [("solver", f"{RTN_FP8}: weights are rounded to nearest, without calibration data")]
     rows = [
         ("calibration", f"{plan.samples} samples, about {plan.tokens:,} tokens"),
+        *([("transforms", ", ".join(plan.transforms))] if plan.transforms else []),
         ("solver", f"{plan.backend}, {_settings_line(plan.settings)}"),
     ]
     return [*rows, ("GPTAQ", _kept_inputs_line(plan.cost))] if plan.settings.gptaq else rows

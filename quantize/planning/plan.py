@@ -19,6 +19,7 @@ from quantize.errors import RecipeError
 from quantize.planning.recipe import Budget, Recipe, chosen_backend
 from quantize.planning.request import Request
 from quantize.planning.run_costs import run_costs
+from quantize.planning.transforms import require_transformable
 from quantize.running.memory import Machine
 from quantize.schemes.engines import choices, expert_refusals, has_amx, refusals, require_engine
 from quantize.schemes.fit import fitted, heads_of, matching, misfit, tensor_parallel_degrees, uneven_share
@@ -58,6 +59,7 @@ def plan_variant(request: Request, base: BaseModel, machine: Machine) -> tuple[R
         devices=request.devices,
         budget=request.scheme if isinstance(request.scheme, Budget) else None,
         split_by_prompt=split.moved_rows > 0,
+        transforms=request.transforms,
     )
     return recipe, split
 
@@ -87,6 +89,7 @@ def settled_scheme(request: Request, base: BaseModel) -> Scheme:
     """Fit the scheme to the base; for a budget, give the smallest scheme that fits, where its search starts."""
     if not base.shapes:
         raise RecipeError(f"{base.directory}: has no linear layers in blocks; GPTQ quantizes decoder models")
+    require_transformable(base, None if isinstance(request.scheme, Budget) else request.scheme, request.transforms)
     if isinstance(request.scheme, Budget):
         _require_searchable(base)
         scheme = fitted(_smallest(base, request.scheme, request.engine), base)

@@ -10,6 +10,7 @@ from quantize.base import BaseModel, slug
 from quantize.calibration.datasets import Dataset
 from quantize.calibration.formats import NATIVE
 from quantize.errors import RecipeError
+from quantize.planning.transforms import TransformName
 from quantize.schemes.makers import RTN_FP8, RTN_FP8_VERSION, is_data_free
 from quantize.schemes.settings import SolverSettings
 
@@ -68,6 +69,7 @@ class Recipe:
     devices: Devices = Devices()
     budget: Budget | None = None
     split_by_prompt: bool = False
+    transforms: tuple[TransformName, ...] = ()
 
     def digest(self) -> str:
         """Digest contents, never paths, so that every machine gives a recipe the same name."""
@@ -84,6 +86,7 @@ class Recipe:
             "settings": asdict(self.settings),
             "backend": [self.backend.name, self.backend.version],
             **self._reading(),
+            **({"transforms": list(self.transforms)} if self.transforms else {}),
         }
         return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 

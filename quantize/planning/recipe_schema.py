@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from config.field_types import ReplicaUrl, SizeBytes
 from config.manifest import Override
+from quantize.planning.transforms import TransformName
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -141,6 +142,7 @@ class RecipeFile(Part):
     overrides: tuple[OverrideTable, ...] = ()
     calibration: CalibrationTable = CalibrationTable()
     seed: int | None = None
+    transforms: tuple[TransformName, ...] = ()
     solver: SolverTable = SolverTable()
     backend: Literal["gptqmodel", "auto-gptq"] | None = None
     devices: DevicesTable = DevicesTable()

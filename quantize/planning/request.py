@@ -10,6 +10,7 @@ from config.manifest import Engine, Scheme
 from quantize.calibration.datasets import MAX_BAD
 from quantize.evaluation.evaluate import DEFAULT_PLAN, EvaluationPlan
 from quantize.planning.recipe import Budget, Devices
+from quantize.planning.transforms import TransformName
 from quantize.running.stage_store import DEFAULT_KEEP_BYTES
 from quantize.schemes.settings import SETTINGS, SolverSettings
 
@@ -54,6 +55,7 @@ class Request:
     samples            chats to calibrate on
     max_tokens         each is cut to this many tokens
     seed               decides which chats, in which order
+    transforms         changes of the base before it is solved that leave its function as it is
     settings           how hard the solver tries
     backend            program that solves: gptqmodel or auto-gptq
     devices            GPUs that may work, and how much of their memory
@@ -77,6 +79,7 @@ class Request:
     samples: int = DEFAULT_TEXT["cpu"].samples
     max_tokens: int = DEFAULT_TEXT["cpu"].max_tokens
     seed: int = 0
+    transforms: tuple[TransformName, ...] = ()
     settings: SolverSettings = SETTINGS["best"]
     backend: str = "gptqmodel"
     devices: Devices = field(default_factory=Devices)

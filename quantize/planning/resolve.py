@@ -13,6 +13,7 @@ from quantize.planning.recipe import Budget, Devices
 from quantize.planning.recipe_file import AUTO, scheme_of
 from quantize.planning.recipe_schema import EvaluationTable, OverrideTable, RecipeFile, SchemeTable, SolverTable
 from quantize.planning.request import DEFAULT_TEXT, Request, TextFile
+from quantize.planning.transforms import in_order
 from quantize.running.stage_store import DEFAULT_KEEP_BYTES
 from quantize.schemes.scheme import named, preset
 from quantize.schemes.settings import SETTINGS, SolverSettings
@@ -45,6 +46,7 @@ def resolve(options: argparse.Namespace, recipe: RecipeFile, *, present: Engine)
         samples=first(options.samples, text.samples, size.samples),
         max_tokens=first(options.max_tokens, text.max_tokens, size.max_tokens),
         seed=first(options.seed, recipe.seed, 0),
+        transforms=in_order(tuple(options.transform or recipe.transforms)),
         settings=chosen_settings(options, recipe.solver),
         backend=first(options.backend, recipe.backend, "gptqmodel"),
         devices=devices,

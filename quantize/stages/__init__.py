@@ -1,1 +1,1 @@
-"""The five stages of a variant: tokens -> solve -> checkpoint -> evaluation -> seal."""
+"""The stages of a variant: tokens -> (transform) -> solve -> checkpoint -> evaluation -> seal."""

@@ -81,4 +81,5 @@ def describe(recipe: Recipe, samples: Samples, result: QuantizeResult, quality: 
 
 def settings_payload(recipe: Recipe) -> dict[str, str | float | bool]:
     """Give the solver's settings as a manifest has them: numbers, words and booleans only."""
-    return {**asdict(recipe.settings), "damp": " ".join(f"{step:g}" for step in recipe.settings.damp)}
+    transforms = {"transforms": " ".join(recipe.transforms)} if recipe.transforms else {}
+    return {**asdict(recipe.settings), "damp": " ".join(f"{step:g}" for step in recipe.settings.damp), **transforms}

@@ -22,6 +22,7 @@ FILE = RecipeFile.model_validate(
         "overrides": [{"modules": "*.down_proj", "bits": 8}],
         "calibration": {"data": ["/said/a.jsonl"], "samples": 64, "max_tokens": 512, "self_generate": 5},
         "seed": 3,
+        "transforms": ["rotate-r2"],
         "solver": {"preset": "classic", "damp": 0.2},
         "backend": "auto-gptq",
         "devices": {"gpus": [2, 5], "memory": "80GB"},
@@ -72,6 +73,7 @@ def asked(recipe: RecipeFile, *flags: str) -> Request:
         ),
         (["--solver", "best"], "settings", SETTINGS["best"]),
         (["--group-order", "--gptaq", "0.25"], "settings", SolverSettings((0.2,), weighted_scales=False, gptaq=0.25)),
+        (["--transform", "smooth", "--transform", "rotate-r1"], "transforms", ("rotate-r1", "smooth")),
         (["--no-resume"], "resume", False),
         (["--log", "run.log"], "log", Path("run.log")),
         (
