@@ -43,12 +43,22 @@ def modifiers(recipe: str, group_size: int) -> list[Any]:
     if recipe == "gptq-asym":
         return [GPTQModifier(config_groups=asymmetric, ignore=["lm_head"])]
     if recipe == "awq":
+        leave_memory_unpinned()
         return [AWQModifier(), QuantizationModifier(config_groups=asymmetric, ignore=["lm_head"])]
     if recipe == "spinquant-gptq":
         rotation = SpinQuantModifier(rotations=["R1", "R2"], transform_type="random-matrix")
         return [rotation, GPTQModifier(config_groups=int4, ignore=["lm_head"])]
     smooth = SmoothQuantModifier(smoothing_strength=0.8)
     return [smooth, GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
+
+
+def leave_memory_unpinned() -> None:
+    """Without an accelerator nothing can be pinned, and 0.14.0.1 fails as it tries; it would only be quicker."""
+    import torch  # noqa: PLC0415
+    from llmcompressor.pipelines.cache import IntermediatesCache  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        IntermediatesCache.pin_memory = lambda *_, **__: None
 
 
 def int4_groups(group_size: int, *, symmetric: bool) -> dict[str, Any]:
