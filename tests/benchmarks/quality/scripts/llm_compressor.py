@@ -46,7 +46,8 @@ def modifiers(recipe: str, group_size: int) -> list[Any]:
         leave_memory_unpinned()
         return [AWQModifier(), QuantizationModifier(config_groups=asymmetric, ignore=["lm_head"])]
     if recipe == "spinquant-gptq":
-        rotation = SpinQuantModifier(rotations=["R1", "R2"], transform_type="random-matrix")
+        # The plain Hadamard needs powers of 2, and `random-matrix` is not orthogonal, which no norm survives.
+        rotation = SpinQuantModifier(rotations=["R1", "R2"], transform_type="random-hadamard")
         return [rotation, GPTQModifier(config_groups=int4, ignore=["lm_head"])]
     smooth = SmoothQuantModifier(smoothing_strength=0.8)
     return [smooth, GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])]
