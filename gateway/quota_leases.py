@@ -1,4 +1,4 @@
-"""Shares the limits of API keys with other gateways, by leases of the state database that are renewed about each second.
+"""Shares the limits of API keys with other gateways, by leases of the state database, renewed about each second.
 
 No request waits for the database. A lease is short: what this process may use of a key until it is renewed.
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,8 @@ class PostgreSQL:
     def signal(self, number: signal.Signals) -> None:
         """Freeze or thaw all of it."""
         for pid in self.pids:
-            os.kill(pid, number)
+            with suppress(ProcessLookupError):  # a server process ends when its client is gone
+                os.kill(pid, number)
 
     def run(self, program: str, *arguments: str) -> None:
         """Run one of its programs as the user that a server wants to be."""
