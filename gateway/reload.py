@@ -185,8 +185,8 @@ class FollowerReload:
     follower: Follower | None
     registry: Registry
     live_config: LiveConfig
-    wait_seconds: float = WAIT_SECONDS
     external_models: Callable[[Deployment], Collection[str]] = no_external_models
+    wait_seconds: float = WAIT_SECONDS
     discovery: Discovery | None = None
 
     async def apply(self, deployment: Deployment, swap: Callable[[], None]) -> None:

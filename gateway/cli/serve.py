@@ -15,11 +15,12 @@ from config.command_line import CommandParser, add_config, chosen_config, exit_c
 from config.errors import ConfigError
 from config.load import home_directory, load_settings, process_environment
 from config.schema import GatewaySettings
-from gateway.app import ProcessContext, everything, gateway_alone, url_of
+from gateway.app import url_of
 from gateway.cli.next_steps import next_steps
 from gateway.deployment import read_deployment
 from gateway.handover import Origin, offered_to_successor, origin_of
 from gateway.http.sockets import ADMIN, CLIENT, InheritedSockets, activated_sockets, sockets_of
+from gateway.process import ProcessContext, everything, gateway_alone
 from gateway.workers import (
     SINGLE_WORKER,
     WorkerIndex,

@@ -20,10 +20,11 @@ from config.command_line import CommandParser, exit_codes
 from config.errors import ConfigError
 from config.load import home_directory, process_environment
 from config.schema import GatewaySettings
-from gateway.app import Addresses, everything, listen_sockets
+from gateway.app import Addresses, listen_sockets
 from gateway.demo.report import Answer, show_answer, show_headers, show_next_steps, show_variants
 from gateway.demo.subprocess import SubprocessFailed, run_module
 from gateway.deployment import Deployment, read_deployment
+from gateway.process import everything
 from serving.errors import LaunchRefused, LockHeld, ServingError
 from serving.foreground import LOCKED, USAGE, raise_file_limit, stop_signal
 from serving.machine import installed_engine, this_machine

@@ -4,8 +4,8 @@ import sys
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
-from gateway.app import everything
 from gateway.deployment import read_deployment
+from gateway.process import everything
 from serving.app import read_wanted, replicas_alone
 from serving.foreground import run_until_signal
 from serving.registry import Registry

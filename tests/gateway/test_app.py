@@ -6,10 +6,11 @@ import pytest
 
 from config.schema import Settings
 from config.variant import read_variants
-from gateway.app import everything, live_config_for
+from gateway.app import live_config_for
 from gateway.deployment import Deployment, read_deployment
 from gateway.keys import KeyFile, Keys
 from gateway.keys.issuing import create_key
+from gateway.process import everything
 from serving.registry import Registry
 from tests.config.sealed import seal
 from tests.fakes.running import group_members

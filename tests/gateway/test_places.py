@@ -15,9 +15,9 @@ import yaml
 from config.errors import ConfigError
 from config.schema import ReplicaSettings
 from config.variant import PARENT_QUALITY, Variant
-from gateway.app import gateway_alone
 from gateway.deployment import read_deployment
 from gateway.errors import UpstreamDisconnected, UpstreamError, UpstreamUnreachable
+from gateway.process import gateway_alone
 from gateway.proxy.upstream.pool import Pool
 from gateway.routing.target import Timeouts
 from serving.address import Address, address_of

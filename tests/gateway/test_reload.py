@@ -13,9 +13,9 @@ import yaml
 
 from config.schema import AliasSettings, Floor
 from config.variant import PARENT_QUALITY, QualityMeasures, Variant
-from gateway.app import everything, gateway_alone
 from gateway.deployment import read_deployment
 from gateway.live_config import unserved_aliases
+from gateway.process import everything, gateway_alone
 from gateway.routing.target import Catalog
 from serving.registry import Registry
 from serving.replica import Replica, State

@@ -15,12 +15,12 @@ import yaml
 
 from config.schema import AliasSettings
 from config.variant import PARENT_QUALITY, Variant
-from gateway.app import gateway_alone
 from gateway.deployment import read_deployment
 from gateway.keys import KeyFile
 from gateway.keys.database import KeyDatabase
 from gateway.keys.issuing import create_key, revoke_key, rotate_key
 from gateway.live_config import nothing_remains
+from gateway.process import gateway_alone
 from gateway.routing.target import Catalog
 from serving.state.database import StateDatabase
 from tests.fakes.running import FakeReplica, eventually, running_fake

@@ -45,7 +45,6 @@ async def test_an_alias_moves_onto_a_new_external_model(
                 None,
                 registry,
                 live_config_for(with_ladder("hi")),
-                WAIT_SECONDS,
                 lambda to: models.available(external_model_replicas(to.settings.variants)),
             )
             swapped = asyncio.Event()

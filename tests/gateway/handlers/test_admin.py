@@ -7,9 +7,9 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.app import gateway_alone
 from gateway.handlers.admin_auth import AdminAuth
 from gateway.keys import StoredKey, keys_in_force
+from gateway.process import gateway_alone
 from serving.replica import Replica, State
 from tests.fakes.running import DEADLINE_SECONDS, POLL_SECONDS, running_fake
 from tests.gateway.fleet import HELLO, Fleet, clients, deployment, running_gateway

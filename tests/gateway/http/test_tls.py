@@ -15,12 +15,12 @@ import yaml
 from openai import AsyncOpenAI
 
 from config.errors import ConfigError
-from gateway.app import gateway_alone
 from gateway.deployment import read_deployment
 from gateway.http.interfaces import ClientTimeouts
 from gateway.http.server import HttpServer, serve_clients
 from gateway.http.sockets import address_of, bind
 from gateway.http.tls import context_with
+from gateway.process import gateway_alone
 from gateway.validation import validate
 from tests.fakes.certificates import DAY, Authority, Issued
 from tests.fakes.running import DEADLINE_SECONDS, HOST, FakeReplica, eventually

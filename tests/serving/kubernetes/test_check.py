@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from config.errors import OptionError
-from gateway.app import gateway_alone
 from gateway.deployment import read_deployment
+from gateway.process import gateway_alone
 from gateway.validation import validate
 from serving.kubernetes.access import ClusterAccess
 from serving.kubernetes.check import check_sources

@@ -15,8 +15,8 @@ import httpx
 import pytest
 import yaml
 
-from gateway.app import gateway_alone
 from gateway.deployment import read_deployment
+from gateway.process import gateway_alone
 from tests.fakes.kubernetes.running import FakeCluster, running_cluster
 from tests.fakes.running import FakeReplica, eventually
 from tests.gateway.fleet import clients
