@@ -46,6 +46,7 @@ async def test_an_alias_moves_onto_a_new_external_model(
                 registry,
                 live_config_for(with_ladder("hi")),
                 lambda to: models.available(external_model_replicas(to.settings.variants)),
+                WAIT_SECONDS,
             )
             swapped = asyncio.Event()
             await reload.apply(with_ladder("gpt", usd_per_day=usd_per_day), swapped.set)
