@@ -21,8 +21,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
+from gateway.observability.metrics.instruments import Gauge
 from gateway.quota import Quota
 from gateway.quota_shares import RENEW_SECONDS, Report, changes, decoded
 from serving.defects import logged_defects
@@ -47,12 +48,6 @@ CALL_SECONDS = 2.0
 def renewal_seconds(least_seconds: float, report_seconds: float, workers: int) -> float:
     """Return the time between two reports of a worker, of which each keeps the others waiting for `report_seconds`."""
     return max(least_seconds, min(report_seconds * workers / RENEW_LOAD, LONGEST_RENEW_SECONDS))
-
-
-class Gauge(Protocol):
-    """A metric that is set."""
-
-    value: float
 
 
 class QuotaLeases:

@@ -10,7 +10,7 @@ and slots for concurrent requests. Between reports it decides by itself. Three r
 Shares follow demand, smoothed over seconds, refused requests included: it does not depend on what is granted, so shares
 do not oscillate. A worker without demand keeps MIN_SHARE / N of the rate, for its next request.
 
-A key that nobody has used for a while has no document. Its buckets are full, and each of N workers holds 1/N.
+A key without recent requests has no document. Its buckets are full, and each of N workers holds 1/N.
 """
 
 from collections.abc import Collection, Mapping
@@ -69,7 +69,7 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class KeyQuota(msgspec.Struct, frozen=True):
-    """A key that is used: its limits, when its buckets are full if nobody uses it, and the claims of workers."""
+    """A key that is used: its limits, when its buckets are full without further requests, and the claims of workers."""
 
     limits: Limits
     requests_full_at: float = 0.0
@@ -161,7 +161,7 @@ def decoded(document: str | None) -> KeyQuota | None:
 
 
 def unused(limits: Limits, workers: Collection[str], now: float) -> KeyQuota:
-    """Return what workers hold of a key that nobody uses: buckets are full, and each has an equal share."""
+    """Return what workers hold of an unused key: buckets are full, and each has an equal share."""
     count = len(workers)
     share = 1 / count
     claim = Claim(
@@ -276,7 +276,7 @@ def _slots(concurrency: int, others: Collection[Claim], running: int, wanted: in
     total = wanted + sum(claim.wanted for claim in others)
     left = concurrency - sum(_entitled(concurrency, claim.wanted, total, count) for claim in others)
     fair = _fair_slots(concurrency, wanted, total, count)
-    # Twice what is wanted: without room nobody sees that more is wanted before a request is refused.
+    # Twice what is wanted: without room, more demand is not seen before a request is refused.
     return max(running, min(free, max(fair, min(max(2 * wanted, 1), left))))
 
 
@@ -294,7 +294,7 @@ def _fair_slots(concurrency: int, wanted: int, total: int, count: int) -> int:
 
 
 def _is_unused(quota: KeyQuota, now: float) -> bool:
-    """Whether all is as if nobody had used the key: without demand, with full buckets, and nothing running."""
+    """Whether the key is as if it had never been used: without demand, with full buckets, and nothing running."""
     if max(quota.requests_full_at, quota.tokens_full_at) > now:
         return False
     count = len(quota.claims)

@@ -32,7 +32,7 @@ CLIENT, ADMIN = "client", "admin"
 _NAME = re.compile(r"client|admin([2-9]|[1-9]\d+)?")
 
 
-# Who accepts connections on the same sockets when this process stops: nobody, the process that a service manager starts
+# Who accepts connections on the same sockets when this process stops: none, the process that a service manager starts
 # next, for which they wait, or one that runs already.
 NextAcceptor = Literal["none", "next start", "successor"]
 
@@ -41,7 +41,7 @@ NextAcceptor = Literal["none", "next start", "successor"]
 class ListenSockets:
     """Sockets that listen; connections wait in them until the server is there.
 
-    `next_acceptor` is set by whoever learns of a successor.
+    `next_acceptor` is set when a successor is known.
     """
 
     client: socket.socket
@@ -72,7 +72,7 @@ class InheritedSockets:
             yield taken
 
     def close_unused(self, *used: socket.socket) -> None:
-        """Close the others: connections to one that nobody accepts from would wait for ever."""
+        """Close the others: connections to a socket without an acceptor would wait for ever."""
         for listening in self.by_name.values():
             if listening not in used:
                 listening.close()

@@ -4,8 +4,8 @@
 a worker                        polls a replica
 ==============================  ====================================================================================
 is its poller                   always
-is not, and was told lately     never: it applies what it is told, as if it had polled itself
-is not, and was told nothing    by itself, until it is told again: its poller is being restarted or hangs, or it gets
+has a recent report of it        never: it applies the report, as if it had polled itself
+has no recent report of it       by itself, until the next report: its poller is being restarted or hangs, or it gets
                                 no answer, because of the replica or because it has no file descriptor left
 ==============================  ====================================================================================
 
@@ -86,7 +86,7 @@ class PollShare:
         """Tell the other workers of a poll."""
         data = _ENCODER.encode(report)
         for each in self._others:
-            # The buffer is full, or nobody has the other end open any more: ECONNREFUSED, then ENOTCONN.
+            # The buffer is full, or no process has the other end open any more: ECONNREFUSED, then ENOTCONN.
             with suppress(OSError):
                 each.send(data)
 

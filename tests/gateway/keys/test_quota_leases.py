@@ -12,6 +12,7 @@ from sqlalchemy import func, select
 from gateway import quota_shares
 from gateway.errors import RateLimited
 from gateway.keys import Caller
+from gateway.observability.metrics.instruments import Gauge
 from gateway.quota import Quota
 from gateway.quota_leases import LEASE_SECONDS, QuotaLeases, renewal_seconds
 from gateway.quota_shares import decoded
@@ -28,19 +29,12 @@ CALLER = Caller("key", requests_per_minute=60)
 
 
 @dataclass
-class Value:
-    """A gauge."""
-
-    value: float = 0.0
-
-
-@dataclass
 class Gateway:
     """What a gateway has of quotas."""
 
     quota: Quota
     leases: QuotaLeases
-    local: Value = field(default_factory=Value)
+    local: Gauge = field(default_factory=Gauge)
 
     def admitted(self, requests: int) -> int:
         """Send requests at once; return how many are admitted."""
@@ -63,7 +57,7 @@ class Gateway:
 @asynccontextmanager
 async def running(url: str, lease_seconds: float = 60, renew_seconds: float = 0.05) -> AsyncIterator[Gateway]:
     """A gateway that renews its lease often."""
-    quota, local = Quota(), Value()
+    quota, local = Quota(), Gauge()
     link = Link(StateDatabase.at(url), 0.5)
     leases = QuotaLeases(link, quota, local, renew_seconds=renew_seconds, lease_seconds=lease_seconds)
     async with leases:
