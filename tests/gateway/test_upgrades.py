@@ -104,7 +104,7 @@ class Service:
                     return False
                 return response.status_code == 200
 
-            await eventually(answers)
+            await eventually(answers, PATIENCE_SECONDS)  # three processes start
 
     async def workers_ready(self) -> bool:
         """Whether each worker has a replica."""
