@@ -83,7 +83,8 @@ class QuotaLeases:
     async def __aenter__(self) -> Self:
         """Take part before the first request; an unavailable database is no error.
 
-        Others hold parts of keys that nobody uses by the former number of workers until they report.
+        A process that joins others waits until they have reported: their parts of unused keys are still those of the
+        former number of workers.
         """
         await self.renew()
         if self._expiry is not None and self._quota.share < 1:

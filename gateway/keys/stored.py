@@ -125,7 +125,7 @@ def _of_the_file(problem: Problem, how: str) -> Problem:
     if problem.what.startswith("can't be read"):
         return replace(problem, what=f"keys {problem.what}", hint=how)
     if problem.what == "is empty":
-        return replace(problem, hint=f"restore it, or {how}; {{}} admits nobody")
+        return replace(problem, hint=f"restore it, or {how}; {{}} stands for no keys: every request is refused")
     return problem
 
 
