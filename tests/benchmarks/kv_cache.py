@@ -32,7 +32,7 @@ from quantize.running.worker import child_environ
 from tests.benchmarks.machine import machine_line
 
 INT8_MAX = 127
-# Of each sample and layer, values that a percentile and a search look at.
+# Of each sample and layer, tokens that the search looks at.
 _KEPT_TOKENS = 64
 _STEPS = tuple(2.0 ** (-step / 4) for step in range(33))
 
@@ -103,20 +103,13 @@ def _one(seen: Seen) -> Any:
     return seen.largest.new_ones(1)
 
 
-def _quantile(seen: Seen) -> Any:
-    values = seen.kept.flatten().abs().sort().values
-    return values[int(0.999 * (len(values) - 1))].reshape(1) / E4M3_MAX
-
-
 CACHES = (
     Cache("FP8, scale 1.0", rounded_to_e4m3, _one),
     Cache("FP8, largest / 448", rounded_to_e4m3, lambda seen: seen.largest.max() / E4M3_MAX),
     Cache("FP8, twice that", rounded_to_e4m3, lambda seen: 2 * seen.largest.max() / E4M3_MAX),
-    Cache("FP8, 99.9 % quantile / 448", rounded_to_e4m3, _quantile),
     Cache("FP8, least squares", rounded_to_e4m3, least_squares),
     Cache("FP8, largest of each head / 448", rounded_to_e4m3, lambda seen: seen.largest / E4M3_MAX),
     Cache("int8, largest / 127", rounded_to_int8, lambda seen: seen.largest.max() / INT8_MAX),
-    Cache("int8, largest of each head / 127", rounded_to_int8, lambda seen: seen.largest / INT8_MAX),
 )
 
 
