@@ -204,7 +204,7 @@ def _cache_rows(plan: DryRunPlan) -> list[tuple[str, str]]:
         return []
     used, plain = (size / 1e3 for size in plan.cache_token_bytes)
     text = f"{plan.scheme.kv_cache.precision}, calibrated scales; {used:.1f} kB a token instead of {plain:.1f} kB"
-    return [("KV cache", f"{text}; on CPU it needs AVX-512 or AMX")]
+    return [("KV cache", f"{text}; on CPU it needs AVX-512 or AMX, and vLLM 0.32 cuts off where GPUs round")]
 
 
 def _scheme_line(plan: DryRunPlan) -> str:

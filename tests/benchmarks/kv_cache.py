@@ -16,6 +16,7 @@ from typing import Any
 
 from config.estimates import percentile, sign_flip_p, token_mean
 from config.load import process_environment
+from quantize.base import read_base
 from quantize.calibration.datasets import read_datasets, shipped_files, split_records
 from quantize.calibration.samples import Samples, tokenize_samples
 from quantize.calibration.tokenizing import load_tokenizer
@@ -28,6 +29,7 @@ from quantize.evaluation.token_metrics import token_sums
 from quantize.kv_cache import E4M3_MAX, attention_modules, change_cache, read_texts, recorded, rounded_to_e4m3
 from quantize.running.context import RunContext
 from quantize.running.progress import ProgressReporter
+from quantize.running.stage_store import stage_store
 from quantize.running.worker import child_environ
 from tests.benchmarks.machine import machine_line
 
@@ -105,11 +107,11 @@ def _one(seen: Seen) -> Any:
 
 CACHES = (
     Cache("FP8, scale 1.0", rounded_to_e4m3, _one),
-    Cache("FP8, largest / 448", rounded_to_e4m3, lambda seen: seen.largest.max() / E4M3_MAX),
+    Cache("FP8, largest of the layer / 448", rounded_to_e4m3, lambda seen: seen.largest.max() / E4M3_MAX),
     Cache("FP8, twice that", rounded_to_e4m3, lambda seen: 2 * seen.largest.max() / E4M3_MAX),
     Cache("FP8, least squares", rounded_to_e4m3, least_squares),
     Cache("FP8, largest of each head / 448", rounded_to_e4m3, lambda seen: seen.largest / E4M3_MAX),
-    Cache("int8, largest / 127", rounded_to_int8, lambda seen: seen.largest.max() / INT8_MAX),
+    Cache("int8, largest of the layer / 127", rounded_to_int8, lambda seen: seen.largest.max() / INT8_MAX),
 )
 
 
@@ -159,19 +161,24 @@ def rows(options: argparse.Namespace, context: RunContext) -> Iterator[str]:
     job: dict[str, Any] = {"base": str(base), "samples": samples.held_out[: options.eval_chats], "prompted": []}
     job |= {"prompts": 0, "seeds": 1, "new_tokens": 1, "questions": [], "task_tokens": 1}
     inputs = prepare(job, load_tokenizer(base, chats=False))
-    parent = read_parent(inputs, ParentCaches(context.folder, context.folder, base, ""), lambda _: lambda _: None)
+    kept = ParentCaches(stage_store(context.environ).root, context.folder, base, read_base(base).digest)
+    parent = read_parent(inputs, kept, lambda _: lambda _: None)
     yield f"\n{len(inputs.samples)} held-out chats, {inputs.tokens:,} tokens; KL in nats of generated tokens\n"
-    yield "| weights | cache | KL | 95 % | p99 | top-1 | more than without | p |"
+    yield "| weights | cache | KL | 95 % | p99 | top-1 | change from the first row | p |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     for name, opened in (("base", None), *((path.name, path) for path in options.variant)):
         before: list[Any] = []
-        caches = CACHES if opened is None else CACHES[: options.caches]
-        for cache in (None, *caches):
+        for cache in (*(() if opened is None else (None,)), *wanted(options)):
             layered = layered_base(base) if opened is None else layered_variant(opened, base)
             changes = changes_of(cache, seen) if cache else {}
             reading = reading_with(layered, parent, base, inputs, changes)
             line, before = row(reading, inputs, before)
             yield f"| {name} | {cache.name if cache else 'not rounded'} | {line} |"
+
+
+def wanted(options: argparse.Namespace) -> list[Cache]:
+    """Give the kinds of cache that the command line names."""
+    return [cache for cache in CACHES if not options.cache or any(part in cache.name for part in options.cache)]
 
 
 def ranges(seen: Mapping[str, tuple[Seen, Seen]]) -> Iterator[str]:
@@ -186,7 +193,7 @@ def ranges(seen: Mapping[str, tuple[Seen, Seen]]) -> Iterator[str]:
 
 
 def row(reading: SampleMetrics, inputs: EvalInputs, before: Sequence[Any]) -> tuple[str, list[Any]]:
-    """Give a reading's figures, and the difference from the reading before."""
+    """Give a reading's figures, and the difference from the first reading of the same weights."""
     import torch  # noqa: PLC0415
 
     sums, each = [], []
@@ -216,7 +223,7 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=2048)
     parser.add_argument("--eval-chats", type=int, default=96)
-    parser.add_argument("--caches", type=int, default=2, help="kinds of cache that variants are read over")
+    parser.add_argument("--cache", action="append", metavar="NAME", help="kinds by any part of their names (all)")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="quantgate-") as folder:
         context = RunContext(Path(folder), child_environ(process_environment()), ProgressReporter(sys.stderr))
