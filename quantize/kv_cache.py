@@ -2,7 +2,8 @@
 
 vLLM divides keys, rotated as they are cached, and values by a scale of their layer, and rounds them to E4M3; numbers
 beyond its range become its largest (reshape_and_cache of its CUDA and CPU kernels). What attention reads is multiplied
-by the scale again. The CPU kernel of vLLM 0.32 rounds towards zero, CUDA's to nearest, as here. Layers are named as inside their model's blocks: `layers.0.self_attn`.
+by the scale again. Here numbers are rounded to nearest, as by CUDA; the CPU kernel of vLLM 0.32 rounds towards zero.
+Layers are named as inside their model's blocks: `layers.0.self_attn`.
 """
 
 import inspect
