@@ -9,11 +9,14 @@ from quantize.errors import SolveError
 from quantize.kv_cache import E4M3_MAX, LargestRecorder, attention_modules, read_texts, recorded
 from quantize.running.worker import WorkerChannel, run_child
 
+# Other texts have larger keys, which would be cut; a power of two costs a float its smallest numbers alone.
+_HEADROOM = 2.0
+
 
 def measure(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     """Child's work: `{base, layers, samples}` -> `{"scales": {layer: [of keys, of values]}}`.
 
-    The largest value of a layer becomes the largest of E4M3. SolveError for values that are no numbers, and for a
+    The largest value of a layer becomes half the largest of E4M3. SolveError for values that are no numbers, and for a
     layer that writes no keys.
     """
     import torch  # noqa: PLC0415
@@ -37,7 +40,7 @@ def scales_of(layer: str, largest: tuple[float, float]) -> list[float]:
     """Give the scales of a layer's keys and values."""
     if not all(0 < value < float("inf") for value in largest):
         raise SolveError(f"{layer}: its largest key is {largest[0]}, its largest value {largest[1]}; nothing to scale")
-    return [value / E4M3_MAX for value in largest]
+    return [_HEADROOM * value / E4M3_MAX for value in largest]
 
 
 if __name__ == "__main__":
