@@ -19,6 +19,7 @@ from quantize.planning.run_costs import expected_tokens, run_costs
 from quantize.planning.stage_costs import StageCost
 from quantize.planning.transforms import TransformName, planned_base, transform_bytes
 from quantize.running.memory import Machine
+from quantize.schemes.cache_scales import token_bytes
 from quantize.schemes.engines import expert_refusals, kernels, refusals
 from quantize.schemes.fit import heads_of, tensor_parallel_degrees
 from quantize.schemes.forecast import disk_bytes, predicted_tensors
@@ -46,6 +47,7 @@ class DryRunPlan:
 
     `tensor_bytes` maps each tensor to its size; `kept_bytes` are those of tensors that stay as the base has them.
     `data` are lines about the calibration files, `shortages` about what this machine lacks for the run.
+    `cache_token_bytes` are those of a token in the KV cache, and what they would be in the base's dtype.
     """
 
     base: str
@@ -70,6 +72,7 @@ class DryRunPlan:
     experts: str = ""
     shortages: tuple[str, ...] = ()
     transforms: tuple[TransformName, ...] = ()
+    cache_token_bytes: tuple[int, int] = (0, 0)
 
     @property
     def bytes(self) -> int:
@@ -116,6 +119,7 @@ def dry_run_plan(
         experts=experts_line(base.modules, scheme),
         shortages=costs.shortages,
         transforms=request.transforms,
+        cache_token_bytes=token_bytes(scheme, base),
     )
 
 
@@ -169,6 +173,7 @@ def as_text(plan: DryRunPlan) -> str:
         ("size", _size_line(plan)),
         *((("experts", plan.experts),) if plan.experts else ()),
         *(("data", line) for line in plan.data),
+        *_cache_rows(plan),
         *_solver_rows(plan),
         ("time", _time_line(plan.cost, plan.stages)),
         ("memory", _memory_line(plan.stages)),
@@ -192,6 +197,14 @@ def _solver_rows(plan: DryRunPlan) -> list[tuple[str, str]]:
         ("solver", f"{plan.backend}, {_settings_line(plan.settings)}"),
     ]
     return [*rows, ("GPTAQ", _kept_inputs_line(plan.cost))] if plan.settings.gptaq else rows
+
+
+def _cache_rows(plan: DryRunPlan) -> list[tuple[str, str]]:
+    if plan.scheme.kv_cache is None:
+        return []
+    used, plain = (size / 1e3 for size in plan.cache_token_bytes)
+    text = f"{plan.scheme.kv_cache.precision}, calibrated scales; {used:.1f} kB a token instead of {plain:.1f} kB"
+    return [("KV cache", f"{text}; on CPU it needs AVX-512 or AMX, and vLLM 0.32 cuts off where GPUs round")]
 
 
 def _scheme_line(plan: DryRunPlan) -> str:
