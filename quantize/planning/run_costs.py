@@ -141,6 +141,7 @@ def _workload(
         max_tokens=request.max_tokens,
         by_replica=request.replica is not None,
         groups=len({fused_name(name) for name in base.shapes}) if isinstance(request.scheme, Budget) else 0,
+        most_solves=request.most_solves,
     )
 
 
@@ -192,7 +193,7 @@ def _advice(stage: StageCost) -> str:
         return "or leave out generation: --eval-prompts 0, no --tasks"
     if stage.stage == "self-generate":
         return "or let a server of the base answer: --replica URL"
-    if stage.stage == "solve":
+    if stage.stage.startswith("solve"):
         return "take fewer or shorter samples"
     return "use a larger machine"
 
