@@ -13,10 +13,11 @@ from quantize.planning.recipe import Budget
 from quantize.schemes.forecast import packed_bytes
 from quantize.schemes.module_config import WeightArgs
 
-# So many generated tokens tell units apart, if they come from several chats; every exchange of a unit reads them.
-SENSITIVITY_TOKENS = 512
+# So many generated tokens tell units apart, if they come from several chats; every exchange of a unit reads them, with
+# a little of their prompts.
+_SHORT_TOKENS, _SHORT_CONTEXT = 512, 32
 # On these, whole assignments are measured.
-ASSIGNMENT_TOKENS = 1024
+_WHOLE_TOKENS, _WHOLE_CONTEXT = 1024, 160
 _PIECE_TOKENS = 96
 _NAMED = 5
 
@@ -41,6 +42,18 @@ def kept_bytes(base: BaseModel, module_groups: Sequence[ModuleGroup]) -> int:
     modules = {module for module_group in module_groups for module in module_group.modules}
     searched = {tensor for tensor, stored in base.modules.stored_in.items() if modules.intersection(stored)}
     return sum(tensor.bytes for name, tensor in base.tensors.items() if name not in searched)
+
+
+def search_texts(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Give the `short` text for exchanges of units and the `whole` one for assignments, of different samples.
+
+    What was chosen for its luck on the one doesn't have it on the other. Fewer than three samples are read for both.
+    """
+    third = len(samples) // 3
+    return {
+        "short": pieces(samples[:third] or samples, _SHORT_TOKENS, _SHORT_CONTEXT),
+        "whole": pieces(samples[third:], _WHOLE_TOKENS, _WHOLE_CONTEXT),
+    }
 
 
 def pieces(samples: Sequence[Mapping[str, Any]], most_tokens: int, most_context: int) -> list[dict[str, Any]]:

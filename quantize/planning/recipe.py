@@ -19,7 +19,7 @@ _REVISION = 3
 # The last release before the project was archived.
 _AUTO_GPTQ_VERSION = "0.7.1"
 # Chats that a search measures on: of those that could calibrate, some that the solver doesn't read.
-SEARCH_CHATS = 12
+SEARCH_CHATS = 18
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,15 +14,13 @@ from quantize.backends.losses import SolvedModule
 from quantize.backends.protocol import QuantizeResult
 from quantize.mixed_precision.allocation import Options, allocate
 from quantize.mixed_precision.auto_scheme import (
-    ASSIGNMENT_TOKENS,
-    SENSITIVITY_TOKENS,
     by_module,
     kept_bytes,
     measured_line,
     numbers_of,
     options_of,
-    pieces,
     require_met,
+    search_texts,
     sensitive_line,
 )
 from quantize.mixed_precision.estimate import (
@@ -48,7 +46,6 @@ from quantize.stages.tokens import Tokens
 from quantize.stages.variant_run import VariantRun
 
 _ROUNDS = 4
-_SHORT_CONTEXT, _LONG_CONTEXT = 32, 160
 _MODULE = "quantize.mixed_precision.sensitivity"
 _LIBRARIES = ("torch", "transformers")
 # Raise this when the same job would be measured otherwise.
@@ -98,11 +95,7 @@ def _begun(run: VariantRun, tokens: Tokens, budget: Budget) -> Search:
         run.context.progress.log(f"auto: solution {number} of {len(solves)}: {scheme.name}")
         solved.append(solve(replace(run, recipe=replace(run.recipe, scheme=scheme, budget=None)), tokens))
     samples = tokens.samples.spare or tokens.samples.calibration
-    texts = {
-        "whole": pieces(samples, ASSIGNMENT_TOKENS, _LONG_CONTEXT),
-        "short": pieces(samples, SENSITIVITY_TOKENS, _SHORT_CONTEXT),
-    }
-    return Search(run, module_groups, priced, kept, solves, tuple(solved), texts)
+    return Search(run, module_groups, priced, kept, solves, tuple(solved), search_texts(samples))
 
 
 def _searched(search: Search, budget: Budget) -> Assignment:
@@ -121,7 +114,7 @@ def _searched(search: Search, budget: Budget) -> Assignment:
             break
         parts = parts_of(chosen, estimate.start) if budget.max_kl is None else {}
         tried = _measured(search, [chosen, *parts.values()])
-        log(measured_line(tried[0], estimate.predicted(chosen)))
+        log(measured_line(tried[0], estimate.predicted(chosen) if budget.max_kl is None else None))
         if parts:
             estimate = corrected(estimate, chosen, dict(zip(parts, [one.kl for one in tried[1:]], strict=True)))
         measured += tried

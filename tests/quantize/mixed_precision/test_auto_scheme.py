@@ -18,6 +18,7 @@ from quantize.mixed_precision.auto_scheme import (
     options_of,
     pieces,
     require_met,
+    search_texts,
     sensitive_line,
 )
 from quantize.mixed_precision.estimate import Measured
@@ -32,7 +33,7 @@ SMALL, FINE, LARGE = WeightArgs(4, 128), WeightArgs(4, 32), WeightArgs(8, -1)
 
 def sample(length: int, generated_from: int = 0, **more: Any) -> dict[str, Any]:
     """A token sample: a prompt, and what the model said."""
-    return {"ids": list(range(length)), "reasoning": [], "answer": (generated_from, length), **more}
+    return {"ids": list(range(length)), "reasoning": [], "answer": (generated_from, length)} | more
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,19 @@ def test_generated_text_is_scored(
     """From the token before the first generated one on; longer pieces where samples are few; a context has an end."""
     found = pieces(samples, most_tokens, 64)
     assert [(len(piece["ids"]), piece["first"]) for piece in found] == expected
+
+
+@pytest.mark.parametrize(
+    "count,short,whole", [(18, 6, range(6, 17)), (16, 5, range(5, 16)), (3, 1, [1, 2]), (2, 2, [0, 1]), (1, 1, [0])]
+)
+def test_exchanges_and_assignments_are_measured_on_different_chats(
+    count: int, short: int, whole: Sequence[int]
+) -> None:
+    """A third of the chats for the one, the others for the other, as far as their tokens are wanted."""
+    samples = [sample(400, 50, ids=[number] * 400) for number in range(count)]
+    found = search_texts(samples)
+    assert [piece["ids"][0] for piece in found["short"]] == [*range(short)]
+    assert [piece["ids"][0] for piece in found["whole"]] == [*whole]
 
 
 @given(
