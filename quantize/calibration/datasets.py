@@ -110,7 +110,7 @@ def split_records(
     """Split rows by prompt, take samples from the files by weight, and put both sides in the seed's order.
 
     A file that has too few rows gives all, and the others fill up. Of the rows that are left over, up to `spare` with
-    prompts of their own are given, too. CalibrationError where too few remain.
+    other prompts are given, too. CalibrationError where too few remain.
     """
     ordered = sorted(with_split_keys(records), key=lambda record: _shuffled(record, seed))
     weights = _weights(datasets)
@@ -120,8 +120,6 @@ def split_records(
         raise CalibrationError([_too_few(ordered, len(usable), len(held_out))])
     left = dict(shares(samples, Counter(record.source for record in usable), weights))
     taken = tuple(record for record in usable if _takes(left, record.source))
-    known = {prompt_of(record) for record in taken}
-    others = tuple(record for record in usable if prompt_of(record) not in known) if spare else ()
     read_rows = sum(dataset.rows for dataset in datasets)
     return CalibrationSplit(
         taken,
@@ -129,8 +127,14 @@ def split_records(
         read_rows,
         repeated_rows=max(read_rows - len(ordered), 0),
         moved_rows=sum(is_held_out(record) != is_held_out(replace(record, split_key="")) for record in ordered),
-        spare=others[:spare],
+        spare=_other_prompts(usable, taken)[:spare] if spare else (),
     )
+
+
+def _other_prompts(records: Iterable[Record], taken: Sequence[Record]) -> tuple[Record, ...]:
+    """Keep the records that share neither content nor prompt with those that were taken; bare text has no prompt."""
+    contents, prompts = {record.sha256 for record in taken}, {prompt_of(record) for record in taken} - {()}
+    return tuple(record for record in records if record.sha256 not in contents and prompt_of(record) not in prompts)
 
 
 def shares(wanted: int, available: Mapping[str, int], weights: Mapping[str, float]) -> Mapping[str, int]:

@@ -36,7 +36,7 @@ from quantize.mixed_precision.module_groups import ModuleGroup, module_groups_of
 from quantize.mixed_precision.solves import Assignment, bytes_of, solves_for
 from quantize.planning.recipe import Budget
 from quantize.running.files import link_or_copy
-from quantize.running.stage_store import stage_key
+from quantize.running.stage_store import StageKey, stage_key
 from quantize.running.worker import run_worker
 from quantize.schemes.fit import heads_of
 from quantize.schemes.module_config import WeightArgs
@@ -166,14 +166,7 @@ def _told(
         "units": units,
         **search.texts,
     }
-    key = stage_key(
-        "sensitivity",
-        revision=_REVISION,
-        libraries=[metadata.version(name) for name in _LIBRARIES],
-        base=base.digest,
-        solves=[str(search.solved[number].key) for number in used],
-        asked=asked,
-    )
+    key = _sensitivity_key(search, used, asked)
     if not run.options.resume:
         run.store.forget(key)
     found = run.store.find(key)
@@ -186,6 +179,17 @@ def _told(
         with run.store.staging(key) as staged:
             found = run.store.keep(key, staged, told, subject=run.recipe.variant_id)
     return found.facts
+
+
+def _sensitivity_key(search: Search, used: Sequence[int], asked: Mapping[str, Any]) -> StageKey:
+    return stage_key(
+        "sensitivity",
+        revision=_REVISION,
+        libraries=[metadata.version(name) for name in _LIBRARIES],
+        base=search.run.recipe.base.digest,
+        solves=[str(search.solved[number].key) for number in used],
+        asked=asked,
+    )
 
 
 def _assembled(search: Search, chosen: Assignment) -> SolvedLayers:
