@@ -15,9 +15,9 @@ def solves_for(module_groups: Sequence[ModuleGroup], options: Options, budget: B
 
     `options` price every choice of the units that have more than one, and of the others, in bytes without what is kept.
 
-    - `max_bytes`: the search starts at the finest groups of 4 bits that fit. It may exchange units for 8 bits (on
-      engines without 8 bits: for the finest groups), and make room for them with each unit's next wider groups. Where
-      8 bits fit everywhere there is nothing to search.
+    - `max_bytes`: the search starts at the finest groups of 4 bits that fit. It may exchange units for 8 bits (where
+      the engine has them) and for their next finer groups, and make room with their next wider ones. For a byte, finer
+      groups gain more than 8 bits, and 8 bits gain more of a unit. Where 8 bits fit everywhere nothing is searched.
     - `max_kl`: it starts at 4 bits in the widest groups, and may exchange units for 8 bits (or the finest groups).
     """
     four = _distinct(uniform(module_groups, 4, group_size) for group_size in _sizes(module_groups, 4))
@@ -29,7 +29,7 @@ def solves_for(module_groups: Sequence[ModuleGroup], options: Options, budget: B
     if whole:
         return (whole[-1],)
     start = (_fitting(grouped, options, budget.max_bytes) or four[:1])[-1]
-    return tuple(_distinct([start, *(eight[:1] or grouped[-1:]), coarser(module_groups, start)]))
+    return tuple(_distinct([start, *eight[:1], *(shifted(module_groups, start, places) for places in (1, -1))]))
 
 
 def uniform(module_groups: Sequence[ModuleGroup], bits: int, group_size: int) -> Assignment:
@@ -45,13 +45,16 @@ def uniform(module_groups: Sequence[ModuleGroup], bits: int, group_size: int) ->
     return found
 
 
-def coarser(module_groups: Sequence[ModuleGroup], assignment: Assignment) -> Assignment:
-    """Give every unit the next wider groups that it may have with the same bits; the widest stay."""
+def shifted(module_groups: Sequence[ModuleGroup], assignment: Assignment, places: int) -> Assignment:
+    """Give every unit the groups that are so many places finer among those it may have with its bits, or wider below 0.
+
+    A unit that may have no such groups gets its finest, or its widest.
+    """
     found: dict[str, WeightArgs] = {}
     for module_group in module_groups:
         own = assignment[module_group.name]
         same = [choice for choice in module_group.choices if choice.bits == own.bits]
-        found[module_group.name] = same[max(same.index(own) - 1, 0)]
+        found[module_group.name] = same[min(max(same.index(own) + places, 0), len(same) - 1)]
     return found
 
 

@@ -53,7 +53,7 @@ class Budget:
     @property
     def most_solves(self) -> int:
         """How often a search solves the model at most (`quantize.mixed_precision.solves`)."""
-        return 2 if self.max_bytes is None else 3
+        return 2 if self.max_bytes is None else 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def found(engine: Engine, max_bytes_of: Numbers | None, more: int = 0) -> list[s
 
 
 CHANNEL, MIXED, G64, G32, INT8 = {(4, -1)}, {(4, 128), (4, 64)}, {(4, 64)}, {(4, 32)}, {(8, -1)}
-WIDER = {(4, -1), (4, 128)}
+WIDER, FINER = {(4, -1), (4, 128)}, {(4, 64), (4, 32)}
 
 
 @pytest.mark.parametrize(
@@ -42,9 +42,9 @@ WIDER = {(4, -1), (4, 128)}
     [
         ("cuda", None, 0, [MIXED, INT8]),
         ("cpu", None, 0, [MIXED, G32]),
-        ("cuda", (4, 64), 0, [G64, INT8, WIDER]),
-        ("cuda", (4, 64), -1, [MIXED, INT8, CHANNEL]),
-        ("cuda", (4, -1), 0, [CHANNEL, INT8]),
+        ("cuda", (4, 64), 0, [G64, INT8, G32, WIDER]),
+        ("cuda", (4, 64), -1, [MIXED, INT8, FINER, CHANNEL]),
+        ("cuda", (4, -1), 0, [CHANNEL, INT8, MIXED]),
         ("cuda", (4, 32), 99, [G32, INT8, G64]),
         ("cpu", (4, 64), 0, [G64, G32, WIDER]),
         ("cpu", (4, 32), 0, [G32, G64]),
