@@ -16,8 +16,9 @@ def solves_for(module_groups: Sequence[ModuleGroup], options: Options, budget: B
     `options` price every choice of the units that have more than one, and of the others, in bytes without what is kept.
 
     - `max_bytes`: the search starts at the finest groups of 4 bits that fit. It may exchange units for 8 bits (where
-      the engine has them) and for their next finer groups, and make room with their next wider ones. For a byte, finer
-      groups gain more than 8 bits, and 8 bits gain more of a unit. Where 8 bits fit everywhere nothing is searched.
+      the engine has them), which take nearly all that a unit loses away, or for its next finer groups, which take a
+      part away for a fraction of the bytes, and make room with next wider ones. Where 8 bits fit everywhere nothing is
+      searched.
     - `max_kl`: it starts at 4 bits in the widest groups, and may exchange units for 8 bits (or the finest groups).
     """
     four = _distinct(uniform(module_groups, 4, group_size) for group_size in _sizes(module_groups, 4))

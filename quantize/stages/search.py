@@ -113,10 +113,11 @@ def _searched(search: Search, budget: Budget) -> Assignment:
         if any(one.assignment == chosen for one in measured):
             break
         parts = parts_of(chosen, estimate.start) if budget.max_kl is None else {}
-        tried = _measured(search, [chosen, *parts.values()])
+        tried = _measured(search, [chosen, *(parts.values() if len(parts) > 1 else ())])
         log(measured_line(tried[0], estimate.predicted(chosen) if budget.max_kl is None else None))
         if parts:
-            estimate = corrected(estimate, chosen, dict(zip(parts, [one.kl for one in tried[1:]], strict=True)))
+            kls = [one.kl for one in tried[1:] or tried]
+            estimate = corrected(estimate, chosen, dict(zip(parts, kls, strict=True)))
         measured += tried
     best = require_met(measured, budget)
     log(measured_line(best))
