@@ -65,8 +65,9 @@ def test_a_divergence_out_of_reach_is_missed_by_so_much(place: Path, missed: sub
     (_, start), (eights, best) = told(missed.stderr)
     assert eights == "12 of 8 bits, group -1"
     assert 0 < best < start / 20
-    assert f"max_kl 1e-09: missed by {best - 1e-9:.2g}: the best variant that loads" in missed.stderr
-    assert f"diverges by {best:.3g} on calibration text" in missed.stderr
+    found = re.search(r"max_kl 1e-09: missed by (\S+): the best .* diverges by (\S+) on calibration", missed.stderr)
+    assert found is not None
+    assert [float(number) for number in found.groups()] == pytest.approx([best, best], rel=0.05)
     assert not (place / "missed").exists()
 
 
@@ -80,7 +81,7 @@ def test_a_divergence_is_met_by_measuring_again(place: Path, missed: subprocess.
     assert "solve ..." not in done.stderr
     measured = told(done.stderr)
     assert len(measured) >= 4  # both solutions, at least one mixture, and what was chosen
-    assert best <= measured[-1][1] <= wanted
+    assert best < measured[-1][1] <= 1.005 * wanted  # told with three digits
     assert measured[-1] in measured[2:-1]
     manifest = Manifest.read(place / "met")
     assert manifest.scheme.name == "auto"
