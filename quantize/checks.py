@@ -50,7 +50,7 @@ def check_request(request: Request, options: RunOptions, machine: Machine) -> Ba
     require_space(
         {
             stage_store(options.environ).root: (
-                disk_bytes(planned, scheme) + transform_bytes(base, request.transforms),
+                disk_bytes(planned, scheme, request.most_solves) + transform_bytes(base, request.transforms),
                 "set QUANTGATE_HOME to a directory on a larger disk",
             ),
             request.out: (predicted_bytes(planned, scheme), "choose another --out"),

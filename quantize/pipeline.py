@@ -40,11 +40,11 @@ from quantize.running.memory import present_machine
 from quantize.running.progress import ProgressReporter
 from quantize.running.stage_store import stage_store
 from quantize.running.worker import is_disk_full, visible
-from quantize.stages.cache_scales import measure_cache_scales, weights_alone
+from quantize.stages.cache_scales import measure_cache_scales
 from quantize.stages.checkpoint import write
 from quantize.stages.evaluation import measure_variant
 from quantize.stages.sealing import seal_variant
-from quantize.stages.solve import settle_scheme, solve
+from quantize.stages.search import solve_or_search
 from quantize.stages.tokens import tokenize
 from quantize.stages.transform import transform
 from quantize.stages.variant_run import VariantRun, kept_after_failure
@@ -56,9 +56,8 @@ def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, options: R
     """Turn a base into a sealed variant directory; `out` appears as a whole or not at all."""
     with variant_run(recipe, options) as begun:
         tokens = tokenize(begun, split)
-        solving = settle_scheme(transform(begun, tokens), tokens)
+        solving, solved = solve_or_search(transform(begun, tokens), tokens)
         run = replace(begun, recipe=replace(begun.recipe, scheme=solving.recipe.scheme))
-        solved = solve(weights_alone(solving), tokens)
         scales = measure_cache_scales(solving, tokens)
         with kept_after_failure(run, "the solved layers are"):
             checkpoint = write(solving, solved, scales)

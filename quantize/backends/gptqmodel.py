@@ -53,8 +53,21 @@ def settings(scheme: Scheme, chosen: SolverSettings, tree: ModuleTree) -> dict[s
         "mse": 0.0 if chosen.weighted_scales else chosen.scale_norm,
         "damp_percent": chosen.damp[0],
         "damp_auto_increment": 0.0,  # the ladder is ours
-        "dynamic": rules_of(scheme, args | dict.fromkeys(tree.kept)) or None,
+        "dynamic": _with_order(rules_of(scheme, args | dict.fromkeys(tree.kept)), scheme, chosen) or None,
     }
+
+
+def _with_order(
+    rules: Mapping[str, dict[str, Any]], scheme: Scheme, chosen: SolverSettings
+) -> dict[str, dict[str, Any]]:
+    """Say for modules with groups where the scheme has none, and the other way round, that they differ in order, too.
+
+    The library refuses order inside groups for a module with one scale for all inputs.
+    """
+    grouped = scheme.group_size > 0
+    differing = {rule for rule, given in rules.items() if (given.get("group_size", scheme.group_size) > 0) != grouped}
+    order = {"act_group_aware": not grouped}
+    return {rule: given | order if chosen.group_order and rule in differing else given for rule, given in rules.items()}
 
 
 def visible_devices(environ: Mapping[str, str], gpus: tuple[int, ...]) -> dict[str, str]:

@@ -63,7 +63,7 @@ class CalibrationSplit:
 
     `repeated_rows` of the `read_rows` in the files said what others say, and were left out. `moved_rows` lie on the
     side of their prompt, and not on that of their own content. `max_bad` is the share of the rows that a chat template
-    may refuse.
+    may refuse. `spare` are rows that could calibrate and were not drawn: a search measures on them.
     """
 
     calibration: tuple[Record, ...]
@@ -72,6 +72,7 @@ class CalibrationSplit:
     repeated_rows: int = 0
     moved_rows: int = 0
     max_bad: float = MAX_BAD
+    spare: tuple[Record, ...] = ()
 
 
 def shipped_files() -> list[Path]:
@@ -104,11 +105,12 @@ def read_datasets(
 
 
 def split_records(
-    records: Iterable[Record], *, samples: int, seed: int, datasets: Sequence[Dataset] = ()
+    records: Iterable[Record], *, samples: int, seed: int, datasets: Sequence[Dataset] = (), spare: int = 0
 ) -> CalibrationSplit:
     """Split rows by prompt, take samples from the files by weight, and put both sides in the seed's order.
 
-    A file that has too few rows gives all, and the others fill up. CalibrationError where too few remain.
+    A file that has too few rows gives all, and the others fill up. Of the rows that are left over, up to `spare` with
+    other prompts are given, too. CalibrationError where too few remain.
     """
     ordered = sorted(with_split_keys(records), key=lambda record: _shuffled(record, seed))
     weights = _weights(datasets)
@@ -125,7 +127,14 @@ def split_records(
         read_rows,
         repeated_rows=max(read_rows - len(ordered), 0),
         moved_rows=sum(is_held_out(record) != is_held_out(replace(record, split_key="")) for record in ordered),
+        spare=_other_prompts(usable, taken)[:spare] if spare else (),
     )
+
+
+def _other_prompts(records: Iterable[Record], taken: Sequence[Record]) -> tuple[Record, ...]:
+    """Keep the records that share neither content nor prompt with those that were taken; bare text has no prompt."""
+    contents, prompts = {record.sha256 for record in taken}, {prompt_of(record) for record in taken} - {()}
+    return tuple(record for record in records if record.sha256 not in contents and prompt_of(record) not in prompts)
 
 
 def shares(wanted: int, available: Mapping[str, int], weights: Mapping[str, float]) -> Mapping[str, int]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ class Samples:
 
     Each has the fields of `quantize.calibration.tokenizing.Sample`, its `language`, and `dedup_key`, which near
     duplicates share. `repeated_rows` of the `read_rows` in the files were left out, for others say the same;
-    `refused_rows` were skipped, for the base's chat template refuses them.
+    `refused_rows` were skipped, for the base's chat template refuses them. `spare` samples could calibrate and don't.
     """
 
     calibration: list[dict[str, Any]]
@@ -27,11 +27,14 @@ class Samples:
     read_rows: int = 0
     repeated_rows: int = 0
     refused_rows: int = 0
+    spare: list[dict[str, Any]] = field(default_factory=list)
 
 
 def tokenize_samples(base: Path, split: CalibrationSplit, max_tokens: int, context: RunContext) -> Samples:
     """Tokenize both sides of a draw; says how many samples were cut, and which were skipped."""
     sides = {"calibration": split.calibration, "held_out": split.held_out}
+    if split.spare:
+        sides["spare"] = split.spare
     records = {side: [asdict(record) for record in records] for side, records in sides.items()}
     job = {"base": str(base.resolve()), "max_tokens": max_tokens, "max_bad": split.max_bad, "rows": records}
     with context.progress.stage("tokens", "chats") as advance:
@@ -52,7 +55,12 @@ def tokenize_samples(base: Path, split: CalibrationSplit, max_tokens: int, conte
     if result["refused"]:
         context.progress.log(f"invalid rows skipped: {len(result['refused'])}: {result['refused'][0]}")
     return Samples(
-        described["calibration"], described["held_out"], split.read_rows, split.repeated_rows, len(result["refused"])
+        described["calibration"],
+        described["held_out"],
+        split.read_rows,
+        split.repeated_rows,
+        len(result["refused"]),
+        described.get("spare", []),
     )
 
 

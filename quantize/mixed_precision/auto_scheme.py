@@ -1,83 +1,29 @@
-"""`scheme: auto`: measure what rounding costs each unit of a model, then spend the budget where it helps most."""
+"""`scheme: auto`: what a search prices, on which text it measures, and what it tells of itself. Pure."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
-from importlib import metadata
 from typing import Any
 
-from config.manifest import Engine, Scheme
 from quantize.base import BaseModel
-from quantize.mixed_precision.allocation import Allocation, Option, allocate
-from quantize.mixed_precision.module_groups import ModuleGroup, module_groups_of, written
+from quantize.errors import RecipeError
+from quantize.mixed_precision.allocation import Option, megabytes
+from quantize.mixed_precision.estimate import Measured, best_of
+from quantize.mixed_precision.module_groups import ModuleGroup
+from quantize.mixed_precision.solves import Assignment
 from quantize.planning.recipe import Budget
-from quantize.running.context import RunContext
-from quantize.running.stage_store import stage_key
-from quantize.running.worker import run_worker
-from quantize.schemes.fit import heads_of
 from quantize.schemes.forecast import packed_bytes
-from quantize.schemes.settings import SETTINGS, SolverSettings
+from quantize.schemes.module_config import WeightArgs
 
-# So many tokens are enough to tell units apart, if they come from several chats; every unit reads all of them.
-SENSITIVITY_TOKENS = 512
-_PIECE_TOKENS = 128
-# What GPTQ leaves of the divergence that rounding to nearest with searched scales gives. On SmolLM2-135M in groups of
-# 64, on the same 2,304 held-out tokens, rounding gave 0.354; GPTQ with weighted scales 0.107 after 96 samples and 0.148
-# after 16, of which the worse one counts here; with the usual script's settings 0.452.
-_SHARE, _SHARE_PLAIN_SCALES = 0.42, 1.28
+# So many generated tokens tell units apart, if they come from several chats; every exchange of a unit reads them, with
+# a little of their prompts.
+_SHORT_TOKENS, _SHORT_CONTEXT = 512, 32
+# On these, whole assignments are measured.
+_WHOLE_TOKENS, _WHOLE_CONTEXT = 1024, 160
+_PIECE_TOKENS = 96
 _NAMED = 5
-_MODULE = "quantize.mixed_precision.sensitivity"
-_LIBRARIES = ("torch", "transformers")
-# Raise this when the same job would be measured otherwise.
-_REVISION = 2
 
 
-def resolve_auto(
-    base: BaseModel,
-    samples: Sequence[Mapping[str, Any]],
-    budget: Budget,
-    engine: Engine,
-    context: RunContext,
-    *,
-    tensor_parallel: int = 1,
-    settings: SolverSettings = SETTINGS["best"],
-) -> Scheme:
-    """Choose bits and group size per unit within a budget; RecipeError names the nearest budget that can be met.
-
-    The divergence that is expected is an estimate: units are rounded one at a time, and the sum is multiplied by what
-    GPTQ with these settings usually leaves of it. The evaluation of the finished variant is what counts.
-    """
-    module_groups = module_groups_of(
-        base.shapes, engine, budget.overrides, tensor_parallel=tensor_parallel, heads=heads_of(base)
-    )
-    kept = kept_bytes(base, module_groups)
-    # A size that can't be reached is known before anything is measured.
-    allocate(
-        {
-            module_group.name: options_of(module_group, base.shapes, [0.0] * len(module_group.choices))
-            for module_group in module_groups
-        },
-        budget,
-        kept,
-    )
-    share = gptq_share(settings)
-    costs = _costs(base, module_groups, pieces(samples, SENSITIVITY_TOKENS, _PIECE_TOKENS), context)
-    options = {
-        module_group.name: options_of(module_group, base.shapes, [share * cost for cost in costs[module_group.name]])
-        for module_group in module_groups
-    }
-    found = allocate(options, budget, kept)
-    for line in (sensitive_line(module_groups, costs), allocation_line(found)):
-        context.progress.log(line)
-    return written(module_groups, found.weight_args, list(base.shapes))
-
-
-def gptq_share(settings: SolverSettings) -> float:
-    """Tell what GPTQ with these settings is expected to leave of the divergence that rounding to nearest gives."""
-    return _SHARE if settings.weighted_scales else _SHARE_PLAIN_SCALES
-
-
-def options_of(module_group: ModuleGroup, shapes: Mapping[str, tuple[int, int]], kls: Sequence[float]) -> list[Option]:
-    """Price each choice of a unit in bytes, and in the divergence that it is expected to add."""
+def options_of(module_group: ModuleGroup, shapes: Mapping[str, tuple[int, int]]) -> list[Option]:
+    """Price each choice of a unit in bytes."""
     return [
         Option(
             weight_args,
@@ -85,9 +31,9 @@ def options_of(module_group: ModuleGroup, shapes: Mapping[str, tuple[int, int]],
                 sum(packed_bytes(module, shapes[module], weight_args, "gptq").values())
                 for module in module_group.modules
             ),
-            kl,
+            0.0,
         )
-        for weight_args, kl in zip(module_group.choices, kls, strict=True)
+        for weight_args in module_group.choices
     ]
 
 
@@ -98,66 +44,94 @@ def kept_bytes(base: BaseModel, module_groups: Sequence[ModuleGroup]) -> int:
     return sum(tensor.bytes for name, tensor in base.tensors.items() if name not in searched)
 
 
-def pieces(samples: Sequence[Mapping[str, Any]], most_tokens: int, piece_tokens: int) -> list[list[int]]:
-    """Take the first `piece_tokens` ids of samples in order, `most_tokens` together; longer ones if samples are few."""
-    if len(samples) * piece_tokens < most_tokens:
-        piece_tokens = -(-most_tokens // max(len(samples), 1))
-    taken: list[list[int]] = []
+def search_texts(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Give the `short` text for exchanges of units and the `whole` one for assignments, of different samples.
+
+    What was chosen for its luck on the one doesn't have it on the other. Fewer than three samples are read for both.
+    """
+    third = len(samples) // 3
+    return {
+        "short": pieces(samples[:third] or samples, _SHORT_TOKENS, _SHORT_CONTEXT),
+        "whole": pieces(samples[third:], _WHOLE_TOKENS, _WHOLE_CONTEXT),
+    }
+
+
+def pieces(samples: Sequence[Mapping[str, Any]], most_tokens: int, most_context: int) -> list[dict[str, Any]]:
+    """Take the beginnings of samples in order: ids, and the `first` position that is scored.
+
+    Scored are, where possible, tokens that the model generates: 96 of each sample, `most_tokens` together, and more of
+    each where samples are few. Before them stand up to `most_context` tokens of the prompt.
+    """
+    scored = max(_PIECE_TOKENS, -(-most_tokens // max(len(samples), 1)))
+    taken: list[dict[str, Any]] = []
     left = most_tokens
     for sample in samples:
-        if left < 2:  # a single token predicts nothing
+        if left < 1:
             break
-        taken.append(list(sample["ids"][: min(piece_tokens, left)]))
-        left -= len(taken[-1])
+        # A position is scored for the token that it says comes next.
+        first = min(max(_generated_from(sample) - 1, 0), most_context, len(sample["ids"]) - 1)
+        ids = list(sample["ids"][: first + min(scored, left)])
+        taken.append({"ids": ids, "first": first})
+        left -= len(ids) - first
     return taken
 
 
-def sensitive_line(module_groups: Sequence[ModuleGroup], costs: Mapping[str, Sequence[float]]) -> str:
-    """Name the units that suffer most from their smallest numbers."""
-    worst = sorted(module_groups, key=lambda module_group: -costs[module_group.name][0])[:_NAMED]
-    return "auto: most sensitive to rounding: " + ", ".join(
-        f"{module_group.name} (KL {costs[module_group.name][0]:.2g} at {module_group.choices[0].bits} bits)"
-        for module_group in worst
+def require_met(measured: Sequence[Measured], budget: Budget) -> Measured:
+    """Give the best of what was measured; RecipeError, by how much the best one that there is misses a `max_kl`."""
+    best = best_of(measured, budget)
+    if best is not None:
+        return best
+    assert budget.max_kl is not None
+    least = min(measured, key=lambda one: one.kl)
+    raise RecipeError(
+        f"max_kl {budget.max_kl:g}: missed by {least.kl - budget.max_kl:.2g}: the best variant that loads, of "
+        f"{megabytes(least.bytes)}, diverges by {least.kl:.3g} on calibration text; pass --max-kl {_raised(least.kl)}, "
+        "or keep some modules; what is solved is kept"
     )
 
 
-def allocation_line(found: Allocation) -> str:
-    """Say what was chosen, in one line."""
+def sensitive_line(changes: Mapping[str, Mapping[WeightArgs, float]]) -> str:
+    """Name the units that gain most from larger numbers."""
+    gains = {(unit, numbers): -change for unit, each in changes.items() for numbers, change in each.items()}
+    most = sorted((one for one in gains if gains[one] > 0), key=lambda one: -gains[one])[:_NAMED]
+    told = ", ".join(f"{unit} ({gains[unit, numbers]:.2g} at {_words(numbers)})" for unit, numbers in most)
+    return f"auto: KL falls most by exchanging {told}" if most else "auto: no unit gains from larger numbers"
+
+
+def measured_line(measured: Measured, expected: float | None = None) -> str:
+    """Tell an assignment with what was measured, in one line."""
     counts: dict[str, int] = {}
-    for weight_args in found.weight_args.values():
-        word = f"{weight_args.bits} bits, group {weight_args.group_size}"
-        counts[word] = counts.get(word, 0) + 1
-    text = "; ".join(f"{count} of {word}" for word, count in sorted(counts.items()))
-    return f"auto: {text}; {found.bytes / 1e6:.1f} MB, mean KL of about {found.kl:.3g} expected"
+    for weight_args in measured.assignment.values():
+        counts[_words(weight_args)] = counts.get(_words(weight_args), 0) + 1
+    text = "; ".join(f"{count} of {words}" for words, count in sorted(counts.items()))
+    told = "" if expected is None else f", {expected:.3g} expected"
+    return f"auto: {text}: {measured.bytes / 1e6:.1f} MB, KL {measured.kl:.3g}{told}"
 
 
-def _costs(
-    base: BaseModel, module_groups: Sequence[ModuleGroup], samples: list[list[int]], context: RunContext
-) -> Mapping[str, Sequence[float]]:
-    asked = {
-        module_group.name: {
-            "modules": module_group.modules,
-            "choices": [astuple(choice) for choice in module_group.choices],
-        }
-        for module_group in module_groups
+def by_module(assignment: Mapping[str, int], module_groups: Sequence[ModuleGroup]) -> dict[str, int]:
+    """Spell the numbers of units' solutions out for their modules."""
+    return {module: assignment[group.name] for group in module_groups for module in group.modules}
+
+
+def numbers_of(assignment: Assignment, solves: Sequence[Assignment]) -> dict[str, int]:
+    """Tell for every unit which solution, the first of several, has it as the assignment wants it."""
+    return {
+        unit: next(number for number, solve in enumerate(solves) if solve[unit] == weight_args)
+        for unit, weight_args in assignment.items()
     }
-    key = stage_key(
-        "sensitivity",
-        revision=_REVISION,
-        libraries=[metadata.version(name) for name in _LIBRARIES],
-        base=base.digest,
-        samples=samples,
-        module_groups=asked,
-    )
-    found = context.stages.find(key)
-    if found is not None:
-        return dict(found.facts["kl"])
-    job = {"base": str(base.directory.resolve()), "samples": samples, "units": asked}
-    with context.progress.stage("sensitivity", "units") as advance:
-        costs = run_worker(_MODULE, job, folder=context.folder, environ=context.environ, on_progress=advance)["kl"]
-    try:
-        with context.stages.staging(key) as staged:
-            context.stages.keep(key, staged, {"kl": costs}, subject=base.name)
-    except OSError as error:
-        context.progress.log(f"{context.stages.root}: {error.strerror}; the next run will measure again")
-    return dict(costs)
+
+
+def _generated_from(sample: Mapping[str, Any]) -> int:
+    """Find the first token that the model would generate; 0 where the text has no turns."""
+    reasoning, answer = sample.get("reasoning") or (), sample.get("answer") or (0, 0)
+    starts = [*(span[0] for span in reasoning), *([answer[0]] if answer[1] > answer[0] else [])]
+    return 0 if sample.get("is_text") else int(min(starts, default=0))
+
+
+def _words(weight_args: WeightArgs) -> str:
+    return f"{weight_args.bits} bits, group {weight_args.group_size}"
+
+
+def _raised(kl: float) -> str:
+    """Write a KL with three digits, never less than it is: a budget of that number is met."""
+    return f"{kl * 1.005:.3g}"

@@ -100,11 +100,11 @@ _Members = tuple[str, ...]
 def _choices(shapes: Shapes, engine: Engine, override: Override | None) -> list[WeightArgs]:
     if override and override.bits and override.group_size is not None:
         return [WeightArgs(override.bits, override.group_size)]
-    every = [choices(engine, shape) for shape in shapes.values()]
+    every = [choices(engine, shape, channels=True) for shape in shapes.values()]
     common = [weight_args for weight_args in every[0] if all(weight_args in other for other in every)]
-    return (
-        common if override is None else [weight_args for weight_args in common if weight_args.bits == override.bits][:1]
-    )
+    if override is None:
+        return common
+    return [one for one in common if one.bits == override.bits and one.group_size > 0][:1]
 
 
 def _common_override(modules: Sequence[str], overrides: Sequence[Override]) -> Override | None:

@@ -1,58 +1,84 @@
-"""How much each unit of a model suffers from rounding: one unit at a time, seen at the logits. Runs as a child process.
+"""What a model loses with solved integers in its layers, seen at the logits. Runs as a child process.
 
-A unit is rounded to nearest with searched scales, the rest of the model stays as it is, and the mean KL divergence at
-the logits is what rounding costs there. It is measured with a unit's smallest numbers; the others are scaled by their
-output error, for small errors add to the logits linearly and to the divergence quadratically.
+First assignments of whole models are measured. Then, with the first one in place, one unit at a time is exchanged for
+other solutions of it: what that changes is what the unit is worth where the search stands, the errors of all other
+units included. (GPTAQ's integers make up for errors of earlier layers: alone in the parent they would look worse than
+they are.)
 """
 
+import inspect
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.backends.scales import best_scales
+from quantize.backends.layer_checkpoint import dense_weight
 from quantize.dense_models import load_base
 from quantize.errors import RecipeError
 from quantize.running.worker import WorkerChannel, run_child
-from quantize.schemes.module_config import WeightArgs
 
 _SOFTMAX_TOKENS = 128
-# A shortened model must give the parent's logits to this share of the largest one, or it isn't used.
+# A shortened model must give the whole one's logits to this share of the largest one, or it isn't used.
 _CLOSE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
-class ReferenceOutputs:
-    """What the parent said and saw: log-probabilities [T, V] and, by layer, the hidden states [1, T, H] it read."""
+class Text:
+    """A chat's ids [T]; what the model says from position `first` on is compared. `parent` [T - first, V] said so."""
 
-    answers: tuple[Any, ...]
-    hidden: tuple[tuple[Any, ...], ...]
+    ids: Sequence[int]
+    first: int
+    parent: Any
+
+
+@dataclass(slots=True)
+class Assembled:
+    """A model whose linear layers have the integers of solutions; `present` says of which, by module."""
+
+    layers: Mapping[str, Any]
+    folders: Sequence[Path]
+    present: dict[str, int] = field(default_factory=dict)
+
+    def put(self, numbers: Mapping[str, int]) -> None:
+        """Give modules the weights of the solutions with these numbers, as a variant will have them."""
+        for module, number in numbers.items():
+            if self.present.get(module) != number:
+                weight = self.layers[module].weight
+                weight.data.copy_(solved_weight(self.folders[number] / f"{module}.safetensors"))
+                self.present[module] = number
 
 
 def measure(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
-    """Child's work: `{base, samples: [[token id]], units: {name: {modules, choices}}}` -> `{kl: {unit: [choice]}}`."""
+    """Child's work: `{base, solved, whole, short, assignments, units}` -> `{kl, short_kl, units}`.
+
+    `solved` are folders of solutions, `whole` and `short` texts of `{ids, first}`. `assignments` tell every module's
+    solution by number: `kl` are their divergences on `whole`. `units`: `{name: {modules, solves}}` tells for units
+    which other solutions to try, with the first assignment around them; the result has the divergences on `short`.
+    """
     import torch  # noqa: PLC0415
 
-    base, samples = Path(job["base"]), job["samples"]
+    base = Path(job["base"])
     model = load_base(base)
-    costs: dict[str, list[float]] = {}
+    tries = sum(len(unit["solves"]) for unit in job["units"].values())
+    total = len(job["assignments"]) + tries
     with torch.inference_mode():
-        layers = linear_layers(
-            model, [name for module_group in job["units"].values() for name in module_group["modules"]], base
-        )
-        moments = second_moments(model, samples, layers)
-        reference_outputs = record_reference(model, samples)
-        for done, (name, module_group) in enumerate(job["units"].items(), 1):
-            modules = {module: layers[module] for module in module_group["modules"]}
-            choices = [WeightArgs(*weight_args) for weight_args in module_group["choices"]]
-            costs[name] = _module_group_costs(model, reference_outputs, moments, modules, choices, samples)
-            if not all(map(math.isfinite, costs[name])):
-                raise RecipeError(f"{base}: with {name} rounded, its logits are no numbers; mend it or copy it again")
-            channel.progress(done, len(job["units"]))
-    return {"kl": costs}
+        assembled = Assembled(linear_layers(model, [*job["assignments"][0]], base), [*map(Path, job["solved"])])
+        whole, short = (read_parent(model, job[name]) for name in ("whole", "short"))
+        kls = []
+        for number, assignment in enumerate(job["assignments"], 1):
+            assembled.put(assignment)
+            kls.append(_finite(divergence(model, whole), base))
+            channel.progress(number, total)
+        assembled.put(job["assignments"][0])
+        seen = read_hidden(model, short) if tries else ()
+        units = {}
+        for name, unit in job["units"].items():
+            units[name] = _exchanged(model, assembled, unit, short, seen)
+            channel.progress(total - tries + sum(map(len, units.values())), total)
+        return {"kl": kls, "short_kl": divergence(model, short) if tries else 0.0, "units": units}
 
 
 def linear_layers(model: Any, names: Sequence[str], base: Path) -> dict[str, Any]:
@@ -69,103 +95,49 @@ def linear_layers(model: Any, names: Sequence[str], base: Path) -> dict[str, Any
     return {name: known[name] for name in names}
 
 
-def _module_group_costs(
-    model: Any,
-    reference_outputs: ReferenceOutputs,
-    moments: Mapping[str, Any],
-    modules: Mapping[str, Any],
-    choices: Sequence[WeightArgs],
-    samples: Sequence[Sequence[int]],
-) -> list[float]:
-    smallest = {name: rounded(module.weight, moments[name], choices[0]) for name, module in modules.items()}
-    energies = [sum(_energy(modules[name].weight, one, moments[name]) for name, one in smallest.items())]
-    energies += [
-        sum(
-            _energy(module.weight, rounded(module.weight, moments[name], one), moments[name])
-            for name, module in modules.items()
-        )
-        for one in choices[1:]
-    ]
-    with _replaced(modules, smallest):
-        reference = divergence(model, reference_outputs, samples, layer_of(model, next(iter(modules))))
-    return [reference * energy / energies[0] if energies[0] else 0.0 for energy in energies]
-
-
-def rounded(weight: Any, moment: Any, weight_args: WeightArgs) -> Any:
-    """Round a weight [N, K] to nearest in its groups; `moment` [K] is the mean square of each input."""
+def solved_weight(path: Path) -> Any:
+    """Read the dense weight [N, K] of a solved module, with scales in fp16, as a GPTQ file has them."""
     import torch  # noqa: PLC0415
+    from safetensors import safe_open  # noqa: PLC0415
 
-    size = weight.shape[1] if weight_args.group_size < 0 else weight_args.group_size
-    half = 1 << (weight_args.bits - 1)
-    parts = []
-    for first in range(0, weight.shape[1], size):
-        group = weight[:, first : first + size].float()
-        scale = best_scales(group, moment[first : first + size], weight_args.bits).unsqueeze(1)
-        parts.append((group / scale).round().clamp(-half, half - 1) * scale)
-    return torch.cat(parts, dim=1).to(weight.dtype)
+    with safe_open(path, framework="pt") as file:
+        integers, scale, zero, g_idx = map(file.get_tensor, ("integers", "scale", "zero", "g_idx"))
+    return dense_weight(integers, scale.to(torch.float16).float(), zero.float().round(), g_idx)
 
 
-def _energy(weight: Any, changed: Any, moment: Any) -> float:
-    return float(((changed - weight).float().square() * moment).sum())
-
-
-@contextmanager
-def _replaced(modules: Mapping[str, Any], weights: Mapping[str, Any]) -> Iterator[None]:
-    before = {name: module.weight.data for name, module in modules.items()}
-    try:
-        for name, module in modules.items():
-            module.weight.data = weights[name]
-        yield
-    finally:
-        for name, module in modules.items():
-            module.weight.data = before[name]
-
-
-def second_moments(model: Any, samples: Sequence[Sequence[int]], modules: Mapping[str, Any]) -> dict[str, Any]:
-    """Let the model read the samples; give the mean square [K] of every input of its named modules."""
-    sums: dict[str, Any] = {}
-    tokens = sum(map(len, samples))
-
-    def add(name: str, inputs: Any) -> None:
-        squares = inputs[0].float().square().sum(dim=tuple(range(inputs[0].ndim - 1)))
-        sums[name] = sums[name] + squares if name in sums else squares
-
-    hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs))
-        for name, module in modules.items()
+def read_parent(model: Any, texts: Sequence[Mapping[str, Any]]) -> list[Text]:
+    """Let the parent read texts of `{ids, first}`, and keep its log-probabilities."""
+    return [
+        Text(text["ids"], text["first"], _logits(model, text["ids"], text["first"]).log_softmax(-1)) for text in texts
     ]
-    for ids in samples:
-        _logits(model, ids)
-    for hook in hooks:
-        hook.remove()
-    return {name: total / tokens for name, total in sums.items()}
 
 
-def record_reference(model: Any, samples: Sequence[Sequence[int]]) -> ReferenceOutputs:
-    """Keep the parent's answers, and what each of its layers read where a shortened model gives the same answers."""
-    answers, hidden = [], []
-    for ids in samples:
+def read_hidden(model: Any, texts: Sequence[Text]) -> tuple[tuple[Any, ...], ...]:
+    """Keep what each layer reads, [1, T, H] by text and layer; nothing where a shortened model answers otherwise."""
+    hidden = []
+    for text in texts:
         with _watched_inputs(layers_of(model)) as seen:
-            answers.append(_logits(model, ids).log_softmax(-1))
+            _logits(model, text.ids, text.first)
         hidden.append(tuple(seen))
-    reference_outputs = ReferenceOutputs(tuple(answers), tuple(hidden))
-    middle = len(layers_of(model)) // 2
-    again = _shortened_logits(model, middle, reference_outputs.hidden[0][middle]).log_softmax(-1)
-    gap = float((again - answers[0]).abs().max() / answers[0].abs().max())
-    return reference_outputs if gap < _CLOSE else ReferenceOutputs(tuple(answers), ())
+    middle, first = len(layers_of(model)) // 2, texts[0]
+    whole = _logits(model, first.ids, first.first).log_softmax(-1)
+    short = _shortened_logits(model, middle, hidden[0][middle], first.first).log_softmax(-1)
+    return tuple(hidden) if float((short - whole).abs().max() / whole.abs().max()) < _CLOSE else ()
 
 
-def divergence(model: Any, reference_outputs: ReferenceOutputs, samples: Sequence[Sequence[int]], layer: int) -> float:
-    """Mean KL in nats between the parent's answers and the model's, which differs from `layer` on."""
+def divergence(model: Any, texts: Sequence[Text], hidden: Sequence[Sequence[Any]] = (), layer: int = 0) -> float:
+    """Mean KL in nats between the parent's answers and the model's, whose layers before `layer` give `hidden`."""
     total, tokens = 0.0, 0
-    for number, ids in enumerate(samples):
-        hidden = reference_outputs.hidden[number][layer] if reference_outputs.hidden else None
-        logits = _logits(model, ids) if hidden is None else _shortened_logits(model, layer, hidden)
-        for first in range(0, len(ids), _SOFTMAX_TOKENS):
-            theirs = reference_outputs.answers[number][first : first + _SOFTMAX_TOKENS]
+    for number, text in enumerate(texts):
+        if hidden:
+            logits = _shortened_logits(model, layer, hidden[number][layer], text.first)
+        else:
+            logits = _logits(model, text.ids, text.first)
+        for first in range(0, len(logits), _SOFTMAX_TOKENS):
+            theirs = text.parent[first : first + _SOFTMAX_TOKENS]
             ours = logits[first : first + _SOFTMAX_TOKENS].log_softmax(-1)
             total += float((theirs.exp() * (theirs - ours)).sum())
-        tokens += len(ids)
+        tokens += len(logits)
     # Rounding may leave it a hair below zero; what is no number stays none.
     return 0.0 if total < 0 else total / tokens
 
@@ -184,6 +156,25 @@ def layer_of(model: Any, module: str) -> int:
     return 0
 
 
+def _exchanged(
+    model: Any, assembled: Assembled, unit: Mapping[str, Any], texts: Sequence[Text], hidden: Sequence[Sequence[Any]]
+) -> list[float]:
+    before = {module: assembled.present[module] for module in unit["modules"]}
+    layer = layer_of(model, unit["modules"][0])
+    kls = []
+    for number in unit["solves"]:
+        assembled.put(dict.fromkeys(unit["modules"], number))
+        kls.append(divergence(model, texts, hidden, layer))
+    assembled.put(before)
+    return kls
+
+
+def _finite(kl: float, base: Path) -> float:
+    if not math.isfinite(kl):
+        raise RecipeError(f"{base}: once it is quantized, its logits are no numbers; mend it or copy it again")
+    return kl
+
+
 @contextmanager
 def _watched_inputs(layers: Any) -> Iterator[list[Any]]:
     seen: list[Any] = []
@@ -199,13 +190,14 @@ def _watched_inputs(layers: Any) -> Iterator[list[Any]]:
             hook.remove()
 
 
-def _logits(model: Any, ids: Sequence[int]) -> Any:
+def _logits(model: Any, ids: Sequence[int], first: int) -> Any:
     import torch  # noqa: PLC0415
 
-    return model(torch.tensor([list(ids)], device=model.device), use_cache=False).logits[0].float()
+    given = torch.tensor([list(ids)], device=model.device)
+    return _scored(model, given.shape[1] - first, input_ids=given)
 
 
-def _shortened_logits(model: Any, layer: int, hidden: Any) -> Any:
+def _shortened_logits(model: Any, layer: int, hidden: Any, first: int) -> Any:
     """Run the model from `layer` on, by giving it that layer's input as its embeddings."""
     import torch  # noqa: PLC0415
 
@@ -213,9 +205,15 @@ def _shortened_logits(model: Any, layer: int, hidden: Any) -> Any:
     whole = decoder.layers
     decoder.layers = torch.nn.ModuleList(list(whole)[layer:])
     try:
-        return model(inputs_embeds=hidden, use_cache=False).logits[0].float()
+        return _scored(model, hidden.shape[1] - first, inputs_embeds=hidden)
     finally:
         decoder.layers = whole
+
+
+def _scored(model: Any, last: int, **given: Any) -> Any:
+    """Give the logits [last, V] of the last positions; the output matrix is the widest there is."""
+    few = {"logits_to_keep": last} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return model(**given, **few, use_cache=False).logits[0, -last:].float()
 
 
 if __name__ == "__main__":

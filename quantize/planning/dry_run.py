@@ -113,7 +113,7 @@ def dry_run_plan(
         stages=costs.stages,
         engines=engine_support(scheme, base, amx=amx),
         tensor_parallel=tensor_parallel_degrees(base.shapes, scheme, heads_of(base)),
-        disk_bytes=disk_bytes(planned, scheme) + transform_bytes(base, request.transforms),
+        disk_bytes=disk_bytes(planned, scheme, request.most_solves) + transform_bytes(base, request.transforms),
         limits=applied_limits(lowest_bits(scheme), request.evaluation),
         data=tuple(line for dataset in datasets for line in dataset.summary()),
         experts=experts_line(base.modules, scheme),

@@ -16,7 +16,7 @@ from quantize.calibration.datasets import (
     split_records,
 )
 from quantize.errors import RecipeError
-from quantize.planning.recipe import Budget, Recipe, chosen_backend
+from quantize.planning.recipe import SEARCH_CHATS, Budget, Recipe, chosen_backend
 from quantize.planning.request import Request
 from quantize.planning.run_costs import run_costs
 from quantize.planning.transforms import require_transformable
@@ -116,7 +116,8 @@ def calibration_split(request: Request) -> tuple[tuple[Dataset, ...], Calibratio
     paths = [file.path for file in request.data]
     weights = [file.weight for file in request.data]
     datasets, rows = read_datasets(paths or shipped_files(), weights, request.max_bad)
-    split = split_records(rows, samples=request.samples, seed=request.seed, datasets=datasets)
+    spare = SEARCH_CHATS if isinstance(request.scheme, Budget) else 0
+    split = split_records(rows, samples=request.samples, seed=request.seed, datasets=datasets, spare=spare)
     return datasets, replace(split, max_bad=request.max_bad)
 
 

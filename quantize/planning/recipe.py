@@ -18,6 +18,8 @@ from quantize.schemes.settings import SolverSettings
 _REVISION = 3
 # The last release before the project was archived.
 _AUTO_GPTQ_VERSION = "0.7.1"
+# Chats that a search measures on: of those that could calibrate, some that the solver doesn't read.
+SEARCH_CHATS = 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,11 @@ class Budget:
     max_bytes: int | None = None
     max_kl: float | None = None
     overrides: tuple[Override, ...] = ()
+
+    @property
+    def most_solves(self) -> int:
+        """How often a search solves the model at most (`quantize.mixed_precision.solves`)."""
+        return 2 if self.max_bytes is None else 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,3 +90,8 @@ class Request:
     resume: bool = True
     keep_bytes: int = DEFAULT_KEEP_BYTES
     log: Path | None = None
+
+    @property
+    def most_solves(self) -> int:
+        """How often the model is solved at most: more than once where a scheme is searched."""
+        return self.scheme.most_solves if isinstance(self.scheme, Budget) else 1

@@ -142,6 +142,7 @@ def _workload(
         by_replica=request.replica is not None,
         groups=len({fused_name(name) for name in base.shapes}) if isinstance(request.scheme, Budget) else 0,
         cache_scales=scheme.kv_cache is not None,
+        most_solves=request.most_solves,
     )
 
 
@@ -193,7 +194,7 @@ def _advice(stage: StageCost) -> str:
         return "or leave out generation: --eval-prompts 0, no --tasks"
     if stage.stage == "self-generate":
         return "or let a server of the base answer: --replica URL"
-    if stage.stage == "solve":
+    if stage.stage.startswith("solve"):
         return "take fewer or shorter samples"
     return "use a larger machine"
 

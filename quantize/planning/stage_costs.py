@@ -29,6 +29,9 @@ _HIDDEN_COPIES, _INNER_COPIES = 6, 3
 # fp32 logits of 512 positions and 4096 tokens of the vocabulary, in the copies that a comparison makes.
 _COMPARISON_BYTES = 8 * 512 * 4096 * _FP32_BYTES
 _SHARD_BYTES = 4_000_000_000
+# What a search reads (`quantize.mixed_precision.auto_scheme`): tokens for an exchange of one unit and for a whole
+# assignment, with their context; positions whose log-probabilities are in memory at once, copies included; assignments.
+_SHORT_TOKENS, _LONG_TOKENS, _SEARCH_SCORED, _ASSIGNMENTS = 900, 2900, 2100, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,8 @@ class Workload:
 
     `tokens` of calibration text, the longest sample of `longest_tokens`; `held_out_tokens` and `prompt_tokens` (the
     longest) of the evaluation; `self_generate` answers of up to `max_tokens` that the base writes itself;
-    `groups` of modules that a search rounds one at a time; `cache_scales` are measured where the KV cache is FP8.
+    `groups` of modules that a search exchanges one at a time between at most `most_solves` solutions; `cache_scales`
+    are measured where the KV cache is FP8.
     """
 
     engine: Engine
@@ -87,6 +91,7 @@ class Workload:
     by_replica: bool = False
     groups: int = 0
     cache_scales: bool = False
+    most_solves: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +114,6 @@ def evaluation_costs(base: BaseModel, work: Workload) -> tuple[StageCost, ...]:
 
 
 def _stages(base: BaseModel, sizes: ModelSizes, solving: CostEstimate, work: Workload) -> Iterator[StageCost]:
-    weights = sizes.parameters * _ITEM_BYTES[work.engine]
     yield StageCost("hash base", base.bytes / _HASHED_BYTES_PER_SECOND, 50_000_000)
     if work.self_generate and not work.by_replica:
         texts = Texts(work.self_generate, work.max_tokens, work.max_tokens // 4)
@@ -119,18 +123,15 @@ def _stages(base: BaseModel, sizes: ModelSizes, solving: CostEstimate, work: Wor
         _START_SECONDS / 2 + work.tokens / 50_000,
         LIBRARY_BYTES["tokenizers"] + _WORD_BYTES * sizes.vocabulary + 30 * work.tokens,
     )
-    if work.groups:
-        yield StageCost(
-            "sensitivity",
-            _START_SECONDS + 512 * work.groups * sizes.active * sizes.layers / _forward(work),
-            *_placed(weights + 6 * sizes.matrix * _FP32_BYTES + 512 * sizes.vocabulary * 12, weights, work),
-            spread=True,
-            mapped_bytes=base.bytes,
-        )
     mapped = 0 if solving.by_layers else base.bytes
     # A tensor of the base that is copied: as it is read, and as it is handed on.
     reading = 2 * max((tensor.bytes for tensor in base.tensors.values()), default=0)
-    yield StageCost("solve", solving.seconds, solving.host_bytes, solving.gpu_bytes, mapped_bytes=mapped)
+    solve = StageCost("solve", solving.seconds, solving.host_bytes, solving.gpu_bytes, mapped_bytes=mapped)
+    yield solve
+    if work.groups:
+        more = work.most_solves - 1
+        yield replace(solve, stage=f"solve, {more} more" if more > 1 else "solve again", seconds=more * solve.seconds)
+        yield _sensitivity(base, sizes, work)
     if work.cache_scales:
         yield _reading(base, sizes, replace(work, held_out_tokens=work.tokens), "KV cache scales", packed=False)
     yield StageCost(
@@ -140,6 +141,20 @@ def _stages(base: BaseModel, sizes: ModelSizes, solving: CostEstimate, work: Wor
     )
     yield from _evaluation(base, sizes, work)
     yield StageCost("seal", work.variant_bytes / _HASHED_BYTES_PER_SECOND, 50_000_000)
+
+
+def _sensitivity(base: BaseModel, sizes: ModelSizes, work: Workload) -> StageCost:
+    """The whole model reads: short texts for every exchange, with half of its layers on average, and longer ones."""
+    weights = sizes.parameters * _ITEM_BYTES[work.engine]
+    kept = (_SEARCH_SCORED * sizes.vocabulary + _SHORT_TOKENS * sizes.layers * sizes.hidden) * _FP32_BYTES
+    read = _SHORT_TOKENS * work.groups * (work.most_solves - 1) / 2 + _LONG_TOKENS * _ASSIGNMENTS
+    return StageCost(
+        "sensitivity",
+        _START_SECONDS + 2 * read * sizes.active * sizes.layers / _forward(work),
+        *_placed(weights + 6 * sizes.matrix * _FP32_BYTES + kept, weights + kept, work),
+        spread=True,
+        mapped_bytes=base.bytes,
+    )
 
 
 def _evaluation(base: BaseModel, sizes: ModelSizes, work: Workload) -> Iterator[StageCost]:

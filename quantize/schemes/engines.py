@@ -78,12 +78,15 @@ def kernels(scheme: Scheme, engine: Engine) -> str:
     return kernels_of(min(layers, key=lambda layer: layer.weights.columns % (1 << 30)), engine)
 
 
-def choices(engine: Engine, shape: tuple[int, int]) -> tuple[WeightArgs, ...]:
-    """List the numbers that a GPTQ module of (out_features, in_features) may get on an engine, smallest file first."""
+def choices(engine: Engine, shape: tuple[int, int], *, channels: bool = False) -> tuple[WeightArgs, ...]:
+    """List the numbers that a GPTQ module of (out_features, in_features) may get on an engine, smallest file first.
+
+    With `channels`, one scale for all inputs (group size -1) is among them.
+    """
     _, columns = shape
     return tuple(
         WeightArgs(bits, group_size)
         for bits in GPTQ_BITS
-        for group_size in sorted(GPTQ_GROUPS[1:], reverse=True)
+        for group_size in (*((-1,) if channels else ()), *sorted(GPTQ_GROUPS[1:], reverse=True))
         if columns % group_size == 0 and supports(QuantizationScheme("gptq", grouped(bits, group_size)), engine)
     )

@@ -70,14 +70,14 @@ def packed_bytes(
     }
 
 
-def disk_bytes(base: BaseModel, scheme: Scheme) -> int:
-    """Bytes that must be free for the stages: solved layers (a byte a weight), the checkpoint, and a margin.
+def disk_bytes(base: BaseModel, scheme: Scheme, solves: int = 1) -> int:
+    """Bytes that must be free for the stages: solved layers (a byte a weight, each time), the checkpoint, and a margin.
 
     The margin is for tokens and outputs of the parent: as much as the checkpoint, and what it keeps once more.
     """
     variant = predicted_bytes(base, scheme)
     kept = sum(size for name, size in predicted_tensors(base, scheme).items() if name in base.tensors)
-    return parameters(base.shapes) + 2 * variant + kept
+    return solves * parameters(base.shapes) + 2 * variant + kept
 
 
 def parameters(shapes: Mapping[str, tuple[int, int]]) -> int:

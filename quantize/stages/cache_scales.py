@@ -6,7 +6,7 @@ variants with and without an FP8 cache share their solved layers.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from types import MappingProxyType
 from typing import Any
@@ -31,12 +31,6 @@ class CacheScales:
 
     values: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     key: str = ""
-
-
-def weights_alone(run: VariantRun) -> VariantRun:
-    """Return a run for the weights, which are the same with any KV cache."""
-    recipe = run.recipe
-    return replace(run, recipe=replace(recipe, scheme=recipe.scheme.model_copy(update={"kv_cache": None})))
 
 
 def measure_cache_scales(run: VariantRun, tokens: Tokens) -> CacheScales:

@@ -39,7 +39,7 @@ def seal_variant(
         assert measured is not None
         quality = judged(measured, variant, tokens.samples.held_out, lowest_bits(recipe.scheme), plan)
         manifest = seal(variant, describe(recipe, tokens.samples, solved.result, quality))
-    for key in (solved.key, checkpoint.key, evaluated.key):
+    for key in (solved.key, *solved.parts, checkpoint.key, evaluated.key):
         run.store.release(key)
     run.store.trim(run.options.keep_bytes)
     return manifest

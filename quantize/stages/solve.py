@@ -12,7 +12,6 @@ from quantize.backends.losses import SolvedModule, require_solved
 from quantize.backends.protocol import QuantizeResult, SolveJob, Solver
 from quantize.calibration import preflight
 from quantize.calibration.samples import Samples
-from quantize.mixed_precision.auto_scheme import resolve_auto
 from quantize.planning.recipe import Recipe
 from quantize.running.progress import ProgressReporter
 from quantize.running.stage_store import StageKey, StageResult, stage_key
@@ -27,28 +26,15 @@ SOLVERS: Mapping[str, Solver] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class SolvedLayers:
-    """The folder with the solved modules of all layers, and what the solver reports of them."""
+    """The folder with the solved modules of all layers, and what the solver reports of them.
+
+    `parts` are the solutions that they were put together from, and those that a search tried beside them.
+    """
 
     directory: Path
     result: QuantizeResult
     key: StageKey
-
-
-def settle_scheme(run: VariantRun, tokens: Tokens) -> VariantRun:
-    """Search bits and group sizes for a recipe that has a budget; the scheme of any other recipe is settled."""
-    recipe = run.recipe
-    if recipe.budget is None:
-        return run
-    scheme = resolve_auto(
-        recipe.base,
-        tokens.samples.calibration,
-        recipe.budget,
-        run.options.engine,
-        run.context,
-        tensor_parallel=run.options.tensor_parallel,
-        settings=recipe.settings,
-    )
-    return replace(run, recipe=replace(recipe, scheme=scheme))
+    parts: tuple[StageKey, ...] = ()
 
 
 def solve(run: VariantRun, tokens: Tokens) -> SolvedLayers:
@@ -57,6 +43,7 @@ def solve(run: VariantRun, tokens: Tokens) -> SolvedLayers:
     SolveError if more modules than `allow_fallback` were only rounded to nearest; the solved layers are kept, so
     that a run that allows more of them continues from here.
     """
+    run = _weights_alone(run)
     key = solve_key(run.recipe, tokens.samples, run.options.expert_fallback)
     if not run.options.resume:
         run.store.forget(key)
@@ -68,6 +55,12 @@ def solve(run: VariantRun, tokens: Tokens) -> SolvedLayers:
     if is_data_free(run.recipe.scheme):
         return SolvedLayers(found.directory, QuantizeResult(seconds, tuple(modules), {}), key)
     return SolvedLayers(found.directory, QuantizeResult.of(seconds, modules), key)
+
+
+def _weights_alone(run: VariantRun) -> VariantRun:
+    """Return a run for the weights, which are the same with any KV cache."""
+    recipe = run.recipe
+    return replace(run, recipe=replace(recipe, scheme=recipe.scheme.model_copy(update={"kv_cache": None})))
 
 
 def solve_key(recipe: Recipe, samples: Samples, expert_fallback: str) -> StageKey:

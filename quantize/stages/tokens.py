@@ -41,11 +41,14 @@ def tokenize(run: VariantRun, split: CalibrationSplit) -> Tokens:
 def tokens_key(base: Path, split: CalibrationSplit, max_tokens: int) -> StageKey:
     """Digest the records, the limit, and the files that the tokenizer is made of."""
     files = [*kept_files(base), base / "config.json"]
+    drawn = asdict(split)
+    if not split.spare:
+        del drawn["spare"]  # results of runs without a search keep their names
     return stage_key(
         "tokens",
         revision=_REVISION,
         transformers=metadata.version("transformers"),
         files={file.name: sha256_of(file) for file in files if file.is_file()},
-        split=asdict(split),
+        split=drawn,
         max_tokens=max_tokens,
     )

@@ -15,15 +15,24 @@ from typing import Any
 from quantize.backends.gptqmodel import job_of
 from quantize.backends.protocol import ExpertFallback, SolveJob
 from quantize.base import BaseModel, read_base
+from quantize.calibration.samples import Samples
 from quantize.errors import QuantizeError
 from quantize.module_tree import is_plain
 from quantize.modules import direct_tree
+from quantize.options import RunOptions
 from quantize.planning.plan import settled_scheme, settled_settings
 from quantize.planning.recipe import Budget, Recipe, installed_backend
 from quantize.planning.request import Request
+from quantize.running.context import RunContext
+from quantize.running.progress import ProgressReporter
+from quantize.running.stage_store import stage_key, stage_store
+from quantize.running.worker import child_environ
 from quantize.schemes.scheme import preset
 from quantize.schemes.settings import SETTINGS
 from quantize.stages.checkpoint import writing_job
+from quantize.stages.search import solve_or_search
+from quantize.stages.tokens import Tokens
+from quantize.stages.variant_run import VariantRun
 from quantize.variants.lint import lint
 from tests.quantize.chats import chat
 from tests.quantize.families import FAMILIES, write_family
@@ -107,7 +116,9 @@ def run_case(base: BaseModel, column: str, folder: Path) -> Outcome:
     except QuantizeError as error:
         return Outcome(str(error).partition(": ")[2].rpartition("doesn't fit: ")[2])
     if recipe.budget:
-        recipe = replace(recipe, scheme=_searched(recipe, folder))
+        recipe, modules = _searched(recipe, folder)
+        _require_right(recipe, folder / "variant", column)
+        return Outcome(WORKS, modules)
     events = solve(recipe, samples_of(), folder)
     _require_right(recipe, folder / "variant", column)
     return Outcome(WORKS, len(events), sum(event["undersampled"] for event in events))
@@ -145,17 +156,22 @@ def solve(
     return listener.events
 
 
-def _searched(recipe: Recipe, folder: Path) -> Any:
-    from quantize.mixed_precision.auto_scheme import resolve_auto  # noqa: PLC0415
-    from quantize.running.context import RunContext  # noqa: PLC0415
-    from quantize.running.progress import ProgressReporter  # noqa: PLC0415
-    from quantize.running.worker import child_environ  # noqa: PLC0415
+def _searched(recipe: Recipe, folder: Path) -> tuple[Recipe, int]:
+    """Search and solve in child processes, into `folder / "variant"`; give the recipe found, and count its modules."""
+    from quantize.backends.writing_child import write  # noqa: PLC0415
 
     (folder / "search").mkdir(parents=True)
-    environ = child_environ({"QUANTGATE_HOME": str(folder / "home"), "PATH": "/usr/bin"})
-    context = RunContext(folder / "search", environ, ProgressReporter(sys.stderr))
-    assert recipe.budget is not None
-    return resolve_auto(recipe.base, samples_of(), recipe.budget, "cuda", context, settings=recipe.settings)
+    (folder / "variant").mkdir()
+    environ = child_environ({**os.environ, "QUANTGATE_HOME": str(folder / "home")})
+    progress = ProgressReporter(sys.stderr)
+    options = RunOptions(environ, progress, engine="cuda")
+    run = VariantRun(recipe, options, RunContext(folder / "search", environ, progress), stage_store(environ))
+    told = {"reasoning_tokens": 0, "language": "en", "generated": False, "cut_tokens": 0}
+    samples = [{**sample, **told, "dedup_key": sample["where"]} for sample in samples_of()]
+    found, solved = solve_or_search(run, Tokens(Samples(samples, []), stage_key("tokens")))
+    bits = {module.module: module.bits for module in solved.result.modules}
+    write(writing_job(found.recipe, solved.directory, bits, folder / "variant"), Listener())  # type: ignore[arg-type]
+    return found.recipe, len(bits)
 
 
 def _require_right(recipe: Recipe, variant: Path, column: str) -> None:

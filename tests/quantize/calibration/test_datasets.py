@@ -117,6 +117,29 @@ def test_held_out_text_is_never_calibrated_on(count: int, seed: int, samples: in
     assert all(map(is_held_out, split.held_out))
 
 
+@pytest.mark.parametrize("samples,spare,expected", [(16, 12, 12), (16, 0, 0), (16, 1000, None), (1000, 12, 0)])
+def test_rows_to_spare_are_on_neither_side(samples: int, spare: int, expected: int | None) -> None:
+    """They are what calibration left over, in the seed's order; the draw is the same without them."""
+    split = split_records(rows(90), samples=samples, seed=3, spare=spare)
+    plain = split_records(rows(90), samples=samples, seed=3)
+    assert replace(split, spare=()) == plain
+    assert len(split.spare) == (90 - len(plain.calibration) - len(plain.held_out) if expected is None else expected)
+    assert not {row.sha256 for row in split.spare} & {row.sha256 for row in (*split.calibration, *split.held_out)}
+    assert not any(map(is_held_out, split.spare))
+
+
+def test_rows_to_spare_have_other_prompts(tmp_path: Path) -> None:
+    """What the solver has read the question of is nothing new; bare text has no question."""
+    lines = [json.dumps(line) for line in answered(60, 3)]
+    _, records = read_datasets([write_lines(tmp_path / "a.jsonl", lines)])
+    split = split_records(records, samples=20, seed=0, spare=1000)
+    assert split.spare
+    assert not {prompt_of(row) for row in split.spare} & {prompt_of(row) for row in split.calibration}
+    texts = [json.dumps({"text": f"Once upon a time, {number}."}) for number in range(90)]
+    _, records = read_datasets([write_lines(tmp_path / "b.jsonl", texts)])
+    assert len(split_records(records, samples=16, seed=0, spare=9).spare) == 9
+
+
 @given(st.permutations(rows(45)), st.integers(min_value=0, max_value=5))
 def test_the_seed_alone_decides_choice_and_order(shuffled: list[Record], seed: int) -> None:
     """The order of the file's lines changes nothing."""

@@ -20,8 +20,8 @@ def option(size: int, kl: float, weight_args: WeightArgs = SMALL) -> Option:
     return Option(weight_args, size, kl)
 
 
-# Whole numbers as KL keep sums exact, so that ties are ties.
-unit_options = st.lists(st.builds(option, st.integers(1, 40), st.integers(0, 40)), min_size=1, max_size=4)
+# Whole numbers as KL keep sums exact, so that ties are ties. What is gained is below zero.
+unit_options = st.lists(st.builds(option, st.integers(1, 40), st.integers(-20, 40)), min_size=1, max_size=4)
 models = st.lists(unit_options, min_size=1, max_size=5)
 
 
@@ -50,14 +50,13 @@ def test_within_bytes_nothing_is_better(model: list[list[Option]], max_bytes: in
 
 @given(model=models, max_kl=st.integers(0, 250))
 def test_within_a_divergence_nothing_is_smaller(model: list[list[Option]], max_kl: int) -> None:
-    """The fewest bytes that are good enough, as good as these can be; an error only if nothing is."""
+    """The fewest bytes that are good enough, as good as these can be; if nothing is, the best there is."""
     good = [(size, kl) for size, kl in every_choice(model) if kl <= max_kl]
-    if not good:
-        with pytest.raises(RecipeError, match="is expected at"):
-            allocate(as_options(model), Budget(max_kl=max_kl))
-        return
     found = allocate(as_options(model), Budget(max_kl=max_kl))
-    assert (found.bytes, found.kl) == min(good)
+    if good:
+        assert (found.bytes, found.kl) == min(good)
+    else:
+        assert (found.kl, found.bytes) == min((kl, size) for size, kl in every_choice(model))
 
 
 @given(model=models, most=st.integers(1, 6))
@@ -111,44 +110,19 @@ def test_an_option_that_is_larger_and_worse_is_never_taken() -> None:
     assert allocate(options, Budget(max_bytes=100)).weight_args == {"a": SMALL}
 
 
-@pytest.mark.parametrize(
-    "budget,problem",
-    [
-        (
-            Budget(max_bytes=5_000_000),
-            "max_bytes 5.0 MB: the smallest variant that loads has 9.0 MB; raise the budget",
-        ),
-        (Budget(max_kl=0.0001), r"max_kl 0.0001: the best variant that loads, of 14.1 MB, is expected at 0.00301;"),
-    ],
-)
-def test_a_budget_that_nothing_meets_is_answered_with_one_that_is(budget: Budget, problem: str) -> None:
+def test_a_size_that_nothing_meets_is_answered_with_one_that_is() -> None:
     """The error tells the nearest number."""
     options = {"a": [option(6_000_000, 0.5), option(11_000_001, 0.003)]}
+    problem = "max_bytes 5.0 MB: the smallest variant that loads has 9.0 MB; raise the budget"
     with pytest.raises(RecipeError, match=problem):
-        allocate(options, budget, kept_bytes=3_000_000)
+        allocate(options, Budget(max_bytes=5_000_000), kept_bytes=3_000_000)
 
 
-@given(size=st.integers(1, 10**12), kl=st.floats(1e-9, 10))
-def test_the_budget_that_an_error_names_is_met(size: int, kl: float) -> None:
-    """Both numbers are rounded to the side on which they can be met."""
-    options = {"a": [option(size, kl)]}
+@given(size=st.integers(1, 10**12))
+def test_the_budget_that_an_error_names_is_met(size: int) -> None:
+    """It is rounded to the side on which it can be met."""
+    options = {"a": [option(size, 1.0)]}
     with pytest.raises(RecipeError) as too_small:
         allocate(options, Budget(max_bytes=0))
     megabytes = too_small.value.args[0].split("has ")[1].split(" MB")[0]
     assert allocate(options, Budget(max_bytes=round(float(megabytes) * 10) * 100_000)).bytes == size
-    with pytest.raises(RecipeError) as too_good:
-        allocate(options, Budget(max_kl=0.0))
-    told = too_good.value.args[0].split("expected at ")[1].split(";")[0]
-    assert allocate(options, Budget(max_kl=float(told))).kl == kl
-
-
-def test_a_large_model_is_allocated_in_little_time() -> None:
-    """256 units of six options have 6^256 choices; the front stays small and ends at both extremes."""
-    model = [
-        [option(4 + step * 3 + module_group % 5, (module_group % 37 + 1) / 4**step) for step in range(6)]
-        for module_group in range(256)
-    ]
-    front = trade_offs(model)
-    assert len(front) < 3000
-    assert front[0].bytes == sum(module_group[0].bytes for module_group in model)
-    assert front[-1].bytes == sum(module_group[-1].bytes for module_group in model)

@@ -1,7 +1,8 @@
-"""Sensitivity on a tiny Llama: what is measured is what rounding costs there, and the rest follows from it."""
+"""Measuring on a tiny Llama: assignments as wholes and units alone, with the integers that solutions have."""
 
 import io
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +12,30 @@ from quantize.base import read_base
 from quantize.errors import RecipeError
 from quantize.mixed_precision.module_groups import module_groups_of
 from quantize.running.worker import WorkerChannel
-from quantize.schemes.module_config import WeightArgs
 from tests.quantize.chats import chat
 from tests.quantize.models import write_tiny_llama
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
-from quantize.backends.scales import best_scales  # noqa: E402
+from quantize.backends.layer_checkpoint import LayerCheckpoint, ModuleSolution, dense_weight  # noqa: E402
 from quantize.dense_models import load_base  # noqa: E402
-from quantize.mixed_precision import sensitivity  # noqa: E402
-from quantize.mixed_precision.sensitivity import divergence, measure, record_reference, rounded, second_moments  # noqa: E402
+from quantize.mixed_precision.sensitivity import (  # noqa: E402
+    Assembled,
+    divergence,
+    linear_layers,
+    measure,
+    read_hidden,
+    read_parent,
+)
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(120)]
 
 DOWN = "model.layers.1.mlp.down_proj"
-SMALLEST, FINEST = WeightArgs(4, 128), WeightArgs(4, 32)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random base whose logits are far enough apart for divergences to be more than noise."""
+    """A random base whose logits are far enough apart for divergences to be more than noise, with two solutions."""
     pytest.importorskip("transformers.models.llama.modeling_llama", reason="needs torch: install the quantize extra")
     text = [message["content"] for number in range(40) for message in chat(number)["messages"]]
     base = write_tiny_llama(tmp_path_factory.mktemp("sensitivity") / "tiny", text, layers=3)
@@ -39,156 +44,133 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = load_file(base / "model.safetensors")
     tensors |= {name: 4 * tensor for name, tensor in tensors.items() if "_proj" in name or "embed" in name}
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    for bits in (4, 8):
+        write_solution(base.parent / f"solved-{bits}", tensors, bits)
     return base
 
 
-@pytest.fixture
-def model(tiny: Path) -> Iterator[Any]:
-    """The base in memory, fresh."""
-    with torch.inference_mode():
-        yield load_base(tiny)
+def write_solution(folder: Path, tensors: Mapping[str, Any], bits: int) -> None:
+    """Round every layer to nearest, one scale an output, as a solver writes it down."""
+    folder.mkdir()
+    checkpoint = LayerCheckpoint(folder, torch.float32)
+    half = 1 << (bits - 1)
+    for name, tensor in tensors.items():
+        if "_proj" in name:
+            weight = tensor.float()
+            scale = (weight.abs().amax(dim=1, keepdim=True) / (half - 0.5)).half().float()
+            integers = (weight / scale).round().clamp(-half, half - 1) + half
+            zero, g_idx = torch.full_like(scale, half), torch.zeros(weight.shape[1], dtype=torch.int32)
+            dense = dense_weight(integers.to(torch.uint8), scale, zero, g_idx)
+            checkpoint.write(name.removesuffix(".weight"), ModuleSolution(dense, scale, zero, g_idx, 0.1, 0.01, 9))
 
 
-def samples(vocabulary: int = 250) -> list[list[int]]:
-    """Token ids as good as any for a random model."""
+def texts(vocabulary: int = 250) -> list[dict[str, Any]]:
+    """Token ids as good as any for a random model; of the second text, the end is scored."""
     generator = torch.Generator().manual_seed(3)
-    return [torch.randint(2, vocabulary, (length,), generator=generator).tolist() for length in (150, 90)]
+    return [
+        {"ids": torch.randint(2, vocabulary, (length,), generator=generator).tolist(), "first": first}
+        for length, first in ((150, 0), (90, 30))
+    ]
 
 
 def job(base: Path) -> dict[str, Any]:
-    """What the parent asks for: every unit, on CUDA, where there are most choices."""
+    """What the parent asks for: both solutions as wholes, and every unit of the first exchanged for the second."""
     module_groups = module_groups_of(read_base(base).shapes, "cuda")
-    asked = {
-        module_group.name: {
-            "modules": list(module_group.modules),
-            "choices": [[one.bits, one.group_size] for one in module_group.choices],
-        }
-        for module_group in module_groups
+    modules = [module for module_group in module_groups for module in module_group.modules]
+    return {
+        "base": str(base),
+        "solved": [str(base.parent / f"solved-{bits}") for bits in (4, 8)],
+        "whole": texts(),
+        "short": texts()[1:],
+        "assignments": [dict.fromkeys(modules, 0), dict.fromkeys(modules, 1)],
+        "units": {group.name: {"modules": list(group.modules), "solves": [1]} for group in module_groups},
     }
-    return {"base": str(base), "samples": samples(), "units": asked}
+
+
+def measured(asked: dict[str, Any]) -> dict[str, Any]:
+    """Run the child's work here."""
+    return measure(asked, WorkerChannel(io.TextIOWrapper(io.BytesIO())))
 
 
 @pytest.fixture(scope="module")
-def told(tiny: Path) -> dict[str, list[float]]:
+def told(tiny: Path) -> dict[str, Any]:
     """What the child tells of the tiny base."""
-    return dict(measure(job(tiny), WorkerChannel(io.TextIOWrapper(io.BytesIO())))["kl"])
+    return measured(job(tiny))
 
 
-def cost(model: Any, changed: Mapping[str, WeightArgs]) -> float:
-    """The divergence with some modules rounded, by the whole model from its first layer on."""
-    taken = samples()
-    reference_outputs = record_reference(model, taken)
-    moments = second_moments(model, taken, {name: model.get_submodule(name) for name in changed})
-    for name, weight_args in changed.items():
-        module = model.get_submodule(name)
-        module.weight.data = rounded(module.weight.data, moments[name], weight_args)
-    return divergence(model, reference_outputs, taken, 0)
+def kl(base: Path, assignment: Mapping[str, int], read: list[dict[str, Any]]) -> float:
+    """The divergence of an assignment, by the whole model from its first layer on."""
+    with torch.inference_mode():
+        model = load_base(base)
+        parent = read_parent(model, read)
+        assembled = Assembled(linear_layers(model, [*assignment], base), [*map(Path, job(base)["solved"])])
+        assembled.put(assignment)
+        return divergence(model, parent)
 
 
-@pytest.mark.parametrize("bits,group_size", [(4, 32), (4, 128), (8, 32), (8, -1)])
-def test_rounding_gives_what_a_file_can_hold(bits: int, group_size: int) -> None:
-    """One scale a group, with integers of so many bits, and nothing further off than these leave."""
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(6, 128, generator=generator)
-    found = rounded(weight, torch.ones(128), WeightArgs(bits, group_size))
-    size = 128 if group_size < 0 else group_size
-    half = 1 << (bits - 1)
-    for first in range(0, 128, size):
-        group = slice(first, first + size)
-        integers = found[:, group] / best_scales(weight[:, group], torch.ones(size), bits).unsqueeze(1)
-        assert torch.allclose(integers, integers.round(), atol=1e-3)
-        assert -half <= integers.round().min()
-        assert integers.round().max() <= half - 1
-    assert (found - weight).norm() < (0.2 if bits == 4 else 0.02) * weight.norm()
+def test_assignments_are_measured_as_wholes(tiny: Path, told: dict[str, Any]) -> None:
+    """The figure is that of the model with all these integers; 8 bits diverge less than a fiftieth of 4."""
+    asked = job(tiny)
+    for assignment, found in zip(asked["assignments"], told["kl"], strict=True):
+        assert found == pytest.approx(kl(tiny, assignment, texts()), rel=1e-4)
+    assert 0 < told["kl"][1] < told["kl"][0] / 50
 
 
-def test_rounding_spares_the_inputs_that_count() -> None:
-    """An input that is large keeps its weights better than it would among equals."""
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(64, 32, generator=generator)
-    moment = torch.ones(32)
-    moment[5] = 1000.0
-    alike, weighed = ((rounded(weight, one, FINEST) - weight)[:, 5].square().sum() for one in (torch.ones(32), moment))
-    assert weighed < 0.5 * alike
+def test_units_are_measured_among_the_errors_of_the_others(tiny: Path, told: dict[str, Any]) -> None:
+    """One unit exchanged in the first assignment, whatever was exchanged before it."""
+    asked = job(tiny)
+    assert told["short_kl"] == pytest.approx(kl(tiny, asked["assignments"][0], texts()[1:]), rel=1e-4)
+    for unit in (DOWN, "model.layers.2.self_attn.qkv_proj"):
+        exchanged = asked["assignments"][0] | dict.fromkeys(asked["units"][unit]["modules"], 1)
+        assert told["units"][unit] == [pytest.approx(kl(tiny, exchanged, texts()[1:]), rel=1e-3)]
 
 
-def test_the_reference_is_measured_at_the_logits(tiny: Path, model: Any, told: dict[str, list[float]]) -> None:
-    """The figure of a unit's smallest numbers is the divergence of the model with that unit rounded."""
-    assert told[DOWN][0] == pytest.approx(cost(model, {DOWN: SMALLEST}), rel=1e-4)
+def test_exchanges_add_up(told: dict[str, Any]) -> None:
+    """Errors of different units point in different directions: together they gain about the sum of what each gains."""
+    gains = [told["short_kl"] - found for (found,) in told["units"].values()]
+    assert sum(gains) == pytest.approx(told["short_kl"], rel=0.4)
 
 
-@pytest.mark.parametrize("module_group,choice", [(DOWN, 2), ("model.layers.0.self_attn.qkv_proj", 1), (DOWN, 3)])
-def test_other_numbers_follow_from_the_reference(
-    tiny: Path, model: Any, told: dict[str, list[float]], module_group: str, choice: int
-) -> None:
-    """Divergence is quadratic in small errors: what is scaled is close to what would be measured."""
-    asked = job(tiny)["units"][module_group]
-    direct = cost(model, dict.fromkeys(asked["modules"], WeightArgs(*asked["choices"][choice])))
-    assert told[module_group][choice] == pytest.approx(direct, rel=0.3)
-
-
-def test_units_add_up(tiny: Path, model: Any, told: dict[str, list[float]]) -> None:
-    """The errors of different units point in different directions: the sum is what all of them cost together."""
-    asked = job(tiny)["units"]
-    everything = {module: SMALLEST for module_group in asked.values() for module in module_group["modules"]}
-    assert sum(costs[0] for costs in told.values()) == pytest.approx(cost(model, everything), rel=0.3)
-
-
-def test_finer_numbers_cost_less(told: dict[str, list[float]]) -> None:
-    """Among those of equal bits, and 8 bits less than a hundredth of 4 bits."""
-    for costs in told.values():
-        assert sorted(costs, reverse=True) == costs
-        assert 0 < costs[3] < costs[0] / 50
-
-
-def test_measuring_leaves_the_model_as_it_was_and_is_the_same_every_time(
-    tiny: Path, told: dict[str, list[float]]
-) -> None:
-    """A second run gives the same figures, bit for bit, with progress to the last unit."""
+def test_measuring_is_the_same_every_time(tiny: Path, told: dict[str, Any]) -> None:
+    """A second run gives the same figures, bit for bit, with progress to the last measurement."""
     stream = io.TextIOWrapper(io.BytesIO())
-    assert measure(job(tiny), WorkerChannel(stream))["kl"] == told
+    assert measure(job(tiny), WorkerChannel(stream)) == told
     stream.seek(0)
-    assert stream.read().splitlines()[-1] == '{"progress": [12, 12]}'
+    assert stream.read().splitlines()[-1] == '{"progress": [14, 14]}'
 
 
-def test_a_shortened_model_says_what_the_whole_one_says(tiny: Path, model: Any) -> None:
+def test_a_shortened_model_says_what_the_whole_one_says(tiny: Path) -> None:
     """Starting at a layer instead of at the embeddings changes nothing but the time it takes."""
-    reference_outputs = record_reference(model, samples())
-    assert reference_outputs.hidden
-    module = model.get_submodule(DOWN)
-    module.weight.data = module.weight.data * 1.05
-    whole = divergence(model, sensitivity.ReferenceOutputs(reference_outputs.answers, ()), samples(), 0)
-    assert whole > 0
-    assert divergence(model, reference_outputs, samples(), 1) == pytest.approx(whole, rel=1e-4)
-    # From the layer behind the change on, nothing has changed.
-    assert divergence(model, reference_outputs, samples(), 2) == pytest.approx(0, abs=1e-6)
+    with torch.inference_mode():
+        model = load_base(tiny)
+        parent = read_parent(model, texts())
+        hidden = read_hidden(model, parent)
+        assert hidden
+        module = model.get_submodule(DOWN)
+        module.weight.data = module.weight.data * 1.05
+        whole = divergence(model, parent)
+        assert whole > 0
+        assert divergence(model, parent, hidden, 1) == pytest.approx(whole, rel=1e-4)
+        # From the layer behind the change on, nothing has changed.
+        assert divergence(model, parent, hidden, 2) == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    "changes,problem",
-    [
-        ({"modules": ["model.layers.1.mlp.experts.0.up_proj"]}, r"has no linear layer model.layers.1.mlp.experts.0"),
-        ({"modules": ["model.layers.1.mlp"]}, r"has no linear layer model.layers.1.mlp;"),
-    ],
-)
-def test_a_module_that_isn_t_in_the_model_is_told(tiny: Path, changes: dict[str, Any], problem: str) -> None:
+@pytest.mark.parametrize("module", ["model.layers.1.mlp.experts.0.up_proj", "model.layers.1.mlp"])
+def test_a_module_that_isn_t_in_the_model_is_told(tiny: Path, module: str) -> None:
     """Some architectures store layers apart that they compute together."""
     asked = job(tiny)
-    asked["units"] = {DOWN: asked["units"][DOWN] | changes}
-    with pytest.raises(RecipeError, match=problem):
-        measure(asked, WorkerChannel(io.TextIOWrapper(io.BytesIO())))
+    asked["assignments"][0][module] = 0
+    with pytest.raises(RecipeError, match=f"has no linear layer {module}; scheme auto can't measure this"):
+        measured(asked)
 
 
 def test_a_divergence_that_is_no_number_is_told(tiny: Path, tmp_path: Path) -> None:
     """It would win or lose every comparison."""
-    import shutil  # noqa: PLC0415
-
     from safetensors.torch import load_file, save_file  # noqa: PLC0415
 
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny, broken)
-    tensors = load_file(broken / "model.safetensors")
+    shutil.copytree(tiny, tmp_path / "broken")
+    tensors = load_file(tmp_path / "broken" / "model.safetensors")
     tensors["model.norm.weight"][0] = float("inf")
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RecipeError, match="its logits are no numbers; mend it or copy it again"):
-        measure(job(broken), WorkerChannel(io.TextIOWrapper(io.BytesIO())))
+        measured(job(tiny) | {"base": str(tmp_path / "broken")})

@@ -11,7 +11,7 @@ from quantize.errors import MachineError
 from quantize.evaluation.evaluate import EvaluationPlan
 from quantize.planning.cost_estimate import Room, blocks_of, estimate_cost, kept_input_bytes
 from quantize.planning.model_sizes import sizes_of
-from quantize.planning.recipe import Devices
+from quantize.planning.recipe import Budget, Devices
 from quantize.planning.request import Request
 from quantize.planning.run_costs import (
     RunCosts,
@@ -78,6 +78,20 @@ def test_what_doesnt_fit_is_placed_elsewhere(gpu: int, host: int, placement: str
     cost = estimate_cost(QWQ_32B, 160_000, SETTINGS["best"], "cuda", room=Room(host * GIGA, gpu * GIGA))
     assert (cost.kept_inputs, cost.by_layers) == (placement, by_layers)
     assert (cost.kept_input_bytes > 0) == (placement is not None)
+
+
+@pytest.mark.parametrize(
+    "budget,more", [(Budget(max_kl=0.05), "solve again"), (Budget(max_bytes=19 * GIGA), "solve, 3 more")]
+)
+def test_a_search_counts_all_its_solutions(budget: Budget, more: str) -> None:
+    """Two or four solutions of equal cost, and a model that is whole in memory once while its units are exchanged."""
+    once, found = costs(), costs(replace(REQUEST, scheme=budget))
+    solve = stage(once, "solve")
+    assert stage(found, more).seconds == pytest.approx((budget.most_solves - 1) * solve.seconds)
+    assert stage(found, more).gpu_bytes == solve.gpu_bytes
+    assert 65e9 < stage(found, "sensitivity").gpu_bytes < 70e9
+    assert 60 < stage(found, "sensitivity").seconds < solve.seconds
+    assert {one.stage for one in found.stages} - {one.stage for one in once.stages} == {more, "sensitivity"}
 
 
 def test_reading_takes_a_layer_and_writing_the_model() -> None:

@@ -1,0 +1,140 @@
+"""`scheme: auto` from the command line, with real GPTQ: budgets are met by what is measured, or missed by so much."""
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from config.manifest import Manifest
+from quantize.base import read_base
+from quantize.schemes.forecast import predicted_bytes
+from quantize.schemes.module_config import weight_args_of
+from quantize.schemes.scheme import preset
+from tests.quantize.chats import chat, write_chats
+from tests.quantize.command_line import ROOT, command, environ, run
+from tests.quantize.models import write_tiny_llama
+
+pytest.importorskip("torch", reason="needs torch: install the quantize extra")
+pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")
+
+pytestmark = [pytest.mark.real_model, pytest.mark.timeout(900)]
+
+_MEASURED = re.compile(r"^auto: (?P<counts>\d+ of .*): [\d.]+ MB, KL (?P<kl>[\d.e-]+)", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A base whose units differ in what they lose, its data, and a home of its own."""
+    folder = tmp_path_factory.mktemp("search")
+    write_chats(folder / "chats.jsonl", 60)
+    text = [message["content"] for n in range(60) for message in chat(n)["messages"]]
+    base = write_tiny_llama(folder / "tiny", text, layers=3)
+    from safetensors.torch import load_file, save_file  # noqa: PLC0415
+
+    tensors = load_file(base / "model.safetensors")
+    tensors |= {name: 4 * tensor for name, tensor in tensors.items() if "_proj" in name or "embed" in name}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUANTGATE_HOME", str(folder / "home"))
+        yield folder
+
+
+def arguments(place: Path, out: str, *budget: object) -> tuple[object, ...]:
+    """The command line of a search."""
+    options = ("--engine", "cuda", "--data", place / "chats.jsonl", "--eval-prompts", 0, "--eval-tokens", 300)
+    return (place / "tiny", *options, *budget, "--out", place / out)
+
+
+@pytest.fixture(scope="module")
+def missed(place: Path) -> subprocess.CompletedProcess[str]:
+    """A run whose divergence is out of reach."""
+    return run("quantize_main", *arguments(place, "missed", "--max-kl", "1e-9"))
+
+
+def told(output: str) -> list[tuple[str, float]]:
+    """What was measured, in order: numbers with their counts, and KL."""
+    return [(match["counts"], float(match["kl"])) for match in _MEASURED.finditer(output)]
+
+
+def test_a_divergence_out_of_reach_is_missed_by_so_much(place: Path, missed: subprocess.CompletedProcess[str]) -> None:
+    """The error has the divergence of the best variant, as it was measured, and nothing is written."""
+    assert missed.returncode == 2
+    (_, start), (eights, best) = told(missed.stderr)
+    assert eights == "12 of 8 bits, group -1"
+    assert 0 < best < start / 20
+    found = re.search(r"max_kl 1e-09: missed by (\S+): the best .* diverges by (\S+) on calibration", missed.stderr)
+    assert found is not None
+    assert [float(number) for number in found.groups()] == pytest.approx([best, best], rel=0.05)
+    assert not (place / "missed").exists()
+
+
+def test_a_divergence_is_met_by_measuring_again(place: Path, missed: subprocess.CompletedProcess[str]) -> None:
+    """A mixture between both solutions, found among several that were measured; nothing is solved again."""
+    (_, start), (_, best) = told(missed.stderr)
+    wanted = (start + best) / 2
+    done = run("quantize_main", *arguments(place, "met", "--max-kl", wanted))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("solve: reusing") == 2
+    assert "solve ..." not in done.stderr
+    measured = told(done.stderr)
+    assert len(measured) >= 4  # both solutions, at least one mixture, and what was chosen
+    assert best < measured[-1][1] <= 1.005 * wanted  # told with three digits
+    assert measured[-1] in measured[2:-1]
+    manifest = Manifest.read(place / "met")
+    assert manifest.scheme.name == "auto"
+    shapes = read_base(place / "tiny").shapes
+    bits = {name: args.bits for name in shapes if (args := weight_args_of(name, manifest.scheme))}
+    assert set(bits.values()) == {4, 8}
+    require_same_weights(place, "met", bits)
+
+
+def require_same_weights(place: Path, variant: str, bits: dict[str, int]) -> None:
+    """The variant's weights are those of the solutions that its modules were taken from."""
+    import torch  # noqa: PLC0415
+
+    from quantize.mixed_precision.sensitivity import solved_weight  # noqa: PLC0415
+    from quantize.variants.weights import lazy_dense  # noqa: PLC0415
+
+    solves = {}
+    for record in (place / "home" / "stages").glob("solve-*/stage.json"):
+        modules = json.loads(record.read_bytes())["facts"]["modules"]
+        if modules[0]["group_size"] != 64:  # that of another test
+            solves[modules[0]["bits"]] = record.parent
+    dense, _ = lazy_dense(place / variant)
+    for module, number in bits.items():
+        expected = solved_weight(solves[number] / f"{module}.safetensors")
+        assert torch.allclose(dense[f"{module}.weight"][...].float(), expected, rtol=1e-2, atol=1e-3)
+
+
+def test_a_size_is_filled_with_what_diverges_least(place: Path, missed: subprocess.CompletedProcess[str]) -> None:
+    """At the size of a uniform variant, the search is as good as that one or better, and no byte larger."""
+    base = read_base(place / "tiny")
+    most = predicted_bytes(base, preset("w4a16-g64"))
+    done = run("quantize_main", *arguments(place, "sized", "--max-bytes", most))
+    assert done.returncode == 0, done.stderr
+    measured = told(done.stderr)
+    assert measured[0][0] == "12 of 4 bits, group 64"
+    assert measured[-1][1] <= measured[0][1]
+    assert predicted_bytes(base, Manifest.read(place / "sized").scheme) <= most
+
+
+def test_a_search_that_was_killed_goes_on(
+    place: Path, missed: subprocess.CompletedProcess[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`kill -9` in the second solution: the first is not solved again, and the variant has the same bytes."""
+    monkeypatch.setenv("QUANTGATE_HOME", str(tmp_path / "home"))
+    (_, start), (_, best) = told(missed.stderr)
+    argv = command("quantize_main", *arguments(place, "again", "--max-kl", (start + best) / 2))
+    with subprocess.Popen(argv, cwd=ROOT, env=environ(), stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "solution 2 of 2" in line:
+                break
+        process.kill()
+    done = run("quantize_main", *arguments(place, "again", "--max-kl", (start + best) / 2))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("solve: reusing") == 1
+    assert Manifest.read(place / "again").files == Manifest.read(place / "met").files
