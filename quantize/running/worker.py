@@ -155,7 +155,7 @@ def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
         # GPTQ is many small steps. Beside another busy process, threads that spin while they wait for each other made
         # them 500 times slower on two cores; threads that sleep cost nothing that could be measured.
         "OMP_WAIT_POLICY": kept.get("OMP_WAIT_POLICY", "PASSIVE"),
-        # glibc gives each tensor of more than 32 MB back to the kernel and takes it anew; on a virtual machine, clearing
+        # glibc returns each tensor of more than 32 MB to the kernel and takes it anew; on a virtual machine, clearing
         # its pages took as long as the arithmetic. What is freed stays with the child, which ends after its work.
         "MALLOC_MMAP_MAX_": kept.get("MALLOC_MMAP_MAX_", "0"),
         "MALLOC_TRIM_THRESHOLD_": kept.get("MALLOC_TRIM_THRESHOLD_", str(1 << 40)),
