@@ -52,6 +52,10 @@ class ChannelActivations:
     mean_square: Any
     tokens: Any
 
+    def to(self, device: str) -> "ChannelActivations":
+        """Copy them to a device."""
+        return ChannelActivations(self.largest.to(device), self.mean_square.to(device), self.tokens.to(device))
+
 
 @dataclass(frozen=True, slots=True)
 class Rounding:

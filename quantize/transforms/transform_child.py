@@ -68,13 +68,14 @@ def search_scales(
     import torch  # noqa: PLC0415
 
     tensors = lazy_tensors(base)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     scales = {}
     with torch.inference_mode():
         activations = read_activations(base, samples, [group.layers[0] for group in groups])
         for done, group in enumerate(groups, 1):
-            read = activations.pop(group.layers[0])
-            weights = {name: tensors[f"{name}.weight"][...].float() for name in group.layers}
-            scales[group.source] = best_scales(group, read, weights, roundings)
+            read = activations.pop(group.layers[0]).to(device)
+            weights = {name: tensors[f"{name}.weight"][...].to(device).float() for name in group.layers}
+            scales[group.source] = best_scales(group, read, weights, roundings).cpu()
             channel.progress(done, len(groups))
     return scales
 

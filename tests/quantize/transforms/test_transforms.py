@@ -114,6 +114,21 @@ def test_a_variant_of_a_transformed_base(tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+@pytest.mark.parametrize("name", ["gemma3_text", "glm4"])
+def test_w8a8_is_smoothed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Where no transform is named; with norms of another formula, and with joined matrices on disk."""
+    monkeypatch.setenv("QUANTGATE_HOME", str(tmp_path / "home"))
+    write_family(tmp_path / "tiny", name, TEXT)
+    write_chats(tmp_path / "chats.jsonl", 60)
+    evaluation = ("--eval-prompts", 0, "--eval-tokens", 500)
+    data, out = ("--data", tmp_path / "chats.jsonl"), tmp_path / "variant"
+    done = run("quantize_main", tmp_path / "tiny", "--scheme", "w8a8", *data, *evaluation, "--out", out)
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.read(out)
+    assert manifest.quantizer.settings["transforms"] == "smooth"
+    assert manifest.quality.kl_mean < 0.05
+
+
 def test_smoothing_lowers_the_error_of_rounded_inputs(tmp_path: Path) -> None:
     """A channel a hundred times as large as the others takes all of int8's steps; scales give them back."""
     from quantize.schemes.module_config import WeightArgs  # noqa: PLC0415
