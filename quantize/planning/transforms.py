@@ -70,9 +70,7 @@ def require_transformable(base: BaseModel, scheme: Scheme | None, names: tuple[T
     if not names:
         return
     if scheme is not None and is_data_free(scheme):
-        raise RecipeError(
-            f"{scheme.name} rounds without calibration data and takes no transforms; remove --transform"
-        )
+        raise RecipeError(f"{scheme.name} rounds without calibration data and takes no transforms; remove --transform")
     family = base.config.get("model_type")
     if set(names) - {"smooth"} and (family not in ROTATED_FAMILIES or not is_plain(base)):
         raise RecipeError(
