@@ -201,8 +201,9 @@ async def make_variant(demo: Demo, base: Path, scheme: str) -> Path:
             *("--engine", "cpu"),  # the demo serves on the CPU, even if there is a GPU
             # Minutes on two cores, whatever the machine's defaults are.
             *("--samples", "16", "--max-tokens", str(demo.max_tokens)),
-            # Few chats and no completions, which would take longer than all the rest: wide intervals.
-            *("--eval-chats", "12", "--eval-prompts", "0"),
+            # All held-out chats of the shipped text, since few decide little; no completions, which would take longer
+            # than all the rest.
+            *("--eval-chats", "30", "--eval-prompts", "0"),
             *(word for name, value in LIMITS.items() for word in ("--limit", f"{name}={value}")),
         )
         manifest = await run_module(f"quantizing to {scheme}", "quantgate", "quantize", str(base), *options)
