@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from config.quantization import (
+    COMPRESSED_TENSORS,
     REORDERING,
     UNQUANTIZED_BITS,
     Compression,
@@ -208,6 +209,20 @@ def kv_cache_refusal(dtype: str, engine: Engine, flags: frozenset[str] | None = 
     if engine == "cuda" or not dtype.startswith("fp8") or flags is None or flags & CPU_FP8_KV_CACHE_FLAGS:
         return None
     return f"kv_cache_dtype {dtype} needs AVX-512 or AMX, which this CPU lacks; use auto"
+
+
+def cache_scales_refusal(compression: Compression) -> str | None:
+    """Say why vLLM loads no scales of an FP8 KV cache beside weights that are stored so; None if it does.
+
+    AutoGPTQConfig has no method for attention (get_quant_method of auto_gptq.py). Fp8Config has one, and no
+    kv_cache_scheme by which `--kv-cache-dtype auto` would become FP8.
+    """
+    if compression in COMPRESSED_TENSORS:
+        return None
+    return (
+        f"vLLM loads scales of an FP8 KV cache beside compressed-tensors, not beside {compression}; use w4a16-asym, "
+        "w8a8 or fp8-dynamic, or serve it with kv_cache_dtype: fp8, whose scales are then 1.0"
+    )
 
 
 def float32_refusal(scheme: QuantizationScheme, engine: Engine) -> str | None:

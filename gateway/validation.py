@@ -99,6 +99,7 @@ def notices(deployment: Deployment) -> Iterator[Notice]:
         if name not in served | reported:
             hint = "add one under replicas, or remove the variant"
             yield Notice(("variants", name), "no replica serves it", hint)
+    yield from _unmeasured_caches(deployment)
 
 
 def _rejected_rungs(name: str, alias: AliasSettings, catalog: Catalog) -> Iterator[Notice]:
@@ -106,6 +107,18 @@ def _rejected_rungs(name: str, alias: AliasSettings, catalog: Catalog) -> Iterat
         rung = alias.ladder.index(rejection.variant.name)
         what = f"{rejection.variant.name!r} is never chosen: {rejection.why}"
         yield Notice(("aliases", name, "ladder", rung), what, "remove it from the ladder")
+
+
+def _unmeasured_caches(deployment: Deployment) -> Iterator[Notice]:
+    """Yield replicas with an FP8 KV cache whose variant has no part of it in its figures: floors don't see its cost."""
+    for number, replica in enumerate(deployment.settings.replicas):
+        variant = deployment.variants.get(replica.variant)
+        if variant is None or not replica.kv_cache_dtype.startswith("fp8"):
+            continue
+        if variant.manifest is None or variant.manifest.scheme.kv_cache is None:
+            what = f"the quality of {variant.name!r} was measured without an FP8 KV cache, which costs some, too"
+            hint = "quantize with --kv-cache fp8, or measure it: quantgate evaluate --replica"
+            yield Notice(("replicas", number, "kv_cache_dtype"), what, hint)
 
 
 def _with_notices(report: Report, file: LoadedFile[Settings], deployment: Deployment) -> Report:

@@ -12,18 +12,20 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from config.quantization import kv_cache_of
 from quantize.dense_experts import round_expert_inputs
 from quantize.errors import MachineError, RecipeError, VariantError
+from quantize.kv_cache import round_cache
 from quantize.layered_models import LayeredModel, open_layered
 from quantize.model_class import model_class
 from quantize.model_files.weight_files import stored_tensors
-from quantize.modules import is_expert
+from quantize.modules import inside_blocks, is_expert
+from quantize.schemes.cache_scales import CACHE_TENSORS, KEYS, VALUES, attention_names, layer_count
 from quantize.variants.weights import LazyTensor, Packing, lazy_dense, lazy_tensors, read_packing, with_base_matrices
 
 _INT8_MAX = 127
 _FP8_MAX = 448.0  # of E4M3
 INT8_TOKENS = Packing("int-quantized", 8, 8)
-_PREFIX = re.compile(r"^.*?\b(?=(layers|h|blocks)\.\d+\.)")
 # Parts of one matrix in some families: it is rounded once for each of them, which changes nothing.
 _MATRIX_PART = re.compile(r"(gate|up)_proj$")
 _VISION = re.compile(r"(^|\.)(vision|visual)")
@@ -60,12 +62,14 @@ def load_base(base: Path) -> Any:
 def load_variant(variant: Path, base: Path) -> Any:
     """Load a variant whole, as the dense model that it stands for; VariantError where it doesn't fit its base."""
     dense, layers = _dense_tensors(variant, base)
+    scales = _take_cache_scales(dense, variant)
     kind, config = _class_for(variant, base)
     try:
         model = _placed(partial(kind.from_pretrained, None), base, config=config, state_dict=dense)
     except RuntimeError as error:
         raise VariantError(f"{variant}: doesn't fit {base}: {_first_line(error)}") from None
     _round_activations(model, variant, layers)
+    round_cache(model, scales, variant)
     return model
 
 
@@ -77,8 +81,10 @@ def layered_base(base: Path) -> LayeredModel:
 def layered_variant(variant: Path, base: Path) -> LayeredModel:
     """Open a variant for reading text as the dense model that it stands for, one layer in memory at a time."""
     dense, layers = _dense_tensors(variant, base)
+    scales = _take_cache_scales(dense, variant)
     layered = open_layered(_class_for(variant, base), dense, variant, *_where_layers_run())
     _round_activations(layered.model, variant, layers)
+    round_cache(layered.model, scales, variant)
     return layered
 
 
@@ -154,6 +160,24 @@ def _dense_tensors(variant: Path, base: Path) -> tuple[dict[str, LazyTensor], tu
     return with_base_matrices(dense, stored_tensors(base)), layers
 
 
+def _take_cache_scales(tensors: dict[str, LazyTensor], variant: Path) -> dict[str, tuple[Any, Any]]:
+    """Take the scales of a KV cache out of a variant's tensors; gives those by layer that its configuration uses."""
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(CACHE_TENSORS)}
+    config = json.loads((variant / "config.json").read_bytes())
+    if kv_cache_of(config["quantization_config"]) is None:
+        return {}
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in attention_names(tensors, layer_count(config)):
+        keys, values = scales.get(f"{name}{KEYS}"), scales.get(f"{name}{VALUES}")
+        if keys is None or values is None:
+            raise VariantError(
+                f"{variant}: has no scales for the FP8 keys and values of {name}; measure it where it is served, "
+                "with --replica URL"
+            )
+        found[inside_blocks(f"{name}.")[:-1]] = (keys[...], values[...])
+    return found
+
+
 def _where_layers_run() -> tuple[Any, str]:
     """Choose dtype and device: bf16 on a GPU, as it is served; fp32 on a CPU, where a layer fits and is more exact.
 
@@ -174,21 +198,16 @@ def _round_activations(model: Any, variant: Path, names: Iterable[str]) -> None:
     def rounded(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (tokens(inputs[0]), *inputs[1:])
 
-    found = {_inside_blocks(name): module for name, module in model.named_modules() if not _VISION.search(name)}
+    found = {inside_blocks(name): module for name, module in model.named_modules() if not _VISION.search(name)}
     if any(map(is_expert, layers)):
         round_expert_inputs(model, tokens)
     for layer in sorted(layers):
-        name = _inside_blocks(layer)
+        name = inside_blocks(layer)
         module = found.get(name) or found.get(_MATRIX_PART.sub("gate_up_proj", name))
         if module is not None:
             module.register_forward_pre_hook(rounded)
         elif not is_expert(layer):
             raise VariantError(f"{layer}: no such module in the base; its activations can't be rounded")
-
-
-def _inside_blocks(name: str) -> str:
-    """Cut off what stands before the blocks: a multimodal model has other prefixes on disk than in memory."""
-    return _PREFIX.sub("", name)
 
 
 def _first_line(error: Exception) -> str:

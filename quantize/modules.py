@@ -23,6 +23,7 @@ _KEPT = re.compile(
 # of the two (`packed_modules_mapping`); those of Phi-3 look it up by the name of the matrix.
 _SPLIT_IN_VLLM = frozenset({"glm", "glm4"})
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_BEFORE_BLOCKS = re.compile(r"^.*?\b(?=(layers|h|blocks)\.\d+\.)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,3 +135,8 @@ def direct_tree(shapes: Mapping[str, Shape]) -> ModuleTree:
     return ModuleTree(
         tuple(LinearLayer(name, name, f"{name}.weight", rows, columns) for name, (rows, columns) in shapes.items())
     )
+
+
+def inside_blocks(name: str) -> str:
+    """Cut off what stands before the blocks: a multimodal model has other prefixes on disk than in memory."""
+    return _BEFORE_BLOCKS.sub("", name)

@@ -1,6 +1,7 @@
 """Base + recipe -> a sealed variant, in five stages: tokens -> solve -> checkpoint -> evaluation -> seal.
 
-A recipe with transforms has one more, after the tokens: solve and checkpoint then read the transformed base.
+A recipe with transforms has one more, after the tokens: solve and checkpoint then read the transformed base. One with
+an FP8 KV cache has one more, after solve: it measures the scales of keys and values.
 
 Each stage keeps its result in `$QUANTGATE_HOME/stages` (`quantize.running.stage_store`) under a digest of its inputs.
 A run that stops loses only the stage that it was in: the same command continues there.
@@ -39,6 +40,7 @@ from quantize.running.memory import present_machine
 from quantize.running.progress import ProgressReporter
 from quantize.running.stage_store import stage_store
 from quantize.running.worker import is_disk_full, visible
+from quantize.stages.cache_scales import measure_cache_scales, weights_alone
 from quantize.stages.checkpoint import write
 from quantize.stages.evaluation import measure_variant
 from quantize.stages.sealing import seal_variant
@@ -56,9 +58,10 @@ def build_variant(recipe: Recipe, split: CalibrationSplit, out: Path, options: R
         tokens = tokenize(begun, split)
         solving = settle_scheme(transform(begun, tokens), tokens)
         run = replace(begun, recipe=replace(begun.recipe, scheme=solving.recipe.scheme))
-        solved = solve(solving, tokens)
+        solved = solve(weights_alone(solving), tokens)
+        scales = measure_cache_scales(solving, tokens)
         with kept_after_failure(run, "the solved layers are"):
-            checkpoint = write(solving, solved)
+            checkpoint = write(solving, solved, scales)
             evaluated = measure_variant(run, tokens, checkpoint)
             return seal_variant(run, out, tokens, solved, checkpoint, evaluated)
 

@@ -13,7 +13,7 @@ from quantize.variants.checkpoint import write_checkpoint
 
 
 def write(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
-    """Child's work: `{base, solved, bits, scheme, damp, into, tree}` -> the variant's files in `into`."""
+    """Child's work: `{base, solved, bits, scheme, damp, into, tree, cache_scales}` -> the variant's files in `into`."""
     written: set[str] = set()
 
     def on_module(name: str) -> None:
@@ -27,7 +27,8 @@ def write(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     else:
         packed = packed_tensors(folder, job["bits"], on_module)
     tree = ModuleTree.from_json(job["tree"])
-    write_checkpoint(Path(job["base"]), packed, scheme, job["damp"], Path(job["into"]), tree)
+    into = Path(job["into"])
+    write_checkpoint(Path(job["base"]), packed, scheme, job["damp"], into, tree, job["cache_scales"])
     return {}
 
 

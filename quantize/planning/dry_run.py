@@ -25,6 +25,7 @@ from quantize.planning.transforms import (
     unsmoothed_reason,
 )
 from quantize.running.memory import Machine
+from quantize.schemes.cache_scales import token_bytes
 from quantize.schemes.engines import expert_refusals, kernels, refusals
 from quantize.schemes.fit import heads_of, tensor_parallel_degrees
 from quantize.schemes.forecast import disk_bytes, predicted_tensors
@@ -52,6 +53,7 @@ class DryRunPlan:
 
     `tensor_bytes` maps each tensor to its size; `kept_bytes` are those of tensors that stay as the base has them.
     `data` are lines about the calibration files, `shortages` about what this machine lacks for the run.
+    `cache_token_bytes` are those of a token in the KV cache, and what they would be in the base's dtype.
     """
 
     base: str
@@ -77,6 +79,7 @@ class DryRunPlan:
     shortages: tuple[str, ...] = ()
     transforms: tuple[TransformName, ...] = ()
     untransformed: str = ""
+    cache_token_bytes: tuple[int, int] = (0, 0)
 
     @property
     def bytes(self) -> int:
@@ -125,6 +128,7 @@ def dry_run_plan(
         shortages=costs.shortages,
         transforms=transforms,
         untransformed=unsmoothed_reason(base) if rounds_activations(scheme) and not transforms else "",
+        cache_token_bytes=token_bytes(scheme, base),
     )
 
 
@@ -178,6 +182,7 @@ def as_text(plan: DryRunPlan) -> str:
         ("size", _size_line(plan)),
         *((("experts", plan.experts),) if plan.experts else ()),
         *(("data", line) for line in plan.data),
+        *_cache_rows(plan),
         *_solver_rows(plan),
         ("time", _time_line(plan.cost, plan.stages)),
         ("memory", _memory_line(plan.stages)),
@@ -207,6 +212,14 @@ def _transform_rows(plan: DryRunPlan) -> list[tuple[str, str]]:
     if plan.transforms:
         return [("transforms", ", ".join(plan.transforms))]
     return [("transforms", f"smooth is off: {plan.untransformed}")] if plan.untransformed else []
+
+
+def _cache_rows(plan: DryRunPlan) -> list[tuple[str, str]]:
+    if plan.scheme.kv_cache is None:
+        return []
+    used, plain = (size / 1e3 for size in plan.cache_token_bytes)
+    text = f"{plan.scheme.kv_cache.precision}, calibrated scales; {used:.1f} kB a token instead of {plain:.1f} kB"
+    return [("KV cache", f"{text}; on CPU it needs AVX-512 or AMX, and vLLM 0.32 cuts off where GPUs round")]
 
 
 def _scheme_line(plan: DryRunPlan) -> str:

@@ -190,6 +190,12 @@ def _add_scheme(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN=BITS",
         help="modules that differ: '*.down_proj=8', '*.o_proj=4:32' (bits:group), '*.0.*=keep'; the first match counts",
     )
+    add(
+        "--kv-cache",
+        choices=("auto", "fp8"),
+        help="fp8: with calibrated scales for an FP8 KV cache, half the memory of a token; the evaluation rounds keys "
+        "and values, too (default: auto, the model's dtype)",
+    )
     add("--tensor-parallel", type=positive, metavar="N", help="GPUs that must be able to share it")
     add("--engine", choices=("auto", "cpu", "cuda"), help="where it must load (default: auto, this machine's)")
 

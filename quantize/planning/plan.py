@@ -21,6 +21,7 @@ from quantize.planning.request import Request
 from quantize.planning.run_costs import run_costs
 from quantize.planning.transforms import require_transformable, settled_transforms
 from quantize.running.memory import Machine
+from quantize.schemes.cache_scales import cache_misfit
 from quantize.schemes.engines import choices, expert_refusals, has_amx, refusals, require_engine
 from quantize.schemes.fit import fitted, heads_of, matching, misfit, tensor_parallel_degrees, uneven_share
 from quantize.schemes.forecast import predicted_bytes
@@ -99,6 +100,7 @@ def settled_scheme(request: Request, base: BaseModel) -> Scheme:
         scheme = fitted(request.scheme, base)
     refused = expert_refusals(scheme, base, amx=this_cpu_has_amx()) | refusals(scheme)
     reason = refused.get(request.engine) or misfit(scheme, base.shapes, base.sizes)
+    reason = reason or cache_misfit(scheme, base, request.engine)
     if reason:
         raise RecipeError(f"{base.directory}: {scheme.name} doesn't fit: {reason}")
     _require_shares(base, scheme, request.tensor_parallel)

@@ -73,7 +73,7 @@ class Recipe:
 
     def digest(self) -> str:
         """Digest contents, never paths, so that every machine gives a recipe the same name."""
-        if is_data_free(self.scheme) and self.budget is None:
+        if is_data_free(self.scheme) and self.budget is None and self.scheme.kv_cache is None:
             return self._data_free_digest()
         payload = {
             "revision": _REVISION,

@@ -14,6 +14,7 @@ from config.vllm import GPTQ_BITS
 from quantize.errors import RecipeError, RecipeFileError
 from quantize.evaluation.verdict import Limits
 from quantize.planning.recipe_schema import OverrideTable, RecipeFile, SchemeTable
+from quantize.schemes.cache_scales import FP8_CACHE
 from quantize.schemes.scheme import PRESETS, faults, named, nearest_loadable
 
 AUTO = "auto"
@@ -66,9 +67,10 @@ def limit_names() -> list[str]:
 
 def scheme_of(table: SchemeTable) -> Scheme:
     """Turn a table that passed its rules into a scheme, with its preset's numbers where it says none."""
-    values = table.model_dump(exclude_none=True, exclude={"preset"})
+    values = table.model_dump(exclude_none=True, exclude={"preset", "kv_cache"})
+    cache = {"kv_cache": FP8_CACHE if table.kv_cache == "fp8" else None}
     if table.preset is not None:
-        return named(_with_first_keys(PRESETS[table.preset], values))
+        return named(_with_first_keys(PRESETS[table.preset], values).model_copy(update=cache))
     integers = values.get("activation_bits") == 8
     defaults = {
         "name": "",
@@ -77,7 +79,7 @@ def scheme_of(table: SchemeTable) -> Scheme:
         "activation_bits": 8 if values.get("format") == "compressed-tensors" else 16,
         "format": "compressed-tensors" if integers else "gptq",
     }
-    return named(Scheme.model_validate({**defaults, **values}))
+    return named(Scheme.model_validate({**defaults, **values}).model_copy(update=cache))
 
 
 def _with_first_keys(scheme: Scheme, values: Mapping[str, Any]) -> Scheme:

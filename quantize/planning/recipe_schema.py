@@ -11,6 +11,7 @@ from quantize.planning.transforms import TransformName
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+KvCache = Literal["auto", "fp8"]
 Divergence = Annotated[float, Field(gt=0)]
 
 
@@ -61,6 +62,7 @@ class SchemeTable(Part):
     desc_act: bool | None = None
     activation_bits: int | None = None
     format: Literal["gptq", "compressed-tensors"] | None = None
+    kv_cache: KvCache | None = None
 
 
 class OverrideTable(Part):

@@ -70,11 +70,17 @@ def chosen_scheme(options: argparse.Namespace, recipe: RecipeFile) -> Scheme | B
         table = SchemeTable(preset=AUTO)
     if table is None:
         raise RecipeError("no scheme: pass --scheme, or write `scheme:` in the recipe")
+    if options.kv_cache is not None:
+        table = table.model_copy(update={"kv_cache": options.kv_cache})
+    if table.preset == AUTO and table.kv_cache == "fp8":
+        raise RecipeError("--kv-cache fp8: scheme auto makes GPTQ, beside which vLLM loads no scales of a KV cache")
     if table.preset == AUTO:
         return _budget(max_bytes, max_kl, exceptions)
     if given != (None, None):
         raise RecipeError("--max-bytes and --max-kl are budgets of `--scheme auto`, and this scheme is fixed")
-    scheme = preset(options.scheme) if options.scheme else scheme_of(table)
+    if options.scheme:
+        preset(options.scheme)
+    scheme = scheme_of(table)
     return named(scheme.model_copy(update={"overrides": tuple(one.override(scheme.bits) for one in exceptions)}))
 
 

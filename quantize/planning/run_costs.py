@@ -141,6 +141,7 @@ def _workload(
         max_tokens=request.max_tokens,
         by_replica=request.replica is not None,
         groups=len({fused_name(name) for name in base.shapes}) if isinstance(request.scheme, Budget) else 0,
+        cache_scales=scheme.kv_cache is not None,
     )
 
 

@@ -4,7 +4,7 @@ Evaluation reads parent and variant by layers (`quantize.layered_models`); only 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from config.manifest import Engine
@@ -70,7 +70,7 @@ class Workload:
 
     `tokens` of calibration text, the longest sample of `longest_tokens`; `held_out_tokens` and `prompt_tokens` (the
     longest) of the evaluation; `self_generate` answers of up to `max_tokens` that the base writes itself;
-    `groups` of modules that a search rounds one at a time.
+    `groups` of modules that a search rounds one at a time; `cache_scales` are measured where the KV cache is FP8.
     """
 
     engine: Engine
@@ -86,6 +86,7 @@ class Workload:
     max_tokens: int = 0
     by_replica: bool = False
     groups: int = 0
+    cache_scales: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +131,8 @@ def _stages(base: BaseModel, sizes: ModelSizes, solving: CostEstimate, work: Wor
     # A tensor of the base that is copied: as it is read, and as it is handed on.
     reading = 2 * max((tensor.bytes for tensor in base.tensors.values()), default=0)
     yield StageCost("solve", solving.seconds, solving.host_bytes, solving.gpu_bytes, mapped_bytes=mapped)
+    if work.cache_scales:
+        yield _reading(base, sizes, replace(work, held_out_tokens=work.tokens), "KV cache scales", packed=False)
     yield StageCost(
         "write checkpoint",
         (base.bytes + 2 * work.variant_bytes) / _DISK_BYTES_PER_SECOND,

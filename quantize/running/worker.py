@@ -155,6 +155,10 @@ def child_environ(environ: Mapping[str, str]) -> dict[str, str]:
         # GPTQ is many small steps. Beside another busy process, threads that spin while they wait for each other made
         # them 500 times slower on two cores; threads that sleep cost nothing that could be measured.
         "OMP_WAIT_POLICY": kept.get("OMP_WAIT_POLICY", "PASSIVE"),
+        # glibc gives each tensor of more than 32 MB back to the kernel and takes it anew: on a virtual machine, clearing
+        # its pages took as much time as the arithmetic. Freed memory stays with the child, which ends after its work.
+        "MALLOC_MMAP_MAX_": kept.get("MALLOC_MMAP_MAX_", "0"),
+        "MALLOC_TRIM_THRESHOLD_": kept.get("MALLOC_TRIM_THRESHOLD_", str(1 << 40)),
         # GPTQModel 7.6.0 starts two loader threads and crashes where it allows itself one (2 cores or fewer).
         "GPTQMODEL_CPU_WORKERS": kept.get("GPTQMODEL_CPU_WORKERS", "2"),
     }

@@ -6,6 +6,7 @@ from math import prod
 from config.manifest import Scheme
 from config.quantization import Compression, QuantizationArgs
 from quantize.base import BaseModel
+from quantize.schemes.cache_scales import SCALE_BYTES, scale_names
 from quantize.schemes.module_config import WeightArgs, weight_args_of
 
 _FP16_BYTES = 2
@@ -30,6 +31,8 @@ def predicted_tensors(base: BaseModel, scheme: Scheme) -> dict[str, int]:
         for module, weight_args in args.items():
             if weight_args:
                 sizes.update(packed_bytes(module, base.shapes[module], weight_args, scheme.compression, scheme.weights))
+    if scheme.kv_cache is not None:
+        sizes.update((name, SCALE_BYTES) for names in scale_names(base).values() for name in names)
     return sizes
 
 

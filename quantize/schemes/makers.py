@@ -33,7 +33,7 @@ def _is_made(scheme: Scheme) -> bool:
     if scheme.compression == "pack-quantized":
         # Symmetric int4 is made as GPTQ, which more engines load.
         return not weights.symmetric
-    plain = scheme.model_copy(update={"name": "", "overrides": ()})
+    plain = scheme.model_copy(update={"name": "", "overrides": (), "kv_cache": None})
     return any(plain == _unnamed(PRESETS[name]) for name in ("w8a8", "fp8-dynamic", "fp8-block"))
 
 

@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 from config.manifest import Override, Scheme
 from config.quantization import COMPRESSED_TENSORS, QuantizationArgs, QuantizationScheme, grouped
-from config.vllm import GPTQ_GROUPS, loaded_anywhere, refusal
+from config.vllm import GPTQ_GROUPS, cache_scales_refusal, loaded_anywhere, refusal
 from quantize.errors import RecipeError
 
 _INT8_TOKENS = QuantizationArgs(strategy="token", dynamic=True)
@@ -80,7 +80,8 @@ def preset(name: str) -> Scheme:
 def named(scheme: Scheme) -> Scheme:
     """Give a scheme the name of the preset with the same numbers, or a name made of its numbers."""
     for known in PRESETS.values():
-        if scheme.model_copy(update={"name": known.name, "overrides": (), "ignore": known.ignore}) == known:
+        plain = {"name": known.name, "overrides": (), "ignore": known.ignore, "kv_cache": None}
+        if scheme.model_copy(update=plain) == known:
             return scheme.model_copy(update={"name": _suffixed(known.name, scheme)})
     return scheme.model_copy(update={"name": _suffixed(_name_of_numbers(scheme), scheme)})
 
@@ -104,7 +105,8 @@ def _name_of_numbers(scheme: Scheme) -> str:
 
 
 def _suffixed(name: str, scheme: Scheme) -> str:
-    return f"{name}-mixed" if scheme.overrides else name
+    cache = f"-kv-{scheme.kv_cache.precision}" if scheme.kv_cache else ""
+    return f"{name}{cache}-mixed" if scheme.overrides else f"{name}{cache}"
 
 
 def layer_schemes(scheme: Scheme) -> tuple[QuantizationScheme, ...]:
@@ -122,6 +124,9 @@ def _of_override(scheme: Scheme, override: Override) -> QuantizationScheme:
 
 def faults(scheme: Scheme) -> list[str]:
     """Say what no supported vLLM loads of a scheme, on any engine."""
+    cache = cache_scales_refusal(scheme.compression) if scheme.kv_cache else None
+    if cache is not None:
+        return [cache]
     mixed = [override.modules for override in scheme.overrides if override.bits is not None]
     if mixed and scheme.compression != "gptq":
         return [f"{scheme.name} has no exceptions but `keep`, and {mixed[0]} asks for other numbers"]
@@ -132,6 +137,8 @@ def nearest_loadable(scheme: Scheme) -> Scheme:
     """Change as little as makes vLLM load a scheme: enough bits, the nearest group, symmetric, no desc_act."""
     if not faults(scheme):
         return named(scheme)
+    if scheme.kv_cache is not None and cache_scales_refusal(scheme.compression):
+        return nearest_loadable(scheme.model_copy(update={"kv_cache": None}))
     kept = tuple(override for override in scheme.overrides if override.bits is None)
     without = scheme.model_copy(update={"overrides": kept})
     if scheme.compression != "gptq" and not faults(without):

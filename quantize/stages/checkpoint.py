@@ -9,6 +9,7 @@ from quantize.modules import is_expert
 from quantize.planning.recipe import Recipe
 from quantize.running.stage_store import StageResult, stage_key
 from quantize.running.worker import run_worker
+from quantize.stages.cache_scales import CacheScales
 from quantize.stages.solve import SolvedLayers
 from quantize.stages.variant_run import VariantRun
 from quantize.variants.checkpoint import write_json
@@ -20,9 +21,10 @@ _CHILD = "quantize.backends.writing_child"
 _REVISION = 1
 
 
-def write(run: VariantRun, solved: SolvedLayers) -> StageResult:
+def write(run: VariantRun, solved: SolvedLayers, scales: CacheScales) -> StageResult:
     """Write the files of the variant, all but its evaluation and manifest; VariantError if lint has findings."""
-    key = stage_key("checkpoint", revision=_REVISION, solve=str(solved.key))
+    cache = {"cache_scales": scales.key} if scales.key else {}
+    key = stage_key("checkpoint", revision=_REVISION, solve=str(solved.key), **cache)
     if not run.options.resume:
         run.store.forget(key)
     found = run.find(key)
@@ -31,7 +33,7 @@ def write(run: VariantRun, solved: SolvedLayers) -> StageResult:
     recipe, context = run.recipe, run.context
     with run.store.staging(key) as staged:
         bits = {module.module: module.bits for module in solved.result.modules}
-        job = writing_job(recipe, solved.directory, bits, staged)
+        job = writing_job(recipe, solved.directory, bits, staged, scales.values)
         with context.progress.stage("checkpoint", "modules") as advance:
             run_worker(_CHILD, job, folder=context.folder, environ=context.environ, on_progress=advance)
         write_quant_log(staged, solved.result)
@@ -39,7 +41,9 @@ def write(run: VariantRun, solved: SolvedLayers) -> StageResult:
         return run.store.keep(key, staged, {}, subject=recipe.variant_id, cache=False)
 
 
-def writing_job(recipe: Recipe, solved: Path, bits: Mapping[str, int], into: Path) -> dict[str, Any]:
+def writing_job(
+    recipe: Recipe, solved: Path, bits: Mapping[str, int], into: Path, cache_scales: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """Describe to the child what to write; `bits` has those of every module in the folder `solved`."""
     return {
         "base": str(recipe.base.directory.resolve()),
@@ -49,6 +53,7 @@ def writing_job(recipe: Recipe, solved: Path, bits: Mapping[str, int], into: Pat
         "damp": recipe.settings.damp[0],
         "into": str(into.resolve()),
         "tree": recipe.base.modules.as_json(),
+        "cache_scales": dict(cache_scales or {}),
     }
 
 

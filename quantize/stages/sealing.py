@@ -73,7 +73,7 @@ def describe(recipe: Recipe, samples: Samples, result: QuantizeResult, quality: 
         "id": recipe.variant_id,
         "base": Base(name=recipe.base.name, digest=recipe.base.digest, dtype=recipe.base.dtype),
         "scheme": recipe.scheme,
-        "calibration": None if free else calibration,
+        "calibration": None if free and recipe.scheme.kv_cache is None else calibration,
         "quantizer": quantizer,
         "quality": quality,
     }

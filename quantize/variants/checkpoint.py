@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,20 @@ _UNNAMED = ".shard"
 
 
 def write_checkpoint(
-    base: Path, packed: Mapping[str, LazyTensor], scheme: Scheme, damp: float, into: Path, tree: ModuleTree
+    base: Path,
+    packed: Mapping[str, LazyTensor],
+    scheme: Scheme,
+    damp: float,
+    into: Path,
+    tree: ModuleTree,
+    cache_scales: Mapping[str, float] | None = None,
 ) -> None:
-    """Write a variant of `base` from the tensors of its quantized modules; all other tensors are the base's."""
-    write_shards(_variant_tensors(base, packed, scheme, tree), into)
+    """Write a variant of `base` from the tensors of its quantized modules; all other tensors are the base's.
+
+    `cache_scales` are those of an FP8 KV cache, by their names.
+    """
+    scales = _scale_tensors(cache_scales or {})
+    write_shards(chain(_variant_tensors(base, packed, scheme, tree), scales), into)
     _write_configs(base, scheme, damp, into, tree)
     for file in kept_files(base):
         shutil.copyfile(file, into / file.name)
@@ -90,7 +101,7 @@ def _compressed_config(scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
         "format": scheme.compression,
         "quantization_status": "compressed",
         "ignore": ["lm_head", *kept],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": _written_args(scheme.kv_cache) if scheme.kv_cache else None,
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
@@ -141,6 +152,13 @@ def _variant_tensors(
             yield name, tensor
     if missing:
         raise SolveError(f"{min(missing)} was solved, and {base} has no weight for it; is a shard missing?")
+
+
+def _scale_tensors(scales: Mapping[str, float]) -> Iterator[tuple[str, Any]]:
+    import torch  # noqa: PLC0415
+
+    for name, scale in scales.items():
+        yield name, torch.tensor([scale], dtype=torch.float32)
 
 
 def write_shards(tensors: Iterable[tuple[str, Any]], into: Path, shard_bytes: int = _SHARD_BYTES) -> None:

@@ -14,6 +14,7 @@ from quantize.errors import VariantError
 from quantize.model_files.kept_files import TOKENIZER_FILES, kept_files
 from quantize.schemes.forecast import predicted_bytes
 from quantize.variants.artefact import Artefact, read_artefact, read_object
+from quantize.variants.lint_cache import cache_findings
 from quantize.variants.lint_rules import (
     Finding,
     config_findings,
@@ -55,6 +56,7 @@ def lint(variant: Path, base: BaseModel | None, scheme: Scheme) -> tuple[Finding
             tensor_findings(artefact, base, scheme),
             fused_findings(artefact),
             value_findings(artefact),
+            cache_findings(artefact, scheme),
             _size_findings(artefact, base, scheme),
             _kept_findings(variant, base.directory if base else None),
             _machine_findings(variant, base.config if base else {}),

@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Mapping
 
 from config.manifest import Scheme
+from config.quantization import kv_cache_of
 from quantize.base import BaseModel
 from quantize.model_files.safetensors_header import StoredTensor
+from quantize.schemes.cache_scales import CACHE_TENSORS
 from quantize.variants.artefact import Artefact
 from quantize.variants.lint_rules import Finding
 from quantize.variants.storage_format import (
@@ -98,6 +100,8 @@ def _base_findings(
 
 def _extra_findings(artefact: Artefact, base: BaseModel, owned: set[str]) -> Iterator[Finding]:
     tied = bool(artefact.config.get("tie_word_embeddings"))
+    if kv_cache_of(artefact.quantization_config) is not None:
+        owned = owned | {name for name in artefact.entries if name.endswith(CACHE_TENSORS)}
     for name in sorted(artefact.entries.keys() - base.tensors.keys() - owned):
         if not (name.endswith(_NO_WEIGHTS) or _is_bias(name) or (tied and name == "lm_head.weight")):
             yield Finding("tensors", name, "is not in the base")

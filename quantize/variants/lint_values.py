@@ -12,7 +12,7 @@ from quantize.variants.lint_rules import Finding
 from quantize.variants.storage_format import Kind, StorageFormat, configured_format, kind_of, quantized_layers
 
 # Exponent bits that mark NaN and Inf, by dtype, and the dtype of the word that holds them.
-_EXPONENTS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}
+FLOAT_WORDS = {"F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80), "F32": ("<u4", 0x7F800000)}
 _WORD_BITS = 32
 _SCALES = ("scales", "weight_scale", "weight_scale_inv", "weight.absmax", "SCB")
 
@@ -33,7 +33,7 @@ def scale_problem(dtype: str, data: bytes, lost: int | None = None) -> str | Non
     """Say how many scales are non-finite or zero; `lost` of the zero ones have weights that are not (None: all)."""
     import numpy as np  # noqa: PLC0415
 
-    word, exponent = _EXPONENTS[dtype]
+    word, exponent = FLOAT_WORDS[dtype]
     words: Any = np.frombuffer(data, dtype=word)
     non_finite = int(((words & exponent) == exponent).sum())
     zero = int(_is_zero(words).sum()) if lost is None else lost
@@ -81,7 +81,7 @@ def _scale_findings(
 ) -> Iterator[Finding]:
     name = next((each for part in _SCALES if (each := f"{layer}.{part}") in artefact.entries), "")
     entry = artefact.entries.get(name)
-    if entry is None or entry.dtype not in _EXPONENTS:
+    if entry is None or entry.dtype not in FLOAT_WORDS:
         return
     data = entry.read()
     problem = scale_problem(entry.dtype, data)
@@ -97,7 +97,7 @@ def _lost(
     """Count scales of zero that lose weights; None where the integers can't be looked at."""
     import numpy as np  # noqa: PLC0415
 
-    zero: Any = _is_zero(np.frombuffer(data, dtype=_EXPONENTS[dtype][0]))
+    zero: Any = _is_zero(np.frombuffer(data, dtype=FLOAT_WORDS[dtype][0]))
     if kind == "gptq":
         words = artefact.entries.get(f"{layer}.qweight")
         if words is None or storage_format.bits not in (4, 8) or words.bytes * 8 % max(zero.size * _WORD_BITS, 1):

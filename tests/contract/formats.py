@@ -38,6 +38,10 @@ CASES: Mapping[str, QuantizationScheme] = MappingProxyType(
     }
 )
 
+# Of the numbers of an FP8 KV cache beside weights that are stored so: keys, values.
+CACHE_SCALES = (0.25, 0.125)
+CACHE_CASES = ("w8a8", "fp8-dynamic", "w4a16-asym", "w4a16-g128")
+
 
 def quantization_config(scheme: QuantizationScheme) -> dict[str, Any]:
     """Describe layers as config.json does."""

@@ -2,21 +2,24 @@
 
 It takes vLLM's own way from engine arguments to a model on the CPU, without an engine and without a KV cache, and runs
 one matrix: the product must be that of the weights as `quantize.variants.weights` reads them back. A line of JSON for
-each: `{"name", "kernel"}` or `{"name", "error"}`.
+each: `{"name", "kernel"}` or `{"name", "error"}`. Then the scales that attention has of an FP8 KV cache, with
+`--kv-cache-dtype auto` and `fp8`: `{"name", "cache": {"auto": [keys, values], ...}}`.
 """
 
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from config.quantization import QuantizationScheme
 from quantize.errors import VariantError
+from quantize.schemes.cache_scales import FP8_CACHE, KEYS, VALUES
 from quantize.variants.storage_format import StorageFormat, parts_of
 from quantize.variants.weights import read_dense
-from tests.contract.formats import CASES, quantization_config
+from tests.contract.formats import CACHE_CASES, CACHE_SCALES, CASES, quantization_config
 
 HIDDEN, INNER, HEADS, VOCABULARY = 256, 256, 4, 128
 CONFIG: dict[str, Any] = {
@@ -46,8 +49,8 @@ MATRICES: Mapping[str, tuple[int, int]] = {
 }
 
 
-def write_model(folder: Path, scheme: QuantizationScheme) -> Path:
-    """Write a model of one layer with random weights, stored as the lint expects them."""
+def write_model(folder: Path, scheme: QuantizationScheme, *, cache: bool = False) -> Path:
+    """Write a model of one layer with random weights, stored as the lint expects them; `cache`: with scales of one."""
     import torch  # noqa: PLC0415
     from safetensors.torch import save_file  # noqa: PLC0415
 
@@ -61,8 +64,13 @@ def write_model(folder: Path, scheme: QuantizationScheme) -> Path:
     for name, (outputs, inputs) in MATRICES.items():
         for part, (dtypes, shape) in parts_of(form, outputs, inputs).items():
             tensors[f"{name}.{part}"] = _filled(part, dtypes, shape, outputs, inputs, form)
+    quantization = quantization_config(scheme)
+    if cache:
+        scales = zip((KEYS, VALUES), CACHE_SCALES, strict=True)
+        tensors |= {f"{BLOCK}.self_attn{part}": torch.tensor([scale]) for part, scale in scales}
+        quantization["kv_cache_scheme"] = FP8_CACHE.model_dump(exclude_none=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = {**CONFIG, "quantization_config": quantization_config(scheme)}
+    config = {**CONFIG, "quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -117,19 +125,31 @@ class Loader:
         self._group = f"file://{folder / 'group'}"
         self._has_group = False
 
-    def kernel_of(self, model: Path) -> str:
-        """Load a model, multiply by its first matrix, and name the kernel."""
-        import torch  # noqa: PLC0415
+    def _loaded(self, model: Path, cache: str = "auto") -> Iterator[Any]:
         from vllm.config import set_current_vllm_config  # noqa: PLC0415
         from vllm.engine.arg_utils import EngineArgs  # noqa: PLC0415
         from vllm.model_executor.model_loader import get_model  # noqa: PLC0415
 
-        config = EngineArgs(
-            model=str(model), skip_tokenizer_init=True, max_model_len=64, enforce_eager=True, dtype="bfloat16"
-        ).create_engine_config()
+        arguments: dict[str, Any] = {"skip_tokenizer_init": True, "max_model_len": 64, "enforce_eager": True}
+        arguments |= {"dtype": "bfloat16", "kv_cache_dtype": cache}
+        config = EngineArgs(model=str(model), **arguments).create_engine_config()
         with set_current_vllm_config(config):
             self._make_group()
-            loaded = get_model(vllm_config=config)
+            yield get_model(vllm_config=config)
+
+    def cache_scales_of(self, model: Path, cache: str) -> list[float] | None:
+        """Load a model, and give the scales of keys and values that attention has; None: the cache is not FP8."""
+        with contextmanager(self._loaded)(model, cache) as loaded:
+            (attention,) = [module for module in loaded.modules() if hasattr(module, "_k_scale_float")]
+            if not attention.kv_cache_dtype.startswith("fp8"):
+                return None
+            return [attention._k_scale_float, attention._v_scale_float]
+
+    def kernel_of(self, model: Path) -> str:
+        """Load a model, multiply by its first matrix, and name the kernel."""
+        import torch  # noqa: PLC0415
+
+        with contextmanager(self._loaded)(model) as loaded:
             (layer,) = [module for name, module in loaded.named_modules() if name.endswith("qkv_proj")]
             inputs = torch.randn(3, HIDDEN).bfloat16()
             product, _ = layer(inputs)
@@ -162,6 +182,20 @@ def main(folder: Path) -> None:
         except Exception as error:  # noqa: BLE001 - what vLLM raises is the result
             outcome = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps({"name": name, **outcome}), flush=True)
+    for name in CACHE_CASES:
+        model = write_model(folder / f"{name}-cache", CASES[name], cache=True)
+        print(json.dumps({"name": f"{name}, cache", "cache": cache_outcomes(loader, model)}), flush=True)
+
+
+def cache_outcomes(loader: Loader, model: Path) -> dict[str, Any]:
+    """Load a model with each dtype of the KV cache; the scales, or what vLLM says."""
+    outcomes: dict[str, Any] = {}
+    for cache in ("auto", "fp8"):
+        try:
+            outcomes[cache] = loader.cache_scales_of(model, cache)
+        except Exception as error:  # noqa: BLE001 - what vLLM raises is the result
+            outcomes[cache] = f"{type(error).__name__}: {error}"
+    return outcomes
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from config.hardware import read_processor
-from config.vllm import refusal, supports
-from tests.contract.formats import CASES
+from config.vllm import CPU_FP8_KV_CACHE_FLAGS, cache_scales_refusal, refusal, supports
+from tests.contract.formats import CACHE_CASES, CACHE_SCALES, CASES
 from tests.contract.sources import NoSources, installed_sources
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.timeout(400)]
@@ -27,7 +28,7 @@ REFUSALS = re.compile(
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What vLLM made of a tiny model of each format, in one process."""
     try:
         installed_sources()
@@ -42,7 +43,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, st
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_vllm_loads_what_the_table_says(outcomes: dict[str, dict[str, str]], name: str) -> None:
+def test_vllm_loads_what_the_table_says(outcomes: dict[str, dict[str, Any]], name: str) -> None:
     """A format that the table has loads and computes, with the kernel of the table; any other is refused by vLLM."""
     scheme, outcome = CASES[name], outcomes[name]
     processor = read_processor()
@@ -55,3 +56,14 @@ def test_vllm_loads_what_the_table_says(outcomes: dict[str, dict[str, str]], nam
         assert outcome.get("kernel", outcome.get("error", "")).startswith(names)
     else:
         assert REFUSALS.search(outcome.get("error", f"loaded by {outcome.get('kernel')}")), reason
+
+
+@pytest.mark.skipif(not read_processor().flags & CPU_FP8_KV_CACHE_FLAGS, reason="vLLM has no FP8 KV cache on this CPU")
+@pytest.mark.parametrize("name", CACHE_CASES)
+def test_vllm_loads_scales_of_a_kv_cache_as_the_table_says(outcomes: dict[str, dict[str, Any]], name: str) -> None:
+    """Where it loads them, `auto` is an FP8 cache with the checkpoint's scales; beside GPTQ they are 1.0, silently."""
+    loaded = cache_scales_refusal(CASES[name].compression) is None
+    scales = list(CACHE_SCALES)
+    assert outcomes[f"{name}, cache"]["cache"] == (
+        {"auto": scales, "fp8": scales} if loaded else {"auto": None, "fp8": [1.0, 1.0]}
+    )

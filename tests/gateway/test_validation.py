@@ -1,15 +1,18 @@
 """What `config check` says of mistakes that operators have made: place, problem and remedy."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from config.manifest import Manifest
+from config.quantization import QuantizationArgs
 from gateway.cli.doctor import doctor_main
 from gateway.validation import notices
 from quantgate import main
-from tests.config.sealed import seal
+from tests.config.sealed import manifest_of, seal
 from tests.gateway.fleet import deployment
 from tests.gateway.mistakes import FINE, MISTAKES, OWN, VALID, VARIANTS, document, listening, replica
 from tests.gateway.test_lora import TABLES as LORA_TABLES
@@ -130,6 +133,23 @@ def test_a_served_adapter_is_not_reported() -> None:
     assert found[("variants", "hi")] == "no replica serves it"
     without = notices(deployment({**LORA_TABLES, "replicas": []}))
     assert ("aliases", "math") in {each.location for each in without if each.unservable}
+
+
+def test_an_fp8_cache_has_no_part_in_figures_without_it(folder: Path) -> None:
+    """Not even the parent's are true of it; a variant with scales of its own was measured with them."""
+    tables = {
+        "variants": {"a": {"path": str(folder / "model")}},
+        "aliases": {"m": {"ladder": ["a"]}},
+        "replicas": [{"variant": "a", "url": "http://127.0.0.1:1"}, {"variant": "a", "kv_cache_dtype": "fp8_e5m2"}],
+    }
+    found = {each.location: each.what for each in notices(deployment(tables))}
+    where = ("replicas", 1, "kv_cache_dtype")
+    assert found == {where: "the quality of 'a' was measured without an FP8 KV cache, which costs some, too"}
+    plain = deployment(tables)
+    fields = manifest_of(8)
+    fields["scheme"]["kv_cache"] = QuantizationArgs(type="float")
+    variant = replace(plain.variants["a"], manifest=Manifest.model_validate(fields))
+    assert not [*notices(replace(plain, variants={"a": variant}))]
 
 
 def test_doctor_tells_of_external_models(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,13 @@ MATRICES = {
     f"{BLOCK}.mlp.down_proj": (64, 128),
 }
 OTHERS = {"model.embed_tokens.weight": (8, 64), "model.norm.weight": (64,)}
-CONFIG: dict[str, Any] = {"model_type": "llama", "dtype": "bfloat16", "hidden_size": 64, "tie_word_embeddings": True}
+CONFIG: dict[str, Any] = {
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "tie_word_embeddings": True,
+}
 KEPT = {
     "tokenizer.json": '{"vocab": ["/usr/bin/python"]}',
     "chat_template.jinja": "{{ x }}",
@@ -54,6 +60,8 @@ def write_quantized(
     stored = {name: _zeros(shape) for name, shape in OTHERS.items()}
     for name, shape in MATRICES.items():
         stored |= packed(name, shape, scheme)
+    if scheme.kv_cache:
+        stored |= {f"{BLOCK}.self_attn.{part}_scale": ("F32", (1,), ONE_FP32) for part in "kv"}
     stored = {name: tensor for name, tensor in {**stored, **(tensors or {})}.items() if tensor}
     write_tensors(directory / "model.safetensors", stored)
     config = {**told_of(scheme), **told}
@@ -89,6 +97,7 @@ def told_of(scheme: Scheme) -> dict[str, Any]:
         "format": scheme.compression,
         "ignore": ["lm_head"],
         "config_groups": {"group_0": group},
+        "kv_cache_scheme": scheme.kv_cache.model_dump(exclude_none=True) if scheme.kv_cache else None,
     }
 
 

@@ -26,7 +26,7 @@ def qwen2(name: str, *, layers: int, hidden: int, inner: int, heads: int, kv_hea
         tensors[f"{block}.mlp.down_proj.weight"] = (hidden, inner)
         tensors[f"{block}.input_layernorm.weight"] = (hidden,)
     stored = {tensor: StoredTensor(shape, prod(shape) * _BF16_BYTES) for tensor, shape in tensors.items()}
-    config = {"hidden_size": hidden, "intermediate_size": inner}
+    config = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "head_dim": 128}
     config |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
     total = sum(tensor.bytes for tensor in stored.values())
     return BaseModel(Path("/models") / name, name, "bf16", "d" * 64, total, config, linear_shapes(stored), stored)

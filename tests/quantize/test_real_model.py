@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from config.manifest import Manifest
+from config.quantization import QuantizationArgs, kv_cache_of
 from quantize.base import read_base
 from quantize.model_files.kept_files import kept_files
 from quantize.schemes.forecast import predicted_bytes
@@ -21,6 +22,7 @@ from tests.quantize.command_line import ROOT, command, environ, run
 from tests.quantize.conftest import SCHEMES
 from tests.quantize.models import CHATML
 
+safetensors_torch = pytest.importorskip("safetensors.torch", reason="needs safetensors: install the quantize extra")
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")
 
@@ -91,6 +93,23 @@ def test_fp8_needs_no_calibration(tiny_base: Path) -> None:
     again = quantize(tiny_base, "fp8-dynamic", out, "--eval-prompts", 0, "--seed", 1)
     assert again.returncode == 0
     assert "reused" in again.stderr
+
+
+def test_scales_of_a_kv_cache_are_in_the_variant(tiny_base: Path) -> None:
+    """Two a layer, in the configuration and the manifest, which then names the text that they come from."""
+    out = tiny_base / "kv-fp8"
+    made = quantize(tiny_base, "fp8-dynamic", out, "--eval-prompts", 0, "--kv-cache", "fp8")
+    assert made.returncode == 0, made.stderr
+    manifest = Manifest.read(out)
+    assert (manifest.scheme.name, manifest.scheme.kv_cache) == ("fp8-dynamic-kv-fp8", QuantizationArgs(type="float"))
+    assert manifest.calibration is not None
+    assert 0 < manifest.quality.kl_mean < 0.1
+    told = json.loads((out / "config.json").read_bytes())["quantization_config"]
+    assert kv_cache_of(told) == manifest.scheme.kv_cache
+    tensors = safetensors_torch.load_file(out / "model.safetensors")
+    scales = {name: float(value) for name, value in tensors.items() if name.endswith((".k_scale", ".v_scale"))}
+    assert set(scales) == {f"model.layers.{layer}.self_attn.{part}_scale" for layer in range(2) for part in "kv"}
+    assert all(0 < scale < 1 for scale in scales.values())
 
 
 def test_gptq_configs_agree(tiny_variants: Path) -> None:

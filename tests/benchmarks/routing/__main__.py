@@ -83,8 +83,8 @@ def main(arguments: Sequence[str]) -> int:
     """Simulate, and print Markdown."""
     options = _options(arguments)
     objective = Objective(options.objective, options.inter_token)
-    fleet = fleet_of(options.model, options.fleet)
-    measurements = {rung: measured(MODELS[options.model][rung]) for rung in fleet.rungs}
+    fleet = fleet_of(options.model, options.fleet).with_cache(*options.cache)
+    measurements = {rung: measured(fleet.only(rung).members[0].profile) for rung in fleet.rungs}
     capacity = options.capacity or scenarios.best_rung_capacity(fleet, objective)
     report = Report(machine_line(), f"{options.model}, {fleet}", objective, capacity)
     makers = {name: maker for name, maker in _makers(objective, _ours(options)).items() if name in options.policies}
@@ -209,6 +209,13 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--policies", type=_words(known), default=list(known), help=f"of {','.join(known)}")
     parser.add_argument("--model", choices=list(MODELS), default="32b", help="(default: %(default)s)")
     parser.add_argument("--fleet", type=_counts, default="bf16=2,int8=1,int4=1", help="(default: %(default)s)")
+    parser.add_argument(
+        "--cache",
+        type=_factors,
+        default=(1.0, 1.0),
+        metavar="CAPACITY,READING",
+        help="times the tokens that the KV cache holds, and times the seconds to read one; FP8: 2,0.5",
+    )
     parser.add_argument("--objective", type=float, default=2.0, help="seconds to the first token (%(default)s)")
     parser.add_argument("--inter-token", type=float, default=0.1, help="seconds from token to token (%(default)s)")
     parser.add_argument("--spill-after", type=float, default=DEFAULT_SPILL.after_seconds, help="(%(default)s)")
@@ -253,6 +260,11 @@ def _words(known: Sequence[str]) -> Callable[[str], list[str]]:
         return given
 
     return words
+
+
+def _factors(text: str) -> tuple[float, float]:
+    capacity, reading = _numbers(text)
+    return capacity, reading
 
 
 def _numbers(text: str) -> list[float]:

@@ -44,6 +44,11 @@ class Profile:
             + kept_tokens * self.kept_token_seconds
         )
 
+    def with_cache(self, capacity: float, reading: float) -> "Profile":
+        """The same engine whose KV cache holds so many times the tokens, each read in so many times the seconds."""
+        blocks = int(self.kv_blocks * capacity)
+        return replace(self, kv_blocks=blocks, kept_token_seconds=self.kept_token_seconds * reading)
+
     def slowed(self, factor: float) -> "Profile":
         """The same engine where everything takes so many times as long."""
         return replace(
@@ -129,6 +134,11 @@ class Fleet:
     def of(self, precision: str, alias: int) -> tuple[Member, ...]:
         """The replicas of one rung of one alias."""
         return tuple(member for member in self.members if (member.precision, member.alias) == (precision, alias))
+
+    def with_cache(self, capacity: float, reading: float) -> "Fleet":
+        """The same fleet with another KV cache in every engine."""
+        changed = (replace(each, profile=each.profile.with_cache(capacity, reading)) for each in self.members)
+        return Fleet(tuple(changed))
 
     def named(self, replica: str) -> Member:
         """One of its replicas."""

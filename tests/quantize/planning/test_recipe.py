@@ -12,6 +12,7 @@ from quantize.base import BaseModel, slug
 from quantize.calibration.datasets import Dataset
 from quantize.errors import RecipeError
 from quantize.planning.recipe import Backend, Budget, Recipe, chosen_backend, installed_backend
+from quantize.schemes.cache_scales import FP8_CACHE
 from quantize.schemes.makers import RTN_FP8, is_data_free
 from quantize.schemes.scheme import PRESETS, preset
 from quantize.schemes.settings import SETTINGS, SolverSettings
@@ -51,6 +52,14 @@ def test_without_calibration_only_base_scheme_and_program_decide() -> None:
     assert replace(recipe, base=replace(BASE, digest="e" * 64)).digest() != recipe.digest()
     assert replace(recipe, scheme=preset("fp8-block")).digest() != recipe.digest()
     assert recipe.variant_id.startswith("qwq-32b-fp8-")
+
+
+def test_scales_of_a_kv_cache_need_calibration() -> None:
+    """The weights are the same, and other text gives other scales."""
+    plain = replace(RECIPE, scheme=preset("fp8-dynamic"), backend=chosen_backend(RTN_FP8))
+    recipe = replace(plain, scheme=plain.scheme.model_copy(update={"kv_cache": FP8_CACHE}))
+    assert recipe.digest() != plain.digest()
+    assert replace(recipe, datasets=()).digest() != recipe.digest()
 
 
 @given(recipes, st.sampled_from(["/tmp/x", "elsewhere"]))

@@ -72,7 +72,7 @@ def test_the_articles_script_is_stated_whole(bits: int) -> None:
     """Every parameter of the script that this project started from is in the file, not in a default."""
     recipe = load_recipe(f"qwq-32b-int{bits}")
     assert recipe.scheme is not None
-    assert recipe.scheme.model_dump(exclude={"preset"}) == {
+    assert recipe.scheme.model_dump(exclude_none=True) == {
         "bits": bits,
         "group_size": 128,
         "sym": True,
@@ -133,6 +133,11 @@ def test_overrides_in_the_manifests_words(tmp_path: Path) -> None:
             "scheme: vLLM loads symmetric GPTQ only; quantize with symmetric weights (sym: true); the nearest",
         ),
         ("scheme: {bits: 4, groups: 128}", "r.yaml:1:19: scheme.groups: unknown key; did you mean 'group_size'?"),
+        (
+            "scheme: {preset: w4a16-g128, kv_cache: fp8}",
+            "r.yaml:1:1: scheme: vLLM loads scales of an FP8 KV cache beside compressed-tensors, not beside gptq; use",
+        ),
+        ("scheme: {preset: w8a8, kv_cache: int8}", "scheme.kv_cache: must be 'auto' or 'fp8', got 'int8'"),
         ("scheme: w8a8\nmax_bytes: 70MB", "r.yaml:2:1: max_bytes: is a budget, and this scheme is fixed"),
         ("scheme: auto\nmax_bytes: 70MB\nmax_kl: 0.1", "r.yaml:3:1: max_kl: beside max_bytes"),
         ("scheme: {preset: auto, bits: 4}", "auto chooses the numbers itself"),

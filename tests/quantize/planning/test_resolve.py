@@ -12,6 +12,7 @@ from quantize.planning.recipe import Budget, Devices
 from quantize.planning.recipe_schema import EvaluationTable, RecipeFile
 from quantize.planning.request import Request, TextFile
 from quantize.planning.resolve import chosen_evaluation, resolve
+from quantize.schemes.cache_scales import FP8_CACHE
 from quantize.schemes.scheme import preset
 from quantize.schemes.settings import SETTINGS, SolverSettings
 
@@ -87,6 +88,17 @@ def asked(recipe: RecipeFile, *flags: str) -> Request:
                         Override(modules="*.o_proj", bits=4, group_size=32),
                         Override(modules="*.down_proj", bits=8),
                     ),
+                }
+            ),
+        ),
+        (
+            ["--scheme", "fp8-dynamic", "--kv-cache", "fp8"],
+            "scheme",
+            preset("fp8-dynamic").model_copy(
+                update={
+                    "name": "fp8-dynamic-kv-fp8-mixed",
+                    "kv_cache": FP8_CACHE,
+                    "overrides": (Override(modules="*.down_proj", bits=8),),
                 }
             ),
         ),
@@ -170,6 +182,13 @@ def test_a_budget_is_a_scheme(flags: list[str], budget: Budget) -> None:
     assert asked(NOTHING, "base", "--out", "out", *flags).scheme == budget
 
 
+def test_a_cache_of_the_file_yields_to_one_of_the_flags() -> None:
+    """`--kv-cache auto` is the model's dtype again."""
+    recipe = RecipeFile.model_validate({"base": "b", "scheme": {"preset": "w8a8", "kv_cache": "fp8"}, "out": "o"})
+    assert asked(recipe).scheme == preset("w8a8").model_copy(update={"name": "w8a8-kv-fp8", "kv_cache": FP8_CACHE})
+    assert asked(recipe, "--kv-cache", "auto").scheme == preset("w8a8")
+
+
 def test_a_budget_of_the_file_yields_to_one_of_the_flags() -> None:
     """Of two budgets the flag's counts."""
     recipe = RecipeFile.model_validate({"scheme": "auto", "max_bytes": 10})
@@ -187,6 +206,7 @@ def test_a_budget_of_the_file_yields_to_one_of_the_flags() -> None:
         (["base", "--scheme", "auto", "--max-kl", "1", "--max-bytes", "1"], "scheme auto needs one budget"),
         (["base", "--scheme", "w8a8", "--max-kl", "1"], "budgets of `--scheme auto`"),
         (["base", "--scheme", "w8a9"], "did you mean w8a8"),
+        (["base", "--scheme", "auto", "--max-kl", "1", "--kv-cache", "fp8"], "--kv-cache fp8: scheme auto makes GPTQ"),
     ],
 )
 def test_what_is_missing_is_told(flags: list[str], problem: str) -> None:

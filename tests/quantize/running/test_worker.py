@@ -58,3 +58,5 @@ def test_a_childs_environment_is_quick_quiet_and_offline() -> None:
     assert environ["PYTHONPYCACHEPREFIX"] == "/c/bytecode"
     assert environ["HF_HUB_OFFLINE"] == "1"
     assert child_environ({})["GPTQMODEL_CPU_WORKERS"] == "2"
+    assert child_environ({})["MALLOC_MMAP_MAX_"] == "0"
+    assert child_environ({"MALLOC_MMAP_MAX_": "9"})["MALLOC_MMAP_MAX_"] == "9"

@@ -1,6 +1,7 @@
 """The lint finds what would be refused, or served wrongly; a directory in order has no findings."""
 
 import json
+import math
 import struct
 from array import array
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from config.manifest import Override, Scheme
 from quantize.base import read_base
 from quantize.errors import VariantError
+from quantize.schemes.cache_scales import FP8_CACHE
 from quantize.schemes.scheme import preset
 from quantize.variants.artefact import read_artefact
 from quantize.variants.lint import lint, require_clean
@@ -109,6 +111,45 @@ def test_tensors_are_checked(tmp_path: Path, tensors: dict[str, Any], problem: s
     """Names, shapes, dtypes and the small tensors' values are told by name."""
     variant = write_quantized(tmp_path / "v", tensors=tensors)
     assert any(line.startswith(problem) for line in found(variant, write_base(tmp_path / "base")))
+
+
+@pytest.mark.parametrize("name", ["w8a8", "fp8-dynamic"])
+def test_scales_of_a_kv_cache_in_order(tmp_path: Path, name: str) -> None:
+    """Two a layer, which the base doesn't have."""
+    variant = write_quantized(tmp_path / "v", with_cache(name))
+    assert found(variant, write_base(tmp_path / "base"), with_cache(name)) == []
+    assert found(variant, None, with_cache(name)) == []
+
+
+@pytest.mark.parametrize(
+    "stored,problem",
+    [
+        (None, "is missing; vLLM would take 1.0"),
+        (("F32", (1,), struct.pack("<f", math.inf)), "1 of 1 are NaN or Inf"),
+        (("F32", (1,), struct.pack("<f", 0.0)), "1 of 1 are zero"),
+        (("F32", (1,), struct.pack("<f", -1.0)), "1 of 1 are negative"),
+        (("BF16", (1,), b"\x80\xbf"), "1 of 1 are negative"),
+        (("I8", (1,), b"\x01"), "is I8, not F16 or BF16 or F32"),
+    ],
+)
+def test_scales_of_a_kv_cache_are_positive_numbers(tmp_path: Path, stored: Stored | None, problem: str) -> None:
+    """Any other would be served wrongly, silently."""
+    scale = f"{BLOCK}.self_attn.k_scale"
+    variant = write_quantized(tmp_path / "v", with_cache("w8a8"), tensors={scale: stored})
+    assert f"cache: {scale}: {problem}" in found(variant, None, with_cache("w8a8"))
+
+
+def test_a_kv_cache_that_the_scheme_does_not_have(tmp_path: Path) -> None:
+    """vLLM goes by the configuration, and the gateway by the manifest."""
+    with_scales = write_quantized(tmp_path / "v", with_cache("w8a8"))
+    assert "cache: config.json: kv_cache_scheme is fp8; the scheme has none" in found(with_scales, None, preset("w8a8"))
+    without = write_quantized(tmp_path / "w", preset("w8a8"))
+    assert "cache: config.json: kv_cache_scheme is none; the scheme has fp8" in found(without, None, with_cache("w8a8"))
+
+
+def with_cache(name: str) -> Scheme:
+    """A preset with an FP8 KV cache."""
+    return preset(name).model_copy(update={"kv_cache": FP8_CACHE})
 
 
 def mixed(tmp_path: Path, pattern: str, modules: str) -> list[str]:
