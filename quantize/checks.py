@@ -1,6 +1,5 @@
 """Everything that can be known before work, checked before work: cheap things first, reading every byte last."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from config.manifest import Scheme
@@ -16,7 +15,7 @@ from quantize.load_report import check_base
 from quantize.module_tree import with_module_tree
 from quantize.options import RunOptions
 from quantize.planning.dry_run import lowest_bits
-from quantize.planning.plan import calibration_split, check_numbers, settled_scheme, settled_settings
+from quantize.planning.plan import calibration_split, check_numbers, settled_request, settled_scheme
 from quantize.planning.recipe import chosen_backend
 from quantize.planning.request import Request, TextFile
 from quantize.planning.run_costs import require_room, run_costs
@@ -44,13 +43,14 @@ def check_request(request: Request, options: RunOptions, machine: Machine) -> Ba
     split = check_data(request)
     base = with_module_tree(base, options.environ)
     scheme = settled_scheme(request, base)
-    settled = replace(request, settings=settled_settings(request.settings, base))
+    settled = settled_request(request, base, scheme)
     require_room(run_costs(settled, base, scheme, split, machine, engine=machine.engine))
-    planned = planned_base(base, request.transforms)
+    transforms = settled.transforms or ()
+    planned = planned_base(base, transforms)
     require_space(
         {
             stage_store(options.environ).root: (
-                disk_bytes(planned, scheme, request.most_solves) + transform_bytes(base, request.transforms),
+                disk_bytes(planned, scheme, request.most_solves) + transform_bytes(base, transforms),
                 "set QUANTGATE_HOME to a directory on a larger disk",
             ),
             request.out: (predicted_bytes(planned, scheme), "choose another --out"),

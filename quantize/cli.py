@@ -5,7 +5,6 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -24,14 +23,15 @@ from quantize.planning.plan import (
     check_numbers,
     plan_variant,
     present_engine,
+    settled_request,
     settled_scheme,
-    settled_settings,
     this_cpu_has_amx,
 )
 from quantize.planning.recipe_file import load_recipe, purpose_of, shipped_recipes
 from quantize.planning.recipe_schema import RecipeFile
 from quantize.planning.request import Request
 from quantize.planning.resolve import evaluation_max_tokens, evaluation_of, resolve
+from quantize.planning.transforms import rounds_activations, unsmoothed_reason
 from quantize.report.text_report import quality_line, summary_line
 from quantize.running.memory import present_machine
 from quantize.running.progress import ProgressReporter
@@ -75,7 +75,7 @@ def _show_plan(request: Request, options: argparse.Namespace) -> int:
     base = with_module_tree(read_base(request.base, digested=False), child_environ(process_environment()))
     scheme = settled_scheme(request, base)
     datasets, split = calibration_split(request)
-    request = replace(request, settings=settled_settings(request.settings, base))
+    request = settled_request(request, base, scheme)
     plan = dry_run_plan(request, base, scheme, split, present_machine(), datasets=datasets, amx=this_cpu_has_amx())
     print(json.dumps(as_json(plan), indent=2) if options.json else as_text(plan))
     return DONE
@@ -105,6 +105,8 @@ def _made(request: Request, options: RunOptions) -> tuple[Manifest, Path]:
     if recipe.settings.gptaq != request.settings.gptaq:
         why = "the model has experts" if base.modules.has_experts else "the inputs that it keeps don't fit into memory"
         options.progress.log(f"GPTAQ is off: {why}")
+    if request.transforms is None and rounds_activations(recipe.scheme) and not recipe.transforms:
+        options.progress.log(f"smooth is off: {unsmoothed_reason(base)}")
     return build_variant(recipe, split, out, options), out
 
 

@@ -17,7 +17,13 @@ from quantize.planning.recipe import Budget
 from quantize.planning.request import Request
 from quantize.planning.run_costs import expected_tokens, run_costs
 from quantize.planning.stage_costs import StageCost
-from quantize.planning.transforms import TransformName, planned_base, transform_bytes
+from quantize.planning.transforms import (
+    TransformName,
+    planned_base,
+    rounds_activations,
+    transform_bytes,
+    unsmoothed_reason,
+)
 from quantize.running.memory import Machine
 from quantize.schemes.cache_scales import token_bytes
 from quantize.schemes.engines import expert_refusals, kernels, refusals
@@ -72,6 +78,7 @@ class DryRunPlan:
     experts: str = ""
     shortages: tuple[str, ...] = ()
     transforms: tuple[TransformName, ...] = ()
+    untransformed: str = ""
     cache_token_bytes: tuple[int, int] = (0, 0)
 
     @property
@@ -93,7 +100,8 @@ def dry_run_plan(
     """Tell what a request will make of a base; `scheme` is the settled one, `amx` a feature of the CPU."""
     modules = {name for name in base.shapes if weight_args_of(name, scheme)}
     stored_in = base.modules.stored_in
-    planned = planned_base(base, request.transforms)
+    transforms = request.transforms or ()
+    planned = planned_base(base, transforms)
     kept = [tensor.bytes for name, tensor in planned.tensors.items() if modules.isdisjoint(stored_in.get(name, ()))]
     costs = run_costs(request, base, scheme, split, machine)
     return DryRunPlan(
@@ -113,12 +121,13 @@ def dry_run_plan(
         stages=costs.stages,
         engines=engine_support(scheme, base, amx=amx),
         tensor_parallel=tensor_parallel_degrees(base.shapes, scheme, heads_of(base)),
-        disk_bytes=disk_bytes(planned, scheme, request.most_solves) + transform_bytes(base, request.transforms),
+        disk_bytes=disk_bytes(planned, scheme, request.most_solves) + transform_bytes(base, transforms),
         limits=applied_limits(lowest_bits(scheme), request.evaluation),
         data=tuple(line for dataset in datasets for line in dataset.summary()),
         experts=experts_line(base.modules, scheme),
         shortages=costs.shortages,
-        transforms=request.transforms,
+        transforms=transforms,
+        untransformed=unsmoothed_reason(base) if rounds_activations(scheme) and not transforms else "",
         cache_token_bytes=token_bytes(scheme, base),
     )
 
@@ -193,10 +202,16 @@ def _solver_rows(plan: DryRunPlan) -> list[tuple[str, str]]:
         return [("solver", f"{RTN_FP8}: weights are rounded to nearest, without calibration data")]
     rows = [
         ("calibration", f"{plan.samples} samples, about {plan.tokens:,} tokens"),
-        *([("transforms", ", ".join(plan.transforms))] if plan.transforms else []),
+        *_transform_rows(plan),
         ("solver", f"{plan.backend}, {_settings_line(plan.settings)}"),
     ]
     return [*rows, ("GPTAQ", _kept_inputs_line(plan.cost))] if plan.settings.gptaq else rows
+
+
+def _transform_rows(plan: DryRunPlan) -> list[tuple[str, str]]:
+    if plan.transforms:
+        return [("transforms", ", ".join(plan.transforms))]
+    return [("transforms", f"smooth is off: {plan.untransformed}")] if plan.untransformed else []
 
 
 def _cache_rows(plan: DryRunPlan) -> list[tuple[str, str]]:

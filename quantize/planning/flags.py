@@ -20,7 +20,7 @@ from quantize.planning.flag_values import (
 )
 from quantize.planning.recipe_file import limit_names
 from quantize.planning.request import DEFAULT_TEXT
-from quantize.planning.transforms import TRANSFORMS
+from quantize.planning.transforms import NO_TRANSFORM, TRANSFORMS
 from quantize.running.terminal import OneLineParser
 from quantize.schemes.scheme import PRESETS
 from quantize.schemes.settings import DAMPING_LADDER, SETTINGS
@@ -232,8 +232,9 @@ def _add_solver(parser: argparse.ArgumentParser) -> None:
     add(
         "--transform",
         action="append",
-        choices=TRANSFORMS,
-        help="change the base before it is solved, without changing what it computes; may be repeated",
+        choices=(*TRANSFORMS, NO_TRANSFORM),
+        help="change the base before it is solved, without changing what it computes; may be repeated (default: smooth "
+        "for w8a8, else none)",
     )
     add("--solver", choices=tuple(SETTINGS), help="a preset (default: best); replaces the recipe's solver table")
     add("--group-order", action=argparse.BooleanOptionalAction, help="order inputs by activation inside groups")

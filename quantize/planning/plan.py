@@ -19,7 +19,7 @@ from quantize.errors import RecipeError
 from quantize.planning.recipe import SEARCH_CHATS, Budget, Recipe, chosen_backend
 from quantize.planning.request import Request
 from quantize.planning.run_costs import run_costs
-from quantize.planning.transforms import require_transformable
+from quantize.planning.transforms import require_transformable, settled_transforms
 from quantize.running.memory import Machine
 from quantize.schemes.cache_scales import cache_misfit
 from quantize.schemes.engines import choices, expert_refusals, has_amx, refusals, require_engine
@@ -45,7 +45,7 @@ def plan_variant(request: Request, base: BaseModel, machine: Machine) -> tuple[R
     """
     scheme = settled_scheme(request, base)
     datasets, split = calibration_split(request)
-    request = replace(request, settings=settled_settings(request.settings, base))
+    request = settled_request(request, base, scheme)
     costs = run_costs(request, base, scheme, split, machine, engine=machine.engine)
     free = is_data_free(scheme)
     recipe = Recipe(
@@ -60,7 +60,7 @@ def plan_variant(request: Request, base: BaseModel, machine: Machine) -> tuple[R
         devices=request.devices,
         budget=request.scheme if isinstance(request.scheme, Budget) else None,
         split_by_prompt=split.moved_rows > 0,
-        transforms=request.transforms,
+        transforms=request.transforms or (),
     )
     return recipe, split
 
@@ -90,7 +90,8 @@ def settled_scheme(request: Request, base: BaseModel) -> Scheme:
     """Fit the scheme to the base; for a budget, give the smallest scheme that fits, where its search starts."""
     if not base.shapes:
         raise RecipeError(f"{base.directory}: has no linear layers in blocks; GPTQ quantizes decoder models")
-    require_transformable(base, None if isinstance(request.scheme, Budget) else request.scheme, request.transforms)
+    named = request.transforms or ()
+    require_transformable(base, None if isinstance(request.scheme, Budget) else request.scheme, named)
     if isinstance(request.scheme, Budget):
         _require_searchable(base)
         scheme = fitted(_smallest(base, request.scheme, request.engine), base)
@@ -104,6 +105,12 @@ def settled_scheme(request: Request, base: BaseModel) -> Scheme:
         raise RecipeError(f"{base.directory}: {scheme.name} doesn't fit: {reason}")
     _require_shares(base, scheme, request.tensor_parallel)
     return scheme
+
+
+def settled_request(request: Request, base: BaseModel, scheme: Scheme) -> Request:
+    """Fill in what depends on the base, and what on its settled scheme: solver settings and transforms."""
+    transforms = settled_transforms(request.transforms, base, scheme)
+    return replace(request, settings=settled_settings(request.settings, base), transforms=transforms)
 
 
 def settled_settings(settings: SolverSettings, base: BaseModel) -> SolverSettings:

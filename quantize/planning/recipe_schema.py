@@ -144,7 +144,7 @@ class RecipeFile(Part):
     overrides: tuple[OverrideTable, ...] = ()
     calibration: CalibrationTable = CalibrationTable()
     seed: int | None = None
-    transforms: tuple[TransformName, ...] = ()
+    transforms: tuple[TransformName, ...] | None = None
     solver: SolverTable = SolverTable()
     backend: Literal["gptqmodel", "auto-gptq"] | None = None
     devices: DevicesTable = DevicesTable()

@@ -55,7 +55,7 @@ class Request:
     samples            chats to calibrate on
     max_tokens         each is cut to this many tokens
     seed               decides which chats, in which order
-    transforms         changes of the base before it is solved that leave its function as it is
+    transforms         changes of the base before it is solved that leave its function as it is; None: the scheme's
     settings           how hard the solver tries
     backend            program that solves: gptqmodel or auto-gptq
     devices            GPUs that may work, and how much of their memory
@@ -79,7 +79,7 @@ class Request:
     samples: int = DEFAULT_TEXT["cpu"].samples
     max_tokens: int = DEFAULT_TEXT["cpu"].max_tokens
     seed: int = 0
-    transforms: tuple[TransformName, ...] = ()
+    transforms: tuple[TransformName, ...] | None = None
     settings: SolverSettings = SETTINGS["best"]
     backend: str = "gptqmodel"
     devices: Devices = field(default_factory=Devices)

@@ -13,7 +13,7 @@ from quantize.planning.recipe import Budget, Devices
 from quantize.planning.recipe_file import AUTO, scheme_of
 from quantize.planning.recipe_schema import EvaluationTable, OverrideTable, RecipeFile, SchemeTable, SolverTable
 from quantize.planning.request import DEFAULT_TEXT, Request, TextFile
-from quantize.planning.transforms import in_order
+from quantize.planning.transforms import NO_TRANSFORM, TransformName, in_order
 from quantize.running.stage_store import DEFAULT_KEEP_BYTES
 from quantize.schemes.scheme import named, preset
 from quantize.schemes.settings import SETTINGS, SolverSettings
@@ -46,7 +46,7 @@ def resolve(options: argparse.Namespace, recipe: RecipeFile, *, present: Engine)
         samples=first(options.samples, text.samples, size.samples),
         max_tokens=first(options.max_tokens, text.max_tokens, size.max_tokens),
         seed=first(options.seed, recipe.seed, 0),
-        transforms=in_order(tuple(options.transform or recipe.transforms)),
+        transforms=chosen_transforms(options, recipe),
         settings=chosen_settings(options, recipe.solver),
         backend=first(options.backend, recipe.backend, "gptqmodel"),
         devices=devices,
@@ -93,6 +93,18 @@ def chosen_settings(options: argparse.Namespace, table: SolverTable) -> SolverSe
     given = {name: getattr(options, name) for name in _SETTING_FLAGS if getattr(options, name) is not None}
     damp = {"damp": tuple(options.damp)} if options.damp else {}
     return replace(SETTINGS[first(options.solver, table.preset, "best")], **said | given | damp)
+
+
+def chosen_transforms(options: argparse.Namespace, recipe: RecipeFile) -> tuple[TransformName, ...] | None:
+    """Take the transforms that are named; None leaves the choice to the scheme, which `--solver classic` does not."""
+    names = options.transform
+    if names is not None:
+        if NO_TRANSFORM in names and len(names) > 1:
+            raise RecipeError(f"--transform {NO_TRANSFORM} beside others; remove one")
+        return in_order(tuple(names))
+    if recipe.transforms is not None:
+        return in_order(recipe.transforms)
+    return () if first(options.solver, recipe.solver.preset, "best") == "classic" else None
 
 
 def chosen_evaluation(options: argparse.Namespace, table: EvaluationTable) -> EvaluationPlan:

@@ -18,7 +18,7 @@ from quantize.stages.variant_run import VariantRun
 
 _CHILD = "quantize.transforms.transform_child"
 # Raise this when the same base is transformed otherwise.
-_REVISION = 1
+_REVISION = 2
 _LIBRARIES = ("torch", "transformers")
 # The search reads this much text; more changes its choices no more.
 _SEARCH_SAMPLES = 16
@@ -48,8 +48,14 @@ def transform_job(recipe: Recipe, tokens: Tokens) -> dict[str, Any]:
         "transforms": list(recipe.transforms),
         "seed": recipe.seed,
         "samples": ids if "smooth" in recipe.transforms else [],
-        "roundings": {module: _numbers(recipe, module) for module in recipe.base.shapes},
+        "roundings": _roundings(recipe),
     }
+
+
+def _roundings(recipe: Recipe) -> dict[str, tuple[int, int, int]]:
+    """Map each matrix of the base's files, experts left out, to the numbers of the module that it is written to."""
+    dense = [layer for layer in recipe.base.modules.layers if not layer.is_expert]
+    return {layer.tensor.removesuffix(".weight"): _numbers(recipe, layer.stored_name) for layer in dense}
 
 
 def _numbers(recipe: Recipe, module: str) -> tuple[int, int, int]:

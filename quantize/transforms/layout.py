@@ -9,13 +9,14 @@ EMBEDDINGS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Sizes of a supported model; its tensors have the names of Llama's."""
+    """Sizes of a supported model; its blocks have the names of Llama's."""
 
     layers: int
     hidden_size: int
     heads: int
     kv_heads: int
     head_dim: int
+    intermediate_size: int
     tied: bool
 
     @classmethod
@@ -28,5 +29,6 @@ class Layout:
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            intermediate_size=config["intermediate_size"],
             tied=LM_HEAD not in stored or bool(config.get("tie_word_embeddings")),
         )

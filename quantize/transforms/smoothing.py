@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantize.dense_models import fake_quantize_tokens
+from quantize.planning.block_form import BlockForm
 from quantize.schemes.module_config import WeightArgs
 from quantize.transforms.layout import Layout
 
@@ -22,13 +23,17 @@ _SMALLEST = 1e-5
 class ScaleGroup:
     """Layers of a block that read the same input, and what that input comes from: a norm, or a linear layer.
 
-    `repeats` heads read each of the source's outputs, in spans of `span` channels.
+    `repeats` heads read each of the source's outputs, in spans of `span` channels. The outputs are those from row
+    `first_row` of a linear layer on, whose other rows are another layer's. A norm multiplies by `norm_offset` and its
+    weights; None for a linear layer.
     """
 
     source: str
     layers: tuple[str, ...]
     repeats: int = 1
     span: int = 1
+    first_row: int = 0
+    norm_offset: float | None = None
 
     def spread(self, scales: Any) -> Any:
         """Repeat the scales of the source's outputs for the channels that the layers read."""
@@ -47,6 +52,10 @@ class ChannelActivations:
     mean_square: Any
     tokens: Any
 
+    def to(self, device: str) -> "ChannelActivations":
+        """Copy them to a device."""
+        return ChannelActivations(self.largest.to(device), self.mean_square.to(device), self.tokens.to(device))
+
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
@@ -56,16 +65,29 @@ class Rounding:
     activation_bits: int
 
 
-def groups_of(layer: int, layout: Layout) -> tuple[ScaleGroup, ...]:
-    """List the groups of a block: attention and MLP inputs, then the inputs of o_proj and down_proj."""
+def groups_of(layer: int, layout: Layout, form: BlockForm) -> Iterator[ScaleGroup]:
+    """Yield the groups of a block: attention and MLP inputs where norms come before, inputs of o_proj and down_proj."""
     block = f"model.layers.{layer}"
-    attention, mlp = f"{block}.self_attn", f"{block}.mlp"
-    return (
-        ScaleGroup(f"{block}.input_layernorm", tuple(f"{attention}.{part}_proj" for part in "qkv")),
-        ScaleGroup(f"{attention}.v_proj", (f"{attention}.o_proj",), layout.heads // layout.kv_heads, layout.head_dim),
-        ScaleGroup(f"{block}.post_attention_layernorm", (f"{mlp}.gate_proj", f"{mlp}.up_proj")),
-        ScaleGroup(f"{mlp}.up_proj", (f"{mlp}.down_proj",)),
+    readers: dict[str, tuple[str, ...]] = {}
+    for norm, layers in ((form.attention_norm, form.attention_inputs), (form.mlp_norm, form.mlp_inputs)):
+        if norm is not None:
+            readers[norm] = (*readers.get(norm, ()), *(f"{block}.{name}" for name in layers))
+    for norm, names in readers.items():
+        yield ScaleGroup(f"{block}.{norm}", names, norm_offset=form.norm_offset)
+    yield ScaleGroup(
+        f"{block}.self_attn.{form.values}",
+        (f"{block}.self_attn.o_proj",),
+        repeats=layout.heads // layout.kv_heads,
+        span=layout.head_dim,
+        first_row=(layout.heads + layout.kv_heads) * layout.head_dim if form.values == "qkv_proj" else 0,
     )
+    if form.mlp_up is not None:
+        joined = form.mlp_up == "gate_up_proj"
+        yield ScaleGroup(
+            f"{block}.mlp.{form.mlp_up}",
+            (f"{block}.mlp.down_proj",),
+            first_row=layout.intermediate_size if joined else 0,
+        )
 
 
 def best_scales(
@@ -140,30 +162,39 @@ def smoothed(
 
     A norm keeps its dtype. What its weights lose by that is made up for in the layers that read it.
     """
-    exact = {group.source: _exact(tensors, group, scales[group.source]) for group in groups}
+    norms = {group.source: _divided_norm(tensors, group, scales) for group in groups if group.norm_offset is not None}
+    exact = {**scales, **{source: divisor for source, (_, divisor) in norms.items()}}
+    sources = {group.source: group for group in groups}
     readers = {layer: group for group in groups for layer in group.layers}
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
-        if module not in exact and module not in readers:
-            yield name, tensor[...]
+        if module in norms:
+            yield name, norms[module][0]
             continue
-        value = tensor[...]
-        changed = value.float()
-        if module in exact:
-            divisor = exact[module]
-            changed = changed / (divisor.unsqueeze(1) if changed.ndim > 1 else divisor)
+        changed = tensor[...]
+        if module in sources:
+            changed = _divided_rows(changed.float(), sources[module], exact[module])
         if module in readers and kind == "weight":
             group = readers[module]
-            changed = changed * group.spread(exact[group.source])
-        yield name, changed.to(value.dtype) if value.ndim == 1 and module.endswith("norm") else changed
+            changed = changed.float() * group.spread(exact[group.source])
+        yield name, changed
 
 
-def _exact(tensors: Mapping[str, Any], group: ScaleGroup, scales: Any) -> Any:
-    """Give the scales by which a source is divided indeed, after its own rounding."""
+def _divided_rows(value: Any, group: ScaleGroup, scales: Any) -> Any:
+    """Divide outputs of a linear layer, from `first_row` on: rows of its weight [N, K], or of its bias [N]."""
     import torch  # noqa: PLC0415
 
-    if not group.source.endswith("norm"):
-        return scales
-    weight = tensors[f"{group.source}.weight"][...]
-    divided = (weight.float() / scales).to(weight.dtype).float()
-    return torch.where(divided == 0, torch.ones_like(scales), weight.float() / divided)
+    divisor = torch.cat([scales.new_ones(group.first_row), scales])
+    return value / (divisor.unsqueeze(1) if value.ndim > 1 else divisor)
+
+
+def _divided_norm(tensors: Mapping[str, Any], group: ScaleGroup, scales: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Divide a norm; give its weights in their dtype, and the scales by which they are divided indeed, rounded so."""
+    import torch  # noqa: PLC0415
+
+    weight, offset = tensors[f"{group.source}.weight"][...], group.norm_offset or 0.0
+    factor = weight.float() + offset
+    stored = (factor / scales[group.source] - offset).to(weight.dtype)
+    divided = stored.float() + offset
+    stays = divided == 0
+    return torch.where(stays, weight, stored), torch.where(stays, torch.ones_like(factor), factor / divided)

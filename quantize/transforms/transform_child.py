@@ -7,13 +7,14 @@ fp32, so that nothing is rounded before the solver rounds it; all other tensors 
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from quantize.model_files.kept_files import kept_files
 from quantize.model_files.safetensors_header import StoredTensor
 from quantize.model_files.weight_files import stored_tensors
+from quantize.planning.block_form import BLOCK_FORMS
 from quantize.running.worker import WorkerChannel, run_child
 from quantize.schemes.module_config import WeightArgs
 from quantize.transforms.activations import read_activations
@@ -27,7 +28,8 @@ from quantize.variants.weights import lazy_tensors
 def transform(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     """Child's work: `{base, transforms, seed, samples, roundings, scratch, into}` -> a model directory in `into`.
 
-    `roundings` maps each linear layer to `[bits, group size, activation bits]`, bits 0 for a layer that is kept.
+    `roundings` maps each linear layer of the base's files to `[bits, group size, activation bits]`, bits 0 for a layer
+    that is kept. Experts are left out: no transform changes them.
     """
     base, names = Path(job["base"]), frozenset(job["transforms"])
     into = Path(job["into"])
@@ -43,7 +45,9 @@ def transform(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
             write_json(target / "config.json", {**config, "tie_word_embeddings": False})
         base = target
     if "smooth" in names:
-        groups, scales = search_scales(base, layout, job["samples"], roundings, channel)
+        form = BLOCK_FORMS[config["model_type"]]
+        groups = [group for layer in range(layout.layers) for group in groups_of(layer, layout, form)]
+        scales = search_scales(base, groups, job["samples"], roundings, channel)
         write_model(base, smoothed(lazy_tensors(base), groups, scales), quantized, into)
     return {}
 
@@ -54,22 +58,26 @@ def rounding_of(bits: int, group_size: int, activation_bits: int) -> Rounding:
 
 
 def search_scales(
-    base: Path, layout: Layout, samples: list[list[int]], roundings: Mapping[str, Rounding], channel: WorkerChannel
-) -> tuple[list[ScaleGroup], dict[str, Any]]:
+    base: Path,
+    groups: Sequence[ScaleGroup],
+    samples: list[list[int]],
+    roundings: Mapping[str, Rounding],
+    channel: WorkerChannel,
+) -> dict[str, Any]:
     """Search the scales of all groups of layers, by their source, on what the layers read of the samples."""
     import torch  # noqa: PLC0415
 
-    groups = [group for layer in range(layout.layers) for group in groups_of(layer, layout)]
     tensors = lazy_tensors(base)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     scales = {}
     with torch.inference_mode():
         activations = read_activations(base, samples, [group.layers[0] for group in groups])
         for done, group in enumerate(groups, 1):
-            read = activations.pop(group.layers[0])
-            weights = {name: tensors[f"{name}.weight"][...].float() for name in group.layers}
-            scales[group.source] = best_scales(group, read, weights, roundings)
+            read = activations.pop(group.layers[0]).to(device)
+            weights = {name: tensors[f"{name}.weight"][...].to(device).float() for name in group.layers}
+            scales[group.source] = best_scales(group, read, weights, roundings).cpu()
             channel.progress(done, len(groups))
-    return groups, scales
+    return scales
 
 
 def write_model(base: Path, tensors: Iterable[tuple[str, Any]], quantized: frozenset[str], into: Path) -> None:

@@ -31,7 +31,8 @@ def test_int8_through_its_replica(serving: Running, home: Path, smollm2: Path) -
     assert served.dataset_sha256 == computed.dataset_sha256
     assert (served.tokens, served.chats) == (computed.tokens, computed.chats)
     assert overlap(interval(computed), interval(served))
-    assert 0.7 < served.kl_mean / computed.kl_mean < 1.3
+    # Replicas also round to bf16, which is about 0.001: a tenth of what int8 leaves after smoothing.
+    assert 0.7 < served.kl_mean / computed.kl_mean < 1.5
     assert served.kl_floor is not None
     assert served.kl_floor < served.kl_mean
     assert served.generation is not None

@@ -12,8 +12,8 @@ from rich.console import Console
 from config.errors import ConfigError
 from config.load import load_settings
 from config.variant import PARENT_QUALITY, QualityMeasures, Variant
-from gateway.demo.cli import Demo, check_start, wait_until_ready, write_configuration
-from gateway.demo.report import Answer, show_answer, show_next_steps, show_variants
+from gateway.demo.cli import LIMITS, Demo, check_start, wait_until_ready, write_configuration
+from gateway.demo.report import Answer, show_answer, show_limits, show_next_steps, show_variants
 from gateway.demo.subprocess import SubprocessFailed, run_module
 from gateway.http.sockets import address_of, bind
 from serving.errors import ServingError
@@ -73,6 +73,17 @@ def test_table_fits_a_terminal() -> None:
         ["smol-bf16", "0", "0.0000", "100.0%", "x1.000", "parent", "25.2", "smol,", "smol-bf16"],
         ["smol-int4", "0", "0.2732", "74.5%", "x1.228", "measured", "-", "no"],
     ]
+
+
+def test_the_limits_are_those_for_4_bits() -> None:
+    """The demo says which limits it chose; they are quantize's own, which the gateway does not import."""
+    from quantize.evaluation.verdict import limits_for  # noqa: PLC0415
+
+    defaults = limits_for(4)
+    assert {name: defaults[name] for name in LIMITS} == LIMITS
+    printed = StringIO()
+    show_limits(Console(file=printed, soft_wrap=True), LIMITS)
+    assert "kl_mean 0.05, top1_agreement 0.93, perplexity_ratio 1.03" in printed.getvalue()
 
 
 def test_answer_is_shown_with_who_gave_it() -> None:

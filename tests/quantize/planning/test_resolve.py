@@ -75,6 +75,7 @@ def asked(recipe: RecipeFile, *flags: str) -> Request:
         (["--solver", "best"], "settings", SETTINGS["best"]),
         (["--group-order", "--gptaq", "0.25"], "settings", SolverSettings((0.2,), weighted_scales=False, gptaq=0.25)),
         (["--transform", "smooth", "--transform", "rotate-r1"], "transforms", ("rotate-r1", "smooth")),
+        (["--transform", "none"], "transforms", ()),
         (["--no-resume"], "resume", False),
         (["--log", "run.log"], "log", Path("run.log")),
         (
@@ -267,3 +268,30 @@ def test_evaluate_takes_the_same_flags() -> None:
     flags += ["--eval-new-tokens", "7", "--tasks", "t.jsonl", "--task-tokens", "3", "--limit", "flips=0.5"]
     wanted = chosen_evaluation(evaluate_parser().parse_args(flags), EvaluationTable())
     assert wanted == EvaluationPlan(8, 9, 0, 5, 7, Path("t.jsonl"), 3, {"flips": 0.5})
+
+
+@pytest.mark.parametrize(
+    "file,flags,transforms",
+    [
+        ({}, [], None),
+        ({"solver": {"preset": "best"}}, [], None),
+        ({"transforms": []}, [], ()),
+        ({"transforms": ["smooth"], "solver": {"preset": "classic"}}, [], ("smooth",)),
+        ({"solver": {"preset": "classic"}}, [], ()),
+        ({"solver": {"preset": "classic"}}, ["--solver", "best"], None),
+        ({}, ["--solver", "classic"], ()),
+        ({}, ["--solver", "classic", "--transform", "smooth"], ("smooth",)),
+        ({}, ["--transform", "none"], ()),
+    ],
+)
+def test_transforms(file: dict[str, object], flags: list[str], transforms: tuple[str, ...] | None) -> None:
+    """What is named counts; else the solver best leaves the choice to the scheme (None), and classic has none."""
+    recipe = RecipeFile.model_validate({"base": "b", "scheme": "w8a8", "out": "o", **file})
+    assert asked(recipe, *flags).transforms == transforms
+
+
+def test_no_transform_stands_alone() -> None:
+    """`none` beside a name is a contradiction."""
+    flags = ("base", "--scheme", "w8a8", "--out", "o", "--transform", "none", "--transform", "smooth")
+    with pytest.raises(RecipeError, match="--transform none beside others"):
+        asked(NOTHING, *flags)

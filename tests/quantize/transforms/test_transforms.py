@@ -11,8 +11,16 @@ from config.manifest import Manifest
 from quantize.base import read_base
 from quantize.errors import RecipeError
 from quantize.model_files.safetensors_header import StoredTensor
-from quantize.planning.transforms import FAMILIES as SUPPORTED
-from quantize.planning.transforms import TRANSFORMS, planned_base, require_transformable, transform_bytes
+from quantize.planning.block_form import BLOCK_FORMS
+from quantize.planning.transforms import (
+    ROTATED_FAMILIES,
+    TRANSFORMS,
+    planned_base,
+    require_transformable,
+    settled_transforms,
+    transform_bytes,
+    unsmoothed_reason,
+)
 from quantize.schemes.scheme import preset
 from tests.quantize.chats import chat, write_chats
 from tests.quantize.command_line import run
@@ -41,7 +49,7 @@ class Silent:
         """Ignore the progress."""
 
 
-@pytest.fixture(scope="module", params=sorted(SUPPORTED))
+@pytest.fixture(scope="module", params=[name for name in FAMILIES if FAMILIES[name].model_type in BLOCK_FORMS])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of a family in fp32, whose norms and biases are not the trivial ones."""
     directory = write_family(tmp_path_factory.mktemp(request.param) / "base", request.param, TEXT)
@@ -56,7 +64,9 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.parametrize("names", [("rotate-r1",), ("rotate-r2",), ("smooth",), TRANSFORMS])
 def test_logits_stay(base: Path, tmp_path: Path, names: tuple[str, ...]) -> None:
-    """Alone and together, with biases, tied embeddings, grouped keys and values, and norms of keys."""
+    """Alone and together, with biases, tied embeddings, grouped keys and values, norms of keys, joined matrices."""
+    if names != ("smooth",) and json.loads((base / "config.json").read_bytes())["model_type"] not in ROTATED_FAMILIES:
+        pytest.skip("has no rotations")
     samples = torch.randint(2, 256, (2, 40), generator=torch.Generator().manual_seed(1))
     transformed(base, tmp_path, names, samples.tolist())
     wanted, found = logits(base, samples), logits(tmp_path / "into", samples)
@@ -104,6 +114,21 @@ def test_a_variant_of_a_transformed_base(tmp_path: Path, monkeypatch: pytest.Mon
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
 
 
+@pytest.mark.parametrize("name", ["gemma3_text", "glm4"])
+def test_w8a8_is_smoothed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Where no transform is named; with norms of another formula, and with joined matrices on disk."""
+    monkeypatch.setenv("QUANTGATE_HOME", str(tmp_path / "home"))
+    write_family(tmp_path / "tiny", name, TEXT)
+    write_chats(tmp_path / "chats.jsonl", 60)
+    evaluation = ("--eval-prompts", 0, "--eval-tokens", 500)
+    data, out = ("--data", tmp_path / "chats.jsonl"), tmp_path / "variant"
+    done = run("quantize_main", tmp_path / "tiny", "--scheme", "w8a8", *data, *evaluation, "--out", out)
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.read(out)
+    assert manifest.quantizer.settings["transforms"] == "smooth"
+    assert manifest.quality.kl_mean < 0.05
+
+
 def test_smoothing_lowers_the_error_of_rounded_inputs(tmp_path: Path) -> None:
     """A channel a hundred times as large as the others takes all of int8's steps; scales give them back."""
     from quantize.schemes.module_config import WeightArgs  # noqa: PLC0415
@@ -120,12 +145,33 @@ def test_smoothing_lowers_the_error_of_rounded_inputs(tmp_path: Path) -> None:
     assert float(scales[5] / scales.median()) > 3
 
 
-@pytest.mark.parametrize("name", sorted({one for one in FAMILIES if FAMILIES[one].model_type not in SUPPORTED}))
+@pytest.mark.parametrize("name", [name for name in FAMILIES if FAMILIES[name].model_type not in BLOCK_FORMS])
 def test_other_families_are_refused(tmp_path: Path, name: str) -> None:
-    """Norms after the layers or with another formula, joined matrices, experts, several modalities."""
-    directory = write_hollow_model(tmp_path / "base", model_type=FAMILIES[name].model_type)
+    """Linear attention, MLA, several modalities: refused where scales are asked for, else solved without."""
+    base = read_base(write_hollow_model(tmp_path / "base", model_type=FAMILIES[name].model_type), digested=False)
     with pytest.raises(RecipeError, match="not supported"):
-        require_transformable(read_base(directory, digested=False), preset("w8a8"), ("smooth",))
+        require_transformable(base, preset("w8a8"), ("smooth",))
+    assert settled_transforms(None, base, preset("w8a8")) == ()
+    assert "not supported" in unsmoothed_reason(base)
+
+
+@pytest.mark.parametrize("name", sorted(BLOCK_FORMS.keys() - ROTATED_FAMILIES))
+def test_families_without_rotations(tmp_path: Path, name: str) -> None:
+    """Norms after the layers or with another formula, joined matrices, experts: scales only."""
+    base = read_base(write_hollow_model(tmp_path / "base", model_type=name), digested=False)
+    require_transformable(base, preset("w8a8"), ("smooth",))
+    with pytest.raises(RecipeError, match="rotations"):
+        require_transformable(base, preset("w8a8"), ("rotate-r2", "smooth"))
+
+
+def test_the_scheme_decides_where_nothing_is_named(tmp_path: Path) -> None:
+    """Schemes that round activations are smoothed, others are not; what is named counts, also nothing."""
+    base = read_base(write_hollow_model(tmp_path / "base"), digested=False)
+    assert settled_transforms(None, base, preset("w8a8")) == ("smooth",)
+    assert settled_transforms((), base, preset("w8a8")) == ()
+    assert settled_transforms(("rotate-r2",), base, preset("w8a8")) == ("rotate-r2",)
+    assert settled_transforms(None, base, preset("w4a16-g64")) == ()
+    assert settled_transforms(None, base, preset("fp8-dynamic")) == ()
 
 
 def test_a_scheme_without_data_takes_no_transforms(tmp_path: Path) -> None:
