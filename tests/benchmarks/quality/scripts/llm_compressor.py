@@ -14,6 +14,7 @@ def main(job_file: str) -> None:
 
     job = json.loads(Path(job_file).read_bytes())
     model = AutoModelForCausalLM.from_pretrained(job["base"], dtype="auto")
+    allow_sampling(model)
     tokenizer = AutoTokenizer.from_pretrained(job["base"])
     rows = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["samples"]]
     oneshot(
@@ -27,6 +28,12 @@ def main(job_file: str) -> None:
     )
     model.save_pretrained(job["into"], save_compressed=True)
     tokenizer.save_pretrained(job["into"])
+
+
+def allow_sampling(model: Any) -> None:
+    """Let a generation config that has a temperature or the like be saved: without `do_sample` transformers refuses."""
+    if model.generation_config is not None:
+        model.generation_config.do_sample = True
 
 
 def modifiers(recipe: str, group_size: int) -> list[Any]:
