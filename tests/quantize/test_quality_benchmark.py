@@ -19,6 +19,7 @@ from tests.benchmarks.quality.contenders import PROJECT, contenders
 from tests.benchmarks.quality.our_pipeline import request_of
 from tests.benchmarks.quality.paired import kl_ratio
 from tests.benchmarks.quality.scripts.ggml_blocks import format_of, use_more_bits
+from tests.benchmarks.quality.scripts.llm_compressor import smoothed_layers
 from tests.benchmarks.quality.sizes import bits_per_weight
 from tests.benchmarks.quality.table import Figure, Result, ratio_to, row
 from tests.quantize.models import write_hollow_model, write_tiny_llama
@@ -147,6 +148,14 @@ def test_contenders_are_chosen_by_name(parts: list[str], expected: list[str]) ->
 def test_formats_of_llama_cpp(name: str, shape: tuple[int, ...], mixture: str, expected: str) -> None:
     """The mixture depends on the tensor, its layer, and whether its rows are whole super-blocks."""
     assert format_of(name, shape, 30, mixture) == expected
+
+
+def test_llm_compressor_smooths_what_the_mlp_reads() -> None:
+    """Gemma has a norm of its own before the MLP; of all others llm-compressor knows which."""
+    assert smoothed_layers({"input_layernorm", "post_attention_layernorm"}) is None
+    gemma = smoothed_layers({"post_attention_layernorm", "pre_feedforward_layernorm"})
+    assert gemma is not None
+    assert [norm for _, norm in gemma] == ["re:.*input_layernorm", "re:.*pre_feedforward_layernorm"]
 
 
 def test_layers_with_more_bits() -> None:
