@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.errors import RecipeError
+from quantize.gguf_tokenizer import read_tokenizer_fields, require_ends, text_ends
 from quantize.running.worker import WorkerChannel, run_child
 from quantize.variants.checkpoint import write_json, write_shards
 
@@ -54,17 +55,21 @@ def _write_configs(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast
 
 
 def _write_tokenizer(tokenizer: "PreTrainedTokenizerFast", file: Path, config: "PretrainedConfig", into: Path) -> None:
-    engine = tokenizer.backend_tokenizer
-    if _pre_tokenizer_of(file) in _DIGIT_SPLITTERS:
+    fields, engine = read_tokenizer_fields(file), tokenizer.backend_tokenizer
+    if fields.get("pre") in _DIGIT_SPLITTERS:
         from tokenizers.pre_tokenizers import Digits, Sequence  # noqa: PLC0415
 
         engine.pre_tokenizer = Sequence([Digits(individual_digits=True), engine.pre_tokenizer])
+    added = require_ends(tokenizer, text_ends(fields))
     engine.save(str(into / "tokenizer.json"))
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    # Engines read tokenizer.json; these keys are for tools that build a tokenizer from its vocabulary.
+    ends = {key: True for key, is_added in (("add_bos_token", added.bos), ("add_eos_token", added.eos)) if is_added}
     write_json(
         into / "tokenizer_config.json",
         {
             **named,
+            **ends,
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.max_position_embeddings,
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -72,13 +77,6 @@ def _write_tokenizer(tokenizer: "PreTrainedTokenizerFast", file: Path, config: "
     )
     if tokenizer.chat_template:
         (into / "chat_template.jinja").write_text(tokenizer.chat_template)
-
-
-def _pre_tokenizer_of(file: Path) -> str:
-    from gguf import GGUFReader  # noqa: PLC0415
-
-    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
-    return str(field.contents()) if field else ""
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

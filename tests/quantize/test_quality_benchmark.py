@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 import pytest
 
 from config.estimates import token_mean
+from config.measurements import ChatMetrics, TokenSums
 from quantize.running.progress import ProgressReporter
 from quantize.running.worker import child_environ, run_worker
-from tests.benchmarks.quality.__main__ import last_line, model_directory, parser, wanted
+from tests.benchmarks.quality.__main__ import kept_result, last_line, model_directory, parser, wanted
 from tests.benchmarks.quality.contenders import PROJECT, contenders
+from tests.benchmarks.quality.our_pipeline import request_of
+from tests.benchmarks.quality.paired import kl_ratio
 from tests.benchmarks.quality.scripts.ggml_blocks import format_of, use_more_bits
+from tests.benchmarks.quality.scripts.llm_compressor import smoothed_layers
 from tests.benchmarks.quality.sizes import bits_per_weight
-from tests.benchmarks.quality.table import Figure, Result, row
+from tests.benchmarks.quality.table import Figure, Result, ratio_to, row
 from tests.quantize.models import write_hollow_model, write_tiny_llama
 
 FIGURE = Figure(value=0.5, low=0.25, high=0.75)
@@ -33,11 +38,65 @@ def test_a_row_has_figures_with_intervals_or_a_failure() -> None:
         top1_agreement=FIGURE,
         perplexity_ratio=FIGURE,
     )
-    assert row(result) == (
-        "| one | 4.25, 7.00 | 0.5000 (0.2500 to 0.7500) | 50.0% (25.0% to 75.0%) | x0.500 (0.250 to 0.750) | 12 |"
-    )
-    assert row(Result(contender="two", failure="no wheel")) == "| two | | no wheel | | | |"
+    rest = "50.0% (25.0% to 75.0%) | x0.500 (0.250 to 0.750) | 12 |"
+    assert row(result) == f"| one | 4.25, 7.00 | 0.5000 (0.2500 to 0.7500) |  | {rest}"
+    assert f"| 0.50 (0.25 to 0.75) | {rest}" in row(result, FIGURE)
+    assert row(Result(contender="two", failure="no wheel")) == "| two | | no wheel | | | | |"
     assert Figure.of(token_mean([1.0, 1.0], [1, 1])) == Figure(value=1, low=1, high=1)
+
+
+def measured(*divergences: float) -> tuple[ChatMetrics, ...]:
+    """Write chats of 10 tokens with these sums."""
+    return tuple(
+        ChatMetrics(chat=str(number), positions=10, generated=TokenSums(tokens=10, divergence=divergence))
+        for number, divergence in enumerate(divergences)
+    )
+
+
+def test_rows_are_compared_chat_by_chat() -> None:
+    """What makes chats hard is the same for both rows: a constant ratio has no error, however much they differ."""
+    exact = kl_ratio(measured(1, 10, 100), measured(2, 20, 200))
+    assert (exact.value, exact.low, exact.high) == (0.5, 0.5, 0.5)
+    near = kl_ratio(measured(1.1, 10, 99), measured(2, 21, 200))
+    assert 0.4 < near.low < near.value < near.high < 0.6
+    with pytest.raises(ValueError, match="different chats"):
+        kl_ratio(measured(1, 2), measured(1, 2, 3))
+
+
+def test_the_interval_of_a_ratio_has_the_true_one_in_it() -> None:
+    """In 19 of 20 sets of chats; few draws leave room for chance."""
+    draw = random.Random(5)
+    held = 0
+    for _ in range(30):
+        theirs = [draw.lognormvariate(0, 0.5) for _ in range(30)]
+        ours = [0.8 * one * draw.lognormvariate(-0.02, 0.2) for one in theirs]
+        found = kl_ratio(measured(*ours), measured(*theirs))
+        held += found.low < 0.8 < found.high
+    assert 25 <= held <= 30
+    assert (found.high - found.low) / found.value < 0.35
+
+
+def test_a_row_is_compared_with_the_one_of_ours_that_it_names() -> None:
+    """It can be one that was made before; without it the cell is empty."""
+    ours = Result(contender="ours", measured=measured(1, 2))
+    theirs = Result(contender="theirs", against="ours", measured=measured(2, 4))
+    assert ratio_to({"ours": ours}, theirs) == Figure(value=0.5, low=0.5, high=0.5)
+    assert ratio_to({}, theirs) is None
+    assert ratio_to({"ours": Result(contender="ours", failure="no")}, theirs) is None
+    assert ratio_to({"ours": ours}, ours) is None
+
+
+def test_a_kept_result_is_of_the_same_chats(tmp_path: Path) -> None:
+    """Other chats, or none, are measured again."""
+    file = tmp_path / "result.json"
+    held_out = [{"sha256": "0"}, {"sha256": "1"}]
+    assert kept_result(file, held_out) is None
+    result = Result(contender="one", measured=measured(1, 2))
+    file.write_text(result.model_dump_json())
+    assert kept_result(file, held_out) == result
+    assert kept_result(file, held_out[:1]) is None
+    file.write_text('{"contender": "one", "chats": 12}')
+    assert kept_result(file, held_out) is None
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -52,12 +111,25 @@ def test_contenders(group_size: int, tmp_path: Path) -> None:
         assert (argv[0], argv[-1]) == ("python", "job.json")
         assert Path(argv[1]).is_file() or (argv[1] == "-m" and contender.environment is PROJECT)
         assert contender.options.get("group_size", group_size) == group_size
+        assert not contender.against or contender.against in {one.name for one in every}
+        if contender.module.endswith("our_pipeline"):
+            job = {"base": "b", "into": "o", "samples": [[1]], "max_tokens": 64, "data": ["d"], **contender.options}
+            assert request_of(job).samples == 1
 
 
-def test_contenders_are_chosen_by_a_part_of_their_name() -> None:
-    """Case does not matter."""
-    options = parser().parse_args(["--model", "m", "--work", "w", "--contender", "awq", "q8_0"])
-    assert [one.name for one in contenders(64) if wanted(one, options)] == ["llm-compressor AWQ", "llama.cpp Q8_0"]
+@pytest.mark.parametrize(
+    "parts,expected",
+    [
+        (["awq", "q8_0"], ["llm-compressor AWQ", "llama.cpp Q8_0"]),
+        (["LLM-compressor W4A16"], ["llm-compressor W4A16"]),
+        (["none of them"], []),
+    ],
+)
+def test_contenders_are_chosen_by_name(parts: list[str], expected: list[str]) -> None:
+    """By a part, or a whole name, which then is not also a part of longer ones; case does not matter."""
+    options = parser().parse_args(["--model", "m", "--work", "w", "--contender", *parts])
+    every = contenders(64)
+    assert [one.name for one in every if wanted(one, every, options.contender)] == expected
 
 
 @pytest.mark.parametrize(
@@ -76,6 +148,14 @@ def test_contenders_are_chosen_by_a_part_of_their_name() -> None:
 def test_formats_of_llama_cpp(name: str, shape: tuple[int, ...], mixture: str, expected: str) -> None:
     """The mixture depends on the tensor, its layer, and whether its rows are whole super-blocks."""
     assert format_of(name, shape, 30, mixture) == expected
+
+
+def test_llm_compressor_smooths_what_the_mlp_reads() -> None:
+    """Gemma has a norm of its own before the MLP; of all others llm-compressor knows which."""
+    assert smoothed_layers({"input_layernorm", "post_attention_layernorm"}) is None
+    gemma = smoothed_layers({"post_attention_layernorm", "pre_feedforward_layernorm"})
+    assert gemma is not None
+    assert [norm for _, norm in gemma] == ["re:.*input_layernorm", "re:.*pre_feedforward_layernorm"]
 
 
 def test_layers_with_more_bits() -> None:

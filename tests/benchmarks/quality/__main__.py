@@ -10,10 +10,12 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from config.load import process_environment
 from config.measurements import ChatMetrics
@@ -33,14 +35,19 @@ from tests.benchmarks.quality.sizes import bits_per_weight
 from tests.benchmarks.quality.table import Figure, Result, table
 
 _ROOT = Path(__file__).resolve().parents[3]
+_RESULT = "result.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """What all contenders share: the base, its digest, the samples, and where they work."""
+    """What all contenders share: the base, its digest, the chats and their samples, and where they work.
+
+    `drawn` are the files of the chats and the limit of their tokens, with which our pipeline draws the same samples.
+    """
 
     base: Path
     digest: str
+    drawn: Mapping[str, Any]
     samples: Samples
     work: Path
     context: RunContext
@@ -56,15 +63,16 @@ def compare(options: argparse.Namespace) -> str:
     context = RunContext(options.work, child_environ(process_environment()), ProgressReporter(sys.stderr))
     comparison = comparison_of(options, context)
     environments = Environments(options.work / "environments", context.environ)
-    rows = [
-        contender for contender in contenders(options.group_size) if not options.contender or wanted(contender, options)
-    ]
-    return text_of(comparison, [kept_or_made(contender, comparison, environments) for contender in rows])
+    every = contenders(options.group_size)
+    rows = [one for one in every if not options.contender or wanted(one, every, options.contender)]
+    results = [kept_or_made(contender, comparison, environments) for contender in rows]
+    return text_of(comparison, results, kept_results(every, comparison))
 
 
-def wanted(contender: Contender, options: argparse.Namespace) -> bool:
-    """Whether the command line names a contender, by any part of its name."""
-    return any(part.lower() in contender.name.lower() for part in options.contender)
+def wanted(contender: Contender, every: Sequence[Contender], parts: Sequence[str]) -> bool:
+    """Whether the command line names a contender: by its whole name, or by a part that is nobody's whole name."""
+    name, names = contender.name.lower(), {one.name.lower() for one in every}
+    return any(part == name or (part in name and part not in names) for part in map(str.lower, parts))
 
 
 def comparison_of(options: argparse.Namespace, context: RunContext) -> Comparison:
@@ -73,19 +81,39 @@ def comparison_of(options: argparse.Namespace, context: RunContext) -> Compariso
     split = split_records(rows, samples=options.samples, seed=0, datasets=datasets)
     samples = tokenize_samples(options.model, split, options.max_tokens, context)
     chosen = Samples(samples.calibration, samples.held_out[: options.eval_chats])
-    return Comparison(options.model.resolve(), read_base(options.model).digest, chosen, options.work, context)
+    drawn = {"data": [str(file.resolve()) for file in options.data or ()], "max_tokens": options.max_tokens}
+    return Comparison(options.model.resolve(), read_base(options.model).digest, drawn, chosen, options.work, context)
 
 
 def kept_or_made(contender: Contender, comparison: Comparison, environments: Environments) -> Result:
     """Give a contender's result: the kept one, or that of making and measuring its model; failures are not kept."""
-    file = comparison.folder(contender) / "result.json"
-    if file.is_file():
-        return Result.model_validate_json(file.read_bytes())
+    file = comparison.folder(contender) / _RESULT
+    kept = kept_result(file, comparison.samples.held_out)
+    if kept is not None:
+        return kept
     result = made(contender, comparison, environments)
     print(f"{contender.name}: {result.failure or result.kl_mean}", file=sys.stderr, flush=True)
     if not result.failure:
         file.write_text(result.model_dump_json(indent=1))
     return result
+
+
+def kept_results(every: Sequence[Contender], comparison: Comparison) -> list[Result]:
+    """Read all kept results: a row is also compared with one of ours that was made before."""
+    held_out = comparison.samples.held_out
+    found = [kept_result(comparison.folder(contender) / _RESULT, held_out) for contender in every]
+    return [result for result in found if result is not None]
+
+
+def kept_result(file: Path, held_out: Sequence[Mapping[str, Any]]) -> Result | None:
+    """Read a kept result; None where there is none, or it was measured on other chats."""
+    if not file.is_file():
+        return None
+    try:
+        result = Result.model_validate_json(file.read_bytes())
+    except ValidationError:  # an earlier form
+        return None
+    return result if [chat.chat for chat in result.measured] == [sample["sha256"] for sample in held_out] else None
 
 
 def made(contender: Contender, comparison: Comparison, environments: Environments) -> Result:
@@ -102,15 +130,17 @@ def made(contender: Contender, comparison: Comparison, environments: Environment
 
 
 def quantized(contender: Contender, comparison: Comparison, environments: Environments) -> float:
-    """Make a contender's model unless it is there; gives the seconds that its process took."""
+    """Make a contender's model unless it is there, of the same job; gives the seconds that its process took."""
     folder = comparison.folder(contender)
     timing, job_file, into = folder / "seconds.json", folder / "job.json", folder / "model"
-    if timing.is_file():
+    job = json.dumps(job_of(contender, comparison, into))
+    if timing.is_file() and job_file.read_text() == job:
         return float(json.loads(timing.read_bytes()))
+    timing.unlink(missing_ok=True)
     remains = [into, into.with_name("model-work"), into.with_name("model-solved")]
     for directory in remains:
         shutil.rmtree(directory, ignore_errors=True)
-    job_file.write_text(json.dumps(job_of(contender, comparison, into)))
+    job_file.write_text(job)
     argv = contender.argv(environments.python(contender.environment), str(_ROOT), str(job_file))
     environ = {**comparison.context.environ, **({"PYTHONPATH": str(_ROOT)} if contender.module else {})}
     seconds = measured(argv, environ, folder / "log.txt").seconds
@@ -119,8 +149,9 @@ def quantized(contender: Contender, comparison: Comparison, environments: Enviro
 
 
 def job_of(contender: Contender, comparison: Comparison, into: Path) -> dict[str, Any]:
-    """Tell a script the base, the token ids of the calibration chats, and its options."""
+    """Tell a script the base, the token ids of the calibration chats and where they are from, and its options."""
     return {
+        **comparison.drawn,
         "base": str(comparison.base),
         "samples": [sample["ids"] for sample in comparison.samples.calibration],
         "into": str(into.resolve()),
@@ -159,8 +190,8 @@ def result_of(contender: Contender, comparison: Comparison, directory: Path, sec
         seconds=seconds,
         layer_bits=bits.layers,
         file_bits=bits.file,
-        tokens=sum(chat.generated.tokens for chat in chats),
-        chats=len(chats),
+        against=contender.against,
+        measured=tuple(chats),
         **{name: Figure.of(estimate) for name, estimate in token_figures(chats).items()},
     )
 
@@ -171,16 +202,14 @@ def last_line(log: Path) -> str:
     return next((line.strip().replace("|", "/")[:200] for line in reversed(lines) if line.strip()), "")
 
 
-def text_of(comparison: Comparison, results: Sequence[Result]) -> str:
+def text_of(comparison: Comparison, results: Sequence[Result], kept: Sequence[Result]) -> str:
     """Say what was measured on, then the table."""
     calibration = comparison.samples.calibration
-    measured_on = next((result for result in results if result.tokens), None)
-    held_out = (
-        f"{measured_on.tokens} generated tokens of {measured_on.chats} held-out chats" if measured_on else "nothing"
-    )
+    chats = next((result.measured for result in results if result.measured), ())
+    held_out = f"{sum(chat.generated.tokens for chat in chats)} generated tokens of {len(chats)} held-out chats"
     return (
         f"{machine_line()}; {comparison.base.name}, calibrated on {len(calibration)} chats of "
-        f"{sum(len(sample['ids']) for sample in calibration)} tokens, measured on {held_out}.\n\n{table(results)}"
+        f"{sum(len(sample['ids']) for sample in calibration)} tokens, measured on {held_out}.\n\n{table(results, kept)}"
     )
 
 
@@ -190,7 +219,7 @@ def parser() -> argparse.ArgumentParser:
     add = described.add_argument
     add("--model", type=Path, metavar="DIR", required=True)
     add("--work", type=Path, metavar="DIR", required=True, help="environments, models and results; kept")
-    add("--contender", nargs="+", metavar="NAME", help="only those whose names contain one of these")
+    add("--contender", nargs="+", metavar="NAME", help="only these; parts of names will do")
     add("--data", type=Path, nargs="+", metavar="FILE", help="chats (default: the shipped)")
     add("--group-size", type=int, choices=(32, 64, 128), default=64)
     add("--samples", type=int, default=128, metavar="N", help="calibration chats")

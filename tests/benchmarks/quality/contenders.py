@@ -1,7 +1,8 @@
 """What is compared, and with which packages: a table. Pure."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 _SCRIPTS = "tests/benchmarks/quality/scripts"
 
@@ -32,7 +33,8 @@ class Contender:
     """One row of the table: a script, which gets a job file, and its options.
 
     A script writes a model directory: GPTQ, compressed-tensors, or dense weights with the bytes that they stand for in
-    `stored_bytes.json`. `module` is a module of this project instead of a script.
+    `stored_bytes.json`. `module` is a module of this project instead of a script. `against` is the row of ours with the
+    same bits, and the same kind of grid, that its KL is compared with.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Contender:
     script: str = ""
     module: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
+    against: str = ""
 
     def argv(self, python: str, root: str, job_file: str) -> list[str]:
         """Give the command that makes the contender's model."""
@@ -47,37 +50,56 @@ class Contender:
         return [python, *where, job_file]
 
 
+# Our schemes with zero points, by group size.
+_ASYMMETRIC = MappingProxyType({64: "w4a16-asym-g64", 128: "w4a16-asym"})
+
+
 def contenders(group_size: int) -> tuple[Contender, ...]:
     """List all contenders; those of 4 bits have the same group size."""
     group = {"group_size": group_size}
-
-    def ours(solver: str, scheme: str) -> Contender:
-        options = {"solver": solver, "scheme": scheme}
-        return Contender(
-            f"quantgate {solver}, {scheme}", PROJECT, module="tests.benchmarks.our_solver", options=options
-        )
-
-    def compressor(name: str, recipe: str) -> Contender:
-        return Contender(
-            f"llm-compressor {name}", LLM_COMPRESSOR, "llm_compressor.py", options={"recipe": recipe, **group}
-        )
-
-    def auto_round(iters: int) -> Contender:
-        options = {"iters": iters, "batch_size": 2, **group}
-        return Contender(f"AutoRound, {iters} iterations", AUTO_ROUND, "auto_round_int4.py", options=options)
-
-    return (
-        ours("best", f"w4a16-g{group_size}"),
-        ours("classic", f"w4a16-g{group_size}"),
+    int4, int4_asymmetric = f"w4a16-g{group_size}", _ASYMMETRIC.get(group_size)
+    best, best_int8 = ours(int4), ours("w8a8")
+    best_asymmetric = ours(int4_asymmetric) if int4_asymmetric else best
+    symmetric = (
+        ours(int4, "classic"),
         Contender("GPTQModel defaults", PROJECT, "gptqmodel_defaults.py", options={"bits": 4, **group}),
-        compressor("W4A16", "gptq"),
-        auto_round(50),
-        compressor("W4A16_ASYM", "gptq-asym"),
-        compressor("AWQ", "awq"),
-        compressor("SpinQuant R1 R2, GPTQ W4A16", "spinquant-gptq"),
-        auto_round(200),
-        Contender("llama.cpp Q4_K_M", GGML, "ggml_blocks.py", options={"format": "Q4_K_M"}),
-        Contender("llama.cpp Q8_0", GGML, "ggml_blocks.py", options={"format": "Q8_0"}),
-        ours("best", "w8a8"),
-        compressor("SmoothQuant, GPTQ W8A8", "smoothquant-gptq"),
+        _compressor("W4A16", "gptq", group_size),
+        _auto_round(50, group_size),
+        _auto_round(200, group_size),
+        _compressor("SpinQuant R1 R2, GPTQ W4A16", "spinquant-gptq", group_size),
     )
+    asymmetric = (
+        _compressor("W4A16_ASYM", "gptq-asym", group_size),
+        _compressor("AWQ", "awq", group_size),
+        _ggml("Q4_K_M"),
+    )
+    int8 = (_compressor("SmoothQuant, GPTQ W8A8", "smoothquant-gptq", group_size), _ggml("Q8_0"))
+    return (
+        best,
+        *([best_asymmetric] if int4_asymmetric else []),
+        *(replace(one, against=best.name) for one in symmetric),
+        *(replace(one, against=best_asymmetric.name) for one in asymmetric),
+        best_int8,
+        *(replace(one, against=best_int8.name) for one in int8),
+    )
+
+
+def ours(scheme: str, solver: str = "best", *flags: str) -> Contender:
+    """Make a row by our pipeline with its defaults; `flags` are further ones of `quantgate quantize`."""
+    name = ", ".join([f"quantgate {solver}", scheme, *(flag for flag in flags if not flag.startswith("--"))])
+    options = {"flags": ("--scheme", scheme, "--solver", solver, *flags)}
+    return Contender(name, PROJECT, module="tests.benchmarks.quality.our_pipeline", options=options)
+
+
+def _compressor(name: str, recipe: str, group_size: int) -> Contender:
+    options = {"recipe": recipe, "group_size": group_size}
+    return Contender(f"llm-compressor {name}", LLM_COMPRESSOR, "llm_compressor.py", options=options)
+
+
+def _auto_round(iters: int, group_size: int) -> Contender:
+    options = {"iters": iters, "batch_size": 2, "group_size": group_size}
+    return Contender(f"AutoRound, {iters} iterations", AUTO_ROUND, "auto_round_int4.py", options=options)
+
+
+def _ggml(form: str) -> Contender:
+    return Contender(f"llama.cpp {form}", GGML, "ggml_blocks.py", options={"format": form})
