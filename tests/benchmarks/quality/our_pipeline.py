@@ -21,8 +21,9 @@ from quantize.running.files import link_or_copy
 from quantize.running.memory import present_machine
 from quantize.running.progress import ProgressReporter
 from quantize.running.worker import child_environ
+from quantize.stages.cache_scales import measure_cache_scales
 from quantize.stages.checkpoint import write
-from quantize.stages.solve import settle_scheme, solve
+from quantize.stages.search import solve_or_search
 from quantize.stages.tokens import Tokens, tokenize
 from quantize.stages.transform import transform
 
@@ -36,8 +37,8 @@ def main(job_file: str) -> None:
     with variant_run(recipe, options) as run:
         tokens = tokenize(run, split)
         require_same_samples(tokens, job["samples"])
-        solving = settle_scheme(transform(run, tokens), tokens)
-        checkpoint = write(solving, solve(solving, tokens)).directory
+        solving, solved = solve_or_search(transform(run, tokens), tokens)
+        checkpoint = write(solving, solved, measure_cache_scales(solving, tokens)).directory
         request.out.mkdir()
         for file in filter(Path.is_file, checkpoint.iterdir()):
             link_or_copy(file, request.out / file.name)
