@@ -132,10 +132,10 @@ def test_without_a_file_there_are_defaults() -> None:
 @pytest.mark.parametrize(
     "flags,present,size",
     [
-        ([], "cpu", (16, 2048)),
+        ([], "cpu", (64, 2048)),
         ([], "cuda", (128, 4096)),
         (["--gpus", "0"], "cpu", (128, 4096)),
-        (["--engine", "cuda"], "cpu", (16, 2048)),
+        (["--engine", "cuda"], "cpu", (64, 2048)),
         (["--engine", "cpu"], "cuda", (128, 4096)),
         (["--samples", "20"], "cuda", (20, 4096)),
         (["--max-tokens", "64"], "cuda", (128, 64)),
