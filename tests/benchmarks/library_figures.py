@@ -1,4 +1,7 @@
-"""Figures of a GPTQ variant: GPTQModel reads it, transformers runs it and its base in fp32; all logits count."""
+"""Figures of a variant: its format's own library reads it, transformers runs it and its base in fp32; all logits count.
+
+GPTQ is read by GPTQModel. compressed-tensors is read by the library of that name, which also rounds activations.
+"""
 
 import sys
 from contextlib import chdir, redirect_stdout
@@ -9,7 +12,7 @@ from typing import Any
 from tests.benchmarks.figures import Figures, Sums, TokenSample
 
 
-def figures_of(variant: Path, base: Path, samples: list[TokenSample]) -> Figures:
+def figures_of(variant: Path, base: Path, samples: list[TokenSample], *, storage_format: str) -> Figures:
     """Run both models on token samples and compare what they predict for every token after the first."""
     import torch  # noqa: PLC0415
 
@@ -18,7 +21,8 @@ def figures_of(variant: Path, base: Path, samples: list[TokenSample]) -> Figures
     with redirect_stdout(sys.stderr), TemporaryDirectory() as folder:
         places = variant.resolve(), base.resolve()
         with chdir(folder):
-            parent, child = load_dense(places[1]), load_as_library_reads(*places)
+            parent = load_dense(places[1])
+            child = load_as_gptqmodel_reads(*places) if storage_format == "gptq" else load_dense(places[0])
     with torch.inference_mode():
         for sample in samples:
             tokens, counts = torch.tensor([sample.ids]), torch.tensor(sample.counts)
@@ -34,14 +38,14 @@ def figures_of(variant: Path, base: Path, samples: list[TokenSample]) -> Figures
 
 
 def load_dense(base: Path) -> Any:
-    """Load a base in fp32."""
+    """Load a base in fp32, or compressed-tensors, which transformers hands to its library."""
     import torch  # noqa: PLC0415
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, local_files_only=True).eval()
 
 
-def load_as_library_reads(variant: Path, base: Path) -> Any:
+def load_as_gptqmodel_reads(variant: Path, base: Path) -> Any:
     """Load the base's architecture with the variant's weights, its packed ones as the library dequantizes them.
 
     The library's own kernel takes 16-bit activations only, which would add their rounding to every figure.

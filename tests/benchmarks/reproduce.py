@@ -6,8 +6,9 @@ by more than 1 %.
 
 What is shared with quantize/: which held-out samples are read, and their token ids; the manifest's
 `dataset_sha256` proves that they are the same. What is not: everything after that.
-GPTQ is read by GPTQModel's own loader and run by transformers (in `library_figures.py`); `w8a8` by vLLM's
-prompt log-probabilities (in `vllm_figures.py`), in the precision that vLLM computes in.
+GPTQ is read by GPTQModel's own loader, compressed-tensors by its library, and transformers runs them (in
+`library_figures.py`); with `--through vllm`, the figures are those of vLLM's prompt log-probabilities (in
+`vllm_figures.py`), in the precision that vLLM computes in.
 """
 
 import argparse
@@ -96,11 +97,11 @@ def generated(sample: dict[str, Any]) -> list[bool]:
 
 
 def measured(manifest: Manifest, options: argparse.Namespace, samples: list[TokenSample]) -> Figures:
-    """Compute the figures by the way that fits the format."""
-    if manifest.scheme.format == "gptq":
+    """Compute the figures by the way that was asked for."""
+    if options.through == "library":
         from tests.benchmarks.library_figures import figures_of  # noqa: PLC0415  it loads torch
 
-        return figures_of(options.variant, options.against, samples)
+        return figures_of(options.variant, options.against, samples, storage_format=manifest.scheme.format)
     from tests.benchmarks.vllm_figures import Engine, figures_through_vllm  # noqa: PLC0415
 
     engine = Engine(options.dtype, options.top)
@@ -117,7 +118,8 @@ def parser() -> argparse.ArgumentParser:
     add("--eval-chats", type=int, default=DEFAULT_PLAN.chats, metavar="N")
     add("--eval-tokens", type=int, metavar="N")
     add("--max-tokens", type=int, metavar="N", help="of a sample (default: the manifest's)")
-    add("--dtype", default="auto", help="what vLLM computes w8a8 in (default: auto, which is the base's own)")
+    add("--through", choices=("library", "vllm"), default="library", help="what reads and runs (default: library)")
+    add("--dtype", default="auto", help="what vLLM computes in (default: auto, which is the base's own)")
     add("--top", type=int, default=512, metavar="K", help="log-probabilities a token from vLLM (-1: all; default: 512)")
     return described
 

@@ -187,26 +187,27 @@ def test_evaluating_again_gives_the_sealed_figures(tiny_variants: Path) -> None:
     assert json.loads(done.stdout)["perplexity_ratio"] == pytest.approx(sealed.perplexity_ratio)
 
 
-# One process runs both checks: importing GPTQModel takes most of the time.
-CHECK_TWICE = """
+# One process runs all checks: importing GPTQModel takes most of the time.
+CHECK_EACH = """
 import sys
 from tests.benchmarks.reproduce import main
-separator = sys.argv.index("--")
-print("exit codes", main(sys.argv[1:separator]), main(sys.argv[separator + 1:]))
+variants, rest = sys.argv[1].split(","), sys.argv[2:]
+print("exit codes", *(main([variant, *rest]) for variant in variants))
 """
 
 
 def test_the_independent_check_finds_a_true_manifest_and_a_false_one(tiny_variants: Path, tmp_path: Path) -> None:
-    """`tests.benchmarks.reproduce` confirms the int4 variant's figures, and rejects a manifest with a better KL."""
+    """`tests.benchmarks.reproduce` confirms int4's and int8's figures, and rejects a manifest with a better KL."""
     variant, false = tiny_variants / "w4a16-g64", tmp_path / "false"
     shutil.copytree(variant, false)
     sealed = Manifest.read(variant)
     better = sealed.quality.model_copy(update={"kl_mean": sealed.quality.kl_mean * 0.9})
     (false / "manifest.json").write_text(sealed.model_copy(update={"quality": better}).to_json())
     rest = ("--against", tiny_variants / "tiny", "--data", tiny_variants / "chats.jsonl")
-    argv = [sys.executable, "-c", CHECK_TWICE, *map(str, (variant, *rest, "--", false, *rest))]
+    variants = ",".join(map(str, (variant, tiny_variants / "w8a8", false)))
+    argv = [sys.executable, "-c", CHECK_EACH, variants, *map(str, rest)]
     done = subprocess.run(argv, cwd=ROOT, env=environ(), capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines()[-1] == "exit codes 0 1", done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "exit codes 0 0 1", done.stdout + done.stderr
 
 
 def test_a_weight_that_is_no_number_is_an_error_by_name(tiny_variants: Path, tmp_path: Path) -> None:
