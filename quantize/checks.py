@@ -51,7 +51,8 @@ def check_request(request: Request, options: RunOptions, machine: Machine) -> Ba
         {
             stage_store(options.environ).root: (
                 disk_bytes(planned, scheme, request.most_solves) + transform_bytes(base, transforms),
-                "set QUANTGATE_HOME to a directory on a larger disk",
+                "set QUANTGATE_HOME to a directory on a larger disk"
+                + (", or pass --transform none" if transforms else ""),
             ),
             request.out: (predicted_bytes(planned, scheme), "choose another --out"),
         }

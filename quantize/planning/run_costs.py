@@ -14,6 +14,7 @@ from quantize.planning.cost_estimate import CostEstimate, Room, estimate_cost, r
 from quantize.planning.recipe import Budget, Devices, Recipe
 from quantize.planning.request import Request
 from quantize.planning.stage_costs import StageCost, Workload, evaluation_costs, stage_costs
+from quantize.planning.transforms import transform_bytes
 from quantize.running.memory import Machine
 from quantize.schemes.forecast import predicted_bytes
 from quantize.schemes.makers import is_data_free
@@ -143,6 +144,7 @@ def _workload(
         groups=len({fused_name(name) for name in base.shapes}) if isinstance(request.scheme, Budget) else 0,
         cache_scales=scheme.kv_cache is not None,
         most_solves=request.most_solves,
+        transformed_bytes=transform_bytes(base, request.transforms or ()),
     )
 
 

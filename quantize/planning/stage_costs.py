@@ -32,6 +32,8 @@ _SHARD_BYTES = 4_000_000_000
 # What a search reads (`quantize.mixed_precision.auto_scheme`): tokens for an exchange of one unit and for a whole
 # assignment, with their context; positions whose log-probabilities are in memory at once, copies included; assignments.
 _SHORT_TOKENS, _LONG_TOKENS, _SEARCH_SCORED, _ASSIGNMENTS = 900, 2900, 2100, 12
+# What a search for scales of channels reads (`quantize.transforms`): samples, and tokens for each set of scales.
+_SMOOTH_SAMPLES, _SMOOTH_TOKENS, _SMOOTH_CANDIDATES = 16, 256, 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ class Workload:
     `tokens` of calibration text, the longest sample of `longest_tokens`; `held_out_tokens` and `prompt_tokens` (the
     longest) of the evaluation; `self_generate` answers of up to `max_tokens` that the base writes itself;
     `groups` of modules that a search exchanges one at a time between at most `most_solves` solutions; `cache_scales`
-    are measured where the KV cache is FP8.
+    are measured where the KV cache is FP8; `transformed_bytes` are written of a base that is transformed.
     """
 
     engine: Engine
@@ -92,6 +94,7 @@ class Workload:
     groups: int = 0
     cache_scales: bool = False
     most_solves: int = 1
+    transformed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,8 @@ def _stages(base: BaseModel, sizes: ModelSizes, solving: CostEstimate, work: Wor
         _START_SECONDS / 2 + work.tokens / 50_000,
         LIBRARY_BYTES["tokenizers"] + _WORD_BYTES * sizes.vocabulary + 30 * work.tokens,
     )
+    if work.transformed_bytes:
+        yield _transform(base, sizes, work)
     mapped = 0 if solving.by_layers else base.bytes
     # A tensor of the base that is copied: as it is read, and as it is handed on.
     reading = 2 * max((tensor.bytes for tensor in base.tensors.values()), default=0)
@@ -141,6 +146,14 @@ def _stages(base: BaseModel, sizes: ModelSizes, solving: CostEstimate, work: Wor
     )
     yield from _evaluation(base, sizes, work)
     yield StageCost("seal", work.variant_bytes / _HASHED_BYTES_PER_SECOND, 50_000_000)
+
+
+def _transform(base: BaseModel, sizes: ModelSizes, work: Workload) -> StageCost:
+    """The base reads a few samples by layers; each set of scales is tried on some tokens; all weights are written."""
+    read = min(work.tokens, _SMOOTH_SAMPLES * work.longest_tokens)
+    cost = _reading(base, sizes, replace(work, held_out_tokens=read), "transform", packed=False)
+    tried = 2 * _SMOOTH_CANDIDATES * _SMOOTH_TOKENS * sizes.layers * sizes.layer / _forward(work)
+    return replace(cost, seconds=cost.seconds + tried + work.transformed_bytes / _DISK_BYTES_PER_SECOND)
 
 
 def _sensitivity(base: BaseModel, sizes: ModelSizes, work: Workload) -> StageCost:

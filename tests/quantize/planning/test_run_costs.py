@@ -94,6 +94,16 @@ def test_a_search_counts_all_its_solutions(budget: Budget, more: str) -> None:
     assert {one.stage for one in found.stages} - {one.stage for one in once.stages} == {more, "sensitivity"}
 
 
+def test_a_transform_is_a_stage_of_its_own() -> None:
+    """QwQ-32B is read by layers, as in an evaluation, and written in fp32: 131 GB."""
+    assert all(stage.stage != "transform" for stage in costs().stages)
+    found = costs(replace(REQUEST, transforms=("smooth",)))
+    names = [stage.stage for stage in found.stages]
+    assert names.index("tokenize") + 1 == names.index("transform") == names.index("solve") - 1
+    assert stage(found, "transform").seconds > 4 * 32.76 / 1.5
+    assert stage(found, "transform").gpu_bytes < 10 * GIGA
+
+
 def test_reading_takes_a_layer_and_writing_the_model() -> None:
     """No stage but generation holds a whole model on the GPU, and none holds it in main memory in fp32."""
     found = costs()
