@@ -144,7 +144,9 @@ def recording(solver: Any, record: SolverRecord, *, weighted_scales: bool) -> ty
         def _charge(self, upper: Any) -> None:
             if weighted_scales and upper is not None:
                 charges = upper.diagonal().pow(-2)
-                self.quantizer.find_params = Search(self.quantizer, charges, self.qcfg.bits, symmetric=self.qcfg.sym)
+                self.quantizer.find_params = ScaleSearch(
+                    self.quantizer, charges, self.qcfg.bits, symmetric=self.qcfg.sym
+                )
 
         def quantize(self, blocksize: int = 128) -> tuple[Any, ...]:
             with _sent_first(record.channel):
@@ -172,7 +174,7 @@ def recording(solver: Any, record: SolverRecord, *, weighted_scales: bool) -> ty
     return RecordingSolver
 
 
-class Search:
+class ScaleSearch:
     """Stands in for the library's search for scales: called once for each group, in the order of the inputs."""
 
     def __init__(self, quantizer: Any, charges: Any, bits: int, *, symmetric: bool = True) -> None:

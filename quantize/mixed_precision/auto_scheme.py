@@ -1,4 +1,4 @@
-"""`scheme: auto`: what a search prices, on which text it measures, and what it tells of itself. Pure."""
+"""`scheme: auto`: what a search prices, on which text it measures, and what its log says. Pure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -94,8 +94,8 @@ def sensitive_line(changes: Mapping[str, Mapping[WeightArgs, float]]) -> str:
     """Name the units that gain most from larger numbers."""
     gains = {(unit, numbers): -change for unit, each in changes.items() for numbers, change in each.items()}
     most = sorted((one for one in gains if gains[one] > 0), key=lambda one: -gains[one])[:_NAMED]
-    told = ", ".join(f"{unit} ({gains[unit, numbers]:.2g} at {_words(numbers)})" for unit, numbers in most)
-    return f"auto: KL falls most by exchanging {told}" if most else "auto: no unit gains from larger numbers"
+    gained = ", ".join(f"{unit} ({gains[unit, numbers]:.2g} at {_words(numbers)})" for unit, numbers in most)
+    return f"auto: KL falls most by exchanging {gained}" if most else "auto: no unit gains from larger numbers"
 
 
 def measured_line(measured: Measured, expected: float | None = None) -> str:
@@ -104,8 +104,8 @@ def measured_line(measured: Measured, expected: float | None = None) -> str:
     for weight_args in measured.assignment.values():
         counts[_words(weight_args)] = counts.get(_words(weight_args), 0) + 1
     text = "; ".join(f"{count} of {words}" for words, count in sorted(counts.items()))
-    told = "" if expected is None else f", {expected:.3g} expected"
-    return f"auto: {text}: {measured.bytes / 1e6:.1f} MB, KL {measured.kl:.3g}{told}"
+    expectation = "" if expected is None else f", {expected:.3g} expected"
+    return f"auto: {text}: {measured.bytes / 1e6:.1f} MB, KL {measured.kl:.3g}{expectation}"
 
 
 def by_module(assignment: Mapping[str, int], module_groups: Sequence[ModuleGroup]) -> dict[str, int]:

@@ -132,10 +132,10 @@ def _first_look(search: Search) -> tuple[Estimate, list[Measured]]:
     for number, other in enumerate(search.solves[1:], 1):
         exchanged = [group for group in search.module_groups if _is_first(group.name, number, search.solves)]
         units = {group.name: {"modules": group.modules, "solves": [1]} for group in exchanged}
-        told = _told(search, (0, number), [start, other], units)
-        kls = [*(kls or told["kl"][:1]), told["kl"][1]]
-        alone = {unit: {other[unit]: told["units"][unit][0]} for unit in units}
-        for unit, change in plausible_changes(alone, start, told["short_kl"], search.priced).items():
+        found = _measurements(search, (0, number), [start, other], units)
+        kls = [*(kls or found["kl"][:1]), found["kl"][1]]
+        alone = {unit: {other[unit]: found["units"][unit][0]} for unit in units}
+        for unit, change in plausible_changes(alone, start, found["short_kl"], search.priced).items():
             changes[unit] |= change
     return first_estimate(changes, search.solves, kls), _as_measured(search, search.solves, kls)
 
@@ -146,7 +146,7 @@ def _is_first(unit: str, number: int, solves: Sequence[Assignment]) -> bool:
 
 def _measured(search: Search, assignments: Sequence[Assignment]) -> list[Measured]:
     used = range(len(search.solves))
-    return _as_measured(search, assignments, _told(search, used, assignments, {})["kl"])
+    return _as_measured(search, assignments, _measurements(search, used, assignments, {})["kl"])
 
 
 def _as_measured(search: Search, assignments: Sequence[Assignment], kls: Sequence[float]) -> list[Measured]:
@@ -156,7 +156,7 @@ def _as_measured(search: Search, assignments: Sequence[Assignment], kls: Sequenc
     ]
 
 
-def _told(
+def _measurements(
     search: Search, used: Sequence[int], assignments: Sequence[Assignment], units: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Let the child measure with the solutions `used`, or read what an equal run has kept."""
@@ -176,9 +176,9 @@ def _told(
         job = {"base": str(base.directory.resolve()), "solved": folders, **asked}
         context = run.context
         with context.progress.stage("sensitivity", "measurements") as advance:
-            told = run_worker(_MODULE, job, folder=context.folder, environ=context.environ, on_progress=advance)
+            measurements = run_worker(_MODULE, job, folder=context.folder, environ=context.environ, on_progress=advance)
         with run.store.staging(key) as staged:
-            found = run.store.keep(key, staged, told, subject=run.recipe.variant_id)
+            found = run.store.keep(key, staged, measurements, subject=run.recipe.variant_id)
     return found.facts
 
 
