@@ -44,8 +44,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def arguments(place: Path, out: str, *budget: object) -> tuple[object, ...]:
     """The command line of a search."""
-    options = ("--engine", "cuda", "--data", place / "chats.jsonl", "--eval-prompts", 0, "--eval-tokens", 300)
-    return (place / "tiny", *options, *budget, "--out", place / out)
+    # 16 samples leave chats to spare, on which mixtures are measured.
+    options = ("--engine", "cuda", "--samples", 16, "--eval-prompts", 0, "--eval-tokens", 300)
+    return (place / "tiny", *options, "--data", place / "chats.jsonl", *budget, "--out", place / out)
 
 
 @pytest.fixture(scope="module")
