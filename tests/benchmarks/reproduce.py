@@ -8,8 +8,8 @@ What is shared with quantize/: which held-out samples are read, and their token 
 `dataset_sha256` proves that they are the same. What is not: everything after that.
 GPTQ is read by GPTQModel's own loader, compressed-tensors by its library, and transformers runs them (in
 `library_figures.py`); with `--through vllm`, the figures are those of vLLM's prompt log-probabilities (in
-`vllm_figures.py`), in the precision that vLLM computes in. Use that for `w8a8`: the library of compressed-tensors scales
-int8 activations to 127.5, engines scale them to 127.
+`vllm_figures.py`), in the precision that vLLM computes in. Use that for `w8a8`: the library of compressed-tensors
+scales int8 activations to 127.5, engines scale them to 127.
 """
 
 import argparse
