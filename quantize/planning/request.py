@@ -24,8 +24,8 @@ class TextSize:
 
 
 # By the device that solves. More text steadies the Hessians: of the divergence of int4, 84 of the shipped chats instead
-# of 16 leave 0.73 on SmolLM2-135M (RESULTS.md). 64 is a guess between quality and time from that one model. A model never
-# gets more tokens than it has positions.
+# of 16 leave 0.73 on SmolLM2-135M (RESULTS.md). 64 is a guess between quality and time from that one model. A model
+# never gets more tokens than it has positions.
 DEFAULT_TEXT: Mapping[Engine, TextSize] = MappingProxyType({"cpu": TextSize(64, 2048), "cuda": TextSize(128, 4096)})
 
 
