@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,9 +48,15 @@ def tiny_variants(tiny_base: Path) -> Path:
     """The same folder with a variant of each scheme, made by `quantgate quantize`."""
     pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")
     for scheme in SCHEMES:
-        # Smoothing changes norms: tests of transforms look at that.
-        transform = ("--transform", "none") if scheme == "w8a8" else ()
-        options = ("--scheme", scheme, "--samples", 16, "--data", tiny_base / "chats.jsonl", *transform)
-        made = run("quantize_main", tiny_base / "tiny", *options, "--out", tiny_base / scheme)
+        made = quantize(tiny_base, scheme, tiny_base / scheme)
         assert made.returncode == 0, made.stderr
     return tiny_base
+
+
+def quantize(folder: Path, scheme: str, out: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    """Quantize the tiny base of a folder; one scheme is always one recipe, but for `options`."""
+    data = ("--scheme", scheme, "--data", folder / "chats.jsonl")
+    samples = ("--samples", 16) if scheme in SCHEMES else ()
+    # Smoothing changes norms: tests of transforms look at that.
+    transform = ("--transform", "none") if scheme == "w8a8" else ()
+    return run("quantize_main", folder / "tiny", *data, *samples, *transform, "--out", out, *options)

@@ -19,7 +19,7 @@ from quantize.schemes.forecast import predicted_bytes
 from quantize.variants.weights import read_dense
 from tests.fakes.running import wait_until
 from tests.quantize.command_line import ROOT, command, environ, run
-from tests.quantize.conftest import SCHEMES
+from tests.quantize.conftest import SCHEMES, quantize
 from tests.quantize.models import CHATML
 
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="needs safetensors: install the quantize extra")
@@ -27,13 +27,6 @@ torch = pytest.importorskip("torch", reason="needs torch: install the quantize e
 pytest.importorskip("gptqmodel", reason="needs gptqmodel: install the quantize extra")
 
 pytestmark = [pytest.mark.real_model, pytest.mark.timeout(300)]
-
-
-def quantize(folder: Path, scheme: str, out: Path, *options: object) -> subprocess.CompletedProcess[str]:
-    """Quantize the tiny base."""
-    return run(
-        "quantize_main", folder / "tiny", "--scheme", scheme, "--data", folder / "chats.jsonl", "--out", out, *options
-    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
