@@ -1,40 +1,75 @@
-"""Weights that make up for what earlier layers' rounding did to a layer's inputs, before they are rounded themselves.
+"""Weights that make up for what earlier layers' rounding did, before they are rounded themselves.
 
 GPTQ keeps W X for the inputs X that the quantized layers before give; what should be kept is W X0, with X0 the
 unquantized model's inputs. The weights closest to that are W + W C (X X')^-1 with C = (X0 - X) X' (GPTAQ, arXiv
-2504.02692, equation 9). GPTQModel gathers X X' and C; its own solver for them knows no order inside groups, so the
-weights are moved first and then solved as any others.
+2504.02692, equation 9). The output of some layers is added to the residual stream, which is H where the unquantized
+model has H0: the weights closest to W X0 + H0 - H are moved by (H0 - H) X' (X X')^-1 more (the aim is that of LoaQ,
+arXiv 2509.06297). GPTQModel gathers X X' and C; its own solver for them knows no order inside groups, so the weights
+are moved first and then solved as any others.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
-# Of the mean diagonal: the correction is a guess from few tokens, so weakly seen directions are left alone.
+from quantize.backends.residual_stream import ResidualStreams
+
+# Of the damped diagonal: the correction is a guess from few tokens, so weakly seen directions are left alone.
 _DAMP = 0.01
 
 
-def moved(weights: Any, hessian: Any, drift: Any, share: float) -> Any:
-    """Move `weights` [N, K] by `share` of the correction for `drift` [K, K], given the `hessian` [K, K]."""
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """How much is made up for: shares of the error of a layer's inputs, and of that of the residual stream."""
+
+    inputs: float
+    residual: float = 0.0
+
+
+def moved(weights: Any, hessian: Any, wanted: Any) -> Any:
+    """Move `weights` [N, K] so that outputs change as wanted; `wanted` [N, K] are the sums of changes times inputs."""
     import torch  # noqa: PLC0415
 
     damped = hessian.clone()
-    damped.diagonal().add_(_DAMP * hessian.diagonal().mean())
-    return weights + share * torch.linalg.solve(damped, (weights @ drift).T).T
+    damped.diagonal().add_(_DAMP * typical(hessian.diagonal()))
+    return weights + torch.cholesky_solve(wanted.T, torch.linalg.cholesky(damped)).T
 
 
-def residual_corrected(solver: Any, gatherer: Any, share: float) -> type:
+def typical(diagonal: Any) -> Any:
+    """What damping is a share of: the median of the diagonal, or its mean where that is less.
+
+    A first token's activation can be hundreds of times the others' in a few inputs (arXiv 2402.17762). A share of a
+    mean that they make is more than all there is of the other inputs, and GPTQ would round to nearest.
+    """
+    return diagonal.median().minimum(diagonal.mean())
+
+
+def corrected(solver: Any, gatherer: Any, correction: Correction, streams: ResidualStreams) -> type:
     """Derive from GPTQModel's `GPTAQ`, which gathers both inputs, a class that moves weights and solves as `GPTQ`."""
 
-    class Aligned(gatherer):  # type: ignore[misc]
+    class Corrected(gatherer):  # type: ignore[misc]
         dXXT: Any  # noqa: N815 - the library's name for C
+        _lost: Any = None
+
+        def add_batch(self, inp: Any, out: Any, batch_index: int | None = None) -> None:
+            super().add_batch(inp, out, batch_index=batch_index)
+            inputs = inp.reshape(-1, inp.shape[-1]).float()
+            lost = streams.lost(self._named_module.full_name, out)
+            if lost is not None:
+                product = lost.T @ inputs
+                self._lost = product if self._lost is None else self._lost.add_(product)
 
         def quantize(self, blocksize: int = 128) -> Any:
-            weight = self.module.weight
-            weight.data = moved(weight.data.float(), self.H, self.dXXT, share).to(weight.dtype)
-            self.dXXT = None
+            weight = self.module.weight.data.float()
+            wanted = correction.inputs * (weight @ self.dXXT)
+            if self._lost is not None:
+                # The library's sums are those of two halves of the mean over samples.
+                wanted += correction.residual * 2 / self.nsamples * self._lost
+            self.module.weight.data = moved(weight, self.H, wanted).to(self.module.weight.dtype)
+            self.dXXT = self._lost = None
             return solver.quantize(self, blocksize=blocksize)
 
         def free(self) -> None:
-            self.dXXT = None
+            self.dXXT = self._lost = None
             solver.free(self)
 
-    return Aligned
+    return Corrected

@@ -7,6 +7,7 @@ from config.manifest import Scheme
 from quantize.backends.losses import SolvedModule
 from quantize.backends.protocol import QuantizeResult, SolveJob
 from quantize.modules import ModuleTree
+from quantize.planning.block_form import BLOCK_FORMS
 from quantize.planning.cost_estimate import CostEstimate
 from quantize.planning.recipe import Recipe
 from quantize.planning.run_costs import placed_cost
@@ -37,6 +38,14 @@ def solve(
         on_event=on_event,
     )
     return QuantizeResult.of(result["seconds"], [SolvedModule(**row) for row in result["modules"]])
+
+
+def residual_job(recipe: Recipe) -> dict[str, Any] | None:
+    """Say how much of the residual stream's error is made up for, and what reads and writes the stream in a block."""
+    form = BLOCK_FORMS.get(recipe.base.config.get("model_type", ""))
+    if not recipe.settings.gptaq or not recipe.settings.residual or form is None:
+        return None
+    return {"share": recipe.settings.residual, "mlp_reader": form.mlp_reader, "norms_after": form.norms_after}
 
 
 def settings(scheme: Scheme, chosen: SolverSettings, tree: ModuleTree) -> dict[str, Any]:
@@ -87,7 +96,9 @@ def job_of(
         "tree": recipe.base.modules.as_json(),
         "settings": settings(recipe.scheme, recipe.settings, recipe.base.modules),
         "damping": list(recipe.settings.damp),
+        "mean_damp": recipe.settings.mean_damp,
         "gptaq": recipe.settings.gptaq,
+        "residual": residual_job(recipe),
         "weighted_scales": recipe.settings.weighted_scales,
         "memory_bytes": recipe.devices.memory_bytes,
         "samples": [sample["ids"] for sample in samples],

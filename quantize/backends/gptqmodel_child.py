@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quantize.backends.gptaq import residual_corrected
+from quantize.backends.gptaq import Correction, corrected
 from quantize.backends.layer_checkpoint import LayerCheckpoint
 from quantize.backends.module_tree_child import load_definition, names_of
 from quantize.backends.recording_solver import SolverRecord, recording
+from quantize.backends.residual_stream import ResidualStreams, StreamForm, keeping
 from quantize.errors import RecipeError
 from quantize.modules import ModuleTree
 from quantize.running.worker import WorkerChannel, run_child
@@ -47,13 +48,19 @@ def quantize(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
         job["expert_fallback"],
         sum(map(len, job["samples"])),
         job["samples"],
+        mean_damp=job["mean_damp"],
     )
     tree = ModuleTree.from_json(job["tree"])
     model = load(job, device, dtype)
     require_same_layers(model, tree)
     model.layer_callback = Layers(record, model.model.config.get_text_config().num_hidden_layers)
     tokenized = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["samples"]]
-    with recorded(record, share=job["gptaq"], weighted_scales=job["weighted_scales"]):
+    streams = ResidualStreams("cpu" if job["kept_inputs"] == "host" else None)
+    if job["residual"]:
+        blocks = StreamForm(job["residual"]["mlp_reader"], job["residual"]["norms_after"])
+        streams.watch(model.model, (layer.solver_name for layer in tree.layers), blocks)
+    correction = Correction(job["gptaq"], job["residual"]["share"] if job["residual"] else 0.0)
+    with recorded(record, correction, streams, weighted_scales=job["weighted_scales"]):
         # In the order they were drawn: a batch's number is its sample's.
         model.quantize(tokenized, batch_size=1, calibration_data_min_length=1, calibration_sort=None)
     return {"seconds": round(time.monotonic() - started, 1), "modules": [asdict(solved) for solved in record.solved]}
@@ -104,17 +111,22 @@ def require_same_layers(model: Any, tree: ModuleTree) -> None:
 
 
 @contextmanager
-def recorded(record: SolverRecord, *, share: float, weighted_scales: bool) -> Iterator[None]:
+def recorded(
+    record: SolverRecord, correction: Correction, streams: ResidualStreams, *, weighted_scales: bool
+) -> Iterator[None]:
     """Put our recording classes where the library takes its solvers from: the one seam it has for them."""
-    from gptqmodel.looper import gptq_processor as library  # noqa: PLC0415
+    from gptqmodel.looper import gptq_processor as solvers  # noqa: PLC0415
+    from gptqmodel.looper import native_processor as passes  # noqa: PLC0415
 
-    plain, gatherer = library.GPTQ, library.GPTAQ
-    library.GPTQ = recording(plain, record, weighted_scales=weighted_scales)
-    library.GPTAQ = recording(residual_corrected(plain, gatherer, share), record, weighted_scales=weighted_scales)
+    plain, gatherer, native = solvers.GPTQ, solvers.GPTAQ, passes.NativeProcessor
+    with_correction = corrected(plain, gatherer, correction, streams)
+    solvers.GPTQ = recording(plain, record, weighted_scales=weighted_scales)
+    solvers.GPTAQ = recording(with_correction, record, weighted_scales=weighted_scales)
+    passes.NativeProcessor = keeping(native, streams)
     try:
         yield
     finally:
-        library.GPTQ, library.GPTAQ = plain, gatherer
+        solvers.GPTQ, solvers.GPTAQ, passes.NativeProcessor = plain, gatherer, native
 
 
 if __name__ == "__main__":

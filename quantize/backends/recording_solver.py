@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantize.backends.gptaq import typical
 from quantize.backends.layer_checkpoint import LayerCheckpoint, ModuleSolution
 from quantize.backends.losses import LossMedians, SolvedModule, as_loss
 from quantize.backends.scales import best_scales, best_scales_and_zeros
@@ -36,6 +37,7 @@ class SolverRecord:
     expert_fallback: str = "rtn"
     tokens: int = 0
     ids: Sequence[Sequence[int]] = ()
+    mean_damp: bool = False
     solved: list[SolvedModule] = field(default_factory=list)
     medians: LossMedians = field(default_factory=LossMedians)
     peaks: dict[str, dict[int, Any]] = field(default_factory=dict)
@@ -94,17 +96,19 @@ class SolverRecord:
             self.checkpoint.complete(layer, [solved.module for solved in self.solved if solved.layer == layer])
 
 
-def factor(hessian: Any, damping: Sequence[float]) -> tuple[Any, float] | None:
+def factor(hessian: Any, damping: Sequence[float], *, mean: bool = False) -> tuple[Any, float] | None:
     """Factor the inverse of a Hessian [K, K] with the least damping that works; None where none does.
 
     Gives the upper Cholesky factor of the damped Hessian's inverse, as GPTQ uses it, and leaves `hessian` as it was.
+    Damping is a share of its typical diagonal, or of the mean one.
     """
     import torch  # noqa: PLC0415
 
     diagonal = hessian.diagonal()
     plain = diagonal.clone()
+    whole = plain.mean() if mean else typical(plain)
     for damp in damping:
-        diagonal.add_(damp * plain.mean())
+        diagonal.add_(damp * whole)
         lower, failed = torch.linalg.cholesky_ex(hessian)
         diagonal.copy_(plain)
         if int(failed):
@@ -132,7 +136,7 @@ def recording(solver: Any, record: SolverRecord, *, weighted_scales: bool) -> ty
 
         def hessian_inverse(self, H: Any) -> tuple[Any, float]:  # noqa: N803
             # Without a factor the library rounds to nearest; the record sees that in the loss.
-            upper, damp = factor(H, record.damping) or (None, 1.0)
+            upper, damp = factor(H, record.damping, mean=record.mean_damp) or (None, 1.0)
             self._charge(upper)
             return upper, damp
 

@@ -6,8 +6,9 @@ scales; each candidate is moved to the least squares of the integers it gives. A
 integers reach from -8 to 7, and the largest weight should meet the longer side. With zero points, a group's integers
 reach from -zero to 2^bits - 1 - zero: those next to the one that meets both ends of the group are tried, too.
 
-With c the charges, the integers q of the weights w are charged sum(c w^2) - sum(c q w)^2 / sum(c q^2) at their own least
-squares. Only the second term differs between candidates: they need no array of errors, and no memory of their own.
+With c the charges, the integers q of the weights w are charged sum(c w^2) - sum(c q w)^2 / sum(c q^2) at their own
+least squares. Only the second term differs between candidates: they need no array of errors, and no memory of their
+own.
 """
 
 from collections.abc import Sequence

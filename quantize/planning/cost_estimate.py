@@ -19,7 +19,7 @@ _BLOCK = re.compile(r"^.*?(?:layers|h|blocks)\.\d+\.")
 _PASSES_SEQUENTIAL = 5
 _PASSES_AT_ONCE = 2
 # Tries of a scale, and operations a weight for each.
-_SEARCH_OPERATIONS = 1000
+_SEARCH_OPERATIONS = 300
 _HESSIAN_COPIES = 3
 _FP32_BYTES = 4
 # A weight as it is computed with: fp32 on a CPU, bf16 on a GPU.
@@ -34,6 +34,8 @@ _ROUNDED_WEIGHTS_PER_SECOND = 100e6
 _MATRIX_COPIES = 6
 # What a layer's inputs and outputs of all samples are kept in.
 _ACTIVATION_COPIES = 2
+# Residual streams of the unquantized model in a block: its input, and what the MLP's norm reads.
+_STREAMS = 2
 # CUDA's own context, and what its allocator can't use.
 _CUDA_BYTES = 1_500_000_000
 
@@ -157,6 +159,8 @@ def _cost(
     workers = cores if engine == "cpu" else 1
     rates = NOMINAL[engine]
     kept = kept_input_bytes(largest, tokens, engine, kept_inputs) if kept_inputs else 0
+    if kept and settings.residual:
+        kept += _STREAMS * tokens * sizes.hidden * _ITEM_BYTES[engine]
     solving = _solving_bytes(largest)
     activations = _ACTIVATION_COPIES * tokens * sizes.hidden * _ITEM_BYTES[engine]
     weights = (sizes.outer + 2 * sizes.layer if by_layers else sizes.parameters) * _ITEM_BYTES[engine]

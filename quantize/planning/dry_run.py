@@ -258,7 +258,8 @@ def _settings_line(settings: SolverSettings) -> str:
     if settings.weighted_scales:
         norm = "weighted scale search"
     gptaq = f", GPTAQ {settings.gptaq:g}" if settings.gptaq else ""
-    return f"{order}, {norm}{gptaq}, damping {damp}"
+    residual = f", residual stream {settings.residual:g}" if settings.gptaq and settings.residual else ""
+    return f"{order}, {norm}{gptaq}{residual}, damping {damp}"
 
 
 def _time_line(solving: CostEstimate, stages: Sequence[StageCost]) -> str:

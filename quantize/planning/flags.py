@@ -251,11 +251,17 @@ def _add_solver(parser: argparse.ArgumentParser) -> None:
     )
     add("--gptaq", type=float, metavar="SHARE", help="make up for this share of the error that earlier layers left")
     add(
+        "--residual",
+        type=float,
+        metavar="SHARE",
+        help="with --gptaq: make up for this share of the error in the residual stream, too, where the family is known",
+    )
+    add(
         "--damp",
         type=float,
         action="append",
         metavar="SHARE",
-        help="share of the Hessian's mean diagonal added to it; repeat it for a ladder "
+        help="share of the Hessian's typical diagonal added to it; repeat it for a ladder "
         f"(default: {' '.join(f'{step:g}' for step in DAMPING_LADDER)})",
     )
     add("--allow-fallback", type=count, metavar="N", help="so many modules may be rounded to nearest (default: 0)")

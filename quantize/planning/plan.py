@@ -16,6 +16,7 @@ from quantize.calibration.datasets import (
     split_records,
 )
 from quantize.errors import RecipeError
+from quantize.planning.block_form import BLOCK_FORMS
 from quantize.planning.recipe import SEARCH_CHATS, Budget, Recipe, chosen_backend
 from quantize.planning.request import Request
 from quantize.planning.run_costs import run_costs
@@ -55,7 +56,7 @@ def plan_variant(request: Request, base: BaseModel, machine: Machine) -> tuple[R
         samples=request.samples,
         max_tokens=request.max_tokens,
         seed=request.seed,
-        settings=request.settings if costs.solving.kept_inputs or free else replace(request.settings, gptaq=0.0),
+        settings=request.settings if costs.solving.kept_inputs or free else without_gptaq(request.settings),
         backend=chosen_backend(RTN_FP8 if free else request.backend),
         devices=request.devices,
         budget=request.scheme if isinstance(request.scheme, Budget) else None,
@@ -114,8 +115,19 @@ def settled_request(request: Request, base: BaseModel, scheme: Scheme) -> Reques
 
 
 def settled_settings(settings: SolverSettings, base: BaseModel) -> SolverSettings:
-    """Leave GPTAQ out for a base with experts: routers choose other tokens for an expert than the unquantized model."""
-    return replace(settings, gptaq=0.0) if base.modules.has_experts else settings
+    """Leave out what a base is not made for.
+
+    GPTAQ where there are experts: routers choose other tokens for an expert than the unquantized model. What the
+    residual stream has lost where outputs are not added to it as they are.
+    """
+    gptaq = 0.0 if base.modules.has_experts else settings.gptaq
+    form = BLOCK_FORMS.get(base.config.get("model_type", ""))
+    return replace(settings, gptaq=gptaq, residual=settings.residual if gptaq and form and form.adds else 0.0)
+
+
+def without_gptaq(settings: SolverSettings) -> SolverSettings:
+    """Leave out what needs the unquantized model's inputs."""
+    return replace(settings, gptaq=0.0, residual=0.0)
 
 
 def calibration_split(request: Request) -> tuple[tuple[Dataset, ...], CalibrationSplit]:

@@ -11,11 +11,13 @@ DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1)
 class SolverSettings:
     """Settings that change a variant's bytes, beside its scheme and its text.
 
-    `damp` are shares of the Hessian's mean diagonal that are added to it, tried in order until it factors.
+    `damp` are shares of the Hessian's median diagonal that are added to it, tried in order until it factors; with
+    `mean_damp` those of its mean, as in other tools.
     `group_order` sorts inputs by activation inside groups, free at run time. `weighted_scales` searches each group's
     scale for the error that GPTQ will be charged for; without it `scale_norm` is the power of the plain error that
     the library's search minimises, and 0 takes the largest weight. `gptaq` is the share of the error that earlier
-    layers left which the weights make up for (0: none; arXiv 2504.02692).
+    layers left in a layer's inputs which the weights make up for (0: none; arXiv 2504.02692), `residual` that of the
+    error in the residual stream (0: none, as without `gptaq`).
     """
 
     damp: tuple[float, ...] = DAMPING_LADDER
@@ -23,6 +25,8 @@ class SolverSettings:
     weighted_scales: bool = True
     scale_norm: float = 0.0
     gptaq: float = 0.5
+    residual: float = 0.5
+    mean_damp: bool = False
     true_sequential: bool = True
 
 
@@ -30,6 +34,8 @@ SETTINGS: Mapping[str, SolverSettings] = MappingProxyType(
     {
         "best": SolverSettings(),
         # What the usual AutoGPTQ script does.
-        "classic": SolverSettings(damp=(0.01,), group_order=False, weighted_scales=False, gptaq=0.0),
+        "classic": SolverSettings(
+            damp=(0.01,), group_order=False, weighted_scales=False, gptaq=0.0, residual=0.0, mean_damp=True
+        ),
     },
 )

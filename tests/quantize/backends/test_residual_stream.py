@@ -1,0 +1,144 @@
+"""What a residual stream has lost, at the layers that write into it; and weights that give a part of it back."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
+
+from quantize.backends.gptaq import Correction, corrected  # noqa: E402
+from quantize.backends.residual_stream import ResidualStreams, StreamForm, keeping  # noqa: E402
+from quantize.errors import SolveError  # noqa: E402
+
+pytestmark = pytest.mark.real_model
+
+OUT, DOWN = "layers.0.self_attn.o_proj", "layers.0.mlp.down_proj"
+
+
+@pytest.fixture(autouse=True)
+def without_gradients() -> Iterator[None]:
+    """As in the solver."""
+    with torch.no_grad():
+        yield
+
+
+class Block(torch.nn.Module):  # type: ignore[misc, name-defined]
+    """h + after(o(h)), then + after(down(norm(h))): a block without what is of no matter here."""
+
+    def __init__(self, after: Any = None) -> None:
+        super().__init__()
+        self.self_attn, self.mlp, self.norm = torch.nn.Module(), torch.nn.Module(), torch.nn.Identity()
+        self.after = after or torch.nn.Identity()
+        self.self_attn.o_proj = torch.nn.Linear(4, 4, bias=False)
+        self.mlp.down_proj = torch.nn.Linear(4, 4, bias=False)
+
+    def forward(self, hidden_states: Any) -> Any:
+        """One sample [1, T, 4]."""
+        middle = hidden_states + self.after(self.self_attn.o_proj(hidden_states))
+        return middle + self.after(self.mlp.down_proj(self.norm(middle)))
+
+
+class Passes:
+    """GPTQModel's NativeProcessor, as far as it is derived from."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def preprocess(self, module: Any) -> None:
+        """Called once for each module, before its block runs."""
+
+    def pre_process_fwd_hook(self, name: str) -> Any:
+        """Give the hook of a module."""
+        return lambda _module, _inputs, _output: self.seen.append(name)
+
+
+def streams_of(block: Block, samples: list[Any]) -> tuple[ResidualStreams, Any]:
+    """Run the samples through the unquantized block, as GPTQModel does; gives the streams, and the model."""
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([block])
+    streams = ResidualStreams()
+    through = None if isinstance(block.after, torch.nn.Identity) else ("after", "after")
+    streams.watch(model, [OUT, DOWN, "layers.0.self_attn.q_proj"], StreamForm("norm", through))
+    passes = keeping(Passes, streams)()
+    handles = []
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        passes.preprocess(SimpleNamespace(name=name, full_name=f"layers.0.{name}"))
+        handles.append(block.get_submodule(name).register_forward_hook(passes.pre_process_fwd_hook(name)))
+    for sample in samples:
+        block(sample)
+    for handle in handles:
+        handle.remove()
+    assert passes.seen == ["self_attn.o_proj", "mlp.down_proj"] * len(samples)
+    return streams, model
+
+
+def test_each_writer_is_told_what_the_stream_before_it_has_lost() -> None:
+    """The block's input for o, what has the output of attention in it for down; sample by sample."""
+    torch.manual_seed(0)
+    samples, block = [torch.randn(1, tokens, 4) for tokens in (3, 5)], Block()
+    streams, model = streams_of(block, samples)
+    drifted = [sample + 0.1 * torch.randn_like(sample) for sample in samples]
+    for sample, present in zip(samples, drifted, strict=True):
+        model.layers[0](hidden_states=present)
+        assert torch.allclose(streams.lost(OUT, present), (sample - present)[0], atol=1e-6)
+        lost = (sample - present) + block.self_attn.o_proj(sample - present)
+        assert torch.allclose(streams.lost(DOWN, present), lost[0], atol=1e-5)
+        assert streams.lost("layers.0.self_attn.q_proj", present) is None
+
+
+def test_a_norm_behind_a_writer_is_looked_through() -> None:
+    """What o must give more for the norm to give what is lacking; a channel that the norm closes gives nothing."""
+    torch.manual_seed(0)
+    norm = torch.nn.RMSNorm(4)
+    norm.weight.copy_(torch.tensor([0.5, 2.0, -1.0, 1e-4]))
+    sample, block = torch.randn(1, 3, 4), Block(norm)
+    streams, model = streams_of(block, [sample])
+    present = sample + 1e-3 * torch.randn_like(sample)
+    model.layers[0](present)
+    output = block.self_attn.o_proj(present)
+    more = streams.lost(OUT, output)
+    assert more is not None
+    assert (more[:, 3] == 0).all()
+    size = output[0].square().mean(1, keepdim=True).sqrt()
+    assert torch.allclose((more / size * norm.weight)[:, :3], (sample - present)[0, :, :3], atol=1e-6)
+
+
+def test_streams_of_other_samples_are_refused() -> None:
+    """Nothing is solved on a difference of unlike things."""
+    streams, model = streams_of(Block(), [torch.randn(1, 3, 4)])
+    model.layers[0](torch.randn(1, 5, 4))
+    with pytest.raises(SolveError, match=r"\[3, 4\] and \[5, 4\], its output \[5, 4\].*--residual 0"):
+        streams.lost(OUT, torch.randn(1, 5, 4))
+
+
+class Gatherer:
+    """GPTQModel's GPTAQ, as far as it is derived from: sums of one sample after the other."""
+
+    def __init__(self, module: Any, unquantized: Any) -> None:
+        self.module, self._named_module, self._unquantized = module, SimpleNamespace(full_name=OUT), unquantized
+        self.nsamples, self.H, self.dXXT = 0, None, None
+
+    def add_batch(self, inp: Any, out: Any, batch_index: int | None = None) -> None:
+        """Gather the only sample."""
+        inputs, wanted = inp[0], self._unquantized[0]
+        self.nsamples, self.H, self.dXXT = 1, 2 * inputs.T @ inputs, 2 * (wanted - inputs).T @ inputs
+
+
+def test_weights_give_back_what_the_stream_has_lost() -> None:
+    """With both shares whole, o's output is nearly what it was, and what the stream lacks is in it."""
+    torch.manual_seed(0)
+    sample, block = torch.randn(1, 400, 4), Block()
+    streams, model = streams_of(block, [sample])
+    present = sample + 0.3 * sample @ torch.randn(4, 4)
+    solver = SimpleNamespace(quantize=lambda _self, blocksize: None, free=lambda _self: None)
+    weights = block.self_attn.o_proj.weight.clone()
+    solving = corrected(solver, Gatherer, Correction(inputs=1.0, residual=1.0), streams)(block.self_attn.o_proj, sample)
+    wanted = sample + sample @ weights.T
+    before = (present + present @ weights.T - wanted).square().mean()
+    model.layers[0](present)
+    solving.add_batch(present, block.self_attn.o_proj(present))
+    solving.quantize()
+    after = (present + block.self_attn.o_proj(present) - wanted).square().mean()
+    assert after < 0.01 * before
