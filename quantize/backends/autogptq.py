@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from quantize.errors import RecipeError
 from quantize.model_files.weight_files import INDEX_FILE, weight_files
 from quantize.planning.recipe import Recipe
 from quantize.running.worker import run_worker
-from quantize.schemes.settings import SolverSettings
+from quantize.schemes.settings import SETTINGS, SolverSettings
 from quantize.variants.checkpoint import write_json
 
 PINS = Pins("auto-gptq 0.7.1", Path(__file__).with_name("autogptq-requirements.txt"), ("3.11",))
@@ -71,9 +71,9 @@ def require_solvable(scheme: Scheme, settings: SolverSettings) -> None:
         raise RecipeError(
             "auto-gptq quantizes all modules alike and knows no overrides; drop them, or use --backend gptqmodel"
         )
-    if any((settings.group_order, settings.weighted_scales, settings.scale_norm, settings.gptaq)):
+    if replace(settings, damp=(), true_sequential=True) != replace(SETTINGS["classic"], damp=()):
         raise RecipeError(
-            "auto-gptq has no group order, no search for scales and no gptaq; pass --solver classic, "
+            "auto-gptq has no group order, no search for scales, no gptaq and no shrinkage; pass --solver classic, "
             "or use --backend gptqmodel",
         )
 

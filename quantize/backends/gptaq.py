@@ -8,13 +8,15 @@ arXiv 2509.06297). GPTQModel gathers X X' and C; its own solver for them knows n
 are moved first and then solved as any others.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from quantize.backends.regularization import Regularization
 from quantize.backends.residual_stream import ResidualStreams
 
-# Of the damped diagonal: the correction is a guess from few tokens, so weakly seen directions are left alone.
-_DAMP = 0.01
+# Gives the regularization of a module with so many inputs.
+Regularizations = Callable[[int], Regularization]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,28 +24,25 @@ class Correction:
     """How much is made up for: shares of the error of a layer's inputs, and of that of the residual stream."""
 
     inputs: float
-    residual: float = 0.0
+    residual: float
 
 
-def moved(weights: Any, hessian: Any, wanted: Any) -> Any:
-    """Move `weights` [N, K] so that outputs change as wanted; `wanted` [N, K] are the sums of changes times inputs."""
+def moved(weights: Any, hessian: Any, wanted: Any, regularization: Regularization) -> Any:
+    """Move `weights` [N, K] so that outputs change as wanted; `wanted` [N, K] are the sums of changes times inputs.
+
+    It is a guess from few tokens, as the Hessian is: directions that they hardly have are left alone.
+    """
     import torch  # noqa: PLC0415
 
     damped = hessian.clone()
-    damped.diagonal().add_(_DAMP * typical(hessian.diagonal()))
+    share = regularization.shrinkage + regularization.damping[0]
+    damped.diagonal().add_(share * regularization.whole(hessian.diagonal()))
     return weights + torch.cholesky_solve(wanted.T, torch.linalg.cholesky(damped)).T
 
 
-def typical(diagonal: Any) -> Any:
-    """What damping is a share of: the median of the diagonal, or its mean where that is less.
-
-    A first token's activation can be hundreds of times the others' in a few inputs (arXiv 2402.17762). A share of a
-    mean that they make is more than all there is of the other inputs, and GPTQ would round to nearest.
-    """
-    return diagonal.median().minimum(diagonal.mean())
-
-
-def corrected(solver: Any, gatherer: Any, correction: Correction, streams: ResidualStreams) -> type:
+def corrected(
+    solver: Any, gatherer: Any, correction: Correction, streams: ResidualStreams, regularization: Regularizations
+) -> type:
     """Derive from GPTQModel's `GPTAQ`, which gathers both inputs, a class that moves weights and solves as `GPTQ`."""
 
     class Corrected(gatherer):  # type: ignore[misc]
@@ -64,7 +63,9 @@ def corrected(solver: Any, gatherer: Any, correction: Correction, streams: Resid
             if self._lost is not None:
                 # The library's sums are those of two halves of the mean over samples.
                 wanted += correction.residual * 2 / self.nsamples * self._lost
-            self.module.weight.data = moved(weight, self.H, wanted).to(self.module.weight.dtype)
+            self.module.weight.data = moved(weight, self.H, wanted, regularization(weight.shape[1])).to(
+                self.module.weight.dtype
+            )
             self.dXXT = self._lost = None
             return solver.quantize(self, blocksize=blocksize)
 

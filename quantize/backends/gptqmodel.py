@@ -96,7 +96,7 @@ def job_of(
         "tree": recipe.base.modules.as_json(),
         "settings": settings(recipe.scheme, recipe.settings, recipe.base.modules),
         "damping": list(recipe.settings.damp),
-        "mean_damp": recipe.settings.mean_damp,
+        "shrinkage": recipe.settings.shrinkage,
         "gptaq": recipe.settings.gptaq,
         "residual": residual_job(recipe),
         "weighted_scales": recipe.settings.weighted_scales,

@@ -48,7 +48,7 @@ def quantize(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
         job["expert_fallback"],
         sum(map(len, job["samples"])),
         job["samples"],
-        mean_damp=job["mean_damp"],
+        shrinkage=job["shrinkage"],
     )
     tree = ModuleTree.from_json(job["tree"])
     model = load(job, device, dtype)
@@ -59,7 +59,8 @@ def quantize(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     if job["residual"]:
         blocks = StreamForm(job["residual"]["mlp_reader"], job["residual"]["norms_after"])
         streams.watch(model.model, (layer.solver_name for layer in tree.layers), blocks)
-    correction = Correction(job["gptaq"], job["residual"]["share"] if job["residual"] else 0.0)
+    residual = job["residual"]["share"] if job["residual"] else 0.0
+    correction = Correction(job["gptaq"], residual)
     with recorded(record, correction, streams, weighted_scales=job["weighted_scales"]):
         # In the order they were drawn: a batch's number is its sample's.
         model.quantize(tokenized, batch_size=1, calibration_data_min_length=1, calibration_sort=None)
@@ -119,7 +120,7 @@ def recorded(
     from gptqmodel.looper import native_processor as passes  # noqa: PLC0415
 
     plain, gatherer, native = solvers.GPTQ, solvers.GPTAQ, passes.NativeProcessor
-    with_correction = corrected(plain, gatherer, correction, streams)
+    with_correction = corrected(plain, gatherer, correction, streams, record.regularization)
     solvers.GPTQ = recording(plain, record, weighted_scales=weighted_scales)
     solvers.GPTAQ = recording(with_correction, record, weighted_scales=weighted_scales)
     passes.NativeProcessor = keeping(native, streams)

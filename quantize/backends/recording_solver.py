@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantize.backends.gptaq import typical
 from quantize.backends.layer_checkpoint import LayerCheckpoint, ModuleSolution
 from quantize.backends.losses import LossMedians, SolvedModule, as_loss
+from quantize.backends.regularization import Regularization, factor
 from quantize.backends.scales import best_scales, best_scales_and_zeros
 from quantize.errors import CalibrationError, QuantizeError, RecipeError, SolveError
 from quantize.modules import is_expert
@@ -37,10 +37,14 @@ class SolverRecord:
     expert_fallback: str = "rtn"
     tokens: int = 0
     ids: Sequence[Sequence[int]] = ()
-    mean_damp: bool = False
+    shrinkage: float = 0.0
     solved: list[SolvedModule] = field(default_factory=list)
     medians: LossMedians = field(default_factory=LossMedians)
     peaks: dict[str, dict[int, Any]] = field(default_factory=dict)
+
+    def regularization(self, columns: int, tokens: int | None = None) -> Regularization:
+        """Give that of a module with so many inputs, that `tokens` reached; without a number, all did."""
+        return Regularization(self.shrinkage * columns / max(1, tokens or self.tokens), tuple(self.damping))
 
     def look(self, module: str, activations: Any, sample: int) -> None:
         """Remember each token's largest activation [T] of a sample, without waiting for the device."""
@@ -96,29 +100,6 @@ class SolverRecord:
             self.checkpoint.complete(layer, [solved.module for solved in self.solved if solved.layer == layer])
 
 
-def factor(hessian: Any, damping: Sequence[float], *, mean: bool = False) -> tuple[Any, float] | None:
-    """Factor the inverse of a Hessian [K, K] with the least damping that works; None where none does.
-
-    Gives the upper Cholesky factor of the damped Hessian's inverse, as GPTQ uses it, and leaves `hessian` as it was.
-    Damping is a share of its typical diagonal, or of the mean one.
-    """
-    import torch  # noqa: PLC0415
-
-    diagonal = hessian.diagonal()
-    plain = diagonal.clone()
-    whole = plain.mean() if mean else typical(plain)
-    for damp in damping:
-        diagonal.add_(damp * whole)
-        lower, failed = torch.linalg.cholesky_ex(hessian)
-        diagonal.copy_(plain)
-        if int(failed):
-            continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not int(failed):
-            return upper, damp
-    return None
-
-
 def recording(solver: Any, record: SolverRecord, *, weighted_scales: bool) -> type:
     """Derive a class from GPTQModel's `GPTQ` or `GPTAQ` that keeps a record, and skips layers that are whole."""
 
@@ -136,7 +117,8 @@ def recording(solver: Any, record: SolverRecord, *, weighted_scales: bool) -> ty
 
         def hessian_inverse(self, H: Any) -> tuple[Any, float]:  # noqa: N803
             # Without a factor the library rounds to nearest; the record sees that in the loss.
-            upper, damp = factor(H, record.damping, mean=record.mean_damp) or (None, 1.0)
+            tokens = int(self.nsamples) if is_expert(self._place[0]) else None
+            upper, damp = factor(H, record.regularization(H.shape[0], tokens)) or (None, 1.0)
             self._charge(upper)
             return upper, damp
 

@@ -259,7 +259,8 @@ def _settings_line(settings: SolverSettings) -> str:
         norm = "weighted scale search"
     gptaq = f", GPTAQ {settings.gptaq:g}" if settings.gptaq else ""
     residual = f", residual stream {settings.residual:g}" if settings.gptaq and settings.residual else ""
-    return f"{order}, {norm}{gptaq}{residual}, damping {damp}"
+    shrinkage = f", shrinkage {settings.shrinkage:g}" if settings.shrinkage else ""
+    return f"{order}, {norm}{gptaq}{residual}{shrinkage}, damping {damp}"
 
 
 def _time_line(solving: CostEstimate, stages: Sequence[StageCost]) -> str:

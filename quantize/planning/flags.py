@@ -257,11 +257,17 @@ def _add_solver(parser: argparse.ArgumentParser) -> None:
         help="with --gptaq: make up for this share of the error in the residual stream, too, where the family is known",
     )
     add(
+        "--shrinkage",
+        type=float,
+        metavar="S",
+        help="add to the Hessian's diagonal S times the inputs of a module over the tokens it saw; 0: nothing",
+    )
+    add(
         "--damp",
         type=float,
         action="append",
         metavar="SHARE",
-        help="share of the Hessian's typical diagonal added to it; repeat it for a ladder "
+        help="share of the Hessian's diagonal added to it; repeat it for a ladder "
         f"(default: {' '.join(f'{step:g}' for step in DAMPING_LADDER)})",
     )
     add("--allow-fallback", type=count, metavar="N", help="so many modules may be rounded to nearest (default: 0)")

@@ -110,7 +110,7 @@ class SolverTable(Part):
     scale_norm: Annotated[float, Field(ge=0)] | None = None
     gptaq: Annotated[float, Field(ge=0)] | None = None
     residual: Annotated[float, Field(ge=0)] | None = None
-    mean_damp: bool | None = None
+    shrinkage: Annotated[float, Field(ge=0)] | None = None
     true_sequential: bool | None = None
     # A parameter of AutoGPTQ that goes with desc_act, which no vLLM loads: it may be stated, and is always off.
     static_groups: Annotated[Literal[False] | None, BeforeValidator(_false)] = None

@@ -21,7 +21,7 @@ from quantize.schemes.settings import SETTINGS, SolverSettings
 _Value = TypeVar("_Value")
 # Beside these a recipe's solver table states what a SolverSettings has no word for.
 _NO_SETTINGS = frozenset({"preset", "static_groups"})
-_SETTING_FLAGS = ("group_order", "weighted_scales", "scale_norm", "gptaq", "residual")
+_SETTING_FLAGS = ("group_order", "weighted_scales", "scale_norm", "gptaq", "residual", "shrinkage")
 
 
 def resolve(options: argparse.Namespace, recipe: RecipeFile, *, present: Engine) -> Request:

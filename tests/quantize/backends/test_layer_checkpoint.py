@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
 from quantize.backends.layer_checkpoint import LayerCheckpoint, ModuleSolution, dense_weight  # noqa: E402
-from quantize.backends.recording_solver import factor  # noqa: E402
+from quantize.backends.regularization import Regularization, factor  # noqa: E402
 
 pytestmark = pytest.mark.real_model
 
@@ -61,7 +61,7 @@ def test_the_least_damping_that_works_is_taken(floor: float, damp: float) -> Non
     """Each rung of the ladder is tried in order, and the Hessian itself is left as it was."""
     given = hessian(rank=8, floor=floor)
     before = given.clone()
-    found = factor(given, (0.01, 0.02, 0.05, 0.1))
+    found = factor(given, Regularization(0.0, (0.01, 0.02, 0.05, 0.1)))
     assert found is not None
     upper, used = found
     assert used == damp
@@ -73,4 +73,4 @@ def test_the_least_damping_that_works_is_taken(floor: float, damp: float) -> Non
 @pytest.mark.parametrize("broken", [hessian(rank=8, floor=0.5), torch.full((4, 4), float("nan"))])
 def test_a_hessian_that_never_factors_is_said_so(broken: Any) -> None:
     """Indefinite beyond the ladder, or no numbers at all: None, never a guess."""
-    assert factor(broken, (0.01, 0.1)) is None
+    assert factor(broken, Regularization(0.0, (0.01, 0.1))) is None

@@ -9,11 +9,13 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
 from quantize.backends.gptaq import Correction, corrected  # noqa: E402
+from quantize.backends.regularization import Regularization  # noqa: E402
 from quantize.backends.residual_stream import ResidualStreams, StreamForm, keeping  # noqa: E402
 from quantize.errors import SolveError  # noqa: E402
 
 pytestmark = pytest.mark.real_model
 
+ALMOST_NOTHING = Regularization(0.0, (1e-4,))
 OUT, DOWN = "layers.0.self_attn.o_proj", "layers.0.mlp.down_proj"
 
 
@@ -134,7 +136,9 @@ def test_weights_give_back_what_the_stream_has_lost() -> None:
     present = sample + 0.3 * sample @ torch.randn(4, 4)
     solver = SimpleNamespace(quantize=lambda _self, blocksize: None, free=lambda _self: None)
     weights = block.self_attn.o_proj.weight.clone()
-    solving = corrected(solver, Gatherer, Correction(inputs=1.0, residual=1.0), streams)(block.self_attn.o_proj, sample)
+    solving = corrected(solver, Gatherer, Correction(1.0, 1.0), streams, lambda _columns: ALMOST_NOTHING)(
+        block.self_attn.o_proj, sample
+    )
     wanted = sample + sample @ weights.T
     before = (present + present @ weights.T - wanted).square().mean()
     model.layers[0](present)

@@ -7,9 +7,11 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
 from quantize.backends.gptaq import moved  # noqa: E402
+from quantize.backends.regularization import Regularization  # noqa: E402
 from quantize.backends.scales import best_scales, best_scales_and_zeros  # noqa: E402
 
 pytestmark = pytest.mark.real_model
+DAMPED = Regularization(0.0, (0.01,))
 
 
 def cost(weights: Any, charges: Any, scale: Any, bits: int) -> Any:
@@ -105,8 +107,8 @@ def test_weights_make_up_for_inputs_that_have_drifted() -> None:
     hessian, drift = drifted @ drifted.T, (true - drifted) @ drifted.T
     wanted = weights @ true
     before = (weights @ drifted - wanted).square().mean()
-    halfway = (moved(weights, hessian, 0.5 * weights @ drift) @ drifted - wanted).square().mean()
-    after = (moved(weights, hessian, weights @ drift) @ drifted - wanted).square().mean()
+    halfway = (moved(weights, hessian, 0.5 * weights @ drift, DAMPED) @ drifted - wanted).square().mean()
+    after = (moved(weights, hessian, weights @ drift, DAMPED) @ drifted - wanted).square().mean()
     assert after < 0.05 * before
     assert after < halfway < before
 
@@ -114,4 +116,4 @@ def test_weights_make_up_for_inputs_that_have_drifted() -> None:
 def test_no_drift_moves_nothing() -> None:
     """In the first layer inputs are the true ones."""
     weights = torch.randn(4, 8)
-    assert torch.equal(moved(weights, torch.eye(8), torch.zeros(4, 8)), weights)
+    assert torch.equal(moved(weights, torch.eye(8), torch.zeros(4, 8), DAMPED), weights)

@@ -29,7 +29,7 @@ calibration:
   samples: 64
   max_tokens: 1024
 seed: 7
-solver: {preset: classic, damp: [0.01, 0.1], gptaq: 0.25, group_order: true}
+solver: {preset: classic, damp: [0.01, 0.1], gptaq: 0.25, residual: 0.75, shrinkage: 2, group_order: true}
 backend: auto-gptq
 devices: {gpus: [2, 5], memory: 80GB}
 engine: cuda
@@ -95,7 +95,9 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
     assert (request.self_generate, request.samples, request.max_tokens, request.seed) == (32, 64, 1024, 7)
     assert request.replica == "http://127.0.0.1:8000"
     assert request.max_bad == 0.02
-    assert request.settings == SolverSettings((0.01, 0.1), weighted_scales=False, gptaq=0.25)
+    assert request.settings == SolverSettings(
+        (0.01, 0.1), weighted_scales=False, gptaq=0.25, residual=0.75, shrinkage=2.0
+    )
     assert (request.backend, request.devices.gpus, request.devices.memory_bytes) == ("auto-gptq", (2, 5), 80 * 10**9)
     assert (request.engine, request.tensor_parallel, request.allow_fallback) == ("cuda", 4, 2)
     assert request.expert_fallback == "fail"

@@ -1,5 +1,6 @@
 """Flags and file: the flag wins, the file fills the rest, defaults come last; flags that make no sense are refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from quantize.planning.request import Request, TextFile
 from quantize.planning.resolve import chosen_evaluation, resolve
 from quantize.schemes.cache_scales import FP8_CACHE
 from quantize.schemes.scheme import preset
-from quantize.schemes.settings import SETTINGS, SolverSettings
+from quantize.schemes.settings import SETTINGS
 
 FILE = RecipeFile.model_validate(
     {
@@ -70,10 +71,16 @@ def asked(recipe: RecipeFile, *flags: str) -> Request:
         (
             ["--damp", "0.01", "--damp", "0.3"],
             "settings",
-            SolverSettings((0.01, 0.3), group_order=False, weighted_scales=False, gptaq=0.0),
+            replace(SETTINGS["classic"], damp=(0.01, 0.3)),
         ),
         (["--solver", "best"], "settings", SETTINGS["best"]),
-        (["--group-order", "--gptaq", "0.25"], "settings", SolverSettings((0.2,), weighted_scales=False, gptaq=0.25)),
+        (
+            ["--group-order", "--gptaq", "0.25"],
+            "settings",
+            replace(SETTINGS["classic"], damp=(0.2,), group_order=True, gptaq=0.25),
+        ),
+        (["--residual", "0.75"], "settings", replace(SETTINGS["classic"], damp=(0.2,), residual=0.75)),
+        (["--shrinkage", "2"], "settings", replace(SETTINGS["classic"], damp=(0.2,), shrinkage=2.0)),
         (["--transform", "smooth", "--transform", "rotate-r1"], "transforms", ("rotate-r1", "smooth")),
         (["--transform", "none"], "transforms", ()),
         (["--no-resume"], "resume", False),
