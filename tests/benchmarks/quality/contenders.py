@@ -61,6 +61,8 @@ def contenders(group_size: int) -> tuple[Contender, ...]:
     best, best_int8 = ours(int4), ours("w8a8")
     best_asymmetric = ours(int4_asymmetric) if int4_asymmetric else best
     symmetric = (
+        without(int4, "residual"),
+        without(int4, "shrinkage"),
         ours(int4, "classic"),
         Contender("GPTQModel defaults", PROJECT, "gptqmodel_defaults.py", options={"bits": 4, **group}),
         _compressor("W4A16", "gptq", group_size),
@@ -84,11 +86,18 @@ def contenders(group_size: int) -> tuple[Contender, ...]:
     )
 
 
-def ours(scheme: str, solver: str = "best", *flags: str) -> Contender:
-    """Make a row by our pipeline with its defaults; `flags` are further ones of `quantgate quantize`."""
-    name = ", ".join([f"quantgate {solver}", scheme, *(flag for flag in flags if not flag.startswith("--"))])
-    options = {"flags": ("--scheme", scheme, "--solver", solver, *flags)}
-    return Contender(name, PROJECT, module="tests.benchmarks.quality.our_pipeline", options=options)
+def ours(scheme: str, solver: str = "best") -> Contender:
+    """Make a row by our pipeline with its defaults."""
+    return _pipeline(f"quantgate {solver}, {scheme}", "--scheme", scheme, "--solver", solver)
+
+
+def without(scheme: str, part: str) -> Contender:
+    """Make a row by our pipeline that leaves out one part of the solver."""
+    return _pipeline(f"quantgate best without {part}, {scheme}", "--scheme", scheme, f"--{part}", "0")
+
+
+def _pipeline(name: str, *flags: str) -> Contender:
+    return Contender(name, PROJECT, module="tests.benchmarks.quality.our_pipeline", options={"flags": flags})
 
 
 def _compressor(name: str, recipe: str, group_size: int) -> Contender:
