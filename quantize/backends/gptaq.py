@@ -11,9 +11,11 @@ are moved first and then solved as any others.
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
-from quantize.backends.regularization import Regularization
+from quantize.backends.regularization import Regularization, lower_factors
 from quantize.backends.residual_stream import ResidualStreams
+from quantize.schemes.module_config import fused_name
 
 # Gives the regularization of a module with so many inputs.
 Regularizations = Callable[[int], Regularization]
@@ -27,50 +29,72 @@ class Correction:
     residual: float
 
 
+class Moments:
+    """Sums over samples that all layers with the same input share: X X' [K, K], and C [K, K] of the drifted inputs."""
+
+    def __init__(self) -> None:
+        self.hessian: Any = None
+        self.drift: Any = None
+
+    def add(self, inputs: Any, unquantized: Any) -> None:
+        """Add a sample: both are [T, K]."""
+        hessian, drift = inputs.T @ inputs, (unquantized - inputs).T @ inputs
+        self.hessian = hessian if self.hessian is None else self.hessian.add_(hessian)
+        self.drift = drift if self.drift is None else self.drift.add_(drift)
+
+
 def moved(weights: Any, hessian: Any, wanted: Any, regularization: Regularization) -> Any:
     """Move `weights` [N, K] so that outputs change as wanted; `wanted` [N, K] are the sums of changes times inputs.
 
-    It is a guess from few tokens, as the Hessian is: directions that they hardly have are left alone.
+    It is a guess from few tokens, as the Hessian is: directions that they hardly have are left alone. Weights whose
+    Hessian does not factor stay.
     """
     import torch  # noqa: PLC0415
 
-    damped = hessian.clone()
-    share = regularization.shrinkage + regularization.damping[0]
-    damped.diagonal().add_(share * regularization.whole(hessian.diagonal()))
-    return weights + torch.cholesky_solve(wanted.T, torch.linalg.cholesky(damped)).T
+    for lower, _damp in lower_factors(hessian, regularization):
+        return weights + torch.cholesky_solve(wanted.T, lower).T
+    return weights
 
 
 def corrected(
     solver: Any, gatherer: Any, correction: Correction, streams: ResidualStreams, regularization: Regularizations
 ) -> type:
-    """Derive from GPTQModel's `GPTAQ`, which gathers both inputs, a class that moves weights and solves as `GPTQ`."""
+    """Derive from GPTQModel's `GPTAQ`, which is given both inputs, a class that moves weights and solves as `GPTQ`."""
+    shared: WeakValueDictionary[str, Moments] = WeakValueDictionary()
 
     class Corrected(gatherer):  # type: ignore[misc]
-        dXXT: Any  # noqa: N815 - the library's name for C
-        _lost: Any = None
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, **keywords)
+            self._lost: Any = None
+            name = fused_name(self._named_module.full_name)
+            self._leads = name not in shared
+            self._moments: Any = shared.setdefault(name, Moments())
 
-        def add_batch(self, inp: Any, out: Any, batch_index: int | None = None) -> None:
-            super().add_batch(inp, out, batch_index=batch_index)
+        def add_batch(self, inp: Any, out: Any, **_place: Any) -> None:
             inputs = inp.reshape(-1, inp.shape[-1]).float()
+            unquantized = self.native_inps.pop(0)
+            if self._leads:
+                self._moments.add(inputs, unquantized.to(inputs.device).reshape(inputs.shape).float())
             lost = streams.lost(self._named_module.full_name, out)
             if lost is not None:
                 product = lost.T @ inputs
                 self._lost = product if self._lost is None else self._lost.add_(product)
+            self.nsamples += 1
+            self.fwd_counter += 1
 
         def quantize(self, blocksize: int = 128) -> Any:
             weight = self.module.weight.data.float()
-            wanted = correction.inputs * (weight @ self.dXXT)
+            wanted = correction.inputs * (weight @ self._moments.drift)
             if self._lost is not None:
-                # The library's sums are those of two halves of the mean over samples.
-                wanted += correction.residual * 2 / self.nsamples * self._lost
-            self.module.weight.data = moved(weight, self.H, wanted, regularization(weight.shape[1])).to(
-                self.module.weight.dtype
-            )
-            self.dXXT = self._lost = None
+                wanted += correction.residual * self._lost
+            weight = moved(weight, self._moments.hessian, wanted, regularization(weight.shape[1]))
+            self.module.weight.data = weight.to(self.module.weight.dtype)
+            self.H = self._moments.hessian * (2 / self.nsamples)  # its own: the solver changes it
+            self._moments = self._lost = None
             return solver.quantize(self, blocksize=blocksize)
 
         def free(self) -> None:
-            self.dXXT = self._lost = None
+            self._moments = self._lost = None
             solver.free(self)
 
     return Corrected

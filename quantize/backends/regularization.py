@@ -11,6 +11,7 @@ The typical diagonal is its median. A first token's activation can be hundreds o
 to nearest.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,27 +26,34 @@ class Regularization:
     shrinkage: float
     damping: tuple[float, ...]
 
-    def whole(self, diagonal: Any) -> Any:
-        """What shares are of; never more than the mean, which a module whose inputs are mostly dead has."""
-        mean = diagonal.mean()
-        return diagonal.median().minimum(mean) if self.shrinkage else mean
 
+def lower_factors(hessian: Any, regularization: Regularization) -> Iterator[tuple[Any, float]]:
+    """Give the lower Cholesky factors of a Hessian [K, K], each with its damping, least first; none that has none.
 
-def factor(hessian: Any, regularization: Regularization) -> tuple[Any, float] | None:
-    """Factor the inverse of a Hessian [K, K] with shrinkage and the least damping that works; None where none does.
-
-    Gives the upper Cholesky factor of the inverse, as GPTQ uses it, and the damping. Leaves `hessian` as it was.
+    Damping of the mean comes last: beside a massive input, rounding errors can be more than the others have.
     """
     import torch  # noqa: PLC0415
 
-    diagonal = hessian.diagonal()
-    plain, whole = diagonal.clone(), regularization.whole(diagonal)
-    for damp in regularization.damping:
-        diagonal.add_((regularization.shrinkage + damp) * whole)
-        lower, failed = torch.linalg.cholesky_ex(hessian)
-        diagonal.copy_(plain)
-        if int(failed):
-            continue
+    plain = hessian.diagonal()
+    mean = plain.mean()
+    typical = plain.median().minimum(mean)  # the mean is less where most inputs are dead
+    for whole in (typical, mean) if regularization.shrinkage else (mean,):
+        for damp in regularization.damping:
+            regular = hessian.clone()
+            regular.diagonal().add_(regularization.shrinkage * typical + damp * whole)
+            lower, failed = torch.linalg.cholesky_ex(regular)
+            if not int(failed):
+                yield lower, damp
+
+
+def factor(hessian: Any, regularization: Regularization) -> tuple[Any, float] | None:
+    """Factor the inverse of a Hessian [K, K]: gives its upper Cholesky factor, as GPTQ uses it, and the damping.
+
+    None where no damping helps.
+    """
+    import torch  # noqa: PLC0415
+
+    for lower, damp in lower_factors(hessian, regularization):
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not int(failed):
             return upper, damp

@@ -1,5 +1,6 @@
 """What a residual stream has lost, at the layers that write into it; and weights that give a part of it back."""
 
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -116,16 +117,14 @@ def test_streams_of_other_samples_are_refused() -> None:
 
 
 class Gatherer:
-    """GPTQModel's GPTAQ, as far as it is derived from: sums of one sample after the other."""
+    """GPTQModel's GPTAQ, as far as it is derived from."""
 
-    def __init__(self, module: Any, unquantized: Any) -> None:
-        self.module, self._named_module, self._unquantized = module, SimpleNamespace(full_name=OUT), unquantized
-        self.nsamples, self.H, self.dXXT = 0, None, None
+    def __init__(self, module: Any, name: str, unquantized: Any) -> None:
+        self.module, self._named_module, self.native_inps = module, SimpleNamespace(full_name=name), [unquantized]
+        self.nsamples, self.fwd_counter, self.H = 0, 0, None
 
-    def add_batch(self, inp: Any, out: Any, batch_index: int | None = None) -> None:
-        """Gather the only sample."""
-        inputs, wanted = inp[0], self._unquantized[0]
-        self.nsamples, self.H, self.dXXT = 1, 2 * inputs.T @ inputs, 2 * (wanted - inputs).T @ inputs
+
+SOLVER = SimpleNamespace(quantize=lambda _self, blocksize: None, free=lambda _self: None)
 
 
 def test_weights_give_back_what_the_stream_has_lost() -> None:
@@ -134,11 +133,9 @@ def test_weights_give_back_what_the_stream_has_lost() -> None:
     sample, block = torch.randn(1, 400, 4), Block()
     streams, model = streams_of(block, [sample])
     present = sample + 0.3 * sample @ torch.randn(4, 4)
-    solver = SimpleNamespace(quantize=lambda _self, blocksize: None, free=lambda _self: None)
     weights = block.self_attn.o_proj.weight.clone()
-    solving = corrected(solver, Gatherer, Correction(1.0, 1.0), streams, lambda _columns: ALMOST_NOTHING)(
-        block.self_attn.o_proj, sample
-    )
+    made = corrected(SOLVER, Gatherer, Correction(1.0, 1.0), streams, lambda _columns: ALMOST_NOTHING)
+    solving = made(block.self_attn.o_proj, OUT, sample)
     wanted = sample + sample @ weights.T
     before = (present + present @ weights.T - wanted).square().mean()
     model.layers[0](present)
@@ -146,3 +143,27 @@ def test_weights_give_back_what_the_stream_has_lost() -> None:
     solving.quantize()
     after = (present + block.self_attn.o_proj(present) - wanted).square().mean()
     assert after < 0.01 * before
+
+
+def test_layers_with_one_input_sum_it_once() -> None:
+    """q, k and v: each has a Hessian of its own to solve with, and the moments go when the last one is solved."""
+    torch.manual_seed(0)
+    present, unquantized = torch.randn(1, 40, 4), torch.randn(1, 40, 4)
+    made = corrected(SOLVER, Gatherer, Correction(0.5, 0.0), ResidualStreams(), lambda _columns: ALMOST_NOTHING)
+    layers = [torch.nn.Linear(4, 3, bias=False) for _ in "qkv"]
+    solving = [
+        made(layer, f"layers.0.self_attn.{part}_proj", unquantized) for part, layer in zip("qkv", layers, strict=True)
+    ]
+    before = [layer.weight.clone() for layer in layers]
+    for one in solving:
+        one.add_batch(present, None)
+    sums = weakref.ref(solving[0]._moments)
+    for one in solving:
+        one.quantize()
+        assert torch.allclose(one.H, 2 * present[0].T @ present[0], atol=1e-4)
+    assert len({one.H.data_ptr() for one in solving}) == 3
+    assert sums() is None
+    inverse = torch.linalg.inv(present[0].T @ present[0])
+    for layer, weight in zip(layers, before, strict=True):
+        drift = (unquantized - present)[0].T @ present[0]
+        assert torch.allclose(layer.weight, weight + 0.5 * weight @ drift @ inverse, atol=1e-2)
