@@ -41,11 +41,11 @@ def solve(
 
 
 def residual_job(recipe: Recipe) -> dict[str, Any] | None:
-    """Say how much of the residual stream's error is made up for, and what reads and writes the stream in a block."""
+    """Say how much of the residual stream's error is made up for, and which norm reads the stream before the MLP."""
     form = BLOCK_FORMS.get(recipe.base.config.get("model_type", ""))
     if not recipe.settings.gptaq or not recipe.settings.residual or form is None:
         return None
-    return {"share": recipe.settings.residual, "mlp_reader": form.mlp_reader, "norms_after": form.norms_after}
+    return {"share": recipe.settings.residual, "mlp_norm": form.mlp_norm}
 
 
 def settings(scheme: Scheme, chosen: SolverSettings, tree: ModuleTree) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from quantize.backends.gptaq import Correction, corrected
 from quantize.backends.layer_checkpoint import LayerCheckpoint
 from quantize.backends.module_tree_child import load_definition, names_of
 from quantize.backends.recording_solver import SolverRecord, recording
-from quantize.backends.residual_stream import ResidualStreams, StreamForm, keeping
+from quantize.backends.residual_stream import ResidualStreams, keeping
 from quantize.errors import RecipeError
 from quantize.modules import ModuleTree
 from quantize.running.worker import WorkerChannel, run_child
@@ -57,8 +57,7 @@ def quantize(job: dict[str, Any], channel: WorkerChannel) -> dict[str, Any]:
     tokenized = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in job["samples"]]
     streams = ResidualStreams("cpu" if job["kept_inputs"] == "host" else None)
     if job["residual"]:
-        blocks = StreamForm(job["residual"]["mlp_reader"], job["residual"]["norms_after"])
-        streams.watch(model.model, (layer.solver_name for layer in tree.layers), blocks)
+        streams.watch(model.model, (layer.solver_name for layer in tree.layers), job["residual"]["mlp_norm"])
     residual = job["residual"]["share"] if job["residual"] else 0.0
     correction = Correction(job["gptaq"], residual)
     with recorded(record, correction, streams, weighted_scales=job["weighted_scales"]):

@@ -8,23 +8,12 @@ first unquantized, through its `NativeProcessor`, then for the solver; both pass
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from quantize.errors import SolveError
 
 # Tails of the layers that write into the stream: the first reads a block's input, the second what attention gave.
 _WRITERS = (".self_attn.o_proj", ".mlp.down_proj")
-# A norm's channel with less gain than this share of the others' gives nothing back.
-_LEAST_GAIN = 1e-2
-
-
-@dataclass(frozen=True, slots=True)
-class StreamForm:
-    """Names in a block: what reads the stream after attention, and norms between the two writers and the stream."""
-
-    mlp_reader: str
-    norms_after: Sequence[str] | None = None
 
 
 class ResidualStreams:
@@ -34,19 +23,16 @@ class ResidualStreams:
         self._device = device
         self._present: dict[str, Any] = {}
         self._unquantized: dict[str, deque[Any]] = {}
-        self._norms: dict[str, Any] = {}
 
-    def watch(self, model: Any, modules: Iterable[str], form: StreamForm) -> None:
+    def watch(self, model: Any, modules: Iterable[str], mlp_norm: str) -> None:
         """Note the stream whenever it passes in front of a writer."""
         for name in modules:
             for number, tail in enumerate(_WRITERS):
                 if name.endswith(tail):
                     block = name.removesuffix(tail)
-                    reader = model.get_submodule(f"{block}.{form.mlp_reader}" if number else block)
+                    reader = model.get_submodule(f"{block}.{mlp_norm}" if number else block)
                     reader.register_forward_pre_hook(self._noting(name), with_kwargs=True)
                     self._unquantized[name] = deque()
-                    if form.norms_after:
-                        self._norms[name] = model.get_submodule(f"{block}.{form.norms_after[number]}")
 
     def _noting(self, writer: str) -> Any:
         def note(_module: Any, inputs: Sequence[Any], keywords: dict[str, Any]) -> None:
@@ -75,23 +61,12 @@ class ResidualStreams:
                 f"{writer}: the residual stream is {list(wanted.shape)} and {list(present.shape)}, its output "
                 f"{list(output.shape)}; this version of GPTQModel runs blocks otherwise: pass --residual 0"
             )
-        lost = wanted - present
-        return _before(self._norms[writer], lost, output) if writer in self._norms else lost
+        return wanted - present
 
     def forget(self, writer: str) -> None:
         """Drop what is kept for a writer, of a layer that was solved before."""
         if writer in self._unquantized:
             self._unquantized[writer].clear()
-
-
-def _before(norm: Any, lost: Any, output: Any) -> Any:
-    """Say what must change in front of an RMSNorm for `lost` behind it, as long as the size of a token stays."""
-    import torch  # noqa: PLC0415
-
-    gain = norm(torch.ones_like(output[:1], dtype=norm.weight.dtype)).float()  # whatever it adds to its weights
-    least = _LEAST_GAIN * gain.abs().median()
-    size = output.square().mean(dim=1, keepdim=True).sqrt()
-    return torch.where(gain.abs() > least, lost * size / gain, 0.0)
 
 
 def keeping(native: type, streams: ResidualStreams) -> type:

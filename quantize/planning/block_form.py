@@ -14,8 +14,7 @@ class BlockForm:
     norm_offset      a norm multiplies by its weights and this: Gemma's by 1 + w
     values           the matrix that has v, the last rows of it where q and k are in it, too
     mlp_up           the matrix that has up, the last half of it where gate is in it, too; None: experts
-    norms_after      norms that the outputs of o and of down go through before they are added to the residual stream
-    adds             these outputs are added one after the other, and times no constant
+    adds             the outputs of o and of down are added to the residual stream one after the other, as they are
     """
 
     attention_norm: str | None = "input_layernorm"
@@ -23,7 +22,6 @@ class BlockForm:
     norm_offset: float = 0.0
     values: str = "v_proj"
     mlp_up: str | None = "up_proj"
-    norms_after: tuple[str, str] | None = None
     adds: bool = True
 
     @property
@@ -40,17 +38,11 @@ class BlockForm:
             return ()
         return ("mlp.gate_up_proj",) if self.mlp_up == "gate_up_proj" else ("mlp.gate_proj", "mlp.up_proj")
 
-    @property
-    def mlp_reader(self) -> str:
-        """What reads the residual stream after attention."""
-        return self.mlp_norm or "mlp"
-
 
 _TWO_NORMS = BlockForm()
-_SANDWICH = ("post_attention_layernorm", "post_feedforward_layernorm")
-_GEMMA = BlockForm(mlp_norm="pre_feedforward_layernorm", norm_offset=1.0, norms_after=_SANDWICH)
+_GEMMA = BlockForm(mlp_norm="pre_feedforward_layernorm", norm_offset=1.0, adds=False)
 # Norms after the layers: what q, k, v, gate and up read is the residual stream itself.
-_NORMS_AFTER = BlockForm(attention_norm=None, mlp_norm=None, norms_after=_SANDWICH)
+_NORMS_AFTER = BlockForm(attention_norm=None, mlp_norm=None, adds=False)
 _GLM = BlockForm(mlp_up="gate_up_proj")
 # A router reads what the experts read, and experts are too many to search scales for: their inputs stay as they are.
 _EXPERTS = BlockForm(mlp_norm=None, mlp_up=None, adds=False)
@@ -64,7 +56,7 @@ BLOCK_FORMS: Mapping[str, BlockForm] = MappingProxyType(
         "gemma2": _GEMMA,
         "gemma3_text": _GEMMA,
         "glm": _GLM,
-        "glm4": BlockForm(mlp_up="gate_up_proj", norms_after=("post_self_attn_layernorm", "post_mlp_layernorm")),
+        "glm4": BlockForm(mlp_up="gate_up_proj", adds=False),
         "granite": BlockForm(adds=False),  # times a constant
         "hunyuan_v1_dense": _TWO_NORMS,
         "llama": _TWO_NORMS,

@@ -87,16 +87,16 @@ def test_logits_stay(base: Path, tmp_path: Path, names: tuple[str, ...]) -> None
 
 @pytest.mark.parametrize("base", SMOOTHED, indirect=True)
 def test_what_is_added_to_the_residual_stream(base: Path) -> None:
-    """The outputs of o and down, or of norms after them, in the families of which the table says so, and no other."""
+    """The outputs of o and down themselves, in the families of which the table says so, and in no other."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     form = BLOCK_FORMS[model.config.model_type]
     block, seen = model.get_decoder().layers[1], dict[str, Any]()
     if hasattr(block, "residual_multiplier"):
         block.residual_multiplier = 0.22  # as IBM's models have it
     block.register_forward_hook(lambda _block, inputs, output: seen.update(before=inputs[0], after=output))
-    reader = block.get_submodule(form.mlp_reader)
+    reader = block.get_submodule(form.mlp_norm or "mlp")
     reader.register_forward_pre_hook(lambda _reader, inputs: seen.update(middle=inputs[0]))
-    for name in form.norms_after or ("self_attn.o_proj", "mlp.down_proj"):
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
         if writer := dict(block.named_modules()).get(name):
             writer.register_forward_hook(lambda _writer, _inputs, output: seen.setdefault("added", []).append(output))
     with torch.inference_mode():
