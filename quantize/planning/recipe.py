@@ -52,8 +52,8 @@ class Budget:
 
     @property
     def most_solves(self) -> int:
-        """How often a search solves the model at most (`quantize.mixed_precision.solves`)."""
-        return 2 if self.max_bytes is None else 4
+        """How often a search solves the model at most: what it chooses from, and at a given size the best mixture."""
+        return 2 if self.max_bytes is None else 5
 
 
 @dataclass(frozen=True, slots=True)

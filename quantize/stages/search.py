@@ -3,6 +3,9 @@
 Each solution is an ordinary `solve`, which a recipe with that scheme shares. What single exchanges of units change is
 measured once with the solved integers. Then an assignment is chosen, measured as a whole, and the estimate corrected,
 until the choice stays or four rounds are over; the best of what was measured is the variant.
+
+A layer makes up for the errors of the layers before it in its own solution, not for those of another one: a mixture is
+worse than it would be if it were solved itself. At a given size, the best mixture is, and measured once more.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,9 +76,9 @@ def solve_or_search(run: VariantRun, tokens: Tokens) -> tuple[VariantRun, Solved
     if run.recipe.budget is None:
         return run, solve(run, tokens)
     search = _begun(run, tokens, run.recipe.budget)
-    chosen = _searched(search, run.recipe.budget)
+    chosen, solved = _searched(search, tokens, run.recipe.budget)
     scheme = written(search.module_groups, chosen, list(run.recipe.base.shapes))
-    return replace(run, recipe=replace(run.recipe, scheme=scheme)), _assembled(search, chosen)
+    return replace(run, recipe=replace(run.recipe, scheme=scheme)), solved
 
 
 def _begun(run: VariantRun, tokens: Tokens, budget: Budget) -> Search:
@@ -89,20 +92,27 @@ def _begun(run: VariantRun, tokens: Tokens, budget: Budget) -> Search:
     allocate(priced, budget, kept)
     free = budget if budget.max_bytes is None else replace(budget, max_bytes=budget.max_bytes - kept)
     solves = solves_for(module_groups, priced, free)
-    solved = []
-    for number, assignment in enumerate(solves, 1):
-        scheme = named(written(module_groups, assignment, list(base.shapes)))
-        run.context.progress.log(f"auto: solution {number} of {len(solves)}: {scheme.name}")
-        solved.append(solve(replace(run, recipe=replace(run.recipe, scheme=scheme, budget=None)), tokens))
     samples = tokens.samples.spare or tokens.samples.calibration
-    return Search(run, module_groups, priced, kept, solves, tuple(solved), search_texts(samples))
+    search = Search(run, module_groups, priced, kept, (), (), search_texts(samples))
+    for number, assignment in enumerate(solves, 1):
+        search = _with_solution(search, tokens, assignment, f"solution {number} of {len(solves)}")
+    return search
 
 
-def _searched(search: Search, budget: Budget) -> Assignment:
+def _with_solution(search: Search, tokens: Tokens, assignment: Assignment, called: str) -> Search:
+    """Solve an assignment as a scheme of its own."""
+    run = search.run
+    scheme = named(written(search.module_groups, assignment, list(run.recipe.base.shapes)))
+    run.context.progress.log(f"auto: {called}: {scheme.name}")
+    solved = solve(replace(run, recipe=replace(run.recipe, scheme=scheme, budget=None)), tokens)
+    return replace(search, solves=(*search.solves, assignment), solved=(*search.solved, solved))
+
+
+def _searched(search: Search, tokens: Tokens, budget: Budget) -> tuple[Assignment, SolvedLayers]:
     """Choose, measure and correct, a few times; RecipeError if nothing that was measured meets the budget."""
     log = search.run.context.progress.log
     if len(search.solves) == 1:
-        return search.solves[0]
+        return search.solves[0], _assembled(search, search.solves[0])
     estimate, measured = _first_look(search)
     for line in (sensitive_line(estimate.changes), *map(measured_line, measured)):
         log(line)
@@ -120,8 +130,30 @@ def _searched(search: Search, budget: Budget) -> Assignment:
             estimate = corrected(estimate, chosen, dict(zip(parts, kls, strict=True)))
         measured += tried
     best = require_met(measured, budget)
+    whole = _solved_as_a_whole(search, tokens, measured) if budget.max_kl is None else None
+    if whole is not None and whole[0].kl < best.kl:
+        best, solved = whole
+    else:
+        solved = _assembled(search, best.assignment)
     log(measured_line(best))
-    return best.assignment
+    return best.assignment, solved
+
+
+def _solved_as_a_whole(
+    search: Search, tokens: Tokens, measured: Sequence[Measured]
+) -> tuple[Measured, SolvedLayers] | None:
+    """Solve the best mixture that was measured, and measure it again; None if none was."""
+    mixtures = [one for one in measured if one.assignment not in search.solves]
+    if not mixtures:
+        return None
+    best = min(mixtures, key=lambda one: one.kl)
+    search = _with_solution(search, tokens, best.assignment, "the best mixture, as a whole")
+    kl = _measurements(search, [len(search.solves) - 1], [best.assignment], {})["kl"][0]
+    whole, solved = replace(best, kl=kl), search.solved[-1]
+    search.run.context.progress.log(measured_line(whole))
+    seconds = round(sum(one.result.seconds for one in search.solved), 1)
+    parts = tuple(one.key for one in search.solved[:-1])
+    return whole, replace(solved, result=replace(solved.result, seconds=seconds), parts=parts)
 
 
 def _first_look(search: Search) -> tuple[Estimate, list[Measured]]:
