@@ -29,7 +29,7 @@ from quantize.schemes.forecast import predicted_bytes
 from quantize.schemes.makers import RTN_FP8, is_data_free, require_made
 from quantize.schemes.module_config import WeightArgs
 from quantize.schemes.scheme import PRESETS, require_loadable
-from quantize.schemes.settings import SolverSettings
+from quantize.schemes.settings import SolverSettings, without_gptaq
 
 _FEWEST_TOKENS = 32
 _FOUR_BITS = [
@@ -123,11 +123,6 @@ def settled_settings(settings: SolverSettings, base: BaseModel) -> SolverSetting
     gptaq = 0.0 if base.modules.has_experts else settings.gptaq
     form = BLOCK_FORMS.get(base.config.get("model_type", ""))
     return replace(settings, gptaq=gptaq, residual=settings.residual if gptaq and form and form.adds else 0.0)
-
-
-def without_gptaq(settings: SolverSettings) -> SolverSettings:
-    """Leave out what needs the unquantized model's inputs."""
-    return replace(settings, gptaq=0.0, residual=0.0)
 
 
 def calibration_split(request: Request) -> tuple[tuple[Dataset, ...], CalibrationSplit]:

@@ -52,8 +52,8 @@ class Budget:
 
     @property
     def most_solves(self) -> int:
-        """How often a search solves the model at most: what it chooses from, and at a given size the best mixture."""
-        return 2 if self.max_bytes is None else 5
+        """How often a search solves the model at most: what it chooses from, then what it found and may compare."""
+        return 3 if self.max_bytes is None else 6
 
 
 @dataclass(frozen=True, slots=True)

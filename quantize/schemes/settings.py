@@ -1,7 +1,7 @@
 """How hard the solver tries: what GPTQ does with a module's activations, as two named presets."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 DAMPING_LADDER = (0.01, 0.02, 0.05, 0.1)
@@ -40,3 +40,8 @@ SETTINGS: Mapping[str, SolverSettings] = MappingProxyType(
         ),
     },
 )
+
+
+def without_gptaq(settings: SolverSettings) -> SolverSettings:
+    """Leave out what needs the unquantized model's inputs."""
+    return replace(settings, gptaq=0.0, residual=0.0)

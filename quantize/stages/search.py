@@ -4,8 +4,9 @@ Each solution is an ordinary `solve`, which a recipe with that scheme shares. Wh
 measured once with the solved integers. Then an assignment is chosen, measured as a whole, and the estimate corrected,
 until the choice stays or four rounds are over; the best of what was measured is the variant.
 
-A layer makes up for the errors of the layers before it in its own solution, not for those of another one: a mixture is
-worse than it would be if it were solved itself. At a given size, the best mixture is, and measured once more.
+With GPTAQ, a layer makes up for the errors of the layers before it in its own solution, and not for those of another
+one: units of such solutions can't be exchanged. The solutions of the search are without it; what was found is solved as
+a whole with it, and taken if it is better.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,7 @@ from quantize.running.worker import run_worker
 from quantize.schemes.fit import heads_of
 from quantize.schemes.module_config import WeightArgs
 from quantize.schemes.scheme import named
+from quantize.schemes.settings import SolverSettings, without_gptaq
 from quantize.stages.solve import SolvedLayers, solve
 from quantize.stages.tokens import Tokens
 from quantize.stages.variant_run import VariantRun
@@ -94,17 +96,21 @@ def _begun(run: VariantRun, tokens: Tokens, budget: Budget) -> Search:
     solves = solves_for(module_groups, priced, free)
     samples = tokens.samples.spare or tokens.samples.calibration
     search = Search(run, module_groups, priced, kept, (), (), search_texts(samples))
+    settings = without_gptaq(run.recipe.settings) if len(solves) > 1 else run.recipe.settings
     for number, assignment in enumerate(solves, 1):
-        search = _with_solution(search, tokens, assignment, f"solution {number} of {len(solves)}")
+        search = _with_solution(search, tokens, assignment, settings, f"solution {number} of {len(solves)}")
     return search
 
 
-def _with_solution(search: Search, tokens: Tokens, assignment: Assignment, called: str) -> Search:
+def _with_solution(
+    search: Search, tokens: Tokens, assignment: Assignment, settings: SolverSettings, called: str
+) -> Search:
     """Solve an assignment as a scheme of its own."""
     run = search.run
     scheme = named(written(search.module_groups, assignment, list(run.recipe.base.shapes)))
     run.context.progress.log(f"auto: {called}: {scheme.name}")
-    solved = solve(replace(run, recipe=replace(run.recipe, scheme=scheme, budget=None)), tokens)
+    recipe = replace(run.recipe, scheme=scheme, settings=settings, budget=None)
+    solved = solve(replace(run, recipe=recipe), tokens)
     return replace(search, solves=(*search.solves, assignment), solved=(*search.solved, solved))
 
 
@@ -130,30 +136,33 @@ def _searched(search: Search, tokens: Tokens, budget: Budget) -> tuple[Assignmen
             estimate = corrected(estimate, chosen, dict(zip(parts, kls, strict=True)))
         measured += tried
     best = require_met(measured, budget)
-    whole = _solved_as_a_whole(search, tokens, measured) if budget.max_kl is None else None
-    if whole is not None and whole[0].kl < best.kl:
-        best, solved = whole
-    else:
-        solved = _assembled(search, best.assignment)
-    log(measured_line(best))
-    return best.assignment, solved
+    # At a given size, what it started from, too: as good as the uniform variant is the least.
+    wanted = [best.assignment] if budget.max_bytes is None else [best.assignment, search.solves[0]]
+    wholes = _solved_as_wholes(search, tokens, [one for n, one in enumerate(wanted) if one not in wanted[:n]])
+    least = min(wholes, key=lambda one: one[0].kl)
+    met, solved = least if least[0].kl < best.kl else (best, _assembled(search, best.assignment))
+    log(measured_line(met))
+    return met.assignment, solved
 
 
-def _solved_as_a_whole(
-    search: Search, tokens: Tokens, measured: Sequence[Measured]
-) -> tuple[Measured, SolvedLayers] | None:
-    """Solve the best mixture that was measured, and measure it again; None if none was."""
-    mixtures = [one for one in measured if one.assignment not in search.solves]
-    if not mixtures:
-        return None
-    best = min(mixtures, key=lambda one: one.kl)
-    search = _with_solution(search, tokens, best.assignment, "the best mixture, as a whole")
-    kl = _measurements(search, [len(search.solves) - 1], [best.assignment], {})["kl"][0]
-    whole, solved = replace(best, kl=kl), search.solved[-1]
-    search.run.context.progress.log(measured_line(whole))
+def _solved_as_wholes(
+    search: Search, tokens: Tokens, assignments: Sequence[Assignment]
+) -> list[tuple[Measured, SolvedLayers]]:
+    """Solve assignments with all that the recipe's solver has, and measure them."""
+    for number, assignment in enumerate(assignments, 1):
+        called = f"as a whole, {number} of {len(assignments)}"
+        search = _with_solution(search, tokens, assignment, search.run.recipe.settings, called)
+    used = range(len(search.solves) - len(assignments), len(search.solves))
     seconds = round(sum(one.result.seconds for one in search.solved), 1)
-    parts = tuple(one.key for one in search.solved[:-1])
-    return whole, replace(solved, result=replace(solved.result, seconds=seconds), parts=parts)
+    found = []
+    for number, assignment in zip(used, assignments, strict=True):
+        kl = _measurements(search, [number], [assignment], {})["kl"][0]
+        measured = Measured(assignment, bytes_of(assignment, search.priced) + search.kept_bytes, kl)
+        search.run.context.progress.log(measured_line(measured))
+        solved = search.solved[number]
+        parts = tuple(one.key for one in search.solved if one.key != solved.key)
+        found.append((measured, replace(solved, result=replace(solved.result, seconds=seconds), parts=parts)))
+    return found
 
 
 def _first_look(search: Search) -> tuple[Estimate, list[Measured]]:
