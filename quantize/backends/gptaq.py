@@ -4,8 +4,8 @@ GPTQ keeps W X for the inputs X that the quantized layers before give; what shou
 unquantized model's inputs. The weights closest to that are W + W C (X X')^-1 with C = (X0 - X) X' (GPTAQ, arXiv
 2504.02692, equation 9). The output of some layers is added to the residual stream, which is H where the unquantized
 model has H0: the weights closest to W X0 + H0 - H are moved by (H0 - H) X' (X X')^-1 more (the aim is that of LoaQ,
-arXiv 2509.06297). GPTQModel gathers X X' and C; its own solver for them knows no order inside groups, so the weights
-are moved first and then solved as any others.
+arXiv 2509.06297). GPTQModel gives X and X0; its own solver for them knows no order inside groups, so the weights are
+moved first and then solved as any others.
 """
 
 from collections.abc import Callable
@@ -51,9 +51,8 @@ def moved(weights: Any, hessian: Any, wanted: Any, regularization: Regularizatio
     """
     import torch  # noqa: PLC0415
 
-    for lower, _damp in lower_factors(hessian, regularization):
-        return weights + torch.cholesky_solve(wanted.T, lower).T
-    return weights
+    found = next(lower_factors(hessian, regularization), None)
+    return weights if found is None else weights + torch.cholesky_solve(wanted.T, found[0]).T
 
 
 def corrected(

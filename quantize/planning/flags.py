@@ -260,7 +260,7 @@ def _add_solver(parser: argparse.ArgumentParser) -> None:
         "--shrinkage",
         type=float,
         metavar="S",
-        help="add to the Hessian's diagonal S times the inputs of a module over the tokens it saw; 0: nothing",
+        help="add S K / T of the Hessian's median diagonal to it, for K inputs and T tokens; 0: nothing",
     )
     add(
         "--damp",

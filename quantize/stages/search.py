@@ -1,6 +1,6 @@
 """Stage 2 of `scheme: auto`: a few uniform solutions -> the mixture of them that meets a budget, in a closed loop.
 
-Each solution is an ordinary `solve`, which a recipe with that scheme shares. What single exchanges of units change is
+Each solution is an ordinary `solve` stage. What single exchanges of units change is
 measured once with the solved integers. Then an assignment is chosen, measured as a whole, and the estimate corrected,
 until the choice stays or four rounds are over; the best of what was measured is the variant.
 
@@ -136,7 +136,7 @@ def _searched(search: Search, tokens: Tokens, budget: Budget) -> tuple[Assignmen
             estimate = corrected(estimate, chosen, dict(zip(parts, kls, strict=True)))
         measured += tried
     best = require_met(measured, budget)
-    # At a given size, what it started from, too: as good as the uniform variant is the least.
+    # At a given size the uniform start, too: the result must not be worse than that variant.
     wanted = [best.assignment] if budget.max_bytes is None else [best.assignment, search.solves[0]]
     wholes = _solved_as_wholes(search, tokens, [one for n, one in enumerate(wanted) if one not in wanted[:n]])
     least = min(wholes, key=lambda one: one[0].kl)
