@@ -126,6 +126,16 @@ def aimed(estimate: Estimate, measured: Sequence[Measured], budget: Budget) -> B
     return replace(budget, max_kl=target - estimate.start_kl)
 
 
+def restated(budget: Budget, without_kl: float, whole_kl: float) -> Budget:
+    """Restate a `max_kl` for mixtures of solutions without GPTAQ, whose KL is higher than that of an equal whole.
+
+    The ratio is that of one assignment, `without_kl` as a mixture and `whole_kl` solved as a whole.
+    """
+    if budget.max_kl is None or not whole_kl > 0:
+        return budget
+    return replace(budget, max_kl=budget.max_kl * without_kl / whole_kl)
+
+
 def best_of(measured: Sequence[Measured], budget: Budget) -> Measured | None:
     """Choose the least KL within `max_bytes`, or the fewest bytes within `max_kl`; None if nothing meets the budget."""
     if budget.max_kl is not None:

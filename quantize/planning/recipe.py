@@ -52,8 +52,12 @@ class Budget:
 
     @property
     def most_solves(self) -> int:
-        """How often a search solves the model at most: what it chooses from, then what it found and may compare."""
-        return 3 if self.max_bytes is None else 6
+        """How often a search solves the model at most.
+
+        For `max_bytes` four solutions without GPTAQ, then the result and the start as wholes; for `max_kl` the start as
+        a whole, two solutions without GPTAQ, then three results as wholes.
+        """
+        return 6
 
 
 @dataclass(frozen=True, slots=True)
