@@ -55,6 +55,11 @@ class EvalInputs:
         return {"generated": generated, "prompt": prompt, "reasoning": reasoning, "answer": answer}
 
 
+def chat_name(sample: Mapping[str, Any]) -> str:
+    """Name a chat in metrics and reports: twelve digits of its digest."""
+    return str(sample["sha256"][:12])
+
+
 def prepare(job: Mapping[str, Any], tokenizer: Any) -> EvalInputs:
     """Turn a job of `quantize.evaluation.evaluation_child` into token ids."""
     header = answer_header(tokenizer)
@@ -63,7 +68,7 @@ def prepare(job: Mapping[str, Any], tokenizer: Any) -> EvalInputs:
     prompts = list(islice(_prompts(job["prompted"], tokenizer, header), job["prompts"]))
     return EvalInputs(
         samples=tuple(tuple(sample["ids"]) for sample in samples),
-        names=tuple(sample["sha256"][:12] for sample in samples),
+        names=tuple(chat_name(sample) for sample in samples),
         reasoning=tuple(tuple((start, end) for start, end in sample.get("reasoning", ())) for sample in samples),
         answers=tuple(tuple(sample.get("answer", (0, 0))) for sample in samples),
         texts=tuple(bool(sample.get("is_text")) for sample in samples),

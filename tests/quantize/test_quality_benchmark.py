@@ -12,6 +12,7 @@ import pytest
 
 from config.estimates import token_mean
 from config.measurements import ChatMetrics, TokenSums
+from quantize.evaluation.inputs import chat_name
 from quantize.running.progress import ProgressReporter
 from quantize.running.worker import child_environ, run_worker
 from tests.benchmarks.quality.__main__ import kept_result, last_line, model_directory, parser, wanted
@@ -89,9 +90,12 @@ def test_a_row_is_compared_with_the_one_of_ours_that_it_names() -> None:
 def test_a_kept_result_is_of_the_same_chats(tmp_path: Path) -> None:
     """Other chats, or none, are measured again."""
     file = tmp_path / "result.json"
-    held_out = [{"sha256": "0"}, {"sha256": "1"}]
+    held_out = [{"sha256": f"{number:064x}"[::-1]} for number in (1, 2)]
     assert kept_result(file, held_out) is None
-    result = Result(contender="one", measured=measured(1, 2))
+    chats = zip(measured(1, 2), held_out, strict=True)
+    result = Result(
+        contender="one", measured=tuple(one.model_copy(update={"chat": chat_name(sample)}) for one, sample in chats)
+    )
     file.write_text(result.model_dump_json())
     assert kept_result(file, held_out) == result
     assert kept_result(file, held_out[:1]) is None

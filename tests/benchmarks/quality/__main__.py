@@ -24,6 +24,7 @@ from quantize.calibration.datasets import read_datasets, shipped_files, split_re
 from quantize.calibration.samples import Samples, tokenize_samples
 from quantize.errors import QuantizeError
 from quantize.evaluation.figures import token_figures
+from quantize.evaluation.inputs import chat_name
 from quantize.running.context import RunContext
 from quantize.running.progress import ProgressReporter
 from quantize.running.stage_store import stage_store
@@ -113,7 +114,7 @@ def kept_result(file: Path, held_out: Sequence[Mapping[str, Any]]) -> Result | N
         result = Result.model_validate_json(file.read_bytes())
     except ValidationError:  # an earlier form
         return None
-    return result if [chat.chat for chat in result.measured] == [sample["sha256"] for sample in held_out] else None
+    return result if [chat.chat for chat in result.measured] == [chat_name(sample) for sample in held_out] else None
 
 
 def made(contender: Contender, comparison: Comparison, environments: Environments) -> Result:
