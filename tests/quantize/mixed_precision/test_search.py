@@ -86,7 +86,7 @@ def test_a_divergence_that_the_start_meets_needs_one_solution(
 
 
 def test_a_divergence_is_met_by_measuring_again(place: Path, missed: subprocess.CompletedProcess[str]) -> None:
-    """Mixtures are measured against a limit of their own; what is chosen was solved as a whole and meets the real one."""
+    """Mixtures are held to a limit of their own; what is chosen was solved as a whole and meets the real one."""
     start, mixed_start, eights, _ = told(missed.stderr)
     wanted = (start[1] + eights[1]) / 2
     done = run("quantize_main", *arguments(place, "met", "--max-kl", wanted))
