@@ -1,4 +1,4 @@
-"""What an assignment will cost, told from what single exchanges changed and corrected by what was measured. Pure."""
+"""What an assignment will cost, told from what single units add and corrected by what was measured. Pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ _LEAST_FACTOR, _LARGEST_FACTOR = 0.25, 4.0
 class Estimate:
     """The divergence of assignments near `start`, which diverges by `start_kl` nats.
 
-    `changes` tell by unit and numbers how much the divergence changed when this unit alone was exchanged. `factors`
+    `changes` tell by unit and numbers how much more or less this unit alone adds than with those of `start`. `factors`
     tell by numbers which share of the sum of these changes all exchanges together make.
     """
 
@@ -48,20 +48,21 @@ class Estimate:
 
 
 def plausible_changes(
-    kls: Mapping[str, Mapping[WeightArgs, float]], start: Assignment, start_kl: float, priced: Options
+    alone: Mapping[str, Mapping[WeightArgs, float]], start: Assignment, priced: Options
 ) -> dict[str, dict[WeightArgs, float]]:
-    """Turn the divergences that were measured with one unit exchanged into changes.
+    """Turn what each unit adds with these numbers into what other numbers than those of `start` change.
 
     Larger numbers never count as worse, nor smaller ones as better: that is noise, of which an allocation would choose
     the most favourable.
     """
     found: dict[str, dict[WeightArgs, float]] = {}
-    for unit, by_numbers in kls.items():
+    for unit, by_numbers in alone.items():
         sizes = {option.weight_args: option.bytes for option in priced[unit]}
-        own = sizes[start[unit]]
+        own, added = sizes[start[unit]], by_numbers[start[unit]]
         found[unit] = {
-            weight_args: min(kl - start_kl, 0.0) if sizes[weight_args] > own else max(kl - start_kl, 0.0)
+            weight_args: min(kl - added, 0.0) if sizes[weight_args] > own else max(kl - added, 0.0)
             for weight_args, kl in by_numbers.items()
+            if weight_args != start[unit]
         }
     return found
 

@@ -1,8 +1,8 @@
 """Stage 2 of `scheme: auto`: a few uniform solutions -> the mixture of them that meets a budget, in a closed loop.
 
-Each solution is an ordinary `solve` stage. What single exchanges of units change is
-measured once with the solved integers. Then an assignment is chosen, measured as a whole, and the estimate corrected,
-until the choice stays or four rounds are over.
+Each solution is an ordinary `solve` stage. What each unit alone adds to the parent is measured once, with the solved
+integers. Then an assignment is chosen, measured as a whole, and the estimate corrected, until the choice stays or four
+rounds are over.
 
 With GPTAQ, a layer makes up for the errors of the layers before it in its own solution, and not for those of another
 one: units of such solutions can't be exchanged. So the solutions of the search are without it, and what was found is

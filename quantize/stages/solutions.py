@@ -37,7 +37,7 @@ from quantize.stages.variant_run import VariantRun
 _MODULE = "quantize.mixed_precision.sensitivity"
 _LIBRARIES = ("torch", "transformers")
 # Raise this when the same job would be measured otherwise.
-_REVISION = 3
+_REVISION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +93,16 @@ def solved_as_whole(search: Search, assignment: Assignment, called: str) -> Solu
 
 
 def first_look(search: Search) -> tuple[Estimate, list[Measured]]:
-    """Measure all solutions, and what exchanging single units of the first one for those of the others changes."""
-    start = search.solves[0]
+    """Measure all solutions, and what each unit of them alone adds to the parent."""
     kls: list[float] = []
-    changes: dict[str, dict[WeightArgs, float]] = {group.name: {} for group in search.module_groups}
-    for number, other in enumerate(search.solves[1:], 1):
-        exchanged = [group for group in search.module_groups if _is_first(group.name, number, search.solves)]
-        units = {group.name: {"modules": group.modules, "solves": [1]} for group in exchanged}
-        found = _measurements(search, (0, number), [start, other], units)
-        kls = [*(kls or found["kl"][:1]), found["kl"][1]]
-        alone = {unit: {other[unit]: found["units"][unit][0]} for unit in units}
-        for unit, change in plausible_changes(alone, start, found["short_kl"], search.priced).items():
-            changes[unit] |= change
+    alone: dict[str, dict[WeightArgs, float]] = {group.name: {} for group in search.module_groups}
+    for number, assignment in enumerate(search.solves):
+        new = [group for group in search.module_groups if assignment[group.name] not in alone[group.name]]
+        found = _measurements(search, [number], [assignment], {group.name: group.modules for group in new})
+        kls += found["kl"]
+        for unit, kl in found["units"].items():
+            alone[unit][assignment[unit]] = kl
+    changes = plausible_changes(alone, search.solves[0], search.priced)
     return first_estimate(changes, search.solves, kls), _as_measured(search, search.solves, kls)
 
 
@@ -135,10 +133,6 @@ def assembled(search: Search, chosen: Assignment) -> SolvedLayers:
                 link_or_copy(search.solved[number].directory / name, staged / name)
             found = run.store.keep(key, staged, {}, subject=run.recipe.variant_id, cache=False)
     return SolvedLayers(found.directory, QuantizeResult.of(0.0, _in_order(modules)), key)
-
-
-def _is_first(unit: str, number: int, solves: Sequence[Assignment]) -> bool:
-    return all(solve[unit] != solves[number][unit] for solve in solves[:number])
 
 
 def _as_measured(search: Search, assignments: Sequence[Assignment], kls: Sequence[float]) -> list[Measured]:

@@ -87,7 +87,7 @@ def test_a_factor_stays_in_its_range(kl: float, factor: float) -> None:
 )
 def test_noise_gains_nothing(kls: Mapping[WeightArgs, float], expected: Mapping[WeightArgs, float]) -> None:
     """Smaller numbers that look better are as good, and larger ones that look worse."""
-    assert plausible_changes({"a": kls}, ALL_START, 0.1, PRICED) == {"a": pytest.approx(expected)}
+    assert plausible_changes({"a": {START: 0.1, **kls}}, ALL_START, PRICED) == {"a": pytest.approx(expected)}
 
 
 def test_options_are_what_can_be_exchanged() -> None:
