@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from config.manifest import Engine, Scheme
-from config.quantization import QuantizationScheme, grouped
+from config.quantization import Compression, QuantizationScheme, grouped
 from config.vllm import CPU_EXPERT_FLAG, ENGINES, GPTQ_BITS, GPTQ_GROUPS, refusal, supports
 from config.vllm import kernels as kernels_of
 from quantize.base import BaseModel
 from quantize.errors import RecipeError
-from quantize.schemes.module_config import WeightArgs, weight_args_of
+from quantize.schemes.module_config import ZERO_POINT_BITS, WeightArgs, weight_args_of
 from quantize.schemes.scheme import faults, layer_schemes
 
 _KEEP_EXPERTS = "keep them with --override '*.experts.*=keep'"
@@ -78,15 +78,26 @@ def kernels(scheme: Scheme, engine: Engine) -> str:
     return kernels_of(min(layers, key=lambda layer: layer.weights.columns % (1 << 30)), engine)
 
 
-def choices(engine: Engine, shape: tuple[int, int], *, channels: bool = False) -> tuple[WeightArgs, ...]:
-    """List the numbers that a GPTQ module of (out_features, in_features) may get on an engine, smallest file first.
+def choices(
+    engine: Engine, shape: tuple[int, int], *, channels: bool = False, zero_points: bool = False
+) -> tuple[WeightArgs, ...]:
+    """List the numbers that a module of (out_features, in_features) may get on an engine, smallest file first.
 
-    With `channels`, one scale for all inputs (group size -1) is among them.
+    With `channels`, one scale for all inputs (group size -1) is among them. With `zero_points` it is stored as
+    compressed-tensors, and 4 bits have them; otherwise as GPTQ.
     """
     _, columns = shape
+    compression: Compression = "pack-quantized" if zero_points else "gptq"
     return tuple(
         WeightArgs(bits, group_size)
         for bits in GPTQ_BITS
         for group_size in (*((-1,) if channels else ()), *sorted(GPTQ_GROUPS[1:], reverse=True))
-        if columns % group_size == 0 and supports(QuantizationScheme("gptq", grouped(bits, group_size)), engine)
+        if columns % group_size == 0
+        and supports(
+            QuantizationScheme(
+                compression,
+                grouped(bits, group_size, symmetric=not zero_points or bits not in ZERO_POINT_BITS),
+            ),
+            engine,
+        )
     )

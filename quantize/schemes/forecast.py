@@ -7,7 +7,7 @@ from config.manifest import Scheme
 from config.quantization import Compression, QuantizationArgs
 from quantize.base import BaseModel
 from quantize.schemes.cache_scales import SCALE_BYTES, scale_names
-from quantize.schemes.module_config import WeightArgs, weight_args_of
+from quantize.schemes.module_config import ZERO_POINT_BITS, WeightArgs, weight_args_of
 
 _FP16_BYTES = 2
 _FP32_BYTES = 4
@@ -54,7 +54,7 @@ def packed_bytes(
         return {f"{module}.weight": rows * columns, f"{module}.weight_scale": rows * _FP32_BYTES}
     groups = 1 if weight_args.group_size < 0 else -(-columns // weight_args.group_size)
     if compression == "pack-quantized":
-        asymmetric = weights is not None and not weights.symmetric
+        asymmetric = weights is not None and not weights.symmetric and weight_args.bits in ZERO_POINT_BITS
         zero_bytes = {f"{module}.weight_zero_point": rows * groups * weight_args.bits // 8} if asymmetric else {}
         return {
             f"{module}.weight_packed": rows * columns * weight_args.bits // 8,

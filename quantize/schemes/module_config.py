@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +14,8 @@ from config.manifest import Scheme
 FUSED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
 )
+# vLLM's kernels take zero points of these bits; other exceptions of an asymmetric scheme are symmetric.
+ZERO_POINT_BITS = frozenset({4})
 # All experts of a block are one module of vLLM.
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+$")
 _LAYER = re.compile(r"^(?P<stem>.*\.)(?P<number>\d+)(?P<rest>\..*\.)(?P<leaf>[^.]+)$")
@@ -37,6 +39,11 @@ def weight_args_of(module: str, scheme: Scheme) -> WeightArgs | None:
     return WeightArgs(scheme.bits, scheme.group_size)
 
 
+def is_symmetric(scheme: Scheme, bits: int) -> bool:
+    """Whether weights of these bits have no zero points in a scheme."""
+    return scheme.sym or bits not in ZERO_POINT_BITS
+
+
 def dynamic_rules(scheme: Scheme, layers: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Write overrides as `dynamic` of a GPTQ config: a regular expression -> what differs; `-:` leaves modules alone.
 
@@ -47,6 +54,13 @@ def dynamic_rules(scheme: Scheme, layers: Iterable[str]) -> dict[str, dict[str, 
 
 def rules_of(scheme: Scheme, args: Mapping[str, WeightArgs | None]) -> dict[str, dict[str, Any]]:
     """Write the modules whose bits and group size are not the scheme's own as `dynamic` of a GPTQ config."""
+    return {
+        _rule(weight_args, pattern): _told(weight_args, scheme) for pattern, weight_args in patterns_of(scheme, args)
+    }
+
+
+def patterns_of(scheme: Scheme, args: Mapping[str, WeightArgs | None]) -> list[tuple[str, WeightArgs | None]]:
+    """Write the modules whose bits and group size are not the scheme's own as few regular expressions."""
     plain = WeightArgs(scheme.bits, scheme.group_size)
     differing: dict[tuple[WeightArgs | None, str, str, str], list[int]] = {}
     single: list[tuple[str, WeightArgs | None]] = []
@@ -59,11 +73,11 @@ def rules_of(scheme: Scheme, args: Mapping[str, WeightArgs | None]) -> dict[str,
         else:
             key = (weight_args, match["stem"], match["rest"], match["leaf"])
             differing.setdefault(key, []).append(int(match["number"]))
-    rules = {_rule(weight_args, re.escape(module)): _told(weight_args, plain) for module, weight_args in single}
+    patterns = [(re.escape(module), weight_args) for module, weight_args in single]
     for (weight_args, stem, rest, leaf), found in differing.items():
         pattern = f"{re.escape(stem)}({'|'.join(map(str, sorted(found)))}){re.escape(rest)}{_leaf_pattern(leaf)}$"
-        rules[_rule(weight_args, pattern)] = _told(weight_args, plain)
-    return rules
+        patterns.append((pattern, weight_args))
+    return patterns
 
 
 def differing_modules(rules: Mapping[str, Mapping[str, Any]], module: str) -> Mapping[str, Any] | None:
@@ -102,11 +116,12 @@ def _rule(weight_args: WeightArgs | None, pattern: str) -> str:
     return f"{'-' if weight_args is None else '+'}:{pattern}"
 
 
-def _told(weight_args: WeightArgs | None, plain: WeightArgs) -> dict[str, Any]:
+def _told(weight_args: WeightArgs | None, scheme: Scheme) -> dict[str, Any]:
     if weight_args is None:
         return {}
-    changes = {"bits": weight_args.bits} if weight_args.bits != plain.bits else {}
-    return changes | ({"group_size": weight_args.group_size} if weight_args.group_size != plain.group_size else {})
+    plain = {"bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym}
+    own = {**asdict(weight_args), "sym": is_symmetric(scheme, weight_args.bits)}
+    return {key: value for key, value in own.items() if value != plain[key]}
 
 
 def _leaf_pattern(leaf: str) -> str:

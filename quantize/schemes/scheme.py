@@ -8,6 +8,7 @@ from config.manifest import Override, Scheme
 from config.quantization import COMPRESSED_TENSORS, QuantizationArgs, QuantizationScheme, grouped
 from config.vllm import GPTQ_GROUPS, cache_scales_refusal, loaded_anywhere, refusal
 from quantize.errors import RecipeError
+from quantize.schemes.module_config import is_symmetric
 
 _INT8_TOKENS = QuantizationArgs(strategy="token", dynamic=True)
 _FP8_TOKENS = QuantizationArgs(type="float", strategy="token", dynamic=True)
@@ -74,7 +75,7 @@ def preset(name: str) -> Scheme:
         return PRESETS[name]
     near = get_close_matches(name, PRESETS, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]}? " if near else ""
-    raise RecipeError(f"unknown scheme {name!r}; {hint}(one of: {', '.join(PRESETS)}, auto)")
+    raise RecipeError(f"unknown scheme {name!r}; {hint}(one of: {', '.join(PRESETS)}, auto, auto-asym)")
 
 
 def named(scheme: Scheme) -> Scheme:
@@ -118,7 +119,7 @@ def layer_schemes(scheme: Scheme) -> tuple[QuantizationScheme, ...]:
 def _of_override(scheme: Scheme, override: Override) -> QuantizationScheme:
     size = scheme.group_size if override.group_size is None else override.group_size
     bits = scheme.bits if override.bits is None else override.bits
-    weights = grouped(bits, size, symmetric=scheme.sym, actorder=scheme.weights.actorder)
+    weights = grouped(bits, size, symmetric=is_symmetric(scheme, bits), actorder=scheme.weights.actorder)
     return QuantizationScheme(scheme.compression, weights, scheme.input_activations, f" ({override.modules})")
 
 
@@ -128,7 +129,7 @@ def faults(scheme: Scheme) -> list[str]:
     if cache is not None:
         return [cache]
     mixed = [override.modules for override in scheme.overrides if override.bits is not None]
-    if mixed and scheme.compression != "gptq":
+    if mixed and scheme.compression not in ("gptq", "pack-quantized"):
         return [f"{scheme.name} has no exceptions but `keep`, and {mixed[0]} asks for other numbers"]
     return [str(refusal(layer, "cuda")) for layer in layer_schemes(scheme) if not loaded_anywhere(layer)]
 

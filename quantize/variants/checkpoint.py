@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import Scheme
-from config.quantization import QuantizationArgs
+from config.quantization import QuantizationArgs, grouped
 from quantize.errors import SolveError
 from quantize.model_files.directory_rules import portable_config
 from quantize.model_files.kept_files import kept_files
@@ -16,7 +16,7 @@ from quantize.model_files.safetensors_header import StoredTensor
 from quantize.model_files.weight_files import INDEX_FILE, WHOLE_FILE, stored_tensors
 from quantize.modules import ModuleTree, is_expert
 from quantize.schemes.makers import is_data_free
-from quantize.schemes.module_config import dynamic_rules, weight_args_of
+from quantize.schemes.module_config import dynamic_rules, is_symmetric, patterns_of, weight_args_of
 from quantize.variants.weights import LazyTensor, Tensors, packed_module, read_tensors
 
 _SHARD_BYTES = 4_000_000_000
@@ -53,7 +53,9 @@ def quantization_config(
     if scheme.compression != "gptq":
         kept = [layer for layer in layers if weight_args_of(layer, scheme) is None]
         ignored = _ignored(kept, layers) + list(others)
-        return _fp8_config(scheme, ignored) if scheme.compression == "fp8" else _compressed_config(scheme, ignored)
+        return (
+            _fp8_config(scheme, ignored) if scheme.compression == "fp8" else _compressed_config(scheme, layers, ignored)
+        )
     dynamic = dynamic_rules(scheme, layers)
     return {
         "quant_method": "gptq",
@@ -94,8 +96,14 @@ def _ignored(kept: Sequence[str], layers: Sequence[str]) -> list[str]:
     return [*(name for name in kept if name not in experts), r"re:.*\.experts\.\d+\..*"]
 
 
-def _compressed_config(scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
-    inputs = scheme.input_activations
+def _compressed_config(scheme: Scheme, layers: Sequence[str], kept: Sequence[str]) -> dict[str, Any]:
+    """Describe all linear layers as one group, and modules with other numbers by their names, which go before it."""
+    groups: dict[QuantizationArgs, list[str]] = {scheme.weights: ["Linear"]}
+    for pattern, weight_args in patterns_of(scheme, {layer: weight_args_of(layer, scheme) for layer in layers}):
+        if weight_args is not None:
+            symmetric = is_symmetric(scheme, weight_args.bits)
+            weights = grouped(weight_args.bits, weight_args.group_size, symmetric=symmetric)
+            groups.setdefault(weights, []).append(f"re:{pattern}")
     return {
         "quant_method": "compressed-tensors",
         "format": scheme.compression,
@@ -103,13 +111,18 @@ def _compressed_config(scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
         "ignore": ["lm_head", *kept],
         "kv_cache_scheme": _written_args(scheme.kv_cache) if scheme.kv_cache else None,
         "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": _written_args(scheme.weights),
-                "input_activations": _written_args(inputs) if inputs else None,
-                "output_activations": None,
-            },
+            f"group_{number}": _config_group(targets, weights, scheme.input_activations)
+            for number, (weights, targets) in enumerate(groups.items())
         },
+    }
+
+
+def _config_group(targets: Sequence[str], weights: QuantizationArgs, inputs: QuantizationArgs | None) -> dict[str, Any]:
+    return {
+        "targets": list(targets),
+        "weights": _written_args(weights),
+        "input_activations": _written_args(inputs) if inputs else None,
+        "output_activations": None,
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from config.manifest import Scheme
 from config.quantization import COMPRESSED_TENSORS, Compression, QuantizationArgs, parse_args, schemes_of
-from quantize.schemes.module_config import FUSED, weight_args_of
+from quantize.schemes.module_config import FUSED, is_symmetric, weight_args_of
 
 Kind = Compression
 Part = tuple[tuple[str, ...], tuple[int, ...]]  # the dtypes it may have, its shape
@@ -114,7 +114,7 @@ def scheme_format(scheme: Scheme, layer: str, kind: Kind) -> StorageFormat | Non
         return None
     if (args.bits, args.group_size) == (scheme.bits, scheme.group_size):
         return StorageFormat.of(kind, scheme.weights)
-    return StorageFormat(kind, args.bits, args.group_size, scheme.sym, scheme.weights.type)
+    return StorageFormat(kind, args.bits, args.group_size, is_symmetric(scheme, args.bits), scheme.weights.type)
 
 
 def parts_of(storage_format: StorageFormat, outputs: int, inputs: int) -> Parts:

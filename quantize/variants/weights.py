@@ -20,6 +20,7 @@ from config.quantization import UNQUANTIZED_BITS, Compression, schemes_of
 from quantize.errors import VariantError
 from quantize.model_files.weight_files import weight_files
 from quantize.schemes.makers import is_data_free
+from quantize.schemes.module_config import is_symmetric, weight_args_of
 from quantize.variants.bit_packing import WORD_BITS, pack_columns, pack_rows, unpack_columns, unpack_rows
 from quantize.variants.storage_format import quantized_layers
 
@@ -69,15 +70,19 @@ def gptq_to_int8(layer: Mapping[str, Any]) -> tuple[Any, Any]:
     return integers.t().contiguous().to(torch.int8), layer["scales"].float().t().contiguous()
 
 
-def gptq_to_pack_quantized(layer: Mapping[str, Any], bits: int) -> Tensors:
-    """One GPTQ layer of consecutive groups -> the parts of an asymmetric `pack-quantized` layer, with equal weights."""
+def gptq_to_pack_quantized(layer: Mapping[str, Any], bits: int, *, symmetric: bool = False) -> Tensors:
+    """One GPTQ layer of consecutive groups -> the parts of a `pack-quantized` layer, with equal weights.
+
+    A symmetric one has no zero points: half of the range stands for zero.
+    """
     import torch  # noqa: PLC0415
 
     stored = unpack_rows(layer["qweight"], bits).t()
+    zeros = {} if symmetric else {"weight_zero_point": pack_rows(gptq_zeros(layer, bits).t(), bits).contiguous()}
     return {
         "weight_packed": pack_columns(stored, bits).contiguous(),
         "weight_scale": layer["scales"].t().contiguous(),
-        "weight_zero_point": pack_rows(gptq_zeros(layer, bits).t(), bits).contiguous(),
+        **zeros,
         "weight_shape": torch.tensor(stored.shape, dtype=torch.int64),
     }
 
@@ -216,7 +221,9 @@ def packed_module(tensors: Mapping[str, Any], layers: Sequence[str], module: str
     if scheme.format == "gptq":
         return {f"{module}.{part}": tensor.contiguous() for part, tensor in packed.items()}
     if scheme.compression == "pack-quantized":
-        parts = gptq_to_pack_quantized(packed, scheme.bits)
+        weight_args = weight_args_of(module, scheme)
+        bits = weight_args.bits if weight_args else scheme.bits
+        parts = gptq_to_pack_quantized(packed, bits, symmetric=is_symmetric(scheme, bits))
         return {f"{module}.{part}": tensor for part, tensor in parts.items()}
     weight, scale = gptq_to_int8(packed)
     return {f"{module}.weight": weight, f"{module}.weight_scale": scale}

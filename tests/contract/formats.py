@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from config.manifest import Override, Scheme
 from config.quantization import COMPRESSED_TENSORS, QuantizationArgs, QuantizationScheme, grouped
 from quantize.schemes.scheme import PRESETS, layer_schemes
 
@@ -35,6 +36,15 @@ CASES: Mapping[str, QuantizationScheme] = MappingProxyType(
             "bitsandbytes", QuantizationArgs(num_bits=4, type="float", strategy="group", group_size=64)
         ),
         "modelopt-nvfp4": QuantizationScheme("modelopt", _NVFP4, _NVFP4),
+    }
+)
+
+# q, k and v in other groups than the rest: vLLM looks them up by the name of the matrix that they become.
+_OTHER_GROUPS = (Override(modules="*.self_attn.[qkv]_proj", bits=4, group_size=32),)
+MIXED_CASES: Mapping[str, Scheme] = MappingProxyType(
+    {
+        f"{name}-mixed": PRESETS[name].model_copy(update={"overrides": _OTHER_GROUPS})
+        for name in ("w4a16-g128", "w4a16-asym")
     }
 )
 

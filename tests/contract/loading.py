@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from config.manifest import Scheme
 from config.quantization import QuantizationScheme
 from quantize.errors import VariantError
 from quantize.schemes.cache_scales import FP8_CACHE, KEYS, VALUES
-from quantize.variants.storage_format import StorageFormat, parts_of
+from quantize.variants.checkpoint import quantization_config as variant_config
+from quantize.variants.storage_format import Kind, StorageFormat, parts_of, scheme_format
 from quantize.variants.weights import read_dense
-from tests.contract.formats import CACHE_CASES, CACHE_SCALES, CASES, quantization_config
+from tests.contract.formats import CACHE_CASES, CACHE_SCALES, CASES, MIXED_CASES, quantization_config
 
 HIDDEN, INNER, HEADS, VOCABULARY = 256, 256, 4, 128
 CONFIG: dict[str, Any] = {
@@ -49,8 +51,23 @@ MATRICES: Mapping[str, tuple[int, int]] = {
 }
 
 
-def write_model(folder: Path, scheme: QuantizationScheme, *, cache: bool = False) -> Path:
-    """Write a model of one layer with random weights, stored as the lint expects them; `cache`: with scales of one."""
+def write_uniform(folder: Path, scheme: QuantizationScheme, *, cache: bool = False) -> Path:
+    """Write a model whose matrices are all stored alike; `cache`: with scales of an FP8 KV cache."""
+    form = StorageFormat.of(scheme.compression, scheme.weights)
+    return write_model(folder, dict.fromkeys(MATRICES, form), quantization_config(scheme), cache=cache)
+
+
+def write_mixed(folder: Path, scheme: Scheme) -> Path:
+    """Write a model of a scheme with exceptions, with the configuration that a variant of it has."""
+    kind: Kind = "gptq" if scheme.compression == "gptq" else "pack-quantized"
+    forms = {name: form for name in MATRICES if (form := scheme_format(scheme, name, kind)) is not None}
+    return write_model(folder, forms, variant_config(scheme, 0.01, [*MATRICES]))
+
+
+def write_model(
+    folder: Path, forms: Mapping[str, StorageFormat], quantization: dict[str, Any], *, cache: bool = False
+) -> Path:
+    """Write a model of one layer with random weights, stored as the lint expects them."""
     import torch  # noqa: PLC0415
     from safetensors.torch import save_file  # noqa: PLC0415
 
@@ -61,11 +78,9 @@ def write_model(folder: Path, scheme: QuantizationScheme, *, cache: bool = False
     }
     norms = (f"{BLOCK}.input_layernorm", f"{BLOCK}.post_attention_layernorm", "model.norm")
     tensors |= {f"{name}.weight": torch.ones(HIDDEN).bfloat16() for name in norms}
-    form = StorageFormat.of(scheme.compression, scheme.weights)
     for name, (outputs, inputs) in MATRICES.items():
-        for part, (dtypes, shape) in parts_of(form, outputs, inputs).items():
-            tensors[f"{name}.{part}"] = _filled(part, dtypes, shape, outputs, inputs, form)
-    quantization = quantization_config(scheme)
+        for part, (dtypes, shape) in parts_of(forms[name], outputs, inputs).items():
+            tensors[f"{name}.{part}"] = _filled(part, dtypes, shape, outputs, inputs, forms[name])
     if cache:
         scales = zip((KEYS, VALUES), CACHE_SCALES, strict=True)
         tensors |= {f"{BLOCK}.self_attn{part}": torch.tensor([scale]) for part, scale in scales}
@@ -178,15 +193,20 @@ def main(folder: Path) -> None:
     """Load every case and print what came of it."""
     loader = Loader(folder)
     for name, scheme in CASES.items():
-        model = write_model(folder / name, scheme)
-        try:
-            outcome = {"kernel": loader.kernel_of(model)}
-        except Exception as error:  # noqa: BLE001 - what vLLM raises is the result
-            outcome = {"error": f"{type(error).__name__}: {error}"}
-        print(json.dumps({"name": name, **outcome}), flush=True)
+        print(json.dumps({"name": name, **outcome_of(loader, write_uniform(folder / name, scheme))}), flush=True)
+    for name, mixed in MIXED_CASES.items():
+        print(json.dumps({"name": name, **outcome_of(loader, write_mixed(folder / name, mixed))}), flush=True)
     for name in CACHE_CASES:
-        model = write_model(folder / f"{name}-cache", CASES[name], cache=True)
+        model = write_uniform(folder / f"{name}-cache", CASES[name], cache=True)
         print(json.dumps({"name": f"{name}, cache", "cache": cache_outcomes(loader, model)}), flush=True)
+
+
+def outcome_of(loader: Loader, model: Path) -> dict[str, Any]:
+    """Load a model and multiply by its first matrix: the kernel, or what vLLM says."""
+    try:
+        return {"kernel": loader.kernel_of(model)}
+    except Exception as error:  # noqa: BLE001 - what vLLM raises is the result
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def cache_outcomes(loader: Loader, model: Path) -> dict[str, Any]:

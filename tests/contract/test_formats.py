@@ -12,7 +12,8 @@ import pytest
 
 from config.hardware import read_processor
 from config.vllm import CPU_FP8_KV_CACHE_FLAGS, cache_scales_refusal, refusal, supports
-from tests.contract.formats import CACHE_CASES, CACHE_SCALES, CASES
+from quantize.schemes.engines import refusals
+from tests.contract.formats import CACHE_CASES, CACHE_SCALES, CASES, MIXED_CASES
 from tests.contract.sources import NoSources, installed_sources
 
 pytestmark = [pytest.mark.real_vllm, pytest.mark.timeout(400)]
@@ -56,6 +57,14 @@ def test_vllm_loads_what_the_table_says(outcomes: dict[str, dict[str, Any]], nam
         assert outcome.get("kernel", outcome.get("error", "")).startswith(names)
     else:
         assert REFUSALS.search(outcome.get("error", f"loaded by {outcome.get('kernel')}")), reason
+
+
+@pytest.mark.parametrize("name", MIXED_CASES)
+def test_vllm_computes_with_the_numbers_of_exceptions(outcomes: dict[str, dict[str, Any]], name: str) -> None:
+    """Modules of other groups than the scheme's own: the product is that of their weights."""
+    if refusals(MIXED_CASES[name], read_processor().flags).get("cpu"):
+        pytest.skip("zero points need AVX-512 in vLLM for CPU")
+    assert outcomes[name].get("kernel", outcomes[name].get("error")) == "CPUWNA16LinearKernel"
 
 
 @pytest.mark.skipif(not read_processor().flags & CPU_FP8_KV_CACHE_FLAGS, reason="vLLM has no FP8 KV cache on this CPU")

@@ -42,7 +42,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["base", "--scheme", "w4a16-g128"], "hidden size 576 is not divisible by 128; use w4a16-g64"),
         (["base", "--scheme", "w8a16-g128", "--engine", "cpu"], "loads GPTQ of 4 bits, not of 8; use scheme w8a8"),
         (["base", "--scheme", "w4a16-asym"], "hidden size 576 is not divisible by 128; use w4a16-asym-g64"),
-        (["base", "--scheme", "w4a16-asym-g64", "--override", "*.down_proj=8"], "has no exceptions but `keep`"),
+        (["base", "--scheme", "w8a8", "--override", "*.down_proj=4"], "has no exceptions but `keep`"),
         (["base", "--scheme", "nvfp4a16", "--engine", "cuda"], "nvfp4a16 is loaded, not made: quantize with another"),
         (["base", "--scheme", "w8a8", "--data", "absent.jsonl"], "absent.jsonl: no such calibration file"),
         (["base", "--scheme", "w8a8", "--data", "few.jsonl"], "too few calibration rows: 5 different chats"),

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from config.manifest import Override
+from config.quantization import schemes_of
 from quantize.errors import VariantError
 from quantize.model_files.safetensors_header import StoredTensor
 from quantize.modules import ModuleTree, direct_tree
 from quantize.schemes.scheme import preset
 from quantize.variants.checkpoint import other_layers, quantization_config, write_shards
+from quantize.variants.storage_format import configured_format, scheme_format
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
@@ -72,6 +74,46 @@ def test_zero_points_are_packed_along_the_outputs() -> None:
     }
     halves = [gptq_dense(parts_of(tensors, name), 4) for name in ("gate", "up")]
     assert torch.equal(pack_quantized_dense(parts), torch.cat(halves))
+
+
+def test_exceptions_of_8_bits_have_no_zero_points() -> None:
+    """vLLM has no kernel for them: half of the range is zero, and config.json says symmetric."""
+    scheme = preset("w4a16-asym-g64").model_copy(
+        update={"overrides": (Override(modules="m.layers.1.*.[qkv]_proj", bits=8, group_size=-1),)}
+    )
+    generator = torch.Generator().manual_seed(0)
+    stored = torch.randint(0, 256, (16, 8), generator=generator, dtype=torch.int32)
+    layer = layer_of(stored, torch.full((1, 8), 128), torch.rand((1, 8), generator=generator), 16, bits=8)
+    name = "m.layers.1.self_attn.q_proj"
+    tensors = {f"{name}.{part}": tensor for part, tensor in layer.items()}
+    parts = parts_of(packed_module(tensors, [name], name, scheme), name)
+    assert set(parts) == {"weight_packed", "weight_scale", "weight_shape"}
+    assert torch.equal(pack_quantized_dense(parts), gptq_dense(layer, 8))
+
+
+def test_exceptions_are_groups_of_their_own() -> None:
+    """Named by the modules and by the matrix that vLLM makes of them; all others are the first group."""
+    overrides = (
+        Override(modules="*.0.self_attn.[qkv]_proj", bits=8, group_size=-1),
+        Override(modules="*.down_proj", bits=4, group_size=32),
+        Override(modules="*.1.mlp.up_proj"),
+    )
+    scheme = preset("w4a16-asym-g64").model_copy(update={"overrides": overrides})
+    names = [f"m.layers.{layer}.self_attn.{part}_proj" for layer in (0, 1) for part in "qkvo"]
+    names += [f"m.layers.{layer}.mlp.{part}_proj" for layer in (0, 1) for part in ("gate", "up", "down")]
+    config = quantization_config(scheme, 0.01, names)
+    assert config["ignore"] == ["lm_head", "m.layers.1.mlp.up_proj"]
+    assert [group["targets"][0] for group in config["config_groups"].values()] == [
+        "Linear",
+        r"re:m\.layers\.(0)\.self_attn\.(q_proj|qkv_proj)$",
+        r"re:m\.layers\.(0|1)\.mlp\.down_proj$",
+    ]
+    for name in names:
+        assert configured_format(config, name) == scheme_format(scheme, name, "pack-quantized")
+    fused = configured_format(config, "m.layers.0.self_attn.qkv_proj")
+    assert fused is not None
+    assert (fused.bits, fused.group_size, fused.sym) == (8, -1, True)
+    assert len(schemes_of(config)) == 3
 
 
 def test_layers_with_other_groups_cant_share_a_matrix() -> None:
