@@ -7,32 +7,27 @@ from quantize.base import BaseModel
 from quantize.errors import RecipeError
 from quantize.mixed_precision.allocation import Option, megabytes
 from quantize.mixed_precision.estimate import Measured, best_of
-from quantize.mixed_precision.module_groups import ModuleGroup
+from quantize.mixed_precision.module_groups import ModuleGroup, uniform_scheme
 from quantize.mixed_precision.solves import Assignment
 from quantize.planning.recipe import Budget
 from quantize.schemes.forecast import packed_bytes
 from quantize.schemes.module_config import WeightArgs
 
-# So many generated tokens tell units apart, if they come from several chats; every exchange of a unit reads them, with
-# a little of their prompts.
-_SHORT_TOKENS, _SHORT_CONTEXT = 512, 32
+# So many generated tokens tell units apart, if they come from many chats: a few tokens have most of a KL. Every unit is
+# measured on them, with a little of their prompts.
+_SHORT_TOKENS, _SHORT_CONTEXT = 1536, 32
 # On these, whole assignments are measured.
 _WHOLE_TOKENS, _WHOLE_CONTEXT = 1024, 160
-_PIECE_TOKENS = 96
+_PIECE_TOKENS = 64
 _NAMED = 5
 
 
-def options_of(module_group: ModuleGroup, shapes: Mapping[str, tuple[int, int]]) -> list[Option]:
+def options_of(
+    module_group: ModuleGroup, shapes: Mapping[str, tuple[int, int]], *, zero_points: bool = False
+) -> list[Option]:
     """Price each choice of a unit in bytes."""
     return [
-        Option(
-            weight_args,
-            sum(
-                sum(packed_bytes(module, shapes[module], weight_args, "gptq").values())
-                for module in module_group.modules
-            ),
-            0.0,
-        )
+        Option(weight_args, _bytes_of(module_group, shapes, weight_args, zero_points=zero_points), 0.0)
         for weight_args in module_group.choices
     ]
 
@@ -45,21 +40,21 @@ def kept_bytes(base: BaseModel, module_groups: Sequence[ModuleGroup]) -> int:
 
 
 def search_texts(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Give the `short` text for exchanges of units and the `whole` one for assignments, of different samples.
+    """Give the `short` text for single units and the `whole` one for assignments, of different samples.
 
     What was chosen for its luck on the one doesn't have it on the other. Fewer than three samples are read for both.
     """
-    third = len(samples) // 3
+    most = 2 * len(samples) // 3 if len(samples) > 2 else 0
     return {
-        "short": pieces(samples[:third] or samples, _SHORT_TOKENS, _SHORT_CONTEXT),
-        "whole": pieces(samples[third:], _WHOLE_TOKENS, _WHOLE_CONTEXT),
+        "short": pieces(samples[:most] or samples, _SHORT_TOKENS, _SHORT_CONTEXT),
+        "whole": pieces(samples[most:], _WHOLE_TOKENS, _WHOLE_CONTEXT),
     }
 
 
 def pieces(samples: Sequence[Mapping[str, Any]], most_tokens: int, most_context: int) -> list[dict[str, Any]]:
     """Take the beginnings of samples in order: ids, and the `first` position that is scored.
 
-    Scored are, where possible, tokens that the model generates: 96 of each sample, `most_tokens` together, and more of
+    Scored are, where possible, tokens that the model generates: 64 of each sample, `most_tokens` together, and more of
     each where samples are few. Before them stand up to `most_context` tokens of the prompt.
     """
     scored = max(_PIECE_TOKENS, -(-most_tokens // max(len(samples), 1)))
@@ -119,6 +114,17 @@ def numbers_of(assignment: Assignment, solves: Sequence[Assignment]) -> dict[str
         unit: next(number for number, solve in enumerate(solves) if solve[unit] == weight_args)
         for unit, weight_args in assignment.items()
     }
+
+
+def _bytes_of(
+    module_group: ModuleGroup, shapes: Mapping[str, tuple[int, int]], weight_args: WeightArgs, *, zero_points: bool
+) -> int:
+    scheme = uniform_scheme(weight_args, zero_points=zero_points)
+    parts = (
+        packed_bytes(module, shapes[module], weight_args, scheme.compression, scheme.weights)
+        for module in module_group.modules
+    )
+    return sum(sum(sizes.values()) for sizes in parts)
 
 
 def _generated_from(sample: Mapping[str, Any]) -> int:

@@ -47,6 +47,27 @@ class Estimate:
         }
 
 
+def alone_of(
+    units: Mapping[str, float],
+    kinds: Sequence[Mapping[str, float]],
+    kind_of: Mapping[str, str],
+    solves: Sequence[Assignment],
+) -> dict[str, dict[WeightArgs, float]]:
+    """Estimate what each unit alone adds with the numbers of each of `solves`.
+
+    `units` tell what it adds with those of the first. `kinds` tell of each of `solves` what all units of a kind add
+    together: a unit's share with other numbers is taken to change as its kind's does. Measured for each unit, that
+    change was noise, of which an allocation chooses the most favourable.
+    """
+    found: dict[str, dict[WeightArgs, float]] = {unit: {} for unit in units}
+    for solve, added in zip(solves, kinds, strict=True):
+        for unit, first in units.items():
+            kind = kind_of[unit]
+            share = added[kind] / kinds[0][kind] if kinds[0][kind] else 1.0
+            found[unit].setdefault(solve[unit], first * share)
+    return found
+
+
 def plausible_changes(
     alone: Mapping[str, Mapping[WeightArgs, float]], start: Assignment, priced: Options
 ) -> dict[str, dict[WeightArgs, float]]:

@@ -13,7 +13,7 @@ from config.quantization import grouped
 from quantize.errors import RecipeError
 from quantize.schemes.engines import choices
 from quantize.schemes.fit import Heads, Shapes, uneven_share
-from quantize.schemes.module_config import WeightArgs, fused_name
+from quantize.schemes.module_config import ZERO_POINT_BITS, WeightArgs, fused_name
 
 _Value = TypeVar("_Value")
 _NUMBER = re.compile(r"\.\d+\.")
@@ -33,6 +33,7 @@ def module_groups_of(
     engine: Engine,
     overrides: Sequence[Override] = (),
     *,
+    zero_points: bool = False,
     tensor_parallel: int = 1,
     heads: Heads | None = None,
 ) -> tuple[ModuleGroup, ...]:
@@ -50,8 +51,9 @@ def module_groups_of(
             own = {module: shapes[module] for module in modules}
             may = tuple(
                 weight_args
-                for weight_args in _choices(own, engine, override)
-                if uneven_share(own, uniform_scheme(weight_args), tensor_parallel, heads) is None
+                for weight_args in _choices(own, engine, override, zero_points=zero_points)
+                if uneven_share(own, uniform_scheme(weight_args, zero_points=zero_points), tensor_parallel, heads)
+                is None
             )
             if not may:
                 raise RecipeError(f"{name}: nothing that loads on engine {engine} fits it{_where(override)}")
@@ -61,13 +63,34 @@ def module_groups_of(
     return tuple(found)
 
 
-def uniform_scheme(weight_args: WeightArgs, overrides: Iterable[Override] = ()) -> Scheme:
-    """Give the scheme that a search writes its numbers into."""
-    weights = grouped(weight_args.bits, weight_args.group_size)
-    return Scheme(name="auto", compression="gptq", weights=weights, overrides=tuple(overrides))
+def kinds_of(module_groups: Sequence[ModuleGroup]) -> dict[str, tuple[ModuleGroup, ...]]:
+    """Name the kinds of units: those that differ in the number of their layer alone, and may have the same numbers."""
+    kinds: dict[tuple[str, tuple[WeightArgs, ...]], list[ModuleGroup]] = {}
+    for group in module_groups:
+        kinds.setdefault((_in_any_layer(group.name), group.choices), []).append(group)
+    return {f"{name}, kind {number}": tuple(groups) for number, ((name, _), groups) in enumerate(kinds.items())}
 
 
-def written(module_groups: Sequence[ModuleGroup], chosen: Mapping[str, WeightArgs], modules: Sequence[str]) -> Scheme:
+def uniform_scheme(weight_args: WeightArgs, overrides: Iterable[Override] = (), *, zero_points: bool = False) -> Scheme:
+    """Give the scheme that a search writes its numbers into; with `zero_points` 4 bits have them."""
+    weights = grouped(
+        weight_args.bits, weight_args.group_size, symmetric=not zero_points or weight_args.bits not in ZERO_POINT_BITS
+    )
+    return Scheme(
+        name="auto-asym" if zero_points else "auto",
+        compression="pack-quantized" if zero_points else "gptq",
+        weights=weights,
+        overrides=tuple(overrides),
+    )
+
+
+def written(
+    module_groups: Sequence[ModuleGroup],
+    chosen: Mapping[str, WeightArgs],
+    modules: Sequence[str],
+    *,
+    zero_points: bool = False,
+) -> Scheme:
     """Write the units' numbers as a scheme for all `modules`; those in no unit are kept as the base has them.
 
     Its own numbers are the fewest bits and the commonest group. What differs is an override: first single units,
@@ -91,16 +114,16 @@ def written(module_groups: Sequence[ModuleGroup], chosen: Mapping[str, WeightArg
             if given != expected
             for pattern in _patterns(members, modules)
         ]
-    return uniform_scheme(plain, [*single, *general])
+    return uniform_scheme(plain, [*single, *general], zero_points=zero_points)
 
 
 _Members = tuple[str, ...]
 
 
-def _choices(shapes: Shapes, engine: Engine, override: Override | None) -> list[WeightArgs]:
+def _choices(shapes: Shapes, engine: Engine, override: Override | None, *, zero_points: bool) -> list[WeightArgs]:
     if override and override.bits and override.group_size is not None:
         return [WeightArgs(override.bits, override.group_size)]
-    every = [choices(engine, shape, channels=True) for shape in shapes.values()]
+    every = [choices(engine, shape, channels=True, zero_points=zero_points) for shape in shapes.values()]
     common = [weight_args for weight_args in every[0] if all(weight_args in other for other in every)]
     if override is None:
         return common

@@ -52,8 +52,8 @@ class Assembled:
 
     @contextmanager
     def alone(self, modules: Sequence[str]) -> Iterator[None]:
-        """Give modules of the parent the weights of the first solution for a while."""
-        parents = [self.layers[module].weight.data.clone() for module in modules]
+        """Give modules of the parent the weights of the first solution for a while; its own wait in main memory."""
+        parents = [self.layers[module].weight.data.to("cpu", copy=True) for module in modules]
         self.put(dict.fromkeys(modules, 0))
         try:
             yield

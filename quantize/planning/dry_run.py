@@ -228,7 +228,8 @@ def _scheme_line(plan: DryRunPlan) -> str:
     if plan.budget is None:
         return f"{plan.scheme.name}: {numbers}"
     limit = f"max_kl {plan.budget.max_kl:g}" if plan.budget.max_kl else f"max_bytes {_size(plan.budget.max_bytes or 0)}"
-    return f"auto within {limit}; what follows is the smallest, {plan.scheme.name}, where the search starts"
+    name = "auto-asym" if plan.budget.zero_points else "auto"
+    return f"{name} within {limit}; what follows is the smallest, {plan.scheme.name}, where the search starts"
 
 
 def _override_rows(overrides: Sequence[Override]) -> list[tuple[str, str]]:

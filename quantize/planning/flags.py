@@ -178,10 +178,18 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _add_scheme(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("scheme").add_argument
-    add("--scheme", metavar="NAME", help=f"one of {', '.join(PRESETS)}, or auto")
-    add("--max-bytes", type=size, metavar="SIZE", help="scheme auto: the best variant of at most this size, like 19GB")
+    add("--scheme", metavar="NAME", help=f"one of {', '.join(PRESETS)}, auto or auto-asym")
     add(
-        "--max-kl", type=float, metavar="NATS", help="scheme auto: the smallest variant of at most this mean divergence"
+        "--max-bytes",
+        type=size,
+        metavar="SIZE",
+        help="auto, auto-asym: the best variant of at most this size, like 19GB",
+    )
+    add(
+        "--max-kl",
+        type=float,
+        metavar="NATS",
+        help="auto, auto-asym: the smallest variant of at most this mean divergence",
     )
     add(
         "--override",

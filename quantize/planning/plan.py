@@ -6,6 +6,7 @@ from pathlib import Path
 
 from config.hardware import has_gpu_driver
 from config.manifest import Engine, Override, Scheme
+from config.quantization import grouped
 from quantize.base import BaseModel
 from quantize.calibration.datasets import (
     FEWEST_SAMPLES,
@@ -28,7 +29,7 @@ from quantize.schemes.fit import fitted, heads_of, matching, misfit, tensor_para
 from quantize.schemes.forecast import predicted_bytes
 from quantize.schemes.makers import RTN_FP8, is_data_free, require_made
 from quantize.schemes.module_config import WeightArgs
-from quantize.schemes.scheme import PRESETS, require_loadable
+from quantize.schemes.scheme import PRESETS, named, require_loadable
 from quantize.schemes.settings import SolverSettings, without_gptaq
 
 _FEWEST_TOKENS = 32
@@ -136,13 +137,20 @@ def calibration_split(request: Request) -> tuple[tuple[Dataset, ...], Calibratio
 
 
 def _smallest(base: BaseModel, budget: Budget, engine: Engine) -> Scheme:
-    fitting = [four_bit for four_bit in _FOUR_BITS if misfit(four_bit, base.shapes, base.sizes) is None]
+    every = list(map(_with_zero_points, _FOUR_BITS)) if budget.zero_points else _FOUR_BITS
+    fitting = [four_bit for four_bit in every if misfit(four_bit, base.shapes, base.sizes) is None]
     if not fitting:
-        raise RecipeError(f"{base.directory}: no scheme fits: {misfit(_FOUR_BITS[-1], base.shapes, base.sizes)}")
+        raise RecipeError(f"{base.directory}: no scheme fits: {misfit(every[-1], base.shapes, base.sizes)}")
     plain = fitting[0].model_copy(update={"overrides": budget.overrides})
     free = {name: shape for name, shape in base.shapes.items() if not matching(plain, name)}
-    wider = _wider({name: choices(engine, shape)[0] for name, shape in free.items()}, plain)
+    least = {name: choices(engine, shape, zero_points=budget.zero_points)[0] for name, shape in free.items()}
+    wider = _wider(least, plain)
     return plain.model_copy(update={"overrides": (*budget.overrides, *wider)})
+
+
+def _with_zero_points(scheme: Scheme) -> Scheme:
+    weights = grouped(scheme.bits, scheme.group_size, symmetric=False)
+    return named(scheme.model_copy(update={"compression": "pack-quantized", "weights": weights}))
 
 
 def _wider(least: Mapping[str, WeightArgs], plain: Scheme) -> Iterable[Override]:

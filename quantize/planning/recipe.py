@@ -19,7 +19,9 @@ _REVISION = 3
 # The last release before the project was archived.
 _AUTO_GPTQ_VERSION = "0.7.1"
 # Chats that a search measures on: of those that could calibrate, some that the solver doesn't read.
-SEARCH_CHATS = 18
+SEARCH_CHATS = 36
+# Raise this when a search with the same budget finds otherwise.
+_SEARCH_REVISION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,14 @@ class Budget:
     """`scheme: auto`: choose bits and group size per module, within one limit of the two.
 
     `max_bytes` limits the variant's tensors, `max_kl` its mean divergence; the other one is made as good as it
-    gets. `overrides` are modules whose numbers are not the search's to choose.
+    gets. `overrides` are modules whose numbers are not the search's to choose. With `zero_points` (`auto-asym`) 4 bits
+    have them, and the variant is stored as compressed-tensors.
     """
 
     max_bytes: int | None = None
     max_kl: float | None = None
     overrides: tuple[Override, ...] = ()
+    zero_points: bool = False
 
     @property
     def most_solves(self) -> int:
@@ -125,7 +129,9 @@ class Recipe:
 
 def _budget_identity(budget: Budget) -> dict[str, object]:
     kept = [override.model_dump(mode="json") for override in budget.overrides]
-    return {"max_bytes": budget.max_bytes, "max_kl": budget.max_kl, "overrides": kept}
+    zero_points = {"zero_points": True} if budget.zero_points else {}
+    limits = {"max_bytes": budget.max_bytes, "max_kl": budget.max_kl}
+    return {"search": _SEARCH_REVISION, **limits, "overrides": kept, **zero_points}
 
 
 def chosen_backend(name: str) -> Backend:

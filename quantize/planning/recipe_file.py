@@ -17,7 +17,9 @@ from quantize.planning.recipe_schema import OverrideTable, RecipeFile, SchemeTab
 from quantize.schemes.cache_scales import FP8_CACHE
 from quantize.schemes.scheme import PRESETS, faults, named, nearest_loadable
 
-AUTO = "auto"
+# Schemes that a search finds: without and with zero points.
+AUTO, AUTO_ASYMMETRIC = "auto", "auto-asym"
+SEARCHED = (AUTO, AUTO_ASYMMETRIC)
 _SHIPPED = Path(__file__).parents[1] / "recipes"
 
 
@@ -99,19 +101,20 @@ def violations(recipe: RecipeFile) -> list[Violation]:
 def _scheme(recipe: RecipeFile) -> Iterator[Violation]:
     table = recipe.scheme
     budgets = [name for name in ("max_bytes", "max_kl") if getattr(recipe, name) is not None]
-    if table is not None and table.preset != AUTO:
+    if table is not None and table.preset not in SEARCHED:
         yield from _fixed_scheme(table)
         for name in budgets:
             yield Violation((name,), "is a budget, and this scheme is fixed", "write `scheme: auto`, or remove it")
     elif table is not None and table.model_fields_set != {"preset"}:
-        yield Violation(("scheme",), "auto chooses the numbers itself", "remove them, or write a preset")
+        yield Violation(("scheme",), f"{table.preset} chooses the numbers itself", "remove them, or write a preset")
     if len(budgets) == 2:
         yield Violation(("max_kl",), "beside max_bytes: one of the two is the budget", "keep one")
 
 
 def _fixed_scheme(table: SchemeTable) -> Iterator[Violation]:
     if table.preset is not None and table.preset not in PRESETS:
-        yield Violation(("scheme",), f"there is no scheme {table.preset!r}", closest(table.preset, [*PRESETS, AUTO]))
+        near = closest(table.preset, [*PRESETS, *SEARCHED])
+        yield Violation(("scheme",), f"there is no scheme {table.preset!r}", near)
         return
     missing = [name for name in ("bits", "group_size") if table.preset is None and getattr(table, name) is None]
     yield from (Violation(("scheme", name), "is missing") for name in missing)

@@ -20,7 +20,7 @@ def _preset_or_numbers(value: object) -> object:
         return {"preset": value}
     if isinstance(value, dict):
         return value
-    raise ValueError("is no scheme; write a preset's name, auto, or a table of numbers")
+    raise ValueError("is no scheme; write a preset's name, auto, auto-asym, or a table of numbers")
 
 
 def _path_or_table(value: object) -> object:
@@ -53,7 +53,7 @@ class Part(BaseModel):
 
 
 class SchemeTable(Part):
-    """A preset's name, `auto`, or numbers; numbers beside a preset replace the preset's."""
+    """A preset's name, `auto`, `auto-asym`, or numbers; numbers beside a preset replace the preset's."""
 
     preset: str | None = None
     bits: int | None = None

@@ -10,7 +10,7 @@ from quantize.calibration.datasets import MAX_BAD
 from quantize.errors import RecipeError
 from quantize.evaluation.evaluate import DEFAULT_PLAN, REPLICA_SAMPLE_TOKENS, EvaluationPlan
 from quantize.planning.recipe import Budget, Devices
-from quantize.planning.recipe_file import AUTO, scheme_of
+from quantize.planning.recipe_file import AUTO, AUTO_ASYMMETRIC, SEARCHED, scheme_of
 from quantize.planning.recipe_schema import EvaluationTable, OverrideTable, RecipeFile, SchemeTable, SolverTable
 from quantize.planning.request import DEFAULT_TEXT, Request, TextFile
 from quantize.planning.transforms import NO_TRANSFORM, TransformName, in_order
@@ -72,10 +72,11 @@ def chosen_scheme(options: argparse.Namespace, recipe: RecipeFile) -> Scheme | B
         raise RecipeError("no scheme: pass --scheme, or write `scheme:` in the recipe")
     if options.kv_cache is not None:
         table = table.model_copy(update={"kv_cache": options.kv_cache})
-    if table.preset == AUTO and table.kv_cache == "fp8":
-        raise RecipeError("--kv-cache fp8: scheme auto makes GPTQ, beside which vLLM loads no scales of a KV cache")
-    if table.preset == AUTO:
-        return _budget(max_bytes, max_kl, exceptions)
+    if table.preset in SEARCHED and table.kv_cache == "fp8":
+        raise RecipeError("--kv-cache fp8: a scheme with a budget has no FP8 KV cache; name a scheme, like w4a16-asym")
+    if table.preset in SEARCHED:
+        budget = _budget(max_bytes, max_kl, exceptions)
+        return replace(budget, zero_points=table.preset == AUTO_ASYMMETRIC)
     if given != (None, None):
         raise RecipeError("--max-bytes and --max-kl are budgets of `--scheme auto`, and this scheme is fixed")
     if options.scheme:

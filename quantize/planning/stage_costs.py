@@ -3,8 +3,10 @@
 Evaluation reads parent and variant by layers (`quantize.layered_models`); only generation holds a whole model.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from types import MappingProxyType
 
 from config.manifest import Engine
@@ -15,6 +17,7 @@ from quantize.evaluation.lm_head import PASS_TOKENS
 from quantize.evaluation.sampling import rows_at_once
 from quantize.planning.cost_estimate import CostEstimate
 from quantize.planning.model_sizes import ModelSizes, sizes_of
+from quantize.schemes.module_config import fused_name
 
 # Resident memory of a child after its imports, as measured with torch 2.13, transformers 5.19 and GPTQModel 7.6.
 LIBRARY_BYTES: Mapping[str, int] = MappingProxyType({"tokenizers": 85_000_000, "transformers": 520_000_000})
@@ -29,9 +32,10 @@ _HIDDEN_COPIES, _INNER_COPIES = 6, 3
 # fp32 logits of 512 positions and 4096 tokens of the vocabulary, in the copies that a comparison makes.
 _COMPARISON_BYTES = 8 * 512 * 4096 * _FP32_BYTES
 _SHARD_BYTES = 4_000_000_000
-# What a search reads (`quantize.mixed_precision.auto_scheme`): tokens for an exchange of one unit and for a whole
-# assignment, with their context; positions whose log-probabilities are in memory at once, copies included; assignments.
-_SHORT_TOKENS, _LONG_TOKENS, _SEARCH_SCORED, _ASSIGNMENTS = 900, 2900, 2100, 12
+# What a search reads (`quantize.mixed_precision.auto_scheme`): tokens for a unit or a kind of units and for a whole
+# assignment, with their context; positions whose log-probabilities are in memory at once, copies included; how many
+# kinds of units of all solutions, and assignments, are measured.
+_SHORT_TOKENS, _LONG_TOKENS, _SEARCH_SCORED, _KINDS, _ASSIGNMENTS = 2400, 2900, 3500, 16, 12
 # What a search for scales of channels reads (`quantize.transforms`): samples, and tokens for each set of scales.
 _SMOOTH_SAMPLES, _SMOOTH_TOKENS, _SMOOTH_CANDIDATES = 16, 256, 21
 
@@ -157,17 +161,29 @@ def _transform(base: BaseModel, sizes: ModelSizes, work: Workload) -> StageCost:
 
 
 def _sensitivity(base: BaseModel, sizes: ModelSizes, work: Workload) -> StageCost:
-    """The whole model reads: short texts for every exchange, with half of its layers on average, and longer ones."""
+    """The whole model reads: short texts for each unit, with half of its layers on average, and longer ones.
+
+    The parent's weights of a kind of units wait in main memory while those of a solution are in their place.
+    """
     weights = sizes.parameters * _ITEM_BYTES[work.engine]
+    waiting = _largest_kind(base) * _ITEM_BYTES[work.engine]
     kept = (_SEARCH_SCORED * sizes.vocabulary + _SHORT_TOKENS * sizes.layers * sizes.hidden) * _FP32_BYTES
-    read = _SHORT_TOKENS * work.groups * (work.most_solves - 1) / 2 + _LONG_TOKENS * _ASSIGNMENTS
+    read = _SHORT_TOKENS * (work.groups / 2 + _KINDS) + _LONG_TOKENS * _ASSIGNMENTS
     return StageCost(
         "sensitivity",
         _START_SECONDS + 2 * read * sizes.active * sizes.layers / _forward(work),
-        *_placed(weights + 6 * sizes.matrix * _FP32_BYTES + kept, weights + kept, work),
+        *_placed(weights + waiting + 6 * sizes.matrix * _FP32_BYTES + kept, weights + kept, work),
         spread=True,
         mapped_bytes=base.bytes,
     )
+
+
+def _largest_kind(base: BaseModel) -> int:
+    """Count the weights of the units that differ in their layer alone, of the largest such kind."""
+    kinds: Counter[str] = Counter()
+    for module, shape in base.shapes.items():
+        kinds[fused_name(module).rpartition(".")[2]] += prod(shape)
+    return max(kinds.values(), default=0)
 
 
 def _evaluation(base: BaseModel, sizes: ModelSizes, work: Workload) -> Iterator[StageCost]:

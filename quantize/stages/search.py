@@ -24,7 +24,6 @@ from quantize.mixed_precision.estimate import (
     parts_of,
     restated,
 )
-from quantize.mixed_precision.module_groups import written
 from quantize.mixed_precision.solves import Assignment, solves_for
 from quantize.planning.recipe import Budget
 from quantize.schemes.settings import without_gptaq
@@ -34,6 +33,7 @@ from quantize.stages.solutions import (
     assembled,
     first_look,
     measured,
+    scheme_of,
     search_of,
     solved_as_whole,
     with_solution,
@@ -65,13 +65,13 @@ def solve_or_search(run: VariantRun, tokens: Tokens) -> tuple[VariantRun, Solved
         return run, solve(run, tokens)
     search = search_of(run, tokens, budget)
     allocate(search.priced, budget, search.kept_bytes)  # a size out of reach is known before anything is solved
-    chosen, solved = _within_bytes(search, budget) if budget.max_kl is None else _within_kl(search, budget)
-    scheme = written(search.module_groups, chosen, list(run.recipe.base.shapes))
-    return replace(run, recipe=replace(run.recipe, scheme=scheme)), solved
+    chosen, solved = _within_bytes(search) if budget.max_kl is None else _within_kl(search)
+    return replace(run, recipe=replace(run.recipe, scheme=scheme_of(search, chosen))), solved
 
 
-def _within_bytes(search: Search, budget: Budget) -> tuple[Assignment, SolvedLayers]:
+def _within_bytes(search: Search) -> tuple[Assignment, SolvedLayers]:
     """Find what diverges least: the best mixture of the search, that one solved as a whole, or the uniform start."""
+    budget = search.budget
     assert budget.max_bytes is not None
     inner = replace(budget, max_bytes=budget.max_bytes - search.kept_bytes)
     assignments = solves_for(search.module_groups, search.priced, inner)
@@ -85,16 +85,17 @@ def _within_bytes(search: Search, budget: Budget) -> tuple[Assignment, SolvedLay
     wholes = [
         solved_as_whole(search, one, f"as a whole, {number} of {len(wanted)}") for number, one in enumerate(wanted, 1)
     ]
-    return _chosen(search, wholes, [best], budget)
+    return _chosen(search, wholes, [best])
 
 
-def _within_kl(search: Search, budget: Budget) -> tuple[Assignment, SolvedLayers]:
+def _within_kl(search: Search) -> tuple[Assignment, SolvedLayers]:
     """Find the smallest variant that meets a `max_kl`, of mixtures, and of assignments that are solved as wholes."""
+    budget = search.budget
     assert budget.max_kl is not None
     assignments = solves_for(search.module_groups, search.priced, budget)
     wholes = [solved_as_whole(search, assignments[0], "as a whole")]
     if wholes[0].measured.kl <= budget.max_kl or len(assignments) == 1:
-        return _chosen(search, wholes, [], budget)
+        return _chosen(search, wholes, [])
     search = _with_solutions(search, assignments)
     findings = _first_findings(search)
     without_kl = findings.measured[0].kl
@@ -108,7 +109,7 @@ def _within_kl(search: Search, budget: Budget) -> tuple[Assignment, SolvedLayers
         without_kl = best.kl
         if _NEAR * budget.max_kl <= wholes[-1].measured.kl <= budget.max_kl:
             break
-    return _chosen(search, wholes, findings.measured, budget)
+    return _chosen(search, wholes, findings.measured)
 
 
 def _with_solutions(search: Search, assignments: Sequence[Assignment]) -> Search:
@@ -151,10 +152,10 @@ def _measured_too(search: Search, findings: Findings, chosen: Assignment, *, spl
 
 
 def _chosen(
-    search: Search, wholes: Sequence[Solution], mixtures: Sequence[Measured], budget: Budget
+    search: Search, wholes: Sequence[Solution], mixtures: Sequence[Measured]
 ) -> tuple[Assignment, SolvedLayers]:
     """Take the best of all that was measured, with the seconds and the stages of all that was solved."""
-    best = require_met([*(whole.measured for whole in wholes), *mixtures], budget)
+    best = require_met([*(whole.measured for whole in wholes), *mixtures], search.budget)
     search.run.context.progress.log(measured_line(best))
     whole = next((one.solved for one in wholes if one.measured == best), None)
     solved = whole or assembled(search, best.assignment)

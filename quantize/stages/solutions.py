@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any
 
+from config.manifest import Scheme
 from quantize.backends.losses import SolvedModule
 from quantize.backends.protocol import QuantizeResult
 from quantize.mixed_precision.allocation import Options
@@ -19,15 +20,14 @@ from quantize.mixed_precision.auto_scheme import (
     options_of,
     search_texts,
 )
-from quantize.mixed_precision.estimate import Estimate, Measured, first_estimate, plausible_changes
-from quantize.mixed_precision.module_groups import ModuleGroup, module_groups_of, written
+from quantize.mixed_precision.estimate import Estimate, Measured, alone_of, first_estimate, plausible_changes
+from quantize.mixed_precision.module_groups import ModuleGroup, kinds_of, module_groups_of, written
 from quantize.mixed_precision.solves import Assignment, bytes_of
 from quantize.planning.recipe import Budget
 from quantize.running.files import link_or_copy
 from quantize.running.stage_store import StageKey, stage_key
 from quantize.running.worker import run_worker
 from quantize.schemes.fit import heads_of
-from quantize.schemes.module_config import WeightArgs
 from quantize.schemes.scheme import named
 from quantize.schemes.settings import SolverSettings
 from quantize.stages.solve import SolvedLayers, solve
@@ -46,6 +46,7 @@ class Search:
 
     run: VariantRun
     tokens: Tokens
+    budget: Budget
     module_groups: tuple[ModuleGroup, ...]
     priced: Options
     kept_bytes: int
@@ -66,17 +67,28 @@ def search_of(run: VariantRun, tokens: Tokens, budget: Budget) -> Search:
     """Price every unit of a model; nothing is solved yet."""
     base, options = run.recipe.base, run.options
     module_groups = module_groups_of(
-        base.shapes, options.engine, budget.overrides, tensor_parallel=options.tensor_parallel, heads=heads_of(base)
+        base.shapes,
+        options.engine,
+        budget.overrides,
+        zero_points=budget.zero_points,
+        tensor_parallel=options.tensor_parallel,
+        heads=heads_of(base),
     )
-    priced = {group.name: options_of(group, base.shapes) for group in module_groups}
+    priced = {group.name: options_of(group, base.shapes, zero_points=budget.zero_points) for group in module_groups}
     samples = tokens.samples.spare or tokens.samples.calibration
-    return Search(run, tokens, module_groups, priced, kept_bytes(base, module_groups), search_texts(samples))
+    return Search(run, tokens, budget, module_groups, priced, kept_bytes(base, module_groups), search_texts(samples))
+
+
+def scheme_of(search: Search, assignment: Assignment) -> Scheme:
+    """Write an assignment as a scheme."""
+    modules = list(search.run.recipe.base.shapes)
+    return written(search.module_groups, assignment, modules, zero_points=search.budget.zero_points)
 
 
 def with_solution(search: Search, assignment: Assignment, settings: SolverSettings, called: str) -> Search:
     """Solve an assignment as a scheme of its own."""
     run = search.run
-    scheme = named(written(search.module_groups, assignment, list(run.recipe.base.shapes)))
+    scheme = named(scheme_of(search, assignment))
     run.context.progress.log(f"auto: {called}: {scheme.name}")
     recipe = replace(run.recipe, scheme=scheme, settings=settings, budget=None)
     solved = solve(replace(run, recipe=recipe), search.tokens)
@@ -93,16 +105,19 @@ def solved_as_whole(search: Search, assignment: Assignment, called: str) -> Solu
 
 
 def first_look(search: Search) -> tuple[Estimate, list[Measured]]:
-    """Measure all solutions, and what each unit of them alone adds to the parent."""
-    kls: list[float] = []
-    alone: dict[str, dict[WeightArgs, float]] = {group.name: {} for group in search.module_groups}
-    for number, assignment in enumerate(search.solves):
-        new = [group for group in search.module_groups if assignment[group.name] not in alone[group.name]]
-        found = _measurements(search, [number], [assignment], {group.name: group.modules for group in new})
-        kls += found["kl"]
-        for unit, kl in found["units"].items():
-            alone[unit][assignment[unit]] = kl
+    """Measure all solutions, what each kind of units adds to the parent, and what each unit of the first one does."""
+    kinds = {kind: [group.name for group in groups] for kind, groups in kinds_of(search.module_groups).items()}
+    modules = {group.name: group.modules for group in search.module_groups}
+    of_kinds = {kind: [module for unit in units for module in modules[unit]] for kind, units in kinds.items()}
+    found = [
+        _measurements(search, [number], [assignment], of_kinds if number else {**of_kinds, **modules})
+        for number, assignment in enumerate(search.solves)
+    ]
+    added = [each["units"] for each in found]
+    kind_of = {unit: kind for kind, units in kinds.items() for unit in units}
+    alone = alone_of({unit: added[0][unit] for unit in modules}, added, kind_of, search.solves)
     changes = plausible_changes(alone, search.solves[0], search.priced)
+    kls = [each["kl"][0] for each in found]
     return first_estimate(changes, search.solves, kls), _as_measured(search, search.solves, kls)
 
 

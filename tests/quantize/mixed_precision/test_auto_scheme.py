@@ -39,10 +39,10 @@ def sample(length: int, generated_from: int = 0, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "samples,most_tokens,expected",
     [
-        ([sample(400, 50)] * 9, 300, [(145, 49), (145, 49), (145, 49), (61, 49)]),
-        ([sample(400, 200)] * 2, 192, [(160, 64), (160, 64)]),
+        ([sample(400, 50)] * 9, 200, [(113, 49), (113, 49), (113, 49), (57, 49)]),
+        ([sample(400, 200)] * 2, 128, [(128, 64), (128, 64)]),
         ([sample(400, 50)], 300, [(349, 49)]),
-        ([sample(80, 50), sample(400, 50, reasoning=[(20, 40)])], 100, [(80, 49), (88, 19)]),
+        ([sample(80, 50), sample(400, 50, reasoning=[(20, 40)])], 100, [(80, 49), (83, 19)]),
         ([sample(70, 50, is_text=True)] * 2, 140, [(70, 0), (70, 0)]),
         ([sample(40, 40)] * 2, 80, [(40, 0), (40, 0)]),
         ([sample(40, 39)] * 2, 80, [(40, 38), (40, 38)]),
@@ -58,12 +58,11 @@ def test_generated_text_is_scored(
 
 
 @pytest.mark.parametrize(
-    "count,short,whole", [(18, 6, range(6, 17)), (16, 5, range(5, 16)), (3, 1, [1, 2]), (2, 2, [0, 1]), (1, 1, [0])]
+    "count,short,whole",
+    [(36, 24, range(24, 36)), (17, 11, range(11, 17)), (3, 2, [2]), (2, 2, [0, 1]), (1, 1, [0])],
 )
-def test_exchanges_and_assignments_are_measured_on_different_chats(
-    count: int, short: int, whole: Sequence[int]
-) -> None:
-    """A third of the chats for the one, the others for the other, as far as their tokens are wanted."""
+def test_units_and_assignments_are_measured_on_different_chats(count: int, short: int, whole: Sequence[int]) -> None:
+    """Two thirds of the chats for the one, the others for the other, as far as their tokens are wanted."""
     samples = [sample(400, 50, ids=[number] * 400) for number in range(count)]
     found = search_texts(samples)
     assert [piece["ids"][0] for piece in found["short"]] == [*range(short)]

@@ -11,11 +11,13 @@ from quantize.mixed_precision.estimate import (
     Estimate,
     Measured,
     aimed,
+    alone_of,
     best_of,
     corrected,
     first_estimate,
     parts_of,
     plausible_changes,
+    restated,
 )
 from quantize.mixed_precision.solves import Assignment
 from quantize.planning.recipe import Budget
@@ -88,6 +90,24 @@ def test_a_factor_stays_in_its_range(kl: float, factor: float) -> None:
 def test_noise_gains_nothing(kls: Mapping[WeightArgs, float], expected: Mapping[WeightArgs, float]) -> None:
     """Smaller numbers that look better are as good, and larger ones that look worse."""
     assert plausible_changes({"a": {START: 0.1, **kls}}, ALL_START, PRICED) == {"a": pytest.approx(expected)}
+
+
+def test_a_unit_reacts_to_other_numbers_as_its_kind_does() -> None:
+    """With the numbers of the start its own figure; with others that figure times its kind's ratio."""
+    kind_of = {unit: "qkv" if unit in "abc" else "down" for unit in UNITS}
+    solves = [ALL_START, dict.fromkeys(UNITS, LARGE), given_numbers(a=WIDE, b=WIDE, c=WIDE)]
+    kinds = [{"qkv": 0.2, "down": 0.0}, {"qkv": 0.01, "down": 0.0}, {"qkv": 0.5, "down": 0.0}]
+    found = alone_of({"a": 0.1, "b": 0.06, "c": 0.02, "d": 0.0, "e": 0.0, "f": 0.0}, kinds, kind_of, solves)
+    assert found["a"] == {START: 0.1, LARGE: pytest.approx(0.005), WIDE: pytest.approx(0.25)}
+    assert found["c"] == {START: 0.02, LARGE: pytest.approx(0.001), WIDE: pytest.approx(0.05)}
+    assert found["d"] == {START: 0.0, LARGE: 0.0}
+
+
+@pytest.mark.parametrize("max_kl,without_kl,whole_kl,expected", [(0.05, 0.2, 0.1, 0.1), (0.05, 0.2, 0.0, 0.05)])
+def test_mixtures_have_a_limit_of_their_own(max_kl: float, without_kl: float, whole_kl: float, expected: float) -> None:
+    """By the ratio of an assignment without GPTAQ and with it."""
+    assert restated(Budget(max_kl=max_kl), without_kl, whole_kl).max_kl == pytest.approx(expected)
+    assert restated(Budget(max_bytes=9), without_kl, whole_kl) == Budget(max_bytes=9)
 
 
 def test_options_are_what_can_be_exchanged() -> None:

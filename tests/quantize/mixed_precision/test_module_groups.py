@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from config.manifest import Engine, Override
 from quantize.errors import RecipeError
-from quantize.mixed_precision.module_groups import ModuleGroup, module_groups_of, written
+from quantize.mixed_precision.module_groups import ModuleGroup, kinds_of, module_groups_of, written
 from quantize.schemes.engines import require_engine
 from quantize.schemes.fit import heads_of, misfit, uneven_share
 from quantize.schemes.forecast import predicted_bytes
@@ -40,6 +40,15 @@ def test_what_is_one_matrix_is_one_unit() -> None:
     ]
     assert sorted(module for module_group in UNITS for module in module_group.modules) == sorted(NAMES)
     assert len(UNITS) == 4 * 12
+
+
+def test_kinds_differ_in_their_layer_alone() -> None:
+    """Four kinds; a unit that an override gives other choices is a kind of its own."""
+    kinds = kinds_of(UNITS)
+    assert [len(groups) for groups in kinds.values()] == [12] * 4
+    assert sorted(group.name for groups in kinds.values() for group in groups) == sorted(group.name for group in UNITS)
+    found = kinds_of(tuple(module_groups("cuda", Override(modules="*.layers.0.mlp.down_proj", bits=8)).values()))
+    assert sorted(len(groups) for groups in found.values()) == [1, 11, 12, 12, 12]
 
 
 def test_a_module_of_another_architecture_is_its_own_unit() -> None:
@@ -129,13 +138,15 @@ def test_eight_bits_on_a_cpu_are_refused() -> None:
         module_groups("cpu", Override(modules="*.down_proj", bits=8))
 
 
-@given(data=st.data(), kept=st.sets(st.integers(0, 11), max_size=3))
-def test_a_written_scheme_gives_every_module_its_numbers(data: st.DataObject, kept: set[int]) -> None:
+@given(data=st.data(), kept=st.sets(st.integers(0, 11), max_size=3), zero_points=st.booleans())
+def test_a_written_scheme_gives_every_module_its_numbers(
+    data: st.DataObject, kept: set[int], *, zero_points: bool
+) -> None:
     """Whatever was chosen, every module gets it by the first override that matches; vLLM can load the result."""
     overrides = [Override(modules=f"model.layers.{layer}.*") for layer in sorted(kept)]
-    found = module_groups_of(SMALL.shapes, "cuda", overrides)
+    found = module_groups_of(SMALL.shapes, "cuda", overrides, zero_points=zero_points)
     chosen = {module_group.name: data.draw(st.sampled_from(module_group.choices)) for module_group in found}
-    scheme = written(found, chosen, NAMES)
+    scheme = written(found, chosen, NAMES, zero_points=zero_points)
     wanted = {module: chosen[module_group.name] for module_group in found for module in module_group.modules}
     assert {name: weight_args_of(name, scheme) for name in NAMES} == {name: wanted.get(name) for name in NAMES}
     assert scheme.bits == min(weight_args.bits for weight_args in chosen.values())

@@ -118,6 +118,22 @@ def test_a_size_is_filled_with_what_diverges_least(place: Path, missed: subproce
     assert predicted_bytes(base, Manifest.read(place / "sized").scheme) <= most
 
 
+def test_zero_points_and_8_bits_share_a_variant(place: Path) -> None:
+    """4 bits with zero points, 8 bits without, one file format, read back as they were solved."""
+    base = read_base(place / "tiny")
+    most = predicted_bytes(base, preset("w4a16-asym-g64")) + 50_000
+    done = run("quantize_main", *arguments(place, "asymmetric", "--scheme", "auto-asym", "--max-bytes", most))
+    assert done.returncode == 0, done.stderr
+    manifest = Manifest.read(place / "asymmetric")
+    assert (manifest.scheme.name, manifest.scheme.compression) == ("auto-asym", "pack-quantized")
+    assert predicted_bytes(base, manifest.scheme) <= most
+    bits = {args.bits for name in base.shapes if (args := weight_args_of(name, manifest.scheme))}
+    assert bits == {4, 8}
+    start, best = told(done.stderr)[0], told(done.stderr)[-1]
+    assert best[1] < start[1]
+    assert manifest.quality.kl_mean < 3 * best[1]
+
+
 def test_a_search_that_was_killed_goes_on(
     place: Path, missed: subprocess.CompletedProcess[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

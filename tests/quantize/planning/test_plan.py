@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from config.manifest import Override
+from config.manifest import Engine, Override
 from quantize.errors import RecipeError
 from quantize.planning.plan import calibration_split, check_numbers, settled_scheme
 from quantize.planning.recipe import Budget
@@ -74,6 +74,19 @@ def test_groups_are_as_wide_as_each_module_allows() -> None:
     """29568 is divided by 32 only twice over: the other modules still get 128."""
     base = replace(QWQ_32B, shapes={"model.layers.0.mlp.up_proj": (64, 256), "model.layers.0.mlp.down_proj": (64, 96)})
     start = settled_scheme(replace(REQUEST, scheme=Budget(max_kl=0.1)), base)
+    assert weight_args_of("model.layers.0.mlp.up_proj", start) == WeightArgs(4, 128)
+    assert weight_args_of("model.layers.0.mlp.down_proj", start) == WeightArgs(4, 32)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "cuda"])
+def test_with_zero_points_it_is_another_file_format(engine: Engine) -> None:
+    """4 bits in the widest groups, as compressed-tensors; modules with narrower groups are exceptions."""
+    request = replace(REQUEST, engine=engine)
+    budget = Budget(max_kl=0.1, zero_points=True)
+    assert settled_scheme(replace(request, scheme=budget), QWQ_32B) == preset("w4a16-asym")
+    base = replace(QWQ_32B, shapes={"model.layers.0.mlp.up_proj": (64, 256), "model.layers.0.mlp.down_proj": (64, 96)})
+    start = settled_scheme(replace(request, scheme=budget), base)
+    assert (start.compression, start.sym) == ("pack-quantized", False)
     assert weight_args_of("model.layers.0.mlp.up_proj", start) == WeightArgs(4, 128)
     assert weight_args_of("model.layers.0.mlp.down_proj", start) == WeightArgs(4, 32)
 

@@ -124,7 +124,10 @@ def test_overrides_in_the_manifests_words(tmp_path: Path) -> None:
     [
         ("schema: w8a8", "r.yaml:1:1: schema: unknown key; did you mean 'scheme'?"),
         ("scheme: w4a16-g46", "r.yaml:1:1: scheme: there is no scheme 'w4a16-g46'; did you mean 'w4a16-g64'?"),
-        ("scheme: [4]", "r.yaml:1:1: scheme: is no scheme; write a preset's name, auto, or a table of numbers"),
+        (
+            "scheme: [4]",
+            "r.yaml:1:1: scheme: is no scheme; write a preset's name, auto, auto-asym, or a table of numbers",
+        ),
         ("scheme: {bits: 4}", "r.yaml:1:1: scheme.group_size: is missing"),
         (
             "scheme: {bits: 3, group_size: 128}",

@@ -213,7 +213,10 @@ def test_a_budget_of_the_file_yields_to_one_of_the_flags() -> None:
         (["base", "--scheme", "auto", "--max-kl", "1", "--max-bytes", "1"], "scheme auto needs one budget"),
         (["base", "--scheme", "w8a8", "--max-kl", "1"], "budgets of `--scheme auto`"),
         (["base", "--scheme", "w8a9"], "did you mean w8a8"),
-        (["base", "--scheme", "auto", "--max-kl", "1", "--kv-cache", "fp8"], "--kv-cache fp8: scheme auto makes GPTQ"),
+        (
+            ["base", "--scheme", "auto", "--max-kl", "1", "--kv-cache", "fp8"],
+            "--kv-cache fp8: a scheme with a budget has no FP8",
+        ),
     ],
 )
 def test_what_is_missing_is_told(flags: list[str], problem: str) -> None:
