@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import httpx
+from rich.console import RenderableType
 from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
@@ -84,18 +85,16 @@ class TopApp(App[str]):
         except ConfigError as error:
             self.exit(str(error))
             return
-        if not self.query("#sections"):
-            return  # the screen was closed meanwhile
         self._away_since = None
-        self.query_one("#notice", Static).update("paused: p goes on" if self.paused else "")
-        self.query_one("#heading", Static).update(heading(status, self._client.address))
+        self._update("notice", "paused: p goes on" if self.paused else "")
+        self._update("heading", heading(status, self._client.address))
         for section in sections(status):
             await self._show(section)
 
     def action_pause(self) -> None:
         """Stop to read, or go on."""
         self.paused = not self.paused
-        self.query_one("#notice", Static).update("paused: p goes on" if self.paused else "")
+        self._update("notice", "paused: p goes on" if self.paused else "")
 
     def action_toggle_dark(self) -> None:
         """Change between a dark and a light screen."""
@@ -119,7 +118,12 @@ class TopApp(App[str]):
         if self._away_since is None:
             self._away_since = now
         since = f"for {duration(now - self._away_since)}: " if now - self._away_since >= 1 else ""
-        self.query_one("#notice", Static).update(Text(f"{since}{why}; retrying", style="red"))
+        self._update("notice", Text(f"{since}{why}; retrying", style="red"))
+
+    def _update(self, name: str, content: RenderableType) -> None:
+        """Change a widget, if it is there: a read may end while the screen is taken down."""
+        for widget in self.query(f"#{name}").results(Static):
+            widget.update(content)
 
 
 def run(client: AdminClient, decode: Callable[[bytes], Status], interval_seconds: float) -> str | None:

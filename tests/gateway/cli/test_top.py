@@ -109,6 +109,21 @@ async def test_keys(fake: FakeReplica) -> None:
 
 
 @session_loop
+async def test_a_read_that_ends_while_the_screen_is_taken_down(fake: FakeReplica) -> None:
+    """Widgets go one by one: what is left is updated, and nothing fails."""
+    async with running_gateway(deployment()) as fleet:
+        app = app_of(fleet)
+        async with app.run_test(size=(160, 40)) as pilot:
+            await until(lambda: "Aliases" in text_of(app))
+            await app.query_one("#notice").remove()
+            with fleet.replicas(("hi", fake.url)):
+                await pilot.press("r")
+                await until(lambda: "hi-0" in text_of(app))
+            await app.query_one("#sections").remove()
+            await app.action_read()
+
+
+@session_loop
 async def test_a_gateway_that_goes_away(tmp_path: Path) -> None:
     """The last picture stays, with a line that says since when; another gateway at the address is shown again."""
     clock = iter(range(1000))
