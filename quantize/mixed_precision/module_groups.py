@@ -9,11 +9,10 @@ from os.path import commonprefix
 from typing import Any, Literal, TypeVar
 
 from config.manifest import Engine, Override, Scheme
-from config.quantization import grouped
 from quantize.errors import RecipeError
 from quantize.schemes.engines import choices
 from quantize.schemes.fit import Heads, Shapes, uneven_share
-from quantize.schemes.module_config import ZERO_POINT_BITS, WeightArgs, fused_name
+from quantize.schemes.module_config import WeightArgs, fused_name, quantization_args
 
 _Value = TypeVar("_Value")
 _NUMBER = re.compile(r"\.\d+\.")
@@ -73,13 +72,10 @@ def kinds_of(module_groups: Sequence[ModuleGroup]) -> dict[str, tuple[ModuleGrou
 
 def uniform_scheme(weight_args: WeightArgs, overrides: Iterable[Override] = (), *, zero_points: bool = False) -> Scheme:
     """Give the scheme that a search writes its numbers into; with `zero_points` 4 bits have them."""
-    weights = grouped(
-        weight_args.bits, weight_args.group_size, symmetric=not zero_points or weight_args.bits not in ZERO_POINT_BITS
-    )
     return Scheme(
         name="auto-asym" if zero_points else "auto",
         compression="pack-quantized" if zero_points else "gptq",
-        weights=weights,
+        weights=quantization_args(weight_args, zero_points=zero_points),
         overrides=tuple(overrides),
     )
 

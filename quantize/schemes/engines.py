@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from config.manifest import Engine, Scheme
-from config.quantization import Compression, QuantizationScheme, grouped
+from config.quantization import Compression, QuantizationScheme
 from config.vllm import CPU_EXPERT_FLAG, ENGINES, GPTQ_BITS, GPTQ_GROUPS, refusal, supports
 from config.vllm import kernels as kernels_of
 from quantize.base import BaseModel
 from quantize.errors import RecipeError
-from quantize.schemes.module_config import ZERO_POINT_BITS, WeightArgs, weight_args_of
+from quantize.schemes.module_config import WeightArgs, quantization_args, weight_args_of
 from quantize.schemes.scheme import faults, layer_schemes
 
 _KEEP_EXPERTS = "keep them with --override '*.experts.*=keep'"
@@ -94,10 +94,7 @@ def choices(
         for group_size in (*((-1,) if channels else ()), *sorted(GPTQ_GROUPS[1:], reverse=True))
         if columns % group_size == 0
         and supports(
-            QuantizationScheme(
-                compression,
-                grouped(bits, group_size, symmetric=not zero_points or bits not in ZERO_POINT_BITS),
-            ),
+            QuantizationScheme(compression, quantization_args(WeightArgs(bits, group_size), zero_points=zero_points)),
             engine,
         )
     )

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from config.manifest import Scheme
+from config.quantization import QuantizationArgs, grouped
 
 # vLLM loads these projections of a layer as one matrix, so one kernel must take all of it, and looks its rules up by
 # the fused name.
@@ -27,6 +28,12 @@ class WeightArgs:
 
     bits: int
     group_size: int
+
+
+def quantization_args(weight_args: WeightArgs, *, zero_points: bool) -> QuantizationArgs:
+    """Give the integers of one module; with `zero_points`, bits that can have them do."""
+    symmetric = not zero_points or weight_args.bits not in ZERO_POINT_BITS
+    return grouped(weight_args.bits, weight_args.group_size, symmetric=symmetric)
 
 
 def weight_args_of(module: str, scheme: Scheme) -> WeightArgs | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from config.manifest import Scheme
-from config.quantization import QuantizationArgs, grouped
+from config.quantization import QuantizationArgs
 from quantize.errors import SolveError
 from quantize.model_files.directory_rules import portable_config
 from quantize.model_files.kept_files import kept_files
@@ -16,7 +16,7 @@ from quantize.model_files.safetensors_header import StoredTensor
 from quantize.model_files.weight_files import INDEX_FILE, WHOLE_FILE, stored_tensors
 from quantize.modules import ModuleTree, is_expert
 from quantize.schemes.makers import is_data_free
-from quantize.schemes.module_config import dynamic_rules, is_symmetric, patterns_of, weight_args_of
+from quantize.schemes.module_config import dynamic_rules, patterns_of, quantization_args, weight_args_of
 from quantize.variants.weights import LazyTensor, Tensors, packed_module, read_tensors
 
 _SHARD_BYTES = 4_000_000_000
@@ -101,8 +101,7 @@ def _compressed_config(scheme: Scheme, layers: Sequence[str], kept: Sequence[str
     groups: dict[QuantizationArgs, list[str]] = {scheme.weights: ["Linear"]}
     for pattern, weight_args in patterns_of(scheme, {layer: weight_args_of(layer, scheme) for layer in layers}):
         if weight_args is not None:
-            symmetric = is_symmetric(scheme, weight_args.bits)
-            weights = grouped(weight_args.bits, weight_args.group_size, symmetric=symmetric)
+            weights = quantization_args(weight_args, zero_points=not scheme.sym)
             groups.setdefault(weights, []).append(f"re:{pattern}")
     return {
         "quant_method": "compressed-tensors",
