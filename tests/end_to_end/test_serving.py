@@ -115,7 +115,7 @@ def test_every_process_of_a_replica_is_killed_once(up: Up) -> None:
         tracker = b"resource_tracker" in Path(f"/proc/{victim}/cmdline").read_bytes()
         os.kill(victim, signal.SIGKILL)
         if not tracker:  # the resource tracker only cleans up: the replica survives it
-            until(partial(_gone, session), 60, up.running)
+            until(partial(_gone, up, session), 60, up.running)
         until(up.all_ready, 120, up.running)
         with openai.OpenAI(base_url=f"{up.addresses[0]}/v1", api_key="EMPTY") as client:
             assert client.completions.create(model="smol-int8", prompt="One, two,", max_tokens=2).choices[0].text
@@ -143,8 +143,9 @@ def test_stopping_drains_and_leaves_nothing(up: Up) -> None:
     assert noted_sessions(up.home) == {}
 
 
-def _gone(session: int) -> bool:
-    return not session_processes(session)
+def _gone(up: Up, session: int) -> bool:
+    """Whether its processes have ended and the supervisor knows: until then the replica is still listed as ready."""
+    return not session_processes(session) and session not in noted_sessions(up.home)
 
 
 def _session(up: Up, replica: str) -> int:
