@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from quantize.errors import SolveError
+from quantize.schemes.module_config import narrows
 
 # Tails of the layers that write into the stream: the first reads a block's input, the second what attention gave.
 _WRITERS = (".self_attn.o_proj", ".mlp.down_proj")
@@ -69,14 +70,25 @@ class ResidualStreams:
             self._unquantized[writer].clear()
 
 
+def keeps_outputs(module: Any) -> bool:
+    """Whether of a GPTQModel `NamedModule` the unquantized model's outputs are kept instead of its inputs."""
+    return narrows(module.full_name, *module.module.weight.shape)
+
+
 def keeping(native: type, streams: ResidualStreams) -> type:
-    """Derive from GPTQModel's `NativeProcessor` one that keeps the streams of the unquantized model, too."""
+    """Derive from GPTQModel's `NativeProcessor` one that keeps the streams of the unquantized model, too.
+
+    Of modules that `keeps_outputs` names it keeps outputs where the library keeps inputs.
+    """
     full_names: dict[str, str] = {}  # of the block at work
+    narrow: set[str] = set()
 
     class Keeping(native):  # type: ignore[misc]
         def preprocess(self, module: Any) -> None:
             super().preprocess(module)
             full_names[module.name] = module.full_name
+            if keeps_outputs(module):
+                narrow.add(module.full_name)
             streams.forget(module.full_name)
 
         def pre_process_fwd_hook(self, name: str) -> Any:
@@ -84,7 +96,7 @@ def keeping(native: type, streams: ResidualStreams) -> type:
 
             def kept(module: Any, inputs: Any, output: Any) -> None:
                 streams.keep(full_name)
-                hook(module, inputs, output)
+                hook(module, (output,) if full_name in narrow else inputs, output)
 
             return kept
 

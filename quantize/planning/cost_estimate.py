@@ -11,7 +11,7 @@ from config.manifest import Engine
 from quantize.base import BaseModel
 from quantize.planning.model_sizes import sizes_of
 from quantize.schemes.fit import Shapes
-from quantize.schemes.module_config import fused_name
+from quantize.schemes.module_config import fused_name, narrows
 from quantize.schemes.settings import SolverSettings
 
 _BLOCK = re.compile(r"^.*?(?:layers|h|blocks)\.\d+\.")
@@ -184,14 +184,14 @@ def _cost(
 
 
 def kept_input_bytes(block: Shapes, tokens: int, engine: Engine, placement: Placement) -> int:
-    """Bytes of the inputs of a block's linear layers for all tokens, which GPTAQ keeps until a layer is solved.
+    """Bytes that GPTAQ keeps of a block's linear layers for all tokens: inputs, or outputs of layers that narrow.
 
     Layers that read the same tensor share it where it was computed; what moves to main memory is copied for each.
     """
-    shared = {fused_name(name): columns for name, (_, columns) in block.items()}
+    kept = {name: rows if narrows(name, rows, columns) else columns for name, (rows, columns) in block.items()}
+    shared = {fused_name(name): width for name, width in kept.items()}
     copied = engine == "cuda" and placement == "host"
-    columns = sum(columns for _, columns in block.values()) if copied else sum(shared.values())
-    return tokens * columns * _ITEM_BYTES[engine]
+    return tokens * sum(kept.values() if copied else shared.values()) * _ITEM_BYTES[engine]
 
 
 def _solving_bytes(block: Shapes) -> int:

@@ -109,6 +109,11 @@ def fused_name(module: str) -> str:
     return module
 
 
+def narrows(module: str, rows: int, columns: int) -> bool:
+    """Whether a module [N, K] gives no more than it reads, and reads what no other does, like o and down."""
+    return rows <= columns and fused_name(module) == module
+
+
 def _experts_as_one(args: Mapping[str, WeightArgs | None]) -> Mapping[str, WeightArgs | None]:
     """Name the experts of a block once, where they are all alike."""
     found: dict[str, set[WeightArgs | None]] = {}

@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs torch: install the quantize extra")
 
-from quantize.backends.gptaq import Correction, corrected  # noqa: E402
+from quantize.backends.gptaq import Correction, corrected, second_moments  # noqa: E402
 from quantize.backends.regularization import Regularization  # noqa: E402
 from quantize.backends.residual_stream import ResidualStreams, keeping  # noqa: E402
 from quantize.errors import SolveError  # noqa: E402
@@ -47,13 +47,19 @@ class Passes:
 
     def __init__(self) -> None:
         self.seen: list[str] = []
+        self.kept: list[Any] = []
 
     def preprocess(self, module: Any) -> None:
         """Called once for each module, before its block runs."""
 
     def pre_process_fwd_hook(self, name: str) -> Any:
-        """Give the hook of a module."""
-        return lambda _module, _inputs, _output: self.seen.append(name)
+        """Give the hook of a module, which keeps what it is given as its input."""
+
+        def keep(_module: Any, inputs: Any, _output: Any) -> None:
+            self.seen.append(name)
+            self.kept.append(inputs[0])
+
+        return keep
 
 
 def streams_of(block: Block, samples: list[Any]) -> tuple[ResidualStreams, Any]:
@@ -65,8 +71,9 @@ def streams_of(block: Block, samples: list[Any]) -> tuple[ResidualStreams, Any]:
     passes = keeping(Passes, streams)()
     handles = []
     for name in ("self_attn.o_proj", "mlp.down_proj"):
-        passes.preprocess(SimpleNamespace(name=name, full_name=f"layers.0.{name}"))
-        handles.append(block.get_submodule(name).register_forward_hook(passes.pre_process_fwd_hook(name)))
+        module = block.get_submodule(name)
+        passes.preprocess(SimpleNamespace(name=name, full_name=f"layers.0.{name}", module=module))
+        handles.append(module.register_forward_hook(passes.pre_process_fwd_hook(name)))
     for sample in samples:
         block(sample)
     for handle in handles:
@@ -98,10 +105,11 @@ def test_streams_of_other_samples_are_refused() -> None:
 
 
 class Gatherer:
-    """GPTQModel's GPTAQ, as far as it is derived from."""
+    """GPTQModel's GPTAQ, as far as it is derived from; `kept` is of one sample of the unquantized model."""
 
-    def __init__(self, module: Any, name: str, unquantized: Any) -> None:
-        self.module, self._named_module, self.native_inps = module, SimpleNamespace(full_name=name), [unquantized]
+    def __init__(self, module: Any, name: str, kept: Any) -> None:
+        self.module, self._named_module = module, SimpleNamespace(full_name=name, module=module)
+        self.native_inps = [kept]
         self.nsamples, self.fwd_counter, self.H = 0, 0, None
 
 
@@ -116,7 +124,7 @@ def test_weights_give_back_what_the_stream_has_lost() -> None:
     present = sample + 0.3 * sample @ torch.randn(4, 4)
     weights = block.self_attn.o_proj.weight.clone()
     made = corrected(SOLVER, Gatherer, Correction(1.0, 1.0), streams, lambda _columns: ALMOST_NOTHING)
-    solving = made(block.self_attn.o_proj, OUT, sample)
+    solving = made(block.self_attn.o_proj, OUT, sample @ weights.T)
     wanted = sample + sample @ weights.T
     before = (present + present @ weights.T - wanted).square().mean()
     model.layers[0](present)
@@ -148,3 +156,30 @@ def test_layers_with_one_input_sum_it_once() -> None:
     for layer, weight in zip(layers, before, strict=True):
         drift = (unquantized - present)[0].T @ present[0]
         assert torch.allclose(layer.weight, weight + 0.5 * weight @ drift @ inverse, atol=1e-2)
+
+
+def test_a_narrow_layer_keeps_outputs() -> None:
+    """down: the unquantized model's outputs move its weights as its inputs would, through GPTQModel's own hook."""
+    torch.manual_seed(0)
+    present, unquantized = torch.randn(1, 40, 4), torch.randn(1, 40, 4)
+    layer = torch.nn.Linear(4, 3, bias=True)
+    passes = keeping(Passes, ResidualStreams())()
+    passes.preprocess(SimpleNamespace(name="mlp.down_proj", full_name=DOWN, module=layer))
+    handle = layer.register_forward_hook(passes.pre_process_fwd_hook("mlp.down_proj"))
+    output = layer(unquantized)
+    handle.remove()
+    (kept,) = passes.kept
+    assert torch.equal(kept, output)
+    made = corrected(SOLVER, Gatherer, Correction(0.5, 0.0), ResidualStreams(), lambda _columns: ALMOST_NOTHING)
+    solving, weight = made(layer, DOWN, kept), layer.weight.clone()
+    solving.add_batch(present, layer(present))
+    solving.quantize()
+    drift, hessian = (unquantized - present)[0].T @ present[0], present[0].T @ present[0]
+    assert torch.allclose(layer.weight, weight + 0.5 * weight @ drift @ torch.linalg.inv(hessian), atol=1e-2)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 4, 5, 130])
+def test_second_moments(columns: int) -> None:
+    """Strips give what the whole product does, also where columns are no multiple of them."""
+    inputs = torch.randn(7, columns, dtype=torch.float64)
+    assert torch.allclose(second_moments(inputs), inputs.T @ inputs)

@@ -57,7 +57,8 @@ def test_slices_give_what_the_whole_gives(seed: int, scale: float, size: int) ->
         found = compared(parent, variant, targets)
     ours, theirs = parent.double().log_softmax(-1), variant.double().log_softmax(-1)
     exact = (ours.exp() * (ours - theirs)).sum(-1)
-    assert torch.allclose(found.divergence, exact, rtol=1e-5, atol=1e-6)
+    # Gaps between logits are rounded to fp32, and what is left of them may be far smaller.
+    assert torch.allclose(found.divergence, exact, rtol=1e-5, atol=1e-6 * max(1.0, scale))
     assert torch.allclose(found.nll_variant, -theirs.gather(-1, targets[:, None])[:, 0], atol=1e-5)
     assert torch.equal(found.agreed, parent.argmax(-1) == variant.argmax(-1))
 
