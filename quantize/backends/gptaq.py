@@ -7,8 +7,9 @@ model has H0: the weights closest to W X0 + H0 - H are moved by (H0 - H) X' (X X
 arXiv 2509.06297). GPTQModel gives X and X0; its own solver for them knows no order inside groups, so the weights are
 moved first and then solved as any others.
 
-Layers with fewer outputs than inputs keep W X0 instead of X0: W C is (W X0 - W X) X', and both outputs are computed
-anyway. Of a down projection that is a fifth of the memory, and less than half of the arithmetic.
+Of layers with no more outputs than inputs, which no other layer reads (o, down), W X0 is kept instead of X0: W C is
+(W X0 - W X) X', and both outputs are computed anyway. For a down projection that takes a fifth to two fifths of the
+memory, and less than half of the arithmetic.
 """
 
 from collections.abc import Callable

@@ -185,17 +185,20 @@ class ScaleSearch:
 
 
 def _block_columns(device: str, usual: int) -> int:
-    """Choose after how many inputs their errors are carried on to all others, in one product.
+    """Choose the size of GPTQ's blocks: after so many inputs, their errors are carried on to all later ones.
 
-    Until then each error changes the rest of its block, which on a CPU takes longer the wider a block is. For GPUs the
-    library has a kernel for blocks of the usual size. A block divides all groups.
+    Inside a block each error is carried on alone, which on a CPU takes longer the wider the block is. For GPUs the
+    library has a kernel for blocks of the usual size. All group sizes are multiples of 32.
     """
     return _CPU_BLOCK if device == "cpu" else usual
 
 
 @contextmanager
 def _half_of_the_threads() -> Iterator[None]:
-    """Compute with half of the threads: the library solves two modules at once."""
+    """Compute with half of the threads: the library solves two modules at once, each in a thread of its own.
+
+    torch keeps this number for each thread, so the other one and the model's passes are not changed.
+    """
     import torch  # noqa: PLC0415
 
     every = torch.get_num_threads()

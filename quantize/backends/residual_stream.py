@@ -71,32 +71,29 @@ class ResidualStreams:
 
 
 def keeps_outputs(module: Any) -> bool:
-    """Whether of a GPTQModel `NamedModule` the unquantized model's outputs are kept instead of its inputs."""
+    """Whether GPTAQ keeps the unquantized model's outputs of a module (GPTQModel's `NamedModule`), not its inputs."""
     return narrows(module.full_name, *module.module.weight.shape)
 
 
 def keeping(native: type, streams: ResidualStreams) -> type:
     """Derive from GPTQModel's `NativeProcessor` one that keeps the streams of the unquantized model, too.
 
-    Of modules that `keeps_outputs` names it keeps outputs where the library keeps inputs.
+    Where `keeps_outputs` says so, it keeps a module's outputs in place of its inputs.
     """
-    full_names: dict[str, str] = {}  # of the block at work
-    narrow: set[str] = set()
+    places: dict[str, tuple[str, bool]] = {}  # full names of the block at work, and whether outputs are kept
 
     class Keeping(native):  # type: ignore[misc]
         def preprocess(self, module: Any) -> None:
             super().preprocess(module)
-            full_names[module.name] = module.full_name
-            if keeps_outputs(module):
-                narrow.add(module.full_name)
+            places[module.name] = module.full_name, keeps_outputs(module)
             streams.forget(module.full_name)
 
         def pre_process_fwd_hook(self, name: str) -> Any:
-            hook, full_name = super().pre_process_fwd_hook(name), full_names[name]
+            hook, (full_name, by_output) = super().pre_process_fwd_hook(name), places[name]
 
             def kept(module: Any, inputs: Any, output: Any) -> None:
                 streams.keep(full_name)
-                hook(module, (output,) if full_name in narrow else inputs, output)
+                hook(module, (output,) if by_output else inputs, output)
 
             return kept
 
